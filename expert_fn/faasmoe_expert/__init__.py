@@ -1,0 +1,1 @@
+"""Sandboxes and the contracts they share with the router: wire, store, function table."""

@@ -1,0 +1,26 @@
+"""`python -m faasmoe_expert`: one sandbox, configured by FAASMOE_* variables."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from faasmoe_expert.config import ConfigError, SandboxConfig
+
+
+def main() -> int:
+    """Serve until SIGTERM; return the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        config = SandboxConfig.from_env()
+        from faasmoe_expert.server import serve
+
+        serve(config)
+    except (ConfigError, OSError) as error:
+        print(f"faasmoe_expert: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

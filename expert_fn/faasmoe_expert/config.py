@@ -1,0 +1,76 @@
+"""A sandbox's settings, read once from the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the variable."""
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxConfig:
+    """Settings of one sandbox.
+
+    Attributes:
+        id: name of the sandbox, as the control plane knows it.
+        host: address to listen on.
+        port: TCP port to listen on; 0 lets the system choose.
+        capacity: functions that can be attached at the same time, 1 or more.
+        device: where experts compute: cpu, cuda, cuda:N or auto.
+        threads: threads of one computation on the CPU, 1 or more.
+        token: bearer token that /v1 asks for; empty asks for none.
+    """
+
+    id: str = "sandbox"
+    host: str = "127.0.0.1"
+    port: int = 9090
+    capacity: int = 1
+    device: str = "auto"
+    threads: int = 1
+    token: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of bounds."""
+        _at_least("FAASMOE_CAPACITY", self.capacity, 1)
+        _at_least("FAASMOE_THREADS", self.threads, 1)
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"FAASMOE_PORT: got {self.port}, expected 0 to 65535")
+        kind, _, index = self.device.partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
+            raise ConfigError(
+                f"FAASMOE_DEVICE: got {self.device!r}, expected auto, cpu, cuda or cuda:N"
+            )
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> SandboxConfig:
+        """Read FAASMOE_* variables; raises ConfigError that names the variable."""
+        env = os.environ if env is None else env
+        default = cls()
+        return cls(
+            id=env.get("FAASMOE_SANDBOX_ID", default.id),
+            host=env.get("FAASMOE_HOST", default.host),
+            port=_integer(env, "FAASMOE_PORT", default.port),
+            capacity=_integer(env, "FAASMOE_CAPACITY", default.capacity),
+            device=env.get("FAASMOE_DEVICE", default.device),
+            threads=_integer(env, "FAASMOE_THREADS", default.threads),
+            token=env.get("FAASMOE_TOKEN", default.token),
+        )
+
+
+def _integer(env: Mapping[str, str], name: str, default: int) -> int:
+    text = env.get(name, "")
+    if not text:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{name}: got {text!r}, expected a whole number") from None
+
+
+def _at_least(name: str, value: int, bound: int) -> None:
+    if value < bound:
+        raise ConfigError(f"{name}: got {value}, expected {bound} or more")

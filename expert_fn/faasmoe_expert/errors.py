@@ -1,0 +1,55 @@
+"""What a sandbox refuses.
+
+SandboxError
+├── UnknownFunction   404  the function is not attached here
+├── AttachRefused     409  another function holds the place, or the id means something else
+├── BadAttachment     422  a field of the attachment cannot be used
+└── BadFrame          400  a frame that breaks the wire format, or does not fit the function
+
+Each carries a machine-stable `code`, the `field` at fault and an HTTP `status`.
+"""
+
+from __future__ import annotations
+
+
+class SandboxError(Exception):
+    """A request that a sandbox refuses; the sandbox itself goes on."""
+
+    status = 500
+    code = "internal"
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+    def to_json(self) -> dict[str, dict[str, str | None]]:
+        """Return the error object of the HTTP answer."""
+        return {"error": {"code": self.code, "message": str(self), "field": self.field}}
+
+
+class UnknownFunction(SandboxError):
+    """The function is not attached to this sandbox."""
+
+    status = 404
+    code = "unknown_function"
+
+
+class AttachRefused(SandboxError):
+    """The sandbox is full, or holds this id with other experts."""
+
+    status = 409
+    code = "attach_refused"
+
+
+class BadAttachment(SandboxError):
+    """A field of an attachment cannot be used."""
+
+    status = 422
+    code = "bad_attachment"
+
+
+class BadFrame(SandboxError):
+    """A frame that is malformed or does not fit the function."""
+
+    status = 400
+    code = "bad_frame"

@@ -1,0 +1,174 @@
+"""The lean kernel: the common gated expert, without importing transformers.
+
+`act(x @ gate) * (x @ up) @ down`, the form of Mixtral, Qwen, OLMoE, DeepSeek and most others. Which
+layers it is right for is decided when a store is prepared, by comparing it with the family's own
+module; this file only computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+TILE_ROWS = 8  # rows of every product in unreduced mode: equal shapes give equal bits
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+}
+
+
+class Stacked(Protocol):
+    """Parameters of several experts, by expert index: a stacked tensor or a mapping."""
+
+    def __getitem__(self, expert: int, /) -> Tensor:
+        """Return one expert's parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """How the lean kernel computes an expert of one layer.
+
+    Attributes:
+        name: "gated" (gate_up_proj, down_proj) or "plain" (up_proj, down_proj, no gate).
+        activation: a key of ACTIVATIONS, named as in transformers' ACT2FN.
+        transposed: weights are [in, out] rather than [out, in].
+        interleaved: gate and up alternate rather than follow each other.
+        bias: the projections have biases.
+    """
+
+    name: str
+    activation: str
+    transposed: bool
+    interleaved: bool
+    bias: bool
+
+    def __post_init__(self) -> None:
+        """Refuse what this kernel cannot compute."""
+        if self.name not in ("gated", "plain"):
+            raise ValueError(f"kernel.name: got {self.name!r}, expected gated or plain")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"kernel.activation: got {self.activation!r}, expected one of {sorted(ACTIVATIONS)}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object kept in a store's manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> KernelSpec:
+        """Read the JSON object kept in a store's manifest."""
+        return cls(**value)
+
+
+def run_gated(
+    spec: KernelSpec,
+    weights: Mapping[str, Stacked],
+    hidden: Tensor,
+    pair_row: NDArray[np.int32],
+    pair_expert: NDArray[np.int32],
+    pair_weight: Tensor,
+) -> Tensor:
+    """Return each pair's weighted output, bit-identical whatever else is in the call.
+
+    Args:
+        spec: the kernel's form.
+        weights: parameters by name, then by expert.
+        hidden: [T, H].
+        pair_row: row of each pair, int32 [P].
+        pair_expert: expert of each pair, int32 [P].
+        pair_weight: float32 [P].
+
+    Returns:
+        [P, H] in `hidden`'s dtype.
+    """
+    out = hidden.new_empty(len(pair_row), hidden.shape[1])  # [P, H]
+    for expert, pairs in by_expert(pair_expert):
+        for start in range(0, len(pairs), TILE_ROWS):
+            chosen = pairs[start : start + TILE_ROWS]
+            index = as_index(chosen, hidden.device)  # [n]
+            tile = hidden.new_zeros(TILE_ROWS, hidden.shape[1])  # [8, H]
+            tile[: len(chosen)] = hidden[as_index(pair_row[chosen], hidden.device)]
+            result = expert_mlp(spec, weights, expert, tile)[: len(chosen)]  # [n, H]
+            out[index] = (result.float() * pair_weight[index, None]).to(out.dtype)
+    return out
+
+
+def sum_gated(
+    spec: KernelSpec,
+    weights: Mapping[str, Stacked],
+    hidden: Tensor,
+    pair_row: NDArray[np.int32],
+    pair_expert: NDArray[np.int32],
+    pair_weight: Tensor,
+) -> Tensor:
+    """Return the weighted sum of each row's experts, [T, H] in `hidden`'s dtype.
+
+    Sums in float32, in ascending order of experts. Arguments as in `run_gated`.
+    """
+    total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)  # [T, H]
+    n_rows = len(hidden)
+    for expert, pairs in by_expert(pair_expert):
+        rows = pair_row[pairs]
+        scale = pair_weight[as_index(pairs, hidden.device), None]  # [n, 1]
+        if len(rows) == n_rows:  # every row, and rows are ascending: no gather, no scatter
+            total.addcmul_(expert_mlp(spec, weights, expert, hidden).float(), scale)
+            continue
+        index = as_index(rows, hidden.device)  # [n]
+        result = expert_mlp(spec, weights, expert, hidden[index])  # [n, H]
+        total.index_add_(0, index, result.float().mul_(scale))
+    return total.to(hidden.dtype)
+
+
+def expert_mlp(spec: KernelSpec, weights: Mapping[str, Stacked], expert: int, x: Tensor) -> Tensor:
+    """Return one expert's output for rows `x` [n, H], not weighted: [n, H]."""
+    activation = ACTIVATIONS[spec.activation]
+    if spec.name == "plain":
+        inner = activation(_project(spec, weights, "up_proj", expert, x))  # [n, I]
+    else:
+        both = _project(spec, weights, "gate_up_proj", expert, x)  # [n, 2I]
+        if spec.interleaved:
+            gate, up = both[:, ::2], both[:, 1::2]  # [n, I] each
+        else:
+            gate, up = both.chunk(2, dim=-1)  # [n, I] each
+        inner = activation(gate) * up  # [n, I]
+    return _project(spec, weights, "down_proj", expert, inner)  # [n, H]
+
+
+def by_expert(pair_expert: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield each expert, ascending, with the positions of its pairs, ascending."""
+    order = np.argsort(pair_expert, kind="stable")
+    grouped = pair_expert[order]
+    cuts = np.flatnonzero(grouped[1:] != grouped[:-1]) + 1
+    for pairs in np.split(order, cuts):
+        yield int(pair_expert[pairs[0]]), pairs
+
+
+def as_index(values: NDArray[Any], device: torch.device) -> Tensor:
+    """Return int64 indices on `device`."""
+    return torch.from_numpy(values.astype(np.int64, copy=False)).to(device)
+
+
+def _project(
+    spec: KernelSpec, weights: Mapping[str, Stacked], name: str, expert: int, x: Tensor
+) -> Tensor:
+    weight = weights[name][expert]  # [out, in], or [in, out] if transposed
+    bias = weights[f"{name}_bias"][expert] if spec.bias else None  # [out]
+    if not spec.transposed:
+        return F.linear(x, weight, bias)
+    product = x @ weight  # [n, out]
+    return product if bias is None else product + bias

@@ -1,0 +1,129 @@
+"""The general path: a family's own experts module, with its parameters laid over the store's mmap.
+
+Used where the lean kernel does not apply. Imports transformers, and so only when it is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from faasmoe_expert.functions.kernels import TILE_ROWS, as_index, by_expert
+from faasmoe_expert.functions.weights import LayerWeights
+
+
+def build_on_meta(model_dir: Path, architecture: str) -> nn.Module:
+    """Return the family's model on the meta device, with its own experts forward.
+
+    Args:
+        model_dir: folder with config.json.
+        architecture: class name in transformers.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(model_dir)
+    with torch.device("meta"):
+        model = getattr(transformers, architecture)._from_config(
+            config, experts_implementation="eager"
+        )
+    return model.eval()  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(maxsize=2)
+def _cached_on_meta(model_dir: Path, architecture: str) -> nn.Module:
+    return build_on_meta(model_dir, architecture)
+
+
+class ModuleKernel:
+    """Computes pairs through the family's own experts module.
+
+    Every pair becomes a call's row of its own, `(hidden [P, H], index [P, 1], weights [P, 1])`, so
+    that the module needs no notion of a block or of experts that are elsewhere.
+    """
+
+    def __init__(
+        self, module: nn.Module, weights: LayerWeights, experts: Sequence[int], device: torch.device
+    ) -> None:
+        self._local = {expert: expert for expert in experts}
+        parameters: dict[str, Tensor] = dict(weights.shared)
+        for name, stack in weights.stacked.items():
+            if isinstance(stack, Tensor):
+                parameters[name] = stack
+            else:  # a copy of the block's experts: the module sees only those, renumbered
+                parameters[name] = torch.stack([stack[e] for e in experts])
+                self._local = {expert: i for i, expert in enumerate(experts)}
+                module.num_experts = len(experts)  # type: ignore[assignment]
+        for name, value in parameters.items():
+            _put(module, name, value)
+        self._module = module
+        self._device = device
+
+    @classmethod
+    def from_store(
+        cls,
+        model_dir: Path,
+        architecture: str,
+        name: str,
+        weights: LayerWeights,
+        experts: Sequence[int],
+        device: torch.device,
+    ) -> ModuleKernel:
+        """Lay `weights` under a copy of the module `name` of the family's model."""
+        import copy
+
+        module = copy.deepcopy(_cached_on_meta(model_dir, architecture).get_submodule(name))
+        return cls(module, weights, experts, device)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        hidden: Tensor,
+        pair_row: NDArray[np.int32],
+        pair_expert: NDArray[np.int32],
+        pair_weight: Tensor,
+    ) -> Tensor:
+        """Return each pair's weighted output, tile by tile, [P, H]; see run_gated."""
+        out = hidden.new_empty(len(pair_row), hidden.shape[1])  # [P, H]
+        for expert, pairs in by_expert(pair_expert):
+            for start in range(0, len(pairs), TILE_ROWS):
+                chosen = pairs[start : start + TILE_ROWS]
+                index = as_index(chosen, hidden.device)  # [n]
+                tile = hidden.new_zeros(TILE_ROWS, hidden.shape[1])  # [8, H]
+                tile[: len(chosen)] = hidden[as_index(pair_row[chosen], hidden.device)]
+                weight = pair_weight.new_zeros(TILE_ROWS, 1)  # [8, 1]
+                weight[: len(chosen), 0] = pair_weight[index]
+                experts = torch.full((TILE_ROWS, 1), self._local[expert], device=hidden.device)
+                out[index] = self._module(tile, experts, weight)[: len(chosen)].to(out.dtype)
+        return out
+
+    @torch.inference_mode()
+    def sum(
+        self,
+        hidden: Tensor,
+        pair_row: NDArray[np.int32],
+        pair_expert: NDArray[np.int32],
+        pair_weight: Tensor,
+    ) -> Tensor:
+        """Return the weighted sum of each row's experts, [T, H] in `hidden`'s dtype."""
+        row = as_index(pair_row, hidden.device)  # [P]
+        local = np.array([self._local[int(e)] for e in pair_expert])
+        expert = as_index(local, hidden.device)[:, None]  # [P, 1]
+        each = self._module(hidden[row], expert, pair_weight[:, None])  # [P, H]
+        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)  # [T, H]
+        return total.index_add_(0, row, each.float()).to(hidden.dtype)
+
+
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner: Any = module.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value

@@ -1,0 +1,57 @@
+"""The sandbox server: HTTP in front of attached functions, in one thread.
+
+`serve` blocks until SIGTERM or SIGINT. Nothing is computed before it is called, so that a zygote
+may import this module and fork.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+
+import torch
+import uvloop
+
+from faasmoe_expert.config import SandboxConfig
+from faasmoe_expert.server.device import resolve_device
+from faasmoe_expert.server.protocol import HttpProtocol
+from faasmoe_expert.server.routes import Routes
+from faasmoe_expert.server.sandbox import Sandbox
+
+log = logging.getLogger(__name__)
+
+__all__ = ["serve"]
+
+
+def serve(config: SandboxConfig, listener: socket.socket | None = None) -> None:
+    """Serve a sandbox until SIGTERM or SIGINT.
+
+    Args:
+        config: the sandbox's settings.
+        listener: a bound socket to listen on instead of config.host and config.port.
+    """
+    torch.set_num_threads(config.threads)
+    torch.set_grad_enabled(False)
+    sandbox = Sandbox(config, resolve_device(config.device))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(sandbox, listener))
+
+
+async def _serve(sandbox: Sandbox, listener: socket.socket | None) -> None:
+    loop = asyncio.get_running_loop()
+    routes, connections = Routes(sandbox), set[HttpProtocol]()
+    config, stop = sandbox.config, asyncio.Event()
+    place = {"sock": listener} if listener else {"host": config.host, "port": config.port}
+    server = await loop.create_server(lambda: HttpProtocol(routes.handle, connections), **place)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    host, port = server.sockets[0].getsockname()[:2]
+    log.info("sandbox %s listens on %s:%s, device %s", config.id, host, port, sandbox.device)
+    await stop.wait()
+    routes.ready = False
+    server.close()
+    for connection in tuple(connections):
+        connection.close()
+    await server.wait_closed()

@@ -1,0 +1,107 @@
+"""A sandbox's HTTP routes: method and path to the sandbox's verbs, errors to statuses."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from faasmoe_expert.errors import BadAttachment, SandboxError
+from faasmoe_expert.server.answer import FRAME, Answer
+from faasmoe_expert.server.protocol import HttpRequest
+from faasmoe_expert.server.sandbox import Sandbox
+from faasmoe_expert.table import FunctionSpec, TableError
+
+log = logging.getLogger(__name__)
+
+FUNCTIONS = "/v1/functions"
+
+
+class Routes:
+    """Answers whole requests; never raises."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+        self._expected = f"Bearer {sandbox.config.token}".encode()
+        self.ready = True
+
+    def handle(self, request: HttpRequest) -> Answer:
+        """Return the answer of a request; a fault of our own is a 500 and a log line."""
+        try:
+            answer = self._route(request)
+        except SandboxError as error:
+            self._sandbox.metrics.refused.labels(error.code).inc()
+            return Answer.of_json(error.status, error.to_json())
+        except Exception:
+            log.exception("%s %s failed", request.method, request.target.decode("latin-1"))
+            self._sandbox.metrics.refused.labels("internal").inc()
+            return Answer.of_error(500, "internal", "the sandbox failed; see its log")
+        return answer
+
+    def _route(self, request: HttpRequest) -> Answer:
+        path = request.target.decode("latin-1").partition("?")[0]
+        if path.startswith("/v1/"):
+            return self._functions(request, path)
+        if request.method != "GET":
+            return Answer.of_error(405, "bad_method", f"method: got {request.method}, expected GET")
+        if path == "/healthz":
+            return Answer.of_json(200, {"status": "ok"})
+        if path == "/readyz":
+            status = "ready" if self.ready else "draining"
+            return Answer.of_json(200 if self.ready else 503, {"status": status})
+        if path == "/metrics":
+            text = self._sandbox.metrics.text()
+            return Answer(200, "text/plain; version=0.0.4; charset=utf-8", [text])
+        return Answer.of_error(404, "not_found", f"path: got {path}")
+
+    def _functions(self, request: HttpRequest, path: str) -> Answer:
+        token = self._sandbox.config.token
+        if token and not hmac.compare_digest(request.authorization, self._expected):
+            return Answer.of_error(401, "unauthorized", "authorization: expected the bearer token")
+        if path == FUNCTIONS and request.method == "GET":
+            return Answer.of_json(200, self._sandbox.list_functions())
+        base, _, function_id = path.rpartition("/")
+        if base != FUNCTIONS or not function_id:
+            return Answer.of_error(404, "not_found", f"path: got {path}")
+        return self._function(request, function_id)
+
+    def _function(self, request: HttpRequest, function_id: str) -> Answer:
+        if request.method == "POST":
+            return Answer(200, FRAME, self._sandbox.compute(function_id, request.body))
+        if request.method == "PUT":
+            return self._attach(function_id, request.body)
+        if request.method == "DELETE":
+            self._sandbox.detach(function_id)
+            return Answer(204, "application/json", [])
+        message = f"method: got {request.method}, expected POST, PUT or DELETE"
+        return Answer.of_error(405, "bad_method", message)
+
+    def _attach(self, function_id: str, body: bytearray) -> Answer:
+        value = _object(body)
+        try:
+            spec = FunctionSpec.from_json({**value, "id": function_id})
+        except TableError as error:
+            raise BadAttachment(str(error), field=str(error).partition(":")[0]) from error
+        store, digest = (_text(value, name) for name in ("store", "model_digest"))
+        return Answer.of_json(
+            200, self._sandbox.attach(spec, store=Path(store), model_digest=digest)
+        )
+
+
+def _object(body: bytearray) -> dict[str, Any]:
+    try:
+        value = json.loads(bytes(body))
+    except (ValueError, RecursionError) as error:
+        raise BadAttachment(f"body: not JSON ({error})", field="body") from error
+    if not isinstance(value, dict):
+        raise BadAttachment(f"body: got {type(value).__name__}, expected an object", field="body")
+    return value
+
+
+def _text(value: dict[str, Any], name: str) -> str:
+    found = value.get(name)
+    if not isinstance(found, str) or not found:
+        raise BadAttachment(f"{name}: got {found!r}, expected a text", field=name)
+    return found

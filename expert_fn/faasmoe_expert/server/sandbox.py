@@ -1,0 +1,133 @@
+"""A sandbox: the functions attached to this process, and what they compute."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from faasmoe_expert.config import SandboxConfig
+from faasmoe_expert.errors import AttachRefused, BadAttachment, BadFrame, UnknownFunction
+from faasmoe_expert.functions import ExpertFunction
+from faasmoe_expert.server.metrics import SandboxMetrics
+from faasmoe_expert.store import Store, StoreError
+from faasmoe_expert.table import FunctionSpec
+from faasmoe_expert.wire import WireError, decode_request, encode_response
+from faasmoe_expert.wire.request import Buffer
+
+
+class Sandbox:
+    """Attaches, detaches and computes functions; single-threaded, knows nothing of HTTP."""
+
+    def __init__(self, config: SandboxConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.metrics = SandboxMetrics()
+        self._functions: dict[str, ExpertFunction] = {}
+        self._stores: dict[str, Store] = {}
+
+    def list_functions(self) -> dict[str, Any]:
+        """Return the sandbox and its functions, for the control plane to read back."""
+        return {
+            "sandbox": {
+                "id": self.config.id,
+                "capacity": self.config.capacity,
+                "device": str(self.device),
+            },
+            "functions": [_describe(f) for f in self._functions.values()],
+        }
+
+    def attach(self, spec: FunctionSpec, *, store: Path, model_digest: str) -> dict[str, Any]:
+        """Attach a function; attaching the same once more changes nothing.
+
+        Args:
+            spec: the function's id, layers and experts.
+            store: folder of the prepared model.
+            model_digest: digest that the store's manifest must have.
+
+        Raises:
+            AttachRefused: the sandbox is full or holds the id with other experts.
+            BadAttachment: a field cannot be used.
+        """
+        held = self._functions.get(spec.id)
+        if held is not None and held.spec == spec:
+            return _describe(held)
+        self._check_place(spec, held)
+        start = time.perf_counter()
+        function = self._map(spec, self._store(store, model_digest))
+        self._functions[spec.id] = function
+        self.metrics.attach_seconds.observe(time.perf_counter() - start)
+        self._count()
+        return _describe(function)
+
+    def detach(self, function_id: str) -> None:
+        """Detach a function and give its memory back; raises UnknownFunction."""
+        if self._functions.pop(function_id, None) is None:
+            raise UnknownFunction(f"function: {function_id} is not attached here")
+        if not self._functions:
+            self._stores.clear()
+        self._count()
+
+    def compute(self, function_id: str, frame: Buffer) -> list[Buffer]:
+        """Return the buffers of the frame that answers `frame`.
+
+        Raises:
+            UnknownFunction: no such function is attached.
+            BadFrame: the frame is malformed or does not fit the function.
+        """
+        function = self._functions.get(function_id)
+        if function is None:
+            raise UnknownFunction(f"function: {function_id} is not attached here")
+        try:
+            request = decode_request(frame)
+        except WireError as error:
+            raise BadFrame(str(error), field=error.field) from error
+        start = time.perf_counter()
+        output = function.compute(request)
+        self.metrics.compute_seconds.observe(time.perf_counter() - start)
+        self.metrics.frames.inc()
+        self.metrics.rows.inc(request.header.n_rows)
+        return encode_response(request.header, output.view(torch.uint8).numpy().data)
+
+    def _check_place(self, spec: FunctionSpec, held: ExpertFunction | None) -> None:
+        if held is not None:
+            raise AttachRefused(
+                f"id: {spec.id} is attached with layers {list(held.spec.layers)} and experts "
+                f"{list(held.spec.experts)}, expected the same",
+                field="id",
+            )
+        capacity = self.config.capacity
+        if len(self._functions) >= capacity:
+            raise AttachRefused(
+                f"capacity: got a function more than the {capacity} of this sandbox",
+                field="capacity",
+            )
+
+    def _map(self, spec: FunctionSpec, store: Store) -> ExpertFunction:
+        try:
+            return ExpertFunction(spec, store, device=self.device)
+        except StoreError as error:
+            raise BadAttachment(f"store: {error}", field="store") from error
+
+    def _store(self, path: Path, model_digest: str) -> Store:
+        try:
+            store = self._stores.get(model_digest) or Store.open(path)
+        except StoreError as error:
+            raise BadAttachment(f"store: {error}", field="store") from error
+        if store.manifest.digest != model_digest:
+            raise BadAttachment(
+                f"model_digest: got {model_digest}, expected {store.manifest.digest} of {path}",
+                field="model_digest",
+            )
+        self._stores[model_digest] = store
+        return store
+
+    def _count(self) -> None:
+        self.metrics.functions.set(len(self._functions))
+        self.metrics.function_bytes.set(sum(f.size_bytes for f in self._functions.values()))
+
+
+def _describe(function: ExpertFunction) -> dict[str, Any]:
+    return {**function.spec.to_json(), "size_bytes": function.size_bytes}

@@ -1,0 +1,142 @@
+"""The safetensors container: its header, checked to the last byte, and views over a mapped file."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from faasmoe_expert.store.errors import StoreError
+from faasmoe_expert.store.fields import Fields
+
+DTYPE_SIZES: Mapping[str, int] = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+}
+_LENGTH = struct.Struct("<Q")
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+
+
+@dataclass(frozen=True, slots=True)
+class TensorView:
+    """One tensor of a mapped file; `buffer` is writable but private: no write reaches the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    buffer: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMap:
+    """The parameters of one experts module, mapped; the mapping lives as long as a view of it."""
+
+    tensors: Mapping[str, TensorView]
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def map_tensors(path: Path) -> LayerMap:
+    """Map a safetensors file; raises StoreError that names the file and the tensor."""
+    try:
+        with path.open("rb") as file:
+            size_bytes = path.stat().st_size
+            if size_bytes < _LENGTH.size:
+                raise StoreError(f"{path}: got {size_bytes} bytes, expected a safetensors file")
+            mapped = mmap.mmap(
+                file.fileno(),
+                size_bytes,
+                flags=mmap.MAP_PRIVATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+    data = memoryview(mapped)
+    entries, begin = _read_header(data, path)
+    tensors = {
+        name: TensorView(e.dtype, e.shape, data[begin + e.start : begin + e.end])
+        for name, e in entries.items()
+    }
+    return LayerMap(tensors, size_bytes - begin)
+
+
+def _read_header(data: memoryview, path: Path) -> tuple[dict[str, _Entry], int]:
+    """Return the tensors by name and the offset at which their bytes begin."""
+    (length,) = _LENGTH.unpack_from(data)
+    begin = _LENGTH.size + length
+    if length > _MAX_HEADER_BYTES or begin > len(data):
+        raise StoreError(
+            f"{path}: header length: got {length}, expected at most {len(data) - _LENGTH.size}"
+        )
+    try:
+        header = json.loads(bytes(data[_LENGTH.size : begin]))
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path}: header: got no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise StoreError(f"{path}: header: got {type(header).__name__}, expected a JSON object")
+    header.pop("__metadata__", None)
+    entries = {name: _read_entry(value, f"{path}: {name}") for name, value in header.items()}
+    _check_coverage(entries, len(data) - begin, path)
+    return entries, begin
+
+
+def _read_entry(value: Any, where: str) -> _Entry:
+    fields = Fields(value, where)
+    dtype, shape, offsets = (
+        fields.text("dtype"),
+        fields.items("shape"),
+        fields.items("data_offsets"),
+    )
+    fields.finish()
+    if dtype not in DTYPE_SIZES:
+        raise fields.wrong("dtype", dtype, f"one of {', '.join(DTYPE_SIZES)}")
+    if not all(_is_count(n) for n in shape):
+        raise fields.wrong("shape", shape, "integers of 0 or more")
+    if len(offsets) != 2 or not all(_is_count(n) for n in offsets):
+        raise fields.wrong("data_offsets", offsets, "two integers of 0 or more")
+    start, end = offsets
+    if end - start != math.prod(shape) * DTYPE_SIZES[dtype]:
+        size_bytes = math.prod(shape) * DTYPE_SIZES[dtype]
+        raise fields.wrong("data_offsets", offsets, f"{size_bytes} bytes apart")
+    return _Entry(dtype, tuple(shape), start, end)
+
+
+def _check_coverage(entries: Mapping[str, _Entry], size_bytes: int, path: Path) -> None:
+    """Tensors follow each other without gap or overlap and end with the file."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != end:
+            raise StoreError(
+                f"{path}: {name}.data_offsets: got start {entry.start}, expected {end}"
+            )
+        end = entry.end
+    if end != size_bytes:
+        raise StoreError(f"{path}: got {size_bytes} bytes of tensors, expected {end}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,165 @@
+"""The function table: which function holds which experts, and where it can be called.
+
+The control plane writes it, the router reads it, a sandbox gets one entry's shape when a function
+is attached. Plain values and JSON; imports neither torch nor a web framework.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class TableError(ValueError):
+    """A function table that cannot be used; the message names the field, what was got, expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionSpec:
+    """One expert function: a block of experts, the same over one or several MoE layers.
+
+    Attributes:
+        id: opaque name, made by `function_id`; carries no routing information.
+        layers: indices of MoE layers in the store's manifest (0-based, ascending).
+        experts: global expert indices in each of those layers (ascending).
+    """
+
+    id: str
+    layers: tuple[int, ...]
+    experts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a shape that no sandbox could attach."""
+        if not self.id or not self.id.isalnum() or len(self.id) > 64:
+            raise TableError(f"id: got {self.id!r}, expected 1 to 64 letters and digits")
+        for field in ("layers", "experts"):
+            values = getattr(self, field)
+            if not values:
+                raise TableError(f"{field}: got an empty list, expected at least one index")
+            if any(not isinstance(v, int) or isinstance(v, bool) or v < 0 for v in values):
+                raise TableError(f"{field}: got {list(values)!r}, expected indices of 0 or more")
+            if list(values) != sorted(set(values)):
+                raise TableError(
+                    f"{field}: got {list(values)!r}, expected ascending, without repeats"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of this spec."""
+        return {"id": self.id, "layers": list(self.layers), "experts": list(self.experts)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> FunctionSpec:
+        """Read a spec from a JSON object; raises TableError that names the field."""
+        return cls(
+            id=_field(value, "id", str),
+            layers=tuple(_field(value, "layers", list)),
+            experts=tuple(_field(value, "experts", list)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionEntry:
+    """A function and the addresses (`host:port`) of the sandboxes that are ready to compute it."""
+
+    spec: FunctionSpec
+    addresses: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of this entry."""
+        return {**self.spec.to_json(), "addresses": list(self.addresses)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> FunctionEntry:
+        """Read an entry from a JSON object; raises TableError that names the field."""
+        addresses = tuple(_field(value, "addresses", list))
+        for address in addresses:
+            host, _, port = str(address).rpartition(":")
+            if not host or not port.isdigit() or not 0 < int(port) < 65536:
+                raise TableError(f"addresses: got {address!r}, expected host:port")
+        return cls(FunctionSpec.from_json(value), addresses)
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionTable:
+    """All functions of one model at one version; the version grows with every change.
+
+    Attributes:
+        model_digest: digest of the store that the functions are cut from.
+        version: 0-based, grows by at least one with every change.
+        functions: one entry for each function, in a fixed order.
+    """
+
+    model_digest: str
+    version: int
+    functions: tuple[FunctionEntry, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a table in which an expert of a layer belongs to two functions."""
+        seen: dict[tuple[int, int], str] = {}
+        for entry in self.functions:
+            for layer in entry.spec.layers:
+                for expert in entry.spec.experts:
+                    other = seen.setdefault((layer, expert), entry.spec.id)
+                    if other != entry.spec.id:
+                        raise TableError(
+                            f"functions: layer {layer} expert {expert} is in {other} and in "
+                            f"{entry.spec.id}, expected one function for each expert"
+                        )
+
+    def missing(self, *, n_layers: int, n_experts: int) -> list[tuple[int, int]]:
+        """Return the (layer, expert) pairs of the model that no function holds."""
+        specs = [entry.spec for entry in self.functions]
+        held = {(layer, e) for spec in specs for layer in spec.layers for e in spec.experts}
+        every = ((layer, e) for layer in range(n_layers) for e in range(n_experts))
+        return [pair for pair in every if pair not in held]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of the whole table."""
+        return {
+            "model_digest": self.model_digest,
+            "version": self.version,
+            "functions": [entry.to_json() for entry in self.functions],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> FunctionTable:
+        """Read a table from a JSON object; raises TableError that names the field."""
+        return cls(
+            model_digest=_field(value, "model_digest", str),
+            version=_field(value, "version", int),
+            functions=tuple(FunctionEntry.from_json(f) for f in _field(value, "functions", list)),
+        )
+
+    @classmethod
+    def loads(cls, text: str | bytes) -> FunctionTable:
+        """Read a table from JSON text; raises TableError."""
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise TableError(f"table: not JSON ({error})") from error
+        if not isinstance(value, dict):
+            raise TableError(f"table: got {type(value).__name__}, expected an object")
+        return cls.from_json(value)
+
+
+def function_id(
+    key: bytes, *, model_digest: str, layers: Iterable[int], experts: Iterable[int]
+) -> str:
+    """Return an opaque function id: a keyed digest, because names on the wire reveal routing."""
+    shape = json.dumps([model_digest, list(layers), list(experts)])
+    return hmac.new(key, shape.encode(), hashlib.sha256).hexdigest()[:24]
+
+
+def _field(value: Mapping[str, Any], name: str, kind: type) -> Any:
+    if not isinstance(value, Mapping):
+        raise TableError(f"function: got {type(value).__name__}, expected an object")
+    if name not in value:
+        raise TableError(f"{name}: missing")
+    found = value[name]
+    if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+        raise TableError(f"{name}: got {type(found).__name__}, expected {kind.__name__}")
+    return found

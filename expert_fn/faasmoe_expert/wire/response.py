@@ -1,0 +1,41 @@
+"""Response frames: one vector for each row (reduced) or each pair (unreduced)."""
+
+from __future__ import annotations
+
+from faasmoe_expert.wire.errors import WireError
+from faasmoe_expert.wire.frame import HEADER_BYTES, Header, Kind, unpack_header
+from faasmoe_expert.wire.request import Buffer
+
+
+def encode_response(request: Header, outputs: Buffer) -> list[Buffer]:
+    """Return the buffers of the frame that answers `request`.
+
+    Args:
+        request: header of the request.
+        outputs: bytes of the outputs, [T, H] reduced or [P, H] unreduced, in the request's dtype.
+    """
+    header = _answer(request)
+    size_bytes = len(memoryview(outputs).cast("B"))
+    if size_bytes != header.payload_bytes:
+        raise WireError("outputs", got=f"{size_bytes} bytes", expected=header.payload_bytes)
+    return [header.pack(), outputs]
+
+
+def decode_response(frame: Buffer, request: Header) -> memoryview:
+    """Return the outputs' bytes in the frame that answers `request`, not copied.
+
+    Raises WireError if the frame is malformed or answers another request.
+    """
+    view = memoryview(frame)
+    header = unpack_header(view, kind=Kind.RESPONSE)
+    expected = _answer(request)
+    if header != expected:
+        raise WireError("header", got=header, expected=expected)
+    return view[HEADER_BYTES:]
+
+
+def _answer(request: Header) -> Header:
+    return Header(
+        Kind.RESPONSE, request.dtype, request.mode, request.layer,
+        request.n_rows, request.n_pairs, request.hidden_size,
+    )  # fmt: skip
