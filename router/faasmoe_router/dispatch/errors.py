@@ -1,0 +1,15 @@
+"""What can go wrong with a call to a function. None of it leaves the dispatcher."""
+
+from __future__ import annotations
+
+
+class CallError(Exception):
+    """A call that gave no answer: the connection, the sandbox or its answer failed."""
+
+
+class Refused(CallError):
+    """The sandbox answered with another status than 200."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(f"status {status}: {reason}")
+        self.status = status

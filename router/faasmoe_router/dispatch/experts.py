@@ -1,0 +1,49 @@
+"""The seam with transformers: an experts implementation that calls functions.
+
+transformers lets a model's experts modules be computed by a registered implementation
+(`transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS`); it is given the module, so each module is
+bound to a dispatcher and its layer index once, after the model is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+IMPLEMENTATION = "faasmoe"
+_BINDING = "_faasmoe_binding"
+
+
+class ComputesLayers(Protocol):
+    """What computes a layer's experts."""
+
+    def compute(
+        self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weight: Tensor
+    ) -> Tensor:
+        """Return the weighted sum of each token's experts, [T, H]."""
+
+
+def register() -> None:
+    """Make the implementation known to transformers; doing so again changes nothing."""
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
+
+
+def bind_experts(model: nn.Module, names: Sequence[str], dispatcher: ComputesLayers) -> None:
+    """Let the experts modules `names`, in the order of their layer indices, call `dispatcher`."""
+    for layer, name in enumerate(names):
+        object.__setattr__(model.get_submodule(name), _BINDING, (dispatcher, layer))
+
+
+def _forward(
+    module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    dispatcher, layer = getattr(module, _BINDING)
+    rows = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
+    top_k = top_k_index.shape[-1]
+    total: Tensor = dispatcher.compute(
+        layer, rows, top_k_index.reshape(-1, top_k), top_k_weights.reshape(-1, top_k)
+    )
+    return total.view(hidden.shape)
