@@ -1,0 +1,68 @@
+"""Records what a model hands to its experts modules, and repeats those calls in other shapes."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from families.registry import experts_modules
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of an experts module: which, with what, and what came back."""
+
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+
+@contextmanager
+def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
+    """Lists every call of an experts module made within the block, in order."""
+    calls: list[Call] = []
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, kwargs, output, name=name: calls.append(
+                Call(name, module, args, kwargs, output)
+            ),
+            with_kwargs=True,
+        )
+        for name, module in experts_modules(model).items()
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def blocks_of(n_experts: int, n_blocks: int = 3) -> list[range]:
+    """Cuts the experts into consecutive blocks as even as they come: 8 gives 3, 3 and 2."""
+    bounds = [-(-n_experts * index // n_blocks) for index in range(n_blocks + 1)]
+    return [range(start, stop) for start, stop in pairwise(bounds)]
+
+
+def call_by_pairs(call: Call, experts: Sequence[int] | None = None) -> Tensor:
+    """Repeats a call with one row per (token, expert) pair and adds each token's rows up.
+
+    With `experts`, only the pairs of those experts are computed: what one function would answer.
+    """
+    hidden, top_k_index, top_k_weights = call.args  # [T, H], [T, k], [T, k]
+    wanted = torch.ones_like(top_k_index, dtype=torch.bool)  # [T, k]
+    if experts is not None:
+        wanted = torch.isin(top_k_index, torch.tensor(list(experts)))  # [T, k]
+    tokens, slots = wanted.nonzero(as_tuple=True)  # [P], [P]
+    total = torch.zeros_like(hidden)  # [T, H]
+    with torch.no_grad():
+        rows = call.module(  # [P, H]
+            hidden[tokens],  # [P, H]
+            top_k_index[tokens, slots].unsqueeze(-1),  # [P, 1]
+            top_k_weights[tokens, slots].unsqueeze(-1),  # [P, 1]
+        )
+    return total.index_add_(0, tokens, rows)  # [T, H]

@@ -1,0 +1,279 @@
+"""What each family needs beyond the common table: its class, and its own configuration fields.
+
+Every field named here is one that the family's code or validation asks for, or a layer pattern that
+puts all of the family's attention kinds beside sparse layers within the few layers there are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from families.shrink import EXPERT_WIDTH, HEAD_DIM, HEADS, HIDDEN
+
+_DENSE_FIRST = ["dense", "sparse", "sparse"]
+_LINEAR_MIX = ["linear_attention", "full_attention", "linear_attention"]
+_INDEXED_MIX = ["linear_attention", "indexed_attention", "linear_attention"]
+_SLIDING_MIX = ["sliding_attention", "full_attention", "sliding_attention"]
+_INKLING_MIX = ["hybrid_sliding", "hybrid", "hybrid_sliding"]
+_SAM = {"downsample_channels": [16, HIDDEN], "mlp_dim": 32}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One family: the class to build, the fields to set on its configuration, and remarks."""
+
+    architecture: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+ENTRIES: Mapping[str, Entry] = {
+    "afmoe": Entry("AfmoeForCausalLM", {"layer_types": _SLIDING_MIX}),
+    "aria": Entry("AriaTextForCausalLM", note="transposed weights"),
+    "axk1": Entry("AXK1ForCausalLM"),
+    "axk2": Entry("AXK2ForCausalLM"),
+    "bailing_hybrid": Entry("BailingHybridForCausalLM", {"layer_types": _LINEAR_MIX}),
+    "beam": Entry("BeamForCausalLM", {"mlp_layer_types": _DENSE_FIRST}, "own gate, in fp32"),
+    "cohere2_moe": Entry(
+        "Cohere2MoeForCausalLM",
+        {"logit_scale": 1.0, "num_shared_experts": 1, "layer_types": _SLIDING_MIX},
+    ),
+    "deepseek_ocr2": Entry(
+        "DeepseekOcr2ForConditionalGeneration",
+        {
+            "text_config": {"mlp_layer_types": _DENSE_FIRST},
+            "vision_config": {"sam_config": _SAM},
+        },
+    ),
+    "deepseek_v2": Entry("DeepseekV2ForCausalLM", {"topk_method": "group_limited_greedy"}),
+    "deepseek_v3": Entry("DeepseekV3ForCausalLM"),
+    "deepseek_v32": Entry("DeepseekV32ForCausalLM"),
+    "deepseek_v4": Entry(
+        "DeepseekV4ForCausalLM",
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "partial_rotary_factor": 0.5,
+            "o_groups": 2,
+            "layer_types": [
+                "heavily_compressed_attention",
+                "compressed_sparse_attention",
+                "heavily_compressed_attention",
+            ],
+            "mlp_layer_types": ["hash_moe", "moe", "moe"],
+            "compress_rates": {
+                "compressed_sparse_attention": 2,
+                "heavily_compressed_attention": 4,
+            },
+        },
+        "first layer routes by a token id table; own gate with limits",
+    ),
+    "diffusion_gemma": Entry(
+        "DiffusionGemmaForBlockDiffusion",
+        {"canvas_length": 12, "text_config": {"global_head_dim": HEAD_DIM}},
+        "block diffusion, not autoregressive; encoder and decoder share their experts' parameters",
+    ),
+    "dots1": Entry("Dots1ForCausalLM"),
+    "dots3_note": Entry(
+        "Dots3NoteForCausalLM",
+        {
+            "shared_experts_intermediate_size": 40,
+            "swa_num_attention_heads": HEADS,
+            "swa_num_key_value_heads": HEADS,
+            "swa_q_lora_rank": 16,
+            "swa_kv_lora_rank": 16,
+            "swa_qk_nope_head_dim": 8,
+            "swa_head_dim": 12,
+            "swa_v_head_dim": 8,
+        },
+    ),
+    "ernie4_5_moe": Entry("Ernie4_5_MoeForCausalLM"),
+    "ernie4_5_vl_moe": Entry(
+        "Ernie4_5_VLMoeForConditionalGeneration",
+        {
+            "text_config": {
+                "moe_intermediate_size": [EXPERT_WIDTH, 16],
+                "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
+            }
+        },
+        "two experts modules a layer, for text and for vision, of different widths",
+    ),
+    "exaone_moe": Entry("ExaoneMoeForCausalLM", {"layer_types": _SLIDING_MIX}),
+    "flex_olmo": Entry("FlexOlmoForCausalLM"),
+    "flint": Entry(
+        "FlintForCausalLM",
+        {
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "mlp_only_layers": [0],
+        },
+    ),
+    "gemma4": Entry(
+        "Gemma4ForCausalLM",
+        {
+            "enable_moe_block": True,
+            "global_head_dim": HEAD_DIM,
+            "hidden_size_per_layer_input": 8,
+        },
+    ),
+    "glm4_moe": Entry("Glm4MoeForCausalLM"),
+    "glm4_moe_lite": Entry("Glm4MoeLiteForCausalLM"),
+    "glm4v_moe": Entry(
+        "Glm4vMoeForConditionalGeneration",
+        {
+            "text_config": {
+                "head_dim": 16,
+                "rope_parameters": {
+                    **_ROPE,
+                    "partial_rotary_factor": 0.5,
+                    "mrope_section": [2, 1, 1],
+                },
+            }
+        },
+    ),
+    "glm5_next": Entry(
+        "Glm5NextForConditionalGeneration",
+        {
+            "text_config": {
+                "qk_rope_head_dim": 0,
+                "index_kpool": 4,
+                "mlp_layer_types": _DENSE_FIRST,
+                "layer_types": _INDEXED_MIX,
+            },
+            "vision_config": {"projection_intermediate_size": 48},
+        },
+        "own gate with limits",
+    ),
+    "glm_moe_dsa": Entry("GlmMoeDsaForCausalLM"),
+    "gpt_oss": Entry("GptOssForCausalLM", note="transposed, interleaved, biased; own gate"),
+    "granitemoe": Entry("GraniteMoeForCausalLM"),
+    "granitemoe_swa": Entry("GraniteMoeSWAForCausalLM"),
+    "granitemoehybrid": Entry("GraniteMoeHybridForCausalLM", {"layer_types": _LINEAR_MIX}),
+    "granitemoeshared": Entry("GraniteMoeSharedForCausalLM"),
+    "hunyuan_v1_moe": Entry("HunYuanMoEV1ForCausalLM"),
+    "hy_v3": Entry("HYV3ForCausalLM"),
+    "hy_v4": Entry("HYV4ForCausalLM", note="own gate with limits"),
+    "inkling": Entry(
+        "InklingForCausalLM",
+        {
+            "d_rel": 4,
+            "rel_extent": 16,
+            "logits_mup_width_multiplier": 1.0,
+            "mlp_layer_types": _DENSE_FIRST,
+            "layer_types": _INKLING_MIX,
+        },
+    ),
+    "inkling2": Entry(
+        "Inkling2ForCausalLM",
+        {
+            "d_rel": 4,
+            "rel_extent": 16,
+            "layer_types": _INKLING_MIX,
+            "n_layers_per_attn_res_block": 2,
+        },
+        "own gate, soft-capped; accumulates in fp32",
+    ),
+    "jamba": Entry(
+        "JambaForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 0,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "kimi_linear": Entry("KimiLinearForCausalLM", {"layer_types": _LINEAR_MIX}),
+    "kolibri1": Entry("Kolibri1ForCausalLM", {"layer_types": _SLIDING_MIX}),
+    "laguna": Entry("LagunaForCausalLM", {"layer_types": _SLIDING_MIX}),
+    "lfm2_moe": Entry("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention", "conv"]}),
+    "mellum": Entry("MellumForCausalLM", {"layer_types": _SLIDING_MIX}),
+    "mimo_v2_flash": Entry("MiMoV2FlashForCausalLM"),
+    "minimax": Entry("MiniMaxForCausalLM", {"block_size": 8}),
+    "minimax_m2": Entry("MiniMaxM2ForCausalLM"),
+    "minimax_m3_vl": Entry(
+        "MiniMaxM3VLForCausalLM",
+        {
+            "rotary_dim": 4,
+            "index_block_size": 4,
+            "index_topk_blocks": 2,
+            "mlp_layer_types": _DENSE_FIRST,
+            "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+        },
+        "own gate with limits",
+    ),
+    "mistral4": Entry("Mistral4ForCausalLM"),
+    "mistral_large4": Entry("MistralLarge4ForConditionalGeneration"),
+    "mixtral": Entry("MixtralForCausalLM"),
+    "muse_spark": Entry(
+        "MuseSparkForConditionalGeneration",
+        {
+            "out_hidden_size": HIDDEN,
+            "projector_hidden_size": HIDDEN,
+            "text_config": {"moe_hidden_size": 16},
+            "audio_config": {"patch_sizes": [2], "hidden_sizes": [16], "depths": [1]},
+        },
+        "experts narrower than the model's hidden size, and a norm after each expert",
+    ),
+    "nemotron_h": Entry(
+        "NemotronHForCausalLM",
+        {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+            "num_hidden_layers": 4,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 8,
+            "moe_latent_size": 16,
+            "use_mamba_kernels": False,
+        },
+        "no gate; experts narrower than the model's hidden size",
+    ),
+    "olmoe": Entry("OlmoeForCausalLM"),
+    "openai_privacy_filter": Entry(
+        "OpenAIPrivacyFilterForTokenClassification",
+        {"id2label": {index: f"label-{index}" for index in range(5)}},
+        "token classification, bidirectional; biased, transposed; computes in fp32",
+    ),
+    "phimoe": Entry("PhimoeForCausalLM"),
+    "qwen2_moe": Entry("Qwen2MoeForCausalLM"),
+    "qwen3_5_moe": Entry("Qwen3_5MoeForCausalLM", {"layer_types": _LINEAR_MIX, "head_dim": 16}),
+    "qwen3_moe": Entry("Qwen3MoeForCausalLM"),
+    "qwen3_next": Entry("Qwen3NextForCausalLM", {"layer_types": _LINEAR_MIX, "head_dim": 16}),
+    "qwen3_omni_moe": Entry(
+        "Qwen3OmniMoeThinkerForConditionalGeneration", note="the thinker, which writes the text"
+    ),
+    "qwen3_vl_moe": Entry("Qwen3VLMoeForConditionalGeneration"),
+    "qwen4_exp": Entry(
+        "Qwen4ExpForCausalLM",
+        {
+            "layer_types": _INDEXED_MIX,
+            "head_dim": 16,
+            "hc_lowrank": 8,
+            "ple_layer_ids": [1],
+            "ple_embed_dim": HIDDEN,
+            "ngram_vocab_size_base": 64,
+            "heads_per_ngram": 2,
+            "split_ngram_parts": 2,
+            "make_ngram_vocab_size_divisible_by": 8,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+        },
+    ),
+    "solar_open": Entry("SolarOpenForCausalLM"),
+    "unlimited_ocr": Entry(
+        "UnlimitedOcrForConditionalGeneration", {"vision_config": {"sam_config": _SAM}}
+    ),
+    "zaya": Entry(
+        "ZayaForCausalLM",
+        {
+            "num_experts_per_tok": 1,
+            "router_hidden_size": 16,
+            "layer_types": ["hybrid", "hybrid_sliding", "hybrid"],
+        },
+        "top-1; a token that skips its experts comes as expert 0 with weight 0",
+    ),
+}

@@ -1,0 +1,99 @@
+"""Tiny random models of every family that transformers' experts interface covers.
+
+`build` is repeatable: the same weights each time, whatever was built before. The models are not
+pretrained; they only route, mix and add up as their families do.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from families.entries import ENTRIES, Entry
+from families.shrink import shrink
+from families.weights import SEED, enliven
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+UNBUILDABLE: Mapping[str, str] = {}
+"""Families without a tiny model, each with the reason: at present none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family of MoE models: `name` is its package in transformers, `build` makes a tiny one."""
+
+    name: str
+    model_type: str
+    build: Callable[[], PreTrainedModel]
+    note: str
+
+
+def tiny_config(name: str) -> PretrainedConfig:
+    """Returns the tiny fp32 configuration of one family."""
+    entry = ENTRIES[name]
+    config = shrink(_config_class(_model_class(name, entry)), entry.overrides)
+    config.dtype = torch.float32
+    return config
+
+
+def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the model's experts modules by name, in the order of `named_modules`."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "_is_expert_parallel")
+    }
+
+
+def forward_logits(family: Family, model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Runs text through the model without a cache and returns its logits, `[B, S, V]`."""
+    inputs: dict[str, Any] = {"input_ids": input_ids}  # [B, S]
+    if family.model_type == "diffusion_gemma":
+        # The canvas would else be drawn at random; here it is the prompt read backwards.
+        inputs["decoder_input_ids"] = input_ids.flip(-1)  # [B, S]
+    else:
+        inputs["use_cache"] = False
+    with torch.no_grad():
+        logits = model(**inputs).logits  # [B, S, V]
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _build(name: str) -> PreTrainedModel:
+    config = tiny_config(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model: PreTrainedModel = _model_class(name, ENTRIES[name])(config)
+    enliven(model)
+    model.set_experts_implementation("eager")
+    return model.eval()
+
+
+def _model_class(name: str, entry: Entry) -> type[PreTrainedModel]:
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    model_class: type[PreTrainedModel] = getattr(module, entry.architecture)
+    return model_class
+
+
+def _config_class(model_class: type[PreTrainedModel]) -> type[PretrainedConfig]:
+    for ancestor in model_class.__mro__:  # a mixin may stand before the class that names it
+        declared = vars(ancestor).get("config_class")
+        if declared is not None:
+            found: type[PretrainedConfig] = declared
+            return found
+    raise TypeError(f"{model_class.__name__}: config_class: got None, expected a configuration")
+
+
+def _family(name: str, entry: Entry) -> Family:
+    return Family(
+        name=name,
+        model_type=_config_class(_model_class(name, entry)).model_type,
+        build=partial(_build, name),
+        note=entry.note,
+    )
+
+
+FAMILIES: tuple[Family, ...] = tuple(_family(name, entry) for name, entry in ENTRIES.items())

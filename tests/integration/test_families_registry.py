@@ -1,0 +1,182 @@
+"""The registry holds every family of the experts interface, and each tiny model is a fair sample.
+
+Also what dispatch relies on, family by family: how experts modules are called, how their
+parameters are laid out, and that their work can be cut by (token, expert) pairs and by blocks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from families.calls import Call, blocks_of, call_by_pairs, recorded_calls
+from families.coverage import covered_families
+from families.inputs import prompts
+from families.registry import (
+    FAMILIES,
+    UNBUILDABLE,
+    Family,
+    experts_modules,
+    forward_logits,
+    tiny_config,
+)
+from families.shrink import EXPERTS
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+TOLERANCE = 1e-5
+# Weights read from a file lie at other alignments than fresh ones, so GEMMs round differently.
+RELOAD_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A tiny model with the calls and logits of one forward pass."""
+
+    family: Family
+    model: PreTrainedModel
+    calls: list[Call]
+    logits: Tensor
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small lose more to waiting threads than they gain."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+def sample(request: pytest.FixtureRequest) -> Sample:
+    family: Family = request.param
+    model = family.build()
+    with recorded_calls(model) as calls:
+        logits = forward_logits(family, model, prompts())
+    return Sample(family, model, calls, logits)
+
+
+def test_every_family_of_the_experts_interface_is_listed() -> None:
+    listed = {family.name for family in FAMILIES} | set(UNBUILDABLE)
+    assert listed == set(covered_families())
+
+
+def test_models_use_the_decorated_experts_classes(sample: Sample) -> None:
+    decorated = covered_families()[sample.family.name]
+    used = {type(module).__name__ for module in experts_modules(sample.model).values()}
+    assert used
+    assert used <= set(decorated)
+
+
+def test_a_family_is_built_alike_each_time(sample: Sample) -> None:
+    again = sample.family.build().state_dict()
+    first = sample.model.state_dict()
+    assert first.keys() == again.keys()
+    assert [name for name in first if not torch.equal(first[name], again[name])] == []
+
+
+def test_logits_are_finite_and_depend_on_the_routed_experts(sample: Sample) -> None:
+    assert sample.logits.isfinite().all()
+    without = sample.family.build()
+    with torch.no_grad():
+        for module in experts_modules(without).values():
+            for parameter in module.parameters():
+                parameter.zero_()
+    change = (forward_logits(sample.family, without, prompts()) - sample.logits).abs().max()
+    assert change > 1e-1
+
+
+def test_each_model_has_two_sparse_layers_that_reach_every_block(sample: Sample) -> None:
+    assert len({call.name for call in sample.calls}) >= 2
+    for block in blocks_of(EXPERTS):
+        hits = [torch.isin(call.args[1], torch.tensor(list(block))).any() for call in sample.calls]
+        assert any(hits), block
+
+
+def test_experts_are_called_with_flat_tokens_indexes_and_weights(sample: Sample) -> None:
+    for call in sample.calls:
+        assert call.kwargs == {}
+        hidden, top_k_index, top_k_weights = call.args  # [T, H], [T, k], [T, k]
+        n_tokens, width = hidden.shape
+        assert top_k_index.shape == top_k_weights.shape == (n_tokens, top_k_index.shape[-1])
+        assert top_k_index.dtype == torch.int64
+        assert 0 <= int(top_k_index.min()) <= int(top_k_index.max()) < EXPERTS
+        assert call.output.shape == (n_tokens, width)
+        assert call.output.dtype == hidden.dtype == top_k_weights.dtype == torch.float32
+
+
+def test_all_but_a_norm_after_the_experts_is_stacked_over_experts(sample: Sample) -> None:
+    for module in experts_modules(sample.model).values():
+        shared = {
+            name for name, parameter in module.named_parameters() if parameter.shape[0] != EXPERTS
+        }
+        assert module.num_experts == EXPERTS
+        assert shared == ({"post_expert_norm.weight"} if module.has_post_expert_norm else set())
+        assert list(module.buffers()) == []
+
+
+def test_one_row_per_pair_adds_up_to_the_whole_call(sample: Sample) -> None:
+    for call in sample.calls:
+        torch.testing.assert_close(call_by_pairs(call), call.output, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_partial_sums_of_uneven_blocks_add_up_to_the_whole_call(sample: Sample) -> None:
+    for call in sample.calls:
+        partial_sums = [call_by_pairs(call, block) for block in blocks_of(EXPERTS)]  # 3 × [T, H]
+        torch.testing.assert_close(
+            torch.stack(partial_sums).sum(dim=0), call.output, atol=TOLERANCE, rtol=TOLERANCE
+        )
+
+
+def test_saved_and_loaded_again_a_model_is_the_same(sample: Sample, tmp_path: Path) -> None:
+    sample.model.save_pretrained(tmp_path)
+    loaded: PreTrainedModel = type(sample.model).from_pretrained(
+        tmp_path, dtype=torch.float32, experts_implementation="eager"
+    )
+    saved_state, loaded_state = sample.model.state_dict(), loaded.state_dict()
+    assert saved_state.keys() == loaded_state.keys()
+    assert [n for n in saved_state if not torch.equal(saved_state[n], loaded_state[n])] == []
+    logits = forward_logits(sample.family, loaded.eval(), prompts())
+    torch.testing.assert_close(logits, sample.logits, atol=RELOAD_TOLERANCE, rtol=RELOAD_TOLERANCE)
+
+
+def test_a_model_runs_with_its_experts_elsewhere(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = experts_modules(sample.model)
+    router = _without_experts(sample)
+    names = {module: name for name, module in experts_modules(router).items()}
+
+    def elsewhere(module: nn.Module, *args: Tensor) -> Tensor:
+        output: Tensor = sources[names[module]](*args)
+        return output
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "elsewhere", elsewhere)
+    router.set_experts_implementation("elsewhere")
+    assert torch.equal(forward_logits(sample.family, router, prompts()), sample.logits)
+
+
+def _without_experts(sample: Sample) -> PreTrainedModel:
+    """Builds the model with its experts' parameters, and nothing else, on the meta device."""
+    with init_empty_weights(include_buffers=False):
+        router: PreTrainedModel = type(sample.model)(tiny_config(sample.family.name))
+    expert_parameters = {
+        f"{name}.{local}"
+        for name, module in experts_modules(router).items()
+        for local, _ in module.named_parameters()
+    }
+    state = {
+        name: tensor.clone()
+        for name, tensor in sample.model.state_dict().items()
+        if name not in expert_parameters
+    }
+    missing, unexpected = router.load_state_dict(state, strict=False, assign=True)
+    router.tie_weights()
+    assert set(missing) <= expert_parameters
+    assert unexpected == []
+    assert {n for n, p in router.named_parameters() if p.is_meta} <= expert_parameters
+    return router.eval()
