@@ -1,0 +1,41 @@
+"""Small real stores and real sandbox processes, for every component's tests."""
+
+import itertools
+from contextlib import AbstractContextManager
+from functools import cache
+from pathlib import Path
+
+import pytest
+from sandboxes import OpenSandbox, PreparedStore, SandboxProcess, running_sandbox
+
+from faasmoe_expert.store import Store
+
+
+@pytest.fixture(scope="session")
+def prepared_store(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
+    """Prepares a family's tiny model as a store, once a session: `prepared_store("mixtral")`."""
+
+    @cache
+    def prepare_family(family: str, dtype: str | None = None) -> Store:
+        from families.registry import FAMILIES
+
+        from faasmoe_router.checkpoint import prepare
+
+        folder = tmp_path_factory.mktemp(family)
+        model = next(f for f in FAMILIES if f.name == family).build()
+        model.save_pretrained(folder / "checkpoint")
+        return prepare(str(folder / "checkpoint"), folder / "store", dtype=dtype)
+
+    return prepare_family
+
+
+@pytest.fixture(scope="session")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> OpenSandbox:
+    """Runs a sandbox process: `with sandbox(capacity=9, token="…") as box: box.http.get(…)`."""
+    folder: Path = tmp_path_factory.mktemp("sandboxes")
+    numbers = itertools.count()
+
+    def run(**variables: object) -> AbstractContextManager[SandboxProcess]:
+        return running_sandbox(folder / f"{next(numbers)}.log", **variables)
+
+    return run
