@@ -1,0 +1,50 @@
+"""The `faasmoe` command: its subcommands, and what becomes of their errors.
+
+Exit statuses: 0 done, 1 failed, 2 a wrong argument or MoEModel file, 128 + N ended by signal N.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from faasmoe_expert.store import StoreError
+from faasmoe_operator.cli import checkpoint, plan, up, version
+from faasmoe_operator.errors import CommandError, FaasmoeError
+from faasmoe_operator.spec import MoEModelError
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return its exit status."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="faasmoe: %(levelname)s %(message)s")
+    try:
+        status: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (FaasmoeError, StoreError) as error:
+        print(f"faasmoe: error: {error}", file=sys.stderr)
+        return _status(error)
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="faasmoe",
+        description="Serve Mixture-of-Experts language models with the experts as functions.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (up, plan, checkpoint, version):
+        module.add_commands(commands)
+    return parser
+
+
+def _status(error: Exception) -> int:
+    if isinstance(error, CommandError):
+        return error.status
+    return 2 if isinstance(error, MoEModelError) else 1

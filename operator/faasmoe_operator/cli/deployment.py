@@ -1,0 +1,118 @@
+"""A MoEModel file on this machine: its paths resolved, its store opened, its functions planned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from faasmoe_expert.store import MANIFEST_NAME, Manifest, Store
+from faasmoe_expert.table import FunctionSpec
+from faasmoe_operator.errors import PlanError
+from faasmoe_operator.plan.functions import Cut, plan_functions
+from faasmoe_operator.platforms.base import SandboxTemplate
+from faasmoe_operator.spec import MoEModel, MoEModelError, load_moemodel
+
+FILE_SCHEME = "file://"
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A MoEModel and where its parts lie on this machine.
+
+    Attributes:
+        file: the MoEModel file.
+        model: what it says.
+    """
+
+    file: Path
+    model: MoEModel
+
+    @classmethod
+    def load(cls, file: Path) -> Deployment:
+        """Read a MoEModel file; raises MoEModelError."""
+        return cls(file, load_moemodel(file))
+
+    @property
+    def source(self) -> str:
+        """The checkpoint: hf://ORG/NAME, or file:///PATH with nothing left relative."""
+        source = self.model.spec.model.source
+        if not source.startswith(FILE_SCHEME):
+            return source
+        path = Path(unquote(source.removeprefix(FILE_SCHEME)))
+        return (self.file.parent / path).resolve().as_uri()
+
+    @property
+    def store_path(self) -> Path:
+        """The store's folder."""
+        path = self.model.spec.store.path or f".faasmoe/{self.model.metadata.name}"
+        return (self.file.parent / path).resolve()
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether there is a complete store."""
+        return (self.store_path / MANIFEST_NAME).is_file()
+
+    @property
+    def dtype(self) -> str | None:
+        """The number format asked for, None for the checkpoint's."""
+        dtype = self.model.spec.model.dtype
+        return None if dtype == "auto" else dtype
+
+    @property
+    def template(self) -> SandboxTemplate:
+        """What the sandboxes are like."""
+        experts = self.model.spec.experts
+        return SandboxTemplate(experts.functions_per_sandbox, experts.device, experts.threads)
+
+    def open_store(self) -> Store:
+        """Open the store and check that it is the model's; raises StoreError or MoEModelError."""
+        if not self.is_prepared:
+            what = f"got {self.store_path}, which holds no prepared store"
+            self._refuse("spec.store.path", f"{what}; `faasmoe up` or `faasmoe prepare` makes one")
+        store = Store.open(self.store_path)
+        self._check(store.manifest)
+        return store
+
+    def functions(self, manifest: Manifest, *, key: bytes) -> tuple[FunctionSpec, ...]:
+        """Return the functions that the model is cut into; raises MoEModelError.
+
+        Args:
+            manifest: the store's.
+            key: secret that makes the function ids opaque.
+        """
+        granularity = self.model.spec.granularity
+        experts = granularity.experts_per_function
+        cut = Cut(None if experts == "auto" else experts, granularity.layers_per_function)
+        try:
+            return plan_functions(manifest.layers, cut, model_digest=manifest.digest, key=key)
+        except PlanError as error:
+            raise MoEModelError(str(self.file), [str(error)]) from error
+
+    def _check(self, manifest: Manifest) -> None:
+        held = manifest.model
+        if self.dtype not in (None, held.dtype):
+            expected = f"auto or {held.dtype}, which the store {self.store_path} holds"
+            self._refuse("spec.model.dtype", f"got {self.dtype}, expected {expected}")
+        if not _same_source(self.source, held.source):
+            expected = f"{held.source}, which the store {self.store_path} was prepared from"
+            self._refuse("spec.model.source", f"got {self.source}, expected {expected}")
+        wanted = self.model.spec.router.max_model_len
+        if wanted is not None and wanted > held.max_position_embeddings:
+            expected = f"at most {held.max_position_embeddings}, the model's context"
+            self._refuse("spec.router.maxModelLen", f"got {wanted}, expected {expected}")
+
+    def _refuse(self, field: str, what: str) -> None:
+        raise MoEModelError(str(self.file), [f"{field}: {what}"])
+
+
+def _same_source(wanted: str, held: str) -> bool:
+    """Compare what can be compared: a folder that was given by a relative path tells nothing."""
+    parts = urlsplit(held)
+    if parts.scheme == "file":
+        return Path(unquote(parts.path)).resolve().as_uri() == wanted
+    if Path(held).is_absolute():
+        return Path(held).resolve().as_uri() == wanted
+    if parts.scheme == "hf":
+        return held == wanted
+    return True

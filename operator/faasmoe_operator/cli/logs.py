@@ -1,0 +1,54 @@
+"""Where the children's output goes: the terminal, each line prefixed, or one file for each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self, TextIO
+
+from faasmoe_operator.errors import CommandError
+
+
+class Logs:
+    """Hands out one sink for each child; a context manager that closes the files."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._directory = directory
+        self._files = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Make the directory, if there is to be one."""
+        if self._directory is not None:
+            try:
+                self._directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CommandError(
+                    f"--log-dir: {self._directory} cannot be made: {error.strerror}", status=2
+                ) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
+        self._files.close()
+
+    def sink(self, name: str) -> Callable[[str], None]:
+        """Return what takes the lines of the child of that name."""
+        if self._directory is None:
+            return lambda line: print(f"[{name}] {line}", file=sys.stderr, flush=True)
+        file = self._open(self._directory / f"{name}.log")
+        return lambda line: print(line, file=file, flush=True)
+
+    def _open(self, path: Path) -> TextIO:
+        try:
+            return self._files.enter_context(path.open("a", encoding="utf-8"))
+        except OSError as error:
+            raise CommandError(
+                f"--log-dir: {path} cannot be written: {error.strerror}", status=2
+            ) from error
+
+
+def say(text: str) -> None:
+    """Tell the user what is going on, beside the output."""
+    print(f"faasmoe: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""The control core's mechanism: talking to sandboxes, making functions resident."""

@@ -1,0 +1,101 @@
+"""Every function in a sandbox: what `faasmoe up` runs while functions do not come and go.
+
+Decide (plan/residency.py), act (create, wait until ready, attach), and tell the result as a
+function table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from faasmoe_expert.table import FunctionEntry, FunctionSpec, FunctionTable
+from faasmoe_operator.control.parallel import for_each
+from faasmoe_operator.control.sandbox_client import ModelStore
+from faasmoe_operator.errors import PlatformError
+from faasmoe_operator.plan.residency import spread
+from faasmoe_operator.platforms.base import Platform, Sandbox, SandboxTemplate
+
+READY_TIMEOUT_S = 120.0
+PARALLEL_CALLS = 8
+
+
+class Attacher(Protocol):
+    """What attaches functions; `SandboxClient` does."""
+
+    async def attach(self, address: str, function: FunctionSpec, *, store: ModelStore) -> None:
+        """Attach a function to the sandbox at an address."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Residents:
+    """Functions that were made resident.
+
+    Attributes:
+        functions: every function of the model, in the plan's order.
+        sandboxes: each sandbox with its functions.
+    """
+
+    functions: tuple[FunctionSpec, ...]
+    sandboxes: tuple[tuple[Sandbox, tuple[FunctionSpec, ...]], ...]
+
+    def table(self, model_digest: str) -> FunctionTable:
+        """Return the function table that the router reads."""
+        places = {
+            function.id: sandbox.address
+            for sandbox, functions in self.sandboxes
+            for function in functions
+        }
+        entries = (FunctionEntry(function, (places[function.id],)) for function in self.functions)
+        return FunctionTable(model_digest, 0, tuple(entries))
+
+
+async def make_resident(
+    functions: Sequence[FunctionSpec],
+    platform: Platform,
+    attacher: Attacher,
+    *,
+    template: SandboxTemplate,
+    store: ModelStore,
+    progress: Callable[[str], None],
+    ready_timeout_s: float = READY_TIMEOUT_S,
+) -> Residents:
+    """Create sandboxes and attach every function to one; raises PlatformError or SandboxError."""
+    groups = spread(functions, capacity=template.capacity)
+    progress(f"starting {len(groups)} sandboxes for {len(functions)} functions")
+    sandboxes = await for_each(groups, lambda _: platform.create(template), limit=PARALLEL_CALLS)
+    await wait_ready(platform, [s.id for s in sandboxes], timeout_s=ready_timeout_s)
+
+    async def attach(call: tuple[Sandbox, FunctionSpec]) -> None:
+        await attacher.attach(call[0].address, call[1], store=store)
+
+    progress(f"attaching {len(functions)} functions")
+    pairs = list(zip(sandboxes, groups, strict=True))
+    calls = [(sandbox, function) for sandbox, group in pairs for function in group]
+    await for_each(calls, attach, limit=PARALLEL_CALLS)
+    return Residents(tuple(functions), tuple(pairs))
+
+
+async def wait_ready(platform: Platform, names: Collection[str], *, timeout_s: float) -> None:
+    """Wait until all of these sandboxes are ready; raises PlatformError if one is lost."""
+    waiting = set(names)
+    lost = dict.fromkeys(waiting - {s.id for s in await platform.list()}, "unknown")
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for event in platform.watch():
+                if event.kind == "deleted" and event.sandbox.id in waiting:
+                    lost[event.sandbox.id] = event.reason
+                if lost:
+                    name, reason = next(iter(lost.items()))
+                    raise PlatformError(f"sandbox {name} was lost before it was ready: {reason}")
+                if event.sandbox.ready:
+                    waiting.discard(event.sandbox.id)
+                if not waiting:
+                    return
+    except TimeoutError:
+        raise PlatformError(
+            f"{len(waiting)} of {len(names)} sandboxes were not ready after {timeout_s:g} s"
+        ) from None

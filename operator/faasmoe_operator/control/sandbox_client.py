@@ -1,0 +1,184 @@
+"""Client of the sandboxes' control calls: attach, detach and list functions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import aiohttp
+
+from faasmoe_expert.table import FunctionSpec, TableError
+from faasmoe_operator.errors import FaasmoeError
+
+MAX_ANSWER_BYTES = 8 << 20
+
+
+class SandboxError(FaasmoeError):
+    """A sandbox that refused a call, did not answer, or answered nonsense.
+
+    Attributes:
+        address: the sandbox.
+        code: the sandbox's own code for what it refused; `unreachable` or `garbage` otherwise.
+        status: the HTTP status, or None if there was no answer.
+        field: the field that it refused, or None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        address: str,
+        code: str,
+        status: int | None = None,
+        field: str | None = None,
+    ) -> None:
+        super().__init__(f"sandbox {address}: {message}")
+        self.address, self.code, self.status, self.field = address, code, status, field
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long a sandbox may take.
+
+    Attributes:
+        connect_timeout_s: to accept a connection.
+        list_timeout_s: to list its functions.
+        attach_timeout_s: to attach a function: mapped files, but read from a disk if need be.
+        detach_timeout_s: to detach a function: calls in progress finish first.
+    """
+
+    connect_timeout_s: float = 2.0
+    list_timeout_s: float = 5.0
+    attach_timeout_s: float = 60.0
+    detach_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStore:
+    """The store that functions are attached from.
+
+    Attributes:
+        path: its folder, as the sandboxes see it.
+        model_digest: digest that its manifest must have.
+    """
+
+    path: Path
+    model_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttachedFunction:
+    """A function that a sandbox holds.
+
+    Attributes:
+        spec: which experts it has.
+        model_digest: digest of the store that it was attached from.
+        size_bytes: size of its weights.
+    """
+
+    spec: FunctionSpec
+    model_digest: str
+    size_bytes: int
+
+
+class SandboxClient:
+    """Talks to the sandboxes of one model; use as an async context manager."""
+
+    def __init__(self, *, token: str, timeouts: Timeouts | None = None) -> None:
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._timeouts = timeouts or Timeouts()
+
+    async def __aenter__(self) -> Self:
+        """Open the connections' pool."""
+        self._http = aiohttp.ClientSession(headers=self._headers)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close every connection."""
+        await self._http.close()
+
+    async def attach(self, address: str, function: FunctionSpec, *, store: ModelStore) -> None:
+        """Attach a function; nothing happens if it is there already. Raises SandboxError."""
+        body = {
+            "store": str(store.path),
+            "model_digest": store.model_digest,
+            "layers": list(function.layers),
+            "experts": list(function.experts),
+        }
+        timeout_s = self._timeouts.attach_timeout_s
+        await self._call("PUT", address, f"/{function.id}", timeout_s=timeout_s, body=body)
+
+    async def detach(self, address: str, function_id: str) -> None:
+        """Detach a function; nothing happens if it is not there. Raises SandboxError."""
+        timeout_s = self._timeouts.detach_timeout_s
+        try:
+            await self._call("DELETE", address, f"/{function_id}", timeout_s=timeout_s)
+        except SandboxError as error:
+            if error.status != 404:
+                raise
+
+    async def list(self, address: str) -> tuple[AttachedFunction, ...]:
+        """Return the functions that a sandbox holds. Raises SandboxError."""
+        timeout_s = self._timeouts.list_timeout_s
+        answer = await self._call("GET", address, "", timeout_s=timeout_s)
+        try:
+            return tuple(_attached(function) for function in answer["functions"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _garbage(address, 200, f"functions: {error}") from error
+
+    async def _call(
+        self, method: str, address: str, path: str, *, timeout_s: float, body: Any = None
+    ) -> dict[str, Any]:
+        limits = aiohttp.ClientTimeout(
+            total=timeout_s, sock_connect=self._timeouts.connect_timeout_s
+        )
+        url = f"http://{address}/v1/functions{path}"
+        try:
+            async with self._http.request(method, url, json=body, timeout=limits) as response:
+                content = await response.content.read(MAX_ANSWER_BYTES)
+                return _read_answer(address, response.status, content)
+        except TimeoutError as error:
+            raise SandboxError(
+                f"{method} {path}: no answer in {timeout_s:g} s", address=address, code="timeout"
+            ) from error
+        except aiohttp.ClientError as error:
+            raise SandboxError(
+                f"{method} {path}: {error}", address=address, code="unreachable"
+            ) from error
+
+
+def _read_answer(address: str, status: int, content: bytes) -> dict[str, Any]:
+    if status == 204:
+        return {}
+    try:
+        answer = json.loads(content)
+    except ValueError as error:
+        raise _garbage(address, status, f"status {status} without JSON") from error
+    if not isinstance(answer, dict):
+        raise _garbage(address, status, f"got {type(answer).__name__}, expected an object")
+    if status < 300:
+        return answer
+    refused = answer.get("error")
+    if not isinstance(refused, dict):
+        raise _garbage(address, status, f"status {status} without an error object")
+    raise SandboxError(
+        str(refused.get("message", f"status {status}")),
+        address=address,
+        code=str(refused.get("code", "refused")),
+        status=status,
+        field=refused.get("field"),
+    )
+
+
+def _garbage(address: str, status: int, what: str) -> SandboxError:
+    return SandboxError(what, address=address, code="garbage", status=status)
+
+
+def _attached(function: Any) -> AttachedFunction:
+    try:
+        spec = FunctionSpec.from_json(function)
+    except TableError as error:
+        raise ValueError(str(error)) from error
+    return AttachedFunction(spec, str(function["model_digest"]), int(function["size_bytes"]))

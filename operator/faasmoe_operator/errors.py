@@ -1,0 +1,33 @@
+"""Errors of the control plane; every message can be shown to a user as it is.
+
+FaasmoeError
+├── MoEModelError   a MoEModel file that cannot be used (spec/document.py)
+├── PlanError       a model that cannot be cut as asked (plan/functions.py)
+├── PlatformError   sandboxes that cannot be started or were lost (platforms/)
+├── SandboxError    a sandbox that refused or did not answer (control/sandbox_client.py)
+└── CommandError    a command that cannot do its work (cli/)
+"""
+
+
+class FaasmoeError(Exception):
+    """Anything that the control plane reports to its user without a traceback."""
+
+
+class PlanError(FaasmoeError):
+    """A model that cannot be cut into functions as asked; names the field, got, expected."""
+
+
+class PlatformError(FaasmoeError):
+    """Sandboxes that could not be started, or that were lost."""
+
+
+class CommandError(FaasmoeError):
+    """A command that cannot do its work.
+
+    Attributes:
+        status: the exit status of the command.
+    """
+
+    def __init__(self, message: str, *, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status

@@ -1,0 +1,120 @@
+"""A model cut into functions: geometry and granularity to function specs. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+from faasmoe_expert.table import FunctionSpec, function_id
+from faasmoe_operator.errors import PlanError
+
+AUTO_BLOCKS_PER_LAYER = 3
+"""The paper's advice: fewer, larger blocks cost fewer calls; more are idle more often."""
+
+
+class LayerShape(Protocol):
+    """One MoE layer, as far as a plan needs it; the manifest's layers are such."""
+
+    @property
+    def index(self) -> int:
+        """Its number in the store's manifest."""
+        ...
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts in it."""
+        ...
+
+    @property
+    def expert_bytes(self) -> int:
+        """Size of one expert's parameters."""
+        ...
+
+    @property
+    def shared_bytes(self) -> int:
+        """Size of the parameters that every block of it needs."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How to cut.
+
+    Attributes:
+        experts_per_function: experts of a layer in one function; None makes about three blocks.
+        layers_per_function: layers whose block is in the same function.
+    """
+
+    experts_per_function: int | None = None
+    layers_per_function: int = 1
+
+
+def plan_functions(
+    layers: Sequence[LayerShape], cut: Cut, *, model_digest: str, key: bytes
+) -> tuple[FunctionSpec, ...]:
+    """Return the functions of a model, each expert of each layer in exactly one.
+
+    The last block of a layer may be smaller. A function spans only layers of the same number of
+    experts: where the number changes, a new group of layers begins.
+
+    Args:
+        layers: every MoE layer, ascending by index.
+        cut: how to cut them.
+        model_digest: digest of the store, part of each function's identity.
+        key: secret that makes the function ids opaque.
+
+    Raises:
+        PlanError: the model cannot be cut like this.
+    """
+    _check(layers, cut)
+    functions = []
+    for group in _layer_groups(layers, cut.layers_per_function):
+        indices = tuple(layer.index for layer in group)
+        for experts in _blocks(group[0].num_experts, cut.experts_per_function):
+            name = function_id(key, model_digest=model_digest, layers=indices, experts=experts)
+            functions.append(FunctionSpec(name, indices, experts))
+    return tuple(functions)
+
+
+def function_bytes(function: FunctionSpec, layers: Sequence[LayerShape]) -> int:
+    """Return the size of a function's weights."""
+    shapes = {layer.index: layer for layer in layers}
+    return sum(
+        shapes[index].expert_bytes * len(function.experts) + shapes[index].shared_bytes
+        for index in function.layers
+    )
+
+
+def _check(layers: Sequence[LayerShape], cut: Cut) -> None:
+    if not layers:
+        raise PlanError("layers: got a model without MoE layers, expected at least one")
+    largest = max(layers, key=lambda layer: layer.num_experts)
+    what = f"the experts of layer {largest.index}"
+    if cut.experts_per_function is not None:
+        _check_bounds("expertsPerFunction", cut.experts_per_function, largest.num_experts, what)
+    what = "the MoE layers of the model"
+    _check_bounds("layersPerFunction", cut.layers_per_function, len(layers), what)
+
+
+def _check_bounds(field: str, got: int, bound: int, what: str) -> None:
+    if got < 1:
+        raise PlanError(f"spec.granularity.{field}: got {got}, expected 1 or more")
+    if got > bound:
+        raise PlanError(f"spec.granularity.{field}: got {got}, expected at most {bound}, {what}")
+
+
+def _layer_groups(
+    layers: Sequence[LayerShape], layers_per_function: int
+) -> Iterator[tuple[LayerShape, ...]]:
+    for _, run in groupby(layers, key=lambda layer: layer.num_experts):
+        alike = tuple(run)
+        for start in range(0, len(alike), layers_per_function):
+            yield alike[start : start + layers_per_function]
+
+
+def _blocks(num_experts: int, experts_per_function: int | None) -> Iterator[tuple[int, ...]]:
+    size = experts_per_function or -(-num_experts // AUTO_BLOCKS_PER_LAYER)
+    for start in range(0, num_experts, size):
+        yield tuple(range(start, min(start + size, num_experts)))

@@ -1,0 +1,72 @@
+"""The sandboxes that a platform knows, and waking those who watch them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from faasmoe_operator.platforms.base import Sandbox, SandboxEvent
+
+MAX_REASONS = 1024
+
+
+class Change:
+    """Wakes everyone who waits for a condition when something may have met it."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def notify(self) -> None:
+        """Let all waiters look again."""
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until the condition holds; it is looked at once for each notification."""
+        while not condition():
+            await self._event.wait()
+
+
+class Roster:
+    """Which sandboxes there are. Watchers compare states, so none can pile up unread events."""
+
+    def __init__(self) -> None:
+        self._sandboxes: dict[str, Sandbox] = {}
+        self._reasons: dict[str, str] = {}
+        self._change = Change()
+
+    def get(self, sandbox_id: str) -> Sandbox | None:
+        """Return a sandbox, or None if it is gone."""
+        return self._sandboxes.get(sandbox_id)
+
+    def all(self) -> tuple[Sandbox, ...]:
+        """Return every sandbox, oldest first."""
+        return tuple(self._sandboxes.values())
+
+    def put(self, sandbox: Sandbox) -> None:
+        """Add a sandbox, or replace what is known of it."""
+        self._sandboxes[sandbox.id] = sandbox
+        self._change.notify()
+
+    def remove(self, sandbox_id: str, *, reason: str) -> None:
+        """Strike a sandbox off, if it is there, and keep why for those who watch."""
+        if self._sandboxes.pop(sandbox_id, None) is None:
+            return
+        self._reasons[sandbox_id] = reason
+        while len(self._reasons) > MAX_REASONS:
+            del self._reasons[next(iter(self._reasons))]
+        self._change.notify()
+
+    async def watch(self) -> AsyncIterator[SandboxEvent]:
+        """Give every sandbox that is there, then what changes, without end."""
+        seen: dict[str, Sandbox] = {}
+        while True:
+            now = dict(self._sandboxes)
+            for name, sandbox in seen.items():
+                if name not in now:
+                    yield SandboxEvent("deleted", sandbox, self._reasons.get(name, "unknown"))
+            for name, sandbox in now.items():
+                if seen.get(name) != sandbox:
+                    yield SandboxEvent("changed", sandbox)
+            seen = now
+            await self._change.wait_for(lambda seen=seen: self._sandboxes != seen)  # type: ignore[misc]

@@ -1,0 +1,29 @@
+"""What all parts of a MoEModel share: camelCase names, no unknown keys, no silent conversions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticCustomError
+
+
+class Part(BaseModel):
+    """A part of a MoEModel; immutable once read."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False
+    )
+
+
+def rule_broken(field: str, *, got: Any, expected: str) -> PydanticCustomError:
+    """Return the error of a rule over several fields, so that one of them is named.
+
+    Args:
+        field: camelCase path of the field to name, relative to the part that checks the rule.
+        got: the field's value.
+        expected: what would be right, in words.
+    """
+    context = {"field": field, "got": got, "expected": expected}
+    return PydanticCustomError("rule_broken", "{field}: expected {expected}", context)

@@ -1,0 +1,63 @@
+"""A tiny prepared store and a MoEModel file beside it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from faasmoe_expert.store import (
+    FileEntry,
+    LayerEntry,
+    Manifest,
+    ModelEntry,
+    files_digest,
+    sha256_of_file,
+)
+
+LAYERS = 2
+EXPERTS = 8
+
+WriteModel = Callable[..., Path]
+
+
+@pytest.fixture
+def write_model(tmp_path: Path) -> WriteModel:
+    """Write model.yaml with these spec lines and return its path."""
+
+    def write(*spec: str, source: str = "file://checkpoint") -> Path:
+        lines = [
+            "apiVersion: faasmoe.dev/v1alpha1",
+            "kind: MoEModel",
+            "metadata: {name: tiny}",
+            "spec:",
+            f"  model: {{source: '{source}'}}",
+            "  store: {path: store}",
+            *(f"  {line}" for line in spec),
+        ]
+        file = tmp_path / "model.yaml"
+        file.write_text("\n".join(lines))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A complete store, as far as its manifest and file sizes tell."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    files = {}
+    for index in range(LAYERS):
+        name = f"layer{index}.safetensors"
+        (folder / name).write_bytes(b"x")
+        files[name] = FileEntry(1, sha256_of_file(folder / name))
+    layers = [
+        LayerEntry(index, f"l{index}", name, EXPERTS, 2, 4, "Experts", None, 1 << 20, 0)
+        for index, name in enumerate(files)
+    ]
+    source = (tmp_path / "checkpoint").as_uri()
+    model = ModelEntry(source, None, "tiny_moe", "TinyMoe", "bfloat16", 4, 10, 64, LAYERS)
+    manifest = Manifest(files_digest(files), model, tuple(layers), files)
+    (folder / "manifest.json").write_text(json.dumps(manifest.to_json()))
+    return folder

@@ -1,0 +1,171 @@
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from faasmoe_operator.cli import checkpoint, main
+
+WriteModel = Callable[..., Path]
+
+
+@pytest.mark.parametrize("command", ["up", "plan", "prepare", "demo-model", "version"])
+def test_explains_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: faasmoe {command}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param([], id="no-command"),
+        pytest.param(["dance"], id="unknown-command"),
+        pytest.param(["up"], id="no-file"),
+        pytest.param(["up", "-f", "x", "--port", "70000"], id="port-too-high"),
+        pytest.param(["up", "-f", "x", "--port", "0"], id="port-zero"),
+        pytest.param(["prepare", "x"], id="no-store"),
+    ],
+)
+def test_refuses_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: faasmoe" in capsys.readouterr().err
+
+
+def test_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out.startswith("faasmoe ")
+
+
+@pytest.mark.parametrize("command", ["up", "plan"])
+def test_names_a_file_that_is_not_there(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "-f", str(tmp_path / "none.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "none.yaml: cannot be read" in error
+    assert "Traceback" not in error
+
+
+def test_names_a_field_that_is_wrong(
+    write_model: WriteModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "-f", str(write_model("granularity: {expertsPerFunction: 0}"))]) == 2
+    error = capsys.readouterr().err
+    assert "model.yaml: spec.granularity.expertsPerFunction: got 0, expected 1 or more" in error
+
+
+def test_says_that_the_port_is_in_use_before_anything_starts(
+    write_model: WriteModel, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["up", "-f", str(write_model()), "--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in error
+    assert "starting" not in error
+
+
+def test_plans_what_would_run(
+    write_model: WriteModel, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_model("granularity: {expertsPerFunction: 3}", "experts: {functionsPerSandbox: 2}")
+    assert main(["plan", "-f", str(file)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "functions 6, 16.0 MiB of weights" in lines
+    assert "sandboxes 3, 2 functions in each at most" in lines
+    assert "0-2 1 2 3.0 MiB" in lines
+    assert "6-7 1 2 2.0 MiB" in lines
+
+
+def test_plans_nothing_without_a_store(
+    write_model: WriteModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "-f", str(write_model())]) == 2
+    assert "spec.store.path: got " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spec", "source", "problem"),
+    [
+        pytest.param(
+            "granularity: {expertsPerFunction: 9}",
+            "file://checkpoint",
+            "model.yaml: spec.granularity.expertsPerFunction: got 9, expected at most 8, "
+            "the experts of layer 0",
+            id="granularity",
+        ),
+        pytest.param(
+            "router: {maxModelLen: 65}",
+            "file://checkpoint",
+            "spec.router.maxModelLen: got 65, expected at most 64, the model's context",
+            id="context",
+        ),
+        pytest.param(
+            "router: {}",
+            "file://another",
+            "another, expected file:///",
+            id="store-of-another-folder",
+        ),
+        pytest.param(
+            "router: {}",
+            "hf://org/model",
+            "spec.model.source: got hf://org/model, expected file:///",
+            id="store-of-a-folder-for-a-hub-model",
+        ),
+        pytest.param(
+            "router: {}",
+            "file://checkpoint', dtype: 'float32",
+            "spec.model.dtype: got float32, expected auto or bfloat16",
+            id="store-of-another-dtype",
+        ),
+    ],
+)
+def test_refuses_a_store_that_does_not_fit(
+    write_model: WriteModel,
+    store: Path,
+    capsys: pytest.CaptureFixture[str],
+    spec: str,
+    source: str,
+    problem: str,
+) -> None:
+    assert main(["plan", "-f", str(write_model(spec, source=source))]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_names_a_file_that_the_store_lacks(
+    write_model: WriteModel, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (store / "layer1.safetensors").unlink()
+    assert main(["plan", "-f", str(write_model())]) == 1
+    assert "layer1.safetensors: cannot be read" in capsys.readouterr().err
+
+
+def test_passes_the_arguments_of_a_preparation_on(tmp_path: Path) -> None:
+    command = checkpoint.prepare_command(
+        str(tmp_path), "store", revision="main", dtype="float32", force=True
+    )
+    assert command[-5:] == [
+        tmp_path.as_uri(),
+        "store",
+        "--revision=main",
+        "--dtype=float32",
+        "--force",
+    ]
+    hub = checkpoint.prepare_command("hf://org/model", "store", revision=None, dtype=None)
+    assert hub[-2:] == ["hf://org/model", "store"]
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 15)", 143)],
+)
+def test_passes_the_exit_status_of_a_child_on(
+    script: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "COMMAND", (sys.executable, "-c", script))
+    assert main(["demo-model", "somewhere"]) == status

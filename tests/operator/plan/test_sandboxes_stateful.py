@@ -1,0 +1,229 @@
+"""The sandbox plan driven against a simulated world in which every action takes its time."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from faasmoe_operator.plan.actions import Action, Attach, Create, Delete, Detach
+from faasmoe_operator.plan.fleet import (
+    Assignment,
+    AssignmentState,
+    Demand,
+    FleetSettings,
+    Sandbox,
+    SandboxState,
+    Shape,
+)
+from faasmoe_operator.plan.sandboxes import plan_sandboxes
+
+SIZES = {"f": 10, "g": 20, "h": 30, "i": 40, "j": 50}
+FUNCTIONS = sorted(SIZES)
+ATTACHED, ATTACHING, DETACHING = (
+    AssignmentState.ATTACHED,
+    AssignmentState.ATTACHING,
+    AssignmentState.DETACHING,
+)
+ROUNDS_TO_SETTLE = 200
+
+
+class World:
+    """Sandboxes that refuse what real ones would refuse."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.sandboxes: dict[str, Sandbox] = {}
+        self._names = (f"s{n:03}" for n in itertools.count())
+
+    def carry_out(self, action: Action, *, template: str, now: float) -> None:
+        match action:
+            case Create(count):
+                for name in itertools.islice(self._names, count):
+                    self.sandboxes[name] = Sandbox(name, SandboxState.STARTING, template, now)
+            case Delete(name):
+                assert self.sandboxes[name].state in {SandboxState.READY, SandboxState.FAILED}
+                self._set(name, state=SandboxState.DRAINING)
+            case Attach(name, function):
+                self._attach(self.sandboxes[name], function, now=now)
+            case Detach(name, function):
+                kept = {a.function: a for a in self.sandboxes[name].assignments}
+                assert kept[function].state is ATTACHED
+                kept[function] = replace(kept[function], state=DETACHING)
+                self._set(name, assignments=tuple(kept.values()))
+
+    def progress(self, name: str) -> None:
+        """Finish whatever is under way in one sandbox."""
+        sandbox = self.sandboxes[name]
+        if sandbox.state is SandboxState.DRAINING:
+            del self.sandboxes[name]
+            return
+        if sandbox.state is SandboxState.STARTING:
+            self._set(name, state=SandboxState.READY)
+        stay = (a for a in sandbox.assignments if a.state is not DETACHING)
+        self._set(name, assignments=tuple(replace(a, state=ATTACHED) for a in stay))
+
+    def fail(self, name: str) -> None:
+        self._set(name, state=SandboxState.FAILED)
+
+    def use(self, name: str, *, now: float) -> None:
+        used = tuple(replace(a, last_used=now) for a in self.sandboxes[name].assignments)
+        self._set(name, assignments=used)
+
+    def serving(self, function: str) -> int:
+        return sum(
+            a.function == function and a.state is ATTACHED
+            for sandbox in self.sandboxes.values()
+            if sandbox.state is SandboxState.READY
+            for a in sandbox.assignments
+        )
+
+    def _attach(self, sandbox: Sandbox, function: str, *, now: float) -> None:
+        assert sandbox.state is SandboxState.READY
+        assert function not in {a.function for a in sandbox.assignments}
+        added = Assignment(function, ATTACHING, memory_bytes=SIZES[function], last_used=now)
+        self._set(sandbox.id, assignments=(*sandbox.assignments, added))
+
+    def _set(self, name: str, **changes: Any) -> None:
+        self.sandboxes[name] = replace(self.sandboxes[name], **changes)
+
+
+class PlanMachine(RuleBasedStateMachine):
+    """Demand, templates, pool and faults change at any time; the plan is carried out in between."""
+
+    @initialize(
+        capacity=st.integers(1, 3),
+        limit=st.sampled_from([None, 50, 70]),
+        pool=st.integers(0, 3),
+        creates=st.integers(1, 4),
+        surge=st.integers(1, 2),
+    )
+    def begin(self, capacity: int, limit: int | None, pool: int, creates: int, surge: int) -> None:
+        shape = Shape(capacity, limit)
+        self.world = World(shape)
+        self.wanted = dict.fromkeys(FUNCTIONS, 0)
+        self.now = 0.0
+        self.settings = FleetSettings(
+            "t0", warm_pool=pool, shape=shape, max_creates=creates, max_surge=surge
+        )
+
+    @rule(function=st.sampled_from(FUNCTIONS), replicas=st.integers(0, 3))
+    def scale(self, function: str, replicas: int) -> None:
+        self.wanted[function] = replicas
+
+    @rule(function=st.sampled_from(FUNCTIONS))
+    def forget(self, function: str) -> None:
+        self.wanted.pop(function, None)
+
+    @rule(pool=st.integers(0, 3))
+    def resize_pool(self, pool: int) -> None:
+        self.settings = replace(self.settings, warm_pool=pool)
+
+    @rule(template=st.sampled_from(["t0", "t1", "t2"]))
+    def change_template(self, template: str) -> None:
+        self.settings = replace(self.settings, template_hash=template)
+
+    @precondition(lambda self: self.world.sandboxes)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.world.sandboxes)))
+        if self.world.sandboxes[name].state is not SandboxState.DRAINING:
+            self.world.fail(name)
+
+    @precondition(lambda self: self.world.sandboxes)
+    @rule(data=st.data())
+    def progress_some(self, data: st.DataObject) -> None:
+        names = st.sets(st.sampled_from(sorted(self.world.sandboxes)))
+        for name in sorted(data.draw(names)):
+            self.world.progress(name)
+
+    @precondition(lambda self: self.world.sandboxes)
+    @rule(data=st.data())
+    def use(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.world.sandboxes)))
+        self.world.use(name, now=self.now)
+
+    @rule()
+    def step(self) -> None:
+        before = {function: self.world.serving(function) for function in FUNCTIONS}
+        actions = self.plan()
+        self.check_actions(actions)
+        for action in actions:
+            self.world.carry_out(action, template=self.settings.template_hash, now=self.now)
+        for function, serving in before.items():
+            kept = min(serving, self.wanted.get(function, 0))
+            assert self.world.serving(function) >= kept
+        self.now += 1
+
+    @rule()
+    def plan_twice(self) -> None:
+        self.step()
+        again = self.plan()
+        if sum(a.count for a in again if isinstance(a, Create)) == 0:
+            assert again == ()
+        else:
+            # What the bound on creations left over is all that may remain.
+            assert all(isinstance(action, Create) for action in again)
+            assert self.last_created == self.settings.max_creates
+
+    @rule()
+    def settle(self) -> None:
+        for _ in range(ROUNDS_TO_SETTLE):
+            for name in sorted(self.world.sandboxes):
+                self.world.progress(name)
+            before = dict(self.world.sandboxes)
+            self.step()
+            if self.world.sandboxes == before:
+                break
+        else:
+            raise AssertionError("still busy")
+        self.check_settled()
+
+    @invariant()
+    def sandboxes_take_no_more_than_they_can(self) -> None:
+        limit = self.settings.shape.memory_limit_bytes
+        for sandbox in self.world.sandboxes.values():
+            functions = [a.function for a in sandbox.assignments]
+            assert len(functions) == len(set(functions))
+            assert len(functions) <= self.settings.shape.capacity
+            if limit is not None:
+                assert sum(a.memory_bytes for a in sandbox.assignments) <= limit
+
+    def plan(self) -> tuple[Action, ...]:
+        demands = [Demand(f, n, memory_bytes=SIZES[f]) for f, n in self.wanted.items()]
+        plan = plan_sandboxes(
+            self.settings, demands, sandboxes=tuple(self.world.sandboxes.values()), now=self.now
+        )
+        assert plan.unplaceable == ()
+        return plan.actions
+
+    def check_actions(self, actions: tuple[Action, ...]) -> None:
+        self.last_created = sum(a.count for a in actions if isinstance(a, Create))
+        assert self.last_created <= self.settings.max_creates
+        assert len(set(actions)) == len(actions)
+        for action in actions:
+            if isinstance(action, Delete):
+                sandbox = self.world.sandboxes[action.sandbox]
+                assert sandbox.state is SandboxState.FAILED or not sandbox.assignments
+
+    def check_settled(self) -> None:
+        for function in FUNCTIONS:
+            assert self.world.serving(function) == self.wanted.get(function, 0)
+        sandboxes = self.world.sandboxes.values()
+        assert all(s.state is SandboxState.READY for s in sandboxes)
+        assert {s.template_hash for s in sandboxes} <= {self.settings.template_hash}
+        generic = [s for s in sandboxes if not s.assignments]
+        assert len(generic) == self.settings.warm_pool
+
+
+TestSandboxPlan = PlanMachine.TestCase
+TestSandboxPlan.settings = settings(
+    max_examples=200,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)

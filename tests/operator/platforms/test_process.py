@@ -1,0 +1,220 @@
+"""The process platform with real processes: a zygote whose sandboxes need no torch."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from faasmoe_expert.table import FunctionSpec
+from faasmoe_operator.control.residency import make_resident, wait_ready
+from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient, SandboxError
+from faasmoe_operator.errors import PlatformError
+from faasmoe_operator.platforms import ProcessPlatform, Sandbox, SandboxEvent, SandboxTemplate
+from faasmoe_operator.platforms.process import Timing
+
+STAND_IN = Path(__file__).parents[2] / "expert_fn" / "zygote_stand_in.py"
+ENDS_AT_ONCE, NEVER_ANSWERS = 99, 98
+DEADLINE_S = 20.0
+TIMING = Timing(grace_s=0.3, probe_timeout_s=0.3, restart_delays_s=(0.0, 0.1))
+STORE = ModelStore(Path("/store"), "sha256:0")
+
+
+@asynccontextmanager
+async def platform(*command: str) -> AsyncIterator[ProcessPlatform]:
+    stand_in = command or (sys.executable, str(STAND_IN))
+    made = ProcessPlatform(token="secret", log=lambda _: None, timing=TIMING, command=stand_in)
+    async with asyncio.timeout(DEADLINE_S), made as running:
+        yield running
+
+
+async def next_event(
+    running: ProcessPlatform, wanted: Callable[[SandboxEvent], bool]
+) -> SandboxEvent:
+    async for event in running.watch():
+        if wanted(event):
+            return event
+    raise AssertionError("the watch ended")
+
+
+async def ready_sandbox(running: ProcessPlatform) -> Sandbox:
+    created = await running.create(SandboxTemplate())
+    event = await next_event(running, lambda e: e.sandbox.id == created.id and e.sandbox.ready)
+    return event.sandbox
+
+
+def is_running(pid: int | None) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+async def gone(running: ProcessPlatform, sandbox: Sandbox, act: Awaitable[None]) -> SandboxEvent:
+    """Watch, act once the sandbox was seen, and return the event of its end."""
+    watch = running.watch()
+    async for event in watch:
+        if event.sandbox.id == sandbox.id:
+            break
+    await act
+    async for event in watch:
+        if event.sandbox.id == sandbox.id and event.kind == "deleted":
+            return event
+    raise AssertionError("the watch ended")
+
+
+async def kill(pid: int | None) -> None:
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_creates_sandboxes_that_become_ready() -> None:
+    async def story() -> None:
+        async with platform() as running:
+            sandboxes = await asyncio.gather(*(ready_sandbox(running) for _ in range(4)))
+            assert len({s.address for s in sandboxes}) == 4
+            assert {s.template_hash for s in sandboxes} == {SandboxTemplate().digest}
+            assert {s.id for s in await running.list()} == {s.id for s in sandboxes}
+
+    asyncio.run(story())
+
+
+def test_has_another_hash_for_another_template() -> None:
+    assert SandboxTemplate().digest == SandboxTemplate().digest
+    assert SandboxTemplate(threads=2).digest != SandboxTemplate().digest
+
+
+def test_deletes_a_sandbox_and_forgets_it() -> None:
+    async def story() -> None:
+        async with platform() as running:
+            sandbox = await ready_sandbox(running)
+            event = await gone(running, sandbox, running.delete(sandbox.id))
+            assert event.reason == "ended with status 0"
+            assert await running.list() == ()
+            assert not is_running(sandbox.pid)
+            await running.delete(sandbox.id)
+
+    asyncio.run(story())
+
+
+def test_takes_a_sandbox_that_is_being_deleted_out_of_service_at_once() -> None:
+    async def story() -> None:
+        async with platform() as running:
+            sandbox = await ready_sandbox(running)
+            await running.delete(sandbox.id)
+            assert not any(s.ready for s in await running.list())
+
+    asyncio.run(story())
+
+
+def test_deletes_a_sandbox_that_does_not_listen() -> None:
+    async def story() -> None:
+        async with platform() as running:
+            sandbox = await running.create(SandboxTemplate(threads=NEVER_ANSWERS))
+            await gone(running, sandbox, running.delete(sandbox.id))
+            assert not is_running(sandbox.pid)
+
+    asyncio.run(story())
+
+
+def test_tells_that_a_sandbox_was_killed() -> None:
+    async def story() -> None:
+        async with platform() as running:
+            sandbox = await ready_sandbox(running)
+            event = await gone(running, sandbox, kill(sandbox.pid))
+            assert event.reason == "ended with status -9"
+
+    asyncio.run(story())
+
+
+def test_replaces_a_zygote_that_was_killed_and_tells_what_went_with_it() -> None:
+    async def story() -> None:
+        async with platform() as running:
+            sandbox, zygote_pid = await ready_sandbox(running), running.zygote_pid
+            event = await gone(running, sandbox, kill(zygote_pid))
+            assert event.reason == "the zygote ended with status -9"
+            replacement = await ready_sandbox(running)
+            assert replacement.id != sandbox.id
+            assert running.zygote_pid != zygote_pid
+            assert [s.id for s in await running.list()] == [replacement.id]
+
+    asyncio.run(story())
+
+
+def test_leaves_nothing_behind() -> None:
+    async def story() -> list[int | None]:
+        async with platform() as running:
+            sandboxes = [await ready_sandbox(running) for _ in range(2)]
+            stubborn = await running.create(SandboxTemplate(threads=NEVER_ANSWERS))
+            return [running.zygote_pid, stubborn.pid, *(s.pid for s in sandboxes)]
+
+    assert not any(is_running(pid) for pid in asyncio.run(story()))
+
+
+def test_says_why_no_zygote_can_be_started() -> None:
+    script = "import sys; sys.exit('no torch here')"
+
+    async def story() -> None:
+        async with platform(sys.executable, "-c", script) as running:
+            await running.create(SandboxTemplate())
+
+    with pytest.raises(PlatformError, match=r"(?s)ended with status 1.*no torch here"):
+        asyncio.run(story())
+
+
+def test_says_that_a_sandbox_was_lost_before_it_was_ready() -> None:
+    async def story() -> None:
+        async with platform() as running:
+            sandbox = await running.create(SandboxTemplate(threads=ENDS_AT_ONCE))
+            await wait_ready(running, [sandbox.id], timeout_s=DEADLINE_S)
+
+    with pytest.raises(PlatformError, match="was lost before it was ready: "):
+        asyncio.run(story())
+
+
+def test_says_that_sandboxes_were_not_ready_in_time() -> None:
+    async def story() -> None:
+        async with platform() as running:
+            sandbox = await running.create(SandboxTemplate(threads=NEVER_ANSWERS))
+            await wait_ready(running, [sandbox.id], timeout_s=0.2)
+
+    with pytest.raises(PlatformError, match=r"1 of 1 sandboxes were not ready after 0\.2 s"):
+        asyncio.run(story())
+
+
+def test_makes_every_function_resident() -> None:
+    functions = [FunctionSpec(f"f{index}", (index,), (0, 1)) for index in range(5)]
+
+    async def story() -> None:
+        async with platform() as running, SandboxClient(token="secret") as client:
+            residents = await make_resident(
+                functions,
+                running,
+                client,
+                template=SandboxTemplate(capacity=2),
+                store=STORE,
+                progress=lambda _: None,
+            )
+            table = residents.table("sha256:0")
+            assert [entry.spec for entry in table.functions] == functions
+            for sandbox, group in residents.sandboxes:
+                held = await client.list(sandbox.address)
+                assert {f.spec for f in held} == set(group)
+                assert {f.model_digest for f in held} == {"sha256:0"}
+
+    asyncio.run(story())
+
+
+def test_says_that_a_sandbox_refused() -> None:
+    async def story() -> None:
+        async with platform() as running, SandboxClient(token="wrong") as client:
+            sandbox = await ready_sandbox(running)
+            await client.attach(sandbox.address, FunctionSpec("f", (0,), (0,)), store=STORE)
+
+    with pytest.raises(SandboxError, match="authorization: expected the token") as caught:
+        asyncio.run(story())
+    assert (caught.value.code, caught.value.status) == ("unauthorized", 401)
