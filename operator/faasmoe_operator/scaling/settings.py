@@ -1,0 +1,160 @@
+"""The knobs of one function's autoscaler: Knative's names, defaults and bounds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from faasmoe_operator.errors import FaasmoeError
+
+WINDOW_MIN_S = 6
+PERIOD_MAX_S = 3600
+TARGET_MIN = 0.01
+
+
+class ScalingError(FaasmoeError):
+    """A scaling setting that cannot be used.
+
+    Attributes:
+        field: the setting's name.
+    """
+
+    def __init__(self, field: str, *, got: object, expected: str) -> None:
+        super().__init__(f"{field}: got {got!r}, expected {expected}")
+        self.field = field
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """Where a setting must lie; `above` excludes `least` itself."""
+
+    least: float
+    most: float = math.inf
+    whole: bool = False
+    above: bool = False
+
+    def hold(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
+            return False
+        over = value > self.least if self.above else value >= self.least
+        return over and value <= self.most and math.isfinite(value)
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        most = "" if math.isinf(self.most) else f" and at most {self.most:g}"
+        return f"{kind} {'above' if self.above else 'of at least'} {self.least:g}{most}"
+
+
+_BOUNDS = {
+    "min_scale": _Bounds(0, whole=True),
+    "max_scale": _Bounds(0, whole=True),
+    "initial_scale": _Bounds(0, whole=True),
+    "activation_scale": _Bounds(1, whole=True),
+    "target": _Bounds(TARGET_MIN),
+    "target_utilization_percentage": _Bounds(1, 100),
+    "window_s": _Bounds(WINDOW_MIN_S, PERIOD_MAX_S),
+    "panic_window_percentage": _Bounds(1, 100),
+    "panic_threshold_percentage": _Bounds(110, 1000),
+    "max_scale_up_rate": _Bounds(1, above=True),
+    "max_scale_down_rate": _Bounds(1, above=True),
+    "scale_to_zero_grace_period_s": _Bounds(0, PERIOD_MAX_S),
+    "scale_to_zero_pod_retention_period_s": _Bounds(0, PERIOD_MAX_S),
+    "scale_down_delay_s": _Bounds(0, PERIOD_MAX_S),
+    "progress_deadline_s": _Bounds(0, above=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingSettings:
+    """How one function scales.
+
+    Attributes:
+        min_scale: replicas that are always kept.
+        max_scale: replicas at most; 0 means no limit.
+        initial_scale: replicas of the first deployment, until they have been ready once.
+        activation_scale: replicas at least, once above zero; 1 changes nothing.
+        target: calls in flight that one replica can have.
+        target_utilization_percentage: share of the target that is aimed at.
+        window_s: the stable window.
+        panic_window_percentage: the panic window, as a share of the stable window; 1 s at least.
+        panic_threshold_percentage: panic begins when the panic window's load asks for this share
+            of the ready replicas.
+        max_scale_up_rate: one decision multiplies the ready replicas at most by this.
+        max_scale_down_rate: one decision divides the ready replicas at most by this.
+        scale_to_zero_grace_period_s: how long the last replica stays when the stable window has
+            passed without load.
+        scale_to_zero_pod_retention_period_s: the same; the longer of the two counts.
+        scale_down_delay_s: how long a lower wish must last before it is followed.
+        enable_scale_to_zero: whether an idle function loses its last replica.
+        progress_deadline_s: how long a function may be activating while nobody waits for it.
+    """
+
+    min_scale: int = 0
+    max_scale: int = 0
+    initial_scale: int = 1
+    activation_scale: int = 1
+    target: float = 100.0
+    target_utilization_percentage: float = 70.0
+    window_s: float = 60.0
+    panic_window_percentage: float = 10.0
+    panic_threshold_percentage: float = 200.0
+    max_scale_up_rate: float = 1000.0
+    max_scale_down_rate: float = 2.0
+    scale_to_zero_grace_period_s: float = 30.0
+    scale_to_zero_pod_retention_period_s: float = 0.0
+    scale_down_delay_s: float = 0.0
+    enable_scale_to_zero: bool = True
+    progress_deadline_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        """Refuse values out of their bounds and settings that contradict each other."""
+        for field, bounds in _BOUNDS.items():
+            value = getattr(self, field)
+            if not bounds.hold(value):
+                raise ScalingError(field, got=value, expected=str(bounds))
+        if not isinstance(self.enable_scale_to_zero, bool):
+            raise ScalingError(
+                "enable_scale_to_zero", got=self.enable_scale_to_zero, expected="True or False"
+            )
+        self._check_scales()
+        self._check_panic_window()
+
+    @property
+    def target_calls(self) -> float:
+        """Calls in flight that are aimed at for one replica."""
+        return max(TARGET_MIN, self.target * self.target_utilization_percentage / 100)
+
+    @property
+    def panic_window_s(self) -> float:
+        """Length of the panic window."""
+        return self.window_s * self.panic_window_percentage / 100
+
+    @property
+    def panic_threshold(self) -> float:
+        """Replicas asked for over replicas ready, from which on there is panic."""
+        return self.panic_threshold_percentage / 100
+
+    @property
+    def last_replica_stays_s(self) -> float:
+        """How long the last replica stays when the stable window has passed without load."""
+        return max(self.scale_to_zero_grace_period_s, self.scale_to_zero_pod_retention_period_s)
+
+    def bounded(self, replicas: int) -> int:
+        """Return the number of replicas, brought between `min_scale` and `max_scale`."""
+        limited = min(replicas, self.max_scale) if self.max_scale else replicas
+        return max(limited, self.min_scale)
+
+    def _check_scales(self) -> None:
+        for field in ("min_scale", "initial_scale", "activation_scale"):
+            value = getattr(self, field)
+            if self.max_scale and value > self.max_scale:
+                limit = f"at most max_scale ({self.max_scale})"
+                raise ScalingError(field, got=value, expected=limit)
+
+    def _check_panic_window(self) -> None:
+        if self.panic_window_s < 1:
+            raise ScalingError(
+                "panic_window_percentage",
+                got=self.panic_window_percentage,
+                expected=f"a panic window of at least 1 s (it is {self.panic_window_s:g} s)",
+            )

@@ -1,0 +1,110 @@
+"""Averages of a function's load over the last seconds: rings of one-second buckets, as Knative's.
+
+A window that has just begun averages only over the seconds since its first write, so that a burst
+from nothing counts in full. Seconds without a write inside the window count as 0; seconds since the
+last write do not count at all. After a whole window without a write it begins anew.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+# Knative cuts averages to 6 digits, so that float noise never buys a replica.
+_DIGITS = 10**6
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Average calls in flight to one function, over all routers.
+
+    Attributes:
+        stable: over the stable window.
+        panic: over the panic window.
+    """
+
+    stable: float
+    panic: float
+
+
+@dataclass(frozen=True, slots=True)
+class NoData:
+    """Nobody has reported for a whole stable window; not the same as a load of 0."""
+
+
+class Window:
+    """Average over the last `window_s` seconds; what is recorded in one second is summed."""
+
+    def __init__(self, window_s: float) -> None:
+        self._size = math.ceil(window_s)
+        self._buckets = [0.0] * self._size
+        self._first: int | None = None
+        self._last = 0
+
+    def record(self, now: float, value: float) -> None:
+        """Add a value to the second of `now`; ignored if that second has left the window."""
+        second = math.floor(now)
+        if self._first is None or second - self._last >= self._size:
+            self._begin(second)
+        elif second <= self._last - self._size:
+            return
+        self._forward(second)
+        self._buckets[second % self._size] += value
+
+    def is_empty(self, now: float) -> bool:
+        """Return whether nothing was recorded for a whole window."""
+        return self._first is None or math.floor(now) - self._last >= self._size
+
+    def average(self, now: float) -> float:
+        """Return the average at `now`, 0 if nothing was recorded for a window."""
+        end = max(math.floor(now), self._last)
+        unwritten = end - self._last
+        if self._first is None or unwritten >= self._size:
+            return 0.0
+        seconds = range(end - self._size + 1, self._last + 1)
+        total = math.fsum(self._buckets[second % self._size] for second in seconds)
+        n_buckets = min(self._last - self._first + 1, self._size - unwritten)
+        return math.floor(total / n_buckets * _DIGITS) / _DIGITS
+
+    def resized(self, window_s: float) -> Window:
+        """Return a window of another length with what this one remembers."""
+        other = Window(window_s)
+        if self._first is not None:
+            begin = max(self._first, self._last - self._size + 1)
+            for second in range(begin, self._last + 1):
+                other.record(second, self._buckets[second % self._size])
+        return other
+
+    def _begin(self, second: int) -> None:
+        self._buckets = [0.0] * self._size
+        self._first = self._last = second
+
+    def _forward(self, second: int) -> None:
+        for passed in range(self._last + 1, second + 1):
+            self._buckets[passed % self._size] = 0.0
+        self._first = second if self._first is None else min(self._first, second)
+        self._last = max(self._last, second)
+
+
+class LoadWindows:
+    """The stable and the panic window of one function."""
+
+    def __init__(self, *, stable_s: float, panic_s: float) -> None:
+        self._stable = Window(stable_s)
+        self._panic = Window(panic_s)
+
+    def record(self, now: float, concurrency: float) -> None:
+        """Add one router's report for the second of `now`."""
+        self._stable.record(now, concurrency)
+        self._panic.record(now, concurrency)
+
+    def load(self, now: float) -> Load | NoData:
+        """Return both averages, or NoData after a whole stable window without a report."""
+        if self._stable.is_empty(now):
+            return NoData()
+        return Load(stable=self._stable.average(now), panic=self._panic.average(now))
+
+    def resize(self, *, stable_s: float, panic_s: float) -> None:
+        """Change the lengths, keeping what is remembered."""
+        self._stable = self._stable.resized(stable_s)
+        self._panic = self._panic.resized(panic_s)

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from faasmoe_operator.scaling.activation import Activation, Phase, begun, seen, settle, woken
+from faasmoe_operator.scaling.decision import Decision, Reason
+from faasmoe_operator.scaling.settings import ScalingSettings
+
+ZERO = Decision(0, Reason.STABLE)
+NO_DATA = Decision(3, Reason.NO_DATA)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "ready", "phase"),
+    [(0, 0, Phase.INACTIVE), (2, 0, Phase.ACTIVATING), (2, 1, Phase.ACTIVE)],
+)
+def test_the_first_phase_follows_from_what_is_there(
+    replicas: int, ready: int, phase: Phase
+) -> None:
+    assert begun(replicas=replicas, ready=ready, now=5) == Activation(phase, 5)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param(Phase.INACTIVE, Activation(Phase.ACTIVATING, 9), id="zero-begins"),
+        pytest.param(Phase.DRAINING, Activation(Phase.ACTIVE, 9), id="draining-is-active-again"),
+        pytest.param(Phase.ACTIVATING, Activation(Phase.ACTIVATING, 1), id="once-however-many"),
+        pytest.param(Phase.ACTIVE, Activation(Phase.ACTIVE, 1), id="active-stays"),
+    ],
+)
+def test_wake(before: Phase, after: Activation) -> None:
+    assert woken(Activation(before, 1), now=9) == after
+
+
+@pytest.mark.parametrize(
+    ("before", "ready", "after"),
+    [
+        pytest.param(Phase.ACTIVATING, 1, Activation(Phase.ACTIVE, 9), id="became-ready"),
+        pytest.param(Phase.ACTIVATING, 0, Activation(Phase.ACTIVATING, 1), id="not-ready-yet"),
+        pytest.param(Phase.ACTIVE, 0, Activation(Phase.ACTIVATING, 9), id="lost-all-replicas"),
+        pytest.param(Phase.ACTIVE, 2, Activation(Phase.ACTIVE, 1), id="active"),
+        pytest.param(Phase.INACTIVE, 1, Activation(Phase.INACTIVE, 1), id="a-leftover-at-zero"),
+        pytest.param(Phase.DRAINING, 1, Activation(Phase.DRAINING, 1), id="draining"),
+    ],
+)
+def test_readiness(before: Phase, ready: int, after: Activation) -> None:
+    assert seen(Activation(before, 1), ready=ready, now=9) == after
+
+
+ALWAYS = {"enable_scale_to_zero": False}
+SHORT = {"window_s": 10.0, "scale_to_zero_grace_period_s": 5.0, "progress_deadline_s": 100.0}
+HELD = 2
+
+
+def case(
+    before: Phase,
+    lasted_s: float,
+    wanted: Decision,
+    decision: Decision,
+    after: Phase,
+    name: str,
+    **settings: Any,
+) -> Any:
+    return pytest.param(before, lasted_s, wanted, settings, decision, after, id=name)
+
+
+CASES = [
+    case(
+        Phase.ACTIVE, 9.9, ZERO, Decision(1, Reason.STABLE_WINDOW), Phase.ACTIVE, "active-too-short"
+    ),
+    case(Phase.ACTIVE, 10, ZERO, Decision(1, Reason.GRACE_PERIOD), Phase.DRAINING, "drains"),
+    case(
+        Phase.ACTIVE,
+        10,
+        ZERO,
+        Decision(0, Reason.NO_TRAFFIC),
+        Phase.INACTIVE,
+        "no-grace-at-all",
+        scale_to_zero_grace_period_s=0,
+    ),
+    case(Phase.DRAINING, 4.9, ZERO, Decision(1, Reason.GRACE_PERIOD), Phase.DRAINING, "in-grace"),
+    case(Phase.DRAINING, 5, ZERO, Decision(0, Reason.NO_TRAFFIC), Phase.INACTIVE, "grace-is-over"),
+    case(
+        Phase.DRAINING,
+        5,
+        ZERO,
+        Decision(1, Reason.GRACE_PERIOD),
+        Phase.DRAINING,
+        "retention-is-longer",
+        scale_to_zero_pod_retention_period_s=6,
+    ),
+    case(
+        Phase.DRAINING,
+        1,
+        Decision(2, Reason.STABLE),
+        Decision(2, Reason.STABLE),
+        Phase.ACTIVE,
+        "load-comes-back",
+    ),
+    case(
+        Phase.INACTIVE,
+        1,
+        Decision(4, Reason.PANIC),
+        Decision(4, Reason.PANIC),
+        Phase.ACTIVATING,
+        "load-without-a-wake",
+    ),
+    case(Phase.INACTIVE, 1, ZERO, Decision(0, Reason.NO_TRAFFIC), Phase.INACTIVE, "stays-at-zero"),
+    case(
+        Phase.ACTIVATING,
+        99,
+        ZERO,
+        Decision(HELD, Reason.ACTIVATING),
+        Phase.ACTIVATING,
+        "starting-is-never-reaped",
+    ),
+    case(Phase.ACTIVATING, 100, ZERO, Decision(0, Reason.TIMED_OUT), Phase.INACTIVE, "timed-out"),
+    case(
+        Phase.ACTIVATING,
+        100,
+        NO_DATA,
+        Decision(0, Reason.TIMED_OUT),
+        Phase.INACTIVE,
+        "timed-out-and-nobody-reports",
+    ),
+    case(
+        Phase.ACTIVATING,
+        1000,
+        Decision(1, Reason.STABLE),
+        Decision(1, Reason.STABLE),
+        Phase.ACTIVATING,
+        "no-time-out-while-callers-wait",
+    ),
+    case(Phase.ACTIVATING, 99, NO_DATA, NO_DATA, Phase.ACTIVATING, "no-data-keeps-activating"),
+    case(Phase.ACTIVE, 99, NO_DATA, NO_DATA, Phase.ACTIVE, "no-data-keeps-active"),
+    case(Phase.DRAINING, 99, NO_DATA, NO_DATA, Phase.DRAINING, "no-data-keeps-draining"),
+    case(
+        Phase.ACTIVE,
+        99,
+        ZERO,
+        Decision(1, Reason.SCALE_TO_ZERO_DISABLED),
+        Phase.ACTIVE,
+        "zero-is-disabled",
+        **ALWAYS,
+    ),
+    case(
+        Phase.ACTIVATING,
+        100,
+        NO_DATA,
+        NO_DATA,
+        Phase.ACTIVATING,
+        "no-time-out-if-zero-is-disabled",
+        **ALWAYS,
+    ),
+    case(
+        Phase.ACTIVATING,
+        100,
+        NO_DATA,
+        NO_DATA,
+        Phase.ACTIVATING,
+        "no-time-out-below-min-scale",
+        min_scale=1,
+    ),
+]
+
+
+@pytest.mark.parametrize(("before", "lasted_s", "wanted", "settings", "decision", "after"), CASES)
+def test_settle(
+    before: Phase,
+    lasted_s: float,
+    wanted: Decision,
+    settings: dict[str, Any],
+    decision: Decision,
+    after: Phase,
+) -> None:
+    knobs: dict[str, Any] = {**SHORT, **settings}
+    got, activation = settle(
+        ScalingSettings(**knobs),
+        Activation(before, 1000 - lasted_s),
+        wanted=wanted,
+        held=HELD,
+        now=1000,
+    )
+    assert (got, activation.phase) == (decision, after)
+    assert activation.since == (1000 - lasted_s if after is before else 1000)

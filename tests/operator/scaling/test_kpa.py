@@ -1,0 +1,265 @@
+"""Cases worked out by hand; a replica takes 10 calls (target 10 at 100 %) if not said otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from faasmoe_operator.scaling.decision import Decision, Reason
+from faasmoe_operator.scaling.kpa import KpaState, Observation, decide
+from faasmoe_operator.scaling.settings import ScalingSettings
+from faasmoe_operator.scaling.windows import Load, NoData
+
+BASE: dict[str, Any] = {"target": 10.0, "target_utilization_percentage": 100.0}
+
+
+def once(
+    load: Load | NoData,
+    *,
+    ready: int,
+    state: KpaState | None = None,
+    now: float = 1000.0,
+    desired: int | None = None,
+    **settings: Any,
+) -> tuple[Decision, KpaState]:
+    wanted = ready if desired is None else desired
+    return decide(
+        ScalingSettings(**{**BASE, **settings}),
+        state or KpaState(),
+        observation=Observation(load, ready=ready, desired=wanted),
+        now=now,
+    )
+
+
+CASES = [
+    # ceil(10 / 10) = 1
+    pytest.param(10, 10, 1, {}, Decision(1, Reason.STABLE), id="exactly-one-replica"),
+    # ceil(10.1 / 10) = 2; panic 2 / 1 = 2 >= 2: panics, and panic = stable
+    pytest.param(10.1, 10.1, 1, {}, Decision(2, Reason.STABLE), id="a-little-over-one"),
+    # stable ceil(30 / 10) = 3; panic ceil(50 / 10) = 5 < 2 * 3
+    pytest.param(30, 50, 3, {}, Decision(3, Reason.STABLE), id="burst-under-the-threshold"),
+    # stable 3; panic ceil(60 / 10) = 6, 6 / 3 = 2 >= 2: max(3, 6)
+    pytest.param(30, 60, 3, {}, Decision(6, Reason.PANIC), id="burst-at-the-threshold"),
+    # threshold 3: 6 / 3 = 2 < 3
+    pytest.param(
+        30,
+        60,
+        3,
+        {"panic_threshold_percentage": 300},
+        Decision(3, Reason.STABLE),
+        id="higher-threshold",
+    ),
+    # in panic the larger wish counts: stable 8, panic 6 of 3
+    pytest.param(80, 60, 3, {}, Decision(8, Reason.STABLE), id="stable-above-panic-in-panic"),
+    # ready 0 counts as 1: stable 1, panic ceil(15 / 10) = 2, 2 / 1 >= 2
+    pytest.param(5, 15, 0, {}, Decision(2, Reason.PANIC), id="no-replica-counts-as-one"),
+    # stable ceil(10 / 10) = 1, but at least floor(9 / 2) = 4 stay
+    pytest.param(10, 10, 9, {}, Decision(4, Reason.SCALE_DOWN_RATE), id="down-rate"),
+    # floor(9 / 10) = 0: no limit
+    pytest.param(
+        10, 10, 9, {"max_scale_down_rate": 10}, Decision(1, Reason.STABLE), id="high-down-rate"
+    ),
+    # floor(1 / 2) = 0: the last one may go
+    pytest.param(0, 0, 1, {}, Decision(0, Reason.STABLE), id="to-zero-from-one"),
+    # floor(2 / 2) = 1: never from two to zero
+    pytest.param(0, 0, 2, {}, Decision(1, Reason.SCALE_DOWN_RATE), id="not-to-zero-from-two"),
+    # both wish 10; at most ceil(1.5 * 3) = 5; panics as 10 / 3 >= 2 (unclamped), panic 5 too
+    pytest.param(
+        100, 100, 3, {"max_scale_up_rate": 1.5}, Decision(5, Reason.SCALE_UP_RATE), id="up-rate"
+    ),
+    # Knative's own example: rate 1.1 on 2 is 2.2, rounded up so that 3 can be reached
+    pytest.param(
+        30, 30, 2, {"max_scale_up_rate": 1.1}, Decision(3, Reason.STABLE), id="up-rate-rounds-up"
+    ),
+    # 1 wanted, lifted to 4
+    pytest.param(
+        5, 5, 1, {"activation_scale": 4}, Decision(4, Reason.ACTIVATION_SCALE), id="activation"
+    ),
+    # 0 wanted: not lifted
+    pytest.param(0, 0, 1, {"activation_scale": 4}, Decision(0, Reason.STABLE), id="no-activation"),
+    # 5 wanted: above it already
+    pytest.param(
+        50, 50, 4, {"activation_scale": 4}, Decision(5, Reason.STABLE), id="above-activation"
+    ),
+    # 6 wanted of at most 4
+    pytest.param(60, 60, 4, {"max_scale": 4}, Decision(4, Reason.MAX_SCALE), id="max-scale"),
+    # 0 wanted of at least 1
+    pytest.param(0, 0, 1, {"min_scale": 1}, Decision(1, Reason.MIN_SCALE), id="min-scale"),
+    # 4 at 70 %: 2.8 a replica; 8.4 / 2.8 = 3, though floats say 3.0000000000000004
+    pytest.param(
+        8.4,
+        8.4,
+        2,
+        {"target": 4, "target_utilization_percentage": 70},
+        Decision(3, Reason.STABLE),
+        id="utilisation-without-float-noise",
+    ),
+    # a millionth of a call still needs a replica: it is not zero
+    pytest.param(1e-6, 0, 1, {"target": 10_000}, Decision(1, Reason.STABLE), id="hardly-any-load"),
+]
+
+
+@pytest.mark.parametrize(("stable", "panic", "ready", "settings", "expected"), CASES)
+def test_decision(
+    stable: float, panic: float, ready: int, settings: dict[str, Any], expected: Decision
+) -> None:
+    assert once(Load(stable, panic), ready=ready, **settings)[0] == expected
+
+
+def test_without_data_what_was_decided_stays() -> None:
+    state = KpaState(panic_since=3, panic_replicas=5)
+    assert once(NoData(), ready=0, desired=3, state=state) == (Decision(3, Reason.NO_DATA), state)
+
+
+@pytest.mark.parametrize(
+    ("desired", "expected"),
+    [(9, Decision(4, Reason.MAX_SCALE)), (1, Decision(2, Reason.MIN_SCALE))],
+)
+def test_the_bounds_hold_without_data(desired: int, expected: Decision) -> None:
+    assert once(NoData(), ready=1, desired=desired, min_scale=2, max_scale=4)[0] == expected
+
+
+def test_panic_never_goes_down() -> None:
+    first, state = once(Load(30, 60), ready=3, now=1000)
+    assert (first, state.panic_since) == (Decision(6, Reason.PANIC), 1000)
+    # The burst is over: 6 ready, stable 3, panic 3 of 6.
+    second, state = once(Load(30, 30), ready=6, state=state, now=1010)
+    assert (second, state.panic_since) == (Decision(6, Reason.PANIC_HOLD), 1000)
+
+
+def test_panic_goes_on_up() -> None:
+    _, state = once(Load(30, 60), ready=3, now=1000)
+    # 9 of 6 is below the threshold, but the panic has not ended.
+    decision, state = once(Load(30, 90), ready=6, state=state, now=1002)
+    assert (decision, state.panic_replicas) == (Decision(9, Reason.PANIC), 9)
+
+
+def test_panic_ends_when_a_stable_window_passed_since_the_threshold_was_last_reached() -> None:
+    _, state = once(Load(30, 60), ready=3, now=1000)
+    _, state = once(Load(30, 60), ready=3, state=state, now=1010)  # still over: 60 s from here
+    held, state = once(Load(30, 30), ready=6, state=state, now=1070)
+    assert held == Decision(6, Reason.PANIC_HOLD)  # 1010 + 60 is not before 1070
+    freed, state = once(Load(30, 30), ready=6, state=state, now=1070.1)
+    assert freed == Decision(3, Reason.STABLE)
+    assert state == KpaState()
+
+
+def test_the_threshold_is_compared_before_the_rates_are_applied() -> None:
+    # 10 / 3 >= 2 though the rate leaves only ceil(1.1 * 3) = 4 of the 10.
+    _, state = once(Load(30, 100), ready=3, max_scale_up_rate=1.1)
+    assert (state.in_panic, state.panic_replicas) == (True, 4)
+
+
+def test_the_bounds_do_not_limit_what_panic_remembers() -> None:
+    decision, state = once(Load(30, 60), ready=3, max_scale=4)
+    assert (decision.desired, state.panic_replicas) == (4, 6)
+
+
+def test_a_restart_keeps_the_current_scale_for_a_stable_window() -> None:
+    state = KpaState.restored(5, now=1000)
+    # One second of a history that was lost: 1 wanted, at least floor(5 / 2), yet 5 stay.
+    decision, state = once(Load(10, 10), ready=5, state=state, now=1001)
+    assert decision == Decision(5, Reason.PANIC_HOLD)
+    decision, _ = once(Load(10, 10), ready=5, state=state, now=1060.1)
+    assert decision == Decision(2, Reason.SCALE_DOWN_RATE)
+
+
+@pytest.mark.parametrize("replicas", [0, 1])
+def test_a_restart_with_one_replica_or_none_begins_without_panic(replicas: int) -> None:
+    assert KpaState.restored(replicas, now=1000) == KpaState()
+
+
+def test_a_lower_wish_is_followed_after_the_delay() -> None:
+    def step(calls: float, ready: int, now: float, state: KpaState) -> tuple[Decision, KpaState]:
+        load = Load(calls, 0)
+        return once(load, ready=ready, state=state, now=now, scale_down_delay_s=30)
+
+    decision, state = step(40, 4, 1000, KpaState())
+    assert decision == Decision(4, Reason.STABLE)
+    decision, state = step(30, 4, 1010, state)
+    assert decision == Decision(4, Reason.SCALE_DOWN_DELAY)
+    decision, state = step(20, 4, 1020, state)
+    assert decision == Decision(4, Reason.SCALE_DOWN_DELAY)
+    # 30 s after the wish for 4 it is forgotten; the wish for 3 is 20 s old.
+    decision, state = step(20, 4, 1030, state)
+    assert decision == Decision(3, Reason.SCALE_DOWN_DELAY)
+    decision, state = step(20, 3, 1040, state)
+    assert decision == Decision(2, Reason.STABLE)
+
+
+def test_the_delay_never_delays_a_rise() -> None:
+    _, state = once(Load(40, 0), ready=4, now=1000, scale_down_delay_s=30)
+    decision, state = once(Load(70, 0), ready=4, state=state, now=1002, scale_down_delay_s=30)
+    assert decision == Decision(7, Reason.STABLE)
+    assert len(state.wishes) == 1  # the lower, older wish can never count again
+
+
+def test_wishes_are_forgotten_when_the_delay_is_taken_away() -> None:
+    _, state = once(Load(40, 0), ready=4, scale_down_delay_s=30)
+    assert once(Load(20, 0), ready=4, state=state)[0] == Decision(2, Reason.STABLE)
+
+
+loads = st.floats(0, 5000).map(lambda value: round(value, 6))
+settings_st = st.builds(
+    lambda low, span, **other: ScalingSettings(
+        min_scale=low, max_scale=max(low + span, 1), initial_scale=0, **other
+    ),
+    st.integers(0, 5),
+    st.integers(0, 60),
+    target=st.floats(0.5, 200),
+    target_utilization_percentage=st.floats(1, 100),
+    panic_threshold_percentage=st.floats(110, 1000),
+    max_scale_up_rate=st.floats(1.01, 1000),
+    max_scale_down_rate=st.floats(1.01, 10),
+    scale_down_delay_s=st.sampled_from([0.0, 7.0, 30.0]),
+)
+states = st.one_of(
+    st.just(KpaState()),
+    st.builds(KpaState, panic_since=st.floats(900, 1000), panic_replicas=st.integers(0, 80)),
+    st.builds(KpaState, wishes=st.tuples(st.tuples(st.floats(960, 999), st.integers(0, 80)))),
+)
+
+
+@given(
+    settings=settings_st, state=states, load=st.builds(Load, loads, loads), ready=st.integers(0, 60)
+)
+def test_never_below_min_and_never_above_max(
+    settings: ScalingSettings, state: KpaState, load: Load, ready: int
+) -> None:
+    observation = Observation(load, ready=ready, desired=ready)
+    decision, _ = decide(settings, state, observation=observation, now=1000)
+    assert settings.min_scale <= decision.desired <= settings.max_scale
+
+
+@given(
+    settings=settings_st,
+    state=states,
+    load=st.builds(Load, loads, loads),
+    more=st.tuples(loads, loads),
+    ready=st.integers(0, 60),
+)
+def test_monotone_in_load(
+    settings: ScalingSettings, state: KpaState, load: Load, more: tuple[float, float], ready: int
+) -> None:
+    higher = Load(load.stable + more[0], load.panic + more[1])
+    low, after_low = decide(
+        settings, state, observation=Observation(load, ready=ready, desired=ready), now=1000
+    )
+    high, after_high = decide(
+        settings, state, observation=Observation(higher, ready=ready, desired=ready), now=1000
+    )
+    assert low.desired <= high.desired
+    assert after_low.panic_replicas <= after_high.panic_replicas
+
+
+@given(settings=settings_st, load=st.builds(Load, loads, loads), ready=st.integers(0, 60))
+def test_panic_holds_whatever_the_load_does(
+    settings: ScalingSettings, load: Load, ready: int
+) -> None:
+    state = KpaState(panic_since=999, panic_replicas=10)
+    observation = Observation(load, ready=ready, desired=ready)
+    _, state = decide(settings, state, observation=observation, now=1000)
+    assert state.panic_replicas >= 10
