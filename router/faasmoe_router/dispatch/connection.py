@@ -7,6 +7,8 @@ sandbox answers: a status line, headers with a content-length, a body.
 
 from __future__ import annotations
 
+import errno
+import os
 import select
 import socket
 from collections.abc import Sequence
@@ -17,6 +19,8 @@ from faasmoe_router.dispatch.errors import CallError, Refused
 MAX_HEAD_BYTES = 16 << 10
 MAX_ANSWER_BYTES = 64 << 20  # what a sandbox may send before it is cut off
 FIRST_BUFFER_BYTES = 128 << 10
+KEPT_BUFFER_BYTES = 1 << 20  # a larger one is given back when the connection goes idle
+MAX_LENGTH_DIGITS = 12
 IOV_MAX = 64
 
 
@@ -25,20 +29,17 @@ class Connection:
 
     Attributes:
         address: host:port.
-        used: calls answered so far; the first failure of a used connection may only mean that the
-            sandbox closed it while idle.
+        connected: whether the sandbox has accepted it; sending begins before that is known.
     """
 
-    def __init__(self, address: str, *, connect_timeout_s: float) -> None:
-        host, _, port = address.rpartition(":")
+    def __init__(self, address: str) -> None:
         self.address = address
-        self.used = 0
-        try:
-            self._socket = socket.create_connection((host, int(port)), connect_timeout_s)
-        except OSError as error:
-            raise CallError(f"{address}: cannot connect: {error}") from error
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket.setblocking(False)
+        self.connected = False
+        self._socket = _connecting(address)
+        self._used = False
+        self._reused = False
+        self._closing = False
+        self._status = 0
         self._unsent: list[memoryview] = []
         self._buffer = bytearray(FIRST_BUFFER_BYTES)
         self._filled = 0
@@ -54,8 +55,19 @@ class Connection:
         """What to poll for: writing while some of the call is unsent, and reading."""
         return select.POLLIN | (select.POLLOUT if self._unsent else 0)
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether a failure now may only mean that the sandbox had closed it while idle."""
+        return self._reused and not self._filled
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether another call may follow the one that was answered."""
+        return not self._closing and not self._unsent
+
     def start(self, head: bytes, body: Sequence[Buffer]) -> None:
         """Begin a call: send as much as the socket takes; raises CallError."""
+        self._reused, self._used = self._used, True
         self._filled = self._body_start = self._body_end = 0
         self._unsent = [memoryview(head), *(memoryview(part).cast("B") for part in body)]
         self.send()
@@ -68,7 +80,8 @@ class Connection:
             except BlockingIOError:
                 return
             except OSError as error:
-                raise CallError(f"{self.address}: cannot send: {error}") from error
+                raise self._failed("send", error) from error
+            self.connected = True
             self._drop(sent)
 
     def receive(self) -> bool:
@@ -79,12 +92,11 @@ class Connection:
             except BlockingIOError:
                 return False
             except OSError as error:
-                raise CallError(f"{self.address}: cannot receive: {error}") from error
+                raise self._failed("receive", error) from error
             if count == 0:
                 raise CallError(f"{self.address}: closed after {self._filled} bytes of an answer")
             self._filled += count
             if self._whole():
-                self.used += 1
                 return True
 
     def answer(self) -> memoryview:
@@ -94,9 +106,18 @@ class Connection:
             raise Refused(self._status, bytes(body[:200]).decode("utf-8", "replace"))
         return body
 
+    def rest(self) -> None:
+        """Give back what an idle connection need not hold."""
+        if len(self._buffer) > KEPT_BUFFER_BYTES:
+            self._buffer = bytearray(FIRST_BUFFER_BYTES)
+
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
+
+    def _failed(self, verb: str, error: OSError) -> CallError:
+        verb = verb if self.connected else "connect"
+        return CallError(f"{self.address}: cannot {verb}: {error}")
 
     def _drop(self, sent: int) -> None:
         while sent:
@@ -115,8 +136,13 @@ class Connection:
         if self._filled > self._body_end:
             raise CallError(f"{self.address}: bytes after the end of an answer")
         if self._body_end > len(self._buffer):
-            self._buffer.extend(bytes(self._body_end - len(self._buffer)))
+            self._grow(self._body_end)
         return self._filled == self._body_end
+
+    def _grow(self, size_bytes: int) -> None:
+        grown = bytearray(size_bytes)  # a new one: somebody may still hold a view of the old
+        grown[: self._filled] = memoryview(self._buffer)[: self._filled]
+        self._buffer = grown
 
     def _read_head(self) -> bool:
         end = self._buffer.find(b"\r\n\r\n", 0, min(self._filled, MAX_HEAD_BYTES + 4))
@@ -126,14 +152,36 @@ class Connection:
         headers = dict(_header(line) for line in lines)
         length = headers.get(b"content-length", b"")
         version, _, rest = status_line.partition(b" ")
-        if version != b"HTTP/1.1" or not rest[:3].isdigit() or not length.isdigit():
+        if version != b"HTTP/1.1" or not rest[:3].isdigit() or not _is_length(length):
             raise CallError(f"{self.address}: not an HTTP/1.1 answer with a content-length")
         if int(length) > MAX_ANSWER_BYTES:
             raise CallError(f"{self.address}: answer of {int(length)} bytes is too large")
+        self._closing = headers.get(b"connection", b"").lower() == b"close"
         self._status = int(rest[:3])
         self._body_start = end + 4
         self._body_end = self._body_start + int(length)
         return True
+
+
+def _connecting(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    try:
+        places = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        family, kind, protocol, _, place = places[0]
+        connecting = socket.socket(family, kind, protocol)
+    except (OSError, ValueError) as error:
+        raise CallError(f"{address}: cannot connect: {error}") from error
+    connecting.setblocking(False)
+    connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    code = connecting.connect_ex(place)
+    if code not in (0, errno.EINPROGRESS):
+        connecting.close()
+        raise CallError(f"{address}: cannot connect: {os.strerror(code)}")
+    return connecting
+
+
+def _is_length(text: bytes) -> bool:
+    return text.isdigit() and len(text) <= MAX_LENGTH_DIGITS
 
 
 def _header(line: bytes) -> tuple[bytes, bytes]:

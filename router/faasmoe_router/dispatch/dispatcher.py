@@ -6,8 +6,8 @@ the function's other addresses, and is computed here, from the store, if none an
 
 from __future__ import annotations
 
-import itertools
 import logging
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -56,7 +56,8 @@ class Dispatcher:
         self._fanout = Fanout(token=token, timeouts=timeouts)
         self._local = LocalFunctions(store)
         self._metrics = metrics or DispatchMetrics()
-        self._turn = itertools.count()
+        self._turns: dict[int, int] = defaultdict(int)  # by layer: spreads calls over replicas
+        self._retained: Routing | None = None  # whose addresses the connections are for
 
     def replace_table(self, table: FunctionTable) -> None:
         """Route the next layers by another table; raises TableError and keeps the old one."""
@@ -83,7 +84,7 @@ class Dispatcher:
         if not len(hidden):
             return torch.zeros_like(hidden)
         with self._metrics.layer_seconds.time():
-            routing = self._routing.layers[layer]
+            routing = self._current_routing().layers[layer]
             rows = hidden.detach().to("cpu").contiguous()  # [T, H]
             top_k = top_k_index.shape[1]
             max_rows = rows_per_frame(
@@ -99,12 +100,20 @@ class Dispatcher:
                 max_rows=max_rows,
             )
             batch = LayerBatch(rows, groups, layer=layer, mode=self._mode, top_k=top_k)
-            self._fill(batch, routing.functions)
+            self._fill(batch, layer, routing.functions)
             return batch.result().to(hidden.device)
 
-    def _fill(self, batch: LayerBatch, functions: tuple[FunctionEntry, ...]) -> None:
+    def _current_routing(self) -> Routing:
+        routing = self._routing
+        if routing is not self._retained:
+            self._fanout.retain(routing.addresses())
+            self._retained = routing
+        return routing
+
+    def _fill(self, batch: LayerBatch, layer: int, functions: tuple[FunctionEntry, ...]) -> None:
         waiting = list(range(len(batch.groups)))
-        turn = next(self._turn)
+        turn = self._turns[layer]
+        self._turns[layer] += 1
         for attempt in range(MAX_ATTEMPTS):
             tried = [
                 i for i in waiting if attempt < len(functions[batch.groups[i].function].addresses)

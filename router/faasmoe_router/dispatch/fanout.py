@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from faasmoe_expert.wire.request import Buffer
@@ -33,7 +33,12 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """How long a fan-out may take, in seconds; connecting is part of the whole."""
+    """How long a fan-out may take, in seconds; connecting is part of the whole.
+
+    Attributes:
+        connect_timeout_s: until a sandbox has accepted a new connection.
+        call_timeout_s: until all answers are whole.
+    """
 
     connect_timeout_s: float = 1.0
     call_timeout_s: float = 30.0
@@ -42,8 +47,9 @@ class Timeouts:
 class Fanout:
     """Keep-alive connections to sandboxes, and rounds of parallel calls over them.
 
-    Belongs to one thread. A call that fails on a connection that was used before is tried once more
-    on a new one: the sandbox may have closed it while idle, and calls are pure.
+    Belongs to one thread. A call that fails on a connection that was used before, without a byte of
+    an answer, is made once more on a new one: the sandbox may have closed it while idle, and calls
+    are pure.
     """
 
     def __init__(self, *, token: str = "", timeouts: Timeouts | None = None) -> None:
@@ -59,31 +65,34 @@ class Fanout:
             take: gets each answer's position and body; the body is valid during the call. A
                 CallError that it raises counts as the call's failure.
         """
-        deadline = time.monotonic() + self._timeouts.call_timeout_s
-        return _Round(self, calls, take).run(deadline)
+        return _Round(self, calls, take, self._timeouts).run()
 
-    def start(self, call: Call, *, fresh: bool) -> Connection:
-        """Send a call on an idle connection, or on a new one; raises CallError."""
-        idle = self._idle[call.address]
-        if fresh or not idle:
-            timeout_s = self._timeouts.connect_timeout_s
-            connection = Connection(call.address, connect_timeout_s=timeout_s)
-        else:
-            connection = idle.pop()
-        head = (
+    def connection(self, address: str, *, fresh: bool) -> Connection:
+        """Return an idle connection, or a new one; raises CallError."""
+        idle = self._idle[address]
+        return Connection(address) if fresh or not idle else idle.pop()
+
+    def head(self, call: Call) -> bytes:
+        """Return the head of a call's HTTP request."""
+        return (
             f"POST /v1/functions/{call.function_id} HTTP/1.1\r\nhost: {call.address}\r\n"
             f"{self._authorization}content-length: {call.size_bytes}\r\n\r\n"
-        )
-        connection.start(head.encode(), call.frame)
-        return connection
+        ).encode()
 
     def keep(self, connection: Connection) -> None:
         """Take a connection back whose answer was read."""
         idle = self._idle[connection.address]
-        if len(idle) < MAX_IDLE_PER_ADDRESS:
+        if connection.is_reusable and len(idle) < MAX_IDLE_PER_ADDRESS:
+            connection.rest()
             idle.append(connection)
         else:
             connection.close()
+
+    def retain(self, addresses: Collection[str]) -> None:
+        """Close the idle connections to all other addresses: their sandboxes are gone."""
+        for address in [a for a in self._idle if a not in addresses]:
+            for connection in self._idle.pop(address):
+                connection.close()
 
     def close(self) -> None:
         """Close all idle connections."""
@@ -96,65 +105,113 @@ class Fanout:
 class _Round:
     """One fan-out: its calls in flight and its errors."""
 
-    def __init__(self, fanout: Fanout, calls: Sequence[Call], take: Take) -> None:
+    def __init__(
+        self, fanout: Fanout, calls: Sequence[Call], take: Take, timeouts: Timeouts
+    ) -> None:
         self._fanout = fanout
         self._calls = calls
         self._take = take
-        self._open: dict[int, tuple[int, Connection, bool]] = {}  # fd → position, …, fresh
+        self._connect_timeout_s = timeouts.connect_timeout_s
+        self._deadline_s = time.monotonic() + timeouts.call_timeout_s
+        self._open: dict[int, _Flight] = {}  # by file descriptor
         self._errors: dict[int, CallError] = {}
         self._poll = select.poll()
 
-    def run(self, deadline: float) -> dict[int, CallError]:
-        for position in range(len(self._calls)):
-            self._begin(position, fresh=False)
-        while self._open:
-            ready = self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
-            if not ready:
-                self._give_up()
-            for fd, events in ready:
-                self._advance(fd, events)
-        return self._errors
+    def run(self) -> dict[int, CallError]:
+        try:
+            for position in range(len(self._calls)):
+                self._begin(position, fresh=False)
+            while self._open:
+                left_s = self._time_left()
+                for fd, events in self._poll.poll(left_s * 1000):
+                    self._advance(fd, events)
+            return self._errors
+        finally:  # what is left if `take` raised
+            for flight in self._open.values():
+                flight.connection.close()
 
     def _begin(self, position: int, *, fresh: bool) -> None:
+        call = self._calls[position]
         try:
-            connection = self._fanout.start(self._calls[position], fresh=fresh)
+            connection = self._fanout.connection(call.address, fresh=fresh)
         except CallError as error:
-            if fresh:
-                self._errors[position] = error
-            else:
-                self._begin(position, fresh=True)
+            self._errors[position] = error
             return
-        self._open[connection.fileno()] = (position, connection, fresh)
+        try:
+            connection.start(self._fanout.head(call), call.frame)
+        except CallError as error:
+            self._fail(position, connection, error)
+            return
+        connect_by_s = time.monotonic() + self._connect_timeout_s
+        self._open[connection.fileno()] = _Flight(position, connection, connect_by_s)
         self._poll.register(connection, connection.events)
 
     def _advance(self, fd: int, events: int) -> None:
-        position, connection, fresh = self._open[fd]
+        flight = self._open[fd]
+        connection = flight.connection
         try:
-            if events & select.POLLOUT:
-                connection.send()
-            if not (events & ~select.POLLOUT and connection.receive()):
-                self._poll.modify(fd, connection.events)
+            # An answer first: one that came before the whole call was sent tells why.
+            whole = bool(events & ~select.POLLOUT) and connection.receive()
+            if not whole:
+                if events & select.POLLOUT:
+                    connection.send()
+                    self._poll.modify(fd, connection.events)
                 return
-            self._finish(fd)
-            self._take(position, connection.answer())
-            self._fanout.keep(connection)
-        except Refused as error:
-            self._errors[position] = error
-            self._fanout.keep(connection)
         except CallError as error:
             self._finish(fd)
+            self._fail(flight.position, connection, error)
+            return
+        self._finish(fd)
+        self._deliver(flight.position, connection)
+
+    def _deliver(self, position: int, connection: Connection) -> None:
+        try:
+            self._take(position, connection.answer())
+        except Refused as error:
+            self._errors[position] = error
+        except CallError as error:
+            self._errors[position] = error
             connection.close()
-            if fresh or not connection.used:
-                self._errors[position] = error
-            else:
-                self._begin(position, fresh=True)
+            return
+        except BaseException:
+            connection.close()
+            raise
+        self._fanout.keep(connection)
+
+    def _fail(self, position: int, connection: Connection, error: CallError) -> None:
+        connection.close()
+        if connection.is_stale:
+            self._begin(position, fresh=True)
+        else:
+            self._errors[position] = error
 
     def _finish(self, fd: int) -> None:
-        if self._open.pop(fd, None) is not None:
-            self._poll.unregister(fd)
+        # Before the socket is closed: a new connection may get the same descriptor.
+        del self._open[fd]
+        self._poll.unregister(fd)
 
-    def _give_up(self) -> None:
-        for fd, (position, connection, _) in list(self._open.items()):
+    def _time_left(self) -> float:
+        """Give up the calls whose time is over; return for how long to wait for the others."""
+        now_s, next_s = time.monotonic(), self._deadline_s
+        for fd, flight in list(self._open.items()):
+            connection = flight.connection
+            by_s = self._deadline_s
+            if not connection.connected:
+                by_s = min(by_s, flight.connect_by_s)
+            if by_s > now_s:
+                next_s = min(next_s, by_s)
+                continue
             self._finish(fd)
             connection.close()
-            self._errors[position] = CallError(f"{connection.address}: no answer in time")
+            what = "no answer" if connection.connected else "no connection"
+            self._errors[flight.position] = CallError(f"{connection.address}: {what} in time")
+        return max(0.0, next_s - now_s) if self._open else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A call in flight; the connection must be there by `connect_by_s` (monotonic)."""
+
+    position: int
+    connection: Connection
+    connect_by_s: float

@@ -32,6 +32,11 @@ class Routing:
     version: int
     layers: tuple[LayerRouting, ...]
 
+    def addresses(self) -> frozenset[str]:
+        """Return every address that a call may go to."""
+        entries = (entry for layer in self.layers for entry in layer.functions)
+        return frozenset(address for entry in entries for address in entry.addresses)
+
     @classmethod
     def from_table(cls, table: FunctionTable, store: Store) -> Routing:
         """Read a table; raises TableError if it is of another model or leaves experts out."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from faasmoe_router.dispatch import IMPLEMENTATION, bind_experts, register
 from faasmoe_router.dispatch.experts import ComputesLayers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class ModelError(Exception):
@@ -32,14 +33,17 @@ def load_router_model(
     Expert parameters stay on the meta device: they cost no memory here.
 
     Raises:
-        ModelError: a tensor is missing, unknown or of another shape.
+        ModelError: the model is not known here; a file cannot be read; a tensor is missing,
+            unknown or of another shape.
     """
     register()
     model = _empty_model(store)
-    tensors = {name: t for path in store.router_files() for name, t in _load(path, device)}
+    tensors: dict[str, Tensor] = {}
+    for path in store.router_files():
+        tensors |= _load(path, device)
     _fill(model, tensors, store)
     model.tie_weights()
-    _check_filled(model, store)
+    _check_filled(model, tensors, store)
     for module in model.modules():  # computed buffers, such as rotary frequencies
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.device != device:
@@ -50,9 +54,15 @@ def load_router_model(
 
 def _empty_model(store: Store) -> PreTrainedModel:
     entry, folder = store.manifest.model, store.path / "model"
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = _config(folder)
+    model_class = getattr(transformers, entry.architecture, None)
+    if model_class is None:
+        raise ModelError(
+            f"{store.path}: architecture: got {entry.architecture!r}, "
+            f"which transformers {transformers.__version__} does not have"
+        )
     with init_empty_weights(include_buffers=False):
-        model = getattr(transformers, entry.architecture)._from_config(
+        model = model_class._from_config(
             config, dtype=getattr(torch, entry.dtype), experts_implementation=IMPLEMENTATION
         )
     if (folder / "generation_config.json").exists():
@@ -60,8 +70,19 @@ def _empty_model(store: Store) -> PreTrainedModel:
     return model
 
 
-def _load(path: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    yield from load_file(path, device=str(device)).items()
+def _config(folder: Path) -> PretrainedConfig:
+    try:
+        return transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _load(path: Path, device: torch.device) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: {error}") from error
+    return tensors
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], store: Store) -> None:
@@ -76,13 +97,13 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], store: Store) -> None:
         )
 
 
-def _check_filled(model: nn.Module, store: Store) -> None:
+def _check_filled(model: nn.Module, tensors: Mapping[str, Tensor], store: Store) -> None:
+    """Parameters begin on meta; buffers do not, so those that a store must give are named."""
     experts = tuple(f"{layer.name}." for layer in store.manifest.layers)
-    empty = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.is_meta and not name.startswith(experts)
-    ]
+    unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    buffers = dict(model.named_buffers())
+    unfilled += [n for n in model.state_dict() if n in buffers and n not in tensors]
+    empty = [name for name in unfilled if not name.startswith(experts)]
     if empty:
         raise ModelError(
             f"{store.path}: no tensor for {empty[0]!r} and {len(empty) - 1} more of the model"

@@ -1,0 +1,48 @@
+"""`python -m faasmoe_router`: one router, configured by FAASMOE_* variables."""
+
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from faasmoe_expert.lifeline import LifelineError, die_with_parent
+from faasmoe_router.config import RouterConfig
+from faasmoe_router.errors import ConfigError
+
+if TYPE_CHECKING:
+    from faasmoe_router.process import RouterProcess
+
+EXIT_FAILED = 1
+EXIT_BAD_CONFIG = 2
+
+logger = logging.getLogger("faasmoe_router")
+
+
+def main() -> int:
+    """Serve until SIGTERM; return the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
+    try:
+        die_with_parent()
+        process = _make(RouterConfig.from_env())
+    except (ConfigError, LifelineError) as error:
+        print(f"faasmoe_router: {error}", file=sys.stderr)
+        return EXIT_BAD_CONFIG
+    failed = not process.serve()
+    if process.stuck:
+        # A thread that hangs in a forward pass would keep the interpreter from ending.
+        logger.critical("The engine's thread hangs; the process ends without it")
+        logging.shutdown()
+        os._exit(EXIT_FAILED)
+    return EXIT_FAILED if failed else 0
+
+
+def _make(config: RouterConfig) -> "RouterProcess":
+    # Imported late: torch takes seconds, and a bad setting should be told at once.
+    from faasmoe_router.process import RouterProcess
+
+    return RouterProcess(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""The FastAPI app: the routes put together, around an engine that lives as long as the app."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from faasmoe_router.api.completions import completion_routes
+from faasmoe_router.api.envelope import Envelope
+from faasmoe_router.api.errors import add_error_handlers
+from faasmoe_router.api.models import model_routes
+from faasmoe_router.api.probes import probe_routes
+from faasmoe_router.engine.engine import Engine
+
+MAX_BODY_BYTES = 8 << 20
+
+
+def create_app(
+    engine: Engine,
+    *,
+    model_name: str,
+    registry: CollectorRegistry,
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> FastAPI:
+    """Return the app; it starts the engine when it starts and stops it when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with engine:
+            yield
+
+    app = FastAPI(title="FaaSMoE router", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Envelope, max_body_bytes=max_body_bytes)
+    add_error_handlers(app)
+    app.include_router(completion_routes(engine, model_name=model_name))
+    app.include_router(
+        model_routes(model_name=model_name, max_model_len=engine.limits.max_model_len)
+    )
+    app.include_router(probe_routes(engine, registry=registry))
+    return app

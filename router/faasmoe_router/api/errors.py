@@ -1,0 +1,173 @@
+"""Errors as OpenAI's API tells them: every answer that is not a success has this one shape."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from faasmoe_router.errors import (
+    EngineSaturated,
+    EngineUnavailable,
+    GenerationFailed,
+    RouterError,
+)
+
+RETRY_AFTER_S = 1
+SHOWN_INPUT_LENGTH = 80
+
+# Router errors that reach the API: status, type, code.
+_ROUTER_ERRORS: Mapping[type[RouterError], tuple[int, str, str]] = {
+    EngineSaturated: (429, "rate_limit_error", "rate_limit_exceeded"),
+    EngineUnavailable: (503, "server_error", "service_unavailable"),
+    GenerationFailed: (500, "server_error", "internal_error"),
+}
+
+_HTTP_CODES: Mapping[int, str] = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+}
+
+
+class ApiError(Exception):
+    """A refusal, ready to be told."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON object that tells it."""
+        return error_body(str(self), kind=self.kind, param=self.param, code=self.code)
+
+    def response(self) -> JSONResponse:
+        """The HTTP response that tells it."""
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else None
+        return JSONResponse(self.body, status_code=self.status, headers=headers)
+
+
+def error_body(
+    message: str, *, kind: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """Return OpenAI's error object."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def internal_error() -> ApiError:
+    """Return what a client is told of a fault of ours: that it was one, and no more."""
+    return ApiError(
+        "The server had an error while processing your request.",
+        status=500,
+        kind="server_error",
+        code="internal_error",
+    )
+
+
+def of_router_error(error: RouterError) -> ApiError:
+    """Return what a client is told of an error of the router."""
+    for kind, (status, openai_type, code) in _ROUTER_ERRORS.items():
+        if isinstance(error, kind):
+            return ApiError(str(error), status=status, kind=openai_type, code=code)
+    return internal_error()
+
+
+def model_not_found(name: str) -> ApiError:
+    """Return the refusal of a model that is not served here."""
+    return ApiError(
+        f"The model `{shown(name)}` does not exist.",
+        status=404,
+        param="model",
+        code="model_not_found",
+    )
+
+
+def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """Return the refusal of a body that does not have the right shape: its first fault."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        detail = first.get("ctx", {}).get("error", "not JSON")
+        return ApiError(f"We could not parse the JSON body of your request: {detail}.")
+    param = param_path(first["loc"][1:])
+    if param is None:
+        return ApiError(
+            "The body of your request must be a JSON object, sent with the header "
+            "'Content-Type: application/json'."
+        )
+    if first["type"] == "missing":
+        return ApiError(
+            f"Missing required parameter: '{param}'.",
+            param=param,
+            code="missing_required_parameter",
+        )
+    kind = "type" if first["type"].endswith(("_type", "_unicode")) else "value"
+    return ApiError(
+        f"Invalid {kind} for '{param}': {first['msg']}, got {shown(first['input'])}.",
+        param=param,
+        code=f"invalid_{kind}",
+    )
+
+
+def param_path(loc: Iterable[str | int]) -> str | None:
+    """Return a field's path as OpenAI writes it, such as messages[0].content."""
+    path = ""
+    for part in loc:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".") or None
+
+
+def shown(value: object) -> str:
+    """Return a value as it may be shown in a message: short, on one line."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text.encode("ascii", "backslashreplace").decode()
+    return text if len(text) <= SHOWN_INPUT_LENGTH else text[:SHOWN_INPUT_LENGTH] + "..."
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Make the app tell every error in OpenAI's shape."""
+
+    async def refused(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, ApiError)
+        return error.response()
+
+    async def router_failed(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RouterError)
+        return of_router_error(error).response()
+
+    async def invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return of_validation(error.errors()).response()
+
+    async def http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return _of_http(request, error).response()
+
+    app.add_exception_handler(ApiError, refused)
+    app.add_exception_handler(RouterError, router_failed)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+
+
+def _of_http(request: Request, error: HTTPException) -> ApiError:
+    url = shown(f"{request.method} {request.url.path}")
+    messages = {
+        404: f"Unknown request URL: {url}.",
+        405: f"Not allowed: {url}.",
+    }
+    message = messages.get(error.status_code, str(error.detail))
+    code = _HTTP_CODES.get(error.status_code)
+    return ApiError(message, status=error.status_code, code=code)

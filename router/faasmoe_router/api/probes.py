@@ -1,0 +1,42 @@
+"""GET /health, /version and /metrics: what machines ask of the process."""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from faasmoe_router.engine.engine import Engine
+from faasmoe_router.errors import EngineUnavailable
+
+
+def probe_routes(engine: Engine, *, registry: CollectorRegistry) -> APIRouter:
+    """Return the routes that tell of the process."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> dict[str, str]:
+        """Tell whether requests can be computed now."""
+        if not engine.ready:
+            raise EngineUnavailable("the engine does not run")
+        return {"status": "ok"}
+
+    @router.get("/version")
+    async def tell_version() -> dict[str, Any]:
+        """Tell the version of FaaSMoE."""
+        return {"version": _installed_version()}
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Tell the metrics to Prometheus."""
+        return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return router
+
+
+def _installed_version() -> str:
+    try:
+        return version("faasmoe")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "0+source"

@@ -1,0 +1,123 @@
+"""Where a checkpoint comes from: a folder, or a model hub's repository at one commit.
+
+Ends in a local folder, the list of its safetensors files and a fingerprint; reads no tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from faasmoe_router.checkpoint.errors import PrepareError
+from faasmoe_router.checkpoint.hub import download
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_QUANTISATION_FIELDS = ("quantization_config", "compression_config")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint in a local folder.
+
+    Attributes:
+        name: as the user wrote it.
+        revision: the hub's commit; None for a folder.
+        folder: where it lies.
+        weight_files: its safetensors files.
+        config: its config.json.
+    """
+
+    name: str
+    revision: str | None
+    folder: Path
+    weight_files: tuple[Path, ...]
+    config: Mapping[str, Any]
+
+    def fingerprint(self, *, dtype: str | None) -> str:
+        """Return what tells this checkpoint, prepared as `dtype`, from another or a changed one."""
+        facts = {
+            "dtype": dtype,
+            "config": self.config,
+            "revision": self.revision,
+            "files": [self._facts(path) for path in self.weight_files],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _facts(self, path: Path) -> list[str | int]:
+        stat = path.stat()
+        # A commit pins the bytes; a folder's files can be written anew with the same size.
+        return [path.name, stat.st_size, stat.st_mtime_ns if self.revision is None else 0]
+
+
+def resolve_source(name: str, *, revision: str | None) -> Source:
+    """Return the checkpoint called `name`: a folder, file:///folder, hf://org/name or org/name.
+
+    Raises:
+        PrepareError: it is not there, is no safetensors checkpoint, or is quantised.
+    """
+    folder, commit = _locate(name, revision=revision)
+    config = read_json(folder / "config.json")
+    for holder, fields in (("", config), ("text_config.", config.get("text_config"))):
+        for field in _QUANTISATION_FIELDS:
+            if isinstance(fields, dict) and fields.get(field):
+                method = dict(fields[field]).get("quant_method", "unknown")
+                raise PrepareError(
+                    f"{folder / 'config.json'}: {holder}{field}: got quant_method {method!r}, "
+                    "expected no quantisation: give the checkpoint in bfloat16, float16 or float32"
+                )
+    return Source(name, commit, folder, _weight_files(folder), config)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`; raises PrepareError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PrepareError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise PrepareError(f"{path}: got no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise PrepareError(f"{path}: got {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _locate(name: str, *, revision: str | None) -> tuple[Path, str | None]:
+    parts = urlsplit(name)
+    if parts.scheme == "hf":
+        return download(f"{parts.netloc}{parts.path}", revision=revision)
+    if parts.scheme and parts.scheme != "file":
+        raise PrepareError(
+            f"source: got {name!r}, expected a folder, file:///FOLDER, hf://ORG/NAME or ORG/NAME"
+        )
+    folder = Path(unquote(parts.path)) if parts.scheme == "file" else Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise PrepareError(f"revision: got {revision!r}, expected none for the folder {folder}")
+        return folder, None
+    if not parts.scheme and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return download(name, revision=revision)
+    raise PrepareError(f"source: got {name!r}, expected a folder that exists or ORG/NAME")
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    """Return the files that the index names, or the single file."""
+    index = folder / INDEX_NAME
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise PrepareError(f"{index}: weight_map: got {weight_map!r}, expected tensor names")
+        files = tuple(folder / name for name in sorted(set(map(str, weight_map.values()))))
+    else:
+        files = (folder / SINGLE_NAME,)
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise PrepareError(
+            f"{folder}: got no file {', '.join(missing)}, expected safetensors files"
+        )
+    return files

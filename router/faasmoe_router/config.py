@@ -1,0 +1,98 @@
+"""The router process's settings, read once from its environment."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar, cast
+
+from faasmoe_router.errors import ConfigError
+
+PREFIX = "FAASMOE_"
+Device = Literal["auto", "cpu", "cuda"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """What the router is started with; each field is the variable FAASMOE_FIELD.
+
+    Attributes:
+        store: the store's folder.
+        table: a JSON file with the function table.
+        model_name: the name that requests give; by default the store's source, without its path.
+        host: address to listen at.
+        port: port to listen at.
+        device: where the router's part of the model runs.
+        max_model_len: tokens of one request, prompt and output; by default what the model was made
+            for, at most 8192.
+        max_num_seqs: requests computed in one batch.
+        max_num_batched_tokens: tokens computed in one batch.
+        max_waiting: requests that may wait beyond those; more get a 429.
+        kv_cache_bytes: what the KV cache and what grows with it may take; by default 2 GiB, or
+            what one request of full length needs if that is more.
+        token: what sandboxes are called with; empty calls them without.
+    """
+
+    store: Path
+    table: Path
+    model_name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: Device = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_waiting: int = 1024
+    kv_cache_bytes: int | None = None
+    token: str = ""
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> "RouterConfig":
+        """Read the settings; raises ConfigError that names the variable."""
+
+        def read(name: str, parse: Callable[[str], T], default: T) -> T:
+            value = env.get(PREFIX + name, "")
+            if not value:
+                return default
+            try:
+                return parse(value)
+            except ValueError as error:
+                raise ConfigError(f"{PREFIX}{name}: got {value!r}, expected {error}") from None
+
+        return cls(
+            store=Path(_required(env, "STORE")),
+            table=Path(_required(env, "TABLE")),
+            model_name=read("MODEL_NAME", str, "") or None,
+            host=read("HOST", str, "127.0.0.1"),
+            port=read("PORT", _between(0, 65535), 8000),
+            device=read("DEVICE", _device, "auto"),
+            max_model_len=read("MAX_MODEL_LEN", _between(1, 1 << 24), 0) or None,
+            max_num_seqs=read("MAX_NUM_SEQS", _between(1, 4096), 32),
+            max_num_batched_tokens=read("MAX_NUM_BATCHED_TOKENS", _between(1, 1 << 20), 512),
+            max_waiting=read("MAX_WAITING", _between(0, 1 << 20), 1024),
+            kv_cache_bytes=read("KV_CACHE_BYTES", _between(1, 1 << 50), 0) or None,
+            token=read("TOKEN", str, ""),
+        )
+
+
+def _required(env: Mapping[str, str], name: str) -> str:
+    value = env.get(PREFIX + name, "")
+    if not value:
+        raise ConfigError(f"{PREFIX}{name}: not set, expected a path")
+    return value
+
+
+def _between(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdecimal() or not low <= int(text) <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _device(text: str) -> Device:
+    if text not in ("auto", "cpu", "cuda"):
+        raise ValueError("auto, cpu or cuda")
+    return cast(Device, text)

@@ -1,0 +1,1 @@
+"""The engine: text in, text out, over transformers' continuous batching of the router's model."""

@@ -1,0 +1,263 @@
+"""The engine: takes requests on the event loop, runs them in batches, and stays up.
+
+After a fatal error (the batch's thread died) every running request gets an error, the engine is
+not ready, and a new batcher is made over the same model: that takes a cache allocation, where a new
+process would load the model and connect to every sandbox again. A fault that comes back uses up
+the restarts; then the engine gives up and says so, and the process had better end and be replaced.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+from faasmoe_router.engine.batching import Batcher, eos_ids_of
+from faasmoe_router.engine.generation import Delta, Generation, GenerationRequest
+from faasmoe_router.engine.generation import Sequence as TokenSequence
+from faasmoe_router.engine.restarts import RestartBudget
+from faasmoe_router.engine.sizing import EngineLimits
+from faasmoe_router.engine.text import TextCodec
+from faasmoe_router.errors import EngineSaturated, EngineUnavailable, GenerationFailed, RouterError
+from faasmoe_router.metrics import EngineMetrics
+
+logger = logging.getLogger(__name__)
+
+WATCH_INTERVAL_S = 0.2
+STOP_TIMEOUT_S = 30.0
+RESTART_LIMIT = 3
+RESTART_WINDOW_S = 300.0
+
+
+class _Running:
+    """A sequence that runs, where its deltas go, and when things happened to it."""
+
+    __slots__ = ("arrived_s", "generation", "index", "last_s", "n_seen", "sequence")
+
+    def __init__(
+        self, sequence: TokenSequence, generation: Generation, *, index: int, now_s: float
+    ) -> None:
+        self.sequence = sequence
+        self.generation = generation
+        self.index = index
+        self.n_seen = 0
+        self.arrived_s = now_s
+        self.last_s = now_s
+
+
+class Engine:
+    """Generates text for many requests at once; use it as an async context manager.
+
+    Everything but the batches themselves runs on the event loop that entered it.
+
+    Attributes:
+        limits: what the engine may hold.
+        codec: the model's tokenizer.
+        stuck: whether a thread was left behind because it did not end in time.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        codec: TextCodec,
+        *,
+        limits: EngineLimits,
+        metrics: EngineMetrics,
+        on_give_up: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.limits = limits
+        self.codec = codec
+        self.stuck = False
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+        self._model = model
+        self._metrics = metrics
+        self._on_give_up = on_give_up
+        self._eos_ids = eos_ids_of(model)
+        self._batcher: Batcher | None = None
+        self._running: dict[str, _Running] = {}
+        self._ids = itertools.count()
+        self._restarts = RestartBudget(limit=RESTART_LIMIT, window_s=RESTART_WINDOW_S)
+        self._watcher: asyncio.Task[None] | None = None
+        metrics.watch(self._counts)
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be computed now."""
+        return self._batcher is not None and self._batcher.alive
+
+    async def __aenter__(self) -> Self:
+        await self._start_batcher()
+        self._watcher = asyncio.create_task(self._watch(), name="engine-watch")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        await self._stop_batcher()
+        self._fail_all("the engine was stopped")
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> Generation:
+        """Begin to generate; the generation's indices are the requests' places.
+
+        Raises:
+            EngineUnavailable: the engine does not run.
+            EngineSaturated: too many requests wait already.
+        """
+        if self._batcher is None or not self._batcher.alive:
+            raise EngineUnavailable("the engine is starting")
+        capacity = self.limits.max_num_seqs + self.limits.max_waiting
+        if len(self._running) + len(requests) > capacity:
+            raise EngineSaturated(
+                f"{len(self._running)} requests are held, at most {capacity} may be"
+            )
+        ids = [f"sequence-{next(self._ids)}" for _ in requests]
+        generation = Generation(len(requests), lambda: self._abort(ids))
+        try:
+            for index, (sequence_id, request) in enumerate(zip(ids, requests, strict=True)):
+                self._submit(sequence_id, request, generation=generation, index=index)
+        except RouterError:
+            self._abort(ids)
+            raise
+        return generation
+
+    def end_running(self) -> None:
+        """End every running request by an error, as when the server is about to end."""
+        ids = list(self._running)
+        self._fail_all("the server ends")
+        for sequence_id in ids:
+            self._free(sequence_id)
+
+    def _submit(
+        self, sequence_id: str, request: GenerationRequest, *, generation: Generation, index: int
+    ) -> None:
+        assert self._batcher is not None
+        sequence = TokenSequence(
+            request, detokenizer=self.codec.detokenizer(), eos_ids=frozenset(self._eos_ids)
+        )
+        self._batcher.add(
+            sequence_id,
+            request.prompt_ids,
+            max_tokens=request.max_tokens,
+            eos_ids=() if request.ignore_eos else self._eos_ids,
+            sampling=request.sampling,
+        )
+        now_s = time.monotonic()
+        self._running[sequence_id] = _Running(sequence, generation, index=index, now_s=now_s)
+
+    def _abort(self, sequence_ids: Sequence[str]) -> None:
+        for sequence_id in sequence_ids:
+            if self._running.pop(sequence_id, None) is not None:
+                self._free(sequence_id)
+                self._metrics.finished("abort")
+
+    def _free(self, sequence_id: str) -> None:
+        if self._batcher is not None:
+            self._batcher.cancel(sequence_id)
+
+    def _on_outputs(self, outputs: Sequence[Any]) -> None:
+        """Take a batch's outputs; runs on the event loop."""
+        now_s = time.monotonic()
+        for output in outputs:
+            running = self._running.get(output.request_id)
+            if running is None:
+                continue  # cancelled while the batch ran
+            if output.error is not None:
+                logger.error("A request failed in the engine: %s", output.error)
+                self._fail(output.request_id)
+                continue
+            try:
+                self._advance(output, running, now_s=now_s)
+            except Exception:  # one request's text must not stop the others'
+                logger.exception("A request's tokens could not be turned into text")
+                self._fail(output.request_id)
+                self._free(output.request_id)
+
+    def _advance(self, output: Any, running: _Running, *, now_s: float) -> None:
+        tokens = output.generated_tokens[running.n_seen :]
+        if not tokens:
+            return
+        self._measure(running, now_s=now_s)
+        running.n_seen += len(tokens)
+        delta = running.sequence.take(tokens)
+        self._metrics.generation_tokens.inc(delta.n_tokens)
+        if delta.finish_reason is not None:
+            self._finish(output, running, delta, now_s=now_s)
+        running.generation.put(running.index, delta)
+
+    def _finish(self, output: Any, running: _Running, delta: Delta, *, now_s: float) -> None:
+        del self._running[output.request_id]
+        if not output.is_finished():  # a stop string, which only we know of
+            self._free(output.request_id)
+        self._metrics.e2e_latency_s.observe(now_s - running.arrived_s)
+        self._metrics.finished(str(delta.finish_reason))
+
+    def _measure(self, running: _Running, *, now_s: float) -> None:
+        if running.n_seen == 0:
+            self._metrics.prompt_tokens.inc(len(running.sequence.request.prompt_ids))
+            self._metrics.time_to_first_token_s.observe(now_s - running.arrived_s)
+        else:
+            self._metrics.inter_token_latency_s.observe(now_s - running.last_s)
+        running.last_s = now_s
+
+    def _fail(self, sequence_id: str) -> None:
+        running = self._running.pop(sequence_id, None)
+        if running is not None:
+            running.generation.fail(GenerationFailed("the model could not finish this request"))
+            self._metrics.finished("error")
+
+    def _fail_all(self, why: str) -> None:
+        if self._running:
+            logger.error("%d running requests end with an error: %s", len(self._running), why)
+        for sequence_id in list(self._running):
+            self._fail(sequence_id)
+
+    def _counts(self) -> tuple[int, int]:
+        return (0, 0) if self._batcher is None else self._batcher.counts()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            if self._batcher is None or self._batcher.alive:
+                continue
+            logger.error("The engine died: %r", self._batcher.fatal_error)
+            await self._stop_batcher()
+            self._fail_all("the engine died")
+            if not await self._restart():
+                return
+
+    async def _restart(self) -> bool:
+        """Start again if the budget allows; return whether the engine runs or will try again."""
+        if not self._restarts.take(time.monotonic()):
+            logger.critical(
+                "The engine died more than %d times in %.0f s; it gives up",
+                *(RESTART_LIMIT, RESTART_WINDOW_S),
+            )
+            self._on_give_up()
+            return False
+        try:
+            await self._start_batcher()
+        except Exception:
+            logger.exception("The engine could not be started again; it gives up")
+            self._on_give_up()
+            return False
+        logger.warning("The engine was started again")
+        return True
+
+    async def _start_batcher(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._batcher = await asyncio.to_thread(self._make_batcher, loop)
+
+    def _make_batcher(self, loop: asyncio.AbstractEventLoop) -> Batcher:
+        batcher = Batcher(self._model, self.limits)
+        batcher.start(loop, self._on_outputs)
+        return batcher
+
+    async def _stop_batcher(self) -> None:
+        batcher, self._batcher = self._batcher, None
+        if batcher is None:
+            return
+        self.stuck = not await asyncio.to_thread(batcher.stop, STOP_TIMEOUT_S)
+        if self.stuck:
+            logger.error("The engine's thread did not end in %.0f s", STOP_TIMEOUT_S)

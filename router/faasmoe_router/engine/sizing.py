@@ -1,0 +1,104 @@
+"""How large the KV cache is, and what it costs: pure arithmetic over a model's geometry.
+
+    token_bytes = layers * 2 * kv_heads * head_dim * itemsize            the cache itself
+                + masks * batch_tokens * itemsize                        its column of the masks
+                + (2 * heads + kv_heads) * head_dim * itemsize + 8       its copy while it is read
+    n_tokens    = min(max_num_seqs * max_model_len, budget_bytes // token_bytes)
+
+The masks are [batch_tokens, n_tokens + batch_tokens], one for each kind of attention, and none with
+flash attention. At least one request of full length always fits; when several grow beyond the
+cache, the youngest is put back in the queue and prefilled again later.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from faasmoe_router.errors import ConfigError
+
+PAGE_TOKENS = 32
+DEFAULT_BUDGET_BYTES = 2 << 30
+# A hybrid model's cache is handed out in sectors of several pages; these cover what rounding loses.
+SPARE_PAGES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What a model's cache is made of."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    itemsize: int
+    n_masks: int
+
+    @classmethod
+    def of(cls, model: Any) -> "Geometry":
+        """Read a transformers model's geometry."""
+        config = model.config.get_text_config()
+        n_heads = config.num_attention_heads
+        return cls(
+            n_layers=config.num_hidden_layers,
+            n_heads=n_heads,
+            n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
+            itemsize=model.dtype.itemsize,
+            n_masks=_n_masks(config),
+        )
+
+    def token_bytes(self, batch_tokens: int) -> int:
+        """Return what one token of the cache costs, with all that grows with the cache."""
+        cache = self.n_layers * 2 * self.n_kv_heads * self.head_dim * self.itemsize
+        masks = self.n_masks * batch_tokens * self.itemsize
+        read = (2 * self.n_heads + self.n_kv_heads) * self.head_dim * self.itemsize + 8
+        return cache + masks + read
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What the engine may hold.
+
+    Attributes:
+        max_model_len: tokens of one request, prompt and output together.
+        max_num_seqs: requests computed in one batch.
+        max_num_batched_tokens: tokens computed in one batch; longer prompts are prefilled in parts.
+        max_waiting: requests that may wait beyond those computed; more are refused.
+        kv_cache_bytes: what the KV cache and all that grows with it may take; by default 2 GiB, or
+            what one request of full length needs if that is more.
+    """
+
+    max_model_len: int
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_waiting: int = 1024
+    kv_cache_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse limits under which nothing could run."""
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens: got {self.max_num_batched_tokens}, expected at least "
+                f"max_num_seqs, {self.max_num_seqs}: each running request decodes one token a batch"
+            )
+
+    def n_pages(self, geometry: Geometry) -> int:
+        """Return the pages of the cache; raises ConfigError if one request cannot fit."""
+        token_bytes = geometry.token_bytes(self.max_num_batched_tokens)
+        needed = -(-self.max_model_len // PAGE_TOKENS) + SPARE_PAGES
+        needed_bytes = needed * token_bytes * PAGE_TOKENS
+        budget_bytes = self.kv_cache_bytes or max(DEFAULT_BUDGET_BYTES, needed_bytes)
+        if budget_bytes < needed_bytes:
+            raise ConfigError(
+                f"kv_cache_bytes: got {budget_bytes}, expected at least {needed_bytes} "
+                f"for one request of max_model_len {self.max_model_len} tokens"
+            )
+        affordable = budget_bytes // (token_bytes * PAGE_TOKENS)
+        wanted = self.max_num_seqs * -(-self.max_model_len // PAGE_TOKENS) + SPARE_PAGES
+        return min(wanted, affordable)
+
+
+def _n_masks(config: Any) -> int:
+    if "flash" in str(config._attn_implementation):
+        return 0
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return len(kinds)

@@ -1,0 +1,33 @@
+"""The router's errors.
+
+RouterError
+├── ConfigError           a setting that the process cannot start with
+├── ChatTemplateError     messages that the model's chat template does not take
+├── EngineUnavailable     the engine does not run (starting again, stopped, or given up)
+├── EngineSaturated       more requests wait than the engine may hold
+└── GenerationFailed      a request that had been accepted could not be finished
+"""
+
+
+class RouterError(Exception):
+    """Base of all errors that the router raises on purpose."""
+
+
+class ConfigError(RouterError):
+    """A setting that the process cannot start with; the message names the variable."""
+
+
+class ChatTemplateError(RouterError):
+    """Messages that the model's chat template does not take."""
+
+
+class EngineUnavailable(RouterError):
+    """The engine does not run: it starts again, was stopped, or has given up."""
+
+
+class EngineSaturated(RouterError):
+    """More requests wait than the engine may hold."""
+
+
+class GenerationFailed(RouterError):
+    """A request that had been accepted could not be finished."""

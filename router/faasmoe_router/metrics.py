@@ -1,0 +1,81 @@
+"""The router's metrics: one registry of its own, with vLLM's names, so that its dashboards work.
+
+Other parts register their collectors on the same registry.
+"""
+
+from collections.abc import Callable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+FIRST_TOKEN_BUCKETS_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+TOKEN_BUCKETS_S = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+REQUEST_BUCKETS_S = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0),
+    *(60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+
+
+def new_registry() -> CollectorRegistry:
+    """Return a registry that tells of this process and of nothing else yet."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    return registry
+
+
+class EngineMetrics:
+    """What the engine counts; every metric carries the served model's name."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        def counter(name: str, text: str) -> Counter:
+            metric = Counter(f"vllm:{name}", text, ["model_name"], registry=registry)
+            return metric.labels(model_name)
+
+        def gauge(name: str, text: str) -> Gauge:
+            metric = Gauge(f"vllm:{name}", text, ["model_name"], registry=registry)
+            return metric.labels(model_name)
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            name = f"vllm:{name}_seconds"
+            metric = Histogram(name, text, ["model_name"], registry=registry, buckets=buckets)
+            return metric.labels(model_name)
+
+        self._model_name = model_name
+        self._running = gauge("num_requests_running", "Requests that are computed.")
+        self._waiting = gauge("num_requests_waiting", "Requests that wait to be computed.")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens computed.")
+        self.generation_tokens = counter("generation_tokens", "Tokens generated.")
+        self._success = Counter(
+            "vllm:request_success",
+            "Requests that ended, by why.",
+            ["model_name", "finished_reason"],
+            registry=registry,
+        )
+        self.time_to_first_token_s = histogram(
+            "time_to_first_token",
+            "From a request's arrival to its first token.",
+            FIRST_TOKEN_BUCKETS_S,
+        )
+        self.inter_token_latency_s = histogram(
+            "inter_token_latency", "Between two tokens of a request.", TOKEN_BUCKETS_S
+        )
+        self.e2e_latency_s = histogram(
+            "e2e_request_latency", "From a request's arrival to its last token.", REQUEST_BUCKETS_S
+        )
+
+    def watch(self, counts: Callable[[], tuple[int, int]]) -> None:
+        """Read the running and the waiting requests from the engine whenever metrics are read."""
+        self._running.set_function(lambda: counts()[0])
+        self._waiting.set_function(lambda: counts()[1])
+
+    def finished(self, reason: str) -> None:
+        """Count the end of a request: stop, length, abort or error."""
+        self._success.labels(self._model_name, reason).inc()

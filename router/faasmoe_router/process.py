@@ -1,0 +1,119 @@
+"""The router process: store, dispatch, model, engine and API put together from the settings."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from faasmoe_expert.store import Store, StoreError
+from faasmoe_expert.table import FunctionTable, TableError
+from faasmoe_router.api.app import create_app
+from faasmoe_router.config import PREFIX, RouterConfig
+from faasmoe_router.dispatch import Dispatcher
+from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.model import ModelError, load_router_model
+from faasmoe_router.engine.sizing import EngineLimits, Geometry
+from faasmoe_router.engine.text import TextCodec
+from faasmoe_router.errors import ConfigError
+from faasmoe_router.metrics import EngineMetrics, new_registry
+from faasmoe_router.serving import Server
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL_LEN = 8192
+
+
+class RouterProcess:
+    """One router, ready to serve.
+
+    Raises:
+        ConfigError: the store, the table or a limit cannot be used; the message names the variable.
+    """
+
+    def __init__(self, config: RouterConfig) -> None:
+        registry = new_registry()
+        store = _open_store(config.store)
+        self._dispatcher = _make_dispatcher(store, config, DispatchMetrics(registry))
+        try:
+            model = load_router_model(store, self._dispatcher, device=_device(config.device))
+        except ModelError as error:
+            raise ConfigError(f"FAASMOE_STORE: {error}") from error
+        model_name = config.model_name or Path(store.manifest.model.source).name
+        self._gave_up = False
+        self._engine = Engine(
+            model,
+            TextCodec(AutoTokenizer.from_pretrained(config.store / "model")),
+            limits=_limits(config, model),
+            metrics=EngineMetrics(registry, model_name),
+            on_give_up=self._give_up,
+        )
+        app = create_app(self._engine, model_name=model_name, registry=registry)
+        self._server = Server(
+            app, host=config.host, port=config.port, end_running=self._engine.end_running
+        )
+        logger.info("%s is loaded, for http://%s:%d", model_name, config.host, config.port)
+
+    def serve(self) -> bool:
+        """Serve until SIGTERM or SIGINT; return whether that, and not a failure, was the end."""
+        try:
+            self._server.run()
+        finally:
+            self._dispatcher.close()
+        return self._server.started and not self._gave_up
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the engine's thread outlived its time to end."""
+        return self._engine.stuck
+
+    def _give_up(self) -> None:
+        self._gave_up = True
+        self._server.should_exit = True
+
+
+def _open_store(path: Path) -> Store:
+    try:
+        return Store.open(path)
+    except (StoreError, OSError) as error:
+        raise ConfigError(f"FAASMOE_STORE: {error}") from error
+
+
+def _make_dispatcher(store: Store, config: RouterConfig, metrics: DispatchMetrics) -> Dispatcher:
+    try:
+        table = FunctionTable.loads(config.table.read_bytes())
+        return Dispatcher(store, table, token=config.token, metrics=metrics)
+    except (TableError, OSError) as error:
+        raise ConfigError(f"FAASMOE_TABLE: {error}") from error
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("FAASMOE_DEVICE: got cuda, expected cpu: no CUDA device is found")
+    return torch.device(wanted)
+
+
+def _limits(config: RouterConfig, model: Any) -> EngineLimits:
+    made_for: int = model.config.get_text_config().max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > made_for:
+        raise ConfigError(
+            f"FAASMOE_MAX_MODEL_LEN: got {config.max_model_len}, expected at most {made_for}, "
+            "which the model was made for"
+        )
+    try:
+        limits = EngineLimits(
+            max_model_len=config.max_model_len or min(made_for, DEFAULT_MODEL_LEN),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_waiting=config.max_waiting,
+            kv_cache_bytes=config.kv_cache_bytes,
+        )
+        limits.n_pages(Geometry.of(model))
+    except ConfigError as error:
+        field, _, fault = str(error).partition(":")
+        raise ConfigError(f"{PREFIX}{field.upper()}:{fault}") from error
+    return limits

@@ -1,0 +1,87 @@
+"""A real server on a loopback port, over the tiny model."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from faasmoe_router.api.app import create_app
+from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.sizing import EngineLimits
+from faasmoe_router.engine.text import TextCodec
+from faasmoe_router.metrics import EngineMetrics, new_registry
+from faasmoe_router.serving import Server
+
+DEADLINE_S = 20.0
+MODEL = "tiny"
+
+
+@contextmanager
+def _serving(app: Any, engine: Engine) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = Server(app, end_running=engine.end_running, drain_s=0)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            end_s = time.monotonic() + DEADLINE_S
+            while not server.started:
+                assert thread.is_alive(), "the server did not start"
+                assert time.monotonic() < end_s, "the server did not start in time"
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(DEADLINE_S)
+            assert not thread.is_alive(), "the server did not end in time"
+
+
+@pytest.fixture(scope="session")
+def server(base_model: Any, codec: TextCodec) -> Iterator[tuple[str, Engine]]:
+    registry = new_registry()
+    engine = Engine(
+        base_model,
+        codec,
+        limits=EngineLimits(max_model_len=256, max_num_seqs=4, max_waiting=8),
+        metrics=EngineMetrics(registry, MODEL),
+    )
+    app = create_app(engine, model_name=MODEL, registry=registry, max_body_bytes=20_000)
+    with _serving(app, engine) as url:
+        yield url, engine
+
+
+@pytest.fixture
+def engine(server: tuple[str, Engine]) -> Engine:
+    return server[1]
+
+
+@pytest.fixture
+def http(server: tuple[str, Engine]) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server[0], timeout=DEADLINE_S) as client:
+        yield client
+
+
+@pytest.fixture
+def client(server: tuple[str, Engine]) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{server[0]}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], bool]], None]:
+    """Wait until a condition comes true, or fail."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        end_s = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < end_s, "the condition did not come true in time"
+            time.sleep(0.01)
+
+    return wait

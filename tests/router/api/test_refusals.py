@@ -1,0 +1,279 @@
+"""Everything that is refused: one clear error in OpenAI's shape, naming the field."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+CHAT: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2}
+TEXT: dict[str, Any] = {"model": "tiny", "prompt": "hi", "max_tokens": 2}
+
+
+def _error(response: httpx.Response) -> dict[str, Any]:
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["message", "type", "param", "code"]
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code"),
+    [
+        pytest.param({"messages": None}, "messages", "invalid_type", id="null-messages"),
+        pytest.param({"messages": []}, "messages", "invalid_value", id="no-messages"),
+        pytest.param({"messages": "hi"}, "messages", "invalid_type", id="text-for-messages"),
+        pytest.param({"messages": ["hi"]}, "messages[0]", "invalid_type", id="text-for-message"),
+        pytest.param(
+            {"messages": [{"role": "king", "content": "x"}]},
+            "messages[0].role",
+            "invalid_value",
+            id="role",
+        ),
+        pytest.param(
+            {"messages": [*MESSAGES, {"role": "user"}]},
+            "messages[1].content",
+            "missing_required_parameter",
+            id="no-content",
+        ),
+        pytest.param(
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages[0].content",
+            "invalid_type",
+            id="number-for-content",
+        ),
+        pytest.param(
+            {"messages": [{"role": "user", "content": None}]},
+            "messages[0].content",
+            "invalid_value",
+            id="null-content",
+        ),
+        pytest.param(
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content",
+            "invalid_value",
+            id="image",
+        ),
+        pytest.param(
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+            "messages[0].tool_calls",
+            "unsupported_parameter",
+            id="tool-calls",
+        ),
+        pytest.param(
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "messages",
+            "invalid_value",
+            id="template-refuses",
+        ),
+        pytest.param({"model": 3}, "model", "invalid_type", id="number-for-model"),
+        pytest.param({"max_tokens": -1}, "max_tokens", "invalid_value", id="negative"),
+        pytest.param({"max_tokens": 0}, "max_tokens", "invalid_value", id="zero"),
+        pytest.param({"max_tokens": "5"}, "max_tokens", "invalid_type", id="text-for-int"),
+        pytest.param({"max_tokens": True}, "max_tokens", "invalid_type", id="bool-for-int"),
+        pytest.param({"max_tokens": 2.5}, "max_tokens", "invalid_type", id="float-for-int"),
+        pytest.param({"max_tokens": 10**30}, "messages", "context_length_exceeded", id="huge"),
+        pytest.param({"temperature": 2.1}, "temperature", "invalid_value", id="hot"),
+        pytest.param({"temperature": -0.1}, "temperature", "invalid_value", id="cold"),
+        pytest.param({"temperature": "1"}, "temperature", "invalid_type", id="text-for-float"),
+        pytest.param({"temperature": False}, "temperature", "invalid_type", id="bool-for-float"),
+        pytest.param({"top_p": 1.5}, "top_p", "invalid_value", id="top_p"),
+        pytest.param({"top_k": -2}, "top_k", "invalid_value", id="top_k"),
+        pytest.param({"seed": 2**63}, "seed", "invalid_value", id="seed-too-large"),
+        pytest.param({"stop": 5}, "stop", "invalid_type", id="number-for-stop"),
+        pytest.param({"stop": [1]}, "stop", "invalid_type", id="numbers-for-stops"),
+        pytest.param({"stop": ["a"] * 5}, "stop", "invalid_value", id="five-stops"),
+        pytest.param({"stop": ""}, "stop", "invalid_value", id="empty-stop"),
+        pytest.param({"n": 0}, "n", "invalid_value", id="n-zero"),
+        pytest.param({"n": 129}, "n", "invalid_value", id="n-large"),
+        pytest.param({"stream": "yes"}, "stream", "invalid_type", id="text-for-bool"),
+        pytest.param(
+            {"stream_options": {"include_usage": True}},
+            "stream_options",
+            "invalid_value",
+            id="stream-options-without-stream",
+        ),
+        pytest.param(
+            {"stream": True, "stream_options": {"include_usage": 1}},
+            "stream_options.include_usage",
+            "invalid_type",
+            id="number-for-nested-bool",
+        ),
+        *(
+            pytest.param({name: value}, name, "unsupported_parameter", id=name)
+            for name, value in [
+                ("tools", [{"type": "function"}]),
+                ("tool_choice", "required"),
+                ("logprobs", True),
+                ("top_logprobs", 3),
+                ("logit_bias", {"5": 1}),
+                ("response_format", {"type": "json_object"}),
+                ("frequency_penalty", 0.1),
+                ("presence_penalty", -1),
+                ("repetition_penalty", 1.1),
+                ("min_p", 0.1),
+                ("functions", [{}]),
+                ("modalities", ["text", "audio"]),
+            ]
+        ),
+    ],
+)
+def test_chat_names_what_is_wrong(
+    http: httpx.Client, change: dict[str, Any], param: str, code: str
+) -> None:
+    response = http.post("/v1/chat/completions", json={**CHAT, **change})
+    error = _error(response)
+    assert response.status_code == 400
+    assert (error["type"], error["param"], error["code"]) == (
+        "invalid_request_error",
+        param,
+        code,
+    )
+    assert param.split("[")[0] in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code"),
+    [
+        pytest.param({"prompt": None}, "prompt", "invalid_type", id="null"),
+        pytest.param({"prompt": []}, "prompt", "invalid_type", id="no-prompts"),
+        pytest.param({"prompt": ""}, "prompt", "invalid_value", id="no-tokens"),
+        pytest.param({"prompt": {"a": 1}}, "prompt", "invalid_type", id="object"),
+        pytest.param({"prompt": ["a", 5]}, "prompt", "invalid_type", id="mixed"),
+        pytest.param({"prompt": [1, "a"]}, "prompt", "invalid_type", id="mixed-tokens"),
+        pytest.param({"prompt": [True]}, "prompt", "invalid_type", id="bools"),
+        pytest.param({"prompt": [-1]}, "prompt", "invalid_type", id="negative-token"),
+        pytest.param({"prompt": ["x"] * 129}, "prompt", "invalid_value", id="too-many"),
+        pytest.param({"prompt": [[1], [10**6]]}, "prompt[1]", "invalid_value", id="no-such-token"),
+        pytest.param({"echo": True}, "echo", "unsupported_parameter", id="echo"),
+        pytest.param({"suffix": "x"}, "suffix", "unsupported_parameter", id="suffix"),
+        pytest.param({"best_of": 2}, "best_of", "unsupported_parameter", id="best_of"),
+        pytest.param({"logprobs": 0}, "logprobs", "unsupported_parameter", id="logprobs-0"),
+    ],
+)
+def test_completion_names_what_is_wrong(
+    http: httpx.Client, change: dict[str, Any], param: str, code: str
+) -> None:
+    response = http.post("/v1/completions", json={**TEXT, **change})
+    error = _error(response)
+    assert (response.status_code, error["param"], error["code"]) == (400, param, code)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"{", id="cut"),
+        pytest.param(b"[]", id="list"),
+        pytest.param(b"null", id="null"),
+        pytest.param(b"", id="empty"),
+        pytest.param(b"\xff\xfe", id="not-utf-8"),
+        pytest.param(b"[" * 15_000, id="deep"),
+        pytest.param(b'{"model": ' + b"9" * 5000 + b"}", id="long-number"),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused(http: httpx.Client, content: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = http.post("/v1/chat/completions", content=content, headers=headers)
+    assert response.status_code == 400
+    assert _error(response)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(
+            rb'{"model":"tiny","messages":[{"role":"user","content":"\ud800"}]}', id="content"
+        ),
+        pytest.param(
+            rb'{"model":"tiny","messages":[{"role":"user","content":"a","name":"\ud800"}]}',
+            id="name",
+        ),
+        pytest.param(rb'{"model":"\ud800","messages":[{"role":"user","content":"a"}]}', id="model"),
+    ],
+)
+def test_half_a_surrogate_is_refused(http: httpx.Client, content: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = http.post("/v1/chat/completions", content=content, headers=headers)
+    assert response.status_code == 400
+    assert _error(response)["code"] == "invalid_type"
+
+
+def test_nan_is_no_temperature(http: httpx.Client) -> None:
+    content = b'{"model":"tiny","messages":[{"role":"user","content":"a"}],"temperature":NaN}'
+    headers = {"Content-Type": "application/json"}
+    response = http.post("/v1/chat/completions", content=content, headers=headers)
+    assert (response.status_code, _error(response)["param"]) == (400, "temperature")
+
+
+def test_a_body_without_its_content_type_is_told_so(http: httpx.Client) -> None:
+    response = http.post("/v1/chat/completions", content=b"{}")
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in _error(response)["message"]
+
+
+def test_a_missing_model_is_named(http: httpx.Client) -> None:
+    error = _error(http.post("/v1/chat/completions", json={"messages": MESSAGES}))
+    assert (error["param"], error["code"]) == ("model", "missing_required_parameter")
+
+
+def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.chat.completions.create(model="gpt-9", messages=[{"role": "user", "content": "a"}])
+    assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+    assert "`gpt-9` does not exist" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        pytest.param("/v1/chat/completions", {**CHAT, "max_tokens": 250}, id="with-completion"),
+        pytest.param(
+            "/v1/chat/completions",
+            {"model": "tiny", "messages": [{"role": "user", "content": "x" * 400}]},
+            id="chat-alone",
+        ),
+        pytest.param("/v1/completions", {"model": "tiny", "prompt": [5] * 256}, id="tokens"),
+    ],
+)
+def test_more_than_the_context_is_refused(
+    http: httpx.Client, path: str, body: dict[str, Any]
+) -> None:
+    response = http.post(path, json=body)
+    error = _error(response)
+    assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert "maximum context length is 256 tokens" in error["message"]
+
+
+def _pieces(n_bytes: int) -> Iterator[bytes]:
+    for _ in range(n_bytes // 1000):
+        yield b" " * 1000
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_large_body_is_refused(http: httpx.Client, declared: bool) -> None:
+    content = b" " * 30_000 if declared else _pieces(30_000)
+    headers = {"Content-Type": "application/json"}
+    response = http.post("/v1/chat/completions", content=content, headers=headers)
+    assert response.status_code == 413
+    error = _error(response)
+    assert error["code"] == "request_too_large"
+    assert "at most 20000 bytes" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        pytest.param("GET", "/v1/nothing", 404, "not_found", id="404"),
+        pytest.param("GET", "/v1/chat/completions", 405, "method_not_allowed", id="405"),
+        pytest.param("GET", "/v1/models/none", 404, "model_not_found", id="model"),
+    ],
+)
+def test_other_urls_are_refused_in_the_same_shape(
+    http: httpx.Client, method: str, path: str, status: int, code: str
+) -> None:
+    response = http.request(method, path)
+    assert (response.status_code, _error(response)["code"]) == (status, code)

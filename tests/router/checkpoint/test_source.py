@@ -1,0 +1,127 @@
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from faasmoe_router.checkpoint import PrepareError, prepare
+from faasmoe_router.checkpoint.source import resolve_source
+
+MakeCheckpoint = Callable[..., Path]
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_a_folder_can_be_given_as_a_file_url(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint(name="with space")
+    source = resolve_source(f"file://{str(folder).replace(' ', '%20')}", revision=None)
+    assert (source.folder, source.revision) == (folder, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "message"),
+    [
+        pytest.param("/no/such/folder", None, "expected a folder that exists", id="folder"),
+        pytest.param("file:///no/such", None, "expected a folder that exists", id="file"),
+        pytest.param("./no/such", None, "expected a folder that exists", id="relative"),
+        pytest.param("name", None, "expected a folder that exists or ORG/NAME", id="name"),
+        pytest.param("s3://bucket/model", None, "got 's3://bucket/model', expected", id="scheme"),
+        pytest.param("/tmp", "main", "revision: got 'main', expected none", id="revision"),
+        pytest.param("/proc", None, r"/proc/config\.json: cannot be read", id="no-config"),
+    ],
+)
+def test_a_source_that_cannot_be_had_is_refused(
+    name: str, revision: str | None, message: str
+) -> None:
+    with pytest.raises(PrepareError, match=message):
+        resolve_source(name, revision=revision)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])
+def test_a_broken_config_names_its_file(make_checkpoint: MakeCheckpoint, text: str) -> None:
+    folder = make_checkpoint()
+    (folder / "config.json").write_text(text)
+    with pytest.raises(PrepareError, match=r"config\.json: got"):
+        resolve_source(str(folder), revision=None)
+
+
+def test_a_missing_shard_is_named(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint(max_shard_size="20KB")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(PrepareError, match=f"no file .*{shard.name}"):
+        resolve_source(str(folder), revision=None)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a"]}])
+def test_an_index_without_names_is_refused(make_checkpoint: MakeCheckpoint, index: object) -> None:
+    folder = make_checkpoint()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(PrepareError, match="weight_map: got"):
+        resolve_source(str(folder), revision=None)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "header"])
+def test_a_broken_shard_is_named(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, damage: str
+) -> None:
+    folder = make_checkpoint()
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(
+        {"truncated": content[:-9], "empty": b"", "header": b"\xff" * 8 + content[8:]}[damage]
+    )
+    with pytest.raises(PrepareError, match=r"model\.safetensors: got no readable"):
+        prepare(str(folder), tmp_path / "store")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub's local cache; the hub itself cannot be reached."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def _cache(hub: Path, checkpoint: Path) -> None:
+    repository = hub / "models--org--name"
+    (repository / "snapshots").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    checkpoint.rename(repository / "snapshots" / COMMIT)
+
+
+@pytest.mark.parametrize("name", ["hf://org/name", "org/name"])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+def test_a_cached_repository_is_pinned_to_its_commit(
+    make_checkpoint: MakeCheckpoint, hub: Path, tmp_path: Path, name: str, max_shard_size: str
+) -> None:
+    _cache(hub, make_checkpoint(max_shard_size=max_shard_size))
+    model = prepare(name, tmp_path / "store").manifest.model
+    assert (model.source, model.revision) == (name, COMMIT)
+
+
+def test_a_commit_needs_no_second_look_at_file_times(
+    make_checkpoint: MakeCheckpoint, hub: Path
+) -> None:
+    _cache(hub, make_checkpoint())
+    source = resolve_source("org/name", revision=None)
+    before = source.fingerprint(dtype=None)
+    os.utime(source.weight_files[0])
+    assert source.fingerprint(dtype=None) == before
+    assert source.fingerprint(dtype="float16") != before
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("hf://org/name", "cannot be reached"),
+        ("org/name", "cannot be reached"),
+        ("hf://a/b/c", "expected ORG/NAME"),
+    ],
+)
+@pytest.mark.usefixtures("hub")
+def test_an_unreachable_repository_says_why(name: str, reason: str) -> None:
+    with pytest.raises(PrepareError, match=f"at revision 'v1': .*{reason}"):
+        resolve_source(name, revision="v1")

@@ -1,0 +1,112 @@
+"""A tiny model with a tokenizer of its own, made here: random, but it runs like a real one."""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.sizing import EngineLimits
+from faasmoe_router.engine.text import TextCodec
+from faasmoe_router.metrics import EngineMetrics, new_registry
+
+SPECIAL_TOKENS = ["<|end|>", "<|im_start|>", "<|im_end|>"]
+CORPUS = [json.dumps(Tokenizer.__doc__), "the quick brown fox jumps over the lazy dog " * 3]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}"
+    "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MAX_MODEL_LEN = 256
+
+EngineMaker = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        initial_alphabet=alphabet,
+        special_tokens=SPECIAL_TOKENS,
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|end|>", chat_template=CHAT_TEMPLATE
+    )
+
+
+@pytest.fixture(scope="session")
+def codec(tokenizer: Any) -> TextCodec:
+    return TextCodec(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def base_model(tokenizer: Any) -> Any:
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        max_position_embeddings=MAX_MODEL_LEN,
+        initializer_range=0.4,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    return Qwen2MoeForCausalLM(config).eval()
+
+
+@pytest.fixture
+def model(base_model: Any) -> Any:
+    """A copy that a test may spoil."""
+    return deepcopy(base_model)
+
+
+@pytest.fixture
+def make_engine(model: Any, codec: TextCodec) -> EngineMaker:
+    def make(**limits: int) -> Engine:
+        metrics = EngineMetrics(new_registry(), "tiny")
+        return Engine(
+            model,
+            codec,
+            limits=EngineLimits(**{"max_model_len": MAX_MODEL_LEN, **limits}),
+            metrics=metrics,
+        )
+
+    return make
+
+
+@pytest.fixture
+def prompt_ids(codec: TextCodec) -> tuple[int, ...]:
+    return tuple(codec.encode("the quick brown fox"))
+
+
+@pytest.fixture
+def greedy(base_model: Any) -> Callable[[tuple[int, ...], int], list[int]]:
+    """What transformers' own generate makes of a prompt."""
+
+    def generate(prompt: tuple[int, ...], max_tokens: int) -> list[int]:
+        ids = torch.tensor([prompt])  # [1, T]
+        output = base_model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
+        )
+        return list(output[0, len(prompt) :].tolist())
+
+    return generate

@@ -1,0 +1,278 @@
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from faasmoe_router.engine import engine as engine_module
+from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.generation import Generation, GenerationRequest
+from faasmoe_router.engine.sampling import SamplingParams
+from faasmoe_router.engine.text import TextCodec
+from faasmoe_router.errors import (
+    ConfigError,
+    EngineSaturated,
+    EngineUnavailable,
+    GenerationFailed,
+)
+
+DEADLINE_S = 20.0
+GREEDY = SamplingParams()
+Maker = Callable[..., Engine]
+Greedy = Callable[[tuple[int, ...], int], list[int]]
+Prompt = tuple[int, ...]
+
+
+async def _texts(generation: Generation, n: int = 1) -> list[str]:
+    texts = [""] * n
+    async with generation:
+        async for index, delta in generation:
+            texts[index] += delta.text
+    return texts
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end_s, "the condition did not come true in time"
+        await asyncio.sleep(0.01)
+
+
+def _run(engine: Engine, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    async def run() -> Any:
+        async with engine:
+            return await asyncio.wait_for(work(), DEADLINE_S)
+
+    return asyncio.run(run())
+
+
+def _sampled(prompt: Prompt, seed: int, **params: Any) -> GenerationRequest:
+    return GenerationRequest(prompt, 24, SamplingParams(1.0, seed=seed, **params))
+
+
+def test_greedy_equals_generate_for_prompts_in_one_batch(
+    make_engine: Maker, codec: TextCodec, greedy: Greedy
+) -> None:
+    prompts = [tuple(codec.encode(text)) for text in ("a", "lazy dog " * 5, "the quick")]
+    expected = [codec.decode(greedy(prompt, 40)) for prompt in prompts]
+    engine = make_engine()
+    requests = [GenerationRequest(prompt, 40) for prompt in prompts]
+    assert _run(engine, lambda: _texts(engine.generate(requests), 3)) == expected
+
+
+def test_prompts_longer_than_a_batch_are_prefilled_in_parts(
+    make_engine: Maker, codec: TextCodec, greedy: Greedy
+) -> None:
+    prompt = tuple(codec.encode("jumps over the lazy dog " * 6))
+    engine = make_engine(max_num_seqs=2, max_num_batched_tokens=8)
+    assert len(prompt) > 24
+    texts = _run(engine, lambda: _texts(engine.generate([GenerationRequest(prompt, 10)])))
+    assert texts == [codec.decode(greedy(prompt, 10))]
+
+
+def test_eager_attention_equals_generate_too(
+    make_engine: Maker, model: Any, codec: TextCodec, greedy: Greedy, prompt_ids: Prompt
+) -> None:
+    model._supports_sdpa = False
+    engine = make_engine()
+    texts = _run(engine, lambda: _texts(engine.generate([GenerationRequest(prompt_ids, 12)])))
+    assert model.config._attn_implementation == "paged|eager"
+    assert texts == [codec.decode(greedy(prompt_ids, 12))]
+
+
+def test_seeded_text_is_the_same_alone_and_among_others(
+    make_engine: Maker, codec: TextCodec, greedy: Greedy, prompt_ids: Prompt
+) -> None:
+    engine = make_engine()
+    mine = _sampled(prompt_ids, 7, top_p=0.95)
+    others = [GenerationRequest(prompt_ids, 30), _sampled(prompt_ids, 8), _sampled(prompt_ids, 9)]
+
+    async def work() -> None:
+        alone = await _texts(engine.generate([mine]))
+        assert await _texts(engine.generate([mine])) == alone
+        together = await _texts(engine.generate([others[0], mine, *others[1:]]), 4)
+        assert together[1] == alone[0]
+        assert together[0] == codec.decode(greedy(prompt_ids, 30))
+        assert len(set(together)) == 4
+
+    _run(engine, work)
+
+
+def test_a_full_cache_changes_no_text(make_engine: Maker, prompt_ids: Prompt) -> None:
+    requests = [GenerationRequest(prompt_ids, 200), *(_sampled(prompt_ids, s) for s in range(3))]
+    requests += [GenerationRequest(prompt_ids[:n], 200) for n in (2, 3, 4)]
+    roomy = make_engine()
+    expected = _run(roomy, lambda: _texts(roomy.generate(requests), 7))
+    tight = make_engine(max_num_batched_tokens=64, kv_cache_bytes=700_000)
+    preempted: list[bool] = []
+
+    async def work() -> list[str]:
+        offloading = tight._batcher._manager.batch_processor.offloading_manager  # type: ignore[union-attr]
+        preempt = offloading.offload_requests
+
+        def counted() -> bool:
+            preempted.append(preempt())
+            return preempted[-1]
+
+        offloading.offload_requests = counted
+        return await _texts(tight.generate(requests), 7)
+
+    assert _run(tight, work) == expected
+    assert any(preempted)
+
+
+def test_an_end_token_ends_the_text(
+    make_engine: Maker, model: Any, codec: TextCodec, greedy: Greedy, prompt_ids: Prompt
+) -> None:
+    tokens = greedy(prompt_ids, 20)
+    end = tokens[10]
+    model.generation_config.eos_token_id = [0, end]
+    request = GenerationRequest(prompt_ids, 20)
+    engine = make_engine()
+
+    async def work() -> None:
+        reasons = [d.finish_reason async for _, d in engine.generate([request])]
+        assert reasons == [*[None] * tokens.index(end), "stop"]
+        ignoring = GenerationRequest(prompt_ids, 20, ignore_eos=True)
+        assert await _texts(engine.generate([ignoring])) == [codec.decode(tokens)]
+
+    _run(engine, work)
+
+
+def test_a_stop_string_ends_the_text_and_frees_the_request(
+    make_engine: Maker, codec: TextCodec, greedy: Greedy, prompt_ids: Prompt
+) -> None:
+    text = codec.decode(greedy(prompt_ids, 60))
+    stop = text[20:23]
+    engine = make_engine()
+
+    async def work() -> None:
+        request = GenerationRequest(prompt_ids, 200, stops=(stop,))
+        assert await _texts(engine.generate([request])) == [text[: text.index(stop)]]
+        await _until(lambda: engine._counts() == (0, 0))
+
+    _run(engine, work)
+
+
+def test_leaving_a_generation_frees_its_requests(make_engine: Maker, prompt_ids: Prompt) -> None:
+    engine = make_engine(max_num_seqs=1)
+
+    async def work() -> None:
+        requests = [GenerationRequest(prompt_ids, 230)] * 3
+        async with engine.generate(requests) as generation:
+            await anext(aiter(generation))
+            assert engine._counts() == (1, 2)
+        await _until(lambda: engine._counts() == (0, 0))
+        assert not engine._running
+
+    _run(engine, work)
+
+
+def test_waiting_requests_run_after_a_full_cache_was_freed_by_cancelling(
+    make_engine: Maker, prompt_ids: Prompt
+) -> None:
+    """transformers' own scheduler would let them wait for ever."""
+    engine = make_engine(max_num_batched_tokens=64)
+
+    async def work() -> None:
+        async with engine.generate([GenerationRequest(prompt_ids, 230)]) as generation:
+            await anext(aiter(generation))
+            engine._batcher._manager.batch_processor.scheduler.block_new_requests = True  # type: ignore[union-attr]
+            waiting = engine.generate([GenerationRequest(prompt_ids, 3)])
+        await _texts(waiting)
+
+    _run(engine, work)
+
+
+def test_refuses_more_than_may_wait(make_engine: Maker, prompt_ids: Prompt) -> None:
+    engine = make_engine(max_num_seqs=1, max_waiting=1)
+
+    async def work() -> None:
+        with pytest.raises(EngineSaturated, match="at most 2 may be"):
+            engine.generate([GenerationRequest(prompt_ids, 5)] * 3)
+        await _texts(engine.generate([GenerationRequest(prompt_ids, 5)] * 2), 2)
+
+    _run(engine, work)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fatal_error_ends_what_runs_and_the_engine_starts_again(
+    make_engine: Maker, model: Any, codec: TextCodec, greedy: Greedy, prompt_ids: Prompt
+) -> None:
+    engine = make_engine()
+    forward = model.forward
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    async def work() -> None:
+        model.forward = broken
+        with pytest.raises(GenerationFailed):
+            await _texts(engine.generate([GenerationRequest(prompt_ids, 5)]))
+        await _until(lambda: not engine.ready)
+        with pytest.raises(EngineUnavailable):
+            engine.generate([GenerationRequest(prompt_ids, 5)])
+        model.forward = forward
+        await _until(lambda: engine.ready)
+        texts = await _texts(engine.generate([GenerationRequest(prompt_ids, 5)]))
+        assert texts == [codec.decode(greedy(prompt_ids, 5))]
+
+    _run(engine, work)
+
+
+def test_gives_up_when_errors_come_back(
+    make_engine: Maker, model: Any, prompt_ids: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "RESTART_LIMIT", 1)
+    engine = make_engine()
+    given_up = asyncio.Event()
+    engine._on_give_up = given_up.set
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    async def work() -> None:
+        model.forward = broken
+        while not given_up.is_set():
+            await _until(lambda: engine.ready or given_up.is_set())
+            if engine.ready:
+                with pytest.raises(GenerationFailed):
+                    await _texts(engine.generate([GenerationRequest(prompt_ids, 5)]))
+                await _until(lambda: not engine.ready)
+        assert not engine.ready
+
+    _run(engine, work)
+
+
+def test_stopping_ends_running_requests_and_leaves_no_thread(
+    make_engine: Maker, prompt_ids: Prompt
+) -> None:
+    before = set(threading.enumerate())
+    engine = make_engine()
+
+    async def work() -> None:
+        async with engine:
+            generation = engine.generate([GenerationRequest(prompt_ids, 230)])
+            await anext(aiter(generation))
+        with pytest.raises(GenerationFailed):
+            await _texts(generation)
+
+    asyncio.run(work())
+    left = set(threading.enumerate()) - before
+    assert not [t for t in left if t.is_alive() and not t.daemon]
+
+
+def test_refuses_a_cache_too_small_for_one_request(make_engine: Maker) -> None:
+    engine = make_engine(kv_cache_bytes=1000)
+    with pytest.raises(ConfigError, match="kv_cache_bytes: got 1000"):
+        _run(engine, lambda: asyncio.sleep(0))
+
+
+def test_counts_what_it_does(make_engine: Maker, prompt_ids: Prompt) -> None:
+    engine = make_engine()
+    _run(engine, lambda: _texts(engine.generate([GenerationRequest(prompt_ids, 6)])))
+    metrics = engine._metrics
+    assert metrics.prompt_tokens._value.get() == len(prompt_ids)
+    assert metrics.generation_tokens._value.get() == 6

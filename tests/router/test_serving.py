@@ -1,0 +1,108 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from faasmoe_router.api.app import create_app
+from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.sizing import EngineLimits
+from faasmoe_router.engine.text import TextCodec
+from faasmoe_router.metrics import EngineMetrics, new_registry
+from faasmoe_router.serving import Server
+
+DEADLINE_S = 20.0
+ENDS_BY_ITSELF = """
+from faasmoe_router.serving import Server
+
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        print("started", flush=True)
+        await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+Server(app, end_running=lambda: None).run()
+print("after", flush=True)
+"""
+
+
+def test_answers_that_take_too_long_end_with_an_error(
+    model: Any, codec: TextCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = new_registry()
+    engine = Engine(
+        model,
+        codec,
+        limits=EngineLimits(max_model_len=256),
+        metrics=EngineMetrics(registry, "tiny"),
+    )
+    hold = threading.Event()
+    forward = model.forward
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        hold.wait(0.05)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", slow)
+    app = create_app(engine, model_name="tiny", registry=registry)
+    server = Server(app, end_running=engine.end_running, drain_s=0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
+        body = {"model": "tiny", "prompt": "a", "stream": True}
+        with httpx.stream("POST", url, json=body, timeout=DEADLINE_S) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.should_exit = True
+            *_, last = (line for line in lines if line)
+        thread.join(DEADLINE_S)
+        hold.set()
+    assert not thread.is_alive()
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_and_not_what_comes_after(number: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDS_BY_ITSELF], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(number)
+        assert process.stdout.read() == "after\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"FAASMOE_STORE": ""}, "FAASMOE_STORE: not set", id="no-store"),
+        pytest.param({"FAASMOE_PORT": "x"}, "FAASMOE_PORT: got 'x'", id="port"),
+        pytest.param({"FAASMOE_PARENT_PID": "x"}, "FAASMOE_PARENT_PID: got 'x'", id="parent"),
+    ],
+)
+def test_a_bad_setting_ends_the_process_with_one_line(
+    change: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    settings = {"FAASMOE_STORE": str(tmp_path), "FAASMOE_TABLE": str(tmp_path / "table.json")}
+    ended = subprocess.run(
+        [sys.executable, "-m", "faasmoe_router"],
+        env={**os.environ, **settings, **change},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"faasmoe_router: {message}")
+    assert len(ended.stderr.splitlines()) == 1
