@@ -35,7 +35,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> OpenSandbox:
     folder: Path = tmp_path_factory.mktemp("sandboxes")
     numbers = itertools.count()
 
-    def run(**variables: object) -> AbstractContextManager[SandboxProcess]:
-        return running_sandbox(folder / f"{next(numbers)}.log", **variables)
+    def run(*, token: str = "", **variables: object) -> AbstractContextManager[SandboxProcess]:
+        return running_sandbox(folder / f"{next(numbers)}.log", token=token, **variables)
 
     return run

@@ -6,17 +6,19 @@ import logging
 import sys
 
 from faasmoe_expert.config import ConfigError, SandboxConfig
+from faasmoe_expert.lifeline import LifelineError, die_with_parent
 
 
 def main() -> int:
     """Serve until SIGTERM; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
+        die_with_parent()
         config = SandboxConfig.from_env()
         from faasmoe_expert.server import serve
 
         serve(config)
-    except (ConfigError, OSError) as error:
+    except (ConfigError, LifelineError, OSError) as error:
         print(f"faasmoe_expert: {error}", file=sys.stderr)
         return 2
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class SandboxConfig:
         device: where experts compute: cpu, cuda, cuda:N or auto.
         threads: threads of one computation on the CPU, 1 or more.
         token: bearer token that /v1 asks for; empty asks for none.
+        request_timeout_s: time for a client to send a request whole, and to take its answer.
     """
 
     id: str = "sandbox"
@@ -32,11 +34,15 @@ class SandboxConfig:
     device: str = "auto"
     threads: int = 1
     token: str = ""
+    request_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         """Refuse settings out of bounds."""
         _at_least("FAASMOE_CAPACITY", self.capacity, 1)
         _at_least("FAASMOE_THREADS", self.threads, 1)
+        if not 0 < self.request_timeout_s < math.inf:
+            got = self.request_timeout_s
+            raise ConfigError(f"FAASMOE_REQUEST_TIMEOUT_S: got {got}, expected more than 0")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"FAASMOE_PORT: got {self.port}, expected 0 to 65535")
         kind, _, index = self.device.partition(":")
@@ -58,6 +64,7 @@ class SandboxConfig:
             device=env.get("FAASMOE_DEVICE", default.device),
             threads=_integer(env, "FAASMOE_THREADS", default.threads),
             token=env.get("FAASMOE_TOKEN", default.token),
+            request_timeout_s=_number(env, "FAASMOE_REQUEST_TIMEOUT_S", default.request_timeout_s),
         )
 
 
@@ -69,6 +76,16 @@ def _integer(env: Mapping[str, str], name: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"{name}: got {text!r}, expected a whole number") from None
+
+
+def _number(env: Mapping[str, str], name: str, default: float) -> float:
+    text = env.get(name, "")
+    if not text:
+        return default
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{name}: got {text!r}, expected a number") from None
 
 
 def _at_least(name: str, value: int, bound: int) -> None:

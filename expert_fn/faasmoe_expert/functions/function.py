@@ -80,11 +80,13 @@ class ExpertFunction:
 
     Attributes:
         spec: its id, layers and experts.
+        model_digest: digest of the store that it was cut from.
         size_bytes: bytes of its experts' parameters in the store.
     """
 
     def __init__(self, spec: FunctionSpec, store: Store, *, device: torch.device) -> None:
         self.spec = spec
+        self.model_digest = store.manifest.digest
         self.device = device
         layers = {index: _layer(store, index, spec) for index in spec.layers}
         self.size_bytes = sum(
@@ -161,15 +163,18 @@ def _membership(spec: FunctionSpec, layers: dict[int, LayerEntry]) -> NDArray[np
 
 
 def _kernel(store: Store, layer: LayerEntry, spec: FunctionSpec, device: torch.device) -> Kernel:
-    weights = map_weights(
-        store.map_layer(layer.index),
-        n_experts=layer.num_experts,
-        experts=spec.experts,
-        device=device,
-    )
-    if layer.kernel is not None:
-        return GatedKernel(KernelSpec.from_json(layer.kernel), weights)
-    model = store.manifest.model
-    return ModuleKernel.from_store(
-        store.path / "model", model.architecture, layer.name, weights, spec.experts, device
-    )
+    model, mapped = store.manifest.model, store.map_layer(layer.index)
+    try:
+        weights = map_weights(
+            mapped, n_experts=layer.num_experts, experts=spec.experts, device=device
+        )
+        if layer.kernel is not None:
+            return GatedKernel(KernelSpec.from_json(layer.kernel), weights)
+        return ModuleKernel.from_store(
+            store.path / "model", model.architecture, layer.name, weights, spec.experts, device
+        )
+    except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
+        raise BadAttachment(
+            f"store: layer {layer.index} of {model.architecture} cannot be computed: {error}",
+            field="store",
+        ) from error

@@ -121,11 +121,11 @@ def sum_gated(
     Sums in float32, in ascending order of experts. Arguments as in `run_gated`.
     """
     total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)  # [T, H]
-    n_rows = len(hidden)
+    every_row = np.arange(len(hidden))
     for expert, pairs in by_expert(pair_expert):
         rows = pair_row[pairs]
         scale = pair_weight[as_index(pairs, hidden.device), None]  # [n, 1]
-        if len(rows) == n_rows:  # every row, and rows are ascending: no gather, no scatter
+        if np.array_equal(rows, every_row):  # no gather, no scatter
             total.addcmul_(expert_mlp(spec, weights, expert, hidden).float(), scale)
             continue
         index = as_index(rows, hidden.device)  # [n]

@@ -20,6 +20,8 @@ from faasmoe_expert.server.protocol import HttpProtocol
 from faasmoe_expert.server.routes import Routes
 from faasmoe_expert.server.sandbox import Sandbox
 
+SHUTDOWN_S = 2.0  # for clients to take the answers that are on their way
+
 log = logging.getLogger(__name__)
 
 __all__ = ["serve"]
@@ -44,7 +46,10 @@ async def _serve(sandbox: Sandbox, listener: socket.socket | None) -> None:
     routes, connections = Routes(sandbox), set[HttpProtocol]()
     config, stop = sandbox.config, asyncio.Event()
     place = {"sock": listener} if listener else {"host": config.host, "port": config.port}
-    server = await loop.create_server(lambda: HttpProtocol(routes.handle, connections), **place)
+    timeout_s = config.request_timeout_s
+    server = await loop.create_server(
+        lambda: HttpProtocol(routes.handle, connections, timeout_s=timeout_s), **place
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     host, port = server.sockets[0].getsockname()[:2]
@@ -52,6 +57,13 @@ async def _serve(sandbox: Sandbox, listener: socket.socket | None) -> None:
     await stop.wait()
     routes.ready = False
     server.close()
+    await _end(connections)
+
+
+async def _end(connections: set[HttpProtocol]) -> None:
     for connection in tuple(connections):
         connection.close()
-    await server.wait_closed()
+    if connections:
+        await asyncio.wait([c.closed for c in connections], timeout=SHUTDOWN_S)
+    for connection in tuple(connections):
+        connection.abort()

@@ -28,17 +28,21 @@ class Answer:
         return cls(status, "application/json", [json.dumps(value).encode()])
 
     @classmethod
-    def of_error(cls, status: int, code: str, message: str, *, close: bool = False) -> Answer:
+    def of_error(
+        cls, status: int, code: str, message: str, *, field: str | None = None, close: bool = False
+    ) -> Answer:
         """Return an error object; `close` ends the connection after it."""
-        body = json.dumps({"error": {"code": code, "message": message, "field": None}}).encode()
-        return cls(status, "application/json", [body], close)
+        value = {"error": {"code": code, "message": message, "field": field}}
+        return cls(status, "application/json", [json.dumps(value).encode()], close)
 
     def head(self, *, keep_alive: bool) -> bytes:
         """Return the status line and headers."""
-        size_bytes = sum(len(memoryview(part).cast("B")) for part in self.body)
+        status_line = f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}\r\n"
         connection = "" if keep_alive else "connection: close\r\n"
+        if self.status == HTTPStatus.NO_CONTENT:  # which has neither content nor its length
+            return f"{status_line}{connection}\r\n".encode()
+        size_bytes = sum(memoryview(part).nbytes for part in self.body)
         return (
-            f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}\r\n"
-            f"content-type: {self.content_type}\r\ncontent-length: {size_bytes}\r\n"
-            f"{connection}\r\n"
+            f"{status_line}content-type: {self.content_type}\r\n"
+            f"content-length: {size_bytes}\r\n{connection}\r\n"
         ).encode()

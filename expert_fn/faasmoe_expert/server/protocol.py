@@ -18,7 +18,7 @@ from faasmoe_expert.server.answer import Answer
 from faasmoe_expert.wire import MAX_FRAME_BYTES
 
 MAX_HEAD_BYTES = 16 << 10
-REQUEST_TIMEOUT_S = 30.0  # from the first byte of a request to its last
+MAX_REQUEST_BYTES = MAX_HEAD_BYTES + 2 * MAX_FRAME_BYTES  # leaves room for the framing of chunks
 
 
 @dataclass(slots=True)
@@ -28,7 +28,10 @@ class HttpRequest:
     target: bytes = b""
     authorization: bytes = b""
     method: str = ""
+    begun: bool = False
+    in_head: bool = True
     head_bytes: int = 0
+    later_bytes: int = 0  # received after the packet in which it began
     body: bytearray = field(default_factory=bytearray)
 
 
@@ -38,48 +41,82 @@ class HttpProtocol(asyncio.Protocol):
     Args:
         handle: computes the answer of a whole request; must not raise.
         connections: the server's open connections; this one adds and removes itself.
+        timeout_s: time for a request to be read whole, and for answers to be taken.
     """
 
+    closed: asyncio.Future[None]
+
     def __init__(
-        self, handle: Callable[[HttpRequest], Answer], connections: set[HttpProtocol]
+        self,
+        handle: Callable[[HttpRequest], Answer],
+        connections: set[HttpProtocol],
+        *,
+        timeout_s: float,
     ) -> None:
         self._handle = handle
         self._connections = connections
-        self._transport: asyncio.Transport | None = None
-        self._deadline: asyncio.TimerHandle | None = None
+        self._timeout_s = timeout_s
+        self._deadline: asyncio.TimerHandle | None = None  # of the request that is being read
+        self._stalled: asyncio.TimerHandle | None = None  # of answers that the client must take
         self._refusal: Answer | None = None
         self._request = HttpRequest()
         self._parser = httptools.HttpRequestParser(self)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to listen to a client."""
+        self._loop = asyncio.get_running_loop()
         self._transport = cast(asyncio.Transport, transport)
+        self.closed = self._loop.create_future()
         self._connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a client that left."""
         self._connections.discard(self)
-        self._stop_timer()
+        self._stop_deadline()
+        self._stop_stalled()
+        if not self.closed.done():
+            self.closed.set_result(None)
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser; what it completes is answered at once."""
-        if self._deadline is None:
-            loop = asyncio.get_running_loop()
-            self._deadline = loop.call_later(REQUEST_TIMEOUT_S, self._give_up)
+        request = self._request
         try:
             self._parser.feed_data(data)
+            if self._request is request and request.begun:
+                self._count(request, len(data))
         except httptools.HttpParserUpgrade:
-            self._refuse(Answer.of_error(400, "bad_request", "upgrade: not supported"))
-        except httptools.HttpParserError as error:
+            return  # refused when its message was complete
+        except (httptools.HttpParserError, _Stopped) as error:
             refusal = Answer.of_error(400, "bad_request", f"request: not HTTP/1.1 ({error})")
             self._refuse(self._refusal or refusal)
 
+    def pause_writing(self) -> None:
+        """Read no more from a client that does not take its answers, and end it in time."""
+        if not self._transport.is_closing():
+            self._transport.pause_reading()
+        self._expect_progress()
+
+    def resume_writing(self) -> None:
+        """Read on."""
+        if not self._transport.is_closing():
+            self._stop_stalled()
+            self._transport.resume_reading()
+
     def close(self) -> None:
         """End the connection once what was written is sent."""
-        if self._transport is not None:
-            self._transport.close()
+        self._transport.close()
+        self._expect_progress()
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        self._transport.abort()
 
     # The parser's callbacks. One that raises ends the parse, and with it the connection.
+
+    def on_message_begin(self) -> None:
+        """Give the client its time to send a request."""
+        self._request = HttpRequest(begun=True)
+        self._deadline = self._loop.call_later(self._timeout_s, self._give_up)
 
     def on_url(self, url: bytes) -> None:
         """Take a part of the target."""
@@ -91,59 +128,83 @@ class HttpProtocol(asyncio.Protocol):
         self._count_head(len(name) + len(value))
         if name.lower() == b"authorization":
             self._request.authorization = value
-        if name.lower() == b"content-length" and int(value) > MAX_FRAME_BYTES:
-            self._stop_parse(
-                413,
-                "too_large",
-                f"body: got {int(value)} bytes, expected at most {MAX_FRAME_BYTES}",
-            )
+        if name.lower() == b"content-length" and value.isdigit() and int(value) > MAX_FRAME_BYTES:
+            self._stop_parse(413, "too_large", "body", got=f"{int(value)} bytes")
+
+    def on_headers_complete(self) -> None:
+        """The body comes."""
+        self._request.in_head = False
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
-        if len(self._request.body) + len(body) > MAX_FRAME_BYTES:
-            self._stop_parse(
-                413,
-                "too_large",
-                f"body: got more than {MAX_FRAME_BYTES} bytes, expected at most that",
-            )
         self._request.body += body
+        if len(self._request.body) > MAX_FRAME_BYTES:
+            self._stop_parse(413, "too_large", "body", got="more")
 
     def on_message_complete(self) -> None:
         """Answer the request."""
-        self._stop_timer()
+        self._stop_deadline()
         request, self._request = self._request, HttpRequest()
+        if self._transport.is_closing():
+            return
+        if self._parser.should_upgrade():
+            message = "upgrade: got another protocol, expected HTTP/1.1"
+            self._refuse(Answer.of_error(400, "bad_request", message, field="upgrade"))
+            return
         request.method = self._parser.get_method().decode()
-        self._write(self._handle(request), keep_alive=self._parser.should_keep_alive())
+        keep_alive = self._parser.should_keep_alive()
+        self._write(self._handle(request), keep_alive=keep_alive, is_head=request.method == "HEAD")
+
+    def _count(self, request: HttpRequest, n_bytes: int) -> None:
+        """Bound what the parser may hold back: it gives a header, or a trailer, only when whole."""
+        request.later_bytes += n_bytes
+        if request.in_head and request.later_bytes > MAX_HEAD_BYTES:
+            self._stop_parse(431, "head_too_large", "head", got="more")
+        if request.later_bytes > MAX_REQUEST_BYTES:
+            self._stop_parse(413, "too_large", "body", got="more, with its framing")
 
     def _count_head(self, n_bytes: int) -> None:
         self._request.head_bytes += n_bytes
         if self._request.head_bytes > MAX_HEAD_BYTES:
-            self._stop_parse(
-                431, "head_too_large", f"head: expected at most {MAX_HEAD_BYTES} bytes"
-            )
+            self._stop_parse(431, "head_too_large", "head", got="more")
 
-    def _stop_parse(self, status: int, code: str, message: str) -> None:
-        self._refusal = Answer.of_error(status, code, message, close=True)
-        raise ValueError(message)
+    def _stop_parse(self, status: int, code: str, part: str, *, got: str) -> None:
+        limit = MAX_HEAD_BYTES if part == "head" else MAX_FRAME_BYTES
+        message = f"{part}: got {got}, expected at most {limit} bytes"
+        self._refusal = Answer.of_error(status, code, message, field=part, close=True)
+        raise _Stopped(message)
 
-    def _write(self, answer: Answer, *, keep_alive: bool) -> None:
-        assert self._transport is not None
+    def _write(self, answer: Answer, *, keep_alive: bool, is_head: bool = False) -> None:
         stay = keep_alive and not answer.close
         if self._transport.is_closing():
             return
-        self._transport.writelines([answer.head(keep_alive=stay), *answer.body])
+        body = () if is_head else answer.body
+        self._transport.writelines([answer.head(keep_alive=stay), *body])
         if not stay:
-            self._transport.close()
+            self.close()
 
     def _refuse(self, answer: Answer) -> None:
-        self._stop_timer()
+        self._stop_deadline()
         self._write(answer, keep_alive=False)
 
     def _give_up(self) -> None:
-        message = f"request: not whole after {REQUEST_TIMEOUT_S:.0f} s"
+        message = f"request: got a part of it in {self._timeout_s:g} s, expected all of it"
         self._refuse(Answer.of_error(408, "request_timeout", message))
 
-    def _stop_timer(self) -> None:
+    def _stop_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def _stop_stalled(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+    def _expect_progress(self) -> None:
+        if self._stalled is None:
+            self._stalled = self._loop.call_later(self._timeout_s, self._transport.abort)
+
+
+class _Stopped(Exception):
+    """The parse of a request ends because a bound is exceeded."""

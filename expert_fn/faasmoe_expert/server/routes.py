@@ -45,7 +45,8 @@ class Routes:
         if path.startswith("/v1/"):
             return self._functions(request, path)
         if request.method != "GET":
-            return Answer.of_error(405, "bad_method", f"method: got {request.method}, expected GET")
+            message = f"method: got {request.method}, expected GET"
+            return Answer.of_error(405, "bad_method", message, field="method")
         if path == "/healthz":
             return Answer.of_json(200, {"status": "ok"})
         if path == "/readyz":
@@ -54,17 +55,18 @@ class Routes:
         if path == "/metrics":
             text = self._sandbox.metrics.text()
             return Answer(200, "text/plain; version=0.0.4; charset=utf-8", [text])
-        return Answer.of_error(404, "not_found", f"path: got {path}")
+        return _not_found(path)
 
     def _functions(self, request: HttpRequest, path: str) -> Answer:
         token = self._sandbox.config.token
         if token and not hmac.compare_digest(request.authorization, self._expected):
-            return Answer.of_error(401, "unauthorized", "authorization: expected the bearer token")
+            message = "authorization: expected the bearer token"
+            return Answer.of_error(401, "unauthorized", message, field="authorization")
         if path == FUNCTIONS and request.method == "GET":
             return Answer.of_json(200, self._sandbox.list_functions())
         base, _, function_id = path.rpartition("/")
         if base != FUNCTIONS or not function_id:
-            return Answer.of_error(404, "not_found", f"path: got {path}")
+            return _not_found(path)
         return self._function(request, function_id)
 
     def _function(self, request: HttpRequest, function_id: str) -> Answer:
@@ -76,7 +78,7 @@ class Routes:
             self._sandbox.detach(function_id)
             return Answer(204, "application/json", [])
         message = f"method: got {request.method}, expected POST, PUT or DELETE"
-        return Answer.of_error(405, "bad_method", message)
+        return Answer.of_error(405, "bad_method", message, field="method")
 
     def _attach(self, function_id: str, body: bytearray) -> Answer:
         value = _object(body)
@@ -85,9 +87,13 @@ class Routes:
         except TableError as error:
             raise BadAttachment(str(error), field=str(error).partition(":")[0]) from error
         store, digest = (_text(value, name) for name in ("store", "model_digest"))
-        return Answer.of_json(
-            200, self._sandbox.attach(spec, store=Path(store), model_digest=digest)
-        )
+        function, is_new = self._sandbox.attach(spec, store=Path(store), model_digest=digest)
+        return Answer.of_json(201 if is_new else 200, function)
+
+
+def _not_found(path: str) -> Answer:
+    message = f"path: got {path}, expected {FUNCTIONS}[/ID], /healthz, /readyz or /metrics"
+    return Answer.of_error(404, "not_found", message, field="path")
 
 
 def _object(body: bytearray) -> dict[str, Any]:
@@ -102,6 +108,6 @@ def _object(body: bytearray) -> dict[str, Any]:
 
 def _text(value: dict[str, Any], name: str) -> str:
     found = value.get(name)
-    if not isinstance(found, str) or not found:
-        raise BadAttachment(f"{name}: got {found!r}, expected a text", field=name)
+    if not isinstance(found, str) or not found or not found.isprintable():
+        raise BadAttachment(f"{name}: got {found!r}, expected a printable text", field=name)
     return found

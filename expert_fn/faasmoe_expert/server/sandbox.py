@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,16 @@ class Sandbox:
         return {
             "sandbox": {
                 "id": self.config.id,
+                "pid": os.getpid(),
                 "capacity": self.config.capacity,
                 "device": str(self.device),
             },
             "functions": [_describe(f) for f in self._functions.values()],
         }
 
-    def attach(self, spec: FunctionSpec, *, store: Path, model_digest: str) -> dict[str, Any]:
+    def attach(
+        self, spec: FunctionSpec, *, store: Path, model_digest: str
+    ) -> tuple[dict[str, Any], bool]:
         """Attach a function; attaching the same once more changes nothing.
 
         Args:
@@ -47,25 +51,28 @@ class Sandbox:
             store: folder of the prepared model.
             model_digest: digest that the store's manifest must have.
 
+        Returns:
+            What `list_functions` says of the function, and whether it was attached just now.
+
         Raises:
             AttachRefused: the sandbox is full or holds the id with other experts.
             BadAttachment: a field cannot be used.
         """
         held = self._functions.get(spec.id)
-        if held is not None and held.spec == spec:
-            return _describe(held)
+        if held is not None and (held.spec, held.model_digest) == (spec, model_digest):
+            return _describe(held), False
         self._check_place(spec, held)
         start = time.perf_counter()
         function = self._map(spec, self._store(store, model_digest))
         self._functions[spec.id] = function
         self.metrics.attach_seconds.observe(time.perf_counter() - start)
         self._count()
-        return _describe(function)
+        return _describe(function), True
 
     def detach(self, function_id: str) -> None:
         """Detach a function and give its memory back; raises UnknownFunction."""
         if self._functions.pop(function_id, None) is None:
-            raise UnknownFunction(f"function: {function_id} is not attached here")
+            raise _unknown(function_id)
         if not self._functions:
             self._stores.clear()
         self._count()
@@ -79,7 +86,7 @@ class Sandbox:
         """
         function = self._functions.get(function_id)
         if function is None:
-            raise UnknownFunction(f"function: {function_id} is not attached here")
+            raise _unknown(function_id)
         try:
             request = decode_request(frame)
         except WireError as error:
@@ -95,7 +102,7 @@ class Sandbox:
         if held is not None:
             raise AttachRefused(
                 f"id: {spec.id} is attached with layers {list(held.spec.layers)} and experts "
-                f"{list(held.spec.experts)}, expected the same",
+                f"{list(held.spec.experts)} of {held.model_digest}, expected the same",
                 field="id",
             )
         capacity = self.config.capacity
@@ -130,4 +137,14 @@ class Sandbox:
 
 
 def _describe(function: ExpertFunction) -> dict[str, Any]:
-    return {**function.spec.to_json(), "size_bytes": function.size_bytes}
+    return {
+        **function.spec.to_json(),
+        "model_digest": function.model_digest,
+        "size_bytes": function.size_bytes,
+    }
+
+
+def _unknown(function_id: str) -> UnknownFunction:
+    return UnknownFunction(
+        f"id: got {function_id}, expected a function that is attached here", field="id"
+    )

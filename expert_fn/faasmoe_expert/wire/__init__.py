@@ -7,6 +7,7 @@ from faasmoe_expert.wire.errors import WireError
 from faasmoe_expert.wire.frame import (
     HEADER_BYTES,
     MAX_FRAME_BYTES,
+    MAX_PAIRS_BYTES,
     Dtype,
     Header,
     Mode,
@@ -18,6 +19,7 @@ from faasmoe_expert.wire.response import decode_response, encode_response
 __all__ = [
     "HEADER_BYTES",
     "MAX_FRAME_BYTES",
+    "MAX_PAIRS_BYTES",
     "Dtype",
     "Header",
     "Mode",

@@ -14,6 +14,7 @@ HEADER = struct.Struct("<4sBBBBHHIIII4x")  # docs/wire.md, "Header"
 HEADER_BYTES = HEADER.size
 PAIR_BYTES = 12  # row int32, expert int32, weight float32
 MAX_FRAME_BYTES = 8 << 20  # both ways; larger batches are split by rows
+MAX_PAIRS_BYTES = 64 << 20  # hidden states gathered pair by pair: bounds a function's memory
 
 
 class Kind(IntEnum):
@@ -110,6 +111,7 @@ def unpack_header(frame: memoryview, *, kind: Kind) -> Header:
             raise WireError(field, got=value, expected="1 or more")
     header = Header(kind, Dtype(dtype), Mode(mode), layer, rows, pairs, hidden)
     _check("payload_bytes", payload, header.payload_bytes)
+    _check_pairs_bytes(header)
     _check("frame", f"{len(frame)} bytes", f"{HEADER_BYTES + payload} bytes")
     return header
 
@@ -120,9 +122,21 @@ def rows_per_frame(*, hidden_size: int, dtype: Dtype, mode: Mode, top_k: int) ->
     request_bytes = row_bytes + top_k * PAIR_BYTES
     response_bytes = row_bytes * (top_k if mode is Mode.UNREDUCED else 1)
     rows = (MAX_FRAME_BYTES - HEADER_BYTES) // max(request_bytes, response_bytes)
+    rows = min(rows, MAX_PAIRS_BYTES // (row_bytes * max(top_k, 1)))
     if rows < 1:
         raise WireError("hidden_size", got=hidden_size, expected="one row to fit into a frame")
     return rows
+
+
+def _check_pairs_bytes(header: Header) -> None:
+    """Bound what a request makes its function allocate, which may far exceed the frame."""
+    row_bytes = header.hidden_size * header.dtype.itemsize
+    whole_answer = header.mode is Mode.UNREDUCED
+    limit = MAX_FRAME_BYTES - HEADER_BYTES if whole_answer else MAX_PAIRS_BYTES
+    if header.n_pairs * row_bytes > limit:
+        raise WireError(
+            "n_pairs", got=header.n_pairs, expected=f"at most {limit // row_bytes} of this size"
+        )
 
 
 def _check(field: str, got: object, expected: object) -> None:

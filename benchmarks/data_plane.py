@@ -1,0 +1,270 @@
+"""In-process transformers continuous batching against ours, side by side in one run.
+
+`python -m benchmarks.data_plane [--quick] [--layers N] [--profile]`. Both sides have the same
+weights, the same cache and every core; neither has an HTTP API in the way. Each gets the settings
+that are best for it: the in-process side is first tried with each of transformers' experts
+implementations and with both ways for threads to wait. Then both decode in turn. What is measured,
+and what it was, stands in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import data_plane_tables as tables
+from benchmarks.comparison import Turns, describe_runs, draw_prompts, take_turns
+from benchmarks.fleet import Fleet, serving, write_moemodel
+from benchmarks.geometry import Geometry, qwen, small
+from benchmarks.report import OUT, describe_machine, write_figures
+from benchmarks.sides import ROOT
+from benchmarks.step_parts import breakdown_ms
+from benchmarks.trial import DEFAULT_WAIT, PASSIVE_WAIT, Choice, choose, in_process
+from benchmarks.usage import Memory
+from faasmoe_operator.cli.deployment import Deployment
+
+MAX_MODEL_LEN = 256
+CACHE = Path.home() / ".cache" / "faasmoe-bench"
+WARM_RUNS = 2  # of 512 prompt tokens each: every expert is touched, so that its memory counts
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        geometry: sizes of the model.
+        experts_per_function: experts of a layer in one function.
+        rounds: turns of each side at each batch size.
+        tokens: tokens that each request generates in a turn, by batch size.
+        trial_tokens: the same when the in-process side's settings are tried.
+        waits: how the in-process side's threads may wait.
+    """
+
+    geometry: Geometry
+    experts_per_function: int
+    rounds: int
+    tokens: Mapping[int, int]
+    trial_tokens: int
+    waits: tuple[str, ...]
+
+
+def full_plan(layers: int, rounds: int) -> Plan:
+    """Return the plan whose figures count."""
+    tokens = {1: 64, 8: 40, 32: 32}
+    return Plan(qwen(layers), 20, rounds, tokens, 16, (DEFAULT_WAIT, PASSIVE_WAIT))
+
+
+def quick_plan() -> Plan:
+    """Return a plan of seconds, which shows that everything works; its figures mean nothing."""
+    return Plan(small(), 3, 2, {1: 8, 8: 8, 32: 8}, 6, (DEFAULT_WAIT,))
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What a run of the benchmark found.
+
+    Attributes:
+        turns: both sides' runs by batch size.
+        choice: the in-process side's settings.
+        in_process_memory: of the in-process side.
+        memory: of each of our processes.
+        floor_bytes: bytes of all weights, once.
+        expert_bytes: bytes of the experts' weights, once.
+        profile: where our step's time went, by batch size, if that was asked for.
+    """
+
+    turns: Mapping[int, Turns]
+    choice: Choice
+    in_process_memory: Memory
+    memory: Mapping[str, Memory]
+    floor_bytes: int
+    expert_bytes: int
+    profile: Mapping[int, Mapping[str, float]]
+
+    @property
+    def memory_over_floor(self) -> float:
+        """Memory of all our processes over the weights once."""
+        return Memory.total_of(self.memory.values()).total / self.floor_bytes
+
+
+async def measure(plan: Plan, folder: Path, *, profile: bool) -> Findings:
+    """Make the model, try the settings, compare."""
+    deployment, checkpoint = await _prepare(plan, folder)
+    start = partial(in_process, checkpoint, max_model_len=MAX_MODEL_LEN)
+    vocabulary = plan.geometry.vocabulary
+    prompts = {b: draw_prompts(b, vocabulary=vocabulary, seed=-1) for b in plan.tokens}
+    print("settings of the in-process side")
+    choice = await choose(start, plan.waits, prompts, max_tokens=plan.trial_tokens)
+    async with AsyncExitStack() as stack:
+        rival = await stack.enter_async_context(start(choice.wait))
+        fleet = await stack.enter_async_context(serving(deployment))
+        await _warm_up(fleet, vocabulary)
+        await rival.run(prompts[1], max_tokens=4, implementation=choice.implementations[1])
+        print("turns")
+        turns = await take_turns(
+            rival,
+            fleet.side,
+            implementations=choice.implementations,
+            tokens=plan.tokens,
+            vocabulary=vocabulary,
+            rounds=plan.rounds,
+        )
+        return Findings(
+            turns=turns,
+            choice=choice,
+            in_process_memory=Memory.of(rival.pid),
+            memory=fleet.memory(),
+            floor_bytes=fleet.floor_bytes,
+            expert_bytes=fleet.expert_bytes,
+            profile=await _profile(fleet, plan) if profile else {},
+        )
+
+
+async def _prepare(plan: Plan, folder: Path) -> tuple[Deployment, Path]:
+    """Make checkpoint and store if they are not there, in a process that takes torch along."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = json.dumps(asdict(plan.geometry))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benchmarks.geometry", str(folder), sizes),
+        stdout=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+    )
+    output, _ = await process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the model could not be made: status {process.returncode}")
+    made = json.loads(output.splitlines()[-1])
+    checkpoint = Path(made["checkpoint"]).resolve()
+    deployment = write_moemodel(
+        folder / f"{plan.geometry.name}.yaml",
+        checkpoint=checkpoint,
+        store=Path(made["store"]).resolve(),
+        experts_per_function=plan.experts_per_function,
+        max_model_len=MAX_MODEL_LEN,
+    )
+    return deployment, checkpoint
+
+
+async def _warm_up(fleet: Fleet, vocabulary: int) -> None:
+    for seed in range(WARM_RUNS):
+        prompts = draw_prompts(32, vocabulary=vocabulary, seed=-2 - seed)
+        await fleet.side.run(prompts, max_tokens=4)
+
+
+async def _profile(fleet: Fleet, plan: Plan) -> dict[int, Mapping[str, float]]:
+    found: dict[int, Mapping[str, float]] = {}
+    for batch, tokens in plan.tokens.items():
+        prompts = draw_prompts(batch, vocabulary=plan.geometry.vocabulary, seed=0)
+        run = await fleet.side.run(prompts, max_tokens=tokens, profile=True)
+        found[batch] = breakdown_ms(run)
+    return found
+
+
+def figures(plan: Plan, found: Findings, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is written to data_plane.json, without the fan-out."""
+    memory = {name: asdict(memory) for name, memory in found.memory.items()}
+    return {
+        "machine": machine,
+        "geometry": asdict(plan.geometry),
+        "experts_per_function": plan.experts_per_function,
+        "rounds": plan.rounds,
+        "decode_ratio": {str(b): t.decode_ratio.median for b, t in found.turns.items()},
+        "cpu_ratio": {str(b): t.cpu_ratio.median for b, t in found.turns.items()},
+        "calls_per_token": {str(b): t.calls_per_token for b, t in found.turns.items()},
+        "memory_over_floor": found.memory_over_floor,
+        "memory": {
+            "floor_bytes": found.floor_bytes,
+            "in_process": asdict(found.in_process_memory),
+            "ours": memory,
+        },
+        "batches": {
+            str(batch): {
+                "decode_ratio": turns.decode_ratio,
+                "cpu_ratio": turns.cpu_ratio,
+                "in_process": describe_runs(turns.in_process)
+                | {"implementation": found.choice.implementations[batch]},
+                "ours": describe_runs(turns.ours),
+                "equal_tokens": turns.equal_tokens,
+                "equal_first_tokens": turns.equal_first_tokens,
+                "in_process_own_agreement": found.choice.own_agreement(batch),
+            }
+            for batch, turns in found.turns.items()
+        },
+        "in_process_wait": found.choice.wait,
+        "in_process_trials": [
+            {
+                "batch": trial.run.batch,
+                "wait": trial.wait,
+                "implementation": trial.implementation,
+                "step_ms": trial.run.step_ms,
+                "cpu_ms_per_token": trial.run.cpu_ms_per_token,
+            }
+            for trial in found.choice.trials
+        ],
+        "profile_ms": {str(batch): dict(parts) for batch, parts in found.profile.items()},
+    }
+
+
+async def fan_out(*, quick: bool) -> float:
+    """Return the median round trip of the hot path in µs, measured before all else is started."""
+    command = [sys.executable, "-m", "benchmarks.fanout", "--product-only"]
+    with tempfile.TemporaryDirectory() as folder:
+        process = await asyncio.create_subprocess_exec(
+            *command, "--out", folder, *(["--quick"] if quick else []), cwd=ROOT
+        )
+        if await process.wait():
+            raise RuntimeError(f"the fan-out could not be measured: status {process.returncode}")
+        written = json.loads((Path(folder) / "fanout.json").read_text(encoding="utf-8"))
+    return float(written["fanout_p50_us"])
+
+
+async def run(plan: Plan, *, cache: Path, out: Path, quick: bool, profile: bool) -> None:
+    """Measure, print the tables, write the figures."""
+    machine = describe_machine()
+    fanout_p50_us = await fan_out(quick=quick)
+    found = await measure(plan, cache, profile=profile)
+    print()
+    print(tables.decoding(found.turns, found.choice))
+    print()
+    print(tables.memory(found.memory, found.in_process_memory, floor_bytes=found.floor_bytes))
+    if found.profile:
+        print()
+        print(tables.profile(found.profile))
+    written = {"fanout_p50_us": fanout_p50_us, **figures(plan, found, machine)}
+    print(f"\nfigures: {write_figures('data_plane', written, folder=out)}")
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.data_plane")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: does it all work?")
+    parser.add_argument("--layers", type=int, default=4, help="MoE layers (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (%(default)s)")
+    parser.add_argument("--profile", action="store_true", help="where our step's time goes")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="models (%(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT, help="figures (%(default)s)")
+    arguments = parser.parse_args()
+    plan = quick_plan() if arguments.quick else full_plan(arguments.layers, arguments.rounds)
+    asyncio.run(
+        run(
+            plan,
+            cache=arguments.cache,
+            out=arguments.out.resolve(),
+            quick=arguments.quick,
+            profile=arguments.profile,
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""What the data plane's benchmark prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from benchmarks.comparison import Turns
+from benchmarks.decoding import Run
+from benchmarks.report import Spread
+from benchmarks.trial import Choice
+from benchmarks.usage import Memory
+from faasmoe_operator.cli.table import format_table
+
+MIB = 1 << 20
+
+
+def decoding(turns: Mapping[int, Turns], choice: Choice) -> str:
+    """Return the comparison: medians, with the least and the most in brackets."""
+    header = ("", *(f"BATCH {batch}" for batch in turns))
+    rows: list[tuple[str, ...]] = [("in-process experts", *choice.implementations.values())]
+    for name in ("tokens_per_s", "step_ms", "cpu_ms_per_token"):
+        label = {"tokens_per_s": "tokens/s", "step_ms": "ms/step"}.get(name, "CPU ms/token")
+        for side in ("in_process", "ours"):
+            cells = (_cell(getattr(t, side), name) for t in turns.values())
+            rows.append((f"{label}, {side.replace('_', '-')}", *cells))
+    rows += [
+        ("decode ratio, ours/in-process", *(t.decode_ratio.text(3) for t in turns.values())),
+        ("CPU ratio, ours/in-process", *(t.cpu_ratio.text(3) for t in turns.values())),
+        ("calls per token", *(f"{t.calls_per_token:.2f}" for t in turns.values())),
+        ("equal first tokens", *(f"{t.equal_first_tokens:.1%}" for t in turns.values())),
+        ("tokens before a difference", *(f"{t.equal_tokens:.1%}" for t in turns.values())),
+        ("the same among in-process", *(f"{choice.own_agreement(b):.1%}" for b in turns)),
+    ]
+    return format_table(header, rows)
+
+
+def memory(ours: Mapping[str, Memory], in_process: Memory, *, floor_bytes: int) -> str:
+    """Return the memory of each process (PSS) and of all."""
+    header = ("PROCESS", "PSS MiB", "ANONYMOUS", "FILES")
+    rows = [_memory_row(name, held) for name, held in ours.items()]
+    total = Memory.total_of(ours.values())
+    rows += [
+        _memory_row("all of ours", total),
+        _memory_row("in-process", in_process),
+        ("weights once", f"{floor_bytes / MIB:.1f}", "", ""),
+    ]
+    over = f"over the weights once: ours {total.total / floor_bytes:.3f}"
+    return f"{format_table(header, rows)}\n{over}, in-process {in_process.total / floor_bytes:.3f}"
+
+
+def profile(parts: Mapping[int, Mapping[str, float]]) -> str:
+    """Return where our step's time goes, in ms; the last lines are not parts of it."""
+    header = ("MS PER STEP", *(f"BATCH {batch}" for batch in parts))
+    names = next(iter(parts.values()))
+    rows = [(name, *(f"{found[name]:.2f}" for found in parts.values())) for name in names]
+    return format_table(header, rows)
+
+
+def _cell(runs: Sequence[Run], name: str) -> str:
+    return Spread.of([getattr(run, name) for run in runs]).text(1)
+
+
+def _memory_row(name: str, memory: Memory) -> tuple[str, ...]:
+    sizes = (memory.total, memory.anonymous, memory.of_files)
+    return (name, *(f"{size / MIB:.1f}" for size in sizes))

@@ -1,0 +1,153 @@
+"""One run of a batch: what came when, and the part of it in which every request decodes.
+
+Used by both sides of the comparison, so that both are measured by the same ruler. Pure but for the
+meter that it is given.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+SETTLING_STEPS = 1  # the first decode step still meets the prefill's cold caches
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a side has used at one moment: wall clock, processor time, and what else it counts."""
+
+    time_s: float
+    cpu_s: float
+    counters: Mapping[str, float] = field(default_factory=dict)
+
+
+class Output(Protocol):
+    """What transformers hands out of one request after a step."""
+
+    request_id: str
+    generated_tokens: list[int]
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run of a batch gave.
+
+    Attributes:
+        batch: requests in it.
+        steps: decode steps measured, each of one token for every request.
+        time_s: what they took.
+        cpu_s: processor time of every process of the side in them.
+        counters: what the side counted in them.
+        tokens: everything generated, for each request in the order of the prompts.
+    """
+
+    batch: int
+    steps: int
+    time_s: float
+    cpu_s: float
+    counters: Mapping[str, float]
+    tokens: tuple[tuple[int, ...], ...]
+
+    @property
+    def step_ms(self) -> float:
+        """Time of one step, which is each request's time per token."""
+        return self.time_s / self.steps * 1e3
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of all requests in a second."""
+        return self.batch * self.steps / self.time_s
+
+    @property
+    def cpu_ms_per_token(self) -> float:
+        """Processor time of one token."""
+        return self.cpu_s / (self.batch * self.steps) * 1e3
+
+    @property
+    def calls_per_token(self) -> float:
+        """Calls to functions for one token."""
+        return self.counters["calls"] / (self.batch * self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that a worker answers with."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Run:
+        """Read a worker's answer."""
+        return cls(**{**value, "tokens": tuple(map(tuple, value["tokens"]))})
+
+
+class Recorder:
+    """Takes a run's outputs, step by step, until every request has all its tokens."""
+
+    def __init__(self, meter: Callable[[], Reading]) -> None:
+        self._meter = meter
+        self._numbers = itertools.count()
+        self._tokens: dict[str, list[int]] = {}
+        self._readings: list[tuple[Reading, int, int]] = []
+        self._max_tokens = 0
+        self._error: str | None = None
+        self._done = threading.Event()
+
+    def begin(self, n_requests: int, *, max_tokens: int) -> list[str]:
+        """Forget the last run; return the ids under which the requests are to be added."""
+        number = next(self._numbers)
+        self._tokens = {f"run{number}-{i}": [] for i in range(n_requests)}
+        self._readings, self._max_tokens, self._error = [], max_tokens, None
+        self._done.clear()
+        return list(self._tokens)
+
+    def take(self, outputs: Sequence[Output]) -> None:
+        """Take what one step gave."""
+        reading = self._meter()
+        for output in outputs:
+            if output.error is not None:
+                self._error = output.error
+                self._done.set()
+            if output.request_id in self._tokens:
+                self._tokens[output.request_id] = list(output.generated_tokens)
+        lengths = [len(tokens) for tokens in self._tokens.values()]
+        self._readings.append((reading, min(lengths), max(lengths)))
+        if min(lengths) >= self._max_tokens:
+            self._done.set()
+
+    def finish(self, timeout_s: float) -> Run:
+        """Wait for the last token; return the run. Raises RuntimeError if it failed."""
+        if not self._done.wait(timeout_s):
+            raise RuntimeError(f"the run was not over after {timeout_s:g} s")
+        if self._error is not None:
+            raise RuntimeError(f"a request failed: {self._error}")
+        first, last, steps = self._window()
+        return Run(
+            batch=len(self._tokens),
+            steps=steps,
+            time_s=last.time_s - first.time_s,
+            cpu_s=last.cpu_s - first.cpu_s,
+            counters={k: last.counters[k] - first.counters[k] for k in first.counters},
+            tokens=tuple(tuple(tokens) for tokens in self._tokens.values()),
+        )
+
+    def _window(self) -> tuple[Reading, Reading, int]:
+        """Return where every request began to decode, where the first one ended, and the steps."""
+        lows, highs = ([entry[n] for entry in self._readings] for n in (1, 2))
+        begin = next(i for i, low in enumerate(lows) if low >= 1) + SETTLING_STEPS
+        end = next(i for i, high in enumerate(highs) if high >= self._max_tokens)
+        if end <= begin:
+            raise RuntimeError(
+                f"max_tokens: got {self._max_tokens}, expected more, so that all decode together"
+            )
+        return self._readings[begin][0], self._readings[end][0], end - begin
+
+
+def equal_fraction(some: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> float:
+    """Return the part of all tokens that come before their request's first difference."""
+    agreed = sum(
+        sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=True)))
+        for a, b in zip(some, others, strict=True)
+    )
+    return agreed / sum(map(len, some))

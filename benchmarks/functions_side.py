@@ -1,0 +1,126 @@
+"""The worker that is measured: the router process of `faasmoe up`, without its HTTP API.
+
+Configured by the environment that the launcher gives a router; the processes whose processor time
+counts for this side are named on the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from benchmarks.decoding import Reading, Recorder
+from benchmarks.sides import RUN_TIMEOUT_S
+from benchmarks.stopwatch import Stopwatch
+from benchmarks.usage import ProcessorClock
+from benchmarks.worker import Handle, serve_commands
+from faasmoe_expert.store import Store
+from faasmoe_expert.table import FunctionTable
+from faasmoe_router.config import RouterConfig
+from faasmoe_router.dispatch import Dispatcher
+from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.engine.batching import Batcher
+from faasmoe_router.engine.model import load_router_model
+from faasmoe_router.engine.sampling import SamplingParams
+from faasmoe_router.engine.sizing import EngineLimits
+
+STOP_TIMEOUT_S = 30.0
+
+
+class FunctionsSide:
+    """The model whose experts are functions in other processes."""
+
+    def __init__(self, config: RouterConfig, other_pids: Sequence[int]) -> None:
+        self._metrics = DispatchMetrics()
+        self._router_clock = ProcessorClock([os.getpid()])
+        self._other_clock = ProcessorClock(other_pids)
+        self._stopwatch = Stopwatch()
+        self._recorder = Recorder(self._read)
+        store = Store.open(config.store)
+        table = FunctionTable.loads(config.table.read_bytes())
+        self._dispatcher = Dispatcher(store, table, token=config.token, metrics=self._metrics)
+        model = load_router_model(store, self._dispatcher, device=torch.device("cpu"))
+        self._batcher = Batcher(model, _limits(config))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self._batcher.start(self._loop, self._recorder.take)
+
+    def handle(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Run a batch, with the stopwatch if `profile` asks for it."""
+        prompts, max_tokens = command["prompts"], int(command["max_tokens"])
+        with self._stopwatch.running() if command.get("profile") else nullcontext():
+            names = self._recorder.begin(len(prompts), max_tokens=max_tokens)
+            for name, prompt in zip(names, prompts, strict=True):
+                self._batcher.add(
+                    name, prompt, max_tokens=max_tokens, eos_ids=(), sampling=SamplingParams()
+                )
+            run = self._recorder.finish(RUN_TIMEOUT_S)
+        if run.counters["failed"] or run.counters["local"]:
+            raise RuntimeError(f"sandboxes did not answer: {dict(run.counters)}")
+        return run.to_json()
+
+    def close(self) -> None:
+        """End the engine's thread and the loop's."""
+        self._batcher.stop(STOP_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._dispatcher.close()
+
+    def _read(self) -> Reading:
+        router_s, others_s = self._router_clock.read_s(), self._other_clock.read_s()
+        counters = {
+            "calls": _value(self._metrics.calls),
+            "failed": _value(self._metrics.failed_calls),
+            "local": _value(self._metrics.local),
+            "cpu_router": router_s,
+            "cpu_others": others_s,
+            **self._stopwatch.seconds,
+        }
+        return Reading(time.perf_counter(), router_s + others_s, counters)
+
+
+def _limits(config: RouterConfig) -> EngineLimits:
+    assert config.max_model_len is not None
+    return EngineLimits(
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        kv_cache_bytes=config.kv_cache_bytes,
+    )
+
+
+def _value(counter: Any) -> float:
+    return next(s.value for s in counter.collect()[0].samples if s.name.endswith("_total"))
+
+
+def main() -> int:
+    """Serve until stdin ends."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("pids", type=int, nargs="+", help="launcher, zygote and sandboxes")
+    arguments = parser.parse_args()
+    sides: list[FunctionsSide] = []
+
+    def make() -> Handle:
+        sides.append(FunctionsSide(RouterConfig.from_env(), arguments.pids))
+        return sides[0].handle
+
+    try:
+        serve_commands(make)
+    finally:
+        for side in sides:
+            side.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""A random checkpoint of Qwen1.5-MoE-A2.7B's geometry, with as many layers as fit, and its store.
+
+`python -m benchmarks.geometry FOLDER '{"layers": 4, …}'` makes both and prints where they are. The
+vocabulary is cut in the same proportion as the layers: a head of the full size over a few layers
+would take half of every step, on both sides, and hide what is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FULL_LAYERS = 24
+FULL_VOCABULARY = 151_936
+MAX_POSITIONS = 4096
+STANDARD_DEVIATION = 0.02
+SEED = 0
+COMPLETE = ".complete"
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The sizes of a Qwen2-MoE checkpoint."""
+
+    layers: int
+    vocabulary: int
+    hidden: int = 2048
+    heads: int = 16
+    experts: int = 60
+    top_k: int = 4
+    intermediate: int = 1408
+    shared_intermediate: int = 5632
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return "-".join(str(size) for size in asdict(self).values())
+
+
+def qwen(layers: int) -> Geometry:
+    """Return Qwen1.5-MoE-A2.7B's geometry with fewer layers and as much less of the vocabulary."""
+    vocabulary = math.ceil(FULL_VOCABULARY * layers / FULL_LAYERS / 64) * 64
+    return Geometry(layers, min(vocabulary, FULL_VOCABULARY))
+
+
+def small() -> Geometry:
+    """Return a geometry that is made and run in seconds."""
+    return Geometry(2, 512, 64, 4, 8, 2, 32, 64)
+
+
+def make_checkpoint(geometry: Geometry, folder: Path) -> None:
+    """Write the checkpoint, a file for each layer, as a hub would hold it; skip it if it is there.
+
+    The weights depend on the geometry alone.
+    """
+    if (folder / COMPLETE).exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    _write_config(geometry, folder)
+    weight_map: dict[str, str] = {}
+    for number, tensors in enumerate(_shards(geometry)):
+        file = f"model-{number + 1:05}-of-{geometry.layers + 1:05}.safetensors"
+        _save(tensors, folder / file)
+        weight_map.update(dict.fromkeys(tensors, file))
+        print(f"made {folder.name}/{file}", file=sys.stderr)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / COMPLETE).touch()
+
+
+def _write_config(geometry: Geometry, folder: Path) -> None:
+    from transformers import GenerationConfig, Qwen2MoeConfig
+
+    config = Qwen2MoeConfig(
+        vocab_size=geometry.vocabulary,
+        hidden_size=geometry.hidden,
+        intermediate_size=geometry.shared_intermediate,
+        num_hidden_layers=geometry.layers,
+        num_attention_heads=geometry.heads,
+        num_key_value_heads=geometry.heads,
+        max_position_embeddings=MAX_POSITIONS,
+        moe_intermediate_size=geometry.intermediate,
+        shared_expert_intermediate_size=geometry.shared_intermediate,
+        num_experts_per_tok=geometry.top_k,
+        num_experts=geometry.experts,
+        architectures=["Qwen2MoeForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    GenerationConfig().save_pretrained(folder)
+
+
+def _shards(geometry: Geometry) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of each file, one file after the other, so that one fits into memory."""
+    import torch
+
+    generator = torch.Generator().manual_seed(SEED)
+
+    def draw(*shape: int) -> Tensor:
+        empty = torch.empty(shape, dtype=torch.bfloat16)
+        return empty.normal_(std=STANDARD_DEVIATION, generator=generator)
+
+    ones = torch.ones(geometry.hidden, dtype=torch.bfloat16)  # [H]
+    yield {
+        "model.embed_tokens.weight": draw(geometry.vocabulary, geometry.hidden),
+        "model.norm.weight": ones,
+        "lm_head.weight": draw(geometry.vocabulary, geometry.hidden),
+    }
+    shapes = dict(_layer_shapes(geometry))
+    for layer in range(geometry.layers):
+        tensors = {name: draw(*shape) for name, shape in shapes.items()}
+        tensors |= {f"{n}_layernorm.weight": ones.clone() for n in ("input", "post_attention")}
+        yield {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _layer_shapes(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden = geometry.hidden
+    for name in "qkvo":
+        yield f"self_attn.{name}_proj.weight", (hidden, hidden)
+    for name in "qkv":
+        yield f"self_attn.{name}_proj.bias", (hidden,)
+    yield "mlp.gate.weight", (geometry.experts, hidden)
+    yield "mlp.shared_expert_gate.weight", (1, hidden)
+    yield from _mlp_shapes("mlp.shared_expert", hidden, geometry.shared_intermediate)
+    for expert in range(geometry.experts):
+        yield from _mlp_shapes(f"mlp.experts.{expert}", hidden, geometry.intermediate)
+
+
+def _mlp_shapes(prefix: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{prefix}.gate_proj.weight", (inner, hidden)
+    yield f"{prefix}.up_proj.weight", (inner, hidden)
+    yield f"{prefix}.down_proj.weight", (hidden, inner)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def main() -> int:
+    """Make the checkpoint and its store; print both folders as JSON."""
+    from faasmoe_router.checkpoint.prepare import prepare
+    from faasmoe_router.checkpoint.progress import Bar
+
+    folder, geometry = Path(sys.argv[1]), Geometry(**json.loads(sys.argv[2]))
+    checkpoint, store = folder / geometry.name, folder / f"{geometry.name}-store"
+    make_checkpoint(geometry, checkpoint)
+    if not (store / "manifest.json").exists():
+        with Bar() as bar:
+            prepare(str(checkpoint), store, progress=bar)
+    print(json.dumps({"checkpoint": str(checkpoint), "store": str(store)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""The worker that is compared with: transformers' continuous batching, experts and all in one
+process, on every core.
+
+Each run names the experts implementation; greedy; the same cache as the other side's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.continuous_api import OutputRouter
+
+from benchmarks.decoding import Output, Reading, Recorder
+from benchmarks.sides import RUN_TIMEOUT_S
+from benchmarks.usage import ProcessorClock
+from benchmarks.worker import Handle, serve_commands
+from faasmoe_router.engine.batching import NO_EOS
+from faasmoe_router.engine.sizing import PAGE_TOKENS, EngineLimits, Geometry
+
+
+class _Tap(OutputRouter):  # type: ignore[misc]
+    """Hands a step's outputs to the recorder, on the engine's thread."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def deliver(self, output: Output) -> None:
+        self.deliver_batch([output])
+
+    def deliver_batch(self, outputs: Sequence[Output]) -> None:
+        self._recorder.take(outputs)
+
+
+class InProcess:
+    """The whole model in this process."""
+
+    def __init__(self, checkpoint: Path, limits: EngineLimits) -> None:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        clock = ProcessorClock([os.getpid()])
+        self._recorder = Recorder(lambda: Reading(time.perf_counter(), clock.read_s()))
+        self._model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).eval()
+        self._manager = self._model.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=NO_EOS),
+            continuous_batching_config=_batching(limits, Geometry.of(self._model)),
+        )
+        self._manager.output_router = _Tap(self._recorder)
+        self._manager.start()
+
+    def handle(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Run a batch."""
+        self._model.set_experts_implementation(command["implementation"])
+        prompts, max_tokens = command["prompts"], int(command["max_tokens"])
+        names = self._recorder.begin(len(prompts), max_tokens=max_tokens)
+        for name, prompt in zip(names, prompts, strict=True):
+            self._manager.add_request(
+                prompt,
+                request_id=name,
+                max_new_tokens=max_tokens,
+                streaming=True,
+                eos_token_id=NO_EOS,
+            )
+        return self._recorder.finish(RUN_TIMEOUT_S).to_json()
+
+    def close(self) -> None:
+        """End the engine's thread."""
+        self._manager.stop(block=True, timeout=10.0, hard_stop=True)
+
+
+def _batching(limits: EngineLimits, geometry: Geometry) -> ContinuousBatchingConfig:
+    return ContinuousBatchingConfig(
+        page_size=PAGE_TOKENS,
+        num_blocks=limits.n_pages(geometry),
+        max_batch_tokens=limits.max_num_batched_tokens,
+        max_requests_per_batch=limits.max_num_seqs,
+        allow_block_sharing=False,
+        use_async_batching=False,
+        use_cuda_graph=False,
+        auto_switch_to_flash=False,
+    )
+
+
+def main() -> int:
+    """Serve until stdin ends."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--max-model-len", type=int, required=True)
+    arguments = parser.parse_args()
+    sides: list[InProcess] = []
+
+    def make() -> Handle:
+        limits = EngineLimits(max_model_len=arguments.max_model_len)
+        sides.append(InProcess(arguments.checkpoint, limits))
+        return sides[0].handle
+
+    try:
+        serve_commands(make)
+    finally:
+        for side in sides:
+            side.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

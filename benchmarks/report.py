@@ -1,0 +1,78 @@
+"""What a benchmark leaves: a table on the screen, and figures with their machine in a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+OUT = Path(__file__).resolve().parent / "out"
+DISTRIBUTIONS = ("torch", "transformers", "aiohttp", "uvicorn", "uvloop", "httptools")
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Several measurements of one thing: the median, and how far they lay apart."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Return the spread of one or more values."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    def text(self, digits: int = 0) -> str:
+        """Return it as `median (low..high)`."""
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f}..{self.high:.{digits}f})"
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """Return the smallest value that `percent` of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what the figures were measured on, and how busy it was when they were begun."""
+    return {
+        "cpu": _field("/proc/cpuinfo", "model name"),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": int(_field("/proc/meminfo", "MemTotal").removesuffix(" kB")) * 1024,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load_1min_at_start": os.getloadavg()[0],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in DISTRIBUTIONS},
+    }
+
+
+def write_figures(name: str, figures: Mapping[str, Any], *, folder: Path) -> Path:
+    """Write `FOLDER/NAME.json`, spreads as objects; return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    text = json.dumps(figures, indent=2, default=_to_json)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Spread):
+        return asdict(value)
+    raise TypeError(f"got {type(value).__name__}, expected a JSON value or a Spread")
+
+
+def _field(path: str, name: str) -> str:
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return "unknown"

@@ -1,0 +1,35 @@
+"""The parts of a decode step on our side: their timers' names, and how they add up."""
+
+from __future__ import annotations
+
+from benchmarks.decoding import Run
+
+WHOLE = "timer_whole"  # all of dispatch; what follows is inside it
+GROUP = "timer_group"
+ENCODE = "timer_encode"
+CALLS = "timer_calls"  # the two that follow are inside it
+WAIT = "timer_wait"
+TAKE = "timer_take"
+COMBINE = "timer_combine"
+TIMERS = (WHOLE, GROUP, ENCODE, CALLS, WAIT, TAKE, COMBINE)
+
+
+def breakdown_ms(run: Run) -> dict[str, float]:
+    """Return where a step's milliseconds went, in parts that add up to the whole step."""
+    t = run.counters
+    parts = {
+        "attention, gates, shared experts, head, batching": run.time_s - t[WHOLE],
+        "grouping tokens by function": t[GROUP],
+        "encoding frames": t[ENCODE],
+        "sending and receiving": t[CALLS] - t[WAIT] - t[TAKE],
+        "waiting for sandboxes": t[WAIT],
+        "decoding answers": t[TAKE],
+        "adding partial sums": t[COMBINE],
+        "rest of dispatch": t[WHOLE] - t[GROUP] - t[ENCODE] - t[CALLS] - t[COMBINE],
+    }
+    used = {
+        "whole step": run.time_s,
+        "CPU of the router": t["cpu_router"],
+        "CPU of the sandboxes": t["cpu_others"],
+    }
+    return {name: s / run.steps * 1e3 for name, s in (parts | used).items()}

@@ -1,0 +1,99 @@
+"""A tiny store written by hand: two MoE layers of three experts, one router file."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Tensors = Mapping[str, tuple[str, tuple[int, ...], bytes]]
+
+
+def safetensors_bytes(tensors: Tensors) -> bytes:
+    header, data = {}, b""
+    for name, (dtype, shape, content) in tensors.items():
+        offsets = [len(data), len(data) + len(content)]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        data += content
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 4096)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def manifest_of(files: Mapping[str, bytes]) -> dict[str, Any]:
+    entries = {
+        name: {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in files.items()
+    }
+    lines = "".join(f"{entry['sha256']}  {name}\n" for name, entry in sorted(entries.items()))
+    layers = [name for name in sorted(files) if name.startswith("experts/")]
+    return {
+        "format": "faasmoe-store",
+        "version": 1,
+        "digest": f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}",
+        "model": {
+            "source": "org/name",
+            "revision": None,
+            "family": "mixtral",
+            "architecture": "MixtralForCausalLM",
+            "dtype": "float32",
+            "hidden_size": 4,
+            "vocab_size": 8,
+            "max_position_embeddings": 16,
+            "num_hidden_layers": 2,
+        },
+        "layers": [
+            {
+                "index": index,
+                "name": f"model.layers.{index}.mlp.experts",
+                "file": name,
+                "num_experts": 3,
+                "top_k": 2,
+                "hidden_size": 4,
+                "class": "MixtralExperts",
+                "kernel": {"name": "gated", "activation": "silu"},
+                "expert_bytes": 48,
+                "shared_bytes": 8,
+            }
+            for index, name in enumerate(layers)
+        ],
+        "files": entries,
+    }
+
+
+def layer_tensors(first: int) -> Tensors:
+    return {
+        "down_proj": ("F32", (3, 4, 2), struct.pack("<24f", *range(first, first + 24))),
+        "gate_up_proj": ("BF16", (3, 4, 2), bytes(range(48))),
+        "norm.weight": ("F32", (2,), struct.pack("<2f", 0.5, 2.0)),
+    }
+
+
+@pytest.fixture
+def files() -> dict[str, bytes]:
+    return {
+        "experts/00000.safetensors": safetensors_bytes(layer_tensors(0)),
+        "experts/00001.safetensors": safetensors_bytes(layer_tensors(100)),
+        "router/model-00001-of-00001.safetensors": safetensors_bytes(
+            {"embed.weight": ("F32", (2,), bytes(8))}
+        ),
+        "model/config.json": b"{}",
+    }
+
+
+@pytest.fixture
+def manifest(files: dict[str, bytes]) -> dict[str, Any]:
+    return manifest_of(files)
+
+
+@pytest.fixture
+def store_path(tmp_path: Path, files: dict[str, bytes], manifest: dict[str, Any]) -> Path:
+    for name, content in files.items():
+        path = tmp_path / "store" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    return tmp_path / "store"

@@ -1,0 +1,99 @@
+import contextlib
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from faasmoe_expert.store import Manifest, StoreError
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def test_round_trips_through_json(manifest: dict[str, Any]) -> None:
+    read = Manifest.from_json(manifest)
+    assert json.loads(json.dumps(read.to_json())) == manifest
+    assert Manifest.from_json(read.to_json()) == read
+
+
+def test_mirrors_the_json_fields(manifest: dict[str, Any]) -> None:
+    read = Manifest.from_json(manifest)
+    assert read.model.architecture == "MixtralForCausalLM"
+    assert [layer.index for layer in read.layers] == [0, 1]
+    assert read.layers[1].class_name == "MixtralExperts"
+    assert read.layers[1].file == "experts/00001.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda m: m.update(format="zip"), "manifest.format: got 'zip'", id="format"),
+        pytest.param(lambda m: m.update(version=2), "version: got 2, expected 1", id="version"),
+        pytest.param(lambda m: m.pop("digest"), "digest: got nothing", id="no-digest"),
+        pytest.param(lambda m: m.update(digest="sha256:0"), "manifest.digest: got", id="digest"),
+        pytest.param(lambda m: m.update(extra=1), "unknown fields extra", id="unknown"),
+        pytest.param(lambda m: m.update(layers=[]), "manifest.layers: got none", id="no-layers"),
+        pytest.param(lambda m: m.update(layers={}), "expected an array", id="layers-object"),
+        pytest.param(lambda m: m.update(files=[]), "expected an object", id="files-array"),
+        pytest.param(
+            lambda m: m["model"].update(dtype="int8"), "model.dtype: got 'int8'", id="dtype"
+        ),
+        pytest.param(
+            lambda m: m["model"].update(hidden_size=0), "model.hidden_size: got 0", id="hidden"
+        ),
+        pytest.param(lambda m: m["model"].update(revision=3), "model.revision: got 3", id="rev"),
+        pytest.param(
+            lambda m: m["layers"][1].update(index=7), r"layers\[1\].index: got 7", id="index"
+        ),
+        pytest.param(
+            lambda m: m["layers"][0].update(num_experts=True), "num_experts: got True", id="bool"
+        ),
+        pytest.param(lambda m: m["layers"][0].update(top_k=4), "top_k: got 4", id="top-k"),
+        pytest.param(lambda m: m["layers"][0].update(kernel="gated"), "kernel: got", id="kernel"),
+        pytest.param(
+            lambda m: m["layers"][0].update(file="experts/9"), "expected a name in files", id="file"
+        ),
+        pytest.param(
+            lambda m: m["files"].update({"../x": {}}), "'../x', expected a path inside", id="escape"
+        ),
+        pytest.param(
+            lambda m: m["files"]["model/config.json"].update(sha256="x"),
+            "sha256: got 'x'",
+            id="sha256",
+        ),
+    ],
+)
+def test_names_the_wrong_field(manifest: dict[str, Any], change: Change, message: str) -> None:
+    change(manifest)
+    with pytest.raises(StoreError, match=message):
+        Manifest.from_json(manifest)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data(), value=_JSON)
+def test_any_field_of_any_type_is_read_or_refused(
+    manifest: dict[str, Any], data: st.DataObject, value: Any
+) -> None:
+    holder: Any = copy.deepcopy(manifest)
+    changed = holder
+    while isinstance(holder, dict | list) and holder:
+        keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+        key = data.draw(st.sampled_from(keys))
+        if data.draw(st.booleans()) or not isinstance(holder[key], dict | list):
+            holder[key] = value
+            break
+        holder = holder[key]
+    with contextlib.suppress(StoreError):
+        Manifest.from_json(changed)
