@@ -1,0 +1,115 @@
+"""`make demo`: the demo model made, served and asked, and everything ended again.
+
+Runs the same commands that a user would, and the openai client, unmodified. `--serve` stays up
+after the chat until Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+from openai import OpenAI
+
+ROOT = Path(__file__).parent.parent
+FAASMOE = (sys.executable, "-m", "faasmoe_operator.cli")
+MODEL_DIR = ROOT / ".faasmoe" / "demo-model"
+QUESTION = "What is the capital of France? Answer in one sentence."
+START_TIMEOUT_S = 600.0
+END_TIMEOUT_S = 60.0
+
+
+def main() -> int:
+    """Run the demo; return its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--serve", action="store_true", help="stay up until Ctrl-C")
+    parser.add_argument("--port", type=int, default=8000, help="port of the API (%(default)s)")
+    arguments = parser.parse_args()
+    say("the demo model: SmolLM2-135M-Instruct, cut into a Qwen2-MoE of 27 sparse layers")
+    subprocess.run([*FAASMOE, "demo-model", str(MODEL_DIR)], check=True)
+    say("faasmoe up -f examples/demo.yaml")
+    up = subprocess.Popen(
+        [*FAASMOE, "up", "-f", str(ROOT / "examples" / "demo.yaml"), "--port", str(arguments.port)]
+    )
+    try:
+        base_url = f"http://127.0.0.1:{arguments.port}"
+        wait_until_served(base_url, up)
+        chat(base_url)
+        show_calls(base_url)
+        if arguments.serve:
+            say("serving; Ctrl-C ends it")
+            up.wait()
+    except KeyboardInterrupt:
+        say("Ctrl-C")
+    finally:
+        up.send_signal(signal.SIGINT)
+        status = up.wait(END_TIMEOUT_S)
+    say(f"ended, status {status}")
+    return status
+
+
+def wait_until_served(base_url: str, up: subprocess.Popen[bytes]) -> None:
+    """Wait until the router answers; raises RuntimeError if it will not."""
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        if up.poll() is not None:
+            raise RuntimeError(f"faasmoe up ended with status {up.returncode}")
+        try:
+            if httpx.get(f"{base_url}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise RuntimeError(f"the model was not served after {START_TIMEOUT_S:.0f} s")
+
+
+def chat(base_url: str) -> None:
+    """Ask one question and print the answer as it streams."""
+    with OpenAI(base_url=f"{base_url}/v1", api_key="none") as client:
+        model = client.models.list().data[0].id
+        say(f"chat with {model!r}: {QUESTION}")
+        start_s = time.monotonic()
+        first_s, n_chunks = 0.0, 0
+        for chunk in client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": QUESTION}],
+            max_tokens=64,
+            temperature=0,
+            stream=True,
+        ):
+            first_s = first_s or time.monotonic() - start_s
+            n_chunks += 1
+            print(chunk.choices[0].delta.content or "", end="", flush=True)
+        total_s = time.monotonic() - start_s
+        print()
+        say(f"first token after {first_s:.2f} s, {n_chunks / total_s:.1f} tokens/s")
+
+
+def show_calls(base_url: str) -> None:
+    """Print what the chat cost in calls to functions."""
+    counts = {
+        name: float(value)
+        for name, _, value in (
+            line.rpartition(" ")
+            for line in httpx.get(f"{base_url}/metrics").text.splitlines()
+            if not line.startswith("#")
+        )
+    }
+    calls = counts["faasmoe_router_function_calls_total"]
+    local = counts["faasmoe_router_local_computations_total"]
+    say(f"calls to functions: {calls:.0f}; computed in the router instead: {local:.0f}")
+    subprocess.run([*FAASMOE, "top", "--once"], check=True)
+
+
+def say(text: str) -> None:
+    """Print a line of the demo's own."""
+    print(f"\n==> {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""`faasmoe up` as its users run it: one file, the openai client, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+import torch
+from openai import OpenAI
+
+from faasmoe_router.checkpoint.demo.dense import gguf_path, load_dense
+
+START_TIMEOUT_S = 240.0
+END_TIMEOUT_S = 60.0
+N_TOKENS = 40
+QUESTIONS = ("What is the capital of France?", "Give me three tips for sleeping well.")
+
+MOEMODEL = """
+apiVersion: faasmoe.dev/v1alpha1
+kind: MoEModel
+metadata: {{name: exact}}
+spec:
+  model: {{source: "file://{model}"}}
+  store: {{path: "{store}"}}
+  granularity: {{expertsPerFunction: 3, layersPerFunction: 1}}
+  router: {{maxModelLen: 512, maxNumSeqs: 8}}
+  experts: {{functionsPerSandbox: 30}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """A running `faasmoe up`."""
+
+    process: subprocess.Popen[bytes]
+    base_url: str
+    log: Path
+
+    @property
+    def family(self) -> list[psutil.Process]:
+        """The launcher and every process below it."""
+        top = psutil.Process(self.process.pid)
+        return [top, *top.children(recursive=True)]
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not in {timeout_s:.0f} s: {what}"
+        time.sleep(0.1)
+
+
+def start(file: Path, log: Path) -> Up:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "faasmoe_operator.cli", "up", "-f", file, "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={k: v for k, v in os.environ.items() if not k.startswith("FAASMOE_")},
+        )
+    up = Up(process, f"http://127.0.0.1:{port}", log)
+
+    def served() -> bool:
+        assert process.poll() is None, log.read_text()
+        return "OpenAI base URL" in log.read_text()
+
+    wait_until(served, timeout_s=START_TIMEOUT_S, what="served")
+    return up
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory, exact_demo_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("up")
+    path = folder / "exact.yaml"
+    path.write_text(MOEMODEL.format(model=exact_demo_model, store=folder / "store"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def up(file: Path) -> Iterator[Up]:
+    running = start(file, file.with_name("up.log"))
+    processes = running.family
+    try:
+        yield running
+    finally:
+        running.process.send_signal(signal.SIGINT)
+        status = running.process.wait(END_TIMEOUT_S)
+    assert status == 0, running.log.read_text()
+    wait_until(lambda: all_gone(processes), timeout_s=10, what="no process left")
+
+
+@pytest.fixture
+def client(up: Up) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{up.base_url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def dense_texts() -> dict[str, str]:
+    """What the dense model answers greedily."""
+    dense, tokenizer = load_dense(gguf_path())
+    texts = {}
+    for question in QUESTIONS:
+        chat = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with torch.no_grad():
+            ids = dense.generate(**inputs, max_new_tokens=N_TOKENS, do_sample=False)  # [1, T]
+        answer = ids[0, inputs["input_ids"].shape[1] :]  # [N]
+        texts[question] = tokenizer.decode(answer, skip_special_tokens=True)
+    return texts
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_exact_model_answers_what_the_dense_model_answers(
+    client: OpenAI, dense_texts: dict[str, str], question: str
+) -> None:
+    answer = client.chat.completions.create(
+        model="exact",
+        messages=[{"role": "user", "content": question}],
+        max_tokens=N_TOKENS,
+        temperature=0,
+    )
+    assert len(dense_texts[question]) > 20
+    assert answer.choices[0].message.content == dense_texts[question]
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens <= N_TOKENS
+
+
+def test_a_stream_is_the_same_text_in_pieces(client: OpenAI, dense_texts: dict[str, str]) -> None:
+    question = QUESTIONS[0]
+    chunks = list(
+        client.chat.completions.create(
+            model="exact",
+            messages=[{"role": "user", "content": question}],
+            max_tokens=N_TOKENS,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    deltas = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    assert len([d for d in deltas if d]) > 5
+    assert "".join(deltas) == dense_texts[question]
+    assert chunks[-1].usage is not None
+
+
+def test_models_are_listed_and_an_unknown_one_is_refused(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["exact"]
+    with pytest.raises(openai.NotFoundError, match="other"):
+        client.chat.completions.create(model="other", messages=[{"role": "user", "content": "?"}])
+
+
+def test_a_prompt_longer_than_the_context_is_refused(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.completions.create(model="exact", prompt="word " * 600, max_tokens=1)
+    assert refusal.value.code == "context_length_exceeded"
+
+
+def test_all_experts_were_computed_by_functions(up: Up, client: OpenAI) -> None:
+    client.completions.create(model="exact", prompt="Once upon a time", max_tokens=4)
+    text = httpx.get(f"{up.base_url}/metrics").text
+    calls = re.search(r"^faasmoe_router_function_calls_total (\S+)$", text, re.MULTILINE)
+    local = re.search(r"^faasmoe_router_local_computations_total (\S+)$", text, re.MULTILINE)
+    assert calls is not None
+    assert float(calls[1]) >= 4 * 30  # at least one call for each of 30 layers and 4 tokens
+    assert local is not None
+    assert float(local[1]) == 0
+
+
+def test_nothing_is_left_behind_by_a_killed_launcher(file: Path, up: Up) -> None:
+    assert up.process.poll() is None  # the store is prepared, and another port is free
+    killed = start(file, file.with_name("killed.log"))
+    processes = killed.family
+    assert len(processes) >= 5  # launcher, zygote, three sandboxes or more, router
+    killed.process.kill()
+    killed.process.wait()
+    wait_until(lambda: all_gone(processes), timeout_s=20, what="no process left")
