@@ -42,7 +42,7 @@ class SandboxConfig:
         _at_least("FAASMOE_THREADS", self.threads, 1)
         if not 0 < self.request_timeout_s < math.inf:
             got = self.request_timeout_s
-            raise ConfigError(f"FAASMOE_REQUEST_TIMEOUT_S: got {got}, expected more than 0")
+            raise ConfigError(f"FAASMOE_REQUEST_TIMEOUT_S: got {got:g}, expected more than 0")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"FAASMOE_PORT: got {self.port}, expected 0 to 65535")
         kind, _, index = self.device.partition(":")

@@ -78,7 +78,7 @@ class FunctionEntry:
         addresses = tuple(_field(value, "addresses", list))
         for address in addresses:
             host, _, port = str(address).rpartition(":")
-            if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
                 raise TableError(f"addresses: got {address!r}, expected host:port")
         return cls(FunctionSpec.from_json(value), addresses)
 
@@ -139,7 +139,7 @@ class FunctionTable:
         """Read a table from JSON text; raises TableError."""
         try:
             value = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TableError(f"table: not JSON ({error})") from error
         if not isinstance(value, dict):
             raise TableError(f"table: got {type(value).__name__}, expected an object")

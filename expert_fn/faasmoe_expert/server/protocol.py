@@ -18,7 +18,6 @@ from faasmoe_expert.server.answer import Answer
 from faasmoe_expert.wire import MAX_FRAME_BYTES
 
 MAX_HEAD_BYTES = 16 << 10
-MAX_REQUEST_BYTES = MAX_HEAD_BYTES + 2 * MAX_FRAME_BYTES  # leaves room for the framing of chunks
 
 
 @dataclass(slots=True)
@@ -29,7 +28,6 @@ class HttpRequest:
     authorization: bytes = b""
     method: str = ""
     begun: bool = False
-    in_head: bool = True
     head_bytes: int = 0
     later_bytes: int = 0  # received after the packet in which it began
     body: bytearray = field(default_factory=bytearray)
@@ -131,10 +129,6 @@ class HttpProtocol(asyncio.Protocol):
         if name.lower() == b"content-length" and value.isdigit() and int(value) > MAX_FRAME_BYTES:
             self._stop_parse(413, "too_large", "body", got=f"{int(value)} bytes")
 
-    def on_headers_complete(self) -> None:
-        """The body comes."""
-        self._request.in_head = False
-
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
         self._request.body += body
@@ -156,12 +150,13 @@ class HttpProtocol(asyncio.Protocol):
         self._write(self._handle(request), keep_alive=keep_alive, is_head=request.method == "HEAD")
 
     def _count(self, request: HttpRequest, n_bytes: int) -> None:
-        """Bound what the parser may hold back: it gives a header, or a trailer, only when whole."""
+        """Bound what the parser holds back: it gives a header, or a trailer, only when whole.
+
+        The framing of chunks may take as much as the body.
+        """
         request.later_bytes += n_bytes
-        if request.in_head and request.later_bytes > MAX_HEAD_BYTES:
+        if request.later_bytes > MAX_HEAD_BYTES + 2 * len(request.body):
             self._stop_parse(431, "head_too_large", "head", got="more")
-        if request.later_bytes > MAX_REQUEST_BYTES:
-            self._stop_parse(413, "too_large", "body", got="more, with its framing")
 
     def _count_head(self, n_bytes: int) -> None:
         self._request.head_bytes += n_bytes

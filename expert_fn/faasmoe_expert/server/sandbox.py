@@ -27,7 +27,7 @@ class Sandbox:
         self.device = device
         self.metrics = SandboxMetrics()
         self._functions: dict[str, ExpertFunction] = {}
-        self._stores: dict[str, Store] = {}
+        self._stores: dict[tuple[Path, str], Store] = {}  # by folder and digest
 
     def list_functions(self) -> dict[str, Any]:
         """Return the sandbox and its functions, for the control plane to read back."""
@@ -120,7 +120,7 @@ class Sandbox:
 
     def _store(self, path: Path, model_digest: str) -> Store:
         try:
-            store = self._stores.get(model_digest) or Store.open(path)
+            store = self._stores.get((path, model_digest)) or Store.open(path)
         except StoreError as error:
             raise BadAttachment(f"store: {error}", field="store") from error
         if store.manifest.digest != model_digest:
@@ -128,7 +128,7 @@ class Sandbox:
                 f"model_digest: got {model_digest}, expected {store.manifest.digest} of {path}",
                 field="model_digest",
             )
-        self._stores[model_digest] = store
+        self._stores[path, model_digest] = store
         return store
 
     def _count(self) -> None:

@@ -1,0 +1,253 @@
+"""An attached function computes what the family's own experts module computes, for its block."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families.registry import FAMILIES, experts_modules
+from sandboxes import PreparedStore, spec_of
+from torch import Tensor
+
+from faasmoe_expert.errors import BadAttachment, BadFrame
+from faasmoe_expert.functions import ExpertFunction
+from faasmoe_expert.store import Store
+from faasmoe_expert.wire import Dtype, Mode, Request, decode_request, encode_request
+
+CPU = torch.device("cpu")
+LEAN = ["mixtral", "qwen2_moe", "aria", "gemma4", "nemotron_h"]
+GENERAL = ["gpt_oss", "muse_spark", "deepseek_v4", "inkling2", "openai_privacy_filter"]
+WIRE_DTYPES = {"float32": Dtype.FLOAT32, "bfloat16": Dtype.BFLOAT16, "float16": Dtype.FLOAT16}
+EXPERTS = 8
+TOP_K = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows routed as a gate would."""
+
+    hidden: Tensor  # [T, H]
+    index: Tensor  # [T, k]
+    weight: Tensor  # [T, k] float32
+
+    @classmethod
+    def make(cls, store: Store, layer: int, n_rows: int = 21) -> "Batch":
+        generator = torch.Generator().manual_seed(layer)
+        entry = store.manifest.layers[layer]
+        dtype = getattr(torch, store.manifest.model.dtype)
+        return cls(
+            torch.randn(n_rows, entry.hidden_size, generator=generator).to(dtype),
+            torch.rand(n_rows, EXPERTS, generator=generator).topk(TOP_K).indices,
+            torch.rand(n_rows, TOP_K, generator=generator),
+        )
+
+    def request(
+        self, experts: Sequence[int], *, mode: Mode, layer: int = 0, **changes: Any
+    ) -> Request:
+        """The pairs of these experts, as a frame that was sent."""
+        wanted = torch.isin(self.index, torch.tensor(list(experts)))  # [T, k]
+        rows, slots = wanted.nonzero(as_tuple=True)  # [P], [P]
+        fields: dict[str, Any] = {
+            "dtype": WIRE_DTYPES[str(self.hidden.dtype).removeprefix("torch.")],
+            "mode": mode,
+            "layer": layer,
+            "hidden_size": self.hidden.shape[1],
+            "n_rows": len(self.hidden),
+            "pair_row": rows.int().numpy(),
+            "pair_expert": self.index[rows, slots].int().numpy(),
+            "pair_weight": self.weight[rows, slots].numpy(),
+            **changes,
+        }
+        raw = self.hidden.view(torch.uint8).numpy().tobytes()
+        return decode_request(bytearray(b"".join(encode_request(raw, **fields))))
+
+
+@cache
+def modules(family: str) -> list[torch.nn.Module]:
+    model = next(f for f in FAMILIES if f.name == family).build()
+    return list(experts_modules(model).values())
+
+
+def own_forward(family: str, batch: Batch, layer: int) -> Tensor:
+    """What the family's module makes of a batch, in float32: [T, H]."""
+    with torch.no_grad():
+        total: Tensor = modules(family)[layer](batch.hidden.float(), batch.index, batch.weight)
+    return total
+
+
+def attached(store: Store, layers: Sequence[int], experts: Sequence[int]) -> ExpertFunction:
+    return ExpertFunction(spec_of(store, layers, experts), store, device=CPU)
+
+
+@pytest.mark.parametrize("family", LEAN)
+def test_common_families_need_no_transformers(family: str, prepared_store: PreparedStore) -> None:
+    assert all(layer.kernel for layer in prepared_store(family).manifest.layers)
+
+
+@pytest.mark.parametrize("family", GENERAL)
+def test_families_of_their_own_use_their_module(family: str, prepared_store: PreparedStore) -> None:
+    assert not any(layer.kernel for layer in prepared_store(family).manifest.layers)
+
+
+@pytest.mark.parametrize("family", LEAN + GENERAL)
+def test_all_experts_give_the_modules_output(family: str, prepared_store: PreparedStore) -> None:
+    store = prepared_store(family)
+    for layer in range(len(store.manifest.layers)):
+        batch = Batch.make(store, layer)
+        function = attached(store, [layer], range(EXPERTS))
+        got = function.compute(batch.request(range(EXPERTS), mode=Mode.REDUCED, layer=layer))
+        expected = own_forward(family, batch, layer)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("family", LEAN + GENERAL)
+def test_blocks_that_are_not_contiguous_add_up(
+    family: str, mode: Mode, prepared_store: PreparedStore
+) -> None:
+    store = prepared_store(family)
+    batch = Batch.make(store, 0)
+    total = torch.zeros_like(batch.hidden)  # [T, H]
+    for block in ([0, 3, 4, 7], [1, 6], [2, 5]):
+        request = batch.request(block, mode=mode)
+        part = attached(store, [0], block).compute(request)  # [T, H] or [P, H]
+        if mode is Mode.UNREDUCED:
+            rows = torch.from_numpy(request.pair_row.astype(np.int64))  # [P]
+            total.index_add_(0, rows, part)
+        else:
+            total += part
+    torch.testing.assert_close(total, own_forward(family, batch, 0), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["mixtral", "nemotron_h", "gpt_oss", "muse_spark"])
+def test_every_dtype_is_computed(family: str, dtype: str, prepared_store: PreparedStore) -> None:
+    store = prepared_store(family, dtype=dtype)
+    batch = Batch.make(store, 0)
+    function = attached(store, [0], range(EXPERTS))
+    got = function.compute(batch.request(range(EXPERTS), mode=Mode.REDUCED))
+    assert got.dtype == batch.hidden.dtype
+    expected = own_forward(family, batch, 0)
+    error = (got.float() - expected).abs().max() / expected.abs().max()
+    assert error < {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", LEAN + GENERAL)
+def test_unreduced_pairs_have_the_same_bits_in_any_block_and_batch(
+    family: str, dtype: str, prepared_store: PreparedStore
+) -> None:
+    store = prepared_store(family, dtype=dtype)
+    batch = Batch.make(store, 0)
+    whole = batch.request(range(EXPERTS), mode=Mode.UNREDUCED)
+    together = attached(store, [0], range(EXPERTS)).compute(whole)  # [P, H]
+    block = attached(store, [0], [1, 5])
+    for pair in np.flatnonzero(np.isin(whole.pair_expert, [1, 5])):
+        row = slice(whole.pair_row[pair], whole.pair_row[pair] + 1)
+        alone = Batch(batch.hidden[row], batch.index[row], batch.weight[row])
+        request = alone.request([int(whole.pair_expert[pair])], mode=Mode.UNREDUCED)
+        assert torch.equal(block.compute(request)[0], together[pair])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_one_function_spans_several_layers(family: str, prepared_store: PreparedStore) -> None:
+    store = prepared_store(family)
+    function = attached(store, [0, 2], range(EXPERTS))
+    for layer in (0, 2):
+        batch = Batch.make(store, layer)
+        got = function.compute(batch.request(range(EXPERTS), mode=Mode.REDUCED, layer=layer))
+        expected = own_forward(family, batch, layer)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    one = store.manifest.layers[0].expert_bytes
+    assert function.size_bytes == 2 * EXPERTS * one
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "message"),
+    [
+        ({"layer": 1}, "layer", "layer: got 1, expected one of \\[0\\]"),
+        ({"dtype": Dtype.BFLOAT16, "hidden_size": 64}, "dtype", "got bfloat16, expected float32"),
+        ({"hidden_size": 16, "n_rows": 42}, "hidden_size", "hidden_size: got 16, expected 32"),
+    ],
+)
+def test_a_frame_for_another_function_is_refused(
+    changes: dict[str, Any], field: str, message: str, prepared_store: PreparedStore
+) -> None:
+    store = prepared_store("mixtral")
+    request = Batch.make(store, 0).request([1, 2], mode=Mode.REDUCED, **changes)
+    with pytest.raises(BadFrame, match=message) as refused:
+        attached(store, [0], [1, 2]).compute(request)
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize("expert", [0, 3, 8, 2**31 - 1])
+def test_an_expert_outside_the_block_is_refused(expert: int, prepared_store: PreparedStore) -> None:
+    store = prepared_store("mixtral")
+    request = Batch.make(store, 0).request([1, 2], mode=Mode.REDUCED)
+    request.pair_expert[2] = expert
+    with pytest.raises(BadFrame, match=f"pair_expert: got {expert}, expected .* \\[1, 2\\]"):
+        attached(store, [0], [1, 2]).compute(request)
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "message"),
+    [
+        ([3], [0], "layers: got 3, expected indices below 3"),
+        ([0, 9], [0], "layers: got 9, expected indices below 3"),
+        ([0], [7, 8], "experts: got 8, expected indices below 8"),
+    ],
+)
+def test_what_the_store_does_not_have_is_not_attached(
+    layers: list[int], experts: list[int], message: str, prepared_store: PreparedStore
+) -> None:
+    with pytest.raises(BadAttachment, match=message):
+        attached(prepared_store("mixtral"), layers, experts)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        {"name": "gated", "activation": "tanh"},
+        {"name": "gated", "activation": "silu", "transposed": False, "swizzled": True},
+        {"name": "mixture"},
+    ],
+)
+def test_a_kernel_of_another_version_is_not_attached(
+    kernel: dict[str, Any], prepared_store: PreparedStore, tmp_path: Path
+) -> None:
+    store = changed(prepared_store("mixtral"), tmp_path, kernel=kernel)
+    with pytest.raises(BadAttachment, match="layer 0 of MixtralForCausalLM cannot be computed"):
+        attached(store, [0], [0])
+
+
+def test_an_architecture_unknown_here_is_not_attached(
+    prepared_store: PreparedStore, tmp_path: Path
+) -> None:
+    store = changed(prepared_store("gpt_oss"), tmp_path, architecture="GptNextForCausalLM")
+    with pytest.raises(BadAttachment, match="layer 0 of GptNextForCausalLM cannot be computed"):
+        attached(store, [0], [0])
+
+
+def changed(store: Store, folder: Path, *, architecture: str = "", **layer: Any) -> Store:
+    """A copy of a store with other fields in its manifest."""
+    shutil.copytree(store.path, folder / "store")
+    path = folder / "store" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["layers"][0] |= layer
+    manifest["model"]["architecture"] = architecture or manifest["model"]["architecture"]
+    path.write_text(json.dumps(manifest))
+    return Store.open(folder / "store")

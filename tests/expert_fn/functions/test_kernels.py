@@ -1,0 +1,188 @@
+"""The lean kernel computes its formula, and its pairs do not depend on their company."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from numpy.typing import NDArray
+from torch import Tensor
+
+from faasmoe_expert.functions.kernels import (
+    ACTIVATIONS,
+    TILE_ROWS,
+    KernelSpec,
+    by_expert,
+    run_gated,
+    sum_gated,
+)
+
+SILU = KernelSpec("gated", "silu", transposed=False, interleaved=False, bias=False)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMS = [
+    pytest.param(
+        KernelSpec(name, "gelu", transposed=t, interleaved=i, bias=b), id=f"{name}{t}{i}{b}"
+    )
+    for name in ("gated", "plain")
+    for t in (False, True)
+    for i in ((False, True) if name == "gated" else (False,))
+    for b in (False, True)
+]
+
+
+def make_weights(
+    spec: KernelSpec, *, n_experts: int = 4, hidden: int = 24, inter: int = 20
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    first, width = ("gate_up_proj", 2 * inter) if spec.name == "gated" else ("up_proj", inter)
+    weights = {}
+    for name, out_size, in_size in ((first, width, hidden), ("down_proj", hidden, inter)):
+        weight = torch.randn(n_experts, out_size, in_size, generator=generator) / in_size**0.5
+        weights[name] = weight.transpose(1, 2).contiguous() if spec.transposed else weight
+        if spec.bias:
+            weights[f"{name}_bias"] = torch.randn(n_experts, out_size, generator=generator)
+    return weights
+
+
+def by_hand(spec: KernelSpec, weights: dict[str, Tensor], expert: int, x: Tensor) -> Tensor:
+    def project(name: str, rows: Tensor) -> Tensor:
+        weight = weights[name][expert].double()  # [out, in], or [in, out]
+        product = rows @ (weight if spec.transposed else weight.T)  # [n, out]
+        return product + weights[f"{name}_bias"][expert].double() if spec.bias else product
+
+    act = ACTIVATIONS[spec.activation]
+    if spec.name == "plain":
+        return project("down_proj", act(project("up_proj", x.double())))
+    both = project("gate_up_proj", x.double())  # [n, 2I]
+    gate, up = (both[:, 0::2], both[:, 1::2]) if spec.interleaved else both.chunk(2, dim=1)
+    return project("down_proj", act(gate) * up)
+
+
+def routed(
+    n_rows: int, *, n_experts: int = 4, hidden: int = 24, seed: int = 1
+) -> tuple[Tensor, NDArray[np.int32], NDArray[np.int32], Tensor]:
+    """Rows, each for two experts, in no order of experts."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n_rows, hidden, generator=generator)  # [T, H]
+    expert = torch.rand(n_rows, n_experts, generator=generator).topk(2).indices  # [T, 2]
+    weight = torch.rand(n_rows * 2, generator=generator)  # [P]
+    pair_row = np.arange(n_rows, dtype=np.int32).repeat(2)
+    return rows, pair_row, expert.reshape(-1).int().numpy(), weight
+
+
+@pytest.mark.parametrize("spec", FORMS)
+def test_pairs_are_the_formula_times_their_weight(spec: KernelSpec) -> None:
+    weights = make_weights(spec)
+    rows, pair_row, pair_expert, pair_weight = routed(13)
+    got = run_gated(spec, weights, rows, pair_row, pair_expert, pair_weight)  # [P, H]
+    for pair, (row, expert) in enumerate(zip(pair_row, pair_expert, strict=True)):
+        expected = by_hand(spec, weights, int(expert), rows[row : row + 1])[0] * pair_weight[pair]
+        torch.testing.assert_close(got[pair].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", FORMS)
+def test_sums_are_the_pairs_added(spec: KernelSpec) -> None:
+    weights = make_weights(spec)
+    rows, pair_row, pair_expert, pair_weight = routed(13)
+    pairs = run_gated(spec, weights, rows, pair_row, pair_expert, pair_weight)  # [P, H]
+    got = sum_gated(spec, weights, rows, pair_row, pair_expert, pair_weight)  # [T, H]
+    expected = pairs.view(13, 2, -1).sum(1)  # [T, H]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_is_transformers_own(activation: str) -> None:
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-6, 6, 101)
+    torch.testing.assert_close(ACTIVATIONS[activation](x), ACT2FN[activation](x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "inter"), [(24, 20), (256, 176), (129, 67)])
+def test_a_pair_has_the_same_bits_alone_and_in_any_batch(
+    dtype: torch.dtype, hidden: int, inter: int
+) -> None:
+    weights = {
+        name: weight.to(dtype)
+        for name, weight in make_weights(SILU, hidden=hidden, inter=inter).items()
+    }
+    rows, pair_row, pair_expert, pair_weight = routed(4 * TILE_ROWS + 3, hidden=hidden)
+    rows = rows.to(dtype)
+    together = run_gated(SILU, weights, rows, pair_row, pair_expert, pair_weight)  # [P, H]
+    for pair in range(len(pair_row)):
+        alone = run_gated(
+            SILU, weights, rows[pair_row[pair], None], np.zeros(1, np.int32),
+            pair_expert[pair, None], pair_weight[pair, None],
+        )  # fmt: skip
+        assert torch.equal(alone[0], together[pair])
+
+
+@given(st.data())
+@settings(max_examples=40)
+def test_a_pair_has_the_same_bits_in_any_order_and_selection(data: st.DataObject) -> None:
+    weights = make_weights(SILU)
+    rows, pair_row, pair_expert, pair_weight = routed(2 * TILE_ROWS + 1)
+    whole = run_gated(SILU, weights, rows, pair_row, pair_expert, pair_weight)  # [P, H]
+    pairs = data.draw(st.lists(st.integers(0, len(pair_row) - 1), min_size=1, unique=True))
+    chosen = np.array(pairs)
+    # Each chosen pair gets a row of its own: other positions, other neighbours.
+    some = run_gated(
+        SILU, weights, rows[torch.from_numpy(pair_row[chosen].astype(np.int64))],
+        np.arange(len(pairs), dtype=np.int32), pair_expert[chosen], pair_weight[pairs],
+    )  # fmt: skip
+    assert torch.equal(some, whole[pairs])
+
+
+def test_a_repeated_pair_counts_twice() -> None:
+    """As many pairs of an expert as rows, but not one for each row."""
+    weights, rows = make_weights(SILU), torch.randn(2, 24)  # [T, H]
+    row, expert = np.array([1, 1], dtype=np.int32), np.array([3, 3], dtype=np.int32)
+    got = sum_gated(SILU, weights, rows, row, expert, torch.tensor([0.5, 0.25]))  # [T, H]
+    expected = by_hand(SILU, weights, 3, rows[1:2])[0] * 0.75
+    torch.testing.assert_close(got[1].double(), expected, atol=1e-5, rtol=1e-5)
+    assert not got[0].any()
+
+
+def test_a_row_without_pairs_gets_zeros() -> None:
+    weights, rows = make_weights(SILU), torch.randn(3, 24)  # [T, H]
+    row, expert = np.array([0, 2], dtype=np.int32), np.array([1, 1], dtype=np.int32)
+    got = sum_gated(SILU, weights, rows, row, expert, torch.ones(2))  # [T, H]
+    assert not got[1].any()
+    assert got[0].any()
+    assert got[2].any()
+
+
+def test_half_precision_sums_are_rounded_once() -> None:
+    """Sums in float32: the error is that of one rounding, not of one for each expert."""
+    weights = {name: weight.bfloat16() for name, weight in make_weights(SILU).items()}
+    rows, pair_row, pair_expert, pair_weight = routed(40)
+    got = sum_gated(SILU, weights, rows.bfloat16(), pair_row, pair_expert, pair_weight)
+    pairs = run_gated(SILU, weights, rows.bfloat16(), pair_row, pair_expert, torch.ones(80))
+    expected = (pairs.float() * pair_weight[:, None]).view(40, 2, -1).sum(1)  # [T, H]
+    assert got.dtype == torch.bfloat16
+    assert (
+        F.mse_loss(got.float(), expected) <= F.mse_loss(expected.bfloat16().float(), expected) * 2
+    )
+
+
+def test_experts_come_in_ascending_order_with_their_pairs() -> None:
+    found = [(e, p.tolist()) for e, p in by_expert(np.array([5, 2, 5, 9, 2], dtype=np.int32))]
+    assert found == [(2, [1, 4]), (5, [0, 2]), (9, [3])]
+
+
+@pytest.mark.parametrize(
+    ("name", "activation", "message"),
+    [
+        ("mixture", "silu", "kernel.name: got 'mixture', expected gated or plain"),
+        ("gated", "tanh", "kernel.activation: got 'tanh', expected one of"),
+    ],
+)
+def test_an_unknown_kernel_is_refused(name: str, activation: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KernelSpec(name, activation, transposed=False, interleaved=False, bias=False)
+
+
+def test_a_kernel_spec_survives_json() -> None:
+    assert KernelSpec.from_json(SILU.to_json()) == SILU

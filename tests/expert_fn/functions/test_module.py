@@ -1,0 +1,78 @@
+"""The general path computes the same from a compacted copy of its block, as CUDA has it."""
+
+import pytest
+import torch
+from sandboxes import PreparedStore
+from torch import Tensor
+
+from faasmoe_expert.functions.module import ModuleKernel
+from faasmoe_expert.functions.weights import LayerWeights, map_weights
+from faasmoe_expert.store import Store
+
+CPU = torch.device("cpu")
+BLOCK = [1, 4, 6]
+FAMILIES = ["gpt_oss", "muse_spark", "nemotron_h", "aria", "mixtral", "openai_privacy_filter"]
+
+
+def kernel_of(store: Store, weights: LayerWeights) -> ModuleKernel:
+    model, layer = store.manifest.model, store.manifest.layers[0]
+    return ModuleKernel.from_store(
+        store.path / "model", model.architecture, layer.name, weights, BLOCK, CPU
+    )
+
+
+def mapped(store: Store) -> LayerWeights:
+    n_experts = store.manifest.layers[0].num_experts
+    return map_weights(store.map_layer(0), n_experts=n_experts, experts=BLOCK, device=CPU)
+
+
+def compacted(weights: LayerWeights) -> LayerWeights:
+    """What `map_weights` gives on CUDA: only the block's experts, by their index."""
+    copies = {
+        name: {e: stack[e].clone() for e in BLOCK}  # [...] each
+        for name, stack in weights.stacked.items()
+    }
+    return LayerWeights(copies, weights.shared)
+
+
+@pytest.fixture(params=FAMILIES)
+def store(request: pytest.FixtureRequest, prepared_store: PreparedStore) -> Store:
+    return prepared_store(request.param)
+
+
+def routed(store: Store) -> tuple[Tensor, "torch.Tensor"]:
+    generator = torch.Generator().manual_seed(3)
+    hidden_size = store.manifest.layers[0].hidden_size
+    hidden = torch.randn(9, hidden_size, generator=generator)  # [T, H]
+    return hidden, torch.rand(27, generator=generator)  # [P]
+
+
+@pytest.mark.parametrize("verb", ["run", "sum"])
+def test_a_compacted_block_computes_what_the_mapped_stack_does(store: Store, verb: str) -> None:
+    hidden, weight = routed(store)
+    pair_row = torch.arange(9).repeat_interleave(3).int().numpy()  # [P]
+    pair_expert = torch.tensor(BLOCK * 9).int().numpy()  # [P]
+    whole = mapped(store)
+    results = [
+        getattr(kernel_of(store, weights), verb)(hidden, pair_row, pair_expert, weight)
+        for weights in (whole, compacted(whole))
+    ]
+    torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=1e-6)
+    assert results[0].abs().max() > 1e-3
+
+
+def test_kernels_of_one_model_do_not_share_their_weights(prepared_store: PreparedStore) -> None:
+    store = prepared_store("gpt_oss")
+    hidden, weight = routed(store)
+    row, expert = torch.zeros(1).int().numpy(), torch.tensor([4]).int().numpy()
+    first = kernel_of(store, mapped(store))
+    before = first.sum(hidden, row, expert, weight[:1])
+    other = LayerWeights(
+        {
+            name: {e: torch.zeros_like(stack[e]) for e in BLOCK}
+            for name, stack in mapped(store).stacked.items()
+        },
+        {},
+    )
+    assert not kernel_of(store, other).sum(hidden, row, expert, weight[:1]).any()
+    assert torch.equal(first.sum(hidden, row, expert, weight[:1]), before)

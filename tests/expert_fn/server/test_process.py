@@ -1,0 +1,173 @@
+"""The sandbox as a process: its start, its end, its faults, and what it holds over time."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from rawhttp import DEADLINE_S, frame, n_connections, post, read_answer, until
+from sandboxes import OpenSandbox, SandboxProcess, sandbox_env, spec_of
+
+from faasmoe_expert.store import Store
+from faasmoe_expert.table import FunctionSpec
+
+REFUSED = 2  # exit status for settings that cannot be used
+
+
+def connect(box: SandboxProcess) -> socket.socket:
+    host, port = box.address.split(":")
+    return socket.create_connection((host, int(port)), timeout=DEADLINE_S)
+
+
+def exit_status(box: SandboxProcess) -> int:
+    box.process.send_signal(signal.SIGTERM)
+    return box.process.wait(DEADLINE_S)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly(sandbox: OpenSandbox, store: Store, number: int) -> None:
+    with sandbox(capacity=9) as box, connect(box) as idle, connect(box) as stopped:
+        box.attach_blocks(store, 99)
+        stopped.sendall(b"GET /hea")
+        box.process.send_signal(number)
+        assert box.process.wait(DEADLINE_S) == 0
+        assert idle.recv(1) == b""
+        assert "Traceback" not in box.log.read_text()
+
+
+def test_answers_on_their_way_are_sent_before_the_end(
+    sandbox: OpenSandbox, store: Store, spec: FunctionSpec
+) -> None:
+    with sandbox(capacity=9) as box, connect(box) as client:
+        box.attach(store, spec)
+        client.sendall(post(spec.id, frame(n_rows=50_000)))  # 6 MB back, more than buffers take
+        until(lambda: "faasmoe_expert_frames_total 1.0" in box.http.get("/metrics").text)
+        box.process.send_signal(signal.SIGTERM)
+        status, _, body = read_answer(client)
+        assert (status, len(body)) == (200, 32 + 50_000 * 32 * 4)
+        assert box.process.wait(DEADLINE_S) == 0
+
+
+def test_a_client_that_takes_nothing_does_not_hold_up_the_end(
+    sandbox: OpenSandbox, store: Store, spec: FunctionSpec
+) -> None:
+    with sandbox() as box, connect(box) as client:
+        box.attach(store, spec)
+        client.sendall(post(spec.id, frame(n_rows=50_000)))
+        until(lambda: "faasmoe_expert_frames_total 1.0" in box.http.get("/metrics").text)
+        assert exit_status(box) == 0
+
+
+def test_a_computation_that_fails_is_a_500_and_the_sandbox_goes_on(
+    sandbox: OpenSandbox, store: Store, spec: FunctionSpec, tmp_path: Path
+) -> None:
+    shutil.copytree(store.path, tmp_path / "store")
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    manifest["layers"][0]["kernel"]["transposed"] = True  # shapes that do not fit each other
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    with sandbox(capacity=2) as box:
+        box.attach(Store.open(tmp_path / "store"), spec)
+        for _ in range(2):
+            answer = box.http.post(f"/v1/functions/{spec.id}", content=frame())
+            assert answer.status_code == 500
+            assert answer.json()["error"]["code"] == "internal"
+        assert "RuntimeError" in box.log.read_text()
+        good = spec_of(store, [1], [1])
+        box.attach(store, good)
+        sent = frame(layer=1)
+        assert box.http.post(f"/v1/functions/{good.id}", content=sent).status_code == 200
+        assert exit_status(box) == 0
+
+
+def start(**variables: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "faasmoe_expert"],
+        env=sandbox_env(**variables) | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_device_that_is_not_there_is_told_at_the_start(device: str) -> None:
+    ended = start(device=device, port=0)
+    assert ended.returncode == REFUSED
+    assert ended.stderr.strip() == (
+        f"faasmoe_expert: FAASMOE_DEVICE: got '{device}', but this machine has no CUDA device"
+    )
+
+
+def test_a_bad_setting_is_told_at_the_start() -> None:
+    ended = start(capacity="many")
+    assert ended.returncode == REFUSED
+    expected = "faasmoe_expert: FAASMOE_CAPACITY: got 'many', expected a whole number"
+    assert ended.stderr.strip() == expected
+
+
+def test_a_port_that_is_taken_is_told_at_the_start() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ended = start(port=taken.getsockname()[1], device="cpu")
+    assert ended.returncode == REFUSED
+    assert "Traceback" not in ended.stderr
+    assert "address already in use" in ended.stderr
+
+
+def test_it_ends_with_its_parent(store: Store, tmp_path: Path) -> None:
+    """Also if the parent is killed: here a Python that starts a sandbox and says its id."""
+    script = (
+        "import os, subprocess, sys, time\n"
+        "os.environ['FAASMOE_PARENT_PID'] = str(os.getpid())\n"
+        "child = subprocess.Popen([sys.executable, '-m', 'faasmoe_expert'])\n"
+        "print(child.pid, flush=True)\n"
+        "child.wait()\n"
+    )
+    log = (tmp_path / "log").open("w+b")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=sandbox_env(port=0, device="cpu"),
+        stdout=subprocess.PIPE,
+        stderr=log,
+    )
+    with parent, log:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        until(lambda: b"listens on" in (tmp_path / "log").read_bytes())
+        parent.kill()
+        until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_it_holds_no_more_after_many_requests_than_after_few(
+    sandbox: OpenSandbox, store: Store
+) -> None:
+    with sandbox(capacity=2) as box:
+        process = psutil.Process(box.process.pid)
+        work(box, store, 60)
+        before = process.memory_full_info().uss, process.num_fds()
+        work(box, store, 400)
+        after = process.memory_full_info().uss, process.num_fds()
+        assert after[0] - before[0] < 3 << 20
+        assert after[1] <= before[1]
+
+
+def work(box: SandboxProcess, store: Store, n_rounds: int) -> None:
+    """Attach, compute, refuse, lose connections, detach."""
+    before = n_connections(box)
+    for n in range(n_rounds):
+        spec = spec_of(store, [0], [n % 7, 7])
+        box.attach(store, spec)
+        path = f"/v1/functions/{spec.id}"
+        sent = frame(n_rows=1 + n % 300, expert=7)
+        assert box.http.post(path, content=sent).status_code == 200
+        assert box.http.post(path, content=sent[:-1]).status_code == 400
+        assert box.http.put(path, content=b"{").status_code == 422
+        with connect(box) as lost:
+            lost.sendall(post(spec.id, sent)[: 1 + n * 7])
+        assert box.http.delete(path).status_code == 204
+    until(lambda: n_connections(box) <= before)

@@ -1,0 +1,59 @@
+"""A sandbox's settings come from the environment; a bad one is refused by its variable."""
+
+import pytest
+
+from faasmoe_expert.config import ConfigError, SandboxConfig
+
+
+def test_every_variable_has_a_default() -> None:
+    assert SandboxConfig.from_env({}) == SandboxConfig()
+
+
+def test_every_variable_is_read() -> None:
+    variables = {
+        "FAASMOE_SANDBOX_ID": "s7",
+        "FAASMOE_HOST": "::",
+        "FAASMOE_PORT": "0",
+        "FAASMOE_CAPACITY": "3",
+        "FAASMOE_DEVICE": "cuda:1",
+        "FAASMOE_THREADS": "4",
+        "FAASMOE_TOKEN": "secret",
+        "FAASMOE_REQUEST_TIMEOUT_S": "2.5",
+    }
+    assert SandboxConfig.from_env(variables) == SandboxConfig(
+        id="s7",
+        host="::",
+        port=0,
+        capacity=3,
+        device="cuda:1",
+        threads=4,
+        token="secret",
+        request_timeout_s=2.5,
+    )
+
+
+def test_an_empty_variable_means_the_default() -> None:
+    variables = {"FAASMOE_PORT": "", "FAASMOE_REQUEST_TIMEOUT_S": ""}
+    assert SandboxConfig.from_env(variables) == SandboxConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("FAASMOE_PORT", "http"),
+        ("FAASMOE_PORT", "-1"),
+        ("FAASMOE_PORT", "65536"),
+        ("FAASMOE_CAPACITY", "0"),
+        ("FAASMOE_CAPACITY", "1.5"),
+        ("FAASMOE_THREADS", "0"),
+        ("FAASMOE_DEVICE", "tpu"),
+        ("FAASMOE_DEVICE", "cuda:x"),
+        ("FAASMOE_REQUEST_TIMEOUT_S", "0"),
+        ("FAASMOE_REQUEST_TIMEOUT_S", "nan"),
+        ("FAASMOE_REQUEST_TIMEOUT_S", "inf"),
+        ("FAASMOE_REQUEST_TIMEOUT_S", "soon"),
+    ],
+)
+def test_a_bad_value_is_refused_by_its_variable(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}: got '?{value}'?, expected "):
+        SandboxConfig.from_env({name: value})
