@@ -15,24 +15,32 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import data_plane_tables as tables
-from benchmarks.comparison import Turns, describe_runs, draw_prompts, take_turns
+from benchmarks.comparison import PROMPT_TOKENS, Turns, describe_runs, draw_prompts, take_turns
 from benchmarks.fleet import Fleet, serving, write_moemodel
 from benchmarks.geometry import Geometry, qwen, small
-from benchmarks.report import OUT, describe_machine, write_figures
+from benchmarks.report import OUT, describe_machine, memory_bytes, write_figures
 from benchmarks.sides import ROOT
 from benchmarks.step_parts import breakdown_ms
-from benchmarks.trial import DEFAULT_WAIT, PASSIVE_WAIT, Choice, choose, in_process
+from benchmarks.trial import (
+    BATCHED,
+    DEFAULT_WAIT,
+    PASSIVE_WAIT,
+    Choice,
+    best_in_process,
+    in_process,
+)
 from benchmarks.usage import Memory
-from faasmoe_operator.cli.deployment import Deployment
 
 MAX_MODEL_LEN = 256
+SIDES = 2
+SPARE_BYTES = 3 << 30  # caches, runtimes, activations
+GATHERED_PART = 1 / 16  # of memory, for the copies that batched_mm makes
 CACHE = Path.home() / ".cache" / "faasmoe-bench"
 WARM_RUNS = 2  # of 512 prompt tokens each: every expert is touched, so that its memory counts
 
@@ -79,7 +87,7 @@ class Findings:
         in_process_memory: of the in-process side.
         memory: of each of our processes.
         floor_bytes: bytes of all weights, once.
-        expert_bytes: bytes of the experts' weights, once.
+        experts_in_memory: the part of the experts' weights that our memory holds.
         profile: where our step's time went, by batch size, if that was asked for.
     """
 
@@ -88,7 +96,7 @@ class Findings:
     in_process_memory: Memory
     memory: Mapping[str, Memory]
     floor_bytes: int
-    expert_bytes: int
+    experts_in_memory: float
     profile: Mapping[int, Mapping[str, float]]
 
     @property
@@ -99,15 +107,20 @@ class Findings:
 
 async def measure(plan: Plan, folder: Path, *, profile: bool) -> Findings:
     """Make the model, try the settings, compare."""
-    deployment, checkpoint = await _prepare(plan, folder)
+    check_memory(plan.geometry)
+    checkpoint, moemodel = await _prepare(plan, folder)
     start = partial(in_process, checkpoint, max_model_len=MAX_MODEL_LEN)
     vocabulary = plan.geometry.vocabulary
     prompts = {b: draw_prompts(b, vocabulary=vocabulary, seed=-1) for b in plan.tokens}
     print("settings of the in-process side")
-    choice = await choose(start, plan.waits, prompts, max_tokens=plan.trial_tokens)
-    async with AsyncExitStack() as stack:
-        rival = await stack.enter_async_context(start(choice.wait))
-        fleet = await stack.enter_async_context(serving(deployment))
+    trying = best_in_process(
+        start,
+        plan.waits,
+        prompts,
+        max_tokens=plan.trial_tokens,
+        fits=lambda implementation, batch: fits(plan.geometry, implementation, batch),
+    )
+    async with trying as (rival, choice), serving(moemodel) as fleet:
         await _warm_up(fleet, vocabulary)
         await rival.run(prompts[1], max_tokens=4, implementation=choice.implementations[1])
         print("turns")
@@ -125,14 +138,30 @@ async def measure(plan: Plan, folder: Path, *, profile: bool) -> Findings:
             in_process_memory=Memory.of(rival.pid),
             memory=fleet.memory(),
             floor_bytes=fleet.floor_bytes,
-            expert_bytes=fleet.expert_bytes,
+            experts_in_memory=fleet.experts_in_memory(),
             profile=await _profile(fleet, plan) if profile else {},
         )
 
 
-async def _prepare(plan: Plan, folder: Path) -> tuple[Deployment, Path]:
-    """Make checkpoint and store if they are not there, in a process that takes torch along."""
-    folder.mkdir(parents=True, exist_ok=True)
+def check_memory(geometry: Geometry) -> None:
+    """Raise SystemExit if both sides at once do not fit into memory."""
+    needed = SIDES * geometry.weight_bytes + SPARE_BYTES
+    available = memory_bytes("MemAvailable")
+    if needed > available:
+        raise SystemExit(
+            f"--layers: got {geometry.layers}, which takes {needed / 1e9:.1f} GB for both sides, "
+            f"expected what fits into the {available / 1e9:.1f} GB that are available"
+        )
+
+
+def fits(geometry: Geometry, implementation: str, batch: int) -> bool:
+    """Tell whether an experts implementation has the memory for the prefill of a batch."""
+    copied = geometry.gathered_bytes(batch * PROMPT_TOKENS) if implementation == BATCHED else 0
+    return copied <= memory_bytes("MemTotal") * GATHERED_PART
+
+
+async def _prepare(plan: Plan, folder: Path) -> tuple[Path, Path]:
+    """Return checkpoint and MoEModel file; what is not there is made, in a process with torch."""
     sizes = json.dumps(asdict(plan.geometry))
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks.geometry", str(folder), sizes),
@@ -142,16 +171,16 @@ async def _prepare(plan: Plan, folder: Path) -> tuple[Deployment, Path]:
     output, _ = await process.communicate()
     if process.returncode:
         raise RuntimeError(f"the model could not be made: status {process.returncode}")
-    made = json.loads(output.splitlines()[-1])
-    checkpoint = Path(made["checkpoint"]).resolve()
-    deployment = write_moemodel(
-        folder / f"{plan.geometry.name}.yaml",
-        checkpoint=checkpoint,
-        store=Path(made["store"]).resolve(),
+    made = {name: Path(path) for name, path in json.loads(output.splitlines()[-1]).items()}
+    moemodel = folder / f"{plan.geometry.name}.yaml"
+    write_moemodel(
+        moemodel,
+        checkpoint=made["checkpoint"],
+        store=made["store"],
         experts_per_function=plan.experts_per_function,
         max_model_len=MAX_MODEL_LEN,
     )
-    return deployment, checkpoint
+    return made["checkpoint"], moemodel
 
 
 async def _warm_up(fleet: Fleet, vocabulary: int) -> None:
@@ -183,6 +212,7 @@ def figures(plan: Plan, found: Findings, machine: Mapping[str, Any]) -> dict[str
         "memory_over_floor": found.memory_over_floor,
         "memory": {
             "floor_bytes": found.floor_bytes,
+            "experts_in_memory": found.experts_in_memory,
             "in_process": asdict(found.in_process_memory),
             "ours": memory,
         },
@@ -236,6 +266,7 @@ async def run(plan: Plan, *, cache: Path, out: Path, quick: bool, profile: bool)
     print(tables.decoding(found.turns, found.choice))
     print()
     print(tables.memory(found.memory, found.in_process_memory, floor_bytes=found.floor_bytes))
+    print(f"part of the experts' weights that was touched: {found.experts_in_memory:.1%}")
     if found.profile:
         print()
         print(tables.profile(found.profile))
@@ -257,7 +288,7 @@ def main() -> int:
     asyncio.run(
         run(
             plan,
-            cache=arguments.cache,
+            cache=arguments.cache.resolve(),
             out=arguments.out.resolve(),
             quick=arguments.quick,
             profile=arguments.profile,

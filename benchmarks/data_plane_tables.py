@@ -9,6 +9,7 @@ from benchmarks.decoding import Run
 from benchmarks.report import Spread
 from benchmarks.trial import Choice
 from benchmarks.usage import Memory
+
 from faasmoe_operator.cli.table import format_table
 
 MIB = 1 << 20

@@ -134,9 +134,9 @@ class Recorder:
 
     def _window(self) -> tuple[Reading, Reading, int]:
         """Return where every request began to decode, where the first one ended, and the steps."""
-        lows, highs = ([entry[n] for entry in self._readings] for n in (1, 2))
-        begin = next(i for i, low in enumerate(lows) if low >= 1) + SETTLING_STEPS
-        end = next(i for i, high in enumerate(highs) if high >= self._max_tokens)
+        lengths = [(low, high) for _, low, high in self._readings]
+        begin = next(i for i, (low, _) in enumerate(lengths) if low >= 1) + SETTLING_STEPS
+        end = next(i for i, (_, high) in enumerate(lengths) if high >= self._max_tokens)
         if end <= begin:
             raise RuntimeError(
                 f"max_tokens: got {self._max_tokens}, expected more, so that all decode together"

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.sides import Side, running
-from benchmarks.usage import Memory
+from benchmarks.usage import Memory, mapped_bytes
+
 from faasmoe_expert.store import Store
 from faasmoe_operator.cli import router
 from faasmoe_operator.cli.deployment import Deployment
@@ -59,19 +60,17 @@ class Fleet:
         files = self.store.manifest.files.items()
         return sum(file.size_bytes for name, file in files if name.endswith(".safetensors"))
 
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of the experts' weights, once."""
-        return sum(
-            layer.expert_bytes * layer.num_experts + layer.shared_bytes
-            for layer in self.store.manifest.layers
-        )
+    def experts_in_memory(self) -> float:
+        """Return the part of the experts' weights that the sandboxes have touched."""
+        layers = self.store.manifest.layers
+        whole = sum(x.expert_bytes * x.num_experts + x.shared_bytes for x in layers)
+        return sum(mapped_bytes(pid, self.store.path) for pid in self.sandbox_pids) / whole
 
 
 def write_moemodel(
     path: Path, *, checkpoint: Path, store: Path, experts_per_function: int, max_model_len: int
-) -> Deployment:
-    """Write the MoEModel file of the benchmark; return it as the launcher reads it."""
+) -> None:
+    """Write the MoEModel file of the benchmark."""
     spec = {
         "model": {"source": checkpoint.as_uri()},
         "store": {"path": str(store)},
@@ -86,12 +85,12 @@ def write_moemodel(
         "spec": spec,
     }
     path.write_text(json.dumps(document), encoding="utf-8")  # JSON is YAML too
-    return Deployment.load(path)
 
 
 @asynccontextmanager
-async def serving(deployment: Deployment) -> AsyncIterator[Fleet]:
-    """Serve the model as long as the context lasts."""
+async def serving(moemodel: Path) -> AsyncIterator[Fleet]:
+    """Serve a MoEModel file as long as the context lasts."""
+    deployment = Deployment.load(moemodel)
     store = deployment.open_store()
     token = secrets.token_urlsafe(32)
     with tempfile.TemporaryDirectory(prefix="faasmoe-bench-") as folder:

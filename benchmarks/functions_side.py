@@ -17,12 +17,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-
 from benchmarks.decoding import Reading, Recorder
 from benchmarks.sides import RUN_TIMEOUT_S
 from benchmarks.stopwatch import Stopwatch
 from benchmarks.usage import ProcessorClock
 from benchmarks.worker import Handle, serve_commands
+
 from faasmoe_expert.store import Store
 from faasmoe_expert.table import FunctionTable
 from faasmoe_router.config import RouterConfig
@@ -100,7 +100,8 @@ def _limits(config: RouterConfig) -> EngineLimits:
 
 
 def _value(counter: Any) -> float:
-    return next(s.value for s in counter.collect()[0].samples if s.name.endswith("_total"))
+    samples = counter.collect()[0].samples
+    return float(next(s.value for s in samples if s.name.endswith("_total")))
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FULL_LAYERS = 24
 FULL_VOCABULARY = 151_936
 MAX_POSITIONS = 4096
+ITEM_BYTES = 2  # bfloat16
 STANDARD_DEVIATION = 0.02
 SEED = 0
 COMPLETE = ".complete"
@@ -44,6 +45,16 @@ class Geometry:
     def name(self) -> str:
         """Name of its folder."""
         return "-".join(str(size) for size in asdict(self).values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, but for the norms'."""
+        layer = sum(math.prod(shape) for _, shape in _layer_shapes(self))
+        return ITEM_BYTES * (self.layers * layer + 2 * self.vocabulary * self.hidden)
+
+    def gathered_bytes(self, tokens: int) -> int:
+        """Bytes that `batched_mm` copies for a batch: each pair's own gate and up projections."""
+        return ITEM_BYTES * tokens * self.top_k * 2 * self.intermediate * self.hidden
 
 
 def qwen(layers: int) -> Geometry:
@@ -151,14 +162,13 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 def main() -> int:
     """Make the checkpoint and its store; print both folders as JSON."""
     from faasmoe_router.checkpoint.prepare import prepare
-    from faasmoe_router.checkpoint.progress import Bar
 
     folder, geometry = Path(sys.argv[1]), Geometry(**json.loads(sys.argv[2]))
     checkpoint, store = folder / geometry.name, folder / f"{geometry.name}-store"
     make_checkpoint(geometry, checkpoint)
     if not (store / "manifest.json").exists():
-        with Bar() as bar:
-            prepare(str(checkpoint), store, progress=bar)
+        prepare(str(checkpoint), store)
+        print(f"prepared {store.name}", file=sys.stderr)
     print(json.dumps({"checkpoint": str(checkpoint), "store": str(store)}))
     return 0
 

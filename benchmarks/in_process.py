@@ -1,7 +1,7 @@
-"""The worker that is compared with: transformers' continuous batching, experts and all in one
-process, on every core.
+"""The worker that is compared with: transformers' continuous batching, all in one process.
 
-Each run names the experts implementation; greedy; the same cache as the other side's.
+Uses every core, decodes greedily, has the same cache as the other side. Each run names the experts
+implementation.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.generation import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.continuous_api import OutputRouter
-
 from benchmarks.decoding import Output, Reading, Recorder
 from benchmarks.sides import RUN_TIMEOUT_S
 from benchmarks.usage import ProcessorClock
 from benchmarks.worker import Handle, serve_commands
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.continuous_api import OutputRouter
+
 from faasmoe_router.engine.batching import NO_EOS
 from faasmoe_router.engine.sizing import PAGE_TOKENS, EngineLimits, Geometry
 

@@ -46,13 +46,18 @@ def describe_machine() -> dict[str, Any]:
     return {
         "cpu": _field("/proc/cpuinfo", "model name"),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": int(_field("/proc/meminfo", "MemTotal").removesuffix(" kB")) * 1024,
+        "memory_bytes": memory_bytes("MemTotal"),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "load_1min_at_start": os.getloadavg()[0],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in DISTRIBUTIONS},
     }
+
+
+def memory_bytes(field: str) -> int:
+    """Return a field of /proc/meminfo: MemTotal, MemAvailable or another."""
+    return int(_field("/proc/meminfo", field).removesuffix(" kB")) * 1024
 
 
 def write_figures(name: str, figures: Mapping[str, Any], *, folder: Path) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.decoding import Run
+
 from faasmoe_expert.lifeline import PARENT_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from benchmarks.step_parts import CALLS, COMBINE, ENCODE, GROUP, TAKE, TIMERS, WAIT, WHOLE
+
 from faasmoe_router.dispatch import dispatcher, fanout
 from faasmoe_router.dispatch.batch import LayerBatch
 from faasmoe_router.dispatch.dispatcher import Dispatcher

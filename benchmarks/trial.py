@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
@@ -12,7 +12,8 @@ from statistics import geometric_mean
 from benchmarks.decoding import Run, equal_fraction
 from benchmarks.sides import Side, running
 
-IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
+BATCHED = "batched_mm"
+IMPLEMENTATIONS = ("grouped_mm", "eager", BATCHED)
 DEFAULT_WAIT, PASSIVE_WAIT = "default", "PASSIVE"
 EQUALLY_FAST = 1.02  # within this, the setting that takes less processor time is the better one
 
@@ -33,6 +34,13 @@ class Trial:
     wait: str
     implementation: str
     run: Run
+
+    def text(self) -> str:
+        """Return it as a line."""
+        return (
+            f"batch {self.run.batch}, {self.implementation}, wait {self.wait}: "
+            f"{self.run.step_ms:.1f} ms a step, {self.run.cpu_ms_per_token:.1f} CPU ms a token"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,32 +74,43 @@ async def in_process(checkpoint: Path, wait: str, *, max_model_len: int) -> Asyn
         yield side
 
 
-async def choose(
-    start: Start, waits: Sequence[str], prompts: Mapping[int, Prompts], *, max_tokens: int
-) -> Choice:
-    """Try every setting; return the best.
+@asynccontextmanager
+async def best_in_process(
+    start: Start,
+    waits: Sequence[str],
+    prompts: Mapping[int, Prompts],
+    *,
+    max_tokens: int,
+    fits: Callable[[str, int], bool],
+) -> AsyncIterator[tuple[Side, Choice]]:
+    """Try every setting; run the in-process side with the best as long as the context lasts.
 
     Args:
         start: starts the in-process side with a way to wait.
         waits: the ways to try.
         prompts: what each batch size is tried with.
         max_tokens: tokens that each request generates in a trial.
+        fits: whether an implementation has the memory for a batch of so many prompts.
     """
     trials: list[Trial] = []
-    for wait in waits:
-        async with start(wait) as side:
+    async with AsyncExitStack() as stack:
+        for wait in waits:
+            await stack.aclose()  # the weights of one process at a time
+            side = await stack.enter_async_context(start(wait))
             for batch, texts in prompts.items():
                 for implementation in IMPLEMENTATIONS:
-                    await side.run(texts, max_tokens=4, implementation=implementation)
-                    run = await side.run(
-                        texts, max_tokens=max_tokens, implementation=implementation
-                    )
-                    trials.append(Trial(wait, implementation, run))
-                    print(
-                        f"  in-process, batch {batch}, {implementation}, wait {wait}: "
-                        f"{run.step_ms:.1f} ms a step, {run.cpu_ms_per_token:.1f} CPU ms a token"
-                    )
-    return best(trials)
+                    if fits(implementation, batch):
+                        await side.run(texts, max_tokens=4, implementation=implementation)
+                        run = await side.run(
+                            texts, max_tokens=max_tokens, implementation=implementation
+                        )
+                        trials.append(Trial(wait, implementation, run))
+                        print(f"  {trials[-1].text()}")
+        choice = best(trials)
+        if choice.wait != waits[-1]:
+            await stack.aclose()
+            side = await stack.enter_async_context(start(choice.wait))
+        yield side, choice
 
 
 def best(trials: Sequence[Trial]) -> Choice:

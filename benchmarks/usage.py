@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _LIBC = ctypes.CDLL(None)
+_MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ ")
 _FIELD = re.compile(r"^(Pss|Pss_Anon|Pss_File):\s+(\d+) kB$", re.MULTILINE)
 
 
@@ -53,6 +54,17 @@ class Memory:
             sum(m.anonymous for m in held),
             sum(m.of_files for m in held),
         )
+
+
+def mapped_bytes(pid: int, folder: Path) -> int:
+    """Return how much of the files in a folder a process has in memory, by proportional share."""
+    inside, found = False, 0
+    for line in Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8").splitlines():
+        if _MAPPING.match(line):
+            inside = f"{folder}/" in line
+        elif inside and line.startswith("Pss:"):
+            found += int(line.split()[1]) * 1024
+    return found
 
 
 def _clock_of(pid: int) -> int:

@@ -1,0 +1,133 @@
+"""Servers that a fan-out is measured against: each answers a POST with the bytes it was sent.
+
+`forked` runs some of them as processes. What differs is who speaks HTTP: uvicorn, or a sandbox's
+own protocol on asyncio's loop or on uvloop's. `frames` also reads and writes the wire format, as a
+sandbox does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from faasmoe_expert.config import SandboxConfig
+from faasmoe_expert.lifeline import die_with_parent
+from faasmoe_expert.server.answer import FRAME, Answer
+from faasmoe_expert.server.protocol import HttpProtocol, HttpRequest
+from faasmoe_expert.wire import decode_request, encode_response
+
+BACKLOG = 128
+END_TIMEOUT_S = 5.0
+
+Serve = Callable[[socket.socket], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of server."""
+
+    name: str
+    serve: Serve
+
+
+def _serve_protocol(
+    listener: socket.socket,
+    handle: Callable[[HttpRequest], Answer],
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def serve() -> None:
+        connections: set[HttpProtocol] = set()
+        loop = asyncio.get_running_loop()
+        timeout_s = SandboxConfig().request_timeout_s
+        server = await loop.create_server(
+            lambda: HttpProtocol(handle, connections, timeout_s=timeout_s), sock=listener
+        )
+        await server.serve_forever()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(serve())
+
+
+def _echo(request: HttpRequest) -> Answer:
+    return Answer(200, FRAME, [request.body])
+
+
+def _echo_frame(request: HttpRequest) -> Answer:
+    frame = decode_request(request.body)
+    return Answer(200, FRAME, encode_response(frame.header, frame.rows))
+
+
+async def _asgi(
+    scope: dict[str, Any],
+    receive: Callable[[], Awaitable[dict[str, Any]]],
+    send: Callable[[dict[str, Any]], Awaitable[None]],
+) -> None:
+    parts, more = [], True
+    while more:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    body = b"".join(parts)
+    headers = [(b"content-type", FRAME.encode()), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _serve_uvicorn(listener: socket.socket) -> None:
+    config = uvicorn.Config(
+        _asgi,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        date_header=False,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+UVICORN = Kind("uvicorn, httptools", _serve_uvicorn)
+ASYNCIO = Kind("ours, asyncio", lambda s: _serve_protocol(s, _echo, asyncio.new_event_loop))
+UVLOOP = Kind("ours, uvloop", lambda s: _serve_protocol(s, _echo, uvloop.new_event_loop))
+FRAMES = Kind("ours, uvloop", lambda s: _serve_protocol(s, _echo_frame, uvloop.new_event_loop))
+
+
+@contextmanager
+def forked(kind: Kind, n_servers: int) -> Iterator[list[str]]:
+    """Run servers in processes as long as the context lasts; gives their addresses.
+
+    Must be entered before this process has any other thread.
+    """
+    context = multiprocessing.get_context("fork")
+    listeners = [socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) for _ in range(n_servers)]
+    parent_pid = os.getpid()
+    servers = [
+        context.Process(target=_run, args=(kind.serve, listener, parent_pid), daemon=True)
+        for listener in listeners
+    ]
+    try:
+        for server in servers:
+            server.start()
+        yield [f"127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
+    finally:
+        for server in servers:
+            server.kill()
+            server.join(END_TIMEOUT_S)
+        for listener in listeners:
+            listener.close()
+
+
+def _run(serve: Serve, listener: socket.socket, parent_pid: int) -> None:
+    die_with_parent(parent_pid)
+    serve(listener)

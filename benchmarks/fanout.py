@@ -1,0 +1,196 @@
+"""The hot path's server and client: one call each to 3 servers, bodies of 4 KB to 1 MB each way.
+
+`python -m benchmarks.fanout [--quick] [--product-only]`. The candidates take turns over several
+rounds; a figure is the median of the rounds' own, with the least and the most. What was chosen, and
+why, stands in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.echo_servers import ASYNCIO, FRAMES, UVICORN, UVLOOP, Kind, forked
+from benchmarks.fanout_clients import (
+    AiohttpClient,
+    Client,
+    FanoutClient,
+    FrameClient,
+    InLoopClient,
+    ProtocolClient,
+    loop_thread,
+    new_uvloop,
+)
+from benchmarks.report import OUT, Spread, describe_machine, percentile, write_figures
+
+from faasmoe_operator.cli.table import format_table
+
+SERVERS = 3
+SIZES = (4 << 10, 64 << 10, 256 << 10, 1 << 20)
+PRODUCT_SIZE = 64 << 10
+WARM_FANOUTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A server and a client, by the names that the table shows."""
+
+    server: str
+    name: str
+    client: Client
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One candidate's turn at one size, in µs."""
+
+    p50_us: float
+    p99_us: float
+    cpu_us_per_call: float
+
+
+Rounds = Mapping[tuple[int, int], Sequence[Round]]
+"""By body size and the candidate's position."""
+
+
+@contextmanager
+def candidates(*, product_only: bool) -> Iterator[list[Candidate]]:
+    """Give the candidates, their servers running and their connections open.
+
+    The first is the product's path, the second the same without the wire format.
+    """
+    kinds = [FRAMES, UVLOOP] if product_only else [FRAMES, UVLOOP, UVICORN, ASYNCIO]
+    with ExitStack() as stack:
+        # All processes before the first thread: a fork copies the forking thread only.
+        servers = {kind: stack.enter_context(forked(kind, SERVERS)) for kind in kinds}
+        frames = stack.enter_context(closing(FrameClient(servers[FRAMES])))
+        bare = stack.enter_context(closing(FanoutClient(servers[UVLOOP])))
+        found = [
+            Candidate(FRAMES.name, "ours, polled sockets, wire frames", frames),
+            Candidate(UVLOOP.name, "ours, polled sockets", bare),
+        ]
+        yield found if product_only else found + _others(stack, servers)
+
+
+def _others(stack: ExitStack, servers: Mapping[Kind, list[str]]) -> list[Candidate]:
+    fast_loop = stack.enter_context(loop_thread(new_uvloop))
+    loop = stack.enter_context(loop_thread(asyncio.new_event_loop))
+    found = []
+    aiohttp = stack.enter_context(closing(AiohttpClient(fast_loop, servers[UVICORN])))
+    found.append(Candidate(UVICORN.name, "aiohttp on uvloop, from a thread", aiohttp))
+    found.append(Candidate(UVICORN.name, "aiohttp on uvloop, in its loop", InLoopClient(aiohttp)))
+    for kind, own_loop, name in ((ASYNCIO, loop, "asyncio"), (UVLOOP, fast_loop, "uvloop")):
+        protocol = stack.enter_context(closing(ProtocolClient(own_loop, servers[kind])))
+        found.append(Candidate(kind.name, f"Protocol on {name}, from a thread", protocol))
+    fanout = stack.enter_context(closing(FanoutClient(servers[ASYNCIO])))
+    found.append(Candidate(ASYNCIO.name, "ours, polled sockets", fanout))
+    return found
+
+
+def measure(
+    found: Sequence[Candidate], sizes: Sequence[int], *, rounds: int, n_fanouts: int
+) -> Rounds:
+    """Let the candidates take turns; return what each gave.
+
+    Args:
+        found: the candidates.
+        sizes: body sizes in bytes.
+        rounds: turns of each candidate at each size.
+        n_fanouts: fan-outs in a turn at 64 KB and less; of larger bodies, fewer.
+    """
+    for candidate in found:
+        _check(candidate.client)
+    turns: dict[tuple[int, int], list[Round]] = {}
+    for _ in range(rounds):
+        for size_bytes in sizes:
+            n = max(3, n_fanouts * PRODUCT_SIZE // max(size_bytes, PRODUCT_SIZE))
+            for position, candidate in enumerate(found):
+                turn = take_turn(candidate.client, size_bytes, n)
+                turns.setdefault((size_bytes, position), []).append(turn)
+    return turns
+
+
+def take_turn(client: Client, size_bytes: int, n_fanouts: int) -> Round:
+    """Measure one client once."""
+    bodies = [os.urandom(size_bytes) for _ in range(SERVERS)]
+    client.time_s(bodies, WARM_FANOUTS)
+    cpu_begun_s = time.process_time()
+    times_s = client.time_s(bodies, n_fanouts)
+    cpu_s = time.process_time() - cpu_begun_s
+    return Round(
+        percentile(times_s, 50) * 1e6,
+        percentile(times_s, 99) * 1e6,
+        cpu_s / (n_fanouts * SERVERS) * 1e6,
+    )
+
+
+def _check(client: Client) -> None:
+    bodies = [os.urandom(PRODUCT_SIZE) for _ in range(SERVERS)]
+    if client.post(bodies) != bodies:
+        raise RuntimeError(f"{type(client).__name__}: an answer is not what was sent")
+
+
+def spreads(turns: Sequence[Round]) -> dict[str, Spread]:
+    """Return the spread of each figure over the rounds."""
+    values = [asdict(turn) for turn in turns]
+    return {name: Spread.of([value[name] for value in values]) for name in values[0]}
+
+
+def table(found: Sequence[Candidate], turns: Rounds) -> str:
+    """Return what is printed: medians of the rounds, with the least and the most."""
+    header = ("BODY", "SERVER", "CLIENT", "P50 µs", "P99 µs", "CLIENT CPU µs/CALL")
+    rows = []
+    for (size_bytes, position), rounds in sorted(turns.items()):
+        candidate, figures = found[position], spreads(rounds)
+        cells = (spread.text() for spread in figures.values())
+        rows.append((f"{size_bytes >> 10} KB", candidate.server, candidate.name, *cells))
+    return format_table(header, rows)
+
+
+def figures(found: Sequence[Candidate], turns: Rounds) -> dict[str, Any]:
+    """Return what is written to fanout.json."""
+    return {
+        "fanout_p50_us": spreads(turns[PRODUCT_SIZE, 0])["p50_us"].median,
+        "fanout_without_frames_p50_us": spreads(turns[PRODUCT_SIZE, 1])["p50_us"].median,
+        "servers": SERVERS,
+        "candidates": [
+            {
+                "body_bytes": size_bytes,
+                "server": found[position].server,
+                "client": found[position].name,
+                **spreads(rounds),
+            }
+            for (size_bytes, position), rounds in sorted(turns.items())
+        ],
+    }
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fanout")
+    parser.add_argument("--quick", action="store_true", help="few calls: does it all work?")
+    parser.add_argument("--product-only", action="store_true", help="our path at 64 KB, no other")
+    parser.add_argument("--out", type=Path, default=OUT, help="figures (%(default)s)")
+    arguments = parser.parse_args()
+    machine = describe_machine()
+    rounds, n_fanouts = (2, 20) if arguments.quick else (7, 400)
+    sizes = (PRODUCT_SIZE,) if arguments.product_only else SIZES
+    with candidates(product_only=arguments.product_only) as found:
+        turns = measure(found, sizes, rounds=rounds, n_fanouts=n_fanouts)
+        print(f"fan-out to {SERVERS} servers, round trip of the whole; median (least..most)")
+        print(table(found, turns))
+        written = {"machine": machine, **figures(found, turns)}
+    print(f"figures: {write_figures('fanout', written, folder=arguments.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""Clients that make a fan-out from the engine's thread, and wait for all of its answers.
+
+All but the product's live on an event loop: the engine's thread hands the work over and blocks, as
+an engine that is no coroutine must.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import aiohttp
+import httptools
+import numpy as np
+import uvloop
+
+from faasmoe_expert.wire import Dtype, Header, Mode, decode_response, encode_request
+from faasmoe_expert.wire.frame import Kind
+from faasmoe_expert.wire.request import Buffer, Float32s, Int32s
+from faasmoe_router.dispatch.errors import CallError
+from faasmoe_router.dispatch.fanout import Call, Fanout
+
+PATH = "/v1/functions/0123456789abcdef01234567"
+HIDDEN_SIZE, TOP_K = 2048, 4
+NewLoop = Callable[[], asyncio.AbstractEventLoop]
+
+
+class Client(ABC):
+    """Makes fan-outs."""
+
+    @abstractmethod
+    def post(self, bodies: Sequence[bytes]) -> list[bytes]:
+        """Send each server one body; return all answers."""
+
+    def time_s(self, bodies: Sequence[bytes], n_fanouts: int) -> list[float]:
+        """Make fan-outs one after the other; return the seconds that each took."""
+        times_s = []
+        for _ in range(n_fanouts):
+            begun_s = time.perf_counter()
+            self.post(bodies)
+            times_s.append(time.perf_counter() - begun_s)
+        return times_s
+
+
+@contextmanager
+def loop_thread(new_loop: NewLoop) -> Iterator[asyncio.AbstractEventLoop]:
+    """Run an event loop in a thread as long as the context lasts."""
+    loop = new_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+class AiohttpClient(Client):
+    """aiohttp's client."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, addresses: Sequence[str]) -> None:
+        self.loop = loop
+        self._urls = [f"http://{address}{PATH}" for address in addresses]
+        self._session = asyncio.run_coroutine_threadsafe(self._open(), loop).result()
+
+    def post(self, bodies: Sequence[bytes]) -> list[bytes]:
+        """Send each server one body; return all answers."""
+        return asyncio.run_coroutine_threadsafe(self.gather(bodies), self.loop).result()
+
+    async def gather(self, bodies: Sequence[bytes]) -> list[bytes]:
+        """Do the same on the loop."""
+        return await asyncio.gather(*map(self._post, self._urls, bodies))
+
+    async def gather_timed(self, bodies: Sequence[bytes], n_fanouts: int) -> list[float]:
+        """Make fan-outs one after the other on the loop; return the seconds that each took."""
+        times_s = []
+        for _ in range(n_fanouts):
+            begun_s = time.perf_counter()
+            await self.gather(bodies)
+            times_s.append(time.perf_counter() - begun_s)
+        return times_s
+
+    def close(self) -> None:
+        """Close the connections."""
+        asyncio.run_coroutine_threadsafe(self._session.close(), self.loop).result()
+
+    async def _open(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(auto_decompress=False)
+
+    async def _post(self, url: str, body: bytes) -> bytes:
+        async with self._session.post(url, data=body) as response:
+            return await response.read()
+
+
+class InLoopClient(Client):
+    """aiohttp without the hop between threads: what an engine that is a coroutine would pay."""
+
+    def __init__(self, client: AiohttpClient) -> None:
+        self._client = client
+
+    def post(self, bodies: Sequence[bytes]) -> list[bytes]:
+        """Send each server one body; return all answers."""
+        return self._client.post(bodies)
+
+    def time_s(self, bodies: Sequence[bytes], n_fanouts: int) -> list[float]:
+        """Make fan-outs one after the other on the loop; return the seconds that each took."""
+        work = self._client.gather_timed(bodies, n_fanouts)
+        return asyncio.run_coroutine_threadsafe(work, self._client.loop).result()
+
+
+class _Answers(asyncio.Protocol):
+    """One keep-alive connection: httptools parses, a future gets the body."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._answer: asyncio.Future[bytes] | None = None
+        self._parser = httptools.HttpResponseParser(self)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(exc or ConnectionError("the server closed the connection"))
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def on_body(self, body: bytes) -> None:
+        self._parts.append(body)
+
+    def on_message_complete(self) -> None:
+        assert self._answer is not None
+        self._answer.set_result(b"".join(self._parts))
+
+    def post(self, head: bytes, body: bytes) -> asyncio.Future[bytes]:
+        self._parts = []
+        self._answer = asyncio.get_running_loop().create_future()
+        self._transport.writelines([head, body])
+        return self._answer
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+class ProtocolClient(Client):
+    """asyncio.Protocol on httptools, as lean as the sandbox's own server."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, addresses: Sequence[str]) -> None:
+        self._loop = loop
+        self._addresses = addresses
+        self._connections = asyncio.run_coroutine_threadsafe(self._open(), loop).result()
+
+    def post(self, bodies: Sequence[bytes]) -> list[bytes]:
+        """Send each server one body; return all answers."""
+        return asyncio.run_coroutine_threadsafe(self._gather(bodies), self._loop).result()
+
+    def close(self) -> None:
+        """Close the connections."""
+        for connection in self._connections:
+            self._loop.call_soon_threadsafe(connection.close)
+
+    async def _open(self) -> list[_Answers]:
+        loop, connections = asyncio.get_running_loop(), []
+        for address in self._addresses:
+            host, _, port = address.rpartition(":")
+            _, connection = await loop.create_connection(_Answers, host, int(port))
+            connections.append(connection)
+        return connections
+
+    async def _gather(self, bodies: Sequence[bytes]) -> list[bytes]:
+        calls = zip(self._connections, self._addresses, bodies, strict=True)
+        return await asyncio.gather(*(c.post(_head(a, len(b)), b) for c, a, b in calls))
+
+
+def _head(address: str, size_bytes: int) -> bytes:
+    return (
+        f"POST {PATH} HTTP/1.1\r\nhost: {address}\r\ncontent-length: {size_bytes}\r\n\r\n"
+    ).encode()
+
+
+class FanoutClient(Client):
+    """The product's: sockets polled from the engine's own thread."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self._addresses = addresses
+        self._fanout = Fanout()
+        self._function_id = PATH.rpartition("/")[2]
+
+    def post(self, bodies: Sequence[bytes]) -> list[bytes]:
+        """Send each server one body; return all answers."""
+        return self._run([[body] for body in bodies], bytes)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._fanout.close()
+
+    def _run(
+        self, frames: Sequence[Sequence[Any]], read: Callable[[memoryview], bytes]
+    ) -> list[bytes]:
+        answers = [b""] * len(frames)
+
+        def take(position: int, body: memoryview) -> None:
+            answers[position] = read(body)
+
+        calls = [
+            Call(address, self._function_id, frame)
+            for address, frame in zip(self._addresses, frames, strict=True)
+        ]
+        errors: dict[int, CallError] = self._fanout.run(calls, take)
+        if errors:
+            raise ConnectionError(f"calls failed: {errors}")
+        return answers
+
+
+class FrameClient(FanoutClient):
+    """The product's, with a frame of the wire format around every body."""
+
+    def post(self, bodies: Sequence[bytes]) -> list[bytes]:
+        """Send each server the body's rows; return the rows of all answers."""
+        shape = _FrameShape.of(len(bodies[0]))
+        frames = [shape.encode(body) for body in bodies]
+        return self._run(frames, lambda frame: bytes(decode_response(frame, shape.header)))
+
+
+@dataclass(frozen=True, slots=True)
+class _FrameShape:
+    """A frame's header, and four pairs for each of its rows."""
+
+    header: Header
+    pair_row: Int32s
+    pair_expert: Int32s
+    pair_weight: Float32s
+
+    @classmethod
+    @functools.cache
+    def of(cls, body_bytes: int) -> _FrameShape:
+        n_rows = body_bytes // (HIDDEN_SIZE * Dtype.BFLOAT16.itemsize)
+        rows = np.arange(n_rows, dtype=np.int32).repeat(TOP_K)  # [P]
+        experts = np.tile(np.arange(TOP_K, dtype=np.int32), n_rows)  # [P]
+        weights = np.ones(len(rows), dtype=np.float32)  # [P]
+        header = Header(
+            Kind.REQUEST, Dtype.BFLOAT16, Mode.REDUCED, 0, n_rows, len(rows), HIDDEN_SIZE
+        )
+        return cls(header, rows, experts, weights)
+
+    def encode(self, body: bytes) -> list[Buffer]:
+        return encode_request(
+            body,
+            dtype=self.header.dtype,
+            mode=self.header.mode,
+            layer=self.header.layer,
+            hidden_size=self.header.hidden_size,
+            n_rows=self.header.n_rows,
+            pair_row=self.pair_row,
+            pair_expert=self.pair_expert,
+            pair_weight=self.pair_weight,
+        )
+
+
+def new_uvloop() -> asyncio.AbstractEventLoop:
+    """Return a loop of uvloop."""
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop

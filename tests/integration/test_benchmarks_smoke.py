@@ -1,0 +1,84 @@
+"""The benchmarks run, end to end, on a tiny model; what they measure there means nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 240
+BATCHES = {"1", "8", "32"}
+
+
+def _run(*arguments: str) -> str:
+    ended = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, timeout=TIMEOUT_S, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """What the quick comparison printed and wrote."""
+    folder = tmp_path_factory.mktemp("bench")
+    options = ("--quick", "--profile", "--cache", str(folder), "--out", str(folder))
+    printed = _run("-m", "benchmarks.data_plane", *options)
+    return printed, json.loads((folder / "data_plane.json").read_text())
+
+
+def test_the_comparison_writes_what_the_issue_names(
+    comparison: tuple[str, dict[str, Any]],
+) -> None:
+    _, figures = comparison
+    assert figures["fanout_p50_us"] > 0
+    assert figures["memory_over_floor"] > 1
+    for name in ("decode_ratio", "cpu_ratio", "calls_per_token"):
+        assert set(figures[name]) == BATCHES
+        assert all(value > 0 for value in figures[name].values())
+
+
+def test_a_step_makes_at_most_one_call_for_each_function(
+    comparison: tuple[str, dict[str, Any]],
+) -> None:
+    _, figures = comparison
+    functions = 2 * 3  # layers, blocks of 3 of 8 experts
+    for batch, calls in figures["calls_per_token"].items():
+        assert 1 <= calls * int(batch) <= functions
+
+
+def test_both_sides_choose_the_same_tokens(comparison: tuple[str, dict[str, Any]]) -> None:
+    _, figures = comparison
+    for batch in figures["batches"].values():
+        assert batch["equal_first_tokens"] > 0.9
+
+
+def test_the_parts_of_a_step_add_up(comparison: tuple[str, dict[str, Any]]) -> None:
+    _, figures = comparison
+    for parts in figures["profile_ms"].values():
+        whole = parts.pop("whole step")
+        spent = sum(ms for name, ms in parts.items() if not name.startswith("CPU of"))
+        assert spent == pytest.approx(whole)
+
+
+def test_the_comparison_prints_its_tables(comparison: tuple[str, dict[str, Any]]) -> None:
+    printed, _ = comparison
+    for line in ("decode ratio", "CPU ratio", "calls per token", "all of ours", "MS PER STEP"):
+        assert line in printed
+
+
+def test_the_launcher_is_as_lean_as_the_products() -> None:
+    # It counts in our memory, so it must not hold what the product's launcher does not.
+    program = "import sys, benchmarks.data_plane; print('torch' in sys.modules)"
+    assert _run("-c", program).strip() == "False"
+
+
+def test_the_fan_out_measures_every_candidate(tmp_path: Path) -> None:
+    printed = _run("-m", "benchmarks.fanout", "--quick", "--out", str(tmp_path))
+    figures = json.loads((tmp_path / "fanout.json").read_text())
+    assert figures["fanout_p50_us"] > 0
+    assert {found["body_bytes"] >> 10 for found in figures["candidates"]} == {4, 64, 256, 1024}
+    assert "uvicorn" in printed
