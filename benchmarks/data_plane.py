@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import data_plane_tables as tables
 from benchmarks.comparison import PROMPT_TOKENS, Turns, describe_runs, draw_prompts, take_turns
-from benchmarks.fleet import Fleet, serving, write_moemodel
+from benchmarks.fleet import Fleet, make_model, serving, write_moemodel
 from benchmarks.geometry import Geometry, qwen, small
 from benchmarks.report import OUT, describe_machine, memory_bytes, write_figures
 from benchmarks.sides import ROOT
@@ -161,26 +161,17 @@ def fits(geometry: Geometry, implementation: str, batch: int) -> bool:
 
 
 async def _prepare(plan: Plan, folder: Path) -> tuple[Path, Path]:
-    """Return checkpoint and MoEModel file; what is not there is made, in a process with torch."""
-    sizes = json.dumps(asdict(plan.geometry))
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "benchmarks.geometry", str(folder), sizes),
-        stdout=asyncio.subprocess.PIPE,
-        cwd=ROOT,
-    )
-    output, _ = await process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"the model could not be made: status {process.returncode}")
-    made = {name: Path(path) for name, path in json.loads(output.splitlines()[-1]).items()}
+    """Return checkpoint and MoEModel file."""
+    checkpoint, store = await make_model(plan.geometry, folder)
     moemodel = folder / f"{plan.geometry.name}.yaml"
     write_moemodel(
         moemodel,
-        checkpoint=made["checkpoint"],
-        store=made["store"],
+        checkpoint=checkpoint,
+        store=store,
         experts_per_function=plan.experts_per_function,
         max_model_len=MAX_MODEL_LEN,
     )
-    return made["checkpoint"], moemodel
+    return checkpoint, moemodel
 
 
 async def _warm_up(fleet: Fleet, vocabulary: int) -> None:

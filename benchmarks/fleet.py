@@ -5,25 +5,30 @@ The process that enters `serving` is the launcher, and its memory and time count
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import secrets
+import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.sides import Side, running
+from benchmarks.geometry import Geometry
+from benchmarks.sides import ROOT, Side, running
 from benchmarks.usage import Memory, mapped_bytes
 
 from faasmoe_expert.store import Store
 from faasmoe_operator.cli import router
-from faasmoe_operator.cli.deployment import Deployment
+from faasmoe_operator.control.deployment import Deployment
 from faasmoe_operator.control.residency import Residents, make_resident
 from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient
 from faasmoe_operator.platforms import ProcessPlatform
+from faasmoe_operator.platforms.zygote import running_zygote
 
 logger = logging.getLogger(__name__)
 
@@ -67,16 +72,45 @@ class Fleet:
         return sum(mapped_bytes(pid, self.store.path) for pid in self.sandbox_pids) / whole
 
 
+async def make_model(geometry: Geometry, folder: Path) -> tuple[Path, Path]:
+    """Return checkpoint and store; what is not there is made, in a process with torch."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benchmarks.geometry", str(folder), json.dumps(asdict(geometry))),
+        stdout=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+    )
+    output, _ = await process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the model could not be made: status {process.returncode}")
+    made = {name: Path(path) for name, path in json.loads(output.splitlines()[-1]).items()}
+    return made["checkpoint"], made["store"]
+
+
 def write_moemodel(
-    path: Path, *, checkpoint: Path, store: Path, experts_per_function: int, max_model_len: int
+    path: Path,
+    *,
+    checkpoint: Path,
+    store: Path,
+    experts_per_function: int,
+    max_model_len: int,
+    experts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the MoEModel file of the benchmark."""
+    """Write a MoEModel file of a benchmark, with one function in each sandbox.
+
+    Args:
+        path: the file.
+        checkpoint: the model.
+        store: where it is prepared.
+        experts_per_function: experts of a layer in one function.
+        max_model_len: tokens of a request.
+        experts: other settings of the sandboxes.
+    """
     spec = {
         "model": {"source": checkpoint.as_uri()},
         "store": {"path": str(store)},
         "granularity": {"expertsPerFunction": experts_per_function},
         "router": {"maxModelLen": max_model_len, "device": "cpu"},
-        "experts": {"device": "cpu", "threads": 1, "functionsPerSandbox": 1},
+        "experts": {"device": "cpu", "threads": 1, "functionsPerSandbox": 1, **(experts or {})},
     }
     document = {
         "apiVersion": "faasmoe.dev/v1alpha1",
@@ -94,20 +128,30 @@ async def serving(moemodel: Path) -> AsyncIterator[Fleet]:
     store = deployment.open_store()
     token = secrets.token_urlsafe(32)
     with tempfile.TemporaryDirectory(prefix="faasmoe-bench-") as folder:
-        async with ProcessPlatform(token=token) as platform:
+        socket = Path(folder) / "zygote.sock"
+        async with (
+            running_zygote(socket, token=token) as zygote,
+            ProcessPlatform(socket=socket) as platform,
+        ):
             residents = await _make_resident(deployment, store, platform, token)
-            assert platform.zygote_pid is not None
-            pids = {"launcher": os.getpid(), "zygote": platform.zygote_pid}
+            pids = {"launcher": os.getpid(), "zygote": zygote.pid}
             sandbox_pids = tuple(s.pid for s, _ in residents.sandboxes if s.pid is not None)
             table = Path(folder) / "functions.json"
             table.write_text(json.dumps(residents.table(store.manifest.digest).to_json()))
             async with running(
                 "benchmarks.functions_side",
                 *map(str, (*pids.values(), *sandbox_pids)),
-                environment=router.environment(deployment, ENDPOINT, table=table, token=token),
+                environment=_environment(deployment, table=table, token=token),
             ) as side:
                 pids["router"] = side.pid
                 yield Fleet(side, store, pids, sandbox_pids, len(residents.functions))
+
+
+def _environment(deployment: Deployment, *, table: Path, token: str) -> dict[str, str]:
+    """Return the router's environment with a fixed table in place of a control process."""
+    environment = router.environment(deployment, ENDPOINT, control_url="", token=token)
+    del environment["FAASMOE_CONTROL_URL"]
+    return {**environment, "FAASMOE_TABLE": str(table)}
 
 
 async def _make_resident(

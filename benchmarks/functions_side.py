@@ -46,6 +46,7 @@ class FunctionsSide:
         self._stopwatch = Stopwatch()
         self._recorder = Recorder(self._read)
         store = Store.open(config.store)
+        assert config.table is not None  # it is the benchmark's own
         table = FunctionTable.loads(config.table.read_bytes())
         self._dispatcher = Dispatcher(store, table, token=config.token, metrics=self._metrics)
         model = load_router_model(store, self._dispatcher, device=torch.device("cpu"))

@@ -111,6 +111,22 @@ def _write_config(geometry: Geometry, folder: Path) -> None:
     GenerationConfig().save_pretrained(folder)
 
 
+def _write_tokenizer(geometry: Geometry, folder: Path) -> None:
+    """Write a tokenizer with a token for each byte, and one of no meaning for each other number."""
+    if (folder / "tokenizer.json").exists():
+        return
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    others = [f"<{number}>" for number in range(len(characters), geometry.vocabulary)]
+    vocabulary = {token: number for number, token in enumerate([*characters, *others])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
 def _shards(geometry: Geometry) -> Iterator[dict[str, Tensor]]:
     """Yield the tensors of each file, one file after the other, so that one fits into memory."""
     import torch
@@ -169,6 +185,8 @@ def main() -> int:
     if not (store / "manifest.json").exists():
         prepare(str(checkpoint), store)
         print(f"prepared {store.name}", file=sys.stderr)
+    for made in (checkpoint, store / "model"):
+        _write_tokenizer(geometry, made)
     print(json.dumps({"checkpoint": str(checkpoint), "store": str(store)}))
     return 0
 

@@ -6,9 +6,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from sandboxes import OpenSandbox, PreparedStore, SandboxProcess, running_sandbox
 
 from faasmoe_expert.store import Store
+
+settings.register_profile("shared-machine", deadline=None)
+settings.load_profile("shared-machine")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+IDLE_TIMEOUT_S = 600.0  # well above the pauses of a router's traffic
+MAX_CONNECTIONS = 1024
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message names the variable."""
@@ -25,6 +28,9 @@ class SandboxConfig:
         threads: threads of one computation on the CPU, 1 or more.
         token: bearer token that /v1 asks for; empty asks for none.
         request_timeout_s: time for a client to send a request whole, and to take its answer.
+        idle_timeout_s: time after which a connection without a request is closed.
+        max_connections: connections held at the same time, 1 or more.
+        drain_s: time, once it is told to end, in which it says so to clients that stay connected.
     """
 
     id: str = "sandbox"
@@ -35,14 +41,19 @@ class SandboxConfig:
     threads: int = 1
     token: str = ""
     request_timeout_s: float = 30.0
+    idle_timeout_s: float = IDLE_TIMEOUT_S
+    max_connections: int = MAX_CONNECTIONS
+    drain_s: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse settings out of bounds."""
         _at_least("FAASMOE_CAPACITY", self.capacity, 1)
         _at_least("FAASMOE_THREADS", self.threads, 1)
-        if not 0 < self.request_timeout_s < math.inf:
-            got = self.request_timeout_s
-            raise ConfigError(f"FAASMOE_REQUEST_TIMEOUT_S: got {got:g}, expected more than 0")
+        _at_least("FAASMOE_MAX_CONNECTIONS", self.max_connections, 1)
+        _more_than_0("FAASMOE_REQUEST_TIMEOUT_S", self.request_timeout_s)
+        _more_than_0("FAASMOE_IDLE_TIMEOUT_S", self.idle_timeout_s)
+        if not 0 <= self.drain_s < math.inf:
+            raise ConfigError(f"FAASMOE_DRAIN_S: got {self.drain_s:g}, expected 0 or more")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"FAASMOE_PORT: got {self.port}, expected 0 to 65535")
         kind, _, index = self.device.partition(":")
@@ -65,6 +76,9 @@ class SandboxConfig:
             threads=_integer(env, "FAASMOE_THREADS", default.threads),
             token=env.get("FAASMOE_TOKEN", default.token),
             request_timeout_s=_number(env, "FAASMOE_REQUEST_TIMEOUT_S", default.request_timeout_s),
+            idle_timeout_s=_number(env, "FAASMOE_IDLE_TIMEOUT_S", default.idle_timeout_s),
+            max_connections=_integer(env, "FAASMOE_MAX_CONNECTIONS", default.max_connections),
+            drain_s=_number(env, "FAASMOE_DRAIN_S", default.drain_s),
         )
 
 
@@ -91,3 +105,8 @@ def _number(env: Mapping[str, str], name: str, default: float) -> float:
 def _at_least(name: str, value: int, bound: int) -> None:
     if value < bound:
         raise ConfigError(f"{name}: got {value}, expected {bound} or more")
+
+
+def _more_than_0(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{name}: got {value:g}, expected more than 0")

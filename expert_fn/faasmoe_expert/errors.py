@@ -4,12 +4,15 @@ SandboxError
 ├── UnknownFunction   404  the function is not attached here
 ├── AttachRefused     409  another function holds the place, or the id means something else
 ├── BadAttachment     422  a field of the attachment cannot be used
-└── BadFrame          400  a frame that breaks the wire format, or does not fit the function
+├── BadFrame          400  a frame that breaks the wire format, or does not fit the function
+└── Draining          503  the sandbox ends and takes no more work
 
 Each carries a machine-stable `code`, the `field` at fault and an HTTP `status`.
 """
 
 from __future__ import annotations
+
+SHOWN_CHARS = 80
 
 
 class SandboxError(Exception):
@@ -53,3 +56,17 @@ class BadFrame(SandboxError):
 
     status = 400
     code = "bad_frame"
+
+
+class Draining(SandboxError):
+    """The sandbox ends: work goes elsewhere."""
+
+    status = 503
+    code = "draining"
+
+
+def shown(value: object) -> str:
+    """Return a value as an error message shows it: cut, because a client may send megabytes."""
+    # A text is cut first: its repr may take several times its memory.
+    text = repr(value[: SHOWN_CHARS + 1] if isinstance(value, str) else value)
+    return text if len(text) <= SHOWN_CHARS else f"{text[: SHOWN_CHARS - 3]}..."

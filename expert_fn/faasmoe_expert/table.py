@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from faasmoe_expert.errors import shown
+
 
 class TableError(ValueError):
     """A function table that cannot be used; the message names the field, what was got, expected."""
@@ -34,17 +36,19 @@ class FunctionSpec:
 
     def __post_init__(self) -> None:
         """Refuse a shape that no sandbox could attach."""
-        if not self.id or not self.id.isalnum() or len(self.id) > 64:
-            raise TableError(f"id: got {self.id!r}, expected 1 to 64 letters and digits")
+        if not (self.id.isascii() and self.id.isalnum()) or len(self.id) > 64:  # stands in URLs
+            raise TableError(f"id: got {shown(self.id)}, expected 1 to 64 ASCII letters and digits")
         for field in ("layers", "experts"):
             values = getattr(self, field)
             if not values:
                 raise TableError(f"{field}: got an empty list, expected at least one index")
             if any(not isinstance(v, int) or isinstance(v, bool) or v < 0 for v in values):
-                raise TableError(f"{field}: got {list(values)!r}, expected indices of 0 or more")
+                raise TableError(
+                    f"{field}: got {shown(list(values))}, expected indices of 0 or more"
+                )
             if list(values) != sorted(set(values)):
                 raise TableError(
-                    f"{field}: got {list(values)!r}, expected ascending, without repeats"
+                    f"{field}: got {shown(list(values))}, expected ascending, without repeats"
                 )
 
     def to_json(self) -> dict[str, Any]:
@@ -78,8 +82,9 @@ class FunctionEntry:
         addresses = tuple(_field(value, "addresses", list))
         for address in addresses:
             host, _, port = str(address).rpartition(":")
-            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-                raise TableError(f"addresses: got {address!r}, expected host:port")
+            is_number = port.isascii() and port.isdecimal() and len(port) <= 5
+            if not host or not is_number or not 0 < int(port) < 65536:
+                raise TableError(f"addresses: got {shown(address)}, expected host:port")
         return cls(FunctionSpec.from_json(value), addresses)
 
 

@@ -1,18 +1,21 @@
 """The zygote: a process that has imported the sandbox runtime once and forks sandboxes from it.
 
 It computes nothing itself: a parent that has run one OpenMP region leaves children that hang in
-their first. Commands come as JSON lines on stdin, events go as JSON lines to stdout:
+their first. A client connects to its unix socket (FAASMOE_ZYGOTE_SOCKET), sends commands as JSON
+lines and gets events as JSON lines; a new client takes the place of the one before:
 
     {"verb": "spawn", "id": "s1", "config": {"capacity": 1}}   fields of SandboxConfig
     {"verb": "kill", "id": "s1", "grace_s": 5}                 SIGTERM, after the grace SIGKILL
+    {"verb": "list"}
 
-    {"event": "ready", "pid": 7}
+    {"event": "ready", "pid": 7}                               the first line of each connection
     {"event": "spawned", "id": "s1", "pid": 8, "address": "127.0.0.1:4242"}
     {"event": "exited", "id": "s1", "pid": 8, "status": 0}     negative: the signal that ended it
+    {"event": "sandboxes", "sandboxes": [{"id": .., "pid": .., "address": .., "config": ..}]}
     {"event": "refused", "id": "s2", "message": "..."}
 
-Stdin's end or SIGTERM ends the zygote, and the sandboxes end with it in any case. The token comes
-by the environment (FAASMOE_TOKEN), never by a command.
+It outlives its clients. SIGTERM or its parent's end ends it, and the sandboxes end with it in any
+case. The token comes by the environment (FAASMOE_TOKEN), never by a command.
 """
 
 from __future__ import annotations
@@ -30,16 +33,18 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
-from faasmoe_expert.lifeline import die_with_parent
+from faasmoe_expert.lifeline import LifelineError, die_with_parent
+from faasmoe_expert.zygote_channel import Channel
 
 Serve = Callable[[dict[str, Any], socket.socket], None]
 """Runs a sandbox with these config fields on a listening socket, until SIGTERM."""
 
+SOCKET_VARIABLE = "FAASMOE_ZYGOTE_SOCKET"
 HOST = "127.0.0.1"
 BACKLOG = 128
-MAX_LINE_BYTES = 1 << 16
 DEFAULT_GRACE_S = 5.0
 ENDING_GRACE_S = 5.0
 LOG_FORMAT = "%(asctime)s %(levelname)s %(process)d %(message)s"
@@ -54,33 +59,37 @@ class CommandRefused(ValueError):
 class _Child:
     id: str
     pid: int
+    address: str
+    config: dict[str, Any]
     kill_at_s: float | None = None  # on the monotonic clock
 
 
 class Zygote:
     """Forks, watches and ends sandboxes. Must run in the main thread, as the only thread."""
 
-    def __init__(self, serve: Serve, *, commands_fd: int = 0, events_fd: int = 1) -> None:
+    def __init__(self, serve: Serve, socket_path: Path) -> None:
         self._serve = serve
-        self._commands_fd = commands_fd
-        self._events_fd = events_fd
-        self._buffer = b""
+        self._socket_path = socket_path
         self._children: dict[int, _Child] = {}
         self._ending = False
 
     def run(self) -> None:
-        """Serve commands until stdin ends or SIGTERM, then end every sandbox."""
+        """Serve clients until SIGTERM, then end every sandbox."""
         with _signal_pipe() as self._signals, selectors.DefaultSelector() as self._selector:
-            self._selector.register(self._commands_fd, selectors.EVENT_READ, self._read_commands)
             self._selector.register(self._signals[0], selectors.EVENT_READ, self._read_signals)
-            self._emit({"event": "ready", "pid": os.getpid()})
+            self._channel = Channel(
+                self._socket_path,
+                self._selector,
+                greeting={"event": "ready", "pid": os.getpid()},
+                obey=self._obey,
+            )
             while not self._ending:
                 self._turn()
-            self._selector.unregister(self._commands_fd)
             for child in self._children.values():
                 self._terminate(child, ENDING_GRACE_S)
             while self._children:
                 self._turn()
+            self._channel.close()
 
     def _turn(self) -> None:
         deadlines = [c.kill_at_s for c in self._children.values() if c.kill_at_s is not None]
@@ -94,14 +103,6 @@ class Zygote:
         if set(os.read(self._signals[0], 4096)) - {signal.SIGCHLD}:
             self._ending = True
 
-    def _read_commands(self) -> None:
-        chunk = os.read(self._commands_fd, MAX_LINE_BYTES)
-        *lines, self._buffer = (self._buffer + chunk).split(b"\n")
-        for line in lines:
-            self._obey(line)
-        if not chunk or len(self._buffer) > MAX_LINE_BYTES:
-            self._ending = True
-
     def _obey(self, line: bytes) -> None:
         command: Any = None
         try:
@@ -112,11 +113,22 @@ class Zygote:
                 case {"verb": "kill", "id": str(name)}:
                     grace_s = float(command.get("grace_s", DEFAULT_GRACE_S))
                     self._terminate(self._child_named(name), grace_s)
+                case {"verb": "list"}:
+                    self._list()
                 case _:
-                    raise CommandRefused("got an unknown verb or fields, expected spawn or kill")
+                    raise CommandRefused(
+                        "got an unknown verb or fields, expected spawn, kill, list"
+                    )
         except (ValueError, TypeError, OSError) as error:
             refused = command.get("id") if isinstance(command, dict) else None
-            self._emit({"event": "refused", "id": refused, "message": str(error)})
+            self._channel.emit({"event": "refused", "id": refused, "message": str(error)})
+
+    def _list(self) -> None:
+        sandboxes = [
+            {"id": c.id, "pid": c.pid, "address": c.address, "config": c.config}
+            for c in self._children.values()
+        ]
+        self._channel.emit({"event": "sandboxes", "sandboxes": sandboxes})
 
     def _child_named(self, name: str) -> _Child:
         for child in self._children.values():
@@ -125,6 +137,8 @@ class Zygote:
         raise CommandRefused(f"id: got {name!r}, expected a sandbox that runs")
 
     def _spawn(self, name: str, config: dict[str, Any]) -> None:
+        if self._ending:
+            raise CommandRefused("the zygote is ending")
         if any(child.id == name for child in self._children.values()):
             raise CommandRefused(f"id: got {name!r}, which runs already")
         # The address is known at once because the listener is bound here, not in the child.
@@ -132,8 +146,9 @@ class Zygote:
             port = listener.getsockname()[1]
             fields = {**config, "id": name, "host": HOST, "port": port}
             pid = self._fork(fields, listener)
-        self._children[pid] = _Child(name, pid)
-        self._emit({"event": "spawned", "id": name, "pid": pid, "address": f"{HOST}:{port}"})
+        address = f"{HOST}:{port}"
+        self._children[pid] = _Child(name, pid, address, config)
+        self._channel.emit({"event": "spawned", "id": name, "pid": pid, "address": address})
 
     def _fork(self, fields: dict[str, Any], listener: socket.socket) -> int:
         zygote_pid = os.getpid()
@@ -165,7 +180,7 @@ class Zygote:
             os._exit(status)
 
     def _let_go(self) -> None:
-        """Drop in a child what belongs to the zygote: its handlers, its pipes, its garbage."""
+        """Drop in a child what belongs to the zygote: its handlers, its sockets, its garbage."""
         signal.set_wakeup_fd(-1)
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
@@ -173,10 +188,7 @@ class Zygote:
         self._selector.close()
         for descriptor in self._signals:
             os.close(descriptor)
-        null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, self._commands_fd)
-        os.close(null)
-        os.dup2(2, self._events_fd)  # a stray print must not look like an event
+        self._channel.let_go()
         gc.enable()
 
     def _terminate(self, child: _Child, grace_s: float) -> None:
@@ -197,15 +209,7 @@ class Zygote:
                 return
             child = self._children.pop(pid)
             code = os.waitstatus_to_exitcode(status)
-            self._emit({"event": "exited", "id": child.id, "pid": pid, "status": code})
-
-    def _emit(self, event: dict[str, Any]) -> None:
-        data = json.dumps(event).encode() + b"\n"
-        try:
-            while data:
-                data = data[os.write(self._events_fd, data) :]
-        except BrokenPipeError:  # nobody is left to serve
-            self._ending = True
+            self._channel.emit({"event": "exited", "id": child.id, "pid": pid, "status": code})
 
 
 @contextmanager
@@ -235,19 +239,27 @@ def import_runtime() -> Serve:
 
 
 def main(load: Callable[[], Serve] = import_runtime) -> int:
-    """Run the zygote until its stdin ends.
+    """Run the zygote until SIGTERM.
 
     Args:
         load: imports the runtime and returns what serves a sandbox.
     """
-    die_with_parent()
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-    zygote = Zygote(load())
-    # What is frozen is not visited by a child's collector, so its pages stay shared.
-    gc.disable()
-    gc.collect()
-    gc.freeze()
-    zygote.run()
+    path = os.environ.get(SOCKET_VARIABLE, "")
+    if not path:
+        print(f"{SOCKET_VARIABLE}: not set, expected the path of a socket", file=sys.stderr)
+        return 2
+    try:
+        die_with_parent()
+        zygote = Zygote(load(), Path(path))
+        # What is frozen is not visited by a child's collector, so its pages stay shared.
+        gc.disable()
+        gc.collect()
+        gc.freeze()
+        zygote.run()
+    except (LifelineError, OSError, ValueError) as error:
+        print(f"faasmoe_expert.zygote: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

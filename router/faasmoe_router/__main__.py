@@ -21,7 +21,8 @@ logger = logging.getLogger("faasmoe_router")
 def main() -> int:
     """Serve until SIGTERM; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
+    for chatty in ("ContinuousBatchingLogger", "httpx"):  # one line for each batch, each report
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         die_with_parent()
         process = _make(RouterConfig.from_env())

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar, cast
+from urllib.parse import urlsplit
 
 from faasmoe_router.errors import ConfigError
 
@@ -15,11 +16,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
-    """What the router is started with; each field is the variable FAASMOE_FIELD.
+    """What the router is started with; each field is the variable FAASMOE_FIELD, less its `_s`.
+
+    Of `table` and `control_url` there is exactly one.
 
     Attributes:
         store: the store's folder.
-        table: a JSON file with the function table.
+        table: a JSON file with a function table that never changes.
+        control_url: where the control plane tells the function table, hears of the load, and
+            starts functions.
         model_name: the name that requests give; by default the store's source, without its path.
         host: address to listen at.
         port: port to listen at.
@@ -31,11 +36,17 @@ class RouterConfig:
         max_waiting: requests that may wait beyond those; more get a 429.
         kv_cache_bytes: what the KV cache and what grows with it may take; by default 2 GiB, or
             what one request of full length needs if that is more.
-        token: what sandboxes are called with; empty calls them without.
+        token: what sandboxes and the control plane are called with; empty calls them without.
+        activation_timeout_s: how long a request is held until the functions it needs are there.
+        hold_timeout_s: how long running requests wait for a function that was taken from them,
+            before it is computed in the router.
+        max_held_requests: requests that may be held; more get a 429.
+        max_held_bytes: what the bodies of held requests may take; more get a 429.
     """
 
     store: Path
-    table: Path
+    table: Path | None = None
+    control_url: str | None = None
     model_name: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -46,6 +57,19 @@ class RouterConfig:
     max_waiting: int = 1024
     kv_cache_bytes: int | None = None
     token: str = ""
+    activation_timeout_s: float = 30.0
+    hold_timeout_s: float = 2.0
+    max_held_requests: int = 1024
+    max_held_bytes: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        """Refuse to guess where functions are."""
+        if self.table is None and self.control_url is None:
+            raise ConfigError("FAASMOE_TABLE: not set, expected it or FAASMOE_CONTROL_URL")
+        if self.table is not None and self.control_url is not None:
+            raise ConfigError(
+                "FAASMOE_CONTROL_URL: got it and FAASMOE_TABLE, expected only one of the two"
+            )
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "RouterConfig":
@@ -62,7 +86,8 @@ class RouterConfig:
 
         return cls(
             store=Path(_required(env, "STORE")),
-            table=Path(_required(env, "TABLE")),
+            table=read("TABLE", _path, None),
+            control_url=read("CONTROL_URL", _url, None),
             model_name=read("MODEL_NAME", str, "") or None,
             host=read("HOST", str, "127.0.0.1"),
             port=read("PORT", _between(0, 65535), 8000),
@@ -73,6 +98,10 @@ class RouterConfig:
             max_waiting=read("MAX_WAITING", _between(0, 1 << 20), 1024),
             kv_cache_bytes=read("KV_CACHE_BYTES", _between(1, 1 << 50), 0) or None,
             token=read("TOKEN", str, ""),
+            activation_timeout_s=read("ACTIVATION_TIMEOUT", _seconds(0.1, 3600), 30.0),
+            hold_timeout_s=read("HOLD_TIMEOUT", _seconds(0, 60), 2.0),
+            max_held_requests=read("MAX_HELD_REQUESTS", _between(0, 1 << 20), 1024),
+            max_held_bytes=read("MAX_HELD_BYTES", _between(0, 1 << 40), 64 << 20),
         )
 
 
@@ -90,6 +119,34 @@ def _between(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _seconds(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        wrong = ValueError(f"seconds, a number from {low:g} to {high:g}")
+        try:
+            value = float(text)
+        except ValueError:
+            raise wrong from None
+        if not low <= value <= high:  # nor NaN
+            raise wrong
+        return value
+
+    return parse
+
+
+def _path(text: str) -> Path | None:
+    return Path(text)
+
+
+def _url(text: str) -> str | None:
+    try:
+        parts = urlsplit(text)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return text.rstrip("/")
+    except ValueError:  # a port that is no number
+        pass
+    raise ValueError("a URL such as http://127.0.0.1:8080")
 
 
 def _device(text: str) -> Device:

@@ -5,6 +5,9 @@ RouterError
 ├── ChatTemplateError     messages that the model's chat template does not take
 ├── EngineUnavailable     the engine does not run (starting again, stopped, or given up)
 ├── EngineSaturated       more requests wait than the engine may hold
+├── HoldQueueFull         more requests wait for functions to be started than may
+├── ActivationTimeout     functions that a request needs could not be started in time
+├── StoreUnreadable       the store was removed or damaged while it was served
 └── GenerationFailed      a request that had been accepted could not be finished
 """
 
@@ -27,6 +30,18 @@ class EngineUnavailable(RouterError):
 
 class EngineSaturated(RouterError):
     """More requests wait than the engine may hold."""
+
+
+class HoldQueueFull(RouterError):
+    """More requests wait for functions to be started than may."""
+
+
+class ActivationTimeout(RouterError):
+    """Functions that a request needs could not be started in time."""
+
+
+class StoreUnreadable(RouterError):
+    """The store was removed or damaged while it was served; starting again does not help."""
 
 
 class GenerationFailed(RouterError):

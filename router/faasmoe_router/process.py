@@ -1,17 +1,27 @@
 """The router process: store, dispatch, model, engine and API put together from the settings."""
 
 import logging
+import re
+import secrets
+import socket
 from pathlib import Path
 from typing import Any
 
 import torch
+from prometheus_client import CollectorRegistry
 from transformers import AutoTokenizer
 
 from faasmoe_expert.store import Store, StoreError
 from faasmoe_expert.table import FunctionTable, TableError
 from faasmoe_router.api.app import create_app
 from faasmoe_router.config import PREFIX, RouterConfig
+from faasmoe_router.control import ControlLink, LinkSettings
+from faasmoe_router.control.client import ControlClient
+from faasmoe_router.control.gate import HoldLimits
+from faasmoe_router.control.metrics import ControlMetrics
+from faasmoe_router.control.waker import Waker
 from faasmoe_router.dispatch import Dispatcher
+from faasmoe_router.dispatch.filling import Holding
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.model import ModelError, load_router_model
@@ -36,7 +46,12 @@ class RouterProcess:
     def __init__(self, config: RouterConfig) -> None:
         registry = new_registry()
         store = _open_store(config.store)
-        self._dispatcher = _make_dispatcher(store, config, DispatchMetrics(registry))
+        if config.control_url is None:
+            link = None
+            self._dispatcher = _make_dispatcher(store, config, DispatchMetrics(registry))
+        else:
+            self._dispatcher, link = _link(store, config, config.control_url, registry)
+        self._link = link
         try:
             model = load_router_model(store, self._dispatcher, device=_device(config.device))
         except ModelError as error:
@@ -50,9 +65,9 @@ class RouterProcess:
             metrics=EngineMetrics(registry, model_name),
             on_give_up=self._give_up,
         )
-        app = create_app(self._engine, model_name=model_name, registry=registry)
+        app = create_app(self._engine, model_name=model_name, registry=registry, admission=link)
         self._server = Server(
-            app, host=config.host, port=config.port, end_running=self._engine.end_running
+            app, host=config.host, port=config.port, end_running=self._end_running
         )
         logger.info("%s is loaded, for http://%s:%d", model_name, config.host, config.port)
 
@@ -69,6 +84,11 @@ class RouterProcess:
         """Whether the engine's thread outlived its time to end."""
         return self._engine.stuck
 
+    def _end_running(self) -> None:
+        if self._link is not None:
+            self._link.end_held()
+        self._engine.end_running()
+
     def _give_up(self) -> None:
         self._gave_up = True
         self._server.should_exit = True
@@ -82,11 +102,42 @@ def _open_store(path: Path) -> Store:
 
 
 def _make_dispatcher(store: Store, config: RouterConfig, metrics: DispatchMetrics) -> Dispatcher:
+    assert config.table is not None
     try:
         table = FunctionTable.loads(config.table.read_bytes())
         return Dispatcher(store, table, token=config.token, metrics=metrics)
     except (TableError, OSError) as error:
         raise ConfigError(f"FAASMOE_TABLE: {error}") from error
+
+
+def _link(
+    store: Store, config: RouterConfig, url: str, registry: CollectorRegistry
+) -> tuple[Dispatcher, ControlLink]:
+    metrics = ControlMetrics(registry)
+    client = ControlClient(url, token=config.token)
+    settings = LinkSettings(
+        router=_router_name(),
+        limits=HoldLimits(
+            max_requests=config.max_held_requests,
+            max_bytes=config.max_held_bytes,
+            timeout_s=config.activation_timeout_s,
+        ),
+    )
+    waker = Waker(client, router=settings.router, metrics=metrics, repeat_s=settings.repeat_s)
+    dispatcher = Dispatcher(
+        store,
+        None,
+        token=config.token,
+        metrics=DispatchMetrics(registry),
+        holding=Holding(waker.want_soon, timeout_s=config.hold_timeout_s),
+    )
+    return dispatcher, ControlLink(client, waker, dispatcher, settings=settings, metrics=metrics)
+
+
+def _router_name() -> str:
+    """Return a name that no router has had: 1 to 64 letters, digits, dots, dashes."""
+    host = re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())
+    return f"{host[:40]}-{secrets.token_hex(4)}"
 
 
 def _device(wanted: str) -> torch.device:

@@ -19,6 +19,9 @@ def test_every_variable_is_read() -> None:
         "FAASMOE_THREADS": "4",
         "FAASMOE_TOKEN": "secret",
         "FAASMOE_REQUEST_TIMEOUT_S": "2.5",
+        "FAASMOE_IDLE_TIMEOUT_S": "30",
+        "FAASMOE_MAX_CONNECTIONS": "12",
+        "FAASMOE_DRAIN_S": "0",
     }
     assert SandboxConfig.from_env(variables) == SandboxConfig(
         id="s7",
@@ -29,6 +32,9 @@ def test_every_variable_is_read() -> None:
         threads=4,
         token="secret",
         request_timeout_s=2.5,
+        idle_timeout_s=30.0,
+        max_connections=12,
+        drain_s=0.0,
     )
 
 
@@ -52,6 +58,12 @@ def test_an_empty_variable_means_the_default() -> None:
         ("FAASMOE_REQUEST_TIMEOUT_S", "nan"),
         ("FAASMOE_REQUEST_TIMEOUT_S", "inf"),
         ("FAASMOE_REQUEST_TIMEOUT_S", "soon"),
+        ("FAASMOE_IDLE_TIMEOUT_S", "0"),
+        ("FAASMOE_IDLE_TIMEOUT_S", "nan"),
+        ("FAASMOE_MAX_CONNECTIONS", "0"),
+        ("FAASMOE_DRAIN_S", "-1"),
+        ("FAASMOE_DRAIN_S", "nan"),
+        ("FAASMOE_DRAIN_S", "inf"),
     ],
 )
 def test_a_bad_value_is_refused_by_its_variable(name: str, value: str) -> None:

@@ -44,9 +44,11 @@ def test_a_table_survives_json(table: FunctionTable) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        pytest.param(entry(id=""), "id: got '', expected 1 to 64 letters and digits", id="no id"),
+        pytest.param(entry(id=""), "id: got '', expected 1 to 64 ASCII letters and digits", id="no id"),
         pytest.param(entry(id="a/b"), "id: got 'a/b'", id="id with a slash"),
         pytest.param(entry(id="a" * 65), "id: got 'aaaa", id="long id"),
+        pytest.param(entry(id="é1"), "id: got 'é1'", id="id of other letters"),
+        pytest.param(entry(id="f²"), "id: got 'f²'", id="id of other digits"),
         pytest.param(entry(id=7), "id: got int, expected str", id="id of another type"),
         pytest.param(entry(layers=[]), "layers: got an empty list", id="no layers"),
         pytest.param(entry(layers="0"), "layers: got str, expected list", id="layers as text"),
@@ -65,6 +67,8 @@ def test_a_table_survives_json(table: FunctionTable) -> None:
         ),
         pytest.param(entry(addresses=[":80"]), "addresses: got ':80'", id="no host"),
         pytest.param(entry(addresses=["h:²"]), "addresses: got 'h:²'", id="no decimal digit"),
+        pytest.param(entry(addresses=["h:８０"]), "addresses: got 'h:８０'", id="no ASCII digit"),
+        pytest.param(entry(addresses=["h:" + "9" * 5000]), "addresses: got 'h:999", id="long port"),
         pytest.param(entry(addresses=["h:0"]), "addresses: got 'h:0'", id="port 0"),
         pytest.param(entry(addresses=["h:65536"]), "addresses: got 'h:65536'", id="port too high"),
         pytest.param([], "function: got list, expected an object", id="no object"),
@@ -75,6 +79,23 @@ def test_a_bad_entry_is_refused(value: Any, message: str) -> None:
     table = {"model_digest": "sha256:00", "version": 0, "functions": [value]}
     with pytest.raises(TableError, match=message):
         FunctionTable.loads(json.dumps(table))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        entry(id="x" * 100_000),
+        entry(layers=list(range(100_000, 0, -1))),
+        entry(experts=["x" * 100_000]),
+        entry(addresses=["x" * 100_000]),
+    ],
+    ids=["id", "layers", "experts", "addresses"],
+)
+def test_an_error_shows_a_part_of_a_long_value(value: Any) -> None:
+    table = {"model_digest": "sha256:00", "version": 0, "functions": [value]}
+    with pytest.raises(TableError) as refused:
+        FunctionTable.loads(json.dumps(table))
+    assert len(str(refused.value)) < 200
 
 
 @pytest.mark.parametrize(

@@ -36,10 +36,16 @@ class Handler(BaseHTTPRequestHandler):
         self.functions[self.path.rpartition("/")[2]] = body
         return self.answer(201, {})
 
-    def answer(self, status: int, value: dict[str, Any]) -> None:
-        body = json.dumps(value).encode()
+    def do_DELETE(self) -> None:
+        if self.functions.pop(self.path.rpartition("/")[2], None) is None:
+            return self.answer(404, {"error": {"code": "unknown_function", "message": "id"}})
+        return self.answer(204, None)
+
+    def answer(self, status: int, value: dict[str, Any] | None) -> None:
+        body = b"" if value is None else json.dumps(value).encode()
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
+        if value is not None:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
@@ -47,8 +53,15 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
 
+class Server(HTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no news; anything else is told as ever."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def serve(config: dict[str, Any], listener: socket.socket) -> None:
-    print(f"sandbox {config['id']} begins")  # on stdout: must not disturb the events
+    print(f"sandbox {config['id']} begins", flush=True)
     if config.get("threads") == ENDS_AT_ONCE:
         sys.exit(3)
     if config.get("threads") == NEVER_ANSWERS:
@@ -56,7 +69,7 @@ def serve(config: dict[str, Any], listener: socket.socket) -> None:
         while True:
             signal.pause()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    server = HTTPServer((config["host"], config["port"]), Handler, bind_and_activate=False)
+    server = Server((config["host"], config["port"]), Handler, bind_and_activate=False)
     server.socket.close()
     server.socket = listener
     server.serve_forever(poll_interval=0.05)

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import openai
-import psutil
 import pytest
 import torch
+from launched import Up, all_gone, launched, start, wait_until
 from openai import OpenAI
 
 from faasmoe_router.checkpoint.demo.dense import gguf_path, load_dense
 
-START_TIMEOUT_S = 240.0
-END_TIMEOUT_S = 60.0
 N_TOKENS = 40
 QUESTIONS = ("What is the capital of France?", "Give me three tips for sleeping well.")
 
@@ -40,52 +29,6 @@ spec:
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Up:
-    """A running `faasmoe up`."""
-
-    process: subprocess.Popen[bytes]
-    base_url: str
-    log: Path
-
-    @property
-    def family(self) -> list[psutil.Process]:
-        """The launcher and every process below it."""
-        top = psutil.Process(self.process.pid)
-        return [top, *top.children(recursive=True)]
-
-
-def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not in {timeout_s:.0f} s: {what}"
-        time.sleep(0.1)
-
-
-def start(file: Path, log: Path) -> Up:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "faasmoe_operator.cli", "up", "-f", file, "--port", str(port)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={k: v for k, v in os.environ.items() if not k.startswith("FAASMOE_")},
-        )
-    up = Up(process, f"http://127.0.0.1:{port}", log)
-
-    def served() -> bool:
-        assert process.poll() is None, log.read_text()
-        return "OpenAI base URL" in log.read_text()
-
-    wait_until(served, timeout_s=START_TIMEOUT_S, what="served")
-    return up
-
-
-def all_gone(processes: list[psutil.Process]) -> bool:
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
-
-
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory, exact_demo_model: Path) -> Path:
     folder = tmp_path_factory.mktemp("up")
@@ -96,15 +39,8 @@ def file(tmp_path_factory: pytest.TempPathFactory, exact_demo_model: Path) -> Pa
 
 @pytest.fixture(scope="module")
 def up(file: Path) -> Iterator[Up]:
-    running = start(file, file.with_name("up.log"))
-    processes = running.family
-    try:
+    with launched(file, file.with_name("up.log")) as running:
         yield running
-    finally:
-        running.process.send_signal(signal.SIGINT)
-        status = running.process.wait(END_TIMEOUT_S)
-    assert status == 0, running.log.read_text()
-    wait_until(lambda: all_gone(processes), timeout_s=10, what="no process left")
 
 
 @pytest.fixture
@@ -178,13 +114,9 @@ def test_a_prompt_longer_than_the_context_is_refused(client: OpenAI) -> None:
 
 def test_all_experts_were_computed_by_functions(up: Up, client: OpenAI) -> None:
     client.completions.create(model="exact", prompt="Once upon a time", max_tokens=4)
-    text = httpx.get(f"{up.base_url}/metrics").text
-    calls = re.search(r"^faasmoe_router_function_calls_total (\S+)$", text, re.MULTILINE)
-    local = re.search(r"^faasmoe_router_local_computations_total (\S+)$", text, re.MULTILINE)
-    assert calls is not None
-    assert float(calls[1]) >= 4 * 30  # at least one call for each of 30 layers and 4 tokens
-    assert local is not None
-    assert float(local[1]) == 0
+    # At least one call for each of 30 layers and 4 tokens.
+    assert up.router_metric("function_calls_total") >= 4 * 30
+    assert up.router_metric("local_computations_total") == 0
 
 
 def test_nothing_is_left_behind_by_a_killed_launcher(file: Path, up: Up) -> None:

@@ -22,6 +22,10 @@ def test_reads_every_variable() -> None:
             "FAASMOE_MAX_WAITING": "0",
             "FAASMOE_KV_CACHE_BYTES": "8",
             "FAASMOE_TOKEN": "t",
+            "FAASMOE_ACTIVATION_TIMEOUT": "12.5",
+            "FAASMOE_HOLD_TIMEOUT": "0",
+            "FAASMOE_MAX_HELD_REQUESTS": "9",
+            "FAASMOE_MAX_HELD_BYTES": "10",
         }
     )
     assert config == RouterConfig(
@@ -37,6 +41,10 @@ def test_reads_every_variable() -> None:
         max_waiting=0,
         kv_cache_bytes=8,
         token="t",
+        activation_timeout_s=12.5,
+        hold_timeout_s=0.0,
+        max_held_requests=9,
+        max_held_bytes=10,
     )
 
 
@@ -59,8 +67,33 @@ def test_defaults_are_those_of_the_class() -> None:
         ("FAASMOE_MAX_NUM_BATCHED_TOKENS", "1.5"),
         ("FAASMOE_MAX_WAITING", "²"),
         ("FAASMOE_KV_CACHE_BYTES", "2Gi"),
+        ("FAASMOE_ACTIVATION_TIMEOUT", "0"),
+        ("FAASMOE_ACTIVATION_TIMEOUT", "nan"),
+        ("FAASMOE_HOLD_TIMEOUT", "2s"),
+        ("FAASMOE_HOLD_TIMEOUT", "-1"),
+        ("FAASMOE_MAX_HELD_REQUESTS", "many"),
+        ("FAASMOE_MAX_HELD_BYTES", "64Mi"),
     ],
 )
 def test_a_bad_value_is_named(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name}: "):
         RouterConfig.from_env({**REQUIRED, name: value})
+
+
+def test_the_table_may_come_from_a_control_plane() -> None:
+    config = RouterConfig.from_env(
+        {"FAASMOE_STORE": "/store", "FAASMOE_CONTROL_URL": "http://127.0.0.1:8080/"}
+    )
+    assert config.table is None
+    assert config.control_url == "http://127.0.0.1:8080"
+
+
+def test_two_places_for_one_table_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^FAASMOE_CONTROL_URL: got it and FAASMOE_TABLE"):
+        RouterConfig.from_env({**REQUIRED, "FAASMOE_CONTROL_URL": "http://h:1"})
+
+
+@pytest.mark.parametrize("url", ["h:80", "ftp://h", "http://", "http://h:port", "http://h:0"])
+def test_a_bad_control_url_is_named(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"^FAASMOE_CONTROL_URL: got .*, expected a URL"):
+        RouterConfig.from_env({"FAASMOE_STORE": "/store", "FAASMOE_CONTROL_URL": url})

@@ -5,5 +5,6 @@ Knows stores, torch and the wire's values; knows nothing of HTTP or of who calls
 
 from faasmoe_expert.functions.function import ExpertFunction
 from faasmoe_expert.functions.kernels import KernelSpec, run_gated, sum_gated
+from faasmoe_expert.functions.pairs import Pairs
 
-__all__ = ["ExpertFunction", "KernelSpec", "run_gated", "sum_gated"]
+__all__ = ["ExpertFunction", "KernelSpec", "Pairs", "run_gated", "sum_gated"]

@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from faasmoe_expert.errors import BadAttachment, BadFrame
+from faasmoe_expert.errors import BadAttachment, BadFrame, shown
 from faasmoe_expert.functions.kernels import KernelSpec, run_gated, sum_gated
 from faasmoe_expert.functions.module import ModuleKernel
+from faasmoe_expert.functions.pairs import Pairs
 from faasmoe_expert.functions.weights import LayerWeights, map_weights
 from faasmoe_expert.store import Store
 from faasmoe_expert.store.manifest import LayerEntry
@@ -28,22 +29,10 @@ DTYPES = {
 class Kernel(Protocol):
     """What computes one layer's pairs."""
 
-    def run(
-        self,
-        hidden: Tensor,
-        pair_row: NDArray[np.int32],
-        pair_expert: NDArray[np.int32],
-        pair_weight: Tensor,
-    ) -> Tensor:
+    def run(self, hidden: Tensor, pairs: Pairs) -> Tensor:
         """Return each pair's weighted output [P, H]."""
 
-    def sum(
-        self,
-        hidden: Tensor,
-        pair_row: NDArray[np.int32],
-        pair_expert: NDArray[np.int32],
-        pair_weight: Tensor,
-    ) -> Tensor:
+    def sum(self, hidden: Tensor, pairs: Pairs) -> Tensor:
         """Return the weighted sum of each row's experts [T, H]."""
 
 
@@ -54,25 +43,13 @@ class GatedKernel:
         self._spec = spec
         self._weights = weights.stacked
 
-    def run(
-        self,
-        hidden: Tensor,
-        pair_row: NDArray[np.int32],
-        pair_expert: NDArray[np.int32],
-        pair_weight: Tensor,
-    ) -> Tensor:
+    def run(self, hidden: Tensor, pairs: Pairs) -> Tensor:
         """Return each pair's weighted output [P, H]."""
-        return run_gated(self._spec, self._weights, hidden, pair_row, pair_expert, pair_weight)
+        return run_gated(self._spec, self._weights, hidden, pairs)
 
-    def sum(
-        self,
-        hidden: Tensor,
-        pair_row: NDArray[np.int32],
-        pair_expert: NDArray[np.int32],
-        pair_weight: Tensor,
-    ) -> Tensor:
+    def sum(self, hidden: Tensor, pairs: Pairs) -> Tensor:
         """Return the weighted sum of each row's experts [T, H]."""
-        return sum_gated(self._spec, self._weights, hidden, pair_row, pair_expert, pair_weight)
+        return sum_gated(self._spec, self._weights, hidden, pairs)
 
 
 class ExpertFunction:
@@ -80,12 +57,14 @@ class ExpertFunction:
 
     Attributes:
         spec: its id, layers and experts.
-        model_digest: digest of the store that it was cut from.
+        store_path: folder of the store that it was cut from.
+        model_digest: the store's digest.
         size_bytes: bytes of its experts' parameters in the store.
     """
 
     def __init__(self, spec: FunctionSpec, store: Store, *, device: torch.device) -> None:
         self.spec = spec
+        self.store_path = store.path
         self.model_digest = store.manifest.digest
         self.device = device
         layers = {index: _layer(store, index, spec) for index in spec.layers}
@@ -115,14 +94,17 @@ class ExpertFunction:
         hidden = torch.frombuffer(request.rows, dtype=dtype).view(header.n_rows, -1)  # [T, H]
         hidden = hidden.to(self.device)
         weight = torch.from_numpy(request.pair_weight).to(self.device)  # [P]
+        pairs = Pairs(request.pair_row, request.pair_expert, weight)
         kernel = self._kernels[header.layer]
         compute = kernel.run if header.mode is Mode.UNREDUCED else kernel.sum
-        return compute(hidden, request.pair_row, request.pair_expert, weight).cpu().contiguous()
+        return compute(hidden, pairs).cpu().contiguous()
 
     def _check(self, request: Request) -> None:
         header = request.header
         if header.layer not in self._kernels:
-            raise _bad("layer", got=header.layer, expected=f"one of {list(self.spec.layers)}")
+            raise _bad(
+                "layer", got=header.layer, expected=f"one of {shown(list(self.spec.layers))}"
+            )
         if header.dtype.name.lower() != self._dtype:
             raise _bad("dtype", got=header.dtype.name.lower(), expected=self._dtype)
         hidden_size = self._hidden_size[header.layer]
@@ -133,7 +115,7 @@ class ExpertFunction:
         if not outside.any():
             outside = ~in_block[request.pair_expert]
         if outside.any():
-            experts = f"experts of this block: {list(self.spec.experts)}"
+            experts = f"experts of this block: {shown(list(self.spec.experts))}"
             raise _bad("pair_expert", got=int(request.pair_expert[outside][0]), expected=experts)
 
 

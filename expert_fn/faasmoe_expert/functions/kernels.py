@@ -7,17 +7,17 @@ module; this file only computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
-TILE_ROWS = 8  # rows of every product in unreduced mode: equal shapes give equal bits
+from faasmoe_expert.functions.pairs import TILE_ROWS, Pairs, as_index
+
 COARSE_ROWS = 64  # above this, reduced mode pads to a multiple of it
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -77,12 +77,7 @@ class KernelSpec:
 
 
 def run_gated(
-    spec: KernelSpec,
-    weights: Mapping[str, Stacked],
-    hidden: Tensor,
-    pair_row: NDArray[np.int32],
-    pair_expert: NDArray[np.int32],
-    pair_weight: Tensor,
+    spec: KernelSpec, weights: Mapping[str, Stacked], hidden: Tensor, pairs: Pairs
 ) -> Tensor:
     """Return each pair's weighted output, bit-identical whatever else is in the call.
 
@@ -90,32 +85,20 @@ def run_gated(
         spec: the kernel's form.
         weights: parameters by name, then by expert.
         hidden: [T, H].
-        pair_row: row of each pair, int32 [P].
-        pair_expert: expert of each pair, int32 [P].
-        pair_weight: float32 [P].
+        pairs: which rows are for which experts, [P].
 
     Returns:
         [P, H] in `hidden`'s dtype.
     """
-    out = hidden.new_empty(len(pair_row), hidden.shape[1])  # [P, H]
-    for expert, pairs in by_expert(pair_expert):
-        for start in range(0, len(pairs), TILE_ROWS):
-            chosen = pairs[start : start + TILE_ROWS]
-            index = as_index(chosen, hidden.device)  # [n]
-            tile = hidden.new_zeros(TILE_ROWS, hidden.shape[1])  # [8, H]
-            tile[: len(chosen)] = hidden[as_index(pair_row[chosen], hidden.device)]
-            result = expert_mlp(spec, weights, expert, tile)[: len(chosen)]  # [n, H]
-            out[index] = (result.float() * pair_weight[index, None]).to(out.dtype)
+    out = hidden.new_empty(len(pairs), hidden.shape[1])  # [P, H]
+    for expert, index, rows in pairs.tiles(hidden):
+        result = expert_mlp(spec, weights, expert, rows)[: len(index)]  # [n, H]
+        out[index] = (result.float() * pairs.weight[index, None]).to(out.dtype)
     return out
 
 
 def sum_gated(
-    spec: KernelSpec,
-    weights: Mapping[str, Stacked],
-    hidden: Tensor,
-    pair_row: NDArray[np.int32],
-    pair_expert: NDArray[np.int32],
-    pair_weight: Tensor,
+    spec: KernelSpec, weights: Mapping[str, Stacked], hidden: Tensor, pairs: Pairs
 ) -> Tensor:
     """Return the weighted sum of each row's experts, [T, H] in `hidden`'s dtype.
 
@@ -123,12 +106,13 @@ def sum_gated(
     """
     total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)  # [T, H]
     every_row = np.arange(len(hidden))
-    for expert, pairs in by_expert(pair_expert):
-        whole = np.array_equal(pair_row[pairs], every_row)  # no gather, no scatter
-        scale = pair_weight[as_index(pairs, hidden.device), None]  # [n, 1]
-        index = as_index(pair_row[pairs], hidden.device)  # [n]
+    for expert, positions in pairs.by_expert():
+        chosen = pairs.row[positions]
+        whole = np.array_equal(chosen, every_row)  # no gather, no scatter
+        scale = pairs.weight[as_index(positions, hidden.device), None]  # [n, 1]
+        index = as_index(chosen, hidden.device)  # [n]
         rows = hidden if whole else hidden[index]  # [n, H]
-        result = expert_mlp(spec, weights, expert, _padded(rows))[: len(pairs)]  # [n, H]
+        result = expert_mlp(spec, weights, expert, _padded(rows))[: len(index)]  # [n, H]
         if whole:
             total.addcmul_(result.float(), scale)
         else:
@@ -168,20 +152,6 @@ def expert_mlp(spec: KernelSpec, weights: Mapping[str, Stacked], expert: int, x:
             gate, up = both.chunk(2, dim=-1)  # [n, I] each
         inner = activation(gate) * up  # [n, I]
     return _project(spec, weights, "down_proj", expert, inner)  # [n, H]
-
-
-def by_expert(pair_expert: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yield each expert, ascending, with the positions of its pairs, ascending."""
-    order = np.argsort(pair_expert, kind="stable")
-    grouped = pair_expert[order]
-    cuts = np.flatnonzero(grouped[1:] != grouped[:-1]) + 1
-    for pairs in np.split(order, cuts):
-        yield int(pair_expert[pairs[0]]), pairs
-
-
-def as_index(values: NDArray[Any], device: torch.device) -> Tensor:
-    """Return int64 indices on `device`."""
-    return torch.from_numpy(values.astype(np.int64, copy=False)).to(device)
 
 
 def _project(

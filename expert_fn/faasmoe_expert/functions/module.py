@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from faasmoe_expert.functions.kernels import TILE_ROWS, as_index, by_expert
+from faasmoe_expert.functions.pairs import Pairs, as_index
 from faasmoe_expert.functions.weights import LayerWeights
 
 
@@ -82,42 +81,28 @@ class ModuleKernel:
         return cls(module, weights, experts, device)
 
     @torch.inference_mode()
-    def run(
-        self,
-        hidden: Tensor,
-        pair_row: NDArray[np.int32],
-        pair_expert: NDArray[np.int32],
-        pair_weight: Tensor,
-    ) -> Tensor:
+    def run(self, hidden: Tensor, pairs: Pairs) -> Tensor:
         """Return each pair's weighted output, tile by tile, [P, H]; see run_gated."""
-        out = hidden.new_empty(len(pair_row), hidden.shape[1])  # [P, H]
-        for expert, pairs in by_expert(pair_expert):
-            for start in range(0, len(pairs), TILE_ROWS):
-                chosen = pairs[start : start + TILE_ROWS]
-                index = as_index(chosen, hidden.device)  # [n]
-                tile = hidden.new_zeros(TILE_ROWS, hidden.shape[1])  # [8, H]
-                tile[: len(chosen)] = hidden[as_index(pair_row[chosen], hidden.device)]
-                weight = pair_weight.new_zeros(TILE_ROWS, 1)  # [8, 1]
-                weight[: len(chosen), 0] = pair_weight[index]
-                experts = torch.full((TILE_ROWS, 1), self._local[expert], device=hidden.device)
-                out[index] = self._module(tile, experts, weight)[: len(chosen)].to(out.dtype)
+        out = hidden.new_empty(len(pairs), hidden.shape[1])  # [P, H]
+        for expert, index, rows in pairs.tiles(hidden):
+            weight = pairs.weight.new_zeros(len(rows), 1)  # [8, 1]
+            weight[: len(index), 0] = pairs.weight[index]
+            experts = torch.full((len(rows), 1), self._local[expert], device=hidden.device)
+            out[index] = self._module(rows, experts, weight)[: len(index)].to(out.dtype)
         return out
 
     @torch.inference_mode()
-    def sum(
-        self,
-        hidden: Tensor,
-        pair_row: NDArray[np.int32],
-        pair_expert: NDArray[np.int32],
-        pair_weight: Tensor,
-    ) -> Tensor:
-        """Return the weighted sum of each row's experts, [T, H] in `hidden`'s dtype."""
-        row = as_index(pair_row, hidden.device)  # [P]
-        local = np.array([self._local[int(e)] for e in pair_expert])
+    def sum(self, hidden: Tensor, pairs: Pairs) -> Tensor:
+        """Return the weighted sum of each row's experts, [T, H]; see sum_gated."""
+        row = as_index(pairs.row, hidden.device)  # [P]
+        local = np.array([self._local[int(e)] for e in pairs.expert])
         expert = as_index(local, hidden.device)[:, None]  # [P, 1]
-        each = self._module(hidden[row], expert, pair_weight[:, None])  # [P, H]
+        each = self._module(hidden[row], expert, pairs.weight[:, None])  # [P, H]
         total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)  # [T, H]
-        return total.index_add_(0, row, each.float()).to(hidden.dtype)
+        for _, positions in pairs.by_expert():
+            index = as_index(positions, hidden.device)  # [n]
+            total.index_add_(0, row[index], each[index].float())
+        return total.to(hidden.dtype)
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:

@@ -1,15 +1,17 @@
 """The sandbox server: HTTP in front of attached functions, in one thread.
 
-`serve` blocks until SIGTERM or SIGINT. Nothing is computed before it is called, so that a zygote
-may import this module and fork.
+`serve` blocks until SIGTERM or SIGINT, and then as long as its clients need to hear of the end.
+Nothing is computed before it is called, so that a zygote may import this module and fork.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import signal
 import socket
+import time
 
 import torch
 import uvloop
@@ -20,7 +22,7 @@ from faasmoe_expert.server.protocol import HttpProtocol
 from faasmoe_expert.server.routes import Routes
 from faasmoe_expert.server.sandbox import Sandbox
 
-SHUTDOWN_S = 2.0  # for clients to take the answers that are on their way
+SHUTDOWN_S = 2.0  # for clients to take the answers that are on their way, after the drain
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ __all__ = ["serve"]
 
 
 def serve(config: SandboxConfig, listener: socket.socket | None = None) -> None:
-    """Serve a sandbox until SIGTERM or SIGINT.
+    """Serve a sandbox until SIGTERM or SIGINT, then for at most config.drain_s + SHUTDOWN_S.
 
     Args:
         config: the sandbox's settings.
@@ -46,18 +48,32 @@ async def _serve(sandbox: Sandbox, listener: socket.socket | None) -> None:
     routes, connections = Routes(sandbox), set[HttpProtocol]()
     config, stop = sandbox.config, asyncio.Event()
     place = {"sock": listener} if listener else {"host": config.host, "port": config.port}
-    timeout_s = config.request_timeout_s
-    server = await loop.create_server(
-        lambda: HttpProtocol(routes.handle, connections, timeout_s=timeout_s), **place
+    new_connection = functools.partial(
+        HttpProtocol,
+        routes.handle,
+        connections,
+        timeout_s=config.request_timeout_s,
+        idle_timeout_s=config.idle_timeout_s,
+        max_connections=config.max_connections,
     )
+    server = await loop.create_server(new_connection, **place)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     host, port = server.sockets[0].getsockname()[:2]
     log.info("sandbox %s listens on %s:%s, device %s", config.id, host, port, sandbox.device)
     await stop.wait()
-    routes.ready = False
+    routes.drain()
+    log.info("sandbox %s drains for at most %g s", config.id, config.drain_s)
+    await _drained(connections, drain_s=config.drain_s)
     server.close()
     await _end(connections)
+
+
+async def _drained(connections: set[HttpProtocol], *, drain_s: float) -> None:
+    """Wait for the drain time, or until no client is left who could hear of the end."""
+    end_s = time.monotonic() + drain_s
+    while connections and (left_s := end_s - time.monotonic()) > 0:
+        await asyncio.wait([c.closed for c in connections], timeout=left_s)
 
 
 async def _end(connections: set[HttpProtocol]) -> None:

@@ -8,12 +8,14 @@ head, body and time are here. A malformed request ends its connection, never the
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
 import httptools
 
+from faasmoe_expert.config import IDLE_TIMEOUT_S, MAX_CONNECTIONS
 from faasmoe_expert.server.answer import Answer
 from faasmoe_expert.wire import MAX_FRAME_BYTES
 
@@ -22,12 +24,12 @@ MAX_HEAD_BYTES = 16 << 10
 
 @dataclass(slots=True)
 class HttpRequest:
-    """One request, as far as it has been read."""
+    """One request, as far as it has been read; `begun_s` is on the monotonic clock."""
 
     target: bytes = b""
     authorization: bytes = b""
     method: str = ""
-    begun: bool = False
+    begun_s: float | None = None
     head_bytes: int = 0
     later_bytes: int = 0  # received after the packet in which it began
     body: bytearray = field(default_factory=bytearray)
@@ -40,6 +42,8 @@ class HttpProtocol(asyncio.Protocol):
         handle: computes the answer of a whole request; must not raise.
         connections: the server's open connections; this one adds and removes itself.
         timeout_s: time for a request to be read whole, and for answers to be taken.
+        idle_timeout_s: time after which a connection without a request is closed.
+        max_connections: open connections with which another one is refused.
     """
 
     closed: asyncio.Future[None]
@@ -50,10 +54,15 @@ class HttpProtocol(asyncio.Protocol):
         connections: set[HttpProtocol],
         *,
         timeout_s: float,
+        idle_timeout_s: float = IDLE_TIMEOUT_S,
+        max_connections: int = MAX_CONNECTIONS,
     ) -> None:
         self._handle = handle
         self._connections = connections
         self._timeout_s = timeout_s
+        self._idle_timeout_s = idle_timeout_s
+        self._max_connections = max_connections
+        self._idle: asyncio.TimerHandle | None = None  # looks now and then; see _end_if_idle
         self._deadline: asyncio.TimerHandle | None = None  # of the request that is being read
         self._stalled: asyncio.TimerHandle | None = None  # of answers that the client must take
         self._refusal: Answer | None = None
@@ -61,17 +70,25 @@ class HttpProtocol(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to listen to a client."""
+        """Begin to listen to a client, unless there are too many."""
         self._loop = asyncio.get_running_loop()
         self._transport = cast(asyncio.Transport, transport)
         self.closed = self._loop.create_future()
         self._connections.add(self)
+        if len(self._connections) > self._max_connections:
+            message = f"connections: got one more than the {self._max_connections} allowed"
+            self._write(Answer.of_error(503, "too_many_connections", message), keep_alive=False)
+            return
+        self._used_s = self._loop.time()
+        self._idle = self._loop.call_later(self._idle_timeout_s, self._end_if_idle)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a client that left."""
         self._connections.discard(self)
         self._stop_deadline()
         self._stop_stalled()
+        if self._idle is not None:
+            self._idle.cancel()
         if not self.closed.done():
             self.closed.set_result(None)
 
@@ -80,7 +97,7 @@ class HttpProtocol(asyncio.Protocol):
         request = self._request
         try:
             self._parser.feed_data(data)
-            if self._request is request and request.begun:
+            if self._request is request and request.begun_s is not None:
                 self._count(request, len(data))
         except httptools.HttpParserUpgrade:
             return  # refused when its message was complete
@@ -113,7 +130,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         """Give the client its time to send a request."""
-        self._request = HttpRequest(begun=True)
+        self._request = HttpRequest(begun_s=time.monotonic())
         self._deadline = self._loop.call_later(self._timeout_s, self._give_up)
 
     def on_url(self, url: bytes) -> None:
@@ -148,6 +165,7 @@ class HttpProtocol(asyncio.Protocol):
         request.method = self._parser.get_method().decode()
         keep_alive = self._parser.should_keep_alive()
         self._write(self._handle(request), keep_alive=keep_alive, is_head=request.method == "HEAD")
+        self._used_s = self._loop.time()
 
     def _count(self, request: HttpRequest, n_bytes: int) -> None:
         """Bound what the parser holds back: it gives a header, or a trailer, only when whole.
@@ -185,6 +203,16 @@ class HttpProtocol(asyncio.Protocol):
     def _give_up(self) -> None:
         message = f"request: got a part of it in {self._timeout_s:g} s, expected all of it"
         self._refuse(Answer.of_error(408, "request_timeout", message))
+
+    def _end_if_idle(self) -> None:
+        """Close a connection that was not used; one timer, so that a request costs none."""
+        left_s = self._used_s + self._idle_timeout_s - self._loop.time()
+        if self._request.begun_s is not None:  # which has a deadline of its own
+            left_s = self._idle_timeout_s
+        if left_s > 0:
+            self._idle = self._loop.call_later(left_s, self._end_if_idle)
+        else:
+            self.close()
 
     def _stop_deadline(self) -> None:
         if self._deadline is not None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import math
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from faasmoe_expert.errors import BadAttachment, SandboxError
+from faasmoe_expert.errors import SHOWN_CHARS, BadAttachment, Draining, SandboxError, shown
 from faasmoe_expert.server.answer import FRAME, Answer
 from faasmoe_expert.server.protocol import HttpRequest
 from faasmoe_expert.server.sandbox import Sandbox
@@ -17,6 +20,9 @@ from faasmoe_expert.table import FunctionSpec, TableError
 log = logging.getLogger(__name__)
 
 FUNCTIONS = "/v1/functions"
+WORK = ("POST", "PUT")  # what a sandbox that ends does not begin
+PATH_MAX_CHARS = 4096
+ATTACHMENT = frozenset({"id", "store", "model_digest", "layers", "experts"})
 
 
 class Routes:
@@ -25,12 +31,26 @@ class Routes:
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
         self._expected = f"Bearer {sandbox.config.token}".encode()
-        self.ready = True
+        self._drains_from_s = math.inf  # on the monotonic clock
+
+    def drain(self) -> None:
+        """Begin no more work, and say so; requests that are being read are still answered."""
+        self._drains_from_s = time.monotonic()
+
+    @property
+    def is_draining(self) -> bool:
+        """Tell whether `drain` was called."""
+        return self._drains_from_s < math.inf
 
     def handle(self, request: HttpRequest) -> Answer:
         """Return the answer of a request; a fault of our own is a 500 and a log line."""
+        answer = self._answer(request)
+        is_last = self.is_draining and request.method in WORK
+        return replace(answer, close=True) if is_last else answer
+
+    def _answer(self, request: HttpRequest) -> Answer:
         try:
-            answer = self._route(request)
+            return self._route(request)
         except SandboxError as error:
             self._sandbox.metrics.refused.labels(error.code).inc()
             return Answer.of_json(error.status, error.to_json())
@@ -38,20 +58,20 @@ class Routes:
             log.exception("%s %s failed", request.method, request.target.decode("latin-1"))
             self._sandbox.metrics.refused.labels("internal").inc()
             return Answer.of_error(500, "internal", "the sandbox failed; see its log")
-        return answer
 
     def _route(self, request: HttpRequest) -> Answer:
         path = request.target.decode("latin-1").partition("?")[0]
         if path.startswith("/v1/"):
             return self._functions(request, path)
-        if request.method != "GET":
-            message = f"method: got {request.method}, expected GET"
+        if request.method not in ("GET", "HEAD"):  # load balancers probe with HEAD
+            message = f"method: got {request.method}, expected GET or HEAD"
             return Answer.of_error(405, "bad_method", message, field="method")
         if path == "/healthz":
             return Answer.of_json(200, {"status": "ok"})
         if path == "/readyz":
-            status = "ready" if self.ready else "draining"
-            return Answer.of_json(200 if self.ready else 503, {"status": status})
+            if self.is_draining:
+                return Answer.of_json(503, {"status": "draining"})
+            return Answer.of_json(200, {"status": "ready"})
         if path == "/metrics":
             text = self._sandbox.metrics.text()
             return Answer(200, "text/plain; version=0.0.4; charset=utf-8", [text])
@@ -70,6 +90,8 @@ class Routes:
         return self._function(request, function_id)
 
     def _function(self, request: HttpRequest, function_id: str) -> Answer:
+        if request.method in WORK and (request.begun_s or 0.0) > self._drains_from_s:
+            raise Draining("sandbox: it ends, expected the work at another one")
         if request.method == "POST":
             return Answer(200, FRAME, self._sandbox.compute(function_id, request.body))
         if request.method == "PUT":
@@ -82,23 +104,27 @@ class Routes:
 
     def _attach(self, function_id: str, body: bytearray) -> Answer:
         value = _object(body)
+        _refuse_unknown(value, function_id)
         try:
             spec = FunctionSpec.from_json({**value, "id": function_id})
         except TableError as error:
             raise BadAttachment(str(error), field=str(error).partition(":")[0]) from error
         store, digest = (_text(value, name) for name in ("store", "model_digest"))
+        if len(store) > PATH_MAX_CHARS:
+            message = f"store: got {len(store)} characters, expected at most {PATH_MAX_CHARS}"
+            raise BadAttachment(message, field="store")
         function, is_new = self._sandbox.attach(spec, store=Path(store), model_digest=digest)
         return Answer.of_json(201 if is_new else 200, function)
 
 
 def _not_found(path: str) -> Answer:
-    message = f"path: got {path}, expected {FUNCTIONS}[/ID], /healthz, /readyz or /metrics"
+    message = f"path: got {shown(path)}, expected {FUNCTIONS}[/ID], /healthz, /readyz or /metrics"
     return Answer.of_error(404, "not_found", message, field="path")
 
 
 def _object(body: bytearray) -> dict[str, Any]:
     try:
-        value = json.loads(bytes(body))
+        value = json.loads(body.decode("utf-8"))  # given bytes, it guesses among encodings
     except (ValueError, RecursionError) as error:
         raise BadAttachment(f"body: not JSON ({error})", field="body") from error
     if not isinstance(value, dict):
@@ -106,8 +132,18 @@ def _object(body: bytearray) -> dict[str, Any]:
     return value
 
 
+def _refuse_unknown(value: dict[str, Any], function_id: str) -> None:
+    for name in sorted(value.keys() - ATTACHMENT):
+        field = name[:SHOWN_CHARS]
+        message = f"{field}: got an unknown field, expected {', '.join(sorted(ATTACHMENT))}"
+        raise BadAttachment(message, field=field)
+    if value.get("id", function_id) != function_id:
+        message = f"id: got {shown(value['id'])}, expected {function_id} as in the path"
+        raise BadAttachment(message, field="id")
+
+
 def _text(value: dict[str, Any], name: str) -> str:
     found = value.get(name)
     if not isinstance(found, str) or not found or not found.isprintable():
-        raise BadAttachment(f"{name}: got {found!r}, expected a printable text", field=name)
+        raise BadAttachment(f"{name}: got {shown(found)}, expected a printable text", field=name)
     return found

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from faasmoe_expert.config import SandboxConfig
-from faasmoe_expert.errors import AttachRefused, BadAttachment, BadFrame, UnknownFunction
+from faasmoe_expert.errors import (
+    AttachRefused,
+    BadAttachment,
+    BadFrame,
+    UnknownFunction,
+    shown,
+)
 from faasmoe_expert.functions import ExpertFunction
 from faasmoe_expert.server.metrics import SandboxMetrics
 from faasmoe_expert.store import Store, StoreError
@@ -27,7 +33,7 @@ class Sandbox:
         self.device = device
         self.metrics = SandboxMetrics()
         self._functions: dict[str, ExpertFunction] = {}
-        self._stores: dict[tuple[Path, str], Store] = {}  # by folder and digest
+        self._stores: dict[tuple[Path, str], Store] = {}  # of attached functions: folder, digest
 
     def list_functions(self) -> dict[str, Any]:
         """Return the sandbox and its functions, for the control plane to read back."""
@@ -63,8 +69,10 @@ class Sandbox:
             return _describe(held), False
         self._check_place(spec, held)
         start = time.perf_counter()
-        function = self._map(spec, self._store(store, model_digest))
+        opened = self._store(store, model_digest)
+        function = self._map(spec, opened)
         self._functions[spec.id] = function
+        self._stores[store, model_digest] = opened
         self.metrics.attach_seconds.observe(time.perf_counter() - start)
         self._count()
         return _describe(function), True
@@ -73,8 +81,8 @@ class Sandbox:
         """Detach a function and give its memory back; raises UnknownFunction."""
         if self._functions.pop(function_id, None) is None:
             raise _unknown(function_id)
-        if not self._functions:
-            self._stores.clear()
+        used = {(f.store_path, f.model_digest) for f in self._functions.values()}
+        self._stores = {key: store for key, store in self._stores.items() if key in used}
         self._count()
 
     def compute(self, function_id: str, frame: Buffer) -> list[Buffer]:
@@ -101,8 +109,9 @@ class Sandbox:
     def _check_place(self, spec: FunctionSpec, held: ExpertFunction | None) -> None:
         if held is not None:
             raise AttachRefused(
-                f"id: {spec.id} is attached with layers {list(held.spec.layers)} and experts "
-                f"{list(held.spec.experts)} of {held.model_digest}, expected the same",
+                f"id: {spec.id} is attached with layers {shown(list(held.spec.layers))} and "
+                f"experts {shown(list(held.spec.experts))} of {held.model_digest}, "
+                "expected the same",
                 field="id",
             )
         capacity = self.config.capacity
@@ -125,10 +134,10 @@ class Sandbox:
             raise BadAttachment(f"store: {error}", field="store") from error
         if store.manifest.digest != model_digest:
             raise BadAttachment(
-                f"model_digest: got {model_digest}, expected {store.manifest.digest} of {path}",
+                f"model_digest: got {shown(model_digest)}, "
+                f"expected {store.manifest.digest} of {path}",
                 field="model_digest",
             )
-        self._stores[path, model_digest] = store
         return store
 
     def _count(self) -> None:
@@ -146,5 +155,5 @@ def _describe(function: ExpertFunction) -> dict[str, Any]:
 
 def _unknown(function_id: str) -> UnknownFunction:
     return UnknownFunction(
-        f"id: got {function_id}, expected a function that is attached here", field="id"
+        f"id: got {shown(function_id)}, expected a function that is attached here", field="id"
     )

@@ -12,7 +12,7 @@ from faasmoe_expert.store.manifest import (
     LayerEntry,
     Manifest,
     ModelEntry,
-    files_digest,
+    manifest_digest,
 )
 from faasmoe_expert.store.reader import MANIFEST_NAME, Store, sha256_of_file
 from faasmoe_expert.store.tensors import DTYPE_SIZES, LayerMap, TensorView
@@ -30,6 +30,6 @@ __all__ = [
     "Store",
     "StoreError",
     "TensorView",
-    "files_digest",
+    "manifest_digest",
     "sha256_of_file",
 ]

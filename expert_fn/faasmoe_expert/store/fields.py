@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from faasmoe_expert.errors import shown
 from faasmoe_expert.store.errors import StoreError
 
 
@@ -15,7 +16,7 @@ class Fields:
 
     def __init__(self, value: object, where: str) -> None:
         if not isinstance(value, Mapping):
-            raise StoreError(f"{where}: got {_short(value)}, expected a JSON object")
+            raise StoreError(f"{where}: got {shown(value)}, expected a JSON object")
         self._left = dict(value)
         self._where = where
 
@@ -55,15 +56,10 @@ class Fields:
 
     def wrong(self, name: str, got: object, expected: str) -> StoreError:
         """Return the error for the field `name`."""
-        return StoreError(f"{self._where}.{name}: got {_short(got)}, expected {expected}")
+        return StoreError(f"{self._where}.{name}: got {shown(got)}, expected {expected}")
 
     def finish(self) -> None:
         """Refuse fields that nobody took."""
         if self._left:
             names = ", ".join(sorted(map(str, self._left)))
             raise StoreError(f"{self._where}: got unknown fields {names}, expected none")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
+from faasmoe_expert.errors import shown
 from faasmoe_expert.store.errors import StoreError
 from faasmoe_expert.store.fields import Fields
 
@@ -152,12 +154,24 @@ class Manifest:
     files: Mapping[str, FileEntry]
 
     @classmethod
+    def describing(
+        cls,
+        *,
+        model: ModelEntry,
+        layers: tuple[LayerEntry, ...],
+        files: Mapping[str, FileEntry],
+    ) -> Manifest:
+        """Return the manifest of a store with this in it; its digest follows from the rest."""
+        content = cls("", model, layers, files)
+        return replace(content, digest=manifest_digest(content.to_json()))
+
+    @classmethod
     def from_json(cls, value: object) -> Manifest:
         """Read a manifest; raises StoreError that names the field, what was got and expected."""
         fields = Fields(value, "manifest")
         for name, expected in (("format", FORMAT), ("version", VERSION)):
             got = fields.take(name)
-            if got != expected:
+            if type(got) is not type(expected) or got != expected:
                 raise fields.wrong(name, got, repr(expected))
         entries = fields.mapping("files")
         files = {
@@ -183,9 +197,11 @@ class Manifest:
                 raise StoreError(
                     f"layers[{layer.index}].file: got {layer.file!r}, expected a name in files"
                 )
-        if self.digest != files_digest(self.files):
+        expected = manifest_digest(self.to_json())
+        if self.digest != expected:
             raise StoreError(
-                f"manifest.digest: got {self.digest!r}, expected {files_digest(self.files)!r}"
+                f"manifest.digest: got {shown(self.digest)}, expected {expected!r}: the manifest "
+                "was changed or is an earlier version's; prepare the store again with --force"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -200,10 +216,14 @@ class Manifest:
         }
 
 
-def files_digest(files: Mapping[str, FileEntry]) -> str:
-    """Return the digest of a store: over the names and digests of its files, in sorted order."""
-    lines = "".join(f"{entry.sha256}  {name}\n" for name, entry in sorted(files.items()))
-    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+def manifest_digest(value: Mapping[str, Any]) -> str:
+    """Return the digest of a manifest's JSON object: over all that it says but the digest itself.
+
+    The same content gives the same digest, in whatever order its fields stand.
+    """
+    content = {name: field for name, field in value.items() if name != "digest"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _relative(name: str) -> str:

@@ -1,4 +1,4 @@
-"""`faasmoe plan -f FILE`: what would run, and how much memory its weights take."""
+"""`faasmoe plan -f FILE`: what would run, and how much memory it would take."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 
 from faasmoe_expert.store import Manifest
 from faasmoe_expert.table import FunctionSpec
-from faasmoe_operator.cli.deployment import Deployment
 from faasmoe_operator.cli.memory import format_bytes
 from faasmoe_operator.cli.table import format_table
+from faasmoe_operator.control.deployment import Deployment
 from faasmoe_operator.plan.functions import function_bytes
-from faasmoe_operator.plan.residency import spread
 
 
 def add_commands(commands: Any) -> None:
@@ -22,10 +21,17 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "plan",
         help="show what a MoEModel file would run",
-        description="Show the functions and sandboxes that `faasmoe up` would run.",
+        description="Show the functions and sandboxes that `faasmoe up` would run, "
+        "and their memory, idle and with every function up.",
     )
     parser.add_argument("-f", "--file", type=Path, required=True, help="MoEModel file")
     parser.set_defaults(run=run)
+
+
+RUNTIME_BYTES = 160 << 20
+"""The sandboxes' runtime, once: the zygote's proportional share with torch 2.13 for CPUs."""
+SANDBOX_BYTES = 6 << 20
+"""What each generic sandbox adds; a function's own buffers come on top."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,10 +47,10 @@ def describe(
     deployment: Deployment, manifest: Manifest, functions: tuple[FunctionSpec, ...]
 ) -> str:
     """Return the plan as text: the model, its sandboxes, its functions by shape."""
-    capacity = deployment.template.capacity
-    groups = spread(functions, capacity=capacity)
+    capacity, pool = deployment.template.capacity, deployment.model.spec.experts.warm_pool
+    n_full = -(-len(functions) // capacity)
     sizes = {f.id: function_bytes(f, manifest.layers) for f in functions}
-    largest = max(sum(sizes[f.id] for f in group) for group in groups)
+    weights = sum(sizes.values())
     model = manifest.model
     head = format_table(
         ("model", deployment.model.metadata.name),
@@ -53,9 +59,15 @@ def describe(
             ("digest", manifest.digest),
             ("architecture", f"{model.architecture}, {model.dtype}"),
             ("moe layers", str(len(manifest.layers))),
-            ("functions", f"{len(functions)}, {format_bytes(sum(sizes.values()))} of weights"),
-            ("sandboxes", f"{len(groups)}, {capacity} functions in each at most"),
-            ("largest sandbox", f"{format_bytes(largest)} of weights"),
+            ("functions", f"{len(functions)}, {format_bytes(weights)} of weights"),
+            ("sandboxes", f"{capacity} functions in each at most, {pool} generic ones kept ready"),
+            ("router", f"{format_bytes(_router_bytes(manifest))} of weights"),
+            ("idle", f"{pool} sandboxes, about {format_bytes(_sandbox_bytes(pool))}"),
+            (
+                "all up",
+                f"{n_full + pool} sandboxes, about "
+                f"{format_bytes(weights + _sandbox_bytes(n_full + pool))} with weights, once",
+            ),
         ],
     )
     shapes = Counter((_ranges(f.experts), len(f.layers), sizes[f.id]) for f in functions)
@@ -64,6 +76,15 @@ def describe(
         for (experts, layers, size), count in shapes.items()
     ]
     return f"{head}\n\n{format_table(('EXPERTS', 'LAYERS', 'FUNCTIONS', 'WEIGHTS OF EACH'), rows)}"
+
+
+def _router_bytes(manifest: Manifest) -> int:
+    files = manifest.files.items()
+    return sum(file.size_bytes for name, file in files if name.startswith("router/"))
+
+
+def _sandbox_bytes(n_sandboxes: int) -> int:
+    return RUNTIME_BYTES + n_sandboxes * SANDBOX_BYTES
 
 
 def _ranges(indices: tuple[int, ...]) -> str:

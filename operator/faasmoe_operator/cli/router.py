@@ -9,11 +9,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import aiohttp
 
-from faasmoe_operator.cli.deployment import Deployment
+from faasmoe_operator.control.deployment import Deployment
 from faasmoe_operator.errors import CommandError
 
 COMMAND = (sys.executable, "-m", "faasmoe_router")
@@ -55,21 +54,21 @@ class Endpoint:
 
 
 def environment(
-    deployment: Deployment, endpoint: Endpoint, *, table: Path, token: str
+    deployment: Deployment, endpoint: Endpoint, *, control_url: str, token: str
 ) -> dict[str, str]:
     """Return the whole environment of the router.
 
     Args:
         deployment: what is to be served.
         endpoint: where.
-        table: file of the function table.
-        token: the sandboxes' token.
+        control_url: address of the control API.
+        token: the sandboxes' and the control's token.
     """
     router = deployment.model.spec.router
     length = {} if router.max_model_len is None else {"MAX_MODEL_LEN": router.max_model_len}
     settings = {
         "STORE": deployment.store_path,
-        "TABLE": table,
+        "CONTROL_URL": control_url,
         "MODEL_NAME": deployment.model.metadata.name,
         "HOST": endpoint.host,
         "PORT": endpoint.port,

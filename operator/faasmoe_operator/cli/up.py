@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import secrets
-import tempfile
 from collections.abc import Collection, Coroutine
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Never
 
 from faasmoe_expert.store import Store
-from faasmoe_expert.table import FunctionTable
-from faasmoe_operator.cli import child, router
+from faasmoe_operator.cli import child, control, router
 from faasmoe_operator.cli.checkpoint import prepare_command
-from faasmoe_operator.cli.deployment import Deployment
 from faasmoe_operator.cli.interruption import interruptible
+from faasmoe_operator.cli.launch import Launch, Processes, running_processes
 from faasmoe_operator.cli.logs import Logs, say
-from faasmoe_operator.cli.service import Service
-from faasmoe_operator.control.residency import Residents, make_resident
-from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient
-from faasmoe_operator.errors import CommandError, PlatformError
-from faasmoe_operator.platforms import Platform, ProcessPlatform
+from faasmoe_operator.cli.memory import format_bytes
+from faasmoe_operator.cli.runtime import announce, runtime_folder
+from faasmoe_operator.cli.service import describe
+from faasmoe_operator.control.deployment import Deployment
+from faasmoe_operator.errors import CommandError
 
 PREPARE_GRACE_S = 10.0
 
@@ -42,6 +40,9 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--log-dir", type=Path, help="write the processes' logs to files here, not to the terminal"
     )
+    parser.add_argument(
+        "--skip-verify", action="store_true", help="trust the store: do not check its checksums"
+    )
     parser.set_defaults(run=run)
 
 
@@ -51,27 +52,27 @@ def run(arguments: argparse.Namespace) -> int:
     endpoint = router.Endpoint(arguments.host, arguments.port)
     endpoint.check_free()
     with Logs(arguments.log_dir) as logs:
-        return asyncio.run(interruptible(_up(deployment, endpoint, logs)))
+        trusted = arguments.skip_verify
+        return asyncio.run(interruptible(_up(deployment, endpoint, logs, trusted=trusted)))
 
 
-async def _up(deployment: Deployment, endpoint: router.Endpoint, logs: Logs) -> int:
+async def _up(
+    deployment: Deployment, endpoint: router.Endpoint, logs: Logs, *, trusted: bool
+) -> int:
     if not deployment.is_prepared:
         await _prepare(deployment)
+        trusted = True  # the checksums were made this moment
     store = deployment.open_store()
-    token = secrets.token_urlsafe(32)
-    with tempfile.TemporaryDirectory(prefix="faasmoe-") as folder:  # of mode 0700
-        async with ProcessPlatform(token=token, log=logs.sink("sandboxes")) as platform:
-            residents = await _fill(deployment, store, platform, token=token)
-            table = _write_table(residents.table(store.manifest.digest), Path(folder))
-            say("starting the router")
-            async with child.running(
-                router.COMMAND,
-                environment=router.environment(deployment, endpoint, table=table, token=token),
-                log=logs.sink("router"),
-                grace_s=router.GRACE_S,
-            ) as process:
-                service = Service(deployment.model.metadata.name, endpoint.url, residents, store)
-                return await _serve(service, platform, process, endpoint)
+    # Refused here, where the user reads it, and not in a child.
+    deployment.functions(store.manifest, key=secrets.token_bytes(32))
+    if not trusted:
+        await _verify(store)
+    with runtime_folder() as folder, closing(control.ControlPort.reserve()) as port:
+        launch = Launch.make(deployment, endpoint, folder=folder, port=port)
+        announce(launch.running, folder)
+        say("starting zygote, control process and router")
+        async with running_processes(launch, logs) as processes:
+            return await _serve(launch, processes)
 
 
 async def _prepare(deployment: Deployment) -> None:
@@ -88,45 +89,31 @@ async def _prepare(deployment: Deployment) -> None:
             raise CommandError(f"the preparation of {source} ended with status {status}")
 
 
-async def _fill(
-    deployment: Deployment, store: Store, platform: Platform, *, token: str
-) -> Residents:
-    functions = deployment.functions(store.manifest, key=secrets.token_bytes(32))
-    async with SandboxClient(token=token) as client:
-        return await make_resident(
-            functions,
-            platform,
-            client,
-            template=deployment.template,
-            store=ModelStore(store.path, store.manifest.digest),
-            progress=say,
-        )
+async def _verify(store: Store) -> None:
+    """Check the store's files, one after the other, so that a signal need not wait for them all."""
+    files = store.manifest.files
+    size = format_bytes(sum(file.size_bytes for file in files.values()))
+    say(f"checking the store's {len(files)} files, {size} (--skip-verify leaves it out)")
+    for name in files:
+        await asyncio.to_thread(store.verify, [name])
 
 
-def _write_table(table: FunctionTable, folder: Path) -> Path:
-    path = folder / "functions.json"
-    path.write_text(json.dumps(table.to_json()))
-    return path
-
-
-async def _serve(
-    service: Service, platform: Platform, process: child.Child, endpoint: router.Endpoint
-) -> int:
-    names = {sandbox.id for sandbox, _ in service.residents.sandboxes}
-    failures = [
-        asyncio.create_task(_sandbox_loss(platform, names)),
-        asyncio.create_task(_router_end(process)),
-    ]
+async def _serve(launch: Launch, processes: Processes) -> int:
     try:
-        await _unless(failures, router.wait_serving(endpoint, progress=say))
-        print(service.describe(router_pid=process.pid), flush=True)
-        await _until_cancelled(failures)
+        await _unless(processes.failures, _tell_when_serving(launch, processes))
+        await _until_cancelled(processes.failures)
     finally:
-        for failure in failures:
-            failure.cancel()
-        await asyncio.gather(*failures, return_exceptions=True)
         say("ending")
     return 0
+
+
+async def _tell_when_serving(launch: Launch, processes: Processes) -> None:
+    url = launch.port.url
+    await control.wait_answering(url)
+    await router.wait_serving(launch.endpoint, progress=say)
+    status = await control.fetch_status(url, token=launch.secrets.token)
+    text = describe(status, url=launch.endpoint.url, control_url=url, pids=processes.pids)
+    print(text, flush=True)
 
 
 async def _until_cancelled(failures: Collection[asyncio.Task[Never]]) -> None:
@@ -141,17 +128,6 @@ async def _until_cancelled(failures: Collection[asyncio.Task[Never]]) -> None:
 
 async def _never() -> None:
     await asyncio.Event().wait()
-
-
-async def _sandbox_loss(platform: Platform, names: Collection[str]) -> Never:
-    async for event in platform.watch():
-        if event.kind == "deleted" and event.sandbox.id in names:
-            raise PlatformError(f"sandbox {event.sandbox.id} was lost: {event.reason}")
-    raise PlatformError("the platform ended")
-
-
-async def _router_end(process: child.Child) -> Never:
-    raise CommandError(f"the router {await process.wait()}")
 
 
 async def _unless(

@@ -1,1 +1,1 @@
-"""The control core's mechanism: talking to sandboxes, making functions resident."""
+"""The control core: the loop that keeps functions where they are wanted, and its HTTP API."""

@@ -13,6 +13,7 @@ from faasmoe_expert.table import FunctionSpec, TableError
 from faasmoe_operator.errors import FaasmoeError
 
 MAX_ANSWER_BYTES = 8 << 20
+CONNECTIONS_PER_SANDBOX = 4  # it answers one call at a time; more only delay its first answers
 
 
 class SandboxError(FaasmoeError):
@@ -92,7 +93,8 @@ class SandboxClient:
 
     async def __aenter__(self) -> Self:
         """Open the connections' pool."""
-        self._http = aiohttp.ClientSession(headers=self._headers)
+        connector = aiohttp.TCPConnector(limit=0, limit_per_host=CONNECTIONS_PER_SANDBOX)
+        self._http = aiohttp.ClientSession(headers=self._headers, connector=connector)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -1,7 +1,8 @@
 """Which sandbox a replica goes into: room in sandboxes, now and once actions in flight are done.
 
 Knows nothing of why a replica is placed. A function is never twice in one sandbox. Sandboxes that
-hold functions already are filled before a generic one is taken, so that few are needed.
+hold functions already are filled before a generic one is taken, so that few are needed; among them
+one is preferred in which no function is called at the same time.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from faasmoe_operator.plan.fleet import (
 
 @dataclass(slots=True, eq=False)
 class Room:
-    """Free places and memory of one sandbox, and the functions in it."""
+    """Free places and memory of one sandbox, the functions in it and what they keep apart."""
 
     places: int
     memory_bytes: float
     functions: set[str]
+    apart: set[str]
 
     @classmethod
     def beside(cls, assignments: Sequence[Assignment], shape: Shape) -> Room:
@@ -37,6 +39,7 @@ class Room:
             places=shape.capacity - len(assignments),
             memory_bytes=limit - sum(assignment.memory_bytes for assignment in assignments),
             functions={assignment.function for assignment in assignments},
+            apart={assignment.apart for assignment in assignments if assignment.apart},
         )
 
     def takes(self, demand: Demand) -> bool:
@@ -49,6 +52,8 @@ class Room:
         self.places -= 1
         self.memory_bytes -= demand.memory_bytes
         self.functions.add(demand.function)
+        if demand.apart:
+            self.apart.add(demand.apart)
 
 
 @dataclass(slots=True, eq=False)
@@ -121,7 +126,8 @@ class Placement:
 
     def place(self, demand: Demand) -> Sandbox | None:
         """Return the sandbox to attach to; None if a place is kept for later."""
-        found = next((candidate for candidate in self._now if candidate.takes_now(demand)), None)
+        takers = (candidate for candidate in self._now if candidate.takes_now(demand))
+        found = self._beside_others(demand) or next(takers, None)
         if found is None:
             self._keep_place(demand)
             return None
@@ -130,6 +136,15 @@ class Placement:
         if found.now.places == 0 or found.later.places == 0:
             self._now.remove(found)
         return found.sandbox
+
+    def _beside_others(self, demand: Demand) -> Bin | None:
+        """Return a sandbox in use in which the function meets none that it keeps apart from."""
+        if not demand.apart or self._shape.capacity == 1:
+            return None
+        in_use = (candidate for candidate in self._now if candidate.now.functions)
+        return next(
+            (c for c in in_use if demand.apart not in c.now.apart and c.takes_now(demand)), None
+        )
 
     def _keep_place(self, demand: Demand) -> None:
         for rooms in (self._later, self._new):

@@ -78,11 +78,14 @@ class Demand:
         function: the function's id.
         replicas: the autoscaler's decision.
         memory_bytes: memory that one replica takes of a sandbox's limit.
+        apart: functions of the same key are called at the same time, so they are put into different
+            sandboxes where that costs no further sandbox; empty if it does not matter.
     """
 
     function: str
     replicas: int
     memory_bytes: int = 0
+    apart: str = ""
 
     def __post_init__(self) -> None:
         """Refuse less than nothing."""
@@ -121,12 +124,14 @@ class Assignment:
         state: only one that is ATTACHED serves calls.
         memory_bytes: memory that it takes of the sandbox's limit, until it is gone.
         last_used: time of its last call.
+        apart: as in the function's demand.
     """
 
     function: str
     state: AssignmentState = AssignmentState.ATTACHED
     memory_bytes: int = 0
     last_used: float = 0.0
+    apart: str = ""
 
 
 @dataclass(frozen=True, slots=True)

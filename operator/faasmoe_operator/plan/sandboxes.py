@@ -162,14 +162,19 @@ class _Round:
         return attaches
 
     def _missing(self) -> list[Demand]:
-        """Return each missing replica's demand: all first replicas, then all second ones."""
-        missing = [
-            (nth, demand)
-            for demand in self._demands.values()
-            if self._settings.shape.takes(demand.memory_bytes)
-            for nth in range(len(self._live.get(demand.function, ())), demand.replicas)
-        ]
-        return [demand for _, demand in sorted(missing, key=lambda item: item[0])]
+        """Return each missing replica's demand: all first replicas, then all second ones.
+
+        Of those that are to be kept apart, one of each group comes before another of any: placed in
+        turn, sandboxes fill up with functions of different groups.
+        """
+        missing, in_group = [], Counter[tuple[int, str]]()
+        for demand in self._demands.values():
+            if not self._settings.shape.takes(demand.memory_bytes):
+                continue
+            for nth in range(len(self._live.get(demand.function, ())), demand.replicas):
+                missing.append((nth, in_group[nth, demand.apart], demand))
+                in_group[nth, demand.apart] += bool(demand.apart)
+        return [demand for *_, demand in sorted(missing, key=lambda item: item[:2])]
 
     def _replaceable(self) -> list[Demand]:
         """Return the functions that are to get a replacement now, oldest sandbox first."""

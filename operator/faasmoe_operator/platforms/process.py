@@ -1,7 +1,8 @@
 """The process platform: sandboxes are processes of this machine, forked from a zygote.
 
-Knows nothing of functions. All sandboxes end with the zygote, and the zygote with this process; a
-zygote that ended is replaced, its sandboxes are reported as gone.
+Knows nothing of functions. The zygote is another's to start and to replace; here is its client,
+which may come and go: what runs is read back from the zygote at each connection. All sandboxes end
+with their zygote; then they are reported as gone.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
@@ -18,7 +21,7 @@ import aiohttp
 from faasmoe_operator.errors import PlatformError
 from faasmoe_operator.platforms.base import Sandbox, SandboxEvent, SandboxTemplate
 from faasmoe_operator.platforms.roster import Change, Roster
-from faasmoe_operator.platforms.zygote import COMMAND, Zygote
+from faasmoe_operator.platforms.zygote import ZygoteClient
 
 logger = logging.getLogger(__name__)
 
@@ -28,18 +31,20 @@ class Timing:
     """How often, and how long.
 
     Attributes:
-        create_timeout_s: for a sandbox to get an address, the zygote's start included.
+        connect_timeout_s: for the first connection, the zygote's own start included.
+        connect_interval_s: between two attempts to connect.
+        create_timeout_s: for a sandbox to get an address, a zygote's replacement included.
         probe_interval_s: between two readiness probes of a sandbox that is not ready.
         probe_timeout_s: for the answer to one probe.
         grace_s: for a deleted sandbox to finish, before it is killed.
-        restart_delays_s: before a zygote that ended is replaced; the last one repeats.
     """
 
-    create_timeout_s: float = 120.0
-    probe_interval_s: float = 0.05
+    connect_timeout_s: float = 120.0
+    connect_interval_s: float = 0.05
+    create_timeout_s: float = 30.0
+    probe_interval_s: float = 0.02
     probe_timeout_s: float = 1.0
     grace_s: float = 5.0
-    restart_delays_s: tuple[float, ...] = (0.0, 0.5, 2.0, 5.0)
 
 
 @dataclass(slots=True)
@@ -49,51 +54,53 @@ class _Starting:
 
 
 class ProcessPlatform:
-    """Runs sandboxes as local processes; use as an async context manager in the main thread."""
+    """Runs sandboxes as local processes; use as an async context manager.
 
-    def __init__(
-        self,
-        *,
-        token: str,
-        log: Callable[[str], None] = logger.info,
-        timing: Timing | None = None,
-        command: Sequence[str] = COMMAND,
-    ) -> None:
-        self._token = token
-        self._log = log
+    Args:
+        socket: the unix socket of the zygote.
+        timing: how often, and how long.
+    """
+
+    def __init__(self, *, socket: Path, timing: Timing | None = None) -> None:
+        self._socket = socket
         self._timing = timing or Timing()
-        self._command = command
-        self._zygote: Zygote | None = None
-        self._failure = ""
+        self._zygote: ZygoteClient | None = None
         self._zygote_change = Change()
         self._roster = Roster()
         self._starting: dict[str, _Starting] = {}
         self._probes: dict[str, asyncio.Task[None]] = {}
 
     async def __aenter__(self) -> Self:
-        """Start the zygote in the background; the first create waits for it."""
+        """Connect and read back the sandboxes that run; raises PlatformError."""
         timeout = aiohttp.ClientTimeout(total=self._timing.probe_timeout_s)
         self._http = aiohttp.ClientSession(timeout=timeout)
-        self._supervisor = asyncio.create_task(self._supervise())
+        self._link = asyncio.create_task(self._stay_connected())
+        timeout_s = self._timing.connect_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._connected()
+        except BaseException as error:
+            await self.__aexit__()
+            if isinstance(error, TimeoutError):
+                raise PlatformError(
+                    f"zygote socket: nothing answered at {self._socket} for {timeout_s:g} s"
+                ) from None
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """End every sandbox and the zygote."""
-        self._supervisor.cancel()
-        await asyncio.gather(self._supervisor, return_exceptions=True)
+        """Let go of the zygote; it and the sandboxes go on."""
+        for task in (self._link, *self._probes.values()):
+            task.cancel()
+        await asyncio.gather(self._link, *self._probes.values(), return_exceptions=True)
         await self._http.close()
-
-    @property
-    def zygote_pid(self) -> int | None:
-        """The process id of the zygote that runs."""
-        return self._zygote.pid if self._zygote else None
 
     async def create(self, template: SandboxTemplate) -> Sandbox:
         """Fork a sandbox: it has an address at once and gets ready later; raises PlatformError."""
         name = f"s{secrets.token_hex(4)}"
         try:
             async with asyncio.timeout(self._timing.create_timeout_s):
-                zygote = await self._running_zygote()
+                zygote = await self._connected()
                 future: asyncio.Future[Sandbox] = asyncio.get_running_loop().create_future()
                 self._starting[name] = _Starting(template, future)
                 zygote.send({"verb": "spawn", "id": name, "config": asdict(template)})
@@ -121,63 +128,71 @@ class ProcessPlatform:
         """Give every sandbox that is there, then what changes, without end."""
         return self._roster.watch()
 
-    async def _running_zygote(self) -> Zygote:
-        await self._zygote_change.wait_for(lambda: bool(self._zygote or self._failure))
-        if self._zygote is None:
-            raise PlatformError(self._failure)
+    async def _connected(self) -> ZygoteClient:
+        await self._zygote_change.wait_for(lambda: self._zygote is not None)
+        assert self._zygote is not None
         return self._zygote
 
-    async def _supervise(self) -> None:
-        """Keep a zygote running; those who create while none can be started are told why."""
-        failures = 0
+    async def _stay_connected(self) -> None:
+        """Hold a connection to whatever zygote listens at the socket."""
         while True:
+            begun_s = time.monotonic()
             try:
-                zygote = await Zygote.start(self._command, token=self._token, log=self._log)
-            except (PlatformError, OSError) as error:
-                self._failure = f"no zygote can be started: {error}"
-                self._zygote_change.notify()
-                failures += 1
+                zygote, pid = await ZygoteClient.connect(self._socket)
+            except (PlatformError, OSError, TimeoutError) as error:
+                logger.debug("no zygote yet: %s", error)
             else:
-                failures = 0
-                await self._follow(zygote)
-            delays_s = self._timing.restart_delays_s
-            await asyncio.sleep(delays_s[min(failures, len(delays_s) - 1)])
+                await self._follow(zygote, pid)
+            spent_s = time.monotonic() - begun_s
+            await asyncio.sleep(max(0.0, self._timing.connect_interval_s - spent_s))
 
-    async def _follow(self, zygote: Zygote) -> None:
-        self._zygote, self._failure = zygote, ""
-        self._zygote_change.notify()
-        reason = "the platform ended"
+    async def _follow(self, zygote: ZygoteClient, pid: int) -> None:
+        zygote.send({"verb": "list"})
         try:
             while (event := await zygote.next_event()) is not None:
                 self._apply(event, zygote)
-            reason = await zygote.ended()
-            logger.error("%s; it is replaced", reason)
+            logger.warning("the connection to zygote %d ended", pid)
         finally:
             self._zygote = None
-            self._lose_all(reason)
+            self._lose_all(f"the connection to zygote {pid} ended")
             await zygote.close()
 
-    def _apply(self, event: Mapping[str, Any], zygote: Zygote) -> None:
+    def _read_back(self, sandboxes: Sequence[Any], zygote: ZygoteClient) -> None:
+        for found in sandboxes:
+            match found:
+                case {"id": str(name), "pid": int(pid), "address": str(address), "config": config}:
+                    self._add(Sandbox(name, address, False, _digest(config), pid))
+                case _:
+                    logger.error("the zygote listed %r, expected id, pid, address, config", found)
+        self._zygote = zygote
+        self._zygote_change.notify()
+
+    def _apply(self, event: Mapping[str, Any], zygote: ZygoteClient) -> None:
         match event:
             case {"event": "spawned", "id": str(name), "pid": int(pid), "address": str(address)}:
                 self._spawned(name, pid, address, zygote)
+            case {"event": "sandboxes", "sandboxes": list(sandboxes)}:
+                self._read_back(sandboxes, zygote)
             case {"event": "exited", "id": str(name), "status": int(status)}:
                 self._stop_probe(name)
                 self._roster.remove(name, reason=f"ended with status {status}")
             case {"event": "refused", "id": name, "message": str(message)}:
                 self._refused(name, message)
             case _:
-                logger.error("the zygote reported %r, expected spawned, exited or refused", event)
+                logger.error("the zygote reported %r, which is no event", event)
 
-    def _spawned(self, name: str, pid: int, address: str, zygote: Zygote) -> None:
+    def _spawned(self, name: str, pid: int, address: str, zygote: ZygoteClient) -> None:
         starting = self._starting.get(name)
         if starting is None or starting.sandbox.done():  # nobody waits for it any more
             zygote.send({"verb": "kill", "id": name, "grace_s": 0})
             return
         sandbox = Sandbox(name, address, False, starting.template.digest, pid)
-        self._roster.put(sandbox)
-        self._probes[name] = asyncio.create_task(self._probe(sandbox))
+        self._add(sandbox)
         starting.sandbox.set_result(sandbox)
+
+    def _add(self, sandbox: Sandbox) -> None:
+        self._roster.put(sandbox)
+        self._probes[sandbox.id] = asyncio.create_task(self._probe(sandbox))
 
     def _refused(self, name: Any, message: str) -> None:
         starting = self._starting.get(name)
@@ -202,9 +217,9 @@ class ProcessPlatform:
     async def _probe(self, sandbox: Sandbox) -> None:
         """Ask a sandbox until it says that it is ready."""
         while True:
-            await asyncio.sleep(self._timing.probe_interval_s)
             if await self._answers_ready(sandbox.address):
                 break
+            await asyncio.sleep(self._timing.probe_interval_s)
         self._probes.pop(sandbox.id)
         self._roster.put(replace(sandbox, ready=True))
 
@@ -214,3 +229,11 @@ class ProcessPlatform:
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
+
+
+def _digest(config: Any) -> str:
+    """Return the hash of the template that these settings are of; none is of any other's."""
+    try:
+        return SandboxTemplate(**config).digest
+    except TypeError:
+        return ""

@@ -1,4 +1,4 @@
-"""Client of the zygote: starts `python -m faasmoe_expert.zygote`, speaks its JSON lines."""
+"""The zygote of the process platform: what starts it, and a client of its unix socket."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import sys
-from asyncio.subprocess import PIPE, Process
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from faasmoe_expert.lifeline import PARENT_VARIABLE
@@ -19,9 +20,10 @@ from faasmoe_operator.platforms.lines import read_lines
 logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "faasmoe_expert.zygote")
-START_TIMEOUT_S = 120.0
+SOCKET_VARIABLE = "FAASMOE_ZYGOTE_SOCKET"
+MAX_SOCKET_PATH_BYTES = 106  # of sockaddr_un on Linux, less an ending zero and the zygote's ~
 END_TIMEOUT_S = 10.0
-KEPT_LOG_LINES = 20
+GREETING_TIMEOUT_S = 5.0
 
 ENVIRONMENT: Mapping[str, str] = {
     # What the parent would inherit to children before one of them sets its own number.
@@ -33,102 +35,115 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 
 
-class Zygote:
-    """A running zygote. Must be started from the thread that lives as long as the process."""
+def zygote_environment(socket: Path, *, token: str) -> dict[str, str]:
+    """Return the whole environment of a zygote; raises PlatformError.
 
-    def __init__(self, process: Process, log: Callable[[str], None]) -> None:
-        assert process.stdout is not None
-        self._process = process
-        self._lines = read_lines(process.stdout)
-        self._log = log
-        self.last_lines: deque[str] = deque(maxlen=KEPT_LOG_LINES)
-        self._logs = asyncio.create_task(self._forward_logs())
+    Args:
+        socket: the unix socket that it will listen on.
+        token: the token that its sandboxes will ask for.
+    """
+    if len(os.fsencode(socket)) > MAX_SOCKET_PATH_BYTES:
+        expected = f"at most {MAX_SOCKET_PATH_BYTES} bytes"
+        raise PlatformError(f"zygote socket: got {socket}, expected a path of {expected}")
+    own = {"FAASMOE_TOKEN": token, SOCKET_VARIABLE: str(socket)}
+    return {**os.environ, **ENVIRONMENT, **own}
+
+
+class ZygoteClient:
+    """A connection to a zygote; ours until the zygote ends or another client comes."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._lines = read_lines(reader)
+        self._writer = writer
 
     @classmethod
-    async def start(
-        cls,
-        command: Sequence[str] = COMMAND,
-        *,
-        token: str,
-        log: Callable[[str], None],
-        timeout_s: float = START_TIMEOUT_S,
-    ) -> Zygote:
-        """Start a zygote and wait until it can fork; raises PlatformError.
-
-        Args:
-            command: what to run.
-            token: the token that the sandboxes will ask for.
-            log: gets each line that the zygote or a sandbox writes to stderr.
-            timeout_s: how long it may take to import the runtime.
-        """
-        own = {"FAASMOE_TOKEN": token, PARENT_VARIABLE: str(os.getpid())}
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=PIPE,
-            stdout=PIPE,
-            stderr=PIPE,
-            env={**os.environ, **ENVIRONMENT, **own},
-            start_new_session=True,  # a Ctrl-C in the terminal is for the launcher to handle
-        )
-        zygote = cls(process, log)
+    async def connect(cls, socket: Path) -> tuple[ZygoteClient, int]:
+        """Return a client and the zygote's process id; raises OSError or PlatformError."""
+        client = cls(*await asyncio.open_unix_connection(str(socket)))
         try:
-            async with asyncio.timeout(timeout_s):
-                event = await zygote.next_event()
-        except TimeoutError:
-            await zygote.close(timeout_s=0)
-            raise PlatformError(f"the zygote was not ready after {timeout_s:g} s") from None
+            async with asyncio.timeout(GREETING_TIMEOUT_S):
+                match await client.next_event():
+                    case {"event": "ready", "pid": int(pid)}:
+                        return client, pid
+                    case event:
+                        raise PlatformError(f"the zygote said {event!r}, expected ready")
         except BaseException:
-            await zygote.close(timeout_s=0)
+            await client.close()
             raise
-        if event is None:
-            await zygote.close()
-            raise PlatformError("\n  ".join([await zygote.ended(), *zygote.last_lines]))
-        if event.get("event") != "ready":
-            await zygote.close(timeout_s=0)
-            raise PlatformError(f"the zygote reported {event!r}, expected ready")
-        return zygote
-
-    @property
-    def pid(self) -> int:
-        """The zygote's process id."""
-        return self._process.pid
 
     async def next_event(self) -> dict[str, Any] | None:
-        """Return the next event, or None when the zygote has ended."""
-        async for line in self._lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                event = None
-            if isinstance(event, dict):
-                return event
-            logger.error("the zygote wrote %r, expected a JSON object", line)
+        """Return the next event, or None when the connection has ended."""
+        try:
+            async for line in self._lines:
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    event = None
+                if isinstance(event, dict):
+                    return event
+                logger.error("the zygote wrote %r, expected a JSON object", line)
+        except ConnectionError as error:
+            logger.info("the connection to the zygote broke: %s", error)
         return None
 
     def send(self, command: Mapping[str, Any]) -> None:
         """Send a command; one that comes after the zygote's end is lost, as the sandboxes are."""
-        assert self._process.stdin is not None
-        if not self._process.stdin.is_closing():
-            self._process.stdin.write(json.dumps(command).encode() + b"\n")
+        if not self._writer.is_closing():
+            self._writer.write(json.dumps(command).encode() + b"\n")
 
-    async def ended(self) -> str:
-        """Wait for the end and say how it ended."""
-        return f"the zygote ended with status {await self._process.wait()}"
-
-    async def close(self, *, timeout_s: float = END_TIMEOUT_S) -> None:
-        """End the zygote and with it every sandbox; by SIGKILL if it takes too long."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+    async def close(self) -> None:
+        """End the connection; the zygote goes on."""
+        self._writer.close()
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._process.wait()
-        except TimeoutError:
-            self._process.kill()
-            await self._process.wait()
-        await self._logs
+            await self._writer.wait_closed()
+        except OSError as error:
+            logger.debug("the connection to the zygote ended with: %s", error)
 
-    async def _forward_logs(self) -> None:
-        assert self._process.stderr is not None
-        async for line in read_lines(self._process.stderr):
-            self.last_lines.append(line)
-            self._log(line)
+
+@asynccontextmanager
+async def running_zygote(
+    socket: Path,
+    *,
+    token: str,
+    log: Callable[[str], None] = logger.info,
+    command: Sequence[str] = COMMAND,
+) -> AsyncIterator[Process]:
+    """Run a zygote of our own as long as the context lasts; use in the main thread.
+
+    Args:
+        socket: where it listens; its folder must be there, and ours alone.
+        token: the token that the sandboxes will ask for.
+        log: gets each line that the zygote or a sandbox writes.
+        command: what to run.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=DEVNULL,
+        stdout=PIPE,
+        stderr=STDOUT,
+        env={**zygote_environment(socket, token=token), PARENT_VARIABLE: str(os.getpid())},
+        start_new_session=True,  # a Ctrl-C in the terminal is for the launcher to handle
+    )
+    logs = asyncio.create_task(_forward(process, log))
+    try:
+        yield process
+    finally:
+        await _end(process)
+        await logs
+
+
+async def _forward(process: Process, log: Callable[[str], None]) -> None:
+    assert process.stdout is not None
+    async for line in read_lines(process.stdout):
+        log(line)
+
+
+async def _end(process: Process) -> None:
+    if process.returncode is None:
+        process.terminate()
+    try:
+        async with asyncio.timeout(END_TIMEOUT_S):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()

@@ -94,6 +94,16 @@ class Router(Part):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise rule_broken(
+                "maxNumBatchedTokens",
+                got=self.max_num_batched_tokens,
+                expected=f"at least maxNumSeqs ({self.max_num_seqs}): each decodes a token a step",
+            )
+        self._check_env()
+        return self
+
+    def _check_env(self) -> None:
         names = [variable.name for variable in self.env]
         for index, name in enumerate(names):
             if name.startswith(RESERVED_ENV_PREFIX):
@@ -104,7 +114,6 @@ class Router(Part):
                 )
             if name in names[:index]:
                 raise rule_broken(f"env.{index}.name", got=name, expected="each name once")
-        return self
 
 
 class Experts(Part):

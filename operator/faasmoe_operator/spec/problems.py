@@ -34,6 +34,7 @@ _EXPECTED = _BOUNDS | {
     "string_too_long": "at most {max_length} characters",
     "too_long": "at most {max_length} entries",
     "rule_broken": "{expected}",
+    "invalid_key": "a text as the key",
 }
 
 _PATTERNS = {

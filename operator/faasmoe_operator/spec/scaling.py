@@ -64,7 +64,11 @@ class Scaling(Part):
 
     min_scale: Scale = Field(0, description="Replicas that are always kept.")
     max_scale: MaxScale = Field(8, description="Replicas at most.")
-    initial_scale: Scale = Field(1, description="Replicas when the model is first deployed.")
+    initial_scale: Scale = Field(
+        0,
+        description="Replicas when the model is first deployed. Knative's default is 1; here the "
+        "first request wakes all that it needs together.",
+    )
     activation_scale: MaxScale = Field(1, description="Replicas at least, once above zero.")
     target: Target = Field(4, description="Calls in flight that one replica should have.")
     target_utilization_percentage: Utilization = Field(

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from faasmoe_router.api.admission import Admission, OpenAdmission
 from faasmoe_router.api.completions import completion_routes
 from faasmoe_router.api.envelope import Envelope
 from faasmoe_router.api.errors import add_error_handlers
@@ -21,21 +22,31 @@ def create_app(
     *,
     model_name: str,
     registry: CollectorRegistry,
+    admission: Admission | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
-    """Return the app; it starts the engine when it starts and stops it when it ends."""
+    """Return the app; it starts the engine when it starts and stops it when it ends.
+
+    Args:
+        engine: what generates.
+        model_name: what requests call the model.
+        registry: where /metrics reads.
+        admission: what may hold requests; runs as long as the engine. By default nothing does.
+        max_body_bytes: larger bodies are refused.
+    """
+    admission = admission or OpenAdmission()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with engine:
+        async with admission, engine:
             yield
 
     app = FastAPI(title="FaaSMoE router", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Envelope, max_body_bytes=max_body_bytes)
     add_error_handlers(app)
-    app.include_router(completion_routes(engine, model_name=model_name))
+    app.include_router(completion_routes(engine, model_name=model_name, admission=admission))
     app.include_router(
         model_routes(model_name=model_name, max_model_len=engine.limits.max_model_len)
     )
-    app.include_router(probe_routes(engine, registry=registry))
+    app.include_router(probe_routes(engine, registry=registry, admission=admission))
     return app

@@ -1,5 +1,7 @@
 """Errors as OpenAI's API tells them: every answer that is not a success has this one shape."""
 
+import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,9 +11,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from faasmoe_router.errors import (
+    ActivationTimeout,
     EngineSaturated,
     EngineUnavailable,
     GenerationFailed,
+    HoldQueueFull,
     RouterError,
 )
 
@@ -21,6 +25,8 @@ SHOWN_INPUT_LENGTH = 80
 # Router errors that reach the API: status, type, code.
 _ROUTER_ERRORS: Mapping[type[RouterError], tuple[int, str, str]] = {
     EngineSaturated: (429, "rate_limit_error", "rate_limit_exceeded"),
+    HoldQueueFull: (429, "rate_limit_error", "rate_limit_exceeded"),
+    ActivationTimeout: (503, "server_error", "service_unavailable"),
     EngineUnavailable: (503, "server_error", "service_unavailable"),
     GenerationFailed: (500, "server_error", "internal_error"),
 }
@@ -101,12 +107,13 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     first = errors[0]
     if first["type"] == "json_invalid":
         detail = first.get("ctx", {}).get("error", "not JSON")
-        return ApiError(f"We could not parse the JSON body of your request: {detail}.")
+        return _not_json(f"{detail} at character {first['loc'][-1]}")
     param = param_path(first["loc"][1:])
     if param is None:
         return ApiError(
             "The body of your request must be a JSON object, sent with the header "
-            "'Content-Type: application/json'."
+            "'Content-Type: application/json'.",
+            code="invalid_type",
         )
     if first["type"] == "missing":
         return ApiError(
@@ -116,7 +123,7 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         )
     kind = "type" if first["type"].endswith(("_type", "_unicode")) else "value"
     return ApiError(
-        f"Invalid {kind} for '{param}': {first['msg']}, got {shown(first['input'])}.",
+        f"Invalid {kind} for '{param}': {first['msg']}, got {_as_json(first['input'])}.",
         param=param,
         code=f"invalid_{kind}",
     )
@@ -130,11 +137,41 @@ def param_path(loc: Iterable[str | int]) -> str | None:
     return path.removeprefix(".") or None
 
 
-def shown(value: object) -> str:
-    """Return a value as it may be shown in a message: short, on one line."""
-    text = value if isinstance(value, str) else repr(value)
-    text = text.encode("ascii", "backslashreplace").decode()
-    return text if len(text) <= SHOWN_INPUT_LENGTH else text[:SHOWN_INPUT_LENGTH] + "..."
+def shown(text: str) -> str:
+    """Return a text as it may be shown in a message: short, on one line, of whole characters."""
+    short = text[:SHOWN_INPUT_LENGTH]
+    printable = "".join(c if c.isprintable() else _escaped(c) for c in short)
+    return printable if short == text else printable + "..."
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def _as_json(value: object) -> str:
+    """Return a field's value as the client wrote it, so that "4" is told from 4."""
+    try:
+        return shown(json.dumps(value, ensure_ascii=False))
+    except RecursionError:
+        return "a value that is nested too deeply"
+
+
+def _not_json(why: str) -> ApiError:
+    return ApiError(
+        f"We could not parse the JSON body of your request: {why}.", code="invalid_json"
+    )
+
+
+def _unreadable(error: BaseException) -> ApiError:
+    """Return the refusal of a body that the JSON parser gave up on, by what it gave up with."""
+    if isinstance(error, RecursionError):
+        return _not_json("it is nested too deeply")
+    if isinstance(error, UnicodeDecodeError):
+        byte = error.object[error.start]
+        return _not_json(f"got byte 0x{byte:02x} at position {error.start}, expected UTF-8")
+    if isinstance(error, ValueError):
+        return _not_json(f"a number has more than {sys.get_int_max_str_digits()} digits")
+    return _not_json("it could not be read")
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -163,6 +200,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _of_http(request: Request, error: HTTPException) -> ApiError:
+    if error.status_code == 400 and error.__cause__ is not None:
+        return _unreadable(error.__cause__)
     url = shown(f"{request.method} {request.url.path}")
     messages = {
         404: f"Unknown request URL: {url}.",

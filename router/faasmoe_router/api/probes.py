@@ -7,11 +7,12 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from faasmoe_router.api.admission import Admission
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.errors import EngineUnavailable
 
 
-def probe_routes(engine: Engine, *, registry: CollectorRegistry) -> APIRouter:
+def probe_routes(engine: Engine, *, registry: CollectorRegistry, admission: Admission) -> APIRouter:
     """Return the routes that tell of the process."""
     router = APIRouter()
 
@@ -20,6 +21,8 @@ def probe_routes(engine: Engine, *, registry: CollectorRegistry) -> APIRouter:
         """Tell whether requests can be computed now."""
         if not engine.ready:
             raise EngineUnavailable("the engine does not run")
+        if not admission.ready:
+            raise EngineUnavailable("no function table was received yet")
         return {"status": "ok"}
 
     @router.get("/version")

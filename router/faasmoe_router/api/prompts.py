@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from faasmoe_router.api.errors import ApiError
 from faasmoe_router.api.requests import ChatBody, CompletionBody, SamplingBody
@@ -12,53 +12,110 @@ from faasmoe_router.engine.sampling import SamplingParams
 from faasmoe_router.errors import ChatTemplateError
 
 SEED_BITS = 63
+MAX_ENCODINGS = 2  # at a time: long texts must not take every core from the engine
 
 
-async def chat_requests(body: ChatBody, engine: Engine) -> list[GenerationRequest]:
-    """Return a request for each choice of a chat completion."""
-    messages = [
-        message.for_template(f"messages[{index}]") for index, message in enumerate(body.messages)
-    ]
-    try:
-        # A long text takes a while; the event loop serves others meanwhile.
-        ids = await asyncio.to_thread(engine.codec.encode_chat, messages)
-    except ChatTemplateError as error:
+class PromptReader:
+    """Makes engine requests of bodies, within what the engine may hold; belongs to one loop.
+
+    What can be refused without the tokens is refused first: tokens of a long text take seconds.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._encoding = asyncio.Semaphore(MAX_ENCODINGS)
+
+    async def read_chat(self, body: ChatBody) -> list[GenerationRequest]:
+        """Return a request for each choice of a chat completion; raises ApiError."""
+        messages = [
+            message.for_template(f"messages[{index}]")
+            for index, message in enumerate(body.messages)
+        ]
+        self._check_choices(body, n_prompts=1)
+        self._check_size((message["content"] for message in messages), param="messages")
+        try:
+            ids = await self._encode_chat(messages)
+        except ChatTemplateError as error:
+            raise ApiError(
+                f"Invalid 'messages' for model `{body.model}`: {error}",
+                param="messages",
+                code="invalid_value",
+            ) from error
+        return self._choices(body, ids, param="messages")
+
+    async def read_completion(self, body: CompletionBody) -> list[GenerationRequest]:
+        """Return a request for each choice of each prompt of a completion; raises ApiError."""
+        self._check_choices(body, n_prompts=len(body.prompt))
+        for index, prompt in enumerate(body.prompt):
+            if isinstance(prompt, str):
+                self._check_size([prompt], param="prompt")
+            else:
+                self._check_vocabulary(prompt, param=f"prompt[{index}]")
+        requests: list[GenerationRequest] = []
+        for prompt in body.prompt:
+            ids = await self._encode(prompt) if isinstance(prompt, str) else prompt
+            requests += self._choices(body, ids, param="prompt")
+        return requests
+
+    async def _encode(self, text: str) -> Sequence[int]:
+        async with self._encoding:
+            return await asyncio.to_thread(self._engine.codec.encode, text)
+
+    async def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Sequence[int]:
+        async with self._encoding:
+            return await asyncio.to_thread(self._engine.codec.encode_chat, messages)
+
+    def _check_choices(self, body: SamplingBody, *, n_prompts: int) -> None:
+        """Refuse what would not fit into an idle engine either: trying again is no use."""
+        capacity = self._engine.limits.capacity
+        n = body.n or 1
+        if n_prompts * n <= capacity:
+            return
+        param = "prompt" if n_prompts > capacity else "n"
         raise ApiError(
-            f"Invalid 'messages' for model `{body.model}`: {error}",
-            param="messages",
+            f"Invalid value for '{param}': got {n_prompts} prompts with n={n}, "
+            f"expected at most {capacity} choices in all.",
+            param=param,
             code="invalid_value",
-        ) from error
-    return _choices(body, ids, engine, param="messages")
-
-
-async def completion_requests(body: CompletionBody, engine: Engine) -> list[GenerationRequest]:
-    """Return a request for each choice of each prompt of a completion."""
-    requests: list[GenerationRequest] = []
-    for index, prompt in enumerate(body.prompt):
-        if isinstance(prompt, str):
-            ids: Sequence[int] = await asyncio.to_thread(engine.codec.encode, prompt)
-        else:
-            ids = prompt
-            _check_vocabulary(prompt, engine, param=f"prompt[{index}]")
-        requests += _choices(body, ids, engine, param="prompt")
-    return requests
-
-
-def _choices(
-    body: SamplingBody, ids: Sequence[int], engine: Engine, *, param: str
-) -> list[GenerationRequest]:
-    max_tokens = _max_tokens(body, len(ids), engine, param=param)
-    seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
-    return [
-        GenerationRequest(
-            prompt_ids=tuple(ids),
-            max_tokens=max_tokens,
-            sampling=_sampling(body, seed + choice),
-            stops=body.stop,
-            ignore_eos=bool(body.ignore_eos),
         )
-        for choice in range(body.n or 1)
-    ]
+
+    def _check_size(self, texts: Iterable[str], *, param: str) -> None:
+        context = self._engine.limits.max_model_len
+        most_bytes = context * self._engine.codec.longest_token_bytes
+        size_bytes = sum(len(text.encode()) for text in texts)
+        if size_bytes > most_bytes:
+            raise ApiError(
+                f"This model's maximum context length is {context} tokens, at most {most_bytes} "
+                f"bytes of text. However, you requested {size_bytes} bytes in the {param}.",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def _check_vocabulary(self, ids: Sequence[int], *, param: str) -> None:
+        if max(ids) >= self._engine.vocab_size:
+            raise ApiError(
+                f"Invalid value for '{param}': expected tokens below {self._engine.vocab_size}, "
+                f"got {max(ids)}.",
+                param=param,
+                code="invalid_value",
+            )
+
+    def _choices(
+        self, body: SamplingBody, ids: Sequence[int], *, param: str
+    ) -> list[GenerationRequest]:
+        context = self._engine.limits.max_model_len
+        max_tokens = _max_tokens(body, len(ids), context, param=param)
+        seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
+        return [
+            GenerationRequest(
+                prompt_ids=tuple(ids),
+                max_tokens=max_tokens,
+                sampling=_sampling(body, seed + choice),
+                stops=body.stop,
+                ignore_eos=bool(body.ignore_eos),
+            )
+            for choice in range(body.n or 1)
+        ]
 
 
 def _sampling(body: SamplingBody, seed: int) -> SamplingParams:
@@ -70,31 +127,21 @@ def _sampling(body: SamplingBody, seed: int) -> SamplingParams:
     )
 
 
-def _max_tokens(body: SamplingBody, n_prompt: int, engine: Engine, *, param: str) -> int:
-    context = engine.limits.max_model_len
+def _max_tokens(body: SamplingBody, n_prompt: int, context: int, *, param: str) -> int:
     if n_prompt == 0:
         raise ApiError(
             f"Invalid value for '{param}': expected at least one token, got none.",
             param=param,
             code="invalid_value",
         )
-    wanted = body.token_limit
+    limit = body.token_limit
+    name, wanted = limit if limit is not None else (param, None)
     if n_prompt + (wanted or 1) > context:
-        completion = "" if wanted is None else f" and {wanted} for the completion"
+        completion = "" if wanted is None else f" and {wanted} for the completion ({name})"
         raise ApiError(
             f"This model's maximum context length is {context} tokens. However, you requested "
             f"{n_prompt} in the {param}{completion}.",
-            param=param,
+            param=name if n_prompt < context else param,
             code="context_length_exceeded",
         )
     return wanted or context - n_prompt
-
-
-def _check_vocabulary(ids: Sequence[int], engine: Engine, *, param: str) -> None:
-    if max(ids) >= engine.vocab_size:
-        raise ApiError(
-            f"Invalid value for '{param}': expected tokens below {engine.vocab_size}, "
-            f"got {max(ids)}.",
-            param=param,
-            code="invalid_value",
-        )

@@ -29,6 +29,10 @@ _CHANGES_NOTHING: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logit_bias": ({},),
@@ -36,8 +40,10 @@ _CHANGES_NOTHING: Mapping[str, tuple[Any, ...]] = {
     "min_p": (0,),
     "min_tokens": (0,),
     "modalities": (["text"],),
+    "prediction": (),
     "presence_penalty": (0,),
     "prompt_logprobs": (False,),
+    "reasoning_effort": (),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
@@ -48,6 +54,8 @@ _CHANGES_NOTHING: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],),
     "top_logprobs": (0,),
     "use_beam_search": (False,),
+    "verbosity": (),
+    "web_search_options": (),
 }
 _MESSAGE_CHANGES_NOTHING: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
@@ -82,9 +90,9 @@ class SamplingBody(_Body):
     stream_options: StreamOptions | None = None
 
     @property
-    def token_limit(self) -> int | None:
-        """The most tokens to generate, if the client says so."""
-        return self.max_tokens
+    def token_limit(self) -> tuple[str, int] | None:
+        """The most tokens to generate, after the parameter that says so, if one does."""
+        return None if self.max_tokens is None else ("max_tokens", self.max_tokens)
 
     @property
     def include_usage(self) -> bool:
@@ -134,9 +142,11 @@ class ChatBody(SamplingBody):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @property
-    def token_limit(self) -> int | None:
-        """The most tokens to generate; the newer parameter wins."""
-        return self.max_completion_tokens or self.max_tokens
+    def token_limit(self) -> tuple[str, int] | None:
+        """The most tokens to generate, after its parameter; the newer parameter wins."""
+        if self.max_completion_tokens is None:
+            return super().token_limit
+        return "max_completion_tokens", self.max_completion_tokens
 
 
 class CompletionBody(SamplingBody):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from faasmoe_expert.lifeline import LifelineError, die_with_parent
 from faasmoe_expert.store import StoreError
 from faasmoe_router.checkpoint.architecture import DTYPES
 from faasmoe_router.checkpoint.errors import PrepareError
@@ -22,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("httpx", "transformers"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
+        die_with_parent()
         return int(args.run(args))
-    except (PrepareError, StoreError, OSError) as error:
+    except (PrepareError, StoreError, LifelineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

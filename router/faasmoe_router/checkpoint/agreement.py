@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from faasmoe_expert.functions.kernels import ACTIVATIONS, KernelSpec, run_gated
+from faasmoe_expert.functions.pairs import Pairs
 from faasmoe_router.checkpoint.architecture import ExpertsModule
 
 _log = logging.getLogger(__name__)
@@ -63,15 +64,14 @@ def _agrees_at(scale: float, module: Any, spec: Mapping[str, Any]) -> bool:
     weights = torch.rand(_TOKENS, _TOP_K, generator=generator)  # [T, k]
     with torch.no_grad():
         expected = module(hidden, index, weights)  # [T, H]
-        pairs = run_gated(
-            KernelSpec.from_json(spec),
-            dict(module.named_parameters()),
-            hidden,
-            np.arange(_TOKENS, dtype=np.int32).repeat(_TOP_K),  # [P]
-            index.reshape(-1).int().numpy(),  # [P]
-            weights.reshape(-1),  # [P]
-        )  # [P, H]
-    got = pairs.view(_TOKENS, _TOP_K, _HIDDEN).sum(1)  # [T, H]
+        pairs = Pairs(
+            row=np.arange(_TOKENS, dtype=np.int32).repeat(_TOP_K),  # [P]
+            expert=index.reshape(-1).int().numpy(),  # [P]
+            weight=weights.reshape(-1),  # [P]
+        )
+        parameters = dict(module.named_parameters())
+        each = run_gated(KernelSpec.from_json(spec), parameters, hidden, pairs)  # [P, H]
+    got = each.view(_TOKENS, _TOP_K, _HIDDEN).sum(1)  # [T, H]
     error = (got - expected).abs().max()
     return bool(error <= _TOLERANCE * expected.abs().max().clamp(min=1e-6))
 

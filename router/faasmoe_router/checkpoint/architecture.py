@@ -80,7 +80,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """Read the config of a checkpoint; raises PrepareError if transformers does not know it."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except Exception as error:  # each family checks its config in its own way
         raise PrepareError(f"{folder / 'config.json'}: transformers refused it: {error}") from error
 
 
@@ -97,12 +97,24 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> Skeleton:
     for name in config.sub_configs:
         if (part := getattr(config, name)) is not None:
             part.dtype = dtype
+    model = _on_meta(cls, config, dtype)
+    return Skeleton(model, config, dtype, find_experts(model))
+
+
+def _on_meta(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
     with ExitStack() as stack:
         # The contexts of from_pretrained itself: parameters on meta, weights not tied.
         for context in cls.get_init_context(dtype, False, False, False):
             stack.enter_context(context)
-        model = cls(config)
-    return Skeleton(model, config, dtype, find_experts(model))
+        try:
+            return cls(config)
+        except Exception as error:  # sizes that cannot be, a class of another family, and so on
+            raise PrepareError(
+                f"config.json: {cls.__name__} cannot be built from it: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 def find_experts(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
@@ -114,17 +126,19 @@ def find_experts(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
             "has no experts module, expected one that transformers decorates with "
             "use_experts_implementation (the ExpertsInterface)"
         )
-    return tuple(
-        ExpertsModule(
-            index=index,
-            name=name,
-            module=module,
-            num_experts=int(module.num_experts),
-            top_k=_top_k(model, name),
-            parameters=dict(module.named_parameters()),
+    return tuple(_experts(model, name, index=index) for index, (name, _) in enumerate(found))
+
+
+def _experts(model: PreTrainedModel, name: str, *, index: int) -> ExpertsModule:
+    module: Any = model.get_submodule(name)
+    num_experts, top_k = int(module.num_experts), _top_k(model, name)
+    if top_k > num_experts:
+        raise PrepareError(
+            f"config: got {top_k} experts per token in {name}, expected at most {num_experts}, "
+            "the experts that there are"
         )
-        for index, (name, module) in enumerate(found)
-    )
+    parameters = dict(module.named_parameters())
+    return ExpertsModule(index, name, module, num_experts, top_k, parameters)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -149,7 +163,9 @@ def _top_k(model: PreTrainedModel, name: str) -> int:
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    names = list(config.architectures or ())
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise PrepareError(f"config.architectures: got {names!r}, expected a list of class names")
     if not names and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     if not names:

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from faasmoe_router.checkpoint.errors import PrepareError
-from faasmoe_router.checkpoint.tensors import LazyTensor
+from faasmoe_router.checkpoint.tensors import FLOATS, LazyTensor
 
 PIECE_BYTES = 16 << 20
 
@@ -78,6 +78,7 @@ def plan_conversion(
             continue
         converter = WeightRenaming(key, name) if pattern is None else converter_of[pattern]
         job = jobs.setdefault(name, Job(name, converter, dtypes.of(name, expected[name])))
+        _refuse_quantised(key, tensors[key], job.dtype)
         job.sources.setdefault(pattern or key, []).append(tensors[key])
     for job in jobs.values():
         _dry_run(job, model)
@@ -126,6 +127,15 @@ def _rename(
     if renamed[0] not in expected and key in expected:
         return rename_source_key(key, [], [], prefix, expected)  # type: ignore[no-any-return]
     return renamed
+
+
+def _refuse_quantised(key: str, tensor: LazyTensor, dtype: torch.dtype) -> None:
+    """Refuse codes in place of weights: read as numbers, without their scales, they are noise."""
+    if dtype.is_floating_point and tensor.get_dtype() not in FLOATS:
+        raise PrepareError(
+            f"{key}: got dtype {tensor.get_dtype()}, expected one of {', '.join(FLOATS)}: "
+            "quantised weights are not served"
+        )
 
 
 def _dry_run(job: Job, model: PreTrainedModel) -> None:

@@ -16,7 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from faasmoe_expert.store import MANIFEST_NAME, FileEntry, Manifest, StoreError, sha256_of_file
+from faasmoe_expert.store import (
+    FORMAT,
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    StoreError,
+    sha256_of_file,
+)
 from faasmoe_router.checkpoint.errors import PrepareError
 from faasmoe_router.checkpoint.writer import sync_folder, write_durably
 
@@ -45,13 +52,13 @@ class StoreFolder:
 
     def begin(self, fingerprint: str) -> dict[str, FileEntry]:
         """Start, or go on with, the preparation of a checkpoint; return the finished files."""
-        self._refuse_foreign()
         journal = _read_journal(self.path / _JOURNAL)
         if not journal or journal[0].get("fingerprint") != fingerprint:
             self.clear()
             head = json.dumps({"fingerprint": fingerprint}) + "\n"
             write_durably(self.path / _JOURNAL, head.encode())
             return {}
+        self._refuse_foreign()
         finished: dict[str, FileEntry] = {}
         for line in journal[1:]:
             name, entry = str(line["file"]), FileEntry.from_json(line["entry"], where="journal")
@@ -81,7 +88,12 @@ class StoreFolder:
         (self.path / _JOURNAL).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove what preparation made; the manifest goes first."""
+        """Remove what preparation made; the manifest goes first.
+
+        Raises:
+            PrepareError: the folder holds what no preparation made; nothing is removed.
+        """
+        self._refuse_foreign()
         for name in (MANIFEST_NAME, _ORIGIN, _JOURNAL):
             (self.path / name).unlink(missing_ok=True)
         sync_folder(self.path)
@@ -96,10 +108,20 @@ class StoreFolder:
         except (OSError, StoreError):
             return False
 
+    def _is_ours(self) -> bool:
+        """Tell a store, damaged or not, from any folder that has a file called manifest.json."""
+        if (self.path / _ORIGIN).exists():
+            return True
+        try:
+            manifest = json.loads((self.path / MANIFEST_NAME).read_bytes())
+        except (OSError, ValueError):
+            return False
+        return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
     def _refuse_foreign(self) -> None:
         """Refuse a folder with anything in it that an interrupted preparation does not explain."""
         known = {_LOCK, _JOURNAL, _ORIGIN, f"{_JOURNAL}.partial", *_FOREIGN}
-        if (self.path / _JOURNAL).exists() or self.is_complete:
+        if (self.path / _JOURNAL).exists() or self._is_ours():
             known |= {MANIFEST_NAME, f"{MANIFEST_NAME}.partial", f"{_ORIGIN}.partial", *_PARTS}
         foreign = sorted(set(os.listdir(self.path)) - known)
         if foreign:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from faasmoe_expert.store import FileEntry, Manifest, Store, files_digest
+from faasmoe_expert.store import FileEntry, Manifest, Store
 from faasmoe_router.checkpoint.architecture import DTYPES, Skeleton, build_skeleton, read_config
 from faasmoe_router.checkpoint.blueprint import Blueprint, draw
 from faasmoe_router.checkpoint.companions import companion_files
@@ -90,6 +90,7 @@ def _fill(
     progress: Progress,
 ) -> None:
     skeleton = _skeleton(checkpoint, tensors, dtype)
+    model = describe_model(skeleton, checkpoint)  # before hours of writing: it may refuse
     blueprint = draw(skeleton, tensors)
     files = folder.begin(fingerprint)
     progress.begin("preparing", total_bytes=blueprint.size_bytes)
@@ -98,11 +99,8 @@ def _fill(
     _write_tensors(folder, skeleton, blueprint, files, progress)
     for name, content in companion_files(checkpoint, dtype=dtype):
         files[name] = folder.put(name, content)
-    manifest = Manifest(
-        digest=files_digest(files),
-        model=describe_model(skeleton, checkpoint),
-        layers=describe_layers(skeleton, blueprint),
-        files=files,
+    manifest = Manifest.describing(
+        model=model, layers=describe_layers(skeleton, blueprint), files=files
     )
     folder.complete(manifest, fingerprint)
 

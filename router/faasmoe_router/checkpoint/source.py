@@ -66,7 +66,8 @@ def resolve_source(name: str, *, revision: str | None) -> Source:
     for holder, fields in (("", config), ("text_config.", config.get("text_config"))):
         for field in _QUANTISATION_FIELDS:
             if isinstance(fields, dict) and fields.get(field):
-                method = dict(fields[field]).get("quant_method", "unknown")
+                given = fields[field]
+                method = given.get("quant_method") if isinstance(given, dict) else given
                 raise PrepareError(
                     f"{folder / 'config.json'}: {holder}{field}: got quant_method {method!r}, "
                     "expected no quantisation: give the checkpoint in bfloat16, float16 or float32"

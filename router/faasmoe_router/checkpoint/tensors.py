@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from faasmoe_router.checkpoint.errors import PrepareError
 
-_FLOATS: Mapping[str, torch.dtype] = {
+FLOATS: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
@@ -53,6 +53,6 @@ def open_tensors(files: Sequence[Path]) -> Iterator[dict[str, LazyTensor]]:
 def first_float_dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
     """Return the dtype of the first floating tensor, as transformers guesses a missing dtype."""
     for tensor in tensors.values():
-        if tensor.get_dtype() in _FLOATS:
-            return _FLOATS[tensor.get_dtype()]
+        if tensor.get_dtype() in FLOATS:
+            return FLOATS[tensor.get_dtype()]
     raise PrepareError("checkpoint: got no floating tensor, expected weights")

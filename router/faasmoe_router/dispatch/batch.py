@@ -54,6 +54,11 @@ class LayerBatch:
         self._bytes = hidden.view(torch.uint8).numpy()  # [T, H * itemsize]
         self._sum = new_sum(hidden, mode=mode, top_k=top_k)
 
+    @property
+    def n_rows(self) -> int:
+        """Tokens T of the batch."""
+        return len(self._bytes)
+
     def frame(self, position: int) -> Sequence[Buffer]:
         """Return the request frame of the call at `position`."""
         group = self.groups[position]
@@ -75,7 +80,7 @@ class LayerBatch:
             body = decode_response(frame, self._header(self.groups[position]))
         except WireError as error:
             raise CallError(f"bad response frame: {error}") from error
-        part = torch.frombuffer(bytearray(body), dtype=self._hidden.dtype)
+        part = torch.frombuffer(body, dtype=self._hidden.dtype)  # the sum copies what it keeps
         self._sum.put(position, self.groups[position], part.view(-1, self._hidden.shape[1]))
 
     def compute(self, position: int, functions: LocalFunctions, spec: FunctionSpec) -> None:

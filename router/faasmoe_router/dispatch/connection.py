@@ -14,7 +14,7 @@ import socket
 from collections.abc import Sequence
 
 from faasmoe_expert.wire.request import Buffer
-from faasmoe_router.dispatch.errors import CallError, Refused
+from faasmoe_router.dispatch.errors import CallError, CannotConnect, Refused
 
 MAX_HEAD_BYTES = 16 << 10
 MAX_ANSWER_BYTES = 64 << 20  # what a sandbox may send before it is cut off
@@ -69,7 +69,8 @@ class Connection:
         """Begin a call: send as much as the socket takes; raises CallError."""
         self._reused, self._used = self._used, True
         self._filled = self._body_start = self._body_end = 0
-        self._unsent = [memoryview(head), *(memoryview(part).cast("B") for part in body)]
+        parts = (memoryview(part).cast("B") for part in body)
+        self._unsent = [memoryview(head), *(part for part in parts if len(part))]
         self.send()
 
     def send(self) -> None:
@@ -116,7 +117,8 @@ class Connection:
         self._socket.close()
 
     def _failed(self, verb: str, error: OSError) -> CallError:
-        verb = verb if self.connected else "connect"
+        if not self.connected:
+            return CannotConnect(f"{self.address}: cannot connect: {error}")
         return CallError(f"{self.address}: cannot {verb}: {error}")
 
     def _drop(self, sent: int) -> None:
@@ -170,13 +172,13 @@ def _connecting(address: str) -> socket.socket:
         family, kind, protocol, _, place = places[0]
         connecting = socket.socket(family, kind, protocol)
     except (OSError, ValueError) as error:
-        raise CallError(f"{address}: cannot connect: {error}") from error
+        raise CannotConnect(f"{address}: cannot connect: {error}") from error
     connecting.setblocking(False)
     connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     code = connecting.connect_ex(place)
     if code not in (0, errno.EINPROGRESS):
         connecting.close()
-        raise CallError(f"{address}: cannot connect: {os.strerror(code)}")
+        raise CannotConnect(f"{address}: cannot connect: {os.strerror(code)}")
     return connecting
 
 

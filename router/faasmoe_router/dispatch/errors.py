@@ -7,6 +7,14 @@ class CallError(Exception):
     """A call that gave no answer: the connection, the sandbox or its answer failed."""
 
 
+class CannotConnect(CallError):
+    """Nothing accepts connections at the address."""
+
+
+class NotYetThere(CannotConnect):
+    """Nothing accepts connections at the address, and nothing ever has: it may be starting."""
+
+
 class Refused(CallError):
     """The sandbox answered with another status than 200."""
 

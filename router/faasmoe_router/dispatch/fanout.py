@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import select
+import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from faasmoe_expert.wire.request import Buffer
 from faasmoe_router.dispatch.connection import Connection
-from faasmoe_router.dispatch.errors import CallError, Refused
+from faasmoe_router.dispatch.errors import CallError, CannotConnect, Refused
 
 MAX_IDLE_PER_ADDRESS = 8
+SENDING_PAUSE_S = 0.005  # a sandbox that takes no byte for so long is busy with something else
 
 Take = Callable[[int, memoryview], None]
 
@@ -47,30 +48,38 @@ class Timeouts:
 class Fanout:
     """Keep-alive connections to sandboxes, and rounds of parallel calls over them.
 
-    Belongs to one thread. A call that fails on a connection that was used before, without a byte of
-    an answer, is made once more on a new one: the sandbox may have closed it while idle, and calls
-    are pure.
+    Belongs to one thread, but for `retain`. A call that fails on a connection that was used before,
+    without a byte of an answer, is made once more on a new one: the sandbox may have closed it
+    while idle, and calls are pure.
     """
 
     def __init__(self, *, token: str = "", timeouts: Timeouts | None = None) -> None:
         self._authorization = f"authorization: Bearer {token}\r\n" if token else ""
         self._timeouts = timeouts or Timeouts()
-        self._idle: dict[str, list[Connection]] = defaultdict(list)
+        self._idle: dict[str, list[Connection]] = {}
+        self._known: Collection[str] | None = None  # None: every address
+        self._lock = threading.Lock()  # of the two above
 
-    def run(self, calls: Sequence[Call], take: Take) -> dict[int, CallError]:
+    def run(
+        self, calls: Sequence[Call], take: Take, *, meanwhile: Callable[[], None] | None = None
+    ) -> dict[int, CallError]:
         """Make all calls; return the errors of those that failed, by position.
 
         Args:
             calls: the calls, sent in order, answered in any order.
             take: gets each answer's position and body; the body is valid during the call. A
                 CallError that it raises counts as the call's failure.
+            meanwhile: work to do once while the calls are away.
         """
-        return _Round(self, calls, take, self._timeouts).run()
+        return _Round(self, calls, take, self._timeouts).run(meanwhile)
 
     def connection(self, address: str, *, fresh: bool) -> Connection:
         """Return an idle connection, or a new one; raises CallError."""
-        idle = self._idle[address]
-        return Connection(address) if fresh or not idle else idle.pop()
+        if not fresh:
+            with self._lock:
+                if idle := self._idle.get(address):
+                    return idle.pop()
+        return Connection(address)
 
     def head(self, call: Call) -> bytes:
         """Return the head of a call's HTTP request."""
@@ -81,25 +90,31 @@ class Fanout:
 
     def keep(self, connection: Connection) -> None:
         """Take a connection back whose answer was read."""
-        idle = self._idle[connection.address]
-        if connection.is_reusable and len(idle) < MAX_IDLE_PER_ADDRESS:
-            connection.rest()
-            idle.append(connection)
-        else:
-            connection.close()
+        address = connection.address
+        with self._lock:
+            is_known = self._known is None or address in self._known
+            if is_known and connection.is_reusable:
+                idle = self._idle.setdefault(address, [])
+                if len(idle) < MAX_IDLE_PER_ADDRESS:
+                    connection.rest()
+                    idle.append(connection)
+                    return
+        connection.close()
 
     def retain(self, addresses: Collection[str]) -> None:
-        """Close the idle connections to all other addresses: their sandboxes are gone."""
-        for address in [a for a in self._idle if a not in addresses]:
-            for connection in self._idle.pop(address):
-                connection.close()
+        """Close the connections to all other addresses, those in use once they are answered.
+
+        Their sandboxes are gone. May be called from any thread.
+        """
+        with self._lock:
+            self._known = addresses
+            gone = [self._idle.pop(a) for a in list(self._idle) if a not in addresses]
+        for connection in (c for connections in gone for c in connections):
+            connection.close()
 
     def close(self) -> None:
         """Close all idle connections."""
-        for connections in self._idle.values():
-            for connection in connections:
-                connection.close()
-        self._idle.clear()
+        self.retain(())
 
 
 class _Round:
@@ -117,10 +132,13 @@ class _Round:
         self._errors: dict[int, CallError] = {}
         self._poll = select.poll()
 
-    def run(self) -> dict[int, CallError]:
+    def run(self, meanwhile: Callable[[], None] | None) -> dict[int, CallError]:
         try:
             for position in range(len(self._calls)):
                 self._begin(position, fresh=False)
+            if meanwhile is not None:
+                self._send_rest()
+                meanwhile()
             while self._open:
                 left_s = self._time_left()
                 for fd, events in self._poll.poll(left_s * 1000):
@@ -145,6 +163,15 @@ class _Round:
         connect_by_s = time.monotonic() + self._connect_timeout_s
         self._open[connection.fileno()] = _Flight(position, connection, connect_by_s)
         self._poll.register(connection, connection.events)
+
+    def _send_rest(self) -> None:
+        """Send what the sockets did not take at once, as long as the sandboxes read."""
+        while any(flight.connection.events & select.POLLOUT for flight in self._open.values()):
+            ready = self._poll.poll(SENDING_PAUSE_S * 1000)
+            if not ready:
+                return
+            for fd, events in ready:
+                self._advance(fd, events)
 
     def _advance(self, fd: int, events: int) -> None:
         flight = self._open[fd]
@@ -203,8 +230,11 @@ class _Round:
                 continue
             self._finish(fd)
             connection.close()
-            what = "no answer" if connection.connected else "no connection"
-            self._errors[flight.position] = CallError(f"{connection.address}: {what} in time")
+            self._errors[flight.position] = (
+                CallError(f"{connection.address}: no answer in time")
+                if connection.connected
+                else CannotConnect(f"{connection.address}: no connection in time")
+            )
         return max(0.0, next_s - now_s) if self._open else 0.0
 
 

@@ -7,10 +7,11 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from faasmoe_expert.functions import ExpertFunction
-from faasmoe_expert.store import Store
+from faasmoe_expert.functions import BadAttachment, ExpertFunction
+from faasmoe_expert.store import Store, StoreError
 from faasmoe_expert.table import FunctionSpec
 from faasmoe_expert.wire import Request
+from faasmoe_router.errors import StoreUnreadable
 
 MAX_FUNCTIONS = 128  # mapped, not copied: an entry costs address space and some kB
 
@@ -23,11 +24,24 @@ class LocalFunctions:
         self._functions: OrderedDict[FunctionSpec, ExpertFunction] = OrderedDict()
 
     def compute(self, spec: FunctionSpec, request: Request) -> Tensor:
-        """Return what the function `spec` answers to `request`: [T, H], or [P, H] unreduced."""
+        """Return what the function `spec` answers to `request`: [T, H], or [P, H] unreduced.
+
+        Raises:
+            StoreUnreadable: the store does not have the function any more.
+        """
         function = self._functions.pop(spec, None)
         if function is None:
-            function = ExpertFunction(spec, self._store, device=torch.device("cpu"))
+            function = self._map(spec)
         self._functions[spec] = function
         if len(self._functions) > MAX_FUNCTIONS:
             self._functions.popitem(last=False)
         return function.compute(request)
+
+    def _map(self, spec: FunctionSpec) -> ExpertFunction:
+        try:
+            return ExpertFunction(spec, self._store, device=torch.device("cpu"))
+        except (BadAttachment, StoreError, OSError) as error:
+            raise StoreUnreadable(
+                f"no sandbox answers for function {spec.id}, and the store {self._store.path} "
+                f"cannot stand in: {error}"
+            ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0, 3.0, 10.0)
 
@@ -23,6 +23,11 @@ class DispatchMetrics:
         self.local = Counter(
             "faasmoe_router_local_computations_total",
             "Calls computed in the router because no sandbox answered.",
+            registry=registry,
+        )
+        self.held = Gauge(
+            "faasmoe_router_held_calls",
+            "Calls that wait for their function to be started.",
             registry=registry,
         )
         self.sent_bytes = Counter(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from faasmoe_expert.store import Store
-from faasmoe_expert.table import FunctionEntry, FunctionTable, TableError
+from faasmoe_expert.table import FunctionEntry, FunctionSpec, FunctionTable, TableError
+from faasmoe_router.dispatch.needs import needs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +29,34 @@ class LayerRouting:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """All layers' functions at one version of the table; replaced as a whole."""
+    """All layers' functions at one version of the table; replaced as a whole.
+
+    Attributes:
+        version: the table's version.
+        layers: each MoE layer's functions.
+        entries: every function by its id, in the table's order.
+        needs: the fewest tokens that probably need each function.
+        missing: ids of the functions without an address, in the table's order.
+        complete_below: batches of fewer tokens than this need no function that is missing.
+    """
 
     version: int
     layers: tuple[LayerRouting, ...]
+    entries: Mapping[str, FunctionEntry]
+    needs: Mapping[str, int]
+    missing: tuple[str, ...] = dataclasses.field(init=False)
+    complete_below: float = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive what is asked for at every request."""
+        missing = tuple(name for name, entry in self.entries.items() if not entry.addresses)
+        bound = min((self.needs[name] for name in missing), default=float("inf"))
+        object.__setattr__(self, "missing", missing)
+        object.__setattr__(self, "complete_below", bound)
 
     def addresses(self) -> frozenset[str]:
         """Return every address that a call may go to."""
-        entries = (entry for layer in self.layers for entry in layer.functions)
-        return frozenset(address for entry in entries for address in entry.addresses)
+        return frozenset(a for entry in self.entries.values() for a in entry.addresses)
 
     @classmethod
     def from_table(cls, table: FunctionTable, store: Store) -> Routing:
@@ -54,11 +75,56 @@ class Routing:
                         f"expected indices below {len(by_layer)}"
                     )
                 by_layer[layer].append(entry)
-        layers = (
+        layers = tuple(
             _layer(layer.index, layer.num_experts, entries)
             for layer, entries in zip(manifest.layers, by_layer, strict=True)
         )
-        return cls(table.version, tuple(layers))
+        entries = {entry.spec.id: entry for entry in table.functions}
+        if len(entries) < len(table.functions):
+            raise TableError("functions: got an id twice, expected one entry for each function")
+        needs = {name: needs_of(entry.spec, store) for name, entry in entries.items()}
+        return cls(table.version, layers, entries, needs)
+
+    @classmethod
+    def before_any_table(cls, store: Store) -> Routing:
+        """Return a routing that has no function to call: each layer is one block without a name."""
+        layers = tuple(
+            LayerRouting(
+                np.zeros(layer.num_experts, dtype=np.int32),
+                (
+                    FunctionEntry(
+                        FunctionSpec(
+                            f"layer{layer.index}", (layer.index,), tuple(range(layer.num_experts))
+                        )
+                    ),
+                ),
+            )
+            for layer in store.manifest.layers
+        )
+        return cls(0, layers, {}, {})
+
+    def moved(self, version: int, addresses: Mapping[str, tuple[str, ...]]) -> Routing:
+        """Return this routing with other addresses for some functions; raises TableError."""
+        entries = dict(self.entries)
+        touched: set[int] = set()
+        for name, places in addresses.items():
+            if name not in entries:
+                raise TableError(f"functions: got {name}, expected an id of the table")
+            entries[name] = FunctionEntry(entries[name].spec, places)
+            touched.update(entries[name].spec.layers)
+        layers = tuple(
+            LayerRouting(layer.function_of, tuple(entries[f.spec.id] for f in layer.functions))
+            if index in touched
+            else layer
+            for index, layer in enumerate(self.layers)
+        )
+        return Routing(version, layers, entries, self.needs)
+
+    def missing_for(self, n_tokens: int) -> Sequence[str]:
+        """Return the functions that so many tokens probably need and that have no address."""
+        if n_tokens < self.complete_below:
+            return ()
+        return tuple(name for name in self.missing if self.needs[name] <= n_tokens)
 
 
 def _layer(index: int, n_experts: int, functions: Sequence[FunctionEntry]) -> LayerRouting:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 NO_EOS = -1
 OutputHandler = Callable[[Sequence[Any]], None]
+BrokenHandler = Callable[[Sequence[str]], None]
 
 
 class _LoopRouter(OutputRouter):  # type: ignore[misc]
@@ -54,14 +55,28 @@ class Batcher:
     def __init__(self, model: Any, limits: EngineLimits) -> None:
         _use_batchable_attention(model)
         self._limits = limits
+        self._report_broken: BrokenHandler = lambda _: None
         self._manager = self._make_manager(model)
 
-    def start(self, loop: asyncio.AbstractEventLoop, handler: OutputHandler) -> None:
-        """Allocate the cache and start the thread; outputs go to the handler, on the loop.
+    def start(
+        self, loop: asyncio.AbstractEventLoop, handler: OutputHandler, on_broken: BrokenHandler
+    ) -> None:
+        """Allocate the cache and start the thread.
+
+        Args:
+            loop: where both handlers are called.
+            handler: gets each batch's outputs.
+            on_broken: gets the ids of requests whose scores are not finite, ahead of their outputs.
 
         Raises:
             ConfigError: the cache cannot hold one request, or the model cannot be batched.
         """
+
+        def report(request_ids: Sequence[str]) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(on_broken, request_ids)
+
+        self._report_broken = report
         self._manager.output_router = _LoopRouter(loop, handler)
         try:
             self._manager.warmup()
@@ -124,7 +139,8 @@ class Batcher:
 
     def _make_manager(self, model: Any) -> Any:
         # The manager asks the model for its processors once, when it is made.
-        model._get_logits_processor = lambda _: LogitsProcessorList([RequestSampler()])
+        sampler = RequestSampler(lambda request_ids: self._report_broken(request_ids))
+        model._get_logits_processor = lambda _: LogitsProcessorList([sampler])
         try:
             manager = model.init_continuous_batching(
                 generation_config=GenerationConfig(do_sample=False, eos_token_id=NO_EOS),

@@ -19,7 +19,13 @@ from faasmoe_router.engine.generation import Sequence as TokenSequence
 from faasmoe_router.engine.restarts import RestartBudget
 from faasmoe_router.engine.sizing import EngineLimits
 from faasmoe_router.engine.text import TextCodec
-from faasmoe_router.errors import EngineSaturated, EngineUnavailable, GenerationFailed, RouterError
+from faasmoe_router.errors import (
+    EngineSaturated,
+    EngineUnavailable,
+    GenerationFailed,
+    RouterError,
+    StoreUnreadable,
+)
 from faasmoe_router.metrics import EngineMetrics
 
 logger = logging.getLogger(__name__)
@@ -107,7 +113,7 @@ class Engine:
         """
         if self._batcher is None or not self._batcher.alive:
             raise EngineUnavailable("the engine is starting")
-        capacity = self.limits.max_num_seqs + self.limits.max_waiting
+        capacity = self.limits.capacity
         if len(self._running) + len(requests) > capacity:
             raise EngineSaturated(
                 f"{len(self._running)} requests are held, at most {capacity} may be"
@@ -174,6 +180,14 @@ class Engine:
                 self._fail(output.request_id)
                 self._free(output.request_id)
 
+    def _on_broken(self, sequence_ids: Sequence[str]) -> None:
+        """End requests whose scores are not finite, ahead of the tokens that were made of them."""
+        for sequence_id in sequence_ids:
+            if sequence_id in self._running:
+                logger.error("A request ends with an error: the model's scores are not finite")
+                self._fail(sequence_id, "the model's scores for this request are not finite")
+                self._free(sequence_id)
+
     def _advance(self, output: Any, running: _Running, *, now_s: float) -> None:
         tokens = output.generated_tokens[running.n_seen :]
         if not tokens:
@@ -201,10 +215,12 @@ class Engine:
             self._metrics.inter_token_latency_s.observe(now_s - running.last_s)
         running.last_s = now_s
 
-    def _fail(self, sequence_id: str) -> None:
+    def _fail(
+        self, sequence_id: str, why: str = "the model could not finish this request"
+    ) -> None:
         running = self._running.pop(sequence_id, None)
         if running is not None:
-            running.generation.fail(GenerationFailed("the model could not finish this request"))
+            running.generation.fail(GenerationFailed(why))
             self._metrics.finished("error")
 
     def _fail_all(self, why: str) -> None:
@@ -221,14 +237,19 @@ class Engine:
             await asyncio.sleep(WATCH_INTERVAL_S)
             if self._batcher is None or self._batcher.alive:
                 continue
-            logger.error("The engine died: %r", self._batcher.fatal_error)
+            error = self._batcher.fatal_error
+            logger.error("The engine died: %r", error)
             await self._stop_batcher()
             self._fail_all("the engine died")
-            if not await self._restart():
+            if not await self._restart_after(error):
                 return
 
-    async def _restart(self) -> bool:
-        """Start again if the budget allows; return whether the engine runs or will try again."""
+    async def _restart_after(self, error: Exception | None) -> bool:
+        """Start again if that may help and the budget allows; return whether the engine runs."""
+        if isinstance(error, StoreUnreadable):
+            logger.critical("The engine gives up: %s", error)
+            self._on_give_up()
+            return False
         if not self._restarts.take(time.monotonic()):
             logger.critical(
                 "The engine died more than %d times in %.0f s; it gives up",
@@ -251,7 +272,7 @@ class Engine:
 
     def _make_batcher(self, loop: asyncio.AbstractEventLoop) -> Batcher:
         batcher = Batcher(self._model, self.limits)
-        batcher.start(loop, self._on_outputs)
+        batcher.start(loop, self._on_outputs, self._on_broken)
         return batcher
 
     async def _stop_batcher(self) -> None:

@@ -77,6 +77,8 @@ def force_draws(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
 def choose(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Return the drawn token of each row, [S]; the scores are [S, V], one row for each draw."""
     temperatures = _column([draw.params.temperature for draw in draws], scores)  # [S, 1]
+    # What float32 rounds to 0 would divide 0 by 0: not a number, and the last token of the list.
+    temperatures.clamp_(min=torch.finfo(scores.dtype).tiny)
     peaks = scores.amax(-1, keepdim=True)  # [S, 1]
     # Subtracting the peak first keeps a tiny temperature from overflowing.
     probs = ((scores - peaks) / temperatures).softmax(-1)  # [S, V]

@@ -81,6 +81,11 @@ class EngineLimits:
                 f"max_num_seqs, {self.max_num_seqs}: each running request decodes one token a batch"
             )
 
+    @property
+    def capacity(self) -> int:
+        """Requests that may be held at once, those that wait included."""
+        return self.max_num_seqs + self.max_waiting
+
     def n_pages(self, geometry: Geometry) -> int:
         """Return the pages of the cache; raises ConfigError if one request cannot fit."""
         token_bytes = geometry.token_bytes(self.max_num_batched_tokens)

@@ -11,7 +11,11 @@ from faasmoe_router.errors import ChatTemplateError, ConfigError
 
 
 class TextCodec:
-    """What the engine and the API need of a tokenizer; safe to call from several threads."""
+    """What the engine and the API need of a tokenizer; safe to call from several threads.
+
+    Attributes:
+        longest_token_bytes: the most bytes of UTF-8 text that one token stands for.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -24,6 +28,7 @@ class TextCodec:
         backend.no_padding()
         self._tokenizer = tokenizer
         self._backend: Tokenizer = backend
+        self.longest_token_bytes = _longest_token_bytes(backend)
 
     @property
     def has_chat_template(self) -> bool:
@@ -60,6 +65,11 @@ class TextCodec:
     def detokenizer(self) -> "Detokenizer":
         """Return a new incremental decoder."""
         return Detokenizer(self._backend)
+
+
+def _longest_token_bytes(backend: Tokenizer) -> int:
+    # In UTF-8, whatever the token stands for: bytes written as characters only make it longer.
+    return max((len(token.encode()) for token in backend.get_vocab()), default=1)
 
 
 class Detokenizer:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from faasmoe_expert.errors import BadAttachment, BadFrame
 from faasmoe_expert.functions import ExpertFunction
-from faasmoe_expert.store import Store
+from faasmoe_expert.store import Store, manifest_digest
 from faasmoe_expert.wire import Dtype, Mode, Request, decode_request, encode_request
 
 CPU = torch.device("cpu")
@@ -249,5 +249,6 @@ def changed(store: Store, folder: Path, *, architecture: str = "", **layer: Any)
     manifest = json.loads(path.read_text())
     manifest["layers"][0] |= layer
     manifest["model"]["architecture"] = architecture or manifest["model"]["architecture"]
+    manifest["digest"] = manifest_digest(manifest)
     path.write_text(json.dumps(manifest))
     return Store.open(folder / "store")

@@ -1,11 +1,13 @@
 """The general path computes the same from a compacted copy of its block, as CUDA has it."""
 
+import numpy as np
 import pytest
 import torch
 from sandboxes import PreparedStore
 from torch import Tensor
 
 from faasmoe_expert.functions.module import ModuleKernel
+from faasmoe_expert.functions.pairs import Pairs
 from faasmoe_expert.functions.weights import LayerWeights, map_weights
 from faasmoe_expert.store import Store
 
@@ -47,14 +49,27 @@ def routed(store: Store) -> tuple[Tensor, "torch.Tensor"]:
     return hidden, torch.rand(27, generator=generator)  # [P]
 
 
+def every_expert(weight: Tensor) -> Pairs:
+    """Each of 9 rows for each expert of the block."""
+    row = torch.arange(9).repeat_interleave(3).int().numpy()  # [P]
+    return Pairs(row, torch.tensor(BLOCK * 9).int().numpy(), weight)
+
+
+def test_sums_do_not_depend_on_the_order_in_which_a_rows_experts_come(store: Store) -> None:
+    hidden, weight = routed(store)
+    pairs, kernel = every_expert(weight), kernel_of(store, mapped(store))
+    turned = np.arange(27).reshape(9, 3)[:, [2, 0, 1]].reshape(-1)
+    other = Pairs(pairs.row[turned], pairs.expert[turned], weight[turned])
+    assert torch.equal(kernel.sum(hidden, other), kernel.sum(hidden, pairs))
+
+
 @pytest.mark.parametrize("verb", ["run", "sum"])
 def test_a_compacted_block_computes_what_the_mapped_stack_does(store: Store, verb: str) -> None:
     hidden, weight = routed(store)
-    pair_row = torch.arange(9).repeat_interleave(3).int().numpy()  # [P]
-    pair_expert = torch.tensor(BLOCK * 9).int().numpy()  # [P]
+    pairs = every_expert(weight)
     whole = mapped(store)
     results = [
-        getattr(kernel_of(store, weights), verb)(hidden, pair_row, pair_expert, weight)
+        getattr(kernel_of(store, weights), verb)(hidden, pairs)
         for weights in (whole, compacted(whole))
     ]
     torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=1e-6)
@@ -64,9 +79,9 @@ def test_a_compacted_block_computes_what_the_mapped_stack_does(store: Store, ver
 def test_kernels_of_one_model_do_not_share_their_weights(prepared_store: PreparedStore) -> None:
     store = prepared_store("gpt_oss")
     hidden, weight = routed(store)
-    row, expert = torch.zeros(1).int().numpy(), torch.tensor([4]).int().numpy()
+    pairs = Pairs(np.zeros(1, dtype=np.int32), np.array([4], dtype=np.int32), weight[:1])
     first = kernel_of(store, mapped(store))
-    before = first.sum(hidden, row, expert, weight[:1])
+    before = first.sum(hidden, pairs)
     other = LayerWeights(
         {
             name: {e: torch.zeros_like(stack[e]) for e in BLOCK}
@@ -74,5 +89,5 @@ def test_kernels_of_one_model_do_not_share_their_weights(prepared_store: Prepare
         },
         {},
     )
-    assert not kernel_of(store, other).sum(hidden, row, expert, weight[:1]).any()
-    assert torch.equal(first.sum(hidden, row, expert, weight[:1]), before)
+    assert not kernel_of(store, other).sum(hidden, pairs).any()
+    assert torch.equal(first.sum(hidden, pairs), before)

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faasmoe_expert.functions.kernels import KernelSpec, padded_rows, run_gated, sum_gated
+from faasmoe_expert.functions.pairs import Pairs
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_padding_changes_no_sum(n_rows: int) -> None:
     hidden = torch.randn(n_rows, 8, generator=generator)  # [T, H]
     spec = KernelSpec("gated", "silu", transposed=False, interleaved=False, bias=False)
     row, expert = np.repeat(np.arange(n_rows), 2), np.tile([0, 1], n_rows)
-    pairs = (row.astype(np.int32), expert.astype(np.int32), torch.ones(2 * n_rows))
-    each = run_gated(spec, weights, hidden, *pairs)  # [P, H]
-    total = sum_gated(spec, weights, hidden, *pairs)  # [T, H]
+    pairs = Pairs(row.astype(np.int32), expert.astype(np.int32), torch.ones(2 * n_rows))
+    each = run_gated(spec, weights, hidden, pairs)  # [P, H]
+    total = sum_gated(spec, weights, hidden, pairs)  # [T, H]
     torch.testing.assert_close(total, each.view(n_rows, 2, -1).sum(1))

@@ -13,7 +13,7 @@ import pytest
 from rawhttp import DEADLINE_S, frame, n_connections, post, read_answer, until
 from sandboxes import OpenSandbox, SandboxProcess, sandbox_env, spec_of
 
-from faasmoe_expert.store import Store
+from faasmoe_expert.store import Store, manifest_digest
 from faasmoe_expert.table import FunctionSpec
 
 REFUSED = 2  # exit status for settings that cannot be used
@@ -69,6 +69,7 @@ def test_a_computation_that_fails_is_a_500_and_the_sandbox_goes_on(
     shutil.copytree(store.path, tmp_path / "store")
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
     manifest["layers"][0]["kernel"]["transposed"] = True  # shapes that do not fit each other
+    manifest["digest"] = manifest_digest(manifest)
     (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
     with sandbox(capacity=2) as box:
         box.attach(Store.open(tmp_path / "store"), spec)

@@ -15,7 +15,7 @@ from rawhttp import TOKEN, frame
 from sandboxes import OpenSandbox, PreparedStore, SandboxProcess, spec_of
 
 from faasmoe_expert.server.answer import FRAME
-from faasmoe_expert.store import Store
+from faasmoe_expert.store import Store, manifest_digest
 from faasmoe_expert.table import FunctionSpec
 from faasmoe_expert.wire import Dtype, Mode, decode_request, decode_response
 
@@ -152,6 +152,13 @@ def test_a_frame_is_answered_with_what_the_experts_make_of_it(
         pytest.param({"experts": [-1]}, "experts", id="expert negative"),
         pytest.param({"experts": [2, 1]}, "experts", id="experts not ascending"),
         pytest.param({"experts": {"0": 1}}, "experts", id="experts of another type"),
+        pytest.param({"id": "f1"}, "id", id="id of another function"),
+        pytest.param({"expert": [0]}, "expert", id="unknown field"),
+        pytest.param({"x" * 100_000: 1}, "x" * 80, id="unknown field of a long name"),
+        pytest.param({"store": "/" + "x" * 100_000}, "store", id="store too long"),
+        pytest.param({"store": ["x" * 100_000]}, "store", id="store a long list"),
+        pytest.param({"model_digest": "x" * 100_000}, "model_digest", id="digest too long"),
+        pytest.param({"experts": list(range(9_999, 0, -1))}, "experts", id="many experts"),
     ],
 )
 def test_a_bad_attachment_is_refused_by_its_field(
@@ -164,16 +171,20 @@ def test_a_bad_attachment_is_refused_by_its_field(
     assert answer.status_code == 422
     assert error_of(answer)["field"] == field
     assert error_of(answer)["message"].startswith(f"{field}: ")
+    assert len(answer.content) < 9 << 10  # a path twice, everything else cut
     assert len(box.http.get("/v1/functions").json()["functions"]) == 1
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, '{"store": ""}'.encode("utf-16")],
+)
 def test_an_attachment_that_is_no_json_object_is_refused(box: SandboxProcess, text: bytes) -> None:
     answer = box.http.put("/v1/functions/f1", content=text)
     assert (answer.status_code, error_of(answer)["field"]) == (422, "body")
 
 
-@pytest.mark.parametrize("function_id", ["a-b", "a" * 65, "a%2Fb", "%00"])
+@pytest.mark.parametrize("function_id", ["a-b", "a" * 65, "a%2Fb", "%00", "\N{SUPERSCRIPT TWO}"])
 def test_an_id_of_other_characters_is_refused(
     box: SandboxProcess, store: Store, spec: FunctionSpec, function_id: str
 ) -> None:
@@ -217,12 +228,37 @@ def test_a_damaged_store_is_refused_by_its_file(
     assert "00000.safetensors" in error_of(answer)["message"]
 
 
+def test_a_file_truncated_while_its_store_is_used_is_refused(
+    fresh: SandboxProcess, store: Store, tmp_path: Path
+) -> None:
+    copy = Store.open(shutil.copytree(store.path, tmp_path / "store"))
+    fresh.attach(copy, spec_of(copy, [0], [0]))
+    damage_truncated(copy.path / "experts" / "00001.safetensors")
+    for layers in ([1], [0, 1]):
+        spec = spec_of(copy, layers, [1])
+        answer = put(fresh, spec, body(copy, spec))
+        assert (answer.status_code, error_of(answer)["field"]) == (422, "store")
+        assert "00001.safetensors: size: got" in error_of(answer)["message"]
+    assert len(fresh.http.get("/v1/functions").json()["functions"]) == 1
+
+
+def test_a_store_is_read_again_once_its_last_function_is_gone(
+    fresh: SandboxProcess, store: Store, tmp_path: Path
+) -> None:
+    copy = Store.open(shutil.copytree(store.path, tmp_path / "store"))
+    spec = spec_of(copy, [1], [3])
+    fresh.attach(store, spec_of(store, [0], [0]))  # of the same digest, elsewhere
+    fresh.attach(copy, spec)
+    (copy.path / "manifest.json").unlink()
+    fresh.http.delete(f"/v1/functions/{spec.id}")
+    answer = put(fresh, spec, body(copy, spec))
+    assert (answer.status_code, error_of(answer)["field"]) == (422, "store")
+    assert "manifest.json: not there" in error_of(answer)["message"]
+
+
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> str:
     """Make the store another model's, which the sandbox has not opened yet."""
-    from faasmoe_expert.store import FileEntry, files_digest
-
-    entries = {n: FileEntry.from_json(e, where=n) for n, e in manifest["files"].items()}
-    manifest["digest"] = files_digest(entries)
+    manifest["digest"] = manifest_digest(manifest)
     (folder / "model" / "extra").touch()
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return str(manifest["digest"])
@@ -301,7 +337,8 @@ def test_probes_need_no_token(box: SandboxProcess, path: str) -> None:
         ("GET", "/v1/functions/f1", 405),
         ("POST", "/healthz", 405),
         ("DELETE", "/metrics", 405),
-        ("HEAD", "/healthz", 405),
+        ("HEAD", "/v1/functions/f1", 405),
+        ("HEAD", "/other", 404),
         ("POST", "/v1/functions", 404),
         ("POST", "/v1/functions/", 404),
         ("POST", "/v1/functions/f1/f2", 404),
@@ -317,6 +354,13 @@ def test_other_methods_and_paths_are_refused(
     assert answer.status_code == status
     if method != "HEAD":
         assert error_of(answer)["field"] == ("method" if status == 405 else "path")
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+def test_probes_answer_head_as_get_without_the_body(box: SandboxProcess, path: str) -> None:
+    answer = box.http.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert int(answer.headers["content-length"]) > 0
 
 
 def test_metrics_count_frames_and_refusals(fresh: SandboxProcess, store: Store) -> None:

@@ -28,12 +28,10 @@ def manifest_of(files: Mapping[str, bytes]) -> dict[str, Any]:
         name: {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in files.items()
     }
-    lines = "".join(f"{entry['sha256']}  {name}\n" for name, entry in sorted(entries.items()))
     layers = [name for name in sorted(files) if name.startswith("experts/")]
-    return {
+    value = {
         "format": "faasmoe-store",
         "version": 1,
-        "digest": f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}",
         "model": {
             "source": "org/name",
             "revision": None,
@@ -62,6 +60,14 @@ def manifest_of(files: Mapping[str, bytes]) -> dict[str, Any]:
         ],
         "files": entries,
     }
+    return {**value, "digest": digest_of(value)}
+
+
+def digest_of(value: Mapping[str, Any]) -> str:
+    """The digest by its definition: JSON without spaces, fields sorted, in ASCII."""
+    rest = {name: field for name, field in value.items() if name != "digest"}
+    text = json.dumps(rest, separators=(",", ":"), sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode('ascii')).hexdigest()}"
 
 
 def layer_tensors(first: int) -> Tensors:

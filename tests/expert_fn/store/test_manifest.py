@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import hashlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from faasmoe_expert.store import Manifest, StoreError
+from faasmoe_expert.store import Manifest, StoreError, manifest_digest
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -32,6 +33,8 @@ def test_mirrors_the_json_fields(manifest: dict[str, Any]) -> None:
     [
         pytest.param(lambda m: m.update(format="zip"), "manifest.format: got 'zip'", id="format"),
         pytest.param(lambda m: m.update(version=2), "version: got 2, expected 1", id="version"),
+        pytest.param(lambda m: m.update(version=True), "version: got True", id="version-bool"),
+        pytest.param(lambda m: m.update(version=1.0), "version: got 1.0", id="version-float"),
         pytest.param(lambda m: m.pop("digest"), "digest: got nothing", id="no-digest"),
         pytest.param(lambda m: m.update(digest="sha256:0"), "manifest.digest: got", id="digest"),
         pytest.param(lambda m: m.update(extra=1), "unknown fields extra", id="unknown"),
@@ -69,6 +72,45 @@ def test_mirrors_the_json_fields(manifest: dict[str, Any]) -> None:
 def test_names_the_wrong_field(manifest: dict[str, Any], change: Change, message: str) -> None:
     change(manifest)
     with pytest.raises(StoreError, match=message):
+        Manifest.from_json(manifest)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda m: m["model"].update(source="org/other"), id="source"),
+        pytest.param(lambda m: m["model"].update(revision="main"), id="revision"),
+        pytest.param(lambda m: m["layers"][1].update(top_k=1), id="top-k"),
+        pytest.param(lambda m: m["layers"][0].update(name="model.layers.9"), id="name"),
+        pytest.param(lambda m: m["layers"][0].update(kernel=None), id="kernel"),
+        pytest.param(lambda m: m["layers"][0]["kernel"].update(activation="gelu"), id="activation"),
+        pytest.param(lambda m: m["files"]["model/config.json"].update(size_bytes=3), id="size"),
+        pytest.param(lambda m: m["files"]["model/config.json"].update(sha256="0" * 64), id="sha"),
+    ],
+)
+def test_the_digest_is_over_all_of_it(manifest: dict[str, Any], change: Change) -> None:
+    change(manifest)
+    with pytest.raises(StoreError, match="manifest.digest: got .* prepare the store again"):
+        Manifest.from_json(manifest)
+    manifest["digest"] = manifest_digest(manifest)
+    assert Manifest.from_json(manifest).to_json() == manifest
+
+
+def test_the_digest_does_not_depend_on_the_order_of_fields(manifest: dict[str, Any]) -> None:
+    turned = json.loads(json.dumps(manifest), object_pairs_hook=lambda pairs: dict(pairs[::-1]))
+    assert list(turned) == list(manifest)[::-1]
+    assert manifest_digest(turned) == manifest["digest"]
+
+
+def test_describing_a_store_gives_the_manifest_that_is_read(manifest: dict[str, Any]) -> None:
+    read = Manifest.from_json(manifest)
+    assert Manifest.describing(model=read.model, layers=read.layers, files=read.files) == read
+
+
+def test_an_earlier_versions_digest_is_told_with_its_remedy(manifest: dict[str, Any]) -> None:
+    lines = "".join(f"{e['sha256']}  {name}\n" for name, e in sorted(manifest["files"].items()))
+    manifest["digest"] = f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+    with pytest.raises(StoreError, match="earlier version's; prepare the store again with --force"):
         Manifest.from_json(manifest)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from faasmoe_expert.store import Store, StoreError
+from faasmoe_expert.store import Store, StoreError, manifest_digest
 
 LAYER = "experts/00001.safetensors"
 
@@ -79,6 +79,7 @@ def test_a_layer_of_another_model_is_refused(
     store_path: Path, manifest: dict[str, Any], field: str, value: int
 ) -> None:
     manifest["layers"][1][field] = value
+    manifest["digest"] = manifest_digest(manifest)
     (store_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(StoreError, match=r"00001\.safetensors: \w+ tensors: got \d+ bytes"):
         Store.open(store_path).map_layer(1)

@@ -11,7 +11,6 @@ from faasmoe_expert.store import (
     LayerEntry,
     Manifest,
     ModelEntry,
-    files_digest,
     sha256_of_file,
 )
 
@@ -58,6 +57,6 @@ def store(tmp_path: Path) -> Path:
     ]
     source = (tmp_path / "checkpoint").as_uri()
     model = ModelEntry(source, None, "tiny_moe", "TinyMoe", "bfloat16", 4, 10, 64, LAYERS)
-    manifest = Manifest(files_digest(files), model, tuple(layers), files)
+    manifest = Manifest.describing(model=model, layers=tuple(layers), files=files)
     (folder / "manifest.json").write_text(json.dumps(manifest.to_json()))
     return folder

@@ -1,4 +1,4 @@
-"""A router that needs no model: /health is 200, or the process fails as the environment says."""
+"""A router that needs no model: it is healthy at once, never, or fails, as the environment says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from faasmoe_expert.lifeline import die_with_parent
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self.send_response(200)
+        self.send_response(503 if os.environ.get("STAND_IN_WAITS") else 200)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -25,8 +25,8 @@ def main() -> None:
     die_with_parent()
     if os.environ.get("STAND_IN_FAILS"):
         sys.exit("the router has no model")
-    table = os.environ["FAASMOE_TABLE"]
-    print(f"table {table} {oct(os.stat(os.path.dirname(table)).st_mode & 0o777)}", flush=True)
+    assert os.environ["FAASMOE_TOKEN"]
+    print(f"control {os.environ['FAASMOE_CONTROL_URL']}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     HTTPServer(("127.0.0.1", int(os.environ["FAASMOE_PORT"])), Handler).serve_forever()
 

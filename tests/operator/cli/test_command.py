@@ -10,7 +10,7 @@ from faasmoe_operator.cli import checkpoint, main
 WriteModel = Callable[..., Path]
 
 
-@pytest.mark.parametrize("command", ["up", "plan", "prepare", "demo-model", "version"])
+@pytest.mark.parametrize("command", ["up", "top", "plan", "prepare", "demo-model", "version"])
 def test_explains_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -27,6 +27,7 @@ def test_explains_each_command(command: str, capsys: pytest.CaptureFixture[str])
         pytest.param(["up", "-f", "x", "--port", "70000"], id="port-too-high"),
         pytest.param(["up", "-f", "x", "--port", "0"], id="port-zero"),
         pytest.param(["prepare", "x"], id="no-store"),
+        pytest.param(["top", "--interval", "0"], id="no-interval"),
     ],
 )
 def test_refuses_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +78,10 @@ def test_plans_what_would_run(
     assert main(["plan", "-f", str(file)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "functions 6, 16.0 MiB of weights" in lines
-    assert "sandboxes 3, 2 functions in each at most" in lines
+    assert "sandboxes 2 functions in each at most, 1 generic ones kept ready" in lines
+    assert "router 0 B of weights" in lines
+    assert "idle 1 sandboxes, about 166.0 MiB" in lines
+    assert "all up 4 sandboxes, about 200.0 MiB with weights, once" in lines
     assert "0-2 1 2 3.0 MiB" in lines
     assert "6-7 1 2 2.0 MiB" in lines
 

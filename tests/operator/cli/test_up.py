@@ -1,15 +1,22 @@
-"""`faasmoe up` as a real process, with a router and sandboxes that need no torch."""
+"""`faasmoe up` as a real process, with a router and sandboxes that need no torch.
 
+The control process is the real one; what a router would say to it is said by the tests.
+"""
+
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,8 +27,9 @@ DEADLINE_S = 30.0
 
 
 class Launched:
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], runtime: Path) -> None:
         self.process = process
+        self.runtime = runtime
         self.output = ""
 
     def read_until(self, text: str) -> None:
@@ -37,12 +45,64 @@ class Launched:
         self.output += rest
         return self.process.returncode
 
+    @property
+    def announced(self) -> dict[str, Any]:
+        (path,) = self.runtime.glob("faasmoe/up-*/control.json")
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    def ask(self, path: str, body: object = None) -> Any:
+        """Call the control API."""
+        request = urllib.request.Request(
+            self.announced["control_url"] + path,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Authorization": f"Bearer {self.announced['token']}"},
+        )
+        with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
+            content = answer.read()
+        return json.loads(content) if content else None
+
+    def status(self) -> dict[str, Any]:
+        """The control's state; empty while it does not answer."""
+        try:
+            found: dict[str, Any] = self.ask("/v1/status")
+        except OSError:
+            return {}
+        return found
+
+    def functions_up(self) -> set[str]:
+        return {f["id"] for f in self.status().get("functions", []) if f["ready"] > 0}
+
+    def sandbox_pids(self) -> set[int]:
+        return {sandbox["pid"] for sandbox in self.status().get("sandboxes", [])}
+
+    def wake_all(self) -> set[str]:
+        functions = [function["id"] for function in self.status()["functions"]]
+        self.ask("/v1/wake", {"router": "r", "sent_at_s": time.time(), "functions": functions})
+        return set(functions)
+
+    def process_named(self, text: str) -> int:
+        """The process below this one whose command line has this text."""
+        for pid in self.children():
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+            except OSError:
+                continue
+            if text in command and Path(f"/proc/{pid}/stat").read_text().split()[3] == str(
+                self.process.pid
+            ):
+                return pid
+        raise AssertionError(f"no process {text!r}")
+
     def children(self) -> list[int]:
         """Processes that this one started, and theirs."""
         found, parents = [], [self.process.pid]
         while parents:
             path = Path(f"/proc/{parents[0]}/task/{parents.pop(0)}/children")
-            pids = [int(pid) for pid in path.read_text().split()]
+            try:
+                pids = [int(pid) for pid in path.read_text().split()]
+            except OSError:  # it has just ended
+                continue
             found += pids
             parents += pids
         return found
@@ -52,18 +112,19 @@ class Launched:
 def up(file: Path, *arguments: str, **environment: str) -> Iterator[Launched]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    process = subprocess.Popen(
-        [*COMMAND, "up", "-f", str(file), "--port", port, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "TMPDIR": str(file.parent), **environment},
-    )
-    with process:
-        try:
-            yield Launched(process)
-        finally:
-            process.kill()
+    with tempfile.TemporaryDirectory() as runtime:  # pytest's own folders are too long for sockets
+        process = subprocess.Popen(
+            [*COMMAND, "up", "-f", str(file), "--port", port, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "XDG_RUNTIME_DIR": runtime, **environment},
+        )
+        with process:
+            try:
+                yield Launched(process, Path(runtime))
+            finally:
+                process.kill()
 
 
 def is_running(pid: int) -> bool:
@@ -73,11 +134,15 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def await_end(pids: list[int]) -> None:
+def eventually(condition: Callable[[], bool], what: str) -> None:
     deadline_s = time.monotonic() + DEADLINE_S
-    while any(is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline_s, "a child was left behind"
-        os.sched_yield()
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not in time: {what}"
+        time.sleep(0.02)
+
+
+def await_end(pids: list[int]) -> None:
+    eventually(lambda: not any(is_running(pid) for pid in pids), "no child left behind")
 
 
 @pytest.fixture
@@ -91,31 +156,116 @@ def test_serves_until_a_signal_and_leaves_nothing_behind(
 ) -> None:
     with up(model) as launched:
         launched.read_until("memory of all processes")
-        assert "tiny is served by 6 functions in 2 sandboxes" in launched.output
+        assert "tiny is served by 6 functions, 0 of them up now" in launched.output
         assert re.search(r"OpenAI base URL +http://127.0.0.1:\d+/v1", launched.output)
+        assert f"control          {launched.announced['control_url']}" in launched.output
+        assert f"[router] control {launched.announced['control_url']}" in launched.output
+        eventually(lambda: len(launched.sandbox_pids()) == 1, "the pool")
         children = launched.children()
-        assert len(children) == 4  # zygote, two sandboxes, router
+        assert len(children) == 4  # zygote, a generic sandbox, control, router
         launched.process.send_signal(number)
         assert launched.end() == 0
         assert not any(is_running(pid) for pid in children)
-        table = re.search(r"\[router\] table (\S+) 0o700", launched.output)
-        assert table is not None
-        assert not Path(table[1]).parent.exists()
+        assert list(launched.runtime.glob("faasmoe/*")) == []
+
+
+def test_keeps_its_secrets_to_its_own_user_and_off_the_command_lines(model: Path) -> None:
+    with up(model) as launched:
+        launched.read_until("memory of all processes")
+        (folder,) = launched.runtime.glob("faasmoe/up-*")
+        assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777 == 0o700
+        assert (folder / "control.json").stat().st_mode & 0o777 == 0o600
+        assert (folder / "zygote.sock").stat().st_mode & 0o777 == 0o600
+        token = launched.announced["token"].encode()
+        for pid in launched.children():
+            assert token not in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def test_leaves_nothing_behind_when_it_is_killed(model: Path) -> None:
     with up(model) as launched:
         launched.read_until("memory of all processes")
+        launched.wake_all()
+        eventually(lambda: len(launched.functions_up()) == 6, "all functions")
         children = launched.children()
+        assert len(children) >= 6
         launched.process.kill()
         await_end(children)
 
 
-def test_ends_cleanly_when_it_is_interrupted_while_it_starts(
+def test_functions_come_with_a_wake_and_go_when_nobody_calls(
     write_model: WriteModel, store: Path
 ) -> None:
-    with up(write_model("experts: {threads: 98}")) as launched:  # sandboxes that never answer
-        launched.read_until("begins")
+    scaling = "scaling: {windowSeconds: 6, panicWindowPercentage: 20, "
+    file = write_model(
+        "granularity: {expertsPerFunction: 3}",
+        f"experts: {{warmPool: 0, {scaling} scaleToZeroGracePeriodSeconds: 0}}}}",
+    )
+    with up(file) as launched:
+        launched.read_until("memory of all processes")
+        assert launched.sandbox_pids() == set()
+        functions = launched.wake_all()
+        eventually(lambda: launched.functions_up() == functions, "all functions")
+        pids = launched.sandbox_pids()
+        assert len(pids) == 6
+        launched.ask(
+            "/v1/load",
+            {
+                "router": "r",
+                "sent_at_s": time.time(),
+                "interval_s": 1.0,
+                "functions": {},
+                "held": 0,
+                "local": 0,
+            },
+        )
+        eventually(lambda: launched.sandbox_pids() == set(), "zero")
+        await_end(list(pids))
+        launched.process.terminate()
+        assert launched.end() == 0
+    assert "functions: 6 of 6 up" in launched.output
+    assert "functions: 0 of 6 up, 0 starting, 0 replicas; sandboxes: 0 ready" in launched.output
+
+
+def test_a_killed_control_process_is_replaced_and_keeps_what_runs(model: Path) -> None:
+    with up(model) as launched:
+        launched.read_until("memory of all processes")
+        functions = launched.wake_all()
+        eventually(lambda: launched.functions_up() == functions, "all functions")
+        eventually(lambda: launched.status()["pool"]["ready"] == 1, "the pool")
+        before = launched.status()
+        os.kill(launched.process_named("faasmoe_operator.control"), signal.SIGKILL)
+        eventually(
+            lambda: launched.status().get("epoch", before["epoch"]) != before["epoch"],
+            "another control process",
+        )
+        after = launched.status()
+        addresses = [{s["address"] for s in status["sandboxes"]} for status in (before, after)]
+        assert addresses[0] == addresses[1]
+        assert launched.functions_up() == functions
+        assert all(is_running(sandbox["pid"]) for sandbox in before["sandboxes"])
+        launched.process.terminate()
+        assert launched.end() == 0
+    assert "the control process ended with status -9; it is started again" in launched.output
+
+
+def test_a_killed_zygote_is_replaced_and_its_functions_come_back(model: Path) -> None:
+    with up(model) as launched:
+        launched.read_until("memory of all processes")
+        functions = launched.wake_all()
+        eventually(lambda: launched.functions_up() == functions, "all functions")
+        pids = launched.sandbox_pids()
+        os.kill(launched.process_named("zygote"), signal.SIGKILL)
+        await_end(list(pids))
+        eventually(lambda: launched.functions_up() == functions, "all functions again")
+        assert not pids & launched.sandbox_pids()
+        launched.process.terminate()
+        assert launched.end() == 0
+    assert "the zygote ended with status -9; it is started again" in launched.output
+
+
+def test_ends_cleanly_when_it_is_interrupted_while_it_starts(model: Path) -> None:
+    with up(model, STAND_IN_WAITS="1") as launched:
+        launched.read_until("control listens")
         children = launched.children()
         launched.process.send_signal(signal.SIGINT)
         assert launched.end() == 130
@@ -129,35 +279,55 @@ def test_says_why_the_router_does_not_start(model: Path) -> None:
     assert "faasmoe: error: the router ended with status 1\n  the router has no model" in (
         launched.output
     )
-    assert "Traceback" not in launched.output
-
-
-def test_says_why_a_sandbox_does_not_start(write_model: WriteModel, store: Path) -> None:
-    with up(write_model("experts: {threads: 99}")) as launched:
-        assert launched.end() == 1
-    assert "was lost before it was ready: ended with status 3" in launched.output
-    assert "Traceback" not in launched.output
-
-
-def test_ends_when_a_sandbox_is_lost(model: Path) -> None:
-    with up(model) as launched:
-        launched.read_until("memory of all processes")
-        sandbox = re.search(r"^s\w+ +(\d+) ", launched.output, re.MULTILINE)
-        assert sandbox is not None
-        os.kill(int(sandbox[1]), signal.SIGKILL)
-        assert launched.end() == 1
-    assert "was lost: ended with status -9" in launched.output
 
 
 def test_writes_logs_to_files_if_asked_to(model: Path, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     with up(model, "--log-dir", str(logs)) as launched:
         launched.read_until("memory of all processes")
+        eventually(lambda: len(launched.sandbox_pids()) == 1, "the pool")
         launched.process.terminate()
         assert launched.end() == 0
     assert "[router]" not in launched.output
-    assert (logs / "router.log").read_text().startswith("table ")
+    assert (logs / "router.log").read_text().startswith("control http://")
+    assert "control listens on" in (logs / "control.log").read_text()
     assert "begins" in (logs / "sandboxes.log").read_text()
+
+
+def test_is_found_by_top(model: Path) -> None:
+    with up(model) as launched:
+        launched.read_until("memory of all processes")
+        functions = launched.wake_all()
+        eventually(lambda: launched.functions_up() == functions, "all functions")
+        shown = subprocess.run(
+            [sys.executable, "-m", "faasmoe_operator.cli", "top", "--once", "-f", str(model)],
+            env={**os.environ, "XDG_RUNTIME_DIR": str(launched.runtime)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert shown.stdout.startswith("tiny: 6 functions (6 Activ")
+    assert len([line for line in shown.stdout.splitlines() if line[:12].isalnum()]) == 6
+
+
+def test_refuses_a_store_with_a_damaged_file_before_anything_starts(
+    model: Path, store: Path
+) -> None:
+    (store / "layer1.safetensors").write_bytes(b"y")
+    with up(model) as launched:
+        assert launched.end() == 1
+    assert "checking the store's 2 files, 2 B" in launched.output
+    assert re.search(r"error: \S+/layer1.safetensors: sha256: got \w+, expected", launched.output)
+    assert "starting zygote" not in launched.output
+
+
+def test_trusts_the_store_if_asked_to(model: Path, store: Path) -> None:
+    (store / "layer1.safetensors").write_bytes(b"y")
+    with up(model, "--skip-verify") as launched:
+        launched.read_until("memory of all processes")
+        launched.process.terminate()
+        assert launched.end() == 0
+    assert "checking" not in launched.output
 
 
 def test_says_that_the_preparation_failed(write_model: WriteModel) -> None:

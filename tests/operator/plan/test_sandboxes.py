@@ -386,3 +386,48 @@ def test_an_old_sandbox_takes_what_its_own_shape_allows() -> None:
 def test_numbers_that_no_fleet_could_have_are_refused(build: Any, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         build()
+
+
+def blocks(*names: str) -> list[Demand]:
+    """Demands of functions such as "0a": blocks a, b, … of layer 0."""
+    return [Demand(name, 1, apart=name[0]) for name in names]
+
+
+def block(name: str) -> Assignment:
+    return Assignment(name, apart=name[0])
+
+
+def places(found: SandboxPlan) -> dict[str, list[str]]:
+    held: dict[str, list[str]] = {}
+    for action in found.actions:
+        if isinstance(action, Attach):
+            held.setdefault(action.sandbox, []).append(action.function)
+    return held
+
+
+def test_blocks_of_a_layer_go_into_different_sandboxes() -> None:
+    wanted = blocks("0a", "0b", "1a", "1b", "2a", "2b")
+    found = plan_with(wanted, sandbox("a"), sandbox("b"), shape=Shape(capacity=3))
+    assert places(found) == {"a": ["0a", "1a", "2a"], "b": ["0b", "1b", "2b"]}
+
+
+def test_blocks_wait_for_a_sandbox_of_their_own_only_if_there_are_too_many() -> None:
+    wanted = blocks("0a", "0b", "1a", "1b")
+    found = plan_with(wanted, sandbox("a"), shape=Shape(capacity=2))
+    assert found.actions == (
+        Attach("a", "0a", DEMAND),
+        Attach("a", "1a", DEMAND),
+        Create(1, DEMAND),
+    )
+
+
+def test_keeping_blocks_apart_costs_no_further_sandbox() -> None:
+    found = plan_with(blocks("0a", "0b"), sandbox("a"), sandbox("b"), shape=Shape(capacity=2))
+    assert places(found) == {"a": ["0a", "0b"]}
+
+
+def test_a_block_goes_beside_blocks_of_other_layers() -> None:
+    full = sandbox("a", block("0a"), block("2a"))
+    other = sandbox("b", block("1a"))
+    found = plan_with(blocks("0a", "2a", "1a", "0b"), full, other, shape=Shape(capacity=3))
+    assert places(found) == {"b": ["0b"]}

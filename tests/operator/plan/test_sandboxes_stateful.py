@@ -24,6 +24,7 @@ from faasmoe_operator.plan.sandboxes import plan_sandboxes
 
 SIZES = {"f": 10, "g": 20, "h": 30, "i": 40, "j": 50}
 FUNCTIONS = sorted(SIZES)
+APART = {"f": "0", "g": "0", "h": "1", "i": "1", "j": ""}
 ATTACHED, ATTACHING, DETACHING = (
     AssignmentState.ATTACHED,
     AssignmentState.ATTACHING,
@@ -85,7 +86,13 @@ class World:
     def _attach(self, sandbox: Sandbox, function: str, *, now: float) -> None:
         assert sandbox.state is SandboxState.READY
         assert function not in {a.function for a in sandbox.assignments}
-        added = Assignment(function, ATTACHING, memory_bytes=SIZES[function], last_used=now)
+        added = Assignment(
+            function,
+            ATTACHING,
+            memory_bytes=SIZES[function],
+            last_used=now,
+            apart=APART[function],
+        )
         self._set(sandbox.id, assignments=(*sandbox.assignments, added))
 
     def _set(self, name: str, **changes: Any) -> None:
@@ -194,7 +201,7 @@ class PlanMachine(RuleBasedStateMachine):
                 assert sum(a.memory_bytes for a in sandbox.assignments) <= limit
 
     def plan(self) -> tuple[Action, ...]:
-        demands = [Demand(f, n, memory_bytes=SIZES[f]) for f, n in self.wanted.items()]
+        demands = [Demand(f, n, SIZES[f], APART[f]) for f, n in self.wanted.items()]
         plan = plan_sandboxes(
             self.settings, demands, sandboxes=tuple(self.world.sandboxes.values()), now=self.now
         )

@@ -4,8 +4,11 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+import tempfile
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,19 +19,34 @@ from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient, S
 from faasmoe_operator.errors import PlatformError
 from faasmoe_operator.platforms import ProcessPlatform, Sandbox, SandboxEvent, SandboxTemplate
 from faasmoe_operator.platforms.process import Timing
+from faasmoe_operator.platforms.zygote import running_zygote, zygote_environment
 
 STAND_IN = Path(__file__).parents[2] / "expert_fn" / "zygote_stand_in.py"
 ENDS_AT_ONCE, NEVER_ANSWERS = 99, 98
 DEADLINE_S = 20.0
-TIMING = Timing(grace_s=0.3, probe_timeout_s=0.3, restart_delays_s=(0.0, 0.1))
+TIMING = Timing(grace_s=0.3, probe_timeout_s=0.3, connect_timeout_s=DEADLINE_S)
 STORE = ModelStore(Path("/store"), "sha256:0")
 
 
+@pytest.fixture
+def socket() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / "zygote.sock"
+
+
 @asynccontextmanager
-async def platform(*command: str) -> AsyncIterator[ProcessPlatform]:
-    stand_in = command or (sys.executable, str(STAND_IN))
-    made = ProcessPlatform(token="secret", log=lambda _: None, timing=TIMING, command=stand_in)
-    async with asyncio.timeout(DEADLINE_S), made as running:
+async def zygote(socket: Path) -> AsyncIterator[Process]:
+    command = (sys.executable, str(STAND_IN))
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        running_zygote(socket, token="secret", log=lambda _: None, command=command) as running,
+    ):
+        yield running
+
+
+@asynccontextmanager
+async def platform(socket: Path) -> AsyncIterator[ProcessPlatform]:
+    async with zygote(socket), ProcessPlatform(socket=socket, timing=TIMING) as running:
         yield running
 
 
@@ -72,9 +90,9 @@ async def kill(pid: int | None) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def test_creates_sandboxes_that_become_ready() -> None:
+def test_creates_sandboxes_that_become_ready(socket: Path) -> None:
     async def story() -> None:
-        async with platform() as running:
+        async with platform(socket) as running:
             sandboxes = await asyncio.gather(*(ready_sandbox(running) for _ in range(4)))
             assert len({s.address for s in sandboxes}) == 4
             assert {s.template_hash for s in sandboxes} == {SandboxTemplate().digest}
@@ -88,9 +106,9 @@ def test_has_another_hash_for_another_template() -> None:
     assert SandboxTemplate(threads=2).digest != SandboxTemplate().digest
 
 
-def test_deletes_a_sandbox_and_forgets_it() -> None:
+def test_deletes_a_sandbox_and_forgets_it(socket: Path) -> None:
     async def story() -> None:
-        async with platform() as running:
+        async with platform(socket) as running:
             sandbox = await ready_sandbox(running)
             event = await gone(running, sandbox, running.delete(sandbox.id))
             assert event.reason == "ended with status 0"
@@ -101,9 +119,9 @@ def test_deletes_a_sandbox_and_forgets_it() -> None:
     asyncio.run(story())
 
 
-def test_takes_a_sandbox_that_is_being_deleted_out_of_service_at_once() -> None:
+def test_takes_a_sandbox_that_is_being_deleted_out_of_service_at_once(socket: Path) -> None:
     async def story() -> None:
-        async with platform() as running:
+        async with platform(socket) as running:
             sandbox = await ready_sandbox(running)
             await running.delete(sandbox.id)
             assert not any(s.ready for s in await running.list())
@@ -111,9 +129,9 @@ def test_takes_a_sandbox_that_is_being_deleted_out_of_service_at_once() -> None:
     asyncio.run(story())
 
 
-def test_deletes_a_sandbox_that_does_not_listen() -> None:
+def test_deletes_a_sandbox_that_does_not_listen(socket: Path) -> None:
     async def story() -> None:
-        async with platform() as running:
+        async with platform(socket) as running:
             sandbox = await running.create(SandboxTemplate(threads=NEVER_ANSWERS))
             await gone(running, sandbox, running.delete(sandbox.id))
             assert not is_running(sandbox.pid)
@@ -121,9 +139,9 @@ def test_deletes_a_sandbox_that_does_not_listen() -> None:
     asyncio.run(story())
 
 
-def test_tells_that_a_sandbox_was_killed() -> None:
+def test_tells_that_a_sandbox_was_killed(socket: Path) -> None:
     async def story() -> None:
-        async with platform() as running:
+        async with platform(socket) as running:
             sandbox = await ready_sandbox(running)
             event = await gone(running, sandbox, kill(sandbox.pid))
             assert event.reason == "ended with status -9"
@@ -131,44 +149,70 @@ def test_tells_that_a_sandbox_was_killed() -> None:
     asyncio.run(story())
 
 
-def test_replaces_a_zygote_that_was_killed_and_tells_what_went_with_it() -> None:
+def test_tells_what_went_with_a_zygote_and_works_with_the_next_one(socket: Path) -> None:
     async def story() -> None:
-        async with platform() as running:
-            sandbox, zygote_pid = await ready_sandbox(running), running.zygote_pid
-            event = await gone(running, sandbox, kill(zygote_pid))
-            assert event.reason == "the zygote ended with status -9"
-            replacement = await ready_sandbox(running)
-            assert replacement.id != sandbox.id
-            assert running.zygote_pid != zygote_pid
-            assert [s.id for s in await running.list()] == [replacement.id]
+        async with (
+            zygote(socket) as first,
+            ProcessPlatform(socket=socket, timing=TIMING) as running,
+        ):
+            sandbox = await ready_sandbox(running)
+            event = await gone(running, sandbox, kill(first.pid))
+            assert event.reason == f"the connection to zygote {first.pid} ended"
+            async with zygote(socket):
+                replacement = await ready_sandbox(running)
+                assert replacement.id != sandbox.id
+                assert [s.id for s in await running.list()] == [replacement.id]
 
     asyncio.run(story())
 
 
-def test_leaves_nothing_behind() -> None:
+def test_reads_back_what_an_earlier_platform_left(socket: Path) -> None:
+    template = SandboxTemplate(capacity=3, threads=2)
+
+    async def story() -> None:
+        async with zygote(socket):
+            async with ProcessPlatform(socket=socket, timing=TIMING) as earlier:
+                created = await earlier.create(template)
+            assert is_running(created.pid)
+            async with ProcessPlatform(socket=socket, timing=TIMING) as later:
+                assert [s.id for s in await later.list()] == [created.id]
+                ready = await next_event(later, lambda event: event.sandbox.ready)
+                assert ready.sandbox == replace(created, ready=True)
+                assert ready.sandbox.template_hash == template.digest
+                event = await gone(later, created, later.delete(created.id))
+                assert event.reason == "ended with status 0"
+
+    asyncio.run(story())
+
+
+def test_leaves_nothing_behind_when_the_zygote_ends(socket: Path) -> None:
     async def story() -> list[int | None]:
-        async with platform() as running:
+        async with platform(socket) as running:
             sandboxes = [await ready_sandbox(running) for _ in range(2)]
             stubborn = await running.create(SandboxTemplate(threads=NEVER_ANSWERS))
-            return [running.zygote_pid, stubborn.pid, *(s.pid for s in sandboxes)]
+            await running.delete(stubborn.id)
+            return [stubborn.pid, *(s.pid for s in sandboxes)]
 
     assert not any(is_running(pid) for pid in asyncio.run(story()))
 
 
-def test_says_why_no_zygote_can_be_started() -> None:
-    script = "import sys; sys.exit('no torch here')"
-
+def test_says_that_no_zygote_answers(socket: Path) -> None:
     async def story() -> None:
-        async with platform(sys.executable, "-c", script) as running:
-            await running.create(SandboxTemplate())
+        async with ProcessPlatform(socket=socket, timing=Timing(connect_timeout_s=0.2)):
+            raise AssertionError("connected to nothing")
 
-    with pytest.raises(PlatformError, match=r"(?s)ended with status 1.*no torch here"):
+    with pytest.raises(PlatformError, match=r"nothing answered at \S+ for 0\.2 s"):
         asyncio.run(story())
 
 
-def test_says_that_a_sandbox_was_lost_before_it_was_ready() -> None:
+def test_refuses_a_socket_whose_path_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(PlatformError, match="expected a path of at most 106 bytes"):
+        zygote_environment(tmp_path / ("x" * 107), token="secret")
+
+
+def test_says_that_a_sandbox_was_lost_before_it_was_ready(socket: Path) -> None:
     async def story() -> None:
-        async with platform() as running:
+        async with platform(socket) as running:
             sandbox = await running.create(SandboxTemplate(threads=ENDS_AT_ONCE))
             await wait_ready(running, [sandbox.id], timeout_s=DEADLINE_S)
 
@@ -176,9 +220,9 @@ def test_says_that_a_sandbox_was_lost_before_it_was_ready() -> None:
         asyncio.run(story())
 
 
-def test_says_that_sandboxes_were_not_ready_in_time() -> None:
+def test_says_that_sandboxes_were_not_ready_in_time(socket: Path) -> None:
     async def story() -> None:
-        async with platform() as running:
+        async with platform(socket) as running:
             sandbox = await running.create(SandboxTemplate(threads=NEVER_ANSWERS))
             await wait_ready(running, [sandbox.id], timeout_s=0.2)
 
@@ -186,11 +230,11 @@ def test_says_that_sandboxes_were_not_ready_in_time() -> None:
         asyncio.run(story())
 
 
-def test_makes_every_function_resident() -> None:
+def test_makes_every_function_resident(socket: Path) -> None:
     functions = [FunctionSpec(f"f{index}", (index,), (0, 1)) for index in range(5)]
 
     async def story() -> None:
-        async with platform() as running, SandboxClient(token="secret") as client:
+        async with platform(socket) as running, SandboxClient(token="secret") as client:
             residents = await make_resident(
                 functions,
                 running,
@@ -209,9 +253,9 @@ def test_makes_every_function_resident() -> None:
     asyncio.run(story())
 
 
-def test_says_that_a_sandbox_refused() -> None:
+def test_says_that_a_sandbox_refused(socket: Path) -> None:
     async def story() -> None:
-        async with platform() as running, SandboxClient(token="wrong") as client:
+        async with platform(socket) as running, SandboxClient(token="wrong") as client:
             sandbox = await ready_sandbox(running)
             await client.attach(sandbox.address, FunctionSpec("f", (0,), (0,)), store=STORE)
 

@@ -106,6 +106,15 @@ def test_takes_auto_in_place_of_the_granularity() -> None:
             id="unknown-device",
         ),
         pytest.param(
+            "router: {maxNumSeqs: 64, maxNumBatchedTokens: 63}",
+            "spec.router.maxNumBatchedTokens: got 63, "
+            "expected at least maxNumSeqs (64): each decodes a token a step",
+            id="batch-smaller-than-its-requests",
+        ),
+        pytest.param(
+            "router: {1: 2}", "spec.router.1: got 1, expected a text as the key", id="number-as-key"
+        ),
+        pytest.param(
             "router: {env: [{name: FAASMOE_PORT}]}",
             "spec.router.env.0.name: got 'FAASMOE_PORT', "
             "expected a name without the prefix FAASMOE_",

@@ -271,8 +271,14 @@ def test_a_failure_of_a_whole_answer_is_a_500(
     assert "secret" not in str(failed.value)
 
 
-def test_more_than_may_wait_gets_a_429(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.RateLimitError) as refused:
-        client.chat.completions.create(**CHAT, n=13, max_tokens=2)
+def test_more_than_may_wait_gets_a_429(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _never_finish(monkeypatch)
+    with (
+        client.chat.completions.create(**CHAT, n=10, stream=True),
+        pytest.raises(openai.RateLimitError) as refused,
+    ):
+        client.chat.completions.create(**CHAT, n=3, max_tokens=2)
     assert refused.value.code == "rate_limit_exceeded"
     assert refused.value.response.headers["retry-after"] == "1"

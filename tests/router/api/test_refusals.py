@@ -1,11 +1,17 @@
 """Everything that is refused: one clear error in OpenAI's shape, naming the field."""
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import openai
 import pytest
+
+from faasmoe_router.api.prompts import MAX_ENCODINGS
+from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.text import TextCodec
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 CHAT: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2}
@@ -76,7 +82,14 @@ def _error(response: httpx.Response) -> dict[str, Any]:
         pytest.param({"max_tokens": "5"}, "max_tokens", "invalid_type", id="text-for-int"),
         pytest.param({"max_tokens": True}, "max_tokens", "invalid_type", id="bool-for-int"),
         pytest.param({"max_tokens": 2.5}, "max_tokens", "invalid_type", id="float-for-int"),
-        pytest.param({"max_tokens": 10**30}, "messages", "context_length_exceeded", id="huge"),
+        pytest.param({"max_tokens": 10**30}, "max_tokens", "context_length_exceeded", id="huge"),
+        pytest.param(
+            {"max_completion_tokens": 300},
+            "max_completion_tokens",
+            "context_length_exceeded",
+            id="long-completion",
+        ),
+        pytest.param({"n": 13}, "n", "invalid_value", id="more-choices-than-are-held"),
         pytest.param({"temperature": 2.1}, "temperature", "invalid_value", id="hot"),
         pytest.param({"temperature": -0.1}, "temperature", "invalid_value", id="cold"),
         pytest.param({"temperature": "1"}, "temperature", "invalid_type", id="text-for-float"),
@@ -117,6 +130,14 @@ def _error(response: httpx.Response) -> dict[str, Any]:
                 ("repetition_penalty", 1.1),
                 ("min_p", 0.1),
                 ("functions", [{}]),
+                ("guided_choice", ["a"]),
+                ("guided_grammar", "root ::= [0-9]"),
+                ("guided_json", {"type": "object"}),
+                ("guided_regex", "[0-9]+"),
+                ("prediction", {"type": "content", "content": "x"}),
+                ("reasoning_effort", "low"),
+                ("verbosity", "low"),
+                ("web_search_options", {}),
                 ("modalities", ["text", "audio"]),
             ]
         ),
@@ -148,6 +169,8 @@ def test_chat_names_what_is_wrong(
         pytest.param({"prompt": [True]}, "prompt", "invalid_type", id="bools"),
         pytest.param({"prompt": [-1]}, "prompt", "invalid_type", id="negative-token"),
         pytest.param({"prompt": ["x"] * 129}, "prompt", "invalid_value", id="too-many"),
+        pytest.param({"prompt": ["x"] * 13}, "prompt", "invalid_value", id="more-than-are-held"),
+        pytest.param({"prompt": ["x"] * 7, "n": 2}, "n", "invalid_value", id="times-n"),
         pytest.param({"prompt": [[1], [10**6]]}, "prompt[1]", "invalid_value", id="no-such-token"),
         pytest.param({"echo": True}, "echo", "unsupported_parameter", id="echo"),
         pytest.param({"suffix": "x"}, "suffix", "unsupported_parameter", id="suffix"),
@@ -164,22 +187,97 @@ def test_completion_names_what_is_wrong(
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "code", "said"),
     [
-        pytest.param(b"{", id="cut"),
-        pytest.param(b"[]", id="list"),
-        pytest.param(b"null", id="null"),
-        pytest.param(b"", id="empty"),
-        pytest.param(b"\xff\xfe", id="not-utf-8"),
-        pytest.param(b"[" * 15_000, id="deep"),
-        pytest.param(b'{"model": ' + b"9" * 5000 + b"}", id="long-number"),
+        pytest.param(b'{"model": }', "invalid_json", "Expecting value at character 10", id="cut"),
+        pytest.param(b"[]", "invalid_type", "must be a JSON object", id="list"),
+        pytest.param(b"null", "invalid_type", "must be a JSON object", id="null"),
+        pytest.param(b"", "invalid_type", "must be a JSON object", id="empty"),
+        pytest.param(
+            b'{"model": "\xff"}', "invalid_json", "got byte 0xff at position 11", id="not-utf-8"
+        ),
+        pytest.param(b"[" * 15_000, "invalid_json", "nested too deeply", id="deep"),
+        pytest.param(
+            b'{"model": ' + b"9" * 5000 + b"}", "invalid_json", "than 4300 digits", id="long-number"
+        ),
     ],
 )
-def test_a_body_that_is_no_json_object_is_refused(http: httpx.Client, content: bytes) -> None:
+def test_a_body_that_is_no_json_object_is_refused(
+    http: httpx.Client, content: bytes, code: str, said: str
+) -> None:
     headers = {"Content-Type": "application/json"}
     response = http.post("/v1/chat/completions", content=content, headers=headers)
     assert response.status_code == 400
-    assert _error(response)["type"] == "invalid_request_error"
+    error = _error(response)
+    assert (error["type"], error["code"]) == ("invalid_request_error", code)
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        pytest.param("4", '"4"', id="text-of-a-number"),
+        pytest.param("\u00e9\u200f\n", '"\u00e9\\u200f\\n"', id="letters-and-marks"),
+        pytest.param(True, "true", id="bool"),
+        pytest.param("a" * 200, '"' + "a" * 79 + "...", id="long"),
+    ],
+)
+def test_a_value_is_shown_as_it_was_written(http: httpx.Client, value: Any, shown: str) -> None:
+    error = _error(http.post("/v1/chat/completions", json={**CHAT, "seed": value}))
+    assert error["message"].endswith(f", got {shown}.")
+
+
+def test_a_value_may_be_nested_as_deeply_as_is_read(http: httpx.Client) -> None:
+    for depth in range(100, 3000, 100):
+        seed = b"[" * depth + b"]" * depth
+        content = b'{"model":"tiny","messages":[{"role":"user","content":"a"}],"seed":%s}' % seed
+        headers = {"Content-Type": "application/json"}
+        response = http.post("/v1/chat/completions", content=content, headers=headers)
+        assert (response.status_code, _error(response)["type"]) == (400, "invalid_request_error")
+
+
+def test_a_text_that_no_tokens_could_bring_within_the_context_is_not_tokenised(
+    http: httpx.Client, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_tokens = engine.limits.max_model_len
+    size_bytes = n_tokens * engine.codec.longest_token_bytes + 1
+    assert size_bytes < 19_000
+    monkeypatch.setattr(TextCodec, "encode", None)
+    monkeypatch.setattr(TextCodec, "encode_chat", None)
+    text = "x" * size_bytes
+    chat = [{"role": "user", "content": part} for part in (text[:-9], text[-9:])]
+    for path, body, param in (
+        ("/v1/completions", {**TEXT, "prompt": ["hi", text]}, "prompt"),
+        ("/v1/chat/completions", {**CHAT, "messages": chat}, "messages"),
+    ):
+        response = http.post(path, json=body)
+        error = _error(response)
+        assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
+        assert (error["param"], f"{size_bytes} bytes" in error["message"]) == (param, True)
+
+
+def test_few_texts_are_tokenised_at_a_time(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, at_work, most = TextCodec.encode, threading.Semaphore(0), [0]
+    lock = threading.Lock()
+    n_running = 0
+
+    def slow(codec: TextCodec, text: str) -> list[int]:
+        nonlocal n_running
+        with lock:
+            n_running += 1
+            most[0] = max(most[0], n_running)
+        at_work.acquire(timeout=0.1)  # nobody releases it: long enough for others to come
+        with lock:
+            n_running -= 1
+        return encode(codec, text)
+
+    monkeypatch.setattr(TextCodec, "encode", slow)
+    with ThreadPoolExecutor(6) as pool:
+        answers = pool.map(lambda _: http.post("/v1/completions", json=TEXT), range(6))
+        assert [answer.status_code for answer in answers] == [200] * 6
+    assert most == [MAX_ENCODINGS]
 
 
 @pytest.mark.parametrize(
@@ -218,6 +316,11 @@ def test_a_body_without_its_content_type_is_told_so(http: httpx.Client) -> None:
 def test_a_missing_model_is_named(http: httpx.Client) -> None:
     error = _error(http.post("/v1/chat/completions", json={"messages": MESSAGES}))
     assert (error["param"], error["code"]) == ("model", "missing_required_parameter")
+
+
+def test_a_model_is_shown_as_it_is_written(http: httpx.Client) -> None:
+    error = _error(http.post("/v1/chat/completions", json={**CHAT, "model": "caf\u00e9\u202e"}))
+    assert "`caf\u00e9\\u202e` does not exist" in error["message"]
 
 
 def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:

@@ -204,6 +204,21 @@ def test_a_dense_model_is_told_what_it_lacks(
         pytest.param({"architectures": ["AutoModel"]}, "got 'AutoModel'", id="no-model"),
         pytest.param({"model_type": "nosuch"}, "transformers refused it", id="family"),
         pytest.param({"dtype": "float64"}, "dtype: got torch.float64", id="dtype"),
+        pytest.param({"dtype": "float8"}, "transformers refused it", id="no-dtype"),
+        pytest.param(
+            {"quantization_config": "gptq"}, "got quant_method 'gptq'", id="quantised-text"
+        ),
+        pytest.param({"architectures": "Qwen2MoeForCausalLM"}, "a list of class names", id="text"),
+        pytest.param({"architectures": [5]}, "a list of class names", id="number-as-class"),
+        pytest.param({"architectures": ["LlamaForCausalLM"]}, "cannot be built", id="other-class"),
+        pytest.param({"hidden_act": "nosuch"}, "cannot be built.*nosuch", id="activation"),
+        pytest.param({"hidden_size": -32}, "cannot be built.*-32", id="negative-size"),
+        pytest.param(
+            {"hidden_size": "x"}, "transformers refused it.*hidden_size", id="text-as-size"
+        ),
+        pytest.param({"num_attention_heads": 0}, "Qwen2MoeForCausalLM cannot", id="no-heads"),
+        pytest.param({"num_experts_per_tok": 7}, "got 7 experts per token.*at most 6", id="top-k"),
+        pytest.param({"max_position_embeddings": 0}, "none of max_position", id="no-context"),
     ],
 )
 def test_a_config_that_cannot_be_served_is_refused(
@@ -211,8 +226,21 @@ def test_a_config_that_cannot_be_served_is_refused(
 ) -> None:
     path = make_checkpoint() / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-    with pytest.raises(PrepareError, match=message):
+    with pytest.raises(PrepareError, match=f"(?s){message}"):
         prepare(str(path.parent), tmp_path / "store")
+    assert {file.name for file in (tmp_path / "store").glob("*")} <= {".lock"}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_without_a_quantisation_config_are_refused(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    checkpoint = make_checkpoint()
+    tensors = load_file(checkpoint / "model.safetensors")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(dtype)}, checkpoint / "model.safetensors")
+    with pytest.raises(PrepareError, match=f"{name}: got dtype .*8.*, expected one of BF16"):
+        prepare(str(checkpoint), tmp_path / "store")
 
 
 def test_an_unknown_dtype_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -188,6 +188,20 @@ def test_a_folder_with_other_files_is_never_touched(
     assert (path / "experts" / "thesis.txt").read_text() == "years"
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_manifest_of_something_else_is_never_removed(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, force: bool
+) -> None:
+    site = tmp_path / "site"
+    (site / "model").mkdir(parents=True)
+    (site / "model" / "precious.txt").write_text("years of work")
+    (site / "manifest.json").write_text('{"name": "a web app"}')
+    with pytest.raises((PrepareError, StoreError), match="manifest"):
+        prepare(str(make_checkpoint()), site, force=force)
+    assert (site / "manifest.json").exists()
+    assert (site / "model" / "precious.txt").exists()
+
+
 def test_a_fresh_volume_counts_as_empty(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     (tmp_path / "store" / "lost+found").mkdir(parents=True)
     prepare(str(make_checkpoint()), tmp_path / "store").verify()

@@ -5,6 +5,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from faasmoe_router.engine import engine as engine_module
 from faasmoe_router.engine.engine import Engine
@@ -193,6 +195,45 @@ def test_refuses_more_than_may_wait(make_engine: Maker, prompt_ids: Prompt) -> N
         with pytest.raises(EngineSaturated, match="at most 2 may be"):
             engine.generate([GenerationRequest(prompt_ids, 5)] * 3)
         await _texts(engine.generate([GenerationRequest(prompt_ids, 5)] * 2), 2)
+
+    _run(engine, work)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(1.0, seed=3)])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_scores_that_are_not_finite_end_their_request_alone(
+    make_engine: Maker,
+    model: Any,
+    codec: TextCodec,
+    greedy: Greedy,
+    prompt_ids: Prompt,
+    number: float,
+    sampling: SamplingParams,
+) -> None:
+    mark = codec.encode("~")[0]
+    forward = model.forward
+
+    def broken(*, input_ids: Tensor, **given: Any) -> Any:
+        output = forward(input_ids=input_ids, **{**given, "logits_to_keep": 0})
+        output.logits[input_ids == mark] = number  # [1, T, V]
+        if "logits_to_keep" in given:
+            output.logits = output.logits[:, given["logits_to_keep"]]
+        return output
+
+    model.forward = broken
+    engine = make_engine()
+
+    async def work() -> None:
+        marked = GenerationRequest((*prompt_ids, mark), 20, sampling)
+        whole = engine.generate([GenerationRequest(prompt_ids, 40)])
+        deltas: list[Any] = []
+        with pytest.raises(GenerationFailed, match="not finite"):
+            async for _, delta in engine.generate([marked]):
+                deltas.append(delta)
+        assert deltas == []
+        assert await _texts(whole) == [codec.decode(greedy(prompt_ids, 40))]
+        await _until(lambda: engine._counts() == (0, 0))
+        assert engine.ready
 
     _run(engine, work)
 

@@ -100,6 +100,13 @@ def test_extremes_choose_the_highest_score(params: SamplingParams) -> None:
     assert choose(scores, [Draw(0, params, 1)]).equal(scores.argmax(-1))
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-46, 1e-45, 1e-30])
+def test_a_temperature_too_small_for_float32_chooses_the_highest_score(temperature: float) -> None:
+    scores = _scores(1)
+    draw = Draw(0, SamplingParams(temperature), position=0)
+    assert choose(scores.clone(), [draw]).item() == scores.argmax().item()
+
+
 def test_only_drawn_rows_are_changed() -> None:
     scores = _scores(3)
     expected = scores.clone()

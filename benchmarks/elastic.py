@@ -1,0 +1,258 @@
+"""Functions that come and go: how fast, and what they cost.
+
+`python -m benchmarks.elastic [--quick]`. Everything runs under `faasmoe up`. What is measured, and
+what it was, stands in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import string
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.activation import activations_s
+from benchmarks.first_token import FirstTokens, first_tokens, generate
+from benchmarks.fleet import make_model, write_moemodel
+from benchmarks.geometry import Geometry, qwen, small
+from benchmarks.report import OUT, describe_machine, percentile, write_figures
+from benchmarks.served import served
+from benchmarks.sides import ROOT
+
+from faasmoe_operator.cli.table import format_table
+
+CACHE = Path.home() / ".cache" / "faasmoe-bench"
+DEMO = ROOT / ".faasmoe"
+DEMO_EXPERTS_PER_FUNCTION = 3  # as in examples/demo.yaml
+DEMO_FUNCTIONS_PER_SANDBOX = 27
+WINDOW_S = 6  # Knative's least: rounds begin when everything has gone
+LONG_WINDOW_S = 600
+WARM_POOL = 2
+N_PROMPTS = 32
+PROMPT_CHARACTERS = 64
+MAX_MODEL_LEN = 256
+MIB = 1 << 20
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        geometry: sizes of the model whose functions are activated.
+        experts_per_function: of them, for a function of the size that the goals name.
+        private_experts_per_function: the same for private memory: many functions.
+        rounds: how often each function is activated, from each kind of pool.
+        demo: whether the demo model is asked for its first token; else the geometry's is.
+        first_token_rounds: rounds of idle and warm requests, with each size of the pool.
+        pools: those sizes; the first one's figures are the headline.
+    """
+
+    geometry: Geometry
+    experts_per_function: int
+    private_experts_per_function: int
+    rounds: int
+    demo: bool
+    first_token_rounds: int
+    pools: tuple[int, ...]
+
+
+def full_plan(rounds: int) -> Plan:
+    """Return the plan whose figures count: 24 functions for private memory, 12 for the rest."""
+    return Plan(qwen(4), 20, 10, rounds, True, rounds, (1, 3, 0))
+
+
+def quick_plan() -> Plan:
+    """Return a plan of seconds, which shows that everything works; its figures mean nothing."""
+    return Plan(small(), 4, 2, 1, False, 1, (1,))
+
+
+class Benchmark:
+    """The parts of a run, each with a `faasmoe up` of its own."""
+
+    def __init__(self, plan: Plan, *, checkpoint: Path, store: Path) -> None:
+        self._plan = plan
+        self._checkpoint = checkpoint
+        self._store = store
+
+    async def activation(self, *, pool: int) -> Figures:
+        """Measure activations with a pool, and what is left of it when all are idle."""
+        print(f"activation, pool of {pool}")
+        file = self._moemodel(f"activation-{pool}", pool=pool, window_s=WINDOW_S)
+        async with served(file) as model:
+            times_s, left = await activations_s(model, rounds=self._plan.rounds)
+        return {"times_s": times_s, "idle_sandboxes": left}
+
+    async def memory(self, *, experts_per_function: int) -> Figures:
+        """Measure memory with every function up and used, one in each sandbox."""
+        print(f"memory, {experts_per_function} experts in a function")
+        file = self._moemodel(
+            f"memory-{experts_per_function}",
+            experts_per_function=experts_per_function,
+            pool=0,
+            window_s=LONG_WINDOW_S,
+        )
+        async with served(file) as model:
+            for seed in range(2):
+                await generate(model, _prompts(seed), max_tokens=8)
+            n_functions = sum(f["ready"] for f in (await model.status())["functions"])
+            sandboxes, pages = model.sandbox_memory()
+            whole = model.memory()
+            return {
+                "functions": n_functions,
+                "sandboxes": len(model.sandboxes()),
+                "all": asdict(whole),
+                "all_sandboxes": asdict(sandboxes),
+                "store_pages_bytes": pages,
+                "floor_bytes": model.floor_bytes,
+                "over_floor": whole.total / model.floor_bytes,
+                "private_mb_per_function": (sandboxes.total - pages) / n_functions / 1e6,
+            }
+
+    async def first_token(self, *, pool: int) -> FirstTokens:
+        """Measure the first token after idle and warm."""
+        print(f"first token, pool of {pool}")
+        file = self._moemodel(f"first-token-{pool}", pool=pool, window_s=WINDOW_S)
+        if self._plan.demo:
+            await _make_demo_model()
+            file = self._demo_moemodel(pool)
+        async with served(file) as model:
+            return await first_tokens(model, rounds=self._plan.first_token_rounds)
+
+    def _moemodel(
+        self, name: str, *, pool: int, window_s: float, experts_per_function: int | None = None
+    ) -> Path:
+        file = self._store.with_name(f"{self._store.name}-{name}.yaml")
+        write_moemodel(
+            file,
+            checkpoint=self._checkpoint,
+            store=self._store,
+            experts_per_function=experts_per_function or self._plan.experts_per_function,
+            max_model_len=MAX_MODEL_LEN,
+            experts={"warmPool": pool, "scaling": _scaling(window_s)},
+        )
+        return file
+
+    def _demo_moemodel(self, pool: int) -> Path:
+        file = DEMO / f"bench-first-token-{pool}.yaml"
+        write_moemodel(
+            file,
+            checkpoint=DEMO / "demo-model",
+            store=DEMO / "demo-store",
+            experts_per_function=DEMO_EXPERTS_PER_FUNCTION,
+            max_model_len=2048,
+            experts={
+                "functionsPerSandbox": DEMO_FUNCTIONS_PER_SANDBOX,
+                "warmPool": pool,
+                "scaling": _scaling(WINDOW_S),
+            },
+        )
+        return file
+
+
+def _scaling(window_s: float) -> Mapping[str, float]:
+    return {
+        "windowSeconds": window_s,
+        "panicWindowPercentage": 20,
+        "scaleToZeroGracePeriodSeconds": 0,
+    }
+
+
+def _prompts(seed: int) -> list[str]:
+    draw = random.Random(seed)
+    characters = string.ascii_letters + string.digits + string.punctuation
+    return ["".join(draw.choices(characters, k=PROMPT_CHARACTERS)) for _ in range(N_PROMPTS)]
+
+
+async def _make_demo_model() -> None:
+    for command in (
+        ("faasmoe_operator.cli", "demo-model", str(DEMO / "demo-model")),
+        (
+            "faasmoe_operator.cli",
+            "prepare",
+            (DEMO / "demo-model").as_uri(),
+            str(DEMO / "demo-store"),
+        ),
+    ):
+        process = await asyncio.create_subprocess_exec(sys.executable, "-m", *command, cwd=ROOT)
+        if await process.wait():
+            raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
+
+
+async def measure(plan: Plan, folder: Path) -> Figures:
+    """Run every part; return what is written to elastic.json."""
+    machine = describe_machine()
+    checkpoint, store = await make_model(plan.geometry, folder)
+    benchmark = Benchmark(plan, checkpoint=checkpoint, store=store)
+    warm = await benchmark.activation(pool=WARM_POOL)
+    empty = await benchmark.activation(pool=0)
+    all_warm = await benchmark.memory(experts_per_function=plan.experts_per_function)
+    private = await benchmark.memory(experts_per_function=plan.private_experts_per_function)
+    tokens = {pool: await benchmark.first_token(pool=pool) for pool in plan.pools}
+    return {
+        "machine": machine,
+        "geometry": asdict(plan.geometry),
+        "experts_per_function": plan.experts_per_function,
+        "attach_p50_s": percentile(warm["times_s"], 50),
+        "attach_p99_s": percentile(warm["times_s"], 99),
+        "cold_start_p50_s": percentile(empty["times_s"], 50),
+        "cold_start_p99_s": percentile(empty["times_s"], 99),
+        "samples": len(warm["times_s"]),
+        "ttft_after_idle_ratio": tokens[plan.pools[0]].ratio.median,
+        "ttft_by_pool": {str(pool): found.to_json() for pool, found in tokens.items()},
+        "private_mb_per_function": private["private_mb_per_function"],
+        "memory_over_floor": all_warm["over_floor"],
+        "idle_sandboxes": {
+            "0": empty["idle_sandboxes"],
+            str(WARM_POOL): warm["idle_sandboxes"],
+        },
+        "memory": {"all_warm": all_warm, "private": private},
+    }
+
+
+def text(found: Figures) -> str:
+    """Return the tables."""
+    rows = [
+        (f"{name}_{part}_s", f"{found[f'{name}_{part}_s']:.3f}")
+        for name in ("attach", "cold_start")
+        for part in ("p50", "p99")
+    ]
+    for pool, tokens in found["ttft_by_pool"].items():
+        for name in ("ratio", "idle_s", "warm_s", "held_s"):
+            rows.append((f"first token, pool {pool}: {name}", tokens[name].text(3)))
+    rows += [
+        (
+            f"private_mb_per_function ({found['memory']['private']['functions']} functions)",
+            f"{found['private_mb_per_function']:.1f}",
+        ),
+        ("memory_over_floor", f"{found['memory_over_floor']:.3f}"),
+        *((f"sandboxes when idle, pool {p}", str(n)) for p, n in found["idle_sandboxes"].items()),
+    ]
+    return format_table(("", "MEASURED"), rows)
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.elastic")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: does it all work?")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each part (%(default)s)")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="models (%(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT, help="figures (%(default)s)")
+    arguments = parser.parse_args()
+    plan = quick_plan() if arguments.quick else full_plan(arguments.rounds)
+    found = asyncio.run(measure(plan, arguments.cache.resolve()))
+    print(f"\n{text(found)}")
+    written = write_figures("elastic", found, folder=arguments.out.resolve())
+    print(f"\nfigures: {written}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""`faasmoe up` as a process: what it runs, what its control process tells, what memory it takes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from asyncio.subprocess import DEVNULL
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+from benchmarks.sides import ROOT
+from benchmarks.usage import Memory, mapped_bytes
+
+from faasmoe_expert.store import Store
+from faasmoe_operator.control.deployment import Deployment
+
+START_TIMEOUT_S = 300.0
+END_TIMEOUT_S = 60.0
+IDLE_TIMEOUT_S = 120.0
+POLL_S = 0.05
+ZYGOTE = "faasmoe_expert.zygote"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model that `faasmoe up` serves; `served` makes one.
+
+    Attributes:
+        launcher: its process.
+        url: address of the OpenAI API.
+        control_url: address of the control API.
+        http: asks the control process; has its token.
+        store: the prepared model.
+        pool: size of the warm pool.
+    """
+
+    launcher: psutil.Process
+    url: str
+    control_url: str
+    http: aiohttp.ClientSession
+    store: Store
+    pool: int
+
+    def processes(self) -> list[psutil.Process]:
+        """Return every process of it."""
+        return [self.launcher, *self.launcher.children(recursive=True)]
+
+    def sandboxes(self) -> list[psutil.Process]:
+        """Return the sandboxes: what the zygote has forked."""
+        children = self.launcher.children()
+        zygote = next(process for process in children if ZYGOTE in process.cmdline())
+        return [p for p in zygote.children() if p.status() != psutil.STATUS_ZOMBIE]
+
+    async def status(self) -> dict[str, Any]:
+        """Return what the control process tells of the state."""
+        async with self.http.get(f"{self.control_url}/v1/status") as response:
+            response.raise_for_status()
+            return dict(await response.json())
+
+    async def wait_pool(self) -> None:
+        """Wait until the warm pool is full."""
+        deadline_s = time.monotonic() + IDLE_TIMEOUT_S
+        while (await self.status())["pool"]["ready"] != self.pool:
+            await _pause(deadline_s, "the pool was not full")
+
+    async def wait_idle(self) -> int:
+        """Wait until no function is anywhere; return the sandboxes' processes that are left."""
+        deadline_s = time.monotonic() + IDLE_TIMEOUT_S
+        while True:
+            status = await self.status()
+            at_zero = not any(f["desired"] or f["ready"] for f in status["functions"])
+            boxes = status["sandboxes"]
+            if at_zero and len(boxes) == self.pool == status["pool"]["ready"]:
+                return len(self.sandboxes())
+            await _pause(deadline_s, "functions were not gone")
+
+    def memory(self) -> Memory:
+        """Return the memory of all processes together."""
+        return Memory.total_of(Memory.of(process.pid) for process in self.processes())
+
+    def sandbox_memory(self) -> tuple[Memory, int]:
+        """Return the memory of all sandboxes, and how much of that are pages of the store."""
+        pids = [process.pid for process in self.sandboxes()]
+        pages = sum(mapped_bytes(pid, self.store.path) for pid in pids)
+        return Memory.total_of(Memory.of(pid) for pid in pids), pages
+
+    @property
+    def floor_bytes(self) -> int:
+        """Bytes of all weights, once."""
+        files = self.store.manifest.files.items()
+        return sum(file.size_bytes for name, file in files if name.endswith(".safetensors"))
+
+
+@asynccontextmanager
+async def served(moemodel: Path) -> AsyncIterator[Served]:
+    """Run `faasmoe up` for a MoEModel file whose store is prepared, as long as the context lasts.
+
+    Raises RuntimeError, with its log, if it does not serve or does not end well.
+    """
+    with tempfile.TemporaryDirectory(prefix="faasmoe-bench-") as folder:
+        port, log = _free_port(), Path(folder) / "log"
+        command = ("-m", "faasmoe_operator.cli", "up", "-f", str(moemodel), "--port", str(port))
+        with log.open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, *command, "--skip-verify"),
+                stdin=DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=ROOT,
+                env={**os.environ, "XDG_RUNTIME_DIR": folder},
+            )
+        try:
+            await _wait_serving(process, log)
+            announced = _announced(Path(folder))
+            token = {"Authorization": f"Bearer {announced['token']}"}
+            deployment = Deployment.load(moemodel)
+            async with aiohttp.ClientSession(headers=token) as http:
+                yield Served(
+                    psutil.Process(process.pid),
+                    f"http://127.0.0.1:{port}",
+                    announced["control_url"],
+                    http,
+                    deployment.open_store(),
+                    deployment.model.spec.experts.warm_pool,
+                )
+        finally:
+            await _end(process)
+
+
+async def _wait_serving(process: asyncio.subprocess.Process, log: Path) -> None:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while "OpenAI base URL" not in (text := log.read_text(encoding="utf-8")):
+        if process.returncode is not None:
+            raise RuntimeError(f"faasmoe up ended with status {process.returncode}:\n{text}")
+        await _pause(deadline_s, f"faasmoe up did not serve:\n{text}")
+
+
+def _announced(folder: Path) -> dict[str, Any]:
+    (file,) = folder.glob("faasmoe/up-*/control.json")
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        async with asyncio.timeout(END_TIMEOUT_S):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+async def _pause(deadline_s: float, what: str) -> None:
+    if time.monotonic() > deadline_s:
+        raise RuntimeError(what)
+    await asyncio.sleep(POLL_S)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,214 @@
+"""The control loop: observe, decide, act. The one writer of everything that it decides.
+
+A round runs when something changed (a wake at once, the end of an action after a few milliseconds,
+in which more of them end) and every second, when the autoscalers decide. In each round the sandbox
+plan is made anew from what is written down, its actions begin, and the function table is published.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from faasmoe_operator.control.actuator import Actuator, Surroundings
+from faasmoe_operator.control.fleet import Fleet
+from faasmoe_operator.control.inspector import Inspector
+from faasmoe_operator.control.metrics import ControlMetrics
+from faasmoe_operator.control.model import ControlledModel
+from faasmoe_operator.control.records import Records
+from faasmoe_operator.control.reports import LoadReport, Reports
+from faasmoe_operator.control.sandbox_client import SandboxClient
+from faasmoe_operator.control.scalers import Change, Scalers
+from faasmoe_operator.control.table_feed import TableFeed
+from faasmoe_operator.control.timing import Timing
+from faasmoe_operator.plan.fleet import Demand, FleetSettings, Shape
+from faasmoe_operator.plan.sandboxes import plan_sandboxes
+from faasmoe_operator.platforms.base import Platform
+
+logger = logging.getLogger(__name__)
+
+
+class Controller:
+    """Looks after the functions of one model: `start`, then `run` until cancelled.
+
+    Args:
+        model: the model.
+        platform: runs sandboxes.
+        client: talks to sandboxes.
+        timing: periods and deadlines.
+        popularity: rows of each function's shape from an earlier run.
+        clock: a clock that only goes forward.
+    """
+
+    def __init__(
+        self,
+        model: ControlledModel,
+        platform: Platform,
+        client: SandboxClient,
+        *,
+        timing: Timing | None = None,
+        popularity: Mapping[str, float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        now = clock()
+        self.model = model
+        self.timing = timing or Timing()
+        self.clock = clock
+        self.metrics = ControlMetrics()
+        self.fleet = Fleet(model.functions, template_hash=model.template.digest)
+        self.feed = TableFeed(list(model.specs.values()), model_digest=model.store.model_digest)
+        self.reports = Reports(now=now)
+        self.records = Records(model.functions, rows=popularity, now=now)
+        self.scalers = Scalers(tuple(model.functions.values()), found=None, now=now)
+        self._platform = platform
+        self._due = asyncio.Event()
+        self._plan_due = False
+        self._actuator = Actuator(
+            self.fleet,
+            Surroundings(
+                model,
+                platform,
+                client,
+                self.metrics,
+                clock,
+                changed=self._change,
+                attached=self._due.set,
+                drain_s=lambda: self.timing.drain_s if self.feed.n_followers else 0.0,
+            ),
+        )
+        self._inspector = Inspector(model, client, fleet=self.fleet, actuator=self._actuator)
+        self._settings = FleetSettings(
+            model.template.digest,
+            warm_pool=model.warm_pool,
+            shape=Shape(capacity=model.template.capacity),
+            start_deadline_s=self.timing.start_deadline_s,
+        )
+
+    async def start(self) -> None:
+        """Read back what runs: assignments from the sandboxes that an earlier control left."""
+        self._actuator.see(await self._platform.list())
+        found = len(self.fleet.members)
+        try:
+            async with asyncio.timeout(self.timing.adopt_timeout_s):
+                await self._inspector.read_back_all(self._platform)
+        except TimeoutError:
+            logger.warning("not all of %d sandboxes found have answered", found)
+        functions = tuple(self.model.functions.values())
+        replicas = self.fleet.found() if found else None
+        self.scalers = Scalers(functions, found=replicas, now=self.clock())
+        self.feed.publish(self.fleet.addresses())
+        if found:
+            ready = sum(self.fleet.ready().values())
+            logger.info("found %d sandboxes with %d functions", found, ready)
+
+    async def run(self) -> None:
+        """Run rounds until cancelled; then actions in flight are left to themselves."""
+        self._change()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for work in (self._rounds, self._ticks, self._inspections, self._watch):
+                    group.create_task(work())
+        finally:
+            await self._inspector.end()
+            await self._actuator.end()
+
+    def wake(self, functions: Iterable[str]) -> None:
+        """Bring functions up from zero: what can be attached is attached at once."""
+        now = self.clock()
+        self.metrics.wakes.inc()
+        changes = self.scalers.wake(functions, now=now)
+        self._count(changes)
+        for change in changes:
+            self.records.woken(change.function, now=now)
+        if changes:
+            self.round()
+
+    def take(self, report: LoadReport) -> None:
+        """Take a router's load report."""
+        now = self.clock()
+        self.metrics.reports.inc()
+        self.reports.take(report, now=now)
+        self.records.take(report, now=now)
+
+    def round(self) -> None:
+        """Plan and begin what is to be done, and publish where functions serve."""
+        now = self.clock()
+        wanted = {name: self.scalers.desired(name) for name in self.model.functions}
+        self._actuator.keep_leaving(wanted)
+        settings = self._settings
+        if not self._actuator.may_create(now):
+            settings = replace(settings, max_creates=0)
+        plan = plan_sandboxes(
+            settings, self._demands(wanted), sandboxes=self.fleet.observed(), now=now
+        )
+        for action in plan.actions:
+            self._actuator.begin(action)
+        self.publish()
+
+    def publish(self) -> None:
+        """Publish where functions serve."""
+        self.feed.publish(self.fleet.addresses())
+        self._note_activated(self.clock())
+
+    def tick(self) -> None:
+        """Let the autoscalers see the last second's load and decide."""
+        now = self.clock()
+        self.scalers.observe(self.reports.sample(now), now=now)
+        self._count(self.scalers.decide(self.fleet.ready(), now=now))
+        for function in self.records.waiting():
+            if self.scalers.desired(function) == 0:
+                self.records.activated(function, now=now)
+                self.metrics.activations.labels("timed_out").inc()
+        self._change()
+
+    def _demands(self, wanted: Mapping[str, int]) -> list[Demand]:
+        functions = self.model.functions
+        return [
+            Demand(name, wanted[name], functions[name].size_bytes, functions[name].apart)
+            for name in self.records.order()
+        ]
+
+    def _count(self, changes: Iterable[Change]) -> None:
+        for change in changes:
+            self.metrics.decisions.labels(change.decision.reason).inc()
+
+    def _note_activated(self, now: float) -> None:
+        waiting = self.records.waiting()
+        ready = self.fleet.ready() if waiting else {}
+        times = [self.records.activated(name, now=now) for name in waiting if name in ready]
+        for waited_s in times:
+            self.metrics.activations.labels("ready").inc()
+            self.metrics.cold_start.observe(waited_s or 0.0)
+
+    async def _rounds(self) -> None:
+        while True:
+            await self._due.wait()
+            await asyncio.sleep(self.timing.coalesce_s)
+            self._due.clear()
+            if self._plan_due:
+                self._plan_due = False
+                self.round()
+            else:
+                self.publish()
+
+    def _change(self) -> None:
+        self._plan_due = True
+        self._due.set()
+
+    async def _ticks(self) -> None:
+        while True:
+            await asyncio.sleep(self.timing.tick_s)
+            self.tick()
+
+    async def _inspections(self) -> None:
+        while True:
+            await asyncio.sleep(self.timing.probe_interval_s)
+            await self._inspector.inspect()
+
+    async def _watch(self) -> None:
+        async for _ in self._platform.watch():
+            self._actuator.see(await self._platform.list())
+            self._inspector.begin_read_back()

@@ -1,0 +1,88 @@
+"""The functions of one model, as the control core sees them: shape, size, scaling settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from faasmoe_expert.table import FunctionSpec
+from faasmoe_operator.plan.functions import LayerShape, function_bytes
+from faasmoe_operator.scaling import ScalingSettings
+from faasmoe_operator.spec.scaling import Scaling
+
+PROGRESS_DEADLINE_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class ManagedFunction:
+    """One function.
+
+    Attributes:
+        spec: its id and experts.
+        size_bytes: size of its weights.
+        scaling: how it scales.
+    """
+
+    spec: FunctionSpec
+    size_bytes: int
+    scaling: ScalingSettings
+
+    @property
+    def id(self) -> str:
+        """Its opaque id."""
+        return self.spec.id
+
+    @property
+    def shape(self) -> str:
+        """Layers and experts as text: the same in every run, as the id is not."""
+        return f"{_text(self.spec.layers)}:{_text(self.spec.experts)}"
+
+    @property
+    def apart(self) -> str:
+        """What functions share that are called at the same time: their layers."""
+        return _text(self.spec.layers)
+
+
+def managed_functions(
+    specs: Sequence[FunctionSpec], layers: Sequence[LayerShape], *, scaling: Scaling
+) -> tuple[ManagedFunction, ...]:
+    """Return the functions with their sizes and settings.
+
+    Args:
+        specs: the plan of the model.
+        layers: the manifest's layers.
+        scaling: what the MoEModel says.
+    """
+    return tuple(
+        ManagedFunction(
+            spec,
+            function_bytes(spec, layers),
+            scaling_settings(scaling.for_function(spec.layers, spec.experts)),
+        )
+        for spec in specs
+    )
+
+
+def scaling_settings(scaling: Scaling) -> ScalingSettings:
+    """Return the autoscaler's settings for a MoEModel's."""
+    return ScalingSettings(
+        min_scale=scaling.min_scale,
+        max_scale=scaling.max_scale,
+        initial_scale=scaling.initial_scale,
+        activation_scale=scaling.activation_scale,
+        target=scaling.target,
+        target_utilization_percentage=scaling.target_utilization_percentage,
+        window_s=scaling.window_seconds,
+        panic_window_percentage=scaling.panic_window_percentage,
+        panic_threshold_percentage=scaling.panic_threshold_percentage,
+        max_scale_up_rate=scaling.max_scale_up_rate,
+        max_scale_down_rate=scaling.max_scale_down_rate,
+        scale_to_zero_grace_period_s=scaling.scale_to_zero_grace_period_seconds,
+        scale_to_zero_pod_retention_period_s=scaling.scale_to_zero_pod_retention_period_seconds,
+        scale_down_delay_s=scaling.scale_down_delay_seconds,
+        progress_deadline_s=PROGRESS_DEADLINE_S,
+    )
+
+
+def _text(indices: Sequence[int]) -> str:
+    return ",".join(map(str, indices))

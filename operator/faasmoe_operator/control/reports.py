@@ -1,0 +1,90 @@
+"""The load of each function over all routers, from their latest reports. Pure.
+
+Each router reports once a second; the control samples once a second, so each router counts once.
+A router that falls silent is taken as idle after a while: it is gone, and so are its calls. Before
+any router has reported to this control, silence means nothing for longer: replicas found at a
+restart are kept until routers had time to come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+ROUTER_LOST_S = 10.0
+SILENCE_S = 30.0
+MAX_ROUTERS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionLoad:
+    """One function's load in one report.
+
+    Attributes:
+        concurrency: time average of the calls in flight, held ones included.
+        calls: calls in the interval.
+        rows: rows of hidden states in those calls.
+    """
+
+    concurrency: float
+    calls: int = 0
+    rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What one router says once a second.
+
+    Attributes:
+        router: its name.
+        functions: the functions with load; those left out have none.
+        held: calls and requests that wait for a function at this moment.
+        local: blocks that the router computed itself in the interval.
+    """
+
+    router: str
+    functions: Mapping[str, FunctionLoad] = field(default_factory=dict)
+    held: int = 0
+    local: int = 0
+
+
+class Reports:
+    """The latest report of each router."""
+
+    def __init__(self, *, now: float) -> None:
+        self._latest: dict[str, tuple[float, LoadReport]] = {}
+        self._begun = now
+        self._heard = False
+
+    def is_full(self, router: str) -> bool:
+        """Return whether there are too many routers for this one to be another."""
+        return router not in self._latest and len(self._latest) >= MAX_ROUTERS
+
+    def take(self, report: LoadReport, *, now: float) -> None:
+        """Keep a report in place of the router's last one."""
+        self._latest[report.router] = (now, report)
+        self._heard = True
+
+    def sample(self, now: float) -> Mapping[str, float] | None:
+        """Return each function's calls in flight; None while nothing is known.
+
+        Functions without load are left out.
+        """
+        self._forget(now)
+        if not self._latest and not self._heard and now - self._begun < SILENCE_S:
+            return None
+        loads: dict[str, float] = {}
+        for _, report in self._latest.values():
+            for function, load in report.functions.items():
+                loads[function] = loads.get(function, 0.0) + load.concurrency
+        return loads
+
+    def held(self, now: float) -> int:
+        """Return how many calls and requests wait in routers."""
+        self._forget(now)
+        return sum(report.held for _, report in self._latest.values())
+
+    def _forget(self, now: float) -> None:
+        lost = [name for name, (at, _) in self._latest.items() if now - at > ROUTER_LOST_S]
+        for name in lost:
+            del self._latest[name]

@@ -1,0 +1,112 @@
+"""The autoscalers of all functions: wakes and loads go in, wanted replicas come out. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from faasmoe_operator.control.functions import ManagedFunction
+from faasmoe_operator.scaling import Decision, FunctionScaler, Phase, Reason
+from faasmoe_operator.scaling.windows import NoData
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Replicas of a function that a starting control found.
+
+    Attributes:
+        assigned: in whatever state.
+        ready: those that serve.
+    """
+
+    assigned: int = 0
+    ready: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A decision that changed a function's wanted replicas.
+
+    Attributes:
+        function: its id.
+        before: the replicas wanted until now.
+        decision: what is wanted from now on.
+    """
+
+    function: str
+    before: int
+    decision: Decision
+
+
+class Scalers:
+    """One autoscaler for each function.
+
+    Args:
+        functions: every function of the model.
+        found: replicas that were found; None for a new deployment, which gets its initial scale.
+        now: the time.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[ManagedFunction],
+        *,
+        found: Mapping[str, Found] | None,
+        now: float,
+    ) -> None:
+        self._scalers = {f.id: _scaler(f, found, now=now) for f in functions}
+
+    def desired(self, function: str) -> int:
+        """Return the replicas that were decided last."""
+        return self._scalers[function].desired
+
+    def phase(self, function: str) -> Phase:
+        """Return where the function is on its way to zero and back."""
+        return self._scalers[function].phase
+
+    def concurrency(self, function: str, *, now: float) -> float | None:
+        """Return the stable average of the calls in flight; None if nobody reported."""
+        load = self._scalers[function].load(now)
+        return None if isinstance(load, NoData) else load.stable
+
+    def wake(self, functions: Iterable[str], *, now: float) -> list[Change]:
+        """Take a wake; return the functions that it brings up from zero."""
+        changes = []
+        for function in dict.fromkeys(functions):
+            decision = self._scalers[function].wake(now)
+            if decision.reason is Reason.WOKEN:
+                changes.append(Change(function, 0, decision))
+        return changes
+
+    def observe(self, loads: Mapping[str, float] | None, *, now: float) -> None:
+        """Take a second's load of all functions; None when nothing is known."""
+        if loads is None:
+            return
+        for function, scaler in self._scalers.items():
+            scaler.observe(now, loads.get(function, 0.0))
+
+    def decide(self, ready: Mapping[str, int], *, now: float) -> list[Change]:
+        """Decide for every function; return what changed.
+
+        Args:
+            ready: replicas of each function that serve.
+            now: the time.
+        """
+        changes = []
+        for function, scaler in self._scalers.items():
+            before = scaler.desired
+            decision = scaler.decide(now, ready=ready.get(function, 0))
+            if decision.desired != before:
+                changes.append(Change(function, before, decision))
+        return changes
+
+
+def _scaler(
+    function: ManagedFunction, found: Mapping[str, Found] | None, *, now: float
+) -> FunctionScaler:
+    if found is None:
+        return FunctionScaler.fresh(function.scaling, now=now)
+    replicas = found.get(function.id, Found())
+    return FunctionScaler.restored(
+        function.scaling, replicas=replicas.assigned, ready=replicas.ready, now=now
+    )

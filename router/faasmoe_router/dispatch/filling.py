@@ -1,0 +1,296 @@
+"""Getting a layer's parts: from functions, from functions that are awaited, or computed here.
+
+Nothing that a sandbox or the network does leaves this module as an error. A call that fails is made
+again at the function's other addresses. A function without an address is asked for and its calls
+are held for a moment; so are calls to an address that does not accept connections yet. What is
+left then is computed from the store.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+from faasmoe_expert.store import Store
+from faasmoe_expert.table import FunctionEntry
+from faasmoe_router.dispatch.batch import LayerBatch
+from faasmoe_router.dispatch.errors import CallError, CannotConnect, NotYetThere
+from faasmoe_router.dispatch.failures import FailureLog
+from faasmoe_router.dispatch.fanout import Call, Fanout
+from faasmoe_router.dispatch.load import LoadMeter
+from faasmoe_router.dispatch.local import LocalFunctions
+from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.patience import Patience
+from faasmoe_router.dispatch.routing import Routing
+
+Failures = dict[int, CallError | None]
+"""Why each position got no part; None for want of an address."""
+
+Meanwhile = Callable[[], None]
+
+MAX_ATTEMPTS = 2  # addresses tried for one call before it is held or computed here
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """How calls wait for functions that are being started.
+
+    Attributes:
+        wake: asks for functions, in the order in which they are needed; must not block.
+        timeout_s: how long calls wait for a function, all together, before it is computed here.
+        probe_s: time between two tries of an address that does not accept connections.
+    """
+
+    wake: Callable[[Sequence[str]], None]
+    timeout_s: float = 2.0
+    probe_s: float = 0.1
+
+
+class Filler:
+    """Fills layers. Belongs to the engine's thread, but for `take_routing`.
+
+    Attributes:
+        routing: where each function is; one reading of it is consistent.
+        load: what is called, for other threads to read.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        routing: Routing,
+        *,
+        fanout: Fanout,
+        metrics: DispatchMetrics,
+        holding: Holding | None,
+    ) -> None:
+        self.routing = routing
+        self.load = LoadMeter()
+        self._fanout = fanout
+        self._metrics = metrics
+        self._holding = holding
+        self._patience = Patience(holding.timeout_s if holding else 0.0)
+        self._local = LocalFunctions(store)
+        self._moved = threading.Event()
+        self._turns: dict[int, int] = defaultdict(int)  # by layer: spreads calls over replicas
+        self._proven: set[str] = set()  # addresses that have accepted a connection
+        self._failures = FailureLog()
+        self._seen = routing
+
+    def take_routing(self, routing: Routing) -> None:
+        """Let the calls from now on go elsewhere, those that are held too; from any thread."""
+        self.routing = routing
+        self._fanout.retain(routing.addresses())
+        self._moved.set()
+
+    def fill(
+        self,
+        batch: LayerBatch,
+        layer: int,
+        functions: Sequence[FunctionEntry],
+        *,
+        meanwhile: Meanwhile = lambda: None,
+    ) -> None:
+        """Get all of the batch's parts.
+
+        Args:
+            batch: what is called.
+            layer: index of the MoE layer.
+            functions: the layer's functions that the batch was grouped by.
+            meanwhile: work to do while the first calls are away, or before others are held.
+        """
+        self._forget_what_left()
+        entries = {i: functions[group.function] for i, group in enumerate(batch.groups)}
+        with _InFlight(self.load, batch, entries) as in_flight:
+            turn = self._turns[layer]
+            self._turns[layer] += 1
+            spare = _Once(meanwhile)
+            failures = self._try(batch, entries, in_flight, turn, spare)
+            spare()
+            if failures and self._holding is not None:
+                left = self._hold(batch, entries, failures, self._holding, in_flight)
+            else:
+                left = failures.keys()
+            for i in left:
+                self._metrics.local.inc()
+                self.load.local += 1
+                batch.compute(i, self._local, entries[i].spec)
+
+    def _try(
+        self,
+        batch: LayerBatch,
+        entries: Mapping[int, FunctionEntry],
+        in_flight: _InFlight,
+        turn: int,
+        meanwhile: Meanwhile | None = None,
+    ) -> Failures:
+        """Call the functions of these positions; return the positions that got no part."""
+        failures: Failures = dict.fromkeys(entries)
+        for attempt in range(MAX_ATTEMPTS):
+            tried = [i for i in failures if attempt < len(entries[i].addresses)]
+            if not tried:
+                break
+            calls = [
+                Call(_address(entries[i], turn + attempt), entries[i].spec.id, batch.frame(i))
+                for i in tried
+            ]
+            errors = self._call(batch, tried, calls, in_flight, meanwhile)
+            failures = {i: errors.get(i) for i in failures if i not in tried or i in errors}
+        return failures
+
+    def _call(
+        self,
+        batch: LayerBatch,
+        positions: Sequence[int],
+        calls: Sequence[Call],
+        in_flight: _InFlight,
+        meanwhile: Meanwhile | None,
+    ) -> dict[int, CallError]:
+        """Make the calls for these positions of the batch; return the errors, by position."""
+
+        def take(n: int, frame: memoryview) -> None:
+            batch.take(positions[n], frame)
+            self._metrics.received_bytes.inc(len(frame))
+            in_flight.end(positions[n])
+
+        unproven = {n for n, call in enumerate(calls) if call.address not in self._proven}
+        errors = self._fanout.run(calls, take, meanwhile=meanwhile)
+        for n, error in errors.items():
+            if n in unproven and isinstance(error, CannotConnect):
+                errors[n] = NotYetThere(str(error))
+        self._metrics.calls.inc(len(calls))
+        self._metrics.sent_bytes.inc(sum(call.size_bytes for call in calls))
+        for n, call in enumerate(calls):
+            self._note(call, errors.get(n))
+        return {positions[n]: error for n, error in errors.items()}
+
+    def _note(self, call: Call, error: CallError | None) -> None:
+        if error is None:
+            self._patience.found(call.function_id)
+        else:
+            self._metrics.failed_calls.inc()
+        if not isinstance(error, CannotConnect):
+            self._proven.add(call.address)
+        if error is not None and not (self._holding and isinstance(error, NotYetThere)):
+            self._failures.note(call.address, error, time.monotonic())
+
+    def _hold(
+        self,
+        batch: LayerBatch,
+        entries: Mapping[int, FunctionEntry],
+        failures: Failures,
+        holding: Holding,
+        in_flight: _InFlight,
+    ) -> Collection[int]:
+        """Wait for functions that are being started; return the positions that got no part."""
+        left: list[int] = []
+        tried = {i: entries[i] for i in failures}
+        while True:
+            self._moved.clear()
+            routing, now_s = self.routing, time.monotonic()
+            self._ask(routing, [tried[i].spec.id for i in failures], batch.n_rows, now_s)
+            waits_s = {
+                i: self._wait_s(routing.entries.get(tried[i].spec.id), tried[i], error, now_s)
+                for i, error in failures.items()
+            }
+            left += [i for i in failures if waits_s[i] is None]
+            held = {i: wait_s for i, wait_s in waits_s.items() if wait_s is not None}
+            if not held:
+                return left
+            with self._counted_as_held(len(held)):
+                self._moved.wait(min(*held.values(), holding.probe_s))
+            known = self.routing.entries
+            again = {i: known.get(tried[i].spec.id, tried[i]) for i in held}
+            failures = self._try(batch, again, in_flight, 0)
+            tried |= again
+
+    def _ask(
+        self, routing: Routing, function_ids: Iterable[str], n_rows: int, now_s: float
+    ) -> None:
+        """Ask for the missed functions, and for those that the next layers will miss."""
+        missed = dict.fromkeys((*function_ids, *routing.missing_for(n_rows)))
+        due = self._patience.miss([name for name in missed if name in routing.entries], now_s)
+        away = [name for name in due if not routing.entries[name].addresses]
+        if away and self._holding is not None:
+            self._holding.wake(away)
+
+    def _wait_s(
+        self,
+        entry: FunctionEntry | None,
+        tried: FunctionEntry,
+        error: CallError | None,
+        now_s: float,
+    ) -> float | None:
+        """Return how long a call may wait before it is tried again, None if it had better not."""
+        left_s = self._patience.left_s(tried.spec.id, now_s)
+        if entry is None or left_s <= 0:
+            return None
+        if not entry.addresses:
+            return left_s
+        if entry.addresses != tried.addresses:
+            return 0.0
+        return left_s if isinstance(error, NotYetThere) else None
+
+    @contextmanager
+    def _counted_as_held(self, n_calls: int) -> Iterator[None]:
+        self.load.held = n_calls
+        self._metrics.held.set(n_calls)
+        try:
+            yield
+        finally:
+            self.load.held = 0
+            self._metrics.held.set(0)
+
+    def _forget_what_left(self) -> None:
+        routing = self.routing
+        if routing is not self._seen:
+            addresses = routing.addresses()
+            self._proven &= addresses
+            self._failures.keep(addresses)
+            self._patience.keep(routing.entries)
+            self._seen = routing
+
+
+class _Once:
+    """Work that is done the first time it is asked for."""
+
+    def __init__(self, work: Meanwhile) -> None:
+        self._work: Meanwhile | None = work
+
+    def __call__(self) -> None:
+        work, self._work = self._work, None
+        if work is not None:
+            work()
+
+
+class _InFlight:
+    """The load of one batch's calls: each is in flight until its part is there."""
+
+    def __init__(
+        self, load: LoadMeter, batch: LayerBatch, entries: Mapping[int, FunctionEntry]
+    ) -> None:
+        self._load = load
+        self._batch = batch
+        self._open = {i: entry.spec.id for i, entry in entries.items()}
+
+    def __enter__(self) -> Self:
+        now_s = time.monotonic()
+        for i, function_id in self._open.items():
+            self._load.begin(function_id, now_s, rows=len(self._batch.groups[i].rows))
+        return self
+
+    def end(self, position: int) -> None:
+        """Count the part at this position as there."""
+        self._load.end(self._open.pop(position), time.monotonic())
+
+    def __exit__(self, *_: object) -> None:
+        for position in list(self._open):
+            self.end(position)
+
+
+def _address(entry: FunctionEntry, turn: int) -> str:
+    return entry.addresses[turn % len(entry.addresses)]

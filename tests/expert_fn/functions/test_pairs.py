@@ -1,0 +1,27 @@
+"""Pairs are walked by expert, and cut into tiles of one size."""
+
+import numpy as np
+import torch
+
+from faasmoe_expert.functions.pairs import TILE_ROWS, Pairs
+
+
+def test_experts_come_in_ascending_order_with_their_pairs() -> None:
+    expert = np.array([5, 2, 5, 9, 2], dtype=np.int32)
+    pairs = Pairs(np.arange(5, dtype=np.int32), expert, torch.ones(5))
+    found = [(e, positions.tolist()) for e, positions in pairs.by_expert()]
+    assert found == [(2, [1, 4]), (5, [0, 2]), (9, [3])]
+
+
+def test_tiles_cover_every_pair_once_and_end_in_zeros() -> None:
+    hidden = torch.arange(1.0, 12.0)[:, None].expand(11, 3)  # [T, H]
+    row, expert = np.arange(11).repeat(2), np.tile([4, 1], 11)
+    pairs = Pairs(row.astype(np.int32), expert.astype(np.int32), torch.ones(22))
+    tiles = list(pairs.tiles(hidden))
+    assert [(e, len(index)) for e, index, _ in tiles] == [(1, 8), (1, 3), (4, 8), (4, 3)]
+    assert sorted(torch.cat([index for _, index, _ in tiles]).tolist()) == list(range(22))
+    for expert_of_tile, index, rows in tiles:
+        assert set(pairs.expert[index]) == {expert_of_tile}
+        assert rows.shape == (TILE_ROWS, 3)
+        assert torch.equal(rows[: len(index)], hidden[pairs.row[index]])
+        assert not rows[len(index) :].any()

@@ -1,0 +1,148 @@
+"""A running `faasmoe up`, its processes and what they tell about themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+START_TIMEOUT_S = 240.0
+END_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Up:
+    """A running `faasmoe up`."""
+
+    process: subprocess.Popen[bytes]
+    base_url: str
+    log: Path
+    runtime: Path
+
+    @property
+    def family(self) -> list[psutil.Process]:
+        """The launcher and every process below it."""
+        top = psutil.Process(self.process.pid)
+        return [top, *top.children(recursive=True)]
+
+    @property
+    def sandboxes(self) -> list[psutil.Process]:
+        """The sandboxes' processes: what the zygote has forked."""
+        zygote = self.child("faasmoe_expert.zygote")
+        return [] if zygote is None else [p for p in zygote.children() if not _is_gone(p)]
+
+    def child(self, module: str) -> psutil.Process | None:
+        """Return the launcher's child that runs a module, None if it is not there."""
+        for process in psutil.Process(self.process.pid).children():
+            try:
+                if module in process.cmdline():
+                    return process
+            except psutil.NoSuchProcess:
+                continue  # it ended meanwhile
+        return None
+
+    @cached_property
+    def _announced(self) -> dict[str, Any]:
+        files = self.runtime.glob("faasmoe/up-*/control.json")
+        entries = [json.loads(file.read_text()) for file in files]
+        return next(dict(entry) for entry in entries if entry["pid"] == self.process.pid)
+
+    def ask_control(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        """Call the control API; raises httpx.HTTPError, while it is away a TransportError."""
+        headers = {"Authorization": f"Bearer {self._announced['token']}"}
+        url = self._announced["control_url"] + path
+        answer = httpx.request(method, url, headers=headers, json=body, trust_env=False)
+        return answer.raise_for_status()
+
+    def status(self) -> dict[str, Any]:
+        """Return the control's state; raises httpx.HTTPError."""
+        return dict(self.ask_control("GET", "/v1/status").json())
+
+    def control_metric(self, name: str) -> float:
+        """Return a metric of the control process: a name with its labels."""
+        return metric(self.ask_control("GET", "/metrics").text, f"faasmoe_control_{name}")
+
+    def router_metric(self, name: str) -> float:
+        """Return a metric of the router: a name with its labels."""
+        return metric(httpx.get(f"{self.base_url}/metrics").text, f"faasmoe_router_{name}")
+
+
+def metric(text: str, name: str) -> float:
+    """Return a sample of a metrics page; 0 if there is none."""
+    found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+    return 0.0 if found is None else float(found[1])
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not in {timeout_s:.0f} s: {what}"
+        time.sleep(0.1)
+
+
+def start(file: Path, log: Path) -> Up:
+    """Start `faasmoe up` and wait until it serves."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    runtime = log.parent / "run"
+    runtime.mkdir(mode=0o700, exist_ok=True)
+    own = {k: v for k, v in os.environ.items() if not k.startswith("FAASMOE_")}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "faasmoe_operator.cli", "up", "-f", file, "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**own, "XDG_RUNTIME_DIR": str(runtime)},
+        )
+    up = Up(process, f"http://127.0.0.1:{port}", log, runtime)
+
+    def served() -> bool:
+        assert process.poll() is None, log.read_text()
+        return "OpenAI base URL" in log.read_text()
+
+    try:
+        wait_until(served, timeout_s=START_TIMEOUT_S, what="served")
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return up
+
+
+@contextmanager
+def launched(file: Path, log: Path) -> Iterator[Up]:
+    """Run `faasmoe up` as long as the context lasts; it must end well and leave nothing."""
+    running = start(file, log)
+    try:
+        yield running
+    finally:
+        processes = running.family
+        running.process.send_signal(signal.SIGINT)
+        status = running.process.wait(END_TIMEOUT_S)
+    assert status == 0, running.log.read_text()
+    wait_until(lambda: all_gone(processes), timeout_s=10, what="no process left")
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    return all(map(_is_gone, processes))
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -1,0 +1,319 @@
+"""Functions that come and go with the traffic: real processes, real requests, nothing lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pytest
+from launched import Up, launched, wait_until
+from openai import OpenAI
+from tiny_chat import EXPERTS, LAYERS, MAX_MODEL_LEN, save_tiny_chat_model
+
+EXPERTS_PER_FUNCTION = 2
+N_FUNCTIONS = LAYERS * EXPERTS // EXPERTS_PER_FUNCTION
+N_TOKENS = 12
+WINDOW_S = 6  # Knative's least
+GRACE_S = 1
+TARGET = 4  # calls in flight; 70 % of it is aimed at: 2.8 a replica
+SLACK_S = 10.0  # the autoscaler's tick, the reports' interval, the drain, a busy machine
+WAKE_TIMEOUT_S = 20.0
+REPLACED_TIMEOUT_S = 40.0
+BURST = 32
+QUESTIONS = tuple(f"the quick fox number {n} jumps over {n * 7} dogs" for n in range(BURST))
+
+MOEMODEL = """
+apiVersion: faasmoe.dev/v1alpha1
+kind: MoEModel
+metadata: {{name: tiny}}
+spec:
+  model: {{source: "file://{model}"}}
+  store: {{path: "{store}"}}
+  granularity: {{expertsPerFunction: {experts}}}
+  router: {{maxModelLen: {length}, maxNumSeqs: 32, device: cpu}}
+  experts:
+    device: cpu
+    functionsPerSandbox: 2
+    warmPool: {pool}
+    scaling: {{windowSeconds: {window}, panicWindowPercentage: 20, target: {target},
+      scaleToZeroGracePeriodSeconds: {grace}}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A chat's answer, and for how long it was held if it was."""
+
+    question: str
+    text: str
+    finish_reason: str
+    n_tokens: int
+    cold_start_s: float | None
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Chats that are asked one after the other by several clients."""
+
+    answers: list[Answer] = field(default_factory=list)
+    failures: list[BaseException] = field(default_factory=list)
+
+    def wait_for_more(self, count: int) -> None:
+        """Wait until so many more answers are there."""
+        wanted = len(self.answers) + count
+        what = f"{count} more answers"
+        wait_until(lambda: len(self.answers) >= wanted, timeout_s=WAKE_TIMEOUT_S, what=what)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("elastic")
+    save_tiny_chat_model(folder / "model")
+    return folder
+
+
+@contextmanager
+def serving(folder: Path, *, pool: int) -> Iterator[Up]:
+    file = folder / f"pool-{pool}.yaml"
+    file.write_text(
+        MOEMODEL.format(
+            model=folder / "model",
+            store=folder / "store",
+            experts=EXPERTS_PER_FUNCTION,
+            length=MAX_MODEL_LEN,
+            pool=pool,
+            window=WINDOW_S,
+            target=TARGET,
+            grace=GRACE_S,
+        )
+    )
+    with launched(file, file.with_suffix(".log")) as up:
+        yield up
+
+
+@pytest.fixture(scope="module")
+def up(folder: Path) -> Iterator[Up]:
+    with serving(folder, pool=2) as up:
+        yield up
+
+
+def chat(client: OpenAI, question: str) -> Answer:
+    raw = client.chat.completions.with_raw_response.create(
+        model="tiny",
+        messages=[{"role": "user", "content": question}],
+        max_tokens=N_TOKENS,
+        temperature=0,
+    )
+    answer = raw.parse()
+    held = raw.headers.get("X-FaaSMoE-Cold-Start")
+    assert answer.usage is not None
+    return Answer(
+        question,
+        answer.choices[0].message.content or "",
+        answer.choices[0].finish_reason,
+        answer.usage.completion_tokens,
+        None if held is None else float(held),
+    )
+
+
+@contextmanager
+def connected(up: Up) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{up.base_url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def burst(up: Up) -> list[Answer]:
+    """Ask every question at once; any that fails fails the test."""
+    with connected(up) as client, ThreadPoolExecutor(BURST) as clients:
+        return list(clients.map(lambda question: chat(client, question), QUESTIONS))
+
+
+def asked_alone(up: Up) -> dict[str, str]:
+    """Return the text that each question gets while nothing else runs and all is warm."""
+    with connected(up) as client:
+        answers = [chat(client, question) for question in QUESTIONS]
+    assert all(answer.cold_start_s is None for answer in answers)
+    return {answer.question: answer.text for answer in answers}
+
+
+@contextmanager
+def traffic(up: Up, *, clients: int = 4) -> Iterator[Traffic]:
+    """Ask without a pause as long as the context lasts."""
+    seen, ended = Traffic(), threading.Event()
+
+    def ask(client: OpenAI, first: int) -> None:
+        turn = first
+        while not ended.is_set():
+            try:
+                seen.answers.append(chat(client, QUESTIONS[turn % BURST]))
+            except Exception as error:  # told by the test, in its own thread
+                seen.failures.append(error)
+            turn += 1
+
+    with connected(up) as client:
+        threads = [threading.Thread(target=ask, args=(client, n)) for n in range(clients)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield seen
+        finally:
+            ended.set()
+            for thread in threads:
+                thread.join()
+
+
+def replicas(up: Up) -> list[int]:
+    return [function["ready"] for function in up.status()["functions"]]
+
+
+def is_idle(up: Up, *, pool: int) -> bool:
+    """Tell whether no function is anywhere, and only the pool's sandboxes run."""
+    status = up.status()
+    functions = [(f["desired"], f["ready"]) for f in status["functions"]]
+    attached = [s["functions"] for s in status["sandboxes"]]
+    nothing = functions == [(0, 0)] * N_FUNCTIONS and attached == [[]] * pool
+    return nothing and status["pool"]["ready"] == pool and len(up.sandboxes) == pool
+
+
+def wait_idle(up: Up, *, pool: int) -> None:
+    timeout_s = WINDOW_S + GRACE_S + SLACK_S
+    wait_until(lambda: is_idle(up, pool=pool), timeout_s=timeout_s, what=f"idle, pool of {pool}")
+
+
+def check_burst_from_zero(up: Up, *, pool: int) -> None:
+    """Every answer is right and complete, and each function was started once."""
+    wait_idle(up, pool=pool)
+    activations = 'activations_total{outcome="ready"}'
+    before = up.control_metric(activations), up.router_metric("cold_start_seconds_count")
+    answers = burst(up)
+    assert up.control_metric(activations) - before[0] == N_FUNCTIONS
+    held = [answer.cold_start_s for answer in answers if answer.cold_start_s is not None]
+    assert len(held) == up.router_metric("cold_start_seconds_count") - before[1] > 0
+    assert all(0 < waited_s < WAKE_TIMEOUT_S for waited_s in held)
+    assert {(answer.finish_reason, answer.n_tokens) for answer in answers} == {("length", N_TOKENS)}
+    assert {answer.question: answer.text for answer in answers} == asked_alone(up)
+    assert replicas(up) == [1] * N_FUNCTIONS
+    assert up.router_metric("local_computations_total") == 0
+
+
+def report(up: Up, function: str, *, concurrency: float) -> None:
+    """Tell the control of calls in flight, as a second router would."""
+    load = {"concurrency": concurrency, "calls": 1, "rows": 1}
+    body = {
+        "router": "second",
+        "sent_at_s": time.time(),
+        "interval_s": 1.0,
+        "functions": {function: load},
+        "held": 0,
+        "local": 0,
+    }
+    up.ask_control("POST", "/v1/load", body)
+
+
+def check_right(seen: Traffic, expected: dict[str, str]) -> None:
+    assert not seen.failures
+    wrong = [answer for answer in seen.answers if answer.text != expected[answer.question]]
+    assert not wrong
+
+
+def test_a_burst_from_zero_gets_right_answers_and_all_goes_back_to_two_generic_sandboxes(
+    up: Up,
+) -> None:
+    check_burst_from_zero(up, pool=2)
+    wait_idle(up, pool=2)
+
+
+def test_traffic_and_scaling_go_on_when_the_control_process_is_killed(up: Up) -> None:
+    with traffic(up) as seen:
+        seen.wait_for_more(4)
+        before = up.status()["epoch"]
+        boxes = {process.pid for process in up.sandboxes}
+        control = up.child("faasmoe_operator.control")
+        assert control is not None
+        control.kill()
+        seen.wait_for_more(20)
+
+        def returned() -> bool:
+            try:
+                status = up.status()
+            except httpx.TransportError:
+                return False
+            return bool(status["epoch"] != before and status["followers"] == 1)
+
+        wait_until(returned, timeout_s=REPLACED_TIMEOUT_S, what="another control process")
+        assert replicas(up) == [1] * N_FUNCTIONS  # read back: none was dropped
+        assert boxes >= {s["pid"] for s in up.status()["sandboxes"] if s["functions"]}
+        seen.wait_for_more(20)
+    check_right(seen, asked_alone(up))
+    assert all(answer.cold_start_s is None for answer in seen.answers[8:])
+    wait_idle(up, pool=2)
+    with connected(up) as client:
+        assert chat(client, QUESTIONS[0]).cold_start_s is not None
+    assert replicas(up) == [1] * N_FUNCTIONS
+
+
+def test_no_request_fails_when_the_zygote_is_killed(up: Up) -> None:
+    with traffic(up) as seen:
+        seen.wait_for_more(8)
+        lost = {process.pid for process in up.sandboxes}
+        zygote = up.child("faasmoe_expert.zygote")
+        assert zygote is not None
+        zygote.kill()
+        seen.wait_for_more(8)
+
+        def returned() -> bool:
+            pids = {s["pid"] for s in up.status()["sandboxes"] if s["functions"]}
+            return not pids & lost and all(count > 0 for count in replicas(up))
+
+        wait_until(returned, timeout_s=REPLACED_TIMEOUT_S, what="functions in other sandboxes")
+        seen.wait_for_more(8)
+    check_right(seen, asked_alone(up))
+
+
+@dataclass(slots=True)
+class SecondRouter:
+    """Reports load for one function, and watches what becomes of all of them."""
+
+    up: Up
+    function: str
+    most_desired: int = 0
+
+    def has_replicas(self, expected: int, *, concurrency: float) -> bool:
+        """Report so many calls in flight; tell whether there are as many replicas as expected."""
+        report(self.up, self.function, concurrency=concurrency)
+        found = {f["id"]: f for f in self.up.status()["functions"]}
+        self.most_desired = max(self.most_desired, found[self.function]["desired"])
+        assert all(f["desired"] == 1 for name, f in found.items() if name != self.function)
+        return bool(found[self.function]["ready"] == expected)
+
+
+def test_replicas_follow_the_load_that_routers_report(up: Up) -> None:
+    wait_idle(up, pool=2)
+    with traffic(up) as seen:
+        seen.wait_for_more(4)
+        second = SecondRouter(up, up.status()["functions"][0]["id"])
+        # Our own router adds at most 1: it has one step, so one call to a function, at a time.
+        for concurrency, expected in (
+            (3.5, 2),  # ceil(3.5 / 2.8) = ceil(4.5 / 2.8) = 2
+            (10.0, 4),  # ceil(10 / 2.8) = ceil(11 / 2.8) = 4
+        ):
+            followed = partial(second.has_replicas, expected, concurrency=concurrency)
+            wait_until(followed, timeout_s=WAKE_TIMEOUT_S, what=f"{expected} replicas")
+            seen.wait_for_more(20)
+            assert followed()
+            assert second.most_desired == expected
+        report(up, second.function, concurrency=0)
+    check_right(seen, asked_alone(up))
+
+
+def test_without_a_pool_no_sandbox_process_is_left_when_idle(folder: Path) -> None:
+    with serving(folder, pool=0) as up:
+        check_burst_from_zero(up, pool=0)
+        wait_idle(up, pool=0)

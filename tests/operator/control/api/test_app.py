@@ -1,0 +1,346 @@
+"""The control API over real HTTP, with a controller whose sandboxes are boxes."""
+
+import asyncio
+import io
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from boxes import DIGEST, TOKEN, Boxes, eventually, model_of, serving, world
+
+from faasmoe_expert.table import FunctionTable
+from faasmoe_operator.control.api import make_app
+from faasmoe_operator.control.controller import Controller
+
+
+class Api:
+    def __init__(self, controller: Controller, boxes: Boxes, http: aiohttp.ClientSession) -> None:
+        self.controller = controller
+        self.boxes = boxes
+        self.http = http
+
+    async def post(self, path: str, body: object, **options: Any) -> tuple[int, Any]:
+        async with self.http.post(path, json=body, **options) as response:
+            text = await response.text()
+            return response.status, json.loads(text) if text else None
+
+    async def status(self) -> dict[str, Any]:
+        async with self.http.get("/v1/status") as response:
+            found: dict[str, Any] = await response.json()
+            return found
+
+    async def metrics(self) -> str:
+        async with self.http.get("/metrics") as response:
+            return await response.text()
+
+
+@asynccontextmanager
+async def api(token: str = TOKEN, n_functions: int = 3) -> AsyncIterator[Api]:
+    async with world(model_of(n_functions)) as (controller, boxes):
+        app = make_app(controller, token=TOKEN)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        host, port = runner.addresses[0][:2]
+        headers = {"Authorization": f"Bearer {token}"}
+        async with aiohttp.ClientSession(f"http://{host}:{port}", headers=headers) as http:
+            try:
+                yield Api(controller, boxes, http)
+            finally:
+                await runner.cleanup()
+
+
+class Lines:
+    """A table stream, line by line."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.response = response
+
+    async def next(self) -> dict[str, Any]:
+        line: dict[str, Any] = json.loads(await self.response.content.readline())
+        return line
+
+
+@asynccontextmanager
+async def stream(running: Api, **known: str) -> AsyncIterator[Lines]:
+    async with running.http.get("/v1/table", params=known) as response:
+        assert response.status == 200
+        assert response.content_type == "application/x-ndjson"
+        yield Lines(response)
+
+
+def load(**changes: Any) -> dict[str, Any]:
+    functions = {"f0": {"concurrency": 1.5, "calls": 3, "rows": 12}}
+    body = {"router": "r1", "sent_at_s": time.time(), "interval_s": 1.0, "functions": functions}
+    return {**body, "held": 2, "local": 0, **changes}
+
+
+def wake(*functions: object, **changes: Any) -> dict[str, Any]:
+    body = {"router": "r1", "sent_at_s": time.time(), "functions": list(functions)}
+    return {**body, **changes}
+
+
+def test_streams_the_table_and_its_changes() -> None:
+    async def story() -> None:
+        async with api() as running, stream(running) as lines:
+            first = await lines.next()
+            assert (first["kind"], first["epoch"]) == ("snapshot", running.controller.feed.epoch)
+            table = FunctionTable.from_json(first["table"])
+            assert (table.model_digest, table.version) == (DIGEST, first["version"])
+            assert [entry.spec.id for entry in table.functions] == ["f0", "f1", "f2"]
+            running.controller.wake(["f1"])
+            change = await lines.next()
+            assert (change["kind"], change["version"]) == ("change", first["version"] + 1)
+            (holder,) = running.boxes.holders("f1")
+            address = running.boxes.boxes[holder].address
+            assert change["functions"] == [{"id": "f1", "addresses": [address]}]
+
+    asyncio.run(story())
+
+
+def test_a_stream_goes_on_where_an_earlier_one_ended() -> None:
+    async def story() -> None:
+        async with api() as running:
+            feed = running.controller.feed
+            known = {"epoch": feed.epoch, "version": str(feed.version)}
+            async with stream(running, **known) as lines:
+                assert await lines.next() == {"kind": "ping", "version": feed.version}
+            running.controller.wake(["f0", "f2"])
+            await eventually(lambda: len(serving(running.controller)) == 2)
+            async with stream(running, **known) as lines:
+                change = await lines.next()
+                assert change["kind"] == "change"
+                assert {f["id"] for f in change["functions"]} == {"f0", "f2"}
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        {"epoch": "another", "version": "1"},
+        {"version": "1"},
+        {"epoch": "EPOCH", "version": "999"},
+        {"epoch": "EPOCH", "version": "-1"},
+        {"epoch": "EPOCH", "version": "9" * 5000},
+        {"epoch": "EPOCH"},
+    ],
+)
+def test_a_stream_that_cannot_be_resumed_begins_with_the_whole_table(
+    known: dict[str, str],
+) -> None:
+    async def story() -> None:
+        async with api() as running:
+            epoch = running.controller.feed.epoch
+            given = {key: value.replace("EPOCH", epoch) for key, value in known.items()}
+            async with stream(running, **given) as lines:
+                assert (await lines.next())["kind"] == "snapshot"
+
+    asyncio.run(story())
+
+
+def test_knows_how_many_follow_the_table() -> None:
+    async def story() -> None:
+        async with api() as running:
+            async with stream(running) as lines:
+                await lines.next()
+                assert (await running.status())["followers"] == 1
+                assert "faasmoe_control_table_streams 1.0" in await running.metrics()
+            running.controller.wake(["f0"])
+            await eventually(lambda: running.controller.feed.n_followers == 0)
+
+    asyncio.run(story())
+
+
+def test_a_wake_is_acted_on() -> None:
+    async def story() -> None:
+        async with api() as running:
+            assert await running.post("/v1/wake", wake("f0", "f0", "f2")) == (202, None)
+            await eventually(lambda: serving(running.controller) == {"f0", "f2"})
+
+    asyncio.run(story())
+
+
+def test_a_load_report_is_taken_over() -> None:
+    async def story() -> None:
+        async with api() as running:
+            assert await running.post("/v1/load", load()) == (204, None)
+            status = await running.status()
+            assert status["held"] == 2
+            function = status["functions"][0]
+            assert (function["id"], function["calls"], function["rows"]) == ("f0", 3, 12)
+            assert function["idle_s"] is not None
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        pytest.param("load", lambda: load(router=""), "router", id="nameless-router"),
+        pytest.param("load", lambda: load(router="a b"), "router", id="router-with-a-space"),
+        pytest.param("load", lambda: load(router="r\n"), "router", id="router-with-a-line-end"),
+        pytest.param("load", lambda: load(router=7), "router", id="router-a-number"),
+        pytest.param(
+            "load", lambda: load(sent_at_s=time.time() + 600), "sent_at_s", id="from-the-future"
+        ),
+        pytest.param(
+            "load", lambda: load(sent_at_s=time.time() - 600), "sent_at_s", id="from-the-past"
+        ),
+        pytest.param("load", lambda: load(sent_at_s="now"), "sent_at_s", id="time-in-words"),
+        pytest.param("load", lambda: load(interval_s=0), "interval_s", id="no-interval"),
+        pytest.param("load", lambda: load(interval_s=61), "interval_s", id="long-interval"),
+        pytest.param("load", lambda: load(held=-1), "held", id="held-below-zero"),
+        pytest.param("load", lambda: load(held=1.5), "held", id="half-a-call"),
+        pytest.param("load", lambda: load(held=True), "held", id="held-true"),
+        pytest.param("load", lambda: load(more=1), "more", id="unknown-field"),
+        pytest.param("load", lambda: load(functions=[]), "functions", id="functions-in-a-list"),
+        pytest.param(
+            "load",
+            lambda: load(functions={"f9": {"concurrency": 1.0, "calls": 1, "rows": 1}}),
+            "functions",
+            id="unknown-function",
+        ),
+        pytest.param(
+            "load",
+            lambda: load(functions={"f0": {"concurrency": -1.0, "calls": 1, "rows": 1}}),
+            "functions.f0.concurrency",
+            id="concurrency-below-zero",
+        ),
+        pytest.param(
+            "load",
+            lambda: load(functions={"f0": {"concurrency": 1.0, "calls": 1}}),
+            "functions.f0.rows",
+            id="no-rows",
+        ),
+        pytest.param("wake", lambda: wake(), "functions", id="wake-of-nothing"),
+        pytest.param("wake", lambda: wake("f0", "f9"), "functions", id="wake-of-an-unknown-one"),
+        pytest.param("wake", lambda: wake("f0", 7), "functions.1", id="wake-of-a-number"),
+        pytest.param(
+            "wake", lambda: wake("f0", sent_at_s=time.time() + 600), "sent_at_s", id="wake-ahead"
+        ),
+        pytest.param("wake", lambda: [], "body", id="wake-in-a-list"),
+    ],
+)
+def test_refuses_what_is_wrong_and_changes_nothing(
+    path: str, body: Callable[[], Any], field: str
+) -> None:
+    async def story() -> None:
+        async with api() as running:
+            before = (await running.status())["functions"]
+            status, answer = await running.post(f"/v1/{path}", body())
+            assert (status, answer["error"]["code"]) == (422, "invalid")
+            assert answer["error"]["field"] == field
+            assert answer["error"]["message"].startswith(f"{field}: got ")
+            assert (await running.status())["functions"] == before
+            text = await running.metrics()
+            assert 'faasmoe_control_refused_total{code="invalid"} 1.0' in text
+            assert "faasmoe_control_wakes_total 0.0" in text
+            assert "faasmoe_control_load_reports_total 0.0" in text
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\x00", b"[" * 10_000, b'{"held": NaN}'])
+def test_refuses_what_is_no_json(content: bytes) -> None:
+    async def story() -> None:
+        async with api() as running, running.http.post("/v1/load", data=content) as response:
+            assert response.status == 422
+            assert (await response.json())["error"]["code"] == "invalid"
+
+    asyncio.run(story())
+
+
+def test_refuses_a_body_that_is_too_large() -> None:
+    async def story() -> None:
+        async with api() as running:
+            content = io.BytesIO(b" " * ((1 << 20) + 1))
+            async with running.http.post("/v1/load", data=content) as response:
+                assert response.status == 413
+                assert (await response.json())["error"]["code"] == "too_large"
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("token", ["", "wrong", "secre", "secrets", "sécret"])
+def test_refuses_a_wrong_token(token: str) -> None:
+    async def story() -> None:
+        async with api(token=token) as running:
+            for path, body in (("load", load()), ("wake", wake("f0"))):
+                status, answer = await running.post(f"/v1/{path}", body)
+                assert (status, answer["error"]["code"]) == (401, "unauthorized")
+            for path in ("table", "status"):
+                async with running.http.get(f"/v1/{path}") as response:
+                    assert response.status == 401
+            assert serving(running.controller) == set()
+            assert running.controller.reports.sample(running.controller.clock()) is None
+            async with running.http.get("/healthz") as response:
+                assert response.status == 200
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/v1/dance", 404, "not_found"),
+        ("GET", "/", 404, "not_found"),
+        ("GET", "/v1/wake", 405, "bad_method"),
+        ("DELETE", "/v1/table", 405, "bad_method"),
+    ],
+)
+def test_answers_with_an_error_object_whatever_is_asked(
+    method: str, path: str, status: int, code: str
+) -> None:
+    async def story() -> None:
+        async with api() as running, running.http.request(method, path) as response:
+            assert response.status == status
+            error = (await response.json())["error"]
+            assert error["code"] == code
+            assert "got " in error["message"]
+
+    asyncio.run(story())
+
+
+def test_tells_the_whole_state() -> None:
+    async def story() -> None:
+        async with api(n_functions=1) as running:
+            running.controller.wake(["f0"])
+            await eventually(lambda: serving(running.controller) == {"f0"})
+            await eventually(lambda: running.controller.fleet.n_generic() == 1)
+            await eventually(lambda: running.controller.scalers.phase("f0").value == "Active")
+            status = await running.status()
+            assert (status["model"], status["epoch"]) == ("tiny", running.controller.feed.epoch)
+            (function,) = status["functions"]
+            shape = {k: function[k] for k in ("id", "layers", "n_experts", "size_bytes")}
+            assert shape == {"id": "f0", "layers": [0], "n_experts": 2, "size_bytes": 1}
+            assert (function["state"], function["desired"], function["ready"]) == ("Active", 1, 1)
+            assert [s["functions"] for s in status["sandboxes"]] == [["f0"], []]
+            assert status["pool"] == {"size": 1, "ready": 1}
+            assert status["decisions"] == {"Woken": 1}
+
+    asyncio.run(story())
+
+
+def test_counts_aggregates_and_names_no_function() -> None:
+    async def story() -> None:
+        async with api() as running:
+            await running.post("/v1/wake", wake("f0"))
+            await eventually(lambda: serving(running.controller) == {"f0"})
+            await running.post("/v1/load", load())
+            text = await running.metrics()
+            assert "faasmoe_control_wakes_total 1.0" in text
+            assert "faasmoe_control_load_reports_total 1.0" in text
+            assert 'faasmoe_control_scale_decisions_total{reason="Woken"} 1.0' in text
+            assert 'faasmoe_control_activations_total{outcome="ready"} 1.0' in text
+            assert "faasmoe_control_attach_seconds_count 1.0" in text
+            assert 'faasmoe_control_functions{state="Inactive"} 2.0' in text
+            assert "faasmoe_control_held 2.0" in text
+            assert "f0" not in text
+
+    asyncio.run(story())

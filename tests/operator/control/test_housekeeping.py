@@ -1,0 +1,54 @@
+"""Popularity kept across runs, read-ahead while idle, changes told; over a real tiny store."""
+
+import asyncio
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from boxes import TIMING, eventually, model_of, serving, world
+from sandboxes import PreparedStore
+
+from faasmoe_operator.control.housekeeping import Housekeeping
+from faasmoe_operator.control.model import ControlledModel
+from faasmoe_operator.control.popularity_file import PopularityFile
+from faasmoe_operator.control.reports import FunctionLoad, LoadReport
+from faasmoe_operator.control.sandbox_client import ModelStore
+
+QUICKLY = replace(TIMING, save_interval_s=0.02, read_ahead_interval_s=0.02, tell_interval_s=0.01)
+USED = LoadReport("r", {"f0": FunctionLoad(0.0, 1, 100), "f1": FunctionLoad(0.0, 1, 10)})
+
+
+@pytest.fixture
+def model(prepared_store: PreparedStore) -> ControlledModel:
+    store = prepared_store("mixtral")
+    return model_of(2, store=ModelStore(store.path, store.manifest.digest))
+
+
+def test_keeps_the_popularity_and_tells_what_changes(
+    model: ControlledModel,
+    prepared_store: PreparedStore,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    file = PopularityFile(tmp_path / "p.json", model_digest=model.store.model_digest)
+
+    async def story() -> None:
+        async with world(model, timing=QUICKLY) as (controller, _):
+            keeping = Housekeeping(controller, store=prepared_store("mixtral"), file=file)
+            running = asyncio.create_task(keeping.run())
+            controller.take(USED)
+            await eventually(lambda: bool(file.read()), "written while it runs")
+            await eventually(lambda: "2 popular functions are read ahead" in caplog.text)
+            controller.wake(["f0"])
+            await eventually(lambda: serving(controller) == {"f0"})
+            await eventually(lambda: "1 popular functions are read ahead" in caplog.text)
+            controller.take(USED)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    with caplog.at_level(logging.DEBUG, logger="faasmoe_operator"):
+        asyncio.run(story())
+    rows = file.read()
+    assert set(rows) == {"0:0,1", "1:0,1"}
+    assert rows["0:0,1"] > 150  # the second report was written at the end

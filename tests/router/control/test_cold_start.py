@@ -1,0 +1,265 @@
+"""Whole routers: requests that find functions at zero, or lose them while they run."""
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from control_stand_in import ControlStandIn
+
+from faasmoe_expert.table import FunctionTable
+from faasmoe_router.engine.text import TextCodec
+
+HEADER = "X-FaaSMoE-Cold-Start"
+Addresses = dict[str, list[str]]
+Greedy = Callable[[tuple[int, ...], int], list[int]]
+Until = Callable[[Callable[[], bool]], None]
+
+
+@pytest.fixture
+def text_of(codec: TextCodec, greedy: Greedy) -> Callable[[int], str]:
+    """What the in-process model makes of "the quick"."""
+
+    def generate(max_tokens: int) -> str:
+        ids = greedy(tuple(codec.encode("the quick")), max_tokens)
+        detokenizer = codec.detokenizer()
+        return "".join(map(detokenizer.feed, ids)) + detokenizer.flush()
+
+    return generate
+
+
+def wake_with(control: ControlStandIn, warm: Addresses) -> None:
+    def move(names: list[str]) -> None:
+        control.move({name: warm[name] for name in names})
+
+    control.on_wake = move
+
+
+def test_a_burst_from_zero_makes_one_wake_and_all_are_served(
+    router: Any,
+    control: ControlStandIn,
+    warm: Addresses,
+    text_of: Callable[[int], str],
+    until: Until,
+) -> None:
+    go = threading.Event()
+
+    def move(names: list[str]) -> None:
+        go.wait(20)
+        control.move({name: warm[name] for name in names})
+
+    control.on_wake = move
+    with router(repeat_s=60.0) as r, ThreadPoolExecutor(32) as pool:
+        until(lambda: r.metric("control_connected") == 1)
+        answers = [pool.submit(r.complete) for _ in range(32)]
+        until(lambda: r.metric("held_requests") == 32)
+        go.set()
+        assert {a.result().json()["choices"][0]["text"] for a in answers} == {text_of(8)}
+        assert all(float(a.result().headers[HEADER]) > 0 for a in answers)
+        assert control.wakes == [list(warm)]  # in the table's order: the first layers first
+        assert r.metric("wakes_total") == 1
+        assert r.metric("local_computations_total") == 0
+        assert r.metric("cold_start_seconds_count") == 32
+
+
+def test_the_header_is_there_only_if_the_request_waited(
+    router: Any, control: ControlStandIn, warm: Addresses, until: Until
+) -> None:
+    wake_with(control, warm)
+    with router() as r:
+        assert float(r.complete().headers[HEADER]) >= 0
+        assert HEADER not in r.complete().headers
+        control.move({next(iter(warm)): []})
+        until(lambda: r.metric("table_version") == control.table.version)
+        with stream(r) as response:
+            assert float(response.headers[HEADER]) >= 0
+            assert response.read().endswith(b"[DONE]\n\n")
+        with stream(r) as response:
+            assert HEADER not in response.headers
+
+
+def test_a_model_that_does_not_start_in_time_is_refused_before_generation(
+    router: Any, control: ControlStandIn
+) -> None:
+    with router(timeout_s=0.5) as r:
+        answer = r.complete(stream=True)
+        assert answer.status_code == 503
+        assert int(answer.headers["Retry-After"]) >= 1
+        assert answer.json()["error"]["type"] == "server_error"
+        assert "0.5 s" in answer.json()["error"]["message"]
+        assert HEADER not in answer.headers
+        assert 1 <= len(control.wakes) <= 4
+        assert r.metric("held_requests") == 0
+
+
+def test_a_full_hold_queue_refuses_with_429(
+    router: Any, control: ControlStandIn, warm: Addresses, until: Until
+) -> None:
+    with router(max_requests=2) as r, ThreadPoolExecutor(2) as pool:
+        held = [pool.submit(r.complete) for _ in range(2)]
+        until(lambda: r.metric("held_requests") == 2)
+        refused = r.complete()
+        assert refused.status_code == 429
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        control.move(warm)
+        assert [h.result().status_code for h in held] == [200, 200]
+
+
+def test_a_client_that_hangs_up_leaves_the_hold(
+    router: Any, control: ControlStandIn, until: Until
+) -> None:
+    with router(max_requests=1) as r:
+        with pytest.raises(httpx.ReadTimeout):
+            r.http.post("/v1/completions", json={"model": "tiny", "prompt": "a"}, timeout=0.3)
+        until(lambda: r.metric("held_requests") == 0)
+
+
+def test_the_end_of_the_server_answers_who_is_held(router: Any, until: Until) -> None:
+    with router() as r, ThreadPoolExecutor(1) as pool:
+        held = pool.submit(r.complete)
+        until(lambda: r.metric("held_requests") == 1)
+        r.server.should_exit = True
+        assert held.result().status_code == 503
+        assert "server ends" in held.result().json()["error"]["message"]
+
+
+def test_a_router_without_any_table_is_not_ready_and_holds(
+    router: Any, control: ControlStandIn, warm: Addresses, until: Until
+) -> None:
+    control.table_status = 503
+    with router() as r, ThreadPoolExecutor(1) as pool:
+        assert r.http.get("/health").status_code == 503
+        held = pool.submit(r.complete)
+        until(lambda: r.metric("held_requests") == 1)
+        assert control.wakes == []
+        control.move(warm)
+        control.table_status = 0
+        assert held.result().status_code == 200
+        assert r.http.get("/health").status_code == 200
+
+
+def test_serves_on_while_control_is_away(
+    router: Any, control: ControlStandIn, warm: Addresses, until: Until
+) -> None:
+    control.move(warm)
+    with router() as r:
+        until(lambda: r.metric("control_connected") == 1)
+        with stream(r, max_tokens=64) as response:
+            lines = response.iter_lines()
+            next(lines)
+            control.stop()
+            *_, last = (line for line in lines if line)
+            assert last == "data: [DONE]"
+        until(lambda: r.metric("control_connected") == 0)
+        answer = r.complete()
+        assert answer.status_code == 200
+        assert HEADER not in answer.headers
+        assert r.metric("local_computations_total") == 0
+        control.start()
+        until(lambda: r.metric("control_connected") == 1)
+
+
+def test_a_missing_function_is_a_503_while_control_is_away(
+    router: Any, control: ControlStandIn, until: Until
+) -> None:
+    with router(timeout_s=0.5) as r:
+        until(lambda: r.metric("control_connected") == 1)
+        control.stop()
+        until(lambda: r.metric("control_connected") == 0)
+        assert r.complete().status_code == 503
+
+
+def test_who_is_held_while_control_restarts_is_served_by_the_next_one(
+    router: Any, control: ControlStandIn, warm: Addresses, until: Until
+) -> None:
+    with router() as r, ThreadPoolExecutor(1) as pool:
+        until(lambda: r.metric("control_connected") == 1)
+        control.stop()
+        held = pool.submit(r.complete)
+        until(lambda: r.metric("held_requests") == 1)
+        control.epoch = "second"
+        wake_with(control, warm)
+        control.start()
+        assert held.result().status_code == 200
+
+
+def stream(r: Any, **fields: Any) -> Any:
+    body = {"model": "tiny", "prompt": "the quick", "temperature": 0, "stream": True} | fields
+    return r.http.stream("POST", "/v1/completions", json=body)
+
+
+def told(lines: Any) -> str:
+    events = [json.loads(x.removeprefix("data: ")) for x in lines if x and "[DONE]" not in x]
+    return "".join(event["choices"][0]["text"] for event in events)
+
+
+def test_a_function_that_disappears_is_woken_and_then_computed_here(
+    router: Any,
+    control: ControlStandIn,
+    warm: Addresses,
+    text_of: Callable[[int], str],
+    until: Until,
+) -> None:
+    control.move(warm)
+    lost = list(warm)[:3]
+    with router(hold_timeout_s=0.3) as r:
+        until(lambda: r.metric("control_connected") == 1)
+        with stream(r, max_tokens=100) as response:
+            lines = response.iter_lines()
+            first = next(lines)
+            control.move(dict.fromkeys(lost, ()))
+            text = told([first, *lines])
+        assert text == text_of(100)
+        assert r.metric("local_computations_total") > 0
+        assert r.metric("held_calls") == 0
+        assert control.wakes
+        # All that are missing together, whatever the layer that met them first.
+        assert sorted(control.wakes[0]) == sorted(lost)
+        until(lambda: any(load["local"] > 0 for load in control.loads))
+        until(lambda: any(load["held"] > 0 for load in control.loads))
+
+
+def test_a_function_that_disappears_and_comes_back_is_called_again(
+    router: Any,
+    control: ControlStandIn,
+    warm: Addresses,
+    text_of: Callable[[int], str],
+    until: Until,
+) -> None:
+    control.move(warm)
+    wake_with(control, warm)
+    with router(hold_timeout_s=20.0) as r:
+        until(lambda: r.metric("control_connected") == 1)
+        with stream(r, max_tokens=100) as response:
+            lines = response.iter_lines()
+            first = next(lines)
+            control.move(dict.fromkeys(warm, ()))
+            text = told([first, *lines])
+        assert text == text_of(100)
+        assert r.metric("local_computations_total") == 0
+        assert sorted(control.wakes[0]) == sorted(warm)
+
+
+def test_load_is_reported_by_function(
+    router: Any, control: ControlStandIn, warm: Addresses, cold_table: FunctionTable, until: Until
+) -> None:
+    wake_with(control, warm)
+    with router() as r:
+        r.complete(max_tokens=4)
+
+        def reported(key: str) -> int:
+            return sum(f[key] for load in control.loads for f in load["functions"].values())
+
+        until(lambda: reported("calls") == r.metric("function_calls_total") > 0)
+        assert reported("rows") >= reported("calls")
+        names = {name for load in control.loads for name in load["functions"]}
+        assert names <= {entry.spec.id for entry in cold_table.functions}
+        until(lambda: not control.loads[-1]["functions"])  # idle: nothing to tell
+        report = control.loads[-1]
+        assert report["router"] == "router"
+        assert report["interval_s"] == pytest.approx(0.1, abs=0.5)
+        assert {"sent_at_s", "held", "local"} <= report.keys()

@@ -1,0 +1,88 @@
+"""`python -m faasmoe_router` with a control process, from start to end."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from control_stand_in import ControlStandIn
+
+from faasmoe_expert.lifeline import PARENT_VARIABLE
+from faasmoe_expert.store import Store
+
+DEADLINE_S = 60.0
+TOKEN = "secret"
+
+
+@pytest.fixture
+def url(store: Store, control: ControlStandIn, tmp_path: Path) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = {
+        "STORE": store.path,
+        "CONTROL_URL": control.url,
+        "TOKEN": TOKEN,
+        "MODEL_NAME": "tiny",
+        "PORT": port,
+        "DEVICE": "cpu",
+        "ACTIVATION_TIMEOUT": 0.5,
+    }
+    env = {name: value for name, value in os.environ.items() if not name.startswith("FAASMOE_")}
+    env |= {f"FAASMOE_{name}": str(value) for name, value in settings.items()}
+    env |= {PARENT_VARIABLE: str(os.getpid())}
+    log = tmp_path / "router.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "faasmoe_router"], env=env, stdout=output, stderr=output
+        )
+    try:
+        yield _ready(f"http://127.0.0.1:{port}", process, log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0, log.read_text()
+        assert not re.search("Traceback|ERROR", log.read_text())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _ready(url: str, process: subprocess.Popen[bytes], log: Path) -> str:
+    end_s = time.monotonic() + DEADLINE_S
+    while True:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end_s, log.read_text()
+        try:
+            if httpx.get(f"{url}/health").status_code == 200:
+                return url
+        except httpx.ConnectError:
+            time.sleep(0.05)
+
+
+def test_refuses_from_zero_in_time_and_serves_what_is_woken(
+    url: str, control: ControlStandIn, warm: dict[str, list[str]]
+) -> None:
+    body = {"model": "tiny", "prompt": "the quick", "max_tokens": 4}
+    refused = httpx.post(f"{url}/v1/completions", json=body, timeout=DEADLINE_S)
+    assert refused.status_code == 503
+    assert control.wakes[0] == list(warm)
+    control.on_wake = lambda names: control.move({name: warm[name] for name in names})
+    served = httpx.post(f"{url}/v1/completions", json=body, timeout=DEADLINE_S)
+    assert served.status_code == 200
+    assert "X-FaaSMoE-Cold-Start" in served.headers
+    metrics = httpx.get(f"{url}/metrics").text
+    for name in (
+        "held_requests",
+        "held_calls",
+        "wakes_total",
+        "cold_start_seconds_bucket",
+        "control_connected",
+        "table_version",
+        "local_computations_total",
+    ):
+        assert f"faasmoe_router_{name}" in metrics

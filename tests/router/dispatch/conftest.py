@@ -1,0 +1,65 @@
+"""Servers on loopback that behave as a test tells them, connection by connection."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+Behaviour = Callable[[socket.socket], None]
+"""Gets each accepted connection; the connection is closed when it returns."""
+
+
+class ScriptedServer:
+    """Gives the n-th connection to the n-th behaviour, later ones to the last."""
+
+    def __init__(self, *behaviours: Behaviour) -> None:
+        self._behaviours = behaviours
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._open: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.n_connections = 0
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # closed by `close`
+                return
+            behaviour = self._behaviours[min(self.n_connections, len(self._behaviours) - 1)]
+            self.n_connections += 1
+            self._open.append(connection)
+            self._threads.append(threading.Thread(target=self._run, args=(behaviour, connection)))
+            self._threads[-1].start()
+
+    def _run(self, behaviour: Behaviour, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            behaviour(connection)
+
+    def close(self) -> None:
+        """Close everything, and wait until nothing runs."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._threads[0].join()
+        for connection in self._open:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads[1:]:
+            thread.join()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., ScriptedServer]]:
+    """Starts a server: `serve(behaviour, …)`."""
+    servers: list[ScriptedServer] = []
+
+    def start(*behaviours: Behaviour) -> ScriptedServer:
+        servers.append(ScriptedServer(*behaviours))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()

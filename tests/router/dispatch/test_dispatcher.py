@@ -1,0 +1,322 @@
+"""A layer through sandboxes equals the family's own module, whatever happens to the sandboxes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from families.registry import FAMILIES, experts_modules
+from sandboxes import OpenSandbox, PreparedStore, SandboxProcess, block_specs, spec_of
+from torch import Tensor, nn
+
+from faasmoe_expert.store import Store
+from faasmoe_expert.table import FunctionEntry, FunctionTable, TableError
+from faasmoe_expert.wire import Dtype, Mode, rows_per_frame
+from faasmoe_router.dispatch import Dispatcher
+from faasmoe_router.dispatch.fanout import Timeouts
+from faasmoe_router.dispatch.metrics import DispatchMetrics
+
+TOKEN = "a-token"
+NOBODY = "127.0.0.1:1"  # refuses connections
+FAMILY = "mixtral"
+LAYER = 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="module")
+def box(sandbox: OpenSandbox) -> Iterator[SandboxProcess]:
+    with sandbox(capacity=1000, token=TOKEN) as box:
+        yield box
+
+
+@pytest.fixture(scope="module")
+def store(prepared_store: PreparedStore) -> Store:
+    return prepared_store(FAMILY)
+
+
+@pytest.fixture(scope="module")
+def table(box: SandboxProcess, store: Store) -> FunctionTable:
+    return box.attach_blocks(store, 3)
+
+
+@pytest.fixture
+def dispatch() -> Iterator[Callable[..., Dispatcher]]:
+    """Makes dispatchers, and closes them."""
+    made: list[Dispatcher] = []
+
+    def make(store: Store, table: FunctionTable, **options: Any) -> Dispatcher:
+        options = {"token": TOKEN, "metrics": DispatchMetrics(), **options}
+        made.append(Dispatcher(store, table, **options))
+        return made[-1]
+
+    yield make
+    for dispatcher in made:
+        dispatcher.close()
+
+
+Dispatch = Callable[..., Dispatcher]
+
+
+@cache
+def own_module(family: str = FAMILY) -> nn.Module:
+    model = next(f for f in FAMILIES if f.name == family).build()
+    return list(experts_modules(model).values())[LAYER]
+
+
+def batch(n_rows: int, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [T, H], indices [T, k], weights [T, k]."""
+    generator = torch.Generator().manual_seed(n_rows)
+    return (
+        torch.randn(n_rows, 32, generator=generator).to(dtype),
+        torch.rand(n_rows, 8, generator=generator).topk(2).indices,
+        torch.rand(n_rows, 2, generator=generator),
+    )
+
+
+def addressed(table: FunctionTable, *addresses: str) -> FunctionTable:
+    """The same functions at other addresses."""
+    return replace(table, functions=tuple(replace(f, addresses=addresses) for f in table.functions))
+
+
+def counted(metrics: DispatchMetrics) -> dict[str, float]:
+    counters = ("calls", "failed_calls", "local", "sent_bytes", "received_bytes")
+    return {name: getattr(metrics, name)._value.get() for name in counters}
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("family", [FAMILY, "gpt_oss"])
+def test_a_layer_equals_the_familys_own(
+    box: SandboxProcess, prepared_store: PreparedStore, dispatch: Dispatch, family: str, mode: Mode
+) -> None:
+    store, metrics = prepared_store(family), DispatchMetrics()
+    dispatcher = dispatch(store, box.attach_blocks(store, 3), mode=mode, metrics=metrics)
+    for n_rows in (1, 2, 19):
+        got = dispatcher.compute(LAYER, *batch(n_rows))
+        with torch.no_grad():
+            expected = own_module(family)(*batch(n_rows))
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert counted(metrics)["local"] == 0
+    assert counted(metrics)["calls"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_unreduced_results_have_the_same_bits_for_every_cut_and_batch(
+    box: SandboxProcess, prepared_store: PreparedStore, dispatch: Dispatch, dtype: torch.dtype
+) -> None:
+    store = prepared_store(FAMILY, dtype=str(dtype).removeprefix("torch."))
+    hidden, index, weight = batch(19, dtype=dtype)
+    results = []
+    for size in (8, 3, 1):
+        dispatcher = dispatch(store, box.attach_blocks(store, size), mode=Mode.UNREDUCED)
+        results.append(dispatcher.compute(LAYER, hidden, index, weight))
+        alone = [
+            dispatcher.compute(LAYER, hidden[n, None], index[n, None], weight[n, None])
+            for n in range(len(hidden))
+        ]
+        results.append(torch.cat(alone))
+    nobody = addressed(box.attach_blocks(store, 3))
+    results.append(
+        dispatch(store, nobody, mode=Mode.UNREDUCED).compute(LAYER, hidden, index, weight)
+    )
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert results[0].dtype == dtype
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_a_batch_larger_than_a_frame_is_split(
+    store: Store, table: FunctionTable, dispatch: Dispatch, mode: Mode
+) -> None:
+    most = rows_per_frame(hidden_size=32, dtype=Dtype.FLOAT32, mode=mode, top_k=2)
+    hidden, index, weight = batch(most + 10)
+    index[:, 0], index[:, 1] = 0, 1  # one function gets every row
+    metrics = DispatchMetrics()
+    got = dispatch(store, table, mode=mode, metrics=metrics).compute(LAYER, hidden, index, weight)
+    assert counted(metrics)["calls"] == 2
+    assert counted(metrics)["local"] == counted(metrics)["failed_calls"] == 0
+    some = torch.tensor([0, 1, most - 1, most, most + 9])
+    with torch.no_grad():
+        expected = own_module()(hidden[some], index[some], weight[some])
+    torch.testing.assert_close(got[some], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_only_functions_that_are_hit_are_called_each_once(
+    store: Store, table: FunctionTable, dispatch: Dispatch
+) -> None:
+    hidden, index, weight = batch(40)
+    metrics = DispatchMetrics()
+    dispatch(store, table, metrics=metrics).compute(LAYER, hidden, index % 6, weight)
+    assert counted(metrics)["calls"] == 2
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_a_slot_without_an_expert_adds_nothing(
+    store: Store, table: FunctionTable, dispatch: Dispatch, mode: Mode
+) -> None:
+    hidden, index, weight = batch(5)
+    index[1, 0], index[2] = 8, -1
+    got = dispatch(store, table, mode=mode).compute(LAYER, hidden, index, weight)
+    assert not got[2].any()
+    weight[1, 0], index[1, 0] = 0, 0
+    with torch.no_grad():
+        expected = own_module()(hidden[:2], index[:2], weight[:2])
+    torch.testing.assert_close(got[:2], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_that_hits_nothing_is_zeros(
+    store: Store, table: FunctionTable, dispatch: Dispatch
+) -> None:
+    hidden, index, weight = batch(3)
+    dispatcher = dispatch(store, addressed(table, NOBODY))
+    assert not dispatcher.compute(LAYER, hidden, torch.full_like(index, 99), weight).any()
+    assert dispatcher.compute(LAYER, hidden[:0], index[:0], weight[:0]).shape == (0, 32)
+
+
+def test_views_and_gradients_are_taken(
+    store: Store, table: FunctionTable, dispatch: Dispatch
+) -> None:
+    hidden, index, weight = batch(6)
+    dispatcher = dispatch(store, table)
+    expected = dispatcher.compute(LAYER, hidden, index, weight)
+    strided = torch.stack((hidden, hidden), dim=2)[:, :, 0].requires_grad_()  # [T, H], strides 2
+    got = dispatcher.compute(LAYER, strided, index.T.contiguous().T, weight.double())
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("addresses", [(), (NOBODY,), (NOBODY, NOBODY)], ids=len)
+def test_what_no_sandbox_answers_is_computed_from_the_store(
+    store: Store, table: FunctionTable, dispatch: Dispatch, addresses: Sequence[str]
+) -> None:
+    metrics = DispatchMetrics()
+    expected = dispatch(store, table).compute(LAYER, *batch(9))
+    got = dispatch(store, addressed(table, *addresses), metrics=metrics).compute(LAYER, *batch(9))
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+    counts = counted(metrics)
+    assert counts["local"] == 3
+    assert counts["calls"] == counts["failed_calls"] == 3 * len(addresses)
+
+
+def test_the_other_address_is_tried_before_the_store(
+    box: SandboxProcess, store: Store, table: FunctionTable, dispatch: Dispatch
+) -> None:
+    metrics = DispatchMetrics()
+    dispatcher = dispatch(store, addressed(table, NOBODY, box.address), metrics=metrics)
+    expected = dispatch(store, table).compute(LAYER, *batch(9))
+    for _ in range(2):  # turns go round: one begins at each address
+        got = dispatcher.compute(LAYER, *batch(9))
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+    assert counted(metrics) | {"sent_bytes": 0, "received_bytes": 0} == {
+        "calls": 9, "failed_calls": 3, "local": 0, "sent_bytes": 0, "received_bytes": 0
+    }  # fmt: skip
+
+
+def test_each_layers_calls_go_round_its_replicas(
+    box: SandboxProcess, store: Store, table: FunctionTable, dispatch: Dispatch
+) -> None:
+    """Also if the number of layers is a multiple of the replicas."""
+    metrics = DispatchMetrics()
+    dispatcher = dispatch(store, addressed(table, NOBODY, box.address), metrics=metrics)
+    for _ in range(4):
+        for layer in (0, 1):
+            before = counted(metrics)["failed_calls"]
+            hidden, index, weight = batch(1)
+            dispatcher.compute(layer, hidden, index * 0, weight)
+            failed = counted(metrics)["failed_calls"] - before
+            assert failed in (0, 1)
+    assert counted(metrics)["failed_calls"] == 4
+
+
+@pytest.mark.parametrize(
+    ("status", "content"),
+    [(500, b"no"), (404, b"no"), (200, b""), (200, b"x" * 100), (200, b"FMOE" + bytes(60))],
+)
+def test_an_answer_that_is_no_frame_is_a_failed_call(
+    serve: Callable[..., Any],
+    store: Store,
+    table: FunctionTable,
+    dispatch: Dispatch,
+    status: int,
+    content: bytes,
+) -> None:
+    def behave(connection: Any) -> None:
+        while connection.recv(1 << 20):
+            head = f"HTTP/1.1 {status} X\r\ncontent-length: {len(content)}\r\n\r\n"
+            connection.sendall(head.encode() + content)
+
+    metrics = DispatchMetrics()
+    bad = addressed(table, serve(behave).address)
+    hidden, index, weight = batch(1)
+    expected = dispatch(store, table).compute(LAYER, hidden, index * 0, weight)
+    got = dispatch(store, bad, metrics=metrics).compute(LAYER, hidden, index * 0, weight)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+    assert (counted(metrics)["failed_calls"], counted(metrics)["local"]) == (1, 1)
+
+
+def test_a_sandbox_without_the_function_or_with_another_token_is_passed_over(
+    box: SandboxProcess, store: Store, table: FunctionTable, dispatch: Dispatch
+) -> None:
+    expected = dispatch(store, table).compute(LAYER, *batch(4))
+    unknown = [
+        FunctionEntry(replace(f.spec, id=f"x{n}"), f.addresses)
+        for n, f in enumerate(table.functions)
+    ]
+    for functions, token in ((tuple(unknown), TOKEN), (table.functions, "wrong")):
+        metrics = DispatchMetrics()
+        wrong = dispatch(store, replace(table, functions=functions), token=token, metrics=metrics)
+        got = wrong.compute(LAYER, *batch(4))
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+        assert counted(metrics)["local"] == counted(metrics)["failed_calls"] > 0
+
+
+def test_a_sandbox_that_dies_is_replaced_by_the_store_and_a_new_table_by_a_new_sandbox(
+    sandbox: OpenSandbox, store: Store, table: FunctionTable, dispatch: Dispatch
+) -> None:
+    metrics = DispatchMetrics()
+    timeouts = Timeouts(connect_timeout_s=0.5, call_timeout_s=1.0)
+    expected = dispatch(store, table).compute(LAYER, *batch(4))
+    with sandbox(capacity=1000, token=TOKEN) as mortal:
+        mine = mortal.attach_blocks(store, 8)
+        dispatcher = dispatch(store, mine, metrics=metrics, timeouts=timeouts)
+        results = [dispatcher.compute(LAYER, *batch(4))]
+        mortal.process.kill()
+        mortal.process.wait()
+        results.append(dispatcher.compute(LAYER, *batch(4)))
+    assert counted(metrics)["local"] == 1
+    dispatcher.replace_table(replace(table, version=1))
+    results.append(dispatcher.compute(LAYER, *batch(4)))
+    assert counted(metrics)["local"] == 1
+    for result in results:
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_table_that_does_not_fit_leaves_the_old_one(
+    store: Store, table: FunctionTable, dispatch: Dispatch
+) -> None:
+    dispatcher = dispatch(store, table)
+    before = dispatcher.compute(LAYER, *batch(4))
+    with pytest.raises(TableError):
+        dispatcher.replace_table(replace(table, model_digest="sha256:00"))
+    assert torch.equal(dispatcher.compute(LAYER, *batch(4)), before)
+
+
+def test_a_function_over_all_layers_serves_each(
+    box: SandboxProcess, store: Store, dispatch: Dispatch
+) -> None:
+    layers = range(len(store.manifest.layers))
+    entry = box.attach(store, spec_of(store, layers, range(8)))
+    wide = FunctionTable(store.manifest.digest, 0, (entry,))
+    narrow = FunctionTable(
+        store.manifest.digest, 0, tuple(FunctionEntry(s) for s in block_specs(store, 8))
+    )
+    for layer in layers:
+        got = dispatch(store, wide).compute(layer, *batch(4))
+        expected = dispatch(store, narrow).compute(layer, *batch(4))
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)

@@ -1,0 +1,411 @@
+"""Fan-outs against servers that misbehave: errors by position, the others answered, no hang."""
+
+import contextlib
+import os
+import re
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import pytest
+
+from faasmoe_router.dispatch.errors import CallError, Refused
+from faasmoe_router.dispatch.fanout import MAX_IDLE_PER_ADDRESS, Call, Fanout, Timeouts
+
+TIMEOUTS = Timeouts(connect_timeout_s=0.3, call_timeout_s=0.6)
+GRACE_S = 1.5  # beyond the deadline, for a machine that is busy
+
+
+class Server(Protocol):
+    """What `serve` returns."""
+
+    address: str
+    n_connections: int
+
+
+Serve = Callable[..., Server]
+Behaviour = Callable[[socket.socket], None]
+
+
+def receive_request(connection: socket.socket) -> bytes | None:
+    """The body of the next request, None at the end."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        part = connection.recv(1 << 16)
+        if not part:
+            return None
+        received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    found = re.search(rb"content-length: (\d+)", head)
+    assert found is not None
+    while len(body) < int(found[1]):
+        body += connection.recv(1 << 20)
+    return body
+
+
+def http(body: bytes, *, status: str = "200 OK", length: str = "", headers: str = "") -> bytes:
+    size = length or str(len(body))
+    return f"HTTP/1.1 {status}\r\ncontent-length: {size}\r\n{headers}\r\n".encode() + body
+
+
+def echo(connection: socket.socket) -> None:
+    while (body := receive_request(connection)) is not None:
+        connection.sendall(http(body))
+
+
+def echo_once(connection: socket.socket) -> None:
+    body = receive_request(connection)
+    assert body is not None
+    connection.sendall(http(body))
+
+
+def says(answer: bytes) -> Behaviour:
+    """Answers each request with these bytes, and stays open."""
+
+    def behave(connection: socket.socket) -> None:
+        while receive_request(connection) is not None:
+            connection.sendall(answer)
+
+    return behave
+
+
+def says_and_closes(answer: bytes) -> Behaviour:
+    def behave(connection: socket.socket) -> None:
+        receive_request(connection)
+        connection.sendall(answer)
+
+    return behave
+
+
+def resets(connection: socket.socket) -> None:
+    receive_request(connection)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
+def never_reads(connection: socket.socket) -> None:
+    connection.recv(1 << 30, socket.MSG_PEEK)
+    until_it_leaves(connection)
+
+
+def until_it_leaves(connection: socket.socket) -> None:
+    leaving = select.poll()
+    leaving.register(connection, select.POLLRDHUP)
+    leaving.poll(20_000)
+
+
+def drips(connection: socket.socket) -> None:
+    """One byte of a large answer at a time: there is always one more to read."""
+    receive_request(connection)
+    connection.sendall(http(b"", length="60000000"))
+    while True:
+        connection.sendall(b"x")
+
+
+def floods_a_head(connection: socket.socket) -> None:
+    receive_request(connection)
+    connection.sendall(b"HTTP/1.1 200 OK\r\n")
+    while True:
+        connection.sendall(b"name: value\r\n" * 100)
+
+
+def n_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
+def fanout() -> Iterator[Fanout]:
+    fanout = Fanout(token="secret", timeouts=TIMEOUTS)
+    yield fanout
+    fanout.close()
+
+
+def run(fanout: Fanout, *calls: Call) -> tuple[dict[int, bytes], dict[int, CallError]]:
+    """Answers and errors by position; fails if the deadline is not kept."""
+    answers: dict[int, bytes] = {}
+
+    def take(position: int, body: memoryview) -> None:
+        assert position not in answers
+        answers[position] = bytes(body)
+
+    start_s = time.monotonic()
+    errors = fanout.run(calls, take)
+    assert time.monotonic() - start_s < TIMEOUTS.call_timeout_s + GRACE_S
+    assert sorted([*answers, *errors]) == list(range(len(calls)))
+    return answers, errors
+
+
+def call(server: Server, body: bytes = b"frame") -> Call:
+    return Call(server.address, "f1", [body[:2], body[2:]])
+
+
+def test_all_calls_are_answered_and_connections_are_kept(fanout: Fanout, serve: Serve) -> None:
+    servers = [serve(echo) for _ in range(3)]
+    for turn in range(4):
+        bodies = [f"{turn} {n}".encode() * 1000 for n in range(6)]
+        calls = [call(servers[n % 3], body) for n, body in enumerate(bodies)]
+        answers, errors = run(fanout, *calls)
+        assert answers == dict(enumerate(bodies))
+        assert not errors
+    assert [server.n_connections for server in servers] == [2, 2, 2]
+
+
+def test_a_call_is_one_http_request_with_the_token(fanout: Fanout, serve: Serve) -> None:
+    heads: list[bytes] = []
+
+    def note(connection: socket.socket) -> None:
+        heads.append(connection.recv(1 << 16))
+        connection.sendall(http(b""))
+
+    server = serve(note)
+    run(fanout, call(server))
+    assert heads == [
+        b"POST /v1/functions/f1 HTTP/1.1\r\nhost: " + server.address.encode()
+        + b"\r\nauthorization: Bearer secret\r\ncontent-length: 5\r\n\r\nframe"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 128 << 10, (128 << 10) + 1, 8 << 20])
+def test_bodies_of_every_size_pass(fanout: Fanout, serve: Serve, size_bytes: int) -> None:
+    body = os.urandom(size_bytes)
+    server = serve(echo)
+    for _ in range(2):
+        answers, errors = run(fanout, call(server, body), call(server, b"small"))
+        assert not errors
+        assert answers[0] == body
+        assert answers[1] == b"small"
+
+
+def test_a_frame_of_many_buffers_is_sent_whole(fanout: Fanout, serve: Serve) -> None:
+    parts = [os.urandom(1000) for _ in range(200)]
+    answers, _ = run(fanout, Call(serve(echo).address, "f1", parts))
+    assert answers == {0: b"".join(parts)}
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        pytest.param(resets, "cannot receive", id="resets"),
+        pytest.param(says_and_closes(b""), "closed after 0 bytes", id="closes without an answer"),
+        pytest.param(
+            says_and_closes(b"HTTP/1.1 200 OK\r\ncont"), "closed after 21 bytes", id="in the head"
+        ),
+        pytest.param(says_and_closes(http(b"abc", length="4")), "closed after", id="in the body"),
+        pytest.param(says(b""), "no answer in time", id="never answers"),
+        pytest.param(never_reads, "no answer in time", id="never reads"),
+        pytest.param(drips, "no answer in time", id="drips"),
+        pytest.param(says(http(b"abc", length="4")), "no answer in time", id="length too large"),
+        pytest.param(says(http(b"abc", length="2")), "bytes after the end", id="length too small"),
+        pytest.param(says(b"\0" * 100_000), "head of more than", id="garbage"),
+        pytest.param(says(b"garbage\r\n\r\n"), "not an HTTP/1.1 answer", id="garbage with an end"),
+        pytest.param(says(http(b"").replace(b"1.1", b"1.0")), "not an HTTP/1.1", id="HTTP/1.0"),
+        pytest.param(says(http(b"", length="-1")), "not an HTTP/1.1", id="length negative"),
+        pytest.param(says(http(b"", length="9" * 5000)), "not an HTTP/1.1", id="length of 5000"),
+        pytest.param(says(http(b"", length="99999999999")), "is too large", id="length of 100 GB"),
+        pytest.param(says(b"HTTP/1.1 200 OK\r\n\r\n"), "not an HTTP/1.1", id="no length"),
+        pytest.param(says(b"HTTP/1.1 OK\r\ncontent-length: 0\r\n\r\n"), "not an", id="no status"),
+        pytest.param(floods_a_head, "head of more than", id="huge head"),
+    ],
+)
+def test_a_server_that_misbehaves_costs_only_its_own_calls(
+    fanout: Fanout, serve: Serve, behaviour: Behaviour, message: str
+) -> None:
+    good, bad = serve(echo), serve(behaviour)
+    frame = bytes(8 << 20) if behaviour is never_reads else b"frame"
+    for _ in range(2):
+        answers, errors = run(fanout, call(bad, frame), call(good), call(bad, frame), call(good))
+        assert answers == {1: b"frame", 3: b"frame"}
+        for position in (0, 2):
+            assert message in str(errors[position])
+            assert bad.address in str(errors[position])
+
+
+@pytest.mark.parametrize("status", ["400 Bad Request", "404 Not Found", "500 Internal", "503 Busy"])
+def test_a_refusal_is_told_and_its_connection_is_kept(
+    fanout: Fanout, serve: Serve, status: str
+) -> None:
+    server = serve(says(http(b'{"error": 1}', status=status)))
+    for _ in range(3):
+        _, errors = run(fanout, call(server))
+        refused = errors[0]
+        assert isinstance(refused, Refused)
+        assert refused.status == int(status[:3])
+        assert str(refused) == f'status {refused.status}: {{"error": 1}}'
+    assert server.n_connections == 1
+
+
+def test_a_large_answer_follows_a_refusal_on_the_same_connection(
+    fanout: Fanout, serve: Serve
+) -> None:
+    """The refusal's error may still hold a view of the buffer, which then cannot be resized."""
+
+    def behave(connection: socket.socket) -> None:
+        receive_request(connection)
+        connection.sendall(http(b"no", status="404 Not Found"))
+        echo(connection)
+
+    server, body = serve(behave), bytes(4 << 20)
+    _, errors = run(fanout, call(server))
+    answers, _ = run(fanout, call(server, body))
+    assert isinstance(errors[0], Refused)
+    assert answers == {0: body}
+
+
+def test_a_connection_refused_is_an_error_at_once(fanout: Fanout, serve: Serve) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    answers, errors = run(fanout, Call(f"127.0.0.1:{port}", "f1", [b"x"]), call(serve(echo)))
+    assert "cannot connect" in str(errors[0])
+    assert answers == {1: b"frame"}
+
+
+@pytest.mark.parametrize("address", ["nowhere.invalid:80", "127.0.0.1:99999", "127.0.0.1", "x:y"])
+def test_an_address_that_is_none_is_an_error(fanout: Fanout, address: str) -> None:
+    _, errors = run(fanout, Call(address, "f1", [b"x"]))
+    assert f"{address}: cannot connect" in str(errors[0])
+
+
+def test_connections_that_hang_cost_their_time_once_all_together(
+    fanout: Fanout, serve: Serve
+) -> None:
+    """A listener whose queue is full answers no connection request."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        host, port = full.getsockname()
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex((host, port))
+        hung = [Call(f"{host}:{port}", "f1", [b"x"])] * 5
+        start_s = time.monotonic()
+        answers, errors = run(fanout, *hung, call(serve(echo)))
+        took_s = time.monotonic() - start_s
+    assert set(errors) == set(range(5))
+    assert all("no connection in time" in str(error) for error in errors.values())
+    assert answers == {5: b"frame"}
+    assert TIMEOUTS.connect_timeout_s <= took_s < TIMEOUTS.call_timeout_s
+
+
+def test_connections_closed_while_idle_are_replaced(fanout: Fanout, serve: Serve) -> None:
+    server = serve(echo_once)
+    for turn in range(4):
+        answers, errors = run(fanout, *[call(server, b"%d %d" % (turn, n)) for n in range(3)])
+        assert not errors
+        assert answers == {n: b"%d %d" % (turn, n) for n in range(3)}
+
+
+def test_a_call_is_made_again_only_once(fanout: Fanout, serve: Serve) -> None:
+    server = serve(echo_once, resets)
+    run(fanout, call(server))
+    _, errors = run(fanout, call(server))
+    assert set(errors) == {0}
+    assert server.n_connections == 2
+
+
+def test_a_call_whose_answer_had_begun_is_not_made_again(fanout: Fanout, serve: Serve) -> None:
+    def behave(connection: socket.socket) -> None:
+        echo_once(connection)
+        says_and_closes(b"HTTP/1.1 2")(connection)
+
+    server = serve(behave, echo)
+    run(fanout, call(server))
+    _, errors = run(fanout, call(server))
+    assert "closed after 10 bytes" in str(errors[0])
+    assert server.n_connections == 1
+
+
+def test_an_answer_that_is_not_taken_is_the_calls_failure_and_not_asked_again(
+    fanout: Fanout, serve: Serve
+) -> None:
+    server = serve(echo)
+    run(fanout, call(server))
+
+    def refuse(position: int, body: memoryview) -> None:
+        raise CallError("bad frame")
+
+    errors = fanout.run([call(server)], refuse)
+    assert str(errors[0]) == "bad frame"
+    assert server.n_connections == 1
+
+
+def test_a_fault_of_the_taker_leaves_no_connection_behind(fanout: Fanout, serve: Serve) -> None:
+    servers = [serve(echo), serve(says(b""))]
+    before = n_fds()
+
+    def fail(position: int, body: memoryview) -> None:
+        raise KeyError(position)
+
+    with pytest.raises(KeyError):
+        fanout.run([call(server) for server in servers], fail)
+    assert count_sockets_to(servers) == 0
+    assert n_fds() >= before
+
+
+def count_sockets_to(servers: list[Server]) -> int:
+    """Client ends in this process of connections to these servers."""
+    import psutil
+
+    ports = {int(server.address.rpartition(":")[2]) for server in servers}
+    found = psutil.Process().net_connections("tcp4")
+    return sum(1 for c in found if c.raddr and c.raddr.port in ports and c.fd >= 0)
+
+
+def test_an_answer_before_the_whole_call_was_sent_ends_the_connection(
+    fanout: Fanout, serve: Serve
+) -> None:
+    def behave(connection: socket.socket) -> None:
+        connection.recv(100)
+        connection.sendall(http(b"too large", status="413 Too Large"))
+        until_it_leaves(connection)
+
+    server = serve(behave, echo)
+    _, errors = run(fanout, call(server, bytes(32 << 20)))
+    assert isinstance(errors[0], Refused)
+    assert run(fanout, call(server))[0] == {0: b"frame"}
+    assert server.n_connections == 2
+
+
+def test_a_server_that_says_close_gets_a_new_connection(fanout: Fanout, serve: Serve) -> None:
+    def behave(connection: socket.socket) -> None:
+        body = receive_request(connection)
+        connection.sendall(http(body or b"", headers="Connection: close\r\n"))
+        until_it_leaves(connection)
+
+    server = serve(behave)
+    for _ in range(3):
+        assert run(fanout, call(server))[0] == {0: b"frame"}
+    assert server.n_connections == 3
+
+
+def test_stray_bytes_are_never_taken_for_the_next_answer(fanout: Fanout, serve: Serve) -> None:
+    def behave(connection: socket.socket) -> None:
+        echo_once(connection)
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nwrong extra")
+        until_it_leaves(connection)
+
+    server = serve(behave, echo)
+    run(fanout, call(server))
+    answers, errors = run(fanout, call(server))
+    assert answers.get(0, b"frame") == b"frame"
+    assert len(answers) + len(errors) == 1
+
+
+def test_idle_connections_are_bounded_and_let_go(fanout: Fanout, serve: Serve) -> None:
+    server, other = serve(echo), serve(echo)
+    run(fanout, *[call(server)] * (MAX_IDLE_PER_ADDRESS + 5), call(other))
+    assert count_sockets_to([server]) == MAX_IDLE_PER_ADDRESS
+    fanout.retain({other.address})
+    assert count_sockets_to([server]) == 0
+    assert count_sockets_to([other]) == 1
+    fanout.close()
+    assert count_sockets_to([other]) == 0
+
+
+def test_many_failures_leave_no_descriptor_behind(fanout: Fanout, serve: Serve) -> None:
+    servers = [serve(echo_once), serve(resets), serve(says(b"garbage\r\n\r\n"))]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        refusing = Call(f"127.0.0.1:{free.getsockname()[1]}", "f1", [b"x"])
+    for _ in range(50):
+        run(fanout, refusing, *[call(server) for server in servers])
+    assert count_sockets_to(servers) <= 1

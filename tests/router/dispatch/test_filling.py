@@ -1,0 +1,348 @@
+"""Layers whose functions are away, on their way, or moved while they are called."""
+
+import contextlib
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from sandboxes import OpenSandbox, PreparedStore, SandboxProcess, block_specs
+
+from faasmoe_expert.store import Store
+from faasmoe_expert.table import FunctionEntry, FunctionTable
+from faasmoe_router.dispatch import Dispatcher
+from faasmoe_router.dispatch.fanout import Fanout
+from faasmoe_router.dispatch.filling import Holding
+from faasmoe_router.dispatch.metrics import DispatchMetrics
+
+DEADLINE_S = 20.0
+N_TOKENS = 12
+Addresses = dict[str, tuple[str, ...]]
+
+
+@pytest.fixture(scope="module")
+def store(prepared_store: PreparedStore) -> Store:
+    return prepared_store("mixtral")
+
+
+@pytest.fixture(scope="module")
+def box(sandbox: OpenSandbox, store: Store) -> Iterator[SandboxProcess]:
+    with sandbox(capacity=64) as process:
+        process.attach_blocks(store, 2)
+        yield process
+
+
+@pytest.fixture(scope="module")
+def cold(store: Store) -> FunctionTable:
+    entries = tuple(FunctionEntry(spec) for spec in block_specs(store, 2))
+    return FunctionTable(store.manifest.digest, 0, entries)
+
+
+class Layers:
+    """A dispatcher of the store, what it asked for, and its counters."""
+
+    def __init__(
+        self, store: Store, table: FunctionTable | None, *, timeout_s: float, hold: bool = True
+    ) -> None:
+        self.wakes: list[list[str]] = []
+        self.on_wake: Callable[[], None] = lambda: None
+        self.metrics = DispatchMetrics()
+        self.dispatcher = Dispatcher(
+            store,
+            table,
+            metrics=self.metrics,
+            holding=Holding(self._wake, timeout_s=timeout_s, probe_s=0.02) if hold else None,
+        )
+        layer = store.manifest.layers[0]
+        generator = torch.Generator().manual_seed(0)
+        self.hidden = torch.randn(N_TOKENS, layer.hidden_size, generator=generator)  # [T, H]
+        scores = torch.rand(N_TOKENS, layer.num_experts, generator=generator)  # [T, E]
+        self.weights, self.index = scores.topk(layer.top_k)  # [T, k]
+
+    def _wake(self, names: Any) -> None:
+        self.wakes.append(list(names))
+        self.on_wake()
+
+    def compute(self, layer: int = 0) -> torch.Tensor:
+        return self.dispatcher.compute(layer, self.hidden, self.index, self.weights)
+
+    @property
+    def n_local(self) -> int:
+        return self.dispatcher.load.local
+
+
+@pytest.fixture
+def open_layers(store: Store, cold: FunctionTable) -> Iterator[Callable[..., Layers]]:
+    opened: list[Layers] = []
+
+    def make(*, timeout_s: float = DEADLINE_S, **given: Any) -> Layers:
+        opened.append(Layers(store, given.pop("table", cold), timeout_s=timeout_s, **given))
+        return opened[-1]
+
+    yield make
+    for layers in opened:
+        layers.dispatcher.close()
+
+
+@pytest.fixture
+def expected(open_layers: Callable[..., Layers]) -> torch.Tensor:
+    """What the first layer gives; computed from the store."""
+    layers = open_layers(hold=False)
+    result = layers.compute()
+    assert layers.n_local > 0
+    return result
+
+
+def everywhere(table: FunctionTable, *addresses: str) -> Addresses:
+    return {entry.spec.id: addresses for entry in table.functions}
+
+
+class Forwarder:
+    """Passes connections on to an address, from a port that is refused until `open`."""
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.rpartition(":")
+        self._target = (host, int(port))
+        self._listener = socket.socket()
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listener.bind(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.n_open = 0
+        self._threads: list[threading.Thread] = []
+        self._sockets: list[socket.socket] = []
+
+    def open(self) -> None:
+        self._listener.listen()
+        self._start(self._accept)
+
+    def close(self) -> None:
+        for one in (self._listener, *self._sockets):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(DEADLINE_S)
+
+    def _start(self, work: Callable[..., None], *args: Any) -> None:
+        self._threads.append(threading.Thread(target=work, args=args))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                self._sockets.append(near)
+                self.n_open += 1
+                self._start(self._pass_on, near)
+
+    def _pass_on(self, near: socket.socket) -> None:
+        with contextlib.suppress(OSError), near, socket.create_connection(self._target) as far:
+            while True:
+                for one in select.select([near, far], [], [])[0]:
+                    data = one.recv(1 << 16)
+                    if not data:
+                        self.n_open -= 1
+                        return
+                    (far if one is near else near).sendall(data)
+
+
+@pytest.fixture
+def forwarder(box: SandboxProcess) -> Iterator[Forwarder]:
+    forwarder = Forwarder(box.address)
+    yield forwarder
+    forwarder.close()
+
+
+def test_a_call_is_held_until_its_function_is_there(
+    open_layers: Callable[..., Layers],
+    cold: FunctionTable,
+    box: SandboxProcess,
+    expected: torch.Tensor,
+) -> None:
+    layers = open_layers()
+    moves = everywhere(cold, box.address)
+    thread = threading.Thread(target=layers.dispatcher.move_functions, args=(1, moves))
+    layers.on_wake = thread.start
+    torch.testing.assert_close(layers.compute(), expected)
+    thread.join()
+    assert layers.n_local == 0
+    # All that the next layers will need, too: a dozen tokens touch every block.
+    assert sorted(layers.wakes[0]) == sorted(moves)
+    assert len(layers.wakes) == 1
+
+
+def test_a_function_that_does_not_come_costs_its_time_once_and_is_computed_here(
+    open_layers: Callable[..., Layers], store: Store, expected: torch.Tensor
+) -> None:
+    layers = open_layers(timeout_s=0.3)
+    began_s = time.monotonic()
+    results = [layers.compute() for _ in range(20)]
+    for layer in range(1, len(store.manifest.layers)):
+        layers.compute(layer)
+    assert time.monotonic() - began_s < 0.3 * 5
+    for result in results:
+        torch.testing.assert_close(result, expected)
+    assert layers.n_local > 20
+    assert len(layers.wakes) <= 2
+
+
+def test_without_anyone_to_ask_nothing_is_held(
+    open_layers: Callable[..., Layers], expected: torch.Tensor
+) -> None:
+    layers = open_layers(hold=False)
+    began_s = time.monotonic()
+    torch.testing.assert_close(layers.compute(), expected)
+    assert time.monotonic() - began_s < 1.0
+
+
+def test_before_any_table_a_layer_is_computed_here_and_nothing_is_asked_for(
+    open_layers: Callable[..., Layers], expected: torch.Tensor
+) -> None:
+    layers = open_layers(table=None)
+    torch.testing.assert_close(layers.compute(), expected)
+    assert layers.wakes == []
+    assert layers.n_local == 1
+
+
+def test_a_new_address_is_probed_until_it_accepts(
+    open_layers: Callable[..., Layers],
+    cold: FunctionTable,
+    forwarder: Forwarder,
+    expected: torch.Tensor,
+) -> None:
+    layers = open_layers()
+    layers.dispatcher.move_functions(1, everywhere(cold, forwarder.address))
+    refused_first = threading.Timer(0.15, forwarder.open)
+    refused_first.start()
+    torch.testing.assert_close(layers.compute(), expected)
+    refused_first.join()
+    assert layers.n_local == 0
+
+
+def test_a_new_address_that_never_accepts_is_given_up(
+    open_layers: Callable[..., Layers],
+    cold: FunctionTable,
+    forwarder: Forwarder,
+    expected: torch.Tensor,
+) -> None:
+    layers = open_layers(timeout_s=0.3)
+    layers.dispatcher.move_functions(1, everywhere(cold, forwarder.address))
+    torch.testing.assert_close(layers.compute(), expected)
+    assert layers.n_local > 0
+
+
+def test_an_address_that_answered_and_died_is_not_waited_for(
+    open_layers: Callable[..., Layers],
+    cold: FunctionTable,
+    forwarder: Forwarder,
+    expected: torch.Tensor,
+) -> None:
+    forwarder.open()
+    layers = open_layers()
+    layers.dispatcher.move_functions(1, everywhere(cold, forwarder.address))
+    layers.compute()
+    forwarder.close()
+    began_s = time.monotonic()
+    torch.testing.assert_close(layers.compute(), expected)
+    assert time.monotonic() - began_s < 2.0
+    assert layers.n_local > 0
+
+
+def test_connections_to_addresses_that_left_are_closed_at_once(
+    open_layers: Callable[..., Layers],
+    cold: FunctionTable,
+    box: SandboxProcess,
+    forwarder: Forwarder,
+) -> None:
+    forwarder.open()
+    layers = open_layers()
+    layers.dispatcher.move_functions(1, everywhere(cold, forwarder.address))
+    layers.compute()
+    assert forwarder.n_open > 0
+    layers.dispatcher.move_functions(2, everywhere(cold, box.address))
+    end_s = time.monotonic() + DEADLINE_S
+    while forwarder.n_open:
+        assert time.monotonic() < end_s
+        time.sleep(0.005)
+
+
+def test_the_table_may_be_replaced_while_layers_are_computed(
+    open_layers: Callable[..., Layers],
+    cold: FunctionTable,
+    box: SandboxProcess,
+    forwarder: Forwarder,
+    expected: torch.Tensor,
+) -> None:
+    forwarder.open()
+    layers = open_layers()
+    layers.dispatcher.move_functions(1, everywhere(cold, box.address))
+    done = threading.Event()
+
+    def move() -> None:
+        places = [(box.address,), (forwarder.address,), (box.address, forwarder.address)]
+        version = 1
+        while not done.wait(0.001):
+            version += 1
+            layers.dispatcher.move_functions(version, everywhere(cold, *places[version % 3]))
+            layers.dispatcher.replace_table(
+                FunctionTable(
+                    cold.model_digest,
+                    version,
+                    tuple(FunctionEntry(e.spec, places[version % 3]) for e in cold.functions),
+                )
+            )
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    try:
+        for _ in range(100):
+            torch.testing.assert_close(layers.compute(), expected)
+    finally:
+        done.set()
+        mover.join()
+    assert layers.n_local == 0
+
+
+def test_what_was_called_is_measured(
+    open_layers: Callable[..., Layers], cold: FunctionTable, box: SandboxProcess
+) -> None:
+    layers = open_layers()
+    layers.dispatcher.move_functions(1, everywhere(cold, box.address))
+    layers.compute()
+    now_s = time.monotonic()
+    readings = layers.dispatcher.load.read(now_s)
+    of_layer = [e.spec for e in cold.functions if e.spec.layers == (0,)]
+    for spec in of_layer:
+        hit = torch.isin(layers.index, torch.tensor(spec.experts)).any(dim=1)  # [T]
+        assert readings[spec.id].calls == 1
+        assert readings[spec.id].rows == int(hit.sum())
+        assert 0 < readings[spec.id].in_flight_s < 10
+    assert layers.dispatcher.load.read(now_s + 100) == readings  # nothing is left in flight
+
+
+def test_an_address_that_accepts_in_the_middle_of_a_fan_out_is_tried_again(
+    open_layers: Callable[..., Layers],
+    cold: FunctionTable,
+    forwarder: Forwarder,
+    expected: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layers = open_layers()
+    layers.dispatcher.move_functions(1, everywhere(cold, forwarder.address))
+    connection = Fanout.connection
+    n_connections = 0
+
+    def second_one_finds_it_open(fanout: Fanout, address: str, *, fresh: bool) -> Any:
+        nonlocal n_connections
+        n_connections += 1
+        if n_connections == 2:
+            forwarder.open()
+        return connection(fanout, address, fresh=fresh)
+
+    monkeypatch.setattr(Fanout, "connection", second_one_finds_it_open)
+    torch.testing.assert_close(layers.compute(), expected)
+    assert layers.n_local == 0

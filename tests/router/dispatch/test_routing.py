@@ -1,0 +1,73 @@
+"""A function table becomes routing, unless it does not fit the store."""
+
+from dataclasses import replace
+
+import pytest
+from sandboxes import PreparedStore, block_specs
+
+from faasmoe_expert.store import Store
+from faasmoe_expert.table import FunctionEntry, FunctionSpec, FunctionTable, TableError
+from faasmoe_router.dispatch.routing import Routing
+
+
+@pytest.fixture(scope="module")
+def store(prepared_store: PreparedStore) -> Store:
+    """Three layers of 8 experts."""
+    return prepared_store("mixtral")
+
+
+@pytest.fixture(scope="module")
+def table(store: Store) -> FunctionTable:
+    entries = [
+        FunctionEntry(spec, (f"10.0.0.{n}:9090",)) for n, spec in enumerate(block_specs(store, 3))
+    ]
+    return FunctionTable(store.manifest.digest, 7, tuple(entries))
+
+
+def test_every_expert_finds_its_function(store: Store, table: FunctionTable) -> None:
+    routing = Routing.from_table(table, store)
+    assert routing.version == 7
+    for index, layer in enumerate(routing.layers):
+        for expert, position in enumerate(layer.function_of):
+            spec = layer.functions[position].spec
+            assert expert in spec.experts
+            assert index in spec.layers
+
+
+def test_a_function_over_several_layers_is_in_each(store: Store) -> None:
+    spec = FunctionSpec("all", (0, 1, 2), tuple(range(8)))
+    table = FunctionTable(store.manifest.digest, 0, (FunctionEntry(spec, ("h:1", "h:2")),))
+    routing = Routing.from_table(table, store)
+    assert [layer.functions[0].spec for layer in routing.layers] == [spec] * 3
+    assert routing.addresses() == {"h:1", "h:2"}
+
+
+def test_another_models_table_is_refused(store: Store, table: FunctionTable) -> None:
+    with pytest.raises(TableError, match="model_digest: got sha256:00, expected sha256:"):
+        Routing.from_table(replace(table, model_digest="sha256:00"), store)
+
+
+def test_an_expert_without_a_function_is_refused(store: Store, table: FunctionTable) -> None:
+    without = replace(table, functions=(*table.functions[:1], *table.functions[2:]))
+    with pytest.raises(TableError, match="functions: layer 0 expert 3 is in no function"):
+        Routing.from_table(without, store)
+
+
+def test_an_empty_table_is_refused(store: Store) -> None:
+    with pytest.raises(TableError, match="functions: layer 0 expert 0 is in no function"):
+        Routing.from_table(FunctionTable(store.manifest.digest, 0, ()), store)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (FunctionSpec("f", (3,), (0,)), "layers: got 3 in function f, expected indices below 3"),
+        (FunctionSpec("f", (2,), (8,)), "experts: got 8 in function f, expected indices below 8"),
+    ],
+)
+def test_what_the_store_does_not_have_is_refused(
+    store: Store, table: FunctionTable, spec: FunctionSpec, message: str
+) -> None:
+    more = replace(table, functions=(*table.functions, FunctionEntry(spec)))
+    with pytest.raises(TableError, match=message):
+        Routing.from_table(more, store)

@@ -1,0 +1,63 @@
+"""Parts are added in a fixed order, whenever they arrive."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from faasmoe_expert.wire import Mode
+from faasmoe_router.dispatch.grouping import Group, group_pairs
+from faasmoe_router.dispatch.sums import new_sum
+
+INDEX = np.array([[0, 2], [1, 2], [3, 0], [9, 9]])  # [T, k]; the last row has no expert
+WEIGHT = np.ones((4, 2), dtype=np.float32)  # [T, k]
+FUNCTION_OF = np.array([0, 0, 1, 2], dtype=np.int32)
+
+
+def groups() -> list[Group]:
+    return group_pairs(INDEX, WEIGHT, FUNCTION_OF, max_rows=2)
+
+
+def parts(mode: Mode, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    counts = [len(g.pair_slot) if mode is Mode.UNREDUCED else len(g.rows) for g in groups()]
+    return [(torch.randn(n, 3, generator=generator) * 1e3).to(dtype) for n in counts]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", Mode)
+def test_the_sum_does_not_depend_on_the_order_of_arrival(mode: Mode, dtype: torch.dtype) -> None:
+    hidden, results = torch.zeros(4, 3, dtype=dtype), []
+    for order in itertools.permutations(range(len(groups()))):
+        total = new_sum(hidden, mode=mode, top_k=2)
+        for position in order:
+            total.put(position, groups()[position], parts(mode, dtype)[position])
+        results.append(total.result())
+    assert all(torch.equal(r, results[0]) for r in results)
+    assert results[0].dtype == dtype
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_every_part_is_added_to_its_row(mode: Mode) -> None:
+    total, expected = new_sum(torch.zeros(4, 3), mode=mode, top_k=2), torch.zeros(4, 3)
+    for position, (group, part) in enumerate(
+        zip(groups(), parts(mode, torch.float32), strict=True)
+    ):
+        total.put(position, group, part)
+        rows = group.pair_slot // 2 if mode is Mode.UNREDUCED else group.rows
+        expected.index_add_(0, torch.from_numpy(rows), part)
+    torch.testing.assert_close(total.result(), expected)
+    assert not total.result()[3].any()
+
+
+def test_what_was_put_may_change_afterwards() -> None:
+    """Answers lie in a buffer that the next call overwrites."""
+    for mode in Mode:
+        total, given = new_sum(torch.zeros(4, 3), mode=mode, top_k=2), parts(mode, torch.float32)[0]
+        total.put(0, groups()[0], given)
+        before = total.result()
+        given.zero_()
+        assert torch.equal(total.result(), before)
+        assert before.any()
