@@ -10,7 +10,7 @@ DEMO   := .faasmoe/demo
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-slow lint format bench clean
+.PHONY: help setup demo test test-slow lint format bench bench-elastic clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -48,6 +48,9 @@ format: $(STAMP) ## Rewrite the sources in the house's format
 bench: $(STAMP) ## Fan-out and data plane, against in-process transformers; writes benchmarks/out/*.json
 	$(BIN)/python -m benchmarks.fanout
 	$(BIN)/python -m benchmarks.data_plane
+
+bench-elastic: $(STAMP) ## Activation, time to first token after idle, memory; writes benchmarks/out/elastic.json
+	$(BIN)/python -m benchmarks.elastic
 
 clean: ## Remove the environment, caches and the demo's files
 	rm -rf $(VENV) .faasmoe .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/out

@@ -102,6 +102,11 @@ class Recorder:
         self._done.clear()
         return list(self._tokens)
 
+    def fail(self, request_ids: Sequence[str]) -> None:
+        """Take the ids of requests whose scores were not finite."""
+        self._error = f"scores of {len(request_ids)} requests were not finite"
+        self._done.set()
+
     def take(self, outputs: Sequence[Output]) -> None:
         """Take what one step gave."""
         reading = self._meter()

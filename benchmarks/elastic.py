@@ -24,6 +24,7 @@ from benchmarks.report import OUT, describe_machine, percentile, write_figures
 from benchmarks.served import served
 from benchmarks.sides import ROOT
 
+from faasmoe_expert.store import Store, StoreError
 from faasmoe_operator.cli.table import format_table
 
 CACHE = Path.home() / ".cache" / "faasmoe-bench"
@@ -50,34 +51,38 @@ class Plan:
         experts_per_function: of them, for a function of the size that the goals name.
         private_experts_per_function: the same for private memory: many functions.
         rounds: how often each function is activated, from each kind of pool.
-        demo: whether the demo model is asked for its first token; else the geometry's is.
         first_token_rounds: rounds of idle and warm requests, with each size of the pool.
-        pools: those sizes; the first one's figures are the headline.
+        pools: those sizes, for the demo model; the first one's figures are the headline. With none
+            the geometry's model is asked for its first tokens, which is quicker.
     """
 
     geometry: Geometry
     experts_per_function: int
     private_experts_per_function: int
     rounds: int
-    demo: bool
     first_token_rounds: int
     pools: tuple[int, ...]
 
 
 def full_plan(rounds: int) -> Plan:
     """Return the plan whose figures count: 24 functions for private memory, 12 for the rest."""
-    return Plan(qwen(4), 20, 10, rounds, True, rounds, (1, 3, 0))
+    return Plan(qwen(4), 20, 10, rounds, rounds, (1, 3, 0))
 
 
 def quick_plan() -> Plan:
     """Return a plan of seconds, which shows that everything works; its figures mean nothing."""
-    return Plan(small(), 4, 2, 1, False, 1, (1,))
+    return Plan(small(), 4, 4, 1, 1, ())
 
 
 class Benchmark:
-    """The parts of a run, each with a `faasmoe up` of its own."""
+    """The parts of a run, each with a `faasmoe up` of its own.
+
+    Attributes:
+        tokens: what was found of first tokens, by size of the pool.
+    """
 
     def __init__(self, plan: Plan, *, checkpoint: Path, store: Path) -> None:
+        self.tokens: dict[int, FirstTokens] = {}
         self._plan = plan
         self._checkpoint = checkpoint
         self._store = store
@@ -88,6 +93,8 @@ class Benchmark:
         file = self._moemodel(f"activation-{pool}", pool=pool, window_s=WINDOW_S)
         async with served(file) as model:
             times_s, left = await activations_s(model, rounds=self._plan.rounds)
+            if pool == WARM_POOL and not self._plan.pools:
+                self.tokens[pool] = await first_tokens(model, rounds=self._plan.first_token_rounds)
         return {"times_s": times_s, "idle_sandboxes": left}
 
     async def memory(self, *, experts_per_function: int) -> Figures:
@@ -116,15 +123,12 @@ class Benchmark:
                 "private_mb_per_function": (sandboxes.total - pages) / n_functions / 1e6,
             }
 
-    async def first_token(self, *, pool: int) -> FirstTokens:
-        """Measure the first token after idle and warm."""
+    async def first_token(self, *, pool: int) -> None:
+        """Measure the demo model's first token after idle and warm."""
         print(f"first token, pool of {pool}")
-        file = self._moemodel(f"first-token-{pool}", pool=pool, window_s=WINDOW_S)
-        if self._plan.demo:
-            await _make_demo_model()
-            file = self._demo_moemodel(pool)
-        async with served(file) as model:
-            return await first_tokens(model, rounds=self._plan.first_token_rounds)
+        await _make_demo_model()
+        async with served(self._demo_moemodel(pool)) as model:
+            self.tokens[pool] = await first_tokens(model, rounds=self._plan.first_token_rounds)
 
     def _moemodel(
         self, name: str, *, pool: int, window_s: float, experts_per_function: int | None = None
@@ -172,18 +176,21 @@ def _prompts(seed: int) -> list[str]:
 
 
 async def _make_demo_model() -> None:
-    for command in (
-        ("faasmoe_operator.cli", "demo-model", str(DEMO / "demo-model")),
-        (
-            "faasmoe_operator.cli",
-            "prepare",
-            (DEMO / "demo-model").as_uri(),
-            str(DEMO / "demo-store"),
-        ),
-    ):
-        process = await asyncio.create_subprocess_exec(sys.executable, "-m", *command, cwd=ROOT)
-        if await process.wait():
-            raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
+    """Make the demo model and its store, where `make demo` has them, unless they are there."""
+    checkpoint, store = DEMO / "demo-model", DEMO / "demo-store"
+    await _faasmoe("demo-model", str(checkpoint))
+    try:
+        Store.open(store)
+    except StoreError:
+        force = ("--force",) if store.exists() else ()
+        await _faasmoe("prepare", checkpoint.as_uri(), str(store), *force)
+
+
+async def _faasmoe(*arguments: str) -> None:
+    command = (sys.executable, "-m", "faasmoe_operator.cli", *arguments)
+    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT)
+    if await process.wait():
+        raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
 
 
 async def measure(plan: Plan, folder: Path) -> Figures:
@@ -193,9 +200,12 @@ async def measure(plan: Plan, folder: Path) -> Figures:
     benchmark = Benchmark(plan, checkpoint=checkpoint, store=store)
     warm = await benchmark.activation(pool=WARM_POOL)
     empty = await benchmark.activation(pool=0)
-    all_warm = await benchmark.memory(experts_per_function=plan.experts_per_function)
-    private = await benchmark.memory(experts_per_function=plan.private_experts_per_function)
-    tokens = {pool: await benchmark.first_token(pool=pool) for pool in plan.pools}
+    sizes = (plan.experts_per_function, plan.private_experts_per_function)
+    memory = {n: await benchmark.memory(experts_per_function=n) for n in dict.fromkeys(sizes)}
+    all_warm, private = (memory[n] for n in sizes)
+    for pool in plan.pools:
+        await benchmark.first_token(pool=pool)
+    tokens = benchmark.tokens
     return {
         "machine": machine,
         "geometry": asdict(plan.geometry),
@@ -205,7 +215,7 @@ async def measure(plan: Plan, folder: Path) -> Figures:
         "cold_start_p50_s": percentile(empty["times_s"], 50),
         "cold_start_p99_s": percentile(empty["times_s"], 99),
         "samples": len(warm["times_s"]),
-        "ttft_after_idle_ratio": tokens[plan.pools[0]].ratio.median,
+        "ttft_after_idle_ratio": next(iter(tokens.values())).ratio.median,
         "ttft_by_pool": {str(pool): found.to_json() for pool, found in tokens.items()},
         "private_mb_per_function": private["private_mb_per_function"],
         "memory_over_floor": all_warm["over_floor"],

@@ -175,16 +175,24 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def main() -> int:
-    """Make the checkpoint and its store; print both folders as JSON."""
+def _prepare(checkpoint: Path, store: Path) -> None:
+    """Prepare the store if there is none, or one of an earlier version."""
+    from faasmoe_expert.store import Store, StoreError
     from faasmoe_router.checkpoint.prepare import prepare
 
+    try:
+        Store.open(store)
+    except StoreError as error:
+        print(f"preparing {store.name}: {error}", file=sys.stderr)
+        prepare(str(checkpoint), store, force=store.exists())
+
+
+def main() -> int:
+    """Make the checkpoint and its store; print both folders as JSON."""
     folder, geometry = Path(sys.argv[1]), Geometry(**json.loads(sys.argv[2]))
     checkpoint, store = folder / geometry.name, folder / f"{geometry.name}-store"
     make_checkpoint(geometry, checkpoint)
-    if not (store / "manifest.json").exists():
-        prepare(str(checkpoint), store)
-        print(f"prepared {store.name}", file=sys.stderr)
+    _prepare(checkpoint, store)
     for made in (checkpoint, store / "model"):
         _write_tokenizer(geometry, made)
     print(json.dumps({"checkpoint": str(checkpoint), "store": str(store)}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -140,7 +139,7 @@ async def served(moemodel: Path) -> AsyncIterator[Served]:
 
 async def _wait_serving(process: asyncio.subprocess.Process, log: Path) -> None:
     deadline_s = time.monotonic() + START_TIMEOUT_S
-    while "OpenAI base URL" not in (text := log.read_text(encoding="utf-8")):
+    while "OpenAI base URL" not in (text := await asyncio.to_thread(log.read_text)):
         if process.returncode is not None:
             raise RuntimeError(f"faasmoe up ended with status {process.returncode}:\n{text}")
         await _pause(deadline_s, f"faasmoe up did not serve:\n{text}")
@@ -153,7 +152,7 @@ def _announced(folder: Path) -> dict[str, Any]:
 
 async def _end(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
     try:
         async with asyncio.timeout(END_TIMEOUT_S):
             await process.wait()

@@ -60,7 +60,7 @@ class RouterProcess:
         self._gave_up = False
         self._engine = Engine(
             model,
-            TextCodec(AutoTokenizer.from_pretrained(config.store / "model")),
+            _open_codec(config.store / "model"),
             limits=_limits(config, model),
             metrics=EngineMetrics(registry, model_name),
             on_give_up=self._give_up,
@@ -99,6 +99,14 @@ def _open_store(path: Path) -> Store:
         return Store.open(path)
     except (StoreError, OSError) as error:
         raise ConfigError(f"FAASMOE_STORE: {error}") from error
+
+
+def _open_codec(path: Path) -> TextCodec:
+    try:
+        return TextCodec(AutoTokenizer.from_pretrained(path))
+    except Exception as error:  # a broken file raises whatever its parser stumbled over
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"FAASMOE_STORE: {path}: no tokenizer can be loaded: {reason}") from error
 
 
 def _make_dispatcher(store: Store, config: RouterConfig, metrics: DispatchMetrics) -> Dispatcher:

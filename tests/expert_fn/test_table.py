@@ -44,7 +44,9 @@ def test_a_table_survives_json(table: FunctionTable) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        pytest.param(entry(id=""), "id: got '', expected 1 to 64 ASCII letters and digits", id="no id"),
+        pytest.param(
+            entry(id=""), "id: got '', expected 1 to 64 ASCII letters and digits", id="no id"
+        ),
         pytest.param(entry(id="a/b"), "id: got 'a/b'", id="id with a slash"),
         pytest.param(entry(id="a" * 65), "id: got 'aaaa", id="long id"),
         pytest.param(entry(id="é1"), "id: got 'é1'", id="id of other letters"),

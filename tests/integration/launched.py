@@ -132,9 +132,17 @@ def launched(file: Path, log: Path) -> Iterator[Up]:
     finally:
         processes = running.family
         running.process.send_signal(signal.SIGINT)
-        status = running.process.wait(END_TIMEOUT_S)
+        status = _status(running.process)
     assert status == 0, running.log.read_text()
     wait_until(lambda: all_gone(processes), timeout_s=10, what="no process left")
+
+
+def _status(process: subprocess.Popen[bytes]) -> int:
+    try:
+        return process.wait(END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def all_gone(processes: list[psutil.Process]) -> bool:

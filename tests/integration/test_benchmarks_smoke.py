@@ -82,3 +82,17 @@ def test_the_fan_out_measures_every_candidate(tmp_path: Path) -> None:
     assert figures["fanout_p50_us"] > 0
     assert {found["body_bytes"] >> 10 for found in figures["candidates"]} == {4, 64, 256, 1024}
     assert "uvicorn" in printed
+
+
+@pytest.mark.slow
+def test_the_elastic_benchmark_writes_what_the_issue_names(tmp_path: Path) -> None:
+    options = ("--quick", "--cache", str(tmp_path), "--out", str(tmp_path))
+    printed = _run("-m", "benchmarks.elastic", *options)
+    figures = json.loads((tmp_path / "elastic.json").read_text())
+    for name in ("attach", "cold_start"):
+        assert 0 < figures[f"{name}_p50_s"] <= figures[f"{name}_p99_s"]
+        assert f"{name}_p50_s" in printed
+    for name in ("ttft_after_idle_ratio", "private_mb_per_function", "memory_over_floor"):
+        assert figures[name] > 0
+    assert figures["idle_sandboxes"] == {"0": 0, "2": 2}
+    assert figures["machine"]["cores"] > 0

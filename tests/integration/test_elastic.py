@@ -193,7 +193,7 @@ def check_burst_from_zero(up: Up, *, pool: int) -> None:
     activations = 'activations_total{outcome="ready"}'
     before = up.control_metric(activations), up.router_metric("cold_start_seconds_count")
     answers = burst(up)
-    assert up.control_metric(activations) - before[0] == N_FUNCTIONS
+    assert up.control_metric(activations) - before[0] == N_FUNCTIONS, up.status()["decisions"]
     held = [answer.cold_start_s for answer in answers if answer.cold_start_s is not None]
     assert len(held) == up.router_metric("cold_start_seconds_count") - before[1] > 0
     assert all(0 < waited_s < WAKE_TIMEOUT_S for waited_s in held)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from families.inputs import prompts
 from families.registry import FAMILIES, Family, forward_logits
+from prometheus_client import CollectorRegistry
 from sandboxes import OpenSandbox, PreparedStore, SandboxProcess, block_specs
 from torch import Tensor
 
@@ -39,15 +40,16 @@ def sandboxes(sandbox: OpenSandbox) -> Iterator[Sandboxes]:
 @contextmanager
 def dispatching(
     store: Store, sandboxes: Sandboxes, block: int, mode: Mode
-) -> Iterator[tuple[Dispatcher, DispatchMetrics]]:
+) -> Iterator[tuple[Dispatcher, CollectorRegistry]]:
     entries: list[FunctionEntry] = []
     for position, spec in enumerate(block_specs(store, block)):
         entries.append(sandboxes[position % len(sandboxes)].attach(store, spec))
     table = FunctionTable(store.manifest.digest, 0, tuple(entries))
-    metrics = DispatchMetrics()
+    registry = CollectorRegistry()
+    metrics = DispatchMetrics(registry)
     dispatcher = Dispatcher(store, table, mode=mode, token="secret", metrics=metrics)
     try:
-        yield dispatcher, metrics
+        yield dispatcher, registry
     finally:
         dispatcher.close()
         for position, entry in enumerate(entries):
@@ -55,15 +57,21 @@ def dispatching(
             assert box.http.delete(f"/v1/functions/{entry.spec.id}").status_code == 204
 
 
+def counted(registry: CollectorRegistry, name: str) -> float:
+    value = registry.get_sample_value(f"faasmoe_router_{name}_total")
+    assert value is not None
+    return value
+
+
 def logits_through_functions(
     family: Family, store: Store, sandboxes: Sandboxes, *, block: int, mode: Mode
 ) -> Tensor:
     """Logits [B, S, V] with the experts in sandboxes; none of them computed in the router."""
-    with dispatching(store, sandboxes, block, mode) as (dispatcher, metrics):
+    with dispatching(store, sandboxes, block, mode) as (dispatcher, registry):
         model = load_router_model(store, dispatcher, device=torch.device("cpu"))
         logits = forward_logits(family, model, prompts())
-        assert metrics.calls._value.get() >= len(store.manifest.layers) // 2
-        assert metrics.local._value.get() == 0
+        assert counted(registry, "function_calls") >= len(store.manifest.layers) // 2
+        assert counted(registry, "local_computations") == 0
         return logits
 
 
@@ -106,11 +114,11 @@ def test_unreduced_experts_are_bit_identical_alone_and_co_batched(
     hidden = torch.randn(19, entry.hidden_size, generator=generator)  # [T, H]
     scores = torch.randn(19, entry.num_experts, generator=generator)  # [T, E]
     weight, index = scores.softmax(-1).topk(entry.top_k)  # [T, k] each
-    with dispatching(store, sandboxes, 3, Mode.UNREDUCED) as (dispatcher, metrics):
+    with dispatching(store, sandboxes, 3, Mode.UNREDUCED) as (dispatcher, registry):
         together = dispatcher.compute(entry.index, hidden, index, weight)  # [T, H]
         alone = [
             dispatcher.compute(entry.index, hidden[t : t + 1], index[t : t + 1], weight[t : t + 1])
             for t in range(len(hidden))
         ]
-        assert metrics.local._value.get() == 0
+        assert counted(registry, "local_computations") == 0
     assert torch.equal(together, torch.cat(alone))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -14,6 +15,8 @@ from faasmoe_operator.platforms.base import SandboxTemplate
 from faasmoe_operator.spec import MoEModel, MoEModelError, load_moemodel
 
 FILE_SCHEME = "file://"
+HUB_SCHEME = "hf://"
+_COMMIT = re.compile(r"[0-9a-f]{40}")  # a branch or tag may have moved, a commit never does
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,10 @@ class Deployment:
         if not _same_source(self.source, held.source):
             expected = f"{held.source}, which the store {self.store_path} was prepared from"
             self._refuse("spec.model.source", f"got {self.source}, expected {expected}")
+        revision = self.model.spec.model.revision
+        if revision and _COMMIT.fullmatch(revision) and revision != held.revision:
+            expected = f"{held.revision}, which the store {self.store_path} was prepared from"
+            self._refuse("spec.model.revision", f"got {revision}, expected {expected}")
         wanted = self.model.spec.router.max_model_len
         if wanted is not None and wanted > held.max_position_embeddings:
             expected = f"at most {held.max_position_embeddings}, the model's context"
@@ -107,12 +114,9 @@ class Deployment:
 
 
 def _same_source(wanted: str, held: str) -> bool:
-    """Compare what can be compared: a folder that was given by a relative path tells nothing."""
-    parts = urlsplit(held)
-    if parts.scheme == "file":
-        return Path(unquote(parts.path)).resolve().as_uri() == wanted
+    """Compare a source in full form with what a manifest calls it: a path, a URI or a hub id."""
+    if held.startswith(FILE_SCHEME):
+        return Path(unquote(urlsplit(held).path)).resolve().as_uri() == wanted
     if Path(held).is_absolute():
         return Path(held).resolve().as_uri() == wanted
-    if parts.scheme == "hf":
-        return held == wanted
-    return True
+    return wanted == (held if held.startswith(HUB_SCHEME) else f"{HUB_SCHEME}{held}")

@@ -6,22 +6,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from faasmoe_router.checkpoint.source import Source, read_json
-
-_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-_TEMPLATES = "additional_chat_templates/*.jinja"
-_WEIGHT_INDEX = ".index.json"
-_LARGEST_BYTES = 256 << 20
+from faasmoe_router.checkpoint.index import read_json
+from faasmoe_router.checkpoint.source import Source
 
 
 def companion_files(source: Source, *, dtype: str | None) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of each file of `model/`; config.json speaks of `dtype` if given."""
-    paths = {path for pattern in (*_PATTERNS, _TEMPLATES) for path in source.folder.glob(pattern)}
-    for path in sorted(paths):
-        if path.name.endswith(_WEIGHT_INDEX) or not path.is_file():
-            continue
-        if path.stat().st_size > _LARGEST_BYTES:
-            continue
+    for path in source.companions():
         name = f"model/{path.relative_to(source.folder)}"
         if path.name == "config.json" and dtype is not None:
             yield name, _config_as(path, dtype)

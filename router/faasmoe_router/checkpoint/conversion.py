@@ -79,6 +79,10 @@ def plan_conversion(
         converter = WeightRenaming(key, name) if pattern is None else converter_of[pattern]
         job = jobs.setdefault(name, Job(name, converter, dtypes.of(name, expected[name])))
         _refuse_quantised(key, tensors[key], job.dtype)
+        if pattern is None and job.sources:
+            raise PrepareError(
+                f"{name}: got tensors {', '.join((*job.sources, key))} for it, expected one"
+            )
         job.sources.setdefault(pattern or key, []).append(tensors[key])
     for job in jobs.values():
         _dry_run(job, model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -15,6 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from faasmoe_router.checkpoint.errors import PrepareError
+from faasmoe_router.checkpoint.index import weight_names
 
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
 _REASONS: tuple[tuple[type[Exception], str], ...] = (
@@ -35,7 +35,7 @@ def download(repository: str, *, revision: str | None) -> tuple[Path, str]:
     try:
         folder = _fetch(repository, revision, _SMALL_FILES)
         commit = folder.name  # the hub's cache names a snapshot's folder after its commit
-        _fetch(repository, commit, _weight_names(folder))
+        _fetch(repository, commit, weight_names(folder))
     except tuple(kind for kind, _ in _REASONS) as error:
         reason = next(text for kind, text in _REASONS if isinstance(error, kind))
         raise PrepareError(
@@ -46,11 +46,3 @@ def download(repository: str, *, revision: str | None) -> tuple[Path, str]:
 
 def _fetch(repository: str, revision: str | None, patterns: list[str]) -> Path:
     return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-
-
-def _weight_names(folder: Path) -> list[str]:
-    """Return only the files that the index names: some repositories hold the weights twice."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return ["model.safetensors"]
-    return sorted(set(json.loads(index.read_text())["weight_map"].values()))

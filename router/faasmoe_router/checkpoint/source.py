@@ -15,9 +15,20 @@ from urllib.parse import unquote, urlsplit
 
 from faasmoe_router.checkpoint.errors import PrepareError
 from faasmoe_router.checkpoint.hub import download
+from faasmoe_router.checkpoint.index import read_json, weight_names
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+_COMPANIONS = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "additional_chat_templates/*.jinja",
+)
+_WEIGHT_INDEX_SUFFIX = ".index.json"
+_LARGEST_COMPANION_BYTES = 256 << 20
 _QUANTISATION_FIELDS = ("quantization_config", "compression_config")
 
 
@@ -46,13 +57,20 @@ class Source:
             "config": self.config,
             "revision": self.revision,
             "files": [self._facts(path) for path in self.weight_files],
+            "companions": [self._facts(path) for path in self.companions()],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def companions(self) -> list[Path]:
+        """Return the files beside the weights that go into a store."""
+        paths = {path for pattern in _COMPANIONS for path in self.folder.glob(pattern)}
+        return [path for path in sorted(paths) if _is_companion(path)]
 
     def _facts(self, path: Path) -> list[str | int]:
         stat = path.stat()
         # A commit pins the bytes; a folder's files can be written anew with the same size.
-        return [path.name, stat.st_size, stat.st_mtime_ns if self.revision is None else 0]
+        name = str(path.relative_to(self.folder))
+        return [name, stat.st_size, stat.st_mtime_ns if self.revision is None else 0]
 
 
 def resolve_source(name: str, *, revision: str | None) -> Source:
@@ -75,19 +93,6 @@ def resolve_source(name: str, *, revision: str | None) -> Source:
     return Source(name, commit, folder, _weight_files(folder), config)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`; raises PrepareError that names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PrepareError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise PrepareError(f"{path}: got no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise PrepareError(f"{path}: got {type(value).__name__}, expected a JSON object")
-    return value
-
-
 def _locate(name: str, *, revision: str | None) -> tuple[Path, str | None]:
     parts = urlsplit(name)
     if parts.scheme == "hf":
@@ -106,16 +111,14 @@ def _locate(name: str, *, revision: str | None) -> tuple[Path, str | None]:
     raise PrepareError(f"source: got {name!r}, expected a folder that exists or ORG/NAME")
 
 
+def _is_companion(path: Path) -> bool:
+    if path.name.endswith(_WEIGHT_INDEX_SUFFIX) or not path.is_file():
+        return False
+    return path.stat().st_size <= _LARGEST_COMPANION_BYTES
+
+
 def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """Return the files that the index names, or the single file."""
-    index = folder / INDEX_NAME
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise PrepareError(f"{index}: weight_map: got {weight_map!r}, expected tensor names")
-        files = tuple(folder / name for name in sorted(set(map(str, weight_map.values()))))
-    else:
-        files = (folder / SINGLE_NAME,)
+    files = tuple(folder / name for name in weight_names(folder))
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         raise PrepareError(

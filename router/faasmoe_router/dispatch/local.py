@@ -7,7 +7,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from faasmoe_expert.functions import BadAttachment, ExpertFunction
+from faasmoe_expert.errors import BadAttachment
+from faasmoe_expert.functions import ExpertFunction
 from faasmoe_expert.store import Store, StoreError
 from faasmoe_expert.table import FunctionSpec
 from faasmoe_expert.wire import Request

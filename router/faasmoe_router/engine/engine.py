@@ -215,9 +215,7 @@ class Engine:
             self._metrics.inter_token_latency_s.observe(now_s - running.last_s)
         running.last_s = now_s
 
-    def _fail(
-        self, sequence_id: str, why: str = "the model could not finish this request"
-    ) -> None:
+    def _fail(self, sequence_id: str, why: str = "the model could not finish this request") -> None:
         running = self._running.pop(sequence_id, None)
         if running is not None:
             running.generation.fail(GenerationFailed(why))

@@ -3,8 +3,9 @@
 transformers' continuous batching samples with one setting for all. Here every request brings its
 SamplingParams; the engine's argmax then takes what was drawn. Rows that are greedy are untouched,
 so a greedy batch costs one look at each row's peak: scores that are not finite have no token that
-means anything, and their requests are told of instead. Whatever else changes scores (penalties, biases, grammars) belongs
-in `__call__` ahead of the draw, and what it needs from a request in `prepare_tensor_args`.
+means anything, and their requests are told of instead. Whatever else changes scores (penalties,
+biases, grammars) belongs in `__call__` ahead of the draw, and what it needs from a request in
+`prepare_tensor_args`.
 """
 
 from collections.abc import Callable, Sequence

@@ -123,9 +123,7 @@ def test_a_pair_has_the_same_bits_in_any_order_and_selection(data: st.DataObject
     whole = run_gated(SILU, weights, rows, pairs)  # [P, H]
     chosen = data.draw(st.lists(st.integers(0, len(pairs) - 1), min_size=1, unique=True))
     # Each chosen pair gets a row of its own: other positions, other neighbours.
-    own = Pairs(
-        np.arange(len(chosen), dtype=np.int32), pairs.expert[chosen], pairs.weight[chosen]
-    )
+    own = Pairs(np.arange(len(chosen), dtype=np.int32), pairs.expert[chosen], pairs.weight[chosen])
     own_rows = rows[torch.from_numpy(pairs.row[chosen].astype(np.int64))]
     some = run_gated(SILU, weights, own_rows, own)  # [n, H]
     assert torch.equal(some, whole[chosen])

@@ -90,7 +90,7 @@ def test_names_the_wrong_field(manifest: dict[str, Any], change: Change, message
 )
 def test_the_digest_is_over_all_of_it(manifest: dict[str, Any], change: Change) -> None:
     change(manifest)
-    with pytest.raises(StoreError, match="manifest.digest: got .* prepare the store again"):
+    with pytest.raises(StoreError, match=r"manifest\.digest: got .* prepare the store again"):
         Manifest.from_json(manifest)
     manifest["digest"] = manifest_digest(manifest)
     assert Manifest.from_json(manifest).to_json() == manifest

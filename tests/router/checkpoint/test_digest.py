@@ -1,13 +1,15 @@
 """A store of an earlier version, or with a changed manifest, is refused with its remedy."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoints import MakeCheckpoint
 
 from faasmoe_expert.store import Store, StoreError
 from faasmoe_router.checkpoint import prepare
+
+MakeCheckpoint = Callable[..., Path]
 
 
 def test_a_changed_manifest_is_refused_and_force_makes_it_anew(
@@ -19,7 +21,9 @@ def test_a_changed_manifest_is_refused_and_force_makes_it_anew(
     changed = json.loads(path.read_text())
     changed["layers"][0]["kernel"] = None
     path.write_text(json.dumps(changed))
-    for read in (lambda: Store.open(folder), lambda: prepare(source, folder)):
-        with pytest.raises(StoreError, match="manifest.digest: got .* again with --force"):
-            read()
+    remedy = r"manifest\.digest: got .* again with --force"
+    with pytest.raises(StoreError, match=remedy):
+        Store.open(folder)
+    with pytest.raises(StoreError, match=remedy):
+        prepare(source, folder)
     assert prepare(source, folder, force=True).manifest == made.manifest

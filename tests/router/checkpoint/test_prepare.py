@@ -243,6 +243,17 @@ def test_codes_without_a_quantisation_config_are_refused(
         prepare(str(checkpoint), tmp_path / "store")
 
 
+def test_two_tensors_for_one_parameter_are_refused(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint()
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, checkpoint / "model.safetensors")
+    with pytest.raises(PrepareError, match=r"model\.norm\.weight: got tensors .*, expected one"):
+        prepare(str(checkpoint), tmp_path / "store")
+
+
 def test_an_unknown_dtype_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     with pytest.raises(PrepareError, match="dtype: got 'int4', expected one of bfloat16"):
         prepare(str(make_checkpoint()), tmp_path / "store", dtype="int4")

@@ -114,6 +114,36 @@ def test_a_commit_needs_no_second_look_at_file_times(
 
 
 @pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "tokenizer.json", "additional_chat_templates/rag.jinja"]
+)
+def test_another_tokenizer_or_template_is_another_checkpoint(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, name: str
+) -> None:
+    folder = make_checkpoint()
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("{}")
+    store = tmp_path / "store"
+    prepare(str(folder), store)
+    prepare(str(folder), store)
+    (folder / name).write_text("[]")
+    with pytest.raises(PrepareError, match=r"which is not what .* is now"):
+        prepare(str(folder), store)
+    prepare(str(folder), store, force=True)
+    assert (store / "model" / name).read_text() == "[]"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_a_broken_index_of_a_repository_is_named(
+    make_checkpoint: MakeCheckpoint, hub: Path, text: str
+) -> None:
+    folder = make_checkpoint()
+    (folder / "model.safetensors.index.json").write_text(text)
+    _cache(hub, folder)
+    with pytest.raises(PrepareError, match=r"model\.safetensors\.index\.json: .*got"):
+        resolve_source("org/name", revision=None)
+
+
+@pytest.mark.parametrize(
     ("name", "reason"),
     [
         ("hf://org/name", "cannot be reached"),

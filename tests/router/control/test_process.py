@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -62,6 +63,33 @@ def _ready(url: str, process: subprocess.Popen[bytes], log: Path) -> str:
                 return url
         except httpx.ConnectError:
             time.sleep(0.05)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_told_in_one_line(
+    store: Store, tmp_path: Path
+) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(store.path, folder)
+    broken = folder / "model" / "tokenizer.json"
+    broken.write_text('{"version": 1}'.ljust(broken.stat().st_size))
+    env = {name: value for name, value in os.environ.items() if not name.startswith("FAASMOE_")}
+    env |= {
+        "FAASMOE_STORE": str(folder),
+        "FAASMOE_CONTROL_URL": "http://127.0.0.1:1",
+        "FAASMOE_DEVICE": "cpu",
+    }
+    ended = subprocess.run(
+        [sys.executable, "-m", "faasmoe_router"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert ended.returncode == 2, ended.stderr
+    told = f"faasmoe_router: FAASMOE_STORE: {folder / 'model'}: no tokenizer can be loaded: "
+    assert ended.stderr.splitlines()[-1].startswith(told)
+    assert "Traceback" not in ended.stderr
 
 
 def test_refuses_from_zero_in_time_and_serves_what_is_woken(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from faasmoe_expert.store import Store
 from faasmoe_expert.table import FunctionEntry, FunctionTable, TableError
-from faasmoe_expert.wire import Dtype, Mode, rows_per_frame
+from faasmoe_expert.wire import Dtype, Header, Mode, encode_response, rows_per_frame
+from faasmoe_expert.wire.frame import Kind
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.fanout import Timeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
@@ -85,6 +86,13 @@ def batch(n_rows: int, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, T
 def addressed(table: FunctionTable, *addresses: str) -> FunctionTable:
     """The same functions at other addresses."""
     return replace(table, functions=tuple(replace(f, addresses=addresses) for f in table.functions))
+
+
+def nan_frame() -> bytes:
+    """The answer to one row whose numbers are none."""
+    request = Header(Kind.REQUEST, Dtype.FLOAT32, Mode.REDUCED, LAYER, 1, 2, 32)
+    outputs = torch.full((1, 32), torch.nan).numpy().tobytes()
+    return b"".join(bytes(part) for part in encode_response(request, outputs))
 
 
 def counted(metrics: DispatchMetrics) -> dict[str, float]:
@@ -274,6 +282,27 @@ def test_a_sandbox_without_the_function_or_with_another_token_is_passed_over(
         got = wrong.compute(LAYER, *batch(4))
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
         assert counted(metrics)["local"] == counted(metrics)["failed_calls"] > 0
+
+
+def test_numbers_that_are_not_finite_are_a_failed_call_unless_they_were_given(
+    serve: Callable[..., Any], store: Store, table: FunctionTable, dispatch: Dispatch
+) -> None:
+    content = nan_frame()
+
+    def behave(connection: Any) -> None:
+        while connection.recv(1 << 20):
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(content))
+            connection.sendall(content)
+
+    metrics = DispatchMetrics()
+    bad = dispatch(store, addressed(table, serve(behave).address), metrics=metrics)
+    hidden, index, weight = batch(1)
+    got = bad.compute(LAYER, hidden, index * 0, weight)
+    expected = dispatch(store, table).compute(LAYER, hidden, index * 0, weight)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+    assert (counted(metrics)["failed_calls"], counted(metrics)["local"]) == (1, 1)
+    bad.compute(LAYER, hidden * torch.nan, index * 0, weight)
+    assert (counted(metrics)["failed_calls"], counted(metrics)["local"]) == (1, 1)
 
 
 def test_a_sandbox_that_dies_is_replaced_by_the_store_and_a_new_table_by_a_new_sandbox(

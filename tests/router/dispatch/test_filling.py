@@ -252,6 +252,19 @@ def test_an_address_that_answered_and_died_is_not_waited_for(
     assert layers.n_local > 0
 
 
+def test_a_dead_address_is_told_of_once_for_many_failed_calls(
+    open_layers: Callable[..., Layers], cold: FunctionTable, caplog: pytest.LogCaptureFixture
+) -> None:
+    layers = open_layers(hold=False)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    layers.dispatcher.move_functions(1, everywhere(cold, address))
+    for _ in range(20):
+        layers.compute()
+    assert layers.n_local >= 20
+    assert [f"a call to {address} failed" in text for text in caplog.messages] == [True]
+
+
 def test_connections_to_addresses_that_left_are_closed_at_once(
     open_layers: Callable[..., Layers],
     cold: FunctionTable,

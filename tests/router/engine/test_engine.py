@@ -18,6 +18,7 @@ from faasmoe_router.errors import (
     EngineSaturated,
     EngineUnavailable,
     GenerationFailed,
+    StoreUnreadable,
 )
 
 DEADLINE_S = 20.0
@@ -226,11 +227,8 @@ def test_scores_that_are_not_finite_end_their_request_alone(
     async def work() -> None:
         marked = GenerationRequest((*prompt_ids, mark), 20, sampling)
         whole = engine.generate([GenerationRequest(prompt_ids, 40)])
-        deltas: list[Any] = []
         with pytest.raises(GenerationFailed, match="not finite"):
-            async for _, delta in engine.generate([marked]):
-                deltas.append(delta)
-        assert deltas == []
+            await anext(aiter(engine.generate([marked])))
         assert await _texts(whole) == [codec.decode(greedy(prompt_ids, 40))]
         await _until(lambda: engine._counts() == (0, 0))
         assert engine.ready
@@ -285,6 +283,28 @@ def test_gives_up_when_errors_come_back(
         assert not engine.ready
 
     _run(engine, work)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_gives_up_at_once_when_the_store_is_gone(
+    make_engine: Maker, model: Any, prompt_ids: Prompt, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine()
+    given_up = asyncio.Event()
+    engine._on_give_up = given_up.set
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise StoreUnreadable("the store is gone")
+
+    async def work() -> None:
+        model.forward = broken
+        with pytest.raises(GenerationFailed):
+            await _texts(engine.generate([GenerationRequest(prompt_ids, 5)]))
+        await given_up.wait()
+        assert not engine.ready
+
+    _run(engine, work)
+    assert "The engine gives up: the store is gone" in caplog.messages
 
 
 def test_stopping_ends_running_requests_and_leaves_no_thread(

@@ -42,7 +42,13 @@ class Nobody:
     """Computes no layer."""
 
     def compute(
-        self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weight: Tensor
+        self,
+        layer: int,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weight: Tensor,
+        *,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Tensor:
         raise AssertionError(f"layer {layer} was computed")
 
@@ -83,7 +89,13 @@ def test_each_experts_module_calls_its_own_layer(prepared_store: PreparedStore) 
 
     class Notes:
         def compute(
-            self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weight: Tensor
+            self,
+            layer: int,
+            hidden: Tensor,
+            top_k_index: Tensor,
+            top_k_weight: Tensor,
+            *,
+            meanwhile: Callable[[], None] = lambda: None,
         ) -> Tensor:
             called.append(layer)
             assert hidden.shape == (24, 32)
