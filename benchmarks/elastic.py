@@ -20,7 +20,7 @@ from benchmarks.activation import activations_s
 from benchmarks.first_token import FirstTokens, first_tokens, generate
 from benchmarks.fleet import make_model, write_moemodel
 from benchmarks.geometry import Geometry, qwen, small
-from benchmarks.report import OUT, describe_machine, percentile, write_figures
+from benchmarks.report import OUT, Spread, describe_machine, percentile, write_figures
 from benchmarks.served import served
 from benchmarks.sides import ROOT
 
@@ -95,6 +95,7 @@ class Benchmark:
             times_s, left = await activations_s(model, rounds=self._plan.rounds)
             if pool == WARM_POOL and not self._plan.pools:
                 self.tokens[pool] = await first_tokens(model, rounds=self._plan.first_token_rounds)
+        print(f"  {Spread.of(times_s).text(3)} s, {left} sandboxes when idle")
         return {"times_s": times_s, "idle_sandboxes": left}
 
     async def memory(self, *, experts_per_function: int) -> Figures:

@@ -28,6 +28,7 @@ START_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 60.0
 IDLE_TIMEOUT_S = 120.0
 POLL_S = 0.05
+LOG_CHARACTERS = 4000
 ZYGOTE = "faasmoe_expert.zygote"
 
 
@@ -133,6 +134,9 @@ async def served(moemodel: Path) -> AsyncIterator[Served]:
                     deployment.open_store(),
                     deployment.model.spec.experts.warm_pool,
                 )
+        except Exception as error:
+            error.add_note((await asyncio.to_thread(log.read_text))[-LOG_CHARACTERS:])
+            raise
         finally:
             await _end(process)
 

@@ -65,6 +65,8 @@ class RouterProcess:
             metrics=EngineMetrics(registry, model_name),
             on_give_up=self._give_up,
         )
+        if link is not None:
+            link.is_busy = lambda: self._engine.busy
         app = create_app(self._engine, model_name=model_name, registry=registry, admission=link)
         self._server = Server(
             app, host=config.host, port=config.port, end_running=self._end_running

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import httpx
@@ -56,6 +55,7 @@ class Answer:
     finish_reason: str
     n_tokens: int
     cold_start_s: float | None
+    took_s: float
 
 
 @dataclass(slots=True)
@@ -105,6 +105,7 @@ def up(folder: Path) -> Iterator[Up]:
 
 
 def chat(client: OpenAI, question: str) -> Answer:
+    begun_s = time.monotonic()
     raw = client.chat.completions.with_raw_response.create(
         model="tiny",
         messages=[{"role": "user", "content": question}],
@@ -120,6 +121,7 @@ def chat(client: OpenAI, question: str) -> Answer:
         answer.choices[0].finish_reason,
         answer.usage.completion_tokens,
         None if held is None else float(held),
+        time.monotonic() - begun_s,
     )
 
 
@@ -193,7 +195,9 @@ def check_burst_from_zero(up: Up, *, pool: int) -> None:
     activations = 'activations_total{outcome="ready"}'
     before = up.control_metric(activations), up.router_metric("cold_start_seconds_count")
     answers = burst(up)
-    assert up.control_metric(activations) - before[0] == N_FUNCTIONS, up.status()["decisions"]
+    took_s = sorted(answer.took_s for answer in answers)
+    told = (up.status()["decisions"], took_s)
+    assert up.control_metric(activations) - before[0] == N_FUNCTIONS, told
     held = [answer.cold_start_s for answer in answers if answer.cold_start_s is not None]
     assert len(held) == up.router_metric("cold_start_seconds_count") - before[1] > 0
     assert all(0 < waited_s < WAKE_TIMEOUT_S for waited_s in held)
@@ -294,6 +298,17 @@ class SecondRouter:
         return bool(found[self.function]["ready"] == expected)
 
 
+def follow(second: SecondRouter, seen: Traffic, *, concurrency: float, expected: int) -> None:
+    """Report a load until the replicas are those expected, and 20 more answers have come."""
+    wanted = len(seen.answers) + 20
+
+    def followed() -> bool:
+        there = second.has_replicas(expected, concurrency=concurrency)
+        return there and len(seen.answers) >= wanted
+
+    wait_until(followed, timeout_s=WAKE_TIMEOUT_S, what=f"{expected} replicas, more answers")
+
+
 def test_replicas_follow_the_load_that_routers_report(up: Up) -> None:
     wait_idle(up, pool=2)
     with traffic(up) as seen:
@@ -304,10 +319,7 @@ def test_replicas_follow_the_load_that_routers_report(up: Up) -> None:
             (3.5, 2),  # ceil(3.5 / 2.8) = ceil(4.5 / 2.8) = 2
             (10.0, 4),  # ceil(10 / 2.8) = ceil(11 / 2.8) = 4
         ):
-            followed = partial(second.has_replicas, expected, concurrency=concurrency)
-            wait_until(followed, timeout_s=WAKE_TIMEOUT_S, what=f"{expected} replicas")
-            seen.wait_for_more(20)
-            assert followed()
+            follow(second, seen, concurrency=concurrency, expected=expected)
             assert second.most_desired == expected
         report(up, second.function, concurrency=0)
     check_right(seen, asked_alone(up))

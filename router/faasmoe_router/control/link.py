@@ -68,6 +68,9 @@ class ControlLink:
         dispatch: what calls functions.
         settings: how to behave.
         metrics: counters.
+
+    Attributes:
+        is_busy: tells whether the engine computes requests; set once there is an engine.
     """
 
     def __init__(
@@ -100,7 +103,9 @@ class ControlLink:
             routing=lambda: dispatch.routing,
             meters=(dispatch.load, gate_load),
             interval_s=settings.report_interval_s,
+            is_busy=lambda: self.is_busy(),
         )
+        self.is_busy: Callable[[], bool] = lambda: False
         self._tasks: list[asyncio.Task[None]] = []
 
     @property

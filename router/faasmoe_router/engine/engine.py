@@ -92,6 +92,11 @@ class Engine:
         """Whether requests can be computed now."""
         return self._batcher is not None and self._batcher.alive
 
+    @property
+    def busy(self) -> bool:
+        """Whether any request is being computed or waits to be."""
+        return bool(self._running)
+
     async def __aenter__(self) -> Self:
         await self._start_batcher()
         self._watcher = asyncio.create_task(self._watch(), name="engine-watch")

@@ -1,0 +1,75 @@
+"""Reports are for what is known: a long step without a call says nothing about load."""
+
+import asyncio
+import time
+from typing import Any, ClassVar, cast
+
+import pytest
+
+from faasmoe_router.control import reporter
+from faasmoe_router.control.reporter import LoadReporter
+from faasmoe_router.dispatch.load import LoadMeter
+from faasmoe_router.dispatch.routing import Routing
+
+
+class Reports:
+    """Keeps the bodies of reports, and tells when there are enough."""
+
+    def __init__(self, enough: int) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.done = asyncio.Event()
+        self._enough = enough
+
+    async def report(self, body: dict[str, object]) -> None:
+        self.bodies.append(body)
+        if len(self.bodies) >= self._enough:
+            self.done.set()
+
+
+class OneFunction:
+    """A routing that knows one function."""
+
+    entries: ClassVar = {"f": None}
+
+
+def reports_of(meter: LoadMeter, *, busy: bool, enough: int) -> Reports:
+    """Report every 10 ms until there are enough reports."""
+
+    async def run() -> Reports:
+        reports = Reports(enough)
+        reporter_ = LoadReporter(
+            reports,
+            router="r",
+            routing=lambda: cast(Routing, OneFunction()),
+            meters=(meter,),
+            interval_s=0.01,
+            is_busy=lambda: busy,
+        )
+        task = asyncio.create_task(reporter_.run())
+        await asyncio.wait_for(reports.done.wait(), 10)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return reports
+
+    return asyncio.run(run())
+
+
+def test_an_idle_router_reports_that_it_is_idle() -> None:
+    reports = reports_of(LoadMeter(), busy=False, enough=3)
+    assert all(body["functions"] == {} for body in reports.bodies)
+
+
+def test_a_busy_router_without_calls_is_silent_for_a_time_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reporter, "MAX_SILENCE_S", 0.2)
+    begun_s = time.monotonic()
+    reports_of(LoadMeter(), busy=True, enough=1)
+    assert time.monotonic() - begun_s >= 0.2
+
+
+def test_a_busy_router_reports_its_calls() -> None:
+    meter = LoadMeter()
+    meter.begin("f", time.monotonic(), rows=3)
+    reports = reports_of(meter, busy=True, enough=2)
+    assert all(body["functions"]["f"]["concurrency"] > 0 for body in reports.bodies)
