@@ -18,7 +18,7 @@ from torch import Tensor
 
 from faasmoe_expert.functions.pairs import TILE_ROWS, Pairs, as_index
 
-COARSE_ROWS = 64  # above this, reduced mode pads to a multiple of it
+PADDED_ROWS = (1, 4, 8, 16, 32, 64)  # of products in reduced mode; above, multiples of the last
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -123,14 +123,14 @@ def sum_gated(
 def padded_rows(n_rows: int) -> int:
     """Return how many rows a product of `n_rows` is computed with.
 
-    oneDNN generates and keeps a kernel of 0.5 to 1 MB for every row count that it meets: 40 counts
-    cost a sandbox 52 MB, the 8 that they are padded to 11 MB, in the same time (a product of few
-    rows is bound by reading the weights).
+    oneDNN generates and keeps kernels of 1 to 1.5 MB for every row count that it meets: 40 counts
+    cost a sandbox 52 MB. Few counts cost little time, because a product of few rows is bound by
+    reading the weights.
     """
-    if n_rows <= TILE_ROWS:
-        return 1 << (n_rows - 1).bit_length()
-    step = TILE_ROWS if n_rows <= COARSE_ROWS else COARSE_ROWS
-    return -(-n_rows // step) * step
+    for size in PADDED_ROWS:
+        if n_rows <= size:
+            return size
+    return -(-n_rows // PADDED_ROWS[-1]) * PADDED_ROWS[-1]
 
 
 def _padded(rows: Tensor) -> Tensor:
