@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from faasmoe_expert.functions.pairs import TILE_ROWS, Pairs, as_index
+from faasmoe_expert.functions.pairs import Pairs, as_index
 
 PADDED_ROWS = (1, 4, 8, 16, 32, 64)  # of products in reduced mode; above, multiples of the last
 
