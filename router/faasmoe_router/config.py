@@ -42,6 +42,10 @@ class RouterConfig:
             before it is computed in the router.
         max_held_requests: requests that may be held; more get a 429.
         max_held_bytes: what the bodies of held requests may take; more get a 429.
+        tenants_file: who the tenants are; without it whoever reaches the router may call.
+        state_dir: folder of this router alone, where the tenants' accounts are kept; without it
+            they begin anew at each start.
+        router_replicas: routers that the tenants' limits are split over, unless the file tells.
     """
 
     store: Path
@@ -61,6 +65,9 @@ class RouterConfig:
     hold_timeout_s: float = 2.0
     max_held_requests: int = 1024
     max_held_bytes: int = 64 << 20
+    tenants_file: Path | None = None
+    state_dir: Path | None = None
+    router_replicas: int = 1
 
     def __post_init__(self) -> None:
         """Refuse to guess where functions are."""
@@ -102,6 +109,9 @@ class RouterConfig:
             hold_timeout_s=read("HOLD_TIMEOUT", _seconds(0, 60), 2.0),
             max_held_requests=read("MAX_HELD_REQUESTS", _between(0, 1 << 20), 1024),
             max_held_bytes=read("MAX_HELD_BYTES", _between(0, 1 << 40), 64 << 20),
+            tenants_file=read("TENANTS_FILE", _path, None),
+            state_dir=read("STATE_DIR", _path, None),
+            router_replicas=read("ROUTER_REPLICAS", _between(1, 1024), 1),
         )
 
 

@@ -4,6 +4,7 @@ import logging
 import re
 import secrets
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ from faasmoe_router.engine.text import TextCodec
 from faasmoe_router.errors import ConfigError
 from faasmoe_router.metrics import EngineMetrics, new_registry
 from faasmoe_router.serving import Server
+from faasmoe_router.tenants.costs import Cost, CostReader
+from faasmoe_router.tenants.directory import Directory
+from faasmoe_router.tenants.tenancy import HeldLimits, Spending, Tenancy
+from faasmoe_router.tenants.usage import Accounts
+from faasmoe_router.tenants.usage_file import UsageFile
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +73,16 @@ class RouterProcess:
         )
         if link is not None:
             link.is_busy = lambda: self._engine.busy
-        app = create_app(self._engine, model_name=model_name, registry=registry, admission=link)
+        tenancy = _tenancy(config, store, self._engine, self._dispatcher, registry=registry)
+        if link is not None and tenancy is not None:
+            link.tenants = tenancy.n_keys
+        app = create_app(
+            self._engine,
+            model_name=model_name,
+            registry=registry,
+            admission=link,
+            tenancy=tenancy,
+        )
         self._server = Server(
             app, host=config.host, port=config.port, end_running=self._end_running
         )
@@ -142,6 +157,36 @@ def _link(
         holding=Holding(waker.want_soon, timeout_s=config.hold_timeout_s),
     )
     return dispatcher, ControlLink(client, waker, dispatcher, settings=settings, metrics=metrics)
+
+
+def _tenancy(
+    config: RouterConfig,
+    store: Store,
+    engine: Engine,
+    dispatcher: Dispatcher,
+    *,
+    registry: CollectorRegistry,
+) -> Tenancy | None:
+    if config.tenants_file is None:
+        return None
+    file = None if config.state_dir is None else UsageFile(config.state_dir)
+    reader = CostReader(store)
+
+    def cost() -> Cost:
+        specs = {name: entry.spec for name, entry in dispatcher.routing.entries.items()}
+        return reader.take(dispatcher.load.read(time.monotonic()), specs)
+
+    tenancy = Tenancy(
+        Directory(config.tenants_file),
+        Accounts(time.time()) if file is None else file.load(),
+        queue=engine,
+        spending=Spending(cost, engine.computed.take),
+        file=file,
+        held=HeldLimits(config.max_held_requests, config.max_held_bytes),
+        n_routers=config.router_replicas,
+    )
+    tenancy.collector().register(registry)
+    return tenancy
 
 
 def _router_name() -> str:

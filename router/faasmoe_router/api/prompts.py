@@ -10,6 +10,7 @@ from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import GenerationRequest
 from faasmoe_router.engine.sampling import SamplingParams
 from faasmoe_router.errors import ChatTemplateError
+from faasmoe_router.tenants.callers import OPEN, Caller
 
 SEED_BITS = 63
 MAX_ENCODINGS = 2  # at a time: long texts must not take every core from the engine
@@ -25,12 +26,14 @@ class PromptReader:
         self._engine = engine
         self._encoding = asyncio.Semaphore(MAX_ENCODINGS)
 
-    async def read_chat(self, body: ChatBody) -> list[GenerationRequest]:
+    async def read_chat(self, body: ChatBody, caller: Caller = OPEN) -> list[GenerationRequest]:
         """Return a request for each choice of a chat completion; raises ApiError."""
-        messages = [
-            message.for_template(f"messages[{index}]")
-            for index, message in enumerate(body.messages)
-        ]
+        messages = caller.with_system_prompt(
+            [
+                message.for_template(f"messages[{index}]")
+                for index, message in enumerate(body.messages)
+            ]
+        )
         self._check_choices(body, n_prompts=1)
         self._check_size((message["content"] for message in messages), param="messages")
         try:
@@ -41,9 +44,11 @@ class PromptReader:
                 param="messages",
                 code="invalid_value",
             ) from error
-        return self._choices(body, ids, param="messages")
+        return self._choices(body, ids, caller, param="messages")
 
-    async def read_completion(self, body: CompletionBody) -> list[GenerationRequest]:
+    async def read_completion(
+        self, body: CompletionBody, caller: Caller = OPEN
+    ) -> list[GenerationRequest]:
         """Return a request for each choice of each prompt of a completion; raises ApiError."""
         self._check_choices(body, n_prompts=len(body.prompt))
         for index, prompt in enumerate(body.prompt):
@@ -54,7 +59,7 @@ class PromptReader:
         requests: list[GenerationRequest] = []
         for prompt in body.prompt:
             ids = await self._encode(prompt) if isinstance(prompt, str) else prompt
-            requests += self._choices(body, ids, param="prompt")
+            requests += self._choices(body, ids, caller, param="prompt")
         return requests
 
     async def _encode(self, text: str) -> Sequence[int]:
@@ -101,10 +106,12 @@ class PromptReader:
             )
 
     def _choices(
-        self, body: SamplingBody, ids: Sequence[int], *, param: str
+        self, body: SamplingBody, ids: Sequence[int], caller: Caller, *, param: str
     ) -> list[GenerationRequest]:
-        context = self._engine.limits.max_model_len
-        max_tokens = _max_tokens(body, len(ids), context, param=param)
+        context = caller.context_of(self._engine.limits.max_model_len)
+        max_tokens = bounded_output(
+            caller, body, n_prompt=len(ids), left=_max_tokens(body, len(ids), context, param=param)
+        )
         seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
         return [
             GenerationRequest(
@@ -125,6 +132,26 @@ def _sampling(body: SamplingBody, seed: int) -> SamplingParams:
         top_k=max(body.top_k or 0, 0),
         seed=seed,
     )
+
+
+def bounded_output(caller: Caller, body: SamplingBody, *, n_prompt: int, left: int) -> int:
+    """Return how much a choice may generate of what is `left` of the context; raises ApiError.
+
+    What a caller asks for and may not have is refused; what it leaves open is what it may have.
+    """
+    most = caller.max_output_tokens or left
+    if body.token_limit is None:
+        affordable = (caller.max_request_tokens or n_prompt + left) - n_prompt
+        return max(1, min(left, most, affordable // (body.n or 1)))
+    name, wanted = body.token_limit
+    if wanted > most:
+        raise ApiError(
+            f"{name} is too large: {wanted}. Your tenant may have at most {most} completion "
+            f"tokens, whereas you provided {wanted}.",
+            param=name,
+            code="invalid_value",
+        )
+    return wanted
 
 
 def _max_tokens(body: SamplingBody, n_prompt: int, context: int, *, param: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from faasmoe_router.control.errors import ControlError
@@ -38,6 +38,7 @@ class LoadReporter:
         is_busy: tells whether requests are being computed. While they are, an interval without any
             call says nothing about load (a long step between two layers), so it is not reported,
             for a time: control goes on with the last report.
+        tenants: tells how many keys each tenant has; None without tenants.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class LoadReporter:
         meters: Sequence[LoadMeter],
         interval_s: float = REPORT_INTERVAL_S,
         is_busy: Callable[[], bool] = lambda: False,
+        tenants: Callable[[], Mapping[str, int] | None] = lambda: None,
     ) -> None:
         self._client = client
         self._router = router
@@ -56,6 +58,7 @@ class LoadReporter:
         self._meters = meters
         self._interval_s = interval_s
         self._is_busy = is_busy
+        self._tenants = tenants
         self._failed = False
 
     async def run(self) -> None:
@@ -81,6 +84,7 @@ class LoadReporter:
                 known=routing.entries,
                 held=sum(meter.held for meter in self._meters),
                 local=n_local - before,
+                tenants=self._tenants(),
             )
             for meter in self._meters:
                 meter.forget(routing.entries)

@@ -17,8 +17,10 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from faasmoe_router.engine import scheduler
 from faasmoe_router.engine.memory import release_zeros
+from faasmoe_router.engine.prefixes import PrefixRealms, keep_apart
 from faasmoe_router.engine.processor import RequestSampler
 from faasmoe_router.engine.sampling import SamplingParams
+from faasmoe_router.engine.scheduler import ComputedTokens
 from faasmoe_router.engine.sizing import PAGE_TOKENS, EngineLimits, Geometry
 from faasmoe_router.errors import ConfigError, EngineUnavailable
 
@@ -50,11 +52,27 @@ class _LoopRouter(OutputRouter):  # type: ignore[misc]
 
 
 class Batcher:
-    """Runs requests through the model in one batch after another, on a thread of its own."""
+    """Runs requests through the model in one batch after another, on a thread of its own.
 
-    def __init__(self, model: Any, limits: EngineLimits) -> None:
+    Args:
+        model: the router's model.
+        limits: what may be held.
+        realms: whose prompts may share the cache of their beginnings; None shares nothing.
+        computed: where the tokens of each batch are counted.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        limits: EngineLimits,
+        *,
+        realms: PrefixRealms | None = None,
+        computed: ComputedTokens | None = None,
+    ) -> None:
         _use_batchable_attention(model)
         self._limits = limits
+        self._realms = realms
+        self._computed = computed
         self._report_broken: BrokenHandler = lambda _: None
         self._manager = self._make_manager(model)
 
@@ -83,7 +101,12 @@ class Batcher:
         except (ValueError, MemoryError, AttributeError) as error:
             raise ConfigError(f"model: continuous batching cannot run it: {error}") from error
         self._check_one_request_fits()
-        release_zeros(self._manager.batch_processor.cache.cache_tensor)
+        processor = self._manager.batch_processor
+        if self._realms is not None:
+            keep_apart(processor.cache, self._realms)
+        if self._computed is not None:
+            processor.scheduler.computed = self._computed
+        release_zeros(processor.cache.cache_tensor)
         self._manager.start()
 
     def stop(self, timeout_s: float) -> bool:
@@ -137,6 +160,16 @@ class Batcher:
         """Free a request before the next batch; it gets no further output."""
         self._manager.cancel_request(request_id)
 
+    def park(self, request_id: str) -> None:
+        """Take a request out of the next batch and its cache; a token may still come."""
+        self._manager.batch_processor.scheduler.park(request_id)
+        self._manager._wake_up_loop.set()
+
+    def resume(self, request_id: str) -> None:
+        """Let a parked request go on from the tokens that it has."""
+        self._manager.batch_processor.scheduler.resume(request_id)
+        self._manager._wake_up_loop.set()
+
     def _make_manager(self, model: Any) -> Any:
         # The manager asks the model for its processors once, when it is made.
         sampler = RequestSampler(lambda request_ids: self._report_broken(request_ids))
@@ -160,7 +193,7 @@ class Batcher:
             max_requests_per_batch=self._limits.max_num_seqs,
             scheduler_type=scheduler.register(),
             # One tenant's prompt must not speed up another's: that tells what was asked before.
-            allow_block_sharing=False,
+            allow_block_sharing=self._realms is not None,
             # The forward pass calls expert functions, which no graph can hold, and RequestSampler
             # reads the tokens so far, which overlapping batches would not know yet.
             use_async_batching=False,

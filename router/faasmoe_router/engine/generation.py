@@ -10,6 +10,7 @@ from faasmoe_router.engine.sampling import SamplingParams
 from faasmoe_router.engine.stops import StopMatcher
 from faasmoe_router.engine.text import Detokenizer
 from faasmoe_router.errors import GenerationFailed
+from faasmoe_router.tenants.callers import OpenTicket, Ticket
 
 FinishReason = Literal["stop", "length"]
 
@@ -80,24 +81,39 @@ class Generation:
     """Several sequences that are read together: an async iterator of (index, delta).
 
     Leaving its `async with` block, or calling `cancel`, frees the sequences that still run.
+
+    Args:
+        n_sequences: how many there are.
+        cancel: frees those that still run.
+        ticket: hears what becomes of them.
     """
 
-    def __init__(self, n_sequences: int, cancel: Callable[[], None]) -> None:
+    def __init__(
+        self, n_sequences: int, cancel: Callable[[], None], ticket: Ticket | None = None
+    ) -> None:
         self._events: asyncio.Queue[tuple[int, Delta] | GenerationFailed] = asyncio.Queue()
         self._n_running = n_sequences
         self._cancel = cancel
+        self._ticket = ticket or OpenTicket()
+
+    def begin(self) -> None:
+        """Note that the first of the sequences is computed."""
+        self._ticket.started()
 
     def put(self, index: int, delta: Delta) -> None:
         """Add a sequence's delta."""
+        self._ticket.took(delta.n_tokens, is_last=delta.finish_reason is not None)
         self._events.put_nowait((index, delta))
 
     def fail(self, error: GenerationFailed) -> None:
         """End the generation by an error."""
+        self._ticket.failed()
         self._events.put_nowait(error)
 
     def cancel(self) -> None:
         """Free the sequences that still run; harmless when none does."""
         self._cancel()
+        self._ticket.end()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
         while self._n_running:
