@@ -71,6 +71,7 @@ class _Line:
     """One tenant's sequences, by id, the waiting ones in their order."""
 
     counter: float = 0.0
+    emptied_at_turn: float = float("-inf")
     waiting: dict[str, _Sequence] = field(default_factory=dict)
     running: dict[str, _Sequence] = field(default_factory=dict)
 
@@ -97,6 +98,7 @@ class FairQueue:
         self._sequences: dict[str, _Sequence] = {}
         self._last_left: dict[int, str] = {}  # by priority: the tenant that last ceased to wait
         self._n_arrivals = 0
+        self._n_turns = 0
         self._n_running = 0
 
     @property
@@ -216,7 +218,12 @@ class FairQueue:
         return bool(line.waiting) and (limit is None or len(line.running) < limit)
 
     def _lift(self, name: str, line: _Line) -> None:
-        """Bring who comes back level with those that wait, so that idleness saves nothing up."""
+        """Bring who comes back level with those that wait, so that idleness saves nothing up.
+
+        Who sends one request after another does not come back: it waited until lately.
+        """
+        if self._n_turns - line.emptied_at_turn <= self._slots:
+            return
         priority = self._share(name).priority
         peers = {n: x for n, x in self._lines.items() if self._share(n).priority == priority}
         waiting = [x.counter for n, x in peers.items() if x is not line and self._may_start(n, x)]
@@ -245,6 +252,7 @@ class FairQueue:
         sequence_id, sequence = next(iter(line.waiting.items()))
         line.running[sequence_id] = line.waiting.pop(sequence_id)
         self._n_running += 1
+        self._n_turns += 1
         if not sequence.is_paid:
             sequence.is_paid = True
             self._pay(name, self._price.prompt * sequence.n_prompt)
@@ -256,6 +264,7 @@ class FairQueue:
 
     def _note_left(self, name: str, line: _Line) -> None:
         if not line.waiting:
+            line.emptied_at_turn = self._n_turns
             self._last_left[self._share(name).priority] = name
 
     def _slots_of(self, name: str) -> float:

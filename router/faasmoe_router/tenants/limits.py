@@ -1,6 +1,6 @@
 """What a tenant may ask for in a minute: requests and tokens, by token buckets. Pure.
 
-A bucket holds a minute's worth and fills evenly, as the one of RFC 2697; what OpenAI's reset
+A bucket holds a minute's worth and fills evenly (RFC 3290, appendix A); what OpenAI's reset
 headers tell, the time until it is full, is a bucket's figure too. Tokens are reserved when a
 request is let in, its prompt and the most that it may generate, and what it did not use is given
 back at its end.
