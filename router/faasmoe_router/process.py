@@ -33,7 +33,8 @@ from faasmoe_router.metrics import EngineMetrics, new_registry
 from faasmoe_router.serving import Server
 from faasmoe_router.tenants.costs import Cost, CostReader
 from faasmoe_router.tenants.directory import Directory
-from faasmoe_router.tenants.tenancy import HeldLimits, Spending, Tenancy
+from faasmoe_router.tenants.held import HeldLimits
+from faasmoe_router.tenants.tenancy import Spending, Tenancy
 from faasmoe_router.tenants.usage import Accounts
 from faasmoe_router.tenants.usage_file import UsageFile
 
@@ -51,6 +52,7 @@ class RouterProcess:
 
     def __init__(self, config: RouterConfig) -> None:
         registry = new_registry()
+        directory = None if config.tenants_file is None else Directory(config.tenants_file)
         store = _open_store(config.store)
         if config.control_url is None:
             link = None
@@ -73,9 +75,12 @@ class RouterProcess:
         )
         if link is not None:
             link.is_busy = lambda: self._engine.busy
-        tenancy = _tenancy(config, store, self._engine, self._dispatcher, registry=registry)
-        if link is not None and tenancy is not None:
-            link.tenants = tenancy.n_keys
+        tenancy = None
+        if directory is not None:
+            tenancy = _tenancy(directory, config, store, self._dispatcher, queue=self._engine)
+            tenancy.collector().register(registry)
+            if link is not None:
+                link.tenants = tenancy.n_keys
         app = create_app(
             self._engine,
             model_name=model_name,
@@ -160,15 +165,13 @@ def _link(
 
 
 def _tenancy(
+    directory: Directory,
     config: RouterConfig,
     store: Store,
-    engine: Engine,
     dispatcher: Dispatcher,
     *,
-    registry: CollectorRegistry,
-) -> Tenancy | None:
-    if config.tenants_file is None:
-        return None
+    queue: Engine,
+) -> Tenancy:
     file = None if config.state_dir is None else UsageFile(config.state_dir)
     reader = CostReader(store)
 
@@ -176,17 +179,15 @@ def _tenancy(
         specs = {name: entry.spec for name, entry in dispatcher.routing.entries.items()}
         return reader.take(dispatcher.load.read(time.monotonic()), specs)
 
-    tenancy = Tenancy(
-        Directory(config.tenants_file),
+    return Tenancy(
+        directory,
         Accounts(time.time()) if file is None else file.load(),
-        queue=engine,
-        spending=Spending(cost, engine.computed.take),
+        queue=queue,
+        spending=Spending(cost, queue.computed.take),
         file=file,
         held=HeldLimits(config.max_held_requests, config.max_held_bytes),
         n_routers=config.router_replicas,
     )
-    tenancy.collector().register(registry)
-    return tenancy
 
 
 def _router_name() -> str:

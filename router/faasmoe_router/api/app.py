@@ -14,7 +14,8 @@ from faasmoe_router.api.models import model_routes
 from faasmoe_router.api.probes import probe_routes
 from faasmoe_router.api.tenancy import Doorkeeper, usage_routes
 from faasmoe_router.engine.engine import Engine
-from faasmoe_router.tenants.tenancy import OpenTenancy, Tenancy
+from faasmoe_router.tenants.open import OpenTenancy
+from faasmoe_router.tenants.tenancy import Tenancy
 
 MAX_BODY_BYTES = 8 << 20
 

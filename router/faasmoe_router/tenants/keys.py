@@ -16,7 +16,7 @@ from pathlib import Path
 from faasmoe_router.errors import RouterError
 
 MAX_KEY_BYTES = 8 << 10  # more than a header may carry
-MAX_KEYS = 1000  # of a tenant: each is compared with at every request
+MAX_KEYS = 100  # of a tenant: each is compared with at every request
 MAX_ATTEMPTS = 3  # at reading a folder whose files are swapped meanwhile
 
 

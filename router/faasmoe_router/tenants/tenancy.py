@@ -11,19 +11,20 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 from faasmoe_router.engine.generation import GenerationRequest
-from faasmoe_router.errors import HoldQueueFull
-from faasmoe_router.tenants.callers import Caller, OpenTicket, TenantTicket, Ticket
+from faasmoe_router.tenants.allowances import Allowances
+from faasmoe_router.tenants.callers import Caller, TenantTicket, Ticket
 from faasmoe_router.tenants.costs import Cost
 from faasmoe_router.tenants.directory import Directory
 from faasmoe_router.tenants.document import Tenant, TenantLimits
 from faasmoe_router.tenants.errors import RateLimited
 from faasmoe_router.tenants.fairness import Share
+from faasmoe_router.tenants.held import HeldLimits, HeldRequests
 from faasmoe_router.tenants.limits import RateLimits, Reservation
 from faasmoe_router.tenants.metrics import TenantCollector
 from faasmoe_router.tenants.prefixes import half_agreed, prefix_groups
@@ -59,14 +60,6 @@ class Spending:
     tokens: Callable[[], Mapping[str, int]]
 
 
-@dataclass(frozen=True, slots=True)
-class HeldLimits:
-    """What may wait for functions to be started, all tenants together."""
-
-    max_requests: int = 1024
-    max_bytes: int = 64 << 20
-
-
 class Tenancy:
     """The tenants. Belongs to the event loop.
 
@@ -98,11 +91,10 @@ class Tenancy:
         self._queue = queue
         self._spending = spending
         self._file = file
-        self._held_limits = held or HeldLimits()
+        self._held = HeldRequests(held or HeldLimits())
         self._given_n_routers = n_routers
         self._clock = clock
-        self._limits: dict[str, tuple[Any, RateLimits]] = {}
-        self._held: dict[str, tuple[int, int]] = {}  # by tenant: requests, bytes
+        self._allowances = Allowances()
         self._tasks: list[asyncio.Task[None]] = []
         self._take_document()
 
@@ -155,23 +147,9 @@ class Tenancy:
             ),
         )
 
-    @contextmanager
-    def holding(self, caller: Caller, *, size_bytes: int) -> Iterator[None]:
+    def holding(self, caller: Caller, *, size_bytes: int) -> AbstractContextManager[None]:
         """Count a request as waiting for functions to be started; raises HoldQueueFull."""
-        n_requests, n_bytes = self._held.get(caller.tenant, (0, 0))
-        part, limits = self._part(caller.tenant), self._held_limits
-        if n_requests + 1 > max(1, limits.max_requests * part):
-            raise HoldQueueFull(f"{n_requests} of your requests wait for functions to be started")
-        if n_requests and n_bytes + size_bytes > limits.max_bytes * part:
-            raise HoldQueueFull(f"{n_bytes} bytes of yours wait for functions to be started")
-        self._held[caller.tenant] = (n_requests + 1, n_bytes + size_bytes)
-        try:
-            yield
-        finally:
-            n_requests, n_bytes = self._held[caller.tenant]
-            self._held[caller.tenant] = (n_requests - 1, n_bytes - size_bytes)
-            if n_requests == 1:
-                del self._held[caller.tenant]
+        return self._held.holding(caller.tenant, self._part(caller.tenant), size_bytes=size_bytes)
 
     def usage(self, caller: Caller) -> dict[str, Any] | None:
         """Return what a caller has used, as its usage endpoint tells it."""
@@ -237,24 +215,13 @@ class Tenancy:
         n_routers = self.n_routers
         shares = {t.name: t.share(n_routers=n_routers) for t in document.tenants}
         self._queue.set_tenants(shares, groups)
-        self._limits = {n: kept for n, kept in self._limits.items() if n in shares}
+        self._allowances.keep(shares)
         logger.info("Tenants: %d, limits split over %d routers", len(shares), n_routers)
 
     def _limits_of(self, tenant: str) -> RateLimits:
-        """Return a tenant's buckets: full ones when its limits are new or have changed."""
         known = self._directory.tenants.get(tenant)
-        wanted = TenantLimits() if known is None else known.limits
-        setting = (wanted.requests_per_minute, wanted.tokens_per_minute, self.n_routers)
-        kept = self._limits.get(tenant)
-        if kept is None or kept[0] != setting:
-            limits = RateLimits(
-                requests_per_minute=wanted.requests_per_minute,
-                tokens_per_minute=wanted.tokens_per_minute,
-                now_s=self._clock(),
-                n_routers=self.n_routers,
-            )
-            kept = self._limits[tenant] = (setting, limits)
-        return kept[1]
+        limits = TenantLimits() if known is None else known.limits
+        return self._allowances.of(tenant, limits, self._clock(), n_routers=self.n_routers)
 
     def _settle(
         self,
@@ -285,26 +252,3 @@ class Tenancy:
             max_output_tokens=limits.max_output_tokens,
             max_request_tokens=limits.tokens_per_minute,
         )
-
-
-class OpenTenancy:
-    """No tenants: whoever reaches the router may call, and nothing is counted."""
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        return None
-
-    def admit(self, caller: Caller, requests: Sequence[GenerationRequest]) -> Ticket:
-        """Let a request in."""
-        return OpenTicket()
-
-    @contextmanager
-    def holding(self, caller: Caller, *, size_bytes: int) -> Iterator[None]:
-        """Count nothing."""
-        yield
-
-    def usage(self, caller: Caller) -> dict[str, Any] | None:
-        """Return that there are no accounts."""
-        return None

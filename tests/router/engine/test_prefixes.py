@@ -79,7 +79,9 @@ def test_other_prompts_share_as_much_as_they_have_in_common(
     asyncio.run(run())
 
 
-def test_without_tenants_nothing_is_shared(make_engine: Maker, long_prompt: tuple[int, ...]) -> None:
+def test_without_tenants_nothing_is_shared(
+    make_engine: Maker, long_prompt: tuple[int, ...]
+) -> None:
     found = _run(make_engine(), long_prompt, "", "")
     assert [n for _, n in found] == [len(long_prompt)] * 2
 

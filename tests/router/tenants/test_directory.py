@@ -48,7 +48,12 @@ def name_of(directory: Directory, key: str) -> str | None:
 
 def test_tenants_are_known_by_their_keys(files: Files) -> None:
     directory = Directory(files.path)
-    assert [name_of(directory, key) for key in ("a1", "b1", "x", "")] == ["acme", "beta", None, None]
+    assert [name_of(directory, key) for key in ("a1", "b1", "x", "")] == [
+        "acme",
+        "beta",
+        None,
+        None,
+    ]
 
 
 def test_keys_are_read_again_when_that_is_due(files: Files) -> None:
@@ -75,7 +80,7 @@ def test_a_file_that_cannot_be_used_ends_the_start(files: Files) -> None:
     files.path.write_text('{"version": 3}')
     with pytest.raises(ConfigError, match=r"FAASMOE_TENANTS_FILE: .*tenants.json: version: got 3"):
         Directory(files.path)
-    with pytest.raises(ConfigError, match="FAASMOE_TENANTS_FILE: .*none.json"):
+    with pytest.raises(ConfigError, match=r"FAASMOE_TENANTS_FILE: .*none.json"):
         Directory(files.folder / "none.json")
 
 

@@ -66,9 +66,7 @@ def test_several_routers_have_their_parts_rounded_up() -> None:
         pytest.param(
             document({**ACME, "weight": "2"}), "tenants[0].weight: got '2', expected", id="text"
         ),
-        pytest.param(
-            document({**ACME, "weight": True}), "tenants[0].weight: got True", id="bool"
-        ),
+        pytest.param(document({**ACME, "weight": True}), "tenants[0].weight: got True", id="bool"),
         pytest.param(document({**ACME, "name": "A/B"}), "tenants[0].name: got 'A/B'", id="name"),
         pytest.param(
             document({**ACME, "keys": 1}),
@@ -80,9 +78,7 @@ def test_several_routers_have_their_parts_rounded_up() -> None:
             "tenants[0].limits.tokensPerMinute: got -1",
             id="limit",
         ),
-        pytest.param(
-            document(ACME, ACME), "tenants: got the name 'acme' twice", id="twice"
-        ),
+        pytest.param(document(ACME, ACME), "tenants: got the name 'acme' twice", id="twice"),
         pytest.param(
             document(*({**ACME, "name": f"t{i}"} for i in range(65))), "tenants: got", id="many"
         ),

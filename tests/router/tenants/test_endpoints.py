@@ -174,9 +174,7 @@ def test_the_system_prompt_stands_before_conversations_without_one(
 
 def test_a_wrong_message_is_named_by_its_own_place(router: Any) -> None:
     with router.client("acme") as client, pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(
-            **{**CHAT, "messages": [{"role": "user", "content": None}]}
-        )
+        client.chat.completions.create(**{**CHAT, "messages": [{"role": "user", "content": None}]})
     assert refused.value.param == "messages[0].content"
 
 

@@ -1,4 +1,4 @@
-"""The fair queue as stories: a batch of a few slots, one token a step for each sequence that runs."""
+"""The fair queue as stories: a batch of a few slots, a token a step for each that runs."""
 
 from __future__ import annotations
 

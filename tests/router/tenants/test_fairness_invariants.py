@@ -1,4 +1,4 @@
-"""What holds of the fair queue whatever is sent: hypothesis looks for the sequence that breaks it."""
+"""What holds of the fair queue whatever is sent; hypothesis looks for what breaks it."""
 
 from __future__ import annotations
 
@@ -94,10 +94,10 @@ def test_nobody_starves_while_others_flood(
     names = ["quiet", *(f"flood{i}" for i in range(n_others))]
     run = Simulation(slots, dict.fromkeys(names, 1), sizes)
     for _ in range(50):
-        run.step({name: 40 for name in names[1:]})
+        run.step(dict.fromkeys(names[1:], 40))
     before = run.service["quiet"]
     for _ in range(MAX_OUTPUT * len(names)):  # everybody's longest request, one after another
-        run.step({**{name: 40 for name in names[1:]}, "quiet": 1})
+        run.step({**dict.fromkeys(names[1:], 40), "quiet": 1})
     assert run.service["quiet"] > before
 
 

@@ -63,7 +63,7 @@ def test_what_is_refused_takes_nothing() -> None:
 
 
 def test_what_could_never_fit_is_told_so() -> None:
-    with pytest.raises(NeverFits, match="101 tokens.*100 tokens per minute"):
+    with pytest.raises(NeverFits, match=r"101 tokens.*100 tokens per minute"):
         limits(tokens=100).admit(101, 0.0)
 
 
@@ -91,7 +91,7 @@ def test_headers_tell_what_is_left_and_when_all_is_there_again() -> None:
 def test_a_refusal_tells_the_headers_too() -> None:
     tenant = limits(requests=1)
     tenant.admit(1, 0.0)
-    with pytest.raises(RateLimited, match="limit 1, requested 1.*try again in 1m0s") as refused:
+    with pytest.raises(RateLimited, match=r"limit 1, requested 1.*try again in 1m0s") as refused:
         tenant.admit(1, 0.0)
     assert refused.value.headers["x-ratelimit-remaining-requests"] == "0"
 

@@ -14,9 +14,7 @@ def tenants(**names: list[str]) -> list[Tenant]:
 
 
 def groups(**names: list[str]) -> set[str]:
-    return {
-        group.replace(",", "") for group in prefix_groups(tenants(**names)).values()
-    }
+    return {group.replace(",", "") for group in prefix_groups(tenants(**names)).values()}
 
 
 @pytest.mark.parametrize(

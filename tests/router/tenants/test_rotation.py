@@ -23,19 +23,21 @@ def test_keys_are_rotated_under_load_without_a_failed_request(
                 key = current[0]
                 statuses.append(router.post("/acme/v1/completions", key=key).status_code)
 
-        def in_force(key: str) -> bool:
-            return bool(router.get("/v1/models", key=key).status_code == 200)
+        def wait_for(key: str, status: int) -> None:
+            until(lambda: router.get("/v1/models", key=key).status_code == status)
+
+        def wait_for_answers(count: int) -> None:
+            until(lambda: len(statuses) >= count)
 
         clients = [pool.submit(call) for _ in range(N_CLIENTS)]
         for number in range(N_ROTATIONS):
             old, new = current[0], f"acme-key-{number}"
             router.files.keys("acme", old, new)  # both, until the clients have the new one
-            until(lambda key=new: in_force(key))
+            wait_for(new, 200)
             current[0] = new
-            seen = len(statuses)
-            until(lambda seen=seen: len(statuses) > seen + 2 * N_CLIENTS)  # all old ones are done
+            wait_for_answers(len(statuses) + 2 * N_CLIENTS)  # by then no call has the old one
             router.files.keys("acme", new)
-            until(lambda key=old: not in_force(key))
+            wait_for(old, 401)
         done.set()
         for client in clients:
             client.result()
