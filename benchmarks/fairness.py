@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.fleet import make_model, write_moemodel
 from benchmarks.geometry import Geometry, small
 from benchmarks.report import OUT, describe_machine, percentile, write_figures
-from benchmarks.tenant_load import Caller, Served, call, jain
+from benchmarks.tenant_load import Caller, Load, Served, call, jain
 from benchmarks.tenant_router import key_of, tenant_router
 
 from faasmoe_operator.cli.table import format_table
@@ -52,13 +52,17 @@ class Plan:
         geometry: of the model.
         slots: sequences computed at once.
         rounds: of all loads.
-        seconds: how long each load lasts in a round.
+        answers: quiet tenants' answers, of all of them together, that end a load.
+        fifo_answers: the same where they wait behind the flood.
+        backlog_answers: all tenants' answers that end the last load.
     """
 
     geometry: Geometry
     slots: int
     rounds: int
-    seconds: float
+    answers: int
+    fifo_answers: int
+    backlog_answers: int
 
     @property
     def flood_outstanding(self) -> int:
@@ -68,24 +72,28 @@ class Plan:
 
 def full_plan(rounds: int) -> Plan:
     """Return the plan whose figures count: a model whose steps take some milliseconds."""
-    return Plan(Geometry(4, 2048, 512, 8, 16, 4, 704, 1024), slots=8, rounds=rounds, seconds=20.0)
+    geometry = Geometry(4, 2048, 512, 8, 16, 4, 704, 1024)
+    return Plan(geometry, 8, rounds, answers=60, fifo_answers=15, backlog_answers=120)
 
 
 def quick_plan() -> Plan:
     """Return a plan of seconds, which shows that everything works; its figures mean little."""
-    return Plan(small(), slots=8, rounds=1, seconds=3.0)
+    return Plan(small(), 8, rounds=1, answers=20, fifo_answers=5, backlog_answers=30)
 
 
-def loads(plan: Plan) -> Mapping[str, Sequence[Caller]]:
-    """Return who calls how, under each load."""
+def loads(plan: Plan) -> Mapping[str, Load]:
+    """Return the loads of a round, in their order."""
     quiet = [Caller(name, 1, pause_s=PAUSE_S) for name in QUIET]
     flood = Caller(FLOOD, plan.flood_outstanding)
     one_key = key_of(FLOOD)
+    everybody = [*quiet, flood]
+    in_one_line = [Caller(c.name, c.outstanding, c.pause_s, key=one_key) for c in everybody]
+    backlog = [*(Caller(name, BACKLOG) for name in QUIET), flood]
     return {
-        "alone": quiet,
-        "flood": [*quiet, flood],
-        "fifo": [Caller(c.name, c.outstanding, c.pause_s, key=one_key) for c in (*quiet, flood)],
-        "backlog": [*(Caller(name, BACKLOG) for name in QUIET), flood],
+        "alone": Load(quiet, QUIET, plan.answers),
+        "flood": Load(everybody, QUIET, plan.answers),
+        "fifo": Load(in_one_line, QUIET, plan.fifo_answers),
+        "backlog": Load(backlog, (*QUIET, FLOOD), plan.backlog_answers),
     }
 
 
@@ -108,11 +116,11 @@ async def measure(plan: Plan, folder: Path) -> Figures:
             moemodel, Path(own), tenants=(*QUIET, FLOOD), max_num_seqs=plan.slots
         )
         async with router as url:
-            await call(url, loads(plan)["flood"], seconds=2.0, seed=-1)  # warm
+            await call(url, loads(plan)["fifo"], seed=-1)  # warm
             for number in range(plan.rounds):
-                for name, callers in loads(plan).items():
+                for name, load in loads(plan).items():
                     print(f"round {number + 1} of {plan.rounds}: {name}", flush=True)
-                    served = await call(url, callers, seconds=plan.seconds, seed=number)
+                    served = await call(url, load, seed=number)
                     found[name].append(served)
     return {"machine": machine, "plan": asdict(plan), **figures(found)}
 
@@ -163,7 +171,7 @@ def main() -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fairness")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it all work?")
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of each load (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=6, help="rounds of each load (%(default)s)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="models (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="figures (%(default)s)")
     arguments = parser.parse_args()

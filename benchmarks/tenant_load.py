@@ -14,6 +14,7 @@ from benchmarks.tenant_router import MODEL, key_of
 
 PROMPT_TOKEN_PRICE = 1.0  # as the fair queue's
 GENERATED_TOKEN_PRICE = 2.0
+POLL_S = 0.05
 TIMEOUT = aiohttp.ClientTimeout(total=600)
 
 
@@ -51,27 +52,40 @@ class Served:
     refused: int = 0
 
 
-async def call(
-    url: str, callers: Sequence[Caller], *, seconds: float, seed: int
-) -> dict[str, Served]:
-    """Let tenants call for a time; what is unanswered at its end is given up and not counted."""
-    found = {caller.name: Served() for caller in callers}
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Who calls how, and for how long.
+
+    Attributes:
+        callers: the tenants.
+        watched: tenants whose answers are counted.
+        answers: how many of them end it.
+    """
+
+    callers: Sequence[Caller]
+    watched: Sequence[str]
+    answers: int
+
+
+async def call(url: str, load: Load, *, seed: int) -> dict[str, Served]:
+    """Let tenants call; what is unanswered at the end is given up and not counted."""
+    found = {caller.name: Served() for caller in load.callers}
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=TIMEOUT, connector=connector) as http:
         tasks = [
             asyncio.create_task(
                 _keep_calling(http, url, caller, found[caller.name], f"{seed}/{caller.name}/{i}")
             )
-            for caller in callers
+            for caller in load.callers
             for i in range(caller.outstanding)
         ]
-        await asyncio.sleep(seconds)
+        while sum(len(found[name].latencies_s) for name in load.watched) < load.answers:
+            done, _ = await asyncio.wait(tasks, timeout=POLL_S, return_when="FIRST_COMPLETED")
+            for task in done:
+                task.result()  # a caller ends by an error only
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for task in tasks:
-            if not task.cancelled():
-                task.result()
     return found
 
 
