@@ -4,6 +4,7 @@ FaasmoeError
 ├── MoEModelError   a MoEModel file that cannot be used (spec/document.py)
 ├── PlanError       a model that cannot be cut as asked (plan/functions.py)
 ├── PlatformError   sandboxes that cannot be started or were lost (platforms/)
+├── ApiError        the Kubernetes API said no, or nothing (kube/errors.py)
 ├── SandboxError    a sandbox that refused or did not answer (control/sandbox_client.py)
 └── CommandError    a command that cannot do its work (cli/)
 """
