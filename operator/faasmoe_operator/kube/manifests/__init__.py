@@ -1,0 +1,1 @@
+"""The objects of a MoEModel: values in, plain dictionaries out. Pure."""
