@@ -16,6 +16,10 @@ class Part(BaseModel):
         alias_generator=to_camel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False
     )
 
+    def to_object(self) -> dict[str, Any]:
+        """Return the part as Kubernetes and YAML write it, without what is not given."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
 
 def rule_broken(field: str, *, got: Any, expected: str) -> PydanticCustomError:
     """Return the error of a rule over several fields, so that one of them is named.

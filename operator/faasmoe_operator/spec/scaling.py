@@ -7,7 +7,8 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from faasmoe_operator.spec.base import Part, rule_broken
-from faasmoe_operator.spec.ranges import PATTERN, parse_ranges
+from faasmoe_operator.spec.patterns import INDICES
+from faasmoe_operator.spec.ranges import parse_ranges
 
 Scale = Annotated[int, Field(ge=0, le=1000)]
 MaxScale = Annotated[int, Field(ge=1, le=1000)]
@@ -20,7 +21,7 @@ UpRate = Annotated[float, Field(gt=1, le=10_000)]
 DownRate = Annotated[float, Field(gt=1, le=10_000)]
 GraceSeconds = Annotated[float, Field(ge=0, le=3600)]
 DelaySeconds = Annotated[float, Field(ge=0, le=3600)]
-Ranges = Annotated[str, Field(pattern=PATTERN, max_length=256)]
+Ranges = Annotated[str, Field(pattern=INDICES, max_length=256)]
 
 
 class ScalingOverride(Part):
