@@ -1,7 +1,7 @@
 """Names and labels of everything that belongs to a MoEModel.
 
-Names are `MODEL-PART`. Kubernetes takes at most 63 characters; a longer name keeps its beginning and
-ends with a hash of the whole.
+Names are `MODEL-PART`. Kubernetes takes at most 63 characters; a longer name keeps its beginning
+and ends with a hash of the whole.
 """
 
 from __future__ import annotations
