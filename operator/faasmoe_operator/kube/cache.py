@@ -2,8 +2,8 @@
 
 Watch events come from several streams, answers to our own writes come beside them, and lists come
 now and then to catch deletions that a broken stream has missed. They may overtake each other, so
-the newest resourceVersion of a name wins (versions of one kind are ordered), and an object that
-was deleted stays so. Objects in here are shared: nobody changes them.
+the newest resourceVersion of a name wins (versions of one kind are ordered), and nothing older than
+its deletion brings an object back. Objects in here are shared: nobody changes them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ObjectCache:
         self._objects: dict[Kind, dict[Place, Object]] = {}
         self._owned = _Index(controller_uid)
         self._labelled = _Index(model_of)
-        self._tombstones: dict[str, None] = {}
+        self._tombstones: dict[str, int] = {}
         self._listeners: list[Callable[[ObjectChange], None]] = []
         self._changes: dict[str, Change] = {}
 
@@ -80,17 +80,18 @@ class ObjectCache:
 
     def put(self, kind: Kind, obj: Object) -> bool:
         """Take an object's state; return whether it is news."""
-        place, uid = _place(obj), _uid(obj)
+        place, version = _place(obj), _version(obj)
         before = self._objects.get(kind, {}).get(place)
-        if uid in self._tombstones or (before is not None and _version(obj) <= _version(before)):
+        known = -1 if before is None else _version(before)
+        if version <= max(known, self._tombstones.get(_uid(obj), -1)):
             return False
         self._set(kind, place, before, _slim(obj))
         return True
 
     def remove(self, kind: Kind, obj: Object) -> bool:
-        """Take that an object is gone; return whether it is news."""
+        """Take that an object is gone, or not ours to see any more; return whether it is news."""
         place, uid = _place(obj), _uid(obj)
-        self._bury(uid)
+        self._bury(uid, _version(obj))
         before = self._objects.get(kind, {}).get(place)
         if before is None or _uid(before) != uid:
             return False
@@ -137,8 +138,8 @@ class ObjectCache:
             if owner is not None and owner in self._changes:
                 self._changes[owner].notify()
 
-    def _bury(self, uid: str) -> None:
-        self._tombstones[uid] = None
+    def _bury(self, uid: str, version: int) -> None:
+        self._tombstones[uid] = version
         while len(self._tombstones) > MAX_TOMBSTONES:
             del self._tombstones[next(iter(self._tombstones))]
         self._changes.pop(uid, None)

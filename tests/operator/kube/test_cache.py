@@ -43,13 +43,19 @@ def test_compares_versions_as_numbers() -> None:
     assert cache.put(POD, an_object(POD, "a", version=100))
 
 
-def test_does_not_bring_back_what_was_deleted() -> None:
+def test_nothing_older_than_its_deletion_brings_an_object_back() -> None:
     cache = ObjectCache()
-    pod = an_object(POD, "a", uid="u1", version=5, owner="model-1")
-    cache.put(POD, pod)
-    assert cache.remove(POD, pod)
+    cache.put(POD, an_object(POD, "a", uid="u1", version=5, owner="model-1"))
+    assert cache.remove(POD, an_object(POD, "a", uid="u1", version=7))
     assert not cache.put(POD, an_object(POD, "a", uid="u1", version=6, owner="model-1"))
     assert cache.owned("model-1") == []
+
+
+def test_an_object_that_gets_its_label_back_is_seen_again() -> None:
+    cache = ObjectCache()
+    cache.put(POD, an_object(POD, "a", uid="u1", version=5))
+    cache.remove(POD, an_object(POD, "a", uid="u1", version=6))
+    assert cache.put(POD, an_object(POD, "a", uid="u1", version=7))
 
 
 def test_a_late_deletion_leaves_the_successor_of_the_same_name() -> None:
