@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Protocol, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from faasmoe_operator.spec import patterns
-from faasmoe_operator.spec.base import Part, rule_broken
+from faasmoe_operator.spec.base import Part, check_unique, rule_broken
 from faasmoe_operator.spec.extensions import cel, checked, map_list, rules
 from faasmoe_operator.spec.references import KeyReference
 
@@ -81,27 +81,10 @@ class ContainerVariable(Part):
         return self
 
 
-class Named(Protocol):
-    """Anything with a name."""
-
-    @property
-    def name(self) -> str:
-        """How it is told apart from others of its list."""
-
-
-def check_variables(variables: Sequence[Named]) -> None:
+def check_variables(names: Sequence[str]) -> None:
     """Raise the error of a name that is ours, or of one that is given twice."""
-    for index, variable in enumerate(variables):
-        if variable.name.startswith(RESERVED_PREFIX):
+    for index, name in enumerate(names):
+        if name.startswith(RESERVED_PREFIX):
             expected = f"a name without the prefix {RESERVED_PREFIX}"
-            raise rule_broken(f"env.{index}.name", got=variable.name, expected=expected)
-    check_unique("env", variables)
-
-
-def check_unique(field: str, entries: Sequence[Named]) -> None:
-    """Raise the error of the first entry whose name is that of another before it."""
-    seen: set[str] = set()
-    for index, entry in enumerate(entries):
-        if entry.name in seen:
-            raise rule_broken(f"{field}.{index}.name", got=entry.name, expected="each name once")
-        seen.add(entry.name)
+            raise rule_broken(f"env.{index}.name", got=name, expected=expected)
+    check_unique("env", names, key="name")

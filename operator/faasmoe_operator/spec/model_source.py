@@ -68,7 +68,7 @@ class ModelSource(Part):
         "hf://ORG/NAME, file:///PATH, or file://PATH relative to the MoEModel file.",
         json_schema_extra=checked(
             cel(
-                f"self.matches('{patterns.KUBERNETES_SOURCE}') && !self.contains('/..')",
+                f"self.matches(r'{patterns.KUBERNETES_SOURCE}') && !self.contains('/..')",
                 "expected hf://ORG/NAME or pvc://CLAIM/PATH; file:// is for `faasmoe up` alone",
             ),
             cel("self == oldSelf", f"{_FIXED} source", reason="FieldValueForbidden"),

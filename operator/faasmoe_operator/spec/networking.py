@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from faasmoe_operator.spec.base import Part, rule_broken
+from faasmoe_operator.spec.base import Part, check_unique, rule_broken
 from faasmoe_operator.spec.extensions import SET, cel, rules
 from faasmoe_operator.spec.references import Annotations, Label, Labels, ObjectName
 
@@ -42,9 +42,7 @@ class HttpRoute(Part):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for index, name in enumerate(self.hostnames):
-            if name in self.hostnames[:index]:
-                raise rule_broken(f"hostnames.{index}", got=name, expected="each name once")
+        check_unique("hostnames", self.hostnames)
         return self
 
 

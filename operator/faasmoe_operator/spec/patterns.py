@@ -10,6 +10,7 @@ _LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 _QUALIFIED = r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
 
 LABEL = rf"^{_LABEL}$"
+SERVICE_NAME = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 SUBDOMAIN = rf"^{_LABEL}(\.{_LABEL})*$"
 QUALIFIED_NAME = rf"^({_LABEL}(\.{_LABEL})*/)?{_QUALIFIED}$"
 LABEL_VALUE = rf"^({_QUALIFIED})?$"

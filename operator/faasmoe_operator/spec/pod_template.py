@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from faasmoe_operator.spec import patterns
-from faasmoe_operator.spec.base import Part, rule_broken
+from faasmoe_operator.spec.base import Part, check_unique, rule_broken
 from faasmoe_operator.spec.environment import (
     MAX_VARIABLES,
     VARIABLES,
@@ -142,7 +142,11 @@ class PodTemplate(Part):
     def _check(self) -> Self:
         _check_keys("labels", self.labels)
         _check_keys("annotations", self.annotations)
-        check_variables(self.env)
+        check_variables([variable.name for variable in self.env])
+        secrets = [secret.name for secret in self.image_pull_secrets]
+        check_unique("imagePullSecrets", secrets, key="name")
+        keys = [spread.topology_key for spread in self.topology_spread_constraints]
+        check_unique("topologySpreadConstraints", keys, key="topologyKey")
         return self
 
 

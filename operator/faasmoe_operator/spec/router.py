@@ -85,7 +85,7 @@ class Router(Part):
                 got=self.max_num_batched_tokens,
                 expected=f"at least maxNumSeqs ({self.max_num_seqs}): each decodes a token a step",
             )
-        check_variables(self.env)
+        check_variables([variable.name for variable in self.env])
         others = {variable.name for variable in self.template.env}
         for index, variable in enumerate(self.env):
             if variable.name in others:

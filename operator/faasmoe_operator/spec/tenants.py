@@ -8,8 +8,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from faasmoe_operator.spec import patterns
-from faasmoe_operator.spec.base import Part, rule_broken
-from faasmoe_operator.spec.environment import check_unique
+from faasmoe_operator.spec.base import Part, check_unique, rule_broken
 from faasmoe_operator.spec.extensions import (
     KUBERNETES_ONLY,
     PROCESS_ONLY,
@@ -18,6 +17,7 @@ from faasmoe_operator.spec.extensions import (
     cel,
     checked,
     map_list,
+    rules,
 )
 from faasmoe_operator.spec.references import Label, ObjectReference
 
@@ -45,6 +45,15 @@ class TenantLimits(Part):
 
 class Tenant(Part):
     """One tenant: its endpoint is /NAME/v1, its keys are those of one Secret or folder."""
+
+    model_config = rules(
+        cel(
+            "has(self.apiKeysSecretRef)",
+            "expected apiKeysSecretRef: {name: SECRET}, a Secret whose every value is an API key",
+            field=".apiKeysSecretRef",
+            reason="FieldValueRequired",
+        )
+    )
 
     name: Label
     api_keys_secret_ref: ObjectReference | None = Field(
@@ -80,11 +89,7 @@ class Tenant(Part):
         if self.api_keys_secret_ref is None and self.api_keys_path is None:
             expected = "a Secret; for `faasmoe up` a folder in apiKeysPath"
             raise rule_broken("apiKeysSecretRef", got=None, expected=expected)
-        names = self.share_prefix_cache_with
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                place = f"sharePrefixCacheWith.{index}"
-                raise rule_broken(place, got=name, expected="each name once")
+        check_unique("sharePrefixCacheWith", self.share_prefix_cache_with)
         return self
 
 
@@ -99,11 +104,11 @@ TENANTS: Extension = map_list("name") | checked(
 
 def check_tenants(tenants: Sequence[Tenant]) -> None:
     """Raise the error of a name that is given twice, or that no other tenant has."""
-    check_unique("tenants", tenants)
-    names = {tenant.name for tenant in tenants}
+    names = [tenant.name for tenant in tenants]
+    check_unique("tenants", names, key="name")
     for index, tenant in enumerate(tenants):
         for position, name in enumerate(tenant.share_prefix_cache_with):
-            if name not in names - {tenant.name}:
+            if name == tenant.name or name not in names:
                 place = f"tenants.{index}.sharePrefixCacheWith.{position}"
                 expected = "the name of another tenant of this model"
                 raise rule_broken(place, got=name, expected=expected)
