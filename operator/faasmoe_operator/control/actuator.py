@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from faasmoe_operator.control.backoff import Backoff
 from faasmoe_operator.control.fleet import Fleet
@@ -44,7 +46,7 @@ class Surroundings:
     """
 
     model: ControlledModel
-    platform: Platform
+    platform: Platform[Any]
     client: SandboxClient
     metrics: ControlMetrics
     clock: Callable[[], float]
@@ -67,6 +69,10 @@ class Actuator:
     def may_create(self, now: float) -> bool:
         """Return whether sandboxes may be created, or too many have just failed."""
         return self._backoff.is_open(now)
+
+    def may_create_at(self, now: float) -> float:
+        """Return when sandboxes may be created again; infinity if they may be now."""
+        return math.inf if self.may_create(now) else self._backoff.until
 
     def begin(self, action: Action) -> None:
         """Write an action down and begin it."""

@@ -9,8 +9,9 @@ from urllib.parse import unquote, urlsplit
 
 from faasmoe_expert.store import MANIFEST_NAME, Manifest, Store
 from faasmoe_expert.table import FunctionSpec
+from faasmoe_operator.control.functions import cut_of
 from faasmoe_operator.errors import PlanError
-from faasmoe_operator.plan.functions import Cut, plan_functions
+from faasmoe_operator.plan.functions import plan_functions
 from faasmoe_operator.platforms.base import SandboxTemplate
 from faasmoe_operator.spec import MoEModel, MoEModelError, load_moemodel
 from faasmoe_operator.spec.model_source import FILE_SCHEME, HUB_SCHEME
@@ -102,9 +103,7 @@ class Deployment:
             manifest: the store's.
             key: secret that makes the function ids opaque.
         """
-        granularity = self.model.spec.granularity
-        experts = granularity.experts_per_function
-        cut = Cut(None if experts == "auto" else experts, granularity.layers_per_function)
+        cut = cut_of(self.model.spec.granularity)
         try:
             return plan_functions(manifest.layers, cut, model_digest=manifest.digest, key=key)
         except PlanError as error:
