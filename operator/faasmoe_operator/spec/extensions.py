@@ -14,9 +14,7 @@ VALIDATIONS = "x-kubernetes-validations"
 PLATFORM = "x-faasmoe-platform"  # ours: read by platform.py and crd.py, never in the CRD
 
 Extension = dict[str, Any]
-Reason = Literal[
-    "FieldValueInvalid", "FieldValueForbidden", "FieldValueRequired", "FieldValueDuplicate"
-]
+Reason = Literal["FieldValueForbidden", "FieldValueRequired"]  # of Duplicate no message is shown
 
 KUBERNETES_ONLY: Extension = {PLATFORM: "kubernetes"}
 PROCESS_ONLY: Extension = {PLATFORM: "process"}
@@ -37,7 +35,7 @@ def cel(
         rule: the expression; `self` is what it stands at, `oldSelf` what it was before.
         message: what was expected, and what to do.
         field: path of the field to name, such as `.minScale`; the place of the rule if left out.
-        reason: what kind of fault it is; the API server's default is FieldValueInvalid.
+        reason: what kind of fault it is; an invalid value if left out.
     """
     places = {"fieldPath": field, "reason": reason}
     named = {name: value for name, value in places.items() if value is not None}

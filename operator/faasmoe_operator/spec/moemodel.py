@@ -94,9 +94,10 @@ class MoEModel(Part):
         Args:
             obj: the object; its status and what the API server adds to its metadata are left out.
         """
-        metadata = {name: obj["metadata"][name] for name in _TAKEN if name in obj["metadata"]}
+        given = obj.get("metadata", {})
+        metadata = {name: given[name] for name in _TAKEN if name in given}
         value = {name: obj[name] for name in ("apiVersion", "kind", "spec") if name in obj}
-        called = "/".join(metadata[part] for part in ("namespace", "name") if part in metadata)
+        called = f"{given.get('namespace', 'default')}/{given.get('name', '')}"
         try:
             model = cls.model_validate(_plain({**value, "metadata": metadata}))
         except ValidationError as error:

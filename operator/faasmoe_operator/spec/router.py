@@ -34,7 +34,6 @@ class Router(Part):
             "self.env.all(own, !self.template.env.exists(other, other.name == own.name))",
             "expected each name once in env and template.env together",
             field=".env",
-            reason="FieldValueDuplicate",
         ),
     )
 

@@ -11,11 +11,11 @@ from faasmoe_operator.spec.extensions import map_list
 from faasmoe_operator.spec.tenants import MAX_TENANTS
 
 MAX_COUNT = (1 << 31) - 1
-MAX_BYTES = (1 << 63) - 1
+MAX_EXACT = 1 << 53  # bounds are doubles: the API server refuses values near those of 64 bits
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-Bytes = Annotated[int, Field(ge=0, le=MAX_BYTES)]
-Generation = Annotated[int, Field(ge=0, le=MAX_BYTES)]
+Bytes = Annotated[int, Field(ge=0, le=MAX_EXACT)]
+Generation = Annotated[int, Field(ge=0, le=MAX_EXACT)]
 Text = Annotated[str, Field(max_length=2048)]
 Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 Reason = Annotated[

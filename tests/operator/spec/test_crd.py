@@ -85,6 +85,11 @@ def test_everything_is_bounded() -> None:
     assert wrong == []
 
 
+def test_bounds_are_exact_as_doubles() -> None:
+    """A real API server refuses every value under a bound near those of 64 bits."""
+    assert [path for path, node in NODES if abs(node.get("maximum", 0)) > 1 << 53] == []
+
+
 def test_only_affinity_is_kept_as_it_is() -> None:
     kept = {p for p, node in NODES if node.get("x-kubernetes-preserve-unknown-fields")}
     assert all(".template.affinity." in path for path in kept)
