@@ -63,7 +63,7 @@ class FakeKubeApi:
         merged = _merged(before or {}, obj, owned=self._applied.get(name, {}))
         self._applied[name] = copy.deepcopy(obj)
         self._applied[name]["metadata"].pop("uid", None)
-        if merged == before:
+        if before is not None and merged == before:
             return copy.deepcopy(before)
         return self._store(name, merged)
 
