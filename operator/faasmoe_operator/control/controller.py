@@ -143,10 +143,16 @@ class Controller:
         """Take a router's load report."""
         now = self.clock()
         self.metrics.reports.inc()
-        self.reports.take(report, now=now)
+        if self.reports.take(report, now=now):
+            self._revise()
         self.records.take(report, now=now)
         if report.is_busy:
             self._pulse.rouse()
+
+    @property
+    def trouble(self) -> str:
+        """Why sandboxes cannot be had or used; empty if they can."""
+        return self._actuator.troubles.text
 
     async def beyond(self, revision: int) -> None:
         """Wait until the state may have changed since this revision."""

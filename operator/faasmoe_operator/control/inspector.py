@@ -69,7 +69,7 @@ class Inspector:
                 held = await self._ask(member)
                 if held is not None:
                     self._fleet.adopt(member.sandbox.id, (f.spec.id for f in held))
-                    self._actuator.note_change()
+                    self._actuator.note_ready()
         finally:
             self._reading.discard(member.sandbox.id)
 

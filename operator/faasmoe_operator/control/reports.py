@@ -67,10 +67,12 @@ class Reports:
         """Return whether there are too many routers for this one to be another."""
         return router not in self._latest and len(self._latest) >= MAX_ROUTERS
 
-    def take(self, report: LoadReport, *, now: float) -> None:
-        """Keep a report in place of the router's last one."""
+    def take(self, report: LoadReport, *, now: float) -> bool:
+        """Keep a report in place of the router's last one; return whether tenants' keys changed."""
+        _, before = self._latest.get(report.router, (now, LoadReport(report.router)))
         self._latest[report.router] = (now, report)
         self._heard = True
+        return before.tenants != report.tenants
 
     def sample(self, now: float) -> Mapping[str, float] | None:
         """Return each function's calls in flight; None while nothing is known.
