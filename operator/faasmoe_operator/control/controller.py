@@ -131,6 +131,7 @@ class Controller:
         """Bring functions up from zero: what can be attached is attached at once."""
         now = self.clock()
         self.metrics.wakes.inc()
+        self._catch_up(now)
         changes = self.scalers.wake(functions, now=now)
         self._count(changes)
         for change in changes:
@@ -182,11 +183,8 @@ class Controller:
     def tick(self) -> None:
         """Let the autoscalers see the last second's load and decide."""
         now = self.clock()
-        loads = self.reports.sample(now)
-        if loads is not None:
-            self.scalers.observe_silence(self._last_tick, now)
-        self._last_tick = now
-        self.scalers.observe(loads, now=now)
+        self._catch_up(now)
+        self.scalers.observe(self.reports.sample(now), now=now)
         self._count(self.scalers.decide(self.fleet.ready(), now=now))
         for function in self.records.waiting():
             if self.scalers.desired(function) == 0:
@@ -194,6 +192,12 @@ class Controller:
                 self.metrics.activations.labels("timed_out").inc()
         self._plan_due = True
         self._due.set()
+
+    def _catch_up(self, now: float) -> None:
+        """Let the autoscalers know that there was no load while they rested."""
+        if self.reports.sample(now) is not None:
+            self.scalers.observe_silence(self._last_tick, now)
+        self._last_tick = now
 
     def _demands(self, wanted: Mapping[str, int]) -> list[Demand]:
         functions = self.model.functions
