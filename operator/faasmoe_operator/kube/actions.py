@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from faasmoe_operator.kube.cache import controller_uid
 from faasmoe_operator.kube.intent import applied_hash, fingerprint, holds, intent_hash
 from faasmoe_operator.kube.kinds import JOB, SECRET, Kind, Object, kind_of
-from faasmoe_operator.kube.manifests.names import COMPONENT_LABEL, TEMPLATE_LABEL, Component
+from faasmoe_operator.kube.manifests.names import TEMPLATE_LABEL
 from faasmoe_operator.kube.ownership import Owner
 
 REAPPLY_INTERVAL_S = 5.0

@@ -1,7 +1,9 @@
 """kopf's part: it watches, and hands every event over. It handles nothing and writes nothing.
 
 kopf keeps no state in the objects here: there are only `on.event` handlers, so no finalizer, no
-annotation and no progress is written; and it posts no events.
+annotation and no progress is written; and it posts no events. The indices keep nothing: with them
+kopf calls no handler before it has listed every kind, so the first event tells that the watches
+are on, and whatever happens from then on is told.
 """
 
 from __future__ import annotations
@@ -60,6 +62,12 @@ def _watch(registry: kopf.OperatorRegistry, kind: Kind, deliver: Deliver) -> Non
     async def hand_over(event: kopf.RawEvent, **_: Any) -> None:
         deliver(kind, event["type"], dict(event["object"]))
 
+    async def index_nothing(**_: Any) -> None:
+        return None
+
+    kopf.index(kind.group, kind.version, kind.plural, id=f"list-{kind.plural}", registry=registry)(
+        index_nothing
+    )
     kopf.on.event(
         kind.group, kind.version, kind.plural, id=f"watch-{kind.plural}", registry=registry
     )(hand_over)

@@ -67,7 +67,8 @@ def store_state(job: Object | None, pods: Sequence[Object], *, known: Any) -> St
         return StoreState(pending("Suspended", "spec.suspend is true: the store is not prepared"))
     if (trouble := trouble_of(pods)) is not None:
         return StoreState(bad(trouble.reason, trouble.message), secret=trouble.secret)
-    return StoreState(pending("Preparing", f"Job {job['metadata']['name']} prepares the store"))
+    tried = "" if (message := _message(pods)) is None else f"; a try failed: {_said(message)}"
+    return StoreState(pending("Preparing", f"Job {_name(job)} prepares the store{tried}"))
 
 
 def attempt_of(job: Object) -> int:
@@ -133,6 +134,11 @@ def _message(pods: Sequence[Object]) -> str | None:
         return None
     last = max(ended, key=lambda state: str(state.get("finishedAt") or ""))
     return str(last.get("message") or "")
+
+
+def _said(message: str) -> str:
+    result = StoreSummary.from_termination_message(message)
+    return result.message if isinstance(result, StoreFailure) else "its result was lost"
 
 
 def _remembered(known: Any) -> StoreSummary | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Protocol
 
 from faasmoe_operator.kube.cache import ObjectCache, ObjectChange, model_of
@@ -34,17 +35,20 @@ class Feed:
     """
 
     def __init__(self, cache: ObjectCache, resync: Resync, metrics: OperatorMetrics) -> None:
+        self.has_begun = asyncio.Event()
+        """Set once the watches are on: whatever happens from then on is told."""
         self._cache, self._resync, self._metrics = cache, resync, metrics
 
     def take(self, kind: Kind, type_: str | None, obj: Object) -> None:
         """Take an event, whose type is None for what a watch lists at its beginning."""
         self._metrics.watch_events.labels(str(kind)).inc()
+        self.has_begun.set()
         if type_ == "DELETED":
             self._cache.remove(kind, obj)
             return
         self._cache.put(kind, obj)
         if type_ is None:
-            self._resync.relisted(kind)
+            self._resync.doubt(kind)
 
 
 class Triggers:

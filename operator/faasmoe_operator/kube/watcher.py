@@ -30,13 +30,19 @@ class Watcher:
         kinds: what to watch.
         namespaces: where; empty for everywhere.
         deliver: takes each event, in the loop that `run` is called in.
+        interrupted: called when the watches have ended, before they begin anew.
     """
 
     def __init__(
-        self, *, kinds: Sequence[Kind], namespaces: Sequence[str], deliver: Deliver
+        self,
+        *,
+        kinds: Sequence[Kind],
+        namespaces: Sequence[str],
+        deliver: Deliver,
+        interrupted: Callable[[], None],
     ) -> None:
         self._kinds, self._namespaces = tuple(kinds), tuple(namespaces)
-        self._deliver = deliver
+        self._deliver, self._interrupted = deliver, interrupted
 
     async def run(self) -> None:
         """Watch until cancelled; a kopf that fails is started again after a pause."""
@@ -44,6 +50,7 @@ class Watcher:
             await self._run_once()
             logger.error("the watches have ended; they begin anew in %g s", RESTART_S)
             await asyncio.sleep(RESTART_S)
+            self._interrupted()
 
     async def _run_once(self) -> None:
         loop, stop, ended = asyncio.get_running_loop(), threading.Event(), asyncio.Event()
