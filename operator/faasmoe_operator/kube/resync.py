@@ -64,8 +64,12 @@ class Resync:
         """List each kind when it is due, until cancelled."""
         while True:
             await asyncio.sleep(TICK_S)
-            for kind in [kind for kind, due in self._due.items() if due <= self._clock()]:
-                await self._try(kind)
+            await self.list_due()
+
+    async def list_due(self) -> None:
+        """List the kinds that are due; one that is refused is due again soon."""
+        for kind in [kind for kind, due in self._due.items() if due <= self._clock()]:
+            await self._try(kind)
 
     def doubt(self, *kinds: Kind) -> None:
         """Have kinds listed soon, or all if none is given."""

@@ -9,7 +9,6 @@ from faasmoe_operator.kube.cache import ObjectCache, ObjectChange, model_of
 from faasmoe_operator.kube.keys import ModelKey
 from faasmoe_operator.kube.kinds import MOEMODEL, POD, Kind, Object
 from faasmoe_operator.kube.metrics import OperatorMetrics
-from faasmoe_operator.kube.resync import Resync
 
 GATHER_S = 0.1
 """Changes that come together, as those that a visit makes, lead to one visit."""
@@ -25,19 +24,27 @@ class Visits(Protocol):
         ...
 
 
+class Doubts(Protocol):
+    """Takes that something may have gone unnoticed; `resync.Resync` does."""
+
+    def doubt(self, *kinds: Kind) -> None:
+        """Have kinds looked at again."""
+        ...
+
+
 class Feed:
     """Takes watch events.
 
     Args:
         cache: what they go into.
-        resync: told when a watch has begun anew.
+        doubts: told when a watch has begun anew.
         metrics: counts them.
     """
 
-    def __init__(self, cache: ObjectCache, resync: Resync, metrics: OperatorMetrics) -> None:
+    def __init__(self, cache: ObjectCache, doubts: Doubts, metrics: OperatorMetrics) -> None:
         self.has_begun = asyncio.Event()
         """Set once the watches are on: whatever happens from then on is told."""
-        self._cache, self._resync, self._metrics = cache, resync, metrics
+        self._cache, self._doubts, self._metrics = cache, doubts, metrics
 
     def take(self, kind: Kind, type_: str | None, obj: Object) -> None:
         """Take an event, whose type is None for what a watch lists at its beginning."""
@@ -48,7 +55,7 @@ class Feed:
             return
         self._cache.put(kind, obj)
         if type_ is None:
-            self._resync.doubt(kind)
+            self._doubts.doubt(kind)
 
 
 class Triggers:
