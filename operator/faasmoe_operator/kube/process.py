@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from typing import TypeVar
 
-from faasmoe_operator.control.api import models_app
+from faasmoe_operator.control.api import models_app, models_metrics
 from faasmoe_operator.errors import FaasmoeError
 from faasmoe_operator.kube.cache import ObjectCache
 from faasmoe_operator.kube.client import KubeClient
@@ -137,7 +137,7 @@ class Operator:
     @asynccontextmanager
     async def _listening(self, cores: ModelCores) -> AsyncIterator[None]:
         """Serve HTTP, from the beginning: health is asked for before anything is known."""
-        front = Front(self._readiness, self._metrics_text)
+        front = Front(self._readiness, lambda: self._metrics_text(cores))
         app = models_app(cores.find, others=front.routes())
         runner = await listen(app, host=self._config.host, port=self._config.control.port)
         try:
@@ -174,9 +174,9 @@ class Operator:
         if verb == "delete":
             self._deleted(kind)
 
-    def _metrics_text(self) -> bytes:
+    def _metrics_text(self, cores: ModelCores) -> bytes:
         self._metrics.count_models(self._cache.all(MOEMODEL))
-        return self._metrics.text()
+        return self._metrics.text() + models_metrics(cores.controllers())
 
 
 class NotServed(FaasmoeError):
