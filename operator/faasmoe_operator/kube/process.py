@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 COUNTS_DELAY_S = 0.5
 RETRY_S = 5.0
-LISTING_S = 10.0
+LISTING_S = 3.0
 """For the watches to tell of what there is; with nothing there, nothing is told."""
 
 Answer = TypeVar("Answer")

@@ -149,6 +149,7 @@ class Reconciler:
             fault=fault,
             problems=problems,
             store_ids={object_id(wanted) for wanted in store_objects(ctx)},
+            before=_conditions(obj),
         )
         status = model_status(
             ctx,
@@ -157,7 +158,7 @@ class Reconciler:
             ),
             router=router,
             counts=counts,
-            known_model=known_model,
+            before=obj.get("status", {}),
         )
         status_at = await self._tell(obj, status, memory)
         return self._come_again(seen, plan.again_at, status_at, is_troubled=bool(problems))
