@@ -67,7 +67,7 @@ class Tenant(_Part):
     keys_path: Annotated[str, Field(min_length=1, max_length=4096)]
     weight: Annotated[int, Field(ge=1, le=1000)] = 1
     priority: Annotated[int, Field(ge=-10, le=10)] = 0
-    model_alias: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    model_alias: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     system_prompt: Annotated[str, Field(min_length=1, max_length=1 << 16)] | None = None
     share_prefix_cache_with: Annotated[list[Name], Field(max_length=MAX_TENANTS)] = []
     limits: TenantLimits = TenantLimits()
