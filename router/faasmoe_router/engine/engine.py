@@ -15,14 +15,17 @@ from typing import Any, Self
 
 from faasmoe_router.engine.batching import Batcher, eos_ids_of
 from faasmoe_router.engine.generation import Delta, Generation, GenerationRequest
-from faasmoe_router.engine.generation import Sequence as TokenSequence
+from faasmoe_router.engine.grammar import GrammarCompiler
 from faasmoe_router.engine.restarts import RestartBudget
+from faasmoe_router.engine.sequence import Sequence as TokenSequence
 from faasmoe_router.engine.sizing import EngineLimits
+from faasmoe_router.engine.steps import Steps
 from faasmoe_router.engine.text import TextCodec
 from faasmoe_router.errors import (
     EngineSaturated,
     EngineUnavailable,
     GenerationFailed,
+    NoTokenAllowed,
     RouterError,
     StoreUnreadable,
 )
@@ -60,6 +63,8 @@ class Engine:
     Attributes:
         limits: what the engine may hold.
         codec: the model's tokenizer.
+        vocabulary: the model's tokens as bytes.
+        grammars: compiles what texts are held to.
         stuck: whether a thread was left behind because it did not end in time.
     """
 
@@ -80,6 +85,8 @@ class Engine:
         self._metrics = metrics
         self._on_give_up = on_give_up
         self._eos_ids = eos_ids_of(model)
+        self.vocabulary = codec.vocabulary(n_tokens=self.vocab_size, eos_ids=self._eos_ids)
+        self.grammars = GrammarCompiler(self.vocabulary)
         self._batcher: Batcher | None = None
         self._running: dict[str, _Running] = {}
         self._ids = itertools.count()
@@ -144,15 +151,16 @@ class Engine:
         self, sequence_id: str, request: GenerationRequest, *, generation: Generation, index: int
     ) -> None:
         assert self._batcher is not None
-        sequence = TokenSequence(
-            request, detokenizer=self.codec.detokenizer(), eos_ids=frozenset(self._eos_ids)
-        )
+        end_ids = request.ending.end_ids(self._eos_ids)
+        steps = Steps.of(request, end_ids)
+        detokenizer = self.codec.detokenizer(special=request.special)
+        sequence = TokenSequence(request, detokenizer=detokenizer, end_ids=end_ids, steps=steps)
         self._batcher.add(
             sequence_id,
             request.prompt_ids,
             max_tokens=request.max_tokens,
-            eos_ids=() if request.ignore_eos else self._eos_ids,
-            sampling=request.sampling,
+            end_ids=end_ids,
+            steps=steps,
         )
         now_s = time.monotonic()
         self._running[sequence_id] = _Running(sequence, generation, index=index, now_s=now_s)
@@ -185,12 +193,13 @@ class Engine:
                 self._fail(output.request_id)
                 self._free(output.request_id)
 
-    def _on_broken(self, sequence_ids: Sequence[str]) -> None:
-        """End requests whose scores are not finite, ahead of the tokens that were made of them."""
+    def _on_broken(self, sequence_ids: Sequence[str], error: GenerationFailed) -> None:
+        """End requests that cannot go on, ahead of the tokens that were made of their scores."""
         for sequence_id in sequence_ids:
             if sequence_id in self._running:
-                logger.error("A request ends with an error: the model's scores are not finite")
-                self._fail(sequence_id, "the model's scores for this request are not finite")
+                if not isinstance(error, NoTokenAllowed):  # which is the client's own doing
+                    logger.error("A request ends with an error: %s", error)
+                self._fail(sequence_id, error)
                 self._free(sequence_id)
 
     def _advance(self, output: Any, running: _Running, *, now_s: float) -> None:
@@ -220,10 +229,11 @@ class Engine:
             self._metrics.inter_token_latency_s.observe(now_s - running.last_s)
         running.last_s = now_s
 
-    def _fail(self, sequence_id: str, why: str = "the model could not finish this request") -> None:
+    def _fail(self, sequence_id: str, error: GenerationFailed | None = None) -> None:
         running = self._running.pop(sequence_id, None)
         if running is not None:
-            running.generation.fail(GenerationFailed(why))
+            error = error or GenerationFailed("the model could not finish this request")
+            running.generation.fail(error)
             self._metrics.finished("error")
 
     def _fail_all(self, why: str) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from faasmoe_router.engine import engine as engine_module
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import Generation, GenerationRequest
+from faasmoe_router.engine.choosing import Choosing
+from faasmoe_router.engine.ending import Ending
 from faasmoe_router.engine.sampling import SamplingParams
 from faasmoe_router.engine.text import TextCodec
 from faasmoe_router.errors import (
@@ -52,7 +54,7 @@ def _run(engine: Engine, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
 
 
 def _sampled(prompt: Prompt, seed: int, **params: Any) -> GenerationRequest:
-    return GenerationRequest(prompt, 24, SamplingParams(1.0, seed=seed, **params))
+    return GenerationRequest(prompt, 24, Choosing(SamplingParams(1.0, seed=seed, **params)))
 
 
 def test_greedy_equals_generate_for_prompts_in_one_batch(
@@ -138,7 +140,7 @@ def test_an_end_token_ends_the_text(
     async def work() -> None:
         reasons = [d.finish_reason async for _, d in engine.generate([request])]
         assert reasons == [*[None] * tokens.index(end), "stop"]
-        ignoring = GenerationRequest(prompt_ids, 20, ignore_eos=True)
+        ignoring = GenerationRequest(prompt_ids, 20, ending=Ending(ignore_eos=True))
         assert await _texts(engine.generate([ignoring])) == [codec.decode(tokens)]
 
     _run(engine, work)
@@ -152,7 +154,7 @@ def test_a_stop_string_ends_the_text_and_frees_the_request(
     engine = make_engine()
 
     async def work() -> None:
-        request = GenerationRequest(prompt_ids, 200, stops=(stop,))
+        request = GenerationRequest(prompt_ids, 200, ending=Ending(stops=(stop,)))
         assert await _texts(engine.generate([request])) == [text[: text.index(stop)]]
         await _until(lambda: engine._counts() == (0, 0))
 
@@ -225,7 +227,7 @@ def test_scores_that_are_not_finite_end_their_request_alone(
     engine = make_engine()
 
     async def work() -> None:
-        marked = GenerationRequest((*prompt_ids, mark), 20, sampling)
+        marked = GenerationRequest((*prompt_ids, mark), 20, Choosing(sampling))
         whole = engine.generate([GenerationRequest(prompt_ids, 40)])
         with pytest.raises(GenerationFailed, match="not finite"):
             await anext(aiter(engine.generate([marked])))

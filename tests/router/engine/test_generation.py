@@ -2,7 +2,9 @@ import asyncio
 
 import pytest
 
-from faasmoe_router.engine.generation import Delta, Generation, GenerationRequest, Sequence
+from faasmoe_router.engine.ending import Ending
+from faasmoe_router.engine.generation import Delta, Generation, GenerationRequest
+from faasmoe_router.engine.sequence import Sequence
 from faasmoe_router.engine.text import TextCodec
 from faasmoe_router.errors import GenerationFailed
 
@@ -10,11 +12,13 @@ END = 0
 
 
 def _sequence(codec: TextCodec, request: GenerationRequest) -> Sequence:
-    return Sequence(request, detokenizer=codec.detokenizer(), eos_ids=frozenset({END, 1}))
+    return Sequence(
+        request, detokenizer=codec.detokenizer(), end_ids=request.ending.end_ids((END, 1))
+    )
 
 
 def _request(stops: tuple[str, ...] = (), *, max_tokens: int = 99) -> GenerationRequest:
-    return GenerationRequest((5,), max_tokens=max_tokens, stops=stops)
+    return GenerationRequest((5,), max_tokens=max_tokens, ending=Ending(stops=stops))
 
 
 def test_text_ends_before_a_stop_string_across_tokens(codec: TextCodec) -> None:
@@ -48,7 +52,7 @@ def test_half_a_character_is_told_at_the_limit_only(codec: TextCodec) -> None:
 
 
 def test_end_token_is_text_like_any_other_when_ignored(codec: TextCodec) -> None:
-    request = GenerationRequest((5,), max_tokens=3, ignore_eos=True)
+    request = GenerationRequest((5,), max_tokens=3, ending=Ending(ignore_eos=True))
     delta = _sequence(codec, request).take([END, *codec.encode("ab")])
     assert delta == Delta("ab", 3, "length")
 
