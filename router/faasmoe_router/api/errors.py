@@ -16,6 +16,7 @@ from faasmoe_router.errors import (
     EngineUnavailable,
     GenerationFailed,
     HoldQueueFull,
+    NoTokenAllowed,
     RouterError,
 )
 
@@ -28,6 +29,7 @@ _ROUTER_ERRORS: Mapping[type[RouterError], tuple[int, str, str]] = {
     HoldQueueFull: (429, "rate_limit_error", "rate_limit_exceeded"),
     ActivationTimeout: (503, "server_error", "service_unavailable"),
     EngineUnavailable: (503, "server_error", "service_unavailable"),
+    NoTokenAllowed: (400, "invalid_request_error", "invalid_value"),  # before its base
     GenerationFailed: (500, "server_error", "internal_error"),
 }
 
@@ -63,8 +65,13 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """The HTTP response that tells it."""
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else None
-        return JSONResponse(self.body, status_code=self.status, headers=headers)
+        return JSONResponse(self.body, status_code=self.status, headers=self._headers())
+
+    def _headers(self) -> dict[str, str]:
+        if self.status in (429, 503):
+            return {"Retry-After": str(RETRY_AFTER_S)}
+        # OpenAI's client would try again after any status from 500.
+        return {"X-Should-Retry": "false"} if self.status == 501 else {}
 
 
 def error_body(

@@ -39,13 +39,14 @@ class Delta:
         text: the text.
         n_tokens: how many tokens were taken.
         finish_reason: why the sequence ended, if it did.
-        logprobs: the log-probabilities of the tokens whose text begins in this text.
+        logprobs: the log-probabilities of the tokens whose text begins in this text, each after
+            the character of the sequence's text at which it begins.
     """
 
     text: str
     n_tokens: int
     finish_reason: FinishReason | None = None
-    logprobs: tuple[TokenLogprob, ...] = ()
+    logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
 
 
 class Generation:

@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy
 import torch
@@ -21,6 +21,9 @@ from torch import Tensor
 from faasmoe_router.engine.vocabulary import Vocabulary
 from faasmoe_router.errors import ConstraintError
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 GrammarKind = Literal["json_schema", "regex", "choice", "grammar", "lark"]
 
 MAX_SOURCE_BYTES = 64 << 10
@@ -29,7 +32,8 @@ MAX_COMPILING = 1  # at a time: a hard one must not take every core from the eng
 COMPILE_TIMEOUT_S = 5.0
 # What all the steps of one text may take of a core: some for its first ones, a little for each.
 FIRST_STEPS_S, EACH_STEP_S = 0.5, 0.005
-WHITESPACE = r"[ \n\t]{0,16}"  # between JSON's tokens; without a bound a small model may never end
+# Whitespace between JSON's tokens has a bound: without one a small model may never end.
+JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[ \n\t]{0,16}"}
 _LIMITS = LLParserLimits(
     max_items_in_row=1000,
     initial_lexer_fuel=400_000,
@@ -171,8 +175,7 @@ def compile_grammar(source: GrammarSource, vocabulary: Vocabulary) -> Grammar:
 
 def _text_of(source: GrammarSource) -> str:
     if source.kind == "json_schema":
-        options = {"whitespace_pattern": WHITESPACE}
-        return str(LLMatcher.grammar_from_json_schema(source.text, overrides=options))
+        return str(LLMatcher.grammar_from_json_schema(source.text, overrides=JSON_OPTIONS))
     return str(grammar_from(source.kind, source.text))
 
 

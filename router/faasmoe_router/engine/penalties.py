@@ -1,4 +1,4 @@
-"""Penalties for repetition: which tokens a sequence has, how often, and what that costs their scores.
+"""Penalties for repetition: which tokens a sequence has, how often, and what that costs them.
 
 As vLLM has it: the repetition penalty (of CTRL) regards prompt and output, presence and frequency
 (of OpenAI) the output alone. What is kept for a sequence grows by a token at a time and holds each

@@ -1,11 +1,11 @@
 """The one logits processor of the engine: each request's own way of choosing tokens.
 
 transformers' continuous batching samples with one setting for all. Here every request that wants
-more than the highest score brings its Steps, and the engine's argmax takes what they chose. For each
-batch, in this order: biases and forbidden tokens, penalties, grammars, and the draw; each of them
-over the rows that asked for it. Rows that are greedy are untouched, so a greedy batch costs one look
-at each row's peak: scores that are not finite have no token that means anything, and their requests
-are told of instead.
+more than the highest score brings its Steps, and the engine's argmax takes what they chose. For
+each batch, in this order: biases and forbidden tokens, penalties, grammars, and the draw; each of
+them over the rows that asked for it. Rows that are greedy are untouched, so a greedy batch costs
+one look at each row's peak: scores that are not finite have no token that means anything, and their
+requests are told of instead.
 """
 
 from collections.abc import Callable, Sequence

@@ -87,9 +87,9 @@ class Sequence:
             return None
         return self._steps.logprobs.take()
 
-    def _told(self, last: int) -> tuple[TokenLogprob, ...]:
-        """Return the log-probabilities of tokens whose text begins at this character or before."""
+    def _told(self, last: int) -> tuple[tuple[int, TokenLogprob], ...]:
+        """Return the log-probabilities of tokens whose text begins here or before, and where."""
         told = []
         while self._untold and self._untold[0][0] <= last:
-            told.append(self._untold.popleft()[1])
+            told.append(self._untold.popleft())
         return tuple(told)

@@ -1,4 +1,4 @@
-"""What is done to one request's scores at each of its tokens, and what is kept from one to the next.
+"""What is done to one request's scores at each token, and what is kept from one to the next.
 
 It travels with the request through transformers' batching, so nothing has to be freed. A preempted
 request comes back with part of its output in its prompt; what is kept here counts from the prompt
@@ -34,7 +34,7 @@ class Steps:
         self._too_early = [(token, FORBIDDEN) for token in end_ids]
         self._counts = _counts(request)
         self._n_counted = 0
-        self.matcher: Matcher | None = choosing.grammar and choosing.grammar.matcher()
+        self.matcher = None if choosing.grammar is None else choosing.grammar.matcher()
         self.logprobs = None if choosing.n_logprobs is None else LogprobLog(choosing.n_logprobs)
         self.ended_after: int | None = None
 

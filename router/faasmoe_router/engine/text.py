@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
 
 from faasmoe_router.engine.vocabulary import Vocabulary
 from faasmoe_router.errors import ChatTemplateError, ConfigError
@@ -35,6 +37,10 @@ class ChatView:
 
 
 FROM_THE_ASSISTANT = ChatView()
+# What `variables` may not be called: transformers' own.
+RESERVED_VARIABLES = frozenset(
+    {"messages", *signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
+)
 
 
 class TextCodec:
@@ -94,14 +100,19 @@ class TextCodec:
                 tokenize=False,
                 **view.variables,
             )
+            return self.encode(text, special=False)  # half a surrogate is no text
         except _TEMPLATE_ERRORS as error:
             raise ChatTemplateError(f"the model's chat template refuses them: {error}") from error
-        return self.encode(text, special=False)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Return the text of tokens, with or without special tokens."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=not special)
         return text
+
+    def special_id(self, text: str) -> int | None:
+        """Return the special token of this name, if there is one."""
+        token: int | None = self._backend.token_to_id(text)
+        return None if token is None or self.decode([token]) else token
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         """Return the tokens as the vocabulary writes them."""

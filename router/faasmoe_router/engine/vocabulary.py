@@ -38,17 +38,14 @@ class Vocabulary:
                 self._made = self._make()
             return self._made
 
+    def prepare(self) -> None:
+        """Make it now, which takes a while; raises ConstraintError."""
+        _ = self.tokens
+
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that a token adds to the text; a special token's are its name."""
         text: bytes = self.tokens.decode_bytes([token])
         return text
-
-    def special_id(self, text: str) -> int | None:
-        """Return the special token that this text names, if there is one."""
-        token: int | None = self._backend.token_to_id(text)
-        if token is None or not self.tokens.is_special_token(token):
-            return None
-        return token
 
     def _make(self) -> LLTokenizer:
         try:
