@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from faasmoe_router.engine import engine as engine_module
-from faasmoe_router.engine.engine import Engine
-from faasmoe_router.engine.generation import Generation, GenerationRequest
+from faasmoe_router.engine.bias import Bias
 from faasmoe_router.engine.choosing import Choosing
 from faasmoe_router.engine.ending import Ending
+from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.generation import Generation, GenerationRequest
+from faasmoe_router.engine.grammar import GrammarSource
+from faasmoe_router.engine.penalties import Penalties
 from faasmoe_router.engine.sampling import SamplingParams
 from faasmoe_router.engine.text import TextCodec
 from faasmoe_router.errors import (
@@ -20,6 +23,7 @@ from faasmoe_router.errors import (
     EngineSaturated,
     EngineUnavailable,
     GenerationFailed,
+    NoTokenAllowed,
     StoreUnreadable,
 )
 
@@ -126,6 +130,115 @@ def test_a_full_cache_changes_no_text(make_engine: Maker, prompt_ids: Prompt) ->
 
     assert _run(tight, work) == expected
     assert any(preempted)
+
+
+def test_every_step_together_changes_no_text_when_the_cache_is_full(
+    make_engine: Maker, codec: TextCodec, prompt_ids: Prompt
+) -> None:
+    """What is kept for a request survives its preemption; log-probabilities stay in step."""
+
+    async def work(engine: Engine) -> list[list[tuple[str, float]]]:
+        grammar = await engine.grammars.compile(GrammarSource("regex", "[a-z ]{120,150}"))
+        choosings = [
+            Choosing(SamplingParams(1.0, seed=seed), n_logprobs=1, **asked)
+            for seed in range(2)
+            for asked in (
+                {"penalties": Penalties(presence=0.5, frequency=0.3, repetition=1.3)},
+                {"grammar": grammar},
+                {"bias": Bias(added=((3, -100.0), (40, 2.0)), bad_words=((50, 60), (70,)))},
+            )
+        ]
+        requests = [GenerationRequest(prompt_ids, 150, choosing) for choosing in choosings]
+        told: list[list[tuple[str, float]]] = [[] for _ in requests]
+        async with engine.generate(requests) as generation:
+            async for index, delta in generation:
+                told[index] += [
+                    (f"{entry.token} {at}", round(entry.logprob, 3)) for at, entry in delta.logprobs
+                ]
+        return told
+
+    roomy = make_engine()
+    expected = _run(roomy, lambda: work(roomy))
+    assert min(map(len, expected)) > 20
+    tight = make_engine(max_num_batched_tokens=64, kv_cache_bytes=700_000)
+    preempted: list[bool] = []
+
+    async def work_tightly() -> list[list[tuple[str, float]]]:
+        offloading = tight._batcher._manager.batch_processor.offloading_manager  # type: ignore[union-attr]
+        preempt = offloading.offload_requests
+
+        def counted() -> bool:
+            preempted.append(preempt())
+            return preempted[-1]
+
+        offloading.offload_requests = counted
+        return await work(tight)
+
+    assert _run(tight, work_tightly) == expected
+    assert any(preempted)
+
+
+def test_log_probabilities_are_the_models_own_whatever_chooses(
+    make_engine: Maker, base_model: Any, prompt_ids: Prompt
+) -> None:
+    engine = make_engine()
+    choosing = Choosing(
+        SamplingParams(1.7, top_k=40, seed=5),
+        penalties=Penalties(presence=1.0),
+        bias=Bias(added=((9, 3.0),)),
+        n_logprobs=2,
+    )
+
+    async def work() -> list[Any]:
+        request = GenerationRequest(prompt_ids, 12, choosing, special=True)
+        async with engine.generate([request]) as generation:
+            return [entry async for _, delta in generation for _, entry in delta.logprobs]
+
+    entries = _run(engine, work)
+    assert len(entries) == 12
+    ids = torch.tensor([[*prompt_ids, *(entry.token for entry in entries)]])  # [1, T]
+    with torch.no_grad():
+        logprobs = base_model(ids).logits[0].float().log_softmax(-1)  # [T, V]
+    for at, entry in enumerate(entries, start=len(prompt_ids) - 1):
+        assert entry.logprob == pytest.approx(logprobs[at, entry.token].item(), abs=1e-4)
+        values, tokens = logprobs[at].topk(2)
+        assert [token for token, _ in entry.top] == tokens.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_constraints_that_leave_nothing_end_their_request_alone(
+    make_engine: Maker, codec: TextCodec, greedy: Greedy, prompt_ids: Prompt
+) -> None:
+    engine = make_engine()
+
+    async def work() -> None:
+        digits = await engine.grammars.compile(GrammarSource("regex", "[0-9]{5}"))
+        letter = Bias(allowed=tuple(codec.encode("x")))
+        whole = engine.generate([GenerationRequest(prompt_ids, 40)])
+        nothing = GenerationRequest(prompt_ids, 20, Choosing(bias=letter, grammar=digits))
+        with pytest.raises(NoTokenAllowed, match="leave no token"):
+            await _texts(engine.generate([nothing]))
+        assert await _texts(whole) == [codec.decode(greedy(prompt_ids, 40))]
+        await _until(lambda: engine._counts() == (0, 0))
+
+    _run(engine, work)
+
+
+def test_a_grammars_end_ends_the_text_and_frees_the_request(
+    make_engine: Maker, prompt_ids: Prompt
+) -> None:
+    engine = make_engine()
+
+    async def work() -> None:
+        grammar = await engine.grammars.compile(GrammarSource("choice", '["abc"]'))
+        request = GenerationRequest(prompt_ids, 200, Choosing(grammar=grammar))
+        async with engine.generate([request]) as generation:
+            deltas = [delta async for _, delta in generation]
+        assert "".join(delta.text for delta in deltas) == "abc"
+        assert deltas[-1].finish_reason == "stop"
+        await _until(lambda: engine._counts() == (0, 0))
+
+    _run(engine, work)
 
 
 def test_an_end_token_ends_the_text(
