@@ -98,10 +98,10 @@ class TokenChooser(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
         narrowed = [plan for plan in self._plans if plan.matcher or plan.biased]
         if not narrowed:
             return
-        peaks = scores[[plan.row for plan in narrowed]].amax(-1)  # [D]
-        for plan, is_finite in zip(narrowed, peaks.isfinite().tolist(), strict=True):
+        finite = scores.amax(-1).isfinite().tolist()  # [N]
+        for plan in narrowed:
             error = plan.matcher and plan.matcher.error
-            if error or not is_finite:
+            if error or not finite[plan.row]:
                 why = error or "the request's own constraints leave no token that may come next"
                 self._on_broken([self._ids[plan.row]], NoTokenAllowed(why))
 

@@ -138,17 +138,17 @@ def test_every_step_together_changes_no_text_when_the_cache_is_full(
     """What is kept for a request survives its preemption; log-probabilities stay in step."""
 
     async def work(engine: Engine) -> list[list[tuple[str, float]]]:
-        grammar = await engine.grammars.compile(GrammarSource("regex", "[a-z ]{120,150}"))
+        grammar = await engine.grammars.compile(GrammarSource("regex", "[a-z ]{120,500}"))
         choosings = [
             Choosing(SamplingParams(1.0, seed=seed), n_logprobs=1, **asked)
-            for seed in range(2)
+            for seed in range(3)
             for asked in (
                 {"penalties": Penalties(presence=0.5, frequency=0.3, repetition=1.3)},
                 {"grammar": grammar},
                 {"bias": Bias(added=((3, -100.0), (40, 2.0)), bad_words=((50, 60), (70,)))},
             )
         ]
-        requests = [GenerationRequest(prompt_ids, 150, choosing) for choosing in choosings]
+        requests = [GenerationRequest(prompt_ids, 200, choosing) for choosing in choosings]
         told: list[list[tuple[str, float]]] = [[] for _ in requests]
         async with engine.generate(requests) as generation:
             async for index, delta in generation:
