@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy
 import torch
-from llguidance import LLMatcher, LLParserLimits, grammar_from
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 from torch import Tensor
 
 from faasmoe_router.engine.vocabulary import Vocabulary
@@ -102,11 +102,16 @@ class Matcher:
 
 
 class Grammar:
-    """A grammar that is ready to hold texts; any number of them at once."""
+    """A grammar that is ready to hold texts; any number of them at once.
 
-    def __init__(self, state: LLMatcher, n_tokens: int) -> None:
+    Attributes:
+        end_ids: the tokens that end a text where the grammar lets it end.
+    """
+
+    def __init__(self, state: LLMatcher, tokens: LLTokenizer) -> None:
+        self.end_ids: tuple[int, ...] = tuple(tokens.eos_tokens)
         self._state = state
-        self._n_words = -(-n_tokens // 32)
+        self._n_words = -(-tokens.vocab_size // 32)
 
     def matcher(self) -> Matcher:
         """Return where a new text begins."""
@@ -168,7 +173,7 @@ def compile_grammar(source: GrammarSource, vocabulary: Vocabulary) -> Grammar:
         raise ConstraintError(str(error).partition("\n")[0][:200]) from error
     if state.is_error():
         raise ConstraintError(str(state.get_error()).partition("\n")[0][:200])
-    grammar = Grammar(state, tokens.vocab_size)
+    grammar = Grammar(state, tokens)
     grammar.check()
     return grammar
 

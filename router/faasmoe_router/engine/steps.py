@@ -31,6 +31,8 @@ class Steps:
         self._n_prompt = len(request.prompt_ids)
         self._n_output = 0
         self._min_tokens = request.ending.min_tokens
+        if choosing.grammar is not None:
+            end_ids = {*end_ids, *choosing.grammar.end_ids}
         self._too_early = [(token, FORBIDDEN) for token in end_ids]
         self._counts = _counts(request)
         self._n_counted = 0

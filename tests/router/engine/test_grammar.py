@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jsonschema
 import pytest
 import torch
 
@@ -66,8 +65,11 @@ def _write(grammar: Grammar, codec: TextCodec, *, seed: int, most: int = 400) ->
 
 
 def _is_in_schema(text: str) -> bool:
-    jsonschema.validate(json.loads(text), SCHEMA)
-    return True
+    said = json.loads(text)
+    sizes = said["sizes"]
+    assert said.keys() == {"colour", "sizes"}
+    assert said["colour"] in ("red", "blue")
+    return len(sizes) <= 3 and all(isinstance(size, int) for size in sizes)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def test_a_preemption_changes_nothing_and_copies_nothing() -> None:
         assert plan.penalized.tokens.counts.equal(expected.penalized.tokens.counts)
     assert plan.biased is not None
     assert plan.biased.changes == [(8, FORBIDDEN)]
+    assert plan.penalized is not None
     assert plan.penalized.tokens.ids.tolist() == [5, 6, 7, 1]
     assert plan.penalized.tokens.counts.tolist() == [0, 0, 2, 1]
 
