@@ -13,6 +13,8 @@ from faasmoe_router.api.errors import add_error_handlers
 from faasmoe_router.api.models import model_routes
 from faasmoe_router.api.probes import probe_routes
 from faasmoe_router.api.tenancy import Doorkeeper, usage_routes
+from faasmoe_router.api.tokens import token_routes
+from faasmoe_router.api.unserved import unserved_routes
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.tenants.open import OpenTenancy
 from faasmoe_router.tenants.tenancy import Tenancy
@@ -59,5 +61,7 @@ def create_app(
         model_routes(model_name=model_name, max_model_len=engine.limits.max_model_len)
     )
     app.include_router(usage_routes(reception))
+    app.include_router(token_routes(engine, model_name=model_name))
+    app.include_router(unserved_routes())
     app.include_router(probe_routes(engine, registry=registry, admission=admission))
     return app

@@ -17,6 +17,7 @@ from faasmoe_router.errors import (
     EngineUnavailable,
     GenerationFailed,
     HoldQueueFull,
+    NoTokenAllowed,
     RouterError,
 )
 from faasmoe_router.tenants.errors import NeverFits, RateLimited, TenantQueueFull
@@ -33,6 +34,7 @@ _ROUTER_ERRORS: Mapping[type[RouterError], tuple[int, str, str]] = {
     NeverFits: (400, "invalid_request_error", "invalid_value"),
     ActivationTimeout: (503, "server_error", "service_unavailable"),
     EngineUnavailable: (503, "server_error", "service_unavailable"),
+    NoTokenAllowed: (400, "invalid_request_error", "invalid_value"),  # before its base
     GenerationFailed: (500, "server_error", "internal_error"),
 }
 
@@ -70,8 +72,14 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """The HTTP response that tells it."""
-        retry = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
-        return JSONResponse(self.body, status_code=self.status, headers={**retry, **self.headers})
+        headers = {**self._retry_headers(), **self.headers}
+        return JSONResponse(self.body, status_code=self.status, headers=headers)
+
+    def _retry_headers(self) -> dict[str, str]:
+        if self.status in (429, 503):
+            return {"Retry-After": str(RETRY_AFTER_S)}
+        # OpenAI's client would try again after any status from 500.
+        return {"X-Should-Retry": "false"} if self.status == 501 else {}
 
 
 def error_body(

@@ -32,7 +32,9 @@ _TENANT_PATH = re.compile(r"/([^/]+)(/v1(?:/.*)?)", re.DOTALL)
 class Reception(AbstractAsyncContextManager[Any], Protocol):
     """What lets requests in; runs while the app does."""
 
-    def admit(self, caller: Caller, requests: Sequence[GenerationRequest]) -> Ticket:
+    def admit(
+        self, caller: Caller, requests: Sequence[GenerationRequest], *, n_prompt: int
+    ) -> Ticket:
         """Let a request in; raises RouterError to refuse it."""
 
     def holding(self, caller: Caller, *, size_bytes: int) -> AbstractContextManager[None]:

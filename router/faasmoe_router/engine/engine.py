@@ -15,16 +15,19 @@ from typing import Any, Self
 
 from faasmoe_router.engine.batching import Batcher, eos_ids_of
 from faasmoe_router.engine.generation import Delta, Generation, GenerationRequest
-from faasmoe_router.engine.generation import Sequence as TokenSequence
+from faasmoe_router.engine.grammar import GrammarCompiler
 from faasmoe_router.engine.prefixes import PrefixRealms
 from faasmoe_router.engine.restarts import RestartBudget
 from faasmoe_router.engine.scheduler import ComputedTokens, request_id_of
+from faasmoe_router.engine.sequence import Sequence as TokenSequence
 from faasmoe_router.engine.sizing import EngineLimits
+from faasmoe_router.engine.steps import Steps
 from faasmoe_router.engine.text import TextCodec
 from faasmoe_router.errors import (
     EngineSaturated,
     EngineUnavailable,
     GenerationFailed,
+    NoTokenAllowed,
     StoreUnreadable,
 )
 from faasmoe_router.metrics import EngineMetrics
@@ -42,20 +45,23 @@ RESTART_WINDOW_S = 300.0
 class _Running:
     """A sequence that waits or runs, where its deltas go, and when things happened to it."""
 
-    __slots__ = (
-        *("arrived_s", "generation", "index", "is_started", "last_s", "n_seen", "sequence"),
-    )
+    __slots__ = (*("arrived_s", "generation", "index", "last_s", "n_seen", "request", "sequence"),)
 
     def __init__(
-        self, sequence: TokenSequence, generation: Generation, *, index: int, now_s: float
+        self, request: GenerationRequest, generation: Generation, *, index: int, now_s: float
     ) -> None:
-        self.sequence = sequence
+        self.request = request
+        self.sequence: TokenSequence | None = None  # until its first turn
         self.generation = generation
         self.index = index
         self.n_seen = 0
-        self.is_started = False
         self.arrived_s = now_s
         self.last_s = now_s
+
+    @property
+    def is_started(self) -> bool:
+        """Whether it has had a turn."""
+        return self.sequence is not None
 
 
 class Engine:
@@ -67,6 +73,8 @@ class Engine:
     Attributes:
         limits: what the engine may hold.
         codec: the model's tokenizer.
+        vocabulary: the model's tokens as bytes.
+        grammars: compiles what texts are held to.
         computed: tokens that were computed for each tenant.
         stuck: whether a thread was left behind because it did not end in time.
     """
@@ -88,6 +96,8 @@ class Engine:
         self._metrics = metrics
         self._on_give_up = on_give_up
         self._eos_ids = eos_ids_of(model)
+        self.vocabulary = codec.vocabulary(n_tokens=self.vocab_size, eos_ids=self._eos_ids)
+        self.grammars = GrammarCompiler(self.vocabulary)
         self._batcher: Batcher | None = None
         self._running: dict[str, _Running] = {}
         self._turns = FairQueue(slots=limits.max_num_seqs, max_queued=limits.max_waiting)
@@ -168,10 +178,7 @@ class Engine:
         generation = Generation(len(requests), lambda: self._abort(ids), ticket)
         now_s = time.monotonic()
         for index, (sequence_id, request) in enumerate(zip(ids, requests, strict=True)):
-            sequence = TokenSequence(
-                request, detokenizer=self.codec.detokenizer(), eos_ids=frozenset(self._eos_ids)
-            )
-            running = _Running(sequence, generation, index=index, now_s=now_s)
+            running = _Running(request, generation, index=index, now_s=now_s)
             self._running[sequence_id] = running
             self._turns.push(tenant, sequence_id, n_prompt=len(request.prompt_ids))
         self._give_turns()
@@ -199,21 +206,26 @@ class Engine:
         if running.is_started:
             batcher.resume(sequence_id)
             return
-        running.is_started = True
         running.generation.begin()
         try:
-            self._submit(sequence_id, running.sequence.request, batcher)
+            running.sequence = self._submit(sequence_id, running.request, batcher)
         except EngineUnavailable as error:
-            self._fail(sequence_id, str(error))
+            self._fail(sequence_id, GenerationFailed(str(error)))
 
-    def _submit(self, sequence_id: str, request: GenerationRequest, batcher: Batcher) -> None:
+    def _submit(
+        self, sequence_id: str, request: GenerationRequest, batcher: Batcher
+    ) -> TokenSequence:
+        end_ids = request.ending.end_ids(self._eos_ids)
+        steps = Steps.of(request, end_ids)
         batcher.add(
             sequence_id,
             request.prompt_ids,
             max_tokens=request.max_tokens,
-            eos_ids=() if request.ignore_eos else self._eos_ids,
-            sampling=request.sampling,
+            end_ids=end_ids,
+            steps=steps,
         )
+        detokenizer = self.codec.detokenizer(special=request.special)
+        return TokenSequence(request, detokenizer=detokenizer, end_ids=end_ids, steps=steps)
 
     def _abort(self, sequence_ids: Sequence[str]) -> None:
         for sequence_id in sequence_ids:
@@ -247,16 +259,17 @@ class Engine:
                 self._fail(output.request_id)
         self._give_turns()
 
-    def _on_broken(self, sequence_ids: Sequence[str]) -> None:
-        """End requests whose scores are not finite, ahead of the tokens that were made of them."""
+    def _on_broken(self, sequence_ids: Sequence[str], error: GenerationFailed) -> None:
+        """End requests that cannot go on, ahead of the tokens that were made of their scores."""
         for sequence_id in sequence_ids:
             if sequence_id in self._running:
-                logger.error("A request ends with an error: the model's scores are not finite")
-                self._fail(sequence_id, "the model's scores for this request are not finite")
+                if not isinstance(error, NoTokenAllowed):  # which is the client's own doing
+                    logger.error("A request ends with an error: %s", error)
+                self._fail(sequence_id, error)
 
     def _advance(self, output: Any, running: _Running, *, now_s: float) -> None:
         tokens = output.generated_tokens[running.n_seen :]
-        if not tokens:
+        if not tokens or running.sequence is None:
             return
         self._measure(running, now_s=now_s)
         running.n_seen += len(tokens)
@@ -278,16 +291,17 @@ class Engine:
 
     def _measure(self, running: _Running, *, now_s: float) -> None:
         if running.n_seen == 0:
-            self._metrics.prompt_tokens.inc(len(running.sequence.request.prompt_ids))
+            self._metrics.prompt_tokens.inc(len(running.request.prompt_ids))
             self._metrics.time_to_first_token_s.observe(now_s - running.arrived_s)
         else:
             self._metrics.inter_token_latency_s.observe(now_s - running.last_s)
         running.last_s = now_s
 
-    def _fail(self, sequence_id: str, why: str = "the model could not finish this request") -> None:
+    def _fail(self, sequence_id: str, error: GenerationFailed | None = None) -> None:
         running = self._drop(sequence_id)
         if running is not None:
-            running.generation.fail(GenerationFailed(why))
+            error = error or GenerationFailed("the model could not finish this request")
+            running.generation.fail(error)
             self._metrics.finished("error")
 
     def _fail_all(self, why: str) -> None:
@@ -300,7 +314,7 @@ class Engine:
         if sequence_ids:
             logger.error("%d requests end with an error: %s", len(sequence_ids), why)
         for sequence_id in sequence_ids:
-            self._fail(sequence_id, why)
+            self._fail(sequence_id, GenerationFailed(why))
 
     def _counts(self) -> tuple[int, int]:
         if self._batcher is None:

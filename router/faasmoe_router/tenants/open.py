@@ -19,7 +19,9 @@ class OpenTenancy:
     async def __aexit__(self, *_: object) -> None:
         return None
 
-    def admit(self, caller: Caller, requests: Sequence[GenerationRequest]) -> Ticket:
+    def admit(
+        self, caller: Caller, requests: Sequence[GenerationRequest], *, n_prompt: int
+    ) -> Ticket:
         """Let a request in."""
         return OpenTicket()
 

@@ -122,14 +122,20 @@ class Tenancy:
             return None
         return self._caller(found)
 
-    def admit(self, caller: Caller, requests: Sequence[GenerationRequest]) -> Ticket:
+    def admit(
+        self, caller: Caller, requests: Sequence[GenerationRequest], *, n_prompt: int
+    ) -> Ticket:
         """Let a request in.
+
+        Args:
+            caller: whose it is.
+            requests: its choices.
+            n_prompt: tokens of its prompts, each once.
 
         Raises:
             RateLimited: the tenant has used up its minute.
             NeverFits: it asks for more than a minute allows.
         """
-        n_prompt = sum(len(ids) for ids in {r.prompt_ids for r in requests})
         n_tokens = n_prompt + sum(r.max_tokens for r in requests)
         now_s, limits = self._clock(), self._limits_of(caller.tenant)
         account = self._accounts.of(caller.tenant)

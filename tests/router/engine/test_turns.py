@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from faasmoe_router.engine.choosing import Choosing
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import Generation, GenerationRequest
 from faasmoe_router.engine.sampling import SamplingParams
@@ -44,7 +45,7 @@ async def _text(generation: Generation) -> str:
 
 
 def _sampled(prompt: Prompt, seed: int, n_tokens: int) -> GenerationRequest:
-    return GenerationRequest(prompt, n_tokens, SamplingParams(1.0, seed=seed))
+    return GenerationRequest(prompt, n_tokens, Choosing(SamplingParams(1.0, seed=seed)))
 
 
 def test_the_batcher_is_given_what_it_can_compute(make_engine: Maker, prompt_ids: Prompt) -> None:
