@@ -12,6 +12,7 @@ import pytest
 from faasmoe_router.engine.choosing import Choosing
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import Generation, GenerationRequest
+from faasmoe_router.engine.penalties import Penalties
 from faasmoe_router.engine.sampling import SamplingParams
 from faasmoe_router.engine.text import TextCodec
 from faasmoe_router.errors import GenerationFailed
@@ -44,10 +45,6 @@ async def _text(generation: Generation) -> str:
         return "".join([delta.text async for _, delta in generation])
 
 
-def _sampled(prompt: Prompt, seed: int, n_tokens: int) -> GenerationRequest:
-    return GenerationRequest(prompt, n_tokens, Choosing(SamplingParams(1.0, seed=seed)))
-
-
 def test_the_batcher_is_given_what_it_can_compute(make_engine: Maker, prompt_ids: Prompt) -> None:
     engine = make_engine(max_num_seqs=2)
 
@@ -64,11 +61,21 @@ def test_the_batcher_is_given_what_it_can_compute(make_engine: Maker, prompt_ids
     _run(engine, work)
 
 
-@pytest.mark.parametrize("greedily", [True, False])
+@pytest.mark.parametrize(
+    "choosing",
+    [
+        pytest.param(Choosing(), id="greedy"),
+        pytest.param(Choosing(SamplingParams(1.0, seed=5)), id="sampled"),
+        pytest.param(
+            Choosing(SamplingParams(1.0, seed=5), Penalties(1.0, 0.5, 1.3), n_logprobs=2),
+            id="penalized",
+        ),
+    ],
+)
 def test_what_gives_way_goes_on_to_the_same_text(
-    make_engine: Maker, codec: TextCodec, greedy: Greedy, prompt_ids: Prompt, greedily: bool
+    make_engine: Maker, codec: TextCodec, greedy: Greedy, prompt_ids: Prompt, choosing: Choosing
 ) -> None:
-    long = GenerationRequest(prompt_ids, 120) if greedily else _sampled(prompt_ids, 5, 120)
+    long = GenerationRequest(prompt_ids, 120, choosing)
     short = GenerationRequest(prompt_ids[:2], 10)
 
     async def alone(engine: Engine) -> str:
@@ -76,7 +83,7 @@ def test_what_gives_way_goes_on_to_the_same_text(
 
     reference = make_engine()
     expected = _run(reference, lambda: alone(reference))
-    if greedily:
+    if choosing == Choosing():
         assert expected == codec.decode(greedy(prompt_ids, 120))
     engine = make_engine(max_num_seqs=2)
     shares = {"flood": Share(), "quiet": Share(weight=4)}
