@@ -93,14 +93,6 @@ def tool_server(base_model: Any, tool_codec: TextCodec) -> Iterator[str]:
 
 
 @pytest.fixture
-def tool_client(tool_server: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{tool_server}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S
-    ) as client:
-        yield client
-
-
-@pytest.fixture
 def engine(server: tuple[str, Engine]) -> Engine:
     return server[1]
 

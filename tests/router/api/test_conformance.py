@@ -21,6 +21,7 @@ from openai.resources.chat.completions import Completions as ChatCompletions
 from openai.resources.completions import Completions
 
 from faasmoe_router.api import unsupported
+from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.text import TextCodec
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "openai.md"
@@ -115,11 +116,15 @@ def case(section: str, name: str, says: str) -> Callable[[Callable[[Peer], None]
     return add
 
 
-@pytest.fixture
-def peer(
-    client: openai.OpenAI, tool_client: openai.OpenAI, http: httpx.Client, codec: TextCodec
-) -> Peer:
-    return Peer(client, tool_client, http, codec)
+@pytest.fixture(scope="module")
+def peer(server: tuple[str, Engine], tool_server: str, codec: TextCodec) -> Iterator[Peer]:
+    asked: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": 20}
+    with (
+        openai.OpenAI(base_url=f"{server[0]}/v1", **asked) as client,
+        openai.OpenAI(base_url=f"{tool_server}/v1", **asked) as tools,
+        httpx.Client(base_url=server[0], timeout=20) as http,
+    ):
+        yield Peer(client, tools, http, codec)
 
 
 ENDPOINTS, BOTH, CHAT, TEXT = "Endpoints", "Both", "Chat completions", "Completions"
