@@ -60,9 +60,15 @@ class FakeKubeApi:
         uid = obj["metadata"].get("uid")
         if uid is not None and (before is None or before["metadata"]["uid"] != uid):
             raise Conflict(f"{name[2]}: another uid", status=409, reason="Conflict")
+        version = obj["metadata"].get("resourceVersion")
+        if version is not None and (
+            before is None or before["metadata"]["resourceVersion"] != version
+        ):
+            raise Conflict(f"{name[2]}: changed since", status=409, reason="Conflict")
         merged = _merged(before or {}, obj, owned=self._applied.get(name, {}))
         self._applied[name] = copy.deepcopy(obj)
-        self._applied[name]["metadata"].pop("uid", None)
+        for condition in ("uid", "resourceVersion"):
+            self._applied[name]["metadata"].pop(condition, None)
         if before is not None and merged == before:
             return copy.deepcopy(before)
         return self._store(name, merged)

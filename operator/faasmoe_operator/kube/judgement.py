@@ -10,6 +10,7 @@ from faasmoe_operator.kube.conditions import (
     ACTIVE,
     FUNCTIONS_READY,
     READY,
+    STORE_READY,
     TENANTS_READY,
     Verdicts,
     summed_up,
@@ -26,6 +27,7 @@ from faasmoe_operator.kube.kinds import Object
 from faasmoe_operator.kube.manifests import ModelContext, missing_apis
 from faasmoe_operator.kube.observation import Observation
 from faasmoe_operator.kube.router_state import RouterState
+from faasmoe_operator.kube.store_state import FAILURES, StoreState
 from faasmoe_operator.kube.verdict import Verdict, bad, pending
 from faasmoe_operator.kube.writer import Problem
 
@@ -59,7 +61,8 @@ def judge(
     """
     of_store = [problem for problem in problems if problem.object_id in store_ids]
     of_router = [problem for problem in problems if problem.object_id not in store_ids]
-    store = of_store[0].verdict if of_store else seen.store.verdict
+    known = _known(before, generation=ctx.generation)
+    store = of_store[0].verdict if of_store else _store(seen.store, known.get(STORE_READY))
     if ctx.spec.suspend:
         verdicts = Verdicts(store, SUSPENDED, SUSPENDED, SUSPENDED, SUSPENDED)
         return {READY: SUSPENDED, **verdicts.by_type()}
@@ -73,7 +76,7 @@ def judge(
             tenants=tenants_verdict(ctx.spec.tenants, counts),
             active=active_verdict(counts),
         )
-    verdicts = _kept(verdicts, before, generation=ctx.generation)
+    verdicts = _kept(verdicts, known)
     return {READY: summed_up(verdicts), **verdicts.by_type()}
 
 
@@ -84,13 +87,24 @@ def judge_invalid(problems: Sequence[str]) -> Mapping[str, Verdict]:
     return {READY: invalid, **Verdicts.all(unknown).by_type()}
 
 
-def _kept(verdicts: Verdicts, before: Sequence[Object], *, generation: int) -> Verdicts:
-    """Keep what was known of this spec while a new operator process reads it back."""
-    known = {
+def _known(before: Sequence[Object], *, generation: int) -> dict[str, Verdict]:
+    """Return what was settled of this spec."""
+    return {
         condition["type"]: Verdict(condition["status"], condition["reason"], condition["message"])
         for condition in before
         if condition.get("observedGeneration") == generation and condition["status"] != "Unknown"
     }
+
+
+def _store(state: StoreState, known: Verdict | None) -> Verdict:
+    """Keep why the store failed until a new attempt has shown something else."""
+    if state.is_retry and known is not None and known.reason in FAILURES:
+        return known
+    return state.verdict
+
+
+def _kept(verdicts: Verdicts, known: Mapping[str, Verdict]) -> Verdicts:
+    """Keep what was known while a new operator process reads it back."""
 
     def kept(kind: str, verdict: Verdict) -> Verdict:
         return known.get(kind, verdict) if verdict.reason in READING_BACK else verdict

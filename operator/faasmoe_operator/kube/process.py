@@ -22,7 +22,7 @@ from faasmoe_operator.kube.core import Grounds
 from faasmoe_operator.kube.errors import ApiError
 from faasmoe_operator.kube.events import EventWriter
 from faasmoe_operator.kube.kinds import MOEMODEL, OPTIONAL, WATCHED, Kind
-from faasmoe_operator.kube.leadership import leading
+from faasmoe_operator.kube.leadership import Election, leading
 from faasmoe_operator.kube.metrics import OperatorMetrics
 from faasmoe_operator.kube.models import ModelCores
 from faasmoe_operator.kube.readiness import Readiness
@@ -81,7 +81,7 @@ class Operator:
                 Grounds(api, self._cache),
                 on_change=lambda key: workers.add(key, delay_s=COUNTS_DELAY_S),
             )
-            async with self._listening(cores), self._leading(transport):
+            async with self._listening(cores), self._leading(api):
                 try:
                     await self._look_after(api, cores, workers)
                 finally:
@@ -146,15 +146,13 @@ class Operator:
             await runner.cleanup()
 
     @asynccontextmanager
-    async def _leading(self, transport: Transport) -> AsyncIterator[None]:
+    async def _leading(self, api: KubeClient) -> AsyncIterator[None]:
         """Wait for this operator's turn, if there may be several."""
         config = self._config
         election: AbstractAsyncContextManager[None] = nullcontext()
         if config.leader_election:
             self._readiness.waits_for = "its turn: another operator leads"
-            election = leading(
-                transport.client, namespace=config.namespace, identity=config.identity
-            )
+            election = leading(Election(api, namespace=config.namespace, identity=config.identity))
         async with election:
             self._metrics.leading.set(1)
             yield

@@ -14,7 +14,14 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from faasmoe_operator.errors import MoEModelError, PlanError, PlatformError
-from faasmoe_operator.kube.actions import Action, Actions, Replace, object_id, plan_actions
+from faasmoe_operator.kube.actions import (
+    Action,
+    Actions,
+    ObjectId,
+    Replace,
+    object_id,
+    plan_actions,
+)
 from faasmoe_operator.kube.api import KubeApi
 from faasmoe_operator.kube.cache import ObjectCache
 from faasmoe_operator.kube.conditions import conditions
@@ -69,13 +76,24 @@ class Visit:
     is_troubled: bool = False
 
 
+Versions = dict[ObjectId, str]
+
+
 @dataclass(slots=True)
 class _Memory:
-    """What is remembered of a model between visits, to save requests."""
+    """What is remembered of a model between visits, to save requests and time.
+
+    Attributes:
+        writer: knows what was applied.
+        attempt: Jobs of the store that failed.
+        written: the status that was written.
+        calm: what there was, in which versions, when nothing was to be done.
+    """
 
     writer: Writer
     attempt: int = 0
     written: Written | None = None
+    calm: tuple[ModelContext, Versions] | None = None
 
 
 class Reconciler:
@@ -141,6 +159,7 @@ class Reconciler:
         router = router_state(seen.deployment, seen.router_pods, wanted=ctx.spec.router.replicas)
         if {seen.store.secret, router.secret} - {None}:
             memory.writer.forget_secrets()
+            memory.calm = None
         verdicts = judge(
             ctx,
             seen,
@@ -148,7 +167,7 @@ class Reconciler:
             counts=counts,
             fault=fault,
             problems=problems,
-            store_ids={object_id(wanted) for wanted in store_objects(ctx)},
+            store_ids={object_id(wanted) for wanted in store_objects(ctx)} if problems else (),
             before=_conditions(obj),
         )
         status = model_status(
@@ -164,6 +183,20 @@ class Reconciler:
         return self._come_again(seen, plan.again_at, status_at, is_troubled=bool(problems))
 
     def _plan(self, ctx: ModelContext, seen: Observation, memory: _Memory) -> Actions:
+        """Return what is to be done; what was all right and has not changed still is."""
+        state = ctx, self._versions(ctx)
+        if state == memory.calm and seen.store.retry_at is None:
+            return Actions(())
+        plan = self._plan_anew(ctx, seen, memory)
+        memory.calm = None if plan.actions or plan.again_at is not None else state
+        return plan
+
+    def _versions(self, ctx: ModelContext) -> Versions:
+        ours = self._cache.of_model(ctx.namespace, ctx.name) + self._cache.owned(ctx.uid)
+        planned = [obj for obj in ours if obj["kind"] != POD.name]
+        return {object_id(obj): obj["metadata"]["resourceVersion"] for obj in planned}
+
+    def _plan_anew(self, ctx: ModelContext, seen: Observation, memory: _Memory) -> Actions:
         if seen.job is not None:
             memory.attempt = attempt_of(seen.job)
         wanted = [self._counted(wanted, memory) for wanted in store_objects(ctx)]

@@ -364,6 +364,7 @@ def test_a_failed_store_is_tried_again_ever_later(story: Story) -> None:
     story.visit()
     again = story.live(JOB, "moe-store")
     assert again["metadata"]["uid"] != job["metadata"]["uid"]
+    assert story.says("StoreReady") == ("False", "HubUnavailable")
     story.end_job("Failed", json.dumps(failure))
     story.now = ENDED_AT + 11
     assert story.visit().again_s == pytest.approx(19)
