@@ -198,6 +198,17 @@ def test_a_tenant_s_output_is_bounded(router: Any) -> None:
         assert answer.usage.completion_tokens == 20
 
 
+def test_every_endpoint_stands_under_a_tenant_s_path(router: Any) -> None:
+    for prefix in ("/v1", "/acme/v1"):
+        answer = router.post(f"{prefix}/tokenize", key="acme-key", model="acme-chat")
+        assert answer.json()["max_model_len"] == 100
+        answer = router.post(f"{prefix}/detokenize", key="acme-key", tokens=[70, 71])
+        assert answer.json()["prompt"]
+        assert router.post(f"{prefix}/embeddings", key="acme-key").status_code == 501
+        assert router.post(f"{prefix}/embeddings", key="beta-key?").status_code == 401
+    assert router.post("/tokenize", key=None).status_code == 401
+
+
 def test_a_request_id_stays(router: Any) -> None:
     for key in ("acme-key", "wrong"):
         headers = {"Authorization": f"Bearer {key}", "X-Request-Id": "mine-7"}
