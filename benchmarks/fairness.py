@@ -37,7 +37,7 @@ QUIET = tuple(f"quiet-{number}" for number in range(1, 6))
 FLOOD = "flood"
 TIMES_ITS_SHARE = 50
 BACKLOG = 4  # outstanding requests of a tenant that always waits: more than its share of the slots
-PAUSE_S = 0.1
+PAUSE_S = 0.05
 MAX_MODEL_LEN = 128
 
 Figures = dict[str, Any]
@@ -73,12 +73,12 @@ class Plan:
 def full_plan(rounds: int) -> Plan:
     """Return the plan whose figures count: a model whose steps take some milliseconds."""
     geometry = Geometry(4, 2048, 512, 8, 16, 4, 704, 1024)
-    return Plan(geometry, 8, rounds, answers=60, fifo_answers=15, backlog_answers=120)
+    return Plan(geometry, 6, rounds, answers=60, fifo_answers=15, backlog_answers=120)
 
 
 def quick_plan() -> Plan:
     """Return a plan of seconds, which shows that everything works; its figures mean little."""
-    return Plan(small(), 8, rounds=1, answers=20, fifo_answers=5, backlog_answers=30)
+    return Plan(small(), 6, rounds=1, answers=20, fifo_answers=5, backlog_answers=30)
 
 
 def loads(plan: Plan) -> Mapping[str, Load]:
@@ -116,7 +116,7 @@ async def measure(plan: Plan, folder: Path) -> Figures:
             moemodel, Path(own), tenants=(*QUIET, FLOOD), max_num_seqs=plan.slots
         )
         async with router as url:
-            await call(url, loads(plan)["fifo"], seed=-1)  # warm
+            await call(url, loads(plan)["alone"], seed=-1)  # warm
             for number in range(plan.rounds):
                 for name, load in loads(plan).items():
                     print(f"round {number + 1} of {plan.rounds}: {name}", flush=True)
