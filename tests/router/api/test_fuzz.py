@@ -196,7 +196,9 @@ MESSAGE = st.fixed_dictionaries(
 )
 HEADERS = st.dictionaries(
     st.sampled_from([b"X-Request-Id", b"Accept", b"Authorization", b"X-Forwarded-For", b"Cookie"]),
-    st.binary(max_size=20).map(lambda value: bytes(byte for byte in value if byte > 32 and byte != 127)),
+    st.binary(max_size=20).map(
+        lambda value: bytes(byte for byte in value if byte > 32 and byte != 127)
+    ),
 )
 
 
