@@ -196,9 +196,9 @@ def constrain(scores: Tensor, rows: Sequence[tuple[int, Matcher]]) -> None:
     bits = torch.zeros(len(rows), rows[0][1].n_words, dtype=torch.int32)  # [R, W]
     for packed, (_, matcher) in zip(bits, rows, strict=True):
         matcher.fill(packed)
-    allowed = numpy.unpackbits(
-        bits.numpy().view(numpy.uint8), axis=-1, count=n_vocab, bitorder="little"
-    )  # [R, V]
-    forbidden = torch.from_numpy(allowed == 0).to(scores.device)  # [R, V]
-    index = torch.tensor([row for row, _ in rows], device=scores.device)  # [R]
-    scores[index] = scores[index].masked_fill_(forbidden, -torch.inf)
+    forbidden = numpy.unpackbits(
+        (~bits).numpy().view(numpy.uint8), axis=-1, count=n_vocab, bitorder="little"
+    )  # [R, V], of 0 and 1
+    masks = torch.from_numpy(forbidden).view(torch.bool).to(scores.device)  # [R, V]
+    for mask, (row, _) in zip(masks, rows, strict=True):
+        scores[row].masked_fill_(mask, -torch.inf)

@@ -122,7 +122,9 @@ def _floors_within(
     inside = ranks < torch.tensor(limits, device=probs.device).unsqueeze(-1)  # [R, K]
     inside &= values >= values[:, :1] * _column([p.min_p for p in params], values)
     values = values.masked_fill(~inside, 0)
-    before = values.cumsum(-1) - values  # [R, K]
+    # Summed one after the other, so that how many zeros follow makes no difference.
+    sums = values.cumsum(-1)  # [R, K]
+    before = sums - values  # [R, K]
     n_vocab = probs.shape[-1]
     longer = torch.tensor([limit > n_candidates for limit in limits], device=probs.device)  # [R]
     more = longer & inside[:, -1]  # [R], goes on after the candidates
@@ -130,7 +132,7 @@ def _floors_within(
         limit == n_vocab and p.min_p == 0 for limit, p in zip(limits, params, strict=True)
     ]
     whole = torch.tensor(all_of_them, device=probs.device)  # [R], known to sum to 1
-    totals = torch.where(whole, 1.0, values.sum(-1)).unsqueeze(-1)  # [R, 1]
+    totals = torch.where(whole, 1.0, sums[:, -1]).unsqueeze(-1)  # [R, 1]
     top_p = _column([p.top_p for p in params], values)  # [R, 1]
     keep = inside & ((before < top_p * totals) | (ranks == 0))  # [R, K]
     floors = values.masked_fill(~keep, torch.inf).amin(-1, keepdim=True)  # [R, 1]
