@@ -72,7 +72,7 @@ async def serving(
         counted.append((verb, str(kind), status))
 
     transport = Transport(
-        configuration, count=count, retry_delays_s=(0.0, 0.0), request_timeout_s=0.3
+        configuration, count=count, retry_delays_s=(0.0, 0.0), request_timeout_s=1.0
     )
     try:
         async with KubeClient(transport) as client:
