@@ -15,7 +15,7 @@ WAITING_FOR_ROUTER = "WaitingForRouter"
 
 
 def functions_verdict(
-    counts: CoreCounts | None, sandboxes: Sequence[Object], *, fault: str | None
+    counts: CoreCounts | None, sandboxes: Sequence[Object], *, fault: Verdict | None
 ) -> Verdict:
     """Return the state of the condition FunctionsReady: they serve, or can when they are called.
 
@@ -25,7 +25,7 @@ def functions_verdict(
         fault: why the functions cannot be planned.
     """
     if fault is not None:
-        return bad("GranularityInvalid", fault)
+        return fault
     if counts is None:
         return pending(PLANNING, "the functions are about to be planned")
     if (trouble := trouble_of(sandboxes)) is not None:

@@ -42,7 +42,7 @@ def judge(
     *,
     router: RouterState,
     counts: CoreCounts | None,
-    fault: str | None,
+    fault: Verdict | None,
     problems: Sequence[Problem],
     store_ids: Collection[ObjectId],
     before: Sequence[Object],

@@ -38,6 +38,7 @@ from faasmoe_operator.kube.router_state import router_state
 from faasmoe_operator.kube.status import Written, due_at, invalid_status, model_status
 from faasmoe_operator.kube.store_state import attempt_of, with_attempt
 from faasmoe_operator.kube.surroundings import Surroundings
+from faasmoe_operator.kube.verdict import Verdict, bad
 from faasmoe_operator.kube.writer import Problem, Writer
 from faasmoe_operator.spec import MoEModel
 
@@ -234,7 +235,9 @@ class Reconciler:
         done = [await memory.writer.carry_out(action) for action in actions]
         return [problem for problem in done if problem is not None]
 
-    async def _run_core(self, key: ModelKey, ctx: ModelContext, seen: Observation) -> str | None:
+    async def _run_core(
+        self, key: ModelKey, ctx: ModelContext, seen: Observation
+    ) -> Verdict | None:
         """Have the control core run or not; return why it cannot."""
         if ctx.spec.suspend:
             await self._cores.remove(key, delete_sandboxes=True)
@@ -245,8 +248,12 @@ class Reconciler:
             return None
         try:
             await self._cores.ensure(ctx)
-        except (PlanError, MoEModelError, PlatformError) as error:
-            return str(error)
+        except PlanError as error:
+            return bad("GranularityInvalid", str(error))
+        except MoEModelError as error:
+            return bad("StoreMismatch", str(error))
+        except PlatformError as error:
+            return bad("SandboxesUnavailable", str(error))
         return None
 
     async def _delete_pod(self, pod: Object) -> None:

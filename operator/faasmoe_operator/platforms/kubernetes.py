@@ -180,6 +180,8 @@ class KubernetesPlatform:
         """Add a sandbox or bring it up to date, and probe it while it starts."""
         name, going = name_of(pod), is_going(pod) or uid_of(pod) in self._ending
         known, now = self._roster.get(name), self._sandbox(pod, ready=False)
+        if known is None and going:
+            return  # an earlier control has ended it: it was never ours to lose
         is_ready = known is not None and known.ready and known.address == now.address and not going
         if is_ready:
             return

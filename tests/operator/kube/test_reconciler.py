@@ -289,6 +289,17 @@ def test_puts_foreign_edits_back_but_not_in_a_fight(story: Story) -> None:
     assert story.live(SERVICE, "moe")["spec"]["type"] == "ClusterIP"
 
 
+def test_takes_out_what_somebody_added_to_a_list(story: Story) -> None:
+    story.serve()
+    edited = story.live(SERVICE, "moe")
+    ours = edited["spec"]["ports"]
+    edited["spec"]["ports"] = [*ours, {"name": "backdoor", "port": 1234, "protocol": "TCP"}]
+    story.api.put(edited)
+    story.now += 60
+    story.visit()
+    assert story.live(SERVICE, "moe")["spec"]["ports"] == ours
+
+
 def test_leaves_what_others_add_to_our_objects(story: Story) -> None:
     story.serve()
     service = story.live(SERVICE, "moe")
