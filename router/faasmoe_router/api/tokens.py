@@ -1,5 +1,6 @@
 """POST /tokenize and /detokenize, with vLLM's bodies: texts and chats as tokens, and back."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,9 +90,9 @@ def token_routes(engine: Engine, *, model_name: str) -> APIRouter:
     async def detokenize(body: DetokenizeBody) -> dict[str, str]:
         """Tell the text of tokens."""
         _check_model(body.model, model_name)
-        tokens = body.tokens or ()
-        prompts.check_vocabulary(tokens, param="tokens")
-        return {"prompt": engine.codec.decode(tokens, special=True)}
+        prompts.check_vocabulary(body.tokens, param="tokens")
+        text = await asyncio.to_thread(engine.codec.decode, body.tokens, special=True)
+        return {"prompt": text}
 
     return router
 
