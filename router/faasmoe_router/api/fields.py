@@ -52,15 +52,21 @@ def read_stops(value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def read_tokens(value: Any) -> tuple[int, ...] | None:
-    """Read a list of tokens, or null."""
-    if value is None:
-        return None
+def read_tokens(value: Any) -> tuple[int, ...]:
+    """Read a list of tokens."""
     if not isinstance(value, list) or not all(map(_is_token, value)):
         raise wrong("type", "Input should be a list of tokens")
-    if len(value) > MAX_TOKEN_IDS:
-        raise wrong("value", f"Input should have at most {MAX_TOKEN_IDS} tokens")
     return tuple(value)
+
+
+def read_few_tokens(value: Any) -> tuple[int, ...] | None:
+    """Read a list of at most 1024 tokens, or null."""
+    if value is None:
+        return None
+    tokens = read_tokens(value)
+    if len(tokens) > MAX_TOKEN_IDS:
+        raise wrong("value", f"Input should have at most {MAX_TOKEN_IDS} tokens")
+    return tokens
 
 
 def read_bias(value: Any) -> tuple[tuple[int, float], ...]:
@@ -146,9 +152,10 @@ Text = Annotated[str, AfterValidator(read_text)]
 Stops = Annotated[
     tuple[str, ...], PlainValidator(read_stops, json_schema_input_type=str | list[str] | None)
 ]
-Tokens = Annotated[
+Tokens = Annotated[tuple[int, ...], PlainValidator(read_tokens, json_schema_input_type=list[int])]
+FewTokens = Annotated[
     tuple[int, ...] | None,
-    PlainValidator(read_tokens, json_schema_input_type=list[int] | None),
+    PlainValidator(read_few_tokens, json_schema_input_type=list[int] | None),
 ]
 LogitBias = Annotated[
     tuple[tuple[int, float], ...],

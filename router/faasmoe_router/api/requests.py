@@ -20,7 +20,7 @@ from faasmoe_router.api.constraints import (
     StructuredOutputs,
 )
 from faasmoe_router.api.errors import ApiError
-from faasmoe_router.api.fields import BadWords, LogitBias, Prompts, Stops, Text, Tokens
+from faasmoe_router.api.fields import BadWords, FewTokens, LogitBias, Prompts, Stops, Text
 from faasmoe_router.api.messages import ChatMessage
 from faasmoe_router.api.tools import MAX_TOOLS, ToolChoice, ToolChoiceField, ToolPart
 from faasmoe_router.engine.logprobs import MAX_TOP_LOGPROBS
@@ -60,10 +60,10 @@ class SamplingBody(_Body):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     logit_bias: LogitBias = ()
-    allowed_token_ids: Tokens = None
+    allowed_token_ids: FewTokens = None
     bad_words: BadWords = ()
     stop: Stops = ()
-    stop_token_ids: Tokens = None
+    stop_token_ids: FewTokens = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None

@@ -1,5 +1,6 @@
 """POST /tokenize and /detokenize, with vLLM's bodies: texts and chats as tokens, and back."""
 
+import asyncio
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -93,7 +94,8 @@ def token_routes(engine: Engine, *, model_name: str) -> APIRouter:
         _check_model(body.model, caller_of(request).model_names(model_name))
         tokens = body.tokens or ()
         prompts.check_vocabulary(tokens, param="tokens")
-        return {"prompt": engine.codec.decode(tokens, special=True)}
+        text = await asyncio.to_thread(engine.codec.decode, tokens, special=True)
+        return {"prompt": text}
 
     return router
 

@@ -189,6 +189,8 @@ def _tokenize(peer: Peer) -> None:
 @case(ENDPOINTS, "POST /detokenize, /v1/detokenize", "vLLM's bodies")
 def _detokenize(peer: Peer) -> None:
     body = {"tokens": [0, *peer.tokens("fox 日")]}
+    long = {"tokens": peer.tokens("x") * 5000}
+    assert peer.http.post("/detokenize", json=long).json() == {"prompt": "x" * 5000}
     for path in ("/detokenize", "/v1/detokenize"):
         assert peer.http.post(path, json=body).json() == {"prompt": "<|end|>fox 日"}
 
@@ -612,8 +614,9 @@ def test_what_cannot_be_honoured_is_refused_by_name(path: str, name: str, peer: 
 HEAD = """\
 # The OpenAI-compatible surface
 
-What clients may ask, and what they get. Every row is a test by the unmodified `openai` client
-(`tests/router/api/test_conformance.py`, which writes this document).
+What clients may ask, and what they get. Every row is a test by the unmodified `openai` client, or
+by plain HTTP where it has no method (`tests/router/api/test_conformance.py`, which writes this
+document).
 
 - Unknown fields are ignored, as clients expect. A field that is known and cannot be honoured is
   refused by name: 400, `unsupported_parameter`, with `param`.
