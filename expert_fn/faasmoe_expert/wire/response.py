@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from faasmoe_expert.wire.errors import WireError
-from faasmoe_expert.wire.frame import HEADER_BYTES, Header, Kind, unpack_header
+from faasmoe_expert.wire.frame import (
+    HEADER_BYTES,
+    Header,
+    Kind,
+    check_frame,
+    pack_frame,
+    unpack_header,
+)
 from faasmoe_expert.wire.request import Buffer
 
 
@@ -18,7 +25,7 @@ def encode_response(request: Header, outputs: Buffer) -> list[Buffer]:
     size_bytes = len(memoryview(outputs).cast("B"))
     if size_bytes != header.payload_bytes:
         raise WireError("outputs", got=f"{size_bytes} bytes", expected=header.payload_bytes)
-    return [header.pack(), outputs]
+    return pack_frame(header, b"", outputs)
 
 
 def decode_response(frame: Buffer, request: Header) -> memoryview:
@@ -31,6 +38,7 @@ def decode_response(frame: Buffer, request: Header) -> memoryview:
     expected = _answer(request)
     if header != expected:
         raise WireError("header", got=header, expected=expected)
+    check_frame(view, pairs_bytes=0)
     return view[HEADER_BYTES:]
 
 
