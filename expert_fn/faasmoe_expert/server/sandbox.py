@@ -22,7 +22,7 @@ from faasmoe_expert.server.metrics import SandboxMetrics
 from faasmoe_expert.store import Store, StoreError
 from faasmoe_expert.table import FunctionSpec
 from faasmoe_expert.wire import WireError, decode_request, encode_response
-from faasmoe_expert.wire.request import Buffer
+from faasmoe_expert.wire.checksum import Buffer
 
 
 class Sandbox:

@@ -32,9 +32,11 @@ def checksum(before: Buffer, rows: Buffer) -> int:
 
 def word_sum(data: Buffer) -> int:
     """Return the sum of little-endian 8-byte words, the last one filled up with zeros, mod 2^64."""
-    view = memoryview(data).cast("B")
-    n_whole = len(view) // 8
-    words: NDArray[np.uint64] = np.frombuffer(view, _WORD, n_whole)
-    total = int(np.add.reduce(words)) if n_whole else 0
-    rest = int.from_bytes(view[8 * n_whole :], "little")
-    return (total + rest) & 0xFFFFFFFFFFFFFFFF
+    size_bytes = memoryview(data).nbytes
+    n_whole = size_bytes // 8
+    words: NDArray[np.uint64] = np.frombuffer(data, _WORD, n_whole)
+    total = int(np.add.reduce(words))
+    if size_bytes % 8:
+        rest = bytes(memoryview(data).cast("B")[8 * n_whole :])
+        total += int.from_bytes(rest, "little")
+    return total & 0xFFFFFFFFFFFFFFFF

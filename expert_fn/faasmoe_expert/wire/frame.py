@@ -13,7 +13,8 @@ MAGIC = b"FMOE"
 VERSION = 2
 FIELDS = struct.Struct("<4sBBBBHHIIII")  # docs/wire.md, "A frame"
 CHECKSUM = struct.Struct("<I")  # the last field of the header
-HEADER_BYTES = FIELDS.size + CHECKSUM.size
+FIELDS_BYTES = FIELDS.size
+HEADER_BYTES = FIELDS_BYTES + CHECKSUM.size
 PAIR_BYTES = 12  # row int32, expert int32, weight float32
 MAX_FRAME_BYTES = 8 << 20  # both ways; larger batches are split by rows
 MAX_PAIRS_BYTES = 64 << 20  # hidden states gathered pair by pair: bounds a function's memory
@@ -81,6 +82,11 @@ class Header:
             return self.n_pairs * PAIR_BYTES + self.n_rows * row_bytes
         return row_bytes * (self.n_pairs if self.mode is Mode.UNREDUCED else self.n_rows)
 
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of the whole frame."""
+        return HEADER_BYTES + self.payload_bytes
+
     def pack(self) -> bytes:
         """Return the 28 bytes of this header that stand before the checksum."""
         return FIELDS.pack(
@@ -97,9 +103,9 @@ def pack_frame(header: Header, pairs: bytes, rows: Buffer) -> list[Buffer]:
 
 def check_frame(frame: memoryview, *, pairs_bytes: int) -> None:
     """Compare a frame's checksum with its bytes; raises WireError."""
-    (given,) = CHECKSUM.unpack_from(frame, FIELDS.size)
+    (given,) = CHECKSUM.unpack_from(frame, FIELDS_BYTES)
     start = HEADER_BYTES + pairs_bytes
-    before = bytes(frame[: FIELDS.size]) + bytes(frame[HEADER_BYTES:start])
+    before = bytes(frame[:FIELDS_BYTES]) + bytes(frame[HEADER_BYTES:start])
     _check("checksum", given, checksum(before, frame[start:]))
 
 

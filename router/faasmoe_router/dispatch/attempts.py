@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from faasmoe_expert.table import FunctionEntry
-from faasmoe_expert.wire.request import Buffer
+from faasmoe_expert.wire.checksum import Buffer
 from faasmoe_router.dispatch.choice import choose
 from faasmoe_router.dispatch.errors import CallError, Ejected, NotYetThere
 from faasmoe_router.dispatch.failures import FailureLog

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from faasmoe_expert.wire.request import Buffer
+from faasmoe_expert.wire.checksum import Buffer
 from faasmoe_router.dispatch.connection import Connection
 from faasmoe_router.dispatch.errors import CallError, CannotConnect, Refused, TooSlow
 
