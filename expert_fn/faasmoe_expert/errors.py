@@ -5,6 +5,7 @@ SandboxError
 ├── AttachRefused     409  another function holds the place, or the id means something else
 ├── BadAttachment     422  a field of the attachment cannot be used
 ├── BadFrame          400  a frame that breaks the wire format, or does not fit the function
+├── Corrupted         503  bytes of the store are not those that were prepared
 └── Draining          503  the sandbox ends and takes no more work
 
 Each carries a machine-stable `code`, the `field` at fault and an HTTP `status`.
@@ -56,6 +57,13 @@ class BadFrame(SandboxError):
 
     status = 400
     code = "bad_frame"
+
+
+class Corrupted(SandboxError):
+    """Bytes of the store that a function needs are not those that were prepared."""
+
+    status = 503
+    code = "corrupted"
 
 
 class Draining(SandboxError):

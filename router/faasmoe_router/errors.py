@@ -8,6 +8,7 @@ RouterError
 ├── HoldQueueFull         more requests wait for functions to be started than may
 ├── ActivationTimeout     functions that a request needs could not be started in time
 ├── StoreUnreadable       the store was removed or damaged while it was served
+├── StoreCorrupted        bytes of the store that a request needs are wrong, and no sandbox has them
 └── GenerationFailed      a request that had been accepted could not be finished
 """
 
@@ -42,6 +43,10 @@ class ActivationTimeout(RouterError):
 
 class StoreUnreadable(RouterError):
     """The store was removed or damaged while it was served; starting again does not help."""
+
+
+class StoreCorrupted(RouterError):
+    """Bytes of the store that a request needs are wrong, and no sandbox has right ones."""
 
 
 class GenerationFailed(RouterError):
