@@ -16,6 +16,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.logits_process import LogitsProcessorList
 
 from faasmoe_router.engine import scheduler
+from faasmoe_router.engine.isolation import Isolation
 from faasmoe_router.engine.memory import release_zeros
 from faasmoe_router.engine.processor import RequestSampler
 from faasmoe_router.engine.sampling import SamplingParams
@@ -83,6 +84,7 @@ class Batcher:
         except (ValueError, MemoryError, AttributeError) as error:
             raise ConfigError(f"model: continuous batching cannot run it: {error}") from error
         self._check_one_request_fits()
+        Isolation(self._manager)
         release_zeros(self._manager.batch_processor.cache.cache_tensor)
         self._manager.start()
 
