@@ -9,6 +9,7 @@ the restarts; then the engine gives up and says so, and the process had better e
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -71,6 +72,7 @@ class Engine:
         limits: EngineLimits,
         metrics: EngineMetrics,
         on_give_up: Callable[[], None] = lambda: None,
+        request_timeout_s: float = math.inf,
     ) -> None:
         self.limits = limits
         self.codec = codec
@@ -79,6 +81,7 @@ class Engine:
         self._model = model
         self._metrics = metrics
         self._on_give_up = on_give_up
+        self._request_timeout_s = request_timeout_s
         self._eos_ids = eos_ids_of(model)
         self._batcher: Batcher | None = None
         self._running: dict[str, _Running] = {}
@@ -232,12 +235,21 @@ class Engine:
         for sequence_id in list(self._running):
             self._fail(sequence_id)
 
+    def _end_overdue(self, now_s: float) -> None:
+        """End the requests that have taken longer than any may."""
+        timeout_s = self._request_timeout_s
+        overdue = [i for i, r in self._running.items() if now_s - r.arrived_s > timeout_s]
+        for sequence_id in overdue:
+            self._fail(sequence_id, f"the request was not finished within {timeout_s:g} s")
+            self._free(sequence_id)
+
     def _counts(self) -> tuple[int, int]:
         return (0, 0) if self._batcher is None else self._batcher.counts()
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
+            self._end_overdue(time.monotonic())
             if self._batcher is None or self._batcher.alive:
                 continue
             error = self._batcher.fatal_error

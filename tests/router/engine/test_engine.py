@@ -198,6 +198,28 @@ def test_waiting_requests_run_after_a_full_cache_was_freed_by_cancelling(
     _run(engine, work)
 
 
+def test_a_request_that_takes_longer_than_any_may_is_ended_and_freed(
+    make_engine: Maker, model: Any, prompt_ids: Prompt
+) -> None:
+    engine = make_engine()
+    engine._request_timeout_s = 0.3
+    forward, slow = model.forward, threading.Event()
+
+    def slowly(**given: Any) -> Any:
+        slow.wait(0.05)
+        return forward(**given)
+
+    model.forward = slowly
+
+    async def work() -> None:
+        with pytest.raises(GenerationFailed, match=r"within 0.3 s"):
+            await _texts(engine.generate([GenerationRequest(prompt_ids, 200)]))
+        await _until(lambda: engine._counts() == (0, 0))
+        await _texts(engine.generate([GenerationRequest(prompt_ids, 2)]))
+
+    _run(engine, work)
+
+
 def test_refuses_more_than_may_wait(make_engine: Maker, prompt_ids: Prompt) -> None:
     engine = make_engine(max_num_seqs=1, max_waiting=1)
 
