@@ -24,7 +24,7 @@ from faasmoe_operator.control.reports import LoadReport
 from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient, Timeouts
 from faasmoe_operator.control.timing import Timing
 from faasmoe_operator.errors import PlatformError
-from faasmoe_operator.platforms.base import Sandbox, SandboxEvent, SandboxTemplate
+from faasmoe_operator.platforms.base import Sandbox, SandboxEvent, SandboxTemplate, Template
 from faasmoe_operator.platforms.roster import Roster
 from faasmoe_operator.scaling import ScalingSettings
 
@@ -117,7 +117,7 @@ class Boxes:
         self._runners: dict[str, web.AppRunner] = {}
         self._adding: set[asyncio.Task[Sandbox]] = set()
 
-    async def create(self, template: SandboxTemplate) -> Sandbox:
+    async def create(self, template: Template) -> Sandbox:
         self.n_created += 1
         if self.broken:
             raise PlatformError("the platform is broken")
@@ -128,7 +128,7 @@ class Boxes:
         adding.add_done_callback(self._adding.discard)
         return await asyncio.shield(adding)  # a process would not stop half-way either
 
-    async def add(self, box: Box, template: SandboxTemplate) -> Sandbox:
+    async def add(self, box: Box, template: Template) -> Sandbox:
         """Run a box, ready at once."""
         runner = web.AppRunner(box.app(), access_log=None, shutdown_timeout=0.1)
         await runner.setup()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from faasmoe_operator.control.backoff import Backoff
 from faasmoe_operator.control.fleet import Fleet
@@ -17,6 +19,7 @@ from faasmoe_operator.control.metrics import ControlMetrics
 from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.sandbox_client import SandboxClient, SandboxError
 from faasmoe_operator.control.tasks import Tasks
+from faasmoe_operator.control.troubles import Step, Troubles
 from faasmoe_operator.errors import PlatformError
 from faasmoe_operator.plan.actions import Action, ActionReason, Attach, Create, Delete, Detach
 from faasmoe_operator.plan.fleet import AssignmentState, SandboxState
@@ -44,7 +47,7 @@ class Surroundings:
     """
 
     model: ControlledModel
-    platform: Platform
+    platform: Platform[Any]
     client: SandboxClient
     metrics: ControlMetrics
     clock: Callable[[], float]
@@ -57,6 +60,8 @@ class Actuator:
     """Begins actions and follows them to their end."""
 
     def __init__(self, fleet: Fleet, surroundings: Surroundings) -> None:
+        self.troubles = Troubles()
+        """Why sandboxes cannot be had or used at this moment."""
         self._fleet = fleet
         self._with = surroundings
         self._tasks = Tasks()
@@ -67,6 +72,10 @@ class Actuator:
     def may_create(self, now: float) -> bool:
         """Return whether sandboxes may be created, or too many have just failed."""
         return self._backoff.is_open(now)
+
+    def may_create_at(self, now: float) -> float:
+        """Return when sandboxes may be created again; infinity if they may be now."""
+        return math.inf if self.may_create(now) else self._backoff.until
 
     def begin(self, action: Action) -> None:
         """Write an action down and begin it."""
@@ -104,6 +113,7 @@ class Actuator:
         if member is None or member.state in (SandboxState.FAILED, SandboxState.DRAINING):
             return
         logger.warning("sandbox %s is given up: %s", sandbox_id, why)
+        self.troubles.failed(Step.SERVE, f"sandbox {sandbox_id} was given up: {why}")
         self._fleet.fail(sandbox_id)
         self._count_failure(cause, has_served=member.served and cause != "attach")
         self._with.changed()
@@ -117,8 +127,9 @@ class Actuator:
                 self._count_failure("lost", has_served=member.served)
         self._with.changed()
 
-    def note_change(self) -> None:
-        """Ask for a round, as something was written down."""
+    def note_ready(self) -> None:
+        """Note that a sandbox has come into service."""
+        self.troubles.worked(Step.START)
         self._with.changed()
 
     async def end(self) -> None:
@@ -144,7 +155,10 @@ class Actuator:
             await self._with.platform.create(self._with.model.template)
         except PlatformError as error:
             logger.warning("a sandbox could not be created: %s", error)
+            self.troubles.failed(Step.CREATE, str(error))
             self._count_failure("create", has_served=False)
+        else:
+            self.troubles.worked(Step.CREATE)
         finally:
             sandboxes = await self._with.platform.list()
             self._fleet.end_create(name)
@@ -153,6 +167,7 @@ class Actuator:
     def _delete(self, action: Delete) -> None:
         if action.reason is ActionReason.START_TIMED_OUT:
             logger.warning("sandbox %s was not ready in time", action.sandbox)
+            self.troubles.failed(Step.START, f"sandbox {action.sandbox} was not ready in time")
             self._count_failure("start", has_served=False)
         self._fleet.drain(action.sandbox)
         self._tasks.begin(self._with.platform.delete(action.sandbox))
@@ -176,6 +191,7 @@ class Actuator:
             else:
                 self._fleet.put(sandbox, function, AssignmentState.ATTACHED)
                 self._backoff = self._backoff.succeeded()
+                self.troubles.worked(Step.SERVE)
                 self._with.metrics.attach.observe(self._with.clock() - begun)
                 self._with.attached()
             if self._n_attaching == 0:

@@ -3,6 +3,7 @@
 A round runs when something changed (a wake at once, the end of an action after a few milliseconds,
 in which more of them end) and every second, when the autoscalers decide. In each round the sandbox
 plan is made anew from what is written down, its actions begin, and the function table is published.
+A model at rest has neither rounds nor decisions (`rest.py`).
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from faasmoe_operator.control.actuator import Actuator, Surroundings
 from faasmoe_operator.control.fleet import Fleet
 from faasmoe_operator.control.inspector import Inspector
 from faasmoe_operator.control.metrics import ControlMetrics
 from faasmoe_operator.control.model import ControlledModel
+from faasmoe_operator.control.pulse import Pulse
 from faasmoe_operator.control.records import Records
 from faasmoe_operator.control.reports import LoadReport, Reports
+from faasmoe_operator.control.rest import rests_until
 from faasmoe_operator.control.sandbox_client import SandboxClient
 from faasmoe_operator.control.scalers import Change, Scalers
 from faasmoe_operator.control.table_feed import TableFeed
@@ -27,6 +31,7 @@ from faasmoe_operator.control.timing import Timing
 from faasmoe_operator.plan.fleet import Demand, FleetSettings, Shape
 from faasmoe_operator.plan.sandboxes import plan_sandboxes
 from faasmoe_operator.platforms.base import Platform
+from faasmoe_operator.platforms.roster import Change as Notice
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +51,7 @@ class Controller:
     def __init__(
         self,
         model: ControlledModel,
-        platform: Platform,
+        platform: Platform[Any],
         client: SandboxClient,
         *,
         timing: Timing | None = None,
@@ -63,7 +68,12 @@ class Controller:
         self.reports = Reports(now=now)
         self.records = Records(model.functions, rows=popularity, now=now)
         self.scalers = Scalers(tuple(model.functions.values()), found=None, now=now)
+        self.revision = 0
+        """Counts what may have changed the state: rounds, and actions that ended."""
+        self._revised = Notice()
         self._platform = platform
+        self._pulse = Pulse(self.timing.tick_s, rests_until=self._rests_until, clock=clock)
+        self._last_tick = now
         self._due = asyncio.Event()
         self._plan_due = False
         self._actuator = Actuator(
@@ -109,9 +119,11 @@ class Controller:
         self._change()
         try:
             async with asyncio.TaskGroup() as group:
-                for work in (self._rounds, self._ticks, self._inspections, self._watch):
+                for work in (self._rounds, self._inspections, self._watch):
                     group.create_task(work())
+                group.create_task(self._pulse.run(self.tick))
         finally:
+            self.feed.close()
             await self._inspector.end()
             await self._actuator.end()
 
@@ -119,19 +131,33 @@ class Controller:
         """Bring functions up from zero: what can be attached is attached at once."""
         now = self.clock()
         self.metrics.wakes.inc()
+        self._catch_up(now)
         changes = self.scalers.wake(functions, now=now)
         self._count(changes)
         for change in changes:
             self.records.woken(change.function, now=now)
         if changes:
+            self._pulse.rouse()
             self.round()
 
     def take(self, report: LoadReport) -> None:
         """Take a router's load report."""
         now = self.clock()
         self.metrics.reports.inc()
-        self.reports.take(report, now=now)
+        if self.reports.take(report, now=now):
+            self._revise()
         self.records.take(report, now=now)
+        if report.is_busy:
+            self._pulse.rouse()
+
+    @property
+    def trouble(self) -> str:
+        """Why sandboxes cannot be had or used; empty if they can."""
+        return self._actuator.troubles.text
+
+    async def beyond(self, revision: int) -> None:
+        """Wait until the state may have changed since this revision."""
+        await self._revised.wait_for(lambda: self.revision != revision)
 
     def round(self) -> None:
         """Plan and begin what is to be done, and publish where functions serve."""
@@ -152,17 +178,26 @@ class Controller:
         """Publish where functions serve."""
         self.feed.publish(self.fleet.addresses())
         self._note_activated(self.clock())
+        self._revise()
 
     def tick(self) -> None:
         """Let the autoscalers see the last second's load and decide."""
         now = self.clock()
+        self._catch_up(now)
         self.scalers.observe(self.reports.sample(now), now=now)
         self._count(self.scalers.decide(self.fleet.ready(), now=now))
         for function in self.records.waiting():
             if self.scalers.desired(function) == 0:
                 self.records.activated(function, now=now)
                 self.metrics.activations.labels("timed_out").inc()
-        self._change()
+        self._plan_due = True
+        self._due.set()
+
+    def _catch_up(self, now: float) -> None:
+        """Let the autoscalers know that there was no load while they rested."""
+        if self.reports.sample(now) is not None:
+            self.scalers.observe_silence(self._last_tick, now)
+        self._last_tick = now
 
     def _demands(self, wanted: Mapping[str, int]) -> list[Demand]:
         functions = self.model.functions
@@ -197,11 +232,24 @@ class Controller:
     def _change(self) -> None:
         self._plan_due = True
         self._due.set()
+        self._pulse.rouse()
 
-    async def _ticks(self) -> None:
-        while True:
-            await asyncio.sleep(self.timing.tick_s)
-            self.tick()
+    def _revise(self) -> None:
+        self.revision += 1
+        self._revised.notify()
+
+    def _rests_until(self, now: float) -> float | None:
+        if self._due.is_set():
+            return None
+        return rests_until(
+            now,
+            fleet=self.fleet,
+            scalers=self.scalers,
+            reports=self.reports,
+            records=self.records,
+            actuator=self._actuator,
+            start_deadline_s=self.timing.start_deadline_s,
+        )
 
     async def _inspections(self) -> None:
         while True:

@@ -6,6 +6,7 @@ sandboxes, from which a new control reads it back.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -143,6 +144,22 @@ class Fleet:
         states = Counter(member.state for member in self.members)
         states[SandboxState.STARTING] += len(self._creating)
         return states
+
+    @property
+    def is_in_motion(self) -> bool:
+        """Whether a creation, an attach or a detach is under way, or a sandbox to be deleted."""
+        moving = (AssignmentState.ATTACHING, AssignmentState.DETACHING)
+        return bool(self._creating) or any(
+            member.state is SandboxState.FAILED
+            or any(state in moving for state in member.functions.values())
+            for member in self.members
+            if member.state is not SandboxState.DRAINING
+        )
+
+    def starting_since(self) -> float:
+        """Return since when the sandbox has been starting that has been for longest."""
+        starting = (m.created_at for m in self.members if m.state is SandboxState.STARTING)
+        return min(starting, default=math.inf)
 
     def observed(self) -> list[plan.Sandbox]:
         """Return what the sandbox plan starts from."""

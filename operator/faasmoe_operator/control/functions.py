@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from faasmoe_expert.table import FunctionSpec
-from faasmoe_operator.plan.functions import LayerShape, function_bytes
+from faasmoe_operator.plan.functions import Cut, LayerShape, function_bytes
 from faasmoe_operator.scaling import ScalingSettings
+from faasmoe_operator.spec.experts import Granularity
 from faasmoe_operator.spec.scaling import Scaling
 
 PROGRESS_DEADLINE_S = 600.0
@@ -41,6 +42,12 @@ class ManagedFunction:
     def apart(self) -> str:
         """What functions share that are called at the same time: their layers."""
         return _text(self.spec.layers)
+
+
+def cut_of(granularity: Granularity) -> Cut:
+    """Return how a MoEModel's experts are cut into functions."""
+    experts = granularity.experts_per_function
+    return Cut(None if experts == "auto" else experts, granularity.layers_per_function)
 
 
 def managed_functions(

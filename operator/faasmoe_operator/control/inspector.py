@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from faasmoe_operator.control.actuator import Actuator
 from faasmoe_operator.control.fleet import Fleet, Member
@@ -42,7 +43,7 @@ class Inspector:
         self._reading: set[str] = set()
         self._tasks = Tasks()
 
-    async def read_back_all(self, platform: Platform) -> None:
+    async def read_back_all(self, platform: Platform[Any]) -> None:
         """Read back every sandbox that there is; returns when all are in service or given up."""
         changes = platform.watch()
         while any(m.state is SandboxState.STARTING for m in self._fleet.members):
@@ -68,7 +69,7 @@ class Inspector:
                 held = await self._ask(member)
                 if held is not None:
                     self._fleet.adopt(member.sandbox.id, (f.spec.id for f in held))
-                    self._actuator.note_change()
+                    self._actuator.note_ready()
         finally:
             self._reading.discard(member.sandbox.id)
 

@@ -1,14 +1,33 @@
-"""The model that a control process looks after: everything that stays as it is while it runs."""
+"""The model that a control core looks after: everything that stays as it is while it runs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 from faasmoe_expert.table import FunctionSpec
 from faasmoe_operator.control.deployment import Deployment
-from faasmoe_operator.control.functions import ManagedFunction, managed_functions
+from faasmoe_operator.control.functions import ManagedFunction, cut_of, managed_functions
 from faasmoe_operator.control.sandbox_client import ModelStore
-from faasmoe_operator.platforms.base import SandboxTemplate
+from faasmoe_operator.plan.functions import LayerShape, plan_functions
+from faasmoe_operator.platforms.base import Template
+from faasmoe_operator.spec import MoEModel
+from faasmoe_operator.spec.experts import Experts
+
+
+class StoreContent(Protocol):
+    """What a store holds, as far as functions are planned from it; a store's summary is such."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of its manifest."""
+        ...
+
+    def expanded_layers(self) -> Sequence[LayerShape]:
+        """Return every MoE layer, ascending by index."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +45,7 @@ class ControlledModel:
     name: str
     store: ModelStore
     functions: dict[str, ManagedFunction]
-    template: SandboxTemplate
+    template: Template
     warm_pool: int
 
     @classmethod
@@ -38,18 +57,53 @@ class ControlledModel:
             key: secret that makes the function ids opaque.
         """
         manifest = deployment.open_store().manifest
-        experts = deployment.model.spec.experts
         specs = deployment.functions(manifest, key=key)
-        functions = managed_functions(specs, manifest.layers, scaling=experts.scaling)
         return cls(
             deployment.model.metadata.name,
             ModelStore(deployment.store_path, manifest.digest),
-            {function.id: function for function in functions},
+            _functions(specs, manifest.layers, deployment.model.spec.experts),
             deployment.template,
-            experts.warm_pool,
+            deployment.model.spec.experts.warm_pool,
+        )
+
+    @classmethod
+    def in_pods(
+        cls,
+        model: MoEModel,
+        content: StoreContent,
+        *,
+        store_path: Path,
+        key: bytes,
+        template: Template,
+    ) -> ControlledModel:
+        """Return a model whose store only its pods can see; raises PlanError.
+
+        Args:
+            model: what is asked for.
+            content: what its prepared store holds.
+            store_path: the store's folder, as the sandboxes see it.
+            key: secret that makes the function ids opaque.
+            template: what sandboxes are made from.
+        """
+        layers = content.expanded_layers()
+        cut = cut_of(model.spec.granularity)
+        specs = plan_functions(layers, cut, model_digest=content.digest, key=key)
+        return cls(
+            model.metadata.name,
+            ModelStore(store_path, content.digest),
+            _functions(specs, layers, model.spec.experts),
+            template,
+            model.spec.experts.warm_pool,
         )
 
     @property
     def specs(self) -> dict[str, FunctionSpec]:
         """The functions' specs by id."""
         return {name: function.spec for name, function in self.functions.items()}
+
+
+def _functions(
+    specs: Sequence[FunctionSpec], layers: Sequence[LayerShape], experts: Experts
+) -> dict[str, ManagedFunction]:
+    functions = managed_functions(specs, layers, scaling=experts.scaling)
+    return {function.id: function for function in functions}

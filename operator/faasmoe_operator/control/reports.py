@@ -40,12 +40,19 @@ class LoadReport:
         functions: the functions with load; those left out have none.
         held: calls and requests that wait for a function at this moment.
         local: blocks that the router computed itself in the interval.
+        tenants: API keys of each tenant that the router knows.
     """
 
     router: str
     functions: Mapping[str, FunctionLoad] = field(default_factory=dict)
     held: int = 0
     local: int = 0
+    tenants: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it tells of any load."""
+        return self.held > 0 or any(load.concurrency > 0 for load in self.functions.values())
 
 
 class Reports:
@@ -60,10 +67,12 @@ class Reports:
         """Return whether there are too many routers for this one to be another."""
         return router not in self._latest and len(self._latest) >= MAX_ROUTERS
 
-    def take(self, report: LoadReport, *, now: float) -> None:
-        """Keep a report in place of the router's last one."""
+    def take(self, report: LoadReport, *, now: float) -> bool:
+        """Keep a report in place of the router's last one; return whether tenants' keys changed."""
+        _, before = self._latest.get(report.router, (now, LoadReport(report.router)))
         self._latest[report.router] = (now, report)
         self._heard = True
+        return before.tenants != report.tenants
 
     def sample(self, now: float) -> Mapping[str, float] | None:
         """Return each function's calls in flight; None while nothing is known.
@@ -83,6 +92,22 @@ class Reports:
         """Return how many calls and requests wait in routers."""
         self._forget(now)
         return sum(report.held for _, report in self._latest.values())
+
+    def is_busy(self, now: float) -> bool:
+        """Return whether any router has load."""
+        self._forget(now)
+        return any(report.is_busy for _, report in self._latest.values())
+
+    def tenants(self, now: float) -> Mapping[str, int] | None:
+        """Return how many API keys each tenant has; None before a router has said so.
+
+        Where routers differ, one has not read a change yet: the smaller number counts.
+        """
+        self._forget(now)
+        told = [report.tenants for _, report in self._latest.values() if report.tenants]
+        names = {name for tenants in told for name in tenants}
+        least = {name: min(tenants[name] for tenants in told if name in tenants) for name in names}
+        return least if told else None
 
     def _forget(self, now: float) -> None:
         lost = [name for name, (at, _) in self._latest.items() if now - at > ROUTER_LOST_S]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from faasmoe_expert.table import FunctionEntry, FunctionSpec, FunctionTable
 from faasmoe_operator.control.parallel import for_each
@@ -55,7 +55,7 @@ class Residents:
 
 async def make_resident(
     functions: Sequence[FunctionSpec],
-    platform: Platform,
+    platform: Platform[SandboxTemplate],
     attacher: Attacher,
     *,
     template: SandboxTemplate,
@@ -79,7 +79,7 @@ async def make_resident(
     return Residents(tuple(functions), tuple(pairs))
 
 
-async def wait_ready(platform: Platform, names: Collection[str], *, timeout_s: float) -> None:
+async def wait_ready(platform: Platform[Any], names: Collection[str], *, timeout_s: float) -> None:
     """Wait until all of these sandboxes are ready; raises PlatformError if one is lost."""
     waiting = set(names)
     lost = dict.fromkeys(waiting - {s.id for s in await platform.list()}, "unknown")

@@ -85,6 +85,23 @@ class Scalers:
         for function, scaler in self._scalers.items():
             scaler.observe(now, loads.get(function, 0.0))
 
+    def observe_silence(self, since: float, until: float) -> None:
+        """Take that no function had any load in the seconds after `since` and before `until`."""
+        for scaler in self._scalers.values():
+            scaler.observe_silence(since, until)
+
+    def are_at_rest(self, ready: Mapping[str, int], *, now: float) -> bool:
+        """Return whether no decision changes anything until there is load, a wake or a loss.
+
+        Args:
+            ready: replicas of each function that serve.
+            now: the time.
+        """
+        return all(
+            scaler.is_at_rest(now, ready=ready.get(function, 0))
+            for function, scaler in self._scalers.items()
+        )
+
     def decide(self, ready: Mapping[str, int], *, now: float) -> list[Change]:
         """Decide for every function; return what changed.
 

@@ -36,6 +36,8 @@ class TableFeed:
         self.version = 1
         self.n_followers = 0
         """Routers that follow the table at this moment."""
+        self.is_closed = False
+        """Whether there will be no more changes: another control core may go on."""
 
     @property
     def table(self) -> FunctionTable:
@@ -68,5 +70,10 @@ class TableFeed:
         return {name: self._entries[name].addresses for name in names}
 
     async def beyond(self, version: int) -> None:
-        """Wait until there is a version beyond this one."""
-        await self._change.wait_for(lambda: self.version > version)
+        """Wait until there is a version beyond this one, or the feed is closed."""
+        await self._change.wait_for(lambda: self.is_closed or self.version > version)
+
+    def close(self) -> None:
+        """Say that there will be no more changes; its readers go and ask anew."""
+        self.is_closed = True
+        self._change.notify()

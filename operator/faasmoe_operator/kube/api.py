@@ -7,8 +7,6 @@ from typing import Protocol
 
 from faasmoe_operator.kube.kinds import Kind, Object
 
-FIELD_MANAGER = "faasmoe-operator"
-
 
 class KubeApi(Protocol):
     """Requests on objects. Every method raises ApiError; `kube.errors` tells them apart."""

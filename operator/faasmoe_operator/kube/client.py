@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from typing import Self
 from urllib.parse import quote
 
-from kubernetes.aio.client.configuration import Configuration
-
-from faasmoe_operator.kube.api import FIELD_MANAGER
 from faasmoe_operator.kube.errors import Conflict, NotFound
 from faasmoe_operator.kube.kinds import Kind, Object
-from faasmoe_operator.kube.transport import Count, Transport, count_nothing
+from faasmoe_operator.kube.manifests.names import FIELD_MANAGER
+from faasmoe_operator.kube.transport import Transport
 
 PAGE_SIZE = 500
 APPLY = "application/apply-patch+yaml"
@@ -28,13 +26,12 @@ class KubeClient:
     """A KubeApi over HTTP; a context manager.
 
     Args:
-        configuration: the server and who we are.
-        count: told of each request: its verb, kind and HTTP status (0 for no answer).
+        transport: sends requests; closed with the client.
     """
 
-    def __init__(self, configuration: Configuration, *, count: Count = count_nothing) -> None:
-        self._transport = Transport(configuration, count=count)
-        self._request = self._transport.request
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._request = transport.request
 
     async def __aenter__(self) -> Self:
         """Return it."""

@@ -6,12 +6,26 @@ import hashlib
 import json
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
+
+
+class Template(Protocol):
+    """What all generic sandboxes of a model have in common; the rest of it is its platform's."""
+
+    @property
+    def digest(self) -> str:
+        """The template's hash: sandboxes of another one are to be replaced."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """Functions that one sandbox can hold."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxTemplate:
-    """What all generic sandboxes of a model have in common.
+    """The process platform's template.
 
     Attributes:
         capacity: functions that one sandbox can hold.
@@ -64,10 +78,13 @@ class SandboxEvent:
     reason: str = ""
 
 
-class Platform(Protocol):
+AnyTemplate = TypeVar("AnyTemplate", bound=Template, contravariant=True)
+
+
+class Platform(Protocol[AnyTemplate]):
     """The four verbs."""
 
-    async def create(self, template: SandboxTemplate) -> Sandbox:
+    async def create(self, template: AnyTemplate) -> Sandbox:
         """Start a generic sandbox, ready or not yet; raises PlatformError."""
         ...
 

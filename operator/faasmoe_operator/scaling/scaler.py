@@ -81,6 +81,28 @@ class FunctionScaler:
         if concurrency > 0 or self.phase is not Phase.INACTIVE:
             self._windows.record(now, concurrency)
 
+    def observe_silence(self, since: float, until: float) -> None:
+        """Take that there was no load in the seconds after `since` and before `until`.
+
+        As if a report of 0 had come in each of them.
+        """
+        first = max(math.floor(since) + 1, math.floor(until) - math.ceil(self._settings.window_s))
+        if self.phase is not Phase.INACTIVE:
+            for second in range(first, math.floor(until)):
+                self._windows.record(second, 0.0)
+
+    def is_at_rest(self, now: float, *, ready: int) -> bool:
+        """Return whether every later decision is the last one.
+
+        That is: until there is load, a wake, or another number of ready replicas.
+        """
+        if not self._initialized or self._desired != self._settings.bounded(0):
+            return False
+        if self._desired == 0:
+            return self.phase is Phase.INACTIVE
+        is_kept = self.phase is Phase.ACTIVE and ready == self._desired
+        return is_kept and not self.in_panic and self.load(now) == Load(0.0, 0.0)
+
     def wake(self, now: float) -> Decision:
         """Take a wake: a function at zero is to start at once, any other stays as it is."""
         self._activation = activation.woken(self._activation, now=now)

@@ -73,10 +73,10 @@ def test_takes_auto_in_place_of_the_granularity() -> None:
             "granularity: fine", "spec.granularity: got 'fine', expected a mapping", id="not-auto"
         ),
         pytest.param(
-            "tenants: []",
-            "spec.tenants: unknown field, expected one of "
-            "model, store, granularity, router, experts",
-            id="not-honoured-yet",
+            "tracing: {}",
+            "spec.tracing: unknown field, expected one of model, store, granularity, router, "
+            "experts, tenants, networking, monitoring, suspend",
+            id="unknown",
         ),
         pytest.param("rooter: {}", "spec.rooter: unknown field, did you mean router?", id="typo"),
         pytest.param(
@@ -124,6 +124,67 @@ def test_takes_auto_in_place_of_the_granularity() -> None:
             "router: {env: [{name: A}, {name: A}]}",
             "spec.router.env.1.name: got 'A', expected each name once",
             id="variable-twice",
+        ),
+        pytest.param(
+            "router: {template: {labels: {a b: c}}}",
+            "spec.router.template.labels.a b: got 'a b', expected letters, digits, '-', '_' and "
+            "'.', after a domain and '/' if there is one",
+            id="key-of-a-label",
+        ),
+        pytest.param(
+            "router: {template: {labels: {a: 5}}}",
+            "spec.router.template.labels.a: got 5, expected a text",
+            id="number-as-a-label",
+        ),
+        pytest.param(
+            "router: {template: {resources: {requests: {cpu: 2}, limits: {cpu: 500m}}}}",
+            "spec.router.template.resources.requests.cpu: got '2', "
+            "expected at most the limit (500m)",
+            id="request-above-limit",
+        ),
+        pytest.param(
+            "router: {template: {resources: {limits: {cpu: 0.5}}}}",
+            "spec.router.template.resources.limits.cpu: got 0.5, "
+            "expected a quantity such as 500m, 4 or 100Gi, in quotes if it has a point",
+            id="fraction-without-quotes",
+        ),
+        pytest.param(
+            "router: {template: {affinity: {podAfinity: {}}}}",
+            "spec.router.template.affinity.podAfinity: unknown field, did you mean podAffinity?",
+            id="typo-in-affinity",
+        ),
+        pytest.param(
+            "store: {size: 12}",
+            "spec.store.size: got 12, expected a quantity from 1Mi to 1Pi",
+            id="store-of-12-bytes",
+        ),
+        pytest.param(
+            "tenants: [{name: a}]",
+            "spec.tenants.0.apiKeysSecretRef: got nothing, "
+            "expected a Secret; for `faasmoe up` a folder in apiKeysPath",
+            id="tenant-without-keys",
+        ),
+        pytest.param(
+            "tenants: [{name: a, apiKeysPath: a}, {name: a, apiKeysPath: b}]",
+            "spec.tenants.1.name: got 'a', expected each name once",
+            id="tenant-twice",
+        ),
+        pytest.param(
+            "tenants: [{name: a, apiKeysPath: a, sharePrefixCacheWith: [a]}]",
+            "spec.tenants.0.sharePrefixCacheWith.0: got 'a', "
+            "expected the name of another tenant of this model",
+            id="tenant-shares-with-itself",
+        ),
+        pytest.param(
+            "tenants: [{name: a, apiKeysPath: a, limits: {requestPerMinute: 1}}]",
+            "spec.tenants.0.limits.requestPerMinute: unknown field, "
+            "did you mean requestsPerMinute?",
+            id="typo-in-a-limit",
+        ),
+        pytest.param(
+            "networking: {ingress: {host: a.b}, httpRoute: {parentRefs: [{name: a}]}}",
+            "spec.networking.httpRoute: got a mapping, expected none beside ingress",
+            id="two-ways-in",
         ),
         pytest.param(
             "experts: {scaling: {target: 0}}",
@@ -184,8 +245,9 @@ def test_names_the_field_what_was_got_and_expected(added: str, problem: str) -> 
     [
         pytest.param(
             "hf://org/model",
-            "pvc://claim/x",
-            "spec.model.source: got 'pvc://claim/x', expected hf://ORG/NAME or file://PATH",
+            "s3://bucket/x",
+            "spec.model.source: got 's3://bucket/x', "
+            "expected hf://ORG/NAME, pvc://CLAIM/PATH or file://PATH",
             id="scheme",
         ),
         pytest.param(

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from faasmoe_operator.control.api.errors import Refusal, invalid
 from faasmoe_operator.control.reports import FunctionLoad, LoadReport
+from faasmoe_operator.spec.references import Label
+from faasmoe_operator.spec.tenants import MAX_TENANTS
 
 MAX_FUTURE_S = 5.0
 MAX_AGE_S = 60.0
@@ -37,6 +39,7 @@ class _LoadBody(_Body):
     functions: dict[FunctionName, _FunctionBody]
     held: Count
     local: Count
+    tenants: Annotated[dict[Label, Count], Field(max_length=MAX_TENANTS)] = {}
 
 
 class _WakeBody(_Body):
@@ -64,7 +67,9 @@ def read_load(content: bytes, *, known: Container[str], now_s: float) -> LoadRep
         name: FunctionLoad(load.concurrency, load.calls, load.rows)
         for name, load in body.functions.items()
     }
-    return LoadReport(body.router, functions, held=body.held, local=body.local)
+    return LoadReport(
+        body.router, functions, held=body.held, local=body.local, tenants=body.tenants
+    )
 
 
 def read_wake(content: bytes, *, known: Container[str], now_s: float) -> list[str]:

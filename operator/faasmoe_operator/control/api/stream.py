@@ -31,7 +31,7 @@ async def stream_table(
     await response.prepare(request)
     feed.n_followers += 1
     try:
-        while not closing.is_set():
+        while not closing.is_set() and not feed.is_closed:
             line, version = _next_line(feed, version)
             async with asyncio.timeout(STUCK_S):
                 await response.write(json.dumps(line).encode() + b"\n")

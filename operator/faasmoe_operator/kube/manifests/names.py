@@ -1,7 +1,7 @@
 """Names and labels of everything that belongs to a MoEModel.
 
-Names are `MODEL-PART`. Kubernetes takes at most 63 characters; a longer name keeps its beginning and
-ends with a hash of the whole.
+Names are `MODEL-PART`. Kubernetes takes at most 63 characters; a longer name keeps its beginning
+and ends with a hash of the whole.
 """
 
 from __future__ import annotations
@@ -94,6 +94,11 @@ def control_name(model: str, digest: str) -> str:
 def tenants_name(model: str) -> str:
     """Return the name of the ConfigMap that tells the router its tenants."""
     return shortened(f"{model}-tenants")
+
+
+def popularity_name(model: str) -> str:
+    """Return the name of the ConfigMap that keeps how much functions are used."""
+    return shortened(f"{model}-popularity")
 
 
 def service_name(model: str) -> str:
