@@ -61,6 +61,7 @@ class ExpertFunction:
         store_path: folder of the store that it was cut from.
         model_digest: the store's digest.
         size_bytes: bytes of its experts' parameters in the store.
+        n_frames: frames computed so far.
     """
 
     def __init__(self, spec: FunctionSpec, store: Store, *, device: torch.device) -> None:
@@ -68,6 +69,7 @@ class ExpertFunction:
         self.store_path = store.path
         self.model_digest = store.manifest.digest
         self.device = device
+        self.n_frames = 0
         layers = {index: _layer(store, index, spec) for index in spec.layers}
         self.size_bytes = sum(
             layer.expert_bytes * len(spec.experts) + layer.shared_bytes for layer in layers.values()
@@ -99,6 +101,7 @@ class ExpertFunction:
         # Asked afterwards, for the bytes that were read; on a device they are a copy.
         while self.device.type == "cpu" and self._guards[request.header.layer].check():
             output = self._run(request)
+        self.n_frames += 1
         return output
 
     def _run(self, request: Request) -> Tensor:

@@ -150,6 +150,7 @@ def _describe(function: ExpertFunction) -> dict[str, Any]:
         **function.spec.to_json(),
         "model_digest": function.model_digest,
         "size_bytes": function.size_bytes,
+        "frames": function.n_frames,
     }
 
 
