@@ -62,7 +62,7 @@ def _prepared(model: Path) -> tuple[Path, Path]:
     WORK.mkdir(parents=True, exist_ok=True)
     if model == DEMO and not (DEMO / "config.json").exists():
         subprocess.run([*FAASMOE, "demo-model", str(DEMO)], check=True)
-    store = WORK / "store"
+    store = WORK / f"{model.name}-store"
     if not _is_ours(store):
         subprocess.run([*FAASMOE, "prepare", str(model), str(store), "--force"], check=True)
     return model.resolve(), store.resolve()
