@@ -46,7 +46,7 @@ def main() -> int:
         seed, duration_s = arguments.seed, arguments.minutes * 60
         faults = draw_schedule(seed, duration_s=duration_s, period_s=arguments.period)
     model, store = _prepared(arguments.model)
-    plan = Plan(seed, duration_s, faults, model, store, experts=3, capacity=27)
+    plan = Plan(seed, duration_s, faults, model, store, experts=3, capacity=27, twice="0-9")
     report = asyncio.run(run_chaos(plan, WORK))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")

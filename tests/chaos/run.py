@@ -33,6 +33,7 @@ class Plan:
         store: prepared from it.
         experts: experts of a function.
         capacity: functions of a sandbox.
+        twice: layers whose functions have two replicas, such as 0-3.
         per_tenant: questions that each tenant asks at a time.
     """
 
@@ -43,6 +44,7 @@ class Plan:
     store: Path
     experts: int
     capacity: int
+    twice: str
     per_tenant: int = 1
 
 
@@ -59,7 +61,12 @@ async def run_chaos(plan: Plan, folder: Path) -> dict[str, Any]:
     """Do a run; return its report."""
     load_before = os.getloadavg()[0]
     async with running_stack(
-        plan.model, plan.store, experts=plan.experts, capacity=plan.capacity, folder=folder
+        plan.model,
+        plan.store,
+        experts=plan.experts,
+        capacity=plan.capacity,
+        twice=plan.twice,
+        folder=folder,
     ) as stack:
         workload = Workload(stack.url, NAME, TENANTS)
         unsure = await workload.learn()

@@ -40,7 +40,11 @@ spec:
     device: cpu
     functionsPerSandbox: {capacity}
     warmPool: 2
-    scaling: {{minScale: 1, maxScale: 3, windowSeconds: 30}}
+    scaling:
+      minScale: 1
+      maxScale: 3
+      windowSeconds: 30
+      overrides: [{{layers: "{twice}", minScale: 2}}]
 """
 RESTARTS = Restarts(delays_s=(0.0, 0.1), most=10_000)  # we are the ones who kill
 NAME = "chaos"
@@ -78,7 +82,7 @@ class Stack:
 
 @asynccontextmanager
 async def running_stack(
-    model: Path, store: Path, *, experts: int, capacity: int, folder: Path
+    model: Path, store: Path, *, experts: int, capacity: int, twice: str, folder: Path
 ) -> AsyncIterator[Stack]:
     """Run everything as long as the context lasts.
 
@@ -87,6 +91,7 @@ async def running_stack(
         store: the prepared store.
         experts: experts of a function.
         capacity: functions of a sandbox.
+        twice: layers whose functions have two replicas, such as 0-3.
         folder: for the copy of the store, and for logs.
     """
     copy = folder / "copy"
@@ -96,7 +101,7 @@ async def running_stack(
     for name, path in (("router", store), ("control", copy)):
         file = folder / f"{name}.yaml"
         text = MOEMODEL.format(
-            name=NAME, model=model, store=path, experts=experts, capacity=capacity
+            name=NAME, model=model, store=path, experts=experts, capacity=capacity, twice=twice
         )
         file.write_text(text)
         deployments[name] = Deployment.load(file)

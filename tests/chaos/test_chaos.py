@@ -42,7 +42,7 @@ def test_nothing_fails_and_nothing_is_wrong_under_faults(tmp_path: Path) -> None
     store = tmp_path / "store"
     prepare(str(model), store)
     faults = draw_schedule(SEED, duration_s=DURATION_S)
-    plan = Plan(SEED, DURATION_S, faults, model, store, experts=2, capacity=2)
+    plan = Plan(SEED, DURATION_S, faults, model, store, experts=2, capacity=2, twice="0")
     report = asyncio.run(run_chaos(plan, tmp_path))
     assert report["failures"] == []
     assert report["wrong_answers"] == []
