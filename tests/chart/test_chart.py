@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
+from helm import CHART, ROOT, Helm
 from kubernetes_schemas import VERSIONS, check_schema
 from security_checks import failed_checks
 
 from faasmoe_operator.kube.kinds import Object
 
-ROOT = Path(__file__).parents[2]
-CHART = ROOT / "charts" / "faasmoe"
 VALUES = sorted(CHART.glob("ci/*-values.yaml"))
 
 
@@ -22,7 +21,7 @@ def name_of(obj: Object) -> tuple[str, str, str]:
 
 
 @pytest.mark.parametrize("values", VALUES, ids=[path.stem for path in VALUES])
-def test_helm_lints_it_strictly(helm: Any, values: Path) -> None:
+def test_helm_lints_it_strictly(helm: Helm, values: Path) -> None:
     done = helm.run("lint", "--strict", CHART, "--values", values)
     assert done.returncode == 0, done.stdout
 

@@ -1,10 +1,10 @@
 """The operator's pod: what it is told, what it may do, and how it is reached."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from helm import CHART, Helm
 from model_contexts import make_context
 
 from faasmoe_operator.kube.config import PREFIX, OperatorConfig
@@ -13,8 +13,7 @@ from faasmoe_operator.kube.manifests import serving_objects
 from faasmoe_operator.kube.manifests.sandbox import PORT as SANDBOX_PORT
 from faasmoe_operator.kube.manifests.sandbox import sandbox_pod
 
-CHART = Path(__file__).parents[2] / "charts" / "faasmoe" / "Chart.yaml"
-VERSION = yaml.safe_load(CHART.read_text())["appVersion"]
+VERSION = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
 FIELDS = {"metadata.namespace": "faasmoe-system", "metadata.name": "faasmoe-operator-x-y"}
 
 
@@ -189,7 +188,7 @@ def test_the_helm_test_asks_the_control_api_and_gets_through(
         ),
     ],
 )
-def test_names_its_image(helm: Any, image: dict[str, str], registry: str, expected: str) -> None:
+def test_names_its_image(helm: Helm, image: dict[str, str], registry: str, expected: str) -> None:
     objects = helm.template({"image": image, "global": {"imageRegistry": registry}})
     (container,) = pod(objects)["spec"]["containers"]
     assert container["image"] == expected

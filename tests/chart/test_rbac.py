@@ -128,7 +128,7 @@ def test_several_operators_may_choose_a_leader(rendered: dict[str, list[Object]]
     leases = [rule for rule in role["rules"] if "leases" in rule["resources"]]
     assert [(r.get("resourceNames"), r["verbs"]) for r in leases] == [
         (None, ["create"]),
-        ([LEASE_NAME], ["get", "update"]),
+        ([LEASE_NAME], ["get", "patch"]),
     ]
 
 

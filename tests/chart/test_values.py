@@ -1,12 +1,10 @@
 """Values that the schema refuses, and what it says of them."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-
-CHART = Path(__file__).parents[2] / "charts" / "faasmoe"
+from helm import CHART, Helm
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("unknown", {"replica": 1}, "additional properties 'replica' not allowed"),
@@ -43,16 +41,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(
     ("values", "message"), [pytest.param(v, m, id=name) for name, v, m in REFUSED]
 )
-def test_refuses(helm: Any, values: dict[str, Any], message: str) -> None:
+def test_refuses(helm: Helm, values: dict[str, Any], message: str) -> None:
     assert message in helm.refusal(values)
 
 
-def test_refuses_an_account_of_others_without_its_name(helm: Any) -> None:
+def test_refuses_an_account_of_others_without_its_name(helm: Helm) -> None:
     refusal = helm.refusal({"serviceAccount": {"create": False}})
     assert "serviceAccount.name: missing" in refusal
 
 
-def test_takes_its_own_defaults_and_what_a_parent_chart_adds(helm: Any) -> None:
+def test_takes_its_own_defaults_and_what_a_parent_chart_adds(helm: Helm) -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     assert helm.template(values) == helm.template({})
     assert helm.template({"global": {"other": "chart's"}}) == helm.template({})

@@ -35,6 +35,7 @@ PATHS: Mapping[str, str] = {
     "networkpolicies": "apis/networking.k8s.io/v1",
     "ingresses": "apis/networking.k8s.io/v1",
     "poddisruptionbudgets": "apis/policy/v1",
+    "flowschemas": "apis/flowcontrol.apiserver.k8s.io/v1",
     "moemodels": "apis/faasmoe.dev/v1alpha1",
 }
 CLUSTER_WIDE = (
@@ -43,6 +44,7 @@ CLUSTER_WIDE = (
     "customresourcedefinitions",
     "clusterroles",
     "clusterrolebindings",
+    "flowschemas",
     "persistentvolumes",
 )
 
@@ -74,6 +76,11 @@ class Credentials:
         token = user.get("token")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return cls(cluster["server"], verify, headers, ca)
+
+    def bearer(self, token: str) -> Credentials:
+        """Return what the bearer of a token has."""
+        verify = ssl.create_default_context(cadata=self.ca.decode())
+        return Credentials(self.server, verify, {"Authorization": f"Bearer {token}"}, self.ca)
 
     def kubeconfig_for(self, token: str, *, namespace: str) -> str:
         """Return a kubeconfig of the same server for the bearer of a token."""

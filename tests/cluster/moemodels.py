@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,13 @@ def moemodel(name: str, namespace: str, **spec: Any) -> Object:
         "metadata": {"name": name, "namespace": namespace},
         "spec": spec,
     }
+
+
+def secret(name: str, namespace: str, values: Mapping[str, str]) -> Object:
+    """Return a Secret with these values."""
+    data = {key: base64.b64encode(value.encode()).decode() for key, value in values.items()}
+    meta = {"name": name, "namespace": namespace}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": meta, "data": data}
 
 
 def conditions(api: ApiServer, namespace: str, name: str) -> dict[str, Object]:

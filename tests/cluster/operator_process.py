@@ -40,7 +40,7 @@ class OperatorProcess:
         settings: Mapping[str, str] | None = None,
     ) -> None:
         self._api = api
-        self._account = service_account
+        self.service_account = service_account
         self._kubeconfig = folder / "kubeconfig"
         self.log_file = folder / "operator.log"
         self._port = _free_port()
@@ -60,7 +60,7 @@ class OperatorProcess:
 
     def start(self) -> None:
         """Start it and wait until it is ready."""
-        token = self._api.token_for(NAMESPACE, self._account)
+        token = self._api.token_for(NAMESPACE, self.service_account)
         config = self._api.credentials.kubeconfig_for(token, namespace=NAMESPACE)
         self._kubeconfig.touch(mode=0o600)
         self._kubeconfig.write_text(config)

@@ -39,7 +39,7 @@ class PodProcesses:
 
     def claim_folder(self, namespace: str, claim: str) -> Path:
         """Return the folder that is a claim's volume."""
-        folder = self._folder / "claims" / namespace / claim
+        folder: Path = self._folder / "claims" / namespace / claim
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -119,8 +119,8 @@ class PodProcesses:
     def _volume(self, volume: Object, pod: Object, folder: Path) -> Path:
         namespace = pod["metadata"]["namespace"]
         if claim := volume.get("persistentVolumeClaim"):
-            return self.claim_folder(namespace, claim["claimName"])
-        path = folder / "volumes" / volume["name"]
+            return self.claim_folder(namespace, str(claim["claimName"]))
+        path = folder / "volumes" / str(volume["name"])
         path.mkdir(parents=True, exist_ok=True)
         for kind, reference in (
             ("secrets", volume.get("secret")),

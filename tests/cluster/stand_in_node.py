@@ -12,6 +12,7 @@ import ipaddress
 import itertools
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class _Running:
     address: str
     container: Container
     restarts: int = 0
+    asked_to_end_s: float | None = None
     told: Object = field(default_factory=dict)
 
 
@@ -173,6 +175,8 @@ class StandInNode:
         meta = pod["metadata"]
         running = self._pods.get(meta["uid"])
         if running is not None:
+            if not self._has_slept(running):
+                return
             running.container.signal(signal.SIGTERM)
             over = datetime.fromisoformat(meta["deletionTimestamp"])
             if running.container.status is None and datetime.now(UTC) < over:
@@ -180,6 +184,14 @@ class StandInNode:
             del self._pods[meta["uid"]]
             running.container.end(grace_s=0.0)
         self._api.delete("pods", meta["namespace"], meta["name"], gracePeriodSeconds=0)
+
+    def _has_slept(self, running: _Running) -> bool:
+        """Return whether the container's preStop hook, a sleep, is over."""
+        if running.asked_to_end_s is None:
+            running.asked_to_end_s = time.monotonic()
+        lifecycle = running.pod["spec"]["containers"][0].get("lifecycle", {})
+        sleep_s: float = lifecycle.get("preStop", {}).get("sleep", {}).get("seconds", 0)
+        return time.monotonic() - running.asked_to_end_s >= sleep_s
 
     def _follow(self, running: _Running) -> None:
         exit_status = running.container.status

@@ -60,12 +60,27 @@ class FakeKubeApi:
         uid = obj["metadata"].get("uid")
         if uid is not None and (before is None or before["metadata"]["uid"] != uid):
             raise Conflict(f"{name[2]}: another uid", status=409, reason="Conflict")
+        version = obj["metadata"].get("resourceVersion")
+        if version is not None and (
+            before is None or before["metadata"]["resourceVersion"] != version
+        ):
+            raise Conflict(f"{name[2]}: changed since", status=409, reason="Conflict")
         merged = _merged(before or {}, obj, owned=self._applied.get(name, {}))
         self._applied[name] = copy.deepcopy(obj)
-        self._applied[name]["metadata"].pop("uid", None)
+        for condition in ("uid", "resourceVersion"):
+            self._applied[name]["metadata"].pop(condition, None)
         if before is not None and merged == before:
             return copy.deepcopy(before)
         return self._store(name, merged)
+
+    async def merge(self, kind: Kind, obj: Object) -> Object:
+        name = _name(kind, obj)
+        self._note("merge", kind, name[2])
+        before = self.objects.get(name)
+        if before is None or obj["metadata"].get("uid") not in (None, before["metadata"]["uid"]):
+            raise Conflict(f"{name[2]}: another uid", status=409, reason="Conflict")
+        fields = {key: value for key, value in obj.items() if key not in ("metadata", "status")}
+        return self._store(name, _patched(before, fields))
 
     async def patch_status(
         self,
@@ -183,6 +198,8 @@ def _selected(obj: Object, selector: str) -> bool:
 
 def _merged(live: Any, wanted: Any, *, owned: Any) -> Any:
     """Merge an intent as server-side apply does: what was owned and is left out goes."""
+    if isinstance(live, list) and isinstance(wanted, list):
+        return [*copy.deepcopy(wanted), *_of_others(live, wanted, owned)]
     if not isinstance(live, dict) or not isinstance(wanted, dict):
         return copy.deepcopy(wanted)
     owned = owned if isinstance(owned, dict) else {}
@@ -191,3 +208,16 @@ def _merged(live: Any, wanted: Any, *, owned: Any) -> Any:
         key: _merged(live.get(key), value, owned=owned.get(key)) for key, value in wanted.items()
     }
     return {**copy.deepcopy(kept), **changed}
+
+
+def _of_others(live: list[Any], wanted: list[Any], owned: Any) -> list[Any]:
+    """Return what others have added to a list whose entries have a key: a Service's ports."""
+    ours = [entry.get("port") for entry in (*wanted, *(owned or ())) if isinstance(entry, dict)]
+    return [e for e in live if isinstance(e, dict) and e.get("port", ours) not in (ours, *ours)]
+
+
+def _patched(live: Any, change: Any) -> Any:
+    """Merge a change as a JSON merge patch does: lists are replaced."""
+    if not isinstance(live, dict) or not isinstance(change, dict):
+        return copy.deepcopy(change)
+    return {**copy.deepcopy(live), **{k: _patched(live.get(k), v) for k, v in change.items()}}

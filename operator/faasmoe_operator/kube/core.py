@@ -13,23 +13,18 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from faasmoe_operator.control.controller import Controller
-from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.sandbox_client import SandboxClient
 from faasmoe_operator.control.timing import Timing
-from faasmoe_operator.errors import PlanError
 from faasmoe_operator.kube.api import KubeApi
+from faasmoe_operator.kube.blueprint import Blueprint
 from faasmoe_operator.kube.cache import ObjectCache, PodSource
 from faasmoe_operator.kube.counts import CoreCounts
-from faasmoe_operator.kube.manifests import ModelContext
 from faasmoe_operator.kube.manifests.sandbox import PORT
-from faasmoe_operator.kube.manifests.volumes import store_path
 from faasmoe_operator.kube.pod_labels import PodLabels
 from faasmoe_operator.kube.popularity import PopularityMap
-from faasmoe_operator.kube.sandbox_pods import SandboxPods
 from faasmoe_operator.plan.fleet import SandboxState
 from faasmoe_operator.platforms.kubernetes import KubernetesPlatform
 from faasmoe_operator.platforms.kubernetes import Timing as PodTiming
@@ -41,38 +36,6 @@ RETRY_DELAYS_S = (1.0, 5.0, 15.0, 60.0)
 SOUND_AFTER_S = 120.0
 POD_TIMING = Timing(start_deadline_s=600.0, save_interval_s=300.0)
 """A pod's image may have to be pulled first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Blueprint:
-    """What a core is started from: another one means another life.
-
-    Attributes:
-        uid: the MoEModel's.
-        model: its functions, template and pool.
-        token: of its sandboxes and its routers.
-        ctx: the model as it was when this was drawn; of no account in comparisons, as what matters
-            of it is in the rest.
-    """
-
-    uid: str
-    model: ControlledModel
-    token: str = field(repr=False)
-    ctx: ModelContext = field(repr=False, compare=False)
-
-    @classmethod
-    def of(cls, ctx: ModelContext) -> Blueprint:
-        """Return a model's blueprint; raises PlanError if it cannot be cut as asked."""
-        if ctx.summary is None:
-            raise PlanError("store: got none yet, expected a store that is prepared")
-        model = ControlledModel.in_pods(
-            ctx.model,
-            ctx.summary,
-            store_path=Path(store_path(ctx)),
-            key=bytes.fromhex(ctx.secrets.function_key),
-            template=SandboxPods.of(ctx),
-        )
-        return cls(ctx.uid, model, ctx.secrets.token, ctx)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ CONNECT_TIMEOUT_S = 30
 INACTIVITY_TIMEOUT_S = 70
 """The API server sends a bookmark each minute: a watch that is silent for longer is dead."""
 CHUNK_SIZE = 500
+ERROR_BACKOFFS_S = (1, 1, 2, 3, *[5] * 12)
+"""An API server that comes back is to be seen within seconds; after a minute kopf begins anew."""
 
 Deliver = Callable[[Kind, str | None, Object], None]
 """Takes an event: the object's kind, the event's type (None while listing), and the object."""
@@ -44,6 +46,7 @@ def make_settings(kinds: Sequence[Kind]) -> kopf.OperatorSettings:
     settings.posting.enabled = False
     settings.scanning.disabled = True  # neither CRDs nor namespaces are to be listed
     settings.peering.standalone = True
+    settings.networking.error_backoffs = ERROR_BACKOFFS_S
     settings.watching.server_timeout = SERVER_TIMEOUT_S
     settings.watching.client_timeout = CLIENT_TIMEOUT_S
     settings.watching.connect_timeout = CONNECT_TIMEOUT_S

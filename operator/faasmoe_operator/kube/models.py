@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 
 from faasmoe_operator.control.controller import Controller
 from faasmoe_operator.control.parallel import for_each
-from faasmoe_operator.kube.core import Blueprint, Grounds, ModelCore
+from faasmoe_operator.kube.blueprint import Blueprint
+from faasmoe_operator.kube.core import Grounds, ModelCore
 from faasmoe_operator.kube.counts import CoreCounts
 from faasmoe_operator.kube.keys import ModelKey
 from faasmoe_operator.kube.kinds import POD, Object

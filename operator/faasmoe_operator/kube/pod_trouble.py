@@ -59,7 +59,7 @@ def _unschedulable(name: str, status: Object) -> Trouble | None:
     for condition in status.get("conditions", ()):
         if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
             said = condition.get("message") or condition.get("reason") or "no node takes it"
-            hint = "ask for less in the template's resources, loosen its nodeSelector, or add nodes"
+            hint = "add nodes or free some, or ask for less: resources, nodeSelector, affinity"
             if "persistentvolumeclaim" in said.lower():
                 hint = "see the claim: `kubectl describe pvc` says why it is not bound"
             return Trouble("Unschedulable", f"pod {name}: {said.rstrip('.')}; {hint}")

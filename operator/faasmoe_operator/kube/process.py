@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from typing import TypeVar
 
-from faasmoe_operator.control.api import models_app
+from faasmoe_operator.control.api import models_app, models_metrics
 from faasmoe_operator.errors import FaasmoeError
 from faasmoe_operator.kube.cache import ObjectCache
 from faasmoe_operator.kube.client import KubeClient
@@ -22,7 +22,7 @@ from faasmoe_operator.kube.core import Grounds
 from faasmoe_operator.kube.errors import ApiError
 from faasmoe_operator.kube.events import EventWriter
 from faasmoe_operator.kube.kinds import MOEMODEL, OPTIONAL, WATCHED, Kind
-from faasmoe_operator.kube.leadership import leading
+from faasmoe_operator.kube.leadership import Election, leading
 from faasmoe_operator.kube.metrics import OperatorMetrics
 from faasmoe_operator.kube.models import ModelCores
 from faasmoe_operator.kube.readiness import Readiness
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 COUNTS_DELAY_S = 0.5
 RETRY_S = 5.0
-LISTING_S = 10.0
+LISTING_S = 3.0
 """For the watches to tell of what there is; with nothing there, nothing is told."""
 
 Answer = TypeVar("Answer")
@@ -81,7 +81,7 @@ class Operator:
                 Grounds(api, self._cache),
                 on_change=lambda key: workers.add(key, delay_s=COUNTS_DELAY_S),
             )
-            async with self._listening(cores), self._leading(transport):
+            async with self._listening(cores), self._leading(api):
                 try:
                     await self._look_after(api, cores, workers)
                 finally:
@@ -137,7 +137,7 @@ class Operator:
     @asynccontextmanager
     async def _listening(self, cores: ModelCores) -> AsyncIterator[None]:
         """Serve HTTP, from the beginning: health is asked for before anything is known."""
-        front = Front(self._readiness, self._metrics_text)
+        front = Front(self._readiness, lambda: self._metrics_text(cores))
         app = models_app(cores.find, others=front.routes())
         runner = await listen(app, host=self._config.host, port=self._config.control.port)
         try:
@@ -146,15 +146,13 @@ class Operator:
             await runner.cleanup()
 
     @asynccontextmanager
-    async def _leading(self, transport: Transport) -> AsyncIterator[None]:
+    async def _leading(self, api: KubeClient) -> AsyncIterator[None]:
         """Wait for this operator's turn, if there may be several."""
         config = self._config
         election: AbstractAsyncContextManager[None] = nullcontext()
         if config.leader_election:
             self._readiness.waits_for = "its turn: another operator leads"
-            election = leading(
-                transport.client, namespace=config.namespace, identity=config.identity
-            )
+            election = leading(Election(api, namespace=config.namespace, identity=config.identity))
         async with election:
             self._metrics.leading.set(1)
             yield
@@ -174,9 +172,9 @@ class Operator:
         if verb == "delete":
             self._deleted(kind)
 
-    def _metrics_text(self) -> bytes:
+    def _metrics_text(self, cores: ModelCores) -> bytes:
         self._metrics.count_models(self._cache.all(MOEMODEL))
-        return self._metrics.text()
+        return self._metrics.text() + models_metrics(cores.controllers())
 
 
 class NotServed(FaasmoeError):

@@ -64,15 +64,14 @@ class Transport:
         retry_delays_s: tuple[float, ...] = RETRY_DELAYS_S,
         request_timeout_s: float = REQUEST_TIMEOUT_S,
     ) -> None:
-        self.client = ApiClient(configuration)
-        """The library's client, for its own parts."""
+        self._client = ApiClient(configuration)
         self._count = count
         self._retry_delays_s = retry_delays_s
         self._timeout = aiohttp.ClientTimeout(total=request_timeout_s, connect=CONNECT_TIMEOUT_S)
 
     async def close(self) -> None:
         """Close the connections."""
-        await self.client.close()
+        await self._client.close()
 
     async def request(self, verb: str, kind: Kind, path: str, **rest: Any) -> Object:
         """Send a request, again if that may help; return its answer or raise ApiError.
@@ -120,7 +119,7 @@ class Transport:
     async def _send(
         self, method: str, path: str, *, query: Mapping[str, str], body: Object | None, content: str
     ) -> tuple[int, bytes, Mapping[str, str]]:
-        request = await self.client.param_serialize(
+        request = await self._client.param_serialize(
             method,
             path,
             query_params=list(query.items()),
@@ -128,7 +127,7 @@ class Transport:
             body=body,
             auth_settings=AUTH,
         )
-        response = await self.client.call_api(*request, _request_timeout=self._timeout)
+        response = await self._client.call_api(*request, _request_timeout=self._timeout)
         return response.status, await response.read(), response.headers
 
 

@@ -31,6 +31,7 @@ class Watcher:
         namespaces: where; empty for everywhere.
         deliver: takes each event, in the loop that `run` is called in.
         interrupted: called when the watches have ended, before they begin anew.
+        restart_s: pause before they do.
     """
 
     def __init__(
@@ -40,16 +41,18 @@ class Watcher:
         namespaces: Sequence[str],
         deliver: Deliver,
         interrupted: Callable[[], None],
+        restart_s: float = RESTART_S,
     ) -> None:
         self._kinds, self._namespaces = tuple(kinds), tuple(namespaces)
         self._deliver, self._interrupted = deliver, interrupted
+        self._restart_s = restart_s
 
     async def run(self) -> None:
         """Watch until cancelled; a kopf that fails is started again after a pause."""
         while True:
             await self._run_once()
-            logger.error("the watches have ended; they begin anew in %g s", RESTART_S)
-            await asyncio.sleep(RESTART_S)
+            logger.error("the watches have ended; they begin anew in %g s", self._restart_s)
+            await asyncio.sleep(self._restart_s)
             self._interrupted()
 
     async def _run_once(self) -> None:
@@ -74,14 +77,17 @@ class Watcher:
         def deliver(kind: Kind, type_: str | None, obj: Object) -> None:
             _call(loop, lambda: self._deliver(kind, type_, obj))
 
-        await kopf.operator(
-            registry=make_registry(self._kinds, deliver),
-            settings=make_settings(self._kinds),
-            clusterwide=not self._namespaces,
-            namespaces=self._namespaces,
-            standalone=True,
-            stop_flag=stop,
-        )
+        try:
+            await kopf.operator(
+                registry=make_registry(self._kinds, deliver),
+                settings=make_settings(self._kinds),
+                clusterwide=not self._namespaces,
+                namespaces=self._namespaces,
+                standalone=True,
+                stop_flag=stop,
+            )
+        finally:
+            stop.set()  # kopf waits for it in a thread that its loop waits for
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:

@@ -12,8 +12,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
-import aiohttp
-
 from faasmoe_operator.control.tasks import Tasks
 from faasmoe_operator.errors import PlatformError
 from faasmoe_operator.kube.api import KubeApi
@@ -32,6 +30,7 @@ from faasmoe_operator.platforms.pod_state import (
     name_of,
     uid_of,
 )
+from faasmoe_operator.platforms.probes import Probes
 from faasmoe_operator.platforms.roster import Roster
 
 logger = logging.getLogger(__name__)
@@ -93,24 +92,23 @@ class KubernetesPlatform:
         self._port = port
         self._roster = Roster()
         self._ending: dict[str, str] = {}
-        self._probes: dict[str, asyncio.Task[None]] = {}
+        self._probes = Probes(
+            interval_s=self._timing.probe_interval_s,
+            timeout_s=self._timing.probe_timeout_s,
+            ready=self._is_ready,
+        )
         self._tasks = Tasks()
 
     async def __aenter__(self) -> Self:
         """Read back the pods that there are."""
-        timeout = aiohttp.ClientTimeout(total=self._timing.probe_timeout_s)
-        self._http = aiohttp.ClientSession(timeout=timeout)
+        self._probes.open()
         self._refresh()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Stop looking; the pods go on."""
-        probes = list(self._probes.values())
-        for probe in probes:
-            probe.cancel()
-        await asyncio.gather(*probes, return_exceptions=True)
+        await self._probes.close()
         await self._tasks.end()
-        await self._http.close()
 
     async def run(self) -> None:
         """Follow the pods until cancelled."""
@@ -182,23 +180,25 @@ class KubernetesPlatform:
         """Add a sandbox or bring it up to date, and probe it while it starts."""
         name, going = name_of(pod), is_going(pod) or uid_of(pod) in self._ending
         known, now = self._roster.get(name), self._sandbox(pod, ready=False)
+        if known is None and going:
+            return  # an earlier control has ended it: it was never ours to lose
         is_ready = known is not None and known.ready and known.address == now.address and not going
         if is_ready:
             return
         if known != now:
-            self._stop_probe(name)
+            self._probes.stop(name)
             self._roster.put(now)
         if going or not now.address:
-            self._stop_probe(name)
-        elif name not in self._probes:
-            self._probes[name] = asyncio.create_task(self._probe(now))
+            self._probes.stop(name)
+        else:
+            self._probes.begin(name, now.address)
 
     def _sandbox(self, pod: Pod, *, ready: bool) -> Sandbox:
         template_hash = pod["metadata"]["labels"].get(TEMPLATE_LABEL, "")
         return Sandbox(name_of(pod), address_of(pod, port=self._port), ready, template_hash)
 
     def _lose(self, name: str, reason: str) -> None:
-        self._stop_probe(name)
+        self._probes.stop(name)
         sandbox = self._roster.get(name)
         if sandbox is None:
             return
@@ -230,23 +230,8 @@ class KubernetesPlatform:
             delay_s = next(delays_s, delay_s)
             await asyncio.sleep(delay_s)
 
-    def _stop_probe(self, name: str) -> None:
-        if probe := self._probes.pop(name, None):
-            probe.cancel()
-
-    async def _probe(self, sandbox: Sandbox) -> None:
-        """Ask a sandbox until it says that it is ready."""
-        while True:
-            if await self._answers_ready(sandbox.address):
-                break
-            await asyncio.sleep(self._timing.probe_interval_s)
-        self._probes.pop(sandbox.id)
+    def _is_ready(self, name: str) -> None:
+        """Take that a sandbox says that it is ready."""
         self.loss = ""
-        self._roster.put(replace(sandbox, ready=True))
-
-    async def _answers_ready(self, address: str) -> bool:
-        try:
-            async with self._http.get(f"http://{address}/readyz") as response:
-                return response.status == 200
-        except (aiohttp.ClientError, TimeoutError):
-            return False
+        if (sandbox := self._roster.get(name)) is not None:
+            self._roster.put(replace(sandbox, ready=True))

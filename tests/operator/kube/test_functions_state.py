@@ -8,6 +8,7 @@ from faasmoe_operator.kube.functions_state import (
     tenants_verdict,
 )
 from faasmoe_operator.kube.kinds import POD, Object
+from faasmoe_operator.kube.verdict import Verdict, bad
 from faasmoe_operator.spec.tenants import Tenant
 
 IDLE = CoreCounts(functions=72)
@@ -22,7 +23,13 @@ UNSCHEDULED = an_object(
     ("counts", "pods", "fault", "expected"),
     [
         pytest.param(None, [], None, ("Unknown", "Planning"), id="no-core-yet"),
-        pytest.param(None, [], "granularity: 7", ("False", "GranularityInvalid"), id="no-plan"),
+        pytest.param(
+            None,
+            [],
+            bad("GranularityInvalid", "granularity: 7"),
+            ("False", "GranularityInvalid"),
+            id="no-plan",
+        ),
         pytest.param(IDLE, [], None, ("True", "Planned"), id="at-zero"),
         pytest.param(IDLE, [UNSCHEDULED], None, ("False", "Unschedulable"), id="too-large"),
         pytest.param(
@@ -35,7 +42,7 @@ UNSCHEDULED = an_object(
     ],
 )
 def test_functions_are_ready_when_they_can_be_had(
-    counts: CoreCounts | None, pods: list[Object], fault: str | None, expected: tuple[str, str]
+    counts: CoreCounts | None, pods: list[Object], fault: Verdict | None, expected: tuple[str, str]
 ) -> None:
     verdict = functions_verdict(counts, pods, fault=fault)
     assert (verdict.status, verdict.reason) == expected

@@ -31,7 +31,7 @@ KILLED = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
 @pytest.mark.parametrize(
     ("pod", "reason", "says"),
     [
-        (unscheduled(NO_MEMORY), "Unschedulable", "3 Insufficient memory; ask for less in"),
+        (unscheduled(NO_MEMORY), "Unschedulable", "3 Insufficient memory; add nodes or"),
         (unscheduled(UNBOUND), "Unschedulable", "`kubectl describe pvc`"),
         (
             waiting("CreateContainerConfigError", 'secret "hub" not found'),

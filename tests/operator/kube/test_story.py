@@ -17,7 +17,7 @@ from sandboxes import PreparedStore
 
 from faasmoe_expert.table import FunctionTable
 from faasmoe_operator.control.api import models_app
-from faasmoe_operator.kube import core
+from faasmoe_operator.kube import blueprint
 from faasmoe_operator.kube.core import Grounds
 from faasmoe_operator.kube.keys import ModelKey
 from faasmoe_operator.kube.manifests import ModelContext
@@ -103,7 +103,7 @@ def test_from_zero_to_a_pod_through_a_restart_and_back_to_zero(
     summary = StoreSummary.from_termination_message(success(store.manifest).decode())
     assert isinstance(summary, StoreSummary)
     ctx = make_context(SPEC, name="tiny", summary=summary)
-    monkeypatch.setattr(core, "store_path", lambda _: str(store.path))
+    monkeypatch.setattr(blueprint, "store_path", lambda _: str(store.path))
 
     async def story() -> None:
         runner = ProcessRunner(ctx.secrets.token)

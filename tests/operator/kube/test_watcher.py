@@ -100,12 +100,16 @@ class Heard:
 
     def __init__(self) -> None:
         self.events: list[tuple[Kind, str | None, str]] = []
+        self.n_interruptions = 0
         self._came = asyncio.Event()
 
     def take(self, kind: Kind, type_: str | None, obj: Object) -> None:
         asyncio.get_running_loop()  # raises in any other thread than that of the loop
         self.events.append((kind, type_, obj["metadata"]["name"]))
         self._came.set()
+
+    def interrupt(self) -> None:
+        self.n_interruptions += 1
 
     async def until(self, n_events: int) -> None:
         async with asyncio.timeout(WAIT_S):
@@ -133,7 +137,11 @@ async def watching(
     monkeypatch.setenv("KUBECONFIG", str(folder / "kubeconfig"))
     heard = Heard()
     watcher = Watcher(
-        kinds=(MOEMODEL, POD), namespaces=namespaces, deliver=heard.take, interrupted=lambda: None
+        kinds=(MOEMODEL, POD),
+        namespaces=namespaces,
+        deliver=heard.take,
+        interrupted=heard.interrupt,
+        restart_s=0.01,
     )
     task = asyncio.create_task(watcher.run())
     try:
@@ -186,3 +194,21 @@ def test_asks_only_for_what_is_ours_and_writes_nothing(
         "/api/v1/namespaces/llm/pods": "app.kubernetes.io/managed-by=faasmoe-operator",
         "/apis/faasmoe.dev/v1alpha1/namespaces/llm/moemodels": None,
     }
+
+
+def test_begins_anew_when_kopf_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = ApiServer({"moemodels": [an_object(MOEMODEL, "moe")], "pods": []})
+
+    async def story() -> Heard:
+        async with watching(server, tmp_path, monkeypatch) as heard:
+            await heard.until(1)
+            await server.tell("pods", "ERROR", {"kind": "Status", "code": 500, "message": "etcd"})
+            await heard.until(2)
+        return heard
+
+    heard = asyncio.run(story())
+    assert heard.n_interruptions == 1
+    assert heard.events == [(MOEMODEL, None, "moe")] * 2
+    assert "kopf has failed" in caplog.text

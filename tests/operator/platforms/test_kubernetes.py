@@ -285,6 +285,22 @@ def test_a_new_platform_reads_back_what_runs() -> None:
     asyncio.run(story())
 
 
+def test_a_new_platform_does_not_count_what_an_earlier_one_has_ended() -> None:
+    async def story() -> None:
+        async with world() as (platform, made):
+            name = (await platform.create(TEMPLATE)).id
+            pod = made.api.pods()[name]
+            metadata = {**pod["metadata"], "deletionTimestamp": "2026-09-01T12:00:00Z"}
+            made.api.put({**pod, "metadata": metadata})
+            async with running(made.api, made.cache, made.port) as second:
+                assert await second.list() == ()
+                made.api.remove(POD, NAMESPACE, name)
+                await all_gone(platform)
+                assert second.loss == ""
+
+    asyncio.run(story())
+
+
 @pytest.mark.parametrize("change", ["component", "owner"])
 def test_pods_that_are_no_sandboxes_of_this_model_are_left_alone(change: str) -> None:
     async def story() -> None:
