@@ -9,6 +9,7 @@ RouterError
 ├── ActivationTimeout     functions that a request needs could not be started in time
 ├── StoreUnreadable       the store was removed or damaged while it was served
 ├── ConstraintError       a grammar that a text cannot be held to
+├── StoreCorrupted        bytes of the store that a request needs are wrong, and no sandbox has them
 └── GenerationFailed      a request that had been accepted could not be finished
     └── NoTokenAllowed    its own constraints leave no token that may come next
 """
@@ -44,6 +45,10 @@ class ActivationTimeout(RouterError):
 
 class StoreUnreadable(RouterError):
     """The store was removed or damaged while it was served; starting again does not help."""
+
+
+class StoreCorrupted(RouterError):
+    """Bytes of the store that a request needs are wrong, and no sandbox has right ones."""
 
 
 class GenerationFailed(RouterError):

@@ -22,6 +22,7 @@ from faasmoe_router.control.gate import HoldLimits
 from faasmoe_router.control.metrics import ControlMetrics
 from faasmoe_router.control.waker import Waker
 from faasmoe_router.dispatch import Dispatcher
+from faasmoe_router.dispatch.fanout import Timeouts
 from faasmoe_router.dispatch.filling import Holding
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.engine.engine import Engine
@@ -72,6 +73,7 @@ class RouterProcess:
             limits=_limits(config, model),
             metrics=EngineMetrics(registry, model_name),
             on_give_up=self._give_up,
+            request_timeout_s=config.request_timeout_s,
         )
         if link is not None:
             link.is_busy = lambda: self._engine.busy
@@ -135,9 +137,15 @@ def _make_dispatcher(store: Store, config: RouterConfig, metrics: DispatchMetric
     assert config.table is not None
     try:
         table = FunctionTable.loads(config.table.read_bytes())
-        return Dispatcher(store, table, token=config.token, metrics=metrics)
+        return Dispatcher(
+            store, table, token=config.token, metrics=metrics, timeouts=_timeouts(config)
+        )
     except (TableError, OSError) as error:
         raise ConfigError(f"FAASMOE_TABLE: {error}") from error
+
+
+def _timeouts(config: RouterConfig) -> Timeouts:
+    return Timeouts(config.connect_timeout_s, config.call_timeout_s, config.layer_timeout_s)
 
 
 def _link(
@@ -160,6 +168,7 @@ def _link(
         token=config.token,
         metrics=DispatchMetrics(registry),
         holding=Holding(waker.want_soon, timeout_s=config.hold_timeout_s),
+        timeouts=_timeouts(config),
     )
     return dispatcher, ControlLink(client, waker, dispatcher, settings=settings, metrics=metrics)
 

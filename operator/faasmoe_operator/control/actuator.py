@@ -18,6 +18,7 @@ from faasmoe_operator.control.fleet import Fleet
 from faasmoe_operator.control.metrics import ControlMetrics
 from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.sandbox_client import SandboxClient, SandboxError
+from faasmoe_operator.control.spoiled import Spoiled
 from faasmoe_operator.control.tasks import Tasks
 from faasmoe_operator.control.troubles import Step, Troubles
 from faasmoe_operator.errors import PlatformError
@@ -26,6 +27,8 @@ from faasmoe_operator.plan.fleet import AssignmentState, SandboxState
 from faasmoe_operator.platforms.base import Platform, Sandbox
 
 logger = logging.getLogger(__name__)
+
+CORRUPTED = "corrupted"  # a sandbox's code for bytes of the store that are wrong
 
 Place = tuple[str, str]
 """A sandbox's and a function's id."""
@@ -62,6 +65,8 @@ class Actuator:
     def __init__(self, fleet: Fleet, surroundings: Surroundings) -> None:
         self.troubles = Troubles()
         """Why sandboxes cannot be had or used at this moment."""
+        self.spoiled = Spoiled()
+        """Functions that are corrupted in the store."""
         self._fleet = fleet
         self._with = surroundings
         self._tasks = Tasks()
@@ -176,7 +181,7 @@ class Actuator:
         member = self._fleet.get(sandbox)
         if member is None:
             return
-        begun, why = self._with.clock(), "the attach was cut off"
+        begun, why, is_spoiled = self._with.clock(), "the attach was cut off", False
         self._n_attaching += 1
         try:
             spec, store = self._with.model.functions[function].spec, self._with.model.store
@@ -184,11 +189,15 @@ class Actuator:
             why = ""
         except SandboxError as error:
             why = str(error)
+            is_spoiled = error.code == CORRUPTED
         finally:
             self._n_attaching -= 1
-            if why:
+            if is_spoiled:
+                self._spoil(sandbox, function, why=why)
+            elif why:
                 self.give_up(sandbox, cause="attach", why=why)
             else:
+                self.spoiled.attached(function)
                 self._fleet.put(sandbox, function, AssignmentState.ATTACHED)
                 self._backoff = self._backoff.succeeded()
                 self.troubles.worked(Step.SERVE)
@@ -196,6 +205,17 @@ class Actuator:
                 self._with.attached()
             if self._n_attaching == 0:
                 self._with.changed()
+
+    def _spoil(self, sandbox: str, function: str, *, why: str) -> None:
+        """Go on after a corrupted block: elsewhere, but a sandbox that serves others stays."""
+        logger.error("function %s cannot be attached: %s", function, why)
+        self.spoiled.refused(function, self._with.clock())
+        self.troubles.failed(Step.SERVE, why)
+        self._with.metrics.failures.labels(CORRUPTED).inc()
+        self._fleet.remove(sandbox, function)
+        member = self._fleet.get(sandbox)
+        if member is not None and not member.functions:
+            self.give_up(sandbox, cause=CORRUPTED, why=why)
 
     async def _detach(self, sandbox: str, function: str, *, kept: asyncio.Event) -> None:
         if await self._is_kept((sandbox, function), kept):

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "faasmoe_expert.zygote")
 SOCKET_VARIABLE = "FAASMOE_ZYGOTE_SOCKET"
+VERIFIED_VARIABLE = "FAASMOE_VERIFIED_DIR"
+VERIFIED_NAME = "verified"
 MAX_SOCKET_PATH_BYTES = 106  # of sockaddr_un on Linux, less an ending zero and the zygote's ~
 END_TIMEOUT_S = 10.0
 GREETING_TIMEOUT_S = 5.0
@@ -49,7 +51,11 @@ def zygote_environment(socket: Path, *, token: str) -> dict[str, str]:
     if len(os.fsencode(socket)) > MAX_SOCKET_PATH_BYTES:
         expected = f"at most {MAX_SOCKET_PATH_BYTES} bytes"
         raise PlatformError(f"zygote socket: got {socket}, expected a path of {expected}")
-    own = {"FAASMOE_TOKEN": token, SOCKET_VARIABLE: str(socket)}
+    own = {
+        "FAASMOE_TOKEN": token,
+        SOCKET_VARIABLE: str(socket),
+        VERIFIED_VARIABLE: str(socket.parent / VERIFIED_NAME),
+    }
     return {**os.environ, **ENVIRONMENT, **own}
 
 

@@ -16,6 +16,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.logits_process import LogitsProcessorList
 
 from faasmoe_router.engine import scheduler
+from faasmoe_router.engine.isolation import Isolation
 from faasmoe_router.engine.memory import release_zeros
 from faasmoe_router.engine.prefixes import PrefixRealms, keep_apart
 from faasmoe_router.engine.processor import BrokenHandler, TokenChooser
@@ -105,6 +106,7 @@ class Batcher:
             keep_apart(processor.cache, self._realms)
         if self._computed is not None:
             processor.scheduler.computed = self._computed
+        Isolation(self._manager)
         release_zeros(processor.cache.cache_tensor)
         self._manager.start()
 

@@ -9,6 +9,7 @@ the restarts; then the engine gives up and says so, and the process had better e
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -87,6 +88,7 @@ class Engine:
         limits: EngineLimits,
         metrics: EngineMetrics,
         on_give_up: Callable[[], None] = lambda: None,
+        request_timeout_s: float = math.inf,
     ) -> None:
         self.limits = limits
         self.codec = codec
@@ -95,6 +97,7 @@ class Engine:
         self._model = model
         self._metrics = metrics
         self._on_give_up = on_give_up
+        self._request_timeout_s = request_timeout_s
         self._eos_ids = eos_ids_of(model)
         self.vocabulary = codec.vocabulary(n_tokens=self.vocab_size, eos_ids=self._eos_ids)
         self.grammars = GrammarCompiler(self.vocabulary)
@@ -316,6 +319,14 @@ class Engine:
         for sequence_id in sequence_ids:
             self._fail(sequence_id, GenerationFailed(why))
 
+    def _end_overdue(self, now_s: float) -> None:
+        """End the requests that have taken longer than any may."""
+        timeout_s = self._request_timeout_s
+        overdue = [i for i, r in self._running.items() if now_s - r.arrived_s > timeout_s]
+        for sequence_id in overdue:
+            why = f"the request was not finished within {timeout_s:g} s"
+            self._fail(sequence_id, GenerationFailed(why))
+
     def _counts(self) -> tuple[int, int]:
         if self._batcher is None:
             return 0, self._turns.n_waiting
@@ -325,6 +336,7 @@ class Engine:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
+            self._end_overdue(time.monotonic())
             if self._batcher is None or self._batcher.alive:
                 continue
             error = self._batcher.fatal_error

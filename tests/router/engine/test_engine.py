@@ -15,6 +15,7 @@ from faasmoe_router.engine.ending import Ending
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import Generation, GenerationRequest
 from faasmoe_router.engine.grammar import GrammarSource
+from faasmoe_router.engine.isolation import MAX_LONE_FAILURES
 from faasmoe_router.engine.penalties import Penalties
 from faasmoe_router.engine.sampling import SamplingParams
 from faasmoe_router.engine.text import TextCodec
@@ -48,6 +49,14 @@ async def _until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end_s, "the condition did not come true in time"
         await asyncio.sleep(0.01)
+
+
+async def _fail_until_it_dies(engine: Engine, prompt: Prompt) -> None:
+    """A request that fails alone ends nothing else; some in a row are not the requests' fault."""
+    for _ in range(MAX_LONE_FAILURES):
+        with pytest.raises(GenerationFailed):
+            await _texts(engine.generate([GenerationRequest(prompt, 5)]))
+    await _until(lambda: not engine.ready)
 
 
 def _run(engine: Engine, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
@@ -308,6 +317,28 @@ def test_waiting_requests_run_after_a_full_cache_was_freed_by_cancelling(
     _run(engine, work)
 
 
+def test_a_request_that_takes_longer_than_any_may_is_ended_and_freed(
+    make_engine: Maker, model: Any, prompt_ids: Prompt
+) -> None:
+    engine = make_engine()
+    engine._request_timeout_s = 0.3
+    forward, slow = model.forward, threading.Event()
+
+    def slowly(**given: Any) -> Any:
+        slow.wait(0.05)
+        return forward(**given)
+
+    model.forward = slowly
+
+    async def work() -> None:
+        with pytest.raises(GenerationFailed, match=r"within 0.3 s"):
+            await _texts(engine.generate([GenerationRequest(prompt_ids, 200)]))
+        await _until(lambda: engine._counts() == (0, 0))
+        await _texts(engine.generate([GenerationRequest(prompt_ids, 2)]))
+
+    _run(engine, work)
+
+
 def test_refuses_more_than_may_wait(make_engine: Maker, prompt_ids: Prompt) -> None:
     engine = make_engine(max_num_seqs=1, max_waiting=1)
 
@@ -367,9 +398,7 @@ def test_a_fatal_error_ends_what_runs_and_the_engine_starts_again(
 
     async def work() -> None:
         model.forward = broken
-        with pytest.raises(GenerationFailed):
-            await _texts(engine.generate([GenerationRequest(prompt_ids, 5)]))
-        await _until(lambda: not engine.ready)
+        await _fail_until_it_dies(engine, prompt_ids)
         with pytest.raises(EngineUnavailable):
             engine.generate([GenerationRequest(prompt_ids, 5)])
         model.forward = forward
@@ -396,9 +425,7 @@ def test_gives_up_when_errors_come_back(
         while not given_up.is_set():
             await _until(lambda: engine.ready or given_up.is_set())
             if engine.ready:
-                with pytest.raises(GenerationFailed):
-                    await _texts(engine.generate([GenerationRequest(prompt_ids, 5)]))
-                await _until(lambda: not engine.ready)
+                await _fail_until_it_dies(engine, prompt_ids)
         assert not engine.ready
 
     _run(engine, work)

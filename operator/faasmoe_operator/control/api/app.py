@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hmac
 import secrets
-import time
 from collections.abc import Awaitable, Callable, Iterable
 
 from aiohttp import web
@@ -27,15 +26,12 @@ Find = Callable[[str, str], tuple[Controller, str] | None]
 """Finds a model's controller and its token by namespace and name."""
 
 
-def make_app(
-    controller: Controller, *, token: str, clock: Callable[[], float] = time.time
-) -> web.Application:
+def make_app(controller: Controller, *, token: str) -> web.Application:
     """Return the API of a controller that has started.
 
     Args:
         controller: what is asked and told.
         token: the bearer token that /v1 asks for.
-        clock: the time of day.
     """
 
     async def metrics(_: web.Request) -> web.Response:
@@ -53,18 +49,15 @@ def make_app(
         return controller
 
     others = [web.get("/metrics", metrics), web.get("/healthz", healthz)]
-    return _app("", resolve, others, clock=clock)
+    return _app("", resolve, others)
 
 
-def models_app(
-    find: Find, *, others: Iterable[web.RouteDef] = (), clock: Callable[[], float] = time.time
-) -> web.Application:
+def models_app(find: Find, *, others: Iterable[web.RouteDef] = ()) -> web.Application:
     """Return the API of many models, each behind its own token.
 
     Args:
         find: finds a model's controller and token at each request.
         others: further routes, which ask for no token.
-        clock: the time of day.
     """
     nobodys_token = secrets.token_hex(32)
 
@@ -77,15 +70,13 @@ def models_app(
         _authorize(request, nobodys_token if found is None else found[1])
         return None if found is None else found[0]
 
-    return _app(MODEL_PATH, resolve, others, clock=clock)
+    return _app(MODEL_PATH, resolve, others)
 
 
 def _app(
     prefix: str,
     resolve: Callable[[web.Request], Controller | None],
     others: Iterable[web.RouteDef],
-    *,
-    clock: Callable[[], float],
 ) -> web.Application:
     @web.middleware
     async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -105,7 +96,7 @@ def _app(
             request[CONTROLLER] = controller
         return await handler(request)
 
-    routes = Routes(clock=clock)
+    routes = Routes()
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[errors, resolved])
     app.add_routes([*routes.under(prefix), *others])
     app.on_shutdown.append(routes.close)

@@ -6,7 +6,6 @@ Which model is meant, and that the caller may speak of it, was found out before.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 from aiohttp import web
 
@@ -21,14 +20,9 @@ CONTROLLER = web.RequestKey("controller", Controller)
 
 
 class Routes:
-    """The routes of a model's own API.
+    """The routes of a model's own API."""
 
-    Args:
-        clock: the time of day.
-    """
-
-    def __init__(self, *, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._closing = asyncio.Event()
 
     def under(self, prefix: str) -> list[web.RouteDef]:
@@ -50,7 +44,7 @@ class Routes:
     async def _load(self, request: web.Request) -> web.Response:
         controller = _controller(request)
         known = controller.model.functions
-        report = read_load(await request.read(), known=known, now_s=self._clock())
+        report = read_load(await request.read(), known=known)
         if controller.reports.is_full(report.router):
             raise invalid("router", report.router, "fewer routers")
         controller.take(report)
@@ -59,7 +53,7 @@ class Routes:
     async def _wake(self, request: web.Request) -> web.Response:
         controller = _controller(request)
         known = controller.model.functions
-        functions = read_wake(await request.read(), known=known, now_s=self._clock())
+        functions = read_wake(await request.read(), known=known)
         controller.wake(functions)
         return web.Response(status=202)
 
