@@ -1,9 +1,10 @@
 """Errors of the control plane; every message can be shown to a user as it is.
 
 FaasmoeError
-├── MoEModelError   a MoEModel file that cannot be used (spec/document.py)
+├── MoEModelError   a MoEModel that cannot be used (spec/)
 ├── PlanError       a model that cannot be cut as asked (plan/functions.py)
 ├── PlatformError   sandboxes that cannot be started or were lost (platforms/)
+├── ApiError        the Kubernetes API said no, or nothing (kube/errors.py)
 ├── SandboxError    a sandbox that refused or did not answer (control/sandbox_client.py)
 └── CommandError    a command that cannot do its work (cli/)
 """
@@ -11,6 +12,18 @@ FaasmoeError
 
 class FaasmoeError(Exception):
     """Anything that the control plane reports to its user without a traceback."""
+
+
+class MoEModelError(FaasmoeError):
+    """A MoEModel that cannot be used.
+
+    Attributes:
+        problems: one line for each fault: field, what was got, what was expected.
+    """
+
+    def __init__(self, name: str, problems: list[str]) -> None:
+        super().__init__("\n".join(f"{name}: {problem}" for problem in problems))
+        self.problems = tuple(problems)
 
 
 class PlanError(FaasmoeError):

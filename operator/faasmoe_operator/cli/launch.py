@@ -16,6 +16,7 @@ from faasmoe_operator.cli.control import ControlPort, Secrets
 from faasmoe_operator.cli.logs import Logs
 from faasmoe_operator.cli.runtime import Running
 from faasmoe_operator.cli.supervision import Kept, kept
+from faasmoe_operator.cli.tenants import write_tenants
 from faasmoe_operator.control.deployment import Deployment
 from faasmoe_operator.errors import CommandError
 from faasmoe_operator.platforms import zygote
@@ -115,7 +116,11 @@ async def running_processes(launch: Launch, logs: Logs) -> AsyncIterator[Process
             child.running(
                 router.COMMAND,
                 environment=router.environment(
-                    launch.deployment, launch.endpoint, control_url=launch.port.url, token=token
+                    launch.deployment,
+                    launch.endpoint,
+                    control_url=launch.port.url,
+                    token=token,
+                    tenants_file=write_tenants(launch.deployment, launch.folder),
                 ),
                 log=logs.sink("router"),
                 grace_s=router.GRACE_S,

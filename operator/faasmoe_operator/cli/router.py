@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import aiohttp
 
@@ -54,7 +55,12 @@ class Endpoint:
 
 
 def environment(
-    deployment: Deployment, endpoint: Endpoint, *, control_url: str, token: str
+    deployment: Deployment,
+    endpoint: Endpoint,
+    *,
+    control_url: str,
+    token: str,
+    tenants_file: Path | None = None,
 ) -> dict[str, str]:
     """Return the whole environment of the router.
 
@@ -63,9 +69,9 @@ def environment(
         endpoint: where.
         control_url: address of the control API.
         token: the sandboxes' and the control's token.
+        tenants_file: who may use it; everyone without.
     """
     router = deployment.model.spec.router
-    length = {} if router.max_model_len is None else {"MAX_MODEL_LEN": router.max_model_len}
     settings = {
         "STORE": deployment.store_path,
         "CONTROL_URL": control_url,
@@ -75,15 +81,18 @@ def environment(
         "DEVICE": router.device,
         "MAX_NUM_SEQS": router.max_num_seqs,
         "MAX_NUM_BATCHED_TOKENS": router.max_num_batched_tokens,
+        "MAX_WAITING": router.max_waiting,
+        "MAX_MODEL_LEN": router.max_model_len,
+        "KV_CACHE_BYTES": router.kv_cache_bytes,
+        "TENANTS_FILE": tenants_file,
         "TOKEN": token,
-        **length,
     }
     return {
         # Threads that wait by spinning steal the cores that the sandboxes compute on.
         "OMP_WAIT_POLICY": "PASSIVE",
         **os.environ,
         **{variable.name: variable.value for variable in router.env},
-        **{f"FAASMOE_{name}": str(value) for name, value in settings.items()},
+        **{f"FAASMOE_{name}": str(value) for name, value in settings.items() if value is not None},
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from faasmoe_operator.cli.memory import format_bytes
@@ -13,7 +13,12 @@ HEADER = ("PROCESS", "PID", "MEMORY")
 
 
 def describe(
-    status: Mapping[str, Any], *, url: str, control_url: str, pids: Mapping[str, int | None]
+    status: Mapping[str, Any],
+    *,
+    url: str,
+    control_url: str,
+    pids: Mapping[str, int | None],
+    tenants: Sequence[str] = (),
 ) -> str:
     """Return endpoints and memory as text; memory is what each process has touched (PSS).
 
@@ -22,6 +27,7 @@ def describe(
         url: the router's address.
         control_url: the control API's address.
         pids: the processes that are no sandboxes, by name.
+        tenants: names of those who may use the model; none if it is open.
     """
     functions, sandboxes = status["functions"], status["sandboxes"]
     n_up = sum(function["ready"] > 0 for function in functions)
@@ -36,6 +42,7 @@ def describe(
             f"in {len(sandboxes)} sandboxes",
             "",
             f"  OpenAI base URL  {url}/v1",
+            *(f"  tenant           {name}: {url}/{name}/v1" for name in tenants),
             f"  model            {status['model']}",
             f"  control          {control_url}  (faasmoe top)",
             "",

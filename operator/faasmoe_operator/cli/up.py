@@ -22,6 +22,7 @@ from faasmoe_operator.cli.runtime import announce, runtime_folder
 from faasmoe_operator.cli.service import describe
 from faasmoe_operator.control.deployment import Deployment
 from faasmoe_operator.errors import CommandError
+from faasmoe_operator.spec.platform import platform_notes
 
 PREPARE_GRACE_S = 10.0
 
@@ -49,6 +50,9 @@ def add_commands(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal or a failure."""
     deployment = Deployment.load(arguments.file)
+    deployment.check_keys()
+    for note in platform_notes(deployment.model):
+        say(note)
     endpoint = router.Endpoint(arguments.host, arguments.port)
     endpoint.check_free()
     with Logs(arguments.log_dir) as logs:
@@ -112,7 +116,13 @@ async def _tell_when_serving(launch: Launch, processes: Processes) -> None:
     await control.wait_answering(url)
     await router.wait_serving(launch.endpoint, progress=say)
     status = await control.fetch_status(url, token=launch.secrets.token)
-    text = describe(status, url=launch.endpoint.url, control_url=url, pids=processes.pids)
+    text = describe(
+        status,
+        url=launch.endpoint.url,
+        control_url=url,
+        pids=processes.pids,
+        tenants=[tenant.name for tenant in launch.deployment.model.spec.tenants],
+    )
     print(text, flush=True)
 
 

@@ -13,9 +13,10 @@ from faasmoe_operator.errors import PlanError
 from faasmoe_operator.plan.functions import Cut, plan_functions
 from faasmoe_operator.platforms.base import SandboxTemplate
 from faasmoe_operator.spec import MoEModel, MoEModelError, load_moemodel
+from faasmoe_operator.spec.model_source import FILE_SCHEME, HUB_SCHEME
+from faasmoe_operator.spec.platform import process_problems
+from faasmoe_operator.spec.tenants import Tenant
 
-FILE_SCHEME = "file://"
-HUB_SCHEME = "hf://"
 _COMMIT = re.compile(r"[0-9a-f]{40}")  # a branch or tag may have moved, a commit never does
 
 
@@ -33,8 +34,11 @@ class Deployment:
 
     @classmethod
     def load(cls, file: Path) -> Deployment:
-        """Read a MoEModel file; raises MoEModelError."""
-        return cls(file, load_moemodel(file))
+        """Read a MoEModel file; raises MoEModelError, also of what only Kubernetes can serve."""
+        model = load_moemodel(file)
+        if problems := process_problems(model):
+            raise MoEModelError(str(file), problems)
+        return cls(file, model)
 
     @property
     def source(self) -> str:
@@ -67,6 +71,20 @@ class Deployment:
         """What the sandboxes are like."""
         experts = self.model.spec.experts
         return SandboxTemplate(experts.functions_per_sandbox, experts.device, experts.threads)
+
+    def keys_path(self, tenant: Tenant) -> Path:
+        """Return the folder of a tenant's API keys; raises MoEModelError if there is none."""
+        path = (self.file.parent / (tenant.api_keys_path or "")).resolve()
+        if tenant.api_keys_path is None or not path.is_dir():
+            index = self.model.spec.tenants.index(tenant)
+            what = f"got {path}, expected a folder with one file for each API key"
+            self._refuse(f"spec.tenants.{index}.apiKeysPath", what)
+        return path
+
+    def check_keys(self) -> None:
+        """Raise MoEModelError of a tenant whose folder of API keys is not there."""
+        for tenant in self.model.spec.tenants:
+            self.keys_path(tenant)
 
     def open_store(self) -> Store:
         """Open the store and check that it is the model's; raises StoreError or MoEModelError."""

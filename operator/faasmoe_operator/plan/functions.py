@@ -87,6 +87,17 @@ def function_bytes(function: FunctionSpec, layers: Sequence[LayerShape]) -> int:
     )
 
 
+def largest_function_bytes(layers: Sequence[LayerShape], cut: Cut) -> int:
+    """Return the size of the largest function's weights; raises PlanError as planning would."""
+    _check(layers, cut)
+    return max(_first_block_bytes(g, cut) for g in _layer_groups(layers, cut.layers_per_function))
+
+
+def _first_block_bytes(group: Sequence[LayerShape], cut: Cut) -> int:
+    size = len(next(_blocks(group[0].num_experts, cut.experts_per_function)))
+    return sum(layer.expert_bytes * size + layer.shared_bytes for layer in group)
+
+
 def _check(layers: Sequence[LayerShape], cut: Cut) -> None:
     if not layers:
         raise PlanError("layers: got a model without MoE layers, expected at least one")

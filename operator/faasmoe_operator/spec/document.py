@@ -9,23 +9,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from faasmoe_operator.errors import FaasmoeError
+from faasmoe_operator.errors import MoEModelError
 from faasmoe_operator.spec.moemodel import MoEModel
 from faasmoe_operator.spec.problems import describe
 
 MAX_FILE_BYTES = 1 << 20
-
-
-class MoEModelError(FaasmoeError):
-    """A MoEModel that cannot be used.
-
-    Attributes:
-        problems: one line for each fault: field, what was got, what was expected.
-    """
-
-    def __init__(self, name: str, problems: list[str]) -> None:
-        super().__init__("\n".join(f"{name}: {problem}" for problem in problems))
-        self.problems = tuple(problems)
 
 
 def load_moemodel(path: Path) -> MoEModel:

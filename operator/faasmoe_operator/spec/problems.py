@@ -9,7 +9,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from faasmoe_operator.spec.patterns import WORDS
+
 MAX_SHOWN_CHARS = 80
+KEY_TAG = "[key]"  # pydantic's, after a key that is itself at fault
 
 _BOUNDS = {
     "greater_than_equal": "{ge:g} or more",
@@ -32,17 +35,11 @@ _EXPECTED = _BOUNDS | {
     "literal_error": "{expected}",
     "string_too_short": "at least {min_length} characters",
     "string_too_long": "at most {max_length} characters",
+    "too_short": "at least {min_length} entries",
     "too_long": "at most {max_length} entries",
+    "quantity": "{expected}",
     "rule_broken": "{expected}",
     "invalid_key": "a text as the key",
-}
-
-_PATTERNS = {
-    "source": "hf://ORG/NAME or file://PATH",
-    "name": "small letters, digits and '-', a letter or digit at both ends",
-    "namespace": "small letters, digits and '-', a letter or digit at both ends",
-    "layers": 'indices such as "0-3,7"',
-    "experts": 'indices such as "0-3,7"',
 }
 
 
@@ -61,7 +58,7 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
             lines.setdefault(path, _presence(detail, path, root))
             continue
         found = alternatives.setdefault(path, {})
-        found[detail["type"]] = _expected(detail, path)
+        found[detail["type"]] = _expected(detail)
         # Of a union, the member that the value nearly fits is the one to speak of.
         spoken = [found[kind] for kind in found if kind in _BOUNDS] or list(found.values())
         lines[path] = f"{path}: got {_got(detail)}, expected {' or '.join(spoken)}"
@@ -70,8 +67,13 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
 
 def _path(detail: ErrorDetails, root: type[BaseModel]) -> str:
     """Return the camelCase path, without the tags that pydantic adds for the parts of a union."""
-    known = _field_names(root)
-    parts = [str(p) for p in detail["loc"] if isinstance(p, int) or p in known]
+    schema = root.model_json_schema(by_alias=True)
+    node: Mapping[str, Any] | None = schema
+    parts: list[str] = []
+    for part in detail["loc"]:
+        if (below := _below(node, part, schema)) is not None:
+            parts.append(str(part))
+            node = below
     if detail["type"] == "extra_forbidden" and str(detail["loc"][-1]) not in parts[-1:]:
         parts.append(str(detail["loc"][-1]))
     if detail["type"] == "rule_broken":
@@ -79,17 +81,29 @@ def _path(detail: ErrorDetails, root: type[BaseModel]) -> str:
     return ".".join(parts) or "document"
 
 
-def _field_names(model: type[BaseModel]) -> set[str]:
-    """Return every field name of a model and of the models within it."""
-    names: set[str] = set()
-    for definition in _definitions(model):
-        names |= set(definition.get("properties", {}))
-    return names
+def _below(
+    node: Mapping[str, Any] | None, part: str | int, schema: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    """Return the schema of a node's part; None if the part is a tag and not in the file."""
+    if node is None or part == KEY_TAG:
+        return None
+    node = _resolved(node, schema)
+    if isinstance(part, int):
+        found: Any = node.get("items", True)
+    else:
+        values = [*node.get("patternProperties", {}).values(), node.get("additionalProperties")]
+        found = node.get("properties", {}).get(part, values[0])
+    return {} if found is True else found or None
 
 
-def _definitions(model: type[BaseModel]) -> list[Mapping[str, Any]]:
-    schema = model.model_json_schema(by_alias=True)
-    return [schema, *schema.get("$defs", {}).values()]
+def _resolved(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a node refers to, or what it is if it is not null."""
+    while "$ref" in node or "anyOf" in node:
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+        else:
+            node = next(entry for entry in node["anyOf"] if entry.get("type") != "null")
+    return node
 
 
 def _presence(detail: ErrorDetails, path: str, root: type[BaseModel]) -> str:
@@ -103,12 +117,10 @@ def _presence(detail: ErrorDetails, path: str, root: type[BaseModel]) -> str:
 
 def _siblings(parents: list[str], root: type[BaseModel]) -> list[str]:
     schema = root.model_json_schema(by_alias=True)
-    node: Mapping[str, Any] = schema
+    node: Mapping[str, Any] | None = schema
     for name in parents:
-        node = node["items"] if name.isdigit() else node["properties"][name]
-        while "$ref" in node:
-            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
-    return list(node.get("properties", {}))
+        node = _below(node, int(name) if name.isdigit() else name, schema)
+    return list(_resolved(node or {}, schema).get("properties", {}))
 
 
 def _got(detail: ErrorDetails) -> str:
@@ -121,10 +133,10 @@ def _got(detail: ErrorDetails) -> str:
     return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "…"
 
 
-def _expected(detail: ErrorDetails, path: str) -> str:
+def _expected(detail: ErrorDetails) -> str:
     if detail["type"] == "string_pattern_mismatch":
-        field = path.rpartition(".")[2]
-        return _PATTERNS.get(field, f"a text like {detail['ctx']['pattern']}")
+        pattern = detail["ctx"]["pattern"]
+        return WORDS.get(pattern, f"a text like {pattern}")
     template = _EXPECTED.get(detail["type"])
     if template is None:
         return detail["msg"]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 
-MAX_INDEX = 9999
-PATTERN = r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$"
+from faasmoe_operator.spec.patterns import INDICES, WORDS
 
 
 def parse_ranges(text: str) -> frozenset[int]:
     """Return the indices of a text such as "0-3,7"; raises ValueError with what was expected."""
-    if not re.fullmatch(PATTERN, text):
-        raise ValueError('indices such as "0-3,7"')
+    if not re.fullmatch(INDICES, text):
+        raise ValueError(WORDS[INDICES])
     indices: set[int] = set()
     for part in text.split(","):
         first, _, last = part.partition("-")

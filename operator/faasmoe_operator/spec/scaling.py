@@ -7,7 +7,15 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from faasmoe_operator.spec.base import Part, rule_broken
-from faasmoe_operator.spec.ranges import PATTERN, parse_ranges
+from faasmoe_operator.spec.extensions import Extension, cel, checked, rules
+from faasmoe_operator.spec.patterns import INDICES
+from faasmoe_operator.spec.ranges import parse_ranges
+
+_IN_OVERRIDE = "(has(one.{0}) ? one.{0} : self.{0})"
+_RISING = (
+    "self.split(',').map(part, part.split('-')).all(ends, "
+    "ends.size() == 1 || int(ends[0]) <= int(ends[1]))"
+)
 
 Scale = Annotated[int, Field(ge=0, le=1000)]
 MaxScale = Annotated[int, Field(ge=1, le=1000)]
@@ -20,7 +28,30 @@ UpRate = Annotated[float, Field(gt=1, le=10_000)]
 DownRate = Annotated[float, Field(gt=1, le=10_000)]
 GraceSeconds = Annotated[float, Field(ge=0, le=3600)]
 DelaySeconds = Annotated[float, Field(ge=0, le=3600)]
-Ranges = Annotated[str, Field(pattern=PATTERN, max_length=256)]
+Ranges = Annotated[
+    str,
+    Field(
+        pattern=INDICES,
+        max_length=128,
+        json_schema_extra=checked(cel(_RISING, "expected each range to rise, such as 0-3")),
+    ),
+]
+
+
+def _at_most_max(field: str) -> Extension:
+    return cel(f"self.{field} <= self.maxScale", "expected at most maxScale", field=f".{field}")
+
+
+def _at_most_max_in_overrides(field: str) -> Extension:
+    within = f"{_IN_OVERRIDE.format(field)} <= {_IN_OVERRIDE.format('maxScale')}"
+    message = f"expected {field} of each override to be at most maxScale, its own or the general"
+    rule = f"!has(self.overrides) || self.overrides.all(one, {within})"
+    return cel(rule, message, field=".overrides")
+
+
+_PANIC = "expected a panic window of 1 s or more: windowSeconds * panicWindowPercentage / 100"
+_PANIC_S = "{} * {} >= 100.0"
+_BOUNDED = ("minScale", "initialScale", "activationScale")
 
 
 class ScalingOverride(Part):
@@ -28,6 +59,10 @@ class ScalingOverride(Part):
 
     What is not given stays as it is for all functions. Of several overrides the last one wins.
     """
+
+    model_config = rules(
+        cel("has(self.layers) || has(self.experts)", "expected layers, experts or both to be given")
+    )
 
     layers: Ranges | None = Field(None, description='MoE layers, such as "0-3,7"; all if left out.')
     experts: Ranges | None = Field(None, description='Experts, such as "0-19"; all if left out.')
@@ -62,6 +97,23 @@ class ScalingOverride(Part):
 class Scaling(Part):
     """Knative's pod autoscaler for each function, concurrency as its metric."""
 
+    model_config = rules(
+        *map(_at_most_max, _BOUNDED),
+        *map(_at_most_max_in_overrides, _BOUNDED),
+        cel(
+            _PANIC_S.format("self.windowSeconds", "self.panicWindowPercentage"),
+            _PANIC,
+            field=".panicWindowPercentage",
+        ),
+        cel(
+            "!has(self.overrides) || self.overrides.all(one, "
+            + _PANIC_S.format(*map(_IN_OVERRIDE.format, ("windowSeconds", "panicWindowPercentage")))
+            + ")",
+            f"{_PANIC}, in each override too",
+            field=".overrides",
+        ),
+    )
+
     min_scale: Scale = Field(0, description="Replicas that are always kept.")
     max_scale: MaxScale = Field(8, description="Replicas at most.")
     initial_scale: Scale = Field(
@@ -93,7 +145,7 @@ class Scaling(Part):
         0, description="How long a lower load must last before replicas go."
     )
     overrides: tuple[ScalingOverride, ...] = Field(
-        (), strict=False, max_length=256, description="Other settings for some functions."
+        (), strict=False, max_length=64, description="Other settings for some functions."
     )
 
     @model_validator(mode="after")

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from faasmoe_expert.lifeline import LifelineError, die_with_parent
-from faasmoe_expert.store import StoreError
+from faasmoe_expert.store import Store, StoreError
 from faasmoe_router.checkpoint.architecture import DTYPES
 from faasmoe_router.checkpoint.errors import PrepareError
 from faasmoe_router.checkpoint.prepare import prepare
 from faasmoe_router.checkpoint.progress import Bar
+from faasmoe_router.checkpoint.repetition import finished
+from faasmoe_router.checkpoint.termination import exit_status, run_logged
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except (PrepareError, StoreError, LifelineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_status(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,6 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--revision", help="branch, tag or commit of the hub's repository")
     command.add_argument("--dtype", choices=sorted(DTYPES), help="by default the checkpoint's")
     command.add_argument("--force", action="store_true", help="replace a store of another source")
+    command.add_argument(
+        "--termination-log",
+        type=Path,
+        metavar="FILE",
+        help="for a Kubernetes Job: write what became of it to FILE, as JSON; a complete store of "
+        "this source is taken as it is, without asking the hub or reading it again",
+    )
     command.set_defaults(run=_prepare)
     command = commands.add_parser("demo-model", help="make the demo model's checkpoint")
     command.add_argument("folder", type=Path, help="folder of the checkpoint")
@@ -48,8 +57,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    log: Path | None = args.termination_log
+    store = (
+        _store(args) if log is None else run_logged(lambda: _finished(args) or _store(args), log)
+    )
+    manifest = store.manifest
+    lean = sum(layer.kernel is not None for layer in manifest.layers)
+    print(f"{store.path}: {manifest.model.architecture}, {manifest.model.dtype}")
+    print(f"{len(manifest.layers)} MoE layers, {lean} with the lean kernel; {manifest.digest}")
+    return 0
+
+
+def _finished(args: argparse.Namespace) -> Store | None:
+    if args.force:
+        return None
+    return finished(args.source, args.store, revision=args.revision, dtype=args.dtype)
+
+
+def _store(args: argparse.Namespace) -> Store:
     with Bar() as bar:
-        store = prepare(
+        return prepare(
             args.source,
             args.store,
             revision=args.revision,
@@ -57,11 +84,6 @@ def _prepare(args: argparse.Namespace) -> int:
             force=args.force,
             progress=bar,
         )
-    manifest = store.manifest
-    lean = sum(layer.kernel is not None for layer in manifest.layers)
-    print(f"{store.path}: {manifest.model.architecture}, {manifest.model.dtype}")
-    print(f"{len(manifest.layers)} MoE layers, {lean} with the lean kernel; {manifest.digest}")
-    return 0
 
 
 def _demo_model(args: argparse.Namespace) -> int:

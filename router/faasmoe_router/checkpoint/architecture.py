@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from faasmoe_router.checkpoint.errors import PrepareError
+from faasmoe_router.checkpoint.errors import SourceUnsupported
 
 DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -81,7 +81,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each family checks its config in its own way
-        raise PrepareError(f"{folder / 'config.json'}: transformers refused it: {error}") from error
+        raise SourceUnsupported(
+            f"{folder / 'config.json'}: transformers refused it: {error}"
+        ) from error
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> Skeleton:
@@ -91,7 +93,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> Skeleton:
         PrepareError: the class is unknown, the dtype is not served, or there are no experts.
     """
     if dtype not in DTYPES.values():
-        raise PrepareError(f"dtype: got {dtype}, expected one of {', '.join(DTYPES)}")
+        raise SourceUnsupported(f"dtype: got {dtype}, expected one of {', '.join(DTYPES)}")
     cls = _model_class(config)
     config.dtype = dtype
     for name in config.sub_configs:
@@ -111,7 +113,7 @@ def _on_meta(
         try:
             return cls(config)
         except Exception as error:  # sizes that cannot be, a class of another family, and so on
-            raise PrepareError(
+            raise SourceUnsupported(
                 f"config.json: {cls.__name__} cannot be built from it: "
                 f"{type(error).__name__}: {error}"
             ) from error
@@ -121,7 +123,7 @@ def find_experts(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
     """Return the experts modules of `model` in the order of named_modules."""
     found = [(name, module) for name, module in model.named_modules() if is_experts(module)]
     if not found:
-        raise PrepareError(
+        raise SourceUnsupported(
             f"model: got family {model.config.model_type!r} (class {type(model).__name__}), which "
             "has no experts module, expected one that transformers decorates with "
             "use_experts_implementation (the ExpertsInterface)"
@@ -133,7 +135,7 @@ def _experts(model: PreTrainedModel, name: str, *, index: int) -> ExpertsModule:
     module: Any = model.get_submodule(name)
     num_experts, top_k = int(module.num_experts), _top_k(model, name)
     if top_k > num_experts:
-        raise PrepareError(
+        raise SourceUnsupported(
             f"config: got {top_k} experts per token in {name}, expected at most {num_experts}, "
             "the experts that there are"
         )
@@ -156,7 +158,7 @@ def _top_k(model: PreTrainedModel, name: str) -> int:
             value: Any = getattr(holder, attribute, None)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
-    raise PrepareError(
+    raise SourceUnsupported(
         f"config: got none of {', '.join(_TOP_K_NAMES)} as an integer, "
         f"expected the number of experts per token of {name}"
     )
@@ -165,14 +167,18 @@ def _top_k(model: PreTrainedModel, name: str) -> int:
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     names = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise PrepareError(f"config.architectures: got {names!r}, expected a list of class names")
+        raise SourceUnsupported(
+            f"config.architectures: got {names!r}, expected a list of class names"
+        )
     if not names and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     if not names:
-        raise PrepareError("config.architectures: got nothing, expected a class of transformers")
+        raise SourceUnsupported(
+            "config.architectures: got nothing, expected a class of transformers"
+        )
     cls = getattr(transformers, names[0], None)
     if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
-        raise PrepareError(
+        raise SourceUnsupported(
             f"config.architectures: got {names[0]!r}, expected a model class of transformers "
             f"{transformers.__version__}"
         )

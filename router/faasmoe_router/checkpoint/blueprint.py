@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from faasmoe_router.checkpoint.architecture import ExpertsModule, Skeleton
 from faasmoe_router.checkpoint.conversion import Conversion, Job, Piece, plan_conversion
-from faasmoe_router.checkpoint.errors import PrepareError
+from faasmoe_router.checkpoint.errors import SourceUnsupported
 from faasmoe_router.checkpoint.layout import FileLayout, TensorSpec, lay_out, lay_out_router
 from faasmoe_router.checkpoint.tensors import LazyTensor
 from faasmoe_router.checkpoint.tying import aliases
@@ -77,7 +77,7 @@ def _converted(
             if target not in expected:
                 continue
             if shape != tuple(expected[target].shape):
-                raise PrepareError(
+                raise SourceUnsupported(
                     f"{target}: got shape {list(shape)}, expected {list(expected[target].shape)}"
                 )
             name = names.get(target, target)
@@ -95,7 +95,7 @@ def _initial_values(
     required = sorted(set(missing) - set(optional))
     if required:
         more = f" and {len(required) - 5} more" if len(required) > 5 else ""
-        raise PrepareError(
+        raise SourceUnsupported(
             f"checkpoint: got no tensor for {', '.join(required[:5])}{more}, "
             f"expected every parameter of {type(model).__name__}"
         )
@@ -148,7 +148,7 @@ def _owners(
         }
         owner = by_name.get(stored.pop())
         if owner is None or stored:
-            raise PrepareError(
+            raise SourceUnsupported(
                 f"{experts.name}: got some parameters tied to others, "
                 "expected all of them or none tied to one experts module"
             )

@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from faasmoe_router.checkpoint.errors import PrepareError
+from faasmoe_router.checkpoint.errors import SourceUnsupported
 from faasmoe_router.checkpoint.tensors import FLOATS, LazyTensor
 
 PIECE_BYTES = 16 << 20
@@ -80,7 +80,7 @@ def plan_conversion(
         job = jobs.setdefault(name, Job(name, converter, dtypes.of(name, expected[name])))
         _refuse_quantised(key, tensors[key], job.dtype)
         if pattern is None and job.sources:
-            raise PrepareError(
+            raise SourceUnsupported(
                 f"{name}: got tensors {', '.join((*job.sources, key))} for it, expected one"
             )
         job.sources.setdefault(pattern or key, []).append(tensors[key])
@@ -136,7 +136,7 @@ def _rename(
 def _refuse_quantised(key: str, tensor: LazyTensor, dtype: torch.dtype) -> None:
     """Refuse codes in place of weights: read as numbers, without their scales, they are noise."""
     if dtype.is_floating_point and tensor.get_dtype() not in FLOATS:
-        raise PrepareError(
+        raise SourceUnsupported(
             f"{key}: got dtype {tensor.get_dtype()}, expected one of {', '.join(FLOATS)}: "
             "quantised weights are not served"
         )
@@ -152,7 +152,7 @@ def _dry_run(job: Job, model: PreTrainedModel) -> None:
         converted = _convert(job, sources, model)
     except Exception as error:
         names = ", ".join(sorted(job.sources))
-        raise PrepareError(f"{job.name}: cannot be made of {names}: {error}") from error
+        raise SourceUnsupported(f"{job.name}: cannot be made of {names}: {error}") from error
     job.targets = {name: tuple(tensor.shape) for name, tensor in converted.items()}
 
 

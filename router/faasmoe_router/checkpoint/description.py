@@ -8,7 +8,7 @@ from faasmoe_expert.store import LayerEntry, ModelEntry
 from faasmoe_router.checkpoint.agreement import agreeing_kernel
 from faasmoe_router.checkpoint.architecture import ExpertsModule, Skeleton
 from faasmoe_router.checkpoint.blueprint import Blueprint
-from faasmoe_router.checkpoint.errors import PrepareError
+from faasmoe_router.checkpoint.errors import SourceUnsupported
 from faasmoe_router.checkpoint.layout import FileLayout
 from faasmoe_router.checkpoint.source import Source
 
@@ -64,4 +64,4 @@ def _size(config: Any, *names: str) -> int:
         value = getattr(config, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
-    raise PrepareError(f"config: got none of {', '.join(names)}, expected an integer")
+    raise SourceUnsupported(f"config: got none of {', '.join(names)}, expected an integer")

@@ -24,7 +24,7 @@ from faasmoe_expert.store import (
     StoreError,
     sha256_of_file,
 )
-from faasmoe_router.checkpoint.errors import PrepareError
+from faasmoe_router.checkpoint.errors import PrepareError, StoreMismatch
 from faasmoe_router.checkpoint.writer import sync_folder, write_durably
 
 _LOCK, _JOURNAL, _ORIGIN = ".lock", ".journal", ".origin.json"
@@ -125,7 +125,7 @@ class StoreFolder:
             known |= {MANIFEST_NAME, f"{MANIFEST_NAME}.partial", f"{_ORIGIN}.partial", *_PARTS}
         foreign = sorted(set(os.listdir(self.path)) - known)
         if foreign:
-            raise PrepareError(
+            raise StoreMismatch(
                 f"store: got {self.path} with {', '.join(foreign[:5])} in it, "
                 "expected an empty folder or a store"
             )

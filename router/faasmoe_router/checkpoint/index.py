@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from faasmoe_router.checkpoint.errors import PrepareError
+from faasmoe_router.checkpoint.errors import PrepareError, SourceNotFound
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -34,6 +34,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`; raises PrepareError that names the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SourceNotFound(f"{path}: cannot be read: {error.strerror}") from error
     except OSError as error:
         raise PrepareError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:

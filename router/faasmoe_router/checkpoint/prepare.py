@@ -13,7 +13,7 @@ from faasmoe_router.checkpoint.blueprint import Blueprint, draw
 from faasmoe_router.checkpoint.companions import companion_files
 from faasmoe_router.checkpoint.conversion import Piece, run_job
 from faasmoe_router.checkpoint.description import describe_layers, describe_model
-from faasmoe_router.checkpoint.errors import PrepareError
+from faasmoe_router.checkpoint.errors import NoSpace, SourceUnsupported, StoreMismatch
 from faasmoe_router.checkpoint.folder import StoreFolder, locked
 from faasmoe_router.checkpoint.progress import Progress, Silent
 from faasmoe_router.checkpoint.source import Source, resolve_source
@@ -51,7 +51,7 @@ def prepare(
         StoreError: the store is complete but damaged.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise PrepareError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
+        raise SourceUnsupported(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
     checkpoint = resolve_source(source, revision=revision)
     fingerprint = checkpoint.fingerprint(dtype=dtype)
     with locked(store) as folder:
@@ -74,7 +74,7 @@ def _verified(folder: StoreFolder) -> Store:
 def _replace(folder: StoreFolder, source: str, *, force: bool) -> None:
     if not force:
         model = Store.open(folder.path).manifest.model
-        raise PrepareError(
+        raise StoreMismatch(
             f"store: got {folder.path}, prepared from {model.source!r} (revision {model.revision}, "
             f"{model.dtype}), which is not what {source!r} is now; --force replaces it"
         )
@@ -116,7 +116,7 @@ def _check_space(path: Path, blueprint: Blueprint, files: Mapping[str, FileEntry
     needed = blueprint.size_bytes - sum(entry.size_bytes for entry in files.values())
     free = shutil.disk_usage(path).free
     if free < needed + _SPARE_BYTES:
-        raise PrepareError(
+        raise NoSpace(
             f"store: got {free} bytes free in {path}, expected at least {needed + _SPARE_BYTES}"
         )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from faasmoe_router.checkpoint.errors import PrepareError
+from faasmoe_router.checkpoint.errors import PrepareError, SourceNotFound, SourceUnsupported
 from faasmoe_router.checkpoint.hub import download
 from faasmoe_router.checkpoint.index import read_json, weight_names
 
@@ -86,11 +86,20 @@ def resolve_source(name: str, *, revision: str | None) -> Source:
             if isinstance(fields, dict) and fields.get(field):
                 given = fields[field]
                 method = given.get("quant_method") if isinstance(given, dict) else given
-                raise PrepareError(
+                raise SourceUnsupported(
                     f"{folder / 'config.json'}: {holder}{field}: got quant_method {method!r}, "
                     "expected no quantisation: give the checkpoint in bfloat16, float16 or float32"
                 )
     return Source(name, commit, folder, _weight_files(folder), config)
+
+
+def is_hub(name: str) -> bool:
+    """Tell whether a source is a hub's: hf://org/name, or org/name without such a folder."""
+    parts = urlsplit(name)
+    if parts.scheme:
+        return parts.scheme == "hf"
+    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return is_id and not Path(name).is_dir()
 
 
 def _locate(name: str, *, revision: str | None) -> tuple[Path, str | None]:
@@ -98,7 +107,7 @@ def _locate(name: str, *, revision: str | None) -> tuple[Path, str | None]:
     if parts.scheme == "hf":
         return download(f"{parts.netloc}{parts.path}", revision=revision)
     if parts.scheme and parts.scheme != "file":
-        raise PrepareError(
+        raise SourceUnsupported(
             f"source: got {name!r}, expected a folder, file:///FOLDER, hf://ORG/NAME or ORG/NAME"
         )
     folder = Path(unquote(parts.path)) if parts.scheme == "file" else Path(name).expanduser()
@@ -106,9 +115,9 @@ def _locate(name: str, *, revision: str | None) -> tuple[Path, str | None]:
         if revision is not None:
             raise PrepareError(f"revision: got {revision!r}, expected none for the folder {folder}")
         return folder, None
-    if not parts.scheme and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if is_hub(name):
         return download(name, revision=revision)
-    raise PrepareError(f"source: got {name!r}, expected a folder that exists or ORG/NAME")
+    raise SourceNotFound(f"source: got {name!r}, expected a folder that exists or ORG/NAME")
 
 
 def _is_companion(path: Path) -> bool:
@@ -121,7 +130,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     files = tuple(folder / name for name in weight_names(folder))
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
-        raise PrepareError(
+        raise SourceNotFound(
             f"{folder}: got no file {', '.join(missing)}, expected safetensors files"
         )
     return files

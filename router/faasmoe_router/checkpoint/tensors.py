@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from faasmoe_router.checkpoint.errors import PrepareError
+from faasmoe_router.checkpoint.errors import PrepareError, SourceUnsupported
 
 FLOATS: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -55,4 +55,4 @@ def first_float_dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
     for tensor in tensors.values():
         if tensor.get_dtype() in FLOATS:
             return FLOATS[tensor.get_dtype()]
-    raise PrepareError("checkpoint: got no floating tensor, expected weights")
+    raise SourceUnsupported("checkpoint: got no floating tensor, expected weights")

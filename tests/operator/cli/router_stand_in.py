@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 from faasmoe_expert.lifeline import die_with_parent
@@ -27,6 +29,8 @@ def main() -> None:
         sys.exit("the router has no model")
     assert os.environ["FAASMOE_TOKEN"]
     print(f"control {os.environ['FAASMOE_CONTROL_URL']}", flush=True)
+    if file := os.environ.get("FAASMOE_TENANTS_FILE"):
+        print(f"tenants {json.dumps(json.loads(Path(file).read_text()))}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     HTTPServer(("127.0.0.1", int(os.environ["FAASMOE_PORT"])), Handler).serve_forever()
 

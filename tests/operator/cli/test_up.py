@@ -330,6 +330,45 @@ def test_trusts_the_store_if_asked_to(model: Path, store: Path) -> None:
     assert "checking" not in launched.output
 
 
+def test_hands_its_tenants_to_the_router_in_a_private_file(
+    write_model: WriteModel, store: Path
+) -> None:
+    keys = store.parent / "keys" / "acme"
+    keys.mkdir(parents=True)
+    file = write_model("tenants: [{name: acme, apiKeysPath: keys/acme, weight: 2}]")
+    with up(file) as launched:
+        launched.read_until("memory of all processes")
+        (written,) = launched.runtime.glob("faasmoe/up-*/tenants.json")
+        assert written.stat().st_mode & 0o777 == 0o600
+        launched.process.terminate()
+        assert launched.end() == 0
+    found = re.search(r"\[router\] tenants (.*)", launched.output)
+    assert found
+    (tenant,) = json.loads(found[1])["tenants"]
+    assert (tenant["name"], tenant["keysPath"], tenant["weight"]) == ("acme", str(keys), 2)
+    assert re.search(r"tenant +acme: http://127.0.0.1:\d+/acme/v1", launched.output)
+
+
+def test_refuses_a_tenant_without_a_folder_of_keys_before_anything_starts(
+    write_model: WriteModel, store: Path
+) -> None:
+    with up(write_model("tenants: [{name: acme, apiKeysPath: keys/acme}]")) as launched:
+        assert launched.end() == 2
+    folder = store.parent / "keys" / "acme"
+    assert f"spec.tenants.0.apiKeysPath: got {folder}, expected a folder with" in launched.output
+    assert "starting zygote" not in launched.output
+
+
+def test_tells_what_it_cannot_honour(write_model: WriteModel, store: Path) -> None:
+    with up(write_model("router: {replicas: 3}", "suspend: true")) as launched:
+        launched.read_until("memory of all processes")
+        launched.process.terminate()
+        assert launched.end() == 0
+    for field in ("spec.router.replicas", "spec.suspend"):
+        note = f"faasmoe: {field}: has no effect here, only Kubernetes honours it"
+        assert note in launched.output
+
+
 def test_says_that_the_preparation_failed(write_model: WriteModel) -> None:
     with up(write_model(source="file://missing")) as launched:
         assert launched.end() == 1

@@ -69,3 +69,31 @@ def test_the_same_commit_or_a_name_that_may_have_moved_is_opened(
 ) -> None:
     model = deployment(tmp_path, wanted="hf://org/name", held="org/name", revision=revision)
     assert model.open_store().manifest.model.revision == COMMIT
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        pytest.param(
+            {"model": {"source": "pvc://models/one"}},
+            r"spec\.model\.source: got 'pvc://models/one', expected hf://ORG/NAME or file://PATH",
+            id="claim",
+        ),
+        pytest.param(
+            {
+                "model": {"source": "hf://org/name"},
+                "tenants": [{"name": "a", "apiKeysSecretRef": {"name": "a-keys"}}],
+            },
+            r"spec\.tenants\.0\.apiKeysPath: missing: .* make a folder with one file for each",
+            id="keys-in-a-secret",
+        ),
+    ],
+)
+def test_what_only_kubernetes_can_serve_is_refused(
+    tmp_path: Path, spec: dict[str, object], problem: str
+) -> None:
+    file = tmp_path / "model.yaml"
+    head = {"apiVersion": "faasmoe.dev/v1alpha1", "kind": "MoEModel", "metadata": {"name": "tiny"}}
+    file.write_text(json.dumps({**head, "spec": spec}))
+    with pytest.raises(MoEModelError, match=problem):
+        Deployment.load(file)

@@ -6,7 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faasmoe_operator.errors import PlanError
-from faasmoe_operator.plan.functions import Cut, function_bytes, plan_functions
+from faasmoe_operator.plan.functions import (
+    Cut,
+    function_bytes,
+    largest_function_bytes,
+    plan_functions,
+)
 
 KEY = b"k" * 16
 
@@ -73,7 +78,9 @@ def test_puts_every_expert_into_exactly_one_function(
     assert len({f.id for f in functions}) == len(functions)
     total = sum(layer.num_experts * layer.expert_bytes for layer in shapes)
     shared = sum(len(f.layers) for f in functions)
-    assert sum(function_bytes(f, shapes) for f in functions) == total + shared
+    sizes = [function_bytes(f, shapes) for f in functions]
+    assert sum(sizes) == total + shared
+    assert max(sizes) == largest_function_bytes(shapes, cut)
 
 
 def test_names_functions_the_same_again_and_otherwise_for_another_key_or_model() -> None:

@@ -73,10 +73,10 @@ def test_takes_auto_in_place_of_the_granularity() -> None:
             "granularity: fine", "spec.granularity: got 'fine', expected a mapping", id="not-auto"
         ),
         pytest.param(
-            "tenants: []",
-            "spec.tenants: unknown field, expected one of "
-            "model, store, granularity, router, experts",
-            id="not-honoured-yet",
+            "tracing: {}",
+            "spec.tracing: unknown field, expected one of model, store, granularity, router, "
+            "experts, tenants, networking, monitoring, suspend",
+            id="unknown",
         ),
         pytest.param("rooter: {}", "spec.rooter: unknown field, did you mean router?", id="typo"),
         pytest.param(
@@ -184,8 +184,9 @@ def test_names_the_field_what_was_got_and_expected(added: str, problem: str) -> 
     [
         pytest.param(
             "hf://org/model",
-            "pvc://claim/x",
-            "spec.model.source: got 'pvc://claim/x', expected hf://ORG/NAME or file://PATH",
+            "s3://bucket/x",
+            "spec.model.source: got 's3://bucket/x', "
+            "expected hf://ORG/NAME, pvc://CLAIM/PATH or file://PATH",
             id="scheme",
         ),
         pytest.param(

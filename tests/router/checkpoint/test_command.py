@@ -26,7 +26,7 @@ def test_prepare_prints_what_was_made(
 def test_an_error_is_one_line_and_a_status(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["prepare", str(make_checkpoint("llama")), str(tmp_path / "store")]) == 1
+    assert main(["prepare", str(make_checkpoint("llama")), str(tmp_path / "store")]) == 2
     assert capsys.readouterr().err.startswith("error: model: got family 'llama'")
 
 

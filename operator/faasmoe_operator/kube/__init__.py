@@ -1,0 +1,1 @@
+"""The operator: MoEModels of a Kubernetes cluster, reconciled into running models."""

@@ -1,0 +1,25 @@
+"""The objects of a MoEModel: values in, plain dictionaries out. Pure."""
+
+from faasmoe_operator.kube.manifests.context import (
+    ControlEndpoint,
+    ControlSecrets,
+    Images,
+    ModelContext,
+)
+from faasmoe_operator.kube.manifests.model import missing_apis, serving_objects, store_objects
+from faasmoe_operator.kube.manifests.sandbox import sandbox_pod, sandbox_template_hash
+from faasmoe_operator.kube.manifests.services import model_url, tenant_url
+
+__all__ = [
+    "ControlEndpoint",
+    "ControlSecrets",
+    "Images",
+    "ModelContext",
+    "missing_apis",
+    "model_url",
+    "sandbox_pod",
+    "sandbox_template_hash",
+    "serving_objects",
+    "store_objects",
+    "tenant_url",
+]

@@ -1,0 +1,61 @@
+"""All objects of a MoEModel but its sandboxes, in the order in which they are best applied."""
+
+from __future__ import annotations
+
+from faasmoe_operator.kube.kinds import Object
+from faasmoe_operator.kube.manifests.context import GATEWAY_API, MONITORING_API, ModelContext
+from faasmoe_operator.kube.manifests.monitoring import monitors
+from faasmoe_operator.kube.manifests.names import (
+    Component,
+    router_name,
+    sandbox_name,
+    store_name,
+)
+from faasmoe_operator.kube.manifests.network_policies import serving_policies, store_policies
+from faasmoe_operator.kube.manifests.router import router_deployment, router_disruption_budget
+from faasmoe_operator.kube.manifests.routes import routes
+from faasmoe_operator.kube.manifests.secrets import control_secret
+from faasmoe_operator.kube.manifests.security import service_account
+from faasmoe_operator.kube.manifests.services import services
+from faasmoe_operator.kube.manifests.store import store_claim, store_job
+from faasmoe_operator.kube.manifests.tenants import tenants_config_map
+
+
+def store_objects(ctx: ModelContext) -> list[Object]:
+    """Return what is wanted from the beginning: the store and what guards the model's pods."""
+    claim = store_claim(ctx)
+    return [
+        *store_policies(ctx),
+        service_account(ctx, store_name(ctx.name), Component.STORE),
+        *([] if claim is None else [claim]),
+        store_job(ctx),
+    ]
+
+
+def serving_objects(ctx: ModelContext) -> list[Object]:
+    """Return what is wanted once the store is ready."""
+    return [
+        *serving_policies(ctx),
+        service_account(ctx, router_name(ctx.name), Component.ROUTER),
+        service_account(ctx, sandbox_name(ctx.name), Component.SANDBOX),
+        control_secret(ctx),
+        *([tenants_config_map(ctx)] if ctx.spec.tenants else []),
+        *services(ctx),
+        router_disruption_budget(ctx),
+        router_deployment(ctx),
+        *routes(ctx),
+        *monitors(ctx),
+    ]
+
+
+def missing_apis(ctx: ModelContext) -> dict[str, str]:
+    """Return the fields that ask for an API that the cluster does not serve, and that API."""
+    asked = {
+        "spec.networking.httpRoute": (ctx.spec.networking.http_route, GATEWAY_API),
+        "spec.monitoring.serviceMonitor": (ctx.spec.monitoring.service_monitor, MONITORING_API),
+    }
+    return {
+        field: api
+        for field, (part, api) in asked.items()
+        if part is not None and api not in ctx.api
+    }

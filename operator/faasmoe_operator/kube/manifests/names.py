@@ -1,0 +1,119 @@
+"""Names and labels of everything that belongs to a MoEModel.
+
+Names are `MODEL-PART`. Kubernetes takes at most 63 characters; a longer name keeps its beginning
+and ends with a hash of the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import StrEnum
+
+FIELD_MANAGER = "faasmoe-operator"
+MAX_NAME_CHARS = 63
+HASH_CHARS = 8
+
+MODEL_LABEL = "faasmoe.dev/model"
+TENANT_LABEL = "faasmoe.dev/tenant"
+TEMPLATE_LABEL = "faasmoe.dev/template"
+POOL_LABEL = "faasmoe.dev/pool"
+FUNCTION_LABEL = "faasmoe.dev/function"
+FUNCTIONS_ANNOTATION = "faasmoe.dev/functions"
+COMPONENT_LABEL = "app.kubernetes.io/component"
+MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
+
+
+class Component(StrEnum):
+    """The part of a model that an object belongs to."""
+
+    ROUTER = "router"
+    SANDBOX = "sandbox"
+    STORE = "store"
+    CONTROL = "control"
+
+
+class Pool(StrEnum):
+    """Whether a sandbox waits for functions or holds some."""
+
+    WARM = "warm"
+    ASSIGNED = "assigned"
+
+
+def labels(model: str, component: Component | None = None) -> dict[str, str]:
+    """Return the labels of an object of this model."""
+    part = {} if component is None else {COMPONENT_LABEL: component.value}
+    return {
+        "app.kubernetes.io/name": "faasmoe",
+        "app.kubernetes.io/instance": model,
+        "app.kubernetes.io/part-of": "faasmoe",
+        MANAGED_BY_LABEL: FIELD_MANAGER,
+        MODEL_LABEL: model,
+        **part,
+    }
+
+
+def selector(model: str, component: Component | None = None) -> dict[str, str]:
+    """Return the labels by which pods of this model are selected; they never change."""
+    return {
+        MODEL_LABEL: model,
+        **({} if component is None else {COMPONENT_LABEL: component.value}),
+    }
+
+
+def selector_text(model: str, component: Component | None = None) -> str:
+    """Return the same selector as the API's `labelSelector` takes it."""
+    return ",".join(f"{key}={value}" for key, value in selector(model, component).items())
+
+
+def store_name(model: str) -> str:
+    """Return the name of the store's claim, Job, ServiceAccount and NetworkPolicy."""
+    return shortened(f"{model}-store")
+
+
+def router_name(model: str) -> str:
+    """Return the name of the router's Deployment and of what goes with it."""
+    return shortened(f"{model}-router")
+
+
+def sandbox_name(model: str, suffix: str = "") -> str:
+    """Return the name of a sandbox, or of what sandboxes share if there is no suffix."""
+    end = f"-{suffix}" if suffix else ""
+    return shortened(f"{model}-sandbox", limit=MAX_NAME_CHARS - len(end)) + end
+
+
+def default_deny_name(model: str) -> str:
+    """Return the name of the NetworkPolicy that closes what no other one opens."""
+    return shortened(f"{model}-default-deny")
+
+
+def control_name(model: str, digest: str) -> str:
+    """Return the name of the Secret with what hashes to `digest`."""
+    return shortened(f"{model}-control-{digest[:HASH_CHARS]}")
+
+
+def tenants_name(model: str) -> str:
+    """Return the name of the ConfigMap that tells the router its tenants."""
+    return shortened(f"{model}-tenants")
+
+
+def service_name(model: str) -> str:
+    """Return the name of the model's Service, Ingress and HTTPRoute."""
+    return shortened(_begins_with_letter(model))
+
+
+def tenant_name(model: str, tenant: str) -> str:
+    """Return the name of a tenant's Service and HTTPRoute."""
+    return shortened(f"{_begins_with_letter(model)}-tenant-{tenant}")
+
+
+def shortened(name: str, *, limit: int = MAX_NAME_CHARS) -> str:
+    """Return the name, or its beginning and a hash of the whole if it is too long."""
+    if len(name) <= limit:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:HASH_CHARS]
+    return f"{name[: limit - HASH_CHARS - 1].rstrip('-')}-{digest}"
+
+
+def _begins_with_letter(model: str) -> str:
+    # Services are DNS labels of the old kind (RFC 1035), which do not begin with a digit.
+    return f"moe-{model}" if model[0].isdigit() else model

@@ -1,0 +1,135 @@
+"""How large pods are: computed from the store, in part or whole overridden by a template.
+
+    sandbox  memory = functionsPerSandbox * largest function + runtime     cpu = threads
+    router   memory = its weights + KV cache + logits + runtime            cpu = 1, at most 4
+
+Memory is requested whole and limited to the same: the weights of functions are pages of a file,
+which the kernel takes back where a sandbox would go beyond. With CUDA weights and cache are on the
+device; what is left on the host is the runtime and the pages that are read to fill it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+
+from faasmoe_operator.kube.kinds import Object
+from faasmoe_operator.kube.manifests.context import ModelContext
+from faasmoe_operator.kube.store_summary import StoreSummary
+from faasmoe_operator.plan.functions import Cut, largest_function_bytes
+from faasmoe_operator.spec.experts import Granularity
+from faasmoe_operator.spec.pod_template import Resources
+from faasmoe_operator.spec.quantity import parse_quantity
+
+MIB = 1 << 20
+GIB = 1 << 30
+GPU = "nvidia.com/gpu"
+ROUTER_RUNTIME_BYTES = {"cuda": 4 * GIB}
+ROUTER_RUNTIME_CPU_BYTES = GIB
+SANDBOX_RUNTIME_BYTES = {"cuda": 3 * GIB}
+SANDBOX_RUNTIME_CPU_BYTES = 512 * MIB
+KV_CACHE_BYTES = 2 * GIB
+"""The router's own default, unless one request of full length needs more."""
+DEFAULT_MODEL_LEN = 8192
+LOGITS_COPIES = 2
+FLOAT_BYTES = 4
+ITEM_BYTES = {"float32": 4}
+ITEM_BYTES_HALF = 2
+ROUTER_CORES = 1
+ROUTER_MOST_CORES = 4
+"""Its steps are short and many requests share one; between them it waits for functions."""
+
+
+def sandbox_resources(ctx: ModelContext) -> Object:
+    """Return the requests and limits of a sandbox; raises PlanError for a cut that cannot be."""
+    experts = ctx.spec.experts
+    runtime = SANDBOX_RUNTIME_BYTES.get(experts.device, SANDBOX_RUNTIME_CPU_BYTES)
+    functions = experts.functions_per_sandbox * _largest_function_bytes(ctx)
+    memory = _memory(runtime + functions)
+    cores = str(experts.threads)
+    computed = _resources(
+        {"cpu": cores, "memory": memory}, {"cpu": cores, "memory": memory}, experts.device
+    )
+    return overridden(computed, experts.template.resources)
+
+
+def router_resources(ctx: ModelContext) -> Object:
+    """Return the requests and limits of a router."""
+    router = ctx.spec.router
+    runtime = ROUTER_RUNTIME_BYTES.get(router.device, ROUTER_RUNTIME_CPU_BYTES)
+    held = 0 if ctx.summary is None else _router_bytes(ctx, ctx.summary)
+    memory = _memory(runtime + held)
+    computed = _resources(
+        {"cpu": str(ROUTER_CORES), "memory": memory},
+        {"cpu": str(ROUTER_MOST_CORES), "memory": memory},
+        router.device,
+    )
+    return overridden(computed, router.template.resources)
+
+
+def overridden(computed: Object, given: Resources | None) -> Object:
+    """Return computed requests and limits with those that were given in their place.
+
+    Where only one of a resource's request and limit is given and the other would contradict it, the
+    other follows.
+    """
+    if given is None:
+        return computed
+    given_requests, given_limits = given.requests or {}, given.limits or {}
+    requests = {**computed["requests"], **given_requests}
+    limits = {**_without_gpu(computed["limits"], given_limits), **given_limits}
+    for name in requests.keys() & limits.keys():
+        if parse_quantity(requests[name]) > parse_quantity(limits[name]):
+            winner = given_limits if name in given_limits else given_requests
+            requests[name] = limits[name] = winner[name]
+    return {"requests": requests, "limits": limits}
+
+
+def _largest_function_bytes(ctx: ModelContext) -> int:
+    if ctx.summary is None:
+        return 0
+    return largest_function_bytes(ctx.summary.expanded_layers(), cut_of(ctx.spec.granularity))
+
+
+def cut_of(granularity: Granularity) -> Cut:
+    """Return how a model's experts are cut into functions."""
+    experts = granularity.experts_per_function
+    return Cut(None if experts == "auto" else experts, granularity.layers_per_function)
+
+
+def _router_bytes(ctx: ModelContext, summary: StoreSummary) -> int:
+    """Return what a router holds beside its runtime: on the device what can be there."""
+    router = ctx.spec.router
+    logits = router.max_num_batched_tokens * summary.vocab_size * FLOAT_BYTES * LOGITS_COPIES
+    on_host = 0 if router.device == "cuda" else logits + _kv_cache_bytes(ctx, summary)
+    return summary.router_bytes + on_host
+
+
+def _kv_cache_bytes(ctx: ModelContext, summary: StoreSummary) -> int:
+    """Return the budget of the KV cache.
+
+    One request of full length always gets its room; without the number of KV heads it is reckoned
+    as if there were as many as heads.
+    """
+    router = ctx.spec.router
+    if router.kv_cache_bytes is not None:
+        return router.kv_cache_bytes
+    length = router.max_model_len or min(summary.max_position_embeddings, DEFAULT_MODEL_LEN)
+    item = ITEM_BYTES.get(summary.dtype, ITEM_BYTES_HALF)
+    token = summary.num_hidden_layers * 2 * summary.hidden_size * item
+    return max(KV_CACHE_BYTES, length * token)
+
+
+def _resources(requests: Mapping[str, str], limits: Mapping[str, str], device: str) -> Object:
+    gpu = {GPU: "1"} if device == "cuda" else {}
+    return {"requests": dict(requests), "limits": {**limits, **gpu}}
+
+
+def _without_gpu(limits: Mapping[str, str], given: Mapping[str, str]) -> dict[str, str]:
+    """Leave the whole device out where another device, such as a part of one, was asked for."""
+    other = any("/" in name for name in given)
+    return {name: value for name, value in limits.items() if name != GPU or not other}
+
+
+def _memory(size_bytes: int) -> str:
+    return f"{-(-Fraction(size_bytes) // MIB)}Mi"

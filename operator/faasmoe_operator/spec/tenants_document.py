@@ -1,0 +1,36 @@
+"""The tenants as the router reads them, whichever platform it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from faasmoe_operator.spec.moemodel import MoEModel
+from faasmoe_operator.spec.tenants import Tenant
+
+FILE_NAME = "tenants.json"
+VERSION = 1
+
+
+def tenants_document(model: MoEModel, keys_path: Callable[[Tenant], str]) -> dict[str, Any]:
+    """Return what stands in the router's tenants file; limits that are not there do not limit.
+
+    Args:
+        model: whose tenants.
+        keys_path: says in which folder the router finds the API keys of a tenant.
+    """
+    tenants = [_entry(tenant, keys_path(tenant)) for tenant in model.spec.tenants]
+    return {"version": VERSION, "model": model.metadata.name, "tenants": tenants}
+
+
+def _entry(tenant: Tenant, keys_path: str) -> dict[str, Any]:
+    return {
+        "name": tenant.name,
+        "keysPath": keys_path,
+        "weight": tenant.weight,
+        "priority": tenant.priority,
+        "modelAlias": tenant.model_alias,
+        "systemPrompt": tenant.system_prompt,
+        "sharePrefixCacheWith": list(tenant.share_prefix_cache_with),
+        "limits": tenant.limits.to_object(),
+    }

@@ -1,0 +1,25 @@
+"""Kubernetes' own JSON schemas, strict: an unknown field is a fault."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import kubernetes_validate  # type: ignore[import-untyped]
+import pytest
+
+VERSIONS = ("1.30", "1.37")
+"""The oldest release that the chart admits, and the newest that there is."""
+EXTENSIONS = frozenset({"HTTPRoute", "ServiceMonitor", "PrometheusRule", "MoEModel"})
+"""Kinds whose schemas are not Kubernetes'."""
+
+
+def check_schema(obj: Mapping[str, Any]) -> None:
+    """Fail if any of the releases would not take the object."""
+    if obj["kind"] in EXTENSIONS:
+        return
+    for version in VERSIONS:
+        try:
+            kubernetes_validate.validate(dict(obj), version, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            place = ".".join(str(part) for part in error.path)
+            name = f"{obj['kind']} {obj['metadata']['name']}"
+            pytest.fail(f"{name}: {place}: {error.message[:500]} (Kubernetes {version})")

@@ -1,0 +1,25 @@
+"""Each case of the matrix of MoEModels, and its objects."""
+
+import pytest
+from model_contexts import CASES, all_objects, make_context
+
+from faasmoe_operator.kube.kinds import Object
+from faasmoe_operator.kube.manifests import ModelContext
+
+
+@pytest.fixture(params=CASES.values(), ids=list(CASES))
+def any_context(request: pytest.FixtureRequest) -> ModelContext:
+    """Each case of the matrix."""
+    return make_context(**request.param)
+
+
+@pytest.fixture
+def objects(any_context: ModelContext) -> list[Object]:
+    """All objects of each case, a sandbox among them."""
+    return all_objects(any_context)
+
+
+@pytest.fixture(scope="session")
+def rendered() -> dict[str, list[Object]]:
+    """All objects of every case."""
+    return {name: all_objects(make_context(**case)) for name, case in CASES.items()}

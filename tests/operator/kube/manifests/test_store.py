@@ -1,0 +1,161 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from model_contexts import make_context
+
+from faasmoe_operator.kube.kinds import Object
+from faasmoe_operator.kube.manifests import Images, ModelContext, store_objects
+from faasmoe_operator.kube.manifests.volumes import source_argument, store_path
+
+
+def one(objects: list[Object], kind: str) -> Object:
+    (found,) = (obj for obj in objects if obj["kind"] == kind)
+    return found
+
+
+def job(ctx: ModelContext) -> Object:
+    return one(store_objects(ctx), "Job")
+
+
+def container(ctx: ModelContext) -> Any:
+    return job(ctx)["spec"]["template"]["spec"]["containers"][0]
+
+
+def environment(ctx: ModelContext) -> dict[str, Object]:
+    return {variable["name"]: variable for variable in container(ctx)["env"]}
+
+
+def test_makes_a_claim_as_asked() -> None:
+    store = {"size": "40Gi", "storageClassName": "fast", "accessMode": "ReadWriteMany"}
+    claim = one(store_objects(make_context({"store": store})), "PersistentVolumeClaim")
+    assert claim["metadata"]["name"] == "qwen-store"
+    assert claim["spec"] == {
+        "accessModes": ["ReadWriteMany"],
+        "resources": {"requests": {"storage": "40Gi"}},
+        "storageClassName": "fast",
+        "volumeMode": "Filesystem",
+    }
+
+
+def test_leaves_the_storage_class_to_the_cluster() -> None:
+    claim = one(store_objects(make_context()), "PersistentVolumeClaim")
+    assert "storageClassName" not in claim["spec"]
+
+
+def test_makes_no_claim_beside_one_that_is_named() -> None:
+    ctx = make_context({"store": {"claimName": "models"}})
+    objects = store_objects(ctx)
+    assert "PersistentVolumeClaim" not in [obj["kind"] for obj in objects]
+    volumes = job(ctx)["spec"]["template"]["spec"]["volumes"]
+    assert volumes[0]["persistentVolumeClaim"] == {"claimName": "models"}
+
+
+def test_prepares_the_source_into_the_folder_of_the_store() -> None:
+    ctx = make_context({"model": {"source": "hf://o/m", "revision": "main", "dtype": "float16"}})
+    assert container(ctx)["command"] == ["python", "-m", "faasmoe_router.checkpoint", "prepare"]
+    assert container(ctx)["args"] == [
+        "hf://o/m",
+        "/store/qwen",
+        *("--termination-log", "/dev/termination-log"),
+        *("--revision", "main"),
+        *("--dtype", "float16"),
+    ]
+    assert container(ctx)["terminationMessagePath"] == "/dev/termination-log"
+    assert container(ctx)["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+def test_the_command_is_one_that_the_checkpoint_package_takes() -> None:
+    from faasmoe_router.checkpoint.__main__ import _parser
+
+    ctx = make_context({"model": {"source": "hf://o/m", "revision": "main", "dtype": "float16"}})
+    arguments = _parser().parse_args(["prepare", *container(ctx)["args"]])
+    assert arguments.source == "hf://o/m"
+    assert str(arguments.store) == store_path(ctx)
+    assert str(arguments.termination_log) == "/dev/termination-log"
+
+
+def test_puts_the_store_where_it_is_told_to() -> None:
+    assert store_path(make_context({"store": {"subPath": "models/mine"}})) == "/store/models/mine"
+
+
+@pytest.mark.parametrize(
+    ("source", "argument"),
+    [
+        ("pvc://checkpoints/qwen/chat", "/source/checkpoints/qwen/chat"),
+        ("pvc://checkpoints", "/source/checkpoints"),
+        ("hf://o/m", "hf://o/m"),
+    ],
+)
+def test_tells_the_source_as_the_job_sees_it(source: str, argument: str) -> None:
+    assert source_argument(make_context({"model": {"source": source}})) == argument
+
+
+def test_mounts_the_claim_of_a_checkpoint_read_only_beside_the_store() -> None:
+    ctx = make_context({"model": {"source": "pvc://checkpoints/qwen"}})
+    mounts = {m["mountPath"]: m.get("readOnly", False) for m in container(ctx)["volumeMounts"]}
+    assert mounts == {"/store": False, "/source/checkpoints": True, "/tmp": False}
+    volumes = {v["name"]: v for v in job(ctx)["spec"]["template"]["spec"]["volumes"]}
+    assert volumes["source"]["persistentVolumeClaim"] == {"claimName": "checkpoints"}
+
+
+def test_hands_the_hub_token_over_from_its_secret() -> None:
+    model = {"source": "hf://o/m", "tokenSecretRef": {"name": "hub", "key": "token"}}
+    variable = environment(make_context({"model": model}))["HF_TOKEN"]
+    assert variable["valueFrom"]["secretKeyRef"] == {"name": "hub", "key": "token"}
+    assert "HF_TOKEN" not in environment(make_context())
+
+
+def test_downloads_onto_the_claim_so_that_a_retry_goes_on() -> None:
+    assert environment(make_context())["HF_HOME"]["value"] == "/store/.hub/qwen"
+
+
+def test_lets_the_model_add_to_the_environment_but_not_to_the_token() -> None:
+    model = {"source": "hf://o/m", "tokenSecretRef": {"name": "hub", "key": "token"}}
+    added = [{"name": "HF_ENDPOINT", "value": "https://mirror"}, {"name": "HF_TOKEN", "value": "x"}]
+    variables = environment(make_context({"model": model, "router": {"env": added}}))
+    assert variables["HF_ENDPOINT"]["value"] == "https://mirror"
+    assert "valueFrom" in variables["HF_TOKEN"]
+
+
+def test_gives_up_at_once_where_trying_again_cannot_help() -> None:
+    spec = job(make_context())["spec"]
+    fail, ignore = spec["podFailurePolicy"]["rules"]
+    assert fail == {
+        "action": "FailJob",
+        "onExitCodes": {"containerName": "prepare", "operator": "In", "values": [2]},
+    }
+    assert ignore["action"] == "Ignore"
+    assert ignore["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+    assert spec["backoffLimit"] == 3
+    assert not {"activeDeadlineSeconds", "ttlSecondsAfterFinished"} & spec.keys()
+
+
+def test_runs_where_routers_may_run_with_its_own_resources() -> None:
+    template = {
+        "nodeSelector": {"pool": "big"},
+        "image": "own:1",
+        "resources": {"limits": {"memory": "1Gi"}},
+    }
+    ctx = make_context({"router": {"device": "cuda", "template": template}})
+    assert job(ctx)["spec"]["template"]["spec"]["nodeSelector"] == {"pool": "big"}
+    assert container(ctx)["image"] == "own:1"
+    assert container(ctx)["resources"]["limits"] == {"cpu": "4", "memory": "16Gi"}
+
+
+def test_its_label_changes_exactly_when_its_pod_does() -> None:
+    def label(ctx: ModelContext) -> str:
+        text: str = job(ctx)["metadata"]["labels"]["faasmoe.dev/template"]
+        return text
+
+    ctx = make_context()
+    assert label(ctx) == label(replace(ctx, generation=2, summary=None))
+    assert label(ctx) == label(make_context({"router": {"replicas": 3}}))
+    assert label(ctx) != label(replace(ctx, images=Images("other:1", "faasmoe/expert:0.2.0")))
+
+
+def test_waits_while_the_model_is_suspended_but_not_once_it_is_done() -> None:
+    assert job(make_context({"suspend": True}, summary=None))["spec"]["suspend"] is True
+    assert job(make_context({"suspend": True}))["spec"]["suspend"] is False
+    assert job(make_context(summary=None))["spec"]["suspend"] is False

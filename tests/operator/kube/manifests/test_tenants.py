@@ -1,0 +1,63 @@
+import json
+from typing import Any
+
+from model_contexts import make_context
+
+from faasmoe_operator.kube.manifests import ModelContext, serving_objects
+
+ACME = {
+    "name": "acme",
+    "apiKeysSecretRef": {"name": "acme-keys"},
+    "weight": 2,
+    "priority": -1,
+    "limits": {"requestsPerMinute": 600, "tokensPerMinute": 200_000},
+    "modelAlias": "acme-chat",
+    "systemPrompt": "Du heißt Acme.",
+    "sharePrefixCacheWith": ["umbrella"],
+}
+UMBRELLA = {"name": "umbrella", "apiKeysSecretRef": {"name": "umbrella-keys"}}
+
+
+def document(ctx: ModelContext) -> Any:
+    (found,) = (obj for obj in serving_objects(ctx) if obj["kind"] == "ConfigMap")
+    return json.loads(found["data"]["tenants.json"])
+
+
+def test_tells_the_router_all_of_a_tenant() -> None:
+    assert document(make_context({"tenants": [ACME, UMBRELLA]})) == {
+        "version": 1,
+        "model": "qwen",
+        "tenants": [
+            {
+                "name": "acme",
+                "keysPath": "/etc/faasmoe/keys/acme",
+                "weight": 2,
+                "priority": -1,
+                "modelAlias": "acme-chat",
+                "systemPrompt": "Du heißt Acme.",
+                "sharePrefixCacheWith": ["umbrella"],
+                "limits": {"requestsPerMinute": 600, "tokensPerMinute": 200_000},
+            },
+            {
+                "name": "umbrella",
+                "keysPath": "/etc/faasmoe/keys/umbrella",
+                "weight": 1,
+                "priority": 0,
+                "modelAlias": None,
+                "systemPrompt": None,
+                "sharePrefixCacheWith": [],
+                "limits": {},
+            },
+        ],
+    }
+
+
+def test_without_tenants_there_is_no_file() -> None:
+    assert "ConfigMap" not in [obj["kind"] for obj in serving_objects(make_context())]
+
+
+def test_a_prompt_takes_its_utf8_bytes_and_no_escapes() -> None:
+    prompt = "ü" * 8192
+    ctx = make_context({"tenants": [{**UMBRELLA, "systemPrompt": prompt}]})
+    (found,) = (obj for obj in serving_objects(ctx) if obj["kind"] == "ConfigMap")
+    assert prompt in found["data"]["tenants.json"]
