@@ -130,7 +130,9 @@ async def serving(moemodel: Path) -> AsyncIterator[Fleet]:
     with tempfile.TemporaryDirectory(prefix="faasmoe-bench-") as folder:
         socket = Path(folder) / "zygote.sock"
         async with (
-            running_zygote(socket, token=token) as zygote,
+            running_zygote(
+                socket, token=token, store=store.path, device=deployment.template.device
+            ) as zygote,
             ProcessPlatform(socket=socket) as platform,
         ):
             residents = await _make_resident(deployment, store, platform, token)

@@ -96,7 +96,7 @@ class Served:
         return Memory.total_of(Memory.of(pid) for pid in pids), pages
 
     def beyond_weights_bytes(self) -> dict[str, int]:
-        """Return what each kind of process takes beyond the pages of the store, sandboxes summed."""
+        """Return what each kind of process takes beyond the store's pages, sandboxes together."""
         sandboxes = {process.pid for process in self.sandboxes()}
         found: dict[str, int] = {}
         for process in self.processes():
@@ -154,7 +154,8 @@ async def served(moemodel: Path) -> AsyncIterator[Served]:
 def _kind(process: psutil.Process) -> str:
     """Return what a process of `faasmoe up` is, by the module that it runs."""
     modules = (word for word in process.cmdline() if word.startswith("faasmoe_"))
-    return next(modules, process.name()).removeprefix("faasmoe_")
+    name: str = next(modules, process.name())
+    return name.removeprefix("faasmoe_")
 
 
 async def _wait_serving(process: asyncio.subprocess.Process, log: Path) -> None:
