@@ -1,29 +1,30 @@
-"""Modules of torch that a sandbox does not need: made when something first looks into them.
-
-`import torch` runs `torch._meta_registrations`, which imports torch's decompositions and registers
-a Python kernel for each operation on meta tensors: 18 MB and a fourth of the import's time.
-Computing a frame never sees a meta tensor; building a family's own module does.
-"""
+"""Modules that are imported by others but not needed: made when something first looks into them."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-# Leaves only: a package that is made late may find itself half made by its own submodules.
-DEFERRED = ("torch._meta_registrations",)
+META_KERNELS = "torch._meta_registrations"
+"""Imported by torch: its decompositions, and a Python kernel for each operation on meta tensors.
+
+18 MB and a fourth of the import's time. Computing a frame never sees a meta tensor; building a
+family's own module does.
+"""
+
 _HOOK = "__getattr__"
 
 
 class _LateLoader(Loader):
-    """Leaves a module empty until an attribute of it is asked for."""
+    """Leaves a module empty, but for the answers, until another attribute of it is asked for."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, answers: Mapping[str, object]) -> None:
         self._loader = loader
+        self._answers = answers
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -37,34 +38,48 @@ class _LateLoader(Loader):
                 raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
             return vars(module)[name]
 
-        setattr(module, _HOOK, make_and_get)
+        vars(module).update({**self._answers, _HOOK: make_and_get})
 
     def make(self, module: ModuleType) -> None:
         """Run the module's code, unless that was done."""
         if vars(module).pop(_HOOK, None) is not None:
+            for name in self._answers:
+                del vars(module)[name]
             self._loader.exec_module(module)
 
 
 class _Finder(MetaPathFinder):
+    def __init__(self, name: str, answers: Mapping[str, object]) -> None:
+        self.name = name
+        self._answers = answers
+
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in DEFERRED:
+        if name != self.name:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _LateLoader(spec.loader)
+            spec.loader = _LateLoader(spec.loader, self._answers)
         return spec
 
 
-def defer_imports() -> None:
-    """Leave out what is DEFERRED from now on; has no effect on what is imported already."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+def defer_import(name: str, answers: Mapping[str, object] | None = None) -> None:
+    """Make a module late from now on; has no effect if it is imported already.
+
+    A package should be deferred only with answers for all that its own modules ask of it: else it
+    is made in the middle of one of them, and finds that half made.
+
+    Args:
+        name: the module.
+        answers: attributes that it has meanwhile.
+    """
+    if not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(name, answers or {}))
 
 
-def import_deferred() -> None:
-    """Make the modules that were left out until now."""
-    for module in (sys.modules[name] for name in DEFERRED if name in sys.modules):
-        if module.__spec__ is not None and isinstance(module.__spec__.loader, _LateLoader):
-            module.__spec__.loader.make(module)
+def make_deferred(name: str) -> None:
+    """Make a module if it was left out until now."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    if spec is not None and isinstance(spec.loader, _LateLoader):
+        spec.loader.make(sys.modules[name])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from faasmoe_expert.wire import Dtype, Mode, encode_request
 log = logging.getLogger(__name__)
 
 FUNCTION = "rehearsal"
-ROWS = (*PADDED_ROWS, 2 * PADDED_ROWS[-1])  # more rows than that are rare in one frame
+ROWS = (*PADDED_ROWS, *range(128, 513, 64))  # those of batches of up to 512 tokens
 
 
 def rehearse(config: SandboxConfig, path: Path) -> None:
@@ -54,8 +55,11 @@ def rehearse(config: SandboxConfig, path: Path) -> None:
         log.warning("nothing is rehearsed: %s", error)
         return
     routes = Routes(Sandbox(replace(config, capacity=1), torch.device("cpu")))
-    for layer in _kinds(store):
+    begun_s = time.monotonic()
+    kinds = list(_kinds(store))
+    for layer in kinds:
         _rehearse_layer(routes, store, layer, token=config.token)
+    log.info("rehearsed %d kinds of layers in %.1f s", len(kinds), time.monotonic() - begun_s)
     del routes
     gc.collect()
     heap.give_back()

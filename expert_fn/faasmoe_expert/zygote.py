@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from faasmoe_expert.deferral import defer_imports
+from faasmoe_expert.deferral import META_KERNELS, defer_import
 from faasmoe_expert.lifeline import LifelineError, die_with_parent
 from faasmoe_expert.zygote_channel import Channel
 
@@ -237,7 +237,7 @@ def _signal_pipe() -> Iterator[tuple[int, int]]:
 
 def import_runtime() -> Serve:
     """Import all that a sandbox needs, torch included, and return what runs one."""
-    defer_imports()
+    defer_import(META_KERNELS)
     from faasmoe_expert.config import SandboxConfig
     from faasmoe_expert.rehearsal import rehearse
     from faasmoe_expert.server import serve

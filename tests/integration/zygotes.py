@@ -16,7 +16,7 @@ from typing import Any
 from faasmoe_expert.lifeline import PARENT_VARIABLE
 from faasmoe_expert.zygote import SOCKET_VARIABLE
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class Client:

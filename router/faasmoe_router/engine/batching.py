@@ -16,7 +16,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.logits_process import LogitsProcessorList
 
 from faasmoe_router.engine import scheduler
-from faasmoe_router.engine.memory import release_zeros
+from faasmoe_router.engine.memory import release
 from faasmoe_router.engine.processor import RequestSampler
 from faasmoe_router.engine.sampling import SamplingParams
 from faasmoe_router.engine.sizing import PAGE_TOKENS, EngineLimits, Geometry
@@ -83,7 +83,7 @@ class Batcher:
         except (ValueError, MemoryError, AttributeError) as error:
             raise ConfigError(f"model: continuous batching cannot run it: {error}") from error
         self._check_one_request_fits()
-        release_zeros(self._manager.batch_processor.cache.cache_tensor)
+        release(self._manager.batch_processor.cache.cache_tensor)
         self._manager.start()
 
     def stop(self, timeout_s: float) -> bool:
