@@ -149,7 +149,9 @@ async def resident(moemodel: Path) -> AsyncIterator[Resident]:
     with tempfile.TemporaryDirectory(prefix="faasmoe-bench-") as folder:
         socket = Path(folder) / "zygote.sock"
         async with (
-            running_zygote(socket, token=token) as zygote,
+            running_zygote(
+                socket, token=token, store=store.path, device=deployment.template.device
+            ) as zygote,
             ProcessPlatform(socket=socket) as platform,
         ):
             residents = await _make_resident(deployment, store, platform, token)

@@ -22,6 +22,7 @@ from faasmoe_expert.server.intake import Intake
 from faasmoe_expert.server.protocol import HttpProtocol
 from faasmoe_expert.server.routes import Routes
 from faasmoe_expert.server.sandbox import Sandbox
+from faasmoe_expert.server.tidy import Tidy
 
 SHUTDOWN_S = 2.0  # for clients to take the answers that are on their way, after the drain
 
@@ -51,7 +52,7 @@ async def _serve(sandbox: Sandbox, listener: socket.socket | None) -> None:
     place = {"sock": listener} if listener else {"host": config.host, "port": config.port}
     new_connection = functools.partial(
         HttpProtocol,
-        routes.handle,
+        Tidy(routes.handle).handle,
         connections,
         timeout_s=config.request_timeout_s,
         idle_timeout_s=config.idle_timeout_s,

@@ -93,7 +93,12 @@ async def running_processes(launch: Launch, logs: Logs) -> AsyncIterator[Process
             kept(
                 "zygote",
                 zygote.COMMAND,
-                environment=zygote.zygote_environment(socket, token=token),
+                environment=zygote.zygote_environment(
+                    socket,
+                    token=token,
+                    store=launch.deployment.store_path,
+                    device=launch.deployment.template.device,
+                ),
                 log=logs.sink("sandboxes"),
                 grace_s=ZYGOTE_GRACE_S,
             )

@@ -17,7 +17,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from faasmoe_router.engine import scheduler
 from faasmoe_router.engine.isolation import Isolation
-from faasmoe_router.engine.memory import release_zeros
+from faasmoe_router.engine.memory import release
 from faasmoe_router.engine.prefixes import PrefixRealms, keep_apart
 from faasmoe_router.engine.processor import BrokenHandler, TokenChooser
 from faasmoe_router.engine.scheduler import ComputedTokens
@@ -107,7 +107,7 @@ class Batcher:
         if self._computed is not None:
             processor.scheduler.computed = self._computed
         Isolation(self._manager)
-        release_zeros(processor.cache.cache_tensor)
+        release(processor.cache.cache_tensor)
         self._manager.start()
 
     def stop(self, timeout_s: float) -> bool:

@@ -1,11 +1,13 @@
-"""The engine's scheduler: transformers' first-in-first-out one, repaired, with two things added.
+"""The engine's scheduler: transformers' first-in-first-out one, repaired, with three things added.
 
 Requests can be parked: they leave the batch and its cache between two batches, and go on later from
-the tokens that they have, as transformers' own do when the cache is full. And what is computed for
-whom is counted, batch by batch.
+the tokens that they have, as transformers' own do when the cache is full. What is computed for
+whom is counted, batch by batch. And it sees, in the engine's thread and ten times a second, whether
+there is any request.
 """
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -15,6 +17,8 @@ from transformers.generation.continuous_batching.scheduler import (
     SCHEDULER_MAPPING,
     FIFOScheduler,
 )
+
+from faasmoe_router.engine.memory import IDLE_S, PREFIXES_IDLE_S, IdleMemory
 
 NAME = "faasmoe_fifo"
 
@@ -49,9 +53,14 @@ class TurnScheduler(FIFOScheduler):  # type: ignore[misc]
         computed: where batches are counted.
     """
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
+    def __init__(self, cache: Any, *arguments: Any, **named: Any) -> None:
+        super().__init__(cache, *arguments, **named)
         self.computed = ComputedTokens()
+        self._memory = IdleMemory(
+            cache.cache_tensor,
+            forget=cache.evict_cached_blocks,
+            after_s=PREFIXES_IDLE_S if cache.allow_block_sharing else IDLE_S,
+        )
 
     def reset(self) -> None:
         """Reset for a new generation loop."""
@@ -77,6 +86,7 @@ class TurnScheduler(FIFOScheduler):  # type: ignore[misc]
         cancelled: list[Any] = super().clear_cancelled_requests()
         if cancelled:
             self.block_new_requests = False
+        self._memory.note(time.monotonic(), is_idle=not self.has_pending_requests())
         return cancelled
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[Any, ...]:

@@ -273,7 +273,7 @@ def test_a_small_frame_cannot_ask_for_unbounded_memory(mode: Mode) -> None:
 
 
 @given(
-    hidden_size=st.integers(1, 40_000),
+    hidden_size=st.integers(1, 30_000),
     dtype=st.sampled_from(Dtype),
     mode=st.sampled_from(Mode),
     top_k=st.integers(1, 64),

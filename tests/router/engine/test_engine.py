@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from faasmoe_router.engine import engine as engine_module
+from faasmoe_router.engine import memory as memory_module
 from faasmoe_router.engine.bias import Bias
 from faasmoe_router.engine.choosing import Choosing
 from faasmoe_router.engine.ending import Ending
@@ -117,6 +118,30 @@ def test_seeded_text_is_the_same_alone_and_among_others(
         assert len(set(together)) == 4
 
     _run(engine, work)
+
+
+def test_memory_given_back_while_idle_changes_no_text(
+    make_engine: Maker, prompt_ids: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[Tensor] = []
+
+    def release(tensor: Tensor) -> None:
+        given_back.append(tensor)
+        memory_release(tensor)
+
+    memory_release = memory_module.release
+    monkeypatch.setattr(memory_module, "release", release)
+    monkeypatch.setattr("faasmoe_router.engine.scheduler.IDLE_S", 0.0)
+    engine = make_engine()
+
+    async def work() -> None:
+        first = await _texts(engine.generate([GenerationRequest(prompt_ids, 12)]))
+        await _until(lambda: len(given_back) == 1)
+        assert await _texts(engine.generate([GenerationRequest(prompt_ids, 12)])) == first
+        await _until(lambda: len(given_back) == 2)
+
+    _run(engine, work)
+    assert given_back[0].nbytes > 0
 
 
 def test_a_full_cache_changes_no_text(make_engine: Maker, prompt_ids: Prompt) -> None:

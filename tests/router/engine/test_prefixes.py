@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from faasmoe_expert import heap
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import GenerationRequest
 from faasmoe_router.engine.prefixes import PrefixRealms
@@ -60,6 +61,27 @@ def test_a_tenant_finds_its_own_beginnings_and_no_other_s(
     rest = whole - (whole - 1) // PAGE_TOKENS * PAGE_TOKENS
     assert [n for _, n in found] == [whole, rest, whole, whole, rest, rest]
     assert {text for text, _ in found} == {codec.decode(greedy(long_prompt, 3))}
+
+
+def test_a_beginning_whose_memory_was_given_back_is_computed_again(
+    make_engine: Maker, long_prompt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[bool] = []
+    monkeypatch.setattr("faasmoe_router.engine.scheduler.PREFIXES_IDLE_S", 0.0)
+    monkeypatch.setattr(heap, "give_back", lambda: given_back.append(True))
+    engine = shared_engine(make_engine, GROUPS)
+
+    async def run() -> list[tuple[str, int]]:
+        found = []
+        async with engine, asyncio.timeout(DEADLINE_S):
+            for n_times in (1, 2):
+                found.append(await _generate(engine, long_prompt, "a"))
+                while len(given_back) < n_times:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        return found
+
+    first, second = asyncio.run(run())
+    assert second == first == (first[0], len(long_prompt))
 
 
 def test_other_prompts_share_as_much_as_they_have_in_common(
