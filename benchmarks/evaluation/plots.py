@@ -38,7 +38,7 @@ def sweep_plots(sweep: Results) -> dict[str, bytes]:
         "calls": ("calls_per_token", "calls per token"),
     }
     return {
-        f"sweep-{name}": _figure(partial(by_size, sweep=sweep, key=key, label=label))
+        name: _figure(partial(by_size, sweep=sweep, key=key, label=label))
         for name, (key, label) in parts.items()
     }
 
