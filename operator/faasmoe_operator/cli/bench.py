@@ -1,8 +1,8 @@
 """`faasmoe bench ...`: the benchmarks of `benchmarks/evaluation`, run as a child process.
 
-They are programs that start the data plane and import what this package may not. A checkout has
-them at its root; an installed distribution has them in `faasmoe_operator/bundled`, so that no
-package of a common name lands among others' packages.
+They are programs that start the data plane and import what this package may not. An installed
+distribution has them in `faasmoe_operator/bundled`, so that no package of so common a name lands
+among others' packages; a checkout has them at its root.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from faasmoe_operator.errors import CommandError
 MODULE = "benchmarks.evaluation"
 BENCHMARKS = ("paper", "sweep", "report")
 PACKAGE = Path(__file__).resolve().parents[1]
-ROOTS = (PACKAGE.parents[1], PACKAGE / "bundled")
+ROOTS = (PACKAGE / "bundled", PACKAGE.parents[1])
 
 
 def add_commands(commands: Any) -> None:
