@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from benchmarks.evaluation import paper, report, sweep
+
+from faasmoe_expert.lifeline import PARENT_VARIABLE, die_with_parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,5 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for module in (paper, sweep, report):
         module.add_command(commands)
     arguments = parser.parse_args(argv)
+    die_with_parent()
+    os.environ.pop(PARENT_VARIABLE, None)  # our children have another parent
     status: int = arguments.run(arguments)
     return status

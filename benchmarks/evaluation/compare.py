@@ -14,9 +14,11 @@ from typing import Any
 
 from benchmarks.evaluation.results import Result
 from benchmarks.evaluation.run import Run, measure
-from benchmarks.evaluation.strategies import STRATEGIES, Settings
+from benchmarks.evaluation.strategies import FULL_MODEL_PER_TENANT, STRATEGIES, Settings
 from benchmarks.evaluation.workload import Workload
 from tqdm import tqdm
+
+PROCESS_BYTES = 700 << 20  # runtime, cache and activations of one process
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,20 @@ class Comparison:
             )
         print(f"  {summary(run)}", flush=True)
         return run
+
+
+def check_memory(plan: Plan, available_bytes: int) -> None:
+    """Raise SystemExit if a full model for each tenant would not fit into the memory there is."""
+    if FULL_MODEL_PER_TENANT not in plan.strategies:
+        return
+    tenants = plan.settings.tenants
+    needed = tenants * (plan.settings.model.floor_bytes + PROCESS_BYTES)
+    if needed > available_bytes:
+        raise SystemExit(
+            f"{FULL_MODEL_PER_TENANT}: {tenants} of the model take {needed / 1e9:.1f} GB, and "
+            f"{available_bytes / 1e9:.1f} GB are available; leave it out by --strategies, or take "
+            "fewer --layers or --tenants"
+        )
 
 
 def rotated(names: Sequence[str], number: int) -> list[str]:

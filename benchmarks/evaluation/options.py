@@ -26,7 +26,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model", choices=(DEMO, QWEN), default=DEMO, help="demo model, or random weights of a "
         "large model's geometry (%(default)s)",
     )  # fmt: skip
-    group.add_argument("--layers", type=int, default=4, help=f"of {QWEN} (%(default)s of 24)")
+    group.add_argument("--layers", type=int, default=2, help=f"of {QWEN} (%(default)s of 24)")
     group.add_argument(
         "--skew", type=float, default=SKEW, help=f"of {QWEN}'s gate, 0 for none (%(default)s)"
     )

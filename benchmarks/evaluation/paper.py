@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.evaluation import report, workload
-from benchmarks.evaluation.compare import Comparison, Plan, describe
+from benchmarks.evaluation.compare import Comparison, Plan, check_memory, describe
 from benchmarks.evaluation.full_model_trial import UNTRIED, find_best
 from benchmarks.evaluation.models import Model
 from benchmarks.evaluation.options import QUICK_TENANTS, add_model_options, chosen_model
 from benchmarks.evaluation.results import to_json
 from benchmarks.evaluation.strategies import FULL_MODEL_SHARED, STRATEGIES, Settings
 from benchmarks.evaluation.workload import TENANTS, Workload
-from benchmarks.report import describe_machine
+from benchmarks.report import describe_machine, memory_bytes
+
+from faasmoe_operator.cli.interruption import interruptible
 
 ROUNDS, POISSON, DAY = "rounds", "poisson", "day"
 WARM_UP_SEED = -1
@@ -67,10 +69,15 @@ def add_command(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare; write figures, table, plots and page."""
+    return asyncio.run(interruptible(_run(arguments)))
+
+
+async def _run(arguments: argparse.Namespace) -> int:
     machine = describe_machine()
-    plan = asyncio.run(_plan(arguments))
+    plan = await _plan(arguments)
+    check_memory(plan, memory_bytes("MemAvailable"))
     comparison = Comparison(plan)
-    asyncio.run(comparison.run())
+    await comparison.run()
     results = to_json(comparison.results(), reference=FULL_MODEL_SHARED)
     results["about"] = {"machine": machine, "seed": arguments.seed, **describe(plan)}
     name = "paper" if arguments.workload == ROUNDS else arguments.workload

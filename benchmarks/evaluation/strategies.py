@@ -160,13 +160,14 @@ async def functions_shared(settings: Settings) -> AsyncIterator[Deployed]:
             yield Deployed(endpoints, (up.launcher.pid,), up.control_url, up.wait_idle)
 
 
+FULL_MODEL_PER_TENANT = "full-model-per-tenant"
 FULL_MODEL_SHARED = "full-model-shared"
 LOCAL_DISTRIBUTION = "local-distribution"
 FUNCTIONS_SHARED = "functions-shared"
 STRATEGIES: Mapping[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
-        Strategy("full-model-per-tenant", "full model per tenant", full_model_per_tenant),
+        Strategy(FULL_MODEL_PER_TENANT, "full model per tenant", full_model_per_tenant),
         Strategy(FULL_MODEL_SHARED, "one shared full model", full_model_shared),
         Strategy(LOCAL_DISTRIBUTION, "local distribution", local_distribution),
         Strategy("functions-private", "functions, router per tenant", functions_private),

@@ -18,6 +18,8 @@ from benchmarks.evaluation.strategies import FUNCTIONS_SHARED, LOCAL_DISTRIBUTIO
 from benchmarks.evaluation.workload import TENANTS
 from benchmarks.report import describe_machine
 
+from faasmoe_operator.cli.interruption import interruptible
+
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 15, 20, 30, 60)
 STRATEGIES = (FUNCTIONS_SHARED, LOCAL_DISTRIBUTION)
 LONG_WINDOW: Mapping[str, Any] = {
@@ -48,10 +50,13 @@ def add_command(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Sweep; write figures, table, plots and page."""
+    return asyncio.run(interruptible(_run(arguments)))
+
+
+async def _run(arguments: argparse.Namespace) -> int:
     machine = describe_machine()
-    model = asyncio.run(chosen_model(arguments))
-    plans = _plans(arguments, model)
-    comparisons = asyncio.run(_sweep(plans, 1 if arguments.quick else arguments.repeats))
+    plans = _plans(arguments, await chosen_model(arguments))
+    comparisons = await _sweep(plans, 1 if arguments.quick else arguments.repeats)
     results = {
         "about": {
             "machine": machine,
