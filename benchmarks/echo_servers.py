@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -27,16 +30,24 @@ from faasmoe_expert.wire import decode_request, encode_response
 
 BACKLOG = 128
 END_TIMEOUT_S = 5.0
+UNIX_SCHEME = "unix:"
 
 Serve = Callable[[socket.socket], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of server."""
+    """A kind of server.
+
+    Attributes:
+        name: what tables call it.
+        serve: serves on a listening socket.
+        is_unix: whether that is a Unix socket, in place of TCP on loopback.
+    """
 
     name: str
     serve: Serve
+    is_unix: bool = False
 
 
 def _serve_protocol(
@@ -48,7 +59,9 @@ def _serve_protocol(
         connections: set[HttpProtocol] = set()
         loop = asyncio.get_running_loop()
         timeout_s = SandboxConfig().request_timeout_s
-        server = await loop.create_server(
+        is_unix = listener.family == socket.AF_UNIX
+        create = loop.create_unix_server if is_unix else loop.create_server
+        server = await create(
             lambda: HttpProtocol(handle, connections, timeout_s=timeout_s), sock=listener
         )
         await server.serve_forever()
@@ -100,6 +113,7 @@ def _serve_uvicorn(listener: socket.socket) -> None:
 UVICORN = Kind("uvicorn, httptools", _serve_uvicorn)
 ASYNCIO = Kind("ours, asyncio", lambda s: _serve_protocol(s, _echo, asyncio.new_event_loop))
 UVLOOP = Kind("ours, uvloop", lambda s: _serve_protocol(s, _echo, uvloop.new_event_loop))
+UNIX = Kind("ours, uvloop, Unix sockets", UVLOOP.serve, is_unix=True)
 FRAMES = Kind("ours, uvloop", lambda s: _serve_protocol(s, _echo_frame, uvloop.new_event_loop))
 
 
@@ -110,7 +124,8 @@ def forked(kind: Kind, n_servers: int) -> Iterator[list[str]]:
     Must be entered before this process has any other thread.
     """
     context = multiprocessing.get_context("fork")
-    listeners = [socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) for _ in range(n_servers)]
+    folder = tempfile.mkdtemp(prefix="faasmoe-bench-")
+    listeners = [_listener(kind, Path(folder) / str(number)) for number in range(n_servers)]
     parent_pid = os.getpid()
     servers = [
         context.Process(target=_run, args=(kind.serve, listener, parent_pid), daemon=True)
@@ -119,13 +134,28 @@ def forked(kind: Kind, n_servers: int) -> Iterator[list[str]]:
     try:
         for server in servers:
             server.start()
-        yield [f"127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
+        yield [_address(listener) for listener in listeners]
     finally:
         for server in servers:
             server.kill()
             server.join(END_TIMEOUT_S)
         for listener in listeners:
             listener.close()
+        shutil.rmtree(folder)
+
+
+def _listener(kind: Kind, path: Path) -> socket.socket:
+    if not kind.is_unix:
+        return socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen(BACKLOG)
+    return listener
+
+
+def _address(listener: socket.socket) -> str:
+    name = listener.getsockname()
+    return f"{UNIX_SCHEME}{name}" if listener.family == socket.AF_UNIX else f"127.0.0.1:{name[1]}"
 
 
 def _run(serve: Serve, listener: socket.socket, parent_pid: int) -> None:

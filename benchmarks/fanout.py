@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.echo_servers import ASYNCIO, FRAMES, UVICORN, UVLOOP, Kind, forked
+from benchmarks.echo_servers import ASYNCIO, FRAMES, UNIX, UVICORN, UVLOOP, Kind, forked
 from benchmarks.fanout_clients import (
     AiohttpClient,
     Client,
@@ -28,6 +28,7 @@ from benchmarks.fanout_clients import (
     ProtocolClient,
     loop_thread,
     new_uvloop,
+    unix_addresses,
 )
 from benchmarks.report import OUT, Spread, describe_machine, percentile, write_figures
 
@@ -67,7 +68,7 @@ def candidates(*, product_only: bool) -> Iterator[list[Candidate]]:
 
     The first is the product's path, the second the same without the wire format.
     """
-    kinds = [FRAMES, UVLOOP] if product_only else [FRAMES, UVLOOP, UVICORN, ASYNCIO]
+    kinds = [FRAMES, UVLOOP] if product_only else [FRAMES, UVLOOP, UVICORN, ASYNCIO, UNIX]
     with ExitStack() as stack:
         # All processes before the first thread: a fork copies the forking thread only.
         servers = {kind: stack.enter_context(forked(kind, SERVERS)) for kind in kinds}
@@ -90,8 +91,10 @@ def _others(stack: ExitStack, servers: Mapping[Kind, list[str]]) -> list[Candida
     for kind, own_loop, name in ((ASYNCIO, loop, "asyncio"), (UVLOOP, fast_loop, "uvloop")):
         protocol = stack.enter_context(closing(ProtocolClient(own_loop, servers[kind])))
         found.append(Candidate(kind.name, f"Protocol on {name}, from a thread", protocol))
-    fanout = stack.enter_context(closing(FanoutClient(servers[ASYNCIO])))
-    found.append(Candidate(ASYNCIO.name, "ours, polled sockets", fanout))
+    stack.enter_context(unix_addresses())
+    for kind in (ASYNCIO, UNIX):
+        fanout = stack.enter_context(closing(FanoutClient(servers[kind])))
+        found.append(Candidate(kind.name, "ours, polled sockets", fanout))
     return found
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -82,10 +82,15 @@ def _demo_model(arguments: argparse.Namespace) -> int:
     return run_child([*COMMAND, "demo-model", arguments.folder, *["--exact"] * arguments.exact])
 
 
-def run_child(command: Sequence[str]) -> int:
-    """Run a command in our place and return its exit status; a Ctrl-C is the child's to handle."""
-    environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
-    with subprocess.Popen(command, env=environment) as child:
+def run_child(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> int:
+    """Run a command in our place and return its exit status; a Ctrl-C is the child's to handle.
+
+    Args:
+        command: what to run.
+        environment: variables that it has besides ours.
+    """
+    whole = {**os.environ, PARENT_VARIABLE: str(os.getpid()), **(environment or {})}
+    with subprocess.Popen(command, env=whole) as child:
 
         def forward(number: int, _: FrameType | None) -> None:
             child.send_signal(number)

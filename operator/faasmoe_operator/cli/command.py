@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from faasmoe_expert.store import StoreError
-from faasmoe_operator.cli import checkpoint, crd, plan, top, up, version
+from faasmoe_operator.cli import bench, checkpoint, crd, plan, top, up, version
 from faasmoe_operator.errors import CommandError, FaasmoeError
 from faasmoe_operator.spec import MoEModelError
 
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serve Mixture-of-Experts language models with the experts as functions.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (up, top, plan, checkpoint, crd, version):
+    for module in (up, top, plan, checkpoint, bench, crd, version):
         module.add_commands(commands)
     return parser
 

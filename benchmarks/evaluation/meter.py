@@ -1,0 +1,125 @@
+"""What a strategy's processes use: processor time, those that have ended included, and memory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from benchmarks.usage import Memory, ProcessorClock
+
+INTERVAL_S = 0.5
+COST_PART = (
+    50  # a reading walks page tables: the pause is at least so many times as long as it took
+)
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Memory at one time: PSS in bytes, of which `anonymous` belongs to no file."""
+
+    at_s: float
+    total: int
+    anonymous: int
+
+
+class Tree:
+    """Some processes with everything below them."""
+
+    def __init__(self, roots: Sequence[int]) -> None:
+        self._roots = tuple(psutil.Process(pid) for pid in roots)
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the processes that run now."""
+        found = [p for root in self._roots for p in (root, *root.children(recursive=True))]
+        return list({process.pid: process for process in found}.values())
+
+    def cpu_s(self) -> float:
+        """Return the processor time used so far, by those that have ended and been reaped too."""
+        return sum(_cpu_s(process.pid) for process in self.processes())
+
+    def memory(self, at_s: float) -> Sample:
+        """Return the memory of all together."""
+        held = [m for m in (_memory(process.pid) for process in self.processes()) if m is not None]
+        total = Memory.total_of(held)
+        return Sample(at_s, total.total, total.anonymous)
+
+
+@dataclass(slots=True)
+class Usage:
+    """What was used while `metered` ran; complete once it has ended.
+
+    Attributes:
+        samples: memory over time, from the begin on.
+        cpu_s: processor time.
+        time_s: how long it ran.
+    """
+
+    samples: list[Sample]
+    cpu_s: float = 0.0
+    time_s: float = 0.0
+
+    @property
+    def byte_s(self) -> float:
+        """Memory integrated over time."""
+        return sum(area for area in self._areas())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory."""
+        return max(sample.total for sample in self.samples)
+
+    def _areas(self) -> Iterator[float]:
+        for a, b in zip(self.samples, self.samples[1:], strict=False):
+            yield (b.at_s - a.at_s) * (a.total + b.total) / 2
+
+
+@asynccontextmanager
+async def metered(tree: Tree, *, interval_s: float = INTERVAL_S) -> AsyncIterator[Usage]:
+    """Meter the processes as long as the context lasts.
+
+    Memory is read at begin and end, and between as often as `interval_s` says, but for no more than
+    a fiftieth of the time.
+    """
+    begun_s, cpu_s = time.perf_counter(), tree.cpu_s()
+    usage = Usage([tree.memory(0.0)])
+
+    async def sample() -> None:
+        while True:
+            reading_s = time.perf_counter()
+            usage.samples.append(await asyncio.to_thread(tree.memory, reading_s - begun_s))
+            cost_s = time.perf_counter() - reading_s
+            await asyncio.sleep(max(interval_s, cost_s * COST_PART))
+
+    sampling = asyncio.create_task(sample())
+    try:
+        yield usage
+        usage.time_s, usage.cpu_s = time.perf_counter() - begun_s, tree.cpu_s() - cpu_s
+    finally:
+        sampling.cancel()
+        await asyncio.gather(sampling, return_exceptions=True)
+    usage.samples.append(tree.memory(usage.time_s))
+
+
+def _cpu_s(pid: int) -> float:
+    """Return a process's time and that of its reaped children; 0 if it has just ended."""
+    try:
+        own_s = ProcessorClock([pid]).read_s()
+        # cutime and cstime, after the name, which may hold anything but ends with the last bracket.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return own_s + (int(fields[13]) + int(fields[14])) / _TICKS_PER_S
+
+
+def _memory(pid: int) -> Memory | None:
+    try:
+        return Memory.of(pid)
+    except (OSError, KeyError):  # it has just ended
+        return None

@@ -1,0 +1,92 @@
+"""Plots of the results, as PNG. The only module that needs matplotlib."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed, nor looked for
+
+from benchmarks.evaluation.table import Results, strategies
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+DPI = 130
+WIDE = (9.0, 4.2)
+Draw = Callable[[Axes], None]
+
+
+def comparison_plots(results: Results) -> dict[str, bytes]:
+    """Return the plots of a comparison by name."""
+    return {
+        "memory": _figure(lambda axes: memory_over_time(axes, results)),
+        "ttft": _figure(lambda axes: latencies(axes, results, "ttfts_s", "first token, s")),
+        "tpot": _figure(lambda axes: latencies(axes, results, "tpots_s", "time per token, s")),
+    }
+
+
+def sweep_plots(sweep: Results) -> dict[str, bytes]:
+    """Return the plots of a sweep over block sizes by name, as the paper's figure 5."""
+    parts = {
+        "cpu": ("cpu_s_per_token", "CPU s per token"),
+        "memory": ("mean_gb", "memory, GB"),
+        "latency": ("tpot_p50_s", "time per token p50, s"),
+        "calls": ("calls_per_token", "calls per token"),
+    }
+    return {
+        name: _figure(partial(by_size, sweep=sweep, key=key, label=label))
+        for name, (key, label) in parts.items()
+    }
+
+
+def memory_over_time(axes: Axes, results: Results) -> None:
+    """Draw the memory of each strategy over the time of its first run."""
+    for name in strategies(results):
+        samples = results[name]["runs"][0]["details"]["memory"]
+        axes.plot([s[0] for s in samples], [s[1] for s in samples], label=results[name]["title"])
+    floor = results["about"]["model"]["weights_bytes"] / 1e9
+    axes.axhline(floor, color="grey", linestyle=":", label="weights once")
+    axes.set(xlabel="time, s", ylabel="memory of all processes (PSS), GB", ylim=(0, None))
+    axes.legend(fontsize="small")
+
+
+def latencies(axes: Axes, results: Results, key: str, label: str) -> None:
+    """Draw what part of the requests of all runs was at most so slow."""
+    for name in strategies(results):
+        values = sorted(v for run in results[name]["runs"] for v in run["details"][key])
+        parts = [(i + 1) / len(values) for i in range(len(values))]
+        axes.step(values, parts, where="post", label=results[name]["title"])
+    axes.set(xlabel=label, ylabel="part of the requests", xscale="log", ylim=(0, 1.02))
+    axes.legend(fontsize="small")
+
+
+def by_size(axes: Axes, sweep: Results, key: str, label: str) -> None:
+    """Draw a figure by experts in a function, a line for each strategy."""
+    sizes = sorted(sweep["sizes"], key=int)
+    names = strategies(sweep["sizes"][sizes[0]])
+    for name in names:
+        found: list[Mapping[str, Any]] = [sweep["sizes"][size][name] for size in sizes]
+        low, high = ([f["spread"][key][end] for f in found] for end in (0, 1))
+        values, places = [f[key] for f in found], [int(size) for size in sizes]
+        (line,) = axes.plot(places, values, marker="o", label=found[0]["title"])
+        axes.fill_between(places, low, high, alpha=0.2, color=line.get_color())
+    axes.set(xlabel="experts in a function", ylabel=label, ylim=(0, None))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([int(size) for size in sizes], labels=sizes)
+    axes.legend(fontsize="small")
+
+
+def _figure(draw: Draw) -> bytes:
+    figure, axes = plt.subplots(figsize=WIDE, layout="constrained")
+    try:
+        draw(axes)
+        axes.grid(visible=True, alpha=0.3)
+        image = io.BytesIO()
+        figure.savefig(image, dpi=DPI, format="png")
+        return image.getvalue()
+    finally:
+        plt.close(figure)

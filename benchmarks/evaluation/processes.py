@@ -1,0 +1,165 @@
+"""Processes that strategies run beside `faasmoe up`: routers, full models, a resident sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.evaluation.client import Endpoint
+from benchmarks.evaluation.models import NAME
+
+from faasmoe_expert.table import FunctionEntry, FunctionTable
+from faasmoe_operator.cli import child, router
+from faasmoe_operator.control.deployment import Deployment
+from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient, SandboxError
+
+logger = logging.getLogger(__name__)
+
+FULL_MODEL = (sys.executable, "-m", "benchmarks.evaluation.full_model")
+SANDBOX = (sys.executable, "-m", "faasmoe_expert")
+HOST = "127.0.0.1"
+PROBE_INTERVAL_S = 0.1
+SANDBOX_TIMEOUT_S = 120.0
+GRACE_S = 40.0
+NOWHERE = "127.0.0.1:1"  # an address in the table of a server that calls no function
+TABLE_NAME = "functions.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A process that answers tenants."""
+
+    endpoint: Endpoint
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """The sandbox that holds all functions and never changes."""
+
+    pid: int
+    table: Path
+    token: str
+
+
+@asynccontextmanager
+async def servers(
+    command: Sequence[str], environments: Sequence[Mapping[str, str]]
+) -> AsyncIterator[tuple[Server, ...]]:
+    """Run a server for each environment, which names its port, as long as the context lasts.
+
+    They start at the same time, and all serve when the context is entered.
+    """
+    async with AsyncExitStack() as stack:
+        processes = [
+            await stack.enter_async_context(
+                child.running(command, environment=e, log=logger.info, grace_s=GRACE_S)
+            )
+            for e in environments
+        ]
+        addresses = [router.Endpoint(HOST, int(e["FAASMOE_PORT"])) for e in environments]
+        await asyncio.gather(*map(_wait_serving, processes, addresses))
+        yield tuple(
+            Server(Endpoint(address.url, NAME), process.pid)
+            for process, address in zip(processes, addresses, strict=True)
+        )
+
+
+async def _wait_serving(process: child.Child, address: router.Endpoint) -> None:
+    """Wait until a server serves; raises RuntimeError with its last lines if it ends instead."""
+    ended = asyncio.create_task(process.wait())
+    serving = asyncio.create_task(router.wait_serving(address, progress=logger.info))
+    try:
+        await asyncio.wait([ended, serving], return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            raise RuntimeError(f"a server {await ended}")
+        await serving
+    finally:
+        for task in (ended, serving):
+            task.cancel()
+        await asyncio.gather(ended, serving, return_exceptions=True)
+
+
+def router_environment(
+    deployment: Deployment, *, control_url: str = "", table: Path | None = None, token: str = ""
+) -> dict[str, str]:
+    """Return the environment of a router that follows a control process, or has a fixed table."""
+    endpoint = router.Endpoint(HOST, _free_port())
+    environment = router.environment(deployment, endpoint, control_url=control_url, token=token)
+    if table is not None:
+        del environment["FAASMOE_CONTROL_URL"]
+        environment["FAASMOE_TABLE"] = str(table)
+    return environment
+
+
+def write_table(deployment: Deployment, address: str, folder: Path) -> Path:
+    """Write a table in which every function has the same address."""
+    manifest = deployment.open_store().manifest
+    functions = deployment.functions(manifest, key=secrets.token_bytes(32))
+    entries = tuple(FunctionEntry(function, (address,)) for function in functions)
+    table = FunctionTable(manifest.digest, 0, entries)
+    path = folder / TABLE_NAME
+    path.write_text(json.dumps(table.to_json()), encoding="utf-8")
+    return path
+
+
+@asynccontextmanager
+async def resident_sandbox(deployment: Deployment, folder: Path) -> AsyncIterator[Resident]:
+    """Run one sandbox that holds every function, as long as the context lasts.
+
+    It computes with every core: nothing else does while it is called.
+    """
+    port, token = _free_port(), secrets.token_urlsafe(32)
+    table = write_table(deployment, f"{HOST}:{port}", folder)
+    functions = FunctionTable.loads(table.read_bytes()).functions
+    environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "FAASMOE_PORT": str(port),
+        "FAASMOE_TOKEN": token,
+        "FAASMOE_CAPACITY": str(len(functions)),
+        "FAASMOE_THREADS": str(len(os.sched_getaffinity(0))),
+        "FAASMOE_DEVICE": "cpu",
+    }
+    async with child.running(
+        SANDBOX, environment=environment, log=logger.info, grace_s=GRACE_S
+    ) as process:
+        await _attach(deployment, functions, f"{HOST}:{port}", token)
+        yield Resident(process.pid, table, token)
+
+
+async def _attach(
+    deployment: Deployment, functions: Sequence[FunctionEntry], address: str, token: str
+) -> None:
+    store = deployment.open_store()
+    held = ModelStore(store.path, store.manifest.digest)
+    async with SandboxClient(token=token) as client, asyncio.timeout(SANDBOX_TIMEOUT_S):
+        await _wait_answering(client, address)
+        for entry in functions:
+            await client.attach(address, entry.spec, store=held)
+
+
+async def _wait_answering(client: SandboxClient, address: str) -> None:
+    while True:
+        try:
+            await client.list(address)
+            return
+        except SandboxError as error:
+            if error.code != "unreachable":
+                raise
+        await asyncio.sleep(PROBE_INTERVAL_S)
+
+
+def _free_port() -> int:
+    with socket.create_server((HOST, 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,198 @@
+"""The ways to serve six tenants that are compared, each as a context in which it serves.
+
+All answer over the same HTTP API, by the same engine, from the same weights. They differ in where
+experts are computed, in who shares a router, and in whether functions come and go.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evaluation import variables
+from benchmarks.evaluation.client import Endpoint
+from benchmarks.evaluation.models import NAME, Model
+from benchmarks.evaluation.processes import (
+    FULL_MODEL,
+    NOWHERE,
+    resident_sandbox,
+    router_environment,
+    servers,
+    write_table,
+)
+from benchmarks.served import served
+from benchmarks.trial import DEFAULT_WAIT
+
+from faasmoe_operator.cli import router
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run gives its strategies.
+
+    Attributes:
+        model: what is served.
+        tenants: how many.
+        experts: settings of elastic sandboxes, in the MoEModel's words.
+        experts_implementation: of full models, transformers' name, by requests in a batch.
+        wait: how a single full model's threads wait for work.
+    """
+
+    model: Model
+    tenants: int
+    experts: Mapping[str, Any]
+    experts_implementation: Callable[[int], str]
+    wait: str = DEFAULT_WAIT
+
+
+async def _nothing() -> None:
+    """Do nothing: a strategy that never goes idle has nothing to wait for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """A strategy that serves.
+
+    Attributes:
+        endpoints: where each tenant asks.
+        roots: processes that it consists of, with all below them.
+        control_url: address of its control API, if there is one.
+        become_idle: waits until all that can go is gone.
+    """
+
+    endpoints: tuple[Endpoint, ...]
+    roots: tuple[int, ...]
+    control_url: str | None = None
+    become_idle: Callable[[], Awaitable[object]] = _nothing
+
+    @property
+    def router_urls(self) -> tuple[str, ...]:
+        """Each server's address, once."""
+        return tuple(dict.fromkeys(endpoint.url for endpoint in self.endpoints))
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """A way to serve.
+
+    Attributes:
+        name: the key of its figures.
+        title: what tables call it.
+        deploy: gives it, serving.
+    """
+
+    name: str
+    title: str
+    deploy: Callable[[Settings], AbstractAsyncContextManager[Deployed]]
+
+
+@asynccontextmanager
+async def full_model_per_tenant(settings: Settings) -> AsyncIterator[Deployed]:
+    """Serve with the whole model in a process of each tenant's own."""
+    with _folder() as folder:
+        # Several processes on the same cores: threads that wait by spinning steal from the others.
+        environments = [
+            _full_model_environment(settings, folder, batch=1, wait="PASSIVE")
+            for _ in range(settings.tenants)
+        ]
+        async with servers(FULL_MODEL, environments) as found:
+            yield Deployed(tuple(s.endpoint for s in found), tuple(s.pid for s in found))
+
+
+@asynccontextmanager
+async def full_model_shared(settings: Settings) -> AsyncIterator[Deployed]:
+    """Serve with the whole model in one process for all tenants."""
+    with _folder() as folder:
+        environment = _full_model_environment(
+            settings, folder, batch=settings.tenants, wait=settings.wait
+        )
+        async with servers(FULL_MODEL, [environment]) as (server,):
+            yield Deployed((server.endpoint,) * settings.tenants, (server.pid,))
+
+
+@asynccontextmanager
+async def local_distribution(settings: Settings) -> AsyncIterator[Deployed]:
+    """Serve with a router for each tenant, and all experts in one process that stays."""
+    with _folder() as folder:
+        deployment = settings.model.deployment(folder)
+        async with resident_sandbox(deployment, folder) as resident:
+            environments = [
+                router_environment(deployment, table=resident.table, token=resident.token)
+                for _ in range(settings.tenants)
+            ]
+            async with servers(router.COMMAND, environments) as found:
+                pids = (resident.pid, *(server.pid for server in found))
+                yield Deployed(tuple(server.endpoint for server in found), pids)
+
+
+@asynccontextmanager
+async def functions_private(settings: Settings) -> AsyncIterator[Deployed]:
+    """Serve with `faasmoe up`, and a router more for each further tenant."""
+    with _folder() as folder:
+        deployment = settings.model.deployment(folder, settings.experts)
+        async with served(deployment.file) as up:
+            token = str(up.http.headers["Authorization"]).removeprefix("Bearer ")
+            environments = [
+                router_environment(deployment, control_url=up.control_url, token=token)
+                for _ in range(settings.tenants - 1)
+            ]
+            async with servers(router.COMMAND, environments) as others:
+                yield Deployed(
+                    (Endpoint(up.url, NAME), *(server.endpoint for server in others)),
+                    (up.launcher.pid, *(server.pid for server in others)),
+                    up.control_url,
+                    up.wait_idle,
+                )
+
+
+@asynccontextmanager
+async def functions_shared(settings: Settings) -> AsyncIterator[Deployed]:
+    """Serve with `faasmoe up`, as it is."""
+    with _folder() as folder:
+        deployment = settings.model.deployment(folder, settings.experts)
+        async with served(deployment.file) as up:
+            endpoints = (Endpoint(up.url, NAME),) * settings.tenants
+            yield Deployed(endpoints, (up.launcher.pid,), up.control_url, up.wait_idle)
+
+
+FULL_MODEL_PER_TENANT = "full-model-per-tenant"
+FULL_MODEL_SHARED = "full-model-shared"
+LOCAL_DISTRIBUTION = "local-distribution"
+FUNCTIONS_SHARED = "functions-shared"
+STRATEGIES: Mapping[str, Strategy] = {
+    strategy.name: strategy
+    for strategy in (
+        Strategy(FULL_MODEL_PER_TENANT, "full model per tenant", full_model_per_tenant),
+        Strategy(FULL_MODEL_SHARED, "one shared full model", full_model_shared),
+        Strategy(LOCAL_DISTRIBUTION, "local distribution", local_distribution),
+        Strategy("functions-private", "functions, router per tenant", functions_private),
+        Strategy(FUNCTIONS_SHARED, "functions, shared router (ours)", functions_shared),
+    )
+}
+
+
+def _full_model_environment(
+    settings: Settings, folder: Path, *, batch: int, wait: str
+) -> dict[str, str]:
+    deployment = settings.model.deployment(folder)
+    environment = router_environment(deployment, table=write_table(deployment, NOWHERE, folder))
+    environment |= {
+        variables.CHECKPOINT: str(settings.model.checkpoint),
+        variables.EXPERTS: settings.experts_implementation(batch),
+    }
+    if wait == DEFAULT_WAIT and "OMP_WAIT_POLICY" not in os.environ:
+        del environment["OMP_WAIT_POLICY"]
+    elif wait != DEFAULT_WAIT:
+        environment["OMP_WAIT_POLICY"] = wait
+    return environment
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="faasmoe-bench-") as folder:
+        yield Path(folder)

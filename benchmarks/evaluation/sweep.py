@@ -1,0 +1,118 @@
+"""`faasmoe bench sweep`: how many experts a function should have, as the paper's figure 5 asks."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.evaluation import paper, report, workload
+from benchmarks.evaluation.compare import Comparison, Plan, describe
+from benchmarks.evaluation.full_model_trial import UNTRIED
+from benchmarks.evaluation.models import Model
+from benchmarks.evaluation.options import QUICK_TENANTS, add_model_options, chosen_model
+from benchmarks.evaluation.results import to_json
+from benchmarks.evaluation.strategies import FUNCTIONS_SHARED, LOCAL_DISTRIBUTION, Settings
+from benchmarks.evaluation.workload import TENANTS
+from benchmarks.report import describe_machine
+
+from faasmoe_operator.cli.interruption import interruptible
+
+SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 15, 20, 30, 60)
+STRATEGIES = (FUNCTIONS_SHARED, LOCAL_DISTRIBUTION)
+LONG_WINDOW: Mapping[str, Any] = {
+    "warmPool": 0,  # memory is of functions alone
+    "scaling": {"windowSeconds": 600},  # all stay up
+}
+
+
+def add_command(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "sweep",
+        help="block sizes",
+        description="Serve the same workload with functions of different sizes, and with one "
+        "resident expert server, and say which size the figures recommend.",
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--sizes", type=_sizes, default=SIZES, metavar="N,N", help="experts of a layer in a "
+        "function; those beyond the model's are left out (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--tenants", type=int, default=TENANTS, help="how many (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds of a run (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each (%(default)s)")
+    parser.add_argument("--without-local", action="store_true", help="functions only")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Sweep; write figures, table, plots and page."""
+    return asyncio.run(interruptible(_run(arguments)))
+
+
+async def _run(arguments: argparse.Namespace) -> int:
+    machine = describe_machine()
+    plans = _plans(arguments, await chosen_model(arguments))
+    comparisons = await _sweep(plans, 1 if arguments.quick else arguments.repeats)
+    results = {
+        "about": {
+            "machine": machine,
+            "seed": arguments.seed,
+            **describe(next(iter(plans.values()))),
+        },
+        "sizes": {
+            str(size): to_json(found.results(), reference=LOCAL_DISTRIBUTION)
+            for size, found in comparisons.items()
+        },
+    }
+    report.write("sweep", results, folder=arguments.out.resolve())
+    return 0
+
+
+async def _sweep(plans: Mapping[int, Plan], repeats: int) -> Mapping[int, Comparison]:
+    """Run every size once, then again: sizes take turns as strategies do."""
+    comparisons = {size: Comparison(plan) for size, plan in plans.items()}
+    for number in range(repeats):
+        order = list(comparisons) if number % 2 == 0 else list(reversed(comparisons))
+        for size in order:
+            print(f"repetition {number + 1} of {repeats}, {size} experts in a function", flush=True)
+            await comparisons[size].run()
+    return comparisons
+
+
+def _plans(arguments: argparse.Namespace, model: Model) -> dict[int, Plan]:
+    tenants = QUICK_TENANTS if arguments.quick else arguments.tenants
+    n_experts = int(model.describe()["experts"])
+
+    def asked(n_rounds: int, seed: int) -> workload.Workload:
+        return workload.rounds(n_rounds, seed=seed, sizes=model.sizes, tenants=tenants)
+
+    plan = Plan(
+        settings=Settings(model, tenants, LONG_WINDOW, UNTRIED.implementation),
+        workload=asked(arguments.rounds, arguments.seed),
+        warm_up=asked(1, paper.WARM_UP_SEED),
+        strategies=(FUNCTIONS_SHARED,) if arguments.without_local else STRATEGIES,
+        repeats=1,
+    )
+    sizes = [size for size in arguments.sizes if size <= n_experts]
+    return {size: _of_size(plan, size) for size in sizes}
+
+
+def _of_size(plan: Plan, size: int) -> Plan:
+    model = plan.settings.model.changed(experts_per_function=size)
+    return replace(plan, settings=replace(plan.settings, model=model))
+
+
+def _sizes(text: str) -> Sequence[int]:
+    try:
+        sizes = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        sizes = ()
+    if not sizes or sizes[0] < 1:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected numbers of 1 or more, with commas"
+        )
+    return sizes

@@ -1,0 +1,67 @@
+"""The sweep over block sizes as Markdown, and the size that it recommends. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.evaluation.strategies import FUNCTIONS_SHARED
+from benchmarks.evaluation.table import described, markdown_table, strategies
+
+TOLERANCE = 1.05
+COSTS = ("tpot_p50_s", "cpu_s_per_token", "mean_gb")
+COLUMNS = (
+    ("tokens_per_s", "tokens/s", 1.0, 1),
+    ("ttft_p50_s", "first token p50, s", 1.0, 3),
+    ("tpot_p50_s", "per token p50, ms", 1e3, 1),
+    ("tpot_p99_s", "per token p99, ms", 1e3, 1),
+    ("cpu_s_per_token", "CPU ms per token", 1e3, 1),
+    ("cpu_percent", "CPU %", 1.0, 0),
+    ("mean_gb", "memory, GB", 1.0, 3),
+    ("calls_per_token", "calls per token", 1.0, 2),
+    ("wire_bytes_per_token", "KB per token", 1e-3, 1),
+    ("failures", "failed", 1.0, 0),
+)
+
+
+def markdown(sweep: Mapping[str, Any]) -> str:
+    """Return the tables and the recommendation."""
+    sizes = sorted(sweep["sizes"], key=int)
+    header = ["experts in a function", *(label for _, label, _, _ in COLUMNS)]
+    parts = [described(sweep["about"])]
+    for name in strategies(sweep["sizes"][sizes[0]]):
+        rows = [[size, *_cells(sweep["sizes"][size][name])] for size in sizes]
+        title = sweep["sizes"][sizes[0]][name]["title"]
+        parts.append(f"- {title}")
+        parts.append(markdown_table(header, rows))
+    parts.append(f"- recommended: {recommended(sweep)} experts in a function, the smallest size of "
+                 f"which time and CPU per token and memory are within {TOLERANCE - 1:.0%} of the "
+                 "best, or the one with the least product of the three")  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def recommended(sweep: Mapping[str, Any]) -> int:
+    """Return the size to be the default.
+
+    Small functions come and go more finely, so the smallest is taken of those that cost no more
+    than the best by any measure. If there is none, the one with the least product of the measures.
+    """
+    found = {int(size): by_name[FUNCTIONS_SHARED] for size, by_name in sweep["sizes"].items()}
+    best = {cost: min(figures[cost] for figures in found.values()) for cost in COSTS}
+    good = [
+        size
+        for size, figures in found.items()
+        if all(figures[cost] <= TOLERANCE * best[cost] for cost in COSTS)
+    ]
+    return min(good) if good else min(found, key=lambda size: _product(found[size]))
+
+
+def _product(figures: Mapping[str, float]) -> float:
+    product = 1.0
+    for cost in COSTS:
+        product *= figures[cost]
+    return product
+
+
+def _cells(figures: Mapping[str, Any]) -> list[str]:
+    return [f"{factor * figures[key]:.{digits}f}" for key, _, factor, digits in COLUMNS]

@@ -1,0 +1,98 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import evaluation_figures as figures
+import pytest
+from benchmarks.evaluation import report, sweep_table, table
+from benchmarks.evaluation.command import main
+from benchmarks.evaluation.page import page
+
+
+def _row(markdown: str, label: str) -> list[str]:
+    """Return the cells of the first row of a label."""
+    line = next(line for line in markdown.splitlines() if line.startswith(f"| {label} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+@pytest.fixture
+def comparison() -> dict[str, Any]:
+    """A full model against functions that are half as fast and take a quarter of the memory."""
+    full = tuple(figures.run(size_bytes=8 * 10**9) for _ in range(2))
+    ours = tuple(figures.run(speed=speed) for speed in (0.5, 0.4))
+    return figures.comparison(full_model_shared=full, functions_shared=ours)
+
+
+def test_the_table_shows_medians_with_the_least_and_the_most(comparison: dict[str, Any]) -> None:
+    text = table.markdown(comparison)
+    assert _row(text, "tokens/s") == ["2.0", "0.9 (0.8..1.0)"]
+    assert _row(text, "memory, mean GB") == ["8.000", "2.000"]
+    assert _row(text, "mean memory over the weights once") == ["4.00", "1.00"]
+    assert _row(text, "failed requests") == ["0", "0"]
+
+
+def test_the_table_leaves_out_what_never_occurred(comparison: dict[str, Any]) -> None:
+    assert "held p50" not in table.markdown(comparison)
+
+
+def test_the_table_names_machine_model_and_workload(comparison: dict[str, Any]) -> None:
+    text = table.markdown(comparison)
+    for part in ("2 cores of some <processor>", "demo, Qwen2MoeForCausalLM", "digest abc"):
+        assert part in text
+
+
+def test_there_are_no_ratios_without_what_they_are_over() -> None:
+    assert table.over_shared(figures.comparison(functions_shared=(figures.run(),))) == ""
+
+
+def test_the_page_needs_no_other_file(comparison: dict[str, Any]) -> None:
+    text = page("a title", table.markdown(comparison), {"memory": b"image"})
+    assert re.findall(r'(?:src|href)="([^"]{5})', text) == ["data:"]
+    assert "some &lt;processor&gt;" in text
+    assert text.count("<table>") == 2
+
+
+def test_everything_is_written_again_from_the_figures(
+    comparison: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "paper.json").write_text(json.dumps(comparison))
+    assert main(["report", str(tmp_path / "paper.json")]) == 0
+    assert (tmp_path / "paper.md").read_text().strip() in capsys.readouterr().out
+    for name in ("memory", "ttft", "tpot"):
+        assert (tmp_path / f"paper-{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "paper.html").read_text().count("data:image/png") == 3
+
+
+def test_a_sweep_is_drawn_by_size(tmp_path: Path) -> None:
+    sweep = _sweep({1: (1.0, 4.0), 20: (2.0, 2.0)})
+    report.write("sweep", sweep, folder=tmp_path)
+    images = {path.name for path in tmp_path.glob("*.png")}
+    assert images == {f"sweep-{name}.png" for name in ("cpu", "memory", "latency", "calls")}
+    assert "recommended: 20 experts" in (tmp_path / "sweep.md").read_text()
+
+
+def _sweep(sizes: dict[int, tuple[float, float]]) -> dict[str, Any]:
+    """Return a sweep: by size, the speed and the memory in GB."""
+    found: dict[str, Any] = {}
+    for size, (speed, gb) in sizes.items():
+        run = figures.run(speed=speed, cpu_s=10 / speed, size_bytes=int(gb * 1e9))
+        found[str(size)] = figures.comparison(functions_shared=(run,))
+        found[str(size)].pop("about")
+    return {"about": figures.ABOUT, "sizes": found}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        pytest.param(
+            {1: (1, 9), 6: (2, 2), 20: (2, 2), 60: (2, 2)}, 6, id="the-smallest-of-equals"
+        ),
+        pytest.param({6: (1.97, 2.05), 20: (2, 2)}, 6, id="within-a-twentieth"),
+        pytest.param({6: (1.8, 2), 20: (2, 2)}, 20, id="too-slow"),
+        pytest.param({6: (2, 2.3), 20: (2, 2)}, 20, id="too-large"),
+        pytest.param({6: (1, 2), 20: (1.9, 2.2), 60: (2, 4)}, 20, id="a-compromise"),
+    ],
+)
+def test_recommends_a_size(sizes: dict[int, tuple[float, float]], expected: int) -> None:
+    assert sweep_table.recommended(_sweep(sizes)) == expected

@@ -1,0 +1,66 @@
+import json
+
+import evaluation_figures as figures
+import pytest
+from benchmarks.evaluation.results import Result, ratios, to_json
+
+
+def test_a_run_gives_what_the_issue_names() -> None:
+    found = figures.run(cpu_s=5.0).figures()
+    assert found["tokens_per_s"] == pytest.approx(20 / 10)
+    assert found["ttft_p50_s"] == found["ttft_p99_s"] == 1.0
+    assert found["tpot_p50_s"] == pytest.approx(1.0)
+    assert found["cpu_s_per_token"] == pytest.approx(0.25)
+    assert found["cpu_percent"] == pytest.approx(50)
+    assert found["gb_s"] == pytest.approx(20)
+    assert found["gb_s_per_token"] == pytest.approx(1.0)
+    assert (found["peak_gb"], found["mean_gb"]) == (2.0, 2.0)
+    assert found["calls_per_token"] == pytest.approx(2.0)
+    assert found["wire_bytes_per_token"] == pytest.approx(100)
+    assert found["cold_start_p50_s"] is None
+    assert (found["requests"], found["failures"]) == (2, 0)
+
+
+def test_a_failed_request_has_no_latency_and_no_tokens() -> None:
+    run = figures.run(error="status 429")
+    assert (run.figures()["failures"], run.figures()["tokens"]) == (1, 10)
+    assert len(run.ttfts_s) == 1
+    assert run.details()["errors"] == ["status 429"]
+
+
+def test_figures_are_medians_and_failures_are_all() -> None:
+    runs = tuple(figures.run(speed=s) for s in (1.0, 2.0, 4.0))
+    found = to_json({"x": Result("X", (*runs, figures.run(error="gone")))}, reference="none")
+    assert found["x"]["tokens_per_s"] == pytest.approx((2 + 4) / 2)  # 1, 2, 4 and 8 tokens/s
+    assert found["x"]["failures"] == 1
+    assert found["x"]["spread"]["tokens_per_s"] == pytest.approx([1.0, 8.0])
+    assert found["x"]["equal_texts"] is None
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_texts_are_compared_with_the_shared_full_models() -> None:
+    found = figures.comparison(
+        full_model_shared=(figures.run(), figures.run()),
+        functions_shared=(figures.run(), figures.run(text="teXt")),
+    )
+    assert found["full-model-shared"]["equal_texts"] == 1.0
+    assert found["functions-shared"]["equal_texts"] == pytest.approx(0.75)
+    assert found["functions-shared"]["equal_characters"] == pytest.approx(1 - 1 / 8)
+
+
+def test_a_ratio_is_between_neighbours_in_time() -> None:
+    # The machine is twice as fast in the second repetition; the ratio is the same in both.
+    found = figures.comparison(
+        full_model_shared=(figures.run(speed=1.0), figures.run(speed=2.0)),
+        functions_shared=(figures.run(speed=0.5), figures.run(speed=1.0)),
+    )
+    found.pop("about")
+    assert ratios(found, over="full-model-shared")["functions-shared"] == pytest.approx(
+        {
+            "tokens_per_s": 0.5,
+            "ttft_p50_s": 2.0,
+            "tpot_p50_s": 2.0,
+            "cpu_s_per_token": 1.0,
+            "gb_s_per_token": 2.0,
+        }
+    )
