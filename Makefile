@@ -59,7 +59,7 @@ bench: $(STAMP) ## Fan-out and data plane, against in-process transformers; writ
 	$(BIN)/python -m benchmarks.data_plane
 
 bench-reconcile: $(STAMP) ## 200 MoEModels on the API server that KUBECONFIG names; writes benchmarks/out/reconcile.json
-	PYTHONPATH=tests/cluster:tests/integration $(BIN)/python -m benchmarks.reconcile
+	PYTHONPATH=tests/cluster/support:tests/integration $(BIN)/python -m benchmarks.reconcile
 
 bench-elastic: $(STAMP) ## Activation, time to first token after idle, memory; writes benchmarks/out/elastic.json
 	$(BIN)/python -m benchmarks.elastic

@@ -3,7 +3,7 @@
 `python -m benchmarks.reconcile` needs KUBECONFIG to name a Kubernetes API server that is ours to
 use, with its controllers and scheduler; nodes are not needed. The operator is the real one, as a
 process, with the rights that the chart gives it. What kubelets would do is done by
-`tests/cluster/instant_pods.py`: stores are prepared at once, routers ready at once, sandboxes small
+`tests/cluster/support/instant_pods.py`: stores are prepared at once, routers ready at once, sandboxes small
 servers that answer. Its requests are not counted: the API server counts the operator's, by a
 FlowSchema of its own.
 """
