@@ -20,15 +20,17 @@ def test_a_model_is_prepared_and_served_scaled_suspended_and_deleted(
     namespace: str,
     tiny_model: Callable[..., Object],
 ) -> None:
-    api.create("moemodels", tiny_model("tiny"))
+    api.create("secrets", secret("acme-keys", namespace, {"first": KEY}))
+    tenants = [{"name": "acme", "apiKeysSecretRef": {"name": "acme-keys"}}]
+    api.create("moemodels", tiny_model("tiny", tenants=tenants))
     wait_condition(api, namespace, "tiny", "Ready")
     status = api.get("moemodels", namespace, "tiny")["status"]
     assert status["functions"] == {"total": 4, "active": 0, "replicas": 0}
     assert sandboxes(api, namespace, "tiny") == []
 
     (router,) = router_pods(api, namespace, "tiny")
-    text = chat(router)
-    assert text == chat(router)
+    text = chat(router, tenant="acme", key=KEY)
+    assert text == chat(router, tenant="acme", key=KEY)
     held = sandboxes(api, namespace, "tiny")
     assert held
     labels = [pod["metadata"]["labels"] for pod in held]
@@ -38,7 +40,7 @@ def test_a_model_is_prepared_and_served_scaled_suspended_and_deleted(
 
     eventually(lambda: sandboxes(api, namespace, "tiny"), lambda pods: pods == [])
     wait_condition(api, namespace, "tiny", "Active", status="False")
-    assert chat(router) == text
+    assert chat(router, tenant="acme", key=KEY) == text
 
     api.patch("moemodels", namespace, "tiny", {"spec": {"suspend": True}})
     wait_condition(api, namespace, "tiny", "Ready", status="False", reason="Suspended")
@@ -49,7 +51,8 @@ def test_a_model_is_prepared_and_served_scaled_suspended_and_deleted(
     (router,) = eventually(
         lambda: router_pods(api, namespace, "tiny"), lambda routers: len(routers) == 1
     )
-    assert chat(router) == text
+    assert chat(router, tenant="acme", key=KEY) == text
 
     api.delete("moemodels", namespace, "tiny")
     eventually(lambda: objects_of(api, namespace, "tiny"), lambda found: found == {})
+    assert api.find("secrets", namespace, "acme-keys") is not None

@@ -94,6 +94,7 @@ def environment(
         "MAX_MODEL_LEN": router.max_model_len,
         "KV_CACHE_BYTES": router.kv_cache_bytes,
         "TENANTS_FILE": tenants_file,
+        "STATE_DIR": None if tenants_file is None else deployment.state_path / "router",
         "TOKEN": token,
     }
     return {

@@ -57,6 +57,11 @@ class Deployment:
         return (self.file.parent / path).resolve()
 
     @property
+    def state_path(self) -> Path:
+        """The folder of what is kept across restarts, beside the store, which never changes."""
+        return self.store_path.with_name(f"{self.store_path.name}.state")
+
+    @property
     def is_prepared(self) -> bool:
         """Whether there is a complete store."""
         return (self.store_path / MANIFEST_NAME).is_file()

@@ -12,15 +12,23 @@ FILE_NAME = "tenants.json"
 VERSION = 1
 
 
-def tenants_document(model: MoEModel, keys_path: Callable[[Tenant], str]) -> dict[str, Any]:
+def tenants_document(
+    model: MoEModel, keys_path: Callable[[Tenant], str], *, n_routers: int = 1
+) -> dict[str, Any]:
     """Return what stands in the router's tenants file; limits that are not there do not limit.
 
     Args:
         model: whose tenants.
         keys_path: says in which folder the router finds the API keys of a tenant.
+        n_routers: routers that read the file: each grants its part of the limits.
     """
     tenants = [_entry(tenant, keys_path(tenant)) for tenant in model.spec.tenants]
-    return {"version": VERSION, "model": model.metadata.name, "tenants": tenants}
+    return {
+        "version": VERSION,
+        "model": model.metadata.name,
+        "routerReplicas": n_routers,
+        "tenants": tenants,
+    }
 
 
 def _entry(tenant: Tenant, keys_path: str) -> dict[str, Any]:

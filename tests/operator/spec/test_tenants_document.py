@@ -26,6 +26,7 @@ def test_says_all_of_each_tenant_and_only_the_limits_that_there_are() -> None:
     )
     assert tenants_document(model, lambda tenant: f"/keys/{tenant.name}") == {
         "version": 1,
+        "routerReplicas": 1,
         "model": "demo",
         "tenants": [
             {

@@ -19,19 +19,18 @@ from faasmoe_operator.kube.manifests.pods import http_probe, pod_template
 from faasmoe_operator.kube.manifests.resources import router_resources
 from faasmoe_operator.kube.manifests.secrets import token_variable
 from faasmoe_operator.kube.manifests.security import container_security
-from faasmoe_operator.kube.manifests.tenants import (
-    FILE_NAME,
-    FOLDER,
-    tenants_mounts,
-    tenants_volumes,
-)
+from faasmoe_operator.kube.manifests.tenants import FOLDER, tenants_mounts, tenants_volumes
 from faasmoe_operator.kube.manifests.volumes import (
+    STATE_FOLDER,
+    state_mount,
+    state_volume,
     store_mount,
     store_path,
     store_volume,
     temporary_mount,
     temporary_volume,
 )
+from faasmoe_operator.spec.tenants_document import FILE_NAME
 
 CONTAINER = "router"
 PORT = 8000
@@ -79,7 +78,7 @@ def router_disruption_budget(ctx: ModelContext) -> Object:
 
 
 def _template(ctx: ModelContext) -> Object:
-    tenants = tenants_volumes(ctx) if ctx.spec.tenants else []
+    tenants = [*tenants_volumes(ctx), state_volume()] if ctx.spec.tenants else []
     return pod_template(
         ctx,
         ctx.spec.router.template,
@@ -92,7 +91,7 @@ def _template(ctx: ModelContext) -> Object:
 
 
 def _container(ctx: ModelContext) -> Object:
-    tenants = tenants_mounts(ctx) if ctx.spec.tenants else []
+    tenants = [*tenants_mounts(ctx), state_mount()] if ctx.spec.tenants else []
     return {
         "name": CONTAINER,
         **container_image(ctx, ctx.spec.router.template, ctx.images.router),
@@ -137,5 +136,6 @@ def _settings(ctx: ModelContext) -> list[Object]:
             "MAX_WAITING": router.max_waiting,
             "KV_CACHE_BYTES": router.kv_cache_bytes,
             "TENANTS_FILE": f"{FOLDER}/{FILE_NAME}" if ctx.spec.tenants else None,
+            "STATE_DIR": STATE_FOLDER if ctx.spec.tenants else None,
         }
     )

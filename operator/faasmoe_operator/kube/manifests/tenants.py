@@ -7,24 +7,25 @@ reach running routers. A Secret that is not there leaves an empty folder: the te
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from faasmoe_operator.kube.kinds import CONFIG_MAP, Object
 from faasmoe_operator.kube.manifests.context import ModelContext
 from faasmoe_operator.kube.manifests.names import Component, shortened, tenants_name
 from faasmoe_operator.kube.manifests.objects import new_object
 from faasmoe_operator.spec.tenants import Tenant
+from faasmoe_operator.spec.tenants_document import FILE_NAME, tenants_document
 
-FILE_NAME = "tenants.json"
 FOLDER = "/etc/faasmoe/tenants"
 KEYS_FOLDER = "/etc/faasmoe/keys"
-FILE_VERSION = 1
 FILE_MODE = 0o440
 
 
 def tenants_config_map(ctx: ModelContext) -> Object:
     """Return the ConfigMap with the file."""
-    text = json.dumps(tenants_document(ctx), indent=2, ensure_ascii=False)
+    # The number of routers stands in the file, not in their pods: scaling replaces none of them.
+    n_routers = max(1, ctx.spec.router.replicas)
+    document = tenants_document(ctx.model, _keys_path, n_routers=n_routers)
+    text = json.dumps(document, indent=2, ensure_ascii=False)
     return new_object(
         ctx,
         CONFIG_MAP,
@@ -32,12 +33,6 @@ def tenants_config_map(ctx: ModelContext) -> Object:
         component=Component.ROUTER,
         data={FILE_NAME: text + "\n"},
     )
-
-
-def tenants_document(ctx: ModelContext) -> dict[str, Any]:
-    """Return what stands in the file."""
-    tenants = [_entry(tenant) for tenant in ctx.spec.tenants]
-    return {"version": FILE_VERSION, "model": ctx.name, "tenants": tenants}
 
 
 def tenants_volumes(ctx: ModelContext) -> list[Object]:
@@ -59,19 +54,6 @@ def tenants_mounts(ctx: ModelContext) -> list[Object]:
 
 def _with_keys(ctx: ModelContext) -> list[Tenant]:
     return [tenant for tenant in ctx.spec.tenants if tenant.api_keys_secret_ref is not None]
-
-
-def _entry(tenant: Tenant) -> dict[str, Any]:
-    return {
-        "name": tenant.name,
-        "keysPath": _keys_path(tenant),
-        "weight": tenant.weight,
-        "priority": tenant.priority,
-        "modelAlias": tenant.model_alias,
-        "systemPrompt": tenant.system_prompt,
-        "sharePrefixCacheWith": list(tenant.share_prefix_cache_with),
-        "limits": tenant.limits.to_object(),
-    }
 
 
 def _keys_volume(tenant: Tenant) -> Object:

@@ -10,6 +10,8 @@ STORE_FOLDER = "/store"
 SOURCE_FOLDER = "/source"
 TEMPORARY_FOLDER = "/tmp"
 TEMPORARY_SIZE = "2Gi"
+STATE_FOLDER = "/var/lib/faasmoe"
+STATE_SIZE = "64Mi"
 
 
 def claim_name(ctx: ModelContext) -> str:
@@ -65,3 +67,16 @@ def temporary_volume() -> Object:
 def temporary_mount() -> Object:
     """Return where temporary files go."""
     return {"name": "tmp", "mountPath": TEMPORARY_FOLDER}
+
+
+def state_volume() -> Object:
+    """Return room for what a router keeps over restarts of its container: tenants' accounts.
+
+    It goes with the pod; what is to last longer is scraped as metrics.
+    """
+    return {"name": "state", "emptyDir": {"sizeLimit": STATE_SIZE}}
+
+
+def state_mount() -> Object:
+    """Return where the router keeps its state."""
+    return {"name": "state", "mountPath": STATE_FOLDER}

@@ -24,8 +24,10 @@ def document(ctx: ModelContext) -> Any:
 
 
 def test_tells_the_router_all_of_a_tenant() -> None:
-    assert document(make_context({"tenants": [ACME, UMBRELLA]})) == {
+    routers = {"replicas": 3}
+    assert document(make_context({"tenants": [ACME, UMBRELLA], "router": routers})) == {
         "version": 1,
+        "routerReplicas": 3,
         "model": "qwen",
         "tenants": [
             {
