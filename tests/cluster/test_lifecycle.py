@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from apiserver import ApiServer, Object, eventually
 from chats import chat
-from moemodels import objects_of, router_pods, sandboxes, wait_condition
+from moemodels import objects_of, router_pods, sandboxes, secret, wait_condition
 from operator_process import OperatorProcess
 from stand_in_node import StandInNode
 
