@@ -102,9 +102,9 @@ class Recorder:
         self._done.clear()
         return list(self._tokens)
 
-    def fail(self, request_ids: Sequence[str]) -> None:
-        """Take the ids of requests whose scores were not finite."""
-        self._error = f"scores of {len(request_ids)} requests were not finite"
+    def fail(self, request_ids: Sequence[str], error: Exception) -> None:
+        """Take the ids of requests that cannot go on, and why."""
+        self._error = f"{len(request_ids)} requests: {error}"
         self._done.set()
 
     def take(self, outputs: Sequence[Output]) -> None:

@@ -1,7 +1,7 @@
 """Functions that come and go: how fast, and what they cost.
 
-`python -m benchmarks.elastic [--quick]`. Everything runs under `faasmoe up`. What is measured, and
-what it was, stands in docs/performance.md.
+`python -m benchmarks.elastic [--quick] [--memory]`. Everything runs under `faasmoe up`. What is
+measured, and what it was, stands in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WARM_POOL = 2
 N_PROMPTS = 32
 PROMPT_CHARACTERS = 64
 MAX_MODEL_LEN = 256
-MIB = 1 << 20
+SETTLE_S = 2.0  # sandboxes give back what a prompt took a second after it
 
 Figures = dict[str, Any]
 
@@ -110,9 +110,11 @@ class Benchmark:
         async with served(file) as model:
             for seed in range(2):
                 await generate(model, _prompts(seed), max_tokens=8)
+            await asyncio.sleep(SETTLE_S)
             n_functions = sum(f["ready"] for f in (await model.status())["functions"])
             sandboxes, pages = model.sandbox_memory()
             whole = model.memory()
+            beyond = model.beyond_weights_bytes()
             return {
                 "functions": n_functions,
                 "sandboxes": len(model.sandboxes()),
@@ -121,6 +123,7 @@ class Benchmark:
                 "store_pages_bytes": pages,
                 "floor_bytes": model.floor_bytes,
                 "over_floor": whole.total / model.floor_bytes,
+                "beyond_weights_mb": {name: size / 1e6 for name, size in beyond.items()},
                 "private_mb_per_function": (sandboxes.total - pages) / n_functions / 1e6,
             }
 
@@ -201,9 +204,7 @@ async def measure(plan: Plan, folder: Path) -> Figures:
     benchmark = Benchmark(plan, checkpoint=checkpoint, store=store)
     warm = await benchmark.activation(pool=WARM_POOL)
     empty = await benchmark.activation(pool=0)
-    sizes = (plan.experts_per_function, plan.private_experts_per_function)
-    memory = {n: await benchmark.memory(experts_per_function=n) for n in dict.fromkeys(sizes)}
-    all_warm, private = (memory[n] for n in sizes)
+    memory = await _memory(benchmark, plan)
     for pool in plan.pools:
         await benchmark.first_token(pool=pool)
     tokens = benchmark.tokens
@@ -218,12 +219,29 @@ async def measure(plan: Plan, folder: Path) -> Figures:
         "samples": len(warm["times_s"]),
         "ttft_after_idle_ratio": next(iter(tokens.values())).ratio.median,
         "ttft_by_pool": {str(pool): found.to_json() for pool, found in tokens.items()},
-        "private_mb_per_function": private["private_mb_per_function"],
-        "memory_over_floor": all_warm["over_floor"],
         "idle_sandboxes": {
             "0": empty["idle_sandboxes"],
             str(WARM_POOL): warm["idle_sandboxes"],
         },
+        **memory,
+    }
+
+
+async def measure_memory(plan: Plan, folder: Path) -> Figures:
+    """Run the parts about memory; return what is written to elastic_memory.json."""
+    machine = describe_machine()
+    checkpoint, store = await make_model(plan.geometry, folder)
+    benchmark = Benchmark(plan, checkpoint=checkpoint, store=store)
+    return {"machine": machine, **await _memory(benchmark, plan)}
+
+
+async def _memory(benchmark: Benchmark, plan: Plan) -> Figures:
+    sizes = (plan.experts_per_function, plan.private_experts_per_function)
+    found = {n: await benchmark.memory(experts_per_function=n) for n in dict.fromkeys(sizes)}
+    all_warm, private = (found[n] for n in sizes)
+    return {
+        "private_mb_per_function": private["private_mb_per_function"],
+        "memory_over_floor": all_warm["over_floor"],
         "memory": {"all_warm": all_warm, "private": private},
     }
 
@@ -238,29 +256,49 @@ def text(found: Figures) -> str:
     for pool, tokens in found["ttft_by_pool"].items():
         for name in ("ratio", "idle_s", "warm_s", "held_s"):
             rows.append((f"first token, pool {pool}: {name}", tokens[name].text(3)))
-    rows += [
+    for pool, n_idle in found["idle_sandboxes"].items():
+        rows.append((f"sandboxes when idle, pool {pool}", str(n_idle)))
+    return format_table(("", "MEASURED"), [*rows, *_memory_rows(found)])
+
+
+def memory_text(found: Figures) -> str:
+    """Return the table of memory."""
+    return format_table(("", "MEASURED"), _memory_rows(found))
+
+
+def _memory_rows(found: Figures) -> list[tuple[str, str]]:
+    """Return the rows of the table: the two figures, and what lies beyond the weights, where."""
+    n_functions = found["memory"]["private"]["functions"]
+    parts = found["memory"]["all_warm"]["beyond_weights_mb"].items()
+    return [
         (
-            f"private_mb_per_function ({found['memory']['private']['functions']} functions)",
+            f"private_mb_per_function ({n_functions} functions)",
             f"{found['private_mb_per_function']:.1f}",
         ),
         ("memory_over_floor", f"{found['memory_over_floor']:.3f}"),
-        *((f"sandboxes when idle, pool {p}", str(n)) for p, n in found["idle_sandboxes"].items()),
+        *((f"MB beyond the weights, {name}", f"{size:.1f}") for name, size in parts),
     ]
-    return format_table(("", "MEASURED"), rows)
 
 
 def main() -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.elastic")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it all work?")
+    parser.add_argument("--memory", action="store_true", help="only the parts about memory")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each part (%(default)s)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="models (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="figures (%(default)s)")
     arguments = parser.parse_args()
     plan = quick_plan() if arguments.quick else full_plan(arguments.rounds)
-    found = asyncio.run(measure(plan, arguments.cache.resolve()))
-    print(f"\n{text(found)}")
-    written = write_figures("elastic", found, folder=arguments.out.resolve())
+    folder, out = arguments.cache.resolve(), arguments.out.resolve()
+    if arguments.memory:
+        found = asyncio.run(measure_memory(plan, folder))
+        print(f"\n{memory_text(found)}")
+        written = write_figures("elastic_memory", found, folder=out)
+    else:
+        found = asyncio.run(measure(plan, folder))
+        print(f"\n{text(found)}")
+        written = write_figures("elastic", found, folder=out)
     print(f"\nfigures: {written}")
     return 0
 

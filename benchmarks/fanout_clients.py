@@ -24,8 +24,9 @@ import uvloop
 from benchmarks.echo_servers import UNIX_SCHEME
 
 from faasmoe_expert.wire import Dtype, Header, Mode, decode_response, encode_request
+from faasmoe_expert.wire.checksum import Buffer
 from faasmoe_expert.wire.frame import Kind
-from faasmoe_expert.wire.request import Buffer, Float32s, Int32s
+from faasmoe_expert.wire.request import Float32s, Int32s
 from faasmoe_router.dispatch import connection as product_connection
 from faasmoe_router.dispatch.errors import CallError
 from faasmoe_router.dispatch.fanout import Call, Fanout

@@ -121,30 +121,64 @@ def write_moemodel(
     path.write_text(json.dumps(document), encoding="utf-8")  # JSON is YAML too
 
 
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A model whose functions are all in sandboxes, for a router that is to be started.
+
+    Attributes:
+        environment: the router's, with a fixed function table.
+        store: the prepared model.
+        pids: the launcher and the zygote, by name.
+        sandbox_pids: the sandboxes.
+        n_functions: functions in them.
+    """
+
+    environment: dict[str, str]
+    store: Store
+    pids: dict[str, int]
+    sandbox_pids: tuple[int, ...]
+    n_functions: int
+
+
 @asynccontextmanager
-async def serving(moemodel: Path) -> AsyncIterator[Fleet]:
-    """Serve a MoEModel file as long as the context lasts."""
+async def resident(moemodel: Path) -> AsyncIterator[Resident]:
+    """Keep every function of a MoEModel file in a sandbox as long as the context lasts."""
     deployment = Deployment.load(moemodel)
     store = deployment.open_store()
     token = secrets.token_urlsafe(32)
     with tempfile.TemporaryDirectory(prefix="faasmoe-bench-") as folder:
         socket = Path(folder) / "zygote.sock"
         async with (
-            running_zygote(socket, token=token) as zygote,
+            running_zygote(
+                socket, token=token, store=store.path, device=deployment.template.device
+            ) as zygote,
             ProcessPlatform(socket=socket) as platform,
         ):
             residents = await _make_resident(deployment, store, platform, token)
-            pids = {"launcher": os.getpid(), "zygote": zygote.pid}
-            sandbox_pids = tuple(s.pid for s, _ in residents.sandboxes if s.pid is not None)
             table = Path(folder) / "functions.json"
             table.write_text(json.dumps(residents.table(store.manifest.digest).to_json()))
-            async with running(
-                "benchmarks.functions_side",
-                *map(str, (*pids.values(), *sandbox_pids)),
-                environment=_environment(deployment, table=table, token=token),
-            ) as side:
-                pids["router"] = side.pid
-                yield Fleet(side, store, pids, sandbox_pids, len(residents.functions))
+            yield Resident(
+                _environment(deployment, table=table, token=token),
+                store,
+                {"launcher": os.getpid(), "zygote": zygote.pid},
+                tuple(s.pid for s, _ in residents.sandboxes if s.pid is not None),
+                len(residents.functions),
+            )
+
+
+@asynccontextmanager
+async def serving(moemodel: Path) -> AsyncIterator[Fleet]:
+    """Serve a MoEModel file as long as the context lasts."""
+    async with (
+        resident(moemodel) as found,
+        running(
+            "benchmarks.functions_side",
+            *map(str, (*found.pids.values(), *found.sandbox_pids)),
+            environment=found.environment,
+        ) as side,
+    ):
+        pids = {**found.pids, "router": side.pid}
+        yield Fleet(side, found.store, pids, found.sandbox_pids, found.n_functions)
 
 
 def _environment(deployment: Deployment, *, table: Path, token: str) -> dict[str, str]:

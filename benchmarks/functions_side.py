@@ -30,7 +30,6 @@ from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.engine.batching import Batcher
 from faasmoe_router.engine.model import load_router_model
-from faasmoe_router.engine.sampling import SamplingParams
 from faasmoe_router.engine.sizing import EngineLimits
 
 STOP_TIMEOUT_S = 30.0
@@ -62,9 +61,7 @@ class FunctionsSide:
         with self._stopwatch.running() if command.get("profile") else nullcontext():
             names = self._recorder.begin(len(prompts), max_tokens=max_tokens)
             for name, prompt in zip(names, prompts, strict=True):
-                self._batcher.add(
-                    name, prompt, max_tokens=max_tokens, eos_ids=(), sampling=SamplingParams()
-                )
+                self._batcher.add(name, prompt, max_tokens=max_tokens, end_ids=(), steps=None)
             run = self._recorder.finish(RUN_TIMEOUT_S)
         if run.counters["failed"] or run.counters["local"]:
             raise RuntimeError(f"sandboxes did not answer: {dict(run.counters)}")

@@ -95,6 +95,16 @@ class Served:
         pages = sum(mapped_bytes(pid, self.store.path) for pid in pids)
         return Memory.total_of(Memory.of(pid) for pid in pids), pages
 
+    def beyond_weights_bytes(self) -> dict[str, int]:
+        """Return what each kind of process takes beyond the store's pages, sandboxes together."""
+        sandboxes = {process.pid for process in self.sandboxes()}
+        found: dict[str, int] = {}
+        for process in self.processes():
+            kind = "sandboxes" if process.pid in sandboxes else _kind(process)
+            size = Memory.of(process.pid).total - mapped_bytes(process.pid, self.store.path)
+            found[kind] = found.get(kind, 0) + size
+        return found
+
     @property
     def floor_bytes(self) -> int:
         """Bytes of all weights, once."""
@@ -139,6 +149,13 @@ async def served(moemodel: Path) -> AsyncIterator[Served]:
             raise
         finally:
             await _end(process)
+
+
+def _kind(process: psutil.Process) -> str:
+    """Return what a process of `faasmoe up` is, by the module that it runs."""
+    modules = (word for word in process.cmdline() if word.startswith("faasmoe_"))
+    name: str = next(modules, process.name())
+    return name.removeprefix("faasmoe_")
 
 
 async def _wait_serving(process: asyncio.subprocess.Process, log: Path) -> None:

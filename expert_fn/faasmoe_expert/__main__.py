@@ -6,6 +6,7 @@ import logging
 import sys
 
 from faasmoe_expert.config import ConfigError, SandboxConfig
+from faasmoe_expert.deferral import META_KERNELS, defer_import
 from faasmoe_expert.lifeline import LifelineError, die_with_parent
 
 
@@ -15,6 +16,7 @@ def main() -> int:
     try:
         die_with_parent()
         config = SandboxConfig.from_env()
+        defer_import(META_KERNELS)
         from faasmoe_expert.server import serve
 
         serve(config)

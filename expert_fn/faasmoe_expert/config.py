@@ -7,8 +7,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from faasmoe_expert.wire.frame import MAX_FRAME_BYTES
+
 IDLE_TIMEOUT_S = 600.0  # well above the pauses of a router's traffic
 MAX_CONNECTIONS = 1024
+MAX_FRAMES = 256
+MAX_BODIES_BYTES = 64 << 20
 
 
 class ConfigError(ValueError):
@@ -30,6 +34,8 @@ class SandboxConfig:
         request_timeout_s: time for a client to send a request whole, and to take its answer.
         idle_timeout_s: time after which a connection without a request is closed.
         max_connections: connections held at the same time, 1 or more.
+        max_frames: requests with a body that are read at the same time, 1 or more.
+        max_bodies_bytes: bytes of those bodies, all together; at least those of one frame.
         drain_s: time, once it is told to end, in which it says so to clients that stay connected.
     """
 
@@ -43,6 +49,8 @@ class SandboxConfig:
     request_timeout_s: float = 30.0
     idle_timeout_s: float = IDLE_TIMEOUT_S
     max_connections: int = MAX_CONNECTIONS
+    max_frames: int = MAX_FRAMES
+    max_bodies_bytes: int = MAX_BODIES_BYTES
     drain_s: float = 1.0
 
     def __post_init__(self) -> None:
@@ -50,6 +58,8 @@ class SandboxConfig:
         _at_least("FAASMOE_CAPACITY", self.capacity, 1)
         _at_least("FAASMOE_THREADS", self.threads, 1)
         _at_least("FAASMOE_MAX_CONNECTIONS", self.max_connections, 1)
+        _at_least("FAASMOE_MAX_FRAMES", self.max_frames, 1)
+        _at_least("FAASMOE_MAX_BODIES_BYTES", self.max_bodies_bytes, MAX_FRAME_BYTES)
         _more_than_0("FAASMOE_REQUEST_TIMEOUT_S", self.request_timeout_s)
         _more_than_0("FAASMOE_IDLE_TIMEOUT_S", self.idle_timeout_s)
         if not 0 <= self.drain_s < math.inf:
@@ -78,6 +88,8 @@ class SandboxConfig:
             request_timeout_s=_number(env, "FAASMOE_REQUEST_TIMEOUT_S", default.request_timeout_s),
             idle_timeout_s=_number(env, "FAASMOE_IDLE_TIMEOUT_S", default.idle_timeout_s),
             max_connections=_integer(env, "FAASMOE_MAX_CONNECTIONS", default.max_connections),
+            max_frames=_integer(env, "FAASMOE_MAX_FRAMES", default.max_frames),
+            max_bodies_bytes=_integer(env, "FAASMOE_MAX_BODIES_BYTES", default.max_bodies_bytes),
             drain_s=_number(env, "FAASMOE_DRAIN_S", default.drain_s),
         )
 

@@ -5,6 +5,9 @@ SandboxError
 ├── AttachRefused     409  another function holds the place, or the id means something else
 ├── BadAttachment     422  a field of the attachment cannot be used
 ├── BadFrame          400  a frame that breaks the wire format, or does not fit the function
+├── Overloaded        429  more is sent at once than the sandbox takes in
+├── OutOfMemory       503  memory for this one frame or attachment cannot be had
+├── Corrupted         503  bytes of the store are not those that were prepared
 └── Draining          503  the sandbox ends and takes no more work
 
 Each carries a machine-stable `code`, the `field` at fault and an HTTP `status`.
@@ -56,6 +59,27 @@ class BadFrame(SandboxError):
 
     status = 400
     code = "bad_frame"
+
+
+class Overloaded(SandboxError):
+    """More is sent at once than the sandbox takes in."""
+
+    status = 429
+    code = "overloaded"
+
+
+class OutOfMemory(SandboxError):
+    """Memory for one frame or attachment cannot be had; smaller ones may find some."""
+
+    status = 503
+    code = "out_of_memory"
+
+
+class Corrupted(SandboxError):
+    """Bytes of the store that a function needs are not those that were prepared."""
+
+    status = 503
+    code = "corrupted"
 
 
 class Draining(SandboxError):

@@ -36,6 +36,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from faasmoe_expert.deferral import META_KERNELS, defer_import
 from faasmoe_expert.lifeline import LifelineError, die_with_parent
 from faasmoe_expert.zygote_channel import Channel
 
@@ -43,12 +44,17 @@ Serve = Callable[[dict[str, Any], socket.socket], None]
 """Runs a sandbox with these config fields on a listening socket, until SIGTERM."""
 
 SOCKET_VARIABLE = "FAASMOE_ZYGOTE_SOCKET"
+REHEARSAL_VARIABLE = "FAASMOE_REHEARSAL_STORE"
 HOST = "127.0.0.1"
 BACKLOG = 128
 DEFAULT_GRACE_S = 5.0
 ENDING_GRACE_S = 5.0
 LOG_FORMAT = "%(asctime)s %(levelname)s %(process)d %(message)s"
 _SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class NotAlone(RuntimeError):
+    """There are other threads: whatever they hold or wait for, a child would wait for ever."""
 
 
 class CommandRefused(ValueError):
@@ -231,11 +237,22 @@ def _signal_pipe() -> Iterator[tuple[int, int]]:
 
 def import_runtime() -> Serve:
     """Import all that a sandbox needs, torch included, and return what runs one."""
+    defer_import(META_KERNELS)
     from faasmoe_expert.config import SandboxConfig
+    from faasmoe_expert.rehearsal import rehearse
     from faasmoe_expert.server import serve
 
     base = SandboxConfig.from_env()
+    if path := os.environ.get(REHEARSAL_VARIABLE, ""):
+        rehearse(base, Path(path))
+        _check_alone()
     return lambda fields, listener: serve(replace(base, **fields), listener)
+
+
+def _check_alone() -> None:
+    n_threads = len(os.listdir("/proc/self/task"))
+    if n_threads > 1:
+        raise NotAlone(f"rehearsal: got {n_threads} threads in the end, expected one")
 
 
 def main(load: Callable[[], Serve] = import_runtime) -> int:
@@ -257,7 +274,7 @@ def main(load: Callable[[], Serve] = import_runtime) -> int:
         gc.collect()
         gc.freeze()
         zygote.run()
-    except (LifelineError, OSError, ValueError) as error:
+    except (LifelineError, NotAlone, OSError, ValueError) as error:
         print(f"faasmoe_expert.zygote: {error}", file=sys.stderr)
         return 2
     return 0

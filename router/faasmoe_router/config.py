@@ -1,5 +1,6 @@
 """The router process's settings, read once from its environment."""
 
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,15 @@ class RouterConfig:
             before it is computed in the router.
         max_held_requests: requests that may be held; more get a 429.
         max_held_bytes: what the bodies of held requests may take; more get a 429.
+        tenants_file: who the tenants are; without it whoever reaches the router may call.
+        state_dir: folder of this router alone, where the tenants' accounts are kept; without it
+            they begin anew at each start.
+        router_replicas: routers that the tenants' limits are split over, unless the file tells.
+        connect_timeout_s: until a sandbox has accepted a connection; part of a call.
+        call_timeout_s: until a function has answered; part of a layer.
+        layer_timeout_s: until all of a layer's functions have answered, all that is tried and
+            waited for included, or the rest is computed in the router; part of a request.
+        request_timeout_s: until a request's last token; it ends with an error then.
     """
 
     store: Path
@@ -61,6 +71,13 @@ class RouterConfig:
     hold_timeout_s: float = 2.0
     max_held_requests: int = 1024
     max_held_bytes: int = 64 << 20
+    tenants_file: Path | None = None
+    state_dir: Path | None = None
+    router_replicas: int = 1
+    connect_timeout_s: float = 1.0
+    call_timeout_s: float = 10.0
+    layer_timeout_s: float = 30.0
+    request_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
         """Refuse to guess where functions are."""
@@ -70,6 +87,15 @@ class RouterConfig:
             raise ConfigError(
                 "FAASMOE_CONTROL_URL: got it and FAASMOE_TABLE, expected only one of the two"
             )
+
+        names = ("connect", "call", "layer", "request")
+        for part, whole in itertools.pairwise(names):
+            part_s, whole_s = (getattr(self, f"{name}_timeout_s") for name in (part, whole))
+            if part_s > whole_s:
+                raise ConfigError(
+                    f"{PREFIX}{part.upper()}_TIMEOUT: got {part_s:g}, expected at most "
+                    f"{PREFIX}{whole.upper()}_TIMEOUT, {whole_s:g}, which it is part of"
+                )
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "RouterConfig":
@@ -102,6 +128,13 @@ class RouterConfig:
             hold_timeout_s=read("HOLD_TIMEOUT", _seconds(0, 60), 2.0),
             max_held_requests=read("MAX_HELD_REQUESTS", _between(0, 1 << 20), 1024),
             max_held_bytes=read("MAX_HELD_BYTES", _between(0, 1 << 40), 64 << 20),
+            tenants_file=read("TENANTS_FILE", _path, None),
+            state_dir=read("STATE_DIR", _path, None),
+            router_replicas=read("ROUTER_REPLICAS", _between(1, 1024), 1),
+            connect_timeout_s=read("CONNECT_TIMEOUT", _seconds(0.01, 3600), 1.0),
+            call_timeout_s=read("CALL_TIMEOUT", _seconds(0.01, 3600), 10.0),
+            layer_timeout_s=read("LAYER_TIMEOUT", _seconds(0.01, 3600), 30.0),
+            request_timeout_s=read("REQUEST_TIMEOUT", _seconds(0.1, 86400), 3600.0),
         )
 
 

@@ -8,7 +8,10 @@ RouterError
 ├── HoldQueueFull         more requests wait for functions to be started than may
 ├── ActivationTimeout     functions that a request needs could not be started in time
 ├── StoreUnreadable       the store was removed or damaged while it was served
+├── ConstraintError       a grammar that a text cannot be held to
+├── StoreCorrupted        bytes of the store that a request needs are wrong, and no sandbox has them
 └── GenerationFailed      a request that had been accepted could not be finished
+    └── NoTokenAllowed    its own constraints leave no token that may come next
 """
 
 
@@ -44,5 +47,17 @@ class StoreUnreadable(RouterError):
     """The store was removed or damaged while it was served; starting again does not help."""
 
 
+class StoreCorrupted(RouterError):
+    """Bytes of the store that a request needs are wrong, and no sandbox has right ones."""
+
+
 class GenerationFailed(RouterError):
     """A request that had been accepted could not be finished."""
+
+
+class ConstraintError(RouterError):
+    """A grammar that a text cannot be held to: wrong, too large, or of a kind not known here."""
+
+
+class NoTokenAllowed(GenerationFailed):
+    """A request's own constraints leave no token that may come next, or cost too much."""

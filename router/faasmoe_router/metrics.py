@@ -3,6 +3,7 @@
 Other parts register their collectors on the same registry.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -28,7 +29,16 @@ def new_registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
+    tasks = Gauge("faasmoe_router_tasks", "Tasks of the event loop.", registry=registry)
+    tasks.set_function(_n_tasks)
     return registry
+
+
+def _n_tasks() -> int:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # read outside the event loop, where there is none
+        return 0
 
 
 class EngineMetrics:

@@ -4,6 +4,7 @@ import logging
 import re
 import secrets
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from faasmoe_router.control.gate import HoldLimits
 from faasmoe_router.control.metrics import ControlMetrics
 from faasmoe_router.control.waker import Waker
 from faasmoe_router.dispatch import Dispatcher
+from faasmoe_router.dispatch.fanout import Timeouts
 from faasmoe_router.dispatch.filling import Holding
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.engine.engine import Engine
@@ -30,6 +32,12 @@ from faasmoe_router.engine.text import TextCodec
 from faasmoe_router.errors import ConfigError
 from faasmoe_router.metrics import EngineMetrics, new_registry
 from faasmoe_router.serving import Server
+from faasmoe_router.tenants.costs import Cost, CostReader
+from faasmoe_router.tenants.directory import Directory
+from faasmoe_router.tenants.held import HeldLimits
+from faasmoe_router.tenants.tenancy import Spending, Tenancy
+from faasmoe_router.tenants.usage import Accounts
+from faasmoe_router.tenants.usage_file import UsageFile
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +53,7 @@ class RouterProcess:
 
     def __init__(self, config: RouterConfig) -> None:
         registry = new_registry()
+        directory = None if config.tenants_file is None else Directory(config.tenants_file)
         store = _open_store(config.store)
         if config.control_url is None:
             link = None
@@ -64,10 +73,23 @@ class RouterProcess:
             limits=_limits(config, model),
             metrics=EngineMetrics(registry, model_name),
             on_give_up=self._give_up,
+            request_timeout_s=config.request_timeout_s,
         )
         if link is not None:
             link.is_busy = lambda: self._engine.busy
-        app = create_app(self._engine, model_name=model_name, registry=registry, admission=link)
+        tenancy = None
+        if directory is not None:
+            tenancy = _tenancy(directory, config, store, self._dispatcher, queue=self._engine)
+            tenancy.collector().register(registry)
+            if link is not None:
+                link.tenants = tenancy.n_keys
+        app = create_app(
+            self._engine,
+            model_name=model_name,
+            registry=registry,
+            admission=link,
+            tenancy=tenancy,
+        )
         self._server = Server(
             app, host=config.host, port=config.port, end_running=self._end_running
         )
@@ -115,9 +137,15 @@ def _make_dispatcher(store: Store, config: RouterConfig, metrics: DispatchMetric
     assert config.table is not None
     try:
         table = FunctionTable.loads(config.table.read_bytes())
-        return Dispatcher(store, table, token=config.token, metrics=metrics)
+        return Dispatcher(
+            store, table, token=config.token, metrics=metrics, timeouts=_timeouts(config)
+        )
     except (TableError, OSError) as error:
         raise ConfigError(f"FAASMOE_TABLE: {error}") from error
+
+
+def _timeouts(config: RouterConfig) -> Timeouts:
+    return Timeouts(config.connect_timeout_s, config.call_timeout_s, config.layer_timeout_s)
 
 
 def _link(
@@ -140,8 +168,35 @@ def _link(
         token=config.token,
         metrics=DispatchMetrics(registry),
         holding=Holding(waker.want_soon, timeout_s=config.hold_timeout_s),
+        timeouts=_timeouts(config),
     )
     return dispatcher, ControlLink(client, waker, dispatcher, settings=settings, metrics=metrics)
+
+
+def _tenancy(
+    directory: Directory,
+    config: RouterConfig,
+    store: Store,
+    dispatcher: Dispatcher,
+    *,
+    queue: Engine,
+) -> Tenancy:
+    file = None if config.state_dir is None else UsageFile(config.state_dir)
+    reader = CostReader(store)
+
+    def cost() -> Cost:
+        specs = {name: entry.spec for name, entry in dispatcher.routing.entries.items()}
+        return reader.take(dispatcher.load.read(time.monotonic()), specs)
+
+    return Tenancy(
+        directory,
+        Accounts(time.time()) if file is None else file.load(),
+        queue=queue,
+        spending=Spending(cost, queue.computed.take),
+        file=file,
+        held=HeldLimits(config.max_held_requests, config.max_held_bytes),
+        n_routers=config.router_replicas,
+    )
 
 
 def _router_name() -> str:

@@ -1,11 +1,11 @@
 """The HTTP server: uvicorn, but it ends quietly and lets no answer hang.
 
-uvicorn waits for running answers at shutdown and then cuts them; here they are ended first, each
-with an error that its client can read. And it ends by returning, not by the signal it got, so that
-what comes after it still runs.
+uvicorn closes its listeners at shutdown, waits for running answers and then cuts them. Here it goes
+on to listen while they finish, and says that it ends (`ending.py`); those that take too long are
+ended first, each with an error that its client can read. And it ends by returning, not by the
+signal it got, so that what comes after it still runs.
 """
 
-import asyncio
 import signal
 import socket
 import threading
@@ -15,8 +15,11 @@ from typing import Any
 
 import uvicorn
 
+from faasmoe_router.ending import Ending
+
 DRAIN_S = 20.0
-CUT_S = 25  # Kubernetes kills after 30 s
+LAST_WORDS_S = 2.0  # for the errors that end what took too long
+CUT_S = 3  # together less than the 30 s after which Kubernetes kills
 
 
 class Server(uvicorn.Server):
@@ -39,8 +42,9 @@ class Server(uvicorn.Server):
         port: int = 0,
         drain_s: float = DRAIN_S,
     ) -> None:
+        self._ending = Ending(app)
         config = uvicorn.Config(
-            app,
+            self._ending,
             host=host,
             port=port,
             ws="none",
@@ -67,9 +71,9 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the listeners, wait for the running answers, end those that take too long."""
-        drain = asyncio.get_running_loop().call_later(self._drain_s, self._end_running)
-        try:
-            await super().shutdown(sockets)
-        finally:
-            drain.cancel()
+        """Refuse work, wait for the running answers, end those that take too long, then close."""
+        self._ending.begin()
+        if not await self._ending.wait_until_quiet(self._drain_s):
+            self._end_running()
+            await self._ending.wait_until_quiet(LAST_WORDS_S)
+        await super().shutdown(sockets)

@@ -1,21 +1,17 @@
 """The zygote as a real process, with sandboxes that need no torch (zygote_stand_in.py)."""
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from zygotes import DEADLINE_S, Client, Running, eventually, is_ready, is_running, running_zygote
 
 from faasmoe_expert.lifeline import PARENT_VARIABLE
 from faasmoe_expert.zygote import SOCKET_VARIABLE
@@ -23,70 +19,6 @@ from faasmoe_expert.zygote_channel import MAX_LINE_BYTES
 
 STAND_IN = str(Path(__file__).with_name("zygote_stand_in.py"))
 ENDS_AT_ONCE, NEVER_ANSWERS = 99, 98
-DEADLINE_S = 20.0
-
-
-class Client:
-    """A connection to a zygote."""
-
-    def __init__(self, path: Path) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(DEADLINE_S)
-        self.socket.connect(str(path))
-        self.lines = self.socket.makefile("r")
-        self.greeting = self.event()
-
-    def send(self, **command: Any) -> None:
-        self.send_line(json.dumps(command))
-
-    def send_line(self, line: str) -> None:
-        self.socket.sendall(line.encode() + b"\n")
-
-    def event(self) -> dict[str, Any]:
-        event: dict[str, Any] = json.loads(self.lines.readline())
-        return event
-
-    def spawn(self, name: str, **config: Any) -> dict[str, Any]:
-        self.send(verb="spawn", id=name, config=config)
-        event = self.event()
-        assert (event["event"], event["id"]) == ("spawned", name)
-        return event
-
-    def sandboxes(self) -> list[dict[str, Any]]:
-        self.send(verb="list")
-        event = self.event()
-        assert event["event"] == "sandboxes"
-        found: list[dict[str, Any]] = event["sandboxes"]
-        return found
-
-    def is_cut(self) -> bool:
-        return self.lines.readline() == ""
-
-    def close(self) -> None:
-        self.lines.close()
-        self.socket.close()
-
-
-class Running:
-    """A zygote process and the path of its socket."""
-
-    def __init__(self, process: subprocess.Popen[bytes], path: Path) -> None:
-        self.process = process
-        self.path = path
-
-    @contextmanager
-    def client(self) -> Iterator[Client]:
-        eventually(self.path.exists)
-        client = Client(self.path)
-        try:
-            assert client.greeting == {"event": "ready", "pid": self.process.pid}
-            yield client
-        finally:
-            client.close()
-
-    def end(self) -> int:
-        self.process.terminate()
-        return self.process.wait(DEADLINE_S)
 
 
 @pytest.fixture
@@ -99,49 +31,6 @@ def running() -> Iterator[Running]:
 def zygote(running: Running) -> Iterator[Client]:
     with running.client() as client:
         yield client
-
-
-@contextmanager
-def running_zygote(*arguments: str) -> Iterator[Running]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "zygote.sock"
-        environment = {
-            **os.environ,
-            "FAASMOE_TOKEN": "secret",
-            SOCKET_VARIABLE: str(path),
-            "OMP_NUM_THREADS": "1",  # as the platform sets it; else OpenBLAS starts threads
-            PARENT_VARIABLE: str(os.getpid()),
-        }
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
-        with process:
-            try:
-                yield Running(process, path)
-            finally:
-                process.kill()
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "not in time"
-        os.sched_yield()
-
-
-def is_ready(address: str) -> bool:
-    with urllib.request.urlopen(f"http://{address}/readyz", timeout=DEADLINE_S) as answer:
-        return bool(answer.status == 200)
 
 
 def test_forks_sandboxes_that_answer_at_the_address_it_told(zygote: Client) -> None:

@@ -96,3 +96,16 @@ def test_the_elastic_benchmark_writes_what_the_issue_names(tmp_path: Path) -> No
         assert figures[name] > 0
     assert figures["idle_sandboxes"] == {"0": 0, "2": 2}
     assert figures["machine"]["cores"] > 0
+
+
+@pytest.mark.slow
+def test_the_fairness_benchmark_writes_what_the_issue_names(tmp_path: Path) -> None:
+    printed = _run(
+        "-m", "benchmarks.fairness", "--quick", "--cache", str(tmp_path), "--out", str(tmp_path)
+    )
+    figures = json.loads((tmp_path / "fairness.json").read_text())
+    assert figures["quiet_p99_ratio"] > 0
+    assert 1 / 6 < figures["jain"] <= 1
+    assert figures["refused"] == 0
+    for name in ("quiet_p99_ratio", "fifo_quiet_p99_ratio", "jain"):
+        assert name in printed

@@ -26,6 +26,9 @@ def test_reads_every_variable() -> None:
             "FAASMOE_HOLD_TIMEOUT": "0",
             "FAASMOE_MAX_HELD_REQUESTS": "9",
             "FAASMOE_MAX_HELD_BYTES": "10",
+            "FAASMOE_TENANTS_FILE": "/tenants.json",
+            "FAASMOE_STATE_DIR": "/state",
+            "FAASMOE_ROUTER_REPLICAS": "3",
         }
     )
     assert config == RouterConfig(
@@ -45,6 +48,9 @@ def test_reads_every_variable() -> None:
         hold_timeout_s=0.0,
         max_held_requests=9,
         max_held_bytes=10,
+        tenants_file=Path("/tenants.json"),
+        state_dir=Path("/state"),
+        router_replicas=3,
     )
 
 

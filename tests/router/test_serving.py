@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,49 @@ def test_answers_that_take_too_long_end_with_an_error(
         hold.set()
     assert not thread.is_alive()
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+
+
+def test_a_server_that_ends_says_so_finishes_what_runs_and_begins_nothing(
+    model: Any, codec: TextCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = new_registry()
+    limits = EngineLimits(max_model_len=256)
+    engine = Engine(model, codec, limits=limits, metrics=EngineMetrics(registry, "tiny"))
+    forward, go_on = model.forward, threading.Event()
+
+    def held(*args: Any, **kwargs: Any) -> Any:
+        go_on.wait(DEADLINE_S)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", held)
+    app = create_app(engine, model_name="tiny", registry=registry)
+    server = Server(app, end_running=engine.end_running, drain_s=DEADLINE_S)
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 20}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with ThreadPoolExecutor(1) as client:
+            running = client.submit(
+                httpx.post, f"{url}/v1/completions", json=body, timeout=DEADLINE_S
+            )
+            while not engine.busy:
+                assert not running.done(), running.result().text
+            server.should_exit = True
+            while (health := httpx.get(f"{url}/health")).status_code == 200:
+                pass
+            assert httpx.get(f"{url}/v1/models").status_code == 200
+            refused = httpx.post(f"{url}/v1/completions", json=body)
+            for answer in (health, refused):
+                assert answer.status_code == 503
+                assert answer.headers["Retry-After"] == "1"
+                assert answer.headers["Connection"] == "close"
+                assert answer.json()["error"]["code"] == "service_unavailable"
+            go_on.set()
+            assert running.result().status_code == 200
+            assert running.result().json()["usage"]["completion_tokens"] == 20
+        thread.join(DEADLINE_S)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -13,8 +13,9 @@ from faasmoe_expert.errors import BadAttachment, BadFrame, shown
 from faasmoe_expert.functions.kernels import KernelSpec, run_gated, sum_gated
 from faasmoe_expert.functions.module import ModuleKernel
 from faasmoe_expert.functions.pairs import Pairs
+from faasmoe_expert.functions.verification import BlockGuard
 from faasmoe_expert.functions.weights import LayerWeights, map_weights
-from faasmoe_expert.store import Store
+from faasmoe_expert.store import LayerMap, Store
 from faasmoe_expert.store.manifest import LayerEntry
 from faasmoe_expert.table import FunctionSpec
 from faasmoe_expert.wire import Dtype, Mode, Request
@@ -60,6 +61,7 @@ class ExpertFunction:
         store_path: folder of the store that it was cut from.
         model_digest: the store's digest.
         size_bytes: bytes of its experts' parameters in the store.
+        n_frames: frames computed so far.
     """
 
     def __init__(self, spec: FunctionSpec, store: Store, *, device: torch.device) -> None:
@@ -67,6 +69,7 @@ class ExpertFunction:
         self.store_path = store.path
         self.model_digest = store.manifest.digest
         self.device = device
+        self.n_frames = 0
         layers = {index: _layer(store, index, spec) for index in spec.layers}
         self.size_bytes = sum(
             layer.expert_bytes * len(spec.experts) + layer.shared_bytes for layer in layers.values()
@@ -74,9 +77,13 @@ class ExpertFunction:
         self._dtype = store.manifest.model.dtype
         self._hidden_size = {index: layer.hidden_size for index, layer in layers.items()}
         self._in_block = _membership(spec, layers)
-        self._kernels = {
-            index: _kernel(store, layer, spec, device) for index, layer in layers.items()
-        }
+        self._guards: dict[int, BlockGuard] = {}
+        self._kernels: dict[int, Kernel] = {}
+        for index, layer in layers.items():
+            mapped = store.map_layer(index)
+            self._guards[index] = BlockGuard(store, layer, mapped, spec.experts)
+            self._guards[index].check()
+            self._kernels[index] = _kernel(store, layer, mapped, spec, device)
 
     @torch.inference_mode()
     def compute(self, request: Request) -> Tensor:
@@ -87,9 +94,18 @@ class ExpertFunction:
 
         Raises:
             BadFrame: the frame does not fit this function.
+            Corrupted: the function's bytes in the store have changed, and are wrong now.
         """
-        header = request.header
         self._check(request)
+        output = self._run(request)
+        # Asked afterwards, for the bytes that were read; on a device they are a copy.
+        while self.device.type == "cpu" and self._guards[request.header.layer].check():
+            output = self._run(request)
+        self.n_frames += 1
+        return output
+
+    def _run(self, request: Request) -> Tensor:
+        header = request.header
         dtype = DTYPES[header.dtype]
         hidden = torch.frombuffer(request.rows, dtype=dtype).view(header.n_rows, -1)  # [T, H]
         hidden = hidden.to(self.device)
@@ -144,8 +160,10 @@ def _membership(spec: FunctionSpec, layers: dict[int, LayerEntry]) -> NDArray[np
     return in_block
 
 
-def _kernel(store: Store, layer: LayerEntry, spec: FunctionSpec, device: torch.device) -> Kernel:
-    model, mapped = store.manifest.model, store.map_layer(layer.index)
+def _kernel(
+    store: Store, layer: LayerEntry, mapped: LayerMap, spec: FunctionSpec, device: torch.device
+) -> Kernel:
+    model = store.manifest.model
     try:
         weights = map_weights(
             mapped, n_experts=layer.num_experts, experts=spec.experts, device=device

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from faasmoe_expert.deferral import META_KERNELS, make_deferred
 from faasmoe_expert.functions.pairs import Pairs, as_index
 from faasmoe_expert.functions.weights import LayerWeights
 
@@ -25,6 +26,7 @@ def build_on_meta(model_dir: Path, architecture: str) -> nn.Module:
         model_dir: folder with config.json.
         architecture: class name in transformers.
     """
+    make_deferred(META_KERNELS)
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(model_dir)

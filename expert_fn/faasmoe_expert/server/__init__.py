@@ -18,9 +18,11 @@ import uvloop
 
 from faasmoe_expert.config import SandboxConfig
 from faasmoe_expert.server.device import resolve_device
+from faasmoe_expert.server.intake import Intake
 from faasmoe_expert.server.protocol import HttpProtocol
 from faasmoe_expert.server.routes import Routes
 from faasmoe_expert.server.sandbox import Sandbox
+from faasmoe_expert.server.tidy import Tidy
 
 SHUTDOWN_S = 2.0  # for clients to take the answers that are on their way, after the drain
 
@@ -50,11 +52,12 @@ async def _serve(sandbox: Sandbox, listener: socket.socket | None) -> None:
     place = {"sock": listener} if listener else {"host": config.host, "port": config.port}
     new_connection = functools.partial(
         HttpProtocol,
-        routes.handle,
+        Tidy(routes.handle).handle,
         connections,
         timeout_s=config.request_timeout_s,
         idle_timeout_s=config.idle_timeout_s,
         max_connections=config.max_connections,
+        intake=Intake(max_frames=config.max_frames, max_bytes=config.max_bodies_bytes),
     )
     server = await loop.create_server(new_connection, **place)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from faasmoe_expert.wire.request import Buffer
+from faasmoe_expert.wire.checksum import Buffer
 
 FRAME = "application/vnd.faasmoe.frame"
 

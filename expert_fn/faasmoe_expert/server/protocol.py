@@ -15,8 +15,15 @@ from typing import cast
 
 import httptools
 
-from faasmoe_expert.config import IDLE_TIMEOUT_S, MAX_CONNECTIONS
+from faasmoe_expert.config import (
+    IDLE_TIMEOUT_S,
+    MAX_BODIES_BYTES,
+    MAX_CONNECTIONS,
+    MAX_FRAMES,
+)
+from faasmoe_expert.errors import Overloaded
 from faasmoe_expert.server.answer import Answer
+from faasmoe_expert.server.intake import Intake
 from faasmoe_expert.wire import MAX_FRAME_BYTES
 
 MAX_HEAD_BYTES = 16 << 10
@@ -33,6 +40,8 @@ class HttpRequest:
     head_bytes: int = 0
     later_bytes: int = 0  # received after the packet in which it began
     body: bytearray = field(default_factory=bytearray)
+    announced_bytes: int = 0
+    taken_bytes: int | None = None  # by the intake; None while the body has not begun
 
 
 class HttpProtocol(asyncio.Protocol):
@@ -44,6 +53,7 @@ class HttpProtocol(asyncio.Protocol):
         timeout_s: time for a request to be read whole, and for answers to be taken.
         idle_timeout_s: time after which a connection without a request is closed.
         max_connections: open connections with which another one is refused.
+        intake: bounds what is read on all connections together.
     """
 
     closed: asyncio.Future[None]
@@ -56,12 +66,14 @@ class HttpProtocol(asyncio.Protocol):
         timeout_s: float,
         idle_timeout_s: float = IDLE_TIMEOUT_S,
         max_connections: int = MAX_CONNECTIONS,
+        intake: Intake | None = None,
     ) -> None:
         self._handle = handle
         self._connections = connections
         self._timeout_s = timeout_s
         self._idle_timeout_s = idle_timeout_s
         self._max_connections = max_connections
+        self._intake = intake or Intake(max_frames=MAX_FRAMES, max_bytes=MAX_BODIES_BYTES)
         self._idle: asyncio.TimerHandle | None = None  # looks now and then; see _end_if_idle
         self._deadline: asyncio.TimerHandle | None = None  # of the request that is being read
         self._stalled: asyncio.TimerHandle | None = None  # of answers that the client must take
@@ -85,6 +97,7 @@ class HttpProtocol(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a client that left."""
         self._connections.discard(self)
+        self._leave_intake(self._request)
         self._stop_deadline()
         self._stop_stalled()
         if self._idle is not None:
@@ -143,11 +156,14 @@ class HttpProtocol(asyncio.Protocol):
         self._count_head(len(name) + len(value))
         if name.lower() == b"authorization":
             self._request.authorization = value
-        if name.lower() == b"content-length" and value.isdigit() and int(value) > MAX_FRAME_BYTES:
-            self._stop_parse(413, "too_large", "body", got=f"{int(value)} bytes")
+        if name.lower() == b"content-length" and value.isdigit():
+            self._request.announced_bytes = int(value)
+            if int(value) > MAX_FRAME_BYTES:
+                self._stop_parse(413, "too_large", "body", got=f"{int(value)} bytes")
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
+        self._enter_intake(len(body))
         self._request.body += body
         if len(self._request.body) > MAX_FRAME_BYTES:
             self._stop_parse(413, "too_large", "body", got="more")
@@ -156,6 +172,7 @@ class HttpProtocol(asyncio.Protocol):
         """Answer the request."""
         self._stop_deadline()
         request, self._request = self._request, HttpRequest()
+        self._leave_intake(request)
         if self._transport.is_closing():
             return
         if self._parser.should_upgrade():
@@ -166,6 +183,27 @@ class HttpProtocol(asyncio.Protocol):
         keep_alive = self._parser.should_keep_alive()
         self._write(self._handle(request), keep_alive=keep_alive, is_head=request.method == "HEAD")
         self._used_s = self._loop.time()
+
+    def _enter_intake(self, n_bytes: int) -> None:
+        request = self._request
+        try:
+            if request.taken_bytes is None:
+                first = max(n_bytes, request.announced_bytes)
+                self._intake.begin(first)
+                request.taken_bytes = first
+            elif len(request.body) + n_bytes > request.taken_bytes:
+                self._intake.grow(n_bytes)
+                request.taken_bytes += n_bytes
+        except Overloaded as error:
+            self._refusal = Answer.of_error(
+                error.status, error.code, str(error), field=error.field, close=True
+            )
+            raise _Stopped(str(error)) from error
+
+    def _leave_intake(self, request: HttpRequest) -> None:
+        if request.taken_bytes is not None:
+            self._intake.end(request.taken_bytes)
+            request.taken_bytes = None
 
     def _count(self, request: HttpRequest, n_bytes: int) -> None:
         """Bound what the parser holds back: it gives a header, or a trailer, only when whole.

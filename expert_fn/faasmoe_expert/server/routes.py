@@ -11,7 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from faasmoe_expert.errors import SHOWN_CHARS, BadAttachment, Draining, SandboxError, shown
+import torch
+
+from faasmoe_expert.errors import (
+    SHOWN_CHARS,
+    BadAttachment,
+    Draining,
+    OutOfMemory,
+    SandboxError,
+    shown,
+)
 from faasmoe_expert.server.answer import FRAME, Answer
 from faasmoe_expert.server.protocol import HttpRequest
 from faasmoe_expert.server.sandbox import Sandbox
@@ -54,7 +63,11 @@ class Routes:
         except SandboxError as error:
             self._sandbox.metrics.refused.labels(error.code).inc()
             return Answer.of_json(error.status, error.to_json())
-        except Exception:
+        except Exception as error:
+            if _is_out_of_memory(error):
+                self._sandbox.metrics.refused.labels(OutOfMemory.code).inc()
+                refused = OutOfMemory(f"memory: cannot be had ({shown(str(error))})")
+                return Answer.of_json(refused.status, refused.to_json())
             log.exception("%s %s failed", request.method, request.target.decode("latin-1"))
             self._sandbox.metrics.refused.labels("internal").inc()
             return Answer.of_error(500, "internal", "the sandbox failed; see its log")
@@ -115,6 +128,12 @@ class Routes:
             raise BadAttachment(message, field="store")
         function, is_new = self._sandbox.attach(spec, store=Path(store), model_digest=digest)
         return Answer.of_json(201 if is_new else 200, function)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell want of memory from other faults: torch says it by a RuntimeError on CPU."""
+    is_torchs = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_torchs
 
 
 def _not_found(path: str) -> Answer:

@@ -22,7 +22,7 @@ from faasmoe_expert.server.metrics import SandboxMetrics
 from faasmoe_expert.store import Store, StoreError
 from faasmoe_expert.table import FunctionSpec
 from faasmoe_expert.wire import WireError, decode_request, encode_response
-from faasmoe_expert.wire.request import Buffer
+from faasmoe_expert.wire.checksum import Buffer
 
 
 class Sandbox:
@@ -150,6 +150,7 @@ def _describe(function: ExpertFunction) -> dict[str, Any]:
         **function.spec.to_json(),
         "model_digest": function.model_digest,
         "size_bytes": function.size_bytes,
+        "frames": function.n_frames,
     }
 
 

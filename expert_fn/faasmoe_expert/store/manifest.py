@@ -15,9 +15,10 @@ from faasmoe_expert.store.errors import StoreError
 from faasmoe_expert.store.fields import Fields
 
 FORMAT = "faasmoe-store"
-VERSION = 1
+VERSION = 2
 MODEL_DTYPES = ("bfloat16", "float16", "float32")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_BLOCK_DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,8 @@ class LayerEntry:
         kernel: the lean kernel that agreed with the class, or None: only the class itself is right.
         expert_bytes: bytes of one expert over all stacked parameters.
         shared_bytes: bytes of the parameters that are not stacked over experts.
+        digests: of each expert's bytes, and last of those that are not stacked; what is read is
+            compared with them (`faasmoe_expert.functions.verification`).
     """
 
     index: int
@@ -108,6 +111,7 @@ class LayerEntry:
     kernel: Mapping[str, Any] | None
     expert_bytes: int
     shared_bytes: int
+    digests: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, value: object, *, index: int) -> LayerEntry:
@@ -130,8 +134,13 @@ class LayerEntry:
             kernel=kernel,
             expert_bytes=fields.integer("expert_bytes", least=1),
             shared_bytes=fields.integer("shared_bytes"),
+            digests=tuple(fields.items("digests")),
         )
         fields.finish()
+        if not all(isinstance(d, str) and _BLOCK_DIGEST.fullmatch(d) for d in entry.digests):
+            raise fields.wrong("digests", list(entry.digests), "texts of 32 hexadecimal digits")
+        if len(entry.digests) != entry.num_experts + 1:
+            raise fields.wrong("digests", len(entry.digests), f"{entry.num_experts + 1} of them")
         if entry.top_k > entry.num_experts:
             raise fields.wrong("top_k", entry.top_k, f"at most {entry.num_experts}")
         return entry
@@ -141,6 +150,7 @@ class LayerEntry:
         value = {name: getattr(self, name) for name in self.__slots__}
         value["class"] = value.pop("class_name")
         value["kernel"] = None if self.kernel is None else dict(self.kernel)
+        value["digests"] = list(self.digests)
         return value
 
 

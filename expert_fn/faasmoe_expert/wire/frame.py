@@ -6,12 +6,15 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
+from faasmoe_expert.wire.checksum import Buffer, checksum
 from faasmoe_expert.wire.errors import WireError
 
 MAGIC = b"FMOE"
-VERSION = 1
-HEADER = struct.Struct("<4sBBBBHHIIII4x")  # docs/wire.md, "Header"
-HEADER_BYTES = HEADER.size
+VERSION = 2
+FIELDS = struct.Struct("<4sBBBBHHIIII")  # docs/wire.md, "A frame"
+CHECKSUM = struct.Struct("<I")  # the last field of the header
+FIELDS_BYTES = FIELDS.size
+HEADER_BYTES = FIELDS_BYTES + CHECKSUM.size
 PAIR_BYTES = 12  # row int32, expert int32, weight float32
 MAX_FRAME_BYTES = 8 << 20  # both ways; larger batches are split by rows
 MAX_PAIRS_BYTES = 64 << 20  # hidden states gathered pair by pair: bounds a function's memory
@@ -79,29 +82,51 @@ class Header:
             return self.n_pairs * PAIR_BYTES + self.n_rows * row_bytes
         return row_bytes * (self.n_pairs if self.mode is Mode.UNREDUCED else self.n_rows)
 
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of the whole frame."""
+        return HEADER_BYTES + self.payload_bytes
+
     def pack(self) -> bytes:
-        """Return the 32 bytes of this header."""
-        return HEADER.pack(
+        """Return the 28 bytes of this header that stand before the checksum."""
+        return FIELDS.pack(
             MAGIC, VERSION, self.kind, self.dtype, self.mode, self.layer, 0,
             self.n_rows, self.n_pairs, self.hidden_size, self.payload_bytes,
         )  # fmt: skip
 
 
+def pack_frame(header: Header, pairs: bytes, rows: Buffer) -> list[Buffer]:
+    """Return the buffers of a frame, in order; `rows` is not copied."""
+    fields = header.pack()
+    return [b"".join((fields, CHECKSUM.pack(checksum(fields + pairs, rows)), pairs)), rows]
+
+
+def check_frame(frame: memoryview, *, pairs_bytes: int) -> None:
+    """Compare a frame's checksum with its bytes; raises WireError."""
+    (given,) = CHECKSUM.unpack_from(frame, FIELDS_BYTES)
+    start = HEADER_BYTES + pairs_bytes
+    before = bytes(frame[:FIELDS_BYTES]) + bytes(frame[HEADER_BYTES:start])
+    _check("checksum", given, checksum(before, frame[start:]))
+
+
 def unpack_header(frame: memoryview, *, kind: Kind) -> Header:
-    """Read and check the header of a whole frame; raises WireError that names the field."""
+    """Read and check the header of a whole frame; raises WireError that names the field.
+
+    The checksum is not among what is checked; see `check_frame`.
+    """
     if len(frame) > MAX_FRAME_BYTES:
         raise WireError("frame", got=f"{len(frame)} bytes", expected=f"at most {MAX_FRAME_BYTES}")
     if len(frame) < HEADER_BYTES:
         raise WireError(
             "frame", got=f"{len(frame)} bytes", expected=f"a {HEADER_BYTES}-byte header"
         )
-    magic, version, found, dtype, mode, layer, zero, rows, pairs, hidden, payload = HEADER.unpack(
-        frame[:HEADER_BYTES]
+    magic, version, found, dtype, mode, layer, zero, rows, pairs, hidden, payload = (
+        FIELDS.unpack_from(frame)
     )
     _check("magic", magic, MAGIC)
     _check("version", version, VERSION)
     _check("kind", found, int(kind))
-    _check("reserved", (zero, bytes(frame[HEADER_BYTES - 4 : HEADER_BYTES])), (0, bytes(4)))
+    _check("reserved", zero, 0)
     if dtype not in Dtype._value2member_map_:
         raise WireError("dtype", got=dtype, expected="1 (bfloat16), 2 (float16) or 3 (float32)")
     if mode not in Mode._value2member_map_:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from faasmoe_expert.wire.checksum import Buffer
 from faasmoe_expert.wire.errors import WireError
 from faasmoe_expert.wire.frame import (
     HEADER_BYTES,
@@ -15,12 +16,13 @@ from faasmoe_expert.wire.frame import (
     Header,
     Kind,
     Mode,
+    check_frame,
+    pack_frame,
     unpack_header,
 )
 
 Int32s = NDArray[np.int32]
 Float32s = NDArray[np.float32]
-Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +70,8 @@ def encode_request(
         pair_weight: float32 [P].
     """
     header = Header(Kind.REQUEST, dtype, mode, layer, n_rows, len(pair_row), hidden_size)
-    head = b"".join(
-        (header.pack(), pair_row.tobytes(), pair_expert.tobytes(), pair_weight.tobytes())
-    )
-    return [head, rows]
+    pairs = b"".join((pair_row.tobytes(), pair_expert.tobytes(), pair_weight.tobytes()))
+    return pack_frame(header, pairs, rows)
 
 
 def decode_request(frame: Buffer) -> Request:
@@ -82,6 +82,7 @@ def decode_request(frame: Buffer) -> Request:
     view = memoryview(frame)
     header = unpack_header(view, kind=Kind.REQUEST)
     n_pairs, start = header.n_pairs, HEADER_BYTES
+    check_frame(view, pairs_bytes=PAIR_BYTES * n_pairs)
     pair_row = np.frombuffer(view, np.dtype("<i4"), n_pairs, start)
     pair_expert = np.frombuffer(view, np.dtype("<i4"), n_pairs, start + 4 * n_pairs)
     pair_weight = np.frombuffer(view, np.dtype("<f4"), n_pairs, start + 8 * n_pairs)

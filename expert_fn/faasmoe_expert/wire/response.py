@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from faasmoe_expert.wire.checksum import Buffer
 from faasmoe_expert.wire.errors import WireError
-from faasmoe_expert.wire.frame import HEADER_BYTES, Header, Kind, unpack_header
-from faasmoe_expert.wire.request import Buffer
+from faasmoe_expert.wire.frame import (
+    FIELDS_BYTES,
+    HEADER_BYTES,
+    Header,
+    Kind,
+    check_frame,
+    pack_frame,
+    unpack_header,
+)
 
 
 def encode_response(request: Header, outputs: Buffer) -> list[Buffer]:
@@ -18,7 +26,7 @@ def encode_response(request: Header, outputs: Buffer) -> list[Buffer]:
     size_bytes = len(memoryview(outputs).cast("B"))
     if size_bytes != header.payload_bytes:
         raise WireError("outputs", got=f"{size_bytes} bytes", expected=header.payload_bytes)
-    return [header.pack(), outputs]
+    return pack_frame(header, b"", outputs)
 
 
 def decode_response(frame: Buffer, request: Header) -> memoryview:
@@ -27,10 +35,11 @@ def decode_response(frame: Buffer, request: Header) -> memoryview:
     Raises WireError if the frame is malformed or answers another request.
     """
     view = memoryview(frame)
-    header = unpack_header(view, kind=Kind.RESPONSE)
     expected = _answer(request)
-    if header != expected:
+    if bytes(view[:FIELDS_BYTES]) != expected.pack() or len(view) != expected.frame_bytes:
+        header = unpack_header(view, kind=Kind.RESPONSE)  # which names the field
         raise WireError("header", got=header, expected=expected)
+    check_frame(view, pairs_bytes=0)
     return view[HEADER_BYTES:]
 
 

@@ -93,7 +93,12 @@ async def running_processes(launch: Launch, logs: Logs) -> AsyncIterator[Process
             kept(
                 "zygote",
                 zygote.COMMAND,
-                environment=zygote.zygote_environment(socket, token=token),
+                environment=zygote.zygote_environment(
+                    socket,
+                    token=token,
+                    store=launch.deployment.store_path,
+                    device=launch.deployment.template.device,
+                ),
                 log=logs.sink("sandboxes"),
                 grace_s=ZYGOTE_GRACE_S,
             )
@@ -115,13 +120,16 @@ async def running_processes(launch: Launch, logs: Logs) -> AsyncIterator[Process
         router_child = await stack.enter_async_context(
             child.running(
                 router.COMMAND,
-                environment=router.environment(
-                    launch.deployment,
-                    launch.endpoint,
-                    control_url=launch.port.url,
-                    token=token,
-                    tenants_file=write_tenants(launch.deployment, launch.folder),
-                ),
+                environment={
+                    **router.environment(
+                        launch.deployment,
+                        launch.endpoint,
+                        control_url=launch.port.url,
+                        token=token,
+                        tenants_file=write_tenants(launch.deployment, launch.folder),
+                    ),
+                    zygote.VERIFIED_VARIABLE: str(launch.folder / zygote.VERIFIED_NAME),
+                },
                 log=logs.sink("router"),
                 grace_s=router.GRACE_S,
             )

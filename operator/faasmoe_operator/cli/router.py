@@ -23,6 +23,15 @@ PROBE_INTERVAL_S = 0.1
 PROBE_TIMEOUT_S = 2.0
 PROGRESS_INTERVAL_S = 5.0
 
+PROCESS_ENVIRONMENT = {
+    # Threads that wait by spinning steal the cores that the sandboxes compute on.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # A heap for each thread would keep free memory in each.
+    "MALLOC_ARENA_MAX": "1",
+    # Half a megabyte for each shape, and each number of rows is one: 1024 by default.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
@@ -88,8 +97,7 @@ def environment(
         "TOKEN": token,
     }
     return {
-        # Threads that wait by spinning steal the cores that the sandboxes compute on.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        **PROCESS_ENVIRONMENT,
         **os.environ,
         **{variable.name: variable.value for variable in router.env},
         **{f"FAASMOE_{name}": str(value) for name, value in settings.items() if value is not None},

@@ -18,13 +18,17 @@ from faasmoe_operator.control.fleet import Fleet
 from faasmoe_operator.control.metrics import ControlMetrics
 from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.sandbox_client import SandboxClient, SandboxError
+from faasmoe_operator.control.spoiled import Spoiled
 from faasmoe_operator.control.tasks import Tasks
+from faasmoe_operator.control.troubles import Step, Troubles
 from faasmoe_operator.errors import PlatformError
 from faasmoe_operator.plan.actions import Action, ActionReason, Attach, Create, Delete, Detach
 from faasmoe_operator.plan.fleet import AssignmentState, SandboxState
 from faasmoe_operator.platforms.base import Platform, Sandbox
 
 logger = logging.getLogger(__name__)
+
+CORRUPTED = "corrupted"  # a sandbox's code for bytes of the store that are wrong
 
 Place = tuple[str, str]
 """A sandbox's and a function's id."""
@@ -59,6 +63,10 @@ class Actuator:
     """Begins actions and follows them to their end."""
 
     def __init__(self, fleet: Fleet, surroundings: Surroundings) -> None:
+        self.troubles = Troubles()
+        """Why sandboxes cannot be had or used at this moment."""
+        self.spoiled = Spoiled()
+        """Functions that are corrupted in the store."""
         self._fleet = fleet
         self._with = surroundings
         self._tasks = Tasks()
@@ -110,6 +118,7 @@ class Actuator:
         if member is None or member.state in (SandboxState.FAILED, SandboxState.DRAINING):
             return
         logger.warning("sandbox %s is given up: %s", sandbox_id, why)
+        self.troubles.failed(Step.SERVE, f"sandbox {sandbox_id} was given up: {why}")
         self._fleet.fail(sandbox_id)
         self._count_failure(cause, has_served=member.served and cause != "attach")
         self._with.changed()
@@ -123,8 +132,9 @@ class Actuator:
                 self._count_failure("lost", has_served=member.served)
         self._with.changed()
 
-    def note_change(self) -> None:
-        """Ask for a round, as something was written down."""
+    def note_ready(self) -> None:
+        """Note that a sandbox has come into service."""
+        self.troubles.worked(Step.START)
         self._with.changed()
 
     async def end(self) -> None:
@@ -150,7 +160,10 @@ class Actuator:
             await self._with.platform.create(self._with.model.template)
         except PlatformError as error:
             logger.warning("a sandbox could not be created: %s", error)
+            self.troubles.failed(Step.CREATE, str(error))
             self._count_failure("create", has_served=False)
+        else:
+            self.troubles.worked(Step.CREATE)
         finally:
             sandboxes = await self._with.platform.list()
             self._fleet.end_create(name)
@@ -159,6 +172,7 @@ class Actuator:
     def _delete(self, action: Delete) -> None:
         if action.reason is ActionReason.START_TIMED_OUT:
             logger.warning("sandbox %s was not ready in time", action.sandbox)
+            self.troubles.failed(Step.START, f"sandbox {action.sandbox} was not ready in time")
             self._count_failure("start", has_served=False)
         self._fleet.drain(action.sandbox)
         self._tasks.begin(self._with.platform.delete(action.sandbox))
@@ -167,7 +181,7 @@ class Actuator:
         member = self._fleet.get(sandbox)
         if member is None:
             return
-        begun, why = self._with.clock(), "the attach was cut off"
+        begun, why, is_spoiled = self._with.clock(), "the attach was cut off", False
         self._n_attaching += 1
         try:
             spec, store = self._with.model.functions[function].spec, self._with.model.store
@@ -175,17 +189,33 @@ class Actuator:
             why = ""
         except SandboxError as error:
             why = str(error)
+            is_spoiled = error.code == CORRUPTED
         finally:
             self._n_attaching -= 1
-            if why:
+            if is_spoiled:
+                self._spoil(sandbox, function, why=why)
+            elif why:
                 self.give_up(sandbox, cause="attach", why=why)
             else:
+                self.spoiled.attached(function)
                 self._fleet.put(sandbox, function, AssignmentState.ATTACHED)
                 self._backoff = self._backoff.succeeded()
+                self.troubles.worked(Step.SERVE)
                 self._with.metrics.attach.observe(self._with.clock() - begun)
                 self._with.attached()
             if self._n_attaching == 0:
                 self._with.changed()
+
+    def _spoil(self, sandbox: str, function: str, *, why: str) -> None:
+        """Go on after a corrupted block: elsewhere, but a sandbox that serves others stays."""
+        logger.error("function %s cannot be attached: %s", function, why)
+        self.spoiled.refused(function, self._with.clock())
+        self.troubles.failed(Step.SERVE, why)
+        self._with.metrics.failures.labels(CORRUPTED).inc()
+        self._fleet.remove(sandbox, function)
+        member = self._fleet.get(sandbox)
+        if member is not None and not member.functions:
+            self.give_up(sandbox, cause=CORRUPTED, why=why)
 
     async def _detach(self, sandbox: str, function: str, *, kept: asyncio.Event) -> None:
         if await self._is_kept((sandbox, function), kept):

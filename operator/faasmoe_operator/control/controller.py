@@ -35,6 +35,9 @@ from faasmoe_operator.platforms.roster import Change as Notice
 
 logger = logging.getLogger(__name__)
 
+STOPPED_S = 5.0  # without a tick, though there is load
+SOME_LOAD = 0.001  # of a function that is used, nobody says how much: one replica stays
+
 
 class Controller:
     """Looks after the functions of one model: `start`, then `run` until cancelled.
@@ -89,7 +92,9 @@ class Controller:
                 drain_s=lambda: self.timing.drain_s if self.feed.n_followers else 0.0,
             ),
         )
-        self._inspector = Inspector(model, client, fleet=self.fleet, actuator=self._actuator)
+        self._inspector = Inspector(
+            model, client, fleet=self.fleet, actuator=self._actuator, clock=clock
+        )
         self._settings = FleetSettings(
             model.template.digest,
             warm_pool=model.warm_pool,
@@ -131,6 +136,7 @@ class Controller:
         """Bring functions up from zero: what can be attached is attached at once."""
         now = self.clock()
         self.metrics.wakes.inc()
+        self._catch_up(now)
         changes = self.scalers.wake(functions, now=now)
         self._count(changes)
         for change in changes:
@@ -143,10 +149,16 @@ class Controller:
         """Take a router's load report."""
         now = self.clock()
         self.metrics.reports.inc()
-        self.reports.take(report, now=now)
+        if self.reports.take(report, now=now):
+            self._revise()
         self.records.take(report, now=now)
         if report.is_busy:
             self._pulse.rouse()
+
+    @property
+    def trouble(self) -> str:
+        """Why sandboxes cannot be had or used; empty if they can."""
+        return self._actuator.troubles.text
 
     async def beyond(self, revision: int) -> None:
         """Wait until the state may have changed since this revision."""
@@ -155,7 +167,11 @@ class Controller:
     def round(self) -> None:
         """Plan and begin what is to be done, and publish where functions serve."""
         now = self.clock()
-        wanted = {name: self.scalers.desired(name) for name in self.model.functions}
+        spoiled = self._actuator.spoiled
+        wanted = {
+            name: 0 if spoiled.is_waiting(name, now) else self.scalers.desired(name)
+            for name in self.model.functions
+        }
         self._actuator.keep_leaving(wanted)
         settings = self._settings
         if not self._actuator.may_create(now):
@@ -176,11 +192,8 @@ class Controller:
     def tick(self) -> None:
         """Let the autoscalers see the last second's load and decide."""
         now = self.clock()
-        loads = self.reports.sample(now)
-        if loads is not None:
-            self.scalers.observe_silence(self._last_tick, now)
-        self._last_tick = now
-        self.scalers.observe(loads, now=now)
+        self._catch_up(now)
+        self.scalers.observe(self._loads(now), now=now)
         self._count(self.scalers.decide(self.fleet.ready(), now=now))
         for function in self.records.waiting():
             if self.scalers.desired(function) == 0:
@@ -188,6 +201,23 @@ class Controller:
                 self.metrics.activations.labels("timed_out").inc()
         self._plan_due = True
         self._due.set()
+
+    def _catch_up(self, now: float) -> None:
+        """Let the autoscalers know that there was no load while they rested."""
+        if now - self._last_tick > STOPPED_S and self.reports.was_busy():
+            # It rests only without load: this process was stopped, and could hear nobody.
+            logger.warning("no time passed for this control for %.0f s", now - self._last_tick)
+            self.reports.bridge(self._last_tick, now)
+        elif self.reports.sample(now) is not None:
+            self.scalers.observe_silence(self._last_tick, now)
+        self._last_tick = now
+
+    def _loads(self, now: float) -> Mapping[str, float] | None:
+        """Return each function's calls in flight: as routers say, or sandboxes if one cannot."""
+        loads = self.reports.sample(now)
+        if loads is None or not self.reports.has_lost_one(now):
+            return loads
+        return {**dict.fromkeys(self._inspector.usage.lately(now), SOME_LOAD), **loads}
 
     def _demands(self, wanted: Mapping[str, int]) -> list[Demand]:
         functions = self.model.functions

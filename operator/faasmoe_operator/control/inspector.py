@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from faasmoe_operator.control.actuator import Actuator
@@ -18,6 +18,7 @@ from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.parallel import for_each
 from faasmoe_operator.control.sandbox_client import AttachedFunction, SandboxClient, SandboxError
 from faasmoe_operator.control.tasks import Tasks
+from faasmoe_operator.control.usage import Usage
 from faasmoe_operator.plan.fleet import SandboxState
 from faasmoe_operator.platforms.base import Platform
 
@@ -29,10 +30,20 @@ _SILENT = ("timeout", "unreachable")
 
 
 class Inspector:
-    """Compares what sandboxes say with what is written down."""
+    """Compares what sandboxes say with what is written down.
+
+    Attributes:
+        usage: what they say of their use.
+    """
 
     def __init__(
-        self, model: ControlledModel, client: SandboxClient, *, fleet: Fleet, actuator: Actuator
+        self,
+        model: ControlledModel,
+        client: SandboxClient,
+        *,
+        fleet: Fleet,
+        actuator: Actuator,
+        clock: Callable[[], float],
     ) -> None:
         self._digest = model.store.model_digest
         self._specs = model.specs
@@ -42,6 +53,8 @@ class Inspector:
         self._silences: Counter[str] = Counter()
         self._reading: set[str] = set()
         self._tasks = Tasks()
+        self._clock = clock
+        self.usage = Usage()
 
     async def read_back_all(self, platform: Platform[Any]) -> None:
         """Read back every sandbox that there is; returns when all are in service or given up."""
@@ -69,7 +82,7 @@ class Inspector:
                 held = await self._ask(member)
                 if held is not None:
                     self._fleet.adopt(member.sandbox.id, (f.spec.id for f in held))
-                    self._actuator.note_change()
+                    self._actuator.note_ready()
         finally:
             self._reading.discard(member.sandbox.id)
 
@@ -82,12 +95,16 @@ class Inspector:
         await for_each(ready, self._inspect_one, limit=PARALLEL_CALLS)
         for gone in [name for name in self._silences if self._fleet.get(name) is None]:
             del self._silences[gone]
+        self.usage.keep(member.sandbox.id for member in self._fleet.members)
 
     async def _inspect_one(self, member: Member) -> None:
         attached, known = member.attached, set(member.functions)
         held = await self._ask(member)
         if held is None or member.state is not SandboxState.READY:
             return
+        self.usage.note(
+            member.sandbox.id, ((f.spec.id, f.n_frames) for f in held), now=self._clock()
+        )
         fault = fault_of_content(
             held, expected=attached & member.attached, possible=known | set(member.functions)
         )

@@ -16,6 +16,7 @@ class ControlMetrics:
         self.sandboxes = self._gauge("sandboxes", "Sandboxes by state.", "state")
         self.held = self._gauge("held", "Calls and requests that wait in routers.")
         self.streams = self._gauge("table_streams", "Routers that follow the function table.")
+        self.tasks = self._gauge("tasks", "Tasks of the event loop.")
         self.activations = self._counter(
             "activations", "Functions brought up from zero by a wake.", "outcome"
         )

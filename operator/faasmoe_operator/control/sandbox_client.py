@@ -77,11 +77,13 @@ class AttachedFunction:
         spec: which experts it has.
         model_digest: digest of the store that it was attached from.
         size_bytes: size of its weights.
+        n_frames: frames that it has computed there.
     """
 
     spec: FunctionSpec
     model_digest: str
     size_bytes: int
+    n_frames: int = 0
 
 
 class SandboxClient:
@@ -183,4 +185,9 @@ def _attached(function: Any) -> AttachedFunction:
         spec = FunctionSpec.from_json(function)
     except TableError as error:
         raise ValueError(str(error)) from error
-    return AttachedFunction(spec, str(function["model_digest"]), int(function["size_bytes"]))
+    return AttachedFunction(
+        spec,
+        str(function["model_digest"]),
+        int(function["size_bytes"]),
+        int(function.get("frames", 0)),
+    )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from faasmoe_operator.kube.cache import controller_uid
 from faasmoe_operator.kube.intent import applied_hash, fingerprint, holds, intent_hash
-from faasmoe_operator.kube.kinds import JOB, POD, SECRET, Kind, Object, kind_of
+from faasmoe_operator.kube.kinds import JOB, SECRET, Kind, Object, kind_of
 from faasmoe_operator.kube.manifests.names import TEMPLATE_LABEL
 from faasmoe_operator.kube.ownership import Owner
 
@@ -113,8 +113,8 @@ def plan_actions(
 
     Args:
         wanted: every object that the model is to have, in the order of making.
-        live: the objects that there are with a wanted name or of this owner; pods and secrets,
-            which are made elsewhere or not seen, are left out of account.
+        live: the objects that there are with a wanted name or of this owner; secrets are not
+            among them, as nobody reads them.
         owner: the model.
         applied: what was asked for earlier.
         prune: whether what the owner has and does not want is to go.
@@ -196,5 +196,6 @@ def _is_as_wanted(live: Object, wanted: Object, before: Applied | None) -> bool:
 
 
 def _is_surplus(live: Object, owner: Owner) -> bool:
+    """Return whether an object was planned once: others of this owner are made elsewhere."""
     going = "deletionTimestamp" in live["metadata"]
-    return kind_of(live) not in (POD, SECRET) and not going and controller_uid(live) == owner.uid
+    return not going and applied_hash(live) is not None and controller_uid(live) == owner.uid

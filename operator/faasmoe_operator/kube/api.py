@@ -32,6 +32,14 @@ class KubeApi(Protocol):
         """
         ...
 
+    async def merge(self, kind: Kind, obj: Object) -> Object:
+        """Make an object's fields but metadata and status be as given, its lists as a whole.
+
+        Server-side apply leaves entries of lists alone that somebody else has added; this does not.
+        The uid in its metadata, if it has one, is a condition: Conflict if it is another's.
+        """
+        ...
+
     async def patch_status(
         self,
         kind: Kind,

@@ -78,6 +78,16 @@ class KubeClient:
         query = {"fieldManager": FIELD_MANAGER, "force": "true", "fieldValidation": "Strict"}
         return await self._request("apply", kind, path, query=query, body=obj, content=APPLY)
 
+    async def merge(self, kind: Kind, obj: Object) -> Object:
+        """Make an object's fields but metadata and status be as given, its lists as a whole."""
+        metadata = obj["metadata"]
+        body = {key: value for key, value in obj.items() if key not in ("metadata", "status")}
+        if "uid" in metadata:
+            body["metadata"] = {"uid": metadata["uid"]}
+        path = _path(kind, metadata["namespace"], metadata["name"])
+        query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"}
+        return await self._request("patch", kind, path, query=query, body=body, content=MERGE)
+
     async def patch_status(
         self,
         kind: Kind,

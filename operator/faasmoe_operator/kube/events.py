@@ -58,7 +58,7 @@ def state_events(before: Iterable[Object], after: Iterable[Object]) -> list[Stat
         elif status == "False" and (kind != READY or reason in ("SpecInvalid", "Suspended")):
             type_: Literal["Normal", "Warning"] = "Normal" if reason == "Suspended" else "Warning"
             found.append(StateEvent(type_, reason, condition["message"]))
-    return found
+    return list(dict.fromkeys(found))
 
 
 class EventWriter:

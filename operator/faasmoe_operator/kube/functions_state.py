@@ -10,9 +10,12 @@ from faasmoe_operator.kube.pod_trouble import trouble_of
 from faasmoe_operator.kube.verdict import Verdict, bad, good, pending
 from faasmoe_operator.spec.tenants import Tenant
 
+PLANNING = "Planning"
+WAITING_FOR_ROUTER = "WaitingForRouter"
+
 
 def functions_verdict(
-    counts: CoreCounts | None, sandboxes: Sequence[Object], *, fault: str | None
+    counts: CoreCounts | None, sandboxes: Sequence[Object], *, fault: Verdict | None
 ) -> Verdict:
     """Return the state of the condition FunctionsReady: they serve, or can when they are called.
 
@@ -22,21 +25,21 @@ def functions_verdict(
         fault: why the functions cannot be planned.
     """
     if fault is not None:
-        return bad("GranularityInvalid", fault)
+        return fault
     if counts is None:
-        return pending("Planning", "the functions are about to be planned")
+        return pending(PLANNING, "the functions are about to be planned")
     if (trouble := trouble_of(sandboxes)) is not None:
         return bad(trouble.reason, trouble.message)
     if counts.trouble:
         return bad("SandboxesUnavailable", counts.trouble)
-    held = f"{counts.active} of {counts.functions} functions have a replica"
-    return good("Planned", f"{held}; the others get one when they are called")
+    cut = f"the experts are cut into {counts.functions} functions"
+    return good("Planned", f"{cut}; one without a replica gets one when it is called")
 
 
 def active_verdict(counts: CoreCounts | None) -> Verdict:
     """Return the state of the condition Active."""
     if counts is None:
-        return pending("Planning", "the functions are about to be planned")
+        return pending(PLANNING, "the functions are about to be planned")
     if counts.active == 0:
         return Verdict("False", "NoTraffic", "no function has a replica: nobody calls the model")
     return good("Serving", f"{counts.active} functions have {counts.replicas} replicas")
@@ -52,7 +55,7 @@ def tenants_verdict(tenants: Sequence[Tenant], counts: CoreCounts | None) -> Ver
     if not tenants:
         return good("NoTenants", "spec.tenants is empty: whoever reaches the router may use it")
     if counts is None or counts.tenant_keys is None:
-        return pending("WaitingForRouter", "no router has said yet how many keys tenants have")
+        return pending(WAITING_FOR_ROUTER, "no router has said yet how many keys tenants have")
     without = [tenant for tenant in tenants if not counts.tenant_keys.get(tenant.name)]
     if not without:
         return good("KeysFound", f"{len(tenants)} tenants have keys")

@@ -1,7 +1,9 @@
 """kopf's part: it watches, and hands every event over. It handles nothing and writes nothing.
 
 kopf keeps no state in the objects here: there are only `on.event` handlers, so no finalizer, no
-annotation and no progress is written; and it posts no events.
+annotation and no progress is written; and it posts no events. The indices keep nothing: with them
+kopf calls no handler before it has listed every kind, so the first event tells that the watches
+are on, and whatever happens from then on is told.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ CONNECT_TIMEOUT_S = 30
 INACTIVITY_TIMEOUT_S = 70
 """The API server sends a bookmark each minute: a watch that is silent for longer is dead."""
 CHUNK_SIZE = 500
+ERROR_BACKOFFS_S = (1, 1, 2, 3, *[5] * 12)
+"""An API server that comes back is to be seen within seconds; after a minute kopf begins anew."""
 
 Deliver = Callable[[Kind, str | None, Object], None]
 """Takes an event: the object's kind, the event's type (None while listing), and the object."""
@@ -42,6 +46,7 @@ def make_settings(kinds: Sequence[Kind]) -> kopf.OperatorSettings:
     settings.posting.enabled = False
     settings.scanning.disabled = True  # neither CRDs nor namespaces are to be listed
     settings.peering.standalone = True
+    settings.networking.error_backoffs = ERROR_BACKOFFS_S
     settings.watching.server_timeout = SERVER_TIMEOUT_S
     settings.watching.client_timeout = CLIENT_TIMEOUT_S
     settings.watching.connect_timeout = CONNECT_TIMEOUT_S
@@ -60,6 +65,12 @@ def _watch(registry: kopf.OperatorRegistry, kind: Kind, deliver: Deliver) -> Non
     async def hand_over(event: kopf.RawEvent, **_: Any) -> None:
         deliver(kind, event["type"], dict(event["object"]))
 
+    async def index_nothing(**_: Any) -> None:
+        return None
+
+    kopf.index(kind.group, kind.version, kind.plural, id=f"list-{kind.plural}", registry=registry)(
+        index_nothing
+    )
     kopf.on.event(
         kind.group, kind.version, kind.plural, id=f"watch-{kind.plural}", registry=registry
     )(hand_over)

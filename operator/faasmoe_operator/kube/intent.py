@@ -55,7 +55,7 @@ def fingerprint(live: Object, wanted: Object) -> str:
         if isinstance(value, Mapping):
             ours = wanted["metadata"].get(field, {})
             value = {key: entry for key, entry in value.items() if key in ours}
-        metadata[field] = value
+        metadata[field] = value or None
     body = {key: value for key, value in live.items() if key not in ("metadata", "status")}
     return _digest({**body, "metadata": metadata})
 

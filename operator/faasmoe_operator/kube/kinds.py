@@ -55,6 +55,7 @@ DEPLOYMENT = Kind("apps/v1", "Deployment", "deployments")
 NETWORK_POLICY = Kind("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies")
 INGRESS = Kind("networking.k8s.io/v1", "Ingress", "ingresses")
 DISRUPTION_BUDGET = Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets")
+LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
 EVENT = Kind("v1", "Event", "events")
 HTTP_ROUTE = Kind("gateway.networking.k8s.io/v1", "HTTPRoute", "httproutes")
 SERVICE_MONITOR = Kind("monitoring.coreos.com/v1", "ServiceMonitor", "servicemonitors")
@@ -78,7 +79,7 @@ OPTIONAL = (HTTP_ROUTE, SERVICE_MONITOR)
 WATCHED = (POD, *(kind for kind in OWNED if kind != SECRET))
 """Kinds that the cache holds beside MoEModels: secrets are created, never read."""
 
-_KINDS = {(kind.api_version, kind.name): kind for kind in (MOEMODEL, POD, EVENT, *OWNED)}
+_KINDS = {(kind.api_version, kind.name): kind for kind in (MOEMODEL, POD, EVENT, LEASE, *OWNED)}
 
 
 def kind_of(obj: Mapping[str, Any]) -> Kind:

@@ -11,6 +11,7 @@ from faasmoe_operator.kube.kinds import Object
 PULL_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 CONFIG_REASONS = ("CreateContainerConfigError",)
 FAILED_REASONS = ("CreateContainerError", "RunContainerError", "StartError")
+_BACK_OFF = re.compile(r"Back-off pulling image \"[^\"]*\"(: \w+: )?")
 _KEY_MISSING = re.compile(r"couldn't find key (?P<key>\S+) in Secret (?P<name>\S+)")
 _SECRET_MISSING = re.compile(r"secret \"(?P<name>[^\"]+)\" not found")
 
@@ -58,7 +59,7 @@ def _unschedulable(name: str, status: Object) -> Trouble | None:
     for condition in status.get("conditions", ()):
         if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
             said = condition.get("message") or condition.get("reason") or "no node takes it"
-            hint = "ask for less in the template's resources, loosen its nodeSelector, or add nodes"
+            hint = "add nodes or free some, or ask for less: resources, nodeSelector, affinity"
             if "persistentvolumeclaim" in said.lower():
                 hint = "see the claim: `kubectl describe pvc` says why it is not bound"
             return Trouble("Unschedulable", f"pod {name}: {said.rstrip('.')}; {hint}")
@@ -72,7 +73,9 @@ def _container_trouble(pod: str, container: Object) -> Trouble | None:
     if reason in CONFIG_REASONS:
         return _config_trouble(pod, said)
     if reason in PULL_REASONS:
-        what = f"pod {pod}: image {container.get('image')} cannot be pulled: {said or reason}"
+        # The kubelet says it in turns with and without this: one text, one event, one status.
+        said = _BACK_OFF.sub("", said) or "see the pod's events"
+        what = f"pod {pod}: image {container.get('image')} cannot be pulled: {said}"
         hint = "check the image's name and the template's imagePullSecrets"
         return Trouble("ImagePullFailed", f"{what}; {hint}")
     if reason in FAILED_REASONS:

@@ -14,7 +14,14 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from faasmoe_operator.errors import MoEModelError, PlanError, PlatformError
-from faasmoe_operator.kube.actions import Action, Actions, Replace, object_id, plan_actions
+from faasmoe_operator.kube.actions import (
+    Action,
+    Actions,
+    ObjectId,
+    Replace,
+    object_id,
+    plan_actions,
+)
 from faasmoe_operator.kube.api import KubeApi
 from faasmoe_operator.kube.cache import ObjectCache
 from faasmoe_operator.kube.conditions import conditions
@@ -31,6 +38,7 @@ from faasmoe_operator.kube.router_state import router_state
 from faasmoe_operator.kube.status import Written, due_at, invalid_status, model_status
 from faasmoe_operator.kube.store_state import attempt_of, with_attempt
 from faasmoe_operator.kube.surroundings import Surroundings
+from faasmoe_operator.kube.verdict import Verdict, bad
 from faasmoe_operator.kube.writer import Problem, Writer
 from faasmoe_operator.spec import MoEModel
 
@@ -69,13 +77,24 @@ class Visit:
     is_troubled: bool = False
 
 
+Versions = dict[ObjectId, str]
+
+
 @dataclass(slots=True)
 class _Memory:
-    """What is remembered of a model between visits, to save requests."""
+    """What is remembered of a model between visits, to save requests and time.
+
+    Attributes:
+        writer: knows what was applied.
+        attempt: Jobs of the store that failed.
+        written: the status that was written.
+        calm: what there was, in which versions, when nothing was to be done.
+    """
 
     writer: Writer
     attempt: int = 0
     written: Written | None = None
+    calm: tuple[ModelContext, Versions] | None = None
 
 
 class Reconciler:
@@ -141,6 +160,7 @@ class Reconciler:
         router = router_state(seen.deployment, seen.router_pods, wanted=ctx.spec.router.replicas)
         if {seen.store.secret, router.secret} - {None}:
             memory.writer.forget_secrets()
+            memory.calm = None
         verdicts = judge(
             ctx,
             seen,
@@ -148,7 +168,8 @@ class Reconciler:
             counts=counts,
             fault=fault,
             problems=problems,
-            store_ids={object_id(wanted) for wanted in store_objects(ctx)},
+            store_ids={object_id(wanted) for wanted in store_objects(ctx)} if problems else (),
+            before=_conditions(obj),
         )
         status = model_status(
             ctx,
@@ -157,12 +178,26 @@ class Reconciler:
             ),
             router=router,
             counts=counts,
-            known_model=known_model,
+            before=obj.get("status", {}),
         )
         status_at = await self._tell(obj, status, memory)
         return self._come_again(seen, plan.again_at, status_at, is_troubled=bool(problems))
 
     def _plan(self, ctx: ModelContext, seen: Observation, memory: _Memory) -> Actions:
+        """Return what is to be done; what was all right and has not changed still is."""
+        state = ctx, self._versions(ctx)
+        if state == memory.calm and seen.store.retry_at is None:
+            return Actions(())
+        plan = self._plan_anew(ctx, seen, memory)
+        memory.calm = None if plan.actions or plan.again_at is not None else state
+        return plan
+
+    def _versions(self, ctx: ModelContext) -> Versions:
+        ours = self._cache.of_model(ctx.namespace, ctx.name) + self._cache.owned(ctx.uid)
+        planned = [obj for obj in ours if obj["kind"] != POD.name]
+        return {object_id(obj): obj["metadata"]["resourceVersion"] for obj in planned}
+
+    def _plan_anew(self, ctx: ModelContext, seen: Observation, memory: _Memory) -> Actions:
         if seen.job is not None:
             memory.attempt = attempt_of(seen.job)
         wanted = [self._counted(wanted, memory) for wanted in store_objects(ctx)]
@@ -200,7 +235,9 @@ class Reconciler:
         done = [await memory.writer.carry_out(action) for action in actions]
         return [problem for problem in done if problem is not None]
 
-    async def _run_core(self, key: ModelKey, ctx: ModelContext, seen: Observation) -> str | None:
+    async def _run_core(
+        self, key: ModelKey, ctx: ModelContext, seen: Observation
+    ) -> Verdict | None:
         """Have the control core run or not; return why it cannot."""
         if ctx.spec.suspend:
             await self._cores.remove(key, delete_sandboxes=True)
@@ -211,8 +248,12 @@ class Reconciler:
             return None
         try:
             await self._cores.ensure(ctx)
-        except (PlanError, MoEModelError, PlatformError) as error:
-            return str(error)
+        except PlanError as error:
+            return bad("GranularityInvalid", str(error))
+        except MoEModelError as error:
+            return bad("StoreMismatch", str(error))
+        except PlatformError as error:
+            return bad("SandboxesUnavailable", str(error))
         return None
 
     async def _delete_pod(self, pod: Object) -> None:

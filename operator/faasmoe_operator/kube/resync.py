@@ -1,7 +1,8 @@
 """Lists that fill the cache at the start, and find what the watches have missed.
 
 A watch that was cut off for long begins with a new list, and what was deleted in between is then
-told by nobody. So each kind is listed again after its watch has begun anew, and now and then.
+told by nobody. So each kind is listed again now and then, and a minute after what makes that likely
+to matter: its watch has begun anew, or we have deleted an object of it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from faasmoe_operator.kube.manifests.names import FIELD_MANAGER, MANAGED_BY_LABE
 logger = logging.getLogger(__name__)
 
 OURS = f"{MANAGED_BY_LABEL}={FIELD_MANAGER}"
-AFTER_RELIST_S = 60.0
+DOUBT_S = 60.0
 PERIOD_S = 1800.0
 TICK_S = 5.0
 
@@ -63,19 +64,26 @@ class Resync:
         """List each kind when it is due, until cancelled."""
         while True:
             await asyncio.sleep(TICK_S)
-            for kind in [kind for kind, due in self._due.items() if due <= self._clock()]:
-                await self._try(kind)
+            await self.list_due()
 
-    def relisted(self, kind: Kind) -> None:
-        """Take that the watch of a kind has begun anew."""
-        self._due[kind] = min(self._due[kind], self._clock() + AFTER_RELIST_S)
+    async def list_due(self) -> None:
+        """List the kinds that are due; one that is refused is due again soon."""
+        for kind in [kind for kind, due in self._due.items() if due <= self._clock()]:
+            await self._try(kind)
+
+    def doubt(self, *kinds: Kind) -> None:
+        """Have kinds listed soon, or all if none is given."""
+        soon = self._clock() + DOUBT_S
+        for kind in kinds or self._due:
+            if kind in self._due:
+                self._due[kind] = min(self._due[kind], soon)
 
     async def _try(self, kind: Kind) -> None:
         try:
             await self._list(kind)
         except ApiError as error:
             logger.warning("%s are not listed anew: %s", kind, error)
-            self._due[kind] = self._clock() + AFTER_RELIST_S
+            self._due[kind] = self._clock() + DOUBT_S
 
     async def _list(self, kind: Kind) -> None:
         gone = 0

@@ -40,7 +40,7 @@ def model_status(
     conditions: Sequence[Object],
     router: RouterState,
     counts: CoreCounts | None,
-    known_model: Any,
+    before: Mapping[str, Any],
 ) -> Object:
     """Return the whole status.
 
@@ -49,9 +49,10 @@ def model_status(
         conditions: its conditions.
         router: how its routers are doing.
         counts: what its control core counts.
-        known_model: `status.model` as it is: kept while the store is looked at again.
+        before: the status as it is: what it says of the store is kept while that is looked at
+            again, and what it counts until a new operator process has counted.
     """
-    model = known_model if ctx.summary is None else ctx.summary.to_status()
+    model = before.get("model") if ctx.summary is None else ctx.summary.to_status()
     return {
         "observedGeneration": ctx.generation,
         "url": model_url(ctx),
@@ -62,8 +63,8 @@ def model_status(
             "readyReplicas": router.ready,
             "selector": selector_text(ctx.name, Component.ROUTER),
         },
-        **_counted(counts),
-        **_tenants(ctx, counts),
+        **_counted(ctx, counts, before),
+        **_tenants(ctx, counts, before),
     }
 
 
@@ -92,23 +93,26 @@ def due_at(wanted: Object, live: Any, last: Written | None, *, now: float) -> fl
     return now
 
 
-def _counted(counts: CoreCounts | None) -> Object:
+def _counted(ctx: ModelContext, counts: CoreCounts | None, before: Mapping[str, Any]) -> Object:
     if counts is None:
-        return {}
+        fields = () if ctx.spec.suspend else ("functions", "sandboxes")
+        return {field: before[field] for field in fields if field in before}
     functions = {"total": counts.functions, "active": counts.active, "replicas": counts.replicas}
     sandboxes = {"total": counts.sandboxes, "ready": counts.ready, "generic": counts.generic}
     return {"functions": functions, "sandboxes": sandboxes}
 
 
-def _tenants(ctx: ModelContext, counts: CoreCounts | None) -> Object:
+def _tenants(ctx: ModelContext, counts: CoreCounts | None, before: Mapping[str, Any]) -> Object:
     if not ctx.spec.tenants:
         return {}
-    keys = {} if counts is None or counts.tenant_keys is None else counts.tenant_keys
+    keys = {tenant["name"]: tenant.get("keys") for tenant in before.get("tenants", ())}
+    if counts is not None and counts.tenant_keys is not None:
+        keys = dict(counts.tenant_keys)
     tenants = [
         {
             "name": tenant.name,
             "url": tenant_url(ctx, tenant.name),
-            **({"keys": keys[tenant.name]} if tenant.name in keys else {}),
+            **({} if keys.get(tenant.name) is None else {"keys": keys[tenant.name]}),
         }
         for tenant in ctx.spec.tenants
     ]

@@ -14,13 +14,22 @@ from typing import Any
 from faasmoe_operator.kube.actions import is_finished
 from faasmoe_operator.kube.kinds import Object
 from faasmoe_operator.kube.pod_trouble import trouble_of
-from faasmoe_operator.kube.store_summary import StoreFailure, StoreSummary, StoreSummaryError
+from faasmoe_operator.kube.store_summary import (
+    FailureReason,
+    StoreFailure,
+    StoreSummary,
+    StoreSummaryError,
+)
 from faasmoe_operator.kube.verdict import Verdict, bad, good, pending
 
 ATTEMPT_ANNOTATION = "faasmoe.dev/attempt"
 RETRY_DELAYS_S = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 FINAL_RETRY_DELAY_S = 3600.0
 
+JOB_FAILED = "JobFailed"
+SUMMARY_MISSING = "SummaryMissing"
+FAILURES = frozenset({*(reason.value for reason in FailureReason), JOB_FAILED, SUMMARY_MISSING})
+"""Reasons for which the Job is run again."""
 HINTS = {
     "SourceNotFound": "check spec.model.source and spec.model.revision",
     "SourceUnsupported": "choose a model that the README lists as covered",
@@ -41,12 +50,14 @@ class StoreState:
         retry_at: when the failed Job is to be replaced, in seconds of the day's clock; None if
             there is nothing to replace.
         secret: a Secret that its pod waits for.
+        is_retry: whether it failed before, and nothing is known yet of the new attempt.
     """
 
     verdict: Verdict
     summary: StoreSummary | None = None
     retry_at: float | None = None
     secret: str | None = None
+    is_retry: bool = False
 
 
 def store_state(job: Object | None, pods: Sequence[Object], *, known: Any) -> StoreState:
@@ -58,7 +69,8 @@ def store_state(job: Object | None, pods: Sequence[Object], *, known: Any) -> St
         known: `status.model` of the MoEModel, if it has one.
     """
     if job is None or "deletionTimestamp" in job["metadata"]:
-        return StoreState(pending("Preparing", "the store's Job is about to begin"))
+        verdict = pending("Preparing", "the store's Job is about to begin")
+        return StoreState(verdict, is_retry=True)
     if is_finished(job, "Complete"):
         return _prepared(job, _message(pods), known)
     if is_finished(job, "Failed"):
@@ -67,7 +79,9 @@ def store_state(job: Object | None, pods: Sequence[Object], *, known: Any) -> St
         return StoreState(pending("Suspended", "spec.suspend is true: the store is not prepared"))
     if (trouble := trouble_of(pods)) is not None:
         return StoreState(bad(trouble.reason, trouble.message), secret=trouble.secret)
-    return StoreState(pending("Preparing", f"Job {job['metadata']['name']} prepares the store"))
+    tried = "" if (message := _message(pods)) is None else f"; a try failed: {_said(message)}"
+    verdict = pending("Preparing", f"Job {_name(job)} prepares the store{tried}")
+    return StoreState(verdict, is_retry=attempt_of(job) > 0)
 
 
 def attempt_of(job: Object) -> int:
@@ -91,7 +105,7 @@ def _prepared(job: Object, message: str | None, known: Any) -> StoreState:
         text = f"{summary.source} is prepared, {summary.size_bytes} bytes, {summary.digest}"
         return StoreState(good("Prepared", text), summary)
     what = said.message if isinstance(said, StoreFailure) else "its pod is gone"
-    verdict = bad("SummaryMissing", f"what the Job found is not known: {what}; it is run again")
+    verdict = bad(SUMMARY_MISSING, f"what the Job found is not known: {what}; it is run again")
     return StoreState(verdict, retry_at=_ended_at(job) + _delay_s(attempt_of(job)))
 
 
@@ -106,7 +120,7 @@ def _failed(job: Object, pods: Sequence[Object]) -> StoreState:
     elif trouble is not None:
         reason, text = trouble.reason, trouble.message
     else:
-        reason, text = "JobFailed", _job_message(job)
+        reason, text = JOB_FAILED, _job_message(job)
     hint = f"; {HINTS[reason]}" if reason in HINTS else ""
     again = f"; tried again {_spoken(delay_s)} after it failed, or when Job {_name(job)} is deleted"
     verdict = bad(reason, f"{text}{hint}{again}")
@@ -133,6 +147,11 @@ def _message(pods: Sequence[Object]) -> str | None:
         return None
     last = max(ended, key=lambda state: str(state.get("finishedAt") or ""))
     return str(last.get("message") or "")
+
+
+def _said(message: str) -> str:
+    result = StoreSummary.from_termination_message(message)
+    return result.message if isinstance(result, StoreFailure) else "its result was lost"
 
 
 def _remembered(known: Any) -> StoreSummary | None:

@@ -29,7 +29,6 @@ class Workers:
     """Visits models when they are due, until cancelled.
 
     Args:
-        reconcile: visits a model; whatever it raises is logged and tried again.
         metrics: what is measured.
         n_workers: visits at the same time.
         clock: a clock that only goes forward.
@@ -37,13 +36,12 @@ class Workers:
 
     def __init__(
         self,
-        reconcile: Reconcile,
         *,
         metrics: OperatorMetrics,
         n_workers: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._reconcile, self._metrics, self._clock = reconcile, metrics, clock
+        self._metrics, self._clock = metrics, clock
         self._n_workers = n_workers
         self._queue: WorkQueue[ModelKey] = WorkQueue()
         self._news = asyncio.Event()
@@ -53,13 +51,17 @@ class Workers:
         self._queue.add(key, now=self._clock(), delay_s=delay_s, urgent=urgent)
         self._news.set()
 
-    async def run(self) -> None:
-        """Work until cancelled."""
+    async def run(self, reconcile: Reconcile) -> None:
+        """Work until cancelled.
+
+        Args:
+            reconcile: visits a model; whatever it raises is logged, and tried again later.
+        """
         async with asyncio.TaskGroup() as group:
             for _ in range(self._n_workers):
-                group.create_task(self._work())
+                group.create_task(self._work(reconcile))
 
-    async def _work(self) -> None:
+    async def _work(self, reconcile: Reconcile) -> None:
         while True:
             taken = self._queue.take(self._clock())
             self._metrics.queue_depth.set(len(self._queue))
@@ -68,7 +70,7 @@ class Workers:
                 continue
             key, late_s = taken
             self._metrics.queue_latency.observe(late_s)
-            await self._visit(key)
+            await self._visit(reconcile, key)
             self._news.set()
 
     async def _wait(self) -> None:
@@ -80,11 +82,11 @@ class Workers:
         except TimeoutError:
             return
 
-    async def _visit(self, key: ModelKey) -> None:
+    async def _visit(self, reconcile: Reconcile, key: ModelKey) -> None:
         began = self._clock()
         outcome, again_s, at_least_s = "error", None, 0.0
         try:
-            visit = await self._reconcile(key)
+            visit = await reconcile(key)
             outcome = "troubled" if visit.is_troubled else "settled"
             again_s = visit.again_s
         except Unavailable as error:

@@ -20,8 +20,8 @@ from faasmoe_operator.kube.actions import (
 from faasmoe_operator.kube.api import KubeApi
 from faasmoe_operator.kube.cache import ObjectCache
 from faasmoe_operator.kube.errors import ApiError, Conflict, Forbidden, Unavailable
-from faasmoe_operator.kube.intent import fingerprint, intent_hash, stamped
-from faasmoe_operator.kube.kinds import SECRET, Object, kind_of
+from faasmoe_operator.kube.intent import applied_hash, fingerprint, intent_hash, stamped
+from faasmoe_operator.kube.kinds import JOB, SECRET, Object, kind_of
 from faasmoe_operator.kube.ownership import Owner
 from faasmoe_operator.kube.verdict import Verdict, bad, pending
 
@@ -110,6 +110,9 @@ class Writer:
         kind, body = kind_of(wanted), stamped(wanted)
         if live is not None:
             body = {**body, "metadata": {**body["metadata"], "uid": live["metadata"]["uid"]}}
+            if applied_hash(live) == intent_hash(wanted) and kind != JOB:
+                # Somebody has edited it since: entries that were added to lists go too.
+                await self._api.merge(kind, body)
         result = await self._api.apply(kind, body)
         self._cache.put(kind, result)
         self.applied[object_id(wanted)] = Applied(

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "faasmoe_expert.zygote")
 SOCKET_VARIABLE = "FAASMOE_ZYGOTE_SOCKET"
+VERIFIED_VARIABLE = "FAASMOE_VERIFIED_DIR"
+VERIFIED_NAME = "verified"
+REHEARSAL_VARIABLE = "FAASMOE_REHEARSAL_STORE"
 MAX_SOCKET_PATH_BYTES = 106  # of sockaddr_un on Linux, less an ending zero and the zygote's ~
 END_TIMEOUT_S = 10.0
 GREETING_TIMEOUT_S = 5.0
@@ -39,17 +42,27 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 
 
-def zygote_environment(socket: Path, *, token: str) -> dict[str, str]:
+def zygote_environment(
+    socket: Path, *, token: str, store: Path | None = None, device: str = "auto"
+) -> dict[str, str]:
     """Return the whole environment of a zygote; raises PlatformError.
 
     Args:
         socket: the unix socket that it will listen on.
         token: the token that its sandboxes will ask for.
+        store: the prepared model whose functions it rehearses before it forks; None for none.
+        device: where its sandboxes will compute.
     """
     if len(os.fsencode(socket)) > MAX_SOCKET_PATH_BYTES:
         expected = f"at most {MAX_SOCKET_PATH_BYTES} bytes"
         raise PlatformError(f"zygote socket: got {socket}, expected a path of {expected}")
-    own = {"FAASMOE_TOKEN": token, SOCKET_VARIABLE: str(socket)}
+    own = {
+        "FAASMOE_TOKEN": token,
+        "FAASMOE_DEVICE": device,
+        SOCKET_VARIABLE: str(socket),
+        VERIFIED_VARIABLE: str(socket.parent / VERIFIED_NAME),
+        REHEARSAL_VARIABLE: "" if store is None else str(store),
+    }
     return {**os.environ, **ENVIRONMENT, **own}
 
 
@@ -109,6 +122,8 @@ async def running_zygote(
     socket: Path,
     *,
     token: str,
+    store: Path | None = None,
+    device: str = "auto",
     log: Callable[[str], None] = logger.info,
     command: Sequence[str] = COMMAND,
 ) -> AsyncIterator[Process]:
@@ -117,6 +132,8 @@ async def running_zygote(
     Args:
         socket: where it listens; its folder must be there, and ours alone.
         token: the token that the sandboxes will ask for.
+        store: what it rehearses; see `zygote_environment`.
+        device: where the sandboxes will compute.
         log: gets each line that the zygote or a sandbox writes.
         command: what to run.
     """
@@ -125,7 +142,10 @@ async def running_zygote(
         stdin=DEVNULL,
         stdout=PIPE,
         stderr=STDOUT,
-        env={**zygote_environment(socket, token=token), PARENT_VARIABLE: str(os.getpid())},
+        env={
+            **zygote_environment(socket, token=token, store=store, device=device),
+            PARENT_VARIABLE: str(os.getpid()),
+        },
         start_new_session=True,  # a Ctrl-C in the terminal is for the launcher to handle
     )
     logs = asyncio.create_task(_forward(process, log))

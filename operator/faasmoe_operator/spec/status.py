@@ -100,7 +100,7 @@ class MoEModelStatus(Part):
     observed_generation: Generation | None = Field(
         None, description="Generation of the spec that all of this is about."
     )
-    url: Text | None = Field(None, description="OpenAI base URL, less its /v1.")
+    url: Text | None = Field(None, description="OpenAI base URL.")
     conditions: Annotated[tuple[Condition, ...], Field(max_length=32)] = Field(
         (), json_schema_extra=map_list("type")
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -12,6 +12,7 @@ from fastapi import Request
 from faasmoe_router.api.stream import unless_hung_up
 from faasmoe_router.engine.generation import GenerationRequest
 
+Holding = Callable[..., AbstractContextManager[None]]
 COLD_START_HEADER = "X-FaaSMoE-Cold-Start"
 
 
@@ -54,10 +55,24 @@ class OpenAdmission:
         return 0.0
 
 
+def _uncounted(*, size_bytes: int) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 async def admit(
-    admission: Admission, request: Request, requests: Sequence[GenerationRequest]
+    admission: Admission,
+    request: Request,
+    requests: Sequence[GenerationRequest],
+    *,
+    holding: Holding = _uncounted,
 ) -> dict[str, str]:
     """Wait until a request may be generated; return the headers that tell how long it waited.
+
+    Args:
+        admission: what may hold it.
+        request: the request.
+        requests: what it asks for.
+        holding: counts it while it waits, with its `size_bytes`; may refuse it.
 
     Raises:
         ClientGone: the client hung up meanwhile.
@@ -67,5 +82,6 @@ async def admit(
     if admission.is_open_for(n_tokens):
         return {}
     size_bytes = len(await request.body())
-    waited_s = await unless_hung_up(request, admission.hold(n_tokens, size_bytes=size_bytes))
+    with holding(size_bytes=size_bytes):
+        waited_s = await unless_hung_up(request, admission.hold(n_tokens, size_bytes=size_bytes))
     return {COLD_START_HEADER: f"{waited_s:.3f}"}

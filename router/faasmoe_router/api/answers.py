@@ -5,9 +5,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from faasmoe_router.engine.generation import Delta, FinishReason, Generation
+from faasmoe_router.api.requests import StreamOptions
+from faasmoe_router.api.shapes import Choice, Shape
+from faasmoe_router.engine.generation import Generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,87 +29,6 @@ class Head:
             "created": self.created_s,
             "model": self.model,
         }
-
-
-@dataclass(slots=True)
-class Choice:
-    """One sequence of an answer, as far as it has come."""
-
-    text: str = ""
-    n_tokens: int = 0
-    finish_reason: FinishReason | None = None
-
-    def add(self, delta: Delta) -> None:
-        """Append a step."""
-        self.text += delta.text
-        self.n_tokens += delta.n_tokens
-        self.finish_reason = delta.finish_reason
-
-
-class Shape(Protocol):
-    """How one kind of completion tells its choices."""
-
-    prefix: str
-    kind: str
-    chunk_kind: str
-
-    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """Return a finished choice."""
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """Return what a stream tells first of a choice, if anything."""
-
-    def piece(self, index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
-        """Return a choice's part of one event."""
-
-
-class ChatShape:
-    """Chat completions: messages and deltas of messages."""
-
-    prefix = "chatcmpl"
-    kind = "chat.completion"
-    chunk_kind = "chat.completion.chunk"
-
-    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """Return a finished choice."""
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": choice.finish_reason,
-        }
-
-    def opening(self, index: int) -> dict[str, Any]:
-        """Return the delta that tells the role."""
-        return self._delta(index, {"role": "assistant", "content": ""}, None)
-
-    def piece(self, index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
-        """Return a delta; the last one is empty."""
-        return self._delta(index, {"content": text} if text else {}, reason)
-
-    def _delta(
-        self, index: int, delta: dict[str, str], reason: FinishReason | None
-    ) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-
-
-class CompletionShape:
-    """Text completions."""
-
-    prefix = "cmpl"
-    kind = "text_completion"
-    chunk_kind = "text_completion"
-
-    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """Return a finished choice."""
-        return self.piece(index, choice.text, choice.finish_reason)
-
-    def opening(self, index: int) -> None:
-        """Return nothing: text has no role."""
-
-    def piece(self, index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
-        """Return a piece of text."""
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
 
 
 class Answer:
@@ -132,28 +53,24 @@ class Answer:
         }
 
     async def events(
-        self, generation: Generation, *, include_usage: bool
+        self, generation: Generation, options: StreamOptions
     ) -> AsyncIterator[dict[str, Any]]:
         """Yield the events of a stream."""
-        usage = {"usage": None} if include_usage else {}
         head = self._head.named(self._shape.chunk_kind)
         for index in range(len(self._choices)):
             if (opening := self._shape.opening(index)) is not None:
-                yield {**head, "choices": [opening], **usage}
+                yield {**head, "choices": [opening], **self._usage_so_far(options)}
         async for index, delta in generation:
-            self._choices[index].add(delta)
-            for piece in self._pieces(index, delta):
-                yield {**head, "choices": [piece], **usage}
-        if include_usage:
+            self._choices[index].n_tokens += delta.n_tokens
+            for piece in self._shape.pieces(index, delta):
+                yield {**head, "choices": [piece], **self._usage_so_far(options)}
+        if options.include_usage:
             yield {**head, "choices": [], "usage": self._usage()}
 
-    def _pieces(self, index: int, delta: Delta) -> list[dict[str, Any]]:
-        pieces = []
-        if delta.text:
-            pieces.append(self._shape.piece(index, delta.text, None))
-        if delta.finish_reason is not None:
-            pieces.append(self._shape.piece(index, "", delta.finish_reason))
-        return pieces
+    def _usage_so_far(self, options: StreamOptions) -> dict[str, Any]:
+        if not options.include_usage:
+            return {}
+        return {"usage": self._usage() if options.continuous_usage_stats else None}
 
     def _usage(self) -> dict[str, int]:
         n_completion = sum(choice.n_tokens for choice in self._choices)

@@ -12,7 +12,12 @@ from faasmoe_router.api.envelope import Envelope
 from faasmoe_router.api.errors import add_error_handlers
 from faasmoe_router.api.models import model_routes
 from faasmoe_router.api.probes import probe_routes
+from faasmoe_router.api.tenancy import Doorkeeper, usage_routes
+from faasmoe_router.api.tokens import token_routes
+from faasmoe_router.api.unserved import unserved_routes
 from faasmoe_router.engine.engine import Engine
+from faasmoe_router.tenants.open import OpenTenancy
+from faasmoe_router.tenants.tenancy import Tenancy
 
 MAX_BODY_BYTES = 8 << 20
 
@@ -23,6 +28,7 @@ def create_app(
     model_name: str,
     registry: CollectorRegistry,
     admission: Admission | None = None,
+    tenancy: Tenancy | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """Return the app; it starts the engine when it starts and stops it when it ends.
@@ -32,21 +38,30 @@ def create_app(
         model_name: what requests call the model.
         registry: where /metrics reads.
         admission: what may hold requests; runs as long as the engine. By default nothing does.
+        tenancy: the tenants; without them whoever reaches the router may call.
         max_body_bytes: larger bodies are refused.
     """
     admission = admission or OpenAdmission()
+    reception = tenancy or OpenTenancy()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with admission, engine:
+        async with admission, engine, reception:
             yield
 
     app = FastAPI(title="FaaSMoE router", lifespan=lifespan, docs_url=None, redoc_url=None)
+    if tenancy is not None:
+        app.add_middleware(Doorkeeper, tenants=tenancy)
     app.add_middleware(Envelope, max_body_bytes=max_body_bytes)
     add_error_handlers(app)
-    app.include_router(completion_routes(engine, model_name=model_name, admission=admission))
+    app.include_router(
+        completion_routes(engine, model_name=model_name, admission=admission, reception=reception)
+    )
     app.include_router(
         model_routes(model_name=model_name, max_model_len=engine.limits.max_model_len)
     )
+    app.include_router(usage_routes(reception))
+    app.include_router(token_routes(engine, model_name=model_name))
+    app.include_router(unserved_routes())
     app.include_router(probe_routes(engine, registry=registry, admission=admission))
     return app

@@ -1,6 +1,7 @@
 """Errors as OpenAI's API tells them: every answer that is not a success has this one shape."""
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,8 +17,10 @@ from faasmoe_router.errors import (
     EngineUnavailable,
     GenerationFailed,
     HoldQueueFull,
+    NoTokenAllowed,
     RouterError,
 )
+from faasmoe_router.tenants.errors import NeverFits, RateLimited, TenantQueueFull
 
 RETRY_AFTER_S = 1
 SHOWN_INPUT_LENGTH = 80
@@ -26,8 +29,12 @@ SHOWN_INPUT_LENGTH = 80
 _ROUTER_ERRORS: Mapping[type[RouterError], tuple[int, str, str]] = {
     EngineSaturated: (429, "rate_limit_error", "rate_limit_exceeded"),
     HoldQueueFull: (429, "rate_limit_error", "rate_limit_exceeded"),
+    TenantQueueFull: (429, "rate_limit_error", "rate_limit_exceeded"),
+    RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
+    NeverFits: (400, "invalid_request_error", "invalid_value"),
     ActivationTimeout: (503, "server_error", "service_unavailable"),
     EngineUnavailable: (503, "server_error", "service_unavailable"),
+    NoTokenAllowed: (400, "invalid_request_error", "invalid_value"),  # before its base
     GenerationFailed: (500, "server_error", "internal_error"),
 }
 
@@ -49,12 +56,14 @@ class ApiError(Exception):
         kind: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.kind = kind
         self.param = param
         self.code = code
+        self.headers = dict(headers or {})
 
     @property
     def body(self) -> dict[str, Any]:
@@ -63,8 +72,14 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """The HTTP response that tells it."""
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else None
+        headers = {**self._retry_headers(), **self.headers}
         return JSONResponse(self.body, status_code=self.status, headers=headers)
+
+    def _retry_headers(self) -> dict[str, str]:
+        if self.status in (429, 503):
+            return {"Retry-After": str(RETRY_AFTER_S)}
+        # OpenAI's client would try again after any status from 500.
+        return {"X-Should-Retry": "false"} if self.status == 501 else {}
 
 
 def error_body(
@@ -88,8 +103,13 @@ def of_router_error(error: RouterError) -> ApiError:
     """Return what a client is told of an error of the router."""
     for kind, (status, openai_type, code) in _ROUTER_ERRORS.items():
         if isinstance(error, kind):
-            return ApiError(str(error), status=status, kind=openai_type, code=code)
+            headers = _retry_headers(error) if isinstance(error, RateLimited) else {}
+            return ApiError(str(error), status=status, kind=openai_type, code=code, headers=headers)
     return internal_error()
+
+
+def _retry_headers(error: RateLimited) -> dict[str, str]:
+    return {**error.headers, "Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
 
 
 def model_not_found(name: str) -> ApiError:

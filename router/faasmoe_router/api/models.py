@@ -1,36 +1,44 @@
-"""GET /v1/models and GET /v1/models/{id}: the one model that is served here."""
+"""GET /v1/models and GET /v1/models/{id}: the one model that is served here, by its names."""
 
 import time
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from faasmoe_router.api.errors import model_not_found
+from faasmoe_router.api.tenancy import caller_of
+from faasmoe_router.tenants.callers import Caller
 
 
 def model_routes(*, model_name: str, max_model_len: int) -> APIRouter:
     """Return the routes that describe the model."""
     router = APIRouter()
-    model = {
-        "id": model_name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "faasmoe",
-        "root": model_name,
-        "parent": None,
-        "max_model_len": max_model_len,
-    }
+    created_s = int(time.time())
+
+    def model(name: str, caller: Caller) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": created_s,
+            "owned_by": "faasmoe",
+            "root": model_name,
+            "parent": None,
+            "max_model_len": caller.context_of(max_model_len),
+        }
 
     @router.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        """List the models."""
-        return {"object": "list", "data": [model]}
+    async def list_models(request: Request) -> dict[str, Any]:
+        """List the names that the caller may call the model."""
+        caller = caller_of(request)
+        names = caller.model_names(model_name)
+        return {"object": "list", "data": [model(name, caller) for name in names]}
 
     @router.get("/v1/models/{model_id:path}")
-    async def get_model(model_id: str) -> dict[str, Any]:
-        """Describe one model."""
-        if model_id != model_name:
+    async def get_model(model_id: str, request: Request) -> dict[str, Any]:
+        """Describe the model by one of its names."""
+        caller = caller_of(request)
+        if model_id not in caller.model_names(model_name):
             raise model_not_found(model_id)
-        return model
+        return model(model_id, caller)
 
     return router

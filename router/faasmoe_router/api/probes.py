@@ -1,4 +1,4 @@
-"""GET /health, /version and /metrics: what machines ask of the process."""
+"""GET /health, /ping, /version and /metrics: what machines ask of the process."""
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -23,6 +23,11 @@ def probe_routes(engine: Engine, *, registry: CollectorRegistry, admission: Admi
             raise EngineUnavailable("the engine does not run")
         if not admission.ready:
             raise EngineUnavailable("no function table was received yet")
+        return {"status": "ok"}
+
+    @router.get("/ping")
+    async def ping() -> dict[str, str]:
+        """Tell that the process lives, whether it can serve or not."""
         return {"status": "ok"}
 
     @router.get("/version")

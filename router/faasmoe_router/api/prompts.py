@@ -1,17 +1,22 @@
-"""From a checked request to what the engine generates from: tokens, limits, sampling."""
+"""From a checked request to what the engine generates from: tokens and limits."""
 
 import asyncio
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from faasmoe_router.api.calling import Calling
+from faasmoe_router.api.choices import ChoiceReader, check_tokens
+from faasmoe_router.api.constraints import to_json
 from faasmoe_router.api.errors import ApiError
+from faasmoe_router.api.messages import ChatMessage
 from faasmoe_router.api.requests import ChatBody, CompletionBody, SamplingBody
+from faasmoe_router.api.unsupported import unsupported
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import GenerationRequest
-from faasmoe_router.engine.sampling import SamplingParams
+from faasmoe_router.engine.text import RESERVED_VARIABLES, ChatView
 from faasmoe_router.errors import ChatTemplateError
+from faasmoe_router.tenants.callers import OPEN, Caller
 
-SEED_BITS = 63
 MAX_ENCODINGS = 2  # at a time: long texts must not take every core from the engine
 
 
@@ -23,47 +28,73 @@ class PromptReader:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._choices = ChoiceReader(engine)
         self._encoding = asyncio.Semaphore(MAX_ENCODINGS)
 
-    async def read_chat(self, body: ChatBody) -> list[GenerationRequest]:
+    async def read_chat(
+        self, body: ChatBody, calling: Calling | None, caller: Caller = OPEN
+    ) -> list[GenerationRequest]:
         """Return a request for each choice of a chat completion; raises ApiError."""
-        messages = [
-            message.for_template(f"messages[{index}]")
-            for index, message in enumerate(body.messages)
-        ]
         self._check_choices(body, n_prompts=1)
-        self._check_size((message["content"] for message in messages), param="messages")
-        try:
-            ids = await self._encode_chat(messages)
-        except ChatTemplateError as error:
-            raise ApiError(
-                f"Invalid 'messages' for model `{body.model}`: {error}",
-                param="messages",
-                code="invalid_value",
-            ) from error
-        return self._choices(body, ids, param="messages")
+        view = view_of(body, calling, template=self._engine.codec.template)
+        ids = await self.encode_chat(body.messages, view, caller)
+        return await self._choices.read(body, [ids], caller, param="messages", calling=calling)
 
-    async def read_completion(self, body: CompletionBody) -> list[GenerationRequest]:
+    async def read_completion(
+        self, body: CompletionBody, caller: Caller = OPEN
+    ) -> list[GenerationRequest]:
         """Return a request for each choice of each prompt of a completion; raises ApiError."""
         self._check_choices(body, n_prompts=len(body.prompt))
         for index, prompt in enumerate(body.prompt):
             if isinstance(prompt, str):
-                self._check_size([prompt], param="prompt")
+                self.check_size([prompt], param="prompt")
             else:
-                self._check_vocabulary(prompt, param=f"prompt[{index}]")
-        requests: list[GenerationRequest] = []
-        for prompt in body.prompt:
-            ids = await self._encode(prompt) if isinstance(prompt, str) else prompt
-            requests += self._choices(body, ids, param="prompt")
-        return requests
+                self.check_vocabulary(prompt, param=f"prompt[{index}]")
+        prompts = [
+            await self.encode(prompt) if isinstance(prompt, str) else prompt
+            for prompt in body.prompt
+        ]
+        return await self._choices.read(body, prompts, caller, param="prompt")
 
-    async def _encode(self, text: str) -> Sequence[int]:
+    async def encode(self, text: str, *, special: bool = True) -> Sequence[int]:
+        """Return a text's tokens, with those that the tokenizer adds to a prompt."""
         async with self._encoding:
-            return await asyncio.to_thread(self._engine.codec.encode, text)
+            return await asyncio.to_thread(self._engine.codec.encode, text, special=special)
 
-    async def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Sequence[int]:
-        async with self._encoding:
-            return await asyncio.to_thread(self._engine.codec.encode_chat, messages)
+    async def encode_chat(
+        self, messages: Sequence[ChatMessage], view: ChatView, caller: Caller = OPEN
+    ) -> Sequence[int]:
+        """Return the tokens of a conversation; raises ApiError."""
+        told = [m.for_template(f"messages[{index}]") for index, m in enumerate(messages)]
+        told = caller.with_system_prompt(told)
+        self.check_size(_texts(told), param="messages")
+        self.check_size(map(to_json, view.tools), param="tools")
+        try:
+            async with self._encoding:
+                return await asyncio.to_thread(self._engine.codec.encode_chat, told, view)
+        except ChatTemplateError as error:
+            raise ApiError(
+                f"Invalid 'messages' for this model: {error}",
+                param="messages",
+                code="invalid_value",
+            ) from error
+
+    def check_size(self, texts: Iterable[str], *, param: str) -> None:
+        """Refuse texts that no tokens could bring within the context; raises ApiError."""
+        context = self._engine.limits.max_model_len
+        most_bytes = context * self._engine.codec.longest_token_bytes
+        size_bytes = sum(len(text.encode()) for text in texts)
+        if size_bytes > most_bytes:
+            raise ApiError(
+                f"This model's maximum context length is {context} tokens, at most {most_bytes} "
+                f"bytes of text. However, you requested {size_bytes} bytes in the {param}.",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def check_vocabulary(self, ids: Sequence[int], *, param: str) -> None:
+        """Refuse tokens that the model does not have; raises ApiError."""
+        check_tokens(ids, below=self._engine.vocab_size, param=param)
 
     def _check_choices(self, body: SamplingBody, *, n_prompts: int) -> None:
         """Refuse what would not fit into an idle engine either: trying again is no use."""
@@ -79,69 +110,38 @@ class PromptReader:
             code="invalid_value",
         )
 
-    def _check_size(self, texts: Iterable[str], *, param: str) -> None:
-        context = self._engine.limits.max_model_len
-        most_bytes = context * self._engine.codec.longest_token_bytes
-        size_bytes = sum(len(text.encode()) for text in texts)
-        if size_bytes > most_bytes:
-            raise ApiError(
-                f"This model's maximum context length is {context} tokens, at most {most_bytes} "
-                f"bytes of text. However, you requested {size_bytes} bytes in the {param}.",
-                param=param,
-                code="context_length_exceeded",
-            )
 
-    def _check_vocabulary(self, ids: Sequence[int], *, param: str) -> None:
-        if max(ids) >= self._engine.vocab_size:
-            raise ApiError(
-                f"Invalid value for '{param}': expected tokens below {self._engine.vocab_size}, "
-                f"got {max(ids)}.",
-                param=param,
-                code="invalid_value",
-            )
-
-    def _choices(
-        self, body: SamplingBody, ids: Sequence[int], *, param: str
-    ) -> list[GenerationRequest]:
-        context = self._engine.limits.max_model_len
-        max_tokens = _max_tokens(body, len(ids), context, param=param)
-        seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
-        return [
-            GenerationRequest(
-                prompt_ids=tuple(ids),
-                max_tokens=max_tokens,
-                sampling=_sampling(body, seed + choice),
-                stops=body.stop,
-                ignore_eos=bool(body.ignore_eos),
-            )
-            for choice in range(body.n or 1)
-        ]
-
-
-def _sampling(body: SamplingBody, seed: int) -> SamplingParams:
-    return SamplingParams(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(body.top_k or 0, 0),
-        seed=seed,
+def view_of(body: ChatBody, calling: Calling | None, *, template: str) -> ChatView:
+    """Return what a chat template is told besides the messages; raises ApiError."""
+    variables = template_variables(body.chat_template_kwargs)
+    if body.reasoning_effort is not None:
+        if "reasoning_effort" not in template:
+            raise unsupported("reasoning_effort", "is not supported by this model's chat template")
+        variables["reasoning_effort"] = body.reasoning_effort
+    return ChatView(
+        tools=() if calling is None else calling.shown,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+        variables=variables,
     )
 
 
-def _max_tokens(body: SamplingBody, n_prompt: int, context: int, *, param: str) -> int:
-    if n_prompt == 0:
+def template_variables(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a chat template's variables as a request gives them; raises ApiError."""
+    taken = RESERVED_VARIABLES.intersection(given or ())
+    if taken:
+        param = f"chat_template_kwargs.{min(taken)}"
         raise ApiError(
-            f"Invalid value for '{param}': expected at least one token, got none.",
+            f"Invalid value for '{param}': expected a name that is not taken.",
             param=param,
             code="invalid_value",
         )
-    limit = body.token_limit
-    name, wanted = limit if limit is not None else (param, None)
-    if n_prompt + (wanted or 1) > context:
-        completion = "" if wanted is None else f" and {wanted} for the completion ({name})"
-        raise ApiError(
-            f"This model's maximum context length is {context} tokens. However, you requested "
-            f"{n_prompt} in the {param}{completion}.",
-            param=name if n_prompt < context else param,
-            code="context_length_exceeded",
-        )
-    return wanted or context - n_prompt
+    return dict(given or {})
+
+
+def _texts(messages: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    for message in messages:
+        yield message["content"]
+        for call in message.get("tool_calls", ()):
+            yield call["function"]["name"]
+            yield str(call["function"]["arguments"])

@@ -1,67 +1,35 @@
 """The bodies of requests, as strict as OpenAI's: a bool is no number and "1" is none either.
 
-Parameters that are known but not honoured yet are refused when they ask for something; what is
-unknown is ignored, as clients send it.
+Parameters that are known but not honoured are refused when they ask for something; what is unknown
+is ignored, as clients send it.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from faasmoe_router.api import unsupported
+from faasmoe_router.api.constraints import (
+    Constraint,
+    GuidedChoice,
+    GuidedGrammar,
+    GuidedJson,
+    GuidedRegex,
+    ResponseFormat,
+    StructuredOutputs,
+)
 from faasmoe_router.api.errors import ApiError
-from faasmoe_router.api.fields import Content, Prompts, Stops, Text
+from faasmoe_router.api.fields import BadWords, FewTokens, LogitBias, Prompts, Stops, Text
+from faasmoe_router.api.messages import ChatMessage
+from faasmoe_router.api.tools import MAX_TOOLS, ToolChoice, ToolChoiceField, ToolPart
+from faasmoe_router.engine.logprobs import MAX_TOP_LOGPROBS
 
 INT64_MAX = 2**63 - 1
 MAX_CHOICES = 128
 
-# What each parameter may be for it to change nothing.
-_CHANGES_NOTHING: Mapping[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "allowed_token_ids": ([],),
-    "audio": (),
-    "bad_words": ([],),
-    "best_of": (1,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "modalities": (["text"],),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "prompt_logprobs": (False,),
-    "reasoning_effort": (),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "skip_special_tokens": (True,),
-    "stop_token_ids": ([],),
-    "structured_outputs": ({},),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "use_beam_search": (False,),
-    "verbosity": (),
-    "web_search_options": (),
-}
-_MESSAGE_CHANGES_NOTHING: Mapping[str, tuple[Any, ...]] = {
-    "audio": (),
-    "function_call": (),
-    "tool_calls": ([],),
-}
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Body(BaseModel):
@@ -72,20 +40,40 @@ class StreamOptions(_Body):
     """How a stream is told."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class SamplingBody(_Body):
     """What both kinds of completion take."""
 
+    unsupported_parameters: ClassVar[Mapping[str, tuple[Any, ...]]]
+
     model: Text
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: Share | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Share | None = None
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: LogitBias = ()
+    allowed_token_ids: FewTokens = None
+    bad_words: BadWords = ()
     stop: Stops = ()
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stop_token_ids: FewTokens = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    response_format: ResponseFormat = None
+    structured_outputs: StructuredOutputs = None
+    guided_json: GuidedJson = None
+    guided_regex: GuidedRegex = None
+    guided_choice: GuidedChoice = None
+    guided_grammar: GuidedGrammar = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -95,13 +83,25 @@ class SamplingBody(_Body):
         return None if self.max_tokens is None else ("max_tokens", self.max_tokens)
 
     @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with its usage."""
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def n_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told with each token; None tells nothing."""
+        return None
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the text is held to, if it is; raises ApiError if by two parameters."""
+        asked = [
+            *(self.response_format, self.structured_outputs),
+            *(self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar),
+        ]
+        found = [constraint for constraint in asked if constraint is not None]
+        if len(found) > 1:
+            raise _invalid(found[1].param, f"expected none beside {found[0].param}")
+        return found[0] if found else None
 
     def check(self) -> None:
         """Refuse what is asked for but not honoured; raises ApiError that names it."""
-        _refuse(self.model_extra, _CHANGES_NOTHING)
+        unsupported.refuse(self.model_extra, self.unsupported_parameters)
         if self.stream_options is not None and not self.stream:
             raise ApiError(
                 "The 'stream_options' parameter is only allowed when 'stream' is true.",
@@ -110,36 +110,22 @@ class SamplingBody(_Body):
             )
 
 
-class ChatMessage(_Body):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content
-    name: Text | None = None
-    tool_call_id: Text | None = None
-
-    def for_template(self, path: str) -> dict[str, str]:
-        """Return what a chat template takes; raises ApiError that names the field."""
-        _refuse(self.model_extra, _MESSAGE_CHANGES_NOTHING, path=f"{path}.")
-        if self.content is None:
-            raise ApiError(
-                f"Invalid value for '{path}.content': expected a string, got null.",
-                param=f"{path}.content",
-                code="invalid_value",
-            )
-        return {
-            "role": self.role,
-            "content": self.content,
-            **({"name": self.name} if self.name is not None else {}),
-            **({"tool_call_id": self.tool_call_id} if self.tool_call_id is not None else {}),
-        }
-
-
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
+    unsupported_parameters = unsupported.CHAT_PARAMETERS
+
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: Annotated[list[ToolPart], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoiceField = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def token_limit(self) -> tuple[str, int] | None:
@@ -148,25 +134,60 @@ class ChatBody(SamplingBody):
             return super().token_limit
         return "max_completion_tokens", self.max_completion_tokens
 
+    @property
+    def n_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told with each token; None tells nothing."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def choice_of_tools(self) -> ToolChoice:
+        """Whether tools are to be called."""
+        return self.tool_choice or ToolChoice("auto" if self.tools else "none")
+
+    def check(self) -> None:
+        """Refuse what is asked for but not honoured, or does not go together."""
+        super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise _invalid("top_logprobs", "expected 'logprobs' to be true with it")
+        if self.continue_final_message and self.add_generation_prompt is not False:
+            raise _invalid(
+                "continue_final_message", "expected 'add_generation_prompt' to be false with it"
+            )
+        names = [tool.function.name for tool in self.tools or ()]
+        choice = self.choice_of_tools
+        if choice.mode in ("required", "named") and not names:
+            raise _invalid("tool_choice", "expected 'tools' with it")
+        if choice.mode == "named" and choice.name not in names:
+            raise _invalid("tool_choice", "expected the name of one of the 'tools'")
+        if len(set(names)) < len(names):
+            raise _invalid("tools", "expected different names")
+
 
 class CompletionBody(SamplingBody):
     """POST /v1/completions."""
 
+    unsupported_parameters = unsupported.COMPLETION_PARAMETERS
+
     prompt: Prompts
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
+    @property
+    def n_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told with each token; None tells nothing."""
+        return self.logprobs
 
-def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
-    # 0 == False, but a completion's "logprobs": 0 does ask for something.
-    return any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral)
-
-
-def _refuse(
-    extra: Mapping[str, Any] | None, neutral: Mapping[str, tuple[Any, ...]], path: str = ""
-) -> None:
-    for name, value in (extra or {}).items():
-        if name in neutral and value is not None and not _is_one_of(value, neutral[name]):
-            raise ApiError(
-                f"Unsupported parameter: '{path}{name}' is not supported by this server yet.",
-                param=f"{path}{name}",
-                code="unsupported_parameter",
+    def check(self) -> None:
+        """Refuse what is asked for but not honoured, or does not go together."""
+        super().check()
+        if self.best_of not in (None, self.n or 1):
+            raise unsupported.unsupported("best_of", "is supported by this server as n only")
+        if self.echo and self.logprobs is not None:
+            raise unsupported.unsupported(
+                "logprobs", "is not supported by this server together with 'echo'"
             )
+
+
+def _invalid(param: str, why: str) -> ApiError:
+    return ApiError(f"Invalid value for '{param}': {why}.", param=param, code="invalid_value")

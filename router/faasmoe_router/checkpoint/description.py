@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from faasmoe_expert.functions.verification import layer_digests
 from faasmoe_expert.store import LayerEntry, ModelEntry
+from faasmoe_expert.store.tensors import map_tensors
 from faasmoe_router.checkpoint.agreement import agreeing_kernel
 from faasmoe_router.checkpoint.architecture import ExpertsModule, Skeleton
 from faasmoe_router.checkpoint.blueprint import Blueprint
@@ -37,6 +42,14 @@ def describe_layers(skeleton: Skeleton, blueprint: Blueprint) -> tuple[LayerEntr
     return tuple(
         _describe_layer(experts, layouts[blueprint.experts_files[experts.name]])
         for experts in skeleton.experts
+    )
+
+
+def with_digests(folder: Path, layers: Iterable[LayerEntry]) -> tuple[LayerEntry, ...]:
+    """Return the entries with the digests of what their files hold, blocks as they are read."""
+    return tuple(
+        replace(layer, digests=layer_digests(map_tensors(folder / layer.file), layer.num_experts))
+        for layer in layers
     )
 
 

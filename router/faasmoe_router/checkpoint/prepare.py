@@ -12,7 +12,7 @@ from faasmoe_router.checkpoint.architecture import DTYPES, Skeleton, build_skele
 from faasmoe_router.checkpoint.blueprint import Blueprint, draw
 from faasmoe_router.checkpoint.companions import companion_files
 from faasmoe_router.checkpoint.conversion import Piece, run_job
-from faasmoe_router.checkpoint.description import describe_layers, describe_model
+from faasmoe_router.checkpoint.description import describe_layers, describe_model, with_digests
 from faasmoe_router.checkpoint.errors import NoSpace, SourceUnsupported, StoreMismatch
 from faasmoe_router.checkpoint.folder import StoreFolder, locked
 from faasmoe_router.checkpoint.progress import Progress, Silent
@@ -99,9 +99,8 @@ def _fill(
     _write_tensors(folder, skeleton, blueprint, files, progress)
     for name, content in companion_files(checkpoint, dtype=dtype):
         files[name] = folder.put(name, content)
-    manifest = Manifest.describing(
-        model=model, layers=describe_layers(skeleton, blueprint), files=files
-    )
+    layers = with_digests(folder.path, describe_layers(skeleton, blueprint))
+    manifest = Manifest.describing(model=model, layers=layers, files=files)
     folder.complete(manifest, fingerprint)
 
 

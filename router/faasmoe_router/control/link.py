@@ -71,6 +71,7 @@ class ControlLink:
 
     Attributes:
         is_busy: tells whether the engine computes requests; set once there is an engine.
+        tenants: tells how many keys each tenant has; set if there are tenants.
     """
 
     def __init__(
@@ -104,8 +105,10 @@ class ControlLink:
             meters=(dispatch.load, gate_load),
             interval_s=settings.report_interval_s,
             is_busy=lambda: self.is_busy(),
+            tenants=lambda: None if self.tenants is None else self.tenants(),
         )
         self.is_busy: Callable[[], bool] = lambda: False
+        self.tenants: Callable[[], Mapping[str, int]] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     @property

@@ -79,8 +79,12 @@ def report_body(
     known: Collection[str],
     held: int,
     local: int,
+    tenants: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Return the body of a load report: of the functions that are known, those that have load."""
+    """Return the body of a load report: of the functions that are known, those that have load.
+
+    How many keys each tenant has is told where there are tenants.
+    """
     busy = {name: load for name, load in loads.items() if name in known and not load.is_idle}
     return {
         "router": router,
@@ -89,4 +93,5 @@ def report_body(
         "functions": {name: load.to_json() for name, load in busy.items()},
         "held": held,
         "local": local,
+        **({} if tenants is None else {"tenants": dict(tenants)}),
     }

@@ -18,8 +18,8 @@ from faasmoe_expert.wire import (
     decode_response,
     encode_request,
 )
+from faasmoe_expert.wire.checksum import Buffer
 from faasmoe_expert.wire.frame import Kind
-from faasmoe_expert.wire.request import Buffer
 from faasmoe_router.dispatch.errors import CallError
 from faasmoe_router.dispatch.grouping import Group
 from faasmoe_router.dispatch.local import LocalFunctions

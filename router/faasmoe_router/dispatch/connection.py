@@ -13,7 +13,7 @@ import select
 import socket
 from collections.abc import Sequence
 
-from faasmoe_expert.wire.request import Buffer
+from faasmoe_expert.wire.checksum import Buffer
 from faasmoe_router.dispatch.errors import CallError, CannotConnect, Refused
 
 MAX_HEAD_BYTES = 16 << 10

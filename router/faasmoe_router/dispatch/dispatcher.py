@@ -20,6 +20,7 @@ from faasmoe_router.dispatch.filling import Filler, Holding, Meanwhile
 from faasmoe_router.dispatch.grouping import group_pairs
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.resilience import Resilience
 from faasmoe_router.dispatch.routing import Routing
 
 
@@ -37,6 +38,7 @@ class Dispatcher:
         timeouts: bounds of a fan-out.
         metrics: counters, on the router's registry.
         holding: how calls wait for functions that are started; None if none ever is.
+        resilience: how calls that fail or take long are dealt with.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Dispatcher:
         timeouts: Timeouts | None = None,
         metrics: DispatchMetrics | None = None,
         holding: Holding | None = None,
+        resilience: Resilience | None = None,
     ) -> None:
         self._store = store
         self._mode = mode
@@ -59,7 +62,13 @@ class Dispatcher:
         else:
             routing = Routing.from_table(table, store)
         self._filler = Filler(
-            store, routing, fanout=self._fanout, metrics=self._metrics, holding=holding
+            store,
+            routing,
+            fanout=self._fanout,
+            metrics=self._metrics,
+            holding=holding,
+            timeouts=timeouts,
+            resilience=resilience,
         )
 
     @property
@@ -82,6 +91,7 @@ class Dispatcher:
 
     def close(self) -> None:
         """Close the connections to sandboxes."""
+        self._filler.close()
         self._fanout.close()
 
     def compute(

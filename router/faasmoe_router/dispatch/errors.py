@@ -15,6 +15,14 @@ class NotYetThere(CannotConnect):
     """Nothing accepts connections at the address, and nothing ever has: it may be starting."""
 
 
+class TooSlow(CallError):
+    """The call took longer than it may; nothing else is known to be wrong."""
+
+
+class Ejected(CallError):
+    """Every address of the function is ejected, so that the call was not made."""
+
+
 class Refused(CallError):
     """The sandbox answered with another status than 200."""
 

@@ -1,9 +1,10 @@
 """Getting a layer's parts: from functions, from functions that are awaited, or computed here.
 
 Nothing that a sandbox or the network does leaves this module as an error. A call that fails is made
-again at the function's other addresses. A function without an address is asked for and its calls
-are held for a moment; so are calls to an address that does not accept connections yet. What is
-left then is computed from the store.
+again at the function's other addresses (attempts.py). A function without an address is asked for
+and its calls are held for a moment; so are calls to an address that does not accept connections
+yet, and, for a shorter one, calls whose addresses were ejected, for a fresh replica to come. What
+is left then is computed from the store.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from typing import Self
 
 from faasmoe_expert.store import Store
 from faasmoe_expert.table import FunctionEntry
+from faasmoe_router.dispatch.attempts import Attempts
 from faasmoe_router.dispatch.batch import LayerBatch
-from faasmoe_router.dispatch.errors import CallError, CannotConnect, NotYetThere
+from faasmoe_router.dispatch.errors import CallError, NotYetThere
 from faasmoe_router.dispatch.failures import FailureLog
-from faasmoe_router.dispatch.fanout import Call, Fanout
+from faasmoe_router.dispatch.fanout import Fanout, Timeouts
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.local import LocalFunctions
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.patience import Patience
+from faasmoe_router.dispatch.resilience import AddressBook, Resilience
 from faasmoe_router.dispatch.routing import Routing
 
 Failures = dict[int, CallError | None]
 """Why each position got no part; None for want of an address."""
 
 Meanwhile = Callable[[], None]
-
-MAX_ATTEMPTS = 2  # addresses tried for one call before it is held or computed here
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,14 @@ class Holding:
         wake: asks for functions, in the order in which they are needed; must not block.
         timeout_s: how long calls wait for a function, all together, before it is computed here.
         probe_s: time between two tries of an address that does not accept connections.
+        replacement_s: how long calls wait for another address in place of one that was ejected,
+            from its ejection on: control sees a dead sandbox too, and a warm one takes its place.
     """
 
     wake: Callable[[Sequence[str]], None]
     timeout_s: float = 2.0
     probe_s: float = 0.1
+    replacement_s: float = 0.25
 
 
 class Filler:
@@ -67,6 +71,8 @@ class Filler:
         fanout: Fanout,
         metrics: DispatchMetrics,
         holding: Holding | None,
+        timeouts: Timeouts | None = None,
+        resilience: Resilience | None = None,
     ) -> None:
         self.routing = routing
         self.load = LoadMeter()
@@ -77,7 +83,8 @@ class Filler:
         self._local = LocalFunctions(store)
         self._moved = threading.Event()
         self._turns: dict[int, int] = defaultdict(int)  # by layer: spreads calls over replicas
-        self._proven: set[str] = set()  # addresses that have accepted a connection
+        self._book = AddressBook(resilience or Resilience(), metrics, may_start=holding is not None)
+        self._layer_timeout_s = (timeouts or Timeouts()).layer_timeout_s
         self._failures = FailureLog()
         self._seen = routing
 
@@ -104,15 +111,17 @@ class Filler:
             meanwhile: work to do while the first calls are away, or before others are held.
         """
         self._forget_what_left()
+        self._book.look_after(time.monotonic())
         entries = {i: functions[group.function] for i, group in enumerate(batch.groups)}
         with _InFlight(self.load, batch, entries) as in_flight:
             turn = self._turns[layer]
             self._turns[layer] += 1
+            by_s = time.monotonic() + self._layer_timeout_s
             spare = _Once(meanwhile)
-            failures = self._try(batch, entries, in_flight, turn, spare)
+            failures = self._try(batch, entries, in_flight, turn, by_s, spare)
             spare()
             if failures and self._holding is not None:
-                left = self._hold(batch, entries, failures, self._holding, in_flight)
+                left = self._hold(batch, entries, failures, self._holding, in_flight, by_s)
             else:
                 left = failures.keys()
             for i in left:
@@ -126,57 +135,33 @@ class Filler:
         entries: Mapping[int, FunctionEntry],
         in_flight: _InFlight,
         turn: int,
+        by_s: float,
         meanwhile: Meanwhile | None = None,
     ) -> Failures:
         """Call the functions of these positions; return the positions that got no part."""
-        failures: Failures = dict.fromkeys(entries)
-        for attempt in range(MAX_ATTEMPTS):
-            tried = [i for i in failures if attempt < len(entries[i].addresses)]
-            if not tried:
-                break
-            calls = [
-                Call(_address(entries[i], turn + attempt), entries[i].spec.id, batch.frame(i))
-                for i in tried
-            ]
-            errors = self._call(batch, tried, calls, in_flight, meanwhile)
-            failures = {i: errors.get(i) for i in failures if i not in tried or i in errors}
-        return failures
 
-    def _call(
-        self,
-        batch: LayerBatch,
-        positions: Sequence[int],
-        calls: Sequence[Call],
-        in_flight: _InFlight,
-        meanwhile: Meanwhile | None,
-    ) -> dict[int, CallError]:
-        """Make the calls for these positions of the batch; return the errors, by position."""
-
-        def take(n: int, frame: memoryview) -> None:
-            batch.take(positions[n], frame)
+        def take(position: int, frame: memoryview) -> None:
+            batch.take(position, frame)
             self._metrics.received_bytes.inc(len(frame))
-            in_flight.end(positions[n])
+            in_flight.end(position)
 
-        unproven = {n for n, call in enumerate(calls) if call.address not in self._proven}
-        errors = self._fanout.run(calls, take, meanwhile=meanwhile)
-        for n, error in errors.items():
-            if n in unproven and isinstance(error, CannotConnect):
-                errors[n] = NotYetThere(str(error))
-        self._metrics.calls.inc(len(calls))
-        self._metrics.sent_bytes.inc(sum(call.size_bytes for call in calls))
-        for n, call in enumerate(calls):
-            self._note(call, errors.get(n))
-        return {positions[n]: error for n, error in errors.items()}
-
-    def _note(self, call: Call, error: CallError | None) -> None:
-        if error is None:
-            self._patience.found(call.function_id)
-        else:
-            self._metrics.failed_calls.inc()
-        if not isinstance(error, CannotConnect):
-            self._proven.add(call.address)
-        if error is not None and not (self._holding and isinstance(error, NotYetThere)):
-            self._failures.note(call.address, error, time.monotonic())
+        attempts = Attempts(
+            entries,
+            lambda position: len(batch.groups[position].rows),
+            book=self._book,
+            metrics=self._metrics,
+            log=self._failures,
+            turn=turn,
+        )
+        firsts = {i: attempts.first(i, batch.frame) for i in entries}
+        calls = {i: call for i, call in firsts.items() if call is not None}
+        self._book.extra.earn(len(calls))
+        errors = self._fanout.run(calls, take, meanwhile=meanwhile, course=attempts, by_s=by_s)
+        self._metrics.calls.inc(attempts.n_calls)
+        self._metrics.sent_bytes.inc(attempts.sent_bytes)
+        for i in calls.keys() - errors.keys():
+            self._patience.found(entries[i].spec.id)
+        return {i: attempts.errors.get(i) for i in entries if i not in calls or i in errors}
 
     def _hold(
         self,
@@ -185,6 +170,7 @@ class Filler:
         failures: Failures,
         holding: Holding,
         in_flight: _InFlight,
+        by_s: float,
     ) -> Collection[int]:
         """Wait for functions that are being started; return the positions that got no part."""
         left: list[int] = []
@@ -193,6 +179,8 @@ class Filler:
             self._moved.clear()
             routing, now_s = self.routing, time.monotonic()
             self._ask(routing, [tried[i].spec.id for i in failures], batch.n_rows, now_s)
+            if now_s >= by_s:
+                return [*left, *failures]
             waits_s = {
                 i: self._wait_s(routing.entries.get(tried[i].spec.id), tried[i], error, now_s)
                 for i, error in failures.items()
@@ -205,7 +193,7 @@ class Filler:
                 self._moved.wait(min(*held.values(), holding.probe_s))
             known = self.routing.entries
             again = {i: known.get(tried[i].spec.id, tried[i]) for i in held}
-            failures = self._try(batch, again, in_flight, 0)
+            failures = self._try(batch, again, in_flight, 0, by_s)
             tried |= again
 
     def _ask(
@@ -233,7 +221,16 @@ class Filler:
             return left_s
         if entry.addresses != tried.addresses:
             return 0.0
-        return left_s if isinstance(error, NotYetThere) else None
+        if isinstance(error, NotYetThere):
+            return left_s
+        return self._until_replaced_s(entry, now_s)
+
+    def _until_replaced_s(self, entry: FunctionEntry, now_s: float) -> float | None:
+        """Return how long to wait for another address in place of those that were ejected."""
+        assert self._holding is not None
+        ejected_s = [s for a in entry.addresses if (s := self._book.ejected_s(a)) is not None]
+        left_s = max(ejected_s, default=0.0) + self._holding.replacement_s - now_s
+        return left_s if left_s > 0 else None
 
     @contextmanager
     def _counted_as_held(self, n_calls: int) -> Iterator[None]:
@@ -245,11 +242,15 @@ class Filler:
             self.load.held = 0
             self._metrics.held.set(0)
 
+    def close(self) -> None:
+        """End what runs beside the engine's thread."""
+        self._book.close()
+
     def _forget_what_left(self) -> None:
         routing = self.routing
         if routing is not self._seen:
             addresses = routing.addresses()
-            self._proven &= addresses
+            self._book.keep(addresses)
             self._failures.keep(addresses)
             self._patience.keep(routing.entries)
             self._seen = routing
@@ -290,7 +291,3 @@ class _InFlight:
     def __exit__(self, *_: object) -> None:
         for position in list(self._open):
             self.end(position)
-
-
-def _address(entry: FunctionEntry, turn: int) -> str:
-    return entry.addresses[turn % len(entry.addresses)]

@@ -7,12 +7,12 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from faasmoe_expert.errors import BadAttachment
+from faasmoe_expert.errors import BadAttachment, Corrupted
 from faasmoe_expert.functions import ExpertFunction
 from faasmoe_expert.store import Store, StoreError
 from faasmoe_expert.table import FunctionSpec
 from faasmoe_expert.wire import Request
-from faasmoe_router.errors import StoreUnreadable
+from faasmoe_router.errors import StoreCorrupted, StoreUnreadable
 
 MAX_FUNCTIONS = 128  # mapped, not copied: an entry costs address space and some kB
 
@@ -29,14 +29,22 @@ class LocalFunctions:
 
         Raises:
             StoreUnreadable: the store does not have the function any more.
+            StoreCorrupted: it has wrong bytes of it.
         """
+        try:
+            return self._function(spec).compute(request)
+        except Corrupted as error:
+            message = f"no sandbox answers for function {spec.id}, and {error}"
+            raise StoreCorrupted(message) from error
+
+    def _function(self, spec: FunctionSpec) -> ExpertFunction:
         function = self._functions.pop(spec, None)
         if function is None:
             function = self._map(spec)
         self._functions[spec] = function
         if len(self._functions) > MAX_FUNCTIONS:
             self._functions.popitem(last=False)
-        return function.compute(request)
+        return function
 
     def _map(self, spec: FunctionSpec) -> ExpertFunction:
         try:

@@ -20,6 +20,21 @@ class DispatchMetrics:
             "Calls to functions that gave no answer.",
             registry=registry,
         )
+        self.retries = Counter(
+            "faasmoe_router_function_call_retries_total",
+            "Calls made at another replica after one that failed.",
+            registry=registry,
+        )
+        self.hedges = Counter(
+            "faasmoe_router_function_call_hedges_total",
+            "Calls made at another replica beside one that took long.",
+            registry=registry,
+        )
+        self.ejected = Gauge(
+            "faasmoe_router_ejected_addresses",
+            "Addresses that get no calls until a probe finds them well.",
+            registry=registry,
+        )
         self.local = Counter(
             "faasmoe_router_local_computations_total",
             "Calls computed in the router because no sandbox answered.",

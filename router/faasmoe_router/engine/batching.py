@@ -16,17 +16,19 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.logits_process import LogitsProcessorList
 
 from faasmoe_router.engine import scheduler
-from faasmoe_router.engine.memory import release_zeros
-from faasmoe_router.engine.processor import RequestSampler
-from faasmoe_router.engine.sampling import SamplingParams
+from faasmoe_router.engine.isolation import Isolation
+from faasmoe_router.engine.memory import release
+from faasmoe_router.engine.prefixes import PrefixRealms, keep_apart
+from faasmoe_router.engine.processor import BrokenHandler, TokenChooser
+from faasmoe_router.engine.scheduler import ComputedTokens
 from faasmoe_router.engine.sizing import PAGE_TOKENS, EngineLimits, Geometry
-from faasmoe_router.errors import ConfigError, EngineUnavailable
+from faasmoe_router.engine.steps import Steps
+from faasmoe_router.errors import ConfigError, EngineUnavailable, GenerationFailed
 
 logger = logging.getLogger(__name__)
 
 NO_EOS = -1
 OutputHandler = Callable[[Sequence[Any]], None]
-BrokenHandler = Callable[[Sequence[str]], None]
 
 
 class _LoopRouter(OutputRouter):  # type: ignore[misc]
@@ -50,12 +52,28 @@ class _LoopRouter(OutputRouter):  # type: ignore[misc]
 
 
 class Batcher:
-    """Runs requests through the model in one batch after another, on a thread of its own."""
+    """Runs requests through the model in one batch after another, on a thread of its own.
 
-    def __init__(self, model: Any, limits: EngineLimits) -> None:
+    Args:
+        model: the router's model.
+        limits: what may be held.
+        realms: whose prompts may share the cache of their beginnings; None shares nothing.
+        computed: where the tokens of each batch are counted.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        limits: EngineLimits,
+        *,
+        realms: PrefixRealms | None = None,
+        computed: ComputedTokens | None = None,
+    ) -> None:
         _use_batchable_attention(model)
         self._limits = limits
-        self._report_broken: BrokenHandler = lambda _: None
+        self._realms = realms
+        self._computed = computed
+        self._report_broken: BrokenHandler = lambda *_: None
         self._manager = self._make_manager(model)
 
     def start(
@@ -66,15 +84,15 @@ class Batcher:
         Args:
             loop: where both handlers are called.
             handler: gets each batch's outputs.
-            on_broken: gets the ids of requests whose scores are not finite, ahead of their outputs.
+            on_broken: gets the ids of requests that cannot go on, and why, ahead of their outputs.
 
         Raises:
             ConfigError: the cache cannot hold one request, or the model cannot be batched.
         """
 
-        def report(request_ids: Sequence[str]) -> None:
+        def report(request_ids: Sequence[str], error: GenerationFailed) -> None:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(on_broken, request_ids)
+                loop.call_soon_threadsafe(on_broken, request_ids, error)
 
         self._report_broken = report
         self._manager.output_router = _LoopRouter(loop, handler)
@@ -83,7 +101,13 @@ class Batcher:
         except (ValueError, MemoryError, AttributeError) as error:
             raise ConfigError(f"model: continuous batching cannot run it: {error}") from error
         self._check_one_request_fits()
-        release_zeros(self._manager.batch_processor.cache.cache_tensor)
+        processor = self._manager.batch_processor
+        if self._realms is not None:
+            keep_apart(processor.cache, self._realms)
+        if self._computed is not None:
+            processor.scheduler.computed = self._computed
+        Isolation(self._manager)
+        release(processor.cache.cache_tensor)
         self._manager.start()
 
     def stop(self, timeout_s: float) -> bool:
@@ -118,17 +142,18 @@ class Batcher:
         prompt_ids: Sequence[int],
         *,
         max_tokens: int,
-        eos_ids: Sequence[int],
-        sampling: SamplingParams,
+        end_ids: Sequence[int],
+        steps: Steps | None,
     ) -> None:
         """Queue a request; raises EngineUnavailable if the thread takes none."""
+        asked = {} if steps is None else {"steps": steps}
         accepted = self._manager.add_request(
             list(prompt_ids),
             request_id=request_id,
             max_new_tokens=max_tokens,
             streaming=True,
-            eos_token_id=list(eos_ids) or NO_EOS,
-            sampling=sampling,
+            eos_token_id=list(end_ids) or NO_EOS,
+            **asked,
         )
         if accepted is None:
             raise EngineUnavailable("the engine takes no requests at the moment")
@@ -137,10 +162,20 @@ class Batcher:
         """Free a request before the next batch; it gets no further output."""
         self._manager.cancel_request(request_id)
 
+    def park(self, request_id: str) -> None:
+        """Take a request out of the next batch and its cache; a token may still come."""
+        self._manager.batch_processor.scheduler.park(request_id)
+        self._manager._wake_up_loop.set()
+
+    def resume(self, request_id: str) -> None:
+        """Let a parked request go on from the tokens that it has."""
+        self._manager.batch_processor.scheduler.resume(request_id)
+        self._manager._wake_up_loop.set()
+
     def _make_manager(self, model: Any) -> Any:
         # The manager asks the model for its processors once, when it is made.
-        sampler = RequestSampler(lambda request_ids: self._report_broken(request_ids))
-        model._get_logits_processor = lambda _: LogitsProcessorList([sampler])
+        chooser = TokenChooser(lambda *broken: self._report_broken(*broken))
+        model._get_logits_processor = lambda _: LogitsProcessorList([chooser])
         try:
             manager = model.init_continuous_batching(
                 generation_config=GenerationConfig(do_sample=False, eos_token_id=NO_EOS),
@@ -160,8 +195,8 @@ class Batcher:
             max_requests_per_batch=self._limits.max_num_seqs,
             scheduler_type=scheduler.register(),
             # One tenant's prompt must not speed up another's: that tells what was asked before.
-            allow_block_sharing=False,
-            # The forward pass calls expert functions, which no graph can hold, and RequestSampler
+            allow_block_sharing=self._realms is not None,
+            # The forward pass calls expert functions, which no graph can hold, and TokenChooser
             # reads the tokens so far, which overlapping batches would not know yet.
             use_async_batching=False,
             use_cuda_graph=False,

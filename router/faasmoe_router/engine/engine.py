@@ -9,24 +9,31 @@ the restarts; then the engine gives up and says so, and the process had better e
 import asyncio
 import itertools
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 from faasmoe_router.engine.batching import Batcher, eos_ids_of
 from faasmoe_router.engine.generation import Delta, Generation, GenerationRequest
-from faasmoe_router.engine.generation import Sequence as TokenSequence
+from faasmoe_router.engine.grammar import GrammarCompiler
+from faasmoe_router.engine.prefixes import PrefixRealms
 from faasmoe_router.engine.restarts import RestartBudget
+from faasmoe_router.engine.scheduler import ComputedTokens, request_id_of
+from faasmoe_router.engine.sequence import Sequence as TokenSequence
 from faasmoe_router.engine.sizing import EngineLimits
+from faasmoe_router.engine.steps import Steps
 from faasmoe_router.engine.text import TextCodec
 from faasmoe_router.errors import (
     EngineSaturated,
     EngineUnavailable,
     GenerationFailed,
-    RouterError,
+    NoTokenAllowed,
     StoreUnreadable,
 )
 from faasmoe_router.metrics import EngineMetrics
+from faasmoe_router.tenants.callers import Ticket
+from faasmoe_router.tenants.fairness import FairQueue, Share
 
 logger = logging.getLogger(__name__)
 
@@ -37,29 +44,39 @@ RESTART_WINDOW_S = 300.0
 
 
 class _Running:
-    """A sequence that runs, where its deltas go, and when things happened to it."""
+    """A sequence that waits or runs, where its deltas go, and when things happened to it."""
 
-    __slots__ = ("arrived_s", "generation", "index", "last_s", "n_seen", "sequence")
+    __slots__ = (*("arrived_s", "generation", "index", "last_s", "n_seen", "request", "sequence"),)
 
     def __init__(
-        self, sequence: TokenSequence, generation: Generation, *, index: int, now_s: float
+        self, request: GenerationRequest, generation: Generation, *, index: int, now_s: float
     ) -> None:
-        self.sequence = sequence
+        self.request = request
+        self.sequence: TokenSequence | None = None  # until its first turn
         self.generation = generation
         self.index = index
         self.n_seen = 0
         self.arrived_s = now_s
         self.last_s = now_s
 
+    @property
+    def is_started(self) -> bool:
+        """Whether it has had a turn."""
+        return self.sequence is not None
+
 
 class Engine:
     """Generates text for many requests at once; use it as an async context manager.
 
-    Everything but the batches themselves runs on the event loop that entered it.
+    Everything but the batches themselves runs on the event loop that entered it. Sequences wait
+    here for their turn, by tenant: the batcher is given only what it can compute at once.
 
     Attributes:
         limits: what the engine may hold.
         codec: the model's tokenizer.
+        vocabulary: the model's tokens as bytes.
+        grammars: compiles what texts are held to.
+        computed: tokens that were computed for each tenant.
         stuck: whether a thread was left behind because it did not end in time.
     """
 
@@ -71,6 +88,7 @@ class Engine:
         limits: EngineLimits,
         metrics: EngineMetrics,
         on_give_up: Callable[[], None] = lambda: None,
+        request_timeout_s: float = math.inf,
     ) -> None:
         self.limits = limits
         self.codec = codec
@@ -79,9 +97,15 @@ class Engine:
         self._model = model
         self._metrics = metrics
         self._on_give_up = on_give_up
+        self._request_timeout_s = request_timeout_s
         self._eos_ids = eos_ids_of(model)
+        self.vocabulary = codec.vocabulary(n_tokens=self.vocab_size, eos_ids=self._eos_ids)
+        self.grammars = GrammarCompiler(self.vocabulary)
         self._batcher: Batcher | None = None
         self._running: dict[str, _Running] = {}
+        self._turns = FairQueue(slots=limits.max_num_seqs, max_queued=limits.max_waiting)
+        self._realms: PrefixRealms | None = None
+        self.computed = ComputedTokens()
         self._ids = itertools.count()
         self._restarts = RestartBudget(limit=RESTART_LIMIT, window_s=RESTART_WINDOW_S)
         self._watcher: asyncio.Task[None] | None = None
@@ -109,12 +133,41 @@ class Engine:
         await self._stop_batcher()
         self._fail_all("the engine was stopped")
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Generation:
+    def set_tenants(self, shares: Mapping[str, Share], prefix_groups: Mapping[str, str]) -> None:
+        """Serve tenants, by their shares, from the next turn on.
+
+        Args:
+            shares: what each is entitled to.
+            prefix_groups: each one's group; the prompts of a group share the cache of their
+                beginnings, from the engine's next start on if it has served none yet.
+        """
+        self._turns.set_shares(shares)
+        if self._realms is None:
+            self._realms = PrefixRealms(self.vocab_size)
+        self._realms.set_groups(prefix_groups)
+
+    def sequences_of(self, tenant: str) -> tuple[int, int]:
+        """Return how many sequences of a tenant run, and how many wait."""
+        return self._turns.counts(tenant)
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        tenant: str = "",
+        ticket: Ticket | None = None,
+    ) -> Generation:
         """Begin to generate; the generation's indices are the requests' places.
+
+        Args:
+            requests: the sequences, which wait for their turns each by itself.
+            tenant: whose turns these are.
+            ticket: hears what becomes of them.
 
         Raises:
             EngineUnavailable: the engine does not run.
             EngineSaturated: too many requests wait already.
+            TenantQueueFull: too many of this tenant's do.
         """
         if self._batcher is None or not self._batcher.alive:
             raise EngineUnavailable("the engine is starting")
@@ -123,49 +176,73 @@ class Engine:
             raise EngineSaturated(
                 f"{len(self._running)} requests are held, at most {capacity} may be"
             )
-        ids = [f"sequence-{next(self._ids)}" for _ in requests]
-        generation = Generation(len(requests), lambda: self._abort(ids))
-        try:
-            for index, (sequence_id, request) in enumerate(zip(ids, requests, strict=True)):
-                self._submit(sequence_id, request, generation=generation, index=index)
-        except RouterError:
-            self._abort(ids)
-            raise
+        self._turns.check_room(tenant, len(requests))
+        ids = [request_id_of(tenant, next(self._ids)) for _ in requests]
+        generation = Generation(len(requests), lambda: self._abort(ids), ticket)
+        now_s = time.monotonic()
+        for index, (sequence_id, request) in enumerate(zip(ids, requests, strict=True)):
+            running = _Running(request, generation, index=index, now_s=now_s)
+            self._running[sequence_id] = running
+            self._turns.push(tenant, sequence_id, n_prompt=len(request.prompt_ids))
+        self._give_turns()
         return generation
 
     def end_running(self) -> None:
-        """End every running request by an error, as when the server is about to end."""
-        ids = list(self._running)
+        """End every request by an error, as when the server is about to end."""
         self._fail_all("the server ends")
-        for sequence_id in ids:
-            self._free(sequence_id)
+
+    def _give_turns(self) -> None:
+        """Let sequences run while there are slots, and take slots from who is beyond its share."""
+        batcher = self._batcher
+        if batcher is None or not batcher.alive:
+            return
+        while True:
+            while (sequence_id := self._turns.pop()) is not None:
+                self._start(sequence_id, batcher)
+            parked = self._turns.park()
+            if parked is None:
+                return
+            batcher.park(parked)
+
+    def _start(self, sequence_id: str, batcher: Batcher) -> None:
+        running = self._running[sequence_id]
+        if running.is_started:
+            batcher.resume(sequence_id)
+            return
+        running.generation.begin()
+        try:
+            running.sequence = self._submit(sequence_id, running.request, batcher)
+        except EngineUnavailable as error:
+            self._fail(sequence_id, GenerationFailed(str(error)))
 
     def _submit(
-        self, sequence_id: str, request: GenerationRequest, *, generation: Generation, index: int
-    ) -> None:
-        assert self._batcher is not None
-        sequence = TokenSequence(
-            request, detokenizer=self.codec.detokenizer(), eos_ids=frozenset(self._eos_ids)
-        )
-        self._batcher.add(
+        self, sequence_id: str, request: GenerationRequest, batcher: Batcher
+    ) -> TokenSequence:
+        end_ids = request.ending.end_ids(self._eos_ids)
+        steps = Steps.of(request, end_ids)
+        batcher.add(
             sequence_id,
             request.prompt_ids,
             max_tokens=request.max_tokens,
-            eos_ids=() if request.ignore_eos else self._eos_ids,
-            sampling=request.sampling,
+            end_ids=end_ids,
+            steps=steps,
         )
-        now_s = time.monotonic()
-        self._running[sequence_id] = _Running(sequence, generation, index=index, now_s=now_s)
+        detokenizer = self.codec.detokenizer(special=request.special)
+        return TokenSequence(request, detokenizer=detokenizer, end_ids=end_ids, steps=steps)
 
     def _abort(self, sequence_ids: Sequence[str]) -> None:
         for sequence_id in sequence_ids:
-            if self._running.pop(sequence_id, None) is not None:
-                self._free(sequence_id)
+            if self._drop(sequence_id) is not None:
                 self._metrics.finished("abort")
+        self._give_turns()
 
-    def _free(self, sequence_id: str) -> None:
-        if self._batcher is not None:
+    def _drop(self, sequence_id: str) -> _Running | None:
+        """Forget a sequence, wherever it is."""
+        running = self._running.pop(sequence_id, None)
+        self._turns.end(sequence_id)
+        if running is not None and running.is_started and self._batcher is not None:
             self._batcher.cancel(sequence_id)
+        return running
 
     def _on_outputs(self, outputs: Sequence[Any]) -> None:
         """Take a batch's outputs; runs on the event loop."""
@@ -183,69 +260,93 @@ class Engine:
             except Exception:  # one request's text must not stop the others'
                 logger.exception("A request's tokens could not be turned into text")
                 self._fail(output.request_id)
-                self._free(output.request_id)
+        self._give_turns()
 
-    def _on_broken(self, sequence_ids: Sequence[str]) -> None:
-        """End requests whose scores are not finite, ahead of the tokens that were made of them."""
+    def _on_broken(self, sequence_ids: Sequence[str], error: GenerationFailed) -> None:
+        """End requests that cannot go on, ahead of the tokens that were made of their scores."""
         for sequence_id in sequence_ids:
             if sequence_id in self._running:
-                logger.error("A request ends with an error: the model's scores are not finite")
-                self._fail(sequence_id, "the model's scores for this request are not finite")
-                self._free(sequence_id)
+                if not isinstance(error, NoTokenAllowed):  # which is the client's own doing
+                    logger.error("A request ends with an error: %s", error)
+                self._fail(sequence_id, error)
 
     def _advance(self, output: Any, running: _Running, *, now_s: float) -> None:
         tokens = output.generated_tokens[running.n_seen :]
-        if not tokens:
+        if not tokens or running.sequence is None:
             return
         self._measure(running, now_s=now_s)
         running.n_seen += len(tokens)
         delta = running.sequence.take(tokens)
         self._metrics.generation_tokens.inc(delta.n_tokens)
+        self._turns.charge(output.request_id, delta.n_tokens)
         if delta.finish_reason is not None:
             self._finish(output, running, delta, now_s=now_s)
         running.generation.put(running.index, delta)
 
     def _finish(self, output: Any, running: _Running, delta: Delta, *, now_s: float) -> None:
-        del self._running[output.request_id]
-        if not output.is_finished():  # a stop string, which only we know of
-            self._free(output.request_id)
+        if output.is_finished():
+            del self._running[output.request_id]
+            self._turns.end(output.request_id)
+        else:  # a stop string, which only we know of
+            self._drop(output.request_id)
         self._metrics.e2e_latency_s.observe(now_s - running.arrived_s)
         self._metrics.finished(str(delta.finish_reason))
 
     def _measure(self, running: _Running, *, now_s: float) -> None:
         if running.n_seen == 0:
-            self._metrics.prompt_tokens.inc(len(running.sequence.request.prompt_ids))
+            self._metrics.prompt_tokens.inc(len(running.request.prompt_ids))
             self._metrics.time_to_first_token_s.observe(now_s - running.arrived_s)
         else:
             self._metrics.inter_token_latency_s.observe(now_s - running.last_s)
         running.last_s = now_s
 
-    def _fail(self, sequence_id: str, why: str = "the model could not finish this request") -> None:
-        running = self._running.pop(sequence_id, None)
+    def _fail(self, sequence_id: str, error: GenerationFailed | None = None) -> None:
+        running = self._drop(sequence_id)
         if running is not None:
-            running.generation.fail(GenerationFailed(why))
+            error = error or GenerationFailed("the model could not finish this request")
+            running.generation.fail(error)
             self._metrics.finished("error")
 
     def _fail_all(self, why: str) -> None:
-        if self._running:
-            logger.error("%d running requests end with an error: %s", len(self._running), why)
-        for sequence_id in list(self._running):
-            self._fail(sequence_id)
+        self._fail_these(list(self._running), why)
+
+    def _fail_started(self, why: str) -> None:
+        self._fail_these([i for i, running in self._running.items() if running.is_started], why)
+
+    def _fail_these(self, sequence_ids: Sequence[str], why: str) -> None:
+        if sequence_ids:
+            logger.error("%d requests end with an error: %s", len(sequence_ids), why)
+        for sequence_id in sequence_ids:
+            self._fail(sequence_id, GenerationFailed(why))
+
+    def _end_overdue(self, now_s: float) -> None:
+        """End the requests that have taken longer than any may."""
+        timeout_s = self._request_timeout_s
+        overdue = [i for i, r in self._running.items() if now_s - r.arrived_s > timeout_s]
+        for sequence_id in overdue:
+            why = f"the request was not finished within {timeout_s:g} s"
+            self._fail(sequence_id, GenerationFailed(why))
 
     def _counts(self) -> tuple[int, int]:
-        return (0, 0) if self._batcher is None else self._batcher.counts()
+        if self._batcher is None:
+            return 0, self._turns.n_waiting
+        running, waiting = self._batcher.counts()
+        return running, waiting + self._turns.n_waiting
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
+            self._end_overdue(time.monotonic())
             if self._batcher is None or self._batcher.alive:
                 continue
             error = self._batcher.fatal_error
             logger.error("The engine died: %r", error)
             await self._stop_batcher()
-            self._fail_all("the engine died")
+            self._fail_started("the engine died")  # who waits is served by the next one
             if not await self._restart_after(error):
+                self._fail_all("the engine gave up")
                 return
+            self._give_turns()
 
     async def _restart_after(self, error: Exception | None) -> bool:
         """Start again if that may help and the budget allows; return whether the engine runs."""
@@ -274,7 +375,7 @@ class Engine:
         self._batcher = await asyncio.to_thread(self._make_batcher, loop)
 
     def _make_batcher(self, loop: asyncio.AbstractEventLoop) -> Batcher:
-        batcher = Batcher(self._model, self.limits)
+        batcher = Batcher(self._model, self.limits, realms=self._realms, computed=self.computed)
         batcher.start(loop, self._on_outputs, self._on_broken)
         return batcher
 

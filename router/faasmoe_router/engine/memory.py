@@ -1,21 +1,62 @@
-"""Memory that is reserved but not used yet: given back to the system until it is.
+"""Memory that is reserved but holds nothing: given back to the system until it is used.
 
 torch zeroes a new cache by writing to all of it, so an idle router on CPU would hold its whole KV
-cache resident: 1.8 GB of a 2 GB budget, seen with the demo model.
+cache resident: 1.8 GB of a 2 GB budget, seen with the demo model. And what requests have written
+stays when they have ended, in the cache as in the heap.
 """
 
 import ctypes
 import logging
 import mmap
 import os
+from collections.abc import Callable
 
 from torch import Tensor
 
+from faasmoe_expert import heap
+
 logger = logging.getLogger(__name__)
 
+IDLE_S = 1.0
+PREFIXES_IDLE_S = 60.0
+"""Where prompts' beginnings are kept for later requests, they are worth more than their memory."""
 
-def release_zeros(tensor: Tensor) -> None:
-    """Let go of the pages of a CPU tensor that is all zeros; they come back, as zeros, on use."""
+
+class IdleMemory:
+    """Gives back what requests took, once there has been none for a while.
+
+    Belongs to the thread that computes, so that nothing is computed meanwhile.
+
+    Args:
+        cache: the KV cache.
+        forget: has nobody look for what an ended request has left in the cache.
+        after_s: for how long there must have been no request.
+    """
+
+    def __init__(
+        self, cache: Tensor, *, forget: Callable[[], object], after_s: float = IDLE_S
+    ) -> None:
+        self._cache = cache
+        self._forget = forget
+        self._after_s = after_s
+        self._idle_since_s: float | None = None
+        self._is_due = False
+
+    def note(self, now_s: float, *, is_idle: bool) -> None:
+        """Take whether there is a request at this moment, on a clock that only goes forward."""
+        if not is_idle:
+            self._idle_since_s, self._is_due = None, True
+        elif self._idle_since_s is None:
+            self._idle_since_s = now_s
+        elif self._is_due and now_s - self._idle_since_s >= self._after_s:
+            self._is_due = False
+            self._forget()
+            release(self._cache)
+            heap.give_back()
+
+
+def release(tensor: Tensor) -> None:
+    """Let go of the pages within a CPU tensor; they come back, as zeros, on use."""
     if tensor.device.type != "cpu":
         return
     size = mmap.PAGESIZE

@@ -24,12 +24,14 @@ class SamplingParams:
         temperature: 0 chooses the highest score.
         top_p: keeps the most likely tokens whose probabilities reach this sum.
         top_k: keeps this many most likely tokens; 0 keeps all.
+        min_p: keeps tokens at least this likely, as a share of the most likely one; 0 keeps all.
         seed: the draws' seed; equal seeds give equal draws.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
 
     @property
@@ -40,7 +42,7 @@ class SamplingParams:
     @property
     def restricted(self) -> bool:
         """Whether less than the whole vocabulary may be drawn."""
-        return self.top_p < 1 or self.top_k > 0
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +120,23 @@ def _floors_within(
     values = probs.topk(n_candidates, dim=-1).values.double()  # [R, K]
     ranks = torch.arange(n_candidates, device=probs.device)  # [K]
     inside = ranks < torch.tensor(limits, device=probs.device).unsqueeze(-1)  # [R, K]
+    inside &= values >= values[:, :1] * _column([p.min_p for p in params], values)
     values = values.masked_fill(~inside, 0)
-    before = values.cumsum(-1) - values  # [R, K]
-    whole = torch.tensor([limit > n_candidates for limit in limits], device=probs.device)  # [R]
-    totals = torch.where(whole, 1.0, values.sum(-1)).unsqueeze(-1)  # [R, 1]
+    # Summed one after the other, so that how many zeros follow makes no difference.
+    sums = values.cumsum(-1)  # [R, K]
+    before = sums - values  # [R, K]
+    n_vocab = probs.shape[-1]
+    longer = torch.tensor([limit > n_candidates for limit in limits], device=probs.device)  # [R]
+    more = longer & inside[:, -1]  # [R], goes on after the candidates
+    all_of_them = [
+        limit == n_vocab and p.min_p == 0 for limit, p in zip(limits, params, strict=True)
+    ]
+    whole = torch.tensor(all_of_them, device=probs.device)  # [R], known to sum to 1
+    totals = torch.where(whole, 1.0, sums[:, -1]).unsqueeze(-1)  # [R, 1]
     top_p = _column([p.top_p for p in params], values)  # [R, 1]
     keep = inside & ((before < top_p * totals) | (ranks == 0))  # [R, K]
     floors = values.masked_fill(~keep, torch.inf).amin(-1, keepdim=True)  # [R, 1]
-    complete = n_candidates == probs.shape[-1] or not bool((keep[:, -1] & whole).any())
+    complete = not bool((more & (keep[:, -1] | ~whole)).any())
     return floors.to(probs.dtype), complete
 
 

@@ -1,31 +1,130 @@
-"""The engine's scheduler: transformers' first-in-first-out one, with one fault repaired."""
+"""The engine's scheduler: transformers' first-in-first-out one, repaired, with three things added.
 
-from typing import Any
+Requests can be parked: they leave the batch and its cache between two batches, and go on later from
+the tokens that they have, as transformers' own do when the cache is full. What is computed for
+whom is counted, batch by batch. And it sees, in the engine's thread and ten times a second, whether
+there is any request.
+"""
 
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import (
     SCHEDULER_MAPPING,
     FIFOScheduler,
 )
 
+from faasmoe_router.engine.memory import IDLE_S, PREFIXES_IDLE_S, IdleMemory
+
 NAME = "faasmoe_fifo"
 
 
-class CancelSafeScheduler(FIFOScheduler):  # type: ignore[misc]
-    """Admits waiting requests again after a cancellation.
+class ComputedTokens:
+    """Tokens that were computed for each tenant; one thread writes, any takes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tokens: Counter[str] = Counter()
+
+    def count(self, batch: Sequence[tuple[str, int]]) -> None:
+        """Count a batch: request ids and how many tokens of each are computed."""
+        with self._lock:
+            for request_id, n_tokens in batch:
+                self._tokens[tenant_of(request_id)] += n_tokens
+
+    def take(self) -> Mapping[str, int]:
+        """Return what was counted since the last call."""
+        with self._lock:
+            taken, self._tokens = self._tokens, Counter()
+        return taken
+
+
+class TurnScheduler(FIFOScheduler):  # type: ignore[misc]
+    """Computes what it is given; which that is, and in which order, is decided ahead of it.
 
     When the cache is full, transformers admits nothing until a running request finishes. If all
-    running requests are cancelled instead, what waits would wait for ever.
+    running requests are cancelled or parked instead, what waits would wait for ever.
+
+    Attributes:
+        computed: where batches are counted.
     """
 
+    def __init__(self, cache: Any, *arguments: Any, **named: Any) -> None:
+        super().__init__(cache, *arguments, **named)
+        self.computed = ComputedTokens()
+        self._memory = IdleMemory(
+            cache.cache_tensor,
+            forget=cache.evict_cached_blocks,
+            after_s=PREFIXES_IDLE_S if cache.allow_block_sharing else IDLE_S,
+        )
+
+    def reset(self) -> None:
+        """Reset for a new generation loop."""
+        super().reset()
+        self._wishes: deque[tuple[Literal["park", "resume"], str]] = deque()
+        self._parked: dict[str, Any] = {}
+
+    def park(self, request_id: str) -> None:
+        """Take a request out of the batches from the next one on; from any thread."""
+        self._wishes.append(("park", request_id))
+
+    def resume(self, request_id: str) -> None:
+        """Let a parked request wait for a batch again; from any thread."""
+        self._wishes.append(("resume", request_id))
+
     def clear_cancelled_requests(self) -> list[Any]:
-        """Remove the cancelled requests; return their states."""
+        """Do what was wished, remove the cancelled requests; return their states."""
+        while self._wishes:
+            wish, request_id = self._wishes.popleft()
+            self._park(request_id) if wish == "park" else self._resume(request_id)
+        for request_id in list(self._requests_to_cancel):
+            self._resume(request_id)
         cancelled: list[Any] = super().clear_cancelled_requests()
         if cancelled:
             self.block_new_requests = False
+        self._memory.note(time.monotonic(), is_idle=not self.has_pending_requests())
         return cancelled
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[Any, ...]:
+        """Schedule the next batch, and count it."""
+        scheduled: tuple[Any, ...] = super().schedule_batch(token_budget, cache_budget)
+        batch = scheduled[0] or ()
+        self.computed.count([(each.state.request_id, each.query_length) for each in batch])
+        return scheduled
+
+    def _park(self, request_id: str) -> None:
+        state = self.waiting_requests.pop(request_id, None)
+        if state is not None:
+            self.waiting_requests_order.remove(request_id)
+        elif (active := self.active_requests.get(request_id)) is not None:
+            state = active.create_equivalent_initial_request()
+            active._status = RequestStatus.FINISHED  # not by its setter, which logs an end
+            self.finish_request(request_id)
+            self.block_new_requests = False
+        if state is not None:  # else it has just ended
+            self._parked[request_id] = state
+
+    def _resume(self, request_id: str) -> None:
+        state = self._parked.pop(request_id, None)
+        if state is not None:
+            self.add_waiting_request(state)
+
+
+def request_id_of(tenant: str, number: int) -> str:
+    """Return the id of a tenant's request."""
+    return f"{tenant}/{number}"
+
+
+def tenant_of(request_id: str) -> str:
+    """Return whose request this is."""
+    return request_id.rpartition("/")[0]
 
 
 def register() -> str:
     """Make the scheduler known to transformers; return its name there."""
-    SCHEDULER_MAPPING[NAME] = CancelSafeScheduler
+    SCHEDULER_MAPPING[NAME] = TurnScheduler
     return NAME

@@ -1,4 +1,4 @@
-"""Stop strings in a stream of text: nothing of a stop string is ever emitted."""
+"""Stop strings in a stream of text: nothing of one is emitted, unless it is asked for."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,17 @@ class StopMatcher:
     """Finds the stop string that is complete first, however the text is cut into pieces.
 
     Text is held back only while it may be the beginning of a stop string.
+
+    Args:
+        stops: the stop strings.
+        included: whether the one that ends the text is emitted after all.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, included: bool = False) -> None:
         if any(not stop for stop in stops):
             raise ValueError(f"stops: got {list(stops)!r}, expected strings that are not empty")
         self._stops = tuple(stops)
+        self._included = included
         self._longest = max(map(len, stops), default=0)
         self._held = ""
 
@@ -24,7 +29,8 @@ class StopMatcher:
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)[1]], True
+            end, start = min(found)
+            return text[: end if self._included else start], True
         n_held = self._beginning(text)
         self._held = text[len(text) - n_held :]
         return text[: len(text) - n_held], False

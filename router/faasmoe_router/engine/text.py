@@ -1,13 +1,46 @@
 """Text to tokens and back: the tokenizer's prompts, its chat template, its incremental decoding."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
 
+from faasmoe_router.engine.vocabulary import Vocabulary
 from faasmoe_router.errors import ChatTemplateError, ConfigError
+
+_TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, KeyError, AttributeError),
+    *(IndexError, ArithmeticError, RecursionError),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatView:
+    """What a chat template is told besides the messages.
+
+    Attributes:
+        tools: the functions that the assistant may call, in OpenAI's form.
+        add_generation_prompt: whether the assistant's turn begins after the messages.
+        continue_final_message: whether the last message goes on.
+        variables: what else the template is given.
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+FROM_THE_ASSISTANT = ChatView()
+# What `variables` may not be called: transformers' own.
+RESERVED_VARIABLES = frozenset(
+    {"messages", *signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
+)
 
 
 class TextCodec:
@@ -35,12 +68,22 @@ class TextCodec:
         """Whether the model can be talked to in messages."""
         return bool(self._tokenizer.chat_template)
 
-    def encode(self, text: str) -> list[int]:
-        """Return a completion prompt's tokens, with those that the tokenizer adds (as BOS)."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=True).ids
+    @property
+    def template(self) -> str:
+        """The chat template that is used where there are tools; empty if there is none."""
+        found = self._tokenizer.chat_template or ""
+        if isinstance(found, dict):
+            found = found.get("tool_use") or found.get("default") or ""
+        return str(found)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return a text's tokens, with those that the tokenizer adds to a prompt (as BOS)."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
         return ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], view: ChatView = FROM_THE_ASSISTANT
+    ) -> list[int]:
         """Return the tokens of a conversation up to where the assistant begins to speak.
 
         Raises:
@@ -50,21 +93,38 @@ class TextCodec:
             raise ChatTemplateError("the model has no chat template; use /v1/completions")
         try:
             text = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=False
+                list(messages),
+                tools=list(view.tools) or None,
+                add_generation_prompt=view.add_generation_prompt,
+                continue_final_message=view.continue_final_message,
+                tokenize=False,
+                **view.variables,
             )
-        except (TemplateError, TypeError, ValueError) as error:
+            return self.encode(text, special=False)  # half a surrogate is no text
+        except _TEMPLATE_ERRORS as error:
             raise ChatTemplateError(f"the model's chat template refuses them: {error}") from error
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of tokens, without special tokens."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Return the text of tokens, with or without special tokens."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=not special)
         return text
 
-    def detokenizer(self) -> "Detokenizer":
-        """Return a new incremental decoder."""
-        return Detokenizer(self._backend)
+    def special_id(self, text: str) -> int | None:
+        """Return the special token of this name, if there is one."""
+        token: int | None = self._backend.token_to_id(text)
+        return None if token is None or self.decode([token]) else token
+
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """Return the tokens as the vocabulary writes them."""
+        return [self._backend.id_to_token(token) or "" for token in ids]
+
+    def detokenizer(self, *, special: bool = False) -> "Detokenizer":
+        """Return a new incremental decoder, of special tokens too or without them."""
+        return Detokenizer(self._backend, special=special)
+
+    def vocabulary(self, *, n_tokens: int, eos_ids: Sequence[int]) -> Vocabulary:
+        """Return the tokens as bytes, for a model with so many scores and these end tokens."""
+        return Vocabulary(self._backend, n_tokens=n_tokens, eos_ids=eos_ids)
 
 
 def _longest_token_bytes(backend: Tokenizer) -> int:
@@ -75,9 +135,10 @@ def _longest_token_bytes(backend: Tokenizer) -> int:
 class Detokenizer:
     """Turns one request's tokens into text as they come; a character comes whole or not yet."""
 
-    def __init__(self, backend: Tokenizer) -> None:
+    def __init__(self, backend: Tokenizer, *, special: bool = False) -> None:
         self._backend = backend
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._skip_special = not special
+        self._stream = DecodeStream(skip_special_tokens=self._skip_special)
         self._pending: list[int] = []
 
     def feed(self, token: int) -> str:
@@ -91,6 +152,6 @@ class Detokenizer:
 
     def flush(self) -> str:
         """Return what is left at the end: the bytes of a character that was never finished."""
-        text: str = self._backend.decode(self._pending, skip_special_tokens=True)
+        text: str = self._backend.decode(self._pending, skip_special_tokens=self._skip_special)
         self._pending.clear()
         return text

@@ -62,6 +62,7 @@ def test_a_sandbox_attaches_lists_computes_and_detaches(
         "experts": [0, 1, 2],
         "model_digest": store.manifest.digest,
         "size_bytes": 3 * store.manifest.layers[0].expert_bytes,
+        "frames": 0,
     }
     assert (first.status_code, first.json()) == (201, listed)
     assert fresh.http.get("/v1/functions").json()["functions"] == [listed]

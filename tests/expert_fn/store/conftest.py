@@ -31,7 +31,7 @@ def manifest_of(files: Mapping[str, bytes]) -> dict[str, Any]:
     layers = [name for name in sorted(files) if name.startswith("experts/")]
     value = {
         "format": "faasmoe-store",
-        "version": 1,
+        "version": 2,
         "model": {
             "source": "org/name",
             "revision": None,
@@ -55,6 +55,7 @@ def manifest_of(files: Mapping[str, bytes]) -> dict[str, Any]:
                 "kernel": {"name": "gated", "activation": "silu"},
                 "expert_bytes": 48,
                 "shared_bytes": 8,
+                "digests": [f"{index}{block}" * 16 for block in range(4)],
             }
             for index, name in enumerate(layers)
         ],

@@ -32,7 +32,7 @@ def test_mirrors_the_json_fields(manifest: dict[str, Any]) -> None:
     ("change", "message"),
     [
         pytest.param(lambda m: m.update(format="zip"), "manifest.format: got 'zip'", id="format"),
-        pytest.param(lambda m: m.update(version=2), "version: got 2, expected 1", id="version"),
+        pytest.param(lambda m: m.update(version=1), "version: got 1, expected 2", id="version"),
         pytest.param(lambda m: m.update(version=True), "version: got True", id="version-bool"),
         pytest.param(lambda m: m.update(version=1.0), "version: got 1.0", id="version-float"),
         pytest.param(lambda m: m.pop("digest"), "digest: got nothing", id="no-digest"),

@@ -44,7 +44,7 @@ def header_of(fields: dict[str, Any]) -> Header:
 
 
 def test_the_document_has_vectors_of_each_sort() -> None:
-    assert [len(REQUESTS), len(RESPONSES), len(MALFORMED)] == [3, 2, 4]
+    assert [len(REQUESTS), len(RESPONSES), len(MALFORMED)] == [3, 2, 5]
 
 
 @pytest.mark.parametrize(("fields", "frame"), REQUESTS)

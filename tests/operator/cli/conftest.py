@@ -52,7 +52,19 @@ def store(tmp_path: Path) -> Path:
         (folder / name).write_bytes(b"x")
         files[name] = FileEntry(1, sha256_of_file(folder / name))
     layers = [
-        LayerEntry(index, f"l{index}", name, EXPERTS, 2, 4, "Experts", None, 1 << 20, 0)
+        LayerEntry(
+            index,
+            f"l{index}",
+            name,
+            EXPERTS,
+            2,
+            4,
+            "Experts",
+            None,
+            1 << 20,
+            0,
+            ("0" * 32,) * (EXPERTS + 1),
+        )
         for index, name in enumerate(files)
     ]
     source = (tmp_path / "checkpoint").as_uri()

@@ -18,7 +18,7 @@ def deployment(folder: Path, *, wanted: str, held: str, revision: str | None = N
     (store / "layer").write_bytes(b"x")
     manifest = Manifest.describing(
         model=ModelEntry(held, COMMIT, "tiny", "Tiny", "bfloat16", 4, 10, 64, 1),
-        layers=(LayerEntry(0, "l0", "layer", 8, 2, 4, "Experts", None, 8, 0),),
+        layers=(LayerEntry(0, "l0", "layer", 8, 2, 4, "Experts", None, 8, 0, ("0" * 32,) * 9),),
         files={"layer": FileEntry(1, sha256_of_file(store / "layer"))},
     )
     (store / "manifest.json").write_text(json.dumps(manifest.to_json()))

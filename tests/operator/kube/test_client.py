@@ -14,7 +14,15 @@ from kubernetes.aio.client.configuration import Configuration
 
 from faasmoe_operator.kube.client import KubeClient
 from faasmoe_operator.kube.errors import ApiError, Conflict, Forbidden, Invalid, Unavailable
-from faasmoe_operator.kube.kinds import CONFIG_MAP, DEPLOYMENT, HTTP_ROUTE, MOEMODEL, POD, Kind
+from faasmoe_operator.kube.kinds import (
+    CONFIG_MAP,
+    DEPLOYMENT,
+    HTTP_ROUTE,
+    MOEMODEL,
+    POD,
+    SERVICE,
+    Kind,
+)
 from faasmoe_operator.kube.transport import Transport
 
 Answer = tuple[int, Any, dict[str, str]]
@@ -64,7 +72,7 @@ async def serving(
         counted.append((verb, str(kind), status))
 
     transport = Transport(
-        configuration, count=count, retry_delays_s=(0.0, 0.0), request_timeout_s=0.3
+        configuration, count=count, retry_delays_s=(0.0, 0.0), request_timeout_s=1.0
     )
     try:
         async with KubeClient(transport) as client:
@@ -154,6 +162,15 @@ def test_applies_by_force_as_one_field_manager_and_strictly() -> None:
         "authorization": "t0k",
         "body": obj,
     }
+
+
+def test_merges_all_but_metadata_into_just_this_object() -> None:
+    metadata = {"name": "a", "namespace": "llm", "uid": "u1", "labels": {"x": "1"}}
+    obj = {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": {"ports": []}}
+    story = talk(lambda client: client.merge(SERVICE, obj), ok(obj))
+    assert story.only["type"] == "application/merge-patch+json"
+    assert story.only["path"] == "/api/v1/namespaces/llm/services/a"
+    assert story.only["body"] == {**obj, "metadata": {"uid": "u1"}}
 
 
 def test_writes_a_status_of_just_this_object_in_just_this_state() -> None:

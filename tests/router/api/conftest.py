@@ -5,11 +5,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from faasmoe_router.api.app import create_app
 from faasmoe_router.engine.engine import Engine
@@ -20,6 +22,15 @@ from faasmoe_router.serving import Server
 
 DEADLINE_S = 20.0
 MODEL = "tiny"
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\nCall as <tool_call>{...}</tool_call>: "
+    "{% for tool in tools %}{{ tool.function.name }} {% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}"
+    "{{ call.function.arguments | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{{ reasoning_effort or '' }}{{ mood or '' }}{% endif %}"
+)
 
 
 @contextmanager
@@ -53,6 +64,32 @@ def server(base_model: Any, codec: TextCodec) -> Iterator[tuple[str, Engine]]:
     app = create_app(engine, model_name=MODEL, registry=registry, max_body_bytes=20_000)
     with _serving(app, engine) as url:
         yield url, engine
+
+
+@pytest.fixture(scope="session")
+def tool_codec(tokenizer: Any) -> TextCodec:
+    """The tokenizer, with a chat template that takes tools."""
+    return TextCodec(
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend_tokenizer,
+            eos_token="<|end|>",
+            chat_template=TOOL_TEMPLATE,
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def tool_server(base_model: Any, tool_codec: TextCodec) -> Iterator[str]:
+    registry = new_registry()
+    engine = Engine(
+        deepcopy(base_model),
+        tool_codec,
+        limits=EngineLimits(max_model_len=1024, max_num_seqs=4, max_waiting=8),
+        metrics=EngineMetrics(registry, MODEL),
+    )
+    app = create_app(engine, model_name=MODEL, registry=registry)
+    with _serving(app, engine) as url:
+        yield url
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import httpx
 import openai
 import pytest
 
-from faasmoe_router.engine import generation as generation_module
+from faasmoe_router.engine import sequence as sequence_module
 from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.generation import Delta
 from faasmoe_router.engine.text import TextCodec
 
 Until = Callable[[Callable[[], bool]], None]
@@ -225,13 +226,13 @@ def test_hanging_up_frees_the_request(
 
 def _never_finish(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the engine run on, whatever the context: only the client can end it."""
-    add = generation_module.Sequence.take
+    add = sequence_module.Sequence.take
 
     def endless(self: Any, tokens: list[int]) -> Any:
         delta = add(self, tokens)
-        return generation_module.Delta(delta.text, delta.n_tokens)
+        return Delta(delta.text, delta.n_tokens)
 
-    monkeypatch.setattr(generation_module.Sequence, "take", endless)
+    monkeypatch.setattr(sequence_module.Sequence, "take", endless)
 
 
 def _count(http: httpx.Client, reason: str) -> float:
@@ -246,7 +247,7 @@ def test_a_failure_in_a_stream_is_its_last_event(
     def broken(*_: Any) -> None:
         raise RuntimeError("a secret of the machine")
 
-    monkeypatch.setattr(generation_module.Sequence, "take", broken)
+    monkeypatch.setattr(sequence_module.Sequence, "take", broken)
     response = http.post("/v1/chat/completions", json={**CHAT, "stream": True})
     assert response.status_code == 200
     *_, last, rest = response.content.split(b"\n\n")
@@ -265,7 +266,7 @@ def test_a_failure_of_a_whole_answer_is_a_500(
     def broken(*_: Any) -> None:
         raise RuntimeError("a secret of the machine")
 
-    monkeypatch.setattr(generation_module.Sequence, "take", broken)
+    monkeypatch.setattr(sequence_module.Sequence, "take", broken)
     with pytest.raises(openai.InternalServerError) as failed:
         client.chat.completions.create(**CHAT)
     assert "secret" not in str(failed.value)

@@ -14,6 +14,9 @@ from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.text import TextCodec
 
 MESSAGES = [{"role": "user", "content": "hi"}]
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+BAD_CALL = {**CALL, "function": {"name": "f", "arguments": "[1]"}}
+TOOL = {"type": "function", "function": {"name": "f"}}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2}
 TEXT: dict[str, Any] = {"model": "tiny", "prompt": "hi", "max_tokens": 2}
 
@@ -66,9 +69,27 @@ def _error(response: httpx.Response) -> dict[str, Any]:
         ),
         pytest.param(
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+            "messages[0].tool_calls[0].id",
+            "missing_required_parameter",
+            id="tool-call-without-id",
+        ),
+        pytest.param(
+            {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "id": 5}]}]},
+            "messages[0].tool_calls[0].id",
+            "invalid_type",
+            id="number-for-a-call's-id",
+        ),
+        pytest.param(
+            {"messages": [{"role": "assistant", "tool_calls": [BAD_CALL]}]},
+            "messages[0].tool_calls[0].function.arguments",
+            "invalid_value",
+            id="arguments-that-are-no-object",
+        ),
+        pytest.param(
+            {"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]},
             "messages[0].tool_calls",
-            "unsupported_parameter",
-            id="tool-calls",
+            "invalid_value",
+            id="user's-calls",
         ),
         pytest.param(
             {"messages": [{"role": "tool", "content": "x"}]},
@@ -97,6 +118,86 @@ def _error(response: httpx.Response) -> dict[str, Any]:
         pytest.param({"top_p": 1.5}, "top_p", "invalid_value", id="top_p"),
         pytest.param({"top_k": -2}, "top_k", "invalid_value", id="top_k"),
         pytest.param({"seed": 2**63}, "seed", "invalid_value", id="seed-too-large"),
+        *(
+            pytest.param({name: value}, name, f"invalid_{fault}", id=f"{name}={value}"[:60])
+            for name, value, fault in [
+                ("allowed_token_ids", [1.5], "type"),
+                ("allowed_token_ids", [10**6], "value"),
+                ("allowed_token_ids", list(range(1025)), "value"),
+                ("bad_words", "x", "type"),
+                ("bad_words", [""], "value"),
+                ("bad_words", ["x"] * 65, "value"),
+                ("frequency_penalty", 2.1, "value"),
+                ("logit_bias", [1], "type"),
+                ("logit_bias", {"x": 1}, "value"),
+                ("logit_bias", {"-5": 1}, "value"),
+                ("logit_bias", {"5": 101}, "value"),
+                ("logit_bias", {"5": True}, "type"),
+                ("logit_bias", {"5": None}, "type"),
+                ("logit_bias", {"999999": 1}, "value"),
+                ("logprobs", 1, "type"),
+                ("top_logprobs", 3, "value"),
+                ("top_logprobs", 21, "value"),
+                ("min_p", 1.5, "value"),
+                ("min_tokens", 3, "value"),
+                ("min_tokens", -1, "value"),
+                ("presence_penalty", -3, "value"),
+                ("repetition_penalty", 0, "value"),
+                ("reasoning_effort", "huge", "value"),
+                ("stop_token_ids", [10**6], "value"),
+                ("stop_token_ids", [-1], "type"),
+                ("continue_final_message", True, "value"),
+                ("chat_template_kwargs", [1], "type"),
+                ("response_format", "json", "type"),
+                ("response_format", {}, "value"),
+                ("response_format", {"type": "grammar"}, "value"),
+                ("response_format", {"type": "json_schema"}, "value"),
+                ("structured_outputs", {"json": {}, "regex": "a"}, "value"),
+                ("structured_outputs", {"regex": ""}, "type"),
+                ("structured_outputs", {"choice": []}, "type"),
+                ("structured_outputs", {"whitespace_pattern": " "}, "value"),
+                ("guided_json", 5, "type"),
+                ("guided_json", "{", "value"),
+                ("guided_regex", "(", "value"),
+                ("guided_grammar", "root ::= missing", "value"),
+                ("tools", "x", "type"),
+                ("tool_choice", "required", "value"),
+                ("tool_choice", 5, "type"),
+                ("tool_choice", {"type": "function"}, "value"),
+                ("tool_choice", "sometimes", "value"),
+            ]
+        ),
+        pytest.param(
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            "tools[0].function.name",
+            "invalid_value",
+            id="name-of-a-tool",
+        ),
+        pytest.param(
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+            "tools[0].function.parameters",
+            "invalid_type",
+            id="list-for-parameters",
+        ),
+        pytest.param({"tools": [TOOL, TOOL]}, "tools", "invalid_value", id="tools-of-one-name"),
+        pytest.param(
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice",
+            "invalid_value",
+            id="no-such-tool",
+        ),
+        pytest.param(
+            {"response_format": {"type": "json_object"}, "guided_regex": "a"},
+            "guided_regex",
+            "invalid_value",
+            id="two-grammars",
+        ),
+        pytest.param(
+            {"chat_template_kwargs": {"messages": []}},
+            "chat_template_kwargs.messages",
+            "invalid_value",
+            id="a-template's-own-name",
+        ),
         pytest.param({"stop": 5}, "stop", "invalid_type", id="number-for-stop"),
         pytest.param({"stop": [1]}, "stop", "invalid_type", id="numbers-for-stops"),
         pytest.param({"stop": ["a"] * 5}, "stop", "invalid_value", id="five-stops"),
@@ -119,26 +220,26 @@ def _error(response: httpx.Response) -> dict[str, Any]:
         *(
             pytest.param({name: value}, name, "unsupported_parameter", id=name)
             for name, value in [
-                ("tools", [{"type": "function"}]),
-                ("tool_choice", "required"),
-                ("logprobs", True),
-                ("top_logprobs", 3),
-                ("logit_bias", {"5": 1}),
-                ("response_format", {"type": "json_object"}),
-                ("frequency_penalty", 0.1),
-                ("presence_penalty", -1),
-                ("repetition_penalty", 1.1),
-                ("min_p", 0.1),
+                ("audio", {"voice": "alloy", "format": "wav"}),
+                ("best_of", 2),
+                ("cache_salt", "x"),
+                ("chat_template", "{{ messages }}"),
+                ("documents", [{"text": "x"}]),
+                ("echo", True),
+                ("function_call", {"name": "f"}),
                 ("functions", [{}]),
-                ("guided_choice", ["a"]),
-                ("guided_grammar", "root ::= [0-9]"),
-                ("guided_json", {"type": "object"}),
-                ("guided_regex", "[0-9]+"),
+                ("length_penalty", 2),
+                ("modalities", ["text", "audio"]),
                 ("prediction", {"type": "content", "content": "x"}),
+                ("priority", 3),
+                ("prompt_logprobs", 1),
                 ("reasoning_effort", "low"),
+                ("return_token_ids", True),
+                ("tools", [TOOL]),
+                ("truncate_prompt_tokens", 5),
+                ("use_beam_search", True),
                 ("verbosity", "low"),
                 ("web_search_options", {}),
-                ("modalities", ["text", "audio"]),
             ]
         ),
     ],
@@ -172,10 +273,13 @@ def test_chat_names_what_is_wrong(
         pytest.param({"prompt": ["x"] * 13}, "prompt", "invalid_value", id="more-than-are-held"),
         pytest.param({"prompt": ["x"] * 7, "n": 2}, "n", "invalid_value", id="times-n"),
         pytest.param({"prompt": [[1], [10**6]]}, "prompt[1]", "invalid_value", id="no-such-token"),
-        pytest.param({"echo": True}, "echo", "unsupported_parameter", id="echo"),
         pytest.param({"suffix": "x"}, "suffix", "unsupported_parameter", id="suffix"),
         pytest.param({"best_of": 2}, "best_of", "unsupported_parameter", id="best_of"),
-        pytest.param({"logprobs": 0}, "logprobs", "unsupported_parameter", id="logprobs-0"),
+        pytest.param(
+            {"echo": True, "logprobs": 0}, "logprobs", "unsupported_parameter", id="echoed-logprobs"
+        ),
+        pytest.param({"logprobs": 21}, "logprobs", "invalid_value", id="logprobs"),
+        pytest.param({"tools": [TOOL]}, "tools", "unsupported_parameter", id="tools"),
     ],
 )
 def test_completion_names_what_is_wrong(
@@ -263,7 +367,7 @@ def test_few_texts_are_tokenised_at_a_time(
     lock = threading.Lock()
     n_running = 0
 
-    def slow(codec: TextCodec, text: str) -> list[int]:
+    def slow(codec: TextCodec, text: str, *, special: bool) -> list[int]:
         nonlocal n_running
         with lock:
             n_running += 1
@@ -271,7 +375,7 @@ def test_few_texts_are_tokenised_at_a_time(
         at_work.acquire(timeout=0.1)  # nobody releases it: long enough for others to come
         with lock:
             n_running -= 1
-        return encode(codec, text)
+        return encode(codec, text, special=special)
 
     monkeypatch.setattr(TextCodec, "encode", slow)
     with ThreadPoolExecutor(6) as pool:

@@ -308,7 +308,10 @@ def _manifest(layers: list[LayerEntry]) -> Manifest:
 
 def _layer(index: int, n_experts: int) -> LayerEntry:
     file = f"experts/{index:05}.safetensors"
-    return LayerEntry(index, f"l{index}", file, n_experts, 2, 4, "Experts", None, 1 << 24, 0)
+    digests = ("0" * 32,) * (n_experts + 1)
+    return LayerEntry(
+        index, f"l{index}", file, n_experts, 2, 4, "Experts", None, 1 << 24, 0, digests
+    )
 
 
 def test_layers_that_are_alike_take_no_more_room_than_one() -> None:

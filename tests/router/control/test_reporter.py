@@ -32,17 +32,19 @@ class OneFunction:
     entries: ClassVar = {"f": None}
 
 
-def reports_of(meter: LoadMeter, *, busy: bool, enough: int) -> Reports:
+def reports_of(
+    meter: LoadMeter, *, busy: bool, reports: Reports, idle_interval_s: float = 0.01
+) -> Reports:
     """Report every 10 ms until there are enough reports."""
 
     async def run() -> Reports:
-        reports = Reports(enough)
         reporter_ = LoadReporter(
             reports,
             router="r",
             routing=lambda: cast(Routing, OneFunction()),
             meters=(meter,),
             interval_s=0.01,
+            idle_interval_s=idle_interval_s,
             is_busy=lambda: busy,
         )
         task = asyncio.create_task(reporter_.run())
@@ -55,8 +57,26 @@ def reports_of(meter: LoadMeter, *, busy: bool, enough: int) -> Reports:
 
 
 def test_an_idle_router_reports_that_it_is_idle() -> None:
-    reports = reports_of(LoadMeter(), busy=False, enough=3)
+    reports = reports_of(LoadMeter(), busy=False, reports=Reports(3))
     assert all(body["functions"] == {} for body in reports.bodies)
+
+
+def test_an_idle_router_says_so_at_once_and_then_seldom() -> None:
+    meter = LoadMeter()
+    meter.begin("f", time.monotonic(), rows=1)
+    begun_s = time.monotonic()
+
+    class EndsTheCall(Reports):
+        async def report(self, body: dict[str, object]) -> None:
+            if not self.bodies:
+                meter.end("f", time.monotonic())
+            await super().report(body)
+
+    reports = reports_of(meter, busy=False, reports=EndsTheCall(4), idle_interval_s=0.3)
+    kinds = [bool(body["functions"]) for body in reports.bodies]
+    assert kinds == sorted(kinds, reverse=True)
+    assert time.monotonic() - begun_s >= 0.3
+    assert kinds[-2:] == [False, False]
 
 
 def test_a_busy_router_without_calls_is_silent_for_a_time_only(
@@ -64,12 +84,12 @@ def test_a_busy_router_without_calls_is_silent_for_a_time_only(
 ) -> None:
     monkeypatch.setattr(reporter, "MAX_SILENCE_S", 0.2)
     begun_s = time.monotonic()
-    reports_of(LoadMeter(), busy=True, enough=1)
+    reports_of(LoadMeter(), busy=True, reports=Reports(1))
     assert time.monotonic() - begun_s >= 0.2
 
 
 def test_a_busy_router_reports_its_calls() -> None:
     meter = LoadMeter()
     meter.begin("f", time.monotonic(), rows=3)
-    reports = reports_of(meter, busy=True, enough=2)
+    reports = reports_of(meter, busy=True, reports=Reports(2))
     assert all(body["functions"]["f"]["concurrency"] > 0 for body in reports.bodies)

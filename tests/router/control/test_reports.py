@@ -1,3 +1,5 @@
+from typing import Any
+
 from faasmoe_router.control.reports import FunctionLoad, LoadAverager, merge, report_body
 from faasmoe_router.dispatch.load import LoadMeter, Reading
 
@@ -69,3 +71,20 @@ def test_a_report_tells_of_load_and_nothing_of_what_is_idle_or_left_the_table() 
         "held": 3,
         "local": 4,
     }
+
+
+def test_a_report_tells_how_many_keys_each_tenant_has_where_there_are_tenants() -> None:
+    def body(tenants: dict[str, int] | None) -> dict[str, Any]:
+        return report_body(
+            {},
+            router="r",
+            sent_at_s=0.0,
+            interval_s=1.0,
+            known=(),
+            held=0,
+            local=0,
+            tenants=tenants,
+        )
+
+    assert "tenants" not in body(None)
+    assert body({"acme": 2, "beta": 0})["tenants"] == {"acme": 2, "beta": 0}

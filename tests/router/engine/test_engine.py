@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from faasmoe_router.engine import engine as engine_module
+from faasmoe_router.engine import memory as memory_module
+from faasmoe_router.engine.bias import Bias
+from faasmoe_router.engine.choosing import Choosing
+from faasmoe_router.engine.ending import Ending
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import Generation, GenerationRequest
+from faasmoe_router.engine.grammar import GrammarSource
+from faasmoe_router.engine.isolation import MAX_LONE_FAILURES
+from faasmoe_router.engine.penalties import Penalties
 from faasmoe_router.engine.sampling import SamplingParams
 from faasmoe_router.engine.text import TextCodec
 from faasmoe_router.errors import (
@@ -18,6 +25,7 @@ from faasmoe_router.errors import (
     EngineSaturated,
     EngineUnavailable,
     GenerationFailed,
+    NoTokenAllowed,
     StoreUnreadable,
 )
 
@@ -26,6 +34,7 @@ GREEDY = SamplingParams()
 Maker = Callable[..., Engine]
 Greedy = Callable[[tuple[int, ...], int], list[int]]
 Prompt = tuple[int, ...]
+Told = list[tuple[int, int, float]]
 
 
 async def _texts(generation: Generation, n: int = 1) -> list[str]:
@@ -43,6 +52,14 @@ async def _until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
+async def _fail_until_it_dies(engine: Engine, prompt: Prompt) -> None:
+    """A request that fails alone ends nothing else; some in a row are not the requests' fault."""
+    for _ in range(MAX_LONE_FAILURES):
+        with pytest.raises(GenerationFailed):
+            await _texts(engine.generate([GenerationRequest(prompt, 5)]))
+    await _until(lambda: not engine.ready)
+
+
 def _run(engine: Engine, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     async def run() -> Any:
         async with engine:
@@ -52,7 +69,7 @@ def _run(engine: Engine, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
 
 
 def _sampled(prompt: Prompt, seed: int, **params: Any) -> GenerationRequest:
-    return GenerationRequest(prompt, 24, SamplingParams(1.0, seed=seed, **params))
+    return GenerationRequest(prompt, 24, Choosing(SamplingParams(1.0, seed=seed, **params)))
 
 
 def test_greedy_equals_generate_for_prompts_in_one_batch(
@@ -103,6 +120,30 @@ def test_seeded_text_is_the_same_alone_and_among_others(
     _run(engine, work)
 
 
+def test_memory_given_back_while_idle_changes_no_text(
+    make_engine: Maker, prompt_ids: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[Tensor] = []
+
+    def release(tensor: Tensor) -> None:
+        given_back.append(tensor)
+        memory_release(tensor)
+
+    memory_release = memory_module.release
+    monkeypatch.setattr(memory_module, "release", release)
+    monkeypatch.setattr("faasmoe_router.engine.scheduler.IDLE_S", 0.0)
+    engine = make_engine()
+
+    async def work() -> None:
+        first = await _texts(engine.generate([GenerationRequest(prompt_ids, 12)]))
+        await _until(lambda: len(given_back) == 1)
+        assert await _texts(engine.generate([GenerationRequest(prompt_ids, 12)])) == first
+        await _until(lambda: len(given_back) == 2)
+
+    _run(engine, work)
+    assert given_back[0].nbytes > 0
+
+
 def test_a_full_cache_changes_no_text(make_engine: Maker, prompt_ids: Prompt) -> None:
     requests = [GenerationRequest(prompt_ids, 200), *(_sampled(prompt_ids, s) for s in range(3))]
     requests += [GenerationRequest(prompt_ids[:n], 200) for n in (2, 3, 4)]
@@ -126,6 +167,118 @@ def test_a_full_cache_changes_no_text(make_engine: Maker, prompt_ids: Prompt) ->
     assert any(preempted)
 
 
+def test_every_step_together_changes_no_text_when_the_cache_is_full(
+    make_engine: Maker, codec: TextCodec, prompt_ids: Prompt
+) -> None:
+    """What is kept for a request survives its preemption; log-probabilities stay in step."""
+
+    async def work(engine: Engine) -> list[Told]:
+        grammar = await engine.grammars.compile(GrammarSource("regex", "[a-z ]{120,500}"))
+        choosings = [
+            Choosing(SamplingParams(1.0, seed=seed), n_logprobs=1, **asked)
+            for seed in range(3)
+            for asked in (
+                {"penalties": Penalties(presence=0.5, frequency=0.3, repetition=1.3)},
+                {"grammar": grammar},
+                {"bias": Bias(added=((3, -100.0), (40, 2.0)), bad_words=((50, 60), (70,)))},
+            )
+        ]
+        requests = [GenerationRequest(prompt_ids, 200, choosing) for choosing in choosings]
+        told: list[Told] = [[] for _ in requests]
+        async with engine.generate(requests) as generation:
+            async for index, delta in generation:
+                told[index] += [(at, entry.token, entry.logprob) for at, entry in delta.logprobs]
+        return told
+
+    roomy = make_engine()
+    expected = _run(roomy, lambda: work(roomy))
+    assert min(map(len, expected)) > 20
+    tight = make_engine(max_num_batched_tokens=64, kv_cache_bytes=700_000)
+    preempted: list[bool] = []
+
+    async def work_tightly() -> list[Told]:
+        offloading = tight._batcher._manager.batch_processor.offloading_manager  # type: ignore[union-attr]
+        preempt = offloading.offload_requests
+
+        def counted() -> bool:
+            preempted.append(preempt())
+            return preempted[-1]
+
+        offloading.offload_requests = counted
+        return await work(tight)
+
+    found = _run(tight, work_tightly)
+    assert any(preempted)
+    for mine, others in zip(found, expected, strict=True):
+        assert [entry[:2] for entry in mine] == [entry[:2] for entry in others]
+        assert [entry[2] for entry in mine] == pytest.approx(
+            [entry[2] for entry in others], abs=1e-3
+        )
+
+
+def test_log_probabilities_are_the_models_own_whatever_chooses(
+    make_engine: Maker, base_model: Any, prompt_ids: Prompt
+) -> None:
+    engine = make_engine()
+    choosing = Choosing(
+        SamplingParams(1.7, top_k=40, seed=5),
+        penalties=Penalties(presence=1.0),
+        bias=Bias(added=((9, 3.0),)),
+        n_logprobs=2,
+    )
+
+    async def work() -> list[Any]:
+        request = GenerationRequest(prompt_ids, 12, choosing, special=True)
+        async with engine.generate([request]) as generation:
+            return [entry async for _, delta in generation for _, entry in delta.logprobs]
+
+    entries = _run(engine, work)
+    assert len(entries) == 12
+    ids = torch.tensor([[*prompt_ids, *(entry.token for entry in entries)]])  # [1, T]
+    with torch.no_grad():
+        logprobs = base_model(ids).logits[0].float().log_softmax(-1)  # [T, V]
+    for at, entry in enumerate(entries, start=len(prompt_ids) - 1):
+        assert entry.logprob == pytest.approx(logprobs[at, entry.token].item(), abs=1e-4)
+        values, tokens = logprobs[at].topk(2)
+        assert [token for token, _ in entry.top] == tokens.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_constraints_that_leave_nothing_end_their_request_alone(
+    make_engine: Maker, codec: TextCodec, greedy: Greedy, prompt_ids: Prompt
+) -> None:
+    engine = make_engine()
+
+    async def work() -> None:
+        digits = await engine.grammars.compile(GrammarSource("regex", "[0-9]{5}"))
+        letter = Bias(allowed=tuple(codec.encode("x")))
+        whole = engine.generate([GenerationRequest(prompt_ids, 40)])
+        nothing = GenerationRequest(prompt_ids, 20, Choosing(bias=letter, grammar=digits))
+        with pytest.raises(NoTokenAllowed, match="leave no token"):
+            await _texts(engine.generate([nothing]))
+        assert await _texts(whole) == [codec.decode(greedy(prompt_ids, 40))]
+        await _until(lambda: engine._counts() == (0, 0))
+
+    _run(engine, work)
+
+
+def test_a_grammars_end_ends_the_text_and_frees_the_request(
+    make_engine: Maker, prompt_ids: Prompt
+) -> None:
+    engine = make_engine()
+
+    async def work() -> None:
+        grammar = await engine.grammars.compile(GrammarSource("choice", '["abc"]'))
+        request = GenerationRequest(prompt_ids, 200, Choosing(grammar=grammar))
+        async with engine.generate([request]) as generation:
+            deltas = [delta async for _, delta in generation]
+        assert "".join(delta.text for delta in deltas) == "abc"
+        assert deltas[-1].finish_reason == "stop"
+        await _until(lambda: engine._counts() == (0, 0))
+
+    _run(engine, work)
+
+
 def test_an_end_token_ends_the_text(
     make_engine: Maker, model: Any, codec: TextCodec, greedy: Greedy, prompt_ids: Prompt
 ) -> None:
@@ -138,7 +291,7 @@ def test_an_end_token_ends_the_text(
     async def work() -> None:
         reasons = [d.finish_reason async for _, d in engine.generate([request])]
         assert reasons == [*[None] * tokens.index(end), "stop"]
-        ignoring = GenerationRequest(prompt_ids, 20, ignore_eos=True)
+        ignoring = GenerationRequest(prompt_ids, 20, ending=Ending(ignore_eos=True))
         assert await _texts(engine.generate([ignoring])) == [codec.decode(tokens)]
 
     _run(engine, work)
@@ -152,7 +305,7 @@ def test_a_stop_string_ends_the_text_and_frees_the_request(
     engine = make_engine()
 
     async def work() -> None:
-        request = GenerationRequest(prompt_ids, 200, stops=(stop,))
+        request = GenerationRequest(prompt_ids, 200, ending=Ending(stops=(stop,)))
         assert await _texts(engine.generate([request])) == [text[: text.index(stop)]]
         await _until(lambda: engine._counts() == (0, 0))
 
@@ -185,6 +338,28 @@ def test_waiting_requests_run_after_a_full_cache_was_freed_by_cancelling(
             engine._batcher._manager.batch_processor.scheduler.block_new_requests = True  # type: ignore[union-attr]
             waiting = engine.generate([GenerationRequest(prompt_ids, 3)])
         await _texts(waiting)
+
+    _run(engine, work)
+
+
+def test_a_request_that_takes_longer_than_any_may_is_ended_and_freed(
+    make_engine: Maker, model: Any, prompt_ids: Prompt
+) -> None:
+    engine = make_engine()
+    engine._request_timeout_s = 0.3
+    forward, slow = model.forward, threading.Event()
+
+    def slowly(**given: Any) -> Any:
+        slow.wait(0.05)
+        return forward(**given)
+
+    model.forward = slowly
+
+    async def work() -> None:
+        with pytest.raises(GenerationFailed, match=r"within 0.3 s"):
+            await _texts(engine.generate([GenerationRequest(prompt_ids, 200)]))
+        await _until(lambda: engine._counts() == (0, 0))
+        await _texts(engine.generate([GenerationRequest(prompt_ids, 2)]))
 
     _run(engine, work)
 
@@ -225,7 +400,7 @@ def test_scores_that_are_not_finite_end_their_request_alone(
     engine = make_engine()
 
     async def work() -> None:
-        marked = GenerationRequest((*prompt_ids, mark), 20, sampling)
+        marked = GenerationRequest((*prompt_ids, mark), 20, Choosing(sampling))
         whole = engine.generate([GenerationRequest(prompt_ids, 40)])
         with pytest.raises(GenerationFailed, match="not finite"):
             await anext(aiter(engine.generate([marked])))
@@ -248,9 +423,7 @@ def test_a_fatal_error_ends_what_runs_and_the_engine_starts_again(
 
     async def work() -> None:
         model.forward = broken
-        with pytest.raises(GenerationFailed):
-            await _texts(engine.generate([GenerationRequest(prompt_ids, 5)]))
-        await _until(lambda: not engine.ready)
+        await _fail_until_it_dies(engine, prompt_ids)
         with pytest.raises(EngineUnavailable):
             engine.generate([GenerationRequest(prompt_ids, 5)])
         model.forward = forward
@@ -277,9 +450,7 @@ def test_gives_up_when_errors_come_back(
         while not given_up.is_set():
             await _until(lambda: engine.ready or given_up.is_set())
             if engine.ready:
-                with pytest.raises(GenerationFailed):
-                    await _texts(engine.generate([GenerationRequest(prompt_ids, 5)]))
-                await _until(lambda: not engine.ready)
+                await _fail_until_it_dies(engine, prompt_ids)
         assert not engine.ready
 
     _run(engine, work)

@@ -3,7 +3,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from faasmoe_router.engine import sampling
 from faasmoe_router.engine.sampling import Draw, SamplingParams, choose, force_draws
@@ -16,6 +21,8 @@ def _scores(n_rows: int, n_vocab: int = 50, seed: int = 0) -> Tensor:
 
 def _allowed_by_transformers(scores: Tensor, params: SamplingParams) -> set[int]:
     scores = TemperatureLogitsWarper(params.temperature)(None, scores)
+    if params.min_p:
+        scores = MinPLogitsWarper(params.min_p)(None, scores)
     if params.top_k:
         scores = TopKLogitsWarper(params.top_k)(None, scores)
     if params.top_p < 1:
@@ -33,6 +40,9 @@ def _allowed_by_transformers(scores: Tensor, params: SamplingParams) -> set[int]
         pytest.param(SamplingParams(0.7, top_p=0.8, top_k=10), id="both"),
         pytest.param(SamplingParams(1.5, top_k=500), id="top_k-beyond-the-vocabulary"),
         pytest.param(SamplingParams(2.0), id="neither"),
+        pytest.param(SamplingParams(1.0, min_p=0.02), id="min_p"),
+        pytest.param(SamplingParams(1.0, min_p=0.02, top_p=0.9), id="min_p-and-top_p"),
+        pytest.param(SamplingParams(1.0, min_p=0.05, top_k=5, top_p=0.9), id="all-three"),
     ],
 )
 def test_draws_exactly_what_transformers_would_allow(

@@ -12,8 +12,6 @@ from faasmoe_operator.control.reports import FunctionLoad, LoadReport
 from faasmoe_operator.spec.references import Label
 from faasmoe_operator.spec.tenants import MAX_TENANTS
 
-MAX_FUTURE_S = 5.0
-MAX_AGE_S = 60.0
 MAX_INTERVAL_S = 60.0
 MAX_COUNT = 1 << 53
 
@@ -51,16 +49,14 @@ class _WakeBody(_Body):
 AnyBody = TypeVar("AnyBody", bound=_Body)
 
 
-def read_load(content: bytes, *, known: Container[str], now_s: float) -> LoadReport:
+def read_load(content: bytes, *, known: Container[str]) -> LoadReport:
     """Return a load report; raises Refusal.
 
     Args:
         content: the request's body.
         known: the functions of this model.
-        now_s: the time of day.
     """
     body = _read(_LoadBody, content)
-    _check_time(body.sent_at_s, now_s=now_s)
     for name in body.functions:
         _check_known(name, known)
     functions = {
@@ -72,10 +68,9 @@ def read_load(content: bytes, *, known: Container[str], now_s: float) -> LoadRep
     )
 
 
-def read_wake(content: bytes, *, known: Container[str], now_s: float) -> list[str]:
+def read_wake(content: bytes, *, known: Container[str]) -> list[str]:
     """Return the functions to wake; raises Refusal."""
     body = _read(_WakeBody, content)
-    _check_time(body.sent_at_s, now_s=now_s)
     for name in body.functions:
         _check_known(name, known)
     return body.functions
@@ -94,12 +89,6 @@ def _got(kind: str, value: object) -> object:
     if kind == "json_invalid":
         return "no JSON"
     return "nothing" if kind == "missing" else value
-
-
-def _check_time(sent_at_s: float, *, now_s: float) -> None:
-    if not now_s - MAX_AGE_S <= sent_at_s <= now_s + MAX_FUTURE_S:
-        expected = f"at most {MAX_AGE_S:g} s ago and {MAX_FUTURE_S:g} s ahead of {now_s:.3f}"
-        raise invalid("sent_at_s", sent_at_s, expected)
 
 
 def _check_known(name: str, known: Container[str]) -> None:

@@ -44,6 +44,7 @@ def update_gauges(controller: Controller) -> None:
         metrics.sandboxes.labels(state.value).set(count)
     metrics.held.set(controller.reports.held(controller.clock()))
     metrics.streams.set(controller.feed.n_followers)
+    metrics.tasks.set(len(asyncio.all_tasks()))
 
 
 def _functions(controller: Controller, *, now: float) -> list[dict[str, Any]]:

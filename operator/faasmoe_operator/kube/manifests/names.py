@@ -96,6 +96,11 @@ def tenants_name(model: str) -> str:
     return shortened(f"{model}-tenants")
 
 
+def popularity_name(model: str) -> str:
+    """Return the name of the ConfigMap that keeps how much functions are used."""
+    return shortened(f"{model}-popularity")
+
+
 def service_name(model: str) -> str:
     """Return the name of the model's Service, Ingress and HTTPRoute."""
     return shortened(_begins_with_letter(model))

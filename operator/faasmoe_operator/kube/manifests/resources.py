@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 
+from faasmoe_operator.control.functions import cut_of
 from faasmoe_operator.kube.kinds import Object
 from faasmoe_operator.kube.manifests.context import ModelContext
 from faasmoe_operator.kube.store_summary import StoreSummary
-from faasmoe_operator.plan.functions import Cut, largest_function_bytes
-from faasmoe_operator.spec.experts import Granularity
+from faasmoe_operator.plan.functions import largest_function_bytes
 from faasmoe_operator.spec.pod_template import Resources
 from faasmoe_operator.spec.quantity import parse_quantity
 
@@ -89,12 +89,6 @@ def _largest_function_bytes(ctx: ModelContext) -> int:
     if ctx.summary is None:
         return 0
     return largest_function_bytes(ctx.summary.expanded_layers(), cut_of(ctx.spec.granularity))
-
-
-def cut_of(granularity: Granularity) -> Cut:
-    """Return how a model's experts are cut into functions."""
-    experts = granularity.experts_per_function
-    return Cut(None if experts == "auto" else experts, granularity.layers_per_function)
 
 
 def _router_bytes(ctx: ModelContext, summary: StoreSummary) -> int:

@@ -1,0 +1,344 @@
+"""The operator with many models: until all are settled, and when nothing changes any more.
+
+`python -m benchmarks.reconcile` needs KUBECONFIG to name a Kubernetes API server that is ours to
+use, with its controllers and scheduler; nodes are not needed. The operator is the real one, as a
+process, with the rights that the chart gives it. What kubelets would do is done by
+`tests/cluster/support/instant_pods.py`: stores are prepared at once, routers ready at once, sandboxes small
+servers that answer. Its requests are not counted: the API server counts the operator's, by a
+FlowSchema of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from apiserver import ApiServer, Object, eventually
+from benchmarks.report import OUT, describe_machine, write_figures
+from helm import Helm
+from installation import installed
+from instant_pods import InstantPods
+from moemodels import moemodel, sandboxes
+from operator_process import NAMESPACE, OperatorProcess
+from tqdm import tqdm
+
+from faasmoe_operator.cli.table import format_table
+
+MODELS_NAMESPACE = "faasmoe-bench"
+FLOW = "faasmoe-operator"
+SETTLE_TIMEOUT_S = 1800.0
+AWAKE_FUNCTIONS = 6
+LAYERS, EXPERTS = 24, 60
+QUIET_S = 20.0
+"""For what the last changes have set off to end, before requests are counted as idle ones."""
+SUMMARY: Object = {
+    # Qwen1.5-MoE-A2.7B's: 24 layers of 60 experts of 17.3 MB; 72 functions of 20 experts.
+    "digest": "sha256:" + "0" * 64,
+    "source": "Qwen/Qwen1.5-MoE-A2.7B",
+    "family": "qwen2_moe",
+    "architecture": "Qwen2MoeForCausalLM",
+    "dtype": "bfloat16",
+    "hiddenSize": 2048,
+    "vocabSize": 151_936,
+    "maxPositionEmbeddings": 8192,
+    "numHiddenLayers": LAYERS,
+    "sizeBytes": 28_600_000_000,
+    "routerBytes": 3_720_000_000,
+    "layers": [
+        {
+            "count": LAYERS,
+            "numExperts": EXPERTS,
+            "topK": 4,
+            "expertBytes": 17_301_504,
+            "sharedBytes": 0,
+        }
+    ],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much of it.
+
+    Attributes:
+        models: MoEModels.
+        awake: of these, models of which some functions are up.
+        idle_s: how long nothing happens.
+    """
+
+    models: int
+    awake: int
+    idle_s: float
+
+
+class Requests:
+    """The operator's requests as the API server counts them, watches and kopf's included."""
+
+    def __init__(self, api: ApiServer) -> None:
+        self._http = httpx.Client(
+            base_url=api.credentials.server, verify=api.credentials.verify, trust_env=False
+        )
+
+    def total(self) -> int:
+        """Return how many there were."""
+        text = self._http.get("/metrics").text
+        name = "apiserver_flowcontrol_dispatched_requests_total"
+        pattern = rf'^{name}\{{flow_schema="{FLOW}",[^}}]*\}} (\S+)$'
+        return int(sum(float(value) for value in re.findall(pattern, text, re.MULTILINE)))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._http.close()
+
+
+def main() -> int:
+    """Run the benchmark; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", type=int, default=200, help="MoEModels (%(default)s)")
+    parser.add_argument("--awake", type=int, default=5, help="of these awake (%(default)s)")
+    parser.add_argument("--idle-s", type=float, default=180.0, help="idle time (%(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
+    arguments = parser.parse_args()
+    if not os.environ.get("KUBECONFIG"):
+        print("KUBECONFIG: not set, expected an API server to use", file=sys.stderr)
+        return 2
+    size = Size(arguments.models, arguments.awake, arguments.idle_s)
+    with ExitStack() as stack:
+        api = ApiServer.from_environment()
+        stack.callback(api.close)
+        figures = measure(api, size, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+    print(format_table(("reconcile", ""), rows(figures)))
+    print(write_figures("reconcile", figures, folder=arguments.out))
+    return 0
+
+
+def measure(api: ApiServer, size: Size, folder: Path) -> dict[str, Any]:
+    """Return the figures."""
+    machine = describe_machine()
+    with ExitStack() as stack:
+        account = stack.enter_context(installed(api, Helm.unpacked(folder)))
+        stack.enter_context(counted(api, account))
+        stack.enter_context(bench_namespace(api))
+        requests = Requests(api)
+        stack.callback(requests.close)
+        pods = InstantPods(ApiServer(api.credentials), MODELS_NAMESPACE, summary=SUMMARY)
+        stack.enter_context(pods.running())
+        operator = OperatorProcess(api, folder, service_account=account)
+        operator.start()
+        stack.callback(operator.stop)
+        process = psutil.Process(operator.pid)
+
+        begun = Mark.now(requests, process)
+        for index in range(size.models):
+            api.create("moemodels", model(f"m{index:04}", pods))
+        wait_ready(api, size.models)
+        settled = Mark.now(requests, process)
+
+        wake(api, operator, size)
+        quiet(size)
+        before = Mark.now(requests, process)
+        time.sleep(size.idle_s)  # what is measured is that nothing happens
+        after = Mark.now(requests, process)
+        if pods.errors:
+            raise RuntimeError(f"the stand-in for kubelets failed: {pods.errors[:3]}")
+        return {
+            "machine": machine,
+            "kubernetes": api.version(),
+            "models": size.models,
+            "functions": size.models * LAYERS * 3,
+            "awake_sandboxes": size.awake * AWAKE_FUNCTIONS,
+            "settle_s": settled.at_s - begun.at_s,
+            "api_requests": settled.requests - begun.requests,
+            "api_requests_per_model": (settled.requests - begun.requests) / size.models,
+            "settle_cpu_s": settled.cpu_s - begun.cpu_s,
+            "idle_s": size.idle_s,
+            "idle_requests_per_minute": 60 * after.per_second(before, "requests"),
+            "idle_cpu_cores": after.per_second(before, "cpu_s"),
+            "operator_rss_mb": process.memory_info().rss / 1e6,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Counts at one moment."""
+
+    at_s: float
+    requests: int
+    cpu_s: float
+
+    @classmethod
+    def now(cls, requests: Requests, process: psutil.Process) -> Mark:
+        """Return the counts of this moment."""
+        times = process.cpu_times()
+        return cls(time.monotonic(), requests.total(), times.user + times.system)
+
+    def per_second(self, earlier: Mark, count: str) -> float:
+        """Return how fast a count grew since an earlier moment."""
+        grown: float = getattr(self, count) - getattr(earlier, count)
+        return grown / (self.at_s - earlier.at_s)
+
+
+def model(name: str, pods: InstantPods) -> Object:
+    """Return one of the many."""
+    here = {"nodeSelector": pods.selector}
+    experts = {
+        "warmPool": 0,
+        "template": here,
+        "scaling": {"windowSeconds": 3600, "scaleToZeroGracePeriodSeconds": 3600},
+    }
+    return moemodel(
+        name,
+        MODELS_NAMESPACE,
+        model={"source": f"hf://{SUMMARY['source']}"},
+        granularity={"expertsPerFunction": 20},
+        store={"claimName": "stores"},
+        router={"template": here, "device": "cpu"},
+        experts=experts,
+    )
+
+
+def wait_ready(api: ApiServer, n_models: int) -> None:
+    """Wait until every model is ready."""
+    with tqdm(total=n_models, desc="ready", unit="model", disable=None) as bar:
+        deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
+        while bar.n < n_models:
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"{bar.n} of {n_models} models were ready in time")
+            found = api.list("moemodels", MODELS_NAMESPACE)
+            bar.update(sum(is_ready(obj) for obj in found) - bar.n)
+            time.sleep(0.5)
+
+
+def is_ready(obj: Object) -> bool:
+    """Return whether a MoEModel says that it is ready."""
+    found = obj.get("status", {}).get("conditions", [])
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in found)
+
+
+def wake(api: ApiServer, operator: OperatorProcess, size: Size) -> None:
+    """Wake some functions of some models, as their routers would."""
+    for index in range(size.awake):
+        asyncio.run(_wake(api, operator.url, f"m{index:04}"))
+    for index in range(size.awake):
+        eventually(
+            lambda name=f"m{index:04}": assigned(api, name),  # type: ignore[misc]
+            lambda n: n >= AWAKE_FUNCTIONS,
+            timeout_s=300,
+        )
+
+
+async def _wake(api: ApiServer, url: str, name: str) -> None:
+    import base64
+
+    labels = f"faasmoe.dev/model={name},app.kubernetes.io/component=control"
+    found = api.list("secrets", MODELS_NAMESPACE, labels=labels)
+    (secret,) = [s for s in found if "token" in s.get("data", {})]
+    token = base64.b64decode(secret["data"]["token"]).decode()
+    headers = {"Authorization": f"Bearer {token}"}
+    base = f"{url}/models/{MODELS_NAMESPACE}/{name}/v1"
+    async with httpx.AsyncClient(headers=headers, trust_env=False) as http:
+        status = (await http.get(f"{base}/status")).raise_for_status().json()
+        names = [function["id"] for function in status["functions"][:AWAKE_FUNCTIONS]]
+        body = {"router": "benchmark", "sent_at_s": time.time(), "functions": names}
+        (await http.post(f"{base}/wake", json=body)).raise_for_status()
+
+
+def assigned(api: ApiServer, name: str) -> int:
+    """Return how many of a model's sandboxes hold a function."""
+    pods = sandboxes(api, MODELS_NAMESPACE, name)
+    return sum(pod["metadata"]["labels"].get("faasmoe.dev/pool") == "assigned" for pod in pods)
+
+
+def quiet(size: Size) -> None:
+    """Wait until what the last changes set off has ended."""
+    for _ in tqdm(range(int(QUIET_S)), desc=f"then idle for {size.idle_s:g} s", disable=None):
+        time.sleep(1)
+
+
+@contextmanager
+def counted(api: ApiServer, account: str) -> Iterator[None]:
+    """Have the API server count the account's requests apart."""
+    subject = {
+        "kind": "ServiceAccount",
+        "serviceAccount": {"name": account, "namespace": NAMESPACE},
+    }
+    every = {"verbs": ["*"], "apiGroups": ["*"], "resources": ["*"]}
+    rules = {
+        "subjects": [subject],
+        "resourceRules": [{**every, "namespaces": ["*"], "clusterScope": True}],
+        "nonResourceRules": [{"verbs": ["*"], "nonResourceURLs": ["*"]}],
+    }
+    spec = {
+        "priorityLevelConfiguration": {"name": "workload-low"},
+        "matchingPrecedence": 500,
+        "distinguisherMethod": {"type": "ByUser"},
+        "rules": [rules],
+    }
+    kind = {"apiVersion": "flowcontrol.apiserver.k8s.io/v1", "kind": "FlowSchema"}
+    api.apply("flowschemas", {**kind, "metadata": {"name": FLOW}, "spec": spec})
+    try:
+        yield
+    finally:
+        api.delete("flowschemas", "", FLOW)
+
+
+@contextmanager
+def bench_namespace(api: ApiServer) -> Iterator[None]:
+    """Have a namespace for the models, with a claim for their stores."""
+    meta = {"name": MODELS_NAMESPACE}
+    api.apply("namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": meta})
+    volume = {
+        "capacity": {"storage": "1Gi"},
+        "accessModes": ["ReadWriteMany"],
+        "hostPath": {"path": "/nonexistent"},
+        "storageClassName": MODELS_NAMESPACE,
+        "claimRef": {"namespace": MODELS_NAMESPACE, "name": "stores"},
+        "persistentVolumeReclaimPolicy": "Retain",
+    }
+    claim = {
+        "accessModes": ["ReadWriteMany"],
+        "resources": {"requests": {"storage": "1Gi"}},
+        "storageClassName": MODELS_NAMESPACE,
+    }
+    named = {"apiVersion": "v1", "metadata": {"name": MODELS_NAMESPACE}}
+    api.apply("persistentvolumes", {**named, "kind": "PersistentVolume", "spec": volume})
+    place = {"name": "stores", "namespace": MODELS_NAMESPACE}
+    kind = {"apiVersion": "v1", "kind": "PersistentVolumeClaim"}
+    api.apply("persistentvolumeclaims", {**kind, "metadata": place, "spec": claim})
+    try:
+        yield
+    finally:
+        api.delete("namespaces", "", MODELS_NAMESPACE)
+        api.delete("persistentvolumes", "", MODELS_NAMESPACE)
+
+
+def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the figures as a table."""
+    return [
+        ("Kubernetes", str(figures["kubernetes"])),
+        ("MoEModels, functions", f"{figures['models']}, {figures['functions']}"),
+        ("sandboxes awake", str(figures["awake_sandboxes"])),
+        ("until all are ready", f"{figures['settle_s']:.1f} s"),
+        ("API requests until then", str(figures["api_requests"])),
+        ("  of each model", f"{figures['api_requests_per_model']:.1f}"),
+        ("operator's CPU until then", f"{figures['settle_cpu_s']:.1f} s"),
+        ("API requests a minute, idle", f"{figures['idle_requests_per_minute']:.1f}"),
+        ("operator's CPU, idle", f"{100 * figures['idle_cpu_cores']:.1f} % of a core"),
+        ("operator's memory", f"{figures['operator_rss_mb']:.0f} MB"),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

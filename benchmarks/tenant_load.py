@@ -1,0 +1,131 @@
+"""Tenants that call a router: each keeps some requests outstanding, for a time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import string
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import aiohttp
+from benchmarks.tenant_router import MODEL, key_of
+
+PROMPT_TOKEN_PRICE = 1.0  # as the fair queue's
+GENERATED_TOKEN_PRICE = 2.0
+POLL_S = 0.05
+TIMEOUT = aiohttp.ClientTimeout(total=600)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """One tenant's behaviour.
+
+    Attributes:
+        name: of the tenant.
+        outstanding: requests that it keeps going at once.
+        pause_s: mean of the pause between an answer and the next request; exponential.
+        output_tokens: fewest and most tokens of an answer.
+        key: by default the tenant's own.
+    """
+
+    name: str
+    outstanding: int
+    pause_s: float = 0.0
+    output_tokens: tuple[int, int] = (24, 40)
+    key: str = ""
+
+
+@dataclass(slots=True)
+class Served:
+    """What one tenant got.
+
+    Attributes:
+        latencies_s: from a request to the end of its answer.
+        cost: priced tokens of the answers.
+        refused: requests that were not answered.
+    """
+
+    latencies_s: list[float] = field(default_factory=list)
+    cost: float = 0.0
+    refused: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Who calls how, and for how long.
+
+    Attributes:
+        callers: the tenants.
+        watched: tenants whose answers are counted.
+        answers: how many of them end it.
+    """
+
+    callers: Sequence[Caller]
+    watched: Sequence[str]
+    answers: int
+
+
+async def call(url: str, load: Load, *, seed: int) -> dict[str, Served]:
+    """Let tenants call; what is unanswered at the end is given up and not counted."""
+    found = {caller.name: Served() for caller in load.callers}
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=TIMEOUT, connector=connector) as http:
+        tasks = [
+            asyncio.create_task(
+                _keep_calling(http, url, caller, found[caller.name], f"{seed}/{caller.name}/{i}")
+            )
+            for caller in load.callers
+            for i in range(caller.outstanding)
+        ]
+        while sum(len(found[name].latencies_s) for name in load.watched) < load.answers:
+            done, _ = await asyncio.wait(tasks, timeout=POLL_S, return_when="FIRST_COMPLETED")
+            for task in done:
+                task.result()  # a caller ends by an error only
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return found
+
+
+async def _keep_calling(
+    http: aiohttp.ClientSession, url: str, caller: Caller, served: Served, seed: str
+) -> None:
+    draw = random.Random(seed)
+    headers = {"Authorization": f"Bearer {caller.key or key_of(caller.name)}"}
+    await asyncio.sleep(draw.uniform(0, 0.5))
+    while True:
+        body = _body(draw, caller)
+        begun_s = time.perf_counter()
+        async with http.post(f"{url}/v1/completions", json=body, headers=headers) as response:
+            answer = await response.json()
+        if response.status == 200:
+            served.latencies_s.append(time.perf_counter() - begun_s)
+            served.cost += _cost(answer["usage"])
+        else:
+            served.refused += 1
+        if caller.pause_s:
+            await asyncio.sleep(draw.expovariate(1 / caller.pause_s))
+
+
+def _body(draw: random.Random, caller: Caller) -> dict[str, object]:
+    prompt = "".join(draw.choices(string.ascii_letters + string.digits, k=draw.randint(16, 48)))
+    return {
+        "model": MODEL,
+        "prompt": prompt,
+        "max_tokens": draw.randint(*caller.output_tokens),
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+
+
+def _cost(usage: Mapping[str, int]) -> float:
+    generated = usage["completion_tokens"] * GENERATED_TOKEN_PRICE
+    return usage["prompt_tokens"] * PROMPT_TOKEN_PRICE + generated
+
+
+def jain(values: Sequence[float]) -> float:
+    """Return Jain's index of fairness: 1 if all have as much, 1/n if one has all."""
+    squares = sum(value * value for value in values)
+    return sum(values) ** 2 / (len(values) * squares) if squares else 0.0

@@ -1,0 +1,120 @@
+"""A router with tenants as a process, over functions in sandboxes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+import time
+from asyncio.subprocess import DEVNULL
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+from benchmarks.fleet import resident
+from benchmarks.sides import ROOT
+
+from faasmoe_expert.lifeline import PARENT_VARIABLE
+
+MODEL = "bench"
+START_TIMEOUT_S = 300.0
+END_TIMEOUT_S = 60.0
+POLL_S = 0.05
+LOG_CHARACTERS = 4000
+
+
+def key_of(tenant: str) -> str:
+    """Return a tenant's key."""
+    return f"sk-{tenant}"
+
+
+@asynccontextmanager
+async def tenant_router(
+    moemodel: Path, folder: Path, *, tenants: Sequence[str], max_num_seqs: int
+) -> AsyncIterator[str]:
+    """Serve tenants of equal weight as long as the context lasts; yields the address.
+
+    Args:
+        moemodel: the model's file.
+        folder: where keys and the log are kept meanwhile.
+        tenants: their names.
+        max_num_seqs: sequences computed at once.
+
+    Raises:
+        RuntimeError: the router does not serve or does not end well; has its log.
+    """
+    port = _free_port()
+    async with resident(moemodel) as model:
+        environment = {
+            **model.environment,
+            "FAASMOE_PORT": str(port),
+            "FAASMOE_MODEL_NAME": MODEL,
+            "FAASMOE_MAX_NUM_SEQS": str(max_num_seqs),
+            "FAASMOE_TENANTS_FILE": str(_write_tenants(folder, tenants)),
+            PARENT_VARIABLE: str(os.getpid()),
+        }
+        log = folder / "log"
+        with log.open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "faasmoe_router"),
+                stdin=DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=ROOT,
+                env=environment,
+            )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            await _wait_serving(url, process)
+            yield url
+        except Exception as error:
+            error.add_note((await asyncio.to_thread(log.read_text))[-LOG_CHARACTERS:])
+            raise
+        finally:
+            await _end(process)
+
+
+def _write_tenants(folder: Path, names: Sequence[str]) -> Path:
+    tenants = []
+    for name in names:
+        keys = folder / "keys" / name
+        keys.mkdir(parents=True)
+        (keys / "key").write_text(key_of(name))
+        tenants.append({"name": name, "keysPath": str(keys)})
+    path = folder / "tenants.json"
+    path.write_text(json.dumps({"version": 1, "model": MODEL, "tenants": tenants}))
+    return path
+
+
+async def _wait_serving(url: str, process: asyncio.subprocess.Process) -> None:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    async with aiohttp.ClientSession() as http:
+        while process.returncode is None and time.monotonic() < deadline_s:
+            try:
+                async with http.get(f"{url}/health") as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(POLL_S)
+    raise RuntimeError(f"the router did not serve; its status is {process.returncode}")
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.terminate()
+    try:
+        async with asyncio.timeout(END_TIMEOUT_S):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port

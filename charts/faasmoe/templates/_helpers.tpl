@@ -1,0 +1,76 @@
+{{- define "faasmoe.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "faasmoe.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := include "faasmoe.name" . -}}
+{{- if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "faasmoe.operatorName" -}}
+{{- printf "%s-operator" (include "faasmoe.fullname" .) -}}
+{{- end -}}
+
+{{- define "faasmoe.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "faasmoe.operatorName" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- required "serviceAccount.name: missing, expected the name of an account as serviceAccount.create is false" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "faasmoe.selectorLabels" -}}
+app.kubernetes.io/name: faasmoe-operator
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "faasmoe.labels" -}}
+{{ include "faasmoe.selectorLabels" . }}
+app.kubernetes.io/component: operator
+{{ include "faasmoe.releaseLabels" . }}
+{{- end -}}
+
+{{- define "faasmoe.testLabels" -}}
+app.kubernetes.io/name: faasmoe-test
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: test
+{{- end -}}
+
+{{- define "faasmoe.releaseLabels" -}}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: faasmoe
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{- /* The full name of an image: dict "image" "root". */ -}}
+{{- define "faasmoe.image" -}}
+{{- $registry := default .root.Values.global.imageRegistry .image.registry -}}
+{{- $name := ternary (printf "%s/%s" $registry .image.repository) .image.repository (ne $registry "") -}}
+{{- if .image.digest -}}
+{{- printf "%s@%s" $name .image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" $name (default .root.Chart.AppVersion .image.tag) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "faasmoe.rootKeySecret" -}}
+{{- printf "%s-root-key" (include "faasmoe.fullname" .) -}}
+{{- end -}}
+
+{{- /* The name is the operator's own, whatever the release is called. */ -}}
+{{- define "faasmoe.lease" -}}
+faasmoe-operator
+{{- end -}}
+
+{{- define "faasmoe.controlUrl" -}}
+{{- printf "http://%s.%s.svc:%v" (include "faasmoe.operatorName" .) .Release.Namespace .Values.service.port -}}
+{{- end -}}

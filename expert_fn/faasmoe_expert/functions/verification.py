@@ -1,0 +1,180 @@
+"""Whether a block's bytes are those that were prepared: digests by expert, and files that change.
+
+A digest is SHA-256 over the sums of 4 KiB pages: it finds any flipped bit and any page that is
+missing, empty or in another's place, and runs at the speed at which the pages are read, which their
+first use would do anyway. It is no defence against an attacker, who could as well change the
+manifest.
+
+What was verified is remembered by the file's inode, size and times, in the process and, if a folder
+is given, for all processes of the machine: a marker for each block. A file that changes later is
+noticed by its times, which costs a system call for each frame.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faasmoe_expert.errors import Corrupted
+from faasmoe_expert.store import LayerEntry, LayerMap, Store
+
+logger = logging.getLogger(__name__)
+
+PAGE_WORDS = 512  # of 8 bytes
+FOLDER_VARIABLE = "FAASMOE_VERIFIED_DIR"
+
+Identity = tuple[int, int, int, int, int]
+"""Device, inode, size and times of a file: another one if a byte of it was written."""
+
+
+def page_sum_digest(parts: Iterable[memoryview]) -> str:
+    """Return the digest of bytes that come in parts: 32 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(_page_sums(part))
+    return digest.hexdigest()[:32]
+
+
+def _page_sums(part: memoryview) -> bytes:
+    view = part.cast("B")
+    n_words = len(view) // 8
+    words: NDArray[np.uint64] = np.frombuffer(view, "<u8", n_words)
+    n_pages = n_words // PAGE_WORDS
+    pages = words[: n_pages * PAGE_WORDS].reshape(n_pages, PAGE_WORDS)
+    sums: NDArray[np.uint64] = np.add.reduce(pages, axis=1)
+    rest = bytes(view[n_pages * PAGE_WORDS * 8 :])
+    return sums.tobytes() + rest
+
+
+def layer_digests(mapped: LayerMap, n_experts: int) -> tuple[str, ...]:
+    """Return the digests of a layer: one for each expert, then that of what is not stacked."""
+    blocks = range(n_experts + 1)
+    return tuple(page_sum_digest(_parts(mapped, n_experts, block)) for block in blocks)
+
+
+def _parts(mapped: LayerMap, n_experts: int, block: int) -> Iterator[memoryview]:
+    """Give the bytes of one expert; of what is not stacked, if `block` is beyond the experts."""
+    for _, view in sorted(mapped.tensors.items()):
+        data, is_stacked = view.buffer.cast("B"), view.shape[:1] == (n_experts,)
+        if is_stacked and block < n_experts:
+            stride = len(data) // n_experts
+            yield data[block * stride : (block + 1) * stride]
+        elif not is_stacked and block == n_experts:
+            yield data
+
+
+def identity_of(path: Path) -> Identity | None:
+    """Return what changes when a file's bytes do; None if it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+class Memory:
+    """What was found right: in this process, and in a folder that processes share."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._known: set[str] = set()
+
+    def holds(self, identity: Identity, block: int) -> bool:
+        """Return whether a block of a file was found right since the file last changed."""
+        name = _marker(identity, block)
+        if name not in self._known and self._folder is not None and (self._folder / name).exists():
+            self._known.add(name)
+        return name in self._known
+
+    def add(self, identity: Identity, block: int) -> None:
+        """Take note of a block that was found right."""
+        name = _marker(identity, block)
+        self._known.add(name)
+        if self._folder is None:
+            return
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            (self._folder / name).touch()
+        except OSError as error:  # it will be verified again; nothing else is lost
+            logger.warning("%s cannot be written: %s", self._folder / name, error.strerror)
+
+
+def _marker(identity: Identity, block: int) -> str:
+    return hashlib.sha256(repr((identity, block)).encode()).hexdigest()[:32]
+
+
+@cache
+def shared_memory() -> Memory:
+    """Return this process's memory."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    return Memory(Path(folder) if folder else None)
+
+
+class BlockGuard:
+    """Watches over the mapped bytes of some experts of one layer.
+
+    Args:
+        store: where the layer lies.
+        layer: its entry in the manifest.
+        mapped: its bytes.
+        experts: those that are used.
+        memory: what is known to be right.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        layer: LayerEntry,
+        mapped: LayerMap,
+        experts: Sequence[int],
+        *,
+        memory: Memory | None = None,
+    ) -> None:
+        self._path = store.path / layer.file
+        self._layer = layer
+        self._mapped = mapped
+        self._blocks = (*experts, layer.num_experts)
+        self._memory = memory or shared_memory()
+        self._identity: Identity | None = None
+        self._fault = ""
+
+    def check(self) -> bool:
+        """Return whether the bytes have changed since the last call; raises Corrupted if for bad.
+
+        A file that was removed or replaced is left alone: what is mapped stays as it is.
+        """
+        found = identity_of(self._path)
+        if found is not None and found != self._identity and self._is_mapped(found):
+            self._identity = found
+            self._fault = self._find_fault(found)
+            is_changed = True
+        else:
+            is_changed = False
+        if self._fault:
+            raise Corrupted(self._fault, field="store")
+        return is_changed
+
+    def _is_mapped(self, found: Identity) -> bool:
+        return self._identity is None or found[:2] == self._identity[:2]
+
+    def _find_fault(self, identity: Identity) -> str:
+        n_experts = self._layer.num_experts
+        for block in self._blocks:
+            if self._memory.holds(identity, block):
+                continue
+            got = page_sum_digest(_parts(self._mapped, n_experts, block))
+            if got != (expected := self._layer.digests[block]):
+                what = f"expert {block}" if block < n_experts else "what is not stacked"
+                return (
+                    f"store: layer {self._layer.index}, {what} of {self._path}: got digest {got}, "
+                    f"expected {expected}: its bytes are not those that were prepared"
+                )
+            self._memory.add(identity, block)
+        return ""

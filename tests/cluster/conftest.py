@@ -1,0 +1,135 @@
+"""A cluster for tests: KUBECONFIG's API server, a node without a kubelet, the operator."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from apiserver import ApiServer, Object, eventually
+from helm import Helm
+from installation import installed
+from moemodels import moemodel
+from operator_process import OperatorProcess
+from stand_in_node import STORAGE_CLASS, StandInNode
+
+CHECKPOINTS = "checkpoints"
+ENTRY_POINTS = {"faasmoe/router": "faasmoe_router", "faasmoe/expert": "faasmoe_expert"}
+NEEDED = ("unshare", "chroot", "mount")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark everything in this folder."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
+
+
+@pytest.fixture(scope="session")
+def api() -> Iterator[ApiServer]:
+    """The API server, as an administrator."""
+    if not os.environ.get("KUBECONFIG"):
+        pytest.skip("KUBECONFIG is not set: no API server to test against")
+    api = ApiServer.from_environment()
+    yield api
+    api.close()
+
+
+@pytest.fixture(scope="session")
+def service_account(api: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The operator's account, with exactly the rights that the chart gives it."""
+    with installed(api, Helm.unpacked(tmp_path_factory.mktemp("helm"))) as account:
+        yield account
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny chat model."""
+    from tiny_chat import save_tiny_chat_model
+
+    return save_tiny_chat_model(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def node(api: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandInNode]:
+    """A node whose pods are processes of this machine."""
+    if os.geteuid() != 0 or not all(map(shutil.which, NEEDED)):
+        pytest.skip(f"pods as processes need root and {', '.join(NEEDED)}")
+    folder = tmp_path_factory.mktemp("node")
+    own = ApiServer(api.credentials)  # it calls from a thread of its own
+    with StandInNode(own, folder, entry_points=ENTRY_POINTS).running() as node:
+        yield node
+        assert not node.errors
+    own.close()
+
+
+@pytest.fixture(scope="session")
+def operator(
+    api: ApiServer, service_account: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OperatorProcess]:
+    """The operator, running."""
+    folder = tmp_path_factory.mktemp("operator")
+    process = OperatorProcess(api, folder, service_account=service_account)
+    process.start()
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def namespace(api: ApiServer) -> Iterator[str]:
+    """A namespace of the test's own, held to the restricted Pod Security Standard."""
+    name = f"faasmoe-test-{secrets.token_hex(3)}"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    meta = {"name": name, "labels": labels}
+    api.apply("namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": meta})
+    eventually(lambda: api.find("serviceaccounts", name, "default"), bool)
+    yield name
+    for model in api.list("moemodels", name):
+        api.delete("moemodels", name, model["metadata"]["name"])
+    api.delete("namespaces", "", name)
+
+
+@pytest.fixture
+def claim(api: ApiServer, node: StandInNode, namespace: str, checkpoint: Path) -> str:
+    """A claim with the tiny chat model in its folder `tiny`."""
+    shutil.copytree(checkpoint, node.claim_folder(namespace, CHECKPOINTS) / "tiny")
+    spec = {
+        "accessModes": ["ReadWriteMany"],
+        "resources": {"requests": {"storage": "1Gi"}},
+        "storageClassName": STORAGE_CLASS,
+    }
+    meta = {"name": CHECKPOINTS, "namespace": namespace}
+    api.apply(
+        "persistentvolumeclaims",
+        {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": meta, "spec": spec},
+    )
+    return CHECKPOINTS
+
+
+@pytest.fixture
+def tiny_model(node: StandInNode, namespace: str, claim: str) -> Callable[..., Object]:
+    """Returns a MoEModel of the tiny chat model: `tiny_model("name", experts={...})`."""
+
+    def make(name: str, **parts: Object) -> Object:
+        here = {"nodeSelector": node.selector}
+        scaling = {
+            "windowSeconds": 6,
+            "panicWindowPercentage": 20,
+            "scaleToZeroGracePeriodSeconds": 0,
+        }
+        router = {"device": "cpu", "maxModelLen": 128, "kvCacheMemory": "32Mi"}
+        experts = {"device": "cpu", "warmPool": 0, "scaling": scaling}
+        spec: Object = {
+            "model": {"source": f"pvc://{claim}/tiny"},
+            "store": {"size": "1Gi", "storageClassName": STORAGE_CLASS},
+            "granularity": {"expertsPerFunction": 2},
+            "router": {**router, **parts.pop("router", {}), "template": here},
+            "experts": {**experts, **parts.pop("experts", {}), "template": here},
+        }
+        return moemodel(name, namespace, **{**spec, **parts})
+
+    return make

@@ -1,0 +1,33 @@
+"""Chats with a model's router, by the real client."""
+
+from __future__ import annotations
+
+from apiserver import Object
+from openai import OpenAI
+
+PROMPT = "the quick brown fox"
+TIMEOUT_S = 60.0
+
+
+def chat(
+    router: Object, *, model: str = "tiny", tenant: str = "", key: str = "none", n_tokens: int = 8
+) -> str:
+    """Return what the model says, greedily; raises the client's errors.
+
+    Args:
+        router: the router's pod.
+        model: what the request calls the model.
+        tenant: whose endpoint is called; the common one if empty.
+        key: the API key.
+        n_tokens: tokens to generate.
+    """
+    path = f"{tenant}/v1" if tenant else "v1"
+    url = f"http://{router['status']['podIP']}:8000/{path}"
+    with OpenAI(base_url=url, api_key=key, max_retries=0, timeout=TIMEOUT_S) as client:
+        answer = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": PROMPT}],
+            max_tokens=n_tokens,
+            temperature=0,
+        )
+    return answer.choices[0].message.content or ""

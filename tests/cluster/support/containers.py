@@ -1,0 +1,122 @@
+"""Containers as processes of this machine: same command, environment, volumes; no image.
+
+Each runs in a mount namespace of its own, with the machine's file system beneath an overlay, so
+that volumes can be mounted wherever a pod wants them and what is written goes when it ends. Root
+only.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A folder of this machine, seen by the container at another path."""
+
+    source: Path
+    target: str
+    read_only: bool
+
+
+@dataclass(slots=True)
+class Container:
+    """One running container.
+
+    Attributes:
+        command: what runs in it.
+        environment: all of its environment.
+        mounts: its volumes.
+        folder: for the overlay and the log.
+        termination_log: the container's path of its last words.
+    """
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    mounts: Sequence[Mount]
+    folder: Path
+    termination_log: str = "/dev/termination-log"
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    def start(self) -> None:
+        """Start it."""
+        for name in ("upper", "work", "root"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self._last_words.touch()
+        with self.log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                ["unshare", "--mount", "--propagation", "private", "sh", "-euc", self._script()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**self.environment, "PATH": os.environ["PATH"]},
+                start_new_session=True,
+            )
+
+    @property
+    def log_file(self) -> Path:
+        """What it printed."""
+        return self.folder / "log"
+
+    @property
+    def status(self) -> int | None:
+        """Its exit status, None while it runs."""
+        assert self._process is not None
+        return self._process.poll()
+
+    def last_words(self) -> str:
+        """Return its termination message; the end of its log if it left none."""
+        words = self._last_words.read_text(errors="replace")
+        return words or self.log_file.read_text(errors="replace")[-2048:]
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all of it."""
+        assert self._process is not None
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            return
+
+    def end(self, *, grace_s: float) -> None:
+        """End it and wait for its end."""
+        assert self._process is not None
+        self.signal(signal.SIGTERM)
+        try:
+            self._process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            self.signal(signal.SIGKILL)
+            self._process.wait()
+
+    @property
+    def _last_words(self) -> Path:
+        return self.folder / "termination-log"
+
+    def _script(self) -> str:
+        root = self.folder / "root"
+        layers = f"lowerdir=/,upperdir={self.folder}/upper,workdir={self.folder}/work"
+        lines = [f"mount -t overlay overlay -o {layers} {root}"]
+        lines += [f"mount --rbind {path} {root}{path}" for path in SYSTEM_FOLDERS]
+        for mount in self.mounts:
+            target = shlex.quote(f"{root}{mount.target}")
+            lines.append(f"mkdir -p {target}")
+            lines.append(f"mount --bind {shlex.quote(str(mount.source))} {target}")
+            if mount.read_only:
+                lines.append(f"mount -o remount,bind,ro {target}")
+        words = shlex.quote(f"{root}{self.termination_log}")
+        lines += [f"touch {words}", f"mount --bind {self._last_words} {words}"]
+        lines.append(f"exec chroot {root} {shlex.join(self.command)}")
+        return "\n".join(lines)
+
+
+def module_command(module: str) -> list[str]:
+    """Return the command that runs a module as the images' entry points do."""
+    return [sys.executable, "-m", module]

@@ -1,0 +1,96 @@
+"""MoEModels for tests, and what is read of them."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+from apiserver import ApiServer, Object, eventually
+
+KINDS_OF_A_MODEL = (
+    "pods",
+    "services",
+    "deployments",
+    "jobs",
+    "secrets",
+    "configmaps",
+    "serviceaccounts",
+    "networkpolicies",
+    "poddisruptionbudgets",
+    "persistentvolumeclaims",
+)
+
+
+def moemodel(name: str, namespace: str, **spec: Any) -> Object:
+    """Return a MoEModel."""
+    return {
+        "apiVersion": "faasmoe.dev/v1alpha1",
+        "kind": "MoEModel",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": spec,
+    }
+
+
+def secret(name: str, namespace: str, values: Mapping[str, str]) -> Object:
+    """Return a Secret with these values."""
+    data = {key: base64.b64encode(value.encode()).decode() for key, value in values.items()}
+    meta = {"name": name, "namespace": namespace}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": meta, "data": data}
+
+
+def conditions(api: ApiServer, namespace: str, name: str) -> dict[str, Object]:
+    """Return a MoEModel's conditions by type."""
+    found = api.get("moemodels", namespace, name)
+    return {c["type"]: c for c in found.get("status", {}).get("conditions", [])}
+
+
+def wait_condition(
+    api: ApiServer,
+    namespace: str,
+    name: str,
+    kind: str,
+    *,
+    status: str = "True",
+    reason: str = "",
+    timeout_s: float = 120.0,
+) -> Object:
+    """Wait for a condition of this status, and reason if one is given; return it."""
+    seen = eventually(
+        lambda: conditions(api, namespace, name),
+        lambda found: (
+            found.get(kind, {}).get("status") == status
+            and (not reason or found[kind]["reason"] == reason)
+        ),
+        timeout_s=timeout_s,
+    )
+    return seen[kind]
+
+
+def objects_of(api: ApiServer, namespace: str, model: str) -> dict[str, list[str]]:
+    """Return the names of the objects that belong to a model, by plural."""
+    labels = f"faasmoe.dev/model={model}"
+    found = {
+        plural: [o["metadata"]["name"] for o in api.list(plural, namespace, labels=labels)]
+        for plural in KINDS_OF_A_MODEL
+    }
+    return {plural: sorted(names) for plural, names in found.items() if names}
+
+
+def sandboxes(api: ApiServer, namespace: str, model: str) -> list[Object]:
+    """Return a model's sandboxes that are not on their way out."""
+    labels = f"faasmoe.dev/model={model},app.kubernetes.io/component=sandbox"
+    pods = api.list("pods", namespace, labels=labels)
+    return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+
+
+def router_pods(api: ApiServer, namespace: str, model: str) -> list[Object]:
+    """Return a model's routers that are ready and not on their way out."""
+    labels = f"faasmoe.dev/model={model},app.kubernetes.io/component=router"
+    pods = api.list("pods", namespace, labels=labels)
+    return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"] and _is_ready(pod)]
+
+
+def _is_ready(pod: Mapping[str, Any]) -> bool:
+    found = pod.get("status", {}).get("conditions", [])
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in found)

@@ -1,0 +1,87 @@
+"""A node's place in the cluster: the Node object and its heartbeats, without a kubelet."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+
+from apiserver import ApiServer, Object
+
+HEARTBEAT_S = 5.0
+LEASES = "kube-node-lease"
+
+
+class NodeRegistration:
+    """Keeps a node registered and ready, so that the scheduler binds pods to it.
+
+    Args:
+        api: as an administrator.
+        hostname: the node's name, and its label kubernetes.io/hostname.
+        n_pods: pods that it can hold.
+    """
+
+    def __init__(self, api: ApiServer, hostname: str, *, n_pods: int = 500) -> None:
+        self._api = api
+        self._hostname = hostname
+        self._n_pods = n_pods
+        self._due_s = 0.0
+
+    @property
+    def selector(self) -> dict[str, str]:
+        """The node selector of pods that are to run here."""
+        return {"kubernetes.io/hostname": self._hostname}
+
+    def begin(self) -> None:
+        """Register the node."""
+        labels = {**self.selector, "kubernetes.io/os": "linux"}
+        meta = {"name": self._hostname, "labels": labels}
+        self._api.delete("nodes", "", self._hostname)
+        self._api.apply("nodes", {"apiVersion": "v1", "kind": "Node", "metadata": meta})
+        self.keep()
+
+    def keep(self) -> None:
+        """Send a heartbeat if one is due."""
+        if time.monotonic() < self._due_s:
+            return
+        self._due_s = time.monotonic() + HEARTBEAT_S
+        self._tell()
+        self._renew()
+
+    def end(self) -> None:
+        """Take the node out of the cluster."""
+        self._api.delete("nodes", "", self._hostname)
+
+    def _tell(self) -> None:
+        resources = {
+            "cpu": "1000",
+            "memory": "1000Gi",
+            "pods": str(self._n_pods),
+            "ephemeral-storage": "1000Gi",
+        }
+        ready = condition("Ready", is_true=True) | {
+            "reason": "StandIn",
+            "message": "there is no kubelet",
+            "lastHeartbeatTime": now(),
+        }
+        status = {"capacity": resources, "allocatable": resources, "conditions": [ready]}
+        self._api.patch("nodes", "", self._hostname, {"status": status}, subresource="status")
+
+    def _renew(self) -> None:
+        spec = {
+            "holderIdentity": self._hostname,
+            "leaseDurationSeconds": 40,
+            "renewTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        }
+        meta = {"name": self._hostname, "namespace": LEASES}
+        lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": meta}
+        self._api.apply("leases", {**lease, "spec": spec})
+
+
+def condition(kind: str, *, is_true: bool) -> Object:
+    """Return a condition that has changed this moment."""
+    return {"type": kind, "status": str(is_true), "lastTransitionTime": now()}
+
+
+def now() -> str:
+    """Return the time of day as Kubernetes writes it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,55 @@
+"""One MoEModel from apply to delete: its pods run, its functions come and go, tenants chat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from apiserver import ApiServer, Object, eventually
+from chats import chat
+from moemodels import objects_of, router_pods, sandboxes, wait_condition
+from operator_process import OperatorProcess
+from stand_in_node import StandInNode
+
+KEY = "sk-tests-acme"
+
+
+def test_a_model_is_prepared_and_served_scaled_suspended_and_deleted(
+    api: ApiServer,
+    operator: OperatorProcess,
+    node: StandInNode,
+    namespace: str,
+    tiny_model: Callable[..., Object],
+) -> None:
+    api.create("moemodels", tiny_model("tiny"))
+    wait_condition(api, namespace, "tiny", "Ready")
+    status = api.get("moemodels", namespace, "tiny")["status"]
+    assert status["functions"] == {"total": 4, "active": 0, "replicas": 0}
+    assert sandboxes(api, namespace, "tiny") == []
+
+    (router,) = router_pods(api, namespace, "tiny")
+    text = chat(router)
+    assert text == chat(router)
+    held = sandboxes(api, namespace, "tiny")
+    assert held
+    labels = [pod["metadata"]["labels"] for pod in held]
+    assert all(pod["faasmoe.dev/pool"] == "assigned" for pod in labels)
+    assert len({pod["faasmoe.dev/function"] for pod in labels}) == len(held)
+    wait_condition(api, namespace, "tiny", "Active")
+
+    eventually(lambda: sandboxes(api, namespace, "tiny"), lambda pods: pods == [])
+    wait_condition(api, namespace, "tiny", "Active", status="False")
+    assert chat(router) == text
+
+    api.patch("moemodels", namespace, "tiny", {"spec": {"suspend": True}})
+    wait_condition(api, namespace, "tiny", "Ready", status="False", reason="Suspended")
+    labels_of_pods = "faasmoe.dev/model=tiny,app.kubernetes.io/component in (router,sandbox)"
+    eventually(lambda: api.list("pods", namespace, labels=labels_of_pods), lambda p: p == [])
+    api.patch("moemodels", namespace, "tiny", {"spec": {"suspend": False}})
+    wait_condition(api, namespace, "tiny", "Ready")
+    (router,) = eventually(
+        lambda: router_pods(api, namespace, "tiny"), lambda routers: len(routers) == 1
+    )
+    assert chat(router) == text
+
+    api.delete("moemodels", namespace, "tiny")
+    eventually(lambda: objects_of(api, namespace, "tiny"), lambda found: found == {})

@@ -1,0 +1,126 @@
+"""The operator is killed at bad moments and started again: nothing is lost, nothing done twice."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from apiserver import ApiServer, Object, eventually
+from chats import chat
+from moemodels import objects_of, router_pods, sandboxes, wait_condition
+from operator_process import OperatorProcess
+from stand_in_node import StandInNode
+
+LONG_WINDOW = {"scaling": {"windowSeconds": 600}}
+
+
+def test_finishes_what_an_operator_that_was_killed_had_begun(
+    api: ApiServer,
+    operator: OperatorProcess,
+    node: StandInNode,
+    namespace: str,
+    tiny_model: Callable[..., Object],
+) -> None:
+    api.create("moemodels", tiny_model("tiny"))
+    labels = "faasmoe.dev/model=tiny"
+    eventually(lambda: api.list("serviceaccounts", namespace, labels=labels), bool)
+    operator.kill()  # somewhere between its first object and its last
+    operator.start()
+    wait_condition(api, namespace, "tiny", "Ready")
+    found = objects_of(api, namespace, "tiny")
+    assert len(found["deployments"]) == len(found["jobs"]) == len(found["secrets"]) == 1
+
+
+def test_serves_on_while_the_operator_is_away_and_takes_its_sandboxes_back(
+    api: ApiServer,
+    operator: OperatorProcess,
+    node: StandInNode,
+    namespace: str,
+    tiny_model: Callable[..., Object],
+) -> None:
+    api.create("moemodels", tiny_model("tiny", experts=LONG_WINDOW))
+    wait_condition(api, namespace, "tiny", "Ready")
+    (router,) = router_pods(api, namespace, "tiny")
+    text = chat(router)
+    before = _assignments(api, namespace)
+    assert before
+
+    operator.kill()
+    assert chat(router) == text
+    operator.start()
+    wait_condition(api, namespace, "tiny", "Active")
+    assert chat(router) == text
+    assert _assignments(api, namespace) == before
+
+
+def test_loses_no_request_while_routers_and_sandboxes_are_replaced(
+    api: ApiServer,
+    operator: OperatorProcess,
+    node: StandInNode,
+    namespace: str,
+    tiny_model: Callable[..., Object],
+) -> None:
+    api.create("moemodels", tiny_model("tiny", experts=LONG_WINDOW))
+    wait_condition(api, namespace, "tiny", "Ready")
+    (router,) = router_pods(api, namespace, "tiny")
+    text = chat(router)
+    old = {pod["metadata"]["uid"] for pod in sandboxes(api, namespace, "tiny")}
+
+    with _Traffic(api, namespace) as traffic:
+        change = {
+            "granularity": {"expertsPerFunction": 4},
+            "experts": {"template": {"labels": {"team": "blue"}}},
+            "router": {"template": {"labels": {"team": "blue"}}},
+        }
+        api.patch("moemodels", namespace, "tiny", {"spec": change})
+        eventually(
+            lambda: api.get("moemodels", namespace, "tiny")["status"],
+            lambda status: status["observedGeneration"] == 2 and status["functions"]["total"] == 2,
+        )
+        eventually(
+            lambda: router_pods(api, namespace, "tiny"),
+            lambda pods: len(pods) == 1 and pods[0]["metadata"]["labels"].get("team") == "blue",
+            timeout_s=180,
+        )
+        eventually(
+            lambda: {pod["metadata"]["uid"] for pod in sandboxes(api, namespace, "tiny")},
+            lambda uids: uids and not uids & old,
+        )
+    assert traffic.errors == []
+    assert set(traffic.texts) == {text}
+    assert len(traffic.texts) > 5
+
+
+def _assignments(api: ApiServer, namespace: str) -> dict[str, str]:
+    """Return the function of each sandbox, by the pod's uid."""
+    pods = sandboxes(api, namespace, "tiny")
+    return {p["metadata"]["uid"]: p["metadata"]["labels"]["faasmoe.dev/function"] for p in pods}
+
+
+class _Traffic:
+    """Chats without a pause, each with a router that is ready and stays, as a Service would."""
+
+    def __init__(self, api: ApiServer, namespace: str) -> None:
+        self.texts: list[str] = []
+        self.errors: list[str] = []
+        self._api = ApiServer(api.credentials)
+        self._namespace = namespace
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> _Traffic:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self._api.close()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                router = router_pods(self._api, self._namespace, "tiny")[-1]
+                self.texts.append(chat(router))
+            except Exception as error:  # every one counts
+                self.errors.append(f"{type(error).__name__}: {error}")

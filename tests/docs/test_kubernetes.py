@@ -1,0 +1,84 @@
+"""What docs/kubernetes says is so: its MoEModels, its reasons, its alerts, its links."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from faasmoe_operator.kube.store_summary import FailureReason
+from faasmoe_operator.spec import MoEModel
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs" / "kubernetes").glob("*.md"))
+TROUBLESHOOTING = (ROOT / "docs" / "kubernetes" / "troubleshooting.md").read_text()
+VERDICTS = {"good": 0, "bad": 0, "pending": 0, "Trouble": 0, "Verdict": 1}
+"""What makes a reason, and which of its arguments it is."""
+
+
+def blocks(page: Path) -> Iterator[dict[str, Any]]:
+    for text in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), flags=re.S | re.M):
+        yield from yaml.safe_load_all(text)
+
+
+MODELS = [
+    pytest.param(block, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, block in enumerate(blocks(page))
+    if block.get("kind", "MoEModel") == "MoEModel"
+]
+
+
+@pytest.mark.parametrize("block", MODELS)
+def test_every_example_is_a_moemodel_or_a_part_of_one(block: dict[str, Any]) -> None:
+    source = {"source": "hf://o/m"}
+    MoEModel.from_object(
+        {
+            "apiVersion": "faasmoe.dev/v1alpha1",
+            "kind": "MoEModel",
+            "metadata": {"name": "example"},
+            **block,
+            "spec": {"model": source, **block["spec"]},
+        }
+    )
+
+
+def reasons() -> set[str]:
+    """Return the reasons that the operator gives, as its source has them."""
+    found = {reason.value for reason in FailureReason}
+    for module in (ROOT / "operator" / "faasmoe_operator" / "kube").glob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                place = VERDICTS.get(node.func.id)
+                if place is None or len(node.args) <= place:
+                    continue
+                argument = node.args[place]
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                    found.add(argument.value)
+    return found - {"Ready"}
+
+
+def test_finds_the_reasons_in_the_source() -> None:
+    assert {"Suspended", "ImagePullFailed", "NoTraffic", "Prepared"} <= reasons()
+
+
+@pytest.mark.parametrize("reason", sorted(reasons()))
+def test_every_reason_is_explained(reason: str) -> None:
+    assert f"`{reason}`" in TROUBLESHOOTING
+
+
+def test_every_alert_is_explained_where_its_runbook_says() -> None:
+    files = (ROOT / "charts" / "faasmoe" / "alerts").glob("*.yaml")
+    alerts = {alert["name"] for file in files for alert in yaml.safe_load(file.read_text())}
+    assert alerts
+    headings = set(re.findall(r"^### (Faasmoe\w+)$", TROUBLESHOOTING, flags=re.M))
+    assert headings == alerts
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_every_link_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []

@@ -1,0 +1,30 @@
+import asyncio
+
+from faasmoe_expert.server.answer import Answer
+from faasmoe_expert.server.protocol import HttpRequest
+from faasmoe_expert.server.tidy import Tidy
+
+
+def answer(_: HttpRequest) -> Answer:
+    return Answer.of_json(200, {})
+
+
+def test_gives_memory_back_once_for_the_requests_of_a_moment() -> None:
+    async def run() -> list[int]:
+        given, seen, done = [0], list[int](), asyncio.Event()
+
+        def give_back() -> None:
+            given[0] += 1
+            done.set()
+
+        tidy = Tidy(answer, after_s=0.01, give_back=give_back)
+        for _ in range(2):
+            for _ in range(3):
+                assert tidy.handle(HttpRequest()).status == 200
+            seen.append(given[0])  # not while requests are answered
+            await done.wait()
+            done.clear()
+            seen.append(given[0])
+        return seen
+
+    assert asyncio.run(run()) == [0, 1, 1, 2]

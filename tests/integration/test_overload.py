@@ -1,0 +1,177 @@
+"""Ten times what can be computed: what is refused is told so, what is accepted is not slowed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import aiohttp
+import psutil
+import pytest
+from launched import Up, launched
+from tiny_chat import MAX_MODEL_LEN, save_tiny_chat_model
+
+N_SEQS = 8
+N_WAITING = 1  # an eighth of what runs: an accepted request waits for an eighth of its time
+N_TOKENS = 96
+BASELINE_S = 8.0
+FACTOR = 10
+MAX_GROWTH_BYTES = 64 << 20
+MOEMODEL = """
+apiVersion: faasmoe.dev/v1alpha1
+kind: MoEModel
+metadata: {{name: tiny}}
+spec:
+  model: {{source: "file://{model}"}}
+  store: {{path: "{store}"}}
+  granularity: {{expertsPerFunction: 2}}
+  router: {{maxModelLen: {length}, maxNumSeqs: {seqs}, maxWaiting: {waiting}, device: cpu}}
+  experts: {{device: cpu, functionsPerSandbox: 4, scaling: {{minScale: 1, maxScale: 1}}}}
+"""
+
+
+@dataclass
+class Outcome:
+    """What clients saw."""
+
+    accepted_s: list[float] = field(default_factory=list)
+    refused_s: list[float] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    def percentile_s(self, percent: float) -> float:
+        ordered = sorted(self.accepted_s)
+        return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    folder = tmp_path_factory.mktemp("overload")
+    file = folder / "tiny.yaml"
+    file.write_text(
+        MOEMODEL.format(
+            model=save_tiny_chat_model(folder / "model"),
+            store=folder / "store",
+            length=MAX_MODEL_LEN,
+            seqs=N_SEQS,
+            waiting=N_WAITING,
+        )
+    )
+    with launched(file, file.with_suffix(".log")) as up:
+        yield up
+
+
+class Clients:
+    """Clients of one router."""
+
+    def __init__(self, http: aiohttp.ClientSession, up: Up) -> None:
+        self._http = http
+        self._url = f"{up.base_url}/v1/completions"
+        self._n = 0
+
+    async def ask(self, outcome: Outcome) -> None:
+        """Ask once, and check the form of a refusal."""
+        self._n += 1
+        body = {
+            "model": "tiny",
+            "prompt": f"the quick fox {self._n}",
+            "max_tokens": N_TOKENS,
+            "temperature": 0,
+        }
+        begun_s = time.monotonic()
+        async with self._http.post(self._url, json=body) as answer:
+            value = await answer.json()
+            took_s = time.monotonic() - begun_s
+            outcome.statuses[answer.status] += 1
+            if answer.status == 200:
+                outcome.accepted_s.append(took_s)
+                if value["usage"]["completion_tokens"] != N_TOKENS:
+                    outcome.faults.append(str(value))
+                return
+            outcome.refused_s.append(took_s)
+            error = value.get("error", {})
+            is_right = (
+                answer.status in (429, 503)
+                and int(answer.headers.get("Retry-After", 0)) >= 1
+                and error.keys() == {"message", "type", "param", "code"}
+            )
+            if not is_right:
+                outcome.faults.append(f"{answer.status} {dict(answer.headers)} {value}")
+
+    async def at_capacity(self, for_s: float) -> Outcome:
+        """Keep as many requests running as are computed at once."""
+        outcome, end_s = Outcome(), time.monotonic() + for_s
+
+        async def ask_on() -> None:
+            while time.monotonic() < end_s:
+                await self.ask(outcome)
+
+        await asyncio.gather(*(ask_on() for _ in range(N_SEQS)))
+        return outcome
+
+    async def at_rate(self, per_s: float, for_s: float) -> Outcome:
+        """Begin so many requests in a second, whatever became of those before."""
+        outcome, begun_s = Outcome(), time.monotonic()
+        tasks: set[asyncio.Task[None]] = set()
+        n_begun = 0
+        while (now_s := time.monotonic()) < begun_s + for_s:
+            while n_begun < (now_s - begun_s) * per_s:
+                n_begun += 1
+                task = asyncio.create_task(self.ask(outcome))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+            await asyncio.sleep(0.005)
+        await asyncio.gather(*tasks)
+        return outcome
+
+
+async def overload(up: Up, for_s: float) -> dict[str, float]:
+    """Overload a router; return the figures once they were checked."""
+    router = up.child("faasmoe_router")
+    assert router is not None
+    timeout = aiohttp.ClientTimeout(total=120)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
+        clients = Clients(http, up)
+        await clients.at_capacity(2.0)
+        before = await clients.at_capacity(BASELINE_S)
+        memory = _memory(router)
+        per_s = FACTOR * len(before.accepted_s) / BASELINE_S
+        during = await clients.at_rate(per_s, for_s)
+        peak = _memory(router)
+        after = await clients.at_capacity(BASELINE_S)
+    assert before.statuses.keys() == after.statuses.keys() == {200}
+    assert during.faults == before.faults == after.faults == []
+    assert during.statuses.total() >= 0.8 * per_s * for_s, "the overload was none"
+    assert during.statuses[200] < during.statuses.total() / 2
+    assert during.percentile_s(99) <= 2 * before.percentile_s(99)
+    assert after.percentile_s(50) <= 1.5 * before.percentile_s(50), "it did not recover"
+    assert peak - memory <= MAX_GROWTH_BYTES
+    assert up.router_metric("local_computations_total") == 0
+    return {
+        "capacity_per_s": len(before.accepted_s) / BASELINE_S,
+        "offered_per_s": during.statuses.total() / for_s,
+        "accepted_per_s": during.statuses[200] / for_s,
+        "p99_before_s": before.percentile_s(99),
+        "p99_during_s": during.percentile_s(99),
+        "p99_after_s": after.percentile_s(99),
+        "refusal_max_s": max(during.refused_s),
+        "memory_growth_bytes": peak - memory,
+    }
+
+
+def _memory(process: psutil.Process) -> int:
+    return int(process.memory_info().rss)
+
+
+def test_ten_times_the_capacity_is_refused_in_form_and_slows_nobody_accepted(up: Up) -> None:
+    print(asyncio.run(overload(up, 10.0)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_minute_of_ten_times_the_capacity(up: Up) -> None:
+    print(asyncio.run(overload(up, 60.0)))

@@ -1,0 +1,170 @@
+"""Functions go up and down for a long time: memory, descriptors, threads and tasks stay bounded.
+
+`make soak`; FAASMOE_SOAK_MINUTES says for how long, 20 by default.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from launched import Up, launched, wait_until
+from tiny_chat import MAX_MODEL_LEN, save_tiny_chat_model
+
+from faasmoe_operator.platforms.memory import pss_bytes
+
+MINUTES = float(os.environ.get("FAASMOE_SOAK_MINUTES", "20"))
+BUSY_S = 8.0
+N_CLIENTS = 8
+N_TOKENS = 24
+WINDOW_S = 6  # Knative's least
+OUT = Path(__file__).parents[2] / "benchmarks" / "out" / "soak.json"
+MOEMODEL = """
+apiVersion: faasmoe.dev/v1alpha1
+kind: MoEModel
+metadata: {{name: tiny}}
+spec:
+  model: {{source: "file://{model}"}}
+  store: {{path: "{store}"}}
+  granularity: {{expertsPerFunction: 2}}
+  router: {{maxModelLen: {length}, maxNumSeqs: 8, device: cpu}}
+  experts:
+    device: cpu
+    functionsPerSandbox: 2
+    warmPool: 1
+    scaling: {{windowSeconds: {window}, panicWindowPercentage: 20,
+      scaleToZeroGracePeriodSeconds: 0}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What the long-lived processes held when nothing went on.
+
+    Attributes:
+        router_bytes: memory of the router.
+        control_bytes: memory of the control process.
+        zygote_bytes: memory of the zygote.
+        descriptors: of all three.
+        threads: of all three.
+        tasks: of router and control.
+        sandboxes: processes.
+    """
+
+    router_bytes: int
+    control_bytes: int
+    zygote_bytes: int
+    descriptors: int
+    threads: int
+    tasks: int
+    sandboxes: int
+
+
+BOUNDS = Sample(
+    router_bytes=24 << 20,
+    control_bytes=8 << 20,
+    zygote_bytes=4 << 20,
+    descriptors=16,
+    threads=4,
+    tasks=8,
+    sandboxes=1,
+)
+"""How much more the last samples may show than the first ones after a warm-up."""
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Up]:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(
+        MOEMODEL.format(
+            model=save_tiny_chat_model(tmp_path / "model"),
+            store=tmp_path / "store",
+            length=MAX_MODEL_LEN,
+            window=WINDOW_S,
+        )
+    )
+    with launched(file, file.with_suffix(".log")) as up:
+        yield up
+
+
+def traffic(up: Up, for_s: float) -> int:
+    """Ask by several clients for a time; return the answers."""
+    end_s = time.monotonic() + for_s
+
+    def ask(n: int) -> int:
+        n_answers = 0
+        with httpx.Client(base_url=up.base_url, timeout=60, trust_env=False) as client:
+            while time.monotonic() < end_s:
+                body = {"model": "tiny", "prompt": f"fox {n}", "max_tokens": N_TOKENS}
+                answer = client.post("/v1/completions", json=body)
+                assert answer.status_code == 200, answer.text
+                n_answers += 1
+        return n_answers
+
+    with ThreadPoolExecutor(N_CLIENTS) as clients:
+        return sum(clients.map(ask, range(N_CLIENTS)))
+
+
+def sample(up: Up) -> Sample:
+    names = ("faasmoe_router", "faasmoe_operator.control", "faasmoe_expert.zygote")
+    processes = [up.child(name) for name in names]
+    found = [process for process in processes if process is not None]
+    assert len(found) == len(names)
+    router_bytes, control_bytes, zygote_bytes = (pss_bytes(p.pid) or 0 for p in found)
+    return Sample(
+        router_bytes=router_bytes,
+        control_bytes=control_bytes,
+        zygote_bytes=zygote_bytes,
+        descriptors=sum(process.num_fds() for process in found),
+        threads=sum(process.num_threads() for process in found),
+        tasks=int(up.router_metric("tasks") + up.control_metric("tasks")),
+        sandboxes=len(up.sandboxes),
+    )
+
+
+def went_to_zero(up: Up) -> bool:
+    return all(function["ready"] == 0 for function in up.status()["functions"])
+
+
+def median(samples: Sequence[Sample], name: str) -> float:
+    values = sorted(getattr(one, name) for one in samples)
+    return float(values[len(values) // 2])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(MINUTES * 60 + 600)
+def test_nothing_grows_while_functions_go_up_and_down(up: Up) -> None:
+    samples: list[Sample] = []
+    n_answers, end_s = 0, time.monotonic() + MINUTES * 60
+    while time.monotonic() < end_s or len(samples) < 8:
+        n_answers += traffic(up, BUSY_S)
+        wait_until(lambda: went_to_zero(up), timeout_s=60, what="zero")
+        gc.collect()
+        samples.append(sample(up))
+    quarter = max(2, len(samples) // 4)
+    first, last = samples[quarter : 2 * quarter], samples[-quarter:]
+    growth = {name: median(last, name) - median(first, name) for name in asdict(BOUNDS)}
+    figures = {
+        "minutes": MINUTES,
+        "answers": n_answers,
+        "cycles": len(samples),
+        "growth": growth,
+        "bounds": asdict(BOUNDS),
+        "first": asdict(samples[0]),
+        "last": asdict(samples[-1]),
+        "load_1min": psutil.getloadavg()[0],
+    }
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures))
+    over = {name: grown for name, grown in growth.items() if grown > getattr(BOUNDS, name)}
+    assert not over, figures

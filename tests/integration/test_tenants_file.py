@@ -1,0 +1,55 @@
+"""What the control plane writes of tenants is what the router reads."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from faasmoe_operator.spec.moemodel import MoEModel
+from faasmoe_operator.spec.tenants_document import tenants_document
+from faasmoe_router.tenants.document import TenantsDocument
+from faasmoe_router.tenants.fairness import Share
+
+LIMITS = {
+    "requestsPerMinute": 600,
+    "tokensPerMinute": 200_000,
+    "maxConcurrentRequests": 16,
+    "maxQueuedRequests": 0,
+    "maxModelLen": 4096,
+    "maxOutputTokens": 512,
+}
+
+
+def written(*tenants: dict[str, Any]) -> TenantsDocument:
+    model = MoEModel.from_object(
+        {
+            "apiVersion": "faasmoe.dev/v1alpha1",
+            "kind": "MoEModel",
+            "metadata": {"name": "demo", "namespace": "llm"},
+            "spec": {"model": {"source": "hf://a/b"}, "tenants": list(tenants)},
+        }
+    )
+    document = tenants_document(model, lambda tenant: f"/keys/{tenant.name}")
+    return TenantsDocument.loads(json.dumps(document).encode())
+
+
+def test_every_field_arrives() -> None:
+    acme = {
+        "name": "acme",
+        "apiKeysSecretRef": {"name": "acme-keys"},
+        "weight": 1000,
+        "priority": -10,
+        "modelAlias": "acme-chat",
+        "systemPrompt": "x" * 8192,
+        "sharePrefixCacheWith": ["beta"],
+        "limits": LIMITS,
+    }
+    read = written(acme, {"name": "beta", "apiKeysSecretRef": {"name": "b"}})
+    assert read.model == "demo"
+    tenant, other = read.tenants
+    assert tenant.share() == Share(weight=1000, priority=-10, max_running=16, max_queued=0)
+    assert tenant.limits.model_dump(by_alias=True) == LIMITS
+    assert (tenant.model_alias, tenant.system_prompt) == ("acme-chat", "x" * 8192)
+    assert (tenant.share_prefix_cache_with, tenant.keys_path) == (["beta"], "/keys/acme")
+    assert other.share() == Share()
+    assert set(other.limits.model_dump().values()) == {None}

@@ -1,0 +1,204 @@
+"""A control core that rests decides what one that never does would have decided."""
+
+import asyncio
+import math
+from dataclasses import replace
+
+from boxes import TIMING, Boxes, controlling, eventually, model_of, reporting, serving, world
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from faasmoe_expert.table import FunctionSpec
+from faasmoe_operator.control.controller import Controller
+from faasmoe_operator.control.functions import ManagedFunction
+from faasmoe_operator.control.pulse import Pulse
+from faasmoe_operator.control.reports import FunctionLoad, LoadReport
+from faasmoe_operator.control.scalers import Found, Scalers
+from faasmoe_operator.scaling import ScalingSettings
+
+ELASTIC = ScalingSettings(
+    initial_scale=0, max_scale=8, target=4, window_s=6, panic_window_percentage=20,
+    scale_to_zero_grace_period_s=2,
+)  # fmt: skip
+PINNED = replace(ELASTIC, min_scale=2)
+DELAYED = replace(ELASTIC, min_scale=1, scale_down_delay_s=5, window_s=8)
+SETTINGS = {"elastic": ELASTIC, "pinned": PINNED, "delayed": DELAYED}
+
+Second = tuple[dict[str, float] | None, list[str]]
+"""A second's load, None while nothing is known, and the functions woken in it."""
+
+
+def functions() -> list[ManagedFunction]:
+    return [
+        ManagedFunction(FunctionSpec(name, (0,), (index,)), 1, given)
+        for index, (name, given) in enumerate(SETTINGS.items())
+    ]
+
+
+class Run:
+    """Scalers over seconds; replicas are ready as soon as they are wanted."""
+
+    def __init__(self, *, rests: bool) -> None:
+        found = {name: Found(1, 1) for name in SETTINGS}
+        self._scalers = Scalers(functions(), found=found, now=0.0)
+        self._rests = rests
+        self._resting = False
+        self._last = 0.0
+        self.n_decisions = 0
+
+    def second(self, now: float, load: dict[str, float] | None, woken: list[str]) -> dict[str, int]:
+        is_silent = not any((load or {}).values()) and not woken
+        begins = self._rests and self._scalers.are_at_rest(self.desired(), now=now)
+        self._resting = is_silent and (self._resting or begins)
+        if not self._resting:
+            if load is not None:
+                self._scalers.observe_silence(self._last, now)
+            self._last = now
+            self._scalers.wake(woken, now=now)
+            self._scalers.observe(load, now=now)
+            self._scalers.decide(self.desired(), now=now)
+            self.n_decisions += 1
+        return self.desired()
+
+    def desired(self) -> dict[str, int]:
+        return {name: self._scalers.desired(name) for name in SETTINGS}
+
+    def phases(self) -> dict[str, str]:
+        return {name: self._scalers.phase(name).value for name in SETTINGS}
+
+
+loads = st.dictionaries(
+    st.sampled_from(sorted(SETTINGS)), st.sampled_from([0.0, 0.3, 2.9, 11.0, 60])
+)
+seconds = st.tuples(loads, st.lists(st.sampled_from(sorted(SETTINGS)), max_size=1))
+NOTHING: Second = ({}, [])
+quiet = st.integers(1, 40).map(lambda n: [NOTHING] * n)
+stories = st.lists(st.one_of(seconds.map(lambda s: [s]), quiet), min_size=1, max_size=20)
+
+
+@settings(max_examples=300)
+@given(story=stories, n_unknown=st.integers(0, 5))
+def test_decisions_are_the_same_with_and_without_rest(
+    story: list[list[Second]], n_unknown: int
+) -> None:
+    always, resting = Run(rests=False), Run(rests=True)
+    unknown: list[Second] = [(None, [])] * n_unknown
+    for at, (load, woken) in enumerate([*unknown, *(s for part in story for s in part)], start=1):
+        expected = always.second(float(at), load, woken)
+        assert resting.second(float(at), load, woken) == expected, f"second {at}"
+        assert resting.phases() == always.phases(), f"second {at}"
+
+
+def test_an_idle_model_is_decided_about_until_it_is_at_zero_and_then_never() -> None:
+    run = Run(rests=True)
+    for at in range(1, 1000):
+        run.second(float(at), {}, [])
+    assert run.desired() == {"elastic": 0, "pinned": 2, "delayed": 1}
+    assert run.n_decisions < 20
+
+
+def test_an_idle_core_makes_no_rounds_and_no_decisions() -> None:
+    async def story() -> None:
+        async with world(model_of(3, warm_pool=1)) as (controller, _):
+            ticks = count_ticks(controller)
+            controller.wake(["f1"])
+            await eventually(lambda: serving(controller) == {"f1"})
+            controller.take(LoadReport("r"))
+            await eventually(lambda: not serving(controller), "zero")
+            await eventually(lambda: ticks.rests(), "rest")
+            revision = controller.revision
+            for _ in range(10):
+                controller.take(LoadReport("r"))  # as a router does that has nothing to do
+                await asyncio.sleep(TIMING.tick_s)
+            assert controller.revision == revision
+            async with reporting(controller, LoadReport("r", {"f2": FunctionLoad(1.0, 1, 1)})):
+                await eventually(lambda: serving(controller) == {"f2"}, "roused by load")
+
+    asyncio.run(story())
+
+
+def test_a_core_at_rest_replaces_a_sandbox_that_is_lost() -> None:
+    async def story() -> None:
+        async with world(model_of(1, warm_pool=1)) as (controller, boxes):
+            ticks = count_ticks(controller)
+            controller.take(LoadReport("r"))
+            await eventually(lambda: controller.fleet.n_generic() == 1 and ticks.rests())
+            (lost,) = boxes.boxes
+            await boxes.kill(lost)
+            await eventually(lambda: bool(boxes.boxes) and controller.fleet.n_generic() == 1)
+            assert lost not in boxes.boxes
+
+    asyncio.run(story())
+
+
+class NeverReady(Boxes):
+    """A platform whose sandboxes never become ready."""
+
+    async def list(self) -> tuple:  # type: ignore[type-arg]
+        return tuple(replace(sandbox, ready=False) for sandbox in await super().list())
+
+
+def test_a_core_at_rest_wakes_for_the_deadline_of_a_sandbox_that_starts() -> None:
+    async def story() -> None:
+
+        boxes, timing = NeverReady(), replace(TIMING, start_deadline_s=40.0)
+        try:
+            async with controlling(model_of(1, warm_pool=1), boxes, timing=timing) as controller:
+                ticks = count_ticks(controller)
+                await eventually(lambda: ticks.rests(), "rest while it starts")
+                (late,) = boxes.boxes
+                await eventually(lambda: boxes.n_created >= 2 and late not in boxes.boxes)
+                assert "was not ready in time" in controller.trouble
+        finally:
+            await boxes.end()
+
+    asyncio.run(story())
+
+
+class Ticks:
+    """Counts a controller's ticks."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._seen = (0, 0.0)
+
+    def rests(self) -> bool:
+        """Return whether there has been none for ten periods."""
+        now = asyncio.get_running_loop().time()
+        if self._seen[0] != self.n or self._seen[1] == 0.0:
+            self._seen = (self.n, now)
+        return now - self._seen[1] > 10 * TIMING.tick_s
+
+
+def count_ticks(controller: Controller) -> Ticks:
+    ticks, tick = Ticks(), controller.scalers.decide
+
+    def counted(*args: object, **kwargs: object) -> object:
+        ticks.n += 1
+        return tick(*args, **kwargs)  # type: ignore[arg-type]
+
+    controller.scalers.decide = counted  # type: ignore[method-assign, assignment]
+    return ticks
+
+
+def test_a_pulse_keeps_to_its_grid_whatever_it_rested() -> None:
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        beats: list[float] = []
+        rests = iter([None, math.inf, None, None])
+        pulse = Pulse(0.05, rests_until=lambda _: next(rests), clock=lambda: 0.0)
+        begun_s = loop.time()
+
+        def beat() -> None:
+            beats.append(loop.time() - begun_s)
+            if len(beats) == 4:
+                raise TimeoutError
+
+        running = asyncio.create_task(pulse.run(beat))
+        loop.call_later(0.23, pulse.rouse)
+        await asyncio.gather(running, return_exceptions=True)
+        assert beats[1] - beats[0] > 0.15  # rested until it was roused
+        for at in beats:
+            assert at % 0.05 < 0.045, beats
+
+    asyncio.run(story())

@@ -1,0 +1,70 @@
+import re
+
+import pytest
+
+from faasmoe_operator.control.config import ConfigError
+from faasmoe_operator.kube.config import OperatorConfig
+
+ENV = {
+    "FAASMOE_OPERATOR_ROUTER_IMAGE": "registry/router:1",
+    "FAASMOE_OPERATOR_EXPERT_IMAGE": "registry/expert:1",
+}
+
+
+def test_needs_images_and_nothing_else() -> None:
+    config = OperatorConfig.from_env(ENV)
+    assert config.namespace == "faasmoe-system"
+    assert config.watch_namespaces == ()
+    assert config.control.url == "http://faasmoe-operator.faasmoe-system.svc:8090"
+    assert config.control.pod_labels == {"app.kubernetes.io/name": "faasmoe-operator"}
+    assert config.images.router == "registry/router:1"
+    assert not config.leader_election
+
+
+def test_reads_everything() -> None:
+    values = {
+        "NAMESPACE": "ops",
+        "POD_NAME": "operator-0",
+        "WATCH_NAMESPACES": "b, a,,b",
+        "HOST": "127.0.0.1",
+        "PORT": "9000",
+        "CONTROL_URL": "https://control/",
+        "POD_LABELS": "app=op, tier=x",
+        "IMAGE_PULL_POLICY": "Always",
+        "IMAGE_PULL_SECRETS": "one,two.three",
+        "ROOT_KEY_SECRET": "key",
+        "LEADER_ELECTION": "true",
+        "WORKERS": "3",
+        "LOG_FORMAT": "json",
+        "LOG_LEVEL": "DEBUG",
+    }
+    env = {f"FAASMOE_OPERATOR_{name}": value for name, value in values.items()}
+    config = OperatorConfig.from_env({**ENV, **env})
+    assert (config.namespace, config.identity, config.host) == ("ops", "operator-0", "127.0.0.1")
+    assert config.watch_namespaces == ("a", "b")
+    assert (config.control.url, config.control.port) == ("https://control", 9000)
+    assert config.control.pod_labels == {"app": "op", "tier": "x"}
+    assert config.images.pull_policy == "Always"
+    assert config.images.pull_secrets == ("one", "two.three")
+    assert config.root_key_secret == "key"
+    assert config.leader_election
+    assert (config.workers, config.log_format, config.log_level) == (3, "json", "DEBUG")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ROUTER_IMAGE", "", "not set, expected an image"),
+        ("NAMESPACE", "Ops", "got 'Ops', expected a name of lower case letters"),
+        ("WATCH_NAMESPACES", "a,B", "got 'B', expected names of lower case"),
+        ("PORT", "0", "got '0', expected 1 to 65535"),
+        ("WORKERS", "many", "got 'many', expected 1 to 64"),
+        ("POD_LABELS", "app", "got 'app', expected KEY=VALUE"),
+        ("LEADER_ELECTION", "yes", "got 'yes', expected one of false, true"),
+        ("LOG_FORMAT", "xml", "got 'xml', expected one of text, json"),
+        ("IMAGE_PULL_POLICY", "always", "got 'always', expected one of IfNotPresent"),
+    ],
+)
+def test_names_the_variable_that_is_wrong(name: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"FAASMOE_OPERATOR_{name}: {message}")):
+        OperatorConfig.from_env({**ENV, f"FAASMOE_OPERATOR_{name}": value})

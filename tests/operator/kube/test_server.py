@@ -1,0 +1,69 @@
+import asyncio
+import json
+import logging
+import sys
+
+import aiohttp
+import pytest
+from aiohttp import web
+from kube_objects import an_object
+
+from faasmoe_operator.kube.kinds import MOEMODEL, POD
+from faasmoe_operator.kube.logs import JsonFormatter
+from faasmoe_operator.kube.metrics import OperatorMetrics
+from faasmoe_operator.kube.readiness import Readiness
+from faasmoe_operator.kube.server import Front, listen
+
+
+async def answers(readiness: Readiness, metrics: OperatorMetrics) -> dict[str, tuple[int, str]]:
+    app = web.Application()
+    app.add_routes(Front(readiness, metrics.text).routes())
+    runner = await listen(app, host="127.0.0.1", port=0)
+    try:
+        host, port = runner.addresses[0][:2]
+        found = {}
+        async with aiohttp.ClientSession(f"http://{host}:{port}") as http:
+            for path in ("/healthz", "/readyz", "/metrics"):
+                async with http.get(path) as response:
+                    found[path] = response.status, await response.text()
+        return found
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("waits_for", "status"), [("", 200), ("the CRD of moemodels.faasmoe.dev", 503)]
+)
+def test_is_ready_when_it_waits_for_nothing(waits_for: str, status: int) -> None:
+    found = asyncio.run(answers(Readiness(waits_for), OperatorMetrics()))
+    assert found["/healthz"][0] == 200
+    assert found["/readyz"][0] == status
+    assert json.loads(found["/readyz"][1]).get("waits_for", "") == waits_for
+
+
+def test_tells_its_metrics() -> None:
+    metrics = OperatorMetrics()
+    metrics.count_request("apply", POD, 200)
+    ready = an_object(MOEMODEL, "a")
+    ready["status"] = {"conditions": [{"type": "Ready", "status": "True", "reason": "Ready"}]}
+    metrics.count_models([ready, an_object(MOEMODEL, "b")])
+    text = asyncio.run(answers(Readiness(""), metrics))["/metrics"][1]
+    count = 'faasmoe_operator_api_requests_total{code="200",kind="pods",verb="apply"} 1.0'
+    assert count in text
+    assert 'faasmoe_operator_models{ready="True",reason="Ready"} 1.0' in text
+    assert 'faasmoe_operator_models{ready="Unknown",reason="NotVisited"} 1.0' in text
+
+
+def test_a_json_log_line_is_one_object() -> None:
+    try:
+        raise ValueError("why")
+    except ValueError:
+        record = logging.LogRecord(
+            "faasmoe", logging.WARNING, "x.py", 1, "it is %s\nso", ("so",), sys.exc_info()
+        )
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    entry = json.loads(line)
+    assert (entry["level"], entry["logger"]) == ("WARNING", "faasmoe")
+    assert entry["message"] == "it is so\nso"
+    assert "ValueError: why" in entry["exception"]

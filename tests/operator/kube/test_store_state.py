@@ -1,0 +1,146 @@
+import json
+from typing import Any
+
+import pytest
+from kube_objects import an_object
+
+from faasmoe_operator.kube.kinds import JOB, POD, Object
+from faasmoe_operator.kube.store_state import (
+    FINAL_RETRY_DELAY_S,
+    RETRY_DELAYS_S,
+    attempt_of,
+    store_state,
+    with_attempt,
+)
+
+ENDED_AT = 1_788_000_000.0
+ENDED = "2026-08-29T10:40:00Z"
+SUMMARY: dict[str, Any] = {
+    "digest": "sha256:0",
+    "source": "hf://org/moe",
+    "family": "mixtral",
+    "architecture": "MixtralForCausalLM",
+    "dtype": "bfloat16",
+    "hiddenSize": 8,
+    "vocabSize": 8,
+    "maxPositionEmbeddings": 8,
+    "numHiddenLayers": 1,
+    "sizeBytes": 8,
+    "routerBytes": 8,
+    "layers": [{"count": 1, "numExperts": 2, "topK": 1, "expertBytes": 8, "sharedBytes": 0}],
+}
+
+
+def a_job(how: str | None = None, *, attempt: int = 0, **spec: Any) -> Object:
+    ends = [{"type": how, "status": "True", "lastTransitionTime": ENDED, "message": "limit"}]
+    status = {"conditions": ends if how else []}
+    return with_attempt(an_object(JOB, "moe-store", spec=spec, status=status), attempt)
+
+
+def a_pod(message: str, *, finished_at: str = ENDED, **terminated: Any) -> Object:
+    ended = {"message": message, "finishedAt": finished_at, **terminated}
+    return an_object(POD, "p", status={"containerStatuses": [{"state": {"terminated": ended}}]})
+
+
+def failure(reason: str) -> Object:
+    return a_pod(json.dumps({"ok": False, "reason": reason, "message": "why"}))
+
+
+PREPARED = a_pod(json.dumps({"ok": True, **SUMMARY}))
+PULLING = an_object(
+    POD, "p", status={"containerStatuses": [{"state": {"waiting": {"reason": "ErrImagePull"}}}]}
+)
+
+
+@pytest.mark.parametrize(
+    ("job", "pods", "known", "expected"),
+    [
+        pytest.param(None, [], None, ("Unknown", "Preparing"), id="no-job-yet"),
+        pytest.param(a_job(), [], None, ("Unknown", "Preparing"), id="running"),
+        pytest.param(a_job(suspend=True), [], None, ("Unknown", "Suspended"), id="suspended"),
+        pytest.param(a_job(), [PULLING], None, ("False", "ImagePullFailed"), id="trouble"),
+        pytest.param(a_job("Complete"), [PREPARED], None, ("True", "Prepared"), id="prepared"),
+        pytest.param(a_job("Complete"), [], SUMMARY, ("True", "Prepared"), id="remembered"),
+        pytest.param(
+            a_job("Complete"), [a_pod("{}")], SUMMARY, ("True", "Prepared"), id="damaged-message"
+        ),
+        pytest.param(a_job("Complete"), [], None, ("False", "SummaryMissing"), id="lost"),
+        pytest.param(
+            a_job("Complete"), [], {"digest": 1}, ("False", "SummaryMissing"), id="unreadable"
+        ),
+        pytest.param(
+            a_job("Failed"),
+            [failure("SourceNotFound")],
+            SUMMARY,
+            ("False", "SourceNotFound"),
+            id="failed",
+        ),
+        pytest.param(a_job("Failed"), [], None, ("False", "JobFailed"), id="failed-without-a-word"),
+        pytest.param(
+            a_job("Failed"),
+            [a_pod("", reason="OOMKilled", exitCode=137)],
+            None,
+            ("False", "OutOfMemory"),
+            id="killed",
+        ),
+    ],
+)
+def test_says_how_the_store_is_doing(
+    job: Object | None, pods: list[Object], known: Any, expected: tuple[str, str]
+) -> None:
+    state = store_state(job, pods, known=known)
+    assert (state.verdict.status, state.verdict.reason) == expected
+    assert (state.summary is not None) is (expected[0] == "True")
+
+
+def test_a_job_that_goes_is_none() -> None:
+    job = a_job("Complete")
+    job["metadata"]["deletionTimestamp"] = ENDED
+    assert store_state(job, [PREPARED], known=None).verdict.reason == "Preparing"
+
+
+def test_the_last_pod_is_believed() -> None:
+    older = failure("HubUnavailable")
+    newer = a_pod(
+        json.dumps({"ok": False, "reason": "NoSpace", "message": "full"}),
+        finished_at="2026-08-29T11:00:00Z",
+    )
+    verdict = store_state(a_job("Failed"), [newer, older], known=None).verdict
+    assert verdict.reason == "NoSpace"
+    assert "full; raise spec.store.size" in verdict.message
+
+
+@pytest.mark.parametrize("attempt", [0, 1, 6, 50])
+def test_tries_again_later_with_each_attempt(attempt: int) -> None:
+    state = store_state(a_job("Failed", attempt=attempt), [failure("HubUnavailable")], known=None)
+    delay_s = RETRY_DELAYS_S[min(attempt, len(RETRY_DELAYS_S) - 1)]
+    assert state.retry_at == ENDED_AT + delay_s
+
+
+@pytest.mark.parametrize("reason", ["SourceUnsupported", "StoreMismatch"])
+def test_seldom_tries_again_what_will_not_help(reason: str) -> None:
+    state = store_state(a_job("Failed"), [failure(reason)], known=None)
+    assert state.retry_at == ENDED_AT + FINAL_RETRY_DELAY_S
+    assert "60 min after it failed, or when Job moe-store is deleted" in state.verdict.message
+
+
+def test_runs_a_job_again_whose_summary_is_lost() -> None:
+    assert store_state(a_job("Complete"), [], known=None).retry_at is not None
+
+
+def test_tells_of_a_try_that_failed_while_the_job_goes_on() -> None:
+    verdict = store_state(a_job(), [failure("HubUnavailable")], known=None).verdict
+    assert verdict.message == "Job moe-store prepares the store; a try failed: why"
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "٣"])
+def test_an_unreadable_count_of_attempts_is_none(text: str) -> None:
+    job = an_object(JOB, "moe-store")
+    job["metadata"]["annotations"] = {"faasmoe.dev/attempt": text}
+    assert attempt_of(job) == 0
+
+
+def test_counts_attempts_in_an_annotation() -> None:
+    job = an_object(JOB, "moe-store")
+    assert with_attempt(job, 0) == job
+    assert attempt_of(with_attempt(job, 3)) == 3

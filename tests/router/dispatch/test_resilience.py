@@ -1,0 +1,276 @@
+"""Replicas that hang, are slow, die or lie: nothing is lost, and little time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from sandboxes import OpenSandbox, PreparedStore, SandboxProcess
+
+from faasmoe_expert.store import Store
+from faasmoe_expert.table import FunctionEntry, FunctionTable
+from faasmoe_router.dispatch import Dispatcher
+from faasmoe_router.dispatch.fanout import Timeouts
+from faasmoe_router.dispatch.filling import Holding
+from faasmoe_router.dispatch.latency import LEAST
+from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.outliers import Ejection
+from faasmoe_router.dispatch.resilience import Resilience
+
+DEADLINE_S = 20.0
+GRACE_S = 1.0  # of a busy machine
+HUNG_S = 5.0  # longer than anything that is to be waited for
+QUICK = Resilience(slow_least_s=0.2, slow_unknown_s=0.4, ejection=Ejection(first_s=0.1, most_s=0.2))
+Addresses = dict[str, tuple[str, ...]]
+
+
+@pytest.fixture(scope="module")
+def store(prepared_store: PreparedStore) -> Store:
+    return prepared_store("mixtral")
+
+
+@pytest.fixture(scope="module")
+def box(sandbox: OpenSandbox, store: Store) -> Iterator[SandboxProcess]:
+    with sandbox(capacity=64) as process:
+        process.attach_blocks(store, 8)
+        yield process
+
+
+@pytest.fixture
+def other(sandbox: OpenSandbox, store: Store) -> Iterator[SandboxProcess]:
+    with sandbox(capacity=64) as process:
+        process.attach_blocks(store, 8)
+        yield process
+
+
+@pytest.fixture
+def table(box: SandboxProcess, store: Store) -> FunctionTable:
+    return box.attach_blocks(store, 8)
+
+
+class Layer:
+    """A dispatcher whose functions are at these addresses."""
+
+    def __init__(
+        self,
+        store: Store,
+        table: FunctionTable,
+        addresses: Sequence[str],
+        *,
+        holding: Holding | None = None,
+        **changes: Any,
+    ) -> None:
+        self.metrics = DispatchMetrics()
+        self.dispatcher = Dispatcher(
+            store,
+            at(table, *addresses),
+            metrics=self.metrics,
+            timeouts=Timeouts(connect_timeout_s=1.0, call_timeout_s=HUNG_S),
+            holding=holding,
+            resilience=replace(QUICK, **changes),
+        )
+        generator = torch.Generator().manual_seed(0)
+        layer = store.manifest.layers[0]
+        self.hidden = torch.randn(1, layer.hidden_size, generator=generator)  # [T, H]
+        scores = torch.rand(1, layer.num_experts, generator=generator)  # [T, E]
+        self.weights, self.index = scores.topk(layer.top_k)  # [T, k]
+        self.expected = self.compute()
+
+    def compute(self) -> torch.Tensor:
+        return self.dispatcher.compute(0, self.hidden, self.index, self.weights)
+
+    def check(self, n_times: int = 1) -> float:
+        """Compute, compare, and return the longest time that it took."""
+        times_s = []
+        for _ in range(n_times):
+            begun_s = time.monotonic()
+            torch.testing.assert_close(self.compute(), self.expected)
+            times_s.append(time.monotonic() - begun_s)
+        return max(times_s)
+
+    def count(self, name: str) -> float:
+        return float(getattr(self.metrics, name)._value.get())
+
+
+@pytest.fixture
+def layer(store: Store, table: FunctionTable) -> Iterator[Callable[..., Layer]]:
+    made: list[Layer] = []
+
+    def make(*addresses: str, **changes: Any) -> Layer:
+        made.append(Layer(store, table, addresses, **changes))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.dispatcher.close()
+
+
+def at(table: FunctionTable, *addresses: str) -> FunctionTable:
+    entries = tuple(FunctionEntry(e.spec, addresses) for e in table.functions)
+    return replace(table, functions=entries)
+
+
+@contextmanager
+def stopped(process: SandboxProcess) -> Iterator[None]:
+    os.kill(process.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process.process.pid, signal.SIGCONT)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end_s, "the condition did not come true in time"
+        time.sleep(0.005)
+
+
+def test_a_call_that_takes_long_is_made_at_another_replica_too(
+    layer: Callable[..., Layer], box: SandboxProcess, other: SandboxProcess
+) -> None:
+    one = layer(box.address, other.address, slow_least_s=HUNG_S)
+    one.check(2 * LEAST)
+    n_hedges = one.count("hedges")
+    with stopped(other):
+        took_s = one.check(4)
+    assert took_s < GRACE_S < HUNG_S
+    assert one.count("hedges") > n_hedges
+    assert one.count("local") == 0
+
+
+def test_hedges_are_bounded_by_a_share_of_the_calls(
+    layer: Callable[..., Layer], box: SandboxProcess, other: SandboxProcess
+) -> None:
+    one = layer(box.address, other.address, hedge_least_s=0.0, hedge_quantile=0.01)
+    one.check(300)
+    assert 0 < one.count("hedges") <= 0.05 * one.count("calls") + QUICK.extra_burst
+
+
+def test_a_hung_sandbox_costs_little_is_ejected_and_returns_when_it_goes_on(
+    layer: Callable[..., Layer], other: SandboxProcess
+) -> None:
+    one = layer(other.address)
+    one.check(2 * LEAST)
+    with stopped(other):
+        assert one.check(2) < QUICK.slow_least_s + GRACE_S
+        assert one.count("ejected") == 1
+        calls = one.count("calls")
+        one.check(20)
+        assert one.count("calls") == calls
+        assert one.count("local") == 22
+
+    def answers() -> bool:
+        one.check()
+        return one.count("ejected") == 0
+
+    until(answers)
+    n_local = one.count("local")
+    one.check(5)
+    assert one.count("local") == n_local
+
+
+def test_a_dead_replica_is_tried_once_and_then_left_out(
+    layer: Callable[..., Layer], box: SandboxProcess, other: SandboxProcess
+) -> None:
+    one = layer(box.address, other.address)
+    one.check(4)
+    other.process.kill()
+    other.process.wait()
+    assert one.check(20) < GRACE_S
+    assert one.count("failed_calls") == one.count("retries") == 1
+    assert one.count("ejected") == 1
+    assert one.count("local") == 0
+
+
+def test_calls_wait_for_a_fresh_replica_in_place_of_a_dead_one(
+    layer: Callable[..., Layer], store: Store, table: FunctionTable, box: SandboxProcess,
+    other: SandboxProcess,
+) -> None:  # fmt: skip
+    """Once for all calls to the dead one, not once for each."""
+    holding = Holding(lambda _: None, timeout_s=DEADLINE_S, replacement_s=DEADLINE_S)
+    one = layer(other.address, holding=holding)
+    one.check(2)
+    other.process.kill()
+    other.process.wait()
+    fresh = threading.Timer(0.1, one.dispatcher.replace_table, [replace(table, version=2)])
+    fresh.start()
+    one.check(3)
+    fresh.join()
+    assert one.count("local") == 0
+
+
+def test_calls_to_a_dead_sandbox_that_nothing_replaces_are_computed_here_after_one_wait(
+    layer: Callable[..., Layer], other: SandboxProcess
+) -> None:
+    holding = Holding(lambda _: None, timeout_s=DEADLINE_S, replacement_s=0.3)
+    one = layer(other.address, holding=holding)
+    one.check(2)
+    other.process.kill()
+    other.process.wait()
+    begun_s = time.monotonic()
+    one.check(10)
+    assert time.monotonic() - begun_s < 0.3 + GRACE_S
+    assert one.count("local") == 10
+
+
+def test_wrong_answers_eject_and_a_refusal_for_want_of_room_does_not(
+    layer: Callable[..., Layer],
+    serve: Callable[..., Any],
+    box: SandboxProcess,
+) -> None:
+    def answering(status: str) -> Callable[[socket.socket], None]:
+        def behave(connection: socket.socket) -> None:
+            while connection.recv(1 << 20):
+                connection.sendall(f"HTTP/1.1 {status}\r\ncontent-length: 0\r\n\r\n".encode())
+
+        return behave
+
+    for status, is_ejected in (("500 Fault", True), ("200 OK", True), ("429 Busy", False)):
+        bad = serve(answering(status))
+        one = layer(box.address, bad.address)
+        one.check(20)
+        assert one.count("ejected") == is_ejected, status
+        assert one.count("local") == 0
+        assert one.count("failed_calls") == (3 if is_ejected else one.count("retries"))
+
+
+@pytest.mark.parametrize("timeouts", [(2.0, 1.0, 3.0), (1.0, 3.0, 2.0), (0.0, 1.0, 2.0)], ids=str)
+def test_deadlines_that_do_not_nest_are_refused(timeouts: tuple[float, float, float]) -> None:
+    with pytest.raises(ValueError, match="each at most the next"):
+        Timeouts(*timeouts)
+
+
+def test_a_layer_is_computed_here_when_its_deadline_has_passed(
+    store: Store, table: FunctionTable, serve: Callable[..., Any]
+) -> None:
+    def never(connection: socket.socket) -> None:
+        while connection.recv(1 << 20):
+            pass
+
+    metrics = DispatchMetrics()
+    holding = Holding(lambda _: None, timeout_s=DEADLINE_S, replacement_s=DEADLINE_S)
+    dispatcher = Dispatcher(
+        store,
+        at(table, serve(never).address, serve(never).address),
+        metrics=metrics,
+        timeouts=Timeouts(0.1, 0.3, 0.5),
+        holding=holding,
+        resilience=replace(QUICK, slow_unknown_s=DEADLINE_S),
+    )
+    layer = store.manifest.layers[0]
+    hidden, index = torch.ones(1, layer.hidden_size), torch.zeros(1, 1, dtype=torch.int64)
+    begun_s = time.monotonic()
+    dispatcher.compute(0, hidden, index, torch.ones(1, 1))
+    assert 0.4 < time.monotonic() - begun_s < 0.5 + GRACE_S
+    assert metrics.local._value.get() == 1
+    dispatcher.close()

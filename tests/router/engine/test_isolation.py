@@ -1,0 +1,195 @@
+"""A step that raises: the requests that can go on go on, with the text that they would have had."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from faasmoe_router.engine.choosing import Choosing
+from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.generation import Generation, GenerationRequest
+from faasmoe_router.engine.isolation import MAX_LONE_FAILURES
+from faasmoe_router.engine.processor import TokenChooser
+from faasmoe_router.engine.sampling import SamplingParams
+from faasmoe_router.engine.text import TextCodec
+from faasmoe_router.errors import GenerationFailed
+
+DEADLINE_S = 30.0
+Maker = Callable[..., Engine]
+Greedy = Callable[[tuple[int, ...], int], list[int]]
+
+
+def run(engine: Engine, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    async def inside() -> Any:
+        async with engine:
+            return await asyncio.wait_for(work(), DEADLINE_S)
+
+    return asyncio.run(inside())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+async def text_of(generation: Generation) -> str:
+    async with generation:
+        return "".join([delta.text async for _, delta in generation])
+
+
+def poison(model: Any, mark: int, *, times: int = 10**9) -> list[int]:
+    """Make every step that has `mark` thrice in a row raise; return the sizes of those steps."""
+    forward = model.forward
+    sizes: list[int] = []
+
+    def poisoned(*, input_ids: Tensor, **given: Any) -> Any:
+        hit = input_ids[0] == mark  # [T]
+        if bool((hit[:-2] & hit[1:-1] & hit[2:]).any()) and len(sizes) < times:
+            sizes.append(input_ids.shape[-1])
+            raise RuntimeError("this prompt is poison")
+        return forward(input_ids=input_ids, **given)
+
+    model.forward = poisoned
+    return sizes
+
+
+@pytest.fixture
+def mark(codec: TextCodec) -> int:
+    return codec.encode("~")[0]
+
+
+def prompts(codec: TextCodec) -> list[tuple[int, ...]]:
+    texts = ("a", "lazy dog " * 5, "the quick", "fox jumps over", "the", "brown fox", "over")
+    return [tuple(codec.encode(text)) for text in texts]
+
+
+@pytest.mark.parametrize("place", [0, 3, 7])
+def test_a_poisonous_prompt_fails_alone(
+    make_engine: Maker, model: Any, codec: TextCodec, greedy: Greedy, mark: int, place: int
+) -> None:
+    good = prompts(codec)
+    expected = [codec.decode(greedy(prompt, 20)) for prompt in good]
+    engine = make_engine()
+    sizes = poison(model, mark)
+
+    async def work() -> None:
+        generations = [engine.generate([GenerationRequest(p, 20)]) for p in good[:place]]
+        bad = engine.generate([GenerationRequest((*good[1], *[mark] * 3), 20)])
+        generations += [engine.generate([GenerationRequest(p, 20)]) for p in good[place:]]
+        with pytest.raises(GenerationFailed):
+            await text_of(bad)
+        assert [await text_of(g) for g in generations] == expected
+        assert engine.ready
+
+    run(engine, work)
+    assert len(sizes) >= 1
+
+
+def test_one_that_comes_among_requests_that_run_changes_no_text(
+    make_engine: Maker, model: Any, codec: TextCodec, greedy: Greedy, mark: int
+) -> None:
+    good = prompts(codec)
+    sampled = Choosing(SamplingParams(1.0, seed=5))
+    engine = make_engine()
+
+    async def work() -> None:
+        alone = await text_of(engine.generate([GenerationRequest(good[2], 60, sampled)]))
+        poison(model, mark)
+        running = [engine.generate([GenerationRequest(p, 60)]) for p in good]
+        running.append(engine.generate([GenerationRequest(good[2], 60, sampled)]))
+        await anext(aiter(running[0]))
+        for _ in range(5):
+            with pytest.raises(GenerationFailed):
+                await text_of(engine.generate([GenerationRequest((mark,) * 3, 5)]))
+        texts = [await text_of(generation) for generation in running[1:]]
+        assert texts == [*[codec.decode(greedy(p, 60)) for p in good[1:]], alone]
+
+    run(engine, work)
+
+
+def test_a_long_prompt_that_is_prefilled_in_parts_is_put_back_too(
+    make_engine: Maker, model: Any, codec: TextCodec, greedy: Greedy, mark: int
+) -> None:
+    long = tuple(codec.encode("jumps over the lazy dog " * 6))
+    engine = make_engine(max_num_seqs=4, max_num_batched_tokens=16)
+    poison(model, mark)
+
+    async def work() -> None:
+        wanted = engine.generate([GenerationRequest(long, 10)])
+        bad = [engine.generate([GenerationRequest((mark,) * 3, 5)]) for _ in range(2)]
+        for generation in bad:
+            with pytest.raises(GenerationFailed):
+                await text_of(generation)
+        assert await text_of(wanted) == codec.decode(greedy(long, 10))
+
+    run(engine, work)
+
+
+def test_a_step_that_raises_once_fails_nobody_among_several(
+    make_engine: Maker, model: Any, codec: TextCodec, greedy: Greedy, mark: int
+) -> None:
+    good = [(*prompt, mark, mark, mark) for prompt in prompts(codec)[:4]]
+    expected = [codec.decode(greedy(prompt, 12)) for prompt in good]
+    engine = make_engine()
+    poison(model, mark, times=1)
+
+    async def work() -> list[str]:
+        generation = engine.generate([GenerationRequest(prompt, 12) for prompt in good])
+        texts = [""] * 4
+        async with generation:
+            async for index, delta in generation:
+                texts[index] += delta.text
+        return texts
+
+    assert run(engine, work) == expected
+
+
+def test_what_a_processor_raises_for_one_request_is_that_requests(
+    make_engine: Maker,
+    codec: TextCodec,
+    greedy: Greedy,
+    prompt_ids: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepare = TokenChooser.prepare_tensor_args
+
+    def picky(self: TokenChooser, requests: list[Any]) -> Tensor:
+        if any("steps" in r.state.logit_processor_kwargs for r in requests):
+            raise ValueError("a parameter that nobody foresaw")
+        return prepare(self, requests)
+
+    monkeypatch.setattr(TokenChooser, "prepare_tensor_args", picky)
+    seeded = Choosing(SamplingParams(1.0, seed=13))
+    engine = make_engine()
+
+    async def work() -> None:
+        good = engine.generate([GenerationRequest(prompt_ids, 20)])
+        bad = engine.generate([GenerationRequest(prompt_ids, 20, seeded)])
+        with pytest.raises(GenerationFailed):
+            await text_of(bad)
+        assert await text_of(good) == codec.decode(greedy(prompt_ids, 20))
+
+    run(engine, work)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_when_every_request_fails_alone_it_is_the_engine(
+    make_engine: Maker, model: Any, codec: TextCodec, mark: int
+) -> None:
+    engine = make_engine()
+    sizes = poison(model, mark)
+
+    async def work() -> None:
+        bad = [engine.generate([GenerationRequest((mark, mark, mark, n), 5)]) for n in range(8)]
+        for generation in bad:
+            with pytest.raises(GenerationFailed):
+                await text_of(generation)
+        await until(lambda: not engine.ready)
+        await until(lambda: engine.ready)
+
+    run(engine, work)
+    assert sizes.count(4) >= MAX_LONE_FAILURES

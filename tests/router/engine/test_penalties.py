@@ -1,0 +1,84 @@
+from collections import Counter
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from faasmoe_router.engine.penalties import Penalized, Penalties, TokenCounts, penalize
+
+N_VOCAB = 30
+TOKENS = st.lists(st.integers(0, N_VOCAB - 1), max_size=12)
+PENALTIES = st.builds(
+    Penalties,
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+    repetition=st.floats(0.1, 3),
+)
+
+
+def _scores(n_rows: int) -> Tensor:
+    return torch.randn(n_rows, N_VOCAB, generator=torch.Generator().manual_seed(1)) * 3
+
+
+def _counts(prompt: list[int], output: list[int]) -> TokenCounts:
+    counts = TokenCounts(prompt, n_output=len(output))
+    counts.add(output)
+    return counts
+
+
+def _one_by_one(scores: Tensor, asked: Penalties, prompt: list[int], output: list[int]) -> Tensor:
+    """The rule as OpenAI and vLLM write it down, a token at a time."""
+    expected = scores.double().clone()
+    for token in {*prompt, *output}:
+        value = expected[token]
+        expected[token] = value / asked.repetition if value > 0 else value * asked.repetition
+    for token, n_times in Counter(output).items():
+        expected[token] -= asked.frequency * n_times + asked.presence
+    return expected.float()
+
+
+@given(rows=st.lists(st.tuples(PENALTIES, TOKENS, TOKENS), min_size=1, max_size=4))
+def test_each_row_pays_for_its_own_tokens(
+    rows: list[tuple[Penalties, list[int], list[int]]],
+) -> None:
+    scores = _scores(len(rows) + 1)
+    expected = scores.clone()
+    for row, (asked, prompt, output) in enumerate(rows):
+        expected[row] = _one_by_one(scores[row], asked, prompt, output)
+    penalize(
+        scores,
+        [
+            Penalized(row, asked, _counts(prompt, output))
+            for row, (asked, prompt, output) in enumerate(rows)
+        ],
+    )
+    assert torch.allclose(scores, expected, atol=1e-5)
+    assert scores[-1].equal(expected[-1])  # asked for nothing
+
+
+def test_repetition_is_transformers_own() -> None:
+    prompt, output = [3, 5, 3], [7, 5]
+    scores = _scores(1)
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([prompt + output]), scores)
+    ours = scores.clone()
+    penalize(ours, [Penalized(0, Penalties(repetition=1.7), _counts(prompt, output))])
+    assert torch.allclose(ours, expected)
+
+
+@given(tokens=TOKENS, cut=st.integers(0, 12))
+def test_tokens_count_the_same_however_they_come(tokens: list[int], cut: int) -> None:
+    pieces = TokenCounts([1, 2], n_output=len(tokens))
+    pieces.add(tokens[:cut])
+    pieces.add(tokens[cut:])
+    whole = _counts([1, 2], tokens)
+    assert pieces.ids.equal(whole.ids)
+    assert pieces.counts.equal(whole.counts)
+
+
+def test_forbidden_tokens_stay_forbidden() -> None:
+    scores = torch.full((1, N_VOCAB), -torch.inf)
+    asked = Penalties(presence=-2, frequency=-2, repetition=0.5)
+    penalize(scores, [Penalized(0, asked, _counts([], [4, 4]))])
+    assert scores.isneginf().all()

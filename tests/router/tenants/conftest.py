@@ -1,0 +1,202 @@
+"""Real routers with tenants, on loopback ports, over the tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client import CollectorRegistry
+
+from faasmoe_router.api.app import create_app
+from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.sizing import EngineLimits
+from faasmoe_router.engine.text import TextCodec
+from faasmoe_router.metrics import EngineMetrics, new_registry
+from faasmoe_router.serving import Server
+from faasmoe_router.tenants.costs import Cost
+from faasmoe_router.tenants.directory import Directory
+from faasmoe_router.tenants.tenancy import Spending, Tenancy
+from faasmoe_router.tenants.usage import Accounts
+from faasmoe_router.tenants.usage_file import UsageFile
+
+DEADLINE_S = 20.0
+MODEL = "tiny"
+Until = Callable[[Callable[[], bool]], None]
+
+
+class TenantFiles:
+    """A tenants file and its folders of keys; a tenant's first key is `NAME-key`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "tenants.json"
+
+    def write(self, tenants: dict[str, dict[str, Any]], **fields: Any) -> None:
+        given = [
+            {"name": name, "keysPath": str(self.folder / "keys" / name), **more}
+            for name, more in tenants.items()
+        ]
+        for name in tenants:
+            if not (self.folder / "keys" / name).exists():
+                self.keys(name, f"{name}-key")
+        content = json.dumps({"version": 1, "model": MODEL, "tenants": given, **fields})
+        (self.folder / "new").write_text(content)
+        (self.folder / "new").replace(self.path)
+
+    def keys(self, tenant: str, *keys: str) -> None:
+        """Give a tenant these keys and no others, all at once."""
+        folder = self.folder / "keys" / tenant
+        version = self.folder / "keys" / f".{tenant}-{time.monotonic_ns()}"
+        version.mkdir(parents=True)
+        for number, key in enumerate(keys):
+            (version / f"key{number}").write_text(f"{key}\n")
+        link = self.folder / "keys" / f".{tenant}-link"
+        link.symlink_to(version)
+        if folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
+        link.replace(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRouter:
+    """A router that serves tenants."""
+
+    url: str
+    files: TenantFiles
+    engine: Engine
+    tenancy: Tenancy
+    registry: CollectorRegistry
+    server: Server
+
+    @contextmanager
+    def client(self, tenant: str, *, key: str | None = None, path: str = "") -> Iterator[Any]:
+        """Open a tenant's openai client; by default at /v1 and with its first key."""
+        with openai.OpenAI(
+            base_url=f"{self.url}{path}/v1",
+            api_key=key or f"{tenant}-key",
+            max_retries=0,
+            timeout=DEADLINE_S,
+        ) as client:
+            yield client
+
+    def post(self, path: str, *, key: str | None, **fields: Any) -> httpx.Response:
+        """Ask for a completion by plain HTTP."""
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        body = {"model": MODEL, "prompt": "the quick", "max_tokens": 4, "temperature": 0, **fields}
+        return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=DEADLINE_S)
+
+    def complete(self, tenant: str, **fields: Any) -> httpx.Response:
+        """Ask for a completion as a tenant."""
+        return self.post("/v1/completions", key=f"{tenant}-key", **fields)
+
+    def get(self, path: str, *, key: str | None = None) -> httpx.Response:
+        """Get a path."""
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx.get(f"{self.url}{path}", headers=headers, timeout=DEADLINE_S)
+
+    def usage(self, tenant: str) -> dict[str, Any]:
+        """Return a tenant's account."""
+        found: dict[str, Any] = self.get("/v1/usage", key=f"{tenant}-key").json()
+        return found
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return a metric's value now."""
+        return self.registry.get_sample_value(f"faasmoe_tenant_{name}", labels) or 0.0
+
+
+OpenRouter = Callable[..., AbstractContextManager[TenantRouter]]
+
+
+class _Costs:
+    """Costs of functions that nobody has: so much for each reading."""
+
+    def __init__(self) -> None:
+        self.each = Cost(0.25, 0.5)
+
+    def __call__(self) -> Cost:
+        return self.each
+
+
+@pytest.fixture(scope="session")
+def open_router(
+    base_model: Any, codec: TextCodec, tmp_path_factory: pytest.TempPathFactory
+) -> OpenRouter:
+    """Runs a router: `with open_router({"acme": {"weight": 2}}, max_num_seqs=2) as r: …`."""
+
+    @contextmanager
+    def run(
+        tenants: dict[str, dict[str, Any]],
+        *,
+        n_routers: int = 1,
+        state_dir: Path | None = None,
+        document: dict[str, Any] | None = None,
+        **limits: int,
+    ) -> Iterator[TenantRouter]:
+        files = TenantFiles(tmp_path_factory.mktemp("router"))
+        files.write(tenants, **(document or {}))
+        registry = new_registry()
+        engine = Engine(
+            deepcopy(base_model),
+            codec,
+            limits=EngineLimits(**{"max_model_len": 256, **limits}),
+            metrics=EngineMetrics(registry, MODEL),
+        )
+        file = None if state_dir is None else UsageFile(state_dir)
+        tenancy = Tenancy(
+            Directory(files.path, interval_s=0.1),
+            Accounts(time.time()) if file is None else file.load(),
+            queue=engine,
+            spending=Spending(_Costs(), engine.computed.take),
+            file=file,
+            n_routers=n_routers,
+        )
+        tenancy.collector().register(registry)
+        app = create_app(engine, model_name=MODEL, registry=registry, tenancy=tenancy)
+        server = Server(app, end_running=engine.end_running, drain_s=0)
+        with _serving(server) as url:
+            yield TenantRouter(url, files, engine, tenancy, registry, server)
+
+    return run
+
+
+@contextmanager
+def _serving(server: Server) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            end_s = time.monotonic() + DEADLINE_S
+            while not server.started:
+                assert thread.is_alive(), "the server did not start"
+                assert time.monotonic() < end_s, "the server did not start in time"
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(DEADLINE_S)
+            assert not thread.is_alive(), "the server did not end in time"
+
+
+@pytest.fixture
+def until() -> Until:
+    """Wait until a condition comes true, or fail."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        end_s = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < end_s, "the condition did not come true in time"
+            time.sleep(0.01)
+
+    return wait
