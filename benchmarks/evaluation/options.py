@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.evaluation.models import Model, demo_model, random_model
@@ -40,6 +41,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--functions-per-sandbox", type=int, help="functions a sandbox may hold")
     group.add_argument("--cache", type=Path, default=CACHE, help="where models lie (%(default)s)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="results (%(default)s)")
+    parser.add_argument(
+        "--output-part", type=float, default=1.0, help="of the tasks' full answers, for shorter "
+        "runs (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the workload (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny and short: does it all work?")
 
@@ -52,7 +57,8 @@ async def chosen_model(arguments: argparse.Namespace) -> Model:
         for name in ("experts_per_function", "functions_per_sandbox")
         if (value := getattr(arguments, name)) is not None
     }
-    return model.changed(**changes)
+    part = arguments.output_part * model.sizes.output_part
+    return replace(model.changed(**changes), sizes=replace(model.sizes, output_part=part))
 
 
 async def _model(arguments: argparse.Namespace) -> Model:

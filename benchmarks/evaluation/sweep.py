@@ -22,9 +22,9 @@ from faasmoe_operator.cli.interruption import interruptible
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 15, 20, 30, 60)
 STRATEGIES = (FUNCTIONS_SHARED, LOCAL_DISTRIBUTION)
-LONG_WINDOW: Mapping[str, Any] = {
+ALL_UP: Mapping[str, Any] = {
     "warmPool": 0,  # memory is of functions alone
-    "scaling": {"windowSeconds": 600},  # all stay up
+    "scaling": {"minScale": 1},
 }
 
 
@@ -86,14 +86,13 @@ async def _sweep(plans: Mapping[int, Plan], repeats: int) -> Mapping[int, Compar
 def _plans(arguments: argparse.Namespace, model: Model) -> dict[int, Plan]:
     tenants = QUICK_TENANTS if arguments.quick else arguments.tenants
     n_experts = int(model.describe()["experts"])
-
-    def asked(n_rounds: int, seed: int) -> workload.Workload:
-        return workload.rounds(n_rounds, seed=seed, sizes=model.sizes, tenants=tenants)
-
+    asked = workload.rounds(
+        arguments.rounds, seed=arguments.seed, sizes=model.sizes, tenants=tenants
+    )
     plan = Plan(
-        settings=Settings(model, tenants, LONG_WINDOW, UNTRIED.implementation),
-        workload=asked(arguments.rounds, arguments.seed),
-        warm_up=asked(1, paper.WARM_UP_SEED),
+        settings=Settings(model, tenants, ALL_UP, UNTRIED.implementation),
+        workload=asked,
+        warm_up=paper.warm_up(model, tenants),
         strategies=(FUNCTIONS_SHARED,) if arguments.without_local else STRATEGIES,
         repeats=1,
     )
