@@ -1,10 +1,11 @@
 """The operator with many models: until all are settled, and when nothing changes any more.
 
-`make bench-reconcile` needs KUBECONFIG to name a Kubernetes API server that is ours to use, with its
-controllers and scheduler; nodes are not needed. The operator is the real one, as a process, with the
-rights that the chart gives it. What kubelets would do is done by `InstantPods` of the cluster suite:
-stores are prepared at once, routers ready at once, sandboxes small servers that answer. Its requests
-are not counted: the API server counts the operator's, by a FlowSchema of its own.
+`make bench-reconcile` needs KUBECONFIG to name a Kubernetes API server that is ours to use, with
+its controllers and scheduler; nodes are not needed. The operator is the real one, as a process,
+with the rights that the chart gives it. What kubelets would do is done by `InstantPods` of the
+cluster suite: stores are prepared at once, routers ready at once, sandboxes small servers that
+answer. Its requests are not counted: the API server counts the operator's, by a FlowSchema of its
+own.
 """
 
 from __future__ import annotations
