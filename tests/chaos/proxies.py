@@ -8,11 +8,48 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 CHUNK_BYTES = 1 << 16
+
+
+class Connections:
+    """The connections that are handled; ended by their ends, as a cancelled handler is a fault."""
+
+    def __init__(self) -> None:
+        self._handlers: set[asyncio.Task[None]] = set()
+        self._ends: set[asyncio.StreamWriter] = set()
+        self._is_closed = False
+
+    @contextlib.contextmanager
+    def handled(self, *ends: asyncio.StreamWriter) -> Iterator[None]:
+        """Have these ends aborted when the block ends, or when all are."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._handlers.add(task)
+        task.add_done_callback(self._handlers.discard)
+        self._ends.update(ends)
+        if self._is_closed:
+            self.abort()
+        try:
+            yield
+        finally:
+            for one in ends:
+                one.transport.abort()
+                self._ends.discard(one)
+
+    def abort(self) -> None:
+        """End all of them, and those to come."""
+        self._is_closed = True
+        for one in self._ends:
+            one.transport.abort()
+
+    async def end(self) -> None:
+        """End all of them and wait until they have ended."""
+        self.abort()
+        await asyncio.gather(*self._handlers, return_exceptions=True)
 
 
 class SandboxProxy:
@@ -28,7 +65,7 @@ class SandboxProxy:
         self.address = ""
         self._target = target
         self._server: asyncio.Server | None = None
-        self._pipes: set[asyncio.Task[None]] = set()
+        self._connections = Connections()
         self._delay_s = 0.0
         self._delay_until_s = 0.0
         self._cut_next = False
@@ -43,8 +80,12 @@ class SandboxProxy:
         """Stop listening and end every connection, as when the sandbox ends."""
         if self._server is not None:
             self._server.close()
-        for pipe in self._pipes:
-            pipe.cancel()
+        self._connections.abort()
+
+    async def end(self) -> None:
+        """Close, and wait until every connection has ended."""
+        self.close()
+        await self._connections.end()
 
     def delay(self, delay_s: float, *, for_s: float) -> None:
         """Hold back each chunk for a while."""
@@ -60,26 +101,28 @@ class SandboxProxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, _, port = self._target.rpartition(":")
-        try:
+        with self._connections.handled(writer), contextlib.suppress(OSError):
             far_reader, far_writer = await asyncio.open_connection(host, int(port))
-        except OSError:
-            writer.transport.abort()
-            return
-        ends = (writer, far_writer)
+            with self._connections.handled(far_writer):
+                await self._pass_both(reader, writer, far_reader, far_writer)
+
+    async def _pass_both(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        far_reader: asyncio.StreamReader,
+        far_writer: asyncio.StreamWriter,
+    ) -> None:
         pipes = [
             asyncio.create_task(self._pass_on(reader, far_writer, "request")),
             asyncio.create_task(self._pass_on(far_reader, writer, "answer")),
         ]
-        self._pipes.update(pipes)
         try:
             await asyncio.wait(pipes, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for pipe in pipes:
                 pipe.cancel()
-                self._pipes.discard(pipe)
             await asyncio.gather(*pipes, return_exceptions=True)
-            for one in ends:
-                one.transport.abort()
 
     async def _pass_on(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str
@@ -117,25 +160,33 @@ class ZygoteProxy:
         self._socket = socket
         self._zygote = zygote
         self._server: asyncio.Server | None = None
+        self._connections = Connections()
 
     async def open(self) -> None:
         """Listen."""
         self._server = await asyncio.start_unix_server(self._accept, self._socket)
 
-    def close(self) -> None:
-        """Stop."""
+    async def end(self) -> None:
+        """Stop, and wait until every connection has ended."""
         if self._server is not None:
             self._server.close()
+        await self._connections.end()
         for proxy in self.sandboxes.values():
-            proxy.close()
+            await proxy.end()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
+        with self._connections.handled(writer), contextlib.suppress(OSError):
             far_reader, far_writer = await asyncio.open_unix_connection(self._zygote)
-        except OSError:
-            writer.transport.abort()
-            return
+            with self._connections.handled(far_writer):
+                await self._translate(reader, writer, far_reader, far_writer)
 
+    async def _translate(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        far_reader: asyncio.StreamReader,
+        far_writer: asyncio.StreamWriter,
+    ) -> None:
         async def commands() -> None:
             while line := await reader.readline():
                 far_writer.write(line)
@@ -145,8 +196,6 @@ class ZygoteProxy:
                 writer.write(await self._rewritten(line))
 
         await _until_one_ends(commands, events)
-        writer.transport.abort()
-        far_writer.transport.abort()
         if far_reader.at_eof():  # the zygote ended, and all sandboxes with it
             await self._forget(set())
 
@@ -177,7 +226,9 @@ class ZygoteProxy:
 
 async def _until_one_ends(*works: Callable[[], Awaitable[None]]) -> None:
     tasks = [asyncio.ensure_future(work()) for work in works]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

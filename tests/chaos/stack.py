@@ -123,7 +123,7 @@ async def running_stack(
             )
         )
         await proxy.open()
-        stack.callback(proxy.close)
+        stack.push_async_callback(proxy.end)
         control_child, _ = await stack.enter_async_context(
             kept(
                 "control process",
