@@ -68,9 +68,9 @@ def test_an_attached_function_holds_no_memory_but_the_pages_it_reads(large_store
     used = mapping_of(path)
     expert_kb = large_store.manifest.layers[0].expert_bytes // 1024
     assert attached["Size"] >= EXPERTS * expert_kb
-    assert attached["Rss"] <= 256  # the header and what the kernel maps around it
-    # Of 16 experts one was read; the kernel maps some of the cached pages around it.
-    assert expert_kb <= used["Rss"] <= EXPERTS * expert_kb // 2
+    # Of 16 experts its own 4 were read to be verified; the kernel maps some cached pages around.
+    for read in (attached, used):
+        assert 4 * expert_kb <= read["Rss"] <= EXPERTS * expert_kb // 2
     for field in ("Private_Dirty", "Anonymous", "Swap"):
         assert used[field] == 0
     del function
