@@ -103,15 +103,22 @@ async def _verify(store: Store) -> None:
 
 
 async def _serve(launch: Launch, processes: Processes) -> int:
+    """Serve until a signal cancels this task: once the model is served, that is a good end."""
+    task, serving = asyncio.current_task(), asyncio.Event()
+    assert task is not None
     try:
-        await _unless(processes.failures, _tell_when_serving(launch, processes))
-        await _until_cancelled(processes.failures)
+        await _unless(processes.failures, _tell_when_serving(launch, processes, serving))
+        await _unless(processes.failures, _never())
+    except asyncio.CancelledError:
+        if not serving.is_set():
+            raise
+        task.uncancel()
     finally:
         say("ending")
     return 0
 
 
-async def _tell_when_serving(launch: Launch, processes: Processes) -> None:
+async def _tell_when_serving(launch: Launch, processes: Processes, serving: asyncio.Event) -> None:
     url = launch.port.url
     await control.wait_answering(url)
     await router.wait_serving(launch.endpoint, progress=say)
@@ -123,17 +130,8 @@ async def _tell_when_serving(launch: Launch, processes: Processes) -> None:
         pids=processes.pids,
         tenants=[tenant.name for tenant in launch.deployment.model.spec.tenants],
     )
+    serving.set()  # before it is told: whoever reads it may send the signal at once
     print(text, flush=True)
-
-
-async def _until_cancelled(failures: Collection[asyncio.Task[Never]]) -> None:
-    """Return when a signal cancels this task: once the model is served, that is a good end."""
-    task = asyncio.current_task()
-    assert task is not None
-    try:
-        await _unless(failures, _never())
-    except asyncio.CancelledError:
-        task.uncancel()
 
 
 async def _never() -> None:
