@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from faasmoe_router.control.errors import ControlError
-from faasmoe_router.control.reports import LoadAverager, merge, report_body
+from faasmoe_router.control.reports import LoadAverager, PassMemory, merge, report_body
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.routing import Routing
 
 logger = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 1.0
-MAX_SILENCE_S = 8.0  # control takes a router that is silent for 10 s for idle
 IDLE_INTERVAL_S = 5.0  # one control may have hundreds of routers that have nothing to tell
 
 
@@ -37,9 +36,8 @@ class LoadReporter:
         meters: what is called, each written by one thread.
         interval_s: time between two reports.
         idle_interval_s: time between two reports that say both that there is no load.
-        is_busy: tells whether requests are being computed. While they are, an interval without any
-            call says nothing about load (a long step between two layers), so it is not reported,
-            for a time: control goes on with the last report.
+        is_busy: tells whether requests are being computed. While they are, a function that the
+            pass through the layers has not come to yet is not idle.
         tenants: tells how many keys each tenant has; None without tenants.
     """
 
@@ -68,18 +66,21 @@ class LoadReporter:
     async def run(self) -> None:
         """Report until cancelled; what a failed report would have told is lost."""
         next_s = told_s = time.monotonic()
-        averager, told_idle = LoadAverager(next_s), False
-        n_local = sum(meter.local for meter in self._meters)
+        averager, memory, told_idle = LoadAverager(next_s), PassMemory(), False
+        n_local, n_passes = self._n_local(), self._n_passes()
         while True:
             next_s = max(next_s + self._interval_s, time.monotonic())
             await asyncio.sleep(next_s - time.monotonic())
             now_s, routing = time.monotonic(), self._routing()
             interval_s, loads = averager.take(now_s, merge(m.read(now_s) for m in self._meters))
+            passes_before, n_passes = n_passes, self._n_passes()
+            n_begun = n_passes - passes_before
+            loads = memory.fill(loads, n_begun=n_begun, is_busy=self._is_busy())
             idle = all(load.is_idle for load in loads.values())
-            if idle and now_s - told_s < self._may_be_silent_s(told_idle):
+            if idle and told_idle and now_s - told_s < self._idle_interval_s:
                 continue
             told_s, told_idle = now_s, idle
-            before, n_local = n_local, sum(meter.local for meter in self._meters)
+            local_before, n_local = n_local, self._n_local()
             body = report_body(
                 loads,
                 router=self._router,
@@ -87,18 +88,20 @@ class LoadReporter:
                 interval_s=interval_s,
                 known=routing.entries,
                 held=sum(meter.held for meter in self._meters),
-                local=n_local - before,
+                local=n_local - local_before,
                 tenants=self._tenants(),
             )
             for meter in self._meters:
                 meter.forget(routing.entries)
             await self._send(body)
 
-    def _may_be_silent_s(self, told_idle: bool) -> float:
-        """Return how long there need not be a report while there is no load."""
-        if self._is_busy():
-            return MAX_SILENCE_S
-        return self._idle_interval_s if told_idle else 0.0
+    def _n_local(self) -> int:
+        """Return the calls that were computed here so far."""
+        return sum(meter.local for meter in self._meters)
+
+    def _n_passes(self) -> int:
+        """Return the passes through the layers that have begun so far."""
+        return sum(meter.passes for meter in self._meters)
 
     async def _send(self, body: dict[str, object]) -> None:
         try:

@@ -112,6 +112,7 @@ class Filler:
         """
         self._forget_what_left()
         self._book.look_after(time.monotonic())
+        self.load.passes += layer == 0
         entries = {i: functions[group.function] for i, group in enumerate(batch.groups)}
         with _InFlight(self.load, batch, entries) as in_flight:
             turn = self._turns[layer]
