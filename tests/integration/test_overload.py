@@ -129,7 +129,7 @@ class Clients:
 
 
 async def overload(up: Up, for_s: float) -> dict[str, float]:
-    """Overload a router; return the figures once they were checked."""
+    """Overload a router; return the figures once what does not depend on the machine was checked."""
     router = up.child("faasmoe_router")
     assert router is not None
     timeout = aiohttp.ClientTimeout(total=120)
@@ -147,14 +147,14 @@ async def overload(up: Up, for_s: float) -> dict[str, float]:
     assert during.faults == before.faults == after.faults == []
     assert during.statuses.total() >= 0.8 * per_s * for_s, "the overload was none"
     assert during.statuses[200] < during.statuses.total() / 2
-    assert during.percentile_s(99) <= 2 * before.percentile_s(99)
-    assert after.percentile_s(50) <= 1.5 * before.percentile_s(50), "it did not recover"
     assert peak - memory <= MAX_GROWTH_BYTES
     assert up.router_metric("local_computations_total") == 0
     return {
         "capacity_per_s": len(before.accepted_s) / BASELINE_S,
         "offered_per_s": during.statuses.total() / for_s,
         "accepted_per_s": during.statuses[200] / for_s,
+        "p50_before_s": before.percentile_s(50),
+        "p50_after_s": after.percentile_s(50),
         "p99_before_s": before.percentile_s(99),
         "p99_during_s": during.percentile_s(99),
         "p99_after_s": after.percentile_s(99),
@@ -167,11 +167,15 @@ def _memory(process: psutil.Process) -> int:
     return int(process.memory_info().rss)
 
 
-def test_ten_times_the_capacity_is_refused_in_form_and_slows_nobody_accepted(up: Up) -> None:
+def test_ten_times_the_capacity_is_refused_in_form_and_takes_no_memory(up: Up) -> None:
     print(asyncio.run(overload(up, 10.0)))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_minute_of_ten_times_the_capacity(up: Up) -> None:
-    print(asyncio.run(overload(up, 60.0)))
+def test_a_minute_of_ten_times_the_capacity_slows_nobody_accepted(up: Up) -> None:
+    """On a machine that does nothing else: these are times."""
+    figures = asyncio.run(overload(up, 60.0))
+    print(figures)
+    assert figures["p99_during_s"] <= 2 * figures["p99_before_s"]
+    assert figures["p50_after_s"] <= 1.5 * figures["p50_before_s"], "it did not recover"

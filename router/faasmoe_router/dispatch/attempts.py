@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from faasmoe_expert.table import FunctionEntry
 from faasmoe_expert.wire.checksum import Buffer
 from faasmoe_router.dispatch.choice import choose
-from faasmoe_router.dispatch.errors import CallError, Ejected, NotYetThere
+from faasmoe_router.dispatch.errors import CallError, Ejected, NotYetThere, Overtaken
 from faasmoe_router.dispatch.failures import FailureLog
 from faasmoe_router.dispatch.fanout import Call
 from faasmoe_router.dispatch.metrics import DispatchMetrics
@@ -98,17 +98,20 @@ class Attempts:
         self._book.answered(call.address, n_rows=self._n_rows(position), took_s=took_s)
 
     def failed(self, position: int, call: Call, error: CallError) -> None:
-        """Take note of a call that failed."""
+        """Take note of a call that failed, or that was overtaken."""
         now_s = time.monotonic()
         self._busy[call.address] -= 1
+        known = self._book.failed(call.address, error, now_s)
+        if isinstance(known, Overtaken):
+            return
         self._metrics.failed_calls.inc()
-        self.errors[position] = known = self._book.failed(call.address, error, now_s)
+        self.errors[position] = known
         if not isinstance(known, NotYetThere):
             self._log.note(call.address, known, now_s)
 
     def _choose(self, position: int) -> str | None:
         addresses = self._entries[position].addresses
-        tried, ejected = self._tried[position], self._book.ejected
+        tried, ejected = self._tried[position], self._book.avoided(addresses)
         if len(addresses) == 1:
             only = addresses[0]
             return None if only in tried or only in ejected else only

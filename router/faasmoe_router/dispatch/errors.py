@@ -19,6 +19,10 @@ class TooSlow(CallError):
     """The call took longer than it may; nothing else is known to be wrong."""
 
 
+class Overtaken(CallError):
+    """The same call, made later at another replica, was answered first."""
+
+
 class Ejected(CallError):
     """Every address of the function is ejected, so that the call was not made."""
 

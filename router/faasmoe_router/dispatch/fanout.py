@@ -16,7 +16,7 @@ from typing import Protocol
 
 from faasmoe_expert.wire.checksum import Buffer
 from faasmoe_router.dispatch.connection import Connection
-from faasmoe_router.dispatch.errors import CallError, CannotConnect, Refused, TooSlow
+from faasmoe_router.dispatch.errors import CallError, CannotConnect, Overtaken, Refused, TooSlow
 
 MAX_IDLE_PER_ADDRESS = 8
 SENDING_PAUSE_S = 0.005  # a sandbox that takes no byte for so long is busy with something else
@@ -315,7 +315,7 @@ class _Round:
             if flight.position == winner.position:
                 self._finish(fd)
                 flight.connection.close()
-                late = TooSlow(f"{flight.call.address}: {winner.call.address} was faster")
+                late = Overtaken(f"{flight.call.address}: {winner.call.address} was faster")
                 self._course.failed(flight.position, flight.call, late)
 
     def _finish(self, fd: int) -> None:

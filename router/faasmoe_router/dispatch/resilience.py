@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Container
+from collections.abc import Collection, Set
 from dataclasses import dataclass, field
 
 from faasmoe_router.dispatch.budget import ExtraCalls
-from faasmoe_router.dispatch.errors import CallError, CannotConnect, NotYetThere, Refused, TooSlow
+from faasmoe_router.dispatch.errors import (
+    CallError,
+    CannotConnect,
+    NotYetThere,
+    Overtaken,
+    Refused,
+    TooSlow,
+)
 from faasmoe_router.dispatch.latency import Latency
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.outliers import Ejection, Fault, Outliers
@@ -67,10 +74,15 @@ class AddressBook:
         self._metrics = metrics
         self._may_start = may_start
 
-    @property
-    def ejected(self) -> Container[str]:
-        """Addresses that get no calls now."""
-        return self._outliers.ejected
+    def avoided(self, addresses: Collection[str]) -> Set[str]:
+        """Return which of a function's addresses get no calls now.
+
+        Where all of them are ejected, those that were merely overtaken are called all the same.
+        """
+        ejected = self._outliers.ejected
+        if not ejected or not all(address in ejected for address in addresses):
+            return ejected
+        return ejected - self._outliers.slow
 
     def ejected_s(self, address: str) -> float | None:
         """Return when an address was ejected, None if it is not."""
@@ -130,4 +142,6 @@ def _fault(error: CallError) -> Fault | None:
         return None if error.status in (*BUSY, NOT_HERE) else Fault.WRONG
     if isinstance(error, TooSlow):
         return Fault.SLOW
+    if isinstance(error, Overtaken):
+        return Fault.OVERTAKEN
     return Fault.GONE if isinstance(error, CannotConnect) else Fault.WRONG

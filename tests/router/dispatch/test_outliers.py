@@ -43,6 +43,20 @@ def test_half_stay_when_everything_is_slow(outliers: Outliers) -> None:
     assert D in outliers.ejected
 
 
+def test_to_be_overtaken_now_and_then_is_no_fault(outliers: Outliers) -> None:
+    for _ in range(10):
+        for _ in range(3):
+            outliers.failed(A, Fault.OVERTAKEN, 0.0)
+        outliers.succeeded(A)
+    assert not outliers.ejected
+    for _ in range(4):
+        outliers.failed(A, Fault.OVERTAKEN, 0.0)
+    assert outliers.ejected == outliers.slow == {A}
+    outliers.failed(A, Fault.SLOW, 0.0)  # asked all the same, it hung
+    assert outliers.ejected == {A}
+    assert not outliers.slow
+
+
 def test_the_only_address_is_ejected_if_it_hangs() -> None:
     outliers = Outliers(SETTINGS)
     outliers.keep({A})
