@@ -49,7 +49,9 @@ class Connections:
     async def end(self) -> None:
         """End all of them and wait until they have ended."""
         self.abort()
-        await asyncio.gather(*self._handlers, return_exceptions=True)
+        while self._handlers:
+            await asyncio.gather(*self._handlers, return_exceptions=True)
+            await asyncio.sleep(0)  # for those that were accepted and have not begun
 
 
 class SandboxProxy:

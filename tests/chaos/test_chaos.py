@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def test_a_long_schedule_has_every_kind_of_fault() -> None:
 
 
 @pytest.mark.timeout(400)
+# A connection that a proxy has just accepted when the run ends may be left to the collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_nothing_fails_and_nothing_is_wrong_under_faults(tmp_path: Path) -> None:
     model = save_tiny_chat_model(tmp_path / "model")
     store = tmp_path / "store"
@@ -44,6 +47,7 @@ def test_nothing_fails_and_nothing_is_wrong_under_faults(tmp_path: Path) -> None
     faults = draw_schedule(SEED, duration_s=DURATION_S)
     plan = Plan(SEED, DURATION_S, faults, model, store, experts=2, capacity=2, twice="0")
     report = asyncio.run(run_chaos(plan, tmp_path))
+    gc.collect()
     assert report["failures"] == []
     assert report["wrong_answers"] == []
     assert report["recovered"]

@@ -129,7 +129,7 @@ class Clients:
 
 
 async def overload(up: Up, for_s: float) -> dict[str, float]:
-    """Overload a router; return the figures once what does not depend on the machine was checked."""
+    """Overload a router; return the figures, with what is no time checked."""
     router = up.child("faasmoe_router")
     assert router is not None
     timeout = aiohttp.ClientTimeout(total=120)
