@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from faasmoe_router.control.errors import ControlError
-from faasmoe_router.control.reports import LoadAverager, merge, report_body
+from faasmoe_router.control.reports import LoadAverager, PassMemory, merge, report_body
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.routing import Routing
 
 logger = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 1.0
-MAX_SILENCE_S = 8.0  # control takes a router that is silent for 10 s for idle
 
 
 class TakesReports(Protocol):
@@ -35,9 +34,8 @@ class LoadReporter:
         routing: tells where functions are now.
         meters: what is called, each written by one thread.
         interval_s: time between two reports.
-        is_busy: tells whether requests are being computed. While they are, an interval without any
-            call says nothing about load (a long step between two layers), so it is not reported,
-            for a time: control goes on with the last report.
+        is_busy: tells whether requests are being computed. While they are, a function that the
+            pass through the layers has not come to yet is not idle.
     """
 
     def __init__(
@@ -60,31 +58,32 @@ class LoadReporter:
 
     async def run(self) -> None:
         """Report until cancelled; what a failed report would have told is lost."""
-        next_s = told_s = time.monotonic()
-        averager = LoadAverager(next_s)
-        n_local = sum(meter.local for meter in self._meters)
+        next_s = time.monotonic()
+        averager, memory = LoadAverager(next_s), PassMemory()
+        n_local, n_passes = self._totals()
         while True:
             next_s = max(next_s + self._interval_s, time.monotonic())
             await asyncio.sleep(next_s - time.monotonic())
             now_s, routing = time.monotonic(), self._routing()
             interval_s, loads = averager.take(now_s, merge(m.read(now_s) for m in self._meters))
-            idle = all(load.is_idle for load in loads.values())
-            if idle and self._is_busy() and now_s - told_s < MAX_SILENCE_S:
-                continue
-            told_s = now_s
-            before, n_local = n_local, sum(meter.local for meter in self._meters)
+            local_before, passes_before = n_local, n_passes
+            n_local, n_passes = self._totals()
             body = report_body(
-                loads,
+                memory.fill(loads, n_begun=n_passes - passes_before, is_busy=self._is_busy()),
                 router=self._router,
                 sent_at_s=time.time(),
                 interval_s=interval_s,
                 known=routing.entries,
                 held=sum(meter.held for meter in self._meters),
-                local=n_local - before,
+                local=n_local - local_before,
             )
             for meter in self._meters:
                 meter.forget(routing.entries)
             await self._send(body)
+
+    def _totals(self) -> tuple[int, int]:
+        """Return the calls that were computed here, and the passes that have begun."""
+        return sum(m.local for m in self._meters), sum(m.passes for m in self._meters)
 
     async def _send(self, body: dict[str, object]) -> None:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from faasmoe_router.dispatch.load import Reading
@@ -68,6 +68,42 @@ class LoadAverager:
             )
         self._before_s, self._before = now_s, now
         return interval_s, loads
+
+
+class PassMemory:
+    """Knows the load of functions that a pass through the model's layers has not come to yet.
+
+    Each function is called once in a pass, at its layer's turn. A pass may take longer than the
+    interval of the reports, or even than the window after which an idle function goes: the first
+    one after a start, on a busy machine. A function that is not called in such an interval is not
+    idle; its last load stands until a whole pass has left it out.
+    """
+
+    def __init__(self) -> None:
+        self._last_pass: dict[str, FunctionLoad] = {}
+        self._since: dict[str, FunctionLoad] = {}
+        self._n_begun = 0
+
+    def fill(
+        self, loads: Mapping[str, FunctionLoad], *, n_begun: int, is_busy: bool
+    ) -> dict[str, FunctionLoad]:
+        """Return the loads of an interval, with those that stand.
+
+        Args:
+            loads: of each function.
+            n_begun: passes that began in the interval.
+            is_busy: whether requests are computed at its end.
+        """
+        called = {name: load for name, load in loads.items() if not load.is_idle}
+        if not is_busy:
+            self._last_pass, self._since, self._n_begun = {}, called, 0
+            return dict(loads)
+        self._since |= called
+        self._n_begun += n_begun
+        if self._n_begun >= 2:  # between two beginnings lies a whole pass
+            self._last_pass, self._since, self._n_begun = self._since, {}, 0
+        standing = self._last_pass | self._since
+        return {**loads, **{n: replace(x, calls=0, rows=0) for n, x in standing.items()}, **called}
 
 
 def report_body(

@@ -104,6 +104,7 @@ class Filler:
             meanwhile: work to do while the first calls are away, or before others are held.
         """
         self._forget_what_left()
+        self.load.passes += layer == 0
         entries = {i: functions[group.function] for i, group in enumerate(batch.groups)}
         with _InFlight(self.load, batch, entries) as in_flight:
             turn = self._turns[layer]

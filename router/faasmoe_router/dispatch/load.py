@@ -41,11 +41,13 @@ class LoadMeter:
     Attributes:
         held: calls that wait now for their function to be started.
         local: calls that were computed in the router instead; grows for ever.
+        passes: passes through the model's layers that have begun; grows for ever.
     """
 
     def __init__(self) -> None:
         self.held = 0
         self.local = 0
+        self.passes = 0
         self._figures: dict[str, _Figures] = {}
 
     def begin(self, function_id: str, now_s: float, *, rows: int) -> None:

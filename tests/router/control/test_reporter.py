@@ -1,12 +1,9 @@
-"""Reports are for what is known: a long step without a call says nothing about load."""
+"""Reports are for what is known: a long pass has not called every function yet."""
 
 import asyncio
 import time
 from typing import Any, ClassVar, cast
 
-import pytest
-
-from faasmoe_router.control import reporter
 from faasmoe_router.control.reporter import LoadReporter
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.routing import Routing
@@ -59,13 +56,15 @@ def test_an_idle_router_reports_that_it_is_idle() -> None:
     assert all(body["functions"] == {} for body in reports.bodies)
 
 
-def test_a_busy_router_without_calls_is_silent_for_a_time_only(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(reporter, "MAX_SILENCE_S", 0.2)
-    begun_s = time.monotonic()
-    reports_of(LoadMeter(), busy=True, enough=1)
-    assert time.monotonic() - begun_s >= 0.2
+def test_a_function_that_a_long_pass_has_not_come_to_yet_is_not_reported_as_idle() -> None:
+    meter, now_s = LoadMeter(), time.monotonic()
+    meter.passes += 1
+    meter.begin("f", now_s, rows=3)
+    meter.end("f", now_s + 0.001)
+    reports = reports_of(meter, busy=True, enough=20)
+    loads = [body["functions"]["f"] for body in reports.bodies]
+    assert all(load["concurrency"] > 0 for load in loads)
+    assert [load["calls"] for load in loads] == [1] + [0] * (len(loads) - 1)
 
 
 def test_a_busy_router_reports_its_calls() -> None:

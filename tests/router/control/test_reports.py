@@ -1,4 +1,10 @@
-from faasmoe_router.control.reports import FunctionLoad, LoadAverager, merge, report_body
+from faasmoe_router.control.reports import (
+    FunctionLoad,
+    LoadAverager,
+    PassMemory,
+    merge,
+    report_body,
+)
 from faasmoe_router.dispatch.load import LoadMeter, Reading
 
 
@@ -69,3 +75,42 @@ def test_a_report_tells_of_load_and_nothing_of_what_is_idle_or_left_the_table() 
         "held": 3,
         "local": 4,
     }
+
+
+CALLED, IDLE = FunctionLoad(0.2, 3, 7), FunctionLoad(0.0, 0, 0)
+STANDS = FunctionLoad(0.2, 0, 0)
+
+
+def test_the_load_of_a_function_stands_until_a_whole_pass_has_left_it_out() -> None:
+    memory = PassMemory()
+    first = memory.fill({"f": CALLED, "g": IDLE}, n_begun=1, is_busy=True)
+    assert first == {"f": CALLED, "g": IDLE}
+    second = memory.fill({"f": IDLE, "g": CALLED}, n_begun=0, is_busy=True)
+    assert second == {"f": STANDS, "g": CALLED}
+    # The pass has ended and another has begun: both functions were in it.
+    third = memory.fill({"f": IDLE, "g": IDLE}, n_begun=1, is_busy=True)
+    assert third == {"f": STANDS, "g": STANDS}
+    memory.fill({"f": IDLE, "g": CALLED}, n_begun=1, is_busy=True)
+    # That one has called g only, and so has the next.
+    assert memory.fill({"f": IDLE, "g": CALLED}, n_begun=1, is_busy=True)["f"] == IDLE
+
+
+def test_short_passes_say_at_once_that_a_function_is_idle() -> None:
+    memory = PassMemory()
+    memory.fill({"f": CALLED, "g": CALLED}, n_begun=20, is_busy=True)
+    assert memory.fill({"f": IDLE, "g": CALLED}, n_begun=20, is_busy=True)["f"] == IDLE
+
+
+def test_what_was_waited_for_before_a_pass_is_not_idle_while_the_pass_comes_to_it() -> None:
+    memory = PassMemory()
+    held = FunctionLoad(0.1, 0, 0)
+    assert memory.fill({"f": held}, n_begun=0, is_busy=False) == {"f": held}
+    for _ in range(9):  # the first pass of a process: seconds, on a busy machine
+        assert memory.fill({"f": IDLE}, n_begun=0, is_busy=True) == {"f": held}
+
+
+def test_nothing_stands_when_no_request_is_computed() -> None:
+    memory = PassMemory()
+    memory.fill({"f": CALLED}, n_begun=1, is_busy=True)
+    assert memory.fill({"f": IDLE}, n_begun=0, is_busy=False) == {"f": IDLE}
+    assert memory.fill({"f": IDLE}, n_begun=0, is_busy=True) == {"f": IDLE}
