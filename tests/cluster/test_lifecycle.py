@@ -6,7 +6,14 @@ from collections.abc import Callable
 
 from apiserver import ApiServer, Object, eventually
 from chats import chat
-from moemodels import objects_of, router_pods, sandboxes, secret, wait_condition
+from moemodels import (
+    assignments,
+    objects_of,
+    router_pods,
+    sandboxes,
+    secret,
+    wait_condition,
+)
 from operator_process import OperatorProcess
 from stand_in_node import StandInNode
 
@@ -31,11 +38,11 @@ def test_a_model_is_prepared_and_served_scaled_suspended_and_deleted(
     (router,) = router_pods(api, namespace, "tiny")
     text = chat(router, tenant="acme", key=KEY)
     assert text == chat(router, tenant="acme", key=KEY)
-    held = sandboxes(api, namespace, "tiny")
+    held = eventually(
+        lambda: assignments(api, namespace, "tiny"), lambda found: all(found.values())
+    )
     assert held
-    labels = [pod["metadata"]["labels"] for pod in held]
-    assert all(pod["faasmoe.dev/pool"] == "assigned" for pod in labels)
-    assert len({pod["faasmoe.dev/function"] for pod in labels}) == len(held)
+    assert len(set(held.values())) == len(held)
     wait_condition(api, namespace, "tiny", "Active")
 
     eventually(lambda: sandboxes(api, namespace, "tiny"), lambda pods: pods == [])

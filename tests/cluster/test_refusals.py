@@ -45,7 +45,9 @@ def test_a_secret_that_is_missing_is_named(
     source = "hf://faasmoe-tests/there-is-no-such-model"
     token = {"name": "hub-token", "key": "token"}
     api.create("moemodels", tiny_model("tiny", model={"source": source, "tokenSecretRef": token}))
-    found = wait_condition(api, namespace, "tiny", "StoreReady", status="False")
+    found = wait_condition(
+        api, namespace, "tiny", "StoreReady", status="False", reason="SecretMissing"
+    )
     assert "hub-token" in found["message"]
 
     api.create("secrets", secret("hub-token", namespace, {"token": "hf_x"}))
@@ -139,7 +141,7 @@ def test_has_only_the_rights_that_it_needs(
             bearer.list(plural, namespace)
         assert refused.value.status == 403
     bearer.close()
-    assert "forbidden" not in operator.log().lower()
+    assert "forbidden: User" not in operator.log()
 
 
 def _events(api: ApiServer, namespace: str) -> list[str]:

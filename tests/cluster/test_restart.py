@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from apiserver import ApiServer, Object, eventually
 from chats import chat
-from moemodels import objects_of, router_pods, sandboxes, wait_condition
+from moemodels import assignments, objects_of, router_pods, sandboxes, wait_condition
 from operator_process import OperatorProcess
 from stand_in_node import StandInNode
 
@@ -42,15 +42,16 @@ def test_serves_on_while_the_operator_is_away_and_takes_its_sandboxes_back(
     wait_condition(api, namespace, "tiny", "Ready")
     (router,) = router_pods(api, namespace, "tiny")
     text = chat(router)
-    before = _assignments(api, namespace)
-    assert before
+    before = eventually(
+        lambda: assignments(api, namespace, "tiny"), lambda found: found and all(found.values())
+    )
 
     operator.kill()
     assert chat(router) == text
     operator.start()
     wait_condition(api, namespace, "tiny", "Active")
     assert chat(router) == text
-    assert _assignments(api, namespace) == before
+    assert assignments(api, namespace, "tiny") == before
 
 
 def test_loses_no_request_while_routers_and_sandboxes_are_replaced(
@@ -89,12 +90,6 @@ def test_loses_no_request_while_routers_and_sandboxes_are_replaced(
     assert traffic.errors == []
     assert set(traffic.texts) == {text}
     assert len(traffic.texts) > 5
-
-
-def _assignments(api: ApiServer, namespace: str) -> dict[str, str]:
-    """Return the function of each sandbox, by the pod's uid."""
-    pods = sandboxes(api, namespace, "tiny")
-    return {p["metadata"]["uid"]: p["metadata"]["labels"]["faasmoe.dev/function"] for p in pods}
 
 
 class _Traffic:

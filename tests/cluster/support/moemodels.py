@@ -84,6 +84,12 @@ def sandboxes(api: ApiServer, namespace: str, model: str) -> list[Object]:
     return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
 
+def assignments(api: ApiServer, namespace: str, model: str) -> dict[str, str]:
+    """Return the function of each sandbox, by the pod's uid; empty while it is not labelled."""
+    pods = [pod["metadata"] for pod in sandboxes(api, namespace, model)]
+    return {pod["uid"]: pod["labels"].get("faasmoe.dev/function", "") for pod in pods}
+
+
 def router_pods(api: ApiServer, namespace: str, model: str) -> list[Object]:
     """Return a model's routers that are ready and not on their way out."""
     labels = f"faasmoe.dev/model={model},app.kubernetes.io/component=router"
