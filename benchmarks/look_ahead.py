@@ -10,6 +10,7 @@ looking ahead can only bring the others.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def measure(
         for layer in layers:
             assert layer.picked is not None
             needed.append(missed(layer.picked))
-        for before, layer in zip(layers, layers[1:], strict=False):
+        for before, layer in itertools.pairwise(layers):
             assert before.rows is not None
             predicted.append(missed(layer.pick(before.rows)))
         counts.take(needed, predicted)
@@ -136,7 +137,9 @@ def draw(checkpoint: Path, length: int, vocabulary: int) -> Iterator[Tensor]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     ids = tokenizer(TEXT * 4, add_special_tokens=False).input_ids
     if len(ids) > len(TEXT):  # a token for each character: it knows nothing
-        ids = torch.randint(vocabulary, (4096,), generator=torch.Generator().manual_seed(0)).tolist()
+        ids = torch.randint(
+            vocabulary, (4096,), generator=torch.Generator().manual_seed(0)
+        ).tolist()
     for n in range(N_PROMPTS):
         start = n * 7
         yield torch.tensor([ids[start : start + length]])
