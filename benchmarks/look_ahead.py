@@ -47,8 +47,7 @@ class Layer:
         """Return the experts that its gate would pick for rows [T, H]: [T, k]."""
         given: Any = self.gate(rows)
         parts = given if isinstance(given, tuple) else (given,)
-        picked: Tensor = next(part for part in parts if not part.is_floating_point())
-        return picked
+        return next(part for part in parts if not part.is_floating_point())
 
 
 @dataclass(slots=True)
@@ -138,8 +137,9 @@ def draw(checkpoint: Path, length: int, vocabulary: int) -> Iterator[Tensor]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     ids = tokenizer(TEXT * 4, add_special_tokens=False).input_ids
     if len(ids) > len(TEXT):  # a token for each character: it knows nothing
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (4096,), generator=generator).tolist()
+        ids = torch.randint(
+            vocabulary, (4096,), generator=torch.Generator().manual_seed(0)
+        ).tolist()
     for n in range(N_PROMPTS):
         start = n * 7
         yield torch.tensor([ids[start : start + length]])

@@ -53,10 +53,10 @@ class NodeRegistration:
 
     def _tell(self) -> None:
         resources = {
-            "cpu": "1000",
-            "memory": "1000Gi",
+            "cpu": "100k",
+            "memory": "1Pi",
             "pods": str(self._n_pods),
-            "ephemeral-storage": "1000Gi",
+            "ephemeral-storage": "1Pi",
         }
         ready = condition("Ready", is_true=True) | {
             "reason": "StandIn",
