@@ -211,13 +211,14 @@ def model(name: str, pods: InstantPods) -> Object:
 
 def wait_ready(api: ApiServer, n_models: int) -> None:
     """Wait until every model is ready."""
+    deadline_s, n_ready = time.monotonic() + SETTLE_TIMEOUT_S, 0
     with tqdm(total=n_models, desc="ready", unit="model", disable=None) as bar:
-        deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
-        while bar.n < n_models:
+        while n_ready < n_models:
             if time.monotonic() > deadline_s:
-                raise TimeoutError(f"{bar.n} of {n_models} models were ready in time")
-            found = api.list("moemodels", MODELS_NAMESPACE)
-            bar.update(sum(is_ready(obj) for obj in found) - bar.n)
+                raise TimeoutError(f"{n_ready} of {n_models} models were ready in time")
+            before, found = n_ready, api.list("moemodels", MODELS_NAMESPACE)
+            n_ready = sum(is_ready(obj) for obj in found)
+            bar.update(n_ready - before)
             time.sleep(0.5)
 
 
