@@ -1,7 +1,7 @@
 """Functions that come and go: how fast, and what they cost.
 
-`python -m benchmarks.elastic [--quick] [--memory]`. Everything runs under `faasmoe up`. What is
-measured, and what it was, stands in docs/performance.md.
+`python -m benchmarks.elastic [--quick] [--memory] [--layers N]`. Everything runs under `faasmoe
+up`. What is measured, and what it was, stands in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Plan:
     pools: tuple[int, ...]
 
 
-def full_plan(rounds: int) -> Plan:
-    """Return the plan whose figures count: 24 functions for private memory, 12 for the rest."""
-    return Plan(qwen(4), 20, 10, rounds, rounds, (1, 3, 0))
+def full_plan(layers: int, rounds: int) -> Plan:
+    """Return the plan whose figures count: a layer is 6 functions for private memory, else 3."""
+    return Plan(qwen(layers), 20, 10, rounds, rounds, (1, 3, 0))
 
 
 def quick_plan() -> Plan:
@@ -285,11 +285,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.elastic")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it all work?")
     parser.add_argument("--memory", action="store_true", help="only the parts about memory")
+    parser.add_argument("--layers", type=int, default=4, help="MoE layers (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each part (%(default)s)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="models (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="figures (%(default)s)")
     arguments = parser.parse_args()
-    plan = quick_plan() if arguments.quick else full_plan(arguments.rounds)
+    plan = quick_plan() if arguments.quick else full_plan(arguments.layers, arguments.rounds)
     folder, out = arguments.cache.resolve(), arguments.out.resolve()
     if arguments.memory:
         found = asyncio.run(measure_memory(plan, folder))

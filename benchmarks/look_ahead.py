@@ -47,7 +47,8 @@ class Layer:
         """Return the experts that its gate would pick for rows [T, H]: [T, k]."""
         given: Any = self.gate(rows)
         parts = given if isinstance(given, tuple) else (given,)
-        return next(part for part in parts if not part.is_floating_point())
+        picked: Tensor = next(part for part in parts if not part.is_floating_point())
+        return picked
 
 
 @dataclass(slots=True)
