@@ -180,8 +180,10 @@ class BlockGuard:
         return ""
 
     def _digests(self, blocks: Sequence[int]) -> Iterator[str]:
-        """Give the digests of blocks, on all cores that are allowed: neither sums nor SHA-256 hold
-        the interpreter's lock."""
+        """Give the digests of blocks, found on all cores that are allowed.
+
+        Neither sums nor SHA-256 hold the interpreter's lock.
+        """
         n_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)), len(blocks))
         if n_threads < 2:
             yield from map(self._digest, blocks)
