@@ -47,12 +47,13 @@ def test_takes_an_api_into_use_when_it_comes_and_says_when_it_is_gone(
     if api.find("customresourcedefinitions", "", CRD) is not None:
         pytest.skip(f"{CRD} is installed: it cannot come")
     api.create("moemodels", tiny_model("tiny", monitoring={"serviceMonitor": {}}))
-    missing = {"status": "False", "reason": "ApiMissing"}
-    found = wait_condition(api, namespace, "tiny", "Ready", **missing)
+    found = wait_condition(api, namespace, "tiny", "Ready", status="False", reason="ApiMissing")
     assert f"{GROUP}/v1" in found["message"]
 
     with service_monitors(api):
         wait_condition(api, namespace, "tiny", "Ready")
         monitor = api.get("servicemonitors", namespace, "tiny-router")
         assert monitor["spec"]["targetLabels"] == ["faasmoe.dev/model"]
-    wait_condition(api, namespace, "tiny", "Ready", **missing, timeout_s=GONE_S)
+    wait_condition(
+        api, namespace, "tiny", "Ready", status="False", reason="ApiMissing", timeout_s=GONE_S
+    )

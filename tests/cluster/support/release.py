@@ -58,12 +58,12 @@ class Release:
 def released(api: ApiServer, helm: Helm, images: Images, *, node: str) -> Iterator[Release]:
     """Install the chart on a node; in the end take it away, and the CRD if it came with it."""
     release = Release(api, helm)
-    had_crd = api.find("customresourcedefinitions", "", CRD) is not None
+    had_crd = _renew_crd(api)
     file = helm.home / "release.yaml"
     file.write_text(yaml.safe_dump(_values(images, node)))
     try:
         options = ["--create-namespace", "--wait", "--values", str(file)]
-        release.run("install", str(CHART), *options)
+        release.run("install", str(CHART), *options, *["--skip-crds"] * had_crd)
         yield release
     finally:
         release.run("uninstall", "--ignore-not-found", "--wait")
@@ -71,6 +71,15 @@ def released(api: ApiServer, helm: Helm, images: Images, *, node: str) -> Iterat
         if not had_crd:
             api.delete("customresourcedefinitions", "", CRD)
             eventually(lambda: api.find("customresourcedefinitions", "", CRD), lambda crd: not crd)
+
+
+def _renew_crd(api: ApiServer) -> bool:
+    """Bring the CRD up to date if it is there, whoever brought it; return whether it is."""
+    if api.find("customresourcedefinitions", "", CRD) is None:
+        return False
+    for file in (CHART / "crds").iterdir():
+        api.apply("customresourcedefinitions", yaml.safe_load(file.read_text()))
+    return True
 
 
 def _values(images: Images, node: str) -> Object:

@@ -13,8 +13,8 @@ from faasmoe_operator.kube.kinds import HTTP_ROUTE, MOEMODEL, OPTIONAL, SERVICE_
 from faasmoe_operator.kube.optional_apis import FIELDS, OptionalApis
 from faasmoe_operator.spec.moemodel import ModelSpec
 
-MONITORED = {"monitoring": {"serviceMonitor": {}}}
-ROUTED = {"networking": {"httpRoute": {"parentRefs": [{"name": "public"}]}}}
+MONITORED: dict[str, Any] = {"monitoring": {"serviceMonitor": {}}}
+ROUTED: dict[str, Any] = {"networking": {"httpRoute": {"parentRefs": [{"name": "public"}]}}}
 
 
 class Story:
