@@ -85,7 +85,7 @@ def tiny_model(programs: PodPrograms) -> Callable[..., Object]:
         experts = {"device": "cpu", "warmPool": 0, "scaling": scaling}
         spec: Object = {
             "model": {"source": f"pvc://{CLAIM}/{FOLDER}"},
-            "store": {"claimName": CLAIM, "subPath": name, "resources": SMALL},
+            "store": {"claimName": CLAIM, "subPath": f"stores/{name}", "resources": SMALL},
             "granularity": {"expertsPerFunction": 4},
             "router": {**router, "template": here},
             "experts": {**experts, **parts.pop("experts", {}), "template": here},
