@@ -68,6 +68,7 @@ def released(api: ApiServer, helm: Helm, images: Images, *, node: str) -> Iterat
     finally:
         release.run("uninstall", "--ignore-not-found", "--wait")
         api.delete("namespaces", "", NAMESPACE)
+        eventually(lambda: api.find("namespaces", "", NAMESPACE), lambda found: not found)
         if not had_crd:
             api.delete("customresourcedefinitions", "", CRD)
             eventually(lambda: api.find("customresourcedefinitions", "", CRD), lambda crd: not crd)
