@@ -2,14 +2,17 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import promql_parser
 import pytest
 import yaml
+from helm import Helm
 from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from faasmoe_operator.control.metrics import ControlMetrics
 from faasmoe_operator.kube.kinds import Object
@@ -17,6 +20,8 @@ from faasmoe_operator.kube.metrics import OperatorMetrics
 from faasmoe_router.control.metrics import ControlMetrics as LinkMetrics
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.metrics import EngineMetrics
+from faasmoe_router.tenants.metrics import TenantCollector
+from faasmoe_router.tenants.usage import Accounts
 
 CHART = Path(__file__).parents[2] / "charts" / "faasmoe"
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "gauge": ("",)}
@@ -26,7 +31,11 @@ PANELS = [
     for panel in json.loads((CHART / "dashboards" / "faasmoe.json").read_text())["panels"]
     if panel["type"] != "row"
 ]
-PLACED = {"faasmoe_router_": {"faasmoe_dev_model"}, "faasmoe_control_": {"namespace", "model"}}
+PLACED = {
+    "faasmoe_router_": {"faasmoe_dev_model"},
+    "faasmoe_tenant_": {"faasmoe_dev_model"},
+    "faasmoe_control_": {"namespace", "model"},
+}
 """Labels that come later: from the ServiceMonitor's targetLabels, from the operator's front."""
 
 
@@ -36,16 +45,23 @@ def metrics() -> dict[str, set[str]]:
     EngineMetrics(router, "qwen").finished("stop")
     LinkMetrics(router)
     DispatchMetrics(router)
+    TenantCollector(Accounts(0.0), sequences=dict, n_keys=dict).register(router)
     found: dict[str, set[str]] = {}
     for registry in (router, OperatorMetrics().registry, ControlMetrics().registry):
         for collector in list(registry._collector_to_names):
-            for family in collector.describe():  # type: ignore[attr-defined]
-                labels = set(getattr(collector, "_labelnames", ()))
+            for family in families(collector):
+                labels = set(getattr(collector, "_labelnames", getattr(family, "_labelnames", ())))
                 labels |= next((PLACED[p] for p in PLACED if family.name.startswith(p)), set())
                 for suffix in SUFFIXES.get(family.type, ()):
                     extra = {"le"} if suffix == "_bucket" else set()
                     found[f"{family.name}{suffix}"] = labels | extra
     return found
+
+
+def families(collector: Collector) -> Iterable[Metric]:
+    """Return what a collector tells of; one that cannot say so without telling it tells it."""
+    describe = getattr(collector, "describe", collector.collect)
+    return cast("Iterable[Metric]", describe())
 
 
 KNOWN = metrics()
@@ -87,6 +103,20 @@ def test_a_panel_speaks_of_metrics_that_there_are(panel: dict[str, Any]) -> None
         assert check(query) > 0
 
 
+def test_the_dashboard_shows_all_that_is_told_of_tenants() -> None:
+    shown = {
+        selector.name
+        for panel in PANELS
+        for target in panel["targets"]
+        for selector in selectors(
+            promql_parser.parse(target["expr"].replace("$__rate_interval", "5m"))
+        )
+    }
+    told = {name for name in KNOWN if name.startswith("faasmoe_tenant_")}
+    assert told
+    assert told <= shown
+
+
 def test_a_metric_that_is_none_is_found_out() -> None:
     with pytest.raises(AssertionError, match="faasmoe_operator_nothing_total is no metric"):
         check("sum(rate(faasmoe_operator_nothing_total[5m]))")
@@ -108,6 +138,22 @@ def test_every_alert_says_how_bad_it_is_and_what_to_do(rendered: dict[str, list[
         assert notes["description"].endswith(".")
         url = f"https://wiki.example.com/faasmoe#{made['alert'].lower()}"
         assert notes["runbook_url"] == url
+
+
+def test_alerts_send_nobody_to_a_page_that_was_not_named(helm: Helm) -> None:
+    objects = helm.template({"prometheusRule": {"enabled": True}})
+    (rule,) = (o for o in objects if o["kind"] == "PrometheusRule")
+    made = [rule for group in rule["spec"]["groups"] for rule in group["rules"]]
+    assert len(made) == len(ALERTS)
+    assert {frozenset(rule["annotations"]) for rule in made} == {
+        frozenset({"summary", "description"})
+    }
+
+
+def test_every_alert_has_its_paragraph_where_the_runbook_is_written() -> None:
+    text = (CHART.parents[1] / "docs" / "kubernetes" / "troubleshooting.md").read_text()
+    headings = set(re.findall(r"^### (.+)$", text, flags=re.MULTILINE))
+    assert {alert["name"] for alert in ALERTS} <= headings
 
 
 def alerts_of(file: str) -> list[dict[str, Any]]:

@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from faasmoe_operator.kube.kinds import EVENT, MOEMODEL, OWNED, POD, SECRET, WATCHED, Kind, Object
+from faasmoe_operator.kube.kinds import (
+    EVENT,
+    MOEMODEL,
+    OPTIONAL,
+    OWNED,
+    POD,
+    SECRET,
+    WATCHED,
+    Kind,
+    Object,
+)
 from faasmoe_operator.kube.leadership import LEASE_NAME
 
 READ = frozenset({"get", "list", "watch"})
@@ -28,7 +38,7 @@ def needed() -> Rights:
         resource(SECRET): frozenset({"create"}),
     }
     for kind in {*OWNED, POD} - {SECRET}:
-        rights[resource(kind)] = WRITE | (READ if kind in WATCHED else frozenset())
+        rights[resource(kind)] = WRITE | (READ if kind in {*WATCHED, *OPTIONAL} else frozenset())
     return rights
 
 

@@ -67,11 +67,11 @@ def node(api: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     own.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def operator(
     api: ApiServer, service_account: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[OperatorProcess]:
-    """The operator, running."""
+    """The operator, running; not while another module may have one of its own."""
     folder = tmp_path_factory.mktemp("operator")
     process = OperatorProcess(api, folder, service_account=service_account)
     process.start()

@@ -28,6 +28,7 @@ class Helm:
     """
 
     def __init__(self, program: Path, home: Path) -> None:
+        self.home = home
         self._program = program
         self._env = {"HOME": str(home), "PATH": "/usr/bin:/bin"}
 
@@ -65,7 +66,7 @@ class Helm:
     def _template(self, values: dict[str, Any] | Path | None) -> subprocess.CompletedProcess[str]:
         file = values
         if not isinstance(file, Path):
-            file = Path(self._env["HOME"]) / "values.yaml"
+            file = self.home / "values.yaml"
             file.write_text(yaml.safe_dump(values or {}))
         where = ["--namespace", NAMESPACE, "--values", str(file), "--include-crds"]
         return self.run("template", RELEASE, CHART, *where)

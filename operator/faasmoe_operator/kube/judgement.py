@@ -122,8 +122,8 @@ def _router(ctx: ModelContext, router: RouterState) -> Verdict:
     if not missing:
         return router.verdict
     text = "; ".join(
-        f"{field} is given, and the cluster does not serve {api}: install its CRDs and restart "
-        "the operator, or leave the field out"
+        f"{field} is given, and the cluster does not serve {api}: install its CRDs, which are then "
+        "noticed, or leave the field out"
         for field, api in missing.items()
     )
     return bad("ApiMissing", text)

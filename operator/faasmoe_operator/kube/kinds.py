@@ -76,8 +76,8 @@ OWNED = (
 )
 OPTIONAL = (HTTP_ROUTE, SERVICE_MONITOR)
 """Kinds of APIs that a cluster may not serve."""
-WATCHED = (POD, *(kind for kind in OWNED if kind != SECRET))
-"""Kinds that the cache holds beside MoEModels: secrets are created, never read."""
+WATCHED = (MOEMODEL, POD, *(kind for kind in OWNED if kind not in (SECRET, *OPTIONAL)))
+"""Kinds that the cache holds everywhere: secrets are created, never read."""
 
 _KINDS = {(kind.api_version, kind.name): kind for kind in (MOEMODEL, POD, EVENT, LEASE, *OWNED)}
 

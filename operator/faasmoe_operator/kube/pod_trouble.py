@@ -82,7 +82,7 @@ def _container_trouble(pod: str, container: Object) -> Trouble | None:
         return Trouble("ContainerFailed", f"pod {pod}: {reason}: {said}")
     ended = state.get("terminated") or (container.get("lastState") or {}).get("terminated") or {}
     if ended.get("reason") == "OOMKilled":
-        hint = "ask for more memory in the template's resources"
+        hint = "ask for more memory: template.resources, or store.resources for the store's Job"
         return Trouble("OutOfMemory", f"pod {pod}: it took more than its limit of memory; {hint}")
     if reason == "CrashLoopBackOff":
         return Trouble("Crashing", f"pod {pod}: {_last_words(ended)}; see `kubectl logs {pod}`")

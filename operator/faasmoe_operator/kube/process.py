@@ -21,10 +21,11 @@ from faasmoe_operator.kube.connection import load_connection
 from faasmoe_operator.kube.core import Grounds
 from faasmoe_operator.kube.errors import ApiError
 from faasmoe_operator.kube.events import EventWriter
-from faasmoe_operator.kube.kinds import MOEMODEL, OPTIONAL, WATCHED, Kind
+from faasmoe_operator.kube.kinds import MOEMODEL, WATCHED, Kind
 from faasmoe_operator.kube.leadership import Election, leading
 from faasmoe_operator.kube.metrics import OperatorMetrics
 from faasmoe_operator.kube.models import ModelCores
+from faasmoe_operator.kube.optional_apis import OptionalApis
 from faasmoe_operator.kube.readiness import Readiness
 from faasmoe_operator.kube.reconciler import Reconciler
 from faasmoe_operator.kube.resync import Resync
@@ -33,7 +34,7 @@ from faasmoe_operator.kube.server import Front, listen
 from faasmoe_operator.kube.surroundings import Surroundings
 from faasmoe_operator.kube.transport import Transport
 from faasmoe_operator.kube.triggers import Feed, Triggers
-from faasmoe_operator.kube.watcher import Watcher
+from faasmoe_operator.kube.watches import Watches
 from faasmoe_operator.kube.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -95,30 +96,28 @@ class Operator:
             lambda: root_key(api, namespace=config.namespace, name=config.root_key_secret),
             what=f"the root key in Secret {config.namespace}/{config.root_key_secret}",
         )
-        kinds = await self._insist(lambda: served_kinds(api), what=f"the CRD of {MOEMODEL}")
+        await self._insist(lambda: check_crd(api), what=f"the CRD of {MOEMODEL}")
+        apis = OptionalApis(api, self._cache, visit=workers.add)
         reconciler = Reconciler(
             api,
             self._cache,
             cores,
-            Surroundings(
-                config.images, config.control, root, frozenset(kind.api_version for kind in kinds)
-            ),
+            Surroundings(config.images, config.control, root, served=apis.versions),
             events=EventWriter(api, instance=config.identity),
         )
-        resync = Resync(api, self._cache, kinds=kinds, namespaces=config.watch_namespaces)
+        resync = Resync(
+            api, self._cache, kinds=WATCHED, namespaces=config.watch_namespaces, gone=apis.lose
+        )
         self._deleted = resync.doubt
         feed = Feed(self._cache, resync, self._metrics)
-        watcher = Watcher(
-            kinds=kinds,
-            namespaces=config.watch_namespaces,
-            deliver=feed.take,
-            interrupted=resync.doubt,
-        )
         self._cache.subscribe(Triggers(workers).take)
         async with asyncio.TaskGroup() as group:
-            group.create_task(watcher.run())
+            watches = Watches(config.watch_namespaces, feed, resync, group)
+            watches.begin(WATCHED)
+            await self._insist(lambda: apis.begin(watches), what="what the cluster serves")
             await self._fill(feed, resync)
             group.create_task(resync.run())
+            group.create_task(apis.run())
             group.create_task(workers.run(reconciler.reconcile))
 
     async def _fill(self, feed: Feed, resync: Resync) -> None:
@@ -181,12 +180,7 @@ class NotServed(FaasmoeError):
     """The cluster does not serve what the operator is for."""
 
 
-async def served_kinds(api: KubeClient) -> list[Kind]:
-    """Return the kinds to watch; raises ApiError, or NotServed if the CRD is not installed."""
+async def check_crd(api: KubeClient) -> None:
+    """Raise NotServed if the CRD is not installed, or ApiError."""
     if not await api.serves(MOEMODEL):
         raise NotServed(f"{MOEMODEL} is not served: apply the CRD, crds/ has it")
-    kinds = [MOEMODEL]
-    for kind in WATCHED:
-        if kind not in OPTIONAL or await api.serves(kind):
-            kinds.append(kind)
-    return kinds

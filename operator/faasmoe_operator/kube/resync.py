@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 
 from faasmoe_operator.kube.api import KubeApi
 from faasmoe_operator.kube.cache import ObjectCache
-from faasmoe_operator.kube.errors import ApiError
-from faasmoe_operator.kube.kinds import MOEMODEL, Kind
+from faasmoe_operator.kube.errors import ApiError, NotFound
+from faasmoe_operator.kube.kinds import MOEMODEL, Kind, Object
 from faasmoe_operator.kube.manifests.names import FIELD_MANAGER, MANAGED_BY_LABEL
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class Resync:
         cache: what to keep.
         kinds: what is watched.
         namespaces: where; empty for everywhere.
+        gone: told that a kind is served no more.
         clock: a clock that only goes forward.
     """
 
@@ -49,15 +50,28 @@ class Resync:
         *,
         kinds: Sequence[Kind],
         namespaces: Sequence[str],
+        gone: Callable[[Kind], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._api, self._cache, self._clock = api, cache, clock
+        self._gone = gone
         self._namespaces: tuple[str | None, ...] = tuple(namespaces) or (None,)
         self._due = dict.fromkeys(kinds, -float("inf"))
+        self._new: set[Kind] = set()
+
+    def add(self, kind: Kind) -> None:
+        """List a kind from now on; soon again, as its watch may begin after the first list."""
+        self._due[kind] = -float("inf")
+        self._new.add(kind)
+
+    def remove(self, kind: Kind) -> None:
+        """List a kind no more, and forget its objects."""
+        self._due.pop(kind, None)
+        self._cache.replace(kind, (), known=self._cache.known(kind, None))
 
     async def fill(self) -> None:
         """List everything once; raises ApiError."""
-        for kind in self._due:
+        for kind in tuple(self._due):
             await self._list(kind)
 
     async def run(self) -> None:
@@ -83,14 +97,23 @@ class Resync:
             await self._list(kind)
         except ApiError as error:
             logger.warning("%s are not listed anew: %s", kind, error)
-            self._due[kind] = self._clock() + DOUBT_S
+            if kind in self._due:
+                self._due[kind] = self._clock() + DOUBT_S
 
     async def _list(self, kind: Kind) -> None:
         gone = 0
         for namespace in self._namespaces:
             known = self._cache.known(kind, namespace)
-            listed = await self._api.list(kind, namespace, label_selector=selector_of(kind))
+            listed = await self._ask(kind, namespace)
             gone += self._cache.replace(kind, listed, known=known)
-        self._due[kind] = self._clock() + PERIOD_S
+        self._due[kind] = self._clock() + (DOUBT_S if kind in self._new else PERIOD_S)
+        self._new.discard(kind)
         if gone:
             logger.info("%d %s had gone unnoticed", gone, kind)
+
+    async def _ask(self, kind: Kind, namespace: str | None) -> list[Object]:
+        try:
+            return await self._api.list(kind, namespace, label_selector=selector_of(kind))
+        except NotFound:
+            self._gone(kind)
+            raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from faasmoe_operator.kube.kinds import Object
@@ -18,13 +19,14 @@ class Surroundings:
         images: what pods run.
         control: the operator's control API.
         root_key: what tokens are derived from.
-        served: optional APIs that the cluster serves.
+        served: tells the optional APIs that the cluster serves now, such as
+            "gateway.networking.k8s.io/v1".
     """
 
     images: Images
     control: ControlEndpoint
     root_key: bytes = field(repr=False)
-    served: frozenset[str] = frozenset()
+    served: Callable[[], frozenset[str]] = frozenset
 
     def context(self, model: MoEModel, obj: Object) -> ModelContext:
         """Return a model with what surrounds it.
@@ -42,5 +44,5 @@ class Surroundings:
             images=self.images,
             control=self.control,
             secrets=model_secrets(self.root_key, metadata["uid"]),
-            api=self.served,
+            api=self.served(),
         )

@@ -16,6 +16,7 @@ from faasmoe_operator.spec.extensions import (
     checked,
     rules,
 )
+from faasmoe_operator.spec.pod_template import Resources
 from faasmoe_operator.spec.quantity import ByteQuantity
 from faasmoe_operator.spec.references import ObjectName
 
@@ -80,6 +81,12 @@ class Store(Part):
     reclaim_policy: Literal["Delete", "Retain"] = Field(
         "Delete",
         description="What becomes of the claim that was made when the MoEModel is deleted.",
+        json_schema_extra=KUBERNETES_ONLY,
+    )
+    resources: Resources | None = Field(
+        None,
+        description="What the Job that prepares the store asks for and may use at most; of what is "
+        "left out, 1 CPU of at most 4 and 2Gi of memory of at most 16Gi.",
         json_schema_extra=KUBERNETES_ONLY,
     )
 

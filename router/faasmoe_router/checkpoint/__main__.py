@@ -11,6 +11,7 @@ from pathlib import Path
 from faasmoe_expert.lifeline import LifelineError, die_with_parent
 from faasmoe_expert.store import Store, StoreError
 from faasmoe_router.checkpoint.architecture import DTYPES
+from faasmoe_router.checkpoint.downloads import check_apart, discard
 from faasmoe_router.checkpoint.errors import PrepareError
 from faasmoe_router.checkpoint.prepare import prepare
 from faasmoe_router.checkpoint.progress import Bar
@@ -48,6 +49,13 @@ def _parser() -> argparse.ArgumentParser:
         help="for a Kubernetes Job: write what became of it to FILE, as JSON; a complete store of "
         "this source is taken as it is, without asking the hub or reading it again",
     )
+    command.add_argument(
+        "--discard-download",
+        type=Path,
+        metavar="FOLDER",
+        help="remove FOLDER, in which HF_HOME has the hub's downloads kept, once the store is "
+        "complete; until then a retry goes on where the last one ended",
+    )
     command.set_defaults(run=_prepare)
     command = commands.add_parser("demo-model", help="make the demo model's checkpoint")
     command.add_argument("folder", type=Path, help="folder of the checkpoint")
@@ -58,9 +66,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(args: argparse.Namespace) -> int:
     log: Path | None = args.termination_log
+    downloads: Path | None = args.discard_download
     store = (
         _store(args) if log is None else run_logged(lambda: _finished(args) or _store(args), log)
     )
+    if downloads is not None:
+        discard(downloads)
     manifest = store.manifest
     lean = sum(layer.kernel is not None for layer in manifest.layers)
     print(f"{store.path}: {manifest.model.architecture}, {manifest.model.dtype}")
@@ -68,13 +79,20 @@ def _prepare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    if args.discard_download is not None:
+        check_apart(args.discard_download, args.store)
+
+
 def _finished(args: argparse.Namespace) -> Store | None:
+    _check(args)
     if args.force:
         return None
     return finished(args.source, args.store, revision=args.revision, dtype=args.dtype)
 
 
 def _store(args: argparse.Namespace) -> Store:
+    _check(args)
     with Bar() as bar:
         return prepare(
             args.source,

@@ -35,6 +35,8 @@ PATHS: Mapping[str, str] = {
     "networkpolicies": "apis/networking.k8s.io/v1",
     "ingresses": "apis/networking.k8s.io/v1",
     "poddisruptionbudgets": "apis/policy/v1",
+    "storageclasses": "apis/storage.k8s.io/v1",
+    "servicemonitors": "apis/monitoring.coreos.com/v1",
     "flowschemas": "apis/flowcontrol.apiserver.k8s.io/v1",
     "moemodels": "apis/faasmoe.dev/v1alpha1",
 }
@@ -46,6 +48,7 @@ CLUSTER_WIDE = (
     "clusterrolebindings",
     "flowschemas",
     "persistentvolumes",
+    "storageclasses",
 )
 
 

@@ -25,10 +25,12 @@ from faasmoe_operator.kube.kinds import (
     POD,
     SECRET,
     SERVICE,
+    SERVICE_MONITOR,
     Kind,
     Object,
 )
 from faasmoe_operator.kube.manifests import ControlEndpoint, Images, ModelContext
+from faasmoe_operator.kube.manifests.names import MODEL_LABEL
 from faasmoe_operator.kube.reconciler import REVISIT_S, Reconciler, Visit
 from faasmoe_operator.kube.surroundings import Surroundings
 
@@ -83,6 +85,7 @@ class Story:
         self.api = FakeKubeApi(self.cache)
         self.cores = FakeCores()
         self.now = 1_788_000_000.0
+        self.served: frozenset[str] = frozenset()
         self.restart()
 
     def restart(self) -> None:
@@ -91,6 +94,7 @@ class Story:
             Images("router:1", "expert:1"),
             ControlEndpoint("http://operator:8090", "faasmoe-system", {"app": "operator"}, 8090),
             b"r" * 32,
+            served=lambda: self.served,
         )
         self.reconciler = Reconciler(
             self.api,
@@ -557,6 +561,18 @@ def test_a_secret_that_a_pod_misses_is_made_again(story: Story) -> None:
     story.visit()
     story.visit()
     assert (SECRET, "llm", secret) in story.api.objects
+
+
+def test_takes_an_api_into_use_as_soon_as_it_is_served(story: Story) -> None:
+    story.ask(monitoring={"serviceMonitor": {}})
+    story.serve()
+    assert story.says("RouterReady") == ("False", "ApiMissing")
+    assert "monitoring.coreos.com/v1" in story.condition("Ready")["message"]
+
+    story.served = frozenset({SERVICE_MONITOR.api_version})
+    story.settle()
+    assert story.says("Ready") == ("True", "Ready")
+    assert story.live(SERVICE_MONITOR, "moe-router")["spec"]["targetLabels"] == [MODEL_LABEL]
 
 
 def test_tells_counts_seldom_and_changes_of_state_at_once(story: Story) -> None:

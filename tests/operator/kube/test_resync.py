@@ -5,8 +5,8 @@ from kube_fake import FakeKubeApi
 from kube_objects import an_object
 
 from faasmoe_operator.kube.cache import ObjectCache
-from faasmoe_operator.kube.errors import Unavailable
-from faasmoe_operator.kube.kinds import JOB, MOEMODEL, POD, Object
+from faasmoe_operator.kube.errors import NotFound, Unavailable
+from faasmoe_operator.kube.kinds import JOB, MOEMODEL, POD, SERVICE_MONITOR, Kind, Object
 from faasmoe_operator.kube.resync import DOUBT_S, PERIOD_S, Resync, selector_of
 
 OURS = {"app.kubernetes.io/managed-by": "faasmoe-operator"}
@@ -17,11 +17,13 @@ class Story:
 
     def __init__(self, *namespaces: str) -> None:
         self.api, self.cache, self.now = FakeKubeApi(), ObjectCache(), 0.0
+        self.gone: list[Kind] = []
         self.resync = Resync(
             self.api,
             self.cache,
             kinds=(MOEMODEL, POD, JOB),
             namespaces=namespaces,
+            gone=self.gone.append,
             clock=lambda: self.now,
         )
         self.fill()
@@ -115,6 +117,33 @@ def test_the_first_list_must_succeed() -> None:
     story.api.refusals["list", JOB] = Unavailable("away", status=503)
     with pytest.raises(Unavailable):
         story.fill()
+
+
+def test_lists_a_kind_that_has_come_at_once_and_soon_again() -> None:
+    story = Story()
+    story.api.put(an_object(SERVICE_MONITOR, "moe-router", labels=OURS))
+    story.resync.add(SERVICE_MONITOR)
+    assert story.listed() == ["ServiceMonitor"]
+    assert len(story.cache.all(SERVICE_MONITOR)) == 1
+    story.now += DOUBT_S
+    assert story.listed() == ["ServiceMonitor"]
+    story.now += DOUBT_S
+    assert story.listed() == []
+
+
+def test_a_kind_that_is_served_no_more_is_told_and_can_be_forgotten() -> None:
+    story = Story()
+    story.api.put(an_object(SERVICE_MONITOR, "moe-router", labels=OURS))
+    story.resync.add(SERVICE_MONITOR)
+    story.listed()
+    story.api.refusals["list", SERVICE_MONITOR] = NotFound("no such API", status=404)
+    story.now += DOUBT_S
+    story.listed()
+    assert story.gone == [SERVICE_MONITOR]
+    story.resync.remove(SERVICE_MONITOR)
+    assert story.cache.all(SERVICE_MONITOR) == []
+    story.now += DOUBT_S
+    assert story.listed() == []
 
 
 def test_models_are_everyones_and_other_objects_only_ours() -> None:

@@ -72,6 +72,7 @@ ACCEPTED = {
     "panic-window-of-1-s": scaling(windowSeconds=10, panicWindowPercentage=10),
     "override-raises-both": override(minScale=9, maxScale=9, experts="0-3,7,5-5"),
     "override-of-windows": override(windowSeconds=6, panicWindowPercentage=20),
+    "store-resources": {"store": {"resources": {"requests": {"cpu": 1}, "limits": {"cpu": "2"}}}},
     "claim-of-the-user": {"store": {"claimName": "shared", "subPath": "models/qwen"}},
     "tenants": tenants({"name": "a", "sharePrefixCacheWith": ["b"]}, {"name": "b"}),
     "ingress": networking(ingress={"host": "llm.example.com"}),
@@ -245,6 +246,10 @@ def test_what_cannot_change_is_refused_on_update_alone(
         pytest.param({}, id="nothing"),
         pytest.param({"store": {**OLD["store"], "size": "0.2Ti"}}, id="larger-store"),
         pytest.param({"store": {**OLD["store"], "reclaimPolicy": "Retain"}}, id="reclaim-policy"),
+        pytest.param(
+            {"store": {**OLD["store"], "resources": {"limits": {"memory": "32Gi"}}}},
+            id="store-resources",
+        ),
         pytest.param({"granularity": {"expertsPerFunction": 4}}, id="granularity"),
         pytest.param({"suspend": True, **router(replicas=3)}, id="suspend"),
         pytest.param(

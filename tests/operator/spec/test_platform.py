@@ -22,7 +22,13 @@ def test_every_field_that_only_kubernetes_honours_is_noted() -> None:
     token = {"name": "hub", "key": "token"}
     fields = noted(
         model={"source": "hf://org/name", "tokenSecretRef": token},
-        store={"size": "1Gi", "claimName": "a", "subPath": "b", "reclaimPolicy": "Retain"},
+        store={
+            "size": "1Gi",
+            "claimName": "a",
+            "subPath": "b",
+            "reclaimPolicy": "Retain",
+            "resources": {"requests": {"cpu": 2}},
+        },
         router={"replicas": 2, "template": {"nodeSelector": {"a": "b"}}},
         experts={"template": {"image": "x"}},
         tenants=[{"name": "a", "apiKeysPath": "k", "apiKeysSecretRef": {"name": "s"}}],
@@ -36,6 +42,7 @@ def test_every_field_that_only_kubernetes_honours_is_noted() -> None:
         "spec.store.claimName",
         "spec.store.subPath",
         "spec.store.reclaimPolicy",
+        "spec.store.resources",
         "spec.router.replicas",
         "spec.router.template",
         "spec.experts.template",

@@ -93,16 +93,21 @@ def test_a_repetition_tells_the_same_and_reads_no_weights(
     assert job.run(checkpoint) == (0, first)
 
 
-def test_the_store_of_a_hub_is_complete_without_the_hub(
-    make_checkpoint: MakeCheckpoint, job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def _keep_download(checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the hub's client find org/name in a folder, as it keeps what it has downloaded."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    repository = tmp_path / "hub" / "models--org--name"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    repository = folder / "models--org--name"
     (repository / "snapshots").mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
-    make_checkpoint().rename(repository / "snapshots" / COMMIT)
+    checkpoint.rename(repository / "snapshots" / COMMIT)
+
+
+def test_the_store_of_a_hub_is_complete_without_the_hub(
+    make_checkpoint: MakeCheckpoint, job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _keep_download(make_checkpoint(), tmp_path / "hub", monkeypatch)
     status, first = job.run("hf://org/name")
     assert (status, first["source"], first["revision"]) == (0, "hf://org/name", COMMIT)
     shutil.rmtree(tmp_path / "hub")
@@ -116,6 +121,37 @@ def test_the_store_of_a_hub_is_complete_without_the_hub(
         status, message = job.run(*other)
         assert (status, message["reason"]) == (2, "StoreMismatch")
         assert "prepared from 'hf://org/name'" in message["message"]
+
+
+def test_a_download_goes_when_the_store_is_complete_and_not_before(
+    make_checkpoint: MakeCheckpoint, job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    downloads = tmp_path / ".hub" / "moe"
+    _keep_download(make_checkpoint(), downloads / "hub", monkeypatch)
+    discard = ("--discard-download", str(downloads))
+    status, message = job.run("hf://org/name", *discard, "--revision", "no-such-branch")
+    assert (status, message["reason"]) == (1, "HubUnavailable")
+    assert downloads.exists()
+
+    status, first = job.run("hf://org/name", *discard)
+    assert status == 0
+    assert not downloads.exists()
+    Store.open(job.store).verify()
+
+    downloads.mkdir()  # as if the pod had been evicted between the store's end and this one
+    assert job.run("hf://org/name", *discard) == (0, first)
+    assert not downloads.exists()
+
+
+def test_a_download_that_holds_the_store_is_refused(
+    make_checkpoint: MakeCheckpoint, job: Job
+) -> None:
+    checkpoint = make_checkpoint()
+    assert job.run(checkpoint)[0] == 0
+    status, message = job.run(checkpoint, "--discard-download", str(job.store.parent))
+    assert status == 1
+    assert message["message"].startswith("discard-download: got ")
+    Store.open(job.store).verify()
 
 
 def test_a_store_of_another_folder_is_a_mismatch(make_checkpoint: MakeCheckpoint, job: Job) -> None:

@@ -9,6 +9,7 @@ from faasmoe_operator.kube.manifests.images import container_image
 from faasmoe_operator.kube.manifests.names import TEMPLATE_LABEL, Component, store_name
 from faasmoe_operator.kube.manifests.objects import new_object
 from faasmoe_operator.kube.manifests.pods import pod_hash, pod_template
+from faasmoe_operator.kube.manifests.resources import overridden
 from faasmoe_operator.kube.manifests.security import container_security
 from faasmoe_operator.kube.manifests.volumes import (
     STORE_FOLDER,
@@ -31,6 +32,7 @@ BACKOFF_LIMIT = 3
 GRACE_S = 30
 RESOURCES = {
     # One tensor at a time: far below the checkpoint's size, but an experts tensor can have GiBs.
+    # What is not told before the Job has run cannot be computed: `store.resources` overrides it.
     "requests": {"cpu": "1", "memory": "2Gi"},
     "limits": {"cpu": "4", "memory": "16Gi"},
 }
@@ -112,7 +114,7 @@ def _container(ctx: ModelContext) -> Object:
         "command": ["python", "-m", "faasmoe_router.checkpoint", "prepare"],
         "args": _arguments(ctx),
         "env": _environment(ctx),
-        "resources": RESOURCES,
+        "resources": overridden(RESOURCES, ctx.spec.store.resources),
         "securityContext": container_security(),
         "terminationMessagePath": TERMINATION_LOG,
         "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -123,6 +125,8 @@ def _container(ctx: ModelContext) -> Object:
 def _arguments(ctx: ModelContext) -> list[str]:
     model = ctx.spec.model
     arguments = [source_argument(ctx), store_path(ctx), "--termination-log", TERMINATION_LOG]
+    if model.claim_path is None:
+        arguments += ["--discard-download", _downloads(ctx)]
     if model.revision is not None:
         arguments += ["--revision", model.revision]
     if model.dtype != "auto":
@@ -130,11 +134,15 @@ def _arguments(ctx: ModelContext) -> list[str]:
     return arguments
 
 
+def _downloads(ctx: ModelContext) -> str:
+    """Return where the hub's downloads lie: on the claim, so that a retry goes on with them."""
+    return f"{STORE_FOLDER}/.hub/{ctx.name}"
+
+
 def _environment(ctx: ModelContext) -> list[Object]:
     defaults = {
         "HOME": TEMPORARY_FOLDER,
-        # On the claim, so that a download goes on where an earlier try ended.
-        "HF_HOME": f"{STORE_FOLDER}/.hub/{ctx.name}",
+        "HF_HOME": _downloads(ctx),
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     return merged(variables(defaults), router_additions(ctx), _token(ctx))

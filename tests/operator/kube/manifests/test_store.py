@@ -58,6 +58,7 @@ def test_prepares_the_source_into_the_folder_of_the_store() -> None:
         "hf://o/m",
         "/store/qwen",
         *("--termination-log", "/dev/termination-log"),
+        *("--discard-download", "/store/.hub/qwen"),
         *("--revision", "main"),
         *("--dtype", "float16"),
     ]
@@ -106,8 +107,27 @@ def test_hands_the_hub_token_over_from_its_secret() -> None:
     assert "HF_TOKEN" not in environment(make_context())
 
 
-def test_downloads_onto_the_claim_so_that_a_retry_goes_on() -> None:
+def test_downloads_onto_the_claim_until_the_store_is_complete() -> None:
     assert environment(make_context())["HF_HOME"]["value"] == "/store/.hub/qwen"
+    arguments = container(make_context())["args"]
+    assert arguments[arguments.index("--discard-download") + 1] == "/store/.hub/qwen"
+
+
+def test_discards_nothing_of_a_checkpoint_in_a_claim() -> None:
+    ctx = make_context({"model": {"source": "pvc://checkpoints/qwen"}})
+    assert "--discard-download" not in container(ctx)["args"]
+
+
+def test_asks_for_what_preparing_takes_and_for_what_it_is_told_to() -> None:
+    assert container(make_context())["resources"] == {
+        "requests": {"cpu": "1", "memory": "2Gi"},
+        "limits": {"cpu": "4", "memory": "16Gi"},
+    }
+    given = {"requests": {"cpu": "250m"}, "limits": {"memory": "1Gi", "ephemeral-storage": "4Gi"}}
+    assert container(make_context({"store": {"resources": given}}))["resources"] == {
+        "requests": {"cpu": "250m", "memory": "1Gi"},
+        "limits": {"cpu": "4", "memory": "1Gi", "ephemeral-storage": "4Gi"},
+    }
 
 
 def test_lets_the_model_add_to_the_environment_but_not_to_the_token() -> None:

@@ -1,0 +1,59 @@
+"""Chats with a model's Service, once or until a host name is known; runs in a pod.
+
+    chat_in_pod.py URL MODEL KEY PROMPT [UNTIL]
+
+Its last words are how often each text came, and what went wrong.
+"""
+
+import json
+import socket
+import sys
+from collections import Counter
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+TIMEOUT_S = 240
+WORDS = "/dev/termination-log"
+N_ERRORS = 5
+
+
+def chat(url: str, model: str, key: str, prompt: str) -> str:
+    """Return what the model says; raises URLError."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = Request(f"{url}/chat/completions", json.dumps(body).encode(), headers)
+    with urlopen(request, timeout=TIMEOUT_S) as answer:
+        return str(json.load(answer)["choices"][0]["message"]["content"])
+
+
+def is_known(host: str) -> bool:
+    """Return whether a host name is known."""
+    try:
+        socket.getaddrinfo(host, 80)
+    except OSError:
+        return False
+    return True
+
+
+def main(url: str, model: str, key: str, prompt: str, until: str = "") -> None:
+    """Chat, and leave what came of it."""
+    texts: Counter[str] = Counter()
+    errors = []
+    while True:
+        try:
+            texts[chat(url, model, key, prompt)] += 1
+        except (URLError, OSError, ValueError) as error:
+            errors.append(f"{type(error).__name__}: {error}"[:200])
+        if not until or is_known(until):
+            break
+    with open(WORDS, "w") as words:
+        json.dump({"texts": texts, "n_errors": len(errors), "errors": errors[:N_ERRORS]}, words)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

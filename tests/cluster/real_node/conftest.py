@@ -1,0 +1,120 @@
+"""A cluster with a node that runs containers: the chart by helm, all of a model in pods."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from apiserver import ApiServer, Object, eventually
+from helm import Helm
+from moemodels import moemodel
+from pod_programs import ROOT, PodPrograms
+from real_nodes import HOSTNAME, Images, has_default_storage, real_node
+from release import Release, released
+
+CLAIM = "checkpoints"
+FOLDER = "tiny"
+FILL = Path(__file__).with_name("fill_claim.py")
+SMALL = {"requests": {"cpu": "50m"}}
+"""Nodes of tests have few cores, and the pods of one model share them."""
+OURS = "app.kubernetes.io/managed-by=faasmoe-operator"
+GONE_S = 180.0
+
+
+@pytest.fixture(scope="session")
+def images() -> Images:
+    """The images to test."""
+    found = Images.named()
+    if isinstance(found, str):
+        pytest.skip(f"{found} is not set: no image to run on a node")
+    return found
+
+
+@pytest.fixture(scope="session")
+def host(api: ApiServer, images: Images) -> str:
+    """The host name of a node that runs containers."""
+    found = real_node(api)
+    if found is None:
+        pytest.skip("no node is ready that runs containers and takes every pod")
+    if not has_default_storage(api):
+        pytest.skip("no StorageClass is the default: claims would stay unbound")
+    return found
+
+
+@pytest.fixture(scope="module")
+def release(
+    api: ApiServer, host: str, images: Images, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Release]:
+    """The chart, installed by helm."""
+    helm = Helm.unpacked(tmp_path_factory.mktemp("helm"))
+    with released(api, helm, images, node=host) as release:
+        yield release
+
+
+@pytest.fixture
+def programs(
+    api: ApiServer, release: Release, host: str, images: Images, checkpoint: Path
+) -> Iterator[PodPrograms]:
+    """Runs programs in a namespace that has the checkpoint in a claim; restricted from then on."""
+    name = f"faasmoe-test-{secrets.token_hex(3)}"
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
+    api.apply("namespaces", namespace)
+    eventually(lambda: api.find("serviceaccounts", name, "default"), bool)
+    programs = PodPrograms(api, name, host, images.operator)
+    _fill_claim(programs, checkpoint)
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    api.patch("namespaces", "", name, {"metadata": {"labels": labels}})
+    yield programs
+    for model in api.list("moemodels", name):
+        api.delete("moemodels", name, model["metadata"]["name"])
+    eventually(lambda: api.list("pods", name, labels=OURS), lambda pods: not pods, timeout_s=GONE_S)
+    api.delete("namespaces", "", name)
+
+
+@pytest.fixture
+def tiny_model(programs: PodPrograms) -> Callable[..., Object]:
+    """Returns a MoEModel of the tiny chat model: `tiny_model("name", experts={...})`."""
+
+    def make(name: str, **parts: Object) -> Object:
+        here = {"nodeSelector": {HOSTNAME: programs.node}, "resources": SMALL}
+        scaling = {"windowSeconds": 15, "scaleToZeroGracePeriodSeconds": 0}
+        router = {"device": "cpu", "maxModelLen": 128, "kvCacheMemory": "32Mi"}
+        experts = {"device": "cpu", "warmPool": 0, "scaling": scaling}
+        spec: Object = {
+            "model": {"source": f"pvc://{CLAIM}/{FOLDER}"},
+            "store": {"claimName": CLAIM, "subPath": f"stores/{name}", "resources": SMALL},
+            "granularity": {"expertsPerFunction": 4},
+            "router": {**router, "template": here},
+            "experts": {**experts, **parts.pop("experts", {}), "template": here},
+        }
+        return moemodel(name, programs.namespace, **{**spec, **parts})
+
+    return make
+
+
+def _fill_claim(programs: PodPrograms, checkpoint: Path) -> None:
+    """Make the claim, and bring the checkpoint into it by way of a ConfigMap."""
+    meta = {"name": CLAIM, "namespace": programs.namespace}
+    claim = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": meta,
+        "spec": {
+            "accessModes": ["ReadWriteOnce"],
+            "resources": {"requests": {"storage": "1Gi"}},
+        },
+    }
+    content = {
+        path.name: base64.b64encode(path.read_bytes()).decode() for path in checkpoint.iterdir()
+    }
+    files = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "binaryData": content}
+    programs.api.create("persistentvolumeclaims", claim)
+    programs.api.create("configmaps", files)
+    volumes = {
+        "/files": {"configMap": {"name": CLAIM}},
+        "/claim": {"persistentVolumeClaim": {"claimName": CLAIM}},
+    }
+    programs.run("fill", FILL, "/files", "/claim", FOLDER, user=ROOT, volumes=volumes)

@@ -1,0 +1,24 @@
+"""Copies a checkpoint into a claim that any user may then write to; runs in a pod, as root.
+
+    fill_claim.py FILES CLAIM FOLDER
+
+Some volumes, such as those of hostPath, are not given to the group that a pod names.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+
+def main(files: str, claim: str, folder: str) -> None:
+    """Copy the files of a ConfigMap's volume, which has links and hidden folders too."""
+    Path(claim).chmod(0o777)
+    target = Path(claim, folder)
+    target.mkdir(exist_ok=True)
+    for path in Path(files).iterdir():
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,105 @@
+"""The chart as people install it: by helm, with the operator in a pod."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import yaml
+from apiserver import ApiServer, Object, eventually
+from helm import CHART, Helm
+from installation import CRD
+from real_nodes import HOSTNAME, Images
+
+RELEASE = NAMESPACE = "faasmoe-real-node"
+"""Beside what the other tests install, of which nothing is to be touched."""
+TIMEOUT = "5m"
+LABELS = "app.kubernetes.io/name=faasmoe-operator"
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The chart, installed.
+
+    Attributes:
+        api: as an administrator.
+        helm: what installed it.
+    """
+
+    api: ApiServer
+    helm: Helm
+
+    def run(self, verb: str, *arguments: str) -> str:
+        """Run a verb of helm on the release; return what it said."""
+        where = ["--namespace", NAMESPACE, "--kubeconfig", os.environ["KUBECONFIG"]]
+        done = self.helm.run(verb, RELEASE, *arguments, *where, "--timeout", TIMEOUT)
+        assert done.returncode == 0, f"helm {verb}: {done.stderr}{done.stdout}"
+        return done.stdout
+
+    def operators(self) -> list[Object]:
+        """Return the operator's pods that are ready and not on their way out."""
+        pods = self.api.list("pods", NAMESPACE, labels=LABELS)
+        return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"] and _ready(pod)]
+
+    def replace_operator(self) -> None:
+        """Delete the operator's pod, and wait until another one looks after the models."""
+        (old,) = self.operators()
+        self.api.delete("pods", NAMESPACE, old["metadata"]["name"])
+        eventually(
+            self.operators,
+            lambda pods: pods and pods[0]["metadata"]["uid"] != old["metadata"]["uid"],
+            timeout_s=180,
+        )
+
+
+@contextmanager
+def released(api: ApiServer, helm: Helm, images: Images, *, node: str) -> Iterator[Release]:
+    """Install the chart on a node; in the end take it away, and the CRD if it came with it."""
+    release = Release(api, helm)
+    had_crd = _renew_crd(api)
+    file = helm.home / "release.yaml"
+    file.write_text(yaml.safe_dump(_values(images, node)))
+    try:
+        options = ["--create-namespace", "--wait", "--values", str(file)]
+        release.run("install", str(CHART), *options, *["--skip-crds"] * had_crd)
+        yield release
+    finally:
+        release.run("uninstall", "--ignore-not-found", "--wait")
+        api.delete("namespaces", "", NAMESPACE)
+        eventually(lambda: api.find("namespaces", "", NAMESPACE), lambda found: not found)
+        if not had_crd:
+            api.delete("customresourcedefinitions", "", CRD)
+            eventually(lambda: api.find("customresourcedefinitions", "", CRD), lambda crd: not crd)
+
+
+def _renew_crd(api: ApiServer) -> bool:
+    """Bring the CRD up to date if it is there, whoever brought it; return whether it is."""
+    if api.find("customresourcedefinitions", "", CRD) is None:
+        return False
+    for file in (CHART / "crds").iterdir():
+        api.apply("customresourcedefinitions", yaml.safe_load(file.read_text()))
+    return True
+
+
+def _values(images: Images, node: str) -> Object:
+    return {
+        "image": _image(images.operator),
+        "models": {
+            "routerImage": _image(images.router),
+            "expertImage": _image(images.expert),
+        },
+        "nodeSelector": {HOSTNAME: node},
+        "resources": {"requests": {"cpu": "50m", "memory": "128Mi"}},
+    }
+
+
+def _image(name: str) -> Object:
+    repository, _, tag = name.rpartition(":")
+    return {"repository": repository, "tag": tag}
+
+
+def _ready(pod: Object) -> bool:
+    found = pod.get("status", {}).get("conditions", [])
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in found)
