@@ -61,11 +61,10 @@ def _uses(rows: Any) -> dict[str, Use]:
 def _use(row: Any) -> Use:
     if not isinstance(row, list) or len(row) != len(FIELDS):
         raise TypeError(f"accounts: got {row!r}, expected {len(FIELDS)} numbers")
-    *counts, seconds, gb_seconds = map(_number, row)
-    return Use(*map(int, counts), float(seconds), float(gb_seconds))
+    return Use(**{name: _number(number) for name, number in zip(FIELDS, row, strict=True)})
 
 
-def _number(value: object) -> float:
+def _number(value: object) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"accounts: got {value!r}, expected numbers")
     if not math.isfinite(value) or value < 0:

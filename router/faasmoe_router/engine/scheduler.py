@@ -56,7 +56,6 @@ class TurnScheduler(FIFOScheduler):  # type: ignore[misc]
     def __init__(self, cache: Any, *arguments: Any, **named: Any) -> None:
         super().__init__(cache, *arguments, **named)
         self.computed = ComputedTokens()
-        self._cached: dict[str, int] = {}
         self._memory = IdleMemory(
             cache.cache_tensor,
             forget=cache.evict_cached_blocks,
@@ -68,7 +67,7 @@ class TurnScheduler(FIFOScheduler):  # type: ignore[misc]
         super().reset()
         self._wishes: deque[tuple[Literal["park", "resume"], str]] = deque()
         self._parked: dict[str, Any] = {}
-        self._cached = {}
+        self._cached: dict[str, int] = {}
 
     def park(self, request_id: str) -> None:
         """Take a request out of the batches from the next one on; from any thread."""

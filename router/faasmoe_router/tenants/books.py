@@ -67,7 +67,7 @@ class Books:
 
     async def statement(self) -> dict[str, Numbers]:
         """Return each tenant's totals in this book; they are in its file before they are told."""
-        told = {name: account.statement() for name, account in self._accounts}
+        told: dict[str, Numbers] = {name: a.statement() for name, a in self._accounts}
         await self.save()
         return told
 

@@ -69,12 +69,12 @@ def test_tellings_may_be_lost_and_the_control_begun_anew(
         used = Use(prompt_tokens=n_tokens, expert_seconds=n_tokens / 8)
         books[book][tenant] = books[book].get(tenant, Use()) + used
         if is_heard:
-            ledger.take(said(book, **books[book]))
+            ledger.take(Statement(book, 0.0, books[book]))
         if is_lost:
             ledger = decode(encode(written, max_chars=AMPLE))
         written = decode(encode(ledger, max_chars=AMPLE))
     for book, uses in books.items():
-        ledger.take(said(book, **uses))
+        ledger.take(Statement(book, 0.0, uses))
     for tenant in ("acme", "beta"):
         each = [uses.get(tenant, Use()) for uses in books.values()]
         found = ledger.accounts.get(tenant, Use())
