@@ -59,7 +59,9 @@ class FunctionsSide:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
-        self._batcher.start(self._loop, self._recorder.take, self._recorder.fail)
+        self._batcher.start(
+            self._loop, lambda outputs, _: self._recorder.take(outputs), self._recorder.fail
+        )
 
     def handle(self, command: dict[str, Any]) -> dict[str, Any]:
         """Run a batch, with the stopwatch if `profile` asks for it."""

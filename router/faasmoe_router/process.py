@@ -30,6 +30,7 @@ from faasmoe_router.engine.model import ModelError, load_router_model
 from faasmoe_router.engine.sizing import EngineLimits, Geometry
 from faasmoe_router.engine.text import TextCodec
 from faasmoe_router.errors import ConfigError
+from faasmoe_router.fingerprint import fingerprint
 from faasmoe_router.metrics import EngineMetrics, new_registry
 from faasmoe_router.serving import Server
 from faasmoe_router.tenants.costs import Cost, CostReader
@@ -82,13 +83,14 @@ class RouterProcess:
             tenancy = _tenancy(directory, config, store, self._dispatcher, queue=self._engine)
             tenancy.collector().register(registry)
             if link is not None:
-                link.tenants = tenancy.n_keys
+                link.tenants = tenancy
         app = create_app(
             self._engine,
             model_name=model_name,
             registry=registry,
             admission=link,
             tenancy=tenancy,
+            fingerprint=fingerprint(store.manifest.digest, model),
         )
         self._server = Server(
             app, host=config.host, port=config.port, end_running=self._end_running

@@ -18,6 +18,7 @@ from typing import Any
 from faasmoe_operator.control.actuator import Actuator, Surroundings
 from faasmoe_operator.control.fleet import Fleet
 from faasmoe_operator.control.inspector import Inspector
+from faasmoe_operator.control.ledger import Ledger, Statement
 from faasmoe_operator.control.metrics import ControlMetrics
 from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.pulse import Pulse
@@ -48,6 +49,7 @@ class Controller:
         client: talks to sandboxes.
         timing: periods and deadlines.
         popularity: rows of each function's shape from an earlier run.
+        ledger: the tenants' accounts from an earlier run.
         clock: a clock that only goes forward.
     """
 
@@ -59,6 +61,7 @@ class Controller:
         *,
         timing: Timing | None = None,
         popularity: Mapping[str, float] | None = None,
+        ledger: Ledger | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         now = clock()
@@ -69,6 +72,8 @@ class Controller:
         self.fleet = Fleet(model.functions, template_hash=model.template.digest)
         self.feed = TableFeed(list(model.specs.values()), model_digest=model.store.model_digest)
         self.reports = Reports(now=now)
+        self.ledger = Ledger(time.time()) if ledger is None else ledger
+        self.ledger_changed = Notice()
         self.records = Records(model.functions, rows=popularity, now=now)
         self.scalers = Scalers(tuple(model.functions.values()), found=None, now=now)
         self.revision = 0
@@ -154,6 +159,11 @@ class Controller:
         self.records.take(report, now=now)
         if report.is_busy:
             self._pulse.rouse()
+
+    def settle(self, statement: Statement) -> None:
+        """Take what a router says that the tenants have used."""
+        self.ledger.take(statement)
+        self.ledger_changed.notify()
 
     @property
     def trouble(self) -> str:

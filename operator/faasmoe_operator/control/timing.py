@@ -18,6 +18,7 @@ class Timing:
         start_deadline_s: for a sandbox to become ready.
         adopt_timeout_s: for sandboxes found at the start to tell what they hold.
         save_interval_s: between two writes of the popularity, at least.
+        accounts_interval_s: from a change of the tenants' accounts to its being written.
         read_ahead_interval_s: between two read-aheads while idle.
         tell_interval_s: between two log lines that say what has changed, at least.
     """
@@ -29,5 +30,6 @@ class Timing:
     start_deadline_s: float = 60.0
     adopt_timeout_s: float = 3.0
     save_interval_s: float = 30.0
+    accounts_interval_s: float = 10.0
     read_ahead_interval_s: float = 60.0
     tell_interval_s: float = 0.5

@@ -14,6 +14,7 @@ from faasmoe_router.control.follower import TableFollower
 from faasmoe_router.control.gate import ColdStartGate, HoldLimits
 from faasmoe_router.control.metrics import ControlMetrics
 from faasmoe_router.control.reporter import REPORT_INTERVAL_S, LoadReporter
+from faasmoe_router.control.teller import KeepsBooks, UsageTeller
 from faasmoe_router.control.waker import Waker
 from faasmoe_router.control.wakes import REPEAT_S
 from faasmoe_router.dispatch.load import LoadMeter
@@ -40,6 +41,21 @@ class Dispatch(Protocol):
 
     def move_functions(self, version: int, addresses: Mapping[str, tuple[str, ...]]) -> None:
         """Take other addresses for some functions; raises TableError and changes nothing."""
+
+
+class Tenants(Protocol):
+    """The tenants of this router; `Tenancy` is such."""
+
+    @property
+    def n_routers(self) -> int:
+        """Routers that serve them."""
+
+    @property
+    def books(self) -> KeepsBooks:
+        """What they have used."""
+
+    def n_keys(self) -> Mapping[str, int]:
+        """Return how many keys each tenant has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +87,7 @@ class ControlLink:
 
     Attributes:
         is_busy: tells whether the engine computes requests; set once there is an engine.
-        tenants: tells how many keys each tenant has; set if there are tenants.
+        tenants: the tenants; set if there are any.
     """
 
     def __init__(
@@ -105,10 +121,11 @@ class ControlLink:
             meters=(dispatch.load, gate_load),
             interval_s=settings.report_interval_s,
             is_busy=lambda: self.is_busy(),
-            tenants=lambda: None if self.tenants is None else self.tenants(),
+            tenants=lambda: None if self.tenants is None else self.tenants.n_keys(),
         )
         self.is_busy: Callable[[], bool] = lambda: False
-        self.tenants: Callable[[], Mapping[str, int]] | None = None
+        self.tenants: Tenants | None = None
+        self._teller: UsageTeller | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -144,6 +161,11 @@ class ControlLink:
             "wakes": lambda: self._waker.run(lambda: self._dispatch.routing.missing),
             "repeat": self._repeat,
         }
+        if (tenants := self.tenants) is not None:
+            self._teller = UsageTeller(
+                self._client, tenants.books, n_routers=lambda: tenants.n_routers
+            )
+            jobs["usage"] = self._teller.run
         self._tasks = [
             asyncio.create_task(_keep_running(name, job), name=f"control-{name}")
             for name, job in jobs.items()
@@ -155,6 +177,8 @@ class ControlLink:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._teller is not None:
+            await self._teller.end()
         await self._client.close()
 
     async def _repeat(self) -> None:

@@ -6,7 +6,7 @@ made; the model stays.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ from faasmoe_router.errors import ConfigError, EngineUnavailable, GenerationFail
 logger = logging.getLogger(__name__)
 
 NO_EOS = -1
-OutputHandler = Callable[[Sequence[Any]], None]
+OutputHandler = Callable[[Sequence[Any], Mapping[str, int]], None]
+"""Gets outputs, and by request how many tokens of its prompt were in the cache, told once."""
+TakeCached = Callable[[Iterable[str]], Mapping[str, int]]
 
 
 class _LoopRouter(OutputRouter):  # type: ignore[misc]
@@ -38,17 +40,21 @@ class _LoopRouter(OutputRouter):  # type: ignore[misc]
     gives back, and queues for ever what has no handler.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, handler: OutputHandler) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, handler: OutputHandler, take_cached: TakeCached
+    ) -> None:
         super().__init__()
         self._loop = loop
         self._handler = handler
+        self._take_cached = take_cached
 
     def deliver(self, output: Any) -> None:
         self.deliver_batch([output])
 
     def deliver_batch(self, outputs: list[Any]) -> None:
+        cached = self._take_cached(output.request_id for output in outputs)
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._handler, outputs)
+            self._loop.call_soon_threadsafe(self._handler, outputs, cached)
 
 
 class Batcher:
@@ -95,7 +101,7 @@ class Batcher:
                 loop.call_soon_threadsafe(on_broken, request_ids, error)
 
         self._report_broken = report
-        self._manager.output_router = _LoopRouter(loop, handler)
+        self._manager.output_router = _LoopRouter(loop, handler, self._take_cached)
         try:
             self._manager.warmup()
         except (ValueError, MemoryError, AttributeError) as error:
@@ -171,6 +177,10 @@ class Batcher:
         """Let a parked request go on from the tokens that it has."""
         self._manager.batch_processor.scheduler.resume(request_id)
         self._manager._wake_up_loop.set()
+
+    def _take_cached(self, request_ids: Iterable[str]) -> Mapping[str, int]:
+        found: Mapping[str, int] = self._manager.batch_processor.scheduler.take_cached(request_ids)
+        return found
 
     def _make_manager(self, model: Any) -> Any:
         # The manager asks the model for its processors once, when it is made.

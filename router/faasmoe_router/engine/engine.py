@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 from faasmoe_router.engine.batching import Batcher, eos_ids_of
@@ -244,7 +245,7 @@ class Engine:
             self._batcher.cancel(sequence_id)
         return running
 
-    def _on_outputs(self, outputs: Sequence[Any]) -> None:
+    def _on_outputs(self, outputs: Sequence[Any], cached: Mapping[str, int]) -> None:
         """Take a batch's outputs; runs on the event loop."""
         now_s = time.monotonic()
         for output in outputs:
@@ -256,7 +257,8 @@ class Engine:
                 self._fail(output.request_id)
                 continue
             try:
-                self._advance(output, running, now_s=now_s)
+                n_cached = cached.get(output.request_id, 0)
+                self._advance(output, running, n_cached=n_cached, now_s=now_s)
             except Exception:  # one request's text must not stop the others'
                 logger.exception("A request's tokens could not be turned into text")
                 self._fail(output.request_id)
@@ -270,13 +272,15 @@ class Engine:
                     logger.error("A request ends with an error: %s", error)
                 self._fail(sequence_id, error)
 
-    def _advance(self, output: Any, running: _Running, *, now_s: float) -> None:
+    def _advance(self, output: Any, running: _Running, *, n_cached: int, now_s: float) -> None:
         tokens = output.generated_tokens[running.n_seen :]
         if not tokens or running.sequence is None:
             return
-        self._measure(running, now_s=now_s)
-        running.n_seen += len(tokens)
+        self._measure(running, n_cached=n_cached, now_s=now_s)
         delta = running.sequence.take(tokens)
+        if running.n_seen == 0:
+            delta = replace(delta, n_cached_tokens=n_cached)
+        running.n_seen += len(tokens)
         self._metrics.generation_tokens.inc(delta.n_tokens)
         self._turns.charge(output.request_id, delta.n_tokens)
         if delta.finish_reason is not None:
@@ -292,9 +296,12 @@ class Engine:
         self._metrics.e2e_latency_s.observe(now_s - running.arrived_s)
         self._metrics.finished(str(delta.finish_reason))
 
-    def _measure(self, running: _Running, *, now_s: float) -> None:
+    def _measure(self, running: _Running, *, n_cached: int, now_s: float) -> None:
         if running.n_seen == 0:
-            self._metrics.prompt_tokens.inc(len(running.request.prompt_ids))
+            n_prompt = len(running.request.prompt_ids)
+            self._metrics.prompt_tokens.inc(n_prompt)
+            self._metrics.prefix_queries.inc(n_prompt)
+            self._metrics.prefix_hits.inc(n_cached)
             self._metrics.time_to_first_token_s.observe(now_s - running.arrived_s)
         else:
             self._metrics.inter_token_latency_s.observe(now_s - running.last_s)
