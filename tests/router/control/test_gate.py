@@ -17,6 +17,7 @@ class Functions:
 
     def __init__(self) -> None:
         self.missing = {"a": 1, "b": 10}
+        self.can_stand_in = False
 
     @property
     def complete_below(self) -> float:
@@ -24,6 +25,12 @@ class Functions:
 
     def missing_for(self, n_tokens: int) -> Sequence[str]:
         return [name for name, needs in self.missing.items() if needs <= n_tokens]
+
+    async def stand_in_for(self, n_tokens: int) -> bool:
+        if self.can_stand_in:
+            for name in self.missing_for(n_tokens):
+                del self.missing[name]
+        return self.can_stand_in
 
 
 class World:
@@ -129,6 +136,22 @@ def test_a_request_is_refused_when_its_time_is_over() -> None:
         assert world.metric("cold_start_seconds_count") == 0
         world.gate.wake_again()
         assert len(world.wakes) == 1
+
+    story(tell)
+
+
+def test_a_request_whose_time_is_over_goes_if_the_router_stands_in_and_so_do_the_others() -> None:
+    async def tell() -> None:
+        world = World(timeout_s=0.05)
+        world.functions.can_stand_in = True
+        first = world.hold(1)
+        await asyncio.sleep(0.02)  # the second's time is over later
+        second = world.hold(1)
+        await first
+        await settle()
+        assert second.done()
+        assert world.metric("held_requests") == 0
+        assert world.metric("cold_start_seconds_count") == 2
 
     story(tell)
 
