@@ -141,6 +141,10 @@ class Boxes:
         self._roster.put(sandbox)
         return sandbox
 
+    def expect(self, name: str, template: Template) -> None:
+        """Have a box that has no address yet, as a pod that no node has room for."""
+        self._roster.put(Sandbox(name, "", False, template.digest))
+
     async def delete(self, sandbox_id: str) -> None:
         if (sandbox := self._roster.get(sandbox_id)) is not None:
             self._roster.put(replace(sandbox, ready=False))
