@@ -180,7 +180,16 @@ async def running_stack(
             )
         )
         await router.wait_serving(endpoint, progress=print)
-        yield Stack(endpoint.url, zygote_child, control_child, router_child, proxy, copy, folder, tuple(tenants))
+        yield Stack(
+            endpoint.url,
+            zygote_child,
+            control_child,
+            router_child,
+            proxy,
+            copy,
+            folder,
+            tuple(tenants),
+        )
 
 
 def _free_port() -> int:

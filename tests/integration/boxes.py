@@ -39,10 +39,10 @@ TIMING = Timing(
     drain_s=0.2,
     probe_interval_s=0.05,
     start_deadline_s=5 * SPEED,
-    adopt_timeout_s=2.0,
+    adopt_timeout_s=5.0,
 )
 TIMEOUTS = Timeouts(
-    connect_timeout_s=0.5, list_timeout_s=0.2, attach_timeout_s=0.5, detach_timeout_s=0.5
+    connect_timeout_s=5.0, list_timeout_s=0.5, attach_timeout_s=1.0, detach_timeout_s=1.0
 )
 QUICK = ScalingSettings(
     initial_scale=0,

@@ -66,10 +66,10 @@ class StandIns:
         return [name for name in missing if name not in self._names]
 
     def table_changed(self) -> None:
-        """Leave off for the functions that are there, and for all when much is missing."""
+        """Leave off for the functions that are there, and for all when the model is at rest."""
         routing = self._routing()
-        is_part = may_stand_in(len(routing.missing), len(routing.entries))
-        self._set(self._names.intersection(routing.missing) if is_part else frozenset())
+        is_at_rest = len(routing.missing) == len(routing.entries)
+        self._set(frozenset() if is_at_rest else self._names.intersection(routing.missing))
 
     async def take(self, n_tokens: int) -> bool:
         """Stand in for what so many tokens lack; return whether that can be done.

@@ -59,6 +59,9 @@ class Batcher:
         limits: what may be held.
         realms: whose prompts may share the cache of their beginnings; None shares nothing.
         computed: where the tokens of each batch are counted.
+
+    Attributes:
+        life: no other batcher has the same; to know it by when its cache is to be freed.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Batcher:
         computed: ComputedTokens | None = None,
     ) -> None:
         _use_batchable_attention(model)
+        self.life = object()
         self._limits = limits
         self._realms = realms
         self._computed = computed

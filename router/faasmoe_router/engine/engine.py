@@ -1,14 +1,16 @@
 """The engine: takes requests on the event loop, runs them in batches, and stays up.
 
-After a fatal error (the batch's thread died) the engine is not ready, and a new batcher is made over
-the same model: that takes a cache allocation, where a new process would load the model and connect
-to every sandbox again. Requests go on from the tokens that they have; one that ran when a batcher
-died and runs when the next one dies may be why, and gets an error. A fault that comes back uses up
-the restarts; then the engine gives up and says so, and the process had better end and be replaced.
+After a fatal error (the batch's thread died) the engine is not ready, and a new batcher is made
+over the same model: that takes a cache allocation, where a new process would load the model and
+connect to every sandbox again. Requests go on from the tokens that they have; one that ran when a
+batcher died and runs when the next one dies may be why, and gets an error. A fault that comes back
+uses up the restarts; then the engine gives up and says so, and the process had better end and be
+replaced.
 """
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import logging
 import math
@@ -185,7 +187,7 @@ class Engine:
 
     def _start(self, sequence_id: str, batcher: Batcher) -> None:
         running = self._running[sequence_id]
-        if running.is_in(batcher):
+        if running.is_in(batcher.life):
             batcher.resume(sequence_id)
             return
         running.generation.begin()
@@ -203,8 +205,9 @@ class Engine:
         """Forget a sequence, wherever it is."""
         running = self._running.pop(sequence_id, None)
         self._turns.end(sequence_id)
-        if running is not None and self._batcher is not None and running.is_in(self._batcher):
-            self._batcher.cancel(sequence_id)
+        batcher = self._batcher
+        if running is not None and batcher is not None and running.is_in(batcher.life):
+            batcher.cancel(sequence_id)
         return running
 
     def _on_outputs(self, outputs: Sequence[Any]) -> None:
@@ -272,10 +275,10 @@ class Engine:
     def _fail_all(self, why: str) -> None:
         self._fail_these(list(self._running), why)
 
-    def _note_death(self, batcher: Batcher) -> None:
+    def _note_death(self, life: object) -> None:
         """Count a batcher's death for those that it computed; end those that it may be due to."""
         for sequence_id, running in self._running.items():
-            if running.is_in(batcher) and self._turns.is_running(sequence_id):
+            if running.is_in(life) and self._turns.is_running(sequence_id):
                 running.count_death()
         suspects = [i for i, running in self._running.items() if running.is_suspect]
         self._fail_these(suspects, "the engine died again while it computed this request")
@@ -311,23 +314,32 @@ class Engine:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             self._end_overdue(time.monotonic())
-            batcher = self._batcher
-            if batcher is None or batcher.alive:
+            if self._batcher is None or self._batcher.alive:
                 continue
-            logger.error("The engine died: %r", batcher.fatal_error)
-            await self._stop_batcher()
-            self._note_death(batcher)
-            if not await self._restart_after(batcher.fatal_error):
+            if not await self._replace():
                 self._fail_all("the engine gave up")
                 return
-            assert self._batcher is not None
-            self._take_over(self._batcher)
-            self._give_turns()
 
-    async def _restart_after(self, error: Exception | None) -> bool:
+    async def _replace(self) -> bool:
+        """Put another batcher in the place of one that has died; return whether that was done."""
+        assert self._batcher is not None
+        life, error = self._batcher.life, self._batcher.fatal_error
+        why_final = str(error) if isinstance(error, StoreUnreadable) else ""
+        logger.error("The engine died: %s", repr(error))
+        del error  # and with it the frames that it was raised in, which hold the cache
+        await self._stop_batcher()
+        self._note_death(life)
+        if not await self._restart(why_final):
+            return False
+        assert self._batcher is not None
+        self._take_over(self._batcher)
+        self._give_turns()
+        return True
+
+    async def _restart(self, why_final: str) -> bool:
         """Start again if that may help and the budget allows; return whether the engine runs."""
-        if isinstance(error, StoreUnreadable):
-            logger.critical("The engine gives up: %s", error)
+        if why_final:
+            logger.critical("The engine gives up: %s", why_final)
             self._on_give_up()
             return False
         if not self._restarts.take(time.monotonic()):
@@ -351,6 +363,7 @@ class Engine:
         self._batcher = await asyncio.to_thread(self._make_batcher, loop)
 
     def _make_batcher(self, loop: asyncio.AbstractEventLoop) -> Batcher:
+        gc.collect()  # one that has died is a knot of references, its cache among them
         batcher = Batcher(self._model, self.limits, realms=self._realms, computed=self.computed)
         batcher.start(loop, self._on_outputs, self._on_broken)
         return batcher

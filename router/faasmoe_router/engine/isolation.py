@@ -3,9 +3,9 @@
 transformers ends its thread, and every request with it, when a step raises. Here the step's
 requests are put back to where they stood before it and computed again, by halves if need be, until
 the one that raises is alone; it fails, the others have their token. Computing a step again is
-harmless: it writes the same places of the cache. When all of a step's requests raise alone, and with
-those before them they are several in a row, it is not they: none of them fails, the error goes on,
-and ends the thread as it would have; the engine gives them to another.
+harmless: it writes the same places of the cache. When all of a step's requests raise alone, and
+they are several in a row with those before them, it is not they: none of them fails, the error goes
+on, and ends the thread as it would have; the engine gives them to another.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Running:
     """
 
     __slots__ = (
-        *("_batcher", "_n_before", "_n_deaths", "_text"),
+        *("_life", "_n_before", "_n_deaths", "_text"),
         *("arrived_s", "generation", "index", "last_s", "request", "tokens"),
     )
 
@@ -44,13 +44,13 @@ class Running:
         self.arrived_s = now_s
         self.last_s = now_s
         self._text: TokenSequence | None = None  # until its first turn
-        self._batcher: Batcher | None = None
-        self._n_before = 0  # tokens that were known when its batcher got it
+        self._life: object = None  # of the batcher that has it
+        self._n_before = 0  # tokens that were known when that got it
         self._n_deaths = 0
 
-    def is_in(self, batcher: Batcher) -> bool:
-        """Return whether this batcher has it."""
-        return self._batcher is batcher
+    def is_in(self, life: object) -> bool:
+        """Return whether the batcher of this life has it."""
+        return self._life is life
 
     @property
     def is_suspect(self) -> bool:
@@ -79,7 +79,7 @@ class Running:
             end_ids=end_ids,
             steps=steps,
         )
-        self._batcher, self._n_before = batcher, len(self.tokens)
+        self._life, self._n_before = batcher.life, len(self.tokens)
         self._tell_by(steps, codec, end_ids)
 
     def _tell_by(self, steps: Steps | None, codec: TextCodec, end_ids: Collection[int]) -> None:

@@ -23,10 +23,8 @@ from faasmoe_router.dispatch.resilience import Resilience
 
 DEADLINE_S = 20.0
 N_TOKENS = 12
-# A call that a busy machine keeps waiting is not given up: what is told apart here is where it goes.
-PATIENT = Resilience(
-    hedge_least_s=DEADLINE_S, slow_least_s=DEADLINE_S, slow_unknown_s=DEADLINE_S
-)
+# A call that a busy machine keeps waiting is not given up: where calls go is what is tested.
+PATIENT = Resilience(hedge_least_s=DEADLINE_S, slow_least_s=DEADLINE_S, slow_unknown_s=DEADLINE_S)
 WaitsOf = Callable[[Dispatcher], Any]
 Addresses = dict[str, tuple[str, ...]]
 

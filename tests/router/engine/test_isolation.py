@@ -235,7 +235,7 @@ def test_when_every_request_raises_alone_it_is_the_engine_and_the_next_one_serve
 ) -> None:
     good = prompts(codec)
     engine = make_engine()
-    forward, dying = model.forward, []
+    forward, dying = model.forward, list[Any]()
 
     def broken(**given: Any) -> Any:
         if engine._batcher is dying[0]:

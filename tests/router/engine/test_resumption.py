@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -141,6 +142,25 @@ def test_every_way_of_choosing_tokens_goes_on_to_the_same_text(
     assert resumed._value.get() == len(found)
     # Each prompt was asked for once, however often it was computed.
     assert broken._metrics.prompt_tokens._value.get() == len(found) * len(prompt_ids)
+
+
+def test_the_next_engine_has_the_memory_of_the_one_that_died(
+    make_engine: Maker, prompt_ids: Prompt
+) -> None:
+    engine = make_engine()
+
+    async def work() -> None:
+        generation = engine.generate([GenerationRequest(prompt_ids, 240)])
+        await anext(aiter(generation))
+        first = engine._batcher.life  # type: ignore[union-attr]
+        cache = weakref.ref(engine._batcher._manager.batch_processor.cache)  # type: ignore[union-attr]
+        fail_between_steps(engine)
+        while engine._batcher is None or engine._batcher.life is first:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert cache() is None
+        assert engine.busy
+
+    run(engine, work)
 
 
 def test_what_gave_way_before_the_engine_died_goes_on_in_its_turn(
