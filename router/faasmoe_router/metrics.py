@@ -73,6 +73,12 @@ class EngineMetrics:
             ["model_name", "finished_reason"],
             registry=registry,
         )
+        self.resumed = Counter(
+            "faasmoe_router_resumed_requests",
+            "Requests that went on from their tokens after the engine was started again.",
+            ["model_name"],
+            registry=registry,
+        ).labels(model_name)
         self.time_to_first_token_s = histogram(
             "time_to_first_token",
             "From a request's arrival to its first token.",

@@ -39,10 +39,10 @@ TIMING = Timing(
     drain_s=0.2,
     probe_interval_s=0.05,
     start_deadline_s=5 * SPEED,
-    adopt_timeout_s=2.0,
+    adopt_timeout_s=5.0,
 )
 TIMEOUTS = Timeouts(
-    connect_timeout_s=0.5, list_timeout_s=0.2, attach_timeout_s=0.5, detach_timeout_s=0.5
+    connect_timeout_s=5.0, list_timeout_s=0.5, attach_timeout_s=1.0, detach_timeout_s=1.0
 )
 QUICK = ScalingSettings(
     initial_scale=0,
@@ -140,6 +140,10 @@ class Boxes:
         sandbox = Sandbox(box.id, box.address, True, template.digest)
         self._roster.put(sandbox)
         return sandbox
+
+    def expect(self, name: str, template: Template) -> None:
+        """Have a box that has no address yet, as a pod that no node has room for."""
+        self._roster.put(Sandbox(name, "", False, template.digest))
 
     async def delete(self, sandbox_id: str) -> None:
         if (sandbox := self._roster.get(sandbox_id)) is not None:

@@ -57,9 +57,14 @@ class Inspector:
         self.usage = Usage()
 
     async def read_back_all(self, platform: Platform[Any]) -> None:
-        """Read back every sandbox that there is; returns when all are in service or given up."""
+        """Read back every sandbox that may hold something: returns when all have told or are lost.
+
+        One without an address has never been called.
+        """
         changes = platform.watch()
-        while any(m.state is SandboxState.STARTING for m in self._fleet.members):
+        while any(
+            m.state is SandboxState.STARTING and m.sandbox.address for m in self._fleet.members
+        ):
             await anext(changes)
             self._actuator.see(await platform.list())
             await for_each(self._fleet.unread(), self._read_back, limit=PARALLEL_CALLS)

@@ -8,12 +8,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
-from faasmoe_expert.table import FunctionTable
+from faasmoe_expert.table import FunctionSpec, FunctionTable
 from faasmoe_router.control.client import ControlClient
 from faasmoe_router.control.follower import TableFollower
 from faasmoe_router.control.gate import ColdStartGate, HoldLimits
 from faasmoe_router.control.metrics import ControlMetrics
 from faasmoe_router.control.reporter import REPORT_INTERVAL_S, LoadReporter
+from faasmoe_router.control.standins import StandIns
 from faasmoe_router.control.teller import KeepsBooks, UsageTeller
 from faasmoe_router.control.waker import Waker
 from faasmoe_router.control.wakes import REPEAT_S
@@ -41,6 +42,9 @@ class Dispatch(Protocol):
 
     def move_functions(self, version: int, addresses: Mapping[str, tuple[str, ...]]) -> None:
         """Take other addresses for some functions; raises TableError and changes nothing."""
+
+    def check_local(self, specs: Sequence[FunctionSpec]) -> None:
+        """Check that functions can be computed here; raises RouterError; from any thread."""
 
 
 class Tenants(Protocol):
@@ -103,6 +107,9 @@ class ControlLink:
         self._waker = waker
         self._dispatch = dispatch
         self._settings = settings
+        self._stand_ins = StandIns(
+            lambda: dispatch.routing, check=dispatch.check_local, metrics=metrics
+        )
         gate_load = LoadMeter()
         self._gate = ColdStartGate(
             self, wake=waker.want, limits=settings.limits, metrics=metrics, load=gate_load
@@ -136,11 +143,15 @@ class ControlLink:
     @property
     def complete_below(self) -> float:
         """Requests of fewer tokens than this lack no function."""
-        return self._dispatch.routing.complete_below if self.ready else 0.0
+        return self._stand_ins.complete_below if self.ready else 0.0
 
     def missing_for(self, n_tokens: int) -> Sequence[str]:
         """Return the functions that so many tokens need and that have no address."""
-        return self._dispatch.routing.missing_for(n_tokens)
+        return self._stand_ins.missing_for(n_tokens)
+
+    async def stand_in_for(self, n_tokens: int) -> bool:
+        """Compute what so many tokens lack in the router; see `StandIns.take`."""
+        return self.ready and await self._stand_ins.take(n_tokens)
 
     def is_open_for(self, n_tokens: int) -> bool:
         """Return whether a request of so many tokens need not be held."""
@@ -187,6 +198,7 @@ class ControlLink:
             self._gate.wake_again()
 
     def _table_changed(self) -> None:
+        self._stand_ins.table_changed()
         self._waker.keep(set(self._dispatch.routing.missing))
         self._gate.table_changed()
 

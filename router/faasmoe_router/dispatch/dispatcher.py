@@ -6,20 +6,21 @@ here, from the store.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from faasmoe_expert.store import Store
-from faasmoe_expert.table import FunctionTable
+from faasmoe_expert.table import FunctionSpec, FunctionTable
 from faasmoe_expert.wire import Mode, rows_per_frame
 from faasmoe_router.dispatch.batch import WIRE_DTYPES, LayerBatch
 from faasmoe_router.dispatch.fanout import Fanout, Timeouts
 from faasmoe_router.dispatch.filling import Filler, Holding, Meanwhile
 from faasmoe_router.dispatch.grouping import group_pairs
 from faasmoe_router.dispatch.load import LoadMeter
+from faasmoe_router.dispatch.local import map_function
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.resilience import Resilience
 from faasmoe_router.dispatch.routing import Routing
@@ -91,6 +92,16 @@ class Dispatcher:
     def move_functions(self, version: int, addresses: Mapping[str, tuple[str, ...]]) -> None:
         """Give some functions other addresses; raises TableError and changes nothing."""
         self._filler.take_routing(self.routing.moved(version, addresses))
+
+    def check_local(self, specs: Sequence[FunctionSpec]) -> None:
+        """Check that functions can be computed here: reads all of their bytes; from any thread.
+
+        Raises:
+            StoreUnreadable: the store does not have one of them any more.
+            StoreCorrupted: it has wrong bytes of one.
+        """
+        for spec in specs:
+            map_function(spec, self._store)
 
     def close(self) -> None:
         """Close the connections to sandboxes."""

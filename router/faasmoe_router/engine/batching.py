@@ -65,6 +65,9 @@ class Batcher:
         limits: what may be held.
         realms: whose prompts may share the cache of their beginnings; None shares nothing.
         computed: where the tokens of each batch are counted.
+
+    Attributes:
+        life: no other batcher has the same; to know it by when its cache is to be freed.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Batcher:
         computed: ComputedTokens | None = None,
     ) -> None:
         _use_batchable_attention(model)
+        self.life = object()
         self._limits = limits
         self._realms = realms
         self._computed = computed
@@ -113,6 +117,8 @@ class Batcher:
         if self._computed is not None:
             processor.scheduler.computed = self._computed
         Isolation(self._manager)
+        # Whom the thread leaves behind goes on with another: that is no failure to be told.
+        self._manager._fail_all_remaining_requests = lambda *_: None
         release(processor.cache.cache_tensor)
         self._manager.start()
 

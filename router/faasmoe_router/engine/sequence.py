@@ -40,6 +40,10 @@ class Sequence:
         self._n_emitted = 0
         self._untold: deque[tuple[int, TokenLogprob]] = deque()
 
+    def go_on_by(self, steps: Steps | None) -> None:
+        """Take what another batcher keeps for the request, as the one before it has died."""
+        self._steps = steps
+
     def take(self, tokens: list[int]) -> Delta:
         """Take the tokens that were generated since the last call."""
         text = ""

@@ -9,9 +9,38 @@ from pathlib import Path
 import pytest
 
 from faasmoe_expert.same_node import socket_path
+from faasmoe_router.dispatch import Dispatcher
 
 Behaviour = Callable[[socket.socket], None]
 """Gets each accepted connection; the connection is closed when it returns."""
+
+
+class CountedWaits(threading.Event):
+    """What calls are held by, and for how long they wished to be held, all together.
+
+    A bound on that holds on a machine of any speed, other than one on the time that passed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wished_s = 0.0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait, and note for how long at most."""
+        self.wished_s += timeout or 0.0
+        return super().wait(timeout)
+
+
+def count_waits(dispatcher: Dispatcher) -> CountedWaits:
+    """Count the waits of a dispatcher's held calls from now on."""
+    dispatcher._filler._moved = waits = CountedWaits()
+    return waits
+
+
+@pytest.fixture
+def waits_of() -> Callable[[Dispatcher], CountedWaits]:
+    """Counts waits: `waits = waits_of(dispatcher)`."""
+    return count_waits
 
 
 class ScriptedServer:
