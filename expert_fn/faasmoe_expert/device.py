@@ -57,8 +57,8 @@ def why_no_cuda() -> str | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
     return (
-        f"torch finds no CUDA device{hidden}; `nvidia-smi` must list one here, and a container must "
-        "be given it"
+        f"torch finds no CUDA device{hidden}; `nvidia-smi` must list one here, and a container "
+        "must be given it"
     )
 
 

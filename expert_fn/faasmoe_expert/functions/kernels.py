@@ -141,17 +141,21 @@ def _padded(rows: Tensor) -> Tensor:
 
 def expert_mlp(spec: KernelSpec, weights: Mapping[str, Stacked], expert: int, x: Tensor) -> Tensor:
     """Return one expert's output for rows `x` [n, H], not weighted: [n, H]."""
+    first = "up_proj" if spec.name == "plain" else "gate_up_proj"
+    inner = inner_of(spec, _project(spec, weights, first, expert, x))  # [n, I]
+    return _project(spec, weights, "down_proj", expert, inner)  # [n, H]
+
+
+def inner_of(spec: KernelSpec, projected: Tensor) -> Tensor:
+    """Return what the down projection takes, [n, I], of what the first gives: [n, 2I] if gated."""
     activation = ACTIVATIONS[spec.activation]
     if spec.name == "plain":
-        inner = activation(_project(spec, weights, "up_proj", expert, x))  # [n, I]
+        return activation(projected)
+    if spec.interleaved:
+        gate, up = projected[:, ::2], projected[:, 1::2]  # [n, I] each
     else:
-        both = _project(spec, weights, "gate_up_proj", expert, x)  # [n, 2I]
-        if spec.interleaved:
-            gate, up = both[:, ::2], both[:, 1::2]  # [n, I] each
-        else:
-            gate, up = both.chunk(2, dim=-1)  # [n, I] each
-        inner = activation(gate) * up  # [n, I]
-    return _project(spec, weights, "down_proj", expert, inner)  # [n, H]
+        gate, up = projected.chunk(2, dim=-1)  # [n, I] each
+    return activation(gate) * up
 
 
 def _project(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import torch
 from torch import Tensor
 
 from faasmoe_expert.errors import BadAttachment, Corrupted
@@ -48,7 +47,7 @@ class LocalFunctions:
 
     def _map(self, spec: FunctionSpec) -> ExpertFunction:
         try:
-            return ExpertFunction(spec, self._store, device=torch.device("cpu"))
+            return ExpertFunction(spec, self._store)
         except (BadAttachment, StoreError, OSError) as error:
             raise StoreUnreadable(
                 f"no sandbox answers for function {spec.id}, and the store {self._store.path} "

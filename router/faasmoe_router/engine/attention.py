@@ -1,7 +1,7 @@
 """Which of transformers' attention implementations continuous batching runs with.
 
-On a CUDA device flash attention, if it is installed: it needs no masks, and reads the paged cache in
-place. Nothing is fetched: transformers' own switch may download kernels.
+On a CUDA device flash attention, if it is installed: it needs no masks, and reads the paged cache
+in place. Nothing is fetched: transformers' own switch may download kernels.
 """
 
 from __future__ import annotations
