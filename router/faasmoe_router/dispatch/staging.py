@@ -107,7 +107,8 @@ class HostStage:
         held = self._buffers.get(name)
         if held is None or len(held) < like.nbytes:
             size_bytes = max(LEAST_BYTES, 1 << (like.nbytes - 1).bit_length())
-            held = self._buffers[name] = self._memory.empty(size_bytes)
+            with torch.inference_mode(False):  # else only inference mode could write to it
+                held = self._buffers[name] = self._memory.empty(size_bytes)
         return held[: like.nbytes].view(like.dtype).view(like.shape)
 
 

@@ -88,6 +88,14 @@ def test_memory_is_pinned_once_for_many_layers(memory: PlainMemory) -> None:
     assert memory.sizes[4:] == [grown[0].nbytes]
 
 
+def test_what_was_pinned_in_inference_mode_serves_outside_of_it_too(memory: PlainMemory) -> None:
+    stage = HostStage(memory)
+    with torch.inference_mode():
+        stage.land(*inputs(3), meanwhile=lambda: None)
+    hidden, index, weight = inputs(3)
+    assert torch.equal(stage.land(hidden, index, weight, meanwhile=lambda: None).rows, hidden)
+
+
 def test_an_answer_does_not_change_when_the_next_one_is_sent(memory: PlainMemory) -> None:
     stage = HostStage(memory)
     first = stage.back(torch.ones(3, 32), torch.empty(3, 32))
