@@ -10,7 +10,7 @@ from faasmoe_expert.device import may_have_cuda, resolve_device
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
 def test_a_device_is_found_and_in_use(name: str) -> None:
     assert resolve_device(name).type == "cuda"
-    assert torch.cuda.is_initialized()
+    assert torch.cuda.memory_reserved() > 0  # by what was tried on it
     assert may_have_cuda()
 
 

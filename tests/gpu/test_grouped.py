@@ -50,7 +50,7 @@ def kernel_on(device: torch.device, spec: KernelSpec, stacks: dict[str, Tensor])
     experts = tuple(range(len(next(iter(stacks.values())))))
     position = {e: e for e in experts}
     weights = LayerWeights({n: BlockStack(s.to(device), position) for n, s in stacks.items()}, {})
-    assert can_group(weights)
+    assert can_group(weights, device)
     return GroupedKernel(spec, weights, experts, device)
 
 

@@ -70,14 +70,16 @@ def test_layers_one_after_the_other_do_not_meet_in_the_buffers(cuda: torch.devic
     stage = HostStage(PinnedMemory(cuda))
     ballast = torch.randn(2048, 2048, device=cuda)
     backs, expected = [], []
+
+    def keep_behind() -> None:
+        torch.mm(ballast, ballast)
+
     for seed in range(200):
         hidden, index, weight = layer_inputs(64 + seed % 7, seed, cuda)
-        landed = stage.land(
-            hidden, index, weight, meanwhile=lambda: torch.mm(ballast, ballast) and None
-        )
+        landed = stage.land(hidden, index, weight, meanwhile=keep_behind)
         assert torch.equal(landed.rows, hidden.cpu())
         assert (landed.top_k_index == index.cpu().numpy()).all()
-        torch.mm(ballast, ballast)
+        keep_behind()
         backs.append(stage.back(landed.rows * 2, hidden))
         expected.append(hidden * 2)
     assert all(torch.equal(got, wanted) for got, wanted in zip(backs, expected, strict=True))

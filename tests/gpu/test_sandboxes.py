@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,6 @@ def test_a_forked_sandbox_uses_the_device(store: Store, tmp_path: Path) -> None:
         with zygote.client() as client:
             for name in ("s1", "s2"):
                 address = client.spawn(name)["address"]
-                eventually(lambda address=address: is_ready(address))
+                eventually(partial(is_ready, address))
         log = (tmp_path / "log").read_text()
     assert log.count("device cuda") == 2, json.dumps(log)

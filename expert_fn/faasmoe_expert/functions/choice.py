@@ -86,7 +86,7 @@ def layer_kernel(
             return _family_kernel(store, layer, map_weights(mapped, n_experts=n_experts), experts)
         weights = copy_weights(mapped, n_experts=n_experts, experts=experts, uploader=uploader)
         device = uploader.device
-        if layer.kernel is not None and can_group(weights):
+        if layer.kernel is not None and can_group(weights, device):
             return GroupedKernel(KernelSpec.from_json(layer.kernel), weights, experts, device)
         return OnDevice(_family_kernel(store, layer, weights, experts), device)
     except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:

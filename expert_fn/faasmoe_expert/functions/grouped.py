@@ -20,10 +20,13 @@ from faasmoe_expert.functions.shipping import land, ship
 from faasmoe_expert.functions.weights import BlockStack, LayerWeights
 
 ALIGNMENT_BYTES = 16  # of every row, or grouped_mm refuses it
+LEAST_CAPABILITY = (8, 0)  # of a CUDA device
 
 
-def can_group(weights: LayerWeights) -> bool:
-    """Tell whether the block's products can be grouped: rows of every weight are aligned."""
+def can_group(weights: LayerWeights, device: torch.device) -> bool:
+    """Tell whether the block's products can be grouped: rows are aligned, the device can do it."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return False
     stacks = [stack.tensor for stack in weights.stacked.values() if isinstance(stack, BlockStack)]
     projections = [tensor for tensor in stacks if tensor.dim() == 3]
     return all(
@@ -130,7 +133,7 @@ class GroupedKernel:
         packed = ship(torch.from_numpy(order.packed()), self._device)
         n_pairs, n_slots = len(order.row), order.slots.size
         sizes = [n_pairs, n_pairs, self._n_experts, n_slots, n_pairs]
-        row, expert, ends, slots, weight = packed.split(sizes)
+        row, expert, ends, slots, weight = torch.split(packed, sizes)
         return row, expert, ends, slots.view(order.slots.shape), weight.view(torch.float32)
 
     def _mlp(self, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class CudaLane:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def buffer(self, size_bytes: int) -> Tensor:
         """Return pinned memory."""
@@ -50,12 +50,12 @@ class CudaLane:
 
     def copy(self, target: Tensor, source: Tensor) -> Wait:
         """Begin to copy, behind whatever used the target's memory before."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
             event.record(self._stream)
-        return event.synchronize  # type: ignore[no-any-return]
+        return event.synchronize
 
     def finish(self) -> None:
         """Wait for the stream."""

@@ -42,9 +42,9 @@ class PinnedMemory:
 
     def mark(self) -> Callable[[], None]:
         """Record an event; calling the mark waits for it."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
-        return event.synchronize  # type: ignore[no-any-return]
+        return event.synchronize
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,7 @@ def run_of(
 
 
 def test_shares_add_up_to_one_and_experts_are_part_of_the_waiting() -> None:
-    timers = {"whole": 0.08, "land": 0.01, "group": 0.005, "calls": 0.05, "wait": 0.04}
-    long = run_of(experts_s=0.030, **timers)
+    long = run_of(experts_s=0.030, whole=0.08, land=0.01, group=0.005, calls=0.05, wait=0.04)
     parts = parts_of(long, run_of(experts_s=0.006), more_steps=8)
     assert parts[EXPERTS] == pytest.approx(3.0)  # 24 ms in 8 steps
     shares = shares_of(parts)

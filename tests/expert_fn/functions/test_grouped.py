@@ -166,7 +166,17 @@ def test_slots_lead_each_row_to_its_pairs_experts_ascending(data: st.DataObject)
 def test_rows_that_are_not_aligned_are_not_grouped(
     hidden: int, inter: int, dtype: torch.dtype, fits: bool
 ) -> None:
-    assert can_group(block_of(whole_stacks(SILU, dtype, hidden=hidden, inter=inter))) is fits
+    weights = block_of(whole_stacks(SILU, dtype, hidden=hidden, inter=inter))
+    assert can_group(weights, CPU) is fits
+
+
+@pytest.mark.parametrize(("capability", "can"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_an_old_device_multiplies_one_expert_after_the_other(
+    capability: tuple[int, int], can: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    weights = block_of(whole_stacks(SILU, torch.bfloat16))
+    assert can_group(weights, torch.device("cuda")) is can
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Memory is counted, refused before it runs out, and given back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ class FullLane(HostLane):
     def __init__(self, n_copies: int) -> None:
         self.left = n_copies
 
-    def copy(self, target: Tensor, source: Tensor) -> object:  # type: ignore[override]
+    def copy(self, target: Tensor, source: Tensor) -> Callable[[], None]:
         self.left -= 1
         if self.left < 0:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
