@@ -94,6 +94,7 @@ def write_moemodel(
     experts_per_function: int,
     max_model_len: int,
     experts: Mapping[str, Any] | None = None,
+    router: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a MoEModel file of a benchmark, with one function in each sandbox.
 
@@ -104,12 +105,13 @@ def write_moemodel(
         experts_per_function: experts of a layer in one function.
         max_model_len: tokens of a request.
         experts: other settings of the sandboxes.
+        router: other settings of the router.
     """
     spec = {
         "model": {"source": checkpoint.as_uri()},
         "store": {"path": str(store)},
         "granularity": {"expertsPerFunction": experts_per_function},
-        "router": {"maxModelLen": max_model_len, "device": "cpu"},
+        "router": {"maxModelLen": max_model_len, "device": "cpu", **(router or {})},
         "experts": {"device": "cpu", "threads": 1, "functionsPerSandbox": 1, **(experts or {})},
     }
     document = {

@@ -19,6 +19,7 @@ def test_every_variable_is_read() -> None:
         "FAASMOE_CAPACITY": "3",
         "FAASMOE_DEVICE": "cuda:1",
         "FAASMOE_THREADS": "4",
+        "FAASMOE_MEMORY_BYTES": "1000",
         "FAASMOE_TOKEN": "secret",
         "FAASMOE_REQUEST_TIMEOUT_S": "2.5",
         "FAASMOE_IDLE_TIMEOUT_S": "30",
@@ -33,6 +34,7 @@ def test_every_variable_is_read() -> None:
         capacity=3,
         device="cuda:1",
         threads=4,
+        memory_bytes=1000,
         token="secret",
         request_timeout_s=2.5,
         idle_timeout_s=30.0,
@@ -43,7 +45,7 @@ def test_every_variable_is_read() -> None:
 
 
 def test_an_empty_variable_means_the_default() -> None:
-    variables = {"FAASMOE_PORT": "", "FAASMOE_REQUEST_TIMEOUT_S": ""}
+    variables = {"FAASMOE_PORT": "", "FAASMOE_MEMORY_BYTES": "", "FAASMOE_REQUEST_TIMEOUT_S": ""}
     assert SandboxConfig.from_env(variables) == SandboxConfig()
 
 
@@ -56,6 +58,8 @@ def test_an_empty_variable_means_the_default() -> None:
         ("FAASMOE_CAPACITY", "0"),
         ("FAASMOE_CAPACITY", "1.5"),
         ("FAASMOE_THREADS", "0"),
+        ("FAASMOE_MEMORY_BYTES", "0"),
+        ("FAASMOE_MEMORY_BYTES", "2Gi"),
         ("FAASMOE_DEVICE", "tpu"),
         ("FAASMOE_DEVICE", "cuda:x"),
         ("FAASMOE_REQUEST_TIMEOUT_S", "0"),

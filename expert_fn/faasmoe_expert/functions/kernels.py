@@ -137,7 +137,7 @@ def _run_mlp(spec: KernelSpec, weights: Mapping[str, Stacked], run: Run, rows: T
         places = as_index(run.places, rows.device)
         rows = rows.new_zeros(run.n_rows, rows.shape[1]).index_copy_(0, places, rows)  # [R, H]
     first = "up_proj" if spec.name == "plain" else "gate_up_proj"
-    inner = _activated(spec, _project_run(spec, weights, first, run, rows))  # [R, I]
+    inner = inner_of(spec, _project_run(spec, weights, first, run, rows))  # [R, I]
     result = _project_run(spec, weights, "down_proj", run, inner)  # [R, H]
     return result if places is None else result[places]
 
@@ -165,24 +165,19 @@ def _project_run(
 def expert_mlp(spec: KernelSpec, weights: Mapping[str, Stacked], expert: int, x: Tensor) -> Tensor:
     """Return one expert's output for rows `x` [n, H], not weighted: [n, H]."""
     first = "up_proj" if spec.name == "plain" else "gate_up_proj"
-    inner = _activated(spec, _project(spec, weights, first, expert, x))  # [n, I]
+    inner = inner_of(spec, _project(spec, weights, first, expert, x))  # [n, I]
     return _project(spec, weights, "down_proj", expert, inner)  # [n, H]
 
 
-def _activated(spec: KernelSpec, product: Tensor) -> Tensor:
-    """Return what goes into the last projection, [n, I], of the first one's product.
-
-    Args:
-        spec: the kernel's form.
-        product: [n, 2I], gate and up, or [n, I] without a gate.
-    """
+def inner_of(spec: KernelSpec, projected: Tensor) -> Tensor:
+    """Return what the down projection takes, [n, I], of what the first gives: [n, 2I] if gated."""
     activation = ACTIVATIONS[spec.activation]
     if spec.name == "plain":
-        return activation(product)
+        return activation(projected)
     if spec.interleaved:
-        gate, up = product[:, ::2], product[:, 1::2]  # [n, I] each
+        gate, up = projected[:, ::2], projected[:, 1::2]  # [n, I] each
     else:
-        gate, up = product.chunk(2, dim=-1)  # [n, I] each
+        gate, up = projected.chunk(2, dim=-1)  # [n, I] each
     return activation(gate) * up
 
 

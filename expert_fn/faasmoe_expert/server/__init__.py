@@ -17,7 +17,7 @@ import torch
 import uvloop
 
 from faasmoe_expert.config import SandboxConfig
-from faasmoe_expert.server.device import resolve_device
+from faasmoe_expert.device import resolve_device
 from faasmoe_expert.server.intake import Intake
 from faasmoe_expert.server.listeners import Listeners
 from faasmoe_expert.server.protocol import HttpProtocol

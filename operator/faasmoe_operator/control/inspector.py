@@ -120,11 +120,13 @@ class Inspector:
         """Return what a sandbox holds; None if it does not say, which may cost it its service."""
         name = member.sandbox.id
         try:
-            held = await self._client.list(member.sandbox.address)
+            content = await self._client.list(member.sandbox.address)
         except SandboxError as error:
             self._failed(name, error)
             return None
         del self._silences[name]
+        held = content.functions
+        self._fleet.limit(name, content.memory_limit_bytes, now=self._clock())
         if (fault := fault_of_list(held, self._specs, model_digest=self._digest)) is not None:
             self._actuator.give_up(name, cause="lie", why=fault)
             return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import torch
 from torch import Tensor
 
 from faasmoe_expert.errors import BadAttachment, Corrupted
@@ -55,7 +54,7 @@ def map_function(spec: FunctionSpec, store: Store) -> ExpertFunction:
         StoreCorrupted: it has wrong bytes of it.
     """
     try:
-        return ExpertFunction(spec, store, device=torch.device("cpu"))
+        return ExpertFunction(spec, store)
     except Corrupted as error:
         raise _corrupted(spec, error) from error
     except (BadAttachment, StoreError, OSError) as error:

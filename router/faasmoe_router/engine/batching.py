@@ -16,6 +16,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.logits_process import LogitsProcessorList
 
 from faasmoe_router.engine import scheduler
+from faasmoe_router.engine.attention import use_batchable_attention
 from faasmoe_router.engine.isolation import Isolation
 from faasmoe_router.engine.memory import release
 from faasmoe_router.engine.prefixes import PrefixRealms, keep_apart
@@ -78,7 +79,7 @@ class Batcher:
         realms: PrefixRealms | None = None,
         computed: ComputedTokens | None = None,
     ) -> None:
-        _use_batchable_attention(model)
+        use_batchable_attention(model)
         self.life = object()
         self._limits = limits
         self._realms = realms
@@ -230,15 +231,6 @@ class Batcher:
                 f"kv_cache_bytes: got enough for {cache.num_sectors} sectors of the cache, "
                 f"expected {n_needed} for one request of max_model_len tokens"
             )
-
-
-def _use_batchable_attention(model: Any) -> None:
-    current = model.config._attn_implementation
-    if "flash" in str(current) or current == "paged|eager":
-        return
-    wanted = "sdpa" if model._supports_sdpa else "paged|eager"
-    if current != wanted:
-        model.set_attn_implementation(wanted)
 
 
 def eos_ids_of(model: Any) -> tuple[int, ...]:

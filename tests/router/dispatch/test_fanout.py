@@ -441,7 +441,7 @@ def near() -> Iterator[Path]:
 def test_servers_of_this_machine_are_called_by_their_unix_sockets(serve: Serve, near: Path) -> None:
     servers = [serve(echo, near=near) for _ in range(3)]
     bodies = [bytes([number]) * (5 << number * 10) for number in range(3)]  # up to 5 MiB
-    with contextlib.closing(Fanout(timeouts=TIMEOUTS, socket_dir=near)) as fanout:
+    with contextlib.closing(Fanout(timeouts=PATIENT, socket_dir=near)) as fanout:
         for _ in range(2):
             calls = [call(server, body) for server, body in zip(servers, bodies, strict=True)]
             assert run(fanout, *calls) == (dict(enumerate(bodies)), {})
@@ -449,12 +449,12 @@ def test_servers_of_this_machine_are_called_by_their_unix_sockets(serve: Serve, 
 
 
 def test_a_server_without_one_is_called_over_tcp(serve: Serve, near: Path) -> None:
-    with contextlib.closing(Fanout(timeouts=TIMEOUTS, socket_dir=near)) as fanout:
+    with contextlib.closing(Fanout(timeouts=PATIENT, socket_dir=near)) as fanout:
         assert run(fanout, call(serve(echo)))[0] == {0: b"frame"}
 
 
 def test_one_that_is_gone_cannot_be_connected_to(serve: Serve, near: Path) -> None:
     server = serve(echo, near=near)
     socket_path(near, int(server.address.rpartition(":")[2])).unlink()
-    with contextlib.closing(Fanout(timeouts=TIMEOUTS, socket_dir=near)) as fanout:
+    with contextlib.closing(Fanout(timeouts=PATIENT, socket_dir=near)) as fanout:
         assert isinstance(run(fanout, call(server))[1][0], CannotConnect)
