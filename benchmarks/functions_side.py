@@ -47,7 +47,13 @@ class FunctionsSide:
         store = Store.open(config.store)
         assert config.table is not None  # it is the benchmark's own
         table = FunctionTable.loads(config.table.read_bytes())
-        self._dispatcher = Dispatcher(store, table, token=config.token, metrics=self._metrics)
+        self._dispatcher = Dispatcher(
+            store,
+            table,
+            token=config.token,
+            metrics=self._metrics,
+            socket_dir=config.socket_dir,
+        )
         model = load_router_model(store, self._dispatcher, device=torch.device("cpu"))
         self._batcher = Batcher(model, _limits(config))
         self._loop = asyncio.new_event_loop()

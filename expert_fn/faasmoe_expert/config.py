@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from faasmoe_expert.wire.frame import MAX_FRAME_BYTES
 
@@ -36,6 +37,8 @@ class SandboxConfig:
         max_connections: connections held at the same time, 1 or more.
         max_frames: requests with a body that are read at the same time, 1 or more.
         max_bodies_bytes: bytes of those bodies, all together; at least those of one frame.
+        socket_dir: folder for a Unix socket beside the port, for routers of the same machine; None
+            for TCP alone.
         drain_s: time, once it is told to end, in which it says so to clients that stay connected.
     """
 
@@ -51,6 +54,7 @@ class SandboxConfig:
     max_connections: int = MAX_CONNECTIONS
     max_frames: int = MAX_FRAMES
     max_bodies_bytes: int = MAX_BODIES_BYTES
+    socket_dir: Path | None = None
     drain_s: float = 1.0
 
     def __post_init__(self) -> None:
@@ -90,6 +94,7 @@ class SandboxConfig:
             max_connections=_integer(env, "FAASMOE_MAX_CONNECTIONS", default.max_connections),
             max_frames=_integer(env, "FAASMOE_MAX_FRAMES", default.max_frames),
             max_bodies_bytes=_integer(env, "FAASMOE_MAX_BODIES_BYTES", default.max_bodies_bytes),
+            socket_dir=Path(folder) if (folder := env.get("FAASMOE_SOCKET_DIR")) else None,
             drain_s=_number(env, "FAASMOE_DRAIN_S", default.drain_s),
         )
 

@@ -140,7 +140,12 @@ def _make_dispatcher(store: Store, config: RouterConfig, metrics: DispatchMetric
     try:
         table = FunctionTable.loads(config.table.read_bytes())
         return Dispatcher(
-            store, table, token=config.token, metrics=metrics, timeouts=_timeouts(config)
+            store,
+            table,
+            token=config.token,
+            metrics=metrics,
+            timeouts=_timeouts(config),
+            socket_dir=config.socket_dir,
         )
     except (TableError, OSError) as error:
         raise ConfigError(f"FAASMOE_TABLE: {error}") from error
@@ -171,6 +176,7 @@ def _link(
         metrics=DispatchMetrics(registry),
         holding=Holding(waker.want_soon, timeout_s=config.hold_timeout_s),
         timeouts=_timeouts(config),
+        socket_dir=config.socket_dir,
     )
     return dispatcher, ControlLink(client, waker, dispatcher, settings=settings, metrics=metrics)
 

@@ -1,5 +1,7 @@
 """A sandbox's settings come from the environment; a bad one is refused by its variable."""
 
+from pathlib import Path
+
 import pytest
 
 from faasmoe_expert.config import ConfigError, SandboxConfig
@@ -22,6 +24,7 @@ def test_every_variable_is_read() -> None:
         "FAASMOE_IDLE_TIMEOUT_S": "30",
         "FAASMOE_MAX_CONNECTIONS": "12",
         "FAASMOE_DRAIN_S": "0",
+        "FAASMOE_SOCKET_DIR": "/run/near",
     }
     assert SandboxConfig.from_env(variables) == SandboxConfig(
         id="s7",
@@ -35,6 +38,7 @@ def test_every_variable_is_read() -> None:
         idle_timeout_s=30.0,
         max_connections=12,
         drain_s=0.0,
+        socket_dir=Path("/run/near"),
     )
 
 

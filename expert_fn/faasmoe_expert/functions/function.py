@@ -81,6 +81,7 @@ class ExpertFunction:
         self._kernels: dict[int, Kernel] = {}
         for index, layer in layers.items():
             mapped = store.map_layer(index)
+            mapped.populate(layer.num_experts, spec.experts)
             self._guards[index] = BlockGuard(store, layer, mapped, spec.experts)
             self._guards[index].check()
             self._kernels[index] = _kernel(store, layer, mapped, spec, device)

@@ -7,6 +7,7 @@ here, from the store.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Dispatcher:
         metrics: counters, on the router's registry.
         holding: how calls wait for functions that are started; None if none ever is.
         resilience: how calls that fail or take long are dealt with.
+        socket_dir: where sandboxes of this machine have Unix sockets; None for TCP alone.
     """
 
     def __init__(
@@ -52,10 +54,11 @@ class Dispatcher:
         metrics: DispatchMetrics | None = None,
         holding: Holding | None = None,
         resilience: Resilience | None = None,
+        socket_dir: Path | None = None,
     ) -> None:
         self._store = store
         self._mode = mode
-        self._fanout = Fanout(token=token, timeouts=timeouts)
+        self._fanout = Fanout(token=token, timeouts=timeouts, socket_dir=socket_dir)
         self._metrics = metrics or DispatchMetrics()
         if table is None:
             routing = Routing.before_any_table(store)

@@ -77,6 +77,18 @@ def test_an_attached_function_holds_no_memory_but_the_pages_it_reads(large_store
     assert mapping_of(path) == {}
 
 
+def test_populating_brings_in_the_experts_that_are_named_and_no_others(large_store: Store) -> None:
+    layer = large_store.manifest.layers[0]
+    path = large_store.path / layer.file
+    path.read_bytes()  # cached, for the system to have pages to enter
+    mapped = large_store.map_layer(0)
+    before_kb = mapping_of(path)["Rss"]
+    mapped.populate(EXPERTS, range(4, 12))
+    found_kb = mapping_of(path)["Rss"] - before_kb
+    # Not one by one: the system may enter what lies in one piece with them, too.
+    assert 8 * layer.expert_bytes <= found_kb * 1024 < EXPERTS * layer.expert_bytes
+
+
 def test_every_tensor_lies_in_the_map(prepared_store: PreparedStore) -> None:
     store = prepared_store("muse_spark")
     layer = store.map_layer(0)

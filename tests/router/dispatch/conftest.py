@@ -4,8 +4,11 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+
+from faasmoe_expert.same_node import socket_path
 
 Behaviour = Callable[[socket.socket], None]
 """Gets each accepted connection; the connection is closed when it returns."""
@@ -14,12 +17,17 @@ Behaviour = Callable[[socket.socket], None]
 class ScriptedServer:
     """Gives the n-th connection to the n-th behaviour, later ones to the last."""
 
-    def __init__(self, *behaviours: Behaviour) -> None:
+    def __init__(self, *behaviours: Behaviour, near: Path | None = None) -> None:
+        """Listens on TCP, or with a folder `near` on a Unix socket alone."""
         self._behaviours = behaviours
         self._listener = socket.create_server(("127.0.0.1", 0))
+        address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        if near is not None:
+            self._listener.close()
+            self._listener = _listening(socket_path(near, int(address.rpartition(":")[2])))
+        self.address = address
         self._open: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._accept)]
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.n_connections = 0
         self._threads[0].start()
 
@@ -51,13 +59,20 @@ class ScriptedServer:
             thread.join()
 
 
+def _listening(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
 @pytest.fixture
 def serve() -> Iterator[Callable[..., ScriptedServer]]:
-    """Starts a server: `serve(behaviour, …)`."""
+    """Starts a server: `serve(behaviour, …, near=folder)`."""
     servers: list[ScriptedServer] = []
 
-    def start(*behaviours: Behaviour) -> ScriptedServer:
-        servers.append(ScriptedServer(*behaviours))
+    def start(*behaviours: Behaviour, near: Path | None = None) -> ScriptedServer:
+        servers.append(ScriptedServer(*behaviours, near=near))
         return servers[-1]
 
     yield start

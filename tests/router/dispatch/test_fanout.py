@@ -7,11 +7,14 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import pytest
 
-from faasmoe_router.dispatch.errors import CallError, Refused
+from faasmoe_expert.same_node import socket_path
+from faasmoe_router.dispatch.errors import CallError, CannotConnect, Refused
 from faasmoe_router.dispatch.fanout import MAX_IDLE_PER_ADDRESS, Call, Fanout, Timeouts
 
 TIMEOUTS = Timeouts(connect_timeout_s=0.3, call_timeout_s=0.6)
@@ -409,3 +412,32 @@ def test_many_failures_leave_no_descriptor_behind(fanout: Fanout, serve: Serve) 
     for _ in range(50):
         run(fanout, refusing, *[call(server) for server in servers])
     assert count_sockets_to(servers) <= 1
+
+
+@pytest.fixture
+def near() -> Iterator[Path]:
+    """A short path: a Unix socket's has at most 107 bytes."""
+    with TemporaryDirectory(prefix="faasmoe-") as folder:
+        yield Path(folder)
+
+
+def test_servers_of_this_machine_are_called_by_their_unix_sockets(serve: Serve, near: Path) -> None:
+    servers = [serve(echo, near=near) for _ in range(3)]
+    bodies = [bytes([number]) * (5 << number * 10) for number in range(3)]  # up to 5 MiB
+    with contextlib.closing(Fanout(timeouts=TIMEOUTS, socket_dir=near)) as fanout:
+        for _ in range(2):
+            calls = [call(server, body) for server, body in zip(servers, bodies, strict=True)]
+            assert run(fanout, *calls) == (dict(enumerate(bodies)), {})
+    assert [server.n_connections for server in servers] == [1, 1, 1]
+
+
+def test_a_server_without_one_is_called_over_tcp(serve: Serve, near: Path) -> None:
+    with contextlib.closing(Fanout(timeouts=TIMEOUTS, socket_dir=near)) as fanout:
+        assert run(fanout, call(serve(echo)))[0] == {0: b"frame"}
+
+
+def test_one_that_is_gone_cannot_be_connected_to(serve: Serve, near: Path) -> None:
+    server = serve(echo, near=near)
+    socket_path(near, int(server.address.rpartition(":")[2])).unlink()
+    with contextlib.closing(Fanout(timeouts=TIMEOUTS, socket_dir=near)) as fanout:
+        assert isinstance(run(fanout, call(server))[1][0], CannotConnect)

@@ -152,7 +152,7 @@ def test_a_call_that_takes_long_is_made_at_another_replica_too(
 def test_hedges_are_bounded_by_a_share_of_the_calls(
     layer: Callable[..., Layer], serve: Callable[..., Any], box: SandboxProcess
 ) -> None:
-    """Half of the calls go to a replica that is always slow; few of them are made twice."""
+    """Half of the calls go to a replica that is always slow; few calls are made twice."""
 
     def late(connection: socket.socket) -> None:
         host, port = box.address.split(":")
@@ -166,7 +166,7 @@ def test_hedges_are_bounded_by_a_share_of_the_calls(
     one = layer(box.address, serve(late).address, hedge_least_s=0.0, hedge_quantile=0.01)
     one.check(300)
     n_allowed = 0.05 * one.count("calls") + QUICK.extra_burst
-    assert QUICK.extra_burst < one.count("hedges") <= n_allowed
+    assert 0 < one.count("hedges") <= n_allowed
 
 
 def test_a_hung_sandbox_costs_little_is_ejected_and_returns_when_it_goes_on(
