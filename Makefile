@@ -12,7 +12,7 @@ DEMO   := .faasmoe/demo
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-slow test-cluster lint format bench bench-elastic bench-fairness bench-paper bench-reconcile chaos soak clean
+.PHONY: help setup demo test test-slow test-cluster test-gpu lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-reconcile chaos soak clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -42,6 +42,16 @@ test-slow: $(STAMP) ## The tests that take longer
 
 test-cluster: $(STAMP) ## The operator's tests against the API server that KUBECONFIG names
 	$(BIN)/python -m pytest -m cluster tests/cluster
+
+# On a machine that has torch and no package index, GPU_PYTHON=python3 takes what is there.
+GPU_BIN = $(or $(GPU_PYTHON),$(BIN)/python)
+GPU_ENV = PYTHONPATH=operator:router:expert_fn
+
+test-gpu: $(if $(GPU_PYTHON),,$(STAMP)) ## The tests that need a CUDA device; skipped, and said so, without
+	$(GPU_ENV) $(GPU_BIN) -m pytest -m gpu -W default tests/gpu
+
+bench-cuda: $(if $(GPU_PYTHON),,$(STAMP)) ## GPU router, functions on GPU and CPU, against in-process; writes benchmarks/out/cuda.json
+	$(GPU_ENV) $(GPU_BIN) -m benchmarks.cuda $(ARGS)
 
 lint: $(STAMP) ## Format, lint, types, import borders
 	$(BIN)/ruff format --check .

@@ -10,6 +10,7 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any, Protocol
 
 SETTLING_STEPS = 1  # the first decode step still meets the prefill's cold caches
@@ -43,6 +44,7 @@ class Run:
         cpu_s: processor time of every process of the side in them.
         counters: what the side counted in them.
         tokens: everything generated, for each request in the order of the prompts.
+        ttft_s: from the batch's begin to a request's first token, the median of the requests.
     """
 
     batch: int
@@ -51,6 +53,7 @@ class Run:
     cpu_s: float
     counters: Mapping[str, float]
     tokens: tuple[tuple[int, ...], ...]
+    ttft_s: float = 0.0
 
     @property
     def step_ms(self) -> float:
@@ -91,6 +94,8 @@ class Recorder:
         self._tokens: dict[str, list[int]] = {}
         self._readings: list[tuple[Reading, int, int]] = []
         self._max_tokens = 0
+        self._begun_s = 0.0
+        self._first_s: dict[str, float] = {}
         self._error: str | None = None
         self._done = threading.Event()
 
@@ -100,6 +105,7 @@ class Recorder:
         self._tokens = {f"run{number}-{i}": [] for i in range(n_requests)}
         self._readings, self._max_tokens, self._error = [], max_tokens, None
         self._done.clear()
+        self._begun_s, self._first_s = self._meter().time_s, {}
         return list(self._tokens)
 
     def fail(self, request_ids: Sequence[str], error: Exception) -> None:
@@ -116,6 +122,7 @@ class Recorder:
                 self._done.set()
             if output.request_id in self._tokens:
                 self._tokens[output.request_id] = list(output.generated_tokens)
+                self._first_s.setdefault(output.request_id, reading.time_s - self._begun_s)
         lengths = [len(tokens) for tokens in self._tokens.values()]
         self._readings.append((reading, min(lengths), max(lengths)))
         if min(lengths) >= self._max_tokens:
@@ -135,6 +142,7 @@ class Recorder:
             cpu_s=last.cpu_s - first.cpu_s,
             counters={k: last.counters[k] - first.counters[k] for k in first.counters},
             tokens=tuple(tuple(tokens) for tokens in self._tokens.values()),
+            ttft_s=median(self._first_s.values()),
         )
 
     def _window(self) -> tuple[Reading, Reading, int]:

@@ -24,13 +24,13 @@ import uvloop
 
 from faasmoe_expert.config import SandboxConfig
 from faasmoe_expert.lifeline import die_with_parent
+from faasmoe_expert.same_node import socket_path
 from faasmoe_expert.server.answer import FRAME, Answer
 from faasmoe_expert.server.protocol import HttpProtocol, HttpRequest
 from faasmoe_expert.wire import decode_request, encode_response
 
 BACKLOG = 128
 END_TIMEOUT_S = 5.0
-UNIX_SCHEME = "unix:"
 
 Serve = Callable[[socket.socket], None]
 
@@ -115,17 +115,31 @@ ASYNCIO = Kind("ours, asyncio", lambda s: _serve_protocol(s, _echo, asyncio.new_
 UVLOOP = Kind("ours, uvloop", lambda s: _serve_protocol(s, _echo, uvloop.new_event_loop))
 UNIX = Kind("ours, uvloop, Unix sockets", UVLOOP.serve, is_unix=True)
 FRAMES = Kind("ours, uvloop", lambda s: _serve_protocol(s, _echo_frame, uvloop.new_event_loop))
+UNIX_FRAMES = Kind("ours, uvloop, Unix sockets", FRAMES.serve, is_unix=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """Servers that run.
+
+    Attributes:
+        addresses: host:port of each.
+        socket_dir: where they have Unix sockets, if that is what they listen on.
+    """
+
+    addresses: list[str]
+    socket_dir: Path | None
 
 
 @contextmanager
-def forked(kind: Kind, n_servers: int) -> Iterator[list[str]]:
-    """Run servers in processes as long as the context lasts; gives their addresses.
+def forked(kind: Kind, n_servers: int) -> Iterator[Servers]:
+    """Run servers in processes as long as the context lasts.
 
     Must be entered before this process has any other thread.
     """
     context = multiprocessing.get_context("fork")
-    folder = tempfile.mkdtemp(prefix="faasmoe-bench-")
-    listeners = [_listener(kind, Path(folder) / str(number)) for number in range(n_servers)]
+    folder = Path(tempfile.mkdtemp(prefix="faasmoe-bench-"))
+    listeners = [_listener(kind, socket_path(folder, port)) for port in range(1, n_servers + 1)]
     parent_pid = os.getpid()
     servers = [
         context.Process(target=_run, args=(kind.serve, listener, parent_pid), daemon=True)
@@ -134,7 +148,8 @@ def forked(kind: Kind, n_servers: int) -> Iterator[list[str]]:
     try:
         for server in servers:
             server.start()
-        yield [_address(listener) for listener in listeners]
+        addresses = [_address(listener) for listener in listeners]
+        yield Servers(addresses, folder if kind.is_unix else None)
     finally:
         for server in servers:
             server.kill()
@@ -155,7 +170,8 @@ def _listener(kind: Kind, path: Path) -> socket.socket:
 
 def _address(listener: socket.socket) -> str:
     name = listener.getsockname()
-    return f"{UNIX_SCHEME}{name}" if listener.family == socket.AF_UNIX else f"127.0.0.1:{name[1]}"
+    port = Path(name).stem if listener.family == socket.AF_UNIX else name[1]
+    return f"127.0.0.1:{port}"
 
 
 def _run(serve: Serve, listener: socket.socket, parent_pid: int) -> None:

@@ -18,7 +18,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.echo_servers import ASYNCIO, FRAMES, UNIX, UVICORN, UVLOOP, Kind, forked
+from benchmarks.echo_servers import (
+    ASYNCIO,
+    FRAMES,
+    UNIX,
+    UNIX_FRAMES,
+    UVICORN,
+    UVLOOP,
+    Kind,
+    Servers,
+    forked,
+)
 from benchmarks.fanout_clients import (
     AiohttpClient,
     Client,
@@ -28,7 +38,6 @@ from benchmarks.fanout_clients import (
     ProtocolClient,
     loop_thread,
     new_uvloop,
-    unix_addresses,
 )
 from benchmarks.report import OUT, Spread, describe_machine, percentile, write_figures
 
@@ -66,35 +75,37 @@ Rounds = Mapping[tuple[int, int], Sequence[Round]]
 def candidates(*, product_only: bool) -> Iterator[list[Candidate]]:
     """Give the candidates, their servers running and their connections open.
 
-    The first is the product's path, the second the same without the wire format.
+    The first two are the product's path on one machine and between machines, the next two the same
+    without the wire format.
     """
-    kinds = [FRAMES, UVLOOP] if product_only else [FRAMES, UVLOOP, UVICORN, ASYNCIO, UNIX]
+    kinds = [UNIX_FRAMES, FRAMES, UNIX, UVLOOP]
+    if not product_only:
+        kinds += [UVICORN, ASYNCIO]
     with ExitStack() as stack:
         # All processes before the first thread: a fork copies the forking thread only.
         servers = {kind: stack.enter_context(forked(kind, SERVERS)) for kind in kinds}
-        frames = stack.enter_context(closing(FrameClient(servers[FRAMES])))
-        bare = stack.enter_context(closing(FanoutClient(servers[UVLOOP])))
-        found = [
-            Candidate(FRAMES.name, "ours, polled sockets, wire frames", frames),
-            Candidate(UVLOOP.name, "ours, polled sockets", bare),
-        ]
+        found = []
+        for kind in kinds[:2]:
+            frames = stack.enter_context(closing(FrameClient(servers[kind])))
+            found.append(Candidate(kind.name, "ours, polled sockets, wire frames", frames))
+        for kind in kinds[2:4]:
+            bare = stack.enter_context(closing(FanoutClient(servers[kind])))
+            found.append(Candidate(kind.name, "ours, polled sockets", bare))
         yield found if product_only else found + _others(stack, servers)
 
 
-def _others(stack: ExitStack, servers: Mapping[Kind, list[str]]) -> list[Candidate]:
+def _others(stack: ExitStack, servers: Mapping[Kind, Servers]) -> list[Candidate]:
     fast_loop = stack.enter_context(loop_thread(new_uvloop))
     loop = stack.enter_context(loop_thread(asyncio.new_event_loop))
     found = []
-    aiohttp = stack.enter_context(closing(AiohttpClient(fast_loop, servers[UVICORN])))
+    aiohttp = stack.enter_context(closing(AiohttpClient(fast_loop, servers[UVICORN].addresses)))
     found.append(Candidate(UVICORN.name, "aiohttp on uvloop, from a thread", aiohttp))
     found.append(Candidate(UVICORN.name, "aiohttp on uvloop, in its loop", InLoopClient(aiohttp)))
     for kind, own_loop, name in ((ASYNCIO, loop, "asyncio"), (UVLOOP, fast_loop, "uvloop")):
-        protocol = stack.enter_context(closing(ProtocolClient(own_loop, servers[kind])))
+        protocol = stack.enter_context(closing(ProtocolClient(own_loop, servers[kind].addresses)))
         found.append(Candidate(kind.name, f"Protocol on {name}, from a thread", protocol))
-    stack.enter_context(unix_addresses())
-    for kind in (ASYNCIO, UNIX):
-        fanout = stack.enter_context(closing(FanoutClient(servers[kind])))
-        found.append(Candidate(kind.name, "ours, polled sockets", fanout))
+    fanout = stack.enter_context(closing(FanoutClient(servers[ASYNCIO])))
+    found.append(Candidate(ASYNCIO.name, "ours, polled sockets", fanout))
     return found
 
 
@@ -162,7 +173,8 @@ def figures(found: Sequence[Candidate], turns: Rounds) -> dict[str, Any]:
     """Return what is written to fanout.json."""
     return {
         "fanout_p50_us": spreads(turns[PRODUCT_SIZE, 0])["p50_us"].median,
-        "fanout_without_frames_p50_us": spreads(turns[PRODUCT_SIZE, 1])["p50_us"].median,
+        "fanout_tcp_p50_us": spreads(turns[PRODUCT_SIZE, 1])["p50_us"].median,
+        "fanout_without_frames_p50_us": spreads(turns[PRODUCT_SIZE, 2])["p50_us"].median,
         "servers": SERVERS,
         "candidates": [
             {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import socket
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -21,13 +20,12 @@ import aiohttp
 import httptools
 import numpy as np
 import uvloop
-from benchmarks.echo_servers import UNIX_SCHEME
+from benchmarks.echo_servers import Servers
 
 from faasmoe_expert.wire import Dtype, Header, Mode, decode_response, encode_request
 from faasmoe_expert.wire.checksum import Buffer
 from faasmoe_expert.wire.frame import Kind
 from faasmoe_expert.wire.request import Float32s, Int32s
-from faasmoe_router.dispatch import connection as product_connection
 from faasmoe_router.dispatch.errors import CallError
 from faasmoe_router.dispatch.fanout import Call, Fanout
 
@@ -191,32 +189,12 @@ def _head(address: str, size_bytes: int) -> bytes:
     ).encode()
 
 
-@contextmanager
-def unix_addresses() -> Iterator[None]:
-    """Let the product's connections go to Unix sockets, too, as long as the context lasts."""
-    connect = product_connection._connecting
-
-    def connecting(address: str) -> socket.socket:
-        if not address.startswith(UNIX_SCHEME):
-            return connect(address)
-        found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        found.setblocking(False)
-        found.connect(address.removeprefix(UNIX_SCHEME))
-        return found
-
-    setattr(product_connection, "_connecting", connecting)  # noqa: B010 (mypy refuses to assign)
-    try:
-        yield
-    finally:
-        setattr(product_connection, "_connecting", connect)  # noqa: B010
-
-
 class FanoutClient(Client):
     """The product's: sockets polled from the engine's own thread."""
 
-    def __init__(self, addresses: Sequence[str]) -> None:
-        self._addresses = addresses
-        self._fanout = Fanout()
+    def __init__(self, servers: Servers) -> None:
+        self._addresses = servers.addresses
+        self._fanout = Fanout(socket_dir=servers.socket_dir)
         self._function_id = PATH.rpartition("/")[2]
 
     def post(self, bodies: Sequence[bytes]) -> list[bytes]:

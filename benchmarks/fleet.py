@@ -28,7 +28,7 @@ from faasmoe_operator.control.deployment import Deployment
 from faasmoe_operator.control.residency import Residents, make_resident
 from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient
 from faasmoe_operator.platforms import ProcessPlatform
-from faasmoe_operator.platforms.zygote import running_zygote
+from faasmoe_operator.platforms.zygote import SOCKETS_NAME, SOCKETS_VARIABLE, running_zygote
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ def write_moemodel(
     experts_per_function: int,
     max_model_len: int,
     experts: Mapping[str, Any] | None = None,
+    router: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a MoEModel file of a benchmark, with one function in each sandbox.
 
@@ -104,12 +105,13 @@ def write_moemodel(
         experts_per_function: experts of a layer in one function.
         max_model_len: tokens of a request.
         experts: other settings of the sandboxes.
+        router: other settings of the router.
     """
     spec = {
         "model": {"source": checkpoint.as_uri()},
         "store": {"path": str(store)},
         "granularity": {"expertsPerFunction": experts_per_function},
-        "router": {"maxModelLen": max_model_len, "device": "cpu"},
+        "router": {"maxModelLen": max_model_len, "device": "cpu", **(router or {})},
         "experts": {"device": "cpu", "threads": 1, "functionsPerSandbox": 1, **(experts or {})},
     }
     document = {
@@ -158,7 +160,7 @@ async def resident(moemodel: Path) -> AsyncIterator[Resident]:
             table = Path(folder) / "functions.json"
             table.write_text(json.dumps(residents.table(store.manifest.digest).to_json()))
             yield Resident(
-                _environment(deployment, table=table, token=token),
+                _environment(deployment, table=table, token=token, sockets=socket.parent),
                 store,
                 {"launcher": os.getpid(), "zygote": zygote.pid},
                 tuple(s.pid for s, _ in residents.sandboxes if s.pid is not None),
@@ -181,11 +183,14 @@ async def serving(moemodel: Path) -> AsyncIterator[Fleet]:
         yield Fleet(side, found.store, pids, found.sandbox_pids, found.n_functions)
 
 
-def _environment(deployment: Deployment, *, table: Path, token: str) -> dict[str, str]:
+def _environment(
+    deployment: Deployment, *, table: Path, token: str, sockets: Path
+) -> dict[str, str]:
     """Return the router's environment with a fixed table in place of a control process."""
     environment = router.environment(deployment, ENDPOINT, control_url="", token=token)
     del environment["FAASMOE_CONTROL_URL"]
-    return {**environment, "FAASMOE_TABLE": str(table)}
+    near = {SOCKETS_VARIABLE: str(sockets / SOCKETS_NAME)}
+    return {**environment, **near, "FAASMOE_TABLE": str(table)}
 
 
 async def _make_resident(

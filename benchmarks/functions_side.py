@@ -9,30 +9,35 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
-import torch
 from benchmarks.decoding import Reading, Recorder
 from benchmarks.sides import RUN_TIMEOUT_S
 from benchmarks.stopwatch import Stopwatch
 from benchmarks.usage import ProcessorClock
 from benchmarks.worker import Handle, serve_commands
 
+from faasmoe_expert.device import resolve_device
 from faasmoe_expert.store import Store
 from faasmoe_expert.table import FunctionTable
 from faasmoe_router.config import RouterConfig
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.staging import stage_beside
 from faasmoe_router.engine.batching import Batcher
 from faasmoe_router.engine.model import load_router_model
 from faasmoe_router.engine.sizing import EngineLimits
 
 STOP_TIMEOUT_S = 30.0
+_COMPUTED = re.compile(rb"^faasmoe_expert_compute_seconds_sum (\S+)$", re.MULTILINE)
 
 
 class FunctionsSide:
@@ -47,17 +52,29 @@ class FunctionsSide:
         store = Store.open(config.store)
         assert config.table is not None  # it is the benchmark's own
         table = FunctionTable.loads(config.table.read_bytes())
-        self._dispatcher = Dispatcher(store, table, token=config.token, metrics=self._metrics)
-        model = load_router_model(store, self._dispatcher, device=torch.device("cpu"))
+        device = resolve_device(config.device)
+        self._addresses = {a for entry in table.functions for a in entry.addresses}
+        self._dispatcher = Dispatcher(
+            store,
+            table,
+            token=config.token,
+            metrics=self._metrics,
+            socket_dir=config.socket_dir,
+            stage=stage_beside(device),
+        )
+        model = load_router_model(store, self._dispatcher, device=device)
         self._batcher = Batcher(model, _limits(config))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
-        self._batcher.start(self._loop, self._recorder.take, self._recorder.fail)
+        self._batcher.start(
+            self._loop, lambda outputs, _: self._recorder.take(outputs), self._recorder.fail
+        )
 
     def handle(self, command: dict[str, Any]) -> dict[str, Any]:
         """Run a batch, with the stopwatch if `profile` asks for it."""
         prompts, max_tokens = command["prompts"], int(command["max_tokens"])
+        experts_s = self._experts_s()
         with self._stopwatch.running() if command.get("profile") else nullcontext():
             names = self._recorder.begin(len(prompts), max_tokens=max_tokens)
             for name, prompt in zip(names, prompts, strict=True):
@@ -65,7 +82,14 @@ class FunctionsSide:
             run = self._recorder.finish(RUN_TIMEOUT_S)
         if run.counters["failed"] or run.counters["local"]:
             raise RuntimeError(f"sandboxes did not answer: {dict(run.counters)}")
-        return run.to_json()
+        spent = {"experts_of_run": self._experts_s() - experts_s}
+        return replace(run, counters={**run.counters, **spent}).to_json()
+
+    def _experts_s(self) -> float:
+        """Return the seconds that sandboxes have computed, on the average of all of them."""
+        pages = [urllib.request.urlopen(f"http://{a}/metrics").read() for a in self._addresses]
+        found = [_COMPUTED.search(page) for page in pages]
+        return sum(float(match[1]) for match in found if match) / len(pages)
 
     def close(self) -> None:
         """End the engine's thread and the loop's."""

@@ -214,14 +214,20 @@ def _prepare(checkpoint: Path, store: Path) -> None:
         prepare(str(checkpoint), store, force=store.exists())
 
 
-def main() -> int:
-    """Make the checkpoint and its store; print both folders as JSON."""
-    folder, geometry = Path(sys.argv[1]), Geometry(**json.loads(sys.argv[2]))
+def make_model(geometry: Geometry, folder: Path) -> tuple[Path, Path]:
+    """Make checkpoint and store, in this process, which needs torch; return both."""
     checkpoint, store = folder / geometry.name, folder / f"{geometry.name}-store"
     make_checkpoint(geometry, checkpoint)
     _prepare(checkpoint, store)
     for made in (checkpoint, store / "model"):
         _write_tokenizer(geometry, made)
+    return checkpoint, store
+
+
+def main() -> int:
+    """Make the checkpoint and its store; print both folders as JSON."""
+    folder, geometry = Path(sys.argv[1]), Geometry(**json.loads(sys.argv[2]))
+    checkpoint, store = make_model(geometry, folder)
     print(json.dumps({"checkpoint": str(checkpoint), "store": str(store)}))
     return 0
 

@@ -15,14 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from benchmarks.decoding import Output, Reading, Recorder
 from benchmarks.sides import RUN_TIMEOUT_S
 from benchmarks.usage import ProcessorClock
 from benchmarks.worker import Handle, serve_commands
-from transformers import AutoModelForCausalLM, GenerationConfig
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
+from faasmoe_expert.device import resolve_device
+from faasmoe_expert.store import MANIFEST_NAME, Store
+from faasmoe_router.engine.attention import use_batchable_attention
 from faasmoe_router.engine.batching import NO_EOS
 from faasmoe_router.engine.sizing import PAGE_TOKENS, EngineLimits, Geometry
 
@@ -44,16 +49,17 @@ class _Tap(OutputRouter):  # type: ignore[misc]
 class InProcess:
     """The whole model in this process."""
 
-    def __init__(self, checkpoint: Path, limits: EngineLimits) -> None:
+    def __init__(
+        self, source: Path, limits: EngineLimits, device: torch.device, *, graphs: bool
+    ) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         clock = ProcessorClock([os.getpid()])
         self._recorder = Recorder(lambda: Reading(time.perf_counter(), clock.read_s()))
-        self._model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.bfloat16, attn_implementation="sdpa"
-        ).eval()
+        self._model = _load(source, device)
+        use_batchable_attention(self._model)
         self._manager = self._model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=NO_EOS),
-            continuous_batching_config=_batching(limits, Geometry.of(self._model)),
+            continuous_batching_config=_batching(limits, Geometry.of(self._model), graphs=graphs),
         )
         self._manager.output_router = _Tap(self._recorder)
         self._manager.start()
@@ -78,7 +84,37 @@ class InProcess:
         self._manager.stop(block=True, timeout=10.0, hard_stop=True)
 
 
-def _batching(limits: EngineLimits, geometry: Geometry) -> ContinuousBatchingConfig:
+def _load(source: Path, device: torch.device) -> Any:
+    """Return the whole model of a checkpoint or of a prepared store."""
+    if (source / MANIFEST_NAME).exists():
+        return load_whole(Store.open(source), device)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
+    return model.to(device).eval()
+
+
+def load_whole(store: Store, device: torch.device) -> Any:
+    """Return the whole model of a store, the experts as transformers has them."""
+    config = AutoConfig.from_pretrained(store.path / "model")
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, store.manifest.model.dtype),
+            attn_implementation="sdpa",
+        )
+    for path in store.router_files():
+        model.load_state_dict(load_file(path, device=str(device)), strict=False, assign=True)
+    for layer in store.manifest.layers:
+        experts = load_file(store.path / layer.file, device=str(device))
+        model.get_submodule(layer.name).load_state_dict(experts, assign=True)
+    model.tie_weights()
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _batching(
+    limits: EngineLimits, geometry: Geometry, *, graphs: bool
+) -> ContinuousBatchingConfig:
     return ContinuousBatchingConfig(
         page_size=PAGE_TOKENS,
         num_blocks=limits.n_pages(geometry),
@@ -86,7 +122,7 @@ def _batching(limits: EngineLimits, geometry: Geometry) -> ContinuousBatchingCon
         max_requests_per_batch=limits.max_num_seqs,
         allow_block_sharing=False,
         use_async_batching=False,
-        use_cuda_graph=False,
+        use_cuda_graph=graphs,
         auto_switch_to_flash=False,
     )
 
@@ -94,14 +130,23 @@ def _batching(limits: EngineLimits, geometry: Geometry) -> ContinuousBatchingCon
 def main() -> int:
     """Serve until stdin ends."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("source", type=Path, help="checkpoint, or prepared store")
     parser.add_argument("--max-model-len", type=int, required=True)
+    parser.add_argument("--max-num-seqs", type=int, default=32)
+    parser.add_argument("--kv-cache-bytes", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs around each step")
     arguments = parser.parse_args()
     sides: list[InProcess] = []
 
     def make() -> Handle:
-        limits = EngineLimits(max_model_len=arguments.max_model_len)
-        sides.append(InProcess(arguments.checkpoint, limits))
+        limits = EngineLimits(
+            max_model_len=arguments.max_model_len,
+            max_num_seqs=arguments.max_num_seqs,
+            kv_cache_bytes=arguments.kv_cache_bytes,
+        )
+        device = resolve_device(arguments.device)
+        sides.append(InProcess(arguments.source, limits, device, graphs=arguments.graphs))
         return sides[0].handle
 
     try:

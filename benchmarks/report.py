@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,15 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load_1min_at_start": os.getloadavg()[0],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in DISTRIBUTIONS},
+        "versions": {name: _version(name) for name in DISTRIBUTIONS},
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # not every benchmark needs all of them
+        return "not installed"
 
 
 def memory_bytes(field: str) -> int:

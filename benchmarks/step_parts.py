@@ -11,7 +11,10 @@ CALLS = "timer_calls"  # the two that follow are inside it
 WAIT = "timer_wait"
 TAKE = "timer_take"
 COMBINE = "timer_combine"
-TIMERS = (WHOLE, GROUP, ENCODE, CALLS, WAIT, TAKE, COMBINE)
+LAND = "timer_land"  # none where the router is on the CPU, as the next one
+BACK = "timer_back"
+TIMERS = (WHOLE, GROUP, ENCODE, CALLS, WAIT, TAKE, COMBINE, LAND, BACK)
+PARTS_OF_WHOLE = (GROUP, ENCODE, CALLS, COMBINE, LAND, BACK)
 
 
 def breakdown_ms(run: Run) -> dict[str, float]:
@@ -19,13 +22,15 @@ def breakdown_ms(run: Run) -> dict[str, float]:
     t = run.counters
     parts = {
         "attention, gates, shared experts, head, batching": run.time_s - t[WHOLE],
+        "waiting for the router's device": t[LAND],
         "grouping tokens by function": t[GROUP],
         "encoding frames": t[ENCODE],
         "sending and receiving": t[CALLS] - t[WAIT] - t[TAKE],
         "waiting for sandboxes": t[WAIT],
         "decoding answers": t[TAKE],
         "adding partial sums": t[COMBINE],
-        "rest of dispatch": t[WHOLE] - t[GROUP] - t[ENCODE] - t[CALLS] - t[COMBINE],
+        "copying to the router's device": t[BACK],
+        "rest of dispatch": t[WHOLE] - sum(t[name] for name in PARTS_OF_WHOLE),
     }
     used = {
         "whole step": run.time_s,

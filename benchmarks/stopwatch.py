@@ -11,12 +11,24 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from benchmarks.step_parts import CALLS, COMBINE, ENCODE, GROUP, TAKE, TIMERS, WAIT, WHOLE
+from benchmarks.step_parts import (
+    BACK,
+    CALLS,
+    COMBINE,
+    ENCODE,
+    GROUP,
+    LAND,
+    TAKE,
+    TIMERS,
+    WAIT,
+    WHOLE,
+)
 
 from faasmoe_router.dispatch import dispatcher, fanout
 from faasmoe_router.dispatch.batch import LayerBatch
 from faasmoe_router.dispatch.dispatcher import Dispatcher
 from faasmoe_router.dispatch.fanout import Fanout
+from faasmoe_router.dispatch.staging import HostStage
 
 _PARTS: tuple[tuple[Any, str, str], ...] = (
     (Dispatcher, "compute", WHOLE),
@@ -25,6 +37,8 @@ _PARTS: tuple[tuple[Any, str, str], ...] = (
     (Fanout, "run", CALLS),
     (LayerBatch, "take", TAKE),
     (LayerBatch, "result", COMBINE),
+    (HostStage, "land", LAND),
+    (HostStage, "back", BACK),
 )
 
 

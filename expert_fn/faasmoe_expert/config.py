@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from faasmoe_expert.wire.frame import MAX_FRAME_BYTES
 
@@ -30,12 +31,16 @@ class SandboxConfig:
         capacity: functions that can be attached at the same time, 1 or more.
         device: where experts compute: cpu, cuda, cuda:N or auto.
         threads: threads of one computation on the CPU, 1 or more.
+        memory_bytes: what the functions' parameters may take, all together; None for no limit on
+            the CPU, and on CUDA for what is free on the device.
         token: bearer token that /v1 asks for; empty asks for none.
         request_timeout_s: time for a client to send a request whole, and to take its answer.
         idle_timeout_s: time after which a connection without a request is closed.
         max_connections: connections held at the same time, 1 or more.
         max_frames: requests with a body that are read at the same time, 1 or more.
         max_bodies_bytes: bytes of those bodies, all together; at least those of one frame.
+        socket_dir: folder for a Unix socket beside the port, for routers of the same machine; None
+            for TCP alone.
         drain_s: time, once it is told to end, in which it says so to clients that stay connected.
     """
 
@@ -45,18 +50,22 @@ class SandboxConfig:
     capacity: int = 1
     device: str = "auto"
     threads: int = 1
+    memory_bytes: int | None = None
     token: str = ""
     request_timeout_s: float = 30.0
     idle_timeout_s: float = IDLE_TIMEOUT_S
     max_connections: int = MAX_CONNECTIONS
     max_frames: int = MAX_FRAMES
     max_bodies_bytes: int = MAX_BODIES_BYTES
+    socket_dir: Path | None = None
     drain_s: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse settings out of bounds."""
         _at_least("FAASMOE_CAPACITY", self.capacity, 1)
         _at_least("FAASMOE_THREADS", self.threads, 1)
+        if self.memory_bytes is not None:
+            _at_least("FAASMOE_MEMORY_BYTES", self.memory_bytes, 1)
         _at_least("FAASMOE_MAX_CONNECTIONS", self.max_connections, 1)
         _at_least("FAASMOE_MAX_FRAMES", self.max_frames, 1)
         _at_least("FAASMOE_MAX_BODIES_BYTES", self.max_bodies_bytes, MAX_FRAME_BYTES)
@@ -84,12 +93,14 @@ class SandboxConfig:
             capacity=_integer(env, "FAASMOE_CAPACITY", default.capacity),
             device=env.get("FAASMOE_DEVICE", default.device),
             threads=_integer(env, "FAASMOE_THREADS", default.threads),
+            memory_bytes=_optional(env, "FAASMOE_MEMORY_BYTES"),
             token=env.get("FAASMOE_TOKEN", default.token),
             request_timeout_s=_number(env, "FAASMOE_REQUEST_TIMEOUT_S", default.request_timeout_s),
             idle_timeout_s=_number(env, "FAASMOE_IDLE_TIMEOUT_S", default.idle_timeout_s),
             max_connections=_integer(env, "FAASMOE_MAX_CONNECTIONS", default.max_connections),
             max_frames=_integer(env, "FAASMOE_MAX_FRAMES", default.max_frames),
             max_bodies_bytes=_integer(env, "FAASMOE_MAX_BODIES_BYTES", default.max_bodies_bytes),
+            socket_dir=Path(folder) if (folder := env.get("FAASMOE_SOCKET_DIR")) else None,
             drain_s=_number(env, "FAASMOE_DRAIN_S", default.drain_s),
         )
 
@@ -102,6 +113,10 @@ def _integer(env: Mapping[str, str], name: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"{name}: got {text!r}, expected a whole number") from None
+
+
+def _optional(env: Mapping[str, str], name: str) -> int | None:
+    return _integer(env, name, 0) if env.get(name, "") else None
 
 
 def _number(env: Mapping[str, str], name: str, default: float) -> float:

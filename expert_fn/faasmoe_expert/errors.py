@@ -6,7 +6,7 @@ SandboxError
 ├── BadAttachment     422  a field of the attachment cannot be used
 ├── BadFrame          400  a frame that breaks the wire format, or does not fit the function
 ├── Overloaded        429  more is sent at once than the sandbox takes in
-├── OutOfMemory       503  memory for this one frame or attachment cannot be had
+├── OutOfMemory       503  memory for this frame or attachment cannot be had, or is not allowed
 ├── Corrupted         503  bytes of the store are not those that were prepared
 └── Draining          503  the sandbox ends and takes no more work
 

@@ -23,6 +23,7 @@ import torch
 
 from faasmoe_expert import heap
 from faasmoe_expert.config import SandboxConfig
+from faasmoe_expert.device import may_have_cuda
 from faasmoe_expert.functions.kernels import PADDED_ROWS
 from faasmoe_expert.server.protocol import HttpRequest
 from faasmoe_expert.server.routes import FUNCTIONS, Routes
@@ -66,8 +67,7 @@ def rehearse(config: SandboxConfig, path: Path) -> None:
 
 
 def _computes_here(device: str) -> bool:
-    has_cuda: bool = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
-    return device == "cpu" or (device == "auto" and not has_cuda)
+    return device == "cpu" or (device == "auto" and not may_have_cuda())
 
 
 def _kinds(store: Store) -> Iterator[LayerEntry]:

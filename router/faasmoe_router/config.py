@@ -46,6 +46,8 @@ class RouterConfig:
         tenants_file: who the tenants are; without it whoever reaches the router may call.
         state_dir: folder of this router alone, where the tenants' accounts are kept; without it
             they begin anew at each start.
+        socket_dir: folder in which sandboxes of the same machine have Unix sockets, a shorter way
+            than TCP; without it, and where there is none, they are called over TCP.
         router_replicas: routers that the tenants' limits are split over, unless the file tells.
         connect_timeout_s: until a sandbox has accepted a connection; part of a call.
         call_timeout_s: until a function has answered; part of a layer.
@@ -73,6 +75,7 @@ class RouterConfig:
     max_held_bytes: int = 64 << 20
     tenants_file: Path | None = None
     state_dir: Path | None = None
+    socket_dir: Path | None = None
     router_replicas: int = 1
     connect_timeout_s: float = 1.0
     call_timeout_s: float = 10.0
@@ -130,6 +133,7 @@ class RouterConfig:
             max_held_bytes=read("MAX_HELD_BYTES", _between(0, 1 << 40), 64 << 20),
             tenants_file=read("TENANTS_FILE", _path, None),
             state_dir=read("STATE_DIR", _path, None),
+            socket_dir=read("SOCKET_DIR", _path, None),
             router_replicas=read("ROUTER_REPLICAS", _between(1, 1024), 1),
             connect_timeout_s=read("CONNECT_TIMEOUT", _seconds(0.01, 3600), 1.0),
             call_timeout_s=read("CALL_TIMEOUT", _seconds(0.01, 3600), 10.0),

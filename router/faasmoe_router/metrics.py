@@ -63,12 +63,22 @@ class EngineMetrics:
         self._waiting = gauge("num_requests_waiting", "Requests that wait to be computed.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens computed.")
         self.generation_tokens = counter("generation_tokens", "Tokens generated.")
+        self.prefix_queries = counter(
+            "prefix_cache_queries", "Prompt tokens that the cache was asked for."
+        )
+        self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens that it had.")
         self._success = Counter(
             "vllm:request_success",
             "Requests that ended, by why.",
             ["model_name", "finished_reason"],
             registry=registry,
         )
+        self.resumed = Counter(
+            "faasmoe_router_resumed_requests",
+            "Requests that went on from their tokens after the engine was started again.",
+            ["model_name"],
+            registry=registry,
+        ).labels(model_name)
         self.time_to_first_token_s = histogram(
             "time_to_first_token",
             "From a request's arrival to its first token.",

@@ -12,6 +12,8 @@ import torch
 from prometheus_client import CollectorRegistry
 from transformers import AutoTokenizer
 
+from faasmoe_expert.config import ConfigError as DeviceError
+from faasmoe_expert.device import resolve_device
 from faasmoe_expert.store import Store, StoreError
 from faasmoe_expert.table import FunctionTable, TableError
 from faasmoe_router.api.app import create_app
@@ -25,11 +27,13 @@ from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.fanout import Timeouts
 from faasmoe_router.dispatch.filling import Holding
 from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.staging import HostStage, stage_beside
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.model import ModelError, load_router_model
 from faasmoe_router.engine.sizing import EngineLimits, Geometry
 from faasmoe_router.engine.text import TextCodec
 from faasmoe_router.errors import ConfigError
+from faasmoe_router.fingerprint import fingerprint
 from faasmoe_router.metrics import EngineMetrics, new_registry
 from faasmoe_router.serving import Server
 from faasmoe_router.tenants.costs import Cost, CostReader
@@ -52,17 +56,19 @@ class RouterProcess:
     """
 
     def __init__(self, config: RouterConfig) -> None:
+        device = _device(config.device)
+        stage = stage_beside(device)
         registry = new_registry()
         directory = None if config.tenants_file is None else Directory(config.tenants_file)
         store = _open_store(config.store)
         if config.control_url is None:
             link = None
-            self._dispatcher = _make_dispatcher(store, config, DispatchMetrics(registry))
+            self._dispatcher = _make_dispatcher(store, config, DispatchMetrics(registry), stage)
         else:
-            self._dispatcher, link = _link(store, config, config.control_url, registry)
+            self._dispatcher, link = _link(store, config, config.control_url, registry, stage)
         self._link = link
         try:
-            model = load_router_model(store, self._dispatcher, device=_device(config.device))
+            model = load_router_model(store, self._dispatcher, device=device)
         except ModelError as error:
             raise ConfigError(f"FAASMOE_STORE: {error}") from error
         model_name = config.model_name or Path(store.manifest.model.source).name
@@ -82,18 +88,21 @@ class RouterProcess:
             tenancy = _tenancy(directory, config, store, self._dispatcher, queue=self._engine)
             tenancy.collector().register(registry)
             if link is not None:
-                link.tenants = tenancy.n_keys
+                link.tenants = tenancy
         app = create_app(
             self._engine,
             model_name=model_name,
             registry=registry,
             admission=link,
             tenancy=tenancy,
+            fingerprint=fingerprint(store.manifest.digest, model),
         )
         self._server = Server(
             app, host=config.host, port=config.port, end_running=self._end_running
         )
-        logger.info("%s is loaded, for http://%s:%d", model_name, config.host, config.port)
+        logger.info(
+            "%s is loaded on %s, for http://%s:%d", model_name, device, config.host, config.port
+        )
 
     def serve(self) -> bool:
         """Serve until SIGTERM or SIGINT; return whether that, and not a failure, was the end."""
@@ -133,12 +142,20 @@ def _open_codec(path: Path) -> TextCodec:
         raise ConfigError(f"FAASMOE_STORE: {path}: no tokenizer can be loaded: {reason}") from error
 
 
-def _make_dispatcher(store: Store, config: RouterConfig, metrics: DispatchMetrics) -> Dispatcher:
+def _make_dispatcher(
+    store: Store, config: RouterConfig, metrics: DispatchMetrics, stage: HostStage | None
+) -> Dispatcher:
     assert config.table is not None
     try:
         table = FunctionTable.loads(config.table.read_bytes())
         return Dispatcher(
-            store, table, token=config.token, metrics=metrics, timeouts=_timeouts(config)
+            store,
+            table,
+            token=config.token,
+            metrics=metrics,
+            timeouts=_timeouts(config),
+            socket_dir=config.socket_dir,
+            stage=stage,
         )
     except (TableError, OSError) as error:
         raise ConfigError(f"FAASMOE_TABLE: {error}") from error
@@ -149,7 +166,11 @@ def _timeouts(config: RouterConfig) -> Timeouts:
 
 
 def _link(
-    store: Store, config: RouterConfig, url: str, registry: CollectorRegistry
+    store: Store,
+    config: RouterConfig,
+    url: str,
+    registry: CollectorRegistry,
+    stage: HostStage | None,
 ) -> tuple[Dispatcher, ControlLink]:
     metrics = ControlMetrics(registry)
     client = ControlClient(url, token=config.token)
@@ -169,6 +190,8 @@ def _link(
         metrics=DispatchMetrics(registry),
         holding=Holding(waker.want_soon, timeout_s=config.hold_timeout_s),
         timeouts=_timeouts(config),
+        socket_dir=config.socket_dir,
+        stage=stage,
     )
     return dispatcher, ControlLink(client, waker, dispatcher, settings=settings, metrics=metrics)
 
@@ -206,11 +229,10 @@ def _router_name() -> str:
 
 
 def _device(wanted: str) -> torch.device:
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("FAASMOE_DEVICE: got cuda, expected cpu: no CUDA device is found")
-    return torch.device(wanted)
+    try:
+        return resolve_device(wanted)
+    except DeviceError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _limits(config: RouterConfig, model: Any) -> EngineLimits:

@@ -15,9 +15,9 @@ from typing import Any
 from tests.chaos.faults import Saboteur
 from tests.chaos.schedule import Fault, Kind
 from tests.chaos.stack import NAME, Stack, running_stack
-from tests.chaos.workload import Stall, Tenant, Workload
+from tests.chaos.tenants import new_tenants
+from tests.chaos.workload import Stall, Workload
 
-TENANTS = tuple(Tenant(f"tenant-{n}") for n in range(6))
 AFTER_KILL_S = 3.0  # a stall that begins, or goes on, so long after a kill counts as the kill's
 
 
@@ -63,14 +63,15 @@ async def run_chaos(plan: Plan, folder: Path) -> dict[str, Any]:
     async with running_stack(
         plan.model,
         plan.store,
+        tenants=new_tenants(),
         experts=plan.experts,
         capacity=plan.capacity,
         twice=plan.twice,
         folder=folder,
     ) as stack:
-        workload = Workload(stack.url, NAME, TENANTS)
+        workload = Workload(stack.url, NAME, stack.tenants)
         unsure = await workload.learn()
-        before = await stack.router_metrics()
+        before, accounts = await stack.router_metrics(), await _accounts(stack)
         over = asyncio.Event()
         asking = asyncio.create_task(workload.run(over, per_tenant=plan.per_tenant))
         try:
@@ -78,11 +79,13 @@ async def run_chaos(plan: Plan, folder: Path) -> dict[str, Any]:
         finally:
             over.set()
             await asking
-        after = await stack.router_metrics()
+        after, accounts_after = await stack.router_metrics(), await _accounts(stack)
         recovered = await _recovers(workload, stack)
     counts = {name: after[name] - before.get(name, 0.0) for name in after}
     return {
         **_figures(workload, done, counts),
+        "answers_by_tenant": dict(workload.outcome.answers),
+        "accounted_by_tenant": {name: n - accounts[name] for name, n in accounts_after.items()},
         "seed": plan.seed,
         "duration_s": plan.duration_s,
         "recovered": recovered,
@@ -93,6 +96,10 @@ async def run_chaos(plan: Plan, folder: Path) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "machine": platform.platform(),
     }
+
+
+async def _accounts(stack: Stack) -> dict[str, int]:
+    return {tenant.name: await stack.requests_of(tenant) for tenant in stack.tenants}
 
 
 async def _sabotage(stack: Stack, plan: Plan) -> list[Done]:
@@ -113,7 +120,7 @@ async def _recovers(workload: Workload, stack: Stack) -> bool:
     end_s = time.monotonic() + 60.0
     while time.monotonic() < end_s:
         before = await stack.router_metrics()
-        once = Workload(stack.url, NAME, TENANTS[:1])
+        once = Workload(stack.url, NAME, stack.tenants)
         await once.learn()
         after = await stack.router_metrics()
         if after["local_computations_total"] == before["local_computations_total"]:

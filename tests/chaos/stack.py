@@ -7,23 +7,26 @@ sound one, as on another node.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
 from tests.chaos.proxies import ZygoteProxy
+from tests.chaos.tenants import Tenant, write_tenants_of
 
 from faasmoe_operator.cli import child, control, router
 from faasmoe_operator.cli.control import ControlPort, Secrets
 from faasmoe_operator.cli.logs import Logs
 from faasmoe_operator.cli.supervision import Kept, Restarts, kept
+from faasmoe_operator.cli.tenants import write_tenants
 from faasmoe_operator.control.deployment import Deployment
 from faasmoe_operator.platforms import zygote
 
@@ -45,6 +48,7 @@ spec:
       maxScale: 3
       windowSeconds: 30
       overrides: [{{layers: "{twice}", minScale: 2}}]
+  tenants: {tenants}
 """
 RESTARTS = Restarts(delays_s=(0.0, 0.1), most=10_000)  # we are the ones who kill
 NAME = "chaos"
@@ -62,6 +66,7 @@ class Stack:
         proxy: knows the sandboxes.
         copy: the store that sandboxes attach from.
         folder: where the logs are.
+        tenants: who may ask.
     """
 
     url: str
@@ -71,6 +76,7 @@ class Stack:
     proxy: ZygoteProxy
     copy: Path
     folder: Path
+    tenants: tuple[Tenant, ...]
 
     async def router_metrics(self) -> dict[str, float]:
         """Return the router's samples that have no label."""
@@ -79,30 +85,45 @@ class Stack:
         found = re.findall(r"^(faasmoe_router_\w+) (\S+)$", text, re.MULTILINE)
         return {name.removeprefix("faasmoe_router_"): float(value) for name, value in found}
 
+    async def requests_of(self, tenant: Tenant) -> int:
+        """Return how many of a tenant's requests its account holds as answered to their end."""
+        url = f"{self.url}{tenant.path}/usage"
+        async with aiohttp.ClientSession() as http, http.get(url, headers=tenant.headers) as answer:
+            account = await answer.json()
+        return int(account["requests"].get("completed", 0))
+
 
 @asynccontextmanager
 async def running_stack(
-    model: Path, store: Path, *, experts: int, capacity: int, twice: str, folder: Path
+    model: Path,
+    store: Path,
+    *,
+    tenants: Sequence[Tenant],
+    experts: int,
+    capacity: int,
+    twice: str,
+    folder: Path,
 ) -> AsyncIterator[Stack]:
     """Run everything as long as the context lasts.
 
     Args:
         model: the checkpoint that the store was prepared from.
         store: the prepared store.
+        tenants: who may ask.
         experts: experts of a function.
         capacity: functions of a sandbox.
         twice: layers whose functions have two replicas, such as 0-3.
-        folder: for the copy of the store, and for logs.
+        folder: for the copy of the store, for the tenants' keys, and for logs.
     """
     copy = folder / "copy"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(store, copy)
+    told = json.dumps(write_tenants_of(tenants, folder))
     deployments = {}
     for name, path in (("router", store), ("control", copy)):
         file = folder / f"{name}.yaml"
-        text = MOEMODEL.format(
-            name=NAME, model=model, store=path, experts=experts, capacity=capacity, twice=twice
-        )
+        sizes = {"experts": experts, "capacity": capacity, "twice": twice}
+        text = MOEMODEL.format(name=NAME, model=model, store=path, tenants=told, **sizes)
         file.write_text(text)
         deployments[name] = Deployment.load(file)
     async with AsyncExitStack() as stack:
@@ -141,7 +162,11 @@ async def running_stack(
         )
         endpoint = router.Endpoint("127.0.0.1", _free_port())
         settings = router.environment(
-            deployments["router"], endpoint, control_url=port.url, token=secrets.token
+            deployments["router"],
+            endpoint,
+            control_url=port.url,
+            token=secrets.token,
+            tenants_file=write_tenants(deployments["router"], private),
         )
         router_child = await stack.enter_async_context(
             child.running(
@@ -155,7 +180,16 @@ async def running_stack(
             )
         )
         await router.wait_serving(endpoint, progress=print)
-        yield Stack(endpoint.url, zygote_child, control_child, router_child, proxy, copy, folder)
+        yield Stack(
+            endpoint.url,
+            zygote_child,
+            control_child,
+            router_child,
+            proxy,
+            copy,
+            folder,
+            tuple(tenants),
+        )
 
 
 def _free_port() -> int:

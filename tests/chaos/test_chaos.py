@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.chaos.run import Plan, run_chaos
 from tests.chaos.schedule import WEIGHTS, Fault, Kind, draw_schedule
+from tests.chaos.tenants import N_TENANTS
 from tiny_chat import save_tiny_chat_model
 
 from faasmoe_router.checkpoint import prepare
@@ -53,6 +54,9 @@ def test_nothing_fails_and_nothing_is_wrong_under_faults(tmp_path: Path) -> None
     assert report["recovered"]
     assert report["requests"] > 20
     assert report["faults"] > DURATION_S / 2
+    # Each tenant was answered as itself: what it saw is what its account holds.
+    assert len(report["answers_by_tenant"]) == N_TENANTS
+    assert report["answers_by_tenant"] == report["accounted_by_tenant"]
     # The faults were felt, and dealt with in more than one way.
     assert report["failed_calls"] > 0
     assert report["retries"] + report["local_computations"] > 0

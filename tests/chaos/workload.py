@@ -6,10 +6,12 @@ import asyncio
 import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
+from tests.chaos.tenants import Tenant
 
 N_TOKENS = 24
 TIMEOUT_S = 120.0
@@ -30,15 +32,6 @@ QUESTIONS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Tenant:
-    """Who asks: the path before /v1, and the key, if there is one."""
-
-    name: str
-    prefix: str = ""
-    key: str = "none"
-
-
-@dataclass(frozen=True, slots=True)
 class Stall:
     """A time without a token, in a stream that runs."""
 
@@ -51,6 +44,7 @@ class Outcome:
     """What came of the requests."""
 
     requests: int = 0
+    answers: Counter[str] = field(default_factory=Counter)  # by tenant
     failures: list[str] = field(default_factory=list)
     wrong: list[dict[str, str]] = field(default_factory=list)
     stalls: list[Stall] = field(default_factory=list)
@@ -58,7 +52,7 @@ class Outcome:
 
 
 class Workload:
-    """Six tenants that ask one question after the other.
+    """Tenants that ask one question after the other.
 
     Args:
         url: the router.
@@ -79,9 +73,10 @@ class Workload:
         Asked alone and among others: which requests share a batch may decide a near-tie, and such
         a question proves nothing.
         """
+        askers = list(zip(QUESTIONS, itertools.cycle(self._tenants), strict=False))
         async with self._session() as http:
-            alone = {q: await self._ask(http, self._tenants[0], q) for q in QUESTIONS}
-            among = await asyncio.gather(*(self._ask(http, self._tenants[0], q) for q in QUESTIONS))
+            alone = {q: await self._ask(http, tenant, q) for q, tenant in askers}
+            among = await asyncio.gather(*(self._ask(http, tenant, q) for q, tenant in askers))
         self.expected = {
             q: alone[q] for q, text in zip(QUESTIONS, among, strict=True) if alone[q] == text
         }
@@ -115,6 +110,7 @@ class Workload:
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                 self.outcome.failures.append(f"{question} {type(error).__name__}: {error}")
                 continue
+            self.outcome.answers[tenant.name] += 1
             if text != self.expected[question]:
                 self.outcome.wrong.append(
                     {"question": question, "got": text, "expected": self.expected[question]}
@@ -128,11 +124,10 @@ class Workload:
             "temperature": 0,
             "stream": True,
         }
-        url = f"{self._url}{tenant.prefix}/v1/chat/completions"
-        headers = {"Authorization": f"Bearer {tenant.key}"}
+        url = f"{self._url}{tenant.path}/chat/completions"
         text, begun_s = "", time.monotonic()
         last_s: float | None = None
-        async with http.post(url, json=body, headers=headers) as answer:
+        async with http.post(url, json=body, headers=tenant.headers) as answer:
             if answer.status != 200:
                 raise ValueError(f"status {answer.status}: {(await answer.text())[:200]}")
             async for line in answer.content:

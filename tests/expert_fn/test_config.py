@@ -1,5 +1,7 @@
 """A sandbox's settings come from the environment; a bad one is refused by its variable."""
 
+from pathlib import Path
+
 import pytest
 
 from faasmoe_expert.config import ConfigError, SandboxConfig
@@ -17,11 +19,13 @@ def test_every_variable_is_read() -> None:
         "FAASMOE_CAPACITY": "3",
         "FAASMOE_DEVICE": "cuda:1",
         "FAASMOE_THREADS": "4",
+        "FAASMOE_MEMORY_BYTES": "1000",
         "FAASMOE_TOKEN": "secret",
         "FAASMOE_REQUEST_TIMEOUT_S": "2.5",
         "FAASMOE_IDLE_TIMEOUT_S": "30",
         "FAASMOE_MAX_CONNECTIONS": "12",
         "FAASMOE_DRAIN_S": "0",
+        "FAASMOE_SOCKET_DIR": "/run/near",
     }
     assert SandboxConfig.from_env(variables) == SandboxConfig(
         id="s7",
@@ -30,16 +34,18 @@ def test_every_variable_is_read() -> None:
         capacity=3,
         device="cuda:1",
         threads=4,
+        memory_bytes=1000,
         token="secret",
         request_timeout_s=2.5,
         idle_timeout_s=30.0,
         max_connections=12,
         drain_s=0.0,
+        socket_dir=Path("/run/near"),
     )
 
 
 def test_an_empty_variable_means_the_default() -> None:
-    variables = {"FAASMOE_PORT": "", "FAASMOE_REQUEST_TIMEOUT_S": ""}
+    variables = {"FAASMOE_PORT": "", "FAASMOE_MEMORY_BYTES": "", "FAASMOE_REQUEST_TIMEOUT_S": ""}
     assert SandboxConfig.from_env(variables) == SandboxConfig()
 
 
@@ -52,6 +58,8 @@ def test_an_empty_variable_means_the_default() -> None:
         ("FAASMOE_CAPACITY", "0"),
         ("FAASMOE_CAPACITY", "1.5"),
         ("FAASMOE_THREADS", "0"),
+        ("FAASMOE_MEMORY_BYTES", "0"),
+        ("FAASMOE_MEMORY_BYTES", "2Gi"),
         ("FAASMOE_DEVICE", "tpu"),
         ("FAASMOE_DEVICE", "cuda:x"),
         ("FAASMOE_REQUEST_TIMEOUT_S", "0"),

@@ -39,10 +39,10 @@ TIMING = Timing(
     drain_s=0.2,
     probe_interval_s=0.05,
     start_deadline_s=5 * SPEED,
-    adopt_timeout_s=2.0,
+    adopt_timeout_s=5.0,
 )
 TIMEOUTS = Timeouts(
-    connect_timeout_s=0.5, list_timeout_s=0.2, attach_timeout_s=0.5, detach_timeout_s=0.5
+    connect_timeout_s=5.0, list_timeout_s=0.5, attach_timeout_s=1.0, detach_timeout_s=1.0
 )
 QUICK = ScalingSettings(
     initial_scale=0,
@@ -67,6 +67,7 @@ class Box:
 
     id: str
     capacity: int = 1
+    memory_limit: int | None = None
     functions: dict[str, dict[str, Any]] = field(default_factory=dict)
     fault: Fault | None = None
     calls: list[str] = field(default_factory=list)
@@ -90,11 +91,16 @@ class Box:
             self.functions.pop(name, None)
             return web.Response(status=204)
         listed = [{"id": n, **body, "size_bytes": 1} for n, body in self.functions.items()]
-        return web.json_response({"sandbox": {"id": self.id}, "functions": listed})
+        memory = {"limit_bytes": self.memory_limit, "used_bytes": len(listed)}
+        return web.json_response(
+            {"sandbox": {"id": self.id, "memory": memory}, "functions": listed}
+        )
 
     async def _attach(self, name: str, request: web.Request) -> web.Response:
         if len(self.functions) >= self.capacity:
             return refused(409, "attach_refused")
+        if self.memory_limit is not None and len(self.functions) >= self.memory_limit:
+            return refused(503, "out_of_memory")
         self.functions[name] = await request.json()
         return web.json_response({}, status=201)
 
@@ -111,6 +117,8 @@ class Boxes:
         self.boxes: dict[str, Box] = {}
         self.faults: list[Fault | None] = []
         self.broken = False
+        self.memory_limit: int | None = None
+        """Of the boxes that are created next; each function takes 1."""
         self.n_created = 0
         self._names = (f"box{number}" for number in itertools.count(1))
         self._roster = Roster()
@@ -122,7 +130,7 @@ class Boxes:
         if self.broken:
             raise PlatformError("the platform is broken")
         fault = self.faults.pop(0) if self.faults else None
-        box = Box(next(self._names), template.capacity, fault=fault)
+        box = Box(next(self._names), template.capacity, self.memory_limit, fault=fault)
         adding = asyncio.create_task(self.add(box, template))
         self._adding.add(adding)
         adding.add_done_callback(self._adding.discard)
@@ -140,6 +148,10 @@ class Boxes:
         sandbox = Sandbox(box.id, box.address, True, template.digest)
         self._roster.put(sandbox)
         return sandbox
+
+    def expect(self, name: str, template: Template) -> None:
+        """Have a box that has no address yet, as a pod that no node has room for."""
+        self._roster.put(Sandbox(name, "", False, template.digest))
 
     async def delete(self, sandbox_id: str) -> None:
         if (sandbox := self._roster.get(sandbox_id)) is not None:
@@ -177,14 +189,15 @@ def model_of(
     warm_pool: int = 1,
     scaling: ScalingSettings = QUICK,
     store: ModelStore | None = None,
+    memory_limit: int | None = None,
+    size_bytes: int = 1,
 ) -> ControlledModel:
     """Return a model of functions f0, f1, … each a layer of its own."""
-    functions = {
-        f"f{index}": ManagedFunction(FunctionSpec(f"f{index}", (index,), (0, 1)), 1, scaling)
-        for index in range(n_functions)
-    }
+    specs = [FunctionSpec(f"f{index}", (index,), (0, 1)) for index in range(n_functions)]
+    functions = {spec.id: ManagedFunction(spec, size_bytes, scaling) for spec in specs}
     place = store or ModelStore(Path("/store"), DIGEST)
-    return ControlledModel("tiny", place, functions, SandboxTemplate(capacity), warm_pool)
+    template = SandboxTemplate(capacity)
+    return ControlledModel("tiny", place, functions, template, warm_pool, memory_limit)
 
 
 @asynccontextmanager

@@ -27,6 +27,8 @@ class ControlStandIn:
         table: what it tells.
         loads: bodies of the load reports so far.
         wakes: functions of each wake so far.
+        usages: bodies of what was told of the tenants' use so far.
+        used: what is said that tenants have used over all routers; what is told by default.
         n_refused: calls that were refused so far.
         places: the query of each table stream so far.
         opening: makes a stream's first lines; a snapshot by default.
@@ -42,6 +44,8 @@ class ControlStandIn:
         self.table = table
         self.loads: list[dict[str, Any]] = []
         self.wakes: list[list[str]] = []
+        self.usages: list[dict[str, Any]] = []
+        self.used: dict[str, dict[str, float]] = {}
         self.places: list[dict[str, str]] = []
         self.opening: Callable[[], Sequence[bytes]] = lambda: [self.snapshot()]
         self.on_wake: Callable[[list[str]], None] = lambda _: None
@@ -118,6 +122,7 @@ class ControlStandIn:
         app.router.add_get("/v1/table", self._table)
         app.router.add_post("/v1/load", self._load)
         app.router.add_post("/v1/wake", self._wake)
+        app.router.add_post("/v1/usage", self._usage)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
@@ -173,6 +178,12 @@ class ControlStandIn:
         self.wakes.append(names)
         self._loop.run_in_executor(None, self.on_wake, names)
         return web.Response(status=202)
+
+    async def _usage(self, request: web.Request) -> web.Response:
+        self._check(request, self.status)
+        body = await request.json()
+        self.usages.append(body)
+        return web.json_response({"since_s": 90.0, "tenants": self.used or body["tenants"]})
 
 
 def _refusal(status: int) -> web.HTTPException:

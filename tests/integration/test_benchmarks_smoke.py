@@ -1,6 +1,7 @@
 """The benchmarks run, end to end, on a tiny model; what they measure there means nothing."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,38 @@ def test_the_fairness_benchmark_writes_what_the_issue_names(tmp_path: Path) -> N
     assert figures["refused"] == 0
     for name in ("quiet_p99_ratio", "fifo_quiet_p99_ratio", "jain"):
         assert name in printed
+
+
+@pytest.mark.slow
+def test_the_gpus_benchmark_runs_on_a_cpu_too(tmp_path: Path) -> None:
+    options = ("--quick", "--device", "cpu", "--cache", str(tmp_path), "--out", str(tmp_path))
+    printed = _run("-m", "benchmarks.cuda", *options)
+    figures = json.loads((tmp_path / "cuda.json").read_text())
+    assert (figures["failures"], figures["left_out"]) == ({}, [])
+    functions = {variant["name"] for variant in figures["variants"]}
+    assert {"functions_on_device", "functions_on_cpu"} < functions
+    assert figures["sides"].keys() == {"in_process", *functions}
+    assert figures["throughput_ratio"].keys() == figures["shares"].keys() == functions
+    for side in functions:
+        assert figures["shares"][side].keys() == {"1", "8"}
+        for shares in figures["shares"][side].values():
+            assert sum(shares.values()) == pytest.approx(1.0)
+    for by_batch in figures["sides"].values():
+        for found in by_batch.values():
+            assert all(found[name]["median"] > 0 for name in ("tokens_per_s", "tpot_ms", "ttft_ms"))
+    assert figures["attach"]["cpu"]["attach_s"]["median"] > 0
+    assert "OVER IN-PROCESS" in printed
+
+
+def test_the_gpus_benchmark_says_so_where_there_is_no_gpu(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "benchmarks.cuda", "--quick", "--out", str(tmp_path)],
+        cwd=ROOT,
+        timeout=TIMEOUT_S,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("benchmarks.cuda: --device: got 'cuda', expected cpu or auto: ")
+    assert list(tmp_path.iterdir()) == []

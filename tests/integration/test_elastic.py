@@ -22,9 +22,9 @@ N_TOKENS = 12
 WINDOW_S = 6  # Knative's least
 GRACE_S = 1
 TARGET = 4  # calls in flight; 70 % of it is aimed at: 2.8 a replica
-SLACK_S = 10.0  # the autoscaler's tick, the reports' interval, the drain, a busy machine
-WAKE_TIMEOUT_S = 20.0
-REPLACED_TIMEOUT_S = 40.0
+SLACK_S = 40.0  # the autoscaler's tick, the reports' interval, the drain, a busy machine
+WAKE_TIMEOUT_S = 60.0
+REPLACED_TIMEOUT_S = 90.0
 BURST = 32
 QUESTIONS = tuple(f"the quick fox number {n} jumps over {n * 7} dogs" for n in range(BURST))
 

@@ -28,6 +28,7 @@ def test_reads_every_variable() -> None:
             "FAASMOE_MAX_HELD_BYTES": "10",
             "FAASMOE_TENANTS_FILE": "/tenants.json",
             "FAASMOE_STATE_DIR": "/state",
+            "FAASMOE_SOCKET_DIR": "/run/near",
             "FAASMOE_ROUTER_REPLICAS": "3",
         }
     )
@@ -50,6 +51,7 @@ def test_reads_every_variable() -> None:
         max_held_bytes=10,
         tenants_file=Path("/tenants.json"),
         state_dir=Path("/state"),
+        socket_dir=Path("/run/near"),
         router_replicas=3,
     )
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from faasmoe_expert.errors import BadAttachment, BadFrame, shown
-from faasmoe_expert.functions.kernels import KernelSpec, run_gated, sum_gated
-from faasmoe_expert.functions.module import ModuleKernel
+from faasmoe_expert.functions.choice import Kernel, layer_kernel
 from faasmoe_expert.functions.pairs import Pairs
+from faasmoe_expert.functions.upload import Uploader
 from faasmoe_expert.functions.verification import BlockGuard
-from faasmoe_expert.functions.weights import LayerWeights, map_weights
-from faasmoe_expert.store import LayerMap, Store
+from faasmoe_expert.store import Store
 from faasmoe_expert.store.manifest import LayerEntry
 from faasmoe_expert.table import FunctionSpec
 from faasmoe_expert.wire import Dtype, Mode, Request
@@ -27,53 +24,35 @@ DTYPES = {
 }
 
 
-class Kernel(Protocol):
-    """What computes one layer's pairs."""
-
-    def run(self, hidden: Tensor, pairs: Pairs) -> Tensor:
-        """Return each pair's weighted output [P, H]."""
-
-    def sum(self, hidden: Tensor, pairs: Pairs) -> Tensor:
-        """Return the weighted sum of each row's experts [T, H]."""
-
-
-class GatedKernel:
-    """The lean kernel over one layer's mapped weights."""
-
-    def __init__(self, spec: KernelSpec, weights: LayerWeights) -> None:
-        self._spec = spec
-        self._weights = weights.stacked
-
-    def run(self, hidden: Tensor, pairs: Pairs) -> Tensor:
-        """Return each pair's weighted output [P, H]."""
-        return run_gated(self._spec, self._weights, hidden, pairs)
-
-    def sum(self, hidden: Tensor, pairs: Pairs) -> Tensor:
-        """Return the weighted sum of each row's experts [T, H]."""
-        return sum_gated(self._spec, self._weights, hidden, pairs)
-
-
 class ExpertFunction:
     """A function that is attached and can compute.
+
+    Args:
+        spec: its id, layers and experts.
+        store: where it lies.
+        uploader: copies its experts to a device; None computes over the store's map.
 
     Attributes:
         spec: its id, layers and experts.
         store_path: folder of the store that it was cut from.
         model_digest: the store's digest.
-        size_bytes: bytes of its experts' parameters in the store.
+        size_bytes: bytes of its experts' parameters, in the store and on a device.
         n_frames: frames computed so far.
     """
 
-    def __init__(self, spec: FunctionSpec, store: Store, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: FunctionSpec,
+        store: Store,
+        *,
+        uploader: Uploader | None = None,
+    ) -> None:
         self.spec = spec
         self.store_path = store.path
         self.model_digest = store.manifest.digest
-        self.device = device
         self.n_frames = 0
-        layers = {index: _layer(store, index, spec) for index in spec.layers}
-        self.size_bytes = sum(
-            layer.expert_bytes * len(spec.experts) + layer.shared_bytes for layer in layers.values()
-        )
+        layers = _layers(store, spec)
+        self.size_bytes = size_of(spec, store)
         self._dtype = store.manifest.model.dtype
         self._hidden_size = {index: layer.hidden_size for index, layer in layers.items()}
         self._in_block = _membership(spec, layers)
@@ -81,9 +60,12 @@ class ExpertFunction:
         self._kernels: dict[int, Kernel] = {}
         for index, layer in layers.items():
             mapped = store.map_layer(index)
-            self._guards[index] = BlockGuard(store, layer, mapped, spec.experts)
-            self._guards[index].check()
-            self._kernels[index] = _kernel(store, layer, mapped, spec, device)
+            mapped.populate(layer.num_experts, spec.experts)
+            guard = BlockGuard(store, layer, mapped, spec.experts)
+            guard.check()
+            if uploader is None:  # what is copied needs no guard, nor the map
+                self._guards[index] = guard
+            self._kernels[index] = layer_kernel(store, layer, mapped, spec.experts, uploader)
 
     @torch.inference_mode()
     def compute(self, request: Request) -> Tensor:
@@ -98,8 +80,8 @@ class ExpertFunction:
         """
         self._check(request)
         output = self._run(request)
-        # Asked afterwards, for the bytes that were read; on a device they are a copy.
-        while self.device.type == "cpu" and self._guards[request.header.layer].check():
+        # Asked afterwards, for the bytes that were read.
+        while self._guards and self._guards[request.header.layer].check():
             output = self._run(request)
         self.n_frames += 1
         return output
@@ -108,12 +90,11 @@ class ExpertFunction:
         header = request.header
         dtype = DTYPES[header.dtype]
         hidden = torch.frombuffer(request.rows, dtype=dtype).view(header.n_rows, -1)  # [T, H]
-        hidden = hidden.to(self.device)
-        weight = torch.from_numpy(request.pair_weight).to(self.device)  # [P]
+        weight = torch.from_numpy(request.pair_weight)  # [P]
         pairs = Pairs(request.pair_row, request.pair_expert, weight)
         kernel = self._kernels[header.layer]
         compute = kernel.run if header.mode is Mode.UNREDUCED else kernel.sum
-        return compute(hidden, pairs).cpu().contiguous()
+        return compute(hidden, pairs).contiguous()
 
     def _check(self, request: Request) -> None:
         header = request.header
@@ -139,6 +120,18 @@ def _bad(field: str, *, got: object, expected: object) -> BadFrame:
     return BadFrame(f"{field}: got {got}, expected {expected}", field=field)
 
 
+def size_of(spec: FunctionSpec, store: Store) -> int:
+    """Return the bytes of a function's parameters; raises BadAttachment if it has no such ones."""
+    return sum(
+        layer.expert_bytes * len(spec.experts) + layer.shared_bytes
+        for layer in _layers(store, spec).values()
+    )
+
+
+def _layers(store: Store, spec: FunctionSpec) -> dict[int, LayerEntry]:
+    return {index: _layer(store, index, spec) for index in spec.layers}
+
+
 def _layer(store: Store, index: int, spec: FunctionSpec) -> LayerEntry:
     layers = store.manifest.layers
     if index >= len(layers):
@@ -158,23 +151,3 @@ def _membership(spec: FunctionSpec, layers: dict[int, LayerEntry]) -> NDArray[np
     in_block = np.zeros(max(layer.num_experts for layer in layers.values()), dtype=np.bool_)
     in_block[list(spec.experts)] = True
     return in_block
-
-
-def _kernel(
-    store: Store, layer: LayerEntry, mapped: LayerMap, spec: FunctionSpec, device: torch.device
-) -> Kernel:
-    model = store.manifest.model
-    try:
-        weights = map_weights(
-            mapped, n_experts=layer.num_experts, experts=spec.experts, device=device
-        )
-        if layer.kernel is not None:
-            return GatedKernel(KernelSpec.from_json(layer.kernel), weights)
-        return ModuleKernel.from_store(
-            store.path / "model", model.architecture, layer.name, weights, spec.experts, device
-        )
-    except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
-        raise BadAttachment(
-            f"store: layer {layer.index} of {model.architecture} cannot be computed: {error}",
-            field="store",
-        ) from error

@@ -49,22 +49,19 @@ class ModuleKernel:
     that the module needs no notion of a block or of experts that are elsewhere.
     """
 
-    def __init__(
-        self, module: nn.Module, weights: LayerWeights, experts: Sequence[int], device: torch.device
-    ) -> None:
+    def __init__(self, module: nn.Module, weights: LayerWeights, experts: Sequence[int]) -> None:
         self._local = {expert: expert for expert in experts}
         parameters: dict[str, Tensor] = dict(weights.shared)
         for name, stack in weights.stacked.items():
             if isinstance(stack, Tensor):
                 parameters[name] = stack
             else:  # a copy of the block's experts: the module sees only those, renumbered
-                parameters[name] = torch.stack([stack[e] for e in experts])
-                self._local = {expert: i for i, expert in enumerate(experts)}
+                parameters[name] = stack.tensor
+                self._local = dict(stack.position)
                 module.num_experts = len(experts)  # type: ignore[assignment]
         for name, value in parameters.items():
             _put(module, name, value)
         self._module = module
-        self._device = device
 
     @classmethod
     def from_store(
@@ -74,13 +71,12 @@ class ModuleKernel:
         name: str,
         weights: LayerWeights,
         experts: Sequence[int],
-        device: torch.device,
     ) -> ModuleKernel:
         """Lay `weights` under a copy of the module `name` of the family's model."""
         import copy
 
         module = copy.deepcopy(_cached_on_meta(model_dir, architecture).get_submodule(name))
-        return cls(module, weights, experts, device)
+        return cls(module, weights, experts)
 
     @torch.inference_mode()
     def run(self, hidden: Tensor, pairs: Pairs) -> Tensor:

@@ -16,6 +16,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from faasmoe_expert.store import LayerEntry, LayerMap, Store
 logger = logging.getLogger(__name__)
 
 PAGE_WORDS = 512  # of 8 bytes
+MAX_THREADS = 4
 FOLDER_VARIABLE = "FAASMOE_VERIFIED_DIR"
 
 Identity = tuple[int, int, int, int, int]
@@ -165,16 +167,29 @@ class BlockGuard:
         return self._identity is None or found[:2] == self._identity[:2]
 
     def _find_fault(self, identity: Identity) -> str:
-        n_experts = self._layer.num_experts
-        for block in self._blocks:
-            if self._memory.holds(identity, block):
-                continue
-            got = page_sum_digest(_parts(self._mapped, n_experts, block))
+        blocks = [b for b in self._blocks if not self._memory.holds(identity, b)]
+        for block, got in zip(blocks, self._digests(blocks), strict=True):
             if got != (expected := self._layer.digests[block]):
-                what = f"expert {block}" if block < n_experts else "what is not stacked"
+                is_expert = block < self._layer.num_experts
+                what = f"expert {block}" if is_expert else "what is not stacked"
                 return (
                     f"store: layer {self._layer.index}, {what} of {self._path}: got digest {got}, "
                     f"expected {expected}: its bytes are not those that were prepared"
                 )
             self._memory.add(identity, block)
         return ""
+
+    def _digests(self, blocks: Sequence[int]) -> Iterator[str]:
+        """Give the digests of blocks, found on all cores that are allowed.
+
+        Neither sums nor SHA-256 hold the interpreter's lock.
+        """
+        n_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)), len(blocks))
+        if n_threads < 2:
+            yield from map(self._digest, blocks)
+            return
+        with ThreadPoolExecutor(n_threads) as pool:
+            yield from pool.map(self._digest, blocks)
+
+    def _digest(self, block: int) -> str:
+        return page_sum_digest(_parts(self._mapped, self._layer.num_experts, block))

@@ -1,14 +1,15 @@
-"""Parameters of a layer's experts as tensors over the store's mmap: attaching copies nothing."""
+"""Parameters of a layer's experts as tensors: over the store's mmap, or copied to a device."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from faasmoe_expert.functions.upload import Uploader
 from faasmoe_expert.store import LayerMap
 
 TORCH_DTYPES = {
@@ -23,35 +24,90 @@ TORCH_DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
+class BlockStack:
+    """One parameter of a block's experts, copied out of its stack.
+
+    Attributes:
+        tensor: the experts one after the other, [n, ...].
+        position: where each global expert index is.
+    """
+
+    tensor: Tensor
+    position: Mapping[int, int]
+
+    def __getitem__(self, expert: int, /) -> Tensor:
+        """Return one expert's parameter."""
+        return self.tensor[self.position[expert]]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One layer's expert parameters.
 
     Attributes:
-        stacked: by name, then by global expert index; on CPU the whole mapped stack, of which only
-            the pages that are read become resident, on CUDA a copy of the block's experts.
+        stacked: by name, then by global expert index: the whole mapped stack, of which only the
+            pages that are read become resident, or a copy of the block's experts on a device.
         shared: parameters that are not stacked over experts, by name.
     """
 
-    stacked: Mapping[str, Tensor | Mapping[int, Tensor]]
+    stacked: Mapping[str, Tensor | BlockStack]
     shared: Mapping[str, Tensor]
 
 
-def map_weights(
-    layer: LayerMap, *, n_experts: int, experts: Iterable[int], device: torch.device
-) -> LayerWeights:
-    """Return the parameters of `experts` on `device`; on CPU without copying."""
-    stacked: dict[str, Tensor | Mapping[int, Tensor]] = {}
+def map_weights(layer: LayerMap, *, n_experts: int) -> LayerWeights:
+    """Return a layer's parameters over the map, without copying."""
+    stacked: dict[str, Tensor | BlockStack] = {}
     shared: dict[str, Tensor] = {}
-    chosen = tuple(experts)
     for name, view in layer.tensors.items():
-        whole = as_tensor(view.buffer, view.dtype, view.shape)
-        if view.shape[:1] != (n_experts,):
-            shared[name] = whole.to(device)
-        elif device.type == "cpu":
-            stacked[name] = whole
-        else:
-            stacked[name] = {e: whole[e].to(device, non_blocking=True) for e in chosen}
+        kind = stacked if view.shape[:1] == (n_experts,) else shared
+        kind[name] = as_tensor(view.buffer, view.dtype, view.shape)
     return LayerWeights(stacked, shared)
+
+
+def copy_weights(
+    layer: LayerMap, *, n_experts: int, experts: Sequence[int], uploader: Uploader
+) -> LayerWeights:
+    """Return a copy of the parameters of `experts` (ascending) on the uploader's device."""
+    stacked: dict[str, Tensor | BlockStack] = {}
+    shared: dict[str, Tensor] = {}
+    position = {expert: i for i, expert in enumerate(experts)}
+    for name, view in layer.tensors.items():
+        data = view.buffer.cast("B")
+        is_stacked = view.shape[:1] == (n_experts,)
+        shape = (len(experts), *view.shape[1:]) if is_stacked else view.shape
+        target = torch.empty(shape, dtype=TORCH_DTYPES[view.dtype], device=uploader.device)
+        if is_stacked:
+            _put_experts(target, data, experts, len(data) // n_experts, uploader)
+            stacked[name] = BlockStack(target, position)
+        else:
+            uploader.put(_as_bytes(target), data)
+            shared[name] = target
+    uploader.finish()
+    return LayerWeights(stacked, shared)
+
+
+def _put_experts(
+    target: Tensor, data: memoryview, experts: Sequence[int], stride: int, uploader: Uploader
+) -> None:
+    """Copy experts of `stride` bytes each; those that follow each other in one piece."""
+    there = _as_bytes(target)  # [n * stride]
+    for first, count in runs(experts):
+        at = experts.index(first) * stride
+        piece = data[first * stride : (first + count) * stride]
+        uploader.put(there[at : at + len(piece)], piece)
+
+
+def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield (first, count) of each run of consecutive indices; they ascend."""
+    start = 0
+    for i in range(1, len(indices) + 1):
+        if i == len(indices) or indices[i] != indices[i - 1] + 1:
+            yield indices[start], i - start
+            start = i
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
 def as_tensor(buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:

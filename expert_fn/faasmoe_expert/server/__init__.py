@@ -17,8 +17,9 @@ import torch
 import uvloop
 
 from faasmoe_expert.config import SandboxConfig
-from faasmoe_expert.server.device import resolve_device
+from faasmoe_expert.device import resolve_device
 from faasmoe_expert.server.intake import Intake
+from faasmoe_expert.server.listeners import Listeners
 from faasmoe_expert.server.protocol import HttpProtocol
 from faasmoe_expert.server.routes import Routes
 from faasmoe_expert.server.sandbox import Sandbox
@@ -46,10 +47,8 @@ def serve(config: SandboxConfig, listener: socket.socket | None = None) -> None:
 
 
 async def _serve(sandbox: Sandbox, listener: socket.socket | None) -> None:
-    loop = asyncio.get_running_loop()
     routes, connections = Routes(sandbox), set[HttpProtocol]()
     config, stop = sandbox.config, asyncio.Event()
-    place = {"sock": listener} if listener else {"host": config.host, "port": config.port}
     new_connection = functools.partial(
         HttpProtocol,
         Tidy(routes.handle).handle,
@@ -59,16 +58,17 @@ async def _serve(sandbox: Sandbox, listener: socket.socket | None) -> None:
         max_connections=config.max_connections,
         intake=Intake(max_frames=config.max_frames, max_bytes=config.max_bodies_bytes),
     )
-    server = await loop.create_server(new_connection, **place)
+    listeners = await Listeners.open(new_connection, config, listener)
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    host, port = server.sockets[0].getsockname()[:2]
-    log.info("sandbox %s listens on %s:%s, device %s", config.id, host, port, sandbox.device)
+    place = f"{listeners.host}:{listeners.port}"
+    log.info("sandbox %s listens on %s, device %s", config.id, place, sandbox.device)
     await stop.wait()
     routes.drain()
     log.info("sandbox %s drains for at most %g s", config.id, config.drain_s)
     await _drained(connections, drain_s=config.drain_s)
-    server.close()
+    listeners.close()
     await _end(connections)
 
 

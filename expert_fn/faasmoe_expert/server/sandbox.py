@@ -14,10 +14,14 @@ from faasmoe_expert.errors import (
     AttachRefused,
     BadAttachment,
     BadFrame,
+    OutOfMemory,
     UnknownFunction,
     shown,
 )
 from faasmoe_expert.functions import ExpertFunction
+from faasmoe_expert.functions.function import size_of
+from faasmoe_expert.functions.upload import Uploader, uploader_to
+from faasmoe_expert.server.memory import FunctionMemory, memory_of
 from faasmoe_expert.server.metrics import SandboxMetrics
 from faasmoe_expert.store import Store, StoreError
 from faasmoe_expert.table import FunctionSpec
@@ -26,14 +30,30 @@ from faasmoe_expert.wire.checksum import Buffer
 
 
 class Sandbox:
-    """Attaches, detaches and computes functions; single-threaded, knows nothing of HTTP."""
+    """Attaches, detaches and computes functions; single-threaded, knows nothing of HTTP.
 
-    def __init__(self, config: SandboxConfig, device: torch.device) -> None:
+    Args:
+        config: its settings.
+        device: where it computes.
+        memory: what functions may take; by default as the settings and the device say.
+        uploader: copies functions to the device; by default as the device needs.
+    """
+
+    def __init__(
+        self,
+        config: SandboxConfig,
+        device: torch.device,
+        *,
+        memory: FunctionMemory | None = None,
+        uploader: Uploader | None = None,
+    ) -> None:
         self.config = config
         self.device = device
         self.metrics = SandboxMetrics()
         self._functions: dict[str, ExpertFunction] = {}
         self._stores: dict[tuple[Path, str], Store] = {}  # of attached functions: folder, digest
+        self._memory = memory or memory_of(device, config.memory_bytes)
+        self._uploader = uploader or uploader_to(device)
 
     def list_functions(self) -> dict[str, Any]:
         """Return the sandbox and its functions, for the control plane to read back."""
@@ -43,6 +63,10 @@ class Sandbox:
                 "pid": os.getpid(),
                 "capacity": self.config.capacity,
                 "device": str(self.device),
+                "memory": {
+                    "limit_bytes": self._memory.limit_bytes(),
+                    "used_bytes": self._memory.used_bytes,
+                },
             },
             "functions": [_describe(f) for f in self._functions.values()],
         }
@@ -63,6 +87,7 @@ class Sandbox:
         Raises:
             AttachRefused: the sandbox is full or holds the id with other experts.
             BadAttachment: a field cannot be used.
+            OutOfMemory: there is no memory for it, or it may have no more.
         """
         held = self._functions.get(spec.id)
         if held is not None and (held.spec, held.model_digest) == (spec, model_digest):
@@ -70,7 +95,9 @@ class Sandbox:
         self._check_place(spec, held)
         start = time.perf_counter()
         opened = self._store(store, model_digest)
+        self._memory.check(size_of(spec, opened))
         function = self._map(spec, opened)
+        self._memory.take(function.size_bytes)
         self._functions[spec.id] = function
         self._stores[store, model_digest] = opened
         self.metrics.attach_seconds.observe(time.perf_counter() - start)
@@ -79,8 +106,12 @@ class Sandbox:
 
     def detach(self, function_id: str) -> None:
         """Detach a function and give its memory back; raises UnknownFunction."""
-        if self._functions.pop(function_id, None) is None:
+        gone = self._functions.pop(function_id, None)
+        if gone is None:
             raise _unknown(function_id)
+        size_bytes = gone.size_bytes
+        del gone
+        self._memory.release(size_bytes)
         used = {(f.store_path, f.model_digest) for f in self._functions.values()}
         self._stores = {key: store for key, store in self._stores.items() if key in used}
         self._count()
@@ -123,9 +154,14 @@ class Sandbox:
 
     def _map(self, spec: FunctionSpec, store: Store) -> ExpertFunction:
         try:
-            return ExpertFunction(spec, store, device=self.device)
+            return ExpertFunction(spec, store, uploader=self._uploader)
         except StoreError as error:
             raise BadAttachment(f"store: {error}", field="store") from error
+        except torch.OutOfMemoryError as error:
+            why = shown(str(error))
+        # Only here is nothing left of what was copied: the error's traceback held it.
+        self._memory.release()
+        raise OutOfMemory(f"memory: cannot be had ({why})", field="memory")
 
     def _store(self, path: Path, model_digest: str) -> Store:
         try:

@@ -129,6 +129,7 @@ async def running_processes(launch: Launch, logs: Logs) -> AsyncIterator[Process
                         tenants_file=write_tenants(launch.deployment, launch.folder),
                     ),
                     zygote.VERIFIED_VARIABLE: str(launch.folder / zygote.VERIFIED_NAME),
+                    zygote.SOCKETS_VARIABLE: str(launch.folder / zygote.SOCKETS_NAME),
                 },
                 log=logs.sink("router"),
                 grace_s=router.GRACE_S,

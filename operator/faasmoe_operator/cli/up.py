@@ -14,6 +14,7 @@ from typing import Any, Never
 from faasmoe_expert.store import Store
 from faasmoe_operator.cli import child, control, router
 from faasmoe_operator.cli.checkpoint import prepare_command
+from faasmoe_operator.cli.devices import check_devices
 from faasmoe_operator.cli.interruption import interruptible
 from faasmoe_operator.cli.launch import Launch, Processes, running_processes
 from faasmoe_operator.cli.logs import Logs, say
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 async def _up(
     deployment: Deployment, endpoint: router.Endpoint, logs: Logs, *, trusted: bool
 ) -> int:
+    await check_devices(deployment)
     if not deployment.is_prepared:
         await _prepare(deployment)
         trusted = True  # the checksums were made this moment

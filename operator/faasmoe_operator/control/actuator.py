@@ -29,6 +29,7 @@ from faasmoe_operator.platforms.base import Platform, Sandbox
 logger = logging.getLogger(__name__)
 
 CORRUPTED = "corrupted"  # a sandbox's code for bytes of the store that are wrong
+OUT_OF_MEMORY = "out_of_memory"  # its code for a function that it has no memory for
 
 Place = tuple[str, str]
 """A sandbox's and a function's id."""
@@ -97,7 +98,9 @@ class Actuator:
                 self._tasks.begin(self._attach(action.sandbox, action.function))
             case Detach():
                 self._fleet.put(action.sandbox, action.function, AssignmentState.DETACHING)
-                kept = self._leaving[action.sandbox, action.function] = asyncio.Event()
+                kept = asyncio.Event()
+                if action.reason is not ActionReason.MEMORY:  # its room is another's already
+                    self._leaving[action.sandbox, action.function] = kept
                 self._tasks.begin(self._detach(action.sandbox, action.function, kept=kept))
 
     def keep_leaving(self, wanted: Mapping[str, int]) -> None:
@@ -181,19 +184,20 @@ class Actuator:
         member = self._fleet.get(sandbox)
         if member is None:
             return
-        begun, why, is_spoiled = self._with.clock(), "the attach was cut off", False
+        begun, why, code = self._with.clock(), "the attach was cut off", ""
         self._n_attaching += 1
         try:
             spec, store = self._with.model.functions[function].spec, self._with.model.store
             await self._with.client.attach(member.sandbox.address, spec, store=store)
             why = ""
         except SandboxError as error:
-            why = str(error)
-            is_spoiled = error.code == CORRUPTED
+            why, code = str(error), error.code
         finally:
             self._n_attaching -= 1
-            if is_spoiled:
+            if code == CORRUPTED:
                 self._spoil(sandbox, function, why=why)
+            elif code == OUT_OF_MEMORY:
+                self._fill(sandbox, function, why=why)
             elif why:
                 self.give_up(sandbox, cause="attach", why=why)
             else:
@@ -216,6 +220,14 @@ class Actuator:
         member = self._fleet.get(sandbox)
         if member is not None and not member.functions:
             self.give_up(sandbox, cause=CORRUPTED, why=why)
+
+    def _fill(self, sandbox: str, function: str, *, why: str) -> None:
+        """Go on after a sandbox had no memory: what it holds serves on, this goes elsewhere."""
+        logger.warning("function %s is not attached: %s", function, why)
+        self.troubles.failed(Step.SERVE, why)
+        self._with.metrics.failures.labels(OUT_OF_MEMORY).inc()
+        self._fleet.remove(sandbox, function)
+        self._fleet.fill(sandbox)
 
     async def _detach(self, sandbox: str, function: str, *, kept: asyncio.Event) -> None:
         if await self._is_kept((sandbox, function), kept):

@@ -18,6 +18,7 @@ from typing import Any
 from faasmoe_operator.control.actuator import Actuator, Surroundings
 from faasmoe_operator.control.fleet import Fleet
 from faasmoe_operator.control.inspector import Inspector
+from faasmoe_operator.control.ledger import Ledger, Statement
 from faasmoe_operator.control.metrics import ControlMetrics
 from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.pulse import Pulse
@@ -28,8 +29,9 @@ from faasmoe_operator.control.sandbox_client import SandboxClient
 from faasmoe_operator.control.scalers import Change, Scalers
 from faasmoe_operator.control.table_feed import TableFeed
 from faasmoe_operator.control.timing import Timing
-from faasmoe_operator.plan.fleet import Demand, FleetSettings, Shape
-from faasmoe_operator.plan.sandboxes import plan_sandboxes
+from faasmoe_operator.control.troubles import Step
+from faasmoe_operator.plan.fleet import Demand, FleetSettings
+from faasmoe_operator.plan.sandboxes import SandboxPlan, plan_sandboxes
 from faasmoe_operator.platforms.base import Platform
 from faasmoe_operator.platforms.roster import Change as Notice
 
@@ -48,6 +50,7 @@ class Controller:
         client: talks to sandboxes.
         timing: periods and deadlines.
         popularity: rows of each function's shape from an earlier run.
+        ledger: the tenants' accounts from an earlier run.
         clock: a clock that only goes forward.
     """
 
@@ -59,6 +62,7 @@ class Controller:
         *,
         timing: Timing | None = None,
         popularity: Mapping[str, float] | None = None,
+        ledger: Ledger | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         now = clock()
@@ -66,9 +70,11 @@ class Controller:
         self.timing = timing or Timing()
         self.clock = clock
         self.metrics = ControlMetrics()
-        self.fleet = Fleet(model.functions, template_hash=model.template.digest)
+        self.fleet = Fleet(model.functions, template=model.template)
         self.feed = TableFeed(list(model.specs.values()), model_digest=model.store.model_digest)
         self.reports = Reports(now=now)
+        self.ledger = Ledger(time.time()) if ledger is None else ledger
+        self.ledger_changed = Notice()
         self.records = Records(model.functions, rows=popularity, now=now)
         self.scalers = Scalers(tuple(model.functions.values()), found=None, now=now)
         self.revision = 0
@@ -98,8 +104,8 @@ class Controller:
         self._settings = FleetSettings(
             model.template.digest,
             warm_pool=model.warm_pool,
-            shape=Shape(capacity=model.template.capacity),
             start_deadline_s=self.timing.start_deadline_s,
+            memory_limit_bytes=model.memory_limit_bytes,
         )
 
     async def start(self) -> None:
@@ -137,11 +143,14 @@ class Controller:
         now = self.clock()
         self.metrics.wakes.inc()
         self._catch_up(now)
+        functions = tuple(functions)
         changes = self.scalers.wake(functions, now=now)
         self._count(changes)
         for change in changes:
             self.records.woken(change.function, now=now)
-        if changes:
+        for function in self.model.functions.keys() & set(functions):
+            self.records.asked(function, now=now)
+        if changes or self.model.memory_limit_bytes is not None:  # it may be wanted, without room
             self._pulse.rouse()
             self.round()
 
@@ -154,6 +163,11 @@ class Controller:
         self.records.take(report, now=now)
         if report.is_busy:
             self._pulse.rouse()
+
+    def settle(self, statement: Statement) -> None:
+        """Take what a router says that the tenants have used."""
+        self.ledger.take(statement)
+        self.ledger_changed.notify()
 
     @property
     def trouble(self) -> str:
@@ -173,14 +187,19 @@ class Controller:
             for name in self.model.functions
         }
         self._actuator.keep_leaving(wanted)
-        settings = self._settings
+        settings = replace(self._settings, shape=self.fleet.shape_of_new(now=now))
         if not self._actuator.may_create(now):
             settings = replace(settings, max_creates=0)
+        used = self.records.last_used()
         plan = plan_sandboxes(
-            settings, self._demands(wanted), sandboxes=self.fleet.observed(), now=now
+            settings,
+            self._demands(wanted, used),
+            sandboxes=self.fleet.observed(last_used=used),
+            now=now,
         )
         for action in plan.actions:
             self._actuator.begin(action)
+        self._tell_of_memory(plan)
         self.publish()
 
     def publish(self) -> None:
@@ -219,12 +238,30 @@ class Controller:
             return loads
         return {**dict.fromkeys(self._inspector.usage.lately(now), SOME_LOAD), **loads}
 
-    def _demands(self, wanted: Mapping[str, int]) -> list[Demand]:
-        functions = self.model.functions
+    def _demands(self, wanted: Mapping[str, int], used: Mapping[str, float]) -> list[Demand]:
+        functions = ((wanted[name], self.model.functions[name]) for name in self.records.order())
         return [
-            Demand(name, wanted[name], functions[name].size_bytes, functions[name].apart)
-            for name in self.records.order()
+            Demand(
+                function.id,
+                replicas,
+                function.size_bytes,
+                function.apart,
+                last_used=used.get(function.id, 0.0),
+                pinned=function.scaling.min_scale > 0,
+            )
+            for replicas, function in functions
         ]
+
+    def _tell_of_memory(self, plan: SandboxPlan) -> None:
+        """Say so while callers wait for functions that there is no memory for."""
+        awaited = set(self.records.waiting())
+        waiting = awaited & set(plan.waiting)
+        too_large = awaited & set(plan.unplaceable)
+        if waiting or too_large:
+            told = f"{len(waiting)} functions wait for others to be idle, {len(too_large)} fit"
+            self._actuator.troubles.failed(Step.FIT, f"memory: {told} in no sandbox")
+        else:
+            self._actuator.troubles.worked(Step.FIT)
 
     def _count(self, changes: Iterable[Change]) -> None:
         for change in changes:

@@ -15,7 +15,9 @@ from faasmoe_operator.control.functions import ManagedFunction
 from faasmoe_operator.control.scalers import Found
 from faasmoe_operator.plan import fleet as plan
 from faasmoe_operator.plan.fleet import AssignmentState, SandboxState
-from faasmoe_operator.platforms.base import Sandbox
+from faasmoe_operator.platforms.base import Sandbox, Template
+
+EMPTY_LIMIT_S = 60.0  # for which what an empty sandbox said stands for those that are created
 
 
 @dataclass(slots=True)
@@ -28,6 +30,7 @@ class Member:
         state: where it is in its life; ready only once its functions were read.
         functions: what is in it.
         served: whether it ever was ready.
+        memory_limit_bytes: what its functions may take, as it says itself; None for no limit.
     """
 
     sandbox: Sandbox
@@ -35,6 +38,7 @@ class Member:
     state: SandboxState = SandboxState.STARTING
     functions: dict[str, AssignmentState] = field(default_factory=dict)
     served: bool = False
+    memory_limit_bytes: int | None = None
 
     @property
     def attached(self) -> set[str]:
@@ -51,12 +55,14 @@ class Fleet:
 
     Args:
         functions: every function of the model, by id.
-        template_hash: of the sandboxes that are created now.
+        template: of the sandboxes that are created now.
     """
 
-    def __init__(self, functions: Mapping[str, ManagedFunction], *, template_hash: str) -> None:
+    def __init__(self, functions: Mapping[str, ManagedFunction], *, template: Template) -> None:
         self._functions = functions
-        self._template_hash = template_hash
+        self._template_hash = template.digest
+        self._capacity = template.capacity
+        self._empty_limit: tuple[float, int | None] = (-math.inf, None)
         self._members: dict[str, Member] = {}
         self._creating: dict[str, float] = {}
         self._n_created = 0
@@ -89,6 +95,24 @@ class Fleet:
         if member is not None and member.state is SandboxState.STARTING:
             member.state, member.served = SandboxState.READY, True
             member.functions = dict.fromkeys(functions, AssignmentState.ATTACHED)
+
+    def limit(self, sandbox_id: str, memory_limit_bytes: int | None, *, now: float) -> None:
+        """Note what a sandbox says that its functions may take."""
+        if member := self._members.get(sandbox_id):
+            member.memory_limit_bytes = memory_limit_bytes
+            if not member.functions and member.sandbox.template_hash == self._template_hash:
+                self._empty_limit = (now, memory_limit_bytes)
+
+    def fill(self, sandbox_id: str) -> None:
+        """Note that a sandbox has no memory for more than it holds, until it says otherwise."""
+        if member := self._members.get(sandbox_id):
+            known = (self._functions.get(function) for function in member.functions)
+            member.memory_limit_bytes = sum(f.size_bytes for f in known if f is not None)
+
+    def shape_of_new(self, *, now: float) -> plan.Shape:
+        """Return what a new sandbox can take: as much memory as the last empty one, lately."""
+        at, limit_bytes = self._empty_limit
+        return self._shape(limit_bytes if now - at <= EMPTY_LIMIT_S else None)
 
     def fail(self, sandbox_id: str) -> None:
         """Give a sandbox up: what is in it counts no more."""
@@ -161,28 +185,39 @@ class Fleet:
         starting = (m.created_at for m in self.members if m.state is SandboxState.STARTING)
         return min(starting, default=math.inf)
 
-    def observed(self) -> list[plan.Sandbox]:
-        """Return what the sandbox plan starts from."""
+    def observed(self, *, last_used: Mapping[str, float] | None = None) -> list[plan.Sandbox]:
+        """Return what the sandbox plan starts from; `last_used` is by function."""
+        used = last_used or {}
         creating = [
             plan.Sandbox(name, SandboxState.STARTING, self._template_hash, created_at)
             for name, created_at in self._creating.items()
         ]
-        return [*creating, *map(self._observed, self.members)]
+        return [*creating, *(self._observed(member, used) for member in self.members)]
 
-    def _observed(self, member: Member) -> plan.Sandbox:
+    def _observed(self, member: Member, used: Mapping[str, float]) -> plan.Sandbox:
+        limit_bytes = member.memory_limit_bytes
         return plan.Sandbox(
             id=member.sandbox.id,
             state=member.state,
             template_hash=member.sandbox.template_hash,
             created_at=member.created_at,
-            assignments=tuple(self._assignment(*item) for item in member.functions.items()),
+            assignments=tuple(self._assignment(*i, used) for i in member.functions.items()),
+            shape=None if limit_bytes is None else self._shape(limit_bytes),
         )
 
-    def _assignment(self, function: str, state: AssignmentState) -> plan.Assignment:
+    def _assignment(
+        self, function: str, state: AssignmentState, used: Mapping[str, float]
+    ) -> plan.Assignment:
         known = self._functions.get(function)
         if known is None:
             return plan.Assignment(function, state)
-        return plan.Assignment(function, state, memory_bytes=known.size_bytes, apart=known.apart)
+        return plan.Assignment(
+            function, state, known.size_bytes, used.get(function, 0.0), known.apart
+        )
+
+    def _shape(self, limit_bytes: int | None) -> plan.Shape:
+        least = None if limit_bytes is None else max(1, limit_bytes)
+        return plan.Shape(self._capacity, least)
 
     def _serving(self) -> list[Member]:
         return [member for member in self.members if member.state is SandboxState.READY]

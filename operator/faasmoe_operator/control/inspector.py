@@ -57,9 +57,14 @@ class Inspector:
         self.usage = Usage()
 
     async def read_back_all(self, platform: Platform[Any]) -> None:
-        """Read back every sandbox that there is; returns when all are in service or given up."""
+        """Read back every sandbox that may hold something: returns when all have told or are lost.
+
+        One without an address has never been called.
+        """
         changes = platform.watch()
-        while any(m.state is SandboxState.STARTING for m in self._fleet.members):
+        while any(
+            m.state is SandboxState.STARTING and m.sandbox.address for m in self._fleet.members
+        ):
             await anext(changes)
             self._actuator.see(await platform.list())
             await for_each(self._fleet.unread(), self._read_back, limit=PARALLEL_CALLS)
@@ -115,11 +120,13 @@ class Inspector:
         """Return what a sandbox holds; None if it does not say, which may cost it its service."""
         name = member.sandbox.id
         try:
-            held = await self._client.list(member.sandbox.address)
+            content = await self._client.list(member.sandbox.address)
         except SandboxError as error:
             self._failed(name, error)
             return None
         del self._silences[name]
+        held = content.functions
+        self._fleet.limit(name, content.memory_limit_bytes, now=self._clock())
         if (fault := fault_of_list(held, self._specs, model_digest=self._digest)) is not None:
             self._actuator.give_up(name, cause="lie", why=fault)
             return None

@@ -40,6 +40,7 @@ class ControlledModel:
         functions: every function by id, in the order of the plan.
         template: what new sandboxes are like.
         warm_pool: generic sandboxes that are kept ready.
+        memory_limit_bytes: what all functions may take together; None for no limit.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ControlledModel:
     functions: dict[str, ManagedFunction]
     template: Template
     warm_pool: int
+    memory_limit_bytes: int | None = None
 
     @classmethod
     def of(cls, deployment: Deployment, *, key: bytes) -> ControlledModel:
@@ -64,6 +66,7 @@ class ControlledModel:
             _functions(specs, manifest.layers, deployment.model.spec.experts),
             deployment.template,
             deployment.model.spec.experts.warm_pool,
+            deployment.model.spec.experts.memory_bytes,
         )
 
     @classmethod
@@ -94,6 +97,7 @@ class ControlledModel:
             _functions(specs, layers, model.spec.experts),
             template,
             model.spec.experts.warm_pool,
+            model.spec.experts.memory_bytes,
         )
 
     @property

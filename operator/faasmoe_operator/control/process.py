@@ -16,6 +16,8 @@ from faasmoe_operator.control.config import ControlConfig
 from faasmoe_operator.control.controller import Controller
 from faasmoe_operator.control.deployment import Deployment
 from faasmoe_operator.control.housekeeping import Housekeeping
+from faasmoe_operator.control.ledger_file import LedgerFile, ledger_path
+from faasmoe_operator.control.ledger_keeper import LedgerKeeper
 from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.popularity_file import PopularityFile, popularity_path
 from faasmoe_operator.control.sandbox_client import SandboxClient
@@ -43,19 +45,32 @@ async def _control(config: ControlConfig) -> None:
     store = deployment.open_store()
     model = ControlledModel.of(deployment, key=config.function_key)
     file = PopularityFile(popularity_path(store.path), model_digest=store.manifest.digest)
+    accounts = LedgerFile(ledger_path(store.path))
     async with (
         ProcessPlatform(socket=config.zygote_socket) as platform,
         SandboxClient(token=config.token) as client,
     ):
-        controller = Controller(model, platform, client, popularity=file.read())
+        controller = Controller(
+            model, platform, client, popularity=file.read(), ledger=accounts.read()
+        )
         await controller.start()
         runner = await _listen(controller, config)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(controller.run())
                 group.create_task(Housekeeping(controller, store=store, file=file).run())
+                group.create_task(_keep(controller, accounts).run())
         finally:
             await runner.cleanup()
+
+
+def _keep(controller: Controller, file: LedgerFile) -> LedgerKeeper:
+    return LedgerKeeper(
+        controller.ledger,
+        controller.ledger_changed,
+        file.write,
+        interval_s=controller.timing.accounts_interval_s,
+    )
 
 
 async def _listen(controller: Controller, config: ControlConfig) -> web.AppRunner:

@@ -31,6 +31,7 @@ class Records:
         counts = {name: known[shape] for name, shape in self._shapes.items() if shape in known}
         self._popularity = Popularity(counts, now=now)
         self._last_used: dict[str, float] = {}
+        self._asked: dict[str, float] = {}
         self._woken: dict[str, float] = {}
         self.calls: Counter[str] = Counter()
         self.rows: Counter[str] = Counter()
@@ -61,6 +62,15 @@ class Records:
         """Return how long ago a function was used last; None if it was not."""
         last = self._last_used.get(function)
         return None if last is None else now - last
+
+    def asked(self, function: str, *, now: float) -> None:
+        """Note that a caller waits for a function."""
+        self._asked[function] = now
+
+    def last_used(self) -> dict[str, float]:
+        """Return when each function was used last, or waited for."""
+        asked = {f: max(at, self._last_used.get(f, at)) for f, at in self._asked.items()}
+        return {**self._last_used, **asked}
 
     def woken(self, function: str, *, now: float) -> None:
         """Note that a wake brings a function up from zero."""

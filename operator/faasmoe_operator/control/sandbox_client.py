@@ -86,6 +86,19 @@ class AttachedFunction:
     n_frames: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class SandboxContent:
+    """What a sandbox says of itself.
+
+    Attributes:
+        functions: those that it holds.
+        memory_limit_bytes: what its functions may take now, all together; None for no limit.
+    """
+
+    functions: tuple[AttachedFunction, ...]
+    memory_limit_bytes: int | None = None
+
+
 class SandboxClient:
     """Talks to the sandboxes of one model; use as an async context manager."""
 
@@ -123,13 +136,14 @@ class SandboxClient:
             if error.status != 404:
                 raise
 
-    async def list(self, address: str) -> tuple[AttachedFunction, ...]:
-        """Return the functions that a sandbox holds. Raises SandboxError."""
+    async def list(self, address: str) -> SandboxContent:
+        """Return the functions that a sandbox holds, and may hold. Raises SandboxError."""
         timeout_s = self._timeouts.list_timeout_s
         answer = await self._call("GET", address, "", timeout_s=timeout_s)
         try:
-            return tuple(_attached(function) for function in answer["functions"])
-        except (KeyError, TypeError, ValueError) as error:
+            functions = tuple(_attached(function) for function in answer["functions"])
+            return SandboxContent(functions, _memory_limit(answer))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise _garbage(address, 200, f"functions: {error}") from error
 
     async def _call(
@@ -178,6 +192,11 @@ def _read_answer(address: str, status: int, content: bytes) -> dict[str, Any]:
 
 def _garbage(address: str, status: int, what: str) -> SandboxError:
     return SandboxError(what, address=address, code="garbage", status=status)
+
+
+def _memory_limit(answer: dict[str, Any]) -> int | None:
+    limit_bytes = answer.get("sandbox", {}).get("memory", {}).get("limit_bytes")
+    return None if limit_bytes is None else int(limit_bytes)
 
 
 def _attached(function: Any) -> AttachedFunction:

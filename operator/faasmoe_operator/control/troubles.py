@@ -11,6 +11,7 @@ class Step(Enum):
     CREATE = "create"
     START = "start"
     SERVE = "serve"
+    FIT = "fit"
 
 
 class Troubles:

@@ -16,12 +16,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from faasmoe_operator.control.controller import Controller
+from faasmoe_operator.control.ledger import Ledger
+from faasmoe_operator.control.ledger_keeper import LedgerKeeper
 from faasmoe_operator.control.sandbox_client import SandboxClient
 from faasmoe_operator.control.timing import Timing
 from faasmoe_operator.kube.api import KubeApi
 from faasmoe_operator.kube.blueprint import Blueprint
 from faasmoe_operator.kube.cache import ObjectCache, PodSource
 from faasmoe_operator.kube.counts import CoreCounts
+from faasmoe_operator.kube.ledger import LedgerMap
 from faasmoe_operator.kube.manifests.sandbox import PORT
 from faasmoe_operator.kube.pod_labels import PodLabels
 from faasmoe_operator.kube.popularity import PopularityMap
@@ -34,8 +37,8 @@ logger = logging.getLogger(__name__)
 TELL_INTERVAL_S = 0.5
 RETRY_DELAYS_S = (1.0, 5.0, 15.0, 60.0)
 SOUND_AFTER_S = 120.0
-POD_TIMING = Timing(start_deadline_s=600.0, save_interval_s=300.0)
-"""A pod's image may have to be pulled first."""
+POD_TIMING = Timing(start_deadline_s=600.0, save_interval_s=300.0, accounts_interval_s=60.0)
+"""A pod's image may have to be pulled first, and etcd is not to be written to all the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class ModelCore:
         self._on_change = on_change
         self._platform: KubernetesPlatform | None = None
         self._popularity: Mapping[str, float] | None = None
+        self._ledger: Ledger | None = None
         self._replaced = asyncio.Event()
         self._fault = ""
         self._told: CoreCounts | None = None
@@ -156,6 +160,9 @@ class ModelCore:
             model_digest=blueprint.model.store.model_digest,
             clock=grounds.clock,
         )
+        accounts = LedgerMap(grounds.api, grounds.cache, blueprint.ctx, clock=grounds.clock)
+        found = accounts.read()
+        self._ledger = found if self._ledger is None else self._ledger
         async with (
             KubernetesPlatform(
                 grounds.api, pods, timing=grounds.pod_timing, port=grounds.port
@@ -169,6 +176,7 @@ class ModelCore:
                 client,
                 timing=grounds.timing,
                 popularity=popularity.read() if self._popularity is None else self._popularity,
+                ledger=self._ledger,
             )
             group.create_task(platform.run())
             await controller.start()
@@ -180,6 +188,13 @@ class ModelCore:
                 group.create_task(
                     popularity.keep(controller, interval_s=grounds.timing.save_interval_s)
                 )
+                keeper = LedgerKeeper(
+                    controller.ledger,
+                    controller.ledger_changed,
+                    accounts.write,
+                    interval_s=grounds.timing.accounts_interval_s,
+                )
+                group.create_task(keeper.run())
                 await self._tell_changes(controller)
             finally:
                 self._popularity = controller.records.popularity(controller.clock())

@@ -19,6 +19,8 @@ class ActionReason(StrEnum):
     """A function has more replicas than it should have."""
     NOT_PLANNED = "NotPlanned"
     """The function is none of this plan's."""
+    MEMORY = "Memory"
+    """The function makes room for one that was used more lately."""
     IDLE = "Idle"
     """A generic sandbox beyond the pool."""
     FAILED = "Failed"

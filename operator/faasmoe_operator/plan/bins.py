@@ -123,6 +123,8 @@ class Placement:
         self._new = new
         self.n_new = 0
         """Sandboxes that have to be created for what was placed."""
+        self.unplaceable: dict[str, None] = {}
+        """Functions that no sandbox takes, and that a new one would not take either."""
 
     def place(self, demand: Demand) -> Sandbox | None:
         """Return the sandbox to attach to; None if a place is kept for later."""
@@ -152,6 +154,9 @@ class Placement:
             if room is not None:
                 _fill(room, demand, among=rooms)
                 return
+        if not self._shape.takes(demand.memory_bytes):
+            self.unplaceable[demand.function] = None
+            return
         self.n_new += 1
         self._new.append(Room.beside((), self._shape))
         _fill(self._new[-1], demand, among=self._new)

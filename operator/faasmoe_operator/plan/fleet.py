@@ -52,6 +52,8 @@ class FleetSettings:
         max_creates: sandboxes created in one round at most; 0 while creation is backed off.
         max_surge: replacements under way at once while a template changes.
         start_deadline_s: how long a sandbox may take to become ready.
+        memory_limit_bytes: for the functions of all sandboxes together; None for no limit.
+        evict_idle_s: how long a function that makes room for another was not used.
     """
 
     template_hash: str
@@ -60,14 +62,22 @@ class FleetSettings:
     max_creates: int = 8
     max_surge: int = 1
     start_deadline_s: float = 600.0
+    memory_limit_bytes: int | None = None
+    evict_idle_s: float = 2.0
 
     def __post_init__(self) -> None:
         """Refuse numbers that no fleet could have."""
+        if self.memory_limit_bytes is not None:
+            _check_least("memory_limit_bytes", self.memory_limit_bytes, least=1)
         _check_least("warm_pool", self.warm_pool, least=0)
         _check_least("max_creates", self.max_creates, least=0)
         _check_least("max_surge", self.max_surge, least=1)
         if not self.start_deadline_s > 0:
             raise PlanError(f"start_deadline_s: got {self.start_deadline_s}, expected more than 0")
+
+    def affords(self, memory_bytes: int) -> bool:
+        """Return whether the limit of all together leaves room for a function of this size."""
+        return self.memory_limit_bytes is None or memory_bytes <= self.memory_limit_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +90,16 @@ class Demand:
         memory_bytes: memory that one replica takes of a sandbox's limit.
         apart: functions of the same key are called at the same time, so they are put into different
             sandboxes where that costs no further sandbox; empty if it does not matter.
+        last_used: time of its last call, or of one that waits for it.
+        pinned: it makes room for no other.
     """
 
     function: str
     replicas: int
     memory_bytes: int = 0
     apart: str = ""
+    last_used: float = 0.0
+    pinned: bool = False
 
     def __post_init__(self) -> None:
         """Refuse less than nothing."""

@@ -6,7 +6,8 @@ In each round:
 1. Sandboxes that failed, or were not ready by their deadline, are deleted and count no more.
 2. Replicas beyond the demand and functions that nobody plans are detached (`surplus`).
 3. Missing replicas are placed, a function's first before another's second: attached where there is
-   room now, else a place is kept where there soon will be, else a sandbox is created.
+   room now, else a place is kept where there soon will be, else a sandbox is created. Where all
+   sandboxes together may take no more memory, others make room or the missing one waits (`budget`).
 4. Replicas in sandboxes of an old template get a replacement in one of the current template, a few
    at a time; the old one is surplus, and goes, only when the new one serves.
 5. The pool is filled to its size, counting only generic sandboxes that nothing was placed into.
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 
 from faasmoe_operator.plan.actions import Action, ActionReason, Attach, Create, Delete
 from faasmoe_operator.plan.bins import Bin, Placement, Room
+from faasmoe_operator.plan.budget import Budget
 from faasmoe_operator.plan.fleet import (
     Demand,
     FleetSettings,
@@ -39,10 +41,12 @@ class SandboxPlan:
     Attributes:
         actions: attaching first, as callers wait for it; deleting last.
         unplaceable: functions that no sandbox can take, as they are larger than its memory limit.
+        waiting: functions that wait for memory, as all that there is is in use.
     """
 
     actions: tuple[Action, ...]
     unplaceable: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
 
 
 def plan_sandboxes(
@@ -59,7 +63,7 @@ def plan_sandboxes(
     dead = list(_dead(settings, sandboxes, now=now))
     gone = {delete.sandbox for delete in dead}
     alive = [s for s in sandboxes if s.id not in gone and s.state is not SandboxState.DRAINING]
-    planning = _Round(settings, demands, alive)
+    planning = _Round(settings, demands, alive, sandboxes=sandboxes, now=now)
     urgent = planning.place_missing()
     replacing = planning.place_replacements()
     actions: tuple[Action, ...] = (
@@ -67,10 +71,13 @@ def plan_sandboxes(
         *planning.creates(),
         *replacing,
         *planning.detaches,
+        *planning.budget.detaches,
         *dead,
         *planning.delete_idle(),
     )
-    return SandboxPlan(actions, unplaceable=planning.unplaceable)
+    return SandboxPlan(
+        actions, unplaceable=tuple(planning.unplaceable), waiting=tuple(planning.budget.waiting)
+    )
 
 
 def _dead(settings: FleetSettings, sandboxes: Sequence[Sandbox], *, now: float) -> Iterator[Delete]:
@@ -86,7 +93,13 @@ class _Round:
     """One round's working state: what each sandbox still takes, as placing goes on."""
 
     def __init__(
-        self, settings: FleetSettings, demands: Sequence[Demand], alive: Sequence[Sandbox]
+        self,
+        settings: FleetSettings,
+        demands: Sequence[Demand],
+        alive: Sequence[Sandbox],
+        *,
+        sandboxes: Sequence[Sandbox],
+        now: float,
     ) -> None:
         self._settings = settings
         self._demands = {demand.function: demand for demand in demands}
@@ -98,20 +111,15 @@ class _Round:
             function: [replica for replica in replicas if replica.place not in leaving]
             for function, replicas in live.items()
         }
+        self.budget = Budget(
+            settings, sandboxes=sandboxes, staying=self._live, demands=self._demands, now=now
+        )
         self._bins = [Bin.of(sandbox, settings.shape, leaving=leaving) for sandbox in alive]
         self._new: list[Room] = []
         self._n_new: dict[ActionReason, int] = {}
         self._n_attached: Counter[str] = Counter()
-
-    @property
-    def unplaceable(self) -> tuple[str, ...]:
+        self.unplaceable: dict[str, None] = {}
         """Functions that are wanted and that no sandbox can take."""
-        shape = self._settings.shape
-        return tuple(
-            demand.function
-            for demand in self._demands.values()
-            if demand.replicas > 0 and not shape.takes(demand.memory_bytes)
-        )
 
     def place_missing(self) -> list[Attach]:
         """Place the replicas that are missing; return those that find room now."""
@@ -155,9 +163,14 @@ class _Round:
         self, demands: Iterable[Demand], bins: Iterable[Bin], *, reason: ActionReason
     ) -> list[Attach]:
         placement = Placement(self._settings, bins, new=self._new)
-        placed = [(placement.place(demand), demand.function) for demand in demands]
+        placed = [
+            (placement.place(demand), demand.function)
+            for demand in demands
+            if self.budget.admits(demand)
+        ]
         attaches = [Attach(s.id, function, reason) for s, function in placed if s is not None]
         self._n_new[reason] = placement.n_new
+        self.unplaceable |= placement.unplaceable
         self._n_attached.update(attach.function for attach in attaches)
         return attaches
 
@@ -165,16 +178,20 @@ class _Round:
         """Return each missing replica's demand: all first replicas, then all second ones.
 
         Of those that are to be kept apart, one of each group comes before another of any: placed in
-        turn, sandboxes fill up with functions of different groups.
+        turn, sandboxes fill up with functions of different groups. Where memory is limited, those
+        used last come first: one that made room does not take it back.
         """
         missing, in_group = [], Counter[tuple[int, str]]()
+        is_limited = self._settings.memory_limit_bytes is not None
         for demand in self._demands.values():
-            if not self._settings.shape.takes(demand.memory_bytes):
+            if not self._settings.affords(demand.memory_bytes):
+                self.unplaceable |= {demand.function: None} if demand.replicas else {}
                 continue
             for nth in range(len(self._live.get(demand.function, ())), demand.replicas):
-                missing.append((nth, in_group[nth, demand.apart], demand))
+                unused = -demand.last_used if is_limited else 0.0
+                missing.append((nth, unused, in_group[nth, demand.apart], demand))
                 in_group[nth, demand.apart] += bool(demand.apart)
-        return [demand for *_, demand in sorted(missing, key=lambda item: item[:2])]
+        return [demand for *_, demand in sorted(missing, key=lambda item: item[:3])]
 
     def _replaceable(self) -> list[Demand]:
         """Return the functions that are to get a replacement now, oldest sandbox first."""
@@ -185,6 +202,8 @@ class _Round:
         )
         functions = dict.fromkeys(replica.assignment.function for replica in outdated)
         demands = [self._demands[f] for f in functions if f in self._demands]
+        too_large = (d for d in demands if not self._settings.shape.takes(d.memory_bytes))
+        self.unplaceable |= dict.fromkeys(d.function for d in too_large)
         under_way = sum(len(self._live[d.function]) > d.replicas for d in demands)
         due = [d for d in demands if self._is_due(d)]
         return due[: max(0, self._settings.max_surge - under_way)]

@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 COMMAND = (sys.executable, "-m", "faasmoe_expert.zygote")
 SOCKET_VARIABLE = "FAASMOE_ZYGOTE_SOCKET"
 VERIFIED_VARIABLE = "FAASMOE_VERIFIED_DIR"
+SOCKETS_VARIABLE = "FAASMOE_SOCKET_DIR"
 VERIFIED_NAME = "verified"
+SOCKETS_NAME = "near"
 REHEARSAL_VARIABLE = "FAASMOE_REHEARSAL_STORE"
 MAX_SOCKET_PATH_BYTES = 106  # of sockaddr_un on Linux, less an ending zero and the zygote's ~
 END_TIMEOUT_S = 10.0
@@ -61,6 +63,7 @@ def zygote_environment(
         "FAASMOE_DEVICE": device,
         SOCKET_VARIABLE: str(socket),
         VERIFIED_VARIABLE: str(socket.parent / VERIFIED_NAME),
+        SOCKETS_VARIABLE: str(socket.parent / SOCKETS_NAME),
         REHEARSAL_VARIABLE: "" if store is None else str(store),
     }
     return {**os.environ, **ENVIRONMENT, **own}

@@ -9,6 +9,7 @@ from pydantic import Field
 from faasmoe_operator.spec.base import Part
 from faasmoe_operator.spec.extensions import KUBERNETES_ONLY
 from faasmoe_operator.spec.pod_template import PodTemplate
+from faasmoe_operator.spec.quantity import ByteQuantity, to_bytes
 from faasmoe_operator.spec.router import Device
 from faasmoe_operator.spec.scaling import Scaling
 
@@ -31,9 +32,19 @@ class Experts(Part):
     threads: int = Field(1, ge=1, le=256, description="Compute threads of a sandbox.")
     functions_per_sandbox: int = Field(1, ge=1, le=10_000, description="Capacity of a sandbox.")
     warm_pool: int = Field(1, ge=0, le=1000, description="Generic sandboxes kept ready.")
+    memory: ByteQuantity | None = Field(
+        None,
+        description="What the functions in all sandboxes may take together, for a device that does "
+        "not hold the whole model: the least lately used make room. No limit if left out.",
+    )
     scaling: Scaling = Field(default_factory=lambda: Scaling.model_validate({}))
     template: PodTemplate = Field(
         default_factory=lambda: PodTemplate.model_validate({}),
         description="What the sandboxes' pods are like.",
         json_schema_extra=KUBERNETES_ONLY,
     )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What all functions may take together; None for no limit."""
+        return None if self.memory is None else to_bytes(self.memory)

@@ -14,9 +14,19 @@ if TYPE_CHECKING:
 
 
 def platform_notes(model: MoEModel) -> list[str]:
-    """Return one line for each field that is given and that `faasmoe up` does not honour."""
+    """Return one line for each field that is given and that `faasmoe up` does not honour as meant.
+
+    On one machine sandboxes share a GPU, and each takes some of it for itself.
+    """
     fields = _given(model.spec, "spec", platform="kubernetes")
-    return [f"{field}: has no effect here, only Kubernetes honours it" for field in fields]
+    notes = [f"{field}: has no effect here, only Kubernetes honours it" for field in fields]
+    experts = model.spec.experts
+    if experts.device == "cuda" and experts.functions_per_sandbox == 1:
+        notes.append(
+            "spec.experts.functionsPerSandbox: got 1 with device cuda: each sandbox takes about "
+            "0.5 GB of the GPU beside its functions; more functions in one take less"
+        )
+    return notes
 
 
 def process_problems(model: MoEModel) -> list[str]:

@@ -10,7 +10,8 @@ from faasmoe_router.api.admission import Admission, OpenAdmission
 from faasmoe_router.api.completions import completion_routes
 from faasmoe_router.api.envelope import Envelope
 from faasmoe_router.api.errors import add_error_handlers
-from faasmoe_router.api.models import model_routes
+from faasmoe_router.api.models import ServedModel, model_routes
+from faasmoe_router.api.openapi import describe
 from faasmoe_router.api.probes import probe_routes
 from faasmoe_router.api.tenancy import Doorkeeper, usage_routes
 from faasmoe_router.api.tokens import token_routes
@@ -29,6 +30,7 @@ def create_app(
     registry: CollectorRegistry,
     admission: Admission | None = None,
     tenancy: Tenancy | None = None,
+    fingerprint: str | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """Return the app; it starts the engine when it starts and stops it when it ends.
@@ -39,10 +41,12 @@ def create_app(
         registry: where /metrics reads.
         admission: what may hold requests; runs as long as the engine. By default nothing does.
         tenancy: the tenants; without them whoever reaches the router may call.
+        fingerprint: tells the model's weights, and what they are computed with, from all others.
         max_body_bytes: larger bodies are refused.
     """
     admission = admission or OpenAdmission()
     reception = tenancy or OpenTenancy()
+    served = ServedModel(model_name, fingerprint)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -55,7 +59,7 @@ def create_app(
     app.add_middleware(Envelope, max_body_bytes=max_body_bytes)
     add_error_handlers(app)
     app.include_router(
-        completion_routes(engine, model_name=model_name, admission=admission, reception=reception)
+        completion_routes(engine, served=served, admission=admission, reception=reception)
     )
     app.include_router(
         model_routes(model_name=model_name, max_model_len=engine.limits.max_model_len)
@@ -64,4 +68,5 @@ def create_app(
     app.include_router(token_routes(engine, model_name=model_name))
     app.include_router(unserved_routes())
     app.include_router(probe_routes(engine, registry=registry, admission=admission))
+    describe(app, has_keys=tenancy is not None)
     return app

@@ -8,32 +8,36 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from faasmoe_router.api.admission import Admission, admit
-from faasmoe_router.api.answers import Answer
+from faasmoe_router.api.answers import Answer, Asked, Head
 from faasmoe_router.api.calling import calling_of
 from faasmoe_router.api.errors import model_not_found
 from faasmoe_router.api.logprobs import TokenBytes
+from faasmoe_router.api.models import ServedModel
+from faasmoe_router.api.openapi import answers
 from faasmoe_router.api.prompts import PromptReader
 from faasmoe_router.api.requests import ChatBody, CompletionBody, SamplingBody, StreamOptions
 from faasmoe_router.api.shapes import ChatShape, CompletionShape, Shape
 from faasmoe_router.api.stream import ClientGone, EventStream, unless_hung_up
 from faasmoe_router.api.tenancy import Reception, caller_of, settled_on_error
+from faasmoe_router.api.told import ChatCompletion, TextCompletion
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import Generation, GenerationRequest
 from faasmoe_router.errors import EngineUnavailable
 from faasmoe_router.tenants.callers import Caller
 
+ERRORS = (400, 404, 413, 429, 500, 503)
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
 
 
 def completion_routes(
-    engine: Engine, *, model_name: str, admission: Admission, reception: Reception
+    engine: Engine, *, served: ServedModel, admission: Admission, reception: Reception
 ) -> APIRouter:
     """Return the routes that generate."""
     router = APIRouter()
     prompts = PromptReader(engine)
 
     def check(body: SamplingBody, caller: Caller) -> None:
-        if body.model not in caller.model_names(model_name):
+        if body.model not in caller.model_names(served.name):
             raise model_not_found(body.model)
         body.check()
 
@@ -44,7 +48,8 @@ def completion_routes(
             raise EngineUnavailable("the engine is starting")
         caller = caller_of(request)
         n_prompt = sum(len(r.prompt_ids) for r in requests) // (body.n or 1)
-        answer = Answer(shape, body.model, n_choices=len(requests), n_prompt_tokens=n_prompt)
+        head = Head(shape.prefix, body.model, {**served.told, **body.told})
+        answer = Answer(shape, head, Asked(n_prompt, len(requests), body.n or 1))
         ticket = reception.admit(caller, requests, n_prompt=n_prompt)
         holding = partial(reception.holding, caller)
         try:
@@ -57,7 +62,7 @@ def completion_routes(
         response.headers.update({**headers, **ticket.headers})
         return response
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=answers(ChatCompletion, *ERRORS, streams=True))
     async def chat(body: ChatBody, request: Request) -> Response:
         """Continue a conversation."""
         caller = caller_of(request)
@@ -67,7 +72,7 @@ def completion_routes(
         shape = ChatShape(_token_bytes(engine, body), calling)
         return await respond(request, body, requests, shape)
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=answers(TextCompletion, *ERRORS, streams=True))
     async def complete(body: CompletionBody, request: Request) -> Response:
         """Continue texts."""
         caller = caller_of(request)

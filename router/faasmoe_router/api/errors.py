@@ -19,6 +19,7 @@ from faasmoe_router.errors import (
     HoldQueueFull,
     NoTokenAllowed,
     RouterError,
+    StoreCorrupted,
 )
 from faasmoe_router.tenants.errors import NeverFits, RateLimited, TenantQueueFull
 
@@ -33,6 +34,7 @@ _ROUTER_ERRORS: Mapping[type[RouterError], tuple[int, str, str]] = {
     RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
     NeverFits: (400, "invalid_request_error", "invalid_value"),
     ActivationTimeout: (503, "server_error", "service_unavailable"),
+    StoreCorrupted: (503, "server_error", "model_damaged"),
     EngineUnavailable: (503, "server_error", "service_unavailable"),
     NoTokenAllowed: (400, "invalid_request_error", "invalid_value"),  # before its base
     GenerationFailed: (500, "server_error", "internal_error"),

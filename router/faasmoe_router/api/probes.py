@@ -1,22 +1,24 @@
 """GET /health, /ping, /version and /metrics: what machines ask of the process."""
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from faasmoe_router.api.admission import Admission
+from faasmoe_router.api.openapi import answers, beside_text
+from faasmoe_router.api.told import Status, Version
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.errors import EngineUnavailable
+from faasmoe_router.version import installed_version
 
 
 def probe_routes(engine: Engine, *, registry: CollectorRegistry, admission: Admission) -> APIRouter:
     """Return the routes that tell of the process."""
     router = APIRouter()
 
-    @router.get("/health")
+    @router.get("/health", response_model=None, responses=answers(Status, 500, 503))
     async def health() -> dict[str, str]:
         """Tell whether requests can be computed now."""
         if not engine.ready:
@@ -25,26 +27,19 @@ def probe_routes(engine: Engine, *, registry: CollectorRegistry, admission: Admi
             raise EngineUnavailable("no function table was received yet")
         return {"status": "ok"}
 
-    @router.get("/ping")
+    @router.get("/ping", response_model=None, responses=answers(Status, 500))
     async def ping() -> dict[str, str]:
         """Tell that the process lives, whether it can serve or not."""
         return {"status": "ok"}
 
-    @router.get("/version")
+    @router.get("/version", response_model=None, responses=answers(Version, 500))
     async def tell_version() -> dict[str, Any]:
         """Tell the version of FaaSMoE."""
-        return {"version": _installed_version()}
+        return {"version": installed_version()}
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse, responses=beside_text(500))
     async def metrics() -> Response:
         """Tell the metrics to Prometheus."""
         return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return router
-
-
-def _installed_version() -> str:
-    try:
-        return version("faasmoe")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "0+source"

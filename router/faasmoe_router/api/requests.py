@@ -83,6 +83,12 @@ class SamplingBody(_Body):
         return None if self.max_tokens is None else ("max_tokens", self.max_tokens)
 
     @property
+    def told(self) -> dict[str, str]:
+        """What the answer repeats of the request: the tier that serves it, if one was asked for."""
+        asked = (self.model_extra or {}).get("service_tier")
+        return {} if asked is None else {"service_tier": "default"}
+
+    @property
     def n_logprobs(self) -> int | None:
         """How many of the likeliest tokens are told with each token; None tells nothing."""
         return None

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from faasmoe_router.api.calling import Calling
 from faasmoe_router.api.logprobs import TokenBytes, Told, chat_logprobs, completion_logprobs
+from faasmoe_router.engine.ending import StopReason
 from faasmoe_router.engine.generation import Delta
 from faasmoe_router.toolcalls.parser import CallArguments, CallBegun, CallParser, Content, Piece
 
@@ -21,14 +22,23 @@ class Choice:
     text: str = ""
     n_tokens: int = 0
     finish_reason: str | None = None
+    stop_reason: StopReason | None = None
+    n_cached_tokens: int | None = None
     told: list[Any] = field(default_factory=list)
 
     def add(self, delta: Delta) -> None:
         """Append a step."""
+        self.count(delta)
         self.text += delta.text
-        self.n_tokens += delta.n_tokens
         self.finish_reason = delta.finish_reason
+        self.stop_reason = delta.stop_reason
         self.told += delta.logprobs
+
+    def count(self, delta: Delta) -> None:
+        """Count a step's tokens."""
+        self.n_tokens += delta.n_tokens
+        if delta.n_cached_tokens is not None:
+            self.n_cached_tokens = delta.n_cached_tokens
 
 
 class Shape(Protocol):
@@ -83,6 +93,7 @@ class ChatShape:
             "message": message,
             "logprobs": self._logprobs(choice.told),
             "finish_reason": reason,
+            "stop_reason": choice.stop_reason,
         }
 
     def opening(self, index: int) -> dict[str, Any]:
@@ -99,7 +110,8 @@ class ChatShape:
         if logprobs is not None:
             pieces[0]["logprobs"] = logprobs
         if reason is not None:
-            pieces.append(self._delta(index, {}, reason))
+            end = self._delta(index, {}, reason)
+            pieces.append({**end, "stop_reason": delta.stop_reason})
         return pieces
 
     def _said(self, index: int, delta: Delta) -> tuple[list[dict[str, Any]], str | None]:
@@ -172,7 +184,8 @@ class CompletionShape:
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         """Return a finished choice."""
         text = self._echo(index) + choice.text
-        return self._piece(index, text, told=choice.told, reason=choice.finish_reason)
+        piece = self._piece(index, text, told=choice.told, reason=choice.finish_reason)
+        return {**piece, "stop_reason": choice.stop_reason}
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """Return the prompt, if it is told: text has no role."""
@@ -184,7 +197,8 @@ class CompletionShape:
         if delta.text or delta.logprobs:
             pieces.append(self._piece(index, delta.text, told=delta.logprobs))
         if delta.finish_reason is not None:
-            pieces.append(self._piece(index, "", reason=delta.finish_reason))
+            end = self._piece(index, "", reason=delta.finish_reason)
+            pieces.append({**end, "stop_reason": delta.stop_reason})
         return pieces
 
     def _echo(self, index: int) -> str:

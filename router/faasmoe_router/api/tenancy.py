@@ -18,7 +18,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from faasmoe_router.api.errors import ApiError
+from faasmoe_router.api.openapi import answers
 from faasmoe_router.api.stream import ClientGone
+from faasmoe_router.api.told import AccountUsage
 from faasmoe_router.engine.generation import GenerationRequest
 from faasmoe_router.errors import EngineSaturated, HoldQueueFull
 from faasmoe_router.tenants.callers import OPEN, Caller, Ticket
@@ -111,9 +113,9 @@ def usage_routes(reception: Reception) -> APIRouter:
     """Return the route that tells a tenant's account."""
     router = APIRouter()
 
-    @router.get("/v1/usage")
+    @router.get("/v1/usage", response_model=None, responses=answers(AccountUsage, 404, 500))
     async def usage(request: Request) -> dict[str, Any]:
-        """Tell what the caller's tenant has used, through this router."""
+        """Tell what the caller's tenant has used, through all routers."""
         found = reception.usage(caller_of(request))
         if found is None:
             raise ApiError(

@@ -10,13 +10,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from faasmoe_router.api.errors import ApiError, model_not_found
 from faasmoe_router.api.fields import Text, Tokens
 from faasmoe_router.api.messages import ChatMessage
+from faasmoe_router.api.openapi import answers
 from faasmoe_router.api.prompts import PromptReader, template_variables
 from faasmoe_router.api.tenancy import caller_of
+from faasmoe_router.api.told import TokenList, TokenText
 from faasmoe_router.api.tools import MAX_TOOLS, ToolPart
 from faasmoe_router.api.unsupported import refuse
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.text import ChatView
+from faasmoe_router.tenants.callers import Caller
 
+ERRORS = (400, 404, 413, 500, 503)
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {"chat_template": (), "mm_processor_kwargs": ({},)}
 
 
@@ -71,14 +75,14 @@ def token_routes(engine: Engine, *, model_name: str) -> APIRouter:
     router = APIRouter()
     prompts = PromptReader(engine)
 
-    @router.post("/tokenize")
-    @router.post("/v1/tokenize")
+    @router.post("/tokenize", response_model=None, responses=answers(TokenList, *ERRORS))
+    @router.post("/v1/tokenize", response_model=None, responses=answers(TokenList, *ERRORS))
     async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
         """Tell the tokens of a prompt or of a chat."""
         caller = caller_of(request)
         _check_model(body.model, caller.model_names(model_name))
         body.check()
-        ids = await _tokens(body, prompts)
+        ids = await _tokens(body, prompts, caller)
         strings = engine.codec.token_strings(ids) if body.return_token_strs else None
         return {
             "count": len(ids),
@@ -87,8 +91,8 @@ def token_routes(engine: Engine, *, model_name: str) -> APIRouter:
             "token_strs": strings,
         }
 
-    @router.post("/detokenize")
-    @router.post("/v1/detokenize")
+    @router.post("/detokenize", response_model=None, responses=answers(TokenText, *ERRORS))
+    @router.post("/v1/detokenize", response_model=None, responses=answers(TokenText, *ERRORS))
     async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, str]:
         """Tell the text of tokens."""
         _check_model(body.model, caller_of(request).model_names(model_name))
@@ -100,9 +104,9 @@ def token_routes(engine: Engine, *, model_name: str) -> APIRouter:
     return router
 
 
-async def _tokens(body: TokenizeBody, prompts: PromptReader) -> Sequence[int]:
+async def _tokens(body: TokenizeBody, prompts: PromptReader, caller: Caller) -> Sequence[int]:
     if body.messages is not None:
-        return await prompts.encode_chat(body.messages, body.view())
+        return await prompts.encode_chat(body.messages, body.view(), caller)
     assert body.prompt is not None
     prompts.check_size([body.prompt], param="prompt")
     return await prompts.encode(body.prompt, special=body.add_special_tokens is not False)

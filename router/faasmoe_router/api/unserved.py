@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from fastapi import APIRouter
 
 from faasmoe_router.api.errors import ApiError
+from faasmoe_router.api.openapi import errors
 
 _WHY: Mapping[str, str] = {
     "/v1/embeddings": "This server's model generates text and makes no embeddings.",
@@ -21,7 +22,10 @@ def unserved_routes() -> APIRouter:
 
 
 def _add(router: APIRouter, path: str, why: str) -> None:
-    @router.post(path, status_code=501, name=path, operation_id=f"unserved_{path[4:]}")
+    name = f"unserved_{path[4:]}"
+    refusals = errors(413, 500, 501, 503)
+
+    @router.post(path, status_code=501, name=path, operation_id=name, responses=refusals)
     async def refuse() -> None:
         """Refuse: this endpoint is not served."""
         raise ApiError(why, status=501, kind="server_error", code="not_implemented")

@@ -25,6 +25,8 @@ PARAMETERS: Mapping[str, tuple[Any, ...]] = {
     "moderation": (),
     "prediction": (),
     "priority": (0,),
+    "prompt_cache_options": ({}, {"mode": "implicit"}),
+    "prompt_cache_retention": ("in_memory",),
     "prompt_embeds": (),
     "prompt_logprobs": (False,),
     "request_id": (),

@@ -1,8 +1,9 @@
-"""Client of the control API: the table stream, load reports and wakes."""
+"""Client of the control API: the table stream, load reports, usage and wakes."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from typing import Any
 
 import httpx
 
-from faasmoe_router.control.errors import Rejected, Unreachable
+from faasmoe_router.control.errors import Garbage, Rejected, Unreachable
 from faasmoe_router.control.messages import Lines, Message, Place, read_message
 
 SHOWN_REASON_BYTES = 500
+MAX_ANSWER_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +70,25 @@ class ControlClient:
         """Ask for functions; raises Unreachable or Rejected."""
         await self._post("/v1/wake", body)
 
+    async def usage(self, body: dict[str, Any]) -> Any:
+        """Tell a book's totals; return those of all books; raises ControlError."""
+        content = await self._post("/v1/usage", body)
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise Garbage(f"/v1/usage: not JSON: {error}") from error
+
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
 
-    async def _post(self, path: str, body: dict[str, Any]) -> None:
+    async def _post(self, path: str, body: dict[str, Any]) -> bytes:
         try:
             async with (
                 asyncio.timeout(self._timeouts.call_s),
-                self._call("POST", path, json=body),
+                self._call("POST", path, json=body) as response,
             ):
-                pass
+                return await _content(path, response)
         except TimeoutError as error:
             raise Unreachable(f"{path}: no answer in {self._timeouts.call_s:g} s") from error
 
@@ -91,6 +101,15 @@ class ControlClient:
                 yield response
         except httpx.HTTPError as error:
             raise Unreachable(f"{path}: {error or type(error).__name__}") from error
+
+
+async def _content(path: str, response: httpx.Response) -> bytes:
+    content = b""
+    async for chunk in response.aiter_bytes():
+        content += chunk
+        if len(content) > MAX_ANSWER_BYTES:
+            raise Garbage(f"{path}: got more than {MAX_ANSWER_BYTES} bytes")
+    return content
 
 
 async def _reason(response: httpx.Response) -> str:

@@ -44,6 +44,9 @@ class Functions(Protocol):
     def missing_for(self, n_tokens: int) -> Sequence[str]:
         """Return the functions that so many tokens need and that have no address."""
 
+    async def stand_in_for(self, n_tokens: int) -> bool:
+        """Compute what so many tokens lack in the router; return whether that can be done."""
+
 
 class ColdStartGate:
     """Holds requests. Belongs to the event loop.
@@ -85,10 +88,14 @@ class ColdStartGate:
         return n_tokens < self._functions.complete_below
 
     async def hold(self, n_tokens: int, *, size_bytes: int) -> float:
-        """Wait until a request lacks no function; return for how long, in seconds.
+        """Wait until a request lacks no function, or the router stands in for what it lacks.
+
+        Returns:
+            For how long, in seconds.
 
         Raises:
             ActivationTimeout: its functions were not there in time.
+            StoreCorrupted: what was not there in time is damaged here too.
             HoldQueueFull: too much waits already.
             EngineUnavailable: the gate was closed.
         """
@@ -99,13 +106,17 @@ class ColdStartGate:
                 async with asyncio.timeout(self._limits.timeout_s):
                     await turn
             except TimeoutError:
-                raise ActivationTimeout(
-                    "the model's functions could not be started within "
-                    f"{self._limits.timeout_s:g} s"
-                ) from None
+                await self._stand_in(n_tokens)
         waited_s = self._clock() - began_s
         self._metrics.cold_start_seconds.observe(waited_s)
         return waited_s
+
+    async def _stand_in(self, n_tokens: int) -> None:
+        if not await self._functions.stand_in_for(n_tokens):
+            raise ActivationTimeout(
+                f"the model's functions could not be started within {self._limits.timeout_s:g} s"
+            )
+        self.table_changed()  # for the others that lack the same
 
     def table_changed(self) -> None:
         """Let the requests go that lack nothing any more."""

@@ -8,12 +8,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
-from faasmoe_expert.table import FunctionTable
+from faasmoe_expert.table import FunctionSpec, FunctionTable
 from faasmoe_router.control.client import ControlClient
 from faasmoe_router.control.follower import TableFollower
 from faasmoe_router.control.gate import ColdStartGate, HoldLimits
 from faasmoe_router.control.metrics import ControlMetrics
 from faasmoe_router.control.reporter import REPORT_INTERVAL_S, LoadReporter
+from faasmoe_router.control.standins import StandIns
+from faasmoe_router.control.teller import KeepsBooks, UsageTeller
 from faasmoe_router.control.waker import Waker
 from faasmoe_router.control.wakes import REPEAT_S
 from faasmoe_router.dispatch.load import LoadMeter
@@ -40,6 +42,24 @@ class Dispatch(Protocol):
 
     def move_functions(self, version: int, addresses: Mapping[str, tuple[str, ...]]) -> None:
         """Take other addresses for some functions; raises TableError and changes nothing."""
+
+    def check_local(self, specs: Sequence[FunctionSpec]) -> None:
+        """Check that functions can be computed here; raises RouterError; from any thread."""
+
+
+class Tenants(Protocol):
+    """The tenants of this router; `Tenancy` is such."""
+
+    @property
+    def n_routers(self) -> int:
+        """Routers that serve them."""
+
+    @property
+    def books(self) -> KeepsBooks:
+        """What they have used."""
+
+    def n_keys(self) -> Mapping[str, int]:
+        """Return how many keys each tenant has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +91,7 @@ class ControlLink:
 
     Attributes:
         is_busy: tells whether the engine computes requests; set once there is an engine.
-        tenants: tells how many keys each tenant has; set if there are tenants.
+        tenants: the tenants; set if there are any.
     """
 
     def __init__(
@@ -87,6 +107,9 @@ class ControlLink:
         self._waker = waker
         self._dispatch = dispatch
         self._settings = settings
+        self._stand_ins = StandIns(
+            lambda: dispatch.routing, check=dispatch.check_local, metrics=metrics
+        )
         gate_load = LoadMeter()
         self._gate = ColdStartGate(
             self, wake=waker.want, limits=settings.limits, metrics=metrics, load=gate_load
@@ -105,10 +128,11 @@ class ControlLink:
             meters=(dispatch.load, gate_load),
             interval_s=settings.report_interval_s,
             is_busy=lambda: self.is_busy(),
-            tenants=lambda: None if self.tenants is None else self.tenants(),
+            tenants=lambda: None if self.tenants is None else self.tenants.n_keys(),
         )
         self.is_busy: Callable[[], bool] = lambda: False
-        self.tenants: Callable[[], Mapping[str, int]] | None = None
+        self.tenants: Tenants | None = None
+        self._teller: UsageTeller | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -119,11 +143,15 @@ class ControlLink:
     @property
     def complete_below(self) -> float:
         """Requests of fewer tokens than this lack no function."""
-        return self._dispatch.routing.complete_below if self.ready else 0.0
+        return self._stand_ins.complete_below if self.ready else 0.0
 
     def missing_for(self, n_tokens: int) -> Sequence[str]:
         """Return the functions that so many tokens need and that have no address."""
-        return self._dispatch.routing.missing_for(n_tokens)
+        return self._stand_ins.missing_for(n_tokens)
+
+    async def stand_in_for(self, n_tokens: int) -> bool:
+        """Compute what so many tokens lack in the router; see `StandIns.take`."""
+        return self.ready and await self._stand_ins.take(n_tokens)
 
     def is_open_for(self, n_tokens: int) -> bool:
         """Return whether a request of so many tokens need not be held."""
@@ -144,6 +172,11 @@ class ControlLink:
             "wakes": lambda: self._waker.run(lambda: self._dispatch.routing.missing),
             "repeat": self._repeat,
         }
+        if (tenants := self.tenants) is not None:
+            self._teller = UsageTeller(
+                self._client, tenants.books, n_routers=lambda: tenants.n_routers
+            )
+            jobs["usage"] = self._teller.run
         self._tasks = [
             asyncio.create_task(_keep_running(name, job), name=f"control-{name}")
             for name, job in jobs.items()
@@ -155,6 +188,8 @@ class ControlLink:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._teller is not None:
+            await self._teller.end()
         await self._client.close()
 
     async def _repeat(self) -> None:
@@ -163,6 +198,7 @@ class ControlLink:
             self._gate.wake_again()
 
     def _table_changed(self) -> None:
+        self._stand_ins.table_changed()
         self._waker.keep(set(self._dispatch.routing.missing))
         self._gate.table_changed()
 

@@ -28,6 +28,16 @@ class ControlMetrics:
             buckets=SECONDS,
             registry=registry,
         )
+        self.stand_ins = Gauge(
+            "faasmoe_router_stand_ins",
+            "Functions that could not be had and that the router computes itself.",
+            registry=registry,
+        )
+        self.stand_in_admissions = Counter(
+            "faasmoe_router_stand_in_admissions_total",
+            "Requests that waited for functions in vain and were let in without them.",
+            registry=registry,
+        )
         self.connected = Gauge(
             "faasmoe_router_control_connected",
             "Whether the function table is followed.",

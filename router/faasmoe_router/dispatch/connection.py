@@ -12,7 +12,9 @@ import os
 import select
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 
+from faasmoe_expert.same_node import connect_near
 from faasmoe_expert.wire.checksum import Buffer
 from faasmoe_router.dispatch.errors import CallError, CannotConnect, Refused
 
@@ -27,15 +29,20 @@ IOV_MAX = 64
 class Connection:
     """A socket with at most one call in flight.
 
+    Args:
+        address: host:port.
+        socket_dir: where sandboxes of this machine have Unix sockets; see `same_node`.
+
     Attributes:
         address: host:port.
         connected: whether the sandbox has accepted it; sending begins before that is known.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, socket_dir: Path | None = None) -> None:
         self.address = address
         self.connected = False
-        self._socket = _connecting(address)
+        near = None if socket_dir is None else connect_near(socket_dir, address)
+        self._socket = near or _connecting(address)
         self._used = False
         self._reused = False
         self._closing = False

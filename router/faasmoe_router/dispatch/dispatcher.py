@@ -6,22 +6,27 @@ here, from the store.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from faasmoe_expert.store import Store
-from faasmoe_expert.table import FunctionTable
+from faasmoe_expert.table import FunctionSpec, FunctionTable
 from faasmoe_expert.wire import Mode, rows_per_frame
 from faasmoe_router.dispatch.batch import WIRE_DTYPES, LayerBatch
 from faasmoe_router.dispatch.fanout import Fanout, Timeouts
 from faasmoe_router.dispatch.filling import Filler, Holding, Meanwhile
 from faasmoe_router.dispatch.grouping import group_pairs
 from faasmoe_router.dispatch.load import LoadMeter
+from faasmoe_router.dispatch.local import map_function
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.resilience import Resilience
 from faasmoe_router.dispatch.routing import Routing
+from faasmoe_router.dispatch.staging import HostStage
 
 
 class Dispatcher:
@@ -39,6 +44,8 @@ class Dispatcher:
         metrics: counters, on the router's registry.
         holding: how calls wait for functions that are started; None if none ever is.
         resilience: how calls that fail or take long are dealt with.
+        socket_dir: where sandboxes of this machine have Unix sockets; None for TCP alone.
+        stage: between the model's device and the host; None if the model is on the host.
     """
 
     def __init__(
@@ -52,10 +59,13 @@ class Dispatcher:
         metrics: DispatchMetrics | None = None,
         holding: Holding | None = None,
         resilience: Resilience | None = None,
+        socket_dir: Path | None = None,
+        stage: HostStage | None = None,
     ) -> None:
         self._store = store
+        self._stage = stage
         self._mode = mode
-        self._fanout = Fanout(token=token, timeouts=timeouts)
+        self._fanout = Fanout(token=token, timeouts=timeouts, socket_dir=socket_dir)
         self._metrics = metrics or DispatchMetrics()
         if table is None:
             routing = Routing.before_any_table(store)
@@ -89,6 +99,16 @@ class Dispatcher:
         """Give some functions other addresses; raises TableError and changes nothing."""
         self._filler.take_routing(self.routing.moved(version, addresses))
 
+    def check_local(self, specs: Sequence[FunctionSpec]) -> None:
+        """Check that functions can be computed here: reads all of their bytes; from any thread.
+
+        Raises:
+            StoreUnreadable: the store does not have one of them any more.
+            StoreCorrupted: it has wrong bytes of one.
+        """
+        for spec in specs:
+            map_function(spec, self._store)
+
     def close(self) -> None:
         """Close the connections to sandboxes."""
         self._filler.close()
@@ -119,21 +139,38 @@ class Dispatcher:
             meanwhile()
             return torch.zeros_like(hidden)
         with self._metrics.layer_seconds.time():
-            routing = self.routing.layers[layer]
-            rows = hidden.detach().to("cpu").contiguous()  # [T, H]
-            top_k = top_k_index.shape[1]
-            max_rows = rows_per_frame(
-                hidden_size=rows.shape[1],
-                dtype=WIRE_DTYPES[rows.dtype],
-                mode=self._mode,
-                top_k=top_k,
+            if self._stage is None:
+                return self._compute(
+                    layer,
+                    hidden.detach().contiguous(),
+                    top_k_index.detach().numpy(),
+                    top_k_weight.detach().float().numpy(),
+                    meanwhile,
+                )
+            landed = self._stage.land(hidden, top_k_index, top_k_weight, meanwhile=meanwhile)
+            total = self._compute(
+                layer, landed.rows, landed.top_k_index, landed.top_k_weight, lambda: None
             )
-            groups = group_pairs(
-                top_k_index.detach().cpu().numpy(),
-                top_k_weight.detach().to("cpu", torch.float32).numpy(),
-                routing.function_of,
-                max_rows=max_rows,
-            )
-            batch = LayerBatch(rows, groups, layer=layer, mode=self._mode, top_k=top_k)
-            self._filler.fill(batch, layer, routing.functions, meanwhile=meanwhile)
-            return batch.result().to(hidden.device)
+            return self._stage.back(total, hidden)
+
+    def _compute(
+        self,
+        layer: int,
+        rows: Tensor,
+        top_k_index: NDArray[np.int64],
+        top_k_weight: NDArray[np.float32],
+        meanwhile: Meanwhile,
+    ) -> Tensor:
+        """Return the sum on the host, [T, H]; `rows` [T, H] are there, contiguous."""
+        routing = self.routing.layers[layer]
+        top_k = top_k_index.shape[1]
+        max_rows = rows_per_frame(
+            hidden_size=rows.shape[1],
+            dtype=WIRE_DTYPES[rows.dtype],
+            mode=self._mode,
+            top_k=top_k,
+        )
+        groups = group_pairs(top_k_index, top_k_weight, routing.function_of, max_rows=max_rows)
+        batch = LayerBatch(rows, groups, layer=layer, mode=self._mode, top_k=top_k)
+        self._filler.fill(batch, layer, routing.functions, meanwhile=meanwhile)
+        return batch.result()

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from faasmoe_expert.wire.checksum import Buffer
@@ -95,11 +96,23 @@ class Fanout:
     Belongs to one thread, but for `retain`. A call that fails on a connection that was used before,
     without a byte of an answer, is made once more on a new one: the sandbox may have closed it
     while idle, and calls are pure.
+
+    Args:
+        token: bearer token of the sandboxes.
+        timeouts: bounds of a round.
+        socket_dir: where sandboxes of this machine have Unix sockets; None for TCP alone.
     """
 
-    def __init__(self, *, token: str = "", timeouts: Timeouts | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        token: str = "",
+        timeouts: Timeouts | None = None,
+        socket_dir: Path | None = None,
+    ) -> None:
         self._authorization = f"authorization: Bearer {token}\r\n" if token else ""
         self._timeouts = timeouts or Timeouts()
+        self._socket_dir = socket_dir
         self._idle: dict[str, list[Connection]] = {}
         self._known: Collection[str] | None = None  # None: every address
         self._lock = threading.Lock()  # of the two above
@@ -131,7 +144,7 @@ class Fanout:
             with self._lock:
                 if idle := self._idle.get(address):
                     return idle.pop()
-        return Connection(address)
+        return Connection(address, socket_dir=self._socket_dir)
 
     def head(self, call: Call) -> bytes:
         """Return the head of a call's HTTP request."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import torch
 from torch import Tensor
 
 from faasmoe_expert.errors import BadAttachment, Corrupted
@@ -31,26 +30,39 @@ class LocalFunctions:
             StoreUnreadable: the store does not have the function any more.
             StoreCorrupted: it has wrong bytes of it.
         """
+        function = self._function(spec)
         try:
-            return self._function(spec).compute(request)
+            return function.compute(request)
         except Corrupted as error:
-            message = f"no sandbox answers for function {spec.id}, and {error}"
-            raise StoreCorrupted(message) from error
+            raise _corrupted(spec, error) from error
 
     def _function(self, spec: FunctionSpec) -> ExpertFunction:
         function = self._functions.pop(spec, None)
         if function is None:
-            function = self._map(spec)
+            function = map_function(spec, self._store)
         self._functions[spec] = function
         if len(self._functions) > MAX_FUNCTIONS:
             self._functions.popitem(last=False)
         return function
 
-    def _map(self, spec: FunctionSpec) -> ExpertFunction:
-        try:
-            return ExpertFunction(spec, self._store, device=torch.device("cpu"))
-        except (BadAttachment, StoreError, OSError) as error:
-            raise StoreUnreadable(
-                f"no sandbox answers for function {spec.id}, and the store {self._store.path} "
-                f"cannot stand in: {error}"
-            ) from error
+
+def map_function(spec: FunctionSpec, store: Store) -> ExpertFunction:
+    """Map a function from the store, its bytes verified; from any thread.
+
+    Raises:
+        StoreUnreadable: the store does not have the function any more.
+        StoreCorrupted: it has wrong bytes of it.
+    """
+    try:
+        return ExpertFunction(spec, store)
+    except Corrupted as error:
+        raise _corrupted(spec, error) from error
+    except (BadAttachment, StoreError, OSError) as error:
+        raise StoreUnreadable(
+            f"no sandbox answers for function {spec.id}, and the store {store.path} "
+            f"cannot stand in: {error}"
+        ) from error
+
+
+def _corrupted(spec: FunctionSpec, error: Corrupted) -> StoreCorrupted:
+    return StoreCorrupted(f"no sandbox answers for function {spec.id}, and {error}")

@@ -6,7 +6,7 @@ made; the model stays.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.logits_process import LogitsProcessorList
 
 from faasmoe_router.engine import scheduler
+from faasmoe_router.engine.attention import use_batchable_attention
 from faasmoe_router.engine.isolation import Isolation
 from faasmoe_router.engine.memory import release
 from faasmoe_router.engine.prefixes import PrefixRealms, keep_apart
@@ -28,7 +29,9 @@ from faasmoe_router.errors import ConfigError, EngineUnavailable, GenerationFail
 logger = logging.getLogger(__name__)
 
 NO_EOS = -1
-OutputHandler = Callable[[Sequence[Any]], None]
+OutputHandler = Callable[[Sequence[Any], Mapping[str, int]], None]
+"""Gets outputs, and by request how many tokens of its prompt were in the cache, told once."""
+TakeCached = Callable[[Iterable[str]], Mapping[str, int]]
 
 
 class _LoopRouter(OutputRouter):  # type: ignore[misc]
@@ -38,17 +41,21 @@ class _LoopRouter(OutputRouter):  # type: ignore[misc]
     gives back, and queues for ever what has no handler.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, handler: OutputHandler) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, handler: OutputHandler, take_cached: TakeCached
+    ) -> None:
         super().__init__()
         self._loop = loop
         self._handler = handler
+        self._take_cached = take_cached
 
     def deliver(self, output: Any) -> None:
         self.deliver_batch([output])
 
     def deliver_batch(self, outputs: list[Any]) -> None:
+        cached = self._take_cached(output.request_id for output in outputs)
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._handler, outputs)
+            self._loop.call_soon_threadsafe(self._handler, outputs, cached)
 
 
 class Batcher:
@@ -59,6 +66,9 @@ class Batcher:
         limits: what may be held.
         realms: whose prompts may share the cache of their beginnings; None shares nothing.
         computed: where the tokens of each batch are counted.
+
+    Attributes:
+        life: no other batcher has the same; to know it by when its cache is to be freed.
     """
 
     def __init__(
@@ -69,7 +79,8 @@ class Batcher:
         realms: PrefixRealms | None = None,
         computed: ComputedTokens | None = None,
     ) -> None:
-        _use_batchable_attention(model)
+        use_batchable_attention(model)
+        self.life = object()
         self._limits = limits
         self._realms = realms
         self._computed = computed
@@ -95,7 +106,7 @@ class Batcher:
                 loop.call_soon_threadsafe(on_broken, request_ids, error)
 
         self._report_broken = report
-        self._manager.output_router = _LoopRouter(loop, handler)
+        self._manager.output_router = _LoopRouter(loop, handler, self._take_cached)
         try:
             self._manager.warmup()
         except (ValueError, MemoryError, AttributeError) as error:
@@ -107,6 +118,8 @@ class Batcher:
         if self._computed is not None:
             processor.scheduler.computed = self._computed
         Isolation(self._manager)
+        # Whom the thread leaves behind goes on with another: that is no failure to be told.
+        self._manager._fail_all_remaining_requests = lambda *_: None
         release(processor.cache.cache_tensor)
         self._manager.start()
 
@@ -172,6 +185,10 @@ class Batcher:
         self._manager.batch_processor.scheduler.resume(request_id)
         self._manager._wake_up_loop.set()
 
+    def _take_cached(self, request_ids: Iterable[str]) -> Mapping[str, int]:
+        found: Mapping[str, int] = self._manager.batch_processor.scheduler.take_cached(request_ids)
+        return found
+
     def _make_manager(self, model: Any) -> Any:
         # The manager asks the model for its processors once, when it is made.
         chooser = TokenChooser(lambda *broken: self._report_broken(*broken))
@@ -214,15 +231,6 @@ class Batcher:
                 f"kv_cache_bytes: got enough for {cache.num_sectors} sectors of the cache, "
                 f"expected {n_needed} for one request of max_model_len tokens"
             )
-
-
-def _use_batchable_attention(model: Any) -> None:
-    current = model.config._attn_implementation
-    if "flash" in str(current) or current == "paged|eager":
-        return
-    wanted = "sdpa" if model._supports_sdpa else "paged|eager"
-    if current != wanted:
-        model.set_attn_implementation(wanted)
 
 
 def eos_ids_of(model: Any) -> tuple[int, ...]:

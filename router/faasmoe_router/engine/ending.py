@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
+StopReason = str | int
 
 
 @dataclass(frozen=True, slots=True)

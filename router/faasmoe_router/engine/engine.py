@@ -1,17 +1,22 @@
 """The engine: takes requests on the event loop, runs them in batches, and stays up.
 
-After a fatal error (the batch's thread died) every running request gets an error, the engine is
-not ready, and a new batcher is made over the same model: that takes a cache allocation, where a new
-process would load the model and connect to every sandbox again. A fault that comes back uses up
-the restarts; then the engine gives up and says so, and the process had better end and be replaced.
+After a fatal error (the batch's thread died) the engine is not ready, and a new batcher is made
+over the same model: that takes a cache allocation, where a new process would load the model and
+connect to every sandbox again. Requests go on from the tokens that they have; one that ran when a
+batcher died and runs when the next one dies may be why, and gets an error. A fault that comes back
+uses up the restarts; then the engine gives up and says so, and the process had better end and be
+replaced.
 """
 
 import asyncio
+import contextlib
+import gc
 import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 from faasmoe_router.engine.batching import Batcher, eos_ids_of
@@ -19,10 +24,9 @@ from faasmoe_router.engine.generation import Delta, Generation, GenerationReques
 from faasmoe_router.engine.grammar import GrammarCompiler
 from faasmoe_router.engine.prefixes import PrefixRealms
 from faasmoe_router.engine.restarts import RestartBudget
+from faasmoe_router.engine.running import Running
 from faasmoe_router.engine.scheduler import ComputedTokens, request_id_of
-from faasmoe_router.engine.sequence import Sequence as TokenSequence
 from faasmoe_router.engine.sizing import EngineLimits
-from faasmoe_router.engine.steps import Steps
 from faasmoe_router.engine.text import TextCodec
 from faasmoe_router.errors import (
     EngineSaturated,
@@ -41,28 +45,6 @@ WATCH_INTERVAL_S = 0.2
 STOP_TIMEOUT_S = 30.0
 RESTART_LIMIT = 3
 RESTART_WINDOW_S = 300.0
-
-
-class _Running:
-    """A sequence that waits or runs, where its deltas go, and when things happened to it."""
-
-    __slots__ = (*("arrived_s", "generation", "index", "last_s", "n_seen", "request", "sequence"),)
-
-    def __init__(
-        self, request: GenerationRequest, generation: Generation, *, index: int, now_s: float
-    ) -> None:
-        self.request = request
-        self.sequence: TokenSequence | None = None  # until its first turn
-        self.generation = generation
-        self.index = index
-        self.n_seen = 0
-        self.arrived_s = now_s
-        self.last_s = now_s
-
-    @property
-    def is_started(self) -> bool:
-        """Whether it has had a turn."""
-        return self.sequence is not None
 
 
 class Engine:
@@ -102,7 +84,7 @@ class Engine:
         self.vocabulary = codec.vocabulary(n_tokens=self.vocab_size, eos_ids=self._eos_ids)
         self.grammars = GrammarCompiler(self.vocabulary)
         self._batcher: Batcher | None = None
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, Running] = {}
         self._turns = FairQueue(slots=limits.max_num_seqs, max_queued=limits.max_waiting)
         self._realms: PrefixRealms | None = None
         self.computed = ComputedTokens()
@@ -181,7 +163,7 @@ class Engine:
         generation = Generation(len(requests), lambda: self._abort(ids), ticket)
         now_s = time.monotonic()
         for index, (sequence_id, request) in enumerate(zip(ids, requests, strict=True)):
-            running = _Running(request, generation, index=index, now_s=now_s)
+            running = Running(request, generation, index=index, now_s=now_s)
             self._running[sequence_id] = running
             self._turns.push(tenant, sequence_id, n_prompt=len(request.prompt_ids))
         self._give_turns()
@@ -206,29 +188,13 @@ class Engine:
 
     def _start(self, sequence_id: str, batcher: Batcher) -> None:
         running = self._running[sequence_id]
-        if running.is_started:
+        if running.is_in(batcher.life):
             batcher.resume(sequence_id)
             return
         running.generation.begin()
-        try:
-            running.sequence = self._submit(sequence_id, running.request, batcher)
-        except EngineUnavailable as error:
-            self._fail(sequence_id, GenerationFailed(str(error)))
-
-    def _submit(
-        self, sequence_id: str, request: GenerationRequest, batcher: Batcher
-    ) -> TokenSequence:
-        end_ids = request.ending.end_ids(self._eos_ids)
-        steps = Steps.of(request, end_ids)
-        batcher.add(
-            sequence_id,
-            request.prompt_ids,
-            max_tokens=request.max_tokens,
-            end_ids=end_ids,
-            steps=steps,
-        )
-        detokenizer = self.codec.detokenizer(special=request.special)
-        return TokenSequence(request, detokenizer=detokenizer, end_ids=end_ids, steps=steps)
+        # A batcher that has just died takes none: its successor is given it.
+        with contextlib.suppress(EngineUnavailable):
+            running.submit(sequence_id, batcher, self.codec, self._eos_ids)
 
     def _abort(self, sequence_ids: Sequence[str]) -> None:
         for sequence_id in sequence_ids:
@@ -236,15 +202,16 @@ class Engine:
                 self._metrics.finished("abort")
         self._give_turns()
 
-    def _drop(self, sequence_id: str) -> _Running | None:
+    def _drop(self, sequence_id: str) -> Running | None:
         """Forget a sequence, wherever it is."""
         running = self._running.pop(sequence_id, None)
         self._turns.end(sequence_id)
-        if running is not None and running.is_started and self._batcher is not None:
-            self._batcher.cancel(sequence_id)
+        batcher = self._batcher
+        if running is not None and batcher is not None and running.is_in(batcher.life):
+            batcher.cancel(sequence_id)
         return running
 
-    def _on_outputs(self, outputs: Sequence[Any]) -> None:
+    def _on_outputs(self, outputs: Sequence[Any], cached: Mapping[str, int]) -> None:
         """Take a batch's outputs; runs on the event loop."""
         now_s = time.monotonic()
         for output in outputs:
@@ -256,7 +223,8 @@ class Engine:
                 self._fail(output.request_id)
                 continue
             try:
-                self._advance(output, running, now_s=now_s)
+                n_cached = cached.get(output.request_id, 0)
+                self._advance(output, running, n_cached=n_cached, now_s=now_s)
             except Exception:  # one request's text must not stop the others'
                 logger.exception("A request's tokens could not be turned into text")
                 self._fail(output.request_id)
@@ -270,20 +238,21 @@ class Engine:
                     logger.error("A request ends with an error: %s", error)
                 self._fail(sequence_id, error)
 
-    def _advance(self, output: Any, running: _Running, *, now_s: float) -> None:
-        tokens = output.generated_tokens[running.n_seen :]
-        if not tokens or running.sequence is None:
+    def _advance(self, output: Any, running: Running, *, n_cached: int, now_s: float) -> None:
+        is_first = not running.tokens
+        delta = running.take(output)
+        if delta is None:
             return
-        self._measure(running, now_s=now_s)
-        running.n_seen += len(tokens)
-        delta = running.sequence.take(tokens)
+        self._measure(running, n_cached=n_cached, now_s=now_s, is_first=is_first)
+        if is_first:
+            delta = replace(delta, n_cached_tokens=n_cached)
         self._metrics.generation_tokens.inc(delta.n_tokens)
         self._turns.charge(output.request_id, delta.n_tokens)
         if delta.finish_reason is not None:
             self._finish(output, running, delta, now_s=now_s)
         running.generation.put(running.index, delta)
 
-    def _finish(self, output: Any, running: _Running, delta: Delta, *, now_s: float) -> None:
+    def _finish(self, output: Any, running: Running, delta: Delta, *, now_s: float) -> None:
         if output.is_finished():
             del self._running[output.request_id]
             self._turns.end(output.request_id)
@@ -292,9 +261,12 @@ class Engine:
         self._metrics.e2e_latency_s.observe(now_s - running.arrived_s)
         self._metrics.finished(str(delta.finish_reason))
 
-    def _measure(self, running: _Running, *, now_s: float) -> None:
-        if running.n_seen == 0:
-            self._metrics.prompt_tokens.inc(len(running.request.prompt_ids))
+    def _measure(self, running: Running, *, n_cached: int, now_s: float, is_first: bool) -> None:
+        if is_first:
+            n_prompt = len(running.request.prompt_ids)
+            self._metrics.prompt_tokens.inc(n_prompt)
+            self._metrics.prefix_queries.inc(n_prompt)
+            self._metrics.prefix_hits.inc(n_cached)
             self._metrics.time_to_first_token_s.observe(now_s - running.arrived_s)
         else:
             self._metrics.inter_token_latency_s.observe(now_s - running.last_s)
@@ -310,8 +282,20 @@ class Engine:
     def _fail_all(self, why: str) -> None:
         self._fail_these(list(self._running), why)
 
-    def _fail_started(self, why: str) -> None:
-        self._fail_these([i for i, running in self._running.items() if running.is_started], why)
+    def _note_death(self, life: object) -> None:
+        """Count a batcher's death for those that it computed; end those that it may be due to."""
+        for sequence_id, running in self._running.items():
+            if running.is_in(life) and self._turns.is_running(sequence_id):
+                running.count_death()
+        suspects = [i for i, running in self._running.items() if running.is_suspect]
+        self._fail_these(suspects, "the engine died again while it computed this request")
+
+    def _take_over(self, batcher: Batcher) -> None:
+        """Give a new batcher those that have a slot; who gave way or waits comes by its turn."""
+        taken = [i for i in self._running if self._turns.is_running(i)]
+        for sequence_id in taken:
+            self._start(sequence_id, batcher)
+        self._metrics.resumed.inc(sum(bool(self._running[i].tokens) for i in taken))
 
     def _fail_these(self, sequence_ids: Sequence[str], why: str) -> None:
         if sequence_ids:
@@ -339,19 +323,30 @@ class Engine:
             self._end_overdue(time.monotonic())
             if self._batcher is None or self._batcher.alive:
                 continue
-            error = self._batcher.fatal_error
-            logger.error("The engine died: %r", error)
-            await self._stop_batcher()
-            self._fail_started("the engine died")  # who waits is served by the next one
-            if not await self._restart_after(error):
+            if not await self._replace():
                 self._fail_all("the engine gave up")
                 return
-            self._give_turns()
 
-    async def _restart_after(self, error: Exception | None) -> bool:
+    async def _replace(self) -> bool:
+        """Put another batcher in the place of one that has died; return whether that was done."""
+        assert self._batcher is not None
+        life, error = self._batcher.life, self._batcher.fatal_error
+        why_final = str(error) if isinstance(error, StoreUnreadable) else ""
+        logger.error("The engine died: %s", repr(error))
+        del error  # and with it the frames that it was raised in, which hold the cache
+        await self._stop_batcher()
+        self._note_death(life)
+        if not await self._restart(why_final):
+            return False
+        assert self._batcher is not None
+        self._take_over(self._batcher)
+        self._give_turns()
+        return True
+
+    async def _restart(self, why_final: str) -> bool:
         """Start again if that may help and the budget allows; return whether the engine runs."""
-        if isinstance(error, StoreUnreadable):
-            logger.critical("The engine gives up: %s", error)
+        if why_final:
+            logger.critical("The engine gives up: %s", why_final)
             self._on_give_up()
             return False
         if not self._restarts.take(time.monotonic()):
@@ -375,6 +370,7 @@ class Engine:
         self._batcher = await asyncio.to_thread(self._make_batcher, loop)
 
     def _make_batcher(self, loop: asyncio.AbstractEventLoop) -> Batcher:
+        gc.collect()  # one that has died is a knot of references, its cache among them
         batcher = Batcher(self._model, self.limits, realms=self._realms, computed=self.computed)
         batcher.start(loop, self._on_outputs, self._on_broken)
         return batcher

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from faasmoe_router.engine.choosing import Choosing
-from faasmoe_router.engine.ending import Ending, FinishReason
+from faasmoe_router.engine.ending import Ending, FinishReason, StopReason
 from faasmoe_router.engine.logprobs import TokenLogprob
 from faasmoe_router.errors import GenerationFailed
 from faasmoe_router.tenants.callers import OpenTicket, Ticket
@@ -40,6 +40,9 @@ class Delta:
         text: the text.
         n_tokens: how many tokens were taken.
         finish_reason: why the sequence ended, if it did.
+        stop_reason: the stop string, or the stop token of the request's own, that ended it, if one
+            of them did.
+        n_cached_tokens: tokens of the prompt that were in the cache; told with the first token.
         logprobs: the log-probabilities of the tokens whose text begins in this text, each after
             the character of the sequence's text at which it begins.
     """
@@ -48,6 +51,8 @@ class Delta:
     n_tokens: int
     finish_reason: FinishReason | None = None
     logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
+    stop_reason: StopReason | None = None
+    n_cached_tokens: int | None = None
 
 
 class Generation:

@@ -1,10 +1,11 @@
 """A batch that raises costs only the requests that it raises for.
 
 transformers ends its thread, and every request with it, when a step raises. Here the step's
-requests are put back to where they stood before it and computed again by halves, until the one that
-raises is alone; it fails, the others have their token. Computing a step again is harmless: it
-writes the same places of the cache. When several requests in a row fail though they are alone, and
-none succeeds in between, it is not they: the error goes on, and ends the thread as it would have.
+requests are put back to where they stood before it and computed again, by halves if need be, until
+the one that raises is alone; it fails, the others have their token. Computing a step again is
+harmless: it writes the same places of the cache. When all of a step's requests raise alone, and
+they are several in a row with those before them, it is not they: none of them fails, the error goes
+on, and ends the thread as it would have; the engine gives them to another.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from faasmoe_router.errors import StoreUnreadable
+from faasmoe_router.errors import StoreCorrupted, StoreUnreadable
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,14 @@ class _Place:
     def restore(self) -> None:
         state = self.future.state
         state.position_offset, state.tokens_to_process = self.position_offset, self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _LoneFailure:
+    """A request whose step raised though it was alone, and what it raised."""
+
+    place: _Place
+    error: Exception
 
 
 class Isolation:
@@ -76,23 +85,15 @@ class Isolation:
             return self._body(processor, bootstrapping)
         except StoreUnreadable:
             raise
-        except Exception as error:
+        except Exception:
             if not self._places:
                 raise
             logger.exception("A batch of %d requests failed", len(self._places))
-            self._divide(self._places, error)
+            self._settle(len(self._places), self._compute(self._places))
             return True
 
-    def _divide(self, places: Sequence[_Place], error: Exception) -> None:
-        """Compute a batch that raised again by halves; the request that raises alone fails."""
-        if len(places) == 1:
-            self._fail(places[0], error)
-            return
-        middle = len(places) // 2
-        for half in (places[:middle], places[middle:]):
-            self._compute(half)
-
-    def _compute(self, places: Sequence[_Place]) -> None:
+    def _compute(self, places: Sequence[_Place]) -> list[_LoneFailure]:
+        """Compute requests again, and by halves if that raises; return those that raise alone."""
         for place in places:
             place.restore()
         futures = [place.future for place in places]
@@ -103,17 +104,29 @@ class Isolation:
         except StoreUnreadable:
             raise
         except Exception as error:
-            self._divide(places, error)
-            return
-        self._n_lone_failures = 0
+            if len(places) == 1:
+                return [_LoneFailure(places[0], error)]
+            middle = len(places) // 2
+            return [*self._compute(places[:middle]), *self._compute(places[middle:])]
         self._processor.update_batch()
+        return []
 
-    def _fail(self, place: _Place, error: Exception) -> None:
-        self._n_lone_failures += 1
+    def _settle(self, n_requests: int, failures: Sequence[_LoneFailure]) -> None:
+        """Fail those that raised alone, unless it is not they."""
+        # Damaged bytes are the store's fault: another engine would find the same.
+        faults = [f.error for f in failures if not isinstance(f.error, StoreCorrupted)]
+        if len(failures) < n_requests:
+            self._n_lone_failures = 0
+        else:
+            self._n_lone_failures += len(faults)
         if self._n_lone_failures >= MAX_LONE_FAILURES:
-            raise error
-        state = place.future.state
-        logger.error("Request %s fails alone: %r", state.request_id, error)
-        self._processor._handle_request_error(error, state)
+            raise faults[-1]
+        for failure in failures:
+            self._fail(failure)
+
+    def _fail(self, failure: _LoneFailure) -> None:
+        state = failure.place.future.state
+        logger.error("Request %s fails alone: %r", state.request_id, failure.error)
+        self._processor._handle_request_error(failure.error, state)
         self._processor.scheduler.finish_request(state.request_id)
         self._processor.scheduler.block_new_requests = False

@@ -43,6 +43,10 @@ class LogprobLog:
         """Add the next token's."""
         self._entries.append(entry)
 
+    def take_back(self) -> None:
+        """Forget the newest, whose token was not delivered: it is chosen once more."""
+        self._entries.pop()
+
     def take(self) -> TokenLogprob:
         """Return the oldest that was not taken yet."""
         return self._entries.popleft()

@@ -111,5 +111,5 @@ def _tell(own: Tensor, scores: Tensor, told: Sequence[RowPlan]) -> None:
     chosen = scores[[plan.row for plan in told]].argmax(-1)  # [L]
     logs = [log for plan in told if (log := plan.steps.logprobs) is not None]
     entries = log_probabilities(own, chosen, [log.n_top for log in logs])
-    for log, entry in zip(logs, entries, strict=True):
-        log.put(entry)
+    for plan, entry in zip(told, entries, strict=True):
+        plan.steps.tell(entry)

@@ -1,15 +1,15 @@
-"""The engine's scheduler: transformers' first-in-first-out one, repaired, with three things added.
+"""The engine's scheduler: transformers' first-in-first-out one, repaired, with some things added.
 
 Requests can be parked: they leave the batch and its cache between two batches, and go on later from
 the tokens that they have, as transformers' own do when the cache is full. What is computed for
-whom is counted, batch by batch. And it sees, in the engine's thread and ten times a second, whether
-there is any request.
+whom is counted, batch by batch, and how much of a prompt was in the cache. And it sees, in the
+engine's thread and ten times a second, whether there is any request.
 """
 
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from transformers.generation.continuous_batching.requests import RequestStatus
@@ -67,6 +67,7 @@ class TurnScheduler(FIFOScheduler):  # type: ignore[misc]
         super().reset()
         self._wishes: deque[tuple[Literal["park", "resume"], str]] = deque()
         self._parked: dict[str, Any] = {}
+        self._cached: dict[str, int] = {}
 
     def park(self, request_id: str) -> None:
         """Take a request out of the batches from the next one on; from any thread."""
@@ -84,6 +85,7 @@ class TurnScheduler(FIFOScheduler):  # type: ignore[misc]
         for request_id in list(self._requests_to_cancel):
             self._resume(request_id)
         cancelled: list[Any] = super().clear_cancelled_requests()
+        self.take_cached(state.request_id for state in cancelled)
         if cancelled:
             self.block_new_requests = False
         self._memory.note(time.monotonic(), is_idle=not self.has_pending_requests())
@@ -95,6 +97,18 @@ class TurnScheduler(FIFOScheduler):  # type: ignore[misc]
         batch = scheduled[0] or ()
         self.computed.count([(each.state.request_id, each.query_length) for each in batch])
         return scheduled
+
+    def take_cached(self, request_ids: Iterable[str]) -> Mapping[str, int]:
+        """Return how many tokens of these requests' prompts were in the cache, each once."""
+        return {name: self._cached.pop(name) for name in request_ids if name in self._cached}
+
+    def _infer_request_tokens(self, state: Any, *arguments: Any) -> list[int]:
+        n_before = len(state.remaining_prefill_tokens)
+        tokens: list[int] = super()._infer_request_tokens(state, *arguments)
+        n_cached = n_before - len(state.remaining_prefill_tokens)
+        if n_cached > 0 and not (state.generated_tokens or state._true_initial_tokens):
+            self._cached[state.request_id] = n_cached
+        return tokens
 
     def _park(self, request_id: str) -> None:
         state = self.waiting_requests.pop(request_id, None)

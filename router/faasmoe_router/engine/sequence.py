@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Collection
+from dataclasses import replace
 
 from faasmoe_router.engine.ending import FinishReason
 from faasmoe_router.engine.generation import Delta, GenerationRequest
@@ -39,6 +40,10 @@ class Sequence:
         self._n_emitted = 0
         self._untold: deque[tuple[int, TokenLogprob]] = deque()
 
+    def go_on_by(self, steps: Steps | None) -> None:
+        """Take what another batcher keeps for the request, as the one before it has died."""
+        self._steps = steps
+
     def take(self, tokens: list[int]) -> Delta:
         """Take the tokens that were generated since the last call."""
         text = ""
@@ -46,7 +51,7 @@ class Sequence:
             self.n_tokens += 1
             logprob = self._logprob()
             if token in self._end_ids and not self.request.ending.included:
-                return self._end(text, n_taken, "stop")
+                return self._end(text, n_taken, "stop", self._stop_token(token))
             if logprob is not None:
                 self._untold.append((self._n_decoded, logprob))
             emitted, stopped = self._emit(self._detokenizer.feed(token))
@@ -54,7 +59,7 @@ class Sequence:
             if stopped:
                 return self._delta(text, n_taken, "stop")
             if (reason := self._reason_after(token)) is not None:
-                return self._end(text, n_taken, reason)
+                return self._end(text, n_taken, reason, self._stop_token(token))
         return self._delta(text, len(tokens))
 
     def _reason_after(self, token: int) -> FinishReason | None:
@@ -71,16 +76,22 @@ class Sequence:
             return text, False
         return self._stops.feed(text)
 
-    def _end(self, text: str, n_taken: int, reason: FinishReason) -> Delta:
+    def _stop_token(self, token: int) -> int | None:
+        """Return the token if it is one by which the request itself lets the text end."""
+        return token if token in self.request.ending.stop_ids else None
+
+    def _end(self, text: str, n_taken: int, reason: FinishReason, stop_token: int | None) -> Delta:
         emitted, stopped = self._emit(self._detokenizer.flush())
         if stopped:
             return self._delta(text + emitted, n_taken, "stop")
         delta = self._delta(text + emitted + self._stops.flush(), n_taken, reason)
-        return Delta(delta.text, n_taken, reason, (*delta.logprobs, *self._told(self._n_decoded)))
+        told = (*delta.logprobs, *self._told(self._n_decoded))
+        return replace(delta, logprobs=told, stop_reason=stop_token)
 
     def _delta(self, text: str, n_taken: int, reason: FinishReason | None = None) -> Delta:
         self._n_emitted += len(text)
-        return Delta(text, n_taken, reason, self._told(self._n_emitted - 1))
+        told = self._told(self._n_emitted - 1)
+        return Delta(text, n_taken, reason, told, stop_reason=self._stops.found)
 
     def _logprob(self) -> TokenLogprob | None:
         if self._steps is None or self._steps.logprobs is None:

@@ -2,7 +2,8 @@
 
 It travels with the request through transformers' batching, so nothing has to be freed. A preempted
 request comes back with part of its output in its prompt; what is kept here counts from the prompt
-that was asked for, and is the same object before and after.
+that was asked for, and is the same object before and after. A step that is computed again, and the
+first step of a request that another engine began, find their state by the tokens that there are.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,7 +13,7 @@ from typing import Any, Self
 from faasmoe_router.engine.bias import FORBIDDEN, Biased
 from faasmoe_router.engine.generation import GenerationRequest
 from faasmoe_router.engine.grammar import Matcher
-from faasmoe_router.engine.logprobs import LogprobLog
+from faasmoe_router.engine.logprobs import LogprobLog, TokenLogprob
 from faasmoe_router.engine.penalties import Penalized, TokenCounts
 from faasmoe_router.engine.sampling import Draw
 
@@ -36,6 +37,8 @@ class Steps:
         self._too_early = [(token, FORBIDDEN) for token in end_ids]
         self._counts = _counts(request)
         self._n_counted = 0
+        self._n_accepted = 0
+        self._n_told = 0
         self.matcher = None if choosing.grammar is None else choosing.grammar.matcher()
         self.logprobs = None if choosing.n_logprobs is None else LogprobLog(choosing.n_logprobs)
         self.ended_after: int | None = None
@@ -54,6 +57,7 @@ class Steps:
     def plan(self, row: int, tokens: "TokensSoFar") -> "RowPlan":
         """Return what is to be done to the scores of the next token, which are a batch's row."""
         self._n_output = len(tokens) - self._n_prompt
+        self._catch_up(tokens)
         return RowPlan(
             steps=self,
             row=row,
@@ -67,8 +71,28 @@ class Steps:
         if self.matcher is None or self.matcher.ended:
             return
         self.matcher.accept(token)
+        self._n_accepted += 1
         if self.matcher.ended:
-            self.ended_after = self._n_output + 1
+            self.ended_after = self._n_accepted
+
+    def tell(self, logprob: TokenLogprob) -> None:
+        """Keep the log-probability of the token that was chosen last."""
+        assert self.logprobs is not None
+        self.logprobs.put(logprob)
+        self._n_told = self._n_output + 1
+
+    def _catch_up(self, tokens: "TokensSoFar") -> None:
+        """Stand where the tokens do: a step that failed has been undone, or another engine's."""
+        if self.logprobs is not None and self._n_told > self._n_output:
+            self.logprobs.take_back()
+            self._n_told = self._n_output
+        grammar = self._choosing.grammar
+        if grammar is None:
+            return
+        if self._n_accepted > self._n_output:
+            self.matcher, self._n_accepted, self.ended_after = grammar.matcher(), 0, None
+        for token in tokens.since(self._n_prompt + self._n_accepted):
+            self.accept(token)
 
     def _draw(self, row: int, position: int) -> Draw | None:
         sampling = self._choosing.sampling

@@ -11,6 +11,9 @@ class StopMatcher:
     Args:
         stops: the stop strings.
         included: whether the one that ends the text is emitted after all.
+
+    Attributes:
+        found: the stop string that ended the text, if one did.
     """
 
     def __init__(self, stops: Sequence[str], *, included: bool = False) -> None:
@@ -18,6 +21,7 @@ class StopMatcher:
             raise ValueError(f"stops: got {list(stops)!r}, expected strings that are not empty")
         self._stops = tuple(stops)
         self._included = included
+        self.found: str | None = None
         self._longest = max(map(len, stops), default=0)
         self._held = ""
 
@@ -30,6 +34,7 @@ class StopMatcher:
         if found:
             self._held = ""
             end, start = min(found)
+            self.found = text[start:end]
             return text[: end if self._included else start], True
         n_held = self._beginning(text)
         self._held = text[len(text) - n_held :]

@@ -8,7 +8,6 @@ are written to their file.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, Protocol, Self
 
 from faasmoe_router.engine.generation import GenerationRequest
 from faasmoe_router.tenants.allowances import Allowances
+from faasmoe_router.tenants.books import Books
 from faasmoe_router.tenants.callers import Caller, TenantTicket, Ticket
 from faasmoe_router.tenants.costs import Cost
 from faasmoe_router.tenants.directory import Directory
@@ -28,7 +28,7 @@ from faasmoe_router.tenants.held import HeldLimits, HeldRequests
 from faasmoe_router.tenants.limits import RateLimits, Reservation
 from faasmoe_router.tenants.metrics import TenantCollector
 from faasmoe_router.tenants.prefixes import half_agreed, prefix_groups
-from faasmoe_router.tenants.usage import Accounts, Outcome
+from faasmoe_router.tenants.usage import OUTCOMES, Accounts, Outcome
 from faasmoe_router.tenants.usage_file import UsageFile
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,9 @@ class Tenancy:
         held: what may wait for functions; each tenant has its part of it.
         n_routers: routers that share the limits, unless the tenants file tells.
         clock: tells the time in seconds.
+
+    Attributes:
+        books: what they have used, with what they have through other routers.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class Tenancy:
         self._accounts = accounts
         self._queue = queue
         self._spending = spending
-        self._file = file
+        self.books = Books(accounts, file)
         self._held = HeldRequests(held or HeldLimits())
         self._given_n_routers = n_routers
         self._clock = clock
@@ -158,19 +161,20 @@ class Tenancy:
         return self._held.holding(caller.tenant, self._part(caller.tenant), size_bytes=size_bytes)
 
     def usage(self, caller: Caller) -> dict[str, Any] | None:
-        """Return what a caller has used, as its usage endpoint tells it."""
-        account = self._accounts.of(caller.tenant)
+        """Return what a caller has used over all routers, as its usage endpoint tells it."""
+        used, others = self.books.whole(caller.tenant), self.books.others
         return {
             "object": "usage",
             "tenant": caller.tenant,
-            "since": int(self._accounts.since_s),
-            "prompt_tokens": account.prompt_tokens,
-            "completion_tokens": account.generated_tokens,
-            "total_tokens": account.prompt_tokens + account.generated_tokens,
-            "requests": dict(account.requests),
-            "expert_seconds": account.cost.seconds,
-            "expert_gb_seconds": account.cost.gb_seconds,
+            "since": int(others.since_s),
+            "prompt_tokens": used["prompt_tokens"],
+            "completion_tokens": used["generated_tokens"],
+            "total_tokens": used["prompt_tokens"] + used["generated_tokens"],
+            "requests": {outcome: used[outcome] for outcome in OUTCOMES},
+            "expert_seconds": used["expert_seconds"],
+            "expert_gb_seconds": used["expert_gb_seconds"],
             "router_replicas": self.n_routers,
+            "others_as_of": None if others.as_of_s is None else int(others.as_of_s),
         }
 
     async def __aenter__(self) -> Self:
@@ -185,7 +189,7 @@ class Tenancy:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._share_out_now()
-        await self._save()
+        await self.books.save()
 
     async def _refresh(self) -> None:
         while True:
@@ -201,15 +205,10 @@ class Tenancy:
     async def _keep(self) -> None:
         while True:
             await asyncio.sleep(SAVE_INTERVAL_S)
-            await self._save()
+            await self.books.save()
 
     def _share_out_now(self) -> None:
         self._accounts.share_out(self._spending.cost(), self._spending.tokens())
-
-    async def _save(self) -> None:
-        if self._file is not None:
-            content = json.dumps(self._accounts.to_json())
-            await asyncio.to_thread(self._file.save, content)
 
     def _take_document(self) -> None:
         document = self._directory.document

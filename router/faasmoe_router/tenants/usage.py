@@ -8,12 +8,15 @@ goes with the next one that has some.
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from faasmoe_router.tenants.costs import Cost
 
+BOOK_BYTES = 16
 Outcome = Literal["completed", "cancelled", "failed", "limited"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
@@ -35,6 +38,16 @@ class Account:
     requests: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
     cost: Cost = field(default_factory=Cost)
 
+    def statement(self) -> dict[str, float]:
+        """Return the account as numbers that can be added up over routers."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.generated_tokens,
+            **self.requests,
+            "expert_seconds": self.cost.seconds,
+            "expert_gb_seconds": self.cost.gb_seconds,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of this account."""
         return asdict(self)
@@ -55,10 +68,12 @@ class Accounts:
     Attributes:
         spent: what expert functions have cost, all together.
         since_s: when the accounts were opened, seconds since the epoch.
+        book: their name, which no other router's have, at any time.
     """
 
-    def __init__(self, since_s: float) -> None:
+    def __init__(self, since_s: float, *, book: str | None = None) -> None:
         self.since_s = since_s
+        self.book = book or secrets.token_hex(BOOK_BYTES)
         self.spent = Cost()
         self._pending = Cost()
         self._accounts: dict[str, Account] = {}
@@ -87,6 +102,7 @@ class Accounts:
         """Return the JSON object of all accounts."""
         return {
             "version": 1,
+            "book": self.book,
             "since_s": self.since_s,
             "spent": asdict(self.spent),
             "pending": asdict(self._pending),
@@ -98,10 +114,17 @@ class Accounts:
         """Read accounts; raises KeyError, TypeError or ValueError if they are none."""
         if value["version"] != 1:
             raise ValueError(f"version: got {value['version']!r}, expected 1")
-        accounts = cls(float(value["since_s"]))
+        accounts = cls(float(value["since_s"]), book=_book(value.get("book")))
         accounts.spent = Cost(**value["spent"])
         accounts._pending = Cost(**value["pending"])
         accounts._accounts = {
             str(name): Account.from_json(account) for name, account in value["tenants"].items()
         }
         return accounts
+
+
+def _book(name: Any) -> str | None:
+    """Return a book's name as it was kept; None for accounts from before they had one."""
+    if name is not None and not (isinstance(name, str) and re.fullmatch("[0-9a-f]{32}", name)):
+        raise ValueError(f"book: got {name!r}, expected 32 hexadecimal digits")
+    return name

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 from families.registry import FAMILIES, experts_modules
+from lanes import LateLane
 from sandboxes import PreparedStore, spec_of
 from torch import Tensor
 
 from faasmoe_expert.errors import BadAttachment, BadFrame
 from faasmoe_expert.functions import ExpertFunction
+from faasmoe_expert.functions.upload import Uploader
 from faasmoe_expert.store import Store, manifest_digest
 from faasmoe_expert.wire import Dtype, Mode, Request, decode_request, encode_request
 
-CPU = torch.device("cpu")
 LEAN = ["mixtral", "qwen2_moe", "aria", "gemma4", "nemotron_h"]
 GENERAL = ["gpt_oss", "muse_spark", "deepseek_v4", "inkling2", "openai_privacy_filter"]
 WIRE_DTYPES = {"float32": Dtype.FLOAT32, "bfloat16": Dtype.BFLOAT16, "float16": Dtype.FLOAT16}
@@ -90,7 +91,13 @@ def own_forward(family: str, batch: Batch, layer: int) -> Tensor:
 
 
 def attached(store: Store, layers: Sequence[int], experts: Sequence[int]) -> ExpertFunction:
-    return ExpertFunction(spec_of(store, layers, experts), store, device=CPU)
+    return ExpertFunction(spec_of(store, layers, experts), store)
+
+
+def copied(store: Store, layers: Sequence[int], experts: Sequence[int]) -> ExpertFunction:
+    """As on a CUDA device: its experts copied, chunk by chunk."""
+    uploader = Uploader(LateLane(), chunk_bytes=1000)
+    return ExpertFunction(spec_of(store, layers, experts), store, uploader=uploader)
 
 
 @pytest.mark.parametrize("family", LEAN)
@@ -174,6 +181,32 @@ def test_one_function_spans_several_layers(family: str, prepared_store: Prepared
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     one = store.manifest.layers[0].expert_bytes
     assert function.size_bytes == 2 * EXPERTS * one
+
+
+@pytest.mark.parametrize("block", [range(EXPERTS), [0, 3, 4, 7]])
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", LEAN + GENERAL)
+def test_a_copied_block_computes_what_the_mapped_one_does(
+    family: str, dtype: str, mode: Mode, block: Sequence[int], prepared_store: PreparedStore
+) -> None:
+    store = prepared_store(family, dtype=dtype)
+    request = Batch.make(store, 0).request(block, mode=mode)
+    expected = attached(store, [0, 1], block).compute(request)
+    function = copied(store, [0, 1], block)
+    got = function.compute(request)
+    assert got.dtype == expected.dtype
+    error = (got.float() - expected.float()).abs().max() / expected.float().abs().max()
+    assert error <= {"float32": 1e-6, "bfloat16": 2**-7}[dtype]
+    assert function.size_bytes == attached(store, [0, 1], block).size_bytes
+
+
+def test_a_copied_block_lets_go_of_the_map(prepared_store: PreparedStore) -> None:
+    store = prepared_store("mixtral")
+    path = str(store.path / store.manifest.layers[0].file)
+    function = copied(store, [0], [1, 2])
+    assert path not in Path("/proc/self/maps").read_text()
+    assert function.compute(Batch.make(store, 0).request([1, 2], mode=Mode.REDUCED)).any()
 
 
 @pytest.mark.parametrize(

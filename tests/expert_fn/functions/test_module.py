@@ -1,5 +1,7 @@
 """The general path computes the same from a compacted copy of its block, as CUDA has it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,9 @@ from torch import Tensor
 
 from faasmoe_expert.functions.module import ModuleKernel
 from faasmoe_expert.functions.pairs import Pairs
-from faasmoe_expert.functions.weights import LayerWeights, map_weights
+from faasmoe_expert.functions.weights import BlockStack, LayerWeights, map_weights
 from faasmoe_expert.store import Store
 
-CPU = torch.device("cpu")
 BLOCK = [1, 4, 6]
 FAMILIES = ["gpt_oss", "muse_spark", "nemotron_h", "aria", "mixtral", "openai_privacy_filter"]
 
@@ -19,19 +20,23 @@ FAMILIES = ["gpt_oss", "muse_spark", "nemotron_h", "aria", "mixtral", "openai_pr
 def kernel_of(store: Store, weights: LayerWeights) -> ModuleKernel:
     model, layer = store.manifest.model, store.manifest.layers[0]
     return ModuleKernel.from_store(
-        store.path / "model", model.architecture, layer.name, weights, BLOCK, CPU
+        store.path / "model", model.architecture, layer.name, weights, BLOCK
     )
 
 
 def mapped(store: Store) -> LayerWeights:
     n_experts = store.manifest.layers[0].num_experts
-    return map_weights(store.map_layer(0), n_experts=n_experts, experts=BLOCK, device=CPU)
+    return map_weights(store.map_layer(0), n_experts=n_experts)
+
+
+def stacked(parts: Sequence[Tensor]) -> BlockStack:
+    return BlockStack(torch.stack(list(parts)), {e: i for i, e in enumerate(BLOCK)})
 
 
 def compacted(weights: LayerWeights) -> LayerWeights:
-    """What `map_weights` gives on CUDA: only the block's experts, by their index."""
+    """What a device has: only the block's experts, one after the other."""
     copies = {
-        name: {e: stack[e].clone() for e in BLOCK}  # [...] each
+        name: stacked([stack[e] for e in BLOCK])  # [...] each
         for name, stack in weights.stacked.items()
     }
     return LayerWeights(copies, weights.shared)
@@ -84,7 +89,7 @@ def test_kernels_of_one_model_do_not_share_their_weights(prepared_store: Prepare
     before = first.sum(hidden, pairs)
     other = LayerWeights(
         {
-            name: {e: torch.zeros_like(stack[e]) for e in BLOCK}
+            name: stacked([torch.zeros_like(stack[e]) for e in BLOCK])
             for name, stack in mapped(store).stacked.items()
         },
         {},

@@ -2,6 +2,8 @@
 
 import numpy as np
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from faasmoe_expert.functions.pairs import TILE_ROWS, Pairs
 
@@ -25,3 +27,22 @@ def test_tiles_cover_every_pair_once_and_end_in_zeros() -> None:
         assert rows.shape == (TILE_ROWS, 3)
         assert torch.equal(rows[: len(index)], hidden[pairs.row[index]])
         assert not rows[len(index) :].any()
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 40))
+def test_runs_hold_every_pair_once_in_whole_experts_and_bounded_rows(
+    experts: list[int], max_rows: int
+) -> None:
+    expert = np.array(experts, np.int32)
+    pairs = Pairs(np.arange(len(expert), dtype=np.int32), expert, torch.ones(len(expert)))
+    runs = list(pairs.runs(lambda n: -(-n // 4) * 4, max_rows=max_rows))
+    positions = np.concatenate([run.positions for run in runs])
+    assert positions.tolist() == np.argsort(expert, kind="stable").tolist()
+    spans = [span for run in runs for span in run.spans]
+    assert [e for e, _, _ in spans] == sorted(set(experts))
+    for run in runs:
+        assert run.n_rows <= max_rows or len(run.spans) == 1
+        assert (run.spans[0][1], run.spans[-1][2]) == (0, run.n_rows)
+        owner = {row: e for e, begin, end in run.spans for row in range(begin, end)}
+        assert [owner[place] for place in run.places.tolist()] == expert[run.positions].tolist()
+        assert len(set(run.places.tolist())) == len(run.places)

@@ -71,7 +71,7 @@ def request_for(expert: int) -> Request:
 
 
 def function(store: Store, experts: range) -> ExpertFunction:
-    return ExpertFunction(spec_of(store, [0], experts), store, device=torch.device("cpu"))
+    return ExpertFunction(spec_of(store, [0], experts), store)
 
 
 @given(st.binary(min_size=1, max_size=20_000), st.data())

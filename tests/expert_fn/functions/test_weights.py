@@ -13,7 +13,6 @@ from faasmoe_expert.functions.weights import as_tensor, map_weights
 from faasmoe_expert.store import Store
 from faasmoe_expert.wire import Dtype, Mode, decode_request, encode_request
 
-CPU = torch.device("cpu")
 HIDDEN, INTER, EXPERTS = 256, 512, 16
 _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ (\S+) .*? (/.*)?$")
 
@@ -62,7 +61,7 @@ def test_an_attached_function_holds_no_memory_but_the_pages_it_reads(large_store
     path = large_store.path / large_store.manifest.layers[0].file
     spec = spec_of(large_store, [0], range(4, 8))
     assert mapping_of(path) == {}
-    function = ExpertFunction(spec, large_store, device=CPU)
+    function = ExpertFunction(spec, large_store)
     attached = mapping_of(path)
     function.compute(decode_request(frame(5)))
     used = mapping_of(path)
@@ -77,10 +76,22 @@ def test_an_attached_function_holds_no_memory_but_the_pages_it_reads(large_store
     assert mapping_of(path) == {}
 
 
+def test_populating_brings_in_the_experts_that_are_named_and_no_others(large_store: Store) -> None:
+    layer = large_store.manifest.layers[0]
+    path = large_store.path / layer.file
+    path.read_bytes()  # cached, for the system to have pages to enter
+    mapped = large_store.map_layer(0)
+    before_kb = mapping_of(path)["Rss"]
+    mapped.populate(EXPERTS, range(4, 12))
+    found_kb = mapping_of(path)["Rss"] - before_kb
+    # Not one by one: the system may enter what lies in one piece with them, too.
+    assert 8 * layer.expert_bytes <= found_kb * 1024 < EXPERTS * layer.expert_bytes
+
+
 def test_every_tensor_lies_in_the_map(prepared_store: PreparedStore) -> None:
     store = prepared_store("muse_spark")
     layer = store.map_layer(0)
-    weights = map_weights(layer, n_experts=8, experts=[0], device=CPU)
+    weights = map_weights(layer, n_experts=8)
     assert set(weights.stacked) | set(weights.shared) == set(layer.tensors)
     assert set(weights.shared) == {"post_expert_norm.weight"}
     for name, tensor in {**weights.stacked, **weights.shared}.items():
@@ -93,7 +104,7 @@ def test_every_tensor_lies_in_the_map(prepared_store: PreparedStore) -> None:
 
 def test_a_write_never_reaches_the_file(large_store: Store) -> None:
     path = large_store.path / large_store.manifest.layers[0].file
-    weights = map_weights(large_store.map_layer(0), n_experts=EXPERTS, experts=[0], device=CPU)
+    weights = map_weights(large_store.map_layer(0), n_experts=EXPERTS)
     stack = weights.stacked["down_proj"]
     assert isinstance(stack, torch.Tensor)
     stack[0].fill_(7.0)

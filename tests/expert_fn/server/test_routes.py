@@ -52,7 +52,13 @@ def test_a_sandbox_attaches_lists_computes_and_detaches(
     fresh: SandboxProcess, store: Store, spec: FunctionSpec
 ) -> None:
     assert fresh.http.get("/v1/functions").json() == {
-        "sandbox": {"id": "s7", "pid": fresh.process.pid, "capacity": 2, "device": "cpu"},
+        "sandbox": {
+            "id": "s7",
+            "pid": fresh.process.pid,
+            "capacity": 2,
+            "device": "cpu",
+            "memory": {"limit_bytes": None, "used_bytes": 0},
+        },
         "functions": [],
     }
     first = put(fresh, spec, body(store, spec))

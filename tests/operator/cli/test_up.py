@@ -310,6 +310,17 @@ def test_is_found_by_top(model: Path) -> None:
     assert len([line for line in shown.stdout.splitlines() if line[:12].isalnum()]) == 6
 
 
+def test_refuses_a_device_that_is_not_there_before_anything_starts(
+    write_model: WriteModel, store: Path
+) -> None:
+    file = write_model("router: {device: cuda}", "experts: {device: cpu}")
+    with up(file, CUDA_VISIBLE_DEVICES="") as launched:
+        assert launched.end() == 2
+    assert f"error: {file}: spec.router.device: got cuda, expected cpu or auto" in launched.output
+    assert "checking the store" not in launched.output
+    assert "starting zygote" not in launched.output
+
+
 def test_refuses_a_store_with_a_damaged_file_before_anything_starts(
     model: Path, store: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from weakref import WeakSet
 
 import pytest
@@ -21,6 +22,7 @@ from boxes import (
     world,
 )
 
+from faasmoe_operator.control.controller import Controller
 from faasmoe_operator.control.reports import FunctionLoad, LoadReport
 from faasmoe_operator.control.table_feed import TableFeed
 
@@ -35,6 +37,12 @@ async def settled(condition: Callable[[], bool]) -> None:
     for _ in range(10):
         await asyncio.sleep(TIMING.tick_s)
         assert condition()
+
+
+def serves_alone(controller: Controller, function: str) -> bool:
+    """Wait for a function as a caller does, and tell whether it and no other serves."""
+    controller.wake([function])
+    return serving(controller) == {function}
 
 
 @pytest.mark.parametrize("pool", [0, 2])
@@ -337,5 +345,92 @@ def test_a_sandbox_that_misbehaves_is_ejected_and_replaced(
                     assert address == boxes.boxes["box2"].address
         finally:
             await boxes.end()
+
+    asyncio.run(story())
+
+
+def test_where_memory_is_short_the_least_lately_used_makes_room() -> None:
+    async def story() -> None:
+        model = model_of(3, capacity=8, warm_pool=0, memory_limit=2)
+        async with world(model) as (controller, boxes):
+            controller.wake(["f0"])
+            await eventually(lambda: serving(controller) == {"f0"})
+            controller.wake(["f1"])
+            async with reporting(controller, load(1.0, "f1")):
+                await eventually(lambda: serving(controller) == {"f0", "f1"})
+                controller.wake(["f2"])
+                await eventually(lambda: serving(controller) == {"f1", "f2"})
+                assert not boxes.holders("f0")
+
+    asyncio.run(story())
+
+
+def test_one_that_made_room_comes_back_when_it_is_called_again() -> None:
+    async def story() -> None:
+        model = model_of(2, warm_pool=0, memory_limit=1)
+        async with world(model) as (controller, _):
+            for function in ("f0", "f1", "f0", "f1"):
+                await eventually(partial(serves_alone, controller, function))
+
+    asyncio.run(story())
+
+
+def test_callers_wait_while_all_that_has_room_is_in_use_and_are_told_of() -> None:
+    async def story() -> None:
+        model = model_of(2, warm_pool=0, memory_limit=1)
+        async with world(model) as (controller, boxes):
+            controller.wake(["f0"])
+            async with reporting(controller, load(1.0, "f0")):
+                await eventually(lambda: serving(controller) == {"f0"})
+                controller.wake(["f1"])
+                told = "memory: 1 functions wait for others to be idle, 0 fit in no sandbox"
+                await settled(lambda: serving(controller) == {"f0"} and controller.trouble == told)
+                assert boxes.n_created == 1
+            await eventually(partial(serves_alone, controller, "f1"))
+            await eventually(lambda: controller.trouble == "")
+
+    asyncio.run(story())
+
+
+def test_a_sandbox_takes_no_more_than_it_says_that_it_may() -> None:
+    async def story() -> None:
+        async with world(model_of(4, capacity=8, warm_pool=0)) as (controller, boxes):
+            boxes.memory_limit = 2
+            controller.wake([f"f{index}" for index in range(4)])
+            await eventually(lambda: len(serving(controller)) == 4)
+            assert [len(box.functions) for box in boxes.boxes.values()] == [2, 2]
+            assert all(len(box.calls) == 2 for box in boxes.boxes.values())
+
+    asyncio.run(story())
+
+
+def test_a_sandbox_without_memory_for_one_more_serves_on_and_the_other_goes_elsewhere() -> None:
+    async def full(request: web.Request) -> web.Response | None:
+        is_second = request.method == "PUT" and request.path.endswith("f1")
+        return refused(503, "out_of_memory") if is_second else None
+
+    async def story() -> None:
+        async with world(model_of(2, capacity=8, warm_pool=0)) as (controller, boxes):
+            boxes.faults = [full]
+            controller.wake(["f0"])
+            await eventually(lambda: serving(controller) == {"f0"})
+            (first,) = boxes.boxes
+            controller.wake(["f1"])
+            await eventually(lambda: serving(controller) == {"f0", "f1"})
+            assert boxes.holders("f0") == [first]
+            assert boxes.holders("f1") != [first]
+
+    asyncio.run(story())
+
+
+def test_no_sandbox_after_another_is_created_for_what_fits_in_none() -> None:
+    async def story() -> None:
+        model = model_of(1, warm_pool=0, size_bytes=2)
+        async with world(model) as (controller, boxes):
+            boxes.memory_limit = 1
+            controller.wake(["f0"])
+            told = "memory: 0 functions wait for others to be idle, 1 fit in no sandbox"
+            await settled(lambda: controller.trouble == told)
+            assert boxes.n_created == 1
 
     asyncio.run(story())

@@ -12,8 +12,10 @@ import boxes as boxes_module
 import pytest
 from aiohttp import web
 from boxes import (
+    DEADLINE_S,
     QUICK,
     SPEED,
+    TIMEOUTS,
     Boxes,
     controlling,
     eventually,
@@ -26,6 +28,7 @@ from boxes import (
 
 from faasmoe_operator.control.api.bodies import read_load, read_wake
 from faasmoe_operator.control.controller import Controller
+from faasmoe_operator.control.inspector import MAX_SILENCES
 from faasmoe_operator.control.reports import (
     CUT_OFF_S,
     ROUTER_LOST_S,
@@ -33,8 +36,11 @@ from faasmoe_operator.control.reports import (
     LoadReport,
     Reports,
 )
+from faasmoe_operator.control.sandbox_client import Timeouts
 from faasmoe_operator.control.spoiled import FIRST_S, MOST_S, Spoiled
+from faasmoe_operator.control.timing import Timing
 from faasmoe_operator.control.usage import KEPT_S, Usage
+from faasmoe_operator.plan.fleet import SandboxState
 from faasmoe_operator.scaling import Phase
 
 BUSY = LoadReport("r1", {"f0": FunctionLoad(1.0, calls=10)}, held=0)
@@ -227,6 +233,46 @@ def test_many_wakes_during_restarts_activate_once() -> None:
                     assert n_attaches(fleet)["f0"] == 1
         finally:
             await fleet.end()
+
+    asyncio.run(story())
+
+
+def test_a_sandbox_that_answers_late_is_read_back_before_anything_is_told() -> None:
+    """Or routers would be told of a table that lacks what it holds, and wake it elsewhere."""
+
+    async def story() -> None:
+        fleet, model = Boxes(), model_of(1)
+        n_unanswered = MAX_SILENCES - 1
+
+        async def late(request: web.Request) -> web.Response | None:
+            nonlocal n_unanswered
+            if request.method == "GET" and n_unanswered:
+                n_unanswered -= 1
+                await asyncio.sleep(2 * TIMEOUTS.list_timeout_s)
+            return None
+
+        try:
+            async with controlling(model, fleet) as first:
+                await bring_up(first, "f0")
+            [holder] = fleet.holders("f0")
+            fleet.boxes[holder].fault = late
+            async with controlling(model, fleet) as second:
+                assert serving(second) == {"f0"}
+                assert n_unanswered == 0
+        finally:
+            await fleet.end()
+
+    asyncio.run(story())
+    assert Timing().adopt_timeout_s >= MAX_SILENCES * Timeouts().list_timeout_s
+
+
+def test_a_sandbox_without_an_address_keeps_no_control_from_starting() -> None:
+    async def story() -> None:
+        fleet, model = Boxes(), model_of(1, warm_pool=0)
+        fleet.expect("pending", model.template)
+        patient = replace(boxes_module.TIMING, adopt_timeout_s=2 * DEADLINE_S)
+        async with controlling(model, fleet, timing=patient) as controller:
+            assert [m.state for m in controller.fleet.members] == [SandboxState.STARTING]
 
     asyncio.run(story())
 

@@ -13,6 +13,7 @@ from model_contexts import SUMMARY, make_context
 from pod_world import NAMESPACE, Cluster, cluster
 
 from faasmoe_operator.control.controller import Controller
+from faasmoe_operator.control.ledger import Statement, Use
 from faasmoe_operator.control.reports import FunctionLoad, LoadReport
 from faasmoe_operator.control.timing import Timing
 from faasmoe_operator.errors import PlanError
@@ -38,7 +39,7 @@ SCALING = {
     "panicWindowPercentage": 20,
     "scaleToZeroGracePeriodSeconds": 2,
 }
-QUICK = replace(TIMING, tick_s=0.5, save_interval_s=0.05)
+QUICK = replace(TIMING, tick_s=0.5, save_interval_s=0.05, accounts_interval_s=0.05)
 DEADLINE_S = 60.0
 KEY = ModelKey(NAMESPACE, "qwen")
 
@@ -356,6 +357,55 @@ def test_popularity_outlives_the_operator() -> None:
             await running.cores.ensure(context())
             damaged = await running.controller()
             assert damaged.records.order() == names
+
+    asyncio.run(story())
+
+
+ACCOUNTS = (CONFIG_MAP, NAMESPACE, "qwen-accounts")
+USED = Statement("a" * 32, 100.0, {"acme": Use(7, 5)})
+
+
+def test_the_tenants_accounts_outlive_the_operator_and_the_routers() -> None:
+    async def story() -> None:
+        async with world() as running:
+            await running.cores.ensure(context())
+            (await running.controller()).settle(USED)
+            await eventually(lambda: ACCOUNTS in running.made.api.objects, "written")
+            await running.cores.end()
+            await running.cores.ensure(context())
+            again = await running.controller()
+            assert again.ledger.accounts == {"acme": Use(7, 5)}
+            again.settle(USED)  # a router that went on tells its book again
+            again.settle(replace(USED, book="b" * 32))
+            assert again.ledger.accounts == {"acme": Use(14, 10)}
+            await running.cores.ensure(context(warmPool=1))  # another life of the core
+            await eventually(lambda: running.cores.find(NAMESPACE, "qwen") is not None)
+            assert (await running.controller()).ledger is again.ledger
+            await running.cores.end()
+            held = running.made.api.objects[ACCOUNTS]
+            assert held["metadata"]["ownerReferences"][0]["uid"] == "u-1"
+            assert json.loads(held["data"]["accounts.json"])["accounts"]["acme"][:2] == [14, 10]
+
+    asyncio.run(story())
+
+
+def test_accounts_that_are_damaged_are_kept_to_look_at() -> None:
+    async def story() -> None:
+        async with world() as running:
+            await running.cores.ensure(context())
+            (await running.controller()).settle(USED)
+            await eventually(lambda: ACCOUNTS in running.made.api.objects, "written")
+            await running.cores.end()
+            held = running.made.api.objects[ACCOUNTS]
+            running.made.api.put({**held, "data": {"accounts.json": "{"}})
+            await running.cores.ensure(context())
+            damaged = await running.controller()
+            assert damaged.ledger.accounts == {}
+            damaged.settle(USED)
+            await running.cores.end()
+            data = running.made.api.objects[ACCOUNTS]["data"]
+            assert data["accounts.damaged"] == "{"
+            assert json.loads(data["accounts.json"])["accounts"]["acme"][0] == 7
 
     asyncio.run(story())
 

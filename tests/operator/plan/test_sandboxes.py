@@ -206,6 +206,12 @@ def test_a_function_larger_than_any_sandbox_is_named_and_nothing_is_created_for_
     assert got == SandboxPlan((), unplaceable=("f",))
 
 
+def test_a_sandbox_that_has_the_room_takes_what_a_new_one_would_not() -> None:
+    roomy = sandbox("a", shape=Shape(1, 200))
+    got = plan_with([Demand("f", 2, 150)], roomy, shape=Shape(1, 100))
+    assert got == SandboxPlan((Attach("a", "f", DEMAND),), unplaceable=("f",))
+
+
 def test_creations_of_one_round_are_bounded_and_callers_come_before_the_pool() -> None:
     want = dict.fromkeys("abcde", 1)
     assert actions(want=want, warm_pool=3, max_creates=4) == [Create(4, DEMAND)]

@@ -246,7 +246,7 @@ def test_makes_every_function_resident(socket: Path) -> None:
             table = residents.table("sha256:0")
             assert [entry.spec for entry in table.functions] == functions
             for sandbox, group in residents.sandboxes:
-                held = await client.list(sandbox.address)
+                held = (await client.list(sandbox.address)).functions
                 assert {f.spec for f in held} == set(group)
                 assert {f.model_digest for f in held} == {"sha256:0"}
 

@@ -53,6 +53,13 @@ def test_every_field_that_only_kubernetes_honours_is_noted() -> None:
     ]
 
 
+def test_a_sandbox_for_each_function_is_noted_where_they_share_a_gpu() -> None:
+    (note,) = platform_notes(model(experts={"device": "cuda"}))
+    assert note.startswith("spec.experts.functionsPerSandbox: got 1 with device cuda: ")
+    assert noted(experts={"device": "cuda", "functionsPerSandbox": 24}) == []
+    assert noted(experts={"device": "cpu"}) == noted(router={"device": "cuda"}) == []
+
+
 def test_nothing_is_noted_of_a_field_that_is_given_as_it_is_anyway() -> None:
     assert noted(suspend=False, router={"replicas": 1, "template": {}}) == []
 

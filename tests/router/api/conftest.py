@@ -17,6 +17,7 @@ from faasmoe_router.api.app import create_app
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.sizing import EngineLimits
 from faasmoe_router.engine.text import TextCodec
+from faasmoe_router.fingerprint import fingerprint
 from faasmoe_router.metrics import EngineMetrics, new_registry
 from faasmoe_router.serving import Server
 
@@ -61,7 +62,13 @@ def server(base_model: Any, codec: TextCodec) -> Iterator[tuple[str, Engine]]:
         limits=EngineLimits(max_model_len=256, max_num_seqs=4, max_waiting=8),
         metrics=EngineMetrics(registry, MODEL),
     )
-    app = create_app(engine, model_name=MODEL, registry=registry, max_body_bytes=20_000)
+    app = create_app(
+        engine,
+        model_name=MODEL,
+        registry=registry,
+        fingerprint=fingerprint("sha256:0", base_model),
+        max_body_bytes=20_000,
+    )
     with _serving(app, engine) as url:
         yield url, engine
 
@@ -87,7 +94,12 @@ def tool_server(base_model: Any, tool_codec: TextCodec) -> Iterator[str]:
         limits=EngineLimits(max_model_len=1024, max_num_seqs=4, max_waiting=8),
         metrics=EngineMetrics(registry, MODEL),
     )
-    app = create_app(engine, model_name=MODEL, registry=registry)
+    app = create_app(
+        engine,
+        model_name=MODEL,
+        registry=registry,
+        fingerprint=fingerprint("sha256:0", base_model),
+    )
     with _serving(app, engine) as url:
         yield url
 

@@ -128,6 +128,7 @@ def peer(server: tuple[str, Engine], tool_server: str, codec: TextCodec) -> Iter
 
 
 ENDPOINTS, BOTH, CHAT, TEXT = "Endpoints", "Both", "Chat completions", "Completions"
+ANSWERS = "Answers"
 
 
 @case(ENDPOINTS, "POST /v1/chat/completions", "whole, or as a stream of server-sent events")
@@ -373,7 +374,8 @@ def _stream_options(peer: Peer) -> None:
 @case(
     BOTH,
     "user, metadata, store, safety_identifier, prompt_cache_key, service_tier",
-    "taken and without effect (`service_tier` as `auto` or `default`); unknown fields likewise",
+    "taken and without effect (`service_tier` as `auto` or `default`, told as `default`); unknown "
+    "fields likewise",
 )
 def _accepted(peer: Peer) -> None:
     answer = peer.chat(
@@ -386,6 +388,8 @@ def _accepted(peer: Peer) -> None:
         some_future_parameter={"x": 1},
     )
     assert _said(answer) == _said(peer.chat())
+    assert answer.service_tier == "default"
+    assert peer.chat().service_tier is None
 
 
 @case(BOTH, "X-Request-Id", "echoed, or made")
@@ -580,6 +584,61 @@ def _best_of(peer: Peer) -> None:
     assert refused.value.param == "best_of"
 
 
+@case(ANSWERS, "system_fingerprint", "of the weights, their format, and what they run on")
+def _fingerprint(peer: Peer) -> None:
+    told = {chunk.system_fingerprint for chunk in peer.chat(stream=True)}
+    assert {peer.chat().system_fingerprint, peer.text().system_fingerprint} == told
+    assert re.fullmatch("fp_[0-9a-f]{12}", told.pop())
+
+
+@case(
+    ANSWERS,
+    "usage.prompt_tokens_details",
+    "`cached_tokens`: of the tenant's own earlier prompts only, see [tenants](tenants.md); null in "
+    "a stream until it is known",
+)
+def _prompt_details(peer: Peer) -> None:
+    both = {"include_usage": True, "continuous_usage_stats": True}
+    whole = peer.chat(n=2).usage
+    assert whole.prompt_tokens_details.cached_tokens == 0  # nothing is shared without tenants
+    first, *_, last = peer.chat(stream=True, stream_options=both)
+    assert first.usage.prompt_tokens_details is None
+    assert last.usage.prompt_tokens_details == whole.prompt_tokens_details
+
+
+@case(
+    ANSWERS,
+    "usage.completion_tokens_details",
+    "nothing is predicted, and what a model thinks is told as text: all are 0",
+)
+def _completion_details(peer: Peer) -> None:
+    for answer in (peer.chat(), peer.text()):
+        details = answer.usage.completion_tokens_details
+        assert (details.reasoning_tokens, details.audio_tokens) == (0, 0)
+        assert details.accepted_prediction_tokens == details.rejected_prediction_tokens == 0
+
+
+@case(
+    ANSWERS,
+    "choices[].stop_reason",
+    "vLLM's: the stop string, or the token of `stop_token_ids`, that ended the text; else null",
+)
+def _stop_reason(peer: Peer) -> None:
+    letters = {"allowed_token_ids": peer.tokens("abcdefgh")}
+    plain = peer.text(**letters).choices[0]
+    assert plain.stop_reason is None
+    [token] = peer.tokens(plain.text[3])
+    for stop, how in ((plain.text[3], "stop"), (token, "stop_token_ids")):
+        asked = {how: [stop], **letters}
+        assert peer.text(**asked).choices[0].stop_reason == stop
+        assert [*peer.text(stream=True, **asked)][-1].choices[0].stop_reason == stop
+        chat = {how: [stop], "allowed_token_ids": [token]}
+        assert peer.chat(**chat).choices[0].stop_reason == stop
+        assert [*peer.chat(stream=True, **chat)][-1].choices[0].stop_reason == stop
+    ended = peer.text(allowed_token_ids=[0, 1]).choices[0]
+    assert ended.stop_reason is None
+
+
 @pytest.mark.parametrize(
     "held", [pytest.param(c, id=f"{c.section}-{c.name}".replace(" ", "-")) for c in CASES]
 )
@@ -642,7 +701,7 @@ def document() -> str:
 
 def _lines() -> Iterator[str]:
     yield HEAD
-    for section in (ENDPOINTS, BOTH, CHAT, TEXT):
+    for section in (ENDPOINTS, BOTH, CHAT, TEXT, ANSWERS):
         yield from (f"## {section}", "", f"| {_header(section)} | |", "|---|---|")
         for held in CASES:
             if held.section == section:
@@ -656,7 +715,7 @@ def _lines() -> Iterator[str]:
 
 
 def _header(section: str) -> str:
-    return "endpoint" if section == ENDPOINTS else "parameter"
+    return {ENDPOINTS: "endpoint", ANSWERS: "field"}.get(section, "parameter")
 
 
 def _code(name: str) -> str:

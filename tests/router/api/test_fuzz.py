@@ -19,6 +19,12 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
 Body = dict[str, Any]
 SLOWEST_S = 20.0
@@ -29,6 +35,12 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 CHAT: Body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2}
 TEXT: Body = {"model": "tiny", "prompt": "hi", "max_tokens": 2}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+AS_DESCRIBED = [
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
 FUZZ = settings(
     deadline=None,
     derandomize=True,
@@ -78,6 +90,7 @@ def _send_cases(operation: Any) -> None:
         assert status < 500 or status == 501, response.text
         if status >= 400:
             assert list(response.json()["error"]) == ["message", "type", "param", "code"]
+        case.validate_response(response, checks=AS_DESCRIBED)
 
     send()
 

@@ -95,6 +95,44 @@ def test_a_model_that_does_not_start_in_time_is_refused_before_generation(
         assert r.metric("held_requests") == 0
 
 
+def test_a_function_that_cannot_be_had_is_computed_here_and_nobody_waits_for_it_again(
+    router: Any,
+    control: ControlStandIn,
+    warm: Addresses,
+    text_of: Callable[[int], str],
+    until: Until,
+) -> None:
+    lost, *others = warm
+    control.move({name: warm[name] for name in others})
+    with router(timeout_s=0.5, hold_timeout_s=0.1) as r:
+        until(lambda: r.metric("control_connected") == 1)
+        answer = r.complete(max_tokens=40)
+        assert answer.json()["choices"][0]["text"] == text_of(40)
+        assert float(answer.headers[HEADER]) >= 0.5
+        assert r.metric("local_computations_total") > 0
+        assert r.metric("stand_ins") == r.metric("stand_in_admissions_total") == 1
+        assert HEADER not in r.complete().headers
+        control.move({lost: warm[lost]})
+        until(lambda: r.metric("stand_ins") == 0)
+        n_local = r.metric("local_computations_total")
+        assert HEADER not in r.complete().headers
+        assert r.metric("local_computations_total") == n_local
+        assert control.wakes
+        assert {name for names in control.wakes for name in names} == {lost}
+
+
+def test_a_model_half_of_which_does_not_start_is_refused(
+    router: Any, control: ControlStandIn, warm: Addresses, until: Until
+) -> None:
+    control.move({name: warm[name] for name in list(warm)[2:]})
+    with router(timeout_s=0.2) as r:
+        until(lambda: r.metric("control_connected") == 1)
+        answer = r.complete()
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "service_unavailable"
+        assert r.metric("stand_ins") == r.metric("local_computations_total") == 0
+
+
 def test_a_full_hold_queue_refuses_with_429(
     router: Any, control: ControlStandIn, warm: Addresses, until: Until
 ) -> None:

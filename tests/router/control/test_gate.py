@@ -17,6 +17,9 @@ class Functions:
 
     def __init__(self) -> None:
         self.missing = {"a": 1, "b": 10}
+        self.can_stand_in = False
+        self.n_asked = 0
+        self.go = asyncio.Event()
 
     @property
     def complete_below(self) -> float:
@@ -24,6 +27,14 @@ class Functions:
 
     def missing_for(self, n_tokens: int) -> Sequence[str]:
         return [name for name, needs in self.missing.items() if needs <= n_tokens]
+
+    async def stand_in_for(self, n_tokens: int) -> bool:
+        self.n_asked += 1
+        if self.can_stand_in:
+            await self.go.wait()
+            for name in self.missing_for(n_tokens):
+                del self.missing[name]
+        return self.can_stand_in
 
 
 class World:
@@ -129,6 +140,24 @@ def test_a_request_is_refused_when_its_time_is_over() -> None:
         assert world.metric("cold_start_seconds_count") == 0
         world.gate.wake_again()
         assert len(world.wakes) == 1
+
+    story(tell)
+
+
+def test_a_request_whose_time_is_over_goes_if_the_router_stands_in_and_so_do_the_others() -> None:
+    async def tell() -> None:
+        world = World(timeout_s=0.5)
+        world.functions.can_stand_in = True
+        first = world.hold(1)
+        while not world.functions.n_asked:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        second = world.hold(1)
+        await settle()
+        world.functions.go.set()
+        await asyncio.gather(first, second)
+        assert world.functions.n_asked == 1
+        assert world.metric("held_requests") == 0
+        assert world.metric("cold_start_seconds_count") == 2
 
     story(tell)
 

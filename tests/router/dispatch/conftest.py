@@ -4,22 +4,59 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+
+from faasmoe_expert.same_node import socket_path
+from faasmoe_router.dispatch import Dispatcher
 
 Behaviour = Callable[[socket.socket], None]
 """Gets each accepted connection; the connection is closed when it returns."""
 
 
+class CountedWaits(threading.Event):
+    """What calls are held by, and for how long they wished to be held, all together.
+
+    A bound on that holds on a machine of any speed, other than one on the time that passed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wished_s = 0.0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait, and note for how long at most."""
+        self.wished_s += timeout or 0.0
+        return super().wait(timeout)
+
+
+def count_waits(dispatcher: Dispatcher) -> CountedWaits:
+    """Count the waits of a dispatcher's held calls from now on."""
+    dispatcher._filler._moved = waits = CountedWaits()
+    return waits
+
+
+@pytest.fixture
+def waits_of() -> Callable[[Dispatcher], CountedWaits]:
+    """Counts waits: `waits = waits_of(dispatcher)`."""
+    return count_waits
+
+
 class ScriptedServer:
     """Gives the n-th connection to the n-th behaviour, later ones to the last."""
 
-    def __init__(self, *behaviours: Behaviour) -> None:
+    def __init__(self, *behaviours: Behaviour, near: Path | None = None) -> None:
+        """Listens on TCP, or with a folder `near` on a Unix socket alone."""
         self._behaviours = behaviours
         self._listener = socket.create_server(("127.0.0.1", 0))
+        address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        if near is not None:
+            self._listener.close()
+            self._listener = _listening(socket_path(near, int(address.rpartition(":")[2])))
+        self.address = address
         self._open: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._accept)]
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.n_connections = 0
         self._threads[0].start()
 
@@ -51,13 +88,20 @@ class ScriptedServer:
             thread.join()
 
 
+def _listening(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
 @pytest.fixture
 def serve() -> Iterator[Callable[..., ScriptedServer]]:
-    """Starts a server: `serve(behaviour, …)`."""
+    """Starts a server: `serve(behaviour, …, near=folder)`."""
     servers: list[ScriptedServer] = []
 
-    def start(*behaviours: Behaviour) -> ScriptedServer:
-        servers.append(ScriptedServer(*behaviours))
+    def start(*behaviours: Behaviour, near: Path | None = None) -> ScriptedServer:
+        servers.append(ScriptedServer(*behaviours, near=near))
         return servers[-1]
 
     yield start

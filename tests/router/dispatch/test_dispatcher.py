@@ -320,7 +320,7 @@ def test_a_sandbox_that_dies_is_replaced_by_the_store_and_a_new_table_by_a_new_s
     sandbox: OpenSandbox, store: Store, table: FunctionTable, dispatch: Dispatch
 ) -> None:
     metrics = DispatchMetrics()
-    timeouts = Timeouts(connect_timeout_s=0.5, call_timeout_s=1.0)
+    timeouts = Timeouts(connect_timeout_s=5.0, call_timeout_s=20.0)
     expected = dispatch(store, table).compute(LAYER, *batch(4))
     with sandbox(capacity=1000, token=TOKEN) as mortal:
         mine = mortal.attach_blocks(store, 8)

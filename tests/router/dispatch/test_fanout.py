@@ -7,15 +7,19 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import pytest
 
-from faasmoe_router.dispatch.errors import CallError, Refused
+from faasmoe_expert.same_node import socket_path
+from faasmoe_router.dispatch.errors import CallError, CannotConnect, Refused
 from faasmoe_router.dispatch.fanout import MAX_IDLE_PER_ADDRESS, Call, Fanout, Timeouts
 
-TIMEOUTS = Timeouts(connect_timeout_s=0.3, call_timeout_s=0.6)
-GRACE_S = 1.5  # beyond the deadline, for a machine that is busy
+PATIENT = Timeouts(connect_timeout_s=20.0, call_timeout_s=20.0)  # with a busy machine
+HASTY = Timeouts(connect_timeout_s=0.5, call_timeout_s=1.5)  # where time runs out
+GRACE_S = 5.0  # beyond the deadline, for a machine that is busy
 
 
 class Server(Protocol):
@@ -115,13 +119,25 @@ def n_fds() -> int:
 
 
 @pytest.fixture
-def fanout() -> Iterator[Fanout]:
-    fanout = Fanout(token="secret", timeouts=TIMEOUTS)
-    yield fanout
-    fanout.close()
+def open_fanout() -> Iterator[Callable[[Timeouts], Fanout]]:
+    with contextlib.ExitStack() as stack:
+
+        def make(timeouts: Timeouts) -> Fanout:
+            fanout = Fanout(token="secret", timeouts=timeouts)
+            stack.callback(fanout.close)
+            return fanout
+
+        yield make
 
 
-def run(fanout: Fanout, *calls: Call) -> tuple[dict[int, bytes], dict[int, CallError]]:
+@pytest.fixture
+def fanout(open_fanout: Callable[[Timeouts], Fanout]) -> Fanout:
+    return open_fanout(PATIENT)
+
+
+def run(
+    fanout: Fanout, *calls: Call, timeouts: Timeouts = PATIENT
+) -> tuple[dict[int, bytes], dict[int, CallError]]:
     """Answers and errors by position; fails if the deadline is not kept."""
     answers: dict[int, bytes] = {}
 
@@ -131,7 +147,7 @@ def run(fanout: Fanout, *calls: Call) -> tuple[dict[int, bytes], dict[int, CallE
 
     start_s = time.monotonic()
     errors = fanout.run(calls, take)
-    assert time.monotonic() - start_s < TIMEOUTS.call_timeout_s + GRACE_S
+    assert time.monotonic() - start_s < timeouts.call_timeout_s + GRACE_S
     assert sorted([*answers, *errors]) == list(range(len(calls)))
     return answers, errors
 
@@ -209,12 +225,15 @@ def test_a_frame_of_many_buffers_is_sent_whole(fanout: Fanout, serve: Serve) -> 
     ],
 )
 def test_a_server_that_misbehaves_costs_only_its_own_calls(
-    fanout: Fanout, serve: Serve, behaviour: Behaviour, message: str
+    open_fanout: Callable[[Timeouts], Fanout], serve: Serve, behaviour: Behaviour, message: str
 ) -> None:
+    timeouts = HASTY if message == "no answer in time" else PATIENT
+    fanout = open_fanout(timeouts)
     good, bad = serve(echo), serve(behaviour)
     frame = bytes(8 << 20) if behaviour is never_reads else b"frame"
     for _ in range(2):
-        answers, errors = run(fanout, call(bad, frame), call(good), call(bad, frame), call(good))
+        calls = [call(bad, frame), call(good), call(bad, frame), call(good)]
+        answers, errors = run(fanout, *calls, timeouts=timeouts)
         assert answers == {1: b"frame", 3: b"frame"}
         for position in (0, 2):
             assert message in str(errors[position])
@@ -267,9 +286,10 @@ def test_an_address_that_is_none_is_an_error(fanout: Fanout, address: str) -> No
 
 
 def test_connections_that_hang_cost_their_time_once_all_together(
-    fanout: Fanout, serve: Serve
+    open_fanout: Callable[[Timeouts], Fanout], serve: Serve
 ) -> None:
     """A listener whose queue is full answers no connection request."""
+    fanout = open_fanout(Timeouts(connect_timeout_s=1.0, call_timeout_s=20.0))
     with contextlib.ExitStack() as stack:
         full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         host, port = full.getsockname()
@@ -284,7 +304,7 @@ def test_connections_that_hang_cost_their_time_once_all_together(
     assert set(errors) == set(range(5))
     assert all("no connection in time" in str(error) for error in errors.values())
     assert answers == {5: b"frame"}
-    assert TIMEOUTS.connect_timeout_s <= took_s < TIMEOUTS.call_timeout_s
+    assert 1.0 <= took_s < 5 * 1.0  # were it once for each
 
 
 def test_connections_closed_while_idle_are_replaced(fanout: Fanout, serve: Serve) -> None:
@@ -409,3 +429,32 @@ def test_many_failures_leave_no_descriptor_behind(fanout: Fanout, serve: Serve) 
     for _ in range(50):
         run(fanout, refusing, *[call(server) for server in servers])
     assert count_sockets_to(servers) <= 1
+
+
+@pytest.fixture
+def near() -> Iterator[Path]:
+    """A short path: a Unix socket's has at most 107 bytes."""
+    with TemporaryDirectory(prefix="faasmoe-") as folder:
+        yield Path(folder)
+
+
+def test_servers_of_this_machine_are_called_by_their_unix_sockets(serve: Serve, near: Path) -> None:
+    servers = [serve(echo, near=near) for _ in range(3)]
+    bodies = [bytes([number]) * (5 << number * 10) for number in range(3)]  # up to 5 MiB
+    with contextlib.closing(Fanout(timeouts=PATIENT, socket_dir=near)) as fanout:
+        for _ in range(2):
+            calls = [call(server, body) for server, body in zip(servers, bodies, strict=True)]
+            assert run(fanout, *calls) == (dict(enumerate(bodies)), {})
+    assert [server.n_connections for server in servers] == [1, 1, 1]
+
+
+def test_a_server_without_one_is_called_over_tcp(serve: Serve, near: Path) -> None:
+    with contextlib.closing(Fanout(timeouts=PATIENT, socket_dir=near)) as fanout:
+        assert run(fanout, call(serve(echo)))[0] == {0: b"frame"}
+
+
+def test_one_that_is_gone_cannot_be_connected_to(serve: Serve, near: Path) -> None:
+    server = serve(echo, near=near)
+    socket_path(near, int(server.address.rpartition(":")[2])).unlink()
+    with contextlib.closing(Fanout(timeouts=PATIENT, socket_dir=near)) as fanout:
+        assert isinstance(run(fanout, call(server))[1][0], CannotConnect)

@@ -15,12 +15,17 @@ from sandboxes import OpenSandbox, PreparedStore, SandboxProcess, block_specs
 from faasmoe_expert.store import Store
 from faasmoe_expert.table import FunctionEntry, FunctionTable
 from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.dispatch.fanout import Fanout
+from faasmoe_router.dispatch.fanout import Fanout, Timeouts
 from faasmoe_router.dispatch.filling import Holding
 from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.patience import ASK_INTERVAL_S
+from faasmoe_router.dispatch.resilience import Resilience
 
 DEADLINE_S = 20.0
 N_TOKENS = 12
+# A call that a busy machine keeps waiting is not given up: where calls go is what is tested.
+PATIENT = Resilience(hedge_least_s=DEADLINE_S, slow_least_s=DEADLINE_S, slow_unknown_s=DEADLINE_S)
+WaitsOf = Callable[[Dispatcher], Any]
 Addresses = dict[str, tuple[str, ...]]
 
 
@@ -55,7 +60,9 @@ class Layers:
             store,
             table,
             metrics=self.metrics,
+            timeouts=Timeouts(DEADLINE_S, DEADLINE_S, DEADLINE_S),
             holding=Holding(self._wake, timeout_s=timeout_s, probe_s=0.02) if hold else None,
+            resilience=PATIENT,
         )
         layer = store.manifest.layers[0]
         generator = torch.Generator().manual_seed(0)
@@ -176,27 +183,27 @@ def test_a_call_is_held_until_its_function_is_there(
 
 
 def test_a_function_that_does_not_come_costs_its_time_once_and_is_computed_here(
-    open_layers: Callable[..., Layers], store: Store, expected: torch.Tensor
+    open_layers: Callable[..., Layers], store: Store, expected: torch.Tensor, waits_of: WaitsOf
 ) -> None:
     layers = open_layers(timeout_s=0.3)
-    began_s = time.monotonic()
+    waits, began_s = waits_of(layers.dispatcher), time.monotonic()
     results = [layers.compute() for _ in range(20)]
     for layer in range(1, len(store.manifest.layers)):
         layers.compute(layer)
-    assert time.monotonic() - began_s < 0.3 * 10  # were it waited for each time: 0.3 * 20
+    assert 0 < waits.wished_s < 0.3 * 3  # were it waited for each time: 0.3 * 20
     for result in results:
         torch.testing.assert_close(result, expected)
     assert layers.n_local > 20
-    assert len(layers.wakes) <= 2
+    assert len(layers.wakes) <= 2 + (time.monotonic() - began_s) / ASK_INTERVAL_S
 
 
 def test_without_anyone_to_ask_nothing_is_held(
-    open_layers: Callable[..., Layers], expected: torch.Tensor
+    open_layers: Callable[..., Layers], expected: torch.Tensor, waits_of: WaitsOf
 ) -> None:
     layers = open_layers(hold=False)
-    began_s = time.monotonic()
+    waits = waits_of(layers.dispatcher)
     torch.testing.assert_close(layers.compute(), expected)
-    assert time.monotonic() - began_s < 1.0
+    assert waits.wished_s == 0
 
 
 def test_before_any_table_a_layer_is_computed_here_and_nothing_is_asked_for(
@@ -240,15 +247,16 @@ def test_an_address_that_answered_and_died_is_not_waited_for(
     cold: FunctionTable,
     forwarder: Forwarder,
     expected: torch.Tensor,
+    waits_of: WaitsOf,
 ) -> None:
     forwarder.open()
     layers = open_layers()
     layers.dispatcher.move_functions(1, everywhere(cold, forwarder.address))
     layers.compute()
     forwarder.close()
-    began_s = time.monotonic()
+    waits = waits_of(layers.dispatcher)
     torch.testing.assert_close(layers.compute(), expected)
-    assert time.monotonic() - began_s < 2.0
+    assert waits.wished_s < 2.0  # for another in its place; not the 20 s that one may be started in
     assert layers.n_local > 0
 
 

@@ -27,10 +27,14 @@ from faasmoe_router.dispatch.outliers import Ejection
 from faasmoe_router.dispatch.resilience import Resilience
 
 DEADLINE_S = 20.0
-GRACE_S = 1.0  # of a busy machine
+GRACE_S = 5.0  # of a busy machine
 LATE_S = 0.01  # many times what a call takes
-HUNG_S = 5.0  # longer than anything that is to be waited for
-QUICK = Resilience(slow_least_s=0.2, slow_unknown_s=0.4, ejection=Ejection(first_s=0.1, most_s=0.2))
+HUNG_S = 15.0  # longer than anything that is to be waited for
+SLOW_S = 0.4
+# What a busy machine keeps waiting is not given up, unless a test is about that.
+PATIENT = Resilience(
+    slow_least_s=HUNG_S, slow_unknown_s=HUNG_S, ejection=Ejection(first_s=0.1, most_s=0.2)
+)
 Addresses = dict[str, tuple[str, ...]]
 
 
@@ -77,7 +81,7 @@ class Layer:
             metrics=self.metrics,
             timeouts=Timeouts(connect_timeout_s=1.0, call_timeout_s=HUNG_S),
             holding=holding,
-            resilience=replace(QUICK, **changes),
+            resilience=replace(PATIENT, **changes),
         )
         generator = torch.Generator().manual_seed(0)
         layer = store.manifest.layers[0]
@@ -139,7 +143,7 @@ def until(condition: Callable[[], bool]) -> None:
 def test_a_call_that_takes_long_is_made_at_another_replica_too(
     layer: Callable[..., Layer], box: SandboxProcess, other: SandboxProcess
 ) -> None:
-    one = layer(box.address, other.address, slow_least_s=HUNG_S)
+    one = layer(box.address, other.address)
     one.check(2 * LEAST)
     n_hedges = one.count("hedges")
     with stopped(other):
@@ -152,7 +156,7 @@ def test_a_call_that_takes_long_is_made_at_another_replica_too(
 def test_hedges_are_bounded_by_a_share_of_the_calls(
     layer: Callable[..., Layer], serve: Callable[..., Any], box: SandboxProcess
 ) -> None:
-    """Half of the calls go to a replica that is always slow; few of them are made twice."""
+    """Half of the calls go to a replica that is always slow; few calls are made twice."""
 
     def late(connection: socket.socket) -> None:
         host, port = box.address.split(":")
@@ -163,33 +167,37 @@ def test_hedges_are_bounded_by_a_share_of_the_calls(
                 time.sleep(LATE_S)
                 connection.sendall(answer)
 
-    one = layer(box.address, serve(late).address, hedge_least_s=0.0, hedge_quantile=0.01)
+    one = layer(
+        *(box.address, serve(late).address),
+        hedge_least_s=0.0,
+        hedge_quantile=0.01,
+        ejection=Ejection(overtaken_in_a_row=10**6),  # or it would soon get no calls
+    )
     one.check(300)
-    n_allowed = 0.05 * one.count("calls") + QUICK.extra_burst
-    assert QUICK.extra_burst < one.count("hedges") <= n_allowed
+    n_allowed = 0.05 * one.count("calls") + PATIENT.extra_burst
+    assert PATIENT.extra_burst < one.count("hedges") <= n_allowed
 
 
 def test_a_hung_sandbox_costs_little_is_ejected_and_returns_when_it_goes_on(
     layer: Callable[..., Layer], other: SandboxProcess
 ) -> None:
-    one = layer(other.address)
+    one = layer(other.address, slow_least_s=SLOW_S, slow_unknown_s=SLOW_S)
     one.check(2 * LEAST)
+    n_local = one.count("local")
     with stopped(other):
-        assert one.check(2) < QUICK.slow_least_s + GRACE_S
+        assert one.check(2) < SLOW_S + GRACE_S
         assert one.count("ejected") == 1
         calls = one.count("calls")
         one.check(20)
         assert one.count("calls") == calls
-        assert one.count("local") == 22
+        assert one.count("local") == n_local + 22
 
     def answers() -> bool:
-        one.check()
-        return one.count("ejected") == 0
+        n_local = one.count("local")
+        one.check(5)
+        return one.count("ejected") == 0 and one.count("local") == n_local
 
     until(answers)
-    n_local = one.count("local")
-    one.check(5)
-    assert one.count("local") == n_local
 
 
 def test_a_dead_replica_is_tried_once_and_then_left_out(
@@ -223,16 +231,16 @@ def test_calls_wait_for_a_fresh_replica_in_place_of_a_dead_one(
 
 
 def test_calls_to_a_dead_sandbox_that_nothing_replaces_are_computed_here_after_one_wait(
-    layer: Callable[..., Layer], other: SandboxProcess
+    layer: Callable[..., Layer], other: SandboxProcess, waits_of: Callable[[Dispatcher], Any]
 ) -> None:
     holding = Holding(lambda _: None, timeout_s=DEADLINE_S, replacement_s=0.3)
     one = layer(other.address, holding=holding)
     one.check(2)
     other.process.kill()
     other.process.wait()
-    begun_s = time.monotonic()
+    waits = waits_of(one.dispatcher)
     one.check(10)
-    assert time.monotonic() - begun_s < 0.3 + GRACE_S
+    assert 0 < waits.wished_s < 0.3 * 3  # were it waited for each time: 0.3 * 10
     assert one.count("local") == 10
 
 
@@ -250,7 +258,8 @@ def test_wrong_answers_eject_and_a_refusal_for_want_of_room_does_not(
 
     for status, is_ejected in (("500 Fault", True), ("200 OK", True), ("429 Busy", False)):
         bad = serve(answering(status))
-        one = layer(box.address, bad.address)
+        # Not probed while this runs: one that answers 200 to everything would come back.
+        one = layer(box.address, bad.address, ejection=Ejection(first_s=60.0, most_s=60.0))
         one.check(20)
         assert one.count("ejected") == is_ejected, status
         assert one.count("local") == 0
@@ -278,7 +287,7 @@ def test_a_layer_is_computed_here_when_its_deadline_has_passed(
         metrics=metrics,
         timeouts=Timeouts(0.1, 0.3, 0.5),
         holding=holding,
-        resilience=replace(QUICK, slow_unknown_s=DEADLINE_S),
+        resilience=replace(PATIENT, slow_unknown_s=DEADLINE_S),
     )
     layer = store.manifest.layers[0]
     hidden, index = torch.ones(1, layer.hidden_size), torch.zeros(1, 1, dtype=torch.int64)

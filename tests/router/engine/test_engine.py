@@ -52,12 +52,17 @@ async def _until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-async def _fail_until_it_dies(engine: Engine, prompt: Prompt) -> None:
-    """A request that fails alone ends nothing else; some in a row are not the requests' fault."""
-    for _ in range(MAX_LONE_FAILURES):
+async def _generate_until_it_dies(engine: Engine, prompt: Prompt) -> Generation:
+    """A request that fails alone ends nothing else; some in a row are not the requests' fault.
+
+    Returns the one with which the engine died.
+    """
+    for _ in range(MAX_LONE_FAILURES - 1):
         with pytest.raises(GenerationFailed):
             await _texts(engine.generate([GenerationRequest(prompt, 5)]))
+    last = engine.generate([GenerationRequest(prompt, 5)])
     await _until(lambda: not engine.ready)
+    return last
 
 
 def _run(engine: Engine, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
@@ -411,23 +416,25 @@ def test_scores_that_are_not_finite_end_their_request_alone(
     _run(engine, work)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_fatal_error_ends_what_runs_and_the_engine_starts_again(
+def test_after_a_fatal_error_the_engine_starts_again_and_what_ran_goes_on(
     make_engine: Maker, model: Any, codec: TextCodec, greedy: Greedy, prompt_ids: Prompt
 ) -> None:
     engine = make_engine()
     forward = model.forward
 
-    def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("the device is gone")
-
     async def work() -> None:
+        first = engine._batcher
+
+        def broken(**given: Any) -> Any:
+            if engine._batcher is first:
+                raise RuntimeError("the device is gone")
+            return forward(**given)
+
         model.forward = broken
-        await _fail_until_it_dies(engine, prompt_ids)
+        running = await _generate_until_it_dies(engine, prompt_ids)
         with pytest.raises(EngineUnavailable):
             engine.generate([GenerationRequest(prompt_ids, 5)])
-        model.forward = forward
-        await _until(lambda: engine.ready)
+        assert await _texts(running) == [codec.decode(greedy(prompt_ids, 5))]
         texts = await _texts(engine.generate([GenerationRequest(prompt_ids, 5)]))
         assert texts == [codec.decode(greedy(prompt_ids, 5))]
 
@@ -449,8 +456,8 @@ def test_gives_up_when_errors_come_back(
         model.forward = broken
         while not given_up.is_set():
             await _until(lambda: engine.ready or given_up.is_set())
-            if engine.ready:
-                await _fail_until_it_dies(engine, prompt_ids)
+            with pytest.raises((EngineUnavailable, GenerationFailed)):
+                await _texts(engine.generate([GenerationRequest(prompt_ids, 5)]))
         assert not engine.ready
 
     _run(engine, work)

@@ -15,7 +15,6 @@ from faasmoe_router.engine.generation import Generation, GenerationRequest
 from faasmoe_router.engine.penalties import Penalties
 from faasmoe_router.engine.sampling import SamplingParams
 from faasmoe_router.engine.text import TextCodec
-from faasmoe_router.errors import GenerationFailed
 from faasmoe_router.tenants.errors import TenantQueueFull
 from faasmoe_router.tenants.fairness import Share
 
@@ -123,7 +122,7 @@ def test_what_gave_way_can_be_given_up(make_engine: Maker, prompt_ids: Prompt) -
     _run(engine, work)
 
 
-def test_who_waits_when_the_engine_dies_is_served_by_the_next_one(
+def test_who_runs_or_waits_when_the_engine_dies_is_served_by_the_next_one(
     make_engine: Maker,
     codec: TextCodec,
     greedy: Greedy,
@@ -141,8 +140,7 @@ def test_who_waits_when_the_engine_dies_is_served_by_the_next_one(
             raise MemoryError("no memory")
 
         monkeypatch.setattr(processor, "prepare_next_batch", die)
-        with pytest.raises(GenerationFailed):
-            await _text(running)
+        assert await _text(running) == codec.decode(greedy(prompt_ids, 200))
         assert await _text(waiting) == codec.decode(greedy(prompt_ids, 5))
 
     _run(engine, work)

@@ -166,6 +166,23 @@ def test_the_control_plane_is_told_how_many_keys_there_are(
             until(lambda: control.loads[-1]["tenants"] == {"acme": 2, "beta": 0})
 
 
+def test_what_tenants_used_is_told_to_the_last_token_and_heard_of_others(
+    store: Store, table: FunctionTable, tenants: Path, tmp_path: Path, until: Until
+) -> None:
+    with ControlStandIn(table, token=TOKEN).running() as control:
+        control.used = {"acme": {"generated_tokens": 100}}
+        settings = {"CONTROL_URL": control.url, "TENANTS_FILE": tenants}
+        with running(store, tmp_path / "log", **settings) as router:
+            until(lambda: router.get("/v1/usage").json()["completion_tokens"] == 100)
+            answer = router.complete("acme", max_tokens=8)
+            assert answer.json()["system_fingerprint"].startswith("fp_")
+            assert router.get("/v1/usage").json()["completion_tokens"] == 108
+            assert router.get("/v1/usage").json()["since"] == 90
+        last = control.usages[-1]
+        assert (last["ends"], last["tenants"]["acme"]["generated_tokens"]) == (True, 8)
+        assert len({body["book"] for body in control.usages}) == 1
+
+
 def test_a_tenants_file_that_cannot_be_used_ends_the_process_with_one_line(
     store: Store, tmp_path: Path
 ) -> None:

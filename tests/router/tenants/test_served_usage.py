@@ -26,6 +26,23 @@ def test_an_account_adds_up_what_the_answers_said(open_router: Any) -> None:
         assert router.usage("beta")["completion_tokens"] == 1
 
 
+def test_what_was_used_through_other_routers_is_told_too(open_router: Any) -> None:
+    with open_router({"acme": {}, "beta": {}}) as router:
+        router.complete("acme", max_tokens=3)
+        alone = router.usage("acme")
+        assert alone["others_as_of"] is None
+        books = router.tenancy.books
+        told = {"acme": {"generated_tokens": 3}}
+        totals = {"acme": {"generated_tokens": 10, "completed": 4}}
+        books.hear(totals, told=told, since_s=90.0, now_s=120.5)
+        found = router.usage("acme")
+        assert found["completion_tokens"] == 10
+        assert found["requests"]["completed"] == 5
+        assert (found["since"], found["others_as_of"]) == (90, 120)
+        assert router.usage("beta")["completion_tokens"] == 0
+        assert router.metric("generated_tokens_total", tenant="acme") == 3  # of this router
+
+
 def test_prometheus_is_told_by_tenant(open_router: Any) -> None:
     with open_router({"acme": {}}) as router:
         usage = router.complete("acme", max_tokens=3).json()["usage"]

@@ -92,14 +92,25 @@ def filled() -> Accounts:
 def test_accounts_are_kept_across_starts(tmp_path: Path) -> None:
     file = UsageFile(tmp_path / "state")
     assert list(file.load()) == []
-    file.save(json.dumps(filled().to_json()))
+    accounts = filled()
+    file.save(json.dumps(accounts.to_json()))
     kept = UsageFile(tmp_path / "state").load()
-    assert kept.to_json() == filled().to_json()
+    assert kept.to_json() == accounts.to_json()
     assert dict(kept)["a"] == Account(
         7, 0, {"completed": 3, "cancelled": 0, "failed": 0, "limited": 0}, Cost(1.5, 0.25)
     )
     kept.share_out(Cost(), {"a": 1})  # what was pending is not lost either
     assert kept.of("a").cost == Cost(2.0, 0.75)
+
+
+def test_accounts_from_before_books_had_names_get_one(tmp_path: Path) -> None:
+    old = filled().to_json()
+    del old["book"]
+    (tmp_path / "usage.json").write_text(json.dumps(old))
+    kept = UsageFile(tmp_path).load()
+    assert dict(kept)["a"].prompt_tokens == 7
+    assert len(kept.book) == 32
+    assert kept.book != Accounts(0.0).book
 
 
 def test_the_file_is_put_in_its_place_whole(tmp_path: Path) -> None:
@@ -123,6 +134,7 @@ def test_the_file_is_put_in_its_place_whole(tmp_path: Path) -> None:
             '{"version": 1, "since_s": 0, "spent": {"x": 1}, "pending": {}, "tenants": {}}',
             id="field",
         ),
+        pytest.param('{"version": 1, "since_s": 0, "book": "my own"}', id="book"),
     ],
 )
 def test_a_damaged_file_is_put_aside(

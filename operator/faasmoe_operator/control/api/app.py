@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from aiohttp import web
 
 from faasmoe_operator.control.api.errors import Refusal
-from faasmoe_operator.control.api.routes import CONTROLLER, Routes
+from faasmoe_operator.control.api.routes import CONTROLLER, ROUTES, Routes
 from faasmoe_operator.control.api.status import update_gauges
 from faasmoe_operator.control.controller import Controller
 
@@ -116,7 +116,7 @@ def _refusal(error: web.HTTPException, request: web.Request, *, prefix: str) -> 
         message = f"body: expected at most {MAX_BODY_BYTES} bytes"
         return Refusal(message, status=413, code="too_large", field="body")
     if error.status == 404:
-        known = ", ".join(f"{prefix}/v1/{name}" for name in ("table", "load", "wake", "status"))
+        known = ", ".join(f"{prefix}/v1/{name}" for name in ROUTES)
         message = f"path: got {request.path}, expected {known}"
         return Refusal(message, status=404, code="not_found", field="path")
     if error.status == 405:

@@ -8,6 +8,7 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from faasmoe_operator.control.api.errors import Refusal, invalid
+from faasmoe_operator.control.ledger import MAX_ACCOUNTS, Statement, Use
 from faasmoe_operator.control.reports import FunctionLoad, LoadReport
 from faasmoe_operator.spec.references import Label
 from faasmoe_operator.spec.tenants import MAX_TENANTS
@@ -16,6 +17,7 @@ MAX_INTERVAL_S = 60.0
 MAX_COUNT = 1 << 53
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Amount = Annotated[float, Field(ge=0, le=MAX_COUNT)]
 RouterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 FunctionName = Annotated[str, Field(max_length=64)]
 
@@ -38,6 +40,24 @@ class _LoadBody(_Body):
     held: Count
     local: Count
     tenants: Annotated[dict[Label, Count], Field(max_length=MAX_TENANTS)] = {}
+
+
+class _UseBody(_Body):
+    prompt_tokens: Count
+    generated_tokens: Count
+    completed: Count
+    cancelled: Count
+    failed: Count
+    limited: Count
+    expert_seconds: Amount
+    expert_gb_seconds: Amount
+
+
+class _UsageBody(_Body):
+    book: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    since_s: Amount
+    ends: bool = False
+    tenants: Annotated[dict[Label, _UseBody], Field(max_length=MAX_ACCOUNTS)]
 
 
 class _WakeBody(_Body):
@@ -68,6 +88,13 @@ def read_load(content: bytes, *, known: Container[str]) -> LoadReport:
     )
 
 
+def read_usage(content: bytes) -> Statement:
+    """Return what a router says that the tenants have used; raises Refusal."""
+    body = _read(_UsageBody, content)
+    tenants = {name: Use(**dict(use)) for name, use in body.tenants.items()}
+    return Statement(body.book, body.since_s, tenants, ends=body.ends)
+
+
 def read_wake(content: bytes, *, known: Container[str]) -> list[str]:
     """Return the functions to wake; raises Refusal."""
     body = _read(_WakeBody, content)
@@ -96,4 +123,4 @@ def _check_known(name: str, known: Container[str]) -> None:
         raise invalid("functions", name, "a function of this model")
 
 
-__all__ = ["Refusal", "read_load", "read_wake"]
+__all__ = ["Refusal", "read_load", "read_usage", "read_wake"]

@@ -1,4 +1,4 @@
-"""What a model's routers ask and tell: function table, load reports, wakes, status.
+"""What a model's routers ask and tell: function table, load reports, usage, wakes, status.
 
 Which model is meant, and that the caller may speak of it, was found out before.
 """
@@ -6,10 +6,11 @@ Which model is meant, and that the caller may speak of it, was found out before.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 
 from aiohttp import web
 
-from faasmoe_operator.control.api.bodies import read_load, read_wake
+from faasmoe_operator.control.api.bodies import read_load, read_usage, read_wake
 from faasmoe_operator.control.api.errors import invalid
 from faasmoe_operator.control.api.status import describe
 from faasmoe_operator.control.api.stream import stream_table
@@ -17,6 +18,8 @@ from faasmoe_operator.control.controller import Controller
 
 CONTROLLER = web.RequestKey("controller", Controller)
 """Where a request carries the controller of the model that it is about."""
+
+ROUTES = ("table", "load", "usage", "wake", "status")
 
 
 class Routes:
@@ -30,6 +33,7 @@ class Routes:
         return [
             web.get(f"{prefix}/v1/table", self._table),
             web.post(f"{prefix}/v1/load", self._load),
+            web.post(f"{prefix}/v1/usage", self._usage),
             web.post(f"{prefix}/v1/wake", self._wake),
             web.get(f"{prefix}/v1/status", self._status),
         ]
@@ -49,6 +53,16 @@ class Routes:
             raise invalid("router", report.router, "fewer routers")
         controller.take(report)
         return web.Response(status=204)
+
+    async def _usage(self, request: web.Request) -> web.Response:
+        controller = _controller(request)
+        statement = read_usage(await request.read())
+        ledger = controller.ledger
+        if not ledger.has_room_for(statement.tenants):
+            raise invalid("tenants", len(statement.tenants), "fewer tenants in all")
+        controller.settle(statement)
+        accounts = {name: asdict(use) for name, use in ledger.accounts.items()}
+        return web.json_response({"since_s": ledger.since_s, "tenants": accounts})
 
     async def _wake(self, request: web.Request) -> web.Response:
         controller = _controller(request)

@@ -101,6 +101,11 @@ def popularity_name(model: str) -> str:
     return shortened(f"{model}-popularity")
 
 
+def accounts_name(model: str) -> str:
+    """Return the name of the ConfigMap that keeps what the tenants have used."""
+    return shortened(f"{model}-accounts")
+
+
 def service_name(model: str) -> str:
     """Return the name of the model's Service, Ingress and HTTPRoute."""
     return shortened(_begins_with_letter(model))

@@ -179,6 +179,42 @@ def test_a_load_report_is_taken_over() -> None:
     asyncio.run(story())
 
 
+USE: dict[str, Any] = {
+    **dict.fromkeys(("prompt_tokens", "generated_tokens", "completed", "cancelled"), 1),
+    **{"failed": 0, "limited": 2, "expert_seconds": 0.5, "expert_gb_seconds": 1},
+}
+
+
+def usage(**changes: Any) -> dict[str, Any]:
+    return {"book": "a" * 32, "since_s": 10.5, "tenants": {"acme": USE}, **changes}
+
+
+def test_usage_is_answered_with_that_of_all_routers() -> None:
+    async def story() -> None:
+        async with api() as running:
+            assert (await running.post("/v1/usage", usage()))[0] == 200
+            status, answer = await running.post("/v1/usage", usage(book="b" * 32, ends=True))
+            assert status == 200
+            assert answer["since_s"] == 10.5
+            twice = {name: 2 * number for name, number in USE.items()}
+            assert answer["tenants"] == {"acme": twice}
+
+    asyncio.run(story())
+
+
+def test_usage_of_too_many_tenants_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("faasmoe_operator.control.ledger.MAX_ACCOUNTS", 1)
+
+    async def story() -> None:
+        async with api() as running:
+            both = {"acme": USE, "beta": USE}
+            status, answer = await running.post("/v1/usage", usage(tenants=both))
+            assert (status, answer["error"]["field"]) == (422, "tenants")
+            assert running.controller.ledger.accounts == {}
+
+    asyncio.run(story())
+
+
 @pytest.mark.parametrize(
     ("path", "body", "field"),
     [
@@ -211,6 +247,20 @@ def test_a_load_report_is_taken_over() -> None:
             lambda: load(functions={"f0": {"concurrency": 1.0, "calls": 1}}),
             "functions.f0.rows",
             id="no-rows",
+        ),
+        pytest.param("usage", lambda: usage(book="a"), "book", id="short-book"),
+        pytest.param("usage", lambda: usage(since_s=-1), "since_s", id="since-below-zero"),
+        pytest.param(
+            "usage",
+            lambda: usage(tenants={"acme": {**USE, "failed": -1}}),
+            "tenants.acme.failed",
+            id="use-below-zero",
+        ),
+        pytest.param(
+            "usage",
+            lambda: usage(tenants={"acme": {"failed": 1}}),
+            "tenants.acme.prompt_tokens",
+            id="part-of-a-use",
         ),
         pytest.param("wake", lambda: wake(), "functions", id="wake-of-nothing"),
         pytest.param("wake", lambda: wake("f0", "f9"), "functions", id="wake-of-an-unknown-one"),
@@ -262,7 +312,8 @@ def test_refuses_a_body_that_is_too_large() -> None:
 def test_refuses_a_wrong_token(token: str) -> None:
     async def story() -> None:
         async with api(token=token) as running:
-            for path, body in (("load", load()), ("wake", wake("f0"))):
+            bodies = {"load": load(), "usage": usage(), "wake": wake("f0")}
+            for path, body in bodies.items():
                 status, answer = await running.post(f"/v1/{path}", body)
                 assert (status, answer["error"]["code"]) == (401, "unauthorized")
             for path in ("table", "status"):

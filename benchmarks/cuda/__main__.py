@@ -1,0 +1,138 @@
+"""A router on a GPU, its functions on the GPU and on the CPU, against in-process transformers.
+
+`python -m benchmarks.cuda [--quick] [--device cuda|cpu] [--time-limit 540]`. The geometry is that
+of Qwen1.5-MoE-A2.7B, all 24 layers, random weights (`store`). Each side runs alone, in turn, with
+the whole device; what the time limit leaves no room for is named in the figures and not measured.
+The order is that of importance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cuda import tables
+from benchmarks.cuda.plan import Clock, Plan, full_plan, quick_plan
+from benchmarks.cuda.trial import IN_PROCESS, IN_PROCESS_GRAPHS, Benchmark, Findings
+from benchmarks.geometry import FULL_LAYERS, Geometry
+from benchmarks.report import OUT, describe_machine, write_figures
+from benchmarks.sides import ROOT
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def figures(plan: Plan, found: Findings, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is written to cuda.json."""
+    return {
+        "machine": machine,
+        "device": plan.device,
+        "geometry": asdict(plan.geometry),
+        "variants": [asdict(variant) for variant in plan.variants],
+        "layers_share_their_weights": True,
+        "sides": {
+            name: {str(batch): tables.describe(runs) for batch, runs in by_batch.items()}
+            for name, by_batch in found.runs.items()
+        },
+        "in_process_implementations": {str(b): n for b, n in found.implementations.items()},
+        "throughput_ratio": _ratios(found),
+        "profile_ms": _by_batch(found.profiles),
+        "shares": _by_batch(
+            {
+                name: {batch: tables.shares_of(parts) for batch, parts in by_batch.items()}
+                for name, by_batch in found.profiles.items()
+            }
+        ),
+        "attach": {device: times.to_json() for device, times in found.attach.items()},
+        "left_out": found.left_out,
+        "failures": found.failures,
+    }
+
+
+def _by_batch(found: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: {str(b): value for b, value in by.items()} for name, by in found.items()}
+
+
+def _ratios(found: Findings) -> dict[str, dict[str, float]]:
+    """Return tokens per second over those of the in-process side."""
+    rival = found.runs.get(IN_PROCESS, {})
+    return {
+        name: {
+            str(batch): tables.tokens_per_s(runs) / tables.tokens_per_s(rival[batch])
+            for batch, runs in by_batch.items()
+            if batch in rival
+        }
+        for name, by_batch in found.runs.items()
+        if name != IN_PROCESS
+    }
+
+
+async def ask(module: str, *arguments: str) -> dict[str, Any]:
+    """Return what a process that has torch prints last, as JSON."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", module, *arguments), stdout=asyncio.subprocess.PIPE, cwd=ROOT
+    )
+    output, _ = await process.communicate()
+    if process.returncode:  # it has said why
+        raise SystemExit(process.returncode)
+    return dict(json.loads(output.splitlines()[-1]))
+
+
+async def make_store(geometry: Geometry, folder: Path) -> Path:
+    """Make the deep store."""
+    await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+    made = await ask("benchmarks.cuda.store", str(folder), json.dumps(asdict(geometry)))
+    return Path(made["store"])
+
+
+async def run(plan: Plan, *, folder: Path, out: Path) -> int:
+    """Measure, print the tables, write the figures; return 1 if something failed."""
+    clock = Clock(plan.time_limit_s)
+    device = await ask("benchmarks.cuda.device", plan.device)
+    machine = {**describe_machine(), "device": device}
+    begun_s = time.monotonic()
+    store = await make_store(plan.geometry, folder)
+    print(f"the model is made, {time.monotonic() - begun_s:.0f} s", flush=True)
+    benchmark = Benchmark(plan, store, folder, clock)
+    try:
+        await benchmark.measure()
+    finally:
+        written = figures(plan, benchmark.found, machine)
+        path = write_figures("cuda", written, folder=out)
+    print()
+    print(tables.throughput(benchmark.found.runs, rival=IN_PROCESS))
+    for name, profiles in benchmark.found.profiles.items():
+        print(f"\n{tables.profile(name, profiles)}")
+    print(f"\nfigures: {path}")
+    return 1 if benchmark.found.failures.keys() - {IN_PROCESS_GRAPHS} else 0
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: does it all work?")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--layers", type=int, default=FULL_LAYERS, help="(%(default)s)")
+    parser.add_argument("--time-limit", type=float, default=540.0, help="seconds (%(default)s)")
+    shared = SHARED_MEMORY / f"faasmoe-bench-{os.getuid()}"
+    parser.add_argument("--cache", type=Path, default=shared, help="models (%(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT, help="figures (%(default)s)")
+    arguments = parser.parse_args()
+    limit_s = arguments.time_limit
+    if arguments.quick:
+        plan = quick_plan(arguments.device, limit_s)
+    else:
+        plan = full_plan(arguments.device, arguments.layers, limit_s)
+    folder, out = arguments.cache.resolve(), arguments.out.resolve()
+    return asyncio.run(run(plan, folder=folder, out=out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

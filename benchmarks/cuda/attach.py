@@ -1,0 +1,95 @@
+"""From page cache to ready: how long a sandbox takes to attach a function, and to let it go."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import Spread
+
+from faasmoe_expert.store import Store
+from faasmoe_expert.table import FunctionSpec
+from faasmoe_operator.control.residency import wait_ready
+from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient
+from faasmoe_operator.platforms import ProcessPlatform
+from faasmoe_operator.platforms.base import SandboxTemplate
+from faasmoe_operator.platforms.zygote import running_zygote
+
+READY_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class AttachTimes:
+    """What attaching costs.
+
+    Attributes:
+        device: where the function goes.
+        size_bytes: its weights.
+        start_s: from a fork to a sandbox that is ready, its device in use.
+        first_s: the first attach, in which the block's bytes are verified.
+        attach_s: the attaches after it.
+        detach_s: the detaches.
+    """
+
+    device: str
+    size_bytes: int
+    start_s: float
+    first_s: float
+    attach_s: Spread
+    detach_s: Spread
+
+    @property
+    def gb_per_s(self) -> float:
+        """Bytes over time of an attach after the first."""
+        return self.size_bytes / self.attach_s.median / 1e9
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures."""
+        names = ("device", "size_bytes", "start_s", "first_s", "attach_s", "detach_s", "gb_per_s")
+        return {name: getattr(self, name) for name in names}
+
+
+async def measure_attach(store: Store, *, device: str, experts: int, rounds: int) -> AttachTimes:
+    """Attach and detach one function again and again, in a sandbox that is forked for it."""
+    token = secrets.token_urlsafe(32)
+    with tempfile.TemporaryDirectory(prefix="faasmoe-bench-") as folder:
+        socket = Path(folder) / "zygote.sock"
+        async with (
+            running_zygote(socket, token=token, store=store.path, device=device),
+            ProcessPlatform(socket=socket) as platform,
+            SandboxClient(token=token) as client,
+        ):
+            begun_s = time.perf_counter()
+            sandbox = await platform.create(SandboxTemplate(device=device))
+            await wait_ready(platform, [sandbox.id], timeout_s=READY_TIMEOUT_S)
+            start_s = time.perf_counter() - begun_s
+            spec = FunctionSpec("attached", (0,), tuple(range(experts)))
+            place = ModelStore(store.path, store.manifest.digest)
+            attach_s: list[float] = []
+            detach_s: list[float] = []
+            for _ in range(rounds + 1):
+                at_s = time.perf_counter()
+                await client.attach(sandbox.address, spec, store=place)
+                attached_s = time.perf_counter()
+                attach_s.append(attached_s - at_s)
+                await client.detach(sandbox.address, spec.id)
+                detach_s.append(time.perf_counter() - attached_s)
+    layer = store.manifest.layers[0]
+    size_bytes = layer.expert_bytes * experts + layer.shared_bytes
+    return AttachTimes(
+        device, size_bytes, start_s, attach_s[0], Spread.of(attach_s[1:]), Spread.of(detach_s)
+    )
+
+
+def text_of(times: AttachTimes) -> str:
+    """Return the figures as a line."""
+    return (
+        f"attach of {times.size_bytes / 1e6:.0f} MB on {times.device}: "
+        f"{times.attach_s.text(3)} s, {times.gb_per_s:.1f} GB/s; the first, with its bytes "
+        f"verified, {times.first_s:.3f} s; detach {times.detach_s.text(3)} s; sandbox ready after "
+        f"{times.start_s:.2f} s"
+    )

@@ -1,0 +1,42 @@
+"""What the device is that figures were measured on: `python -m benchmarks.cuda.device cuda|cpu`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from faasmoe_expert.config import ConfigError
+from faasmoe_expert.device import resolve_device
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Return the device's name, memory and versions; raises ConfigError if it is not there."""
+    device = resolve_device(name, field="--device")
+    if device.type == "cpu":
+        return {"name": "cpu", "torch": torch.__version__}
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "name": found.name,
+        "memory_bytes": found.total_memory,
+        "multiprocessors": found.multi_processor_count,
+        "capability": f"{found.major}.{found.minor}",
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+    }
+
+
+def main() -> int:
+    """Print the device as JSON."""
+    try:
+        print(json.dumps(describe(sys.argv[1])))
+    except ConfigError as error:
+        print(f"benchmarks.cuda: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

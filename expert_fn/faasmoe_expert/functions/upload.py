@@ -1,0 +1,121 @@
+"""Bytes of a mapped store on their way to a device: read, pinned and copied in chunks, overlapped.
+
+While the device copies one chunk, the next one is read from the map into another pinned buffer. A
+buffer is filled again only once the copy that read it is over.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 16 << 20
+N_BUFFERS = 2
+
+Wait = Callable[[], None]
+
+
+class Lane(Protocol):
+    """What copies from host to device."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it copies to."""
+
+    def buffer(self, size_bytes: int) -> Tensor:
+        """Return uint8 host memory that the device copies from, [size_bytes]."""
+
+    def copy(self, target: Tensor, source: Tensor) -> Wait:
+        """Begin to copy a buffer's bytes to the device; return what waits for it."""
+
+    def finish(self) -> None:
+        """Wait for all copies: what the device does next sees them."""
+
+
+class CudaLane:
+    """A stream of its own on a CUDA device, beside that on which it computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def buffer(self, size_bytes: int) -> Tensor:
+        """Return pinned memory."""
+        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def copy(self, target: Tensor, source: Tensor) -> Wait:
+        """Begin to copy, behind whatever used the target's memory before."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            event.record(self._stream)
+        return event.synchronize
+
+    def finish(self) -> None:
+        """Wait for the stream."""
+        self._stream.synchronize()
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A buffer, and what waits until it may be filled again."""
+
+    buffer: Tensor
+    wait: Wait
+
+
+class Uploader:
+    """Copies to one device, `device`. Keeps its buffers; belongs to one thread.
+
+    Args:
+        lane: what copies.
+        chunk_bytes: size of a buffer.
+        n_buffers: buffers, 2 or more, so that reading and copying overlap.
+    """
+
+    def __init__(
+        self, lane: Lane, *, chunk_bytes: int = CHUNK_BYTES, n_buffers: int = N_BUFFERS
+    ) -> None:
+        self.device = lane.device
+        self._lane = lane
+        self._chunk_bytes = chunk_bytes
+        self._n_buffers = n_buffers
+        self._slots: deque[_Slot] = deque()
+
+    def put(self, target: Tensor, source: memoryview) -> None:
+        """Copy bytes to the device; the last ones may be on their way until `finish`.
+
+        Args:
+            target: uint8 [n] on the device.
+            source: as many bytes.
+        """
+        for start in range(0, len(source), self._chunk_bytes):
+            part = source[start : start + self._chunk_bytes]
+            slot = self._next_slot()
+            filled = slot.buffer[: len(part)]
+            filled.copy_(torch.frombuffer(part, dtype=torch.uint8))
+            slot.wait = self._lane.copy(target[start : start + len(part)], filled)
+
+    def finish(self) -> None:
+        """Wait for all that was put."""
+        self._lane.finish()
+
+    def _next_slot(self) -> _Slot:
+        """Return the slot that was used longest ago, free to be filled."""
+        if len(self._slots) < self._n_buffers:
+            self._slots.append(_Slot(self._lane.buffer(self._chunk_bytes), lambda: None))
+            return self._slots[-1]
+        self._slots.rotate(-1)
+        self._slots[-1].wait()
+        return self._slots[-1]
+
+
+def uploader_to(device: torch.device) -> Uploader | None:
+    """Return what copies functions to a device; None for the CPU, which computes on the map."""
+    return None if device.type == "cpu" else Uploader(CudaLane(device))

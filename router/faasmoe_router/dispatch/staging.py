@@ -1,0 +1,117 @@
+"""Between a GPU and the calls: a layer's rows and routing to the host, the sum of its parts back.
+
+Functions are called with host memory. Each layer the rows and their routing are copied into pinned
+buffers, all begun at once and waited for once; the sum is copied back without waiting. A buffer is
+overwritten only after the wait of the next layer, which comes after everything that the last layer
+began. Buffers grow and are kept: pinning takes longer than copying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+LEAST_BYTES = 1 << 16
+
+
+class HostMemory(Protocol):
+    """What a device layer offers: memory that the device copies to and from, and marks."""
+
+    def empty(self, size_bytes: int) -> Tensor:
+        """Return uint8 host memory, [size_bytes]."""
+
+    def mark(self) -> Callable[[], None]:
+        """Mark what was begun so far; the mark, when called, waits for it."""
+
+
+class PinnedMemory:
+    """Page-locked memory beside a CUDA device, and events on its current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def empty(self, size_bytes: int) -> Tensor:
+        """Return pinned uint8 memory, [size_bytes]."""
+        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def mark(self) -> Callable[[], None]:
+        """Record an event; calling the mark waits for it."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event.synchronize
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """A layer's inputs on the host, valid until the next layer's are.
+
+    Attributes:
+        rows: [T, H].
+        top_k_index: [T, k].
+        top_k_weight: float32 [T, k].
+    """
+
+    rows: Tensor
+    top_k_index: NDArray[np.int64]
+    top_k_weight: NDArray[np.float32]
+
+
+class HostStage:
+    """The buffers of one router. Belongs to the engine's thread."""
+
+    def __init__(self, memory: HostMemory) -> None:
+        self._memory = memory
+        self._buffers: dict[str, Tensor] = {}
+
+    def land(
+        self,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weight: Tensor,
+        *,
+        meanwhile: Callable[[], None],
+    ) -> Landed:
+        """Copy a layer's inputs to the host.
+
+        Args:
+            hidden: [T, H] on the device.
+            top_k_index: [T, k] on the device.
+            top_k_weight: [T, k] on the device.
+            meanwhile: work for the device, begun behind the copies and not waited for.
+        """
+        rows = self._begin("rows", hidden.detach())  # [T, H]
+        index = self._begin("index", top_k_index.detach().long())  # [T, k]
+        weight = self._begin("weight", top_k_weight.detach().float())  # [T, k]
+        wait = self._memory.mark()
+        meanwhile()
+        wait()
+        return Landed(rows, index.numpy(), weight.numpy())
+
+    def back(self, total: Tensor, like: Tensor) -> Tensor:
+        """Return `total` [T, H] where `like` is, without waiting for the copy."""
+        answer = self._buffer("answer", total)
+        answer.copy_(total)
+        return torch.empty_like(like).copy_(answer, non_blocking=True)
+
+    def _begin(self, name: str, source: Tensor) -> Tensor:
+        return self._buffer(name, source).copy_(source, non_blocking=True)
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        """Return a buffer of the shape and dtype of a tensor."""
+        held = self._buffers.get(name)
+        if held is None or len(held) < like.nbytes:
+            size_bytes = max(LEAST_BYTES, 1 << (like.nbytes - 1).bit_length())
+            with torch.inference_mode(False):  # else only inference mode could write to it
+                held = self._buffers[name] = self._memory.empty(size_bytes)
+        return held[: like.nbytes].view(like.dtype).view(like.shape)
+
+
+def stage_beside(device: torch.device) -> HostStage | None:
+    """Return the stage of a router whose model is on `device`; None where that is the host."""
+    return None if device.type == "cpu" else HostStage(PinnedMemory(device))

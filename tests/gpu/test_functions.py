@@ -1,0 +1,92 @@
+"""Functions on the device: what they compute, what they hold, and what they give back."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from sandboxes import PreparedStore, spec_of
+
+from faasmoe_expert.functions import ExpertFunction
+from faasmoe_expert.functions.upload import CudaLane, Uploader
+from faasmoe_expert.functions.weights import copy_weights, map_weights
+from faasmoe_expert.store import Store
+from faasmoe_expert.wire import Dtype, Mode, Request, decode_request, encode_request
+
+FAMILIES = ["mixtral", "qwen2_moe", "aria", "nemotron_h", "gpt_oss", "muse_spark", "deepseek_v4"]
+EXPERTS = 8
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-6}
+WIRE_DTYPES = {"float32": Dtype.FLOAT32, "bfloat16": Dtype.BFLOAT16}
+
+
+def request_for(store: Store, experts: Sequence[int], *, mode: Mode, n_rows: int = 21) -> Request:
+    entry, dtype = store.manifest.layers[0], store.manifest.model.dtype
+    generator = torch.Generator().manual_seed(n_rows)
+    hidden = torch.randn(n_rows, entry.hidden_size, generator=generator).to(getattr(torch, dtype))
+    local = torch.rand(n_rows, len(experts), generator=generator).topk(2).indices  # [T, 2]
+    expert = torch.tensor(list(experts))[local].reshape(-1)  # [P]
+    frame = encode_request(
+        hidden.view(torch.uint8).numpy().tobytes(),
+        dtype=WIRE_DTYPES[dtype],
+        mode=mode,
+        layer=0,
+        hidden_size=entry.hidden_size,
+        n_rows=n_rows,
+        pair_row=torch.arange(n_rows).repeat_interleave(2).int().numpy(),
+        pair_expert=expert.int().numpy(),
+        pair_weight=torch.rand(2 * n_rows, generator=generator).numpy(),
+    )
+    return decode_request(bytearray(b"".join(frame)))
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_computes_what_it_does_on_the_cpu(
+    family: str, dtype: str, mode: Mode, prepared_store: PreparedStore, uploader: Uploader
+) -> None:
+    store = prepared_store(family, dtype=dtype)
+    for block in (range(EXPERTS), [0, 3, 4, 7]):
+        spec, request = spec_of(store, [0], block), request_for(store, block, mode=mode)
+        expected = ExpertFunction(spec, store).compute(request).float()
+        got = ExpertFunction(spec, store, uploader=uploader).compute(request)
+        assert got.device.type == "cpu"
+        error = (got.float() - expected).abs().max()
+        assert error <= TOLERANCES[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("chunk_bytes", [1000, 4096, 16 << 20])
+def test_every_byte_is_copied(
+    chunk_bytes: int, prepared_store: PreparedStore, cuda: torch.device
+) -> None:
+    store = prepared_store("muse_spark")
+    layer, block = store.map_layer(0), [1, 2, 6]
+    there = copy_weights(
+        layer,
+        n_experts=EXPERTS,
+        experts=block,
+        uploader=Uploader(CudaLane(cuda), chunk_bytes=chunk_bytes),
+    )
+    here = map_weights(layer, n_experts=EXPERTS)
+    for name, stack in here.stacked.items():
+        for expert in block:
+            assert torch.equal(there.stacked[name][expert].cpu(), stack[expert])
+    for name, tensor in here.shared.items():
+        assert torch.equal(there.shared[name].cpu(), tensor)
+
+
+def test_a_function_takes_its_bytes_and_gives_them_back(
+    prepared_store: PreparedStore, uploader: Uploader
+) -> None:
+    store = prepared_store("mixtral")
+    spec = spec_of(store, [0, 1, 2], range(EXPERTS))
+    request = request_for(store, range(EXPERTS), mode=Mode.REDUCED)
+    taken = []
+    for _ in range(20):
+        before = torch.cuda.memory_allocated()
+        function = ExpertFunction(spec, store, uploader=uploader)
+        assert function.compute(request).isfinite().all()
+        taken.append(torch.cuda.memory_allocated() - before)
+        assert taken[-1] >= function.size_bytes
+        del function
+        assert torch.cuda.memory_allocated() == before
+    assert len(set(taken)) == 1

@@ -1,0 +1,148 @@
+"""A router on the device, its functions on the CPU or on the device too."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from families.inputs import prompts
+from families.registry import FAMILIES, forward_logits
+from sandboxes import OpenSandbox, PreparedStore
+from torch import Tensor
+
+from faasmoe_expert.store import Store
+from faasmoe_router.dispatch import Dispatcher
+from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.staging import HostStage, PinnedMemory, stage_beside
+from faasmoe_router.engine.model import load_router_model
+
+FAMILY = "qwen2_moe"
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def store(prepared_store: PreparedStore) -> Store:
+    return prepared_store(FAMILY)
+
+
+@contextmanager
+def dispatching(
+    sandbox: OpenSandbox, store: Store, *, functions: str, router: torch.device
+) -> Iterator[tuple[Dispatcher, DispatchMetrics]]:
+    metrics = DispatchMetrics()
+    with sandbox(device=functions, capacity=100) as box:
+        table = box.attach_blocks(store, 3)
+        dispatcher = Dispatcher(store, table, metrics=metrics, stage=stage_beside(router))
+        try:
+            yield dispatcher, metrics
+        finally:
+            dispatcher.close()
+
+
+@pytest.mark.parametrize("functions", ["cpu", "cuda"])
+def test_logits_equal_the_in_process_models(
+    functions: str, sandbox: OpenSandbox, store: Store, cuda: torch.device
+) -> None:
+    family = next(f for f in FAMILIES if f.name == FAMILY)
+    expected = forward_logits(family, family.build(), prompts())  # [B, S, V], on the CPU
+    with dispatching(sandbox, store, functions=functions, router=cuda) as (dispatcher, metrics):
+        model = load_router_model(store, dispatcher, device=cuda)
+        with torch.device(cuda):
+            got = forward_logits(family, model, prompts().to(cuda)).cpu()
+        assert metrics.local._value.get() == 0
+        assert metrics.calls._value.get() > 0
+    assert (got - expected).abs().max() <= TOLERANCE
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+def layer_inputs(n_rows: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    options: dict[str, Any] = {"generator": generator, "device": device}
+    hidden = torch.randn(n_rows, 32, **options)
+    index = torch.rand(n_rows, 8, **options).topk(2).indices
+    return hidden, index, torch.rand(n_rows, 2, **options)
+
+
+def test_layers_one_after_the_other_do_not_meet_in_the_buffers(cuda: torch.device) -> None:
+    """The device is kept behind, so that a buffer that is overwritten early would be seen."""
+    stage = HostStage(PinnedMemory(cuda))
+    ballast = torch.randn(2048, 2048, device=cuda)
+    backs, expected = [], []
+
+    def keep_behind() -> None:
+        torch.mm(ballast, ballast)
+
+    for seed in range(200):
+        hidden, index, weight = layer_inputs(64 + seed % 7, seed, cuda)
+        landed = stage.land(hidden, index, weight, meanwhile=keep_behind)
+        assert torch.equal(landed.rows, hidden.cpu())
+        assert (landed.top_k_index == index.cpu().numpy()).all()
+        keep_behind()
+        backs.append(stage.back(landed.rows * 2, hidden))
+        expected.append(hidden * 2)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(backs, expected, strict=True))
+
+
+def generated(
+    add: Callable[[str, list[int]], None], done: threading.Event, texts: list[list[int]]
+) -> None:
+    for number, prompt in enumerate(texts):
+        add(str(number), prompt)
+    assert done.wait(120)
+
+
+def test_continuous_batching_on_the_device_gives_what_it_gives_on_the_cpu(
+    sandbox: OpenSandbox, store: Store, cuda: torch.device
+) -> None:
+    results = [
+        batched(sandbox, store, device, functions)
+        for device, functions in ((torch.device("cpu"), "cpu"), (cuda, "cpu"), (cuda, "cuda"))
+    ]
+    assert results[1] == results[0]
+    assert results[2] == results[0]
+
+
+def batched(
+    sandbox: OpenSandbox, store: Store, device: torch.device, functions: str
+) -> dict[str, list[int]]:
+    """Generate greedily from some prompts in one batch; the tokens by request."""
+    import asyncio
+
+    from faasmoe_router.engine.batching import Batcher
+    from faasmoe_router.engine.sizing import EngineLimits
+
+    vocabulary = store.manifest.model.vocab_size
+    texts = [[(7 * i + 3 * j) % vocabulary for j in range(5 + i)] for i in range(6)]
+    tokens: dict[str, list[int]] = {}
+    done = threading.Event()
+
+    def take(outputs: Any, _cached: Any) -> None:
+        for output in outputs:
+            assert output.error is None, output.error
+            tokens[output.request_id] = list(output.generated_tokens)
+        if len(tokens) == len(texts) and all(len(t) == 8 for t in tokens.values()):
+            done.set()
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    with dispatching(sandbox, store, functions=functions, router=device) as (dispatcher, _):
+        model = load_router_model(store, dispatcher, device=device)
+        batcher = Batcher(model, EngineLimits(max_model_len=64, max_num_seqs=8))
+        thread.start()
+        batcher.start(loop, take, lambda *_: done.set())
+        try:
+            generated(
+                lambda name, prompt: batcher.add(
+                    name, prompt, max_tokens=8, end_ids=(), steps=None
+                ),
+                done,
+                texts,
+            )
+        finally:
+            batcher.stop(30.0)
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+    return tokens

@@ -1,0 +1,107 @@
+"""Sandbox processes on one device: several of them, a device that is full, forks of a zygote."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from rawhttp import frame
+from sandboxes import OpenSandbox, PreparedStore, SandboxProcess, spec_of
+from zygotes import eventually, is_ready, running_zygote
+
+from faasmoe_expert.server.memory import RESERVE_BYTES
+from faasmoe_expert.store import Store
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def store(prepared_store: PreparedStore) -> Store:
+    """Three MoE layers of 8 experts, hidden size 32, float32: what `rawhttp.frame` is for."""
+    return prepared_store("mixtral")
+
+
+def free_bytes() -> int:
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    return free
+
+
+def answer_of(box: SandboxProcess, store: Store) -> bytes:
+    spec = spec_of(store, [0], [0, 1, 2])
+    box.attach(store, spec)
+    answer = box.http.post(f"/v1/functions/{spec.id}", content=frame(n_rows=9))
+    assert answer.status_code == 200, answer.text
+    return answer.content
+
+
+@pytest.fixture
+def fill() -> Iterator[list[torch.Tensor]]:
+    """Holds what a test takes of the device."""
+    held: list[torch.Tensor] = []
+    yield held
+    held.clear()
+    torch.cuda.empty_cache()
+
+
+def test_many_sandboxes_share_one_device(sandbox: OpenSandbox, store: Store) -> None:
+    before = free_bytes()
+    with ExitStack() as stack:
+        boxes = [stack.enter_context(sandbox(device="cuda", capacity=4)) for _ in range(4)]
+        assert len({answer_of(box, store) for box in boxes}) == 1
+        said = [box.http.get("/v1/functions").json()["sandbox"] for box in boxes]
+        assert {box["device"] for box in said} == {"cuda"}
+        assert all(box["memory"]["used_bytes"] > 0 for box in said)
+    assert free_bytes() >= before - 64 * MIB
+
+
+def test_what_is_attached_and_detached_a_hundred_times_is_not_kept(
+    sandbox: OpenSandbox, store: Store
+) -> None:
+    with sandbox(device="cuda", capacity=4) as box:
+        spec = spec_of(store, [0, 1, 2], range(8))
+        answer_of(box, store)
+        for _ in range(3):  # what the first ones leave for good
+            box.attach(store, spec)
+            box.http.delete(f"/v1/functions/{spec.id}")
+        before = free_bytes()
+        for _ in range(100):
+            box.attach(store, spec)
+            assert box.http.delete(f"/v1/functions/{spec.id}").status_code == 204
+        assert free_bytes() >= before - 4 * MIB
+
+
+def test_a_device_that_is_full_refuses_before_it_runs_out(
+    sandbox: OpenSandbox, store: Store, fill: list[torch.Tensor]
+) -> None:
+    with sandbox(device="cuda", capacity=4) as box:
+        answer_of(box, store)
+        left = free_bytes() - RESERVE_BYTES // 2
+        fill.append(torch.empty(left, dtype=torch.uint8, device="cuda"))
+        spec = spec_of(store, [1], range(8))
+        body = {**spec.to_json(), "store": str(store.path), "model_digest": store.manifest.digest}
+        refused = box.http.put(f"/v1/functions/{spec.id}", json=body)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"]) == (503, "out_of_memory")
+        assert "expected at most 0, what is left of" in error["message"]
+        attached = spec_of(store, [0], [0, 1, 2])  # which serves on
+        answer = box.http.post(f"/v1/functions/{attached.id}", content=frame())
+        assert answer.status_code == 200
+        fill.clear()
+        torch.cuda.empty_cache()
+        box.attach(store, spec)
+
+
+def test_a_forked_sandbox_uses_the_device(store: Store, tmp_path: Path) -> None:
+    variables = {"FAASMOE_REHEARSAL_STORE": str(store.path), "FAASMOE_DEVICE": "auto"}
+    command = ("-m", "faasmoe_expert.zygote")
+    with running_zygote(*command, output=tmp_path / "log", **variables) as zygote:
+        with zygote.client() as client:
+            for name in ("s1", "s2"):
+                address = client.spawn(name)["address"]
+                eventually(partial(is_ready, address))
+        log = (tmp_path / "log").read_text()
+    assert log.count("device cuda") == 2, json.dumps(log)

@@ -1,0 +1,136 @@
+"""A layer's way to the host and back: one wait, buffers that are kept, nothing lost.
+
+The device is the CPU, which copies at once; what a copy that is late would do is shown by memory
+whose marks carry the copies out.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from sandboxes import OpenSandbox, PreparedStore
+from torch import Tensor
+
+from faasmoe_expert.wire import Mode
+from faasmoe_router.dispatch import Dispatcher
+from faasmoe_router.dispatch.staging import HostStage, stage_beside
+
+LAYER = 1
+
+
+class PlainMemory:
+    """Host memory that is not pinned; notes what was asked for and waited for."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.events: list[str] = []
+
+    def empty(self, size_bytes: int) -> Tensor:
+        self.sizes.append(size_bytes)
+        return torch.zeros(size_bytes, dtype=torch.uint8)
+
+    def mark(self) -> Callable[[], None]:
+        self.events.append("mark")
+        return lambda: self.events.append("wait")
+
+
+@pytest.fixture
+def memory() -> PlainMemory:
+    return PlainMemory()
+
+
+def inputs(n_rows: int, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n_rows)
+    return (
+        torch.randn(n_rows, 32, generator=generator).to(dtype),
+        torch.rand(n_rows, 8, generator=generator).topk(2).indices,
+        torch.rand(n_rows, 2, generator=generator).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_lands_is_what_was_there(memory: PlainMemory, dtype: torch.dtype) -> None:
+    stage = HostStage(memory)
+    for n_rows in (1, 700, 3):
+        hidden, index, weight = inputs(n_rows, dtype=dtype)
+        landed = stage.land(hidden, index, weight, meanwhile=lambda: None)
+        assert torch.equal(landed.rows, hidden)
+        assert landed.rows.is_contiguous()
+        assert (landed.top_k_index == index.numpy()).all()
+        assert (landed.top_k_weight == weight.float().numpy()).all()
+        back = stage.back(landed.rows * 2, hidden)
+        assert torch.equal(back, hidden * 2)
+        assert back.dtype == dtype
+
+
+def test_rows_that_are_not_contiguous_land_in_order(memory: PlainMemory) -> None:
+    hidden, index, weight = inputs(6)
+    strided = hidden.t().contiguous().t()  # [T, H]
+    landed = HostStage(memory).land(strided, index, weight, meanwhile=lambda: None)
+    assert torch.equal(landed.rows, hidden)
+
+
+def test_a_layer_waits_once_behind_the_work_that_it_gave_the_device(memory: PlainMemory) -> None:
+    stage = HostStage(memory)
+    stage.land(*inputs(4), meanwhile=lambda: memory.events.append("shared expert"))
+    assert memory.events == ["mark", "shared expert", "wait"]
+
+
+def test_memory_is_pinned_once_for_many_layers(memory: PlainMemory) -> None:
+    stage = HostStage(memory)
+    for _ in range(50):
+        hidden, index, weight = inputs(64)
+        landed = stage.land(hidden, index, weight, meanwhile=lambda: None)
+        stage.back(landed.rows, hidden)
+    assert len(memory.sizes) == 4  # rows, indices, weights, the answer
+    grown = inputs(4096)
+    stage.land(*grown, meanwhile=lambda: None)
+    assert memory.sizes[4:] == [grown[0].nbytes]
+
+
+def test_what_was_pinned_in_inference_mode_serves_outside_of_it_too(memory: PlainMemory) -> None:
+    stage = HostStage(memory)
+    with torch.inference_mode():
+        stage.land(*inputs(3), meanwhile=lambda: None)
+    hidden, index, weight = inputs(3)
+    assert torch.equal(stage.land(hidden, index, weight, meanwhile=lambda: None).rows, hidden)
+
+
+def test_an_answer_does_not_change_when_the_next_one_is_sent(memory: PlainMemory) -> None:
+    stage = HostStage(memory)
+    first = stage.back(torch.ones(3, 32), torch.empty(3, 32))
+    stage.back(torch.zeros(3, 32), torch.empty(3, 32))
+    assert first.eq(1).all()
+
+
+def test_a_router_on_the_cpu_stages_nothing() -> None:
+    assert stage_beside(torch.device("cpu")) is None
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("mode", Mode)
+def test_a_staged_layer_is_the_direct_one(
+    sandbox: OpenSandbox, prepared_store: PreparedStore, memory: PlainMemory, mode: Mode
+) -> None:
+    store = prepared_store("mixtral")
+    with sandbox(capacity=100) as box:
+        table = box.attach_blocks(store, 3)
+        direct = Dispatcher(store, table, mode=mode)
+        staged = Dispatcher(store, table, mode=mode, stage=HostStage(memory))
+        done: list[str] = []
+        for n_rows in (1, 19, 300, 2):
+            expected = direct.compute(LAYER, *inputs(n_rows))
+            got = staged.compute(LAYER, *inputs(n_rows), meanwhile=lambda: done.append("shared"))
+            assert torch.equal(got, expected)
+        assert done == ["shared"] * 4
+        assert memory.events.count("wait") == 4
+        direct.close()
+        staged.close()
