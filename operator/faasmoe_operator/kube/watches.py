@@ -47,6 +47,7 @@ class Watches:
         self._optional.pop(kind).cancel()
 
     async def _watch(self, kind: Kind) -> None:
+        await self._feed.has_begun.wait()  # the first event is to tell that the others are on
         with suppress(TimeoutError):  # its thread does not end: it holds nothing up
             await self._watcher((kind,)).run()
 
