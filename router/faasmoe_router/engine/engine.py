@@ -367,7 +367,11 @@ class Engine:
 
     async def _start_batcher(self) -> None:
         loop = asyncio.get_running_loop()
-        self._batcher = await asyncio.to_thread(self._make_batcher, loop)
+        making = asyncio.create_task(asyncio.to_thread(self._make_batcher, loop))
+        try:
+            await asyncio.shield(making)
+        finally:  # if we are stopped meanwhile, too: a thread that nobody knows would never end
+            self._batcher = await making
 
     def _make_batcher(self, loop: asyncio.AbstractEventLoop) -> Batcher:
         gc.collect()  # one that has died is a knot of references, its cache among them

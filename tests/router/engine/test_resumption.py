@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import threading
 import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -145,9 +147,11 @@ def test_every_way_of_choosing_tokens_goes_on_to_the_same_text(
 
 
 def test_the_next_engine_has_the_memory_of_the_one_that_died(
-    make_engine: Maker, prompt_ids: Prompt
+    make_engine: Maker, prompt_ids: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine()
+    # pytest keeps what is logged, and with an error the frames that it was raised in.
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
 
     async def work() -> None:
         generation = engine.generate([GenerationRequest(prompt_ids, 240)])
@@ -207,6 +211,31 @@ def test_a_request_with_which_two_engines_died_fails_and_one_that_saw_the_second
         assert codec.decode(greedy(prompt_ids, 240)).endswith(await text_of(second))
 
     run(engine, work)
+
+
+def test_an_engine_that_is_stopped_while_it_starts_again_leaves_no_thread(
+    make_engine: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(threading.enumerate())
+    engine = make_engine()
+    make, is_making, go = engine._make_batcher, threading.Event(), threading.Event()
+
+    def make_late(loop: asyncio.AbstractEventLoop) -> Any:
+        is_making.set()
+        go.wait(DEADLINE_S)
+        return make(loop)
+
+    async def story() -> None:
+        async with engine:
+            fail_between_steps(engine)
+            monkeypatch.setattr(engine, "_make_batcher", make_late)
+            while not is_making.is_set():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            asyncio.get_running_loop().call_later(0.1, go.set)  # the engine is being stopped then
+
+    asyncio.run(story())
+    left = set(threading.enumerate()) - before
+    assert not [thread for thread in left if thread.is_alive() and not thread.daemon]
 
 
 def test_who_hangs_up_while_no_engine_runs_is_forgotten(
