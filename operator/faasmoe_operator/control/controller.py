@@ -29,9 +29,8 @@ from faasmoe_operator.control.sandbox_client import SandboxClient
 from faasmoe_operator.control.scalers import Change, Scalers
 from faasmoe_operator.control.table_feed import TableFeed
 from faasmoe_operator.control.timing import Timing
-from faasmoe_operator.control.troubles import Step
 from faasmoe_operator.plan.fleet import Demand, FleetSettings
-from faasmoe_operator.plan.sandboxes import SandboxPlan, plan_sandboxes
+from faasmoe_operator.plan.sandboxes import plan_sandboxes
 from faasmoe_operator.platforms.base import Platform
 from faasmoe_operator.platforms.roster import Change as Notice
 
@@ -199,7 +198,9 @@ class Controller:
         )
         for action in plan.actions:
             self._actuator.begin(action)
-        self._tell_of_memory(plan)
+        self._actuator.troubles.note_room(
+            self.records.waiting(), waiting=plan.waiting, too_large=plan.unplaceable
+        )
         self.publish()
 
     def publish(self) -> None:
@@ -251,17 +252,6 @@ class Controller:
             )
             for replicas, function in functions
         ]
-
-    def _tell_of_memory(self, plan: SandboxPlan) -> None:
-        """Say so while callers wait for functions that there is no memory for."""
-        awaited = set(self.records.waiting())
-        waiting = awaited & set(plan.waiting)
-        too_large = awaited & set(plan.unplaceable)
-        if waiting or too_large:
-            told = f"{len(waiting)} functions wait for others to be idle, {len(too_large)} fit"
-            self._actuator.troubles.failed(Step.FIT, f"memory: {told} in no sandbox")
-        else:
-            self._actuator.troubles.worked(Step.FIT)
 
     def _count(self, changes: Iterable[Change]) -> None:
         for change in changes:

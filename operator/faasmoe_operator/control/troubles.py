@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import Enum
 
 
@@ -27,6 +28,23 @@ class Troubles:
     def worked(self, step: Step) -> None:
         """Note that a step worked: what went wrong with it before is over."""
         self._failures.pop(step, None)
+
+    def note_room(
+        self, awaited: Collection[str], *, waiting: Collection[str], too_large: Collection[str]
+    ) -> None:
+        """Note whether callers wait for functions that there is no memory for.
+
+        Args:
+            awaited: functions that callers wait for.
+            waiting: functions that wait for others to be idle.
+            too_large: functions that fit in no sandbox.
+        """
+        n_waiting, n_too_large = (len({*awaited} & {*names}) for names in (waiting, too_large))
+        if n_waiting or n_too_large:
+            told = f"{n_waiting} functions wait for others to be idle, {n_too_large} fit"
+            self.failed(Step.FIT, f"memory: {told} in no sandbox")
+        else:
+            self.worked(Step.FIT)
 
     @property
     def text(self) -> str:
