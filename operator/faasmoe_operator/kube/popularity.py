@@ -84,7 +84,7 @@ class PopularityMap:
 
         Only what was used since is worth writing: what decays does so by itself.
         """
-        written = controller.records.rows.total()
+        written = 0  # a core counts from nothing: what it took before this began is new, too
         try:
             while True:
                 await asyncio.sleep(interval_s)

@@ -64,23 +64,23 @@ def test_a_stop_token_ends_the_text_even_where_end_tokens_are_ignored(codec: Tex
     [stop] = codec.encode("z")
     request = GenerationRequest((5,), 9, ending=Ending(stop_ids=(stop,), ignore_eos=True))
     delta = _sequence(codec, request).take([*codec.encode("ab"), END, stop, 9])
-    assert delta == Delta("ab", 4, "stop")
+    assert delta == Delta("ab", 4, "stop", stop_reason=stop)
 
 
 def test_what_ends_the_text_is_in_it_if_asked_for(codec: TextCodec) -> None:
     tokens = codec.encode("aXYb")
     ending = Ending(stops=("XY",), included=True)
     sequence = _sequence(codec, GenerationRequest((5,), 9, ending=ending))
-    assert sequence.take(tokens) == Delta("aXY", 3, "stop")
+    assert sequence.take(tokens) == Delta("aXY", 3, "stop", stop_reason="XY")
     ending = Ending(stop_ids=(tokens[1],), included=True)
     sequence = _sequence(codec, GenerationRequest((5,), 9, ending=ending))
-    assert sequence.take(tokens) == Delta("aX", 2, "stop")
+    assert sequence.take(tokens) == Delta("aX", 2, "stop", stop_reason=tokens[1])
 
 
 def test_stop_strings_count_after_the_least_tokens_only(codec: TextCodec) -> None:
     ending = Ending(stops=("X",), min_tokens=2)
     sequence = _sequence(codec, GenerationRequest((5,), 9, ending=ending))
-    assert sequence.take(codec.encode("aXbXc")) == Delta("aXb", 4, "stop")
+    assert sequence.take(codec.encode("aXbXc")) == Delta("aXb", 4, "stop", stop_reason="X")
 
 
 def test_log_probabilities_come_with_the_text_that_they_are_of(codec: TextCodec) -> None:
