@@ -1,4 +1,4 @@
-"""A router that is asked for a device that is not there says so before it looks at all else."""
+"""A router that is asked for a device that is not there says so before it looks at anything."""
 
 import os
 import subprocess
