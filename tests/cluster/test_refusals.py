@@ -66,7 +66,7 @@ def test_more_memory_than_any_node_has_is_told(
     tiny_model: Callable[..., Object],
 ) -> None:
     model = tiny_model("tiny", experts={"warmPool": 1})
-    resources = {"requests": {"memory": "100Ti"}, "limits": {"memory": "100Ti"}}
+    resources = {"requests": {"memory": "100Pi"}, "limits": {"memory": "100Pi"}}
     model["spec"]["experts"]["template"]["resources"] = resources
     api.create("moemodels", model)
     found = wait_condition(
