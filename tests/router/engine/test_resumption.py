@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
@@ -146,12 +146,19 @@ def test_every_way_of_choosing_tokens_goes_on_to_the_same_text(
     assert broken._metrics.prompt_tokens._value.get() == len(found) * len(prompt_ids)
 
 
+@pytest.fixture
+def unlogged() -> Iterator[None]:
+    """Nothing is logged: pytest keeps records, and with an error the frames it was raised in."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("unlogged")
 def test_the_next_engine_has_the_memory_of_the_one_that_died(
-    make_engine: Maker, prompt_ids: Prompt, monkeypatch: pytest.MonkeyPatch
+    make_engine: Maker, prompt_ids: Prompt
 ) -> None:
     engine = make_engine()
-    # pytest keeps what is logged, and with an error the frames that it was raised in.
-    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
 
     async def work() -> None:
         generation = engine.generate([GenerationRequest(prompt_ids, 240)])
