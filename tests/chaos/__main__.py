@@ -58,13 +58,18 @@ def main() -> int:
 
 
 def _prepared(model: Path) -> tuple[Path, Path]:
-    """Return the checkpoint and a store of it, both made if they are not there."""
+    """Return the checkpoint and a store of it, both made if they are not there.
+
+    In float32: in bfloat16 the number of rows in a batch decides near-ties on some processors (with
+    AMX every second answer), so that an answer could not be told from a wrong one.
+    """
     WORK.mkdir(parents=True, exist_ok=True)
     if model == DEMO and not (DEMO / "config.json").exists():
         subprocess.run([*FAASMOE, "demo-model", str(DEMO)], check=True)
-    store = WORK / f"{model.name}-store"
+    store = WORK / f"{model.name}-float32-store"
     if not _is_ours(store):
-        subprocess.run([*FAASMOE, "prepare", str(model), str(store), "--force"], check=True)
+        prepare = ("prepare", "--dtype", "float32", str(model), str(store), "--force")
+        subprocess.run([*FAASMOE, *prepare], check=True)
     return model.resolve(), store.resolve()
 
 
