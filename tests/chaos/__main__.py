@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from tests.chaos.run import Plan, run_chaos
-from tests.chaos.schedule import Fault, draw_schedule
+from tests.chaos.schedule import Fault, Kind, draw_schedule
 
 from faasmoe_expert.store import MANIFEST_NAME, Store, StoreError
 
@@ -31,6 +31,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the faults (%(default)s)")
     parser.add_argument("--minutes", type=float, default=2.0, help="(%(default)s)")
     parser.add_argument("--period", type=float, default=1.0, help="s between faults (%(default)s)")
+    parser.add_argument(
+        "--only", type=Kind, action="append", metavar="KIND", help="leave out all other kinds of "
+        f"fault; may be repeated ({', '.join(kind.value for kind in Kind)})",
+    )  # fmt: skip
     parser.add_argument("--replay", type=Path, help="do the schedule of this report again")
     parser.add_argument("--model", type=Path, default=DEMO, help="checkpoint (the demo model)")
     parser.add_argument(
@@ -45,6 +49,8 @@ def main() -> int:
     else:
         seed, duration_s = arguments.seed, arguments.minutes * 60
         faults = draw_schedule(seed, duration_s=duration_s, period_s=arguments.period)
+    if arguments.only:
+        faults = [fault for fault in faults if fault.kind in arguments.only]
     model, store = _prepared(arguments.model)
     plan = Plan(seed, duration_s, faults, model, store, experts=3, capacity=27, twice="0-9")
     report = asyncio.run(run_chaos(plan, WORK))
