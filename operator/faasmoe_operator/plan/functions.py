@@ -11,7 +11,8 @@ from faasmoe_expert.table import FunctionSpec, function_id
 from faasmoe_operator.errors import PlanError
 
 AUTO_BLOCKS_PER_LAYER = 3
-"""The paper's advice: fewer, larger blocks cost fewer calls; more are idle more often."""
+"""What `faasmoe bench sweep` recommends, docs/evaluation.md, and the paper's advice: fewer, larger
+blocks cost fewer calls but leave cores idle; more cost calls and memory."""
 
 
 class LayerShape(Protocol):
