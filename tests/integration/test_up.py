@@ -119,6 +119,16 @@ def test_all_experts_were_computed_by_functions(up: Up, client: OpenAI) -> None:
     assert up.router_metric("local_computations_total") == 0
 
 
+def test_the_router_calls_sandboxes_over_unix_sockets(up: Up, client: OpenAI) -> None:
+    client.completions.create(model="exact", prompt="One two", max_tokens=2)
+    accepted = 0
+    for sandbox in up.sandboxes:
+        near = [c.laddr for c in sandbox.net_connections("unix") if c.laddr.endswith(".sock")]
+        assert near, "a sandbox listens on TCP alone"
+        accepted += len(near) - 1  # one of them listens
+    assert accepted > 0
+
+
 def test_nothing_is_left_behind_by_a_killed_launcher(file: Path, up: Up) -> None:
     assert up.process.poll() is None  # the store is prepared, and another port is free
     killed = start(file, file.with_name("killed.log"))
