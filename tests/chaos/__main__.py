@@ -13,6 +13,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.chaos.run import Plan, run_chaos
 from tests.chaos.schedule import Fault, Kind, draw_schedule
@@ -30,6 +31,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="of the faults (%(default)s)")
     parser.add_argument("--minutes", type=float, default=2.0, help="(%(default)s)")
+    parser.add_argument(
+        "--alone", type=float, default=0.25, metavar="PART", help="part of the time, at the "
+        "beginning, in which sandboxes are killed and nothing else is done (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--period", type=float, default=1.0, help="s between faults (%(default)s)")
     parser.add_argument(
         "--only", type=Kind, action="append", metavar="KIND", help="leave out all other kinds of "
@@ -45,14 +50,18 @@ def main() -> int:
     if arguments.replay is not None:
         before = json.loads(arguments.replay.read_text())
         faults = [Fault.from_json(value) for value in before["schedule"]]
-        seed, duration_s = before["seed"], before["duration_s"]
+        seed, duration_s, alone_s = before["seed"], before["duration_s"], before["kills_alone_s"]
     else:
         seed, duration_s = arguments.seed, arguments.minutes * 60
-        faults = draw_schedule(seed, duration_s=duration_s, period_s=arguments.period)
+        alone_s = arguments.alone * duration_s
+        faults = draw_schedule(
+            seed, duration_s=duration_s, period_s=arguments.period, kills_alone_s=alone_s
+        )
     if arguments.only:
         faults = [fault for fault in faults if fault.kind in arguments.only]
     model, store = _prepared(arguments.model)
-    plan = Plan(seed, duration_s, faults, model, store, experts=3, capacity=27, twice="0-9")
+    sizes: dict[str, Any] = {"experts": 3, "capacity": 27, "twice": "0-9"}
+    plan = Plan(seed, duration_s, faults, model, store, kills_alone_s=alone_s, **sizes)
     report = asyncio.run(run_chaos(plan, WORK))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")

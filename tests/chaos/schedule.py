@@ -41,6 +41,8 @@ WEIGHTS: Mapping[Kind, int] = {
     Kind.KILL_ZYGOTE: 1,
 }
 
+KILL_PERIODS = 3  # between two kills that are done alone: the warm pool is full again, stalls end
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -70,14 +72,29 @@ class Fault:
         return cls(**{**value, "kind": Kind(value["kind"])})
 
 
-def draw_schedule(seed: int, *, duration_s: float, period_s: float = 1.0) -> list[Fault]:
-    """Return the faults of a run: one in each period, the last two periods left in peace."""
+def draw_schedule(
+    seed: int, *, duration_s: float, period_s: float = 1.0, kills_alone_s: float = 0.0
+) -> list[Fault]:
+    """Return the faults of a run: one in each period, the last two periods left in peace.
+
+    Args:
+        seed: of what is drawn.
+        duration_s: of the run.
+        period_s: between two faults.
+        kills_alone_s: how long, from the beginning, sandboxes are killed and nothing else is done,
+            one in every `KILL_PERIODS` periods, so that what a kill costs can be told from what
+            other faults cost. The time of one kill at its end is left in peace.
+    """
     chance = random.Random(seed)
     kinds, weights = zip(*WEIGHTS.items(), strict=True)
     faults = []
     for n in range(max(0, int(duration_s / period_s) - 2)):
         at_s = (n + chance.random()) * period_s
         kind = chance.choices(kinds, weights)[0]
+        if n * period_s < kills_alone_s:
+            if n % KILL_PERIODS or (n + KILL_PERIODS) * period_s > kills_alone_s:
+                continue
+            kind = Kind.KILL_SANDBOX
         fault = Fault(
             round(at_s, 3),
             kind,

@@ -38,7 +38,7 @@ spec:
   model: {{source: "file://{model}"}}
   store: {{path: "{store}"}}
   granularity: {{expertsPerFunction: {experts}}}
-  router: {{maxModelLen: 256, maxNumSeqs: 16, device: cpu}}
+  router: {{maxModelLen: 256, maxNumSeqs: 8, maxNumBatchedTokens: 12, device: cpu}}
   experts:
     device: cpu
     functionsPerSandbox: {capacity}

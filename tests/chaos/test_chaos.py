@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.chaos.run import Plan, run_chaos
-from tests.chaos.schedule import WEIGHTS, Fault, Kind, draw_schedule
+from tests.chaos.schedule import KILL_PERIODS, WEIGHTS, Fault, Kind, draw_schedule
 from tests.chaos.tenants import N_TENANTS
 from tiny_chat import save_tiny_chat_model
 
@@ -31,6 +32,18 @@ def test_a_schedule_follows_from_its_seed_and_survives_its_report(
     assert [Fault.from_json(value) for value in told] == faults
     assert all(0 <= f.at_s <= duration_s for f in faults)
     assert [f.at_s for f in faults] == sorted(f.at_s for f in faults)
+
+
+@given(st.integers(0, 1 << 40), st.floats(0.0, 200.0))
+def test_sandboxes_are_killed_alone_at_the_beginning_and_have_time_to_come_back(
+    seed: int, alone_s: float
+) -> None:
+    faults = draw_schedule(seed, duration_s=300.0, kills_alone_s=alone_s)
+    alone = [fault for fault in faults if fault.at_s < alone_s]
+    assert {fault.kind for fault in alone} <= {Kind.KILL_SANDBOX}
+    assert all(fault.at_s < alone_s - KILL_PERIODS + 1 for fault in alone)
+    assert all(b.at_s - a.at_s > KILL_PERIODS - 1 for a, b in itertools.pairwise(alone))
+    assert len(alone) >= alone_s // KILL_PERIODS - 1
 
 
 def test_a_long_schedule_has_every_kind_of_fault() -> None:
