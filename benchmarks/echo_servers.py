@@ -71,11 +71,11 @@ def _serve_protocol(
 
 
 def _echo(request: HttpRequest) -> Answer:
-    return Answer(200, FRAME, [request.body])
+    return Answer(200, FRAME, [request.frame])
 
 
 def _echo_frame(request: HttpRequest) -> Answer:
-    frame = decode_request(request.body)
+    frame = decode_request(request.frame)
     return Answer(200, FRAME, encode_response(frame.header, frame.rows))
 
 

@@ -47,6 +47,7 @@ SERVERS = 3
 SIZES = (4 << 10, 64 << 10, 256 << 10, 1 << 20)
 PRODUCT_SIZE = 64 << 10
 WARM_FANOUTS = 5
+NEVER = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,8 @@ def candidates(*, product_only: bool) -> Iterator[list[Candidate]]:
     """Give the candidates, their servers running and their connections open.
 
     The first two are the product's path on one machine and between machines, the next two the same
-    without the wire format.
+    without the wire format, then two with frames on one machine that are never, or always, left in
+    shared memory.
     """
     kinds = [UNIX_FRAMES, FRAMES, UNIX, UVLOOP]
     if not product_only:
@@ -91,6 +93,10 @@ def candidates(*, product_only: bool) -> Iterator[list[Candidate]]:
         for kind in kinds[2:4]:
             bare = stack.enter_context(closing(FanoutClient(servers[kind])))
             found.append(Candidate(kind.name, "ours, polled sockets", bare))
+        for name, shared_bytes in (("never shared", NEVER), ("always shared", 0)):
+            client = FrameClient(servers[UNIX_FRAMES], shared_bytes=shared_bytes)
+            frames = stack.enter_context(closing(client))
+            found.append(Candidate(UNIX_FRAMES.name, f"ours, wire frames, {name}", frames))
         yield found if product_only else found + _others(stack, servers)
 
 

@@ -26,8 +26,10 @@ from faasmoe_expert.wire import Dtype, Header, Mode, decode_response, encode_req
 from faasmoe_expert.wire.checksum import Buffer
 from faasmoe_expert.wire.frame import Kind
 from faasmoe_expert.wire.request import Float32s, Int32s
+from faasmoe_router.dispatch.calls import Call
 from faasmoe_router.dispatch.errors import CallError
-from faasmoe_router.dispatch.fanout import Call, Fanout
+from faasmoe_router.dispatch.fanout import Fanout
+from faasmoe_router.dispatch.sharing import SHARED_FRAME_BYTES
 
 PATH = "/v1/functions/0123456789abcdef01234567"
 HIDDEN_SIZE, TOP_K = 2048, 4
@@ -192,9 +194,9 @@ def _head(address: str, size_bytes: int) -> bytes:
 class FanoutClient(Client):
     """The product's: sockets polled from the engine's own thread."""
 
-    def __init__(self, servers: Servers) -> None:
+    def __init__(self, servers: Servers, *, shared_bytes: int = SHARED_FRAME_BYTES) -> None:
         self._addresses = servers.addresses
-        self._fanout = Fanout(socket_dir=servers.socket_dir)
+        self._fanout = Fanout(socket_dir=servers.socket_dir, shared_bytes=shared_bytes)
         self._function_id = PATH.rpartition("/")[2]
 
     def post(self, bodies: Sequence[bytes]) -> list[bytes]:

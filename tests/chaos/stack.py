@@ -6,14 +6,13 @@ sound one, as on another node.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,12 +118,11 @@ async def running_stack(
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(store, copy)
     told = json.dumps(write_tenants_of(tenants, folder))
+    sizes = {"experts": experts, "capacity": capacity, "twice": twice}
     deployments = {}
     for name, path in (("router", store), ("control", copy)):
         file = folder / f"{name}.yaml"
-        sizes = {"experts": experts, "capacity": capacity, "twice": twice}
-        text = MOEMODEL.format(name=NAME, model=model, store=path, tenants=told, **sizes)
-        file.write_text(text)
+        file.write_text(MOEMODEL.format(name=NAME, model=model, store=path, tenants=told, **sizes))
         deployments[name] = Deployment.load(file)
     async with AsyncExitStack() as stack:
         # Short: a unix socket's path has few characters.
@@ -132,53 +130,14 @@ async def running_stack(
         logs = stack.enter_context(Logs(folder / "logs"))
         port, secrets = ControlPort.reserve(), Secrets("chaos-token", os.urandom(32).hex())
         stack.callback(port.close)
+        processes = _Processes(stack, private, logs, port, secrets)
         proxy = ZygoteProxy(private / "proxy.sock", private / "zygote.sock")
-        zygote_child, _ = await stack.enter_async_context(
-            kept(
-                "zygote",
-                zygote.COMMAND,
-                environment=zygote.zygote_environment(private / "zygote.sock", token=secrets.token),
-                log=logs.sink("sandboxes"),
-                grace_s=10.0,
-                restarts=RESTARTS,
-            )
-        )
+        zygote_child = await processes.zygote()
         await proxy.open()
         stack.push_async_callback(proxy.end)
-        control_child, _ = await stack.enter_async_context(
-            kept(
-                "control process",
-                control.COMMAND,
-                environment=control.environment(
-                    deployments["control"].file,
-                    zygote_socket=private / "proxy.sock",
-                    port=port,
-                    secrets=secrets,
-                ),
-                log=logs.sink("control"),
-                grace_s=control.GRACE_S,
-                restarts=RESTARTS,
-            )
-        )
+        control_child = await processes.control(deployments["control"])
         endpoint = router.Endpoint("127.0.0.1", _free_port())
-        settings = router.environment(
-            deployments["router"],
-            endpoint,
-            control_url=port.url,
-            token=secrets.token,
-            tenants_file=write_tenants(deployments["router"], private),
-        )
-        router_child = await stack.enter_async_context(
-            child.running(
-                router.COMMAND,
-                environment={
-                    **settings,
-                    zygote.VERIFIED_VARIABLE: str(private / "router-verified"),
-                },
-                log=logs.sink("router"),
-                grace_s=router.GRACE_S,
-            )
-        )
+        router_child = await processes.router(deployments["router"], endpoint)
         await router.wait_serving(endpoint, progress=print)
         yield Stack(
             endpoint.url,
@@ -192,13 +151,77 @@ async def running_stack(
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Processes:
+    """Starts the processes, which end with the stack."""
+
+    stack: AsyncExitStack
+    private: Path
+    logs: Logs
+    port: ControlPort
+    secrets: Secrets
+
+    async def zygote(self) -> Kept:
+        return await self._kept(
+            "zygote",
+            zygote.COMMAND,
+            zygote.zygote_environment(self.private / "zygote.sock", token=self.secrets.token),
+            log="sandboxes",
+            grace_s=10.0,
+        )
+
+    async def control(self, deployment: Deployment) -> Kept:
+        environment = control.environment(
+            deployment.file,
+            zygote_socket=self.private / "proxy.sock",
+            port=self.port,
+            secrets=self.secrets,
+        )
+        grace_s = control.GRACE_S
+        return await self._kept(
+            "control process", control.COMMAND, environment, log="control", grace_s=grace_s
+        )
+
+    async def router(self, deployment: Deployment, endpoint: router.Endpoint) -> child.Child:
+        settings = router.environment(
+            deployment,
+            endpoint,
+            control_url=self.port.url,
+            token=self.secrets.token,
+            tenants_file=write_tenants(deployment, self.private),
+        )
+        verified = str(self.private / "router-verified")
+        return await self.stack.enter_async_context(
+            child.running(
+                router.COMMAND,
+                environment={**settings, zygote.VERIFIED_VARIABLE: verified},
+                log=self.logs.sink("router"),
+                grace_s=router.GRACE_S,
+            )
+        )
+
+    async def _kept(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        log: str,
+        grace_s: float,
+    ) -> Kept:
+        found, _ = await self.stack.enter_async_context(
+            kept(
+                name,
+                command,
+                environment=environment,
+                log=self.logs.sink(log),
+                grace_s=grace_s,
+                restarts=RESTARTS,
+            )
+        )
+        return found
+
+
 def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
-
-
-async def wait_replicas(stack: Stack, n_sandboxes: int, *, timeout_s: float = 120.0) -> None:
-    """Wait until so many sandboxes run."""
-    async with asyncio.timeout(timeout_s):
-        while len(stack.proxy.sandboxes) < n_sandboxes:  # noqa: ASYNC110
-            await asyncio.sleep(0.1)

@@ -1,6 +1,7 @@
 """A tiny model with a tokenizer of its own, made here: random, but it runs like a real one."""
 
 import json
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -24,7 +25,10 @@ CHAT_TEMPLATE = (
 )
 MAX_MODEL_LEN = 256
 
+DEADLINE_S = 20.0
+
 EngineMaker = Callable[..., Engine]
+Until = Callable[[Callable[[], bool]], None]
 
 
 @pytest.fixture(scope="session")
@@ -110,3 +114,16 @@ def greedy(base_model: Any) -> Callable[[tuple[int, ...], int], list[int]]:
         return list(output[0, len(prompt) :].tolist())
 
     return generate
+
+
+@pytest.fixture
+def until() -> Until:
+    """Wait until a condition comes true, or fail."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        end_s = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < end_s, "the condition did not come true in time"
+            time.sleep(0.005)
+
+    return wait

@@ -15,12 +15,13 @@ FRAME = "application/vnd.faasmoe.frame"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Status, content type and body buffers of one HTTP answer."""
+    """Status, content type and body buffers of one HTTP answer; `headers` are further lines."""
 
     status: int
     content_type: str
     body: Sequence[Buffer]
     close: bool = False
+    headers: str = ""
 
     @classmethod
     def of_json(cls, status: int, value: Any) -> Answer:
@@ -44,5 +45,5 @@ class Answer:
         size_bytes = sum(memoryview(part).nbytes for part in self.body)
         return (
             f"{status_line}content-type: {self.content_type}\r\n"
-            f"content-length: {size_bytes}\r\n{connection}\r\n"
+            f"content-length: {size_bytes}\r\n{self.headers}{connection}\r\n"
         ).encode()

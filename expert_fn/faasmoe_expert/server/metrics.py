@@ -15,6 +15,11 @@ class SandboxMetrics:
         self.frames = Counter(
             "faasmoe_expert_frames_total", "Frames computed.", registry=self.registry
         )
+        self.shared_frames = Counter(
+            "faasmoe_expert_shared_frames_total",
+            "Frames computed that lay in memory shared with a router of this machine.",
+            registry=self.registry,
+        )
         self.rows = Counter(
             "faasmoe_expert_rows_total", "Rows of hidden states computed.", registry=self.registry
         )

@@ -21,12 +21,16 @@ from faasmoe_expert.config import (
     MAX_CONNECTIONS,
     MAX_FRAMES,
 )
-from faasmoe_expert.errors import Overloaded
+from faasmoe_expert.errors import BadFrame, Overloaded
 from faasmoe_expert.server.answer import Answer
 from faasmoe_expert.server.intake import Intake
+from faasmoe_expert.server.sharing import SharedInbox
+from faasmoe_expert.shared_region import FRAME_HEADER, REGION_HEADER, peer_pid
 from faasmoe_expert.wire import MAX_FRAME_BYTES
+from faasmoe_expert.wire.checksum import Buffer
 
 MAX_HEAD_BYTES = 16 << 10
+_FRAME, _REGION = FRAME_HEADER.encode(), REGION_HEADER.encode()
 
 
 @dataclass(slots=True)
@@ -40,8 +44,16 @@ class HttpRequest:
     head_bytes: int = 0
     later_bytes: int = 0  # received after the packet in which it began
     body: bytearray = field(default_factory=bytearray)
+    shared: memoryview | None = None  # a frame that lies in shared memory, in place of the body
+    shared_place: bytes | None = None
+    shared_offer: bytes | None = None
     announced_bytes: int = 0
     taken_bytes: int | None = None  # by the intake; None while the body has not begun
+
+    @property
+    def frame(self) -> Buffer:
+        """The body, or what lies in shared memory in its place."""
+        return self.body if self.shared is None else self.shared
 
 
 class HttpProtocol(asyncio.Protocol):
@@ -80,6 +92,7 @@ class HttpProtocol(asyncio.Protocol):
         self._refusal: Answer | None = None
         self._request = HttpRequest()
         self._parser = httptools.HttpRequestParser(self)
+        self._inbox: SharedInbox | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to listen to a client, unless there are too many."""
@@ -152,14 +165,19 @@ class HttpProtocol(asyncio.Protocol):
         self._count_head(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take one header; only the authorization matters."""
+        """Take one header; those of authorization and of the body matter."""
         self._count_head(len(name) + len(value))
-        if name.lower() == b"authorization":
-            self._request.authorization = value
-        if name.lower() == b"content-length" and value.isdigit():
+        name = name.lower()
+        if name == b"content-length" and value.isdigit():
             self._request.announced_bytes = int(value)
             if int(value) > MAX_FRAME_BYTES:
                 self._stop_parse(413, "too_large", "body", got=f"{int(value)} bytes")
+        elif name == b"authorization":
+            self._request.authorization = value
+        elif name == _FRAME:
+            self._request.shared_place = value
+        elif name == _REGION:
+            self._request.shared_offer = value
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
@@ -181,8 +199,23 @@ class HttpProtocol(asyncio.Protocol):
             return
         request.method = self._parser.get_method().decode()
         keep_alive = self._parser.should_keep_alive()
-        self._write(self._handle(request), keep_alive=keep_alive, is_head=request.method == "HEAD")
+        answer = self._answer(request)
+        self._write(answer, keep_alive=keep_alive, is_head=request.method == "HEAD")
         self._used_s = self._loop.time()
+
+    def _answer(self, request: HttpRequest) -> Answer:
+        place, offer = request.shared_place, request.shared_offer
+        if place is None and offer is None:
+            return self._handle(request)
+        if self._inbox is None:
+            self._inbox = SharedInbox(peer_pid(self._transport.get_extra_info("socket")))
+        if place is None:
+            return self._inbox.accept(offer or b"", self._handle(request))
+        try:
+            request.shared = self._inbox.frame(place)
+        except BadFrame as error:
+            return Answer.of_json(error.status, error.to_json())
+        return self._inbox.place(self._handle(request), len(request.shared))
 
     def _enter_intake(self, n_bytes: int) -> None:
         request = self._request

@@ -25,6 +25,7 @@ from faasmoe_expert.server.answer import FRAME, Answer
 from faasmoe_expert.server.protocol import HttpRequest
 from faasmoe_expert.server.sandbox import Sandbox
 from faasmoe_expert.table import FunctionSpec, TableError
+from faasmoe_expert.wire.checksum import Buffer
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,9 @@ class Routes:
         if request.method in WORK and (request.begun_s or 0.0) > self._drains_from_s:
             raise Draining("sandbox: it ends, expected the work at another one")
         if request.method == "POST":
-            return Answer(200, FRAME, self._sandbox.compute(function_id, request.body))
+            frame = self._sandbox.compute(function_id, request.frame)
+            self._sandbox.metrics.shared_frames.inc(request.shared is not None)
+            return Answer(200, FRAME, frame)
         if request.method == "PUT":
             return self._attach(function_id, request.body)
         if request.method == "DELETE":
@@ -115,8 +118,8 @@ class Routes:
         message = f"method: got {request.method}, expected POST, PUT or DELETE"
         return Answer.of_error(405, "bad_method", message, field="method")
 
-    def _attach(self, function_id: str, body: bytearray) -> Answer:
-        value = _object(body)
+    def _attach(self, function_id: str, body: Buffer) -> Answer:
+        value = _object(bytes(body))
         _refuse_unknown(value, function_id)
         try:
             spec = FunctionSpec.from_json({**value, "id": function_id})
@@ -141,7 +144,7 @@ def _not_found(path: str) -> Answer:
     return Answer.of_error(404, "not_found", message, field="path")
 
 
-def _object(body: bytearray) -> dict[str, Any]:
+def _object(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body.decode("utf-8"))  # given bytes, it guesses among encodings
     except (ValueError, RecursionError) as error:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from faasmoe_expert.table import FunctionEntry
 from faasmoe_expert.wire.checksum import Buffer
+from faasmoe_router.dispatch.calls import Call
 from faasmoe_router.dispatch.choice import choose
 from faasmoe_router.dispatch.errors import CallError, Ejected, NotYetThere, Overtaken
 from faasmoe_router.dispatch.failures import FailureLog
-from faasmoe_router.dispatch.fanout import Call
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.resilience import AddressBook
 

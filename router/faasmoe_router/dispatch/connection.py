@@ -2,7 +2,8 @@
 
 Hand-held because this is the hot path (docs/performance.md, "Hot path client"): a call is one
 scatter-gather send and, mostly, one receive into a buffer that is reused. It speaks only what a
-sandbox answers: a status line, headers with a content-length, a body.
+sandbox answers: a status line, headers with a content-length, a body. Over a Unix socket large
+frames lie in shared memory instead (sharing.py).
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from faasmoe_expert.same_node import connect_near
+from faasmoe_expert.shared_region import FRAME_HEADER
 from faasmoe_expert.wire.checksum import Buffer
 from faasmoe_router.dispatch.errors import CallError, CannotConnect, Refused
+from faasmoe_router.dispatch.sharing import SHARED_FRAME_BYTES, SharedOutbox
 
 MAX_HEAD_BYTES = 16 << 10
 MAX_ANSWER_BYTES = 64 << 20  # what a sandbox may send before it is cut off
@@ -32,17 +35,26 @@ class Connection:
     Args:
         address: host:port.
         socket_dir: where sandboxes of this machine have Unix sockets; see `same_node`.
+        shared_bytes: frames of so many bytes and more are shared with such a sandbox, not sent.
 
     Attributes:
         address: host:port.
         connected: whether the sandbox has accepted it; sending begins before that is known.
     """
 
-    def __init__(self, address: str, *, socket_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        socket_dir: Path | None = None,
+        shared_bytes: int = SHARED_FRAME_BYTES,
+    ) -> None:
         self.address = address
         self.connected = False
         near = None if socket_dir is None else connect_near(socket_dir, address)
         self._socket = near or _connecting(address)
+        self._shared = None if near is None else SharedOutbox(shared_bytes)
+        self._place: bytes | None = None  # of an answer that is shared
         self._used = False
         self._reused = False
         self._closing = False
@@ -73,11 +85,21 @@ class Connection:
         return not self._closing and not self._unsent
 
     def start(self, head: bytes, body: Sequence[Buffer]) -> None:
-        """Begin a call: send as much as the socket takes; raises CallError."""
+        """Begin a call: send as much as the socket takes; raises CallError.
+
+        Args:
+            head: request line and headers, but for those that say where the body is.
+            body: its bytes, in parts.
+        """
         self._reused, self._used = self._used, True
         self._filled = self._body_start = self._body_end = 0
-        parts = (memoryview(part).cast("B") for part in body)
-        self._unsent = [memoryview(head), *(part for part in parts if len(part))]
+        parts: Sequence[memoryview] = [memoryview(part).cast("B") for part in body]
+        if self._shared is None:
+            lines = f"content-length: {sum(len(part) for part in parts)}\r\n"
+        else:
+            lines, parts = self._shared.put(parts)
+        ended = memoryview(head + lines.encode() + b"\r\n")
+        self._unsent = [ended, *(part for part in parts if len(part))]
         self.send()
 
     def send(self) -> None:
@@ -112,6 +134,8 @@ class Connection:
         body = memoryview(self._buffer)[self._body_start : self._body_end]
         if self._status != 200:
             raise Refused(self._status, bytes(body[:200]).decode("utf-8", "replace"))
+        if self._place is not None and self._shared is not None:
+            return self._shared.answer(self._place)
         return body
 
     def rest(self) -> None:
@@ -120,8 +144,10 @@ class Connection:
             self._buffer = bytearray(FIRST_BUFFER_BYTES)
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the socket, and give back what is shared."""
         self._socket.close()
+        if self._shared is not None:
+            self._shared.close()
 
     def _failed(self, verb: str, error: OSError) -> CallError:
         if not self.connected:
@@ -167,6 +193,9 @@ class Connection:
             raise CallError(f"{self.address}: answer of {int(length)} bytes is too large")
         self._closing = headers.get(b"connection", b"").lower() == b"close"
         self._status = int(rest[:3])
+        self._place = headers.get(FRAME_HEADER.encode())
+        if self._shared is not None:
+            self._shared.hear(headers)
         self._body_start = end + 4
         self._body_end = self._body_start + int(length)
         return True

@@ -18,7 +18,8 @@ from faasmoe_expert.store import Store
 from faasmoe_expert.table import FunctionSpec, FunctionTable
 from faasmoe_expert.wire import Mode, rows_per_frame
 from faasmoe_router.dispatch.batch import WIRE_DTYPES, LayerBatch
-from faasmoe_router.dispatch.fanout import Fanout, Timeouts
+from faasmoe_router.dispatch.calls import Timeouts
+from faasmoe_router.dispatch.fanout import Fanout
 from faasmoe_router.dispatch.filling import Filler, Holding, Meanwhile
 from faasmoe_router.dispatch.grouping import group_pairs
 from faasmoe_router.dispatch.load import LoadMeter

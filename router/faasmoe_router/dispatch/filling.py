@@ -21,9 +21,10 @@ from faasmoe_expert.store import Store
 from faasmoe_expert.table import FunctionEntry
 from faasmoe_router.dispatch.attempts import Attempts
 from faasmoe_router.dispatch.batch import LayerBatch
+from faasmoe_router.dispatch.calls import Timeouts
 from faasmoe_router.dispatch.errors import CallError, NotYetThere
 from faasmoe_router.dispatch.failures import FailureLog
-from faasmoe_router.dispatch.fanout import Fanout, Timeouts
+from faasmoe_router.dispatch.fanout import Fanout
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.local import LocalFunctions
 from faasmoe_router.dispatch.metrics import DispatchMetrics

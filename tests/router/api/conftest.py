@@ -1,16 +1,13 @@
 """A real server on a loopback port, over the tiny model."""
 
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from server_thread import running_server
 from transformers import PreTrainedTokenizerFast
 
 from faasmoe_router.api.app import create_app
@@ -34,25 +31,6 @@ TOOL_TEMPLATE = (
 )
 
 
-@contextmanager
-def _serving(app: Any, engine: Engine) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = Server(app, end_running=engine.end_running, drain_s=0)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            end_s = time.monotonic() + DEADLINE_S
-            while not server.started:
-                assert thread.is_alive(), "the server did not start"
-                assert time.monotonic() < end_s, "the server did not start in time"
-                time.sleep(0.01)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(DEADLINE_S)
-            assert not thread.is_alive(), "the server did not end in time"
-
-
 @pytest.fixture(scope="session")
 def server(base_model: Any, codec: TextCodec) -> Iterator[tuple[str, Engine]]:
     registry = new_registry()
@@ -69,7 +47,7 @@ def server(base_model: Any, codec: TextCodec) -> Iterator[tuple[str, Engine]]:
         fingerprint=fingerprint("sha256:0", base_model),
         max_body_bytes=20_000,
     )
-    with _serving(app, engine) as url:
+    with running_server(Server(app, end_running=engine.end_running, drain_s=0)) as url:
         yield url, engine
 
 
@@ -100,7 +78,7 @@ def tool_server(base_model: Any, tool_codec: TextCodec) -> Iterator[str]:
         registry=registry,
         fingerprint=fingerprint("sha256:0", base_model),
     )
-    with _serving(app, engine) as url:
+    with running_server(Server(app, end_running=engine.end_running, drain_s=0)) as url:
         yield url
 
 
@@ -121,16 +99,3 @@ def client(server: tuple[str, Engine]) -> Iterator[openai.OpenAI]:
         base_url=f"{server[0]}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S
     ) as client:
         yield client
-
-
-@pytest.fixture
-def until() -> Callable[[Callable[[], bool]], None]:
-    """Wait until a condition comes true, or fail."""
-
-    def wait(condition: Callable[[], bool]) -> None:
-        end_s = time.monotonic() + DEADLINE_S
-        while not condition():
-            assert time.monotonic() < end_s, "the condition did not come true in time"
-            time.sleep(0.01)
-
-    return wait

@@ -1,9 +1,6 @@
 """A store with a tokenizer, a control process and whole routers, all of them real but tiny."""
 
 import asyncio
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,6 +13,7 @@ import torch
 from control_stand_in import ControlStandIn
 from prometheus_client import CollectorRegistry
 from sandboxes import OpenSandbox, SandboxProcess, block_specs
+from server_thread import running_server
 
 from faasmoe_expert.store import Store
 from faasmoe_expert.table import FunctionEntry, FunctionTable
@@ -38,20 +36,6 @@ from faasmoe_router.serving import Server
 
 DEADLINE_S = 20.0
 TOKEN = "secret"
-Until = Callable[[Callable[[], bool]], None]
-
-
-@pytest.fixture
-def until() -> Until:
-    """Wait until a condition comes true, or fail."""
-
-    def wait(condition: Callable[[], bool]) -> None:
-        end_s = time.monotonic() + DEADLINE_S
-        while not condition():
-            assert time.monotonic() < end_s, "the condition did not come true in time"
-            time.sleep(0.005)
-
-    return wait
 
 
 @pytest.fixture(scope="session")
@@ -146,30 +130,15 @@ def router(store: Store, codec: TextCodec, control: ControlStandIn) -> OpenRoute
         app = create_app(engine, model_name="tiny", registry=registry, admission=link)
         server = Server(app, end_running=end_running, drain_s=0)
         try:
-            with _serving(server) as url, httpx.Client(base_url=url, timeout=DEADLINE_S) as http:
+            with (
+                running_server(server) as url,
+                httpx.Client(base_url=url, timeout=DEADLINE_S) as http,
+            ):
                 yield ElasticRouter(http, registry, server)
         finally:
             dispatcher.close()
 
     return run
-
-
-@contextmanager
-def _serving(server: Server) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            end_s = time.monotonic() + DEADLINE_S
-            while not server.started:
-                assert thread.is_alive(), "the server did not start"
-                assert time.monotonic() < end_s, "the server did not start in time"
-                time.sleep(0.01)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(DEADLINE_S)
-            assert not thread.is_alive(), "the server did not end in time"
 
 
 @pytest.fixture

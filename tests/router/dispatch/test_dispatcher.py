@@ -16,7 +16,7 @@ from faasmoe_expert.table import FunctionEntry, FunctionTable, TableError
 from faasmoe_expert.wire import Dtype, Header, Mode, encode_response, rows_per_frame
 from faasmoe_expert.wire.frame import Kind
 from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.dispatch.fanout import Timeouts
+from faasmoe_router.dispatch.calls import Timeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 
 TOKEN = "a-token"

@@ -14,8 +14,10 @@ from typing import Protocol
 import pytest
 
 from faasmoe_expert.same_node import socket_path
+from faasmoe_router.dispatch.calls import Call, Timeouts
 from faasmoe_router.dispatch.errors import CallError, CannotConnect, Refused
-from faasmoe_router.dispatch.fanout import MAX_IDLE_PER_ADDRESS, Call, Fanout, Timeouts
+from faasmoe_router.dispatch.fanout import Fanout
+from faasmoe_router.dispatch.pool import MAX_IDLE_PER_ADDRESS
 
 PATIENT = Timeouts(connect_timeout_s=20.0, call_timeout_s=20.0)  # with a busy machine
 HASTY = Timeouts(connect_timeout_s=0.5, call_timeout_s=1.5)  # where time runs out

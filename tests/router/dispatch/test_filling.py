@@ -15,10 +15,11 @@ from sandboxes import OpenSandbox, PreparedStore, SandboxProcess, block_specs
 from faasmoe_expert.store import Store
 from faasmoe_expert.table import FunctionEntry, FunctionTable
 from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.dispatch.fanout import Fanout, Timeouts
+from faasmoe_router.dispatch.calls import Timeouts
 from faasmoe_router.dispatch.filling import Holding
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.patience import ASK_INTERVAL_S
+from faasmoe_router.dispatch.pool import ConnectionPool
 from faasmoe_router.dispatch.resilience import Resilience
 
 DEADLINE_S = 20.0
@@ -354,16 +355,16 @@ def test_an_address_that_accepts_in_the_middle_of_a_fan_out_is_tried_again(
 ) -> None:
     layers = open_layers()
     layers.dispatcher.move_functions(1, everywhere(cold, forwarder.address))
-    connection = Fanout.connection
+    connection = ConnectionPool.connection
     n_connections = 0
 
-    def second_one_finds_it_open(fanout: Fanout, address: str, *, fresh: bool) -> Any:
+    def second_one_finds_it_open(pool: ConnectionPool, address: str, *, fresh: bool) -> Any:
         nonlocal n_connections
         n_connections += 1
         if n_connections == 2:
             forwarder.open()
-        return connection(fanout, address, fresh=fresh)
+        return connection(pool, address, fresh=fresh)
 
-    monkeypatch.setattr(Fanout, "connection", second_one_finds_it_open)
+    monkeypatch.setattr(ConnectionPool, "connection", second_one_finds_it_open)
     torch.testing.assert_close(layers.compute(), expected)
     assert layers.n_local == 0

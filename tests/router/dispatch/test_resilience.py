@@ -19,7 +19,7 @@ from sandboxes import OpenSandbox, PreparedStore, SandboxProcess
 from faasmoe_expert.store import Store
 from faasmoe_expert.table import FunctionEntry, FunctionTable
 from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.dispatch.fanout import Timeouts
+from faasmoe_router.dispatch.calls import Timeouts
 from faasmoe_router.dispatch.filling import Holding
 from faasmoe_router.dispatch.latency import LEAST
 from faasmoe_router.dispatch.metrics import DispatchMetrics

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +16,7 @@ import httpx
 import openai
 import pytest
 from prometheus_client import CollectorRegistry
+from server_thread import running_server
 
 from faasmoe_router.api.app import create_app
 from faasmoe_router.engine.engine import Engine
@@ -33,7 +32,6 @@ from faasmoe_router.tenants.usage_file import UsageFile
 
 DEADLINE_S = 20.0
 MODEL = "tiny"
-Until = Callable[[Callable[[], bool]], None]
 
 
 class TenantFiles:
@@ -165,38 +163,7 @@ def open_router(
         tenancy.collector().register(registry)
         app = create_app(engine, model_name=MODEL, registry=registry, tenancy=tenancy)
         server = Server(app, end_running=engine.end_running, drain_s=0)
-        with _serving(server) as url:
+        with running_server(server) as url:
             yield TenantRouter(url, files, engine, tenancy, registry, server)
 
     return run
-
-
-@contextmanager
-def _serving(server: Server) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            end_s = time.monotonic() + DEADLINE_S
-            while not server.started:
-                assert thread.is_alive(), "the server did not start"
-                assert time.monotonic() < end_s, "the server did not start in time"
-                time.sleep(0.01)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(DEADLINE_S)
-            assert not thread.is_alive(), "the server did not end in time"
-
-
-@pytest.fixture
-def until() -> Until:
-    """Wait until a condition comes true, or fail."""
-
-    def wait(condition: Callable[[], bool]) -> None:
-        end_s = time.monotonic() + DEADLINE_S
-        while not condition():
-            assert time.monotonic() < end_s, "the condition did not come true in time"
-            time.sleep(0.01)
-
-    return wait

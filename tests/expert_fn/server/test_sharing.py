@@ -1,0 +1,171 @@
+"""Frames in shared memory: taken from who is at the other end of a Unix socket, else sent."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from rawhttp import DEADLINE_S, TOKEN, frame, post, read_answer
+from sandboxes import OpenSandbox, SandboxProcess
+
+from faasmoe_expert.same_node import socket_path
+from faasmoe_expert.shared_region import MAX_REGION_BYTES, SharedRegion
+from faasmoe_expert.store import Store
+from faasmoe_expert.table import FunctionSpec
+
+SIZE = 1 << 16
+Ask = Callable[..., tuple[int, dict[str, str], bytes]]
+
+
+@pytest.fixture(scope="module")
+def near(sandbox: OpenSandbox, store: Store, spec: FunctionSpec) -> Iterator[SandboxProcess]:
+    """A sandbox with one function, on a Unix socket too."""
+    with (
+        TemporaryDirectory(prefix="faasmoe-") as folder,
+        sandbox(token=TOKEN, socket_dir=Path(folder) / "near", capacity=2) as box,
+    ):
+        box.attach(store, spec)
+        box.log.with_suffix(".socket").symlink_to(
+            socket_path(Path(folder) / "near", int(box.address.rpartition(":")[2]))
+        )
+        yield box
+        assert box.process.poll() is None
+        assert "Traceback" not in box.log.read_text()
+
+
+@pytest.fixture
+def connection(near: SandboxProcess) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(DEADLINE_S)
+        connection.connect(os.readlink(near.log.with_suffix(".socket")))
+        yield connection
+
+
+@pytest.fixture
+def ask(connection: socket.socket, spec: FunctionSpec) -> Ask:
+    def ask(body: bytes, headers: str = "") -> tuple[int, dict[str, str], bytes]:
+        connection.sendall(post(spec.id, body, headers=headers))
+        return read_answer(connection)
+
+    return ask
+
+
+@pytest.fixture
+def region() -> Iterator[SharedRegion]:
+    region = SharedRegion.create(SIZE)
+    yield region
+    region.forget_descriptor()
+
+
+def offer_of(region: SharedRegion, size_bytes: int = SIZE) -> str:
+    return f"x-faasmoe-region: {region.descriptor} {size_bytes}\r\n"
+
+
+def n_shared(box: SandboxProcess) -> float:
+    text = box.http.get("/metrics").text
+    found = re.search(r"^faasmoe_expert_shared_frames_total (\S+)$", text, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+def test_a_frame_in_shared_memory_is_answered_there_with_the_same_bytes(
+    near: SandboxProcess, ask: Ask, region: SharedRegion
+) -> None:
+    before = n_shared(near)
+    status, headers, _ = ask(frame(), offer_of(region))
+    assert (status, headers["x-faasmoe-region"]) == (200, str(SIZE))
+    region.forget_descriptor()
+    for n_rows in (2, 3, 2):
+        request = frame(n_rows=n_rows)
+        region.view[: len(request)] = request
+        status, headers, body = ask(b"", f"x-faasmoe-frame: {len(request)}\r\n")
+        assert (status, body) == (200, b"")
+        begin, length = map(int, headers["x-faasmoe-frame"].split())
+        assert begin >= len(request)
+        assert begin % 64 == 0
+        assert bytes(region.view[: len(request)]) == request  # it is needed if computed again
+        assert bytes(region.view[begin : begin + length]) == ask(request)[2]
+    assert n_shared(near) == before + 3
+
+
+def test_an_answer_that_does_not_fit_is_sent(ask: Ask, region: SharedRegion) -> None:
+    n_rows = SIZE // 2 // (32 * 4 + 12) + 60  # more than half of it
+    request = frame(n_rows=n_rows)
+    assert SIZE // 2 < len(request) < SIZE
+    _, _, sent = ask(request, offer_of(region))
+    region.view[: len(request)] = request
+    status, headers, body = ask(b"", f"x-faasmoe-frame: {len(request)}\r\n")
+    assert status == 200
+    assert "x-faasmoe-frame" not in headers
+    assert body == sent
+
+
+def test_a_larger_region_takes_the_place_of_the_first(ask: Ask, region: SharedRegion) -> None:
+    request = frame()
+    ask(request, offer_of(region))
+    larger = SharedRegion.create(2 * SIZE)
+    _, headers, sent = ask(request, offer_of(larger, 2 * SIZE))
+    assert headers["x-faasmoe-region"] == str(2 * SIZE)
+    larger.forget_descriptor()
+    larger.view[: len(request)] = request
+    _, headers, _ = ask(b"", f"x-faasmoe-frame: {len(request)}\r\n")
+    begin, length = map(int, headers["x-faasmoe-frame"].split())
+    assert bytes(larger.view[begin : begin + length]) == sent
+
+
+@pytest.mark.parametrize("place", ["10", "x", "-1", "1 2", "", "99999999999999999999"])
+def test_a_frame_without_shared_memory_is_refused_by_name(place: str, ask: Ask) -> None:
+    status, _, body = ask(b"", f"x-faasmoe-frame: {place}\r\n")
+    assert status == 400
+    assert b"x-faasmoe-frame" in body
+    assert ask(frame())[0] == 200  # and the connection goes on
+
+
+def test_a_frame_beyond_the_shared_memory_is_refused(ask: Ask, region: SharedRegion) -> None:
+    ask(frame(), offer_of(region))
+    assert ask(b"", f"x-faasmoe-frame: {SIZE + 1}\r\n")[0] == 400
+
+
+@pytest.mark.parametrize(
+    "offer",
+    [
+        "",
+        "x y",
+        "1",
+        "0 65536",
+        "999999 65536",
+        f"{{fd}} {SIZE * 2}",
+        f"{{fd}} {MAX_REGION_BYTES * 2}",
+    ],
+)
+def test_an_offer_that_cannot_be_taken_costs_nothing(
+    offer: str, ask: Ask, region: SharedRegion
+) -> None:
+    text = offer.format(fd=region.descriptor)
+    status, headers, body = ask(frame(), f"x-faasmoe-region: {text}\r\n")
+    assert status == 200
+    assert "x-faasmoe-region" not in headers
+    assert body == ask(frame())[2]
+
+
+def test_an_offer_beside_a_refused_frame_is_not_taken(ask: Ask, region: SharedRegion) -> None:
+    status, headers, _ = ask(b"junk", offer_of(region))
+    assert status == 400
+    assert "x-faasmoe-region" not in headers
+    assert ask(b"", "x-faasmoe-frame: 10\r\n")[0] == 400
+
+
+def test_over_tcp_nothing_is_shared(
+    near: SandboxProcess, spec: FunctionSpec, region: SharedRegion
+) -> None:
+    host, _, port = near.address.partition(":")
+    with socket.create_connection((host, int(port)), timeout=DEADLINE_S) as connection:
+        connection.sendall(post(spec.id, frame(), headers=offer_of(region)))
+        status, headers, _ = read_answer(connection)
+    assert status == 200
+    assert "x-faasmoe-region" not in headers
