@@ -22,8 +22,8 @@ from typing import Any, Self
 from faasmoe_router.engine.batching import Batcher, eos_ids_of
 from faasmoe_router.engine.generation import Delta, Generation, GenerationRequest
 from faasmoe_router.engine.grammar import GrammarCompiler
+from faasmoe_router.engine.keeper import BatcherKeeper
 from faasmoe_router.engine.prefixes import PrefixRealms
-from faasmoe_router.engine.restarts import RestartBudget
 from faasmoe_router.engine.running import Running
 from faasmoe_router.engine.scheduler import ComputedTokens, request_id_of
 from faasmoe_router.engine.sizing import EngineLimits
@@ -42,9 +42,6 @@ from faasmoe_router.tenants.fairness import FairQueue, Share
 logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 0.2
-STOP_TIMEOUT_S = 30.0
-RESTART_LIMIT = 3
-RESTART_WINDOW_S = 300.0
 
 
 class Engine:
@@ -59,7 +56,6 @@ class Engine:
         vocabulary: the model's tokens as bytes.
         grammars: compiles what texts are held to.
         computed: tokens that were computed for each tenant.
-        stuck: whether a thread was left behind because it did not end in time.
     """
 
     def __init__(
@@ -74,22 +70,19 @@ class Engine:
     ) -> None:
         self.limits = limits
         self.codec = codec
-        self.stuck = False
         self.vocab_size: int = model.config.get_text_config().vocab_size
         self._model = model
         self._metrics = metrics
-        self._on_give_up = on_give_up
         self._request_timeout_s = request_timeout_s
         self._eos_ids = eos_ids_of(model)
         self.vocabulary = codec.vocabulary(n_tokens=self.vocab_size, eos_ids=self._eos_ids)
         self.grammars = GrammarCompiler(self.vocabulary)
-        self._batcher: Batcher | None = None
+        self._keeper = BatcherKeeper(lambda loop: self._make_batcher(loop), on_give_up=on_give_up)
         self._running: dict[str, Running] = {}
         self._turns = FairQueue(slots=limits.max_num_seqs, max_queued=limits.max_waiting)
         self._realms: PrefixRealms | None = None
         self.computed = ComputedTokens()
         self._ids = itertools.count()
-        self._restarts = RestartBudget(limit=RESTART_LIMIT, window_s=RESTART_WINDOW_S)
         self._watcher: asyncio.Task[None] | None = None
         metrics.watch(self._counts)
 
@@ -99,12 +92,17 @@ class Engine:
         return self._batcher is not None and self._batcher.alive
 
     @property
+    def stuck(self) -> bool:
+        """Whether a thread was left behind because it did not end in time."""
+        return self._keeper.stuck
+
+    @property
     def busy(self) -> bool:
         """Whether any request is being computed or waits to be."""
         return bool(self._running)
 
     async def __aenter__(self) -> Self:
-        await self._start_batcher()
+        await self._keeper.start()
         self._watcher = asyncio.create_task(self._watch(), name="engine-watch")
         return self
 
@@ -112,7 +110,7 @@ class Engine:
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
-        await self._stop_batcher()
+        await self._keeper.stop()
         self._fail_all("the engine was stopped")
 
     def set_tenants(self, shares: Mapping[str, Share], prefix_groups: Mapping[str, str]) -> None:
@@ -172,6 +170,10 @@ class Engine:
     def end_running(self) -> None:
         """End every request by an error, as when the server is about to end."""
         self._fail_all("the server ends")
+
+    @property
+    def _batcher(self) -> Batcher | None:
+        return self._keeper.batcher
 
     def _give_turns(self) -> None:
         """Let sequences run while there are slots, and take slots from who is beyond its share."""
@@ -334,55 +336,17 @@ class Engine:
         why_final = str(error) if isinstance(error, StoreUnreadable) else ""
         logger.error("The engine died: %s", repr(error))
         del error  # and with it the frames that it was raised in, which hold the cache
-        await self._stop_batcher()
+        await self._keeper.stop()
         self._note_death(life)
-        if not await self._restart(why_final):
+        if not await self._keeper.restart(why_final):
             return False
         assert self._batcher is not None
         self._take_over(self._batcher)
         self._give_turns()
         return True
 
-    async def _restart(self, why_final: str) -> bool:
-        """Start again if that may help and the budget allows; return whether the engine runs."""
-        if why_final:
-            logger.critical("The engine gives up: %s", why_final)
-            self._on_give_up()
-            return False
-        if not self._restarts.take(time.monotonic()):
-            logger.critical(
-                "The engine died more than %d times in %.0f s; it gives up",
-                *(RESTART_LIMIT, RESTART_WINDOW_S),
-            )
-            self._on_give_up()
-            return False
-        try:
-            await self._start_batcher()
-        except Exception:
-            logger.exception("The engine could not be started again; it gives up")
-            self._on_give_up()
-            return False
-        logger.warning("The engine was started again")
-        return True
-
-    async def _start_batcher(self) -> None:
-        loop = asyncio.get_running_loop()
-        making = asyncio.create_task(asyncio.to_thread(self._make_batcher, loop))
-        try:
-            await asyncio.shield(making)
-        finally:  # if we are stopped meanwhile, too: a thread that nobody knows would never end
-            self._batcher = await making
-
     def _make_batcher(self, loop: asyncio.AbstractEventLoop) -> Batcher:
         gc.collect()  # one that has died is a knot of references, its cache among them
         batcher = Batcher(self._model, self.limits, realms=self._realms, computed=self.computed)
         batcher.start(loop, self._on_outputs, self._on_broken)
         return batcher
-
-    async def _stop_batcher(self) -> None:
-        batcher, self._batcher = self._batcher, None
-        if batcher is None:
-            return
-        self.stuck = not await asyncio.to_thread(batcher.stop, STOP_TIMEOUT_S)
-        if self.stuck:
-            logger.error("The engine's thread did not end in %.0f s", STOP_TIMEOUT_S)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from faasmoe_router.engine import engine as engine_module
+from faasmoe_router.engine import keeper as keeper_module
 from faasmoe_router.engine import memory as memory_module
 from faasmoe_router.engine.bias import Bias
 from faasmoe_router.engine.choosing import Choosing
@@ -444,10 +444,10 @@ def test_after_a_fatal_error_the_engine_starts_again_and_what_ran_goes_on(
 def test_gives_up_when_errors_come_back(
     make_engine: Maker, model: Any, prompt_ids: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "RESTART_LIMIT", 1)
+    monkeypatch.setattr(keeper_module, "RESTART_LIMIT", 1)
     engine = make_engine()
     given_up = asyncio.Event()
-    engine._on_give_up = given_up.set
+    engine._keeper._on_give_up = given_up.set
 
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("the device is gone")
@@ -469,7 +469,7 @@ def test_gives_up_at_once_when_the_store_is_gone(
 ) -> None:
     engine = make_engine()
     given_up = asyncio.Event()
-    engine._on_give_up = given_up.set
+    engine._keeper._on_give_up = given_up.set
 
     def broken(*_: Any, **__: Any) -> None:
         raise StoreUnreadable("the store is gone")
