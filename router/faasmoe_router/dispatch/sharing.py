@@ -18,7 +18,7 @@ from faasmoe_expert.shared_region import (
 from faasmoe_expert.wire.checksum import Buffer
 from faasmoe_router.dispatch.errors import CallError
 
-SHARED_FRAME_BYTES = 64 << 10
+SHARED_FRAME_BYTES = 32 << 10
 """Frames of so many bytes and more are shared: docs/performance.md, "Frames in shared memory"."""
 
 LEAST_REGION_BYTES = 1 << 20
