@@ -26,7 +26,8 @@ from faasmoe_expert.config import SandboxConfig
 from faasmoe_expert.lifeline import die_with_parent
 from faasmoe_expert.same_node import socket_path
 from faasmoe_expert.server.answer import FRAME, Answer
-from faasmoe_expert.server.protocol import HttpProtocol, HttpRequest
+from faasmoe_expert.server.protocol import HttpProtocol
+from faasmoe_expert.server.request import HttpRequest
 from faasmoe_expert.wire import decode_request, encode_response
 
 BACKLOG = 128

@@ -25,7 +25,8 @@ from faasmoe_expert import heap
 from faasmoe_expert.config import SandboxConfig
 from faasmoe_expert.device import may_have_cuda
 from faasmoe_expert.functions.kernels import PADDED_ROWS
-from faasmoe_expert.server.protocol import HttpRequest
+from faasmoe_expert.server.answer import Answer
+from faasmoe_expert.server.request import HttpRequest
 from faasmoe_expert.server.routes import FUNCTIONS, Routes
 from faasmoe_expert.server.sandbox import Sandbox
 from faasmoe_expert.store import LayerEntry, Store, StoreError
@@ -96,7 +97,7 @@ def _rehearse_layer(routes: Routes, store: Store, layer: LayerEntry, *, token: s
         *(("POST", frame) for frame in frames),
         ("DELETE", b""),
     ):
-        answer = routes.handle(
+        answer = routes.handle(  # which attaches at once, in this thread
             HttpRequest(
                 target=f"{FUNCTIONS}/{FUNCTION}".encode(),
                 authorization=f"Bearer {token}".encode(),
@@ -104,6 +105,7 @@ def _rehearse_layer(routes: Routes, store: Store, layer: LayerEntry, *, token: s
                 body=bytearray(body),
             )
         )
+        assert isinstance(answer, Answer)
         if answer.status >= 300:
             said = b"".join(answer.body).decode("utf-8", "replace")
             log.warning("%s of layer %d was not rehearsed: %s", method, layer.index, said)

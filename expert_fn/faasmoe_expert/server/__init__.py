@@ -18,6 +18,7 @@ import uvloop
 
 from faasmoe_expert.config import SandboxConfig
 from faasmoe_expert.device import resolve_device
+from faasmoe_expert.server.attaching import Attaching
 from faasmoe_expert.server.intake import Intake
 from faasmoe_expert.server.listeners import Listeners
 from faasmoe_expert.server.protocol import HttpProtocol
@@ -47,7 +48,7 @@ def serve(config: SandboxConfig, listener: socket.socket | None = None) -> None:
 
 
 async def _serve(sandbox: Sandbox, listener: socket.socket | None) -> None:
-    routes, connections = Routes(sandbox), set[HttpProtocol]()
+    routes, connections = Routes(sandbox, Attaching(sandbox)), set[HttpProtocol]()
     config, stop = sandbox.config, asyncio.Event()
     new_connection = functools.partial(
         HttpProtocol,

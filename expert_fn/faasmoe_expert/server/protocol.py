@@ -1,16 +1,18 @@
 """HTTP/1.1 on one connection: bytes in, a route's answer out.
 
-Requests are computed in the event loop's own thread, one after the other: a sandbox has its cores
-for one frame at a time, so a queue of threads would only add hops. Parsing is httptools'; bounds on
-head, body and time are here. A malformed request ends its connection, never the sandbox.
+Frames are computed in the event loop's own thread, one after the other: a sandbox has its cores for
+one frame at a time, so a queue of threads would only add hops. An answer may be one to come, while
+a function is being attached; later requests of that connection wait for it. Parsing is httptools';
+bounds on head, body and time are here. A malformed request ends its connection, never the sandbox.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from asyncio import Future
+from collections import deque
 from typing import cast
 
 import httptools
@@ -24,43 +26,20 @@ from faasmoe_expert.config import (
 from faasmoe_expert.errors import BadFrame, Overloaded
 from faasmoe_expert.server.answer import Answer
 from faasmoe_expert.server.intake import Intake
+from faasmoe_expert.server.request import Handle, HttpRequest
 from faasmoe_expert.server.sharing import SharedInbox
 from faasmoe_expert.shared_region import FRAME_HEADER, REGION_HEADER, peer_pid
 from faasmoe_expert.wire import MAX_FRAME_BYTES
-from faasmoe_expert.wire.checksum import Buffer
 
 MAX_HEAD_BYTES = 16 << 10
 _FRAME, _REGION = FRAME_HEADER.encode(), REGION_HEADER.encode()
-
-
-@dataclass(slots=True)
-class HttpRequest:
-    """One request, as far as it has been read; `begun_s` is on the monotonic clock."""
-
-    target: bytes = b""
-    authorization: bytes = b""
-    method: str = ""
-    begun_s: float | None = None
-    head_bytes: int = 0
-    later_bytes: int = 0  # received after the packet in which it began
-    body: bytearray = field(default_factory=bytearray)
-    shared: memoryview | None = None  # a frame that lies in shared memory, in place of the body
-    shared_place: bytes | None = None
-    shared_offer: bytes | None = None
-    announced_bytes: int = 0
-    taken_bytes: int | None = None  # by the intake; None while the body has not begun
-
-    @property
-    def frame(self) -> Buffer:
-        """The body, or what lies in shared memory in its place."""
-        return self.body if self.shared is None else self.shared
 
 
 class HttpProtocol(asyncio.Protocol):
     """One client connection.
 
     Args:
-        handle: computes the answer of a whole request; must not raise.
+        handle: computes answers.
         connections: the server's open connections; this one adds and removes itself.
         timeout_s: time for a request to be read whole, and for answers to be taken.
         idle_timeout_s: time after which a connection without a request is closed.
@@ -72,7 +51,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def __init__(
         self,
-        handle: Callable[[HttpRequest], Answer],
+        handle: Handle,
         connections: set[HttpProtocol],
         *,
         timeout_s: float,
@@ -93,6 +72,11 @@ class HttpProtocol(asyncio.Protocol):
         self._request = HttpRequest()
         self._parser = httptools.HttpRequestParser(self)
         self._inbox: SharedInbox | None = None
+        self._waiting: deque[tuple[HttpRequest, bool]] = deque()  # read, not answered; stays open
+        self._coming: Future[Answer] | None = None
+        self._is_stalled = False
+        self._after: Answer | None = None  # the refusal of what came behind
+        self._ends = False  # once what is coming has come
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to listen to a client, unless there are too many."""
@@ -133,18 +117,22 @@ class HttpProtocol(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Read no more from a client that does not take its answers, and end it in time."""
-        if not self._transport.is_closing():
-            self._transport.pause_reading()
+        self._is_stalled = True
+        self._read_or_not()
         self._expect_progress()
 
     def resume_writing(self) -> None:
         """Read on."""
+        self._is_stalled = False
         if not self._transport.is_closing():
             self._stop_stalled()
-            self._transport.resume_reading()
+            self._read_or_not()
 
     def close(self) -> None:
-        """End the connection once what was written is sent."""
+        """End the connection once what was begun is answered, and what was written is sent."""
+        self._ends = True
+        if self._coming is not None:
+            return
         self._transport.close()
         self._expect_progress()
 
@@ -198,24 +186,61 @@ class HttpProtocol(asyncio.Protocol):
             self._refuse(Answer.of_error(400, "bad_request", message, field="upgrade"))
             return
         request.method = self._parser.get_method().decode()
-        keep_alive = self._parser.should_keep_alive()
-        answer = self._answer(request)
+        self._waiting.append((request, self._parser.should_keep_alive()))
+        self._answer_waiting()
+
+    def _answer_waiting(self) -> None:
+        """Answer what was read, in order, as far as answers are not to come."""
+        while self._waiting and self._coming is None and not self._transport.is_closing():
+            request, keep_alive = self._waiting.popleft()
+            answer = self._answer(request)
+            if isinstance(answer, Answer):
+                self._finish(request, answer, keep_alive=keep_alive)
+            else:
+                self._coming = answer
+                came = functools.partial(self._came, request, keep_alive=keep_alive)
+                answer.add_done_callback(came)
+                self._read_or_not()
+
+    def _came(self, request: HttpRequest, answer: Future[Answer], *, keep_alive: bool) -> None:
+        self._coming = None
+        if answer.cancelled() or self._transport.is_closing():  # the sandbox, or the client, ends
+            return
+        self._finish(request, answer.result(), keep_alive=keep_alive and not self._ends)
+        self._answer_waiting()
+        if self._after is not None and self._coming is None:
+            self._write(self._after, keep_alive=False)
+        self._read_or_not()
+
+    def _finish(self, request: HttpRequest, answer: Answer, *, keep_alive: bool) -> None:
         self._write(answer, keep_alive=keep_alive, is_head=request.method == "HEAD")
         self._used_s = self._loop.time()
 
-    def _answer(self, request: HttpRequest) -> Answer:
+    def _read_or_not(self) -> None:
+        if self._transport.is_closing():
+            return
+        if self._coming is not None or self._is_stalled:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def _answer(self, request: HttpRequest) -> Answer | Future[Answer]:
         place, offer = request.shared_place, request.shared_offer
         if place is None and offer is None:
             return self._handle(request)
         if self._inbox is None:
             self._inbox = SharedInbox(peer_pid(self._transport.get_extra_info("socket")))
-        if place is None:
-            return self._inbox.accept(offer or b"", self._handle(request))
-        try:
-            request.shared = self._inbox.frame(place)
-        except BadFrame as error:
-            return Answer.of_json(error.status, error.to_json())
-        return self._inbox.place(self._handle(request), len(request.shared))
+        if place is not None:
+            try:
+                request.shared = self._inbox.frame(place)
+            except BadFrame as error:
+                return Answer.of_json(error.status, error.to_json())
+        answer = self._handle(request)
+        if not isinstance(answer, Answer):
+            return answer
+        if request.shared is not None:
+            return self._inbox.place(answer, len(request.shared))
+        return self._inbox.accept(offer or b"", answer)
 
     def _enter_intake(self, n_bytes: int) -> None:
         request = self._request
@@ -269,6 +294,9 @@ class HttpProtocol(asyncio.Protocol):
 
     def _refuse(self, answer: Answer) -> None:
         self._stop_deadline()
+        if self._coming is not None:
+            self._after = answer
+            return
         self._write(answer, keep_alive=False)
 
     def _give_up(self) -> None:
@@ -278,7 +306,7 @@ class HttpProtocol(asyncio.Protocol):
     def _end_if_idle(self) -> None:
         """Close a connection that was not used; one timer, so that a request costs none."""
         left_s = self._used_s + self._idle_timeout_s - self._loop.time()
-        if self._request.begun_s is not None:  # which has a deadline of its own
+        if self._request.begun_s is not None or self._coming is not None:  # which end by themselves
             left_s = self._idle_timeout_s
         if left_s > 0:
             self._idle = self._loop.call_later(left_s, self._end_if_idle)

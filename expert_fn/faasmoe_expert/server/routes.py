@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
 import math
 import time
+from asyncio import Future
+from collections.abc import Awaitable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,8 @@ from faasmoe_expert.errors import (
     shown,
 )
 from faasmoe_expert.server.answer import FRAME, Answer
-from faasmoe_expert.server.protocol import HttpRequest
+from faasmoe_expert.server.attaching import Attaching
+from faasmoe_expert.server.request import HttpRequest
 from faasmoe_expert.server.sandbox import Sandbox
 from faasmoe_expert.table import FunctionSpec, TableError
 from faasmoe_expert.wire.checksum import Buffer
@@ -32,14 +36,21 @@ log = logging.getLogger(__name__)
 FUNCTIONS = "/v1/functions"
 WORK = ("POST", "PUT")  # what a sandbox that ends does not begin
 PATH_MAX_CHARS = 4096
+Coming = Coroutine[Any, Any, Answer]
 ATTACHMENT = frozenset({"id", "store", "model_digest", "layers", "experts"})
 
 
 class Routes:
-    """Answers whole requests; never raises."""
+    """Answers whole requests; never raises.
 
-    def __init__(self, sandbox: Sandbox) -> None:
+    Args:
+        sandbox: what the routes lead to.
+        attaching: attaches beside the event loop; None for at once, before the answer is returned.
+    """
+
+    def __init__(self, sandbox: Sandbox, attaching: Attaching | None = None) -> None:
         self._sandbox = sandbox
+        self._attaching = attaching
         self._expected = f"Bearer {sandbox.config.token}".encode()
         self._drains_from_s = math.inf  # on the monotonic clock
 
@@ -52,28 +63,43 @@ class Routes:
         """Tell whether `drain` was called."""
         return self._drains_from_s < math.inf
 
-    def handle(self, request: HttpRequest) -> Answer:
-        """Return the answer of a request; a fault of our own is a 500 and a log line."""
-        answer = self._answer(request)
+    def handle(self, request: HttpRequest) -> Answer | Future[Answer]:
+        """Return the answer of a request, or one to come while a function is being attached.
+
+        A fault of our own is a 500 and a log line.
+        """
+        try:
+            answer = self._route(request)
+        except Exception as error:
+            answer = self._refusal(request, error)
+        if isinstance(answer, Answer):
+            return self._finished(request, answer)
+        return asyncio.ensure_future(self._later(request, answer))
+
+    async def _later(self, request: HttpRequest, coming: Coming) -> Answer:
+        try:
+            answer = await coming
+        except Exception as error:
+            answer = self._refusal(request, error)
+        return self._finished(request, answer)
+
+    def _finished(self, request: HttpRequest, answer: Answer) -> Answer:
         is_last = self.is_draining and request.method in WORK
         return replace(answer, close=True) if is_last else answer
 
-    def _answer(self, request: HttpRequest) -> Answer:
-        try:
-            return self._route(request)
-        except SandboxError as error:
+    def _refusal(self, request: HttpRequest, error: Exception) -> Answer:
+        """Return what is answered in place of an error."""
+        if _is_out_of_memory(error):
+            error = OutOfMemory(f"memory: cannot be had ({shown(str(error))})")
+        if isinstance(error, SandboxError):
             self._sandbox.metrics.refused.labels(error.code).inc()
             return Answer.of_json(error.status, error.to_json())
-        except Exception as error:
-            if _is_out_of_memory(error):
-                self._sandbox.metrics.refused.labels(OutOfMemory.code).inc()
-                refused = OutOfMemory(f"memory: cannot be had ({shown(str(error))})")
-                return Answer.of_json(refused.status, refused.to_json())
-            log.exception("%s %s failed", request.method, request.target.decode("latin-1"))
-            self._sandbox.metrics.refused.labels("internal").inc()
-            return Answer.of_error(500, "internal", "the sandbox failed; see its log")
+        target = request.target.decode("latin-1")
+        log.error("%s %s failed", request.method, target, exc_info=error)
+        self._sandbox.metrics.refused.labels("internal").inc()
+        return Answer.of_error(500, "internal", "the sandbox failed; see its log")
 
-    def _route(self, request: HttpRequest) -> Answer:
+    def _route(self, request: HttpRequest) -> Answer | Coming:
         path = request.target.decode("latin-1").partition("?")[0]
         if path.startswith("/v1/"):
             return self._functions(request, path)
@@ -91,7 +117,7 @@ class Routes:
             return Answer(200, "text/plain; version=0.0.4; charset=utf-8", [text])
         return _not_found(path)
 
-    def _functions(self, request: HttpRequest, path: str) -> Answer:
+    def _functions(self, request: HttpRequest, path: str) -> Answer | Coming:
         token = self._sandbox.config.token
         if token and not hmac.compare_digest(request.authorization, self._expected):
             message = "authorization: expected the bearer token"
@@ -103,7 +129,7 @@ class Routes:
             return _not_found(path)
         return self._function(request, function_id)
 
-    def _function(self, request: HttpRequest, function_id: str) -> Answer:
+    def _function(self, request: HttpRequest, function_id: str) -> Answer | Coming:
         if request.method in WORK and (request.begun_s or 0.0) > self._drains_from_s:
             raise Draining("sandbox: it ends, expected the work at another one")
         if request.method == "POST":
@@ -118,7 +144,7 @@ class Routes:
         message = f"method: got {request.method}, expected POST, PUT or DELETE"
         return Answer.of_error(405, "bad_method", message, field="method")
 
-    def _attach(self, function_id: str, body: Buffer) -> Answer:
+    def _attach(self, function_id: str, body: Buffer) -> Answer | Coming:
         value = _object(bytes(body))
         _refuse_unknown(value, function_id)
         try:
@@ -129,14 +155,26 @@ class Routes:
         if len(store) > PATH_MAX_CHARS:
             message = f"store: got {len(store)} characters, expected at most {PATH_MAX_CHARS}"
             raise BadAttachment(message, field="store")
-        function, is_new = self._sandbox.attach(spec, store=Path(store), model_digest=digest)
-        return Answer.of_json(201 if is_new else 200, function)
+        if self._attaching is None:
+            return _attached(self._sandbox.attach(spec, store=Path(store), model_digest=digest))
+        attach = self._attaching.attach(spec, store=Path(store), model_digest=digest)
+        return _attached_later(attach)
+
+
+async def _attached_later(coming: Awaitable[tuple[dict[str, Any], bool]]) -> Answer:
+    return _attached(await coming)
+
+
+def _attached(found: tuple[dict[str, Any], bool]) -> Answer:
+    function, is_new = found
+    return Answer.of_json(201 if is_new else 200, function)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Tell want of memory from other faults: torch says it by a RuntimeError on CPU."""
-    is_torchs = isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_torchs
+    """Tell want of memory from other faults: some say it by a RuntimeError."""
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    is_told = "allocate memory" in said or "start new thread" in said  # torch's; Python's own
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_told
 
 
 def _not_found(path: str) -> Answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,20 @@ from faasmoe_expert.wire import WireError, decode_request, encode_response
 from faasmoe_expert.wire.checksum import Buffer
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A function that is ready to be had, its store, the path that was given for it, its time."""
+
+    function: ExpertFunction
+    store: Store
+    path: Path
+    took_s: float
+
+
 class Sandbox:
-    """Attaches, detaches and computes functions; single-threaded, knows nothing of HTTP.
+    """Attaches, detaches and computes functions; knows nothing of HTTP.
+
+    Belongs to one thread, but for `load`.
 
     Args:
         config: its settings.
@@ -89,20 +102,46 @@ class Sandbox:
             BadAttachment: a field cannot be used.
             OutOfMemory: there is no memory for it, or it may have no more.
         """
+        held = self.held(spec, model_digest)
+        if held is not None:
+            return held, False
+        return self.put(self.load(spec, store=store, model_digest=model_digest)), True
+
+    def held(self, spec: FunctionSpec, model_digest: str) -> dict[str, Any] | None:
+        """Return what `list_functions` says of a function that is attached; None if it is not.
+
+        Raises:
+            AttachRefused: it could not be attached, either.
+        """
         held = self._functions.get(spec.id)
         if held is not None and (held.spec, held.model_digest) == (spec, model_digest):
-            return _describe(held), False
+            return _describe(held)
         self._check_place(spec, held)
-        start = time.perf_counter()
-        opened = self._store(store, model_digest)
-        self._memory.check(size_of(spec, opened))
-        function = self._map(spec, opened)
+        return None
+
+    def load(self, spec: FunctionSpec, *, store: Path, model_digest: str) -> Loaded:
+        """Read and verify a function's block; may run beside the other methods, once at a time.
+
+        Raises:
+            BadAttachment: a field cannot be used.
+            OutOfMemory: there is no memory for it, or it may have no more.
+        """
+        begun_s = time.perf_counter()
+        with torch.no_grad():  # which is told to each thread
+            opened = self._store(store, model_digest)
+            self._memory.check(size_of(spec, opened))
+            function = self._map(spec, opened)
+        return Loaded(function, opened, store, time.perf_counter() - begun_s)
+
+    def put(self, loaded: Loaded) -> dict[str, Any]:
+        """Have a function from now on; return what `list_functions` says of it."""
+        function = loaded.function
         self._memory.take(function.size_bytes)
-        self._functions[spec.id] = function
-        self._stores[store, model_digest] = opened
-        self.metrics.attach_seconds.observe(time.perf_counter() - start)
+        self._functions[function.spec.id] = function
+        self._stores[loaded.path, function.model_digest] = loaded.store
+        self.metrics.attach_seconds.observe(loaded.took_s)
         self._count()
-        return _describe(function), True
+        return _describe(function)
 
     def detach(self, function_id: str) -> None:
         """Detach a function and give its memory back; raises UnknownFunction."""

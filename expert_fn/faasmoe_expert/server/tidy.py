@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from asyncio import Future
 from collections.abc import Callable
 
 from faasmoe_expert import heap
 from faasmoe_expert.server.answer import Answer
-from faasmoe_expert.server.protocol import HttpRequest
+from faasmoe_expert.server.request import Handle, HttpRequest
 
 TIDY_AFTER_S = 1.0
 
@@ -25,7 +26,7 @@ class Tidy:
 
     def __init__(
         self,
-        handle: Callable[[HttpRequest], Answer],
+        handle: Handle,
         *,
         after_s: float = TIDY_AFTER_S,
         give_back: Callable[[], None] = heap.give_back,
@@ -35,8 +36,8 @@ class Tidy:
         self._give_back = give_back
         self._is_due = False
 
-    def handle(self, request: HttpRequest) -> Answer:
-        """Return the answer of a request."""
+    def handle(self, request: HttpRequest) -> Answer | Future[Answer]:
+        """Return the answer of a request, or one to come."""
         if not self._is_due:
             self._is_due = True
             asyncio.get_running_loop().call_later(self._after_s, self._tidy)

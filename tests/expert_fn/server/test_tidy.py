@@ -1,7 +1,7 @@
 import asyncio
 
 from faasmoe_expert.server.answer import Answer
-from faasmoe_expert.server.protocol import HttpRequest
+from faasmoe_expert.server.request import HttpRequest
 from faasmoe_expert.server.tidy import Tidy
 
 
@@ -20,7 +20,9 @@ def test_gives_memory_back_once_for_the_requests_of_a_moment() -> None:
         tidy = Tidy(answer, after_s=0.01, give_back=give_back)
         for _ in range(2):
             for _ in range(3):
-                assert tidy.handle(HttpRequest()).status == 200
+                answered = tidy.handle(HttpRequest())
+                assert isinstance(answered, Answer)
+                assert answered.status == 200
             seen.append(given[0])  # not while requests are answered
             await done.wait()
             done.clear()

@@ -1,0 +1,140 @@
+"""Attaching beside the event loop: one after the other, and frames are computed meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from rawhttp import DEADLINE_S, frame
+from sandboxes import spec_of
+
+from faasmoe_expert.config import SandboxConfig
+from faasmoe_expert.errors import AttachRefused, BadAttachment
+from faasmoe_expert.server.attaching import Attaching
+from faasmoe_expert.server.sandbox import Loaded, Sandbox
+from faasmoe_expert.store import Store
+from faasmoe_expert.table import FunctionSpec
+
+
+@dataclass
+class Gate:
+    """Holds loads back until the test lets one go on."""
+
+    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    begun: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def gate(box_here: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Gate:
+    gate, load = Gate(), Sandbox.load
+
+    def held_load(self: Sandbox, spec: FunctionSpec, **where: Any) -> Loaded:
+        gate.begun.append(spec.id)
+        assert gate.go.acquire(timeout=DEADLINE_S)
+        return load(self, spec, **where)
+
+    monkeypatch.setattr(Sandbox, "load", held_load)
+    return gate
+
+
+@pytest.fixture
+def box_here(store: Store, spec: FunctionSpec) -> Sandbox:
+    """A sandbox of this process, with one function attached."""
+    sandbox = Sandbox(SandboxConfig(capacity=3), torch.device("cpu"))
+    sandbox.attach(spec, store=store.path, model_digest=store.manifest.digest)
+    return sandbox
+
+
+def run(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def in_time() -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            await story()
+
+    asyncio.run(in_time())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+
+
+def ids(sandbox: Sandbox) -> list[str]:
+    return [function["id"] for function in sandbox.list_functions()["functions"]]
+
+
+def test_frames_are_computed_while_another_function_is_being_attached(
+    box_here: Sandbox, store: Store, spec: FunctionSpec, gate: Gate
+) -> None:
+    other = spec_of(store, [1], [0])
+    expected = b"".join(box_here.compute(spec.id, frame()))
+
+    async def story() -> None:
+        attaching = Attaching(box_here)
+        coming = asyncio.create_task(
+            attaching.attach(other, store=store.path, model_digest=store.manifest.digest)
+        )
+        await until(lambda: bool(gate.begun))
+        assert b"".join(box_here.compute(spec.id, frame())) == expected
+        assert ids(box_here) == [spec.id]  # it is there when it can compute, and not before
+        gate.go.release()
+        function, is_new = await coming
+        assert (function["id"], is_new) == (other.id, True)
+        assert box_here.compute(other.id, frame(layer=1, expert=0))
+
+    run(story)
+
+
+def test_functions_are_attached_one_after_the_other_and_the_same_but_once(
+    box_here: Sandbox, store: Store, gate: Gate
+) -> None:
+    one, two = spec_of(store, [1], [0]), spec_of(store, [1], [1])
+
+    async def story() -> None:
+        attaching = Attaching(box_here)
+        where = {"store": store.path, "model_digest": store.manifest.digest}
+        coming = [asyncio.create_task(attaching.attach(s, **where)) for s in (one, two, one)]
+        await until(lambda: gate.begun == [one.id])
+        gate.go.release()
+        await until(lambda: gate.begun == [one.id, two.id])
+        gate.go.release()
+        assert [is_new for _, is_new in await asyncio.gather(*coming)] == [True, True, False]
+
+    run(story)
+
+
+def test_room_is_counted_when_its_turn_comes(box_here: Sandbox, store: Store, gate: Gate) -> None:
+    specs = [spec_of(store, [1], [expert]) for expert in range(3)]
+    gate.go.release(3)
+
+    async def story() -> None:
+        attaching = Attaching(box_here)
+        where = {"store": store.path, "model_digest": store.manifest.digest}
+        coming = [attaching.attach(spec, **where) for spec in specs]
+        found = await asyncio.gather(*coming, return_exceptions=True)
+        assert [isinstance(f, AttachRefused) for f in found] == [False, False, True]
+
+    run(story)
+    assert len(ids(box_here)) == 3
+
+
+def test_one_that_cannot_be_attached_keeps_no_other_from_it(
+    box_here: Sandbox, store: Store, gate: Gate
+) -> None:
+    bad, good = spec_of(store, [9], [0]), spec_of(store, [1], [0])
+    gate.go.release(2)
+
+    async def story() -> None:
+        attaching = Attaching(box_here)
+        where = {"store": store.path, "model_digest": store.manifest.digest}
+        coming = [attaching.attach(spec, **where) for spec in (bad, good)]
+        refused, attached = await asyncio.gather(*coming, return_exceptions=True)
+        assert isinstance(refused, BadAttachment)
+        assert not isinstance(attached, BaseException)
+
+    run(story)
+    assert good.id in ids(box_here)
