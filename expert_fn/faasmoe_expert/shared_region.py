@@ -39,7 +39,8 @@ class SharedRegion:
 
     def __init__(self, descriptor: int, size_bytes: int) -> None:
         self.descriptor = descriptor
-        self.view = memoryview(mmap.mmap(descriptor, size_bytes))
+        self._map = mmap.mmap(descriptor, size_bytes)
+        self.view = memoryview(self._map)
 
     @classmethod
     def create(cls, size_bytes: int) -> Self:
@@ -78,6 +79,10 @@ class SharedRegion:
             raise
         region.forget_descriptor()
         return region
+
+    def give_back(self) -> None:
+        """Let go of the pages, for both sides; they come back, as zeros, on use."""
+        self._map.madvise(mmap.MADV_REMOVE)
 
     def forget_descriptor(self) -> None:
         """Close the descriptor; the mapping stays."""

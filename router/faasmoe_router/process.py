@@ -79,6 +79,7 @@ class RouterProcess:
             limits=_limits(config, model),
             metrics=EngineMetrics(registry, model_name),
             on_give_up=self._give_up,
+            on_idle=self._dispatcher.rest,
             request_timeout_s=config.request_timeout_s,
         )
         if link is not None:

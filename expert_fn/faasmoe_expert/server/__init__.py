@@ -11,6 +11,7 @@ import functools
 import logging
 import signal
 import socket
+import sys
 import time
 
 import torch
@@ -28,6 +29,10 @@ from faasmoe_expert.server.tidy import Tidy
 
 SHUTDOWN_S = 2.0  # for clients to take the answers that are on their way, after the drain
 
+SWITCH_INTERVAL_S = 0.0002
+"""How long a thread waits for Python's lock before it asks for it: attaching takes it some hundred
+times, and would wait 5 ms for each while frames are computed (docs/performance.md)."""
+
 log = logging.getLogger(__name__)
 
 __all__ = ["serve"]
@@ -42,6 +47,7 @@ def serve(config: SandboxConfig, listener: socket.socket | None = None) -> None:
     """
     torch.set_num_threads(config.threads)
     torch.set_grad_enabled(False)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     sandbox = Sandbox(config, resolve_device(config.device))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(sandbox, listener))

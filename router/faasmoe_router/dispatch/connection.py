@@ -75,6 +75,11 @@ class Connection:
         return select.POLLIN | (select.POLLOUT if self._unsent else 0)
 
     @property
+    def is_near(self) -> bool:
+        """Whether the sandbox is on this machine, with a Unix socket."""
+        return self._shared is not None
+
+    @property
     def is_stale(self) -> bool:
         """Whether a failure now may only mean that the sandbox had closed it while idle."""
         return self._reused and not self._filled
@@ -142,6 +147,12 @@ class Connection:
         """Give back what an idle connection need not hold."""
         if len(self._buffer) > KEPT_BUFFER_BYTES:
             self._buffer = bytearray(FIRST_BUFFER_BYTES)
+
+    def rest_long(self) -> None:
+        """Give back what is kept between calls because they follow each other closely."""
+        self._buffer = bytearray(FIRST_BUFFER_BYTES)
+        if self._shared is not None:
+            self._shared.rest()
 
     def close(self) -> None:
         """Close the socket, and give back what is shared."""

@@ -110,6 +110,10 @@ class Dispatcher:
         for spec in specs:
             map_function(spec, self._store)
 
+    def rest(self) -> None:
+        """Give back memory that is kept for the next calls, as there are none; from any thread."""
+        self._fanout.rest()
+
     def close(self) -> None:
         """Close the connections to sandboxes."""
         self._filler.close()

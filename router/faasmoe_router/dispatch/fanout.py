@@ -16,9 +16,9 @@ from faasmoe_router.dispatch.sharing import SHARED_FRAME_BYTES
 class Fanout:
     """Keep-alive connections to sandboxes, and rounds of parallel calls over them.
 
-    Belongs to one thread, but for `retain`. A call that fails on a connection that was used before,
-    without a byte of an answer, is made once more on a new one: the sandbox may have closed it
-    while idle, and calls are pure.
+    Belongs to one thread, but for `retain` and `rest`. A call that fails on a connection that was
+    used before, without a byte of an answer, is made once more on a new one: the sandbox may have
+    closed it while idle, and calls are pure.
 
     Args:
         token: bearer token of the sandboxes.
@@ -65,6 +65,10 @@ class Fanout:
         Their sandboxes are gone. May be called from any thread.
         """
         self._pool.retain(addresses)
+
+    def rest(self) -> None:
+        """Give back memory that idle connections keep; from any thread."""
+        self._pool.rest()
 
     def close(self) -> None:
         """Close all idle connections."""

@@ -14,7 +14,7 @@ MAX_IDLE_PER_ADDRESS = 8
 
 
 class ConnectionPool:
-    """The connections that no call uses. Belongs to one thread, but for `retain`.
+    """The connections that no call uses. Belongs to one thread, but for `retain` and `rest`.
 
     Args:
         token: bearer token of the sandboxes.
@@ -74,6 +74,12 @@ class ConnectionPool:
             gone = [self._idle.pop(a) for a in list(self._idle) if a not in addresses]
         for connection in (c for connections in gone for c in connections):
             connection.close()
+
+    def rest(self) -> None:
+        """Give back memory that idle connections keep for the next calls; from any thread."""
+        with self._lock:
+            for connection in (c for connections in self._idle.values() for c in connections):
+                connection.rest_long()
 
     def close(self) -> None:
         """Close all idle connections."""

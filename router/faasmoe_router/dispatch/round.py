@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from faasmoe_router.dispatch.calls import Call, Course, Take, Timeouts
 from faasmoe_router.dispatch.connection import Connection
+from faasmoe_router.dispatch.cores import left_by
 from faasmoe_router.dispatch.errors import CallError, CannotConnect, Overtaken, Refused, TooSlow
 from faasmoe_router.dispatch.flight import Flight
 from faasmoe_router.dispatch.pool import ConnectionPool
@@ -60,7 +61,8 @@ class Round:
                 self._begin(position, call, fresh=False)
             if meanwhile is not None:
                 self._send_rest()
-                meanwhile()
+                with left_by(sum(f.connection.is_near for f in self._open.values())):
+                    meanwhile()
                 self._advance_all(0.0)  # what has come meanwhile is not late
             while self._open:
                 self._advance_all(self._time_left())

@@ -80,6 +80,11 @@ class SharedOutbox:
         assert self._region is not None
         return self._region.view[int(begin) : int(begin) + int(length)]
 
+    def rest(self) -> None:
+        """Give the memory's pages back until they are used; no call may be in flight."""
+        if self._region is not None:
+            self._region.give_back()
+
     def close(self) -> None:
         """Give the memory back."""
         if self._region is not None:

@@ -66,6 +66,7 @@ class Batcher:
         limits: what may be held.
         realms: whose prompts may share the cache of their beginnings; None shares nothing.
         computed: where the tokens of each batch are counted.
+        on_idle: gives back what others keep for requests, once there has been none for a while.
 
     Attributes:
         life: no other batcher has the same; to know it by when its cache is to be freed.
@@ -78,12 +79,14 @@ class Batcher:
         *,
         realms: PrefixRealms | None = None,
         computed: ComputedTokens | None = None,
+        on_idle: Callable[[], None] = lambda: None,
     ) -> None:
         use_batchable_attention(model)
         self.life = object()
         self._limits = limits
         self._realms = realms
         self._computed = computed
+        self._on_idle = on_idle
         self._report_broken: BrokenHandler = lambda *_: None
         self._manager = self._make_manager(model)
 
@@ -117,6 +120,7 @@ class Batcher:
             keep_apart(processor.cache, self._realms)
         if self._computed is not None:
             processor.scheduler.computed = self._computed
+        processor.scheduler.memory.also = self._on_idle
         Isolation(self._manager)
         # Whom the thread leaves behind goes on with another: that is no failure to be told.
         self._manager._fail_all_remaining_requests = lambda *_: None

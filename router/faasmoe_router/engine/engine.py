@@ -66,6 +66,7 @@ class Engine:
         limits: EngineLimits,
         metrics: EngineMetrics,
         on_give_up: Callable[[], None] = lambda: None,
+        on_idle: Callable[[], None] = lambda: None,
         request_timeout_s: float = math.inf,
     ) -> None:
         self.limits = limits
@@ -73,6 +74,7 @@ class Engine:
         self.vocab_size: int = model.config.get_text_config().vocab_size
         self._model = model
         self._metrics = metrics
+        self._on_idle = on_idle
         self._request_timeout_s = request_timeout_s
         self._eos_ids = eos_ids_of(model)
         self.vocabulary = codec.vocabulary(n_tokens=self.vocab_size, eos_ids=self._eos_ids)
@@ -347,6 +349,12 @@ class Engine:
 
     def _make_batcher(self, loop: asyncio.AbstractEventLoop) -> Batcher:
         gc.collect()  # one that has died is a knot of references, its cache among them
-        batcher = Batcher(self._model, self.limits, realms=self._realms, computed=self.computed)
+        batcher = Batcher(
+            self._model,
+            self.limits,
+            realms=self._realms,
+            computed=self.computed,
+            on_idle=self._on_idle,
+        )
         batcher.start(loop, self._on_outputs, self._on_broken)
         return batcher

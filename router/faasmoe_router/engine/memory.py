@@ -31,11 +31,15 @@ class IdleMemory:
         cache: the KV cache.
         forget: has nobody look for what an ended request has left in the cache.
         after_s: for how long there must have been no request.
+
+    Attributes:
+        also: gives back what others keep for requests; is called with the rest.
     """
 
     def __init__(
         self, cache: Tensor, *, forget: Callable[[], object], after_s: float = IDLE_S
     ) -> None:
+        self.also: Callable[[], None] = lambda: None
         self._cache = cache
         self._forget = forget
         self._after_s = after_s
@@ -52,6 +56,7 @@ class IdleMemory:
             self._is_due = False
             self._forget()
             release(self._cache)
+            self.also()
             heap.give_back()
 
 

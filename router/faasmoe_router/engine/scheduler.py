@@ -51,12 +51,13 @@ class TurnScheduler(FIFOScheduler):  # type: ignore[misc]
 
     Attributes:
         computed: where batches are counted.
+        memory: gives back what requests took, once there has been none for a while.
     """
 
     def __init__(self, cache: Any, *arguments: Any, **named: Any) -> None:
         super().__init__(cache, *arguments, **named)
         self.computed = ComputedTokens()
-        self._memory = IdleMemory(
+        self.memory = IdleMemory(
             cache.cache_tensor,
             forget=cache.evict_cached_blocks,
             after_s=PREFIXES_IDLE_S if cache.allow_block_sharing else IDLE_S,
@@ -88,7 +89,7 @@ class TurnScheduler(FIFOScheduler):  # type: ignore[misc]
         self.take_cached(state.request_id for state in cancelled)
         if cancelled:
             self.block_new_requests = False
-        self._memory.note(time.monotonic(), is_idle=not self.has_pending_requests())
+        self.memory.note(time.monotonic(), is_idle=not self.has_pending_requests())
         return cancelled
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[Any, ...]:

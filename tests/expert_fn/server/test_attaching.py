@@ -71,7 +71,7 @@ def test_frames_are_computed_while_another_function_is_being_attached(
     box_here: Sandbox, store: Store, spec: FunctionSpec, gate: Gate
 ) -> None:
     other = spec_of(store, [1], [0])
-    expected = b"".join(box_here.compute(spec.id, frame()))
+    expected = b"".join(box_here.compute(spec.id, bytearray(frame())))
 
     async def story() -> None:
         attaching = Attaching(box_here)
@@ -79,12 +79,12 @@ def test_frames_are_computed_while_another_function_is_being_attached(
             attaching.attach(other, store=store.path, model_digest=store.manifest.digest)
         )
         await until(lambda: bool(gate.begun))
-        assert b"".join(box_here.compute(spec.id, frame())) == expected
+        assert b"".join(box_here.compute(spec.id, bytearray(frame()))) == expected
         assert ids(box_here) == [spec.id]  # it is there when it can compute, and not before
         gate.go.release()
         function, is_new = await coming
         assert (function["id"], is_new) == (other.id, True)
-        assert box_here.compute(other.id, frame(layer=1, expert=0))
+        assert box_here.compute(other.id, bytearray(frame(layer=1, expert=0)))
 
     run(story)
 

@@ -29,7 +29,6 @@ class Client:
 
     async def answer(self) -> str:
         """The next answer's status and body; empty at the end."""
-        head = await self._reader.read(0) if self._reader.at_eof() else b""
         try:
             head = await self._reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError as error:
@@ -48,6 +47,7 @@ class Stage:
         self.connections: set[HttpProtocol] = set()
         self.address: tuple[str, int] = ("", 0)
         self._seen = asyncio.Event()
+        self._clients: list[Client] = []
 
     def handle(self, request: HttpRequest) -> Answer | Future[Answer]:
         target = request.target.decode()[1:]
@@ -57,7 +57,18 @@ class Stage:
         return self.coming.setdefault(target, asyncio.get_running_loop().create_future())
 
     async def client(self) -> Client:
-        return Client(*await asyncio.open_connection(*self.address))
+        self._clients.append(Client(*await asyncio.open_connection(*self.address)))
+        return self._clients[-1]
+
+    async def end(self) -> None:
+        """Close every connection, and wait until they are closed."""
+        for client in self._clients:
+            client.writer.close()
+        closed = (client.writer.wait_closed() for client in self._clients)
+        await asyncio.gather(*closed, return_exceptions=True)
+        for connection in tuple(self.connections):
+            connection.abort()
+            await connection.closed
 
     async def asked(self, target: str) -> Future[Answer]:
         """Wait until a slow answer is asked for."""
@@ -79,9 +90,8 @@ def play(story: Story, **settings: float) -> None:
         stage.address = server.sockets[0].getsockname()[:2]
         async with asyncio.timeout(DEADLINE_S):
             await story(stage)
+            await stage.end()
         server.close()
-        for connection in tuple(stage.connections):
-            connection.abort()
 
     asyncio.run(run())
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sandboxes import OpenSandbox, PreparedStore, SandboxProcess, spec_of
 
 from faasmoe_expert.errors import BadFrame
@@ -177,6 +178,45 @@ def test_a_sandbox_answers_the_same_by_memory_by_socket_and_by_tcp(
     by_memory, by_socket, by_tcp = found[:3], found[3:6], found[6:]
     assert by_memory == by_socket == by_tcp
     assert n_shared(process) == before + 8  # all but the first, which was sent beside the offer
+
+
+def test_idle_connections_give_their_shared_pages_back_and_go_on(
+    box: tuple[SandboxProcess, str], folder: Path
+) -> None:
+    process, function_id = box
+    to_it = Fanout(token="secret", timeouts=PATIENT, socket_dir=folder, shared_bytes=1)
+    with contextlib.closing(to_it) as fanout:
+        call = Call(process.address, function_id, frame_of(6000))
+        expected = answers(fanout, call, 2)
+        before = shmem_bytes()
+        fanout.rest()
+        assert before - shmem_bytes() > 1_000_000  # a frame and its answer, of 0.8 MB each
+        assert answers(fanout, call, 2) == expected
+
+
+def shmem_bytes() -> int:
+    found = re.search(r"RssShmem:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def test_work_beside_calls_to_this_machine_takes_one_thread(
+    box: tuple[SandboxProcess, str], folder: Path
+) -> None:
+    process, function_id = box
+    call = Call(process.address, function_id, frame_of(1))
+    seen = []
+    whole = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for socket_dir in (folder, None):
+            to_it = Fanout(token="secret", timeouts=PATIENT, socket_dir=socket_dir)
+            with contextlib.closing(to_it) as fanout:
+                note = lambda: seen.append(torch.get_num_threads())  # noqa: E731
+                assert fanout.run([call], lambda *_: None, meanwhile=note) == {}
+    finally:
+        torch.set_num_threads(whole)
+    assert seen == [1, 2]
 
 
 def test_a_sandbox_that_dies_in_a_shared_call_is_an_error_like_any(

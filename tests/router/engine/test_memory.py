@@ -52,6 +52,15 @@ def test_a_cache_is_given_back_once_when_nothing_was_asked_for_a_while() -> None
     assert cache.all()
 
 
+def test_what_others_keep_is_given_back_with_it() -> None:
+    given = []
+    memory = IdleMemory(torch.zeros(1), forget=lambda: None, after_s=1.0)
+    memory.also = lambda: given.append(1)
+    for now_s, is_idle in ((0.0, False), (0.5, True), (1.4, True), (1.5, True), (9.0, True)):
+        memory.note(now_s, is_idle=is_idle)
+    assert given == [1]
+
+
 def test_a_request_keeps_the_cache_however_long_it_takes() -> None:
     cache = torch.ones(SIZE_BYTES, dtype=torch.uint8)
     memory = IdleMemory(cache, forget=lambda: None, after_s=1.0)
