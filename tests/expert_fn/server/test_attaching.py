@@ -96,7 +96,7 @@ def test_functions_are_attached_one_after_the_other_and_the_same_but_once(
 
     async def story() -> None:
         attaching = Attaching(box_here)
-        where = {"store": store.path, "model_digest": store.manifest.digest}
+        where: dict[str, Any] = {"store": store.path, "model_digest": store.manifest.digest}
         coming = [asyncio.create_task(attaching.attach(s, **where)) for s in (one, two, one)]
         await until(lambda: gate.begun == [one.id])
         gate.go.release()
@@ -113,7 +113,7 @@ def test_room_is_counted_when_its_turn_comes(box_here: Sandbox, store: Store, ga
 
     async def story() -> None:
         attaching = Attaching(box_here)
-        where = {"store": store.path, "model_digest": store.manifest.digest}
+        where: dict[str, Any] = {"store": store.path, "model_digest": store.manifest.digest}
         coming = [attaching.attach(spec, **where) for spec in specs]
         found = await asyncio.gather(*coming, return_exceptions=True)
         assert [isinstance(f, AttachRefused) for f in found] == [False, False, True]
@@ -130,7 +130,7 @@ def test_one_that_cannot_be_attached_keeps_no_other_from_it(
 
     async def story() -> None:
         attaching = Attaching(box_here)
-        where = {"store": store.path, "model_digest": store.manifest.digest}
+        where: dict[str, Any] = {"store": store.path, "model_digest": store.manifest.digest}
         coming = [attaching.attach(spec, **where) for spec in (bad, good)]
         refused, attached = await asyncio.gather(*coming, return_exceptions=True)
         assert isinstance(refused, BadAttachment)

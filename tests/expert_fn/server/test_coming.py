@@ -78,12 +78,14 @@ class Stage:
         return self.coming[target]
 
 
-def play(story: Story, **settings: float) -> None:
+def play(story: Story, *, idle_timeout_s: float = DEADLINE_S) -> None:
     async def run() -> None:
         stage = Stage()
         loop = asyncio.get_running_loop()
         server = await loop.create_server(
-            lambda: HttpProtocol(stage.handle, stage.connections, timeout_s=DEADLINE_S, **settings),
+            lambda: HttpProtocol(
+                stage.handle, stage.connections, timeout_s=DEADLINE_S, idle_timeout_s=idle_timeout_s
+            ),
             "127.0.0.1",
             0,
         )
