@@ -50,7 +50,8 @@ def main() -> int:
     if arguments.replay is not None:
         before = json.loads(arguments.replay.read_text())
         faults = [Fault.from_json(value) for value in before["schedule"]]
-        seed, duration_s, alone_s = before["seed"], before["duration_s"], before["kills_alone_s"]
+        seed, duration_s = before["seed"], before["duration_s"]
+        alone_s = before.get("kills_alone_s", 0.0)  # an earlier version had none
     else:
         seed, duration_s = arguments.seed, arguments.minutes * 60
         alone_s = arguments.alone * duration_s

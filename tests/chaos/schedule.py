@@ -41,7 +41,7 @@ WEIGHTS: Mapping[Kind, int] = {
     Kind.KILL_ZYGOTE: 1,
 }
 
-KILL_PERIODS = 3  # between two kills that are done alone: the warm pool is full again, stalls end
+PEACE_S = 3.0  # after the last kill that is done alone, so that its stalls are its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,8 @@ def draw_schedule(
         duration_s: of the run.
         period_s: between two faults.
         kills_alone_s: how long, from the beginning, sandboxes are killed and nothing else is done,
-            one in every `KILL_PERIODS` periods, so that what a kill costs can be told from what
-            other faults cost. The time of one kill at its end is left in peace.
+            so that what a kill costs can be told from what other faults cost. The last `PEACE_S`
+            of it are left in peace.
     """
     chance = random.Random(seed)
     kinds, weights = zip(*WEIGHTS.items(), strict=True)
@@ -92,7 +92,7 @@ def draw_schedule(
         at_s = (n + chance.random()) * period_s
         kind = chance.choices(kinds, weights)[0]
         if n * period_s < kills_alone_s:
-            if n % KILL_PERIODS or (n + KILL_PERIODS) * period_s > kills_alone_s:
+            if (n + 1) * period_s + PEACE_S > kills_alone_s:
                 continue
             kind = Kind.KILL_SANDBOX
         fault = Fault(

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rawhttp import DEADLINE_S, frame
-from sandboxes import spec_of
+from rawhttp import DEADLINE_S, TOKEN, frame
+from sandboxes import OpenSandbox, spec_of
 
 from faasmoe_expert.config import SandboxConfig
 from faasmoe_expert.errors import AttachRefused, BadAttachment
 from faasmoe_expert.server.attaching import Attaching
 from faasmoe_expert.server.sandbox import Loaded, Sandbox
-from faasmoe_expert.store import Store
+from faasmoe_expert.store import MANIFEST_NAME, Store
 from faasmoe_expert.table import FunctionSpec
 
 
@@ -138,3 +141,26 @@ def test_one_that_cannot_be_attached_keeps_no_other_from_it(
 
     run(story)
     assert good.id in ids(box_here)
+
+
+def test_a_sandbox_process_answers_frames_while_it_attaches(
+    sandbox: OpenSandbox, store: Store, spec: FunctionSpec, tmp_path: Path
+) -> None:
+    """Its manifest is a pipe, so that attaching has begun, and goes on, until the test writes."""
+    os.mkfifo(tmp_path / MANIFEST_NAME)
+    attachment = {
+        "store": str(tmp_path),
+        "model_digest": store.manifest.digest,
+        "layers": [1],
+        "experts": [0],
+    }
+    with sandbox(token=TOKEN, capacity=2) as box, ThreadPoolExecutor(1) as pool:
+        box.attach(store, spec)
+        coming = pool.submit(box.http.put, "/v1/functions/other", json=attachment)
+        with (tmp_path / MANIFEST_NAME).open("wb") as manifest:
+            answer = box.http.post(f"/v1/functions/{spec.id}", content=frame())
+            assert answer.status_code == 200
+            assert not coming.done()
+            manifest.write(b"{}")
+        refused = coming.result(DEADLINE_S)
+        assert (refused.status_code, refused.json()["error"]["field"]) == (422, "store")

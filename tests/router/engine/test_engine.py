@@ -73,6 +73,20 @@ def _run(engine: Engine, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     return asyncio.run(run())
 
 
+def test_what_others_keep_for_requests_is_given_back_once_there_are_none(
+    make_engine: Maker, prompt_ids: Prompt
+) -> None:
+    engine, given = make_engine(), []
+    engine._on_idle = lambda: given.append(engine.busy)
+
+    async def work() -> None:
+        await _texts(engine.generate([GenerationRequest(prompt_ids, 5)]))
+        await _until(lambda: bool(given))
+
+    _run(engine, work)
+    assert given == [False]
+
+
 def _sampled(prompt: Prompt, seed: int, **params: Any) -> GenerationRequest:
     return GenerationRequest(prompt, 24, Choosing(SamplingParams(1.0, seed=seed, **params)))
 
