@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from faasmoe_expert.errors import BadAttachment, BadFrame, shown
 from faasmoe_expert.functions.choice import Kernel, layer_kernel
+from faasmoe_expert.functions.joining import joined, parts
 from faasmoe_expert.functions.pairs import Pairs
 from faasmoe_expert.functions.upload import Uploader
 from faasmoe_expert.functions.verification import BlockGuard
@@ -67,7 +70,6 @@ class ExpertFunction:
                 self._guards[index] = guard
             self._kernels[index] = layer_kernel(store, layer, mapped, spec.experts, uploader)
 
-    @torch.inference_mode()
     def compute(self, request: Request) -> Tensor:
         """Return the outputs of a frame on the CPU, in the frame's dtype.
 
@@ -78,13 +80,23 @@ class ExpertFunction:
             BadFrame: the frame does not fit this function.
             Corrupted: the function's bytes in the store have changed, and are wrong now.
         """
-        self._check(request)
+        self.check(request)
+        return self.compute_together([request])[0]
+
+    @torch.inference_mode()
+    def compute_together(self, requests: Sequence[Request]) -> list[Tensor]:
+        """Return what `compute` does for each of some requests, reading every weight once.
+
+        Args:
+            requests: alike (see joining.py) and checked.
+        """
+        request = joined(requests)
         output = self._run(request)
         # Asked afterwards, for the bytes that were read.
         while self._guards and self._guards[request.header.layer].check():
             output = self._run(request)
-        self.n_frames += 1
-        return output
+        self.n_frames += len(requests)
+        return list(parts(output, requests))
 
     def _run(self, request: Request) -> Tensor:
         header = request.header
@@ -96,7 +108,8 @@ class ExpertFunction:
         compute = kernel.run if header.mode is Mode.UNREDUCED else kernel.sum
         return compute(hidden, pairs).contiguous()
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Compare a frame with this function; raises BadFrame if it does not fit."""
         header = request.header
         if header.layer not in self._kernels:
             raise _bad(

@@ -28,7 +28,7 @@ class SandboxMetrics:
         )
         self.compute_seconds = Histogram(
             "faasmoe_expert_compute_seconds",
-            "Time to compute a frame.",
+            "Time to compute a frame, or several that were gathered, as one.",
             buckets=SECONDS,
             registry=self.registry,
         )

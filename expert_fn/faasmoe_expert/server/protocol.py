@@ -2,8 +2,9 @@
 
 Frames are computed in the event loop's own thread, one after the other: a sandbox has its cores for
 one frame at a time, so a queue of threads would only add hops. An answer may be one to come, while
-a function is being attached; later requests of that connection wait for it. Parsing is httptools';
-bounds on head, body and time are here. A malformed request ends its connection, never the sandbox.
+a function is being attached or frames are gathered; later requests of that connection wait for it.
+Parsing is httptools'; bounds on head, body and time are here. A malformed request ends its
+connection, never the sandbox.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import time
 from asyncio import Future
 from collections import deque
+from collections.abc import Hashable
 from typing import cast
 
 import httptools
@@ -83,6 +85,7 @@ class HttpProtocol(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport = cast(asyncio.Transport, transport)
         self.closed = self._loop.create_future()
+        self._sender = sender_of(self._transport)
         self._connections.add(self)
         if len(self._connections) > self._max_connections:
             message = f"connections: got one more than the {self._max_connections} allowed"
@@ -94,7 +97,8 @@ class HttpProtocol(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a client that left."""
         self._connections.discard(self)
-        self._leave_intake(self._request)
+        for request in (self._request, *(waiting for waiting, _ in self._waiting)):
+            self._leave_intake(request)
         self._stop_deadline()
         self._stop_stalled()
         if self._idle is not None:
@@ -178,14 +182,16 @@ class HttpProtocol(asyncio.Protocol):
         """Answer the request."""
         self._stop_deadline()
         request, self._request = self._request, HttpRequest()
-        self._leave_intake(request)
         if self._transport.is_closing():
+            self._leave_intake(request)
             return
         if self._parser.should_upgrade():
+            self._leave_intake(request)
             message = "upgrade: got another protocol, expected HTTP/1.1"
             self._refuse(Answer.of_error(400, "bad_request", message, field="upgrade"))
             return
         request.method = self._parser.get_method().decode()
+        request.sender = self._sender
         self._waiting.append((request, self._parser.should_keep_alive()))
         self._answer_waiting()
 
@@ -205,6 +211,7 @@ class HttpProtocol(asyncio.Protocol):
     def _came(self, request: HttpRequest, answer: Future[Answer], *, keep_alive: bool) -> None:
         self._coming = None
         if answer.cancelled() or self._transport.is_closing():  # the sandbox, or the client, ends
+            self._leave_intake(request)
             return
         self._finish(request, answer.result(), keep_alive=keep_alive and not self._ends)
         self._answer_waiting()
@@ -213,6 +220,8 @@ class HttpProtocol(asyncio.Protocol):
         self._read_or_not()
 
     def _finish(self, request: HttpRequest, answer: Answer, *, keep_alive: bool) -> None:
+        self._leave_intake(request)
+        answer = self._shared(request, answer)
         self._write(answer, keep_alive=keep_alive, is_head=request.method == "HEAD")
         self._used_s = self._loop.time()
 
@@ -235,12 +244,17 @@ class HttpProtocol(asyncio.Protocol):
                 request.shared = self._inbox.frame(place)
             except BadFrame as error:
                 return Answer.of_json(error.status, error.to_json())
-        answer = self._handle(request)
-        if not isinstance(answer, Answer):
+        return self._handle(request)
+
+    def _shared(self, request: HttpRequest, answer: Answer) -> Answer:
+        """Return what is left to send of an answer that may lie in shared memory."""
+        if self._inbox is None:
             return answer
         if request.shared is not None:
             return self._inbox.place(answer, len(request.shared))
-        return self._inbox.accept(offer or b"", answer)
+        if request.shared_offer is not None:
+            return self._inbox.accept(request.shared_offer, answer)
+        return answer
 
     def _enter_intake(self, n_bytes: int) -> None:
         request = self._request
@@ -326,6 +340,13 @@ class HttpProtocol(asyncio.Protocol):
     def _expect_progress(self) -> None:
         if self._stalled is None:
             self._stalled = self._loop.call_later(self._timeout_s, self._transport.abort)
+
+
+def sender_of(transport: asyncio.Transport) -> Hashable:
+    """Return who is at the other end: a process of this machine, or a host."""
+    pid = peer_pid(transport.get_extra_info("socket"))
+    name = transport.get_extra_info("peername")
+    return pid if pid is not None else name[0] if name else None
 
 
 class _Stopped(Exception):

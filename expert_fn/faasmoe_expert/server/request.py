@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncio import Future
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from faasmoe_expert.server.answer import Answer
@@ -18,6 +18,7 @@ class HttpRequest:
     authorization: bytes = b""
     method: str = ""
     begun_s: float | None = None
+    sender: Hashable = None  # who is at the other end, as far as that can be told
     head_bytes: int = 0
     later_bytes: int = 0  # received after the packet in which it began
     body: bytearray = field(default_factory=bytearray)

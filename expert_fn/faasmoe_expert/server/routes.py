@@ -26,6 +26,7 @@ from faasmoe_expert.errors import (
 )
 from faasmoe_expert.server.answer import FRAME, Answer
 from faasmoe_expert.server.attaching import Attaching
+from faasmoe_expert.server.gathering import Gathering, Senders
 from faasmoe_expert.server.request import HttpRequest
 from faasmoe_expert.server.sandbox import Sandbox
 from faasmoe_expert.table import FunctionSpec, TableError
@@ -51,6 +52,8 @@ class Routes:
     def __init__(self, sandbox: Sandbox, attaching: Attaching | None = None) -> None:
         self._sandbox = sandbox
         self._attaching = attaching
+        self._senders = Senders()
+        self._gathering = Gathering(sandbox.compute)
         self._expected = f"Bearer {sandbox.config.token}".encode()
         self._drains_from_s = math.inf  # on the monotonic clock
 
@@ -64,7 +67,7 @@ class Routes:
         return self._drains_from_s < math.inf
 
     def handle(self, request: HttpRequest) -> Answer | Future[Answer]:
-        """Return the answer of a request, or one to come while a function is being attached.
+        """Return the answer of a request, or one to come: of what takes long, or is gathered.
 
         A fault of our own is a 500 and a log line.
         """
@@ -133,9 +136,7 @@ class Routes:
         if request.method in WORK and (request.begun_s or 0.0) > self._drains_from_s:
             raise Draining("sandbox: it ends, expected the work at another one")
         if request.method == "POST":
-            frame = self._sandbox.compute(function_id, request.frame)
-            self._sandbox.metrics.shared_frames.inc(request.shared is not None)
-            return Answer(200, FRAME, frame)
+            return self._compute(function_id, request)
         if request.method == "PUT":
             return self._attach(function_id, request.body)
         if request.method == "DELETE":
@@ -143,6 +144,13 @@ class Routes:
             return Answer(204, "application/json", [])
         message = f"method: got {request.method}, expected POST, PUT or DELETE"
         return Answer.of_error(405, "bad_method", message, field="method")
+
+    def _compute(self, function_id: str, request: HttpRequest) -> Answer | Coming:
+        work = self._sandbox.read(function_id, request.frame)
+        self._sandbox.metrics.shared_frames.inc(request.shared is not None)
+        if self._senders.are_several(request.sender, time.monotonic()):
+            return _computed(self._gathering.add(work))
+        return Answer(200, FRAME, self._sandbox.compute([work])[0])
 
     def _attach(self, function_id: str, body: Buffer) -> Answer | Coming:
         value = _object(bytes(body))
@@ -159,6 +167,10 @@ class Routes:
             return _attached(self._sandbox.attach(spec, store=Path(store), model_digest=digest))
         attach = self._attaching.attach(spec, store=Path(store), model_digest=digest)
         return _attached_later(attach)
+
+
+async def _computed(coming: Awaitable[list[Buffer]]) -> Answer:
+    return Answer(200, FRAME, await coming)
 
 
 async def _attached_later(coming: Awaitable[tuple[dict[str, Any], bool]]) -> Answer:

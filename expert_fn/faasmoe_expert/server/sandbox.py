@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from faasmoe_expert.errors import (
 )
 from faasmoe_expert.functions import ExpertFunction
 from faasmoe_expert.functions.function import size_of
+from faasmoe_expert.functions.joining import likeness
 from faasmoe_expert.functions.upload import Uploader, uploader_to
 from faasmoe_expert.server.memory import FunctionMemory, memory_of
 from faasmoe_expert.server.metrics import SandboxMetrics
 from faasmoe_expert.store import Store, StoreError
 from faasmoe_expert.table import FunctionSpec
-from faasmoe_expert.wire import WireError, decode_request, encode_response
+from faasmoe_expert.wire import Request, WireError, decode_request, encode_response
 from faasmoe_expert.wire.checksum import Buffer
 
 
@@ -38,6 +40,19 @@ class Loaded:
     store: Store
     path: Path
     took_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A frame that was read, and the function that is to compute it."""
+
+    function: ExpertFunction
+    request: Request
+
+    @property
+    def likeness(self) -> Hashable:
+        """What frames must have in common to be computed as one."""
+        return id(self.function), likeness(self.request)
 
 
 class Sandbox:
@@ -155,8 +170,8 @@ class Sandbox:
         self._stores = {key: store for key, store in self._stores.items() if key in used}
         self._count()
 
-    def compute(self, function_id: str, frame: Buffer) -> list[Buffer]:
-        """Return the buffers of the frame that answers `frame`.
+    def read(self, function_id: str, frame: Buffer) -> Work:
+        """Return what a frame asks for.
 
         Raises:
             UnknownFunction: no such function is attached.
@@ -169,12 +184,25 @@ class Sandbox:
             request = decode_request(frame)
         except WireError as error:
             raise BadFrame(str(error), field=error.field) from error
+        function.check(request)
+        return Work(function, request)
+
+    def compute(self, works: Sequence[Work]) -> list[list[Buffer]]:
+        """Return the buffers of the frames that answer work that is alike, computed as one.
+
+        Raises:
+            Corrupted: the function's bytes in the store have changed, and are wrong now.
+        """
+        requests = [work.request for work in works]
         start = time.perf_counter()
-        output = function.compute(request)
+        outputs = works[0].function.compute_together(requests)
         self.metrics.compute_seconds.observe(time.perf_counter() - start)
-        self.metrics.frames.inc()
-        self.metrics.rows.inc(request.header.n_rows)
-        return encode_response(request.header, output.view(torch.uint8).numpy().data)
+        self.metrics.frames.inc(len(works))
+        self.metrics.rows.inc(sum(r.header.n_rows for r in requests))
+        return [
+            encode_response(request.header, output.view(torch.uint8).numpy().data)
+            for request, output in zip(requests, outputs, strict=True)
+        ]
 
     def _check_place(self, spec: FunctionSpec, held: ExpertFunction | None) -> None:
         if held is not None:

@@ -10,6 +10,7 @@ from faasmoe_expert.wire.frame import (
     MAX_PAIRS_BYTES,
     Dtype,
     Header,
+    Kind,
     Mode,
     rows_per_frame,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "MAX_PAIRS_BYTES",
     "Dtype",
     "Header",
+    "Kind",
     "Mode",
     "Request",
     "WireError",

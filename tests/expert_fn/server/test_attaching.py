@@ -66,6 +66,11 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
+def answer(sandbox: Sandbox, function_id: str, asked: bytes) -> bytes:
+    [parts] = sandbox.compute([sandbox.read(function_id, bytearray(asked))])
+    return b"".join(parts)
+
+
 def ids(sandbox: Sandbox) -> list[str]:
     return [function["id"] for function in sandbox.list_functions()["functions"]]
 
@@ -74,7 +79,7 @@ def test_frames_are_computed_while_another_function_is_being_attached(
     box_here: Sandbox, store: Store, spec: FunctionSpec, gate: Gate
 ) -> None:
     other = spec_of(store, [1], [0])
-    expected = b"".join(box_here.compute(spec.id, bytearray(frame())))
+    expected = answer(box_here, spec.id, frame())
 
     async def story() -> None:
         attaching = Attaching(box_here)
@@ -82,12 +87,12 @@ def test_frames_are_computed_while_another_function_is_being_attached(
             attaching.attach(other, store=store.path, model_digest=store.manifest.digest)
         )
         await until(lambda: bool(gate.begun))
-        assert b"".join(box_here.compute(spec.id, bytearray(frame()))) == expected
+        assert answer(box_here, spec.id, frame()) == expected
         assert ids(box_here) == [spec.id]  # it is there when it can compute, and not before
         gate.go.release()
         function, is_new = await coming
         assert (function["id"], is_new) == (other.id, True)
-        assert box_here.compute(other.id, bytearray(frame(layer=1, expert=0)))
+        assert answer(box_here, other.id, frame(layer=1, expert=0))
 
     run(story)
 

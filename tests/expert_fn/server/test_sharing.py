@@ -93,6 +93,28 @@ def test_a_frame_in_shared_memory_is_answered_there_with_the_same_bytes(
     assert n_shared(near) == before + 3
 
 
+def test_a_frame_that_is_gathered_is_answered_in_shared_memory_too(
+    near: SandboxProcess, spec: FunctionSpec, ask: Ask, region: SharedRegion
+) -> None:
+    request = frame()
+    ask(request, offer_of(region))
+    region.view[: len(request)] = request
+    sent = near.http.post(f"/v1/functions/{spec.id}", content=request)  # as from another router
+    _, headers, body = ask(b"", f"x-faasmoe-frame: {len(request)}\r\n")
+    begin, length = map(int, headers["x-faasmoe-frame"].split())
+    assert body == b""
+    assert bytes(region.view[begin : begin + length]) == sent.content
+
+
+def test_an_offer_beside_a_frame_that_is_gathered_is_taken(
+    near: SandboxProcess, spec: FunctionSpec, ask: Ask, region: SharedRegion
+) -> None:
+    near.http.post(f"/v1/functions/{spec.id}", content=frame())  # as from another router
+    status, headers, body = ask(frame(), offer_of(region))
+    assert (status, headers["x-faasmoe-region"]) == (200, str(SIZE))
+    assert body
+
+
 def test_an_answer_that_does_not_fit_is_sent(ask: Ask, region: SharedRegion) -> None:
     n_rows = SIZE // 2 // (32 * 4 + 12) + 60  # more than half of it
     request = frame(n_rows=n_rows)
