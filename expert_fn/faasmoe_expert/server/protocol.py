@@ -1,9 +1,9 @@
-"""HTTP/1.1 on one connection: bytes in, a route's answer out.
+"""HTTP/1.1 on one connection: requests in, a route's answers out.
 
 Frames are computed in the event loop's own thread, one after the other: a sandbox has its cores for
 one frame at a time, so a queue of threads would only add hops. An answer may be one to come, while
 a function is being attached or frames are gathered; later requests of that connection wait for it.
-Parsing is httptools'; bounds on head, body and time are here. A malformed request ends its
+Bounds on time are here, those on head and body in reading.py. A malformed request ends its
 connection, never the sandbox.
 """
 
@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import time
 from asyncio import Future
 from collections import deque
 from collections.abc import Hashable
 from typing import cast
-
-import httptools
 
 from faasmoe_expert.config import (
     IDLE_TIMEOUT_S,
@@ -25,16 +22,13 @@ from faasmoe_expert.config import (
     MAX_CONNECTIONS,
     MAX_FRAMES,
 )
-from faasmoe_expert.errors import BadFrame, Overloaded
+from faasmoe_expert.errors import BadFrame
 from faasmoe_expert.server.answer import Answer
 from faasmoe_expert.server.intake import Intake
+from faasmoe_expert.server.reading import RequestReader
 from faasmoe_expert.server.request import Handle, HttpRequest
 from faasmoe_expert.server.sharing import SharedInbox
-from faasmoe_expert.shared_region import FRAME_HEADER, REGION_HEADER, peer_pid
-from faasmoe_expert.wire import MAX_FRAME_BYTES
-
-MAX_HEAD_BYTES = 16 << 10
-_FRAME, _REGION = FRAME_HEADER.encode(), REGION_HEADER.encode()
+from faasmoe_expert.shared_region import peer_pid
 
 
 class HttpProtocol(asyncio.Protocol):
@@ -66,13 +60,11 @@ class HttpProtocol(asyncio.Protocol):
         self._timeout_s = timeout_s
         self._idle_timeout_s = idle_timeout_s
         self._max_connections = max_connections
-        self._intake = intake or Intake(max_frames=MAX_FRAMES, max_bytes=MAX_BODIES_BYTES)
+        intake = intake or Intake(max_frames=MAX_FRAMES, max_bytes=MAX_BODIES_BYTES)
+        self._reader = RequestReader(intake, begun=self._begin, whole=self._take)
         self._idle: asyncio.TimerHandle | None = None  # looks now and then; see _end_if_idle
         self._deadline: asyncio.TimerHandle | None = None  # of the request that is being read
         self._stalled: asyncio.TimerHandle | None = None  # of answers that the client must take
-        self._refusal: Answer | None = None
-        self._request = HttpRequest()
-        self._parser = httptools.HttpRequestParser(self)
         self._inbox: SharedInbox | None = None
         self._waiting: deque[tuple[HttpRequest, bool]] = deque()  # read, not answered; stays open
         self._coming: Future[Answer] | None = None
@@ -97,8 +89,9 @@ class HttpProtocol(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a client that left."""
         self._connections.discard(self)
-        for request in (self._request, *(waiting for waiting, _ in self._waiting)):
-            self._leave_intake(request)
+        self._reader.close()
+        for request, _ in self._waiting:
+            self._reader.leave(request)
         self._stop_deadline()
         self._stop_stalled()
         if self._idle is not None:
@@ -107,17 +100,10 @@ class HttpProtocol(asyncio.Protocol):
             self.closed.set_result(None)
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser; what it completes is answered at once."""
-        request = self._request
-        try:
-            self._parser.feed_data(data)
-            if self._request is request and request.begun_s is not None:
-                self._count(request, len(data))
-        except httptools.HttpParserUpgrade:
-            return  # refused when its message was complete
-        except (httptools.HttpParserError, _Stopped) as error:
-            refusal = Answer.of_error(400, "bad_request", f"request: not HTTP/1.1 ({error})")
-            self._refuse(self._refusal or refusal)
+        """Read requests; what is whole is answered at once."""
+        refusal = self._reader.feed(data)
+        if refusal is not None:
+            self._refuse(refusal)
 
     def pause_writing(self) -> None:
         """Read no more from a client that does not take its answers, and end it in time."""
@@ -144,55 +130,18 @@ class HttpProtocol(asyncio.Protocol):
         """End the connection at once."""
         self._transport.abort()
 
-    # The parser's callbacks. One that raises ends the parse, and with it the connection.
-
-    def on_message_begin(self) -> None:
+    def _begin(self) -> None:
         """Give the client its time to send a request."""
-        self._request = HttpRequest(begun_s=time.monotonic())
         self._deadline = self._loop.call_later(self._timeout_s, self._give_up)
 
-    def on_url(self, url: bytes) -> None:
-        """Take a part of the target."""
-        self._request.target += url
-        self._count_head(len(url))
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take one header; those of authorization and of the body matter."""
-        self._count_head(len(name) + len(value))
-        name = name.lower()
-        if name == b"content-length" and value.isdigit():
-            self._request.announced_bytes = int(value)
-            if int(value) > MAX_FRAME_BYTES:
-                self._stop_parse(413, "too_large", "body", got=f"{int(value)} bytes")
-        elif name == b"authorization":
-            self._request.authorization = value
-        elif name == _FRAME:
-            self._request.shared_place = value
-        elif name == _REGION:
-            self._request.shared_offer = value
-
-    def on_body(self, body: bytes) -> None:
-        """Take a part of the body."""
-        self._enter_intake(len(body))
-        self._request.body += body
-        if len(self._request.body) > MAX_FRAME_BYTES:
-            self._stop_parse(413, "too_large", "body", got="more")
-
-    def on_message_complete(self) -> None:
-        """Answer the request."""
+    def _take(self, request: HttpRequest, keep_alive: bool) -> None:
+        """Answer a request that is whole."""
         self._stop_deadline()
-        request, self._request = self._request, HttpRequest()
         if self._transport.is_closing():
-            self._leave_intake(request)
+            self._reader.leave(request)
             return
-        if self._parser.should_upgrade():
-            self._leave_intake(request)
-            message = "upgrade: got another protocol, expected HTTP/1.1"
-            self._refuse(Answer.of_error(400, "bad_request", message, field="upgrade"))
-            return
-        request.method = self._parser.get_method().decode()
         request.sender = self._sender
-        self._waiting.append((request, self._parser.should_keep_alive()))
+        self._waiting.append((request, keep_alive))
         self._answer_waiting()
 
     def _answer_waiting(self) -> None:
@@ -211,7 +160,7 @@ class HttpProtocol(asyncio.Protocol):
     def _came(self, request: HttpRequest, answer: Future[Answer], *, keep_alive: bool) -> None:
         self._coming = None
         if answer.cancelled() or self._transport.is_closing():  # the sandbox, or the client, ends
-            self._leave_intake(request)
+            self._reader.leave(request)
             return
         self._finish(request, answer.result(), keep_alive=keep_alive and not self._ends)
         self._answer_waiting()
@@ -220,7 +169,7 @@ class HttpProtocol(asyncio.Protocol):
         self._read_or_not()
 
     def _finish(self, request: HttpRequest, answer: Answer, *, keep_alive: bool) -> None:
-        self._leave_intake(request)
+        self._reader.leave(request)
         answer = self._shared(request, answer)
         self._write(answer, keep_alive=keep_alive, is_head=request.method == "HEAD")
         self._used_s = self._loop.time()
@@ -256,47 +205,6 @@ class HttpProtocol(asyncio.Protocol):
             return self._inbox.accept(request.shared_offer, answer)
         return answer
 
-    def _enter_intake(self, n_bytes: int) -> None:
-        request = self._request
-        try:
-            if request.taken_bytes is None:
-                first = max(n_bytes, request.announced_bytes)
-                self._intake.begin(first)
-                request.taken_bytes = first
-            elif len(request.body) + n_bytes > request.taken_bytes:
-                self._intake.grow(n_bytes)
-                request.taken_bytes += n_bytes
-        except Overloaded as error:
-            self._refusal = Answer.of_error(
-                error.status, error.code, str(error), field=error.field, close=True
-            )
-            raise _Stopped(str(error)) from error
-
-    def _leave_intake(self, request: HttpRequest) -> None:
-        if request.taken_bytes is not None:
-            self._intake.end(request.taken_bytes)
-            request.taken_bytes = None
-
-    def _count(self, request: HttpRequest, n_bytes: int) -> None:
-        """Bound what the parser holds back: it gives a header, or a trailer, only when whole.
-
-        The framing of chunks may take as much as the body.
-        """
-        request.later_bytes += n_bytes
-        if request.later_bytes > MAX_HEAD_BYTES + 2 * len(request.body):
-            self._stop_parse(431, "head_too_large", "head", got="more")
-
-    def _count_head(self, n_bytes: int) -> None:
-        self._request.head_bytes += n_bytes
-        if self._request.head_bytes > MAX_HEAD_BYTES:
-            self._stop_parse(431, "head_too_large", "head", got="more")
-
-    def _stop_parse(self, status: int, code: str, part: str, *, got: str) -> None:
-        limit = MAX_HEAD_BYTES if part == "head" else MAX_FRAME_BYTES
-        message = f"{part}: got {got}, expected at most {limit} bytes"
-        self._refusal = Answer.of_error(status, code, message, field=part, close=True)
-        raise _Stopped(message)
-
     def _write(self, answer: Answer, *, keep_alive: bool, is_head: bool = False) -> None:
         stay = keep_alive and not answer.close
         if self._transport.is_closing():
@@ -320,7 +228,7 @@ class HttpProtocol(asyncio.Protocol):
     def _end_if_idle(self) -> None:
         """Close a connection that was not used; one timer, so that a request costs none."""
         left_s = self._used_s + self._idle_timeout_s - self._loop.time()
-        if self._request.begun_s is not None or self._coming is not None:  # which end by themselves
+        if self._reader.is_reading or self._coming is not None:  # which end by themselves
             left_s = self._idle_timeout_s
         if left_s > 0:
             self._idle = self._loop.call_later(left_s, self._end_if_idle)
@@ -347,7 +255,3 @@ def sender_of(transport: asyncio.Transport) -> Hashable:
     pid = peer_pid(transport.get_extra_info("socket"))
     name = transport.get_extra_info("peername")
     return pid if pid is not None else name[0] if name else None
-
-
-class _Stopped(Exception):
-    """The parse of a request ends because a bound is exceeded."""
