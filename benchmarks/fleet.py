@@ -28,7 +28,7 @@ from faasmoe_operator.control.deployment import Deployment
 from faasmoe_operator.control.residency import Residents, make_resident
 from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient
 from faasmoe_operator.platforms import ProcessPlatform
-from faasmoe_operator.platforms.zygote import SOCKETS_NAME, SOCKETS_VARIABLE, running_zygote
+from faasmoe_operator.platforms.zygote import near_variables, running_zygote
 
 logger = logging.getLogger(__name__)
 
@@ -189,8 +189,7 @@ def _environment(
     """Return the router's environment with a fixed table in place of a control process."""
     environment = router.environment(deployment, ENDPOINT, control_url="", token=token)
     del environment["FAASMOE_CONTROL_URL"]
-    near = {SOCKETS_VARIABLE: str(sockets / SOCKETS_NAME)}
-    return {**environment, **near, "FAASMOE_TABLE": str(table)}
+    return {**environment, **near_variables(sockets), "FAASMOE_TABLE": str(table)}
 
 
 async def _make_resident(

@@ -61,6 +61,7 @@ class FunctionsSide:
             metrics=self._metrics,
             socket_dir=config.socket_dir,
             stage=stage_beside(device),
+            placement=config.placement,
         )
         model = load_router_model(store, self._dispatcher, device=device)
         self._batcher = Batcher(model, _limits(config))

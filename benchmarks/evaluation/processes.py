@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from benchmarks.evaluation.client import Endpoint
 from benchmarks.evaluation.models import NAME
 
@@ -21,6 +22,7 @@ from faasmoe_expert.table import FunctionEntry, FunctionTable
 from faasmoe_operator.cli import child, router
 from faasmoe_operator.control.deployment import Deployment
 from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient, SandboxError
+from faasmoe_operator.platforms.zygote import SOCKETS_VARIABLE, near_variables
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +103,15 @@ def router_environment(
     return environment
 
 
+def near_of(launcher_pid: int) -> dict[str, str]:
+    """Return what the router of a `faasmoe up` was told of the sandboxes of its machine."""
+    for process in psutil.Process(launcher_pid).children():
+        found = process.environ()
+        if "FAASMOE_STORE" in found and SOCKETS_VARIABLE in found:
+            return near_variables(Path(found[SOCKETS_VARIABLE]).parent)
+    raise RuntimeError(f"process {launcher_pid}: got no router below it, expected one")
+
+
 def write_table(deployment: Deployment, address: str, folder: Path) -> Path:
     """Write a table in which every function has the same address."""
     manifest = deployment.open_store().manifest
@@ -129,6 +140,7 @@ async def resident_sandbox(deployment: Deployment, folder: Path) -> AsyncIterato
         "FAASMOE_CAPACITY": str(len(functions)),
         "FAASMOE_THREADS": str(len(os.sched_getaffinity(0))),
         "FAASMOE_DEVICE": "cpu",
+        **near_variables(folder),
     }
     async with child.running(
         SANDBOX, environment=environment, log=logger.info, grace_s=GRACE_S

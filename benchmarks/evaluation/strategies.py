@@ -20,6 +20,7 @@ from benchmarks.evaluation.models import NAME, Model
 from benchmarks.evaluation.processes import (
     FULL_MODEL,
     NOWHERE,
+    near_of,
     resident_sandbox,
     router_environment,
     servers,
@@ -29,6 +30,7 @@ from benchmarks.served import served
 from benchmarks.trial import DEFAULT_WAIT
 
 from faasmoe_operator.cli import router
+from faasmoe_operator.platforms.zygote import near_variables
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +121,11 @@ async def full_model_shared(settings: Settings) -> AsyncIterator[Deployed]:
 async def local_distribution(settings: Settings) -> AsyncIterator[Deployed]:
     """Serve with a router for each tenant, and all experts in one process that stays."""
     with _folder() as folder:
-        deployment = settings.model.deployment(folder)
+        deployment = settings.model.deployment(folder, {"placement": "functions"})
         async with resident_sandbox(deployment, folder) as resident:
             environments = [
                 router_environment(deployment, table=resident.table, token=resident.token)
+                | near_variables(folder)
                 for _ in range(settings.tenants)
             ]
             async with servers(router.COMMAND, environments) as found:
@@ -136,9 +139,10 @@ async def functions_private(settings: Settings) -> AsyncIterator[Deployed]:
     with _folder() as folder:
         deployment = settings.model.deployment(folder, settings.experts)
         async with served(deployment.file) as up:
+            near = near_of(up.launcher.pid)
             token = str(up.http.headers["Authorization"]).removeprefix("Bearer ")
             environments = [
-                router_environment(deployment, control_url=up.control_url, token=token)
+                router_environment(deployment, control_url=up.control_url, token=token) | near
                 for _ in range(settings.tenants - 1)
             ]
             async with servers(router.COMMAND, environments) as others:

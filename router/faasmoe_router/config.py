@@ -12,6 +12,7 @@ from faasmoe_router.errors import ConfigError
 
 PREFIX = "FAASMOE_"
 Device = Literal["auto", "cpu", "cuda"]
+Placement = Literal["auto", "functions"]
 T = TypeVar("T")
 
 
@@ -48,6 +49,8 @@ class RouterConfig:
             they begin anew at each start.
         socket_dir: folder in which sandboxes of the same machine have Unix sockets, a shorter way
             than TCP; without it, and where there is none, they are called over TCP.
+        placement: auto computes hot functions of this machine in the router where that was
+            measured to take less time; functions never does. Needs socket_dir.
         router_replicas: routers that the tenants' limits are split over, unless the file tells.
         connect_timeout_s: until a sandbox has accepted a connection; part of a call.
         call_timeout_s: until a function has answered; part of a layer.
@@ -76,6 +79,7 @@ class RouterConfig:
     tenants_file: Path | None = None
     state_dir: Path | None = None
     socket_dir: Path | None = None
+    placement: Placement = "functions"
     router_replicas: int = 1
     connect_timeout_s: float = 1.0
     call_timeout_s: float = 10.0
@@ -134,6 +138,7 @@ class RouterConfig:
             tenants_file=read("TENANTS_FILE", _path, None),
             state_dir=read("STATE_DIR", _path, None),
             socket_dir=read("SOCKET_DIR", _path, None),
+            placement=read("PLACEMENT", _placement, "functions"),
             router_replicas=read("ROUTER_REPLICAS", _between(1, 1024), 1),
             connect_timeout_s=read("CONNECT_TIMEOUT", _seconds(0.01, 3600), 1.0),
             call_timeout_s=read("CALL_TIMEOUT", _seconds(0.01, 3600), 10.0),
@@ -190,3 +195,9 @@ def _device(text: str) -> Device:
     if text not in ("auto", "cpu", "cuda"):
         raise ValueError("auto, cpu or cuda")
     return cast(Device, text)
+
+
+def _placement(text: str) -> Placement:
+    if text not in ("auto", "functions"):
+        raise ValueError("auto or functions")
+    return cast(Placement, text)

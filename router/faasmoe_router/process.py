@@ -157,6 +157,7 @@ def _make_dispatcher(
             timeouts=_timeouts(config),
             socket_dir=config.socket_dir,
             stage=stage,
+            placement=config.placement,
         )
     except (TableError, OSError) as error:
         raise ConfigError(f"FAASMOE_TABLE: {error}") from error
@@ -193,6 +194,7 @@ def _link(
         timeouts=_timeouts(config),
         socket_dir=config.socket_dir,
         stage=stage,
+        placement=config.placement,
     )
     return dispatcher, ControlLink(client, waker, dispatcher, settings=settings, metrics=metrics)
 

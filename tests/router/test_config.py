@@ -29,6 +29,7 @@ def test_reads_every_variable() -> None:
             "FAASMOE_TENANTS_FILE": "/tenants.json",
             "FAASMOE_STATE_DIR": "/state",
             "FAASMOE_SOCKET_DIR": "/run/near",
+            "FAASMOE_PLACEMENT": "auto",
             "FAASMOE_ROUTER_REPLICAS": "3",
         }
     )
@@ -52,6 +53,7 @@ def test_reads_every_variable() -> None:
         tenants_file=Path("/tenants.json"),
         state_dir=Path("/state"),
         socket_dir=Path("/run/near"),
+        placement="auto",
         router_replicas=3,
     )
 
@@ -81,6 +83,7 @@ def test_defaults_are_those_of_the_class() -> None:
         ("FAASMOE_HOLD_TIMEOUT", "-1"),
         ("FAASMOE_MAX_HELD_REQUESTS", "many"),
         ("FAASMOE_MAX_HELD_BYTES", "64Mi"),
+        ("FAASMOE_PLACEMENT", "router"),
     ],
 )
 def test_a_bad_value_is_named(name: str, value: str) -> None:

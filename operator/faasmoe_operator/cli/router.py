@@ -88,6 +88,7 @@ def environment(
         "HOST": endpoint.host,
         "PORT": endpoint.port,
         "DEVICE": router.device,
+        "PLACEMENT": deployment.model.spec.experts.placement or "auto",
         "MAX_NUM_SEQS": router.max_num_seqs,
         "MAX_NUM_BATCHED_TOKENS": router.max_num_batched_tokens,
         "MAX_WAITING": router.max_waiting,

@@ -62,11 +62,22 @@ def zygote_environment(
         "FAASMOE_TOKEN": token,
         "FAASMOE_DEVICE": device,
         SOCKET_VARIABLE: str(socket),
-        VERIFIED_VARIABLE: str(socket.parent / VERIFIED_NAME),
-        SOCKETS_VARIABLE: str(socket.parent / SOCKETS_NAME),
+        **near_variables(socket.parent),
         REHEARSAL_VARIABLE: "" if store is None else str(store),
     }
     return {**os.environ, **ENVIRONMENT, **own}
+
+
+def near_variables(folder: Path) -> dict[str, str]:
+    """Return what sandboxes and routers of one machine are told of each other.
+
+    Args:
+        folder: the zygote socket's.
+    """
+    return {
+        VERIFIED_VARIABLE: str(folder / VERIFIED_NAME),
+        SOCKETS_VARIABLE: str(folder / SOCKETS_NAME),
+    }
 
 
 class ZygoteClient:

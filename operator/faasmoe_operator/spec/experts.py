@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from faasmoe_operator.spec.base import Part
-from faasmoe_operator.spec.extensions import KUBERNETES_ONLY
+from faasmoe_operator.spec.extensions import KUBERNETES_ONLY, PROCESS_ONLY
 from faasmoe_operator.spec.pod_template import PodTemplate
 from faasmoe_operator.spec.quantity import ByteQuantity, to_bytes
 from faasmoe_operator.spec.router import Device
@@ -31,6 +31,13 @@ class Experts(Part):
     device: Device = Field("auto", description="auto takes a CUDA device if there is one.")
     threads: int = Field(1, ge=1, le=256, description="Compute threads of a sandbox.")
     functions_per_sandbox: int = Field(1, ge=1, le=10_000, description="Capacity of a sandbox.")
+    placement: Literal["auto", "functions"] | None = Field(
+        None,
+        description="auto, as if left out, computes hot functions in the router's own process "
+        "where that was measured to take less time, at most half of a layer's; functions never "
+        "does.",
+        json_schema_extra=PROCESS_ONLY,
+    )
     warm_pool: int = Field(1, ge=0, le=1000, description="Generic sandboxes kept ready.")
     memory: ByteQuantity | None = Field(
         None,

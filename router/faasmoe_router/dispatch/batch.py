@@ -22,6 +22,7 @@ from faasmoe_expert.wire.checksum import Buffer
 from faasmoe_expert.wire.frame import Kind
 from faasmoe_router.dispatch.errors import CallError
 from faasmoe_router.dispatch.grouping import Group
+from faasmoe_router.dispatch.hot import HotFunctions
 from faasmoe_router.dispatch.local import LocalFunctions
 from faasmoe_router.dispatch.sums import new_sum
 
@@ -86,7 +87,9 @@ class LayerBatch:
             raise CallError("bad response frame: got numbers that are not finite")
         self._sum.put(position, self.groups[position], part)
 
-    def compute(self, position: int, functions: LocalFunctions, spec: FunctionSpec) -> None:
+    def compute(
+        self, position: int, functions: LocalFunctions | HotFunctions, spec: FunctionSpec
+    ) -> None:
         """Compute the call at `position` in this process."""
         group = self.groups[position]
         rows = memoryview(bytearray(self._rows(group)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from faasmoe_router.dispatch.calls import Timeouts
 from faasmoe_router.dispatch.fanout import Fanout
 from faasmoe_router.dispatch.filling import Filler, Holding, Meanwhile
 from faasmoe_router.dispatch.grouping import group_pairs
+from faasmoe_router.dispatch.hot import HotFunctions
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.local import map_function
 from faasmoe_router.dispatch.metrics import DispatchMetrics
@@ -47,6 +49,8 @@ class Dispatcher:
         resilience: how calls that fail or take long are dealt with.
         socket_dir: where sandboxes of this machine have Unix sockets; None for TCP alone.
         stage: between the model's device and the host; None if the model is on the host.
+        placement: "auto" computes hot functions of this machine in this process where that takes
+            less time, "functions" none. In reduced mode and on the host alone.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Dispatcher:
         resilience: Resilience | None = None,
         socket_dir: Path | None = None,
         stage: HostStage | None = None,
+        placement: Literal["auto", "functions"] = "functions",
     ) -> None:
         self._store = store
         self._stage = stage
@@ -80,6 +85,12 @@ class Dispatcher:
             holding=holding,
             timeouts=timeouts,
             resilience=resilience,
+            hot=HotFunctions(store, socket_dir)
+            if placement == "auto"
+            and socket_dir is not None
+            and stage is None
+            and mode is Mode.REDUCED
+            else None,
         )
 
     @property

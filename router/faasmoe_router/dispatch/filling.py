@@ -4,7 +4,7 @@ Nothing that a sandbox or the network does leaves this module as an error. A cal
 again at the function's other addresses (attempts.py). A function without an address is asked for
 and its calls are held for a moment; so are calls to an address that does not accept connections
 yet, and, for a shorter one, calls whose addresses were ejected, for a fresh replica to come. What
-is left then is computed from the store.
+is left then is computed from the store. Hot functions may be computed here to begin with (hot.py).
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from faasmoe_router.dispatch.calls import Timeouts
 from faasmoe_router.dispatch.errors import CallError, NotYetThere
 from faasmoe_router.dispatch.failures import FailureLog
 from faasmoe_router.dispatch.fanout import Fanout
+from faasmoe_router.dispatch.hot import HotFunctions
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.local import LocalFunctions
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.patience import Patience
 from faasmoe_router.dispatch.resilience import AddressBook, Resilience
 from faasmoe_router.dispatch.routing import Routing
+from faasmoe_router.errors import StoreCorrupted
 
 Failures = dict[int, CallError | None]
 """Why each position got no part; None for want of an address."""
@@ -74,6 +76,7 @@ class Filler:
         holding: Holding | None,
         timeouts: Timeouts | None = None,
         resilience: Resilience | None = None,
+        hot: HotFunctions | None = None,
     ) -> None:
         self.routing = routing
         self.load = LoadMeter()
@@ -82,6 +85,7 @@ class Filler:
         self._holding = holding
         self._patience = Patience(holding.timeout_s if holding else 0.0)
         self._local = LocalFunctions(store)
+        self._hot = hot
         self._moved = threading.Event()
         self._turns: dict[int, int] = defaultdict(int)  # by layer: spreads calls over replicas
         self._book = AddressBook(resilience or Resilience(), metrics, may_start=holding is not None)
@@ -114,14 +118,26 @@ class Filler:
         self._forget_what_left()
         self._book.look_after(time.monotonic())
         self.load.passes += layer == 0
+        begun_s = time.monotonic()
         entries = {i: functions[group.function] for i, group in enumerate(batch.groups)}
+        here = self._computed_here(batch, layer, functions)
+        away = {i: entry for i, entry in entries.items() if i not in here}
         with _InFlight(self.load, batch, entries) as in_flight:
             turn = self._turns[layer]
             self._turns[layer] += 1
-            by_s = time.monotonic() + self._layer_timeout_s
-            spare = _Once(meanwhile)
-            failures = self._try(batch, entries, in_flight, turn, by_s, spare)
+            by_s = begun_s + self._layer_timeout_s
+            refused: list[int] = []
+
+            def work() -> None:
+                meanwhile()
+                refused.extend(self._compute_here(batch, here, entries, in_flight))
+
+            spare = _Once(work)
+            failures = self._try(batch, away, in_flight, turn, by_s, spare)
             spare()
+            if refused:
+                again = {i: entries[i] for i in refused}
+                failures |= self._try(batch, again, in_flight, turn, by_s)
             if failures and self._holding is not None:
                 left = self._hold(batch, entries, failures, self._holding, in_flight, by_s)
             else:
@@ -130,6 +146,37 @@ class Filler:
                 self._metrics.local.inc()
                 self.load.local += 1
                 batch.compute(i, self._local, entries[i].spec)
+        if self._hot is not None:
+            took_s = time.monotonic() - begun_s
+            self._hot.end_layer(layer, took_s, is_clean=not failures and not refused)
+
+    def _computed_here(
+        self, batch: LayerBatch, layer: int, functions: Sequence[FunctionEntry]
+    ) -> Collection[int]:
+        """Return the positions that this process computes as it takes less time."""
+        if self._hot is None:
+            return ()
+        if layer == 0:
+            self._hot.begin_pass(self.routing, batch.n_rows)
+        return self._hot.here(layer, batch.groups, functions)
+
+    def _compute_here(
+        self,
+        batch: LayerBatch,
+        here: Collection[int],
+        entries: Mapping[int, FunctionEntry],
+        in_flight: _InFlight,
+    ) -> Iterator[int]:
+        """Compute these positions; give those that must be called after all."""
+        for i in here:
+            assert self._hot is not None
+            try:
+                batch.compute(i, self._hot, entries[i].spec)
+            except StoreCorrupted:  # here; a sandbox may have the right bytes
+                yield i
+                continue
+            self._metrics.here.inc()
+            in_flight.end(i)
 
     def _try(
         self,
@@ -247,6 +294,8 @@ class Filler:
     def close(self) -> None:
         """End what runs beside the engine's thread."""
         self._book.close()
+        if self._hot is not None:
+            self._hot.close()
 
     def _forget_what_left(self) -> None:
         routing = self.routing

@@ -30,11 +30,7 @@ class LocalFunctions:
             StoreUnreadable: the store does not have the function any more.
             StoreCorrupted: it has wrong bytes of it.
         """
-        function = self._function(spec)
-        try:
-            return function.compute(request)
-        except Corrupted as error:
-            raise _corrupted(spec, error) from error
+        return compute_function(self._function(spec), request)
 
     def _function(self, spec: FunctionSpec) -> ExpertFunction:
         function = self._functions.pop(spec, None)
@@ -44,6 +40,14 @@ class LocalFunctions:
         if len(self._functions) > MAX_FUNCTIONS:
             self._functions.popitem(last=False)
         return function
+
+
+def compute_function(function: ExpertFunction, request: Request) -> Tensor:
+    """Return what a mapped function answers; raises StoreCorrupted."""
+    try:
+        return function.compute(request)
+    except Corrupted as error:
+        raise _corrupted(function.spec, error) from error
 
 
 def map_function(spec: FunctionSpec, store: Store) -> ExpertFunction:

@@ -40,6 +40,11 @@ class DispatchMetrics:
             "Calls computed in the router because no sandbox answered.",
             registry=registry,
         )
+        self.here = Counter(
+            "faasmoe_router_hot_computations_total",
+            "Calls computed in the router because that was measured to take less time.",
+            registry=registry,
+        )
         self.held = Gauge(
             "faasmoe_router_held_calls",
             "Calls that wait for their function to be started.",

@@ -41,3 +41,17 @@ def test_takes_the_variables_of_the_spec_before_its_own_environment(
     monkeypatch.setenv("HF_HOME", "/outer")
     found = environment_of(write_model("router: {env: [{name: HF_HOME, value: /inner}]}"))
     assert found["HF_HOME"] == "/inner"
+
+
+@pytest.mark.parametrize(
+    ("experts", "placement"),
+    [
+        ("experts: {}", "auto"),
+        ("experts: {placement: auto}", "auto"),
+        ("experts: {placement: functions}", "functions"),
+    ],
+)
+def test_the_router_is_told_where_experts_may_be_computed(
+    experts: str, placement: str, write_model: WriteModel
+) -> None:
+    assert environment_of(write_model(experts))["FAASMOE_PLACEMENT"] == placement

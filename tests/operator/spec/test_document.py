@@ -60,6 +60,11 @@ def test_takes_auto_in_place_of_the_granularity() -> None:
             id="no-experts-in-a-function",
         ),
         pytest.param(
+            "experts: {placement: router}",
+            "spec.experts.placement: got 'router', expected 'auto' or 'functions'",
+            id="placement",
+        ),
+        pytest.param(
             "granularity: {expertsPerFunction: many}",
             "spec.granularity.expertsPerFunction: got 'many', expected a whole number or 'auto'",
             id="granularity-in-words",
