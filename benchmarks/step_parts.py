@@ -7,13 +7,14 @@ from benchmarks.decoding import Run
 WHOLE = "timer_whole"  # all of dispatch; what follows is inside it
 GROUP = "timer_group"
 ENCODE = "timer_encode"
-CALLS = "timer_calls"  # the two that follow are inside it
+CALLS = "timer_calls"  # the three that follow are inside it
 WAIT = "timer_wait"
 TAKE = "timer_take"
+HERE = "timer_here"
 COMBINE = "timer_combine"
 LAND = "timer_land"  # none where the router is on the CPU, as the next one
 BACK = "timer_back"
-TIMERS = (WHOLE, GROUP, ENCODE, CALLS, WAIT, TAKE, COMBINE, LAND, BACK)
+TIMERS = (WHOLE, GROUP, ENCODE, CALLS, WAIT, TAKE, HERE, COMBINE, LAND, BACK)
 PARTS_OF_WHOLE = (GROUP, ENCODE, CALLS, COMBINE, LAND, BACK)
 
 
@@ -25,7 +26,8 @@ def breakdown_ms(run: Run) -> dict[str, float]:
         "waiting for the router's device": t[LAND],
         "grouping tokens by function": t[GROUP],
         "encoding frames": t[ENCODE],
-        "sending and receiving": t[CALLS] - t[WAIT] - t[TAKE],
+        "sending and receiving": t[CALLS] - t[WAIT] - t[TAKE] - t[HERE],
+        "hot functions": t[HERE],
         "waiting for sandboxes": t[WAIT],
         "decoding answers": t[TAKE],
         "adding partial sums": t[COMBINE],
