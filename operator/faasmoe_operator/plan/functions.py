@@ -11,8 +11,8 @@ from faasmoe_expert.table import FunctionSpec, function_id
 from faasmoe_operator.errors import PlanError
 
 AUTO_BLOCKS_PER_LAYER = 3
-"""The paper's advice, as fast as the two that `faasmoe bench sweep` recommends on two cores
-(docs/evaluation.md): fewer, larger blocks leave cores idle; more cost calls and memory."""
+"""The paper's advice, and what `faasmoe bench sweep` recommends on two cores (docs/evaluation.md):
+fewer, larger blocks leave cores idle; more cost calls and memory."""
 
 
 class LayerShape(Protocol):
