@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from faasmoe_expert.same_node import socket_path
+
 CHUNK_BYTES = 1 << 16
 
 
@@ -57,13 +59,21 @@ class Connections:
 class SandboxProxy:
     """Passes on the connections to one sandbox.
 
+    Args:
+        pid: the sandbox's process.
+        target: its address.
+        near: a folder in which the proxy listens at a Unix socket too, as a sandbox of the router's
+            machine does, whose hot functions the router may compute itself; None for TCP alone.
+
     Attributes:
         pid: the sandbox's process.
         address: where the proxy listens.
     """
 
-    def __init__(self, pid: int, target: str) -> None:
+    def __init__(self, pid: int, target: str, near: Path | None = None) -> None:
         self.pid = pid
+        self._near = near
+        self._near_server: asyncio.Server | None = None
         self.address = ""
         self._target = target
         self._server: asyncio.Server | None = None
@@ -76,12 +86,17 @@ class SandboxProxy:
     async def open(self) -> None:
         """Listen."""
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        port = self._server.sockets[0].getsockname()[1]
+        if self._near is not None:
+            path = socket_path(self._near, port)
+            self._near_server = await asyncio.start_unix_server(self._accept, path)
+        self.address = f"127.0.0.1:{port}"
 
     def close(self) -> None:
         """Stop listening and end every connection, as when the sandbox ends."""
-        if self._server is not None:
-            self._server.close()
+        for server in (self._server, self._near_server):
+            if server is not None:
+                server.close()
         self._connections.abort()
 
     async def end(self) -> None:
@@ -153,11 +168,15 @@ class SandboxProxy:
 class ZygoteProxy:
     """Stands between control and the zygote; knows every sandbox.
 
+    Every other sandbox has its proxy at a Unix socket too, in the folder `near`.
+
     Attributes:
         sandboxes: the proxy of each sandbox that runs.
     """
 
-    def __init__(self, socket: Path, zygote: Path) -> None:
+    def __init__(self, socket: Path, zygote: Path, *, near: Path) -> None:
+        self._near = near
+        self._n_placed = 0
         self.sandboxes: dict[str, SandboxProxy] = {}
         self._socket = socket
         self._zygote = zygote
@@ -216,7 +235,9 @@ class ZygoteProxy:
     async def _place(self, sandbox: dict[str, Any]) -> str:
         proxy = self.sandboxes.get(sandbox["id"])
         if proxy is None:
-            proxy = SandboxProxy(int(sandbox["pid"]), str(sandbox["address"]))
+            near = self._near if self._n_placed % 2 == 0 else None
+            self._n_placed += 1
+            proxy = SandboxProxy(int(sandbox["pid"]), str(sandbox["address"]), near)
             await proxy.open()
             self.sandboxes[sandbox["id"]] = proxy
         return proxy.address

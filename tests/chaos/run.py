@@ -162,6 +162,7 @@ def _figures(
         "hedges": counts["function_call_hedges_total"],
         "failed_calls": counts["function_call_failures_total"],
         "local_computations": counts["local_computations_total"],
+        "hot_computations": counts["hot_computations_total"],
         "failures": outcome.failures[:20],
         "wrong_answers": outcome.wrong[:20],
         "definitions": {

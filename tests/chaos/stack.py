@@ -50,6 +50,7 @@ spec:
   tenants: {tenants}
 """
 RESTARTS = Restarts(delays_s=(0.0, 0.1), most=10_000)  # we are the ones who kill
+PROXIES_NAME = "p"  # short: a Unix socket's path has few characters
 NAME = "chaos"
 
 
@@ -131,7 +132,9 @@ async def running_stack(
         port, secrets = ControlPort.reserve(), Secrets("chaos-token", os.urandom(32).hex())
         stack.callback(port.close)
         processes = _Processes(stack, private, logs, port, secrets)
-        proxy = ZygoteProxy(private / "proxy.sock", private / "zygote.sock")
+        near = private / PROXIES_NAME
+        near.mkdir()
+        proxy = ZygoteProxy(private / "proxy.sock", private / "zygote.sock", near=near)
         zygote_child = await processes.zygote()
         await proxy.open()
         stack.push_async_callback(proxy.end)
@@ -190,11 +193,14 @@ class _Processes:
             token=self.secrets.token,
             tenants_file=write_tenants(deployment, self.private),
         )
-        verified = str(self.private / "router-verified")
+        near = {
+            zygote.SOCKETS_VARIABLE: str(self.private / PROXIES_NAME),
+            zygote.VERIFIED_VARIABLE: str(self.private / "router-verified"),
+        }
         return await self.stack.enter_async_context(
             child.running(
                 router.COMMAND,
-                environment={**settings, zygote.VERIFIED_VARIABLE: verified},
+                environment={**settings, **near},
                 log=self.logs.sink("router"),
                 grace_s=router.GRACE_S,
             )
