@@ -129,6 +129,25 @@ def test_the_router_calls_sandboxes_over_unix_sockets(up: Up, client: OpenAI) ->
     assert accepted > 0
 
 
+def test_the_router_tries_whether_hot_functions_take_less_time_in_it(
+    up: Up, client: OpenAI, dense_texts: dict[str, str]
+) -> None:
+    """Its duels do, whichever side wins them; the text is the same."""
+
+    def some_were_computed() -> bool:
+        answer = client.chat.completions.create(
+            model="exact",
+            messages=[{"role": "user", "content": QUESTIONS[0]}],
+            max_tokens=N_TOKENS,
+            temperature=0,
+        )
+        assert answer.choices[0].message.content == dense_texts[QUESTIONS[0]]
+        return up.router_metric("hot_computations_total") > 0
+
+    wait_until(some_were_computed, timeout_s=60, what="a hot function computed in the router")
+    assert up.router_metric("local_computations_total") == 0
+
+
 def test_nothing_is_left_behind_by_a_killed_launcher(file: Path, up: Up) -> None:
     assert up.process.poll() is None  # the store is prepared, and another port is free
     killed = start(file, file.with_name("killed.log"))
