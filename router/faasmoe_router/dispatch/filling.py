@@ -97,6 +97,8 @@ class Filler:
         """Let the calls from now on go elsewhere, those that are held too; from any thread."""
         self.routing = routing
         self._fanout.retain(routing.addresses())
+        if self._hot is not None:
+            self._hot.let_go(routing)
         self._moved.set()
 
     def fill(

@@ -8,6 +8,7 @@ load that the autoscaler sees stays what it is: what is computed here can be cal
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class HotFunctions:
-    """Belongs to the engine's thread; functions are mapped in another one.
+    """Belongs to the engine's thread, but for `let_go`; functions are mapped in another one.
 
     Args:
         store: where they are mapped from.
@@ -45,7 +46,8 @@ class HotFunctions:
         self._mapped: dict[FunctionSpec, ExpertFunction] = {}
         self._ready: Mapping[FunctionSpec, ExpertFunction] = {}  # of the layer that is computed
         self._wanted: frozenset[FunctionSpec] = frozenset()
-        self._refused: set[FunctionSpec] = set()  # that could not be mapped, until all moves
+        self._refused: set[FunctionSpec] = set()  # whose bytes were found wrong here
+        self._lock = threading.Lock()  # of what is mapped and wanted
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hot")
         self._n_rows = 0
         self._took_s = 0.0
@@ -74,6 +76,7 @@ class HotFunctions:
 
     def end_layer(self, layer: int, took_s: float, *, is_clean: bool) -> None:
         """Take the time of a layer; what failed or was waited for says nothing of placement."""
+        self._ready = {}  # which would keep in memory what is let go
         self._took_s += took_s
         self._is_clean = self._is_clean and is_clean
         if layer + 1 < len(self._near) or not self._near:
@@ -93,6 +96,14 @@ class HotFunctions:
             self._refused.add(spec)
             self._want(self._wanted - {spec})
             raise
+
+    def let_go(self, routing: Routing) -> None:
+        """Let go of functions that no sandbox has any more; from any thread, also when idle."""
+        gone = {entry.spec for entry in routing.entries.values() if not entry.addresses}
+        with self._lock:
+            self._wanted -= gone
+            for spec in gone:
+                self._mapped.pop(spec, None)
 
     def close(self) -> None:
         """End what runs beside the engine's thread."""
@@ -138,9 +149,10 @@ class HotFunctions:
 
     def _want(self, specs: frozenset[FunctionSpec]) -> None:
         """Have these functions and no others; those that are new come in time."""
-        new, self._wanted = specs - self._wanted, specs
-        for spec in self._mapped.keys() - specs:
-            self._mapped.pop(spec, None)
+        with self._lock:
+            new, self._wanted = specs - self._wanted, specs
+            for spec in self._mapped.keys() - specs:
+                self._mapped.pop(spec, None)
         for spec in new:
             self._thread.submit(self._map, spec)
 
@@ -152,6 +164,6 @@ class HotFunctions:
         except (StoreCorrupted, StoreUnreadable) as error:
             logger.info("function %s stays with its sandboxes: %s", spec.id, error)
             return
-        self._mapped[spec] = function
-        if spec not in self._wanted:  # meanwhile
-            self._mapped.pop(spec, None)
+        with self._lock:
+            if spec in self._wanted:  # still
+                self._mapped[spec] = function

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -224,8 +225,13 @@ def test_a_function_that_goes_to_zero_is_let_go(
 ) -> None:
     hot = router()
     hot.warm()
+    hot.run(40)
+    assert hot.hot is not None
+    mapped = [weakref.ref(function) for function in hot.hot._mapped.values()]
     nowhere = replace(table, functions=tuple(replace(f, addresses=()) for f in table.functions))
-    hot.dispatcher.replace_table(nowhere)
+    hot.dispatcher.replace_table(nowhere)  # and nothing runs: an idle router lets go, too
+    assert hot.n_mapped == 0
+    assert [ref() for ref in mapped] == [None] * N_LAYERS
     hot.run(1)  # from the store, as nobody holds them
     assert hot.n_mapped == 0
     hot.dispatcher.replace_table(table)
