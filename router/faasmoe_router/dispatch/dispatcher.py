@@ -77,6 +77,10 @@ class Dispatcher:
             routing = Routing.before_any_table(store)
         else:
             routing = Routing.from_table(table, store)
+        hot = None
+        if placement == "auto" and socket_dir is not None and stage is None:
+            # Bits that must not depend on where a block is depend on threads: functions' alone.
+            hot = HotFunctions(store, socket_dir) if mode is Mode.REDUCED else None
         self._filler = Filler(
             store,
             routing,
@@ -85,12 +89,7 @@ class Dispatcher:
             holding=holding,
             timeouts=timeouts,
             resilience=resilience,
-            hot=HotFunctions(store, socket_dir)
-            if placement == "auto"
-            and socket_dir is not None
-            and stage is None
-            and mode is Mode.REDUCED
-            else None,
+            hot=hot,
         )
 
     @property

@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
 
 from faasmoe_expert.store import Store
 from faasmoe_expert.table import FunctionEntry
@@ -26,6 +25,7 @@ from faasmoe_router.dispatch.errors import CallError, NotYetThere
 from faasmoe_router.dispatch.failures import FailureLog
 from faasmoe_router.dispatch.fanout import Fanout
 from faasmoe_router.dispatch.hot import HotFunctions
+from faasmoe_router.dispatch.in_flight import InFlight
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.local import LocalFunctions
 from faasmoe_router.dispatch.metrics import DispatchMetrics
@@ -124,7 +124,7 @@ class Filler:
         entries = {i: functions[group.function] for i, group in enumerate(batch.groups)}
         here = self._computed_here(batch, layer, functions)
         away = {i: entry for i, entry in entries.items() if i not in here}
-        with _InFlight(self.load, batch, entries) as in_flight:
+        with InFlight(self.load, batch, entries) as in_flight:
             turn = self._turns[layer]
             self._turns[layer] += 1
             by_s = begun_s + self._layer_timeout_s
@@ -167,24 +167,26 @@ class Filler:
         batch: LayerBatch,
         here: Collection[int],
         entries: Mapping[int, FunctionEntry],
-        in_flight: _InFlight,
-    ) -> Iterator[int]:
-        """Compute these positions; give those that must be called after all."""
+        in_flight: InFlight,
+    ) -> list[int]:
+        """Compute these positions; return those that must be called after all."""
+        refused = []
         for i in here:
             assert self._hot is not None
             try:
                 batch.compute(i, self._hot, entries[i].spec)
             except StoreCorrupted:  # here; a sandbox may have the right bytes
-                yield i
+                refused.append(i)
                 continue
             self._metrics.here.inc()
             in_flight.end(i)
+        return refused
 
     def _try(
         self,
         batch: LayerBatch,
         entries: Mapping[int, FunctionEntry],
-        in_flight: _InFlight,
+        in_flight: InFlight,
         turn: int,
         by_s: float,
         meanwhile: Meanwhile | None = None,
@@ -220,7 +222,7 @@ class Filler:
         entries: Mapping[int, FunctionEntry],
         failures: Failures,
         holding: Holding,
-        in_flight: _InFlight,
+        in_flight: InFlight,
         by_s: float,
     ) -> Collection[int]:
         """Wait for functions that are being started; return the positions that got no part."""
@@ -319,28 +321,3 @@ class _Once:
         work, self._work = self._work, None
         if work is not None:
             work()
-
-
-class _InFlight:
-    """The load of one batch's calls: each is in flight until its part is there."""
-
-    def __init__(
-        self, load: LoadMeter, batch: LayerBatch, entries: Mapping[int, FunctionEntry]
-    ) -> None:
-        self._load = load
-        self._batch = batch
-        self._open = {i: entry.spec.id for i, entry in entries.items()}
-
-    def __enter__(self) -> Self:
-        now_s = time.monotonic()
-        for i, function_id in self._open.items():
-            self._load.begin(function_id, now_s, rows=len(self._batch.groups[i].rows))
-        return self
-
-    def end(self, position: int) -> None:
-        """Count the part at this position as there."""
-        self._load.end(self._open.pop(position), time.monotonic())
-
-    def __exit__(self, *_: object) -> None:
-        for position in list(self._open):
-            self.end(position)

@@ -1,9 +1,9 @@
 """How many of a layer's functions the router computes itself, and which. Pure: times are told.
 
-A call to a function costs both sides a turn on some core, with caches that have gone cold
-meanwhile: about a millisecond of processor time where weights are streamed through them. What the
-router computes itself saves that, and takes a core away from what else it does. Which is more
-depends on cores, model and batch, so it is measured where it happens: duels of two passes through
+A call to a function costs both sides a turn on some core: about a millisecond of processor time
+beside products that stream weights, by measurement. What the router computes itself saves that, and
+takes a core away from what else it does. Which is more depends on cores, model and batch, so it is
+measured where it happens: duels of two passes through
 the layers, one with all functions called and one with some computed here, right after each other
 (docs/performance.md, "hot blocks").
 
