@@ -41,7 +41,7 @@ _PARTS: tuple[tuple[Any, str, str], ...] = (
     (LayerBatch, "compute", HERE),
     (LayerBatch, "result", COMBINE),
     (HostStage, "land", LAND),
-    (HostStage, "back", BACK),
+    (HostStage, "bring", BACK),
 )
 
 

@@ -1,20 +1,38 @@
-"""What needs a CUDA device: marked `gpu`, and skipped with the reason where there is none."""
+"""What needs a CUDA device: marked `gpu`, and skipped with the reason where there is none.
+
+With EMULATED_CUDA=1 it runs on an emulated one (tests/integration/emulated), but for what asks for
+the fixture `real`: memory that processes share, and what only a device's own kernels can show.
+"""
 
 import gc
+import itertools
+import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
+from sandboxes import OpenSandbox, SandboxProcess, running_sandbox
 
-from faasmoe_expert.device import why_no_cuda
+import faasmoe_expert.device as resolving
 from faasmoe_expert.functions.upload import Uploader, uploader_to
 
 HERE = Path(__file__).parent
+EMULATED = os.environ.get("EMULATED_CUDA") == "1"
+
+if EMULATED:
+    from emulated.cuda import install
+
+    DEVICE = install()
+    SUPPORT = str(HERE.parent / "integration")  # for the sandboxes' processes
+    os.environ["PYTHONPATH"] = os.pathsep.join([SUPPORT, os.environ.get("PYTHONPATH", "")])
+else:
+    DEVICE = torch.device("cuda")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    why_none = why_no_cuda()
+    why_none = resolving.why_no_cuda()
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
@@ -24,7 +42,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cuda() -> torch.device:
-    return torch.device("cuda")
+    return DEVICE
+
+
+@pytest.fixture
+def real() -> None:
+    """Skip what an emulated device cannot show."""
+    if EMULATED:
+        pytest.skip("shown by a real device alone")
+
+
+@pytest.fixture(scope="session")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> OpenSandbox:
+    """Runs a sandbox process, as everywhere; where CUDA is emulated, it is there too."""
+    folder: Path = tmp_path_factory.mktemp("sandboxes")
+    numbers = itertools.count()
+    module = "emulated.sandbox" if EMULATED else "faasmoe_expert"
+
+    def run(*, token: str = "", **variables: object) -> AbstractContextManager[SandboxProcess]:
+        log = folder / f"{next(numbers)}.log"
+        return running_sandbox(log, module, token=token, **variables)
+
+    return run
 
 
 @pytest.fixture

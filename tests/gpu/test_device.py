@@ -6,6 +6,8 @@ import torch
 from faasmoe_expert.config import ConfigError
 from faasmoe_expert.device import may_have_cuda, resolve_device
 
+pytestmark = pytest.mark.usefixtures("real")
+
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
 def test_a_device_is_found_and_in_use(name: str) -> None:

@@ -58,11 +58,11 @@ def test_logits_equal_the_in_process_models(
 
 
 def layer_inputs(n_rows: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator(device).manual_seed(seed)
-    options: dict[str, Any] = {"generator": generator, "device": device}
-    hidden = torch.randn(n_rows, 32, **options)
-    index = torch.rand(n_rows, 8, **options).topk(2).indices
-    return hidden, index, torch.rand(n_rows, 2, **options)
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n_rows, 32, generator=generator)
+    index = torch.rand(n_rows, 8, generator=generator).topk(2).indices
+    weight = torch.rand(n_rows, 2, generator=generator)
+    return hidden.to(device), index.to(device), weight.to(device)
 
 
 def test_layers_one_after_the_other_do_not_meet_in_the_buffers(cuda: torch.device) -> None:
@@ -80,7 +80,7 @@ def test_layers_one_after_the_other_do_not_meet_in_the_buffers(cuda: torch.devic
         assert torch.equal(landed.rows, hidden.cpu())
         assert (landed.top_k_index == index.cpu().numpy()).all()
         keep_behind()
-        backs.append(stage.back(landed.rows * 2, hidden))
+        backs.append(stage.bring(landed.rows * 2))
         expected.append(hidden * 2)
     assert all(torch.equal(got, wanted) for got, wanted in zip(backs, expected, strict=True))
 

@@ -24,7 +24,7 @@ from faasmoe_router.dispatch.errors import CallError
 from faasmoe_router.dispatch.grouping import Group
 from faasmoe_router.dispatch.hot import HotFunctions
 from faasmoe_router.dispatch.local import LocalFunctions
-from faasmoe_router.dispatch.sums import new_sum
+from faasmoe_router.dispatch.sums import Way, new_sum
 
 WIRE_DTYPES = {
     torch.bfloat16: Dtype.BFLOAT16,
@@ -42,10 +42,18 @@ class LayerBatch:
         layer: index of the MoE layer.
         mode: reduced or unreduced.
         top_k: slots k of each token.
+        way: how parts get to where they are added; None adds them on the host.
     """
 
     def __init__(
-        self, hidden: Tensor, groups: Sequence[Group], *, layer: int, mode: Mode, top_k: int
+        self,
+        hidden: Tensor,
+        groups: Sequence[Group],
+        *,
+        layer: int,
+        mode: Mode,
+        top_k: int,
+        way: Way | None = None,
     ) -> None:
         self.groups = groups
         self._hidden = hidden
@@ -53,7 +61,7 @@ class LayerBatch:
         self._mode = mode
         self._dtype = WIRE_DTYPES[hidden.dtype]
         self._bytes = hidden.view(torch.uint8).numpy()  # [T, H * itemsize]
-        self._sum = new_sum(hidden, mode=mode, top_k=top_k)
+        self._sum = new_sum(hidden, mode=mode, top_k=top_k, way=way)
 
     @property
     def n_rows(self) -> int:
@@ -99,7 +107,7 @@ class LayerBatch:
         self._sum.put(position, group, functions.compute(spec, request))
 
     def result(self) -> Tensor:
-        """Return the sum of all parts, [T, H]."""
+        """Return the sum of all parts where they are added, [T, H]."""
         return self._sum.result()
 
     def _rows(self, group: Group) -> Buffer:

@@ -163,10 +163,9 @@ class Dispatcher:
                     meanwhile,
                 )
             landed = self._stage.land(hidden, top_k_index, top_k_weight, meanwhile=meanwhile)
-            total = self._compute(
+            return self._compute(
                 layer, landed.rows, landed.top_k_index, landed.top_k_weight, lambda: None
             )
-            return self._stage.back(total, hidden)
 
     def _compute(
         self,
@@ -176,7 +175,7 @@ class Dispatcher:
         top_k_weight: NDArray[np.float32],
         meanwhile: Meanwhile,
     ) -> Tensor:
-        """Return the sum on the host, [T, H]; `rows` [T, H] are there, contiguous."""
+        """Return the sum where the model is, [T, H]; `rows` [T, H] are on the host, contiguous."""
         routing = self.routing.layers[layer]
         top_k = top_k_index.shape[1]
         max_rows = rows_per_frame(
@@ -186,6 +185,6 @@ class Dispatcher:
             top_k=top_k,
         )
         groups = group_pairs(top_k_index, top_k_weight, routing.function_of, max_rows=max_rows)
-        batch = LayerBatch(rows, groups, layer=layer, mode=self._mode, top_k=top_k)
+        batch = LayerBatch(rows, groups, layer=layer, mode=self._mode, top_k=top_k, way=self._stage)
         self._filler.fill(batch, layer, routing.functions, meanwhile=meanwhile)
         return batch.result()

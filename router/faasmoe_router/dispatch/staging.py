@@ -1,9 +1,10 @@
-"""Between a GPU and the calls: a layer's rows and routing to the host, the sum of its parts back.
+"""Between a GPU and the calls: a layer's rows and routing to the host, the parts of its sum back.
 
 Functions are called with host memory. Each layer the rows and their routing are copied into pinned
-buffers, all begun at once and waited for once; the sum is copied back without waiting. A buffer is
-overwritten only after the wait of the next layer, which comes after everything that the last layer
-began. Buffers grow and are kept: pinning takes longer than copying.
+buffers, all begun at once and waited for once; what functions return is copied back part by part
+without waiting, and added there (sums.py). A buffer is overwritten only after the wait of the next
+layer, which comes after everything that the last layer began. Buffers grow and are kept: pinning
+takes longer than copying.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ LEAST_BYTES = 1 << 16
 class HostMemory(Protocol):
     """What a device layer offers: memory that the device copies to and from, and marks."""
 
+    @property
+    def device(self) -> torch.device:
+        """The device."""
+
     def empty(self, size_bytes: int) -> Tensor:
         """Return uint8 host memory, [size_bytes]."""
 
@@ -34,7 +39,7 @@ class PinnedMemory:
     """Page-locked memory beside a CUDA device, and events on its current stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
 
     def empty(self, size_bytes: int) -> Tensor:
         """Return pinned uint8 memory, [size_bytes]."""
@@ -43,7 +48,7 @@ class PinnedMemory:
     def mark(self) -> Callable[[], None]:
         """Record an event; calling the mark waits for it."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(torch.cuda.current_stream(self.device))
         return event.synchronize
 
 
@@ -63,11 +68,17 @@ class Landed:
 
 
 class HostStage:
-    """The buffers of one router. Belongs to the engine's thread."""
+    """The buffers of one router, and its parts' way to the device; belongs to the engine's thread.
+
+    Attributes:
+        device: where the model is.
+    """
 
     def __init__(self, memory: HostMemory) -> None:
+        self.device = memory.device
         self._memory = memory
         self._buffers: dict[str, Tensor] = {}
+        self._n_brought = 0
 
     def land(
         self,
@@ -91,13 +102,21 @@ class HostStage:
         wait = self._memory.mark()
         meanwhile()
         wait()
+        self._n_brought = 0
         return Landed(rows, index.numpy(), weight.numpy())
 
-    def back(self, total: Tensor, like: Tensor) -> Tensor:
-        """Return `total` [T, H] where `like` is, without waiting for the copy."""
-        answer = self._buffer("answer", total)
-        answer.copy_(total)
-        return torch.empty_like(like).copy_(answer, non_blocking=True)
+    def bring(self, host: Tensor) -> Tensor:
+        """Return a host tensor on the device, without waiting for the copy.
+
+        The host's may change at once: what is copied is a copy of it in a buffer of its own, which
+        is free again once the next layer has landed.
+        """
+        buffer = self._buffer(f"part {self._n_brought}", host)
+        self._n_brought += 1
+        buffer.copy_(host)
+        return buffer.to(self.device, non_blocking=True)
+
+    keep = bring
 
     def _begin(self, name: str, source: Tensor) -> Tensor:
         return self._buffer(name, source).copy_(source, non_blocking=True)

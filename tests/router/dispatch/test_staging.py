@@ -1,4 +1,4 @@
-"""A layer's way to the host and back: one wait, buffers that are kept, nothing lost.
+"""A layer's way to the host, and its parts' way back: one wait, buffers that are kept.
 
 The device is the CPU, which copies at once; what a copy that is late would do is shown by memory
 whose marks carry the copies out.
@@ -20,6 +20,8 @@ LAYER = 1
 
 class PlainMemory:
     """Host memory that is not pinned; notes what was asked for and waited for."""
+
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -58,9 +60,9 @@ def test_what_lands_is_what_was_there(memory: PlainMemory, dtype: torch.dtype) -
         assert landed.rows.is_contiguous()
         assert (landed.top_k_index == index.numpy()).all()
         assert (landed.top_k_weight == weight.float().numpy()).all()
-        back = stage.back(landed.rows * 2, hidden)
-        assert torch.equal(back, hidden * 2)
-        assert back.dtype == dtype
+        brought = stage.bring(landed.rows * 2)
+        assert torch.equal(brought, hidden * 2)
+        assert brought.dtype == dtype
 
 
 def test_rows_that_are_not_contiguous_land_in_order(memory: PlainMemory) -> None:
@@ -81,11 +83,12 @@ def test_memory_is_pinned_once_for_many_layers(memory: PlainMemory) -> None:
     for _ in range(50):
         hidden, index, weight = inputs(64)
         landed = stage.land(hidden, index, weight, meanwhile=lambda: None)
-        stage.back(landed.rows, hidden)
-    assert len(memory.sizes) == 4  # rows, indices, weights, the answer
+        for _ in range(3):
+            stage.bring(landed.rows)
+    assert len(memory.sizes) == 6  # rows, indices, weights, three parts
     grown = inputs(4096)
     stage.land(*grown, meanwhile=lambda: None)
-    assert memory.sizes[4:] == [grown[0].nbytes]
+    assert memory.sizes[6:] == [grown[0].nbytes]
 
 
 def test_what_was_pinned_in_inference_mode_serves_outside_of_it_too(memory: PlainMemory) -> None:
@@ -96,11 +99,16 @@ def test_what_was_pinned_in_inference_mode_serves_outside_of_it_too(memory: Plai
     assert torch.equal(stage.land(hidden, index, weight, meanwhile=lambda: None).rows, hidden)
 
 
-def test_an_answer_does_not_change_when_the_next_one_is_sent(memory: PlainMemory) -> None:
+def test_a_part_has_a_buffer_of_its_own_until_the_next_layer_has_landed() -> None:
+    memory = PlainMemory()
     stage = HostStage(memory)
-    first = stage.back(torch.ones(3, 32), torch.empty(3, 32))
-    stage.back(torch.zeros(3, 32), torch.empty(3, 32))
-    assert first.eq(1).all()
+    stage.land(*inputs(3), meanwhile=lambda: None)
+    parts = [torch.full((3, 32), float(n)) for n in range(4)]
+    brought = [stage.bring(part) for part in parts]
+    for part in parts:
+        part.fill_(-1)  # what a connection's buffer does with the next answer
+    assert [part[0, 0].item() for part in brought] == [0, 1, 2, 3]
+    assert len(memory.sizes) == 3 + len(parts)
 
 
 def test_a_router_on_the_cpu_stages_nothing() -> None:

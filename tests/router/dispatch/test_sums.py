@@ -52,6 +52,45 @@ def test_every_part_is_added_to_its_row(mode: Mode) -> None:
     assert not total.result()[3].any()
 
 
+def test_a_sum_can_be_had_before_all_parts_are_there() -> None:
+    total, given = (
+        new_sum(torch.zeros(4, 3), mode=Mode.REDUCED, top_k=2),
+        parts(Mode.REDUCED, torch.float32),
+    )
+    total.put(2, groups()[2], given[2])
+    expected = torch.zeros(4, 3).index_add_(0, torch.from_numpy(groups()[2].rows), given[2])
+    assert torch.equal(total.result(), expected)
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_a_sum_is_made_where_its_way_leads(mode: Mode) -> None:
+    """Bits are those of the host, however many parts are on their way at a time."""
+    way = Aside()
+    here = new_sum(torch.zeros(4, 3), mode=mode, top_k=2)
+    there = new_sum(torch.zeros(4, 3), mode=mode, top_k=2, way=way)
+    for position in (1, 3, 0, 2):
+        part = parts(mode, torch.bfloat16)[position]
+        here.put(position, groups()[position], part)
+        there.put(position, groups()[position], part)
+    assert torch.equal(there.result(), here.result())
+    assert way.n_brought == 2 * len(groups())  # each part, and where it belongs
+
+
+class Aside:
+    """A way to the host's own memory that counts."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.n_brought = 0
+
+    def bring(self, host: Tensor) -> Tensor:
+        self.n_brought += 1
+        return host.clone()
+
+    keep = bring
+
+
 def test_what_was_put_may_change_afterwards() -> None:
     """Answers lie in a buffer that the next call overwrites."""
     for mode in Mode:

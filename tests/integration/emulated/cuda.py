@@ -1,0 +1,94 @@
+"""`torch.cuda` and pinned memory as the project uses them, over the emulated device."""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import ModuleType
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import faasmoe_expert.device as resolving
+from emulated import streams
+from emulated.device import NAME, allocated_bytes, is_pinned, pin, register
+
+TOTAL_BYTES = int(os.environ.get("EMULATED_BYTES", str(2 << 30)))
+
+
+def install() -> torch.device:
+    """Let `cuda` and `auto` be the emulated device, in this process and for good; return it."""
+    backend: Any = ModuleType(NAME)
+    backend.is_initialized = backend.is_available = lambda: True
+    backend._is_in_bad_fork = lambda: False
+    backend.current_device = lambda: 0
+    backend.device_count = lambda: 1
+    backend.manual_seed_all = lambda seed: None
+    device = register(backend)
+    for module in (backend, torch.cuda):
+        _use_streams(module)
+    torch.empty, torch.tensor = _pinning(torch.empty), _made_here(torch.tensor)
+    tensors: Any = Tensor
+    tensors.pin_memory = _pinned_copy
+    tensors.is_pinned = lambda self, device=None: is_pinned(self)
+    safetensors.torch.load_file = _loading(safetensors.torch.load_file)
+    _resolve(device)
+    return device
+
+
+def _use_streams(module: Any) -> None:
+    module.Stream, module.Event = streams.Stream, streams.Event
+    module.stream, module.current_stream = streams.stream, streams.current_stream
+    module.empty_cache = lambda: None
+    module.memory_allocated = module.memory_reserved = lambda device=None: allocated_bytes()
+    module.mem_get_info = lambda device=None: (TOTAL_BYTES - allocated_bytes(), TOTAL_BYTES)
+    module.synchronize = lambda device=None: streams.current_stream().synchronize()
+
+
+def _loading(load_file: Any) -> Any:
+    def load(path: Any, device: str = "cpu", **options: Any) -> dict[str, Tensor]:
+        if not device.startswith(NAME):
+            return load_file(path, device=device, **options)  # type: ignore[no-any-return]
+        return {name: tensor.to(device) for name, tensor in load_file(path, **options).items()}
+
+    return load
+
+
+def _resolve(device: torch.device) -> None:
+    """Replace what finds devices, before others import it."""
+    real = resolving.resolve_device
+
+    def resolve_device(name: str, *, field: str = "FAASMOE_DEVICE") -> torch.device:
+        return real(name, field=field) if name == "cpu" else device
+
+    resolving.resolve_device = resolve_device
+    resolving.why_no_cuda = lambda: None
+
+
+def _pinning(empty: Any) -> Any:
+    @functools.wraps(empty)
+    def empty_or_pinned(*sizes: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        made: Tensor = empty(*sizes, **options)
+        return pin(made) if pin_memory else made
+
+    return empty_or_pinned
+
+
+def _made_here(tensor: Any) -> Any:
+    """Make a device's tensor of values on the host, and copy it."""
+
+    @functools.wraps(tensor)
+    def made(
+        values: Any, *, device: Any = None, pin_memory: bool = False, **options: Any
+    ) -> Tensor:
+        where = torch.empty(0).device if device is None else torch.device(device)
+        here: Tensor = tensor(values, device="cpu" if where.type == NAME else where, **options)
+        return here.to(where)
+
+    return made
+
+
+def _pinned_copy(self: Tensor, device: Any = None) -> Tensor:
+    return self if is_pinned(self) else pin(self.clone())

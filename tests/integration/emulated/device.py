@@ -1,0 +1,215 @@
+"""Tensors of a device of their own, on torch's key for devices that are not its own."""
+
+from __future__ import annotations
+
+import weakref
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from emulated.streams import Copy, counts, current_stream
+
+NAME = "emulated"
+
+_aten = torch.ops.aten
+COPIES = {_aten.copy_.default, _aten._to_copy.default}
+READS = {
+    _aten._local_scalar_dense.default,
+    _aten.is_nonzero.default,
+    _aten.item.default,
+    _aten.equal.default,
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+}
+"""What the host waits for: values, and shapes that depend on them."""
+INDEXING = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default}
+"""What takes indices from the host, and waits for them to be copied."""
+
+
+_alive: dict[int, weakref.ref[DeviceTensor]] = {}
+
+
+class DeviceTensor(Tensor):
+    """A tensor on the device; its memory is the host's, which only this module sees."""
+
+    raw: Tensor
+
+    @staticmethod
+    def __new__(cls: type[DeviceTensor], raw: Tensor) -> DeviceTensor:
+        """Wrap the host's memory."""
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            raw.size(),
+            strides=raw.stride(),
+            storage_offset=raw.storage_offset(),
+            dtype=raw.dtype,
+            device=torch.device(NAME, 0),
+            requires_grad=False,
+        )
+        made.raw = raw
+        _alive[id(made)] = weakref.ref(made)
+        return made
+
+    def data_ptr(self) -> int:
+        """Return where it lies."""
+        return self.raw.data_ptr()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Refuse, as CUDA's tensors do."""
+        raise TypeError("can't convert a device's tensor to numpy; copy it to host memory first")
+
+    def tolist(self) -> Any:
+        """Return its values, waiting for them."""
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Compute on the host's memory."""
+        return run(func, args, kwargs or {})
+
+
+def allocated_bytes() -> int:
+    """Return the bytes of the memory that tensors on the device have, each counted once."""
+    storages: dict[int, int] = {}
+    for key, reference in list(_alive.items()):
+        tensor = reference()
+        if tensor is None:
+            del _alive[key]
+            continue
+        storage = tensor.raw.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Carry out an operation that has to do with the device."""
+    if func in COPIES:
+        copied = _copy(func, args, kwargs)
+        if copied is not None:
+            return copied
+    if func in READS:
+        counts.hidden += 1
+        current_stream().end()
+    current_stream().arrive()
+    known: dict[int, DeviceTensor] = {}
+
+    def unwrapped(value: Any) -> Any:
+        if isinstance(value, DeviceTensor):
+            known[id(value.raw)] = value
+            return value.raw
+        if isinstance(value, torch.device) and value.type == NAME:
+            return torch.device("cpu")
+        if isinstance(value, Tensor) and value.dim() > 0:
+            _refuse_host(func, value)
+        return value
+
+    where = kwargs.get("device")
+
+    def wrapped(value: Any) -> Any:
+        if not isinstance(value, Tensor) or (where is not None and where.type == "cpu"):
+            return value
+        return known[id(value)] if id(value) in known else DeviceTensor(value)
+
+    host_args, host_kwargs = tree_map(unwrapped, (args, kwargs))
+    results = func(*host_args, **host_kwargs)
+    # A view of a tensor that was made outside of inference mode is one, too.
+    is_view = any(one.alias_info is not None for one in func._schema.returns)
+    is_outside = is_view and not any(tensor.is_inference() for tensor in known.values())
+    with torch.inference_mode(torch.is_inference_mode_enabled() and not is_outside):
+        return tree_map(wrapped, results)
+
+
+def _refuse_host(func: Any, value: Tensor) -> None:
+    if func in INDEXING and value.dtype in (torch.int64, torch.int32, torch.bool):
+        counts.hidden += 1
+        return
+    raise RuntimeError(
+        f"{func}: expected all tensors to be on the same device, found {NAME} and {value.device}"
+    )
+
+
+def _copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Copy between the host and the device; None for a copy from the device to itself."""
+    if func is _aten.copy_.default:
+        target, source, *rest = args
+        non_blocking = bool(rest[0]) if rest else bool(kwargs.get("non_blocking", False))
+        return _between(target, source, non_blocking=non_blocking)
+    (source,) = args
+    where = kwargs.get("device") or source.device
+    if (where.type == NAME) == isinstance(source, DeviceTensor):
+        return None
+    options = {"dtype": kwargs.get("dtype") or source.dtype, "device": where}
+    target = torch.empty_like(source, **options)
+    return _between(target, source, non_blocking=bool(kwargs.get("non_blocking", False)))
+
+
+def _between(target: Tensor, source: Tensor, *, non_blocking: bool) -> Tensor | None:
+    there, here = isinstance(target, DeviceTensor), isinstance(source, DeviceTensor)
+    if there == here:
+        return None
+    queue = current_stream()
+    queue.arrive()
+    host_target, host_source = _raw(target), _raw(source)
+    late = non_blocking and (not there or is_pinned(host_source))
+    data = host_source.to(host_target.dtype).expand(host_target.shape).clone()
+    if late:
+        same = host_source.dtype == host_target.dtype and host_source.shape == data.shape
+        read = host_source if there and same else data
+        queue.begin(Copy(host_target, read, data, to_host=not there))
+    else:
+        counts.hidden += 1
+        queue.end()
+        host_target.copy_(data)
+    return target
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    return tensor.raw if isinstance(tensor, DeviceTensor) else tensor
+
+
+_pinned: list[tuple[int, int]] = []
+
+
+def pin(tensor: Tensor) -> Tensor:
+    """Take a host tensor's memory for page-locked, as long as it lives."""
+    storage = tensor.untyped_storage()
+    _pinned.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+    _kept.append(storage)
+    return tensor
+
+
+_kept: list[Any] = []
+"""Pinned memory is not given back: another tensor at its place would be taken for pinned."""
+
+
+def is_pinned(tensor: Tensor) -> bool:
+    """Whether a host tensor lies in memory that was pinned."""
+    at = tensor.data_ptr()
+    return any(begin <= at < end for begin, end in _pinned)
+
+
+_libraries: list[Any] = []
+
+
+def register(backend: ModuleType) -> torch.device:
+    """Make the device known to torch, in this process and for good; `torch.emulated` is backend."""
+    if not _libraries:
+        _setup_privateuseone_for_python_backend(NAME, backend)
+        library: Any = torch.library.Library
+        fallback = library("_", "IMPL")
+        fallback.fallback(lambda func, *args, **kwargs: run(func, args, kwargs), "PrivateUse1")
+        aten = library("aten", "IMPL")
+        for func in (_aten.empty.memory_format, _aten.empty_strided.default):
+            aten.impl(func, _maker(func), "PrivateUse1")
+        _libraries.extend((fallback, aten))
+    return torch.device(NAME, 0)
+
+
+def _maker(func: Any) -> Any:
+    return lambda *args, **kwargs: run(func, args, kwargs)

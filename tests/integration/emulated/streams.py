@@ -1,0 +1,174 @@
+"""Streams, and copies on them that are as late as they may be."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GARBAGE = 0xFF
+"""What is read of memory that a copy has not reached: not a number in every floating dtype."""
+
+
+class Race(AssertionError):
+    """Memory was used before a copy of it was waited for."""
+
+
+@dataclass(slots=True)
+class Copy:
+    """A copy that was begun.
+
+    Attributes:
+        target: where to.
+        source: where from.
+        data: the source's bytes when it was begun.
+        to_host: whether the host reads the target, and so must wait.
+        arrived: whether what follows on the stream sees it.
+    """
+
+    target: Tensor
+    source: Tensor
+    data: Tensor
+    to_host: bool
+    arrived: bool = False
+
+    def arrive(self) -> None:
+        """Let the device see it."""
+        if not self.arrived and not self.to_host:
+            self.target.copy_(self.data)
+        self.arrived = True
+
+    def end(self) -> None:
+        """Let the host see it; raises Race if the host wrote to what was read meanwhile."""
+        self.arrive()
+        if self.to_host:
+            self.target.copy_(self.data)
+        elif not same_bytes(self.source, self.data):
+            raise Race("pinned memory was overwritten before its copy to the device was over")
+
+
+@dataclass(slots=True)
+class Counts:
+    """How often the host has waited for the device: through events and streams, and otherwise.
+
+    What is otherwise waited for: a blocking copy, `item`, a size that depends on values.
+    """
+
+    marked: int = 0
+    hidden: int = 0
+
+
+counts = Counts()
+_lock = threading.RLock()
+
+
+@dataclass(eq=False)
+class Stream:
+    """A queue of copies. What is computed on it is computed at once."""
+
+    device: Any = None
+    priority: int = 0
+    _copies: list[Copy] = field(default_factory=list)
+
+    def begin(self, copy: Copy) -> None:
+        """Queue a copy; its target is garbage until it arrives."""
+        with _lock, torch.inference_mode():
+            bytes_of(copy.target).fill_(GARBAGE if copy.target.is_contiguous() else -1)
+            self._copies.append(copy)
+
+    def arrive(self) -> None:
+        """Let what follows on this stream see all that was begun."""
+        with _lock, torch.inference_mode():
+            for copy in self._copies:
+                copy.arrive()
+
+    def end(self, last: Copy | None = None) -> None:
+        """Let the host see what was begun, up to `last` or all of it."""
+        with _lock, torch.inference_mode():
+            while self._copies:
+                first = self._copies.pop(0)
+                first.end()
+                if first is last:
+                    return
+
+    @property
+    def last(self) -> Copy | None:
+        """The copy that was begun last, if one is not over."""
+        return self._copies[-1] if self._copies else None
+
+    def holds(self, copy: Copy) -> bool:
+        """Whether a copy is not over."""
+        return any(held is copy for held in self._copies)
+
+    def synchronize(self) -> None:
+        """Wait for all of it."""
+        counts.marked += 1
+        self.end()
+
+    def wait_stream(self, other: Stream) -> None:
+        """Let what follows here see what was begun on the other one."""
+        other.arrive()
+
+    def wait_event(self, event: Event) -> None:
+        """Let what follows here see what was begun before the event."""
+        event.stream.arrive()
+
+
+DEFAULT = Stream()
+_current = threading.local()
+
+
+def current_stream(device: Any = None) -> Stream:
+    """Return this thread's stream."""
+    found: Stream = getattr(_current, "stream", DEFAULT)
+    return found
+
+
+@contextmanager
+def stream(which: Stream) -> Iterator[None]:
+    """Make it this thread's stream."""
+    before = current_stream()
+    _current.stream = which
+    try:
+        yield
+    finally:
+        _current.stream = before
+
+
+class Event:
+    """A place on a stream."""
+
+    def __init__(self, **options: Any) -> None:
+        self.stream = DEFAULT
+        self._last: Copy | None = None
+
+    def record(self, on: Stream | None = None) -> None:
+        """Mark what was begun so far."""
+        self.stream = current_stream() if on is None else on
+        self._last = self.stream.last
+
+    def synchronize(self) -> None:
+        """Wait for what was begun before it."""
+        counts.marked += 1
+        if self._last is not None and self.stream.holds(self._last):
+            self.stream.end(self._last)
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Return a host tensor's bytes, if they are one piece; else itself, viewed as integers."""
+    if tensor.is_contiguous():
+        return tensor.view(-1).view(torch.uint8)
+    return tensor.view(_INTEGERS[tensor.itemsize])
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two host tensors of one dtype and shape have the same bytes."""
+    return torch.equal(one.view(_INTEGERS[one.itemsize]), other.view(_INTEGERS[other.itemsize]))
