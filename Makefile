@@ -12,7 +12,7 @@ DEMO   := .faasmoe/demo
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-slow test-cluster test-gpu lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-reconcile chaos soak clean
+.PHONY: help setup demo test test-slow test-cluster test-emulated test-gpu lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-reconcile chaos soak clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -34,8 +34,11 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Demo model, prepare, up, a streamed chat, memory and calls, clean end (SERVE=1 stays up)
 	$(BIN)/python examples/demo.py $(if $(SERVE),--serve)
 
-test: $(STAMP) ## The tests that run on 2 cores in minutes
+test: $(STAMP) test-emulated ## The tests that run on 2 cores in minutes
 	$(BIN)/python -m pytest -m "not slow and not gpu and not cluster"
+
+test-emulated: $(STAMP) ## The tests of CUDA's code on an emulated device (tests/integration/emulated)
+	EMULATED_CUDA=1 $(BIN)/python -m pytest -m gpu tests/gpu
 
 test-slow: $(STAMP) ## The tests that take longer
 	$(BIN)/python -m pytest -m "slow and not gpu and not cluster"

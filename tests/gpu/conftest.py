@@ -5,15 +5,12 @@ the fixture `real`: memory that processes share, and what only a device's own ke
 """
 
 import gc
-import itertools
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
-from sandboxes import OpenSandbox, SandboxProcess, running_sandbox
 
 import faasmoe_expert.device as resolving
 from faasmoe_expert.functions.upload import Uploader, uploader_to
@@ -25,8 +22,9 @@ if EMULATED:
     from emulated.cuda import install
 
     DEVICE = install()
-    SUPPORT = str(HERE.parent / "integration")  # for the sandboxes' processes
-    os.environ["PYTHONPATH"] = os.pathsep.join([SUPPORT, os.environ.get("PYTHONPATH", "")])
+    SUPPORT = HERE.parent / "integration"  # and in the processes that tests start
+    paths = [SUPPORT / "emulated" / "site", SUPPORT, os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, paths))
 else:
     DEVICE = torch.device("cuda")
 
@@ -52,18 +50,11 @@ def real() -> None:
         pytest.skip("shown by a real device alone")
 
 
-@pytest.fixture(scope="session")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> OpenSandbox:
-    """Runs a sandbox process, as everywhere; where CUDA is emulated, it is there too."""
-    folder: Path = tmp_path_factory.mktemp("sandboxes")
-    numbers = itertools.count()
-    module = "emulated.sandbox" if EMULATED else "faasmoe_expert"
-
-    def run(*, token: str = "", **variables: object) -> AbstractContextManager[SandboxProcess]:
-        log = folder / f"{next(numbers)}.log"
-        return running_sandbox(log, module, token=token, **variables)
-
-    return run
+@pytest.fixture
+def emulated() -> None:
+    """Skip what only an emulated device tells: races and waits that a real one hides."""
+    if not EMULATED:
+        pytest.skip("told by the emulated device alone: `make test-emulated`")
 
 
 @pytest.fixture

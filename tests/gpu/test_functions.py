@@ -54,6 +54,19 @@ def test_every_family_computes_what_it_does_on_the_cpu(
         assert error <= TOLERANCES[dtype] * expected.abs().max()
 
 
+@pytest.mark.usefixtures("emulated")
+def test_a_frame_is_waited_for_once(prepared_store: PreparedStore, uploader: Uploader) -> None:
+    from emulated.streams import Counts, counts
+
+    store = prepared_store("mixtral")
+    function = ExpertFunction(spec_of(store, [0], range(EXPERTS)), store, uploader=uploader)
+    for n_rows in (1, 21, 300):
+        request = request_for(store, range(EXPERTS), mode=Mode.REDUCED, n_rows=n_rows)
+        before = counts.copy()
+        function.compute(request)
+        assert counts - before == Counts(marked=0, hidden=1)
+
+
 @pytest.mark.parametrize("chunk_bytes", [1000, 4096, 16 << 20])
 def test_every_byte_is_copied(
     chunk_bytes: int, prepared_store: PreparedStore, cuda: torch.device

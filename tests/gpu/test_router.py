@@ -13,6 +13,7 @@ from sandboxes import OpenSandbox, PreparedStore
 from torch import Tensor
 
 from faasmoe_expert.store import Store
+from faasmoe_expert.wire import Mode
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.staging import HostStage, PinnedMemory, stage_beside
@@ -29,12 +30,18 @@ def store(prepared_store: PreparedStore) -> Store:
 
 @contextmanager
 def dispatching(
-    sandbox: OpenSandbox, store: Store, *, functions: str, router: torch.device
+    sandbox: OpenSandbox,
+    store: Store,
+    *,
+    functions: str,
+    router: torch.device,
+    mode: Mode = Mode.REDUCED,
 ) -> Iterator[tuple[Dispatcher, DispatchMetrics]]:
     metrics = DispatchMetrics()
     with sandbox(device=functions, capacity=100) as box:
         table = box.attach_blocks(store, 3)
-        dispatcher = Dispatcher(store, table, metrics=metrics, stage=stage_beside(router))
+        stage = stage_beside(router)
+        dispatcher = Dispatcher(store, table, mode=mode, metrics=metrics, stage=stage)
         try:
             yield dispatcher, metrics
         finally:
@@ -49,12 +56,27 @@ def test_logits_equal_the_in_process_models(
     expected = forward_logits(family, family.build(), prompts())  # [B, S, V], on the CPU
     with dispatching(sandbox, store, functions=functions, router=cuda) as (dispatcher, metrics):
         model = load_router_model(store, dispatcher, device=cuda)
-        with torch.device(cuda):
-            got = forward_logits(family, model, prompts().to(cuda)).cpu()
+        got = forward_logits(family, model, prompts().to(cuda)).cpu()
         assert metrics.local._value.get() == 0
         assert metrics.calls._value.get() > 0
     assert (got - expected).abs().max() <= TOLERANCE
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("mode", Mode)
+def test_a_layer_waits_for_the_device_once_and_for_nothing_else(
+    sandbox: OpenSandbox, store: Store, cuda: torch.device, mode: Mode
+) -> None:
+    from emulated.streams import counts
+
+    with dispatching(sandbox, store, functions="cpu", router=cuda, mode=mode) as (dispatcher, _):
+        for n_rows in (1, 40, 7):
+            inputs = layer_inputs(n_rows, n_rows, cuda)
+            before = counts.copy()
+            dispatcher.compute(0, *inputs)
+            assert (counts - before).marked == 1
+            assert (counts - before).hidden == 0
 
 
 def layer_inputs(n_rows: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +90,8 @@ def layer_inputs(n_rows: int, seed: int, device: torch.device) -> tuple[Tensor, 
 def test_layers_one_after_the_other_do_not_meet_in_the_buffers(cuda: torch.device) -> None:
     """The device is kept behind, so that a buffer that is overwritten early would be seen."""
     stage = HostStage(PinnedMemory(cuda))
-    ballast = torch.randn(2048, 2048, device=cuda)
+    size = 2048 if cuda.type == "cuda" else 8
+    ballast = torch.randn(size, size, device=cuda)
     backs, expected = [], []
 
     def keep_behind() -> None:

@@ -76,21 +76,18 @@ def sandbox_env(**variables: object) -> dict[str, str]:
 
 
 @contextmanager
-def running_sandbox(
-    log: Path, module: str = "faasmoe_expert", /, *, token: str = "", **variables: object
-) -> Iterator[SandboxProcess]:
+def running_sandbox(log: Path, *, token: str = "", **variables: object) -> Iterator[SandboxProcess]:
     """Run a sandbox until the block ends: killed then, if it does not end by SIGTERM.
 
     Args:
         log: file for its output.
         token: bearer token.
-        module: what python runs.
         variables: other settings, such as capacity=4 for FAASMOE_CAPACITY.
     """
     settings: dict[str, object] = {"port": 0, "device": "cpu", "token": token, **variables}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [sys.executable, "-m", "faasmoe_expert"],
             env=sandbox_env(**settings),
             stdout=output,
             stderr=subprocess.STDOUT,

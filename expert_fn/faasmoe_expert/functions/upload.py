@@ -46,7 +46,7 @@ class CudaLane:
 
     def buffer(self, size_bytes: int) -> Tensor:
         """Return pinned memory."""
-        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def copy(self, target: Tensor, source: Tensor) -> Wait:
         """Begin to copy, behind whatever used the target's memory before."""

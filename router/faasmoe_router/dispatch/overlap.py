@@ -30,7 +30,7 @@ class Deferred(Tensor):
     @staticmethod
     def __new__(cls: type[Deferred], compute: Callable[[], Tensor]) -> Deferred:
         """Return a placeholder of what `compute` returns."""
-        placeholder = Tensor._make_subclass(cls, torch.empty(0))
+        placeholder = Tensor._make_subclass(cls, torch.empty(0, device="cpu"))
         placeholder._compute = compute
         placeholder._value = None
         return placeholder

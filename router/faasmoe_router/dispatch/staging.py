@@ -43,7 +43,7 @@ class PinnedMemory:
 
     def empty(self, size_bytes: int) -> Tensor:
         """Return pinned uint8 memory, [size_bytes]."""
-        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def mark(self) -> Callable[[], None]:
         """Record an event; calling the mark waits for it."""

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import functools
 import os
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 import faasmoe_expert.device as resolving
 from emulated import streams
 from emulated.device import NAME, allocated_bytes, is_pinned, pin, register
 
 TOTAL_BYTES = int(os.environ.get("EMULATED_BYTES", str(2 << 30)))
+
+PROPERTIES = SimpleNamespace(
+    name="emulated", total_memory=TOTAL_BYTES, major=9, minor=0, multi_processor_count=1
+)
 
 
 def install() -> torch.device:
@@ -29,6 +34,7 @@ def install() -> torch.device:
     device = register(backend)
     for module in (backend, torch.cuda):
         _use_streams(module)
+    _device_constructors()  # remembers which they are: the real ones
     torch.empty, torch.tensor = _pinning(torch.empty), _made_here(torch.tensor)
     tensors: Any = Tensor
     tensors.pin_memory = _pinned_copy
@@ -44,6 +50,8 @@ def _use_streams(module: Any) -> None:
     module.empty_cache = lambda: None
     module.memory_allocated = module.memory_reserved = lambda device=None: allocated_bytes()
     module.mem_get_info = lambda device=None: (TOTAL_BYTES - allocated_bytes(), TOTAL_BYTES)
+    module.get_device_properties = lambda device=None: PROPERTIES
+    module.get_device_capability = lambda device=None: (PROPERTIES.major, PROPERTIES.minor)
     module.synchronize = lambda device=None: streams.current_stream().synchronize()
 
 
@@ -64,7 +72,9 @@ def _resolve(device: torch.device) -> None:
         return real(name, field=field) if name == "cpu" else device
 
     resolving.resolve_device = resolve_device
-    resolving.why_no_cuda = lambda: None
+    cuda, built = torch.cuda, torch.backends.cuda
+    cuda.is_available = built.is_built = lambda: True
+    cuda.device_count = lambda: 1
 
 
 def _pinning(empty: Any) -> Any:

@@ -58,6 +58,10 @@ class DeviceTensor(Tensor):
         """Return where it lies."""
         return self.raw.data_ptr()
 
+    def __getitem__(self, index: Any) -> Tensor:
+        """Take a list as indices that the host has; torch would ask for a tensor of it in vain."""
+        return super().__getitem__(torch.tensor(index) if isinstance(index, list) else index)
+
     def numpy(self, *, force: bool = False) -> Any:
         """Refuse, as CUDA's tensors do."""
         raise TypeError("can't convert a device's tensor to numpy; copy it to host memory first")

@@ -62,6 +62,14 @@ class Counts:
     marked: int = 0
     hidden: int = 0
 
+    def copy(self) -> Counts:
+        """Return them as they are now."""
+        return Counts(self.marked, self.hidden)
+
+    def __sub__(self, before: Counts) -> Counts:
+        """Return what was added since."""
+        return Counts(self.marked - before.marked, self.hidden - before.hidden)
+
 
 counts = Counts()
 _lock = threading.RLock()

@@ -1,0 +1,91 @@
+"""The emulated device tells of what a real one would only now and then show; alone where it is."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from faasmoe_expert.functions.upload import CudaLane
+from faasmoe_router.dispatch.staging import HostStage, PinnedMemory
+
+pytestmark = pytest.mark.usefixtures("emulated")
+
+
+@pytest.fixture
+def ones(cuda: torch.device) -> Tensor:
+    return torch.ones(4, device=cuda)
+
+
+def pinned(value: float) -> Tensor:
+    return torch.empty(4, pin_memory=True).fill_(value)
+
+
+def test_what_lands_is_garbage_until_it_is_waited_for(ones: Tensor, cuda: torch.device) -> None:
+    host = pinned(5.0)
+    host.copy_(ones, non_blocking=True)
+    assert host.isnan().all()
+    PinnedMemory(cuda).mark()()
+    assert host.eq(1).all()
+
+
+def test_memory_that_is_overwritten_before_it_is_copied_is_told(cuda: torch.device) -> None:
+    from emulated.streams import Race
+
+    host = pinned(5.0)
+    there = host.to(cuda, non_blocking=True)
+    mark = PinnedMemory(cuda).mark()
+    host.fill_(6.0)
+    with pytest.raises(Race, match="overwritten"):
+        mark()
+    assert there.cpu().eq(5).all()
+
+
+def test_a_mark_ends_what_was_begun_before_it_alone(ones: Tensor, cuda: torch.device) -> None:
+    first, second = pinned(0.0), pinned(0.0)
+    first.copy_(ones, non_blocking=True)
+    mark = PinnedMemory(cuda).mark()
+    second.copy_(ones, non_blocking=True)
+    mark()
+    assert first.eq(1).all()
+    assert second.isnan().all()
+    torch.cuda.synchronize()
+
+
+def test_another_stream_sees_a_copy_once_it_is_waited_for(ones: Tensor, cuda: torch.device) -> None:
+    lane = CudaLane(cuda)
+    bytes_there = ones.view(torch.uint8)
+    wait = lane.copy(bytes_there, pinned(3.0).view(torch.uint8))
+    assert (ones + 0).cpu().isnan().all()
+    wait()
+    assert ones.cpu().eq(3).all()
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        pytest.param(lambda there: there + torch.ones(4), id="sum"),
+        pytest.param(lambda there: there.index_add_(0, torch.arange(4), there), id="index"),
+        pytest.param(lambda there: torch.mm(there[None], torch.ones(4, 1)), id="product"),
+    ],
+)
+def test_the_host_and_the_device_do_not_mix(mix: Callable[[Tensor], Tensor], ones: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+        mix(ones)
+
+
+def test_numpy_does_not_reach_the_device(ones: Tensor) -> None:
+    with pytest.raises(TypeError, match="copy it to host memory first"):
+        ones.numpy()
+
+
+def test_a_stage_that_used_its_buffers_early_would_be_told(cuda: torch.device) -> None:
+    """What each layer's wait is for."""
+    from emulated.streams import Race
+
+    stage = HostStage(PinnedMemory(cuda))
+    stage.bring(torch.ones(4))
+    stage._n_brought = 0
+    stage.bring(torch.zeros(4))
+    with pytest.raises(Race, match="overwritten"):
+        torch.cuda.synchronize()
