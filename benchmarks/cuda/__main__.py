@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cuda import tables
+from benchmarks.cuda.asking import NoAnswer, ask
 from benchmarks.cuda.plan import Clock, Plan, full_plan, quick_plan
 from benchmarks.cuda.trial import IN_PROCESS, IN_PROCESS_GRAPHS, Benchmark, Findings
 from benchmarks.geometry import FULL_LAYERS, Geometry
 from benchmarks.report import OUT, describe_machine, write_figures
-from benchmarks.sides import ROOT
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -50,6 +50,7 @@ def figures(plan: Plan, found: Findings, machine: Mapping[str, Any]) -> dict[str
                 for name, by_batch in found.profiles.items()
             }
         ),
+        "ways_us": found.ways,
         "attach": {device: times.to_json() for device, times in found.attach.items()},
         "left_out": found.left_out,
         "failures": found.failures,
@@ -72,17 +73,6 @@ def _ratios(found: Findings) -> dict[str, dict[str, float]]:
         for name, by_batch in found.runs.items()
         if name != IN_PROCESS
     }
-
-
-async def ask(module: str, *arguments: str) -> dict[str, Any]:
-    """Return what a process that has torch prints last, as JSON."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", module, *arguments), stdout=asyncio.subprocess.PIPE, cwd=ROOT
-    )
-    output, _ = await process.communicate()
-    if process.returncode:  # it has said why
-        raise SystemExit(process.returncode)
-    return dict(json.loads(output.splitlines()[-1]))
 
 
 async def make_store(geometry: Geometry, folder: Path) -> Path:
@@ -110,6 +100,8 @@ async def run(plan: Plan, *, folder: Path, out: Path) -> int:
     print(tables.throughput(benchmark.found.runs, rival=IN_PROCESS))
     for name, profiles in benchmark.found.profiles.items():
         print(f"\n{tables.profile(name, profiles)}")
+    if benchmark.found.ways:
+        print(f"\n{tables.ways(benchmark.found.ways)}")
     print(f"\nfigures: {path}")
     return 1 if benchmark.found.failures.keys() - {IN_PROCESS_GRAPHS} else 0
 
@@ -131,7 +123,10 @@ def main() -> int:
     else:
         plan = full_plan(arguments.device, arguments.layers, limit_s)
     folder, out = arguments.cache.resolve(), arguments.out.resolve()
-    return asyncio.run(run(plan, folder=folder, out=out))
+    try:
+        return asyncio.run(run(plan, folder=folder, out=out))
+    except NoAnswer as error:
+        return error.status
 
 
 if __name__ == "__main__":

@@ -100,3 +100,21 @@ def profile(name: str, parts: Mapping[int, Mapping[str, float]]) -> str:
         for part in ("gate", "dispatch", "wire", "experts")
     ]
     return format_table(header, rows)
+
+
+def ways(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the round trips of rows between two processes' device memory, in microseconds.
+
+    Args:
+        found: by way, then by size in bytes: a spread, or why there is none.
+    """
+    sizes = sorted({int(size) for by in found.values() for size in by if size.isdigit()})
+    header = ("US PER ROUND TRIP", *(f"{size // 1024} KIB" for size in sizes))
+    rows = []
+    for name, by_size in found.items():
+        cells = [by_size.get(str(size)) for size in sizes]
+        medians = ["" if cell is None else f"{cell['median']:.0f}" for cell in cells]
+        if why_none := by_size.get("failed"):
+            medians[medians.index("") if "" in medians else -1] = f"failed: {why_none}"
+        rows.append((name, *medians))
+    return format_table(header, rows)

@@ -12,10 +12,12 @@ from typing import Any
 
 from benchmarks.comparison import draw_prompts
 from benchmarks.cuda import tables
+from benchmarks.cuda.asking import NoAnswer, ask
 from benchmarks.cuda.attach import AttachTimes, measure_attach, text_of
 from benchmarks.cuda.plan import Amount, Clock, Plan, Variant
 from benchmarks.decoding import Run
 from benchmarks.fleet import serving, write_moemodel
+from benchmarks.geometry import ITEM_BYTES
 from benchmarks.sides import Side, running
 
 from faasmoe_expert.store import Store
@@ -36,6 +38,7 @@ class Findings:
         implementations: transformers' experts implementation, by batch size.
         profiles: where a step's time goes, by side, then by batch size.
         attach: by device.
+        ways: microseconds of a round trip between two processes, by way, then by size in bytes.
         left_out: what there was no time for.
         failures: sides that failed, and why.
     """
@@ -44,6 +47,7 @@ class Findings:
     implementations: dict[int, str] = field(default_factory=dict)
     profiles: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
     attach: dict[str, AttachTimes] = field(default_factory=dict)
+    ways: dict[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -63,6 +67,7 @@ class Benchmark:
         """Measure everything, the most important first."""
         plan = self._plan
         await self._measure_attach(plan.device)
+        await self._measure_ways()
         await self._measure_side(IN_PROCESS, self._in_process(graphs=False), plan.amount)
         for variant in plan.variants:
             await self._measure_side(variant.name, self._serving(variant), variant.amount)
@@ -85,6 +90,16 @@ class Benchmark:
             return
         self.found.attach[device] = times
         print(f"  {text_of(times)}", flush=True)
+
+    async def _measure_ways(self) -> None:
+        """Measure what a frame's way costs; a way that is not there is named in the figures."""
+        if not self._has_time("ways"):
+            return
+        row_bytes = self._plan.geometry.hidden * ITEM_BYTES
+        try:
+            self.found.ways = await ask("benchmarks.cuda.ways", self._plan.device, str(row_bytes))
+        except NoAnswer as error:
+            self._fail("ways", error)
 
     async def _measure_side(
         self, name: str, side: AbstractAsyncContextManager[Side], amount: Amount

@@ -130,7 +130,9 @@ def test_the_gpus_benchmark_runs_on_a_cpu_too(tmp_path: Path) -> None:
         for found in by_batch.values():
             assert all(found[name]["median"] > 0 for name in ("tokens_per_s", "tpot_ms", "ttft_ms"))
     assert figures["attach"]["cpu"]["attach_s"]["median"] > 0
+    assert figures["ways_us"].keys() == {"sockets", "shared memory"}
     assert "OVER IN-PROCESS" in printed
+    assert "US PER ROUND TRIP" in printed
 
 
 def test_the_gpus_benchmark_says_so_where_there_is_no_gpu(tmp_path: Path) -> None:

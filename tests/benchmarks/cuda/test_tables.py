@@ -1,10 +1,11 @@
 """A step's time is shared out without rest; what was not measured is named."""
 
 import time
+from typing import Any
 
 import pytest
 from benchmarks.cuda.plan import MARGIN_S, Clock, Plan, full_plan, quick_plan
-from benchmarks.cuda.tables import EXPERTS, WAITING, WHOLE, parts_of, shares_of, throughput
+from benchmarks.cuda.tables import EXPERTS, WAITING, WHOLE, parts_of, shares_of, throughput, ways
 from benchmarks.decoding import Run
 from benchmarks.step_parts import TIMERS
 
@@ -75,3 +76,14 @@ def test_every_function_of_a_variant_has_its_place(plan: Plan) -> None:
         assert (variant.n_sandboxes - 1) * per_sandbox < blocks * plan.geometry.layers
     names = [variant.name for variant in plan.variants]
     assert len(set(names)) == len(names)
+
+
+def test_ways_that_are_not_there_say_why() -> None:
+    found: dict[str, dict[str, Any]] = {
+        "sockets": {"4096": {"median": 80.4}, "262144": {"median": 300.0}},
+        "CUDA IPC": {"failed": "not on this machine"},
+    }
+    lines = ways(found).splitlines()
+    assert lines[0].split() == ["US", "PER", "ROUND", "TRIP", "4", "KIB", "256", "KIB"]
+    assert lines[1].split() == ["sockets", "80", "300"]
+    assert lines[2].split() == ["CUDA", "IPC", "failed:", "not", "on", "this", "machine"]

@@ -14,7 +14,7 @@ from torch.utils._device import _device_constructors
 
 import faasmoe_expert.device as resolving
 from emulated import streams
-from emulated.device import NAME, allocated_bytes, is_pinned, pin, register
+from emulated.device import NAME, allocated_bytes, is_pinned, pin, pin_range, register
 
 TOTAL_BYTES = int(os.environ.get("EMULATED_BYTES", str(2 << 30)))
 
@@ -40,8 +40,14 @@ def install() -> torch.device:
     tensors.pin_memory = _pinned_copy
     tensors.is_pinned = lambda self, device=None: is_pinned(self)
     safetensors.torch.load_file = _loading(safetensors.torch.load_file)
+    torch.cuda.cudart = lambda: SimpleNamespace(cudaHostRegister=_register)
     _resolve(device)
     return device
+
+
+def _register(address: int, size_bytes: int, flags: int) -> int:
+    pin_range(address, size_bytes)
+    return 0
 
 
 def _use_streams(module: Any) -> None:

@@ -30,6 +30,13 @@ INDEXING = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.defaul
 """What takes indices from the host, and waits for them to be copied."""
 
 
+def _histogram(values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _aten.histc.default(values.double(), *args, **kwargs).to(values.dtype)  # type: ignore[no-any-return]
+
+
+ONLY_THERE = {_aten.histc.default: _histogram}
+"""What CUDA computes for dtypes that the CPU does not."""
+
 _alive: dict[int, weakref.ref[DeviceTensor]] = {}
 
 
@@ -121,7 +128,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return known[id(value)] if id(value) in known else DeviceTensor(value)
 
     host_args, host_kwargs = tree_map(unwrapped, (args, kwargs))
-    results = func(*host_args, **host_kwargs)
+    results = ONLY_THERE.get(func, func)(*host_args, **host_kwargs)
     # A view of a tensor that was made outside of inference mode is one, too.
     is_view = any(one.alias_info is not None for one in func._schema.returns)
     is_outside = is_view and not any(tensor.is_inference() for tensor in known.values())
@@ -183,9 +190,14 @@ _pinned: list[tuple[int, int]] = []
 def pin(tensor: Tensor) -> Tensor:
     """Take a host tensor's memory for page-locked, as long as it lives."""
     storage = tensor.untyped_storage()
-    _pinned.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+    pin_range(storage.data_ptr(), storage.nbytes())
     _kept.append(storage)
     return tensor
+
+
+def pin_range(address: int, size_bytes: int) -> None:
+    """Take memory for page-locked from now on."""
+    _pinned.append((address, address + size_bytes))
 
 
 _kept: list[Any] = []

@@ -29,6 +29,7 @@ class Copy:
         data: the source's bytes when it was begun.
         to_host: whether the host reads the target, and so must wait.
         arrived: whether what follows on the stream sees it.
+        checked: whether its source need not stay any longer.
     """
 
     target: Tensor
@@ -36,6 +37,7 @@ class Copy:
     data: Tensor
     to_host: bool
     arrived: bool = False
+    checked: bool = False
 
     def arrive(self) -> None:
         """Let the device see it."""
@@ -48,8 +50,14 @@ class Copy:
         self.arrive()
         if self.to_host:
             self.target.copy_(self.data)
-        elif not same_bytes(self.source, self.data):
+        elif not self.checked and not same_bytes(self.source, self.data):
             raise Race("pinned memory was overwritten before its copy to the device was over")
+        self.checked = True
+
+    def reads(self, memory: Tensor) -> bool:
+        """Whether it reads some of that host memory."""
+        mine, other = _range(self.source), _range(memory)
+        return not self.to_host and mine[0] < other[1] and other[0] < mine[1]
 
 
 @dataclass(slots=True)
@@ -86,6 +94,9 @@ class Stream:
     def begin(self, copy: Copy) -> None:
         """Queue a copy; its target is garbage until it arrives."""
         with _lock, torch.inference_mode():
+            for before in self._copies:
+                if copy.to_host and before.reads(copy.target):
+                    before.end()  # the device reads it before it writes to it
             bytes_of(copy.target).fill_(GARBAGE if copy.target.is_contiguous() else -1)
             self._copies.append(copy)
 
@@ -172,6 +183,11 @@ def bytes_of(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous():
         return tensor.view(-1).view(torch.uint8)
     return tensor.view(_INTEGERS[tensor.itemsize])
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """Return where a contiguous host tensor begins and ends."""
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

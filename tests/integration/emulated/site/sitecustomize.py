@@ -2,9 +2,9 @@
 
 import sys
 
-COMPUTING = ("faasmoe_router", "faasmoe_expert", "benchmarks")
+COMPUTING = ("faasmoe_router", "faasmoe_expert", "benchmarks", "multiprocessing.spawn")
 
-if any(word.startswith(COMPUTING) for word in sys.orig_argv):
+if any(name in word for name in COMPUTING for word in sys.orig_argv):
     from emulated.cuda import install
 
     install()
