@@ -97,7 +97,9 @@ class Benchmark:
             return
         row_bytes = self._plan.geometry.hidden * ITEM_BYTES
         try:
-            self.found.ways = await ask("benchmarks.cuda.ways", self._plan.device, str(row_bytes))
+            self.found.ways = await ask(
+                "benchmarks.cuda.round_trips", self._plan.device, str(row_bytes)
+            )
         except NoAnswer as error:
             self._fail("ways", error)
 

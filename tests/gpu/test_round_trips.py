@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_rows_come_back_by_every_way_that_the_device_has(cuda: torch.device) -> None:
-    command = [sys.executable, "-m", "benchmarks.cuda.ways", "cuda", "64", "--rounds", "5"]
+    command = [sys.executable, "-m", "benchmarks.cuda.round_trips", "cuda", "64", "--rounds", "5"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout.splitlines()[-1])

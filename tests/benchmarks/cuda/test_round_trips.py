@@ -1,7 +1,8 @@
 """Rows go to another process and come back, whatever the way; one that is not there says why."""
 
 import torch
-from benchmarks.cuda.ways import IPC, PINNED, SHARED, SOCKETS, kinds_for, measure_ways
+from benchmarks.cuda.round_trips import measure_ways
+from benchmarks.cuda.ways import IPC, PINNED, SHARED, SOCKETS, kinds_for
 
 CPU = torch.device("cpu")
 
