@@ -7,6 +7,7 @@ import sys
 
 from faasmoe_expert.config import ConfigError, SandboxConfig
 from faasmoe_expert.deferral import META_KERNELS, defer_import
+from faasmoe_expert.errors import DeviceLost
 from faasmoe_expert.lifeline import LifelineError, die_with_parent
 
 
@@ -23,6 +24,9 @@ def main() -> int:
     except (ConfigError, LifelineError, OSError) as error:
         print(f"faasmoe_expert: {error}", file=sys.stderr)
         return 2
+    except DeviceLost as error:
+        print(f"faasmoe_expert: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -71,6 +71,23 @@ def may_have_cuda() -> bool:
     return is_built and any(node.exists() for node in CUDA_NODES)
 
 
+def why_lost(device: torch.device) -> str | None:
+    """Return why a device that was in use cannot be used any more; None if it can.
+
+    Most errors of CUDA end the process's context for good: whatever follows fails too, and only a
+    new process can go on.
+    """
+    if device.type == "cpu":
+        return None
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except torch.OutOfMemoryError:
+        return None
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None
+
+
 def _first_that_works() -> torch.device:
     device = torch.device("cuda")
     if fault := _fault_of(device):

@@ -8,7 +8,8 @@ SandboxError
 ├── Overloaded        429  more is sent at once than the sandbox takes in
 ├── OutOfMemory       503  memory for this frame or attachment cannot be had, or is not allowed
 ├── Corrupted         503  bytes of the store are not those that were prepared
-└── Draining          503  the sandbox ends and takes no more work
+├── Draining          503  the sandbox ends and takes no more work
+└── DeviceLost        503  the sandbox's device cannot be used any more, so that it ends
 
 Each carries a machine-stable `code`, the `field` at fault and an HTTP `status`.
 """
@@ -87,6 +88,13 @@ class Draining(SandboxError):
 
     status = 503
     code = "draining"
+
+
+class DeviceLost(SandboxError):
+    """The device failed for good, as far as this process goes: another one takes its place."""
+
+    status = 503
+    code = "device_lost"
 
 
 def shown(value: object) -> str:

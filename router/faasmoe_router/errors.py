@@ -51,6 +51,10 @@ class StoreCorrupted(RouterError):
     """Bytes of the store that a request needs are wrong, and no sandbox has right ones."""
 
 
+class DeviceLost(RouterError):
+    """The model's device cannot be used any more by this process; only a new one can go on."""
+
+
 class GenerationFailed(RouterError):
     """A request that had been accepted could not be finished."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_chat import save_tiny_chat_model
 
 import faasmoe_expert.device as resolving
 from faasmoe_expert.functions.upload import Uploader, uploader_to
@@ -55,6 +56,11 @@ def emulated() -> None:
     """Skip what only an emulated device tells: races and waits that a real one hides."""
     if not EMULATED:
         pytest.skip("told by the emulated device alone: `make test-emulated`")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_chat_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture

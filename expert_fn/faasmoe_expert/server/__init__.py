@@ -19,6 +19,7 @@ import uvloop
 
 from faasmoe_expert.config import SandboxConfig
 from faasmoe_expert.device import resolve_device
+from faasmoe_expert.errors import DeviceLost
 from faasmoe_expert.server.attaching import Attaching
 from faasmoe_expert.server.intake import Intake
 from faasmoe_expert.server.listeners import Listeners
@@ -44,6 +45,9 @@ def serve(config: SandboxConfig, listener: socket.socket | None = None) -> None:
     Args:
         config: the sandbox's settings.
         listener: a bound socket to listen on instead of config.host and config.port.
+
+    Raises:
+        DeviceLost: the device could not be used any more, so that the sandbox has ended.
     """
     torch.set_num_threads(config.threads)
     torch.set_grad_enabled(False)
@@ -54,8 +58,14 @@ def serve(config: SandboxConfig, listener: socket.socket | None = None) -> None:
 
 
 async def _serve(sandbox: Sandbox, listener: socket.socket | None) -> None:
-    routes, connections = Routes(sandbox, Attaching(sandbox)), set[HttpProtocol]()
-    config, stop = sandbox.config, asyncio.Event()
+    config, stop, connections = sandbox.config, asyncio.Event(), set[HttpProtocol]()
+    lost: list[str] = []
+
+    def end_by(why: str) -> None:
+        lost.append(why)
+        stop.set()
+
+    routes = Routes(sandbox, Attaching(sandbox), on_lost=end_by)
     new_connection = functools.partial(
         HttpProtocol,
         Tidy(routes.handle).handle,
@@ -77,6 +87,8 @@ async def _serve(sandbox: Sandbox, listener: socket.socket | None) -> None:
     await _drained(connections, drain_s=config.drain_s)
     listeners.close()
     await _end(connections)
+    if lost:
+        raise DeviceLost(f"device: {sandbox.device} is lost ({lost[0]})", field="device")
 
 
 async def _drained(connections: set[HttpProtocol], *, drain_s: float) -> None:

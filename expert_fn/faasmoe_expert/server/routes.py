@@ -9,16 +9,18 @@ import logging
 import math
 import time
 from asyncio import Future
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from faasmoe_expert.device import why_lost
 from faasmoe_expert.errors import (
     SHOWN_CHARS,
     BadAttachment,
+    DeviceLost,
     Draining,
     OutOfMemory,
     SandboxError,
@@ -47,15 +49,24 @@ class Routes:
     Args:
         sandbox: what the routes lead to.
         attaching: attaches beside the event loop; None for at once, before the answer is returned.
+        on_lost: is called with why, once, when the sandbox's device cannot be used any more.
     """
 
-    def __init__(self, sandbox: Sandbox, attaching: Attaching | None = None) -> None:
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        attaching: Attaching | None = None,
+        *,
+        on_lost: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._sandbox = sandbox
         self._attaching = attaching
         self._senders = Senders()
         self._gathering = Gathering(sandbox.compute)
         self._expected = f"Bearer {sandbox.config.token}".encode()
         self._drains_from_s = math.inf  # on the monotonic clock
+        self._on_lost = on_lost
+        self._is_lost = False
 
     def drain(self) -> None:
         """Begin no more work, and say so; requests that are being read are still answered."""
@@ -94,6 +105,8 @@ class Routes:
         """Return what is answered in place of an error."""
         if _is_out_of_memory(error):
             error = OutOfMemory(f"memory: cannot be had ({shown(str(error))})")
+        elif not isinstance(error, SandboxError):
+            error = self._lost_by(error) or error
         if isinstance(error, SandboxError):
             self._sandbox.metrics.refused.labels(error.code).inc()
             return Answer.of_json(error.status, error.to_json())
@@ -101,6 +114,17 @@ class Routes:
         log.error("%s %s failed", request.method, target, exc_info=error)
         self._sandbox.metrics.refused.labels("internal").inc()
         return Answer.of_error(500, "internal", "the sandbox failed; see its log")
+
+    def _lost_by(self, error: Exception) -> DeviceLost | None:
+        """Return what is told if an error has ended the device; the sandbox is to end, too."""
+        why = why_lost(self._sandbox.device)
+        if why is None:
+            return None
+        if not self._is_lost:
+            self._is_lost = True
+            log.critical("the device %s is lost: %s", self._sandbox.device, why, exc_info=error)
+            self._on_lost(why)
+        return DeviceLost(f"device: {self._sandbox.device} is lost ({shown(why)})", field="device")
 
     def _route(self, request: HttpRequest) -> Answer | Coming:
         path = request.target.decode("latin-1").partition("?")[0]

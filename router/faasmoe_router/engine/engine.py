@@ -22,6 +22,7 @@ from typing import Any, Self
 from faasmoe_router.engine.batching import Batcher, eos_ids_of
 from faasmoe_router.engine.generation import Delta, Generation, GenerationRequest
 from faasmoe_router.engine.grammar import GrammarCompiler
+from faasmoe_router.engine.isolation import FINAL
 from faasmoe_router.engine.keeper import BatcherKeeper
 from faasmoe_router.engine.prefixes import PrefixRealms
 from faasmoe_router.engine.running import Running
@@ -33,7 +34,6 @@ from faasmoe_router.errors import (
     EngineUnavailable,
     GenerationFailed,
     NoTokenAllowed,
-    StoreUnreadable,
 )
 from faasmoe_router.metrics import EngineMetrics
 from faasmoe_router.tenants.callers import Ticket
@@ -335,7 +335,7 @@ class Engine:
         """Put another batcher in the place of one that has died; return whether that was done."""
         assert self._batcher is not None
         life, error = self._batcher.life, self._batcher.fatal_error
-        why_final = str(error) if isinstance(error, StoreUnreadable) else ""
+        why_final = str(error) if isinstance(error, FINAL) else ""
         logger.error("The engine died: %s", repr(error))
         del error  # and with it the frames that it was raised in, which hold the cache
         await self._keeper.stop()

@@ -15,11 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from faasmoe_router.errors import StoreCorrupted, StoreUnreadable
+from faasmoe_expert.device import why_lost
+from faasmoe_router.errors import DeviceLost, StoreCorrupted, StoreUnreadable
 
 logger = logging.getLogger(__name__)
 
 MAX_LONE_FAILURES = 3
+
+FINAL = (StoreUnreadable, DeviceLost)
+"""What another engine in this process would meet again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +87,10 @@ class Isolation:
         self._places = []
         try:
             return self._body(processor, bootstrapping)
-        except StoreUnreadable:
+        except FINAL:
             raise
-        except Exception:
+        except Exception as error:
+            self._refuse_lost(error)
             if not self._places:
                 raise
             logger.exception("A batch of %d requests failed", len(self._places))
@@ -101,15 +106,21 @@ class Isolation:
         try:
             self._prepare(requests_in_batch=futures, **{**self._options, "num_q_tokens": n_tokens})
             self._step()
-        except StoreUnreadable:
+        except FINAL:
             raise
         except Exception as error:
+            self._refuse_lost(error)
             if len(places) == 1:
                 return [_LoneFailure(places[0], error)]
             middle = len(places) // 2
             return [*self._compute(places[:middle]), *self._compute(places[middle:])]
         self._processor.update_batch()
         return []
+
+    def _refuse_lost(self, error: Exception) -> None:
+        """Raise DeviceLost if an error has ended the device: nothing can be computed again."""
+        if (why := why_lost(self._manager.model.device)) is not None:
+            raise DeviceLost(f"the device {self._manager.model.device} is lost: {why}") from error
 
     def _settle(self, n_requests: int, failures: Sequence[_LoneFailure]) -> None:
         """Fail those that raised alone, unless it is not they."""

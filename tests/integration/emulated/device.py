@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from emulated.streams import Copy, counts, current_stream
 
 NAME = "emulated"
+LOST_FILE = os.environ.get("EMULATED_LOST", "")
+"""While there is a file of this name, every operation fails, as after an error of a kernel."""
 
 _aten = torch.ops.aten
 COPIES = {_aten.copy_.default, _aten._to_copy.default}
@@ -99,7 +102,9 @@ def allocated_bytes() -> int:
 
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Carry out an operation that has to do with the device."""
+    """Carry out an operation that has to do with the device; AcceleratorError if it is lost."""
+    if LOST_FILE and os.path.exists(LOST_FILE):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     if func in COPIES:
         copied = _copy(func, args, kwargs)
         if copied is not None:

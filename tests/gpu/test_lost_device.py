@@ -1,0 +1,88 @@
+"""A device that is lost takes its process along, and no more: another one takes its place."""
+
+from pathlib import Path
+
+import httpx
+import pytest
+from launched import Up, launched, start, wait_until
+from rawhttp import frame
+from sandboxes import OpenSandbox, PreparedStore, spec_of
+from systems import answers_of, moemodel
+
+pytestmark = pytest.mark.usefixtures("emulated")
+
+
+@pytest.fixture
+def lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file: while it is there, the device is lost to all that tests start."""
+    path = tmp_path / "lost"
+    monkeypatch.setenv("EMULATED_LOST", str(path))
+    return path
+
+
+def test_a_sandbox_says_so_and_ends(
+    sandbox: OpenSandbox, prepared_store: PreparedStore, lost: Path
+) -> None:
+    store = prepared_store("mixtral")
+    spec = spec_of(store, [0], [0, 1, 2])
+    with sandbox(device="cuda", drain_s=5) as box:
+        box.attach(store, spec)
+        url = f"/v1/functions/{spec.id}"
+        assert box.http.post(url, content=frame()).status_code == 200
+        lost.touch()
+        answer = box.http.post(url, content=frame())
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (503, "device_lost")
+        assert "illegal memory access" in error["message"]
+        assert box.http.get("/readyz").json() == {"status": "draining"}
+        box.http.close()
+        assert box.process.wait(30) == 1
+        said = box.log.read_text()
+    assert "is lost" in said.splitlines()[-1]
+    assert said.count("CRITICAL") == 1
+
+
+def test_functions_come_back_in_new_sandboxes_and_no_request_fails(
+    tiny_model: Path, tmp_path: Path, lost: Path
+) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(moemodel(tiny_model, router="cpu", experts="cuda"))
+    with launched(file, tmp_path / "up.log") as up:
+        expected = answers_of(up)
+        before = {process.pid for process in up.sandboxes}
+        lost.touch()
+        assert answers_of(up) == expected  # computed in the router
+        wait_until(lambda: before.isdisjoint(sandboxes_of(up)), timeout_s=30, what="they ended")
+        lost.unlink()
+        wait_until(lambda: are_up_again(up), timeout_s=60, what="all functions are up")
+        n_here = up.router_metric("local_computations_total")
+        assert answers_of(up) == expected
+        assert up.router_metric("local_computations_total") == n_here
+    assert "is lost (" in (tmp_path / "up.log").read_text()
+
+
+def test_a_router_ends_and_says_why(tiny_model: Path, tmp_path: Path, lost: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(moemodel(tiny_model, router="cuda", experts="cpu"))
+    up = start(file, tmp_path / "up.log")
+    try:
+        answers_of(up)
+        lost.touch()
+        with pytest.raises((AssertionError, httpx.HTTPError)):
+            answers_of(up)
+        assert up.process.wait(60) == 1
+    finally:
+        up.process.kill()
+        up.process.wait()
+    said = up.log.read_text()
+    assert "The engine gives up: the device emulated:0 is lost: CUDA error: an illegal" in said
+    assert "faasmoe: error: the router ended with status 1" in said
+
+
+def sandboxes_of(up: Up) -> set[int]:
+    return {process.pid for process in up.sandboxes}
+
+
+def are_up_again(up: Up) -> bool:
+    answers_of(up)
+    return all(function["ready"] > 0 for function in up.status()["functions"])

@@ -1,0 +1,40 @@
+"""The whole system over a tiny model, its parts on the device or not, and what it answers."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+from launched import Up
+from tiny_chat import EXPERTS, MAX_MODEL_LEN
+
+QUESTIONS: tuple[dict[str, Any], ...] = (
+    {"prompt": "the quick brown", "max_tokens": 24, "temperature": 0},
+    {"prompt": "a lazy dog", "max_tokens": 12, "temperature": 0.8, "top_p": 0.9, "seed": 7},
+    {"prompt": "jumps over", "max_tokens": 6, "logprobs": 3, "presence_penalty": 1.5, "seed": 1},
+    {"prompt": ["fox", "dog the"], "max_tokens": 9, "temperature": 0, "logit_bias": {"9": -100}},
+)
+
+
+def moemodel(model: Path, *, router: str, experts: str) -> str:
+    return f"""
+apiVersion: faasmoe.dev/v1alpha1
+kind: MoEModel
+metadata: {{name: tiny}}
+spec:
+  model: {{source: "file://{model}"}}
+  store: {{path: "{model.parent / "store"}"}}
+  granularity: {{expertsPerFunction: {EXPERTS // 2}, layersPerFunction: 1}}
+  router: {{device: {router}, maxModelLen: {MAX_MODEL_LEN}, maxNumSeqs: 4}}
+  experts: {{device: {experts}, functionsPerSandbox: 8}}
+"""
+
+
+def answers_of(up: Up) -> list[dict[str, Any]]:
+    """Return all choices of all answers."""
+    choices: list[dict[str, Any]] = []
+    for question in QUESTIONS:
+        url, body = f"{up.base_url}/v1/completions", {"model": "tiny", **question}
+        answer = httpx.post(url, json=body, timeout=60.0, trust_env=False)
+        assert answer.status_code == 200, answer.text
+        choices += answer.json()["choices"]
+    return choices
