@@ -1,8 +1,9 @@
 """A router on the device, its functions on the CPU or on the device too."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
@@ -17,7 +18,10 @@ from faasmoe_expert.wire import Mode
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.staging import HostStage, PinnedMemory, stage_beside
-from faasmoe_router.engine.model import load_router_model
+from faasmoe_router.engine.batching import Batcher
+from faasmoe_router.engine.model import ModelError, load_router_model
+from faasmoe_router.engine.sizing import EngineLimits
+from faasmoe_router.errors import ConfigError
 
 FAMILY = "qwen2_moe"
 TOLERANCE = 1e-3
@@ -79,6 +83,41 @@ def test_a_layer_waits_for_the_device_once_and_for_nothing_else(
             assert (counts - before).hidden == 0
 
 
+@pytest.fixture
+def small_device() -> Iterator[Callable[[int], None]]:
+    """Give the device only so many bytes beyond what it holds."""
+    from emulated.device import allocated_bytes, limit
+
+    def leave(size_bytes: int) -> None:
+        limit.size_bytes = allocated_bytes() + size_bytes
+
+    yield leave
+    limit.size_bytes = None
+
+
+@pytest.mark.usefixtures("emulated")
+def test_a_model_that_does_not_fit_is_refused_by_name(
+    store: Store, cuda: torch.device, small_device: Callable[[int], None]
+) -> None:
+    small_device(1000)
+    with pytest.raises(ModelError, match=r"does not fit on .*: CUDA out of memory"):
+        load_router_model(store, Dispatcher(store, None), device=cuda)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_a_cache_that_does_not_fit_is_refused_by_its_setting(
+    store: Store, cuda: torch.device, small_device: Callable[[int], None]
+) -> None:
+    model = load_router_model(store, Dispatcher(store, None), device=cuda)
+    batcher = Batcher(model, EngineLimits(max_model_len=64, max_num_seqs=8))
+    small_device(1000)
+    with (
+        closing(asyncio.new_event_loop()) as loop,
+        pytest.raises(ConfigError, match="kv_cache_bytes: got none, expected what is free"),
+    ):
+        batcher.start(loop, lambda *_: None, lambda *_: None)
+
+
 def layer_inputs(n_rows: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n_rows, 32, generator=generator)
@@ -131,11 +170,6 @@ def batched(
     sandbox: OpenSandbox, store: Store, device: torch.device, functions: str
 ) -> dict[str, list[int]]:
     """Generate greedily from some prompts in one batch; the tokens by request."""
-    import asyncio
-
-    from faasmoe_router.engine.batching import Batcher
-    from faasmoe_router.engine.sizing import EngineLimits
-
     vocabulary = store.manifest.model.vocab_size
     texts = [[(7 * i + 3 * j) % vocabulary for j in range(5 + i)] for i in range(6)]
     tokens: dict[str, list[int]] = {}

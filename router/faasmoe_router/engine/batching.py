@@ -112,6 +112,12 @@ class Batcher:
         self._manager.output_router = _LoopRouter(loop, handler, self._take_cached)
         try:
             self._manager.warmup()
+        except torch.OutOfMemoryError as error:
+            why = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"kv_cache_bytes: got {self._limits.kv_cache_bytes or 'none'}, expected what is "
+                f"free beside the model: {why}"
+            ) from error
         except (ValueError, MemoryError, AttributeError) as error:
             raise ConfigError(f"model: continuous batching cannot run it: {error}") from error
         self._check_one_request_fits()

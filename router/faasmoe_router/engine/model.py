@@ -34,7 +34,7 @@ def load_router_model(
 
     Raises:
         ModelError: the model is not known here; a file cannot be read; a tensor is missing,
-            unknown or of another shape.
+            unknown or of another shape; the device has no room for them.
     """
     register()
     model = _empty_model(store)
@@ -82,6 +82,11 @@ def _load(path: Path, device: torch.device) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        why = str(error).partition("\n")[0]
+        raise ModelError(
+            f"{path}: the router's part of the model does not fit on {device}: {why}"
+        ) from error
     return tensors
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +23,7 @@ LOST_FILE = os.environ.get("EMULATED_LOST", "")
 
 _aten = torch.ops.aten
 COPIES = {_aten.copy_.default, _aten._to_copy.default}
+MAKERS = {_aten.empty.memory_format, _aten.empty_strided.default}
 READS = {
     _aten._local_scalar_dense.default,
     _aten.is_nonzero.default,
@@ -88,6 +92,26 @@ class DeviceTensor(Tensor):
         return run(func, args, kwargs or {})
 
 
+@dataclass(slots=True)
+class Limit:
+    """What the device has for the tensors of this process; None for as much as the host gives."""
+
+    size_bytes: int | None = None
+
+
+limit = Limit()
+
+
+def _take(size: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise OutOfMemoryError if the device has no room for a new tensor."""
+    size_bytes = math.prod(size) * dtype.itemsize
+    if limit.size_bytes is not None and allocated_bytes() + size_bytes > limit.size_bytes:
+        raise torch.OutOfMemoryError(
+            f"CUDA out of memory. Tried to allocate {size_bytes} bytes. The emulated device has "
+            f"{limit.size_bytes} bytes."
+        )
+
+
 def allocated_bytes() -> int:
     """Return the bytes of the memory that tensors on the device have, each counted once."""
     storages: dict[int, int] = {}
@@ -113,6 +137,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         counts.hidden += 1
         current_stream().end()
     current_stream().arrive()
+    if func in MAKERS:
+        _take(args[0], kwargs.get("dtype") or torch.float32)
     known: dict[int, DeviceTensor] = {}
 
     def unwrapped(value: Any) -> Any:
