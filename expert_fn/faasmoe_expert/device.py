@@ -25,7 +25,8 @@ def resolve_device(name: str, *, field: str = "FAASMOE_DEVICE") -> torch.device:
     """Return the torch device that `name` (auto, cpu, cuda, cuda:N) means on this machine.
 
     A CUDA device is begun to be used here, so that one that cannot be used is told at the start,
-    and no first call waits for it. auto takes the CPU if it cannot.
+    and no first call waits for it. auto takes the CPU if it cannot. One with an index becomes this
+    thread's, so that pinned memory takes no context, and none of its memory, on another one.
 
     Raises:
         ConfigError: it asks for a CUDA device that is not there or cannot be used.
@@ -42,6 +43,8 @@ def resolve_device(name: str, *, field: str = "FAASMOE_DEVICE") -> torch.device:
         raise ConfigError(f"{field}: got {name!r}, expected an index below {count}")
     if fault := _fault_of(device):
         raise ConfigError(f"{field}: got {name!r}, which cannot be used: {fault}")
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

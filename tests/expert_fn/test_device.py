@@ -75,6 +75,18 @@ def test_an_index_that_is_not_there_is_told() -> None:
         resolve_device("cuda:1")
 
 
+def test_a_device_with_an_index_becomes_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.device] = []
+    monkeypatch.setattr(device, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(device, "_fault_of", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    assert resolve_device("cuda") == torch.device("cuda")
+    assert used == []
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    assert used == [torch.device("cuda:1")]
+
+
 def test_only_a_build_with_cuda_and_a_driver_may_have_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

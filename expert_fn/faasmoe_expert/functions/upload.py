@@ -45,8 +45,9 @@ class CudaLane:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def buffer(self, size_bytes: int) -> Tensor:
-        """Return pinned memory."""
-        return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+        """Return pinned memory; in any thread that of this device's context."""
+        with torch.cuda.device(self.device):
+            return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def copy(self, target: Tensor, source: Tensor) -> Wait:
         """Begin to copy, behind whatever used the target's memory before."""

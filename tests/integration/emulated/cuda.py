@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,7 @@ def install() -> torch.device:
     tensors.pin_memory = _pinned_copy
     tensors.is_pinned = lambda self, device=None: is_pinned(self)
     safetensors.torch.load_file = _loading(safetensors.torch.load_file)
+    torch.cuda.device = lambda device: nullcontext()
     torch.cuda.cudart = lambda: SimpleNamespace(cudaHostRegister=_register)
     _resolve(device)
     return device

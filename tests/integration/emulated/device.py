@@ -65,7 +65,8 @@ class DeviceTensor(Tensor):
             requires_grad=False,
         )
         made.raw = raw
-        _alive[id(made)] = weakref.ref(made)
+        key = id(made)
+        _alive[key] = weakref.ref(made, lambda _: _alive.pop(key, None))
         return made
 
     def data_ptr(self) -> int:
@@ -115,13 +116,11 @@ def _take(size: Sequence[int], dtype: torch.dtype) -> None:
 def allocated_bytes() -> int:
     """Return the bytes of the memory that tensors on the device have, each counted once."""
     storages: dict[int, int] = {}
-    for key, reference in list(_alive.items()):
+    for reference in list(_alive.values()):
         tensor = reference()
-        if tensor is None:
-            del _alive[key]
-            continue
-        storage = tensor.raw.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        if tensor is not None:
+            storage = tensor.raw.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
