@@ -41,8 +41,9 @@ def install() -> torch.device:
     tensors.pin_memory = _pinned_copy
     tensors.is_pinned = lambda self, device=None: is_pinned(self)
     safetensors.torch.load_file = _loading(safetensors.torch.load_file)
-    torch.cuda.device = lambda device: nullcontext()
-    torch.cuda.cudart = lambda: SimpleNamespace(cudaHostRegister=_register)
+    cuda: Any = torch.cuda
+    cuda.device = lambda device: nullcontext()
+    cuda.cudart = lambda: SimpleNamespace(cudaHostRegister=_register)
     _resolve(device)
     return device
 
