@@ -24,8 +24,8 @@ if EMULATED:
 
     DEVICE = install()
     SUPPORT = HERE.parent / "integration"  # and in the processes that tests start
-    paths = [SUPPORT / "emulated" / "site", SUPPORT, os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    paths = [str(SUPPORT / "emulated" / "site"), str(SUPPORT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 else:
     DEVICE = torch.device("cuda")
 
