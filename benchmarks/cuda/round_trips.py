@@ -108,7 +108,12 @@ class End:
 
 
 def measure_ways(device: torch.device, sizes_bytes: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Return by way the microseconds of a round trip by size, or why there is none."""
+    """Return by way the microseconds of a round trip by size, or why there is none.
+
+    Raises:
+        EOFError: the other process ended.
+        TimeoutError: it hangs.
+    """
     torch.set_num_threads(1)
     context = multiprocessing.get_context("spawn")
     here, there = socket.socketpair()
@@ -119,6 +124,7 @@ def measure_ways(device: torch.device, sizes_bytes: Sequence[int], rounds: int) 
     other = context.Process(target=_echo, args=arguments, daemon=True)
     other.start()
     there.close()
+    other_pipe.close()  # else nobody would be told that the other process ended
     here.settimeout(END_TIMEOUT_S)
     end = End(True, here, pipe, torch.frombuffer(region.view, dtype=torch.uint8), device)
     found: dict[str, Any] = {}

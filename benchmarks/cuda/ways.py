@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 SIGNAL = b"."
+GONE = "the other process ended"
 
 
 class Way(Protocol):
@@ -46,7 +47,10 @@ class Sockets:
         """Receive all, begin to copy to the device."""
         count = 0
         while count < len(self._view):
-            count += self._link.recv_into(self._view[count:])
+            received = self._link.recv_into(self._view[count:])
+            if not received:
+                raise EOFError(GONE)
+            count += received
         rows.copy_(self._host, non_blocking=True)
 
 
@@ -85,7 +89,7 @@ class Shared:
 
     def receive(self, rows: Tensor) -> None:
         """Hear, begin to copy to the device."""
-        self._link.recv(1)
+        hear(self._link)
         if self._host is not None:
             self._host.copy_(self._other)
         rows.copy_(self._other if self._host is None else self._host, non_blocking=True)
@@ -107,8 +111,14 @@ class Ipc:
 
     def receive(self, rows: Tensor) -> None:
         """Hear, begin to copy on the device."""
-        self._link.recv(1)
+        hear(self._link)
         rows.copy_(self._other)
+
+
+def hear(link: socket.socket) -> None:
+    """Wait for the other end's signal; raises EOFError if it has ended."""
+    if link.recv(1) != SIGNAL:
+        raise EOFError(GONE)
 
 
 def waiting_for(device: torch.device) -> Callable[[], None]:

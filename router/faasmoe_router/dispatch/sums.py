@@ -71,7 +71,9 @@ class ReducedSum:
 
     def put(self, position: int, group: Group, part: Tensor) -> None:
         """Take one vector for each of the group's rows: [R, H]."""
-        if position != self._next:
+        if position < self._next:  # it is in the sum already, and must not be there twice
+            return
+        if position > self._next:
             self._early[position] = (group, self._way.keep(part))
             return
         self._add(group, self._way.bring(part))

@@ -1,8 +1,12 @@
 """Rows go to another process and come back, whatever the way; one that is not there says why."""
 
+import socket
+from contextlib import closing
+
+import pytest
 import torch
 from benchmarks.cuda.round_trips import measure_ways
-from benchmarks.cuda.ways import IPC, PINNED, SHARED, SOCKETS, kinds_for
+from benchmarks.cuda.ways import IPC, PINNED, SHARED, SOCKETS, Shared, Sockets, Way, kinds_for
 
 CPU = torch.device("cpu")
 
@@ -15,3 +19,16 @@ def test_rows_come_back_by_every_way_of_the_host() -> None:
 
 def test_a_device_has_more_ways_than_the_host() -> None:
     assert kinds_for(torch.device("cuda")) == (SOCKETS, SHARED, PINNED, IPC)
+
+
+@pytest.mark.parametrize("kind", [SOCKETS, SHARED])
+def test_an_end_that_is_left_alone_says_so(kind: str) -> None:
+    here, there = socket.socketpair()
+    memory = torch.zeros(2, 8, dtype=torch.uint8)
+    with closing(here):
+        way: Way = Sockets(here, 8, CPU)
+        if kind == SHARED:
+            way = Shared(here, memory[0], memory[1], CPU, pinned=False)
+        there.close()
+        with pytest.raises(EOFError, match="the other process ended"):
+            way.receive(torch.empty(8, dtype=torch.uint8))

@@ -63,6 +63,17 @@ def test_a_sum_can_be_had_before_all_parts_are_there() -> None:
 
 
 @pytest.mark.parametrize("mode", Mode)
+def test_a_part_that_comes_twice_counts_once(mode: Mode) -> None:
+    once, twice = (new_sum(torch.zeros(4, 3), mode=mode, top_k=2) for _ in range(2))
+    for position in (2, 0, 1, 3):
+        part = parts(mode, torch.float32)[position]
+        once.put(position, groups()[position], part)
+        for _ in range(2):
+            twice.put(position, groups()[position], part)
+    assert torch.equal(twice.result(), once.result())
+
+
+@pytest.mark.parametrize("mode", Mode)
 def test_a_sum_is_made_where_its_way_leads(mode: Mode) -> None:
     """Bits are those of the host, however many parts are on their way at a time."""
     way = Aside()
