@@ -81,21 +81,22 @@ async def make_resident(
 
 async def wait_ready(platform: Platform[Any], names: Collection[str], *, timeout_s: float) -> None:
     """Wait until all of these sandboxes are ready; raises PlatformError if one is lost."""
-    waiting = set(names)
-    lost = dict.fromkeys(waiting - {s.id for s in await platform.list()}, "unknown")
+    events, waiting = platform.watch(), set(names)
+    for name in waiting - {sandbox.id for sandbox in await platform.list()}:
+        raise _lost(name, "it had ended when this was asked")
     try:
         async with asyncio.timeout(timeout_s):
-            async for event in platform.watch():
+            while waiting:
+                event = await anext(events)
                 if event.kind == "deleted" and event.sandbox.id in waiting:
-                    lost[event.sandbox.id] = event.reason
-                if lost:
-                    name, reason = next(iter(lost.items()))
-                    raise PlatformError(f"sandbox {name} was lost before it was ready: {reason}")
+                    raise _lost(event.sandbox.id, event.reason)
                 if event.sandbox.ready:
                     waiting.discard(event.sandbox.id)
-                if not waiting:
-                    return
     except TimeoutError:
         raise PlatformError(
             f"{len(waiting)} of {len(names)} sandboxes were not ready after {timeout_s:g} s"
         ) from None
+
+
+def _lost(name: str, reason: str) -> PlatformError:
+    return PlatformError(f"sandbox {name} was lost before it was ready: {reason}")

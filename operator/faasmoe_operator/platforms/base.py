@@ -97,8 +97,9 @@ class Platform(Protocol[AnyTemplate]):
         ...
 
     def watch(self) -> AsyncIterator[SandboxEvent]:
-        """Give every sandbox that is there, then what changes, without end.
+        """Give every sandbox that is there at this call, then what changes, without end.
 
-        States between two steps of a slow reader may be left out; the last one never is.
+        States between two steps of a slow reader may be left out; the last one never is. One that
+        is there at the call and gone before the first step is told as deleted.
         """
         ...

@@ -57,16 +57,19 @@ class Roster:
             del self._reasons[next(iter(self._reasons))]
         self._change.notify()
 
-    async def watch(self) -> AsyncIterator[SandboxEvent]:
-        """Give every sandbox that is there, then what changes, without end."""
-        seen: dict[str, Sandbox] = {}
+    def watch(self) -> AsyncIterator[SandboxEvent]:
+        """Give every sandbox that is there at this call, then what changes, without end."""
+        return self._follow(dict(self._sandboxes))
+
+    async def _follow(self, seen: dict[str, Sandbox]) -> AsyncIterator[SandboxEvent]:
+        told: dict[str, Sandbox] = {}
         while True:
             now = dict(self._sandboxes)
             for name, sandbox in seen.items():
                 if name not in now:
                     yield SandboxEvent("deleted", sandbox, self._reasons.get(name, "unknown"))
             for name, sandbox in now.items():
-                if seen.get(name) != sandbox:
+                if told.get(name) != sandbox:
                     yield SandboxEvent("changed", sandbox)
-            seen = now
+            seen = told = now
             await self._change.wait_for(lambda seen=seen: self._sandboxes != seen)  # type: ignore[misc]

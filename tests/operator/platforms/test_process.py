@@ -220,6 +220,19 @@ def test_says_that_a_sandbox_was_lost_before_it_was_ready(socket: Path) -> None:
         asyncio.run(story())
 
 
+def test_says_that_a_sandbox_was_lost_before_it_was_waited_for(socket: Path) -> None:
+    async def story() -> None:
+        async with platform(socket) as running:
+            sandbox = await running.create(SandboxTemplate(threads=ENDS_AT_ONCE))
+            events = running.watch()
+            while await running.list():
+                await anext(events)
+            await wait_ready(running, [sandbox.id], timeout_s=DEADLINE_S)
+
+    with pytest.raises(PlatformError, match="was lost before it was ready: it had ended"):
+        asyncio.run(story())
+
+
 def test_says_that_sandboxes_were_not_ready_in_time(socket: Path) -> None:
     async def story() -> None:
         async with platform(socket) as running:
