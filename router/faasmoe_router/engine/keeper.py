@@ -51,10 +51,17 @@ class BatcherKeeper:
 
     async def stop(self) -> None:
         """End the batcher, if there is one."""
-        batcher, self.batcher = self.batcher, None
-        if batcher is None:
+        if self.batcher is None:
             return
-        self.stuck = not await asyncio.to_thread(batcher.stop, STOP_TIMEOUT_S)
+        ending = [self.batcher]
+        self.batcher = None
+
+        def stop() -> bool:
+            # Let go of with the call: a pool's thread may keep what it ran until much later, and
+            # the next batcher's cache needs the memory of this one's.
+            return ending.pop().stop(STOP_TIMEOUT_S)
+
+        self.stuck = not await asyncio.to_thread(stop)
         if self.stuck:
             logger.error("The engine's thread did not end in %.0f s", STOP_TIMEOUT_S)
 

@@ -154,7 +154,19 @@ def unlogged() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.usefixtures("unlogged")
+@pytest.fixture
+def lingering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool's threads keep the calls that they have made, as they do until they run again."""
+    to_thread, kept = asyncio.to_thread, []
+
+    async def to_lingering_thread(call: Callable[..., Any], *args: Any) -> Any:
+        kept.append((call, args))
+        return await to_thread(call, *args)
+
+    monkeypatch.setattr(asyncio, "to_thread", to_lingering_thread)
+
+
+@pytest.mark.usefixtures("unlogged", "lingering")
 def test_the_next_engine_has_the_memory_of_the_one_that_died(
     make_engine: Maker, prompt_ids: Prompt
 ) -> None:
