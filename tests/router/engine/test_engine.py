@@ -340,7 +340,7 @@ def test_leaving_a_generation_frees_its_requests(make_engine: Maker, prompt_ids:
             await anext(aiter(generation))
             assert engine._counts() == (1, 2)
         await _until(lambda: engine._counts() == (0, 0))
-        assert not engine._running
+        assert not engine.busy
 
     _run(engine, work)
 
@@ -526,6 +526,6 @@ def test_refuses_a_cache_too_small_for_one_request(make_engine: Maker) -> None:
 def test_counts_what_it_does(make_engine: Maker, prompt_ids: Prompt) -> None:
     engine = make_engine()
     _run(engine, lambda: _texts(engine.generate([GenerationRequest(prompt_ids, 6)])))
-    metrics = engine._metrics
+    metrics = engine.metrics
     assert metrics.prompt_tokens._value.get() == len(prompt_ids)
     assert metrics.generation_tokens._value.get() == 6

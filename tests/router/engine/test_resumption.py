@@ -140,10 +140,10 @@ def test_every_way_of_choosing_tokens_goes_on_to_the_same_text(
             [entry[2] for entry in other[2]], abs=1e-3
         )
     assert len(json.loads(found[3][0])["name"]) >= 20
-    resumed = broken._metrics.resumed
+    resumed = broken.metrics.resumed
     assert resumed._value.get() == len(found)
     # Each prompt was asked for once, however often it was computed.
-    assert broken._metrics.prompt_tokens._value.get() == len(found) * len(prompt_ids)
+    assert broken.metrics.prompt_tokens._value.get() == len(found) * len(prompt_ids)
 
 
 @pytest.fixture
