@@ -19,7 +19,7 @@ from typing import Any, Self
 from faasmoe_router.engine.batching import Batcher, eos_ids_of
 from faasmoe_router.engine.generation import Generation, GenerationRequest
 from faasmoe_router.engine.grammar import GrammarCompiler
-from faasmoe_router.engine.inflight import InFlight
+from faasmoe_router.engine.held import Held
 from faasmoe_router.engine.isolation import FINAL
 from faasmoe_router.engine.keeper import BatcherKeeper
 from faasmoe_router.engine.prefixes import PrefixRealms
@@ -74,7 +74,7 @@ class Engine:
         self.grammars = GrammarCompiler(self.vocabulary)
         self._keeper = BatcherKeeper(lambda loop: self._make_batcher(loop), on_give_up=on_give_up)
         self._turns = FairQueue(slots=limits.max_num_seqs, max_queued=limits.max_waiting)
-        self._in_flight = InFlight(
+        self._held = Held(
             self._turns, lambda: self._batcher, codec=codec, eos_ids=eos_ids, metrics=metrics
         )
         self._realms: PrefixRealms | None = None
@@ -95,7 +95,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request is being computed or waits to be."""
-        return bool(self._in_flight)
+        return bool(self._held)
 
     async def __aenter__(self) -> Self:
         await self._keeper.start()
@@ -107,7 +107,7 @@ class Engine:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
         await self._keeper.stop()
-        self._in_flight.fail_all("the engine was stopped")
+        self._held.fail_all("the engine was stopped")
 
     def set_tenants(self, shares: Mapping[str, Share], prefix_groups: Mapping[str, str]) -> None:
         """Serve tenants, by their shares, from the next turn on.
@@ -148,15 +148,15 @@ class Engine:
         if self._batcher is None or not self._batcher.alive:
             raise EngineUnavailable("the engine is starting")
         capacity = self.limits.capacity
-        if len(self._in_flight) + len(requests) > capacity:
+        if len(self._held) + len(requests) > capacity:
             raise EngineSaturated(
-                f"{len(self._in_flight)} requests are held, at most {capacity} may be"
+                f"{len(self._held)} requests are held, at most {capacity} may be"
             )
-        return self._in_flight.add(requests, tenant, ticket)
+        return self._held.add(requests, tenant, ticket)
 
     def end_running(self) -> None:
         """End every request by an error, as when the server is about to end."""
-        self._in_flight.fail_all("the server ends")
+        self._held.fail_all("the server ends")
 
     @property
     def _batcher(self) -> Batcher | None:
@@ -171,11 +171,11 @@ class Engine:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            self._in_flight.end_overdue(time.monotonic(), timeout_s=self._request_timeout_s)
+            self._held.end_overdue(time.monotonic(), timeout_s=self._request_timeout_s)
             if self._batcher is None or self._batcher.alive:
                 continue
             if not await self._replace():
-                self._in_flight.fail_all("the engine gave up")
+                self._held.fail_all("the engine gave up")
                 return
 
     async def _replace(self) -> bool:
@@ -186,12 +186,12 @@ class Engine:
         logger.error("The engine died: %s", repr(error))
         del error  # and with it the frames that it was raised in, which hold the cache
         await self._keeper.stop()
-        self._in_flight.note_death(life)
+        self._held.note_death(life)
         if not await self._keeper.restart(why_final):
             return False
         assert self._batcher is not None
-        self._in_flight.take_over(self._batcher)
-        self._in_flight.give_turns()
+        self._held.take_over(self._batcher)
+        self._held.give_turns()
         return True
 
     def _make_batcher(self, loop: asyncio.AbstractEventLoop) -> Batcher:
@@ -203,5 +203,5 @@ class Engine:
             computed=self.computed,
             on_idle=self._on_idle,
         )
-        batcher.start(loop, self._in_flight.take_outputs, self._in_flight.take_broken)
+        batcher.start(loop, self._held.take_outputs, self._held.take_broken)
         return batcher

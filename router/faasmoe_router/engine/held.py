@@ -27,7 +27,7 @@ from faasmoe_router.tenants.fairness import FairQueue
 logger = logging.getLogger(__name__)
 
 
-class InFlight:
+class Held:
     """Sequences that wait or run; all of it is called on the engine's event loop.
 
     Args:
