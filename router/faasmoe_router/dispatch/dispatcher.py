@@ -21,8 +21,9 @@ from faasmoe_expert.wire import Mode, rows_per_frame
 from faasmoe_router.dispatch.batch import WIRE_DTYPES, LayerBatch
 from faasmoe_router.dispatch.calls import Timeouts
 from faasmoe_router.dispatch.fanout import Fanout
-from faasmoe_router.dispatch.filling import Filler, Holding, Meanwhile
+from faasmoe_router.dispatch.filling import Filler, Meanwhile
 from faasmoe_router.dispatch.grouping import group_pairs
+from faasmoe_router.dispatch.holding import Holding
 from faasmoe_router.dispatch.hot import HotFunctions
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.local import map_function

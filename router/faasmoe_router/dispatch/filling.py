@@ -9,53 +9,28 @@ is left then is computed from the store. Hot functions may be computed here to b
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from faasmoe_expert.store import Store
 from faasmoe_expert.table import FunctionEntry
 from faasmoe_router.dispatch.attempts import Attempts
 from faasmoe_router.dispatch.batch import LayerBatch
 from faasmoe_router.dispatch.calls import Timeouts
-from faasmoe_router.dispatch.errors import CallError, NotYetThere
 from faasmoe_router.dispatch.failures import FailureLog
 from faasmoe_router.dispatch.fanout import Fanout
+from faasmoe_router.dispatch.holding import Failures, Holder, Holding
 from faasmoe_router.dispatch.hot import HotFunctions
 from faasmoe_router.dispatch.in_flight import InFlight
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.local import LocalFunctions
 from faasmoe_router.dispatch.metrics import DispatchMetrics
-from faasmoe_router.dispatch.patience import Patience
 from faasmoe_router.dispatch.resilience import AddressBook, Resilience
 from faasmoe_router.dispatch.routing import Routing
 from faasmoe_router.errors import StoreCorrupted
 
-Failures = dict[int, CallError | None]
-"""Why each position got no part; None for want of an address."""
-
 Meanwhile = Callable[[], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """How calls wait for functions that are being started.
-
-    Attributes:
-        wake: asks for functions, in the order in which they are needed; must not block.
-        timeout_s: how long calls wait for a function, all together, before it is computed here.
-        probe_s: time between two tries of an address that does not accept connections.
-        replacement_s: how long calls wait for another address in place of one that was ejected,
-            from its ejection on: control sees a dead sandbox too, and a warm one takes its place.
-    """
-
-    wake: Callable[[Sequence[str]], None]
-    timeout_s: float = 2.0
-    probe_s: float = 0.1
-    replacement_s: float = 0.25
 
 
 class Filler:
@@ -82,13 +57,13 @@ class Filler:
         self.load = LoadMeter()
         self._fanout = fanout
         self._metrics = metrics
-        self._holding = holding
-        self._patience = Patience(holding.timeout_s if holding else 0.0)
         self._local = LocalFunctions(store)
         self._hot = hot
-        self._moved = threading.Event()
         self._turns: dict[int, int] = defaultdict(int)  # by layer: spreads calls over replicas
         self._book = AddressBook(resilience or Resilience(), metrics, may_start=holding is not None)
+        self._holder: Holder | None = None
+        if holding is not None:
+            self._holder = Holder(holding, book=self._book, load=self.load, metrics=metrics)
         self._layer_timeout_s = (timeouts or Timeouts()).layer_timeout_s
         self._failures = FailureLog()
         self._seen = routing
@@ -99,7 +74,8 @@ class Filler:
         self._fanout.retain(routing.addresses())
         if self._hot is not None:
             self._hot.let_go(routing)
-        self._moved.set()
+        if self._holder is not None:
+            self._holder.moved.set()
 
     def fill(
         self,
@@ -140,11 +116,7 @@ class Filler:
             if refused:
                 again = {i: entries[i] for i in refused}
                 failures |= self._try(batch, again, in_flight, turn, by_s)
-            if failures and self._holding is not None:
-                left = self._hold(batch, entries, failures, self._holding, in_flight, by_s)
-            else:
-                left = failures.keys()
-            for i in left:
+            for i in self._hold(batch, entries, failures, in_flight, by_s):
                 self._metrics.local.inc()
                 self.load.local += 1
                 batch.compute(i, self._local, entries[i].spec)
@@ -212,8 +184,9 @@ class Filler:
         errors = self._fanout.run(calls, take, meanwhile=meanwhile, course=attempts, by_s=by_s)
         self._metrics.calls.inc(attempts.n_calls)
         self._metrics.sent_bytes.inc(attempts.sent_bytes)
-        for i in calls.keys() - errors.keys():
-            self._patience.found(entries[i].spec.id)
+        if self._holder is not None:
+            for i in calls.keys() - errors.keys():
+                self._holder.patience.found(entries[i].spec.id)
         return {i: attempts.errors.get(i) for i in entries if i not in calls or i in errors}
 
     def _hold(
@@ -221,79 +194,20 @@ class Filler:
         batch: LayerBatch,
         entries: Mapping[int, FunctionEntry],
         failures: Failures,
-        holding: Holding,
         in_flight: InFlight,
         by_s: float,
     ) -> Collection[int]:
-        """Wait for functions that are being started; return the positions that got no part."""
-        left: list[int] = []
-        tried = {i: entries[i] for i in failures}
-        while True:
-            self._moved.clear()
-            routing, now_s = self.routing, time.monotonic()
-            self._ask(routing, [tried[i].spec.id for i in failures], batch.n_rows, now_s)
-            if now_s >= by_s:
-                return [*left, *failures]
-            waits_s = {
-                i: self._wait_s(routing.entries.get(tried[i].spec.id), tried[i], error, now_s)
-                for i, error in failures.items()
-            }
-            left += [i for i in failures if waits_s[i] is None]
-            held = {i: wait_s for i, wait_s in waits_s.items() if wait_s is not None}
-            if not held:
-                return left
-            with self._counted_as_held(len(held)):
-                self._moved.wait(min(*held.values(), holding.probe_s))
-            known = self.routing.entries
-            again = {i: known.get(tried[i].spec.id, tried[i]) for i in held}
-            failures = self._try(batch, again, in_flight, 0, by_s)
-            tried |= again
-
-    def _ask(
-        self, routing: Routing, function_ids: Iterable[str], n_rows: int, now_s: float
-    ) -> None:
-        """Ask for the missed functions, and for those that the next layers will miss."""
-        missed = dict.fromkeys((*function_ids, *routing.missing_for(n_rows)))
-        due = self._patience.miss([name for name in missed if name in routing.entries], now_s)
-        away = [name for name in due if not routing.entries[name].addresses]
-        if away and self._holding is not None:
-            self._holding.wake(away)
-
-    def _wait_s(
-        self,
-        entry: FunctionEntry | None,
-        tried: FunctionEntry,
-        error: CallError | None,
-        now_s: float,
-    ) -> float | None:
-        """Return how long a call may wait before it is tried again, None if it had better not."""
-        left_s = self._patience.left_s(tried.spec.id, now_s)
-        if entry is None or left_s <= 0:
-            return None
-        if not entry.addresses:
-            return left_s
-        if entry.addresses != tried.addresses:
-            return 0.0
-        if isinstance(error, NotYetThere):
-            return left_s
-        return self._until_replaced_s(entry, now_s)
-
-    def _until_replaced_s(self, entry: FunctionEntry, now_s: float) -> float | None:
-        """Return how long to wait for another address in place of those that were ejected."""
-        assert self._holding is not None
-        ejected_s = [s for a in entry.addresses if (s := self._book.ejected_s(a)) is not None]
-        left_s = max(ejected_s, default=0.0) + self._holding.replacement_s - now_s
-        return left_s if left_s > 0 else None
-
-    @contextmanager
-    def _counted_as_held(self, n_calls: int) -> Iterator[None]:
-        self.load.held = n_calls
-        self._metrics.held.set(n_calls)
-        try:
-            yield
-        finally:
-            self.load.held = 0
-            self._metrics.held.set(0)
+        """Have what failed wait, if anything may; return the positions that got no part."""
+        if not failures or self._holder is None:
+            return failures.keys()
+        return self._holder.hold(
+            entries,
+            failures,
+            n_rows=batch.n_rows,
+            routing=lambda: self.routing,
+            try_again=lambda again: self._try(batch, again, in_flight, 0, by_s),
+            by_s=by_s,
+        )
 
     def close(self) -> None:
         """End what runs beside the engine's thread."""
@@ -307,7 +221,8 @@ class Filler:
             addresses = routing.addresses()
             self._book.keep(addresses)
             self._failures.keep(addresses)
-            self._patience.keep(routing.entries)
+            if self._holder is not None:
+                self._holder.patience.keep(routing.entries)
             self._seen = routing
 
 

@@ -149,9 +149,7 @@ class Engine:
             raise EngineUnavailable("the engine is starting")
         capacity = self.limits.capacity
         if len(self._held) + len(requests) > capacity:
-            raise EngineSaturated(
-                f"{len(self._held)} requests are held, at most {capacity} may be"
-            )
+            raise EngineSaturated(f"{len(self._held)} requests are held, at most {capacity} may be")
         return self._held.add(requests, tenant, ticket)
 
     def end_running(self) -> None:

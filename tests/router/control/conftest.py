@@ -25,7 +25,7 @@ from faasmoe_router.control.gate import HoldLimits
 from faasmoe_router.control.metrics import ControlMetrics
 from faasmoe_router.control.waker import Waker
 from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.dispatch.filling import Holding
+from faasmoe_router.dispatch.holding import Holding
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.model import load_router_model

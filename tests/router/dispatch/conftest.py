@@ -33,7 +33,9 @@ class CountedWaits(threading.Event):
 
 def count_waits(dispatcher: Dispatcher) -> CountedWaits:
     """Count the waits of a dispatcher's held calls from now on."""
-    dispatcher._filler._moved = waits = CountedWaits()
+    holder = dispatcher._filler._holder
+    assert holder is not None
+    holder.moved = waits = CountedWaits()
     return waits
 
 

@@ -16,7 +16,7 @@ from faasmoe_expert.store import Store
 from faasmoe_expert.table import FunctionEntry, FunctionTable
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.calls import Timeouts
-from faasmoe_router.dispatch.filling import Holding
+from faasmoe_router.dispatch.holding import Holder, Holding
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.patience import ASK_INTERVAL_S
 from faasmoe_router.dispatch.pool import ConnectionPool
@@ -199,12 +199,13 @@ def test_a_function_that_does_not_come_costs_its_time_once_and_is_computed_here(
 
 
 def test_without_anyone_to_ask_nothing_is_held(
-    open_layers: Callable[..., Layers], expected: torch.Tensor, waits_of: WaitsOf
+    open_layers: Callable[..., Layers], expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Holder, "hold", lambda *_, **__: pytest.fail("a call was held"))
     layers = open_layers(hold=False)
-    waits = waits_of(layers.dispatcher)
     torch.testing.assert_close(layers.compute(), expected)
-    assert waits.wished_s == 0
+    assert layers.wakes == []
+    assert layers.n_local > 0
 
 
 def test_before_any_table_a_layer_is_computed_here_and_nothing_is_asked_for(

@@ -20,7 +20,7 @@ from faasmoe_expert.store import Store
 from faasmoe_expert.table import FunctionEntry, FunctionTable
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.calls import Timeouts
-from faasmoe_router.dispatch.filling import Holding
+from faasmoe_router.dispatch.holding import Holding
 from faasmoe_router.dispatch.latency import LEAST
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.outliers import Ejection
