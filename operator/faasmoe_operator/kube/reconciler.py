@@ -16,11 +16,7 @@ from typing import Protocol
 from faasmoe_operator.errors import MoEModelError, PlanError, PlatformError
 from faasmoe_operator.kube.actions import (
     Action,
-    Actions,
-    ObjectId,
-    Replace,
     object_id,
-    plan_actions,
 )
 from faasmoe_operator.kube.api import KubeApi
 from faasmoe_operator.kube.cache import ObjectCache
@@ -30,13 +26,13 @@ from faasmoe_operator.kube.errors import Conflict, NotFound
 from faasmoe_operator.kube.events import EventWriter, state_events
 from faasmoe_operator.kube.judgement import judge, judge_invalid
 from faasmoe_operator.kube.keys import ModelKey
-from faasmoe_operator.kube.kinds import JOB, MOEMODEL, POD, Object, kind_of
-from faasmoe_operator.kube.manifests import ModelContext, serving_objects, store_objects
-from faasmoe_operator.kube.observation import Observation, live_objects, observe
+from faasmoe_operator.kube.kinds import MOEMODEL, POD, Object
+from faasmoe_operator.kube.manifests import ModelContext, store_objects
+from faasmoe_operator.kube.observation import Observation, observe
 from faasmoe_operator.kube.ownership import Owner
+from faasmoe_operator.kube.planner import Planner
 from faasmoe_operator.kube.router_state import router_state
 from faasmoe_operator.kube.status import Written, due_at, invalid_status, model_status
-from faasmoe_operator.kube.store_state import attempt_of, with_attempt
 from faasmoe_operator.kube.surroundings import Surroundings
 from faasmoe_operator.kube.verdict import Verdict, bad
 from faasmoe_operator.kube.writer import Problem, Writer
@@ -77,24 +73,19 @@ class Visit:
     is_troubled: bool = False
 
 
-Versions = dict[ObjectId, str]
-
-
 @dataclass(slots=True)
 class _Memory:
     """What is remembered of a model between visits, to save requests and time.
 
     Attributes:
         writer: knows what was applied.
-        attempt: Jobs of the store that failed.
+        planner: knows what was all right.
         written: the status that was written.
-        calm: what there was, in which versions, when nothing was to be done.
     """
 
     writer: Writer
-    attempt: int = 0
+    planner: Planner
     written: Written | None = None
-    calm: tuple[ModelContext, Versions] | None = None
 
 
 class Reconciler:
@@ -145,22 +136,21 @@ class Reconciler:
         memory = self._memories.get(key)
         if memory is None or memory.writer.owner.uid != uid:
             owner = Owner(uid, key.name)
-            memory = _Memory(Writer(self._api, self._cache, owner, clock=self._clock))
-            self._memories[key] = memory
+            writer = Writer(self._api, self._cache, owner, clock=self._clock)
+            memory = self._memories[key] = _Memory(writer, Planner(self._cache, writer))
         return memory
 
     async def _visit(self, key: ModelKey, obj: Object, ctx: ModelContext, memory: _Memory) -> Visit:
         known_model = obj.get("status", {}).get("model")
         seen = observe(self._cache, ctx, known_model=known_model)
         ctx = replace(ctx, summary=seen.store.summary)
-        plan = self._plan(ctx, seen, memory)
+        plan = memory.planner.plan(ctx, seen, now=self._clock(), wall_s=self._wall())
         problems = await self._carry_out(plan.actions, memory)
         fault = await self._run_core(key, ctx, seen)
         counts = self._cores.counts(key)
         router = router_state(seen.deployment, seen.router_pods, wanted=ctx.spec.router.replicas)
         if {seen.store.secret, router.secret} - {None}:
-            memory.writer.forget_secrets()
-            memory.calm = None
+            memory.planner.forget()
         verdicts = judge(
             ctx,
             seen,
@@ -182,54 +172,6 @@ class Reconciler:
         )
         status_at = await self._tell(obj, status, memory)
         return self._come_again(seen, plan.again_at, status_at, is_troubled=bool(problems))
-
-    def _plan(self, ctx: ModelContext, seen: Observation, memory: _Memory) -> Actions:
-        """Return what is to be done; what was all right and has not changed still is."""
-        state = ctx, self._versions(ctx)
-        if state == memory.calm and seen.store.retry_at is None:
-            return Actions(())
-        plan = self._plan_anew(ctx, seen, memory)
-        memory.calm = None if plan.actions or plan.again_at is not None else state
-        return plan
-
-    def _versions(self, ctx: ModelContext) -> Versions:
-        ours = self._cache.of_model(ctx.namespace, ctx.name) + self._cache.owned(ctx.uid)
-        planned = [obj for obj in ours if obj["kind"] != POD.name]
-        return {object_id(obj): obj["metadata"]["resourceVersion"] for obj in planned}
-
-    def _plan_anew(self, ctx: ModelContext, seen: Observation, memory: _Memory) -> Actions:
-        if seen.job is not None:
-            memory.attempt = attempt_of(seen.job)
-        wanted = [self._counted(wanted, memory) for wanted in store_objects(ctx)]
-        if ctx.summary is not None:
-            wanted += serving_objects(ctx)
-        plan = plan_actions(
-            wanted,
-            live_objects(self._cache, ctx, wanted),
-            owner=memory.writer.owner,
-            applied=memory.writer.applied,
-            prune=ctx.summary is not None,
-            now=self._clock(),
-        )
-        return replace(plan, actions=self._with_retry(plan.actions, ctx, seen, memory))
-
-    @staticmethod
-    def _counted(wanted: Object, memory: _Memory) -> Object:
-        return with_attempt(wanted, memory.attempt) if kind_of(wanted) == JOB else wanted
-
-    def _with_retry(
-        self, actions: tuple[Action, ...], ctx: ModelContext, seen: Observation, memory: _Memory
-    ) -> tuple[Action, ...]:
-        """Add that the store's failed Job is replaced, if it is time."""
-        replaced = any(isinstance(action, Replace) for action in actions)
-        if replaced:
-            memory.attempt = 0  # its pods are to be other ones: what failed is mended
-        retry_at = seen.store.retry_at
-        if replaced or retry_at is None or ctx.spec.suspend or self._wall() < retry_at:
-            return actions
-        assert seen.job is not None
-        memory.attempt = attempt_of(seen.job) + 1
-        return (*actions, Replace(seen.job))
 
     async def _carry_out(self, actions: tuple[Action, ...], memory: _Memory) -> list[Problem]:
         done = [await memory.writer.carry_out(action) for action in actions]
