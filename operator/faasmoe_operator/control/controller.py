@@ -36,7 +36,7 @@ from faasmoe_operator.platforms.roster import Change as Notice
 
 logger = logging.getLogger(__name__)
 
-STOPPED_S = 5.0  # without a tick, though there is load
+STOPPED_S = 5.0  # without a tick or a report, though there is load
 SOME_LOAD = 0.001  # of a function that is used, nobody says how much: one replica stays
 
 
@@ -81,7 +81,7 @@ class Controller:
         self._revised = Notice()
         self._platform = platform
         self._pulse = Pulse(self.timing.tick_s, rests_until=self._rests_until, clock=clock)
-        self._last_tick = now
+        self._heard = now  # the last time at which anybody could be heard
         self._due = asyncio.Event()
         self._plan_due = False
         self._actuator = Actuator(
@@ -157,6 +157,8 @@ class Controller:
         """Take a router's load report."""
         now = self.clock()
         self.metrics.reports.inc()
+        if report.is_busy:
+            self._catch_up(now)  # this load is not that of a rest before it
         if self.reports.take(report, now=now):
             self._revise()
         self.records.take(report, now=now)
@@ -223,14 +225,14 @@ class Controller:
         self._due.set()
 
     def _catch_up(self, now: float) -> None:
-        """Let the autoscalers know that there was no load while they rested."""
-        if now - self._last_tick > STOPPED_S and self.reports.was_busy():
+        """Let the autoscalers know that what was heard last went on: a rest, or load."""
+        if now - self._heard > STOPPED_S and self.reports.was_busy():
             # It rests only without load: this process was stopped, and could hear nobody.
-            logger.warning("no time passed for this control for %.0f s", now - self._last_tick)
-            self.reports.bridge(self._last_tick, now)
-        elif self.reports.sample(now) is not None:
-            self.scalers.observe_silence(self._last_tick, now)
-        self._last_tick = now
+            logger.warning("no time passed for this control for %.0f s", now - self._heard)
+            self.reports.bridge(self._heard, now)
+        self._heard = now
+        if self.scalers.are_behind(now):
+            self.scalers.catch_up(self._loads(now), now=now)
 
     def _loads(self, now: float) -> Mapping[str, float] | None:
         """Return each function's calls in flight: as routers say, or sandboxes if one cannot."""

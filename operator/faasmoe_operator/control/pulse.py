@@ -40,7 +40,9 @@ class Pulse:
     async def run(self, beat: Callable[[], None]) -> None:
         """Call `beat` at each beat."""
         loop = asyncio.get_running_loop()
-        due_s = loop.time()
+        # In the middle of the clock's seconds: a beat that is early or late stays in its own.
+        till_middle = (0.5 - self._clock()) % 1.0
+        due_s = loop.time() + (till_middle - 1.0) * self._period_s
         while True:
             due_s = self._next(due_s, loop.time())
             await asyncio.sleep(due_s - loop.time())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,7 @@ class Scalers:
         now: float,
     ) -> None:
         self._scalers = {f.id: _scaler(f, found, now=now) for f in functions}
+        self._told = math.floor(now) - 1  # the last second whose load is known here
 
     def desired(self, function: str) -> int:
         """Return the replicas that were decided last."""
@@ -79,16 +81,28 @@ class Scalers:
         return changes
 
     def observe(self, loads: Mapping[str, float] | None, *, now: float) -> None:
-        """Take a second's load of all functions; None when nothing is known."""
-        if loads is None:
+        """Take a second's load of all functions, once a second; None when nothing is known."""
+        second = math.floor(now)
+        if loads is None or second <= self._told:
             return
         for function, scaler in self._scalers.items():
             scaler.observe(now, loads.get(function, 0.0))
+        self._told = second
 
-    def observe_silence(self, since: float, until: float) -> None:
-        """Take that no function had any load in the seconds after `since` and before `until`."""
-        for scaler in self._scalers.values():
-            scaler.observe_silence(since, until)
+    def are_behind(self, now: float) -> bool:
+        """Return whether nobody has told of a second that is over."""
+        return self._told + 1 < math.floor(now)
+
+    def catch_up(self, loads: Mapping[str, float] | None, *, now: float) -> None:
+        """Take that these were the loads of all seconds that are over and that nobody told of.
+
+        Windows would take such a second for one without load, and replicas would go.
+        """
+        seconds = range(self._told + 1, math.floor(now))
+        self._told = max(self._told, math.floor(now) - 1)
+        if loads is not None:
+            for function, scaler in self._scalers.items():
+                scaler.observe_through(seconds, loads.get(function, 0.0))
 
     def are_at_rest(self, ready: Mapping[str, int], *, now: float) -> bool:
         """Return whether no decision changes anything until there is load, a wake or a loss.

@@ -81,15 +81,12 @@ class FunctionScaler:
         if concurrency > 0 or self.phase is not Phase.INACTIVE:
             self._windows.record(now, concurrency)
 
-    def observe_silence(self, since: float, until: float) -> None:
-        """Take that there was no load in the seconds after `since` and before `until`.
-
-        As if a report of 0 had come in each of them.
-        """
-        first = max(math.floor(since) + 1, math.floor(until) - math.ceil(self._settings.window_s))
-        if self.phase is not Phase.INACTIVE:
-            for second in range(first, math.floor(until)):
-                self._windows.record(second, 0.0)
+    def observe_through(self, seconds: range, concurrency: float) -> None:
+        """Take a load that was the same in each of these seconds, as `observe` takes one."""
+        if concurrency > 0 or self.phase is not Phase.INACTIVE:
+            longest = math.ceil(self._settings.window_s)
+            for second in seconds[-longest:]:
+                self.observe(second, concurrency)
 
     def is_at_rest(self, now: float, *, ready: int) -> bool:
         """Return whether every later decision is the last one.

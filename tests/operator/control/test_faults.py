@@ -103,6 +103,24 @@ def test_a_control_that_was_stopped_reaps_nothing_that_is_in_use(clock: Clock) -
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("late_s", [2.0, 4.0, 30.0])
+def test_a_late_tick_costs_no_replica(clock: Clock, late_s: float) -> None:
+    async def story() -> None:
+        load = LoadReport("r1", {"f0": FunctionLoad(11.0, calls=10)})
+        async with world(model_of(1, warm_pool=0)) as (controller, fleet):
+            controller.wake(["f0"])
+            async with reporting(controller, load):
+                await eventually(lambda: len(fleet.holders("f0")) == 4, "four replicas")
+                await pass_time(controller, QUICK.window_s)
+                for _ in range(3):
+                    clock.ahead_s += late_s
+                    controller.tick()
+                    assert controller.scalers.desired("f0") == 4
+                    await pass_time(controller, 2)
+
+    asyncio.run(story())
+
+
 def test_after_a_stop_what_is_idle_still_goes_to_zero(clock: Clock) -> None:
     async def story() -> None:
         async with world(model_of(1, scaling=NO_GRACE)) as (controller, _):

@@ -64,6 +64,33 @@ def test_silence_keeps_replicas() -> None:
     assert scalers.concurrency("f", now=60.0) is None
 
 
+def test_a_late_tick_takes_no_replica_from_a_load_that_goes_on() -> None:
+    scalers = Scalers(functions(f=SETTINGS), found={"f": Found(1, 1)}, now=0.0)
+    desired = []
+    for now in (1.5, 2.5, 3.5, 7.4, 7.5, 8.5, 12.5):  # one of these after the other is due
+        if scalers.are_behind(now):
+            scalers.catch_up({"f": 11.0}, now=now)
+        scalers.observe({"f": 11.0}, now=now)
+        scalers.decide({"f": scalers.desired("f")}, now=now)
+        desired.append(scalers.desired("f"))
+        assert scalers.concurrency("f", now=now) == 11.0
+    assert desired == [4] * 7
+
+
+def test_seconds_that_nobody_can_tell_of_are_left_out() -> None:
+    scalers = Scalers(functions(f=SETTINGS), found={"f": Found(1, 1)}, now=0.0)
+    assert scalers.are_behind(3.0)
+    scalers.catch_up(None, now=3.0)
+    assert not scalers.are_behind(3.0)
+    assert scalers.concurrency("f", now=3.0) is None
+
+
+def test_the_load_of_a_long_stop_is_only_looked_at_as_far_as_the_window_goes() -> None:
+    scalers = Scalers(functions(f=SETTINGS), found={"f": Found(1, 1)}, now=0.0)
+    scalers.catch_up({"f": 11.0}, now=1e9)
+    assert scalers.concurrency("f", now=1e9) == 11.0
+
+
 def test_tells_only_what_changed() -> None:
     scalers = Scalers(functions(f=SETTINGS), found={"f": Found(1, 1)}, now=0.0)
     scalers.observe({"f": 11.0}, now=1.0)
