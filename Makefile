@@ -10,6 +10,9 @@ STAMP  := $(VENV)/.installed
 TORCH  ?= torch==2.13.0
 DEMO   := .faasmoe/demo
 
+# Two processes on 2 cores, each with whole files; PARALLEL= is one, whose output is live.
+PARALLEL ?= -n 2 --dist loadfile
+
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help setup demo test test-slow test-cluster test-emulated test-gpu lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-reconcile chaos soak clean
@@ -35,10 +38,10 @@ demo: $(STAMP) ## Demo model, prepare, up, a streamed chat, memory and calls, cl
 	$(BIN)/python examples/demo.py $(if $(SERVE),--serve)
 
 test: $(STAMP) test-emulated ## The tests that run on 2 cores in minutes
-	$(BIN)/python -m pytest -m "not slow and not gpu and not cluster"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not cluster"
 
 test-emulated: $(STAMP) ## The tests of CUDA's code on an emulated device (tests/integration/emulated)
-	EMULATED_CUDA=1 $(BIN)/python -m pytest -m gpu tests/gpu
+	EMULATED_CUDA=1 $(BIN)/python -m pytest $(PARALLEL) -m gpu tests/gpu
 
 test-slow: $(STAMP) ## The tests that take longer
 	$(BIN)/python -m pytest -m "slow and not gpu and not cluster"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,8 +101,8 @@ def start(file: Path, log: Path) -> Up:
     """Start `faasmoe up` and wait until it serves."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    runtime = log.parent / "run"
-    runtime.mkdir(mode=0o700, exist_ok=True)
+    runtime = Path(tempfile.mkdtemp(prefix="up-"))  # pytest's own folders are too long for sockets
+    atexit.register(shutil.rmtree, runtime, ignore_errors=True)
     own = {k: v for k, v in os.environ.items() if not k.startswith("FAASMOE_")}
     with log.open("wb") as output:
         process = subprocess.Popen(
