@@ -157,8 +157,8 @@ class Controller:
         """Take a router's load report."""
         now = self.clock()
         self.metrics.reports.inc()
-        if report.is_busy:
-            self._catch_up(now)  # this load is not that of a rest before it
+        if report.is_busy or self.reports.was_busy():
+            self._catch_up(now)  # until now it was as it was heard last
         if self.reports.take(report, now=now):
             self._revise()
         self.records.take(report, now=now)

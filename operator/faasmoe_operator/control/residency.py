@@ -82,8 +82,8 @@ async def make_resident(
 async def wait_ready(platform: Platform[Any], names: Collection[str], *, timeout_s: float) -> None:
     """Wait until all of these sandboxes are ready; raises PlatformError if one is lost."""
     events, waiting = platform.watch(), set(names)
-    for name in waiting - {sandbox.id for sandbox in await platform.list()}:
-        raise _lost(name, "it had ended when this was asked")
+    if gone := waiting - {sandbox.id for sandbox in await platform.list()}:
+        raise _lost(min(gone), "it had ended when this was asked")
     try:
         async with asyncio.timeout(timeout_s):
             while waiting:

@@ -121,6 +121,25 @@ def test_a_late_tick_costs_no_replica(clock: Clock, late_s: float) -> None:
     asyncio.run(story())
 
 
+def test_load_that_ends_before_a_late_tick_had_gone_on_until_it_ended() -> None:
+    async def story() -> None:
+        load = LoadReport("r1", {"f0": FunctionLoad(11.0, calls=10)})
+        async with world(model_of(1, warm_pool=0)) as (controller, fleet):
+            controller.wake(["f0"])
+            async with reporting(controller, load):
+                await eventually(lambda: len(fleet.holders("f0")) == 4, "four replicas")
+                await pass_time(controller, QUICK.window_s)
+                controller.take(load)
+                now = controller.clock() + 4.0
+                controller.clock = lambda: now
+                controller.take(LoadReport("r1"))
+                controller.tick()
+                average = controller.scalers.concurrency("f0", now=now)
+                assert average == pytest.approx(11.0 * 5 / 6, abs=1e-5)  # the last second had none
+
+    asyncio.run(story())
+
+
 def test_after_a_stop_what_is_idle_still_goes_to_zero(clock: Clock) -> None:
     async def story() -> None:
         async with world(model_of(1, scaling=NO_GRACE)) as (controller, _):

@@ -125,12 +125,11 @@ def test_load_after_a_rest_is_not_taken_for_a_stop(caplog: pytest.LogCaptureFixt
             controller.take(LoadReport("r"))
             await eventually(lambda: ticks.rests(), "rest")
             await asyncio.sleep(2 * STOPPED_S * TIMING.tick_s)
-            begun = ticks.n
-            async with reporting(controller, LoadReport("r", {"f0": FunctionLoad(1.0, 1, 1)})):
+            begun, busy = ticks.n, LoadReport("r", {"f0": FunctionLoad(1.0, 1, 1)})
+            controller.take(busy)
+            assert controller.scalers.concurrency("f0", now=controller.clock()) == 0.0  # as yet
+            async with reporting(controller, busy):
                 await eventually(lambda: ticks.n > begun, "roused by load")
-            load = controller.scalers.concurrency("f0", now=controller.clock())
-            assert load is not None
-            assert load < 1.0  # averaged over the rest
 
     asyncio.run(story())
     assert "no time passed" not in caplog.text
@@ -205,7 +204,7 @@ def test_a_pulse_keeps_to_its_grid_whatever_it_rested() -> None:
         loop = asyncio.get_running_loop()
         beats: list[float] = []
         rests = iter([None, math.inf, None, None])
-        pulse = Pulse(0.05, rests_until=lambda _: next(rests), clock=lambda: 0.0)
+        pulse = Pulse(0.05, rests_until=lambda _: next(rests), clock=lambda: 0.5)
         begun_s = loop.time()
 
         def beat() -> None:
@@ -217,7 +216,28 @@ def test_a_pulse_keeps_to_its_grid_whatever_it_rested() -> None:
         loop.call_later(0.23, pulse.rouse)
         await asyncio.gather(running, return_exceptions=True)
         assert beats[1] - beats[0] > 0.15  # rested until it was roused
-        for at in beats:  # half a period from the clock's seconds, a little late
-            assert 0.02 < at % 0.05 < 0.045, beats
+        for at in beats:
+            assert at % 0.05 < 0.045, beats
+
+    asyncio.run(story())
+
+
+def test_a_pulse_beats_in_the_middle_of_the_clocks_seconds() -> None:
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        begun_s, beats = loop.time(), list[float]()
+
+        def clock() -> float:
+            return (loop.time() - begun_s) / 0.2
+
+        def beat() -> None:
+            beats.append(clock())
+            if len(beats) == 3:
+                raise TimeoutError
+
+        pulse = Pulse(0.2, rests_until=lambda _: None, clock=clock)
+        await asyncio.gather(pulse.run(beat), return_exceptions=True)
+        for at in beats:
+            assert at % 1.0 >= 0.49, beats
 
     asyncio.run(story())
