@@ -15,7 +15,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-slow test-cluster test-emulated test-gpu lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-reconcile chaos soak clean
+.PHONY: help setup demo test test-main test-slow test-cluster test-emulated test-gpu lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-reconcile chaos soak clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -37,7 +37,10 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Demo model, prepare, up, a streamed chat, memory and calls, clean end (SERVE=1 stays up)
 	$(BIN)/python examples/demo.py $(if $(SERVE),--serve)
 
-test: $(STAMP) test-emulated ## The tests that run on 2 cores in minutes
+test: $(STAMP) ## The tests that run on 2 cores in minutes; both suites run, whichever fails
+	status=0; $(MAKE) test-emulated || status=$$?; $(MAKE) test-main || status=$$?; exit $$status
+
+test-main: $(STAMP) ## All but those marked slow, gpu or cluster
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not cluster"
 
 test-emulated: $(STAMP) ## The tests of CUDA's code on an emulated device (tests/integration/emulated)

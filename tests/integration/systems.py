@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from launched import Up
 from tiny_chat import EXPERTS, MAX_MODEL_LEN
 
@@ -38,3 +39,19 @@ def answers_of(up: Up) -> list[dict[str, Any]]:
         assert answer.status_code == 200, answer.text
         choices += answer.json()["choices"]
     return choices
+
+
+def logprobs_of(choice: dict[str, Any]) -> list[float]:
+    return list((choice["logprobs"] or {}).get("token_logprobs", []))
+
+
+def assert_same_answers(got: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Assert equal texts, and log-probabilities equal to 1e-3.
+
+    Not their bits: a function's products run in another process or on another device, with other
+    row counts, thread counts and instruction sets, so the sums are rounded in another order.
+    """
+    assert [choice["text"] for choice in got] == [choice["text"] for choice in expected]
+    assert [c["finish_reason"] for c in got] == [c["finish_reason"] for c in expected]
+    for one, other in zip(got, expected, strict=True):
+        assert logprobs_of(one) == pytest.approx(logprobs_of(other), abs=1e-3)

@@ -77,6 +77,7 @@ def test_the_launcher_is_as_lean_as_the_products() -> None:
     assert _run("-c", program).strip() == "False"
 
 
+@pytest.mark.slow
 def test_the_fan_out_measures_every_candidate(tmp_path: Path) -> None:
     printed = _run("-m", "benchmarks.fanout", "--quick", "--out", str(tmp_path))
     figures = json.loads((tmp_path / "fanout.json").read_text())

@@ -53,6 +53,7 @@ def _check(found: dict[str, Any]) -> None:
     assert found["equal_texts"] is None or found["equal_texts"] > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S + 20)
 def test_functions_are_compared_with_a_shared_full_model(cache: Path, tmp_path: Path) -> None:
     names = ("full-model-shared", "functions-shared")
