@@ -81,7 +81,7 @@ bench-fairness: $(STAMP) ## A tenant that floods and five quiet ones; writes ben
 	$(BIN)/python -m benchmarks.fairness
 
 bench-paper: $(STAMP) ## The paper's comparison on the demo model; writes benchmarks/out/paper.*
-	$(BIN)/faasmoe bench paper --output-part 0.5 --repeats 2 --time-limit 300
+	$(BIN)/faasmoe bench paper --output-fraction 0.5 --repeats 2 --time-limit 300
 
 chaos: $(STAMP) ## Faults every second under a checked workload (SEED=1 MINUTES=2); writes benchmarks/out/chaos.json
 	$(BIN)/python -m tests.chaos --seed $(or $(SEED),1) --minutes $(or $(MINUTES),2)

@@ -14,16 +14,16 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 import numpy as np
-from benchmarks.served import Served
+from benchmarks.up_process import UpProcess
 
-from faasmoe_expert.table import FunctionSpec, FunctionTable
-from faasmoe_expert.wire import Dtype, Mode, encode_request
+from faasmoe_contracts.routing_table import FunctionSpec, RoutingTable
+from faasmoe_contracts.wire import Dtype, OutputMode, encode_request
 
-WAKE_TIMEOUT_S = 60.0
-ROUTER = "benchmark"
+ACTIVATION_TIMEOUT_S = 60.0
+ROUTER_NAME = "benchmark"
 
 
-class Table:
+class WatchedRoutingTable:
     """The function table as it is now; `following` keeps it so."""
 
     def __init__(self) -> None:
@@ -31,18 +31,18 @@ class Table:
         self._addresses: dict[str, tuple[str, ...]] = {}
         self._changed = asyncio.Condition()
 
-    async def address(self, function: str) -> str:
+    async def wait_for_address(self, function: str) -> str:
         """Wait for a function's address; raises TimeoutError."""
-        async with asyncio.timeout(WAKE_TIMEOUT_S), self._changed:
+        async with asyncio.timeout(ACTIVATION_TIMEOUT_S), self._changed:
             await self._changed.wait_for(lambda: bool(self._addresses.get(function)))
             return self._addresses[function][0]
 
-    async def take(self, line: bytes) -> None:
+    async def apply_line(self, line: bytes) -> None:
         """Take a line of the table's stream."""
         message = json.loads(line)
         async with self._changed:
             if message["kind"] == "snapshot":
-                entries = FunctionTable.from_json(message["table"]).functions
+                entries = RoutingTable.from_json(message["table"]).functions
                 self.specs = {entry.spec.id: entry.spec for entry in entries}
                 self._addresses = {entry.spec.id: entry.addresses for entry in entries}
             for change in message.get("functions", ()):
@@ -51,61 +51,61 @@ class Table:
 
 
 @asynccontextmanager
-async def following(model: Served) -> AsyncIterator[Table]:
+async def watching_routing_table(model: UpProcess) -> AsyncIterator[WatchedRoutingTable]:
     """Follow the function table as long as the context lasts."""
-    table, begun = Table(), asyncio.Event()
+    table, received_first = WatchedRoutingTable(), asyncio.Event()
 
-    async def follow() -> None:
+    async def watch() -> None:
         forever = aiohttp.ClientTimeout(total=None)
         url = f"{model.control_url}/v1/table"
         async with model.http.get(url, timeout=forever) as response:
             response.raise_for_status()
             async for line in response.content:
-                await table.take(line)
-                begun.set()
+                await table.apply_line(line)
+                received_first.set()
 
-    follower = asyncio.create_task(follow())
+    watcher = asyncio.create_task(watch())
     try:
-        await asyncio.wait_for(begun.wait(), WAKE_TIMEOUT_S)
+        await asyncio.wait_for(received_first.wait(), ACTIVATION_TIMEOUT_S)
         yield table
     finally:
-        follower.cancel()
-        await asyncio.gather(follower, return_exceptions=True)
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
 
 
-async def activations_s(model: Served, *, rounds: int) -> tuple[list[float], int]:
+async def measure_activations_s(model: UpProcess, *, rounds: int) -> tuple[list[float], int]:
     """Return the time of each activation, and how many sandboxes are left when all are idle.
 
     Every function is brought up once in each round, with the pool full when it is woken; a round
     begins with all functions at zero.
     """
     times_s: list[float] = []
-    left = 0
-    async with following(model) as table:
+    n_idle_sandboxes = 0
+    async with watching_routing_table(model) as table:
         for number in range(rounds):
-            left = await model.wait_idle()
+            n_idle_sandboxes = await model.wait_idle()
             for spec in table.specs.values():
-                await model.wait_pool()
+                await model.wait_pool_ready()
                 times_s.append(await _activate(model, table, spec))
             print(f"  round {number + 1} of {rounds}: {times_s[-1]:.3f} s last", flush=True)
-        left = await model.wait_idle()
-    return times_s, left
+        n_idle_sandboxes = await model.wait_idle()
+    return times_s, n_idle_sandboxes
 
 
-async def _activate(model: Served, table: Table, spec: FunctionSpec) -> float:
-    frame = _frame(model, spec)
-    begun_s = time.perf_counter()
-    body = {"router": ROUTER, "sent_at_s": time.time(), "functions": [spec.id]}
+async def _activate(model: UpProcess, table: WatchedRoutingTable, spec: FunctionSpec) -> float:
+    frame = _request_frame(model, spec)
+    started_s = time.perf_counter()
+    body = {"router": ROUTER_NAME, "sent_at_s": time.time(), "functions": [spec.id]}
     async with model.http.post(f"{model.control_url}/v1/wake", json=body) as response:
         response.raise_for_status()
-    address = await table.address(spec.id)
+    address = await table.wait_for_address(spec.id)
     async with model.http.post(f"http://{address}/v1/functions/{spec.id}", data=frame) as response:
         response.raise_for_status()
         await response.read()
-    return time.perf_counter() - begun_s
+    return time.perf_counter() - started_s
 
 
-def _frame(model: Served, spec: FunctionSpec) -> bytes:
+def _request_frame(model: UpProcess, spec: FunctionSpec) -> bytes:
     """Return a call with one row for each expert of the function."""
     hidden, n_rows = model.store.manifest.model.hidden_size, len(spec.experts)
     values = np.random.default_rng(0).standard_normal((n_rows, hidden), np.float32)  # [T, H]
@@ -113,7 +113,7 @@ def _frame(model: Served, spec: FunctionSpec) -> bytes:
     buffers = encode_request(
         rows.tobytes(),
         dtype=Dtype.BFLOAT16,
-        mode=Mode.REDUCED,
+        mode=OutputMode.REDUCED,
         layer=spec.layers[0],
         hidden_size=hidden,
         n_rows=n_rows,

@@ -21,32 +21,43 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import data_plane_tables as tables
-from benchmarks.comparison import PROMPT_TOKENS, Turns, describe_runs, draw_prompts, take_turns
-from benchmarks.fleet import Fleet, make_model, serving, write_moemodel
-from benchmarks.geometry import Geometry, qwen, small
-from benchmarks.report import OUT, describe_machine, memory_bytes, write_figures
-from benchmarks.sides import ROOT
-from benchmarks.step_parts import breakdown_ms
-from benchmarks.trial import (
-    BATCHED,
-    DEFAULT_WAIT,
-    PASSIVE_WAIT,
-    Choice,
-    best_in_process,
-    in_process,
+from benchmarks.alternating_runs import (
+    PROMPT_TOKENS,
+    PairedRuns,
+    describe_runs,
+    draw_prompts,
+    run_alternating,
 )
-from benchmarks.usage import Memory
+from benchmarks.baseline_tuning import (
+    BATCHED_MM,
+    DEFAULT_WAIT_POLICY,
+    PASSIVE_WAIT_POLICY,
+    BestSettings,
+    running_baseline,
+    running_best_baseline,
+)
+from benchmarks.geometry import CheckpointGeometry, qwen_geometry, small_geometry
+from benchmarks.report import OUT, describe_machine, memory_bytes, write_figures
+from benchmarks.resource_usage import MemoryUsage
+from benchmarks.static_deployment import (
+    StaticDeployment,
+    make_model_in_subprocess,
+    running_static_deployment,
+    write_moemodel,
+)
+from benchmarks.step_breakdown import breakdown_ms
+from benchmarks.worker import ROOT
 
 MAX_MODEL_LEN = 256
 SIDES = 2
-SPARE_BYTES = 3 << 30  # caches, runtimes, activations
-GATHERED_PART = 1 / 16  # of memory, for the copies that batched_mm makes
+HEADROOM_BYTES = 3 << 30  # caches, runtimes, activations
+MAX_GATHERED_FRACTION = 1 / 16  # of memory, for the copies that batched_mm makes
 CACHE = Path.home() / ".cache" / "faasmoe-bench"
-WARM_RUNS = 2  # of 512 prompt tokens each: every expert is touched, so that its memory counts
+N_WARM_UP_RUNS = 2  # of 512 prompt tokens each: every expert is touched, so that its memory counts
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class DataPlanePlan:
     """How much is measured.
 
     Attributes:
@@ -58,7 +69,7 @@ class Plan:
         waits: how the in-process side's threads may wait.
     """
 
-    geometry: Geometry
+    geometry: CheckpointGeometry
     experts_per_function: int
     rounds: int
     tokens: Mapping[int, int]
@@ -66,19 +77,21 @@ class Plan:
     waits: tuple[str, ...]
 
 
-def full_plan(layers: int, rounds: int) -> Plan:
+def full_plan(layers: int, rounds: int) -> DataPlanePlan:
     """Return the plan whose figures count."""
     tokens = {1: 64, 8: 40, 32: 32}
-    return Plan(qwen(layers), 20, rounds, tokens, 16, (DEFAULT_WAIT, PASSIVE_WAIT))
+    return DataPlanePlan(
+        qwen_geometry(layers), 20, rounds, tokens, 16, (DEFAULT_WAIT_POLICY, PASSIVE_WAIT_POLICY)
+    )
 
 
-def quick_plan() -> Plan:
+def quick_plan() -> DataPlanePlan:
     """Return a plan of seconds, which shows that everything works; its figures mean nothing."""
-    return Plan(small(), 3, 2, {1: 8, 8: 8, 32: 8}, 6, (DEFAULT_WAIT,))
+    return DataPlanePlan(small_geometry(), 3, 2, {1: 8, 8: 8, 32: 8}, 6, (DEFAULT_WAIT_POLICY,))
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
+class DataPlaneResults:
     """What a run of the benchmark found.
 
     Attributes:
@@ -91,10 +104,10 @@ class Findings:
         profile: where our step's time went, by batch size, if that was asked for.
     """
 
-    turns: Mapping[int, Turns]
-    choice: Choice
-    in_process_memory: Memory
-    memory: Mapping[str, Memory]
+    turns: Mapping[int, PairedRuns]
+    choice: BestSettings
+    in_process_memory: MemoryUsage
+    memory: Mapping[str, MemoryUsage]
     floor_bytes: int
     experts_in_memory: float
     profile: Mapping[int, Mapping[str, float]]
@@ -102,50 +115,50 @@ class Findings:
     @property
     def memory_over_floor(self) -> float:
         """Memory of all our processes over the weights once."""
-        return Memory.total_of(self.memory.values()).total / self.floor_bytes
+        return MemoryUsage.sum_of(self.memory.values()).total / self.floor_bytes
 
 
-async def measure(plan: Plan, folder: Path, *, profile: bool) -> Findings:
+async def measure(plan: DataPlanePlan, folder: Path, *, profile: bool) -> DataPlaneResults:
     """Make the model, try the settings, compare."""
     check_memory(plan.geometry)
     checkpoint, moemodel = await _prepare(plan, folder)
-    start = partial(in_process, checkpoint, max_model_len=MAX_MODEL_LEN)
+    start = partial(running_baseline, checkpoint, max_model_len=MAX_MODEL_LEN)
     vocabulary = plan.geometry.vocabulary
     prompts = {b: draw_prompts(b, vocabulary=vocabulary, seed=-1) for b in plan.tokens}
     print("settings of the in-process side")
-    trying = best_in_process(
+    baseline_tuning = running_best_baseline(
         start,
         plan.waits,
         prompts,
         max_tokens=plan.trial_tokens,
-        fits=lambda implementation, batch: fits(plan.geometry, implementation, batch),
+        fits=lambda implementation, batch: fits_in_memory(plan.geometry, implementation, batch),
     )
-    async with trying as (rival, choice), serving(moemodel) as fleet:
+    async with baseline_tuning as (baseline, choice), running_static_deployment(moemodel) as fleet:
         await _warm_up(fleet, vocabulary)
-        await rival.run(prompts[1], max_tokens=4, implementation=choice.implementations[1])
+        await baseline.run_batch(prompts[1], max_tokens=4, implementation=choice.implementations[1])
         print("turns")
-        turns = await take_turns(
-            rival,
-            fleet.side,
+        turns = await run_alternating(
+            baseline,
+            fleet.router,
             implementations=choice.implementations,
             tokens=plan.tokens,
             vocabulary=vocabulary,
             rounds=plan.rounds,
         )
-        return Findings(
+        return DataPlaneResults(
             turns=turns,
             choice=choice,
-            in_process_memory=Memory.of(rival.pid),
-            memory=fleet.memory(),
+            in_process_memory=MemoryUsage.of_pid(baseline.pid),
+            memory=fleet.memory_by_process(),
             floor_bytes=fleet.floor_bytes,
             experts_in_memory=fleet.experts_in_memory(),
             profile=await _profile(fleet, plan) if profile else {},
         )
 
 
-def check_memory(geometry: Geometry) -> None:
+def check_memory(geometry: CheckpointGeometry) -> None:
     """Raise SystemExit if both sides at once do not fit into memory."""
-    needed = SIDES * geometry.weight_bytes + SPARE_BYTES
+    needed = SIDES * geometry.weight_bytes + HEADROOM_BYTES
     available = memory_bytes("MemAvailable")
     if needed > available:
         raise SystemExit(
@@ -154,15 +167,15 @@ def check_memory(geometry: Geometry) -> None:
         )
 
 
-def fits(geometry: Geometry, implementation: str, batch: int) -> bool:
+def fits_in_memory(geometry: CheckpointGeometry, implementation: str, batch: int) -> bool:
     """Tell whether an experts implementation has the memory for the prefill of a batch."""
-    copied = geometry.gathered_bytes(batch * PROMPT_TOKENS) if implementation == BATCHED else 0
-    return copied <= memory_bytes("MemTotal") * GATHERED_PART
+    copied = geometry.gathered_bytes(batch * PROMPT_TOKENS) if implementation == BATCHED_MM else 0
+    return copied <= memory_bytes("MemTotal") * MAX_GATHERED_FRACTION
 
 
-async def _prepare(plan: Plan, folder: Path) -> tuple[Path, Path]:
+async def _prepare(plan: DataPlanePlan, folder: Path) -> tuple[Path, Path]:
     """Return checkpoint and MoEModel file."""
-    checkpoint, store = await make_model(plan.geometry, folder)
+    checkpoint, store = await make_model_in_subprocess(plan.geometry, folder)
     moemodel = folder / f"{plan.geometry.name}.yaml"
     write_moemodel(
         moemodel,
@@ -174,37 +187,39 @@ async def _prepare(plan: Plan, folder: Path) -> tuple[Path, Path]:
     return checkpoint, moemodel
 
 
-async def _warm_up(fleet: Fleet, vocabulary: int) -> None:
-    for seed in range(WARM_RUNS):
+async def _warm_up(fleet: StaticDeployment, vocabulary: int) -> None:
+    for seed in range(N_WARM_UP_RUNS):
         prompts = draw_prompts(32, vocabulary=vocabulary, seed=-2 - seed)
-        await fleet.side.run(prompts, max_tokens=4)
+        await fleet.router.run_batch(prompts, max_tokens=4)
 
 
-async def _profile(fleet: Fleet, plan: Plan) -> dict[int, Mapping[str, float]]:
-    found: dict[int, Mapping[str, float]] = {}
+async def _profile(fleet: StaticDeployment, plan: DataPlanePlan) -> dict[int, Mapping[str, float]]:
+    profiles: dict[int, Mapping[str, float]] = {}
     for batch, tokens in plan.tokens.items():
         prompts = draw_prompts(batch, vocabulary=plan.geometry.vocabulary, seed=0)
-        run = await fleet.side.run(prompts, max_tokens=tokens, profile=True)
-        found[batch] = breakdown_ms(run)
-    return found
+        run = await fleet.router.run_batch(prompts, max_tokens=tokens, profile=True)
+        profiles[batch] = breakdown_ms(run)
+    return profiles
 
 
-def figures(plan: Plan, found: Findings, machine: Mapping[str, Any]) -> dict[str, Any]:
+def build_figures(
+    plan: DataPlanePlan, results: DataPlaneResults, machine: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return what is written to data_plane.json, without the fan-out."""
-    memory = {name: asdict(memory) for name, memory in found.memory.items()}
+    memory = {name: asdict(memory) for name, memory in results.memory.items()}
     return {
         "machine": machine,
         "geometry": asdict(plan.geometry),
         "experts_per_function": plan.experts_per_function,
         "rounds": plan.rounds,
-        "decode_ratio": {str(b): t.decode_ratio.median for b, t in found.turns.items()},
-        "cpu_ratio": {str(b): t.cpu_ratio.median for b, t in found.turns.items()},
-        "calls_per_token": {str(b): t.calls_per_token for b, t in found.turns.items()},
-        "memory_over_floor": found.memory_over_floor,
+        "decode_ratio": {str(b): t.decode_ratio.median for b, t in results.turns.items()},
+        "cpu_ratio": {str(b): t.cpu_ratio.median for b, t in results.turns.items()},
+        "calls_per_token": {str(b): t.calls_per_token for b, t in results.turns.items()},
+        "memory_over_floor": results.memory_over_floor,
         "memory": {
-            "floor_bytes": found.floor_bytes,
-            "experts_in_memory": found.experts_in_memory,
-            "in_process": asdict(found.in_process_memory),
+            "floor_bytes": results.floor_bytes,
+            "experts_in_memory": results.experts_in_memory,
+            "in_process": asdict(results.in_process_memory),
             "ours": memory,
         },
         "batches": {
@@ -212,30 +227,30 @@ def figures(plan: Plan, found: Findings, machine: Mapping[str, Any]) -> dict[str
                 "decode_ratio": turns.decode_ratio,
                 "cpu_ratio": turns.cpu_ratio,
                 "in_process": describe_runs(turns.in_process)
-                | {"implementation": found.choice.implementations[batch]},
+                | {"implementation": results.choice.implementations[batch]},
                 "ours": describe_runs(turns.ours),
                 "equal_tokens": turns.equal_tokens,
                 "equal_first_tokens": turns.equal_first_tokens,
-                "in_process_own_agreement": found.choice.own_agreement(batch),
+                "in_process_own_agreement": results.choice.self_agreement(batch),
             }
-            for batch, turns in found.turns.items()
+            for batch, turns in results.turns.items()
         },
-        "in_process_wait": found.choice.wait,
+        "in_process_wait": results.choice.wait_policy,
         "in_process_trials": [
             {
                 "batch": trial.run.batch,
-                "wait": trial.wait,
+                "wait": trial.wait_policy,
                 "implementation": trial.implementation,
                 "step_ms": trial.run.step_ms,
                 "cpu_ms_per_token": trial.run.cpu_ms_per_token,
             }
-            for trial in found.choice.trials
+            for trial in results.choice.trials
         ],
-        "profile_ms": {str(batch): dict(parts) for batch, parts in found.profile.items()},
+        "profile_ms": {str(batch): dict(parts) for batch, parts in results.profile.items()},
     }
 
 
-async def fan_out(*, quick: bool) -> float:
+async def measure_fanout_p50_us(*, quick: bool) -> float:
     """Return the median round trip of the hot path in µs, measured before all else is started."""
     command = [sys.executable, "-m", "benchmarks.fanout", "--product-only"]
     with tempfile.TemporaryDirectory() as folder:
@@ -248,21 +263,25 @@ async def fan_out(*, quick: bool) -> float:
     return float(written["fanout_p50_us"])
 
 
-async def run(plan: Plan, *, cache: Path, out: Path, quick: bool, profile: bool) -> None:
+async def run(plan: DataPlanePlan, *, cache: Path, out: Path, quick: bool, profile: bool) -> None:
     """Measure, print the tables, write the figures."""
     machine = describe_machine()
-    fanout_p50_us = await fan_out(quick=quick)
-    found = await measure(plan, cache, profile=profile)
+    fanout_p50_us = await measure_fanout_p50_us(quick=quick)
+    results = await measure(plan, cache, profile=profile)
     print()
-    print(tables.decoding(found.turns, found.choice))
+    print(tables.decoding_table(results.turns, results.choice))
     print()
-    print(tables.memory(found.memory, found.in_process_memory, floor_bytes=found.floor_bytes))
-    print(f"part of the experts' weights that was touched: {found.experts_in_memory:.1%}")
-    if found.profile:
+    print(
+        tables.memory_table(
+            results.memory, results.in_process_memory, floor_bytes=results.floor_bytes
+        )
+    )
+    print(f"part of the experts' weights that was touched: {results.experts_in_memory:.1%}")
+    if results.profile:
         print()
-        print(tables.profile(found.profile))
-    written = {"fanout_p50_us": fanout_p50_us, **figures(plan, found, machine)}
-    print(f"\nfigures: {write_figures('data_plane', written, folder=out)}")
+        print(tables.profile_table(results.profile))
+    figures_json = {"fanout_p50_us": fanout_p50_us, **build_figures(plan, results, machine)}
+    print(f"\nfigures: {write_figures('data_plane', figures_json, folder=out)}")
 
 
 def main() -> int:

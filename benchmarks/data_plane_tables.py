@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.comparison import Turns
-from benchmarks.decoding import Run
+from benchmarks.alternating_runs import PairedRuns
+from benchmarks.baseline_tuning import BestSettings
+from benchmarks.decoding import DecodeRun
 from benchmarks.report import Spread
-from benchmarks.trial import Choice
-from benchmarks.usage import Memory
+from benchmarks.resource_usage import MemoryUsage
 
-from faasmoe_operator.cli.table import format_table
+from faasmoe_operator.cli.formatting import format_table
 
 MIB = 1 << 20
 
 
-def decoding(turns: Mapping[int, Turns], choice: Choice) -> str:
+def decoding_table(turns: Mapping[int, PairedRuns], choice: BestSettings) -> str:
     """Return the comparison: medians, with the least and the most in brackets."""
     header = ("", *(f"BATCH {batch}" for batch in turns))
     rows: list[tuple[str, ...]] = [("in-process experts", *choice.implementations.values())]
@@ -25,21 +25,23 @@ def decoding(turns: Mapping[int, Turns], choice: Choice) -> str:
             cells = (_cell(getattr(t, side), name) for t in turns.values())
             rows.append((f"{label}, {side.replace('_', '-')}", *cells))
     rows += [
-        ("decode ratio, ours/in-process", *(t.decode_ratio.text(3) for t in turns.values())),
-        ("CPU ratio, ours/in-process", *(t.cpu_ratio.text(3) for t in turns.values())),
+        ("decode ratio, ours/in-process", *(t.decode_ratio.format(3) for t in turns.values())),
+        ("CPU ratio, ours/in-process", *(t.cpu_ratio.format(3) for t in turns.values())),
         ("calls per token", *(f"{t.calls_per_token:.2f}" for t in turns.values())),
         ("equal first tokens", *(f"{t.equal_first_tokens:.1%}" for t in turns.values())),
         ("tokens before a difference", *(f"{t.equal_tokens:.1%}" for t in turns.values())),
-        ("the same among in-process", *(f"{choice.own_agreement(b):.1%}" for b in turns)),
+        ("the same among in-process", *(f"{choice.self_agreement(b):.1%}" for b in turns)),
     ]
     return format_table(header, rows)
 
 
-def memory(ours: Mapping[str, Memory], in_process: Memory, *, floor_bytes: int) -> str:
+def memory_table(
+    ours: Mapping[str, MemoryUsage], in_process: MemoryUsage, *, floor_bytes: int
+) -> str:
     """Return the memory of each process (PSS) and of all."""
     header = ("PROCESS", "PSS MiB", "ANONYMOUS", "FILES")
     rows = [_memory_row(name, held) for name, held in ours.items()]
-    total = Memory.total_of(ours.values())
+    total = MemoryUsage.sum_of(ours.values())
     rows += [
         _memory_row("all of ours", total),
         _memory_row("in-process", in_process),
@@ -49,7 +51,7 @@ def memory(ours: Mapping[str, Memory], in_process: Memory, *, floor_bytes: int) 
     return f"{format_table(header, rows)}\n{over}, in-process {in_process.total / floor_bytes:.3f}"
 
 
-def profile(parts: Mapping[int, Mapping[str, float]]) -> str:
+def profile_table(parts: Mapping[int, Mapping[str, float]]) -> str:
     """Return where our step's time goes, in ms; the last lines are not parts of it."""
     header = ("MS PER STEP", *(f"BATCH {batch}" for batch in parts))
     names = next(iter(parts.values()))
@@ -57,10 +59,10 @@ def profile(parts: Mapping[int, Mapping[str, float]]) -> str:
     return format_table(header, rows)
 
 
-def _cell(runs: Sequence[Run], name: str) -> str:
-    return Spread.of([getattr(run, name) for run in runs]).text(1)
+def _cell(runs: Sequence[DecodeRun], name: str) -> str:
+    return Spread.from_values([getattr(run, name) for run in runs]).format(1)
 
 
-def _memory_row(name: str, memory: Memory) -> tuple[str, ...]:
-    sizes = (memory.total, memory.anonymous, memory.of_files)
+def _memory_row(name: str, usage: MemoryUsage) -> tuple[str, ...]:
+    sizes = (usage.total, usage.anonymous, usage.of_files)
     return (name, *(f"{size / MIB:.1f}" for size in sizes))

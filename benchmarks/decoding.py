@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Protocol
 
-SETTLING_STEPS = 1  # the first decode step still meets the prefill's cold caches
+WARM_UP_STEPS = 1  # the first decode step still meets the prefill's cold caches
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ResourceReading:
     """What a side has used at one moment: wall clock, processor time, and what else it counts."""
 
     time_s: float
@@ -25,7 +25,7 @@ class Reading:
     counters: Mapping[str, float] = field(default_factory=dict)
 
 
-class Output(Protocol):
+class StepOutput(Protocol):
     """What transformers hands out of one request after a step."""
 
     request_id: str
@@ -34,7 +34,7 @@ class Output(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class DecodeRun:
     """What one run of a batch gave.
 
     Attributes:
@@ -80,32 +80,32 @@ class Run:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Run:
+    def from_json(cls, value: Mapping[str, Any]) -> DecodeRun:
         """Read a worker's answer."""
         return cls(**{**value, "tokens": tuple(map(tuple, value["tokens"]))})
 
 
-class Recorder:
+class RunRecorder:
     """Takes a run's outputs, step by step, until every request has all its tokens."""
 
-    def __init__(self, meter: Callable[[], Reading]) -> None:
-        self._meter = meter
-        self._numbers = itertools.count()
+    def __init__(self, read_resources: Callable[[], ResourceReading]) -> None:
+        self._read_resources = read_resources
+        self._run_numbers = itertools.count()
         self._tokens: dict[str, list[int]] = {}
-        self._readings: list[tuple[Reading, int, int]] = []
+        self._readings: list[tuple[ResourceReading, int, int]] = []
         self._max_tokens = 0
-        self._begun_s = 0.0
-        self._first_s: dict[str, float] = {}
+        self._started_s = 0.0
+        self._first_token_s: dict[str, float] = {}
         self._error: str | None = None
         self._done = threading.Event()
 
-    def begin(self, n_requests: int, *, max_tokens: int) -> list[str]:
+    def start(self, n_requests: int, *, max_tokens: int) -> list[str]:
         """Forget the last run; return the ids under which the requests are to be added."""
-        number = next(self._numbers)
+        number = next(self._run_numbers)
         self._tokens = {f"run{number}-{i}": [] for i in range(n_requests)}
         self._readings, self._max_tokens, self._error = [], max_tokens, None
         self._done.clear()
-        self._begun_s, self._first_s = self._meter().time_s, {}
+        self._started_s, self._first_token_s = self._read_resources().time_s, {}
         return list(self._tokens)
 
     def fail(self, request_ids: Sequence[str], error: Exception) -> None:
@@ -113,54 +113,54 @@ class Recorder:
         self._error = f"{len(request_ids)} requests: {error}"
         self._done.set()
 
-    def take(self, outputs: Sequence[Output]) -> None:
+    def record_step(self, outputs: Sequence[StepOutput]) -> None:
         """Take what one step gave."""
-        reading = self._meter()
+        reading = self._read_resources()
         for output in outputs:
             if output.error is not None:
                 self._error = output.error
                 self._done.set()
             if output.request_id in self._tokens:
                 self._tokens[output.request_id] = list(output.generated_tokens)
-                self._first_s.setdefault(output.request_id, reading.time_s - self._begun_s)
+                self._first_token_s.setdefault(output.request_id, reading.time_s - self._started_s)
         lengths = [len(tokens) for tokens in self._tokens.values()]
         self._readings.append((reading, min(lengths), max(lengths)))
         if min(lengths) >= self._max_tokens:
             self._done.set()
 
-    def finish(self, timeout_s: float) -> Run:
+    def wait(self, timeout_s: float) -> DecodeRun:
         """Wait for the last token; return the run. Raises RuntimeError if it failed."""
         if not self._done.wait(timeout_s):
             raise RuntimeError(f"the run was not over after {timeout_s:g} s")
         if self._error is not None:
             raise RuntimeError(f"a request failed: {self._error}")
-        first, last, steps = self._window()
-        return Run(
+        first, last, steps = self._decode_window()
+        return DecodeRun(
             batch=len(self._tokens),
             steps=steps,
             time_s=last.time_s - first.time_s,
             cpu_s=last.cpu_s - first.cpu_s,
             counters={k: last.counters[k] - first.counters[k] for k in first.counters},
             tokens=tuple(tuple(tokens) for tokens in self._tokens.values()),
-            ttft_s=median(self._first_s.values()),
+            ttft_s=median(self._first_token_s.values()),
         )
 
-    def _window(self) -> tuple[Reading, Reading, int]:
+    def _decode_window(self) -> tuple[ResourceReading, ResourceReading, int]:
         """Return where every request began to decode, where the first one ended, and the steps."""
         lengths = [(low, high) for _, low, high in self._readings]
-        begin = next(i for i, (low, _) in enumerate(lengths) if low >= 1) + SETTLING_STEPS
-        end = next(i for i, (_, high) in enumerate(lengths) if high >= self._max_tokens)
-        if end <= begin:
+        start = next(i for i, (low, _) in enumerate(lengths) if low >= 1) + WARM_UP_STEPS
+        stop = next(i for i, (_, high) in enumerate(lengths) if high >= self._max_tokens)
+        if stop <= start:
             raise RuntimeError(
                 f"max_tokens: got {self._max_tokens}, expected more, so that all decode together"
             )
-        return self._readings[begin][0], self._readings[end][0], end - begin
+        return self._readings[start][0], self._readings[stop][0], stop - start
 
 
-def equal_fraction(some: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> float:
+def equal_token_fraction(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> float:
     """Return the part of all tokens that come before their request's first difference."""
     agreed = sum(
         sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=True)))
-        for a, b in zip(some, others, strict=True)
+        for a, b in zip(first, second, strict=True)
     )
-    return agreed / sum(map(len, some))
+    return agreed / sum(map(len, first))

@@ -22,13 +22,12 @@ from typing import Any
 import uvicorn
 import uvloop
 
+from faasmoe_contracts.parent_death import die_with_parent
+from faasmoe_contracts.unix_socket import unix_socket_path
+from faasmoe_contracts.wire import decode_request, encode_response
 from faasmoe_expert.config import SandboxConfig
-from faasmoe_expert.lifeline import die_with_parent
-from faasmoe_expert.same_node import socket_path
-from faasmoe_expert.server.answer import FRAME, Answer
-from faasmoe_expert.server.protocol import HttpProtocol
-from faasmoe_expert.server.request import HttpRequest
-from faasmoe_expert.wire import decode_request, encode_response
+from faasmoe_expert.server.connection import HttpConnection
+from faasmoe_expert.server.http import FRAME_CONTENT_TYPE, HttpRequest, HttpResponse
 
 BACKLOG = 128
 END_TIMEOUT_S = 5.0
@@ -37,7 +36,7 @@ Serve = Callable[[socket.socket], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ServerKind:
     """A kind of server.
 
     Attributes:
@@ -53,17 +52,17 @@ class Kind:
 
 def _serve_protocol(
     listener: socket.socket,
-    handle: Callable[[HttpRequest], Answer],
+    handle: Callable[[HttpRequest], HttpResponse],
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     async def serve() -> None:
-        connections: set[HttpProtocol] = set()
+        connections: set[HttpConnection] = set()
         loop = asyncio.get_running_loop()
         timeout_s = SandboxConfig().request_timeout_s
         is_unix = listener.family == socket.AF_UNIX
         create = loop.create_unix_server if is_unix else loop.create_server
         server = await create(
-            lambda: HttpProtocol(handle, connections, timeout_s=timeout_s), sock=listener
+            lambda: HttpConnection(handle, connections, timeout_s=timeout_s), sock=listener
         )
         await server.serve_forever()
 
@@ -71,13 +70,13 @@ def _serve_protocol(
         runner.run(serve())
 
 
-def _echo(request: HttpRequest) -> Answer:
-    return Answer(200, FRAME, [request.frame])
+def _echo(request: HttpRequest) -> HttpResponse:
+    return HttpResponse(200, FRAME_CONTENT_TYPE, [request.frame])
 
 
-def _echo_frame(request: HttpRequest) -> Answer:
+def _echo_frame(request: HttpRequest) -> HttpResponse:
     frame = decode_request(request.frame)
-    return Answer(200, FRAME, encode_response(frame.header, frame.rows))
+    return HttpResponse(200, FRAME_CONTENT_TYPE, encode_response(frame.header, frame.rows))
 
 
 async def _asgi(
@@ -91,7 +90,10 @@ async def _asgi(
         parts.append(message.get("body", b""))
         more = message.get("more_body", False)
     body = b"".join(parts)
-    headers = [(b"content-type", FRAME.encode()), (b"content-length", str(len(body)).encode())]
+    headers = [
+        (b"content-type", FRAME_CONTENT_TYPE.encode()),
+        (b"content-length", str(len(body)).encode()),
+    ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
@@ -111,16 +113,18 @@ def _serve_uvicorn(listener: socket.socket) -> None:
     uvicorn.Server(config).run(sockets=[listener])
 
 
-UVICORN = Kind("uvicorn, httptools", _serve_uvicorn)
-ASYNCIO = Kind("ours, asyncio", lambda s: _serve_protocol(s, _echo, asyncio.new_event_loop))
-UVLOOP = Kind("ours, uvloop", lambda s: _serve_protocol(s, _echo, uvloop.new_event_loop))
-UNIX = Kind("ours, uvloop, Unix sockets", UVLOOP.serve, is_unix=True)
-FRAMES = Kind("ours, uvloop", lambda s: _serve_protocol(s, _echo_frame, uvloop.new_event_loop))
-UNIX_FRAMES = Kind("ours, uvloop, Unix sockets", FRAMES.serve, is_unix=True)
+UVICORN = ServerKind("uvicorn, httptools", _serve_uvicorn)
+ASYNCIO = ServerKind("ours, asyncio", lambda s: _serve_protocol(s, _echo, asyncio.new_event_loop))
+UVLOOP = ServerKind("ours, uvloop", lambda s: _serve_protocol(s, _echo, uvloop.new_event_loop))
+UNIX = ServerKind("ours, uvloop, Unix sockets", UVLOOP.serve, is_unix=True)
+FRAMES = ServerKind(
+    "ours, uvloop", lambda s: _serve_protocol(s, _echo_frame, uvloop.new_event_loop)
+)
+UNIX_FRAMES = ServerKind("ours, uvloop, Unix sockets", FRAMES.serve, is_unix=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Servers:
+class RunningServers:
     """Servers that run.
 
     Attributes:
@@ -133,24 +137,26 @@ class Servers:
 
 
 @contextmanager
-def forked(kind: Kind, n_servers: int) -> Iterator[Servers]:
+def forked_servers(kind: ServerKind, n_servers: int) -> Iterator[RunningServers]:
     """Run servers in processes as long as the context lasts.
 
     Must be entered before this process has any other thread.
     """
     context = multiprocessing.get_context("fork")
     folder = Path(tempfile.mkdtemp(prefix="faasmoe-bench-"))
-    listeners = [_listener(kind, socket_path(folder, port)) for port in range(1, n_servers + 1)]
+    listeners = [_listen(kind, unix_socket_path(folder, port)) for port in range(1, n_servers + 1)]
     parent_pid = os.getpid()
     servers = [
-        context.Process(target=_run, args=(kind.serve, listener, parent_pid), daemon=True)
+        context.Process(
+            target=_serve_until_parent_dies, args=(kind.serve, listener, parent_pid), daemon=True
+        )
         for listener in listeners
     ]
     try:
         for server in servers:
             server.start()
         addresses = [_address(listener) for listener in listeners]
-        yield Servers(addresses, folder if kind.is_unix else None)
+        yield RunningServers(addresses, folder if kind.is_unix else None)
     finally:
         for server in servers:
             server.kill()
@@ -160,7 +166,7 @@ def forked(kind: Kind, n_servers: int) -> Iterator[Servers]:
         shutil.rmtree(folder)
 
 
-def _listener(kind: Kind, path: Path) -> socket.socket:
+def _listen(kind: ServerKind, path: Path) -> socket.socket:
     if not kind.is_unix:
         return socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -175,6 +181,6 @@ def _address(listener: socket.socket) -> str:
     return f"127.0.0.1:{port}"
 
 
-def _run(serve: Serve, listener: socket.socket, parent_pid: int) -> None:
+def _serve_until_parent_dies(serve: Serve, listener: socket.socket, parent_pid: int) -> None:
     die_with_parent(parent_pid)
     serve(listener)

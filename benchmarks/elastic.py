@@ -16,16 +16,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.activation import activations_s
-from benchmarks.first_token import FirstTokens, first_tokens, generate
-from benchmarks.fleet import make_model, write_moemodel
-from benchmarks.geometry import Geometry, qwen, small
+from benchmarks.activation import measure_activations_s
+from benchmarks.geometry import CheckpointGeometry, qwen_geometry, small_geometry
 from benchmarks.report import OUT, Spread, describe_machine, percentile, write_figures
-from benchmarks.served import served
-from benchmarks.sides import ROOT
+from benchmarks.static_deployment import make_model_in_subprocess, write_moemodel
+from benchmarks.ttft import TTFTMeasurements, generate, measure_ttft
+from benchmarks.up_process import running_up
+from benchmarks.worker import ROOT
 
-from faasmoe_expert.store import Store, StoreError
-from faasmoe_operator.cli.table import format_table
+from faasmoe_contracts.store import Store, StoreError
+from faasmoe_operator.cli.formatting import format_table
 
 CACHE = Path.home() / ".cache" / "faasmoe-bench"
 DEMO = ROOT / ".faasmoe"
@@ -37,13 +37,13 @@ WARM_POOL = 2
 N_PROMPTS = 32
 PROMPT_CHARACTERS = 64
 MAX_MODEL_LEN = 256
-SETTLE_S = 2.0  # sandboxes give back what a prompt took a second after it
+MEMORY_SETTLE_S = 2.0  # sandboxes give back what a prompt took a second after it
 
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ElasticPlan:
     """How much is measured.
 
     Attributes:
@@ -56,7 +56,7 @@ class Plan:
             the geometry's model is asked for its first tokens, which is quicker.
     """
 
-    geometry: Geometry
+    geometry: CheckpointGeometry
     experts_per_function: int
     private_experts_per_function: int
     rounds: int
@@ -64,41 +64,43 @@ class Plan:
     pools: tuple[int, ...]
 
 
-def full_plan(layers: int, rounds: int) -> Plan:
+def full_plan(layers: int, rounds: int) -> ElasticPlan:
     """Return the plan whose figures count: a layer is 6 functions for private memory, else 3."""
-    return Plan(qwen(layers), 20, 10, rounds, rounds, (1, 3, 0))
+    return ElasticPlan(qwen_geometry(layers), 20, 10, rounds, rounds, (1, 3, 0))
 
 
-def quick_plan() -> Plan:
+def quick_plan() -> ElasticPlan:
     """Return a plan of seconds, which shows that everything works; its figures mean nothing."""
-    return Plan(small(), 4, 4, 1, 1, ())
+    return ElasticPlan(small_geometry(), 4, 4, 1, 1, ())
 
 
-class Benchmark:
+class ElasticBenchmark:
     """The parts of a run, each with a `faasmoe up` of its own.
 
     Attributes:
         tokens: what was found of first tokens, by size of the pool.
     """
 
-    def __init__(self, plan: Plan, *, checkpoint: Path, store: Path) -> None:
-        self.tokens: dict[int, FirstTokens] = {}
+    def __init__(self, plan: ElasticPlan, *, checkpoint: Path, store: Path) -> None:
+        self.ttft_by_pool: dict[int, TTFTMeasurements] = {}
         self._plan = plan
         self._checkpoint = checkpoint
         self._store = store
 
-    async def activation(self, *, pool: int) -> Figures:
+    async def measure_activation(self, *, pool: int) -> Figures:
         """Measure activations with a pool, and what is left of it when all are idle."""
         print(f"activation, pool of {pool}")
         file = self._moemodel(f"activation-{pool}", pool=pool, window_s=WINDOW_S)
-        async with served(file) as model:
-            times_s, left = await activations_s(model, rounds=self._plan.rounds)
+        async with running_up(file) as model:
+            times_s, n_idle = await measure_activations_s(model, rounds=self._plan.rounds)
             if pool == WARM_POOL and not self._plan.pools:
-                self.tokens[pool] = await first_tokens(model, rounds=self._plan.first_token_rounds)
-        print(f"  {Spread.of(times_s).text(3)} s, {left} sandboxes when idle")
-        return {"times_s": times_s, "idle_sandboxes": left}
+                self.ttft_by_pool[pool] = await measure_ttft(
+                    model, rounds=self._plan.first_token_rounds
+                )
+        print(f"  {Spread.from_values(times_s).format(3)} s, {n_idle} sandboxes when idle")
+        return {"times_s": times_s, "idle_sandboxes": n_idle}
 
-    async def memory(self, *, experts_per_function: int) -> Figures:
+    async def measure_memory(self, *, experts_per_function: int) -> Figures:
         """Measure memory with every function up and used, one in each sandbox."""
         print(f"memory, {experts_per_function} experts in a function")
         file = self._moemodel(
@@ -107,32 +109,34 @@ class Benchmark:
             pool=0,
             window_s=LONG_WINDOW_S,
         )
-        async with served(file) as model:
+        async with running_up(file) as model:
             for seed in range(2):
                 await generate(model, _prompts(seed), max_tokens=8)
-            await asyncio.sleep(SETTLE_S)
+            await asyncio.sleep(MEMORY_SETTLE_S)
             n_functions = sum(f["ready"] for f in (await model.status())["functions"])
             sandboxes, pages = model.sandbox_memory()
-            whole = model.memory()
-            beyond = model.beyond_weights_bytes()
+            total = model.memory()
+            overhead = model.overhead_bytes()
             return {
                 "functions": n_functions,
                 "sandboxes": len(model.sandboxes()),
-                "all": asdict(whole),
+                "all": asdict(total),
                 "all_sandboxes": asdict(sandboxes),
                 "store_pages_bytes": pages,
                 "floor_bytes": model.floor_bytes,
-                "over_floor": whole.total / model.floor_bytes,
-                "beyond_weights_mb": {name: size / 1e6 for name, size in beyond.items()},
+                "over_floor": total.total / model.floor_bytes,
+                "beyond_weights_mb": {name: size / 1e6 for name, size in overhead.items()},
                 "private_mb_per_function": (sandboxes.total - pages) / n_functions / 1e6,
             }
 
-    async def first_token(self, *, pool: int) -> None:
+    async def measure_ttft(self, *, pool: int) -> None:
         """Measure the demo model's first token after idle and warm."""
         print(f"first token, pool of {pool}")
         await _make_demo_model()
-        async with served(self._demo_moemodel(pool)) as model:
-            self.tokens[pool] = await first_tokens(model, rounds=self._plan.first_token_rounds)
+        async with running_up(self._demo_moemodel(pool)) as model:
+            self.ttft_by_pool[pool] = await measure_ttft(
+                model, rounds=self._plan.first_token_rounds
+            )
 
     def _moemodel(
         self, name: str, *, pool: int, window_s: float, experts_per_function: int | None = None
@@ -197,17 +201,17 @@ async def _faasmoe(*arguments: str) -> None:
         raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
 
 
-async def measure(plan: Plan, folder: Path) -> Figures:
+async def measure(plan: ElasticPlan, folder: Path) -> Figures:
     """Run every part; return what is written to elastic.json."""
     machine = describe_machine()
-    checkpoint, store = await make_model(plan.geometry, folder)
-    benchmark = Benchmark(plan, checkpoint=checkpoint, store=store)
-    warm = await benchmark.activation(pool=WARM_POOL)
-    empty = await benchmark.activation(pool=0)
-    memory = await _memory(benchmark, plan)
+    checkpoint, store = await make_model_in_subprocess(plan.geometry, folder)
+    benchmark = ElasticBenchmark(plan, checkpoint=checkpoint, store=store)
+    warm = await benchmark.measure_activation(pool=WARM_POOL)
+    empty = await benchmark.measure_activation(pool=0)
+    memory = await _measure_memory(benchmark, plan)
     for pool in plan.pools:
-        await benchmark.first_token(pool=pool)
-    tokens = benchmark.tokens
+        await benchmark.measure_ttft(pool=pool)
+    tokens = benchmark.ttft_by_pool
     return {
         "machine": machine,
         "geometry": asdict(plan.geometry),
@@ -227,17 +231,19 @@ async def measure(plan: Plan, folder: Path) -> Figures:
     }
 
 
-async def measure_memory(plan: Plan, folder: Path) -> Figures:
+async def measure_memory(plan: ElasticPlan, folder: Path) -> Figures:
     """Run the parts about memory; return what is written to elastic_memory.json."""
     machine = describe_machine()
-    checkpoint, store = await make_model(plan.geometry, folder)
-    benchmark = Benchmark(plan, checkpoint=checkpoint, store=store)
-    return {"machine": machine, **await _memory(benchmark, plan)}
+    checkpoint, store = await make_model_in_subprocess(plan.geometry, folder)
+    benchmark = ElasticBenchmark(plan, checkpoint=checkpoint, store=store)
+    return {"machine": machine, **await _measure_memory(benchmark, plan)}
 
 
-async def _memory(benchmark: Benchmark, plan: Plan) -> Figures:
+async def _measure_memory(benchmark: ElasticBenchmark, plan: ElasticPlan) -> Figures:
     sizes = (plan.experts_per_function, plan.private_experts_per_function)
-    found = {n: await benchmark.memory(experts_per_function=n) for n in dict.fromkeys(sizes)}
+    found = {
+        n: await benchmark.measure_memory(experts_per_function=n) for n in dict.fromkeys(sizes)
+    }
     all_warm, private = (found[n] for n in sizes)
     return {
         "private_mb_per_function": private["private_mb_per_function"],
@@ -246,7 +252,7 @@ async def _memory(benchmark: Benchmark, plan: Plan) -> Figures:
     }
 
 
-def text(found: Figures) -> str:
+def format_results(found: Figures) -> str:
     """Return the tables."""
     rows = [
         (f"{name}_{part}_s", f"{found[f'{name}_{part}_s']:.3f}")
@@ -261,7 +267,7 @@ def text(found: Figures) -> str:
     return format_table(("", "MEASURED"), [*rows, *_memory_rows(found)])
 
 
-def memory_text(found: Figures) -> str:
+def format_memory(found: Figures) -> str:
     """Return the table of memory."""
     return format_table(("", "MEASURED"), _memory_rows(found))
 
@@ -294,11 +300,11 @@ def main() -> int:
     folder, out = arguments.cache.resolve(), arguments.out.resolve()
     if arguments.memory:
         found = asyncio.run(measure_memory(plan, folder))
-        print(f"\n{memory_text(found)}")
+        print(f"\n{format_memory(found)}")
         written = write_figures("elastic_memory", found, folder=out)
     else:
         found = asyncio.run(measure(plan, folder))
-        print(f"\n{text(found)}")
+        print(f"\n{format_results(found)}")
         written = write_figures("elastic", found, folder=out)
     print(f"\nfigures: {written}")
     return 0

@@ -24,28 +24,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fleet import make_model, write_moemodel
-from benchmarks.geometry import Geometry, small
+from benchmarks.geometry import CheckpointGeometry, small_geometry
 from benchmarks.report import OUT, describe_machine, percentile, write_figures
-from benchmarks.tenant_load import Caller, Load, Served, call, jain
-from benchmarks.tenant_router import key_of, tenant_router
+from benchmarks.static_deployment import make_model_in_subprocess, write_moemodel
+from benchmarks.tenant_load import LoadPattern, TenantResult, TenantTraffic, jain_index, run_load
+from benchmarks.tenant_router import api_key, running_tenant_router
 
-from faasmoe_operator.cli.table import format_table
+from faasmoe_operator.cli.formatting import format_table
 
 CACHE = Path.home() / ".cache" / "faasmoe-bench"
-QUIET = tuple(f"quiet-{number}" for number in range(1, 6))
-FLOOD = "flood"
-TIMES_ITS_SHARE = 50
-BACKLOG = 4  # outstanding requests of a tenant that always waits: more than its share of the slots
+QUIET_TENANTS = tuple(f"quiet-{number}" for number in range(1, 6))
+FLOODING_TENANT = "flood"
+FLOOD_OVER_SHARE = 50
+BACKLOG_OUTSTANDING = (
+    4  # outstanding requests of a tenant that always waits: more than its share of the slots
+)
 PAUSE_S = 0.05
 MAX_MODEL_LEN = 128
 
 Figures = dict[str, Any]
-Found = dict[str, Served]
+LoadResults = dict[str, TenantResult]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class FairnessPlan:
     """How much is measured.
 
     Attributes:
@@ -57,7 +59,7 @@ class Plan:
         backlog_answers: all tenants' answers that end the last load.
     """
 
-    geometry: Geometry
+    geometry: CheckpointGeometry
     slots: int
     rounds: int
     answers: int
@@ -67,40 +69,44 @@ class Plan:
     @property
     def flood_outstanding(self) -> int:
         """Requests that the flood keeps going: 50 times its share of the slots."""
-        return round(TIMES_ITS_SHARE * self.slots / (len(QUIET) + 1))
+        return round(FLOOD_OVER_SHARE * self.slots / (len(QUIET_TENANTS) + 1))
 
 
-def full_plan(rounds: int) -> Plan:
+def full_plan(rounds: int) -> FairnessPlan:
     """Return the plan whose figures count: a model whose steps take some milliseconds."""
-    geometry = Geometry(4, 2048, 512, 8, 16, 4, 704, 1024)
-    return Plan(geometry, 6, rounds, answers=60, fifo_answers=15, backlog_answers=120)
+    geometry = CheckpointGeometry(4, 2048, 512, 8, 16, 4, 704, 1024)
+    return FairnessPlan(geometry, 6, rounds, answers=60, fifo_answers=15, backlog_answers=120)
 
 
-def quick_plan() -> Plan:
+def quick_plan() -> FairnessPlan:
     """Return a plan of seconds, which shows that everything works; its figures mean little."""
-    return Plan(small(), 6, rounds=1, answers=20, fifo_answers=5, backlog_answers=30)
+    return FairnessPlan(
+        small_geometry(), 6, rounds=1, answers=20, fifo_answers=5, backlog_answers=30
+    )
 
 
-def loads(plan: Plan) -> Mapping[str, Load]:
+def build_loads(plan: FairnessPlan) -> Mapping[str, LoadPattern]:
     """Return the loads of a round, in their order."""
-    quiet = [Caller(name, 1, pause_s=PAUSE_S) for name in QUIET]
-    flood = Caller(FLOOD, plan.flood_outstanding)
-    one_key = key_of(FLOOD)
-    everybody = [*quiet, flood]
-    in_one_line = [Caller(c.name, c.outstanding, c.pause_s, key=one_key) for c in everybody]
-    backlog = [*(Caller(name, BACKLOG) for name in QUIET), flood]
+    quiet = [TenantTraffic(name, 1, pause_s=PAUSE_S) for name in QUIET_TENANTS]
+    flood = TenantTraffic(FLOODING_TENANT, plan.flood_outstanding)
+    one_key = api_key(FLOODING_TENANT)
+    all_tenants = [*quiet, flood]
+    single_queue = [
+        TenantTraffic(c.name, c.outstanding, c.pause_s, key=one_key) for c in all_tenants
+    ]
+    backlog = [*(TenantTraffic(name, BACKLOG_OUTSTANDING) for name in QUIET_TENANTS), flood]
     return {
-        "alone": Load(quiet, QUIET, plan.answers),
-        "flood": Load(everybody, QUIET, plan.answers),
-        "fifo": Load(in_one_line, QUIET, plan.fifo_answers),
-        "backlog": Load(backlog, (*QUIET, FLOOD), plan.backlog_answers),
+        "alone": LoadPattern(quiet, QUIET_TENANTS, plan.answers),
+        "flood": LoadPattern(all_tenants, QUIET_TENANTS, plan.answers),
+        "fifo": LoadPattern(single_queue, QUIET_TENANTS, plan.fifo_answers),
+        "backlog": LoadPattern(backlog, (*QUIET_TENANTS, FLOODING_TENANT), plan.backlog_answers),
     }
 
 
-async def measure(plan: Plan, folder: Path) -> Figures:
+async def measure(plan: FairnessPlan, folder: Path) -> Figures:
     """Run all rounds; return what is written to fairness.json."""
     machine = describe_machine()
-    checkpoint, store = await make_model(plan.geometry, folder)
+    checkpoint, store = await make_model_in_subprocess(plan.geometry, folder)
     moemodel = store.with_name(f"{store.name}-fairness.yaml")
     write_moemodel(
         moemodel,
@@ -110,35 +116,41 @@ async def measure(plan: Plan, folder: Path) -> Figures:
         max_model_len=MAX_MODEL_LEN,
         experts={"functionsPerSandbox": plan.geometry.layers},
     )
-    found: dict[str, list[Found]] = defaultdict(list)
-    with tempfile.TemporaryDirectory(prefix="faasmoe-bench-") as own:
-        router = tenant_router(
-            moemodel, Path(own), tenants=(*QUIET, FLOOD), max_num_seqs=plan.slots
+    found: dict[str, list[LoadResults]] = defaultdict(list)
+    with tempfile.TemporaryDirectory(prefix="faasmoe-bench-") as temporary:
+        router = running_tenant_router(
+            moemodel,
+            Path(temporary),
+            tenants=(*QUIET_TENANTS, FLOODING_TENANT),
+            max_num_seqs=plan.slots,
         )
         async with router as url:
-            await call(url, loads(plan)["alone"], seed=-1)  # warm
+            await run_load(url, build_loads(plan)["alone"], seed=-1)  # warm
             for number in range(plan.rounds):
-                for name, load in loads(plan).items():
+                for name, load in build_loads(plan).items():
                     print(f"round {number + 1} of {plan.rounds}: {name}", flush=True)
-                    served = await call(url, load, seed=number)
+                    served = await run_load(url, load, seed=number)
                     found[name].append(served)
-    return {"machine": machine, "plan": asdict(plan), **figures(found)}
+    return {"machine": machine, "plan": asdict(plan), **build_figures(found)}
 
 
-def figures(found: Mapping[str, Sequence[Found]]) -> Figures:
+def build_figures(found: Mapping[str, Sequence[LoadResults]]) -> Figures:
     """Return the figures of all rounds together."""
     latencies = {
-        name: [s for served in rounds for tenant in QUIET for s in served[tenant].latencies_s]
+        name: [
+            s for served in rounds for tenant in QUIET_TENANTS for s in served[tenant].latencies_s
+        ]
         for name, rounds in found.items()
     }
     p99 = {name: percentile(values, 99) for name, values in latencies.items()}
     costs = {
-        name: sum(served[name].cost for served in found["backlog"]) for name in (*QUIET, FLOOD)
+        name: sum(served[name].cost for served in found["backlog"])
+        for name in (*QUIET_TENANTS, FLOODING_TENANT)
     }
     return {
         "quiet_p99_ratio": p99["flood"] / p99["alone"],
         "fifo_quiet_p99_ratio": p99["fifo"] / p99["alone"],
-        "jain": jain(list(costs.values())),
+        "jain": jain_index(list(costs.values())),
         "quiet_p99_s": p99,
         "quiet_p50_s": {name: percentile(values, 50) for name, values in latencies.items()},
         "quiet_requests": {name: len(values) for name, values in latencies.items()},
@@ -147,11 +159,11 @@ def figures(found: Mapping[str, Sequence[Found]]) -> Figures:
             name: sum(len(s.latencies_s) for served in rounds for s in served.values())
             for name, rounds in found.items()
         },
-        "refused": sum(s.refused for rounds in found.values() for f in rounds for s in f.values()),
+        "refused": sum(s.rejected for rounds in found.values() for f in rounds for s in f.values()),
     }
 
 
-def text(found: Figures) -> str:
+def format_results(found: Figures) -> str:
     """Return the tables."""
     rows = [
         (
@@ -177,7 +189,7 @@ def main() -> int:
     arguments = parser.parse_args()
     plan = quick_plan() if arguments.quick else full_plan(arguments.rounds)
     found = asyncio.run(measure(plan, arguments.cache.resolve()))
-    print(f"\n{text(found)}")
+    print(f"\n{format_results(found)}")
     written = write_figures("fairness", found, folder=arguments.out.resolve())
     print(f"\nfigures: {written}")
     return 0

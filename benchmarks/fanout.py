@@ -25,29 +25,29 @@ from benchmarks.echo_servers import (
     UNIX_FRAMES,
     UVICORN,
     UVLOOP,
-    Kind,
-    Servers,
-    forked,
+    RunningServers,
+    ServerKind,
+    forked_servers,
 )
 from benchmarks.fanout_clients import (
     AiohttpClient,
-    Client,
+    FanoutBenchmarkClient,
     FanoutClient,
     FrameClient,
     InLoopClient,
     ProtocolClient,
-    loop_thread,
     new_uvloop,
+    running_loop_thread,
 )
 from benchmarks.report import OUT, Spread, describe_machine, percentile, write_figures
 
-from faasmoe_operator.cli.table import format_table
+from faasmoe_operator.cli.formatting import format_table
 
 SERVERS = 3
 SIZES = (4 << 10, 64 << 10, 256 << 10, 1 << 20)
 PRODUCT_SIZE = 64 << 10
 WARM_FANOUTS = 5
-NEVER = 1 << 40
+NEVER_SHARED_BYTES = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,11 @@ class Candidate:
 
     server: str
     name: str
-    client: Client
+    client: FanoutBenchmarkClient
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class FanoutTiming:
     """One candidate's turn at one size, in µs."""
 
     p50_us: float
@@ -68,12 +68,12 @@ class Round:
     cpu_us_per_call: float
 
 
-Rounds = Mapping[tuple[int, int], Sequence[Round]]
+Timings = Mapping[tuple[int, int], Sequence[FanoutTiming]]
 """By body size and the candidate's position."""
 
 
 @contextmanager
-def candidates(*, product_only: bool) -> Iterator[list[Candidate]]:
+def running_candidates(*, product_only: bool) -> Iterator[list[Candidate]]:
     """Give the candidates, their servers running and their connections open.
 
     The first two are the product's path on one machine and between machines, the next two the same
@@ -85,7 +85,7 @@ def candidates(*, product_only: bool) -> Iterator[list[Candidate]]:
         kinds += [UVICORN, ASYNCIO]
     with ExitStack() as stack:
         # All processes before the first thread: a fork copies the forking thread only.
-        servers = {kind: stack.enter_context(forked(kind, SERVERS)) for kind in kinds}
+        servers = {kind: stack.enter_context(forked_servers(kind, SERVERS)) for kind in kinds}
         found = []
         for kind in kinds[:2]:
             frames = stack.enter_context(closing(FrameClient(servers[kind])))
@@ -93,16 +93,18 @@ def candidates(*, product_only: bool) -> Iterator[list[Candidate]]:
         for kind in kinds[2:4]:
             bare = stack.enter_context(closing(FanoutClient(servers[kind])))
             found.append(Candidate(kind.name, "ours, polled sockets", bare))
-        for name, shared_bytes in (("never shared", NEVER), ("always shared", 0)):
+        for name, shared_bytes in (("never shared", NEVER_SHARED_BYTES), ("always shared", 0)):
             client = FrameClient(servers[UNIX_FRAMES], shared_bytes=shared_bytes)
             frames = stack.enter_context(closing(client))
             found.append(Candidate(UNIX_FRAMES.name, f"ours, wire frames, {name}", frames))
-        yield found if product_only else found + _others(stack, servers)
+        yield found if product_only else found + _other_candidates(stack, servers)
 
 
-def _others(stack: ExitStack, servers: Mapping[Kind, Servers]) -> list[Candidate]:
-    fast_loop = stack.enter_context(loop_thread(new_uvloop))
-    loop = stack.enter_context(loop_thread(asyncio.new_event_loop))
+def _other_candidates(
+    stack: ExitStack, servers: Mapping[ServerKind, RunningServers]
+) -> list[Candidate]:
+    fast_loop = stack.enter_context(running_loop_thread(new_uvloop))
+    loop = stack.enter_context(running_loop_thread(asyncio.new_event_loop))
     found = []
     aiohttp = stack.enter_context(closing(AiohttpClient(fast_loop, servers[UVICORN].addresses)))
     found.append(Candidate(UVICORN.name, "aiohttp on uvloop, from a thread", aiohttp))
@@ -116,8 +118,8 @@ def _others(stack: ExitStack, servers: Mapping[Kind, Servers]) -> list[Candidate
 
 
 def measure(
-    found: Sequence[Candidate], sizes: Sequence[int], *, rounds: int, n_fanouts: int
-) -> Rounds:
+    candidates: Sequence[Candidate], sizes: Sequence[int], *, rounds: int, n_fanouts: int
+) -> Timings:
     """Let the candidates take turns; return what each gave.
 
     Args:
@@ -126,70 +128,72 @@ def measure(
         rounds: turns of each candidate at each size.
         n_fanouts: fan-outs in a turn at 64 KB and less; of larger bodies, fewer.
     """
-    for candidate in found:
-        _check(candidate.client)
-    turns: dict[tuple[int, int], list[Round]] = {}
+    for candidate in candidates:
+        _check_echo(candidate.client)
+    timings: dict[tuple[int, int], list[FanoutTiming]] = {}
     for _ in range(rounds):
         for size_bytes in sizes:
             n = max(3, n_fanouts * PRODUCT_SIZE // max(size_bytes, PRODUCT_SIZE))
-            for position, candidate in enumerate(found):
-                turn = take_turn(candidate.client, size_bytes, n)
-                turns.setdefault((size_bytes, position), []).append(turn)
-    return turns
+            for position, candidate in enumerate(candidates):
+                turn = measure_candidate(candidate.client, size_bytes, n)
+                timings.setdefault((size_bytes, position), []).append(turn)
+    return timings
 
 
-def take_turn(client: Client, size_bytes: int, n_fanouts: int) -> Round:
+def measure_candidate(
+    client: FanoutBenchmarkClient, size_bytes: int, n_fanouts: int
+) -> FanoutTiming:
     """Measure one client once."""
     bodies = [os.urandom(size_bytes) for _ in range(SERVERS)]
     client.time_s(bodies, WARM_FANOUTS)
-    cpu_begun_s = time.process_time()
+    cpu_started_s = time.process_time()
     times_s = client.time_s(bodies, n_fanouts)
-    cpu_s = time.process_time() - cpu_begun_s
-    return Round(
+    cpu_s = time.process_time() - cpu_started_s
+    return FanoutTiming(
         percentile(times_s, 50) * 1e6,
         percentile(times_s, 99) * 1e6,
         cpu_s / (n_fanouts * SERVERS) * 1e6,
     )
 
 
-def _check(client: Client) -> None:
+def _check_echo(client: FanoutBenchmarkClient) -> None:
     bodies = [os.urandom(PRODUCT_SIZE) for _ in range(SERVERS)]
     if client.post(bodies) != bodies:
         raise RuntimeError(f"{type(client).__name__}: an answer is not what was sent")
 
 
-def spreads(turns: Sequence[Round]) -> dict[str, Spread]:
+def spread_by_figure(turns: Sequence[FanoutTiming]) -> dict[str, Spread]:
     """Return the spread of each figure over the rounds."""
     values = [asdict(turn) for turn in turns]
-    return {name: Spread.of([value[name] for value in values]) for name in values[0]}
+    return {name: Spread.from_values([value[name] for value in values]) for name in values[0]}
 
 
-def table(found: Sequence[Candidate], turns: Rounds) -> str:
+def format_timings(found: Sequence[Candidate], timings: Timings) -> str:
     """Return what is printed: medians of the rounds, with the least and the most."""
     header = ("BODY", "SERVER", "CLIENT", "P50 µs", "P99 µs", "CLIENT CPU µs/CALL")
     rows = []
-    for (size_bytes, position), rounds in sorted(turns.items()):
-        candidate, figures = found[position], spreads(rounds)
-        cells = (spread.text() for spread in figures.values())
+    for (size_bytes, position), rounds in sorted(timings.items()):
+        candidate, figures = found[position], spread_by_figure(rounds)
+        cells = (spread.format() for spread in figures.values())
         rows.append((f"{size_bytes >> 10} KB", candidate.server, candidate.name, *cells))
     return format_table(header, rows)
 
 
-def figures(found: Sequence[Candidate], turns: Rounds) -> dict[str, Any]:
+def build_figures(found: Sequence[Candidate], timings: Timings) -> dict[str, Any]:
     """Return what is written to fanout.json."""
     return {
-        "fanout_p50_us": spreads(turns[PRODUCT_SIZE, 0])["p50_us"].median,
-        "fanout_tcp_p50_us": spreads(turns[PRODUCT_SIZE, 1])["p50_us"].median,
-        "fanout_without_frames_p50_us": spreads(turns[PRODUCT_SIZE, 2])["p50_us"].median,
+        "fanout_p50_us": spread_by_figure(timings[PRODUCT_SIZE, 0])["p50_us"].median,
+        "fanout_tcp_p50_us": spread_by_figure(timings[PRODUCT_SIZE, 1])["p50_us"].median,
+        "fanout_without_frames_p50_us": spread_by_figure(timings[PRODUCT_SIZE, 2])["p50_us"].median,
         "servers": SERVERS,
         "candidates": [
             {
                 "body_bytes": size_bytes,
                 "server": found[position].server,
                 "client": found[position].name,
-                **spreads(rounds),
+                **spread_by_figure(rounds),
             }
-            for (size_bytes, position), rounds in sorted(turns.items())
+            for (size_bytes, position), rounds in sorted(timings.items())
         ],
     }
 
@@ -204,11 +208,11 @@ def main() -> int:
     machine = describe_machine()
     rounds, n_fanouts = (2, 20) if arguments.quick else (7, 400)
     sizes = (PRODUCT_SIZE,) if arguments.product_only else SIZES
-    with candidates(product_only=arguments.product_only) as found:
-        turns = measure(found, sizes, rounds=rounds, n_fanouts=n_fanouts)
+    with running_candidates(product_only=arguments.product_only) as found:
+        timings = measure(found, sizes, rounds=rounds, n_fanouts=n_fanouts)
         print(f"fan-out to {SERVERS} servers, round trip of the whole; median (least..most)")
-        print(table(found, turns))
-        written = {"machine": machine, **figures(found, turns)}
+        print(format_timings(found, timings))
+        written = {"machine": machine, **build_figures(found, timings)}
     print(f"figures: {write_figures('fanout', written, folder=arguments.out)}")
     return 0
 

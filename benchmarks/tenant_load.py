@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
-from benchmarks.tenant_router import MODEL, key_of
+from benchmarks.tenant_router import MODEL, api_key
 
 PROMPT_TOKEN_PRICE = 1.0  # as the fair queue's
 GENERATED_TOKEN_PRICE = 2.0
@@ -19,7 +19,7 @@ TIMEOUT = aiohttp.ClientTimeout(total=600)
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
+class TenantTraffic:
     """One tenant's behaviour.
 
     Attributes:
@@ -38,7 +38,7 @@ class Caller:
 
 
 @dataclass(slots=True)
-class Served:
+class TenantResult:
     """What one tenant got.
 
     Attributes:
@@ -49,11 +49,11 @@ class Served:
 
     latencies_s: list[float] = field(default_factory=list)
     cost: float = 0.0
-    refused: int = 0
+    rejected: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class LoadPattern:
     """Who calls how, and for how long.
 
     Attributes:
@@ -62,24 +62,26 @@ class Load:
         answers: how many of them end it.
     """
 
-    callers: Sequence[Caller]
-    watched: Sequence[str]
+    callers: Sequence[TenantTraffic]
+    measured_tenants: Sequence[str]
     answers: int
 
 
-async def call(url: str, load: Load, *, seed: int) -> dict[str, Served]:
+async def run_load(url: str, load: LoadPattern, *, seed: int) -> dict[str, TenantResult]:
     """Let tenants call; what is unanswered at the end is given up and not counted."""
-    found = {caller.name: Served() for caller in load.callers}
+    found = {caller.name: TenantResult() for caller in load.callers}
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=TIMEOUT, connector=connector) as http:
         tasks = [
             asyncio.create_task(
-                _keep_calling(http, url, caller, found[caller.name], f"{seed}/{caller.name}/{i}")
+                _request_repeatedly(
+                    http, url, caller, found[caller.name], f"{seed}/{caller.name}/{i}"
+                )
             )
             for caller in load.callers
             for i in range(caller.outstanding)
         ]
-        while sum(len(found[name].latencies_s) for name in load.watched) < load.answers:
+        while sum(len(found[name].latencies_s) for name in load.measured_tenants) < load.answers:
             done, _ = await asyncio.wait(tasks, timeout=POLL_S, return_when="FIRST_COMPLETED")
             for task in done:
                 task.result()  # a caller ends by an error only
@@ -89,43 +91,43 @@ async def call(url: str, load: Load, *, seed: int) -> dict[str, Served]:
     return found
 
 
-async def _keep_calling(
-    http: aiohttp.ClientSession, url: str, caller: Caller, served: Served, seed: str
+async def _request_repeatedly(
+    http: aiohttp.ClientSession, url: str, traffic: TenantTraffic, result: TenantResult, seed: str
 ) -> None:
     draw = random.Random(seed)
-    headers = {"Authorization": f"Bearer {caller.key or key_of(caller.name)}"}
+    headers = {"Authorization": f"Bearer {traffic.key or api_key(traffic.name)}"}
     await asyncio.sleep(draw.uniform(0, 0.5))
     while True:
-        body = _body(draw, caller)
-        begun_s = time.perf_counter()
+        body = _request_body(draw, traffic)
+        started_s = time.perf_counter()
         async with http.post(f"{url}/v1/completions", json=body, headers=headers) as response:
             answer = await response.json()
         if response.status == 200:
-            served.latencies_s.append(time.perf_counter() - begun_s)
-            served.cost += _cost(answer["usage"])
+            result.latencies_s.append(time.perf_counter() - started_s)
+            result.cost += _token_cost(answer["usage"])
         else:
-            served.refused += 1
-        if caller.pause_s:
-            await asyncio.sleep(draw.expovariate(1 / caller.pause_s))
+            result.rejected += 1
+        if traffic.pause_s:
+            await asyncio.sleep(draw.expovariate(1 / traffic.pause_s))
 
 
-def _body(draw: random.Random, caller: Caller) -> dict[str, object]:
+def _request_body(draw: random.Random, traffic: TenantTraffic) -> dict[str, object]:
     prompt = "".join(draw.choices(string.ascii_letters + string.digits, k=draw.randint(16, 48)))
     return {
         "model": MODEL,
         "prompt": prompt,
-        "max_tokens": draw.randint(*caller.output_tokens),
+        "max_tokens": draw.randint(*traffic.output_tokens),
         "temperature": 0,
         "ignore_eos": True,
     }
 
 
-def _cost(usage: Mapping[str, int]) -> float:
+def _token_cost(usage: Mapping[str, int]) -> float:
     generated = usage["completion_tokens"] * GENERATED_TOKEN_PRICE
     return usage["prompt_tokens"] * PROMPT_TOKEN_PRICE + generated
 
 
-def jain(values: Sequence[float]) -> float:
+def jain_index(values: Sequence[float]) -> float:
     """Return Jain's index of fairness: 1 if all have as much, 1/n if one has all."""
     squares = sum(value * value for value in values)
     return sum(values) ** 2 / (len(values) * squares) if squares else 0.0

@@ -14,10 +14,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
-from benchmarks.fleet import resident
-from benchmarks.sides import ROOT
+from benchmarks.static_deployment import resident_functions
+from benchmarks.worker import ROOT
 
-from faasmoe_expert.lifeline import PARENT_VARIABLE
+from faasmoe_contracts.parent_death import PARENT_PID_ENV
 
 MODEL = "bench"
 START_TIMEOUT_S = 300.0
@@ -26,13 +26,13 @@ POLL_S = 0.05
 LOG_CHARACTERS = 4000
 
 
-def key_of(tenant: str) -> str:
+def api_key(tenant: str) -> str:
     """Return a tenant's key."""
     return f"sk-{tenant}"
 
 
 @asynccontextmanager
-async def tenant_router(
+async def running_tenant_router(
     moemodel: Path, folder: Path, *, tenants: Sequence[str], max_num_seqs: int
 ) -> AsyncIterator[str]:
     """Serve tenants of equal weight as long as the context lasts; yields the address.
@@ -47,14 +47,14 @@ async def tenant_router(
         RuntimeError: the router does not serve or does not end well; has its log.
     """
     port = _free_port()
-    async with resident(moemodel) as model:
+    async with resident_functions(moemodel) as model:
         environment = {
             **model.environment,
             "FAASMOE_PORT": str(port),
             "FAASMOE_MODEL_NAME": MODEL,
             "FAASMOE_MAX_NUM_SEQS": str(max_num_seqs),
-            "FAASMOE_TENANTS_FILE": str(_write_tenants(folder, tenants)),
-            PARENT_VARIABLE: str(os.getpid()),
+            "FAASMOE_TENANTS_FILE": str(_write_tenants_file(folder, tenants)),
+            PARENT_PID_ENV: str(os.getpid()),
         }
         log = folder / "log"
         with log.open("wb") as output:
@@ -68,28 +68,28 @@ async def tenant_router(
             )
         try:
             url = f"http://127.0.0.1:{port}"
-            await _wait_serving(url, process)
+            await _wait_until_healthy(url, process)
             yield url
         except Exception as error:
             error.add_note((await asyncio.to_thread(log.read_text))[-LOG_CHARACTERS:])
             raise
         finally:
-            await _end(process)
+            await _terminate(process)
 
 
-def _write_tenants(folder: Path, names: Sequence[str]) -> Path:
+def _write_tenants_file(folder: Path, names: Sequence[str]) -> Path:
     tenants = []
     for name in names:
         keys = folder / "keys" / name
         keys.mkdir(parents=True)
-        (keys / "key").write_text(key_of(name))
+        (keys / "key").write_text(api_key(name))
         tenants.append({"name": name, "keysPath": str(keys)})
     path = folder / "tenants.json"
     path.write_text(json.dumps({"version": 1, "model": MODEL, "tenants": tenants}))
     return path
 
 
-async def _wait_serving(url: str, process: asyncio.subprocess.Process) -> None:
+async def _wait_until_healthy(url: str, process: asyncio.subprocess.Process) -> None:
     deadline_s = time.monotonic() + START_TIMEOUT_S
     async with aiohttp.ClientSession() as http:
         while process.returncode is None and time.monotonic() < deadline_s:
@@ -103,7 +103,7 @@ async def _wait_serving(url: str, process: asyncio.subprocess.Process) -> None:
     raise RuntimeError(f"the router did not serve; its status is {process.returncode}")
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def _terminate(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         process.terminate()
     try:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from sandboxes import OpenSandbox, PreparedStore, SandboxProcess, running_sandbox
+from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox, running_sandbox
 
-from faasmoe_expert.store import Store
+from faasmoe_contracts.store import Store
 
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
@@ -34,7 +34,7 @@ def prepared_store(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
 
 
 @pytest.fixture(scope="session")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> OpenSandbox:
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> StartSandbox:
     """Runs a sandbox process: `with sandbox(capacity=9, token="…") as box: box.http.get(…)`."""
     folder: Path = tmp_path_factory.mktemp("sandboxes")
     numbers = itertools.count()

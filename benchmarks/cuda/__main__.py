@@ -20,16 +20,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cuda import tables
-from benchmarks.cuda.asking import NoAnswer, ask
-from benchmarks.cuda.plan import Clock, Plan, full_plan, quick_plan
-from benchmarks.cuda.trial import IN_PROCESS, IN_PROCESS_GRAPHS, Benchmark, Findings
-from benchmarks.geometry import FULL_LAYERS, Geometry
+from benchmarks.cuda.plan import CudaPlan, Deadline, full_plan, quick_plan
+from benchmarks.cuda.runner import (
+    IN_PROCESS,
+    IN_PROCESS_GRAPHS,
+    CudaBenchmark,
+    CudaResults,
+    ModuleFailed,
+    run_module_json,
+)
+from benchmarks.geometry import FULL_LAYERS, CheckpointGeometry
 from benchmarks.report import OUT, describe_machine, write_figures
 
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def figures(plan: Plan, found: Findings, machine: Mapping[str, Any]) -> dict[str, Any]:
+def build_figures(
+    plan: CudaPlan, results: CudaResults, machine: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return what is written to cuda.json."""
     return {
         "machine": machine,
@@ -39,21 +47,21 @@ def figures(plan: Plan, found: Findings, machine: Mapping[str, Any]) -> dict[str
         "layers_share_their_weights": True,
         "sides": {
             name: {str(batch): tables.describe(runs) for batch, runs in by_batch.items()}
-            for name, by_batch in found.runs.items()
+            for name, by_batch in results.runs.items()
         },
-        "in_process_implementations": {str(b): n for b, n in found.implementations.items()},
-        "throughput_ratio": _ratios(found),
-        "profile_ms": _by_batch(found.profiles),
+        "in_process_implementations": {str(b): n for b, n in results.implementations.items()},
+        "throughput_ratio": _throughput_ratios(results),
+        "profile_ms": _by_batch(results.profiles),
         "shares": _by_batch(
             {
-                name: {batch: tables.shares_of(parts) for batch, parts in by_batch.items()}
-                for name, by_batch in found.profiles.items()
+                name: {batch: tables.step_shares(parts) for batch, parts in by_batch.items()}
+                for name, by_batch in results.profiles.items()
             }
         ),
-        "ways_us": found.ways,
-        "attach": {device: times.to_json() for device, times in found.attach.items()},
-        "left_out": found.left_out,
-        "failures": found.failures,
+        "transports_us": results.transports,
+        "attach": {device: times.to_json() for device, times in results.attach.items()},
+        "left_out": results.skipped,
+        "failures": results.failures,
     }
 
 
@@ -61,49 +69,49 @@ def _by_batch(found: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[str, Any
     return {name: {str(b): value for b, value in by.items()} for name, by in found.items()}
 
 
-def _ratios(found: Findings) -> dict[str, dict[str, float]]:
+def _throughput_ratios(found: CudaResults) -> dict[str, dict[str, float]]:
     """Return tokens per second over those of the in-process side."""
-    rival = found.runs.get(IN_PROCESS, {})
+    baseline = found.runs.get(IN_PROCESS, {})
     return {
         name: {
-            str(batch): tables.tokens_per_s(runs) / tables.tokens_per_s(rival[batch])
+            str(batch): tables.tokens_per_s(runs) / tables.tokens_per_s(baseline[batch])
             for batch, runs in by_batch.items()
-            if batch in rival
+            if batch in baseline
         }
         for name, by_batch in found.runs.items()
         if name != IN_PROCESS
     }
 
 
-async def make_store(geometry: Geometry, folder: Path) -> Path:
+async def make_store(geometry: CheckpointGeometry, folder: Path) -> Path:
     """Make the deep store."""
     await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
-    made = await ask("benchmarks.cuda.store", str(folder), json.dumps(asdict(geometry)))
+    made = await run_module_json("benchmarks.cuda.store", str(folder), json.dumps(asdict(geometry)))
     return Path(made["store"])
 
 
-async def run(plan: Plan, *, folder: Path, out: Path) -> int:
+async def run(plan: CudaPlan, *, folder: Path, out: Path) -> int:
     """Measure, print the tables, write the figures; return 1 if something failed."""
-    clock = Clock(plan.time_limit_s)
-    device = await ask("benchmarks.cuda.device", plan.device)
+    clock = Deadline(plan.time_limit_s)
+    device = await run_module_json("benchmarks.cuda.device", plan.device)
     machine = {**describe_machine(), "device": device}
-    begun_s = time.monotonic()
+    started_s = time.monotonic()
     store = await make_store(plan.geometry, folder)
-    print(f"the model is made, {time.monotonic() - begun_s:.0f} s", flush=True)
-    benchmark = Benchmark(plan, store, folder, clock)
+    print(f"the model is made, {time.monotonic() - started_s:.0f} s", flush=True)
+    benchmark = CudaBenchmark(plan, store, folder, clock)
     try:
         await benchmark.measure()
     finally:
-        written = figures(plan, benchmark.found, machine)
-        path = write_figures("cuda", written, folder=out)
+        figures_json = build_figures(plan, benchmark.results, machine)
+        path = write_figures("cuda", figures_json, folder=out)
     print()
-    print(tables.throughput(benchmark.found.runs, rival=IN_PROCESS))
-    for name, profiles in benchmark.found.profiles.items():
-        print(f"\n{tables.profile(name, profiles)}")
-    if benchmark.found.ways:
-        print(f"\n{tables.ways(benchmark.found.ways)}")
+    print(tables.throughput_table(benchmark.results.runs, baseline=IN_PROCESS))
+    for name, profiles in benchmark.results.profiles.items():
+        print(f"\n{tables.profile_table(name, profiles)}")
+    if benchmark.results.transports:
+        print(f"\n{tables.transport_table(benchmark.results.transports)}")
     print(f"\nfigures: {path}")
-    return 1 if benchmark.found.failures.keys() - {IN_PROCESS_GRAPHS} else 0
+    return 1 if benchmark.results.failures.keys() - {IN_PROCESS_GRAPHS} else 0
 
 
 def main() -> int:
@@ -125,7 +133,7 @@ def main() -> int:
     folder, out = arguments.cache.resolve(), arguments.out.resolve()
     try:
         return asyncio.run(run(plan, folder=folder, out=out))
-    except NoAnswer as error:
+    except ModuleFailed as error:
         return error.status
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from benchmarks.report import Spread
 
-from faasmoe_expert.store import Store
-from faasmoe_expert.table import FunctionSpec
-from faasmoe_operator.control.residency import wait_ready
+from faasmoe_contracts.routing_table import FunctionSpec
+from faasmoe_contracts.store import Store
 from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient
+from faasmoe_operator.control.static_placement import wait_ready
 from faasmoe_operator.platforms import ProcessPlatform
-from faasmoe_operator.platforms.base import SandboxTemplate
-from faasmoe_operator.platforms.zygote import running_zygote
+from faasmoe_operator.platforms.base import ProcessSandboxTemplate
+from faasmoe_operator.platforms.zygote import run_zygote
 
 READY_TIMEOUT_S = 120.0
 
@@ -59,21 +59,21 @@ async def measure_attach(store: Store, *, device: str, experts: int, rounds: int
     with tempfile.TemporaryDirectory(prefix="faasmoe-bench-") as folder:
         socket = Path(folder) / "zygote.sock"
         async with (
-            running_zygote(socket, token=token, store=store.path, device=device),
+            run_zygote(socket, token=token, store=store.path, device=device),
             ProcessPlatform(socket=socket) as platform,
             SandboxClient(token=token) as client,
         ):
-            begun_s = time.perf_counter()
-            sandbox = await platform.create(SandboxTemplate(device=device))
+            started_s = time.perf_counter()
+            sandbox = await platform.create(ProcessSandboxTemplate(device=device))
             await wait_ready(platform, [sandbox.id], timeout_s=READY_TIMEOUT_S)
-            start_s = time.perf_counter() - begun_s
+            start_s = time.perf_counter() - started_s
             spec = FunctionSpec("attached", (0,), tuple(range(experts)))
-            place = ModelStore(store.path, store.manifest.digest)
+            model_store = ModelStore(store.path, store.manifest.digest)
             attach_s: list[float] = []
             detach_s: list[float] = []
             for _ in range(rounds + 1):
                 at_s = time.perf_counter()
-                await client.attach(sandbox.address, spec, store=place)
+                await client.attach(sandbox.address, spec, store=model_store)
                 attached_s = time.perf_counter()
                 attach_s.append(attached_s - at_s)
                 await client.detach(sandbox.address, spec.id)
@@ -81,15 +81,20 @@ async def measure_attach(store: Store, *, device: str, experts: int, rounds: int
     layer = store.manifest.layers[0]
     size_bytes = layer.expert_bytes * experts + layer.shared_bytes
     return AttachTimes(
-        device, size_bytes, start_s, attach_s[0], Spread.of(attach_s[1:]), Spread.of(detach_s)
+        device,
+        size_bytes,
+        start_s,
+        attach_s[0],
+        Spread.from_values(attach_s[1:]),
+        Spread.from_values(detach_s),
     )
 
 
-def text_of(times: AttachTimes) -> str:
+def format_attach_times(times: AttachTimes) -> str:
     """Return the figures as a line."""
     return (
         f"attach of {times.size_bytes / 1e6:.0f} MB on {times.device}: "
-        f"{times.attach_s.text(3)} s, {times.gb_per_s:.1f} GB/s; the first, with its bytes "
-        f"verified, {times.first_s:.3f} s; detach {times.detach_s.text(3)} s; sandbox ready after "
+        f"{times.attach_s.format(3)} s, {times.gb_per_s:.1f} GB/s; the first, with its bytes "
+        f"verified, {times.first_s:.3f} s; detach {times.detach_s.format(3)} s; sandbox ready after "
         f"{times.start_s:.2f} s"
     )

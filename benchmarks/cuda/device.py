@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from faasmoe_expert.config import ConfigError
+from faasmoe_expert.config import SandboxConfigError
 from faasmoe_expert.device import resolve_device
 
 
-def describe(name: str) -> dict[str, Any]:
+def describe_device(name: str) -> dict[str, Any]:
     """Return the device's name, memory and versions; raises ConfigError if it is not there."""
     device = resolve_device(name, field="--device")
     if device.type == "cpu":
@@ -31,8 +31,8 @@ def describe(name: str) -> dict[str, Any]:
 def main() -> int:
     """Print the device as JSON."""
     try:
-        print(json.dumps(describe(sys.argv[1])))
-    except ConfigError as error:
+        print(json.dumps(describe_device(sys.argv[1])))
+    except SandboxConfigError as error:
         print(f"benchmarks.cuda: {error}", file=sys.stderr)
         return 2
     return 0

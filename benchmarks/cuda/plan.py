@@ -7,13 +7,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.geometry import Geometry, qwen, small
+from benchmarks.geometry import CheckpointGeometry, qwen_geometry, small_geometry
 
-MARGIN_S = 60.0  # kept of the time limit: a side that is cut off may take 40 s to end
+SHUTDOWN_MARGIN_S = 60.0  # kept of the time limit: a side that is cut off may take 40 s to end
 
 
 @dataclass(frozen=True, slots=True)
-class Amount:
+class RunAmount:
     """How much a side runs.
 
     Attributes:
@@ -28,7 +28,7 @@ class Amount:
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class FunctionsVariant:
     """A way to have the functions.
 
     Attributes:
@@ -44,10 +44,10 @@ class Variant:
     device: str
     experts_per_function: int
     n_sandboxes: int
-    amount: Amount
+    amount: RunAmount
     threads: int = 1
 
-    def settings(self, geometry: Geometry) -> dict[str, Any]:
+    def settings(self, geometry: CheckpointGeometry) -> dict[str, Any]:
         """Return the sandboxes' settings of a MoEModel."""
         n_functions = -(-geometry.experts // self.experts_per_function) * geometry.layers
         per_sandbox = -(-n_functions // self.n_sandboxes)
@@ -59,7 +59,7 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CudaPlan:
     """What is measured.
 
     Attributes:
@@ -74,36 +74,38 @@ class Plan:
     """
 
     device: str
-    geometry: Geometry
-    amount: Amount
-    variants: tuple[Variant, ...]
+    geometry: CheckpointGeometry
+    amount: RunAmount
+    variants: tuple[FunctionsVariant, ...]
     attached_experts: int
     attaches: int
     kv_cache_bytes: int
     time_limit_s: float
 
     @property
-    def most_seqs(self) -> int:
+    def max_num_seqs(self) -> int:
         """The largest batch."""
         return max(self.amount.batches)
 
 
-def full_plan(device: str, layers: int, time_limit_s: float) -> Plan:
+def full_plan(device: str, layers: int, time_limit_s: float) -> CudaPlan:
     """Return the plan whose figures count."""
-    geometry = qwen(layers)
-    amount = Amount((64, 1, 8, 256, 32, 128), 40, 2)
-    variants = _variants(device, geometry.experts, amount, Amount((64, 1, 8), 12, 1))
-    return Plan(device, geometry, amount, variants, 20, 8, 8 << 30, time_limit_s)
+    geometry = qwen_geometry(layers)
+    amount = RunAmount((64, 1, 8, 256, 32, 128), 40, 2)
+    variants = _variants(device, geometry.experts, amount, RunAmount((64, 1, 8), 12, 1))
+    return CudaPlan(device, geometry, amount, variants, 20, 8, 8 << 30, time_limit_s)
 
 
-def quick_plan(device: str, time_limit_s: float) -> Plan:
+def quick_plan(device: str, time_limit_s: float) -> CudaPlan:
     """Return a plan of seconds, which shows that everything works; its figures mean nothing."""
-    geometry, amount = small(), Amount((8, 1), 10, 1)
+    geometry, amount = small_geometry(), RunAmount((8, 1), 10, 1)
     variants = _variants(device, geometry.experts, amount, amount)
-    return Plan(device, geometry, amount, variants, 3, 2, 64 << 20, time_limit_s)
+    return CudaPlan(device, geometry, amount, variants, 3, 2, 64 << 20, time_limit_s)
 
 
-def _variants(device: str, n_experts: int, amount: Amount, less: Amount) -> tuple[Variant, ...]:
+def _variants(
+    device: str, n_experts: int, amount: RunAmount, cpu_amount: RunAmount
+) -> tuple[FunctionsVariant, ...]:
     """Return three blocks a layer, on the device and on the CPU, then other ways on the device.
 
     Sandboxes are processes, which take turns on a device; functions in one wait for each other.
@@ -111,20 +113,20 @@ def _variants(device: str, n_experts: int, amount: Amount, less: Amount) -> tupl
     block = -(-n_experts // 3)
     threads = max(1, len(os.sched_getaffinity(0)) // 3)
     return (
-        Variant("functions_on_device", device, block, 3, amount),
-        Variant("functions_on_cpu", "cpu", block, 3, less, threads),
-        Variant("whole_layers_on_device", device, n_experts, 1, amount),
-        Variant("functions_in_one_sandbox", device, block, 1, amount),
+        FunctionsVariant("functions_on_device", device, block, 3, amount),
+        FunctionsVariant("functions_on_cpu", "cpu", block, 3, cpu_amount, threads),
+        FunctionsVariant("whole_layers_on_device", device, n_experts, 1, amount),
+        FunctionsVariant("functions_in_one_sandbox", device, block, 1, amount),
     )
 
 
-class Clock:
+class Deadline:
     """The time that is left of a limit."""
 
     def __init__(self, limit_s: float) -> None:
-        self._end_s = time.monotonic() + limit_s - MARGIN_S
+        self._end_s = time.monotonic() + limit_s - SHUTDOWN_MARGIN_S
 
     @property
-    def left_s(self) -> float:
+    def remaining_s(self) -> float:
         """Seconds left."""
         return self._end_s - time.monotonic()

@@ -18,31 +18,31 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
-from benchmarks.cuda.ways import (
+from benchmarks.cuda.transports import (
     IPC,
     PINNED,
     SOCKETS,
-    Ipc,
-    Shared,
-    Sockets,
-    Way,
-    kinds_for,
-    pin,
-    waiting_for,
+    CudaIpcTransport,
+    SharedMemoryTransport,
+    SocketTransport,
+    Transport,
+    pin_mapped_memory,
+    synchronizer,
+    transports_for,
 )
 from benchmarks.report import Spread
 from torch import Tensor
 
+from faasmoe_contracts.parent_death import die_with_parent
+from faasmoe_contracts.shared_region import SharedRegion
 from faasmoe_expert.device import resolve_device
-from faasmoe_expert.lifeline import die_with_parent
-from faasmoe_expert.shared_region import SharedRegion
 
 END_TIMEOUT_S = 30.0
 WARM_UP = 20
 
 
 @dataclass(slots=True)
-class End:
+class TransportEnd:
     """One of two processes, and what it has in common with the other.
 
     Attributes:
@@ -61,31 +61,33 @@ class End:
     _buffer: Tensor | None = None
     _is_pinned: bool = False
 
-    def open(self, kind: str, size_bytes: int) -> Way:
+    def open_transport(self, kind: str, size_bytes: int) -> Transport:
         """Return this end of a way; raises RuntimeError, at both ends, if there is none."""
-        way, fault = None, ""
+        transport, error_message = None, ""
         try:
-            way = self._way(kind, size_bytes)
+            transport = self._make_transport(kind, size_bytes)
         except (RuntimeError, OSError, AttributeError) as error:
-            fault = str(error) or type(error).__name__
-        self.pipe.send(fault)
-        theirs = self.pipe.recv()
-        if way is None or theirs:
-            raise RuntimeError(fault or theirs)
-        return way
+            error_message = str(error) or type(error).__name__
+        self.pipe.send(error_message)
+        peer_error = self.pipe.recv()
+        if transport is None or peer_error:
+            raise RuntimeError(error_message or peer_error)
+        return transport
 
-    def _way(self, kind: str, size_bytes: int) -> Way:
+    def _make_transport(self, kind: str, size_bytes: int) -> Transport:
         if kind == SOCKETS:
-            return Sockets(self.link, size_bytes, self.device)
+            return SocketTransport(self.link, size_bytes, self.device)
         if kind == IPC:
-            return Ipc(self.link, *self._halves(self._device_memory(), size_bytes))
+            return CudaIpcTransport(
+                self.link, *self._split_halves(self._device_memory(), size_bytes)
+            )
         if kind == PINNED and not self._is_pinned:
-            pin(self.memory)
+            pin_mapped_memory(self.memory)
             self._is_pinned = True
-        halves = self._halves(self.memory, size_bytes)
-        return Shared(self.link, *halves, self.device, pinned=kind == PINNED)
+        halves = self._split_halves(self.memory, size_bytes)
+        return SharedMemoryTransport(self.link, *halves, self.device, pinned=kind == PINNED)
 
-    def _halves(self, memory: Tensor, size_bytes: int) -> tuple[Tensor, Tensor]:
+    def _split_halves(self, memory: Tensor, size_bytes: int) -> tuple[Tensor, Tensor]:
         """Return what this end writes and what it reads, uint8 [n] each."""
         half = len(memory) // 2
         first, second = memory[:size_bytes], memory[half : half + size_bytes]
@@ -107,7 +109,9 @@ class End:
         return self._buffer
 
 
-def measure_ways(device: torch.device, sizes_bytes: Sequence[int], rounds: int) -> dict[str, Any]:
+def measure_transports(
+    device: torch.device, sizes_bytes: Sequence[int], rounds: int
+) -> dict[str, Any]:
     """Return by way the microseconds of a round trip by size, or why there is none.
 
     Raises:
@@ -116,50 +120,54 @@ def measure_ways(device: torch.device, sizes_bytes: Sequence[int], rounds: int) 
     """
     torch.set_num_threads(1)
     context = multiprocessing.get_context("spawn")
-    here, there = socket.socketpair()
-    pipe, other_pipe = context.Pipe()
+    local_socket, peer_socket = socket.socketpair()
+    pipe, peer_pipe = context.Pipe()
     region = SharedRegion.create(2 * max(sizes_bytes))
     name = (os.getpid(), region.descriptor)
-    arguments = (there, other_pipe, name, str(device), tuple(sizes_bytes), rounds)
-    other = context.Process(target=_echo, args=arguments, daemon=True)
-    other.start()
-    there.close()
-    other_pipe.close()  # else nobody would be told that the other process ended
-    here.settimeout(END_TIMEOUT_S)
-    end = End(True, here, pipe, torch.frombuffer(region.view, dtype=torch.uint8), device)
+    arguments = (peer_socket, peer_pipe, name, str(device), tuple(sizes_bytes), rounds)
+    peer = context.Process(target=_echo, args=arguments, daemon=True)
+    peer.start()
+    peer_socket.close()
+    peer_pipe.close()  # else nobody would be told that the other process ended
+    local_socket.settimeout(END_TIMEOUT_S)
+    endpoint = TransportEnd(
+        True, local_socket, pipe, torch.frombuffer(region.view, dtype=torch.uint8), device
+    )
     found: dict[str, Any] = {}
     try:
-        for kind in kinds_for(device):
+        for kind in transports_for(device):
             try:
                 found[kind] = {
                     str(size_bytes): _round_trips(
-                        end.open(kind, size_bytes), size_bytes, device, rounds
+                        endpoint.open_transport(kind, size_bytes), size_bytes, device, rounds
                     )
                     for size_bytes in sizes_bytes
                 }
             except RuntimeError as error:
                 found[kind] = {"failed": str(error)}
     finally:
-        here.close()
-        other.join(END_TIMEOUT_S)
-        other.kill()
+        local_socket.close()
+        peer.join(END_TIMEOUT_S)
+        peer.kill()
     return found
 
 
-def _round_trips(way: Way, size_bytes: int, device: torch.device, rounds: int) -> Spread:
+def _round_trips(
+    transport: Transport, size_bytes: int, device: torch.device, rounds: int
+) -> Spread:
     rows = torch.arange(size_bytes).to(torch.uint8).to(device)  # [n]
-    back = torch.empty_like(rows)
-    wait = waiting_for(device)
-    took_us = []
+    returned = torch.empty_like(rows)
+    wait = synchronizer(device)
+    times_us = []
     for _ in range(WARM_UP + rounds):
-        begun_s = time.perf_counter()
-        way.send(rows)
-        way.receive(back)
+        started_s = time.perf_counter()
+        transport.send(rows)
+        transport.receive(returned)
         wait()
-        took_us.append((time.perf_counter() - begun_s) * 1e6)
-    if not torch.equal(back.cpu(), rows.cpu()):
+        times_us.append((time.perf_counter() - started_s) * 1e6)
+    if not torch.equal(returned.cpu(), rows.cpu()):
         raise AssertionError("what came back is not what was sent")
-    return Spread.of(took_us[WARM_UP:])
+    return Spread.from_values(times_us[WARM_UP:])
 
 
 def _echo(
@@ -175,15 +183,17 @@ def _echo(
     torch.set_num_threads(1)
     device = torch.device(device_name)
     region = SharedRegion.open(*name, 2 * max(sizes_bytes))
-    end = End(False, link, pipe, torch.frombuffer(region.view, dtype=torch.uint8), device)
-    for kind in kinds_for(device):
+    endpoint = TransportEnd(
+        False, link, pipe, torch.frombuffer(region.view, dtype=torch.uint8), device
+    )
+    for kind in transports_for(device):
         try:
             for size_bytes in sizes_bytes:
-                way = end.open(kind, size_bytes)
+                transport = endpoint.open_transport(kind, size_bytes)
                 rows = torch.empty(size_bytes, dtype=torch.uint8, device=device)  # [n]
                 for _ in range(WARM_UP + rounds):
-                    way.receive(rows)
-                    way.send(rows)
+                    transport.receive(rows)
+                    transport.send(rows)
         except RuntimeError:
             continue  # which the first end is told of, too
 
@@ -198,7 +208,7 @@ def main() -> int:
     arguments = parser.parse_args()
     device = resolve_device(arguments.device, field="device")
     sizes_bytes = [n_rows * arguments.row_bytes for n_rows in arguments.rows]
-    found = measure_ways(device, sizes_bytes, arguments.rounds)
+    found = measure_transports(device, sizes_bytes, arguments.rounds)
     print(json.dumps(found, default=asdict))
     return 0
 

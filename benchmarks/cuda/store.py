@@ -17,54 +17,54 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.geometry import Geometry, make_model
+from benchmarks.geometry import CheckpointGeometry, make_model
 
-from faasmoe_expert.store import FileEntry, LayerEntry, Manifest, Store, sha256_of_file
+from faasmoe_contracts.store import FileEntry, LayerEntry, Manifest, Store, sha256_of_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FIRST = "model.layers.0."
-SHALLOW = "shallow"
+FIRST_LAYER_PREFIX = "model.layers.0."
+SHALLOW_DIR = "shallow"
 ROUTER_FILE = "router/model.safetensors"
-CONFIG = "model/config.json"
+CONFIG_FILE = "model/config.json"
 
 
-def make_deep_store(geometry: Geometry, folder: Path) -> Path:
+def make_deep_store(geometry: CheckpointGeometry, folder: Path) -> Path:
     """Return the folder of a store of this geometry; what is not there is made."""
     path = folder / f"{geometry.name}-deep-store"
     if (path / "manifest.json").exists():
         return path
-    made = make_model(replace(geometry, layers=1), folder / SHALLOW)
-    _deepen(Store.open(made[1]), geometry.layers, path)
+    made = make_model(replace(geometry, layers=1), folder / SHALLOW_DIR)
+    _write_deep_store(Store.open(made[1]), geometry.layers, path)
     return path
 
 
-def _deepen(shallow: Store, n_layers: int, path: Path) -> None:
+def _write_deep_store(shallow: Store, n_layers: int, path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     layers = tuple(_layers(shallow.manifest.layers[0], n_layers))
     for name in shallow.manifest.files:
-        if name.startswith("model/") and name != CONFIG:
+        if name.startswith("model/") and name != CONFIG_FILE:
             _link(shallow.path / name, path / name)
     for layer in layers:
         _link(shallow.path / shallow.manifest.layers[0].file, path / layer.file)
-    _write_config(shallow, n_layers, path / CONFIG)
+    _write_config(shallow, n_layers, path / CONFIG_FILE)
     _write_router(shallow, n_layers, path / ROUTER_FILE)
     _link_tokenizer(shallow.path / "model", path / "model")
     model = replace(shallow.manifest.model, num_hidden_layers=n_layers)
     files = _files(shallow, path, {layer.file for layer in layers})
-    manifest = Manifest.describing(model=model, layers=layers, files=files)
+    manifest = Manifest.create(model=model, layers=layers, files=files)
     (path / "manifest.json").write_text(json.dumps(manifest.to_json()), encoding="utf-8")
 
 
 def _layers(first: LayerEntry, n_layers: int) -> Iterator[LayerEntry]:
     for index in range(n_layers):
-        name = first.name.replace(FIRST, f"model.layers.{index}.")
+        name = first.name.replace(FIRST_LAYER_PREFIX, f"model.layers.{index}.")
         yield replace(first, index=index, name=name, file=f"experts/{index:05}.safetensors")
 
 
 def _write_config(shallow: Store, n_layers: int, path: Path) -> None:
-    config: dict[str, Any] = json.loads((shallow.path / CONFIG).read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads((shallow.path / CONFIG_FILE).read_text(encoding="utf-8"))
     config["num_hidden_layers"] = n_layers
     if config.get("layer_types"):
         config["layer_types"] = config["layer_types"][:1] * n_layers
@@ -78,11 +78,11 @@ def _write_router(shallow: Store, n_layers: int, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for file in shallow.router_files():
         for name, tensor in load_file(file).items():
-            if not name.startswith(FIRST):
+            if not name.startswith(FIRST_LAYER_PREFIX):
                 tensors[name] = tensor
                 continue
             for index in range(n_layers):
-                tensors[name.replace(FIRST, f"model.layers.{index}.")] = tensor.clone()
+                tensors[name.replace(FIRST_LAYER_PREFIX, f"model.layers.{index}.")] = tensor.clone()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"format": "pt"})
 
@@ -99,9 +99,9 @@ def _files(shallow: Store, path: Path, layer_files: set[str]) -> dict[str, FileE
     layer_entry = shallow.manifest.files[shallow.manifest.layers[0].file]
     files = dict.fromkeys(layer_files, layer_entry)
     for name, entry in shallow.manifest.files.items():
-        if name.startswith("model/") and name != CONFIG:
+        if name.startswith("model/") and name != CONFIG_FILE:
             files[name] = entry
-    for name in (CONFIG, ROUTER_FILE):
+    for name in (CONFIG_FILE, ROUTER_FILE):
         files[name] = FileEntry((path / name).stat().st_size, sha256_of_file(path / name))
     return files
 
@@ -113,7 +113,7 @@ def _link(source: Path, target: Path) -> None:
 
 def main() -> int:
     """Make the store; print its folder and its geometry as JSON."""
-    folder, geometry = Path(sys.argv[1]), Geometry(**json.loads(sys.argv[2]))
+    folder, geometry = Path(sys.argv[1]), CheckpointGeometry(**json.loads(sys.argv[2]))
     print(json.dumps({"store": str(make_deep_store(geometry, folder)), **asdict(geometry)}))
     return 0
 

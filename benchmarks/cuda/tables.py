@@ -6,45 +6,45 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.decoding import Run
+from benchmarks.decoding import DecodeRun
 from benchmarks.report import Spread
-from benchmarks.step_parts import breakdown_ms
+from benchmarks.step_breakdown import breakdown_ms
 
-from faasmoe_operator.cli.table import format_table
+from faasmoe_operator.cli.formatting import format_table
 
 WHOLE = "whole step"
 WAITING, SENDING = "waiting for sandboxes", "sending and receiving"
 EXPERTS = "experts, of the waiting"
-GATE = (
+ROUTER_PARTS = (
     "attention, gates, shared experts, head, batching",
     "waiting for the router's device",
 )
 
 
-def tokens_per_s(runs: Sequence[Run]) -> float:
+def tokens_per_s(runs: Sequence[DecodeRun]) -> float:
     """Return the median of some runs."""
     return median(run.tokens_per_s for run in runs)
 
 
-def line_of(runs: Sequence[Run]) -> str:
+def format_runs(runs: Sequence[DecodeRun]) -> str:
     """Return a side's figures at one batch size as a line."""
     step_ms, ttft_s = median(r.step_ms for r in runs), median(r.ttft_s for r in runs)
     rate = f"{tokens_per_s(runs):.0f} tokens/s"
     return f"{rate}, TPOT {step_ms:.1f} ms, TTFT {ttft_s * 1e3:.0f} ms"
 
 
-def describe(runs: Sequence[Run]) -> dict[str, Any]:
+def describe(runs: Sequence[DecodeRun]) -> dict[str, Any]:
     """Return a side's figures at one batch size."""
     return {
-        "tokens_per_s": Spread.of([run.tokens_per_s for run in runs]),
-        "tpot_ms": Spread.of([run.step_ms for run in runs]),
-        "ttft_ms": Spread.of([run.ttft_s * 1e3 for run in runs]),
-        "cpu_ms_per_token": Spread.of([run.cpu_ms_per_token for run in runs]),
+        "tokens_per_s": Spread.from_values([run.tokens_per_s for run in runs]),
+        "tpot_ms": Spread.from_values([run.step_ms for run in runs]),
+        "ttft_ms": Spread.from_values([run.ttft_s * 1e3 for run in runs]),
+        "cpu_ms_per_token": Spread.from_values([run.cpu_ms_per_token for run in runs]),
         "steps": runs[0].steps,
     }
 
 
-def parts_of(long: Run, short: Run, *, more_steps: int) -> dict[str, float]:
+def step_parts_ms(long: DecodeRun, short: DecodeRun, *, extra_steps: int) -> dict[str, float]:
     """Return the parts of a decode step in ms.
 
     What experts compute is known of whole runs only, so it is taken from the steps by which one of
@@ -55,18 +55,18 @@ def parts_of(long: Run, short: Run, *, more_steps: int) -> dict[str, float]:
         short: another, of fewer tokens.
         more_steps: how many fewer.
     """
-    more_s = long.counters["experts_of_run"] - short.counters["experts_of_run"]
-    return {**breakdown_ms(long), EXPERTS: max(0.0, more_s) / more_steps * 1e3}
+    extra_s = long.counters["experts_of_run"] - short.counters["experts_of_run"]
+    return {**breakdown_ms(long), EXPERTS: max(0.0, extra_s) / extra_steps * 1e3}
 
 
-def shares_of(parts: Mapping[str, float]) -> dict[str, float]:
+def step_shares(parts: Mapping[str, float]) -> dict[str, float]:
     """Return the shares of a step's time, which add up to 1: gate, dispatch, wire and experts.
 
     The gate's is that of all of the router's model, attention included.
     """
     experts = min(parts[EXPERTS], parts[WAITING])
     spent = {
-        "gate": sum(parts[name] for name in GATE),
+        "gate": sum(parts[name] for name in ROUTER_PARTS),
         "wire": parts[SENDING] + parts[WAITING] - experts,
         "experts": experts,
     }
@@ -74,27 +74,29 @@ def shares_of(parts: Mapping[str, float]) -> dict[str, float]:
     return {name: ms / parts[WHOLE] for name, ms in spent.items()}
 
 
-def throughput(runs: Mapping[str, Mapping[int, Sequence[Run]]], *, rival: str) -> str:
+def throughput_table(
+    runs: Mapping[str, Mapping[int, Sequence[DecodeRun]]], *, baseline: str
+) -> str:
     """Return the sides' figures, and their tokens per second over the rival's."""
     header = ("SIDE", "BATCH", "TOKENS/S", "OVER IN-PROCESS", "TPOT MS", "TTFT MS")
     rows = []
     for name, by_batch in runs.items():
         for batch, found in sorted(by_batch.items()):
-            base = runs.get(rival, {}).get(batch)
+            base = runs.get(baseline, {}).get(batch)
             ratio = "" if base is None else f"{tokens_per_s(found) / tokens_per_s(base):.2f}"
-            step_ms = Spread.of([run.step_ms for run in found]).text(2)
-            ttft_ms = Spread.of([run.ttft_s * 1e3 for run in found]).text(0)
+            step_ms = Spread.from_values([run.step_ms for run in found]).format(2)
+            ttft_ms = Spread.from_values([run.ttft_s * 1e3 for run in found]).format(0)
             rows.append((name, str(batch), f"{tokens_per_s(found):.0f}", ratio, step_ms, ttft_ms))
     return format_table(header, rows)
 
 
-def profile(name: str, parts: Mapping[int, Mapping[str, float]]) -> str:
+def profile_table(name: str, parts: Mapping[int, Mapping[str, float]]) -> str:
     """Return where a side's step goes, in ms, and the shares of it."""
     batches = sorted(parts)
     header = (f"MS PER STEP, {name}", *(f"BATCH {batch}" for batch in batches))
     names = next(iter(parts.values()))
     rows = [(part, *(f"{parts[b][part]:.2f}" for b in batches)) for part in names]
-    shares = {batch: shares_of(parts[batch]) for batch in batches}
+    shares = {batch: step_shares(parts[batch]) for batch in batches}
     rows += [
         (f"share of {part}", *(f"{shares[b][part]:.1%}" for b in batches))
         for part in ("gate", "dispatch", "wire", "experts")
@@ -102,7 +104,7 @@ def profile(name: str, parts: Mapping[int, Mapping[str, float]]) -> str:
     return format_table(header, rows)
 
 
-def ways(found: Mapping[str, Mapping[str, Any]]) -> str:
+def transport_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the round trips of rows between two processes' device memory, in microseconds.
 
     Args:

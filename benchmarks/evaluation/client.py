@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from benchmarks.evaluation.workload import Request, Workload
+from benchmarks.evaluation.workload import Workload, WorkloadRequest
 
 TIMEOUT = aiohttp.ClientTimeout(total=900)
-HELD_HEADER = "X-FaaSMoE-Cold-Start"
+COLD_START_HEADER = "X-FaaSMoE-Cold-Start"
 DATA, DONE = b"data: ", b"data: [DONE]"
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class TenantEndpoint:
     """Where a tenant asks.
 
     Attributes:
@@ -33,7 +33,7 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class RequestResult:
     """What became of a request.
 
     Attributes:
@@ -53,7 +53,7 @@ class Answer:
     n_tokens: int = 0
     ttft_s: float = 0.0
     total_s: float = 0.0
-    held_s: float = 0.0
+    queued_s: float = 0.0
     error: str = ""
 
     @property
@@ -63,7 +63,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
+class WorkloadResult:
     """A workload that was played.
 
     Attributes:
@@ -72,14 +72,14 @@ class Played:
         busy_s: from the first request to the last answer.
     """
 
-    answers: tuple[Answer, ...]
+    results: tuple[RequestResult, ...]
     time_s: float
     busy_s: float
 
 
-async def play(
-    workload: Workload, endpoints: Sequence[Endpoint], *, progress: Callable[[], object]
-) -> Played:
+async def run_workload(
+    workload: Workload, endpoints: Sequence[TenantEndpoint], *, progress: Callable[[], object]
+) -> WorkloadResult:
     """Play a workload; a request that fails is told in its answer.
 
     Args:
@@ -87,51 +87,53 @@ async def play(
         endpoints: where, for each tenant.
         progress: called after each answer.
     """
-    begun_s = time.perf_counter()
+    started_s = time.perf_counter()
     # A connection for each request in flight, kept alive: a pool would queue, and time the queue.
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=TIMEOUT, connector=connector) as http:
 
-        async def ask(request: Request) -> Answer:
+        async def send(request: WorkloadRequest) -> RequestResult:
             if request.at_s is not None:
-                await asyncio.sleep(begun_s + request.at_s - time.perf_counter())
-            answer = await _ask(http, endpoints[request.tenant], request)
+                await asyncio.sleep(started_s + request.at_s - time.perf_counter())
+            result = await _send(http, endpoints[request.tenant], request)
             progress()
-            return answer
+            return result
 
-        async def ask_in_turn(requests: Sequence[Request]) -> list[Answer]:
-            return [await ask(request) for request in requests]
+        async def send_in_order(requests: Sequence[WorkloadRequest]) -> list[RequestResult]:
+            return [await send(request) for request in requests]
 
         if workload.is_closed_loop:
             tenants = [workload.of_tenant(tenant) for tenant in range(workload.n_tenants)]
         else:
             tenants = [[request] for request in workload.requests]
-        answers = await asyncio.gather(*map(ask_in_turn, tenants))
-        busy_s = time.perf_counter() - begun_s
+        responses = await asyncio.gather(*map(send_in_order, tenants))
+        busy_s = time.perf_counter() - started_s
         await asyncio.sleep(max(0.0, workload.duration_s - busy_s))
-    return Played(
-        tuple(a for given in answers for a in given), time.perf_counter() - begun_s, busy_s
+    return WorkloadResult(
+        tuple(a for given in responses for a in given), time.perf_counter() - started_s, busy_s
     )
 
 
-async def _ask(http: aiohttp.ClientSession, endpoint: Endpoint, request: Request) -> Answer:
-    reader = _Reader(request)
+async def _send(
+    http: aiohttp.ClientSession, endpoint: TenantEndpoint, request: WorkloadRequest
+) -> RequestResult:
+    reader = _StreamReader(request)
     url = f"{endpoint.url}/v1/completions"
     body = _body(endpoint, request)
     try:
         async with http.post(url, json=body, headers=endpoint.headers) as response:
             if response.status != 200:
                 return reader.failed(f"status {response.status}: {await response.text()}")
-            reader.held_s = float(response.headers.get(HELD_HEADER, 0))
+            reader.queued_s = float(response.headers.get(COLD_START_HEADER, 0))
             async for line in response.content:
                 if line.startswith(DATA) and line.strip() != DONE:
-                    reader.take(json.loads(line.removeprefix(DATA)))
+                    reader.add_event(json.loads(line.removeprefix(DATA)))
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         return reader.failed(f"{type(error).__name__}: {error}")
-    return reader.answer()
+    return reader.result()
 
 
-def _body(endpoint: Endpoint, request: Request) -> Mapping[str, Any]:
+def _body(endpoint: TenantEndpoint, request: WorkloadRequest) -> Mapping[str, Any]:
     return {
         "model": endpoint.model,
         "prompt": request.task.prompt,
@@ -143,20 +145,20 @@ def _body(endpoint: Endpoint, request: Request) -> Mapping[str, Any]:
     }
 
 
-class _Reader:
+class _StreamReader:
     """Takes the events of one answer, and the time of each."""
 
-    def __init__(self, request: Request) -> None:
-        self.held_s = 0.0
+    def __init__(self, request: WorkloadRequest) -> None:
+        self.queued_s = 0.0
         self._request = request
-        self._begun_s = time.perf_counter()
-        self._first_s: float | None = None
+        self._started_s = time.perf_counter()
+        self._first_token_s: float | None = None
         self._last_s = 0.0
         self._texts: list[str] = []
         self._n_tokens = 0
         self._error = ""
 
-    def take(self, event: Mapping[str, Any]) -> None:
+    def add_event(self, event: Mapping[str, Any]) -> None:
         """Take an event: a piece of text, the usage, or an error in mid-stream."""
         if "error" in event:
             self._error = str(event["error"].get("message", event["error"]))
@@ -164,26 +166,28 @@ class _Reader:
         if event.get("usage"):
             self._n_tokens = int(event["usage"]["completion_tokens"])
         for choice in event.get("choices", ()):
-            self._last_s = time.perf_counter() - self._begun_s
-            if self._first_s is None:
-                self._first_s = self._last_s
+            self._last_s = time.perf_counter() - self._started_s
+            if self._first_token_s is None:
+                self._first_token_s = self._last_s
             self._texts.append(choice["text"])
 
-    def answer(self) -> Answer:
+    def result(self) -> RequestResult:
         """Return the answer; a stream that was cut short is a failure."""
-        wanted = self._request.task.max_tokens
-        if self._error or self._first_s is None or self._n_tokens != wanted:
-            return self.failed(self._error or f"got {self._n_tokens} tokens, expected {wanted}")
-        return Answer(
+        expected_tokens = self._request.task.max_tokens
+        if self._error or self._first_token_s is None or self._n_tokens != expected_tokens:
+            return self.failed(
+                self._error or f"got {self._n_tokens} tokens, expected {expected_tokens}"
+            )
+        return RequestResult(
             self._request.tenant,
             self._request.number,
             text="".join(self._texts),
             n_tokens=self._n_tokens,
-            ttft_s=self._first_s,
+            ttft_s=self._first_token_s,
             total_s=self._last_s,
-            held_s=self.held_s,
+            queued_s=self.queued_s,
         )
 
-    def failed(self, error: str) -> Answer:
+    def failed(self, error: str) -> RequestResult:
         """Return that the request failed."""
-        return Answer(self._request.tenant, self._request.number, error=error)
+        return RequestResult(self._request.tenant, self._request.number, error=error)

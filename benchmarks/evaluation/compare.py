@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.evaluation.results import Result
-from benchmarks.evaluation.run import Run, measure
-from benchmarks.evaluation.strategies import FULL_MODEL_PER_TENANT, STRATEGIES, Settings
+from benchmarks.evaluation.results import StrategyResult
+from benchmarks.evaluation.run import StrategyRun, measure_strategy
+from benchmarks.evaluation.strategies import FULL_MODEL_PER_TENANT, STRATEGIES, StrategySettings
 from benchmarks.evaluation.workload import Workload
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ PROCESS_BYTES = 700 << 20  # runtime, cache and activations of one process
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ComparisonPlan:
     """What is compared.
 
     Attributes:
@@ -35,7 +35,7 @@ class Plan:
         interval_s: between readings of memory.
     """
 
-    settings: Settings
+    settings: StrategySettings
     workload: Workload
     warm_up: Workload
     strategies: Sequence[str]
@@ -53,14 +53,14 @@ class Comparison:
         runs: each strategy's, so far.
     """
 
-    plan: Plan
-    runs: dict[str, list[Run]] = field(default_factory=dict)
+    plan: ComparisonPlan
+    runs: dict[str, list[StrategyRun]] = field(default_factory=dict)
 
     async def run(self) -> None:
         """Run every strategy as often as the plan says and its time allows."""
-        begun_s, longest_s = time.monotonic(), 0.0
+        started_s, longest_s = time.monotonic(), 0.0
         for number in range(self.plan.repeats):
-            if number and time.monotonic() - begun_s + longest_s > self.plan.time_limit_s:
+            if number and time.monotonic() - started_s + longest_s > self.plan.time_limit_s:
                 print(f"time is up after {number} of {self.plan.repeats} repetitions", flush=True)
                 return
             repetition_s = time.monotonic()
@@ -69,18 +69,18 @@ class Comparison:
                 self.runs.setdefault(name, []).append(await self._measure(name))
             longest_s = max(longest_s, time.monotonic() - repetition_s)
 
-    def results(self) -> dict[str, Result]:
+    def results(self) -> dict[str, StrategyResult]:
         """Return what was found, in the plan's order."""
         return {
-            name: Result(STRATEGIES[name].title, tuple(self.runs[name]))
+            name: StrategyResult(STRATEGIES[name].title, tuple(self.runs[name]))
             for name in self.plan.strategies
             if name in self.runs
         }
 
-    async def _measure(self, name: str) -> Run:
+    async def _measure(self, name: str) -> StrategyRun:
         plan = self.plan
-        with _bar(name, plan.workload) as bar:
-            run = await measure(
+        with _progress_bar(name, plan.workload) as bar:
+            run = await measure_strategy(
                 STRATEGIES[name],
                 plan.settings,
                 warm_up=plan.warm_up,
@@ -88,11 +88,11 @@ class Comparison:
                 progress=bar.update,
                 interval_s=plan.interval_s,
             )
-        print(f"  {summary(run)}", flush=True)
+        print(f"  {summarize(run)}", flush=True)
         return run
 
 
-def check_memory(plan: Plan, available_bytes: int) -> None:
+def check_memory_fits(plan: ComparisonPlan, available_bytes: int) -> None:
     """Raise SystemExit if a full model for each tenant would not fit into the memory there is."""
     if FULL_MODEL_PER_TENANT not in plan.strategies:
         return
@@ -112,7 +112,7 @@ def rotated(names: Sequence[str], number: int) -> list[str]:
     return [*names[first:], *names[:first]]
 
 
-def summary(run: Run) -> str:
+def summarize(run: StrategyRun) -> str:
     """Return a run's figures in a line."""
     found = run.figures()
 
@@ -128,12 +128,12 @@ def summary(run: Run) -> str:
     )
 
 
-def _bar(name: str, workload: Workload) -> tqdm[Any]:
+def _progress_bar(name: str, workload: Workload) -> tqdm[Any]:
     # None: no bar where nobody watches, such as in a log file.
     return tqdm(total=len(workload.requests), desc=name, unit="request", leave=False, disable=None)
 
 
-def describe(plan: Plan) -> Mapping[str, Any]:
+def describe_plan(plan: ComparisonPlan) -> Mapping[str, Any]:
     """Return what a report says of the plan."""
     workload = plan.workload
     return {
@@ -152,6 +152,6 @@ def describe(plan: Plan) -> Mapping[str, Any]:
                 "alone": plan.settings.experts_implementation(1),
                 "shared": plan.settings.experts_implementation(plan.settings.tenants),
             },
-            "wait": {"alone": "PASSIVE", "shared": plan.settings.wait},
+            "wait": {"alone": "PASSIVE", "shared": plan.settings.wait_policy},
         },
     }

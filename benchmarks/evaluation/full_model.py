@@ -20,7 +20,7 @@ import torch
 from benchmarks.evaluation import variables
 from transformers import AutoModelForCausalLM
 
-from faasmoe_expert.store import Store
+from faasmoe_contracts.store import Store
 from faasmoe_router import __main__ as router
 from faasmoe_router import process
 

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from benchmarks.usage import Memory, ProcessorClock
+from benchmarks.resource_usage import CpuClock, MemoryUsage
 
 INTERVAL_S = 0.5
-COST_PART = (
+MIN_PAUSE_FACTOR = (
     50  # a reading walks page tables: the pause is at least so many times as long as it took
 )
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class MemorySample:
     """Memory at one time: PSS in bytes, of which `anonymous` belongs to no file."""
 
     at_s: float
@@ -29,7 +29,7 @@ class Sample:
     anonymous: int
 
 
-class Tree:
+class ProcessTree:
     """Some processes with everything below them."""
 
     def __init__(self, roots: Sequence[int]) -> None:
@@ -44,15 +44,17 @@ class Tree:
         """Return the processor time used so far, by those that have ended and been reaped too."""
         return sum(_cpu_s(process.pid) for process in self.processes())
 
-    def memory(self, at_s: float) -> Sample:
+    def memory(self, at_s: float) -> MemorySample:
         """Return the memory of all together."""
-        held = [m for m in (_memory(process.pid) for process in self.processes()) if m is not None]
-        total = Memory.total_of(held)
-        return Sample(at_s, total.total, total.anonymous)
+        usages = [
+            m for m in (_memory(process.pid) for process in self.processes()) if m is not None
+        ]
+        total = MemoryUsage.sum_of(usages)
+        return MemorySample(at_s, total.total, total.anonymous)
 
 
 @dataclass(slots=True)
-class Usage:
+class ResourceUsage:
     """What was used while `metered` ran; complete once it has ended.
 
     Attributes:
@@ -61,46 +63,48 @@ class Usage:
         time_s: how long it ran.
     """
 
-    samples: list[Sample]
+    samples: list[MemorySample]
     cpu_s: float = 0.0
     time_s: float = 0.0
 
     @property
     def byte_s(self) -> float:
         """Memory integrated over time."""
-        return sum(area for area in self._areas())
+        return sum(area for area in self._trapezoids())
 
     @property
     def peak_bytes(self) -> int:
         """The most memory."""
         return max(sample.total for sample in self.samples)
 
-    def _areas(self) -> Iterator[float]:
+    def _trapezoids(self) -> Iterator[float]:
         for a, b in zip(self.samples, self.samples[1:], strict=False):
             yield (b.at_s - a.at_s) * (a.total + b.total) / 2
 
 
 @asynccontextmanager
-async def metered(tree: Tree, *, interval_s: float = INTERVAL_S) -> AsyncIterator[Usage]:
+async def metering(
+    tree: ProcessTree, *, interval_s: float = INTERVAL_S
+) -> AsyncIterator[ResourceUsage]:
     """Meter the processes as long as the context lasts.
 
     Memory is read at begin and end, and between as often as `interval_s` says, but for no more than
     a fiftieth of the time.
     """
-    begun_s, cpu_s = time.perf_counter(), tree.cpu_s()
-    usage = Usage([tree.memory(0.0)])
+    started_s, cpu_s = time.perf_counter(), tree.cpu_s()
+    usage = ResourceUsage([tree.memory(0.0)])
 
     async def sample() -> None:
         while True:
             reading_s = time.perf_counter()
-            usage.samples.append(await asyncio.to_thread(tree.memory, reading_s - begun_s))
+            usage.samples.append(await asyncio.to_thread(tree.memory, reading_s - started_s))
             cost_s = time.perf_counter() - reading_s
-            await asyncio.sleep(max(interval_s, cost_s * COST_PART))
+            await asyncio.sleep(max(interval_s, cost_s * MIN_PAUSE_FACTOR))
 
     sampling = asyncio.create_task(sample())
     try:
         yield usage
-        usage.time_s, usage.cpu_s = time.perf_counter() - begun_s, tree.cpu_s() - cpu_s
+        usage.time_s, usage.cpu_s = time.perf_counter() - started_s, tree.cpu_s() - cpu_s
     finally:
         sampling.cancel()
         await asyncio.gather(sampling, return_exceptions=True)
@@ -110,7 +114,7 @@ async def metered(tree: Tree, *, interval_s: float = INTERVAL_S) -> AsyncIterato
 def _cpu_s(pid: int) -> float:
     """Return a process's time and that of its reaped children; 0 if it has just ended."""
     try:
-        own_s = ProcessorClock([pid]).read_s()
+        own_s = CpuClock([pid]).read_s()
         # cutime and cstime, after the name, which may hold anything but ends with the last bracket.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
@@ -118,8 +122,8 @@ def _cpu_s(pid: int) -> float:
     return own_s + (int(fields[13]) + int(fields[14])) / _TICKS_PER_S
 
 
-def _memory(pid: int) -> Memory | None:
+def _memory(pid: int) -> MemoryUsage | None:
     try:
-        return Memory.of(pid)
+        return MemoryUsage.of_pid(pid)
     except (OSError, KeyError):  # it has just ended
         return None

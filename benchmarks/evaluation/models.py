@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evaluation.tasks import Sizes
-from benchmarks.fleet import make_model, write_moemodel
-from benchmarks.geometry import Geometry
-from benchmarks.sides import ROOT
+from benchmarks.evaluation.tasks import TaskSizes
+from benchmarks.geometry import CheckpointGeometry
+from benchmarks.static_deployment import make_model_in_subprocess, write_moemodel
+from benchmarks.worker import ROOT
 
-from faasmoe_expert.store import Store, StoreError
-from faasmoe_operator.control.deployment import Deployment
+from faasmoe_contracts.store import Store, StoreError
+from faasmoe_operator.control.local_model import LocalModel
 
-NAME = "bench"  # what requests call the model
+MODEL_NAME = "bench"  # what requests call the model
 DEMO_EXPERTS_PER_FUNCTION = 3  # as in examples/demo.yaml
 DEMO_FUNCTIONS_PER_SANDBOX = 27
 GEOMETRY_MODEL_LEN = 512
@@ -25,7 +25,7 @@ GEOMETRY_PROMPT_CHARACTERS = 160  # a token each: its tokenizer knows bytes only
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class BenchmarkModel:
     """A model as it is served.
 
     Attributes:
@@ -46,9 +46,9 @@ class Model:
     experts_per_function: int
     functions_per_sandbox: int
     max_model_len: int
-    sizes: Sizes
+    sizes: TaskSizes
 
-    def deployment(self, folder: Path, experts: Mapping[str, Any] | None = None) -> Deployment:
+    def deployment(self, folder: Path, experts: Mapping[str, Any] | None = None) -> LocalModel:
         """Write the model's MoEModel file and load it.
 
         Args:
@@ -64,9 +64,9 @@ class Model:
             max_model_len=self.max_model_len,
             experts={"functionsPerSandbox": self.functions_per_sandbox, **(experts or {})},
         )
-        return Deployment.load(file)
+        return LocalModel.load(file)
 
-    def changed(self, **changes: int) -> Model:
+    def with_changes(self, **changes: int) -> BenchmarkModel:
         """Return the same model, cut or packed in another way."""
         return replace(self, **changes)  # type: ignore[arg-type]  # fields that are numbers
 
@@ -93,7 +93,7 @@ class Model:
         }
 
 
-async def demo_model(folder: Path, *, dtype: str | None = None) -> Model:
+async def make_demo_model(folder: Path, *, dtype: str | None = None) -> BenchmarkModel:
     """Return the demo model, made and prepared if it is not there.
 
     Args:
@@ -102,9 +102,9 @@ async def demo_model(folder: Path, *, dtype: str | None = None) -> Model:
     """
     checkpoint = folder / "demo-model"
     store = folder / ("demo-store" if dtype is None else f"demo-store-{dtype}")
-    await _faasmoe("demo-model", str(checkpoint))
+    await _run_faasmoe("demo-model", str(checkpoint))
     await _prepare(checkpoint, store, dtype)
-    return Model(
+    return BenchmarkModel(
         name="demo",
         checkpoint=checkpoint,
         store=store,
@@ -112,16 +112,20 @@ async def demo_model(folder: Path, *, dtype: str | None = None) -> Model:
         experts_per_function=DEMO_EXPERTS_PER_FUNCTION,
         functions_per_sandbox=DEMO_FUNCTIONS_PER_SANDBOX,
         max_model_len=1024,
-        sizes=Sizes(),
+        sizes=TaskSizes(),
     )
 
 
-async def random_model(
-    geometry: Geometry, folder: Path, *, experts_per_function: int, sizes: Sizes | None = None
-) -> Model:
+async def make_random_model(
+    geometry: CheckpointGeometry,
+    folder: Path,
+    *,
+    experts_per_function: int,
+    sizes: TaskSizes | None = None,
+) -> BenchmarkModel:
     """Return a model of random weights, made and prepared if it is not there."""
-    checkpoint, store = await make_model(geometry, folder)
-    return Model(
+    checkpoint, store = await make_model_in_subprocess(geometry, folder)
+    return BenchmarkModel(
         name=f"{geometry.layers} layers of {geometry.experts} experts",
         checkpoint=checkpoint,
         store=store,
@@ -129,7 +133,7 @@ async def random_model(
         experts_per_function=experts_per_function,
         functions_per_sandbox=1,
         max_model_len=GEOMETRY_MODEL_LEN,
-        sizes=sizes or Sizes(GEOMETRY_PROMPT_CHARACTERS),
+        sizes=sizes or TaskSizes(GEOMETRY_PROMPT_CHARACTERS),
     )
 
 
@@ -139,10 +143,10 @@ async def _prepare(checkpoint: Path, store: Path, dtype: str | None) -> None:
     except StoreError:
         format_ = () if dtype is None else (f"--dtype={dtype}",)
         # Whatever is there is no store of this version.
-        await _faasmoe("prepare", checkpoint.as_uri(), str(store), *format_, "--force")
+        await _run_faasmoe("prepare", checkpoint.as_uri(), str(store), *format_, "--force")
 
 
-async def _faasmoe(*arguments: str) -> None:
+async def _run_faasmoe(*arguments: str) -> None:
     command = (sys.executable, "-m", "faasmoe_operator.cli", *arguments)
     process = await asyncio.create_subprocess_exec(*command, cwd=ROOT)
     if await process.wait():

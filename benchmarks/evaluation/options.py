@@ -6,17 +6,17 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.evaluation.models import Model, demo_model, random_model
-from benchmarks.evaluation.tasks import Sizes
-from benchmarks.geometry import Geometry, qwen, small
-from benchmarks.sides import ROOT
+from benchmarks.evaluation.models import BenchmarkModel, make_demo_model, make_random_model
+from benchmarks.evaluation.tasks import TaskSizes
+from benchmarks.geometry import CheckpointGeometry, qwen_geometry, small_geometry
+from benchmarks.worker import ROOT
 
 CACHE = Path.home() / ".cache" / "faasmoe-bench"
 DEFAULT_OUT = Path("benchmarks") / "out"
 DEMO, QWEN = "demo", "qwen1.5-moe"
 QWEN_EXPERTS_PER_FUNCTION = 20  # the paper's
-SKEW = 0.5
-QUICK_SIZES = Sizes(prompt_characters=24, output_part=0.15)
+DEFAULT_SKEW = 0.5
+QUICK_SIZES = TaskSizes(prompt_characters=24, output_fraction=0.15)
 QUICK_TENANTS = 2
 
 
@@ -29,7 +29,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--layers", type=int, default=2, help=f"of {QWEN} (%(default)s of 24)")
     group.add_argument(
-        "--skew", type=float, default=SKEW, help=f"of {QWEN}'s gate, 0 for none (%(default)s)"
+        "--skew",
+        type=float,
+        default=DEFAULT_SKEW,
+        help=f"of {QWEN}'s gate, 0 for none (%(default)s)",
     )
     group.add_argument(
         "--geometry", type=_geometry, metavar="L,V,H,A,E,K,I,S", help="random weights of another "
@@ -42,41 +45,47 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache", type=Path, default=CACHE, help="where models lie (%(default)s)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="results (%(default)s)")
     parser.add_argument(
-        "--output-part", type=float, default=1.0, help="of the tasks' full answers, for shorter "
+        "--output-fraction", type=float, default=1.0, help="of the tasks' full answers, for shorter "
         "runs (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the workload (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny and short: does it all work?")
 
 
-async def chosen_model(arguments: argparse.Namespace) -> Model:
+async def make_chosen_model(arguments: argparse.Namespace) -> BenchmarkModel:
     """Return the model that the options choose, made if it is not there."""
-    model = await _model(arguments)
+    model = await _make_base_model(arguments)
     changes = {
         name: value
         for name in ("experts_per_function", "functions_per_sandbox")
         if (value := getattr(arguments, name)) is not None
     }
-    part = arguments.output_part * model.sizes.output_part
-    return replace(model.changed(**changes), sizes=replace(model.sizes, output_part=part))
+    output_fraction = arguments.output_fraction * model.sizes.output_fraction
+    return replace(
+        model.with_changes(**changes), sizes=replace(model.sizes, output_fraction=output_fraction)
+    )
 
 
-async def _model(arguments: argparse.Namespace) -> Model:
+async def _make_base_model(arguments: argparse.Namespace) -> BenchmarkModel:
     cache = arguments.cache.resolve()
     if arguments.quick:
-        return await random_model(small(), cache, experts_per_function=3, sizes=QUICK_SIZES)
+        return await make_random_model(
+            small_geometry(), cache, experts_per_function=3, sizes=QUICK_SIZES
+        )
     if arguments.geometry is not None:
         per_function = -(-arguments.geometry.experts // 3)
-        return await random_model(arguments.geometry, cache, experts_per_function=per_function)
+        return await make_random_model(arguments.geometry, cache, experts_per_function=per_function)
     if arguments.model == QWEN:
-        geometry = qwen(arguments.layers, skew=arguments.skew)
-        return await random_model(geometry, cache, experts_per_function=QWEN_EXPERTS_PER_FUNCTION)
+        geometry = qwen_geometry(arguments.layers, skew=arguments.skew)
+        return await make_random_model(
+            geometry, cache, experts_per_function=QWEN_EXPERTS_PER_FUNCTION
+        )
     # In a checkout, where `make demo` has it too.
     folder = ROOT / ".faasmoe" if (ROOT / "pyproject.toml").exists() else cache
-    return await demo_model(folder, dtype=arguments.dtype)
+    return await make_demo_model(folder, dtype=arguments.dtype)
 
 
-def _geometry(text: str) -> Geometry:
+def _geometry(text: str) -> CheckpointGeometry:
     try:
         sizes = [int(part) for part in text.split(",")]
         if len(sizes) != 8 or min(sizes) < 1:
@@ -85,4 +94,4 @@ def _geometry(text: str) -> Geometry:
         raise argparse.ArgumentTypeError(
             f"got {text!r}, expected eight positive numbers with commas between them"
         ) from None
-    return Geometry(*sizes)
+    return CheckpointGeometry(*sizes)

@@ -9,22 +9,29 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.evaluation import report, workload
-from benchmarks.evaluation.compare import Comparison, Plan, check_memory, describe
-from benchmarks.evaluation.full_model_trial import UNTRIED, find_best
-from benchmarks.evaluation.models import Model
-from benchmarks.evaluation.options import QUICK_TENANTS, add_model_options, chosen_model
+from benchmarks.evaluation.compare import (
+    Comparison,
+    ComparisonPlan,
+    check_memory_fits,
+    describe_plan,
+)
+from benchmarks.evaluation.full_model_tuning import DEFAULT_SETTINGS, tune_full_model
+from benchmarks.evaluation.models import BenchmarkModel
+from benchmarks.evaluation.options import QUICK_TENANTS, add_model_options, make_chosen_model
 from benchmarks.evaluation.results import to_json
-from benchmarks.evaluation.strategies import FULL_MODEL_SHARED, STRATEGIES, Settings
+from benchmarks.evaluation.strategies import FULL_MODEL_SHARED, STRATEGIES, StrategySettings
 from benchmarks.evaluation.workload import TENANTS, Workload
 from benchmarks.report import describe_machine, memory_bytes
 
-from faasmoe_operator.cli.interruption import interruptible
+from faasmoe_operator.cli.signals import run_until_signal
 
 ROUNDS, POISSON, DAY = "rounds", "poisson", "day"
 WARM_UP_SEED = -1
-WARM_UP_PART = 0.25  # of the answers: what is to be touched, prompts touch
-KNATIVE: Mapping[str, Any] = {"warmPool": 1}  # windows and grace period are Knative's defaults
-COMPRESSED_DAY: Mapping[str, Any] = {
+WARM_UP_FRACTION = 0.25  # of the answers: what is to be touched, prompts touch
+KNATIVE_EXPERTS: Mapping[str, Any] = {
+    "warmPool": 1
+}  # windows and grace period are Knative's defaults
+COMPRESSED_DAY_EXPERTS: Mapping[str, Any] = {
     # Knative's least window. In a day of 4 minutes it stands for 36 minutes, so that we hold
     # memory for longer than a real day's windows of a minute would.
     "warmPool": 1,
@@ -71,57 +78,59 @@ def add_command(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare; write figures, table, plots and page."""
-    return asyncio.run(interruptible(_run(arguments)))
+    return asyncio.run(run_until_signal(_run(arguments)))
 
 
 async def _run(arguments: argparse.Namespace) -> int:
     machine = describe_machine()
     plan = await _plan(arguments)
-    check_memory(plan, memory_bytes("MemAvailable"))
+    check_memory_fits(plan, memory_bytes("MemAvailable"))
     comparison = Comparison(plan)
     await comparison.run()
     results = to_json(comparison.results(), reference=FULL_MODEL_SHARED)
-    results["about"] = {"machine": machine, "seed": arguments.seed, **describe(plan)}
+    results["about"] = {"machine": machine, "seed": arguments.seed, **describe_plan(plan)}
     name = "paper" if arguments.workload == ROUNDS else arguments.workload
     report.write(name, results, folder=arguments.out.resolve())
     return 0
 
 
-async def _plan(arguments: argparse.Namespace) -> Plan:
-    model = await chosen_model(arguments)
+async def _plan(arguments: argparse.Namespace) -> ComparisonPlan:
+    model = await make_chosen_model(arguments)
     tenants = QUICK_TENANTS if arguments.quick else arguments.tenants
-    best = UNTRIED if arguments.quick else await find_best(model, sorted({1, tenants}))
-    return Plan(
-        settings=Settings(
+    best = (
+        DEFAULT_SETTINGS if arguments.quick else await tune_full_model(model, sorted({1, tenants}))
+    )
+    return ComparisonPlan(
+        settings=StrategySettings(
             model=model,
             tenants=tenants,
-            experts=COMPRESSED_DAY if arguments.workload == DAY else KNATIVE,
+            experts=COMPRESSED_DAY_EXPERTS if arguments.workload == DAY else KNATIVE_EXPERTS,
             experts_implementation=best.implementation,
-            wait=best.wait,
+            wait_policy=best.wait_policy,
         ),
         workload=_workload(arguments, model, tenants),
-        warm_up=warm_up(model, tenants),
+        warm_up=warm_up_workload(model, tenants),
         strategies=arguments.strategies,
         repeats=1 if arguments.quick else arguments.repeats,
         time_limit_s=arguments.time_limit,
     )
 
 
-def warm_up(model: Model, tenants: int) -> Workload:
+def warm_up_workload(model: BenchmarkModel, tenants: int) -> Workload:
     """Return what is played before a workload, so that all weights have been touched."""
-    sizes = replace(model.sizes, output_part=WARM_UP_PART * model.sizes.output_part)
-    return workload.rounds(1, seed=WARM_UP_SEED, sizes=sizes, tenants=tenants)
+    sizes = replace(model.sizes, output_fraction=WARM_UP_FRACTION * model.sizes.output_fraction)
+    return workload.rounds_workload(1, seed=WARM_UP_SEED, sizes=sizes, tenants=tenants)
 
 
-def _workload(arguments: argparse.Namespace, model: Model, tenants: int) -> Workload:
+def _workload(arguments: argparse.Namespace, model: BenchmarkModel, tenants: int) -> Workload:
     seed, sizes, duration_s = arguments.seed, model.sizes, arguments.duration
     if arguments.workload == ROUNDS:
-        return workload.rounds(arguments.rounds, seed=seed, sizes=sizes, tenants=tenants)
+        return workload.rounds_workload(arguments.rounds, seed=seed, sizes=sizes, tenants=tenants)
     if arguments.workload == POISSON:
         rate = arguments.rate
-        return workload.poisson(rate, duration_s, seed=seed, sizes=sizes, tenants=tenants)
+        return workload.poisson_workload(rate, duration_s, seed=seed, sizes=sizes, tenants=tenants)
     n_requests = arguments.requests
-    return workload.day(n_requests, duration_s, seed=seed, sizes=sizes, tenants=tenants)
+    return workload.day_workload(n_requests, duration_s, seed=seed, sizes=sizes, tenants=tenants)
 
 
 def _strategies(text: str) -> tuple[str, ...]:

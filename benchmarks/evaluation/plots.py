@@ -16,16 +16,20 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 DPI = 130
-WIDE = (9.0, 4.2)
+FIGURE_SIZE = (9.0, 4.2)
 Draw = Callable[[Axes], None]
 
 
 def comparison_plots(results: Results) -> dict[str, bytes]:
     """Return the plots of a comparison by name."""
     return {
-        "memory": _figure(lambda axes: memory_over_time(axes, results)),
-        "ttft": _figure(lambda axes: latencies(axes, results, "ttfts_s", "first token, s")),
-        "tpot": _figure(lambda axes: latencies(axes, results, "tpots_s", "time per token, s")),
+        "memory": _render_figure(lambda axes: memory_over_time(axes, results)),
+        "ttft": _render_figure(
+            lambda axes: latency_distribution(axes, results, "ttfts_s", "first token, s")
+        ),
+        "tpot": _render_figure(
+            lambda axes: latency_distribution(axes, results, "tpots_s", "time per token, s")
+        ),
     }
 
 
@@ -38,7 +42,7 @@ def sweep_plots(sweep: Results) -> dict[str, bytes]:
         "calls": ("calls_per_token", "calls per token"),
     }
     return {
-        name: _figure(partial(by_size, sweep=sweep, key=key, label=label))
+        name: _render_figure(partial(figure_by_size, sweep=sweep, key=key, label=label))
         for name, (key, label) in parts.items()
     }
 
@@ -54,7 +58,7 @@ def memory_over_time(axes: Axes, results: Results) -> None:
     axes.legend(fontsize="small")
 
 
-def latencies(axes: Axes, results: Results, key: str, label: str) -> None:
+def latency_distribution(axes: Axes, results: Results, key: str, label: str) -> None:
     """Draw what part of the requests of all runs was at most so slow."""
     for name in strategies(results):
         values = sorted(v for run in results[name]["runs"] for v in run["details"][key])
@@ -64,7 +68,7 @@ def latencies(axes: Axes, results: Results, key: str, label: str) -> None:
     axes.legend(fontsize="small")
 
 
-def by_size(axes: Axes, sweep: Results, key: str, label: str) -> None:
+def figure_by_size(axes: Axes, sweep: Results, key: str, label: str) -> None:
     """Draw a figure by experts in a function, a line for each strategy."""
     sizes = sorted(sweep["sizes"], key=int)
     names = strategies(sweep["sizes"][sizes[0]])
@@ -80,8 +84,8 @@ def by_size(axes: Axes, sweep: Results, key: str, label: str) -> None:
     axes.legend(fontsize="small")
 
 
-def _figure(draw: Draw) -> bytes:
-    figure, axes = plt.subplots(figsize=WIDE, layout="constrained")
+def _render_figure(draw: Draw) -> bytes:
+    figure, axes = plt.subplots(figsize=FIGURE_SIZE, layout="constrained")
     try:
         draw(axes)
         axes.grid(visible=True, alpha=0.3)

@@ -1,16 +1,76 @@
-"""`faasmoe bench report`: table, plots and page, written again from figures that were kept."""
+"""One HTML page that holds everything: tables, and plots inside it. Pure.
+
+`faasmoe bench report`: table, plots and page, written again from figures that were kept.
+"""
 
 from __future__ import annotations
 
 import argparse
+import base64
+import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evaluation import sweep_table, table
-from benchmarks.evaluation.page import page
 from benchmarks.report import write_figures
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0 }
+th, td { border-bottom: 1px solid #8884; padding: .3rem .8rem; text-align: right }
+th:first-child, td:first-child { text-align: left }
+img { max-width: 100%; background: white }
+:root { color-scheme: light dark }
+"""
+
+
+def render_html_page(title: str, markdown: str, plots: Mapping[str, bytes]) -> str:
+    """Return a page that needs no other file.
+
+    Args:
+        title: of the page.
+        markdown: lists and tables, as table.py writes them; nothing else of Markdown is known.
+        plots: PNG images by name.
+    """
+    images = "".join(
+        f'<h2>{html.escape(name)}</h2><img alt="{html.escape(name)}" '
+        f'src="data:image/png;base64,{base64.b64encode(image).decode()}">\n'
+        for name, image in plots.items()
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body><h1>{html.escape(title)}</h1>\n{_render_markdown(markdown)}{images}</body></html>\n"
+    )
+
+
+def _render_markdown(markdown: str) -> str:
+    blocks = [block.splitlines() for block in markdown.split("\n\n") if block.strip()]
+    return "".join(_render_table(b) if b[0].startswith("|") else _render_list(b) for b in blocks)
+
+
+def _render_list(lines: Sequence[str]) -> str:
+    items = "".join(f"<li>{html.escape(line.removeprefix('- '))}</li>" for line in lines)
+    return f"<ul>{items}</ul>\n"
+
+
+def _render_table(lines: Sequence[str]) -> str:
+    head, _, *rows = ([html.escape(cell) for cell in _cells(line)] for line in lines)
+    body = "".join(f"<tr>{_render_row('td', row)}</tr>" for row in rows)
+    return (
+        f"<table><thead><tr>{_render_row('th', head)}</tr></thead><tbody>{body}</tbody></table>\n"
+    )
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def _render_row(tag: str, cells: Sequence[str]) -> str:
+    return "".join(f"<{tag}>{cell}</{tag}>" for cell in cells)
+
 
 NEEDS_MATPLOTLIB = "plots and page need matplotlib: pip install 'faasmoe[bench]'"
 
@@ -55,4 +115,6 @@ def render(name: str, results: Mapping[str, Any], *, folder: Path) -> None:
     images = plots.sweep_plots(results) if is_sweep else plots.comparison_plots(results)
     for part, image in images.items():
         (folder / f"{name}-{part}.png").write_bytes(image)
-    (folder / f"{name}.html").write_text(page(f"FaaSMoE: {name}", text, images), encoding="utf-8")
+    (folder / f"{name}.html").write_text(
+        render_html_page(f"FaaSMoE: {name}", text, images), encoding="utf-8"
+    )

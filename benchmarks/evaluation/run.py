@@ -1,24 +1,82 @@
-"""One run: a strategy is started, warmed up, asked, metered, and ended."""
+"""Counters that the strategies' processes tell in Prometheus's text form. Pure but for `scrape`.
+
+One run: a strategy is started, warmed up, asked, metered, and ended.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.evaluation.client import Answer, Played, play
-from benchmarks.evaluation.meter import Tree, Usage, metered
-from benchmarks.evaluation.scrape import scrape, since
-from benchmarks.evaluation.strategies import Deployed, Settings, Strategy
+import aiohttp
+from benchmarks.evaluation.client import RequestResult, WorkloadResult, run_workload
+from benchmarks.evaluation.meter import ProcessTree, ResourceUsage, metering
+from benchmarks.evaluation.strategies import Strategy, StrategyDeployment, StrategySettings
 from benchmarks.evaluation.workload import Workload
 from benchmarks.report import percentile
+
+ROUTER_COUNTERS = {
+    "calls": "faasmoe_router_function_calls_total",
+    "failed_calls": "faasmoe_router_function_call_failures_total",
+    "local": "faasmoe_router_local_computations_total",
+    "sent_bytes": "faasmoe_router_function_sent_bytes_total",
+    "received_bytes": "faasmoe_router_function_received_bytes_total",
+}
+CONTROL_COUNTERS = {"activations": "faasmoe_control_activations_total"}
+
+
+def metric_total(text: str, name: str) -> float:
+    """Return the sum of a metric over all its labels; 0 if it is not there."""
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in text.splitlines()
+        if line.startswith((f"{name} ", f"{name}{{"))
+    )
+
+
+def parse_counters(text: str, names: Mapping[str, str]) -> dict[str, float]:
+    """Return the counters of one process, by our own names; raises ValueError of one not told."""
+    for metric in names.values():
+        if f"# TYPE {metric.removesuffix('_total')}" not in text:
+            raise ValueError(f"metrics: got none that is called {metric}")
+    return {name: metric_total(text, metric) for name, metric in names.items()}
+
+
+def sum_counters(some: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return the sums of the counters of several processes."""
+    sums: dict[str, float] = {}
+    for found in some:
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def counter_deltas(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """Return by how much counters have grown."""
+    return {name: value - before.get(name, 0.0) for name, value in after.items()}
+
+
+async def scrape_counters(router_urls: Iterable[str], control_url: str | None) -> dict[str, float]:
+    """Read all counters of a strategy."""
+    async with aiohttp.ClientSession(raise_for_status=True) as http:
+        found = [parse_counters(await _text(http, url), ROUTER_COUNTERS) for url in router_urls]
+        if control_url is not None:
+            found.append(parse_counters(await _text(http, control_url), CONTROL_COUNTERS))
+    return sum_counters(found)
+
+
+async def _text(http: aiohttp.ClientSession, url: str) -> str:
+    async with http.get(f"{url}/metrics") as response:
+        return await response.text()
+
 
 PERCENTILES = (50, 95, 99)
 GB = 1e9
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class StrategyRun:
     """What one strategy gave in one run.
 
     Attributes:
@@ -27,41 +85,41 @@ class Run:
         counters: what its processes counted.
     """
 
-    played: Played
-    usage: Usage
+    workload_result: WorkloadResult
+    usage: ResourceUsage
     counters: Mapping[str, float]
 
     @property
-    def answered(self) -> tuple[Answer, ...]:
+    def successful_results(self) -> tuple[RequestResult, ...]:
         """The answers of requests that did not fail."""
-        return tuple(answer for answer in self.played.answers if not answer.error)
+        return tuple(answer for answer in self.workload_result.results if not answer.error)
 
     @property
     def n_tokens(self) -> int:
         """Tokens generated."""
-        return sum(answer.n_tokens for answer in self.answered)
+        return sum(answer.n_tokens for answer in self.successful_results)
 
     @property
     def ttfts_s(self) -> list[float]:
         """Times to the first token."""
-        return [answer.ttft_s for answer in self.answered]
+        return [answer.ttft_s for answer in self.successful_results]
 
     @property
     def tpots_s(self) -> list[float]:
         """Times per token after the first."""
-        return [answer.tpot_s for answer in self.answered if answer.tpot_s is not None]
+        return [answer.tpot_s for answer in self.successful_results if answer.tpot_s is not None]
 
     @property
     def cold_starts_s(self) -> list[float]:
         """How long requests were held until their functions were there, if they were."""
-        return [answer.held_s for answer in self.answered if answer.held_s > 0]
+        return [answer.queued_s for answer in self.successful_results if answer.queued_s > 0]
 
     def figures(self) -> dict[str, float | None]:
         """Return the run's figures; None is what did not occur."""
         tokens = self.n_tokens or float("nan")
         wire_bytes = self.counters["sent_bytes"] + self.counters["received_bytes"]
         return {
-            "tokens_per_s": self.n_tokens / self.played.busy_s,
+            "tokens_per_s": self.n_tokens / self.workload_result.busy_s,
             **_percentiles("ttft", self.ttfts_s),
             **_percentiles("tpot", self.tpots_s),
             "cpu_s_per_token": self.usage.cpu_s / tokens,
@@ -74,11 +132,11 @@ class Run:
             "wire_bytes_per_token": wire_bytes / tokens,
             "local_computations": self.counters["local"],
             "activations": self.counters.get("activations", 0.0),
-            "held_requests": float(len(self.cold_starts_s)),
+            "queued_requests": float(len(self.cold_starts_s)),
             **_percentiles("cold_start", self.cold_starts_s),
             "tokens": float(self.n_tokens),
-            "requests": float(len(self.played.answers)),
-            "failures": float(len(self.played.answers) - len(self.answered)),
+            "requests": float(len(self.workload_result.results)),
+            "failures": float(len(self.workload_result.results) - len(self.successful_results)),
             "time_s": self.usage.time_s,
         }
 
@@ -89,20 +147,20 @@ class Run:
             "tpots_s": self.tpots_s,
             "cold_starts_s": self.cold_starts_s,
             "memory": [[s.at_s, s.total / GB, s.anonymous / GB] for s in self.usage.samples],
-            "texts": {f"{a.tenant}-{a.number}": a.text for a in self.answered},
-            "errors": [answer.error for answer in self.played.answers if answer.error],
+            "texts": {f"{a.tenant}-{a.number}": a.text for a in self.successful_results},
+            "errors": [answer.error for answer in self.workload_result.results if answer.error],
         }
 
 
-async def measure(
+async def measure_strategy(
     strategy: Strategy,
-    settings: Settings,
+    settings: StrategySettings,
     *,
     warm_up: Workload,
     workload: Workload,
     progress: Callable[[], object],
     interval_s: float,
-) -> Run:
+) -> StrategyRun:
     """Run a strategy from its start to its end; only the workload itself is measured.
 
     Args:
@@ -113,20 +171,20 @@ async def measure(
         progress: called after each answer of the workload.
         interval_s: between readings of memory.
     """
-    async with strategy.deploy(settings) as deployed:
-        await _warm_up(deployed, warm_up)
+    async with strategy.deploy(settings) as deployment:
+        await _warm_up(deployment, warm_up)
         if not workload.is_closed_loop:
-            await deployed.become_idle()  # who begins at night begins with what a night leaves
-        before = await scrape(deployed.router_urls, deployed.control_url)
-        async with metered(Tree(deployed.roots), interval_s=interval_s) as usage:
-            played = await play(workload, deployed.endpoints, progress=progress)
-        after = await scrape(deployed.router_urls, deployed.control_url)
-        return Run(played, usage, since(before, after))
+            await deployment.wait_idle()  # who begins at night begins with what a night leaves
+        before = await scrape_counters(deployment.router_urls, deployment.control_url)
+        async with metering(ProcessTree(deployment.roots), interval_s=interval_s) as usage:
+            workload_result = await run_workload(workload, deployment.endpoints, progress=progress)
+        after = await scrape_counters(deployment.router_urls, deployment.control_url)
+        return StrategyRun(workload_result, usage, counter_deltas(before, after))
 
 
-async def _warm_up(deployed: Deployed, warm_up: Workload) -> None:
-    played = await play(warm_up, deployed.endpoints, progress=lambda: None)
-    errors = [answer.error for answer in played.answers if answer.error]
+async def _warm_up(deployment: StrategyDeployment, warm_up: Workload) -> None:
+    result = await run_workload(warm_up, deployment.endpoints, progress=lambda: None)
+    errors = [answer.error for answer in result.results if answer.error]
     if errors:
         raise RuntimeError(f"{len(errors)} requests of the warm-up failed, the first: {errors[0]}")
 

@@ -14,27 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.baseline_tuning import DEFAULT_WAIT_POLICY
 from benchmarks.evaluation import variables
-from benchmarks.evaluation.client import Endpoint
-from benchmarks.evaluation.models import NAME, Model
+from benchmarks.evaluation.client import TenantEndpoint
+from benchmarks.evaluation.models import MODEL_NAME, BenchmarkModel
 from benchmarks.evaluation.processes import (
     FULL_MODEL,
-    NOWHERE,
-    near_of,
-    resident_sandbox,
+    UNREACHABLE_ADDRESS,
     router_environment,
-    servers,
-    write_table,
+    running_resident_sandbox,
+    running_servers,
+    unix_socket_environment,
+    write_routing_table,
 )
-from benchmarks.served import served
-from benchmarks.trial import DEFAULT_WAIT
+from benchmarks.up_process import running_up
 
 from faasmoe_operator.cli import router
-from faasmoe_operator.platforms.zygote import near_variables
+from faasmoe_operator.platforms.zygote import shared_dir_variables
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class StrategySettings:
     """What a run gives its strategies.
 
     Attributes:
@@ -45,19 +45,19 @@ class Settings:
         wait: how a single full model's threads wait for work.
     """
 
-    model: Model
+    model: BenchmarkModel
     tenants: int
     experts: Mapping[str, Any]
     experts_implementation: Callable[[int], str]
-    wait: str = DEFAULT_WAIT
+    wait_policy: str = DEFAULT_WAIT_POLICY
 
 
-async def _nothing() -> None:
+async def _no_wait() -> None:
     """Do nothing: a strategy that never goes idle has nothing to wait for."""
 
 
 @dataclass(frozen=True, slots=True)
-class Deployed:
+class StrategyDeployment:
     """A strategy that serves.
 
     Attributes:
@@ -67,10 +67,10 @@ class Deployed:
         become_idle: waits until all that can go is gone.
     """
 
-    endpoints: tuple[Endpoint, ...]
+    endpoints: tuple[TenantEndpoint, ...]
     roots: tuple[int, ...]
     control_url: str | None = None
-    become_idle: Callable[[], Awaitable[object]] = _nothing
+    wait_idle: Callable[[], Awaitable[object]] = _no_wait
 
     @property
     def router_urls(self) -> tuple[str, ...]:
@@ -90,11 +90,11 @@ class Strategy:
 
     name: str
     title: str
-    deploy: Callable[[Settings], AbstractAsyncContextManager[Deployed]]
+    deploy: Callable[[StrategySettings], AbstractAsyncContextManager[StrategyDeployment]]
 
 
 @asynccontextmanager
-async def full_model_per_tenant(settings: Settings) -> AsyncIterator[Deployed]:
+async def full_model_per_tenant(settings: StrategySettings) -> AsyncIterator[StrategyDeployment]:
     """Serve with the whole model in a process of each tenant's own."""
     with _folder() as folder:
         # Several processes on the same cores: threads that wait by spinning steal from the others.
@@ -102,52 +102,52 @@ async def full_model_per_tenant(settings: Settings) -> AsyncIterator[Deployed]:
             _full_model_environment(settings, folder, batch=1, wait="PASSIVE")
             for _ in range(settings.tenants)
         ]
-        async with servers(FULL_MODEL, environments) as found:
-            yield Deployed(tuple(s.endpoint for s in found), tuple(s.pid for s in found))
+        async with running_servers(FULL_MODEL, environments) as found:
+            yield StrategyDeployment(tuple(s.endpoint for s in found), tuple(s.pid for s in found))
 
 
 @asynccontextmanager
-async def full_model_shared(settings: Settings) -> AsyncIterator[Deployed]:
+async def full_model_shared(settings: StrategySettings) -> AsyncIterator[StrategyDeployment]:
     """Serve with the whole model in one process for all tenants."""
     with _folder() as folder:
         environment = _full_model_environment(
-            settings, folder, batch=settings.tenants, wait=settings.wait
+            settings, folder, batch=settings.tenants, wait=settings.wait_policy
         )
-        async with servers(FULL_MODEL, [environment]) as (server,):
-            yield Deployed((server.endpoint,) * settings.tenants, (server.pid,))
+        async with running_servers(FULL_MODEL, [environment]) as (server,):
+            yield StrategyDeployment((server.endpoint,) * settings.tenants, (server.pid,))
 
 
 @asynccontextmanager
-async def local_distribution(settings: Settings) -> AsyncIterator[Deployed]:
+async def local_distribution(settings: StrategySettings) -> AsyncIterator[StrategyDeployment]:
     """Serve with a router for each tenant, and all experts in one process that stays."""
     with _folder() as folder:
         deployment = settings.model.deployment(folder, {"placement": "functions"})
-        async with resident_sandbox(deployment, folder) as resident:
+        async with running_resident_sandbox(deployment, folder) as resident:
             environments = [
                 router_environment(deployment, table=resident.table, token=resident.token)
-                | near_variables(folder)
+                | shared_dir_variables(folder)
                 for _ in range(settings.tenants)
             ]
-            async with servers(router.COMMAND, environments) as found:
+            async with running_servers(router.COMMAND, environments) as found:
                 pids = (resident.pid, *(server.pid for server in found))
-                yield Deployed(tuple(server.endpoint for server in found), pids)
+                yield StrategyDeployment(tuple(server.endpoint for server in found), pids)
 
 
 @asynccontextmanager
-async def functions_private(settings: Settings) -> AsyncIterator[Deployed]:
+async def functions_private(settings: StrategySettings) -> AsyncIterator[StrategyDeployment]:
     """Serve with `faasmoe up`, and a router more for each further tenant."""
     with _folder() as folder:
         deployment = settings.model.deployment(folder, settings.experts)
-        async with served(deployment.file) as up:
-            near = near_of(up.launcher.pid)
+        async with running_up(deployment.file) as up:
+            near = unix_socket_environment(up.launcher.pid)
             token = str(up.http.headers["Authorization"]).removeprefix("Bearer ")
             environments = [
                 router_environment(deployment, control_url=up.control_url, token=token) | near
                 for _ in range(settings.tenants - 1)
             ]
-            async with servers(router.COMMAND, environments) as others:
-                yield Deployed(
-                    (Endpoint(up.url, NAME), *(server.endpoint for server in others)),
+            async with running_servers(router.COMMAND, environments) as others:
+                yield StrategyDeployment(
+                    (TenantEndpoint(up.url, MODEL_NAME), *(server.endpoint for server in others)),
                     (up.launcher.pid, *(server.pid for server in others)),
                     up.control_url,
                     up.wait_idle,
@@ -155,13 +155,13 @@ async def functions_private(settings: Settings) -> AsyncIterator[Deployed]:
 
 
 @asynccontextmanager
-async def functions_shared(settings: Settings) -> AsyncIterator[Deployed]:
+async def functions_shared(settings: StrategySettings) -> AsyncIterator[StrategyDeployment]:
     """Serve with `faasmoe up`, as it is."""
     with _folder() as folder:
         deployment = settings.model.deployment(folder, settings.experts)
-        async with served(deployment.file) as up:
-            endpoints = (Endpoint(up.url, NAME),) * settings.tenants
-            yield Deployed(endpoints, (up.launcher.pid,), up.control_url, up.wait_idle)
+        async with running_up(deployment.file) as up:
+            endpoints = (TenantEndpoint(up.url, MODEL_NAME),) * settings.tenants
+            yield StrategyDeployment(endpoints, (up.launcher.pid,), up.control_url, up.wait_idle)
 
 
 FULL_MODEL_PER_TENANT = "full-model-per-tenant"
@@ -181,17 +181,19 @@ STRATEGIES: Mapping[str, Strategy] = {
 
 
 def _full_model_environment(
-    settings: Settings, folder: Path, *, batch: int, wait: str
+    settings: StrategySettings, folder: Path, *, batch: int, wait: str
 ) -> dict[str, str]:
     deployment = settings.model.deployment(folder)
-    environment = router_environment(deployment, table=write_table(deployment, NOWHERE, folder))
+    environment = router_environment(
+        deployment, table=write_routing_table(deployment, UNREACHABLE_ADDRESS, folder)
+    )
     environment |= {
         variables.CHECKPOINT: str(settings.model.checkpoint),
         variables.EXPERTS: settings.experts_implementation(batch),
     }
-    if wait == DEFAULT_WAIT and "OMP_WAIT_POLICY" not in os.environ:
+    if wait == DEFAULT_WAIT_POLICY and "OMP_WAIT_POLICY" not in os.environ:
         del environment["OMP_WAIT_POLICY"]
-    elif wait != DEFAULT_WAIT:
+    elif wait != DEFAULT_WAIT_POLICY:
         environment["OMP_WAIT_POLICY"] = wait
     return environment
 

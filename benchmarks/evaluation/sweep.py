@@ -9,20 +9,20 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.evaluation import paper, report, workload
-from benchmarks.evaluation.compare import Comparison, Plan, describe
-from benchmarks.evaluation.full_model_trial import UNTRIED
-from benchmarks.evaluation.models import Model
-from benchmarks.evaluation.options import QUICK_TENANTS, add_model_options, chosen_model
+from benchmarks.evaluation.compare import Comparison, ComparisonPlan, describe_plan
+from benchmarks.evaluation.full_model_tuning import DEFAULT_SETTINGS
+from benchmarks.evaluation.models import BenchmarkModel
+from benchmarks.evaluation.options import QUICK_TENANTS, add_model_options, make_chosen_model
 from benchmarks.evaluation.results import to_json
-from benchmarks.evaluation.strategies import FUNCTIONS_SHARED, LOCAL_DISTRIBUTION, Settings
+from benchmarks.evaluation.strategies import FUNCTIONS_SHARED, LOCAL_DISTRIBUTION, StrategySettings
 from benchmarks.evaluation.workload import TENANTS
 from benchmarks.report import describe_machine
 
-from faasmoe_operator.cli.interruption import interruptible
+from faasmoe_operator.cli.signals import run_until_signal
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 15, 20, 30, 60)
 STRATEGIES = (FUNCTIONS_SHARED, LOCAL_DISTRIBUTION)
-ALL_UP: Mapping[str, Any] = {
+ALL_FUNCTIONS_ACTIVE: Mapping[str, Any] = {
     "warmPool": 0,  # memory is of functions alone
     "scaling": {"minScale": 1},
 }
@@ -50,18 +50,18 @@ def add_command(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Sweep; write figures, table, plots and page."""
-    return asyncio.run(interruptible(_run(arguments)))
+    return asyncio.run(run_until_signal(_run(arguments)))
 
 
 async def _run(arguments: argparse.Namespace) -> int:
     machine = describe_machine()
-    plans = _plans(arguments, await chosen_model(arguments))
+    plans = _plans(arguments, await make_chosen_model(arguments))
     comparisons = await _sweep(plans, 1 if arguments.quick else arguments.repeats)
     results = {
         "about": {
             "machine": machine,
             "seed": arguments.seed,
-            **describe(next(iter(plans.values()))),
+            **describe_plan(next(iter(plans.values()))),
         },
         "sizes": {
             str(size): to_json(found.results(), reference=LOCAL_DISTRIBUTION)
@@ -72,7 +72,7 @@ async def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _sweep(plans: Mapping[int, Plan], repeats: int) -> Mapping[int, Comparison]:
+async def _sweep(plans: Mapping[int, ComparisonPlan], repeats: int) -> Mapping[int, Comparison]:
     """Run every size once, then again: sizes take turns as strategies do."""
     comparisons = {size: Comparison(plan) for size, plan in plans.items()}
     for number in range(repeats):
@@ -83,25 +83,27 @@ async def _sweep(plans: Mapping[int, Plan], repeats: int) -> Mapping[int, Compar
     return comparisons
 
 
-def _plans(arguments: argparse.Namespace, model: Model) -> dict[int, Plan]:
+def _plans(arguments: argparse.Namespace, model: BenchmarkModel) -> dict[int, ComparisonPlan]:
     tenants = QUICK_TENANTS if arguments.quick else arguments.tenants
     n_experts = int(model.describe()["experts"])
-    asked = workload.rounds(
+    measured_workload = workload.rounds_workload(
         arguments.rounds, seed=arguments.seed, sizes=model.sizes, tenants=tenants
     )
-    plan = Plan(
-        settings=Settings(model, tenants, ALL_UP, UNTRIED.implementation),
-        workload=asked,
-        warm_up=paper.warm_up(model, tenants),
+    plan = ComparisonPlan(
+        settings=StrategySettings(
+            model, tenants, ALL_FUNCTIONS_ACTIVE, DEFAULT_SETTINGS.implementation
+        ),
+        workload=measured_workload,
+        warm_up=paper.warm_up_workload(model, tenants),
         strategies=(FUNCTIONS_SHARED,) if arguments.without_local else STRATEGIES,
         repeats=1,
     )
     sizes = [size for size in arguments.sizes if size <= n_experts]
-    return {size: _of_size(plan, size) for size in sizes}
+    return {size: _plan_for_size(plan, size) for size in sizes}
 
 
-def _of_size(plan: Plan, size: int) -> Plan:
-    model = plan.settings.model.changed(experts_per_function=size)
+def _plan_for_size(plan: ComparisonPlan, size: int) -> ComparisonPlan:
+    model = plan.settings.model.with_changes(experts_per_function=size)
     return replace(plan, settings=replace(plan.settings, model=model))
 
 

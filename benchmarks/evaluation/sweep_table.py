@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.evaluation.strategies import FUNCTIONS_SHARED
-from benchmarks.evaluation.table import described, markdown_table, strategies
+from benchmarks.evaluation.table import describe_setup, markdown_table, strategies
 
 TOLERANCE = 1.05
 COSTS = ("tpot_p50_s", "cpu_s_per_token", "mean_gb")
@@ -28,19 +28,19 @@ def markdown(sweep: Mapping[str, Any]) -> str:
     """Return the tables and the recommendation."""
     sizes = sorted(sweep["sizes"], key=int)
     header = ["experts in a function", *(label for _, label, _, _ in COLUMNS)]
-    parts = [described(sweep["about"])]
+    parts = [describe_setup(sweep["about"])]
     for name in strategies(sweep["sizes"][sizes[0]]):
         rows = [[size, *_cells(sweep["sizes"][size][name])] for size in sizes]
         title = sweep["sizes"][sizes[0]][name]["title"]
         parts.append(f"- {title}")
         parts.append(markdown_table(header, rows))
-    parts.append(f"- recommended: {recommended(sweep)} experts in a function, the smallest size of "
+    parts.append(f"- recommended: {recommended_size(sweep)} experts in a function, the smallest size of "
                  f"which time and CPU per token and memory are within {TOLERANCE - 1:.0%} of the "
                  "best, or the one with the least product of the three")  # fmt: skip
     return "\n\n".join(parts)
 
 
-def recommended(sweep: Mapping[str, Any]) -> int:
+def recommended_size(sweep: Mapping[str, Any]) -> int:
     """Return the size to be the default.
 
     Small functions come and go more finely, so the smallest is taken of those that cost no more

@@ -28,9 +28,9 @@ ROWS: Sequence[tuple[str, str, Callable[[float], str]]] = (
     ("calls_per_token", "calls per token", lambda x: f"{x:.2f}"),
     ("wire_bytes_per_token", "KB per token, both ways", lambda x: f"{x / 1e3:.1f}"),
     ("activations", "activations", lambda x: f"{x:.0f}"),
-    ("held_requests", "requests held for functions", lambda x: f"{x:.0f}"),
-    ("cold_start_p50_s", "held p50, s", lambda x: f"{x:.3f}"),
-    ("cold_start_p99_s", "held p99, s", lambda x: f"{x:.3f}"),
+    ("queued_requests", "requests queued for activation", lambda x: f"{x:.0f}"),
+    ("cold_start_p50_s", "cold start p50, s", lambda x: f"{x:.3f}"),
+    ("cold_start_p99_s", "cold start p99, s", lambda x: f"{x:.3f}"),
     ("local_computations", "calls computed in the router", lambda x: f"{x:.0f}"),
     ("failures", "failed requests", lambda x: f"{x:.0f}"),
     ("equal_texts", "texts equal to the shared full model's", lambda x: f"{x:.1%}"),
@@ -47,7 +47,15 @@ RATIO_ROWS = (
 
 def markdown(results: Results) -> str:
     """Return everything that a report says in words and tables."""
-    return "\n".join([described(results[ABOUT]), "", figures(results), "", over_shared(results)])
+    return "\n".join(
+        [
+            describe_setup(results[ABOUT]),
+            "",
+            figures_table(results),
+            "",
+            ratios_over_shared(results),
+        ]
+    )
 
 
 def strategies(results: Results) -> list[str]:
@@ -55,7 +63,7 @@ def strategies(results: Results) -> list[str]:
     return [name for name in results if name != ABOUT]
 
 
-def figures(results: Results) -> str:
+def figures_table(results: Results) -> str:
     """Return the table of figures."""
     names = strategies(results)
     header = ["", *(results[name]["title"] for name in names)]
@@ -68,12 +76,12 @@ def figures(results: Results) -> str:
     return markdown_table(header, [row for row in rows if set(row[1:]) != {NONE}])
 
 
-def over_shared(results: Results) -> str:
+def ratios_over_shared(results: Results) -> str:
     """Return the table of ratios over the shared full model; empty if it did not run."""
     if FULL_MODEL_SHARED not in results:
         return ""
     names = strategies(results)
-    found = ratios({name: results[name] for name in names}, over=FULL_MODEL_SHARED)
+    found = ratios({name: results[name] for name in names}, baseline=FULL_MODEL_SHARED)
     header = ["over one shared full model", *(results[name]["title"] for name in names)]
     rows = [
         [label, *(f"{found[n][key]:.3f}" if key in found[n] else NONE for n in names)]
@@ -82,7 +90,7 @@ def over_shared(results: Results) -> str:
     return markdown_table(header, rows)
 
 
-def described(about: Mapping[str, Any]) -> str:
+def describe_setup(about: Mapping[str, Any]) -> str:
     """Return on what and with what the results were got."""
     machine, model, workload = about["machine"], about["model"], about["workload"]
     full = about["full_model"]["experts_implementation"]

@@ -54,9 +54,9 @@ def dates(draw: random.Random) -> str:
 
 def counting(draw: random.Random) -> str:
     """Return things to be counted."""
-    held = [f"{draw.randrange(2, 9)} {draw.choice(COLOURS)} {x}s" for x in draw.sample(THINGS, 4)]
+    counts = [f"{draw.randrange(2, 9)} {draw.choice(COLOURS)} {x}s" for x in draw.sample(THINGS, 4)]
     return (
-        f"{draw.choice(NAMES)} has {', '.join(held[:-1])} and {held[-1]}. Two of the {held[0][2:]} "
+        f"{draw.choice(NAMES)} has {', '.join(counts[:-1])} and {counts[-1]}. Two of the {counts[0][2:]} "
         "are given away. How many things are left, and which ones are there most of?\nAnswer:"
     )
 
@@ -64,11 +64,11 @@ def counting(draw: random.Random) -> str:
 def tracking(draw: random.Random) -> str:
     """Return things that change hands."""
     people, things = draw.sample(NAMES, 4), draw.sample(THINGS, 4)
-    held = ", ".join(f"{p} has the {t}" for p, t in zip(people, things, strict=True))
+    possessions = ", ".join(f"{p} has the {t}" for p, t in zip(people, things, strict=True))
     swaps = [draw.sample(people, 2) for _ in range(4)]
-    told = ". Then ".join(f"{a} and {b} swap what they hold" for a, b in swaps)
+    swap_text = ". Then ".join(f"{a} and {b} swap what they hold" for a, b in swaps)
     return (
-        f"Four friends play a game. At first, {held}. Then {told}. "
+        f"Four friends play a game. At first, {possessions}. Then {swap_text}. "
         f"Who has the {draw.choice(things)} at the end? Explain every step.\nAnswer:"
     )
 
@@ -84,7 +84,7 @@ KINDS: Mapping[str, tuple[Callable[[random.Random], str], int]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class TaskSizes:
     """How long tasks may be.
 
     Attributes:
@@ -93,11 +93,11 @@ class Sizes:
     """
 
     prompt_characters: int = 1000
-    output_part: float = 1.0
+    output_fraction: float = 1.0
 
 
-def make_task(kind: str, draw: random.Random, sizes: Sizes) -> Task:
+def make_task(kind: str, draw: random.Random, sizes: TaskSizes) -> Task:
     """Return a task of a kind."""
-    write, tokens = KINDS[kind]
-    prompt = write(draw)[-sizes.prompt_characters :]
-    return Task(kind, prompt, max(2, round(tokens * sizes.output_part)))
+    generate, tokens = KINDS[kind]
+    prompt = generate(draw)[-sizes.prompt_characters :]
+    return Task(kind, prompt, max(2, round(tokens * sizes.output_fraction)))

@@ -8,17 +8,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from benchmarks.evaluation.tasks import KINDS, Sizes, Task, make_task
+from benchmarks.evaluation.tasks import KINDS, Task, TaskSizes, make_task
 
 TENANTS = 6
 HOURS = 24
 # Requests of each hour of a working day, relative: nights without any, two peaks, a late batch.
-DAY = (0, 0, 0, 0, 0, 0, 1, 3, 6, 9, 8, 5, 3, 6, 9, 8, 6, 4, 2, 1, 0, 0, 2, 0)
-BURST_HOUR_PART = 1 / 3  # requests of an hour come within this part of it
+HOURLY_WEIGHTS = (0, 0, 0, 0, 0, 0, 1, 3, 6, 9, 8, 5, 3, 6, 9, 8, 6, 4, 2, 1, 0, 0, 2, 0)
+BURST_HOUR_FRACTION = 1 / 3  # requests of an hour come within this part of it
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class WorkloadRequest:
     """One request of a workload.
 
     Attributes:
@@ -45,7 +45,7 @@ class Workload:
     """
 
     name: str
-    requests: tuple[Request, ...]
+    requests: tuple[WorkloadRequest, ...]
     duration_s: float = 0.0
 
     @property
@@ -69,29 +69,31 @@ class Workload:
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def of_tenant(self, tenant: int) -> Sequence[Request]:
+    def of_tenant(self, tenant: int) -> Sequence[WorkloadRequest]:
         """Return a tenant's requests, in order."""
         return [request for request in self.requests if request.tenant == tenant]
 
 
-def rounds(n_rounds: int, *, seed: int, sizes: Sizes, tenants: int = TENANTS) -> Workload:
+def rounds_workload(
+    n_rounds: int, *, seed: int, sizes: TaskSizes, tenants: int = TENANTS
+) -> Workload:
     """Return the paper's workload: 6 tenants at once, each with one task of each of five kinds.
 
     That is 30 requests a round. Within a tenant a task begins when the one before is answered; the
     order of kinds differs between tenants.
     """
-    requests: list[Request] = []
+    requests: list[WorkloadRequest] = []
     for tenant in range(tenants):
         draw = random.Random(f"rounds {seed} {tenant}")
         kinds = [k for _ in range(n_rounds) for k in draw.sample(list(KINDS), len(KINDS))]
         requests += [
-            Request(tenant, i, make_task(k, draw, sizes), None) for i, k in enumerate(kinds)
+            WorkloadRequest(tenant, i, make_task(k, draw, sizes), None) for i, k in enumerate(kinds)
         ]
     return Workload("rounds", tuple(requests))
 
 
-def poisson(
-    rate_per_s: float, duration_s: float, *, seed: int, sizes: Sizes, tenants: int = TENANTS
+def poisson_workload(
+    rate_per_s: float, duration_s: float, *, seed: int, sizes: TaskSizes, tenants: int = TENANTS
 ) -> Workload:
     """Return requests whose distances in time are exponential, whatever becomes of them."""
     draw = random.Random(f"poisson {seed}")
@@ -100,11 +102,11 @@ def poisson(
     while at_s < duration_s:
         times.append(at_s)
         at_s += draw.expovariate(rate_per_s)
-    return _at_times("poisson", times, draw, sizes, tenants, duration_s)
+    return _workload_at_times("poisson", times, draw, sizes, tenants, duration_s)
 
 
-def day(
-    n_requests: int, duration_s: float, *, seed: int, sizes: Sizes, tenants: int = TENANTS
+def day_workload(
+    n_requests: int, duration_s: float, *, seed: int, sizes: TaskSizes, tenants: int = TENANTS
 ) -> Workload:
     """Return a working day compressed into `duration_s`, with nights and gaps in which none comes.
 
@@ -112,26 +114,26 @@ def day(
     """
     draw = random.Random(f"day {seed}")
     hour_s = duration_s / HOURS
-    hours = draw.choices(range(HOURS), DAY, k=n_requests)
-    times = sorted((hour + draw.random() * BURST_HOUR_PART) * hour_s for hour in hours)
-    return _at_times("day", times, draw, sizes, tenants, duration_s)
+    hours = draw.choices(range(HOURS), HOURLY_WEIGHTS, k=n_requests)
+    times = sorted((hour + draw.random() * BURST_HOUR_FRACTION) * hour_s for hour in hours)
+    return _workload_at_times("day", times, draw, sizes, tenants, duration_s)
 
 
-def _at_times(
+def _workload_at_times(
     name: str,
     times: Sequence[float],
     draw: random.Random,
-    sizes: Sizes,
+    sizes: TaskSizes,
     tenants: int,
     duration_s: float,
 ) -> Workload:
     if not times:
         raise ValueError(f"{name}: got no request in {duration_s:g} s, expected at least one")
     counts = [0] * tenants
-    requests: list[Request] = []
+    requests: list[WorkloadRequest] = []
     for at_s in times:
         tenant = draw.randrange(tenants)
         task = make_task(draw.choice(list(KINDS)), draw, sizes)
-        requests.append(Request(tenant, counts[tenant], task, at_s))
+        requests.append(WorkloadRequest(tenant, counts[tenant], task, at_s))
         counts[tenant] += 1
     return Workload(name, tuple(sorted(requests, key=lambda r: (r.tenant, r.number))), duration_s)

@@ -1,1 +1,1 @@
-"""Sandboxes and the contracts they share with the router: wire, store, function table."""
+"""Sandboxes: processes that host expert functions and compute them."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 
-from faasmoe_expert.config import ConfigError, SandboxConfig
-from faasmoe_expert.deferral import META_KERNELS, defer_import
-from faasmoe_expert.errors import DeviceLost
-from faasmoe_expert.lifeline import LifelineError, die_with_parent
+from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
+from faasmoe_expert.config import SandboxConfig, SandboxConfigError
+from faasmoe_expert.errors import SandboxDeviceLost
+from faasmoe_expert.lazy_import import META_REGISTRATIONS, defer_import
 
 
 def main() -> int:
@@ -17,14 +17,14 @@ def main() -> int:
     try:
         die_with_parent()
         config = SandboxConfig.from_env()
-        defer_import(META_KERNELS)
-        from faasmoe_expert.server import serve
+        defer_import(META_REGISTRATIONS)
+        from faasmoe_expert.server.server import serve
 
         serve(config)
-    except (ConfigError, LifelineError, OSError) as error:
+    except (SandboxConfigError, ParentDeathError, OSError) as error:
         print(f"faasmoe_expert: {error}", file=sys.stderr)
         return 2
-    except DeviceLost as error:
+    except SandboxDeviceLost as error:
         print(f"faasmoe_expert: {error}", file=sys.stderr)
         return 1
     return 0

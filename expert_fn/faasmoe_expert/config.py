@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from faasmoe_expert.wire.frame import MAX_FRAME_BYTES
+from faasmoe_contracts.wire import MAX_FRAME_BYTES
 
 IDLE_TIMEOUT_S = 600.0  # well above the pauses of a router's traffic
 MAX_CONNECTIONS = 1024
@@ -16,7 +16,7 @@ MAX_FRAMES = 256
 MAX_BODIES_BYTES = 64 << 20
 
 
-class ConfigError(ValueError):
+class SandboxConfigError(ValueError):
     """A setting that cannot be used; the message names the variable."""
 
 
@@ -62,22 +62,22 @@ class SandboxConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings out of bounds."""
-        _at_least("FAASMOE_CAPACITY", self.capacity, 1)
-        _at_least("FAASMOE_THREADS", self.threads, 1)
+        _require_at_least("FAASMOE_CAPACITY", self.capacity, 1)
+        _require_at_least("FAASMOE_THREADS", self.threads, 1)
         if self.memory_bytes is not None:
-            _at_least("FAASMOE_MEMORY_BYTES", self.memory_bytes, 1)
-        _at_least("FAASMOE_MAX_CONNECTIONS", self.max_connections, 1)
-        _at_least("FAASMOE_MAX_FRAMES", self.max_frames, 1)
-        _at_least("FAASMOE_MAX_BODIES_BYTES", self.max_bodies_bytes, MAX_FRAME_BYTES)
-        _more_than_0("FAASMOE_REQUEST_TIMEOUT_S", self.request_timeout_s)
-        _more_than_0("FAASMOE_IDLE_TIMEOUT_S", self.idle_timeout_s)
+            _require_at_least("FAASMOE_MEMORY_BYTES", self.memory_bytes, 1)
+        _require_at_least("FAASMOE_MAX_CONNECTIONS", self.max_connections, 1)
+        _require_at_least("FAASMOE_MAX_FRAMES", self.max_frames, 1)
+        _require_at_least("FAASMOE_MAX_BODIES_BYTES", self.max_bodies_bytes, MAX_FRAME_BYTES)
+        _require_positive("FAASMOE_REQUEST_TIMEOUT_S", self.request_timeout_s)
+        _require_positive("FAASMOE_IDLE_TIMEOUT_S", self.idle_timeout_s)
         if not 0 <= self.drain_s < math.inf:
-            raise ConfigError(f"FAASMOE_DRAIN_S: got {self.drain_s:g}, expected 0 or more")
+            raise SandboxConfigError(f"FAASMOE_DRAIN_S: got {self.drain_s:g}, expected 0 or more")
         if not 0 <= self.port < 65536:
-            raise ConfigError(f"FAASMOE_PORT: got {self.port}, expected 0 to 65535")
+            raise SandboxConfigError(f"FAASMOE_PORT: got {self.port}, expected 0 to 65535")
         kind, _, index = self.device.partition(":")
         if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
-            raise ConfigError(
+            raise SandboxConfigError(
                 f"FAASMOE_DEVICE: got {self.device!r}, expected auto, cpu, cuda or cuda:N"
             )
 
@@ -89,51 +89,53 @@ class SandboxConfig:
         return cls(
             id=env.get("FAASMOE_SANDBOX_ID", default.id),
             host=env.get("FAASMOE_HOST", default.host),
-            port=_integer(env, "FAASMOE_PORT", default.port),
-            capacity=_integer(env, "FAASMOE_CAPACITY", default.capacity),
+            port=_env_int(env, "FAASMOE_PORT", default.port),
+            capacity=_env_int(env, "FAASMOE_CAPACITY", default.capacity),
             device=env.get("FAASMOE_DEVICE", default.device),
-            threads=_integer(env, "FAASMOE_THREADS", default.threads),
-            memory_bytes=_optional(env, "FAASMOE_MEMORY_BYTES"),
+            threads=_env_int(env, "FAASMOE_THREADS", default.threads),
+            memory_bytes=_env_optional_int(env, "FAASMOE_MEMORY_BYTES"),
             token=env.get("FAASMOE_TOKEN", default.token),
-            request_timeout_s=_number(env, "FAASMOE_REQUEST_TIMEOUT_S", default.request_timeout_s),
-            idle_timeout_s=_number(env, "FAASMOE_IDLE_TIMEOUT_S", default.idle_timeout_s),
-            max_connections=_integer(env, "FAASMOE_MAX_CONNECTIONS", default.max_connections),
-            max_frames=_integer(env, "FAASMOE_MAX_FRAMES", default.max_frames),
-            max_bodies_bytes=_integer(env, "FAASMOE_MAX_BODIES_BYTES", default.max_bodies_bytes),
+            request_timeout_s=_env_float(
+                env, "FAASMOE_REQUEST_TIMEOUT_S", default.request_timeout_s
+            ),
+            idle_timeout_s=_env_float(env, "FAASMOE_IDLE_TIMEOUT_S", default.idle_timeout_s),
+            max_connections=_env_int(env, "FAASMOE_MAX_CONNECTIONS", default.max_connections),
+            max_frames=_env_int(env, "FAASMOE_MAX_FRAMES", default.max_frames),
+            max_bodies_bytes=_env_int(env, "FAASMOE_MAX_BODIES_BYTES", default.max_bodies_bytes),
             socket_dir=Path(folder) if (folder := env.get("FAASMOE_SOCKET_DIR")) else None,
-            drain_s=_number(env, "FAASMOE_DRAIN_S", default.drain_s),
+            drain_s=_env_float(env, "FAASMOE_DRAIN_S", default.drain_s),
         )
 
 
-def _integer(env: Mapping[str, str], name: str, default: int) -> int:
+def _env_int(env: Mapping[str, str], name: str, default: int) -> int:
     text = env.get(name, "")
     if not text:
         return default
     try:
         return int(text)
     except ValueError:
-        raise ConfigError(f"{name}: got {text!r}, expected a whole number") from None
+        raise SandboxConfigError(f"{name}: got {text!r}, expected an integer") from None
 
 
-def _optional(env: Mapping[str, str], name: str) -> int | None:
-    return _integer(env, name, 0) if env.get(name, "") else None
+def _env_optional_int(env: Mapping[str, str], name: str) -> int | None:
+    return _env_int(env, name, 0) if env.get(name, "") else None
 
 
-def _number(env: Mapping[str, str], name: str, default: float) -> float:
+def _env_float(env: Mapping[str, str], name: str, default: float) -> float:
     text = env.get(name, "")
     if not text:
         return default
     try:
         return float(text)
     except ValueError:
-        raise ConfigError(f"{name}: got {text!r}, expected a number") from None
+        raise SandboxConfigError(f"{name}: got {text!r}, expected a number") from None
 
 
-def _at_least(name: str, value: int, bound: int) -> None:
-    if value < bound:
-        raise ConfigError(f"{name}: got {value}, expected {bound} or more")
+def _require_at_least(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise SandboxConfigError(f"{name}: got {value}, expected {minimum} or more")
 
 
-def _more_than_0(name: str, value: float) -> None:
+def _require_positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:
-        raise ConfigError(f"{name}: got {value:g}, expected more than 0")
+        raise SandboxConfigError(f"{name}: got {value:g}, expected more than 0")

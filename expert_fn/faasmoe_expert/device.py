@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from faasmoe_expert.config import ConfigError
+from faasmoe_expert.config import SandboxConfigError
 
 CUDA_NODES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # of the driver, of Windows' Linux
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def resolve_device(name: str, *, field: str = "FAASMOE_DEVICE") -> torch.device:
@@ -33,22 +33,24 @@ def resolve_device(name: str, *, field: str = "FAASMOE_DEVICE") -> torch.device:
     """
     if name == "cpu":
         return torch.device("cpu")
-    why_none = why_no_cuda()
+    unavailable_reason = cuda_unavailable_reason()
     if name == "auto":
-        return torch.device("cpu") if why_none else _first_that_works()
-    if why_none:
-        raise ConfigError(f"{field}: got {name!r}, expected cpu or auto: {why_none}")
+        return torch.device("cpu") if unavailable_reason else _cuda_or_cpu()
+    if unavailable_reason:
+        raise SandboxConfigError(
+            f"{field}: got {name!r}, expected cpu or auto: {unavailable_reason}"
+        )
     device, count = torch.device(name), torch.cuda.device_count()
     if (device.index or 0) >= count:
-        raise ConfigError(f"{field}: got {name!r}, expected an index below {count}")
-    if fault := _fault_of(device):
-        raise ConfigError(f"{field}: got {name!r}, which cannot be used: {fault}")
+        raise SandboxConfigError(f"{field}: got {name!r}, expected an index below {count}")
+    if failure := _device_failure(device):
+        raise SandboxConfigError(f"{field}: got {name!r}, which cannot be used: {failure}")
     if device.index is not None:
         torch.cuda.set_device(device)
     return device
 
 
-def why_no_cuda() -> str | None:
+def cuda_unavailable_reason() -> str | None:
     """Return why torch finds no CUDA device, and what to do; None if it finds one."""
     if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         return (
@@ -65,7 +67,7 @@ def why_no_cuda() -> str | None:
     )
 
 
-def may_have_cuda() -> bool:
+def is_cuda_possible() -> bool:
     """Tell whether `auto` may come to be a CUDA device here, without touching CUDA.
 
     For a process that is to fork: CUDA that was begun does not survive a fork.
@@ -74,7 +76,7 @@ def may_have_cuda() -> bool:
     return is_built and any(node.exists() for node in CUDA_NODES)
 
 
-def why_lost(device: torch.device) -> str | None:
+def device_lost_reason(device: torch.device) -> str | None:
     """Return why a device that was in use cannot be used any more; None if it can.
 
     Most errors of CUDA end the process's context for good: whatever follows fails too, and only a
@@ -91,15 +93,15 @@ def why_lost(device: torch.device) -> str | None:
     return None
 
 
-def _first_that_works() -> torch.device:
+def _cuda_or_cpu() -> torch.device:
     device = torch.device("cuda")
-    if fault := _fault_of(device):
-        log.warning("auto takes the CPU: %s cannot be used: %s", device, fault)
+    if failure := _device_failure(device):
+        logger.warning("device auto: falling back to CPU, %s is unusable: %s", device, failure)
         return torch.device("cpu")
     return device
 
 
-def _fault_of(device: torch.device) -> str | None:
+def _device_failure(device: torch.device) -> str | None:
     """Return why a device cannot be used; None if it can, and is in use from now on."""
     try:
         torch.zeros(1, device=device)
@@ -110,7 +112,7 @@ def _fault_of(device: torch.device) -> str | None:
 
 def main() -> int:
     """Print what torch finds here."""
-    why_none = why_no_cuda()
+    why_none = cuda_unavailable_reason()
     count = 0 if why_none else torch.cuda.device_count()
     print(json.dumps({"n_devices": count, "why_none": why_none}))
     return 0

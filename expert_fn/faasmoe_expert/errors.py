@@ -16,8 +16,6 @@ Each carries a machine-stable `code`, the `field` at fault and an HTTP `status`.
 
 from __future__ import annotations
 
-SHOWN_CHARS = 80
-
 
 class SandboxError(Exception):
     """A request that a sandbox refuses; the sandbox itself goes on."""
@@ -62,7 +60,7 @@ class BadFrame(SandboxError):
     code = "bad_frame"
 
 
-class Overloaded(SandboxError):
+class SandboxOverloaded(SandboxError):
     """More is sent at once than the sandbox takes in."""
 
     status = 429
@@ -76,29 +74,22 @@ class OutOfMemory(SandboxError):
     code = "out_of_memory"
 
 
-class Corrupted(SandboxError):
+class BlockCorrupted(SandboxError):
     """Bytes of the store that a function needs are not those that were prepared."""
 
     status = 503
     code = "corrupted"
 
 
-class Draining(SandboxError):
+class SandboxDraining(SandboxError):
     """The sandbox ends: work goes elsewhere."""
 
     status = 503
     code = "draining"
 
 
-class DeviceLost(SandboxError):
+class SandboxDeviceLost(SandboxError):
     """The device failed for good, as far as this process goes: another one takes its place."""
 
     status = 503
     code = "device_lost"
-
-
-def shown(value: object) -> str:
-    """Return a value as an error message shows it: cut, because a client may send megabytes."""
-    # A text is cut first: its repr may take several times its memory.
-    text = repr(value[: SHOWN_CHARS + 1] if isinstance(value, str) else value)
-    return text if len(text) <= SHOWN_CHARS else f"{text[: SHOWN_CHARS - 3]}..."

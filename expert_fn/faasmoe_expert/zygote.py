@@ -1,4 +1,9 @@
-"""The zygote: a process that has imported the sandbox runtime once and forks sandboxes from it.
+"""The zygote's unix socket: JSON lines with one client at a time, the last one that came.
+
+A client may go and another one come at any moment; what is said while there is none is lost, and a
+new client asks for what it missed.
+
+The zygote: a process that has imported the sandbox runtime once and forks sandboxes from it.
 
 It computes nothing itself: a parent that has run one OpenMP region leaves children that hang in
 their first. A client connects to its unix socket (FAASMOE_ZYGOTE_SOCKET), sends commands as JSON
@@ -33,36 +38,131 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from faasmoe_expert.deferral import META_KERNELS, defer_import
-from faasmoe_expert.lifeline import LifelineError, die_with_parent
-from faasmoe_expert.zygote_channel import Channel
+from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
+from faasmoe_expert.lazy_import import META_REGISTRATIONS, defer_import
 
-Serve = Callable[[dict[str, Any], socket.socket], None]
+logger = logging.getLogger(__name__)
+
+
+MAX_LINE_BYTES = 1 << 16
+SEND_TIMEOUT_S = 2.0
+CLIENT_BACKLOG = 4
+
+
+class ControlChannel:
+    """Listens on a unix socket and hands over the lines of its client.
+
+    Args:
+        path: the socket; one that an earlier process left there is replaced.
+        selector: wakes us; calls the registered data when a socket is readable.
+        greeting: what each client is told first.
+        obey: takes each line.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        selector: selectors.BaseSelector,
+        *,
+        greeting: dict[str, Any],
+        on_line: Callable[[bytes], None],
+    ) -> None:
+        self._selector = selector
+        self._greeting = greeting
+        self._on_line = on_line
+        self._client: socket.socket | None = None
+        self._buffer = b""
+        temporary_path = path.with_name(f"{path.name}~")  # what is at `path` can be connected to
+        temporary_path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(temporary_path))
+        temporary_path.chmod(0o600)
+        self._listener.listen(CLIENT_BACKLOG)
+        self._listener.setblocking(False)
+        temporary_path.replace(path)
+        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    def send_event(self, event: dict[str, Any]) -> None:
+        """Tell the client, if there is one; one that does not listen is dropped."""
+        if self._client is None:
+            return
+        try:
+            self._client.sendall(json.dumps(event).encode() + b"\n")
+        except OSError as error:
+            logger.warning("zygote client disconnected: %s", error)
+            self._drop_client()
+
+    def close(self) -> None:
+        """Stop listening; the client's connection ends."""
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        self._drop_client()
+
+    def close_inherited(self) -> None:
+        """Close, in a forked child, the descriptors that belong to the zygote."""
+        for inherited in (self._listener, self._client):
+            if inherited is not None:
+                os.close(inherited.detach())
+        self._client = None
+
+    def _accept(self) -> None:
+        try:
+            client, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):  # it went away before we came to it
+            return
+        self._drop_client()
+        client.settimeout(SEND_TIMEOUT_S)
+        self._client, self._buffer = client, b""
+        self._selector.register(client, selectors.EVENT_READ, partial(self._read, client))
+        self.send_event(self._greeting)
+
+    def _read(self, client: socket.socket) -> None:
+        if client is not self._client:  # replaced within this turn of the selector
+            return
+        try:
+            chunk = client.recv(MAX_LINE_BYTES)
+        except OSError:
+            chunk = b""
+        *lines, self._buffer = (self._buffer + chunk).split(b"\n")
+        if not chunk or len(self._buffer) > MAX_LINE_BYTES:
+            self._drop_client()
+        for line in lines:
+            self._on_line(line)
+
+    def _drop_client(self) -> None:
+        if self._client is not None:
+            self._selector.unregister(self._client)
+            self._client.close()
+        self._client, self._buffer = None, b""
+
+
+ServeSandbox = Callable[[dict[str, Any], socket.socket], None]
 """Runs a sandbox with these config fields on a listening socket, until SIGTERM."""
 
-SOCKET_VARIABLE = "FAASMOE_ZYGOTE_SOCKET"
-REHEARSAL_VARIABLE = "FAASMOE_REHEARSAL_STORE"
+SOCKET_ENV = "FAASMOE_ZYGOTE_SOCKET"
+WARMUP_STORE_ENV = "FAASMOE_WARMUP_STORE"
 HOST = "127.0.0.1"
-BACKLOG = 128
+LISTEN_BACKLOG = 128
 DEFAULT_GRACE_S = 5.0
-ENDING_GRACE_S = 5.0
+SHUTDOWN_GRACE_S = 5.0
 LOG_FORMAT = "%(asctime)s %(levelname)s %(process)d %(message)s"
-_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_HANDLED_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-class NotAlone(RuntimeError):
+class NotSingleThreaded(RuntimeError):
     """There are other threads: whatever they hold or wait for, a child would wait for ever."""
 
 
-class CommandRefused(ValueError):
+class InvalidCommand(ValueError):
     """A command that cannot be carried out; the message says why."""
 
 
 @dataclass(slots=True)
-class _Child:
+class _ChildSandbox:
     id: str
     pid: int
     address: str
@@ -73,43 +173,46 @@ class _Child:
 class Zygote:
     """Forks, watches and ends sandboxes. Must run in the main thread, as the only thread."""
 
-    def __init__(self, serve: Serve, socket_path: Path) -> None:
-        self._serve = serve
+    def __init__(self, serve_sandbox: ServeSandbox, socket_path: Path) -> None:
+        self._serve_sandbox = serve_sandbox
         self._socket_path = socket_path
-        self._children: dict[int, _Child] = {}
-        self._ending = False
+        self._children: dict[int, _ChildSandbox] = {}
+        self._is_shutting_down = False
 
     def run(self) -> None:
         """Serve clients until SIGTERM, then end every sandbox."""
-        with _signal_pipe() as self._signals, selectors.DefaultSelector() as self._selector:
-            self._selector.register(self._signals[0], selectors.EVENT_READ, self._read_signals)
-            self._channel = Channel(
+        with (
+            _open_signal_pipe() as self._signal_pipe,
+            selectors.DefaultSelector() as self._selector,
+        ):
+            self._selector.register(self._signal_pipe[0], selectors.EVENT_READ, self._read_signals)
+            self._channel = ControlChannel(
                 self._socket_path,
                 self._selector,
                 greeting={"event": "ready", "pid": os.getpid()},
-                obey=self._obey,
+                on_line=self._handle_command,
             )
-            while not self._ending:
-                self._turn()
+            while not self._is_shutting_down:
+                self._poll_once()
             for child in self._children.values():
-                self._terminate(child, ENDING_GRACE_S)
+                self._terminate(child, SHUTDOWN_GRACE_S)
             while self._children:
-                self._turn()
+                self._poll_once()
             self._channel.close()
 
-    def _turn(self) -> None:
+    def _poll_once(self) -> None:
         deadlines = [c.kill_at_s for c in self._children.values() if c.kill_at_s is not None]
         timeout_s = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
         for key, _ in self._selector.select(timeout_s):
             key.data()
-        self._reap()
-        self._kill_overdue(time.monotonic())
+        self._reap_exited()
+        self._kill_after_grace(time.monotonic())
 
     def _read_signals(self) -> None:
-        if set(os.read(self._signals[0], 4096)) - {signal.SIGCHLD}:
-            self._ending = True
+        if set(os.read(self._signal_pipe[0], 4096)) - {signal.SIGCHLD}:
+            self._is_shutting_down = True
 
-    def _obey(self, line: bytes) -> None:
+    def _handle_command(self, line: bytes) -> None:
         command: Any = None
         try:
             command = json.loads(line)
@@ -118,64 +221,64 @@ class Zygote:
                     self._spawn(name, config)
                 case {"verb": "kill", "id": str(name)}:
                     grace_s = float(command.get("grace_s", DEFAULT_GRACE_S))
-                    self._terminate(self._child_named(name), grace_s)
+                    self._terminate(self._find_child(name), grace_s)
                 case {"verb": "list"}:
-                    self._list()
+                    self._send_sandbox_list()
                 case _:
-                    raise CommandRefused(
+                    raise InvalidCommand(
                         "got an unknown verb or fields, expected spawn, kill, list"
                     )
         except (ValueError, TypeError, OSError) as error:
-            refused = command.get("id") if isinstance(command, dict) else None
-            self._channel.emit({"event": "refused", "id": refused, "message": str(error)})
+            command_id = command.get("id") if isinstance(command, dict) else None
+            self._channel.send_event({"event": "refused", "id": command_id, "message": str(error)})
 
-    def _list(self) -> None:
+    def _send_sandbox_list(self) -> None:
         sandboxes = [
             {"id": c.id, "pid": c.pid, "address": c.address, "config": c.config}
             for c in self._children.values()
         ]
-        self._channel.emit({"event": "sandboxes", "sandboxes": sandboxes})
+        self._channel.send_event({"event": "sandboxes", "sandboxes": sandboxes})
 
-    def _child_named(self, name: str) -> _Child:
+    def _find_child(self, name: str) -> _ChildSandbox:
         for child in self._children.values():
             if child.id == name:
                 return child
-        raise CommandRefused(f"id: got {name!r}, expected a sandbox that runs")
+        raise InvalidCommand(f"id: got {name!r}, expected a sandbox that runs")
 
     def _spawn(self, name: str, config: dict[str, Any]) -> None:
-        if self._ending:
-            raise CommandRefused("the zygote is ending")
+        if self._is_shutting_down:
+            raise InvalidCommand("the zygote is shutting down")
         if any(child.id == name for child in self._children.values()):
-            raise CommandRefused(f"id: got {name!r}, which runs already")
+            raise InvalidCommand(f"id: got {name!r}, which runs already")
         # The address is known at once because the listener is bound here, not in the child.
-        with socket.create_server((HOST, 0), backlog=BACKLOG) as listener:
+        with socket.create_server((HOST, 0), backlog=LISTEN_BACKLOG) as listener:
             port = listener.getsockname()[1]
             fields = {**config, "id": name, "host": HOST, "port": port}
             pid = self._fork(fields, listener)
         address = f"{HOST}:{port}"
-        self._children[pid] = _Child(name, pid, address, config)
-        self._channel.emit({"event": "spawned", "id": name, "pid": pid, "address": address})
+        self._children[pid] = _ChildSandbox(name, pid, address, config)
+        self._channel.send_event({"event": "spawned", "id": name, "pid": pid, "address": address})
 
     def _fork(self, fields: dict[str, Any], listener: socket.socket) -> int:
         zygote_pid = os.getpid()
         # Blocked, so that a signal to the child never runs the zygote's handlers in it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED_SIGNALS)
         try:
             pid = os.fork()
             if pid == 0:
-                self._become_sandbox(zygote_pid, fields, listener)
+                self._run_sandbox(zygote_pid, fields, listener)
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED_SIGNALS)
         return pid
 
-    def _become_sandbox(
+    def _run_sandbox(
         self, zygote_pid: int, fields: dict[str, Any], listener: socket.socket
     ) -> NoReturn:
         status = 1
         try:
             die_with_parent(zygote_pid)
-            self._let_go()
-            self._serve(fields, listener)
+            self._drop_inherited()
+            self._serve_sandbox(fields, listener)
             status = 0
         except SystemExit as error:
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -185,46 +288,48 @@ class Zygote:
             sys.stderr.flush()
             os._exit(status)
 
-    def _let_go(self) -> None:
+    def _drop_inherited(self) -> None:
         """Drop in a child what belongs to the zygote: its handlers, its sockets, its garbage."""
         signal.set_wakeup_fd(-1)
-        for number in _SIGNALS:
+        for number in _HANDLED_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED_SIGNALS)
         self._selector.close()
-        for descriptor in self._signals:
+        for descriptor in self._signal_pipe:
             os.close(descriptor)
-        self._channel.let_go()
+        self._channel.close_inherited()
         gc.enable()
 
-    def _terminate(self, child: _Child, grace_s: float) -> None:
+    def _terminate(self, child: _ChildSandbox, grace_s: float) -> None:
         os.kill(child.pid, signal.SIGTERM)  # not reaped yet, so the id cannot be another's
         deadline_s = time.monotonic() + grace_s
         child.kill_at_s = min(deadline_s, child.kill_at_s or deadline_s)
 
-    def _kill_overdue(self, now_s: float) -> None:
+    def _kill_after_grace(self, now_s: float) -> None:
         for child in self._children.values():
             if child.kill_at_s is not None and child.kill_at_s <= now_s:
                 os.kill(child.pid, signal.SIGKILL)
                 child.kill_at_s = None
 
-    def _reap(self) -> None:
+    def _reap_exited(self) -> None:
         while self._children:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
             child = self._children.pop(pid)
             code = os.waitstatus_to_exitcode(status)
-            self._channel.emit({"event": "exited", "id": child.id, "pid": pid, "status": code})
+            self._channel.send_event(
+                {"event": "exited", "id": child.id, "pid": pid, "status": code}
+            )
 
 
 @contextmanager
-def _signal_pipe() -> Iterator[tuple[int, int]]:
+def _open_signal_pipe() -> Iterator[tuple[int, int]]:
     """Make signals readable: each writes its number into a pipe; gives (read end, write end)."""
     ends = os.pipe()
     for end in ends:
         os.set_blocking(end, False)
-    for number in _SIGNALS:
+    for number in _HANDLED_SIGNALS:
         signal.signal(number, lambda _number, _frame: None)
     signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
     try:
@@ -235,46 +340,46 @@ def _signal_pipe() -> Iterator[tuple[int, int]]:
             os.close(end)
 
 
-def import_runtime() -> Serve:
+def import_runtime() -> ServeSandbox:
     """Import all that a sandbox needs, torch included, and return what runs one."""
-    defer_import(META_KERNELS)
+    defer_import(META_REGISTRATIONS)
     from faasmoe_expert.config import SandboxConfig
-    from faasmoe_expert.rehearsal import rehearse
-    from faasmoe_expert.server import serve
+    from faasmoe_expert.server.server import serve
+    from faasmoe_expert.warmup import warm_up
 
     base = SandboxConfig.from_env()
-    if path := os.environ.get(REHEARSAL_VARIABLE, ""):
-        rehearse(base, Path(path))
-        _check_alone()
+    if path := os.environ.get(WARMUP_STORE_ENV, ""):
+        warm_up(base, Path(path))
+        _check_single_threaded()
     return lambda fields, listener: serve(replace(base, **fields), listener)
 
 
-def _check_alone() -> None:
+def _check_single_threaded() -> None:
     n_threads = len(os.listdir("/proc/self/task"))
     if n_threads > 1:
-        raise NotAlone(f"rehearsal: got {n_threads} threads in the end, expected one")
+        raise NotSingleThreaded(f"warm-up: got {n_threads} threads after warm-up, expected one")
 
 
-def main(load: Callable[[], Serve] = import_runtime) -> int:
+def main(import_sandbox: Callable[[], ServeSandbox] = import_runtime) -> int:
     """Run the zygote until SIGTERM.
 
     Args:
         load: imports the runtime and returns what serves a sandbox.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-    path = os.environ.get(SOCKET_VARIABLE, "")
+    path = os.environ.get(SOCKET_ENV, "")
     if not path:
-        print(f"{SOCKET_VARIABLE}: not set, expected the path of a socket", file=sys.stderr)
+        print(f"{SOCKET_ENV}: not set, expected the path of a socket", file=sys.stderr)
         return 2
     try:
         die_with_parent()
-        zygote = Zygote(load(), Path(path))
+        zygote = Zygote(import_sandbox(), Path(path))
         # What is frozen is not visited by a child's collector, so its pages stay shared.
         gc.disable()
         gc.collect()
         gc.freeze()
         zygote.run()
-    except (LifelineError, NotAlone, OSError, ValueError) as error:
+    except (ParentDeathError, NotSingleThreaded, OSError, ValueError) as error:
         print(f"faasmoe_expert.zygote: {error}", file=sys.stderr)
         return 2
     return 0

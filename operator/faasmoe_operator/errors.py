@@ -41,6 +41,6 @@ class CommandError(FaasmoeError):
         status: the exit status of the command.
     """
 
-    def __init__(self, message: str, *, status: int = 1) -> None:
+    def __init__(self, message: str, *, exit_status: int = 1) -> None:
         super().__init__(message)
-        self.status = status
+        self.exit_status = exit_status

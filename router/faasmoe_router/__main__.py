@@ -5,9 +5,9 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from faasmoe_expert.lifeline import LifelineError, die_with_parent
+from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_router.config import RouterConfig
-from faasmoe_router.errors import ConfigError
+from faasmoe_router.errors import RouterConfigError
 
 if TYPE_CHECKING:
     from faasmoe_router.process import RouterProcess
@@ -21,24 +21,27 @@ logger = logging.getLogger("faasmoe_router")
 def main() -> int:
     """Serve until SIGTERM; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for chatty in ("ContinuousBatchingLogger", "httpx"):  # one line for each batch, each report
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for logger_name in (
+        "ContinuousBatchingLogger",
+        "httpx",
+    ):  # one line for each batch, each report
+        logging.getLogger(logger_name).setLevel(logging.WARNING)
     try:
         die_with_parent()
-        process = _make(RouterConfig.from_env())
-    except (ConfigError, LifelineError) as error:
+        process = _create_process(RouterConfig.from_env())
+    except (RouterConfigError, ParentDeathError) as error:
         print(f"faasmoe_router: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
-    failed = not process.serve()
-    if process.stuck:
+    has_failed = not process.serve()
+    if process.is_stuck:
         # A thread that hangs in a forward pass would keep the interpreter from ending.
-        logger.critical("The engine's thread hangs; the process ends without it")
+        logger.critical("The engine thread hangs; exiting without joining it")
         logging.shutdown()
         os._exit(EXIT_FAILED)
-    return EXIT_FAILED if failed else 0
+    return EXIT_FAILED if has_failed else 0
 
 
-def _make(config: RouterConfig) -> "RouterProcess":
+def _create_process(config: RouterConfig) -> "RouterProcess":
     # Imported late: torch takes seconds, and a bad setting should be told at once.
     from faasmoe_router.process import RouterProcess
 

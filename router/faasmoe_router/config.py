@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal, TypeVar, cast
 from urllib.parse import urlsplit
 
-from faasmoe_router.errors import ConfigError
+from faasmoe_router.errors import RouterConfigError
 
 PREFIX = "FAASMOE_"
 Device = Literal["auto", "cpu", "cuda"]
-Placement = Literal["auto", "functions"]
+PlacementMode = Literal["auto", "functions"]
 T = TypeVar("T")
 
 
@@ -40,10 +40,10 @@ class RouterConfig:
             what one request of full length needs if that is more.
         token: what sandboxes and the control plane are called with; empty calls them without.
         activation_timeout_s: how long a request is held until the functions it needs are there.
-        hold_timeout_s: how long running requests wait for a function that was taken from them,
+        call_queue_timeout_s: how long running requests wait for a function that was taken from them,
             before it is computed in the router.
-        max_held_requests: requests that may be held; more get a 429.
-        max_held_bytes: what the bodies of held requests may take; more get a 429.
+        max_activation_queue_requests: requests that may be held; more get a 429.
+        max_activation_queue_bytes: what the bodies of held requests may take; more get a 429.
         tenants_file: who the tenants are; without it whoever reaches the router may call.
         state_dir: folder of this router alone, where the tenants' accounts are kept; without it
             they begin anew at each start.
@@ -73,13 +73,13 @@ class RouterConfig:
     kv_cache_bytes: int | None = None
     token: str = ""
     activation_timeout_s: float = 30.0
-    hold_timeout_s: float = 2.0
-    max_held_requests: int = 1024
-    max_held_bytes: int = 64 << 20
+    call_queue_timeout_s: float = 2.0
+    max_activation_queue_requests: int = 1024
+    max_activation_queue_bytes: int = 64 << 20
     tenants_file: Path | None = None
     state_dir: Path | None = None
     socket_dir: Path | None = None
-    placement: Placement = "functions"
+    placement: PlacementMode = "functions"
     router_replicas: int = 1
     connect_timeout_s: float = 1.0
     call_timeout_s: float = 10.0
@@ -89,19 +89,19 @@ class RouterConfig:
     def __post_init__(self) -> None:
         """Refuse to guess where functions are."""
         if self.table is None and self.control_url is None:
-            raise ConfigError("FAASMOE_TABLE: not set, expected it or FAASMOE_CONTROL_URL")
+            raise RouterConfigError("FAASMOE_TABLE: not set, expected it or FAASMOE_CONTROL_URL")
         if self.table is not None and self.control_url is not None:
-            raise ConfigError(
+            raise RouterConfigError(
                 "FAASMOE_CONTROL_URL: got it and FAASMOE_TABLE, expected only one of the two"
             )
 
         names = ("connect", "call", "layer", "request")
-        for part, whole in itertools.pairwise(names):
-            part_s, whole_s = (getattr(self, f"{name}_timeout_s") for name in (part, whole))
-            if part_s > whole_s:
-                raise ConfigError(
-                    f"{PREFIX}{part.upper()}_TIMEOUT: got {part_s:g}, expected at most "
-                    f"{PREFIX}{whole.upper()}_TIMEOUT, {whole_s:g}, which it is part of"
+        for inner, outer in itertools.pairwise(names):
+            inner_s, outer_s = (getattr(self, f"{name}_timeout_s") for name in (inner, outer))
+            if inner_s > outer_s:
+                raise RouterConfigError(
+                    f"{PREFIX}{inner.upper()}_TIMEOUT: got {inner_s:g}, expected at most "
+                    f"{PREFIX}{outer.upper()}_TIMEOUT, {outer_s:g}, which it is part of"
                 )
 
     @classmethod
@@ -115,7 +115,9 @@ class RouterConfig:
             try:
                 return parse(value)
             except ValueError as error:
-                raise ConfigError(f"{PREFIX}{name}: got {value!r}, expected {error}") from None
+                raise RouterConfigError(
+                    f"{PREFIX}{name}: got {value!r}, expected {error}"
+                ) from None
 
         return cls(
             store=Path(_required(env, "STORE")),
@@ -132,9 +134,13 @@ class RouterConfig:
             kv_cache_bytes=read("KV_CACHE_BYTES", _between(1, 1 << 50), 0) or None,
             token=read("TOKEN", str, ""),
             activation_timeout_s=read("ACTIVATION_TIMEOUT", _seconds(0.1, 3600), 30.0),
-            hold_timeout_s=read("HOLD_TIMEOUT", _seconds(0, 60), 2.0),
-            max_held_requests=read("MAX_HELD_REQUESTS", _between(0, 1 << 20), 1024),
-            max_held_bytes=read("MAX_HELD_BYTES", _between(0, 1 << 40), 64 << 20),
+            call_queue_timeout_s=read("CALL_QUEUE_TIMEOUT", _seconds(0, 60), 2.0),
+            max_activation_queue_requests=read(
+                "MAX_ACTIVATION_QUEUE_REQUESTS", _between(0, 1 << 20), 1024
+            ),
+            max_activation_queue_bytes=read(
+                "MAX_ACTIVATION_QUEUE_BYTES", _between(0, 1 << 40), 64 << 20
+            ),
             tenants_file=read("TENANTS_FILE", _path, None),
             state_dir=read("STATE_DIR", _path, None),
             socket_dir=read("SOCKET_DIR", _path, None),
@@ -150,14 +156,14 @@ class RouterConfig:
 def _required(env: Mapping[str, str], name: str) -> str:
     value = env.get(PREFIX + name, "")
     if not value:
-        raise ConfigError(f"{PREFIX}{name}: not set, expected a path")
+        raise RouterConfigError(f"{PREFIX}{name}: not set, expected a path")
     return value
 
 
 def _between(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isascii() or not text.isdecimal() or not low <= int(text) <= high:
-            raise ValueError(f"a whole number from {low} to {high}")
+            raise ValueError(f"an integer from {low} to {high}")
         return int(text)
 
     return parse
@@ -165,13 +171,13 @@ def _between(low: int, high: int) -> Callable[[str], int]:
 
 def _seconds(low: float, high: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
-        wrong = ValueError(f"seconds, a number from {low:g} to {high:g}")
+        error = ValueError(f"seconds, a number from {low:g} to {high:g}")
         try:
             value = float(text)
         except ValueError:
-            raise wrong from None
+            raise error from None
         if not low <= value <= high:  # nor NaN
-            raise wrong
+            raise error
         return value
 
     return parse
@@ -197,7 +203,7 @@ def _device(text: str) -> Device:
     return cast(Device, text)
 
 
-def _placement(text: str) -> Placement:
+def _placement(text: str) -> PlacementMode:
     if text not in ("auto", "functions"):
         raise ValueError("auto or functions")
-    return cast(Placement, text)
+    return cast(PlacementMode, text)

@@ -29,12 +29,12 @@ def new_registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
-    tasks = Gauge("faasmoe_router_tasks", "Tasks of the event loop.", registry=registry)
-    tasks.set_function(_n_tasks)
+    tasks = Gauge("faasmoe_router_event_loop_tasks", "Tasks of the event loop.", registry=registry)
+    tasks.set_function(_count_event_loop_tasks)
     return registry
 
 
-def _n_tasks() -> int:
+def _count_event_loop_tasks() -> int:
     try:
         return len(asyncio.all_tasks())
     except RuntimeError:  # read outside the event loop, where there is none
@@ -69,13 +69,13 @@ class EngineMetrics:
         self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens that it had.")
         self._success = Counter(
             "vllm:request_success",
-            "Requests that ended, by why.",
+            "Finished requests by finish reason.",
             ["model_name", "finished_reason"],
             registry=registry,
         )
-        self.resumed = Counter(
+        self.resumed_requests = Counter(
             "faasmoe_router_resumed_requests",
-            "Requests that went on from their tokens after the engine was started again.",
+            "Requests resumed from their tokens after an engine restart.",
             ["model_name"],
             registry=registry,
         ).labels(model_name)
@@ -91,11 +91,11 @@ class EngineMetrics:
             "e2e_request_latency", "From a request's arrival to its last token.", REQUEST_BUCKETS_S
         )
 
-    def watch(self, counts: Callable[[], tuple[int, int]]) -> None:
+    def observe_requests(self, read_counts: Callable[[], tuple[int, int]]) -> None:
         """Read the running and the waiting requests from the engine whenever metrics are read."""
-        self._running.set_function(lambda: counts()[0])
-        self._waiting.set_function(lambda: counts()[1])
+        self._running.set_function(lambda: read_counts()[0])
+        self._waiting.set_function(lambda: read_counts()[1])
 
-    def finished(self, reason: str) -> None:
+    def record_finished(self, reason: str) -> None:
         """Count the end of a request: stop, length, abort or error."""
         self._success.labels(self._model_name, reason).inc()

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.geometry import make_checkpoint, qwen, small
+from benchmarks.geometry import make_checkpoint, qwen_geometry, small_geometry
 from transformers import AutoModelForCausalLM
 
-GEOMETRY = replace(small(), experts=32, hidden=256)
+GEOMETRY = replace(small_geometry(), experts=32, hidden=256)
 
 
 def _popularity(folder: Path, skew: float) -> torch.Tensor:
@@ -44,14 +44,14 @@ def test_a_skewed_gate_prefers_some_experts_and_forgets_none(tmp_path: Path) -> 
 
 
 def test_a_model_without_skew_keeps_its_name() -> None:
-    assert qwen(4).name == "4-25344-2048-16-60-4-1408-5632"
-    assert qwen(4, skew=0.5).name == "4-25344-2048-16-60-4-1408-5632-skew0.5"
+    assert qwen_geometry(4).name == "4-25344-2048-16-60-4-1408-5632"
+    assert qwen_geometry(4, skew=0.5).name == "4-25344-2048-16-60-4-1408-5632-skew0.5"
 
 
 @pytest.mark.parametrize("skew", [0.0, 0.5])
 def test_weights_depend_on_the_geometry_alone(tmp_path: Path, skew: float) -> None:
     for name in ("a", "b"):
-        make_checkpoint(replace(small(), skew=skew), tmp_path / name)
+        make_checkpoint(replace(small_geometry(), skew=skew), tmp_path / name)
     files = sorted(path.name for path in (tmp_path / "a").glob("*.safetensors"))
     assert files
     for file in files:

@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.run import Plan, run_chaos
-from tests.chaos.schedule import Fault, Kind, draw_schedule
+from tests.chaos.run import ChaosPlan, run_chaos
+from tests.chaos.schedule import Fault, FaultKind, draw_schedule
 
-from faasmoe_expert.store import MANIFEST_NAME, Store, StoreError
+from faasmoe_contracts.store import MANIFEST_NAME, Store, StoreError
 
 ROOT = Path(__file__).parents[2]
 FAASMOE = (sys.executable, "-m", "faasmoe_operator.cli")
@@ -32,13 +32,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the faults (%(default)s)")
     parser.add_argument("--minutes", type=float, default=2.0, help="(%(default)s)")
     parser.add_argument(
-        "--alone", type=float, default=0.25, metavar="PART", help="part of the time, at the "
+        "--kills-only-fraction", type=float, default=0.25, metavar="PART", help="part of the time, at the "
         "beginning, in which sandboxes are killed and nothing else is done (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--period", type=float, default=1.0, help="s between faults (%(default)s)")
     parser.add_argument(
-        "--only", type=Kind, action="append", metavar="KIND", help="leave out all other kinds of "
-        f"fault; may be repeated ({', '.join(kind.value for kind in Kind)})",
+        "--only", type=FaultKind, action="append", metavar="KIND", help="leave out all other kinds of "
+        f"fault; may be repeated ({', '.join(kind.value for kind in FaultKind)})",
     )  # fmt: skip
     parser.add_argument("--replay", type=Path, help="do the schedule of this report again")
     parser.add_argument("--model", type=Path, default=DEMO, help="checkpoint (the demo model)")
@@ -54,15 +54,15 @@ def main() -> int:
         alone_s = before.get("kills_alone_s", 0.0)  # an earlier version had none
     else:
         seed, duration_s = arguments.seed, arguments.minutes * 60
-        alone_s = arguments.alone * duration_s
+        alone_s = arguments.kills_only_fraction * duration_s
         faults = draw_schedule(
             seed, duration_s=duration_s, period_s=arguments.period, kills_alone_s=alone_s
         )
     if arguments.only:
         faults = [fault for fault in faults if fault.kind in arguments.only]
     model, store = _prepared(arguments.model)
-    sizes: dict[str, Any] = {"experts": 3, "capacity": 27, "twice": "0-9"}
-    plan = Plan(seed, duration_s, faults, model, store, kills_alone_s=alone_s, **sizes)
+    sizes: dict[str, Any] = {"experts": 3, "capacity": 27, "replicated_layers": "0-9"}
+    plan = ChaosPlan(seed, duration_s, faults, model, store, kills_alone_s=alone_s, **sizes)
     report = asyncio.run(run_chaos(plan, WORK))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -12,49 +12,49 @@ from pathlib import Path
 
 import psutil
 from tests.chaos.proxies import SandboxProxy
-from tests.chaos.schedule import Fault, Kind
-from tests.chaos.stack import Stack
+from tests.chaos.schedule import Fault, FaultKind
+from tests.chaos.stack import ChaosStack
 
-SPARE_BYTES = 8 << 20  # that a sandbox with a memory limit may still take
+HEADROOM_BYTES = 8 << 20  # that a sandbox with a memory limit may still take
 MAX_DELAY_S = 0.2
-MOST_STOPPED_S = 6.0
+MAX_STOPPED_S = 6.0
 
 
-class Saboteur:
+class FaultInjector:
     """Does faults to one stack; what lasts ends by itself, and with `end`."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: ChaosStack) -> None:
         self._stack = stack
-        self._lasting: set[asyncio.Task[None]] = set()
-        self._do: Mapping[Kind, Callable[[Fault], Awaitable[str]]] = {
-            Kind.KILL_SANDBOX: self._kill_sandbox,
-            Kind.STOP_SANDBOX: self._stop_sandbox,
-            Kind.DELAY: self._delay,
-            Kind.CUT: self._cut,
-            Kind.FLIP_REQUEST: self._flip_request,
-            Kind.FLIP_ANSWER: self._flip_answer,
-            Kind.FLIP_STORE: self._flip_store,
-            Kind.LIMIT_MEMORY: self._limit_memory,
-            Kind.FILL_DISK: self._fill_disk,
-            Kind.KILL_CONTROL: self._kill_control,
-            Kind.STOP_CONTROL: self._stop_control,
-            Kind.KILL_ZYGOTE: self._kill_zygote,
+        self._pending_undos: set[asyncio.Task[None]] = set()
+        self._actions: Mapping[FaultKind, Callable[[Fault], Awaitable[str]]] = {
+            FaultKind.KILL_SANDBOX: self._kill_sandbox,
+            FaultKind.STOP_SANDBOX: self._stop_sandbox,
+            FaultKind.DELAY: self._delay,
+            FaultKind.CUT: self._cut,
+            FaultKind.FLIP_REQUEST: self._flip_request,
+            FaultKind.FLIP_ANSWER: self._flip_answer,
+            FaultKind.FLIP_STORE: self._flip_store,
+            FaultKind.LIMIT_MEMORY: self._limit_memory,
+            FaultKind.FILL_DISK: self._fill_disk,
+            FaultKind.KILL_CONTROL: self._kill_control,
+            FaultKind.STOP_CONTROL: self._stop_control,
+            FaultKind.KILL_ZYGOTE: self._kill_zygote,
         }
 
-    async def do(self, fault: Fault) -> str:
+    async def inject(self, fault: Fault) -> str:
         """Do one fault; return to what it was done, empty if there was nothing to do it to."""
         try:
-            return await self._do[fault.kind](fault)
+            return await self._actions[fault.kind](fault)
         except (ProcessLookupError, psutil.NoSuchProcess):
             return ""
 
-    async def end(self) -> None:
+    async def close(self) -> None:
         """End what lasts."""
-        for task in self._lasting:
+        for task in self._pending_undos:
             task.cancel()
-        await asyncio.gather(*self._lasting, return_exceptions=True)
+        await asyncio.gather(*self._pending_undos, return_exceptions=True)
 
-    def _sandbox(self, fault: Fault) -> SandboxProxy | None:
+    def _choose_sandbox(self, fault: Fault) -> SandboxProxy | None:
         found = sorted(self._stack.proxy.sandboxes.items())
         return found[fault.choice % len(found)][1] if found else None
 
@@ -67,14 +67,14 @@ class Saboteur:
                     undo()  # if it was not killed meanwhile
 
         task = asyncio.create_task(wait())
-        self._lasting.add(task)
-        task.add_done_callback(self._lasting.discard)
+        self._pending_undos.add(task)
+        task.add_done_callback(self._pending_undos.discard)
 
     async def _kill_sandbox(self, fault: Fault) -> str:
         return self._signal_sandbox(fault, signal.SIGKILL)
 
     async def _stop_sandbox(self, fault: Fault) -> str:
-        sandbox = self._sandbox(fault)
+        sandbox = self._choose_sandbox(fault)
         if sandbox is None:
             return ""
         os.kill(sandbox.pid, signal.SIGSTOP)
@@ -82,21 +82,21 @@ class Saboteur:
         return f"sandbox {sandbox.pid}"
 
     def _signal_sandbox(self, fault: Fault, number: int) -> str:
-        sandbox = self._sandbox(fault)
+        sandbox = self._choose_sandbox(fault)
         if sandbox is None:
             return ""
         os.kill(sandbox.pid, number)
         return f"sandbox {sandbox.pid}"
 
     async def _delay(self, fault: Fault) -> str:
-        sandbox = self._sandbox(fault)
+        sandbox = self._choose_sandbox(fault)
         if sandbox is None:
             return ""
         sandbox.delay(fault.place * MAX_DELAY_S, for_s=fault.lasts_s)
         return f"sandbox {sandbox.pid}"
 
     async def _cut(self, fault: Fault) -> str:
-        sandbox = self._sandbox(fault)
+        sandbox = self._choose_sandbox(fault)
         if sandbox is None:
             return ""
         sandbox.cut()
@@ -109,14 +109,14 @@ class Saboteur:
         return self._flip(fault, "answer")
 
     def _flip(self, fault: Fault, direction: str) -> str:
-        sandbox = self._sandbox(fault)
+        sandbox = self._choose_sandbox(fault)
         if sandbox is None:
             return ""
         sandbox.flip(direction, fault.place)
         return f"sandbox {sandbox.pid}"
 
     async def _flip_store(self, fault: Fault) -> str:
-        files = sorted((self._stack.copy / "experts").iterdir())
+        files = sorted((self._stack.store_copy / "experts").iterdir())
         path = files[fault.choice % len(files)]
         bit = int(fault.place * 8 * path.stat().st_size)
         _flip_bit(path, bit)
@@ -124,12 +124,12 @@ class Saboteur:
         return f"{path.name} bit {bit}"
 
     async def _limit_memory(self, fault: Fault) -> str:
-        sandbox = self._sandbox(fault)
+        sandbox = self._choose_sandbox(fault)
         if sandbox is None:
             return ""
         process = psutil.Process(sandbox.pid)
         now_bytes = process.memory_info().vms
-        process.rlimit(resource.RLIMIT_AS, (now_bytes + SPARE_BYTES, resource.RLIM_INFINITY))
+        process.rlimit(resource.RLIMIT_AS, (now_bytes + HEADROOM_BYTES, resource.RLIM_INFINITY))
         unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         self._undo_later(lambda: process.rlimit(resource.RLIMIT_AS, unlimited), fault.lasts_s)
         return f"sandbox {sandbox.pid}"
@@ -159,7 +159,7 @@ class Saboteur:
             return ""
         os.kill(pid, signal.SIGSTOP)
         self._undo_later(
-            lambda: os.kill(pid, signal.SIGCONT), min(3 * fault.lasts_s, MOST_STOPPED_S)
+            lambda: os.kill(pid, signal.SIGCONT), min(3 * fault.lasts_s, MAX_STOPPED_S)
         )
         return f"control {pid}"
 

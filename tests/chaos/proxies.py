@@ -12,43 +12,43 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from faasmoe_expert.same_node import socket_path
+from faasmoe_contracts.unix_socket import unix_socket_path
 
 CHUNK_BYTES = 1 << 16
 
 
-class Connections:
+class ProxyConnections:
     """The connections that are handled; ended by their ends, as a cancelled handler is a fault."""
 
     def __init__(self) -> None:
         self._handlers: set[asyncio.Task[None]] = set()
-        self._ends: set[asyncio.StreamWriter] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
         self._is_closed = False
 
     @contextlib.contextmanager
-    def handled(self, *ends: asyncio.StreamWriter) -> Iterator[None]:
+    def tracking(self, *writers: asyncio.StreamWriter) -> Iterator[None]:
         """Have these ends aborted when the block ends, or when all are."""
         task = asyncio.current_task()
         assert task is not None
         self._handlers.add(task)
         task.add_done_callback(self._handlers.discard)
-        self._ends.update(ends)
+        self._writers.update(writers)
         if self._is_closed:
             self.abort()
         try:
             yield
         finally:
-            for one in ends:
+            for one in writers:
                 one.transport.abort()
-                self._ends.discard(one)
+                self._writers.discard(one)
 
     def abort(self) -> None:
         """End all of them, and those to come."""
         self._is_closed = True
-        for one in self._ends:
+        for one in self._writers:
             one.transport.abort()
 
-    async def end(self) -> None:
+    async def close(self) -> None:
         """End all of them and wait until they have ended."""
         self.abort()
         while self._handlers:
@@ -70,14 +70,14 @@ class SandboxProxy:
         address: where the proxy listens.
     """
 
-    def __init__(self, pid: int, target: str, near: Path | None = None) -> None:
+    def __init__(self, pid: int, target: str, socket_dir: Path | None = None) -> None:
         self.pid = pid
-        self._near = near
-        self._near_server: asyncio.Server | None = None
+        self._socket_dir = socket_dir
+        self._unix_server: asyncio.Server | None = None
         self.address = ""
         self._target = target
         self._server: asyncio.Server | None = None
-        self._connections = Connections()
+        self._connections = ProxyConnections()
         self._delay_s = 0.0
         self._delay_until_s = 0.0
         self._cut_next = False
@@ -87,22 +87,22 @@ class SandboxProxy:
         """Listen."""
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         port = self._server.sockets[0].getsockname()[1]
-        if self._near is not None:
-            path = socket_path(self._near, port)
-            self._near_server = await asyncio.start_unix_server(self._accept, path)
+        if self._socket_dir is not None:
+            path = unix_socket_path(self._socket_dir, port)
+            self._unix_server = await asyncio.start_unix_server(self._accept, path)
         self.address = f"127.0.0.1:{port}"
 
     def close(self) -> None:
         """Stop listening and end every connection, as when the sandbox ends."""
-        for server in (self._server, self._near_server):
+        for server in (self._server, self._unix_server):
             if server is not None:
                 server.close()
         self._connections.abort()
 
-    async def end(self) -> None:
+    async def close_and_wait(self) -> None:
         """Close, and wait until every connection has ended."""
         self.close()
-        await self._connections.end()
+        await self._connections.close()
 
     def delay(self, delay_s: float, *, for_s: float) -> None:
         """Hold back each chunk for a while."""
@@ -112,27 +112,27 @@ class SandboxProxy:
         """Cut the connection over which the next chunk goes in the middle of it."""
         self._cut_next = True
 
-    def flip(self, direction: str, place: float) -> None:
+    def flip(self, direction: str, position: float) -> None:
         """Flip a bit of the next chunk: of a request or of an answer."""
-        self._flip_next[direction] = place
+        self._flip_next[direction] = position
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, _, port = self._target.rpartition(":")
-        with self._connections.handled(writer), contextlib.suppress(OSError):
+        with self._connections.tracking(writer), contextlib.suppress(OSError):
             far_reader, far_writer = await asyncio.open_connection(host, int(port))
-            with self._connections.handled(far_writer):
-                await self._pass_both(reader, writer, far_reader, far_writer)
+            with self._connections.tracking(far_writer):
+                await self._relay_both(reader, writer, far_reader, far_writer)
 
-    async def _pass_both(
+    async def _relay_both(
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        far_reader: asyncio.StreamReader,
-        far_writer: asyncio.StreamWriter,
+        sandbox_reader: asyncio.StreamReader,
+        sandbox_writer: asyncio.StreamWriter,
     ) -> None:
         pipes = [
-            asyncio.create_task(self._pass_on(reader, far_writer, "request")),
-            asyncio.create_task(self._pass_on(far_reader, writer, "answer")),
+            asyncio.create_task(self._relay(reader, sandbox_writer, "request")),
+            asyncio.create_task(self._relay(sandbox_reader, writer, "answer")),
         ]
         try:
             await asyncio.wait(pipes, return_when=asyncio.FIRST_COMPLETED)
@@ -141,7 +141,7 @@ class SandboxProxy:
                 pipe.cancel()
             await asyncio.gather(*pipes, return_exceptions=True)
 
-    async def _pass_on(
+    async def _relay(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str
     ) -> None:
         with contextlib.suppress(ConnectionError):
@@ -152,15 +152,15 @@ class SandboxProxy:
                     self._cut_next = False
                     writer.write(data[: len(data) // 2])
                     return
-                writer.write(self._maybe_flipped(data, direction))
+                writer.write(self._flip_if_requested(data, direction))
                 await writer.drain()
 
-    def _maybe_flipped(self, data: bytes, direction: str) -> bytes:
-        place = self._flip_next.pop(direction, None)
-        if place is None:
+    def _flip_if_requested(self, data: bytes, direction: str) -> bytes:
+        position = self._flip_next.pop(direction, None)
+        if position is None:
             return data
         flipped = bytearray(data)
-        bit = int(place * 8 * len(data))
+        bit = int(position * 8 * len(data))
         flipped[bit // 8] ^= 1 << bit % 8
         return bytes(flipped)
 
@@ -174,81 +174,81 @@ class ZygoteProxy:
         sandboxes: the proxy of each sandbox that runs.
     """
 
-    def __init__(self, socket: Path, zygote: Path, *, near: Path) -> None:
-        self._near = near
-        self._n_placed = 0
+    def __init__(self, socket: Path, zygote: Path, *, socket_dir: Path) -> None:
+        self._socket_dir = socket_dir
+        self._n_proxies = 0
         self.sandboxes: dict[str, SandboxProxy] = {}
         self._socket = socket
         self._zygote = zygote
         self._server: asyncio.Server | None = None
-        self._connections = Connections()
+        self._connections = ProxyConnections()
 
     async def open(self) -> None:
         """Listen."""
         self._server = await asyncio.start_unix_server(self._accept, self._socket)
 
-    async def end(self) -> None:
+    async def close(self) -> None:
         """Stop, and wait until every connection has ended."""
         if self._server is not None:
             self._server.close()
-        await self._connections.end()
+        await self._connections.close()
         for proxy in self.sandboxes.values():
-            await proxy.end()
+            await proxy.close_and_wait()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with self._connections.handled(writer), contextlib.suppress(OSError):
+        with self._connections.tracking(writer), contextlib.suppress(OSError):
             far_reader, far_writer = await asyncio.open_unix_connection(self._zygote)
-            with self._connections.handled(far_writer):
-                await self._translate(reader, writer, far_reader, far_writer)
+            with self._connections.tracking(far_writer):
+                await self._relay_rewritten(reader, writer, far_reader, far_writer)
 
-    async def _translate(
+    async def _relay_rewritten(
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        far_reader: asyncio.StreamReader,
-        far_writer: asyncio.StreamWriter,
+        zygote_reader: asyncio.StreamReader,
+        zygote_writer: asyncio.StreamWriter,
     ) -> None:
         async def commands() -> None:
             while line := await reader.readline():
-                far_writer.write(line)
+                zygote_writer.write(line)
 
         async def events() -> None:
-            while line := await far_reader.readline():
-                writer.write(await self._rewritten(line))
+            while line := await zygote_reader.readline():
+                writer.write(await self._rewrite_event(line))
 
-        await _until_one_ends(commands, events)
-        if far_reader.at_eof():  # the zygote ended, and all sandboxes with it
-            await self._forget(set())
+        await _run_until_first_done(commands, events)
+        if zygote_reader.at_eof():  # the zygote ended, and all sandboxes with it
+            await self._close_except(set())
 
-    async def _rewritten(self, line: bytes) -> bytes:
+    async def _rewrite_event(self, line: bytes) -> bytes:
         event: dict[str, Any] = json.loads(line)
         if event.get("event") == "spawned":
-            event["address"] = await self._place(event)
+            event["address"] = await self._proxy_address(event)
         elif event.get("event") == "sandboxes":
             for found in event["sandboxes"]:
-                found["address"] = await self._place(found)
-            await self._forget({found["id"] for found in event["sandboxes"]})
+                found["address"] = await self._proxy_address(found)
+            await self._close_except({found["id"] for found in event["sandboxes"]})
         elif event.get("event") == "exited" and (gone := self.sandboxes.pop(event["id"], None)):
             gone.close()
         return json.dumps(event).encode() + b"\n"
 
-    async def _place(self, sandbox: dict[str, Any]) -> str:
+    async def _proxy_address(self, sandbox: dict[str, Any]) -> str:
         proxy = self.sandboxes.get(sandbox["id"])
         if proxy is None:
-            near = self._near if self._n_placed % 2 == 0 else None
-            self._n_placed += 1
+            near = self._socket_dir if self._n_proxies % 2 == 0 else None
+            self._n_proxies += 1
             proxy = SandboxProxy(int(sandbox["pid"]), str(sandbox["address"]), near)
             await proxy.open()
             self.sandboxes[sandbox["id"]] = proxy
         return proxy.address
 
-    async def _forget(self, known: set[str]) -> None:
+    async def _close_except(self, known: set[str]) -> None:
         for name in self.sandboxes.keys() - known:
             self.sandboxes.pop(name).close()
 
 
-async def _until_one_ends(*works: Callable[[], Awaitable[None]]) -> None:
-    tasks = [asyncio.ensure_future(work()) for work in works]
+async def _run_until_first_done(*coroutines: Callable[[], Awaitable[None]]) -> None:
+    tasks = [asyncio.ensure_future(work()) for work in coroutines]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.faults import Saboteur
+from tests.chaos.faults import FaultInjector
 from tests.chaos.schedule import Fault
-from tests.chaos.stack import NAME, Stack, running_stack
+from tests.chaos.stack import MODEL_NAME, ChaosStack, running_chaos_stack
 from tests.chaos.tenants import new_tenants
-from tests.chaos.workload import Stall, Workload
+from tests.chaos.workload import CheckedWorkload, TokenStall
 
 AFTER_KILL_S = 3.0  # a stall that begins, or goes on, so long after a kill counts as the kill's
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ChaosPlan:
     """What a run does.
 
     Attributes:
@@ -45,13 +45,13 @@ class Plan:
     store: Path
     experts: int
     capacity: int
-    twice: str
-    per_tenant: int = 1
+    replicated_layers: str
+    requests_per_tenant: int = 1
     kills_alone_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class InjectedFault:
     """A fault that was done, and when (monotonic)."""
 
     fault: Fault
@@ -59,40 +59,40 @@ class Done:
     target: str
 
 
-async def run_chaos(plan: Plan, folder: Path) -> dict[str, Any]:
+async def run_chaos(plan: ChaosPlan, folder: Path) -> dict[str, Any]:
     """Do a run; return its report."""
     load_before = os.getloadavg()[0]
-    async with running_stack(
+    async with running_chaos_stack(
         plan.model,
         plan.store,
         tenants=new_tenants(),
         experts=plan.experts,
         capacity=plan.capacity,
-        twice=plan.twice,
+        replicated_layers=plan.replicated_layers,
         folder=folder,
     ) as stack:
-        workload = Workload(stack.url, NAME, stack.tenants)
-        unsure = await workload.learn()
-        before, accounts = await stack.router_metrics(), await _accounts(stack)
-        over = asyncio.Event()
-        asking = asyncio.create_task(workload.run(over, per_tenant=plan.per_tenant))
+        workload = CheckedWorkload(stack.url, MODEL_NAME, stack.tenants)
+        ambiguous = await workload.record_expected()
+        before, accounts = await stack.router_metrics(), await _completed_requests(stack)
+        stop = asyncio.Event()
+        workload_task = asyncio.create_task(workload.run(stop, per_tenant=plan.requests_per_tenant))
         try:
-            done = await _sabotage(stack, plan)
+            injected = await _inject_faults(stack, plan)
         finally:
-            over.set()
-            await asking
-        after, accounts_after = await stack.router_metrics(), await _accounts(stack)
-        recovered = await _recovers(workload, stack)
+            stop.set()
+            await workload_task
+        after, accounts_after = await stack.router_metrics(), await _completed_requests(stack)
+        recovered = await _has_recovered(workload, stack)
     counts = {name: after[name] - before.get(name, 0.0) for name in after}
     return {
-        **_figures(workload, done, counts, kills_alone_s=plan.kills_alone_s),
-        "answers_by_tenant": dict(workload.outcome.answers),
+        **_figures(workload, injected, counts, kills_alone_s=plan.kills_alone_s),
+        "answers_by_tenant": dict(workload.outcome.completed),
         "accounted_by_tenant": {name: n - accounts[name] for name, n in accounts_after.items()},
         "seed": plan.seed,
         "duration_s": plan.duration_s,
         "kills_alone_s": plan.kills_alone_s,
         "recovered": recovered,
-        "questions_without_a_sure_answer": unsure,
+        "questions_without_a_sure_answer": ambiguous,
         "schedule": [fault.to_json() for fault in plan.faults],
         "load_1min_before": load_before,
         "load_1min_after": os.getloadavg()[0],
@@ -101,53 +101,59 @@ async def run_chaos(plan: Plan, folder: Path) -> dict[str, Any]:
     }
 
 
-async def _accounts(stack: Stack) -> dict[str, int]:
-    return {tenant.name: await stack.requests_of(tenant) for tenant in stack.tenants}
+async def _completed_requests(stack: ChaosStack) -> dict[str, int]:
+    return {tenant.name: await stack.completed_requests(tenant) for tenant in stack.tenants}
 
 
-async def _sabotage(stack: Stack, plan: Plan) -> list[Done]:
-    saboteur, begun_s, done = Saboteur(stack), time.monotonic(), []
+async def _inject_faults(stack: ChaosStack, plan: ChaosPlan) -> list[InjectedFault]:
+    injector, started_s, injected = FaultInjector(stack), time.monotonic(), []
     try:
         for fault in plan.faults:
-            await asyncio.sleep(max(0.0, begun_s + fault.at_s - time.monotonic()))
-            target = await saboteur.do(fault)
-            done.append(Done(fault, time.monotonic(), target))
-        await asyncio.sleep(max(0.0, begun_s + plan.duration_s - time.monotonic()))
+            await asyncio.sleep(max(0.0, started_s + fault.at_s - time.monotonic()))
+            target = await injector.inject(fault)
+            injected.append(InjectedFault(fault, time.monotonic(), target))
+        await asyncio.sleep(max(0.0, started_s + plan.duration_s - time.monotonic()))
     finally:
-        await saboteur.end()
-    return done
+        await injector.close()
+    return injected
 
 
-async def _recovers(workload: Workload, stack: Stack) -> bool:
+async def _has_recovered(workload: CheckedWorkload, stack: ChaosStack) -> bool:
     """Return whether, undisturbed again, every answer comes from functions within a minute."""
     end_s = time.monotonic() + 60.0
     while time.monotonic() < end_s:
         before = await stack.router_metrics()
-        once = Workload(stack.url, NAME, stack.tenants)
-        await once.learn()
+        probe = CheckedWorkload(stack.url, MODEL_NAME, stack.tenants)
+        await probe.record_expected()
         after = await stack.router_metrics()
         if after["local_computations_total"] == before["local_computations_total"]:
-            return all(once.expected.get(q) == text for q, text in workload.expected.items())
+            return all(probe.expected.get(q) == text for q, text in workload.expected.items())
         await asyncio.sleep(1.0)
     return False
 
 
 def _figures(
-    workload: Workload, done: Sequence[Done], counts: dict[str, float], *, kills_alone_s: float
+    workload: CheckedWorkload,
+    done: Sequence[InjectedFault],
+    counts: dict[str, float],
+    *,
+    kills_alone_s: float,
 ) -> dict[str, Any]:
     outcome = workload.outcome
     took_s = sorted(stall.took_s for stall in outcome.stalls)
     kinds = Counter(d.fault.kind.value for d in done if d.target)
     by_kind = {
-        kind: round(_longest(outcome.stalls, [d for d in done if d.fault.kind.value == kind]), 4)
+        kind: round(
+            _longest_stall(outcome.stalls, [d for d in done if d.fault.kind.value == kind]), 4
+        )
         for kind in kinds
     }
     alone = [d for d in done if d.target and d.fault.at_s < kills_alone_s]
     return {
         "requests": outcome.requests,
         "failed": len(outcome.failures),
-        "wrong": len(outcome.wrong),
-        "stall_max_s": round(_longest(outcome.stalls, alone), 4),
+        "wrong": len(outcome.wrong_responses),
+        "stall_max_s": round(_longest_stall(outcome.stalls, alone), 4),
         "kills_alone": len(alone),
         "stall_p50_s": _percentile(took_s, 50),
         "stall_p99_s": _percentile(took_s, 99),
@@ -162,9 +168,9 @@ def _figures(
         "hedges": counts["function_call_hedges_total"],
         "failed_calls": counts["function_call_failures_total"],
         "local_computations": counts["local_computations_total"],
-        "hot_computations": counts["hot_computations_total"],
+        "hot_computations": counts["colocated_computations_total"],
         "failures": outcome.failures[:20],
-        "wrong_answers": outcome.wrong[:20],
+        "wrong_answers": outcome.wrong_responses[:20],
         "definitions": {
             "stall_max_s": "longest time between two tokens of a stream that overlaps the "
             f"{AFTER_KILL_S:g} s after a sandbox was killed while nothing else is done: in the "
@@ -175,7 +181,7 @@ def _figures(
     }
 
 
-def _longest(stalls: Sequence[Stall], done: Sequence[Done]) -> float:
+def _longest_stall(stalls: Sequence[TokenStall], done: Sequence[InjectedFault]) -> float:
     longest = 0.0
     for one in done:
         longest = max(

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 
-class Kind(Enum):
+class FaultKind(Enum):
     """What is done to the system; the value says how often, against the others."""
 
     KILL_SANDBOX = "kill_sandbox"
@@ -26,22 +26,22 @@ class Kind(Enum):
     KILL_ZYGOTE = "kill_zygote"
 
 
-WEIGHTS: Mapping[Kind, int] = {
-    Kind.KILL_SANDBOX: 6,
-    Kind.STOP_SANDBOX: 3,
-    Kind.DELAY: 4,
-    Kind.CUT: 5,
-    Kind.FLIP_REQUEST: 4,
-    Kind.FLIP_ANSWER: 4,
-    Kind.FLIP_STORE: 2,
-    Kind.LIMIT_MEMORY: 2,
-    Kind.FILL_DISK: 1,
-    Kind.KILL_CONTROL: 2,
-    Kind.STOP_CONTROL: 2,
-    Kind.KILL_ZYGOTE: 1,
+FAULT_WEIGHTS: Mapping[FaultKind, int] = {
+    FaultKind.KILL_SANDBOX: 6,
+    FaultKind.STOP_SANDBOX: 3,
+    FaultKind.DELAY: 4,
+    FaultKind.CUT: 5,
+    FaultKind.FLIP_REQUEST: 4,
+    FaultKind.FLIP_ANSWER: 4,
+    FaultKind.FLIP_STORE: 2,
+    FaultKind.LIMIT_MEMORY: 2,
+    FaultKind.FILL_DISK: 1,
+    FaultKind.KILL_CONTROL: 2,
+    FaultKind.STOP_CONTROL: 2,
+    FaultKind.KILL_ZYGOTE: 1,
 }
 
-PEACE_S = 3.0  # after the last kill that is done alone, so that its stalls are its own
+QUIET_S = 3.0  # after the last kill that is done alone, so that its stalls are its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Fault:
     """
 
     at_s: float
-    kind: Kind
+    kind: FaultKind
     choice: int
     lasts_s: float
     place: float
@@ -69,7 +69,7 @@ class Fault:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Fault:
         """Read what `to_json` wrote."""
-        return cls(**{**value, "kind": Kind(value["kind"])})
+        return cls(**{**value, "kind": FaultKind(value["kind"])})
 
 
 def draw_schedule(
@@ -85,22 +85,22 @@ def draw_schedule(
             so that what a kill costs can be told from what other faults cost. The last `PEACE_S`
             of it are left in peace.
     """
-    chance = random.Random(seed)
-    kinds, weights = zip(*WEIGHTS.items(), strict=True)
+    generator = random.Random(seed)
+    kinds, weights = zip(*FAULT_WEIGHTS.items(), strict=True)
     faults = []
     for n in range(max(0, int(duration_s / period_s) - 2)):
-        at_s = (n + chance.random()) * period_s
-        kind = chance.choices(kinds, weights)[0]
+        at_s = (n + generator.random()) * period_s
+        kind = generator.choices(kinds, weights)[0]
         if n * period_s < kills_alone_s:
-            if (n + 1) * period_s + PEACE_S > kills_alone_s:
+            if (n + 1) * period_s + QUIET_S > kills_alone_s:
                 continue
-            kind = Kind.KILL_SANDBOX
+            kind = FaultKind.KILL_SANDBOX
         fault = Fault(
             round(at_s, 3),
             kind,
-            chance.randrange(1 << 30),
-            round(chance.uniform(0.2, 2.0), 3),
-            round(chance.random(), 6),
+            generator.randrange(1 << 30),
+            round(generator.uniform(0.2, 2.0), 3),
+            round(generator.random(), 6),
         )
         faults.append(fault)
     return faults

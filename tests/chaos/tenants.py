@@ -22,7 +22,7 @@ LIMITS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Tenant:
+class ChaosTenant:
     """One tenant.
 
     Attributes:
@@ -44,12 +44,12 @@ class Tenant:
         return {"Authorization": f"Bearer {self.key}"}
 
 
-def new_tenants() -> tuple[Tenant, ...]:
+def new_tenants() -> tuple[ChaosTenant, ...]:
     """Return the tenants of a run, with keys that no run had before."""
-    return tuple(Tenant(f"tenant-{n}", secrets.token_urlsafe(24)) for n in range(N_TENANTS))
+    return tuple(ChaosTenant(f"tenant-{n}", secrets.token_urlsafe(24)) for n in range(N_TENANTS))
 
 
-def write_tenants_of(tenants: Sequence[Tenant], folder: Path) -> list[dict[str, Any]]:
+def write_tenant_keys(tenants: Sequence[ChaosTenant], folder: Path) -> list[dict[str, Any]]:
     """Write the tenants' keys below a folder; return `spec.tenants` of a MoEModel file in it."""
     for tenant in tenants:
         keys = folder / "keys" / tenant.name

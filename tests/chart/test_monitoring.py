@@ -14,14 +14,14 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from faasmoe_operator.control.metrics import ControlMetrics
-from faasmoe_operator.kube.kinds import Object
+from faasmoe_operator.control.metrics import ControlPlaneMetrics
 from faasmoe_operator.kube.metrics import OperatorMetrics
-from faasmoe_router.control.metrics import ControlMetrics as LinkMetrics
+from faasmoe_operator.kube.types import Object
+from faasmoe_router.control.metrics import ControlLinkMetrics as LinkMetrics
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.metrics import EngineMetrics
 from faasmoe_router.tenants.metrics import TenantCollector
-from faasmoe_router.tenants.usage import Accounts
+from faasmoe_router.tenants.usage import RouterUsage
 
 CHART = Path(__file__).parents[2] / "charts" / "faasmoe"
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "gauge": ("",)}
@@ -31,7 +31,7 @@ PANELS = [
     for panel in json.loads((CHART / "dashboards" / "faasmoe.json").read_text())["panels"]
     if panel["type"] != "row"
 ]
-PLACED = {
+EXTERNAL_LABELS = {
     "faasmoe_router_": {"faasmoe_dev_model"},
     "faasmoe_tenant_": {"faasmoe_dev_model"},
     "faasmoe_control_": {"namespace", "model"},
@@ -39,32 +39,35 @@ PLACED = {
 """Labels that come later: from the ServiceMonitor's targetLabels, from the operator's front."""
 
 
-def metrics() -> dict[str, set[str]]:
+def exported_metrics() -> dict[str, set[str]]:
     """Return the labels of every time series that the processes tell of, by its name."""
     router = CollectorRegistry()
-    EngineMetrics(router, "qwen").finished("stop")
+    EngineMetrics(router, "qwen").record_finished("stop")
     LinkMetrics(router)
     DispatchMetrics(router)
-    TenantCollector(Accounts(0.0), sequences=dict, n_keys=dict).register(router)
+    TenantCollector(RouterUsage(0.0), sequences=dict, n_keys=dict).register(router)
     found: dict[str, set[str]] = {}
-    for registry in (router, OperatorMetrics().registry, ControlMetrics().registry):
+    for registry in (router, OperatorMetrics().registry, ControlPlaneMetrics().registry):
         for collector in list(registry._collector_to_names):
-            for family in families(collector):
+            for family in metric_families(collector):
                 labels = set(getattr(collector, "_labelnames", getattr(family, "_labelnames", ())))
-                labels |= next((PLACED[p] for p in PLACED if family.name.startswith(p)), set())
+                labels |= next(
+                    (EXTERNAL_LABELS[p] for p in EXTERNAL_LABELS if family.name.startswith(p)),
+                    set(),
+                )
                 for suffix in SUFFIXES.get(family.type, ()):
                     extra = {"le"} if suffix == "_bucket" else set()
                     found[f"{family.name}{suffix}"] = labels | extra
     return found
 
 
-def families(collector: Collector) -> Iterable[Metric]:
+def metric_families(collector: Collector) -> Iterable[Metric]:
     """Return what a collector tells of; one that cannot say so without telling it tells it."""
     describe = getattr(collector, "describe", collector.collect)
     return cast("Iterable[Metric]", describe())
 
 
-KNOWN = metrics()
+EXPORTED = exported_metrics()
 
 
 def selectors(node: Any) -> Iterator[Any]:
@@ -77,30 +80,30 @@ def selectors(node: Any) -> Iterator[Any]:
             yield from selectors(child)
 
 
-def check(expression: str) -> int:
+def check_expression(expression: str) -> int:
     """Fail if an expression is none, or speaks of what nobody tells; return what it speaks of."""
     found = list(selectors(promql_parser.parse(expression)))
     for selector in found:
-        assert selector.name in KNOWN, f"{selector.name} is no metric"
-        labels = KNOWN[selector.name]
+        assert selector.name in EXPORTED, f"{selector.name} is no metric"
+        labels = EXPORTED[selector.name]
         used = {matcher.name for matcher in selector.matchers.matchers}
         assert used <= labels, f"{selector.name} has no label {used - labels}"
     grouped = re.findall(r"by \(([^)]*)\)", expression)
     named = {label.strip() for group in grouped for label in group.split(",")}
-    assert named <= set().union(*(KNOWN[s.name] for s in found))
+    assert named <= set().union(*(EXPORTED[s.name] for s in found))
     return len(found)
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=[alert["name"] for alert in ALERTS])
 def test_an_alert_speaks_of_metrics_that_there_are(alert: dict[str, Any]) -> None:
-    assert check(alert["expr"]) > 0
+    assert check_expression(alert["expr"]) > 0
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=[panel["title"] for panel in PANELS])
 def test_a_panel_speaks_of_metrics_that_there_are(panel: dict[str, Any]) -> None:
     for target in panel["targets"]:
         query = target["expr"].replace("$__rate_interval", "5m").replace("$model", "qwen")
-        assert check(query) > 0
+        assert check_expression(query) > 0
 
 
 def test_the_dashboard_shows_all_that_is_told_of_tenants() -> None:
@@ -112,23 +115,23 @@ def test_the_dashboard_shows_all_that_is_told_of_tenants() -> None:
             promql_parser.parse(target["expr"].replace("$__rate_interval", "5m"))
         )
     }
-    told = {name for name in KNOWN if name.startswith("faasmoe_tenant_")}
+    told = {name for name in EXPORTED if name.startswith("faasmoe_tenant_")}
     assert told
     assert told <= shown
 
 
 def test_a_metric_that_is_none_is_found_out() -> None:
     with pytest.raises(AssertionError, match="faasmoe_operator_nothing_total is no metric"):
-        check("sum(rate(faasmoe_operator_nothing_total[5m]))")
+        check_expression("sum(rate(faasmoe_operator_nothing_total[5m]))")
     with pytest.raises(AssertionError, match="has no label"):
-        check('faasmoe_operator_models{color="red"}')
+        check_expression('faasmoe_operator_models{color="red"}')
 
 
 def test_every_alert_says_how_bad_it_is_and_what_to_do(rendered: dict[str, list[Object]]) -> None:
     (rule,) = (o for o in rendered["everything"] if o["kind"] == "PrometheusRule")
     rules = [rule for group in rule["spec"]["groups"] for rule in group["rules"]]
     assert [r["alert"] for r in rules] == [
-        a["name"] for name in ("operator", "models") for a in ALERTS if a in alerts_of(name)
+        a["name"] for name in ("operator", "models") for a in ALERTS if a in load_alerts(name)
     ]
     for made in rules:
         assert made["labels"]["severity"] in ("critical", "warning", "info")
@@ -156,7 +159,7 @@ def test_every_alert_has_its_paragraph_where_the_runbook_is_written() -> None:
     assert {alert["name"] for alert in ALERTS} <= headings
 
 
-def alerts_of(file: str) -> list[dict[str, Any]]:
+def load_alerts(file: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = yaml.safe_load((CHART / "alerts" / f"{file}.yaml").read_text())
     return found
 

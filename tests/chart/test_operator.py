@@ -8,27 +8,27 @@ from helm import CHART, Helm
 from model_contexts import make_context
 
 from faasmoe_operator.kube.config import PREFIX, OperatorConfig
-from faasmoe_operator.kube.kinds import Object
 from faasmoe_operator.kube.manifests import serving_objects
-from faasmoe_operator.kube.manifests.sandbox import PORT as SANDBOX_PORT
+from faasmoe_operator.kube.manifests.sandbox import SANDBOX_PORT as SANDBOX_PORT
 from faasmoe_operator.kube.manifests.sandbox import sandbox_pod
+from faasmoe_operator.kube.types import Object
 
 VERSION = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
 FIELDS = {"metadata.namespace": "faasmoe-system", "metadata.name": "faasmoe-operator-x-y"}
 
 
-def one(objects: list[Object], kind: str) -> Any:
+def only(objects: list[Object], kind: str) -> Any:
     (found,) = (obj for obj in objects if obj["kind"] == kind)
     return found
 
 
-def pod(objects: list[Object]) -> Any:
-    return one(objects, "Deployment")["spec"]["template"]
+def pod_template(objects: list[Object]) -> Any:
+    return only(objects, "Deployment")["spec"]["template"]
 
 
-def policy_of(objects: list[Object]) -> Any:
+def network_policy(objects: list[Object]) -> Any:
     """Return what holds for the operator's pods."""
-    labels = pod(objects)["metadata"]["labels"]
+    labels = pod_template(objects)["metadata"]["labels"]
     (found,) = (
         obj["spec"]
         for obj in objects
@@ -38,9 +38,9 @@ def policy_of(objects: list[Object]) -> Any:
     return found
 
 
-def config(objects: list[Object]) -> OperatorConfig:
+def operator_config(objects: list[Object]) -> OperatorConfig:
     """Return the settings as the operator reads them in its pod."""
-    (container,) = pod(objects)["spec"]["containers"]
+    (container,) = pod_template(objects)["spec"]["containers"]
     env = {
         v["name"]: v["value"] if "value" in v else FIELDS[v["valueFrom"]["fieldRef"]["fieldPath"]]
         for v in container["env"]
@@ -49,7 +49,7 @@ def config(objects: list[Object]) -> OperatorConfig:
 
 
 def test_the_operator_understands_all_that_it_is_told(rendered: dict[str, list[Object]]) -> None:
-    read = config(rendered["everything"])
+    read = operator_config(rendered["everything"])
     assert read.namespace == "faasmoe-system"
     assert read.identity == "faasmoe-operator-x-y"
     assert read.watch_namespaces == ()
@@ -64,64 +64,66 @@ def test_the_operator_understands_all_that_it_is_told(rendered: dict[str, list[O
 
 
 def test_tells_every_setting_that_there_is(rendered: dict[str, list[Object]]) -> None:
-    (container,) = pod(rendered["default"])["spec"]["containers"]
+    (container,) = pod_template(rendered["default"])["spec"]["containers"]
     told = {variable["name"] for variable in container["env"]}
-    assert told == {f"{PREFIX}{name}" for name in read_by_the_operator()}
+    assert told == {f"{PREFIX}{name}" for name in settings_read()}
 
 
-def read_by_the_operator() -> set[str]:
+def settings_read() -> set[str]:
     """Return the names that the operator looks up in its environment."""
-    asked: set[str] = set()
+    names: set[str] = set()
 
     class Recorder(dict[str, str]):
         def get(self, key: str, default: Any = None) -> Any:
-            asked.add(key.removeprefix(PREFIX))
+            names.add(key.removeprefix(PREFIX))
             return super().get(key, default)
 
     images = {f"{PREFIX}ROUTER_IMAGE": "a:1", f"{PREFIX}EXPERT_IMAGE": "b:1"}
     OperatorConfig.from_env(Recorder(images))
-    return asked
+    return names
 
 
 def test_by_default_it_looks_after_all_namespaces_alone(
     rendered: dict[str, list[Object]],
 ) -> None:
-    read = config(rendered["default"])
+    read = operator_config(rendered["default"])
     assert read.watch_namespaces == ()
     assert read.leader_election is False
-    assert one(rendered["default"], "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
+    assert only(rendered["default"], "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
 
 
 def test_looks_after_the_namespaces_in_which_it_has_a_role(
     rendered: dict[str, list[Object]],
 ) -> None:
-    read = config(rendered["namespaced"])
+    read = operator_config(rendered["namespaced"])
     assert read.watch_namespaces == ("llm", "research")
     assert read.leader_election is True
-    strategy = one(rendered["namespaced"], "Deployment")["spec"]["strategy"]
+    strategy = only(rendered["namespaced"], "Deployment")["spec"]["strategy"]
     assert strategy == {"type": "RollingUpdate"}
 
 
 def test_routers_reach_the_control_api_by_its_service(objects: list[Object]) -> None:
-    read = config(objects)
-    service = one(objects, "Service")
+    read = operator_config(objects)
+    service = only(objects, "Service")
     name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
     (port,) = service["spec"]["ports"]
     assert read.control.url == f"http://{name}.{namespace}.svc:{port['port']}"
-    (container,) = pod(objects)["spec"]["containers"]
+    (container,) = pod_template(objects)["spec"]["containers"]
     (target,) = (p for p in container["ports"] if p["name"] == port["targetPort"])
     assert target["containerPort"] == read.control.port
-    assert pod(objects)["metadata"]["labels"].items() >= service["spec"]["selector"].items()
+    assert (
+        pod_template(objects)["metadata"]["labels"].items() >= service["spec"]["selector"].items()
+    )
 
 
 def test_models_policies_name_the_operators_pods(objects: list[Object]) -> None:
-    read = config(objects)
+    read = operator_config(objects)
     assert read.control.namespace == "faasmoe-system"
-    assert pod(objects)["metadata"]["labels"].items() >= read.control.pod_labels.items()
+    assert pod_template(objects)["metadata"]["labels"].items() >= read.control.pod_labels.items()
 
 
 def test_is_restricted_and_only_its_container_gets_the_token(objects: list[Object]) -> None:
-    spec = pod(objects)["spec"]
+    spec = pod_template(objects)["spec"]
     assert spec["automountServiceAccountToken"] is False
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -140,8 +142,8 @@ def test_is_restricted_and_only_its_container_gets_the_token(objects: list[Objec
 def test_its_network_policy_lets_routers_in_and_sandboxes_out(
     rendered: dict[str, list[Object]],
 ) -> None:
-    policy, ctx = policy_of(rendered["everything"]), make_context()
-    router = pod(serving_objects(ctx))["metadata"]["labels"]
+    policy, ctx = network_policy(rendered["everything"]), make_context()
+    router = pod_template(serving_objects(ctx))["metadata"]["labels"]
     sandbox = sandbox_pod(ctx, name="x")["metadata"]["labels"]
     (incoming,) = policy["ingress"]
     peers = [peer["podSelector"]["matchLabels"] for peer in incoming["from"][:2]]
@@ -159,15 +161,18 @@ def test_its_network_policy_lets_routers_in_and_sandboxes_out(
 def test_the_helm_test_asks_the_control_api_and_gets_through(
     rendered: dict[str, list[Object]],
 ) -> None:
-    test = one(rendered["everything"], "Job")
+    test = only(rendered["everything"], "Job")
     assert test["metadata"]["annotations"]["helm.sh/hook"] == "test"
     (container,) = test["spec"]["template"]["spec"]["containers"]
-    assert f"{config(rendered['everything']).control.url}/readyz" in container["args"][0]
-    (incoming,) = policy_of(rendered["everything"])["ingress"]
+    assert f"{operator_config(rendered['everything']).control.url}/readyz" in container["args"][0]
+    (incoming,) = network_policy(rendered["everything"])["ingress"]
     let_through = incoming["from"][1]["podSelector"]["matchLabels"]
     labels = test["spec"]["template"]["metadata"]["labels"]
     assert labels.items() >= let_through.items()
-    assert not let_through.items() <= pod(rendered["everything"])["metadata"]["labels"].items()
+    assert (
+        not let_through.items()
+        <= pod_template(rendered["everything"])["metadata"]["labels"].items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,13 +195,13 @@ def test_the_helm_test_asks_the_control_api_and_gets_through(
 )
 def test_names_its_image(helm: Helm, image: dict[str, str], registry: str, expected: str) -> None:
     objects = helm.template({"image": image, "global": {"imageRegistry": registry}})
-    (container,) = pod(objects)["spec"]["containers"]
+    (container,) = pod_template(objects)["spec"]["containers"]
     assert container["image"] == expected
 
 
 def test_names_grow_from_the_release(rendered: dict[str, list[Object]]) -> None:
-    assert one(rendered["default"], "Deployment")["metadata"]["name"] == "faasmoe-operator"
-    assert one(rendered["everything"], "Deployment")["metadata"]["name"] == "our-moe-operator"
+    assert only(rendered["default"], "Deployment")["metadata"]["name"] == "faasmoe-operator"
+    assert only(rendered["everything"], "Deployment")["metadata"]["name"] == "our-moe-operator"
     extra = {
         obj["metadata"]["name"]
         for obj in rendered["everything"]

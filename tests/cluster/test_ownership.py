@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from apiserver import ApiServer, Object, eventually
-from moemodels import objects_of, wait_condition
+from fake_node import FakeNode
+from moemodels import model_objects, wait_for_condition
 from operator_process import OperatorProcess
-from stand_in_node import StandInNode
 
 
 def test_puts_back_what_somebody_changed_or_deleted(
     api: ApiServer,
     operator: OperatorProcess,
-    node: StandInNode,
+    node: FakeNode,
     namespace: str,
     tiny_model: Callable[..., Object],
 ) -> None:
     api.create("moemodels", tiny_model("tiny"))
-    wait_condition(api, namespace, "tiny", "Ready")
-    found = objects_of(api, namespace, "tiny")
+    wait_for_condition(api, namespace, "tiny", "Ready")
+    found = model_objects(api, namespace, "tiny")
     (deployment,) = found["deployments"]
 
     ports = [{"name": "http", "port": 1234, "protocol": "TCP", "targetPort": 8000}]
@@ -36,13 +36,13 @@ def test_puts_back_what_somebody_changed_or_deleted(
         lambda: api.get("deployments", namespace, deployment)["spec"]["replicas"],
         lambda replicas: replicas == 1,
     )
-    eventually(lambda: objects_of(api, namespace, "tiny"), lambda now: now == found)
+    eventually(lambda: model_objects(api, namespace, "tiny"), lambda now: now == found)
 
 
 def test_leaves_a_service_of_somebody_else_alone_and_says_so(
     api: ApiServer,
     operator: OperatorProcess,
-    node: StandInNode,
+    node: FakeNode,
     namespace: str,
     tiny_model: Callable[..., Object],
 ) -> None:
@@ -54,23 +54,23 @@ def test_leaves_a_service_of_somebody_else_alone_and_says_so(
     }
     before = api.create("services", theirs)
     api.create("moemodels", tiny_model("tiny"))
-    found = wait_condition(api, namespace, "tiny", "Ready", status="False", reason="NameTaken")
+    found = wait_for_condition(api, namespace, "tiny", "Ready", status="False", reason="NotOwned")
     assert "tiny" in found["message"]
     assert api.get("services", namespace, "tiny") == before
 
     api.delete("services", namespace, "tiny")
-    wait_condition(api, namespace, "tiny", "Ready")
+    wait_for_condition(api, namespace, "tiny", "Ready")
 
 
 def test_scales_routers_by_the_scale_subresource(
     api: ApiServer,
     operator: OperatorProcess,
-    node: StandInNode,
+    node: FakeNode,
     namespace: str,
     tiny_model: Callable[..., Object],
 ) -> None:
     api.create("moemodels", tiny_model("tiny"))
-    wait_condition(api, namespace, "tiny", "Ready")
+    wait_for_condition(api, namespace, "tiny", "Ready")
     api.patch("moemodels", namespace, "tiny", {"spec": {"replicas": 2}}, subresource="scale")
     eventually(
         lambda: api.get("moemodels", namespace, "tiny")["status"]["router"],
@@ -82,16 +82,16 @@ def test_scales_routers_by_the_scale_subresource(
 def test_keeps_two_models_of_one_namespace_apart(
     api: ApiServer,
     operator: OperatorProcess,
-    node: StandInNode,
+    node: FakeNode,
     namespace: str,
     tiny_model: Callable[..., Object],
 ) -> None:
     for name in ("one", "two"):
         api.create("moemodels", tiny_model(name, experts={"warmPool": 1}))
     for name in ("one", "two"):
-        wait_condition(api, namespace, name, "Ready")
-    kept = objects_of(api, namespace, "two")
+        wait_for_condition(api, namespace, name, "Ready")
+    kept = model_objects(api, namespace, "two")
     api.delete("moemodels", namespace, "one")
-    eventually(lambda: objects_of(api, namespace, "one"), lambda found: found == {})
-    assert objects_of(api, namespace, "two") == kept
-    wait_condition(api, namespace, "two", "Ready")
+    eventually(lambda: model_objects(api, namespace, "one"), lambda found: found == {})
+    assert model_objects(api, namespace, "two") == kept
+    wait_for_condition(api, namespace, "two", "Ready")

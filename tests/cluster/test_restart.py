@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable
 
 from apiserver import ApiServer, Object, eventually
-from chats import chat
-from moemodels import assignments, objects_of, router_pods, sandboxes, wait_condition
+from chat_client import chat
+from fake_node import FakeNode
+from moemodels import function_by_pod, model_objects, router_pods, sandbox_pods, wait_for_condition
 from operator_process import OperatorProcess
-from stand_in_node import StandInNode
 
 LONG_WINDOW = {"scaling": {"windowSeconds": 600}}
 
@@ -17,7 +17,7 @@ LONG_WINDOW = {"scaling": {"windowSeconds": 600}}
 def test_finishes_what_an_operator_that_was_killed_had_begun(
     api: ApiServer,
     operator: OperatorProcess,
-    node: StandInNode,
+    node: FakeNode,
     namespace: str,
     tiny_model: Callable[..., Object],
 ) -> None:
@@ -26,48 +26,48 @@ def test_finishes_what_an_operator_that_was_killed_had_begun(
     eventually(lambda: api.list("serviceaccounts", namespace, labels=labels), bool)
     operator.kill()  # somewhere between its first object and its last
     operator.start()
-    wait_condition(api, namespace, "tiny", "Ready")
-    found = objects_of(api, namespace, "tiny")
+    wait_for_condition(api, namespace, "tiny", "Ready")
+    found = model_objects(api, namespace, "tiny")
     assert len(found["deployments"]) == len(found["jobs"]) == len(found["secrets"]) == 1
 
 
 def test_serves_on_while_the_operator_is_away_and_takes_its_sandboxes_back(
     api: ApiServer,
     operator: OperatorProcess,
-    node: StandInNode,
+    node: FakeNode,
     namespace: str,
     tiny_model: Callable[..., Object],
 ) -> None:
     api.create("moemodels", tiny_model("tiny", experts=LONG_WINDOW))
-    wait_condition(api, namespace, "tiny", "Ready")
+    wait_for_condition(api, namespace, "tiny", "Ready")
     (router,) = router_pods(api, namespace, "tiny")
     text = chat(router)
     before = eventually(
-        lambda: assignments(api, namespace, "tiny"), lambda found: found and all(found.values())
+        lambda: function_by_pod(api, namespace, "tiny"), lambda found: found and all(found.values())
     )
 
     operator.kill()
     assert chat(router) == text
     operator.start()
-    wait_condition(api, namespace, "tiny", "Active")
+    wait_for_condition(api, namespace, "tiny", "Active")
     assert chat(router) == text
-    assert assignments(api, namespace, "tiny") == before
+    assert function_by_pod(api, namespace, "tiny") == before
 
 
 def test_loses_no_request_while_routers_and_sandboxes_are_replaced(
     api: ApiServer,
     operator: OperatorProcess,
-    node: StandInNode,
+    node: FakeNode,
     namespace: str,
     tiny_model: Callable[..., Object],
 ) -> None:
     api.create("moemodels", tiny_model("tiny", experts=LONG_WINDOW))
-    wait_condition(api, namespace, "tiny", "Ready")
+    wait_for_condition(api, namespace, "tiny", "Ready")
     (router,) = router_pods(api, namespace, "tiny")
     text = chat(router)
-    old = {pod["metadata"]["uid"] for pod in sandboxes(api, namespace, "tiny")}
+    old = {pod["metadata"]["uid"] for pod in sandbox_pods(api, namespace, "tiny")}
 
-    with _Traffic(api, namespace) as traffic:
+    with _ChatTraffic(api, namespace) as traffic:
         change = {
             "granularity": {"expertsPerFunction": 4},
             "experts": {"template": {"labels": {"team": "blue"}}},
@@ -84,7 +84,7 @@ def test_loses_no_request_while_routers_and_sandboxes_are_replaced(
             timeout_s=180,
         )
         eventually(
-            lambda: {pod["metadata"]["uid"] for pod in sandboxes(api, namespace, "tiny")},
+            lambda: {pod["metadata"]["uid"] for pod in sandbox_pods(api, namespace, "tiny")},
             lambda uids: uids and not uids & old,
         )
     assert traffic.errors == []
@@ -92,7 +92,7 @@ def test_loses_no_request_while_routers_and_sandboxes_are_replaced(
     assert len(traffic.texts) > 5
 
 
-class _Traffic:
+class _ChatTraffic:
     """Chats without a pause, each with a router that is ready and stays, as a Service would."""
 
     def __init__(self, api: ApiServer, namespace: str) -> None:
@@ -103,7 +103,7 @@ class _Traffic:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> _Traffic:
+    def __enter__(self) -> _ChatTraffic:
         self._thread.start()
         return self
 

@@ -9,17 +9,23 @@ from typing import Any
 import pytest
 import yaml
 
-from faasmoe_operator.kube.store_summary import FailureReason
-from faasmoe_operator.spec import MoEModel
+from faasmoe_operator.api.v1alpha1 import MoEModel
+from faasmoe_operator.kube.store_summary import StoreFailureReason
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs" / "kubernetes").glob("*.md"))
 TROUBLESHOOTING = (ROOT / "docs" / "kubernetes" / "troubleshooting.md").read_text()
-VERDICTS = {"good": 0, "bad": 0, "pending": 0, "Trouble": 0, "Verdict": 1}
+REASON_ARGUMENTS = {
+    "condition_true": 0,
+    "condition_false": 0,
+    "condition_unknown": 0,
+    "PodFailure": 0,
+    "ConditionState": 1,
+}
 """What makes a reason, and which of its arguments it is."""
 
 
-def blocks(page: Path) -> Iterator[dict[str, Any]]:
+def yaml_blocks(page: Path) -> Iterator[dict[str, Any]]:
     for text in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), flags=re.S | re.M):
         yield from yaml.safe_load_all(text)
 
@@ -27,7 +33,7 @@ def blocks(page: Path) -> Iterator[dict[str, Any]]:
 MODELS = [
     pytest.param(block, id=f"{page.stem}-{number}")
     for page in PAGES
-    for number, block in enumerate(blocks(page))
+    for number, block in enumerate(yaml_blocks(page))
     if block.get("kind", "MoEModel") == "MoEModel"
 ]
 
@@ -46,26 +52,26 @@ def test_every_example_is_a_moemodel_or_a_part_of_one(block: dict[str, Any]) -> 
     )
 
 
-def reasons() -> set[str]:
+def condition_reasons() -> set[str]:
     """Return the reasons that the operator gives, as its source has them."""
-    found = {reason.value for reason in FailureReason}
+    found = {reason.value for reason in StoreFailureReason}
     for module in (ROOT / "operator" / "faasmoe_operator" / "kube").glob("*.py"):
         for node in ast.walk(ast.parse(module.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                place = VERDICTS.get(node.func.id)
-                if place is None or len(node.args) <= place:
+                position = REASON_ARGUMENTS.get(node.func.id)
+                if position is None or len(node.args) <= position:
                     continue
-                argument = node.args[place]
+                argument = node.args[position]
                 if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
                     found.add(argument.value)
     return found - {"Ready"}
 
 
 def test_finds_the_reasons_in_the_source() -> None:
-    assert {"Suspended", "ImagePullFailed", "NoTraffic", "Prepared"} <= reasons()
+    assert {"Suspended", "ImagePullBackOff", "NoTraffic", "Prepared"} <= condition_reasons()
 
 
-@pytest.mark.parametrize("reason", sorted(reasons()))
+@pytest.mark.parametrize("reason", sorted(condition_reasons()))
 def test_every_reason_is_explained(reason: str) -> None:
     assert f"`{reason}`" in TROUBLESHOOTING
 

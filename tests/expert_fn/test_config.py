@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from faasmoe_expert.config import ConfigError, SandboxConfig
+from faasmoe_expert.config import SandboxConfig, SandboxConfigError
 
 
 def test_every_variable_has_a_default() -> None:
@@ -75,5 +75,5 @@ def test_an_empty_variable_means_the_default() -> None:
     ],
 )
 def test_a_bad_value_is_refused_by_its_variable(name: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{name}: got '?{value}'?, expected "):
+    with pytest.raises(SandboxConfigError, match=f"^{name}: got '?{value}'?, expected "):
         SandboxConfig.from_env({name: value})

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from faasmoe_expert import device
-from faasmoe_expert.config import ConfigError
-from faasmoe_expert.device import may_have_cuda, resolve_device, why_no_cuda
+from faasmoe_expert.config import SandboxConfigError
+from faasmoe_expert.device import cuda_unavailable_reason, is_cuda_possible, resolve_device
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 FAULT = "CUDA-capable device(s) is/are busy or unavailable"
@@ -38,9 +38,12 @@ def test_auto_is_the_cpu_where_there_is_no_other() -> None:
 @without_cuda
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
 def test_what_is_not_there_is_told_with_what_to_do(name: str) -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(SandboxConfigError) as refused:
         resolve_device(name, field="spec.x")
-    assert str(refused.value) == f"spec.x: got {name!r}, expected cpu or auto: {why_no_cuda()}"
+    assert (
+        str(refused.value)
+        == f"spec.x: got {name!r}, expected cpu or auto: {cuda_unavailable_reason()}"
+    )
 
 
 def test_a_build_without_cuda_is_told_from_a_missing_device(
@@ -48,15 +51,15 @@ def test_a_build_without_cuda_is_told_from_a_missing_device(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
-    assert "is built without CUDA; install its CUDA build" in str(why_no_cuda())
+    assert "is built without CUDA; install its CUDA build" in str(cuda_unavailable_reason())
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    assert "finds no CUDA device (CUDA_VISIBLE_DEVICES is '7')" in str(why_no_cuda())
+    assert "finds no CUDA device (CUDA_VISIBLE_DEVICES is '7')" in str(cuda_unavailable_reason())
 
 
 @pytest.mark.usefixtures("busy_device")
 def test_a_device_that_cannot_be_used_is_told_at_the_start() -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(SandboxConfigError) as refused:
         resolve_device("cuda")
     assert str(refused.value) == f"FAASMOE_DEVICE: got 'cuda', which cannot be used: {FAULT}"
 
@@ -71,7 +74,7 @@ def test_auto_goes_on_without_a_device_that_cannot_be_used(
 
 @pytest.mark.usefixtures("busy_device")
 def test_an_index_that_is_not_there_is_told() -> None:
-    with pytest.raises(ConfigError, match="got 'cuda:1', expected an index below 1"):
+    with pytest.raises(SandboxConfigError, match="got 'cuda:1', expected an index below 1"):
         resolve_device("cuda:1")
 
 
@@ -92,8 +95,8 @@ def test_only_a_build_with_cuda_and_a_driver_may_have_it(
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(device, "CUDA_NODES", (tmp_path / "nvidiactl",))
-    assert not may_have_cuda()
+    assert not is_cuda_possible()
     (tmp_path / "nvidiactl").touch()
-    assert may_have_cuda()
+    assert is_cuda_possible()
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
-    assert not may_have_cuda()
+    assert not is_cuda_possible()

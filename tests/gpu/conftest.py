@@ -14,7 +14,7 @@ import torch
 from tiny_chat import save_tiny_chat_model
 
 import faasmoe_expert.device as resolving
-from faasmoe_expert.functions.upload import Uploader, uploader_to
+from faasmoe_expert.functions.transfer import Uploader, uploader_for
 
 HERE = Path(__file__).parent
 EMULATED = os.environ.get("EMULATED_CUDA") == "1"
@@ -31,7 +31,7 @@ else:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    why_none = resolving.why_no_cuda()
+    why_none = resolving.cuda_unavailable_reason()
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
@@ -65,13 +65,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def uploader(cuda: torch.device) -> Uploader:
-    found = uploader_to(cuda)
+    found = uploader_for(cuda)
     assert found is not None
     return found
 
 
 @pytest.fixture(autouse=True)
-def gives_back() -> Iterator[None]:
+def release_device_memory() -> Iterator[None]:
     """Each test leaves the device as it found it: the next ones count bytes."""
     yield
     gc.collect()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from faasmoe_expert.functions.upload import CudaLane
-from faasmoe_router.dispatch.staging import HostStage, PinnedMemory
+from faasmoe_expert.functions.transfer import CudaCopyStream
+from faasmoe_router.dispatch.device_transfer import BufferedTransfer, PinnedMemory
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -25,7 +25,7 @@ def test_what_lands_is_garbage_until_it_is_waited_for(ones: Tensor, cuda: torch.
     host = pinned(5.0)
     host.copy_(ones, non_blocking=True)
     assert host.isnan().all()
-    PinnedMemory(cuda).mark()()
+    PinnedMemory(cuda).record_event()()
     assert host.eq(1).all()
 
 
@@ -34,7 +34,7 @@ def test_memory_that_is_overwritten_before_it_is_copied_is_told(cuda: torch.devi
 
     host = pinned(5.0)
     there = host.to(cuda, non_blocking=True)
-    mark = PinnedMemory(cuda).mark()
+    mark = PinnedMemory(cuda).record_event()
     host.fill_(6.0)
     with pytest.raises(Race, match="overwritten"):
         mark()
@@ -44,7 +44,7 @@ def test_memory_that_is_overwritten_before_it_is_copied_is_told(cuda: torch.devi
 def test_a_mark_ends_what_was_begun_before_it_alone(ones: Tensor, cuda: torch.device) -> None:
     first, second = pinned(0.0), pinned(0.0)
     first.copy_(ones, non_blocking=True)
-    mark = PinnedMemory(cuda).mark()
+    mark = PinnedMemory(cuda).record_event()
     second.copy_(ones, non_blocking=True)
     mark()
     assert first.eq(1).all()
@@ -53,9 +53,9 @@ def test_a_mark_ends_what_was_begun_before_it_alone(ones: Tensor, cuda: torch.de
 
 
 def test_another_stream_sees_a_copy_once_it_is_waited_for(ones: Tensor, cuda: torch.device) -> None:
-    lane = CudaLane(cuda)
+    lane = CudaCopyStream(cuda)
     bytes_there = ones.view(torch.uint8)
-    wait = lane.copy(bytes_there, pinned(3.0).view(torch.uint8))
+    wait = lane.copy_async(bytes_there, pinned(3.0).view(torch.uint8))
     assert (ones + 0).cpu().isnan().all()
     wait()
     assert ones.cpu().eq(3).all()
@@ -83,9 +83,9 @@ def test_a_stage_that_used_its_buffers_early_would_be_told(cuda: torch.device) -
     """What each layer's wait is for."""
     from emulated.streams import Race
 
-    stage = HostStage(PinnedMemory(cuda))
-    stage.bring(torch.ones(4))
-    stage._n_brought = 0
-    stage.bring(torch.zeros(4))
+    stage = BufferedTransfer(PinnedMemory(cuda))
+    stage.to_device(torch.ones(4))
+    stage._n_transferred = 0
+    stage.to_device(torch.zeros(4))
     with pytest.raises(Race, match="overwritten"):
         torch.cuda.synchronize()

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from sandboxes import PreparedStore, spec_of
+from sandbox_processes import PreparedStore, make_function_spec
 
+from faasmoe_contracts.store import Store
+from faasmoe_contracts.wire import Dtype, ExpertRequest, OutputMode, decode_request, encode_request
 from faasmoe_expert.functions import ExpertFunction
-from faasmoe_expert.functions.upload import CudaLane, Uploader
+from faasmoe_expert.functions.transfer import CudaCopyStream, Uploader
 from faasmoe_expert.functions.weights import copy_weights, map_weights
-from faasmoe_expert.store import Store
-from faasmoe_expert.wire import Dtype, Mode, Request, decode_request, encode_request
 
 FAMILIES = ["mixtral", "qwen2_moe", "aria", "nemotron_h", "gpt_oss", "muse_spark", "deepseek_v4"]
 EXPERTS = 8
@@ -18,7 +18,9 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-6}
 WIRE_DTYPES = {"float32": Dtype.FLOAT32, "bfloat16": Dtype.BFLOAT16}
 
 
-def request_for(store: Store, experts: Sequence[int], *, mode: Mode, n_rows: int = 21) -> Request:
+def request_for(
+    store: Store, experts: Sequence[int], *, mode: OutputMode, n_rows: int = 21
+) -> ExpertRequest:
     entry, dtype = store.manifest.layers[0], store.manifest.model.dtype
     generator = torch.Generator().manual_seed(n_rows)
     hidden = torch.randn(n_rows, entry.hidden_size, generator=generator).to(getattr(torch, dtype))
@@ -38,15 +40,15 @@ def request_for(store: Store, experts: Sequence[int], *, mode: Mode, n_rows: int
     return decode_request(bytearray(b"".join(frame)))
 
 
-@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("mode", OutputMode)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_computes_what_it_does_on_the_cpu(
-    family: str, dtype: str, mode: Mode, prepared_store: PreparedStore, uploader: Uploader
+    family: str, dtype: str, mode: OutputMode, prepared_store: PreparedStore, uploader: Uploader
 ) -> None:
     store = prepared_store(family, dtype=dtype)
     for block in (range(EXPERTS), [0, 3, 4, 7]):
-        spec, request = spec_of(store, [0], block), request_for(store, block, mode=mode)
+        spec, request = make_function_spec(store, [0], block), request_for(store, block, mode=mode)
         expected = ExpertFunction(spec, store).compute(request).float()
         got = ExpertFunction(spec, store, uploader=uploader).compute(request)
         assert got.device.type == "cpu"
@@ -56,15 +58,17 @@ def test_every_family_computes_what_it_does_on_the_cpu(
 
 @pytest.mark.usefixtures("emulated")
 def test_a_frame_is_waited_for_once(prepared_store: PreparedStore, uploader: Uploader) -> None:
-    from emulated.streams import Counts, counts
+    from emulated.streams import WaitCounts, counts
 
     store = prepared_store("mixtral")
-    function = ExpertFunction(spec_of(store, [0], range(EXPERTS)), store, uploader=uploader)
+    function = ExpertFunction(
+        make_function_spec(store, [0], range(EXPERTS)), store, uploader=uploader
+    )
     for n_rows in (1, 21, 300):
-        request = request_for(store, range(EXPERTS), mode=Mode.REDUCED, n_rows=n_rows)
+        request = request_for(store, range(EXPERTS), mode=OutputMode.REDUCED, n_rows=n_rows)
         before = counts.copy()
         function.compute(request)
-        assert counts - before == Counts(marked=0, hidden=1)
+        assert counts - before == WaitCounts(explicit=0, implicit=1)
 
 
 @pytest.mark.parametrize("chunk_bytes", [1000, 4096, 16 << 20])
@@ -77,7 +81,7 @@ def test_every_byte_is_copied(
         layer,
         n_experts=EXPERTS,
         experts=block,
-        uploader=Uploader(CudaLane(cuda), chunk_bytes=chunk_bytes),
+        uploader=Uploader(CudaCopyStream(cuda), chunk_bytes=chunk_bytes),
     )
     here = map_weights(layer, n_experts=EXPERTS)
     for name, stack in here.stacked.items():
@@ -91,8 +95,8 @@ def test_a_function_takes_its_bytes_and_gives_them_back(
     prepared_store: PreparedStore, uploader: Uploader
 ) -> None:
     store = prepared_store("mixtral")
-    spec = spec_of(store, [0, 1, 2], range(EXPERTS))
-    request = request_for(store, range(EXPERTS), mode=Mode.REDUCED)
+    spec = make_function_spec(store, [0, 1, 2], range(EXPERTS))
+    request = request_for(store, range(EXPERTS), mode=OutputMode.REDUCED)
     taken = []
     for _ in range(20):
         before = torch.cuda.memory_allocated()

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from faasmoe_expert.functions.grouped import GroupedKernel, can_group
-from faasmoe_expert.functions.kernels import KernelSpec, sum_gated
-from faasmoe_expert.functions.pairs import Pairs
-from faasmoe_expert.functions.weights import BlockStack, LayerWeights
+from faasmoe_expert.functions.grouped_kernel import GroupedKernel, supports_grouped_mm
+from faasmoe_expert.functions.kernels import KernelSpec, RoutedPairs, gated_reduced
+from faasmoe_expert.functions.weights import LayerWeights, StackedBlock
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 SILU = KernelSpec("gated", "silu", transposed=False, interleaved=False, bias=False)
@@ -49,21 +48,21 @@ def stacks_of(
 def kernel_on(device: torch.device, spec: KernelSpec, stacks: dict[str, Tensor]) -> GroupedKernel:
     experts = tuple(range(len(next(iter(stacks.values())))))
     position = {e: e for e in experts}
-    weights = LayerWeights({n: BlockStack(s.to(device), position) for n, s in stacks.items()}, {})
-    assert can_group(weights, device)
+    weights = LayerWeights({n: StackedBlock(s.to(device), position) for n, s in stacks.items()}, {})
+    assert supports_grouped_mm(weights, device)
     return GroupedKernel(spec, weights, experts, device)
 
 
 def frame(
     n_rows: int, dtype: torch.dtype, sizes: tuple[int, int, int], *, per_row: int = 3
-) -> tuple[Tensor, Pairs]:
+) -> tuple[Tensor, RoutedPairs]:
     hidden_size, _, n_experts = sizes
     generator = torch.Generator().manual_seed(n_rows)
     hidden = torch.randn(n_rows, hidden_size, generator=generator).to(dtype)
     expert = torch.rand(n_rows, n_experts, generator=generator).topk(per_row).indices.reshape(-1)
     weight = torch.rand(n_rows * per_row, generator=generator)
     row = np.arange(n_rows, dtype=np.int32).repeat(per_row)
-    return hidden, Pairs(row, expert.int().numpy(), weight)
+    return hidden, RoutedPairs(row, expert.int().numpy(), weight)
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
@@ -82,23 +81,25 @@ def test_sums_are_those_of_the_mapped_kernel(
     kernel = kernel_on(cuda, spec, stacks)
     for n_rows in (1, 2, 37, 300):
         hidden, pairs = frame(n_rows, dtype, SMALL)
-        assert_close(kernel.sum(hidden, pairs), sum_gated(spec, stacks, hidden, pairs))
+        assert_close(
+            kernel.compute_reduced(hidden, pairs), gated_reduced(spec, stacks, hidden, pairs)
+        )
 
 
 @pytest.mark.parametrize("n_rows", [1, 8, 64, 256])
 def test_a_block_of_the_full_geometry_agrees(n_rows: int, cuda: torch.device) -> None:
     stacks = stacks_of(SILU, torch.bfloat16, QWEN)
     hidden, pairs = frame(n_rows, torch.bfloat16, QWEN)
-    got = kernel_on(cuda, SILU, stacks).sum(hidden, pairs)
-    assert_close(got, sum_gated(SILU, stacks, hidden, pairs))
+    got = kernel_on(cuda, SILU, stacks).compute_reduced(hidden, pairs)
+    assert_close(got, gated_reduced(SILU, stacks, hidden, pairs))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_the_same_frame_gives_the_same_bits(dtype: torch.dtype, cuda: torch.device) -> None:
     kernel = kernel_on(cuda, SILU, stacks_of(SILU, dtype, SMALL))
     hidden, pairs = frame(200, dtype, SMALL)
-    first = kernel.sum(hidden, pairs)
-    assert all(torch.equal(kernel.sum(hidden, pairs), first) for _ in range(20))
+    first = kernel.compute_reduced(hidden, pairs)
+    assert all(torch.equal(kernel.compute_reduced(hidden, pairs), first) for _ in range(20))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -107,8 +108,8 @@ def test_a_pair_has_the_same_bits_alone_and_in_any_batch(
 ) -> None:
     kernel = kernel_on(cuda, SILU, stacks_of(SILU, dtype, SMALL))
     hidden, pairs = frame(35, dtype, SMALL)
-    together = kernel.run(hidden, pairs)  # [P, H]
+    together = kernel.compute_per_pair(hidden, pairs)  # [P, H]
     for pair in range(len(pairs)):
-        one = Pairs(np.zeros(1, np.int32), pairs.expert[pair, None], pairs.weight[pair, None])
-        alone = kernel.run(hidden[pairs.row[pair], None], one)  # [1, H]
+        one = RoutedPairs(np.zeros(1, np.int32), pairs.expert[pair, None], pairs.weight[pair, None])
+        alone = kernel.compute_per_pair(hidden[pairs.row[pair], None], one)  # [1, H]
         assert torch.equal(alone[0], together[pair])

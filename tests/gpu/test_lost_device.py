@@ -4,10 +4,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from launched import Up, launched, start, wait_until
-from rawhttp import frame
-from sandboxes import OpenSandbox, PreparedStore, spec_of
-from systems import answers_of, assert_same_answers, moemodel
+from faasmoe_up import FaasmoeUp, running_up, start_up, wait_until
+from raw_http import request_frame
+from sandbox_processes import PreparedStore, StartSandbox, make_function_spec
+from tiny_system import assert_same_answers, moemodel_yaml, request_completions
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -21,16 +21,16 @@ def lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_sandbox_says_so_and_ends(
-    sandbox: OpenSandbox, prepared_store: PreparedStore, lost: Path
+    sandbox: StartSandbox, prepared_store: PreparedStore, lost: Path
 ) -> None:
     store = prepared_store("mixtral")
-    spec = spec_of(store, [0], [0, 1, 2])
+    spec = make_function_spec(store, [0], [0, 1, 2])
     with sandbox(device="cuda", drain_s=5) as box:
         box.attach(store, spec)
         url = f"/v1/functions/{spec.id}"
-        assert box.http.post(url, content=frame()).status_code == 200
+        assert box.http.post(url, content=request_frame()).status_code == 200
         lost.touch()
-        answer = box.http.post(url, content=frame())
+        answer = box.http.post(url, content=request_frame())
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (503, "device_lost")
         assert "illegal memory access" in error["message"]
@@ -46,30 +46,30 @@ def test_functions_come_back_in_new_sandboxes_and_no_request_fails(
     tiny_model: Path, tmp_path: Path, lost: Path
 ) -> None:
     file = tmp_path / "tiny.yaml"
-    file.write_text(moemodel(tiny_model, router="cpu", experts="cuda"))
-    with launched(file, tmp_path / "up.log") as up:
-        expected = answers_of(up)
+    file.write_text(moemodel_yaml(tiny_model, router="cpu", experts="cuda"))
+    with running_up(file, tmp_path / "up.log") as up:
+        expected = request_completions(up)
         before = {process.pid for process in up.sandboxes}
         lost.touch()
-        assert_same_answers(answers_of(up), expected)  # computed in the router
-        wait_until(lambda: before.isdisjoint(sandboxes_of(up)), timeout_s=30, what="they ended")
+        assert_same_answers(request_completions(up), expected)  # computed in the router
+        wait_until(lambda: before.isdisjoint(sandbox_pids(up)), timeout_s=30, what="they ended")
         lost.unlink()
-        wait_until(lambda: are_up_again(up), timeout_s=60, what="all functions are up")
+        wait_until(lambda: all_functions_ready(up), timeout_s=60, what="all functions are up")
         n_here = up.router_metric("local_computations_total")
-        assert_same_answers(answers_of(up), expected)
+        assert_same_answers(request_completions(up), expected)
         assert up.router_metric("local_computations_total") == n_here
     assert "is lost (" in (tmp_path / "up.log").read_text()
 
 
 def test_a_router_ends_and_says_why(tiny_model: Path, tmp_path: Path, lost: Path) -> None:
     file = tmp_path / "tiny.yaml"
-    file.write_text(moemodel(tiny_model, router="cuda", experts="cpu"))
-    up = start(file, tmp_path / "up.log")
+    file.write_text(moemodel_yaml(tiny_model, router="cuda", experts="cpu"))
+    up = start_up(file, tmp_path / "up.log")
     try:
-        answers_of(up)
+        request_completions(up)
         lost.touch()
         with pytest.raises((AssertionError, httpx.HTTPError)):
-            answers_of(up)
+            request_completions(up)
         assert up.process.wait(60) == 1
     finally:
         up.process.kill()
@@ -79,10 +79,10 @@ def test_a_router_ends_and_says_why(tiny_model: Path, tmp_path: Path, lost: Path
     assert "faasmoe: error: the router ended with status 1" in said
 
 
-def sandboxes_of(up: Up) -> set[int]:
+def sandbox_pids(up: FaasmoeUp) -> set[int]:
     return {process.pid for process in up.sandboxes}
 
 
-def are_up_again(up: Up) -> bool:
-    answers_of(up)
+def all_functions_ready(up: FaasmoeUp) -> bool:
+    request_completions(up)
     return all(function["ready"] > 0 for function in up.status()["functions"])

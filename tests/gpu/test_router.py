@@ -10,18 +10,18 @@ import pytest
 import torch
 from families.inputs import prompts
 from families.registry import FAMILIES, forward_logits
-from sandboxes import OpenSandbox, PreparedStore
+from sandbox_processes import PreparedStore, StartSandbox
 from torch import Tensor
 
-from faasmoe_expert.store import Store
-from faasmoe_expert.wire import Mode
+from faasmoe_contracts.store import Store
+from faasmoe_contracts.wire import OutputMode
 from faasmoe_router.dispatch import Dispatcher
+from faasmoe_router.dispatch.device_transfer import BufferedTransfer, PinnedMemory, transfer_for
 from faasmoe_router.dispatch.metrics import DispatchMetrics
-from faasmoe_router.dispatch.staging import HostStage, PinnedMemory, stage_beside
-from faasmoe_router.engine.batching import Batcher
-from faasmoe_router.engine.model import ModelError, load_router_model
-from faasmoe_router.engine.sizing import EngineLimits
-from faasmoe_router.errors import ConfigError
+from faasmoe_router.engine.cache_config import EngineLimits
+from faasmoe_router.errors import RouterConfigError
+from faasmoe_router.transformers_backend.continuous_batching import ContinuousBatcher
+from faasmoe_router.transformers_backend.model_loader import ModelLoadError, load_router_model
 
 FAMILY = "qwen2_moe"
 TOLERANCE = 1e-3
@@ -33,19 +33,19 @@ def store(prepared_store: PreparedStore) -> Store:
 
 
 @contextmanager
-def dispatching(
-    sandbox: OpenSandbox,
+def running_dispatcher(
+    sandbox: StartSandbox,
     store: Store,
     *,
     functions: str,
     router: torch.device,
-    mode: Mode = Mode.REDUCED,
+    mode: OutputMode = OutputMode.REDUCED,
 ) -> Iterator[tuple[Dispatcher, DispatchMetrics]]:
     metrics = DispatchMetrics()
     with sandbox(device=functions, capacity=100) as box:
         table = box.attach_blocks(store, 3)
-        stage = stage_beside(router)
-        dispatcher = Dispatcher(store, table, mode=mode, metrics=metrics, stage=stage)
+        stage = transfer_for(router)
+        dispatcher = Dispatcher(store, table, mode=mode, metrics=metrics, device_transfer=stage)
         try:
             yield dispatcher, metrics
         finally:
@@ -54,11 +54,14 @@ def dispatching(
 
 @pytest.mark.parametrize("functions", ["cpu", "cuda"])
 def test_logits_equal_the_in_process_models(
-    functions: str, sandbox: OpenSandbox, store: Store, cuda: torch.device
+    functions: str, sandbox: StartSandbox, store: Store, cuda: torch.device
 ) -> None:
     family = next(f for f in FAMILIES if f.name == FAMILY)
     expected = forward_logits(family, family.build(), prompts())  # [B, S, V], on the CPU
-    with dispatching(sandbox, store, functions=functions, router=cuda) as (dispatcher, metrics):
+    with running_dispatcher(sandbox, store, functions=functions, router=cuda) as (
+        dispatcher,
+        metrics,
+    ):
         model = load_router_model(store, dispatcher, device=cuda)
         got = forward_logits(family, model, prompts().to(cuda)).cpu()
         assert metrics.local._value.get() == 0
@@ -68,19 +71,22 @@ def test_logits_equal_the_in_process_models(
 
 
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("mode", OutputMode)
 def test_a_layer_waits_for_the_device_once_and_for_nothing_else(
-    sandbox: OpenSandbox, store: Store, cuda: torch.device, mode: Mode
+    sandbox: StartSandbox, store: Store, cuda: torch.device, mode: OutputMode
 ) -> None:
     from emulated.streams import counts
 
-    with dispatching(sandbox, store, functions="cpu", router=cuda, mode=mode) as (dispatcher, _):
+    with running_dispatcher(sandbox, store, functions="cpu", router=cuda, mode=mode) as (
+        dispatcher,
+        _,
+    ):
         for n_rows in (1, 40, 7):
-            inputs = layer_inputs(n_rows, n_rows, cuda)
+            inputs = make_layer_inputs(n_rows, n_rows, cuda)
             before = counts.copy()
             dispatcher.compute(0, *inputs)
-            assert (counts - before).marked == 1
-            assert (counts - before).hidden == 0
+            assert (counts - before).explicit == 1
+            assert (counts - before).implicit == 0
 
 
 @pytest.fixture
@@ -100,7 +106,7 @@ def test_a_model_that_does_not_fit_is_refused_by_name(
     store: Store, cuda: torch.device, small_device: Callable[[int], None]
 ) -> None:
     small_device(1000)
-    with pytest.raises(ModelError, match=r"does not fit on .*: CUDA out of memory"):
+    with pytest.raises(ModelLoadError, match=r"does not fit on .*: CUDA out of memory"):
         load_router_model(store, Dispatcher(store, None), device=cuda)
 
 
@@ -109,16 +115,18 @@ def test_a_cache_that_does_not_fit_is_refused_by_its_setting(
     store: Store, cuda: torch.device, small_device: Callable[[int], None]
 ) -> None:
     model = load_router_model(store, Dispatcher(store, None), device=cuda)
-    batcher = Batcher(model, EngineLimits(max_model_len=64, max_num_seqs=8))
+    batcher = ContinuousBatcher(model, EngineLimits(max_model_len=64, max_num_seqs=8))
     small_device(1000)
     with (
         closing(asyncio.new_event_loop()) as loop,
-        pytest.raises(ConfigError, match="kv_cache_bytes: got none, expected what is free"),
+        pytest.raises(RouterConfigError, match="kv_cache_bytes: got none, expected what is free"),
     ):
         batcher.start(loop, lambda *_: None, lambda *_: None)
 
 
-def layer_inputs(n_rows: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def make_layer_inputs(
+    n_rows: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n_rows, 32, generator=generator)
     index = torch.rand(n_rows, 8, generator=generator).topk(2).indices
@@ -128,7 +136,7 @@ def layer_inputs(n_rows: int, seed: int, device: torch.device) -> tuple[Tensor, 
 
 def test_layers_one_after_the_other_do_not_meet_in_the_buffers(cuda: torch.device) -> None:
     """The device is kept behind, so that a buffer that is overwritten early would be seen."""
-    stage = HostStage(PinnedMemory(cuda))
+    stage = BufferedTransfer(PinnedMemory(cuda))
     size = 2048 if cuda.type == "cuda" else 8
     ballast = torch.randn(size, size, device=cuda)
     backs, expected = [], []
@@ -137,17 +145,17 @@ def test_layers_one_after_the_other_do_not_meet_in_the_buffers(cuda: torch.devic
         torch.mm(ballast, ballast)
 
     for seed in range(200):
-        hidden, index, weight = layer_inputs(64 + seed % 7, seed, cuda)
-        landed = stage.land(hidden, index, weight, meanwhile=keep_behind)
+        hidden, index, weight = make_layer_inputs(64 + seed % 7, seed, cuda)
+        landed = stage.to_host(hidden, index, weight, while_waiting=keep_behind)
         assert torch.equal(landed.rows, hidden.cpu())
         assert (landed.top_k_index == index.cpu().numpy()).all()
         keep_behind()
-        backs.append(stage.bring(landed.rows * 2))
+        backs.append(stage.to_device(landed.rows * 2))
         expected.append(hidden * 2)
     assert all(torch.equal(got, wanted) for got, wanted in zip(backs, expected, strict=True))
 
 
-def generated(
+def submit_and_wait(
     add: Callable[[str, list[int]], None], done: threading.Event, texts: list[list[int]]
 ) -> None:
     for number, prompt in enumerate(texts):
@@ -156,18 +164,18 @@ def generated(
 
 
 def test_continuous_batching_on_the_device_gives_what_it_gives_on_the_cpu(
-    sandbox: OpenSandbox, store: Store, cuda: torch.device
+    sandbox: StartSandbox, store: Store, cuda: torch.device
 ) -> None:
     results = [
-        batched(sandbox, store, device, functions)
+        generate_batched(sandbox, store, device, functions)
         for device, functions in ((torch.device("cpu"), "cpu"), (cuda, "cpu"), (cuda, "cuda"))
     ]
     assert results[1] == results[0]
     assert results[2] == results[0]
 
 
-def batched(
-    sandbox: OpenSandbox, store: Store, device: torch.device, functions: str
+def generate_batched(
+    sandbox: StartSandbox, store: Store, device: torch.device, functions: str
 ) -> dict[str, list[int]]:
     """Generate greedily from some prompts in one batch; the tokens by request."""
     vocabulary = store.manifest.model.vocab_size
@@ -175,7 +183,7 @@ def batched(
     tokens: dict[str, list[int]] = {}
     done = threading.Event()
 
-    def take(outputs: Any, _cached: Any) -> None:
+    def collect(outputs: Any, _cached: Any) -> None:
         for output in outputs:
             assert output.error is None, output.error
             tokens[output.request_id] = list(output.generated_tokens)
@@ -184,15 +192,15 @@ def batched(
 
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
-    with dispatching(sandbox, store, functions=functions, router=device) as (dispatcher, _):
+    with running_dispatcher(sandbox, store, functions=functions, router=device) as (dispatcher, _):
         model = load_router_model(store, dispatcher, device=device)
-        batcher = Batcher(model, EngineLimits(max_model_len=64, max_num_seqs=8))
+        batcher = ContinuousBatcher(model, EngineLimits(max_model_len=64, max_num_seqs=8))
         thread.start()
-        batcher.start(loop, take, lambda *_: done.set())
+        batcher.start(loop, collect, lambda *_: done.set())
         try:
-            generated(
-                lambda name, prompt: batcher.add(
-                    name, prompt, max_tokens=8, end_ids=(), steps=None
+            submit_and_wait(
+                lambda name, prompt: batcher.add_request(
+                    name, prompt, max_tokens=8, stop_token_ids=(), logits_state=None
                 ),
                 done,
                 texts,

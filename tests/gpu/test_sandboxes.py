@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rawhttp import frame
-from sandboxes import OpenSandbox, PreparedStore, SandboxProcess, spec_of
-from zygotes import eventually, is_ready, running_zygote
+from raw_http import request_frame
+from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox, make_function_spec
+from zygote_process import eventually, is_ready, running_zygote
 
-from faasmoe_expert.server.memory import RESERVE_BYTES
-from faasmoe_expert.store import Store
+from faasmoe_contracts.store import Store
+from faasmoe_expert.server.memory_budget import RESERVE_BYTES
 
 MIB = 1 << 20
 
@@ -30,10 +30,10 @@ def free_bytes() -> int:
     return free
 
 
-def answer_of(box: SandboxProcess, store: Store) -> bytes:
-    spec = spec_of(store, [0], [0, 1, 2])
+def response_bytes(box: SandboxProcess, store: Store) -> bytes:
+    spec = make_function_spec(store, [0], [0, 1, 2])
     box.attach(store, spec)
-    answer = box.http.post(f"/v1/functions/{spec.id}", content=frame(n_rows=9))
+    answer = box.http.post(f"/v1/functions/{spec.id}", content=request_frame(n_rows=9))
     assert answer.status_code == 200, answer.text
     return answer.content
 
@@ -48,12 +48,12 @@ def fill() -> Iterator[list[torch.Tensor]]:
 
 
 def test_many_sandboxes_share_one_device(
-    sandbox: OpenSandbox, store: Store, cuda: torch.device
+    sandbox: StartSandbox, store: Store, cuda: torch.device
 ) -> None:
     before = free_bytes()
     with ExitStack() as stack:
         boxes = [stack.enter_context(sandbox(device="cuda", capacity=4)) for _ in range(4)]
-        assert len({answer_of(box, store) for box in boxes}) == 1
+        assert len({response_bytes(box, store) for box in boxes}) == 1
         said = [box.http.get("/v1/functions").json()["sandbox"] for box in boxes]
         assert {box["device"] for box in said} == {str(cuda)}
         assert all(box["memory"]["used_bytes"] > 0 for box in said)
@@ -61,11 +61,11 @@ def test_many_sandboxes_share_one_device(
 
 
 def test_what_is_attached_and_detached_a_hundred_times_is_not_kept(
-    sandbox: OpenSandbox, store: Store
+    sandbox: StartSandbox, store: Store
 ) -> None:
     with sandbox(device="cuda", capacity=4) as box:
-        spec = spec_of(store, [0, 1, 2], range(8))
-        answer_of(box, store)
+        spec = make_function_spec(store, [0, 1, 2], range(8))
+        response_bytes(box, store)
         for _ in range(3):  # what the first ones leave for good
             box.attach(store, spec)
             box.http.delete(f"/v1/functions/{spec.id}")
@@ -78,20 +78,20 @@ def test_what_is_attached_and_detached_a_hundred_times_is_not_kept(
 
 @pytest.mark.usefixtures("real")
 def test_a_device_that_is_full_refuses_before_it_runs_out(
-    sandbox: OpenSandbox, store: Store, fill: list[torch.Tensor]
+    sandbox: StartSandbox, store: Store, fill: list[torch.Tensor]
 ) -> None:
     with sandbox(device="cuda", capacity=4) as box:
-        answer_of(box, store)
+        response_bytes(box, store)
         left = free_bytes() - RESERVE_BYTES // 2
         fill.append(torch.empty(left, dtype=torch.uint8, device="cuda"))
-        spec = spec_of(store, [1], range(8))
+        spec = make_function_spec(store, [1], range(8))
         body = {**spec.to_json(), "store": str(store.path), "model_digest": store.manifest.digest}
         refused = box.http.put(f"/v1/functions/{spec.id}", json=body)
         error = refused.json()["error"]
         assert (refused.status_code, error["code"]) == (503, "out_of_memory")
         assert "expected at most 0, what is left of" in error["message"]
-        attached = spec_of(store, [0], [0, 1, 2])  # which serves on
-        answer = box.http.post(f"/v1/functions/{attached.id}", content=frame())
+        attached = make_function_spec(store, [0], [0, 1, 2])  # which serves on
+        answer = box.http.post(f"/v1/functions/{attached.id}", content=request_frame())
         assert answer.status_code == 200
         fill.clear()
         torch.cuda.empty_cache()
@@ -100,7 +100,7 @@ def test_a_device_that_is_full_refuses_before_it_runs_out(
 
 @pytest.mark.usefixtures("real")
 def test_a_forked_sandbox_uses_the_device(store: Store, tmp_path: Path) -> None:
-    variables = {"FAASMOE_REHEARSAL_STORE": str(store.path), "FAASMOE_DEVICE": "auto"}
+    variables = {"FAASMOE_WARMUP_STORE": str(store.path), "FAASMOE_DEVICE": "auto"}
     command = ("-m", "faasmoe_expert.zygote")
     with running_zygote(*command, output=tmp_path / "log", **variables) as zygote:
         with zygote.client() as client:

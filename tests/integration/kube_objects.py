@@ -3,12 +3,12 @@
 import itertools
 from typing import Any
 
-from faasmoe_operator.kube.kinds import Kind, Object
+from faasmoe_operator.kube.types import Kind, Object
 
 _versions = itertools.count(1000)
 
 
-def an_object(
+def make_object(
     kind: Kind,
     name: str,
     *,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from faasmoe_operator.kube.kinds import Object
+from faasmoe_operator.api.v1alpha1 import MoEModel
 from faasmoe_operator.kube.manifests import (
     ControlEndpoint,
     ControlSecrets,
@@ -12,8 +12,8 @@ from faasmoe_operator.kube.manifests import (
     serving_objects,
     store_objects,
 )
-from faasmoe_operator.kube.store_summary import LayerRun, StoreSummary
-from faasmoe_operator.spec import MoEModel
+from faasmoe_operator.kube.store_summary import LayerGroup, StoreSummary
+from faasmoe_operator.kube.types import Object
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -31,7 +31,7 @@ SUMMARY = StoreSummary(
     num_hidden_layers=24,
     size_bytes=28 * GIB,
     router_bytes=3 * GIB,
-    layers=(LayerRun(count=24, num_experts=60, top_k=4, expert_bytes=16 * MIB, shared_bytes=0),),
+    layers=(LayerGroup(count=24, num_experts=60, top_k=4, expert_bytes=16 * MIB, shared_bytes=0),),
 )
 TENANTS = [
     {

@@ -14,12 +14,12 @@ TIMEOUT_S = 240
 BATCHES = {"1", "8", "32"}
 
 
-def _run(*arguments: str) -> str:
-    ended = subprocess.run(
+def _run_module(*arguments: str) -> str:
+    finished = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, timeout=TIMEOUT_S, capture_output=True, text=True
     )
-    assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"
-    return ended.stdout
+    assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
+    return finished.stdout
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str,
     """What the quick comparison printed and wrote."""
     folder = tmp_path_factory.mktemp("bench")
     options = ("--quick", "--profile", "--cache", str(folder), "--out", str(folder))
-    printed = _run("-m", "benchmarks.data_plane", *options)
+    printed = _run_module("-m", "benchmarks.data_plane", *options)
     return printed, json.loads((folder / "data_plane.json").read_text())
 
 
@@ -74,12 +74,12 @@ def test_the_comparison_prints_its_tables(comparison: tuple[str, dict[str, Any]]
 def test_the_launcher_is_as_lean_as_the_products() -> None:
     # It counts in our memory, so it must not hold what the product's launcher does not.
     program = "import sys, benchmarks.data_plane; print('torch' in sys.modules)"
-    assert _run("-c", program).strip() == "False"
+    assert _run_module("-c", program).strip() == "False"
 
 
 @pytest.mark.slow
 def test_the_fan_out_measures_every_candidate(tmp_path: Path) -> None:
-    printed = _run("-m", "benchmarks.fanout", "--quick", "--out", str(tmp_path))
+    printed = _run_module("-m", "benchmarks.fanout", "--quick", "--out", str(tmp_path))
     figures = json.loads((tmp_path / "fanout.json").read_text())
     assert figures["fanout_p50_us"] > 0
     assert {found["body_bytes"] >> 10 for found in figures["candidates"]} == {4, 64, 256, 1024}
@@ -89,7 +89,7 @@ def test_the_fan_out_measures_every_candidate(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_elastic_benchmark_writes_what_the_issue_names(tmp_path: Path) -> None:
     options = ("--quick", "--cache", str(tmp_path), "--out", str(tmp_path))
-    printed = _run("-m", "benchmarks.elastic", *options)
+    printed = _run_module("-m", "benchmarks.elastic", *options)
     figures = json.loads((tmp_path / "elastic.json").read_text())
     for name in ("attach", "cold_start"):
         assert 0 < figures[f"{name}_p50_s"] <= figures[f"{name}_p99_s"]
@@ -102,7 +102,7 @@ def test_the_elastic_benchmark_writes_what_the_issue_names(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_the_fairness_benchmark_writes_what_the_issue_names(tmp_path: Path) -> None:
-    printed = _run(
+    printed = _run_module(
         "-m", "benchmarks.fairness", "--quick", "--cache", str(tmp_path), "--out", str(tmp_path)
     )
     figures = json.loads((tmp_path / "fairness.json").read_text())
@@ -116,7 +116,7 @@ def test_the_fairness_benchmark_writes_what_the_issue_names(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_the_gpus_benchmark_runs_on_a_cpu_too(tmp_path: Path) -> None:
     options = ("--quick", "--device", "cpu", "--cache", str(tmp_path), "--out", str(tmp_path))
-    printed = _run("-m", "benchmarks.cuda", *options)
+    printed = _run_module("-m", "benchmarks.cuda", *options)
     figures = json.loads((tmp_path / "cuda.json").read_text())
     assert (figures["failures"], figures["left_out"]) == ({}, [])
     functions = {variant["name"] for variant in figures["variants"]}
@@ -131,13 +131,13 @@ def test_the_gpus_benchmark_runs_on_a_cpu_too(tmp_path: Path) -> None:
         for found in by_batch.values():
             assert all(found[name]["median"] > 0 for name in ("tokens_per_s", "tpot_ms", "ttft_ms"))
     assert figures["attach"]["cpu"]["attach_s"]["median"] > 0
-    assert figures["ways_us"].keys() == {"sockets", "shared memory"}
+    assert figures["transports_us"].keys() == {"sockets", "shared memory"}
     assert "OVER IN-PROCESS" in printed
     assert "US PER ROUND TRIP" in printed
 
 
 def test_the_gpus_benchmark_says_so_where_there_is_no_gpu(tmp_path: Path) -> None:
-    ended = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-m", "benchmarks.cuda", "--quick", "--out", str(tmp_path)],
         cwd=ROOT,
         timeout=TIMEOUT_S,
@@ -145,6 +145,8 @@ def test_the_gpus_benchmark_says_so_where_there_is_no_gpu(tmp_path: Path) -> Non
         text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("benchmarks.cuda: --device: got 'cuda', expected cpu or auto: ")
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(
+        "benchmarks.cuda: --device: got 'cuda', expected cpu or auto: "
+    )
     assert list(tmp_path.iterdir()) == []

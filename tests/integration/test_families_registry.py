@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights
-from families.calls import Call, blocks_of, call_by_pairs, recorded_calls
+from families.calls import RecordedCall, call_by_pairs, even_blocks, recorded_calls
 from families.coverage import covered_families
 from families.inputs import prompts
 from families.registry import (
@@ -33,17 +33,17 @@ RELOAD_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class ModelSample:
     """A tiny model with the calls and logits of one forward pass."""
 
     family: Family
     model: PreTrainedModel
-    calls: list[Call]
+    calls: list[RecordedCall]
     logits: Tensor
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
+def single_torch_thread() -> Iterator[None]:
     """Tensors this small lose more to waiting threads than they gain."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -52,12 +52,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
-def sample(request: pytest.FixtureRequest) -> Sample:
+def sample(request: pytest.FixtureRequest) -> ModelSample:
     family: Family = request.param
     model = family.build()
     with recorded_calls(model) as calls:
         logits = forward_logits(family, model, prompts())
-    return Sample(family, model, calls, logits)
+    return ModelSample(family, model, calls, logits)
 
 
 def test_every_family_of_the_experts_interface_is_listed() -> None:
@@ -65,21 +65,21 @@ def test_every_family_of_the_experts_interface_is_listed() -> None:
     assert listed == set(covered_families())
 
 
-def test_models_use_the_decorated_experts_classes(sample: Sample) -> None:
+def test_models_use_the_decorated_experts_classes(sample: ModelSample) -> None:
     decorated = covered_families()[sample.family.name]
     used = {type(module).__name__ for module in experts_modules(sample.model).values()}
     assert used
     assert used <= set(decorated)
 
 
-def test_a_family_is_built_alike_each_time(sample: Sample) -> None:
+def test_a_family_is_built_alike_each_time(sample: ModelSample) -> None:
     again = sample.family.build().state_dict()
     first = sample.model.state_dict()
     assert first.keys() == again.keys()
     assert [name for name in first if not torch.equal(first[name], again[name])] == []
 
 
-def test_logits_are_finite_and_depend_on_the_routed_experts(sample: Sample) -> None:
+def test_logits_are_finite_and_depend_on_the_routed_experts(sample: ModelSample) -> None:
     assert sample.logits.isfinite().all()
     without = sample.family.build()
     with torch.no_grad():
@@ -90,14 +90,14 @@ def test_logits_are_finite_and_depend_on_the_routed_experts(sample: Sample) -> N
     assert change > 1e-1
 
 
-def test_each_model_has_two_sparse_layers_that_reach_every_block(sample: Sample) -> None:
+def test_each_model_has_two_sparse_layers_that_reach_every_block(sample: ModelSample) -> None:
     assert len({call.name for call in sample.calls}) >= 2
-    for block in blocks_of(EXPERTS):
+    for block in even_blocks(EXPERTS):
         hits = [torch.isin(call.args[1], torch.tensor(list(block))).any() for call in sample.calls]
         assert any(hits), block
 
 
-def test_experts_are_called_with_flat_tokens_indexes_and_weights(sample: Sample) -> None:
+def test_experts_are_called_with_flat_tokens_indexes_and_weights(sample: ModelSample) -> None:
     for call in sample.calls:
         assert call.kwargs == {}
         hidden, top_k_index, top_k_weights = call.args  # [T, H], [T, k], [T, k]
@@ -109,7 +109,7 @@ def test_experts_are_called_with_flat_tokens_indexes_and_weights(sample: Sample)
         assert call.output.dtype == hidden.dtype == top_k_weights.dtype == torch.float32
 
 
-def test_all_but_a_norm_after_the_experts_is_stacked_over_experts(sample: Sample) -> None:
+def test_all_but_a_norm_after_the_experts_is_stacked_over_experts(sample: ModelSample) -> None:
     for module in experts_modules(sample.model).values():
         shared = {
             name for name, parameter in module.named_parameters() if parameter.shape[0] != EXPERTS
@@ -119,20 +119,20 @@ def test_all_but_a_norm_after_the_experts_is_stacked_over_experts(sample: Sample
         assert list(module.buffers()) == []
 
 
-def test_one_row_per_pair_adds_up_to_the_whole_call(sample: Sample) -> None:
+def test_one_row_per_pair_adds_up_to_the_whole_call(sample: ModelSample) -> None:
     for call in sample.calls:
         torch.testing.assert_close(call_by_pairs(call), call.output, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_partial_sums_of_uneven_blocks_add_up_to_the_whole_call(sample: Sample) -> None:
+def test_partial_sums_of_uneven_blocks_add_up_to_the_whole_call(sample: ModelSample) -> None:
     for call in sample.calls:
-        partial_sums = [call_by_pairs(call, block) for block in blocks_of(EXPERTS)]  # 3 × [T, H]
+        partial_sums = [call_by_pairs(call, block) for block in even_blocks(EXPERTS)]  # 3 × [T, H]
         torch.testing.assert_close(
             torch.stack(partial_sums).sum(dim=0), call.output, atol=TOLERANCE, rtol=TOLERANCE
         )
 
 
-def test_saved_and_loaded_again_a_model_is_the_same(sample: Sample, tmp_path: Path) -> None:
+def test_saved_and_loaded_again_a_model_is_the_same(sample: ModelSample, tmp_path: Path) -> None:
     sample.model.save_pretrained(tmp_path)
     loaded: PreTrainedModel = type(sample.model).from_pretrained(
         tmp_path, dtype=torch.float32, experts_implementation="eager"
@@ -145,7 +145,7 @@ def test_saved_and_loaded_again_a_model_is_the_same(sample: Sample, tmp_path: Pa
 
 
 def test_a_model_runs_with_its_experts_elsewhere(
-    sample: Sample, monkeypatch: pytest.MonkeyPatch
+    sample: ModelSample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources = experts_modules(sample.model)
     router = _without_experts(sample)
@@ -160,7 +160,7 @@ def test_a_model_runs_with_its_experts_elsewhere(
     assert torch.equal(forward_logits(sample.family, router, prompts()), sample.logits)
 
 
-def _without_experts(sample: Sample) -> PreTrainedModel:
+def _without_experts(sample: ModelSample) -> PreTrainedModel:
     """Builds the model with its experts' parameters, and nothing else, on the meta device."""
     with init_empty_weights(include_buffers=False):
         router: PreTrainedModel = type(sample.model)(tiny_config(sample.family.name))

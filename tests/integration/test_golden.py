@@ -14,17 +14,17 @@ import torch
 from families.inputs import prompts
 from families.registry import FAMILIES, Family, forward_logits
 from prometheus_client import CollectorRegistry
-from sandboxes import OpenSandbox, PreparedStore, SandboxProcess, block_specs
+from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox, block_specs
 from torch import Tensor
 
-from faasmoe_expert.store import Store
-from faasmoe_expert.table import FunctionEntry, FunctionTable
-from faasmoe_expert.wire import Mode
+from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
+from faasmoe_contracts.store import Store
+from faasmoe_contracts.wire import OutputMode
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.metrics import DispatchMetrics
-from faasmoe_router.engine.model import load_router_model
+from faasmoe_router.transformers_backend.model_loader import load_router_model
 
-BLOCKS = (3, 5, 8)  # experts a function: 3+3+2, 5+3, 8 of 8
+EXPERTS_PER_FUNCTION = (3, 5, 8)  # experts a function: 3+3+2, 5+3, 8 of 8
 TOLERANCE = 1e-3
 Sandboxes = tuple[SandboxProcess, ...]
 
@@ -32,19 +32,19 @@ every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: fa
 
 
 @pytest.fixture(scope="module")
-def sandboxes(sandbox: OpenSandbox) -> Iterator[Sandboxes]:
+def sandboxes(sandbox: StartSandbox) -> Iterator[Sandboxes]:
     with ExitStack() as stack:
         yield tuple(stack.enter_context(sandbox(capacity=100, token="secret")) for _ in range(2))
 
 
 @contextmanager
-def dispatching(
-    store: Store, sandboxes: Sandboxes, block: int, mode: Mode
+def running_dispatcher(
+    store: Store, sandboxes: Sandboxes, block: int, mode: OutputMode
 ) -> Iterator[tuple[Dispatcher, CollectorRegistry]]:
-    entries: list[FunctionEntry] = []
+    entries: list[FunctionEndpoints] = []
     for position, spec in enumerate(block_specs(store, block)):
         entries.append(sandboxes[position % len(sandboxes)].attach(store, spec))
-    table = FunctionTable(store.manifest.digest, 0, tuple(entries))
+    table = RoutingTable(store.manifest.digest, 0, tuple(entries))
     registry = CollectorRegistry()
     metrics = DispatchMetrics(registry)
     dispatcher = Dispatcher(store, table, mode=mode, token="secret", metrics=metrics)
@@ -53,25 +53,25 @@ def dispatching(
     finally:
         dispatcher.close()
         for position, entry in enumerate(entries):
-            box = sandboxes[position % len(sandboxes)]
-            assert box.http.delete(f"/v1/functions/{entry.spec.id}").status_code == 204
+            sandbox = sandboxes[position % len(sandboxes)]
+            assert sandbox.http.delete(f"/v1/functions/{entry.spec.id}").status_code == 204
 
 
-def counted(registry: CollectorRegistry, name: str) -> float:
+def counter_value(registry: CollectorRegistry, name: str) -> float:
     value = registry.get_sample_value(f"faasmoe_router_{name}_total")
     assert value is not None
     return value
 
 
 def logits_through_functions(
-    family: Family, store: Store, sandboxes: Sandboxes, *, block: int, mode: Mode
+    family: Family, store: Store, sandboxes: Sandboxes, *, block: int, mode: OutputMode
 ) -> Tensor:
     """Logits [B, S, V] with the experts in sandboxes; none of them computed in the router."""
-    with dispatching(store, sandboxes, block, mode) as (dispatcher, registry):
+    with running_dispatcher(store, sandboxes, block, mode) as (dispatcher, registry):
         model = load_router_model(store, dispatcher, device=torch.device("cpu"))
         logits = forward_logits(family, model, prompts())
-        assert counted(registry, "function_calls") >= len(store.manifest.layers) // 2
-        assert counted(registry, "local_computations") == 0
+        assert counter_value(registry, "function_calls") >= len(store.manifest.layers) // 2
+        assert counter_value(registry, "local_computations") == 0
         return logits
 
 
@@ -81,9 +81,9 @@ def test_logits_equal_the_in_process_models_for_every_block_size(
 ) -> None:
     store = prepared_store(family.name)
     expected = forward_logits(family, family.build(), prompts())  # [B, S, V]
-    for block in BLOCKS:
+    for block in EXPERTS_PER_FUNCTION:
         got = logits_through_functions(
-            family, store, sandboxes, block=block, mode=Mode.REDUCED
+            family, store, sandboxes, block=block, mode=OutputMode.REDUCED
         )  # [B, S, V]
         assert (got - expected).abs().max() <= TOLERANCE
         assert torch.equal(got.argmax(-1), expected.argmax(-1))
@@ -96,8 +96,8 @@ def test_unreduced_logits_are_bit_identical_across_block_sizes(
     store = prepared_store(family.name)
     expected = forward_logits(family, family.build(), prompts())  # [B, S, V]
     first, *others = (
-        logits_through_functions(family, store, sandboxes, block=block, mode=Mode.UNREDUCED)
-        for block in BLOCKS
+        logits_through_functions(family, store, sandboxes, block=block, mode=OutputMode.UNREDUCED)
+        for block in EXPERTS_PER_FUNCTION
     )
     assert (first - expected).abs().max() <= TOLERANCE
     assert torch.equal(first.argmax(-1), expected.argmax(-1))
@@ -114,11 +114,11 @@ def test_unreduced_experts_are_bit_identical_alone_and_co_batched(
     hidden = torch.randn(19, entry.hidden_size, generator=generator)  # [T, H]
     scores = torch.randn(19, entry.num_experts, generator=generator)  # [T, E]
     weight, index = scores.softmax(-1).topk(entry.top_k)  # [T, k] each
-    with dispatching(store, sandboxes, 3, Mode.UNREDUCED) as (dispatcher, registry):
+    with running_dispatcher(store, sandboxes, 3, OutputMode.UNREDUCED) as (dispatcher, registry):
         together = dispatcher.compute(entry.index, hidden, index, weight)  # [T, H]
         alone = [
             dispatcher.compute(entry.index, hidden[t : t + 1], index[t : t + 1], weight[t : t + 1])
             for t in range(len(hidden))
         ]
-        assert counted(registry, "local_computations") == 0
+        assert counter_value(registry, "local_computations") == 0
     assert torch.equal(together, torch.cat(alone))

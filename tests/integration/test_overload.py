@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import aiohttp
 import psutil
 import pytest
-from launched import Up, launched
+from faasmoe_up import FaasmoeUp, running_up
 from tiny_chat import MAX_MODEL_LEN, save_tiny_chat_model
 
 N_SEQS = 8
-N_WAITING = 0  # whoever is accepted runs at once
+MAX_WAITING = 0  # whoever is accepted runs at once
 N_TOKENS = 96
 BASELINE_S = 8.0
 FACTOR = 10
@@ -34,13 +34,13 @@ spec:
 
 
 @dataclass
-class Outcome:
+class ClientResults:
     """What clients saw."""
 
     accepted_s: list[float] = field(default_factory=list)
-    refused_s: list[float] = field(default_factory=list)
+    rejected_s: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
 
     def percentile_s(self, percent: float) -> float:
         ordered = sorted(self.accepted_s)
@@ -48,7 +48,7 @@ class Outcome:
 
 
 @pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
     folder = tmp_path_factory.mktemp("overload")
     file = folder / "tiny.yaml"
     file.write_text(
@@ -57,22 +57,22 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
             store=folder / "store",
             length=MAX_MODEL_LEN,
             seqs=N_SEQS,
-            waiting=N_WAITING,
+            waiting=MAX_WAITING,
         )
     )
-    with launched(file, file.with_suffix(".log")) as up:
+    with running_up(file, file.with_suffix(".log")) as up:
         yield up
 
 
 class Clients:
     """Clients of one router."""
 
-    def __init__(self, http: aiohttp.ClientSession, up: Up) -> None:
+    def __init__(self, http: aiohttp.ClientSession, up: FaasmoeUp) -> None:
         self._http = http
         self._url = f"{up.base_url}/v1/completions"
         self._n = 0
 
-    async def ask(self, outcome: Outcome) -> None:
+    async def request(self, outcome: ClientResults) -> None:
         """Ask once, and check the form of a refusal."""
         self._n += 1
         body = {
@@ -81,46 +81,46 @@ class Clients:
             "max_tokens": N_TOKENS,
             "temperature": 0,
         }
-        begun_s = time.monotonic()
-        async with self._http.post(self._url, json=body) as answer:
-            value = await answer.json()
-            took_s = time.monotonic() - begun_s
-            outcome.statuses[answer.status] += 1
-            if answer.status == 200:
+        started_s = time.monotonic()
+        async with self._http.post(self._url, json=body) as response:
+            value = await response.json()
+            took_s = time.monotonic() - started_s
+            outcome.statuses[response.status] += 1
+            if response.status == 200:
                 outcome.accepted_s.append(took_s)
                 if value["usage"]["completion_tokens"] != N_TOKENS:
-                    outcome.faults.append(str(value))
+                    outcome.errors.append(str(value))
                 return
-            outcome.refused_s.append(took_s)
+            outcome.rejected_s.append(took_s)
             error = value.get("error", {})
             is_right = (
-                answer.status in (429, 503)
-                and int(answer.headers.get("Retry-After", 0)) >= 1
+                response.status in (429, 503)
+                and int(response.headers.get("Retry-After", 0)) >= 1
                 and error.keys() == {"message", "type", "param", "code"}
             )
             if not is_right:
-                outcome.faults.append(f"{answer.status} {dict(answer.headers)} {value}")
+                outcome.errors.append(f"{response.status} {dict(response.headers)} {value}")
 
-    async def at_capacity(self, for_s: float) -> Outcome:
+    async def run_at_capacity(self, for_s: float) -> ClientResults:
         """Keep as many requests running as are computed at once."""
-        outcome, end_s = Outcome(), time.monotonic() + for_s
+        outcome, end_s = ClientResults(), time.monotonic() + for_s
 
-        async def ask_on() -> None:
+        async def request_repeatedly() -> None:
             while time.monotonic() < end_s:
-                await self.ask(outcome)
+                await self.request(outcome)
 
-        await asyncio.gather(*(ask_on() for _ in range(N_SEQS)))
+        await asyncio.gather(*(request_repeatedly() for _ in range(N_SEQS)))
         return outcome
 
-    async def at_rate(self, per_s: float, for_s: float) -> Outcome:
+    async def run_at_rate(self, per_s: float, for_s: float) -> ClientResults:
         """Begin so many requests in a second, whatever became of those before."""
-        outcome, begun_s = Outcome(), time.monotonic()
+        outcome, started_s = ClientResults(), time.monotonic()
         tasks: set[asyncio.Task[None]] = set()
-        n_begun = 0
-        while (now_s := time.monotonic()) < begun_s + for_s:
-            while n_begun < (now_s - begun_s) * per_s:
-                n_begun += 1
-                task = asyncio.create_task(self.ask(outcome))
+        n_started = 0
+        while (now_s := time.monotonic()) < started_s + for_s:
+            while n_started < (now_s - started_s) * per_s:
+                n_started += 1
+                task = asyncio.create_task(self.request(outcome))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
             await asyncio.sleep(0.005)
@@ -128,23 +128,23 @@ class Clients:
         return outcome
 
 
-async def overload(up: Up, for_s: float) -> dict[str, float]:
+async def run_overload(up: FaasmoeUp, for_s: float) -> dict[str, float]:
     """Overload a router; return the figures, with what is no time checked."""
-    router = up.child("faasmoe_router")
+    router = up.child_running("faasmoe_router")
     assert router is not None
     timeout = aiohttp.ClientTimeout(total=120)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
         clients = Clients(http, up)
-        await clients.at_capacity(2.0)
-        before = await clients.at_capacity(BASELINE_S)
+        await clients.run_at_capacity(2.0)
+        before = await clients.run_at_capacity(BASELINE_S)
         memory = _memory(router)
         per_s = FACTOR * len(before.accepted_s) / BASELINE_S
-        during = await clients.at_rate(per_s, for_s)
+        during = await clients.run_at_rate(per_s, for_s)
         peak = _memory(router)
-        after = await clients.at_capacity(BASELINE_S)
+        after = await clients.run_at_capacity(BASELINE_S)
     assert before.statuses.keys() == after.statuses.keys() == {200}
-    assert during.faults == before.faults == after.faults == []
+    assert during.errors == before.errors == after.errors == []
     assert during.statuses.total() >= 0.8 * per_s * for_s, "the overload was none"
     assert during.statuses[200] < during.statuses.total() / 2
     assert peak - memory <= MAX_GROWTH_BYTES
@@ -159,7 +159,7 @@ async def overload(up: Up, for_s: float) -> dict[str, float]:
         "p99_during_s": during.percentile_s(99),
         "p50_during_s": during.percentile_s(50),
         "p99_after_s": after.percentile_s(99),
-        "refusal_max_s": max(during.refused_s),
+        "refusal_max_s": max(during.rejected_s),
         "memory_growth_bytes": peak - memory,
     }
 
@@ -168,15 +168,15 @@ def _memory(process: psutil.Process) -> int:
     return int(process.memory_info().rss)
 
 
-def test_ten_times_the_capacity_is_refused_in_form_and_takes_no_memory(up: Up) -> None:
-    print(asyncio.run(overload(up, 10.0)))
+def test_ten_times_the_capacity_is_refused_in_form_and_takes_no_memory(up: FaasmoeUp) -> None:
+    print(asyncio.run(run_overload(up, 10.0)))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_minute_of_ten_times_the_capacity_slows_nobody_accepted(up: Up) -> None:
+def test_a_minute_of_ten_times_the_capacity_slows_nobody_accepted(up: FaasmoeUp) -> None:
     """On a machine that does nothing else: these are times."""
-    figures = asyncio.run(overload(up, 60.0))
+    figures = asyncio.run(run_overload(up, 60.0))
     print(figures)
     assert figures["p99_during_s"] <= 2 * figures["p99_before_s"]
     assert figures["p50_after_s"] <= 1.5 * figures["p50_before_s"], "it did not recover"

@@ -17,10 +17,10 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from launched import Up, launched, wait_until
+from faasmoe_up import FaasmoeUp, running_up, wait_until
 from tiny_chat import MAX_MODEL_LEN, save_tiny_chat_model
 
-from faasmoe_operator.platforms.memory import pss_bytes
+from faasmoe_operator.platforms.process import pss_bytes
 
 MINUTES = float(os.environ.get("FAASMOE_SOAK_MINUTES", "20"))
 BUSY_S = 8.0
@@ -69,7 +69,7 @@ class Sample:
     sandboxes: int
 
 
-BOUNDS = Sample(
+MAX_GROWTH = Sample(
     router_bytes=24 << 20,
     control_bytes=8 << 20,
     zygote_bytes=4 << 20,
@@ -82,7 +82,7 @@ BOUNDS = Sample(
 
 
 @pytest.fixture
-def up(tmp_path: Path) -> Iterator[Up]:
+def up(tmp_path: Path) -> Iterator[FaasmoeUp]:
     file = tmp_path / "tiny.yaml"
     file.write_text(
         MOEMODEL.format(
@@ -92,31 +92,31 @@ def up(tmp_path: Path) -> Iterator[Up]:
             window=WINDOW_S,
         )
     )
-    with launched(file, file.with_suffix(".log")) as up:
+    with running_up(file, file.with_suffix(".log")) as up:
         yield up
 
 
-def traffic(up: Up, for_s: float) -> int:
+def run_traffic(up: FaasmoeUp, for_s: float) -> int:
     """Ask by several clients for a time; return the answers."""
     end_s = time.monotonic() + for_s
 
     def ask(n: int) -> int:
-        n_answers = 0
+        n_responses = 0
         with httpx.Client(base_url=up.base_url, timeout=60, trust_env=False) as client:
             while time.monotonic() < end_s:
                 body = {"model": "tiny", "prompt": f"fox {n}", "max_tokens": N_TOKENS}
-                answer = client.post("/v1/completions", json=body)
-                assert answer.status_code == 200, answer.text
-                n_answers += 1
-        return n_answers
+                response = client.post("/v1/completions", json=body)
+                assert response.status_code == 200, response.text
+                n_responses += 1
+        return n_responses
 
     with ThreadPoolExecutor(N_CLIENTS) as clients:
         return sum(clients.map(ask, range(N_CLIENTS)))
 
 
-def sample(up: Up) -> Sample:
+def take_sample(up: FaasmoeUp) -> Sample:
     names = ("faasmoe_router", "faasmoe_operator.control", "faasmoe_expert.zygote")
-    processes = [up.child(name) for name in names]
+    processes = [up.child_running(name) for name in names]
     found = [process for process in processes if process is not None]
     assert len(found) == len(names)
     router_bytes, control_bytes, zygote_bytes = (pss_bytes(p.pid) or 0 for p in found)
@@ -126,12 +126,12 @@ def sample(up: Up) -> Sample:
         zygote_bytes=zygote_bytes,
         descriptors=sum(process.num_fds() for process in found),
         threads=sum(process.num_threads() for process in found),
-        tasks=int(up.router_metric("tasks") + up.control_metric("tasks")),
+        tasks=int(up.router_metric("event_loop_tasks") + up.control_metric("event_loop_tasks")),
         sandboxes=len(up.sandboxes),
     )
 
 
-def went_to_zero(up: Up) -> bool:
+def is_at_zero(up: FaasmoeUp) -> bool:
     return all(function["ready"] == 0 for function in up.status()["functions"])
 
 
@@ -142,23 +142,23 @@ def median(samples: Sequence[Sample], name: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(MINUTES * 60 + 600)
-def test_nothing_grows_while_functions_go_up_and_down(up: Up) -> None:
+def test_nothing_grows_while_functions_go_up_and_down(up: FaasmoeUp) -> None:
     samples: list[Sample] = []
-    n_answers, end_s = 0, time.monotonic() + MINUTES * 60
+    n_responses, end_s = 0, time.monotonic() + MINUTES * 60
     while time.monotonic() < end_s or len(samples) < 8:
-        n_answers += traffic(up, BUSY_S)
-        wait_until(lambda: went_to_zero(up), timeout_s=60, what="zero")
+        n_responses += run_traffic(up, BUSY_S)
+        wait_until(lambda: is_at_zero(up), timeout_s=60, what="zero")
         gc.collect()
-        samples.append(sample(up))
+        samples.append(take_sample(up))
     quarter = max(2, len(samples) // 4)
     first, last = samples[quarter : 2 * quarter], samples[-quarter:]
-    growth = {name: median(last, name) - median(first, name) for name in asdict(BOUNDS)}
+    growth = {name: median(last, name) - median(first, name) for name in asdict(MAX_GROWTH)}
     figures = {
         "minutes": MINUTES,
-        "answers": n_answers,
+        "answers": n_responses,
         "cycles": len(samples),
         "growth": growth,
-        "bounds": asdict(BOUNDS),
+        "bounds": asdict(MAX_GROWTH),
         "first": asdict(samples[0]),
         "last": asdict(samples[-1]),
         "load_1min": psutil.getloadavg()[0],
@@ -166,5 +166,5 @@ def test_nothing_grows_while_functions_go_up_and_down(up: Up) -> None:
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures))
-    over = {name: grown for name, grown in growth.items() if grown > getattr(BOUNDS, name)}
+    over = {name: grown for name, grown in growth.items() if grown > getattr(MAX_GROWTH, name)}
     assert not over, figures

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from faasmoe_operator.spec.moemodel import MoEModel
-from faasmoe_operator.spec.tenants_document import tenants_document
-from faasmoe_router.tenants.document import TenantsDocument
-from faasmoe_router.tenants.fairness import Share
+from faasmoe_operator.api.v1alpha1.moemodel import MoEModel
+from faasmoe_operator.api.v1alpha1.tenants_file import build_tenants_file
+from faasmoe_router.engine.fair_queue import Share
+from faasmoe_router.tenants.registry import TenantsConfig
 
 LIMITS = {
     "requestsPerMinute": 600,
@@ -20,7 +20,7 @@ LIMITS = {
 }
 
 
-def written(*tenants: dict[str, Any]) -> TenantsDocument:
+def write_and_read(*tenants: dict[str, Any]) -> TenantsConfig:
     model = MoEModel.from_object(
         {
             "apiVersion": "faasmoe.dev/v1alpha1",
@@ -29,8 +29,8 @@ def written(*tenants: dict[str, Any]) -> TenantsDocument:
             "spec": {"model": {"source": "hf://a/b"}, "tenants": list(tenants)},
         }
     )
-    document = tenants_document(model, lambda tenant: f"/keys/{tenant.name}")
-    return TenantsDocument.loads(json.dumps(document).encode())
+    document = build_tenants_file(model, lambda tenant: f"/keys/{tenant.name}")
+    return TenantsConfig.loads(json.dumps(document).encode())
 
 
 def test_every_field_arrives() -> None:
@@ -44,7 +44,7 @@ def test_every_field_arrives() -> None:
         "sharePrefixCacheWith": ["beta"],
         "limits": LIMITS,
     }
-    read = written(acme, {"name": "beta", "apiKeysSecretRef": {"name": "b"}})
+    read = write_and_read(acme, {"name": "beta", "apiKeysSecretRef": {"name": "b"}})
     assert read.model == "demo"
     tenant, other = read.tenants
     assert tenant.share() == Share(weight=1000, priority=-10, max_running=16, max_queued=0)

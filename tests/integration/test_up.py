@@ -8,13 +8,13 @@ from pathlib import Path
 import openai
 import pytest
 import torch
-from launched import Up, all_gone, launched, start, wait_until
+from faasmoe_up import FaasmoeUp, all_gone, running_up, start_up, wait_until
 from openai import OpenAI
 
-from faasmoe_router.checkpoint.demo.dense import gguf_path, load_dense
+from faasmoe_router.checkpoint.demo.build import gguf_path, load_dense
 
 N_TOKENS = 40
-QUESTIONS = ("What is the capital of France?", "Give me three tips for sleeping well.")
+PROMPTS = ("What is the capital of France?", "Give me three tips for sleeping well.")
 
 MOEMODEL = """
 apiVersion: faasmoe.dev/v1alpha1
@@ -38,52 +38,54 @@ def file(tmp_path_factory: pytest.TempPathFactory, exact_demo_model: Path) -> Pa
 
 
 @pytest.fixture(scope="module")
-def up(file: Path) -> Iterator[Up]:
-    with launched(file, file.with_name("up.log")) as running:
+def up(file: Path) -> Iterator[FaasmoeUp]:
+    with running_up(file, file.with_name("up.log")) as running:
         yield running
 
 
 @pytest.fixture
-def client(up: Up) -> Iterator[OpenAI]:
+def client(up: FaasmoeUp) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{up.base_url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def dense_texts() -> dict[str, str]:
+def reference_texts() -> dict[str, str]:
     """What the dense model answers greedily."""
     dense, tokenizer = load_dense(gguf_path())
     texts = {}
-    for question in QUESTIONS:
+    for question in PROMPTS:
         chat = [{"role": "user", "content": question}]
         inputs = tokenizer.apply_chat_template(
             chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         with torch.no_grad():
             ids = dense.generate(**inputs, max_new_tokens=N_TOKENS, do_sample=False)  # [1, T]
-        answer = ids[0, inputs["input_ids"].shape[1] :]  # [N]
-        texts[question] = tokenizer.decode(answer, skip_special_tokens=True)
+        response = ids[0, inputs["input_ids"].shape[1] :]  # [N]
+        texts[question] = tokenizer.decode(response, skip_special_tokens=True)
     return texts
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("question", PROMPTS)
 def test_the_exact_model_answers_what_the_dense_model_answers(
-    client: OpenAI, dense_texts: dict[str, str], question: str
+    client: OpenAI, reference_texts: dict[str, str], question: str
 ) -> None:
-    answer = client.chat.completions.create(
+    response = client.chat.completions.create(
         model="exact",
         messages=[{"role": "user", "content": question}],
         max_tokens=N_TOKENS,
         temperature=0,
     )
-    assert len(dense_texts[question]) > 20
-    assert answer.choices[0].message.content == dense_texts[question]
-    assert answer.usage is not None
-    assert answer.usage.completion_tokens <= N_TOKENS
+    assert len(reference_texts[question]) > 20
+    assert response.choices[0].message.content == reference_texts[question]
+    assert response.usage is not None
+    assert response.usage.completion_tokens <= N_TOKENS
 
 
-def test_a_stream_is_the_same_text_in_pieces(client: OpenAI, dense_texts: dict[str, str]) -> None:
-    question = QUESTIONS[0]
+def test_a_stream_is_the_same_text_in_pieces(
+    client: OpenAI, reference_texts: dict[str, str]
+) -> None:
+    question = PROMPTS[0]
     chunks = list(
         client.chat.completions.create(
             model="exact",
@@ -96,7 +98,7 @@ def test_a_stream_is_the_same_text_in_pieces(client: OpenAI, dense_texts: dict[s
     )
     deltas = [c.choices[0].delta.content or "" for c in chunks if c.choices]
     assert len([d for d in deltas if d]) > 5
-    assert "".join(deltas) == dense_texts[question]
+    assert "".join(deltas) == reference_texts[question]
     assert chunks[-1].usage is not None
 
 
@@ -112,46 +114,46 @@ def test_a_prompt_longer_than_the_context_is_refused(client: OpenAI) -> None:
     assert refusal.value.code == "context_length_exceeded"
 
 
-def test_all_experts_were_computed_by_functions(up: Up, client: OpenAI) -> None:
+def test_all_experts_were_computed_by_functions(up: FaasmoeUp, client: OpenAI) -> None:
     client.completions.create(model="exact", prompt="Once upon a time", max_tokens=4)
     # At least one call for each of 30 layers and 4 tokens.
     assert up.router_metric("function_calls_total") >= 4 * 30
     assert up.router_metric("local_computations_total") == 0
 
 
-def test_the_router_calls_sandboxes_over_unix_sockets(up: Up, client: OpenAI) -> None:
+def test_the_router_calls_sandboxes_over_unix_sockets(up: FaasmoeUp, client: OpenAI) -> None:
     client.completions.create(model="exact", prompt="One two", max_tokens=2)
     accepted = 0
     for sandbox in up.sandboxes:
-        near = [c.laddr for c in sandbox.net_connections("unix") if c.laddr.endswith(".sock")]
-        assert near, "a sandbox listens on TCP alone"
-        accepted += len(near) - 1  # one of them listens
+        sockets = [c.laddr for c in sandbox.net_connections("unix") if c.laddr.endswith(".sock")]
+        assert sockets, "a sandbox listens on TCP alone"
+        accepted += len(sockets) - 1  # one of them listens
     assert accepted > 0
 
 
 def test_the_router_tries_whether_hot_functions_take_less_time_in_it(
-    up: Up, client: OpenAI, dense_texts: dict[str, str]
+    up: FaasmoeUp, client: OpenAI, reference_texts: dict[str, str]
 ) -> None:
     """Its duels do, whichever side wins them; the text is the same."""
 
     def some_were_computed() -> bool:
-        answer = client.chat.completions.create(
+        response = client.chat.completions.create(
             model="exact",
-            messages=[{"role": "user", "content": QUESTIONS[0]}],
+            messages=[{"role": "user", "content": PROMPTS[0]}],
             max_tokens=N_TOKENS,
             temperature=0,
         )
-        assert answer.choices[0].message.content == dense_texts[QUESTIONS[0]]
-        return up.router_metric("hot_computations_total") > 0
+        assert response.choices[0].message.content == reference_texts[PROMPTS[0]]
+        return up.router_metric("colocated_computations_total") > 0
 
     wait_until(some_were_computed, timeout_s=60, what="a hot function computed in the router")
     assert up.router_metric("local_computations_total") == 0
 
 
-def test_nothing_is_left_behind_by_a_killed_launcher(file: Path, up: Up) -> None:
+def test_nothing_is_left_behind_by_a_killed_launcher(file: Path, up: FaasmoeUp) -> None:
     assert up.process.poll() is None  # the store is prepared, and another port is free
-    killed = start(file, file.with_name("killed.log"))
-    processes = killed.family
+    killed = start_up(file, file.with_name("killed.log"))
+    processes = killed.process_tree
     assert len(processes) >= 5  # launcher, zygote, three sandboxes or more, router
     killed.process.kill()
     killed.process.wait()

@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from faasmoe_router.engine.cache_config import EngineLimits
 from faasmoe_router.engine.engine import Engine
-from faasmoe_router.engine.sizing import EngineLimits
-from faasmoe_router.engine.text import TextCodec
+from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
 
 SPECIAL_TOKENS = ["<|end|>", "<|im_start|>", "<|im_end|>"]
@@ -50,8 +50,8 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def codec(tokenizer: Any) -> TextCodec:
-    return TextCodec(tokenizer)
+def codec(tokenizer: Any) -> ModelTokenizer:
+    return ModelTokenizer(tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +84,7 @@ def model(base_model: Any) -> Any:
 
 
 @pytest.fixture
-def make_engine(model: Any, codec: TextCodec) -> EngineMaker:
+def make_engine(model: Any, codec: ModelTokenizer) -> EngineMaker:
     def make(**limits: int) -> Engine:
         metrics = EngineMetrics(new_registry(), "tiny")
         return Engine(
@@ -98,7 +98,7 @@ def make_engine(model: Any, codec: TextCodec) -> EngineMaker:
 
 
 @pytest.fixture
-def prompt_ids(codec: TextCodec) -> tuple[int, ...]:
+def prompt_ids(codec: ModelTokenizer) -> tuple[int, ...]:
     return tuple(codec.encode("the quick brown fox"))
 
 

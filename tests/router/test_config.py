@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from faasmoe_router.config import RouterConfig
-from faasmoe_router.errors import ConfigError
+from faasmoe_router.errors import RouterConfigError
 
 REQUIRED = {"FAASMOE_STORE": "/store", "FAASMOE_TABLE": "/table.json"}
 
@@ -24,8 +24,8 @@ def test_reads_every_variable() -> None:
             "FAASMOE_TOKEN": "t",
             "FAASMOE_ACTIVATION_TIMEOUT": "12.5",
             "FAASMOE_HOLD_TIMEOUT": "0",
-            "FAASMOE_MAX_HELD_REQUESTS": "9",
-            "FAASMOE_MAX_HELD_BYTES": "10",
+            "FAASMOE_MAX_ACTIVATION_QUEUE_REQUESTS": "9",
+            "FAASMOE_MAX_ACTIVATION_QUEUE_BYTES": "10",
             "FAASMOE_TENANTS_FILE": "/tenants.json",
             "FAASMOE_STATE_DIR": "/state",
             "FAASMOE_SOCKET_DIR": "/run/near",
@@ -47,9 +47,9 @@ def test_reads_every_variable() -> None:
         kv_cache_bytes=8,
         token="t",
         activation_timeout_s=12.5,
-        hold_timeout_s=0.0,
-        max_held_requests=9,
-        max_held_bytes=10,
+        call_queue_timeout_s=0.0,
+        max_activation_queue_requests=9,
+        max_activation_queue_bytes=10,
         tenants_file=Path("/tenants.json"),
         state_dir=Path("/state"),
         socket_dir=Path("/run/near"),
@@ -81,13 +81,13 @@ def test_defaults_are_those_of_the_class() -> None:
         ("FAASMOE_ACTIVATION_TIMEOUT", "nan"),
         ("FAASMOE_HOLD_TIMEOUT", "2s"),
         ("FAASMOE_HOLD_TIMEOUT", "-1"),
-        ("FAASMOE_MAX_HELD_REQUESTS", "many"),
-        ("FAASMOE_MAX_HELD_BYTES", "64Mi"),
+        ("FAASMOE_MAX_ACTIVATION_QUEUE_REQUESTS", "many"),
+        ("FAASMOE_MAX_ACTIVATION_QUEUE_BYTES", "64Mi"),
         ("FAASMOE_PLACEMENT", "router"),
     ],
 )
 def test_a_bad_value_is_named(name: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{name}: "):
+    with pytest.raises(RouterConfigError, match=f"^{name}: "):
         RouterConfig.from_env({**REQUIRED, name: value})
 
 
@@ -100,11 +100,11 @@ def test_the_table_may_come_from_a_control_plane() -> None:
 
 
 def test_two_places_for_one_table_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^FAASMOE_CONTROL_URL: got it and FAASMOE_TABLE"):
+    with pytest.raises(RouterConfigError, match=r"^FAASMOE_CONTROL_URL: got it and FAASMOE_TABLE"):
         RouterConfig.from_env({**REQUIRED, "FAASMOE_CONTROL_URL": "http://h:1"})
 
 
 @pytest.mark.parametrize("url", ["h:80", "ftp://h", "http://", "http://h:port", "http://h:0"])
 def test_a_bad_control_url_is_named(url: str) -> None:
-    with pytest.raises(ConfigError, match=r"^FAASMOE_CONTROL_URL: got .*, expected a URL"):
+    with pytest.raises(RouterConfigError, match=r"^FAASMOE_CONTROL_URL: got .*, expected a URL"):
         RouterConfig.from_env({"FAASMOE_STORE": "/store", "FAASMOE_CONTROL_URL": url})

@@ -3,7 +3,7 @@
 import pytest
 
 from faasmoe_router.config import RouterConfig
-from faasmoe_router.errors import ConfigError
+from faasmoe_router.errors import RouterConfigError
 
 REQUIRED = {"FAASMOE_STORE": "/store", "FAASMOE_TABLE": "/table.json"}
 NAMES = ("CONNECT", "CALL", "LAYER", "REQUEST")
@@ -31,5 +31,5 @@ def test_each_deadline_is_read() -> None:
     ],
 )
 def test_one_that_does_not_fit_into_the_next_is_named(seconds: tuple[str, ...], name: str) -> None:
-    with pytest.raises(ConfigError, match=f"^FAASMOE_{name}_TIMEOUT: got "):
+    with pytest.raises(RouterConfigError, match=f"^FAASMOE_{name}_TIMEOUT: got "):
         read(*seconds)

@@ -18,7 +18,7 @@ def test_others_register_on_the_same_registry() -> None:
 def test_requests_are_counted_when_they_are_read() -> None:
     registry = new_registry()
     counts = [(1, 2)]
-    EngineMetrics(registry, "m").watch(lambda: counts[0])
+    EngineMetrics(registry, "m").observe_requests(lambda: counts[0])
     counts[0] = (3, 4)
     text = generate_latest(registry).decode()
     assert 'vllm:num_requests_running{model_name="m"} 3.0' in text

@@ -4,7 +4,6 @@ Knows stores, torch and the wire's values; knows nothing of HTTP or of who calls
 """
 
 from faasmoe_expert.functions.function import ExpertFunction
-from faasmoe_expert.functions.kernels import KernelSpec, run_gated, sum_gated
-from faasmoe_expert.functions.pairs import Pairs
+from faasmoe_expert.functions.kernels import KernelSpec, RoutedPairs, gated_per_pair, gated_reduced
 
-__all__ = ["ExpertFunction", "KernelSpec", "Pairs", "run_gated", "sum_gated"]
+__all__ = ["ExpertFunction", "KernelSpec", "RoutedPairs", "gated_per_pair", "gated_reduced"]

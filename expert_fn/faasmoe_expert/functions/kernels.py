@@ -1,4 +1,6 @@
-"""The lean kernel: the common gated expert, without importing transformers.
+"""The (row, expert) pairs of a frame, and the ways to walk over them.
+
+The lean kernel: the common gated expert, without importing transformers.
 
 `act(x @ gate) * (x @ up) @ down`, the form of Mixtral, Qwen, OLMoE, DeepSeek and most others. Which
 layers it is right for is decided when a store is prepared, by comparing it with the family's own
@@ -7,18 +9,122 @@ module; this file only computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from faasmoe_expert.functions.pairs import Pairs, Run, as_index
+TILE_ROWS = 8  # rows of every product in unreduced mode: equal shapes give equal bits
 
-PADDED_ROWS = (1, 4, 8, 16, 32, 64)  # of products in reduced mode; above, multiples of the last
-MAX_RUN_ROWS = 256  # products of experts with fewer rows go into one tensor; bounds its size
+
+@dataclass(frozen=True, slots=True)
+class PaddedGroup:
+    """Pairs of some experts, laid out one expert after the other for products into one tensor.
+
+    Attributes:
+        positions: of its pairs, by expert, ascending, int64 [n].
+        places: the row of the layout that each of them has, int64 [n].
+        spans: (expert, first row, row after the last) of each expert in the layout; what is not a
+            pair's is padding.
+        n_rows: rows of the layout.
+    """
+
+    positions: NDArray[np.int64]
+    padded_index: NDArray[np.int64]
+    spans: tuple[tuple[int, int, int], ...]
+    n_rows: int
+
+    @classmethod
+    def from_experts(cls, experts: Sequence[tuple[int, NDArray[np.int64], int]]) -> PaddedGroup:
+        """Lay out groups of (expert, positions, rows with padding)."""
+        padded_index, spans, start = [], [], 0
+        for expert, positions, n_rows in experts:
+            padded_index.append(np.arange(start, start + len(positions)))
+            spans.append((expert, start, start + n_rows))
+            start += n_rows
+        pair_index = np.concatenate([positions for _, positions, _ in experts])
+        return cls(pair_index, np.concatenate(padded_index), tuple(spans), start)
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedPairs:
+    """What is to be computed for the rows of a frame.
+
+    Attributes:
+        row: row of each pair, int32 [P].
+        expert: global expert index of each pair, int32 [P].
+        weight: routing weight of each pair, float32 [P], on the device of the rows.
+    """
+
+    row: NDArray[np.int32]
+    expert: NDArray[np.int32]
+    weight: Tensor
+
+    def __len__(self) -> int:
+        """Return P."""
+        return len(self.row)
+
+    def by_expert(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Yield each expert, ascending, with the positions of its pairs, ascending."""
+        order = np.argsort(self.expert, kind="stable")
+        grouped = self.expert[order]
+        cuts = np.flatnonzero(grouped[1:] != grouped[:-1]) + 1
+        for positions in np.split(order, cuts):
+            yield int(self.expert[positions[0]]), positions
+
+    def padded_groups(
+        self, pad_row_count: Callable[[int], int], *, max_rows: int
+    ) -> Iterator[PaddedGroup]:
+        """Yield all pairs in runs of whole experts, ascending.
+
+        Args:
+            pad: how many rows an expert gets for so many pairs.
+            max_rows: of a run; an expert that has more is a run of its own.
+        """
+        experts: list[tuple[int, NDArray[np.int64], int]] = []
+        total = 0
+        for expert, positions in self.by_expert():
+            n_rows = pad_row_count(len(positions))
+            if experts and total + n_rows > max_rows:
+                yield PaddedGroup.from_experts(experts)
+                experts, total = [], 0
+            experts.append((expert, positions, n_rows))
+            total += n_rows
+        yield PaddedGroup.from_experts(experts)
+
+    def tiles(self, hidden: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield an expert, the positions of up to 8 of its pairs [n], and their rows [8, H].
+
+        Args:
+            hidden: [T, H]; a tile that is not full ends in rows of zeros.
+        """
+        for expert, positions in self.by_expert():
+            for start in range(0, len(positions), TILE_ROWS):
+                tile = positions[start : start + TILE_ROWS]
+                rows = hidden.new_zeros(TILE_ROWS, hidden.shape[1])  # [8, H]
+                rows[: len(tile)] = hidden[index_tensor(self.row[tile], hidden.device)]
+                yield expert, index_tensor(tile, hidden.device), rows
+
+
+def index_tensor(values: NDArray[Any], device: torch.device) -> Tensor:
+    """Return int64 indices on `device`."""
+    return torch.from_numpy(values.astype(np.int64, copy=False)).to(device)
+
+
+PADDED_ROW_COUNTS = (
+    1,
+    4,
+    8,
+    16,
+    32,
+    64,
+)  # of products in reduced mode; above, multiples of the last
+MAX_GROUP_ROWS = 256  # products of experts with fewer rows go into one tensor; bounds its size
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -32,7 +138,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Stacked(Protocol):
+class StackedParameter(Protocol):
     """Parameters of several experts, by expert index: a stacked tensor or a mapping."""
 
     def __getitem__(self, expert: int, /) -> Tensor:
@@ -76,8 +182,8 @@ class KernelSpec:
         return cls(**value)
 
 
-def run_gated(
-    spec: KernelSpec, weights: Mapping[str, Stacked], hidden: Tensor, pairs: Pairs
+def gated_per_pair(
+    spec: KernelSpec, weights: Mapping[str, StackedParameter], hidden: Tensor, pairs: RoutedPairs
 ) -> Tensor:
     """Return each pair's weighted output, bit-identical whatever else is in the call.
 
@@ -97,79 +203,89 @@ def run_gated(
     return out
 
 
-def sum_gated(
-    spec: KernelSpec, weights: Mapping[str, Stacked], hidden: Tensor, pairs: Pairs
+def gated_reduced(
+    spec: KernelSpec, weights: Mapping[str, StackedParameter], hidden: Tensor, pairs: RoutedPairs
 ) -> Tensor:
     """Return the weighted sum of each row's experts, [T, H] in `hidden`'s dtype.
 
     Sums in float32, in ascending order of experts. Arguments as in `run_gated`.
     """
     total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)  # [T, H]
-    for run in pairs.runs(padded_rows, max_rows=MAX_RUN_ROWS):
-        index = as_index(pairs.row[run.positions], hidden.device)  # [n]
-        scale = pairs.weight[as_index(run.positions, hidden.device), None]  # [n, 1]
-        result = _run_mlp(spec, weights, run, hidden[index])  # [n, H]
+    for group in pairs.padded_groups(pad_row_count, max_rows=MAX_GROUP_ROWS):
+        index = index_tensor(pairs.row[group.positions], hidden.device)  # [n]
+        scale = pairs.weight[index_tensor(group.positions, hidden.device), None]  # [n, 1]
+        result = _group_mlp(spec, weights, group, hidden[index])  # [n, H]
         total.index_add_(0, index, result.float().mul_(scale))
     return total.to(hidden.dtype)
 
 
-def padded_rows(n_rows: int) -> int:
+def pad_row_count(n_rows: int) -> int:
     """Return how many rows a product of `n_rows` is computed with.
 
     oneDNN generates and keeps kernels of 1 to 1.5 MB for every row count that it meets: 40 counts
     cost a sandbox 52 MB. Few counts cost little time, because a product of few rows is bound by
     reading the weights.
     """
-    for size in PADDED_ROWS:
+    for size in PADDED_ROW_COUNTS:
         if n_rows <= size:
             return size
-    return -(-n_rows // PADDED_ROWS[-1]) * PADDED_ROWS[-1]
+    return -(-n_rows // PADDED_ROW_COUNTS[-1]) * PADDED_ROW_COUNTS[-1]
 
 
-def _run_mlp(spec: KernelSpec, weights: Mapping[str, Stacked], run: Run, rows: Tensor) -> Tensor:
+def _group_mlp(
+    spec: KernelSpec, weights: Mapping[str, StackedParameter], group: PaddedGroup, rows: Tensor
+) -> Tensor:
     """Return the output of each pair of a run, not weighted, [n, H], from its row in `rows` [n, H].
 
     Products go into slices of one tensor for all experts, so that all else is done once for all of
     them: a tenth less time than expert by expert, with few rows each.
     """
-    places = None  # [n]
-    if run.n_rows > len(rows):
-        places = as_index(run.places, rows.device)
-        rows = rows.new_zeros(run.n_rows, rows.shape[1]).index_copy_(0, places, rows)  # [R, H]
+    padded_index = None  # [n]
+    if group.n_rows > len(rows):
+        padded_index = index_tensor(group.padded_index, rows.device)
+        rows = rows.new_zeros(group.n_rows, rows.shape[1]).index_copy_(
+            0, padded_index, rows
+        )  # [R, H]
     first = "up_proj" if spec.name == "plain" else "gate_up_proj"
-    inner = inner_of(spec, _project_run(spec, weights, first, run, rows))  # [R, I]
-    result = _project_run(spec, weights, "down_proj", run, inner)  # [R, H]
-    return result if places is None else result[places]
+    inner = apply_activation(spec, _group_project(spec, weights, first, group, rows))  # [R, I]
+    result = _group_project(spec, weights, "down_proj", group, inner)  # [R, H]
+    return result if padded_index is None else result[padded_index]
 
 
-def _project_run(
-    spec: KernelSpec, weights: Mapping[str, Stacked], name: str, run: Run, x: Tensor
+def _group_project(
+    spec: KernelSpec,
+    weights: Mapping[str, StackedParameter],
+    name: str,
+    group: PaddedGroup,
+    x: Tensor,
 ) -> Tensor:
     """Return each expert's rows of `x` [R, in] times its own weight: [R, out]."""
-    outputs = weights[name][run.spans[0][0]].shape[1 if spec.transposed else 0]
-    product = x.new_empty(run.n_rows, outputs)  # [R, out]
-    for expert, begin, end in run.spans:
+    outputs = weights[name][group.spans[0][0]].shape[1 if spec.transposed else 0]
+    product = x.new_empty(group.n_rows, outputs)  # [R, out]
+    for expert, start, end in group.spans:
         weight = weights[name][expert]  # [out, in], or [in, out] if transposed
         bias = weights[f"{name}_bias"][expert] if spec.bias else None  # [out]
         matrix = weight if spec.transposed else weight.t()  # [in, out]
-        out = product[begin:end]  # [n, out]
+        out = product[start:end]  # [n, out]
         if bias is None:
-            torch.mm(x[begin:end], matrix, out=out)
+            torch.mm(x[start:end], matrix, out=out)
         elif spec.transposed:
-            torch.mm(x[begin:end], matrix, out=out).add_(bias)
+            torch.mm(x[start:end], matrix, out=out).add_(bias)
         else:
-            torch.addmm(bias, x[begin:end], matrix, out=out)
+            torch.addmm(bias, x[start:end], matrix, out=out)
     return product
 
 
-def expert_mlp(spec: KernelSpec, weights: Mapping[str, Stacked], expert: int, x: Tensor) -> Tensor:
+def expert_mlp(
+    spec: KernelSpec, weights: Mapping[str, StackedParameter], expert: int, x: Tensor
+) -> Tensor:
     """Return one expert's output for rows `x` [n, H], not weighted: [n, H]."""
     first = "up_proj" if spec.name == "plain" else "gate_up_proj"
-    inner = inner_of(spec, _project(spec, weights, first, expert, x))  # [n, I]
+    inner = apply_activation(spec, _project(spec, weights, first, expert, x))  # [n, I]
     return _project(spec, weights, "down_proj", expert, inner)  # [n, H]
 
 
-def inner_of(spec: KernelSpec, projected: Tensor) -> Tensor:
+def apply_activation(spec: KernelSpec, projected: Tensor) -> Tensor:
     """Return what the down projection takes, [n, I], of what the first gives: [n, 2I] if gated."""
     activation = ACTIVATIONS[spec.activation]
     if spec.name == "plain":
@@ -182,7 +298,7 @@ def inner_of(spec: KernelSpec, projected: Tensor) -> Tensor:
 
 
 def _project(
-    spec: KernelSpec, weights: Mapping[str, Stacked], name: str, expert: int, x: Tensor
+    spec: KernelSpec, weights: Mapping[str, StackedParameter], name: str, expert: int, x: Tensor
 ) -> Tensor:
     weight = weights[name][expert]  # [out, in], or [in, out] if transposed
     bias = weights[f"{name}_bias"][expert] if spec.bias else None  # [out]

@@ -23,16 +23,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from faasmoe_expert.errors import Corrupted
-from faasmoe_expert.store import LayerEntry, LayerMap, Store
+from faasmoe_contracts.store import LayerEntry, MappedLayer, Store
+from faasmoe_expert.errors import BlockCorrupted
 
 logger = logging.getLogger(__name__)
 
 PAGE_WORDS = 512  # of 8 bytes
 MAX_THREADS = 4
-FOLDER_VARIABLE = "FAASMOE_VERIFIED_DIR"
+VERIFIED_DIR_ENV = "FAASMOE_VERIFIED_DIR"
 
-Identity = tuple[int, int, int, int, int]
+FileIdentity = tuple[int, int, int, int, int]
 """Device, inode, size and times of a file: another one if a byte of it was written."""
 
 
@@ -51,17 +51,17 @@ def _page_sums(part: memoryview) -> bytes:
     n_pages = n_words // PAGE_WORDS
     pages = words[: n_pages * PAGE_WORDS].reshape(n_pages, PAGE_WORDS)
     sums: NDArray[np.uint64] = np.add.reduce(pages, axis=1)
-    rest = bytes(view[n_pages * PAGE_WORDS * 8 :])
-    return sums.tobytes() + rest
+    tail = bytes(view[n_pages * PAGE_WORDS * 8 :])
+    return sums.tobytes() + tail
 
 
-def layer_digests(mapped: LayerMap, n_experts: int) -> tuple[str, ...]:
+def layer_digests(mapped: MappedLayer, n_experts: int) -> tuple[str, ...]:
     """Return the digests of a layer: one for each expert, then that of what is not stacked."""
     blocks = range(n_experts + 1)
-    return tuple(page_sum_digest(_parts(mapped, n_experts, block)) for block in blocks)
+    return tuple(page_sum_digest(block_buffers(mapped, n_experts, block)) for block in blocks)
 
 
-def _parts(mapped: LayerMap, n_experts: int, block: int) -> Iterator[memoryview]:
+def block_buffers(mapped: MappedLayer, n_experts: int, block: int) -> Iterator[memoryview]:
     """Give the bytes of one expert; of what is not stacked, if `block` is beyond the experts."""
     for _, view in sorted(mapped.tensors.items()):
         data, is_stacked = view.buffer.cast("B"), view.shape[:1] == (n_experts,)
@@ -72,33 +72,37 @@ def _parts(mapped: LayerMap, n_experts: int, block: int) -> Iterator[memoryview]
             yield data
 
 
-def identity_of(path: Path) -> Identity | None:
+def file_identity(path: Path) -> FileIdentity | None:
     """Return what changes when a file's bytes do; None if it is not there."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-class Memory:
+class VerifiedBlocks:
     """What was found right: in this process, and in a folder that processes share."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
-        self._known: set[str] = set()
+        self._verified: set[str] = set()
 
-    def holds(self, identity: Identity, block: int) -> bool:
+    def contains(self, identity: FileIdentity, block: int) -> bool:
         """Return whether a block of a file was found right since the file last changed."""
-        name = _marker(identity, block)
-        if name not in self._known and self._folder is not None and (self._folder / name).exists():
-            self._known.add(name)
-        return name in self._known
+        name = _marker_name(identity, block)
+        if (
+            name not in self._verified
+            and self._folder is not None
+            and (self._folder / name).exists()
+        ):
+            self._verified.add(name)
+        return name in self._verified
 
-    def add(self, identity: Identity, block: int) -> None:
+    def add(self, identity: FileIdentity, block: int) -> None:
         """Take note of a block that was found right."""
-        name = _marker(identity, block)
-        self._known.add(name)
+        name = _marker_name(identity, block)
+        self._verified.add(name)
         if self._folder is None:
             return
         try:
@@ -108,18 +112,18 @@ class Memory:
             logger.warning("%s cannot be written: %s", self._folder / name, error.strerror)
 
 
-def _marker(identity: Identity, block: int) -> str:
+def _marker_name(identity: FileIdentity, block: int) -> str:
     return hashlib.sha256(repr((identity, block)).encode()).hexdigest()[:32]
 
 
 @cache
-def shared_memory() -> Memory:
+def process_verified_blocks() -> VerifiedBlocks:
     """Return this process's memory."""
-    folder = os.environ.get(FOLDER_VARIABLE)
-    return Memory(Path(folder) if folder else None)
+    folder = os.environ.get(VERIFIED_DIR_ENV)
+    return VerifiedBlocks(Path(folder) if folder else None)
 
 
-class BlockGuard:
+class BlockVerifier:
     """Watches over the mapped bytes of some experts of one layer.
 
     Args:
@@ -134,49 +138,49 @@ class BlockGuard:
         self,
         store: Store,
         layer: LayerEntry,
-        mapped: LayerMap,
+        mapped: MappedLayer,
         experts: Sequence[int],
         *,
-        memory: Memory | None = None,
+        verified_blocks: VerifiedBlocks | None = None,
     ) -> None:
         self._path = store.path / layer.file
         self._layer = layer
         self._mapped = mapped
         self._blocks = (*experts, layer.num_experts)
-        self._memory = memory or shared_memory()
-        self._identity: Identity | None = None
-        self._fault = ""
+        self._verified_blocks = verified_blocks or process_verified_blocks()
+        self._identity: FileIdentity | None = None
+        self._failure = ""
 
-    def check(self) -> bool:
+    def verify_if_changed(self) -> bool:
         """Return whether the bytes have changed since the last call; raises Corrupted if for bad.
 
         A file that was removed or replaced is left alone: what is mapped stays as it is.
         """
-        found = identity_of(self._path)
-        if found is not None and found != self._identity and self._is_mapped(found):
-            self._identity = found
-            self._fault = self._find_fault(found)
+        identity = file_identity(self._path)
+        if identity is not None and identity != self._identity and self._is_mapped(identity):
+            self._identity = identity
+            self._failure = self._find_corruption(identity)
             is_changed = True
         else:
             is_changed = False
-        if self._fault:
-            raise Corrupted(self._fault, field="store")
+        if self._failure:
+            raise BlockCorrupted(self._failure, field="store")
         return is_changed
 
-    def _is_mapped(self, found: Identity) -> bool:
-        return self._identity is None or found[:2] == self._identity[:2]
+    def _is_mapped(self, identity: FileIdentity) -> bool:
+        return self._identity is None or identity[:2] == self._identity[:2]
 
-    def _find_fault(self, identity: Identity) -> str:
-        blocks = [b for b in self._blocks if not self._memory.holds(identity, b)]
+    def _find_corruption(self, identity: FileIdentity) -> str:
+        blocks = [b for b in self._blocks if not self._verified_blocks.contains(identity, b)]
         for block, got in zip(blocks, self._digests(blocks), strict=True):
             if got != (expected := self._layer.digests[block]):
                 is_expert = block < self._layer.num_experts
-                what = f"expert {block}" if is_expert else "what is not stacked"
+                what = f"expert {block}" if is_expert else "shared parameters"
                 return (
                     f"store: layer {self._layer.index}, {what} of {self._path}: got digest {got}, "
-                    f"expected {expected}: its bytes are not those that were prepared"
+                    f"expected {expected}: digest mismatch with the prepared store"
                 )
-            self._memory.add(identity, block)
+            self._verified_blocks.add(identity, block)
         return ""
 
     def _digests(self, blocks: Sequence[int]) -> Iterator[str]:
@@ -192,4 +196,4 @@ class BlockGuard:
             yield from pool.map(self._digest, blocks)
 
     def _digest(self, block: int) -> str:
-        return page_sum_digest(_parts(self._mapped, self._layer.num_experts, block))
+        return page_sum_digest(block_buffers(self._mapped, self._layer.num_experts, block))

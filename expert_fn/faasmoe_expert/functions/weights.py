@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from faasmoe_expert.functions.upload import Uploader
-from faasmoe_expert.store import LayerMap
+from faasmoe_contracts.store import MappedLayer
+from faasmoe_expert.functions.transfer import Uploader
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16,
@@ -24,7 +24,7 @@ TORCH_DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class BlockStack:
+class StackedBlock:
     """One parameter of a block's experts, copied out of its stack.
 
     Attributes:
@@ -50,25 +50,25 @@ class LayerWeights:
         shared: parameters that are not stacked over experts, by name.
     """
 
-    stacked: Mapping[str, Tensor | BlockStack]
+    stacked: Mapping[str, Tensor | StackedBlock]
     shared: Mapping[str, Tensor]
 
 
-def map_weights(layer: LayerMap, *, n_experts: int) -> LayerWeights:
+def map_weights(layer: MappedLayer, *, n_experts: int) -> LayerWeights:
     """Return a layer's parameters over the map, without copying."""
-    stacked: dict[str, Tensor | BlockStack] = {}
+    stacked: dict[str, Tensor | StackedBlock] = {}
     shared: dict[str, Tensor] = {}
     for name, view in layer.tensors.items():
-        kind = stacked if view.shape[:1] == (n_experts,) else shared
-        kind[name] = as_tensor(view.buffer, view.dtype, view.shape)
+        destination = stacked if view.shape[:1] == (n_experts,) else shared
+        destination[name] = tensor_view(view.buffer, view.dtype, view.shape)
     return LayerWeights(stacked, shared)
 
 
 def copy_weights(
-    layer: LayerMap, *, n_experts: int, experts: Sequence[int], uploader: Uploader
+    layer: MappedLayer, *, n_experts: int, experts: Sequence[int], uploader: Uploader
 ) -> LayerWeights:
     """Return a copy of the parameters of `experts` (ascending) on the uploader's device."""
-    stacked: dict[str, Tensor | BlockStack] = {}
+    stacked: dict[str, Tensor | StackedBlock] = {}
     shared: dict[str, Tensor] = {}
     position = {expert: i for i, expert in enumerate(experts)}
     for name, view in layer.tensors.items():
@@ -77,27 +77,27 @@ def copy_weights(
         shape = (len(experts), *view.shape[1:]) if is_stacked else view.shape
         target = torch.empty(shape, dtype=TORCH_DTYPES[view.dtype], device=uploader.device)
         if is_stacked:
-            _put_experts(target, data, experts, len(data) // n_experts, uploader)
-            stacked[name] = BlockStack(target, position)
+            _upload_experts(target, data, experts, len(data) // n_experts, uploader)
+            stacked[name] = StackedBlock(target, position)
         else:
-            uploader.put(_as_bytes(target), data)
+            uploader.upload(_as_bytes(target), data)
             shared[name] = target
-    uploader.finish()
+    uploader.synchronize()
     return LayerWeights(stacked, shared)
 
 
-def _put_experts(
+def _upload_experts(
     target: Tensor, data: memoryview, experts: Sequence[int], stride: int, uploader: Uploader
 ) -> None:
     """Copy experts of `stride` bytes each; those that follow each other in one piece."""
-    there = _as_bytes(target)  # [n * stride]
-    for first, count in runs(experts):
-        at = experts.index(first) * stride
+    target_bytes = _as_bytes(target)  # [n * stride]
+    for first, count in consecutive_runs(experts):
+        offset = experts.index(first) * stride
         piece = data[first * stride : (first + count) * stride]
-        uploader.put(there[at : at + len(piece)], piece)
+        uploader.upload(target_bytes[offset : offset + len(piece)], piece)
 
 
-def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+def consecutive_runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yield (first, count) of each run of consecutive indices; they ascend."""
     start = 0
     for i in range(1, len(indices) + 1):
@@ -110,7 +110,7 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def as_tensor(buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
+def tensor_view(buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """Return a tensor over `buffer`, not copied; `dtype` as safetensors names it."""
     if math.prod(shape) == 0:
         return torch.empty(shape, dtype=TORCH_DTYPES[dtype])

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from faasmoe_operator.cli.checkpoint import run_child
+from faasmoe_operator.cli.checkpoint import run_in_foreground
 from faasmoe_operator.errors import CommandError
 
 MODULE = "benchmarks.evaluation"
@@ -38,14 +38,14 @@ def add_commands(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the benchmarks; return their exit status."""
-    root = find_root(ROOTS)
+    root = find_benchmarks_root(ROOTS)
     # Ahead of all else: the child's own children are to find the same benchmarks.
     paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH", ""))))
     command = [sys.executable, "-m", MODULE, arguments.benchmark, *arguments.options]
-    return run_child(command, environment={"PYTHONPATH": paths})
+    return run_in_foreground(command, environment={"PYTHONPATH": paths})
 
 
-def find_root(roots: Sequence[Path]) -> Path:
+def find_benchmarks_root(roots: Sequence[Path]) -> Path:
     """Return the folder that holds the benchmarks; raises CommandError if none does."""
     for root in roots:
         if root.joinpath(*MODULE.split("."), "__main__.py").is_file():

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from faasmoe_expert.lifeline import PARENT_VARIABLE
+from faasmoe_contracts.parent_death import PARENT_PID_ENV
 
 COMMAND = (sys.executable, "-m", "faasmoe_router.checkpoint")
 
@@ -67,7 +67,7 @@ def prepare_command(
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    return run_child(
+    return run_in_foreground(
         prepare_command(
             arguments.source,
             arguments.store,
@@ -79,30 +79,34 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _demo_model(arguments: argparse.Namespace) -> int:
-    return run_child([*COMMAND, "demo-model", arguments.folder, *["--exact"] * arguments.exact])
+    return run_in_foreground(
+        [*COMMAND, "demo-model", arguments.folder, *["--exact"] * arguments.exact]
+    )
 
 
-def run_child(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> int:
+def run_in_foreground(
+    command: Sequence[str], *, environment: Mapping[str, str] | None = None
+) -> int:
     """Run a command in our place and return its exit status; a Ctrl-C is the child's to handle.
 
     Args:
         command: what to run.
         environment: variables that it has besides ours.
     """
-    whole = {**os.environ, PARENT_VARIABLE: str(os.getpid()), **(environment or {})}
-    with subprocess.Popen(command, env=whole) as child:
+    full_environment = {**os.environ, PARENT_PID_ENV: str(os.getpid()), **(environment or {})}
+    with subprocess.Popen(command, env=full_environment) as child:
 
-        def forward(number: int, _: FrameType | None) -> None:
+        def forward_signal(number: int, _: FrameType | None) -> None:
             child.send_signal(number)
 
         # The terminal sends SIGINT to both; only what is sent to us alone is passed on.
-        before = [
+        previous_handlers = [
             signal.signal(signal.SIGINT, lambda _number, _frame: None),
-            signal.signal(signal.SIGTERM, forward),
+            signal.signal(signal.SIGTERM, forward_signal),
         ]
         try:
             status = child.wait()
         finally:
-            signal.signal(signal.SIGINT, before[0])
-            signal.signal(signal.SIGTERM, before[1])
+            signal.signal(signal.SIGINT, previous_handlers[0])
+            signal.signal(signal.SIGTERM, previous_handlers[1])
     return status if status >= 0 else 128 - status

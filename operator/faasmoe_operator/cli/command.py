@@ -10,12 +10,12 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from faasmoe_expert.store import StoreError
+from faasmoe_contracts.store import StoreError
+from faasmoe_operator.api.v1alpha1 import MoEModelError
 from faasmoe_operator.cli import bench, checkpoint, crd, plan, top, up, version
 from faasmoe_operator.errors import CommandError, FaasmoeError
-from faasmoe_operator.spec import MoEModelError
 
-INTERRUPTED = 130
+EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,13 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="faasmoe: %(levelname)s %(message)s")
     try:
-        status: int = arguments.run(arguments)
+        exit_status: int = arguments.run(arguments)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     except (FaasmoeError, StoreError) as error:
         print(f"faasmoe: error: {error}", file=sys.stderr)
-        return _status(error)
-    return status
+        return _exit_status(error)
+    return exit_status
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _status(error: Exception) -> int:
+def _exit_status(error: Exception) -> int:
     if isinstance(error, CommandError):
-        return error.status
+        return error.exit_status
     return 2 if isinstance(error, MoEModelError) else 1

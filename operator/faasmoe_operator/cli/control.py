@@ -20,17 +20,17 @@ HOST = "127.0.0.1"
 START_TIMEOUT_S = 180.0
 GRACE_S = 5.0
 PROBE_INTERVAL_S = 0.05
-ANSWER_TIMEOUT_S = 5.0
+RESPONSE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class ControlPort:
+class ReservedControlPort:
     """A port that is ours for as long as this object lives, control restarts included."""
 
     reservation: socket.socket
 
     @classmethod
-    def reserve(cls) -> ControlPort:
+    def reserve(cls) -> ReservedControlPort:
         """Reserve a free port: bound, not listened on, so that a child of ours can listen."""
         reservation = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -54,7 +54,7 @@ class ControlPort:
 
 
 @dataclass(frozen=True, slots=True)
-class Secrets:
+class StackSecrets:
     """What the processes of one `faasmoe up` share; never in a command line.
 
     Attributes:
@@ -67,7 +67,7 @@ class Secrets:
 
 
 def environment(
-    file: Path, *, zygote_socket: Path, port: ControlPort, secrets: Secrets
+    file: Path, *, zygote_socket: Path, port: ReservedControlPort, secrets: StackSecrets
 ) -> dict[str, str]:
     """Return the whole environment of the control process.
 
@@ -88,10 +88,10 @@ def environment(
     }
 
 
-async def wait_answering(url: str, *, timeout_s: float = START_TIMEOUT_S) -> None:
+async def wait_until_healthy(url: str, *, timeout_s: float = START_TIMEOUT_S) -> None:
     """Wait until the control API answers; raises CommandError."""
     deadline_s = time.monotonic() + timeout_s
-    timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
+    timeout = aiohttp.ClientTimeout(total=RESPONSE_TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout) as http:
         while time.monotonic() < deadline_s:
             try:
@@ -105,7 +105,7 @@ async def wait_answering(url: str, *, timeout_s: float = START_TIMEOUT_S) -> Non
 
 async def fetch_status(url: str, *, token: str) -> dict[str, Any]:
     """Return the control's state; raises CommandError."""
-    timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
+    timeout = aiohttp.ClientTimeout(total=RESPONSE_TIMEOUT_S)
     headers = {"Authorization": f"Bearer {token}"}
     try:
         async with (
@@ -117,6 +117,6 @@ async def fetch_status(url: str, *, token: str) -> dict[str, Any]:
             status: dict[str, Any] = await response.json()
             return status
     except TimeoutError as error:
-        raise CommandError(f"control {url}: no answer in {ANSWER_TIMEOUT_S:g} s") from error
+        raise CommandError(f"control {url}: no answer in {RESPONSE_TIMEOUT_S:g} s") from error
     except (aiohttp.ClientError, ValueError) as error:
         raise CommandError(f"control {url}: {error}") from error

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from faasmoe_operator.api.v1alpha1.crd import CRD_FILE_NAME, render_crd_yaml
 from faasmoe_operator.errors import CommandError
-from faasmoe_operator.spec.crd import FILE_NAME, crd_yaml
 
 
 def add_commands(commands: Any) -> None:
@@ -18,10 +18,12 @@ def add_commands(commands: Any) -> None:
         description="Print the CustomResourceDefinition of the MoEModel, for `kubectl apply "
         "--server-side -f -`.",
     )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--output", type=Path, metavar="DIR", help=f"write DIR/{FILE_NAME}")
-    where.add_argument(
-        "--check", type=Path, metavar="DIR", help=f"fail unless DIR/{FILE_NAME} is up to date"
+    destination = parser.add_mutually_exclusive_group()
+    destination.add_argument(
+        "--output", type=Path, metavar="DIR", help=f"write DIR/{CRD_FILE_NAME}"
+    )
+    destination.add_argument(
+        "--check", type=Path, metavar="DIR", help=f"fail unless DIR/{CRD_FILE_NAME} is up to date"
     )
     parser.set_defaults(run=run)
 
@@ -29,28 +31,28 @@ def add_commands(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print, write or compare it."""
     if arguments.check is not None:
-        _check(arguments.check / FILE_NAME)
+        _check_up_to_date(arguments.check / CRD_FILE_NAME)
     elif arguments.output is not None:
-        _write(arguments.output / FILE_NAME)
+        _write_crd(arguments.output / CRD_FILE_NAME)
     else:
-        print(crd_yaml(), end="")
+        print(render_crd_yaml(), end="")
     return 0
 
 
-def _write(path: Path) -> None:
+def _write_crd(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(crd_yaml(), encoding="utf-8")
+        path.write_text(render_crd_yaml(), encoding="utf-8")
     except OSError as error:
         raise CommandError(f"--output: {path} cannot be written: {error.strerror}") from error
 
 
-def _check(path: Path) -> None:
+def _check_up_to_date(path: Path) -> None:
     try:
-        held = path.read_text(encoding="utf-8")
+        current = path.read_text(encoding="utf-8")
     except OSError as error:
         raise CommandError(f"--check: {path} cannot be read: {error.strerror}") from error
-    if held != crd_yaml():
+    if current != render_crd_yaml():
         raise CommandError(
             f"{path}: not up to date; `faasmoe crd --output {path.parent}` writes it"
         )

@@ -11,7 +11,7 @@ from typing import Self, TextIO
 from faasmoe_operator.errors import CommandError
 
 
-class Logs:
+class LogSinks:
     """Hands out one sink for each child; a context manager that closes the files."""
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -25,7 +25,7 @@ class Logs:
                 self._directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CommandError(
-                    f"--log-dir: {self._directory} cannot be made: {error.strerror}", status=2
+                    f"--log-dir: {self._directory} cannot be made: {error.strerror}", exit_status=2
                 ) from error
         return self
 
@@ -45,10 +45,10 @@ class Logs:
             return self._files.enter_context(path.open("a", encoding="utf-8"))
         except OSError as error:
             raise CommandError(
-                f"--log-dir: {path} cannot be written: {error.strerror}", status=2
+                f"--log-dir: {path} cannot be written: {error.strerror}", exit_status=2
             ) from error
 
 
-def say(text: str) -> None:
+def print_progress(text: str) -> None:
     """Tell the user what is going on, beside the output."""
     print(f"faasmoe: {text}", file=sys.stderr, flush=True)

@@ -8,11 +8,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from faasmoe_expert.store import Manifest
-from faasmoe_expert.table import FunctionSpec
-from faasmoe_operator.cli.memory import format_bytes
-from faasmoe_operator.cli.table import format_table
-from faasmoe_operator.control.deployment import Deployment
+from faasmoe_contracts.routing_table import FunctionSpec
+from faasmoe_contracts.store import Manifest
+from faasmoe_operator.cli.formatting import format_bytes, format_table
+from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.plan.functions import function_bytes
 
 
@@ -36,15 +35,15 @@ SANDBOX_BYTES = 6 << 20
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan."""
-    deployment = Deployment.load(arguments.file)
+    deployment = LocalModel.load(arguments.file)
     manifest = deployment.open_store().manifest
     functions = deployment.functions(manifest, key=secrets.token_bytes(16))
-    print(describe(deployment, manifest, functions))
+    print(format_plan(deployment, manifest, functions))
     return 0
 
 
-def describe(
-    deployment: Deployment, manifest: Manifest, functions: tuple[FunctionSpec, ...]
+def format_plan(
+    deployment: LocalModel, manifest: Manifest, functions: tuple[FunctionSpec, ...]
 ) -> str:
     """Return the plan as text: the model, its sandboxes, its functions by shape."""
     capacity, pool = deployment.template.capacity, deployment.model.spec.experts.warm_pool
@@ -61,7 +60,7 @@ def describe(
             ("moe layers", str(len(manifest.layers))),
             ("functions", f"{len(functions)}, {format_bytes(weights)} of weights"),
             ("sandboxes", f"{capacity} functions in each at most, {pool} generic ones kept ready"),
-            ("router", f"{format_bytes(_router_bytes(manifest))} of weights"),
+            ("router", f"{format_bytes(_router_weights_bytes(manifest))} of weights"),
             ("idle", f"{pool} sandboxes, about {format_bytes(_sandbox_bytes(pool))}"),
             (
                 "all up",
@@ -70,7 +69,7 @@ def describe(
             ),
         ],
     )
-    shapes = Counter((_ranges(f.experts), len(f.layers), sizes[f.id]) for f in functions)
+    shapes = Counter((_format_range(f.experts), len(f.layers), sizes[f.id]) for f in functions)
     rows = [
         (experts, str(layers), str(count), format_bytes(size))
         for (experts, layers, size), count in shapes.items()
@@ -78,7 +77,7 @@ def describe(
     return f"{head}\n\n{format_table(('EXPERTS', 'LAYERS', 'FUNCTIONS', 'WEIGHTS OF EACH'), rows)}"
 
 
-def _router_bytes(manifest: Manifest) -> int:
+def _router_weights_bytes(manifest: Manifest) -> int:
     files = manifest.files.items()
     return sum(file.size_bytes for name, file in files if name.startswith("router/"))
 
@@ -87,5 +86,5 @@ def _sandbox_bytes(n_sandboxes: int) -> int:
     return RUNTIME_BYTES + n_sandboxes * SANDBOX_BYTES
 
 
-def _ranges(indices: tuple[int, ...]) -> str:
+def _format_range(indices: tuple[int, ...]) -> str:
     return f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0])

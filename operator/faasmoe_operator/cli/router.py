@@ -13,7 +13,7 @@ from pathlib import Path
 
 import aiohttp
 
-from faasmoe_operator.control.deployment import Deployment
+from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.errors import CommandError
 
 COMMAND = (sys.executable, "-m", "faasmoe_router")
@@ -23,7 +23,7 @@ PROBE_INTERVAL_S = 0.1
 PROBE_TIMEOUT_S = 2.0
 PROGRESS_INTERVAL_S = 5.0
 
-PROCESS_ENVIRONMENT = {
+DEFAULT_ENVIRONMENT = {
     # Threads that wait by spinning steal the cores that the sandboxes compute on.
     "OMP_WAIT_POLICY": "PASSIVE",
     # A heap for each thread would keep free memory in each.
@@ -59,12 +59,12 @@ class Endpoint:
         except OSError as error:
             raise CommandError(
                 f"--host, --port: cannot listen on {self.host}:{self.port}: {error.strerror}",
-                status=2,
+                exit_status=2,
             ) from error
 
 
 def environment(
-    deployment: Deployment,
+    deployment: LocalModel,
     endpoint: Endpoint,
     *,
     control_url: str,
@@ -99,32 +99,32 @@ def environment(
         "TOKEN": token,
     }
     return {
-        **PROCESS_ENVIRONMENT,
+        **DEFAULT_ENVIRONMENT,
         **os.environ,
         **{variable.name: variable.value for variable in router.env},
         **{f"FAASMOE_{name}": str(value) for name, value in settings.items() if value is not None},
     }
 
 
-async def wait_serving(
+async def wait_until_healthy(
     endpoint: Endpoint,
     *,
     progress: Callable[[str], None],
     timeout_s: float = START_TIMEOUT_S,
 ) -> None:
     """Wait until the router says that it can serve; raises CommandError."""
-    begun_s = told_s = time.monotonic()
+    started_s = last_progress_s = time.monotonic()
     timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout) as http:
         while True:
             if await _is_healthy(http, endpoint):
                 return
             now_s = time.monotonic()
-            if now_s - begun_s > timeout_s:
+            if now_s - started_s > timeout_s:
                 raise CommandError(f"the router did not serve after {timeout_s:g} s")
-            if now_s - told_s > PROGRESS_INTERVAL_S:
-                progress(f"waiting for the router, {now_s - begun_s:.0f} s")
-                told_s = now_s
+            if now_s - last_progress_s > PROGRESS_INTERVAL_S:
+                progress(f"waiting for the router, {now_s - started_s:.0f} s")
+                last_progress_s = now_s
             await asyncio.sleep(PROBE_INTERVAL_S)
 
 

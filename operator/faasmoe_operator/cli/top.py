@@ -1,4 +1,7 @@
-"""`faasmoe top`: what a running model's functions and sandboxes do, again and again."""
+"""One frame of `faasmoe top`: the control's status as text. Pure.
+
+`faasmoe top`: what a running model's functions and sandboxes do, again and again.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,96 @@ import argparse
 import asyncio
 import os
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from faasmoe_operator.cli.control import fetch_status
-from faasmoe_operator.cli.frame import draw
-from faasmoe_operator.cli.interruption import interruptible
-from faasmoe_operator.cli.runtime import Running, find_running
+from faasmoe_operator.cli.formatting import format_bytes, format_table
+from faasmoe_operator.cli.runtime_dir import LocalInstance, list_instances
+from faasmoe_operator.cli.signals import run_until_signal
 from faasmoe_operator.errors import CommandError
+
+FUNCTION_HEADER = (
+    "FUNCTION",
+    "LAYERS",
+    "EXPERTS",
+    "STATE",
+    "REPLICAS",
+    "LOAD",
+    "CALLS",
+    "ROWS",
+    "IDLE",
+    "WEIGHTS",
+    "MEMORY",
+)
+
+
+def render_status(status: Mapping[str, Any], *, max_lines: int) -> str:
+    """Return a frame: totals, then the functions that were used most.
+
+    Args:
+        status: what GET /v1/status says.
+        max_lines: functions at most.
+    """
+    functions = sorted(status["functions"], key=lambda f: (-f["rows"], -f["ready"]))
+    memory = _memory_by_function(status["sandboxes"])
+    rows = [
+        _function_row(function, memory.get(function["id"])) for function in functions[:max_lines]
+    ]
+    n_hidden = len(functions) - len(rows)
+    lines = [*_summary_lines(status), "", format_table(FUNCTION_HEADER, rows)]
+    return "\n".join(lines + ([f"and {n_hidden} functions more"] if n_hidden else []))
+
+
+def _summary_lines(status: Mapping[str, Any]) -> list[str]:
+    functions, sandboxes, pool = status["functions"], status["sandboxes"], status["pool"]
+    weights = sum(f["size_bytes"] for f in functions if f["ready"] > 0)
+    memory = sum(sandbox["pss_bytes"] or 0 for sandbox in sandboxes)
+    reasons = ", ".join(f"{name} {count}" for name, count in sorted(status["decisions"].items()))
+    return [
+        f"{status['model']}: {len(functions)} functions ({_count_by_state(functions)}), "
+        f"{sum(f['ready'] for f in functions)} replicas, {format_bytes(weights)} of weights up",
+        f"sandboxes: {len(sandboxes)} ({_count_by_state(sandboxes)}), {format_bytes(memory)}; "
+        f"generic: {pool['ready']}, pool of {pool['size']}",
+        f"routers: {status['followers']}; queued calls and requests: {status['held']}; "
+        f"decisions: {reasons or 'none'}",
+    ]
+
+
+def _count_by_state(entries: Sequence[Mapping[str, Any]]) -> str:
+    counts = Counter(entry["state"] for entry in entries)
+    return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none"
+
+
+def _memory_by_function(sandboxes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return each function's share of its sandboxes' memory."""
+    memory: dict[str, float] = {}
+    for sandbox in sandboxes:
+        for function in sandbox["functions"]:
+            share = (sandbox["pss_bytes"] or 0) / len(sandbox["functions"])
+            memory[function] = memory.get(function, 0.0) + share
+    return memory
+
+
+def _function_row(function: Mapping[str, Any], memory_bytes: float | None) -> tuple[str, ...]:
+    load, idle_s = function["concurrency"], function["idle_s"]
+    layers = function["layers"]
+    return (
+        function["id"][:12],
+        str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}",
+        str(function["n_experts"]),
+        function["state"],
+        f"{function['ready']}/{function['desired']}",
+        "-" if load is None else f"{load:.2f}",
+        str(function["calls"]),
+        str(function["rows"]),
+        "-" if idle_s is None else f"{idle_s:.0f} s",
+        format_bytes(function["size_bytes"]),
+        format_bytes(memory_bytes),
+    )
+
 
 TOKEN_VARIABLE = "FAASMOE_TOKEN"
 CLEAR = "\x1b[H\x1b[2J"
@@ -32,7 +117,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--url", help=f"address of a control API; its token in {TOKEN_VARIABLE}")
     parser.add_argument("--once", action="store_true", help="print once and end")
     parser.add_argument(
-        "--interval", type=_positive, default=2.0, metavar="S", help="seconds (%(default)s)"
+        "--interval", type=_interval_seconds, default=2.0, metavar="S", help="seconds (%(default)s)"
     )
     parser.add_argument(
         "--lines", type=int, default=DEFAULT_LINES, help="functions at most (%(default)s)"
@@ -42,36 +127,40 @@ def add_commands(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print frames until a signal, or one."""
-    url, token = _address(arguments)
-    return asyncio.run(interruptible(_top(url, token, arguments)))
+    url, token = _control_address(arguments)
+    return asyncio.run(run_until_signal(_refresh_until_cancelled(url, token, arguments)))
 
 
-async def _top(url: str, token: str, arguments: argparse.Namespace) -> int:
-    begin = "" if arguments.once or not sys.stdout.isatty() else CLEAR
+async def _refresh_until_cancelled(url: str, token: str, arguments: argparse.Namespace) -> int:
+    clear_screen = "" if arguments.once or not sys.stdout.isatty() else CLEAR
     while True:
-        frame = draw(await fetch_status(url, token=token), max_lines=arguments.lines)
-        print(f"{begin}{frame}", flush=True)
+        screen = render_status(await fetch_status(url, token=token), max_lines=arguments.lines)
+        print(f"{clear_screen}{screen}", flush=True)
         if arguments.once:
             return 0
         await asyncio.sleep(arguments.interval)
 
 
-def _address(arguments: argparse.Namespace) -> tuple[str, str]:
+def _control_address(arguments: argparse.Namespace) -> tuple[str, str]:
     if arguments.url is not None:
         return arguments.url.rstrip("/"), os.environ.get(TOKEN_VARIABLE, "")
-    found = [entry for entry in find_running() if _is_meant(entry, arguments.file)]
+    found = [entry for entry in list_instances() if _serves_file(entry, arguments.file)]
     if len(found) != 1:
         names = ", ".join(f"{entry.name} ({entry.file})" for entry in found)
-        what = f"several run: {names}; name one with --file" if found else "none runs"
+        what = (
+            f"several instances are running: {names}; name one with --file"
+            if found
+            else "no instance is running"
+        )
         raise CommandError(f"faasmoe up: {what}")
     return found[0].control_url, found[0].token
 
 
-def _is_meant(entry: Running, file: Path | None) -> bool:
+def _serves_file(entry: LocalInstance, file: Path | None) -> bool:
     return file is None or str(file.resolve()) == entry.file
 
 
-def _positive(text: str) -> float:
+def _interval_seconds(text: str) -> float:
     try:
         value = float(text)
     except ValueError:

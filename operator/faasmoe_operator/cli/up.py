@@ -1,29 +1,127 @@
-"""`faasmoe up -f FILE`: a model served by processes of this machine, until Ctrl-C."""
+"""Whether this machine has the devices that a MoEModel asks for: asked before anything is started.
+
+The control plane has no torch, so a process that has it is asked, and only if cuda is asked for.
+
+What `faasmoe up` tells its user once the model is served.
+
+`faasmoe up -f FILE`: a model served by processes of this machine, until Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import secrets
-from collections.abc import Collection, Coroutine
+import sys
+from asyncio.subprocess import DEVNULL, PIPE
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Never
 
-from faasmoe_expert.store import Store
-from faasmoe_operator.cli import child, control, router
+from faasmoe_contracts.store import Store
+from faasmoe_operator.api.v1alpha1 import MoEModelError
+from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
+from faasmoe_operator.cli import child_process, control, router
 from faasmoe_operator.cli.checkpoint import prepare_command
-from faasmoe_operator.cli.devices import check_devices
-from faasmoe_operator.cli.interruption import interruptible
-from faasmoe_operator.cli.launch import Launch, Processes, running_processes
-from faasmoe_operator.cli.logs import Logs, say
-from faasmoe_operator.cli.memory import format_bytes
-from faasmoe_operator.cli.runtime import announce, runtime_folder
-from faasmoe_operator.cli.service import describe
-from faasmoe_operator.control.deployment import Deployment
+from faasmoe_operator.cli.formatting import format_bytes, format_table
+from faasmoe_operator.cli.local_stack import StackProcesses, StackSpec, running_stack
+from faasmoe_operator.cli.logs import LogSinks, print_progress
+from faasmoe_operator.cli.runtime_dir import private_runtime_dir, register_instance
+from faasmoe_operator.cli.signals import run_until_signal
+from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.errors import CommandError
-from faasmoe_operator.spec.platform import platform_notes
+from faasmoe_operator.platforms.process import pss_bytes
+
+DEVICE_PROBE_COMMAND = (sys.executable, "-m", "faasmoe_expert.device")
+DEVICE_PROBE_TIMEOUT_S = 60.0
+CUDA = "cuda"
+
+
+async def check_devices(
+    deployment: LocalModel, *, command: Sequence[str] = DEVICE_PROBE_COMMAND
+) -> None:
+    """Raise MoEModelError if cuda is asked for and this machine has none.
+
+    Args:
+        deployment: what is to be served.
+        command: says as JSON what devices there are.
+    """
+    spec = deployment.model.spec
+    devices = {"spec.router.device": spec.router.device, "spec.experts.device": spec.experts.device}
+    fields = [field for field, device in devices.items() if device == CUDA]
+    if not fields:
+        return
+    found = await _probe_devices(command)
+    if found["n_devices"] == 0:
+        expected = f"cpu or auto on this machine: {found['why_none']}"
+        problems = [f"{field}: got {CUDA}, expected {expected}" for field in fields]
+        raise MoEModelError(str(deployment.file), problems)
+
+
+async def _probe_devices(command: Sequence[str]) -> dict[str, Any]:
+    process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE)
+    try:
+        async with asyncio.timeout(DEVICE_PROBE_TIMEOUT_S):
+            output, _ = await process.communicate()
+    except TimeoutError:
+        raise CommandError(
+            f"{command[-1]} did not respond within {DEVICE_PROBE_TIMEOUT_S:g} s"
+        ) from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    try:
+        return dict(json.loads(output))
+    except ValueError:
+        raise CommandError(f"{command[-1]} ended with status {process.returncode}") from None
+
+
+PROCESS_HEADER = ("PROCESS", "PID", "MEMORY")
+
+
+def format_summary(
+    status: Mapping[str, Any],
+    *,
+    url: str,
+    control_url: str,
+    pids: Mapping[str, int | None],
+    tenants: Sequence[str] = (),
+) -> str:
+    """Return endpoints and memory as text; memory is what each process has touched (PSS).
+
+    Args:
+        status: what the control says.
+        url: the router's address.
+        control_url: the control API's address.
+        pids: the processes that are no sandboxes, by name.
+        tenants: names of those who may use the model; none if it is open.
+    """
+    functions, sandboxes = status["functions"], status["sandboxes"]
+    n_active = sum(function["ready"] > 0 for function in functions)
+    sizes = {name: pss_bytes(pid) if pid else None for name, pid in pids.items()}
+    sandbox_bytes = sum(sandbox["pss_bytes"] or 0 for sandbox in sandboxes)
+    rows = [(name, str(pids[name] or "-"), format_bytes(size)) for name, size in sizes.items()]
+    rows.append((f"{len(sandboxes)} sandboxes", "-", format_bytes(sandbox_bytes)))
+    total = sum(size or 0 for size in sizes.values()) + sandbox_bytes
+    return "\n".join(
+        [
+            f"{status['model']} is served by {len(functions)} functions, {n_active} of them up now, "
+            f"in {len(sandboxes)} sandboxes",
+            "",
+            f"  OpenAI base URL  {url}/v1",
+            *(f"  tenant           {name}: {url}/{name}/v1" for name in tenants),
+            f"  model            {status['model']}",
+            f"  control          {control_url}  (faasmoe top)",
+            "",
+            format_table(PROCESS_HEADER, rows),
+            f"memory of all processes, pages shared counted once: {format_bytes(total)}",
+        ]
+    )
+
 
 PREPARE_GRACE_S = 10.0
 
@@ -50,48 +148,52 @@ def add_commands(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal or a failure."""
-    deployment = Deployment.load(arguments.file)
-    deployment.check_keys()
-    for note in platform_notes(deployment.model):
-        say(note)
+    deployment = LocalModel.load(arguments.file)
+    deployment.check_api_keys()
+    for note in process_platform_warnings(deployment.model):
+        print_progress(note)
     endpoint = router.Endpoint(arguments.host, arguments.port)
     endpoint.check_free()
-    with Logs(arguments.log_dir) as logs:
-        trusted = arguments.skip_verify
-        return asyncio.run(interruptible(_up(deployment, endpoint, logs, trusted=trusted)))
+    with LogSinks(arguments.log_dir) as logs:
+        skip_verify = arguments.skip_verify
+        return asyncio.run(
+            run_until_signal(
+                _prepare_and_serve(deployment, endpoint, logs, skip_verify=skip_verify)
+            )
+        )
 
 
-async def _up(
-    deployment: Deployment, endpoint: router.Endpoint, logs: Logs, *, trusted: bool
+async def _prepare_and_serve(
+    deployment: LocalModel, endpoint: router.Endpoint, logs: LogSinks, *, skip_verify: bool
 ) -> int:
     await check_devices(deployment)
     if not deployment.is_prepared:
         await _prepare(deployment)
-        trusted = True  # the checksums were made this moment
+        skip_verify = True  # the checksums were made this moment
     store = deployment.open_store()
     # Refused here, where the user reads it, and not in a child.
     deployment.functions(store.manifest, key=secrets.token_bytes(32))
-    if not trusted:
+    if not skip_verify:
         await _verify(store)
-    with runtime_folder() as folder, closing(control.ControlPort.reserve()) as port:
-        launch = Launch.make(deployment, endpoint, folder=folder, port=port)
-        announce(launch.running, folder)
-        say("starting zygote, control process and router")
-        async with running_processes(launch, logs) as processes:
-            return await _serve(launch, processes)
+    with private_runtime_dir() as folder, closing(control.ReservedControlPort.reserve()) as port:
+        spec = StackSpec.create(deployment, endpoint, folder=folder, port=port)
+        register_instance(spec.instance, folder)
+        print_progress("starting zygote, control process and router")
+        async with running_stack(spec, logs) as processes:
+            return await _serve(spec, processes)
 
 
-async def _prepare(deployment: Deployment) -> None:
+async def _prepare(deployment: LocalModel) -> None:
     source, path = deployment.source, deployment.store_path
-    say(f"preparing {source} in {path}")
+    print_progress(f"preparing {source} in {path}")
     revision = deployment.model.spec.model.revision
-    async with child.running(
+    async with child_process.running_child(
         prepare_command(source, str(path), revision=revision, dtype=deployment.dtype),
         environment=os.environ,
         log=None,
         grace_s=PREPARE_GRACE_S,
     ) as preparation:
-        if (status := await preparation.status()) != 0:
+        if (status := await preparation.exit_status()) != 0:
             raise CommandError(f"the preparation of {source} ended with status {status}")
 
 
@@ -99,57 +201,61 @@ async def _verify(store: Store) -> None:
     """Check the store's files, one after the other, so that a signal need not wait for them all."""
     files = store.manifest.files
     size = format_bytes(sum(file.size_bytes for file in files.values()))
-    say(f"checking the store's {len(files)} files, {size} (--skip-verify leaves it out)")
+    print_progress(f"checking the store's {len(files)} files, {size} (--skip-verify leaves it out)")
     for name in files:
         await asyncio.to_thread(store.verify, [name])
 
 
-async def _serve(launch: Launch, processes: Processes) -> int:
+async def _serve(spec: StackSpec, processes: StackProcesses) -> int:
     """Serve until a signal cancels this task: once the model is served, that is a good end."""
     task, serving = asyncio.current_task(), asyncio.Event()
     assert task is not None
     try:
-        await _unless(processes.failures, _tell_when_serving(launch, processes, serving))
-        await _unless(processes.failures, _never())
+        await _run_until_failure(
+            processes.failures, _print_summary_when_healthy(spec, processes, serving)
+        )
+        await _run_until_failure(processes.failures, _wait_forever())
     except asyncio.CancelledError:
         if not serving.is_set():
             raise
         task.uncancel()
     finally:
-        say("ending")
+        print_progress("ending")
     return 0
 
 
-async def _tell_when_serving(launch: Launch, processes: Processes, serving: asyncio.Event) -> None:
-    url = launch.port.url
-    await control.wait_answering(url)
-    await router.wait_serving(launch.endpoint, progress=say)
-    status = await control.fetch_status(url, token=launch.secrets.token)
-    text = describe(
+async def _print_summary_when_healthy(
+    spec: StackSpec, processes: StackProcesses, serving: asyncio.Event
+) -> None:
+    url = spec.port.url
+    await control.wait_until_healthy(url)
+    await router.wait_until_healthy(spec.endpoint, progress=print_progress)
+    status = await control.fetch_status(url, token=spec.secrets.token)
+    text = format_summary(
         status,
-        url=launch.endpoint.url,
+        url=spec.endpoint.url,
         control_url=url,
         pids=processes.pids,
-        tenants=[tenant.name for tenant in launch.deployment.model.spec.tenants],
+        tenants=[tenant.name for tenant in spec.deployment.model.spec.tenants],
     )
     serving.set()  # before it is told: whoever reads it may send the signal at once
     print(text, flush=True)
 
 
-async def _never() -> None:
+async def _wait_forever() -> None:
     await asyncio.Event().wait()
 
 
-async def _unless(
-    failures: Collection[asyncio.Task[Never]], work: Coroutine[Any, Any, None]
+async def _run_until_failure(
+    failures: Collection[asyncio.Task[Never]], coroutine: Coroutine[Any, Any, None]
 ) -> None:
     """Run the work to its end, or until a failure ends it and is raised."""
-    task = asyncio.create_task(work)
+    task = asyncio.create_task(coroutine)
     try:
         await asyncio.wait([task, *failures], return_when=asyncio.FIRST_COMPLETED)
-        for ended in [*failures, task]:
-            if ended.done():
-                await ended
+        for finished in [*failures, task]:
+            if finished.done():
+                await finished
                 return
     finally:
         task.cancel()

@@ -6,10 +6,10 @@ import asyncio
 import logging
 import sys
 
-from faasmoe_expert.lifeline import LifelineError, die_with_parent
-from faasmoe_expert.store import StoreError
+from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
+from faasmoe_contracts.store import StoreError
 from faasmoe_operator.control.config import ControlConfig
-from faasmoe_operator.control.process import serve
+from faasmoe_operator.control.process import run_control_process
 from faasmoe_operator.errors import FaasmoeError
 
 
@@ -18,8 +18,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         die_with_parent()
-        asyncio.run(serve(ControlConfig.from_env()))
-    except (FaasmoeError, StoreError, LifelineError, OSError) as error:
+        asyncio.run(run_control_process(ControlConfig.from_env()))
+    except (FaasmoeError, StoreError, ParentDeathError, OSError) as error:
         print(f"faasmoe_operator.control: {error}", file=sys.stderr)
         return 2
     return 0

@@ -15,7 +15,7 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = "8090"
 
 
-class ConfigError(FaasmoeError):
+class OperatorConfigError(FaasmoeError):
     """A setting that cannot be used; the message names the variable."""
 
 
@@ -55,7 +55,7 @@ class ControlConfig:
 def _required(env: Mapping[str, str], name: str, expected: str) -> str:
     value = env.get(PREFIX + name, "")
     if not value:
-        raise ConfigError(f"{PREFIX}{name}: not set, expected {expected}")
+        raise OperatorConfigError(f"{PREFIX}{name}: not set, expected {expected}")
     return value
 
 
@@ -64,13 +64,13 @@ def _key(text: str) -> bytes:
     try:
         key = bytes.fromhex(text)
     except ValueError:
-        raise ConfigError(expected) from None
+        raise OperatorConfigError(expected) from None
     if len(key) < MIN_KEY_BYTES:
-        raise ConfigError(expected)
+        raise OperatorConfigError(expected)
     return key
 
 
 def _port(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise ConfigError(f"{PREFIX}CONTROL_PORT: got {text!r}, expected 1 to 65535")
+        raise OperatorConfigError(f"{PREFIX}CONTROL_PORT: got {text!r}, expected 1 to 65535")
     return int(text)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from faasmoe_expert.table import FunctionSpec
-from faasmoe_operator.plan.functions import Cut, LayerShape, function_bytes
+from faasmoe_contracts.routing_table import FunctionSpec
+from faasmoe_operator.api.v1alpha1.experts import GranularitySpec, ScalingSpec
+from faasmoe_operator.plan.functions import LayerShape, Partitioning, function_bytes
 from faasmoe_operator.scaling import ScalingSettings
-from faasmoe_operator.spec.experts import Granularity
-from faasmoe_operator.spec.scaling import Scaling
 
 PROGRESS_DEADLINE_S = 600.0
 
@@ -34,24 +33,24 @@ class ManagedFunction:
         return self.spec.id
 
     @property
-    def shape(self) -> str:
+    def stable_key(self) -> str:
         """Layers and experts as text: the same in every run, as the id is not."""
-        return f"{_text(self.spec.layers)}:{_text(self.spec.experts)}"
+        return f"{_join_indices(self.spec.layers)}:{_join_indices(self.spec.experts)}"
 
     @property
-    def apart(self) -> str:
+    def anti_affinity_key(self) -> str:
         """What functions share that are called at the same time: their layers."""
-        return _text(self.spec.layers)
+        return _join_indices(self.spec.layers)
 
 
-def cut_of(granularity: Granularity) -> Cut:
+def partitioning_of(granularity: GranularitySpec) -> Partitioning:
     """Return how a MoEModel's experts are cut into functions."""
     experts = granularity.experts_per_function
-    return Cut(None if experts == "auto" else experts, granularity.layers_per_function)
+    return Partitioning(None if experts == "auto" else experts, granularity.layers_per_function)
 
 
 def managed_functions(
-    specs: Sequence[FunctionSpec], layers: Sequence[LayerShape], *, scaling: Scaling
+    specs: Sequence[FunctionSpec], layers: Sequence[LayerShape], *, scaling: ScalingSpec
 ) -> tuple[ManagedFunction, ...]:
     """Return the functions with their sizes and settings.
 
@@ -70,7 +69,7 @@ def managed_functions(
     )
 
 
-def scaling_settings(scaling: Scaling) -> ScalingSettings:
+def scaling_settings(scaling: ScalingSpec) -> ScalingSettings:
     """Return the autoscaler's settings for a MoEModel's."""
     return ScalingSettings(
         min_scale=scaling.min_scale,
@@ -91,5 +90,5 @@ def scaling_settings(scaling: Scaling) -> ScalingSettings:
     )
 
 
-def _text(indices: Sequence[int]) -> str:
+def _join_indices(indices: Sequence[int]) -> str:
     return ",".join(map(str, indices))

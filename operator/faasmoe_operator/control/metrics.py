@@ -4,44 +4,59 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+DURATION_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
-class ControlMetrics:
+class ControlPlaneMetrics:
     """Counters of one control process, on a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.functions = self._gauge("functions", "Functions by state.", "state")
         self.sandboxes = self._gauge("sandboxes", "Sandboxes by state.", "state")
-        self.held = self._gauge("held", "Calls and requests that wait in routers.")
-        self.streams = self._gauge("table_streams", "Routers that follow the function table.")
-        self.tasks = self._gauge("tasks", "Tasks of the event loop.")
-        self.activations = self._counter(
-            "activations", "Functions brought up from zero by a wake.", "outcome"
+        self.queue_depth = self._gauge("queue_depth", "Calls and requests queued in routers.")
+        self.routing_table_watchers = self._gauge(
+            "routing_table_watchers", "Routers that watch the routing table."
         )
-        self.wakes = self._counter("wakes", "Wakes taken.")
-        self.reports = self._counter("load_reports", "Load reports taken.")
-        self.refused = self._counter("refused", "Requests refused.", "code")
-        self.decisions = self._counter(
+        self.event_loop_tasks = self._gauge("event_loop_tasks", "Tasks of the event loop.")
+        self.activations = self._counter(
+            "activations", "Activations of functions at zero.", "outcome"
+        )
+        self.activation_requests = self._counter(
+            "activation_requests", "Activation requests received."
+        )
+        self.load_reports = self._counter("load_reports", "Load reports received.")
+        self.rejected_requests = self._counter(
+            "rejected_requests", "API requests rejected.", "code"
+        )
+        self.scale_decisions = self._counter(
             "scale_decisions", "Decisions that changed a function's replicas.", "reason"
         )
-        self.actions = self._counter("actions", "Actions begun on sandboxes.", "action", "reason")
-        self.failures = self._counter("sandbox_failures", "Sandboxes given up or lost.", "cause")
-        self.cold_start = self._histogram(
-            "cold_start_seconds", "From a wake until the function's address is in the table."
+        self.sandbox_actions = self._counter(
+            "sandbox_actions", "Actions started on sandboxes.", "action", "reason"
         )
-        self.attach = self._histogram("attach_seconds", "Time of an attach, with its HTTP call.")
+        self.sandbox_failures = self._counter(
+            "sandbox_failures", "Sandboxes that failed or were lost.", "cause"
+        )
+        self.cold_start_seconds = self._histogram(
+            "cold_start_seconds",
+            "From activation request until the function's address is in the routing table.",
+        )
+        self.attach_seconds = self._histogram(
+            "attach_seconds", "Duration of an attach, HTTP call included."
+        )
 
-    def text(self) -> bytes:
+    def render(self) -> bytes:
         """Return everything in Prometheus's text format."""
         return generate_latest(self.registry)
 
-    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(f"faasmoe_control_{name}", text, labels, registry=self.registry)
+    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
+        return Gauge(f"faasmoe_control_{name}", help_text, labels, registry=self.registry)
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"faasmoe_control_{name}_total", text, labels, registry=self.registry)
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(f"faasmoe_control_{name}_total", help_text, labels, registry=self.registry)
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"faasmoe_control_{name}", text, buckets=SECONDS, registry=self.registry)
+    def _histogram(self, name: str, help_text: str) -> Histogram:
+        return Histogram(
+            f"faasmoe_control_{name}", help_text, buckets=DURATION_BUCKETS_S, registry=self.registry
+        )

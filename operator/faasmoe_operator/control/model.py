@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from faasmoe_expert.table import FunctionSpec
-from faasmoe_operator.control.deployment import Deployment
-from faasmoe_operator.control.functions import ManagedFunction, cut_of, managed_functions
+from faasmoe_contracts.routing_table import FunctionSpec
+from faasmoe_operator.api.v1alpha1 import MoEModel
+from faasmoe_operator.api.v1alpha1.experts import ExpertsSpec
+from faasmoe_operator.control.functions import ManagedFunction, managed_functions, partitioning_of
+from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.control.sandbox_client import ModelStore
 from faasmoe_operator.plan.functions import LayerShape, plan_functions
-from faasmoe_operator.platforms.base import Template
-from faasmoe_operator.spec import MoEModel
-from faasmoe_operator.spec.experts import Experts
+from faasmoe_operator.platforms.base import SandboxTemplate
 
 
-class StoreContent(Protocol):
+class StoreSummary(Protocol):
     """What a store holds, as far as functions are planned from it; a store's summary is such."""
 
     @property
@@ -46,38 +46,38 @@ class ControlledModel:
     name: str
     store: ModelStore
     functions: dict[str, ManagedFunction]
-    template: Template
+    template: SandboxTemplate
     warm_pool: int
     memory_limit_bytes: int | None = None
 
     @classmethod
-    def of(cls, deployment: Deployment, *, key: bytes) -> ControlledModel:
+    def from_local_model(cls, local_model: LocalModel, *, key: bytes) -> ControlledModel:
         """Return a deployment's model; raises MoEModelError or StoreError.
 
         Args:
             deployment: a MoEModel whose store is prepared.
             key: secret that makes the function ids opaque.
         """
-        manifest = deployment.open_store().manifest
-        specs = deployment.functions(manifest, key=key)
+        manifest = local_model.open_store().manifest
+        specs = local_model.functions(manifest, key=key)
         return cls(
-            deployment.model.metadata.name,
-            ModelStore(deployment.store_path, manifest.digest),
-            _functions(specs, manifest.layers, deployment.model.spec.experts),
-            deployment.template,
-            deployment.model.spec.experts.warm_pool,
-            deployment.model.spec.experts.memory_bytes,
+            local_model.model.metadata.name,
+            ModelStore(local_model.store_path, manifest.digest),
+            _managed_functions_by_id(specs, manifest.layers, local_model.model.spec.experts),
+            local_model.template,
+            local_model.model.spec.experts.warm_pool,
+            local_model.model.spec.experts.memory_bytes,
         )
 
     @classmethod
-    def in_pods(
+    def from_store_summary(
         cls,
         model: MoEModel,
-        content: StoreContent,
+        summary: StoreSummary,
         *,
         store_path: Path,
         key: bytes,
-        template: Template,
+        template: SandboxTemplate,
     ) -> ControlledModel:
         """Return a model whose store only its pods can see; raises PlanError.
 
@@ -88,13 +88,13 @@ class ControlledModel:
             key: secret that makes the function ids opaque.
             template: what sandboxes are made from.
         """
-        layers = content.expanded_layers()
-        cut = cut_of(model.spec.granularity)
-        specs = plan_functions(layers, cut, model_digest=content.digest, key=key)
+        layers = summary.expanded_layers()
+        partitioning = partitioning_of(model.spec.granularity)
+        specs = plan_functions(layers, partitioning, model_digest=summary.digest, key=key)
         return cls(
             model.metadata.name,
-            ModelStore(store_path, content.digest),
-            _functions(specs, layers, model.spec.experts),
+            ModelStore(store_path, summary.digest),
+            _managed_functions_by_id(specs, layers, model.spec.experts),
             template,
             model.spec.experts.warm_pool,
             model.spec.experts.memory_bytes,
@@ -106,8 +106,8 @@ class ControlledModel:
         return {name: function.spec for name, function in self.functions.items()}
 
 
-def _functions(
-    specs: Sequence[FunctionSpec], layers: Sequence[LayerShape], experts: Experts
+def _managed_functions_by_id(
+    specs: Sequence[FunctionSpec], layers: Sequence[LayerShape], experts: ExpertsSpec
 ) -> dict[str, ManagedFunction]:
     functions = managed_functions(specs, layers, scaling=experts.scaling)
     return {function.id: function for function in functions}

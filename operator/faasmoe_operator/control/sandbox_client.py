@@ -9,19 +9,19 @@ from typing import Any, Self
 
 import aiohttp
 
-from faasmoe_expert.table import FunctionSpec, TableError
+from faasmoe_contracts.routing_table import FunctionSpec, RoutingTableError
 from faasmoe_operator.errors import FaasmoeError
 
-MAX_ANSWER_BYTES = 8 << 20
+MAX_RESPONSE_BYTES = 8 << 20
 CONNECTIONS_PER_SANDBOX = 4  # it answers one call at a time; more only delay its first answers
 
 
-class SandboxError(FaasmoeError):
+class SandboxClientError(FaasmoeError):
     """A sandbox that refused a call, did not answer, or answered nonsense.
 
     Attributes:
         address: the sandbox.
-        code: the sandbox's own code for what it refused; `unreachable` or `garbage` otherwise.
+        code: the sandbox's own code for what it refused; `timeout`, `unreachable` or `protocol_error` otherwise.
         status: the HTTP status, or None if there was no answer.
         field: the field that it refused, or None.
     """
@@ -40,7 +40,7 @@ class SandboxError(FaasmoeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Timeouts:
+class SandboxClientTimeouts:
     """How long a sandbox may take.
 
     Attributes:
@@ -87,7 +87,7 @@ class AttachedFunction:
 
 
 @dataclass(frozen=True, slots=True)
-class SandboxContent:
+class SandboxListing:
     """What a sandbox says of itself.
 
     Attributes:
@@ -102,9 +102,9 @@ class SandboxContent:
 class SandboxClient:
     """Talks to the sandboxes of one model; use as an async context manager."""
 
-    def __init__(self, *, token: str, timeouts: Timeouts | None = None) -> None:
+    def __init__(self, *, token: str, timeouts: SandboxClientTimeouts | None = None) -> None:
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._timeouts = timeouts or Timeouts()
+        self._timeouts = timeouts or SandboxClientTimeouts()
 
     async def __aenter__(self) -> Self:
         """Open the connections' pool."""
@@ -132,77 +132,81 @@ class SandboxClient:
         timeout_s = self._timeouts.detach_timeout_s
         try:
             await self._call("DELETE", address, f"/{function_id}", timeout_s=timeout_s)
-        except SandboxError as error:
+        except SandboxClientError as error:
             if error.status != 404:
                 raise
 
-    async def list(self, address: str) -> SandboxContent:
+    async def list(self, address: str) -> SandboxListing:
         """Return the functions that a sandbox holds, and may hold. Raises SandboxError."""
         timeout_s = self._timeouts.list_timeout_s
-        answer = await self._call("GET", address, "", timeout_s=timeout_s)
+        response = await self._call("GET", address, "", timeout_s=timeout_s)
         try:
-            functions = tuple(_attached(function) for function in answer["functions"])
-            return SandboxContent(functions, _memory_limit(answer))
+            functions = tuple(
+                _parse_attached_function(function) for function in response["functions"]
+            )
+            return SandboxListing(functions, _memory_limit(response))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise _garbage(address, 200, f"functions: {error}") from error
+            raise _protocol_error(address, 200, f"functions: {error}") from error
 
     async def _call(
         self, method: str, address: str, path: str, *, timeout_s: float, body: Any = None
     ) -> dict[str, Any]:
-        limits = aiohttp.ClientTimeout(
+        timeout = aiohttp.ClientTimeout(
             total=timeout_s, sock_connect=self._timeouts.connect_timeout_s
         )
         url = f"http://{address}/v1/functions{path}"
         try:
-            async with self._http.request(method, url, json=body, timeout=limits) as response:
-                content = await response.content.read(MAX_ANSWER_BYTES)
-                return _read_answer(address, response.status, content)
+            async with self._http.request(method, url, json=body, timeout=timeout) as response:
+                content = await response.content.read(MAX_RESPONSE_BYTES)
+                return _parse_response(address, response.status, content)
         except TimeoutError as error:
-            raise SandboxError(
-                f"{method} {path}: no answer in {timeout_s:g} s", address=address, code="timeout"
+            raise SandboxClientError(
+                f"{method} {path}: no response within {timeout_s:g} s",
+                address=address,
+                code="timeout",
             ) from error
         except aiohttp.ClientError as error:
-            raise SandboxError(
+            raise SandboxClientError(
                 f"{method} {path}: {error}", address=address, code="unreachable"
             ) from error
 
 
-def _read_answer(address: str, status: int, content: bytes) -> dict[str, Any]:
+def _parse_response(address: str, status: int, content: bytes) -> dict[str, Any]:
     if status == 204:
         return {}
     try:
-        answer = json.loads(content)
+        body = json.loads(content)
     except ValueError as error:
-        raise _garbage(address, status, f"status {status} without JSON") from error
-    if not isinstance(answer, dict):
-        raise _garbage(address, status, f"got {type(answer).__name__}, expected an object")
+        raise _protocol_error(address, status, f"status {status} without JSON") from error
+    if not isinstance(body, dict):
+        raise _protocol_error(address, status, f"got {type(body).__name__}, expected an object")
     if status < 300:
-        return answer
-    refused = answer.get("error")
-    if not isinstance(refused, dict):
-        raise _garbage(address, status, f"status {status} without an error object")
-    raise SandboxError(
-        str(refused.get("message", f"status {status}")),
+        return body
+    error_body = body.get("error")
+    if not isinstance(error_body, dict):
+        raise _protocol_error(address, status, f"status {status} without an error object")
+    raise SandboxClientError(
+        str(error_body.get("message", f"status {status}")),
         address=address,
-        code=str(refused.get("code", "refused")),
+        code=str(error_body.get("code", "refused")),
         status=status,
-        field=refused.get("field"),
+        field=error_body.get("field"),
     )
 
 
-def _garbage(address: str, status: int, what: str) -> SandboxError:
-    return SandboxError(what, address=address, code="garbage", status=status)
+def _protocol_error(address: str, status: int, message: str) -> SandboxClientError:
+    return SandboxClientError(message, address=address, code="protocol_error", status=status)
 
 
-def _memory_limit(answer: dict[str, Any]) -> int | None:
-    limit_bytes = answer.get("sandbox", {}).get("memory", {}).get("limit_bytes")
+def _memory_limit(response: dict[str, Any]) -> int | None:
+    limit_bytes = response.get("sandbox", {}).get("memory", {}).get("limit_bytes")
     return None if limit_bytes is None else int(limit_bytes)
 
 
-def _attached(function: Any) -> AttachedFunction:
+def _parse_attached_function(function: Any) -> AttachedFunction:
     try:
         spec = FunctionSpec.from_json(function)
-    except TableError as error:
+    except RoutingTableError as error:
         raise ValueError(str(error)) from error
     return AttachedFunction(
         spec,

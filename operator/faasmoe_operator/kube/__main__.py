@@ -7,16 +7,15 @@ import sys
 
 from faasmoe_operator.errors import FaasmoeError
 from faasmoe_operator.kube.config import OperatorConfig
-from faasmoe_operator.kube.logs import begin_logging
-from faasmoe_operator.kube.process import serve
+from faasmoe_operator.kube.operator import configure_logging, run_operator
 
 
 def main() -> int:
     """Look after MoEModels until SIGTERM; return the exit status."""
     try:
         config = OperatorConfig.from_env()
-        begin_logging(config.log_format, config.log_level)
-        asyncio.run(serve(config))
+        configure_logging(config.log_format, config.log_level)
+        asyncio.run(run_operator(config))
     except (FaasmoeError, OSError) as error:
         return _fail(error)
     except ExceptionGroup as group:

@@ -1,12 +1,50 @@
-"""Conditions of a MoEModel: every known one, always, and one that sums them up. Pure."""
+"""What can be said of one part of a model. Pure.
+
+Conditions of a MoEModel: every known one, always, and one that sums them up. Pure.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from faasmoe_operator.kube.kinds import Object
-from faasmoe_operator.kube.verdict import Verdict, bad, good, pending
+from faasmoe_operator.kube.types import Object
+
+ConditionStatus = Literal["True", "False", "Unknown"]
+MAX_MESSAGE_CHARS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionState:
+    """The state of a condition.
+
+    Attributes:
+        status: True, False, or Unknown while that is not yet settled.
+        reason: CamelCase, machine-stable.
+        message: for people: what is so, and what to do if it should not be.
+    """
+
+    status: ConditionStatus
+    reason: str
+    message: str
+
+
+def condition_true(reason: str, message: str) -> ConditionState:
+    """Return that all is well."""
+    return ConditionState("True", reason, message)
+
+
+def condition_false(reason: str, message: str) -> ConditionState:
+    """Return that something is wrong, which somebody may have to mend."""
+    truncated = message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}…"
+    return ConditionState("False", reason, truncated)
+
+
+def condition_unknown(reason: str, message: str) -> ConditionState:
+    """Return that it is under way."""
+    return ConditionState("Unknown", reason, message)
+
 
 READY = "Ready"
 STORE_READY = "StoreReady"
@@ -14,12 +52,12 @@ ROUTER_READY = "RouterReady"
 FUNCTIONS_READY = "FunctionsReady"
 ACTIVE = "Active"
 TENANTS_READY = "TenantsReady"
-PARTS = (STORE_READY, ROUTER_READY, FUNCTIONS_READY, TENANTS_READY)
+READY_DEPENDENTS = (STORE_READY, ROUTER_READY, FUNCTIONS_READY, TENANTS_READY)
 """What a model must have to be ready, in the order in which they come about."""
 
 
 @dataclass(frozen=True, slots=True)
-class Verdicts:
+class ConditionStates:
     """The state of each condition but Ready.
 
     Attributes:
@@ -30,18 +68,18 @@ class Verdicts:
         active: whether any function has a replica.
     """
 
-    store: Verdict
-    router: Verdict
-    functions: Verdict
-    tenants: Verdict
-    active: Verdict
+    store: ConditionState
+    router: ConditionState
+    functions: ConditionState
+    tenants: ConditionState
+    active: ConditionState
 
     @classmethod
-    def all(cls, verdict: Verdict) -> Verdicts:
+    def uniform(cls, state: ConditionState) -> ConditionStates:
         """Return the same for every condition."""
-        return cls(verdict, verdict, verdict, verdict, verdict)
+        return cls(state, state, state, state, state)
 
-    def by_type(self) -> dict[str, Verdict]:
+    def by_type(self) -> dict[str, ConditionState]:
         """Return them by the condition's type, without Ready."""
         return {
             STORE_READY: self.store,
@@ -52,18 +90,21 @@ class Verdicts:
         }
 
 
-def summed_up(verdicts: Verdicts) -> Verdict:
+def summarize_ready(states: ConditionStates) -> ConditionState:
     """Return the state of Ready: what is wrong, else what is under way, else that all is well."""
-    by_type = verdicts.by_type()
-    for status, make in (("False", bad), ("Unknown", pending)):
-        for part in PARTS:
-            if by_type[part].status == status:
-                return make(by_type[part].reason, f"{part}: {by_type[part].message}")
-    return good("Ready", "the model serves")
+    by_type = states.by_type()
+    for status, make in (("False", condition_false), ("Unknown", condition_unknown)):
+        for condition_type in READY_DEPENDENTS:
+            if by_type[condition_type].status == status:
+                return make(
+                    by_type[condition_type].reason,
+                    f"{condition_type}: {by_type[condition_type].message}",
+                )
+    return condition_true("Ready", "the model is ready")
 
 
-def conditions(
-    verdicts: Mapping[str, Verdict], before: Iterable[Object], *, generation: int, now: str
+def build_conditions(
+    states: Mapping[str, ConditionState], previous: Iterable[Object], *, generation: int, now: str
 ) -> list[Object]:
     """Return the list for the status; times change only where a status flips.
 
@@ -73,23 +114,30 @@ def conditions(
         generation: of the spec that they are about.
         now: the time, as RFC 3339 writes it.
     """
-    known = {str(condition.get("type")): condition for condition in before}
+    previous_by_type = {str(condition.get("type")): condition for condition in previous}
     return [
-        _condition(kind, verdict, known.get(kind), generation=generation, now=now)
-        for kind, verdict in verdicts.items()
+        _build_condition(kind, verdict, previous_by_type.get(kind), generation=generation, now=now)
+        for kind, verdict in states.items()
     ]
 
 
-def _condition(
-    kind: str, verdict: Verdict, before: Object | None, *, generation: int, now: str
+def _build_condition(
+    condition_type: str,
+    state: ConditionState,
+    previous: Object | None,
+    *,
+    generation: int,
+    now: str,
 ) -> Object:
-    flipped = before is None or before.get("status") != verdict.status
-    since = now if before is None or flipped else before.get("lastTransitionTime", now)
+    is_transition = previous is None or previous.get("status") != state.status
+    transition_time = (
+        now if previous is None or is_transition else previous.get("lastTransitionTime", now)
+    )
     return {
-        "type": kind,
-        "status": verdict.status,
+        "type": condition_type,
+        "status": state.status,
         "observedGeneration": generation,
-        "lastTransitionTime": since,
-        "reason": verdict.reason,
-        "message": verdict.message,
+        "lastTransitionTime": transition_time,
+        "reason": state.reason,
+        "message": state.message,
     }

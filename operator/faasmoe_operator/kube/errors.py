@@ -13,7 +13,7 @@ from __future__ import annotations
 from faasmoe_operator.errors import FaasmoeError
 
 
-class ApiError(FaasmoeError):
+class KubeApiError(FaasmoeError):
     """An answer of the API that says no.
 
     Attributes:
@@ -26,28 +26,28 @@ class ApiError(FaasmoeError):
         self.status, self.reason = status, reason
 
 
-class NotFound(ApiError):
+class NotFound(KubeApiError):
     """There is no such object, or the cluster does not serve its kind."""
 
 
-class Conflict(ApiError):
+class Conflict(KubeApiError):
     """The object exists already, or is not the one, or not as it was, that was meant."""
 
     @property
-    def exists(self) -> bool:
+    def already_exists(self) -> bool:
         """Whether an object of that name was there already."""
         return self.reason == "AlreadyExists"
 
 
-class Forbidden(ApiError):
+class Forbidden(KubeApiError):
     """RBAC, a quota or an admission rule refused it."""
 
 
-class Invalid(ApiError):
+class Invalid(KubeApiError):
     """The object breaks a rule of its schema."""
 
 
-class Unavailable(ApiError):
+class Unavailable(KubeApiError):
     """The API did not answer, could not, or asked to be left alone for a while.
 
     Attributes:
@@ -61,11 +61,11 @@ class Unavailable(ApiError):
         self.retry_after_s = retry_after_s
 
 
-def error_of(
+def error_from_status(
     status: int, *, reason: str, message: str, retry_after_s: float | None = None
-) -> ApiError:
+) -> KubeApiError:
     """Return the error of an HTTP status."""
     if status == 429 or status >= 500:
         return Unavailable(message, status=status, reason=reason, retry_after_s=retry_after_s)
-    kinds = {400: Invalid, 403: Forbidden, 404: NotFound, 409: Conflict, 422: Invalid}
-    return kinds.get(status, ApiError)(message, status=status, reason=reason)
+    error_types = {400: Invalid, 403: Forbidden, 404: NotFound, 409: Conflict, 422: Invalid}
+    return error_types.get(status, KubeApiError)(message, status=status, reason=reason)

@@ -12,20 +12,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from faasmoe_operator.kube.api import KubeApi
+from faasmoe_operator.kube.client import KubeApi
 from faasmoe_operator.kube.conditions import ACTIVE, READY
-from faasmoe_operator.kube.errors import ApiError
-from faasmoe_operator.kube.kinds import EVENT, Object
+from faasmoe_operator.kube.errors import KubeApiError
 from faasmoe_operator.kube.manifests.names import FIELD_MANAGER
+from faasmoe_operator.kube.types import EVENT, Object
 
 logger = logging.getLogger(__name__)
 
 MAX_NOTE_CHARS = 1024
-MAX_KNOWN = 10_000
+MAX_RECORDED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class StateEvent:
+class ModelEvent:
     """A change that is worth telling.
 
     Attributes:
@@ -39,29 +39,31 @@ class StateEvent:
     note: str
 
 
-def state_events(before: Iterable[Object], after: Iterable[Object]) -> list[StateEvent]:
+def transition_events(previous: Iterable[Object], current: Iterable[Object]) -> list[ModelEvent]:
     """Return what is worth telling: a part that became well, or is wrong in a new way. Pure.
 
     Whether functions are active changes with the traffic and is not told; what Ready says another
     condition has said already, but for the moment when all is well.
     """
-    known = {condition.get("type"): condition for condition in before}
-    found = []
-    for condition in after:
-        kind, status, reason = condition["type"], condition["status"], condition["reason"]
-        last = known.get(kind, {})
-        if kind == ACTIVE or (last.get("status"), last.get("reason")) == (status, reason):
+    previous_by_type = {condition.get("type"): condition for condition in previous}
+    events = []
+    for condition in current:
+        condition_type, status, reason = condition["type"], condition["status"], condition["reason"]
+        old = previous_by_type.get(condition_type, {})
+        if condition_type == ACTIVE or (old.get("status"), old.get("reason")) == (status, reason):
             continue
-        flipped = last.get("status") != status
-        if status == "True" and flipped and last.get("status") is not None:
-            found.append(StateEvent("Normal", reason, condition["message"]))
-        elif status == "False" and (kind != READY or reason in ("SpecInvalid", "Suspended")):
+        is_transition = old.get("status") != status
+        if status == "True" and is_transition and old.get("status") is not None:
+            events.append(ModelEvent("Normal", reason, condition["message"]))
+        elif status == "False" and (
+            condition_type != READY or reason in ("SpecInvalid", "Suspended")
+        ):
             type_: Literal["Normal", "Warning"] = "Normal" if reason == "Suspended" else "Warning"
-            found.append(StateEvent(type_, reason, condition["message"]))
-    return list(dict.fromkeys(found))
+            events.append(ModelEvent(type_, reason, condition["message"]))
+    return list(dict.fromkeys(events))
 
 
-class EventWriter:
+class EventRecorder:
     """Writes events; that it cannot is logged and keeps nobody.
 
     Args:
@@ -71,9 +73,9 @@ class EventWriter:
 
     def __init__(self, api: KubeApi, *, instance: str) -> None:
         self._api, self._instance = api, instance
-        self._said: dict[tuple[str, str], tuple[int, str]] = {}
+        self._recorded: dict[tuple[str, str], tuple[int, str]] = {}
 
-    async def write(self, model: Object, event: StateEvent, *, now: str) -> None:
+    async def record(self, model: Object, event: ModelEvent, *, now: str) -> None:
         """Write one event about a MoEModel.
 
         Args:
@@ -81,26 +83,30 @@ class EventWriter:
             event: what is said.
             now: the time, as RFC 3339 writes it.
         """
-        name = _name(model, event)
+        name = _event_name(model, event)
         key = (model["metadata"]["namespace"], name)
-        count, since = self._said.pop(key, (0, now))
-        self._said[key] = (count + 1, since)
-        while len(self._said) > MAX_KNOWN:
-            del self._said[next(iter(self._said))]
-        obj = self._object(model, event, name)
-        obj |= {"count": count + 1, "firstTimestamp": since, "lastTimestamp": now}
+        count, first_seen = self._recorded.pop(key, (0, now))
+        self._recorded[key] = (count + 1, first_seen)
+        while len(self._recorded) > MAX_RECORDED:
+            del self._recorded[next(iter(self._recorded))]
+        obj = self._event_object(model, event, name)
+        obj |= {"count": count + 1, "firstTimestamp": first_seen, "lastTimestamp": now}
         try:
             await self._api.apply(EVENT, obj)
-        except ApiError as error:
-            logger.warning("no event %s could be written: %s", event.reason, error)
+        except KubeApiError as error:
+            logger.warning("event %s not recorded: %s", event.reason, error)
 
-    def _object(self, model: Object, event: StateEvent, name: str) -> Object:
-        about = {key: model["metadata"][key] for key in ("namespace", "name", "uid")}
+    def _event_object(self, model: Object, event: ModelEvent, name: str) -> Object:
+        object_reference = {key: model["metadata"][key] for key in ("namespace", "name", "uid")}
         return {
             "apiVersion": EVENT.api_version,
             "kind": EVENT.name,
             "metadata": {"name": name, "namespace": model["metadata"]["namespace"]},
-            "involvedObject": {"apiVersion": model["apiVersion"], "kind": model["kind"], **about},
+            "involvedObject": {
+                "apiVersion": model["apiVersion"],
+                "kind": model["kind"],
+                **object_reference,
+            },
             "type": event.type,
             "reason": event.reason,
             "message": event.note[:MAX_NOTE_CHARS],
@@ -110,6 +116,6 @@ class EventWriter:
         }
 
 
-def _name(model: Object, event: StateEvent) -> str:
+def _event_name(model: Object, event: ModelEvent) -> str:
     text = json.dumps([model["metadata"]["uid"], event.type, event.reason, event.note])
     return f"{model['metadata']['name']}.{hashlib.sha256(text.encode()).hexdigest()[:16]}"

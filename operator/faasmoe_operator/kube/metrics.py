@@ -8,9 +8,24 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from faasmoe_operator.kube.conditions import READY
-from faasmoe_operator.kube.kinds import Kind, Object
+from faasmoe_operator.kube.types import Kind, Object
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+DURATION_BUCKETS_S = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    300.0,
+)
 
 
 class OperatorMetrics:
@@ -20,37 +35,37 @@ class OperatorMetrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "faasmoe_operator_api_requests_total",
-            "Requests to the API server but watches; code 0 for those that got no answer.",
+            "API server requests, watches excluded; code 0 means no response.",
             ("verb", "kind", "code"),
             registry=self.registry,
         )
         self.watch_events = Counter(
             "faasmoe_operator_watch_events_total",
-            "Events that the API server told of, by kind.",
+            "Watch events received, by kind.",
             ("kind",),
             registry=self.registry,
         )
         self.reconciles = Counter(
-            "faasmoe_operator_reconciles_total",
-            "Visits to MoEModels, by what came of them.",
+            "faasmoe_operator_reconcile_total",
+            "Reconciles of MoEModels, by outcome (success, requeue, rejected, unavailable, error).",
             ("outcome",),
             registry=self.registry,
         )
-        self.reconcile_time = Histogram(
+        self.reconcile_duration = Histogram(
             "faasmoe_operator_reconcile_duration_seconds",
-            "Time of a visit.",
-            buckets=SECONDS,
+            "Duration of one reconcile.",
+            buckets=DURATION_BUCKETS_S,
             registry=self.registry,
         )
-        self.queue_latency = Histogram(
-            "faasmoe_operator_queue_latency_seconds",
-            "From when a visit was due until it began.",
-            buckets=SECONDS,
+        self.queue_duration = Histogram(
+            "faasmoe_operator_workqueue_queue_duration_seconds",
+            "Time that a due key waited in the work queue.",
+            buckets=DURATION_BUCKETS_S,
             registry=self.registry,
         )
         self.queue_depth = Gauge(
-            "faasmoe_operator_queue_depth",
-            "MoEModels that are due or visited.",
+            "faasmoe_operator_workqueue_depth",
+            "Keys in the work queue or being reconciled.",
             registry=self.registry,
         )
         self.models = Gauge(
@@ -59,9 +74,9 @@ class OperatorMetrics:
             ("ready", "reason"),
             registry=self.registry,
         )
-        self.leading = Gauge(
-            "faasmoe_operator_leading",
-            "1 if this operator looks after the models, 0 if another does.",
+        self.leader = Gauge(
+            "faasmoe_operator_leader",
+            "1 if this operator is the leader, else 0.",
             registry=self.registry,
         )
 
@@ -69,9 +84,9 @@ class OperatorMetrics:
         """Count a request to the API server."""
         self.requests.labels(verb, str(kind), str(status)).inc()
 
-    def count_models(self, models: Iterable[Object]) -> None:
+    def set_models(self, models: Iterable[Object]) -> None:
         """Set the gauge of models to what there is."""
-        tally = Tally(_ready(model) for model in models)
+        tally = Tally(_ready_condition(model) for model in models)
         self.models.clear()
         for (ready, reason), count in tally.items():
             self.models.labels(ready, reason).set(count)
@@ -81,8 +96,8 @@ class OperatorMetrics:
         return generate_latest(self.registry)
 
 
-def _ready(model: Object) -> tuple[str, str]:
+def _ready_condition(model: Object) -> tuple[str, str]:
     for condition in model.get("status", {}).get("conditions", ()):
         if condition["type"] == READY:
             return condition["status"], condition["reason"]
-    return "Unknown", "NotVisited"
+    return "Unknown", "NotReconciled"

@@ -1,25 +1,105 @@
-"""What is to be done for one MoEModel, and what is remembered of it so as to find out cheaply."""
+"""What the cache holds of one model.
+
+What is to be done for one MoEModel, and what is remembered of it so as to find out cheaply.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
-from faasmoe_operator.kube.actions import (
-    Action,
-    Actions,
+from faasmoe_operator.kube.apply import Applier
+from faasmoe_operator.kube.cache import ObjectCache, controller_uid
+from faasmoe_operator.kube.diff import (
+    ActionPlan,
+    ObjectAction,
     ObjectId,
-    Replace,
+    ReplaceObject,
     object_id,
     plan_actions,
 )
-from faasmoe_operator.kube.cache import ObjectCache
-from faasmoe_operator.kube.kinds import JOB, POD, Object, kind_of
 from faasmoe_operator.kube.manifests import ModelContext, serving_objects, store_objects
-from faasmoe_operator.kube.observation import Observation, live_objects
-from faasmoe_operator.kube.store_state import attempt_of, with_attempt
-from faasmoe_operator.kube.writer import Writer
+from faasmoe_operator.kube.manifests.names import (
+    COMPONENT_LABEL,
+    Component,
+    router_name,
+    store_name,
+)
+from faasmoe_operator.kube.store_status import (
+    StoreStatus,
+    failed_attempts,
+    store_status,
+    with_failed_attempts,
+)
+from faasmoe_operator.kube.types import DEPLOYMENT, JOB, POD, Object, kind_of
 
-Versions = dict[ObjectId, str]
+
+@dataclass(frozen=True, slots=True)
+class ObservedState:
+    """One model as it is.
+
+    Attributes:
+        job: the store's Job.
+        store: how the store is doing.
+        deployment: the routers' Deployment.
+        router_pods: the routers' pods.
+        sandbox_pods: the sandboxes' pods.
+    """
+
+    job: Object | None
+    store: StoreStatus
+    deployment: Object | None
+    router_pods: list[Object]
+    sandbox_pods: list[Object]
+
+
+def observe_model(cache: ObjectCache, ctx: ModelContext, *, status_model: Any) -> ObservedState:
+    """Return what there is of a model.
+
+    Args:
+        cache: what the API server has told.
+        ctx: the model.
+        known_model: its `status.model`.
+    """
+    job = _if_owned(cache.get(JOB, ctx.namespace, store_name(ctx.name)), ctx)
+    pods = cache.labelled_with_model(ctx.namespace, ctx.name, POD)
+    uid = None if job is None else job["metadata"]["uid"]
+    job_pods = [] if uid is None else [pod for pod in pods if controller_uid(pod) == uid]
+    return ObservedState(
+        job=job,
+        store=store_status(job, job_pods, status_model=status_model),
+        deployment=_if_owned(cache.get(DEPLOYMENT, ctx.namespace, router_name(ctx.name)), ctx),
+        router_pods=_with_component(pods, Component.ROUTER),
+        sandbox_pods=[
+            pod for pod in _with_component(pods, Component.SANDBOX) if _is_owned(pod, ctx)
+        ],
+    )
+
+
+def live_objects(cache: ObjectCache, ctx: ModelContext, desired: Iterable[Object]) -> list[Object]:
+    """Return the objects that the model has, and whatever has the name of one that it wants."""
+    live_by_id: dict[ObjectId, Object] = {object_id(obj): obj for obj in cache.owned_by(ctx.uid)}
+    for obj in desired:
+        live = cache.get(kind_of(obj), ctx.namespace, obj["metadata"]["name"])
+        if live is not None:
+            live_by_id[object_id(obj)] = live
+    return list(live_by_id.values())
+
+
+def _if_owned(obj: Object | None, ctx: ModelContext) -> Object | None:
+    return obj if obj is not None and _is_owned(obj, ctx) else None
+
+
+def _is_owned(obj: Object, ctx: ModelContext) -> bool:
+    return controller_uid(obj) == ctx.uid
+
+
+def _with_component(pods: Iterable[Object], component: Component) -> list[Object]:
+    return [pod for pod in pods if pod["metadata"]["labels"].get(COMPONENT_LABEL) == component]
+
+
+ResourceVersions = dict[ObjectId, str]
 
 
 class Planner:
@@ -30,19 +110,21 @@ class Planner:
         writer: knows what was applied.
     """
 
-    def __init__(self, cache: ObjectCache, writer: Writer) -> None:
+    def __init__(self, cache: ObjectCache, applier: Applier) -> None:
         self._cache = cache
-        self._writer = writer
-        self._attempt = 0  # Jobs of the store that failed
-        self._calm: tuple[ModelContext, Versions] | None = None
+        self._applier = applier
+        self._n_failed_attempts = 0  # Jobs of the store that failed
+        self._last_noop: tuple[ModelContext, ResourceVersions] | None = None
         """What there was, in which versions, when nothing was to be done."""
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """Plan anew, Secrets too."""
-        self._writer.forget_secrets()
-        self._calm = None
+        self._applier.invalidate_secrets()
+        self._last_noop = None
 
-    def plan(self, ctx: ModelContext, seen: Observation, *, now: float, wall_s: float) -> Actions:
+    def plan(
+        self, ctx: ModelContext, observed: ObservedState, *, now: float, wall_clock_s: float
+    ) -> ActionPlan:
         """Return what is to be done; what was all right and has not changed still is.
 
         Args:
@@ -51,49 +133,61 @@ class Planner:
             now: of a clock that only goes forward, in seconds.
             wall_s: of the day's clock.
         """
-        state = ctx, self._versions(ctx)
-        if state == self._calm and seen.store.retry_at is None:
-            return Actions(())
-        plan = self._plan_anew(ctx, seen, now=now, wall_s=wall_s)
-        self._calm = None if plan.actions or plan.again_at is not None else state
+        state = ctx, self._resource_versions(ctx)
+        if state == self._last_noop and observed.store.retry_at is None:
+            return ActionPlan(())
+        plan = self._compute_plan(ctx, observed, now=now, wall_clock_s=wall_clock_s)
+        self._last_noop = None if plan.actions or plan.requeue_at is not None else state
         return plan
 
-    def _versions(self, ctx: ModelContext) -> Versions:
-        ours = self._cache.of_model(ctx.namespace, ctx.name) + self._cache.owned(ctx.uid)
-        planned = [obj for obj in ours if obj["kind"] != POD.name]
+    def _resource_versions(self, ctx: ModelContext) -> ResourceVersions:
+        owned = self._cache.labelled_with_model(ctx.namespace, ctx.name) + self._cache.owned_by(
+            ctx.uid
+        )
+        planned = [obj for obj in owned if obj["kind"] != POD.name]
         return {object_id(obj): obj["metadata"]["resourceVersion"] for obj in planned}
 
-    def _plan_anew(
-        self, ctx: ModelContext, seen: Observation, *, now: float, wall_s: float
-    ) -> Actions:
-        if seen.job is not None:
-            self._attempt = attempt_of(seen.job)
-        wanted = [self._counted(wanted) for wanted in store_objects(ctx)]
+    def _compute_plan(
+        self, ctx: ModelContext, observed: ObservedState, *, now: float, wall_clock_s: float
+    ) -> ActionPlan:
+        if observed.job is not None:
+            self._n_failed_attempts = failed_attempts(observed.job)
+        desired = [self._with_attempt_annotation(wanted) for wanted in store_objects(ctx)]
         if ctx.summary is not None:
-            wanted += serving_objects(ctx)
+            desired += serving_objects(ctx)
         plan = plan_actions(
-            wanted,
-            live_objects(self._cache, ctx, wanted),
-            owner=self._writer.owner,
-            applied=self._writer.applied,
+            desired,
+            live_objects(self._cache, ctx, desired),
+            owner=self._applier.owner,
+            last_applied=self._applier.last_applied,
             prune=ctx.summary is not None,
             now=now,
         )
-        return replace(plan, actions=self._with_retry(plan.actions, ctx, seen, wall_s))
+        return replace(
+            plan, actions=self._with_job_retry(plan.actions, ctx, observed, wall_clock_s)
+        )
 
-    def _counted(self, wanted: Object) -> Object:
-        return with_attempt(wanted, self._attempt) if kind_of(wanted) == JOB else wanted
+    def _with_attempt_annotation(self, desired: Object) -> Object:
+        return (
+            with_failed_attempts(desired, self._n_failed_attempts)
+            if kind_of(desired) == JOB
+            else desired
+        )
 
-    def _with_retry(
-        self, actions: tuple[Action, ...], ctx: ModelContext, seen: Observation, wall_s: float
-    ) -> tuple[Action, ...]:
+    def _with_job_retry(
+        self,
+        actions: tuple[ObjectAction, ...],
+        ctx: ModelContext,
+        observed: ObservedState,
+        wall_clock_s: float,
+    ) -> tuple[ObjectAction, ...]:
         """Add that the store's failed Job is replaced, if it is time."""
-        replaced = any(isinstance(action, Replace) for action in actions)
-        if replaced:
-            self._attempt = 0  # its pods are to be other ones: what failed is mended
-        retry_at = seen.store.retry_at
-        if replaced or retry_at is None or ctx.spec.suspend or wall_s < retry_at:
+        is_replaced = any(isinstance(action, ReplaceObject) for action in actions)
+        if is_replaced:
+            self._n_failed_attempts = 0  # its pods are to be other ones: what failed is mended
+        retry_at = observed.store.retry_at
+        if is_replaced or retry_at is None or ctx.spec.suspend or wall_clock_s < retry_at:
             return actions
-        assert seen.job is not None
-        self._attempt = attempt_of(seen.job) + 1
-        return (*actions, Replace(seen.job))
+        assert observed.job is not None
+        self._n_failed_attempts = failed_attempts(observed.job) + 1
+        return (*actions, ReplaceObject(observed.job))

@@ -13,33 +13,33 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from faasmoe_expert.table import FunctionSpec
+from faasmoe_contracts.routing_table import FunctionSpec
+from faasmoe_operator.aio import gather_limited
+from faasmoe_operator.api.v1alpha1.field_types import format_index_ranges
 from faasmoe_operator.control.controller import Controller
-from faasmoe_operator.control.fleet import Member
-from faasmoe_operator.control.parallel import for_each
-from faasmoe_operator.kube.api import KubeApi
-from faasmoe_operator.kube.cache import PodSource
-from faasmoe_operator.kube.errors import ApiError, NotFound
-from faasmoe_operator.kube.kinds import POD, Object
+from faasmoe_operator.control.fleet import SandboxRecord
+from faasmoe_operator.kube.cache import OwnedPods
+from faasmoe_operator.kube.client import KubeApi
+from faasmoe_operator.kube.errors import KubeApiError, NotFound
 from faasmoe_operator.kube.manifests.names import (
     FUNCTION_LABEL,
     FUNCTIONS_ANNOTATION,
     POOL_LABEL,
     Pool,
 )
+from faasmoe_operator.kube.types import POD, Object
 from faasmoe_operator.plan.fleet import SandboxState
-from faasmoe_operator.spec.ranges import format_ranges
 
 logger = logging.getLogger(__name__)
 
 COALESCE_S = 0.5
 RETRY_DELAYS_S = (1.0, 5.0, 15.0, 60.0)
-PARALLEL_CALLS = 4
+MAX_PARALLEL_PATCHES = 4
 MAX_ANNOTATION_CHARS = 32 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class PodMarks:
+class PodFunctionLabels:
     """What a pod says of its functions.
 
     Attributes:
@@ -53,16 +53,16 @@ class PodMarks:
     functions: str | None
 
     @classmethod
-    def of(cls, functions: Iterable[FunctionSpec]) -> PodMarks:
+    def for_functions(cls, functions: Iterable[FunctionSpec]) -> PodFunctionLabels:
         """Return what a sandbox with these functions is to say."""
-        held = sorted(functions, key=lambda spec: (spec.layers, spec.experts))
-        if not held:
+        ordered = sorted(functions, key=lambda spec: (spec.layers, spec.experts))
+        if not ordered:
             return cls(Pool.WARM.value, None, None)
-        alone = held[0].id if len(held) == 1 and len(held[0].id) <= 63 else None
-        return cls(Pool.ASSIGNED.value, alone, _as_json(held))
+        single_function = ordered[0].id if len(ordered) == 1 and len(ordered[0].id) <= 63 else None
+        return cls(Pool.ASSIGNED.value, single_function, _functions_json(ordered))
 
     @classmethod
-    def on(cls, pod: Object) -> PodMarks:
+    def from_pod(cls, pod: Object) -> PodFunctionLabels:
         """Return what a pod says."""
         labels: Mapping[str, str] = pod["metadata"].get("labels", {})
         annotations: Mapping[str, str] = pod["metadata"].get("annotations", {})
@@ -73,13 +73,13 @@ class PodMarks:
         )
 
 
-class PodLabels:
+class PodLabeler:
     """Keeps a model's pods saying what its control core knows."""
 
     def __init__(
         self,
         api: KubeApi,
-        pods: PodSource,
+        pods: OwnedPods,
         controller: Controller,
         *,
         namespace: str,
@@ -96,63 +96,67 @@ class PodLabels:
         n_failures = 0
         while True:
             revision = self._controller.revision
-            is_done = await self.update()
-            n_failures = 0 if is_done else n_failures + 1
-            if is_done:
-                await self._controller.beyond(revision)
+            is_synced = await self.update()
+            n_failures = 0 if is_synced else n_failures + 1
+            if is_synced:
+                await self._controller.wait_for_change(revision)
             else:
                 await asyncio.sleep(RETRY_DELAYS_S[min(n_failures, len(RETRY_DELAYS_S)) - 1])
             await asyncio.sleep(self._coalesce_s)
 
     async def update(self) -> bool:
         """Patch every pod that says something else; return whether all of them were taken."""
-        wanted = self.differing()
-        taken = await for_each(wanted.items(), self._patch, limit=PARALLEL_CALLS)
-        return all(taken)
+        pending = self.pending_changes()
+        results = await gather_limited(pending.items(), self._patch, limit=MAX_PARALLEL_PATCHES)
+        return all(results)
 
-    def differing(self) -> dict[str, PodMarks]:
+    def pending_changes(self) -> dict[str, PodFunctionLabels]:
         """Return what pods are to say, by their names, that say something else."""
-        serving = [m for m in self._controller.fleet.members if m.state is SandboxState.READY]
-        wanted = {member.sandbox.id: self._marks(member) for member in serving}
-        pods = {name: self._pods.get(self._namespace, name) for name in wanted}
+        ready_members = [
+            m for m in self._controller.fleet.sandboxes if m.state is SandboxState.READY
+        ]
+        desired = {member.sandbox.id: self._desired_labels(member) for member in ready_members}
+        pods = {name: self._pods.get(self._namespace, name) for name in desired}
         return {
             name: marks
-            for name, marks in wanted.items()
-            if (pod := pods[name]) is not None and PodMarks.on(pod) != marks
+            for name, marks in desired.items()
+            if (pod := pods[name]) is not None and PodFunctionLabels.from_pod(pod) != marks
         }
 
-    def _marks(self, member: Member) -> PodMarks:
+    def _desired_labels(self, member: SandboxRecord) -> PodFunctionLabels:
         specs = self._controller.model.functions
-        return PodMarks.of(specs[name].spec for name in member.attached if name in specs)
+        return PodFunctionLabels.for_functions(
+            specs[name].spec for name in member.attached if name in specs
+        )
 
-    async def _patch(self, item: tuple[str, PodMarks]) -> bool:
-        name, marks = item
+    async def _patch(self, item: tuple[str, PodFunctionLabels]) -> bool:
+        name, desired = item
         try:
             pod = await self._api.patch_metadata(
                 POD,
                 self._namespace,
                 name,
-                labels={POOL_LABEL: marks.pool, FUNCTION_LABEL: marks.function},
-                annotations={FUNCTIONS_ANNOTATION: marks.functions},
+                labels={POOL_LABEL: desired.pool, FUNCTION_LABEL: desired.function},
+                annotations={FUNCTIONS_ANNOTATION: desired.functions},
             )
         except NotFound:
             return True
-        except ApiError as error:
-            logger.warning("pod %s: its labels could not be changed: %s", name, error)
+        except KubeApiError as error:
+            logger.warning("pod %s: labels not updated: %s", name, error)
             return False
-        self._pods.put(pod)
+        self._pods.update(pod)
         return True
 
 
-def _as_json(functions: Iterable[FunctionSpec]) -> str:
+def _functions_json(functions: Iterable[FunctionSpec]) -> str:
     """Return the functions as JSON, as many as an annotation should have."""
     shown: list[dict[str, Any]] = []
     n_chars = 2
     for spec in functions:
         entry = {
             "id": spec.id,
-            "layers": format_ranges(spec.layers),
-            "experts": format_ranges(spec.experts),
+            "layers": format_index_ranges(spec.layers),
+            "experts": format_index_ranges(spec.experts),
         }
         n_chars += len(json.dumps(entry)) + 2
         if n_chars > MAX_ANNOTATION_CHARS:

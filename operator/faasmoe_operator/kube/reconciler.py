@@ -13,38 +13,40 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Protocol
 
+from faasmoe_operator.api.v1alpha1 import MoEModel
 from faasmoe_operator.errors import MoEModelError, PlanError, PlatformError
-from faasmoe_operator.kube.actions import (
-    Action,
+from faasmoe_operator.kube.apply import Applier, ApplyFailure
+from faasmoe_operator.kube.cache import ObjectCache
+from faasmoe_operator.kube.client import KubeApi
+from faasmoe_operator.kube.component_status import RuntimeCounts, router_status
+from faasmoe_operator.kube.conditions import ConditionState, build_conditions, condition_false
+from faasmoe_operator.kube.context import OperatorContext
+from faasmoe_operator.kube.diff import (
+    ObjectAction,
+    Owner,
     object_id,
 )
-from faasmoe_operator.kube.api import KubeApi
-from faasmoe_operator.kube.cache import ObjectCache
-from faasmoe_operator.kube.conditions import conditions
-from faasmoe_operator.kube.counts import CoreCounts
 from faasmoe_operator.kube.errors import Conflict, NotFound
-from faasmoe_operator.kube.events import EventWriter, state_events
-from faasmoe_operator.kube.judgement import judge, judge_invalid
-from faasmoe_operator.kube.keys import ModelKey
-from faasmoe_operator.kube.kinds import MOEMODEL, POD, Object
+from faasmoe_operator.kube.events import EventRecorder, transition_events
 from faasmoe_operator.kube.manifests import ModelContext, store_objects
-from faasmoe_operator.kube.observation import Observation, observe
-from faasmoe_operator.kube.ownership import Owner
-from faasmoe_operator.kube.planner import Planner
-from faasmoe_operator.kube.router_state import router_state
-from faasmoe_operator.kube.status import Written, due_at, invalid_status, model_status
-from faasmoe_operator.kube.surroundings import Surroundings
-from faasmoe_operator.kube.verdict import Verdict, bad
-from faasmoe_operator.kube.writer import Problem, Writer
-from faasmoe_operator.spec import MoEModel
+from faasmoe_operator.kube.planner import ObservedState, Planner, observe_model
+from faasmoe_operator.kube.status import (
+    WrittenStatus,
+    evaluate_conditions,
+    evaluate_invalid_spec,
+    invalid_status,
+    model_status,
+    status_write_at,
+)
+from faasmoe_operator.kube.types import MOEMODEL, POD, ModelKey, Object
 
 logger = logging.getLogger(__name__)
 
-REVISIT_S = 600.0
+RESYNC_PERIOD_S = 600.0
 """A visit without a cause, in case one was missed: it costs no request."""
 
 
-class Cores(Protocol):
+class ModelRuntimes(Protocol):
     """The control cores of all models."""
 
     async def ensure(self, ctx: ModelContext) -> None:
@@ -55,13 +57,13 @@ class Cores(Protocol):
         """End a model's core, if it has one."""
         ...
 
-    def counts(self, key: ModelKey) -> CoreCounts | None:
+    def counts(self, key: ModelKey) -> RuntimeCounts | None:
         """Return what a model's core counts; None without one."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
+class ReconcileResult:
     """What came of a visit.
 
     Attributes:
@@ -69,12 +71,12 @@ class Visit:
         is_troubled: something was refused: come again with a back-off.
     """
 
-    again_s: float | None
-    is_troubled: bool = False
+    requeue_after_s: float | None
+    has_failures: bool = False
 
 
 @dataclass(slots=True)
-class _Memory:
+class _ModelState:
     """What is remembered of a model between visits, to save requests and time.
 
     Attributes:
@@ -83,9 +85,9 @@ class _Memory:
         written: the status that was written.
     """
 
-    writer: Writer
+    applier: Applier
     planner: Planner
-    written: Written | None = None
+    last_status: WrittenStatus | None = None
 
 
 class Reconciler:
@@ -105,97 +107,106 @@ class Reconciler:
         self,
         api: KubeApi,
         cache: ObjectCache,
-        cores: Cores,
-        surroundings: Surroundings,
+        runtimes: ModelRuntimes,
+        context: OperatorContext,
         *,
-        events: EventWriter,
+        events: EventRecorder,
         clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._api, self._cache, self._cores = api, cache, cores
-        self._surroundings, self._events = surroundings, events
-        self._clock, self._wall = clock, wall
-        self._memories: dict[ModelKey, _Memory] = {}
+        self._api, self._cache, self._runtimes = api, cache, runtimes
+        self._context, self._events = context, events
+        self._clock, self._wall_clock = clock, wall_clock
+        self._states: dict[ModelKey, _ModelState] = {}
 
-    async def reconcile(self, key: ModelKey) -> Visit:
+    async def reconcile(self, key: ModelKey) -> ReconcileResult:
         """Visit a MoEModel; raises Unavailable if the API server is away."""
         obj = self._cache.get(MOEMODEL, key.namespace, key.name)
         if obj is None or "deletionTimestamp" in obj["metadata"]:
-            await self._cores.remove(key, delete_sandboxes=False)
-            self._memories.pop(key, None)
-            return Visit(None)
-        memory = self._memory(key, obj)
+            await self._runtimes.remove(key, delete_sandboxes=False)
+            self._states.pop(key, None)
+            return ReconcileResult(None)
+        state = self._model_state(key, obj)
         try:
             model = MoEModel.from_object(obj)
         except MoEModelError as error:
-            return await self._refuse(obj, memory, error)
-        return await self._visit(key, obj, self._surroundings.context(model, obj), memory)
+            return await self._report_invalid_spec(obj, state, error)
+        return await self._reconcile_model(key, obj, self._context.model_context(model, obj), state)
 
-    def _memory(self, key: ModelKey, obj: Object) -> _Memory:
+    def _model_state(self, key: ModelKey, obj: Object) -> _ModelState:
         uid = obj["metadata"]["uid"]
-        memory = self._memories.get(key)
-        if memory is None or memory.writer.owner.uid != uid:
+        state = self._states.get(key)
+        if state is None or state.applier.owner.uid != uid:
             owner = Owner(uid, key.name)
-            writer = Writer(self._api, self._cache, owner, clock=self._clock)
-            memory = self._memories[key] = _Memory(writer, Planner(self._cache, writer))
-        return memory
+            applier = Applier(self._api, self._cache, owner, clock=self._clock)
+            state = self._states[key] = _ModelState(applier, Planner(self._cache, applier))
+        return state
 
-    async def _visit(self, key: ModelKey, obj: Object, ctx: ModelContext, memory: _Memory) -> Visit:
+    async def _reconcile_model(
+        self, key: ModelKey, obj: Object, ctx: ModelContext, state: _ModelState
+    ) -> ReconcileResult:
         known_model = obj.get("status", {}).get("model")
-        seen = observe(self._cache, ctx, known_model=known_model)
-        ctx = replace(ctx, summary=seen.store.summary)
-        plan = memory.planner.plan(ctx, seen, now=self._clock(), wall_s=self._wall())
-        problems = await self._carry_out(plan.actions, memory)
-        fault = await self._run_core(key, ctx, seen)
-        counts = self._cores.counts(key)
-        router = router_state(seen.deployment, seen.router_pods, wanted=ctx.spec.router.replicas)
-        if {seen.store.secret, router.secret} - {None}:
-            memory.planner.forget()
-        verdicts = judge(
+        observed = observe_model(self._cache, ctx, status_model=known_model)
+        ctx = replace(ctx, summary=observed.store.summary)
+        plan = state.planner.plan(ctx, observed, now=self._clock(), wall_clock_s=self._wall_clock())
+        failures = await self._apply_actions(plan.actions, state)
+        runtime_failure = await self._ensure_runtime(key, ctx, observed)
+        counts = self._runtimes.counts(key)
+        router = router_status(
+            observed.deployment, observed.router_pods, desired_replicas=ctx.spec.router.replicas
+        )
+        if {observed.store.missing_secret, router.missing_secret} - {None}:
+            state.planner.invalidate()
+        condition_states = evaluate_conditions(
             ctx,
-            seen,
+            observed,
             router=router,
             counts=counts,
-            fault=fault,
-            problems=problems,
-            store_ids={object_id(wanted) for wanted in store_objects(ctx)} if problems else (),
-            before=_conditions(obj),
+            runtime_failure=runtime_failure,
+            failures=failures,
+            store_ids={object_id(wanted) for wanted in store_objects(ctx)} if failures else (),
+            previous=_conditions_of(obj),
         )
         status = model_status(
             ctx,
-            conditions=conditions(
-                verdicts, _conditions(obj), generation=ctx.generation, now=self._time()
+            conditions=build_conditions(
+                condition_states,
+                _conditions_of(obj),
+                generation=ctx.generation,
+                now=self._timestamp(),
             ),
             router=router,
             counts=counts,
-            before=obj.get("status", {}),
+            previous=obj.get("status", {}),
         )
-        status_at = await self._tell(obj, status, memory)
-        return self._come_again(seen, plan.again_at, status_at, is_troubled=bool(problems))
+        status_at = await self._write_status(obj, status, state)
+        return self._result(observed, plan.requeue_at, status_at, has_failures=bool(failures))
 
-    async def _carry_out(self, actions: tuple[Action, ...], memory: _Memory) -> list[Problem]:
-        done = [await memory.writer.carry_out(action) for action in actions]
-        return [problem for problem in done if problem is not None]
+    async def _apply_actions(
+        self, actions: tuple[ObjectAction, ...], state: _ModelState
+    ) -> list[ApplyFailure]:
+        results = [await state.applier.execute(action) for action in actions]
+        return [problem for problem in results if problem is not None]
 
-    async def _run_core(
-        self, key: ModelKey, ctx: ModelContext, seen: Observation
-    ) -> Verdict | None:
+    async def _ensure_runtime(
+        self, key: ModelKey, ctx: ModelContext, observed: ObservedState
+    ) -> ConditionState | None:
         """Have the control core run or not; return why it cannot."""
         if ctx.spec.suspend:
-            await self._cores.remove(key, delete_sandboxes=True)
-            for pod in seen.sandbox_pods:
+            await self._runtimes.remove(key, delete_sandboxes=True)
+            for pod in observed.sandbox_pods:
                 await self._delete_pod(pod)
             return None
         if ctx.summary is None:
             return None
         try:
-            await self._cores.ensure(ctx)
+            await self._runtimes.ensure(ctx)
         except PlanError as error:
-            return bad("GranularityInvalid", str(error))
+            return condition_false("GranularityInvalid", str(error))
         except MoEModelError as error:
-            return bad("StoreMismatch", str(error))
+            return condition_false("StoreMismatch", str(error))
         except PlatformError as error:
-            return bad("SandboxesUnavailable", str(error))
+            return condition_false("SandboxesUnavailable", str(error))
         return None
 
     async def _delete_pod(self, pod: Object) -> None:
@@ -205,52 +216,59 @@ class Reconciler:
                 POD, metadata["namespace"], metadata["name"], uid=metadata["uid"]
             )
 
-    async def _refuse(self, obj: Object, memory: _Memory, error: MoEModelError) -> Visit:
+    async def _report_invalid_spec(
+        self, obj: Object, state: _ModelState, error: MoEModelError
+    ) -> ReconcileResult:
         """Say that a spec cannot be used; what runs is left as it is."""
         generation = obj["metadata"].get("generation", 0)
-        verdicts = judge_invalid(error.problems)
-        found = conditions(verdicts, _conditions(obj), generation=generation, now=self._time())
-        status = invalid_status(obj.get("status", {}), found, at=generation)
-        await self._tell(obj, status, memory)
-        return Visit(REVISIT_S)
+        condition_states = evaluate_invalid_spec(error.problems)
+        new_conditions = build_conditions(
+            condition_states, _conditions_of(obj), generation=generation, now=self._timestamp()
+        )
+        status = invalid_status(obj.get("status", {}), new_conditions, generation=generation)
+        await self._write_status(obj, status, state)
+        return ReconcileResult(RESYNC_PERIOD_S)
 
-    async def _tell(self, obj: Object, status: Object, memory: _Memory) -> float | None:
+    async def _write_status(self, obj: Object, status: Object, state: _ModelState) -> float | None:
         """Write the status if it is time; return when it will be, if it is not."""
         now = self._clock()
-        at = due_at(status, obj.get("status"), memory.written, now=now)
-        if at is None or at > now:
-            return at
+        write_at = status_write_at(status, obj.get("status"), state.last_status, now=now)
+        if write_at is None or write_at > now:
+            return write_at
         metadata = obj["metadata"]
-        place = metadata["namespace"], metadata["name"]
+        key = metadata["namespace"], metadata["name"]
         try:
-            result = await self._api.patch_status(MOEMODEL, *place, status, uid=metadata["uid"])
+            result = await self._api.patch_status(MOEMODEL, *key, status, uid=metadata["uid"])
         except (NotFound, Conflict):
             return None  # it is gone, and the watch will say so
-        self._cache.put(MOEMODEL, result)
-        memory.written = Written(status, result.get("status"), now)
-        for event in state_events(_conditions(obj), status["conditions"]):
-            logger.info("%s/%s: %s: %s", *place, event.reason, event.note)
-            await self._events.write(obj, event, now=self._time())
+        self._cache.update(MOEMODEL, result)
+        state.last_status = WrittenStatus(status, result.get("status"), now)
+        for event in transition_events(_conditions_of(obj), status["conditions"]):
+            logger.info("%s/%s: %s: %s", *key, event.reason, event.note)
+            await self._events.record(obj, event, now=self._timestamp())
         return None
 
-    def _come_again(
+    def _result(
         self,
-        seen: Observation,
-        again_at: float | None,
+        observed: ObservedState,
+        requeue_at: float | None,
         status_at: float | None,
         *,
-        is_troubled: bool,
-    ) -> Visit:
+        has_failures: bool,
+    ) -> ReconcileResult:
         now = self._clock()
-        delays_s = [REVISIT_S, *(at - now for at in (again_at, status_at) if at is not None)]
-        if seen.store.retry_at is not None:
-            delays_s.append(seen.store.retry_at - self._wall())
-        return Visit(max(0.0, min(delays_s)), is_troubled)
+        delays_s = [
+            RESYNC_PERIOD_S,
+            *(at - now for at in (requeue_at, status_at) if at is not None),
+        ]
+        if observed.store.retry_at is not None:
+            delays_s.append(observed.store.retry_at - self._wall_clock())
+        return ReconcileResult(max(0.0, min(delays_s)), has_failures)
 
-    def _time(self) -> str:
-        return datetime.fromtimestamp(self._wall(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    def _timestamp(self) -> str:
+        return datetime.fromtimestamp(self._wall_clock(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _conditions(obj: Object) -> list[Object]:
+def _conditions_of(obj: Object) -> list[Object]:
     found: list[Object] = obj.get("status", {}).get("conditions", [])
     return found

@@ -1,4 +1,7 @@
-"""The operator's HTTP server: health, metrics, and the control API of every model."""
+"""What an operator still waits for before it looks after models; empty when it does.
+
+The operator's HTTP server: health, metrics, and the control API of every model.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,32 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from faasmoe_operator.kube.readiness import Readiness
-
 logger = logging.getLogger(__name__)
 
-METRICS_TYPE = "text/plain; version=1.0.0; charset=utf-8"
-SHUTDOWN_S = 2.0
+
+@dataclass(slots=True)
+class Readiness:
+    """Told by `/readyz`.
+
+    Attributes:
+        waits_for: what is still missing, in words; empty once models are looked after.
+    """
+
+    waiting_for: str = "the API server"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether models are looked after."""
+        return not self.waiting_for
+
+
+METRICS_CONTENT_TYPE = "text/plain; version=1.0.0; charset=utf-8"
+SHUTDOWN_TIMEOUT_S = 2.0
 BACKLOG = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Front:
+class HealthRoutes:
     """What the server answers with.
 
     Attributes:
@@ -27,7 +45,7 @@ class Front:
     """
 
     readiness: Readiness
-    metrics: Callable[[], bytes]
+    render_metrics: Callable[[], bytes]
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes beside the models' own."""
@@ -44,18 +62,20 @@ class Front:
     async def _readyz(self, _: web.Request) -> web.Response:
         if self.readiness.is_ready:
             return web.json_response({"status": "ok"})
-        body = {"status": "starting", "waits_for": self.readiness.waits_for}
+        body = {"status": "starting", "waits_for": self.readiness.waiting_for}
         return web.json_response(body, status=503)
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        return web.Response(body=self.metrics(), headers={"Content-Type": METRICS_TYPE})
+        return web.Response(
+            body=self.render_metrics(), headers={"Content-Type": METRICS_CONTENT_TYPE}
+        )
 
 
-async def listen(app: web.Application, *, host: str, port: int) -> web.AppRunner:
+async def start_server(app: web.Application, *, host: str, port: int) -> web.AppRunner:
     """Serve an application until its runner is cleaned up; raises OSError."""
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
     await runner.setup()
     site = web.TCPSite(runner, host, port, reuse_address=True, backlog=BACKLOG)
     await site.start()
-    logger.info("the operator listens on %s:%d", host, port)
+    logger.info("listening on %s:%d", host, port)
     return runner

@@ -1,4 +1,6 @@
-"""The status of a MoEModel, and when it is worth a request. Pure.
+"""From what was seen and done at a visit to the state of every condition. Pure.
+
+The status of a MoEModel, and when it is worth a request. Pure.
 
 What somebody may wait for is written at once; numbers that move with the traffic are written
 seldom, as each write goes to every client that watches the object.
@@ -6,21 +8,158 @@ seldom, as each write goes to every client that watches the object.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from faasmoe_operator.kube.counts import CoreCounts
-from faasmoe_operator.kube.kinds import Object
-from faasmoe_operator.kube.manifests import ModelContext, model_url, tenant_url
-from faasmoe_operator.kube.manifests.names import Component, selector_text
-from faasmoe_operator.kube.router_state import RouterState
+from faasmoe_operator.kube.apply import ApplyFailure
+from faasmoe_operator.kube.component_status import (
+    PLANNING,
+    WAITING_FOR_ROUTER,
+    RouterStatus,
+    RuntimeCounts,
+    active_condition,
+    functions_condition,
+    tenants_condition,
+)
+from faasmoe_operator.kube.conditions import (
+    ACTIVE,
+    FUNCTIONS_READY,
+    READY,
+    STORE_READY,
+    TENANTS_READY,
+    ConditionState,
+    ConditionStates,
+    condition_false,
+    condition_unknown,
+    summarize_ready,
+)
+from faasmoe_operator.kube.diff import ObjectId
+from faasmoe_operator.kube.manifests import ModelContext, missing_apis, model_url, tenant_url
+from faasmoe_operator.kube.manifests.names import Component, pod_selector_text
+from faasmoe_operator.kube.planner import ObservedState
+from faasmoe_operator.kube.store_status import RETRYABLE_REASONS, StoreStatus
+from faasmoe_operator.kube.types import Object
+
+SUSPENDED = condition_false(
+    "Suspended", "spec.suspend is true: pods are deleted, the store is retained"
+)
+RECOVERING_REASONS = (PLANNING, WAITING_FOR_ROUTER)
+WAITING_FOR_STORE = condition_unknown("WaitingForStore", "the store is not ready yet")
+
+
+def evaluate_conditions(
+    ctx: ModelContext,
+    observed: ObservedState,
+    *,
+    router: RouterStatus,
+    counts: RuntimeCounts | None,
+    runtime_failure: ConditionState | None,
+    failures: Sequence[ApplyFailure],
+    store_ids: Collection[ObjectId],
+    previous: Sequence[Object],
+) -> dict[str, ConditionState]:
+    """Return the state of each condition, Ready first.
+
+    Args:
+        ctx: the model.
+        seen: what there is of it.
+        router: how its routers are doing.
+        counts: what its control core counts.
+        fault: why the functions cannot be planned.
+        problems: objects that could not be made as wanted.
+        store_ids: the objects that the store needs; all others are the routers'.
+        before: the conditions that the object has.
+    """
+    store_failures = [problem for problem in failures if problem.object_id in store_ids]
+    router_failures = [problem for problem in failures if problem.object_id not in store_ids]
+    previous_states = _previous_states(previous, generation=ctx.generation)
+    store = (
+        store_failures[0].condition
+        if store_failures
+        else _store_condition(observed.store, previous_states.get(STORE_READY))
+    )
+    if ctx.spec.suspend:
+        states = ConditionStates(store, SUSPENDED, SUSPENDED, SUSPENDED, SUSPENDED)
+        return {READY: SUSPENDED, **states.by_type()}
+    if ctx.summary is None and counts is None:
+        states = ConditionStates(
+            store, WAITING_FOR_STORE, WAITING_FOR_STORE, WAITING_FOR_STORE, WAITING_FOR_STORE
+        )
+    else:
+        states = ConditionStates(
+            store=store,
+            router=router_failures[0].condition
+            if router_failures
+            else _router_condition(ctx, router),
+            functions=functions_condition(
+                counts, observed.sandbox_pods, runtime_failure=runtime_failure
+            ),
+            tenants=tenants_condition(ctx.spec.tenants, counts),
+            active=active_condition(counts),
+        )
+    states = _retain_while_recovering(states, previous_states)
+    return {READY: summarize_ready(states), **states.by_type()}
+
+
+def evaluate_invalid_spec(problems: Sequence[str]) -> Mapping[str, ConditionState]:
+    """Return the state of each condition of a model whose spec cannot be used."""
+    invalid = condition_false("SpecInvalid", "; ".join(problems))
+    unknown = condition_unknown("SpecInvalid", "the spec cannot be used: see Ready")
+    return {READY: invalid, **ConditionStates.uniform(unknown).by_type()}
+
+
+def _previous_states(previous: Sequence[Object], *, generation: int) -> dict[str, ConditionState]:
+    """Return what was settled of this spec."""
+    return {
+        condition["type"]: ConditionState(
+            condition["status"], condition["reason"], condition["message"]
+        )
+        for condition in previous
+        if condition.get("observedGeneration") == generation and condition["status"] != "Unknown"
+    }
+
+
+def _store_condition(state: StoreStatus, previous: ConditionState | None) -> ConditionState:
+    """Keep why the store failed until a new attempt has shown something else."""
+    if state.is_retry and previous is not None and previous.reason in RETRYABLE_REASONS:
+        return previous
+    return state.condition
+
+
+def _retain_while_recovering(
+    states: ConditionStates, previous_states: Mapping[str, ConditionState]
+) -> ConditionStates:
+    """Keep what was known while a new operator process reads it back."""
+
+    def retained(kind: str, state: ConditionState) -> ConditionState:
+        return previous_states.get(kind, state) if state.reason in RECOVERING_REASONS else state
+
+    return replace(
+        states,
+        functions=retained(FUNCTIONS_READY, states.functions),
+        tenants=retained(TENANTS_READY, states.tenants),
+        active=retained(ACTIVE, states.active),
+    )
+
+
+def _router_condition(ctx: ModelContext, router: RouterStatus) -> ConditionState:
+    missing = missing_apis(ctx)
+    if not missing:
+        return router.condition
+    text = "; ".join(
+        f"{field} is given, and the cluster does not serve {api}: install its CRDs (detected "
+        "automatically) or remove the field"
+        for field, api in missing.items()
+    )
+    return condition_false("CRDNotInstalled", text)
+
 
 COUNTS_INTERVAL_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenStatus:
     """The status that was written last.
 
     Attributes:
@@ -31,16 +170,16 @@ class Written:
 
     status: Object
     result: Any
-    at: float
+    written_at: float
 
 
 def model_status(
     ctx: ModelContext,
     *,
     conditions: Sequence[Object],
-    router: RouterState,
-    counts: CoreCounts | None,
-    before: Mapping[str, Any],
+    router: RouterStatus,
+    counts: RuntimeCounts | None,
+    previous: Mapping[str, Any],
 ) -> Object:
     """Return the whole status.
 
@@ -52,7 +191,7 @@ def model_status(
         before: the status as it is: what it says of the store is kept while that is looked at
             again, and what it counts until a new operator process has counted.
     """
-    model = before.get("model") if ctx.summary is None else ctx.summary.to_status()
+    model = previous.get("model") if ctx.summary is None else ctx.summary.to_status()
     return {
         "observedGeneration": ctx.generation,
         "url": model_url(ctx),
@@ -60,20 +199,24 @@ def model_status(
         **({} if model is None else {"model": model}),
         "router": {
             "replicas": router.replicas,
-            "readyReplicas": router.ready,
-            "selector": selector_text(ctx.name, Component.ROUTER),
+            "readyReplicas": router.ready_replicas,
+            "selector": pod_selector_text(ctx.name, Component.ROUTER),
         },
-        **_counted(ctx, counts, before),
-        **_tenants(ctx, counts, before),
+        **_counter_fields(ctx, counts, previous),
+        **_tenant_fields(ctx, counts, previous),
     }
 
 
-def invalid_status(before: Mapping[str, Any], conditions: Sequence[Object], *, at: int) -> Object:
+def invalid_status(
+    previous: Mapping[str, Any], conditions: Sequence[Object], *, generation: int
+) -> Object:
     """Return the status of a model whose spec, of generation `at`, cannot be used."""
-    return {**before, "observedGeneration": at, "conditions": list(conditions)}
+    return {**previous, "observedGeneration": generation, "conditions": list(conditions)}
 
 
-def due_at(wanted: Object, live: Any, last: Written | None, *, now: float) -> float | None:
+def status_write_at(
+    desired: Object, live: Any, last: WrittenStatus | None, *, now: float
+) -> float | None:
     """Return from when a status is to be written; None if that would change nothing.
 
     Args:
@@ -82,30 +225,34 @@ def due_at(wanted: Object, live: Any, last: Written | None, *, now: float) -> fl
         last: what was written last.
         now: the time.
     """
-    if wanted == live:
+    if desired == live:
         return None
     if last is None:
         return now
-    if last.status == wanted and last.result == live:
+    if last.status == desired and last.result == live:
         return None
-    if _awaited(last.status) == _awaited(wanted) and last.result == live:
-        return last.at + COUNTS_INTERVAL_S
+    if _without_counters(last.status) == _without_counters(desired) and last.result == live:
+        return last.written_at + COUNTS_INTERVAL_S
     return now
 
 
-def _counted(ctx: ModelContext, counts: CoreCounts | None, before: Mapping[str, Any]) -> Object:
+def _counter_fields(
+    ctx: ModelContext, counts: RuntimeCounts | None, previous: Mapping[str, Any]
+) -> Object:
     if counts is None:
         fields = () if ctx.spec.suspend else ("functions", "sandboxes")
-        return {field: before[field] for field in fields if field in before}
+        return {field: previous[field] for field in fields if field in previous}
     functions = {"total": counts.functions, "active": counts.active, "replicas": counts.replicas}
     sandboxes = {"total": counts.sandboxes, "ready": counts.ready, "generic": counts.generic}
     return {"functions": functions, "sandboxes": sandboxes}
 
 
-def _tenants(ctx: ModelContext, counts: CoreCounts | None, before: Mapping[str, Any]) -> Object:
+def _tenant_fields(
+    ctx: ModelContext, counts: RuntimeCounts | None, previous: Mapping[str, Any]
+) -> Object:
     if not ctx.spec.tenants:
         return {}
-    keys = {tenant["name"]: tenant.get("keys") for tenant in before.get("tenants", ())}
+    keys = {tenant["name"]: tenant.get("keys") for tenant in previous.get("tenants", ())}
     if counts is not None and counts.tenant_keys is not None:
         keys = dict(counts.tenant_keys)
     tenants = [
@@ -119,12 +266,12 @@ def _tenants(ctx: ModelContext, counts: CoreCounts | None, before: Mapping[str, 
     return {"tenants": tenants}
 
 
-def _awaited(status: Mapping[str, Any]) -> Object:
+def _without_counters(status: Mapping[str, Any]) -> Object:
     """Return what of a status is written at once: all but counts and what tells them."""
     conditions = [
         {key: value for key, value in condition.items() if key != "message"}
         for condition in status.get("conditions", ())
     ]
-    slow = ("functions", "sandboxes", "conditions")
-    rest = {key: value for key, value in status.items() if key not in slow}
+    throttled = ("functions", "sandboxes", "conditions")
+    rest = {key: value for key, value in status.items() if key not in throttled}
     return {**rest, "conditions": conditions}

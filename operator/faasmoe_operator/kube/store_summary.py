@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Self
 
-from faasmoe_expert.store.errors import StoreError
-from faasmoe_expert.store.fields import Fields
+from faasmoe_contracts.store.manifest import JsonFields, StoreError
 from faasmoe_operator.errors import FaasmoeError
 
 MAX_LAYERS = 10_000
@@ -24,7 +23,7 @@ class StoreSummaryError(FaasmoeError):
     """A summary that cannot be used; names the field, what was got and what was expected."""
 
 
-class FailureReason(StrEnum):
+class StoreFailureReason(StrEnum):
     """Why a store could not be prepared; stable, the reason of the condition StoreReady."""
 
     SOURCE_NOT_FOUND = "SourceNotFound"
@@ -36,9 +35,9 @@ class FailureReason(StrEnum):
     FAILED = "Failed"
 
     @property
-    def is_final(self) -> bool:
+    def is_permanent(self) -> bool:
         """Whether trying again cannot help."""
-        return self in (FailureReason.SOURCE_UNSUPPORTED, FailureReason.STORE_MISMATCH)
+        return self in (StoreFailureReason.SOURCE_UNSUPPORTED, StoreFailureReason.STORE_MISMATCH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +49,12 @@ class StoreFailure:
         message: for people.
     """
 
-    reason: FailureReason
+    reason: StoreFailureReason
     message: str
 
 
 @dataclass(frozen=True, slots=True)
-class LayerRun:
+class LayerGroup:
     """MoE layers that follow each other and are alike.
 
     Attributes:
@@ -75,17 +74,17 @@ class LayerRun:
     @classmethod
     def from_json(cls, value: object, *, where: str) -> Self:
         """Read a run; raises StoreError that names the field."""
-        fields = Fields(value, where)
-        run = cls(
-            count=fields.integer("count", least=1),
-            num_experts=fields.integer("numExperts", least=1),
-            top_k=fields.integer("topK", least=1),
-            expert_bytes=fields.integer("expertBytes", least=1),
-            shared_bytes=fields.integer("sharedBytes"),
+        fields = JsonFields(value, where)
+        group = cls(
+            count=fields.pop_integer("count", minimum=1),
+            num_experts=fields.pop_integer("numExperts", minimum=1),
+            top_k=fields.pop_integer("topK", minimum=1),
+            expert_bytes=fields.pop_integer("expertBytes", minimum=1),
+            shared_bytes=fields.pop_integer("sharedBytes"),
         )
-        if run.top_k > run.num_experts:
-            raise fields.wrong("topK", run.top_k, f"at most {run.num_experts}")
-        return run
+        if group.top_k > group.num_experts:
+            raise fields.error("topK", group.top_k, f"at most {group.num_experts}")
+        return group
 
     def to_json(self) -> dict[str, int]:
         """Return the JSON object of this run."""
@@ -99,7 +98,7 @@ class LayerRun:
 
 
 @dataclass(frozen=True, slots=True)
-class SummaryLayer:
+class LayerSummary:
     """One MoE layer, in the shape that plans take (`plan.functions.LayerShape`)."""
 
     index: int
@@ -141,7 +140,7 @@ class StoreSummary:
     num_hidden_layers: int
     size_bytes: int
     router_bytes: int
-    layers: tuple[LayerRun, ...]
+    layers: tuple[LayerGroup, ...]
 
     @classmethod
     def from_status(cls, value: object) -> StoreSummary:
@@ -150,7 +149,7 @@ class StoreSummary:
         Fields that are not known here are left out, as a later version may have written them.
         """
         try:
-            return cls._read(value, where="status.model")
+            return cls._parse(value, where="status.model")
         except StoreError as error:
             raise StoreSummaryError(str(error)) from error
 
@@ -162,38 +161,40 @@ class StoreSummary:
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            return _unreadable(f"got {_shown(text)}, expected a JSON object")
+            return _invalid_result(f"got {_truncated_repr(text)}, expected a JSON object")
         if value.get("ok") is not True:
-            return _failure(value)
+            return _parse_failure(value)
         try:
-            return StoreSummary._read(value, where="termination message")
+            return StoreSummary._parse(value, where="termination message")
         except StoreError as error:
-            return _unreadable(str(error))
+            return _invalid_result(str(error))
 
     @classmethod
-    def _read(cls, value: object, *, where: str) -> StoreSummary:
+    def _parse(cls, value: object, *, where: str) -> StoreSummary:
         # Kubernetes drops fields that are null.
-        fields = Fields({"revision": None, **value} if isinstance(value, Mapping) else value, where)
+        fields = JsonFields(
+            {"revision": None, **value} if isinstance(value, Mapping) else value, where
+        )
         summary = cls(
-            digest=fields.text("digest"),
-            revision=_revision(fields),
-            source=fields.text("source"),
-            family=fields.text("family"),
-            architecture=fields.text("architecture"),
-            dtype=fields.text("dtype"),
-            hidden_size=fields.integer("hiddenSize", least=1),
-            vocab_size=fields.integer("vocabSize", least=1),
-            max_position_embeddings=fields.integer("maxPositionEmbeddings", least=1),
-            num_hidden_layers=fields.integer("numHiddenLayers", least=1),
-            size_bytes=fields.integer("sizeBytes", least=1),
-            router_bytes=fields.integer("routerBytes"),
+            digest=fields.pop_string("digest"),
+            revision=_parse_revision(fields),
+            source=fields.pop_string("source"),
+            family=fields.pop_string("family"),
+            architecture=fields.pop_string("architecture"),
+            dtype=fields.pop_string("dtype"),
+            hidden_size=fields.pop_integer("hiddenSize", minimum=1),
+            vocab_size=fields.pop_integer("vocabSize", minimum=1),
+            max_position_embeddings=fields.pop_integer("maxPositionEmbeddings", minimum=1),
+            num_hidden_layers=fields.pop_integer("numHiddenLayers", minimum=1),
+            size_bytes=fields.pop_integer("sizeBytes", minimum=1),
+            router_bytes=fields.pop_integer("routerBytes"),
             layers=tuple(
-                LayerRun.from_json(run, where=f"layers[{index}]")
-                for index, run in enumerate(fields.items("layers"))
+                LayerGroup.from_json(run, where=f"layers[{index}]")
+                for index, run in enumerate(fields.pop_array("layers"))
             ),
         )
         if not 1 <= summary.n_layers <= MAX_LAYERS:
-            raise fields.wrong("layers", summary.n_layers, f"1 to {MAX_LAYERS} MoE layers")
+            raise fields.error("layers", summary.n_layers, f"1 to {MAX_LAYERS} MoE layers")
         return summary
 
     @property
@@ -219,34 +220,38 @@ class StoreSummary:
             "layers": [run.to_json() for run in self.layers],
         }
 
-    def expanded_layers(self) -> tuple[SummaryLayer, ...]:
+    def expanded_layers(self) -> tuple[LayerSummary, ...]:
         """Return every MoE layer, ascending by index."""
         runs = [run for run in self.layers for _ in range(run.count)]
         return tuple(
-            SummaryLayer(index, run.num_experts, run.top_k, run.expert_bytes, run.shared_bytes)
+            LayerSummary(index, run.num_experts, run.top_k, run.expert_bytes, run.shared_bytes)
             for index, run in enumerate(runs)
         )
 
 
-def _failure(value: Mapping[str, object]) -> StoreFailure:
+def _parse_failure(value: Mapping[str, object]) -> StoreFailure:
     reason, message = value.get("reason"), value.get("message")
     if not isinstance(message, str) or not message:
-        return _unreadable(f"message: got {_shown(message)}, expected a text")
-    known = next((known for known in FailureReason if known == reason), FailureReason.FAILED)
-    return StoreFailure(known, message[:MAX_MESSAGE_CHARS])
+        return _invalid_result(f"message: got {_truncated_repr(message)}, expected a text")
+    failure_reason = next(
+        (known for known in StoreFailureReason if known == reason), StoreFailureReason.FAILED
+    )
+    return StoreFailure(failure_reason, message[:MAX_MESSAGE_CHARS])
 
 
-def _revision(fields: Fields) -> str | None:
-    revision = fields.take("revision")
+def _parse_revision(fields: JsonFields) -> str | None:
+    revision = fields.pop("revision")
     if revision is not None and not isinstance(revision, str):
-        raise fields.wrong("revision", revision, "a text or nothing")
+        raise fields.error("revision", revision, "a text or nothing")
     return revision or None
 
 
-def _unreadable(what: str) -> StoreFailure:
-    return StoreFailure(FailureReason.FAILED, f"the store's Job left no result: {what}")
+def _invalid_result(problem: str) -> StoreFailure:
+    return StoreFailure(
+        StoreFailureReason.FAILED, f"invalid termination message of the store Job: {problem}"
+    )
 
 
-def _shown(value: object) -> str:
+def _truncated_repr(value: object) -> str:
     text = repr(value[:80] if isinstance(value, str) else value)
     return text if len(text) <= 80 else f"{text[:80]}…"

@@ -13,13 +13,13 @@ from enum import Enum
 from faasmoe_operator.errors import PlanError
 
 
-def _check_least(field: str, value: int, *, least: int) -> None:
-    if value < least:
-        raise PlanError(f"{field}: got {value}, expected at least {least}")
+def _check_minimum(field: str, value: int, *, minimum: int) -> None:
+    if value < minimum:
+        raise PlanError(f"{field}: got {value}, expected at least {minimum}")
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class SandboxShape:
     """What one sandbox can take.
 
     Attributes:
@@ -32,11 +32,11 @@ class Shape:
 
     def __post_init__(self) -> None:
         """Refuse a sandbox that could take nothing."""
-        _check_least("capacity", self.capacity, least=1)
+        _check_minimum("capacity", self.capacity, minimum=1)
         if self.memory_limit_bytes is not None:
-            _check_least("memory_limit_bytes", self.memory_limit_bytes, least=1)
+            _check_minimum("memory_limit_bytes", self.memory_limit_bytes, minimum=1)
 
-    def takes(self, memory_bytes: int) -> bool:
+    def fits(self, memory_bytes: int) -> bool:
         """Return whether an empty sandbox can take a function of this size."""
         return self.memory_limit_bytes is None or memory_bytes <= self.memory_limit_bytes
 
@@ -58,7 +58,7 @@ class FleetSettings:
 
     template_hash: str
     warm_pool: int = 1
-    shape: Shape = Shape()
+    shape: SandboxShape = SandboxShape()
     max_creates: int = 8
     max_surge: int = 1
     start_deadline_s: float = 600.0
@@ -68,20 +68,20 @@ class FleetSettings:
     def __post_init__(self) -> None:
         """Refuse numbers that no fleet could have."""
         if self.memory_limit_bytes is not None:
-            _check_least("memory_limit_bytes", self.memory_limit_bytes, least=1)
-        _check_least("warm_pool", self.warm_pool, least=0)
-        _check_least("max_creates", self.max_creates, least=0)
-        _check_least("max_surge", self.max_surge, least=1)
+            _check_minimum("memory_limit_bytes", self.memory_limit_bytes, minimum=1)
+        _check_minimum("warm_pool", self.warm_pool, minimum=0)
+        _check_minimum("max_creates", self.max_creates, minimum=0)
+        _check_minimum("max_surge", self.max_surge, minimum=1)
         if not self.start_deadline_s > 0:
             raise PlanError(f"start_deadline_s: got {self.start_deadline_s}, expected more than 0")
 
-    def affords(self, memory_bytes: int) -> bool:
+    def fits_memory_limit(self, memory_bytes: int) -> bool:
         """Return whether the limit of all together leaves room for a function of this size."""
         return self.memory_limit_bytes is None or memory_bytes <= self.memory_limit_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class FunctionDemand:
     """How many replicas one function should have.
 
     Attributes:
@@ -97,14 +97,14 @@ class Demand:
     function: str
     replicas: int
     memory_bytes: int = 0
-    apart: str = ""
+    anti_affinity_key: str = ""
     last_used: float = 0.0
     pinned: bool = False
 
     def __post_init__(self) -> None:
         """Refuse less than nothing."""
-        _check_least("replicas", self.replicas, least=0)
-        _check_least("memory_bytes", self.memory_bytes, least=0)
+        _check_minimum("replicas", self.replicas, minimum=0)
+        _check_minimum("memory_bytes", self.memory_bytes, minimum=0)
 
 
 class SandboxState(Enum):
@@ -145,11 +145,11 @@ class Assignment:
     state: AssignmentState = AssignmentState.ATTACHED
     memory_bytes: int = 0
     last_used: float = 0.0
-    apart: str = ""
+    anti_affinity_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Sandbox:
+class ObservedSandbox:
     """One sandbox.
 
     Attributes:
@@ -166,10 +166,10 @@ class Sandbox:
     template_hash: str
     created_at: float = 0.0
     assignments: tuple[Assignment, ...] = ()
-    shape: Shape | None = None
+    shape: SandboxShape | None = None
 
     @property
-    def age_order(self) -> tuple[float, str]:
+    def age_key(self) -> tuple[float, str]:
         """Key that sorts the oldest first, ties by id."""
         return (self.created_at, self.id)
 
@@ -178,24 +178,24 @@ class Sandbox:
 class Replica:
     """An assignment together with the sandbox that it is in."""
 
-    sandbox: Sandbox
+    sandbox: ObservedSandbox
     assignment: Assignment
 
     @property
-    def place(self) -> tuple[str, str]:
+    def key(self) -> tuple[str, str]:
         """The ids of sandbox and function: names the replica."""
         return (self.sandbox.id, self.assignment.function)
 
     @property
-    def serves(self) -> bool:
+    def is_serving(self) -> bool:
         """Whether calls can go to it."""
         return self.assignment.state is AssignmentState.ATTACHED
 
 
-def live_replicas(sandboxes: Iterable[Sandbox]) -> Mapping[str, list[Replica]]:
+def live_replicas(sandboxes: Iterable[ObservedSandbox]) -> Mapping[str, list[Replica]]:
     """Return each function's replicas that serve or soon will, oldest sandbox first."""
     live: dict[str, list[Replica]] = {}
-    for sandbox in sorted(sandboxes, key=lambda s: s.age_order):
+    for sandbox in sorted(sandboxes, key=lambda s: s.age_key):
         for assignment in sandbox.assignments:
             if assignment.state is not AssignmentState.DETACHING:
                 live.setdefault(assignment.function, []).append(Replica(sandbox, assignment))

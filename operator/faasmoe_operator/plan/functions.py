@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
-from faasmoe_expert.table import FunctionSpec, function_id
+from faasmoe_contracts.routing_table import FunctionSpec, make_function_id
 from faasmoe_operator.errors import PlanError
 
 AUTO_BLOCKS_PER_LAYER = 3
@@ -40,7 +40,7 @@ class LayerShape(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Partitioning:
     """How to cut.
 
     Attributes:
@@ -53,7 +53,7 @@ class Cut:
 
 
 def plan_functions(
-    layers: Sequence[LayerShape], cut: Cut, *, model_digest: str, key: bytes
+    layers: Sequence[LayerShape], partitioning: Partitioning, *, model_digest: str, key: bytes
 ) -> tuple[FunctionSpec, ...]:
     """Return the functions of a model, each expert of each layer in exactly one.
 
@@ -69,12 +69,12 @@ def plan_functions(
     Raises:
         PlanError: the model cannot be cut like this.
     """
-    _check(layers, cut)
+    _check_partitioning(layers, partitioning)
     functions = []
-    for group in _layer_groups(layers, cut.layers_per_function):
+    for group in _layer_groups(layers, partitioning.layers_per_function):
         indices = tuple(layer.index for layer in group)
-        for experts in _blocks(group[0].num_experts, cut.experts_per_function):
-            name = function_id(key, model_digest=model_digest, layers=indices, experts=experts)
+        for experts in _blocks(group[0].num_experts, partitioning.experts_per_function):
+            name = make_function_id(key, model_digest=model_digest, layers=indices, experts=experts)
             functions.append(FunctionSpec(name, indices, experts))
     return tuple(functions)
 
@@ -88,42 +88,49 @@ def function_bytes(function: FunctionSpec, layers: Sequence[LayerShape]) -> int:
     )
 
 
-def largest_function_bytes(layers: Sequence[LayerShape], cut: Cut) -> int:
+def largest_function_bytes(layers: Sequence[LayerShape], partitioning: Partitioning) -> int:
     """Return the size of the largest function's weights; raises PlanError as planning would."""
-    _check(layers, cut)
-    return max(_first_block_bytes(g, cut) for g in _layer_groups(layers, cut.layers_per_function))
+    _check_partitioning(layers, partitioning)
+    return max(
+        _first_block_bytes(g, partitioning)
+        for g in _layer_groups(layers, partitioning.layers_per_function)
+    )
 
 
-def _first_block_bytes(group: Sequence[LayerShape], cut: Cut) -> int:
-    size = len(next(_blocks(group[0].num_experts, cut.experts_per_function)))
+def _first_block_bytes(group: Sequence[LayerShape], partitioning: Partitioning) -> int:
+    size = len(next(_blocks(group[0].num_experts, partitioning.experts_per_function)))
     return sum(layer.expert_bytes * size + layer.shared_bytes for layer in group)
 
 
-def _check(layers: Sequence[LayerShape], cut: Cut) -> None:
+def _check_partitioning(layers: Sequence[LayerShape], partitioning: Partitioning) -> None:
     if not layers:
         raise PlanError("layers: got a model without MoE layers, expected at least one")
     largest = max(layers, key=lambda layer: layer.num_experts)
     what = f"the experts of layer {largest.index}"
-    if cut.experts_per_function is not None:
-        _check_bounds("expertsPerFunction", cut.experts_per_function, largest.num_experts, what)
+    if partitioning.experts_per_function is not None:
+        _check_bounds(
+            "expertsPerFunction", partitioning.experts_per_function, largest.num_experts, what
+        )
     what = "the MoE layers of the model"
-    _check_bounds("layersPerFunction", cut.layers_per_function, len(layers), what)
+    _check_bounds("layersPerFunction", partitioning.layers_per_function, len(layers), what)
 
 
-def _check_bounds(field: str, got: int, bound: int, what: str) -> None:
-    if got < 1:
-        raise PlanError(f"spec.granularity.{field}: got {got}, expected 1 or more")
-    if got > bound:
-        raise PlanError(f"spec.granularity.{field}: got {got}, expected at most {bound}, {what}")
+def _check_bounds(field: str, value: int, maximum: int, description: str) -> None:
+    if value < 1:
+        raise PlanError(f"spec.granularity.{field}: got {value}, expected 1 or more")
+    if value > maximum:
+        raise PlanError(
+            f"spec.granularity.{field}: got {value}, expected at most {maximum}, {description}"
+        )
 
 
 def _layer_groups(
     layers: Sequence[LayerShape], layers_per_function: int
 ) -> Iterator[tuple[LayerShape, ...]]:
     for _, run in groupby(layers, key=lambda layer: layer.num_experts):
-        alike = tuple(run)
-        for start in range(0, len(alike), layers_per_function):
-            yield alike[start : start + layers_per_function]
+        same_size = tuple(run)
+        for start in range(0, len(same_size), layers_per_function):
+            yield same_size[start : start + layers_per_function]
 
 
 def _blocks(num_experts: int, experts_per_function: int | None) -> Iterator[tuple[int, ...]]:

@@ -2,18 +2,18 @@
 
 from faasmoe_operator.platforms.base import (
     Platform,
+    ProcessSandboxTemplate,
     Sandbox,
     SandboxEvent,
     SandboxTemplate,
-    Template,
 )
 from faasmoe_operator.platforms.process import ProcessPlatform
 
 __all__ = [
     "Platform",
     "ProcessPlatform",
+    "ProcessSandboxTemplate",
     "Sandbox",
     "SandboxEvent",
     "SandboxTemplate",
-    "Template",
 ]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, Protocol, TypeVar
 
 
-class Template(Protocol):
+class SandboxTemplate(Protocol):
     """What all generic sandboxes of a model have in common; the rest of it is its platform's."""
 
     @property
@@ -24,7 +24,7 @@ class Template(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class SandboxTemplate:
+class ProcessSandboxTemplate:
     """The process platform's template.
 
     Attributes:
@@ -78,7 +78,7 @@ class SandboxEvent:
     reason: str = ""
 
 
-AnyTemplate = TypeVar("AnyTemplate", bound=Template, contravariant=True)
+AnyTemplate = TypeVar("AnyTemplate", bound=SandboxTemplate, contravariant=True)
 
 
 class Platform(Protocol[AnyTemplate]):

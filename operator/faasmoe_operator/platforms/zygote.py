@@ -13,24 +13,24 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from faasmoe_expert.lifeline import PARENT_VARIABLE
+from faasmoe_contracts.parent_death import PARENT_PID_ENV
+from faasmoe_operator.aio import read_lines
 from faasmoe_operator.errors import PlatformError
-from faasmoe_operator.platforms.lines import read_lines
 
 logger = logging.getLogger(__name__)
 
-COMMAND = (sys.executable, "-m", "faasmoe_expert.zygote")
-SOCKET_VARIABLE = "FAASMOE_ZYGOTE_SOCKET"
-VERIFIED_VARIABLE = "FAASMOE_VERIFIED_DIR"
-SOCKETS_VARIABLE = "FAASMOE_SOCKET_DIR"
-VERIFIED_NAME = "verified"
-SOCKETS_NAME = "near"
-REHEARSAL_VARIABLE = "FAASMOE_REHEARSAL_STORE"
+ZYGOTE_COMMAND = (sys.executable, "-m", "faasmoe_expert.zygote")
+ZYGOTE_SOCKET_VARIABLE = "FAASMOE_ZYGOTE_SOCKET"
+VERIFIED_DIR_VARIABLE = "FAASMOE_VERIFIED_DIR"
+SOCKET_DIR_VARIABLE = "FAASMOE_SOCKET_DIR"
+VERIFIED_DIR_NAME = "verified"
+SOCKET_DIR_NAME = "sockets"
+WARMUP_STORE_VARIABLE = "FAASMOE_WARMUP_STORE"
 MAX_SOCKET_PATH_BYTES = 106  # of sockaddr_un on Linux, less an ending zero and the zygote's ~
-END_TIMEOUT_S = 10.0
-GREETING_TIMEOUT_S = 5.0
+TERMINATE_TIMEOUT_S = 10.0
+HANDSHAKE_TIMEOUT_S = 5.0
 
-ENVIRONMENT: Mapping[str, str] = {
+SANDBOX_ENVIRONMENT: Mapping[str, str] = {
     # What the parent would inherit to children before one of them sets its own number.
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -61,22 +61,22 @@ def zygote_environment(
     own = {
         "FAASMOE_TOKEN": token,
         "FAASMOE_DEVICE": device,
-        SOCKET_VARIABLE: str(socket),
-        **near_variables(socket.parent),
-        REHEARSAL_VARIABLE: "" if store is None else str(store),
+        ZYGOTE_SOCKET_VARIABLE: str(socket),
+        **shared_dir_variables(socket.parent),
+        WARMUP_STORE_VARIABLE: "" if store is None else str(store),
     }
-    return {**os.environ, **ENVIRONMENT, **own}
+    return {**os.environ, **SANDBOX_ENVIRONMENT, **own}
 
 
-def near_variables(folder: Path) -> dict[str, str]:
+def shared_dir_variables(folder: Path) -> dict[str, str]:
     """Return what sandboxes and routers of one machine are told of each other.
 
     Args:
         folder: the zygote socket's.
     """
     return {
-        VERIFIED_VARIABLE: str(folder / VERIFIED_NAME),
-        SOCKETS_VARIABLE: str(folder / SOCKETS_NAME),
+        VERIFIED_DIR_VARIABLE: str(folder / VERIFIED_DIR_NAME),
+        SOCKET_DIR_VARIABLE: str(folder / SOCKET_DIR_NAME),
     }
 
 
@@ -92,7 +92,7 @@ class ZygoteClient:
         """Return a client and the zygote's process id; raises OSError or PlatformError."""
         client = cls(*await asyncio.open_unix_connection(str(socket)))
         try:
-            async with asyncio.timeout(GREETING_TIMEOUT_S):
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                 match await client.next_event():
                     case {"event": "ready", "pid": int(pid)}:
                         return client, pid
@@ -132,14 +132,14 @@ class ZygoteClient:
 
 
 @asynccontextmanager
-async def running_zygote(
+async def run_zygote(
     socket: Path,
     *,
     token: str,
     store: Path | None = None,
     device: str = "auto",
     log: Callable[[str], None] = logger.info,
-    command: Sequence[str] = COMMAND,
+    command: Sequence[str] = ZYGOTE_COMMAND,
 ) -> AsyncIterator[Process]:
     """Run a zygote of our own as long as the context lasts; use in the main thread.
 
@@ -158,29 +158,29 @@ async def running_zygote(
         stderr=STDOUT,
         env={
             **zygote_environment(socket, token=token, store=store, device=device),
-            PARENT_VARIABLE: str(os.getpid()),
+            PARENT_PID_ENV: str(os.getpid()),
         },
         start_new_session=True,  # a Ctrl-C in the terminal is for the launcher to handle
     )
-    logs = asyncio.create_task(_forward(process, log))
+    logs = asyncio.create_task(_forward_logs(process, log))
     try:
         yield process
     finally:
-        await _end(process)
+        await _terminate(process)
         await logs
 
 
-async def _forward(process: Process, log: Callable[[str], None]) -> None:
+async def _forward_logs(process: Process, log: Callable[[str], None]) -> None:
     assert process.stdout is not None
     async for line in read_lines(process.stdout):
         log(line)
 
 
-async def _end(process: Process) -> None:
+async def _terminate(process: Process) -> None:
     if process.returncode is None:
         process.terminate()
     try:
-        async with asyncio.timeout(END_TIMEOUT_S):
+        async with asyncio.timeout(TERMINATE_TIMEOUT_S):
             await process.wait()
     except TimeoutError:
         process.kill()

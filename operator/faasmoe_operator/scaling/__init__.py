@@ -8,7 +8,7 @@ only goes forward.
 
 from faasmoe_operator.scaling.activation import Phase
 from faasmoe_operator.scaling.decision import Decision, Reason
-from faasmoe_operator.scaling.scaler import FunctionScaler
+from faasmoe_operator.scaling.scaler import FunctionAutoscaler
 from faasmoe_operator.scaling.settings import ScalingError, ScalingSettings
 
-__all__ = ["Decision", "FunctionScaler", "Phase", "Reason", "ScalingError", "ScalingSettings"]
+__all__ = ["Decision", "FunctionAutoscaler", "Phase", "Reason", "ScalingError", "ScalingSettings"]

@@ -30,49 +30,54 @@ class Phase(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Activation:
+class ActivationState:
     """A phase and the time when it began."""
 
     phase: Phase
     since: float
 
-    def to(self, phase: Phase, *, now: float) -> Activation:
+    def transition(self, phase: Phase, *, now: float) -> ActivationState:
         """Return the activation in this phase; one that is in it already keeps its time."""
-        return self if phase is self.phase else Activation(phase, now)
+        return self if phase is self.phase else ActivationState(phase, now)
 
-    def lasted(self, now: float) -> float:
+    def elapsed_s(self, now: float) -> float:
         """Return for how many seconds the phase has lasted."""
         return now - self.since
 
 
-def begun(*, replicas: int, ready: int, now: float) -> Activation:
+def initial_activation(*, replicas: int, ready: int, now: float) -> ActivationState:
     """Return the phase of a function that is first seen with these replicas, and these ready."""
     if replicas == 0:
-        return Activation(Phase.INACTIVE, now)
-    return Activation(Phase.ACTIVE if ready else Phase.ACTIVATING, now)
+        return ActivationState(Phase.INACTIVE, now)
+    return ActivationState(Phase.ACTIVE if ready else Phase.ACTIVATING, now)
 
 
-def woken(activation: Activation, *, now: float) -> Activation:
+def activate(activation: ActivationState, *, now: float) -> ActivationState:
     """Return what a wake makes of it: zero begins to activate, what drains is active again."""
     if activation.phase is Phase.INACTIVE:
-        return activation.to(Phase.ACTIVATING, now=now)
+        return activation.transition(Phase.ACTIVATING, now=now)
     if activation.phase is Phase.DRAINING:
-        return activation.to(Phase.ACTIVE, now=now)
+        return activation.transition(Phase.ACTIVE, now=now)
     return activation
 
 
-def seen(activation: Activation, *, ready: int, now: float) -> Activation:
+def observe_ready(activation: ActivationState, *, ready: int, now: float) -> ActivationState:
     """Return what the number of ready replicas makes of it."""
     if activation.phase is Phase.ACTIVATING and ready > 0:
-        return activation.to(Phase.ACTIVE, now=now)
+        return activation.transition(Phase.ACTIVE, now=now)
     if activation.phase is Phase.ACTIVE and ready == 0:
-        return activation.to(Phase.ACTIVATING, now=now)
+        return activation.transition(Phase.ACTIVATING, now=now)
     return activation
 
 
-def settle(
-    settings: ScalingSettings, activation: Activation, *, wanted: Decision, held: int, now: float
-) -> tuple[Decision, Activation]:
+def apply_scale_to_zero(
+    settings: ScalingSettings,
+    activation: ActivationState,
+    *,
+    kpa_decision: Decision,
+    last_desired: int,
+    now: float,
+) -> tuple[Decision, ActivationState]:
     """Return the decision once the way to zero is minded, and the next phase.
 
     Args:
@@ -83,37 +88,39 @@ def settle(
         now: the time.
     """
     if not settings.enable_scale_to_zero:
-        wanted = wanted.but(max(1, wanted.desired), Reason.SCALE_TO_ZERO_DISABLED)
-    if _gives_up(settings, activation, wanted=wanted, now=now):
-        return Decision(0, Reason.TIMED_OUT), activation.to(Phase.INACTIVE, now=now)
-    if wanted.reason is Reason.NO_DATA and wanted.desired > 0:
-        return wanted, activation
-    if wanted.desired > 0:
-        return wanted, woken(activation, now=now)
-    return _toward_zero(settings, activation, held=held, now=now)
+        kpa_decision = kpa_decision.overridden_by(
+            max(1, kpa_decision.desired), Reason.SCALE_TO_ZERO_DISABLED
+        )
+    if _has_timed_out(settings, activation, kpa_decision=kpa_decision, now=now):
+        return Decision(0, Reason.TIMED_OUT), activation.transition(Phase.INACTIVE, now=now)
+    if kpa_decision.reason is Reason.NO_DATA and kpa_decision.desired > 0:
+        return kpa_decision, activation
+    if kpa_decision.desired > 0:
+        return kpa_decision, activate(activation, now=now)
+    return _scale_toward_zero(settings, activation, last_desired=last_desired, now=now)
 
 
-def _gives_up(
-    settings: ScalingSettings, activation: Activation, *, wanted: Decision, now: float
+def _has_timed_out(
+    settings: ScalingSettings, activation: ActivationState, *, kpa_decision: Decision, now: float
 ) -> bool:
     """Return whether the activation has taken too long and nobody is known to wait for it."""
     may_be_zero = settings.min_scale == 0 and settings.enable_scale_to_zero
-    nobody_waits = wanted.desired == 0 or (wanted.reason is Reason.NO_DATA and may_be_zero)
-    too_long = activation.lasted(now) >= settings.progress_deadline_s
-    return activation.phase is Phase.ACTIVATING and nobody_waits and too_long
+    no_demand = kpa_decision.desired == 0 or (kpa_decision.reason is Reason.NO_DATA and may_be_zero)
+    too_long = activation.elapsed_s(now) >= settings.progress_deadline_s
+    return activation.phase is Phase.ACTIVATING and no_demand and too_long
 
 
-def _toward_zero(
-    settings: ScalingSettings, activation: Activation, *, held: int, now: float
-) -> tuple[Decision, Activation]:
+def _scale_toward_zero(
+    settings: ScalingSettings, activation: ActivationState, *, last_desired: int, now: float
+) -> tuple[Decision, ActivationState]:
     if activation.phase is Phase.ACTIVATING:
-        return Decision(max(1, held), Reason.ACTIVATING), activation
+        return Decision(max(1, last_desired), Reason.ACTIVATING), activation
     if activation.phase is Phase.ACTIVE:
-        if activation.lasted(now) < settings.window_s:
+        if activation.elapsed_s(now) < settings.window_s:
             return Decision(1, Reason.STABLE_WINDOW), activation
-        activation = activation.to(Phase.DRAINING, now=now)
+        activation = activation.transition(Phase.DRAINING, now=now)
     if activation.phase is Phase.DRAINING:
-        if activation.lasted(now) < settings.last_replica_stays_s:
+        if activation.elapsed_s(now) < settings.last_replica_retention_s:
             return Decision(1, Reason.GRACE_PERIOD), activation
-        activation = activation.to(Phase.INACTIVE, now=now)
+        activation = activation.transition(Phase.INACTIVE, now=now)
     return Decision(0, Reason.NO_TRAFFIC), activation

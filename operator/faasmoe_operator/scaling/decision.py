@@ -29,9 +29,9 @@ class Reason(StrEnum):
     """The first deployment has not been ready once."""
     NO_DATA = "NoData"
     """Nobody reported for a whole window: what is there is kept."""
-    WOKEN = "Woken"
+    ACTIVATED = "Activated"
     """A call came to a function at zero."""
-    AWAKE = "Awake"
+    ALREADY_ACTIVE = "AlreadyActive"
     """A wake that changes nothing: a replica is there or on its way."""
     ACTIVATING = "Activating"
     """No load, but a replica that is starting is never reaped."""
@@ -58,6 +58,6 @@ class Decision:
     desired: int
     reason: Reason
 
-    def but(self, desired: int, reason: Reason) -> Decision:
+    def overridden_by(self, desired: int, reason: Reason) -> Decision:
         """Return this decision overruled by another number; itself if the number is the same."""
         return self if desired == self.desired else replace(self, desired=desired, reason=reason)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 from faasmoe_operator.scaling.decision import Decision, Reason
 from faasmoe_operator.scaling.settings import ScalingSettings
-from faasmoe_operator.scaling.windows import Load, NoData
+from faasmoe_operator.scaling.windows import LoadAverages, NoData
 
 
 @dataclass(frozen=True, slots=True)
-class Observation:
+class ScalingObservation:
     """What is known when a decision is due.
 
     Attributes:
@@ -26,7 +26,7 @@ class Observation:
         desired: replicas that were decided last.
     """
 
-    load: Load | NoData
+    load: LoadAverages | NoData
     ready: int
     desired: int
 
@@ -43,7 +43,7 @@ class KpaState:
 
     panic_since: float | None = None
     panic_replicas: int = 0
-    wishes: tuple[tuple[float, int], ...] = ()
+    recommendations: tuple[tuple[float, int], ...] = ()
 
     @classmethod
     def restored(cls, replicas: int, *, now: float) -> KpaState:
@@ -51,94 +51,102 @@ class KpaState:
         return cls(panic_since=now, panic_replicas=replicas) if replicas > 1 else cls()
 
     @property
-    def in_panic(self) -> bool:
+    def is_panicking(self) -> bool:
         """Whether replicas only go up."""
         return self.panic_since is not None
 
 
 @dataclass(frozen=True, slots=True)
-class _Wishes:
+class _Recommendations:
     """What the windows ask for; `over` says whether the panic threshold is reached."""
 
     stable: Decision
     panic: Decision
-    over: bool
+    is_over_threshold: bool
 
 
 def decide(
-    settings: ScalingSettings, state: KpaState, *, observation: Observation, now: float
+    settings: ScalingSettings, state: KpaState, *, observation: ScalingObservation, now: float
 ) -> tuple[Decision, KpaState]:
     """Return how many replicas the function should have at `now`, and the next state."""
     if isinstance(observation.load, NoData):
-        return _bounded(settings, Decision(observation.desired, Reason.NO_DATA)), state
-    wishes = _wishes(settings, observation.load, ready=max(1, observation.ready))
-    state = _panicking(settings, state, over=wishes.over, now=now)
-    decision, state = _through_panic(state, wishes)
-    decision, state = _delayed(settings, state, decision=decision, now=now)
-    return _bounded(settings, decision), state
+        return _apply_bounds(settings, Decision(observation.desired, Reason.NO_DATA)), state
+    recommended = _recommend(settings, observation.load, ready=max(1, observation.ready))
+    state = _update_panic(settings, state, is_over_threshold=recommended.is_over_threshold, now=now)
+    decision, state = _apply_panic(state, recommended)
+    decision, state = _apply_scale_down_delay(settings, state, decision=decision, now=now)
+    return _apply_bounds(settings, decision), state
 
 
-def _wishes(settings: ScalingSettings, load: Load, *, ready: int) -> _Wishes:
-    stable = _replicas(load.stable, target_calls=settings.target_calls)
-    panic = _replicas(load.panic, target_calls=settings.target_calls)
-    return _Wishes(
-        stable=_activated(settings, stable, ready=ready),
-        panic=_activated(settings, panic, ready=ready),
-        over=panic / ready >= settings.panic_threshold,
+def _recommend(settings: ScalingSettings, load: LoadAverages, *, ready: int) -> _Recommendations:
+    stable = _replicas_for(load.stable, target_calls=settings.target_concurrency)
+    panic = _replicas_for(load.panic, target_calls=settings.target_concurrency)
+    return _Recommendations(
+        stable=_apply_activation_scale(settings, stable, ready=ready),
+        panic=_apply_activation_scale(settings, panic, ready=ready),
+        is_over_threshold=panic / ready >= settings.panic_threshold,
     )
 
 
-def _replicas(calls: float, *, target_calls: float) -> int:
+def _replicas_for(calls: float, *, target_calls: float) -> int:
     # 8.4 / 2.8 is 3.0000000000000004 in floats: noise must not buy a fourth replica.
     return math.ceil(round(calls / target_calls, 12))
 
 
-def _activated(settings: ScalingSettings, wanted: int, *, ready: int) -> Decision:
-    decision = _rated(settings, wanted, ready=ready)
-    if wanted > 0 and settings.activation_scale > decision.desired:
+def _apply_activation_scale(settings: ScalingSettings, replicas: int, *, ready: int) -> Decision:
+    decision = _apply_rate_limits(settings, replicas, ready=ready)
+    if replicas > 0 and settings.activation_scale > decision.desired:
         return Decision(settings.activation_scale, Reason.ACTIVATION_SCALE)
     return decision
 
 
-def _rated(settings: ScalingSettings, wanted: int, *, ready: int) -> Decision:
+def _apply_rate_limits(settings: ScalingSettings, replicas: int, *, ready: int) -> Decision:
     # Rounded up and down, so that a rate of 1.1 can still move one replica by one.
-    most = math.ceil(settings.max_scale_up_rate * ready)
-    least = math.floor(ready / settings.max_scale_down_rate)
-    if wanted > most:
-        return Decision(most, Reason.SCALE_UP_RATE)
-    if wanted < least:
-        return Decision(least, Reason.SCALE_DOWN_RATE)
-    return Decision(wanted, Reason.STABLE)
+    maximum = math.ceil(settings.max_scale_up_rate * ready)
+    minimum = math.floor(ready / settings.max_scale_down_rate)
+    if replicas > maximum:
+        return Decision(maximum, Reason.SCALE_UP_RATE)
+    if replicas < minimum:
+        return Decision(minimum, Reason.SCALE_DOWN_RATE)
+    return Decision(replicas, Reason.STABLE)
 
 
-def _panicking(settings: ScalingSettings, state: KpaState, *, over: bool, now: float) -> KpaState:
-    if over:
+def _update_panic(
+    settings: ScalingSettings, state: KpaState, *, is_over_threshold: bool, now: float
+) -> KpaState:
+    if is_over_threshold:
         return replace(state, panic_since=now)
     if state.panic_since is not None and state.panic_since + settings.window_s < now:
         return replace(state, panic_since=None, panic_replicas=0)
     return state
 
 
-def _through_panic(state: KpaState, wishes: _Wishes) -> tuple[Decision, KpaState]:
-    if not state.in_panic:
-        return wishes.stable, state
-    wish = wishes.stable.but(max(wishes.stable.desired, wishes.panic.desired), Reason.PANIC)
-    most = max(state.panic_replicas, wish.desired)
-    return wish.but(most, Reason.PANIC_HOLD), replace(state, panic_replicas=most)
+def _apply_panic(state: KpaState, recommended: _Recommendations) -> tuple[Decision, KpaState]:
+    if not state.is_panicking:
+        return recommended.stable, state
+    highest = recommended.stable.overridden_by(
+        max(recommended.stable.desired, recommended.panic.desired), Reason.PANIC
+    )
+    panic_replicas = max(state.panic_replicas, highest.desired)
+    return highest.overridden_by(panic_replicas, Reason.PANIC_HOLD), replace(
+        state, panic_replicas=panic_replicas
+    )
 
 
-def _delayed(
+def _apply_scale_down_delay(
     settings: ScalingSettings, state: KpaState, *, decision: Decision, now: float
 ) -> tuple[Decision, KpaState]:
     if settings.scale_down_delay_s == 0:
-        return decision, replace(state, wishes=()) if state.wishes else state
-    fresh = now - settings.scale_down_delay_s
-    kept = tuple(w for w in state.wishes if w[0] > fresh and w[1] > decision.desired)
-    wishes = (*kept, (now, decision.desired))
-    return decision.but(wishes[0][1], Reason.SCALE_DOWN_DELAY), replace(state, wishes=wishes)
+        return decision, replace(state, recommendations=()) if state.recommendations else state
+    cutoff = now - settings.scale_down_delay_s
+    retained = tuple(w for w in state.recommendations if w[0] > cutoff and w[1] > decision.desired)
+    recommendations = (*retained, (now, decision.desired))
+    return decision.overridden_by(recommendations[0][1], Reason.SCALE_DOWN_DELAY), replace(
+        state, recommendations=recommendations
+    )
 
 
-def _bounded(settings: ScalingSettings, decision: Decision) -> Decision:
-    bounded = settings.bounded(decision.desired)
-    below = bounded > decision.desired
-    return decision.but(bounded, Reason.MIN_SCALE if below else Reason.MAX_SCALE)
+def _apply_bounds(settings: ScalingSettings, decision: Decision) -> Decision:
+    bounded = settings.clamp(decision.desired)
+    is_below = bounded > decision.desired
+    return decision.overridden_by(bounded, Reason.MIN_SCALE if is_below else Reason.MAX_SCALE)

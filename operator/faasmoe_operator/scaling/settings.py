@@ -19,8 +19,8 @@ class ScalingError(FaasmoeError):
         field: the setting's name.
     """
 
-    def __init__(self, field: str, *, got: object, expected: str) -> None:
-        super().__init__(f"{field}: got {got!r}, expected {expected}")
+    def __init__(self, field: str, *, value: object, expected: str) -> None:
+        super().__init__(f"{field}: got {value!r}, expected {expected}")
         self.field = field
 
 
@@ -28,39 +28,41 @@ class ScalingError(FaasmoeError):
 class _Bounds:
     """Where a setting must lie; `above` excludes `least` itself."""
 
-    least: float
-    most: float = math.inf
-    whole: bool = False
-    above: bool = False
+    minimum: float
+    maximum: float = math.inf
+    is_integer: bool = False
+    is_exclusive: bool = False
 
-    def hold(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
+    def contains(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(
+            value, int if self.is_integer else (int, float)
+        ):
             return False
-        over = value > self.least if self.above else value >= self.least
-        return over and value <= self.most and math.isfinite(value)
+        over = value > self.minimum if self.is_exclusive else value >= self.minimum
+        return over and value <= self.maximum and math.isfinite(value)
 
     def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
-        most = "" if math.isinf(self.most) else f" and at most {self.most:g}"
-        return f"{kind} {'above' if self.above else 'of at least'} {self.least:g}{most}"
+        kind = "an integer" if self.is_integer else "a number"
+        most = "" if math.isinf(self.maximum) else f" and at most {self.maximum:g}"
+        return f"{kind} {'above' if self.is_exclusive else 'of at least'} {self.minimum:g}{most}"
 
 
 _BOUNDS = {
-    "min_scale": _Bounds(0, whole=True),
-    "max_scale": _Bounds(0, whole=True),
-    "initial_scale": _Bounds(0, whole=True),
-    "activation_scale": _Bounds(1, whole=True),
+    "min_scale": _Bounds(0, is_integer=True),
+    "max_scale": _Bounds(0, is_integer=True),
+    "initial_scale": _Bounds(0, is_integer=True),
+    "activation_scale": _Bounds(1, is_integer=True),
     "target": _Bounds(TARGET_MIN),
     "target_utilization_percentage": _Bounds(1, 100),
     "window_s": _Bounds(WINDOW_MIN_S, PERIOD_MAX_S),
     "panic_window_percentage": _Bounds(1, 100),
     "panic_threshold_percentage": _Bounds(110, 1000),
-    "max_scale_up_rate": _Bounds(1, above=True),
-    "max_scale_down_rate": _Bounds(1, above=True),
+    "max_scale_up_rate": _Bounds(1, is_exclusive=True),
+    "max_scale_down_rate": _Bounds(1, is_exclusive=True),
     "scale_to_zero_grace_period_s": _Bounds(0, PERIOD_MAX_S),
     "scale_to_zero_pod_retention_period_s": _Bounds(0, PERIOD_MAX_S),
     "scale_down_delay_s": _Bounds(0, PERIOD_MAX_S),
-    "progress_deadline_s": _Bounds(0, above=True),
+    "progress_deadline_s": _Bounds(0, is_exclusive=True),
 }
 
 
@@ -110,17 +112,17 @@ class ScalingSettings:
         """Refuse values out of their bounds and settings that contradict each other."""
         for field, bounds in _BOUNDS.items():
             value = getattr(self, field)
-            if not bounds.hold(value):
-                raise ScalingError(field, got=value, expected=str(bounds))
+            if not bounds.contains(value):
+                raise ScalingError(field, value=value, expected=str(bounds))
         if not isinstance(self.enable_scale_to_zero, bool):
             raise ScalingError(
-                "enable_scale_to_zero", got=self.enable_scale_to_zero, expected="True or False"
+                "enable_scale_to_zero", value=self.enable_scale_to_zero, expected="True or False"
             )
         self._check_scales()
         self._check_panic_window()
 
     @property
-    def target_calls(self) -> float:
+    def target_concurrency(self) -> float:
         """Calls in flight that are aimed at for one replica."""
         return max(TARGET_MIN, self.target * self.target_utilization_percentage / 100)
 
@@ -135,11 +137,11 @@ class ScalingSettings:
         return self.panic_threshold_percentage / 100
 
     @property
-    def last_replica_stays_s(self) -> float:
+    def last_replica_retention_s(self) -> float:
         """How long the last replica stays when the stable window has passed without load."""
         return max(self.scale_to_zero_grace_period_s, self.scale_to_zero_pod_retention_period_s)
 
-    def bounded(self, replicas: int) -> int:
+    def clamp(self, replicas: int) -> int:
         """Return the number of replicas, brought between `min_scale` and `max_scale`."""
         limited = min(replicas, self.max_scale) if self.max_scale else replicas
         return max(limited, self.min_scale)
@@ -149,12 +151,12 @@ class ScalingSettings:
             value = getattr(self, field)
             if self.max_scale and value > self.max_scale:
                 limit = f"at most max_scale ({self.max_scale})"
-                raise ScalingError(field, got=value, expected=limit)
+                raise ScalingError(field, value=value, expected=limit)
 
     def _check_panic_window(self) -> None:
         if self.panic_window_s < 1:
             raise ScalingError(
                 "panic_window_percentage",
-                got=self.panic_window_percentage,
+                value=self.panic_window_percentage,
                 expected=f"a panic window of at least 1 s (it is {self.panic_window_s:g} s)",
             )

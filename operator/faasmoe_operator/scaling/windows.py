@@ -11,11 +11,11 @@ import math
 from dataclasses import dataclass
 
 # Knative cuts averages to 6 digits, so that float noise never buys a replica.
-_DIGITS = 10**6
+_PRECISION = 10**6
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class LoadAverages:
     """Average calls in flight to one function, over all routers.
 
     Attributes:
@@ -32,77 +32,79 @@ class NoData:
     """Nobody has reported for a whole stable window; not the same as a load of 0."""
 
 
-class Window:
+class SlidingWindow:
     """Average over the last `window_s` seconds; what is recorded in one second is summed."""
 
     def __init__(self, window_s: float) -> None:
         self._size = math.ceil(window_s)
         self._buckets = [0.0] * self._size
-        self._first: int | None = None
-        self._last = 0
+        self._first_second: int | None = None
+        self._last_second = 0
 
     def record(self, now: float, value: float) -> None:
         """Add a value to the second of `now`; ignored if that second has left the window."""
         second = math.floor(now)
-        if self._first is None or second - self._last >= self._size:
-            self._begin(second)
-        elif second <= self._last - self._size:
+        if self._first_second is None or second - self._last_second >= self._size:
+            self._restart(second)
+        elif second <= self._last_second - self._size:
             return
-        self._forward(second)
+        self._advance(second)
         self._buckets[second % self._size] += value
 
     def is_empty(self, now: float) -> bool:
         """Return whether nothing was recorded for a whole window."""
-        return self._first is None or math.floor(now) - self._last >= self._size
+        return self._first_second is None or math.floor(now) - self._last_second >= self._size
 
     def average(self, now: float) -> float:
         """Return the average at `now`, 0 if nothing was recorded for a window."""
-        end = max(math.floor(now), self._last)
-        unwritten = end - self._last
-        if self._first is None or unwritten >= self._size:
+        end = max(math.floor(now), self._last_second)
+        n_unwritten = end - self._last_second
+        if self._first_second is None or n_unwritten >= self._size:
             return 0.0
-        seconds = range(end - self._size + 1, self._last + 1)
+        seconds = range(end - self._size + 1, self._last_second + 1)
         total = math.fsum(self._buckets[second % self._size] for second in seconds)
-        n_buckets = min(self._last - self._first + 1, self._size - unwritten)
-        return math.floor(total / n_buckets * _DIGITS) / _DIGITS
+        n_buckets = min(self._last_second - self._first_second + 1, self._size - n_unwritten)
+        return math.floor(total / n_buckets * _PRECISION) / _PRECISION
 
-    def resized(self, window_s: float) -> Window:
+    def resized(self, window_s: float) -> SlidingWindow:
         """Return a window of another length with what this one remembers."""
-        other = Window(window_s)
-        if self._first is not None:
-            begin = max(self._first, self._last - self._size + 1)
-            for second in range(begin, self._last + 1):
+        other = SlidingWindow(window_s)
+        if self._first_second is not None:
+            begin = max(self._first_second, self._last_second - self._size + 1)
+            for second in range(begin, self._last_second + 1):
                 other.record(second, self._buckets[second % self._size])
         return other
 
-    def _begin(self, second: int) -> None:
+    def _restart(self, second: int) -> None:
         self._buckets = [0.0] * self._size
-        self._first = self._last = second
+        self._first_second = self._last_second = second
 
-    def _forward(self, second: int) -> None:
-        for passed in range(self._last + 1, second + 1):
+    def _advance(self, second: int) -> None:
+        for passed in range(self._last_second + 1, second + 1):
             self._buckets[passed % self._size] = 0.0
-        self._first = second if self._first is None else min(self._first, second)
-        self._last = max(self._last, second)
+        self._first_second = (
+            second if self._first_second is None else min(self._first_second, second)
+        )
+        self._last_second = max(self._last_second, second)
 
 
 class LoadWindows:
     """The stable and the panic window of one function."""
 
     def __init__(self, *, stable_s: float, panic_s: float) -> None:
-        self._stable = Window(stable_s)
-        self._panic = Window(panic_s)
+        self._stable = SlidingWindow(stable_s)
+        self._panic = SlidingWindow(panic_s)
 
     def record(self, now: float, concurrency: float) -> None:
         """Add one router's report for the second of `now`."""
         self._stable.record(now, concurrency)
         self._panic.record(now, concurrency)
 
-    def load(self, now: float) -> Load | NoData:
+    def load(self, now: float) -> LoadAverages | NoData:
         """Return both averages, or NoData after a whole stable window without a report."""
         if self._stable.is_empty(now):
             return NoData()
-        return Load(stable=self._stable.average(now), panic=self._panic.average(now))
+        return LoadAverages(stable=self._stable.average(now), panic=self._panic.average(now))
 
     def resize(self, *, stable_s: float, panic_s: float) -> None:
         """Change the lengths, keeping what is remembered."""

@@ -7,105 +7,144 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from faasmoe_router.api.admission import Admission, admit
-from faasmoe_router.api.answers import Answer, Asked, Head
-from faasmoe_router.api.calling import calling_of
+from faasmoe_router.api.activation import RequestActivator, queue_until_activated
+from faasmoe_router.api.auth import TenantAdmission, get_caller, record_outcome_on_error
 from faasmoe_router.api.errors import model_not_found
-from faasmoe_router.api.logprobs import TokenBytes
 from faasmoe_router.api.models import ServedModel
-from faasmoe_router.api.openapi import answers
-from faasmoe_router.api.prompts import PromptReader
-from faasmoe_router.api.requests import ChatBody, CompletionBody, SamplingBody, StreamOptions
-from faasmoe_router.api.shapes import ChatShape, CompletionShape, Shape
-from faasmoe_router.api.stream import ClientGone, EventStream, unless_hung_up
-from faasmoe_router.api.tenancy import Reception, caller_of, settled_on_error
-from faasmoe_router.api.told import ChatCompletion, TextCompletion
+from faasmoe_router.api.openapi import ChatCompletionResponse, CompletionResponse, json_responses
+from faasmoe_router.api.preprocessing import Preprocessor
+from faasmoe_router.api.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    CompletionRequestBase,
+    StreamOptions,
+)
+from faasmoe_router.api.responses import (
+    ChatChoiceFormatter,
+    ChoiceFormatter,
+    CompletionChoiceFormatter,
+    RequestCounts,
+    ResponseBuilder,
+    ResponseMeta,
+    TokenBytes,
+)
+from faasmoe_router.api.streaming import (
+    ClientDisconnected,
+    EventStreamResponse,
+    run_until_disconnect,
+)
+from faasmoe_router.api.tool_calling import resolve_tool_calling
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import Generation, GenerationRequest
 from faasmoe_router.errors import EngineUnavailable
-from faasmoe_router.tenants.callers import Caller
+from faasmoe_router.tenants.caller import Caller
 
-ERRORS = (400, 404, 413, 429, 500, 503)
+ERROR_STATUSES = (400, 404, 413, 429, 500, 503)
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
 
 
 def completion_routes(
-    engine: Engine, *, served: ServedModel, admission: Admission, reception: Reception
+    engine: Engine,
+    *,
+    served_model: ServedModel,
+    activator: RequestActivator,
+    tenant_admission: TenantAdmission,
 ) -> APIRouter:
     """Return the routes that generate."""
     router = APIRouter()
-    prompts = PromptReader(engine)
+    preprocessor = Preprocessor(engine)
 
-    def check(body: SamplingBody, caller: Caller) -> None:
-        if body.model not in caller.model_names(served.name):
+    def check_request(body: CompletionRequestBase, caller: Caller) -> None:
+        if body.model not in caller.model_names(served_model.name):
             raise model_not_found(body.model)
-        body.check()
+        body.check_params()
 
-    async def respond(
-        request: Request, body: SamplingBody, requests: Sequence[GenerationRequest], shape: Shape
+    async def generate_response(
+        request: Request,
+        body: CompletionRequestBase,
+        requests: Sequence[GenerationRequest],
+        formatter: ChoiceFormatter,
     ) -> Response:
-        if not engine.ready:
+        if not engine.is_ready:
             raise EngineUnavailable("the engine is starting")
-        caller = caller_of(request)
-        n_prompt = sum(len(r.prompt_ids) for r in requests) // (body.n or 1)
-        head = Head(shape.prefix, body.model, {**served.told, **body.told})
-        answer = Answer(shape, head, Asked(n_prompt, len(requests), body.n or 1))
-        ticket = reception.admit(caller, requests, n_prompt=n_prompt)
-        holding = partial(reception.holding, caller)
+        caller = get_caller(request)
+        n_prompt_tokens = sum(len(r.prompt_token_ids) for r in requests) // (body.n or 1)
+        meta = ResponseMeta(
+            formatter.id_prefix,
+            body.model,
+            {**served_model.extra_fields, **body.extra_response_fields},
+        )
+        builder = ResponseBuilder(
+            formatter, meta, RequestCounts(n_prompt_tokens, len(requests), body.n or 1)
+        )
+        usage_recorder = tenant_admission.admit(caller, requests, n_prompt=n_prompt_tokens)
+        queue_slot = partial(tenant_admission.queue_slot, caller)
         try:
-            with settled_on_error(ticket):
-                headers = await admit(admission, request, requests, holding=holding)
-                generation = engine.generate(requests, tenant=caller.tenant, ticket=ticket)
-                response = await _tell(answer, generation, request, body)
-        except ClientGone:
+            with record_outcome_on_error(usage_recorder):
+                headers = await queue_until_activated(
+                    activator, request, requests, queue_slot=queue_slot
+                )
+                generation = engine.generate(
+                    requests, tenant=caller.tenant, usage_recorder=usage_recorder
+                )
+                response = await _to_http_response(builder, generation, request, body)
+        except ClientDisconnected:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        response.headers.update({**headers, **ticket.headers})
+        response.headers.update({**headers, **usage_recorder.headers})
         return response
 
-    @router.post("/v1/chat/completions", responses=answers(ChatCompletion, *ERRORS, streams=True))
-    async def chat(body: ChatBody, request: Request) -> Response:
+    @router.post(
+        "/v1/chat/completions",
+        responses=json_responses(ChatCompletionResponse, *ERROR_STATUSES, is_streamable=True),
+    )
+    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Continue a conversation."""
-        caller = caller_of(request)
-        check(body, caller)
-        calling = calling_of(body, engine.codec)
-        requests = await prompts.read_chat(body, calling, caller)
-        shape = ChatShape(_token_bytes(engine, body), calling)
-        return await respond(request, body, requests, shape)
+        caller = get_caller(request)
+        check_request(body, caller)
+        tool_config = resolve_tool_calling(body, engine.tokenizer)
+        requests = await preprocessor.build_chat_requests(body, tool_config, caller)
+        formatter = ChatChoiceFormatter(_logprob_token_bytes(engine, body), tool_config)
+        return await generate_response(request, body, requests, formatter)
 
-    @router.post("/v1/completions", responses=answers(TextCompletion, *ERRORS, streams=True))
-    async def complete(body: CompletionBody, request: Request) -> Response:
+    @router.post(
+        "/v1/completions",
+        responses=json_responses(CompletionResponse, *ERROR_STATUSES, is_streamable=True),
+    )
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue texts."""
-        caller = caller_of(request)
-        check(body, caller)
-        requests = await prompts.read_completion(body, caller)
-        echoed = _echoed(engine, body, requests) if body.echo else None
-        shape = CompletionShape(_token_bytes(engine, body), echoed)
-        return await respond(request, body, requests, shape)
+        caller = get_caller(request)
+        check_request(body, caller)
+        requests = await preprocessor.build_completion_requests(body, caller)
+        echoed_prompts = _echoed_prompts(engine, body, requests) if body.echo else None
+        formatter = CompletionChoiceFormatter(_logprob_token_bytes(engine, body), echoed_prompts)
+        return await generate_response(request, body, requests, formatter)
 
     return router
 
 
-def _token_bytes(engine: Engine, body: SamplingBody) -> TokenBytes | None:
+def _logprob_token_bytes(engine: Engine, body: CompletionRequestBase) -> TokenBytes | None:
     return None if body.n_logprobs is None else engine.vocabulary.token_bytes
 
 
-def _echoed(
-    engine: Engine, body: CompletionBody, requests: Sequence[GenerationRequest]
+def _echoed_prompts(
+    engine: Engine, body: CompletionRequest, requests: Sequence[GenerationRequest]
 ) -> list[str]:
     """Return the prompt of each choice as text, word for word where it came as text."""
-    prompts = [p if isinstance(p, str) else engine.codec.decode(p) for p in body.prompt]
+    prompts = [p if isinstance(p, str) else engine.tokenizer.decode(p) for p in body.prompt]
     n = len(requests) // len(prompts)
     return [prompt for prompt in prompts for _ in range(n)]
 
 
-async def _tell(
-    answer: Answer, generation: Generation, request: Request, body: SamplingBody
+async def _to_http_response(
+    builder: ResponseBuilder, generation: Generation, request: Request, body: CompletionRequestBase
 ) -> Response:
     if body.stream:
         options = body.stream_options or StreamOptions()
-        return EventStream(answer.events(generation, options), generation)
+        return EventStreamResponse(builder.stream_chunks(generation, options), generation)
     try:
-        whole: dict[str, Any] = await unless_hung_up(request, answer.whole(generation))
+        full_response: dict[str, Any] = await run_until_disconnect(
+            request, builder.full_response(generation)
+        )
     finally:
         generation.cancel()
-    return JSONResponse(whole)
+    return JSONResponse(full_response)

@@ -7,11 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from faasmoe_router.api.auth import get_caller
 from faasmoe_router.api.errors import model_not_found
-from faasmoe_router.api.openapi import answers
-from faasmoe_router.api.tenancy import caller_of
-from faasmoe_router.api.told import ModelCard, ModelList
-from faasmoe_router.tenants.callers import Caller
+from faasmoe_router.api.openapi import ModelCard, ModelList, json_responses
+from faasmoe_router.tenants.caller import Caller
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class ServedModel:
     fingerprint: str | None = None
 
     @property
-    def told(self) -> Mapping[str, str]:
+    def extra_fields(self) -> Mapping[str, str]:
         """What every answer of it says."""
         return {} if self.fingerprint is None else {"system_fingerprint": self.fingerprint}
 
@@ -38,7 +37,7 @@ def model_routes(*, model_name: str, max_model_len: int) -> APIRouter:
     router = APIRouter()
     created_s = int(time.time())
 
-    def model(name: str, caller: Caller) -> dict[str, Any]:
+    def model_card(name: str, caller: Caller) -> dict[str, Any]:
         return {
             "id": name,
             "object": "model",
@@ -46,24 +45,26 @@ def model_routes(*, model_name: str, max_model_len: int) -> APIRouter:
             "owned_by": "faasmoe",
             "root": model_name,
             "parent": None,
-            "max_model_len": caller.context_of(max_model_len),
+            "max_model_len": caller.effective_max_model_len(max_model_len),
         }
 
-    @router.get("/v1/models", response_model=None, responses=answers(ModelList, 500))
+    @router.get("/v1/models", response_model=None, responses=json_responses(ModelList, 500))
     async def list_models(request: Request) -> dict[str, Any]:
         """List the names that the caller may call the model."""
-        caller = caller_of(request)
+        caller = get_caller(request)
         names = caller.model_names(model_name)
-        return {"object": "list", "data": [model(name, caller) for name in names]}
+        return {"object": "list", "data": [model_card(name, caller) for name in names]}
 
     @router.get(
-        "/v1/models/{model_id:path}", response_model=None, responses=answers(ModelCard, 404, 500)
+        "/v1/models/{model_id:path}",
+        response_model=None,
+        responses=json_responses(ModelCard, 404, 500),
     )
     async def get_model(model_id: str, request: Request) -> dict[str, Any]:
         """Describe the model by one of its names."""
-        caller = caller_of(request)
+        caller = get_caller(request)
         if model_id not in caller.model_names(model_name):
             raise model_not_found(model_id)
-        return model(model_id, caller)
+        return model_card(model_id, caller)
 
     return router

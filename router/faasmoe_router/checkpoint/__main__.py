@@ -1,22 +1,48 @@
-"""`python -m faasmoe_router.checkpoint prepare SOURCE STORE` and `... demo-model DIR`."""
+"""A folder of the hub's downloads that is of no use any more once the store is complete.
+
+A download is as large as the checkpoint. It is kept while a preparation may have to be tried again,
+and a claim that is to hold the store alone need not hold both from then on.
+
+`python -m faasmoe_router.checkpoint prepare SOURCE STORE` and `... demo-model DIR`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from faasmoe_expert.lifeline import LifelineError, die_with_parent
-from faasmoe_expert.store import Store, StoreError
-from faasmoe_router.checkpoint.architecture import DTYPES
-from faasmoe_router.checkpoint.downloads import check_apart, discard
-from faasmoe_router.checkpoint.errors import PrepareError
-from faasmoe_router.checkpoint.prepare import prepare
-from faasmoe_router.checkpoint.progress import Bar
-from faasmoe_router.checkpoint.repetition import finished
-from faasmoe_router.checkpoint.termination import exit_status, run_logged
+from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
+from faasmoe_contracts.store import Store, StoreError
+from faasmoe_router.checkpoint.prepare import ProgressBar, find_complete_store, prepare
+from faasmoe_router.checkpoint.termination_message import exit_status, run_with_termination_log
+from faasmoe_router.errors import PrepareError
+from faasmoe_router.transformers_backend.model_skeleton import DTYPES
+
+logger = logging.getLogger(__name__)
+
+
+def check_store_outside(downloads: Path, store: Path) -> None:
+    """Raise PrepareError if the store would be removed with the downloads."""
+    if store.resolve().is_relative_to(downloads.resolve()):
+        raise PrepareError(
+            f"discard-download: got {downloads}, expected a folder that does not contain the store {store}"
+        )
+
+
+def remove_downloads(downloads: Path) -> None:
+    """Remove the downloads; the store is complete without them, so what stays is only told."""
+    if not downloads.exists():
+        return
+    try:
+        shutil.rmtree(downloads)
+    except OSError as error:
+        logger.warning("could not remove the downloads %s: %s", downloads, error)
+    else:
+        logger.info("removed the downloads %s: the store is complete", downloads)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         die_with_parent()
         return int(args.run(args))
-    except (PrepareError, StoreError, LifelineError, OSError) as error:
+    except (PrepareError, StoreError, ParentDeathError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_status(error)
 
@@ -56,44 +82,50 @@ def _parser() -> argparse.ArgumentParser:
         help="remove FOLDER, in which HF_HOME has the hub's downloads kept, once the store is "
         "complete; until then a retry goes on where the last one ended",
     )
-    command.set_defaults(run=_prepare)
+    command.set_defaults(run=_run_prepare)
     command = commands.add_parser("demo-model", help="make the demo model's checkpoint")
     command.add_argument("folder", type=Path, help="folder of the checkpoint")
     command.add_argument("--exact", action="store_true", help="logits equal the dense model's")
-    command.set_defaults(run=_demo_model)
+    command.set_defaults(run=_run_demo_model)
     return parser
 
 
-def _prepare(args: argparse.Namespace) -> int:
-    log: Path | None = args.termination_log
+def _run_prepare(args: argparse.Namespace) -> int:
+    termination_log: Path | None = args.termination_log
     downloads: Path | None = args.discard_download
     store = (
-        _store(args) if log is None else run_logged(lambda: _finished(args) or _store(args), log)
+        _prepare_store(args)
+        if termination_log is None
+        else run_with_termination_log(
+            lambda: _existing_store(args) or _prepare_store(args), termination_log
+        )
     )
     if downloads is not None:
-        discard(downloads)
+        remove_downloads(downloads)
     manifest = store.manifest
-    lean = sum(layer.kernel is not None for layer in manifest.layers)
+    n_lean_kernels = sum(layer.kernel is not None for layer in manifest.layers)
     print(f"{store.path}: {manifest.model.architecture}, {manifest.model.dtype}")
-    print(f"{len(manifest.layers)} MoE layers, {lean} with the lean kernel; {manifest.digest}")
+    print(
+        f"{len(manifest.layers)} MoE layers, {n_lean_kernels} with the lean kernel; {manifest.digest}"
+    )
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check_downloads_folder(args: argparse.Namespace) -> None:
     if args.discard_download is not None:
-        check_apart(args.discard_download, args.store)
+        check_store_outside(args.discard_download, args.store)
 
 
-def _finished(args: argparse.Namespace) -> Store | None:
-    _check(args)
+def _existing_store(args: argparse.Namespace) -> Store | None:
+    _check_downloads_folder(args)
     if args.force:
         return None
-    return finished(args.source, args.store, revision=args.revision, dtype=args.dtype)
+    return find_complete_store(args.source, args.store, revision=args.revision, dtype=args.dtype)
 
 
-def _store(args: argparse.Namespace) -> Store:
-    _check(args)
-    with Bar() as bar:
+def _prepare_store(args: argparse.Namespace) -> Store:
+    _check_downloads_folder(args)
+    with ProgressBar() as bar:
         return prepare(
             args.source,
             args.store,
@@ -104,7 +136,7 @@ def _store(args: argparse.Namespace) -> Store:
         )
 
 
-def _demo_model(args: argparse.Namespace) -> int:
+def _run_demo_model(args: argparse.Namespace) -> int:
     from faasmoe_router.checkpoint.demo import make_demo_model
 
     make_demo_model(args.folder, exact=args.exact)

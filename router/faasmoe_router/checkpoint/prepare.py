@@ -1,27 +1,155 @@
-"""Preparing a store: streams a checkpoint, parameter by parameter, into the store's files."""
+"""How a preparation tells how far it is.
+
+A preparation that finds its store complete, and need not look at the checkpoint's bytes again.
+
+A Kubernetes Job may run again at any time: after its pod was evicted, or when the operator was
+installed anew. The store that it finds is what serves; the hub may be away, its branch have moved.
+
+Preparing a store: streams a checkpoint, parameter by parameter, into the store's files.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import Never, Protocol, Self
 
-from faasmoe_expert.store import FileEntry, Manifest, Store
-from faasmoe_router.checkpoint.architecture import DTYPES, Skeleton, build_skeleton, read_config
-from faasmoe_router.checkpoint.blueprint import Blueprint, draw
-from faasmoe_router.checkpoint.companions import companion_files
-from faasmoe_router.checkpoint.conversion import Piece, run_job
-from faasmoe_router.checkpoint.description import describe_layers, describe_model, with_digests
-from faasmoe_router.checkpoint.errors import NoSpace, SourceUnsupported, StoreMismatch
-from faasmoe_router.checkpoint.folder import StoreFolder, locked
-from faasmoe_router.checkpoint.progress import Progress, Silent
-from faasmoe_router.checkpoint.source import Source, resolve_source
-from faasmoe_router.checkpoint.tensors import LazyTensor, first_float_dtype, open_tensors
-from faasmoe_router.checkpoint.writer import StoreWriter
+from tqdm import tqdm
 
-_log = logging.getLogger(__name__)
-_SPARE_BYTES = 64 << 20
+from faasmoe_contracts.store import MANIFEST_NAME, FileEntry, Manifest, ModelEntry, Store
+from faasmoe_router.checkpoint.manifest import layer_entries, model_entry, with_layer_digests
+from faasmoe_router.checkpoint.source import (
+    CheckpointSource,
+    is_hub_source,
+    read_auxiliary_files,
+    resolve_source,
+)
+from faasmoe_router.checkpoint.store_plan import StorePlan, plan_store
+from faasmoe_router.checkpoint.store_writer import StoreFolder, StoreWriter, lock_store_folder
+from faasmoe_router.errors import NoSpace, SourceUnsupported, StoreMismatch
+from faasmoe_router.transformers_backend.model_skeleton import (
+    DTYPES,
+    ModelSkeleton,
+    build_skeleton,
+    load_config,
+)
+from faasmoe_router.transformers_backend.weight_conversion import (
+    LazyTensor,
+    ParameterSlice,
+    first_float_dtype,
+    open_tensors,
+    run_conversion,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """Hears of bytes written."""
+
+    def start(self, label: str, *, total_bytes: int) -> None:
+        """A piece of work of `total_bytes` begins."""
+
+    def advance(self, size_bytes: int) -> None:
+        """So many bytes more are written."""
+
+
+class NoProgress:
+    """Shows nothing."""
+
+    def start(self, label: str, *, total_bytes: int) -> None:
+        """Ignore the beginning."""
+
+    def advance(self, size_bytes: int) -> None:
+        """Ignore the bytes."""
+
+
+class ProgressBar:
+    """A progress bar on standard error; a context manager that leaves the bar finished."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Never] | None = None
+
+    def start(self, label: str, *, total_bytes: int) -> None:
+        """Show a new bar."""
+        self._close()
+        self._bar = tqdm(total=total_bytes, desc=label, unit="B", unit_scale=True)
+
+    def advance(self, size_bytes: int) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(size_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+_COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")  # a branch or tag may have moved, a commit never does
+
+
+def find_complete_store(
+    source: str, store: Path, *, revision: str | None, dtype: str | None
+) -> Store | None:
+    """Return the store if it is complete; None if there is something left to prepare.
+
+    Args:
+        source: as in `prepare`.
+        store: the store's folder.
+        revision: as in `prepare`; a commit must be the store's.
+        dtype: as in `prepare`.
+
+    Raises:
+        StoreMismatch: the folder holds a complete store of something else.
+        PrepareError: the source is a folder that cannot be read.
+        StoreError: the store is complete but damaged.
+    """
+    if not (store / MANIFEST_NAME).exists():
+        return None
+    existing = Store.open(store)
+    if is_hub_source(source):
+        _check_hub_source(existing.manifest.model, source, store, revision=revision, dtype=dtype)
+        return existing
+    fingerprint = resolve_source(source, revision=revision).fingerprint(dtype=dtype)
+    if StoreFolder(store).fingerprint() != fingerprint:
+        _raise_mismatch(existing.manifest.model, source, store)
+    return existing
+
+
+def _check_hub_source(
+    existing: ModelEntry, source: str, store: Path, *, revision: str | None, dtype: str | None
+) -> None:
+    is_same_source = existing.source.removeprefix("hf://") == source.removeprefix("hf://")
+    is_other_commit = _COMMIT_PATTERN.fullmatch(revision or "") and revision != existing.revision
+    if not is_same_source or is_other_commit or dtype not in (None, existing.dtype):
+        expected = f"{source!r} (revision {revision}, {dtype or 'its dtype'})"
+        _raise_mismatch(existing, expected, store)
+
+
+def _raise_mismatch(existing: ModelEntry, expected: str, store: Path) -> None:
+    raise StoreMismatch(
+        f"store: got {store}, prepared from {existing.source!r} (revision {existing.revision}, "
+        f"{existing.dtype}), expected {expected} as it is now, or an empty folder"
+    )
+
+
+_FREE_SPACE_MARGIN_BYTES = 64 << 20
 
 
 def prepare(
@@ -54,24 +182,24 @@ def prepare(
         raise SourceUnsupported(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
     checkpoint = resolve_source(source, revision=revision)
     fingerprint = checkpoint.fingerprint(dtype=dtype)
-    with locked(store) as folder:
+    with lock_store_folder(store) as folder:
         if folder.is_complete:
-            if folder.origin() == fingerprint and not force:
-                return _verified(folder)
-            _replace(folder, source, force=force)
+            if folder.fingerprint() == fingerprint and not force:
+                return _verified_store(folder)
+            _clear_existing(folder, source, force=force)
         with open_tensors(checkpoint.weight_files) as tensors:
-            _fill(folder, checkpoint, tensors, fingerprint, dtype, progress or Silent())
+            _fill_store(folder, checkpoint, tensors, fingerprint, dtype, progress or NoProgress())
     return Store.open(store)
 
 
-def _verified(folder: StoreFolder) -> Store:
+def _verified_store(folder: StoreFolder) -> Store:
     store = Store.open(folder.path)
     store.verify()
-    _log.info("%s is complete and verified", folder.path)
+    logger.info("%s is complete and verified", folder.path)
     return store
 
 
-def _replace(folder: StoreFolder, source: str, *, force: bool) -> None:
+def _clear_existing(folder: StoreFolder, source: str, *, force: bool) -> None:
     if not force:
         model = Store.open(folder.path).manifest.model
         raise StoreMismatch(
@@ -81,64 +209,71 @@ def _replace(folder: StoreFolder, source: str, *, force: bool) -> None:
     folder.clear()
 
 
-def _fill(
+def _fill_store(
     folder: StoreFolder,
-    checkpoint: Source,
+    checkpoint: CheckpointSource,
     tensors: Mapping[str, LazyTensor],
     fingerprint: str,
     dtype: str | None,
     progress: Progress,
 ) -> None:
-    skeleton = _skeleton(checkpoint, tensors, dtype)
-    model = describe_model(skeleton, checkpoint)  # before hours of writing: it may refuse
-    blueprint = draw(skeleton, tensors)
-    files = folder.begin(fingerprint)
-    progress.begin("preparing", total_bytes=blueprint.size_bytes)
+    skeleton = _load_skeleton(checkpoint, tensors, dtype)
+    model = model_entry(skeleton, checkpoint)  # before hours of writing: it may refuse
+    plan = plan_store(skeleton, tensors)
+    files = folder.start_or_resume(fingerprint)
+    progress.start("preparing", total_bytes=plan.size_bytes)
     progress.advance(sum(entry.size_bytes for entry in files.values()))
-    _check_space(folder.path, blueprint, files)
-    _write_tensors(folder, skeleton, blueprint, files, progress)
-    for name, content in companion_files(checkpoint, dtype=dtype):
-        files[name] = folder.put(name, content)
-    layers = with_digests(folder.path, describe_layers(skeleton, blueprint))
-    manifest = Manifest.describing(model=model, layers=layers, files=files)
-    folder.complete(manifest, fingerprint)
+    _check_free_space(folder.path, plan, files)
+    _write_tensors(folder, skeleton, plan, files, progress)
+    for name, content in read_auxiliary_files(checkpoint, dtype=dtype):
+        files[name] = folder.write_file(name, content)
+    layers = with_layer_digests(folder.path, layer_entries(skeleton, plan))
+    manifest = Manifest.create(model=model, layers=layers, files=files)
+    folder.commit(manifest, fingerprint)
 
 
-def _skeleton(checkpoint: Source, tensors: Mapping[str, LazyTensor], dtype: str | None) -> Skeleton:
-    config = read_config(checkpoint.folder)
+def _load_skeleton(
+    checkpoint: CheckpointSource, tensors: Mapping[str, LazyTensor], dtype: str | None
+) -> ModelSkeleton:
+    config = load_config(checkpoint.folder)
     if dtype is not None:
         return build_skeleton(config, DTYPES[dtype])
     return build_skeleton(config, config.dtype or first_float_dtype(tensors))
 
 
-def _check_space(path: Path, blueprint: Blueprint, files: Mapping[str, FileEntry]) -> None:
-    needed = blueprint.size_bytes - sum(entry.size_bytes for entry in files.values())
-    free = shutil.disk_usage(path).free
-    if free < needed + _SPARE_BYTES:
+def _check_free_space(path: Path, plan: StorePlan, files: Mapping[str, FileEntry]) -> None:
+    needed_bytes = plan.size_bytes - sum(entry.size_bytes for entry in files.values())
+    free_bytes = shutil.disk_usage(path).free
+    if free_bytes < needed_bytes + _FREE_SPACE_MARGIN_BYTES:
         raise NoSpace(
-            f"store: got {free} bytes free in {path}, expected at least {needed + _SPARE_BYTES}"
+            f"store: got {free_bytes} bytes free in {path}, expected at least {needed_bytes + _FREE_SPACE_MARGIN_BYTES}"
         )
 
 
 def _write_tensors(
     folder: StoreFolder,
-    skeleton: Skeleton,
-    blueprint: Blueprint,
+    skeleton: ModelSkeleton,
+    plan: StorePlan,
     files: dict[str, FileEntry],
     progress: Progress,
 ) -> None:
-    def finished(name: str, entry: FileEntry) -> None:
-        folder.record(name, entry)
+    def on_file_finished(name: str, entry: FileEntry) -> None:
+        folder.record_finished(name, entry)
         files[name] = entry
 
-    left = [layout for layout in blueprint.layouts if layout.name not in files]
-    writer = StoreWriter(folder.path, left, finished=finished, written=progress.advance)
+    unfinished = [layout for layout in plan.layouts if layout.name not in files]
+    writer = StoreWriter(
+        folder.path,
+        unfinished,
+        on_file_finished=on_file_finished,
+        on_bytes_written=progress.advance,
+    )
     try:
-        for name, value in blueprint.initial.items():
-            writer.write(Piece(name, 0, value))
-        for job in blueprint.jobs:
-            if any(writer.wants(blueprint.aliases.get(t, t)) for t in job.targets):
-                for piece in run_job(job, skeleton.model):
-                    writer.write(blueprint.placed(piece))
+        for name, value in plan.initial_values.items():
+            writer.write(ParameterSlice(name, 0, value))
+        for job in plan.jobs:
+            if any(writer.contains(plan.aliases.get(t, t)) for t in job.targets):
+                for parameter_slice in run_conversion(job, skeleton.model):
+                    writer.write(plan.resolve_alias(parameter_slice))
     finally:
         writer.close()

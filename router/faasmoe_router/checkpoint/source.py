@@ -1,23 +1,149 @@
-"""Where a checkpoint comes from: a folder, or a model hub's repository at one commit.
+"""Which safetensors files a checkpoint consists of, by its index.
+
+Fetching a checkpoint from the model hub, pinned to a commit.
+
+Where a checkpoint comes from: a folder, or a model hub's repository at one commit.
 
 Ends in a local folder, the list of its safetensors files and a fingerprint; reads no tensor.
+
+The files beside the weights: configuration, tokenizer, chat template, licence.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from faasmoe_router.checkpoint.errors import PrepareError, SourceNotFound, SourceUnsupported
-from faasmoe_router.checkpoint.hub import download
-from faasmoe_router.checkpoint.index import read_json, weight_names
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
-_COMPANIONS = (
+from faasmoe_router.errors import (
+    HubUnauthorized,
+    HubUnavailable,
+    PrepareError,
+    SourceNotFound,
+    SourceUnsupported,
+    cause_chain,
+)
+
+WEIGHT_INDEX_NAME = "model.safetensors.index.json"
+SINGLE_WEIGHT_FILE_NAME = "model.safetensors"
+
+
+def weight_file_names(folder: Path) -> list[str]:
+    """Return the names of the files that the index names, or of the single file.
+
+    Raises:
+        PrepareError: the index is no JSON, or names no files.
+    """
+    index = folder / WEIGHT_INDEX_NAME
+    if not index.exists():
+        return [SINGLE_WEIGHT_FILE_NAME]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise PrepareError(f"{index}: weight_map: got {weight_map!r}, expected tensor names")
+    invalid = next((name for name in weight_map.values() if not isinstance(name, str)), None)
+    if invalid is not None:
+        raise PrepareError(f"{index}: weight_map: got {invalid!r}, expected the name of a file")
+    return sorted(set(weight_map.values()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`; raises PrepareError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SourceNotFound(f"{path}: cannot be read: {error.strerror}") from error
+    except OSError as error:
+        raise PrepareError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise PrepareError(f"{path}: got no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise PrepareError(f"{path}: got {type(value).__name__}, expected a JSON object")
+    return value
+
+
+_METADATA_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+_HUB_ERRORS: tuple[tuple[type[Exception], type[PrepareError], str], ...] = (
+    (
+        GatedRepoError,
+        HubUnauthorized,
+        "access is gated: set HF_TOKEN to a token that was granted access",
+    ),
+    (RevisionNotFoundError, SourceNotFound, "there is no such revision"),
+    (
+        RepositoryNotFoundError,
+        SourceNotFound,
+        "there is no such repository, or HF_TOKEN lacks access to it",
+    ),
+    (HFValidationError, SourceUnsupported, "expected ORG/NAME"),
+    (
+        LocalEntryNotFoundError,
+        HubUnavailable,
+        "the hub cannot be reached and the local cache does not have it",
+    ),
+    (OfflineModeIsEnabled, HubUnavailable, "offline mode: HF_HUB_OFFLINE is set"),
+    (HTTPError, HubUnavailable, "unexpected error from the hub"),
+)
+
+
+def download_checkpoint(repository: str, *, revision: str | None) -> tuple[Path, str]:
+    """Fetch config, tokenizer and safetensors files; return the local folder and its commit.
+
+    Raises:
+        PrepareError: the repository or revision cannot be had; says why.
+    """
+    try:
+        folder = _download_snapshot(repository, revision, _METADATA_PATTERNS)
+        commit = folder.name  # the hub's cache names a snapshot's folder after its commit
+        _download_snapshot(repository, commit, weight_file_names(folder))
+    except tuple(kind for kind, *_ in _HUB_ERRORS) as error:
+        error_class, reason = _translate_hub_error(error)
+        raise error_class(
+            f"source: got {repository!r} at revision {revision or 'main'!r}: {reason}"
+        ) from error
+    return folder, commit
+
+
+def _download_snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+
+
+def _translate_hub_error(error: Exception) -> tuple[type[PrepareError], str]:
+    """Return our error for the hub's, and the reason in words."""
+    translation = next(
+        ((ours, text) for kind, ours, text in _HUB_ERRORS if isinstance(error, kind))
+    )
+    status = _http_status(error)
+    if translation[0] is not HubUnavailable or status is None:
+        return translation
+    if status in (401, 403):
+        return HubUnauthorized, f"the hub answered {status}: HF_TOKEN is wrong or lacks access"
+    return HubUnavailable, f"the hub answered {status}"
+
+
+def _http_status(error: Exception) -> int | None:
+    """Return the status of the hub's answer that an error comes from; None if there was none."""
+    http_errors = (cause for cause in cause_chain(error) if isinstance(cause, HfHubHTTPError))
+    http_error = next(http_errors, None)
+    return None if http_error is None else int(http_error.response.status_code)
+
+
+_AUXILIARY_PATTERNS = (
     "*.json",
     "*.txt",
     "*.model",
@@ -28,12 +154,12 @@ _COMPANIONS = (
     "additional_chat_templates/*.jinja",
 )
 _WEIGHT_INDEX_SUFFIX = ".index.json"
-_LARGEST_COMPANION_BYTES = 256 << 20
-_QUANTISATION_FIELDS = ("quantization_config", "compression_config")
+_MAX_AUXILIARY_BYTES = 256 << 20
+_QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class CheckpointSource:
     """A checkpoint in a local folder.
 
     Attributes:
@@ -52,48 +178,52 @@ class Source:
 
     def fingerprint(self, *, dtype: str | None) -> str:
         """Return what tells this checkpoint, prepared as `dtype`, from another or a changed one."""
-        facts = {
+        identity = {
             "dtype": dtype,
             "config": self.config,
             "revision": self.revision,
-            "files": [self._facts(path) for path in self.weight_files],
-            "companions": [self._facts(path) for path in self.companions()],
+            "files": [self._file_identity(path) for path in self.weight_files],
+            "companions": [self._file_identity(path) for path in self.auxiliary_files()],
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
-    def companions(self) -> list[Path]:
+    def auxiliary_files(self) -> list[Path]:
         """Return the files beside the weights that go into a store."""
-        paths = {path for pattern in _COMPANIONS for path in self.folder.glob(pattern)}
-        return [path for path in sorted(paths) if _is_companion(path)]
+        paths = {path for pattern in _AUXILIARY_PATTERNS for path in self.folder.glob(pattern)}
+        return [path for path in sorted(paths) if _is_auxiliary_file(path)]
 
-    def _facts(self, path: Path) -> list[str | int]:
+    def _file_identity(self, path: Path) -> list[str | int]:
         stat = path.stat()
         # A commit pins the bytes; a folder's files can be written anew with the same size.
         name = str(path.relative_to(self.folder))
         return [name, stat.st_size, stat.st_mtime_ns if self.revision is None else 0]
 
 
-def resolve_source(name: str, *, revision: str | None) -> Source:
+def resolve_source(name: str, *, revision: str | None) -> CheckpointSource:
     """Return the checkpoint called `name`: a folder, file:///folder, hf://org/name or org/name.
 
     Raises:
         PrepareError: it is not there, is no safetensors checkpoint, or is quantised.
     """
-    folder, commit = _locate(name, revision=revision)
+    folder, commit = _resolve_folder(name, revision=revision)
     config = read_json(folder / "config.json")
-    for holder, fields in (("", config), ("text_config.", config.get("text_config"))):
-        for field in _QUANTISATION_FIELDS:
+    for prefix, fields in (("", config), ("text_config.", config.get("text_config"))):
+        for field in _QUANTIZATION_FIELDS:
             if isinstance(fields, dict) and fields.get(field):
-                given = fields[field]
-                method = given.get("quant_method") if isinstance(given, dict) else given
+                quantization = fields[field]
+                method = (
+                    quantization.get("quant_method")
+                    if isinstance(quantization, dict)
+                    else quantization
+                )
                 raise SourceUnsupported(
-                    f"{folder / 'config.json'}: {holder}{field}: got quant_method {method!r}, "
+                    f"{folder / 'config.json'}: {prefix}{field}: got quant_method {method!r}, "
                     "expected no quantisation: give the checkpoint in bfloat16, float16 or float32"
                 )
-    return Source(name, commit, folder, _weight_files(folder), config)
+    return CheckpointSource(name, commit, folder, _weight_files(folder), config)
 
 
-def is_hub(name: str) -> bool:
+def is_hub_source(name: str) -> bool:
     """Tell whether a source is a hub's: hf://org/name, or org/name without such a folder."""
     parts = urlsplit(name)
     if parts.scheme:
@@ -102,10 +232,10 @@ def is_hub(name: str) -> bool:
     return is_id and not Path(name).is_dir()
 
 
-def _locate(name: str, *, revision: str | None) -> tuple[Path, str | None]:
+def _resolve_folder(name: str, *, revision: str | None) -> tuple[Path, str | None]:
     parts = urlsplit(name)
     if parts.scheme == "hf":
-        return download(f"{parts.netloc}{parts.path}", revision=revision)
+        return download_checkpoint(f"{parts.netloc}{parts.path}", revision=revision)
     if parts.scheme and parts.scheme != "file":
         raise SourceUnsupported(
             f"source: got {name!r}, expected a folder, file:///FOLDER, hf://ORG/NAME or ORG/NAME"
@@ -115,22 +245,44 @@ def _locate(name: str, *, revision: str | None) -> tuple[Path, str | None]:
         if revision is not None:
             raise PrepareError(f"revision: got {revision!r}, expected none for the folder {folder}")
         return folder, None
-    if is_hub(name):
-        return download(name, revision=revision)
+    if is_hub_source(name):
+        return download_checkpoint(name, revision=revision)
     raise SourceNotFound(f"source: got {name!r}, expected a folder that exists or ORG/NAME")
 
 
-def _is_companion(path: Path) -> bool:
+def _is_auxiliary_file(path: Path) -> bool:
     if path.name.endswith(_WEIGHT_INDEX_SUFFIX) or not path.is_file():
         return False
-    return path.stat().st_size <= _LARGEST_COMPANION_BYTES
+    return path.stat().st_size <= _MAX_AUXILIARY_BYTES
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
-    files = tuple(folder / name for name in weight_names(folder))
+    files = tuple(folder / name for name in weight_file_names(folder))
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         raise SourceNotFound(
             f"{folder}: got no file {', '.join(missing)}, expected safetensors files"
         )
     return files
+
+
+def read_auxiliary_files(
+    source: CheckpointSource, *, dtype: str | None
+) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of each file of `model/`; config.json speaks of `dtype` if given."""
+    for path in source.auxiliary_files():
+        name = f"model/{path.relative_to(source.folder)}"
+        if path.name == "config.json" and dtype is not None:
+            yield name, _config_with_dtype(path, dtype)
+        else:
+            yield name, path.read_bytes()
+
+
+def _config_with_dtype(path: Path, dtype: str) -> bytes:
+    config = read_json(path)
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for field in ("dtype", "torch_dtype"):
+            if field in section:
+                section[field] = dtype
+    config["dtype"] = dtype
+    return (json.dumps(config, indent=2) + "\n").encode()

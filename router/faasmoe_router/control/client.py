@@ -11,11 +11,11 @@ from typing import Any
 
 import httpx
 
-from faasmoe_router.control.errors import Garbage, Rejected, Unreachable
-from faasmoe_router.control.messages import Lines, Message, Place, read_message
+from faasmoe_router.control.messages import LineDecoder, TableMessage, TableVersion, parse_message
+from faasmoe_router.errors import ControlProtocolError, ControlRejected, ControlUnreachable
 
-SHOWN_REASON_BYTES = 500
-MAX_ANSWER_BYTES = 4 << 20
+MAX_REASON_BYTES = 500
+MAX_RESPONSE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class ControlTimeouts:
     """
 
     connect_s: float = 2.0
-    call_s: float = 3.0
-    silence_s: float = 15.0
+    request_s: float = 3.0
+    stream_idle_s: float = 15.0
 
 
 class ControlClient:
@@ -43,11 +43,11 @@ class ControlClient:
         self._http = httpx.AsyncClient(
             base_url=url,
             headers={"authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx.Timeout(self._timeouts.silence_s, connect=self._timeouts.connect_s),
+            timeout=httpx.Timeout(self._timeouts.stream_idle_s, connect=self._timeouts.connect_s),
             trust_env=False,  # a proxy of the environment is not for calls within the cluster
         )
 
-    async def follow(self, place: Place | None) -> AsyncGenerator[Message]:
+    async def watch_table(self, resume_from: TableVersion | None) -> AsyncGenerator[TableMessage]:
         """Yield the table's messages, from a place on if the control plane remembers it.
 
         Raises:
@@ -55,28 +55,28 @@ class ControlClient:
             Rejected: it does not want to tell.
             Garbage: it sent nonsense.
         """
-        params = {"epoch": place.epoch, "version": place.version} if place else {}
-        lines = Lines()
-        async with self._call("GET", "/v1/table", params=params) as response:
+        params = {"epoch": resume_from.epoch, "version": resume_from.version} if resume_from else {}
+        decoder = LineDecoder()
+        async with self._request("GET", "/v1/table", params=params) as response:
             async for chunk in response.aiter_bytes():
-                for line in lines.feed(chunk):
-                    yield read_message(line)
+                for line in decoder.feed(chunk):
+                    yield parse_message(line)
 
-    async def report(self, body: dict[str, Any]) -> None:
+    async def report_load(self, body: dict[str, Any]) -> None:
         """Send a load report; raises Unreachable or Rejected."""
         await self._post("/v1/load", body)
 
-    async def wake(self, body: dict[str, Any]) -> None:
+    async def request_activation(self, body: dict[str, Any]) -> None:
         """Ask for functions; raises Unreachable or Rejected."""
         await self._post("/v1/wake", body)
 
-    async def usage(self, body: dict[str, Any]) -> Any:
+    async def report_usage(self, body: dict[str, Any]) -> Any:
         """Tell a book's totals; return those of all books; raises ControlError."""
         content = await self._post("/v1/usage", body)
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise Garbage(f"/v1/usage: not JSON: {error}") from error
+            raise ControlProtocolError(f"/v1/usage: not JSON: {error}") from error
 
     async def close(self) -> None:
         """Close the connections."""
@@ -85,34 +85,38 @@ class ControlClient:
     async def _post(self, path: str, body: dict[str, Any]) -> bytes:
         try:
             async with (
-                asyncio.timeout(self._timeouts.call_s),
-                self._call("POST", path, json=body) as response,
+                asyncio.timeout(self._timeouts.request_s),
+                self._request("POST", path, json=body) as response,
             ):
-                return await _content(path, response)
+                return await _read_content(path, response)
         except TimeoutError as error:
-            raise Unreachable(f"{path}: no answer in {self._timeouts.call_s:g} s") from error
+            raise ControlUnreachable(
+                f"{path}: no answer in {self._timeouts.request_s:g} s"
+            ) from error
 
     @asynccontextmanager
-    async def _call(self, method: str, path: str, **given: Any) -> AsyncIterator[httpx.Response]:
+    async def _request(
+        self, method: str, path: str, **kwargs: Any
+    ) -> AsyncIterator[httpx.Response]:
         try:
-            async with self._http.stream(method, path, **given) as response:
+            async with self._http.stream(method, path, **kwargs) as response:
                 if not response.is_success:
-                    raise Rejected(response.status_code, await _reason(response))
+                    raise ControlRejected(response.status_code, await _read_reason(response))
                 yield response
         except httpx.HTTPError as error:
-            raise Unreachable(f"{path}: {error or type(error).__name__}") from error
+            raise ControlUnreachable(f"{path}: {error or type(error).__name__}") from error
 
 
-async def _content(path: str, response: httpx.Response) -> bytes:
+async def _read_content(path: str, response: httpx.Response) -> bytes:
     content = b""
     async for chunk in response.aiter_bytes():
         content += chunk
-        if len(content) > MAX_ANSWER_BYTES:
-            raise Garbage(f"{path}: got more than {MAX_ANSWER_BYTES} bytes")
+        if len(content) > MAX_RESPONSE_BYTES:
+            raise ControlProtocolError(f"{path}: got more than {MAX_RESPONSE_BYTES} bytes")
     return content
 
 
-async def _reason(response: httpx.Response) -> str:
-    async for chunk in response.aiter_bytes(SHOWN_REASON_BYTES):
+async def _read_reason(response: httpx.Response) -> str:
+    async for chunk in response.aiter_bytes(MAX_REASON_BYTES):
         return chunk.decode("utf-8", "replace")
     return ""

@@ -8,46 +8,49 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
-from faasmoe_expert.table import FunctionSpec, FunctionTable
+from faasmoe_contracts.routing_table import FunctionSpec, RoutingTable
+from faasmoe_router.control.activator import (
+    ACTIVATION_REPEAT_S,
+    ActivationQueueLimits,
+    ActivationRequester,
+    Activator,
+)
 from faasmoe_router.control.client import ControlClient
-from faasmoe_router.control.follower import TableFollower
-from faasmoe_router.control.gate import ColdStartGate, HoldLimits
-from faasmoe_router.control.metrics import ControlMetrics
-from faasmoe_router.control.reporter import REPORT_INTERVAL_S, LoadReporter
-from faasmoe_router.control.standins import StandIns
-from faasmoe_router.control.teller import KeepsBooks, UsageTeller
-from faasmoe_router.control.waker import Waker
-from faasmoe_router.control.wakes import REPEAT_S
+from faasmoe_router.control.load_reporter import LOAD_REPORT_INTERVAL_S, LoadReporter
+from faasmoe_router.control.local_fallback import LocalFallback
+from faasmoe_router.control.metrics import ControlLinkMetrics
+from faasmoe_router.control.table_watcher import TableWatcher
+from faasmoe_router.control.usage_reporter import UsageReporter, UsageSource
 from faasmoe_router.dispatch.load import LoadMeter
-from faasmoe_router.dispatch.routing import Routing
+from faasmoe_router.dispatch.routing import RoutingIndex
 
 logger = logging.getLogger(__name__)
 
-RESTART_S = 1.0
+JOB_RESTART_DELAY_S = 1.0
 
 
-class Dispatch(Protocol):
+class FunctionDispatcher(Protocol):
     """What calls functions; the dispatcher."""
 
     @property
-    def routing(self) -> Routing:
+    def routing(self) -> RoutingIndex:
         """Where each function is now."""
 
     @property
     def load(self) -> LoadMeter:
         """How much each function is called."""
 
-    def replace_table(self, table: FunctionTable) -> None:
+    def replace_table(self, table: RoutingTable) -> None:
         """Take another table; raises TableError and keeps the old one."""
 
-    def move_functions(self, version: int, addresses: Mapping[str, tuple[str, ...]]) -> None:
+    def update_addresses(self, version: int, addresses: Mapping[str, tuple[str, ...]]) -> None:
         """Take other addresses for some functions; raises TableError and changes nothing."""
 
     def check_local(self, specs: Sequence[FunctionSpec]) -> None:
         """Check that functions can be computed here; raises RouterError; from any thread."""
 
 
-class Tenants(Protocol):
+class TenantsView(Protocol):
     """The tenants of this router; `Tenancy` is such."""
 
     @property
@@ -55,7 +58,7 @@ class Tenants(Protocol):
         """Routers that serve them."""
 
     @property
-    def books(self) -> KeepsBooks:
+    def cluster_usage(self) -> UsageSource:
         """What they have used."""
 
     def n_keys(self) -> Mapping[str, int]:
@@ -73,10 +76,10 @@ class LinkSettings:
         repeat_s: time between two wakes of a function that is still waited for.
     """
 
-    router: str
-    limits: HoldLimits = field(default_factory=HoldLimits)
-    report_interval_s: float = REPORT_INTERVAL_S
-    repeat_s: float = REPEAT_S
+    router_name: str
+    queue_limits: ActivationQueueLimits = field(default_factory=ActivationQueueLimits)
+    report_interval_s: float = LOAD_REPORT_INTERVAL_S
+    activation_repeat_s: float = ACTIVATION_REPEAT_S
 
 
 class ControlLink:
@@ -97,117 +100,123 @@ class ControlLink:
     def __init__(
         self,
         client: ControlClient,
-        waker: Waker,
-        dispatch: Dispatch,
+        activation_requester: ActivationRequester,
+        dispatcher: FunctionDispatcher,
         *,
         settings: LinkSettings,
-        metrics: ControlMetrics,
+        metrics: ControlLinkMetrics,
     ) -> None:
         self._client = client
-        self._waker = waker
-        self._dispatch = dispatch
+        self._activation_requester = activation_requester
+        self._dispatcher = dispatcher
         self._settings = settings
-        self._stand_ins = StandIns(
-            lambda: dispatch.routing, check=dispatch.check_local, metrics=metrics
+        self._local_fallback = LocalFallback(
+            lambda: dispatcher.routing, check=dispatcher.check_local, metrics=metrics
         )
-        gate_load = LoadMeter()
-        self._gate = ColdStartGate(
-            self, wake=waker.want, limits=settings.limits, metrics=metrics, load=gate_load
-        )
-        self._follower = TableFollower(
-            client,
-            dispatch,
+        queue_load = LoadMeter()
+        self._activator = Activator(
+            self,
+            request_activation=activation_requester.request,
+            limits=settings.queue_limits,
             metrics=metrics,
-            on_table=self._table_changed,
-            on_epoch=waker.forget_asked,
+            load=queue_load,
         )
-        self._reporter = LoadReporter(
+        self._table_watcher = TableWatcher(
             client,
-            router=settings.router,
-            routing=lambda: dispatch.routing,
-            meters=(dispatch.load, gate_load),
+            dispatcher,
+            metrics=metrics,
+            on_table_changed=self._on_table_changed,
+            on_new_epoch=activation_requester.reset_requested,
+        )
+        self._load_reporter = LoadReporter(
+            client,
+            router_name=settings.router_name,
+            routing=lambda: dispatcher.routing,
+            meters=(dispatcher.load, queue_load),
             interval_s=settings.report_interval_s,
             is_busy=lambda: self.is_busy(),
-            tenants=lambda: None if self.tenants is None else self.tenants.n_keys(),
+            tenant_keys=lambda: None if self.tenants is None else self.tenants.n_keys(),
         )
         self.is_busy: Callable[[], bool] = lambda: False
-        self.tenants: Tenants | None = None
-        self._teller: UsageTeller | None = None
+        self.tenants: TenantsView | None = None
+        self._usage_reporter: UsageReporter | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def ready(self) -> bool:
         """Whether a function table was ever told."""
-        return self._follower.has_table
+        return self._table_watcher.has_table
 
     @property
-    def complete_below(self) -> float:
+    def activated_below_tokens(self) -> float:
         """Requests of fewer tokens than this lack no function."""
-        return self._stand_ins.complete_below if self.ready else 0.0
+        return self._local_fallback.activated_below_tokens if self.ready else 0.0
 
     def missing_for(self, n_tokens: int) -> Sequence[str]:
         """Return the functions that so many tokens need and that have no address."""
-        return self._stand_ins.missing_for(n_tokens)
+        return self._local_fallback.missing_for(n_tokens)
 
-    async def stand_in_for(self, n_tokens: int) -> bool:
+    async def enable_local_fallback(self, n_tokens: int) -> bool:
         """Compute what so many tokens lack in the router; see `StandIns.take`."""
-        return self.ready and await self._stand_ins.take(n_tokens)
+        return self.ready and await self._local_fallback.enable_for(n_tokens)
 
-    def is_open_for(self, n_tokens: int) -> bool:
+    def is_activated_for(self, n_tokens: int) -> bool:
         """Return whether a request of so many tokens need not be held."""
-        return self._gate.is_open_for(n_tokens)
+        return self._activator.is_activated_for(n_tokens)
 
-    async def hold(self, n_tokens: int, *, size_bytes: int) -> float:
+    async def wait_for_activation(self, n_tokens: int, *, size_bytes: int) -> float:
         """Hold a request; see `ColdStartGate.hold`."""
-        return await self._gate.hold(n_tokens, size_bytes=size_bytes)
+        return await self._activator.wait_for_activation(n_tokens, size_bytes=size_bytes)
 
-    def end_held(self) -> None:
+    def reject_queued(self) -> None:
         """Refuse the requests that are held, as when the server is about to end."""
-        self._gate.close()
+        self._activator.close()
 
     async def __aenter__(self) -> Self:
         jobs: dict[str, Callable[[], Awaitable[None]]] = {
-            "table": self._follower.run,
-            "reports": self._reporter.run,
-            "wakes": lambda: self._waker.run(lambda: self._dispatch.routing.missing),
-            "repeat": self._repeat,
+            "table": self._table_watcher.run,
+            "reports": self._load_reporter.run,
+            "wakes": lambda: self._activation_requester.run(
+                lambda: self._dispatcher.routing.missing
+            ),
+            "repeat": self._repeat_activation_requests,
         }
         if (tenants := self.tenants) is not None:
-            self._teller = UsageTeller(
-                self._client, tenants.books, n_routers=lambda: tenants.n_routers
+            self._usage_reporter = UsageReporter(
+                self._client, tenants.cluster_usage, n_routers=lambda: tenants.n_routers
             )
-            jobs["usage"] = self._teller.run
+            jobs["usage"] = self._usage_reporter.run
         self._tasks = [
-            asyncio.create_task(_keep_running(name, job), name=f"control-{name}")
+            asyncio.create_task(_restart_on_failure(name, job), name=f"control-{name}")
             for name, job in jobs.items()
         ]
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.end_held()
+        self.reject_queued()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._teller is not None:
-            await self._teller.end()
+        if self._usage_reporter is not None:
+            await self._usage_reporter.report_final()
         await self._client.close()
 
-    async def _repeat(self) -> None:
+    async def _repeat_activation_requests(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.repeat_s)
-            self._gate.wake_again()
+            await asyncio.sleep(self._settings.activation_repeat_s)
+            self._activator.repeat_request()
 
-    def _table_changed(self) -> None:
-        self._stand_ins.table_changed()
-        self._waker.keep(set(self._dispatch.routing.missing))
-        self._gate.table_changed()
+    def _on_table_changed(self) -> None:
+        self._local_fallback.on_table_changed()
+        self._activation_requester.retain_missing(set(self._dispatcher.routing.missing))
+        self._activator.on_table_changed()
 
 
-async def _keep_running(name: str, job: Callable[[], Awaitable[None]]) -> None:
+async def _restart_on_failure(name: str, job: Callable[[], Awaitable[None]]) -> None:
     """Run a job for ever: a fault of ours in one must end neither it nor the router."""
     while True:
         try:
             await job()
         except Exception:
-            logger.exception("The link's job %r failed; it is begun again", name)
-        await asyncio.sleep(RESTART_S)
+            logger.exception("Control link job %r failed; restarting it", name)
+        await asyncio.sleep(JOB_RESTART_DELAY_S)

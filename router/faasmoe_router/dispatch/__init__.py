@@ -4,7 +4,17 @@ Knows routing results and addresses; knows nothing of requests, tenants or text.
 """
 
 from faasmoe_router.dispatch.dispatcher import Dispatcher
-from faasmoe_router.dispatch.experts import IMPLEMENTATION, bind_experts, register
-from faasmoe_router.dispatch.routing import Routing
+from faasmoe_router.dispatch.experts_backend import (
+    EXPERTS_IMPLEMENTATION,
+    bind_experts,
+    register_implementation,
+)
+from faasmoe_router.dispatch.routing import RoutingIndex
 
-__all__ = ["IMPLEMENTATION", "Dispatcher", "Routing", "bind_experts", "register"]
+__all__ = [
+    "EXPERTS_IMPLEMENTATION",
+    "Dispatcher",
+    "RoutingIndex",
+    "bind_experts",
+    "register_implementation",
+]

@@ -15,28 +15,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from faasmoe_expert.store import Store
-from faasmoe_expert.table import FunctionSpec, FunctionTable
-from faasmoe_expert.wire import Mode, rows_per_frame
-from faasmoe_router.dispatch.batch import WIRE_DTYPES, LayerBatch
-from faasmoe_router.dispatch.calls import Timeouts
+from faasmoe_contracts.routing_table import FunctionSpec, RoutingTable
+from faasmoe_contracts.store import Store
+from faasmoe_contracts.wire import OutputMode, max_rows_per_frame
+from faasmoe_router.dispatch.calls import DispatchTimeouts
+from faasmoe_router.dispatch.cold_start import ActivationSettings
+from faasmoe_router.dispatch.colocation import ColocatedFunctions
+from faasmoe_router.dispatch.device_transfer import BufferedTransfer
 from faasmoe_router.dispatch.fanout import Fanout
-from faasmoe_router.dispatch.filling import Filler, Meanwhile
 from faasmoe_router.dispatch.grouping import group_pairs
-from faasmoe_router.dispatch.holding import Holding
-from faasmoe_router.dispatch.hot import HotFunctions
+from faasmoe_router.dispatch.layer_batch import WIRE_DTYPES, LayerBatch
+from faasmoe_router.dispatch.layer_executor import LayerExecutor, OverlappedWork
 from faasmoe_router.dispatch.load import LoadMeter
-from faasmoe_router.dispatch.local import map_function
+from faasmoe_router.dispatch.local_functions import map_function
 from faasmoe_router.dispatch.metrics import DispatchMetrics
-from faasmoe_router.dispatch.resilience import Resilience
-from faasmoe_router.dispatch.routing import Routing
-from faasmoe_router.dispatch.staging import HostStage
+from faasmoe_router.dispatch.resilience import ResilienceSettings
+from faasmoe_router.dispatch.routing import RoutingIndex
 
 
 class Dispatcher:
     """Computes MoE layers through expert functions.
 
-    Belongs to the engine's thread, but for `replace_table` and `move_functions`, which one other
+    Belongs to the engine's thread, but for `replace_table` and `update_addresses`, which one other
     thread may call at any time, and for what reads.
 
     Args:
@@ -57,59 +57,61 @@ class Dispatcher:
     def __init__(
         self,
         store: Store,
-        table: FunctionTable | None,
+        table: RoutingTable | None,
         *,
-        mode: Mode = Mode.REDUCED,
+        mode: OutputMode = OutputMode.REDUCED,
         token: str = "",
-        timeouts: Timeouts | None = None,
+        timeouts: DispatchTimeouts | None = None,
         metrics: DispatchMetrics | None = None,
-        holding: Holding | None = None,
-        resilience: Resilience | None = None,
+        activation: ActivationSettings | None = None,
+        resilience: ResilienceSettings | None = None,
         socket_dir: Path | None = None,
-        stage: HostStage | None = None,
+        device_transfer: BufferedTransfer | None = None,
         placement: Literal["auto", "functions"] = "functions",
     ) -> None:
         self._store = store
-        self._stage = stage
+        self._device_transfer = device_transfer
         self._mode = mode
         self._fanout = Fanout(token=token, timeouts=timeouts, socket_dir=socket_dir)
         self._metrics = metrics or DispatchMetrics()
         if table is None:
-            routing = Routing.before_any_table(store)
+            routing = RoutingIndex.empty(store)
         else:
-            routing = Routing.from_table(table, store)
-        hot = None
-        if placement == "auto" and socket_dir is not None and stage is None:
+            routing = RoutingIndex.from_table(table, store)
+        colocated = None
+        if placement == "auto" and socket_dir is not None and device_transfer is None:
             # Bits that must not depend on where a block is depend on threads: functions' alone.
-            hot = HotFunctions(store, socket_dir) if mode is Mode.REDUCED else None
-        self._filler = Filler(
+            colocated = (
+                ColocatedFunctions(store, socket_dir) if mode is OutputMode.REDUCED else None
+            )
+        self._executor = LayerExecutor(
             store,
             routing,
             fanout=self._fanout,
             metrics=self._metrics,
-            holding=holding,
+            activation=activation,
             timeouts=timeouts,
             resilience=resilience,
-            hot=hot,
+            colocated=colocated,
         )
 
     @property
-    def routing(self) -> Routing:
+    def routing(self) -> RoutingIndex:
         """Where each function is now."""
-        return self._filler.routing
+        return self._executor.routing
 
     @property
     def load(self) -> LoadMeter:
         """How much each function is called."""
-        return self._filler.load
+        return self._executor.load
 
-    def replace_table(self, table: FunctionTable) -> None:
+    def replace_table(self, table: RoutingTable) -> None:
         """Route the next layers by another table; raises TableError and keeps the old one."""
-        self._filler.take_routing(Routing.from_table(table, self._store))
+        self._executor.set_routing(RoutingIndex.from_table(table, self._store))
 
-    def move_functions(self, version: int, addresses: Mapping[str, tuple[str, ...]]) -> None:
+    def update_addresses(self, version: int, addresses: Mapping[str, tuple[str, ...]]) -> None:
         """Give some functions other addresses; raises TableError and changes nothing."""
-        self._filler.take_routing(self.routing.moved(version, addresses))
+        self._executor.set_routing(self.routing.with_addresses(version, addresses))
 
     def check_local(self, specs: Sequence[FunctionSpec]) -> None:
         """Check that functions can be computed here: reads all of their bytes; from any thread.
@@ -121,13 +123,13 @@ class Dispatcher:
         for spec in specs:
             map_function(spec, self._store)
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """Give back memory that is kept for the next calls, as there are none; from any thread."""
-        self._fanout.rest()
+        self._fanout.release_memory()
 
     def close(self) -> None:
         """Close the connections to sandboxes."""
-        self._filler.close()
+        self._executor.close()
         self._fanout.close()
 
     def compute(
@@ -137,7 +139,7 @@ class Dispatcher:
         top_k_index: Tensor,
         top_k_weight: Tensor,
         *,
-        meanwhile: Meanwhile = lambda: None,
+        while_waiting: OverlappedWork = lambda: None,
     ) -> Tensor:
         """Return the weighted sum of each token's experts.
 
@@ -152,40 +154,48 @@ class Dispatcher:
             [T, H], dtype and device of `hidden`.
         """
         if not len(hidden):
-            meanwhile()
+            while_waiting()
             return torch.zeros_like(hidden)
         with self._metrics.layer_seconds.time():
-            if self._stage is None:
-                return self._compute(
+            if self._device_transfer is None:
+                return self._compute_on_host(
                     layer,
                     hidden.detach().contiguous(),
                     top_k_index.detach().numpy(),
                     top_k_weight.detach().float().numpy(),
-                    meanwhile,
+                    while_waiting,
                 )
-            landed = self._stage.land(hidden, top_k_index, top_k_weight, meanwhile=meanwhile)
-            return self._compute(
-                layer, landed.rows, landed.top_k_index, landed.top_k_weight, lambda: None
+            host_inputs = self._device_transfer.to_host(
+                hidden, top_k_index, top_k_weight, while_waiting=while_waiting
+            )
+            return self._compute_on_host(
+                layer,
+                host_inputs.rows,
+                host_inputs.top_k_index,
+                host_inputs.top_k_weight,
+                lambda: None,
             )
 
-    def _compute(
+    def _compute_on_host(
         self,
         layer: int,
         rows: Tensor,
         top_k_index: NDArray[np.int64],
         top_k_weight: NDArray[np.float32],
-        meanwhile: Meanwhile,
+        while_waiting: OverlappedWork,
     ) -> Tensor:
         """Return the sum where the model is, [T, H]; `rows` [T, H] are on the host, contiguous."""
         routing = self.routing.layers[layer]
         top_k = top_k_index.shape[1]
-        max_rows = rows_per_frame(
+        max_rows = max_rows_per_frame(
             hidden_size=rows.shape[1],
             dtype=WIRE_DTYPES[rows.dtype],
             mode=self._mode,
             top_k=top_k,
         )
         groups = group_pairs(top_k_index, top_k_weight, routing.function_of, max_rows=max_rows)
-        batch = LayerBatch(rows, groups, layer=layer, mode=self._mode, top_k=top_k, way=self._stage)
-        self._filler.fill(batch, layer, routing.functions, meanwhile=meanwhile)
+        batch = LayerBatch(
+            rows, groups, layer=layer, mode=self._mode, top_k=top_k, transfer=self._device_transfer
+        )
+        self._executor.execute(batch, layer, routing.functions, while_waiting=while_waiting)
         return batch.result()

@@ -23,7 +23,7 @@ class Group:
         pair_slot: place of each pair in the flattened routing [T * k], int64 [P].
     """
 
-    function: int
+    function_index: int
     rows: NDArray[np.int64]
     pair_row: NDArray[np.int32]
     pair_expert: NDArray[np.int32]
@@ -59,17 +59,19 @@ def group_pairs(
     groups: list[Group] = []
     for start, end in _runs(function):
         pairs = slot[start:end]
-        rows, pair_row = _unique(pairs // k)
+        rows, pair_row = _unique_rows(pairs // k)
         groups.extend(
             Group(
                 int(function[start]),
-                rows[first:last],
-                (pair_row[a:b] - first).astype(np.int32),
-                expert[pairs[a:b]].astype(np.int32),
-                weight[pairs[a:b]].astype(np.float32, copy=False),
-                pairs[a:b],
+                rows[row_start:row_end],
+                (pair_row[pair_start:pair_end] - row_start).astype(np.int32),
+                expert[pairs[pair_start:pair_end]].astype(np.int32),
+                weight[pairs[pair_start:pair_end]].astype(np.float32, copy=False),
+                pairs[pair_start:pair_end],
             )
-            for first, last, a, b in _frames(pair_row, len(rows), max_rows)
+            for row_start, row_end, pair_start, pair_end in _split_frames(
+                pair_row, len(rows), max_rows
+            )
         )
     return groups
 
@@ -77,22 +79,22 @@ def group_pairs(
 def _runs(values: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
     if len(values) == 0:
         return
-    cuts = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(values)]
-    yield from itertools.pairwise(cuts)
+    boundaries = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(values)]
+    yield from itertools.pairwise(boundaries)
 
 
-def _unique(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _unique_rows(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the distinct rows of an ascending list and each entry's position among them."""
-    new = np.empty(len(rows), dtype=np.bool_)
-    new[0], new[1:] = True, rows[1:] != rows[:-1]
-    return rows[new], np.cumsum(new) - 1
+    is_first = np.empty(len(rows), dtype=np.bool_)
+    is_first[0], is_first[1:] = True, rows[1:] != rows[:-1]
+    return rows[is_first], np.cumsum(is_first) - 1
 
 
-def _frames(
+def _split_frames(
     pair_row: NDArray[np.int64], n_rows: int, max_rows: int
 ) -> Iterator[tuple[int, int, int, int]]:
     """Yield (first row, end row, first pair, end pair) of each frame."""
-    for first in range(0, n_rows, max_rows):
-        last = min(first + max_rows, n_rows)
-        a, b = np.searchsorted(pair_row, (first, last)).tolist()
-        yield first, last, a, b
+    for row_start in range(0, n_rows, max_rows):
+        row_end = min(row_start + max_rows, n_rows)
+        pair_start, pair_end = np.searchsorted(pair_row, (row_start, row_end)).tolist()
+        yield row_start, row_end, pair_start, pair_end

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 
-class Reading(NamedTuple):
+class LoadTotals(NamedTuple):
     """A function's totals up to one moment.
 
     Attributes:
@@ -25,14 +25,14 @@ class Reading(NamedTuple):
     rows: int = 0
 
 
-class _Figures(NamedTuple):
+class _Counters(NamedTuple):
     offset_s: float  # the integral at time t is offset_s + open * t
-    open: int
+    n_in_flight: int
     calls: int
     rows: int
 
 
-_NONE = _Figures(0.0, 0, 0, 0)
+_EMPTY = _Counters(0.0, 0, 0, 0)
 
 
 class LoadMeter:
@@ -45,35 +45,37 @@ class LoadMeter:
     """
 
     def __init__(self) -> None:
-        self.held = 0
-        self.local = 0
-        self.passes = 0
-        self._figures: dict[str, _Figures] = {}
+        self.queued = 0
+        self.local_calls = 0
+        self.forward_passes = 0
+        self._counters: dict[str, _Counters] = {}
 
-    def begin(self, function_id: str, now_s: float, *, rows: int) -> None:
+    def record_start(self, function_id: str, now_s: float, *, rows: int) -> None:
         """Count a call that begins."""
-        offset_s, n_open, calls, total = self._figures.get(function_id, _NONE)
-        self._figures[function_id] = _Figures(offset_s - now_s, n_open + 1, calls + 1, total + rows)
+        offset_s, n_open, calls, total = self._counters.get(function_id, _EMPTY)
+        self._counters[function_id] = _Counters(
+            offset_s - now_s, n_open + 1, calls + 1, total + rows
+        )
 
-    def hold(self, function_id: str, now_s: float) -> None:
+    def record_queued(self, function_id: str, now_s: float) -> None:
         """Count a call as in flight that is held before it begins."""
-        offset_s, n_open, calls, rows = self._figures.get(function_id, _NONE)
-        self._figures[function_id] = _Figures(offset_s - now_s, n_open + 1, calls, rows)
+        offset_s, n_open, calls, rows = self._counters.get(function_id, _EMPTY)
+        self._counters[function_id] = _Counters(offset_s - now_s, n_open + 1, calls, rows)
 
-    def end(self, function_id: str, now_s: float) -> None:
+    def record_end(self, function_id: str, now_s: float) -> None:
         """Count the end of a call or of a hold."""
-        offset_s, n_open, calls, rows = self._figures.get(function_id, _NONE)
-        self._figures[function_id] = _Figures(offset_s + now_s, n_open - 1, calls, rows)
+        offset_s, n_open, calls, rows = self._counters.get(function_id, _EMPTY)
+        self._counters[function_id] = _Counters(offset_s + now_s, n_open - 1, calls, rows)
 
-    def read(self, now_s: float) -> dict[str, Reading]:
+    def snapshot(self, now_s: float) -> dict[str, LoadTotals]:
         """Return every function's totals up to now."""
         return {
-            function_id: Reading(figures.offset_s + figures.open * now_s, *figures[2:])
-            for function_id, figures in list(self._figures.items())
+            function_id: LoadTotals(counters.offset_s + counters.n_in_flight * now_s, *counters[2:])
+            for function_id, counters in list(self._counters.items())
         }
 
-    def forget(self, known: Collection[str]) -> None:
+    def retain(self, known: Collection[str]) -> None:
         """Drop the functions that are not known any more and have no call in flight."""
-        for function_id, figures in list(self._figures.items()):
-            if function_id not in known and not figures.open:
-                self._figures.pop(function_id, None)
+        for function_id, counters in list(self._counters.items()):
+            if function_id not in known and not counters.n_in_flight:
+                self._counters.pop(function_id, None)

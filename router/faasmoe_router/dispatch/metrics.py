@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0, 3.0, 10.0)
+LATENCY_BUCKETS_S = (
+    0.0001,
+    0.0002,
+    0.0005,
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.3,
+    1.0,
+    3.0,
+    10.0,
+)
 
 
 class DispatchMetrics:
@@ -17,37 +32,37 @@ class DispatchMetrics:
         )
         self.failed_calls = Counter(
             "faasmoe_router_function_call_failures_total",
-            "Calls to functions that gave no answer.",
+            "Failed calls to functions.",
             registry=registry,
         )
         self.retries = Counter(
             "faasmoe_router_function_call_retries_total",
-            "Calls made at another replica after one that failed.",
+            "Retries of failed calls at another replica.",
             registry=registry,
         )
         self.hedges = Counter(
             "faasmoe_router_function_call_hedges_total",
-            "Calls made at another replica beside one that took long.",
+            "Hedged calls at another replica.",
             registry=registry,
         )
         self.ejected = Gauge(
             "faasmoe_router_ejected_addresses",
-            "Addresses that get no calls until a probe finds them well.",
+            "Addresses ejected by outlier detection.",
             registry=registry,
         )
         self.local = Counter(
             "faasmoe_router_local_computations_total",
-            "Calls computed in the router because no sandbox answered.",
+            "Calls computed by local fallback because no sandbox responded.",
             registry=registry,
         )
-        self.here = Counter(
-            "faasmoe_router_hot_computations_total",
-            "Calls computed in the router because that was measured to take less time.",
+        self.colocated = Counter(
+            "faasmoe_router_colocated_computations_total",
+            "Calls to colocated functions, computed in the router.",
             registry=registry,
         )
-        self.held = Gauge(
-            "faasmoe_router_held_calls",
-            "Calls that wait for their function to be started.",
+        self.queued = Gauge(
+            "faasmoe_router_queued_calls",
+            "Calls queued for the activation of their function.",
             registry=registry,
         )
         self.sent_bytes = Counter(
@@ -62,7 +77,7 @@ class DispatchMetrics:
         )
         self.layer_seconds = Histogram(
             "faasmoe_router_layer_seconds",
-            "Time from a layer's routing to its sum.",
-            buckets=SECONDS,
+            "Time of a MoE layer from dispatch to its combined output.",
+            buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )

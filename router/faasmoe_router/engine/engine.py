@@ -16,20 +16,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
-from faasmoe_router.engine.batching import Batcher, eos_ids_of
+from faasmoe_router.engine.cache_config import EngineLimits
+from faasmoe_router.engine.fair_queue import FairQueue, Share
 from faasmoe_router.engine.generation import Generation, GenerationRequest
-from faasmoe_router.engine.grammar import GrammarCompiler
-from faasmoe_router.engine.held import Held
-from faasmoe_router.engine.isolation import FINAL
-from faasmoe_router.engine.keeper import BatcherKeeper
-from faasmoe_router.engine.prefixes import PrefixRealms
-from faasmoe_router.engine.scheduler import ComputedTokens
-from faasmoe_router.engine.sizing import EngineLimits
-from faasmoe_router.engine.text import TextCodec
-from faasmoe_router.errors import EngineSaturated, EngineUnavailable
+from faasmoe_router.engine.request_tracker import RequestTracker
+from faasmoe_router.engine.structured_output import GrammarCompiler
+from faasmoe_router.engine.supervisor import BatcherSupervisor
+from faasmoe_router.engine.tokenizer import ModelTokenizer
+from faasmoe_router.errors import EngineQueueFull, EngineUnavailable
 from faasmoe_router.metrics import EngineMetrics
-from faasmoe_router.tenants.callers import Ticket
-from faasmoe_router.tenants.fairness import FairQueue, Share
+from faasmoe_router.tenants.caller import UsageRecorder
+from faasmoe_router.transformers_backend.continuous_batching import ContinuousBatcher, eos_token_ids
+from faasmoe_router.transformers_backend.error_isolation import FATAL_ERRORS
+from faasmoe_router.transformers_backend.prefix_cache import CacheSalts
+from faasmoe_router.transformers_backend.scheduler import ComputedTokenCounter
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Engine:
     def __init__(
         self,
         model: Any,
-        codec: TextCodec,
+        tokenizer: ModelTokenizer,
         *,
         limits: EngineLimits,
         metrics: EngineMetrics,
@@ -63,51 +63,57 @@ class Engine:
         request_timeout_s: float = math.inf,
     ) -> None:
         self.limits = limits
-        self.codec = codec
+        self.tokenizer = tokenizer
         self.metrics = metrics
         self.vocab_size: int = model.config.get_text_config().vocab_size
         self._model = model
         self._on_idle = on_idle
         self._request_timeout_s = request_timeout_s
-        eos_ids = eos_ids_of(model)
-        self.vocabulary = codec.vocabulary(n_tokens=self.vocab_size, eos_ids=eos_ids)
-        self.grammars = GrammarCompiler(self.vocabulary)
-        self._keeper = BatcherKeeper(lambda loop: self._make_batcher(loop), on_give_up=on_give_up)
-        self._turns = FairQueue(slots=limits.max_num_seqs, max_queued=limits.max_waiting)
-        self._held = Held(
-            self._turns, lambda: self._batcher, codec=codec, eos_ids=eos_ids, metrics=metrics
+        eos_ids = eos_token_ids(model)
+        self.vocabulary = tokenizer.new_vocabulary(n_scores=self.vocab_size, eos_token_ids=eos_ids)
+        self.grammar_compiler = GrammarCompiler(self.vocabulary)
+        self._supervisor = BatcherSupervisor(
+            lambda loop: self._make_batcher(loop), on_give_up=on_give_up
         )
-        self._realms: PrefixRealms | None = None
-        self.computed = ComputedTokens()
-        self._watcher: asyncio.Task[None] | None = None
-        metrics.watch(self._counts)
+        self._fair_queue = FairQueue(slots=limits.max_num_seqs, max_queued=limits.max_waiting)
+        self._tracker = RequestTracker(
+            self._fair_queue,
+            lambda: self._batcher,
+            tokenizer=tokenizer,
+            eos_token_ids=eos_ids,
+            metrics=metrics,
+        )
+        self._cache_salts: CacheSalts | None = None
+        self.computed_tokens = ComputedTokenCounter()
+        self._watch_task: asyncio.Task[None] | None = None
+        metrics.observe_requests(self._request_counts)
 
     @property
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether requests can be computed now."""
-        return self._batcher is not None and self._batcher.alive
+        return self._batcher is not None and self._batcher.is_alive
 
     @property
-    def stuck(self) -> bool:
+    def is_stuck(self) -> bool:
         """Whether a thread was left behind because it did not end in time."""
-        return self._keeper.stuck
+        return self._supervisor.is_stuck
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether any request is being computed or waits to be."""
-        return bool(self._held)
+        return bool(self._tracker)
 
     async def __aenter__(self) -> Self:
-        await self._keeper.start()
-        self._watcher = asyncio.create_task(self._watch(), name="engine-watch")
+        await self._supervisor.start()
+        self._watch_task = asyncio.create_task(self._watch(), name="engine-watch")
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
-        await self._keeper.stop()
-        self._held.fail_all("the engine was stopped")
+        if self._watch_task is not None:
+            self._watch_task.cancel()
+            await asyncio.gather(self._watch_task, return_exceptions=True)
+        await self._supervisor.stop()
+        self._tracker.fail_all("the engine was stopped")
 
     def set_tenants(self, shares: Mapping[str, Share], prefix_groups: Mapping[str, str]) -> None:
         """Serve tenants, by their shares, from the next turn on.
@@ -117,21 +123,21 @@ class Engine:
             prefix_groups: each one's group; the prompts of a group share the cache of their
                 beginnings, from the engine's next start on if it has served none yet.
         """
-        self._turns.set_shares(shares)
-        if self._realms is None:
-            self._realms = PrefixRealms(self.vocab_size)
-        self._realms.set_groups(prefix_groups)
+        self._fair_queue.set_shares(shares)
+        if self._cache_salts is None:
+            self._cache_salts = CacheSalts(self.vocab_size)
+        self._cache_salts.set_groups(prefix_groups)
 
-    def sequences_of(self, tenant: str) -> tuple[int, int]:
+    def sequence_counts(self, tenant: str) -> tuple[int, int]:
         """Return how many sequences of a tenant run, and how many wait."""
-        return self._turns.counts(tenant)
+        return self._fair_queue.sequence_counts(tenant)
 
     def generate(
         self,
         requests: Sequence[GenerationRequest],
         *,
         tenant: str = "",
-        ticket: Ticket | None = None,
+        usage_recorder: UsageRecorder | None = None,
     ) -> Generation:
         """Begin to generate; the generation's indices are the requests' places.
 
@@ -145,61 +151,63 @@ class Engine:
             EngineSaturated: too many requests wait already.
             TenantQueueFull: too many of this tenant's do.
         """
-        if self._batcher is None or not self._batcher.alive:
+        if self._batcher is None or not self._batcher.is_alive:
             raise EngineUnavailable("the engine is starting")
-        capacity = self.limits.capacity
-        if len(self._held) + len(requests) > capacity:
-            raise EngineSaturated(f"{len(self._held)} requests are held, at most {capacity} may be")
-        return self._held.add(requests, tenant, ticket)
+        max_requests = self.limits.max_requests
+        if len(self._tracker) + len(requests) > max_requests:
+            raise EngineQueueFull(
+                f"{len(self._tracker)} requests are queued or running, at most {max_requests} may be"
+            )
+        return self._tracker.add_requests(requests, tenant, usage_recorder)
 
-    def end_running(self) -> None:
+    def abort_running(self) -> None:
         """End every request by an error, as when the server is about to end."""
-        self._held.fail_all("the server ends")
+        self._tracker.fail_all("the server is shutting down")
 
     @property
-    def _batcher(self) -> Batcher | None:
-        return self._keeper.batcher
+    def _batcher(self) -> ContinuousBatcher | None:
+        return self._supervisor.batcher
 
-    def _counts(self) -> tuple[int, int]:
+    def _request_counts(self) -> tuple[int, int]:
         if self._batcher is None:
-            return 0, self._turns.n_waiting
-        running, waiting = self._batcher.counts()
-        return running, waiting + self._turns.n_waiting
+            return 0, self._fair_queue.n_waiting
+        running, waiting = self._batcher.request_counts()
+        return running, waiting + self._fair_queue.n_waiting
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            self._held.end_overdue(time.monotonic(), timeout_s=self._request_timeout_s)
-            if self._batcher is None or self._batcher.alive:
+            self._tracker.fail_timed_out(time.monotonic(), timeout_s=self._request_timeout_s)
+            if self._batcher is None or self._batcher.is_alive:
                 continue
-            if not await self._replace():
-                self._held.fail_all("the engine gave up")
+            if not await self._replace_batcher():
+                self._tracker.fail_all("the engine gave up")
                 return
 
-    async def _replace(self) -> bool:
+    async def _replace_batcher(self) -> bool:
         """Put another batcher in the place of one that has died; return whether that was done."""
         assert self._batcher is not None
-        life, error = self._batcher.life, self._batcher.fatal_error
-        why_final = str(error) if isinstance(error, FINAL) else ""
-        logger.error("The engine died: %s", repr(error))
+        epoch, error = self._batcher.epoch, self._batcher.fatal_error
+        fatal_reason = str(error) if isinstance(error, FATAL_ERRORS) else ""
+        logger.error("The engine crashed: %s", repr(error))
         del error  # and with it the frames that it was raised in, which hold the cache
-        await self._keeper.stop()
-        self._held.note_death(life)
-        if not await self._keeper.restart(why_final):
+        await self._supervisor.stop()
+        self._tracker.record_crash(epoch)
+        if not await self._supervisor.restart(fatal_reason):
             return False
         assert self._batcher is not None
-        self._held.take_over(self._batcher)
-        self._held.give_turns()
+        self._tracker.resubmit_running(self._batcher)
+        self._tracker.schedule()
         return True
 
-    def _make_batcher(self, loop: asyncio.AbstractEventLoop) -> Batcher:
+    def _make_batcher(self, loop: asyncio.AbstractEventLoop) -> ContinuousBatcher:
         gc.collect()  # one that has died is a knot of references, its cache among them
-        batcher = Batcher(
+        batcher = ContinuousBatcher(
             self._model,
             self.limits,
-            realms=self._realms,
-            computed=self.computed,
+            cache_salts=self._cache_salts,
+            computed_tokens=self.computed_tokens,
             on_idle=self._on_idle,
         )
-        batcher.start(loop, self._held.take_outputs, self._held.take_broken)
+        batcher.start(loop, self._tracker.process_outputs, self._tracker.fail_requests)
         return batcher

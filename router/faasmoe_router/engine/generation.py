@@ -1,16 +1,76 @@
-"""What a sequence is generated from, and what is read of it while it runs."""
+"""What ends a text, besides its length.
+
+How one request's tokens are chosen.
+
+What a sequence is generated from, and what is read of it while it runs.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
-from faasmoe_router.engine.choosing import Choosing
-from faasmoe_router.engine.ending import Ending, FinishReason, StopReason
-from faasmoe_router.engine.logprobs import TokenLogprob
+from faasmoe_router.engine.sampler import DrawParams, LogitBias, Penalties, SampledLogprob
+from faasmoe_router.engine.structured_output import CompiledGrammar
 from faasmoe_router.errors import GenerationFailed
-from faasmoe_router.tenants.callers import OpenTicket, Ticket
+from faasmoe_router.tenants.caller import NullUsageRecorder, UsageRecorder
+
+FinishReason = Literal["stop", "length"]
+StopReason = str | int
+
+
+@dataclass(frozen=True, slots=True)
+class StopConditions:
+    """What a request lets end its text.
+
+    Attributes:
+        stops: strings that end the text.
+        stop_ids: tokens that end the text, besides the model's own end tokens.
+        ignore_eos: whether to go on after the model's end tokens.
+        min_tokens: the tokens before which nothing ends the text.
+        included: whether the stop string, or the token, that ends the text is in it.
+    """
+
+    stop_strings: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    include_stop: bool = False
+
+    def all_stop_token_ids(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the tokens that end the text, of a model with these end tokens."""
+        return (*(() if self.ignore_eos else eos_token_ids), *self.stop_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How a request's tokens are chosen.
+
+    Attributes:
+        sampling: the draw.
+        penalties: what repetition costs.
+        bias: which tokens are favoured or forbidden.
+        n_logprobs: how many of the likeliest tokens are told with each token; None tells nothing.
+        grammar: what the text is held to.
+    """
+
+    draw: DrawParams = field(default_factory=DrawParams)
+    penalties: Penalties = field(default_factory=Penalties)
+    logit_bias: LogitBias = field(default_factory=LogitBias)
+    n_logprobs: int | None = None
+    grammar: CompiledGrammar | None = None
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the highest of the model's own scores is chosen and nothing is told of it."""
+        return (
+            self.draw.is_greedy
+            and self.penalties.is_neutral
+            and self.logit_bias.is_neutral
+            and self.n_logprobs is None
+            and self.grammar is None
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +85,15 @@ class GenerationRequest:
         special: whether special tokens are told as text.
     """
 
-    prompt_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]
     max_tokens: int
-    choosing: Choosing = field(default_factory=Choosing)
-    ending: Ending = field(default_factory=Ending)
-    special: bool = False
+    sampling_params: SamplingParams = field(default_factory=SamplingParams)
+    stop_conditions: StopConditions = field(default_factory=StopConditions)
+    include_special_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
+class CompletionOutput:
     """A step of one sequence: text that is certain now, tokens taken, and the end if it is one.
 
     Attributes:
@@ -50,7 +110,7 @@ class Delta:
     text: str
     n_tokens: int
     finish_reason: FinishReason | None = None
-    logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
+    logprobs: tuple[tuple[int, SampledLogprob], ...] = ()
     stop_reason: StopReason | None = None
     n_cached_tokens: int | None = None
 
@@ -67,35 +127,42 @@ class Generation:
     """
 
     def __init__(
-        self, n_sequences: int, cancel: Callable[[], None], ticket: Ticket | None = None
+        self,
+        n_sequences: int,
+        on_cancel: Callable[[], None],
+        usage_recorder: UsageRecorder | None = None,
     ) -> None:
-        self._events: asyncio.Queue[tuple[int, Delta] | GenerationFailed] = asyncio.Queue()
+        self._outputs: asyncio.Queue[tuple[int, CompletionOutput] | GenerationFailed] = (
+            asyncio.Queue()
+        )
         self._n_running = n_sequences
-        self._cancel = cancel
-        self._ticket = ticket or OpenTicket()
+        self._on_cancel = on_cancel
+        self._usage_recorder = usage_recorder or NullUsageRecorder()
 
-    def begin(self) -> None:
+    def mark_started(self) -> None:
         """Note that the first of the sequences is computed."""
-        self._ticket.started()
+        self._usage_recorder.record_started()
 
-    def put(self, index: int, delta: Delta) -> None:
+    def put_output(self, index: int, output: CompletionOutput) -> None:
         """Add a sequence's delta."""
-        self._ticket.took(delta.n_tokens, is_last=delta.finish_reason is not None)
-        self._events.put_nowait((index, delta))
+        self._usage_recorder.record_tokens(
+            output.n_tokens, is_last=output.finish_reason is not None
+        )
+        self._outputs.put_nowait((index, output))
 
     def fail(self, error: GenerationFailed) -> None:
         """End the generation by an error."""
-        self._ticket.failed()
-        self._events.put_nowait(error)
+        self._usage_recorder.record_failure()
+        self._outputs.put_nowait(error)
 
     def cancel(self) -> None:
         """Free the sequences that still run; harmless when none does."""
-        self._cancel()
-        self._ticket.end()
+        self._on_cancel()
+        self._usage_recorder.finish()
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
+    async def __aiter__(self) -> AsyncIterator[tuple[int, CompletionOutput]]:
         while self._n_running:
-            event = await self._events.get()
+            event = await self._outputs.get()
             if isinstance(event, GenerationFailed):
                 raise event
             self._n_running -= event[1].finish_reason is not None

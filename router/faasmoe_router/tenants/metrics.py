@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from faasmoe_router.tenants.usage import Accounts
+from faasmoe_router.tenants.usage import RouterUsage
 
 
 class TenantCollector(Collector):
@@ -22,12 +22,12 @@ class TenantCollector(Collector):
 
     def __init__(
         self,
-        accounts: Accounts,
+        usage: RouterUsage,
         *,
         sequences: Callable[[], Mapping[str, tuple[int, int]]],
         n_keys: Callable[[], Mapping[str, int]],
     ) -> None:
-        self._accounts = accounts
+        self._usage = usage
         self._sequences = sequences
         self._n_keys = n_keys
 
@@ -37,37 +37,39 @@ class TenantCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
-        yield from self._used()
-        yield from self._now()
+        yield from self._usage_metrics()
+        yield from self._state_metrics()
 
-    def _used(self) -> Iterator[Metric]:
-        prompt = _counter("prompt_tokens", "Tokens of prompts.")
-        generated = _counter("generated_tokens", "Tokens generated.")
-        requests = _counter("requests", "Requests, by how they ended.", "outcome")
-        seconds = _counter("expert_seconds", "The part of the time that functions were in use.")
-        size = _counter("expert_gb_seconds", "The same, times the functions' sizes.")
-        for name, account in self._accounts:
-            prompt.add_metric([name], account.prompt_tokens)
-            generated.add_metric([name], account.generated_tokens)
-            seconds.add_metric([name], account.cost.seconds)
-            size.add_metric([name], account.cost.gb_seconds)
-            for outcome, count in account.requests.items():
+    def _usage_metrics(self) -> Iterator[Metric]:
+        prompt = _tenant_counter("prompt_tokens", "Tokens of prompts.")
+        generated = _tenant_counter("generated_tokens", "Tokens generated.")
+        requests = _tenant_counter("requests", "Requests by outcome.", "outcome")
+        seconds = _tenant_counter("expert_seconds", "Attributed time of expert functions in use.")
+        gb_seconds = _tenant_counter(
+            "expert_gb_seconds", "Attributed time of expert functions in use, times their size."
+        )
+        for name, tenant_usage in self._usage:
+            prompt.add_metric([name], tenant_usage.prompt_tokens)
+            generated.add_metric([name], tenant_usage.generated_tokens)
+            seconds.add_metric([name], tenant_usage.cost.seconds)
+            gb_seconds.add_metric([name], tenant_usage.cost.gb_seconds)
+            for outcome, count in tenant_usage.requests.items():
                 requests.add_metric([name, outcome], count)
-        yield from (prompt, generated, requests, seconds, size)
-        spent = self._accounts.spent
-        for what, total in (("seconds", spent.seconds), ("gb_seconds", spent.gb_seconds)):
+        yield from (prompt, generated, requests, seconds, gb_seconds)
+        total_cost = self._usage.total_cost
+        for unit, total in (("seconds", total_cost.seconds), ("gb_seconds", total_cost.gb_seconds)):
             family = CounterMetricFamily(
-                f"faasmoe_router_expert_{what}", "What is shared out among the tenants."
+                f"faasmoe_router_expert_{unit}", "Expert function cost attributed to tenants."
             )
             family.add_metric([], total)
             yield family
 
-    def _now(self) -> Iterator[Metric]:
+    def _state_metrics(self) -> Iterator[Metric]:
         running = GaugeMetricFamily(
-            "faasmoe_tenant_running", "Sequences that are computed.", labels=["tenant"]
+            "faasmoe_tenant_running_sequences", "Sequences that are computed.", labels=["tenant"]
         )
         waiting = GaugeMetricFamily(
-            "faasmoe_tenant_waiting", "Sequences that wait for a slot.", labels=["tenant"]
+            "faasmoe_tenant_waiting_sequences", "Sequences that wait for a slot.", labels=["tenant"]
         )
         for name, (n_running, n_waiting) in self._sequences().items():
             running.add_metric([name], n_running)
@@ -78,5 +80,5 @@ class TenantCollector(Collector):
         yield from (running, waiting, keys)
 
 
-def _counter(name: str, text: str, *labels: str) -> CounterMetricFamily:
+def _tenant_counter(name: str, text: str, *labels: str) -> CounterMetricFamily:
     return CounterMetricFamily(f"faasmoe_tenant_{name}", text, labels=["tenant", *labels])

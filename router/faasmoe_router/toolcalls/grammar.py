@@ -5,15 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from faasmoe_router.toolcalls.forms import CallForm
+from faasmoe_router.toolcalls.formats import ToolCallFormat
 
-MAX_CALLS = 16
+MAX_TOOL_CALLS = 16
 
-Mark = Callable[[str], str]
+MarkerEncoder = Callable[[str], str]
 
 
 @dataclass(frozen=True, slots=True)
-class Tool:
+class ToolSpec:
     """A function that may be called.
 
     Attributes:
@@ -25,14 +25,14 @@ class Tool:
     parameters: Mapping[str, Any]
 
 
-def calls_grammar(
-    tools: Sequence[Tool],
-    form: CallForm,
+def tool_call_grammar(
+    tools: Sequence[ToolSpec],
+    call_format: ToolCallFormat,
     *,
-    mark: Mark,
+    encode_marker: MarkerEncoder,
     json_options: Mapping[str, Any],
-    many: bool,
-    instead: str | None = None,
+    parallel: bool,
+    alternative_schema: str | None = None,
 ) -> str:
     """Return the grammar of one call, or of several.
 
@@ -44,37 +44,47 @@ def calls_grammar(
         many: whether several calls may be made.
         instead: the schema, as JSON, of a JSON text that may come instead of calls, if one may.
     """
-    other = f" | {_json(json.loads(instead), json_options)}" if instead is not None else ""
+    alternative = (
+        f" | {_json_rule(json.loads(alternative_schema), json_options)}"
+        if alternative_schema is not None
+        else ""
+    )
     bodies = [f"call_{index}" for index in range(len(tools))]
     rules = [
-        f"start: calls{other}",
-        f"calls: {_calls(form, mark, many=many)}",
+        f"start: calls{alternative}",
+        f"calls: {_calls_rule(call_format, encode_marker, parallel=parallel)}",
         f"body: {' | '.join(bodies)}",
         *(
-            f"{body}: {_body(tool, form, json_options)}"
+            f"{body}: {_call_rule(tool, call_format, json_options)}"
             for body, tool in zip(bodies, tools, strict=True)
         ),
     ]
     return "\n".join(rules)
 
 
-def _calls(form: CallForm, mark: Mark, *, many: bool) -> str:
-    more = f"{{0,{MAX_CALLS - 1}}}"
-    if form.begin and not form.listed:
-        call = f'{mark(form.begin)} "\\n" body "\\n" {mark(form.end)}'
-        return f'{call} ("\\n" {call}){more}' if many else call
-    separator = ", " if form.begin else "; "
-    calls = f"body ({_quoted(separator)} body){more}" if many else "body"
-    return f'{mark(form.begin)} "[" {calls} "]"' if form.begin else calls
+def _calls_rule(
+    call_format: ToolCallFormat, encode_marker: MarkerEncoder, *, parallel: bool
+) -> str:
+    repetition = f"{{0,{MAX_TOOL_CALLS - 1}}}"
+    if call_format.start_marker and not call_format.is_list:
+        call = f'{encode_marker(call_format.start_marker)} "\\n" body "\\n" {encode_marker(call_format.end_marker)}'
+        return f'{call} ("\\n" {call}){repetition}' if parallel else call
+    separator = ", " if call_format.start_marker else "; "
+    calls = f"body ({_quoted(separator)} body){repetition}" if parallel else "body"
+    return (
+        f'{encode_marker(call_format.start_marker)} "[" {calls} "]"'
+        if call_format.start_marker
+        else calls
+    )
 
 
-def _body(tool: Tool, form: CallForm, json_options: Mapping[str, Any]) -> str:
-    head = f'{{"name": "{tool.name}", "{form.arguments}": '
+def _call_rule(tool: ToolSpec, call_format: ToolCallFormat, json_options: Mapping[str, Any]) -> str:
+    head = f'{{"name": "{tool.name}", "{call_format.arguments_key}": '
     schema = {"type": "object", **tool.parameters}
-    return f'{_quoted(head)} {_json(schema, json_options)} "}}"'
+    return f'{_quoted(head)} {_json_rule(schema, json_options)} "}}"'
 
 
-def _json(schema: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+def _json_rule(schema: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': options}, allow_nan=False)}"
 
 

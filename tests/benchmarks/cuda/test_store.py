@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.cuda.store import make_deep_store
-from benchmarks.geometry import Geometry
-from benchmarks.in_process import load_whole
+from benchmarks.geometry import CheckpointGeometry
+from benchmarks.transformers_worker import load_full_model
 
-from faasmoe_expert.store import Store
+from faasmoe_contracts.store import Store
 from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.engine.model import load_router_model
+from faasmoe_router.transformers_backend.model_loader import load_router_model
 
-GEOMETRY = Geometry(3, 256, 64, 4, 4, 2, 32, 64)
+GEOMETRY = CheckpointGeometry(3, 256, 64, 4, 4, 2, 32, 64)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_every_file_is_what_the_manifest_says(store: Store) -> None:
 
 
 def test_the_whole_model_is_what_router_and_functions_are_together(store: Store) -> None:
-    whole = load_whole(store, torch.device("cpu"))
+    whole = load_full_model(store, torch.device("cpu"))
     dispatcher = Dispatcher(store, None)  # no sandbox: every function is computed here
     ours = load_router_model(store, dispatcher, device=torch.device("cpu"))
     ids = torch.arange(12)[None]  # [1, S]

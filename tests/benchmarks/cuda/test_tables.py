@@ -4,26 +4,34 @@ import time
 from typing import Any
 
 import pytest
-from benchmarks.cuda.plan import MARGIN_S, Clock, Plan, full_plan, quick_plan
-from benchmarks.cuda.tables import EXPERTS, WAITING, WHOLE, parts_of, shares_of, throughput, ways
-from benchmarks.decoding import Run
-from benchmarks.step_parts import TIMERS
+from benchmarks.cuda.plan import SHUTDOWN_MARGIN_S, CudaPlan, Deadline, full_plan, quick_plan
+from benchmarks.cuda.tables import (
+    EXPERTS,
+    WAITING,
+    WHOLE,
+    step_parts_ms,
+    step_shares,
+    throughput_table,
+    transport_table,
+)
+from benchmarks.decoding import DecodeRun
+from benchmarks.step_breakdown import TIMERS
 
 
-def run_of(
+def make_run(
     *, steps: int = 10, step_s: float = 0.01, experts_s: float = 0.0, **timers: float
-) -> Run:
+) -> DecodeRun:
     counters = dict.fromkeys(TIMERS, 0.0) | {"cpu_router": 0.1, "cpu_others": 0.2}
     counters |= {f"timer_{name}": seconds for name, seconds in timers.items()}
     counters["experts_of_run"] = experts_s
-    return Run(4, steps, steps * step_s, 0.3, counters, ((1, 2),), ttft_s=0.05)
+    return DecodeRun(4, steps, steps * step_s, 0.3, counters, ((1, 2),), ttft_s=0.05)
 
 
 def test_shares_add_up_to_one_and_experts_are_part_of_the_waiting() -> None:
-    long = run_of(experts_s=0.030, whole=0.08, land=0.01, group=0.005, calls=0.05, wait=0.04)
-    parts = parts_of(long, run_of(experts_s=0.006), more_steps=8)
+    long = make_run(experts_s=0.030, whole=0.08, land=0.01, group=0.005, calls=0.05, wait=0.04)
+    parts = step_parts_ms(long, make_run(experts_s=0.006), extra_steps=8)
     assert parts[EXPERTS] == pytest.approx(3.0)  # 24 ms in 8 steps
-    shares = shares_of(parts)
+    shares = step_shares(parts)
     assert sum(shares.values()) == pytest.approx(1.0)
     assert shares["experts"] == pytest.approx(0.3)
     assert shares["wire"] == pytest.approx(0.1 + 0.4 - 0.3)
@@ -32,19 +40,19 @@ def test_shares_add_up_to_one_and_experts_are_part_of_the_waiting() -> None:
 
 
 def test_experts_do_not_take_more_than_was_waited() -> None:
-    long = run_of(experts_s=9.0, whole=0.05, calls=0.04, wait=0.02)
-    parts = parts_of(long, run_of(), more_steps=8)
-    shares = shares_of(parts)
+    long = make_run(experts_s=9.0, whole=0.05, calls=0.04, wait=0.02)
+    parts = step_parts_ms(long, make_run(), extra_steps=8)
+    shares = step_shares(parts)
     assert shares["experts"] == pytest.approx(parts[WAITING] / parts[WHOLE])
     assert sum(shares.values()) == pytest.approx(1.0)
 
 
 def test_the_table_has_the_ratio_to_the_rival_where_it_was_measured() -> None:
     runs = {
-        "in_process": {8: [run_of(step_s=0.01)]},
-        "ours": {1: [run_of()], 8: [run_of(step_s=0.02)]},
+        "in_process": {8: [make_run(step_s=0.01)]},
+        "ours": {1: [make_run()], 8: [make_run(step_s=0.02)]},
     }
-    lines = throughput(runs, rival="in_process").splitlines()
+    lines = throughput_table(runs, baseline="in_process").splitlines()
     assert [line.split()[:4] for line in lines[1:]] == [
         ["in_process", "8", "400", "1.00"],
         ["ours", "1", "400", "10.00"],
@@ -54,9 +62,9 @@ def test_the_table_has_the_ratio_to_the_rival_where_it_was_measured() -> None:
 
 def test_the_time_limit_keeps_a_margin_to_end() -> None:
     before_s = time.monotonic()
-    clock = Clock(MARGIN_S + 100.0)
-    assert clock.left_s <= 100.0
-    assert clock.left_s >= 100.0 - (time.monotonic() - before_s) - 1e-6
+    clock = Deadline(SHUTDOWN_MARGIN_S + 100.0)
+    assert clock.remaining_s <= 100.0
+    assert clock.remaining_s >= 100.0 - (time.monotonic() - before_s) - 1e-6
 
 
 def test_the_full_plan_has_every_layer_and_batch() -> None:
@@ -68,7 +76,7 @@ def test_the_full_plan_has_every_layer_and_batch() -> None:
 
 
 @pytest.mark.parametrize("plan", [full_plan("cuda", 24, 540.0), quick_plan("cpu", 60.0)])
-def test_every_function_of_a_variant_has_its_place(plan: Plan) -> None:
+def test_every_function_of_a_variant_has_its_place(plan: CudaPlan) -> None:
     for variant in plan.variants:
         blocks = -(-plan.geometry.experts // variant.experts_per_function)
         per_sandbox = variant.settings(plan.geometry)["functionsPerSandbox"]
@@ -83,7 +91,7 @@ def test_ways_that_are_not_there_say_why() -> None:
         "sockets": {"4096": {"median": 80.4}, "262144": {"median": 300.0}},
         "CUDA IPC": {"failed": "not on this machine"},
     }
-    lines = ways(found).splitlines()
+    lines = transport_table(found).splitlines()
     assert lines[0].split() == ["US", "PER", "ROUND", "TRIP", "4", "KIB", "256", "KIB"]
     assert lines[1].split() == ["sockets", "80", "300"]
     assert lines[2].split() == ["CUDA", "IPC", "failed:", "not", "on", "this", "machine"]

@@ -5,16 +5,16 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from aiohttp import web
-from benchmarks.evaluation.client import Endpoint, Played, play
+from benchmarks.evaluation.client import TenantEndpoint, WorkloadResult, run_workload
 from benchmarks.evaluation.tasks import Task
-from benchmarks.evaluation.workload import Request, Workload
+from benchmarks.evaluation.workload import Workload, WorkloadRequest
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MODEL = "bench"
 
 
 @asynccontextmanager
-async def _serving(handler: Handler) -> AsyncIterator[Endpoint]:
+async def _serving(handler: Handler) -> AsyncIterator[TenantEndpoint]:
     app = web.Application()
     app.router.add_post("/v1/completions", handler)
     runner = web.AppRunner(app)
@@ -23,7 +23,7 @@ async def _serving(handler: Handler) -> AsyncIterator[Endpoint]:
     await site.start()
     port = runner.addresses[0][1]
     try:
-        yield Endpoint(f"http://127.0.0.1:{port}", MODEL, {"Authorization": "Bearer key"})
+        yield TenantEndpoint(f"http://127.0.0.1:{port}", MODEL, {"Authorization": "Bearer key"})
     finally:
         await runner.cleanup()
 
@@ -50,17 +50,19 @@ def _usage(n_tokens: int) -> dict[str, Any]:
 
 def _closed_loop(tenants: int, requests: int) -> Workload:
     made = [
-        Request(tenant, number, Task("x", f"{tenant}-{number}", 3), None)
+        WorkloadRequest(tenant, number, Task("x", f"{tenant}-{number}", 3), None)
         for tenant in range(tenants)
         for number in range(requests)
     ]
     return Workload("test", tuple(made))
 
 
-def _play(handler: Handler, workload: Workload) -> Played:
-    async def run() -> Played:
+def _run(handler: Handler, workload: Workload) -> WorkloadResult:
+    async def run() -> WorkloadResult:
         async with _serving(handler) as endpoint:
-            return await play(workload, [endpoint] * workload.n_tenants, progress=lambda: None)
+            return await run_workload(
+                workload, [endpoint] * workload.n_tenants, progress=lambda: None
+            )
 
     return asyncio.run(run())
 
@@ -69,10 +71,15 @@ def test_puts_an_answer_together() -> None:
     handler = _streaming(
         _piece("a"), _piece("bc"), _usage(3), "[DONE]", headers={"X-FaaSMoE-Cold-Start": "0.250"}
     )
-    (answer,) = _play(handler, _closed_loop(1, 1)).answers
-    assert (answer.text, answer.n_tokens, answer.held_s, answer.error) == ("abc", 3, 0.25, "")
-    assert 0 < answer.ttft_s <= answer.total_s
-    assert answer.tpot_s == (answer.total_s - answer.ttft_s) / 2
+    (response,) = _run(handler, _closed_loop(1, 1)).results
+    assert (response.text, response.n_tokens, response.queued_s, response.error) == (
+        "abc",
+        3,
+        0.25,
+        "",
+    )
+    assert 0 < response.ttft_s <= response.total_s
+    assert response.tpot_s == (response.total_s - response.ttft_s) / 2
 
 
 def test_asks_for_a_whole_greedy_answer_with_the_tenants_headers() -> None:
@@ -82,7 +89,7 @@ def test_asks_for_a_whole_greedy_answer_with_the_tenants_headers() -> None:
         asked.append((await request.json(), request.headers["Authorization"]))
         return await _streaming(_piece("x"), _usage(3), "[DONE]")(request)
 
-    _play(handle, _closed_loop(1, 1))
+    _run(handle, _closed_loop(1, 1))
     ((body, key),) = asked
     assert key == "Bearer key"
     assert (body["model"], body["prompt"], body["max_tokens"]) == (MODEL, "0-0", 3)
@@ -93,25 +100,25 @@ def test_a_refusal_is_a_failure() -> None:
     async def handle(_: web.Request) -> web.StreamResponse:
         return web.Response(status=429, text="too many")
 
-    (answer,) = _play(handle, _closed_loop(1, 1)).answers
-    assert answer.error == "status 429: too many"
+    (response,) = _run(handle, _closed_loop(1, 1)).results
+    assert response.error == "status 429: too many"
 
 
 def test_an_error_in_mid_stream_is_a_failure() -> None:
     handler = _streaming(_piece("a"), {"error": {"message": "it broke"}}, "[DONE]")
-    (answer,) = _play(handler, _closed_loop(1, 1)).answers
-    assert answer.error == "it broke"
+    (response,) = _run(handler, _closed_loop(1, 1)).results
+    assert response.error == "it broke"
 
 
 def test_an_answer_of_too_few_tokens_is_a_failure() -> None:
-    (answer,) = _play(_streaming(_piece("a"), _usage(2)), _closed_loop(1, 1)).answers
-    assert answer.error == "got 2 tokens, expected 3"
+    (response,) = _run(_streaming(_piece("a"), _usage(2)), _closed_loop(1, 1)).results
+    assert response.error == "got 2 tokens, expected 3"
 
 
 def test_a_server_that_is_gone_is_a_failure() -> None:
-    endpoint = Endpoint("http://127.0.0.1:1", MODEL)
-    played = asyncio.run(play(_closed_loop(1, 1), [endpoint], progress=lambda: None))
-    assert played.answers[0].error.startswith("ClientConnectorError")
+    endpoint = TenantEndpoint("http://127.0.0.1:1", MODEL)
+    played = asyncio.run(run_workload(_closed_loop(1, 1), [endpoint], progress=lambda: None))
+    assert played.results[0].error.startswith("ClientConnectorError")
 
 
 def test_a_tenant_waits_for_its_answer_while_others_ask() -> None:
@@ -130,8 +137,8 @@ def test_a_tenant_waits_for_its_answer_while_others_ask() -> None:
         running[tenant] -= 1
         return await _streaming(_piece("x"), _usage(3), "[DONE]")(request)
 
-    played = _play(handle, _closed_loop(3, 4))
-    assert [answer.error for answer in played.answers] == [""] * 12
+    played = _run(handle, _closed_loop(3, 4))
+    assert [answer.error for answer in played.results] == [""] * 12
     assert (most_of_one, most) == (1, 3)
 
 
@@ -142,7 +149,9 @@ def test_sends_at_the_times_that_the_workload_names_and_stays_to_its_end() -> No
         sent_s.append(asyncio.get_running_loop().time())
         return await _streaming(_piece("x"), _usage(3), "[DONE]")(request)
 
-    requests = tuple(Request(0, i, Task("x", "x", 3), at_s) for i, at_s in enumerate((0.0, 0.2)))
-    played = _play(handle, Workload("test", requests, duration_s=0.4))
+    requests = tuple(
+        WorkloadRequest(0, i, Task("x", "x", 3), at_s) for i, at_s in enumerate((0.0, 0.2))
+    )
+    played = _run(handle, Workload("test", requests, duration_s=0.4))
     assert sent_s[1] - sent_s[0] >= 0.15
     assert played.time_s >= 0.4 > played.busy_s

@@ -2,22 +2,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from benchmarks.evaluation.compare import Plan, check_memory, rotated
-from benchmarks.evaluation.models import Model
-from benchmarks.evaluation.strategies import STRATEGIES, Settings
-from benchmarks.evaluation.tasks import Sizes
-from benchmarks.evaluation.workload import rounds
-from sandboxes import PreparedStore
+from benchmarks.evaluation.compare import ComparisonPlan, check_memory_fits, rotated
+from benchmarks.evaluation.models import BenchmarkModel
+from benchmarks.evaluation.strategies import STRATEGIES, StrategySettings
+from benchmarks.evaluation.tasks import TaskSizes
+from benchmarks.evaluation.workload import rounds_workload
+from sandbox_processes import PreparedStore
 
 
 @pytest.fixture
-def plan(prepared_store: PreparedStore) -> Plan:
+def plan(prepared_store: PreparedStore) -> ComparisonPlan:
     """A plan for a tiny model and six tenants."""
     store = prepared_store("qwen2_moe").path
-    model = Model("tiny", store.parent / "checkpoint", store, "float32", 2, 1, 64, Sizes())
-    workload = rounds(1, seed=0, sizes=Sizes())
-    settings = Settings(model, 6, {}, lambda _: "eager")
-    return Plan(settings, workload, workload, tuple(STRATEGIES), repeats=1)
+    model = BenchmarkModel(
+        "tiny", store.parent / "checkpoint", store, "float32", 2, 1, 64, TaskSizes()
+    )
+    workload = rounds_workload(1, seed=0, sizes=TaskSizes())
+    settings = StrategySettings(model, 6, {}, lambda _: "eager")
+    return ComparisonPlan(settings, workload, workload, tuple(STRATEGIES), repeats=1)
 
 
 def test_everyone_begins_a_repetition_once() -> None:
@@ -26,18 +28,18 @@ def test_everyone_begins_a_repetition_once() -> None:
     assert sorted(rotated(names, 2)) == sorted(names)
 
 
-def test_refuses_more_full_models_than_fit(plan: Plan) -> None:
-    check_memory(plan, 6 << 30)
+def test_refuses_more_full_models_than_fit(plan: ComparisonPlan) -> None:
+    check_memory_fits(plan, 6 << 30)
     with pytest.raises(SystemExit, match=r"6 of the model take .* and 2\.0 GB are available"):
-        check_memory(plan, 2 * 10**9)
+        check_memory_fits(plan, 2 * 10**9)
 
 
-def test_one_full_model_needs_no_check(plan: Plan) -> None:
-    check_memory(replace(plan, strategies=("full-model-shared", "functions-shared")), 0)
+def test_one_full_model_needs_no_check(plan: ComparisonPlan) -> None:
+    check_memory_fits(replace(plan, strategies=("full-model-shared", "functions-shared")), 0)
 
 
-def test_a_model_is_described_by_its_store(plan: Plan, tmp_path: Path) -> None:
-    model = plan.settings.model.changed(experts_per_function=1)
+def test_a_model_is_described_by_its_store(plan: ComparisonPlan, tmp_path: Path) -> None:
+    model = plan.settings.model.with_changes(experts_per_function=1)
     assert model.describe()["experts_per_function"] == 1
     assert model.describe()["weights_bytes"] == model.floor_bytes > 0
     deployment = model.deployment(tmp_path, {"warmPool": 2})

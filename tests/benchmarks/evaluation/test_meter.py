@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from benchmarks.evaluation.meter import Sample, Tree, Usage, metered
+from benchmarks.evaluation.meter import MemorySample, ProcessTree, ResourceUsage, metering
 
 BURN = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
 # Burns 0.3 s in a child, reaps it, says so, and stays.
@@ -30,7 +30,7 @@ def _start(program: str) -> subprocess.Popen[str]:
 
 def test_counts_processes_that_have_ended() -> None:
     with _start(PARENT) as parent:
-        tree = Tree([parent.pid])
+        tree = ProcessTree([parent.pid])
         before_s = tree.cpu_s()
         assert parent.stdout is not None
         assert parent.stdout.readline() == "reaped\n"
@@ -44,7 +44,7 @@ def test_adds_memory_up_over_everything_below() -> None:
     with _start(program) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "held\n"
-        assert Tree([parent.pid]).memory(0.0).anonymous > 32 << 20
+        assert ProcessTree([parent.pid]).memory(0.0).anonymous > 32 << 20
         parent.communicate("\n")
 
 
@@ -52,20 +52,22 @@ def test_a_process_is_counted_once() -> None:
     with _start("print('up', flush=True); input()") as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "up\n"
-        found = Tree([os.getpid(), child.pid]).processes()
+        found = ProcessTree([os.getpid(), child.pid]).processes()
         assert [process.pid for process in found].count(child.pid) == 1
         child.communicate("\n")
 
 
 def test_integrates_memory_over_uneven_times() -> None:
-    usage = Usage([Sample(0.0, 100, 0), Sample(1.0, 100, 0), Sample(3.0, 300, 0)])
+    usage = ResourceUsage(
+        [MemorySample(0.0, 100, 0), MemorySample(1.0, 100, 0), MemorySample(3.0, 300, 0)]
+    )
     assert usage.byte_s == pytest.approx(100 + 2 * 200)
     assert usage.peak_bytes == 300
 
 
 def test_meters_as_long_as_the_context_lasts() -> None:
-    async def meter() -> Usage:
-        async with metered(Tree([os.getpid()]), interval_s=0.01) as usage:
+    async def meter() -> ResourceUsage:
+        async with metering(ProcessTree([os.getpid()]), interval_s=0.01) as usage:
             await asyncio.to_thread(_burn)
         return usage
 

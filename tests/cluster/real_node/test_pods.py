@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from apiserver import ApiServer, Object, eventually
 from moemodels import (
-    assignments,
-    objects_of,
+    function_by_pod,
+    make_secret,
+    model_objects,
     router_pods,
-    sandboxes,
-    secret,
-    wait_condition,
+    sandbox_pods,
+    wait_for_condition,
 )
-from pod_programs import PodPrograms
+from pod_runner import PodRunner
 from release import Release
 
 pytestmark = pytest.mark.timeout(900)  # images start slowly where cores are few
@@ -27,7 +27,7 @@ KEY = "sk-tests-acme"
 READY_S = 300.0
 
 
-def chat(programs: PodPrograms, url: str, *, key: str) -> str:
+def chat(programs: PodRunner, url: str, *, key: str) -> str:
     """Return what the model says to a pod that calls its Service."""
     heard = json.loads(programs.run("chat", CHAT, url, "tiny", key, PROMPT))
     assert heard["errors"] == []
@@ -40,35 +40,35 @@ def test_the_operator_comes_up_and_the_charts_own_test_passes(release: Release) 
 
 
 def test_a_model_chats_through_its_tenants_service_scales_suspends_and_goes(
-    api: ApiServer, programs: PodPrograms, tiny_model: Callable[..., Object]
+    api: ApiServer, programs: PodRunner, tiny_model: Callable[..., Object]
 ) -> None:
     namespace = programs.namespace
-    api.create("secrets", secret("acme-keys", namespace, {"first": KEY}))
+    api.create("secrets", make_secret("acme-keys", namespace, {"first": KEY}))
     tenants = [{"name": "acme", "apiKeysSecretRef": {"name": "acme-keys"}}]
     api.create("moemodels", tiny_model("tiny", tenants=tenants))
-    wait_condition(api, namespace, "tiny", "Ready", timeout_s=READY_S)
+    wait_for_condition(api, namespace, "tiny", "Ready", timeout_s=READY_S)
     status = api.get("moemodels", namespace, "tiny")["status"]
     assert status["functions"] == {"total": 2, "active": 0, "replicas": 0}
-    assert sandboxes(api, namespace, "tiny") == []
+    assert sandbox_pods(api, namespace, "tiny") == []
 
     url = f"http://tiny-tenant-acme.{namespace}.svc/acme/v1"
     refused = json.loads(programs.run("stranger", CHAT, url, "tiny", "sk-of-nobody", PROMPT))
     assert refused["texts"] == {}
     assert "401" in refused["errors"][0]
-    assert sandboxes(api, namespace, "tiny") == []
+    assert sandbox_pods(api, namespace, "tiny") == []
 
     text = chat(programs, url, key=KEY)
     held = eventually(
-        lambda: assignments(api, namespace, "tiny"), lambda found: all(found.values())
+        lambda: function_by_pod(api, namespace, "tiny"), lambda found: all(found.values())
     )
     assert len(held) == len(set(held.values())) == 2
-    wait_condition(api, namespace, "tiny", "Active")
-    eventually(lambda: sandboxes(api, namespace, "tiny"), lambda pods: pods == [], timeout_s=180)
-    wait_condition(api, namespace, "tiny", "Active", status="False")
+    wait_for_condition(api, namespace, "tiny", "Active")
+    eventually(lambda: sandbox_pods(api, namespace, "tiny"), lambda pods: pods == [], timeout_s=180)
+    wait_for_condition(api, namespace, "tiny", "Active", status="False")
     assert chat(programs, url, key=KEY) == text
 
     api.patch("moemodels", namespace, "tiny", {"spec": {"suspend": True}})
-    wait_condition(api, namespace, "tiny", "Ready", status="False", reason="Suspended")
+    wait_for_condition(api, namespace, "tiny", "Ready", status="False", reason="Suspended")
     of_the_model = "faasmoe.dev/model=tiny,app.kubernetes.io/component in (router,sandbox)"
     eventually(
         lambda: api.list("pods", namespace, labels=of_the_model),
@@ -76,31 +76,33 @@ def test_a_model_chats_through_its_tenants_service_scales_suspends_and_goes(
         timeout_s=180,
     )
     api.patch("moemodels", namespace, "tiny", {"spec": {"suspend": False}})
-    wait_condition(api, namespace, "tiny", "Ready", timeout_s=READY_S)
+    wait_for_condition(api, namespace, "tiny", "Ready", timeout_s=READY_S)
     assert chat(programs, url, key=KEY) == text
 
     api.delete("moemodels", namespace, "tiny")
-    eventually(lambda: objects_of(api, namespace, "tiny"), lambda found: found == {}, timeout_s=180)
+    eventually(
+        lambda: model_objects(api, namespace, "tiny"), lambda found: found == {}, timeout_s=180
+    )
     assert api.find("secrets", namespace, "acme-keys") is not None
 
 
 def test_loses_no_request_while_the_operator_and_then_all_pods_are_replaced(
-    api: ApiServer, release: Release, programs: PodPrograms, tiny_model: Callable[..., Object]
+    api: ApiServer, release: Release, programs: PodRunner, tiny_model: Callable[..., Object]
 ) -> None:
     namespace = programs.namespace
     api.create("moemodels", tiny_model("tiny", experts={"scaling": {"windowSeconds": 600}}))
-    wait_condition(api, namespace, "tiny", "Ready", timeout_s=READY_S)
+    wait_for_condition(api, namespace, "tiny", "Ready", timeout_s=READY_S)
     url = f"http://tiny.{namespace}.svc/v1"
     text = chat(programs, url, key="none")
     held = eventually(
-        lambda: assignments(api, namespace, "tiny"),
+        lambda: function_by_pod(api, namespace, "tiny"),
         lambda found: found and all(found.values()),
     )
     programs.start("traffic", CHAT, url, "tiny", "none", PROMPT, "stop")
 
     release.replace_operator()
-    wait_condition(api, namespace, "tiny", "Active")
-    assert assignments(api, namespace, "tiny") == held
+    wait_for_condition(api, namespace, "tiny", "Active")
+    assert function_by_pod(api, namespace, "tiny") == held
 
     blue = {"template": {"labels": {"team": "blue"}}}
     api.patch("moemodels", namespace, "tiny", {"spec": {"router": blue, "experts": blue}})
@@ -110,12 +112,12 @@ def test_loses_no_request_while_the_operator_and_then_all_pods_are_replaced(
         timeout_s=READY_S,
     )
     eventually(
-        lambda: set(assignments(api, namespace, "tiny")),
+        lambda: set(function_by_pod(api, namespace, "tiny")),
         lambda uids: uids and not uids & set(held),
         timeout_s=READY_S,
     )
     _make_known(api, namespace, "stop")
-    heard = json.loads(programs.last_words("traffic"))
+    heard = json.loads(programs.wait_for_termination_message("traffic"))
     assert heard["errors"] == []
     assert set(heard["texts"]) == {text}
     assert heard["texts"][text] > 5

@@ -40,7 +40,7 @@ PATHS: Mapping[str, str] = {
     "flowschemas": "apis/flowcontrol.apiserver.k8s.io/v1",
     "moemodels": "apis/faasmoe.dev/v1alpha1",
 }
-CLUSTER_WIDE = (
+CLUSTER_SCOPED = (
     "namespaces",
     "nodes",
     "customresourcedefinitions",
@@ -65,22 +65,22 @@ class Credentials:
     def from_kubeconfig(cls, path: Path) -> Credentials:
         """Read the current context's server and user."""
         config = yaml.safe_load(path.read_text())
-        context = _named(config["contexts"], config["current-context"])["context"]
-        cluster = _named(config["clusters"], context["cluster"])["cluster"]
-        user = _named(config["users"], context["user"])["user"]
-        ca = _data(cluster, "certificate-authority")
+        context = _entry(config["contexts"], config["current-context"])["context"]
+        cluster = _entry(config["clusters"], context["cluster"])["cluster"]
+        user = _entry(config["users"], context["user"])["user"]
+        ca = _inline_or_file(cluster, "certificate-authority")
         verify = ssl.create_default_context(cadata=ca.decode())
         if "client-certificate-data" in user or "client-certificate" in user:
             with tempfile.TemporaryDirectory() as folder:
                 certificate, key = Path(folder, "certificate"), Path(folder, "key")
-                certificate.write_bytes(_data(user, "client-certificate"))
-                key.write_bytes(_data(user, "client-key"))
+                certificate.write_bytes(_inline_or_file(user, "client-certificate"))
+                key.write_bytes(_inline_or_file(user, "client-key"))
                 verify.load_cert_chain(certificate, key)
         token = user.get("token")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return cls(cluster["server"], verify, headers, ca)
 
-    def bearer(self, token: str) -> Credentials:
+    def with_token(self, token: str) -> Credentials:
         """Return what the bearer of a token has."""
         verify = ssl.create_default_context(cadata=self.ca.decode())
         return Credentials(self.server, verify, {"Authorization": f"Bearer {token}"}, self.ca)
@@ -106,17 +106,17 @@ class Credentials:
         )
 
 
-def _named(entries: list[Object], name: str) -> Object:
+def _entry(entries: list[Object], name: str) -> Object:
     return next(entry for entry in entries if entry["name"] == name)
 
 
-def _data(section: Object, name: str) -> bytes:
+def _inline_or_file(section: Object, name: str) -> bytes:
     if f"{name}-data" in section:
         return base64.b64decode(section[f"{name}-data"])
     return Path(section[name]).read_bytes()
 
 
-class Refused(AssertionError):
+class ApiRequestError(AssertionError):
     """The API server refused a request.
 
     Attributes:
@@ -159,7 +159,7 @@ class ApiServer:
         """Return an object, None if there is none."""
         try:
             return self.get(plural, namespace, name)
-        except Refused as error:
+        except ApiRequestError as error:
             if error.status == 404:
                 return None
             raise
@@ -200,11 +200,11 @@ class ApiServer:
         """Begin to delete an object; nothing happens if there is none."""
         try:
             self._call("DELETE", _path(plural, namespace, name), json=options or None)
-        except Refused as error:
+        except ApiRequestError as error:
             if error.status != 404:
                 raise
 
-    def token_for(self, namespace: str, service_account: str) -> str:
+    def create_token(self, namespace: str, service_account: str) -> str:
         """Return a token of a service account, good for an hour."""
         path = f"{_path('serviceaccounts', namespace, service_account)}/token"
         body = {"spec": {"expirationSeconds": 3600}}
@@ -214,17 +214,17 @@ class ApiServer:
         headers = {"Content-Type": f"application/{kind}"}
         return self._call("PATCH", path, json=body, params=params, headers=headers)
 
-    def _call(self, method: str, path: str, **given: Any) -> Object:
-        response = self._http.request(method, path, **given)
+    def _call(self, method: str, path: str, **options: Any) -> Object:
+        response = self._http.request(method, path, **options)
         answer: Object = response.json()
         if not response.is_success:
-            raise Refused(f"{method} {path}", response.status_code, answer)
+            raise ApiRequestError(f"{method} {path}", response.status_code, answer)
         return answer
 
 
 def _path(plural: str, namespace: str, name: str = "") -> str:
     parts = [PATHS.get(plural, "api/v1")]
-    if namespace and plural not in CLUSTER_WIDE:
+    if namespace and plural not in CLUSTER_SCOPED:
         parts += ["namespaces", namespace]
     return "/" + "/".join([*parts, plural, *([name] if name else [])])
 

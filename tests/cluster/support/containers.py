@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
+SYSTEM_MOUNTS = ("/proc", "/sys", "/dev")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Container:
         """Start it."""
         for name in ("upper", "work", "root"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._last_words.touch()
+        self._termination_log_file.touch()
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 ["unshare", "--mount", "--propagation", "private", "sh", "-euc", self._script()],
@@ -68,15 +68,15 @@ class Container:
         return self.folder / "log"
 
     @property
-    def status(self) -> int | None:
+    def exit_status(self) -> int | None:
         """Its exit status, None while it runs."""
         assert self._process is not None
         return self._process.poll()
 
-    def last_words(self) -> str:
+    def termination_message(self) -> str:
         """Return its termination message; the end of its log if it left none."""
-        words = self._last_words.read_text(errors="replace")
-        return words or self.log_file.read_text(errors="replace")[-2048:]
+        message = self._termination_log_file.read_text(errors="replace")
+        return message or self.log_file.read_text(errors="replace")[-2048:]
 
     def signal(self, number: int) -> None:
         """Send a signal to all of it."""
@@ -86,7 +86,7 @@ class Container:
         except ProcessLookupError:
             return
 
-    def end(self, *, grace_s: float) -> None:
+    def stop(self, *, grace_s: float) -> None:
         """End it and wait for its end."""
         assert self._process is not None
         self.signal(signal.SIGTERM)
@@ -97,22 +97,22 @@ class Container:
             self._process.wait()
 
     @property
-    def _last_words(self) -> Path:
+    def _termination_log_file(self) -> Path:
         return self.folder / "termination-log"
 
     def _script(self) -> str:
         root = self.folder / "root"
         layers = f"lowerdir=/,upperdir={self.folder}/upper,workdir={self.folder}/work"
         lines = [f"mount -t overlay overlay -o {layers} {root}"]
-        lines += [f"mount --rbind {path} {root}{path}" for path in SYSTEM_FOLDERS]
+        lines += [f"mount --rbind {path} {root}{path}" for path in SYSTEM_MOUNTS]
         for mount in self.mounts:
             target = shlex.quote(f"{root}{mount.target}")
             lines.append(f"mkdir -p {target}")
             lines.append(f"mount --bind {shlex.quote(str(mount.source))} {target}")
             if mount.read_only:
                 lines.append(f"mount -o remount,bind,ro {target}")
-        words = shlex.quote(f"{root}{self.termination_log}")
-        lines += [f"touch {words}", f"mount --bind {self._last_words} {words}"]
+        log_path = shlex.quote(f"{root}{self.termination_log}")
+        lines += [f"touch {log_path}", f"mount --bind {self._termination_log_file} {log_path}"]
         lines.append(f"exec chroot {root} {shlex.join(self.command)}")
         return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from apiserver import ApiServer, Object, eventually
 
-KINDS_OF_A_MODEL = (
+OWNED_PLURALS = (
     "pods",
     "services",
     "deployments",
@@ -22,7 +22,7 @@ KINDS_OF_A_MODEL = (
 )
 
 
-def moemodel(name: str, namespace: str, **spec: Any) -> Object:
+def make_moemodel(name: str, namespace: str, **spec: Any) -> Object:
     """Return a MoEModel."""
     return {
         "apiVersion": "faasmoe.dev/v1alpha1",
@@ -32,7 +32,7 @@ def moemodel(name: str, namespace: str, **spec: Any) -> Object:
     }
 
 
-def secret(name: str, namespace: str, values: Mapping[str, str]) -> Object:
+def make_secret(name: str, namespace: str, values: Mapping[str, str]) -> Object:
     """Return a Secret with these values."""
     data = {key: base64.b64encode(value.encode()).decode() for key, value in values.items()}
     meta = {"name": name, "namespace": namespace}
@@ -45,7 +45,7 @@ def conditions(api: ApiServer, namespace: str, name: str) -> dict[str, Object]:
     return {c["type"]: c for c in found.get("status", {}).get("conditions", [])}
 
 
-def wait_condition(
+def wait_for_condition(
     api: ApiServer,
     namespace: str,
     name: str,
@@ -67,26 +67,26 @@ def wait_condition(
     return seen[kind]
 
 
-def objects_of(api: ApiServer, namespace: str, model: str) -> dict[str, list[str]]:
+def model_objects(api: ApiServer, namespace: str, model: str) -> dict[str, list[str]]:
     """Return the names of the objects that belong to a model, by plural."""
     labels = f"faasmoe.dev/model={model}"
     found = {
         plural: [o["metadata"]["name"] for o in api.list(plural, namespace, labels=labels)]
-        for plural in KINDS_OF_A_MODEL
+        for plural in OWNED_PLURALS
     }
     return {plural: sorted(names) for plural, names in found.items() if names}
 
 
-def sandboxes(api: ApiServer, namespace: str, model: str) -> list[Object]:
+def sandbox_pods(api: ApiServer, namespace: str, model: str) -> list[Object]:
     """Return a model's sandboxes that are not on their way out."""
     labels = f"faasmoe.dev/model={model},app.kubernetes.io/component=sandbox"
     pods = api.list("pods", namespace, labels=labels)
     return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
 
-def assignments(api: ApiServer, namespace: str, model: str) -> dict[str, str]:
+def function_by_pod(api: ApiServer, namespace: str, model: str) -> dict[str, str]:
     """Return the function of each sandbox, by the pod's uid; empty while it is not labelled."""
-    pods = [pod["metadata"] for pod in sandboxes(api, namespace, model)]
+    pods = [pod["metadata"] for pod in sandbox_pods(api, namespace, model)]
     return {pod["uid"]: pod["labels"].get("faasmoe.dev/function", "") for pod in pods}
 
 

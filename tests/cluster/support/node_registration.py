@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from apiserver import ApiServer, Object
 
 HEARTBEAT_S = 5.0
-LEASES = "kube-node-lease"
+LEASE_NAMESPACE = "kube-node-lease"
 
 
 class NodeRegistration:
@@ -24,34 +24,34 @@ class NodeRegistration:
         self._api = api
         self._hostname = hostname
         self._n_pods = n_pods
-        self._due_s = 0.0
+        self._next_heartbeat_s = 0.0
 
     @property
     def selector(self) -> dict[str, str]:
         """The node selector of pods that are to run here."""
         return {"kubernetes.io/hostname": self._hostname}
 
-    def begin(self) -> None:
+    def register(self) -> None:
         """Register the node."""
         labels = {**self.selector, "kubernetes.io/os": "linux"}
         meta = {"name": self._hostname, "labels": labels}
         self._api.delete("nodes", "", self._hostname)
         self._api.apply("nodes", {"apiVersion": "v1", "kind": "Node", "metadata": meta})
-        self.keep()
+        self.send_heartbeat()
 
-    def keep(self) -> None:
+    def send_heartbeat(self) -> None:
         """Send a heartbeat if one is due."""
-        if time.monotonic() < self._due_s:
+        if time.monotonic() < self._next_heartbeat_s:
             return
-        self._due_s = time.monotonic() + HEARTBEAT_S
-        self._tell()
-        self._renew()
+        self._next_heartbeat_s = time.monotonic() + HEARTBEAT_S
+        self._report_ready()
+        self._renew_lease()
 
-    def end(self) -> None:
+    def unregister(self) -> None:
         """Take the node out of the cluster."""
         self._api.delete("nodes", "", self._hostname)
 
-    def _tell(self) -> None:
+    def _report_ready(self) -> None:
         resources = {
             "cpu": "100k",
             "memory": "1Pi",
@@ -59,20 +59,20 @@ class NodeRegistration:
             "ephemeral-storage": "1Pi",
         }
         ready = condition("Ready", is_true=True) | {
-            "reason": "StandIn",
+            "reason": "FakeKubelet",
             "message": "there is no kubelet",
             "lastHeartbeatTime": now(),
         }
         status = {"capacity": resources, "allocatable": resources, "conditions": [ready]}
         self._api.patch("nodes", "", self._hostname, {"status": status}, subresource="status")
 
-    def _renew(self) -> None:
+    def _renew_lease(self) -> None:
         spec = {
             "holderIdentity": self._hostname,
             "leaseDurationSeconds": 40,
             "renewTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         }
-        meta = {"name": self._hostname, "namespace": LEASES}
+        meta = {"name": self._hostname, "namespace": LEASE_NAMESPACE}
         lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": meta}
         self._api.apply("leases", {**lease, "spec": spec})
 

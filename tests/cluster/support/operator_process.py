@@ -16,7 +16,7 @@ from apiserver import ApiServer, eventually
 
 NAMESPACE = "faasmoe-system"
 START_TIMEOUT_S = 60.0
-END_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 30.0
 ROUTER_IMAGE = "faasmoe/router:dev"
 EXPERT_IMAGE = "faasmoe/expert:dev"
 
@@ -60,7 +60,7 @@ class OperatorProcess:
 
     def start(self) -> None:
         """Start it and wait until it is ready."""
-        token = self._api.token_for(NAMESPACE, self.service_account)
+        token = self._api.create_token(NAMESPACE, self.service_account)
         config = self._api.credentials.kubeconfig_for(token, namespace=NAMESPACE)
         self._kubeconfig.touch(mode=0o600)
         self._kubeconfig.write_text(config)
@@ -72,15 +72,15 @@ class OperatorProcess:
                 stderr=subprocess.STDOUT,
                 env=self._environment(),
             )
-        eventually(self._answer, lambda ready: ready, timeout_s=START_TIMEOUT_S)
+        eventually(self._is_ready, lambda ready: ready, timeout_s=START_TIMEOUT_S)
 
     def kill(self) -> None:
         """End it at once, as a lost node would."""
-        self._end(signal.SIGKILL)
+        self._terminate(signal.SIGKILL)
 
     def stop(self) -> None:
         """Ask it to end and wait for its end."""
-        self._end(signal.SIGTERM)
+        self._terminate(signal.SIGTERM)
 
     def log(self) -> str:
         """Return what it printed."""
@@ -93,7 +93,7 @@ class OperatorProcess:
         lines = [line for line in text.splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
         return sum(float(x.rpartition(" ")[2]) for x in lines if all(w in x for w in wanted))
 
-    def _answer(self) -> bool:
+    def _is_ready(self) -> bool:
         assert self._process is not None
         if self._process.poll() is not None:
             raise AssertionError(f"the operator ended: {self.log()[-4000:]}")
@@ -102,17 +102,17 @@ class OperatorProcess:
         except httpx.TransportError:
             return False
 
-    def _end(self, number: int) -> None:
+    def _terminate(self, number: int) -> None:
         if self._process is None:
             return
         self._process.send_signal(number)
-        deadline_s = time.monotonic() + END_TIMEOUT_S
+        deadline_s = time.monotonic() + STOP_TIMEOUT_S
         try:
             self._process.wait(deadline_s - time.monotonic())
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-            raise AssertionError(f"no end after {END_TIMEOUT_S:g} s: {self.log()}") from None
+            raise AssertionError(f"no end after {STOP_TIMEOUT_S:g} s: {self.log()}") from None
         finally:
             self._process = None
 

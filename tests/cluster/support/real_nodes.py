@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from apiserver import ApiServer, Object
 
-HOSTNAME = "kubernetes.io/hostname"
-DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
+HOSTNAME_LABEL = "kubernetes.io/hostname"
+DEFAULT_CLASS_ANNOTATION = "storageclass.kubernetes.io/is-default-class"
 
 
 @dataclass(frozen=True, slots=True)
-class Images:
+class ProjectImages:
     """The project's images, as a node can have them.
 
     Attributes:
@@ -26,22 +26,24 @@ class Images:
     expert: str
 
     @classmethod
-    def named(cls) -> Images | str:
+    def from_environment(cls) -> ProjectImages | str:
         """Return the images that the environment names, or the first variable that is not set."""
         names = {part: f"TEST_{part.upper()}_IMAGE" for part in cls.__slots__}
         missing = [name for name in names.values() if not os.environ.get(name)]
         return missing[0] if missing else cls(**{p: os.environ[n] for p, n in names.items()})
 
 
-def real_node(api: ApiServer) -> str | None:
+def find_real_node(api: ApiServer) -> str | None:
     """Return the host name of a node that is ready and runs containers; None without one."""
-    return next((n["metadata"]["labels"][HOSTNAME] for n in api.list("nodes") if _is_real(n)), None)
+    return next(
+        (n["metadata"]["labels"][HOSTNAME_LABEL] for n in api.list("nodes") if _is_real(n)), None
+    )
 
 
 def has_default_storage(api: ApiServer) -> bool:
     """Return whether claims without a storage class get a volume."""
     classes = [found["metadata"].get("annotations", {}) for found in api.list("storageclasses")]
-    return any(notes.get(DEFAULT_CLASS) == "true" for notes in classes)
+    return any(notes.get(DEFAULT_CLASS_ANNOTATION) == "true" for notes in classes)
 
 
 def _is_real(node: Object) -> bool:

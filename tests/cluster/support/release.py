@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import yaml
 from apiserver import ApiServer, Object, eventually
+from chart_install import CRD
 from helm import CHART, Helm
-from installation import CRD
-from real_nodes import HOSTNAME, Images
+from real_nodes import HOSTNAME_LABEL, ProjectImages
 
 RELEASE = NAMESPACE = "faasmoe-real-node"
 """Beside what the other tests install, of which nothing is to be touched."""
@@ -55,10 +55,12 @@ class Release:
 
 
 @contextmanager
-def released(api: ApiServer, helm: Helm, images: Images, *, node: str) -> Iterator[Release]:
+def installed_release(
+    api: ApiServer, helm: Helm, images: ProjectImages, *, node: str
+) -> Iterator[Release]:
     """Install the chart on a node; in the end take it away, and the CRD if it came with it."""
     release = Release(api, helm)
-    had_crd = _renew_crd(api)
+    had_crd = _update_crd(api)
     file = helm.home / "release.yaml"
     file.write_text(yaml.safe_dump(_values(images, node)))
     try:
@@ -74,23 +76,23 @@ def released(api: ApiServer, helm: Helm, images: Images, *, node: str) -> Iterat
             eventually(lambda: api.find("customresourcedefinitions", "", CRD), lambda crd: not crd)
 
 
-def _renew_crd(api: ApiServer) -> bool:
+def _update_crd(api: ApiServer) -> bool:
     """Bring the CRD up to date if it is there, whoever brought it; return whether it is."""
     if api.find("customresourcedefinitions", "", CRD) is None:
         return False
-    for file in (CHART / "crds").iterdir():
-        api.apply("customresourcedefinitions", yaml.safe_load(file.read_text()))
+    for path in (CHART / "crds").iterdir():
+        api.apply("customresourcedefinitions", yaml.safe_load(path.read_text()))
     return True
 
 
-def _values(images: Images, node: str) -> Object:
+def _values(images: ProjectImages, node: str) -> Object:
     return {
         "image": _image(images.operator),
         "models": {
             "routerImage": _image(images.router),
             "expertImage": _image(images.expert),
         },
-        "nodeSelector": {HOSTNAME: node},
+        "nodeSelector": {HOSTNAME_LABEL: node},
         "resources": {"requests": {"cpu": "50m", "memory": "128Mi"}},
     }
 

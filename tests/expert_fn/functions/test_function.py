@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_copy_streams import DeferredCopyStream
 from families.registry import FAMILIES, experts_modules
-from lanes import LateLane
-from sandboxes import PreparedStore, spec_of
+from sandbox_processes import PreparedStore, make_function_spec
 from torch import Tensor
 
+from faasmoe_contracts.store import Store, manifest_digest
+from faasmoe_contracts.wire import Dtype, ExpertRequest, OutputMode, decode_request, encode_request
 from faasmoe_expert.errors import BadAttachment, BadFrame
 from faasmoe_expert.functions import ExpertFunction
-from faasmoe_expert.functions.upload import Uploader
-from faasmoe_expert.store import Store, manifest_digest
-from faasmoe_expert.wire import Dtype, Mode, Request, decode_request, encode_request
+from faasmoe_expert.functions.transfer import Uploader
 
 LEAN = ["mixtral", "qwen2_moe", "aria", "gemma4", "nemotron_h"]
 GENERAL = ["gpt_oss", "muse_spark", "deepseek_v4", "inkling2", "openai_privacy_filter"]
@@ -57,8 +57,8 @@ class Batch:
         )
 
     def request(
-        self, experts: Sequence[int], *, mode: Mode, layer: int = 0, **changes: Any
-    ) -> Request:
+        self, experts: Sequence[int], *, mode: OutputMode, layer: int = 0, **changes: Any
+    ) -> ExpertRequest:
         """The pairs of these experts, as a frame that was sent."""
         wanted = torch.isin(self.index, torch.tensor(list(experts)))  # [T, k]
         rows, slots = wanted.nonzero(as_tuple=True)  # [P], [P]
@@ -91,13 +91,13 @@ def own_forward(family: str, batch: Batch, layer: int) -> Tensor:
 
 
 def attached(store: Store, layers: Sequence[int], experts: Sequence[int]) -> ExpertFunction:
-    return ExpertFunction(spec_of(store, layers, experts), store)
+    return ExpertFunction(make_function_spec(store, layers, experts), store)
 
 
 def copied(store: Store, layers: Sequence[int], experts: Sequence[int]) -> ExpertFunction:
     """As on a CUDA device: its experts copied, chunk by chunk."""
-    uploader = Uploader(LateLane(), chunk_bytes=1000)
-    return ExpertFunction(spec_of(store, layers, experts), store, uploader=uploader)
+    uploader = Uploader(DeferredCopyStream(), chunk_bytes=1000)
+    return ExpertFunction(make_function_spec(store, layers, experts), store, uploader=uploader)
 
 
 @pytest.mark.parametrize("family", LEAN)
@@ -116,15 +116,15 @@ def test_all_experts_give_the_modules_output(family: str, prepared_store: Prepar
     for layer in range(len(store.manifest.layers)):
         batch = Batch.make(store, layer)
         function = attached(store, [layer], range(EXPERTS))
-        got = function.compute(batch.request(range(EXPERTS), mode=Mode.REDUCED, layer=layer))
+        got = function.compute(batch.request(range(EXPERTS), mode=OutputMode.REDUCED, layer=layer))
         expected = own_forward(family, batch, layer)
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("mode", OutputMode)
 @pytest.mark.parametrize("family", LEAN + GENERAL)
 def test_blocks_that_are_not_contiguous_add_up(
-    family: str, mode: Mode, prepared_store: PreparedStore
+    family: str, mode: OutputMode, prepared_store: PreparedStore
 ) -> None:
     store = prepared_store(family)
     batch = Batch.make(store, 0)
@@ -132,7 +132,7 @@ def test_blocks_that_are_not_contiguous_add_up(
     for block in ([0, 3, 4, 7], [1, 6], [2, 5]):
         request = batch.request(block, mode=mode)
         part = attached(store, [0], block).compute(request)  # [T, H] or [P, H]
-        if mode is Mode.UNREDUCED:
+        if mode is OutputMode.UNREDUCED:
             rows = torch.from_numpy(request.pair_row.astype(np.int64))  # [P]
             total.index_add_(0, rows, part)
         else:
@@ -146,7 +146,7 @@ def test_every_dtype_is_computed(family: str, dtype: str, prepared_store: Prepar
     store = prepared_store(family, dtype=dtype)
     batch = Batch.make(store, 0)
     function = attached(store, [0], range(EXPERTS))
-    got = function.compute(batch.request(range(EXPERTS), mode=Mode.REDUCED))
+    got = function.compute(batch.request(range(EXPERTS), mode=OutputMode.REDUCED))
     assert got.dtype == batch.hidden.dtype
     expected = own_forward(family, batch, 0)
     error = (got.float() - expected).abs().max() / expected.abs().max()
@@ -160,13 +160,13 @@ def test_unreduced_pairs_have_the_same_bits_in_any_block_and_batch(
 ) -> None:
     store = prepared_store(family, dtype=dtype)
     batch = Batch.make(store, 0)
-    whole = batch.request(range(EXPERTS), mode=Mode.UNREDUCED)
+    whole = batch.request(range(EXPERTS), mode=OutputMode.UNREDUCED)
     together = attached(store, [0], range(EXPERTS)).compute(whole)  # [P, H]
     block = attached(store, [0], [1, 5])
     for pair in np.flatnonzero(np.isin(whole.pair_expert, [1, 5])):
         row = slice(whole.pair_row[pair], whole.pair_row[pair] + 1)
         alone = Batch(batch.hidden[row], batch.index[row], batch.weight[row])
-        request = alone.request([int(whole.pair_expert[pair])], mode=Mode.UNREDUCED)
+        request = alone.request([int(whole.pair_expert[pair])], mode=OutputMode.UNREDUCED)
         assert torch.equal(block.compute(request)[0], together[pair])
 
 
@@ -176,7 +176,7 @@ def test_one_function_spans_several_layers(family: str, prepared_store: Prepared
     function = attached(store, [0, 2], range(EXPERTS))
     for layer in (0, 2):
         batch = Batch.make(store, layer)
-        got = function.compute(batch.request(range(EXPERTS), mode=Mode.REDUCED, layer=layer))
+        got = function.compute(batch.request(range(EXPERTS), mode=OutputMode.REDUCED, layer=layer))
         expected = own_forward(family, batch, layer)
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     one = store.manifest.layers[0].expert_bytes
@@ -184,11 +184,11 @@ def test_one_function_spans_several_layers(family: str, prepared_store: Prepared
 
 
 @pytest.mark.parametrize("block", [range(EXPERTS), [0, 3, 4, 7]])
-@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("mode", OutputMode)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", LEAN + GENERAL)
 def test_a_copied_block_computes_what_the_mapped_one_does(
-    family: str, dtype: str, mode: Mode, block: Sequence[int], prepared_store: PreparedStore
+    family: str, dtype: str, mode: OutputMode, block: Sequence[int], prepared_store: PreparedStore
 ) -> None:
     store = prepared_store(family, dtype=dtype)
     request = Batch.make(store, 0).request(block, mode=mode)
@@ -206,7 +206,7 @@ def test_a_copied_block_lets_go_of_the_map(prepared_store: PreparedStore) -> Non
     path = str(store.path / store.manifest.layers[0].file)
     function = copied(store, [0], [1, 2])
     assert path not in Path("/proc/self/maps").read_text()
-    assert function.compute(Batch.make(store, 0).request([1, 2], mode=Mode.REDUCED)).any()
+    assert function.compute(Batch.make(store, 0).request([1, 2], mode=OutputMode.REDUCED)).any()
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_frame_for_another_function_is_refused(
     changes: dict[str, Any], field: str, message: str, prepared_store: PreparedStore
 ) -> None:
     store = prepared_store("mixtral")
-    request = Batch.make(store, 0).request([1, 2], mode=Mode.REDUCED, **changes)
+    request = Batch.make(store, 0).request([1, 2], mode=OutputMode.REDUCED, **changes)
     with pytest.raises(BadFrame, match=message) as refused:
         attached(store, [0], [1, 2]).compute(request)
     assert refused.value.field == field
@@ -230,7 +230,7 @@ def test_a_frame_for_another_function_is_refused(
 @pytest.mark.parametrize("expert", [0, 3, 8, 2**31 - 1])
 def test_an_expert_outside_the_block_is_refused(expert: int, prepared_store: PreparedStore) -> None:
     store = prepared_store("mixtral")
-    request = Batch.make(store, 0).request([1, 2], mode=Mode.REDUCED)
+    request = Batch.make(store, 0).request([1, 2], mode=OutputMode.REDUCED)
     request.pair_expert[2] = expert
     with pytest.raises(BadFrame, match=f"pair_expert: got {expert}, expected .* \\[1, 2\\]"):
         attached(store, [0], [1, 2]).compute(request)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from faasmoe_expert.functions.kernels import (
     ACTIVATIONS,
+    TILE_ROWS,
     KernelSpec,
-    run_gated,
-    sum_gated,
+    RoutedPairs,
+    gated_per_pair,
+    gated_reduced,
 )
-from faasmoe_expert.functions.pairs import TILE_ROWS, Pairs
 
 SILU = KernelSpec("gated", "silu", transposed=False, interleaved=False, bias=False)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -59,21 +60,21 @@ def by_hand(spec: KernelSpec, weights: dict[str, Tensor], expert: int, x: Tensor
 
 def routed(
     n_rows: int, *, n_experts: int = 4, hidden: int = 24, seed: int = 1
-) -> tuple[Tensor, Pairs]:
+) -> tuple[Tensor, RoutedPairs]:
     """Rows, each for two experts, in no order of experts."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(n_rows, hidden, generator=generator)  # [T, H]
     expert = torch.rand(n_rows, n_experts, generator=generator).topk(2).indices  # [T, 2]
     weight = torch.rand(n_rows * 2, generator=generator)  # [P]
     pair_row = np.arange(n_rows, dtype=np.int32).repeat(2)
-    return rows, Pairs(pair_row, expert.reshape(-1).int().numpy(), weight)
+    return rows, RoutedPairs(pair_row, expert.reshape(-1).int().numpy(), weight)
 
 
 @pytest.mark.parametrize("spec", FORMS)
 def test_pairs_are_the_formula_times_their_weight(spec: KernelSpec) -> None:
     weights = make_weights(spec)
     rows, pairs = routed(13)
-    got = run_gated(spec, weights, rows, pairs)  # [P, H]
+    got = gated_per_pair(spec, weights, rows, pairs)  # [P, H]
     for pair, (row, expert) in enumerate(zip(pairs.row, pairs.expert, strict=True)):
         expected = by_hand(spec, weights, int(expert), rows[row : row + 1])[0] * pairs.weight[pair]
         torch.testing.assert_close(got[pair].double(), expected, atol=1e-5, rtol=1e-5)
@@ -83,8 +84,8 @@ def test_pairs_are_the_formula_times_their_weight(spec: KernelSpec) -> None:
 def test_sums_are_the_pairs_added(spec: KernelSpec) -> None:
     weights = make_weights(spec)
     rows, pairs = routed(13)
-    each = run_gated(spec, weights, rows, pairs)  # [P, H]
-    got = sum_gated(spec, weights, rows, pairs)  # [T, H]
+    each = gated_per_pair(spec, weights, rows, pairs)  # [P, H]
+    got = gated_reduced(spec, weights, rows, pairs)  # [T, H]
     expected = each.view(13, 2, -1).sum(1)  # [T, H]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
@@ -108,10 +109,10 @@ def test_a_pair_has_the_same_bits_alone_and_in_any_batch(
     }
     rows, pairs = routed(4 * TILE_ROWS + 3, hidden=hidden)
     rows = rows.to(dtype)
-    together = run_gated(SILU, weights, rows, pairs)  # [P, H]
+    together = gated_per_pair(SILU, weights, rows, pairs)  # [P, H]
     for pair in range(len(pairs)):
-        one = Pairs(np.zeros(1, np.int32), pairs.expert[pair, None], pairs.weight[pair, None])
-        alone = run_gated(SILU, weights, rows[pairs.row[pair], None], one)  # [1, H]
+        one = RoutedPairs(np.zeros(1, np.int32), pairs.expert[pair, None], pairs.weight[pair, None])
+        alone = gated_per_pair(SILU, weights, rows[pairs.row[pair], None], one)  # [1, H]
         assert torch.equal(alone[0], together[pair])
 
 
@@ -120,12 +121,14 @@ def test_a_pair_has_the_same_bits_alone_and_in_any_batch(
 def test_a_pair_has_the_same_bits_in_any_order_and_selection(data: st.DataObject) -> None:
     weights = make_weights(SILU)
     rows, pairs = routed(2 * TILE_ROWS + 1)
-    whole = run_gated(SILU, weights, rows, pairs)  # [P, H]
+    whole = gated_per_pair(SILU, weights, rows, pairs)  # [P, H]
     chosen = data.draw(st.lists(st.integers(0, len(pairs) - 1), min_size=1, unique=True))
     # Each chosen pair gets a row of its own: other positions, other neighbours.
-    own = Pairs(np.arange(len(chosen), dtype=np.int32), pairs.expert[chosen], pairs.weight[chosen])
+    own = RoutedPairs(
+        np.arange(len(chosen), dtype=np.int32), pairs.expert[chosen], pairs.weight[chosen]
+    )
     own_rows = rows[torch.from_numpy(pairs.row[chosen].astype(np.int64))]
-    some = run_gated(SILU, weights, own_rows, own)  # [n, H]
+    some = gated_per_pair(SILU, weights, own_rows, own)  # [n, H]
     assert torch.equal(some, whole[chosen])
 
 
@@ -133,7 +136,9 @@ def test_a_repeated_pair_counts_twice() -> None:
     """As many pairs of an expert as rows, but not one for each row."""
     weights, rows = make_weights(SILU), torch.randn(2, 24)  # [T, H]
     row, expert = np.array([1, 1], dtype=np.int32), np.array([3, 3], dtype=np.int32)
-    got = sum_gated(SILU, weights, rows, Pairs(row, expert, torch.tensor([0.5, 0.25])))  # [T, H]
+    got = gated_reduced(
+        SILU, weights, rows, RoutedPairs(row, expert, torch.tensor([0.5, 0.25]))
+    )  # [T, H]
     expected = by_hand(SILU, weights, 3, rows[1:2])[0] * 0.75
     torch.testing.assert_close(got[1].double(), expected, atol=1e-5, rtol=1e-5)
     assert not got[0].any()
@@ -142,7 +147,7 @@ def test_a_repeated_pair_counts_twice() -> None:
 def test_a_row_without_pairs_gets_zeros() -> None:
     weights, rows = make_weights(SILU), torch.randn(3, 24)  # [T, H]
     row, expert = np.array([0, 2], dtype=np.int32), np.array([1, 1], dtype=np.int32)
-    got = sum_gated(SILU, weights, rows, Pairs(row, expert, torch.ones(2)))  # [T, H]
+    got = gated_reduced(SILU, weights, rows, RoutedPairs(row, expert, torch.ones(2)))  # [T, H]
     assert not got[1].any()
     assert got[0].any()
     assert got[2].any()
@@ -152,9 +157,9 @@ def test_half_precision_sums_are_rounded_once() -> None:
     """Sums in float32: the error is that of one rounding, not of one for each expert."""
     weights = {name: weight.bfloat16() for name, weight in make_weights(SILU).items()}
     rows, pairs = routed(40)
-    got = sum_gated(SILU, weights, rows.bfloat16(), pairs)
-    plain = Pairs(pairs.row, pairs.expert, torch.ones(80))
-    each = run_gated(SILU, weights, rows.bfloat16(), plain)  # [P, H]
+    got = gated_reduced(SILU, weights, rows.bfloat16(), pairs)
+    plain = RoutedPairs(pairs.row, pairs.expert, torch.ones(80))
+    each = gated_per_pair(SILU, weights, rows.bfloat16(), plain)  # [P, H]
     expected = (each.float() * pairs.weight[:, None]).view(40, 2, -1).sum(1)  # [T, H]
     assert got.dtype == torch.bfloat16
     assert (

@@ -12,14 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sandboxes import PreparedStore, spec_of
+from sandbox_processes import PreparedStore, make_function_spec
 
-from faasmoe_expert.errors import Corrupted
+from faasmoe_contracts.store import Store
+from faasmoe_contracts.wire import Dtype, ExpertRequest, FrameHeader, FrameKind, OutputMode
+from faasmoe_expert.errors import BlockCorrupted
 from faasmoe_expert.functions import ExpertFunction, verification
-from faasmoe_expert.functions.verification import BlockGuard, Memory, page_sum_digest
-from faasmoe_expert.store import Store
-from faasmoe_expert.wire import Dtype, Header, Mode, Request
-from faasmoe_expert.wire.frame import Kind
+from faasmoe_expert.functions.verification import BlockVerifier, VerifiedBlocks, page_sum_digest
 
 FAMILY = "mixtral"
 
@@ -32,18 +31,18 @@ def store(prepared_store: PreparedStore, tmp_path: Path) -> Store:
 
 
 @pytest.fixture(autouse=True)
-def own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = Memory(None)
-    monkeypatch.setattr(verification, "shared_memory", lambda: memory)
+def fresh_verified_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    verified_blocks = VerifiedBlocks(None)
+    monkeypatch.setattr(verification, "shared_memory", lambda: verified_blocks)
 
 
 def file_of(store: Store, layer: int) -> Path:
-    return store.path / store.layer(layer).file
+    return store.path / store.layer_entry(layer).file
 
 
 def flip(store: Store, layer: int, expert: int, *, bit: int = 3) -> Callable[[], None]:
     """Flip a bit of the first tensor's expert; return what flips it back."""
-    path, entry = file_of(store, layer), store.layer(layer)
+    path, entry = file_of(store, layer), store.layer_entry(layer)
     mapped = store.map_layer(layer)
     begin = path.stat().st_size - mapped.size_bytes
     first = next(v for v in mapped.tensors.values() if v.shape[:1] == (entry.num_experts,))
@@ -58,10 +57,10 @@ def flip(store: Store, layer: int, expert: int, *, bit: int = 3) -> Callable[[],
     return flip_bit
 
 
-def request_for(expert: int) -> Request:
+def request_for(expert: int) -> ExpertRequest:
     rows = np.ones((1, 32), dtype=np.float32)
-    header = Header(Kind.REQUEST, Dtype.FLOAT32, Mode.REDUCED, 0, 1, 1, 32)
-    return Request(
+    header = FrameHeader(FrameKind.REQUEST, Dtype.FLOAT32, OutputMode.REDUCED, 0, 1, 1, 32)
+    return ExpertRequest(
         header,
         np.zeros(1, np.int32),
         np.full(1, expert, np.int32),
@@ -71,7 +70,7 @@ def request_for(expert: int) -> Request:
 
 
 def function(store: Store, experts: range) -> ExpertFunction:
-    return ExpertFunction(spec_of(store, [0], experts), store)
+    return ExpertFunction(make_function_spec(store, [0], experts), store)
 
 
 @given(st.binary(min_size=1, max_size=20_000), st.data())
@@ -97,12 +96,16 @@ def test_every_expert_of_every_layer_has_its_digest(store: Store) -> None:
     for layer in store.manifest.layers:
         assert len(set(layer.digests[:-1])) == layer.num_experts
         experts = range(layer.num_experts)
-        assert BlockGuard(store, layer, store.map_layer(layer.index), experts).check()
+        assert BlockVerifier(
+            store, layer, store.map_layer(layer.index), experts
+        ).verify_if_changed()
 
 
 def test_a_damaged_expert_is_refused_by_name_and_the_others_serve(store: Store) -> None:
     flip(store, 0, expert=5)
-    with pytest.raises(Corrupted, match=r"store: layer 0, expert 5 of .*: got digest .*, expected"):
+    with pytest.raises(
+        BlockCorrupted, match=r"store: layer 0, expert 5 of .*: got digest .*, expected"
+    ):
         function(store, range(4, 8))
     function(store, range(4)).compute(request_for(1))
 
@@ -112,7 +115,7 @@ def test_damage_while_it_serves_is_found_before_an_answer_leaves(store: Store) -
     right = serving.compute(request_for(2))
     flip_back = flip(store, 0, expert=2)
     for _ in range(2):
-        with pytest.raises(Corrupted, match="expert 2"):
+        with pytest.raises(BlockCorrupted, match="expert 2"):
             serving.compute(request_for(2))
     flip_back()
     assert torch.equal(serving.compute(request_for(2)), right)
@@ -135,7 +138,7 @@ def test_a_file_that_was_replaced_or_removed_leaves_what_is_mapped(store: Store)
 def test_what_was_verified_is_not_read_again_in_any_process_until_the_file_changes(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer, read = store.layer(0), []
+    layer, read = store.layer_entry(0), []
 
     def counted(parts: object) -> str:
         read.append(parts)
@@ -143,15 +146,17 @@ def test_what_was_verified_is_not_read_again_in_any_process_until_the_file_chang
 
     monkeypatch.setattr(verification, "page_sum_digest", counted)
 
-    def check(memory: Memory) -> int:
+    def check(memory: VerifiedBlocks) -> int:
         read.clear()
-        BlockGuard(store, layer, store.map_layer(0), range(3), memory=memory).check()
+        BlockVerifier(
+            store, layer, store.map_layer(0), range(3), verified_blocks=memory
+        ).verify_if_changed()
         return len(read)
 
-    memory = Memory(tmp_path / "verified")
+    memory = VerifiedBlocks(tmp_path / "verified")
     assert [check(memory), check(memory)] == [4, 0]
-    assert check(Memory(tmp_path / "verified")) == 0  # another process
-    assert check(Memory(None)) == 4
+    assert check(VerifiedBlocks(tmp_path / "verified")) == 0  # another process
+    assert check(VerifiedBlocks(None)) == 4
     os.utime(file_of(store, 0))
     assert check(memory) == 4
 
@@ -160,7 +165,9 @@ def test_a_folder_that_cannot_be_written_costs_only_the_memory(
     store: Store, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    layer = store.layer(0)
+    layer = store.layer_entry(0)
     for _ in range(2):
-        memory = Memory(tmp_path / "file" / "verified")
-        assert BlockGuard(store, layer, store.map_layer(0), range(3), memory=memory).check()
+        memory = VerifiedBlocks(tmp_path / "file" / "verified")
+        assert BlockVerifier(
+            store, layer, store.map_layer(0), range(3), verified_blocks=memory
+        ).verify_if_changed()

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from sandboxes import PreparedStore, spec_of
+from sandbox_processes import PreparedStore, make_function_spec
 
+from faasmoe_contracts.store import Store
+from faasmoe_contracts.wire import Dtype, OutputMode, decode_request, encode_request
 from faasmoe_expert.functions import ExpertFunction
-from faasmoe_expert.functions.weights import as_tensor, map_weights
-from faasmoe_expert.store import Store
-from faasmoe_expert.wire import Dtype, Mode, decode_request, encode_request
+from faasmoe_expert.functions.weights import map_weights, tensor_view
 
 HIDDEN, INTER, EXPERTS = 256, 512, 16
 _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ (\S+) .*? (/.*)?$")
@@ -50,7 +50,7 @@ def frame(expert: int) -> bytearray:
     rows = torch.ones(1, HIDDEN).numpy().tobytes()
     one = torch.ones(1)
     buffers = encode_request(
-        rows, dtype=Dtype.FLOAT32, mode=Mode.REDUCED, layer=0, hidden_size=HIDDEN, n_rows=1,
+        rows, dtype=Dtype.FLOAT32, mode=OutputMode.REDUCED, layer=0, hidden_size=HIDDEN, n_rows=1,
         pair_row=one.int().numpy() - 1, pair_expert=one.int().numpy() * expert,
         pair_weight=one.numpy(),
     )  # fmt: skip
@@ -59,7 +59,7 @@ def frame(expert: int) -> bytearray:
 
 def test_an_attached_function_holds_no_memory_but_the_pages_it_reads(large_store: Store) -> None:
     path = large_store.path / large_store.manifest.layers[0].file
-    spec = spec_of(large_store, [0], range(4, 8))
+    spec = make_function_spec(large_store, [0], range(4, 8))
     assert mapping_of(path) == {}
     function = ExpertFunction(spec, large_store)
     attached = mapping_of(path)
@@ -82,7 +82,7 @@ def test_populating_brings_in_the_experts_that_are_named_and_no_others(large_sto
     path.read_bytes()  # cached, for the system to have pages to enter
     mapped = large_store.map_layer(0)
     before_kb = mapping_of(path)["Rss"]
-    mapped.populate(EXPERTS, range(4, 12))
+    mapped.prefault(EXPERTS, range(4, 12))
     found_kb = mapping_of(path)["Rss"] - before_kb
     # Not one by one: the system may enter what lies in one piece with them, too.
     assert 8 * layer.expert_bytes <= found_kb * 1024 < EXPERTS * layer.expert_bytes
@@ -112,4 +112,4 @@ def test_a_write_never_reaches_the_file(large_store: Store) -> None:
 
 
 def test_an_empty_tensor_needs_no_bytes() -> None:
-    assert as_tensor(memoryview(b""), "F16", (0, 3)).shape == (0, 3)
+    assert tensor_view(memoryview(b""), "F16", (0, 3)).shape == (0, 3)

@@ -4,11 +4,11 @@ import socket
 from collections.abc import Callable, Iterator
 
 import pytest
-from rawhttp import DEADLINE_S, TIMEOUT_S, TOKEN, frame
-from sandboxes import OpenSandbox, PreparedStore, SandboxProcess, spec_of
+from raw_http import DEADLINE_S, TIMEOUT_S, TOKEN, request_frame
+from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox, make_function_spec
 
-from faasmoe_expert.store import Store
-from faasmoe_expert.table import FunctionSpec
+from faasmoe_contracts.routing_table import FunctionSpec
+from faasmoe_contracts.store import Store
 
 
 @pytest.fixture(scope="session")
@@ -19,27 +19,29 @@ def store(prepared_store: PreparedStore) -> Store:
 
 @pytest.fixture(scope="session")
 def spec(store: Store) -> FunctionSpec:
-    return spec_of(store, [0], [0, 1, 2])
+    return make_function_spec(store, [0], [0, 1, 2])
 
 
 @pytest.fixture(scope="module")
-def box(sandbox: OpenSandbox, store: Store, spec: FunctionSpec) -> Iterator[SandboxProcess]:
+def sandbox_server(
+    sandbox: StartSandbox, store: Store, spec: FunctionSpec
+) -> Iterator[SandboxProcess]:
     """A sandbox with one function attached; it must be alive and well after each module."""
     settings = {"capacity": 4, "request_timeout_s": TIMEOUT_S}
-    with sandbox(token=TOKEN, **settings) as box:
-        box.attach(store, spec)
-        yield box
-        assert box.process.poll() is None
-        assert "Traceback" not in box.log.read_text()
+    with sandbox(token=TOKEN, **settings) as sandbox_server:
+        sandbox_server.attach(store, spec)
+        yield sandbox_server
+        assert sandbox_server.process.poll() is None
+        assert "Traceback" not in sandbox_server.log.read_text()
 
 
 @pytest.fixture
-def connect(box: SandboxProcess) -> Iterator[Callable[[], socket.socket]]:
+def connect(sandbox_server: SandboxProcess) -> Iterator[Callable[[], socket.socket]]:
     """Opens raw connections to the sandbox."""
     opened: list[socket.socket] = []
 
     def connect() -> socket.socket:
-        host, port = box.address.split(":")
+        host, port = sandbox_server.address.split(":")
         opened.append(socket.create_connection((host, int(port)), timeout=DEADLINE_S))
         return opened[-1]
 
@@ -53,7 +55,7 @@ def sandbox_serves_on(request: pytest.FixtureRequest) -> Iterator[None]:
     """After each test that used the shared sandbox, the sandbox still computes."""
     yield
     if "box" in request.fixturenames:
-        box: SandboxProcess = request.getfixturevalue("box")
+        sandbox_server: SandboxProcess = request.getfixturevalue("box")
         spec: FunctionSpec = request.getfixturevalue("spec")
-        answer = box.http.post(f"/v1/functions/{spec.id}", content=frame())
+        answer = sandbox_server.http.post(f"/v1/functions/{spec.id}", content=request_frame())
         assert answer.status_code == 200, answer.text

@@ -36,19 +36,19 @@ def install() -> torch.device:
     for module in (backend, torch.cuda):
         _use_streams(module)
     _device_constructors()  # remembers which they are: the real ones
-    torch.empty, torch.tensor = _pinning(torch.empty), _made_here(torch.tensor)
+    torch.empty, torch.tensor = _with_pinning(torch.empty), _created_on_host(torch.tensor)
     tensors: Any = Tensor
     tensors.pin_memory = _pinned_copy
     tensors.is_pinned = lambda self, device=None: is_pinned(self)
-    safetensors.torch.load_file = _loading(safetensors.torch.load_file)
+    safetensors.torch.load_file = _device_loading(safetensors.torch.load_file)
     cuda: Any = torch.cuda
     cuda.device = lambda device: nullcontext()
-    cuda.cudart = lambda: SimpleNamespace(cudaHostRegister=_register)
-    _resolve(device)
+    cuda.cudart = lambda: SimpleNamespace(cudaHostRegister=_register_host_memory)
+    _patch_resolve_device(device)
     return device
 
 
-def _register(address: int, size_bytes: int, flags: int) -> int:
+def _register_host_memory(address: int, size_bytes: int, flags: int) -> int:
     pin_range(address, size_bytes)
     return 0
 
@@ -64,7 +64,7 @@ def _use_streams(module: Any) -> None:
     module.synchronize = lambda device=None: streams.current_stream().synchronize()
 
 
-def _loading(load_file: Any) -> Any:
+def _device_loading(load_file: Any) -> Any:
     def load(path: Any, device: str = "cpu", **options: Any) -> dict[str, Tensor]:
         if not device.startswith(NAME):
             return load_file(path, device=device, **options)  # type: ignore[no-any-return]
@@ -73,7 +73,7 @@ def _loading(load_file: Any) -> Any:
     return load
 
 
-def _resolve(device: torch.device) -> None:
+def _patch_resolve_device(device: torch.device) -> None:
     """Replace what finds devices, before others import it."""
     real = resolving.resolve_device
 
@@ -86,27 +86,29 @@ def _resolve(device: torch.device) -> None:
     cuda.device_count = lambda: 1
 
 
-def _pinning(empty: Any) -> Any:
+def _with_pinning(empty: Any) -> Any:
     @functools.wraps(empty)
     def empty_or_pinned(*sizes: Any, pin_memory: bool = False, **options: Any) -> Tensor:
-        made: Tensor = empty(*sizes, **options)
-        return pin(made) if pin_memory else made
+        tensor: Tensor = empty(*sizes, **options)
+        return pin(tensor) if pin_memory else tensor
 
     return empty_or_pinned
 
 
-def _made_here(tensor: Any) -> Any:
+def _created_on_host(tensor: Any) -> Any:
     """Make a device's tensor of values on the host, and copy it."""
 
     @functools.wraps(tensor)
-    def made(
+    def created(
         values: Any, *, device: Any = None, pin_memory: bool = False, **options: Any
     ) -> Tensor:
-        where = torch.empty(0).device if device is None else torch.device(device)
-        here: Tensor = tensor(values, device="cpu" if where.type == NAME else where, **options)
-        return here.to(where)
+        target_device = torch.empty(0).device if device is None else torch.device(device)
+        host_tensor: Tensor = tensor(
+            values, device="cpu" if target_device.type == NAME else target_device, **options
+        )
+        return host_tensor.to(target_device)
 
-    return made
+    return created
 
 
 def _pinned_copy(self: Tensor, device: Any = None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from emulated.streams import Copy, counts, current_stream
+from emulated.streams import PendingCopy, counts, current_stream
 
 NAME = "emulated"
 LOST_FILE = os.environ.get("EMULATED_LOST", "")
@@ -23,8 +23,8 @@ LOST_FILE = os.environ.get("EMULATED_LOST", "")
 
 _aten = torch.ops.aten
 COPIES = {_aten.copy_.default, _aten._to_copy.default}
-MAKERS = {_aten.empty.memory_format, _aten.empty_strided.default}
-READS = {
+ALLOCATORS = {_aten.empty.memory_format, _aten.empty_strided.default}
+HOST_READS = {
     _aten._local_scalar_dense.default,
     _aten.is_nonzero.default,
     _aten.item.default,
@@ -41,10 +41,10 @@ def _histogram(values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _aten.histc.default(values.double(), *args, **kwargs).to(values.dtype)  # type: ignore[no-any-return]
 
 
-ONLY_THERE = {_aten.histc.default: _histogram}
+CUDA_ONLY_OPS = {_aten.histc.default: _histogram}
 """What CUDA computes for dtypes that the CPU does not."""
 
-_alive: dict[int, weakref.ref[DeviceTensor]] = {}
+_live_tensors: dict[int, weakref.ref[DeviceTensor]] = {}
 
 
 class DeviceTensor(Tensor):
@@ -55,7 +55,7 @@ class DeviceTensor(Tensor):
     @staticmethod
     def __new__(cls: type[DeviceTensor], raw: Tensor) -> DeviceTensor:
         """Wrap the host's memory."""
-        made = Tensor._make_wrapper_subclass(
+        wrapper = Tensor._make_wrapper_subclass(
             cls,
             raw.size(),
             strides=raw.stride(),
@@ -64,10 +64,10 @@ class DeviceTensor(Tensor):
             device=torch.device(NAME, 0),
             requires_grad=False,
         )
-        made.raw = raw
-        key = id(made)
-        _alive[key] = weakref.ref(made, lambda _: _alive.pop(key, None))
-        return made
+        wrapper.raw = raw
+        key = id(wrapper)
+        _live_tensors[key] = weakref.ref(wrapper, lambda _: _live_tensors.pop(key, None))
+        return wrapper
 
     def data_ptr(self) -> int:
         """Return where it lies."""
@@ -90,20 +90,20 @@ class DeviceTensor(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Compute on the host's memory."""
-        return run(func, args, kwargs or {})
+        return execute(func, args, kwargs or {})
 
 
 @dataclass(slots=True)
-class Limit:
+class MemoryLimit:
     """What the device has for the tensors of this process; None for as much as the host gives."""
 
     size_bytes: int | None = None
 
 
-limit = Limit()
+limit = MemoryLimit()
 
 
-def _take(size: Sequence[int], dtype: torch.dtype) -> None:
+def _check_room(size: Sequence[int], dtype: torch.dtype) -> None:
     """Raise OutOfMemoryError if the device has no room for a new tensor."""
     size_bytes = math.prod(size) * dtype.itemsize
     if limit.size_bytes is not None and allocated_bytes() + size_bytes > limit.size_bytes:
@@ -116,7 +116,7 @@ def _take(size: Sequence[int], dtype: torch.dtype) -> None:
 def allocated_bytes() -> int:
     """Return the bytes of the memory that tensors on the device have, each counted once."""
     storages: dict[int, int] = {}
-    for reference in list(_alive.values()):
+    for reference in list(_live_tensors.values()):
         tensor = reference()
         if tensor is not None:
             storage = tensor.raw.untyped_storage()
@@ -124,7 +124,7 @@ def allocated_bytes() -> int:
     return sum(storages.values())
 
 
-def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def execute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Carry out an operation that has to do with the device; AcceleratorError if it is lost."""
     if LOST_FILE and os.path.exists(LOST_FILE):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
@@ -132,12 +132,12 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         copied = _copy(func, args, kwargs)
         if copied is not None:
             return copied
-    if func in READS:
-        counts.hidden += 1
-        current_stream().end()
-    current_stream().arrive()
-    if func in MAKERS:
-        _take(args[0], kwargs.get("dtype") or torch.float32)
+    if func in HOST_READS:
+        counts.implicit += 1
+        current_stream().complete()
+    current_stream().apply_on_device()
+    if func in ALLOCATORS:
+        _check_room(args[0], kwargs.get("dtype") or torch.float32)
     known: dict[int, DeviceTensor] = {}
 
     def unwrapped(value: Any) -> Any:
@@ -150,15 +150,17 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             _refuse_host(func, value)
         return value
 
-    where = kwargs.get("device")
+    target_device = kwargs.get("device")
 
     def wrapped(value: Any) -> Any:
-        if not isinstance(value, Tensor) or (where is not None and where.type == "cpu"):
+        if not isinstance(value, Tensor) or (
+            target_device is not None and target_device.type == "cpu"
+        ):
             return value
         return known[id(value)] if id(value) in known else DeviceTensor(value)
 
     host_args, host_kwargs = tree_map(unwrapped, (args, kwargs))
-    results = ONLY_THERE.get(func, func)(*host_args, **host_kwargs)
+    results = CUDA_ONLY_OPS.get(func, func)(*host_args, **host_kwargs)
     # A view of a tensor that was made outside of inference mode is one, too.
     is_view = any(one.alias_info is not None for one in func._schema.returns)
     is_outside = is_view and not any(tensor.is_inference() for tensor in known.values())
@@ -168,7 +170,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _refuse_host(func: Any, value: Tensor) -> None:
     if func in INDEXING and value.dtype in (torch.int64, torch.int32, torch.bool):
-        counts.hidden += 1
+        counts.implicit += 1
         return
     raise RuntimeError(
         f"{func}: expected all tensors to be on the same device, found {NAME} and {value.device}"
@@ -180,32 +182,32 @@ def _copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is _aten.copy_.default:
         target, source, *rest = args
         non_blocking = bool(rest[0]) if rest else bool(kwargs.get("non_blocking", False))
-        return _between(target, source, non_blocking=non_blocking)
+        return _copy_across(target, source, non_blocking=non_blocking)
     (source,) = args
     where = kwargs.get("device") or source.device
     if (where.type == NAME) == isinstance(source, DeviceTensor):
         return None
     options = {"dtype": kwargs.get("dtype") or source.dtype, "device": where}
     target = torch.empty_like(source, **options)
-    return _between(target, source, non_blocking=bool(kwargs.get("non_blocking", False)))
+    return _copy_across(target, source, non_blocking=bool(kwargs.get("non_blocking", False)))
 
 
-def _between(target: Tensor, source: Tensor, *, non_blocking: bool) -> Tensor | None:
-    there, here = isinstance(target, DeviceTensor), isinstance(source, DeviceTensor)
-    if there == here:
+def _copy_across(target: Tensor, source: Tensor, *, non_blocking: bool) -> Tensor | None:
+    to_device, from_device = isinstance(target, DeviceTensor), isinstance(source, DeviceTensor)
+    if to_device == from_device:
         return None
     queue = current_stream()
-    queue.arrive()
+    queue.apply_on_device()
     host_target, host_source = _raw(target), _raw(source)
-    late = non_blocking and (not there or is_pinned(host_source))
+    is_async = non_blocking and (not to_device or is_pinned(host_source))
     data = host_source.to(host_target.dtype).expand(host_target.shape).clone()
-    if late:
+    if is_async:
         same = host_source.dtype == host_target.dtype and host_source.shape == data.shape
-        read = host_source if there and same else data
-        queue.begin(Copy(host_target, read, data, to_host=not there))
+        read = host_source if to_device and same else data
+        queue.enqueue(PendingCopy(host_target, read, data, to_host=not to_device))
     else:
-        counts.hidden += 1
-        queue.end()
+        counts.implicit += 1
+        queue.complete()
         host_target.copy_(data)
     return target
 
@@ -221,7 +223,7 @@ def pin(tensor: Tensor) -> Tensor:
     """Take a host tensor's memory for page-locked, as long as it lives."""
     storage = tensor.untyped_storage()
     pin_range(storage.data_ptr(), storage.nbytes())
-    _kept.append(storage)
+    _retained_storages.append(storage)
     return tensor
 
 
@@ -230,7 +232,7 @@ def pin_range(address: int, size_bytes: int) -> None:
     _pinned.append((address, address + size_bytes))
 
 
-_kept: list[Any] = []
+_retained_storages: list[Any] = []
 """Pinned memory is not given back: another tensor at its place would be taken for pinned."""
 
 
@@ -249,13 +251,13 @@ def register(backend: ModuleType) -> torch.device:
         _setup_privateuseone_for_python_backend(NAME, backend)
         library: Any = torch.library.Library
         fallback = library("_", "IMPL")
-        fallback.fallback(lambda func, *args, **kwargs: run(func, args, kwargs), "PrivateUse1")
+        fallback.fallback(lambda func, *args, **kwargs: execute(func, args, kwargs), "PrivateUse1")
         aten = library("aten", "IMPL")
         for func in (_aten.empty.memory_format, _aten.empty_strided.default):
-            aten.impl(func, _maker(func), "PrivateUse1")
+            aten.impl(func, _factory(func), "PrivateUse1")
         _libraries.extend((fallback, aten))
     return torch.device(NAME, 0)
 
 
-def _maker(func: Any) -> Any:
-    return lambda *args, **kwargs: run(func, args, kwargs)
+def _factory(func: Any) -> Any:
+    return lambda *args, **kwargs: execute(func, args, kwargs)

@@ -20,7 +20,7 @@ class Race(AssertionError):
 
 
 @dataclass(slots=True)
-class Copy:
+class PendingCopy:
     """A copy that was begun.
 
     Attributes:
@@ -36,50 +36,50 @@ class Copy:
     source: Tensor
     data: Tensor
     to_host: bool
-    arrived: bool = False
-    checked: bool = False
+    is_applied: bool = False
+    is_checked: bool = False
 
-    def arrive(self) -> None:
+    def apply_on_device(self) -> None:
         """Let the device see it."""
-        if not self.arrived and not self.to_host:
+        if not self.is_applied and not self.to_host:
             self.target.copy_(self.data)
-        self.arrived = True
+        self.is_applied = True
 
-    def end(self) -> None:
+    def complete(self) -> None:
         """Let the host see it; raises Race if the host wrote to what was read meanwhile."""
-        self.arrive()
+        self.apply_on_device()
         if self.to_host:
             self.target.copy_(self.data)
-        elif not self.checked and not same_bytes(self.source, self.data):
+        elif not self.is_checked and not same_bytes(self.source, self.data):
             raise Race("pinned memory was overwritten before its copy to the device was over")
-        self.checked = True
+        self.is_checked = True
 
-    def reads(self, memory: Tensor) -> bool:
+    def overlaps_source(self, memory: Tensor) -> bool:
         """Whether it reads some of that host memory."""
         mine, other = _range(self.source), _range(memory)
         return not self.to_host and mine[0] < other[1] and other[0] < mine[1]
 
 
 @dataclass(slots=True)
-class Counts:
+class WaitCounts:
     """How often the host has waited for the device: through events and streams, and otherwise.
 
     What is otherwise waited for: a blocking copy, `item`, a size that depends on values.
     """
 
-    marked: int = 0
-    hidden: int = 0
+    explicit: int = 0
+    implicit: int = 0
 
-    def copy(self) -> Counts:
+    def copy(self) -> WaitCounts:
         """Return them as they are now."""
-        return Counts(self.marked, self.hidden)
+        return WaitCounts(self.explicit, self.implicit)
 
-    def __sub__(self, before: Counts) -> Counts:
+    def __sub__(self, before: WaitCounts) -> WaitCounts:
         """Return what was added since."""
-        return Counts(self.marked - before.marked, self.hidden - before.hidden)
+        return WaitCounts(self.explicit - before.explicit, self.implicit - before.implicit)
 
 
-counts = Counts()
+counts = WaitCounts()
 _lock = threading.RLock()
 
 
@@ -89,53 +89,53 @@ class Stream:
 
     device: Any = None
     priority: int = 0
-    _copies: list[Copy] = field(default_factory=list)
+    _copies: list[PendingCopy] = field(default_factory=list)
 
-    def begin(self, copy: Copy) -> None:
+    def enqueue(self, copy: PendingCopy) -> None:
         """Queue a copy; its target is garbage until it arrives."""
         with _lock, torch.inference_mode():
-            for before in self._copies:
-                if copy.to_host and before.reads(copy.target):
-                    before.end()  # the device reads it before it writes to it
+            for pending in self._copies:
+                if copy.to_host and pending.overlaps_source(copy.target):
+                    pending.complete()  # the device reads it before it writes to it
             bytes_of(copy.target).fill_(GARBAGE if copy.target.is_contiguous() else -1)
             self._copies.append(copy)
 
-    def arrive(self) -> None:
+    def apply_on_device(self) -> None:
         """Let what follows on this stream see all that was begun."""
         with _lock, torch.inference_mode():
             for copy in self._copies:
-                copy.arrive()
+                copy.apply_on_device()
 
-    def end(self, last: Copy | None = None) -> None:
+    def complete(self, last: PendingCopy | None = None) -> None:
         """Let the host see what was begun, up to `last` or all of it."""
         with _lock, torch.inference_mode():
             while self._copies:
                 first = self._copies.pop(0)
-                first.end()
+                first.complete()
                 if first is last:
                     return
 
     @property
-    def last(self) -> Copy | None:
+    def last(self) -> PendingCopy | None:
         """The copy that was begun last, if one is not over."""
         return self._copies[-1] if self._copies else None
 
-    def holds(self, copy: Copy) -> bool:
+    def is_pending(self, copy: PendingCopy) -> bool:
         """Whether a copy is not over."""
-        return any(held is copy for held in self._copies)
+        return any(pending is copy for pending in self._copies)
 
     def synchronize(self) -> None:
         """Wait for all of it."""
-        counts.marked += 1
-        self.end()
+        counts.explicit += 1
+        self.complete()
 
     def wait_stream(self, other: Stream) -> None:
         """Let what follows here see what was begun on the other one."""
-        other.arrive()
+        other.apply_on_device()
 
     def wait_event(self, event: Event) -> None:
         """Let what follows here see what was begun before the event."""
-        event.stream.arrive()
+        event.stream.apply_on_device()
 
 
 DEFAULT = Stream()
@@ -164,7 +164,7 @@ class Event:
 
     def __init__(self, **options: Any) -> None:
         self.stream = DEFAULT
-        self._last: Copy | None = None
+        self._last: PendingCopy | None = None
 
     def record(self, on: Stream | None = None) -> None:
         """Mark what was begun so far."""
@@ -173,9 +173,9 @@ class Event:
 
     def synchronize(self) -> None:
         """Wait for what was begun before it."""
-        counts.marked += 1
-        if self._last is not None and self.stream.holds(self._last):
-            self.stream.end(self._last)
+        counts.explicit += 1
+        if self._last is not None and self.stream.is_pending(self._last):
+            self.stream.complete(self._last)
 
 
 def bytes_of(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class RecordedCall:
     """One call of an experts module: which, with what, and what came back."""
 
     name: str
@@ -23,13 +23,13 @@ class Call:
 
 
 @contextmanager
-def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
+def recorded_calls(model: nn.Module) -> Iterator[list[RecordedCall]]:
     """Lists every call of an experts module made within the block, in order."""
-    calls: list[Call] = []
+    calls: list[RecordedCall] = []
     handles = [
         module.register_forward_hook(
             lambda module, args, kwargs, output, name=name: calls.append(
-                Call(name, module, args, kwargs, output)
+                RecordedCall(name, module, args, kwargs, output)
             ),
             with_kwargs=True,
         )
@@ -42,13 +42,13 @@ def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
             handle.remove()
 
 
-def blocks_of(n_experts: int, n_blocks: int = 3) -> list[range]:
+def even_blocks(n_experts: int, n_blocks: int = 3) -> list[range]:
     """Cuts the experts into consecutive blocks as even as they come: 8 gives 3, 3 and 2."""
     bounds = [-(-n_experts * index // n_blocks) for index in range(n_blocks + 1)]
     return [range(start, stop) for start, stop in pairwise(bounds)]
 
 
-def call_by_pairs(call: Call, experts: Sequence[int] | None = None) -> Tensor:
+def call_by_pairs(call: RecordedCall, experts: Sequence[int] | None = None) -> Tensor:
     """Repeats a call with one row per (token, expert) pair and adds each token's rows up.
 
     With `experts`, only the pairs of those experts are computed: what one function would answer.

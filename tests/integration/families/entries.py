@@ -20,7 +20,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class FamilyEntry:
     """One family: the class to build, the fields to set on its configuration, and remarks."""
 
     architecture: str
@@ -28,28 +28,28 @@ class Entry:
     note: str = ""
 
 
-ENTRIES: Mapping[str, Entry] = {
-    "afmoe": Entry("AfmoeForCausalLM", {"layer_types": _SLIDING_MIX}),
-    "aria": Entry("AriaTextForCausalLM", note="transposed weights"),
-    "axk1": Entry("AXK1ForCausalLM"),
-    "axk2": Entry("AXK2ForCausalLM"),
-    "bailing_hybrid": Entry("BailingHybridForCausalLM", {"layer_types": _LINEAR_MIX}),
-    "beam": Entry("BeamForCausalLM", {"mlp_layer_types": _DENSE_FIRST}, "own gate, in fp32"),
-    "cohere2_moe": Entry(
+ENTRIES: Mapping[str, FamilyEntry] = {
+    "afmoe": FamilyEntry("AfmoeForCausalLM", {"layer_types": _SLIDING_MIX}),
+    "aria": FamilyEntry("AriaTextForCausalLM", note="transposed weights"),
+    "axk1": FamilyEntry("AXK1ForCausalLM"),
+    "axk2": FamilyEntry("AXK2ForCausalLM"),
+    "bailing_hybrid": FamilyEntry("BailingHybridForCausalLM", {"layer_types": _LINEAR_MIX}),
+    "beam": FamilyEntry("BeamForCausalLM", {"mlp_layer_types": _DENSE_FIRST}, "own gate, in fp32"),
+    "cohere2_moe": FamilyEntry(
         "Cohere2MoeForCausalLM",
         {"logit_scale": 1.0, "num_shared_experts": 1, "layer_types": _SLIDING_MIX},
     ),
-    "deepseek_ocr2": Entry(
+    "deepseek_ocr2": FamilyEntry(
         "DeepseekOcr2ForConditionalGeneration",
         {
             "text_config": {"mlp_layer_types": _DENSE_FIRST},
             "vision_config": {"sam_config": _SAM},
         },
     ),
-    "deepseek_v2": Entry("DeepseekV2ForCausalLM", {"topk_method": "group_limited_greedy"}),
-    "deepseek_v3": Entry("DeepseekV3ForCausalLM"),
-    "deepseek_v32": Entry("DeepseekV32ForCausalLM"),
-    "deepseek_v4": Entry(
+    "deepseek_v2": FamilyEntry("DeepseekV2ForCausalLM", {"topk_method": "group_limited_greedy"}),
+    "deepseek_v3": FamilyEntry("DeepseekV3ForCausalLM"),
+    "deepseek_v32": FamilyEntry("DeepseekV32ForCausalLM"),
+    "deepseek_v4": FamilyEntry(
         "DeepseekV4ForCausalLM",
         {
             "num_key_value_heads": 1,
@@ -69,13 +69,13 @@ ENTRIES: Mapping[str, Entry] = {
         },
         "first layer routes by a token id table; own gate with limits",
     ),
-    "diffusion_gemma": Entry(
+    "diffusion_gemma": FamilyEntry(
         "DiffusionGemmaForBlockDiffusion",
         {"canvas_length": 12, "text_config": {"global_head_dim": HEAD_DIM}},
         "block diffusion, not autoregressive; encoder and decoder share their experts' parameters",
     ),
-    "dots1": Entry("Dots1ForCausalLM"),
-    "dots3_note": Entry(
+    "dots1": FamilyEntry("Dots1ForCausalLM"),
+    "dots3_note": FamilyEntry(
         "Dots3NoteForCausalLM",
         {
             "shared_experts_intermediate_size": 40,
@@ -88,8 +88,8 @@ ENTRIES: Mapping[str, Entry] = {
             "swa_v_head_dim": 8,
         },
     ),
-    "ernie4_5_moe": Entry("Ernie4_5_MoeForCausalLM"),
-    "ernie4_5_vl_moe": Entry(
+    "ernie4_5_moe": FamilyEntry("Ernie4_5_MoeForCausalLM"),
+    "ernie4_5_vl_moe": FamilyEntry(
         "Ernie4_5_VLMoeForConditionalGeneration",
         {
             "text_config": {
@@ -99,16 +99,16 @@ ENTRIES: Mapping[str, Entry] = {
         },
         "two experts modules a layer, for text and for vision, of different widths",
     ),
-    "exaone_moe": Entry("ExaoneMoeForCausalLM", {"layer_types": _SLIDING_MIX}),
-    "flex_olmo": Entry("FlexOlmoForCausalLM"),
-    "flint": Entry(
+    "exaone_moe": FamilyEntry("ExaoneMoeForCausalLM", {"layer_types": _SLIDING_MIX}),
+    "flex_olmo": FamilyEntry("FlexOlmoForCausalLM"),
+    "flint": FamilyEntry(
         "FlintForCausalLM",
         {
             "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
             "mlp_only_layers": [0],
         },
     ),
-    "gemma4": Entry(
+    "gemma4": FamilyEntry(
         "Gemma4ForCausalLM",
         {
             "enable_moe_block": True,
@@ -116,9 +116,9 @@ ENTRIES: Mapping[str, Entry] = {
             "hidden_size_per_layer_input": 8,
         },
     ),
-    "glm4_moe": Entry("Glm4MoeForCausalLM"),
-    "glm4_moe_lite": Entry("Glm4MoeLiteForCausalLM"),
-    "glm4v_moe": Entry(
+    "glm4_moe": FamilyEntry("Glm4MoeForCausalLM"),
+    "glm4_moe_lite": FamilyEntry("Glm4MoeLiteForCausalLM"),
+    "glm4v_moe": FamilyEntry(
         "Glm4vMoeForConditionalGeneration",
         {
             "text_config": {
@@ -131,7 +131,7 @@ ENTRIES: Mapping[str, Entry] = {
             }
         },
     ),
-    "glm5_next": Entry(
+    "glm5_next": FamilyEntry(
         "Glm5NextForConditionalGeneration",
         {
             "text_config": {
@@ -144,16 +144,16 @@ ENTRIES: Mapping[str, Entry] = {
         },
         "own gate with limits",
     ),
-    "glm_moe_dsa": Entry("GlmMoeDsaForCausalLM"),
-    "gpt_oss": Entry("GptOssForCausalLM", note="transposed, interleaved, biased; own gate"),
-    "granitemoe": Entry("GraniteMoeForCausalLM"),
-    "granitemoe_swa": Entry("GraniteMoeSWAForCausalLM"),
-    "granitemoehybrid": Entry("GraniteMoeHybridForCausalLM", {"layer_types": _LINEAR_MIX}),
-    "granitemoeshared": Entry("GraniteMoeSharedForCausalLM"),
-    "hunyuan_v1_moe": Entry("HunYuanMoEV1ForCausalLM"),
-    "hy_v3": Entry("HYV3ForCausalLM"),
-    "hy_v4": Entry("HYV4ForCausalLM", note="own gate with limits"),
-    "inkling": Entry(
+    "glm_moe_dsa": FamilyEntry("GlmMoeDsaForCausalLM"),
+    "gpt_oss": FamilyEntry("GptOssForCausalLM", note="transposed, interleaved, biased; own gate"),
+    "granitemoe": FamilyEntry("GraniteMoeForCausalLM"),
+    "granitemoe_swa": FamilyEntry("GraniteMoeSWAForCausalLM"),
+    "granitemoehybrid": FamilyEntry("GraniteMoeHybridForCausalLM", {"layer_types": _LINEAR_MIX}),
+    "granitemoeshared": FamilyEntry("GraniteMoeSharedForCausalLM"),
+    "hunyuan_v1_moe": FamilyEntry("HunYuanMoEV1ForCausalLM"),
+    "hy_v3": FamilyEntry("HYV3ForCausalLM"),
+    "hy_v4": FamilyEntry("HYV4ForCausalLM", note="own gate with limits"),
+    "inkling": FamilyEntry(
         "InklingForCausalLM",
         {
             "d_rel": 4,
@@ -163,7 +163,7 @@ ENTRIES: Mapping[str, Entry] = {
             "layer_types": _INKLING_MIX,
         },
     ),
-    "inkling2": Entry(
+    "inkling2": FamilyEntry(
         "Inkling2ForCausalLM",
         {
             "d_rel": 4,
@@ -173,7 +173,7 @@ ENTRIES: Mapping[str, Entry] = {
         },
         "own gate, soft-capped; accumulates in fp32",
     ),
-    "jamba": Entry(
+    "jamba": FamilyEntry(
         "JambaForCausalLM",
         {
             "num_hidden_layers": 4,
@@ -182,15 +182,17 @@ ENTRIES: Mapping[str, Entry] = {
             "use_mamba_kernels": False,
         },
     ),
-    "kimi_linear": Entry("KimiLinearForCausalLM", {"layer_types": _LINEAR_MIX}),
-    "kolibri1": Entry("Kolibri1ForCausalLM", {"layer_types": _SLIDING_MIX}),
-    "laguna": Entry("LagunaForCausalLM", {"layer_types": _SLIDING_MIX}),
-    "lfm2_moe": Entry("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention", "conv"]}),
-    "mellum": Entry("MellumForCausalLM", {"layer_types": _SLIDING_MIX}),
-    "mimo_v2_flash": Entry("MiMoV2FlashForCausalLM"),
-    "minimax": Entry("MiniMaxForCausalLM", {"block_size": 8}),
-    "minimax_m2": Entry("MiniMaxM2ForCausalLM"),
-    "minimax_m3_vl": Entry(
+    "kimi_linear": FamilyEntry("KimiLinearForCausalLM", {"layer_types": _LINEAR_MIX}),
+    "kolibri1": FamilyEntry("Kolibri1ForCausalLM", {"layer_types": _SLIDING_MIX}),
+    "laguna": FamilyEntry("LagunaForCausalLM", {"layer_types": _SLIDING_MIX}),
+    "lfm2_moe": FamilyEntry(
+        "Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention", "conv"]}
+    ),
+    "mellum": FamilyEntry("MellumForCausalLM", {"layer_types": _SLIDING_MIX}),
+    "mimo_v2_flash": FamilyEntry("MiMoV2FlashForCausalLM"),
+    "minimax": FamilyEntry("MiniMaxForCausalLM", {"block_size": 8}),
+    "minimax_m2": FamilyEntry("MiniMaxM2ForCausalLM"),
+    "minimax_m3_vl": FamilyEntry(
         "MiniMaxM3VLForCausalLM",
         {
             "rotary_dim": 4,
@@ -201,10 +203,10 @@ ENTRIES: Mapping[str, Entry] = {
         },
         "own gate with limits",
     ),
-    "mistral4": Entry("Mistral4ForCausalLM"),
-    "mistral_large4": Entry("MistralLarge4ForConditionalGeneration"),
-    "mixtral": Entry("MixtralForCausalLM"),
-    "muse_spark": Entry(
+    "mistral4": FamilyEntry("Mistral4ForCausalLM"),
+    "mistral_large4": FamilyEntry("MistralLarge4ForConditionalGeneration"),
+    "mixtral": FamilyEntry("MixtralForCausalLM"),
+    "muse_spark": FamilyEntry(
         "MuseSparkForConditionalGeneration",
         {
             "out_hidden_size": HIDDEN,
@@ -214,7 +216,7 @@ ENTRIES: Mapping[str, Entry] = {
         },
         "experts narrower than the model's hidden size, and a norm after each expert",
     ),
-    "nemotron_h": Entry(
+    "nemotron_h": FamilyEntry(
         "NemotronHForCausalLM",
         {
             "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
@@ -229,22 +231,24 @@ ENTRIES: Mapping[str, Entry] = {
         },
         "no gate; experts narrower than the model's hidden size",
     ),
-    "olmoe": Entry("OlmoeForCausalLM"),
-    "openai_privacy_filter": Entry(
+    "olmoe": FamilyEntry("OlmoeForCausalLM"),
+    "openai_privacy_filter": FamilyEntry(
         "OpenAIPrivacyFilterForTokenClassification",
         {"id2label": {index: f"label-{index}" for index in range(5)}},
         "token classification, bidirectional; biased, transposed; computes in fp32",
     ),
-    "phimoe": Entry("PhimoeForCausalLM"),
-    "qwen2_moe": Entry("Qwen2MoeForCausalLM"),
-    "qwen3_5_moe": Entry("Qwen3_5MoeForCausalLM", {"layer_types": _LINEAR_MIX, "head_dim": 16}),
-    "qwen3_moe": Entry("Qwen3MoeForCausalLM"),
-    "qwen3_next": Entry("Qwen3NextForCausalLM", {"layer_types": _LINEAR_MIX, "head_dim": 16}),
-    "qwen3_omni_moe": Entry(
+    "phimoe": FamilyEntry("PhimoeForCausalLM"),
+    "qwen2_moe": FamilyEntry("Qwen2MoeForCausalLM"),
+    "qwen3_5_moe": FamilyEntry(
+        "Qwen3_5MoeForCausalLM", {"layer_types": _LINEAR_MIX, "head_dim": 16}
+    ),
+    "qwen3_moe": FamilyEntry("Qwen3MoeForCausalLM"),
+    "qwen3_next": FamilyEntry("Qwen3NextForCausalLM", {"layer_types": _LINEAR_MIX, "head_dim": 16}),
+    "qwen3_omni_moe": FamilyEntry(
         "Qwen3OmniMoeThinkerForConditionalGeneration", note="the thinker, which writes the text"
     ),
-    "qwen3_vl_moe": Entry("Qwen3VLMoeForConditionalGeneration"),
-    "qwen4_exp": Entry(
+    "qwen3_vl_moe": FamilyEntry("Qwen3VLMoeForConditionalGeneration"),
+    "qwen4_exp": FamilyEntry(
         "Qwen4ExpForCausalLM",
         {
             "layer_types": _INDEXED_MIX,
@@ -263,11 +267,11 @@ ENTRIES: Mapping[str, Entry] = {
             "indexer_compress_ratio": 2,
         },
     ),
-    "solar_open": Entry("SolarOpenForCausalLM"),
-    "unlimited_ocr": Entry(
+    "solar_open": FamilyEntry("SolarOpenForCausalLM"),
+    "unlimited_ocr": FamilyEntry(
         "UnlimitedOcrForConditionalGeneration", {"vision_config": {"sam_config": _SAM}}
     ),
-    "zaya": Entry(
+    "zaya": FamilyEntry(
         "ZayaForCausalLM",
         {
             "num_experts_per_tok": 1,

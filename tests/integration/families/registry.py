@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from families.entries import ENTRIES, Entry
+from families.entries import ENTRIES, FamilyEntry
 from families.shrink import shrink
-from families.weights import SEED, enliven
+from families.weights import SEED, randomize_constants
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -67,12 +67,12 @@ def _build(name: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model: PreTrainedModel = _model_class(name, ENTRIES[name])(config)
-    enliven(model)
+    randomize_constants(model)
     model.set_experts_implementation("eager")
     return model.eval()
 
 
-def _model_class(name: str, entry: Entry) -> type[PreTrainedModel]:
+def _model_class(name: str, entry: FamilyEntry) -> type[PreTrainedModel]:
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     model_class: type[PreTrainedModel] = getattr(module, entry.architecture)
     return model_class
@@ -87,7 +87,7 @@ def _config_class(model_class: type[PreTrainedModel]) -> type[PretrainedConfig]:
     raise TypeError(f"{model_class.__name__}: config_class: got None, expected a configuration")
 
 
-def _family(name: str, entry: Entry) -> Family:
+def _family(name: str, entry: FamilyEntry) -> Family:
     return Family(
         name=name,
         model_type=_config_class(_model_class(name, entry)).model_type,

@@ -9,7 +9,7 @@ ROUTING_BIAS_NOISE = 0.05
 ROUTER_MLP_GAIN = 4.0
 
 
-def enliven(model: nn.Module, *, seed: int = SEED) -> None:
+def randomize_constants(model: nn.Module, *, seed: int = SEED) -> None:
     """Adds seeded noise to constant parameters and routing biases, and fills hash-routing tables.
 
     Families leave biases, sinks, scales and some routers at zero or one until a checkpoint is

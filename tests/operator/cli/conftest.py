@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from faasmoe_expert.store import (
+from faasmoe_contracts.store import (
     FileEntry,
     LayerEntry,
     Manifest,
@@ -69,6 +69,6 @@ def store(tmp_path: Path) -> Path:
     ]
     source = (tmp_path / "checkpoint").as_uri()
     model = ModelEntry(source, None, "tiny_moe", "TinyMoe", "bfloat16", 4, 10, 64, LAYERS)
-    manifest = Manifest.describing(model=model, layers=tuple(layers), files=files)
+    manifest = Manifest.create(model=model, layers=tuple(layers), files=files)
     (folder / "manifest.json").write_text(json.dumps(manifest.to_json()))
     return folder

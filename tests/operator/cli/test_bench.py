@@ -37,9 +37,9 @@ def test_hands_options_on_and_its_status_back(
 
 def test_finds_the_bundle_of_an_installation(tmp_path: Path) -> None:
     root = _bundle(tmp_path / "bundled")
-    assert bench.find_root((tmp_path, root)) == root
+    assert bench.find_benchmarks_root((tmp_path, root)) == root
 
 
 def test_says_that_an_installation_has_no_benchmarks(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="was built without them"):
-        bench.find_root((tmp_path,))
+        bench.find_benchmarks_root((tmp_path,))

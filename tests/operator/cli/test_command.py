@@ -12,9 +12,9 @@ WriteModel = Callable[..., Path]
 
 @pytest.mark.parametrize("command", ["up", "top", "plan", "prepare", "demo-model", "version"])
 def test_explains_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as finished:
         main([command, "--help"])
-    assert ended.value.code == 0
+    assert finished.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: faasmoe {command}")
 
 
@@ -31,9 +31,9 @@ def test_explains_each_command(command: str, capsys: pytest.CaptureFixture[str])
     ],
 )
 def test_refuses_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as finished:
         main(arguments)
-    assert ended.value.code == 2
+    assert finished.value.code == 2
     assert "usage: faasmoe" in capsys.readouterr().err
 
 

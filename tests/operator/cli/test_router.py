@@ -4,14 +4,14 @@ from pathlib import Path
 import pytest
 
 from faasmoe_operator.cli.router import Endpoint, environment
-from faasmoe_operator.control.deployment import Deployment
+from faasmoe_operator.control.local_model import LocalModel
 
 WriteModel = Callable[..., Path]
 ENDPOINT = Endpoint("127.0.0.1", 8000)
 
 
 def environment_of(file: Path, **arguments: Path) -> dict[str, str]:
-    deployment = Deployment.load(file)
+    deployment = LocalModel.load(file)
     return environment(deployment, ENDPOINT, control_url="http://c", token="t", **arguments)
 
 

@@ -22,11 +22,11 @@ import pytest
 
 WriteModel = Callable[..., Path]
 
-COMMAND = (sys.executable, str(Path(__file__).with_name("faasmoe_stand_in.py")))
+COMMAND = (sys.executable, str(Path(__file__).with_name("fake_faasmoe.py")))
 DEADLINE_S = 30.0
 
 
-class Launched:
+class UpWithFakeRouter:
     def __init__(self, process: subprocess.Popen[str], runtime: Path) -> None:
         self.process = process
         self.runtime = runtime
@@ -40,45 +40,47 @@ class Launched:
                 return
         raise AssertionError(f"{text!r} never came:\n{self.output}")
 
-    def end(self) -> int:
+    def wait_for_exit(self) -> int:
         rest, _ = self.process.communicate(timeout=DEADLINE_S)
         self.output += rest
         return self.process.returncode
 
     @property
-    def announced(self) -> dict[str, Any]:
+    def runtime_info(self) -> dict[str, Any]:
         (path,) = self.runtime.glob("faasmoe/up-*/control.json")
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 
-    def ask(self, path: str, body: object = None) -> Any:
+    def request_control(self, path: str, body: object = None) -> Any:
         """Call the control API."""
         request = urllib.request.Request(
-            self.announced["control_url"] + path,
+            self.runtime_info["control_url"] + path,
             data=None if body is None else json.dumps(body).encode(),
-            headers={"Authorization": f"Bearer {self.announced['token']}"},
+            headers={"Authorization": f"Bearer {self.runtime_info['token']}"},
         )
-        with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
-            content = answer.read()
+        with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
+            content = response.read()
         return json.loads(content) if content else None
 
     def status(self) -> dict[str, Any]:
         """The control's state; empty while it does not answer."""
         try:
-            found: dict[str, Any] = self.ask("/v1/status")
+            found: dict[str, Any] = self.request_control("/v1/status")
         except OSError:
             return {}
         return found
 
-    def functions_up(self) -> set[str]:
+    def ready_functions(self) -> set[str]:
         return {f["id"] for f in self.status().get("functions", []) if f["ready"] > 0}
 
     def sandbox_pids(self) -> set[int]:
         return {sandbox["pid"] for sandbox in self.status().get("sandboxes", [])}
 
-    def wake_all(self) -> set[str]:
+    def activate_all(self) -> set[str]:
         functions = [function["id"] for function in self.status()["functions"]]
-        self.ask("/v1/wake", {"router": "r", "sent_at_s": time.time(), "functions": functions})
+        self.request_control(
+            "/v1/wake", {"router": "r", "sent_at_s": time.time(), "functions": functions}
+        )
         return set(functions)
 
     def process_named(self, text: str) -> int:
@@ -109,7 +111,7 @@ class Launched:
 
 
 @contextmanager
-def up(file: Path, *arguments: str, **environment: str) -> Iterator[Launched]:
+def running_up(file: Path, *arguments: str, **environment: str) -> Iterator[UpWithFakeRouter]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     with tempfile.TemporaryDirectory() as runtime:  # pytest's own folders are too long for sockets
@@ -122,7 +124,7 @@ def up(file: Path, *arguments: str, **environment: str) -> Iterator[Launched]:
         )
         with process:
             try:
-                yield Launched(process, Path(runtime))
+                yield UpWithFakeRouter(process, Path(runtime))
             finally:
                 process.kill()
 
@@ -141,7 +143,7 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
-def await_end(pids: list[int]) -> None:
+def wait_for_end(pids: list[int]) -> None:
     eventually(lambda: not any(is_running(pid) for pid in pids), "no child left behind")
 
 
@@ -154,42 +156,42 @@ def model(write_model: WriteModel, store: Path) -> Path:
 def test_serves_until_a_signal_and_leaves_nothing_behind(
     model: Path, number: signal.Signals
 ) -> None:
-    with up(model) as launched:
-        launched.read_until("memory of all processes")
-        assert "tiny is served by 6 functions, 0 of them up now" in launched.output
-        assert re.search(r"OpenAI base URL +http://127.0.0.1:\d+/v1", launched.output)
-        assert f"control          {launched.announced['control_url']}" in launched.output
-        assert f"[router] control {launched.announced['control_url']}" in launched.output
-        eventually(lambda: len(launched.sandbox_pids()) == 1, "the pool")
-        children = launched.children()
+    with running_up(model) as instance:
+        instance.read_until("memory of all processes")
+        assert "tiny is served by 6 functions, 0 of them up now" in instance.output
+        assert re.search(r"OpenAI base URL +http://127.0.0.1:\d+/v1", instance.output)
+        assert f"control          {instance.runtime_info['control_url']}" in instance.output
+        assert f"[router] control {instance.runtime_info['control_url']}" in instance.output
+        eventually(lambda: len(instance.sandbox_pids()) == 1, "the pool")
+        children = instance.children()
         assert len(children) == 4  # zygote, a generic sandbox, control, router
-        launched.process.send_signal(number)
-        assert launched.end() == 0
+        instance.process.send_signal(number)
+        assert instance.wait_for_exit() == 0
         assert not any(is_running(pid) for pid in children)
-        assert list(launched.runtime.glob("faasmoe/*")) == []
+        assert list(instance.runtime.glob("faasmoe/*")) == []
 
 
 def test_keeps_its_secrets_to_its_own_user_and_off_the_command_lines(model: Path) -> None:
-    with up(model) as launched:
-        launched.read_until("memory of all processes")
-        (folder,) = launched.runtime.glob("faasmoe/up-*")
+    with running_up(model) as instance:
+        instance.read_until("memory of all processes")
+        (folder,) = instance.runtime.glob("faasmoe/up-*")
         assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777 == 0o700
         assert (folder / "control.json").stat().st_mode & 0o777 == 0o600
         assert (folder / "zygote.sock").stat().st_mode & 0o777 == 0o600
-        token = launched.announced["token"].encode()
-        for pid in launched.children():
+        token = instance.runtime_info["token"].encode()
+        for pid in instance.children():
             assert token not in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def test_leaves_nothing_behind_when_it_is_killed(model: Path) -> None:
-    with up(model) as launched:
-        launched.read_until("memory of all processes")
-        launched.wake_all()
-        eventually(lambda: len(launched.functions_up()) == 6, "all functions")
-        children = launched.children()
+    with running_up(model) as instance:
+        instance.read_until("memory of all processes")
+        instance.activate_all()
+        eventually(lambda: len(instance.ready_functions()) == 6, "all functions")
+        children = instance.children()
         assert len(children) >= 6
-        launched.process.kill()
-        await_end(children)
+        instance.process.kill()
+        wait_for_end(children)
 
 
 def test_functions_come_with_a_wake_and_go_when_nobody_calls(
@@ -200,14 +202,14 @@ def test_functions_come_with_a_wake_and_go_when_nobody_calls(
         "granularity: {expertsPerFunction: 3}",
         f"experts: {{warmPool: 0, {scaling} scaleToZeroGracePeriodSeconds: 0}}}}",
     )
-    with up(file) as launched:
-        launched.read_until("memory of all processes")
-        assert launched.sandbox_pids() == set()
-        functions = launched.wake_all()
-        eventually(lambda: launched.functions_up() == functions, "all functions")
-        pids = launched.sandbox_pids()
+    with running_up(file) as instance:
+        instance.read_until("memory of all processes")
+        assert instance.sandbox_pids() == set()
+        functions = instance.activate_all()
+        eventually(lambda: instance.ready_functions() == functions, "all functions")
+        pids = instance.sandbox_pids()
         assert len(pids) == 6
-        launched.ask(
+        instance.request_control(
             "/v1/load",
             {
                 "router": "r",
@@ -218,90 +220,90 @@ def test_functions_come_with_a_wake_and_go_when_nobody_calls(
                 "local": 0,
             },
         )
-        eventually(lambda: launched.sandbox_pids() == set(), "zero")
-        await_end(list(pids))
-        launched.process.terminate()
-        assert launched.end() == 0
-    assert "functions: 6 of 6 up" in launched.output
-    assert "functions: 0 of 6 up, 0 starting, 0 replicas; sandboxes: 0 ready" in launched.output
+        eventually(lambda: instance.sandbox_pids() == set(), "zero")
+        wait_for_end(list(pids))
+        instance.process.terminate()
+        assert instance.wait_for_exit() == 0
+    assert "functions: 6 of 6 up" in instance.output
+    assert "functions: 0 of 6 up, 0 starting, 0 replicas; sandboxes: 0 ready" in instance.output
 
 
 def test_a_killed_control_process_is_replaced_and_keeps_what_runs(model: Path) -> None:
-    with up(model) as launched:
-        launched.read_until("memory of all processes")
-        functions = launched.wake_all()
-        eventually(lambda: launched.functions_up() == functions, "all functions")
-        eventually(lambda: launched.status()["pool"]["ready"] == 1, "the pool")
-        before = launched.status()
-        os.kill(launched.process_named("faasmoe_operator.control"), signal.SIGKILL)
+    with running_up(model) as instance:
+        instance.read_until("memory of all processes")
+        functions = instance.activate_all()
+        eventually(lambda: instance.ready_functions() == functions, "all functions")
+        eventually(lambda: instance.status()["pool"]["ready"] == 1, "the pool")
+        before = instance.status()
+        os.kill(instance.process_named("faasmoe_operator.control"), signal.SIGKILL)
         eventually(
-            lambda: launched.status().get("epoch", before["epoch"]) != before["epoch"],
+            lambda: instance.status().get("epoch", before["epoch"]) != before["epoch"],
             "another control process",
         )
-        after = launched.status()
+        after = instance.status()
         addresses = [{s["address"] for s in status["sandboxes"]} for status in (before, after)]
         assert addresses[0] == addresses[1]
-        assert launched.functions_up() == functions
+        assert instance.ready_functions() == functions
         assert all(is_running(sandbox["pid"]) for sandbox in before["sandboxes"])
-        launched.process.terminate()
-        assert launched.end() == 0
-    assert "the control process ended with status -9; it is started again" in launched.output
+        instance.process.terminate()
+        assert instance.wait_for_exit() == 0
+    assert "the control process ended with status -9; restarting it" in instance.output
 
 
 def test_a_killed_zygote_is_replaced_and_its_functions_come_back(model: Path) -> None:
-    with up(model) as launched:
-        launched.read_until("memory of all processes")
-        functions = launched.wake_all()
-        eventually(lambda: launched.functions_up() == functions, "all functions")
-        pids = launched.sandbox_pids()
-        os.kill(launched.process_named("zygote"), signal.SIGKILL)
-        await_end(list(pids))
-        eventually(lambda: launched.functions_up() == functions, "all functions again")
-        assert not pids & launched.sandbox_pids()
-        launched.process.terminate()
-        assert launched.end() == 0
-    assert "the zygote ended with status -9; it is started again" in launched.output
+    with running_up(model) as instance:
+        instance.read_until("memory of all processes")
+        functions = instance.activate_all()
+        eventually(lambda: instance.ready_functions() == functions, "all functions")
+        pids = instance.sandbox_pids()
+        os.kill(instance.process_named("zygote"), signal.SIGKILL)
+        wait_for_end(list(pids))
+        eventually(lambda: instance.ready_functions() == functions, "all functions again")
+        assert not pids & instance.sandbox_pids()
+        instance.process.terminate()
+        assert instance.wait_for_exit() == 0
+    assert "the zygote ended with status -9; restarting it" in instance.output
 
 
 def test_ends_cleanly_when_it_is_interrupted_while_it_starts(model: Path) -> None:
-    with up(model, STAND_IN_WAITS="1") as launched:
-        launched.read_until("control listens")
-        children = launched.children()
-        launched.process.send_signal(signal.SIGINT)
-        assert launched.end() == 130
+    with running_up(model, FAKE_ROUTER_UNHEALTHY="1") as instance:
+        instance.read_until("control listens")
+        children = instance.children()
+        instance.process.send_signal(signal.SIGINT)
+        assert instance.wait_for_exit() == 130
         assert not any(is_running(pid) for pid in children)
-    assert "Traceback" not in launched.output
+    assert "Traceback" not in instance.output
 
 
 def test_says_why_the_router_does_not_start(model: Path) -> None:
-    with up(model, STAND_IN_FAILS="1") as launched:
-        assert launched.end() == 1
+    with running_up(model, FAKE_ROUTER_FAILS="1") as instance:
+        assert instance.wait_for_exit() == 1
     assert "faasmoe: error: the router ended with status 1\n  the router has no model" in (
-        launched.output
+        instance.output
     )
 
 
 def test_writes_logs_to_files_if_asked_to(model: Path, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
-    with up(model, "--log-dir", str(logs)) as launched:
-        launched.read_until("memory of all processes")
-        eventually(lambda: len(launched.sandbox_pids()) == 1, "the pool")
-        launched.process.terminate()
-        assert launched.end() == 0
-    assert "[router]" not in launched.output
+    with running_up(model, "--log-dir", str(logs)) as instance:
+        instance.read_until("memory of all processes")
+        eventually(lambda: len(instance.sandbox_pids()) == 1, "the pool")
+        instance.process.terminate()
+        assert instance.wait_for_exit() == 0
+    assert "[router]" not in instance.output
     assert (logs / "router.log").read_text().startswith("control http://")
     assert "control listens on" in (logs / "control.log").read_text()
     assert "begins" in (logs / "sandboxes.log").read_text()
 
 
 def test_is_found_by_top(model: Path) -> None:
-    with up(model) as launched:
-        launched.read_until("memory of all processes")
-        functions = launched.wake_all()
-        eventually(lambda: launched.functions_up() == functions, "all functions")
+    with running_up(model) as instance:
+        instance.read_until("memory of all processes")
+        functions = instance.activate_all()
+        eventually(lambda: instance.ready_functions() == functions, "all functions")
         shown = subprocess.run(
             [sys.executable, "-m", "faasmoe_operator.cli", "top", "--once", "-f", str(model)],
-            env={**os.environ, "XDG_RUNTIME_DIR": str(launched.runtime)},
+            env={**os.environ, "XDG_RUNTIME_DIR": str(instance.runtime)},
             capture_output=True,
             text=True,
             check=True,
@@ -314,31 +316,31 @@ def test_refuses_a_device_that_is_not_there_before_anything_starts(
     write_model: WriteModel, store: Path
 ) -> None:
     file = write_model("router: {device: cuda}", "experts: {device: cpu}")
-    with up(file, CUDA_VISIBLE_DEVICES="") as launched:
-        assert launched.end() == 2
-    assert f"error: {file}: spec.router.device: got cuda, expected cpu or auto" in launched.output
-    assert "checking the store" not in launched.output
-    assert "starting zygote" not in launched.output
+    with running_up(file, CUDA_VISIBLE_DEVICES="") as instance:
+        assert instance.wait_for_exit() == 2
+    assert f"error: {file}: spec.router.device: got cuda, expected cpu or auto" in instance.output
+    assert "checking the store" not in instance.output
+    assert "starting zygote" not in instance.output
 
 
 def test_refuses_a_store_with_a_damaged_file_before_anything_starts(
     model: Path, store: Path
 ) -> None:
     (store / "layer1.safetensors").write_bytes(b"y")
-    with up(model) as launched:
-        assert launched.end() == 1
-    assert "checking the store's 2 files, 2 B" in launched.output
-    assert re.search(r"error: \S+/layer1.safetensors: sha256: got \w+, expected", launched.output)
-    assert "starting zygote" not in launched.output
+    with running_up(model) as instance:
+        assert instance.wait_for_exit() == 1
+    assert "checking the store's 2 files, 2 B" in instance.output
+    assert re.search(r"error: \S+/layer1.safetensors: sha256: got \w+, expected", instance.output)
+    assert "starting zygote" not in instance.output
 
 
 def test_trusts_the_store_if_asked_to(model: Path, store: Path) -> None:
     (store / "layer1.safetensors").write_bytes(b"y")
-    with up(model, "--skip-verify") as launched:
-        launched.read_until("memory of all processes")
-        launched.process.terminate()
-        assert launched.end() == 0
-    assert "checking" not in launched.output
+    with running_up(model, "--skip-verify") as instance:
+        instance.read_until("memory of all processes")
+        instance.process.terminate()
+        assert instance.wait_for_exit() == 0
+    assert "checking" not in instance.output
 
 
 def test_hands_its_tenants_to_the_router_in_a_private_file(
@@ -347,41 +349,41 @@ def test_hands_its_tenants_to_the_router_in_a_private_file(
     keys = store.parent / "keys" / "acme"
     keys.mkdir(parents=True)
     file = write_model("tenants: [{name: acme, apiKeysPath: keys/acme, weight: 2}]")
-    with up(file) as launched:
-        launched.read_until("memory of all processes")
-        (written,) = launched.runtime.glob("faasmoe/up-*/tenants.json")
+    with running_up(file) as instance:
+        instance.read_until("memory of all processes")
+        (written,) = instance.runtime.glob("faasmoe/up-*/tenants.json")
         assert written.stat().st_mode & 0o777 == 0o600
-        launched.process.terminate()
-        assert launched.end() == 0
-    found = re.search(r"\[router\] tenants (.*)", launched.output)
+        instance.process.terminate()
+        assert instance.wait_for_exit() == 0
+    found = re.search(r"\[router\] tenants (.*)", instance.output)
     assert found
     (tenant,) = json.loads(found[1])["tenants"]
     assert (tenant["name"], tenant["keysPath"], tenant["weight"]) == ("acme", str(keys), 2)
-    assert re.search(r"tenant +acme: http://127.0.0.1:\d+/acme/v1", launched.output)
+    assert re.search(r"tenant +acme: http://127.0.0.1:\d+/acme/v1", instance.output)
 
 
 def test_refuses_a_tenant_without_a_folder_of_keys_before_anything_starts(
     write_model: WriteModel, store: Path
 ) -> None:
-    with up(write_model("tenants: [{name: acme, apiKeysPath: keys/acme}]")) as launched:
-        assert launched.end() == 2
+    with running_up(write_model("tenants: [{name: acme, apiKeysPath: keys/acme}]")) as instance:
+        assert instance.wait_for_exit() == 2
     folder = store.parent / "keys" / "acme"
-    assert f"spec.tenants.0.apiKeysPath: got {folder}, expected a folder with" in launched.output
-    assert "starting zygote" not in launched.output
+    assert f"spec.tenants.0.apiKeysPath: got {folder}, expected a folder with" in instance.output
+    assert "starting zygote" not in instance.output
 
 
 def test_tells_what_it_cannot_honour(write_model: WriteModel, store: Path) -> None:
-    with up(write_model("router: {replicas: 3}", "suspend: true")) as launched:
-        launched.read_until("memory of all processes")
-        launched.process.terminate()
-        assert launched.end() == 0
+    with running_up(write_model("router: {replicas: 3}", "suspend: true")) as instance:
+        instance.read_until("memory of all processes")
+        instance.process.terminate()
+        assert instance.wait_for_exit() == 0
     for field in ("spec.router.replicas", "spec.suspend"):
         note = f"faasmoe: {field}: has no effect here, only Kubernetes honours it"
-        assert note in launched.output
+        assert note in instance.output
 
 
 def test_says_that_the_preparation_failed(write_model: WriteModel) -> None:
-    with up(write_model(source="file://missing")) as launched:
-        assert launched.end() == 1
-    assert re.search(r"the preparation of file:///\S+missing ended with status 1", launched.output)
-    assert "Traceback" not in launched.output
+    with running_up(write_model(source="file://missing")) as instance:
+        assert instance.wait_for_exit() == 1
+    assert re.search(r"the preparation of file:///\S+missing ended with status 1", instance.output)
+    assert "Traceback" not in instance.output

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from faasmoe_operator.control.config import ConfigError, ControlConfig
+from faasmoe_operator.control.config import ControlConfig, OperatorConfigError
 
 ENV = {
     "FAASMOE_MODEL_FILE": "/models/model.yaml",
@@ -38,5 +38,5 @@ def test_shows_no_secret() -> None:
     ],
 )
 def test_names_the_variable_that_is_wrong(name: str, value: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=f"FAASMOE_{name}: {message}"):
+    with pytest.raises(OperatorConfigError, match=f"FAASMOE_{name}: {message}"):
         ControlConfig.from_env({**ENV, f"FAASMOE_{name}": value})

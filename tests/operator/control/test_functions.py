@@ -1,9 +1,9 @@
 from typing import Any
 
-from faasmoe_expert.table import FunctionSpec
+from faasmoe_contracts.routing_table import FunctionSpec
+from faasmoe_operator.api.v1alpha1.experts import ScalingSpec
 from faasmoe_operator.control.functions import managed_functions, scaling_settings
 from faasmoe_operator.scaling import ScalingSettings
-from faasmoe_operator.spec.scaling import Scaling
 
 
 class Layer:
@@ -13,8 +13,8 @@ class Layer:
     shared_bytes = 3
 
 
-def scaling(**values: Any) -> Scaling:
-    return Scaling.model_validate(values)
+def scaling(**values: Any) -> ScalingSpec:
+    return ScalingSpec.model_validate(values)
 
 
 def test_passes_every_setting_on() -> None:
@@ -71,5 +71,5 @@ def test_a_shape_is_the_same_whatever_the_id() -> None:
         managed_functions([FunctionSpec(name, (0,), (0, 2))], [Layer()], scaling=scaling())[0]
         for name in ("a", "b")
     )
-    assert one.shape == other.shape == "0:0,2"
-    assert one.apart == "0"
+    assert one.stable_key == other.stable_key == "0:0,2"
+    assert one.anti_affinity_key == "0"

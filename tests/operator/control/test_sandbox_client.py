@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from faasmoe_expert.table import FunctionSpec
+from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_operator.control.sandbox_client import (
     ModelStore,
     SandboxClient,
-    SandboxError,
-    Timeouts,
+    SandboxClientError,
+    SandboxClientTimeouts,
 )
 
 STORE = ModelStore(Path("/store"), "sha256:0")
@@ -32,7 +32,7 @@ async def list_functions(client: SandboxClient, address: str) -> object:
     return await client.list(address)
 
 
-def answer(status: int, body: object) -> bytes:
+def http_response(status: int, body: object) -> bytes:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     return b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%b" % (status, len(content), content)
 
@@ -55,7 +55,9 @@ def call_with(call: Call, reply: bytes | None, requests: list[bytes] | None = No
     async def run() -> object:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         host, port = server.sockets[0].getsockname()
-        timeouts = Timeouts(attach_timeout_s=0.3, list_timeout_s=0.3, detach_timeout_s=0.3)
+        timeouts = SandboxClientTimeouts(
+            attach_timeout_s=0.3, list_timeout_s=0.3, detach_timeout_s=0.3
+        )
         async with server:
             try:
                 async with SandboxClient(token="secret", timeouts=timeouts) as client:
@@ -68,37 +70,49 @@ def call_with(call: Call, reply: bytes | None, requests: list[bytes] | None = No
 
 def test_sends_the_token() -> None:
     requests: list[bytes] = []
-    call_with(attach, answer(201, {}), requests)
+    call_with(attach, http_response(201, {}), requests)
     assert requests[0].startswith(b"PUT /v1/functions/f1 HTTP/1.1")
     assert b"Authorization: Bearer secret" in requests[0]
 
 
 def test_takes_a_function_that_is_gone_as_detached() -> None:
     error = {"error": {"code": "unknown_function", "message": "id: got 'f1'"}}
-    call_with(detach, answer(404, error))
+    call_with(detach, http_response(404, error))
     call_with(detach, b"HTTP/1.1 204 X\r\n\r\n")
 
 
 @pytest.mark.parametrize(
     ("call", "reply", "code", "message"),
     [
-        pytest.param(attach, None, "timeout", "no answer in 0.3 s", id="silent"),
+        pytest.param(attach, None, "timeout", "no response within 0.3 s", id="silent"),
         pytest.param(attach, b"\x00\x01garbage", "unreachable", "PUT /f1", id="no-http"),
-        pytest.param(attach, answer(200, b"<html>"), "garbage", "without JSON", id="no-json"),
-        pytest.param(attach, answer(200, [1]), "garbage", "got list", id="no-object"),
-        pytest.param(attach, answer(500, {}), "garbage", "without an error", id="no-error-object"),
+        pytest.param(
+            attach, http_response(200, b"<html>"), "protocol_error", "without JSON", id="no-json"
+        ),
+        pytest.param(attach, http_response(200, [1]), "protocol_error", "got list", id="no-object"),
         pytest.param(
             attach,
-            answer(409, {"error": {"code": "full", "message": "capacity: got 2", "field": "x"}}),
+            http_response(500, {}),
+            "protocol_error",
+            "without an error",
+            id="no-error-object",
+        ),
+        pytest.param(
+            attach,
+            http_response(
+                409, {"error": {"code": "full", "message": "capacity: got 2", "field": "x"}}
+            ),
             "full",
             "capacity: got 2",
             id="refused",
         ),
-        pytest.param(list_functions, answer(200, {}), "garbage", "functions", id="no-functions"),
+        pytest.param(
+            list_functions, http_response(200, {}), "protocol_error", "functions", id="no-functions"
+        ),
         pytest.param(
             list_functions,
-            answer(200, {"functions": [{"id": "f1", "layers": [], "experts": [0]}]}),
-            "garbage",
+            http_response(200, {"functions": [{"id": "f1", "layers": [], "experts": [0]}]}),
+            "protocol_error",
             "layers: got an empty list",
             id="function-without-layers",
         ),
@@ -107,7 +121,7 @@ def test_takes_a_function_that_is_gone_as_detached() -> None:
 def test_says_what_is_wrong_with_a_sandbox(
     call: Call, reply: bytes | None, code: str, message: str
 ) -> None:
-    with pytest.raises(SandboxError, match=message) as caught:
+    with pytest.raises(SandboxClientError, match=message) as caught:
         call_with(call, reply)
     assert caught.value.code == code
     assert str(caught.value).startswith("sandbox 127.0.0.1:")
@@ -118,6 +132,6 @@ def test_says_that_nobody_listens() -> None:
         async with SandboxClient(token="") as client:
             await client.list("127.0.0.1:1")
 
-    with pytest.raises(SandboxError) as caught:
+    with pytest.raises(SandboxClientError) as caught:
         asyncio.run(run())
     assert caught.value.code == "unreachable"

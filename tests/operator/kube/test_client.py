@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from kube_objects import an_object
+from kube_objects import make_object
 from kubernetes.aio.client.configuration import Configuration
 
 from faasmoe_operator.kube.client import KubeClient
-from faasmoe_operator.kube.errors import ApiError, Conflict, Forbidden, Invalid, Unavailable
-from faasmoe_operator.kube.kinds import (
+from faasmoe_operator.kube.errors import Conflict, Forbidden, Invalid, KubeApiError, Unavailable
+from faasmoe_operator.kube.transport import KubeTransport
+from faasmoe_operator.kube.types import (
     CONFIG_MAP,
     DEPLOYMENT,
     HTTP_ROUTE,
@@ -23,7 +24,6 @@ from faasmoe_operator.kube.kinds import (
     SERVICE,
     Kind,
 )
-from faasmoe_operator.kube.transport import Transport
 
 Answer = tuple[int, Any, dict[str, str]]
 
@@ -61,7 +61,7 @@ SILENCE_S = 3.0
 
 
 @asynccontextmanager
-async def serving(
+async def fake_api_server(
     server: ApiServer, counted: list[tuple[str, str, int]]
 ) -> AsyncIterator[KubeClient]:
     timeout_s = SILENCE_S if SILENT in server.answers else PATIENT_S
@@ -77,8 +77,8 @@ async def serving(
     def count(verb: str, kind: Kind, status: int) -> None:
         counted.append((verb, str(kind), status))
 
-    transport = Transport(
-        configuration, count=count, retry_delays_s=(0.0, 0.0), request_timeout_s=timeout_s
+    transport = KubeTransport(
+        configuration, on_request=count, retry_delays_s=(0.0, 0.0), request_timeout_s=timeout_s
     )
     try:
         async with KubeClient(transport) as client:
@@ -88,7 +88,7 @@ async def serving(
 
 
 @dataclass
-class Talk:
+class Exchange:
     server: ApiServer
     result: Any
     counted: list[tuple[str, str, int]]
@@ -99,18 +99,18 @@ class Talk:
         return request
 
 
-def talk(call: Callable[[KubeClient], Awaitable[Any]], *answers: Answer) -> Talk:
+def exchange(call: Callable[[KubeClient], Awaitable[Any]], *answers: Answer) -> Exchange:
     """Make a call against a server that gives these answers; an error is the result."""
     server, counted = ApiServer(list(answers)), list[tuple[str, str, int]]()
 
     async def run() -> Any:
-        async with serving(server, counted) as client:
+        async with fake_api_server(server, counted) as client:
             try:
                 return await call(client)
-            except ApiError as error:
+            except KubeApiError as error:
                 return error
 
-    return Talk(server, asyncio.run(run()), counted)
+    return Exchange(server, asyncio.run(run()), counted)
 
 
 def ok(body: Any) -> Answer:
@@ -127,12 +127,12 @@ def get(client: KubeClient) -> Awaitable[Any]:
 
 
 def create(client: KubeClient) -> Awaitable[Any]:
-    return client.create(POD, an_object(POD, "a"))
+    return client.create(POD, make_object(POD, "a"))
 
 
 def test_reads_an_object_as_who_we_are() -> None:
-    pod = an_object(POD, "a")
-    story = talk(get, ok(pod))
+    pod = make_object(POD, "a")
+    story = exchange(get, ok(pod))
     assert story.result == pod
     assert story.only["path"] == "/api/v1/namespaces/llm/pods/a"
     assert story.only["authorization"] == "t0k"
@@ -140,12 +140,12 @@ def test_reads_an_object_as_who_we_are() -> None:
 
 
 def test_an_object_that_is_not_there_is_none() -> None:
-    assert talk(get, refusal(404, "NotFound")).result is None
+    assert exchange(get, refusal(404, "NotFound")).result is None
 
 
 def test_lists_page_by_page_and_names_what_it_lists() -> None:
     item = {"metadata": {"name": "a"}}
-    story = talk(
+    story = exchange(
         lambda client: client.list(DEPLOYMENT, None, label_selector="a=b"),
         ok({"metadata": {"continue": "next"}, "items": [item]}),
         ok({"metadata": {}, "items": [item]}),
@@ -159,7 +159,7 @@ def test_lists_page_by_page_and_names_what_it_lists() -> None:
 
 def test_applies_by_force_as_one_field_manager_and_strictly() -> None:
     obj = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "a", "namespace": "llm"}}
-    story = talk(lambda client: client.apply(CONFIG_MAP, obj), ok(obj))
+    story = exchange(lambda client: client.apply(CONFIG_MAP, obj), ok(obj))
     assert story.only == {
         "method": "PATCH",
         "path": "/api/v1/namespaces/llm/configmaps/a",
@@ -173,14 +173,14 @@ def test_applies_by_force_as_one_field_manager_and_strictly() -> None:
 def test_merges_all_but_metadata_into_just_this_object() -> None:
     metadata = {"name": "a", "namespace": "llm", "uid": "u1", "labels": {"x": "1"}}
     obj = {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": {"ports": []}}
-    story = talk(lambda client: client.merge(SERVICE, obj), ok(obj))
+    story = exchange(lambda client: client.merge_patch(SERVICE, obj), ok(obj))
     assert story.only["type"] == "application/merge-patch+json"
     assert story.only["path"] == "/api/v1/namespaces/llm/services/a"
     assert story.only["body"] == {**obj, "metadata": {"uid": "u1"}}
 
 
 def test_writes_a_status_of_just_this_object_in_just_this_state() -> None:
-    story = talk(
+    story = exchange(
         lambda client: client.patch_status(
             MOEMODEL, "llm", "m", {"url": "u"}, uid="u1", resource_version="7"
         ),
@@ -197,7 +197,7 @@ def test_writes_a_status_of_just_this_object_in_just_this_state() -> None:
 
 
 def test_sets_and_removes_labels_and_touches_no_other_metadata() -> None:
-    story = talk(
+    story = exchange(
         lambda client: client.patch_metadata(POD, "llm", "a", labels={"x": "1", "y": None}), ok({})
     )
     assert story.only["body"] == {"metadata": {"labels": {"x": "1", "y": None}}}
@@ -205,7 +205,7 @@ def test_sets_and_removes_labels_and_touches_no_other_metadata() -> None:
 
 
 def test_deletes_just_the_object_that_is_meant() -> None:
-    story = talk(lambda client: client.delete(POD, "llm", "a", uid="u1", grace_s=0), ok({}))
+    story = exchange(lambda client: client.delete(POD, "llm", "a", uid="u1", grace_s=0), ok({}))
     assert story.only["method"] == "DELETE"
     assert story.only["body"] == {
         "propagationPolicy": "Background",
@@ -216,7 +216,7 @@ def test_deletes_just_the_object_that_is_meant() -> None:
 
 @pytest.mark.parametrize("answer", [refusal(404, "NotFound"), refusal(409, "Conflict")])
 def test_has_nothing_to_delete_if_it_is_gone_or_another(answer: Answer) -> None:
-    assert talk(lambda client: client.delete(POD, "llm", "a", uid="u1"), answer).result is None
+    assert exchange(lambda client: client.delete(POD, "llm", "a", uid="u1"), answer).result is None
 
 
 @pytest.mark.parametrize(
@@ -229,8 +229,8 @@ def test_has_nothing_to_delete_if_it_is_gone_or_another(answer: Answer) -> None:
         pytest.param(refusal(500, "InternalError", "etcd"), Unavailable, id="broken"),
     ],
 )
-def test_says_what_the_server_said(answer: Answer, kind: type[ApiError]) -> None:
-    error = talk(create, answer).result
+def test_says_what_the_server_said(answer: Answer, kind: type[KubeApiError]) -> None:
+    error = exchange(create, answer).result
     assert type(error) is kind
     assert error.status == answer[0]
     assert error.reason == answer[1]["reason"]
@@ -238,8 +238,8 @@ def test_says_what_the_server_said(answer: Answer, kind: type[ApiError]) -> None
 
 
 def test_tells_a_taken_name_from_other_conflicts() -> None:
-    assert talk(create, refusal(409, "AlreadyExists")).result.exists
-    assert not talk(create, refusal(409, "Conflict")).result.exists
+    assert exchange(create, refusal(409, "AlreadyExists")).result.exists
+    assert not exchange(create, refusal(409, "Conflict")).result.exists
 
 
 @pytest.mark.parametrize(
@@ -252,32 +252,32 @@ def test_tells_a_taken_name_from_other_conflicts() -> None:
     ],
 )
 def test_asks_again_what_may_be_asked_twice(answer: Answer) -> None:
-    story = talk(get, answer, ok({"kind": "Pod"}))
+    story = exchange(get, answer, ok({"kind": "Pod"}))
     assert story.result == {"kind": "Pod"}
     assert story.counted == [("get", "pods", answer[0]), ("get", "pods", 200)]
 
 
 @pytest.mark.parametrize("answer", [refusal(500, "InternalError"), SILENT])
 def test_does_not_create_twice(answer: Answer) -> None:
-    story = talk(create, answer, ok({}))
+    story = exchange(create, answer, ok({}))
     assert isinstance(story.result, Unavailable)
     assert len(story.server.requests) == 1
 
 
 def test_creates_again_if_the_server_did_not_even_look_at_it() -> None:
-    story = talk(create, refusal(429, "TooManyRequests", Retry_After="0"), ok({"kind": "Pod"}))
+    story = exchange(create, refusal(429, "TooManyRequests", Retry_After="0"), ok({"kind": "Pod"}))
     assert story.result == {"kind": "Pod"}
 
 
 def test_gives_up_after_a_few_times() -> None:
-    story = talk(get, refusal(503, "ServiceUnavailable", "etcd is away"))
+    story = exchange(get, refusal(503, "ServiceUnavailable", "etcd is away"))
     assert isinstance(story.result, Unavailable)
     assert "etcd is away" in str(story.result)
     assert len(story.server.requests) == 3
 
 
 def test_leaves_a_long_wait_to_its_caller() -> None:
-    story = talk(get, refusal(429, "TooManyRequests", Retry_After="60"))
+    story = exchange(get, refusal(429, "TooManyRequests", Retry_After="60"))
     assert isinstance(story.result, Unavailable)
     assert story.result.retry_after_s == 60
     assert len(story.server.requests) == 1
@@ -285,7 +285,7 @@ def test_leaves_a_long_wait_to_its_caller() -> None:
 
 def test_a_server_that_is_not_there_is_unavailable() -> None:
     async def run() -> None:
-        transport = Transport(Configuration(host="http://127.0.0.1:1"), retry_delays_s=(0.0,))
+        transport = KubeTransport(Configuration(host="http://127.0.0.1:1"), retry_delays_s=(0.0,))
         async with KubeClient(transport) as client:
             with pytest.raises(Unavailable, match="get /api/v1/namespaces/llm/pods/a: "):
                 await get(client)
@@ -295,14 +295,19 @@ def test_a_server_that_is_not_there_is_unavailable() -> None:
 
 @pytest.mark.parametrize("body", [b"<html>", b"[1]", b""])
 def test_an_answer_that_is_no_object_is_an_error(body: bytes) -> None:
-    error = talk(get, (200, body, {})).result
+    error = exchange(get, (200, body, {})).result
     assert error.reason == "NotJson"
 
 
 def test_knows_what_the_cluster_serves() -> None:
     served = ok({"resources": [{"name": "httproutes"}, {"name": "httproutes/status"}]})
-    story = talk(lambda client: client.serves(HTTP_ROUTE), served)
+    story = exchange(lambda client: client.is_served(HTTP_ROUTE), served)
     assert story.result is True
     assert story.only["path"] == "/apis/gateway.networking.k8s.io/v1"
-    assert talk(lambda client: client.serves(HTTP_ROUTE), ok({"resources": []})).result is False
-    assert talk(lambda client: client.serves(HTTP_ROUTE), refusal(404, "NotFound")).result is False
+    assert (
+        exchange(lambda client: client.is_served(HTTP_ROUTE), ok({"resources": []})).result is False
+    )
+    assert (
+        exchange(lambda client: client.is_served(HTTP_ROUTE), refusal(404, "NotFound")).result
+        is False
+    )

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from faasmoe_operator.control.config import ConfigError
+from faasmoe_operator.control.config import OperatorConfigError
 from faasmoe_operator.kube.config import OperatorConfig
 
 ENV = {
@@ -66,5 +66,5 @@ def test_reads_everything() -> None:
     ],
 )
 def test_names_the_variable_that_is_wrong(name: str, value: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"FAASMOE_OPERATOR_{name}: {message}")):
+    with pytest.raises(OperatorConfigError, match=re.escape(f"FAASMOE_OPERATOR_{name}: {message}")):
         OperatorConfig.from_env({**ENV, f"FAASMOE_OPERATOR_{name}": value})

@@ -1,14 +1,14 @@
 import asyncio
 
 import pytest
-from kube_fake import FakeKubeApi
-from kube_objects import an_object
+from fake_kube_api import FakeKubeApi
+from kube_objects import make_object
 
 from faasmoe_operator.kube.errors import Forbidden
-from faasmoe_operator.kube.events import EventWriter, StateEvent, state_events
-from faasmoe_operator.kube.kinds import EVENT, MOEMODEL, Object
+from faasmoe_operator.kube.events import EventRecorder, ModelEvent, transition_events
+from faasmoe_operator.kube.types import EVENT, MOEMODEL, Object
 
-MODEL = an_object(MOEMODEL, "moe")
+MODEL = make_object(MOEMODEL, "moe")
 NOW, LATER = "2026-09-01T12:00:00Z", "2026-09-01T12:05:00Z"
 
 
@@ -37,24 +37,24 @@ def test_tells_changes_of_state_only(
     before: tuple[str, str] | None, after: tuple[str, str, str], told: str | None
 ) -> None:
     known = [] if before is None else [a_condition(after[0], *before)]
-    events = state_events(known, [a_condition(*after)])
+    events = transition_events(known, [a_condition(*after)])
     assert [event.type for event in events] == ([] if told is None else [told])
     assert all((event.reason, event.note) == (after[2], "so it is") for event in events)
 
 
-def written(*events: StateEvent) -> list[Object]:
+def written(*events: ModelEvent) -> list[Object]:
     api = FakeKubeApi()
-    writer = EventWriter(api, instance="operator-0")
+    writer = EventRecorder(api, instance="operator-0")
 
     async def story() -> None:
         for event, now in zip(events, (NOW, LATER), strict=False):
-            await writer.write(MODEL, event, now=now)
+            await writer.record(MODEL, event, now=now)
 
     asyncio.run(story())
     return [obj for (kind, _, _), obj in api.objects.items() if kind == EVENT]
 
 
-FULL = StateEvent("Warning", "NoSpace", "the claim is full")
+FULL = ModelEvent("Warning", "NoSpace", "the claim is full")
 
 
 def test_an_event_is_about_its_model() -> None:
@@ -74,10 +74,10 @@ def test_what_is_said_again_is_counted() -> None:
 
 
 def test_what_is_said_otherwise_is_another_event() -> None:
-    assert len(written(FULL, StateEvent("Warning", "NoSpace", "another claim is full"))) == 2
+    assert len(written(FULL, ModelEvent("Warning", "NoSpace", "another claim is full"))) == 2
 
 
 def test_an_event_that_is_refused_keeps_nobody() -> None:
     api = FakeKubeApi()
-    api.refusals["apply", EVENT] = Forbidden("no", status=403)
-    asyncio.run(EventWriter(api, instance="o").write(MODEL, FULL, now=NOW))
+    api.errors["apply", EVENT] = Forbidden("no", status=403)
+    asyncio.run(EventRecorder(api, instance="o").record(MODEL, FULL, now=NOW))

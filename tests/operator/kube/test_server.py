@@ -6,19 +6,20 @@ import sys
 import aiohttp
 import pytest
 from aiohttp import web
-from kube_objects import an_object
+from kube_objects import make_object
 
-from faasmoe_operator.kube.kinds import MOEMODEL, POD
-from faasmoe_operator.kube.logs import JsonFormatter
 from faasmoe_operator.kube.metrics import OperatorMetrics
-from faasmoe_operator.kube.readiness import Readiness
-from faasmoe_operator.kube.server import Front, listen
+from faasmoe_operator.kube.operator import JsonFormatter
+from faasmoe_operator.kube.server import HealthRoutes, Readiness, start_server
+from faasmoe_operator.kube.types import MOEMODEL, POD
 
 
-async def answers(readiness: Readiness, metrics: OperatorMetrics) -> dict[str, tuple[int, str]]:
+async def fetch_endpoints(
+    readiness: Readiness, metrics: OperatorMetrics
+) -> dict[str, tuple[int, str]]:
     app = web.Application()
-    app.add_routes(Front(readiness, metrics.text).routes())
-    runner = await listen(app, host="127.0.0.1", port=0)
+    app.add_routes(HealthRoutes(readiness, metrics.text).routes())
+    runner = await start_server(app, host="127.0.0.1", port=0)
     try:
         host, port = runner.addresses[0][:2]
         found = {}
@@ -35,7 +36,7 @@ async def answers(readiness: Readiness, metrics: OperatorMetrics) -> dict[str, t
     ("waits_for", "status"), [("", 200), ("the CRD of moemodels.faasmoe.dev", 503)]
 )
 def test_is_ready_when_it_waits_for_nothing(waits_for: str, status: int) -> None:
-    found = asyncio.run(answers(Readiness(waits_for), OperatorMetrics()))
+    found = asyncio.run(fetch_endpoints(Readiness(waits_for), OperatorMetrics()))
     assert found["/healthz"][0] == 200
     assert found["/readyz"][0] == status
     assert json.loads(found["/readyz"][1]).get("waits_for", "") == waits_for
@@ -44,14 +45,14 @@ def test_is_ready_when_it_waits_for_nothing(waits_for: str, status: int) -> None
 def test_tells_its_metrics() -> None:
     metrics = OperatorMetrics()
     metrics.count_request("apply", POD, 200)
-    ready = an_object(MOEMODEL, "a")
+    ready = make_object(MOEMODEL, "a")
     ready["status"] = {"conditions": [{"type": "Ready", "status": "True", "reason": "Ready"}]}
-    metrics.count_models([ready, an_object(MOEMODEL, "b")])
-    text = asyncio.run(answers(Readiness(""), metrics))["/metrics"][1]
+    metrics.set_models([ready, make_object(MOEMODEL, "b")])
+    text = asyncio.run(fetch_endpoints(Readiness(""), metrics))["/metrics"][1]
     count = 'faasmoe_operator_api_requests_total{code="200",kind="pods",verb="apply"} 1.0'
     assert count in text
     assert 'faasmoe_operator_models{ready="True",reason="Ready"} 1.0' in text
-    assert 'faasmoe_operator_models{ready="Unknown",reason="NotVisited"} 1.0' in text
+    assert 'faasmoe_operator_models{ready="Unknown",reason="NotReconciled"} 1.0' in text
 
 
 def test_a_json_log_line_is_one_object() -> None:

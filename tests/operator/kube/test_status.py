@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from faasmoe_operator.kube.kinds import Object
-from faasmoe_operator.kube.status import COUNTS_INTERVAL_S, Written, due_at
+from faasmoe_operator.kube.status import COUNTS_INTERVAL_S, WrittenStatus, status_write_at
+from faasmoe_operator.kube.types import Object
 
 NOW = 100.0
 
@@ -13,8 +13,8 @@ def a_status(*, active: int = 1, reason: str = "Ready", message: str = "", **res
     return {"conditions": [ready], "functions": {"active": active}, "url": "u", **rest}
 
 
-def written(status: Object, result: Object | None = None) -> Written:
-    return Written(status, status if result is None else result, at=NOW - 1)
+def written(status: Object, result: Object | None = None) -> WrittenStatus:
+    return WrittenStatus(status, status if result is None else result, written_at=NOW - 1)
 
 
 SAME = a_status()
@@ -58,6 +58,6 @@ PRUNED = {"url": "u"}
     ],
 )
 def test_a_status_is_written_when_it_is_worth_it(
-    wanted: Object, live: Object | None, last: Written | None, expected: float | None
+    wanted: Object, live: Object | None, last: WrittenStatus | None, expected: float | None
 ) -> None:
-    assert due_at(wanted, live, last, now=NOW) == expected
+    assert status_write_at(wanted, live, last, now=NOW) == expected

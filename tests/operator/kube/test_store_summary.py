@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from faasmoe_operator.kube.store_summary import (
-    FailureReason,
-    LayerRun,
+    LayerGroup,
     StoreFailure,
+    StoreFailureReason,
     StoreSummary,
     StoreSummaryError,
 )
-from faasmoe_operator.plan.functions import Cut, plan_functions
+from faasmoe_operator.plan.functions import Partitioning, plan_functions
 
 SUMMARY = StoreSummary(
     digest="sha256:0",
@@ -27,7 +27,7 @@ SUMMARY = StoreSummary(
     num_hidden_layers=24,
     size_bytes=28 << 30,
     router_bytes=3 << 30,
-    layers=(LayerRun(22, 60, 4, 17_301_504, 0), LayerRun(2, 30, 4, 17_301_504, 128)),
+    layers=(LayerGroup(22, 60, 4, 17_301_504, 0), LayerGroup(2, 30, 4, 17_301_504, 128)),
 )
 
 
@@ -58,21 +58,21 @@ def test_gives_every_layer_in_the_shape_that_plans_take() -> None:
     assert [layer.index for layer in layers] == list(range(24))
     assert [layer.num_experts for layer in layers] == [60] * 22 + [30] * 2
     assert layers[-1].shared_bytes == 128
-    functions = plan_functions(layers, Cut(20), model_digest=SUMMARY.digest, key=b"k" * 16)
+    functions = plan_functions(layers, Partitioning(20), model_digest=SUMMARY.digest, key=b"k" * 16)
     assert len(functions) == 22 * 3 + 2 * 2
 
 
-@pytest.mark.parametrize("reason", list(FailureReason))
-def test_a_failure_keeps_its_reason(reason: FailureReason) -> None:
+@pytest.mark.parametrize("reason", list(StoreFailureReason))
+def test_a_failure_keeps_its_reason(reason: StoreFailureReason) -> None:
     text = json.dumps({"ok": False, "reason": reason.value, "message": "because"})
     assert StoreSummary.from_termination_message(text) == StoreFailure(reason, "because")
-    assert reason.is_final is (reason.value in ("SourceUnsupported", "StoreMismatch"))
+    assert reason.is_permanent is (reason.value in ("SourceUnsupported", "StoreMismatch"))
 
 
 def test_a_reason_that_is_not_known_is_a_failure_all_the_same() -> None:
     text = json.dumps({"ok": False, "reason": "Rain", "message": "m" * 5000})
     failure = StoreSummary.from_termination_message(text)
-    assert failure == StoreFailure(FailureReason.FAILED, "m" * 1024)
+    assert failure == StoreFailure(StoreFailureReason.FAILED, "m" * 1024)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_a_reason_that_is_not_known_is_a_failure_all_the_same() -> None:
 def test_a_message_that_makes_no_sense_is_a_failure_that_says_so(text: str, what: str) -> None:
     failure = StoreSummary.from_termination_message(text)
     assert isinstance(failure, StoreFailure)
-    assert failure.reason is FailureReason.FAILED
-    assert failure.message.startswith("the store's Job left no result: ")
+    assert failure.reason is StoreFailureReason.FAILED
+    assert failure.message.startswith("invalid termination message of the store Job: ")
     assert what in failure.message
     assert len(failure.message) < 400
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from faasmoe_operator.errors import PlanError
 from faasmoe_operator.plan.functions import (
-    Cut,
+    Partitioning,
     function_bytes,
     largest_function_bytes,
     plan_functions,
@@ -28,24 +28,24 @@ def layers(*num_experts: int) -> list[Layer]:
     return [Layer(index, count) for index, count in enumerate(num_experts)]
 
 
-def blocks(cut: Cut, *num_experts: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def blocks(cut: Partitioning, *num_experts: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     functions = plan_functions(layers(*num_experts), cut, model_digest="sha256:0", key=KEY)
     return [(f.layers, f.experts) for f in functions]
 
 
 def test_leaves_the_last_block_smaller() -> None:
-    assert blocks(Cut(3), 8) == [((0,), (0, 1, 2)), ((0,), (3, 4, 5)), ((0,), (6, 7))]
+    assert blocks(Partitioning(3), 8) == [((0,), (0, 1, 2)), ((0,), (3, 4, 5)), ((0,), (6, 7))]
 
 
 @pytest.mark.parametrize(
     ("num_experts", "sizes"), [(60, [20, 20, 20]), (8, [3, 3, 2]), (2, [1, 1]), (1, [1])]
 )
 def test_makes_about_three_blocks_a_layer_by_itself(num_experts: int, sizes: list[int]) -> None:
-    assert [len(experts) for _, experts in blocks(Cut(), num_experts)] == sizes
+    assert [len(experts) for _, experts in blocks(Partitioning(), num_experts)] == sizes
 
 
 def test_takes_the_same_block_of_several_layers_into_one_function() -> None:
-    cut = Cut(experts_per_function=2, layers_per_function=2)
+    cut = Partitioning(experts_per_function=2, layers_per_function=2)
     assert blocks(cut, 4, 4, 4) == [
         ((0, 1), (0, 1)),
         ((0, 1), (2, 3)),
@@ -55,7 +55,7 @@ def test_takes_the_same_block_of_several_layers_into_one_function() -> None:
 
 
 def test_spans_only_layers_of_the_same_number_of_experts() -> None:
-    cut = Cut(experts_per_function=4, layers_per_function=2)
+    cut = Partitioning(experts_per_function=4, layers_per_function=2)
     assert blocks(cut, 2, 4, 4) == [((0,), (0, 1)), ((1, 2), (0, 1, 2, 3))]
 
 
@@ -67,7 +67,7 @@ def test_spans_only_layers_of_the_same_number_of_experts() -> None:
 def test_puts_every_expert_into_exactly_one_function(
     num_experts: list[int], experts_per_function: int | None, layers_per_function: int
 ) -> None:
-    cut = Cut(
+    cut = Partitioning(
         experts_per_function and min(experts_per_function, max(num_experts)),
         min(layers_per_function, len(num_experts)),
     )
@@ -85,7 +85,7 @@ def test_puts_every_expert_into_exactly_one_function(
 
 def test_names_functions_the_same_again_and_otherwise_for_another_key_or_model() -> None:
     def ids(digest: str, key: bytes) -> list[str]:
-        functions = plan_functions(layers(4), Cut(2), model_digest=digest, key=key)
+        functions = plan_functions(layers(4), Partitioning(2), model_digest=digest, key=key)
         return [f.id for f in functions]
 
     assert ids("sha256:0", KEY) == ids("sha256:0", KEY)
@@ -97,38 +97,43 @@ def test_names_functions_the_same_again_and_otherwise_for_another_key_or_model()
     ("cut", "num_experts", "message"),
     [
         pytest.param(
-            Cut(61),
+            Partitioning(61),
             (60, 60),
             "spec.granularity.expertsPerFunction: got 61, expected at most 60, "
             "the experts of layer 0",
             id="more-than-there-are",
         ),
         pytest.param(
-            Cut(9),
+            Partitioning(9),
             (4, 8),
             "spec.granularity.expertsPerFunction: got 9, expected at most 8, "
             "the experts of layer 1",
             id="more-than-the-largest-layer-has",
         ),
         pytest.param(
-            Cut(0),
+            Partitioning(0),
             (4,),
             "spec.granularity.expertsPerFunction: got 0, expected 1 or more",
             id="none",
         ),
         pytest.param(
-            Cut(layers_per_function=3),
+            Partitioning(layers_per_function=3),
             (4, 4),
             "spec.granularity.layersPerFunction: got 3, expected at most 2, "
             "the MoE layers of the model",
             id="more-layers-than-there-are",
         ),
         pytest.param(
-            Cut(), (), "layers: got a model without MoE layers, expected at least one", id="dense"
+            Partitioning(),
+            (),
+            "layers: got a model without MoE layers, expected at least one",
+            id="dense",
         ),
     ],
 )
-def test_refuses_an_impossible_cut(cut: Cut, num_experts: tuple[int, ...], message: str) -> None:
+def test_refuses_an_impossible_cut(
+    cut: Partitioning, num_experts: tuple[int, ...], message: str
+) -> None:
     with pytest.raises(PlanError) as caught:
         plan_functions(layers(*num_experts), cut, model_digest="sha256:0", key=KEY)
     assert str(caught.value) == message

@@ -11,11 +11,11 @@ from faasmoe_operator.plan.actions import Action, ActionReason, Attach, Create, 
 from faasmoe_operator.plan.fleet import (
     Assignment,
     AssignmentState,
-    Demand,
     FleetSettings,
-    Sandbox,
+    FunctionDemand,
+    ObservedSandbox,
+    SandboxShape,
     SandboxState,
-    Shape,
 )
 from faasmoe_operator.plan.sandboxes import SandboxPlan, plan_sandboxes
 
@@ -39,28 +39,32 @@ def sandbox(
     state: SandboxState = SandboxState.READY,
     template: str = NEW,
     created_at: float = 900.0,
-    shape: Shape | None = None,
-) -> Sandbox:
+    shape: SandboxShape | None = None,
+) -> ObservedSandbox:
     assignments = tuple(Assignment(f) if isinstance(f, str) else f for f in functions)
-    return Sandbox(name, state, template, created_at, assignments, shape)
+    return ObservedSandbox(name, state, template, created_at, assignments, shape)
 
 
-def starting(name: str, *, created_at: float = 990.0) -> Sandbox:
+def starting(name: str, *, created_at: float = 990.0) -> ObservedSandbox:
     return sandbox(name, state=SandboxState.STARTING, created_at=created_at)
 
 
-def plan(*sandboxes: Sandbox, want: dict[str, int] | None = None, **settings: Any) -> SandboxPlan:
-    demands = [Demand(function, replicas) for function, replicas in (want or {}).items()]
+def plan(
+    *sandboxes: ObservedSandbox, want: dict[str, int] | None = None, **settings: Any
+) -> SandboxPlan:
+    demands = [FunctionDemand(function, replicas) for function, replicas in (want or {}).items()]
     return plan_with(demands, *sandboxes, **settings)
 
 
-def plan_with(demands: list[Demand], *sandboxes: Sandbox, **settings: Any) -> SandboxPlan:
+def plan_with(
+    demands: list[FunctionDemand], *sandboxes: ObservedSandbox, **settings: Any
+) -> SandboxPlan:
     chosen = FleetSettings(**{"template_hash": NEW, "warm_pool": 0, **settings})
     return plan_sandboxes(chosen, demands, sandboxes=sandboxes, now=NOW)
 
 
 def actions(
-    *sandboxes: Sandbox, want: dict[str, int] | None = None, **settings: Any
+    *sandboxes: ObservedSandbox, want: dict[str, int] | None = None, **settings: Any
 ) -> list[Action]:
     return list(plan(*sandboxes, want=want, **settings).actions)
 
@@ -138,15 +142,15 @@ def test_first_replicas_come_before_second_ones_and_urgent_functions_first() -> 
 
 
 def test_the_replicas_of_a_function_never_share_a_sandbox() -> None:
-    got = actions(sandbox("a", "f"), want={"f": 2}, shape=Shape(capacity=4))
+    got = actions(sandbox("a", "f"), want={"f": 2}, shape=SandboxShape(capacity=4))
     assert got == [Create(1, DEMAND)]
-    got = actions(sandbox("a", "f"), sandbox("b"), want={"f": 3}, shape=Shape(capacity=4))
+    got = actions(sandbox("a", "f"), sandbox("b"), want={"f": 3}, shape=SandboxShape(capacity=4))
     assert got == [Attach("b", "f", DEMAND), Create(1, DEMAND)]
 
 
 def test_not_even_with_a_replica_that_is_leaving() -> None:
     leaving = sandbox("a", Assignment("f", DETACHING))
-    assert actions(leaving, want={"f": 1}, shape=Shape(capacity=4)) == []
+    assert actions(leaving, want={"f": 1}, shape=SandboxShape(capacity=4)) == []
 
 
 def test_sandboxes_in_use_are_filled_before_generic_ones() -> None:
@@ -155,7 +159,7 @@ def test_sandboxes_in_use_are_filled_before_generic_ones() -> None:
         sandbox("b", "x", created_at=2),
         sandbox("c", "y", "z", created_at=3),
         want={"f": 1, "g": 1, "h": 1, "x": 1, "y": 1, "z": 1},
-        shape=Shape(capacity=3),
+        shape=SandboxShape(capacity=3),
         warm_pool=1,
     )
     assert got == [Attach("c", "f", DEMAND), Attach("b", "g", DEMAND), Attach("b", "h", DEMAND)]
@@ -164,13 +168,13 @@ def test_sandboxes_in_use_are_filled_before_generic_ones() -> None:
 def test_new_sandboxes_are_shared_as_far_as_their_capacity_goes() -> None:
     # 5 functions of one replica and one of two: ceil(7 / 3) = 3 sandboxes.
     want = dict.fromkeys("abcde", 1) | {"f": 2}
-    assert actions(want=want, shape=Shape(capacity=3)) == [Create(3, DEMAND)]
+    assert actions(want=want, shape=SandboxShape(capacity=3)) == [Create(3, DEMAND)]
 
 
 def test_memory_limits_what_shares_a_sandbox() -> None:
     # 100 bytes: 60 + 30 fit, the other 60 does not.
-    demands = [Demand("f", 1, 60), Demand("g", 1, 60), Demand("h", 1, 30)]
-    shape = Shape(capacity=4, memory_limit_bytes=100)
+    demands = [FunctionDemand("f", 1, 60), FunctionDemand("g", 1, 60), FunctionDemand("h", 1, 30)]
+    shape = SandboxShape(capacity=4, memory_limit_bytes=100)
     got = plan_with(demands, sandbox("a"), shape=shape)
     assert got.actions == (
         Attach("a", "f", DEMAND),
@@ -180,11 +184,11 @@ def test_memory_limits_what_shares_a_sandbox() -> None:
 
 
 def test_memory_of_a_function_that_leaves_is_taken_until_it_is_gone() -> None:
-    shape = Shape(capacity=4, memory_limit_bytes=100)
+    shape = SandboxShape(capacity=4, memory_limit_bytes=100)
     full = sandbox("a", Assignment("f", DETACHING, memory_bytes=60))
-    assert plan_with([Demand("g", 1, 60)], full, shape=shape).actions == ()
+    assert plan_with([FunctionDemand("g", 1, 60)], full, shape=shape).actions == ()
     room = sandbox("a", Assignment("f", DETACHING, memory_bytes=40))
-    got = plan_with([Demand("g", 1, 60)], room, shape=shape)
+    got = plan_with([FunctionDemand("g", 1, 60)], room, shape=shape)
     assert got.actions == (Attach("a", "g", DEMAND),)
 
 
@@ -192,24 +196,26 @@ def test_a_place_kept_for_one_function_is_not_given_to_another() -> None:
     # 100 bytes, 60 of them about to be free. f (80) waits for them; g (30) would fit into the 40
     # that are free now, but then f would not.
     room = sandbox("a", Assignment("x", DETACHING, memory_bytes=60))
-    demands = [Demand("f", 1, 80), Demand("g", 1, 30)]
-    got = plan_with(demands, room, shape=Shape(capacity=4, memory_limit_bytes=100))
+    demands = [FunctionDemand("f", 1, 80), FunctionDemand("g", 1, 30)]
+    got = plan_with(demands, room, shape=SandboxShape(capacity=4, memory_limit_bytes=100))
     assert got.actions == (Create(1, DEMAND),)
     # Beside an f of 70 there is room for both.
-    demands = [Demand("f", 1, 70), Demand("g", 1, 30)]
-    got = plan_with(demands, room, shape=Shape(capacity=4, memory_limit_bytes=100))
+    demands = [FunctionDemand("f", 1, 70), FunctionDemand("g", 1, 30)]
+    got = plan_with(demands, room, shape=SandboxShape(capacity=4, memory_limit_bytes=100))
     assert got.actions == (Attach("a", "g", DEMAND),)
 
 
 def test_a_function_larger_than_any_sandbox_is_named_and_nothing_is_created_for_it() -> None:
-    got = plan_with([Demand("f", 2, 101), Demand("g", 0, 101)], shape=Shape(1, 100))
-    assert got == SandboxPlan((), unplaceable=("f",))
+    got = plan_with(
+        [FunctionDemand("f", 2, 101), FunctionDemand("g", 0, 101)], shape=SandboxShape(1, 100)
+    )
+    assert got == SandboxPlan((), unschedulable=("f",))
 
 
 def test_a_sandbox_that_has_the_room_takes_what_a_new_one_would_not() -> None:
-    roomy = sandbox("a", shape=Shape(1, 200))
-    got = plan_with([Demand("f", 2, 150)], roomy, shape=Shape(1, 100))
-    assert got == SandboxPlan((Attach("a", "f", DEMAND),), unplaceable=("f",))
+    roomy = sandbox("a", shape=SandboxShape(1, 200))
+    got = plan_with([FunctionDemand("f", 2, 150)], roomy, shape=SandboxShape(1, 100))
+    assert got == SandboxPlan((Attach("a", "f", DEMAND),), unschedulable=("f",))
 
 
 def test_creations_of_one_round_are_bounded_and_callers_come_before_the_pool() -> None:
@@ -286,7 +292,7 @@ def test_a_draining_sandbox_takes_nothing_and_is_not_deleted_twice() -> None:
 
 
 def test_an_old_template_is_replaced_step_by_step_and_the_function_served_throughout() -> None:
-    def step(*sandboxes: Sandbox) -> list[Action]:
+    def step(*sandboxes: ObservedSandbox) -> list[Action]:
         return actions(*sandboxes, want={"f": 1})
 
     old = sandbox("a", "f", template=OLD, created_at=1)
@@ -365,13 +371,13 @@ def test_an_old_sandbox_that_nobody_needs_just_goes() -> None:
 
 def test_a_function_too_large_for_the_new_template_keeps_its_old_sandbox() -> None:
     old = sandbox("a", "f", template=OLD)
-    got = plan_with([Demand("f", 1, 101)], old, shape=Shape(1, 100))
-    assert got == SandboxPlan((), unplaceable=("f",))
+    got = plan_with([FunctionDemand("f", 1, 101)], old, shape=SandboxShape(1, 100))
+    assert got == SandboxPlan((), unschedulable=("f",))
 
 
 def test_an_old_sandbox_takes_what_its_own_shape_allows() -> None:
-    old = sandbox("a", "f", template=OLD, shape=Shape(capacity=1))
-    got = actions(old, want={"f": 1, "g": 1}, shape=Shape(capacity=4))
+    old = sandbox("a", "f", template=OLD, shape=SandboxShape(capacity=1))
+    got = actions(old, want={"f": 1, "g": 1}, shape=SandboxShape(capacity=4))
     # g has no room in a, whatever new sandboxes can take; f's replacement will share g's.
     assert got == [Create(1, DEMAND)]
 
@@ -383,10 +389,13 @@ def test_an_old_sandbox_takes_what_its_own_shape_allows() -> None:
         (lambda: FleetSettings(NEW, max_creates=-1), "max_creates: got -1, expected at least 0"),
         (lambda: FleetSettings(NEW, max_surge=0), "max_surge: got 0, expected at least 1"),
         (lambda: FleetSettings(NEW, start_deadline_s=0), "start_deadline_s: got 0, expected more"),
-        (lambda: Shape(capacity=0), "capacity: got 0, expected at least 1"),
-        (lambda: Shape(memory_limit_bytes=0), "memory_limit_bytes: got 0, expected at least 1"),
-        (lambda: Demand("f", -1), "replicas: got -1, expected at least 0"),
-        (lambda: Demand("f", 1, -1), "memory_bytes: got -1, expected at least 0"),
+        (lambda: SandboxShape(capacity=0), "capacity: got 0, expected at least 1"),
+        (
+            lambda: SandboxShape(memory_limit_bytes=0),
+            "memory_limit_bytes: got 0, expected at least 1",
+        ),
+        (lambda: FunctionDemand("f", -1), "replicas: got -1, expected at least 0"),
+        (lambda: FunctionDemand("f", 1, -1), "memory_bytes: got -1, expected at least 0"),
     ],
 )
 def test_numbers_that_no_fleet_could_have_are_refused(build: Any, message: str) -> None:
@@ -394,16 +403,16 @@ def test_numbers_that_no_fleet_could_have_are_refused(build: Any, message: str) 
         build()
 
 
-def blocks(*names: str) -> list[Demand]:
+def blocks(*names: str) -> list[FunctionDemand]:
     """Demands of functions such as "0a": blocks a, b, … of layer 0."""
-    return [Demand(name, 1, apart=name[0]) for name in names]
+    return [FunctionDemand(name, 1, anti_affinity_key=name[0]) for name in names]
 
 
 def block(name: str) -> Assignment:
-    return Assignment(name, apart=name[0])
+    return Assignment(name, anti_affinity_key=name[0])
 
 
-def places(found: SandboxPlan) -> dict[str, list[str]]:
+def functions_by_sandbox(found: SandboxPlan) -> dict[str, list[str]]:
     held: dict[str, list[str]] = {}
     for action in found.actions:
         if isinstance(action, Attach):
@@ -413,13 +422,13 @@ def places(found: SandboxPlan) -> dict[str, list[str]]:
 
 def test_blocks_of_a_layer_go_into_different_sandboxes() -> None:
     wanted = blocks("0a", "0b", "1a", "1b", "2a", "2b")
-    found = plan_with(wanted, sandbox("a"), sandbox("b"), shape=Shape(capacity=3))
-    assert places(found) == {"a": ["0a", "1a", "2a"], "b": ["0b", "1b", "2b"]}
+    found = plan_with(wanted, sandbox("a"), sandbox("b"), shape=SandboxShape(capacity=3))
+    assert functions_by_sandbox(found) == {"a": ["0a", "1a", "2a"], "b": ["0b", "1b", "2b"]}
 
 
 def test_blocks_wait_for_a_sandbox_of_their_own_only_if_there_are_too_many() -> None:
     wanted = blocks("0a", "0b", "1a", "1b")
-    found = plan_with(wanted, sandbox("a"), shape=Shape(capacity=2))
+    found = plan_with(wanted, sandbox("a"), shape=SandboxShape(capacity=2))
     assert found.actions == (
         Attach("a", "0a", DEMAND),
         Attach("a", "1a", DEMAND),
@@ -428,12 +437,14 @@ def test_blocks_wait_for_a_sandbox_of_their_own_only_if_there_are_too_many() -> 
 
 
 def test_keeping_blocks_apart_costs_no_further_sandbox() -> None:
-    found = plan_with(blocks("0a", "0b"), sandbox("a"), sandbox("b"), shape=Shape(capacity=2))
-    assert places(found) == {"a": ["0a", "0b"]}
+    found = plan_with(
+        blocks("0a", "0b"), sandbox("a"), sandbox("b"), shape=SandboxShape(capacity=2)
+    )
+    assert functions_by_sandbox(found) == {"a": ["0a", "0b"]}
 
 
 def test_a_block_goes_beside_blocks_of_other_layers() -> None:
     full = sandbox("a", block("0a"), block("2a"))
     other = sandbox("b", block("1a"))
-    found = plan_with(blocks("0a", "2a", "1a", "0b"), full, other, shape=Shape(capacity=3))
-    assert places(found) == {"b": ["0b"]}
+    found = plan_with(blocks("0a", "2a", "1a", "0b"), full, other, shape=SandboxShape(capacity=3))
+    assert functions_by_sandbox(found) == {"b": ["0b"]}

@@ -14,11 +14,11 @@ from faasmoe_operator.plan.actions import Action, Attach, Create, Delete, Detach
 from faasmoe_operator.plan.fleet import (
     Assignment,
     AssignmentState,
-    Demand,
     FleetSettings,
-    Sandbox,
+    FunctionDemand,
+    ObservedSandbox,
+    SandboxShape,
     SandboxState,
-    Shape,
 )
 from faasmoe_operator.plan.sandboxes import plan_sandboxes
 
@@ -30,22 +30,24 @@ ATTACHED, ATTACHING, DETACHING = (
     AssignmentState.ATTACHING,
     AssignmentState.DETACHING,
 )
-ROUNDS_TO_SETTLE = 200
+PASSES_TO_CONVERGE = 200
 
 
-class World:
+class FakeFleet:
     """Sandboxes that refuse what real ones would refuse."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: SandboxShape) -> None:
         self.shape = shape
-        self.sandboxes: dict[str, Sandbox] = {}
+        self.sandboxes: dict[str, ObservedSandbox] = {}
         self._names = (f"s{n:03}" for n in itertools.count())
 
-    def carry_out(self, action: Action, *, template: str, now: float) -> None:
+    def execute(self, action: Action, *, template: str, now: float) -> None:
         match action:
             case Create(count):
                 for name in itertools.islice(self._names, count):
-                    self.sandboxes[name] = Sandbox(name, SandboxState.STARTING, template, now)
+                    self.sandboxes[name] = ObservedSandbox(
+                        name, SandboxState.STARTING, template, now
+                    )
             case Delete(name):
                 assert self.sandboxes[name].state in {SandboxState.READY, SandboxState.FAILED}
                 self._set(name, state=SandboxState.DRAINING)
@@ -83,7 +85,7 @@ class World:
             for a in sandbox.assignments
         )
 
-    def _attach(self, sandbox: Sandbox, function: str, *, now: float) -> None:
+    def _attach(self, sandbox: ObservedSandbox, function: str, *, now: float) -> None:
         assert sandbox.state is SandboxState.READY
         assert function not in {a.function for a in sandbox.assignments}
         added = Assignment(
@@ -91,7 +93,7 @@ class World:
             ATTACHING,
             memory_bytes=SIZES[function],
             last_used=now,
-            apart=APART[function],
+            anti_affinity_key=APART[function],
         )
         self._set(sandbox.id, assignments=(*sandbox.assignments, added))
 
@@ -109,9 +111,11 @@ class PlanMachine(RuleBasedStateMachine):
         creates=st.integers(1, 4),
         surge=st.integers(1, 2),
     )
-    def begin(self, capacity: int, limit: int | None, pool: int, creates: int, surge: int) -> None:
-        shape = Shape(capacity, limit)
-        self.world = World(shape)
+    def initialize_fleet(
+        self, capacity: int, limit: int | None, pool: int, creates: int, surge: int
+    ) -> None:
+        shape = SandboxShape(capacity, limit)
+        self.world = FakeFleet(shape)
         self.wanted = dict.fromkeys(FUNCTIONS, 0)
         self.now = 0.0
         self.settings = FleetSettings(
@@ -123,7 +127,7 @@ class PlanMachine(RuleBasedStateMachine):
         self.wanted[function] = replicas
 
     @rule(function=st.sampled_from(FUNCTIONS))
-    def forget(self, function: str) -> None:
+    def remove_demand(self, function: str) -> None:
         self.wanted.pop(function, None)
 
     @rule(pool=st.integers(0, 3))
@@ -160,7 +164,7 @@ class PlanMachine(RuleBasedStateMachine):
         actions = self.plan()
         self.check_actions(actions)
         for action in actions:
-            self.world.carry_out(action, template=self.settings.template_hash, now=self.now)
+            self.world.execute(action, template=self.settings.template_hash, now=self.now)
         for function, serving in before.items():
             kept = min(serving, self.wanted.get(function, 0))
             assert self.world.serving(function) >= kept
@@ -178,8 +182,8 @@ class PlanMachine(RuleBasedStateMachine):
             assert self.last_created == self.settings.max_creates
 
     @rule()
-    def settle(self) -> None:
-        for _ in range(ROUNDS_TO_SETTLE):
+    def converge(self) -> None:
+        for _ in range(PASSES_TO_CONVERGE):
             for name in sorted(self.world.sandboxes):
                 self.world.progress(name)
             before = dict(self.world.sandboxes)
@@ -188,7 +192,7 @@ class PlanMachine(RuleBasedStateMachine):
                 break
         else:
             raise AssertionError("still busy")
-        self.check_settled()
+        self.check_converged()
 
     @invariant()
     def sandboxes_take_no_more_than_they_can(self) -> None:
@@ -201,11 +205,11 @@ class PlanMachine(RuleBasedStateMachine):
                 assert sum(a.memory_bytes for a in sandbox.assignments) <= limit
 
     def plan(self) -> tuple[Action, ...]:
-        demands = [Demand(f, n, SIZES[f], APART[f]) for f, n in self.wanted.items()]
+        demands = [FunctionDemand(f, n, SIZES[f], APART[f]) for f, n in self.wanted.items()]
         plan = plan_sandboxes(
             self.settings, demands, sandboxes=tuple(self.world.sandboxes.values()), now=self.now
         )
-        assert plan.unplaceable == ()
+        assert plan.unschedulable == ()
         return plan.actions
 
     def check_actions(self, actions: tuple[Action, ...]) -> None:
@@ -217,7 +221,7 @@ class PlanMachine(RuleBasedStateMachine):
                 sandbox = self.world.sandboxes[action.sandbox]
                 assert sandbox.state is SandboxState.FAILED or not sandbox.assignments
 
-    def check_settled(self) -> None:
+    def check_converged(self) -> None:
         for function in FUNCTIONS:
             assert self.world.serving(function) == self.wanted.get(function, 0)
         sandboxes = self.world.sandboxes.values()

@@ -13,18 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from faasmoe_expert.table import FunctionSpec
-from faasmoe_operator.control.residency import make_resident, wait_ready
-from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient, SandboxError
+from faasmoe_contracts.routing_table import FunctionSpec
+from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient, SandboxClientError
+from faasmoe_operator.control.static_placement import place_all_functions, wait_ready
 from faasmoe_operator.errors import PlatformError
-from faasmoe_operator.platforms import ProcessPlatform, Sandbox, SandboxEvent, SandboxTemplate
-from faasmoe_operator.platforms.process import Timing
-from faasmoe_operator.platforms.zygote import running_zygote, zygote_environment
+from faasmoe_operator.platforms import (
+    ProcessPlatform,
+    ProcessSandboxTemplate,
+    Sandbox,
+    SandboxEvent,
+)
+from faasmoe_operator.platforms.process import ProcessPlatformTiming
+from faasmoe_operator.platforms.zygote import run_zygote, zygote_environment
 
-STAND_IN = Path(__file__).parents[2] / "expert_fn" / "zygote_stand_in.py"
+FAKE_ZYGOTE = Path(__file__).parents[2] / "expert_fn" / "fake_zygote.py"
 ENDS_AT_ONCE, NEVER_ANSWERS = 99, 98
 DEADLINE_S = 20.0
-TIMING = Timing(grace_s=0.3, probe_timeout_s=0.3, connect_timeout_s=DEADLINE_S)
+TIMING = ProcessPlatformTiming(grace_s=0.3, probe_timeout_s=0.3, connect_timeout_s=DEADLINE_S)
 STORE = ModelStore(Path("/store"), "sha256:0")
 
 
@@ -36,10 +41,10 @@ def socket() -> Iterator[Path]:
 
 @asynccontextmanager
 async def zygote(socket: Path) -> AsyncIterator[Process]:
-    command = (sys.executable, str(STAND_IN))
+    command = (sys.executable, str(FAKE_ZYGOTE))
     async with (
         asyncio.timeout(DEADLINE_S),
-        running_zygote(socket, token="secret", log=lambda _: None, command=command) as running,
+        run_zygote(socket, token="secret", log=lambda _: None, command=command) as running,
     ):
         yield running
 
@@ -60,7 +65,7 @@ async def next_event(
 
 
 async def ready_sandbox(running: ProcessPlatform) -> Sandbox:
-    created = await running.create(SandboxTemplate())
+    created = await running.create(ProcessSandboxTemplate())
     event = await next_event(running, lambda e: e.sandbox.id == created.id and e.sandbox.ready)
     return event.sandbox
 
@@ -72,7 +77,9 @@ def is_running(pid: int | None) -> bool:
         return False
 
 
-async def gone(running: ProcessPlatform, sandbox: Sandbox, act: Awaitable[None]) -> SandboxEvent:
+async def deletion_event(
+    running: ProcessPlatform, sandbox: Sandbox, act: Awaitable[None]
+) -> SandboxEvent:
     """Watch, act once the sandbox was seen, and return the event of its end."""
     watch = running.watch()
     async for event in watch:
@@ -95,22 +102,22 @@ def test_creates_sandboxes_that_become_ready(socket: Path) -> None:
         async with platform(socket) as running:
             sandboxes = await asyncio.gather(*(ready_sandbox(running) for _ in range(4)))
             assert len({s.address for s in sandboxes}) == 4
-            assert {s.template_hash for s in sandboxes} == {SandboxTemplate().digest}
+            assert {s.template_hash for s in sandboxes} == {ProcessSandboxTemplate().digest}
             assert {s.id for s in await running.list()} == {s.id for s in sandboxes}
 
     asyncio.run(story())
 
 
 def test_has_another_hash_for_another_template() -> None:
-    assert SandboxTemplate().digest == SandboxTemplate().digest
-    assert SandboxTemplate(threads=2).digest != SandboxTemplate().digest
+    assert ProcessSandboxTemplate().digest == ProcessSandboxTemplate().digest
+    assert ProcessSandboxTemplate(threads=2).digest != ProcessSandboxTemplate().digest
 
 
 def test_deletes_a_sandbox_and_forgets_it(socket: Path) -> None:
     async def story() -> None:
         async with platform(socket) as running:
             sandbox = await ready_sandbox(running)
-            event = await gone(running, sandbox, running.delete(sandbox.id))
+            event = await deletion_event(running, sandbox, running.delete(sandbox.id))
             assert event.reason == "ended with status 0"
             assert await running.list() == ()
             assert not is_running(sandbox.pid)
@@ -132,8 +139,8 @@ def test_takes_a_sandbox_that_is_being_deleted_out_of_service_at_once(socket: Pa
 def test_deletes_a_sandbox_that_does_not_listen(socket: Path) -> None:
     async def story() -> None:
         async with platform(socket) as running:
-            sandbox = await running.create(SandboxTemplate(threads=NEVER_ANSWERS))
-            await gone(running, sandbox, running.delete(sandbox.id))
+            sandbox = await running.create(ProcessSandboxTemplate(threads=NEVER_ANSWERS))
+            await deletion_event(running, sandbox, running.delete(sandbox.id))
             assert not is_running(sandbox.pid)
 
     asyncio.run(story())
@@ -143,7 +150,7 @@ def test_tells_that_a_sandbox_was_killed(socket: Path) -> None:
     async def story() -> None:
         async with platform(socket) as running:
             sandbox = await ready_sandbox(running)
-            event = await gone(running, sandbox, kill(sandbox.pid))
+            event = await deletion_event(running, sandbox, kill(sandbox.pid))
             assert event.reason == "ended with status -9"
 
     asyncio.run(story())
@@ -156,7 +163,7 @@ def test_tells_what_went_with_a_zygote_and_works_with_the_next_one(socket: Path)
             ProcessPlatform(socket=socket, timing=TIMING) as running,
         ):
             sandbox = await ready_sandbox(running)
-            event = await gone(running, sandbox, kill(first.pid))
+            event = await deletion_event(running, sandbox, kill(first.pid))
             assert event.reason == f"the connection to zygote {first.pid} ended"
             async with zygote(socket):
                 replacement = await ready_sandbox(running)
@@ -167,7 +174,7 @@ def test_tells_what_went_with_a_zygote_and_works_with_the_next_one(socket: Path)
 
 
 def test_reads_back_what_an_earlier_platform_left(socket: Path) -> None:
-    template = SandboxTemplate(capacity=3, threads=2)
+    template = ProcessSandboxTemplate(capacity=3, threads=2)
 
     async def story() -> None:
         async with zygote(socket):
@@ -179,7 +186,7 @@ def test_reads_back_what_an_earlier_platform_left(socket: Path) -> None:
                 ready = await next_event(later, lambda event: event.sandbox.ready)
                 assert ready.sandbox == replace(created, ready=True)
                 assert ready.sandbox.template_hash == template.digest
-                event = await gone(later, created, later.delete(created.id))
+                event = await deletion_event(later, created, later.delete(created.id))
                 assert event.reason == "ended with status 0"
 
     asyncio.run(story())
@@ -189,7 +196,7 @@ def test_leaves_nothing_behind_when_the_zygote_ends(socket: Path) -> None:
     async def story() -> list[int | None]:
         async with platform(socket) as running:
             sandboxes = [await ready_sandbox(running) for _ in range(2)]
-            stubborn = await running.create(SandboxTemplate(threads=NEVER_ANSWERS))
+            stubborn = await running.create(ProcessSandboxTemplate(threads=NEVER_ANSWERS))
             await running.delete(stubborn.id)
             return [stubborn.pid, *(s.pid for s in sandboxes)]
 
@@ -198,10 +205,12 @@ def test_leaves_nothing_behind_when_the_zygote_ends(socket: Path) -> None:
 
 def test_says_that_no_zygote_answers(socket: Path) -> None:
     async def story() -> None:
-        async with ProcessPlatform(socket=socket, timing=Timing(connect_timeout_s=0.2)):
+        async with ProcessPlatform(
+            socket=socket, timing=ProcessPlatformTiming(connect_timeout_s=0.2)
+        ):
             raise AssertionError("connected to nothing")
 
-    with pytest.raises(PlatformError, match=r"nothing answered at \S+ for 0\.2 s"):
+    with pytest.raises(PlatformError, match=r"no zygote responded at \S+ for 0\.2 s"):
         asyncio.run(story())
 
 
@@ -213,7 +222,7 @@ def test_refuses_a_socket_whose_path_is_too_long(tmp_path: Path) -> None:
 def test_says_that_a_sandbox_was_lost_before_it_was_ready(socket: Path) -> None:
     async def story() -> None:
         async with platform(socket) as running:
-            sandbox = await running.create(SandboxTemplate(threads=ENDS_AT_ONCE))
+            sandbox = await running.create(ProcessSandboxTemplate(threads=ENDS_AT_ONCE))
             await wait_ready(running, [sandbox.id], timeout_s=DEADLINE_S)
 
     with pytest.raises(PlatformError, match="was lost before it was ready: "):
@@ -223,20 +232,20 @@ def test_says_that_a_sandbox_was_lost_before_it_was_ready(socket: Path) -> None:
 def test_says_that_a_sandbox_was_lost_before_it_was_waited_for(socket: Path) -> None:
     async def story() -> None:
         async with platform(socket) as running:
-            sandbox = await running.create(SandboxTemplate(threads=ENDS_AT_ONCE))
+            sandbox = await running.create(ProcessSandboxTemplate(threads=ENDS_AT_ONCE))
             events = running.watch()
             while await running.list():
                 await anext(events)
             await wait_ready(running, [sandbox.id], timeout_s=DEADLINE_S)
 
-    with pytest.raises(PlatformError, match="was lost before it was ready: it had ended"):
+    with pytest.raises(PlatformError, match="was lost before it was ready: it had already exited"):
         asyncio.run(story())
 
 
 def test_says_that_sandboxes_were_not_ready_in_time(socket: Path) -> None:
     async def story() -> None:
         async with platform(socket) as running:
-            sandbox = await running.create(SandboxTemplate(threads=NEVER_ANSWERS))
+            sandbox = await running.create(ProcessSandboxTemplate(threads=NEVER_ANSWERS))
             await wait_ready(running, [sandbox.id], timeout_s=0.2)
 
     with pytest.raises(PlatformError, match=r"1 of 1 sandboxes were not ready after 0\.2 s"):
@@ -248,15 +257,15 @@ def test_makes_every_function_resident(socket: Path) -> None:
 
     async def story() -> None:
         async with platform(socket) as running, SandboxClient(token="secret") as client:
-            residents = await make_resident(
+            residents = await place_all_functions(
                 functions,
                 running,
                 client,
-                template=SandboxTemplate(capacity=2),
+                template=ProcessSandboxTemplate(capacity=2),
                 store=STORE,
                 progress=lambda _: None,
             )
-            table = residents.table("sha256:0")
+            table = residents.routing_table("sha256:0")
             assert [entry.spec for entry in table.functions] == functions
             for sandbox, group in residents.sandboxes:
                 held = (await client.list(sandbox.address)).functions
@@ -272,6 +281,6 @@ def test_says_that_a_sandbox_refused(socket: Path) -> None:
             sandbox = await ready_sandbox(running)
             await client.attach(sandbox.address, FunctionSpec("f", (0,), (0,)), store=STORE)
 
-    with pytest.raises(SandboxError, match="authorization: expected the token") as caught:
+    with pytest.raises(SandboxClientError, match="authorization: expected the token") as caught:
         asyncio.run(story())
     assert (caught.value.code, caught.value.status) == ("unauthorized", 401)

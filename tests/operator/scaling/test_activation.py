@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 
-from faasmoe_operator.scaling.activation import Activation, Phase, begun, seen, settle, woken
+from faasmoe_operator.scaling.activation import (
+    ActivationState,
+    Phase,
+    activate,
+    apply_scale_to_zero,
+    initial_activation,
+    observe_ready,
+)
 from faasmoe_operator.scaling.decision import Decision, Reason
 from faasmoe_operator.scaling.settings import ScalingSettings
 
@@ -19,40 +26,46 @@ NO_DATA = Decision(3, Reason.NO_DATA)
 def test_the_first_phase_follows_from_what_is_there(
     replicas: int, ready: int, phase: Phase
 ) -> None:
-    assert begun(replicas=replicas, ready=ready, now=5) == Activation(phase, 5)
+    assert initial_activation(replicas=replicas, ready=ready, now=5) == ActivationState(phase, 5)
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        pytest.param(Phase.INACTIVE, Activation(Phase.ACTIVATING, 9), id="zero-begins"),
-        pytest.param(Phase.DRAINING, Activation(Phase.ACTIVE, 9), id="draining-is-active-again"),
-        pytest.param(Phase.ACTIVATING, Activation(Phase.ACTIVATING, 1), id="once-however-many"),
-        pytest.param(Phase.ACTIVE, Activation(Phase.ACTIVE, 1), id="active-stays"),
+        pytest.param(Phase.INACTIVE, ActivationState(Phase.ACTIVATING, 9), id="zero-begins"),
+        pytest.param(
+            Phase.DRAINING, ActivationState(Phase.ACTIVE, 9), id="draining-is-active-again"
+        ),
+        pytest.param(
+            Phase.ACTIVATING, ActivationState(Phase.ACTIVATING, 1), id="once-however-many"
+        ),
+        pytest.param(Phase.ACTIVE, ActivationState(Phase.ACTIVE, 1), id="active-stays"),
     ],
 )
-def test_wake(before: Phase, after: Activation) -> None:
-    assert woken(Activation(before, 1), now=9) == after
+def test_wake(before: Phase, after: ActivationState) -> None:
+    assert activate(ActivationState(before, 1), now=9) == after
 
 
 @pytest.mark.parametrize(
     ("before", "ready", "after"),
     [
-        pytest.param(Phase.ACTIVATING, 1, Activation(Phase.ACTIVE, 9), id="became-ready"),
-        pytest.param(Phase.ACTIVATING, 0, Activation(Phase.ACTIVATING, 1), id="not-ready-yet"),
-        pytest.param(Phase.ACTIVE, 0, Activation(Phase.ACTIVATING, 9), id="lost-all-replicas"),
-        pytest.param(Phase.ACTIVE, 2, Activation(Phase.ACTIVE, 1), id="active"),
-        pytest.param(Phase.INACTIVE, 1, Activation(Phase.INACTIVE, 1), id="a-leftover-at-zero"),
-        pytest.param(Phase.DRAINING, 1, Activation(Phase.DRAINING, 1), id="draining"),
+        pytest.param(Phase.ACTIVATING, 1, ActivationState(Phase.ACTIVE, 9), id="became-ready"),
+        pytest.param(Phase.ACTIVATING, 0, ActivationState(Phase.ACTIVATING, 1), id="not-ready-yet"),
+        pytest.param(Phase.ACTIVE, 0, ActivationState(Phase.ACTIVATING, 9), id="lost-all-replicas"),
+        pytest.param(Phase.ACTIVE, 2, ActivationState(Phase.ACTIVE, 1), id="active"),
+        pytest.param(
+            Phase.INACTIVE, 1, ActivationState(Phase.INACTIVE, 1), id="a-leftover-at-zero"
+        ),
+        pytest.param(Phase.DRAINING, 1, ActivationState(Phase.DRAINING, 1), id="draining"),
     ],
 )
-def test_readiness(before: Phase, ready: int, after: Activation) -> None:
-    assert seen(Activation(before, 1), ready=ready, now=9) == after
+def test_readiness(before: Phase, ready: int, after: ActivationState) -> None:
+    assert observe_ready(ActivationState(before, 1), ready=ready, now=9) == after
 
 
 ALWAYS = {"enable_scale_to_zero": False}
 SHORT = {"window_s": 10.0, "scale_to_zero_grace_period_s": 5.0, "progress_deadline_s": 100.0}
-HELD = 2
+LAST_DESIRED = 2
 
 
 def case(
@@ -113,7 +126,7 @@ CASES = [
         Phase.ACTIVATING,
         99,
         ZERO,
-        Decision(HELD, Reason.ACTIVATING),
+        Decision(LAST_DESIRED, Reason.ACTIVATING),
         Phase.ACTIVATING,
         "starting-is-never-reaped",
     ),
@@ -177,11 +190,11 @@ def test_settle(
     after: Phase,
 ) -> None:
     knobs: dict[str, Any] = {**SHORT, **settings}
-    got, activation = settle(
+    got, activation = apply_scale_to_zero(
         ScalingSettings(**knobs),
-        Activation(before, 1000 - lasted_s),
-        wanted=wanted,
-        held=HELD,
+        ActivationState(before, 1000 - lasted_s),
+        kpa_decision=wanted,
+        last_desired=LAST_DESIRED,
         now=1000,
     )
     assert (got, activation.phase) == (decision, after)

@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faasmoe_operator.scaling.decision import Decision, Reason
-from faasmoe_operator.scaling.kpa import KpaState, Observation, decide
+from faasmoe_operator.scaling.kpa import KpaState, ScalingObservation, decide
 from faasmoe_operator.scaling.settings import ScalingSettings
-from faasmoe_operator.scaling.windows import Load, NoData
+from faasmoe_operator.scaling.windows import LoadAverages, NoData
 
 BASE: dict[str, Any] = {"target": 10.0, "target_utilization_percentage": 100.0}
 
 
-def once(
-    load: Load | NoData,
+def decide_once(
+    load: LoadAverages | NoData,
     *,
     ready: int,
     state: KpaState | None = None,
@@ -29,7 +29,7 @@ def once(
     return decide(
         ScalingSettings(**{**BASE, **settings}),
         state or KpaState(),
-        observation=Observation(load, ready=ready, desired=wanted),
+        observation=ScalingObservation(load, ready=ready, desired=wanted),
         now=now,
     )
 
@@ -106,12 +106,15 @@ CASES = [
 def test_decision(
     stable: float, panic: float, ready: int, settings: dict[str, Any], expected: Decision
 ) -> None:
-    assert once(Load(stable, panic), ready=ready, **settings)[0] == expected
+    assert decide_once(LoadAverages(stable, panic), ready=ready, **settings)[0] == expected
 
 
 def test_without_data_what_was_decided_stays() -> None:
     state = KpaState(panic_since=3, panic_replicas=5)
-    assert once(NoData(), ready=0, desired=3, state=state) == (Decision(3, Reason.NO_DATA), state)
+    assert decide_once(NoData(), ready=0, desired=3, state=state) == (
+        Decision(3, Reason.NO_DATA),
+        state,
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,51 +122,53 @@ def test_without_data_what_was_decided_stays() -> None:
     [(9, Decision(4, Reason.MAX_SCALE)), (1, Decision(2, Reason.MIN_SCALE))],
 )
 def test_the_bounds_hold_without_data(desired: int, expected: Decision) -> None:
-    assert once(NoData(), ready=1, desired=desired, min_scale=2, max_scale=4)[0] == expected
+    assert decide_once(NoData(), ready=1, desired=desired, min_scale=2, max_scale=4)[0] == expected
 
 
 def test_panic_never_goes_down() -> None:
-    first, state = once(Load(30, 60), ready=3, now=1000)
+    first, state = decide_once(LoadAverages(30, 60), ready=3, now=1000)
     assert (first, state.panic_since) == (Decision(6, Reason.PANIC), 1000)
     # The burst is over: 6 ready, stable 3, panic 3 of 6.
-    second, state = once(Load(30, 30), ready=6, state=state, now=1010)
+    second, state = decide_once(LoadAverages(30, 30), ready=6, state=state, now=1010)
     assert (second, state.panic_since) == (Decision(6, Reason.PANIC_HOLD), 1000)
 
 
 def test_panic_goes_on_up() -> None:
-    _, state = once(Load(30, 60), ready=3, now=1000)
+    _, state = decide_once(LoadAverages(30, 60), ready=3, now=1000)
     # 9 of 6 is below the threshold, but the panic has not ended.
-    decision, state = once(Load(30, 90), ready=6, state=state, now=1002)
+    decision, state = decide_once(LoadAverages(30, 90), ready=6, state=state, now=1002)
     assert (decision, state.panic_replicas) == (Decision(9, Reason.PANIC), 9)
 
 
 def test_panic_ends_when_a_stable_window_passed_since_the_threshold_was_last_reached() -> None:
-    _, state = once(Load(30, 60), ready=3, now=1000)
-    _, state = once(Load(30, 60), ready=3, state=state, now=1010)  # still over: 60 s from here
-    held, state = once(Load(30, 30), ready=6, state=state, now=1070)
+    _, state = decide_once(LoadAverages(30, 60), ready=3, now=1000)
+    _, state = decide_once(
+        LoadAverages(30, 60), ready=3, state=state, now=1010
+    )  # still over: 60 s from here
+    held, state = decide_once(LoadAverages(30, 30), ready=6, state=state, now=1070)
     assert held == Decision(6, Reason.PANIC_HOLD)  # 1010 + 60 is not before 1070
-    freed, state = once(Load(30, 30), ready=6, state=state, now=1070.1)
+    freed, state = decide_once(LoadAverages(30, 30), ready=6, state=state, now=1070.1)
     assert freed == Decision(3, Reason.STABLE)
     assert state == KpaState()
 
 
 def test_the_threshold_is_compared_before_the_rates_are_applied() -> None:
     # 10 / 3 >= 2 though the rate leaves only ceil(1.1 * 3) = 4 of the 10.
-    _, state = once(Load(30, 100), ready=3, max_scale_up_rate=1.1)
-    assert (state.in_panic, state.panic_replicas) == (True, 4)
+    _, state = decide_once(LoadAverages(30, 100), ready=3, max_scale_up_rate=1.1)
+    assert (state.is_panicking, state.panic_replicas) == (True, 4)
 
 
 def test_the_bounds_do_not_limit_what_panic_remembers() -> None:
-    decision, state = once(Load(30, 60), ready=3, max_scale=4)
+    decision, state = decide_once(LoadAverages(30, 60), ready=3, max_scale=4)
     assert (decision.desired, state.panic_replicas) == (4, 6)
 
 
 def test_a_restart_keeps_the_current_scale_for_a_stable_window() -> None:
     state = KpaState.restored(5, now=1000)
     # One second of a history that was lost: 1 wanted, at least floor(5 / 2), yet 5 stay.
-    decision, state = once(Load(10, 10), ready=5, state=state, now=1001)
+    decision, state = decide_once(LoadAverages(10, 10), ready=5, state=state, now=1001)
     assert decision == Decision(5, Reason.PANIC_HOLD)
-    decision, _ = once(Load(10, 10), ready=5, state=state, now=1060.1)
+    decision, _ = decide_once(LoadAverages(10, 10), ready=5, state=state, now=1060.1)
     assert decision == Decision(2, Reason.SCALE_DOWN_RATE)
 
 
@@ -174,8 +179,8 @@ def test_a_restart_with_one_replica_or_none_begins_without_panic(replicas: int) 
 
 def test_a_lower_wish_is_followed_after_the_delay() -> None:
     def step(calls: float, ready: int, now: float, state: KpaState) -> tuple[Decision, KpaState]:
-        load = Load(calls, 0)
-        return once(load, ready=ready, state=state, now=now, scale_down_delay_s=30)
+        load = LoadAverages(calls, 0)
+        return decide_once(load, ready=ready, state=state, now=now, scale_down_delay_s=30)
 
     decision, state = step(40, 4, 1000, KpaState())
     assert decision == Decision(4, Reason.STABLE)
@@ -191,15 +196,17 @@ def test_a_lower_wish_is_followed_after_the_delay() -> None:
 
 
 def test_the_delay_never_delays_a_rise() -> None:
-    _, state = once(Load(40, 0), ready=4, now=1000, scale_down_delay_s=30)
-    decision, state = once(Load(70, 0), ready=4, state=state, now=1002, scale_down_delay_s=30)
+    _, state = decide_once(LoadAverages(40, 0), ready=4, now=1000, scale_down_delay_s=30)
+    decision, state = decide_once(
+        LoadAverages(70, 0), ready=4, state=state, now=1002, scale_down_delay_s=30
+    )
     assert decision == Decision(7, Reason.STABLE)
-    assert len(state.wishes) == 1  # the lower, older wish can never count again
+    assert len(state.recommendations) == 1  # the lower, older wish can never count again
 
 
 def test_wishes_are_forgotten_when_the_delay_is_taken_away() -> None:
-    _, state = once(Load(40, 0), ready=4, scale_down_delay_s=30)
-    assert once(Load(20, 0), ready=4, state=state)[0] == Decision(2, Reason.STABLE)
+    _, state = decide_once(LoadAverages(40, 0), ready=4, scale_down_delay_s=30)
+    assert decide_once(LoadAverages(20, 0), ready=4, state=state)[0] == Decision(2, Reason.STABLE)
 
 
 loads = st.floats(0, 5000).map(lambda value: round(value, 6))
@@ -219,17 +226,22 @@ settings_st = st.builds(
 states = st.one_of(
     st.just(KpaState()),
     st.builds(KpaState, panic_since=st.floats(900, 1000), panic_replicas=st.integers(0, 80)),
-    st.builds(KpaState, wishes=st.tuples(st.tuples(st.floats(960, 999), st.integers(0, 80)))),
+    st.builds(
+        KpaState, recommendations=st.tuples(st.tuples(st.floats(960, 999), st.integers(0, 80)))
+    ),
 )
 
 
 @given(
-    settings=settings_st, state=states, load=st.builds(Load, loads, loads), ready=st.integers(0, 60)
+    settings=settings_st,
+    state=states,
+    load=st.builds(LoadAverages, loads, loads),
+    ready=st.integers(0, 60),
 )
 def test_never_below_min_and_never_above_max(
-    settings: ScalingSettings, state: KpaState, load: Load, ready: int
+    settings: ScalingSettings, state: KpaState, load: LoadAverages, ready: int
 ) -> None:
-    observation = Observation(load, ready=ready, desired=ready)
+    observation = ScalingObservation(load, ready=ready, desired=ready)
     decision, _ = decide(settings, state, observation=observation, now=1000)
     assert settings.min_scale <= decision.desired <= settings.max_scale
 
@@ -237,29 +249,36 @@ def test_never_below_min_and_never_above_max(
 @given(
     settings=settings_st,
     state=states,
-    load=st.builds(Load, loads, loads),
+    load=st.builds(LoadAverages, loads, loads),
     more=st.tuples(loads, loads),
     ready=st.integers(0, 60),
 )
 def test_monotone_in_load(
-    settings: ScalingSettings, state: KpaState, load: Load, more: tuple[float, float], ready: int
+    settings: ScalingSettings,
+    state: KpaState,
+    load: LoadAverages,
+    more: tuple[float, float],
+    ready: int,
 ) -> None:
-    higher = Load(load.stable + more[0], load.panic + more[1])
+    higher = LoadAverages(load.stable + more[0], load.panic + more[1])
     low, after_low = decide(
-        settings, state, observation=Observation(load, ready=ready, desired=ready), now=1000
+        settings, state, observation=ScalingObservation(load, ready=ready, desired=ready), now=1000
     )
     high, after_high = decide(
-        settings, state, observation=Observation(higher, ready=ready, desired=ready), now=1000
+        settings,
+        state,
+        observation=ScalingObservation(higher, ready=ready, desired=ready),
+        now=1000,
     )
     assert low.desired <= high.desired
     assert after_low.panic_replicas <= after_high.panic_replicas
 
 
-@given(settings=settings_st, load=st.builds(Load, loads, loads), ready=st.integers(0, 60))
+@given(settings=settings_st, load=st.builds(LoadAverages, loads, loads), ready=st.integers(0, 60))
 def test_panic_holds_whatever_the_load_does(
-    settings: ScalingSettings, load: Load, ready: int
+    settings: ScalingSettings, load: LoadAverages, ready: int
 ) -> None:
     state = KpaState(panic_since=999, panic_replicas=10)
-    observation = Observation(load, ready=ready, desired=ready)
+    observation = ScalingObservation(load, ready=ready, desired=ready)
     _, state = decide(settings, state, observation=observation, now=1000)
     assert state.panic_replicas >= 10

@@ -26,14 +26,14 @@ def test_the_defaults_are_knatives() -> None:
 
 def test_derived_numbers() -> None:
     settings = ScalingSettings(target=4, scale_to_zero_pod_retention_period_s=45)
-    assert settings.target_calls == pytest.approx(2.8)  # 4 * 70 %
+    assert settings.target_concurrency == pytest.approx(2.8)  # 4 * 70 %
     assert settings.panic_window_s == 6  # 60 s * 10 %
     assert settings.panic_threshold == 2
-    assert settings.last_replica_stays_s == 45  # the longer of 30 and 45
+    assert settings.last_replica_retention_s == 45  # the longer of 30 and 45
 
 
 def test_the_aimed_load_never_falls_below_knatives_least_target() -> None:
-    assert ScalingSettings(target=0.01, target_utilization_percentage=1).target_calls == 0.01
+    assert ScalingSettings(target=0.01, target_utilization_percentage=1).target_concurrency == 0.01
 
 
 @pytest.mark.parametrize(
@@ -45,17 +45,17 @@ def test_the_aimed_load_never_falls_below_knatives_least_target() -> None:
     ],
 )
 def test_bounds(replicas: int, expected: int) -> None:
-    assert ScalingSettings(min_scale=2, max_scale=5).bounded(replicas) == expected
+    assert ScalingSettings(min_scale=2, max_scale=5).clamp(replicas) == expected
 
 
 def test_a_max_scale_of_zero_is_no_limit() -> None:
-    assert ScalingSettings(max_scale=0).bounded(10**6) == 10**6
+    assert ScalingSettings(max_scale=0).clamp(10**6) == 10**6
 
 
 REFUSED: list[tuple[str, Any, str]] = [
     ("min_scale", -1, "at least 0"),
-    ("min_scale", 1.5, "a whole number"),
-    ("min_scale", True, "a whole number"),
+    ("min_scale", 1.5, "an integer"),
+    ("min_scale", True, "an integer"),
     ("max_scale", -1, "at least 0"),
     ("initial_scale", -1, "at least 0"),
     ("activation_scale", 0, "at least 1"),

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faasmoe_operator.scaling.windows import Load, LoadWindows, NoData, Window
+from faasmoe_operator.scaling.windows import LoadAverages, LoadWindows, NoData, SlidingWindow
 
 
-def filled(*values: float, size: int = 60, begin: int = 100) -> Window:
-    window = Window(size)
+def filled(*values: float, size: int = 60, begin: int = 100) -> SlidingWindow:
+    window = SlidingWindow(size)
     for second, value in enumerate(values, start=begin):
         window.record(second, value)
     return window
@@ -32,14 +32,14 @@ def test_a_full_window_slides() -> None:
 
 
 def test_reports_of_one_second_are_summed() -> None:
-    window = Window(6)
+    window = SlidingWindow(6)
     for now in (100.0, 100.3, 100.99):
         window.record(now, 2)
     assert window.average(100.999) == 6
 
 
 def test_a_second_without_a_report_between_others_counts_as_zero() -> None:
-    window = Window(60)
+    window = SlidingWindow(60)
     window.record(100, 9)
     window.record(102, 9)
     # 9, 0, 9 over three seconds.
@@ -76,7 +76,7 @@ def test_a_late_report_counts_in_its_own_second() -> None:
 
 
 def test_a_late_report_from_before_the_first_widens_the_window() -> None:
-    window = Window(60)
+    window = SlidingWindow(60)
     window.record(100, 6)
     window.record(98, 3)
     # 3, 0, 6.
@@ -94,8 +94,8 @@ def test_an_average_asked_for_the_past_is_the_latest() -> None:
 
 
 def test_an_empty_window_averages_zero() -> None:
-    assert Window(60).average(5) == 0
-    assert Window(60).is_empty(5)
+    assert SlidingWindow(60).average(5) == 0
+    assert SlidingWindow(60).is_empty(5)
 
 
 def test_averages_are_cut_to_six_digits() -> None:
@@ -115,7 +115,7 @@ def test_a_resized_window_keeps_what_it_remembers(size: int, expected: float) ->
 
 
 def test_a_resized_empty_window_is_empty() -> None:
-    assert Window(6).resized(60).is_empty(0)
+    assert SlidingWindow(6).resized(60).is_empty(0)
 
 
 def test_a_fractional_window_is_rounded_up_to_whole_seconds() -> None:
@@ -123,7 +123,7 @@ def test_a_fractional_window_is_rounded_up_to_whole_seconds() -> None:
     assert filled(*[7] * 3, *[0] * 4, size=7).average(106) == filled(7, 7, 7, 0, 0, 0, 0).average(
         106
     )
-    window = Window(6.5)
+    window = SlidingWindow(6.5)
     for second in range(10):
         window.record(second, second)
     assert window.average(9) == 6  # 3..9
@@ -138,14 +138,14 @@ def test_both_windows_average_what_they_see() -> None:
     for second in range(60):
         windows.record(second, 10 if second < 54 else 50)
     # Stable (54 * 10 + 6 * 50) / 60 = 14; panic 50.
-    assert windows.load(59) == Load(stable=14, panic=50)
+    assert windows.load(59) == LoadAverages(stable=14, panic=50)
 
 
 def test_silence_empties_the_panic_window_first() -> None:
     windows = LoadWindows(stable_s=60, panic_s=6)
     windows.record(0, 10)
-    assert windows.load(6) == Load(stable=10, panic=0)
-    assert windows.load(59) == Load(stable=10, panic=0)
+    assert windows.load(6) == LoadAverages(stable=10, panic=0)
+    assert windows.load(59) == LoadAverages(stable=10, panic=0)
     assert windows.load(60) == NoData()
 
 
@@ -155,7 +155,7 @@ def test_both_windows_can_be_resized() -> None:
         windows.record(second, second)
     windows.resize(stable_s=8, panic_s=2)
     # Stable 2..9 = 44 / 8; panic (8 + 9) / 2.
-    assert windows.load(9) == Load(stable=5.5, panic=8.5)
+    assert windows.load(9) == LoadAverages(stable=5.5, panic=8.5)
 
 
 REPORTS = st.lists(st.tuples(st.floats(0, 200), st.floats(0, 1000)), min_size=1, max_size=60).map(
@@ -167,7 +167,7 @@ REPORTS = st.lists(st.tuples(st.floats(0, 200), st.floats(0, 1000)), min_size=1,
 def test_equals_the_plain_definition(
     reports: list[tuple[float, float]], size: int, silence_s: int
 ) -> None:
-    window = Window(size)
+    window = SlidingWindow(size)
     for now, value in reports:
         window.record(now, value)
     now = reports[-1][0] + silence_s

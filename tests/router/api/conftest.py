@@ -11,12 +11,12 @@ from server_thread import running_server
 from transformers import PreTrainedTokenizerFast
 
 from faasmoe_router.api.app import create_app
+from faasmoe_router.engine.cache_config import EngineLimits
 from faasmoe_router.engine.engine import Engine
-from faasmoe_router.engine.sizing import EngineLimits
-from faasmoe_router.engine.text import TextCodec
-from faasmoe_router.fingerprint import fingerprint
+from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
-from faasmoe_router.serving import Server
+from faasmoe_router.server import Server
+from faasmoe_router.version import system_fingerprint
 
 DEADLINE_S = 20.0
 MODEL = "tiny"
@@ -32,7 +32,7 @@ TOOL_TEMPLATE = (
 
 
 @pytest.fixture(scope="session")
-def server(base_model: Any, codec: TextCodec) -> Iterator[tuple[str, Engine]]:
+def server(base_model: Any, codec: ModelTokenizer) -> Iterator[tuple[str, Engine]]:
     registry = new_registry()
     engine = Engine(
         base_model,
@@ -44,17 +44,19 @@ def server(base_model: Any, codec: TextCodec) -> Iterator[tuple[str, Engine]]:
         engine,
         model_name=MODEL,
         registry=registry,
-        fingerprint=fingerprint("sha256:0", base_model),
+        fingerprint=system_fingerprint("sha256:0", base_model),
         max_body_bytes=20_000,
     )
-    with running_server(Server(app, end_running=engine.end_running, drain_s=0)) as url:
+    with running_server(
+        Server(app, on_drain_timeout=engine.abort_running, drain_timeout_s=0)
+    ) as url:
         yield url, engine
 
 
 @pytest.fixture(scope="session")
-def tool_codec(tokenizer: Any) -> TextCodec:
+def tool_codec(tokenizer: Any) -> ModelTokenizer:
     """The tokenizer, with a chat template that takes tools."""
-    return TextCodec(
+    return ModelTokenizer(
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer.backend_tokenizer,
             eos_token="<|end|>",
@@ -64,7 +66,7 @@ def tool_codec(tokenizer: Any) -> TextCodec:
 
 
 @pytest.fixture(scope="session")
-def tool_server(base_model: Any, tool_codec: TextCodec) -> Iterator[str]:
+def tool_server(base_model: Any, tool_codec: ModelTokenizer) -> Iterator[str]:
     registry = new_registry()
     engine = Engine(
         deepcopy(base_model),
@@ -76,9 +78,11 @@ def tool_server(base_model: Any, tool_codec: TextCodec) -> Iterator[str]:
         engine,
         model_name=MODEL,
         registry=registry,
-        fingerprint=fingerprint("sha256:0", base_model),
+        fingerprint=system_fingerprint("sha256:0", base_model),
     )
-    with running_server(Server(app, end_running=engine.end_running, drain_s=0)) as url:
+    with running_server(
+        Server(app, on_drain_timeout=engine.abort_running, drain_timeout_s=0)
+    ) as url:
         yield url
 
 

@@ -8,10 +8,10 @@ import httpx
 import openai
 import pytest
 
-from faasmoe_router.engine import sequence as sequence_module
+from faasmoe_router.engine import output_processor as sequence_module
 from faasmoe_router.engine.engine import Engine
-from faasmoe_router.engine.generation import Delta
-from faasmoe_router.engine.text import TextCodec
+from faasmoe_router.engine.generation import CompletionOutput
+from faasmoe_router.engine.tokenizer import ModelTokenizer
 
 Until = Callable[[Callable[[], bool]], None]
 Greedy = Callable[[tuple[int, ...], int], list[int]]
@@ -20,7 +20,7 @@ CHAT: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "temperature": 0}
 
 
 @pytest.fixture
-def chat_text(codec: TextCodec, greedy: Greedy) -> Callable[[int], str]:
+def chat_text(codec: ModelTokenizer, greedy: Greedy) -> Callable[[int], str]:
     """The greedy answer to MESSAGES, from transformers itself."""
 
     def text(n_tokens: int) -> str:
@@ -30,7 +30,7 @@ def chat_text(codec: TextCodec, greedy: Greedy) -> Callable[[int], str]:
 
 
 def test_chat_answers_what_the_model_says(
-    client: openai.OpenAI, chat_text: Callable[[int], str], codec: TextCodec
+    client: openai.OpenAI, chat_text: Callable[[int], str], codec: ModelTokenizer
 ) -> None:
     answer = client.chat.completions.create(**CHAT, max_tokens=12)
     choice = answer.choices[0]
@@ -93,7 +93,7 @@ def test_a_stream_without_usage_does_not_mention_it(http: httpx.Client) -> None:
 
 
 def test_completion_takes_text_and_tokens(
-    client: openai.OpenAI, codec: TextCodec, greedy: Greedy
+    client: openai.OpenAI, codec: ModelTokenizer, greedy: Greedy
 ) -> None:
     ids = codec.encode("lazy dog")
     expected = codec.decode(greedy(tuple(ids), 8))
@@ -104,7 +104,7 @@ def test_completion_takes_text_and_tokens(
 
 
 def test_completion_numbers_choices_by_prompt(
-    client: openai.OpenAI, codec: TextCodec, greedy: Greedy
+    client: openai.OpenAI, codec: ModelTokenizer, greedy: Greedy
 ) -> None:
     prompts = ["fox", "over the"]
     answer = client.completions.create(
@@ -157,11 +157,11 @@ def test_a_stop_string_is_not_in_the_text(
     stop = text[10:13]
     body = {**CHAT, "max_tokens": 30, "stop": [stop, "never"], "stream": stream}
     response = http.post("/v1/chat/completions", json=body)
-    found, reason = _told(response)
+    found, reason = _text_and_finish_reason(response)
     assert (found, reason) == (text[: text.index(stop)], "stop")
 
 
-def _told(response: httpx.Response) -> tuple[str, str]:
+def _text_and_finish_reason(response: httpx.Response) -> tuple[str, str]:
     if not response.headers["content-type"].startswith("text/event-stream"):
         choice = response.json()["choices"][0]
         return choice["message"]["content"], choice["finish_reason"]
@@ -171,7 +171,9 @@ def _told(response: httpx.Response) -> tuple[str, str]:
     return text, choices[-1]["finish_reason"]
 
 
-def test_without_a_limit_the_context_is_filled(client: openai.OpenAI, codec: TextCodec) -> None:
+def test_without_a_limit_the_context_is_filled(
+    client: openai.OpenAI, codec: ModelTokenizer
+) -> None:
     answer = client.chat.completions.create(**CHAT)
     assert answer.usage is not None
     assert answer.usage.total_tokens == 256
@@ -210,32 +212,32 @@ def test_hanging_up_frees_the_request(
 ) -> None:
     _never_finish(monkeypatch)
     body = {**CHAT, "stream": stream}
-    aborted = _count(http, "abort")
+    aborted = _finished_requests(http, "abort")
     if stream:
         with http.stream("POST", "/v1/chat/completions", json=body) as response:
             chunks = response.iter_bytes()  # kept: the connection ends with its iterator
             next(chunks)
-            assert engine.busy
+            assert engine.is_busy
     else:
         with pytest.raises(httpx.ReadTimeout):
             http.post("/v1/chat/completions", json=body, timeout=0.5)
-    until(lambda: not engine.busy and engine._counts() == (0, 0))
+    until(lambda: not engine.is_busy and engine._request_counts() == (0, 0))
     monkeypatch.undo()
-    assert _count(http, "abort") == aborted + 1
+    assert _finished_requests(http, "abort") == aborted + 1
 
 
 def _never_finish(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the engine run on, whatever the context: only the client can end it."""
-    add = sequence_module.Sequence.take
+    add = sequence_module.SequenceOutputProcessor.process_tokens
 
     def endless(self: Any, tokens: list[int]) -> Any:
         delta = add(self, tokens)
-        return Delta(delta.text, delta.n_tokens)
+        return CompletionOutput(delta.text, delta.n_tokens)
 
-    monkeypatch.setattr(sequence_module.Sequence, "take", endless)
+    monkeypatch.setattr(sequence_module.SequenceOutputProcessor, "process_tokens", endless)
 
 
-def _count(http: httpx.Client, reason: str) -> float:
+def _finished_requests(http: httpx.Client, reason: str) -> float:
     name = f'vllm:request_success_total{{finished_reason="{reason}",model_name="tiny"}} '
     lines = http.get("/metrics").text.splitlines()
     return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
@@ -247,7 +249,7 @@ def test_a_failure_in_a_stream_is_its_last_event(
     def broken(*_: Any) -> None:
         raise RuntimeError("a secret of the machine")
 
-    monkeypatch.setattr(sequence_module.Sequence, "take", broken)
+    monkeypatch.setattr(sequence_module.SequenceOutputProcessor, "process_tokens", broken)
     response = http.post("/v1/chat/completions", json={**CHAT, "stream": True})
     assert response.status_code == 200
     *_, last, rest = response.content.split(b"\n\n")
@@ -266,7 +268,7 @@ def test_a_failure_of_a_whole_answer_is_a_500(
     def broken(*_: Any) -> None:
         raise RuntimeError("a secret of the machine")
 
-    monkeypatch.setattr(sequence_module.Sequence, "take", broken)
+    monkeypatch.setattr(sequence_module.SequenceOutputProcessor, "process_tokens", broken)
     with pytest.raises(openai.InternalServerError) as failed:
         client.chat.completions.create(**CHAT)
     assert "secret" not in str(failed.value)

@@ -20,9 +20,9 @@ import pytest
 from openai.resources.chat.completions import Completions as ChatCompletions
 from openai.resources.completions import Completions
 
-from faasmoe_router.api import unsupported
+from faasmoe_router.api import validation
 from faasmoe_router.engine.engine import Engine
-from faasmoe_router.engine.text import TextCodec
+from faasmoe_router.engine.tokenizer import ModelTokenizer
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "openai.md"
 MESSAGES: list[Any] = [{"role": "user", "content": "the quick brown fox"}]
@@ -49,13 +49,13 @@ CLOCK: Any = {"type": "function", "function": {"name": "clock", "parameters": No
 
 
 @dataclass(frozen=True)
-class Peer:
+class ApiUnderTest:
     """A server, and who asks it."""
 
     client: openai.OpenAI
     tools: openai.OpenAI
     http: httpx.Client
-    codec: TextCodec
+    codec: ModelTokenizer
 
     def chat(self, **parameters: Any) -> Any:
         """Ask for a chat completion: greedy, of few tokens, unless told otherwise."""
@@ -68,7 +68,7 @@ class Peer:
 
     def tokens(self, text: str) -> list[int]:
         """Return a text's tokens."""
-        return self.codec.encode(text, special=False)
+        return self.codec.encode(text, add_special_tokens=False)
 
 
 # What the client's own methods take; the rest goes into the body beside it.
@@ -90,57 +90,63 @@ def _chat(client: openai.OpenAI, **parameters: Any) -> Any:
     return client.chat.completions.create(model="tiny", **asked)
 
 
-def _said(answer: Any) -> str:
+def _message_content(answer: Any) -> str:
     return str(answer.choices[0].message.content)
 
 
 @dataclass(frozen=True)
-class Case:
+class ConformanceCase:
     """A row of the document, and what holds it."""
 
     section: str
     name: str
-    says: str
-    check: Callable[[Peer], None]
+    description: str
+    check: Callable[[ApiUnderTest], None]
 
 
-CASES: list[Case] = []
+CASES: list[ConformanceCase] = []
 
 
-def case(section: str, name: str, says: str) -> Callable[[Callable[[Peer], None]], None]:
+def conformance_case(
+    section: str, name: str, says: str
+) -> Callable[[Callable[[ApiUnderTest], None]], None]:
     """Add a case: `says` is what the document tells of it."""
 
-    def add(check: Callable[[Peer], None]) -> None:
-        CASES.append(Case(section, name, says, check))
+    def add(check: Callable[[ApiUnderTest], None]) -> None:
+        CASES.append(ConformanceCase(section, name, says, check))
 
     return add
 
 
 @pytest.fixture(scope="module")
-def peer(server: tuple[str, Engine], tool_server: str, codec: TextCodec) -> Iterator[Peer]:
+def peer(
+    server: tuple[str, Engine], tool_server: str, codec: ModelTokenizer
+) -> Iterator[ApiUnderTest]:
     asked: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": 20}
     with (
         openai.OpenAI(base_url=f"{server[0]}/v1", **asked) as client,
         openai.OpenAI(base_url=f"{tool_server}/v1", **asked) as tools,
         httpx.Client(base_url=server[0], timeout=20) as http,
     ):
-        yield Peer(client, tools, http, codec)
+        yield ApiUnderTest(client, tools, http, codec)
 
 
 ENDPOINTS, BOTH, CHAT, TEXT = "Endpoints", "Both", "Chat completions", "Completions"
 ANSWERS = "Answers"
 
 
-@case(ENDPOINTS, "POST /v1/chat/completions", "whole, or as a stream of server-sent events")
-def _chat_endpoint(peer: Peer) -> None:
+@conformance_case(
+    ENDPOINTS, "POST /v1/chat/completions", "whole, or as a stream of server-sent events"
+)
+def _chat_endpoint(peer: ApiUnderTest) -> None:
     whole = peer.chat()
     chunks = list(peer.chat(stream=True))
-    assert "".join(c.choices[0].delta.content or "" for c in chunks) == _said(whole)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == _message_content(whole)
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
 
 
-@case(ENDPOINTS, "POST /v1/completions", "the same, for text or tokens, one or several")
-def _completion_endpoint(peer: Peer) -> None:
+@conformance_case(ENDPOINTS, "POST /v1/completions", "the same, for text or tokens, one or several")
+def _completion_endpoint(peer: ApiUnderTest) -> None:
     whole = peer.text(prompt=["a", "b"])
     texts = ["", ""]
     for chunk in peer.text(prompt=["a", "b"], stream=True):
@@ -148,16 +154,18 @@ def _completion_endpoint(peer: Peer) -> None:
     assert texts == [choice.text for choice in whole.choices]
 
 
-@case(ENDPOINTS, "GET /v1/models, /v1/models/{id}", "the model, with `max_model_len`")
-def _models(peer: Peer) -> None:
+@conformance_case(ENDPOINTS, "GET /v1/models, /v1/models/{id}", "the model, with `max_model_len`")
+def _models(peer: ApiUnderTest) -> None:
     [model] = peer.client.models.list().data
     assert peer.client.models.retrieve("tiny") == model
     with pytest.raises(openai.NotFoundError):
         peer.client.models.retrieve("other")
 
 
-@case(ENDPOINTS, "POST /v1/embeddings", "501 with an error object: the model makes none")
-def _embeddings(peer: Peer) -> None:
+@conformance_case(
+    ENDPOINTS, "POST /v1/embeddings", "501 with an error object: the model makes none"
+)
+def _embeddings(peer: ApiUnderTest) -> None:
     with pytest.raises(openai.InternalServerError) as refused:
         peer.client.with_options(max_retries=2).embeddings.create(model="tiny", input="a")
     assert refused.value.status_code == 501
@@ -165,15 +173,17 @@ def _embeddings(peer: Peer) -> None:
     assert refused.value.response.headers["x-should-retry"] == "false"
 
 
-@case(ENDPOINTS, "POST /v1/responses", "501 with an error object")
-def _responses(peer: Peer) -> None:
+@conformance_case(ENDPOINTS, "POST /v1/responses", "501 with an error object")
+def _responses(peer: ApiUnderTest) -> None:
     with pytest.raises(openai.InternalServerError, match="chat/completions") as refused:
         peer.client.responses.create(model="tiny", input="a")
     assert refused.value.status_code == 501
 
 
-@case(ENDPOINTS, "POST /tokenize, /v1/tokenize", "vLLM's bodies: a prompt or messages, with tools")
-def _tokenize(peer: Peer) -> None:
+@conformance_case(
+    ENDPOINTS, "POST /tokenize, /v1/tokenize", "vLLM's bodies: a prompt or messages, with tools"
+)
+def _tokenize(peer: ApiUnderTest) -> None:
     for path in ("/tokenize", "/v1/tokenize"):
         found = peer.http.post(path, json={"prompt": "fox", "return_token_strs": True}).json()
         ids = peer.tokens("fox")
@@ -187,8 +197,8 @@ def _tokenize(peer: Peer) -> None:
         assert peer.http.post(path, json=chat).json()["tokens"] == peer.codec.encode_chat(MESSAGES)
 
 
-@case(ENDPOINTS, "POST /detokenize, /v1/detokenize", "vLLM's bodies")
-def _detokenize(peer: Peer) -> None:
+@conformance_case(ENDPOINTS, "POST /detokenize, /v1/detokenize", "vLLM's bodies")
+def _detokenize(peer: ApiUnderTest) -> None:
     body = {"tokens": [0, *peer.tokens("fox 日")]}
     long = {"tokens": peer.tokens("x") * 5000}
     assert peer.http.post("/detokenize", json=long).json() == {"prompt": "x" * 5000}
@@ -196,38 +206,44 @@ def _detokenize(peer: Peer) -> None:
         assert peer.http.post(path, json=body).json() == {"prompt": "<|end|>fox 日"}
 
 
-@case(ENDPOINTS, "GET /health, /version, /metrics", "for probes and Prometheus, not for the public")
-def _probes(peer: Peer) -> None:
+@conformance_case(
+    ENDPOINTS, "GET /health, /version, /metrics", "for probes and Prometheus, not for the public"
+)
+def _probes(peer: ApiUnderTest) -> None:
     assert [peer.http.get(path).status_code for path in ("/health", "/version", "/metrics")] == (
         [200] * 3
     )
 
 
-@case(BOTH, "model", "the served name; another is 404 `model_not_found`")
-def _model(peer: Peer) -> None:
+@conformance_case(BOTH, "model", "the served name; another is 404 `model_not_found`")
+def _model(peer: ApiUnderTest) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         peer.client.completions.create(model="other", prompt="a")
     assert refused.value.code == "model_not_found"
 
 
-@case(BOTH, "max_tokens", "finish reason `length`; too many for the context are refused")
-def _max_tokens(peer: Peer) -> None:
+@conformance_case(
+    BOTH, "max_tokens", "finish reason `length`; too many for the context are refused"
+)
+def _max_tokens(peer: ApiUnderTest) -> None:
     assert peer.text(max_tokens=5).usage.completion_tokens == 5
     with pytest.raises(openai.BadRequestError) as refused:
         peer.text(max_tokens=10**6)
     assert refused.value.code == "context_length_exceeded"
 
 
-@case(BOTH, "temperature, top_p, top_k, min_p", "0 to 2; 0 is greedy; without temperature, 1")
-def _sampling(peer: Peer) -> None:
-    greedy = _said(peer.chat())
+@conformance_case(
+    BOTH, "temperature, top_p, top_k, min_p", "0 to 2; 0 is greedy; without temperature, 1"
+)
+def _sampling(peer: ApiUnderTest) -> None:
+    greedy = _message_content(peer.chat())
     for narrow in ({"top_p": 0}, {"top_k": 1}, {"min_p": 1}):
-        assert _said(peer.chat(temperature=2, seed=4, **narrow)) == greedy
-    assert _said(peer.chat(temperature=2, seed=4)) != greedy
+        assert _message_content(peer.chat(temperature=2, seed=4, **narrow)) == greedy
+    assert _message_content(peer.chat(temperature=2, seed=4)) != greedy
 
 
-@case(BOTH, "seed", "repeats, alone and among others; choices get seeds of their own")
-def _seed(peer: Peer) -> None:
+@conformance_case(BOTH, "seed", "repeats, alone and among others; choices get seeds of their own")
+def _seed(peer: ApiUnderTest) -> None:
     def sample(**asked: Any) -> list[str]:
         answer = peer.chat(temperature=1.5, seed=11, **asked)
         return [choice.message.content for choice in answer.choices]
@@ -240,32 +256,32 @@ def _seed(peer: Peer) -> None:
         assert sample() == alone
 
 
-@case(BOTH, "n", "up to 128 choices, as far as the server holds so many")
-def _n(peer: Peer) -> None:
+@conformance_case(BOTH, "n", "up to 128 choices, as far as the server holds so many")
+def _n(peer: ApiUnderTest) -> None:
     answer = peer.text(n=3, temperature=1)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert answer.usage.completion_tokens == 36
 
 
-@case(BOTH, "stop", "up to 4 strings; what ends the text is not in it")
-def _stop(peer: Peer) -> None:
+@conformance_case(BOTH, "stop", "up to 4 strings; what ends the text is not in it")
+def _stop(peer: ApiUnderTest) -> None:
     text = peer.text(max_tokens=40).choices[0].text
     choice = peer.text(max_tokens=40, stop=["never", text[8:11]]).choices[0]
     assert (choice.text, choice.finish_reason) == (text[: text.index(text[8:11])], "stop")
 
 
-@case(
+@conformance_case(
     BOTH, "include_stop_str_in_output", "the stop string, or the stop token's text, is in the text"
 )
-def _include_stop(peer: Peer) -> None:
+def _include_stop(peer: ApiUnderTest) -> None:
     text = peer.text(max_tokens=40).choices[0].text
     stop = text[8:11]
     found = peer.text(max_tokens=40, stop=stop, include_stop_str_in_output=True).choices[0]
     assert (found.text, found.finish_reason) == (text[: text.index(stop) + 3], "stop")
 
 
-@case(BOTH, "stop_token_ids", "end the text, as the model's own end tokens do")
-def _stop_token_ids(peer: Peer) -> None:
+@conformance_case(BOTH, "stop_token_ids", "end the text, as the model's own end tokens do")
+def _stop_token_ids(peer: ApiUnderTest) -> None:
     letters = {"allowed_token_ids": peer.tokens("abcdefgh")}
     text = peer.text(**letters).choices[0].text
     [stop] = peer.tokens(text[3])
@@ -273,27 +289,27 @@ def _stop_token_ids(peer: Peer) -> None:
     assert (choice.text, choice.finish_reason) == (text[: text.index(text[3])], "stop")
 
 
-@case(BOTH, "min_tokens", "no end token and no stop string counts before")
-def _min_tokens(peer: Peer) -> None:
+@conformance_case(BOTH, "min_tokens", "no end token and no stop string counts before")
+def _min_tokens(peer: ApiUnderTest) -> None:
     forced = {"structured_outputs": {"regex": "[ab]{1,30}"}, "logit_bias": {"0": 100}}
     assert peer.text(max_tokens=40, **forced).usage.completion_tokens == 2  # a letter, the end
     assert peer.text(max_tokens=40, min_tokens=9, **forced).usage.completion_tokens == 10
 
 
-@case(BOTH, "ignore_eos", "goes on after the model's end token")
-def _ignore_eos(peer: Peer) -> None:
+@conformance_case(BOTH, "ignore_eos", "goes on after the model's end token")
+def _ignore_eos(peer: ApiUnderTest) -> None:
     assert peer.text(ignore_eos=True).choices[0].finish_reason == "length"
 
 
-@case(BOTH, "skip_special_tokens", "false tells special tokens as text")
-def _skip_special(peer: Peer) -> None:
+@conformance_case(BOTH, "skip_special_tokens", "false tells special tokens as text")
+def _skip_special(peer: ApiUnderTest) -> None:
     only = {"allowed_token_ids": [1], "max_tokens": 2}
     assert peer.text(**only).choices[0].text == ""
     assert peer.text(skip_special_tokens=False, **only).choices[0].text == "<|im_start|>" * 2
 
 
-@case(BOTH, "presence_penalty, frequency_penalty", "-2 to 2, over the output")
-def _penalties(peer: Peer) -> None:
+@conformance_case(BOTH, "presence_penalty, frequency_penalty", "-2 to 2, over the output")
+def _penalties(peer: ApiUnderTest) -> None:
     [x, y] = peer.tokens("xy")
     two = {"allowed_token_ids": [x, y], "max_tokens": 6, "logit_bias": {str(x): 20, str(y): 19}}
     assert "y" in peer.text(**{**two, "frequency_penalty": 2}).choices[0].text
@@ -304,22 +320,22 @@ def _penalties(peer: Peer) -> None:
     assert peer.text(max_tokens=60, presence_penalty=2).choices[0].text != plain
 
 
-@case(BOTH, "repetition_penalty", "above 0 to 10, over prompt and output")
-def _repetition(peer: Peer) -> None:
+@conformance_case(BOTH, "repetition_penalty", "above 0 to 10, over prompt and output")
+def _repetition(peer: ApiUnderTest) -> None:
     plain = peer.text(max_tokens=60).choices[0].text
     assert peer.text(max_tokens=60, repetition_penalty=1.0).choices[0].text == plain
     assert peer.text(max_tokens=60, repetition_penalty=3.0).choices[0].text != plain
 
 
-@case(BOTH, "logit_bias", "up to 1024 tokens, -100 to 100, before penalties")
-def _logit_bias(peer: Peer) -> None:
+@conformance_case(BOTH, "logit_bias", "up to 1024 tokens, -100 to 100, before penalties")
+def _logit_bias(peer: ApiUnderTest) -> None:
     [x] = peer.tokens("x")
     assert peer.text(logit_bias={str(x): 100}).choices[0].text == "x" * 12
     assert "x" not in peer.text(logit_bias={str(x): -100}, max_tokens=60).choices[0].text
 
 
-@case(BOTH, "allowed_token_ids, bad_words", "the only tokens; words that may not come")
-def _allowed(peer: Peer) -> None:
+@conformance_case(BOTH, "allowed_token_ids, bad_words", "the only tokens; words that may not come")
+def _allowed(peer: ApiUnderTest) -> None:
     [x, y] = peer.tokens("xy")
     text = peer.text(allowed_token_ids=[x, y]).choices[0].text
     assert set(text) <= {"x", "y"}
@@ -327,20 +343,24 @@ def _allowed(peer: Peer) -> None:
     assert banned in ("xy" * 6, "yx" * 6)
 
 
-@case(BOTH, "response_format", "`text`, `json_object`, `json_schema`: held to it, token by token")
-def _response_format(peer: Peer) -> None:
+@conformance_case(
+    BOTH, "response_format", "`text`, `json_object`, `json_schema`: held to it, token by token"
+)
+def _response_format(peer: ApiUnderTest) -> None:
     schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
     choice = peer.chat(response_format=schema, max_tokens=150).choices[0]
     assert choice.finish_reason == "stop"
     person = json.loads(choice.message.content)
     assert person["name"] in ("Ada", "Bob")
     assert isinstance(person["age"], int)
-    text = _said(peer.chat(response_format={"type": "json_object"}, max_tokens=60))
+    text = _message_content(peer.chat(response_format={"type": "json_object"}, max_tokens=60))
     assert text.startswith("{")
 
 
-@case(BOTH, "structured_outputs", "vLLM's `json`, `json_object`, `regex`, `choice`, `grammar`")
-def _structured(peer: Peer) -> None:
+@conformance_case(
+    BOTH, "structured_outputs", "vLLM's `json`, `json_object`, `regex`, `choice`, `grammar`"
+)
+def _structured(peer: ApiUnderTest) -> None:
     def write(**how: Any) -> str:
         choice = peer.chat(structured_outputs=how, max_tokens=150).choices[0]
         assert choice.finish_reason == "stop"
@@ -352,16 +372,18 @@ def _structured(peer: Peer) -> None:
     assert write(grammar='root ::= "<" [a-z] [a-z] ">"')[::3] == "<>"
 
 
-@case(BOTH, "guided_json, guided_regex, guided_choice, guided_grammar", "vLLM's older names")
-def _guided(peer: Peer) -> None:
+@conformance_case(
+    BOTH, "guided_json, guided_regex, guided_choice, guided_grammar", "vLLM's older names"
+)
+def _guided(peer: ApiUnderTest) -> None:
     assert peer.text(guided_choice=["left"]).choices[0].text == "left"
     assert re.fullmatch("[0-9]{4}", peer.text(guided_regex="[0-9]{4}").choices[0].text)
     assert peer.text(guided_grammar='root ::= "a" "b"').choices[0].text == "ab"
     assert peer.text(guided_json={"const": 5}).choices[0].text == "5"
 
 
-@case(BOTH, "stream_options", "`include_usage`, and vLLM's `continuous_usage_stats`")
-def _stream_options(peer: Peer) -> None:
+@conformance_case(BOTH, "stream_options", "`include_usage`, and vLLM's `continuous_usage_stats`")
+def _stream_options(peer: ApiUnderTest) -> None:
     *chunks, last = peer.chat(stream=True, stream_options={"include_usage": True})
     assert (last.choices, last.usage.completion_tokens) == ([], 12)
     assert all(chunk.usage is None for chunk in chunks)
@@ -371,13 +393,13 @@ def _stream_options(peer: Peer) -> None:
     assert counts[-1] == 12
 
 
-@case(
+@conformance_case(
     BOTH,
     "user, metadata, store, safety_identifier, prompt_cache_key, service_tier",
     "taken and without effect (`service_tier` as `auto` or `default`, told as `default`); unknown "
     "fields likewise",
 )
-def _accepted(peer: Peer) -> None:
+def _accepted(peer: ApiUnderTest) -> None:
     answer = peer.chat(
         user="me",
         metadata={"a": "b"},
@@ -387,19 +409,21 @@ def _accepted(peer: Peer) -> None:
         service_tier="auto",
         some_future_parameter={"x": 1},
     )
-    assert _said(answer) == _said(peer.chat())
+    assert _message_content(answer) == _message_content(peer.chat())
     assert answer.service_tier == "default"
     assert peer.chat().service_tier is None
 
 
-@case(BOTH, "X-Request-Id", "echoed, or made")
-def _request_id(peer: Peer) -> None:
+@conformance_case(BOTH, "X-Request-Id", "echoed, or made")
+def _request_id(peer: ApiUnderTest) -> None:
     answer = peer.client.with_raw_response.models.list(extra_headers={"X-Request-Id": "mine"})
     assert answer.headers["x-request-id"] == "mine"
 
 
-@case(CHAT, "messages", "system, developer, user, assistant with `tool_calls`, tool; text parts")
-def _messages(peer: Peer) -> None:
+@conformance_case(
+    CHAT, "messages", "system, developer, user, assistant with `tool_calls`, tool; text parts"
+)
+def _messages(peer: ApiUnderTest) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
     messages = [
         {"role": "system", "content": [{"type": "text", "text": "s"}]},
@@ -412,13 +436,13 @@ def _messages(peer: Peer) -> None:
     assert answer.choices[0].message.role == "assistant"
 
 
-@case(CHAT, "max_completion_tokens", "as `max_tokens`, and before it")
-def _max_completion_tokens(peer: Peer) -> None:
+@conformance_case(CHAT, "max_completion_tokens", "as `max_tokens`, and before it")
+def _max_completion_tokens(peer: ApiUnderTest) -> None:
     assert peer.chat(max_completion_tokens=3, max_tokens=9).usage.completion_tokens == 3
 
 
-@case(CHAT, "logprobs, top_logprobs", "up to 20, of the model's own distribution")
-def _chat_logprobs(peer: Peer) -> None:
+@conformance_case(CHAT, "logprobs, top_logprobs", "up to 20, of the model's own distribution")
+def _chat_logprobs(peer: ApiUnderTest) -> None:
     asked = {"logprobs": True, "top_logprobs": 3, "temperature": 1.5, "seed": 2}
     whole = peer.chat(**asked).choices[0]
     content = whole.logprobs.content
@@ -454,35 +478,37 @@ def _calls(client: openai.OpenAI, **asked: Any) -> tuple[list[tuple[str, Any]], 
     return [(name, json.loads(arguments)) for name, arguments in whole], choice.finish_reason
 
 
-def _forced(*calls: str) -> dict[str, Any]:
+def _forced_tool_calls(*calls: str) -> dict[str, Any]:
     text = "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
     return {"structured_outputs": {"choice": [text]}}
 
 
-@case(
+@conformance_case(
     CHAT,
     "tools, tool_choice auto",
     "through the model's chat template, which must take tools; calls are read in the forms of "
     "Hermes and Qwen, Mistral, Llama 3; finish reason `tool_calls`",
 )
-def _tools_auto(peer: Peer) -> None:
+def _tools_auto(peer: ApiUnderTest) -> None:
     first = '{"name": "weather", "arguments": {"city": "Rome"}}'
     second = '{"name": "clock", "arguments": {}}'
-    calls, reason = _calls(peer.tools, **_forced(first, second))
+    calls, reason = _calls(peer.tools, **_forced_tool_calls(first, second))
     assert calls == [("weather", {"city": "Rome"}), ("clock", {})]
     assert reason == "tool_calls"
     plain = _chat(peer.tools, tools=[CLOCK]).choices[0]
     assert (plain.message.tool_calls, plain.finish_reason) == (None, "length")
 
 
-@case(CHAT, "tool_choice none", "the model is not told of the tools")
-def _tools_none(peer: Peer) -> None:
+@conformance_case(CHAT, "tool_choice none", "the model is not told of the tools")
+def _tools_none(peer: ApiUnderTest) -> None:
     asked = {"tools": [WEATHER], "tool_choice": "none"}
-    assert _said(_chat(peer.tools, **asked)) == _said(_chat(peer.tools))
+    assert _message_content(_chat(peer.tools, **asked)) == _message_content(_chat(peer.tools))
 
 
-@case(CHAT, "tool_choice required", "held to calls whose arguments fit the tools' schemas")
-def _tools_required(peer: Peer) -> None:
+@conformance_case(
+    CHAT, "tool_choice required", "held to calls whose arguments fit the tools' schemas"
+)
+def _tools_required(peer: ApiUnderTest) -> None:
     calls, reason = _calls(peer.tools, tool_choice="required", parallel_tool_calls=False)
     [(name, arguments)] = calls
     assert name in ("weather", "clock")
@@ -491,33 +517,33 @@ def _tools_required(peer: Peer) -> None:
     assert reason == "tool_calls"
 
 
-@case(
+@conformance_case(
     CHAT, "tool_choice of a function", "held to one call of it; finish reason `stop`, as OpenAI's"
 )
-def _tools_named(peer: Peer) -> None:
+def _tools_named(peer: ApiUnderTest) -> None:
     choice = {"type": "function", "function": {"name": "weather"}}
     [(name, arguments)], reason = _calls(peer.tools, tool_choice=choice)
     assert (name, reason) == ("weather", "stop")
     assert arguments in ({"city": "Rome"}, {"city": "Oslo"})
 
 
-@case(CHAT, "parallel_tool_calls", "false reads, and allows, one call only")
-def _parallel(peer: Peer) -> None:
+@conformance_case(CHAT, "parallel_tool_calls", "false reads, and allows, one call only")
+def _parallel(peer: ApiUnderTest) -> None:
     call = '{"name": "clock", "arguments": {}}'
-    calls, _ = _calls(peer.tools, parallel_tool_calls=False, **_forced(call, call))
+    calls, _ = _calls(peer.tools, parallel_tool_calls=False, **_forced_tool_calls(call, call))
     assert calls == [("clock", {})]
 
 
-@case(CHAT, "tools with response_format", "calls, or else JSON of the schema")
-def _tools_or_json(peer: Peer) -> None:
+@conformance_case(CHAT, "tools with response_format", "calls, or else JSON of the schema")
+def _tools_or_json(peer: ApiUnderTest) -> None:
     schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"const": {"a": 1}}}}
     message = _chat(peer.tools, tools=[WEATHER], response_format=schema, max_tokens=300)
     said = message.choices[0].message
     assert said.tool_calls or json.loads(said.content) == {"a": 1}
 
 
-@case(CHAT, "reasoning_effort", "where the model's chat template takes it")
-def _reasoning_effort(peer: Peer) -> None:
+@conformance_case(CHAT, "reasoning_effort", "where the model's chat template takes it")
+def _reasoning_effort(peer: ApiUnderTest) -> None:
     effort = _chat(peer.tools, reasoning_effort="low")
     assert effort.usage.prompt_tokens > _chat(peer.tools).usage.prompt_tokens
     with pytest.raises(openai.BadRequestError) as refused:
@@ -525,31 +551,31 @@ def _reasoning_effort(peer: Peer) -> None:
     assert refused.value.param == "reasoning_effort"
 
 
-@case(CHAT, "chat_template_kwargs", "variables of the chat template")
-def _template_kwargs(peer: Peer) -> None:
+@conformance_case(CHAT, "chat_template_kwargs", "variables of the chat template")
+def _template_kwargs(peer: ApiUnderTest) -> None:
     gloomy = _chat(peer.tools, chat_template_kwargs={"mood": "gloomy"})
     assert gloomy.usage.prompt_tokens > _chat(peer.tools).usage.prompt_tokens
 
 
-@case(CHAT, "add_generation_prompt, continue_final_message", "the last message goes on")
-def _continue(peer: Peer) -> None:
+@conformance_case(CHAT, "add_generation_prompt, continue_final_message", "the last message goes on")
+def _continue(peer: ApiUnderTest) -> None:
     messages = [*MESSAGES, {"role": "assistant", "content": "jumps"}]
     asked = {"add_generation_prompt": False, "continue_final_message": True}
     answer = peer.chat(messages=messages, **asked)
     ids = peer.codec.encode_chat(MESSAGES) + peer.tokens("jumps")
     assert answer.usage.prompt_tokens == len(ids)
-    assert _said(answer) == peer.text(prompt=ids).choices[0].text
+    assert _message_content(answer) == peer.text(prompt=ids).choices[0].text
 
 
-@case(TEXT, "prompt", "a string, strings, tokens, or lists of tokens")
-def _prompt(peer: Peer) -> None:
+@conformance_case(TEXT, "prompt", "a string, strings, tokens, or lists of tokens")
+def _prompt(peer: ApiUnderTest) -> None:
     ids = peer.tokens("fox")
     texts = {peer.text(prompt=prompt).choices[0].text for prompt in ("fox", ["fox"], ids, [ids])}
     assert len(texts) == 1
 
 
-@case(TEXT, "logprobs", "up to 20, in OpenAI's older form; not together with `echo`")
-def _text_logprobs(peer: Peer) -> None:
+@conformance_case(TEXT, "logprobs", "up to 20, in OpenAI's older form; not together with `echo`")
+def _text_logprobs(peer: ApiUnderTest) -> None:
     asked = {"logprobs": 2, "allowed_token_ids": peer.tokens("abcdefgh")}
     choice = peer.text(**asked).choices[0]
     found = choice.logprobs
@@ -565,8 +591,8 @@ def _text_logprobs(peer: Peer) -> None:
     assert [at for part in parts if part for at in part.text_offset] == found.text_offset
 
 
-@case(TEXT, "echo", "the prompt is told ahead of the text")
-def _echo(peer: Peer) -> None:
+@conformance_case(TEXT, "echo", "the prompt is told ahead of the text")
+def _echo(peer: ApiUnderTest) -> None:
     text = peer.text(prompt=["a 日", "b"], n=2).choices
     echoed = peer.text(prompt=["a 日", "b"], n=2, echo=True).choices
     assert [choice.text for choice in echoed] == [
@@ -576,28 +602,30 @@ def _echo(peer: Peer) -> None:
     assert streamed == "fox" + peer.text(prompt="fox").choices[0].text
 
 
-@case(TEXT, "best_of", "as much as `n` only")
-def _best_of(peer: Peer) -> None:
+@conformance_case(TEXT, "best_of", "as much as `n` only")
+def _best_of(peer: ApiUnderTest) -> None:
     assert len(peer.text(n=2, best_of=2).choices) == 2
     with pytest.raises(openai.BadRequestError) as refused:
         peer.text(n=2, best_of=3)
     assert refused.value.param == "best_of"
 
 
-@case(ANSWERS, "system_fingerprint", "of the weights, their format, and what they run on")
-def _fingerprint(peer: Peer) -> None:
+@conformance_case(
+    ANSWERS, "system_fingerprint", "of the weights, their format, and what they run on"
+)
+def _fingerprint(peer: ApiUnderTest) -> None:
     told = {chunk.system_fingerprint for chunk in peer.chat(stream=True)}
     assert {peer.chat().system_fingerprint, peer.text().system_fingerprint} == told
     assert re.fullmatch("fp_[0-9a-f]{12}", told.pop())
 
 
-@case(
+@conformance_case(
     ANSWERS,
     "usage.prompt_tokens_details",
     "`cached_tokens`: of the tenant's own earlier prompts only, see [tenants](tenants.md); null in "
     "a stream until it is known",
 )
-def _prompt_details(peer: Peer) -> None:
+def _prompt_details(peer: ApiUnderTest) -> None:
     both = {"include_usage": True, "continuous_usage_stats": True}
     whole = peer.chat(n=2).usage
     assert whole.prompt_tokens_details.cached_tokens == 0  # nothing is shared without tenants
@@ -606,24 +634,24 @@ def _prompt_details(peer: Peer) -> None:
     assert last.usage.prompt_tokens_details == whole.prompt_tokens_details
 
 
-@case(
+@conformance_case(
     ANSWERS,
     "usage.completion_tokens_details",
     "nothing is predicted, and what a model thinks is told as text: all are 0",
 )
-def _completion_details(peer: Peer) -> None:
+def _completion_details(peer: ApiUnderTest) -> None:
     for answer in (peer.chat(), peer.text()):
         details = answer.usage.completion_tokens_details
         assert (details.reasoning_tokens, details.audio_tokens) == (0, 0)
         assert details.accepted_prediction_tokens == details.rejected_prediction_tokens == 0
 
 
-@case(
+@conformance_case(
     ANSWERS,
     "choices[].stop_reason",
     "vLLM's: the stop string, or the token of `stop_token_ids`, that ended the text; else null",
 )
-def _stop_reason(peer: Peer) -> None:
+def _stop_reason(peer: ApiUnderTest) -> None:
     letters = {"allowed_token_ids": peer.tokens("abcdefgh")}
     plain = peer.text(**letters).choices[0]
     assert plain.stop_reason is None
@@ -642,16 +670,16 @@ def _stop_reason(peer: Peer) -> None:
 @pytest.mark.parametrize(
     "held", [pytest.param(c, id=f"{c.section}-{c.name}".replace(" ", "-")) for c in CASES]
 )
-def test_the_server_does_what_the_document_says(held: Case, peer: Peer) -> None:
+def test_the_server_does_what_the_document_says(held: ConformanceCase, peer: ApiUnderTest) -> None:
     held.check(peer)
 
 
 REFUSED: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {
-        **dict.fromkeys(unsupported.CHAT_PARAMETERS, "something"),
+        **dict.fromkeys(validation.UNSUPPORTED_CHAT_PARAMS, "something"),
         "priority": 2,
     },
-    "/v1/completions": {**dict.fromkeys(unsupported.COMPLETION_PARAMETERS, "something")},
+    "/v1/completions": {**dict.fromkeys(validation.UNSUPPORTED_COMPLETION_PARAMS, "something")},
 }
 
 
@@ -659,7 +687,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     ("path", "name"),
     [pytest.param(path, name, id=f"{path}-{name}") for path in REFUSED for name in REFUSED[path]],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(path: str, name: str, peer: Peer) -> None:
+def test_what_cannot_be_honoured_is_refused_by_name(
+    path: str, name: str, peer: ApiUnderTest
+) -> None:
     if (path, name) in {("/v1/chat/completions", "best_of"), ("/v1/completions", "best_of")}:
         value: Any = 7
     else:
@@ -706,7 +736,7 @@ def _lines() -> Iterator[str]:
         for held in CASES:
             if held.section == section:
                 names = held.name if section == ENDPOINTS else _code(held.name)
-                yield f"| {names} | {held.says} |"
+                yield f"| {names} | {held.description} |"
         yield ""
     yield "## Refused by name"
     yield ""

@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-ERROR = {"$ref": "#/components/schemas/ErrorAnswer"}
+ERROR = {"$ref": "#/components/schemas/ErrorResponse"}
 
 
 @pytest.fixture(scope="module")

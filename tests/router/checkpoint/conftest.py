@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-from faasmoe_expert.store import Store
+from faasmoe_contracts.store import Store
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,

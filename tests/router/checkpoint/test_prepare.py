@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from faasmoe_expert.store import Store, StoreError
-from faasmoe_router.checkpoint import PrepareError, conversion, prepare
+from faasmoe_contracts.store import Store, StoreError
+from faasmoe_router.checkpoint import PrepareError, prepare
+from faasmoe_router.transformers_backend import weight_conversion
 
 MakeCheckpoint = Callable[..., Path]
 TinyModel = Callable[..., Any]
@@ -43,7 +44,7 @@ def test_one_row_at_a_time_gives_the_same(
 ) -> None:
     checkpoint = make_checkpoint("mixtral")
     whole = prepare(str(checkpoint), tmp_path / "whole")
-    monkeypatch.setattr(conversion, "PIECE_BYTES", 1)
+    monkeypatch.setattr(weight_conversion, "SLICE_BYTES", 1)
     assert prepare(str(checkpoint), tmp_path / "rows").manifest.digest == whole.manifest.digest
 
 
@@ -202,9 +203,9 @@ def test_a_dense_model_is_told_what_it_lacks(
         ),
         pytest.param({"architectures": ["NoSuchModel"]}, "got 'NoSuchModel'", id="class"),
         pytest.param({"architectures": ["AutoModel"]}, "got 'AutoModel'", id="no-model"),
-        pytest.param({"model_type": "nosuch"}, "transformers refused it", id="family"),
+        pytest.param({"model_type": "nosuch"}, "rejected by transformers", id="family"),
         pytest.param({"dtype": "float64"}, "dtype: got torch.float64", id="dtype"),
-        pytest.param({"dtype": "float8"}, "transformers refused it", id="no-dtype"),
+        pytest.param({"dtype": "float8"}, "rejected by transformers", id="no-dtype"),
         pytest.param(
             {"quantization_config": "gptq"}, "got quant_method 'gptq'", id="quantised-text"
         ),
@@ -214,7 +215,7 @@ def test_a_dense_model_is_told_what_it_lacks(
         pytest.param({"hidden_act": "nosuch"}, "cannot be built.*nosuch", id="activation"),
         pytest.param({"hidden_size": -32}, "cannot be built.*-32", id="negative-size"),
         pytest.param(
-            {"hidden_size": "x"}, "transformers refused it.*hidden_size", id="text-as-size"
+            {"hidden_size": "x"}, "rejected by transformers.*hidden_size", id="text-as-size"
         ),
         pytest.param({"num_attention_heads": 0}, "Qwen2MoeForCausalLM cannot", id="no-heads"),
         pytest.param({"num_experts_per_tok": 7}, "got 7 experts per token.*at most 6", id="top-k"),

@@ -10,29 +10,28 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from control_stand_in import ControlStandIn
+from fake_control import FakeControl
 from prometheus_client import CollectorRegistry
-from sandboxes import OpenSandbox, SandboxProcess, block_specs
+from sandbox_processes import SandboxProcess, StartSandbox, block_specs
 from server_thread import running_server
 
-from faasmoe_expert.store import Store
-from faasmoe_expert.table import FunctionEntry, FunctionTable
+from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
+from faasmoe_contracts.store import Store
 from faasmoe_router.api.app import create_app
 from faasmoe_router.checkpoint import prepare
 from faasmoe_router.control import ControlLink, LinkSettings
+from faasmoe_router.control.activator import ActivationQueueLimits, ActivationRequester
 from faasmoe_router.control.client import ControlClient, ControlTimeouts
-from faasmoe_router.control.gate import HoldLimits
-from faasmoe_router.control.metrics import ControlMetrics
-from faasmoe_router.control.waker import Waker
+from faasmoe_router.control.metrics import ControlLinkMetrics
 from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.dispatch.holding import Holding
+from faasmoe_router.dispatch.cold_start import ActivationSettings
 from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.engine.cache_config import EngineLimits
 from faasmoe_router.engine.engine import Engine
-from faasmoe_router.engine.model import load_router_model
-from faasmoe_router.engine.sizing import EngineLimits
-from faasmoe_router.engine.text import TextCodec
+from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
-from faasmoe_router.serving import Server
+from faasmoe_router.server import Server
+from faasmoe_router.transformers_backend.model_loader import load_router_model
 
 DEADLINE_S = 20.0
 TOKEN = "secret"
@@ -47,28 +46,30 @@ def store(base_model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def cold_table(store: Store) -> FunctionTable:
+def cold_table(store: Store) -> RoutingTable:
     """Four functions, two experts each, none of which has an address."""
-    entries = tuple(FunctionEntry(spec) for spec in block_specs(store, 2))
-    return FunctionTable(store.manifest.digest, 1, entries)
+    entries = tuple(FunctionEndpoints(spec) for spec in block_specs(store, 2))
+    return RoutingTable(store.manifest.digest, 1, entries)
 
 
 @pytest.fixture
-def control(cold_table: FunctionTable) -> Iterator[ControlStandIn]:
-    with ControlStandIn(cold_table, token=TOKEN).running() as stand_in:
-        yield stand_in
+def control(cold_table: RoutingTable) -> Iterator[FakeControl]:
+    with FakeControl(cold_table, token=TOKEN).running() as fake:
+        yield fake
 
 
 @pytest.fixture(scope="module")
-def box(sandbox: OpenSandbox) -> Iterator[SandboxProcess]:
+def sandbox_server(sandbox: StartSandbox) -> Iterator[SandboxProcess]:
     with sandbox(capacity=9, token=TOKEN) as process:
         yield process
 
 
 @pytest.fixture
-def warm(store: Store, box: SandboxProcess, cold_table: FunctionTable) -> dict[str, list[str]]:
+def warm(
+    store: Store, sandbox_server: SandboxProcess, cold_table: RoutingTable
+) -> dict[str, list[str]]:
     """Addresses of all functions, in a sandbox where they are attached."""
-    entries = [box.attach(store, entry.spec) for entry in cold_table.functions]
+    entries = [sandbox_server.attach(store, entry.spec) for entry in cold_table.functions]
     return {entry.spec.id: list(entry.addresses) for entry in entries}
 
 
@@ -94,28 +95,41 @@ OpenRouter = Callable[..., AbstractContextManager[ElasticRouter]]
 
 
 @pytest.fixture
-def router(store: Store, codec: TextCodec, control: ControlStandIn) -> OpenRouter:
-    """Runs a router: `with router(timeout_s=…, hold_timeout_s=…) as r: r.complete()`."""
+def router(store: Store, codec: ModelTokenizer, control: FakeControl) -> OpenRouter:
+    """Runs a router: `with router(timeout_s=…, call_queue_timeout_s=…) as r: r.complete()`."""
 
     @contextmanager
     def run(
-        *, hold_timeout_s: float = 2.0, repeat_s: float = 0.2, **limits: Any
+        *, call_queue_timeout_s: float = 2.0, repeat_s: float = 0.2, **limits: Any
     ) -> Iterator[ElasticRouter]:
         registry = new_registry()
-        metrics = ControlMetrics(registry)
-        client = ControlClient(control.url, token=TOKEN, timeouts=ControlTimeouts(silence_s=1.0))
-        settings = LinkSettings(
-            "router", limits=HoldLimits(**limits), report_interval_s=0.1, repeat_s=repeat_s
+        metrics = ControlLinkMetrics(registry)
+        client = ControlClient(
+            control.url, token=TOKEN, timeouts=ControlTimeouts(stream_idle_s=1.0)
         )
-        waker = Waker(client, router="router", metrics=metrics, repeat_s=settings.repeat_s)
+        settings = LinkSettings(
+            "router",
+            queue_limits=ActivationQueueLimits(**limits),
+            report_interval_s=0.1,
+            activation_repeat_s=repeat_s,
+        )
+        activation_requester = ActivationRequester(
+            client, router_name="router", metrics=metrics, repeat_s=settings.activation_repeat_s
+        )
         dispatcher = Dispatcher(
             store,
             None,
             token=TOKEN,
             metrics=DispatchMetrics(registry),
-            holding=Holding(waker.want_soon, timeout_s=hold_timeout_s, probe_s=0.02),
+            activation=ActivationSettings(
+                activation_requester.request_threadsafe,
+                timeout_s=call_queue_timeout_s,
+                retry_interval_s=0.02,
+            ),
         )
-        link = ControlLink(client, waker, dispatcher, settings=settings, metrics=metrics)
+        link = ControlLink(
+            client, activation_requester, dispatcher, settings=settings, metrics=metrics
+        )
         engine = Engine(
             load_router_model(store, dispatcher, device=torch.device("cpu")),
             codec,
@@ -123,12 +137,12 @@ def router(store: Store, codec: TextCodec, control: ControlStandIn) -> OpenRoute
             metrics=EngineMetrics(registry, "tiny"),
         )
 
-        def end_running() -> None:
-            link.end_held()
-            engine.end_running()
+        def abort_running() -> None:
+            link.reject_queued()
+            engine.abort_running()
 
-        app = create_app(engine, model_name="tiny", registry=registry, admission=link)
-        server = Server(app, end_running=end_running, drain_s=0)
+        app = create_app(engine, model_name="tiny", registry=registry, activator=link)
+        server = Server(app, on_drain_timeout=abort_running, drain_timeout_s=0)
         try:
             with (
                 running_server(server) as url,
@@ -145,11 +159,11 @@ def router(store: Store, codec: TextCodec, control: ControlStandIn) -> OpenRoute
 def on_loop() -> Callable[[Callable[[], Any]], None]:
     """Run a coroutine function to its end, or fail."""
 
-    def run(tell: Callable[[], Any]) -> None:
-        async def told() -> None:
+    def run(scenario: Callable[[], Any]) -> None:
+        async def bounded() -> None:
             async with asyncio.timeout(DEADLINE_S):
-                await tell()
+                await scenario()
 
-        asyncio.run(told())
+        asyncio.run(bounded())
 
     return run

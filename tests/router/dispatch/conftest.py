@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from faasmoe_expert.same_node import socket_path
+from faasmoe_contracts.unix_socket import unix_socket_path
 from faasmoe_router.dispatch import Dispatcher
 
 Behaviour = Callable[[socket.socket], None]
@@ -23,19 +23,19 @@ class CountedWaits(threading.Event):
 
     def __init__(self) -> None:
         super().__init__()
-        self.wished_s = 0.0
+        self.requested_s = 0.0
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait, and note for how long at most."""
-        self.wished_s += timeout or 0.0
+        self.requested_s += timeout or 0.0
         return super().wait(timeout)
 
 
 def count_waits(dispatcher: Dispatcher) -> CountedWaits:
     """Count the waits of a dispatcher's held calls from now on."""
-    holder = dispatcher._filler._holder
-    assert holder is not None
-    holder.moved = waits = CountedWaits()
+    waiter = dispatcher._executor._activation_waiter
+    assert waiter is not None
+    waiter.routing_changed = waits = CountedWaits()
     return waits
 
 
@@ -48,14 +48,16 @@ def waits_of() -> Callable[[Dispatcher], CountedWaits]:
 class ScriptedServer:
     """Gives the n-th connection to the n-th behaviour, later ones to the last."""
 
-    def __init__(self, *behaviours: Behaviour, near: Path | None = None) -> None:
+    def __init__(self, *behaviours: Behaviour, socket_dir: Path | None = None) -> None:
         """Listens on TCP, or with a folder `near` on a Unix socket alone."""
         self._behaviours = behaviours
         self._listener = socket.create_server(("127.0.0.1", 0))
         address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        if near is not None:
+        if socket_dir is not None:
             self._listener.close()
-            self._listener = _listening(socket_path(near, int(address.rpartition(":")[2])))
+            self._listener = _listen_unix(
+                unix_socket_path(socket_dir, int(address.rpartition(":")[2]))
+            )
         self.address = address
         self._open: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._accept)]
@@ -90,7 +92,7 @@ class ScriptedServer:
             thread.join()
 
 
-def _listening(path: Path) -> socket.socket:
+def _listen_unix(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
     listener.listen()
@@ -102,8 +104,8 @@ def serve() -> Iterator[Callable[..., ScriptedServer]]:
     """Starts a server: `serve(behaviour, …, near=folder)`."""
     servers: list[ScriptedServer] = []
 
-    def start(*behaviours: Behaviour, near: Path | None = None) -> ScriptedServer:
-        servers.append(ScriptedServer(*behaviours, near=near))
+    def start(*behaviours: Behaviour, socket_dir: Path | None = None) -> ScriptedServer:
+        servers.append(ScriptedServer(*behaviours, socket_dir=socket_dir))
         return servers[-1]
 
     yield start

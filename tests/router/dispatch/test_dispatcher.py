@@ -8,15 +8,27 @@ from typing import Any
 import pytest
 import torch
 from families.registry import FAMILIES, experts_modules
-from sandboxes import OpenSandbox, PreparedStore, SandboxProcess, block_specs, spec_of
+from sandbox_processes import (
+    PreparedStore,
+    SandboxProcess,
+    StartSandbox,
+    block_specs,
+    make_function_spec,
+)
 from torch import Tensor, nn
 
-from faasmoe_expert.store import Store
-from faasmoe_expert.table import FunctionEntry, FunctionTable, TableError
-from faasmoe_expert.wire import Dtype, Header, Mode, encode_response, rows_per_frame
-from faasmoe_expert.wire.frame import Kind
+from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable, RoutingTableError
+from faasmoe_contracts.store import Store
+from faasmoe_contracts.wire import (
+    Dtype,
+    FrameHeader,
+    FrameKind,
+    OutputMode,
+    encode_response,
+    max_rows_per_frame,
+)
 from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.dispatch.calls import Timeouts
+from faasmoe_router.dispatch.calls import DispatchTimeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 
 TOKEN = "a-token"
@@ -34,9 +46,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def box(sandbox: OpenSandbox) -> Iterator[SandboxProcess]:
-    with sandbox(capacity=1000, token=TOKEN) as box:
-        yield box
+def sandbox_server(sandbox: StartSandbox) -> Iterator[SandboxProcess]:
+    with sandbox(capacity=1000, token=TOKEN) as sandbox_server:
+        yield sandbox_server
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +57,8 @@ def store(prepared_store: PreparedStore) -> Store:
 
 
 @pytest.fixture(scope="module")
-def table(box: SandboxProcess, store: Store) -> FunctionTable:
-    return box.attach_blocks(store, 3)
+def table(sandbox_server: SandboxProcess, store: Store) -> RoutingTable:
+    return sandbox_server.attach_blocks(store, 3)
 
 
 @pytest.fixture
@@ -54,7 +66,7 @@ def dispatch() -> Iterator[Callable[..., Dispatcher]]:
     """Makes dispatchers, and closes them."""
     made: list[Dispatcher] = []
 
-    def make(store: Store, table: FunctionTable, **options: Any) -> Dispatcher:
+    def make(store: Store, table: RoutingTable, **options: Any) -> Dispatcher:
         options = {"token": TOKEN, "metrics": DispatchMetrics(), **options}
         made.append(Dispatcher(store, table, **options))
         return made[-1]
@@ -83,14 +95,14 @@ def batch(n_rows: int, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, T
     )
 
 
-def addressed(table: FunctionTable, *addresses: str) -> FunctionTable:
+def addressed(table: RoutingTable, *addresses: str) -> RoutingTable:
     """The same functions at other addresses."""
     return replace(table, functions=tuple(replace(f, addresses=addresses) for f in table.functions))
 
 
 def nan_frame() -> bytes:
     """The answer to one row whose numbers are none."""
-    request = Header(Kind.REQUEST, Dtype.FLOAT32, Mode.REDUCED, LAYER, 1, 2, 32)
+    request = FrameHeader(FrameKind.REQUEST, Dtype.FLOAT32, OutputMode.REDUCED, LAYER, 1, 2, 32)
     outputs = torch.full((1, 32), torch.nan).numpy().tobytes()
     return b"".join(bytes(part) for part in encode_response(request, outputs))
 
@@ -100,13 +112,17 @@ def counted(metrics: DispatchMetrics) -> dict[str, float]:
     return {name: getattr(metrics, name)._value.get() for name in counters}
 
 
-@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("mode", OutputMode)
 @pytest.mark.parametrize("family", [FAMILY, "gpt_oss"])
 def test_a_layer_equals_the_familys_own(
-    box: SandboxProcess, prepared_store: PreparedStore, dispatch: Dispatch, family: str, mode: Mode
+    sandbox_server: SandboxProcess,
+    prepared_store: PreparedStore,
+    dispatch: Dispatch,
+    family: str,
+    mode: OutputMode,
 ) -> None:
     store, metrics = prepared_store(family), DispatchMetrics()
-    dispatcher = dispatch(store, box.attach_blocks(store, 3), mode=mode, metrics=metrics)
+    dispatcher = dispatch(store, sandbox_server.attach_blocks(store, 3), mode=mode, metrics=metrics)
     for n_rows in (1, 2, 19):
         got = dispatcher.compute(LAYER, *batch(n_rows))
         with torch.no_grad():
@@ -118,32 +134,37 @@ def test_a_layer_equals_the_familys_own(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_unreduced_results_have_the_same_bits_for_every_cut_and_batch(
-    box: SandboxProcess, prepared_store: PreparedStore, dispatch: Dispatch, dtype: torch.dtype
+    sandbox_server: SandboxProcess,
+    prepared_store: PreparedStore,
+    dispatch: Dispatch,
+    dtype: torch.dtype,
 ) -> None:
     store = prepared_store(FAMILY, dtype=str(dtype).removeprefix("torch."))
     hidden, index, weight = batch(19, dtype=dtype)
     results = []
     for size in (8, 3, 1):
-        dispatcher = dispatch(store, box.attach_blocks(store, size), mode=Mode.UNREDUCED)
+        dispatcher = dispatch(
+            store, sandbox_server.attach_blocks(store, size), mode=OutputMode.UNREDUCED
+        )
         results.append(dispatcher.compute(LAYER, hidden, index, weight))
         alone = [
             dispatcher.compute(LAYER, hidden[n, None], index[n, None], weight[n, None])
             for n in range(len(hidden))
         ]
         results.append(torch.cat(alone))
-    nobody = addressed(box.attach_blocks(store, 3))
+    nobody = addressed(sandbox_server.attach_blocks(store, 3))
     results.append(
-        dispatch(store, nobody, mode=Mode.UNREDUCED).compute(LAYER, hidden, index, weight)
+        dispatch(store, nobody, mode=OutputMode.UNREDUCED).compute(LAYER, hidden, index, weight)
     )
     assert all(torch.equal(result, results[0]) for result in results)
     assert results[0].dtype == dtype
 
 
-@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("mode", OutputMode)
 def test_a_batch_larger_than_a_frame_is_split(
-    store: Store, table: FunctionTable, dispatch: Dispatch, mode: Mode
+    store: Store, table: RoutingTable, dispatch: Dispatch, mode: OutputMode
 ) -> None:
-    most = rows_per_frame(hidden_size=32, dtype=Dtype.FLOAT32, mode=mode, top_k=2)
+    most = max_rows_per_frame(hidden_size=32, dtype=Dtype.FLOAT32, mode=mode, top_k=2)
     hidden, index, weight = batch(most + 10)
     index[:, 0], index[:, 1] = 0, 1  # one function gets every row
     metrics = DispatchMetrics()
@@ -157,7 +178,7 @@ def test_a_batch_larger_than_a_frame_is_split(
 
 
 def test_only_functions_that_are_hit_are_called_each_once(
-    store: Store, table: FunctionTable, dispatch: Dispatch
+    store: Store, table: RoutingTable, dispatch: Dispatch
 ) -> None:
     hidden, index, weight = batch(40)
     metrics = DispatchMetrics()
@@ -165,9 +186,9 @@ def test_only_functions_that_are_hit_are_called_each_once(
     assert counted(metrics)["calls"] == 2
 
 
-@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("mode", OutputMode)
 def test_a_slot_without_an_expert_adds_nothing(
-    store: Store, table: FunctionTable, dispatch: Dispatch, mode: Mode
+    store: Store, table: RoutingTable, dispatch: Dispatch, mode: OutputMode
 ) -> None:
     hidden, index, weight = batch(5)
     index[1, 0], index[2] = 8, -1
@@ -180,7 +201,7 @@ def test_a_slot_without_an_expert_adds_nothing(
 
 
 def test_a_batch_that_hits_nothing_is_zeros(
-    store: Store, table: FunctionTable, dispatch: Dispatch
+    store: Store, table: RoutingTable, dispatch: Dispatch
 ) -> None:
     hidden, index, weight = batch(3)
     dispatcher = dispatch(store, addressed(table, NOBODY))
@@ -189,7 +210,7 @@ def test_a_batch_that_hits_nothing_is_zeros(
 
 
 def test_views_and_gradients_are_taken(
-    store: Store, table: FunctionTable, dispatch: Dispatch
+    store: Store, table: RoutingTable, dispatch: Dispatch
 ) -> None:
     hidden, index, weight = batch(6)
     dispatcher = dispatch(store, table)
@@ -201,7 +222,7 @@ def test_views_and_gradients_are_taken(
 
 @pytest.mark.parametrize("addresses", [(), (NOBODY,), (NOBODY, NOBODY_ELSE)], ids=len)
 def test_what_no_sandbox_answers_is_computed_from_the_store(
-    store: Store, table: FunctionTable, dispatch: Dispatch, addresses: Sequence[str]
+    store: Store, table: RoutingTable, dispatch: Dispatch, addresses: Sequence[str]
 ) -> None:
     metrics = DispatchMetrics()
     expected = dispatch(store, table).compute(LAYER, *batch(9))
@@ -213,10 +234,10 @@ def test_what_no_sandbox_answers_is_computed_from_the_store(
 
 
 def test_the_other_address_is_tried_before_the_store(
-    box: SandboxProcess, store: Store, table: FunctionTable, dispatch: Dispatch
+    sandbox_server: SandboxProcess, store: Store, table: RoutingTable, dispatch: Dispatch
 ) -> None:
     metrics = DispatchMetrics()
-    dispatcher = dispatch(store, addressed(table, NOBODY, box.address), metrics=metrics)
+    dispatcher = dispatch(store, addressed(table, NOBODY, sandbox_server.address), metrics=metrics)
     expected = dispatch(store, table).compute(LAYER, *batch(9))
     for _ in range(2):  # turns go round: one begins at each address
         got = dispatcher.compute(LAYER, *batch(9))
@@ -229,9 +250,9 @@ def test_the_other_address_is_tried_before_the_store(
 
 def test_each_layers_calls_go_round_its_replicas(
     serve: Callable[..., Any],
-    box: SandboxProcess,
+    sandbox_server: SandboxProcess,
     store: Store,
-    table: FunctionTable,
+    table: RoutingTable,
     dispatch: Dispatch,
 ) -> None:
     """Also if the number of layers is a multiple of the replicas."""
@@ -242,7 +263,7 @@ def test_each_layers_calls_go_round_its_replicas(
 
     metrics = DispatchMetrics()
     empty = serve(has_nothing).address
-    dispatcher = dispatch(store, addressed(table, empty, box.address), metrics=metrics)
+    dispatcher = dispatch(store, addressed(table, empty, sandbox_server.address), metrics=metrics)
     for _ in range(4):
         for layer in (0, 1):
             before = counted(metrics)["failed_calls"]
@@ -260,7 +281,7 @@ def test_each_layers_calls_go_round_its_replicas(
 def test_an_answer_that_is_no_frame_is_a_failed_call(
     serve: Callable[..., Any],
     store: Store,
-    table: FunctionTable,
+    table: RoutingTable,
     dispatch: Dispatch,
     status: int,
     content: bytes,
@@ -280,11 +301,11 @@ def test_an_answer_that_is_no_frame_is_a_failed_call(
 
 
 def test_a_sandbox_without_the_function_or_with_another_token_is_passed_over(
-    box: SandboxProcess, store: Store, table: FunctionTable, dispatch: Dispatch
+    sandbox_server: SandboxProcess, store: Store, table: RoutingTable, dispatch: Dispatch
 ) -> None:
     expected = dispatch(store, table).compute(LAYER, *batch(4))
     unknown = [
-        FunctionEntry(replace(f.spec, id=f"x{n}"), f.addresses)
+        FunctionEndpoints(replace(f.spec, id=f"x{n}"), f.addresses)
         for n, f in enumerate(table.functions)
     ]
     for functions, token in ((tuple(unknown), TOKEN), (table.functions, "wrong")):
@@ -296,7 +317,7 @@ def test_a_sandbox_without_the_function_or_with_another_token_is_passed_over(
 
 
 def test_numbers_that_are_not_finite_are_a_failed_call_unless_they_were_given(
-    serve: Callable[..., Any], store: Store, table: FunctionTable, dispatch: Dispatch
+    serve: Callable[..., Any], store: Store, table: RoutingTable, dispatch: Dispatch
 ) -> None:
     content = nan_frame()
 
@@ -317,10 +338,10 @@ def test_numbers_that_are_not_finite_are_a_failed_call_unless_they_were_given(
 
 
 def test_a_sandbox_that_dies_is_replaced_by_the_store_and_a_new_table_by_a_new_sandbox(
-    sandbox: OpenSandbox, store: Store, table: FunctionTable, dispatch: Dispatch
+    sandbox: StartSandbox, store: Store, table: RoutingTable, dispatch: Dispatch
 ) -> None:
     metrics = DispatchMetrics()
-    timeouts = Timeouts(connect_timeout_s=5.0, call_timeout_s=20.0)
+    timeouts = DispatchTimeouts(connect_timeout_s=5.0, call_timeout_s=20.0)
     expected = dispatch(store, table).compute(LAYER, *batch(4))
     with sandbox(capacity=1000, token=TOKEN) as mortal:
         mine = mortal.attach_blocks(store, 8)
@@ -338,23 +359,23 @@ def test_a_sandbox_that_dies_is_replaced_by_the_store_and_a_new_table_by_a_new_s
 
 
 def test_a_table_that_does_not_fit_leaves_the_old_one(
-    store: Store, table: FunctionTable, dispatch: Dispatch
+    store: Store, table: RoutingTable, dispatch: Dispatch
 ) -> None:
     dispatcher = dispatch(store, table)
     before = dispatcher.compute(LAYER, *batch(4))
-    with pytest.raises(TableError):
+    with pytest.raises(RoutingTableError):
         dispatcher.replace_table(replace(table, model_digest="sha256:00"))
     assert torch.equal(dispatcher.compute(LAYER, *batch(4)), before)
 
 
 def test_a_function_over_all_layers_serves_each(
-    box: SandboxProcess, store: Store, dispatch: Dispatch
+    sandbox_server: SandboxProcess, store: Store, dispatch: Dispatch
 ) -> None:
     layers = range(len(store.manifest.layers))
-    entry = box.attach(store, spec_of(store, layers, range(8)))
-    wide = FunctionTable(store.manifest.digest, 0, (entry,))
-    narrow = FunctionTable(
-        store.manifest.digest, 0, tuple(FunctionEntry(s) for s in block_specs(store, 8))
+    entry = sandbox_server.attach(store, make_function_spec(store, layers, range(8)))
+    wide = RoutingTable(store.manifest.digest, 0, (entry,))
+    narrow = RoutingTable(
+        store.manifest.digest, 0, tuple(FunctionEndpoints(s) for s in block_specs(store, 8))
     )
     for layer in layers:
         got = dispatch(store, wide).compute(layer, *batch(4))

@@ -13,14 +13,19 @@ from typing import Protocol
 
 import pytest
 
-from faasmoe_expert.same_node import socket_path
-from faasmoe_router.dispatch.calls import Call, Timeouts
-from faasmoe_router.dispatch.errors import CallError, CannotConnect, Refused
+from faasmoe_contracts.unix_socket import unix_socket_path
+from faasmoe_router.dispatch.calls import (
+    Call,
+    CallError,
+    ConnectError,
+    DispatchTimeouts,
+    StatusError,
+)
 from faasmoe_router.dispatch.fanout import Fanout
-from faasmoe_router.dispatch.pool import MAX_IDLE_PER_ADDRESS
+from faasmoe_router.dispatch.transport import MAX_IDLE_PER_ADDRESS
 
-PATIENT = Timeouts(connect_timeout_s=20.0, call_timeout_s=20.0)  # with a busy machine
-HASTY = Timeouts(connect_timeout_s=0.5, call_timeout_s=1.5)  # where time runs out
+PATIENT = DispatchTimeouts(connect_timeout_s=20.0, call_timeout_s=20.0)  # with a busy machine
+HASTY = DispatchTimeouts(connect_timeout_s=0.5, call_timeout_s=1.5)  # where time runs out
 GRACE_S = 5.0  # beyond the deadline, for a machine that is busy
 
 
@@ -121,10 +126,10 @@ def n_fds() -> int:
 
 
 @pytest.fixture
-def open_fanout() -> Iterator[Callable[[Timeouts], Fanout]]:
+def open_fanout() -> Iterator[Callable[[DispatchTimeouts], Fanout]]:
     with contextlib.ExitStack() as stack:
 
-        def make(timeouts: Timeouts) -> Fanout:
+        def make(timeouts: DispatchTimeouts) -> Fanout:
             fanout = Fanout(token="secret", timeouts=timeouts)
             stack.callback(fanout.close)
             return fanout
@@ -133,22 +138,22 @@ def open_fanout() -> Iterator[Callable[[Timeouts], Fanout]]:
 
 
 @pytest.fixture
-def fanout(open_fanout: Callable[[Timeouts], Fanout]) -> Fanout:
+def fanout(open_fanout: Callable[[DispatchTimeouts], Fanout]) -> Fanout:
     return open_fanout(PATIENT)
 
 
 def run(
-    fanout: Fanout, *calls: Call, timeouts: Timeouts = PATIENT
+    fanout: Fanout, *calls: Call, timeouts: DispatchTimeouts = PATIENT
 ) -> tuple[dict[int, bytes], dict[int, CallError]]:
     """Answers and errors by position; fails if the deadline is not kept."""
     answers: dict[int, bytes] = {}
 
-    def take(position: int, body: memoryview) -> None:
+    def handle_response(position: int, body: memoryview) -> None:
         assert position not in answers
         answers[position] = bytes(body)
 
     start_s = time.monotonic()
-    errors = fanout.run(calls, take)
+    errors = fanout.run(calls, handle_response)
     assert time.monotonic() - start_s < timeouts.call_timeout_s + GRACE_S
     assert sorted([*answers, *errors]) == list(range(len(calls)))
     return answers, errors
@@ -210,26 +215,31 @@ def test_a_frame_of_many_buffers_is_sent_whole(fanout: Fanout, serve: Serve) -> 
             says_and_closes(b"HTTP/1.1 200 OK\r\ncont"), "closed after 21 bytes", id="in the head"
         ),
         pytest.param(says_and_closes(http(b"abc", length="4")), "closed after", id="in the body"),
-        pytest.param(says(b""), "no answer in time", id="never answers"),
-        pytest.param(never_reads, "no answer in time", id="never reads"),
-        pytest.param(drips, "no answer in time", id="drips"),
-        pytest.param(says(http(b"abc", length="4")), "no answer in time", id="length too large"),
+        pytest.param(says(b""), "no response in time", id="never answers"),
+        pytest.param(never_reads, "no response in time", id="never reads"),
+        pytest.param(drips, "no response in time", id="drips"),
+        pytest.param(says(http(b"abc", length="4")), "no response in time", id="length too large"),
         pytest.param(says(http(b"abc", length="2")), "bytes after the end", id="length too small"),
-        pytest.param(says(b"\0" * 100_000), "head of more than", id="garbage"),
-        pytest.param(says(b"garbage\r\n\r\n"), "not an HTTP/1.1 answer", id="garbage with an end"),
+        pytest.param(says(b"\0" * 100_000), "head exceeds", id="garbage"),
+        pytest.param(
+            says(b"garbage\r\n\r\n"), "not an HTTP/1.1 response", id="garbage with an end"
+        ),
         pytest.param(says(http(b"").replace(b"1.1", b"1.0")), "not an HTTP/1.1", id="HTTP/1.0"),
         pytest.param(says(http(b"", length="-1")), "not an HTTP/1.1", id="length negative"),
         pytest.param(says(http(b"", length="9" * 5000)), "not an HTTP/1.1", id="length of 5000"),
         pytest.param(says(http(b"", length="99999999999")), "is too large", id="length of 100 GB"),
         pytest.param(says(b"HTTP/1.1 200 OK\r\n\r\n"), "not an HTTP/1.1", id="no length"),
         pytest.param(says(b"HTTP/1.1 OK\r\ncontent-length: 0\r\n\r\n"), "not an", id="no status"),
-        pytest.param(floods_a_head, "head of more than", id="huge head"),
+        pytest.param(floods_a_head, "head exceeds", id="huge head"),
     ],
 )
 def test_a_server_that_misbehaves_costs_only_its_own_calls(
-    open_fanout: Callable[[Timeouts], Fanout], serve: Serve, behaviour: Behaviour, message: str
+    open_fanout: Callable[[DispatchTimeouts], Fanout],
+    serve: Serve,
+    behaviour: Behaviour,
+    message: str,
 ) -> None:
-    timeouts = HASTY if message == "no answer in time" else PATIENT
+    timeouts = HASTY if message == "no response in time" else PATIENT
     fanout = open_fanout(timeouts)
     good, bad = serve(echo), serve(behaviour)
     frame = bytes(8 << 20) if behaviour is never_reads else b"frame"
@@ -250,7 +260,7 @@ def test_a_refusal_is_told_and_its_connection_is_kept(
     for _ in range(3):
         _, errors = run(fanout, call(server))
         refused = errors[0]
-        assert isinstance(refused, Refused)
+        assert isinstance(refused, StatusError)
         assert refused.status == int(status[:3])
         assert str(refused) == f'status {refused.status}: {{"error": 1}}'
     assert server.n_connections == 1
@@ -269,7 +279,7 @@ def test_a_large_answer_follows_a_refusal_on_the_same_connection(
     server, body = serve(behave), bytes(4 << 20)
     _, errors = run(fanout, call(server))
     answers, _ = run(fanout, call(server, body))
-    assert isinstance(errors[0], Refused)
+    assert isinstance(errors[0], StatusError)
     assert answers == {0: body}
 
 
@@ -288,10 +298,10 @@ def test_an_address_that_is_none_is_an_error(fanout: Fanout, address: str) -> No
 
 
 def test_connections_that_hang_cost_their_time_once_all_together(
-    open_fanout: Callable[[Timeouts], Fanout], serve: Serve
+    open_fanout: Callable[[DispatchTimeouts], Fanout], serve: Serve
 ) -> None:
     """A listener whose queue is full answers no connection request."""
-    fanout = open_fanout(Timeouts(connect_timeout_s=1.0, call_timeout_s=20.0))
+    fanout = open_fanout(DispatchTimeouts(connect_timeout_s=1.0, call_timeout_s=20.0))
     with contextlib.ExitStack() as stack:
         full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         host, port = full.getsockname()
@@ -383,7 +393,7 @@ def test_an_answer_before_the_whole_call_was_sent_ends_the_connection(
 
     server = serve(behave, echo)
     _, errors = run(fanout, call(server, bytes(32 << 20)))
-    assert isinstance(errors[0], Refused)
+    assert isinstance(errors[0], StatusError)
     assert run(fanout, call(server))[0] == {0: b"frame"}
     assert server.n_connections == 2
 
@@ -434,29 +444,31 @@ def test_many_failures_leave_no_descriptor_behind(fanout: Fanout, serve: Serve) 
 
 
 @pytest.fixture
-def near() -> Iterator[Path]:
+def socket_dir() -> Iterator[Path]:
     """A short path: a Unix socket's has at most 107 bytes."""
     with TemporaryDirectory(prefix="faasmoe-") as folder:
         yield Path(folder)
 
 
-def test_servers_of_this_machine_are_called_by_their_unix_sockets(serve: Serve, near: Path) -> None:
-    servers = [serve(echo, near=near) for _ in range(3)]
+def test_servers_of_this_machine_are_called_by_their_unix_sockets(
+    serve: Serve, socket_dir: Path
+) -> None:
+    servers = [serve(echo, near=socket_dir) for _ in range(3)]
     bodies = [bytes([number]) * (5 << number * 10) for number in range(3)]  # up to 5 MiB
-    with contextlib.closing(Fanout(timeouts=PATIENT, socket_dir=near)) as fanout:
+    with contextlib.closing(Fanout(timeouts=PATIENT, socket_dir=socket_dir)) as fanout:
         for _ in range(2):
             calls = [call(server, body) for server, body in zip(servers, bodies, strict=True)]
             assert run(fanout, *calls) == (dict(enumerate(bodies)), {})
     assert [server.n_connections for server in servers] == [1, 1, 1]
 
 
-def test_a_server_without_one_is_called_over_tcp(serve: Serve, near: Path) -> None:
-    with contextlib.closing(Fanout(timeouts=PATIENT, socket_dir=near)) as fanout:
+def test_a_server_without_one_is_called_over_tcp(serve: Serve, socket_dir: Path) -> None:
+    with contextlib.closing(Fanout(timeouts=PATIENT, socket_dir=socket_dir)) as fanout:
         assert run(fanout, call(serve(echo)))[0] == {0: b"frame"}
 
 
-def test_one_that_is_gone_cannot_be_connected_to(serve: Serve, near: Path) -> None:
-    server = serve(echo, near=near)
-    socket_path(near, int(server.address.rpartition(":")[2])).unlink()
-    with contextlib.closing(Fanout(timeouts=PATIENT, socket_dir=near)) as fanout:
-        assert isinstance(run(fanout, call(server))[1][0], CannotConnect)
+def test_one_that_is_gone_cannot_be_connected_to(serve: Serve, socket_dir: Path) -> None:
+    server = serve(echo, near=socket_dir)
+    unix_socket_path(socket_dir, int(server.address.rpartition(":")[2])).unlink()
+    with contextlib.closing(Fanout(timeouts=PATIENT, socket_dir=socket_dir)) as fanout:
+        assert isinstance(run(fanout, call(server))[1][0], ConnectError)

@@ -14,17 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from sandboxes import OpenSandbox, PreparedStore, SandboxProcess
+from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox
 
-from faasmoe_expert.store import Store
-from faasmoe_expert.table import FunctionEntry, FunctionTable
+from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
+from faasmoe_contracts.store import Store
 from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.dispatch.calls import Timeouts
-from faasmoe_router.dispatch.holding import Holding
-from faasmoe_router.dispatch.latency import LEAST
+from faasmoe_router.dispatch.calls import DispatchTimeouts
+from faasmoe_router.dispatch.cold_start import ActivationSettings
 from faasmoe_router.dispatch.metrics import DispatchMetrics
-from faasmoe_router.dispatch.outliers import Ejection
-from faasmoe_router.dispatch.resilience import Resilience
+from faasmoe_router.dispatch.outlier_detection import OutlierDetectionSettings
+from faasmoe_router.dispatch.resilience import MIN_SAMPLES, ResilienceSettings
 
 DEADLINE_S = 20.0
 GRACE_S = 5.0  # of a busy machine
@@ -32,8 +31,10 @@ LATE_S = 0.01  # many times what a call takes
 HUNG_S = 15.0  # longer than anything that is to be waited for
 SLOW_S = 0.4
 # What a busy machine keeps waiting is not given up, unless a test is about that.
-PATIENT = Resilience(
-    slow_least_s=HUNG_S, slow_unknown_s=HUNG_S, ejection=Ejection(first_s=0.1, most_s=0.2)
+PATIENT = ResilienceSettings(
+    abandon_min_s=HUNG_S,
+    abandon_default_s=HUNG_S,
+    outlier_detection=OutlierDetectionSettings(base_ejection_time_s=0.1, max_ejection_time_s=0.2),
 )
 Addresses = dict[str, tuple[str, ...]]
 
@@ -44,22 +45,22 @@ def store(prepared_store: PreparedStore) -> Store:
 
 
 @pytest.fixture(scope="module")
-def box(sandbox: OpenSandbox, store: Store) -> Iterator[SandboxProcess]:
+def sandbox_server(sandbox: StartSandbox, store: Store) -> Iterator[SandboxProcess]:
     with sandbox(capacity=64) as process:
         process.attach_blocks(store, 8)
         yield process
 
 
 @pytest.fixture
-def other(sandbox: OpenSandbox, store: Store) -> Iterator[SandboxProcess]:
+def other(sandbox: StartSandbox, store: Store) -> Iterator[SandboxProcess]:
     with sandbox(capacity=64) as process:
         process.attach_blocks(store, 8)
         yield process
 
 
 @pytest.fixture
-def table(box: SandboxProcess, store: Store) -> FunctionTable:
-    return box.attach_blocks(store, 8)
+def table(sandbox_server: SandboxProcess, store: Store) -> RoutingTable:
+    return sandbox_server.attach_blocks(store, 8)
 
 
 class Layer:
@@ -68,10 +69,10 @@ class Layer:
     def __init__(
         self,
         store: Store,
-        table: FunctionTable,
+        table: RoutingTable,
         addresses: Sequence[str],
         *,
-        holding: Holding | None = None,
+        activation: ActivationSettings | None = None,
         **changes: Any,
     ) -> None:
         self.metrics = DispatchMetrics()
@@ -79,8 +80,8 @@ class Layer:
             store,
             at(table, *addresses),
             metrics=self.metrics,
-            timeouts=Timeouts(connect_timeout_s=1.0, call_timeout_s=HUNG_S),
-            holding=holding,
+            timeouts=DispatchTimeouts(connect_timeout_s=1.0, call_timeout_s=HUNG_S),
+            activation=activation,
             resilience=replace(PATIENT, **changes),
         )
         generator = torch.Generator().manual_seed(0)
@@ -107,7 +108,7 @@ class Layer:
 
 
 @pytest.fixture
-def layer(store: Store, table: FunctionTable) -> Iterator[Callable[..., Layer]]:
+def layer(store: Store, table: RoutingTable) -> Iterator[Callable[..., Layer]]:
     made: list[Layer] = []
 
     def make(*addresses: str, **changes: Any) -> Layer:
@@ -119,8 +120,8 @@ def layer(store: Store, table: FunctionTable) -> Iterator[Callable[..., Layer]]:
         one.dispatcher.close()
 
 
-def at(table: FunctionTable, *addresses: str) -> FunctionTable:
-    entries = tuple(FunctionEntry(e.spec, addresses) for e in table.functions)
+def at(table: RoutingTable, *addresses: str) -> RoutingTable:
+    entries = tuple(FunctionEndpoints(e.spec, addresses) for e in table.functions)
     return replace(table, functions=entries)
 
 
@@ -141,10 +142,10 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_a_call_that_takes_long_is_made_at_another_replica_too(
-    layer: Callable[..., Layer], box: SandboxProcess, other: SandboxProcess
+    layer: Callable[..., Layer], sandbox_server: SandboxProcess, other: SandboxProcess
 ) -> None:
-    one = layer(box.address, other.address)
-    one.check(2 * LEAST)
+    one = layer(sandbox_server.address, other.address)
+    one.check(2 * MIN_SAMPLES)
     n_hedges = one.count("hedges")
     with stopped(other):
         took_s = one.check(4)
@@ -154,12 +155,12 @@ def test_a_call_that_takes_long_is_made_at_another_replica_too(
 
 
 def test_hedges_are_bounded_by_a_share_of_the_calls(
-    layer: Callable[..., Layer], serve: Callable[..., Any], box: SandboxProcess
+    layer: Callable[..., Layer], serve: Callable[..., Any], sandbox_server: SandboxProcess
 ) -> None:
     """Half of the calls go to a replica that is always slow; few calls are made twice."""
 
     def late(connection: socket.socket) -> None:
-        host, port = box.address.split(":")
+        host, port = sandbox_server.address.split(":")
         with socket.create_connection((host, int(port))) as onward:
             while request := connection.recv(1 << 20):
                 onward.sendall(request)
@@ -168,21 +169,23 @@ def test_hedges_are_bounded_by_a_share_of_the_calls(
                 connection.sendall(answer)
 
     one = layer(
-        *(box.address, serve(late).address),
-        hedge_least_s=0.0,
+        *(sandbox_server.address, serve(late).address),
+        hedge_min_s=0.0,
         hedge_quantile=0.01,
-        ejection=Ejection(overtaken_in_a_row=10**6),  # or it would soon get no calls
+        outlier_detection=OutlierDetectionSettings(
+            consecutive_lost_hedges=10**6
+        ),  # or it would soon get no calls
     )
     one.check(300)
-    n_allowed = 0.05 * one.count("calls") + PATIENT.extra_burst
-    assert PATIENT.extra_burst < one.count("hedges") <= n_allowed
+    n_allowed = 0.05 * one.count("calls") + PATIENT.retry_budget_burst
+    assert PATIENT.retry_budget_burst < one.count("hedges") <= n_allowed
 
 
 def test_a_hung_sandbox_costs_little_is_ejected_and_returns_when_it_goes_on(
     layer: Callable[..., Layer], other: SandboxProcess
 ) -> None:
-    one = layer(other.address, slow_least_s=SLOW_S, slow_unknown_s=SLOW_S)
-    one.check(2 * LEAST)
+    one = layer(other.address, abandon_min_s=SLOW_S, abandon_default_s=SLOW_S)
+    one.check(2 * MIN_SAMPLES)
     n_local = one.count("local")
     with stopped(other):
         assert one.check(2) < SLOW_S + GRACE_S
@@ -201,9 +204,9 @@ def test_a_hung_sandbox_costs_little_is_ejected_and_returns_when_it_goes_on(
 
 
 def test_a_dead_replica_is_tried_once_and_then_left_out(
-    layer: Callable[..., Layer], box: SandboxProcess, other: SandboxProcess
+    layer: Callable[..., Layer], sandbox_server: SandboxProcess, other: SandboxProcess
 ) -> None:
-    one = layer(box.address, other.address)
+    one = layer(sandbox_server.address, other.address)
     one.check(4)
     other.process.kill()
     other.process.wait()
@@ -214,12 +217,14 @@ def test_a_dead_replica_is_tried_once_and_then_left_out(
 
 
 def test_calls_wait_for_a_fresh_replica_in_place_of_a_dead_one(
-    layer: Callable[..., Layer], store: Store, table: FunctionTable, box: SandboxProcess,
+    layer: Callable[..., Layer], store: Store, table: RoutingTable, sandbox_server: SandboxProcess,
     other: SandboxProcess,
 ) -> None:  # fmt: skip
     """Once for all calls to the dead one, not once for each."""
-    holding = Holding(lambda _: None, timeout_s=DEADLINE_S, replacement_s=DEADLINE_S)
-    one = layer(other.address, holding=holding)
+    activation = ActivationSettings(
+        lambda _: None, timeout_s=DEADLINE_S, replacement_timeout_s=DEADLINE_S
+    )
+    one = layer(other.address, activation=activation)
     one.check(2)
     other.process.kill()
     other.process.wait()
@@ -233,21 +238,21 @@ def test_calls_wait_for_a_fresh_replica_in_place_of_a_dead_one(
 def test_calls_to_a_dead_sandbox_that_nothing_replaces_are_computed_here_after_one_wait(
     layer: Callable[..., Layer], other: SandboxProcess, waits_of: Callable[[Dispatcher], Any]
 ) -> None:
-    holding = Holding(lambda _: None, timeout_s=DEADLINE_S, replacement_s=0.3)
-    one = layer(other.address, holding=holding)
+    activation = ActivationSettings(lambda _: None, timeout_s=DEADLINE_S, replacement_timeout_s=0.3)
+    one = layer(other.address, activation=activation)
     one.check(2)
     other.process.kill()
     other.process.wait()
     waits = waits_of(one.dispatcher)
     one.check(10)
-    assert 0 < waits.wished_s < 0.3 * 3  # were it waited for each time: 0.3 * 10
+    assert 0 < waits.requested_s < 0.3 * 3  # were it waited for each time: 0.3 * 10
     assert one.count("local") == 10
 
 
 def test_wrong_answers_eject_and_a_refusal_for_want_of_room_does_not(
     layer: Callable[..., Layer],
     serve: Callable[..., Any],
-    box: SandboxProcess,
+    sandbox_server: SandboxProcess,
 ) -> None:
     def answering(status: str) -> Callable[[socket.socket], None]:
         def behave(connection: socket.socket) -> None:
@@ -259,7 +264,13 @@ def test_wrong_answers_eject_and_a_refusal_for_want_of_room_does_not(
     for status, is_ejected in (("500 Fault", True), ("200 OK", True), ("429 Busy", False)):
         bad = serve(answering(status))
         # Not probed while this runs: one that answers 200 to everything would come back.
-        one = layer(box.address, bad.address, ejection=Ejection(first_s=60.0, most_s=60.0))
+        one = layer(
+            sandbox_server.address,
+            bad.address,
+            outlier_detection=OutlierDetectionSettings(
+                base_ejection_time_s=60.0, max_ejection_time_s=60.0
+            ),
+        )
         one.check(20)
         assert one.count("ejected") == is_ejected, status
         assert one.count("local") == 0
@@ -269,25 +280,27 @@ def test_wrong_answers_eject_and_a_refusal_for_want_of_room_does_not(
 @pytest.mark.parametrize("timeouts", [(2.0, 1.0, 3.0), (1.0, 3.0, 2.0), (0.0, 1.0, 2.0)], ids=str)
 def test_deadlines_that_do_not_nest_are_refused(timeouts: tuple[float, float, float]) -> None:
     with pytest.raises(ValueError, match="each at most the next"):
-        Timeouts(*timeouts)
+        DispatchTimeouts(*timeouts)
 
 
 def test_a_layer_is_computed_here_when_its_deadline_has_passed(
-    store: Store, table: FunctionTable, serve: Callable[..., Any]
+    store: Store, table: RoutingTable, serve: Callable[..., Any]
 ) -> None:
     def never(connection: socket.socket) -> None:
         while connection.recv(1 << 20):
             pass
 
     metrics = DispatchMetrics()
-    holding = Holding(lambda _: None, timeout_s=DEADLINE_S, replacement_s=DEADLINE_S)
+    activation = ActivationSettings(
+        lambda _: None, timeout_s=DEADLINE_S, replacement_timeout_s=DEADLINE_S
+    )
     dispatcher = Dispatcher(
         store,
         at(table, serve(never).address, serve(never).address),
         metrics=metrics,
-        timeouts=Timeouts(0.1, 0.3, 0.5),
-        holding=holding,
-        resilience=replace(PATIENT, slow_unknown_s=DEADLINE_S),
+        timeouts=DispatchTimeouts(0.1, 0.3, 0.5),
+        activation=activation,
+        resilience=replace(PATIENT, abandon_default_s=DEADLINE_S),
     )
     layer = store.manifest.layers[0]
     hidden, index = torch.ones(1, layer.hidden_size), torch.zeros(1, 1, dtype=torch.int64)

@@ -3,11 +3,16 @@
 from dataclasses import replace
 
 import pytest
-from sandboxes import PreparedStore, block_specs
+from sandbox_processes import PreparedStore, block_specs
 
-from faasmoe_expert.store import Store
-from faasmoe_expert.table import FunctionEntry, FunctionSpec, FunctionTable, TableError
-from faasmoe_router.dispatch.routing import Routing
+from faasmoe_contracts.routing_table import (
+    FunctionEndpoints,
+    FunctionSpec,
+    RoutingTable,
+    RoutingTableError,
+)
+from faasmoe_contracts.store import Store
+from faasmoe_router.dispatch.routing import RoutingIndex
 
 
 @pytest.fixture(scope="module")
@@ -17,15 +22,16 @@ def store(prepared_store: PreparedStore) -> Store:
 
 
 @pytest.fixture(scope="module")
-def table(store: Store) -> FunctionTable:
+def table(store: Store) -> RoutingTable:
     entries = [
-        FunctionEntry(spec, (f"10.0.0.{n}:9090",)) for n, spec in enumerate(block_specs(store, 3))
+        FunctionEndpoints(spec, (f"10.0.0.{n}:9090",))
+        for n, spec in enumerate(block_specs(store, 3))
     ]
-    return FunctionTable(store.manifest.digest, 7, tuple(entries))
+    return RoutingTable(store.manifest.digest, 7, tuple(entries))
 
 
-def test_every_expert_finds_its_function(store: Store, table: FunctionTable) -> None:
-    routing = Routing.from_table(table, store)
+def test_every_expert_finds_its_function(store: Store, table: RoutingTable) -> None:
+    routing = RoutingIndex.from_table(table, store)
     assert routing.version == 7
     for index, layer in enumerate(routing.layers):
         for expert, position in enumerate(layer.function_of):
@@ -36,26 +42,26 @@ def test_every_expert_finds_its_function(store: Store, table: FunctionTable) -> 
 
 def test_a_function_over_several_layers_is_in_each(store: Store) -> None:
     spec = FunctionSpec("all", (0, 1, 2), tuple(range(8)))
-    table = FunctionTable(store.manifest.digest, 0, (FunctionEntry(spec, ("h:1", "h:2")),))
-    routing = Routing.from_table(table, store)
+    table = RoutingTable(store.manifest.digest, 0, (FunctionEndpoints(spec, ("h:1", "h:2")),))
+    routing = RoutingIndex.from_table(table, store)
     assert [layer.functions[0].spec for layer in routing.layers] == [spec] * 3
     assert routing.addresses() == {"h:1", "h:2"}
 
 
-def test_another_models_table_is_refused(store: Store, table: FunctionTable) -> None:
-    with pytest.raises(TableError, match="model_digest: got sha256:00, expected sha256:"):
-        Routing.from_table(replace(table, model_digest="sha256:00"), store)
+def test_another_models_table_is_refused(store: Store, table: RoutingTable) -> None:
+    with pytest.raises(RoutingTableError, match="model_digest: got sha256:00, expected sha256:"):
+        RoutingIndex.from_table(replace(table, model_digest="sha256:00"), store)
 
 
-def test_an_expert_without_a_function_is_refused(store: Store, table: FunctionTable) -> None:
+def test_an_expert_without_a_function_is_refused(store: Store, table: RoutingTable) -> None:
     without = replace(table, functions=(*table.functions[:1], *table.functions[2:]))
-    with pytest.raises(TableError, match="functions: layer 0 expert 3 is in no function"):
-        Routing.from_table(without, store)
+    with pytest.raises(RoutingTableError, match="functions: layer 0 expert 3 is in no function"):
+        RoutingIndex.from_table(without, store)
 
 
 def test_an_empty_table_is_refused(store: Store) -> None:
-    with pytest.raises(TableError, match="functions: layer 0 expert 0 is in no function"):
-        Routing.from_table(FunctionTable(store.manifest.digest, 0, ()), store)
+    with pytest.raises(RoutingTableError, match="functions: layer 0 expert 0 is in no function"):
+        RoutingIndex.from_table(RoutingTable(store.manifest.digest, 0, ()), store)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +72,8 @@ def test_an_empty_table_is_refused(store: Store) -> None:
     ],
 )
 def test_what_the_store_does_not_have_is_refused(
-    store: Store, table: FunctionTable, spec: FunctionSpec, message: str
+    store: Store, table: RoutingTable, spec: FunctionSpec, message: str
 ) -> None:
-    more = replace(table, functions=(*table.functions, FunctionEntry(spec)))
-    with pytest.raises(TableError, match=message):
-        Routing.from_table(more, store)
+    more = replace(table, functions=(*table.functions, FunctionEndpoints(spec)))
+    with pytest.raises(RoutingTableError, match=message):
+        RoutingIndex.from_table(more, store)

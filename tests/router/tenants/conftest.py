@@ -19,16 +19,15 @@ from prometheus_client import CollectorRegistry
 from server_thread import running_server
 
 from faasmoe_router.api.app import create_app
+from faasmoe_router.engine.cache_config import EngineLimits
 from faasmoe_router.engine.engine import Engine
-from faasmoe_router.engine.sizing import EngineLimits
-from faasmoe_router.engine.text import TextCodec
+from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
-from faasmoe_router.serving import Server
-from faasmoe_router.tenants.costs import Cost
-from faasmoe_router.tenants.directory import Directory
-from faasmoe_router.tenants.tenancy import Spending, Tenancy
-from faasmoe_router.tenants.usage import Accounts
-from faasmoe_router.tenants.usage_file import UsageFile
+from faasmoe_router.server import Server
+from faasmoe_router.tenants.registry import TenantRegistry
+from faasmoe_router.tenants.service import TenantService, UsageSources
+from faasmoe_router.tenants.usage import FunctionCost, RouterUsage
+from faasmoe_router.tenants.usage_store import UsageFileStore
 
 DEADLINE_S = 20.0
 MODEL = "tiny"
@@ -74,7 +73,7 @@ class TenantRouter:
     url: str
     files: TenantFiles
     engine: Engine
-    tenancy: Tenancy
+    tenancy: TenantService
     registry: CollectorRegistry
     server: Server
 
@@ -117,19 +116,19 @@ class TenantRouter:
 OpenRouter = Callable[..., AbstractContextManager[TenantRouter]]
 
 
-class _Costs:
+class _FixedCost:
     """Costs of functions that nobody has: so much for each reading."""
 
     def __init__(self) -> None:
-        self.each = Cost(0.25, 0.5)
+        self.each = FunctionCost(0.25, 0.5)
 
-    def __call__(self) -> Cost:
+    def __call__(self) -> FunctionCost:
         return self.each
 
 
 @pytest.fixture(scope="session")
 def open_router(
-    base_model: Any, codec: TextCodec, tmp_path_factory: pytest.TempPathFactory
+    base_model: Any, codec: ModelTokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> OpenRouter:
     """Runs a router: `with open_router({"acme": {"weight": 2}}, max_num_seqs=2) as r: …`."""
 
@@ -151,18 +150,18 @@ def open_router(
             limits=EngineLimits(**{"max_model_len": 256, **limits}),
             metrics=EngineMetrics(registry, MODEL),
         )
-        file = None if state_dir is None else UsageFile(state_dir)
-        tenancy = Tenancy(
-            Directory(files.path, interval_s=0.1),
-            Accounts(time.time()) if file is None else file.load(),
+        file = None if state_dir is None else UsageFileStore(state_dir)
+        tenancy = TenantService(
+            TenantRegistry(files.path, refresh_interval_s=0.1),
+            RouterUsage(time.time()) if file is None else file.load(),
             queue=engine,
-            spending=Spending(_Costs(), engine.computed.take),
-            file=file,
+            usage_sources=UsageSources(_FixedCost(), engine.computed_tokens.drain),
+            store=file,
             n_routers=n_routers,
         )
         tenancy.collector().register(registry)
         app = create_app(engine, model_name=MODEL, registry=registry, tenancy=tenancy)
-        server = Server(app, end_running=engine.end_running, drain_s=0)
+        server = Server(app, on_drain_timeout=engine.abort_running, drain_timeout_s=0)
         with running_server(server) as url:
             yield TenantRouter(url, files, engine, tenancy, registry, server)
 

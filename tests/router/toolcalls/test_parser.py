@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faasmoe_router.toolcalls.forms import HERMES, LLAMA, MISTRAL, CallForm
+from faasmoe_router.toolcalls.formats import HERMES, LLAMA, MISTRAL, ToolCallFormat
 from faasmoe_router.toolcalls.parser import (
     MAX_HEAD_LENGTH,
-    CallArguments,
-    CallBegun,
-    CallParser,
-    Content,
-    Piece,
+    ContentDelta,
+    ToolCallArgumentsDelta,
+    ToolCallEvent,
+    ToolCallParser,
+    ToolCallStart,
 )
 
 Read = tuple[str, list[tuple[str, str]]]
@@ -19,16 +19,16 @@ NAMES = {"f", "g"}
 TRICKY = '{"a": "}{</tool_call>\\"<tool_call>", "b": [{}, "日"]}'
 
 
-def _read(form: CallForm, pieces: list[str], *, many: bool = True) -> Read:
-    parser = CallParser(form, NAMES, many=many)
-    found: list[Piece] = []
+def _read(form: ToolCallFormat, pieces: list[str], *, many: bool = True) -> Read:
+    parser = ToolCallParser(form, NAMES, parallel=many)
+    found: list[ToolCallEvent] = []
     for piece in pieces:
         found += parser.feed(piece)
     found += parser.flush()
-    content = "".join(said.text for said in found if isinstance(said, Content))
-    calls = [[begun.name, ""] for begun in found if isinstance(begun, CallBegun)]
+    content = "".join(said.text for said in found if isinstance(said, ContentDelta))
+    calls = [[begun.name, ""] for begun in found if isinstance(begun, ToolCallStart)]
     for part in found:
-        if isinstance(part, CallArguments):
+        if isinstance(part, ToolCallArgumentsDelta):
             calls[part.index][1] += part.text
     assert parser.n_calls == len(calls)
     return content, [(name, arguments) for name, arguments in calls]
@@ -115,7 +115,7 @@ TEXTS = [
 @pytest.mark.parametrize(("form", "text", "expected"), TEXTS)
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 1000])
 def test_calls_are_read_however_the_text_comes(
-    form: CallForm, text: str, expected: Read, length: int
+    form: ToolCallFormat, text: str, expected: Read, length: int
 ) -> None:
     pieces = [text[at : at + length] for at in range(0, len(text), length)]
     assert _read(form, pieces) == expected
@@ -143,7 +143,9 @@ def test_calls_are_read_however_the_text_comes(
     ),
     form=st.sampled_from([HERMES, MISTRAL, LLAMA]),
 )
-def test_whatever_comes_is_read_alike_in_pieces_and_whole(texts: list[str], form: CallForm) -> None:
+def test_whatever_comes_is_read_alike_in_pieces_and_whole(
+    texts: list[str], form: ToolCallFormat
+) -> None:
     assert _read(form, texts) == _read(form, ["".join(texts)])
 
 
@@ -158,13 +160,13 @@ def test_only_the_first_call_is_read_where_one_is_wanted() -> None:
 
 
 def test_arguments_come_while_they_are_written() -> None:
-    parser = CallParser(HERMES, NAMES)
+    parser = ToolCallParser(HERMES, NAMES)
     assert parser.feed('<tool_call>{"name": "f", "arguments": {') == [
-        CallBegun(0, "f"),
-        CallArguments(0, "{"),
+        ToolCallStart(0, "f"),
+        ToolCallArgumentsDelta(0, "{"),
     ]
-    assert parser.feed('"a": 1') == [CallArguments(0, '"a": 1')]
-    assert parser.feed("}}") == [CallArguments(0, "}")]
+    assert parser.feed('"a": 1') == [ToolCallArgumentsDelta(0, '"a": 1')]
+    assert parser.feed("}}") == [ToolCallArgumentsDelta(0, "}")]
 
 
 def test_a_long_name_is_read_in_linear_time() -> None:

@@ -1,6 +1,6 @@
 """The control API: function table, load reports, wakes and status over HTTP."""
 
-from faasmoe_operator.control.api.app import make_app, models_app
-from faasmoe_operator.control.api.exposition import models_metrics
+from faasmoe_operator.control.api.app import make_model_app, make_models_app
+from faasmoe_operator.control.api.status import render_models_metrics
 
-__all__ = ["make_app", "models_app", "models_metrics"]
+__all__ = ["make_model_app", "make_models_app", "render_models_metrics"]

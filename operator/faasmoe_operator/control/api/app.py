@@ -12,21 +12,21 @@ from collections.abc import Awaitable, Callable, Iterable
 
 from aiohttp import web
 
-from faasmoe_operator.control.api.errors import Refusal
-from faasmoe_operator.control.api.routes import CONTROLLER, ROUTES, Routes
+from faasmoe_operator.control.api.requests import RequestRejected
+from faasmoe_operator.control.api.routes import CONTROLLER, ROUTE_NAMES, ModelRoutes
 from faasmoe_operator.control.api.status import update_gauges
 from faasmoe_operator.control.controller import Controller
 
 MAX_BODY_BYTES = 1 << 20
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MODEL_PATH = "/models/{namespace}/{name}"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Find = Callable[[str, str], tuple[Controller, str] | None]
+ControllerLookup = Callable[[str, str], tuple[Controller, str] | None]
 """Finds a model's controller and its token by namespace and name."""
 
 
-def make_app(controller: Controller, *, token: str) -> web.Application:
+def make_model_app(controller: Controller, *, token: str) -> web.Application:
     """Return the API of a controller that has started.
 
     Args:
@@ -36,8 +36,8 @@ def make_app(controller: Controller, *, token: str) -> web.Application:
 
     async def metrics(_: web.Request) -> web.Response:
         update_gauges(controller)
-        body = controller.metrics.text()
-        return web.Response(body=body, headers={"Content-Type": METRICS_TYPE})
+        body = controller.metrics.render()
+        return web.Response(body=body, headers={"Content-Type": METRICS_CONTENT_TYPE})
 
     async def healthz(_: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
@@ -48,78 +48,84 @@ def make_app(controller: Controller, *, token: str) -> web.Application:
         _authorize(request, token)
         return controller
 
-    others = [web.get("/metrics", metrics), web.get("/healthz", healthz)]
-    return _app("", resolve, others)
+    extra_routes = [web.get("/metrics", metrics), web.get("/healthz", healthz)]
+    return _make_app("", resolve, extra_routes)
 
 
-def models_app(find: Find, *, others: Iterable[web.RouteDef] = ()) -> web.Application:
+def make_models_app(
+    lookup: ControllerLookup, *, extra_routes: Iterable[web.RouteDef] = ()
+) -> web.Application:
     """Return the API of many models, each behind its own token.
 
     Args:
         find: finds a model's controller and token at each request.
         others: further routes, which ask for no token.
     """
-    nobodys_token = secrets.token_hex(32)
+    dummy_token = secrets.token_hex(32)
 
     def resolve(request: web.Request) -> Controller | None:
         if not request.path.startswith("/models/"):
             return None
         _, _, namespace, name, *_ = (*request.path.split("/"), "", "")
-        found = find(namespace, name)
+        found = lookup(namespace, name)
         # A model that is not there is refused as one is whose token is another: by the same steps.
-        _authorize(request, nobodys_token if found is None else found[1])
+        _authorize(request, dummy_token if found is None else found[1])
         return None if found is None else found[0]
 
-    return _app(MODEL_PATH, resolve, others)
+    return _make_app(MODEL_PATH, resolve, extra_routes)
 
 
-def _app(
+def _make_app(
     prefix: str,
     resolve: Callable[[web.Request], Controller | None],
-    others: Iterable[web.RouteDef],
+    extra_routes: Iterable[web.RouteDef],
 ) -> web.Application:
     @web.middleware
-    async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def handle_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
-        except Refusal as error:
-            refusal = error
+        except RequestRejected as error:
+            rejection = error
         except web.HTTPException as error:
-            refusal = _refusal(error, request, prefix=prefix)
+            rejection = _to_rejection(error, request, prefix=prefix)
         if (controller := request.get(CONTROLLER)) is not None:
-            controller.metrics.refused.labels(refusal.code).inc()
-        return refusal.response()
+            controller.metrics.rejected_requests.labels(rejection.code).inc()
+        return rejection.response()
 
     @web.middleware
-    async def resolved(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def resolve_controller(request: web.Request, handler: Handler) -> web.StreamResponse:
         if (controller := resolve(request)) is not None:
             request[CONTROLLER] = controller
         return await handler(request)
 
-    routes = Routes()
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[errors, resolved])
-    app.add_routes([*routes.under(prefix), *others])
+    routes = ModelRoutes()
+    app = web.Application(
+        client_max_size=MAX_BODY_BYTES, middlewares=[handle_errors, resolve_controller]
+    )
+    app.add_routes([*routes.route_defs(prefix), *extra_routes])
     app.on_shutdown.append(routes.close)
     return app
 
 
 def _authorize(request: web.Request, token: str) -> None:
     """Refuse a request without this token."""
-    given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
-    if not hmac.compare_digest(given, f"Bearer {token}".encode()):
+    received = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+    if not hmac.compare_digest(received, f"Bearer {token}".encode()):
         message = "authorization: expected the bearer token"
-        raise Refusal(message, status=401, code="unauthorized", field="authorization")
+        raise RequestRejected(message, status=401, code="unauthorized", field="authorization")
 
 
-def _refusal(error: web.HTTPException, request: web.Request, *, prefix: str) -> Refusal:
+def _to_rejection(
+    error: web.HTTPException, request: web.Request, *, prefix: str
+) -> RequestRejected:
     if error.status == 413:
         message = f"body: expected at most {MAX_BODY_BYTES} bytes"
-        return Refusal(message, status=413, code="too_large", field="body")
+        return RequestRejected(message, status=413, code="too_large", field="body")
     if error.status == 404:
-        known = ", ".join(f"{prefix}/v1/{name}" for name in ROUTES)
+        known = ", ".join(f"{prefix}/v1/{name}" for name in ROUTE_NAMES)
         message = f"path: got {request.path}, expected {known}"
-        return Refusal(message, status=404, code="not_found", field="path")
+        return RequestRejected(message, status=404, code="not_found", field="path")
     if error.status == 405:
-        message = f"method: got {request.method}, which {request.path} does not take"
-        return Refusal(message, status=405, code="bad_method", field="method")
-    return Refusal(error.reason, status=error.status, code="refused")
+        message = f"method: got {request.method}, which {request.path} does not allow"
+        return RequestRejected(message, status=405, code="bad_method", field="method")
+    return RequestRejected(error.reason, status=error.status, code="refused")

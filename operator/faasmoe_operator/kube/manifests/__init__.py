@@ -7,8 +7,8 @@ from faasmoe_operator.kube.manifests.context import (
     ModelContext,
 )
 from faasmoe_operator.kube.manifests.model import missing_apis, serving_objects, store_objects
+from faasmoe_operator.kube.manifests.networking import model_url, tenant_url
 from faasmoe_operator.kube.manifests.sandbox import sandbox_pod, sandbox_template_hash
-from faasmoe_operator.kube.manifests.services import model_url, tenant_url
 
 __all__ = [
     "ControlEndpoint",

@@ -1,4 +1,7 @@
-"""Everything that the objects of one MoEModel are made from."""
+"""Everything that the objects of one MoEModel are made from.
+
+What all objects of a MoEModel have in common: kind, name, labels, owner.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from faasmoe_operator.api.v1alpha1 import MoEModel
+from faasmoe_operator.api.v1alpha1.moemodel import MoEModelSpec
+from faasmoe_operator.kube.manifests.names import Component, model_labels
 from faasmoe_operator.kube.store_summary import StoreSummary
-from faasmoe_operator.spec import MoEModel
-from faasmoe_operator.spec.moemodel import ModelSpec
+from faasmoe_operator.kube.types import Kind, Object
 
 GATEWAY_API = "gateway.networking.k8s.io/v1"
 MONITORING_API = "monitoring.coreos.com/v1"
@@ -99,7 +104,7 @@ class ModelContext:
         return self.model.metadata.name
 
     @property
-    def spec(self) -> ModelSpec:
+    def spec(self) -> MoEModelSpec:
         """What is asked for."""
         return self.model.spec
 
@@ -119,3 +124,38 @@ class ModelContext:
             "controller": True,
             "blockOwnerDeletion": True,
         }
+
+
+def new_object(
+    ctx: ModelContext,
+    kind: Kind,
+    name: str,
+    *,
+    component: Component | None = None,
+    extra_labels: Mapping[str, str] | None = None,
+    annotations: Mapping[str, str] | None = None,
+    owned: bool = True,
+    **body: Any,
+) -> Object:
+    """Return an object of this model.
+
+    Args:
+        ctx: the model.
+        kind: what it is.
+        name: its name.
+        component: the part of the model that it belongs to.
+        more_labels: labels beside those of every object.
+        annotations: its annotations.
+        owned: whether it goes when the MoEModel goes.
+        body: all but kind and metadata.
+    """
+    metadata: Object = {
+        "name": name,
+        "namespace": ctx.namespace,
+        "labels": {**model_labels(ctx.name, component), **(extra_labels or {})},
+    }
+    if annotations:
+        metadata["annotations"] = dict(annotations)
+    if owned:
+        metadata["ownerReferences"] = [ctx.owner_reference]
+    return {"apiVersion": kind.api_version, "kind": kind.name, "metadata": metadata, **body}

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from faasmoe_operator.kube.kinds import Object
 from faasmoe_operator.kube.manifests.context import GATEWAY_API, MONITORING_API, ModelContext
-from faasmoe_operator.kube.manifests.monitoring import monitors
 from faasmoe_operator.kube.manifests.names import (
     Component,
     router_name,
     sandbox_name,
     store_name,
 )
-from faasmoe_operator.kube.manifests.network_policies import serving_policies, store_policies
-from faasmoe_operator.kube.manifests.router import router_deployment, router_disruption_budget
-from faasmoe_operator.kube.manifests.routes import routes
-from faasmoe_operator.kube.manifests.secrets import control_secret
-from faasmoe_operator.kube.manifests.security import service_account
-from faasmoe_operator.kube.manifests.services import services
+from faasmoe_operator.kube.manifests.networking import (
+    ingress_objects,
+    service_monitors,
+    services,
+    serving_policies,
+    store_policies,
+)
+from faasmoe_operator.kube.manifests.pods import control_secret, service_account
+from faasmoe_operator.kube.manifests.router import (
+    router_deployment,
+    router_disruption_budget,
+    tenants_config_map,
+)
 from faasmoe_operator.kube.manifests.store import store_claim, store_job
-from faasmoe_operator.kube.manifests.tenants import tenants_config_map
+from faasmoe_operator.kube.types import Object
 
 
 def store_objects(ctx: ModelContext) -> list[Object]:
@@ -43,19 +48,19 @@ def serving_objects(ctx: ModelContext) -> list[Object]:
         *services(ctx),
         router_disruption_budget(ctx),
         router_deployment(ctx),
-        *routes(ctx),
-        *monitors(ctx),
+        *ingress_objects(ctx),
+        *service_monitors(ctx),
     ]
 
 
 def missing_apis(ctx: ModelContext) -> dict[str, str]:
     """Return the fields that ask for an API that the cluster does not serve, and that API."""
-    asked = {
+    requested = {
         "spec.networking.httpRoute": (ctx.spec.networking.http_route, GATEWAY_API),
         "spec.monitoring.serviceMonitor": (ctx.spec.monitoring.service_monitor, MONITORING_API),
     }
     return {
         field: api
-        for field, (part, api) in asked.items()
+        for field, (part, api) in requested.items()
         if part is not None and api not in ctx.api
     }

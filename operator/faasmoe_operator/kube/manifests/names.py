@@ -39,20 +39,20 @@ class Pool(StrEnum):
     ASSIGNED = "assigned"
 
 
-def labels(model: str, component: Component | None = None) -> dict[str, str]:
+def model_labels(model: str, component: Component | None = None) -> dict[str, str]:
     """Return the labels of an object of this model."""
-    part = {} if component is None else {COMPONENT_LABEL: component.value}
+    component_label = {} if component is None else {COMPONENT_LABEL: component.value}
     return {
         "app.kubernetes.io/name": "faasmoe",
         "app.kubernetes.io/instance": model,
         "app.kubernetes.io/part-of": "faasmoe",
         MANAGED_BY_LABEL: FIELD_MANAGER,
         MODEL_LABEL: model,
-        **part,
+        **component_label,
     }
 
 
-def selector(model: str, component: Component | None = None) -> dict[str, str]:
+def pod_selector(model: str, component: Component | None = None) -> dict[str, str]:
     """Return the labels by which pods of this model are selected; they never change."""
     return {
         MODEL_LABEL: model,
@@ -60,63 +60,63 @@ def selector(model: str, component: Component | None = None) -> dict[str, str]:
     }
 
 
-def selector_text(model: str, component: Component | None = None) -> str:
+def pod_selector_text(model: str, component: Component | None = None) -> str:
     """Return the same selector as the API's `labelSelector` takes it."""
-    return ",".join(f"{key}={value}" for key, value in selector(model, component).items())
+    return ",".join(f"{key}={value}" for key, value in pod_selector(model, component).items())
 
 
 def store_name(model: str) -> str:
     """Return the name of the store's claim, Job, ServiceAccount and NetworkPolicy."""
-    return shortened(f"{model}-store")
+    return truncate_name(f"{model}-store")
 
 
 def router_name(model: str) -> str:
     """Return the name of the router's Deployment and of what goes with it."""
-    return shortened(f"{model}-router")
+    return truncate_name(f"{model}-router")
 
 
 def sandbox_name(model: str, suffix: str = "") -> str:
     """Return the name of a sandbox, or of what sandboxes share if there is no suffix."""
-    end = f"-{suffix}" if suffix else ""
-    return shortened(f"{model}-sandbox", limit=MAX_NAME_CHARS - len(end)) + end
+    ending = f"-{suffix}" if suffix else ""
+    return truncate_name(f"{model}-sandbox", limit=MAX_NAME_CHARS - len(ending)) + ending
 
 
 def default_deny_name(model: str) -> str:
     """Return the name of the NetworkPolicy that closes what no other one opens."""
-    return shortened(f"{model}-default-deny")
+    return truncate_name(f"{model}-default-deny")
 
 
 def control_name(model: str, digest: str) -> str:
     """Return the name of the Secret with what hashes to `digest`."""
-    return shortened(f"{model}-control-{digest[:HASH_CHARS]}")
+    return truncate_name(f"{model}-control-{digest[:HASH_CHARS]}")
 
 
-def tenants_name(model: str) -> str:
+def tenants_config_map_name(model: str) -> str:
     """Return the name of the ConfigMap that tells the router its tenants."""
-    return shortened(f"{model}-tenants")
+    return truncate_name(f"{model}-tenants")
 
 
-def popularity_name(model: str) -> str:
+def popularity_config_map_name(model: str) -> str:
     """Return the name of the ConfigMap that keeps how much functions are used."""
-    return shortened(f"{model}-popularity")
+    return truncate_name(f"{model}-popularity")
 
 
-def accounts_name(model: str) -> str:
+def usage_config_map_name(model: str) -> str:
     """Return the name of the ConfigMap that keeps what the tenants have used."""
-    return shortened(f"{model}-accounts")
+    return truncate_name(f"{model}-accounts")
 
 
 def service_name(model: str) -> str:
     """Return the name of the model's Service, Ingress and HTTPRoute."""
-    return shortened(_begins_with_letter(model))
+    return truncate_name(_as_dns_1035_label(model))
 
 
-def tenant_name(model: str, tenant: str) -> str:
+def tenant_service_name(model: str, tenant: str) -> str:
     """Return the name of a tenant's Service and HTTPRoute."""
-    return shortened(f"{_begins_with_letter(model)}-tenant-{tenant}")
+    return truncate_name(f"{_as_dns_1035_label(model)}-tenant-{tenant}")
 
 
-def shortened(name: str, *, limit: int = MAX_NAME_CHARS) -> str:
+def truncate_name(name: str, *, limit: int = MAX_NAME_CHARS) -> str:
     """Return the name, or its beginning and a hash of the whole if it is too long."""
     if len(name) <= limit:
         return name
@@ -124,6 +124,6 @@ def shortened(name: str, *, limit: int = MAX_NAME_CHARS) -> str:
     return f"{name[: limit - HASH_CHARS - 1].rstrip('-')}-{digest}"
 
 
-def _begins_with_letter(model: str) -> str:
+def _as_dns_1035_label(model: str) -> str:
     # Services are DNS labels of the old kind (RFC 1035), which do not begin with a digit.
     return f"moe-{model}" if model[0].isdigit() else model

@@ -13,17 +13,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 
-from faasmoe_operator.control.functions import cut_of
-from faasmoe_operator.kube.kinds import Object
+from faasmoe_operator.api.v1alpha1.field_types import parse_quantity
+from faasmoe_operator.api.v1alpha1.pod_template import ResourceRequirements
+from faasmoe_operator.control.functions import partitioning_of
 from faasmoe_operator.kube.manifests.context import ModelContext
 from faasmoe_operator.kube.store_summary import StoreSummary
+from faasmoe_operator.kube.types import Object
 from faasmoe_operator.plan.functions import largest_function_bytes
-from faasmoe_operator.spec.pod_template import Resources
-from faasmoe_operator.spec.quantity import parse_quantity
 
 MIB = 1 << 20
 GIB = 1 << 30
-GPU = "nvidia.com/gpu"
+GPU_RESOURCE = "nvidia.com/gpu"
 ROUTER_RUNTIME_BYTES = {"cuda": 4 * GIB}
 ROUTER_RUNTIME_CPU_BYTES = GIB
 SANDBOX_RUNTIME_BYTES = {"cuda": 3 * GIB}
@@ -33,10 +33,10 @@ KV_CACHE_BYTES = 2 * GIB
 DEFAULT_MODEL_LEN = 8192
 LOGITS_COPIES = 2
 FLOAT_BYTES = 4
-ITEM_BYTES = {"float32": 4}
-ITEM_BYTES_HALF = 2
+DTYPE_BYTES = {"float32": 4}
+DEFAULT_DTYPE_BYTES = 2
 ROUTER_CORES = 1
-ROUTER_MOST_CORES = 4
+ROUTER_MAX_CORES = 4
 """Its steps are short and many requests share one; between them it waits for functions."""
 
 
@@ -45,42 +45,42 @@ def sandbox_resources(ctx: ModelContext) -> Object:
     experts = ctx.spec.experts
     runtime = SANDBOX_RUNTIME_BYTES.get(experts.device, SANDBOX_RUNTIME_CPU_BYTES)
     functions = experts.functions_per_sandbox * _largest_function_bytes(ctx)
-    memory = _memory(runtime + functions)
+    memory = _mebibytes(runtime + functions)
     cores = str(experts.threads)
     computed = _resources(
         {"cpu": cores, "memory": memory}, {"cpu": cores, "memory": memory}, experts.device
     )
-    return overridden(computed, experts.template.resources)
+    return with_overrides(computed, experts.template.resources)
 
 
 def router_resources(ctx: ModelContext) -> Object:
     """Return the requests and limits of a router."""
     router = ctx.spec.router
     runtime = ROUTER_RUNTIME_BYTES.get(router.device, ROUTER_RUNTIME_CPU_BYTES)
-    held = 0 if ctx.summary is None else _router_bytes(ctx, ctx.summary)
-    memory = _memory(runtime + held)
+    model_bytes = 0 if ctx.summary is None else _router_bytes(ctx, ctx.summary)
+    memory = _mebibytes(runtime + model_bytes)
     computed = _resources(
         {"cpu": str(ROUTER_CORES), "memory": memory},
-        {"cpu": str(ROUTER_MOST_CORES), "memory": memory},
+        {"cpu": str(ROUTER_MAX_CORES), "memory": memory},
         router.device,
     )
-    return overridden(computed, router.template.resources)
+    return with_overrides(computed, router.template.resources)
 
 
-def overridden(computed: Object, given: Resources | None) -> Object:
+def with_overrides(computed: Object, overrides: ResourceRequirements | None) -> Object:
     """Return computed requests and limits with those that were given in their place.
 
     Where only one of a resource's request and limit is given and the other would contradict it, the
     other follows.
     """
-    if given is None:
+    if overrides is None:
         return computed
-    given_requests, given_limits = given.requests or {}, given.limits or {}
-    requests = {**computed["requests"], **given_requests}
-    limits = {**_without_gpu(computed["limits"], given_limits), **given_limits}
+    override_requests, override_limits = overrides.requests or {}, overrides.limits or {}
+    requests = {**computed["requests"], **override_requests}
+    limits = {**_without_gpu(computed["limits"], override_limits), **override_limits}
     for name in requests.keys() & limits.keys():
         if parse_quantity(requests[name]) > parse_quantity(limits[name]):
-            winner = given_limits if name in given_limits else given_requests
+            winner = override_limits if name in override_limits else override_requests
             requests[name] = limits[name] = winner[name]
     return {"requests": requests, "limits": limits}
 
@@ -88,7 +88,9 @@ def overridden(computed: Object, given: Resources | None) -> Object:
 def _largest_function_bytes(ctx: ModelContext) -> int:
     if ctx.summary is None:
         return 0
-    return largest_function_bytes(ctx.summary.expanded_layers(), cut_of(ctx.spec.granularity))
+    return largest_function_bytes(
+        ctx.summary.expanded_layers(), partitioning_of(ctx.spec.granularity)
+    )
 
 
 def _router_bytes(ctx: ModelContext, summary: StoreSummary) -> int:
@@ -109,21 +111,23 @@ def _kv_cache_bytes(ctx: ModelContext, summary: StoreSummary) -> int:
     if router.kv_cache_bytes is not None:
         return router.kv_cache_bytes
     length = router.max_model_len or min(summary.max_position_embeddings, DEFAULT_MODEL_LEN)
-    item = ITEM_BYTES.get(summary.dtype, ITEM_BYTES_HALF)
-    token = summary.num_hidden_layers * 2 * summary.hidden_size * item
-    return max(KV_CACHE_BYTES, length * token)
+    dtype_bytes = DTYPE_BYTES.get(summary.dtype, DEFAULT_DTYPE_BYTES)
+    bytes_per_token = summary.num_hidden_layers * 2 * summary.hidden_size * dtype_bytes
+    return max(KV_CACHE_BYTES, length * bytes_per_token)
 
 
 def _resources(requests: Mapping[str, str], limits: Mapping[str, str], device: str) -> Object:
-    gpu = {GPU: "1"} if device == "cuda" else {}
+    gpu = {GPU_RESOURCE: "1"} if device == "cuda" else {}
     return {"requests": dict(requests), "limits": {**limits, **gpu}}
 
 
-def _without_gpu(limits: Mapping[str, str], given: Mapping[str, str]) -> dict[str, str]:
+def _without_gpu(limits: Mapping[str, str], override_limits: Mapping[str, str]) -> dict[str, str]:
     """Leave the whole device out where another device, such as a part of one, was asked for."""
-    other = any("/" in name for name in given)
-    return {name: value for name, value in limits.items() if name != GPU or not other}
+    is_other_device = any("/" in name for name in override_limits)
+    return {
+        name: value for name, value in limits.items() if name != GPU_RESOURCE or not is_other_device
+    }
 
 
-def _memory(size_bytes: int) -> str:
+def _mebibytes(size_bytes: int) -> str:
     return f"{-(-Fraction(size_bytes) // MIB)}Mi"

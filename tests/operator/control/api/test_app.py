@@ -11,15 +11,25 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from boxes import DIGEST, TOKEN, Boxes, eventually, model_of, serving, world
+from fake_platform import (
+    DIGEST,
+    TOKEN,
+    FakePlatform,
+    controller_and_platform,
+    eventually,
+    make_model,
+    routable_functions,
+)
 
-from faasmoe_expert.table import FunctionTable
-from faasmoe_operator.control.api import make_app
+from faasmoe_contracts.routing_table import RoutingTable
+from faasmoe_operator.control.api import make_model_app
 from faasmoe_operator.control.controller import Controller
 
 
-class Api:
-    def __init__(self, controller: Controller, boxes: Boxes, http: aiohttp.ClientSession) -> None:
+class RunningApi:
+    def __init__(
+        self, controller: Controller, boxes: FakePlatform, http: aiohttp.ClientSession
+    ) -> None:
         self.controller = controller
         self.boxes = boxes
         self.http = http
@@ -40,9 +50,9 @@ class Api:
 
 
 @asynccontextmanager
-async def api(token: str = TOKEN, n_functions: int = 3) -> AsyncIterator[Api]:
-    async with world(model_of(n_functions)) as (controller, boxes):
-        app = make_app(controller, token=TOKEN)
+async def api(token: str = TOKEN, n_functions: int = 3) -> AsyncIterator[RunningApi]:
+    async with controller_and_platform(make_model(n_functions)) as (controller, boxes):
+        app = make_model_app(controller, token=TOKEN)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -50,12 +60,12 @@ async def api(token: str = TOKEN, n_functions: int = 3) -> AsyncIterator[Api]:
         headers = {"Authorization": f"Bearer {token}"}
         async with aiohttp.ClientSession(f"http://{host}:{port}", headers=headers) as http:
             try:
-                yield Api(controller, boxes, http)
+                yield RunningApi(controller, boxes, http)
             finally:
                 await runner.cleanup()
 
 
-class Lines:
+class TableStreamReader:
     """A table stream, line by line."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
@@ -67,37 +77,42 @@ class Lines:
 
 
 @asynccontextmanager
-async def stream(running: Api, **known: str) -> AsyncIterator[Lines]:
+async def routing_table_stream(
+    running: RunningApi, **known: str
+) -> AsyncIterator[TableStreamReader]:
     async with running.http.get("/v1/table", params=known) as response:
         assert response.status == 200
         assert response.content_type == "application/x-ndjson"
-        yield Lines(response)
+        yield TableStreamReader(response)
 
 
-def load(**changes: Any) -> dict[str, Any]:
+def load_body(**changes: Any) -> dict[str, Any]:
     functions = {"f0": {"concurrency": 1.5, "calls": 3, "rows": 12}}
     body = {"router": "r1", "sent_at_s": time.time(), "interval_s": 1.0, "functions": functions}
     return {**body, "held": 2, "local": 0, **changes}
 
 
-def wake(*functions: object, **changes: Any) -> dict[str, Any]:
+def activation_body(*functions: object, **changes: Any) -> dict[str, Any]:
     body = {"router": "r1", "sent_at_s": time.time(), "functions": list(functions)}
     return {**body, **changes}
 
 
 def test_streams_the_table_and_its_changes() -> None:
     async def story() -> None:
-        async with api() as running, stream(running) as lines:
+        async with api() as running, routing_table_stream(running) as lines:
             first = await lines.next()
-            assert (first["kind"], first["epoch"]) == ("snapshot", running.controller.feed.epoch)
-            table = FunctionTable.from_json(first["table"])
+            assert (first["kind"], first["epoch"]) == (
+                "snapshot",
+                running.controller.routing_table.epoch,
+            )
+            table = RoutingTable.from_json(first["table"])
             assert (table.model_digest, table.version) == (DIGEST, first["version"])
             assert [entry.spec.id for entry in table.functions] == ["f0", "f1", "f2"]
-            running.controller.wake(["f1"])
+            running.controller.activate(["f1"])
             change = await lines.next()
             assert (change["kind"], change["version"]) == ("change", first["version"] + 1)
-            (holder,) = running.boxes.holders("f1")
-            address = running.boxes.boxes[holder].address
+            (holder,) = running.boxes.sandboxes_with("f1")
+            address = running.boxes.servers[holder].address
             assert change["functions"] == [{"id": "f1", "addresses": [address]}]
 
     asyncio.run(story())
@@ -106,13 +121,13 @@ def test_streams_the_table_and_its_changes() -> None:
 def test_a_stream_goes_on_where_an_earlier_one_ended() -> None:
     async def story() -> None:
         async with api() as running:
-            feed = running.controller.feed
+            feed = running.controller.routing_table
             known = {"epoch": feed.epoch, "version": str(feed.version)}
-            async with stream(running, **known) as lines:
+            async with routing_table_stream(running, **known) as lines:
                 assert await lines.next() == {"kind": "ping", "version": feed.version}
-            running.controller.wake(["f0", "f2"])
-            await eventually(lambda: len(serving(running.controller)) == 2)
-            async with stream(running, **known) as lines:
+            running.controller.activate(["f0", "f2"])
+            await eventually(lambda: len(routable_functions(running.controller)) == 2)
+            async with routing_table_stream(running, **known) as lines:
                 change = await lines.next()
                 assert change["kind"] == "change"
                 assert {f["id"] for f in change["functions"]} == {"f0", "f2"}
@@ -136,9 +151,9 @@ def test_a_stream_that_cannot_be_resumed_begins_with_the_whole_table(
 ) -> None:
     async def story() -> None:
         async with api() as running:
-            epoch = running.controller.feed.epoch
+            epoch = running.controller.routing_table.epoch
             given = {key: value.replace("EPOCH", epoch) for key, value in known.items()}
-            async with stream(running, **given) as lines:
+            async with routing_table_stream(running, **given) as lines:
                 assert (await lines.next())["kind"] == "snapshot"
 
     asyncio.run(story())
@@ -147,12 +162,12 @@ def test_a_stream_that_cannot_be_resumed_begins_with_the_whole_table(
 def test_knows_how_many_follow_the_table() -> None:
     async def story() -> None:
         async with api() as running:
-            async with stream(running) as lines:
+            async with routing_table_stream(running) as lines:
                 await lines.next()
                 assert (await running.status())["followers"] == 1
-                assert "faasmoe_control_table_streams 1.0" in await running.metrics()
-            running.controller.wake(["f0"])
-            await eventually(lambda: running.controller.feed.n_followers == 0)
+                assert "faasmoe_control_routing_table_watchers 1.0" in await running.metrics()
+            running.controller.activate(["f0"])
+            await eventually(lambda: running.controller.routing_table.n_watchers == 0)
 
     asyncio.run(story())
 
@@ -160,8 +175,8 @@ def test_knows_how_many_follow_the_table() -> None:
 def test_a_wake_is_acted_on() -> None:
     async def story() -> None:
         async with api() as running:
-            assert await running.post("/v1/wake", wake("f0", "f0", "f2")) == (202, None)
-            await eventually(lambda: serving(running.controller) == {"f0", "f2"})
+            assert await running.post("/v1/wake", activation_body("f0", "f0", "f2")) == (202, None)
+            await eventually(lambda: routable_functions(running.controller) == {"f0", "f2"})
 
     asyncio.run(story())
 
@@ -169,7 +184,7 @@ def test_a_wake_is_acted_on() -> None:
 def test_a_load_report_is_taken_over() -> None:
     async def story() -> None:
         async with api() as running:
-            assert await running.post("/v1/load", load()) == (204, None)
+            assert await running.post("/v1/load", load_body()) == (204, None)
             status = await running.status()
             assert status["held"] == 2
             function = status["functions"][0]
@@ -185,15 +200,15 @@ USE: dict[str, Any] = {
 }
 
 
-def usage(**changes: Any) -> dict[str, Any]:
+def usage_body(**changes: Any) -> dict[str, Any]:
     return {"book": "a" * 32, "since_s": 10.5, "tenants": {"acme": USE}, **changes}
 
 
 def test_usage_is_answered_with_that_of_all_routers() -> None:
     async def story() -> None:
         async with api() as running:
-            assert (await running.post("/v1/usage", usage()))[0] == 200
-            status, answer = await running.post("/v1/usage", usage(book="b" * 32, ends=True))
+            assert (await running.post("/v1/usage", usage_body()))[0] == 200
+            status, answer = await running.post("/v1/usage", usage_body(book="b" * 32, ends=True))
             assert status == 200
             assert answer["since_s"] == 10.5
             twice = {name: 2 * number for name, number in USE.items()}
@@ -203,14 +218,14 @@ def test_usage_is_answered_with_that_of_all_routers() -> None:
 
 
 def test_usage_of_too_many_tenants_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("faasmoe_operator.control.ledger.MAX_ACCOUNTS", 1)
+    monkeypatch.setattr("faasmoe_operator.control.usage_ledger.MAX_TENANTS_IN_LEDGER", 1)
 
     async def story() -> None:
         async with api() as running:
             both = {"acme": USE, "beta": USE}
-            status, answer = await running.post("/v1/usage", usage(tenants=both))
+            status, answer = await running.post("/v1/usage", usage_body(tenants=both))
             assert (status, answer["error"]["field"]) == (422, "tenants")
-            assert running.controller.ledger.accounts == {}
+            assert running.controller.usage_ledger.usage_by_tenant == {}
 
     asyncio.run(story())
 
@@ -218,53 +233,61 @@ def test_usage_of_too_many_tenants_is_refused(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("path", "body", "field"),
     [
-        pytest.param("load", lambda: load(router=""), "router", id="nameless-router"),
-        pytest.param("load", lambda: load(router="a b"), "router", id="router-with-a-space"),
-        pytest.param("load", lambda: load(router="r\n"), "router", id="router-with-a-line-end"),
-        pytest.param("load", lambda: load(router=7), "router", id="router-a-number"),
-        pytest.param("load", lambda: load(sent_at_s="now"), "sent_at_s", id="time-in-words"),
-        pytest.param("load", lambda: load(interval_s=0), "interval_s", id="no-interval"),
-        pytest.param("load", lambda: load(interval_s=61), "interval_s", id="long-interval"),
-        pytest.param("load", lambda: load(held=-1), "held", id="held-below-zero"),
-        pytest.param("load", lambda: load(held=1.5), "held", id="half-a-call"),
-        pytest.param("load", lambda: load(held=True), "held", id="held-true"),
-        pytest.param("load", lambda: load(more=1), "more", id="unknown-field"),
-        pytest.param("load", lambda: load(functions=[]), "functions", id="functions-in-a-list"),
+        pytest.param("load", lambda: load_body(router=""), "router", id="nameless-router"),
+        pytest.param("load", lambda: load_body(router="a b"), "router", id="router-with-a-space"),
+        pytest.param(
+            "load", lambda: load_body(router="r\n"), "router", id="router-with-a-line-end"
+        ),
+        pytest.param("load", lambda: load_body(router=7), "router", id="router-a-number"),
+        pytest.param("load", lambda: load_body(sent_at_s="now"), "sent_at_s", id="time-in-words"),
+        pytest.param("load", lambda: load_body(interval_s=0), "interval_s", id="no-interval"),
+        pytest.param("load", lambda: load_body(interval_s=61), "interval_s", id="long-interval"),
+        pytest.param("load", lambda: load_body(held=-1), "held", id="held-below-zero"),
+        pytest.param("load", lambda: load_body(held=1.5), "held", id="half-a-call"),
+        pytest.param("load", lambda: load_body(held=True), "held", id="held-true"),
+        pytest.param("load", lambda: load_body(more=1), "more", id="unknown-field"),
+        pytest.param(
+            "load", lambda: load_body(functions=[]), "functions", id="functions-in-a-list"
+        ),
         pytest.param(
             "load",
-            lambda: load(functions={"f9": {"concurrency": 1.0, "calls": 1, "rows": 1}}),
+            lambda: load_body(functions={"f9": {"concurrency": 1.0, "calls": 1, "rows": 1}}),
             "functions",
             id="unknown-function",
         ),
         pytest.param(
             "load",
-            lambda: load(functions={"f0": {"concurrency": -1.0, "calls": 1, "rows": 1}}),
+            lambda: load_body(functions={"f0": {"concurrency": -1.0, "calls": 1, "rows": 1}}),
             "functions.f0.concurrency",
             id="concurrency-below-zero",
         ),
         pytest.param(
             "load",
-            lambda: load(functions={"f0": {"concurrency": 1.0, "calls": 1}}),
+            lambda: load_body(functions={"f0": {"concurrency": 1.0, "calls": 1}}),
             "functions.f0.rows",
             id="no-rows",
         ),
-        pytest.param("usage", lambda: usage(book="a"), "book", id="short-book"),
-        pytest.param("usage", lambda: usage(since_s=-1), "since_s", id="since-below-zero"),
+        pytest.param("usage", lambda: usage_body(book="a"), "book", id="short-book"),
+        pytest.param("usage", lambda: usage_body(since_s=-1), "since_s", id="since-below-zero"),
         pytest.param(
             "usage",
-            lambda: usage(tenants={"acme": {**USE, "failed": -1}}),
+            lambda: usage_body(tenants={"acme": {**USE, "failed": -1}}),
             "tenants.acme.failed",
             id="use-below-zero",
         ),
         pytest.param(
             "usage",
-            lambda: usage(tenants={"acme": {"failed": 1}}),
+            lambda: usage_body(tenants={"acme": {"failed": 1}}),
             "tenants.acme.prompt_tokens",
             id="part-of-a-use",
         ),
-        pytest.param("wake", lambda: wake(), "functions", id="wake-of-nothing"),
-        pytest.param("wake", lambda: wake("f0", "f9"), "functions", id="wake-of-an-unknown-one"),
-        pytest.param("wake", lambda: wake("f0", 7), "functions.1", id="wake-of-a-number"),
+        pytest.param("wake", lambda: activation_body(), "functions", id="wake-of-nothing"),
+        pytest.param(
+            "wake", lambda: activation_body("f0", "f9"), "functions", id="wake-of-an-unknown-one"
+        ),
+        pytest.param(
+            "wake", lambda: activation_body("f0", 7), "functions.1", id="wake-of-a-number"
+        ),
         pytest.param("wake", lambda: [], "body", id="wake-in-a-list"),
     ],
 )
@@ -280,8 +303,8 @@ def test_refuses_what_is_wrong_and_changes_nothing(
             assert answer["error"]["message"].startswith(f"{field}: got ")
             assert (await running.status())["functions"] == before
             text = await running.metrics()
-            assert 'faasmoe_control_refused_total{code="invalid"} 1.0' in text
-            assert "faasmoe_control_wakes_total 0.0" in text
+            assert 'faasmoe_control_rejected_requests_total{code="invalid"} 1.0' in text
+            assert "faasmoe_control_activation_requests_total 0.0" in text
             assert "faasmoe_control_load_reports_total 0.0" in text
 
     asyncio.run(story())
@@ -312,15 +335,15 @@ def test_refuses_a_body_that_is_too_large() -> None:
 def test_refuses_a_wrong_token(token: str) -> None:
     async def story() -> None:
         async with api(token=token) as running:
-            bodies = {"load": load(), "usage": usage(), "wake": wake("f0")}
+            bodies = {"load": load_body(), "usage": usage_body(), "wake": activation_body("f0")}
             for path, body in bodies.items():
                 status, answer = await running.post(f"/v1/{path}", body)
                 assert (status, answer["error"]["code"]) == (401, "unauthorized")
             for path in ("table", "status"):
                 async with running.http.get(f"/v1/{path}") as response:
                     assert response.status == 401
-            assert serving(running.controller) == set()
-            assert running.controller.reports.sample(running.controller.clock()) is None
+            assert routable_functions(running.controller) == set()
+            assert running.controller.load_reports.concurrency(running.controller.clock()) is None
             async with running.http.get("/healthz") as response:
                 assert response.status == 200
 
@@ -352,19 +375,22 @@ def test_answers_with_an_error_object_whatever_is_asked(
 def test_tells_the_whole_state() -> None:
     async def story() -> None:
         async with api(n_functions=1) as running:
-            running.controller.wake(["f0"])
-            await eventually(lambda: serving(running.controller) == {"f0"})
+            running.controller.activate(["f0"])
+            await eventually(lambda: routable_functions(running.controller) == {"f0"})
             await eventually(lambda: running.controller.fleet.n_generic() == 1)
-            await eventually(lambda: running.controller.scalers.phase("f0").value == "Active")
+            await eventually(lambda: running.controller.autoscalers.phase("f0").value == "Active")
             status = await running.status()
-            assert (status["model"], status["epoch"]) == ("tiny", running.controller.feed.epoch)
+            assert (status["model"], status["epoch"]) == (
+                "tiny",
+                running.controller.routing_table.epoch,
+            )
             (function,) = status["functions"]
             shape = {k: function[k] for k in ("id", "layers", "n_experts", "size_bytes")}
             assert shape == {"id": "f0", "layers": [0], "n_experts": 2, "size_bytes": 1}
             assert (function["state"], function["desired"], function["ready"]) == ("Active", 1, 1)
             assert [s["functions"] for s in status["sandboxes"]] == [["f0"], []]
             assert status["pool"] == {"size": 1, "ready": 1}
-            assert status["decisions"] == {"Woken": 1}
+            assert status["decisions"] == {"Activated": 1}
 
     asyncio.run(story())
 
@@ -372,17 +398,17 @@ def test_tells_the_whole_state() -> None:
 def test_counts_aggregates_and_names_no_function() -> None:
     async def story() -> None:
         async with api() as running:
-            await running.post("/v1/wake", wake("f0"))
-            await eventually(lambda: serving(running.controller) == {"f0"})
-            await running.post("/v1/load", load())
+            await running.post("/v1/wake", activation_body("f0"))
+            await eventually(lambda: routable_functions(running.controller) == {"f0"})
+            await running.post("/v1/load", load_body())
             text = await running.metrics()
-            assert "faasmoe_control_wakes_total 1.0" in text
+            assert "faasmoe_control_activation_requests_total 1.0" in text
             assert "faasmoe_control_load_reports_total 1.0" in text
-            assert 'faasmoe_control_scale_decisions_total{reason="Woken"} 1.0' in text
+            assert 'faasmoe_control_scale_decisions_total{reason="Activated"} 1.0' in text
             assert 'faasmoe_control_activations_total{outcome="ready"} 1.0' in text
             assert "faasmoe_control_attach_seconds_count 1.0" in text
             assert 'faasmoe_control_functions{state="Inactive"} 2.0' in text
-            assert "faasmoe_control_held 2.0" in text
+            assert "faasmoe_control_queue_depth 2.0" in text
             assert "f0" not in text
 
     asyncio.run(story())

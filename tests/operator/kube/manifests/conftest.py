@@ -3,8 +3,8 @@
 import pytest
 from model_contexts import CASES, all_objects, make_context
 
-from faasmoe_operator.kube.kinds import Object
 from faasmoe_operator.kube.manifests import ModelContext
+from faasmoe_operator.kube.types import Object
 
 
 @pytest.fixture(params=CASES.values(), ids=list(CASES))

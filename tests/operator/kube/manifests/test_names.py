@@ -6,15 +6,15 @@ from faasmoe_operator.kube.manifests.names import (
     Component,
     Pool,
     control_name,
-    labels,
+    model_labels,
+    pod_selector,
+    pod_selector_text,
     router_name,
     sandbox_name,
-    selector,
-    selector_text,
     service_name,
-    shortened,
     store_name,
-    tenant_name,
+    tenant_service_name,
+    truncate_name,
 )
 
 LONG = "m" * 63
@@ -27,22 +27,22 @@ def test_names_parts_after_their_model() -> None:
     assert sandbox_name("qwen", "x7k2p") == "qwen-sandbox-x7k2p"
     assert control_name("qwen", "0123456789abcdef") == "qwen-control-01234567"
     assert service_name("qwen") == "qwen"
-    assert tenant_name("qwen", "acme") == "qwen-tenant-acme"
+    assert tenant_service_name("qwen", "acme") == "qwen-tenant-acme"
 
 
 @pytest.mark.parametrize("length", [1, 62, 63])
 def test_keeps_a_name_that_fits(length: int) -> None:
-    assert shortened("a" * length) == "a" * length
+    assert truncate_name("a" * length) == "a" * length
 
 
 def test_shortens_a_long_name_to_one_that_tells_it_from_its_like() -> None:
-    names = {shortened("a" * 64 + end) for end in ("", "b", "c")}
+    names = {truncate_name("a" * 64 + end) for end in ("", "b", "c")}
     assert len(names) == 3
     assert all(re.fullmatch("a{54}-[0-9a-f]{8}", name) for name in names)
 
 
 def test_leaves_no_dash_before_the_hash() -> None:
-    assert re.fullmatch("a{53}-[0-9a-f]{8}", shortened("a" * 53 + "-" + "b" * 40))
+    assert re.fullmatch("a{53}-[0-9a-f]{8}", truncate_name("a" * 53 + "-" + "b" * 40))
 
 
 def test_keeps_the_suffix_of_a_sandbox_whole() -> None:
@@ -53,14 +53,14 @@ def test_keeps_the_suffix_of_a_sandbox_whole() -> None:
 
 def test_names_services_with_a_letter_first() -> None:
     assert service_name("7b") == "moe-7b"
-    assert tenant_name("7b", "acme") == "moe-7b-tenant-acme"
+    assert tenant_service_name("7b", "acme") == "moe-7b-tenant-acme"
 
 
 def test_selects_a_part_of_a_model_by_two_labels_that_its_pods_carry() -> None:
-    chosen = selector("qwen", Component.ROUTER)
+    chosen = pod_selector("qwen", Component.ROUTER)
     assert chosen == {"faasmoe.dev/model": "qwen", "app.kubernetes.io/component": "router"}
-    assert labels("qwen", Component.ROUTER).items() > chosen.items()
-    assert selector_text("qwen", Component.ROUTER) == (
+    assert model_labels("qwen", Component.ROUTER).items() > chosen.items()
+    assert pod_selector_text("qwen", Component.ROUTER) == (
         "faasmoe.dev/model=qwen,app.kubernetes.io/component=router"
     )
 

@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 from model_contexts import make_context
 
-from faasmoe_operator.kube.kinds import Object
 from faasmoe_operator.kube.manifests.resources import router_resources, sandbox_resources
+from faasmoe_operator.kube.types import Object
 
 GIB = 1024
 FUNCTION = 20 * 16  # MiB: a third of 60 experts

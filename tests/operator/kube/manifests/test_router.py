@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from model_contexts import make_context
 
-from faasmoe_operator.kube.kinds import Object
 from faasmoe_operator.kube.manifests import ControlSecrets, ModelContext, serving_objects
+from faasmoe_operator.kube.types import Object
 from faasmoe_router.config import RouterConfig
 
 TENANTS = [{"name": "acme", "apiKeysSecretRef": {"name": "acme-keys"}}]

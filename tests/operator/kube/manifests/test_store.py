@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 from model_contexts import make_context
 
-from faasmoe_operator.kube.kinds import Object
 from faasmoe_operator.kube.manifests import Images, ModelContext, store_objects
-from faasmoe_operator.kube.manifests.volumes import source_argument, store_path
+from faasmoe_operator.kube.manifests.pods import checkpoint_source, store_path
+from faasmoe_operator.kube.types import Object
 
 
 def one(objects: list[Object], kind: str) -> Object:
@@ -89,7 +89,7 @@ def test_puts_the_store_where_it_is_told_to() -> None:
     ],
 )
 def test_tells_the_source_as_the_job_sees_it(source: str, argument: str) -> None:
-    assert source_argument(make_context({"model": {"source": source}})) == argument
+    assert checkpoint_source(make_context({"model": {"source": source}})) == argument
 
 
 def test_mounts_the_claim_of_a_checkpoint_read_only_beside_the_store() -> None:

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from faasmoe_router.checkpoint.demo import build, calibration
+from faasmoe_router.checkpoint.demo import build, moefication
 
 TEMPLATE = (
     "{% for m in messages %}user {{ m.content }}{% endfor %}"
@@ -17,7 +17,7 @@ TEMPLATE = (
 
 
 def _tokenizer() -> Any:
-    words = sorted({word for prompt in calibration.PROMPTS for word in prompt.split()})
+    words = sorted({word for prompt in moefication.CALIBRATION_PROMPTS for word in prompt.split()})
     vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<pad>", "user", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -65,5 +65,5 @@ def loads(tmp_path: Path, dense: Any, monkeypatch: pytest.MonkeyPatch) -> list[P
     monkeypatch.setattr(build, "gguf_path", lambda: tmp_path / "tiny.gguf")
     monkeypatch.setattr(build, "licence_text", lambda: "Apache License")
     monkeypatch.setattr(build, "load_dense", load)
-    monkeypatch.setattr(calibration, "ANSWER_TOKENS", 6)
+    monkeypatch.setattr(moefication, "ANSWER_TOKENS", 6)
     return loaded

@@ -68,7 +68,7 @@ def test_other_inputs_or_damage_make_it_anew(
     if change == "source":
         (tmp_path / "tiny.gguf").write_bytes(b"other weights")
     if change == "recipe":
-        monkeypatch.setattr(build, "RECIPE", build.RECIPE + 1)
+        monkeypatch.setattr(build, "RECIPE_VERSION", build.RECIPE_VERSION + 1)
     if change == "truncated":
         (folder / "model.safetensors").write_bytes(b"")
     if change == "missing":

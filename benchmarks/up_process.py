@@ -1,0 +1,196 @@
+"""`faasmoe up` as a process: what it runs, what its control process tells, what memory it takes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+import tempfile
+import time
+from asyncio.subprocess import DEVNULL
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+from benchmarks.resource_usage import MemoryUsage, mapped_bytes
+from benchmarks.worker import ROOT
+
+from faasmoe_contracts.store import Store
+from faasmoe_operator.control.local_model import LocalModel
+
+START_TIMEOUT_S = 300.0
+END_TIMEOUT_S = 60.0
+IDLE_TIMEOUT_S = 120.0
+POLL_S = 0.05
+LOG_CHARACTERS = 4000
+ZYGOTE = "faasmoe_expert.zygote"
+
+
+@dataclass(frozen=True, slots=True)
+class UpProcess:
+    """A model that `faasmoe up` serves; `served` makes one.
+
+    Attributes:
+        launcher: its process.
+        url: address of the OpenAI API.
+        control_url: address of the control API.
+        http: asks the control process; has its token.
+        store: the prepared model.
+        pool: size of the warm pool.
+    """
+
+    launcher: psutil.Process
+    url: str
+    control_url: str
+    http: aiohttp.ClientSession
+    store: Store
+    pool: int
+
+    def processes(self) -> list[psutil.Process]:
+        """Return every process of it."""
+        return [self.launcher, *self.launcher.children(recursive=True)]
+
+    def sandboxes(self) -> list[psutil.Process]:
+        """Return the sandboxes: what the zygote has forked."""
+        children = self.launcher.children()
+        zygote = next(process for process in children if ZYGOTE in process.cmdline())
+        return [p for p in zygote.children() if p.status() != psutil.STATUS_ZOMBIE]
+
+    async def status(self) -> dict[str, Any]:
+        """Return what the control process tells of the state."""
+        async with self.http.get(f"{self.control_url}/v1/status") as response:
+            response.raise_for_status()
+            return dict(await response.json())
+
+    async def wait_pool_ready(self) -> None:
+        """Wait until the warm pool is full."""
+        deadline_s = time.monotonic() + IDLE_TIMEOUT_S
+        while (await self.status())["pool"]["ready"] != self.pool:
+            await _sleep_until(deadline_s, "the pool was not full")
+
+    async def wait_idle(self) -> int:
+        """Wait until no function is anywhere; return the sandboxes' processes that are left."""
+        deadline_s = time.monotonic() + IDLE_TIMEOUT_S
+        while True:
+            status = await self.status()
+            at_zero = not any(f["desired"] or f["ready"] for f in status["functions"])
+            sandboxes = status["sandboxes"]
+            if at_zero and len(sandboxes) == self.pool == status["pool"]["ready"]:
+                return len(self.sandboxes())
+            await _sleep_until(deadline_s, "functions were not gone")
+
+    def memory(self) -> MemoryUsage:
+        """Return the memory of all processes together."""
+        return MemoryUsage.sum_of(MemoryUsage.of_pid(process.pid) for process in self.processes())
+
+    def sandbox_memory(self) -> tuple[MemoryUsage, int]:
+        """Return the memory of all sandboxes, and how much of that are pages of the store."""
+        pids = [process.pid for process in self.sandboxes()]
+        pages = sum(mapped_bytes(pid, self.store.path) for pid in pids)
+        return MemoryUsage.sum_of(MemoryUsage.of_pid(pid) for pid in pids), pages
+
+    def overhead_bytes(self) -> dict[str, int]:
+        """Return what each kind of process takes beyond the store's pages, sandboxes together."""
+        sandboxes = {process.pid for process in self.sandboxes()}
+        found: dict[str, int] = {}
+        for process in self.processes():
+            process_kind = "sandboxes" if process.pid in sandboxes else _process_kind(process)
+            size = MemoryUsage.of_pid(process.pid).total - mapped_bytes(
+                process.pid, self.store.path
+            )
+            found[process_kind] = found.get(process_kind, 0) + size
+        return found
+
+    @property
+    def floor_bytes(self) -> int:
+        """Bytes of all weights, once."""
+        files = self.store.manifest.files.items()
+        return sum(file.size_bytes for name, file in files if name.endswith(".safetensors"))
+
+
+@asynccontextmanager
+async def running_up(moemodel: Path) -> AsyncIterator[UpProcess]:
+    """Run `faasmoe up` for a MoEModel file whose store is prepared, as long as the context lasts.
+
+    Raises RuntimeError, with its log, if it does not serve or does not end well.
+    """
+    with tempfile.TemporaryDirectory(prefix="faasmoe-bench-") as folder:
+        port, log = _free_port(), Path(folder) / "log"
+        command = ("-m", "faasmoe_operator.cli", "up", "-f", str(moemodel), "--port", str(port))
+        with log.open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, *command, "--skip-verify"),
+                stdin=DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=ROOT,
+                env={**os.environ, "XDG_RUNTIME_DIR": folder},
+            )
+        try:
+            await _wait_serving(process, log)
+            runtime_info = _read_runtime_info(Path(folder))
+            token = {"Authorization": f"Bearer {runtime_info['token']}"}
+            deployment = LocalModel.load(moemodel)
+            async with aiohttp.ClientSession(headers=token) as http:
+                yield UpProcess(
+                    psutil.Process(process.pid),
+                    f"http://127.0.0.1:{port}",
+                    runtime_info["control_url"],
+                    http,
+                    deployment.open_store(),
+                    deployment.model.spec.experts.warm_pool,
+                )
+        except Exception as error:
+            error.add_note((await asyncio.to_thread(log.read_text))[-LOG_CHARACTERS:])
+            raise
+        finally:
+            await _terminate(process)
+
+
+def _process_kind(process: psutil.Process) -> str:
+    """Return what a process of `faasmoe up` is, by the module that it runs."""
+    modules = (word for word in process.cmdline() if word.startswith("faasmoe_"))
+    name: str = next(modules, process.name())
+    return name.removeprefix("faasmoe_")
+
+
+async def _wait_serving(process: asyncio.subprocess.Process, log: Path) -> None:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while "OpenAI base URL" not in (text := await asyncio.to_thread(log.read_text)):
+        if process.returncode is not None:
+            raise RuntimeError(f"faasmoe up ended with status {process.returncode}:\n{text}")
+        await _sleep_until(deadline_s, f"faasmoe up did not serve:\n{text}")
+
+
+def _read_runtime_info(folder: Path) -> dict[str, Any]:
+    (file,) = folder.glob("faasmoe/up-*/control.json")
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+async def _terminate(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.terminate()
+    try:
+        async with asyncio.timeout(END_TIMEOUT_S):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+async def _sleep_until(deadline_s: float, what: str) -> None:
+    if time.monotonic() > deadline_s:
+        raise RuntimeError(what)
+    await asyncio.sleep(POLL_S)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,307 @@
+"""The one error of the store.
+
+Strict reading of JSON objects: each field is there, has its type, and no other field is.
+
+The manifest: what a store holds, as frozen values that mirror `manifest.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+from faasmoe_contracts.text import short_repr
+
+
+class StoreError(Exception):
+    """A store that cannot be used; the message names the file and the field, got and expected."""
+
+
+class JsonFields:
+    """The fields of one JSON object, read by name; `finish` refuses what was not asked for."""
+
+    __slots__ = ("_path", "_remaining")
+
+    def __init__(self, value: object, path: str) -> None:
+        if not isinstance(value, Mapping):
+            raise StoreError(f"{path}: got {short_repr(value)}, expected a JSON object")
+        self._remaining = dict(value)
+        self._path = path
+
+    def pop(self, name: str) -> Any:
+        """Return any JSON value of the field `name`."""
+        if name not in self._remaining:
+            raise StoreError(f"{self._path}.{name}: got nothing, expected the field")
+        return self._remaining.pop(name)
+
+    def pop_string(self, name: str) -> str:
+        """Return a string that is not empty."""
+        value = self.pop(name)
+        if not isinstance(value, str) or not value:
+            raise self.error(name, value, "a string that is not empty")
+        return value
+
+    def pop_integer(self, name: str, *, minimum: int = 0) -> int:
+        """Return an integer of at least `least`."""
+        value = self.pop(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise self.error(name, value, f"an integer of {minimum} or more")
+        return value
+
+    def pop_array(self, name: str) -> list[Any]:
+        """Return a JSON array."""
+        value = self.pop(name)
+        if not isinstance(value, list):
+            raise self.error(name, value, "an array")
+        return value
+
+    def pop_object(self, name: str) -> dict[str, Any]:
+        """Return a JSON object."""
+        value = self.pop(name)
+        if not isinstance(value, dict):
+            raise self.error(name, value, "an object")
+        return value
+
+    def error(self, name: str, got: object, expected: str) -> StoreError:
+        """Return the error for the field `name`."""
+        return StoreError(f"{self._path}.{name}: got {short_repr(got)}, expected {expected}")
+
+    def reject_unknown(self) -> None:
+        """Refuse fields that nobody took."""
+        if self._remaining:
+            names = ", ".join(sorted(map(str, self._remaining)))
+            raise StoreError(f"{self._path}: got unknown fields {names}, expected none")
+
+
+STORE_FORMAT = "faasmoe-store"
+STORE_VERSION = 2
+MODEL_DTYPES = ("bfloat16", "float16", "float32")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_BLOCK_DIGEST = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """Size and SHA-256 (hex) of one file of the store."""
+
+    size_bytes: int
+    sha256: str
+
+    @classmethod
+    def from_json(cls, value: object, *, path: str) -> FileEntry:
+        """Read the entry; raises StoreError that names the field."""
+        fields = JsonFields(value, path)
+        size_bytes, sha256 = fields.pop_integer("size_bytes"), fields.pop_string("sha256")
+        if not _SHA256.fullmatch(sha256):
+            raise fields.error("sha256", sha256, "64 hexadecimal digits")
+        fields.reject_unknown()
+        return cls(size_bytes, sha256)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of this entry."""
+        return {"size_bytes": self.size_bytes, "sha256": self.sha256}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """Where the model came from and its dimensions."""
+
+    source: str
+    revision: str | None
+    family: str
+    architecture: str
+    dtype: str
+    hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    num_hidden_layers: int
+
+    @classmethod
+    def from_json(cls, value: object, *, path: str = "model") -> ModelEntry:
+        """Read the entry; raises StoreError that names the field."""
+        fields = JsonFields(value, path)
+        revision = fields.pop("revision")
+        if revision is not None and not isinstance(revision, str):
+            raise fields.error("revision", revision, "a string or null")
+        entry = cls(
+            source=fields.pop_string("source"),
+            revision=revision,
+            family=fields.pop_string("family"),
+            architecture=fields.pop_string("architecture"),
+            dtype=fields.pop_string("dtype"),
+            hidden_size=fields.pop_integer("hidden_size", minimum=1),
+            vocab_size=fields.pop_integer("vocab_size", minimum=1),
+            max_position_embeddings=fields.pop_integer("max_position_embeddings", minimum=1),
+            num_hidden_layers=fields.pop_integer("num_hidden_layers", minimum=1),
+        )
+        fields.reject_unknown()
+        if entry.dtype not in MODEL_DTYPES:
+            raise fields.error("dtype", entry.dtype, f"one of {', '.join(MODEL_DTYPES)}")
+        return entry
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of this entry."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerEntry:
+    """One experts module.
+
+    Attributes:
+        index: counts the model's experts modules; the layer number of functions and of the wire.
+        name: the module's name in the model.
+        file: its file in the store.
+        class_name: the family's class (`class` in JSON).
+        kernel: the lean kernel that agreed with the class, or None: only the class itself is right.
+        expert_bytes: bytes of one expert over all stacked parameters.
+        shared_bytes: bytes of the parameters that are not stacked over experts.
+        digests: of each expert's bytes, and last of those that are not stacked; what is read is
+            compared with them (`faasmoe_expert.functions.verification`).
+    """
+
+    index: int
+    name: str
+    file: str
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    class_name: str
+    kernel: Mapping[str, Any] | None
+    expert_bytes: int
+    shared_bytes: int
+    digests: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, value: object, *, index: int) -> LayerEntry:
+        """Read the entry at position `index`; raises StoreError that names the field."""
+        fields = JsonFields(value, f"layers[{index}]")
+        got = fields.pop_integer("index")
+        if got != index:
+            raise fields.error("index", got, str(index))
+        kernel = fields.pop("kernel")
+        if kernel is not None and not isinstance(kernel, dict):
+            raise fields.error("kernel", kernel, "an object or null")
+        entry = cls(
+            index=index,
+            name=fields.pop_string("name"),
+            file=fields.pop_string("file"),
+            num_experts=fields.pop_integer("num_experts", minimum=1),
+            top_k=fields.pop_integer("top_k", minimum=1),
+            hidden_size=fields.pop_integer("hidden_size", minimum=1),
+            class_name=fields.pop_string("class"),
+            kernel=kernel,
+            expert_bytes=fields.pop_integer("expert_bytes", minimum=1),
+            shared_bytes=fields.pop_integer("shared_bytes"),
+            digests=tuple(fields.pop_array("digests")),
+        )
+        fields.reject_unknown()
+        if not all(isinstance(d, str) and _BLOCK_DIGEST.fullmatch(d) for d in entry.digests):
+            raise fields.error("digests", list(entry.digests), "texts of 32 hexadecimal digits")
+        if len(entry.digests) != entry.num_experts + 1:
+            raise fields.error("digests", len(entry.digests), f"{entry.num_experts + 1} of them")
+        if entry.top_k > entry.num_experts:
+            raise fields.error("top_k", entry.top_k, f"at most {entry.num_experts}")
+        return entry
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of this entry."""
+        value = {name: getattr(self, name) for name in self.__slots__}
+        value["class"] = value.pop("class_name")
+        value["kernel"] = None if self.kernel is None else dict(self.kernel)
+        value["digests"] = list(self.digests)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All that `manifest.json` says; its presence means that the store is complete."""
+
+    digest: str
+    model: ModelEntry
+    layers: tuple[LayerEntry, ...]
+    files: Mapping[str, FileEntry]
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        model: ModelEntry,
+        layers: tuple[LayerEntry, ...],
+        files: Mapping[str, FileEntry],
+    ) -> Manifest:
+        """Return the manifest of a store with this in it; its digest follows from the rest."""
+        content = cls("", model, layers, files)
+        return replace(content, digest=manifest_digest(content.to_json()))
+
+    @classmethod
+    def from_json(cls, value: object) -> Manifest:
+        """Read a manifest; raises StoreError that names the field, what was got and expected."""
+        fields = JsonFields(value, "manifest")
+        for name, expected in (("format", STORE_FORMAT), ("version", STORE_VERSION)):
+            got = fields.pop(name)
+            if type(got) is not type(expected) or got != expected:
+                raise fields.error(name, got, repr(expected))
+        entries = fields.pop_object("files")
+        files = {
+            _relative_path(name): FileEntry.from_json(entry, path=f"files[{name!r}]")
+            for name, entry in entries.items()
+        }
+        layers = fields.pop_array("layers")
+        manifest = cls(
+            digest=fields.pop_string("digest"),
+            model=ModelEntry.from_json(fields.pop("model")),
+            layers=tuple(LayerEntry.from_json(v, index=i) for i, v in enumerate(layers)),
+            files=files,
+        )
+        fields.reject_unknown()
+        manifest._validate()
+        return manifest
+
+    def _validate(self) -> None:
+        if not self.layers:
+            raise StoreError("manifest.layers: got none, expected at least one experts module")
+        for layer in self.layers:
+            if layer.file not in self.files:
+                raise StoreError(
+                    f"layers[{layer.index}].file: got {layer.file!r}, expected a name in files"
+                )
+        expected = manifest_digest(self.to_json())
+        if self.digest != expected:
+            raise StoreError(
+                f"manifest.digest: got {short_repr(self.digest)}, expected {expected!r}: the manifest "
+                "was changed or is an earlier version's; prepare the store again with --force"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of this manifest."""
+        return {
+            "format": STORE_FORMAT,
+            "version": STORE_VERSION,
+            "digest": self.digest,
+            "model": self.model.to_json(),
+            "layers": [layer.to_json() for layer in self.layers],
+            "files": {name: entry.to_json() for name, entry in sorted(self.files.items())},
+        }
+
+
+def manifest_digest(value: Mapping[str, Any]) -> str:
+    """Return the digest of a manifest's JSON object: over all that it says but the digest itself.
+
+    The same content gives the same digest, in whatever order its fields stand.
+    """
+    content = {name: field for name, field in value.items() if name != "digest"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _relative_path(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or str(path) != name or name == ".":
+        raise StoreError(f"files: got the name {name!r}, expected a path inside the store")
+    return name

@@ -1,0 +1,124 @@
+"""Opening a store: its manifest read strictly, its files checked, its layers mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from faasmoe_contracts.store.manifest import LayerEntry, Manifest, StoreError
+from faasmoe_contracts.store.tensors import MappedLayer, map_tensors
+
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A complete store in a folder.
+
+    Attributes:
+        path: the folder.
+        manifest: what it holds.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """Open the store in `path`: every file is there with its size; digests are not computed.
+
+        Raises:
+            StoreError: there is no complete store, or a file or field of it is wrong.
+        """
+        folder = Path(path)
+        store = cls(folder, _read_manifest(folder))
+        for name in store.manifest.files:
+            store._check_size(name)
+        return store
+
+    def map_layer(self, index: int) -> MappedLayer:
+        """Map the parameters of the MoE layer `index` without copying them."""
+        layer = self.layer_entry(index)
+        self._check_size(layer.file)
+        mapped = map_tensors(self.path / layer.file)
+        try:
+            _check_layer_sizes(mapped, layer)
+        except StoreError as error:
+            raise StoreError(f"{self.path / layer.file}: {error}") from None
+        return mapped
+
+    def layer_entry(self, index: int) -> LayerEntry:
+        """Return the manifest's entry of the MoE layer `index`."""
+        if not 0 <= index < len(self.manifest.layers):
+            valid_range = f"0 to {len(self.manifest.layers) - 1}"
+            raise StoreError(f"{self.path}: layer: got {index}, expected {valid_range}")
+        return self.manifest.layers[index]
+
+    def router_files(self) -> list[Path]:
+        """Return the safetensors files of the router's tensors, in order."""
+        return [self.path / n for n in sorted(self.manifest.files) if n.startswith("router/")]
+
+    def verify(self, files: Iterable[str] | None = None) -> None:
+        """Check sizes and digests of `files` (names in the manifest; all of them by default).
+
+        Raises:
+            StoreError: a file is missing, has another size or other bytes; it is named.
+        """
+        for name in self.manifest.files if files is None else files:
+            if name not in self.manifest.files:
+                raise StoreError(
+                    f"{self.path}: got the file {name!r}, expected one of the manifest"
+                )
+            self._check_size(name)
+            got, expected = sha256_of_file(self.path / name), self.manifest.files[name].sha256
+            if got != expected:
+                raise StoreError(f"{self.path / name}: sha256: got {got}, expected {expected}")
+
+    def _check_size(self, name: str) -> None:
+        path, expected = self.path / name, self.manifest.files[name].size_bytes
+        try:
+            got = path.stat().st_size
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+        if got != expected:
+            raise StoreError(f"{path}: size: got {got} bytes, expected {expected}")
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal; raises StoreError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise StoreError(f"{path}: not found: no store, or prepare has not finished") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path}: cannot be read: {error}") from error
+    try:
+        return Manifest.from_json(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path}: got no JSON: {error}") from error
+    except StoreError as error:
+        raise StoreError(f"{path}: {error}") from None
+
+
+def _check_layer_sizes(mapped: MappedLayer, layer: LayerEntry) -> None:
+    """The file's tensors are what the manifest says of the layer."""
+    stacked = [t for t in mapped.tensors.values() if t.shape[:1] == (layer.num_experts,)]
+    stacked_bytes = sum(tensor.buffer.nbytes for tensor in stacked)
+    expected = layer.expert_bytes * layer.num_experts
+    if stacked_bytes != expected:
+        raise StoreError(f"expert tensors: got {stacked_bytes} bytes, expected {expected}")
+    shared_bytes = mapped.size_bytes - stacked_bytes
+    if shared_bytes != layer.shared_bytes:
+        raise StoreError(f"shared tensors: got {shared_bytes} bytes, expected {layer.shared_bytes}")

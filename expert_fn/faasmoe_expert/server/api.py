@@ -1,0 +1,295 @@
+"""Memory that requests used, given back soon after them.
+
+A sandbox's HTTP routes: method and path to the sandbox's verbs, errors to statuses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import math
+import time
+from asyncio import Future
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from faasmoe_contracts.routing_table import FunctionSpec, RoutingTableError
+from faasmoe_contracts.text import MAX_REPR_CHARS, short_repr
+from faasmoe_contracts.wire import Buffer
+from faasmoe_expert import malloc
+from faasmoe_expert.device import device_lost_reason
+from faasmoe_expert.errors import (
+    BadAttachment,
+    OutOfMemory,
+    SandboxDeviceLost,
+    SandboxDraining,
+    SandboxError,
+)
+from faasmoe_expert.server.batcher import DynamicBatcher, SenderTracker
+from faasmoe_expert.server.http import FRAME_CONTENT_TYPE, HttpRequest, HttpResponse, RequestHandler
+from faasmoe_expert.server.runtime import BackgroundLoader, SandboxRuntime
+
+logger = logging.getLogger(__name__)
+
+
+TRIM_DELAY_S = 1.0
+
+
+class HeapTrimmer:
+    """Answers requests by a handler, and gives the heap's free pages back a moment later.
+
+    Once for all requests of that moment: 0.2 ms in a second. An idle sandbox has no timer.
+
+    Args:
+        handle: computes the answer of a whole request.
+        after_s: time from a request until what it used is given back.
+        give_back: gives it back.
+    """
+
+    def __init__(
+        self,
+        handle: RequestHandler,
+        *,
+        delay_s: float = TRIM_DELAY_S,
+        trim: Callable[[], None] = malloc.trim_heap,
+    ) -> None:
+        self._handle = handle
+        self._delay_s = delay_s
+        self._trim = trim
+        self._is_scheduled = False
+
+    def handle(self, request: HttpRequest) -> HttpResponse | Future[HttpResponse]:
+        """Return the answer of a request, or one to come."""
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_later(self._delay_s, self._run_trim)
+        return self._handle(request)
+
+    def _run_trim(self) -> None:
+        self._is_scheduled = False
+        self._trim()
+
+
+FUNCTIONS_PATH = "/v1/functions"
+WORK_METHODS = ("POST", "PUT")  # what a sandbox that ends does not begin
+MAX_PATH_CHARS = 4096
+PendingResponse = Coroutine[Any, Any, HttpResponse]
+ATTACHMENT_FIELDS = frozenset({"id", "store", "model_digest", "layers", "experts"})
+
+
+class SandboxRoutes:
+    """Answers whole requests; never raises.
+
+    Args:
+        sandbox: what the routes lead to.
+        attaching: attaches beside the event loop; None for at once, before the answer is returned.
+        on_lost: is called with why, once, when the sandbox's device cannot be used any more.
+    """
+
+    def __init__(
+        self,
+        runtime: SandboxRuntime,
+        loader: BackgroundLoader | None = None,
+        *,
+        on_device_lost: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._runtime = runtime
+        self._loader = loader
+        self._sender_tracker = SenderTracker()
+        self._batcher = DynamicBatcher(runtime.compute_batch)
+        self._expected_authorization = f"Bearer {runtime.config.token}".encode()
+        self._draining_since_s = math.inf  # on the monotonic clock
+        self._on_device_lost = on_device_lost
+        self._is_device_lost = False
+
+    def start_draining(self) -> None:
+        """Begin no more work, and say so; requests that are being read are still answered."""
+        self._draining_since_s = time.monotonic()
+
+    @property
+    def is_draining(self) -> bool:
+        """Tell whether `drain` was called."""
+        return self._draining_since_s < math.inf
+
+    def handle(self, request: HttpRequest) -> HttpResponse | Future[HttpResponse]:
+        """Return the answer of a request, or one to come: of what takes long, or is gathered.
+
+        A fault of our own is a 500 and a log line.
+        """
+        try:
+            response = self._route(request)
+        except Exception as error:
+            response = self._error_response(request, error)
+        if isinstance(response, HttpResponse):
+            return self._close_if_draining(request, response)
+        return asyncio.ensure_future(self._await_response(request, response))
+
+    async def _await_response(self, request: HttpRequest, pending: PendingResponse) -> HttpResponse:
+        try:
+            response = await pending
+        except Exception as error:
+            response = self._error_response(request, error)
+        return self._close_if_draining(request, response)
+
+    def _close_if_draining(self, request: HttpRequest, response: HttpResponse) -> HttpResponse:
+        closes = self.is_draining and request.method in WORK_METHODS
+        return replace(response, close=True) if closes else response
+
+    def _error_response(self, request: HttpRequest, error: Exception) -> HttpResponse:
+        """Return what is answered in place of an error."""
+        if _is_out_of_memory(error):
+            error = OutOfMemory(f"memory: allocation failed ({short_repr(str(error))})")
+        elif not isinstance(error, SandboxError):
+            error = self._check_device_lost(error) or error
+        if isinstance(error, SandboxError):
+            self._runtime.metrics.refused.labels(error.code).inc()
+            return HttpResponse.json_response(error.status, error.to_json())
+        target = request.target.decode("latin-1")
+        logger.error("%s %s failed", request.method, target, exc_info=error)
+        self._runtime.metrics.refused.labels("internal").inc()
+        return HttpResponse.error_response(500, "internal", "internal error; see the sandbox's log")
+
+    def _check_device_lost(self, error: Exception) -> SandboxDeviceLost | None:
+        """Return what is told if an error has ended the device; the sandbox is to end, too."""
+        reason = device_lost_reason(self._runtime.device)
+        if reason is None:
+            return None
+        if not self._is_device_lost:
+            self._is_device_lost = True
+            logger.critical("device %s lost: %s", self._runtime.device, reason, exc_info=error)
+            self._on_device_lost(reason)
+        return SandboxDeviceLost(
+            f"device: {self._runtime.device} is lost ({short_repr(reason)})", field="device"
+        )
+
+    def _route(self, request: HttpRequest) -> HttpResponse | PendingResponse:
+        path = request.target.decode("latin-1").partition("?")[0]
+        if path.startswith("/v1/"):
+            return self._route_functions(request, path)
+        if request.method not in ("GET", "HEAD"):  # load balancers probe with HEAD
+            message = f"method: got {request.method}, expected GET or HEAD"
+            return HttpResponse.error_response(405, "bad_method", message, field="method")
+        if path == "/healthz":
+            return HttpResponse.json_response(200, {"status": "ok"})
+        if path == "/readyz":
+            if self.is_draining:
+                return HttpResponse.json_response(503, {"status": "draining"})
+            return HttpResponse.json_response(200, {"status": "ready"})
+        if path == "/metrics":
+            text = self._runtime.metrics.render()
+            return HttpResponse(200, "text/plain; version=0.0.4; charset=utf-8", [text])
+        return _not_found(path)
+
+    def _route_functions(self, request: HttpRequest, path: str) -> HttpResponse | PendingResponse:
+        token = self._runtime.config.token
+        if token and not hmac.compare_digest(request.authorization, self._expected_authorization):
+            message = "authorization: expected the bearer token"
+            return HttpResponse.error_response(401, "unauthorized", message, field="authorization")
+        if path == FUNCTIONS_PATH and request.method == "GET":
+            return HttpResponse.json_response(200, self._runtime.list_functions())
+        base, _, function_id = path.rpartition("/")
+        if base != FUNCTIONS_PATH or not function_id:
+            return _not_found(path)
+        return self._route_function(request, function_id)
+
+    def _route_function(
+        self, request: HttpRequest, function_id: str
+    ) -> HttpResponse | PendingResponse:
+        if request.method in WORK_METHODS and (request.started_s or 0.0) > self._draining_since_s:
+            raise SandboxDraining("sandbox: draining, retry on another sandbox")
+        if request.method == "POST":
+            return self._compute(function_id, request)
+        if request.method == "PUT":
+            return self._attach(function_id, request.body)
+        if request.method == "DELETE":
+            self._runtime.detach(function_id)
+            return HttpResponse(204, "application/json", [])
+        message = f"method: got {request.method}, expected POST, PUT or DELETE"
+        return HttpResponse.error_response(405, "bad_method", message, field="method")
+
+    def _compute(self, function_id: str, request: HttpRequest) -> HttpResponse | PendingResponse:
+        task = self._runtime.parse_frame(function_id, request.frame)
+        self._runtime.metrics.shared_frames.inc(request.shared_frame is not None)
+        if self._sender_tracker.record_is_concurrent(request.sender, time.monotonic()):
+            return _frame_response(self._batcher.submit(task))
+        return HttpResponse(200, FRAME_CONTENT_TYPE, self._runtime.compute_batch([task])[0])
+
+    def _attach(self, function_id: str, body: Buffer) -> HttpResponse | PendingResponse:
+        value = _parse_object(bytes(body))
+        _reject_unknown_fields(value, function_id)
+        try:
+            spec = FunctionSpec.from_json({**value, "id": function_id})
+        except RoutingTableError as error:
+            raise BadAttachment(str(error), field=str(error).partition(":")[0]) from error
+        store, digest = (_require_text(value, name) for name in ("store", "model_digest"))
+        if len(store) > MAX_PATH_CHARS:
+            message = f"store: got {len(store)} characters, expected at most {MAX_PATH_CHARS}"
+            raise BadAttachment(message, field="store")
+        if self._loader is None:
+            return _attach_response(
+                self._runtime.attach(spec, store=Path(store), model_digest=digest)
+            )
+        attach = self._loader.attach(spec, store=Path(store), model_digest=digest)
+        return _await_attach_response(attach)
+
+
+async def _frame_response(pending: Awaitable[list[Buffer]]) -> HttpResponse:
+    return HttpResponse(200, FRAME_CONTENT_TYPE, await pending)
+
+
+async def _await_attach_response(pending: Awaitable[tuple[dict[str, Any], bool]]) -> HttpResponse:
+    return _attach_response(await pending)
+
+
+def _attach_response(result: tuple[dict[str, Any], bool]) -> HttpResponse:
+    function, is_new = result
+    return HttpResponse.json_response(201 if is_new else 200, function)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell want of memory from other faults: some say it by a RuntimeError."""
+    message = str(error) if isinstance(error, RuntimeError) else ""
+    is_reported = (
+        "allocate memory" in message or "start new thread" in message
+    )  # torch's; Python's own
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_reported
+
+
+def _not_found(path: str) -> HttpResponse:
+    message = f"path: got {short_repr(path)}, expected {FUNCTIONS_PATH}[/ID], /healthz, /readyz or /metrics"
+    return HttpResponse.error_response(404, "not_found", message, field="path")
+
+
+def _parse_object(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body.decode("utf-8"))  # given bytes, it guesses among encodings
+    except (ValueError, RecursionError) as error:
+        raise BadAttachment(f"body: not JSON ({error})", field="body") from error
+    if not isinstance(value, dict):
+        raise BadAttachment(f"body: got {type(value).__name__}, expected an object", field="body")
+    return value
+
+
+def _reject_unknown_fields(value: dict[str, Any], function_id: str) -> None:
+    for name in sorted(value.keys() - ATTACHMENT_FIELDS):
+        field = name[:MAX_REPR_CHARS]
+        message = f"{field}: got an unknown field, expected {', '.join(sorted(ATTACHMENT_FIELDS))}"
+        raise BadAttachment(message, field=field)
+    if value.get("id", function_id) != function_id:
+        message = f"id: got {short_repr(value['id'])}, expected {function_id} as in the path"
+        raise BadAttachment(message, field="id")
+
+
+def _require_text(value: dict[str, Any], name: str) -> str:
+    text = value.get(name)
+    if not isinstance(text, str) or not text or not text.isprintable():
+        raise BadAttachment(
+            f"{name}: got {short_repr(text)}, expected a printable text", field=name
+        )
+    return text

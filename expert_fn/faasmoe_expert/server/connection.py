@@ -1,0 +1,375 @@
+"""Frames that a client of this machine leaves in shared memory instead of sending them.
+
+A client offers memory beside a frame that it sends; if it can be mapped, the answer says so, and
+from then on frames may lie in it: a request at its beginning, the answer behind it. Whatever does
+not fit is sent. See docs/wire.md, "Frames in shared memory".
+
+HTTP/1.1 on one connection: requests in, a route's answers out.
+
+Frames are computed in the event loop's own thread, one after the other: a sandbox has its cores for
+one frame at a time, so a queue of threads would only add hops. An answer may be one to come, while
+a function is being attached or frames are gathered; later requests of that connection wait for it.
+Bounds on time are here, those on head and body in reading.py. A malformed request ends its
+connection, never the sandbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from asyncio import Future
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import cast
+
+from faasmoe_contracts.shared_region import (
+    FRAME_HEADER,
+    MAX_REGION_BYTES,
+    REGION_HEADER,
+    SharedRegion,
+    peer_pid,
+)
+from faasmoe_contracts.text import short_repr
+from faasmoe_contracts.wire import MAX_FRAME_BYTES
+from faasmoe_expert.config import (
+    IDLE_TIMEOUT_S,
+    MAX_BODIES_BYTES,
+    MAX_CONNECTIONS,
+    MAX_FRAMES,
+)
+from faasmoe_expert.errors import BadFrame
+from faasmoe_expert.server.http import (
+    HttpRequest,
+    HttpRequestReader,
+    HttpResponse,
+    ReadLimits,
+    RequestHandler,
+)
+
+logger = logging.getLogger(__name__)
+
+
+FRAME_ALIGNMENT_BYTES = 64
+MAX_DIGITS = 10
+
+
+class SharedMemoryChannel:
+    """What one connection's client shares.
+
+    Args:
+        client_pid: the process at the other end; None where none can be seen: nothing is taken.
+    """
+
+    def __init__(self, client_pid: int | None) -> None:
+        self._client_pid = client_pid
+        self._region: SharedRegion | None = None
+
+    def map_region(self, region_header: bytes, response: HttpResponse) -> HttpResponse:
+        """Map what is offered, beside a frame that was answered; say so in its answer.
+
+        Args:
+            offer: descriptor and size in bytes, in decimal.
+            answer: an offer is worth nothing if its request was refused.
+        """
+        if self._client_pid is None or response.status != 200:
+            return response
+        self._region = None
+        try:
+            descriptor, size_bytes = _parse_integers(region_header, 2)
+            if not 0 < size_bytes <= MAX_REGION_BYTES:
+                raise ValueError(f"got {size_bytes} bytes, expected at most {MAX_REGION_BYTES}")
+            self._region = SharedRegion.open(self._client_pid, descriptor, size_bytes)
+        except (OSError, ValueError) as error:
+            logger.info("%s: region rejected, sending frames inline: %s", REGION_HEADER, error)
+            return response
+        return replace(response, headers=f"{REGION_HEADER}: {size_bytes}\r\n")
+
+    def read_frame(self, frame_header: bytes) -> memoryview:
+        """Return the frame that lies at the beginning; raises BadFrame.
+
+        Args:
+            place: its size in bytes, in decimal.
+        """
+        size_bytes = 0 if self._region is None else len(self._region.view)
+        try:
+            (length,) = _parse_integers(frame_header, 1)
+        except ValueError as error:
+            raise BadFrame(f"{FRAME_HEADER}: {error}", field=FRAME_HEADER) from error
+        if self._region is None or length > min(size_bytes, MAX_FRAME_BYTES):
+            raise BadFrame(
+                f"{FRAME_HEADER}: got {length} bytes, expected at most {size_bytes}, "
+                "which are shared on this connection",
+                field=FRAME_HEADER,
+            )
+        return self._region.view[:length]
+
+    def write_response(self, response: HttpResponse, request_bytes: int) -> HttpResponse:
+        """Put an answer's frame into the memory if it has room there.
+
+        Args:
+            answer: the answer.
+            behind: bytes of the request's frame.
+        """
+        start = -(-request_bytes // FRAME_ALIGNMENT_BYTES) * FRAME_ALIGNMENT_BYTES
+        parts = [memoryview(part).cast("B") for part in response.body]
+        length = sum(len(part) for part in parts)
+        if self._region is None or response.status != 200:
+            return response
+        if start + length > len(self._region.view):
+            return response
+        offset = start
+        for part in parts:
+            self._region.view[offset : offset + len(part)] = part
+            offset += len(part)
+        return replace(response, body=(), headers=f"{FRAME_HEADER}: {start} {length}\r\n")
+
+
+def _parse_integers(text: bytes, n: int) -> list[int]:
+    parts = text.split()
+    if len(parts) != n or not all(p.isdigit() and len(p) <= MAX_DIGITS for p in parts):
+        raise ValueError(f"got {short_repr(text.decode('latin-1'))}, expected {n} decimal numbers")
+    return [int(part) for part in parts]
+
+
+class HttpConnection(asyncio.Protocol):
+    """One client connection.
+
+    Args:
+        handle: computes answers.
+        connections: the server's open connections; this one adds and removes itself.
+        timeout_s: time for a request to be read whole, and for answers to be taken.
+        idle_timeout_s: time after which a connection without a request is closed.
+        max_connections: open connections with which another one is refused.
+        intake: bounds what is read on all connections together.
+    """
+
+    closed: asyncio.Future[None]
+
+    def __init__(
+        self,
+        handle: RequestHandler,
+        connections: set[HttpConnection],
+        *,
+        timeout_s: float,
+        idle_timeout_s: float = IDLE_TIMEOUT_S,
+        max_connections: int = MAX_CONNECTIONS,
+        read_limits: ReadLimits | None = None,
+    ) -> None:
+        self._handle = handle
+        self._connections = connections
+        self._timeout_s = timeout_s
+        self._idle_timeout_s = idle_timeout_s
+        self._max_connections = max_connections
+        read_limits = read_limits or ReadLimits(max_frames=MAX_FRAMES, max_bytes=MAX_BODIES_BYTES)
+        self._request_reader = HttpRequestReader(
+            read_limits, on_request_start=self._on_request_start, on_request=self._on_request
+        )
+        self._idle_timer: asyncio.TimerHandle | None = None  # looks now and then; see _end_if_idle
+        self._read_timer: asyncio.TimerHandle | None = None  # of the request that is being read
+        self._write_timer: asyncio.TimerHandle | None = None  # of answers that the client must take
+        self._shared_memory: SharedMemoryChannel | None = None
+        self._queue: deque[tuple[HttpRequest, bool]] = deque()  # read, not answered; stays open
+        self._pending_response: Future[HttpResponse] | None = None
+        self._is_write_paused = False
+        self._rejection: HttpResponse | None = None  # the refusal of what came behind
+        self._is_closing = False  # once what is coming has come
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin to listen to a client, unless there are too many."""
+        self._loop = asyncio.get_running_loop()
+        self._transport = cast(asyncio.Transport, transport)
+        self.closed = self._loop.create_future()
+        self._sender = sender_identity(self._transport)
+        self._connections.add(self)
+        if len(self._connections) > self._max_connections:
+            message = f"connections: got one more than the {self._max_connections} allowed"
+            self._write_response(
+                HttpResponse.error_response(503, "too_many_connections", message), keep_alive=False
+            )
+            return
+        self._last_used_s = self._loop.time()
+        self._idle_timer = self._loop.call_later(self._idle_timeout_s, self._close_if_idle)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget a client that left."""
+        self._connections.discard(self)
+        self._request_reader.close()
+        for request, _ in self._queue:
+            self._request_reader.release(request)
+        self._cancel_read_timer()
+        self._cancel_write_timer()
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        """Read requests; what is whole is answered at once."""
+        rejection = self._request_reader.feed(data)
+        if rejection is not None:
+            self._reject(rejection)
+
+    def pause_writing(self) -> None:
+        """Read no more from a client that does not take its answers, and end it in time."""
+        self._is_write_paused = True
+        self._update_reading()
+        self._start_write_timer()
+
+    def resume_writing(self) -> None:
+        """Read on."""
+        self._is_write_paused = False
+        if not self._transport.is_closing():
+            self._cancel_write_timer()
+            self._update_reading()
+
+    def close(self) -> None:
+        """End the connection once what was begun is answered, and what was written is sent."""
+        self._is_closing = True
+        if self._pending_response is not None:
+            return
+        self._transport.close()
+        self._start_write_timer()
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        self._transport.abort()
+
+    def _on_request_start(self) -> None:
+        """Give the client its time to send a request."""
+        self._read_timer = self._loop.call_later(self._timeout_s, self._on_read_timeout)
+
+    def _on_request(self, request: HttpRequest, keep_alive: bool) -> None:
+        """Answer a request that is whole."""
+        self._cancel_read_timer()
+        if self._transport.is_closing():
+            self._request_reader.release(request)
+            return
+        request.sender = self._sender
+        self._queue.append((request, keep_alive))
+        self._handle_queued()
+
+    def _handle_queued(self) -> None:
+        """Answer what was read, in order, as far as answers are not to come."""
+        while self._queue and self._pending_response is None and not self._transport.is_closing():
+            request, keep_alive = self._queue.popleft()
+            response = self._handle_request(request)
+            if isinstance(response, HttpResponse):
+                self._finish_request(request, response, keep_alive=keep_alive)
+            else:
+                self._pending_response = response
+                on_response = functools.partial(self._on_response, request, keep_alive=keep_alive)
+                response.add_done_callback(on_response)
+                self._update_reading()
+
+    def _on_response(
+        self, request: HttpRequest, future: Future[HttpResponse], *, keep_alive: bool
+    ) -> None:
+        self._pending_response = None
+        if future.cancelled() or self._transport.is_closing():  # the sandbox, or the client, ends
+            self._request_reader.release(request)
+            return
+        self._finish_request(
+            request, future.result(), keep_alive=keep_alive and not self._is_closing
+        )
+        self._handle_queued()
+        if self._rejection is not None and self._pending_response is None:
+            self._write_response(self._rejection, keep_alive=False)
+        self._update_reading()
+
+    def _finish_request(
+        self, request: HttpRequest, response: HttpResponse, *, keep_alive: bool
+    ) -> None:
+        self._request_reader.release(request)
+        response = self._write_to_shared_memory(request, response)
+        self._write_response(response, keep_alive=keep_alive, is_head=request.method == "HEAD")
+        self._last_used_s = self._loop.time()
+
+    def _update_reading(self) -> None:
+        if self._transport.is_closing():
+            return
+        if self._pending_response is not None or self._is_write_paused:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def _handle_request(self, request: HttpRequest) -> HttpResponse | Future[HttpResponse]:
+        frame_header, region_header = request.frame_header, request.region_header
+        if frame_header is None and region_header is None:
+            return self._handle(request)
+        if self._shared_memory is None:
+            self._shared_memory = SharedMemoryChannel(
+                peer_pid(self._transport.get_extra_info("socket"))
+            )
+        if frame_header is not None:
+            try:
+                request.shared_frame = self._shared_memory.read_frame(frame_header)
+            except BadFrame as error:
+                return HttpResponse.json_response(error.status, error.to_json())
+        return self._handle(request)
+
+    def _write_to_shared_memory(self, request: HttpRequest, response: HttpResponse) -> HttpResponse:
+        """Return what is left to send of an answer that may lie in shared memory."""
+        if self._shared_memory is None:
+            return response
+        if request.shared_frame is not None:
+            return self._shared_memory.write_response(response, len(request.shared_frame))
+        if request.region_header is not None:
+            return self._shared_memory.map_region(request.region_header, response)
+        return response
+
+    def _write_response(
+        self, response: HttpResponse, *, keep_alive: bool, is_head: bool = False
+    ) -> None:
+        stays_open = keep_alive and not response.close
+        if self._transport.is_closing():
+            return
+        body = () if is_head else response.body
+        self._transport.writelines([response.encode_head(keep_alive=stays_open), *body])
+        if not stays_open:
+            self.close()
+
+    def _reject(self, response: HttpResponse) -> None:
+        self._cancel_read_timer()
+        if self._pending_response is not None:
+            self._rejection = response
+            return
+        self._write_response(response, keep_alive=False)
+
+    def _on_read_timeout(self) -> None:
+        message = f"request: got an incomplete request after {self._timeout_s:g} s, expected a complete one"
+        self._reject(HttpResponse.error_response(408, "request_timeout", message))
+
+    def _close_if_idle(self) -> None:
+        """Close a connection that was not used; one timer, so that a request costs none."""
+        left_s = self._last_used_s + self._idle_timeout_s - self._loop.time()
+        if (
+            self._request_reader.is_reading or self._pending_response is not None
+        ):  # which end by themselves
+            left_s = self._idle_timeout_s
+        if left_s > 0:
+            self._idle_timer = self._loop.call_later(left_s, self._close_if_idle)
+        else:
+            self.close()
+
+    def _cancel_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
+
+    def _cancel_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _start_write_timer(self) -> None:
+        if self._write_timer is None:
+            self._write_timer = self._loop.call_later(self._timeout_s, self._transport.abort)
+
+
+def sender_identity(transport: asyncio.Transport) -> Hashable:
+    """Return who is at the other end: a process of this machine, or a host."""
+    pid = peer_pid(transport.get_extra_info("socket"))
+    name = transport.get_extra_info("peername")
+    return pid if pid is not None else name[0] if name else None

@@ -1,0 +1,343 @@
+"""A sandbox's metrics, in aggregate: nothing here tells which expert or whose tokens.
+
+A sandbox: the functions attached to this process, and what they compute.
+
+Attaching beside the event loop: frames of other functions are computed meanwhile.
+
+Reading and verifying a block takes tens of milliseconds from the page cache and seconds from a
+disk. It is done in a thread of its own, one function after the other; what the sandbox holds is
+changed by the event loop alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import time
+from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from faasmoe_contracts.routing_table import FunctionSpec
+from faasmoe_contracts.store import Store, StoreError
+from faasmoe_contracts.text import short_repr
+from faasmoe_contracts.wire import Buffer, ExpertRequest, WireError, decode_request, encode_response
+from faasmoe_expert.config import SandboxConfig
+from faasmoe_expert.errors import (
+    AttachRefused,
+    BadAttachment,
+    BadFrame,
+    OutOfMemory,
+    UnknownFunction,
+)
+from faasmoe_expert.functions import ExpertFunction
+from faasmoe_expert.functions.function import function_size_bytes, request_batch_key
+from faasmoe_expert.functions.transfer import Uploader, uploader_for
+from faasmoe_expert.server.memory_budget import MemoryBudget, memory_budget_for
+
+BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+
+class SandboxMetrics:
+    """Counters of one sandbox, on a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.frames = Counter(
+            "faasmoe_expert_frames_total", "Frames computed.", registry=self.registry
+        )
+        self.shared_frames = Counter(
+            "faasmoe_expert_shared_frames_total",
+            "Frames computed from shared memory.",
+            registry=self.registry,
+        )
+        self.rows = Counter(
+            "faasmoe_expert_rows_total", "Rows of hidden states computed.", registry=self.registry
+        )
+        self.refused = Counter(
+            "faasmoe_expert_refused_total", "Requests refused.", ["code"], registry=self.registry
+        )
+        self.compute_seconds = Histogram(
+            "faasmoe_expert_compute_seconds",
+            "Time to compute a batch of frames.",
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self.attach_seconds = Histogram(
+            "faasmoe_expert_attach_seconds",
+            "Time to attach a function.",
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self.functions = Gauge(
+            "faasmoe_expert_functions", "Functions attached.", registry=self.registry
+        )
+        self.function_bytes = Gauge(
+            "faasmoe_expert_function_bytes",
+            "Bytes of the attached functions' parameters.",
+            registry=self.registry,
+        )
+
+    def render(self) -> bytes:
+        """Return the exposition text."""
+        return generate_latest(self.registry)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFunction:
+    """A function that is ready to be had, its store, the path that was given for it, its time."""
+
+    function: ExpertFunction
+    store: Store
+    store_path: Path
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeTask:
+    """A frame that was read, and the function that is to compute it."""
+
+    function: ExpertFunction
+    request: ExpertRequest
+
+    @property
+    def batch_key(self) -> Hashable:
+        """What frames must have in common to be computed as one."""
+        return id(self.function), request_batch_key(self.request)
+
+
+class SandboxRuntime:
+    """Attaches, detaches and computes functions; knows nothing of HTTP.
+
+    Belongs to one thread, but for `load`.
+
+    Args:
+        config: its settings.
+        device: where it computes.
+        memory: what functions may take; by default as the settings and the device say.
+        uploader: copies functions to the device; by default as the device needs.
+    """
+
+    def __init__(
+        self,
+        config: SandboxConfig,
+        device: torch.device,
+        *,
+        memory_budget: MemoryBudget | None = None,
+        uploader: Uploader | None = None,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.metrics = SandboxMetrics()
+        self._functions: dict[str, ExpertFunction] = {}
+        self._stores: dict[tuple[Path, str], Store] = {}  # of attached functions: folder, digest
+        self._memory_budget = memory_budget or memory_budget_for(device, config.memory_bytes)
+        self._uploader = uploader or uploader_for(device)
+
+    def list_functions(self) -> dict[str, Any]:
+        """Return the sandbox and its functions, for the control plane to read back."""
+        return {
+            "sandbox": {
+                "id": self.config.id,
+                "pid": os.getpid(),
+                "capacity": self.config.capacity,
+                "device": str(self.device),
+                "memory": {
+                    "limit_bytes": self._memory_budget.limit_bytes(),
+                    "used_bytes": self._memory_budget.used_bytes,
+                },
+            },
+            "functions": [_function_status(f) for f in self._functions.values()],
+        }
+
+    def attach(
+        self, spec: FunctionSpec, *, store: Path, model_digest: str
+    ) -> tuple[dict[str, Any], bool]:
+        """Attach a function; attaching the same once more changes nothing.
+
+        Args:
+            spec: the function's id, layers and experts.
+            store: folder of the prepared model.
+            model_digest: digest that the store's manifest must have.
+
+        Returns:
+            What `list_functions` says of the function, and whether it was attached just now.
+
+        Raises:
+            AttachRefused: the sandbox is full or holds the id with other experts.
+            BadAttachment: a field cannot be used.
+            OutOfMemory: there is no memory for it, or it may have no more.
+        """
+        attached = self.find_attached(spec, model_digest)
+        if attached is not None:
+            return attached, False
+        return self.add(self.load(spec, store=store, model_digest=model_digest)), True
+
+    def find_attached(self, spec: FunctionSpec, model_digest: str) -> dict[str, Any] | None:
+        """Return what `list_functions` says of a function that is attached; None if it is not.
+
+        Raises:
+            AttachRefused: it could not be attached, either.
+        """
+        attached = self._functions.get(spec.id)
+        if attached is not None and (attached.spec, attached.model_digest) == (spec, model_digest):
+            return _function_status(attached)
+        self._check_capacity(spec, attached)
+        return None
+
+    def load(self, spec: FunctionSpec, *, store: Path, model_digest: str) -> LoadedFunction:
+        """Read and verify a function's block; may run beside the other methods, once at a time.
+
+        Raises:
+            BadAttachment: a field cannot be used.
+            OutOfMemory: there is no memory for it, or it may have no more.
+        """
+        start_s = time.perf_counter()
+        with torch.no_grad():  # which is told to each thread
+            opened = self._open_store(store, model_digest)
+            self._memory_budget.check_fits(function_size_bytes(spec, opened))
+            function = self._load_function(spec, opened)
+        return LoadedFunction(function, opened, store, time.perf_counter() - start_s)
+
+    def add(self, loaded: LoadedFunction) -> dict[str, Any]:
+        """Have a function from now on; return what `list_functions` says of it."""
+        function = loaded.function
+        self._memory_budget.add(function.size_bytes)
+        self._functions[function.spec.id] = function
+        self._stores[loaded.store_path, function.model_digest] = loaded.store
+        self.metrics.attach_seconds.observe(loaded.load_s)
+        self._update_gauges()
+        return _function_status(function)
+
+    def detach(self, function_id: str) -> None:
+        """Detach a function and give its memory back; raises UnknownFunction."""
+        function = self._functions.pop(function_id, None)
+        if function is None:
+            raise _unknown_function(function_id)
+        size_bytes = function.size_bytes
+        del function
+        self._memory_budget.release(size_bytes)
+        used = {(f.store_path, f.model_digest) for f in self._functions.values()}
+        self._stores = {key: store for key, store in self._stores.items() if key in used}
+        self._update_gauges()
+
+    def parse_frame(self, function_id: str, frame: Buffer) -> ComputeTask:
+        """Return what a frame asks for.
+
+        Raises:
+            UnknownFunction: no such function is attached.
+            BadFrame: the frame is malformed or does not fit the function.
+        """
+        function = self._functions.get(function_id)
+        if function is None:
+            raise _unknown_function(function_id)
+        try:
+            request = decode_request(frame)
+        except WireError as error:
+            raise BadFrame(str(error), field=error.field) from error
+        function.check_request(request)
+        return ComputeTask(function, request)
+
+    def compute_batch(self, tasks: Sequence[ComputeTask]) -> list[list[Buffer]]:
+        """Return the buffers of the frames that answer work that is alike, computed as one.
+
+        Raises:
+            Corrupted: the function's bytes in the store have changed, and are wrong now.
+        """
+        requests = [work.request for work in tasks]
+        start = time.perf_counter()
+        outputs = tasks[0].function.compute_batch(requests)
+        self.metrics.compute_seconds.observe(time.perf_counter() - start)
+        self.metrics.frames.inc(len(tasks))
+        self.metrics.rows.inc(sum(r.header.n_rows for r in requests))
+        return [
+            encode_response(request.header, output.view(torch.uint8).numpy().data)
+            for request, output in zip(requests, outputs, strict=True)
+        ]
+
+    def _check_capacity(self, spec: FunctionSpec, attached: ExpertFunction | None) -> None:
+        if attached is not None:
+            raise AttachRefused(
+                f"id: {spec.id} is attached with layers {short_repr(list(attached.spec.layers))} and "
+                f"experts {short_repr(list(attached.spec.experts))} of {attached.model_digest}, "
+                "expected the same",
+                field="id",
+            )
+        capacity = self.config.capacity
+        if len(self._functions) >= capacity:
+            raise AttachRefused(
+                f"capacity: sandbox is full, expected at most {capacity} functions",
+                field="capacity",
+            )
+
+    def _load_function(self, spec: FunctionSpec, store: Store) -> ExpertFunction:
+        try:
+            return ExpertFunction(spec, store, uploader=self._uploader)
+        except StoreError as error:
+            raise BadAttachment(f"store: {error}", field="store") from error
+        except torch.OutOfMemoryError as error:
+            reason = short_repr(str(error))
+        # Only here is nothing left of what was copied: the error's traceback held it.
+        self._memory_budget.release()
+        raise OutOfMemory(f"memory: allocation failed ({reason})", field="memory")
+
+    def _open_store(self, path: Path, model_digest: str) -> Store:
+        try:
+            store = self._stores.get((path, model_digest)) or Store.open(path)
+        except StoreError as error:
+            raise BadAttachment(f"store: {error}", field="store") from error
+        if store.manifest.digest != model_digest:
+            raise BadAttachment(
+                f"model_digest: got {short_repr(model_digest)}, "
+                f"expected {store.manifest.digest} of {path}",
+                field="model_digest",
+            )
+        return store
+
+    def _update_gauges(self) -> None:
+        self.metrics.functions.set(len(self._functions))
+        self.metrics.function_bytes.set(sum(f.size_bytes for f in self._functions.values()))
+
+
+def _function_status(function: ExpertFunction) -> dict[str, Any]:
+    return {
+        **function.spec.to_json(),
+        "model_digest": function.model_digest,
+        "size_bytes": function.size_bytes,
+        "frames": function.n_frames,
+    }
+
+
+def _unknown_function(function_id: str) -> UnknownFunction:
+    return UnknownFunction(
+        f"id: got {short_repr(function_id)}, expected a function that is attached here", field="id"
+    )
+
+
+class BackgroundLoader:
+    """Attaches the functions of one sandbox. Begins no thread before the first."""
+
+    def __init__(self, runtime: SandboxRuntime) -> None:
+        self._runtime = runtime
+        self._lock = asyncio.Lock()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="attach")
+
+    async def attach(
+        self, spec: FunctionSpec, *, store: Path, model_digest: str
+    ) -> tuple[dict[str, Any], bool]:
+        """Do what `Sandbox.attach` does, after the attachments that were begun before."""
+        async with self._lock:
+            attached = self._runtime.find_attached(spec, model_digest)
+            if attached is not None:
+                return attached, False
+            load = functools.partial(
+                self._runtime.load, spec, store=store, model_digest=model_digest
+            )
+            loaded = await asyncio.get_running_loop().run_in_executor(self._executor, load)
+            return self._runtime.add(loaded), True

@@ -1,0 +1,209 @@
+"""How the model's metrics are found. Kubernetes only.
+
+The MoEModel: one Mixture-of-Experts model and how it is served.
+
+The same models read a file for `faasmoe up`, read the objects of the Kubernetes API, and are the
+source of the CRD. An unknown key is refused, never ignored; what one platform alone honours is
+marked, and told on the other (`platform.py`).
+
+A MoEModel file: YAML text to a checked MoEModel, every fault named with its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from faasmoe_operator.api.v1alpha1.base import KUBERNETES_ONLY, ApiModel
+from faasmoe_operator.api.v1alpha1.experts import ExpertsSpec, GranularitySpec
+from faasmoe_operator.api.v1alpha1.field_types import DNSLabel, Labels
+from faasmoe_operator.api.v1alpha1.networking import NetworkingSpec
+from faasmoe_operator.api.v1alpha1.router import RouterSpec
+from faasmoe_operator.api.v1alpha1.storage import ModelSource, StoreSpec
+from faasmoe_operator.api.v1alpha1.tenants import (
+    MAX_TENANTS,
+    TENANTS_LIST_TYPE,
+    TenantSpec,
+    validate_tenants,
+)
+from faasmoe_operator.api.v1alpha1.validation import format_validation_errors, kubernetes_problems
+from faasmoe_operator.errors import MoEModelError
+
+
+class ServiceMonitorSpec(ApiModel):
+    """A ServiceMonitor of the Prometheus operator, made if its API is there."""
+
+    labels: Labels | None = Field(None, description="By which a Prometheus selects it.")
+    interval_seconds: int = Field(30, ge=1, le=3600)
+
+
+class MonitoringSpec(ApiModel):
+    """Objects that tell a monitoring system of the model."""
+
+    service_monitor: ServiceMonitorSpec | None = Field(
+        None, description="{} makes one; none is made if left out."
+    )
+
+
+API_VERSION = "faasmoe.dev/v1alpha1"
+KIND = "MoEModel"
+_METADATA_FIELDS = ("name", "namespace", "labels", "annotations")
+
+
+class ObjectMeta(ApiModel):
+    """What Kubernetes calls the object; `name` is also the model's name in the OpenAI API."""
+
+    name: DNSLabel
+    namespace: DNSLabel | None = None
+    labels: dict[str, str] = Field(default_factory=dict)
+    annotations: dict[str, str] = Field(default_factory=dict)
+
+
+def _expand_auto(value: Any) -> Any:
+    return {} if value == "auto" else value
+
+
+class MoEModelSpec(ApiModel):
+    """What is asked for."""
+
+    model: ModelSource
+    store: StoreSpec = Field(default_factory=lambda: StoreSpec.model_validate({}))
+    granularity: Annotated[GranularitySpec, BeforeValidator(_expand_auto)] = Field(
+        default_factory=lambda: GranularitySpec.model_validate({})
+    )
+    router: RouterSpec = Field(default_factory=lambda: RouterSpec.model_validate({}))
+    experts: ExpertsSpec = Field(default_factory=lambda: ExpertsSpec.model_validate({}))
+    tenants: tuple[TenantSpec, ...] = Field(
+        (),
+        strict=False,
+        max_length=MAX_TENANTS,
+        description="Who may use the model; everyone who reaches it if left out.",
+        json_schema_extra=TENANTS_LIST_TYPE,
+    )
+    networking: NetworkingSpec = Field(
+        default_factory=lambda: NetworkingSpec.model_validate({}), json_schema_extra=KUBERNETES_ONLY
+    )
+    monitoring: MonitoringSpec = Field(
+        default_factory=lambda: MonitoringSpec.model_validate({}), json_schema_extra=KUBERNETES_ONLY
+    )
+    suspend: bool = Field(
+        False,
+        description="Takes away every pod of the model, and keeps its store.",
+        json_schema_extra=KUBERNETES_ONLY,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        validate_tenants(self.tenants)
+        return self
+
+
+class MoEModel(ApiModel):
+    """One model and how it is served."""
+
+    api_version: Literal["faasmoe.dev/v1alpha1"]
+    kind: Literal["MoEModel"]
+    metadata: ObjectMeta
+    spec: MoEModelSpec
+
+    @classmethod
+    def from_object(cls, obj: Mapping[str, Any]) -> Self:
+        """Check an object of the Kubernetes API; raises MoEModelError.
+
+        Args:
+            obj: the object; its status and what the API server adds to its metadata are left out.
+        """
+        raw_metadata = obj.get("metadata", {})
+        metadata = {name: raw_metadata[name] for name in _METADATA_FIELDS if name in raw_metadata}
+        value = {name: obj[name] for name in ("apiVersion", "kind", "spec") if name in obj}
+        object_name = f"{raw_metadata.get('namespace', 'default')}/{raw_metadata.get('name', '')}"
+        try:
+            model = cls.model_validate(_to_builtin({**value, "metadata": metadata}))
+        except ValidationError as error:
+            raise MoEModelError(object_name, format_validation_errors(error, cls)) from error
+        if problems := kubernetes_problems(model):
+            raise MoEModelError(object_name, problems)
+        return model
+
+    @property
+    def store_sub_path(self) -> str:
+        """The store's folder in its claim."""
+        return self.spec.store.sub_path or self.metadata.name
+
+
+def _to_builtin(value: Any) -> Any:
+    """Return a copy in dicts and lists, of whatever mappings and sequences an API client reads."""
+    if isinstance(value, Mapping):
+        return {key: _to_builtin(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_builtin(entry) for entry in value]
+    return value
+
+
+MAX_FILE_BYTES = 1 << 20
+
+
+def load_moemodel(path: Path) -> MoEModel:
+    """Read and check a MoEModel file; raises MoEModelError."""
+    try:
+        size_bytes = path.stat().st_size
+        if size_bytes > MAX_FILE_BYTES:
+            raise MoEModelError(
+                str(path), [f"got {size_bytes} bytes, expected at most {MAX_FILE_BYTES}"]
+            )
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise MoEModelError(str(path), [f"cannot be read: {error.strerror}"]) from error
+    except UnicodeDecodeError as error:
+        raise MoEModelError(str(path), [f"not UTF-8 (byte {error.start})"]) from error
+    return parse_moemodel(text, name=str(path))
+
+
+def parse_moemodel(text: str, *, name: str) -> MoEModel:
+    """Check the text of a MoEModel file; raises MoEModelError.
+
+    Args:
+        text: one YAML document.
+        name: what the error calls the text.
+    """
+    value = _load_yaml(text, name)
+    if not isinstance(value, dict):
+        kind = "nothing" if value is None else f"a {type(value).__name__}"
+        raise MoEModelError(name, [f"document: got {kind}, expected a mapping"])
+    try:
+        return MoEModel.model_validate(value)
+    except ValidationError as error:
+        raise MoEModelError(name, format_validation_errors(error, MoEModel)) from error
+
+
+def _load_yaml(text: str, name: str) -> Any:
+    try:
+        documents = list(yaml.load_all(text, Loader=_UniqueKeyLoader))
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise MoEModelError(name, [f"{line}{error.problem or 'not YAML'}"]) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise MoEModelError(name, [f"not YAML ({str(error).splitlines()[0]})"]) from error
+    if len(documents) > 1:
+        raise MoEModelError(name, [f"got {len(documents)} documents, expected one"])
+    return documents[0] if documents else None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)

@@ -1,0 +1,45 @@
+"""The forms that texts of a MoEModel have, and what an error calls each of them.
+
+Only ASCII and what Rust's, Google's and Python's regular expressions read alike: pydantic, the
+Kubernetes API server and the tests each bring their own.
+"""
+
+from __future__ import annotations
+
+_DNS_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_QUALIFIED_PART = r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
+
+DNS_LABEL = rf"^{_DNS_LABEL}$"
+DNS_1035_LABEL = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
+DNS_SUBDOMAIN = rf"^{_DNS_LABEL}(\.{_DNS_LABEL})*$"
+QUALIFIED_NAME = rf"^({_DNS_LABEL}(\.{_DNS_LABEL})*/)?{_QUALIFIED_PART}$"
+LABEL_VALUE = rf"^({_QUALIFIED_PART})?$"
+ENV_VAR_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
+SECRET_KEY = r"^[-._A-Za-z0-9]+$"
+IMAGE = r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$"
+RELATIVE_PATH = r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$"
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$"
+INDEX_RANGES = r"^[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*$"
+QUANTITY = (
+    r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]{1,2})?$"  # never negative
+)
+
+_HUB_SOURCE = r"hf://[A-Za-z0-9._-]+/[A-Za-z0-9._-]+"
+_PVC_SOURCE = rf"pvc://{_DNS_LABEL}(\.{_DNS_LABEL})*(/[A-Za-z0-9._-]+)*/?"
+KUBERNETES_SOURCE = rf"^({_HUB_SOURCE}|{_PVC_SOURCE})$"
+SOURCE = rf"^({_HUB_SOURCE}|{_PVC_SOURCE}|file://.+)$"
+
+DESCRIPTIONS = {
+    DNS_LABEL: "lowercase letters, digits and '-', a letter or digit at both ends",
+    DNS_SUBDOMAIN: "lowercase letters, digits, '-' and '.', a letter or digit at both ends of each part",
+    QUALIFIED_NAME: "letters, digits, '-', '_' and '.', after a domain and '/' if there is one",
+    LABEL_VALUE: "letters, digits, '-', '_' and '.', a letter or digit at both ends",
+    ENV_VAR_NAME: "letters, digits and '_', no digit first",
+    SECRET_KEY: "letters, digits, '-', '_' and '.'",
+    IMAGE: "a container image such as registry.example.com/faasmoe:0.2.0",
+    RELATIVE_PATH: "a path such as models/mine: letters, digits, '-', '_', '.', no '/' at its ends",
+    MODEL_NAME: "letters, digits, '.', '_', ':', '/' and '-', a letter or digit first",
+    INDEX_RANGES: 'indices such as "0-3,7"',
+    QUANTITY: "a quantity such as 500m, 4 or 100Gi",
+    SOURCE: "hf://ORG/NAME, pvc://CLAIM/PATH or file://PATH",
+}

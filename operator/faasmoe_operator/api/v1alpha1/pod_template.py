@@ -1,0 +1,254 @@
+"""Variables in the environment of a process or a container.
+
+What a user may say of pods: where they run, with what, as what; all else is the operator's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from faasmoe_operator.api.v1alpha1 import patterns
+from faasmoe_operator.api.v1alpha1.base import (
+    ApiModel,
+    SchemaExtension,
+    cel_rule,
+    list_type_map,
+    model_validations,
+    validate_unique,
+    validation_error,
+    validations,
+)
+from faasmoe_operator.api.v1alpha1.field_types import (
+    Annotations,
+    KeySelector,
+    LabelKey,
+    Labels,
+    LabelValue,
+    LocalObjectReference,
+    ObjectName,
+    Quantity,
+    parse_quantity,
+)
+
+RESERVED_PREFIX = "FAASMOE_"
+MAX_ENV_VARS = 64
+
+EnvVarName = Annotated[
+    str,
+    Field(
+        pattern=patterns.ENV_VAR_NAME,
+        max_length=128,
+        json_schema_extra=validations(
+            cel_rule(
+                f"!self.startsWith('{RESERVED_PREFIX}')",
+                f"expected a name without the prefix {RESERVED_PREFIX}, whose variables are fields "
+                "of the spec",
+                reason="FieldValueForbidden",
+            )
+        ),
+    ),
+]
+EnvVarValue = Annotated[str, Field(max_length=32_768)]
+ENV_LIST_TYPE = list_type_map("name")
+
+
+class LiteralEnvVar(ApiModel):
+    """A variable in the environment of a process."""
+
+    name: EnvVarName
+    value: EnvVarValue = ""
+
+
+class EnvVarSource(ApiModel):
+    """Where the value of a variable comes from."""
+
+    model_config = model_validations(
+        cel_rule(
+            "has(self.secretKeyRef) != has(self.configMapKeyRef)",
+            "expected exactly one of secretKeyRef and configMapKeyRef",
+        )
+    )
+
+    secret_key_ref: KeySelector | None = None
+    config_map_key_ref: KeySelector | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.secret_key_ref is None) == (self.config_map_key_ref is None):
+            got = "both" if self.secret_key_ref else None
+            expected = "exactly one of secretKeyRef and configMapKeyRef"
+            raise validation_error("secretKeyRef", got=got, expected=expected)
+        return self
+
+
+class EnvVar(ApiModel):
+    """A variable in the environment of a container."""
+
+    model_config = model_validations(
+        cel_rule(
+            "!(has(self.value) && has(self.valueFrom))", "expected value or valueFrom, not both"
+        )
+    )
+
+    name: EnvVarName
+    value: EnvVarValue | None = None
+    value_from: EnvVarSource | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.value is not None and self.value_from is not None:
+            raise validation_error("value", got=self.value, expected="none beside valueFrom")
+        return self
+
+
+def validate_env_names(names: Sequence[str]) -> None:
+    """Raise the error of a name that is ours, or of one that is given twice."""
+    for index, name in enumerate(names):
+        if name.startswith(RESERVED_PREFIX):
+            expected = f"a name without the prefix {RESERVED_PREFIX}"
+            raise validation_error(f"env.{index}.name", got=name, expected=expected)
+    validate_unique("env", names, key="name")
+
+
+RESERVED_KEY_PREFIXES = ("faasmoe.dev/", "app.kubernetes.io/")
+_RESERVED_PREFIXES_TEXT = " and ".join(RESERVED_KEY_PREFIXES)
+
+ResourceList = Annotated[dict[LabelKey, Quantity], Field(max_length=16)]
+UnvalidatedObject = Annotated[
+    dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
+]
+
+
+def _cel_no_reserved_keys() -> SchemaExtension:
+    condition = " && ".join(f"!key.startsWith('{prefix}')" for prefix in RESERVED_KEY_PREFIXES)
+    message = (
+        f"expected keys without the prefixes {_RESERVED_PREFIXES_TEXT}, which are the operator's"
+    )
+    return validations(
+        cel_rule(f"self.all(key, {condition})", message, reason="FieldValueForbidden")
+    )
+
+
+class ResourceRequirements(ApiModel):
+    """What a container asks for and may use at most."""
+
+    model_config = model_validations(
+        cel_rule(
+            "!has(self.requests) || !has(self.limits) || self.requests.all(name, "
+            "!(name in self.limits) || quantity(string(self.requests[name]))"
+            ".compareTo(quantity(string(self.limits[name]))) <= 0)",
+            "expected no request above the limit of the same resource",
+            field=".requests",
+        )
+    )
+
+    requests: ResourceList | None = Field(None, description="Amounts that are kept free for it.")
+    limits: ResourceList | None = Field(None, description="Amounts that it may use at most.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        limits = self.limits or {}
+        for name, request in (self.requests or {}).items():
+            limit = limits.get(name, request)
+            if parse_quantity(request) > parse_quantity(limit):
+                expected = f"at most the limit ({limit})"
+                raise validation_error(f"requests.{name}", got=request, expected=expected)
+        return self
+
+
+class Toleration(ApiModel):
+    """A taint of nodes that keeps the pods not away."""
+
+    model_config = model_validations(
+        cel_rule(
+            "self.operator != 'Exists' || !has(self.value)",
+            "expected no value with the operator Exists, which takes every value",
+        ),
+        cel_rule(
+            "has(self.key) || self.operator == 'Exists'",
+            "expected a key, or the operator Exists for every taint",
+        ),
+    )
+
+    key: LabelKey | None = Field(None, description="Every taint if left out.")
+    operator: Literal["Exists", "Equal"] = "Equal"
+    value: LabelValue | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    toleration_seconds: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.operator == "Exists" and self.value is not None:
+            raise validation_error(
+                "value", got=self.value, expected="none with the operator Exists"
+            )
+        if self.operator != "Exists" and self.key is None:
+            raise validation_error("key", got=None, expected="a key, or the operator Exists")
+        return self
+
+
+class Affinity(ApiModel):
+    """Kubernetes' affinity, handed to the pods as it is."""
+
+    node_affinity: UnvalidatedObject | None = None
+    pod_affinity: UnvalidatedObject | None = None
+    pod_anti_affinity: UnvalidatedObject | None = None
+
+
+class TopologySpreadConstraint(ApiModel):
+    """How evenly the pods of a model spread over nodes or zones."""
+
+    topology_key: LabelKey
+    max_skew: int = Field(1, ge=1, le=1000)
+    when_unsatisfiable: Literal["DoNotSchedule", "ScheduleAnyway"] = "ScheduleAnyway"
+
+
+class PodTemplateSpec(ApiModel):
+    """What the pods are like beyond what the operator decides. Kubernetes only."""
+
+    labels: Labels | None = Field(None, json_schema_extra=_cel_no_reserved_keys())
+    annotations: Annotations | None = Field(None, json_schema_extra=_cel_no_reserved_keys())
+    resources: ResourceRequirements | None = Field(
+        None, description="The operator's defaults if left out."
+    )
+    node_selector: Labels | None = None
+    tolerations: tuple[Toleration, ...] = Field((), strict=False, max_length=32)
+    affinity: Affinity | None = None
+    topology_spread_constraints: tuple[TopologySpreadConstraint, ...] = Field(
+        (), strict=False, max_length=8, json_schema_extra=list_type_map("topologyKey")
+    )
+    priority_class_name: ObjectName | None = None
+    runtime_class_name: ObjectName | None = None
+    image: Annotated[str, Field(pattern=patterns.IMAGE, max_length=512)] | None = Field(
+        None, description="The operator's image for these pods if left out."
+    )
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    image_pull_secrets: tuple[LocalObjectReference, ...] = Field(
+        (), strict=False, max_length=8, json_schema_extra=list_type_map("name")
+    )
+    env: tuple[EnvVar, ...] = Field(
+        (), strict=False, max_length=MAX_ENV_VARS, json_schema_extra=ENV_LIST_TYPE
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _validate_no_reserved_keys("labels", self.labels)
+        _validate_no_reserved_keys("annotations", self.annotations)
+        validate_env_names([variable.name for variable in self.env])
+        secrets = [secret.name for secret in self.image_pull_secrets]
+        validate_unique("imagePullSecrets", secrets, key="name")
+        keys = [spread.topology_key for spread in self.topology_spread_constraints]
+        validate_unique("topologySpreadConstraints", keys, key="topologyKey")
+        return self
+
+
+def _validate_no_reserved_keys(field: str, entries: Mapping[str, str] | None) -> None:
+    for key in entries or ():
+        if key.startswith(RESERVED_KEY_PREFIXES):
+            expected = (
+                f"a key without the prefixes {_RESERVED_PREFIXES_TEXT}, which are the operator's"
+            )
+            raise validation_error(f"{field}.{key}", got=key, expected=expected)

@@ -1,0 +1,208 @@
+"""Where the checkpoint comes from, and in which number format it is served.
+
+Where the prepared checkpoint lies: a folder for `faasmoe up`, a claim on Kubernetes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from faasmoe_operator.api.v1alpha1 import patterns
+from faasmoe_operator.api.v1alpha1.base import (
+    KUBERNETES_ONLY,
+    PROCESS_ONLY,
+    ApiModel,
+    SchemaExtension,
+    cel_rule,
+    model_validations,
+    validation_error,
+    validations,
+)
+from faasmoe_operator.api.v1alpha1.field_types import ByteQuantity, KeySelector, ObjectName
+from faasmoe_operator.api.v1alpha1.pod_template import ResourceRequirements
+
+HUB_SCHEME = "hf://"
+PVC_SCHEME = "pvc://"
+FILE_SCHEME = "file://"
+
+
+@dataclass(frozen=True, slots=True)
+class PVCPath:
+    """A folder in a PersistentVolumeClaim.
+
+    Attributes:
+        claim: the claim's name.
+        path: the folder, relative to the volume's root; empty for the root itself.
+    """
+
+    claim: str
+    path: str
+
+
+_SOURCE_IMMUTABLE = "expected what it was: make another MoEModel for another"
+_CEL_IS_HUB = "self.source.startsWith('hf://')"
+
+
+class ModelSource(ApiModel):
+    """Where the checkpoint comes from."""
+
+    model_config = model_validations(
+        cel_rule(
+            f"!has(self.revision) || {_CEL_IS_HUB}",
+            "expected no revision unless source is hf://",
+            field=".revision",
+        ),
+        cel_rule(
+            f"!has(self.tokenSecretRef) || {_CEL_IS_HUB}",
+            "expected no tokenSecretRef unless source is hf://",
+            field=".tokenSecretRef",
+        ),
+        cel_rule(
+            "has(self.revision) == has(oldSelf.revision) && "
+            "(!has(self.revision) || self.revision == oldSelf.revision)",
+            f"{_SOURCE_IMMUTABLE} revision",
+            field=".revision",
+            reason="FieldValueForbidden",
+        ),
+        cel_rule(
+            "self.dtype == oldSelf.dtype",
+            f"{_SOURCE_IMMUTABLE} dtype",
+            field=".dtype",
+            reason="FieldValueForbidden",
+        ),
+    )
+
+    source: Annotated[str, Field(pattern=patterns.SOURCE, max_length=2048)] = Field(
+        description="hf://ORG/NAME of a model hub or pvc://CLAIM/PATH of a claim; for `faasmoe up` "
+        "hf://ORG/NAME, file:///PATH, or file://PATH relative to the MoEModel file.",
+        json_schema_extra=validations(
+            cel_rule(
+                f"self.matches(r'{patterns.KUBERNETES_SOURCE}') && !self.contains('/..')",
+                "expected hf://ORG/NAME or pvc://CLAIM/PATH; file:// is for `faasmoe up` alone",
+            ),
+            cel_rule(
+                "self == oldSelf", f"{_SOURCE_IMMUTABLE} source", reason="FieldValueForbidden"
+            ),
+        ),
+    )
+    revision: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
+        None, description="Branch, tag or commit of a hub model; the hub's default if left out."
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Number format to serve in; auto keeps the checkpoint's."
+    )
+    token_secret_ref: KeySelector | None = Field(
+        None,
+        description="Token of the hub, for gated and private models.",
+        json_schema_extra=KUBERNETES_ONLY,
+    )
+
+    @property
+    def claim_path(self) -> PVCPath | None:
+        """Where a pvc:// source lies; None for others."""
+        if not self.source.startswith(PVC_SCHEME):
+            return None
+        claim, _, path = self.source.removeprefix(PVC_SCHEME).partition("/")
+        return PVCPath(claim, path.strip("/"))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.source.startswith(PVC_SCHEME) and "/.." in self.source:
+            raise validation_error("source", got=self.source, expected="a path without ..")
+        if self.source.startswith(HUB_SCHEME):
+            return self
+        for field, value in (
+            ("revision", self.revision),
+            ("tokenSecretRef", self.token_secret_ref),
+        ):
+            if value is not None:
+                got = value if isinstance(value, str) else value.to_object()
+                raise validation_error(field, got=got, expected="none unless source is hf://")
+        return self
+
+
+_STORE_IMMUTABLE = "expected what it was: a store cannot move, make another MoEModel"
+
+
+def _cel_immutable(field: str) -> SchemaExtension:
+    unchanged = f"has(self.{field}) == has(oldSelf.{field}) && "
+    unchanged += f"(!has(self.{field}) || self.{field} == oldSelf.{field})"
+    return cel_rule(unchanged, _STORE_IMMUTABLE, field=f".{field}", reason="FieldValueForbidden")
+
+
+class StoreSpec(ApiModel):
+    """Where the prepared checkpoint lies."""
+
+    model_config = model_validations(
+        *map(_cel_immutable, ("storageClassName", "accessMode", "claimName", "subPath")),
+        cel_rule(
+            "quantity(string(self.size)).compareTo(quantity(string(oldSelf.size))) >= 0",
+            "expected no less than it was: a volume can grow, not shrink",
+            field=".size",
+            reason="FieldValueForbidden",
+        ),
+        cel_rule(
+            "!(has(self.claimName) && has(self.storageClassName))",
+            "expected no storageClassName beside claimName: that claim has one already",
+            field=".storageClassName",
+        ),
+    )
+
+    path: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
+        None,
+        description="Folder, relative to the MoEModel file; .faasmoe/NAME beside it if left out.",
+        json_schema_extra=PROCESS_ONLY,
+    )
+    size: ByteQuantity = Field(
+        "100Gi",
+        description="Size of the claim that is made: that of the checkpoint and a little more.",
+        json_schema_extra=KUBERNETES_ONLY,
+    )
+    storage_class_name: ObjectName | None = Field(
+        None,
+        description="Storage class of the claim; the cluster's default if left out.",
+        json_schema_extra=KUBERNETES_ONLY,
+    )
+    access_mode: Literal["ReadWriteOnce", "ReadWriteMany"] = Field(
+        "ReadWriteOnce",
+        description="ReadWriteOnce keeps all pods of the model on one node.",
+        json_schema_extra=KUBERNETES_ONLY,
+    )
+    claim_name: ObjectName | None = Field(
+        None,
+        description="An existing claim to use; one of its own is made if left out.",
+        json_schema_extra=KUBERNETES_ONLY,
+    )
+    sub_path: Annotated[str, Field(pattern=patterns.RELATIVE_PATH, max_length=512)] | None = Field(
+        None,
+        description="Folder in the claim; the model's name if left out.",
+        json_schema_extra=KUBERNETES_ONLY
+        | validations(
+            cel_rule("!self.split('/').exists(part, part == '..')", "expected a path without ..")
+        ),
+    )
+    reclaim_policy: Literal["Delete", "Retain"] = Field(
+        "Delete",
+        description="What becomes of the claim that was made when the MoEModel is deleted.",
+        json_schema_extra=KUBERNETES_ONLY,
+    )
+    resources: ResourceRequirements | None = Field(
+        None,
+        description="What the Job that prepares the store asks for and may use at most; of what is "
+        "left out, 1 CPU of at most 4 and 2Gi of memory of at most 16Gi.",
+        json_schema_extra=KUBERNETES_ONLY,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if ".." in (self.sub_path or "").split("/"):
+            raise validation_error("subPath", got=self.sub_path, expected="a path without ..")
+        if self.claim_name is not None and self.storage_class_name is not None:
+            expected = "none beside claimName: that claim has one already"
+            raise validation_error(
+                "storageClassName", got=self.storage_class_name, expected=expected
+            )
+        return self

@@ -1,0 +1,176 @@
+"""The tenants of a `faasmoe up`: the file that its router reads.
+
+The processes of one `faasmoe up`: which, with what environment, in which order they end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Never
+
+from faasmoe_operator.api.v1alpha1.tenants_file import TENANTS_FILE_NAME, build_tenants_file
+from faasmoe_operator.cli import child_process, control, router
+from faasmoe_operator.cli.control import ReservedControlPort, StackSecrets
+from faasmoe_operator.cli.logs import LogSinks
+from faasmoe_operator.cli.runtime_dir import LocalInstance
+from faasmoe_operator.cli.supervisor import SupervisedChild, supervised
+from faasmoe_operator.control.local_model import LocalModel
+from faasmoe_operator.errors import CommandError
+from faasmoe_operator.platforms import zygote
+
+
+def write_tenants_file(deployment: LocalModel, folder: Path) -> Path | None:
+    """Write the router's tenants file; None if the model has no tenants and is open to all.
+
+    Args:
+        deployment: what is to be served.
+        folder: the private folder.
+    """
+    if not deployment.model.spec.tenants:
+        return None
+    document = build_tenants_file(deployment.model, lambda t: str(deployment.api_keys_path(t)))
+    path = folder / TENANTS_FILE_NAME
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(document, file, indent=2)
+    return path
+
+
+ZYGOTE_GRACE_S = 10.0
+SOCKET_NAME = "zygote.sock"
+
+
+@dataclass(frozen=True, slots=True)
+class StackSpec:
+    """What is to run.
+
+    Attributes:
+        deployment: the model.
+        endpoint: where the router listens.
+        folder: the private folder.
+        port: of the control API.
+        secrets: that the processes share.
+    """
+
+    deployment: LocalModel
+    endpoint: router.Endpoint
+    folder: Path
+    port: ReservedControlPort
+    secrets: StackSecrets
+
+    @classmethod
+    def create(
+        cls,
+        deployment: LocalModel,
+        endpoint: router.Endpoint,
+        *,
+        folder: Path,
+        port: ReservedControlPort,
+    ) -> StackSpec:
+        """Return a launch with secrets of its own."""
+        secret_values = StackSecrets(secrets.token_urlsafe(32), secrets.token_hex(32))
+        return cls(deployment, endpoint, folder, port, secret_values)
+
+    @property
+    def instance(self) -> LocalInstance:
+        """What other commands may know of it."""
+        name, file = self.deployment.model.metadata.name, self.deployment.file.resolve()
+        return LocalInstance(name, str(file), os.getpid(), self.port.url, self.secrets.token)
+
+
+@dataclass(frozen=True, slots=True)
+class StackProcesses:
+    """The processes that run.
+
+    Attributes:
+        zygote: forks the sandboxes.
+        control: decides.
+        router: answers.
+        failures: each raises when one of them cannot be kept running.
+    """
+
+    zygote: SupervisedChild
+    control: SupervisedChild
+    router: child_process.ChildProcess
+    failures: tuple[asyncio.Task[Never], ...]
+
+    @property
+    def pids(self) -> dict[str, int | None]:
+        """Process ids by name."""
+        return {
+            "router": self.router.pid,
+            "control": self.control.pid,
+            "zygote": self.zygote.pid,
+        }
+
+
+@asynccontextmanager
+async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackProcesses]:
+    """Run all of them; the router ends first, so that its last requests find their functions."""
+    socket, token = spec.folder / SOCKET_NAME, spec.secrets.token
+    async with AsyncExitStack() as stack:
+        zygote_child, zygote_failure = await stack.enter_async_context(
+            supervised(
+                "zygote",
+                zygote.ZYGOTE_COMMAND,
+                environment=zygote.zygote_environment(
+                    socket,
+                    token=token,
+                    store=spec.deployment.store_path,
+                    device=spec.deployment.template.device,
+                ),
+                log=logs.sink("sandboxes"),
+                grace_s=ZYGOTE_GRACE_S,
+            )
+        )
+        control_child, control_failure = await stack.enter_async_context(
+            supervised(
+                "control process",
+                control.COMMAND,
+                environment=control.environment(
+                    spec.deployment.file,
+                    zygote_socket=socket,
+                    port=spec.port,
+                    secrets=spec.secrets,
+                ),
+                log=logs.sink("control"),
+                grace_s=control.GRACE_S,
+            )
+        )
+        router_child = await stack.enter_async_context(
+            child_process.running_child(
+                router.COMMAND,
+                environment={
+                    **router.environment(
+                        spec.deployment,
+                        spec.endpoint,
+                        control_url=spec.port.url,
+                        token=token,
+                        tenants_file=write_tenants_file(spec.deployment, spec.folder),
+                    ),
+                    **zygote.shared_dir_variables(spec.folder),
+                },
+                log=logs.sink("router"),
+                grace_s=router.GRACE_S,
+            )
+        )
+        router_failure = asyncio.create_task(_fail_on_exit(router_child))
+        stack.push_async_callback(_cancel_and_wait, router_failure)
+        failures = (zygote_failure, control_failure, router_failure)
+        yield StackProcesses(zygote_child, control_child, router_child, failures)
+
+
+async def _fail_on_exit(router_process: child_process.ChildProcess) -> Never:
+    raise CommandError(f"the router {await router_process.describe_exit()}")
+
+
+async def _cancel_and_wait(task: asyncio.Task[Never]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,290 @@
+"""What a model's control core counts, for its status.
+
+Why a pod does not run, from its status. Pure.
+
+How the routers are doing, from their Deployment and pods. Pure.
+
+Whether functions serve, whether any is active, and whether tenants have keys. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
+from faasmoe_operator.kube.conditions import (
+    ConditionState,
+    condition_false,
+    condition_true,
+    condition_unknown,
+)
+from faasmoe_operator.kube.types import Object
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeCounts:
+    """One model's functions and sandboxes.
+
+    Attributes:
+        functions: functions that the model is cut into.
+        active: functions with a replica that serves.
+        replicas: replicas that serve.
+        sandboxes: sandboxes that are not gone.
+        ready: sandboxes that answer.
+        generic: ready sandboxes that hold no function.
+        tenant_keys: API keys of each tenant, as routers report them; None before one has.
+        trouble: why sandboxes cannot be had; empty if they can.
+    """
+
+    functions: int = 0
+    active: int = 0
+    replicas: int = 0
+    sandboxes: int = 0
+    ready: int = 0
+    generic: int = 0
+    tenant_keys: Mapping[str, int] | None = field(default=None)
+    failure: str = ""
+
+
+IMAGE_PULL_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
+CONTAINER_CONFIG_REASONS = ("CreateContainerConfigError",)
+CONTAINER_START_REASONS = ("CreateContainerError", "RunContainerError", "StartError")
+_PULL_BACKOFF = re.compile(r"Back-off pulling image \"[^\"]*\"(: \w+: )?")
+_KEY_MISSING = re.compile(r"couldn't find key (?P<key>\S+) in Secret (?P<name>\S+)")
+_SECRET_MISSING = re.compile(r"secret \"(?P<name>[^\"]+)\" not found")
+
+
+@dataclass(frozen=True, slots=True)
+class PodFailure:
+    """What keeps a pod from running.
+
+    Attributes:
+        reason: CamelCase, machine-stable: that of the condition.
+        message: for people: what is so, and what to do.
+        secret: name of a Secret that the pod waits for.
+    """
+
+    reason: str
+    message: str
+    missing_secret: str | None = None
+
+
+def first_pod_failure(pods: Iterable[Object]) -> PodFailure | None:
+    """Return the trouble of the first pod, by name, that has any."""
+    for pod in sorted(pods, key=lambda pod: str(pod["metadata"]["name"])):
+        if (failure := find_pod_failure(pod)) is not None:
+            return failure
+    return None
+
+
+def find_pod_failure(pod: Object) -> PodFailure | None:
+    """Return what keeps a pod from running; None if nothing does, or it is going."""
+    if "deletionTimestamp" in pod["metadata"]:
+        return None
+    name, status = pod["metadata"]["name"], pod.get("status", {})
+    if (failure := _scheduling_failure(name, status)) is not None:
+        return failure
+    fields = ("initContainerStatuses", "containerStatuses")
+    for container in [entry for field in fields for entry in status.get(field, ())]:
+        if (failure := _container_failure(name, container)) is not None:
+            return failure
+    if status.get("phase") == "Failed" and status.get("reason"):
+        return PodFailure(status["reason"], f"pod {name}: {status.get('message') or 'failed'}")
+    return None
+
+
+def _scheduling_failure(name: str, status: Object) -> PodFailure | None:
+    for condition in status.get("conditions", ()):
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+            message = condition.get("message") or condition.get("reason") or "no node fits"
+            hint = "add nodes or free some, or ask for less: resources, nodeSelector, affinity"
+            if "persistentvolumeclaim" in message.lower():
+                hint = "see the claim: `kubectl describe pvc` says why it is not bound"
+            return PodFailure("Unschedulable", f"pod {name}: {message.rstrip('.')}; {hint}")
+    return None
+
+
+def _container_failure(pod: str, container: Object) -> PodFailure | None:
+    state = container.get("state", {})
+    waiting = state.get("waiting") or {}
+    reason, message = waiting.get("reason", ""), waiting.get("message", "")
+    if reason in CONTAINER_CONFIG_REASONS:
+        return _config_failure(pod, message)
+    if reason in IMAGE_PULL_REASONS:
+        # The kubelet says it in turns with and without this: one text, one event, one status.
+        message = _PULL_BACKOFF.sub("", message) or "see the pod's events"
+        problem = f"pod {pod}: image {container.get('image')} cannot be pulled: {message}"
+        hint = "check the image's name and the template's imagePullSecrets"
+        return PodFailure("ImagePullBackOff", f"{problem}; {hint}")
+    if reason in CONTAINER_START_REASONS:
+        return PodFailure("ContainerCannotRun", f"pod {pod}: {reason}: {message}")
+    terminated = (
+        state.get("terminated") or (container.get("lastState") or {}).get("terminated") or {}
+    )
+    if terminated.get("reason") == "OOMKilled":
+        hint = "ask for more memory: template.resources, or store.resources for the store's Job"
+        return PodFailure("OOMKilled", f"pod {pod}: exceeded its memory limit; {hint}")
+    if reason == "CrashLoopBackOff":
+        return PodFailure(
+            "CrashLoopBackOff",
+            f"pod {pod}: {_describe_termination(terminated)}; see `kubectl logs {pod}`",
+        )
+    return None
+
+
+def _config_failure(pod: str, kubelet_message: str) -> PodFailure:
+    if found := _KEY_MISSING.search(kubelet_message):
+        secret, key = found["name"].rpartition("/")[2], found["key"]
+        message = f"pod {pod}: Secret {secret} has no key {key}; add it"
+        return PodFailure("SecretKeyNotFound", message, missing_secret=secret)
+    if found := _SECRET_MISSING.search(kubelet_message):
+        message = f"pod {pod}: there is no Secret {found['name']} in its namespace; create it"
+        return PodFailure("SecretNotFound", message, missing_secret=found["name"])
+    return PodFailure("CreateContainerConfigError", f"pod {pod}: {kubelet_message}")
+
+
+def _describe_termination(terminated: Object) -> str:
+    code = terminated.get("exitCode")
+    lines = (terminated.get("message") or "").strip().splitlines()
+    return f"it ended with status {code}" + (f": {lines[-1][:300]}" if lines else "")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterStatus:
+    """What is known of the routers.
+
+    Attributes:
+        verdict: state of the condition RouterReady.
+        replicas: pods that there are.
+        ready: those that answer.
+        secret: a Secret that one waits for.
+    """
+
+    condition: ConditionState
+    replicas: int = 0
+    ready_replicas: int = 0
+    missing_secret: str | None = None
+
+
+def router_status(
+    deployment: Object | None, pods: Sequence[Object], *, desired_replicas: int
+) -> RouterStatus:
+    """Return how the routers are doing.
+
+    Args:
+        deployment: the Deployment, if there is one.
+        pods: its pods.
+        wanted: how many replicas are asked for.
+    """
+    if deployment is None:
+        return RouterStatus(condition_unknown("Deploying", "creating the router Deployment"))
+    status = deployment.get("status", {})
+    replicas, ready = status.get("replicas", 0), status.get("readyReplicas", 0)
+    pod_failure = first_pod_failure(pods)
+    condition = _rollout_condition(deployment, status, desired_replicas=desired_replicas)
+    if condition.status != "True" and pod_failure is not None:
+        condition = condition_false(pod_failure.reason, pod_failure.message)
+    return RouterStatus(
+        condition,
+        replicas,
+        ready,
+        missing_secret=None if pod_failure is None else pod_failure.missing_secret,
+    )
+
+
+def _rollout_condition(
+    deployment: Object, status: Object, *, desired_replicas: int
+) -> ConditionState:
+    is_observed = status.get("observedGeneration", 0) >= deployment["metadata"].get("generation", 0)
+    updated, available = status.get("updatedReplicas", 0), status.get("availableReplicas", 0)
+    if is_observed and updated == status.get("replicas", 0) == available == desired_replicas:
+        return condition_true("Available", f"{available} of {desired_replicas} routers answer")
+    if is_observed and (stalled := _stalled_condition(status)) is not None:
+        return stalled
+    if available >= desired_replicas:
+        progress = f"{updated} of {desired_replicas} routers are updated, {available} answer"
+        return condition_unknown("RollingOut", progress)
+    return condition_unknown("Starting", f"{available} of {desired_replicas} routers answer")
+
+
+def _stalled_condition(status: Object) -> ConditionState | None:
+    for condition in status.get("conditions", ()):
+        if condition.get("type") == "Progressing" and condition.get("status") == "False":
+            message = condition.get("message") or "router rollout makes no progress"
+            return condition_false(
+                "ProgressDeadlineExceeded", f"{message}; see the router's pods and their logs"
+            )
+        if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
+            message = condition.get("message") or "pod creation fails"
+            return condition_false("FailedCreate", f"router pods cannot be created: {message}")
+    return None
+
+
+PLANNING = "Planning"
+WAITING_FOR_ROUTER = "WaitingForRouter"
+
+
+def functions_condition(
+    counts: RuntimeCounts | None,
+    sandboxes: Sequence[Object],
+    *,
+    runtime_failure: ConditionState | None,
+) -> ConditionState:
+    """Return the state of the condition FunctionsReady: they serve, or can when they are called.
+
+    Args:
+        counts: what the control core counts; None before it has started.
+        sandboxes: the sandboxes' pods.
+        fault: why the functions cannot be planned.
+    """
+    if runtime_failure is not None:
+        return runtime_failure
+    if counts is None:
+        return condition_unknown(PLANNING, "planning the expert functions")
+    if (pod_failure := first_pod_failure(sandboxes)) is not None:
+        return condition_false(pod_failure.reason, pod_failure.message)
+    if counts.failure:
+        return condition_false("SandboxesUnavailable", counts.failure)
+    summary = f"the experts are partitioned into {counts.functions} functions"
+    return condition_true(
+        "Planned", f"{summary}; a function at zero is activated by its first request"
+    )
+
+
+def active_condition(counts: RuntimeCounts | None) -> ConditionState:
+    """Return the state of the condition Active."""
+    if counts is None:
+        return condition_unknown(PLANNING, "planning the expert functions")
+    if counts.active == 0:
+        return ConditionState("False", "NoTraffic", "scaled to zero: no traffic")
+    return condition_true("Serving", f"{counts.active} functions have {counts.replicas} replicas")
+
+
+def tenants_condition(
+    tenants: Sequence[TenantSpec], counts: RuntimeCounts | None
+) -> ConditionState:
+    """Return the state of the condition TenantsReady: each tenant has a key.
+
+    Args:
+        tenants: the tenants asked for.
+        counts: what the control core counts, with the keys that routers report.
+    """
+    if not tenants:
+        return condition_true("NoTenants", "spec.tenants is empty: requests are not authenticated")
+    if counts is None or counts.tenant_keys is None:
+        return condition_unknown(WAITING_FOR_ROUTER, "no router has reported the tenants' keys yet")
+    tenants_missing_keys = [tenant for tenant in tenants if not counts.tenant_keys.get(tenant.name)]
+    if not tenants_missing_keys:
+        return condition_true("KeysFound", f"{len(tenants)} tenants have keys")
+    return condition_false(
+        "KeysMissing", "; ".join(_missing_keys_message(tenant) for tenant in tenants_missing_keys)
+    )
+
+
+def _missing_keys_message(tenant: TenantSpec) -> str:
+    reference = tenant.api_keys_secret_ref
+    secret = "that it names" if reference is None else reference.name
+    problem = f"tenant {tenant.name} has no key: Secret {secret} is missing or empty"
+    return f"{problem}; create it with one entry for each key"

@@ -1,0 +1,319 @@
+"""Services in front of the routers: the model's, and one for each tenant; and their addresses.
+
+All select the same pods. A router knows a tenant by its key, or by its name in the path.
+
+The way in from outside the cluster: an Ingress, or HTTPRoutes.
+
+Only the API is let through: metrics and probes stay within. Each tenant has an HTTPRoute of its
+own, so that a gateway's policies can be its own too; one Ingress holds all paths, as many
+controllers make a load balancer for each.
+
+Who may talk to whom: what is not here is closed, both ways, for all pods of the model.
+
+clients ──8000──▶ routers ──9090──▶ sandboxes ◀──9090── operator
+                  routers ──control port──▶ operator         store's Job ──443──▶ anywhere
+
+How a Prometheus operator finds the routers' metrics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from faasmoe_operator.api.v1alpha1.networking import HTTPRouteSpec, IngressSpec, ParentReference
+from faasmoe_operator.kube.manifests import router, sandbox
+from faasmoe_operator.kube.manifests.context import (
+    GATEWAY_API,
+    MONITORING_API,
+    ModelContext,
+    new_object,
+)
+from faasmoe_operator.kube.manifests.names import (
+    MODEL_LABEL,
+    TENANT_LABEL,
+    Component,
+    default_deny_name,
+    pod_selector,
+    router_name,
+    sandbox_name,
+    service_name,
+    store_name,
+    tenant_service_name,
+)
+from faasmoe_operator.kube.types import (
+    HTTP_ROUTE,
+    INGRESS,
+    NETWORK_POLICY,
+    SERVICE,
+    SERVICE_MONITOR,
+    Object,
+)
+
+SERVICE_PORT = 80
+SERVICE_PORT_NAME = "http"
+API_PATH = "/v1"
+
+
+def services(ctx: ModelContext) -> list[Object]:
+    """Return the Services."""
+    tenants = [
+        _service(ctx, tenant_service_name(ctx.name, tenant.name), {TENANT_LABEL: tenant.name})
+        for tenant in ctx.spec.tenants
+    ]
+    return [_service(ctx, service_name(ctx.name), {}), *tenants]
+
+
+def model_url(ctx: ModelContext) -> str:
+    """Return the base URL of the model for OpenAI's clients."""
+    return f"{_public_origin(ctx, service_name(ctx.name))}{API_PATH}"
+
+
+def tenant_url(ctx: ModelContext, tenant: str) -> str:
+    """Return the base URL of a tenant for OpenAI's clients."""
+    return f"{_public_origin(ctx, tenant_service_name(ctx.name, tenant))}{tenant_path(tenant)}"
+
+
+def tenant_path(tenant: str) -> str:
+    """Return the path under which a tenant's API is."""
+    return f"/{tenant}{API_PATH}"
+
+
+def _service(ctx: ModelContext, name: str, extra_labels: dict[str, str]) -> Object:
+    port = {
+        "name": SERVICE_PORT_NAME,
+        "port": SERVICE_PORT,
+        "targetPort": "http",
+        "protocol": "TCP",
+    }
+    return new_object(
+        ctx,
+        SERVICE,
+        name,
+        component=Component.ROUTER,
+        extra_labels=extra_labels,
+        spec={
+            "type": "ClusterIP",
+            "selector": pod_selector(ctx.name, Component.ROUTER),
+            "ports": [port],
+        },
+    )
+
+
+def _public_origin(ctx: ModelContext, service: str) -> str:
+    """Return scheme and host: those that clients outside use, if there are any."""
+    networking = ctx.spec.networking
+    if networking.ingress is not None:
+        scheme = "http" if networking.ingress.tls_secret_name is None else "https"
+        return f"{scheme}://{networking.ingress.host}"
+    if networking.http_route is not None and networking.http_route.hostnames:
+        # The listener, which is the Gateway's, ends TLS; nearly all do.
+        return f"https://{networking.http_route.hostnames[0]}"
+    return f"http://{service}.{ctx.namespace}.svc"
+
+
+GATEWAY_GROUP = GATEWAY_API.partition("/")[0]
+
+
+def ingress_objects(ctx: ModelContext) -> list[Object]:
+    """Return the Ingress or the HTTPRoutes that are asked for and that the cluster can have."""
+    networking = ctx.spec.networking
+    if networking.ingress is not None:
+        return [_ingress(ctx, networking.ingress)]
+    if networking.http_route is None or GATEWAY_API not in ctx.api:
+        return []
+    route = networking.http_route
+    return [
+        _http_route(ctx, route, service=service_name(ctx.name), path=API_PATH),
+        *(
+            _http_route(
+                ctx,
+                route,
+                service=tenant_service_name(ctx.name, tenant.name),
+                path=tenant_path(tenant.name),
+                tenant=tenant.name,
+            )
+            for tenant in ctx.spec.tenants
+        ),
+    ]
+
+
+def _ingress(ctx: ModelContext, ingress: IngressSpec) -> Object:
+    tenants = {
+        tenant_path(tenant.name): tenant_service_name(ctx.name, tenant.name)
+        for tenant in ctx.spec.tenants
+    }
+    paths = {API_PATH: service_name(ctx.name), **tenants}
+    spec: Object = {"rules": [{"host": ingress.host, "http": {"paths": _ingress_paths(paths)}}]}
+    if ingress.class_name is not None:
+        spec["ingressClassName"] = ingress.class_name
+    if ingress.tls_secret_name is not None:
+        spec["tls"] = [{"hosts": [ingress.host], "secretName": ingress.tls_secret_name}]
+    return new_object(
+        ctx,
+        INGRESS,
+        service_name(ctx.name),
+        component=Component.ROUTER,
+        annotations=ingress.annotations,
+        spec=spec,
+    )
+
+
+def _ingress_paths(paths: dict[str, str]) -> list[Object]:
+    return [
+        {
+            "path": path,
+            "pathType": "Prefix",
+            "backend": {"service": {"name": service, "port": {"name": SERVICE_PORT_NAME}}},
+        }
+        for path, service in paths.items()
+    ]
+
+
+def _http_route(
+    ctx: ModelContext, route: HTTPRouteSpec, *, service: str, path: str, tenant: str = ""
+) -> Object:
+    backend = {"group": "", "kind": "Service", "name": service, "port": SERVICE_PORT, "weight": 1}
+    rule = {
+        "matches": [{"path": {"type": "PathPrefix", "value": path}}],
+        "backendRefs": [backend],
+    }
+    hosts = {"hostnames": list(route.hostnames)} if route.hostnames else {}
+    return new_object(
+        ctx,
+        HTTP_ROUTE,
+        service,
+        component=Component.ROUTER,
+        extra_labels={TENANT_LABEL: tenant} if tenant else {},
+        spec={"parentRefs": [_parent_ref(p) for p in route.parent_refs], **hosts, "rules": [rule]},
+    )
+
+
+def _parent_ref(parent: ParentReference) -> Object:
+    return {"group": GATEWAY_GROUP, "kind": "Gateway", **parent.to_object()}
+
+
+NAMESPACE_LABEL = "kubernetes.io/metadata.name"
+DNS_PORTS = (53, 5353)
+"""Policies see a Service's target port, 5353 on OpenShift; node-local caches are no pods."""
+HTTPS_PORT = 443
+
+
+def store_policies(ctx: ModelContext) -> list[Object]:
+    """Return what holds from the beginning: nothing is open, but for the store's Job."""
+    https_egress = {"ports": _ports(HTTPS_PORT)}
+    return [
+        _policy(ctx, default_deny_name(ctx.name), None, ingress=[], egress=[]),
+        _policy(
+            ctx,
+            store_name(ctx.name),
+            Component.STORE,
+            ingress=[],
+            egress=[_dns_egress(), https_egress],
+        ),
+    ]
+
+
+def serving_policies(ctx: ModelContext) -> list[Object]:
+    """Return what routers and sandboxes may do."""
+    from_clients = {"from": _client_peers(ctx), "ports": _ports(router.ROUTER_PORT)}
+    to_sandboxes = {
+        "to": [_pods_peer(ctx, Component.SANDBOX)],
+        "ports": _ports(sandbox.SANDBOX_PORT),
+    }
+    to_control = {"to": [_operator_peer(ctx)], "ports": _ports(ctx.control.port)}
+    from_callers = {
+        "from": [_pods_peer(ctx, Component.ROUTER), _operator_peer(ctx)],
+        "ports": _ports(sandbox.SANDBOX_PORT),
+    }
+    return [
+        _policy(
+            ctx,
+            router_name(ctx.name),
+            Component.ROUTER,
+            ingress=[from_clients],
+            egress=[_dns_egress(), to_sandboxes, to_control],
+        ),
+        _policy(ctx, sandbox_name(ctx.name), Component.SANDBOX, ingress=[from_callers], egress=[]),
+    ]
+
+
+def _policy(
+    ctx: ModelContext,
+    name: str,
+    component: Component | None,
+    *,
+    ingress: list[Object],
+    egress: list[Object],
+) -> Object:
+    return new_object(
+        ctx,
+        NETWORK_POLICY,
+        name,
+        component=component,
+        spec={
+            "podSelector": {"matchLabels": pod_selector(ctx.name, component)},
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": ingress,
+            "egress": egress,
+        },
+    )
+
+
+def _client_peers(ctx: ModelContext) -> list[Object]:
+    named = [client.to_object() for client in ctx.spec.networking.clients]
+    return named or [{"namespaceSelector": {}}]
+
+
+def _pods_peer(ctx: ModelContext, component: Component) -> Object:
+    return {"podSelector": {"matchLabels": pod_selector(ctx.name, component)}}
+
+
+def _operator_peer(ctx: ModelContext) -> Object:
+    return {
+        "namespaceSelector": {"matchLabels": {NAMESPACE_LABEL: ctx.control.namespace}},
+        "podSelector": {"matchLabels": dict(ctx.control.pod_labels)},
+    }
+
+
+def _dns_egress() -> Object:
+    return {"ports": [*_ports(*DNS_PORTS, protocol="UDP"), *_ports(*DNS_PORTS)]}
+
+
+def _ports(*numbers: int, protocol: str = "TCP") -> list[dict[str, Any]]:
+    return [{"protocol": protocol, "port": number} for number in numbers]
+
+
+METRICS_PATH = "/metrics"
+
+
+def service_monitors(ctx: ModelContext) -> list[Object]:
+    """Return the ServiceMonitor if it is asked for and the cluster can have it."""
+    monitor = ctx.spec.monitoring.service_monitor
+    if monitor is None or MONITORING_API not in ctx.api:
+        return []
+    # Tenants' Services have the same pods behind them: each would be scraped several times.
+    model_service_only = {"key": TENANT_LABEL, "operator": "DoesNotExist"}
+    matching = {
+        "matchLabels": pod_selector(ctx.name, Component.ROUTER),
+        "matchExpressions": [model_service_only],
+    }
+    endpoint = {
+        "port": SERVICE_PORT_NAME,
+        "path": METRICS_PATH,
+        "interval": f"{monitor.interval_seconds}s",
+    }
+    return [
+        new_object(
+            ctx,
+            SERVICE_MONITOR,
+            router_name(ctx.name),
+            component=Component.ROUTER,
+            extra_labels=monitor.labels,
+            spec={
+                "selector": matching,
+                "namespaceSelector": {"matchNames": [ctx.namespace]},
+                "targetLabels": [MODEL_LABEL],
+                "endpoints": [endpoint],
+            },
+        )
+    ]

@@ -1,0 +1,203 @@
+"""How the store is doing: from its Job, the Job's pods and what the status remembers. Pure.
+
+The Job's own retries are few and quick; a Job that has failed is replaced after a back-off that its
+annotation counts, so that an operator that restarts goes on where the one before was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from faasmoe_operator.kube.component_status import first_pod_failure
+from faasmoe_operator.kube.conditions import (
+    ConditionState,
+    condition_false,
+    condition_true,
+    condition_unknown,
+)
+from faasmoe_operator.kube.diff import has_job_condition
+from faasmoe_operator.kube.store_summary import (
+    StoreFailure,
+    StoreFailureReason,
+    StoreSummary,
+    StoreSummaryError,
+)
+from faasmoe_operator.kube.types import Object
+
+ATTEMPT_ANNOTATION = "faasmoe.dev/attempt"
+RETRY_DELAYS_S = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+FINAL_RETRY_DELAY_S = 3600.0
+
+JOB_FAILED = "JobFailed"
+RESULT_MISSING = "TerminationMessageMissing"
+RETRYABLE_REASONS = frozenset(
+    {*(reason.value for reason in StoreFailureReason), JOB_FAILED, RESULT_MISSING}
+)
+"""Reasons for which the Job is run again."""
+HINTS = {
+    "SourceNotFound": "check spec.model.source and spec.model.revision",
+    "SourceUnsupported": "choose a model that the README lists as covered",
+    "StoreMismatch": "give this MoEModel another claim, or another store.subPath in it",
+    "HubUnauthorized": "name a Secret with a hub token that may read it in model.tokenSecretRef",
+    "HubUnavailable": "check that the cluster's pods reach the hub",
+    "NoSpace": "raise spec.store.size",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatus:
+    """What is known of a store.
+
+    Attributes:
+        verdict: state of the condition StoreReady.
+        summary: what it holds; None unless it is ready.
+        retry_at: when the failed Job is to be replaced, in seconds of the day's clock; None if
+            there is nothing to replace.
+        secret: a Secret that its pod waits for.
+        is_retry: whether it failed before, and nothing is known yet of the new attempt.
+    """
+
+    condition: ConditionState
+    summary: StoreSummary | None = None
+    retry_at: float | None = None
+    missing_secret: str | None = None
+    is_retry: bool = False
+
+
+def store_status(job: Object | None, pods: Sequence[Object], *, status_model: Any) -> StoreStatus:
+    """Return how the store is doing.
+
+    Args:
+        job: the store's Job, if there is one.
+        pods: the Job's pods.
+        known: `status.model` of the MoEModel, if it has one.
+    """
+    if job is None or "deletionTimestamp" in job["metadata"]:
+        condition = condition_unknown("Preparing", "creating the store Job")
+        return StoreStatus(condition, is_retry=True)
+    if has_job_condition(job, "Complete"):
+        return _completed_status(job, _termination_message(pods), status_model)
+    if has_job_condition(job, "Failed"):
+        return _failed_status(job, pods)
+    if job.get("spec", {}).get("suspend"):
+        return StoreStatus(
+            condition_unknown("Suspended", "spec.suspend is true: the store is not prepared")
+        )
+    if (failure := first_pod_failure(pods)) is not None:
+        return StoreStatus(
+            condition_false(failure.reason, failure.message), missing_secret=failure.missing_secret
+        )
+    last_failure = (
+        ""
+        if (message := _termination_message(pods)) is None
+        else f"; the last attempt failed: {_failure_message(message)}"
+    )
+    condition = condition_unknown(
+        "Preparing", f"Job {_job_name(job)} prepares the store{last_failure}"
+    )
+    return StoreStatus(condition, is_retry=failed_attempts(job) > 0)
+
+
+def failed_attempts(job: Object) -> int:
+    """Return how many Jobs failed before this one."""
+    text = job["metadata"].get("annotations", {}).get(ATTEMPT_ANNOTATION, "")
+    return int(text) if text.isascii() and text.isdecimal() else 0
+
+
+def with_failed_attempts(job: Object, attempt: int) -> Object:
+    """Return a Job that says how many failed before it."""
+    if attempt == 0:
+        return job
+    annotations = {**job["metadata"].get("annotations", {}), ATTEMPT_ANNOTATION: str(attempt)}
+    return {**job, "metadata": {**job["metadata"], "annotations": annotations}}
+
+
+def _completed_status(job: Object, message: str | None, status_model: Any) -> StoreStatus:
+    result = StoreSummary.from_termination_message(message) if message is not None else None
+    summary = result if isinstance(result, StoreSummary) else _summary_from_status(status_model)
+    if summary is not None:
+        text = f"{summary.source} is prepared, {summary.size_bytes} bytes, {summary.digest}"
+        return StoreStatus(condition_true("Prepared", text), summary)
+    cause = result.message if isinstance(result, StoreFailure) else "its pod is gone"
+    condition = condition_false(
+        RESULT_MISSING, f"the Job's termination message is missing: {cause}; it is run again"
+    )
+    return StoreStatus(condition, retry_at=_finished_at(job) + _retry_delay_s(failed_attempts(job)))
+
+
+def _failed_status(job: Object, pods: Sequence[Object]) -> StoreStatus:
+    attempt, message = failed_attempts(job), _termination_message(pods)
+    failure = StoreSummary.from_termination_message(message) if message is not None else None
+    pod_failure = first_pod_failure(pods)
+    delay_s = _retry_delay_s(attempt)
+    if isinstance(failure, StoreFailure) and pod_failure is None:
+        reason, text = failure.reason.value, failure.message
+        delay_s = FINAL_RETRY_DELAY_S if failure.reason.is_permanent else delay_s
+    elif pod_failure is not None:
+        reason, text = pod_failure.reason, pod_failure.message
+    else:
+        reason, text = JOB_FAILED, _job_message(job)
+    hint = f"; {HINTS[reason]}" if reason in HINTS else ""
+    retry_note = f"; tried again {_format_delay(delay_s)} after it failed, or when Job {_job_name(job)} is deleted"
+    condition = condition_false(reason, f"{text}{hint}{retry_note}")
+    return StoreStatus(condition, retry_at=_finished_at(job) + delay_s)
+
+
+def _retry_delay_s(attempt: int) -> float:
+    return RETRY_DELAYS_S[min(attempt, len(RETRY_DELAYS_S) - 1)]
+
+
+def _format_delay(delay_s: float) -> str:
+    return f"{delay_s:g} s" if delay_s < 120 else f"{delay_s / 60:g} min"
+
+
+def _termination_message(pods: Sequence[Object]) -> str | None:
+    """Return the termination message of the container that ended last."""
+    terminated = [
+        container["state"]["terminated"]
+        for pod in pods
+        for container in pod.get("status", {}).get("containerStatuses", ())
+        if container.get("state", {}).get("terminated")
+    ]
+    if not terminated:
+        return None
+    last = max(terminated, key=lambda state: str(state.get("finishedAt") or ""))
+    return str(last.get("message") or "")
+
+
+def _failure_message(message: str) -> str:
+    result = StoreSummary.from_termination_message(message)
+    return result.message if isinstance(result, StoreFailure) else "its result was lost"
+
+
+def _summary_from_status(status_model: Any) -> StoreSummary | None:
+    if status_model is None:
+        return None
+    try:
+        return StoreSummary.from_status(status_model)
+    except StoreSummaryError:
+        return None
+
+
+def _job_message(job: Object) -> str:
+    for condition in job.get("status", {}).get("conditions", ()):
+        if condition.get("type") == "Failed":
+            return f"Job {_job_name(job)}: {condition.get('message') or condition.get('reason')}"
+    return f"Job {_job_name(job)} failed"
+
+
+def _finished_at(job: Object) -> float:
+    times = [
+        condition["lastTransitionTime"]
+        for condition in job.get("status", {}).get("conditions", ())
+        if condition.get("type") in ("Failed", "Complete") and condition.get("lastTransitionTime")
+    ]
+    return datetime.fromisoformat(max(times)).timestamp() if times else 0.0
+
+
+def _job_name(job: Object) -> str:
+    name: str = job["metadata"]["name"]
+    return name

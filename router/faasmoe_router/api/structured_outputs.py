@@ -1,0 +1,147 @@
+"""What a text is to be held to: `response_format`, vLLM's `structured_outputs` and `guided_...`.
+
+Brought to one thing, a grammar's source, with the name of the parameter that it came from.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import PlainValidator
+
+from faasmoe_router.api.validation import field_error, is_valid_text
+from faasmoe_router.engine.structured_output import GrammarKind, GrammarSource
+
+_GRAMMAR_KINDS: Mapping[str, GrammarKind] = {
+    "json": "json_schema",
+    "json_object": "json_schema",
+    "regex": "regex",
+    "choice": "choice",
+    "grammar": "grammar",
+}
+# vLLM's settings of how, and what each may be for it to change nothing.
+_NEUTRAL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+    "disable_any_whitespace": (False,),
+    "disable_fallback": (False, True),
+    "disable_additional_properties": (False,),
+    "whitespace_pattern": (),
+    "structural_tag": (),
+    "backend": ("auto", "guidance"),
+}
+_MAX_CHOICES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """A grammar that was asked for, and by which parameter."""
+
+    param: str
+    grammar: GrammarSource
+
+
+def parse_response_format(value: Any) -> StructuredOutput | None:
+    """Read `response_format`: null, or an object of type text, json_object or json_schema."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise field_error("type", "Input should be an object")
+    format_type = value.get("type")
+    if format_type == "text":
+        return None
+    if format_type == "json_object":
+        return StructuredOutput("response_format", _grammar_source("json_object", True))
+    if format_type != "json_schema":
+        raise field_error("value", "Input should have a type of text, json_object or json_schema")
+    schema_spec = value.get("json_schema")
+    if not isinstance(schema_spec, dict) or not isinstance(schema_spec.get("schema"), dict):
+        raise field_error("value", "Input should have an object at json_schema.schema")
+    return StructuredOutput("response_format", _grammar_source("json", schema_spec["schema"]))
+
+
+def parse_structured_outputs(value: Any) -> StructuredOutput | None:
+    """Read `structured_outputs`: null, or an object of one of json, regex, choice and grammar."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise field_error("type", "Input should be an object")
+    for name, neutral in _NEUTRAL_OPTIONS.items():
+        if value.get(name) is not None and value[name] not in neutral:
+            raise field_error("value", f"{name} is not supported by this server")
+    requested = [name for name in _GRAMMAR_KINDS if value.get(name) not in (None, False)]
+    if len(requested) > 1:
+        raise field_error("value", f"Input should have only one of {', '.join(requested)}")
+    if not requested:
+        return None
+    return StructuredOutput(
+        "structured_outputs", _grammar_source(requested[0], value[requested[0]])
+    )
+
+
+def _parse_guided(name: str, value: Any) -> StructuredOutput | None:
+    if value in (None, False):
+        return None
+    return StructuredOutput(f"guided_{name}", _grammar_source(name, value))
+
+
+def _grammar_source(name: str, value: Any) -> GrammarSource:
+    if name == "json_object":
+        return GrammarSource("json_schema", '{"type": "object"}')
+    if name == "json" and not isinstance(value, str):
+        if not isinstance(value, dict):
+            raise field_error("type", "The schema should be an object")
+        return GrammarSource("json_schema", dump_json(value))
+    if name == "choice":
+        return GrammarSource("choice", _choice_grammar(value))
+    if not is_valid_text(value) or not value:
+        raise field_error("type", f"{name} should be a string that is not empty")
+    return GrammarSource(_GRAMMAR_KINDS[name], value)
+
+
+def _choice_grammar(value: Any) -> str:
+    if not isinstance(value, list) or not value or not all(is_valid_text(c) and c for c in value):
+        raise field_error("type", "choice should be a list of strings that are not empty")
+    if len(value) > _MAX_CHOICES:
+        raise field_error("value", f"choice should have at most {_MAX_CHOICES} strings")
+    return dump_json(value)
+
+
+def dump_json(value: Any) -> str:
+    """Return a value of a request as JSON again; half a surrogate or NaN in it is a fault."""
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
+        raise field_error(
+            "value", "Input should be valid JSON: valid Unicode, finite numbers, limited nesting"
+        ) from error
+    return text
+
+
+ResponseFormat = Annotated[
+    StructuredOutput | None,
+    PlainValidator(parse_response_format, json_schema_input_type=dict[str, Any] | None),
+]
+StructuredOutputs = Annotated[
+    StructuredOutput | None,
+    PlainValidator(parse_structured_outputs, json_schema_input_type=dict[str, Any] | None),
+]
+GuidedJson = Annotated[
+    StructuredOutput | None,
+    PlainValidator(
+        partial(_parse_guided, "json"), json_schema_input_type=str | dict[str, Any] | None
+    ),
+]
+GuidedRegex = Annotated[
+    StructuredOutput | None,
+    PlainValidator(partial(_parse_guided, "regex"), json_schema_input_type=str | None),
+]
+GuidedChoice = Annotated[
+    StructuredOutput | None,
+    PlainValidator(partial(_parse_guided, "choice"), json_schema_input_type=list[str] | None),
+]
+GuidedGrammar = Annotated[
+    StructuredOutput | None,
+    PlainValidator(partial(_parse_guided, "grammar"), json_schema_input_type=str | None),
+]

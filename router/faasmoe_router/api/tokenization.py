@@ -1,0 +1,135 @@
+"""POST /tokenize and /detokenize, with vLLM's bodies: texts and chats as tokens, and back."""
+
+import asyncio
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from faasmoe_router.api.auth import get_caller
+from faasmoe_router.api.errors import ApiError, model_not_found
+from faasmoe_router.api.openapi import DetokenizeResponse, TokenizeResponse, json_responses
+from faasmoe_router.api.preprocessing import Preprocessor, template_variables
+from faasmoe_router.api.protocol import MAX_TOOLS, ChatMessage, ToolParam
+from faasmoe_router.api.validation import Text, TokenIds, reject_unsupported
+from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.tokenizer import ChatTemplateOptions
+from faasmoe_router.tenants.caller import Caller
+
+ERROR_STATUSES = (400, 404, 413, 500, 503)
+_UNSUPPORTED_PARAMS: dict[str, tuple[Any, ...]] = {
+    "chat_template": (),
+    "mm_processor_kwargs": ({},),
+}
+
+
+class _TokenizerRequest(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
+
+    model: Text | None = None
+
+
+class TokenizeRequest(_TokenizerRequest):
+    """What is to be tokenised: a prompt, or the messages of a chat."""
+
+    prompt: Text | None = None
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[ToolParam] | None = Field(default=None, max_length=MAX_TOOLS)
+
+    def check_params(self) -> None:
+        """Refuse what is neither a prompt nor a chat; raises ApiError."""
+        reject_unsupported(self.model_extra, _UNSUPPORTED_PARAMS)
+        if (self.prompt is None) == (self.messages is None):
+            raise ApiError(
+                "Invalid value for 'prompt': expected either 'prompt' or 'messages'.",
+                param="prompt",
+                code="invalid_value",
+            )
+        if self.messages is not None and self.add_special_tokens:
+            reject_unsupported({"add_special_tokens": True}, {"add_special_tokens": (False,)})
+
+    def chat_view(self) -> ChatTemplateOptions:
+        """Return what the chat template is told besides the messages."""
+        return ChatTemplateOptions(
+            tools=tuple(tool.to_template() for tool in self.tools or ()),
+            add_generation_prompt=self.add_generation_prompt is not False,
+            continue_final_message=bool(self.continue_final_message),
+            template_kwargs=template_variables(self.chat_template_kwargs),
+        )
+
+
+class DetokenizeRequest(_TokenizerRequest):
+    """What is to be made text again."""
+
+    tokens: TokenIds
+
+
+def tokenization_routes(engine: Engine, *, model_name: str) -> APIRouter:
+    """Return the routes that tokenise."""
+    router = APIRouter()
+    preprocessor = Preprocessor(engine)
+
+    @router.post(
+        "/tokenize",
+        response_model=None,
+        responses=json_responses(TokenizeResponse, *ERROR_STATUSES),
+    )
+    @router.post(
+        "/v1/tokenize",
+        response_model=None,
+        responses=json_responses(TokenizeResponse, *ERROR_STATUSES),
+    )
+    async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+        """Tell the tokens of a prompt or of a chat."""
+        caller = get_caller(request)
+        _check_model(body.model, caller.model_names(model_name))
+        body.check_params()
+        ids = await _tokenize(body, preprocessor, caller)
+        strings = engine.tokenizer.token_strings(ids) if body.return_token_strs else None
+        return {
+            "count": len(ids),
+            "max_model_len": caller.effective_max_model_len(engine.limits.max_model_len),
+            "tokens": list(ids),
+            "token_strs": strings,
+        }
+
+    @router.post(
+        "/detokenize",
+        response_model=None,
+        responses=json_responses(DetokenizeResponse, *ERROR_STATUSES),
+    )
+    @router.post(
+        "/v1/detokenize",
+        response_model=None,
+        responses=json_responses(DetokenizeResponse, *ERROR_STATUSES),
+    )
+    async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
+        """Tell the text of tokens."""
+        _check_model(body.model, get_caller(request).model_names(model_name))
+        tokens = body.tokens or ()
+        preprocessor.check_token_ids(tokens, param="tokens")
+        text = await asyncio.to_thread(engine.tokenizer.decode, tokens, include_special_tokens=True)
+        return {"prompt": text}
+
+    return router
+
+
+async def _tokenize(
+    body: TokenizeRequest, preprocessor: Preprocessor, caller: Caller
+) -> Sequence[int]:
+    if body.messages is not None:
+        return await preprocessor.encode_chat(body.messages, body.chat_view(), caller)
+    assert body.prompt is not None
+    preprocessor.check_text_size([body.prompt], param="prompt")
+    return await preprocessor.encode(body.prompt, special=body.add_special_tokens is not False)
+
+
+def _check_model(requested: str | None, names: Collection[str]) -> None:
+    if requested is not None and requested not in names:
+        raise model_not_found(str(requested))

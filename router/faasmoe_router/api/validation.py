@@ -1,0 +1,281 @@
+"""Field types of requests that may be written in several ways, brought to one.
+
+Written by hand rather than as unions, so that an error names the field and not a branch of a union.
+
+Parameters that clients know and this server does not honour: refused by name when they ask.
+
+What is not named here, and not in a body either, is unknown and ignored, as clients expect.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, PlainValidator
+from pydantic_core import PydanticCustomError
+
+from faasmoe_router.api.errors import ApiError
+
+MAX_STOP_STRINGS = 4
+MAX_STOP_STRING_LENGTH = 1024
+MAX_PROMPTS = 128
+MAX_TOKEN_IDS = 1024
+MAX_LOGIT_BIAS = 100
+MAX_BAD_WORDS = 64
+
+
+def field_error(kind: str, expected: str) -> PydanticCustomError:
+    """Return a field's fault: of its type or of its value."""
+    # The text is passed as a value: it may quote the client, braces and all.
+    return PydanticCustomError(f"expected_{kind}", "{expected}", {"expected": expected})
+
+
+def is_valid_text(value: Any) -> bool:
+    """Return whether a value is a string; halves of surrogates, which JSON can write, are none."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def parse_text(value: str) -> str:
+    """Read a string; halves of surrogates, which JSON can write, are no text."""
+    if not is_valid_text(value):
+        raise field_error("type", "Input should be a valid string")
+    return value
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def parse_stop(value: Any) -> tuple[str, ...]:
+    """Read `stop`: null, one string, or up to four."""
+    if value is None:
+        return ()
+    stop_strings = [value] if isinstance(value, str) else value
+    if not isinstance(stop_strings, list) or not all(is_valid_text(stop) for stop in stop_strings):
+        raise field_error("type", "Input should be a string or a list of strings")
+    if len(stop_strings) > MAX_STOP_STRINGS:
+        raise field_error("value", f"Input should have at most {MAX_STOP_STRINGS} stop strings")
+    if not all(1 <= len(stop) <= MAX_STOP_STRING_LENGTH for stop in stop_strings):
+        raise field_error(
+            "value", f"Stop strings should have 1 to {MAX_STOP_STRING_LENGTH} characters"
+        )
+    return tuple(stop_strings)
+
+
+def parse_token_ids(value: Any) -> tuple[int, ...]:
+    """Read a list of tokens."""
+    if not isinstance(value, list) or not all(map(_is_token_id, value)):
+        raise field_error("type", "Input should be a list of tokens")
+    return tuple(value)
+
+
+def parse_bounded_token_ids(value: Any) -> tuple[int, ...] | None:
+    """Read a list of at most 1024 tokens, or null."""
+    if value is None:
+        return None
+    token_ids = parse_token_ids(value)
+    if len(token_ids) > MAX_TOKEN_IDS:
+        raise field_error("value", f"Input should have at most {MAX_TOKEN_IDS} tokens")
+    return token_ids
+
+
+def parse_logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    """Read `logit_bias`: null, or an object of tokens, written as strings, and numbers."""
+    if value is None:
+        return ()
+    if not isinstance(value, dict):
+        raise field_error("type", "Input should be an object of tokens and numbers")
+    if len(value) > MAX_TOKEN_IDS:
+        raise field_error("value", f"Input should have at most {MAX_TOKEN_IDS} tokens")
+    return tuple((_parse_token_key(key), _parse_bias(key, bias)) for key, bias in value.items())
+
+
+def _parse_token_key(key: str) -> int:
+    if not (key.isascii() and key.isdecimal() and len(key) < 10):
+        raise field_error("value", "Keys should be tokens, such as 50256")
+    return int(key)
+
+
+def _parse_bias(key: str, bias: Any) -> float:
+    if isinstance(bias, bool) or not isinstance(bias, int | float):
+        raise field_error("type", f"The bias of {key} should be a number")
+    if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+        raise field_error(
+            "value", f"The bias of {key} should be from -{MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}"
+        )
+    return float(bias)
+
+
+def parse_bad_words(value: Any) -> tuple[str, ...]:
+    """Read `bad_words`: null, or strings that are not empty."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(is_valid_text(word) for word in value):
+        raise field_error("type", "Input should be a list of strings")
+    if len(value) > MAX_BAD_WORDS:
+        raise field_error("value", f"Input should have at most {MAX_BAD_WORDS} strings")
+    if not all(1 <= len(word) <= MAX_STOP_STRING_LENGTH for word in value):
+        raise field_error(
+            "value", f"Bad words should have 1 to {MAX_STOP_STRING_LENGTH} characters"
+        )
+    return tuple(value)
+
+
+def parse_message_content(value: Any) -> str | None:
+    """Read a message's `content`: null, a string, or a list of text parts."""
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return "".join(_parse_content_part(part, index) for index, part in enumerate(value))
+    if not is_valid_text(value):
+        raise field_error("type", "Input should be a valid string or a list of text parts")
+    return str(value)
+
+
+def _parse_content_part(part: Any, index: int) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text":
+        raise field_error("value", f'Part [{index}] should be an object of type "text"')
+    if not is_valid_text(part.get("text")):
+        raise field_error("type", f"Part [{index}].text should be a valid string")
+    return str(part["text"])
+
+
+Prompt = str | tuple[int, ...]
+
+
+def parse_prompts(value: Any) -> tuple[Prompt, ...]:
+    """Read `prompt`: a string, a list of strings, a list of tokens, or a list of those."""
+    if isinstance(value, str) or (isinstance(value, list) and value and _is_token_id(value[0])):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise field_error("type", "Input should be a string, strings, tokens, or lists of tokens")
+    if len(value) > MAX_PROMPTS:
+        raise field_error("value", f"Input should have at most {MAX_PROMPTS} prompts")
+    return tuple(_parse_prompt(prompt, index) for index, prompt in enumerate(value))
+
+
+def _parse_prompt(prompt: Any, index: int) -> Prompt:
+    if isinstance(prompt, list) and prompt and all(map(_is_token_id, prompt)):
+        return tuple(prompt)
+    if not is_valid_text(prompt):
+        raise field_error("type", f"Prompt [{index}] should be a valid string or a list of tokens")
+    return str(prompt)
+
+
+Text = Annotated[str, AfterValidator(parse_text)]
+StopStrings = Annotated[
+    tuple[str, ...], PlainValidator(parse_stop, json_schema_input_type=str | list[str] | None)
+]
+TokenIds = Annotated[
+    tuple[int, ...], PlainValidator(parse_token_ids, json_schema_input_type=list[int])
+]
+BoundedTokenIds = Annotated[
+    tuple[int, ...] | None,
+    PlainValidator(parse_bounded_token_ids, json_schema_input_type=list[int] | None),
+]
+LogitBias = Annotated[
+    tuple[tuple[int, float], ...],
+    PlainValidator(parse_logit_bias, json_schema_input_type=dict[str, float] | None),
+]
+BadWords = Annotated[
+    tuple[str, ...],
+    PlainValidator(parse_bad_words, json_schema_input_type=list[str] | None),
+]
+MessageContent = Annotated[
+    str | None,
+    PlainValidator(parse_message_content, json_schema_input_type=str | list[dict[str, str]] | None),
+]
+Prompts = Annotated[
+    tuple[Prompt, ...],
+    PlainValidator(
+        parse_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+    ),
+]
+
+
+# What each parameter may be for it to change nothing.
+UNSUPPORTED_PARAMS: Mapping[str, tuple[Any, ...]] = {
+    "audio": (),
+    "cache_salt": (),
+    "chat_template": (),
+    "documents": ([],),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "priority": (0,),
+    "prompt_cache_options": ({}, {"mode": "implicit"}),
+    "prompt_cache_retention": ("in_memory",),
+    "prompt_embeds": (),
+    "prompt_logprobs": (False,),
+    "request_id": (),
+    "service_tier": ("auto", "default"),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
+    "structural_tag": (),
+    "suffix": ("",),
+    "truncate_prompt_tokens": (-1,),
+    "use_beam_search": (False,),
+    "verbosity": (),
+    "vllm_xargs": ({},),
+    "web_search_options": (),
+}
+UNSUPPORTED_CHAT_PARAMS: Mapping[str, tuple[Any, ...]] = {
+    **UNSUPPORTED_PARAMS,
+    "add_special_tokens": (False,),
+    "best_of": (1,),
+    "echo": (False,),
+}
+UNSUPPORTED_COMPLETION_PARAMS: Mapping[str, tuple[Any, ...]] = {
+    **UNSUPPORTED_PARAMS,
+    "add_special_tokens": (True,),
+    "parallel_tool_calls": (True, False),
+    "reasoning_effort": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+UNSUPPORTED_MESSAGE_PARAMS: Mapping[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": (),
+}
+
+
+def reject_unsupported(
+    extra_params: Mapping[str, Any] | None,
+    neutral_values: Mapping[str, tuple[Any, ...]],
+    path: str = "",
+) -> None:
+    """Refuse what is asked for and not honoured; raises ApiError that names it.
+
+    Args:
+        extra_params: a body's fields beyond those that are read.
+        neutral_values: what each known one may be.
+        path: where the body is within the request.
+    """
+    for name, value in (extra_params or {}).items():
+        if (
+            name in neutral_values
+            and value is not None
+            and not _is_neutral(value, neutral_values[name])
+        ):
+            raise unsupported_param(f"{path}{name}")
+
+
+def unsupported_param(param: str, reason: str = "is not supported by this server") -> ApiError:
+    """Return the refusal of a parameter that is known and not honoured."""
+    return ApiError(
+        f"Unsupported parameter: '{param}' {reason}.", param=param, code="unsupported_parameter"
+    )
+
+
+def _is_neutral(value: Any, neutral_values: tuple[Any, ...]) -> bool:
+    # 0 == False, but a completion's "logprobs": 0 does ask for something.
+    return any(
+        value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral_values
+    )

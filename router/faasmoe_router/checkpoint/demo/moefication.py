@@ -1,0 +1,239 @@
+"""What the dense model's feed-forward blocks see while it answers ordinary questions.
+
+Cutting one dense feed-forward block into a shared expert, routed experts and their gate.
+
+The busiest neurons become the shared expert; the others are clustered by co-activation into experts
+of equal size; the gate is fitted by ridge regression to tell which experts matter for a token.
+
+The mixture of experts that is cut out of the dense model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+ANSWER_TOKENS = 160
+CALIBRATION_PROMPTS = (
+    "What is the capital of France?",
+    "Why is the sky blue?",
+    "Write a short story about a cat.",
+    "How do I boil an egg?",
+    "What is machine learning?",
+    "Tell me about the moon.",
+    "Give me three tips for sleeping well.",
+    "Explain photosynthesis.",
+    "Who was Isaac Newton?",
+    "Write a poem about the sea.",
+    "What is Kubernetes?",
+    "Summarise the history of Rome.",
+)
+N_CALIBRATION_STEPS = ANSWER_TOKENS + len(CALIBRATION_PROMPTS)
+
+
+def calibration_inputs(
+    dense: Any, tokenizer: Any, *, on_step: Callable[[], None]
+) -> list[torch.Tensor]:
+    """Return each layer's feed-forward inputs, [N, H], seen while `dense` answers PROMPTS.
+
+    Answers are drawn with torch's global generator; `step` is called STEPS times at most.
+    """
+    answers = _generate_answers(dense, tokenizer, on_step)  # [prompts, T]
+    inputs_by_layer: list[list[torch.Tensor]] = [[] for _ in dense.model.layers]
+    hooks = [
+        layer.mlp.register_forward_pre_hook(_input_recorder(inputs))
+        for layer, inputs in zip(dense.model.layers, inputs_by_layer, strict=True)
+    ]
+    for row in answers:
+        dense(row[row != tokenizer.pad_token_id][None])
+        on_step()
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(inputs) for inputs in inputs_by_layer]  # [N, H] each
+
+
+def _generate_answers(dense: Any, tokenizer: Any, on_step: Callable[[], None]) -> torch.Tensor:
+    chats = [[{"role": "user", "content": prompt}] for prompt in CALIBRATION_PROMPTS]
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+
+    def count_step(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        on_step()
+        return torch.zeros(len(ids), dtype=torch.bool)  # [B]: never a reason to stop
+
+    answers: torch.Tensor = dense.generate(
+        **batch,
+        max_new_tokens=ANSWER_TOKENS,
+        do_sample=True,
+        temperature=0.7,
+        top_k=40,
+        stopping_criteria=[count_step],
+    )
+    return answers
+
+
+def _input_recorder(inputs: list[torch.Tensor]) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+    def record(_module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        inputs.append(args[0].squeeze(0))  # [T, H]
+
+    return record
+
+
+SHARED_FRACTION, NUM_EXPERTS, TOP_K = 0.5, 8, 4
+_GATE_SCALE = 0.05  # keeps the order of the logits but leaves the top-k weights close to 1/k
+_N_CLUSTER_ITERATIONS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class DenseMlp:
+    """The weights of a gated feed-forward block: gate and up [I, H], down [H, I]."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+def split_dense_mlp(
+    block: DenseMlp, inputs: torch.Tensor, *, exact: bool, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Return the Qwen2-MoE tensors that replace `block`, by their names under `mlp`.
+
+    Args:
+        block: the dense weights.
+        inputs: what the block saw, [N, H].
+        exact: every expert is active with equal weight, so the sum equals the dense block.
+        generator: draws the first cluster centres.
+    """
+    hidden, neurons = block.down.shape
+    activity = F.silu(inputs @ block.gate.T) * (inputs @ block.up.T)  # [N, I]
+    activity = activity.abs() * block.down.norm(dim=0)  # [N, I]
+    order = activity.mean(0).argsort(descending=True)  # [I]
+    shared, routed = order.split(
+        [shared_expert_size(neurons), neurons - shared_expert_size(neurons)]
+    )
+    cluster = balanced_clusters(activity[:, routed].T, NUM_EXPERTS, generator=generator)  # [R]
+    experts = [routed[cluster == e] for e in range(NUM_EXPERTS)]
+    gate = _fit_gate(inputs, torch.stack([activity[:, e].norm(dim=1) for e in experts], dim=1))
+    n_active = NUM_EXPERTS if exact else TOP_K
+    return {
+        "gate.weight": torch.zeros_like(gate) if exact else gate,  # [E, H]
+        "experts.gate_up_proj": torch.stack(
+            [torch.cat([block.gate[e], block.up[e]]) for e in experts]
+        ),  # [E, 2J, H]
+        "experts.down_proj": torch.stack([block.down[:, e] for e in experts])
+        * n_active,  # [E, H, J]
+        "shared_expert.gate_proj.weight": block.gate[shared],  # [S, H]
+        "shared_expert.up_proj.weight": block.up[shared],  # [S, H]
+        "shared_expert.down_proj.weight": block.down[:, shared]
+        * 2,  # undoes sigmoid(0) of its gate
+        "shared_expert_gate.weight": torch.zeros(1, hidden),  # [1, H]
+    }
+
+
+def shared_expert_size(neurons: int) -> int:
+    """Return the width of the shared expert of a block of `neurons`."""
+    return int(neurons * SHARED_FRACTION)
+
+
+def balanced_clusters(
+    profiles: torch.Tensor, n_clusters: int, *, generator: torch.Generator
+) -> torch.Tensor:
+    """Return the cluster of each row of `profiles` [R, N], equal in size, by cosine similarity."""
+    profiles = F.normalize(profiles, dim=1)  # [R, N]
+    centres = profiles[
+        torch.randperm(len(profiles), generator=generator)[:n_clusters]
+    ]  # [count, N]
+    for _ in range(_N_CLUSTER_ITERATIONS):
+        cluster = _assign_to_clusters(profiles @ centres.T)  # [R]
+        centres = torch.stack(
+            [profiles[cluster == c].mean(0) for c in range(n_clusters)]
+        )  # [count, N]
+    return cluster
+
+
+def _assign_to_clusters(similarity: torch.Tensor) -> torch.Tensor:
+    """Give each row to its most similar cluster that has room, the best matches first."""
+    rows, n_clusters = similarity.shape
+    assigned, capacity = [-1] * rows, [rows // n_clusters] * n_clusters
+    for flat in similarity.flatten().argsort(descending=True, stable=True).tolist():
+        row, cluster = divmod(flat, n_clusters)
+        if assigned[row] < 0 and capacity[cluster]:
+            assigned[row], capacity[cluster] = cluster, capacity[cluster] - 1
+    return torch.tensor(assigned)  # [R]
+
+
+def _fit_gate(inputs: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
+    """Return the gate [E, H] that predicts each expert's load [N, E] from the inputs [N, H]."""
+    load = load - load.mean(dim=1, keepdim=True)  # [N, E]
+    ridge = 0.01 * len(inputs) * inputs.pow(2).mean() * torch.eye(inputs.shape[1])  # [H, H]
+    fitted = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ (load / load.std()))  # [H, E]
+    gate: torch.Tensor = fitted.T * _GATE_SCALE  # [E, H]
+    return gate
+
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def convert_to_moe(
+    dense: Any,
+    inputs: list[torch.Tensor],
+    *,
+    exact: bool,
+    generator: torch.Generator,
+    on_step: Callable[[], None],
+) -> Any:
+    """Return the mixture cut out of `dense`; `step` is called once for each layer."""
+    config = moe_config(dense.config, exact=exact)
+    dense_weights = dense.state_dict()
+    moe_weights = {name: tensor for name, tensor in dense_weights.items() if ".mlp." not in name}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}.mlp."
+        weights = [dense_weights[f"{prefix}{name}.weight"] for name in _PROJECTIONS]
+        if layer in config.mlp_only_layers:
+            block_weights = dict(
+                zip((f"{name}.weight" for name in _PROJECTIONS), weights, strict=True)
+            )
+        else:
+            block_weights = split_dense_mlp(
+                DenseMlp(*weights), inputs[layer], exact=exact, generator=generator
+            )
+        moe_weights |= {prefix + name: tensor for name, tensor in block_weights.items()}
+        on_step()
+    model = Qwen2MoeForCausalLM(config)
+    model.load_state_dict(moe_weights)
+    return model.eval()
+
+
+def moe_config(dense_config: Any, *, exact: bool) -> Qwen2MoeConfig:
+    """Return the config; the first two layers and the last stay dense unless `exact`."""
+    n_layers = dense_config.num_hidden_layers
+    shared_width = shared_expert_size(dense_config.intermediate_size)
+    return Qwen2MoeConfig(
+        vocab_size=dense_config.vocab_size,
+        hidden_size=dense_config.hidden_size,
+        intermediate_size=dense_config.intermediate_size,
+        num_hidden_layers=n_layers,
+        num_attention_heads=dense_config.num_attention_heads,
+        num_key_value_heads=dense_config.num_key_value_heads,
+        max_position_embeddings=dense_config.max_position_embeddings,
+        rms_norm_eps=dense_config.rms_norm_eps,
+        rope_parameters=dense_config.rope_parameters,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        qkv_bias=False,
+        decoder_sparse_step=1,
+        moe_intermediate_size=(dense_config.intermediate_size - shared_width) // NUM_EXPERTS,
+        shared_expert_intermediate_size=shared_width,
+        num_experts=NUM_EXPERTS,
+        norm_topk_prob=True,
+        num_experts_per_tok=NUM_EXPERTS if exact else TOP_K,
+        mlp_only_layers=[] if exact else [0, 1, n_layers - 1],
+    )

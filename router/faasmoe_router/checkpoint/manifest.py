@@ -1,0 +1,84 @@
+"""The manifest's words about a model and its MoE layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from faasmoe_contracts.store import LayerEntry, ModelEntry
+from faasmoe_contracts.store.tensors import map_tensors
+from faasmoe_expert.functions.verification import layer_digests
+from faasmoe_router.checkpoint.kernel_selection import select_kernel
+from faasmoe_router.checkpoint.source import CheckpointSource
+from faasmoe_router.checkpoint.store_plan import FileLayout, StorePlan
+from faasmoe_router.errors import SourceUnsupported
+from faasmoe_router.transformers_backend.model_skeleton import ExpertsModule, ModelSkeleton
+
+_CONTEXT_LENGTH_FIELDS = (
+    "max_position_embeddings",
+    "model_max_length",
+    "max_sequence_length",
+    "n_positions",
+)
+
+
+def model_entry(skeleton: ModelSkeleton, checkpoint: CheckpointSource) -> ModelEntry:
+    """Return the manifest's entry of the model."""
+    text_config = skeleton.config.get_text_config()
+    return ModelEntry(
+        source=checkpoint.name,
+        revision=checkpoint.revision,
+        family=skeleton.config.model_type,
+        architecture=type(skeleton.model).__name__,
+        dtype=skeleton.dtype_name,
+        hidden_size=_positive_int(text_config, "hidden_size"),
+        vocab_size=_positive_int(text_config, "vocab_size"),
+        max_position_embeddings=_positive_int(text_config, *_CONTEXT_LENGTH_FIELDS),
+        num_hidden_layers=_positive_int(text_config, "num_hidden_layers"),
+    )
+
+
+def layer_entries(skeleton: ModelSkeleton, plan: StorePlan) -> tuple[LayerEntry, ...]:
+    """Return the manifest's entries of the experts modules, each with the kernel that agrees."""
+    layouts = {layout.name: layout for layout in plan.layouts}
+    return tuple(
+        _layer_entry(experts, layouts[plan.file_by_experts_module[experts.name]])
+        for experts in skeleton.experts_modules
+    )
+
+
+def with_layer_digests(folder: Path, layers: Iterable[LayerEntry]) -> tuple[LayerEntry, ...]:
+    """Return the entries with the digests of what their files hold, blocks as they are read."""
+    return tuple(
+        replace(layer, digests=layer_digests(map_tensors(folder / layer.file), layer.num_experts))
+        for layer in layers
+    )
+
+
+def _layer_entry(experts: ExpertsModule, layout: FileLayout) -> LayerEntry:
+    stacked_bytes = sum(
+        t.size_bytes for t in layout.tensors if t.shape[:1] == (experts.num_experts,)
+    )
+    total_bytes = sum(t.size_bytes for t in layout.tensors)
+    return LayerEntry(
+        index=experts.index,
+        name=experts.name,
+        file=layout.name,
+        num_experts=experts.num_experts,
+        top_k=experts.top_k,
+        hidden_size=experts.hidden_size,
+        class_name=experts.class_name,
+        kernel=select_kernel(experts),
+        expert_bytes=stacked_bytes // experts.num_experts,
+        shared_bytes=total_bytes - stacked_bytes,
+    )
+
+
+def _positive_int(config: Any, *names: str) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    raise SourceUnsupported(f"config: got none of {', '.join(names)}, expected an integer")

@@ -1,0 +1,283 @@
+"""The store's tensor files, laid out before a byte is written: headers, offsets, sizes.
+
+What is to be written: the conversion's jobs matched with the layout of the store's files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from faasmoe_router.errors import SourceUnsupported
+from faasmoe_router.transformers_backend.model_skeleton import ExpertsModule, ModelSkeleton
+from faasmoe_router.transformers_backend.weight_conversion import (
+    ConversionJob,
+    ConversionPlan,
+    LazyTensor,
+    ParameterSlice,
+    find_aliases,
+    plan_conversion,
+)
+
+logger = logging.getLogger(__name__)
+
+
+ALIGNMENT = 4096
+ROUTER_SHARD_BYTES = 2 << 30
+SAFETENSORS_DTYPE_NAMES: Mapping[torch.dtype, str] = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor to be stored: its name in the model, its name in the file, its dtype and shape."""
+
+    name: str
+    local_name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """One safetensors file: its header, its size, and where each tensor begins."""
+
+    name: str
+    header: bytes
+    size_bytes: int
+    offsets: Mapping[str, int]
+    tensors: tuple[TensorSpec, ...]
+
+
+def plan_file(name: str, tensors: Iterable[TensorSpec]) -> FileLayout:
+    """Lay out one file: widest dtype first, so that each tensor is aligned to its own dtype."""
+    ordered = sorted(tensors, key=lambda t: (-t.dtype.itemsize, t.local_name))
+    entries: dict[str, dict[str, object]] = {}
+    starts: dict[str, int] = {}
+    end = 0
+    for tensor in ordered:
+        start, end = end, end + tensor.size_bytes
+        starts[tensor.name] = start
+        entries[tensor.local_name] = {
+            "dtype": SAFETENSORS_DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    header = _safetensors_header(entries)
+    offsets = {tensor_name: len(header) + begin for tensor_name, begin in starts.items()}
+    return FileLayout(name, header, len(header) + end, offsets, tuple(ordered))
+
+
+def plan_router_files(
+    tensors: Iterable[TensorSpec], *, shard_bytes: int = ROUTER_SHARD_BYTES
+) -> list[FileLayout]:
+    """Lay out the router's tensors in files of at most `shard_bytes`, in their order."""
+    shards: list[list[TensorSpec]] = []
+    remaining_bytes = 0
+    for tensor in tensors:
+        if not shards or tensor.size_bytes > remaining_bytes:
+            shards.append([])
+            remaining_bytes = shard_bytes
+        shards[-1].append(tensor)
+        remaining_bytes -= tensor.size_bytes
+    names = (f"router/model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, 100_000))
+    return [plan_file(name, shard) for name, shard in zip(names, shards, strict=False)]
+
+
+def _safetensors_header(entries: Mapping[str, object]) -> bytes:
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+@dataclass(frozen=True, slots=True)
+class StorePlan:
+    """The files of a store and how each tensor comes into them.
+
+    Attributes:
+        layouts: every safetensors file.
+        file_by_experts_module: the file of each experts module, by the module's name; tied ones share it.
+        jobs: the conversions, in the order of the files.
+        initial_values: parameters that the checkpoint may lack, at their initial value.
+        aliases: names that are stored under another name.
+    """
+
+    layouts: tuple[FileLayout, ...]
+    file_by_experts_module: Mapping[str, str]
+    jobs: tuple[ConversionJob, ...]
+    initial_values: Mapping[str, torch.Tensor]
+    aliases: Mapping[str, str]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensor files."""
+        return sum(layout.size_bytes for layout in self.layouts)
+
+    def resolve_alias(self, piece: ParameterSlice) -> ParameterSlice:
+        """Return the piece under the name that it is stored under."""
+        return replace(piece, target=self.aliases.get(piece.target, piece.target))
+
+
+def plan_store(skeleton: ModelSkeleton, tensors: Mapping[str, LazyTensor]) -> StorePlan:
+    """Plan the store of a checkpoint.
+
+    Raises:
+        PrepareError: parameters are missing or have another shape; they are named.
+    """
+    conversion = plan_conversion(skeleton.model, tensors, dtype=skeleton.dtype)
+    _warn_unexpected(skeleton.model, conversion)
+    aliases = find_aliases(skeleton.model, conversion)
+    specs = _converted_specs(skeleton.model, conversion, aliases)
+    initial_values = _initial_values(skeleton.model, specs, aliases)
+    for name, value in initial_values.items():
+        specs[name] = TensorSpec(name, name, value.dtype, tuple(value.shape))
+    layouts, file_by_experts_module = _plan_files(skeleton, specs, aliases)
+    jobs = _sort_jobs_by_file(conversion, layouts, aliases)
+    return StorePlan(layouts, file_by_experts_module, jobs, initial_values, aliases)
+
+
+def _converted_specs(
+    model: PreTrainedModel, conversion: ConversionPlan, aliases: Mapping[str, str]
+) -> dict[str, TensorSpec]:
+    expected = model.state_dict()
+    specs: dict[str, TensorSpec] = {}
+    for job in conversion.jobs:
+        for target, shape in job.targets.items():
+            if target not in expected:
+                continue
+            if shape != tuple(expected[target].shape):
+                raise SourceUnsupported(
+                    f"{target}: got shape {list(shape)}, expected {list(expected[target].shape)}"
+                )
+            name = aliases.get(target, target)
+            specs.setdefault(name, TensorSpec(name, name, job.dtype, shape))
+    return specs
+
+
+def _initial_values(
+    model: PreTrainedModel, specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """Return initial values of what the class allows to be missing; refuse all else missing."""
+    missing = [name for name in model.state_dict() if aliases.get(name, name) not in specs]
+    allowed_patterns = model._keys_to_ignore_on_load_missing or ()
+    optional = [n for n in missing if any(re.search(pattern, n) for pattern in allowed_patterns)]
+    required = sorted(set(missing) - set(optional))
+    if required:
+        more = f" and {len(required) - 5} more" if len(required) > 5 else ""
+        raise SourceUnsupported(
+            f"checkpoint: got no tensor for {', '.join(required[:5])}{more}, "
+            f"expected every parameter of {type(model).__name__}"
+        )
+    return {name: _initial_value(model, name) for name in optional if name not in aliases}
+
+
+def _initial_value(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """Let the class initialise one parameter on the CPU, in a module that is otherwise on meta."""
+    path, _, local_name = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = getattr(module, local_name)
+    value = torch.zeros(old.shape, dtype=old.dtype)
+    setattr(
+        module, local_name, nn.Parameter(value, False) if isinstance(old, nn.Parameter) else value
+    )
+    with torch.no_grad():
+        model._init_weights(module)
+    initialised: torch.Tensor = getattr(module, local_name).detach()
+    setattr(module, local_name, old)
+    return initialised
+
+
+def _plan_files(
+    skeleton: ModelSkeleton, specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]
+) -> tuple[tuple[FileLayout, ...], dict[str, str]]:
+    """Return the files, and the file of each experts module by the module's name."""
+    remaining = {name: specs[name] for name in skeleton.model.state_dict() if name in specs}
+    layouts, file_by_experts_module, owners = (
+        [],
+        {},
+        _parameter_owners(skeleton.experts_modules, aliases),
+    )
+    for experts in skeleton.experts_modules:
+        owner = owners[experts.name]
+        file_by_experts_module[experts.name] = f"experts/{owner.index:05}.safetensors"
+        if owner is experts:
+            own_specs = [
+                replace(remaining.pop(f"{experts.name}.{local}"), local_name=local)
+                for local in experts.parameters
+            ]
+            layouts.append(plan_file(file_by_experts_module[experts.name], own_specs))
+    return (*plan_router_files(remaining.values()), *layouts), file_by_experts_module
+
+
+def _parameter_owners(
+    modules: tuple[ExpertsModule, ...], aliases: Mapping[str, str]
+) -> dict[str, ExpertsModule]:
+    """Return for each experts module the one whose parameters it has: itself, unless it is tied."""
+    by_name = {experts.name: experts for experts in modules}
+    owners = {}
+    for experts in modules:
+        stored_modules = {
+            aliases.get(full, full).removesuffix(f".{local}")
+            for local in experts.parameters
+            for full in (f"{experts.name}.{local}",)
+        }
+        owner = by_name.get(stored_modules.pop())
+        if owner is None or stored_modules:
+            raise SourceUnsupported(
+                f"{experts.name}: got some parameters tied to others, "
+                "expected all of them or none tied to one experts module"
+            )
+        owners[experts.name] = owner
+    return owners
+
+
+def _sort_jobs_by_file(
+    conversion: ConversionPlan, layouts: tuple[FileLayout, ...], aliases: Mapping[str, str]
+) -> tuple[ConversionJob, ...]:
+    """Order jobs so that few files are under construction at once; leave out those not stored."""
+    position = {
+        name: (i, offset) for i, file in enumerate(layouts) for name, offset in file.offsets.items()
+    }
+    first_position: dict[int, tuple[int, int]] = {}
+    planned: set[str] = set()
+    for i, job in enumerate(conversion.jobs):
+        stored = {aliases.get(t, t) for t in job.targets} & set(position)
+        if stored - planned:
+            first_position[i] = min(position[name] for name in stored - planned)
+        planned |= stored
+    return tuple(conversion.jobs[i] for i in sorted(first_position, key=first_position.__getitem__))
+
+
+def _warn_unexpected(model: PreTrainedModel, conversion: ConversionPlan) -> None:
+    ignored_patterns = model._keys_to_ignore_on_load_unexpected or ()
+    names = [n for n in conversion.unexpected if not any(re.search(p, n) for p in ignored_patterns)]
+    if names:
+        logger.warning(
+            "the checkpoint holds %d tensors that %s has no parameter for, the first: %s",
+            len(names),
+            type(model).__name__,
+            ", ".join(names[:3]),
+        )

@@ -1,0 +1,299 @@
+"""Writing tensors to their places in the store's files; a file appears only when it is whole.
+
+The store's folder while it is prepared: one preparation at a time, resumable.
+
+A journal names the files that are finished, with their digests, and the checkpoint that they were
+made of; it goes when the manifest has come.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from faasmoe_contracts.store import (
+    MANIFEST_NAME,
+    STORE_FORMAT,
+    FileEntry,
+    Manifest,
+    StoreError,
+    sha256_of_file,
+)
+from faasmoe_router.checkpoint.store_plan import FileLayout
+from faasmoe_router.errors import PrepareError, StoreMismatch
+from faasmoe_router.transformers_backend.weight_conversion import ParameterSlice
+
+PARTIAL_SUFFIX = ".partial"
+
+
+class PartialStoreFile:
+    """One file under construction; `write` in any order, then it finishes by itself."""
+
+    def __init__(self, folder: Path, layout: FileLayout) -> None:
+        self.layout = layout
+        self._path = folder / layout.name
+        self._partial = self._path.with_name(self._path.name + PARTIAL_SUFFIX)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._remaining_bytes = layout.size_bytes
+        self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        os.truncate(self._fd, layout.size_bytes)
+        self._write_at(memoryview(layout.header), 0)
+
+    @property
+    def is_complete(self) -> bool:
+        """Tell whether every byte has been written."""
+        return self._remaining_bytes == 0
+
+    def write(self, parameter_slice: ParameterSlice) -> None:
+        """Write rows of a tensor to their place."""
+        tensor = parameter_slice.tensor.detach().contiguous()
+        row_bytes = tensor[0].nbytes if tensor.dim() else 0
+        offset = self.layout.offsets[parameter_slice.target] + parameter_slice.first_row * row_bytes
+        self._write_at(tensor.reshape(-1).view(torch.uint8).numpy().data, offset)
+
+    def finish(self) -> FileEntry:
+        """Make the file durable and visible; return its size and digest."""
+        os.fsync(self._fd)
+        self.close()
+        digest = sha256_of_file(self._partial)  # of what the disk gives back, from the page cache
+        self._partial.rename(self._path)
+        fsync_folder(self._path.parent)
+        return FileEntry(self.layout.size_bytes, digest)
+
+    def close(self) -> None:
+        """Release the file descriptor."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _write_at(self, data: memoryview, offset: int) -> None:
+        self._remaining_bytes -= data.nbytes
+        while data.nbytes:
+            count = os.pwrite(self._fd, data, offset)
+            data, offset = data[count:], offset + count
+
+
+class StoreWriter:
+    """Sends pieces to the files that they belong to; pieces of other names are dropped."""
+
+    def __init__(
+        self,
+        folder: Path,
+        layouts: Iterable[FileLayout],
+        *,
+        on_file_finished: Callable[[str, FileEntry], None],
+        on_bytes_written: Callable[[int], None],
+    ) -> None:
+        self._folder = folder
+        self._layout_by_tensor = {name: layout for layout in layouts for name in layout.offsets}
+        self._open_files: dict[str, PartialStoreFile] = {}
+        self._on_file_finished = on_file_finished
+        self._on_bytes_written = on_bytes_written
+
+    def write(self, parameter_slice: ParameterSlice) -> None:
+        """Write a piece, and finish its file if it was the last one."""
+        layout = self._layout_by_tensor.get(parameter_slice.target)
+        if layout is None:
+            return
+        file = self._open_files.get(layout.name)
+        if file is None:
+            file = self._open_files[layout.name] = PartialStoreFile(self._folder, layout)
+            self._on_bytes_written(len(layout.header))
+        file.write(parameter_slice)
+        self._on_bytes_written(parameter_slice.tensor.nbytes)
+        if file.is_complete:
+            self._on_file_finished(layout.name, file.finish())
+            del self._open_files[layout.name]
+
+    def contains(self, name: str) -> bool:
+        """Tell whether a tensor of this name is to be written."""
+        return name in self._layout_by_tensor
+
+    def close(self) -> None:
+        """Release the files that are not whole; they stay as partial files."""
+        for file in self._open_files.values():
+            file.close()
+        self._open_files.clear()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file by rename: it is there entirely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+_LOCK_NAME, _JOURNAL_NAME, _FINGERPRINT_NAME = ".lock", ".journal", ".origin.json"
+_STORE_FOLDERS = ("experts", "router", "model")
+_IGNORED_ENTRIES = ("lost+found",)  # of a freshly made volume
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFolder:
+    """A folder that this process alone prepares; see `locked`."""
+
+    path: Path
+
+    @property
+    def is_complete(self) -> bool:
+        """Tell whether a manifest is there."""
+        return (self.path / MANIFEST_NAME).exists()
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the checkpoint that the complete store was made of."""
+        try:
+            return str(json.loads((self.path / _FINGERPRINT_NAME).read_text())["fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return "unknown"
+
+    def start_or_resume(self, fingerprint: str) -> dict[str, FileEntry]:
+        """Start, or go on with, the preparation of a checkpoint; return the finished files."""
+        journal = _read_journal(self.path / _JOURNAL_NAME)
+        if not journal or journal[0].get("fingerprint") != fingerprint:
+            self.clear()
+            journal_head = json.dumps({"fingerprint": fingerprint}) + "\n"
+            write_atomically(self.path / _JOURNAL_NAME, journal_head.encode())
+            return {}
+        self._reject_foreign_files()
+        finished_files: dict[str, FileEntry] = {}
+        for line in journal[1:]:
+            name, entry = str(line["file"]), FileEntry.from_json(line["entry"], path="journal")
+            if self._is_intact(name, entry):
+                finished_files[name] = entry
+        return finished_files
+
+    def record_finished(self, name: str, entry: FileEntry) -> None:
+        """Note in the journal that a file is finished."""
+        line = json.dumps({"file": name, "entry": entry.to_json()})
+        with (self.path / _JOURNAL_NAME).open("a") as file:
+            # The newline first: a line that an interruption cut short must not swallow this one.
+            file.write(f"\n{line}\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_file(self, name: str, content: bytes) -> FileEntry:
+        """Write a small file whole."""
+        write_atomically(self.path / name, content)
+        return FileEntry(len(content), hashlib.sha256(content).hexdigest())
+
+    def commit(self, manifest: Manifest, fingerprint: str) -> None:
+        """Write the manifest, which makes the folder a store."""
+        write_atomically(
+            self.path / _FINGERPRINT_NAME, json.dumps({"fingerprint": fingerprint}).encode()
+        )
+        text = json.dumps(manifest.to_json(), indent=1) + "\n"
+        write_atomically(self.path / MANIFEST_NAME, text.encode())
+        (self.path / _JOURNAL_NAME).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove what preparation made; the manifest goes first.
+
+        Raises:
+            PrepareError: the folder holds what no preparation made; nothing is removed.
+        """
+        self._reject_foreign_files()
+        for name in (MANIFEST_NAME, _FINGERPRINT_NAME, _JOURNAL_NAME):
+            (self.path / name).unlink(missing_ok=True)
+        fsync_folder(self.path)
+        for name in _STORE_FOLDERS:
+            if (self.path / name).exists():
+                shutil.rmtree(self.path / name)
+
+    def _is_intact(self, name: str, entry: FileEntry) -> bool:
+        path = self.path / name
+        try:
+            return path.stat().st_size == entry.size_bytes and sha256_of_file(path) == entry.sha256
+        except (OSError, StoreError):
+            return False
+
+    def _is_store(self) -> bool:
+        """Tell a store, damaged or not, from any folder that has a file called manifest.json."""
+        if (self.path / _FINGERPRINT_NAME).exists():
+            return True
+        try:
+            manifest = json.loads((self.path / MANIFEST_NAME).read_bytes())
+        except (OSError, ValueError):
+            return False
+        return isinstance(manifest, dict) and manifest.get("format") == STORE_FORMAT
+
+    def _reject_foreign_files(self) -> None:
+        """Refuse a folder with anything in it that an interrupted preparation does not explain."""
+        known = {
+            _LOCK_NAME,
+            _JOURNAL_NAME,
+            _FINGERPRINT_NAME,
+            f"{_JOURNAL_NAME}.partial",
+            *_IGNORED_ENTRIES,
+        }
+        if (self.path / _JOURNAL_NAME).exists() or self._is_store():
+            known |= {
+                MANIFEST_NAME,
+                f"{MANIFEST_NAME}.partial",
+                f"{_FINGERPRINT_NAME}.partial",
+                *_STORE_FOLDERS,
+            }
+        foreign = sorted(set(os.listdir(self.path)) - known)
+        if foreign:
+            raise StoreMismatch(
+                f"store: got {self.path} with {', '.join(foreign[:5])} in it, "
+                "expected an empty folder or a store"
+            )
+
+
+@contextmanager
+def lock_store_folder(path: Path) -> Iterator[StoreFolder]:
+    """Hold the folder for one preparation; it is made if it is not there.
+
+    Raises:
+        PrepareError: another preparation holds it, or it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise PrepareError(f"store: {path} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield StoreFolder(path)
+    except BlockingIOError:
+        raise PrepareError(f"store: {path} is being prepared by another process") from None
+    finally:
+        os.close(fd)
+
+
+def _read_journal(path: Path) -> list[dict[str, object]]:
+    """Return the journal's lines; a line that an interruption cut short is not one."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    lines = []
+    for line in filter(None, text.splitlines()):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines

@@ -1,0 +1,110 @@
+"""The last words of a preparation that runs as a Kubernetes Job: one JSON object in a file.
+
+The kubelet reads the file when the container has ended and puts it into the pod's status, where the
+operator finds it: what the store holds, or why there is none. The keys are those of a MoEModel's
+`status.model`; the kubelet takes at most MAX_BYTES of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from faasmoe_contracts.store import LayerEntry, Manifest, Store, StoreError
+from faasmoe_router.errors import PrepareError, SourceUnsupported, failure_reason
+
+MAX_TERMINATION_MESSAGE_BYTES = 4096
+MAX_ERROR_TEXT_BYTES = 640  # of which each may become six in JSON
+EXIT_RETRYABLE, EXIT_PERMANENT = 1, 2
+"""Exit status of what may work when it is tried again, and of what cannot."""
+
+
+def run_with_termination_log(prepare: Callable[[], Store], termination_log: Path) -> Store:
+    """Prepare a store and write what became of it; every error is raised on.
+
+    Args:
+        prepare: prepares the store.
+        termination_log: the container's termination log.
+    """
+    try:
+        store = prepare()
+        termination_log.write_bytes(success_message(store.manifest))
+    except Exception as error:
+        termination_log.write_bytes(failure_message(error))
+        raise
+    return store
+
+
+def exit_status(error: BaseException) -> int:
+    """Return the exit status for a failure: FINAL if trying again cannot help."""
+    return (
+        EXIT_PERMANENT if isinstance(error, PrepareError) and error.is_permanent else EXIT_RETRYABLE
+    )
+
+
+def success_message(manifest: Manifest) -> bytes:
+    """Return the message of a store that is complete.
+
+    Raises:
+        SourceUnsupported: its layers are of so many kinds that they do not fit into a message.
+    """
+    message = _compact_json({"ok": True, **model_status(manifest)})
+    if len(message) > MAX_TERMINATION_MESSAGE_BYTES:
+        n_groups = len(_layer_groups(manifest.layers))
+        raise SourceUnsupported(
+            f"layers: got {len(manifest.layers)} MoE layers in {n_groups} runs of equal ones, which "
+            f"take {len(message)} bytes to describe, expected at most {MAX_TERMINATION_MESSAGE_BYTES}"
+        )
+    return message
+
+
+def failure_message(error: BaseException) -> bytes:
+    """Return the message of a failure."""
+    is_expected = isinstance(error, PrepareError | StoreError | OSError)
+    text = str(error) if is_expected else f"{type(error).__name__}: {error}"
+    message = (
+        " ".join(text.split())
+        .encode(errors="replace")[:MAX_ERROR_TEXT_BYTES]
+        .decode(errors="ignore")
+    )
+    return _compact_json({"ok": False, "reason": failure_reason(error), "message": message})
+
+
+def model_status(manifest: Manifest) -> dict[str, Any]:
+    """Return what a MoEModel's status says of a store."""
+    model, files = manifest.model, manifest.files
+    return {
+        "digest": manifest.digest,
+        **({} if model.revision is None else {"revision": model.revision}),
+        "source": model.source,
+        "family": model.family,
+        "architecture": model.architecture,
+        "dtype": model.dtype,
+        "hiddenSize": model.hidden_size,
+        "vocabSize": model.vocab_size,
+        "maxPositionEmbeddings": model.max_position_embeddings,
+        "numHiddenLayers": model.num_hidden_layers,
+        "sizeBytes": sum(entry.size_bytes for entry in files.values()),
+        "routerBytes": sum(e.size_bytes for name, e in files.items() if name.startswith("router/")),
+        "layers": _layer_groups(manifest.layers),
+    }
+
+
+def _layer_groups(layers: tuple[LayerEntry, ...]) -> list[dict[str, int]]:
+    """Return the runs of layers that are alike."""
+
+    def layer_shape(layer: LayerEntry) -> tuple[int, int, int, int]:
+        return (layer.num_experts, layer.top_k, layer.expert_bytes, layer.shared_bytes)
+
+    names = ("numExperts", "topK", "expertBytes", "sharedBytes")
+    return [
+        {"count": len(list(run)), **dict(zip(names, values, strict=True))}
+        for values, run in groupby(layers, key=layer_shape)
+    ]
+
+
+def _compact_json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

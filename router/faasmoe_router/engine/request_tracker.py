@@ -1,0 +1,333 @@
+"""A sequence on its way through the engine: what is known of it, whichever batcher computes it.
+
+The sequences that an engine holds, from their request to their last token.
+
+They wait for their turns by tenant, are computed by whatever batcher lives, and end once: finished,
+cancelled, failed or overdue. What becomes of each is told to its generation and counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from faasmoe_router.engine.fair_queue import FairQueue
+from faasmoe_router.engine.generation import CompletionOutput, Generation, GenerationRequest
+from faasmoe_router.engine.logits_state import LogitsState
+from faasmoe_router.engine.output_processor import SequenceOutputProcessor
+from faasmoe_router.engine.tokenizer import ModelTokenizer
+from faasmoe_router.errors import EngineUnavailable, GenerationFailed, NoTokenAllowed
+from faasmoe_router.metrics import EngineMetrics
+from faasmoe_router.tenants.caller import UsageRecorder
+from faasmoe_router.transformers_backend.continuous_batching import ContinuousBatcher
+from faasmoe_router.transformers_backend.scheduler import make_request_id
+
+logger = logging.getLogger(__name__)
+
+
+MAX_CRASHES = 1
+
+
+class TrackedRequest:
+    """A sequence that waits or runs, where its deltas go, and when things happened to it.
+
+    A batcher that dies takes nothing along: the next one is given the prompt and the tokens that
+    are known, as one prompt, and goes on from there.
+
+    Attributes:
+        request: what was asked for.
+        generation: where deltas go.
+        index: which of the generation's sequences it is.
+        tokens: those that were generated and told, whoever generated them.
+        arrived_s: when it came.
+        last_s: when it last had a token.
+    """
+
+    __slots__ = (
+        *("_epoch", "_n_crashes", "_n_resumed_tokens", "_output_processor"),
+        *("arrival_s", "generation", "index", "last_token_s", "request", "tokens"),
+    )
+
+    def __init__(
+        self, request: GenerationRequest, generation: Generation, *, index: int, now_s: float
+    ) -> None:
+        self.request = request
+        self.generation = generation
+        self.index = index
+        self.tokens: list[int] = []
+        self.arrival_s = now_s
+        self.last_token_s = now_s
+        self._output_processor: SequenceOutputProcessor | None = None  # until its first turn
+        self._epoch: object = None  # of the batcher that has it
+        self._n_resumed_tokens = 0  # tokens that were known when that got it
+        self._n_crashes = 0
+
+    def is_in_epoch(self, epoch: object) -> bool:
+        """Return whether the batcher of this life has it."""
+        return self._epoch is epoch
+
+    @property
+    def is_crash_suspect(self) -> bool:
+        """Whether more batchers have died with it than may be chance."""
+        return self._n_crashes > MAX_CRASHES
+
+    def record_crash(self) -> None:
+        """Take note that a batcher died that was computing it."""
+        self._n_crashes += 1
+
+    def submit(
+        self,
+        sequence_id: str,
+        batcher: ContinuousBatcher,
+        tokenizer: ModelTokenizer,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        """Give it to a batcher, to go on from the tokens that are known.
+
+        Raises:
+            EngineUnavailable: the batcher takes none.
+        """
+        request = self.request
+        stop_token_ids = request.stop_conditions.all_stop_token_ids(eos_token_ids)
+        logits_state = LogitsState.for_request(request, stop_token_ids)
+        batcher.add_request(
+            sequence_id,
+            (*request.prompt_token_ids, *self.tokens),
+            max_tokens=request.max_tokens - len(self.tokens),
+            stop_token_ids=stop_token_ids,
+            logits_state=logits_state,
+        )
+        self._epoch, self._n_resumed_tokens = batcher.epoch, len(self.tokens)
+        self._attach_output_processor(logits_state, tokenizer, stop_token_ids)
+
+    def _attach_output_processor(
+        self,
+        logits_state: LogitsState | None,
+        tokenizer: ModelTokenizer,
+        stop_token_ids: Collection[int],
+    ) -> None:
+        if self._output_processor is not None:
+            self._output_processor.set_logits_state(logits_state)
+            return
+        detokenizer = tokenizer.new_detokenizer(
+            include_special_tokens=self.request.include_special_tokens
+        )
+        self._output_processor = SequenceOutputProcessor(
+            self.request,
+            detokenizer=detokenizer,
+            stop_token_ids=stop_token_ids,
+            logits_state=logits_state,
+        )
+
+    def process_output(self, output: Any) -> CompletionOutput | None:
+        """Take what a batch generated; return what is new in it, if anything is."""
+        new_tokens: list[int] = output.generated_tokens[len(self.tokens) - self._n_resumed_tokens :]
+        if not new_tokens or self._output_processor is None:
+            return None
+        self.tokens += new_tokens
+        return self._output_processor.process_tokens(new_tokens)
+
+
+class RequestTracker:
+    """Sequences that wait or run; all of it is called on the engine's event loop.
+
+    Args:
+        turns: whose turn it is.
+        batcher: returns the batcher that computes now, if one does.
+        codec: the model's tokenizer.
+        eos_ids: the model's own end tokens.
+        metrics: where their times and ends are counted.
+    """
+
+    def __init__(
+        self,
+        fair_queue: FairQueue,
+        get_batcher: Callable[[], ContinuousBatcher | None],
+        *,
+        tokenizer: ModelTokenizer,
+        eos_token_ids: tuple[int, ...],
+        metrics: EngineMetrics,
+    ) -> None:
+        self._fair_queue = fair_queue
+        self._get_batcher = get_batcher
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._metrics = metrics
+        self._tracked: dict[str, TrackedRequest] = {}
+        self._sequence_numbers = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._tracked)
+
+    def add_requests(
+        self,
+        requests: Sequence[GenerationRequest],
+        tenant: str,
+        usage_recorder: UsageRecorder | None,
+    ) -> Generation:
+        """Have a tenant's sequences wait for their turns, and begin those whose turn it is.
+
+        Raises:
+            TenantQueueFull: too many of this tenant's sequences wait already.
+        """
+        self._fair_queue.check_capacity(tenant, len(requests))
+        ids = [make_request_id(tenant, next(self._sequence_numbers)) for _ in requests]
+        generation = Generation(len(requests), lambda: self._abort(ids), usage_recorder)
+        now_s = time.monotonic()
+        for index, (sequence_id, request) in enumerate(zip(ids, requests, strict=True)):
+            tracked = TrackedRequest(request, generation, index=index, now_s=now_s)
+            self._tracked[sequence_id] = tracked
+            self._fair_queue.push(
+                tenant, sequence_id, n_prompt_tokens=len(request.prompt_token_ids)
+            )
+        self.schedule()
+        return generation
+
+    def schedule(self) -> None:
+        """Let sequences run while there are slots, and take slots from who is beyond its share."""
+        batcher = self._get_batcher()
+        if batcher is None or not batcher.is_alive:
+            return
+        while True:
+            while (sequence_id := self._fair_queue.pop()) is not None:
+                self._submit_or_resume(sequence_id, batcher)
+            preempted_id = self._fair_queue.preempt()
+            if preempted_id is None:
+                return
+            batcher.preempt_request(preempted_id)
+
+    def _submit_or_resume(self, sequence_id: str, batcher: ContinuousBatcher) -> None:
+        tracked = self._tracked[sequence_id]
+        if tracked.is_in_epoch(batcher.epoch):
+            batcher.resume_request(sequence_id)
+            return
+        tracked.generation.mark_started()
+        # A batcher that has just died takes none: its successor is given it.
+        with contextlib.suppress(EngineUnavailable):
+            tracked.submit(sequence_id, batcher, self._tokenizer, self._eos_token_ids)
+
+    def _abort(self, sequence_ids: Sequence[str]) -> None:
+        for sequence_id in sequence_ids:
+            if self._remove(sequence_id) is not None:
+                self._metrics.record_finished("abort")
+        self.schedule()
+
+    def _remove(self, sequence_id: str) -> TrackedRequest | None:
+        """Forget a sequence, wherever it is."""
+        tracked = self._tracked.pop(sequence_id, None)
+        self._fair_queue.remove(sequence_id)
+        batcher = self._get_batcher()
+        if tracked is not None and batcher is not None and tracked.is_in_epoch(batcher.epoch):
+            batcher.cancel_request(sequence_id)
+        return tracked
+
+    def process_outputs(self, outputs: Sequence[Any], cached_tokens: Mapping[str, int]) -> None:
+        """Take a batch's outputs; runs on the event loop."""
+        now_s = time.monotonic()
+        for output in outputs:
+            tracked = self._tracked.get(output.request_id)
+            if tracked is None:
+                continue  # cancelled while the batch ran
+            if output.error is not None:
+                logger.error("A request failed in the engine: %s", output.error)
+                self._fail_request(output.request_id)
+                continue
+            try:
+                n_cached = cached_tokens.get(output.request_id, 0)
+                self._process_output(output, tracked, n_cached=n_cached, now_s=now_s)
+            except Exception:  # one request's text must not stop the others'
+                logger.exception("A request's tokens could not be turned into text")
+                self._fail_request(output.request_id)
+        self.schedule()
+
+    def fail_requests(self, sequence_ids: Sequence[str], error: GenerationFailed) -> None:
+        """End requests that cannot go on, ahead of the tokens that were made of their scores."""
+        for sequence_id in sequence_ids:
+            if sequence_id in self._tracked:
+                if not isinstance(error, NoTokenAllowed):  # which is the client's own doing
+                    logger.error("A request ends with an error: %s", error)
+                self._fail_request(sequence_id, error)
+
+    def _process_output(
+        self, output: Any, tracked: TrackedRequest, *, n_cached: int, now_s: float
+    ) -> None:
+        is_first = not tracked.tokens
+        delta = tracked.process_output(output)
+        if delta is None:
+            return
+        self._record_latency(tracked, n_cached=n_cached, now_s=now_s, is_first=is_first)
+        if is_first:
+            delta = replace(delta, n_cached_tokens=n_cached)
+        self._metrics.generation_tokens.inc(delta.n_tokens)
+        self._fair_queue.charge(output.request_id, delta.n_tokens)
+        if delta.finish_reason is not None:
+            self._finish(output, tracked, delta, now_s=now_s)
+        tracked.generation.put_output(tracked.index, delta)
+
+    def _finish(
+        self, output: Any, tracked: TrackedRequest, delta: CompletionOutput, *, now_s: float
+    ) -> None:
+        if output.is_finished():
+            del self._tracked[output.request_id]
+            self._fair_queue.remove(output.request_id)
+        else:  # a stop string, which only we know of
+            self._remove(output.request_id)
+        self._metrics.e2e_latency_s.observe(now_s - tracked.arrival_s)
+        self._metrics.record_finished(str(delta.finish_reason))
+
+    def _record_latency(
+        self, tracked: TrackedRequest, *, n_cached: int, now_s: float, is_first: bool
+    ) -> None:
+        if is_first:
+            n_prompt = len(tracked.request.prompt_token_ids)
+            self._metrics.prompt_tokens.inc(n_prompt)
+            self._metrics.prefix_queries.inc(n_prompt)
+            self._metrics.prefix_hits.inc(n_cached)
+            self._metrics.time_to_first_token_s.observe(now_s - tracked.arrival_s)
+        else:
+            self._metrics.inter_token_latency_s.observe(now_s - tracked.last_token_s)
+        tracked.last_token_s = now_s
+
+    def _fail_request(self, sequence_id: str, error: GenerationFailed | None = None) -> None:
+        tracked = self._remove(sequence_id)
+        if tracked is not None:
+            error = error or GenerationFailed("the model could not finish this request")
+            tracked.generation.fail(error)
+            self._metrics.record_finished("error")
+
+    def fail_all(self, reason: str) -> None:
+        """End every request by an error."""
+        self._fail_many(list(self._tracked), reason)
+
+    def record_crash(self, epoch: object) -> None:
+        """Count a batcher's death for those that it computed; end those that it may be due to."""
+        for sequence_id, tracked in self._tracked.items():
+            if tracked.is_in_epoch(epoch) and self._fair_queue.is_running(sequence_id):
+                tracked.record_crash()
+        suspects = [i for i, running in self._tracked.items() if running.is_crash_suspect]
+        self._fail_many(suspects, "the engine crashed again while it computed this request")
+
+    def resubmit_running(self, batcher: ContinuousBatcher) -> None:
+        """Give a new batcher those that have a slot; who gave way or waits comes by its turn."""
+        running_ids = [i for i in self._tracked if self._fair_queue.is_running(i)]
+        for sequence_id in running_ids:
+            self._submit_or_resume(sequence_id, batcher)
+        self._metrics.resumed_requests.inc(sum(bool(self._tracked[i].tokens) for i in running_ids))
+
+    def _fail_many(self, sequence_ids: Sequence[str], reason: str) -> None:
+        if sequence_ids:
+            logger.error("%d requests end with an error: %s", len(sequence_ids), reason)
+        for sequence_id in sequence_ids:
+            self._fail_request(sequence_id, GenerationFailed(reason))
+
+    def fail_timed_out(self, now_s: float, *, timeout_s: float) -> None:
+        """End the requests that have taken longer than any may."""
+        timed_out = [i for i, r in self._tracked.items() if now_s - r.arrival_s > timeout_s]
+        for sequence_id in timed_out:
+            reason = f"the request was not finished within {timeout_s:g} s"
+            self._fail_request(sequence_id, GenerationFailed(reason))

@@ -1,0 +1,1 @@
+"""Adapter on transformers' continuous batching and model code."""

@@ -1,0 +1,55 @@
+"""What the chart puts into a cluster before its operator runs: CRD, namespace, account, rights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from apiserver import ApiServer, Object, eventually
+from helm import Helm
+from operator_process import NAMESPACE
+
+PLURAL_BY_KIND = {
+    "CustomResourceDefinition": "customresourcedefinitions",
+    "ServiceAccount": "serviceaccounts",
+    "ClusterRole": "clusterroles",
+    "ClusterRoleBinding": "clusterrolebindings",
+    "Role": "roles",
+    "RoleBinding": "rolebindings",
+}
+CRD = "moemodels.faasmoe.dev"
+
+
+@contextmanager
+def installed_chart(api: ApiServer, helm: Helm) -> Iterator[str]:
+    """Install the chart less its Deployment; gives the name of the operator's account."""
+    objects = [o for o in helm.template({"replicas": 2}) if o["kind"] in PLURAL_BY_KIND]
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
+    api.apply("namespaces", namespace)
+    for obj in objects:
+        api.apply(PLURAL_BY_KIND[obj["kind"]], _in_namespace(obj))
+    eventually(lambda: api.get("customresourcedefinitions", "", CRD), _is_established)
+    (account,) = (o for o in objects if o["kind"] == "ServiceAccount" and "operator" in _name(o))
+    try:
+        yield _name(account)
+    finally:
+        for obj in reversed(objects):
+            api.delete(
+                PLURAL_BY_KIND[obj["kind"]], obj["metadata"].get("namespace", ""), _name(obj)
+            )
+        api.delete("namespaces", "", NAMESPACE)
+
+
+def _name(obj: Object) -> str:
+    return str(obj["metadata"]["name"])
+
+
+def _in_namespace(obj: Object) -> Object:
+    if obj["kind"].startswith("Cluster") or obj["kind"] == "CustomResourceDefinition":
+        return obj
+    return {**obj, "metadata": {"namespace": NAMESPACE, **obj["metadata"]}}
+
+
+def _is_established(crd: Object) -> bool:
+    found = crd.get("status", {}).get("conditions", [])
+    return any(c["type"] == "Established" and c["status"] == "True" for c in found)

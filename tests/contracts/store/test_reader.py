@@ -1,0 +1,91 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faasmoe_contracts.store import Store, StoreError, manifest_digest
+
+LAYER = "experts/00001.safetensors"
+
+
+def test_opens_a_complete_store(store_path: Path) -> None:
+    store = Store.open(str(store_path))
+    store.verify()
+    assert len(store.manifest.layers) == 2
+    assert store.router_files() == [store_path / "router/model-00001-of-00001.safetensors"]
+
+
+def test_a_folder_without_manifest_is_no_store(store_path: Path) -> None:
+    (store_path / "manifest.json").unlink()
+    with pytest.raises(StoreError, match=r"manifest\.json: not there"):
+        Store.open(store_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00", "[" * 100_000], ids=range(5))
+def test_a_broken_manifest_names_its_file(store_path: Path, text: str) -> None:
+    (store_path / "manifest.json").write_text(text)
+    with pytest.raises(StoreError, match=r"manifest\.json"):
+        Store.open(store_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(lambda path: path.unlink(), "cannot be read: No such file", id="missing"),
+        pytest.param(
+            lambda path: path.write_bytes(path.read_bytes()[:-1]), "size: got", id="truncated"
+        ),
+        pytest.param(lambda path: path.write_bytes(b""), "size: got 0 bytes", id="empty"),
+    ],
+)
+def test_a_missing_or_mis_sized_file_is_named(
+    store_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    store = Store.open(store_path)
+    damage(store_path / LAYER)
+    for read in (lambda: Store.open(store_path), lambda: store.map_layer(1), store.verify):
+        with pytest.raises(StoreError, match=message) as caught:
+            read()
+        assert LAYER in str(caught.value)
+
+
+def test_verify_names_the_corrupted_file(store_path: Path) -> None:
+    content = bytearray((store_path / LAYER).read_bytes())
+    content[-1] ^= 1
+    (store_path / LAYER).write_bytes(content)
+    store = Store.open(store_path)
+    with pytest.raises(StoreError, match=r"00001\.safetensors: sha256: got"):
+        store.verify()
+    store.verify(["experts/00000.safetensors"])
+
+
+def test_verify_refuses_a_file_of_another_store(store_path: Path) -> None:
+    with pytest.raises(StoreError, match="got the file 'router/x'"):
+        Store.open(store_path).verify(["router/x"])
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_layer_outside_the_model_is_refused(store_path: Path, index: int) -> None:
+    with pytest.raises(StoreError, match=f"layer: got {index}, expected 0 to 1"):
+        Store.open(store_path).map_layer(index)
+
+
+@pytest.mark.parametrize(("field", "value"), [("expert_bytes", 40), ("shared_bytes", 4)])
+def test_a_layer_of_another_model_is_refused(
+    store_path: Path, manifest: dict[str, Any], field: str, value: int
+) -> None:
+    manifest["layers"][1][field] = value
+    manifest["digest"] = manifest_digest(manifest)
+    (store_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match=r"00001\.safetensors: \w+ tensors: got \d+ bytes"):
+        Store.open(store_path).map_layer(1)
+
+
+def test_reading_imports_neither_torch_nor_numpy() -> None:
+    code = "import sys, faasmoe_contracts.store; print({'torch', 'numpy'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,77 @@
+"""A sandbox bounds the connections that it holds, and does not hold idle ones for ever."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from raw_http import DEADLINE_S, n_connections, read_all, read_response, wait_until
+from sandbox_processes import SandboxProcess, StartSandbox
+
+HEALTH = b"GET /healthz HTTP/1.1\r\nhost: test\r\n\r\n"
+MAX_CONNECTIONS = 4
+IDLE_TIMEOUT_S = 1.0
+
+
+def connect(sandbox_server: SandboxProcess) -> socket.socket:
+    host, port = sandbox_server.address.split(":")
+    return socket.create_connection((host, int(port)), timeout=DEADLINE_S)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_a_connection_more_than_the_bound_is_told_and_closed(
+    sandbox: StartSandbox, stack: ExitStack
+) -> None:
+    sandbox_server = stack.enter_context(sandbox(max_connections=MAX_CONNECTIONS))
+    sandbox_server.http.close()
+    wait_until(lambda: n_connections(sandbox_server) == 0)
+    held = [stack.enter_context(connect(sandbox_server)) for _ in range(MAX_CONNECTIONS)]
+    for client in held:
+        client.sendall(HEALTH)
+        assert read_response(client)[0] == 200
+    for _ in range(3 * MAX_CONNECTIONS):
+        with connect(sandbox_server) as refused:
+            status, headers, body = read_response(refused)
+            assert (status, headers["connection"]) == (503, "close")
+            assert b'"code": "too_many_connections"' in body
+            assert read_all(refused) == b""
+    held[0].close()
+    wait_until(lambda: n_connections(sandbox_server) == MAX_CONNECTIONS - 1)
+    with connect(sandbox_server) as client:
+        client.sendall(HEALTH)
+        assert read_response(client)[0] == 200
+
+
+def test_an_idle_connection_is_closed_in_time(sandbox: StartSandbox, stack: ExitStack) -> None:
+    sandbox_server = stack.enter_context(sandbox(idle_timeout_s=IDLE_TIMEOUT_S))
+    silent, used = (stack.enter_context(connect(sandbox_server)) for _ in range(2))
+    used.sendall(HEALTH)
+    assert read_response(used)[0] == 200
+    assert read_all(silent) == b""
+    assert read_all(used) == b""
+
+
+def test_a_connection_in_use_is_not_idle(sandbox: StartSandbox, stack: ExitStack) -> None:
+    sandbox_server = stack.enter_context(sandbox(idle_timeout_s=IDLE_TIMEOUT_S))
+    used = stack.enter_context(connect(sandbox_server))
+    used.settimeout(IDLE_TIMEOUT_S / 4)
+    n_answers = 0
+    while n_answers < 8:  # for twice the time
+        used.sendall(HEALTH)
+        assert read_response(used)[0] == 200
+        n_answers += 1
+        with pytest.raises(TimeoutError):  # nothing comes, also not the end
+            used.recv(1)
+
+
+def test_a_request_that_is_being_sent_is_not_idle(sandbox: StartSandbox, stack: ExitStack) -> None:
+    sandbox_server = stack.enter_context(sandbox(idle_timeout_s=0.2, request_timeout_s=2.0))
+    slow = stack.enter_context(connect(sandbox_server))
+    slow.sendall(HEALTH[:10])
+    status, _, _ = read_response(slow)
+    assert status == 408

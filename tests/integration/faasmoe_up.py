@@ -1,0 +1,159 @@
+"""A running `faasmoe up`, its processes and what they tell about themselves."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+START_TIMEOUT_S = 240.0
+END_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class FaasmoeUp:
+    """A running `faasmoe up`."""
+
+    process: subprocess.Popen[bytes]
+    base_url: str
+    log: Path
+    runtime: Path
+
+    @property
+    def process_tree(self) -> list[psutil.Process]:
+        """The launcher and every process below it."""
+        top = psutil.Process(self.process.pid)
+        return [top, *top.children(recursive=True)]
+
+    @property
+    def sandboxes(self) -> list[psutil.Process]:
+        """The sandboxes' processes: what the zygote has forked."""
+        zygote = self.child_running("faasmoe_expert.zygote")
+        return [] if zygote is None else [p for p in zygote.children() if not _is_gone(p)]
+
+    def child_running(self, module: str) -> psutil.Process | None:
+        """Return the launcher's child that runs a module, None if it is not there."""
+        for process in psutil.Process(self.process.pid).children():
+            try:
+                if module in process.cmdline():
+                    return process
+            except psutil.NoSuchProcess:
+                continue  # it ended meanwhile
+        return None
+
+    @cached_property
+    def _runtime_info(self) -> dict[str, Any]:
+        files = self.runtime.glob("faasmoe/up-*/control.json")
+        entries = [json.loads(file.read_text()) for file in files]
+        return next(dict(entry) for entry in entries if entry["pid"] == self.process.pid)
+
+    def request_control(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        """Call the control API; raises httpx.HTTPError, while it is away a TransportError."""
+        headers = {"Authorization": f"Bearer {self._runtime_info['token']}"}
+        url = self._runtime_info["control_url"] + path
+        response = httpx.request(method, url, headers=headers, json=body, trust_env=False)
+        return response.raise_for_status()
+
+    def status(self) -> dict[str, Any]:
+        """Return the control's state; raises httpx.HTTPError."""
+        return dict(self.request_control("GET", "/v1/status").json())
+
+    def control_metric(self, name: str) -> float:
+        """Return a metric of the control process: a name with its labels."""
+        return parse_metric(self.request_control("GET", "/metrics").text, f"faasmoe_control_{name}")
+
+    def router_metric(self, name: str) -> float:
+        """Return a metric of the router: a name with its labels."""
+        return parse_metric(httpx.get(f"{self.base_url}/metrics").text, f"faasmoe_router_{name}")
+
+
+def parse_metric(text: str, name: str) -> float:
+    """Return a sample of a metrics page; 0 if there is none."""
+    found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+    return 0.0 if found is None else float(found[1])
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not in {timeout_s:.0f} s: {what}"
+        time.sleep(0.1)
+
+
+def start_up(file: Path, log: Path) -> FaasmoeUp:
+    """Start `faasmoe up` and wait until it serves."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    runtime = Path(tempfile.mkdtemp(prefix="up-"))  # pytest's own folders are too long for sockets
+    atexit.register(shutil.rmtree, runtime, ignore_errors=True)
+    own = {k: v for k, v in os.environ.items() if not k.startswith("FAASMOE_")}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "faasmoe_operator.cli", "up", "-f", file, "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**own, "XDG_RUNTIME_DIR": str(runtime)},
+        )
+    up = FaasmoeUp(process, f"http://127.0.0.1:{port}", log, runtime)
+
+    def served() -> bool:
+        assert process.poll() is None, log.read_text()
+        return "OpenAI base URL" in log.read_text()
+
+    try:
+        wait_until(served, timeout_s=START_TIMEOUT_S, what="served")
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return up
+
+
+@contextmanager
+def running_up(file: Path, log: Path) -> Iterator[FaasmoeUp]:
+    """Run `faasmoe up` as long as the context lasts; it must end well and leave nothing."""
+    instance = start_up(file, log)
+    try:
+        yield instance
+    finally:
+        processes = instance.process_tree
+        instance.process.send_signal(signal.SIGINT)
+        status = _status(instance.process)
+    assert status == 0, instance.log.read_text()
+    wait_until(lambda: all_gone(processes), timeout_s=10, what="no process left")
+
+
+def _status(process: subprocess.Popen[bytes]) -> int:
+    try:
+        return process.wait(END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    return all(map(_is_gone, processes))
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -1,0 +1,85 @@
+"""Frames and raw HTTP, for tests of the sandbox server."""
+
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import psutil
+from sandbox_processes import SandboxProcess
+
+from faasmoe_contracts.wire import Dtype, OutputMode, encode_request
+
+DEADLINE_S = 20.0
+TOKEN = "a-token"
+TIMEOUT_S = 0.5  # FAASMOE_REQUEST_TIMEOUT_S of the sandbox
+HIDDEN = 32
+
+
+def request_frame(*, n_rows: int = 2, layer: int = 0, expert: int = 1, **changes: Any) -> bytes:
+    """A frame of ones for one expert."""
+    fields: dict[str, Any] = {
+        "dtype": Dtype.FLOAT32,
+        "mode": OutputMode.REDUCED,
+        "layer": layer,
+        "hidden_size": HIDDEN,
+        "n_rows": n_rows,
+        "pair_row": np.arange(n_rows, dtype=np.int32),
+        "pair_expert": np.full(n_rows, expert, dtype=np.int32),
+        "pair_weight": np.ones(n_rows, dtype=np.float32),
+        **changes,
+    }
+    rows = np.ones((n_rows, HIDDEN), dtype=np.float32).tobytes()
+    return b"".join(encode_request(rows, **fields))
+
+
+def post_request(function_id: str, body: bytes, *, headers: str = "") -> bytes:
+    """A whole HTTP request for a function."""
+    head = (
+        f"POST /v1/functions/{function_id} HTTP/1.1\r\nhost: test\r\n{headers}"
+        f"authorization: Bearer {TOKEN}\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def read_response(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of the next answer."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += _receive_part(connection)
+    head, _, body = received.partition(b"\r\n\r\n")
+    status_line, *lines = head.decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    while len(body) < int(headers["content-length"]):
+        body += _receive_part(connection)
+    assert len(body) == int(headers["content-length"]), "bytes of another answer"
+    return int(status_line.split()[1]), headers, body
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the sandbox closes."""
+    parts = []
+    while part := connection.recv(1 << 16):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _receive_part(connection: socket.socket) -> bytes:
+    part = connection.recv(1 << 16)
+    assert part, "closed before the answer's end"
+    return part
+
+
+def wait_until(condition: Callable[[], bool], *, deadline_s: float = DEADLINE_S) -> None:
+    """Wait until a condition comes true, or fail."""
+    end_s = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end_s, "the condition did not come true in time"
+        time.sleep(0.01)
+
+
+def n_connections(sandbox: SandboxProcess) -> int:
+    """Connections that the sandbox holds, its listener left out."""
+    found = psutil.Process(sandbox.process.pid).net_connections("tcp")
+    return sum(c.status != psutil.CONN_LISTEN for c in found)

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from faasmoe_operator.api.v1alpha1 import MoEModel
+from faasmoe_operator.api.v1alpha1.crd import CRD_FILE_NAME, build_crd, render_crd_yaml
+from faasmoe_operator.kube.store_summary import LayerGroup, StoreSummary
+
+ROOT = Path(__file__).parents[3]
+ApiServer = Any  # conftest's; a test module cannot import it
+Schema = dict[str, Any]
+
+
+def moemodel(**spec: Any) -> dict[str, Any]:
+    head = {"apiVersion": "faasmoe.dev/v1alpha1", "kind": "MoEModel"}
+    metadata = {"name": "demo", "namespace": "llm"}
+    return {**head, "metadata": metadata, "spec": {"model": {"source": "hf://org/name"}, **spec}}
+
+
+def nodes(schema: Schema, path: str = "") -> Iterator[tuple[str, Schema]]:
+    yield path, schema
+    for name, field in schema.get("properties", {}).items():
+        yield from nodes(field, f"{path}.{name}")
+    for name in ("items", "additionalProperties"):
+        if name in schema:
+            yield from nodes(schema[name], f"{path}.{name}")
+
+
+def nodes_of(part: str) -> list[tuple[str, Schema]]:
+    version = build_crd()["spec"]["versions"][0]
+    return list(nodes(version["schema"]["openAPIV3Schema"]["properties"][part], f".{part}"))
+
+
+NODES = [*nodes_of("spec"), *nodes_of("status")]
+
+
+def without_nothing(value: Any) -> Any:
+    """Drop empty lists and mappings: the API shows what is given and what has a default."""
+    if isinstance(value, dict):
+        kept = {key: without_nothing(entry) for key, entry in value.items()}
+        return {key: entry for key, entry in kept.items() if entry not in ({}, [], None)}
+    return [without_nothing(entry) for entry in value] if isinstance(value, list) else value
+
+
+def test_the_committed_file_is_what_the_models_say() -> None:
+    path = ROOT / "crds" / CRD_FILE_NAME
+    assert path.read_text() == render_crd_yaml(), "`faasmoe crd --output crds` writes it"
+
+
+def test_the_file_reads_as_it_was_meant() -> None:
+    assert yaml.safe_load(render_crd_yaml()) == build_crd()
+
+
+def test_nothing_is_without_a_type() -> None:
+    wrong = [p for p, node in NODES if "type" not in node and not _is_int_or_string(node)]
+    assert wrong == []
+
+
+def test_no_words_of_json_schema_that_a_structural_schema_lacks() -> None:
+    unknown = {"$ref", "const", "title", "oneOf", "patternProperties", "propertyNames"}
+    wrong = [p for p, node in NODES if unknown & set(node)]
+    assert wrong == []
+    assert [p for p, node in NODES if "anyOf" in node and not _is_int_or_string(node)] == []
+    assert [p for p, node in NODES if node.get("additionalProperties") in (True, False)] == []
+
+
+def test_everything_is_bounded() -> None:
+    bounds = {
+        "string": ("maxLength", "enum", "format"),
+        "array": ("maxItems",),
+        "integer": ("maximum",),
+        "number": ("maximum",),
+    }
+    wrong = [
+        path
+        for path, node in NODES
+        if not any(bound in node for bound in bounds.get(node.get("type", ""), node))
+        or ("additionalProperties" in node and "maxProperties" not in node)
+    ]
+    assert wrong == []
+
+
+def test_bounds_are_exact_as_doubles() -> None:
+    """A real API server refuses every value under a bound near those of 64 bits."""
+    assert [path for path, node in NODES if abs(node.get("maximum", 0)) > 1 << 53] == []
+
+
+def test_only_affinity_is_kept_as_it_is() -> None:
+    kept = {p for p, node in NODES if node.get("x-kubernetes-preserve-unknown-fields")}
+    assert all(".template.affinity." in path for path in kept)
+    assert len(kept) == 6
+
+
+def test_every_field_of_its_own_meaning_is_described() -> None:
+    spec = dict(nodes_of("spec"))
+    parts = ("router", "experts", "tenants", "networking", "store", "model")
+    assert [part for part in parts if not spec[f".spec.{part}"].get("description")] == []
+
+
+def test_fields_of_the_process_platform_are_not_there() -> None:
+    paths = {path for path, _ in NODES}
+    assert ".spec.store.size" in paths
+    assert ".spec.store.path" not in paths
+    assert ".spec.tenants.items.apiKeysPath" not in paths
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param({}, id="nothing-given"),
+        pytest.param(
+            {
+                "tenants": [{"name": "acme", "apiKeysSecretRef": {"name": "acme-keys"}}],
+                "experts": {"scaling": {"overrides": [{"layers": "0"}]}, "template": {}},
+                "router": {"template": {"tolerations": [{"key": "gpu"}]}},
+                "monitoring": {"serviceMonitor": {}},
+            },
+            id="parts-within-lists",
+        ),
+    ],
+)
+def test_defaults_are_those_of_the_models(api_server: ApiServer, spec: dict[str, Any]) -> None:
+    obj = moemodel(**spec)
+    stored = api_server.defaulted(obj)
+    model = MoEModel.from_object(obj)
+    assert without_nothing(stored) == without_nothing(model.to_object())
+    assert MoEModel.from_object(stored) == model
+
+
+def test_the_status_holds_a_stores_summary(api_server: ApiServer) -> None:
+    summary = StoreSummary(
+        digest="sha256:0",
+        revision="0" * 40,
+        source="hf://org/name",
+        family="qwen2_moe",
+        architecture="Qwen2MoeForCausalLM",
+        dtype="bfloat16",
+        hidden_size=2048,
+        vocab_size=151_936,
+        max_position_embeddings=8192,
+        num_hidden_layers=24,
+        size_bytes=1 << 35,
+        router_bytes=1 << 31,
+        layers=(LayerGroup(23, 64, 6, 1 << 34, 1 << 20),),
+    )
+    assert api_server.problems({**moemodel(), "status": {"model": summary.to_status()}}) == []
+
+
+def test_names_what_scale_and_columns_read() -> None:
+    version = build_crd()["spec"]["versions"][0]
+    paths = {path for path, _ in NODES}
+    assert set(version["subresources"]["scale"].values()) <= paths
+    plain = [
+        c["jsonPath"] for c in version["additionalPrinterColumns"] if "[?" not in c["jsonPath"]
+    ]
+    assert {path for path in plain if not path.startswith(".metadata")} <= paths
+
+
+def _is_int_or_string(node: Schema) -> bool:
+    return bool(node.get("x-kubernetes-int-or-string"))

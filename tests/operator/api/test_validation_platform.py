@@ -1,0 +1,94 @@
+from typing import Any
+
+from faasmoe_operator.api.v1alpha1 import MoEModel
+from faasmoe_operator.api.v1alpha1.validation import (
+    kubernetes_problems,
+    process_platform_problems,
+    process_platform_warnings,
+)
+
+
+def model(**spec: Any) -> MoEModel:
+    head = {"apiVersion": "faasmoe.dev/v1alpha1", "kind": "MoEModel", "metadata": {"name": "demo"}}
+    spec = {"model": {"source": "hf://org/name"}, **spec}
+    return MoEModel.model_validate({**head, "spec": spec})
+
+
+def warned_fields(**spec: Any) -> list[str]:
+    return [note.partition(":")[0] for note in process_platform_warnings(model(**spec))]
+
+
+def test_nothing_is_noted_of_what_both_honour() -> None:
+    assert (
+        warned_fields(router={"maxWaiting": 1}, experts={"warmPool": 0}, store={"path": "x"}) == []
+    )
+
+
+def test_every_field_that_only_kubernetes_honours_is_noted() -> None:
+    token = {"name": "hub", "key": "token"}
+    fields = warned_fields(
+        model={"source": "hf://org/name", "tokenSecretRef": token},
+        store={
+            "size": "1Gi",
+            "claimName": "a",
+            "subPath": "b",
+            "reclaimPolicy": "Retain",
+            "resources": {"requests": {"cpu": 2}},
+        },
+        router={"replicas": 2, "template": {"nodeSelector": {"a": "b"}}},
+        experts={"template": {"image": "x"}},
+        tenants=[{"name": "a", "apiKeysPath": "k", "apiKeysSecretRef": {"name": "s"}}],
+        networking={"ingress": {"host": "a.b"}},
+        monitoring={"serviceMonitor": {}},
+        suspend=True,
+    )
+    assert fields == [
+        "spec.model.tokenSecretRef",
+        "spec.store.size",
+        "spec.store.claimName",
+        "spec.store.subPath",
+        "spec.store.reclaimPolicy",
+        "spec.store.resources",
+        "spec.router.replicas",
+        "spec.router.template",
+        "spec.experts.template",
+        "spec.tenants.0.apiKeysSecretRef",
+        "spec.networking",
+        "spec.monitoring",
+        "spec.suspend",
+    ]
+
+
+def test_a_sandbox_for_each_function_is_noted_where_they_share_a_gpu() -> None:
+    (note,) = process_platform_warnings(model(experts={"device": "cuda"}))
+    assert note.startswith("spec.experts.functionsPerSandbox: got 1 with device cuda: ")
+    assert warned_fields(experts={"device": "cuda", "functionsPerSandbox": 24}) == []
+    assert (
+        warned_fields(experts={"device": "cpu"}) == warned_fields(router={"device": "cuda"}) == []
+    )
+
+
+def test_nothing_is_noted_of_a_field_that_is_given_as_it_is_anyway() -> None:
+    assert warned_fields(suspend=False, router={"replicas": 1, "template": {}}) == []
+
+
+def test_a_tenant_without_its_folder_of_keys_is_refused_by_the_process_platform_alone() -> None:
+    tenants = [{"name": "a", "apiKeysSecretRef": {"name": "keys"}}]
+    (problem,) = process_platform_problems(model(tenants=tenants))
+    assert problem.startswith("spec.tenants.0.apiKeysPath: missing")
+    assert kubernetes_problems(model(tenants=tenants)) == []
+
+
+def test_a_tenant_without_its_secret_is_refused_by_kubernetes_alone() -> None:
+    of_folder = model(tenants=[{"name": "a", "apiKeysPath": "keys"}])
+    assert process_platform_problems(of_folder) == []
+    assert [problem.partition(":")[0] for problem in kubernetes_problems(of_folder)] == [
+        "spec.tenants.0.apiKeysPath",
+        "spec.tenants.0.apiKeysSecretRef",
+    ]
+
+
+def test_a_claim_is_refused_by_the_process_platform_and_a_folder_by_kubernetes() -> None:
+    claim, folder = model(model={"source": "pvc://a/b"}), model(model={"source": "file:///b"})
+    assert len(process_platform_problems(claim)) == len(kubernetes_problems(folder)) == 1
+    assert process_platform_problems(folder) == kubernetes_problems(claim) == []

@@ -1,0 +1,39 @@
+"""A router that needs no model: it is healthy at once, never, or fails, as the environment says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+from faasmoe_contracts.parent_death import die_with_parent
+
+
+class HealthHandler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(503 if os.environ.get("FAKE_ROUTER_UNHEALTHY") else 200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        return None
+
+
+def main() -> None:
+    die_with_parent()
+    if os.environ.get("FAKE_ROUTER_FAILS"):
+        sys.exit("the router has no model")
+    assert os.environ["FAASMOE_TOKEN"]
+    print(f"control {os.environ['FAASMOE_CONTROL_URL']}", flush=True)
+    if file := os.environ.get("FAASMOE_TENANTS_FILE"):
+        print(f"tenants {json.dumps(json.loads(Path(file).read_text()))}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    HTTPServer(("127.0.0.1", int(os.environ["FAASMOE_PORT"])), HealthHandler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

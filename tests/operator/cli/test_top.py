@@ -1,0 +1,67 @@
+from typing import Any
+
+from faasmoe_operator.cli.top import render_status
+
+
+def function(name: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "id": name,
+        "layers": [0],
+        "n_experts": 3,
+        "size_bytes": 1 << 20,
+        "state": "Active",
+        "desired": 1,
+        "ready": 1,
+        "concurrency": 0.5,
+        "idle_s": 2.4,
+        "calls": 7,
+        "rows": 70,
+        **changes,
+    }
+
+
+STATUS = {
+    "model": "tiny",
+    "followers": 1,
+    "functions": [
+        function("quiet", rows=0, calls=0, ready=0, desired=0, state="Inactive", idle_s=None),
+        function("busy", rows=99, desired=2, layers=[0, 1, 2]),
+        function("silent", rows=5, concurrency=None),
+    ],
+    "sandboxes": [
+        {"state": "Ready", "functions": ["busy", "silent"], "pss_bytes": 4 << 20},
+        {"state": "Starting", "functions": [], "pss_bytes": None},
+    ],
+    "pool": {"size": 1, "ready": 0},
+    "held": 3,
+    "decisions": {"Activated": 2, "NoTraffic": 1},
+}
+
+
+def rendered_lines(max_lines: int) -> list[str]:
+    return [
+        " ".join(line.split()) for line in render_status(STATUS, max_lines=max_lines).splitlines()
+    ]
+
+
+def test_sums_up_functions_sandboxes_and_routers() -> None:
+    assert rendered_lines(10)[:3] == [
+        "tiny: 3 functions (2 Active, 1 Inactive), 2 replicas, 2.0 MiB of weights up",
+        "sandboxes: 2 (1 Ready, 1 Starting), 4.0 MiB; generic: 0, pool of 1",
+        "routers: 1; queued calls and requests: 3; decisions: Activated 2, NoTraffic 1",
+    ]
+
+
+def test_shows_the_busiest_functions_first_with_their_share_of_memory() -> None:
+    assert rendered_lines(10)[5:] == [
+        "busy 0-2 3 Active 1/2 0.50 7 99 2 s 1.0 MiB 2.0 MiB",
+        "silent 0 3 Active 1/1 - 7 5 2 s 1.0 MiB 2.0 MiB",
+        "quiet 0 3 Inactive 0/0 0.50 0 0 - 1.0 MiB -",
+    ]
+
+
+def test_leaves_out_what_does_not_fit() -> None:
+    assert rendered_lines(1)[5:] == [
+        "busy 0-2 3 Active 1/2 0.50 7 99 2 s 1.0 MiB 2.0 MiB",
+        "and 2 functions more",
+    ]

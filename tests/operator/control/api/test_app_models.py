@@ -1,0 +1,203 @@
+"""One control API for many models over real HTTP, each behind its own token."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from fake_platform import controller_and_platform, eventually, make_model, routable_functions
+
+from faasmoe_operator.control.api import make_models_app, render_models_metrics
+from faasmoe_operator.control.api import status as exposition
+from faasmoe_operator.control.controller import Controller
+
+TOKENS = {("team-a", "chat"): "token-a", ("team-b", "chat"): "token-b"}
+
+
+class ModelsApi:
+    """An API of two models that have the same name in two namespaces."""
+
+    def __init__(self, controllers: dict[tuple[str, str], Controller]) -> None:
+        self.controllers = controllers
+        self.http: aiohttp.ClientSession
+
+    def lookup(self, namespace: str, name: str) -> tuple[Controller, str] | None:
+        key = (namespace, name)
+        controller = self.controllers.get(key)
+        return None if controller is None else (controller, TOKENS[key])
+
+    async def request(
+        self, path: str, *, token: str = "", method: str = "GET", body: Any = None
+    ) -> tuple[int, Any]:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        async with self.http.request(method, path, json=body, headers=headers) as response:
+            is_json = response.content_type == "application/json"
+            return response.status, await (response.json() if is_json else response.text())
+
+
+@asynccontextmanager
+async def running_models_api() -> AsyncIterator[ModelsApi]:
+    async with AsyncExitStack() as stack:
+        controllers = {
+            key: (
+                await stack.enter_async_context(controller_and_platform(make_model(warm_pool=0)))
+            )[0]
+            for key in TOKENS
+        }
+        running = ModelsApi(controllers)
+
+        async def health(_: web.Request) -> web.Response:
+            return web.json_response({"status": "ok"})
+
+        app = make_models_app(running.lookup, extra_routes=[web.get("/healthz", health)])
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        host, port = runner.addresses[0][:2]
+        running.http = await stack.enter_async_context(
+            aiohttp.ClientSession(f"http://{host}:{port}")
+        )
+        yield running
+
+
+def body(*functions: str, **more: Any) -> dict[str, Any]:
+    return {"router": "r", "sent_at_s": time.time(), "functions": list(functions), **more}
+
+
+def test_a_wake_reaches_the_model_of_its_path_and_no_other() -> None:
+    async def story() -> None:
+        async with running_models_api() as running:
+            path = "/models/team-b/chat/v1/wake"
+            status, _ = await running.request(path, token="token-b", method="POST", body=body("f1"))
+            assert status == 202
+            first, second = running.controllers.values()
+            await eventually(lambda: routable_functions(second) == {"f1"})
+            assert routable_functions(first) == set()
+            _, told = await running.request("/models/team-b/chat/v1/status", token="token-b")
+            assert told["epoch"] == second.routing_table.epoch
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("path", "token"),
+    [
+        ("/models/team-a/chat/v1/status", ""),
+        ("/models/team-a/chat/v1/status", "token-b"),
+        ("/models/team-a/other/v1/status", "token-a"),
+        ("/models/team-c/chat/v1/status", "token-a"),
+        ("/models/team-a/chat/v1/dance", "token-b"),
+        ("/models/team-a", "token-a"),
+        ("/models/", "token-a"),
+        ("/models/team-a%2Fchat/v1/status", "token-b"),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused_like_a_wrong_token(path: str, token: str) -> None:
+    expected = {
+        "error": {
+            "code": "unauthorized",
+            "message": "authorization: expected the bearer token",
+            "field": "authorization",
+        }
+    }
+
+    async def story() -> None:
+        async with running_models_api() as running:
+            assert await running.request(path, token=token) == (401, expected)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/models/team-a/chat/v1/dance", 404),
+        ("POST", "/models/team-a/chat/v1/table", 405),
+        ("GET", "/v1/status", 404),
+        ("GET", "/healthz", 200),
+    ],
+)
+def test_other_paths_are_what_they_are(method: str, path: str, status: int) -> None:
+    async def story() -> None:
+        async with running_models_api() as running:
+            assert (await running.request(path, token="token-a", method=method))[0] == status
+
+    asyncio.run(story())
+
+
+def test_a_model_that_goes_is_not_found_any_more_and_its_stream_ends() -> None:
+    async def story() -> None:
+        async with running_models_api() as running:
+            headers = {"Authorization": "Bearer token-a"}
+            path = "/models/team-a/chat/v1/table"
+            async with running.http.get(path, headers=headers) as response:
+                assert b"snapshot" in await response.content.readline()
+                running.controllers.pop(("team-a", "chat")).routing_table.close()
+                assert await response.content.read() == b""
+            assert (await running.request(path, token="token-a"))[0] == 401
+
+    asyncio.run(story())
+
+
+def test_routers_tell_how_many_keys_tenants_have() -> None:
+    async def story() -> None:
+        async with running_models_api() as running:
+            path, (controller, _) = "/models/team-a/chat/v1/load", running.controllers.values()
+            known = {"functions": {}, "interval_s": 1.0, "held": 0, "local": 0}
+
+            async def report(router: str, **more: Any) -> int:
+                whole = body() | known | {"router": router} | more
+                return (await running.request(path, token="token-a", method="POST", body=whole))[0]
+
+            revision = controller.revision
+            assert await report("r1") == 204
+            assert controller.load_reports.tenant_key_counts(controller.clock()) is None
+            assert await report("r1", tenants={"acme": 2, "beta": 0}) == 204
+            assert controller.revision > revision
+            assert await report("r2", tenants={"acme": 1}) == 204
+            assert controller.load_reports.tenant_key_counts(controller.clock()) == {
+                "acme": 1,
+                "beta": 0,
+            }
+            refused: list[Any] = [
+                {"acme": -1},
+                {"acme": "2"},
+                {"Not A Name": 1},
+                {"x" * 64: 1},
+                {f"t{index}": 1 for index in range(65)},
+                [],
+            ]
+            for wrong in refused:
+                assert await report("r1", tenants=wrong) == 422
+            assert controller.load_reports.tenant_key_counts(controller.clock()) == {
+                "acme": 1,
+                "beta": 0,
+            }
+
+    asyncio.run(story())
+
+
+def test_metrics_of_all_models_in_one_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        async with running_models_api() as running:
+            _, second = running.controllers.values()
+            second.activate(["f0"])
+            await eventually(lambda: routable_functions(second) == {"f0"})
+            text = render_models_metrics(running.controllers.items()).decode()
+            wakes = 'faasmoe_control_activation_requests_total{{model="chat",namespace="{}"}} {}'
+            assert wakes.format("team-a", "0.0") in text
+            assert wakes.format("team-b", "1.0") in text
+            assert text.count("# TYPE faasmoe_control_activation_requests_total counter") == 1
+            assert 'le="+Inf",model="chat",namespace="team-b"' in text
+            assert "faasmoe_control_models_not_exported 0.0" in text
+            monkeypatch.setattr(exposition, "MAX_MODELS", 1)
+            text = render_models_metrics(running.controllers.items()).decode()
+            assert "team-b" not in text
+            assert "faasmoe_control_models_not_exported 1.0" in text
+
+    asyncio.run(story())

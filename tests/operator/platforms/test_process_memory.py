@@ -1,0 +1,22 @@
+import os
+from pathlib import Path
+
+from faasmoe_operator.platforms.process import pss_bytes
+
+
+def test_reads_the_proportional_set_size(tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "smaps_rollup").write_text(
+        "0-1 ---p 0 00:00 0 [rollup]\nRss:  90 kB\nPss:     12 kB\nPss_Dirty: 3 kB\n"
+    )
+    assert pss_bytes(7, proc=tmp_path) == 12 * 1024
+
+
+def test_knows_no_size_of_a_process_that_is_gone(tmp_path: Path) -> None:
+    assert pss_bytes(7, proc=tmp_path) is None
+
+
+def test_reads_its_own_size() -> None:
+    size_bytes = pss_bytes(os.getpid())
+    assert size_bytes is not None
+    assert size_bytes > 1 << 20

@@ -1,0 +1,52 @@
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+
+from faasmoe_router.api.middleware import RequestContextMiddleware
+
+
+def _get(app: FastAPI, path: str) -> httpx.Response:
+    async def get() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+            return await client.get(path)
+
+    return asyncio.run(get())
+
+
+@pytest.fixture
+def app() -> FastAPI:
+    app = FastAPI()
+    app.add_middleware(RequestContextMiddleware, max_body_bytes=10)
+
+    @app.get("/broken")
+    async def broken() -> None:
+        raise RuntimeError("a secret of the machine")
+
+    @app.get("/half")
+    async def half() -> StreamingResponse:
+        async def body() -> Any:
+            yield b"half"
+            raise RuntimeError("a secret of the machine")
+
+        return StreamingResponse(body())
+
+    return app
+
+
+def test_a_fault_is_a_500_without_internals(app: FastAPI, caplog: pytest.LogCaptureFixture) -> None:
+    response = _get(app, "/broken")
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal_error"
+    assert "secret" not in response.text
+    assert response.headers["x-request-id"] in caplog.text
+    assert "a secret of the machine" in caplog.text
+
+
+def test_a_fault_after_the_answer_began_is_left_to_the_server(app: FastAPI) -> None:
+    with pytest.raises(RuntimeError, match="a secret of the machine"):
+        _get(app, "/half")

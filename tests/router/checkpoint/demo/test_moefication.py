@@ -1,0 +1,78 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from faasmoe_router.checkpoint.demo.moefication import (
+    NUM_EXPERTS,
+    DenseMlp,
+    balanced_clusters,
+    shared_expert_size,
+    split_dense_mlp,
+)
+
+HIDDEN, NEURONS, ROWS = 16, 64, 100
+
+
+@pytest.fixture
+def block() -> DenseMlp:
+    g = torch.Generator().manual_seed(0)
+    return DenseMlp(
+        torch.randn(NEURONS, HIDDEN, generator=g),
+        torch.randn(NEURONS, HIDDEN, generator=g),
+        torch.randn(HIDDEN, NEURONS, generator=g),
+    )
+
+
+def _split_dense_mlp(block: DenseMlp, *, exact: bool) -> dict[str, torch.Tensor]:
+    inputs = torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(1))  # [N, H]
+    return split_dense_mlp(block, inputs, exact=exact, generator=torch.Generator().manual_seed(2))
+
+
+def test_all_parts_together_are_the_dense_block(block: DenseMlp) -> None:
+    parts = _split_dense_mlp(block, exact=True)
+    x = torch.randn(5, HIDDEN)  # [T, H]
+    shared = F.silu(x @ parts["shared_expert.gate_proj.weight"].T)  # [T, S]
+    shared = shared * (x @ parts["shared_expert.up_proj.weight"].T)  # [T, S]
+    total = 0.5 * (shared @ parts["shared_expert.down_proj.weight"].T)  # [T, H]
+    for up, down in zip(
+        parts["experts.gate_up_proj"], parts["experts.down_proj"], strict=True
+    ):  # [2J, H], [H, J]
+        gate, value = (x @ up.T).chunk(2, dim=-1)  # [T, J] each
+        total = total + (F.silu(gate) * value) @ down.T / NUM_EXPERTS  # [T, H]
+    expected = (F.silu(x @ block.gate.T) * (x @ block.up.T)) @ block.down.T  # [T, H]
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gate_is_flat_only_if_exact(block: DenseMlp) -> None:
+    assert not _split_dense_mlp(block, exact=True)["gate.weight"].any()
+    assert _split_dense_mlp(block, exact=False)["gate.weight"].abs().max() > 0
+
+
+def test_every_neuron_goes_to_one_part(block: DenseMlp) -> None:
+    parts = _split_dense_mlp(block, exact=False)
+    width = (NEURONS - shared_expert_size(NEURONS)) // NUM_EXPERTS
+    gates = [parts["shared_expert.gate_proj.weight"]]
+    gates += [expert[:width] for expert in parts["experts.gate_up_proj"]]
+    rows = torch.cat(gates)  # [I, H]
+    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, block.gate.tolist()))
+
+
+@settings(deadline=None, max_examples=30)
+@given(size=st.integers(1, 5), count=st.integers(1, 6), seed=st.integers(0, 1000))
+def test_clusters_are_equal_in_size(size: int, count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    profiles = torch.rand(size * count, 7, generator=generator)  # [R, N]
+    owner = balanced_clusters(profiles, count, generator=generator)  # [R]
+    assert owner.bincount(minlength=count).tolist() == [size] * count
+
+
+def test_alike_rows_share_a_cluster() -> None:
+    profiles = torch.eye(2).repeat(4, 1)  # [8, 2]: rows alternate between two directions
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        first = torch.randperm(8, generator=torch.Generator().manual_seed(seed))[:2] % 2
+        if first[0] != first[1]:  # the drawn centres differ
+            owner = balanced_clusters(profiles, 2, generator=generator)  # [R]
+            assert len(set(owner[::2].tolist())) == len(set(owner[1::2].tolist())) == 1

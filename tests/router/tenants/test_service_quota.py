@@ -1,0 +1,206 @@
+"""Limits by real HTTP: what is refused, how, and what the headers say meanwhile."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+Until = Callable[[Callable[[], bool]], None]
+
+
+def test_requests_per_minute_are_counted_told_and_refused(open_router: Any) -> None:
+    with (
+        open_router({"acme": {"limits": {"requestsPerMinute": 2}}, "beta": {}}) as router,
+        router.client("acme") as client,
+    ):
+        raw = client.completions.with_raw_response
+        for left in ("1", "0"):
+            headers = raw.create(model="tiny", prompt="a", max_tokens=1).headers
+            assert headers["x-ratelimit-limit-requests"] == "2"
+            assert headers["x-ratelimit-remaining-requests"] == left
+            assert headers["x-ratelimit-reset-requests"].endswith("s")
+            assert "x-ratelimit-limit-tokens" not in headers
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.completions.create(model="tiny", prompt="a", max_tokens=1)
+        assert refused.value.code == "rate_limit_exceeded"
+        assert refused.value.type == "rate_limit_error"
+        response = refused.value.response
+        assert 25 <= int(response.headers["retry-after"]) <= 30
+        assert response.headers["x-ratelimit-remaining-requests"] == "0"
+        assert "Rate limit reached on requests per minute" in refused.value.message
+        assert client.models.list().data  # asking for nothing costs nothing
+        assert router.complete("beta").status_code == 200
+        assert "x-ratelimit-limit-requests" not in router.complete("beta").headers
+
+
+def test_tokens_are_reserved_and_settled(open_router: Any) -> None:
+    with open_router({"acme": {"limits": {"tokensPerMinute": 300}}}) as router:
+        answer = router.complete("acme", max_tokens=200)
+        usage = answer.json()["usage"]
+        left = int(router.complete("acme", max_tokens=1).headers["x-ratelimit-remaining-tokens"])
+        n_prompt = usage["prompt_tokens"]
+        expected = 300 - usage["total_tokens"] - n_prompt - 1
+        assert expected <= left <= expected + 20  # what the seconds since have brought back
+        refused = router.complete("acme", max_tokens=200)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert "tokens per minute: limit 300" in refused.json()["error"]["message"]
+        assert 1 <= int(refused.headers["retry-after"]) <= 120
+
+
+def test_a_stop_gives_back_what_was_not_generated(open_router: Any) -> None:
+    with open_router({"acme": {"limits": {"tokensPerMinute": 300}}}) as router:
+        text = router.complete("acme", max_tokens=20).json()["choices"][0]["text"]
+        stop = text[2:4]
+        for _ in range(4):  # each reserves 200 and uses a few
+            answer = router.complete("acme", max_tokens=200, stop=[stop])
+            assert answer.status_code == 200
+            assert answer.json()["usage"]["completion_tokens"] < 20
+
+
+def test_a_request_that_could_never_fit_is_a_400(open_router: Any) -> None:
+    with open_router({"acme": {"limits": {"tokensPerMinute": 100}}}) as router:
+        refused = router.complete("acme", max_tokens=150)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["type"] == "invalid_request_error"
+        assert "your limit is 100 tokens per minute" in refused.json()["error"]["message"]
+        # What leaves its length open is given what fits.
+        answer = router.complete("acme", max_tokens=None)
+        assert answer.json()["usage"]["total_tokens"] == 100
+
+
+def test_a_refused_request_reserves_nothing(open_router: Any) -> None:
+    with open_router({"acme": {"limits": {"tokensPerMinute": 100}}}) as router:
+        assert router.complete("acme", max_tokens=5, temperature=9).status_code == 400
+        headers = router.complete("acme", max_tokens=5).headers
+        assert int(headers["x-ratelimit-remaining-tokens"]) >= 100 - 20
+
+
+def test_two_routers_split_the_limits(open_router: Any) -> None:
+    """Ten a minute over two routers: ten if spread evenly, five by one of them."""
+    acme = {"acme": {"limits": {"requestsPerMinute": 10, "tokensPerMinute": 100_000}}}
+    with open_router(acme, n_routers=2) as first, open_router(acme, n_routers=2) as second:
+        spread = [router.complete("acme").status_code for router in [first, second] * 7]
+        assert spread.count(200) == 10
+        assert spread[:10] == [200] * 10
+    with open_router(acme, n_routers=2) as first, open_router(acme, n_routers=2) as second:
+        lopsided = [first.complete("acme").status_code for _ in range(8)]
+        assert lopsided.count(200) == 5
+        assert second.complete("acme").status_code == 200
+
+
+def test_the_tenants_file_may_tell_how_many_routers_there_are(
+    open_router: Any, until: Until
+) -> None:
+    acme = {"acme": {"limits": {"requestsPerMinute": 8}}}
+    with open_router(acme, n_routers=1, document={"routerReplicas": 4}) as router:
+        answers = [router.complete("acme").status_code for _ in range(4)]
+        assert answers == [200, 200, 429, 429]
+        router.files.write(acme, routerReplicas=2)
+        until(lambda: router.tenancy.n_routers == 2)
+        assert router.complete("acme").status_code == 200
+
+
+def never_finish(router: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let batches go on only when the event is set."""
+    go, forward = threading.Event(), router.engine._model.forward
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        go.wait(20)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(router.engine._model, "forward", slow)
+    return go
+
+
+def test_concurrent_requests_wait_and_more_are_refused(
+    open_router: Any, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"maxConcurrentRequests": 2, "maxQueuedRequests": 1}
+    with (
+        open_router({"acme": {"limits": limits}, "beta": {}}, max_num_seqs=8) as router,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        go = never_finish(router, monkeypatch)
+        answers = [pool.submit(router.complete, "acme") for _ in range(3)]
+        until(lambda: router.engine.sequence_counts("acme") == (2, 1))
+        assert router.metric("running_sequences", tenant="acme") == 2
+        assert router.metric("waiting_sequences", tenant="acme") == 1
+        refused = router.complete("acme")
+        assert refused.status_code == 429
+        assert "1 of your requests are queued already" in refused.json()["error"]["message"]
+        assert refused.headers["retry-after"] == "1"
+        other = pool.submit(router.complete, "beta")
+        until(lambda: router.engine.sequence_counts("beta") == (1, 0))
+        go.set()
+        assert {a.result().status_code for a in [*answers, other]} == {200}
+        assert router.usage("acme")["requests"]["limited"] == 1
+
+
+def test_a_flood_fills_its_own_part_of_the_queue_only(
+    open_router: Any, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        open_router({"flood": {}, "quiet": {}}, max_num_seqs=2, max_waiting=8) as router,
+        ThreadPoolExecutor(24) as pool,
+    ):
+        go = never_finish(router, monkeypatch)
+        flood = [pool.submit(router.complete, "flood") for _ in range(20)]
+        until(lambda: router.engine.sequence_counts("flood") == (2, 4))
+        until(lambda: router.usage("flood")["requests"]["limited"] == 14)
+        quiet = pool.submit(router.complete, "quiet")
+        until(lambda: sum(router.engine.sequence_counts("quiet")) == 1)
+        go.set()
+        assert quiet.result().status_code == 200
+        statuses = [answer.result().status_code for answer in flood]
+        assert (statuses.count(200), statuses.count(429)) == (6, 14)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_gives_its_place_and_its_tokens_back(
+    open_router: Any, until: Until, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    limits = {"maxConcurrentRequests": 1, "tokensPerMinute": 1000}
+    with open_router({"acme": {"limits": limits}}) as router:
+        go = never_finish(router, monkeypatch)
+        headers = {"Authorization": "Bearer acme-key"}
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 200, "stream": stream}
+        with ExitStack() as stack:
+            for _ in range(3):
+                if stream:
+                    url = f"{router.url}/v1/completions"
+                    stack.enter_context(httpx.stream("POST", url, json=body, headers=headers))
+                else:
+                    with pytest.raises(httpx.ReadTimeout):
+                        httpx.post(
+                            f"{router.url}/v1/completions", json=body, headers=headers, timeout=0.3
+                        )
+        until(lambda: router.engine.sequence_counts("acme") == (0, 0))
+        go.set()
+        until(lambda: router.usage("acme")["requests"]["cancelled"] == 3)
+        answer = router.complete("acme", max_tokens=5)
+        assert int(answer.headers["x-ratelimit-remaining-tokens"]) > 900
+
+
+def test_the_end_of_the_server_ends_who_waits(
+    open_router: Any, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        open_router({"acme": {}}, max_num_seqs=1) as router,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        go = never_finish(router, monkeypatch)
+        answers = [pool.submit(router.complete, "acme") for _ in range(3)]
+        until(lambda: router.engine.sequence_counts("acme") == (1, 2))
+        router.server.should_exit = True
+        bodies = [json.loads(answer.result().content) for answer in answers]
+        go.set()
+        assert {body["error"]["type"] for body in bodies} == {"server_error"}

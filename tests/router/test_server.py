@@ -1,0 +1,152 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from faasmoe_router.api.app import create_app
+from faasmoe_router.engine.cache_config import EngineLimits
+from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.tokenizer import ModelTokenizer
+from faasmoe_router.metrics import EngineMetrics, new_registry
+from faasmoe_router.server import Server
+
+DEADLINE_S = 20.0
+ENDS_BY_ITSELF = """
+from faasmoe_router.server import Server
+
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        print("started", flush=True)
+        await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+Server(app, on_drain_timeout=lambda: None).run()
+print("after", flush=True)
+"""
+
+
+def test_answers_that_take_too_long_end_with_an_error(
+    model: Any, codec: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = new_registry()
+    engine = Engine(
+        model,
+        codec,
+        limits=EngineLimits(max_model_len=256),
+        metrics=EngineMetrics(registry, "tiny"),
+    )
+    hold = threading.Event()
+    forward = model.forward
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        hold.wait(0.05)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", slow)
+    app = create_app(engine, model_name="tiny", registry=registry)
+    server = Server(app, on_drain_timeout=engine.abort_running, drain_timeout_s=0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
+        body = {"model": "tiny", "prompt": "a", "stream": True}
+        with httpx.stream("POST", url, json=body, timeout=DEADLINE_S) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.should_exit = True
+            *_, last = (line for line in lines if line)
+        thread.join(DEADLINE_S)
+        hold.set()
+    assert not thread.is_alive()
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+
+
+def test_a_server_that_ends_says_so_finishes_what_runs_and_begins_nothing(
+    model: Any, codec: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = new_registry()
+    limits = EngineLimits(max_model_len=256)
+    engine = Engine(model, codec, limits=limits, metrics=EngineMetrics(registry, "tiny"))
+    forward, go_on = model.forward, threading.Event()
+
+    def held(*args: Any, **kwargs: Any) -> Any:
+        go_on.wait(DEADLINE_S)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", held)
+    app = create_app(engine, model_name="tiny", registry=registry)
+    server = Server(app, on_drain_timeout=engine.abort_running, drain_timeout_s=DEADLINE_S)
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 20}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with ThreadPoolExecutor(1) as client:
+            running = client.submit(
+                httpx.post, f"{url}/v1/completions", json=body, timeout=DEADLINE_S
+            )
+            while not engine.is_busy:
+                assert not running.done(), running.result().text
+            server.should_exit = True
+            while (health := httpx.get(f"{url}/health")).status_code == 200:
+                pass
+            assert httpx.get(f"{url}/v1/models").status_code == 200
+            refused = httpx.post(f"{url}/v1/completions", json=body)
+            for answer in (health, refused):
+                assert answer.status_code == 503
+                assert answer.headers["Retry-After"] == "1"
+                assert answer.headers["Connection"] == "close"
+                assert answer.json()["error"]["code"] == "service_unavailable"
+            go_on.set()
+            assert running.result().status_code == 200
+            assert running.result().json()["usage"]["completion_tokens"] == 20
+        thread.join(DEADLINE_S)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_and_not_what_comes_after(number: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDS_BY_ITSELF], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(number)
+        assert process.stdout.read() == "after\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"FAASMOE_STORE": ""}, "FAASMOE_STORE: not set", id="no-store"),
+        pytest.param({"FAASMOE_PORT": "x"}, "FAASMOE_PORT: got 'x'", id="port"),
+        pytest.param({"FAASMOE_PARENT_PID": "x"}, "FAASMOE_PARENT_PID: got 'x'", id="parent"),
+    ],
+)
+def test_a_bad_setting_ends_the_process_with_one_line(
+    change: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    settings = {"FAASMOE_STORE": str(tmp_path), "FAASMOE_TABLE": str(tmp_path / "table.json")}
+    ended = subprocess.run(
+        [sys.executable, "-m", "faasmoe_router"],
+        env={**os.environ, **settings, **change},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"faasmoe_router: {message}")
+    assert len(ended.stderr.splitlines()) == 1
