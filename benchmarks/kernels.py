@@ -1,0 +1,268 @@
+"""Measures the kernel library: one product by weight scheme and number of rows, on one thread.
+
+`python -m benchmarks.kernels` prints GB/s of weights and GFLOP/s beside what one core of the
+machine can read and compute, and torch's time for the same product, and writes
+benchmarks/out/kernels.json. Shares are of medians, so the machine has to be quiet.
+Each call takes another copy of the matrix, so that weights come from memory and not from the cache.
+torch computes the float schemes in their own dtype and the others with bfloat16 weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from benchmarks.report import OUT, Spread, describe_machine, write_figures
+from numpy.typing import NDArray
+from torch import Tensor
+
+from faasmoe_kernels import Dtype, KernelLibrary, KernelsUnavailable, Matrix, Scheme, load
+
+ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+LIMITS_SOURCE = Path(__file__).with_name("machine_limits.cpp")
+COLD_BYTES = 512 << 20  # of all copies of a matrix, and of the buffer that is read
+MIN_CALLS, MAX_CALLS = 5, 60
+SECONDS_PER_CASE = 0.5
+READ_PASSES = 10
+FMA_ITERATIONS = 40_000_000
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """A scheme as it is measured.
+
+    Attributes:
+        name: name in the figures.
+        scheme: the library's scheme.
+        bits: bits per weight, without scales.
+        group: columns per scale; 0 for one per row, or for no scales.
+        torch_dtype: dtype in which torch computes the product.
+    """
+
+    name: str
+    scheme: Scheme
+    bits: int
+    group: int = 0
+    torch_dtype: torch.dtype = torch.bfloat16
+
+    def size_bytes(self, n: int, k: int) -> int:
+        """Return the bytes of weights and scales of a matrix [n, k]."""
+        return n * k * self.bits // 8 + 4 * self.n_scales(n, k)
+
+    def n_scales(self, n: int, k: int) -> int:
+        """Return the number of scales of a matrix [n, k]."""
+        if self.scheme < Scheme.INT8:
+            return 0
+        return n * (k // self.group if self.group else 1)
+
+
+SCHEMES = (
+    WeightScheme("f32", Scheme.FLOAT32, 32, torch_dtype=torch.float32),
+    WeightScheme("bf16", Scheme.BFLOAT16, 16),
+    WeightScheme("f16", Scheme.FLOAT16, 16, torch_dtype=torch.float16),
+    WeightScheme("int8", Scheme.INT8, 8),
+    WeightScheme("int8-g128", Scheme.INT8, 8, 128),
+    WeightScheme("int8-g32", Scheme.INT8, 8, 32),
+    WeightScheme("int4-g128", Scheme.INT4, 4, 128),
+    WeightScheme("int4-g32", Scheme.INT4, 4, 32),
+    WeightScheme("mxfp4", Scheme.MXFP4, 4, 32),
+)
+
+
+@dataclass(frozen=True)
+class MachineLimits:
+    """What one core can do at most.
+
+    Attributes:
+        read_gb_per_s: bytes summed from a buffer larger than the caches, best pass.
+        peak_gflop_per_s: float32 multiply-adds in registers, two operations each.
+    """
+
+    read_gb_per_s: float
+    peak_gflop_per_s: float
+
+
+def main() -> int:
+    """Measure, print a table and write the figures; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n", type=int, default=2816, help="output features")
+    parser.add_argument("--k", type=int, default=2048, help="input features")
+    parser.add_argument("--isa", help="instruction set instead of the best: avx512, avx2, ...")
+    parser.add_argument("--schemes", help="names to measure, comma-separated; all by default")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
+    arguments = parser.parse_args()
+    try:
+        library = load()
+    except KernelsUnavailable as error:
+        print(f"benchmarks.kernels: {error}", file=sys.stderr)
+        return 1
+    if arguments.isa:
+        library.use_isa(arguments.isa)
+    torch.set_num_threads(1)
+    machine = describe_machine()
+    limits = measure_limits()
+    print(
+        f"{library.isa}; one core reads {limits.read_gb_per_s:.1f} GB/s and computes "
+        f"{limits.peak_gflop_per_s:.0f} GFLOP/s in float32"
+    )
+    wanted = arguments.schemes.split(",") if arguments.schemes else None
+    figures: dict[str, Any] = {
+        "machine": machine,
+        "isa": library.isa,
+        "shape": [arguments.n, arguments.k],
+        "read_gb_per_s": limits.read_gb_per_s,
+        "peak_gflop_per_s": limits.peak_gflop_per_s,
+        "schemes": {},
+    }
+    for scheme in SCHEMES:
+        if wanted is None or scheme.name in wanted:
+            figures["schemes"][scheme.name] = measure_scheme(
+                library, scheme, arguments.n, arguments.k, limits
+            )
+    print(f"wrote {write_figures('kernels', figures, folder=arguments.out)}")
+    return 0
+
+
+def measure_scheme(
+    library: KernelLibrary, scheme: WeightScheme, n: int, k: int, limits: MachineLimits
+) -> dict[str, Any]:
+    """Return the figures of one scheme by number of rows, and print them."""
+    size_bytes = scheme.size_bytes(n, k)
+    copies = MatrixCopies(scheme, n, k, count=max(2, COLD_BYTES // size_bytes))
+    torch_bytes = n * k * scheme.torch_dtype.itemsize
+    torch_weights = torch.randn(max(2, COLD_BYTES // torch_bytes), n, k, dtype=scheme.torch_dtype)
+    rows_figures = {}
+    for rows in ROW_COUNTS:
+        x = torch.randn(rows, k).bfloat16()  # [rows, k]
+        out = torch.empty(rows, n)  # [rows, n]
+        ours_s = time_calls(copies.calls(library, x, out))
+        x_torch = x.to(scheme.torch_dtype)
+        torch_s = time_calls(linear_calls(torch_weights, x_torch))
+        gb_per_s = size_bytes / ours_s.median / 1e9
+        gflop_per_s = 2 * n * k * rows / ours_s.median / 1e9
+        rows_figures[str(rows)] = {
+            "ms": Spread(*(1e3 * s for s in (ours_s.median, ours_s.low, ours_s.high))),
+            "gb_per_s": gb_per_s,
+            "gflop_per_s": gflop_per_s,
+            "share_of_read": gb_per_s / limits.read_gb_per_s,
+            "share_of_peak": gflop_per_s / limits.peak_gflop_per_s,
+            "torch_ms": Spread(*(1e3 * s for s in (torch_s.median, torch_s.low, torch_s.high))),
+            "speedup_over_torch": torch_s.median / ours_s.median,
+        }
+        print(
+            f"{scheme.name:10} {rows:4} rows {1e3 * ours_s.median:8.3f} ms {gb_per_s:6.1f} GB/s "
+            f"({gb_per_s / limits.read_gb_per_s:4.0%}) {gflop_per_s:7.1f} GFLOP/s "
+            f"({gflop_per_s / limits.peak_gflop_per_s:4.0%})  torch {1e3 * torch_s.median:8.3f} ms",
+            flush=True,
+        )
+    return {
+        "bytes": size_bytes,
+        "torch_dtype": str(scheme.torch_dtype).removeprefix("torch."),
+        "rows": rows_figures,
+    }
+
+
+class MatrixCopies:
+    """Copies of one random matrix, together larger than the caches."""
+
+    def __init__(self, scheme: WeightScheme, n: int, k: int, *, count: int) -> None:
+        rng = np.random.default_rng(0)
+        self._codes = _random_codes(rng, scheme, count, n * k)
+        scales = rng.uniform(0.5, 1.5, (count, scheme.n_scales(n, k))).astype(np.float32) / 1000
+        self._scales = scales
+        self._matrices = [
+            Matrix(
+                scheme.scheme,
+                n,
+                k,
+                self._codes[i].ctypes.data,
+                scales=self._scales[i].ctypes.data if self._scales.size else 0,
+                group=scheme.group,
+            )
+            for i in range(count)
+        ]
+
+    def calls(self, library: KernelLibrary, x: Tensor, out: Tensor) -> Iterator[Callable[[], None]]:
+        """Yield products of `x` with one copy after another, without end."""
+        while True:
+            for matrix in self._matrices:
+                yield lambda m=matrix: library.linear(  # type: ignore[misc]
+                    m,
+                    x=x.data_ptr(),
+                    x_dtype=Dtype.BFLOAT16,
+                    x_stride=x.shape[1],
+                    rows=x.shape[0],
+                    out=out.data_ptr(),
+                    out_dtype=Dtype.FLOAT32,
+                )
+
+
+def _random_codes(
+    rng: np.random.Generator, scheme: WeightScheme, count: int, n_weights: int
+) -> NDArray[Any]:
+    """Return `count` copies of random codes of `n_weights` weights, [count, ...]."""
+    if scheme.scheme >= Scheme.INT8:
+        codes = rng.integers(0, 256, n_weights * scheme.bits // 8, dtype=np.uint8)
+    else:
+        weights = torch.from_numpy(rng.standard_normal(n_weights, dtype=np.float32))
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        codes = weights.to(dtypes[scheme.scheme]).view(torch.uint8).numpy()
+    return np.tile(codes, (count, 1))
+
+
+def linear_calls(weights: Tensor, x: Tensor) -> Iterator[Callable[[], object]]:
+    """Yield torch's products of `x` with one weight after another, without end."""
+    while True:
+        for weight in weights:
+            yield lambda w=weight: F.linear(x, w)  # type: ignore[misc]
+
+
+def time_calls(calls: Iterator[Callable[[], object]]) -> Spread:
+    """Return the seconds of calls, repeated for SECONDS_PER_CASE after one that is not timed."""
+    next(calls)()
+    durations: list[float] = []
+    deadline_s = time.perf_counter() + SECONDS_PER_CASE
+    while len(durations) < MIN_CALLS or (
+        len(durations) < MAX_CALLS and time.perf_counter() < deadline_s
+    ):
+        call = next(calls)
+        start_s = time.perf_counter()
+        call()
+        durations.append(time.perf_counter() - start_s)
+    return Spread.from_values(durations)
+
+
+def measure_limits() -> MachineLimits:
+    """Return what one core of this machine can do; compiles a small C++ file."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "limits.so"
+        subprocess.run(
+            ["c++", "-O3", "-march=native", "-shared", "-fPIC", str(LIMITS_SOURCE), "-o", target],
+            check=True,
+        )
+        limits = ctypes.CDLL(str(target))
+    limits.seconds_to_read.restype = limits.float32_operations_per_s.restype = ctypes.c_double
+    limits.seconds_to_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    limits.float32_operations_per_s.argtypes = (ctypes.c_int64, ctypes.c_void_p)
+    buffer, total = np.ones(COLD_BYTES, dtype=np.uint8), np.zeros(1, dtype=np.uint64)
+    read_s = min(
+        limits.seconds_to_read(buffer.ctypes.data, COLD_BYTES, total.ctypes.data)
+        for _ in range(READ_PASSES)
+    )
+    peak = max(limits.float32_operations_per_s(FMA_ITERATIONS, total.ctypes.data) for _ in range(3))
+    return MachineLimits(COLD_BYTES / read_s / 1e9, peak / 1e9)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""The shared library: its structures and functions, with addresses of memory as arguments.
+
+Addresses are plain integers (`tensor.data_ptr()`, `array.ctypes.data`); the caller keeps the memory
+alive and contiguous along the last dimension. ctypes releases the GIL during a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+from pathlib import Path
+
+ABI_VERSION = 1
+OUT_OF_MEMORY = -2  # FK_E_MEMORY
+LIBRARY_NAME = "libfaasmoe_kernels.so"
+DISABLE_ENV = "FAASMOE_KERNELS"  # "off" leaves the library unused
+
+
+class KernelsUnavailable(Exception):
+    """The library is not built, was built for another version, or is switched off."""
+
+
+class KernelError(ValueError):
+    """The library rejected an argument of a call, which the message names."""
+
+
+class Dtype(IntEnum):
+    """Type of inputs and outputs."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    FLOAT16 = 2
+
+
+class Scheme(IntEnum):
+    """How the weights of a matrix are stored; see faasmoe_kernels.h."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    FLOAT16 = 2
+    INT8 = 3
+    INT4 = 4
+    MXFP4 = 5
+
+
+class Activation(IntEnum):
+    """Activation of the first projection."""
+
+    SILU = 0
+    GELU = 1
+    GELU_TANH = 2
+    RELU = 3
+    RELU2 = 4
+    SIGMOID = 5
+    CLAMPED_SWIGLU = 6
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("scheme", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+class _Gating(ctypes.Structure):
+    _fields_ = (
+        ("activation", ctypes.c_int32),
+        ("is_gated", ctypes.c_int32),
+        ("interleaved", ctypes.c_int32),
+        ("alpha", ctypes.c_float),
+        ("limit", ctypes.c_float),
+    )
+
+
+class _Pairs(ctypes.Structure):
+    _fields_ = (
+        ("n_groups", ctypes.c_int64),
+        ("group_sizes", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight matrix [n, k] in memory.
+
+    Attributes:
+        scheme: how the weights are stored.
+        n: output features.
+        k: input features, contiguous.
+        codes: address of the codes.
+        scales: address of the scales, float32 [n, k / group], or [n] without groups; 0 if unscaled.
+        zeros: address of the zero points of INT4, shaped as the scales; 0 for symmetric codes.
+        bias: address of the bias, float32 [n]; 0 without.
+        group: columns per scale, a multiple of 32; 0 for one scale per row.
+    """
+
+    scheme: Scheme
+    n: int
+    k: int
+    codes: int
+    scales: int = 0
+    zeros: int = 0
+    bias: int = 0
+    group: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Gating:
+    """What stands between an expert's two projections.
+
+    Attributes:
+        activation: applied to the gate, or to the only projection.
+        is_gated: whether the first projection is gate and up, multiplied; else up alone.
+        interleaved: whether rows of gate and up alternate (GPT-OSS) or gate comes first.
+        alpha: factor of CLAMPED_SWIGLU.
+        limit: bound of CLAMPED_SWIGLU.
+    """
+
+    activation: Activation
+    is_gated: bool = True
+    interleaved: bool = False
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+MATRIX_BYTES = ctypes.sizeof(_Matrix)
+"""Size of one entry of `matrix_table`."""
+
+
+class KernelLibrary:
+    """The loaded library. Calls may come from any thread."""
+
+    def __init__(self, path: Path) -> None:
+        """Load the library; raises KernelsUnavailable if it is missing or of another version."""
+        try:
+            self._lib = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise KernelsUnavailable(f"{path}: {error}") from error
+        try:
+            version = self._lib.fk_abi_version()
+            if version != ABI_VERSION:
+                raise KernelsUnavailable(
+                    f"{path}: got a library of ABI version {version}, expected {ABI_VERSION}; "
+                    "install the package again"
+                )
+            self._declare_functions()
+        except AttributeError as error:
+            raise KernelsUnavailable(f"{path}: not a kernel library of FaaSMoE: {error}") from error
+
+    def _declare_functions(self) -> None:
+        i32, i64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+        self._lib.fk_isa.restype = ctypes.c_char_p
+        self._lib.fk_last_error.restype = ctypes.c_char_p
+        self._lib.fk_set_isa.argtypes = (ctypes.c_char_p,)
+        self._lib.fk_linear.argtypes = (
+            *(ctypes.POINTER(_Matrix), pointer, i32, i64, i64),
+            *(pointer, i32, i64, i32),
+        )
+        self._lib.fk_experts.argtypes = (
+            *(pointer, pointer, ctypes.POINTER(_Gating), ctypes.POINTER(_Pairs)),
+            *(pointer, i32, i64, i64, i32, pointer, i32, i64, i32),
+        )
+
+    @property
+    def isa(self) -> str:
+        """Name of the instruction set in use: avx512, avx2, neon or portable."""
+        name: bytes = self._lib.fk_isa()
+        return name.decode()
+
+    def use_isa(self, name: str) -> None:
+        """Use another instruction set, for tests; raises KernelError if this CPU lacks it."""
+        self._check(self._lib.fk_set_isa(name.encode()))
+
+    def linear(
+        self,
+        weight: Matrix,
+        *,
+        x: int,
+        x_dtype: Dtype,
+        x_stride: int,
+        rows: int,
+        out: int,
+        out_dtype: Dtype,
+        n_threads: int = 1,
+    ) -> None:
+        """Write x @ weight.T (+ bias).
+
+        Args:
+            weight: the matrix [n, k].
+            x: address of the input, [rows, k].
+            x_dtype: its type.
+            x_stride: elements from one row to the next.
+            rows: number of rows.
+            out: address of the output, [rows, n], contiguous.
+            out_dtype: its type.
+            n_threads: threads to use at most, the caller's included.
+
+        Raises:
+            KernelError: a size, type or address that cannot be used.
+            MemoryError: scratch memory could not be allocated.
+        """
+        matrix = _to_struct(weight)
+        self._check(
+            self._lib.fk_linear(
+                ctypes.byref(matrix),
+                *(x, x_dtype, x_stride, rows),
+                *(out, out_dtype, weight.n),
+                n_threads,
+            )
+        )
+
+    def experts(
+        self,
+        first: int,
+        down: int,
+        gating: Gating,
+        *,
+        n_groups: int,
+        group_sizes: int,
+        pair_rows: int,
+        pair_positions: int,
+        pair_weights: int,
+        x: int,
+        x_dtype: Dtype,
+        hidden_size: int,
+        rows: int,
+        is_reduced: bool,
+        out: int,
+        n_threads: int = 1,
+    ) -> None:
+        """Compute the pairs of a block's experts; the output has the type of the input.
+
+        Args:
+            first: address of the gate-up (or up) projection of each group's expert, `n_groups`
+                entries of `matrix_table`.
+            down: address of the down projection of each group's expert, the same.
+            gating: what stands between the projections.
+            n_groups: number of experts that have pairs.
+            group_sizes: address of the pairs per group, int64 [n_groups].
+            pair_rows: address of the input row of each pair, int64 [P], group after group.
+            pair_positions: address of the output row of each pair, int64 [P]; 0 if reduced.
+            pair_weights: address of the routing weight of each pair, float32 [P].
+            x: address of the input, [rows, hidden_size], contiguous.
+            x_dtype: its type, and the output's.
+            hidden_size: H.
+            rows: number of input rows.
+            is_reduced: whether to sum each row's pairs, [rows, H]; else [P, H].
+            out: address of the output.
+            n_threads: threads to use at most, the caller's included.
+
+        Raises:
+            KernelError: a size, type or address that cannot be used.
+            MemoryError: scratch memory could not be allocated.
+        """
+        pairs = _Pairs(n_groups, group_sizes, pair_rows, pair_positions or None, pair_weights)
+        self._check(
+            self._lib.fk_experts(
+                *(first, down, ctypes.byref(_to_gating_struct(gating)), ctypes.byref(pairs)),
+                *(x, x_dtype, hidden_size, rows, is_reduced),
+                *(out, x_dtype, hidden_size),
+                n_threads,
+            )
+        )
+
+    def _check(self, status: int) -> None:
+        if not status:
+            return
+        message = self._lib.fk_last_error().decode()
+        raise MemoryError(message) if status == OUT_OF_MEMORY else KernelError(message)
+
+
+def matrix_table(items: Sequence[Matrix]) -> bytes:
+    """Return the matrices as the library reads them, MATRIX_BYTES each.
+
+    Entries may be gathered in any order into other memory; the weights themselves are not copied.
+    """
+    return bytes((_Matrix * len(items))(*map(_to_struct, items)))
+
+
+@lru_cache(maxsize=1)
+def load() -> KernelLibrary:
+    """Return the library; raises KernelsUnavailable with the reason."""
+    if os.environ.get(DISABLE_ENV, "").lower() == "off":
+        raise KernelsUnavailable(f"switched off by {DISABLE_ENV}=off")
+    path = Path(__file__).parent / LIBRARY_NAME
+    if not path.exists():
+        raise KernelsUnavailable(
+            f"{path} is not there: no C++ compiler was found when the package was installed"
+        )
+    return KernelLibrary(path)
+
+
+def describe_cpu_kernels() -> str:
+    """Return what computes on this CPU, such as "native (avx2)", or "torch" with the reason."""
+    try:
+        return f"native ({load().isa})"
+    except KernelsUnavailable as error:
+        return f"torch ({error})"
+
+
+def _to_struct(m: Matrix) -> _Matrix:
+    return _Matrix(
+        m.scheme, m.group, m.n, m.k, m.codes, m.scales or None, m.zeros or None, m.bias or None
+    )
+
+
+def _to_gating_struct(g: Gating) -> _Gating:
+    return _Gating(g.activation, g.is_gated, g.interleaved, g.alpha, g.limit)

@@ -1,0 +1,106 @@
+// C interface of the FaaSMoE kernel library.
+//
+// Linear layers and feed-forward experts over weights as they lie in a store: nothing is
+// repacked or copied. Weights are row-major [n, k]; k is contiguous. All arithmetic is float32:
+// a weight is dequantised to float32 and multiplied in, so results equal those of the dequantised
+// weights up to float32 rounding. A row's bits do not depend on the other rows of the call.
+//
+// Functions return 0, or a negative FK_E_* code and leave the output unspecified; fk_last_error says
+// what was wrong. Calls may come from any thread.
+#ifndef FAASMOE_KERNELS_H
+#define FAASMOE_KERNELS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Raised whenever a structure or the meaning of an argument changes.
+#define FK_ABI_VERSION 1
+
+enum fk_dtype { FK_FLOAT32 = 0, FK_BFLOAT16 = 1, FK_FLOAT16 = 2 };
+
+enum fk_scheme {
+  FK_W_FLOAT32 = 0,
+  FK_W_BFLOAT16 = 1,
+  FK_W_FLOAT16 = 2,
+  FK_W_INT8 = 3,   // codes int8 [n, k]
+  FK_W_INT4 = 4,   // codes uint8 [n, k / 2], low nibble = even column; value = code - 8, or code - zero
+  FK_W_MXFP4 = 5,  // codes uint8 [n, k / 2] of E2M1, low nibble = even column; scales float32 per 32
+};
+
+enum fk_activation {
+  FK_SILU = 0,
+  FK_GELU = 1,       // exact, with erf
+  FK_GELU_TANH = 2,  // tanh approximation
+  FK_RELU = 3,
+  FK_RELU2 = 4,      // relu(x)^2
+  FK_SIGMOID = 5,
+  FK_CLAMPED_SWIGLU = 6,  // GPT-OSS: (up + 1) * gate * sigmoid(alpha * gate), clamped at limit
+};
+
+enum fk_error {
+  FK_E_ARGUMENT = -1,  // a size, scheme, dtype or pointer that cannot be used
+  FK_E_MEMORY = -2,    // scratch memory could not be allocated
+};
+
+// A weight matrix [n, k].
+typedef struct fk_matrix {
+  int32_t scheme;       // enum fk_scheme
+  int32_t group;        // columns per scale; 0: one scale per row. Must be a multiple of 32
+  int64_t n;            // output features
+  int64_t k;            // input features
+  const void *codes;    // [n, k] in the scheme's type
+  const float *scales;  // [n, k / group], or [n]; NULL for float schemes
+  const float *zeros;   // FK_W_INT4 only, shape of scales, in code units; NULL: symmetric (8)
+  const float *bias;    // [n], or NULL
+} fk_matrix;
+
+typedef struct fk_gating {
+  int32_t activation;   // enum fk_activation
+  int32_t is_gated;     // 1: hidden = act(gate) * up; 0: hidden = act(up), no gate
+  int32_t interleaved;  // 1: rows of gate_up alternate gate, up (GPT-OSS); 0: gate rows, then up rows
+  float alpha;          // FK_CLAMPED_SWIGLU only
+  float limit;          // FK_CLAMPED_SWIGLU only
+} fk_gating;
+
+int32_t fk_abi_version(void);
+
+// What was wrong with the last failed call of this thread, such as "w.group: got 48, expected 0 or ...".
+const char *fk_last_error(void);
+
+// Name of the instruction set in use: "avx512", "avx2", "neon" or "portable".
+const char *fk_isa(void);
+
+// Use another instruction set, for tests; FK_E_ARGUMENT if this CPU or build lacks it.
+int32_t fk_set_isa(const char *name);
+
+// out[rows, n] = x[rows, k] @ w^T (+ bias). `x_stride` and `out_stride` are in elements.
+int32_t fk_linear(const fk_matrix *w, const void *x, int32_t x_dtype, int64_t x_stride, int64_t rows,
+                  void *out, int32_t out_dtype, int64_t out_stride, int32_t n_threads);
+
+// Pairs of input row and expert, sorted by expert. All arrays but `group_sizes` have one entry per
+// pair; `n_groups` experts have pairs.
+typedef struct fk_pairs {
+  int64_t n_groups;
+  const int64_t *group_sizes;  // pairs of each group
+  const int64_t *rows;         // input row of each pair
+  const int64_t *positions;    // output row of each pair; read in unreduced mode only
+  const float *weights;        // routing weight of each pair
+} fk_pairs;
+
+// The experts of a block, one matrix of `first` and `down` per group of pairs: `first[g]` is the
+// gate-up (or up) projection [2i or i, h] of the group's expert, `down[g]` its down projection [h, i].
+//
+// Reduced: out[rows, h] is the sum of each row's pairs, weighted, in float32, in the order of the
+// groups, rounded once. Unreduced: out[positions, h] is each pair's weighted output.
+int32_t fk_experts(const fk_matrix *first, const fk_matrix *down, const fk_gating *gating,
+                   const fk_pairs *pairs, const void *x, int32_t x_dtype, int64_t x_stride,
+                   int64_t rows, int32_t is_reduced, void *out, int32_t out_dtype,
+                   int64_t out_stride, int32_t n_threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

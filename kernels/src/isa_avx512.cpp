@@ -1,0 +1,9 @@
+#define FK_NAMESPACE fk_avx512
+#define FK_LANES 16
+#define FK_COLUMNS_1 8
+#define FK_COLUMNS 4
+#define FK_MAX_ROWS 4
+#include "kernels_impl.h"
+#include "isa_table.h"
+
+const fk::Isa fk_isa_avx512 = {"avx512", fk_avx512::linear, fk_avx512::experts};

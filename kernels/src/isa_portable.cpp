@@ -1,0 +1,9 @@
+#define FK_NAMESPACE fk_portable
+#define FK_LANES 4
+#define FK_COLUMNS_1 4
+#define FK_COLUMNS 2
+#define FK_MAX_ROWS 2
+#include "kernels_impl.h"
+#include "isa_table.h"
+
+const fk::Isa fk_isa_portable = {"portable", fk_portable::linear, fk_portable::experts};

@@ -1,0 +1,110 @@
+#include "thread_pool.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace fk {
+namespace {
+
+class Pool {
+ public:
+  void run(int64_t count, int32_t n_threads, const std::function<void(int64_t)> &task) {
+    std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
+    if (!busy) {
+      for (int64_t i = 0; i < count; ++i) task(i);
+      return;
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      grow(std::min<int64_t>(n_threads, count) - 1);
+      task_ = &task;
+      count_ = count;
+      next_ = 0;
+      n_wanted_ = int(std::min<int64_t>(n_threads, count) - 1);
+      n_running_ = 0;
+      ++round_;
+    }
+    wake_.notify_all();
+    work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    n_wanted_ = 0;  // who has not begun need not
+    done_.wait(lock, [&] { return n_running_ == 0; });
+    task_ = nullptr;
+  }
+
+ private:
+  void grow(int64_t n_workers) {
+    while (int64_t(workers_.size()) < n_workers) {
+      try {
+        workers_.emplace_back([this] { serve(); });
+        workers_.back().detach();
+      } catch (const std::system_error &) {
+        return;  // the caller and the workers that there are do the work
+      }
+    }
+  }
+
+  void serve() {
+    int64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return round_ != seen && n_wanted_ > 0; });
+      seen = round_;
+      --n_wanted_;
+      ++n_running_;
+      lock.unlock();
+      work();
+      lock.lock();
+      if (--n_running_ == 0) done_.notify_one();
+    }
+  }
+
+  void work() {
+    for (int64_t i; (i = next_.fetch_add(1)) < count_;) (*task_)(i);
+  }
+
+  std::mutex busy_, mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> workers_;
+  const std::function<void(int64_t)> *task_ = nullptr;
+  int64_t count_ = 0, round_ = 0;
+  std::atomic<int64_t> next_{0};
+  int n_wanted_ = 0, n_running_ = 0;
+};
+
+// A forked child has none of its parent's workers: it gets a pool of its own. The parent's is
+// leaked there, since its mutexes may be locked by threads that do not exist.
+std::atomic<Pool *> pool{nullptr};
+std::once_flag registered;
+
+void reset_in_child() { pool.store(nullptr); }
+
+Pool &get_pool() {
+  std::call_once(registered, [] { pthread_atfork(nullptr, nullptr, reset_in_child); });
+  Pool *current = pool.load();
+  if (current) return *current;
+  Pool *fresh = new Pool;
+  if (pool.compare_exchange_strong(current, fresh)) return *fresh;
+  delete fresh;
+  return *current;
+}
+
+}  // namespace
+
+void parallel(int64_t count, int32_t n_threads, const std::function<void(int64_t)> &task) {
+  if (count <= 1 || n_threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+  get_pool().run(count, n_threads, task);
+}
+
+}  // namespace fk

@@ -1,0 +1,134 @@
+"""Random weight matrices for the kernel library, with the dense values that they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from faasmoe_kernels import Dtype, KernelLibrary, Matrix, Scheme
+
+Array = NDArray[Any]
+
+TORCH_DTYPES = {
+    Dtype.FLOAT32: torch.float32,
+    Dtype.BFLOAT16: torch.bfloat16,
+    Dtype.FLOAT16: torch.float16,
+}
+FLOAT_DTYPES = {
+    Scheme.FLOAT32: torch.float32,
+    Scheme.BFLOAT16: torch.bfloat16,
+    Scheme.FLOAT16: torch.float16,
+}
+E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+@dataclass(frozen=True)
+class DenseMatrix:
+    """A matrix as the library takes it, and its values.
+
+    Attributes:
+        matrix: descriptor with the addresses of `memory`.
+        values: dequantised weights, float64 [n, k].
+        bias: float64 [n]; zeros without a bias.
+        memory: what the addresses point into.
+    """
+
+    matrix: Matrix
+    values: Array
+    bias: Array
+    memory: tuple[object, ...]
+
+
+def random_matrix(
+    rng: np.random.Generator,
+    scheme: Scheme,
+    n: int,
+    k: int,
+    *,
+    group: int = 0,
+    has_zeros: bool = False,
+    has_bias: bool = False,
+) -> DenseMatrix:
+    """Return a matrix [n, k] whose products with unit inputs are about 1."""
+    bias = rng.standard_normal(n).astype(np.float32) if has_bias else None  # [n]
+    codes: torch.Tensor | Array
+    levels: Array
+    scales: Array | None = None
+    zeros: Array | None = None
+    if scheme in FLOAT_DTYPES:
+        weights = torch.from_numpy(rng.standard_normal((n, k)) / k**0.5).to(FLOAT_DTYPES[scheme])
+        codes, values = weights, weights.double().numpy()  # [n, k]
+    else:
+        n_groups = k // group if group else 1
+        scales = (rng.uniform(0.5, 1.5, (n, n_groups)) / k**0.5).astype(np.float32)  # [n, G]
+        if scheme is Scheme.INT8:
+            scales /= 64
+            levels = rng.integers(-128, 128, (n, k)).astype(np.float64)
+            codes = levels.astype(np.int8)
+        else:
+            nibbles = rng.integers(0, 16, (n, k), dtype=np.uint8)
+            codes = nibbles[:, ::2] | nibbles[:, 1::2] << 4  # [n, k / 2]
+            if scheme is Scheme.INT4:
+                scales /= 4
+                if has_zeros:
+                    zeros = rng.integers(0, 16, (n, n_groups)).astype(np.float32)  # [n, G]
+                levels = nibbles - (8.0 if zeros is None else _spread(zeros, k))
+            else:
+                scales /= 3
+                levels = E2M1_VALUES[nibbles & 7] * np.where(nibbles & 8, -1, 1)
+        values = levels * _spread(scales, k)
+    matrix = Matrix(
+        scheme,
+        n,
+        k,
+        _address(codes),
+        scales=_address(scales),
+        zeros=_address(zeros),
+        bias=_address(bias),
+        group=group,
+    )
+    dense_bias = np.zeros(n) if bias is None else bias.astype(np.float64)
+    return DenseMatrix(matrix, values, dense_bias, (codes, scales, zeros, bias))
+
+
+def run_linear(
+    library: KernelLibrary,
+    weight: Matrix,
+    x: torch.Tensor,
+    *,
+    out_dtype: Dtype = Dtype.FLOAT32,
+    n_threads: int = 1,
+) -> torch.Tensor:
+    """Return x @ weight.T (+ bias) in `out_dtype`, [rows, n]; rows of `x` may be strided."""
+    out = torch.empty(x.shape[0], weight.n, dtype=TORCH_DTYPES[out_dtype])
+    library.linear(
+        weight,
+        x=x.data_ptr(),
+        x_dtype=library_dtype(x),
+        x_stride=x.stride(0),
+        rows=x.shape[0],
+        out=out.data_ptr(),
+        out_dtype=out_dtype,
+        n_threads=n_threads,
+    )
+    return out
+
+
+def library_dtype(x: torch.Tensor) -> Dtype:
+    """Return the library's name of a tensor's dtype."""
+    return next(dtype for dtype, torch_dtype in TORCH_DTYPES.items() if torch_dtype is x.dtype)
+
+
+def _spread(per_group: Array, k: int) -> Array:
+    """Return values [n, k] from one value per group, [n, G]."""
+    return np.repeat(per_group.astype(np.float64), k // per_group.shape[1], axis=1)
+
+
+def _address(memory: torch.Tensor | Array | None) -> int:
+    if memory is None:
+        return 0
+    return memory.data_ptr() if isinstance(memory, torch.Tensor) else memory.ctypes.data

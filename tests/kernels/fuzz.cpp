@@ -1,0 +1,297 @@
+// Calls the library with random shapes and exactly sized buffers, for a build with sanitizers.
+// Every output is compared with a plain double-precision reference.
+//
+//   fuzz SEED CASES
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "faasmoe_kernels.h"
+
+namespace {
+
+std::mt19937_64 random_bits;
+
+int64_t pick(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(random_bits);
+}
+float normal() { return std::normal_distribution<float>()(random_bits); }
+
+[[noreturn]] void fail(const char *what) {
+  std::printf("FAILED: %s (isa %s): %s\n", what, fk_isa(), fk_last_error());
+  std::exit(1);
+}
+
+// Memory without slack, at an odd alignment if the type allows it.
+template <class T>
+using Buffer = std::vector<T>;
+
+struct Dense {
+  fk_matrix matrix{};
+  Buffer<uint8_t> codes;
+  Buffer<float> scales, zeros, bias;
+  std::vector<double> values;
+};
+
+float from_bf16(uint16_t h) {
+  uint32_t bits = uint32_t(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// A bfloat16 or float16 with few mantissa bits, so that both have simple exact values.
+struct Half {
+  uint16_t bf16, f16;
+  float value;
+};
+Half random_half() {
+  int mantissa = int(pick(0, 7)), exponent = int(pick(-3, 0)), sign = int(pick(0, 1));
+  Half h;
+  h.bf16 = uint16_t(sign << 15 | (exponent + 127) << 7 | mantissa << 4);
+  h.f16 = uint16_t(sign << 15 | (exponent + 15) << 10 | mantissa << 7);
+  h.value = from_bf16(h.bf16);
+  return h;
+}
+
+void set_half(Buffer<uint8_t> &bytes, int64_t i, int32_t is_bf16, const Half &h) {
+  std::memcpy(&bytes[2 * i], is_bf16 ? &h.bf16 : &h.f16, 2);
+}
+
+Dense random_matrix(int32_t scheme, int64_t n, int64_t k, int32_t group) {
+  static const double e2m1[8] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+  Dense d;
+  d.values.resize(n * k);
+  int64_t groups = group ? k / group : 1;
+  bool is_float = scheme < FK_W_INT8, is_4bit = scheme > FK_W_INT8;
+  if (!is_float) {
+    d.scales.resize(n * groups);
+    for (float &s : d.scales) s = 0.02f + 0.01f * std::abs(normal());
+    if (scheme == FK_W_INT8)
+      for (float &s : d.scales) s /= 32;
+    if (scheme == FK_W_INT4 && pick(0, 1)) {
+      d.zeros.resize(n * groups);
+      for (float &z : d.zeros) z = float(pick(0, 15));
+    }
+  }
+  int64_t bytes = is_4bit ? n * k / 2 : n * k * (scheme == FK_W_FLOAT32 ? 4 : is_float ? 2 : 1);
+  d.codes.resize(bytes);
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t c = 0; c < k; ++c) {
+      int64_t i = r * k + c, g = r * groups + (group ? c / group : 0);
+      if (scheme == FK_W_FLOAT32) {
+        float v = normal() * 0.1f;
+        std::memcpy(&d.codes[4 * i], &v, 4);
+        d.values[i] = v;
+      } else if (is_float) {
+        Half h = random_half();
+        set_half(d.codes, i, scheme == FK_W_BFLOAT16, h);
+        d.values[i] = h.value;
+      } else if (scheme == FK_W_INT8) {
+        int8_t code = int8_t(pick(-128, 127));
+        d.codes[i] = uint8_t(code);
+        d.values[i] = double(code) * d.scales[g];
+      } else {
+        int code = int(pick(0, 15));
+        d.codes[i / 2] |= uint8_t(code << (c % 2 * 4));
+        double level = scheme == FK_W_INT4 ? code - (d.zeros.empty() ? 8.0 : double(d.zeros[g]))
+                                           : (code & 8 ? -e2m1[code & 7] : e2m1[code & 7]);
+        d.values[i] = level * d.scales[g];
+      }
+    }
+  if (pick(0, 1)) {
+    d.bias.resize(n);
+    for (float &b : d.bias) b = normal();
+  }
+  auto address = [](auto &v) { return v.empty() ? nullptr : v.data(); };
+  d.matrix = {scheme, group, n, k, d.codes.data(), address(d.scales), address(d.zeros), address(d.bias)};
+  return d;
+}
+
+// A scheme with a group, and what its k must be a multiple of.
+void pick_scheme(int32_t *scheme, int32_t *group, int64_t *step) {
+  *scheme = int32_t(pick(FK_W_FLOAT32, FK_W_MXFP4));
+  *group = *scheme == FK_W_MXFP4 ? 32 : *scheme < FK_W_INT8 ? 0 : int32_t(32 * pick(0, 3));
+  *step = *group ? *group : *scheme == FK_W_INT4 ? 2 : 1;
+}
+
+struct Input {
+  Buffer<uint8_t> bytes;
+  std::vector<double> values;
+  int32_t dtype;
+  int64_t stride;
+};
+
+Input random_input(int64_t rows, int64_t k, int64_t slack) {
+  Input x;
+  x.dtype = int32_t(pick(FK_FLOAT32, FK_FLOAT16));
+  x.stride = k + slack;
+  int64_t count = (rows - 1) * x.stride + k, size = x.dtype == FK_FLOAT32 ? 4 : 2;
+  x.bytes.resize(count * size);
+  x.values.resize(rows * k);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < k; ++c) {
+      Half h = random_half();
+      int64_t i = r * x.stride + c;
+      if (x.dtype == FK_FLOAT32)
+        std::memcpy(&x.bytes[4 * i], &h.value, 4);
+      else
+        set_half(x.bytes, i, x.dtype == FK_BFLOAT16, h);
+      x.values[r * k + c] = h.value;
+    }
+  return x;
+}
+
+std::vector<double> product(const Dense &w, const double *x) {
+  std::vector<double> out(w.matrix.n);
+  for (int64_t n = 0; n < w.matrix.n; ++n) {
+    out[n] = w.bias.empty() ? 0 : w.bias[n];
+    for (int64_t k = 0; k < w.matrix.k; ++k) out[n] += w.values[n * w.matrix.k + k] * x[k];
+  }
+  return out;
+}
+
+void check_close(double actual, double expected, double scale, const char *what) {
+  if (!(std::abs(actual - expected) <= 1e-4 * (1 + scale))) {
+    std::printf("got %.9g, expected %.9g\n", actual, expected);
+    fail(what);
+  }
+}
+
+void fuzz_linear() {
+  int32_t scheme, group;
+  int64_t step;
+  pick_scheme(&scheme, &group, &step);
+  int64_t n = pick(1, 70), k = step * pick(1, std::max<int64_t>(1, 200 / step)), rows = pick(1, 30);
+  Dense w = random_matrix(scheme, n, k, group);
+  Input x = random_input(rows, k, pick(0, 3));
+  int64_t out_stride = n + pick(0, 3);
+  Buffer<float> out((rows - 1) * out_stride + n);
+  if (fk_linear(&w.matrix, x.bytes.data(), x.dtype, x.stride, rows, out.data(), FK_FLOAT32, out_stride,
+                int32_t(pick(1, 3))))
+    fail("linear");
+  for (int64_t r = 0; r < rows; ++r) {
+    std::vector<double> expected = product(w, &x.values[r * k]);
+    for (int64_t c = 0; c < n; ++c)
+      check_close(out[r * out_stride + c], expected[c], std::abs(expected[c]), "linear's output");
+  }
+}
+
+double activate(const fk_gating &g, double v) {
+  auto sigmoid = [](double x) { return 1 / (1 + std::exp(-x)); };
+  switch (g.activation) {
+    case FK_SILU: return v * sigmoid(v);
+    case FK_GELU: return 0.5 * v * (1 + std::erf(v / std::sqrt(2.0)));
+    case FK_GELU_TANH: return 0.5 * v * (1 + std::tanh(0.7978845608028654 * (v + 0.044715 * v * v * v)));
+    case FK_RELU: return std::max(v, 0.0);
+    case FK_RELU2: return std::max(v, 0.0) * std::max(v, 0.0);
+    default: return sigmoid(v);
+  }
+}
+
+std::vector<double> gated(const fk_gating &g, const std::vector<double> &p, int64_t inter) {
+  std::vector<double> hidden(inter);
+  for (int64_t i = 0; i < inter; ++i) {
+    double gate = g.is_gated && g.interleaved ? p[2 * i] : p[i];
+    double up = !g.is_gated ? 1 : g.interleaved ? p[2 * i + 1] : p[inter + i];
+    if (g.activation == FK_CLAMPED_SWIGLU) {
+      gate = std::min<double>(gate, g.limit);
+      up = std::clamp<double>(up, -g.limit, g.limit);
+      hidden[i] = (up + 1) * gate / (1 + std::exp(-g.alpha * gate));
+    } else {
+      hidden[i] = activate(g, gate) * up;
+    }
+  }
+  return hidden;
+}
+
+void fuzz_experts() {
+  int32_t scheme, group;
+  int64_t step;
+  pick_scheme(&scheme, &group, &step);
+  int64_t h = step * pick(1, std::max<int64_t>(1, 100 / step));
+  int64_t inter = step * pick(1, std::max<int64_t>(1, 100 / step)), rows = pick(1, 20);
+  fk_gating gating{int32_t(pick(FK_SILU, FK_CLAMPED_SWIGLU)), int32_t(pick(0, 1)), int32_t(pick(0, 1)),
+                   1.702f, 0.7f};
+  if (gating.activation == FK_CLAMPED_SWIGLU) gating.is_gated = 1;
+  Input x = random_input(rows, h, 0);
+  int64_t n_groups = pick(1, 4);
+  std::vector<Dense> first, down;
+  Buffer<fk_matrix> first_matrices, down_matrices;
+  Buffer<int64_t> sizes, pair_rows, positions;
+  Buffer<float> weights;
+  for (int64_t g = 0; g < n_groups; ++g) {
+    first.push_back(random_matrix(scheme, gating.is_gated ? 2 * inter : inter, h, group));
+    down.push_back(random_matrix(scheme, h, inter, group));
+    sizes.push_back(pick(1, 15));
+    for (int64_t i = 0; i < sizes.back(); ++i) {
+      pair_rows.push_back(pick(0, rows - 1));
+      weights.push_back(float(pick(1, 100)) / 100);
+      positions.push_back(int64_t(positions.size()));
+    }
+  }
+  for (auto &d : first) first_matrices.push_back(d.matrix);
+  for (auto &d : down) down_matrices.push_back(d.matrix);
+  std::shuffle(positions.begin(), positions.end(), random_bits);
+  int32_t is_reduced = int32_t(pick(0, 1));
+  int64_t n_pairs = int64_t(pair_rows.size()), out_rows = is_reduced ? rows : n_pairs;
+  Buffer<float> wide(out_rows * h);
+  Buffer<uint16_t> narrow;
+  int32_t dtype = x.dtype;
+  if (dtype != FK_FLOAT32) narrow.resize(out_rows * h);
+  void *out = dtype == FK_FLOAT32 ? (void *)wide.data() : (void *)narrow.data();
+  fk_pairs pairs{n_groups, sizes.data(), pair_rows.data(), is_reduced ? nullptr : positions.data(),
+                 weights.data()};
+  int32_t n_threads = int32_t(pick(1, 3));
+  if (fk_experts(first_matrices.data(), down_matrices.data(), &gating, &pairs, x.bytes.data(), dtype, h, rows,
+                 is_reduced, out, dtype, h, n_threads))
+    fail("experts");
+  // The same with float32 outputs is compared; the half ones only have to be written in bounds.
+  if (fk_experts(first_matrices.data(), down_matrices.data(), &gating, &pairs, x.bytes.data(), dtype, h, rows,
+                 is_reduced, wide.data(), FK_FLOAT32, h, n_threads))
+    fail("experts");
+  std::vector<double> expected(out_rows * h), magnitude(out_rows * h);
+  for (int64_t g = 0, p = 0; g < n_groups; ++g)
+    for (int64_t i = 0; i < sizes[g]; ++i, ++p) {
+      std::vector<double> hidden = gated(gating, product(first[g], &x.values[pair_rows[p] * h]), inter);
+      std::vector<double> result = product(down[g], hidden.data());
+      int64_t row = is_reduced ? pair_rows[p] : positions[p];
+      double size = 0;  // of what is summed: large terms may cancel
+      for (double v : hidden) size += std::abs(v);
+      for (int64_t c = 0; c < h; ++c) {
+        expected[row * h + c] += result[c] * weights[p];
+        magnitude[row * h + c] += size + std::abs(result[c]);
+      }
+    }
+  for (int64_t i = 0; i < out_rows * h; ++i)
+    check_close(wide[i], expected[i], magnitude[i], "experts' output");
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+  if (argc != 3) return 2;
+  random_bits.seed(std::strtoull(argv[1], nullptr, 10));
+  long cases = std::atol(argv[2]);
+  std::vector<const char *> isas;
+  for (const char *name : {"avx512", "avx2", "neon", "portable"})
+    if (!fk_set_isa(name)) isas.push_back(name);
+  for (long i = 0; i < cases; ++i) {
+    fk_set_isa(isas[i % isas.size()]);
+    if (pick(0, 1))
+      fuzz_linear();
+    else
+      fuzz_experts();
+  }
+  std::printf("%ld cases with", cases);
+  for (const char *name : isas) std::printf(" %s", name);
+  std::printf("\n");
+  std::fflush(stdout);
+  _exit(0);  // the library's threads sleep for as long as the process lives
+}

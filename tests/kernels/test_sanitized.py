@@ -1,0 +1,34 @@
+"""A build with AddressSanitizer and UndefinedBehaviorSanitizer computes random shapes."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import hatch_build
+
+DRIVER = Path(__file__).with_name("fuzz.cpp")
+CASES = 4000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_random_shapes_trip_no_sanitizer(tmp_path: Path) -> None:
+    compiler = hatch_build.find_compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path / "fuzz"
+    hatch_build.build(
+        compiler,
+        program,
+        extra_flags=hatch_build.SANITIZER_FLAGS,
+        extra_sources=[DRIVER],
+        shared=False,
+    )
+    seed = os.environ.get("FAASMOE_FUZZ_SEED", "1")
+    result = subprocess.run(
+        [str(program), seed, str(CASES)], capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{CASES} cases" in result.stdout
