@@ -1,29 +1,31 @@
-# Every target sets up what it needs on a fresh machine: its own .venv, through pip.
+# Every target first creates .venv with pip if it is missing or outdated.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# checkov's own dependencies do not live with the project's.
+# checkov has its own environment, because its dependencies conflict with the project's.
 TOOLS  := .venv-tools
-STAMP  := $(VENV)/.installed
-# pip, not uv: a wheel of this exact torch lies on disk on some machines; other ways fetch CUDA packages.
+INSTALLED := $(VENV)/.installed
+STAMP  := $(VENV)/.kernels
+# pip rather than uv, because pip uses a local wheel of this torch where there is one; other installers
+# download CUDA packages.
 TORCH  ?= torch==2.13.0
 DEMO   := .faasmoe/demo
 
-# Two processes on 2 cores, each with whole files; PARALLEL= is one, whose output is live.
+# Two processes, each with whole files; PARALLEL= runs one process with live output.
 PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-cluster test-emulated test-gpu lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-reconcile chaos soak clean
+.PHONY: help setup demo test test-main test-slow test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-reconcile chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
-help: ## Show the targets
+help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: $(STAMP) ## Make .venv with all that the other targets need
+setup: $(STAMP) ## Create .venv with everything that the other targets need
 
-$(STAMP): pyproject.toml
+$(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
@@ -34,66 +36,79 @@ $(STAMP): pyproject.toml
 	$(TOOLS)/bin/python -m pip install --quiet "checkov==3.3.30"
 	touch $@
 
-demo: $(STAMP) ## Demo model, prepare, up, a streamed chat, memory and calls, clean end (SERVE=1 stays up)
+# Compiled once more when a source is newer than the library; nothing happens without a compiler.
+$(STAMP): $(INSTALLED) $(wildcard kernels/src/*) kernels/hatch_build.py
+	$(BIN)/python kernels/hatch_build.py
+	touch $@
+
+kernels: $(STAMP) ## Compile the CPU kernels if their sources changed (CXX= names the compiler)
+
+demo: $(STAMP) ## Build and serve the demo model, chat with it and stop (SERVE=1 keeps serving)
 	$(BIN)/python examples/demo.py $(if $(SERVE),--serve)
 
-test: $(STAMP) ## The tests that run on 2 cores in minutes; both suites run, whichever fails
+test: $(STAMP) ## Run test-emulated and test-main, both even if one fails
 	status=0; $(MAKE) test-emulated || status=$$?; $(MAKE) test-main || status=$$?; exit $$status
 
-test-main: $(STAMP) ## All but those marked slow, gpu or cluster
+test-main: $(STAMP) ## Run all tests except those marked slow, gpu or cluster
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not cluster"
 
-test-emulated: $(STAMP) ## The tests of CUDA's code on an emulated device (tests/integration/emulated)
+test-emulated: $(STAMP) ## Run the GPU tests on an emulated device (tests/integration/emulated)
 	EMULATED_CUDA=1 $(BIN)/python -m pytest $(PARALLEL) -m gpu tests/gpu
 
-test-slow: $(STAMP) ## The tests that take longer
+test-slow: $(STAMP) ## Run the tests marked slow
 	$(BIN)/python -m pytest -m "slow and not gpu and not cluster"
 
-test-cluster: $(STAMP) ## The operator's tests against the API server that KUBECONFIG names
+test-cluster: $(STAMP) ## Run the operator's tests against the API server of KUBECONFIG
 	$(BIN)/python -m pytest -m cluster tests/cluster
 
-# On a machine that has torch and no package index, GPU_PYTHON=python3 takes what is there.
+# On a machine with torch but without a package index, GPU_PYTHON=python3 uses the installed packages.
 GPU_BIN = $(or $(GPU_PYTHON),$(BIN)/python)
-GPU_ENV = PYTHONPATH=operator:router:expert_fn
+GPU_ENV = PYTHONPATH=operator:router:expert_fn:kernels
 
-test-gpu: $(if $(GPU_PYTHON),,$(STAMP)) ## The tests that need a CUDA device; skipped, and said so, without
+test-gpu: $(if $(GPU_PYTHON),,$(STAMP)) ## Run the tests that need a CUDA device; they are skipped without one
 	$(GPU_ENV) $(GPU_BIN) -m pytest -m gpu -W default tests/gpu
 
-bench-cuda: $(if $(GPU_PYTHON),,$(STAMP)) ## GPU router, functions on GPU and CPU, against in-process; writes benchmarks/out/cuda.json
+bench-cuda: $(if $(GPU_PYTHON),,$(STAMP)) ## Measure decoding on a GPU against transformers; writes benchmarks/out/cuda.json
 	$(GPU_ENV) $(GPU_BIN) -m benchmarks.cuda $(ARGS)
 
-lint: $(STAMP) ## Format, lint, types, import borders
+test-kernels-sanitized: $(STAMP) ## Run the CPU kernels with random shapes under ASan and UBSan
+	$(BIN)/python -m pytest -m slow tests/kernels/test_sanitized.py
+
+lint: $(STAMP) ## Check format, lint, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy operator router expert_fn tests benchmarks examples
+	$(BIN)/mypy operator router expert_fn kernels tests benchmarks examples
 	$(BIN)/lint-imports
 	$(BIN)/faasmoe crd --check crds
 
-format: $(STAMP) ## Rewrite the sources in the house's format
+format: $(STAMP) ## Format the sources and fix lint errors
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## Fan-out and data plane, against in-process transformers; writes benchmarks/out/*.json
+bench: $(STAMP) ## Measure fan-out and decoding against transformers; writes benchmarks/out/*.json
 	$(BIN)/python -m benchmarks.fanout
 	$(BIN)/python -m benchmarks.data_plane
 
-bench-fairness: $(STAMP) ## A tenant that floods and five quiet ones; writes benchmarks/out/fairness.json
+bench-fairness: $(STAMP) ## Measure five quiet tenants under a flooding one; writes benchmarks/out/fairness.json
 	$(BIN)/python -m benchmarks.fairness
 
-bench-paper: $(STAMP) ## The paper's comparison on the demo model; writes benchmarks/out/paper.*
+bench-paper: $(STAMP) ## Run the paper's comparison on the demo model; writes benchmarks/out/paper.*
 	$(BIN)/faasmoe bench paper --output-fraction 0.5 --repeats 2 --time-limit 300
 
-chaos: $(STAMP) ## Faults every second under a checked workload (SEED=1 MINUTES=2); writes benchmarks/out/chaos.json
+chaos: $(STAMP) ## Inject faults under a checked workload (SEED=1 MINUTES=2); writes benchmarks/out/chaos.json
 	$(BIN)/python -m tests.chaos --seed $(or $(SEED),1) --minutes $(or $(MINUTES),2)
 
-soak: $(STAMP) ## Functions up and down for FAASMOE_SOAK_MINUTES (20): memory, descriptors, threads, tasks
+soak: $(STAMP) ## Check for leaks over many scaling cycles (FAASMOE_SOAK_MINUTES=20)
 	$(BIN)/python -m pytest -m slow tests/integration/test_soak.py -s
 
-bench-reconcile: $(STAMP) ## 200 MoEModels on the API server that KUBECONFIG names; writes benchmarks/out/reconcile.json
+bench-reconcile: $(STAMP) ## Measure the operator with 200 MoEModels on the API server of KUBECONFIG
 	PYTHONPATH=tests/cluster/support:tests/integration $(BIN)/python -m benchmarks.reconcile
 
-bench-elastic: $(STAMP) ## Activation, time to first token after idle, memory; writes benchmarks/out/elastic.json
+bench-elastic: $(STAMP) ## Measure activation, time to first token and memory; writes benchmarks/out/elastic.json
 	$(BIN)/python -m benchmarks.elastic
 
-clean: ## Remove the environment, caches and the demo's files
-	rm -rf $(VENV) $(TOOLS) .faasmoe .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/out
+trace-chat: $(STAMP) ## List the modules that a streamed chat crosses; writes benchmarks/out/trace_chat.json
+	$(BIN)/python -m benchmarks.trace_chat
+
+clean: ## Remove environments, caches and generated files
+	rm -rf $(VENV) $(TOOLS) .faasmoe .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/out kernels/faasmoe_kernels/*.so

@@ -1,7 +1,7 @@
-"""From a wake to the first answer: one function at a time, brought up from zero and called.
+"""Cold-start latency of single functions: from the activation request to the first response.
 
-Does what a router does: follows the function table, wakes, and calls the new address. The call has
-a row for each of the function's experts, so that it computes with all its weights.
+The benchmark acts as a router: it watches the routing table, requests the activation of a function
+and calls the new address. The call has one row per expert, so that all weights are used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ ROUTER_NAME = "benchmark"
 
 
 class WatchedRoutingTable:
-    """The function table as it is now; `following` keeps it so."""
+    """The current routing table; kept up to date by `watching_routing_table`.
+
+    Attributes:
+        specs: functions by id.
+    """
 
     def __init__(self) -> None:
         self.specs: dict[str, FunctionSpec] = {}
@@ -32,13 +36,17 @@ class WatchedRoutingTable:
         self._changed = asyncio.Condition()
 
     async def wait_for_address(self, function: str) -> str:
-        """Wait for a function's address; raises TimeoutError."""
+        """Return the address of a function once it has one.
+
+        Raises:
+            TimeoutError: none within ACTIVATION_TIMEOUT_S seconds.
+        """
         async with asyncio.timeout(ACTIVATION_TIMEOUT_S), self._changed:
             await self._changed.wait_for(lambda: bool(self._addresses.get(function)))
             return self._addresses[function][0]
 
     async def apply_line(self, line: bytes) -> None:
-        """Take a line of the table's stream."""
+        """Apply one line of the watch stream: a snapshot or a change."""
         message = json.loads(line)
         async with self._changed:
             if message["kind"] == "snapshot":
@@ -52,7 +60,7 @@ class WatchedRoutingTable:
 
 @asynccontextmanager
 async def watching_routing_table(model: UpProcess) -> AsyncIterator[WatchedRoutingTable]:
-    """Follow the function table as long as the context lasts."""
+    """Watch the routing table for the lifetime of the context."""
     table, received_first = WatchedRoutingTable(), asyncio.Event()
 
     async def watch() -> None:
@@ -74,10 +82,12 @@ async def watching_routing_table(model: UpProcess) -> AsyncIterator[WatchedRouti
 
 
 async def measure_activations_s(model: UpProcess, *, rounds: int) -> tuple[list[float], int]:
-    """Return the time of each activation, and how many sandboxes are left when all are idle.
+    """Activate every function once per round and measure the latency.
 
-    Every function is brought up once in each round, with the pool full when it is woken; a round
-    begins with all functions at zero.
+    A round starts with all functions scaled to zero; the warm pool is full before each activation.
+
+    Returns:
+        The latencies in seconds, and the number of sandboxes that remain when all are idle.
     """
     times_s: list[float] = []
     n_idle_sandboxes = 0
@@ -106,10 +116,10 @@ async def _activate(model: UpProcess, table: WatchedRoutingTable, spec: Function
 
 
 def _request_frame(model: UpProcess, spec: FunctionSpec) -> bytes:
-    """Return a call with one row for each expert of the function."""
+    """Return a request frame with one row per expert of the function."""
     hidden, n_rows = model.store.manifest.model.hidden_size, len(spec.experts)
     values = np.random.default_rng(0).standard_normal((n_rows, hidden), np.float32)  # [T, H]
-    rows = (values.view(np.uint32) >> 16).astype(np.uint16)  # [T, H], the bits of bfloat16
+    rows = (values.view(np.uint32) >> 16).astype(np.uint16)  # [T, H], bfloat16 bits
     buffers = encode_request(
         rows.tobytes(),
         dtype=Dtype.BFLOAT16,

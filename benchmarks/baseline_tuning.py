@@ -1,4 +1,4 @@
-"""The in-process side's settings: each is tried, the best is kept, for each batch size its own."""
+"""Tuning of the in-process baseline, so that FaaSMoE is compared with its fastest settings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from benchmarks.worker import WorkerProcess, running_worker
 BATCHED_MM = "batched_mm"
 IMPLEMENTATIONS = ("grouped_mm", "eager", BATCHED_MM)
 DEFAULT_WAIT_POLICY, PASSIVE_WAIT_POLICY = "default", "PASSIVE"
-EQUAL_SPEED_FACTOR = (
-    1.02  # within this, the setting that takes less processor time is the better one
-)
+EQUAL_SPEED_FACTOR = 1.02  # among settings within 2 % of the fastest, the least CPU time wins
 
 Prompts = Sequence[Sequence[int]]
 StartBaseline = Callable[[str], AbstractAsyncContextManager[WorkerProcess]]
@@ -25,12 +23,12 @@ StartBaseline = Callable[[str], AbstractAsyncContextManager[WorkerProcess]]
 
 @dataclass(frozen=True, slots=True)
 class SettingsTrial:
-    """What one setting gave at one batch size.
+    """The run of one combination of settings at one batch size.
 
     Attributes:
-        wait: how OpenMP's threads wait for work, fixed when the process starts.
-        implementation: transformers' experts implementation.
-        run: what it gave.
+        wait_policy: OMP_WAIT_POLICY of the process.
+        implementation: experts implementation of transformers.
+        run: the measured run.
     """
 
     wait_policy: str
@@ -38,21 +36,21 @@ class SettingsTrial:
     run: DecodeRun
 
     def format(self) -> str:
-        """Return it as a line."""
+        """Return a one-line description."""
         return (
             f"batch {self.run.batch}, {self.implementation}, wait {self.wait_policy}: "
-            f"{self.run.step_ms:.1f} ms a step, {self.run.cpu_ms_per_token:.1f} CPU ms a token"
+            f"{self.run.step_ms:.1f} ms per step, {self.run.cpu_ms_per_token:.1f} CPU ms per token"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class BestSettings:
-    """The best settings: one way to wait, and for each batch size an implementation.
+    """The best settings: one wait policy per process, one implementation per batch size.
 
     Attributes:
-        wait: for the whole process.
-        implementations: by batch size.
-        trials: everything that was tried.
+        wait_policy: OMP_WAIT_POLICY of the process.
+        implementations: experts implementation by batch size.
+        trials: all trials.
     """
 
     wait_policy: str
@@ -60,7 +58,7 @@ class BestSettings:
     trials: tuple[SettingsTrial, ...]
 
     def self_agreement(self, batch: int) -> float:
-        """Return the part of tokens on which the in-process implementations agree themselves."""
+        """Return the fraction of tokens on which the baseline's own implementations agree."""
         runs = [
             t.run.tokens
             for t in self.trials
@@ -73,15 +71,21 @@ class BestSettings:
 async def running_baseline(
     checkpoint: Path, wait_policy: str, *, max_model_len: int
 ) -> AsyncIterator[WorkerProcess]:
-    """Run the in-process side as long as the context lasts."""
+    """Run the baseline worker for the lifetime of the context.
+
+    Args:
+        checkpoint: the model.
+        wait_policy: OMP_WAIT_POLICY, or DEFAULT_WAIT_POLICY to leave it unset.
+        max_model_len: maximum tokens of a request.
+    """
     environment = dict(os.environ)
     if wait_policy != DEFAULT_WAIT_POLICY:
         environment["OMP_WAIT_POLICY"] = wait_policy
     arguments = (str(checkpoint), "--max-model-len", str(max_model_len))
     async with running_worker(
         "benchmarks.transformers_worker", *arguments, environment=environment
-    ) as side:
-        yield side
+    ) as worker:
+        yield worker
 
 
 @asynccontextmanager
@@ -93,49 +97,54 @@ async def running_best_baseline(
     max_tokens: int,
     fits: Callable[[str, int], bool],
 ) -> AsyncIterator[tuple[WorkerProcess, BestSettings]]:
-    """Try every setting; run the in-process side with the best as long as the context lasts.
+    """Try all settings, then run the baseline with the best for the lifetime of the context.
 
     Args:
-        start: starts the in-process side with a way to wait.
-        waits: the ways to try.
-        prompts: what each batch size is tried with.
-        max_tokens: tokens that each request generates in a trial.
-        fits: whether an implementation has the memory for a batch of so many prompts.
+        start: starts the baseline with a wait policy.
+        wait_policies: the wait policies to try.
+        prompts: prompts of the trials by batch size.
+        max_tokens: tokens to generate per request in a trial.
+        fits: whether an implementation fits into memory at a batch size.
+
+    Yields:
+        The worker and its settings.
     """
     trials: list[SettingsTrial] = []
     async with AsyncExitStack() as stack:
-        for wait in wait_policies:
-            await stack.aclose()  # the weights of one process at a time
-            side = await stack.enter_async_context(start(wait))
-            for batch, texts in prompts.items():
+        for wait_policy in wait_policies:
+            await stack.aclose()  # memory holds one copy of the weights
+            worker = await stack.enter_async_context(start(wait_policy))
+            for batch, batch_prompts in prompts.items():
                 for implementation in IMPLEMENTATIONS:
                     if fits(implementation, batch):
-                        await side.run_batch(texts, max_tokens=4, implementation=implementation)
-                        run = await side.run_batch(
-                            texts, max_tokens=max_tokens, implementation=implementation
+                        await worker.run_batch(
+                            batch_prompts, max_tokens=4, implementation=implementation
                         )
-                        trials.append(SettingsTrial(wait, implementation, run))
+                        run = await worker.run_batch(
+                            batch_prompts, max_tokens=max_tokens, implementation=implementation
+                        )
+                        trials.append(SettingsTrial(wait_policy, implementation, run))
                         print(f"  {trials[-1].format()}")
         settings = choose_settings(trials)
         if settings.wait_policy != wait_policies[-1]:
             await stack.aclose()
-            side = await stack.enter_async_context(start(settings.wait_policy))
-        yield side, settings
+            worker = await stack.enter_async_context(start(settings.wait_policy))
+        yield worker, settings
 
 
 def choose_settings(trials: Sequence[SettingsTrial]) -> BestSettings:
-    """Return the settings with the least time; of almost equal ones, that with less CPU time."""
-    by_wait: dict[str, dict[int, SettingsTrial]] = {}
-    for wait, batch in dict.fromkeys((t.wait_policy, t.run.batch) for t in trials):
-        tried = [[t] for t in trials if (t.wait_policy, t.run.batch) == (wait, batch)]
-        (by_wait.setdefault(wait, {})[batch],) = _fastest(tried)
-    chosen = _fastest([list(found.values()) for found in by_wait.values()])
+    """Return the fastest settings; among almost equal ones, those with the least CPU time."""
+    by_policy: dict[str, dict[int, SettingsTrial]] = {}
+    for policy, batch in dict.fromkeys((t.wait_policy, t.run.batch) for t in trials):
+        candidates = [[t] for t in trials if (t.wait_policy, t.run.batch) == (policy, batch)]
+        (by_policy.setdefault(policy, {})[batch],) = _fastest(candidates)
+    chosen = _fastest([list(by_batch.values()) for by_batch in by_policy.values()])
     implementations = {trial.run.batch: trial.implementation for trial in chosen}
     return BestSettings(chosen[0].wait_policy, implementations, tuple(trials))
 
 
 def _fastest(candidates: Sequence[Sequence[SettingsTrial]]) -> Sequence[SettingsTrial]:
-    """Return the best candidate; one with several trials counts by their geometric mean."""
+    """Return the best candidate; several trials are combined by their geometric mean."""
 
     def step_ms(trials: Sequence[SettingsTrial]) -> float:
         return geometric_mean(trial.run.step_ms for trial in trials)

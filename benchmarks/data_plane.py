@@ -1,10 +1,9 @@
-"""In-process transformers continuous batching against ours, side by side in one run.
+"""Decode speed of FaaSMoE against continuous batching in one transformers process.
 
-`python -m benchmarks.data_plane [--quick] [--layers N] [--profile]`. Both sides have the same
-weights, the same cache and every core; neither has an HTTP API in the way. Each gets the settings
-that are best for it: the in-process side is first tried with each of transformers' experts
-implementations and with both ways for threads to wait. Then both decode in turn. What is measured,
-and what it was, stands in docs/performance.md.
+`python -m benchmarks.data_plane [--quick] [--layers N] [--profile]`. Both systems have the same
+weights, the same KV cache and all cores; neither goes through an HTTP API. The baseline is first
+tuned over transformers' experts implementations and OpenMP wait policies, then both decode
+alternately. docs/performance.md has the method and the results.
 """
 
 from __future__ import annotations
@@ -49,24 +48,24 @@ from benchmarks.step_breakdown import breakdown_ms
 from benchmarks.worker import ROOT
 
 MAX_MODEL_LEN = 256
-SIDES = 2
+N_SYSTEMS = 2
 HEADROOM_BYTES = 3 << 30  # caches, runtimes, activations
-MAX_GATHERED_FRACTION = 1 / 16  # of memory, for the copies that batched_mm makes
+MAX_GATHERED_FRACTION = 1 / 16  # of all memory, for the weights that batched_mm copies
 CACHE = Path.home() / ".cache" / "faasmoe-bench"
-N_WARM_UP_RUNS = 2  # of 512 prompt tokens each: every expert is touched, so that its memory counts
+N_WARM_UP_RUNS = 2  # 512 prompt tokens each: touches every expert, so that its memory is counted
 
 
 @dataclass(frozen=True, slots=True)
 class DataPlanePlan:
-    """How much is measured.
+    """The extent of the benchmark.
 
     Attributes:
         geometry: sizes of the model.
-        experts_per_function: experts of a layer in one function.
-        rounds: turns of each side at each batch size.
-        tokens: tokens that each request generates in a turn, by batch size.
-        trial_tokens: the same when the in-process side's settings are tried.
-        waits: how the in-process side's threads may wait.
+        experts_per_function: experts of one layer per function.
+        rounds: runs of each system at each batch size.
+        tokens: tokens to generate per request, by batch size.
+        trial_tokens: tokens to generate per request in tuning trials.
+        wait_policies: OpenMP wait policies to try for the baseline.
     """
 
     geometry: CheckpointGeometry
@@ -74,11 +73,11 @@ class DataPlanePlan:
     rounds: int
     tokens: Mapping[int, int]
     trial_tokens: int
-    waits: tuple[str, ...]
+    wait_policies: tuple[str, ...]
 
 
 def full_plan(layers: int, rounds: int) -> DataPlanePlan:
-    """Return the plan whose figures count."""
+    """Return the plan whose figures are published."""
     tokens = {1: 64, 8: 40, 32: 32}
     return DataPlanePlan(
         qwen_geometry(layers), 20, rounds, tokens, 16, (DEFAULT_WAIT_POLICY, PASSIVE_WAIT_POLICY)
@@ -86,26 +85,26 @@ def full_plan(layers: int, rounds: int) -> DataPlanePlan:
 
 
 def quick_plan() -> DataPlanePlan:
-    """Return a plan of seconds, which shows that everything works; its figures mean nothing."""
+    """Return a smoke test that takes seconds; its figures are meaningless."""
     return DataPlanePlan(small_geometry(), 3, 2, {1: 8, 8: 8, 32: 8}, 6, (DEFAULT_WAIT_POLICY,))
 
 
 @dataclass(frozen=True, slots=True)
 class DataPlaneResults:
-    """What a run of the benchmark found.
+    """Results of the benchmark.
 
     Attributes:
-        turns: both sides' runs by batch size.
-        choice: the in-process side's settings.
-        in_process_memory: of the in-process side.
-        memory: of each of our processes.
-        floor_bytes: bytes of all weights, once.
-        experts_in_memory: the part of the experts' weights that our memory holds.
-        profile: where our step's time went, by batch size, if that was asked for.
+        runs: paired runs by batch size.
+        baseline_settings: settings chosen for the baseline.
+        in_process_memory: memory of the baseline.
+        memory: memory of each FaaSMoE process, by name.
+        floor_bytes: size of all weights, counted once.
+        experts_in_memory: fraction of the expert weights that is resident in FaaSMoE processes.
+        profile: milliseconds per part of a step, by batch size; empty without --profile.
     """
 
-    turns: Mapping[int, PairedRuns]
-    choice: BestSettings
+    runs: Mapping[int, PairedRuns]
+    baseline_settings: BestSettings
     in_process_memory: MemoryUsage
     memory: Mapping[str, MemoryUsage]
     floor_bytes: int
@@ -114,67 +113,71 @@ class DataPlaneResults:
 
     @property
     def memory_over_floor(self) -> float:
-        """Memory of all our processes over the weights once."""
+        """Memory of all FaaSMoE processes divided by the size of the weights."""
         return MemoryUsage.sum_of(self.memory.values()).total / self.floor_bytes
 
 
 async def measure(plan: DataPlanePlan, folder: Path, *, profile: bool) -> DataPlaneResults:
-    """Make the model, try the settings, compare."""
+    """Build the model, tune the baseline and compare both systems."""
     check_memory(plan.geometry)
     checkpoint, moemodel = await _prepare(plan, folder)
     start = partial(running_baseline, checkpoint, max_model_len=MAX_MODEL_LEN)
     vocabulary = plan.geometry.vocabulary
     prompts = {b: draw_prompts(b, vocabulary=vocabulary, seed=-1) for b in plan.tokens}
-    print("settings of the in-process side")
+    print("tuning the in-process baseline")
     baseline_tuning = running_best_baseline(
         start,
-        plan.waits,
+        plan.wait_policies,
         prompts,
         max_tokens=plan.trial_tokens,
         fits=lambda implementation, batch: fits_in_memory(plan.geometry, implementation, batch),
     )
-    async with baseline_tuning as (baseline, choice), running_static_deployment(moemodel) as fleet:
-        await _warm_up(fleet, vocabulary)
-        await baseline.run_batch(prompts[1], max_tokens=4, implementation=choice.implementations[1])
-        print("turns")
-        turns = await run_alternating(
+    async with (
+        baseline_tuning as (baseline, settings),
+        running_static_deployment(moemodel) as deployment,
+    ):
+        await _warm_up(deployment, vocabulary)
+        implementation = settings.implementations[1]
+        await baseline.run_batch(prompts[1], max_tokens=4, implementation=implementation)
+        print("alternating runs")
+        runs = await run_alternating(
             baseline,
-            fleet.router,
-            implementations=choice.implementations,
+            deployment.router,
+            implementations=settings.implementations,
             tokens=plan.tokens,
             vocabulary=vocabulary,
             rounds=plan.rounds,
         )
         return DataPlaneResults(
-            turns=turns,
-            choice=choice,
+            runs=runs,
+            baseline_settings=settings,
             in_process_memory=MemoryUsage.of_pid(baseline.pid),
-            memory=fleet.memory_by_process(),
-            floor_bytes=fleet.floor_bytes,
-            experts_in_memory=fleet.experts_in_memory(),
-            profile=await _profile(fleet, plan) if profile else {},
+            memory=deployment.memory_by_process(),
+            floor_bytes=deployment.floor_bytes,
+            experts_in_memory=deployment.experts_in_memory(),
+            profile=await _profile(deployment, plan) if profile else {},
         )
 
 
 def check_memory(geometry: CheckpointGeometry) -> None:
-    """Raise SystemExit if both sides at once do not fit into memory."""
-    needed = SIDES * geometry.weight_bytes + HEADROOM_BYTES
+    """Raise SystemExit if the memory is too small for both systems at once."""
+    needed = N_SYSTEMS * geometry.weight_bytes + HEADROOM_BYTES
     available = memory_bytes("MemAvailable")
     if needed > available:
         raise SystemExit(
-            f"--layers: got {geometry.layers}, which takes {needed / 1e9:.1f} GB for both sides, "
-            f"expected what fits into the {available / 1e9:.1f} GB that are available"
+            f"--layers: got {geometry.layers}, which needs {needed / 1e9:.1f} GB for both systems, "
+            f"expected a number that fits into {available / 1e9:.1f} GB of available memory"
         )
 
 
 def fits_in_memory(geometry: CheckpointGeometry, implementation: str, batch: int) -> bool:
-    """Tell whether an experts implementation has the memory for the prefill of a batch."""
+    """Return whether an experts implementation has enough memory to prefill a batch."""
     copied = geometry.gathered_bytes(batch * PROMPT_TOKENS) if implementation == BATCHED_MM else 0
     return copied <= memory_bytes("MemTotal") * MAX_GATHERED_FRACTION
 
 
 async def _prepare(plan: DataPlanePlan, folder: Path) -> tuple[Path, Path]:
-    """Return checkpoint and MoEModel file."""
+    """Build the model; return its checkpoint and its MoEModel file."""
     checkpoint, store = await make_model_in_subprocess(plan.geometry, folder)
     moemodel = folder / f"{plan.geometry.name}.yaml"
     write_moemodel(
@@ -187,17 +190,19 @@ async def _prepare(plan: DataPlanePlan, folder: Path) -> tuple[Path, Path]:
     return checkpoint, moemodel
 
 
-async def _warm_up(fleet: StaticDeployment, vocabulary: int) -> None:
+async def _warm_up(deployment: StaticDeployment, vocabulary: int) -> None:
     for seed in range(N_WARM_UP_RUNS):
         prompts = draw_prompts(32, vocabulary=vocabulary, seed=-2 - seed)
-        await fleet.router.run_batch(prompts, max_tokens=4)
+        await deployment.router.run_batch(prompts, max_tokens=4)
 
 
-async def _profile(fleet: StaticDeployment, plan: DataPlanePlan) -> dict[int, Mapping[str, float]]:
+async def _profile(
+    deployment: StaticDeployment, plan: DataPlanePlan
+) -> dict[int, Mapping[str, float]]:
     profiles: dict[int, Mapping[str, float]] = {}
     for batch, tokens in plan.tokens.items():
         prompts = draw_prompts(batch, vocabulary=plan.geometry.vocabulary, seed=0)
-        run = await fleet.router.run_batch(prompts, max_tokens=tokens, profile=True)
+        run = await deployment.router.run_batch(prompts, max_tokens=tokens, profile=True)
         profiles[batch] = breakdown_ms(run)
     return profiles
 
@@ -205,16 +210,17 @@ async def _profile(fleet: StaticDeployment, plan: DataPlanePlan) -> dict[int, Ma
 def build_figures(
     plan: DataPlanePlan, results: DataPlaneResults, machine: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what is written to data_plane.json, without the fan-out."""
-    memory = {name: asdict(memory) for name, memory in results.memory.items()}
+    """Return the content of data_plane.json, except for the fan-out latency."""
+    settings = results.baseline_settings
+    memory = {name: asdict(usage) for name, usage in results.memory.items()}
     return {
         "machine": machine,
         "geometry": asdict(plan.geometry),
         "experts_per_function": plan.experts_per_function,
         "rounds": plan.rounds,
-        "decode_ratio": {str(b): t.decode_ratio.median for b, t in results.turns.items()},
-        "cpu_ratio": {str(b): t.cpu_ratio.median for b, t in results.turns.items()},
-        "calls_per_token": {str(b): t.calls_per_token for b, t in results.turns.items()},
+        "decode_ratio": {str(b): t.decode_ratio.median for b, t in results.runs.items()},
+        "cpu_ratio": {str(b): t.cpu_ratio.median for b, t in results.runs.items()},
+        "calls_per_token": {str(b): t.calls_per_token for b, t in results.runs.items()},
         "memory_over_floor": results.memory_over_floor,
         "memory": {
             "floor_bytes": results.floor_bytes,
@@ -224,18 +230,18 @@ def build_figures(
         },
         "batches": {
             str(batch): {
-                "decode_ratio": turns.decode_ratio,
-                "cpu_ratio": turns.cpu_ratio,
-                "in_process": describe_runs(turns.in_process)
-                | {"implementation": results.choice.implementations[batch]},
-                "ours": describe_runs(turns.ours),
-                "equal_tokens": turns.equal_tokens,
-                "equal_first_tokens": turns.equal_first_tokens,
-                "in_process_own_agreement": results.choice.self_agreement(batch),
+                "decode_ratio": runs.decode_ratio,
+                "cpu_ratio": runs.cpu_ratio,
+                "in_process": describe_runs(runs.in_process)
+                | {"implementation": settings.implementations[batch]},
+                "ours": describe_runs(runs.ours),
+                "equal_tokens": runs.equal_tokens,
+                "equal_first_tokens": runs.equal_first_tokens,
+                "in_process_own_agreement": settings.self_agreement(batch),
             }
-            for batch, turns in results.turns.items()
+            for batch, runs in results.runs.items()
         },
-        "in_process_wait": results.choice.wait_policy,
+        "in_process_wait": settings.wait_policy,
         "in_process_trials": [
             {
                 "batch": trial.run.batch,
@@ -244,39 +250,39 @@ def build_figures(
                 "step_ms": trial.run.step_ms,
                 "cpu_ms_per_token": trial.run.cpu_ms_per_token,
             }
-            for trial in results.choice.trials
+            for trial in settings.trials
         ],
         "profile_ms": {str(batch): dict(parts) for batch, parts in results.profile.items()},
     }
 
 
 async def measure_fanout_p50_us(*, quick: bool) -> float:
-    """Return the median round trip of the hot path in µs, measured before all else is started."""
+    """Return the median fan-out latency in µs, measured while no other process is running."""
     command = [sys.executable, "-m", "benchmarks.fanout", "--product-only"]
     with tempfile.TemporaryDirectory() as folder:
         process = await asyncio.create_subprocess_exec(
             *command, "--out", folder, *(["--quick"] if quick else []), cwd=ROOT
         )
         if await process.wait():
-            raise RuntimeError(f"the fan-out could not be measured: status {process.returncode}")
+            raise RuntimeError(f"benchmarks.fanout ended with status {process.returncode}")
         written = json.loads((Path(folder) / "fanout.json").read_text(encoding="utf-8"))
     return float(written["fanout_p50_us"])
 
 
 async def run(plan: DataPlanePlan, *, cache: Path, out: Path, quick: bool, profile: bool) -> None:
-    """Measure, print the tables, write the figures."""
+    """Run the benchmark, print its tables and write its figures."""
     machine = describe_machine()
     fanout_p50_us = await measure_fanout_p50_us(quick=quick)
     results = await measure(plan, cache, profile=profile)
     print()
-    print(tables.decoding_table(results.turns, results.choice))
+    print(tables.decoding_table(results.runs, results.baseline_settings))
     print()
     print(
         tables.memory_table(
             results.memory, results.in_process_memory, floor_bytes=results.floor_bytes
         )
     )
-    print(f"part of the experts' weights that was touched: {results.experts_in_memory:.1%}")
+    print(f"resident fraction of the expert weights: {results.experts_in_memory:.1%}")
     if results.profile:
         print()
         print(tables.profile_table(results.profile))
@@ -285,14 +291,18 @@ async def run(plan: DataPlanePlan, *, cache: Path, out: Path, quick: bool, profi
 
 
 def main() -> int:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data_plane")
-    parser.add_argument("--quick", action="store_true", help="a tiny model: does it all work?")
-    parser.add_argument("--layers", type=int, default=4, help="MoE layers (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (%(default)s)")
-    parser.add_argument("--profile", action="store_true", help="where our step's time goes")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="models (%(default)s)")
-    parser.add_argument("--out", type=Path, default=OUT, help="figures (%(default)s)")
+    """Parse the command line and run the benchmark."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.data_plane",
+        description="Compare decode speed with in-process transformers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="smoke test with a tiny model")
+    parser.add_argument("--layers", type=int, default=4, help="MoE layers of the model")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each system")
+    parser.add_argument("--profile", action="store_true", help="break down the time of a step")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of generated models")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
     arguments = parser.parse_args()
     plan = quick_plan() if arguments.quick else full_plan(arguments.layers, arguments.rounds)
     asyncio.run(

@@ -1,4 +1,4 @@
-"""What the data plane's benchmark prints."""
+"""Text tables of `benchmarks.data_plane`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from faasmoe_operator.cli.formatting import format_table
 MIB = 1 << 20
 
 
-def decoding_table(turns: Mapping[int, PairedRuns], choice: BestSettings) -> str:
-    """Return the comparison: medians, with the least and the most in brackets."""
-    header = ("", *(f"BATCH {batch}" for batch in turns))
-    rows: list[tuple[str, ...]] = [("in-process experts", *choice.implementations.values())]
+def decoding_table(runs: Mapping[int, PairedRuns], settings: BestSettings) -> str:
+    """Return the comparison as medians, with minimum and maximum in parentheses."""
+    header = ("", *(f"BATCH {batch}" for batch in runs))
+    rows: list[tuple[str, ...]] = [("in-process experts", *settings.implementations.values())]
     for name in ("tokens_per_s", "step_ms", "cpu_ms_per_token"):
         label = {"tokens_per_s": "tokens/s", "step_ms": "ms/step"}.get(name, "CPU ms/token")
         for side in ("in_process", "ours"):
-            cells = (_cell(getattr(t, side), name) for t in turns.values())
+            cells = (_cell(getattr(t, side), name) for t in runs.values())
             rows.append((f"{label}, {side.replace('_', '-')}", *cells))
     rows += [
-        ("decode ratio, ours/in-process", *(t.decode_ratio.format(3) for t in turns.values())),
-        ("CPU ratio, ours/in-process", *(t.cpu_ratio.format(3) for t in turns.values())),
-        ("calls per token", *(f"{t.calls_per_token:.2f}" for t in turns.values())),
-        ("equal first tokens", *(f"{t.equal_first_tokens:.1%}" for t in turns.values())),
-        ("tokens before a difference", *(f"{t.equal_tokens:.1%}" for t in turns.values())),
-        ("the same among in-process", *(f"{choice.self_agreement(b):.1%}" for b in turns)),
+        ("decode ratio, ours/in-process", *(t.decode_ratio.format(3) for t in runs.values())),
+        ("CPU ratio, ours/in-process", *(t.cpu_ratio.format(3) for t in runs.values())),
+        ("calls per token", *(f"{t.calls_per_token:.2f}" for t in runs.values())),
+        ("equal first tokens", *(f"{t.equal_first_tokens:.1%}" for t in runs.values())),
+        ("tokens before first difference", *(f"{t.equal_tokens:.1%}" for t in runs.values())),
+        ("same, among in-process", *(f"{settings.self_agreement(b):.1%}" for b in runs)),
     ]
     return format_table(header, rows)
 
@@ -38,24 +38,24 @@ def decoding_table(turns: Mapping[int, PairedRuns], choice: BestSettings) -> str
 def memory_table(
     ours: Mapping[str, MemoryUsage], in_process: MemoryUsage, *, floor_bytes: int
 ) -> str:
-    """Return the memory of each process (PSS) and of all."""
+    """Return the PSS of each process and their sum."""
     header = ("PROCESS", "PSS MiB", "ANONYMOUS", "FILES")
-    rows = [_memory_row(name, held) for name, held in ours.items()]
+    rows = [_memory_row(name, usage) for name, usage in ours.items()]
     total = MemoryUsage.sum_of(ours.values())
     rows += [
-        _memory_row("all of ours", total),
+        _memory_row("ours, total", total),
         _memory_row("in-process", in_process),
-        ("weights once", f"{floor_bytes / MIB:.1f}", "", ""),
+        ("weights", f"{floor_bytes / MIB:.1f}", "", ""),
     ]
-    over = f"over the weights once: ours {total.total / floor_bytes:.3f}"
+    over = f"relative to the weights: ours {total.total / floor_bytes:.3f}"
     return f"{format_table(header, rows)}\n{over}, in-process {in_process.total / floor_bytes:.3f}"
 
 
 def profile_table(parts: Mapping[int, Mapping[str, float]]) -> str:
-    """Return where our step's time goes, in ms; the last lines are not parts of it."""
+    """Return the breakdown of a step in ms; the last rows are totals."""
     header = ("MS PER STEP", *(f"BATCH {batch}" for batch in parts))
     names = next(iter(parts.values()))
-    rows = [(name, *(f"{found[name]:.2f}" for found in parts.values())) for name in names]
+    rows = [(name, *(f"{breakdown[name]:.2f}" for breakdown in parts.values())) for name in names]
     return format_table(header, rows)
 
 

@@ -1,7 +1,7 @@
-"""One run of a batch: what came when, and the part of it in which every request decodes.
+"""Measurement of one batch: records every step and evaluates those in which all requests decode.
 
-Used by both sides of the comparison, so that both are measured by the same ruler. Pure but for the
-meter that it is given.
+Baseline and FaaSMoE both use it, so that they are measured the same way. The module itself does no
+I/O; clocks and counters are passed in as `read_resources`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Protocol
 
-WARM_UP_STEPS = 1  # the first decode step still meets the prefill's cold caches
+WARM_UP_STEPS = 1  # the first decode step runs on caches left by prefill
 
 
 @dataclass(frozen=True, slots=True)
 class ResourceReading:
-    """What a side has used at one moment: wall clock, processor time, and what else it counts."""
+    """Wall clock, CPU time and other cumulative counters at one moment."""
 
     time_s: float
     cpu_s: float
@@ -26,7 +26,7 @@ class ResourceReading:
 
 
 class StepOutput(Protocol):
-    """What transformers hands out of one request after a step."""
+    """The output of one request after a step, as transformers reports it."""
 
     request_id: str
     generated_tokens: list[int]
@@ -35,16 +35,16 @@ class StepOutput(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DecodeRun:
-    """What one run of a batch gave.
+    """The result of one batch.
 
     Attributes:
-        batch: requests in it.
-        steps: decode steps measured, each of one token for every request.
-        time_s: what they took.
-        cpu_s: processor time of every process of the side in them.
-        counters: what the side counted in them.
-        tokens: everything generated, for each request in the order of the prompts.
-        ttft_s: from the batch's begin to a request's first token, the median of the requests.
+        batch: number of requests.
+        steps: measured decode steps, each one token per request.
+        time_s: wall time of the measured steps.
+        cpu_s: CPU time of all processes of the system during the measured steps.
+        counters: increase of the other counters during the measured steps.
+        tokens: all generated tokens of each request, in the order of the prompts.
+        ttft_s: median time from the start of the batch to a request's first token.
     """
 
     batch: int
@@ -57,36 +57,43 @@ class DecodeRun:
 
     @property
     def step_ms(self) -> float:
-        """Time of one step, which is each request's time per token."""
+        """Time per step, which is the time per token of each request."""
         return self.time_s / self.steps * 1e3
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens of all requests in a second."""
+        """Throughput of all requests together."""
         return self.batch * self.steps / self.time_s
 
     @property
     def cpu_ms_per_token(self) -> float:
-        """Processor time of one token."""
+        """CPU time per token."""
         return self.cpu_s / (self.batch * self.steps) * 1e3
 
     @property
     def calls_per_token(self) -> float:
-        """Calls to functions for one token."""
+        """Function calls per token."""
         return self.counters["calls"] / (self.batch * self.steps)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object that a worker answers with."""
+        """Return the JSON object that a worker sends."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> DecodeRun:
-        """Read a worker's answer."""
+        """Parse the JSON object that a worker sends."""
         return cls(**{**value, "tokens": tuple(map(tuple, value["tokens"]))})
 
 
 class RunRecorder:
-    """Takes a run's outputs, step by step, until every request has all its tokens."""
+    """Records the outputs of a batch step by step until every request is complete.
+
+    `record_step` and `fail` are called from the engine's thread, `start` and `wait` from the main
+    thread.
+
+    Args:
+        read_resources: returns clocks and counters of the current moment.
+    """
 
     def __init__(self, read_resources: Callable[[], ResourceReading]) -> None:
         self._read_resources = read_resources
@@ -100,7 +107,7 @@ class RunRecorder:
         self._done = threading.Event()
 
     def start(self, n_requests: int, *, max_tokens: int) -> list[str]:
-        """Forget the last run; return the ids under which the requests are to be added."""
+        """Reset the recorder; return the ids to use for the requests of the next batch."""
         number = next(self._run_numbers)
         self._tokens = {f"run{number}-{i}": [] for i in range(n_requests)}
         self._readings, self._max_tokens, self._error = [], max_tokens, None
@@ -109,12 +116,12 @@ class RunRecorder:
         return list(self._tokens)
 
     def fail(self, request_ids: Sequence[str], error: Exception) -> None:
-        """Take the ids of requests that cannot go on, and why."""
+        """Record that requests failed; `wait` will raise."""
         self._error = f"{len(request_ids)} requests: {error}"
         self._done.set()
 
     def record_step(self, outputs: Sequence[StepOutput]) -> None:
-        """Take what one step gave."""
+        """Record the outputs of one step."""
         reading = self._read_resources()
         for output in outputs:
             if output.error is not None:
@@ -129,9 +136,14 @@ class RunRecorder:
             self._done.set()
 
     def wait(self, timeout_s: float) -> DecodeRun:
-        """Wait for the last token; return the run. Raises RuntimeError if it failed."""
+        """Wait for the last token and return the result.
+
+        Raises:
+            RuntimeError: a request failed, the batch took longer than timeout_s seconds, or it was
+                too short to have steps in which all requests decode.
+        """
         if not self._done.wait(timeout_s):
-            raise RuntimeError(f"the run was not over after {timeout_s:g} s")
+            raise RuntimeError(f"the batch did not finish within {timeout_s:g} s")
         if self._error is not None:
             raise RuntimeError(f"a request failed: {self._error}")
         first, last, steps = self._decode_window()
@@ -146,19 +158,20 @@ class RunRecorder:
         )
 
     def _decode_window(self) -> tuple[ResourceReading, ResourceReading, int]:
-        """Return where every request began to decode, where the first one ended, and the steps."""
+        """Return the readings between which all requests decode, and the steps in between."""
         lengths = [(low, high) for _, low, high in self._readings]
         start = next(i for i, (low, _) in enumerate(lengths) if low >= 1) + WARM_UP_STEPS
         stop = next(i for i, (_, high) in enumerate(lengths) if high >= self._max_tokens)
         if stop <= start:
             raise RuntimeError(
-                f"max_tokens: got {self._max_tokens}, expected more, so that all decode together"
+                f"max_tokens: got {self._max_tokens}, expected more: no step has all requests "
+                "decoding"
             )
         return self._readings[start][0], self._readings[stop][0], stop - start
 
 
 def equal_token_fraction(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> float:
-    """Return the part of all tokens that come before their request's first difference."""
+    """Return the fraction of all tokens that precede their request's first difference."""
     agreed = sum(
         sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=True)))
         for a, b in zip(first, second, strict=True)

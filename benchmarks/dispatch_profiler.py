@@ -1,6 +1,6 @@
-"""Where a decode step's time goes on our side: timers laid around the parts of dispatch.
+"""Profiles dispatch within a decode step, by timers around its functions.
 
-They are laid at run time and taken off again, so that the product's code carries none.
+The timers are patched in at run time and removed again, so the product's code contains none.
 """
 
 from __future__ import annotations
@@ -46,14 +46,18 @@ _TIMED_FUNCTIONS: tuple[tuple[Any, str, str], ...] = (
 
 
 class DispatchProfiler:
-    """Seconds spent in each part of dispatch, inner parts counted in outer ones too."""
+    """Measures the seconds spent in each part of dispatch; nested parts count in outer ones too.
+
+    Attributes:
+        seconds: total seconds by part.
+    """
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(TIMERS, 0.0)
 
     @contextmanager
     def profiling(self) -> Iterator[None]:
-        """Measure as long as the context lasts."""
+        """Measure while the context is active."""
         with ExitStack() as stack:
             for owner, name, part in _TIMED_FUNCTIONS:
                 stack.enter_context(_patched(owner, name, self._timed(getattr(owner, name), part)))
@@ -61,7 +65,7 @@ class DispatchProfiler:
             yield
 
     def add_time(self, part: str, started_s: float) -> None:
-        """Count the time since `begun_s`, on the performance counter."""
+        """Add the time since `started_s`, on the performance counter, to a part."""
         self.seconds[part] += time.perf_counter() - started_s
 
     def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
@@ -76,7 +80,7 @@ class DispatchProfiler:
 
 
 class _TimedSelect:
-    """Stands in for the select module: its poll objects are timed while they wait."""
+    """Replaces the `select` module with one whose poll objects time their waits."""
 
     def __init__(self, profiler: DispatchProfiler) -> None:
         self._profiler = profiler

@@ -1,8 +1,8 @@
-"""Servers that a fan-out is measured against: each answers a POST with the bytes it was sent.
+"""Echo servers against which the fan-out is measured: each returns the body of a POST.
 
-`forked` runs some of them as processes. What differs is who speaks HTTP: uvicorn, or a sandbox's
-own protocol on asyncio's loop or on uvloop's. `frames` also reads and writes the wire format, as a
-sandbox does.
+The kinds differ in their HTTP implementation: uvicorn, or the sandbox's own protocol on an asyncio
+or uvloop event loop. FRAMES and UNIX_FRAMES also decode and encode the wire format as a sandbox
+does. `forked_servers` runs them as processes.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ Serve = Callable[[socket.socket], None]
 
 @dataclass(frozen=True, slots=True)
 class ServerKind:
-    """A kind of server.
+    """A server implementation.
 
     Attributes:
-        name: what tables call it.
-        serve: serves on a listening socket.
-        is_unix: whether that is a Unix socket, in place of TCP on loopback.
+        name: label in tables.
+        serve: serves on a listening socket until the process ends.
+        is_unix: whether to listen on Unix sockets rather than on TCP loopback.
     """
 
     name: str
@@ -125,11 +125,11 @@ UNIX_FRAMES = ServerKind("ours, uvloop, Unix sockets", FRAMES.serve, is_unix=Tru
 
 @dataclass(frozen=True, slots=True)
 class RunningServers:
-    """Servers that run.
+    """Running servers.
 
     Attributes:
-        addresses: host:port of each.
-        socket_dir: where they have Unix sockets, if that is what they listen on.
+        addresses: host:port of each server.
+        socket_dir: folder of their Unix sockets; None for TCP.
     """
 
     addresses: list[str]
@@ -138,9 +138,9 @@ class RunningServers:
 
 @contextmanager
 def forked_servers(kind: ServerKind, n_servers: int) -> Iterator[RunningServers]:
-    """Run servers in processes as long as the context lasts.
+    """Run servers in forked processes for the lifetime of the context.
 
-    Must be entered before this process has any other thread.
+    Enter the context before this process starts a thread, because fork copies only one.
     """
     context = multiprocessing.get_context("fork")
     folder = Path(tempfile.mkdtemp(prefix="faasmoe-bench-"))

@@ -1,7 +1,7 @@
-"""Functions that come and go: how fast, and what they cost.
+"""Elasticity of functions: activation latency, time to first token after idle, and memory.
 
 `python -m benchmarks.elastic [--quick] [--memory] [--layers N]`. Everything runs under `faasmoe
-up`. What is measured, and what it was, stands in docs/performance.md.
+up`. docs/performance.md has the method and the results.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ CACHE = Path.home() / ".cache" / "faasmoe-bench"
 DEMO = ROOT / ".faasmoe"
 DEMO_EXPERTS_PER_FUNCTION = 3  # as in examples/demo.yaml
 DEMO_FUNCTIONS_PER_SANDBOX = 27
-WINDOW_S = 6  # Knative's least: rounds begin when everything has gone
+WINDOW_S = 6  # Knative's minimum, so that functions scale to zero quickly between rounds
 LONG_WINDOW_S = 600
 WARM_POOL = 2
 N_PROMPTS = 32
 PROMPT_CHARACTERS = 64
 MAX_MODEL_LEN = 256
-MEMORY_SETTLE_S = 2.0  # sandboxes give back what a prompt took a second after it
+MEMORY_SETTLE_S = 2.0  # sandboxes release request memory one second after a request
 
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class ElasticPlan:
-    """How much is measured.
+    """The extent of the benchmark.
 
     Attributes:
         geometry: sizes of the model whose functions are activated.
-        experts_per_function: of them, for a function of the size that the goals name.
-        private_experts_per_function: the same for private memory: many functions.
-        rounds: how often each function is activated, from each kind of pool.
-        first_token_rounds: rounds of idle and warm requests, with each size of the pool.
-        pools: those sizes, for the demo model; the first one's figures are the headline. With none
-            the geometry's model is asked for its first tokens, which is quicker.
+        experts_per_function: experts of one layer per function.
+        private_experts_per_function: the same for the measurement of private memory, which needs
+            many functions.
+        rounds: activations of each function, with and without a warm pool.
+        first_token_rounds: rounds of idle and warm requests for each pool size.
+        pools: warm pool sizes for the demo model; the first one gives the headline figure. If
+            empty, the time to first token is measured on the model of `geometry`, which is faster.
     """
 
     geometry: CheckpointGeometry
@@ -65,20 +66,25 @@ class ElasticPlan:
 
 
 def full_plan(layers: int, rounds: int) -> ElasticPlan:
-    """Return the plan whose figures count: a layer is 6 functions for private memory, else 3."""
+    """Return the plan whose figures are published: 3 functions per layer, 6 for private memory."""
     return ElasticPlan(qwen_geometry(layers), 20, 10, rounds, rounds, (1, 3, 0))
 
 
 def quick_plan() -> ElasticPlan:
-    """Return a plan of seconds, which shows that everything works; its figures mean nothing."""
+    """Return a smoke test that takes seconds; its figures are meaningless."""
     return ElasticPlan(small_geometry(), 4, 4, 1, 1, ())
 
 
 class ElasticBenchmark:
-    """The parts of a run, each with a `faasmoe up` of its own.
+    """The measurements, each with its own `faasmoe up`.
+
+    Args:
+        plan: the extent of the benchmark.
+        checkpoint: checkpoint of the model of `plan.geometry`.
+        store: its store.
 
     Attributes:
-        tokens: what was found of first tokens, by size of the pool.
+        ttft_by_pool: times to first token by warm pool size.
     """
 
     def __init__(self, plan: ElasticPlan, *, checkpoint: Path, store: Path) -> None:
@@ -88,8 +94,8 @@ class ElasticBenchmark:
         self._store = store
 
     async def measure_activation(self, *, pool: int) -> Figures:
-        """Measure activations with a pool, and what is left of it when all are idle."""
-        print(f"activation, pool of {pool}")
+        """Measure activation latency and the number of sandboxes that remain when idle."""
+        print(f"activation, warm pool of {pool}")
         file = self._moemodel(f"activation-{pool}", pool=pool, window_s=WINDOW_S)
         async with running_up(file) as model:
             times_s, n_idle = await measure_activations_s(model, rounds=self._plan.rounds)
@@ -101,8 +107,8 @@ class ElasticBenchmark:
         return {"times_s": times_s, "idle_sandboxes": n_idle}
 
     async def measure_memory(self, *, experts_per_function: int) -> Figures:
-        """Measure memory with every function up and used, one in each sandbox."""
-        print(f"memory, {experts_per_function} experts in a function")
+        """Measure memory with every function active and used, one function per sandbox."""
+        print(f"memory, {experts_per_function} experts per function")
         file = self._moemodel(
             f"memory-{experts_per_function}",
             experts_per_function=experts_per_function,
@@ -130,8 +136,8 @@ class ElasticBenchmark:
             }
 
     async def measure_ttft(self, *, pool: int) -> None:
-        """Measure the demo model's first token after idle and warm."""
-        print(f"first token, pool of {pool}")
+        """Measure the demo model's time to first token, after idle and warm."""
+        print(f"time to first token, warm pool of {pool}")
         await _make_demo_model()
         async with running_up(self._demo_moemodel(pool)) as model:
             self.ttft_by_pool[pool] = await measure_ttft(
@@ -184,7 +190,7 @@ def _prompts(seed: int) -> list[str]:
 
 
 async def _make_demo_model() -> None:
-    """Make the demo model and its store, where `make demo` has them, unless they are there."""
+    """Build the demo model and its store in the folder of `make demo`, unless they exist."""
     checkpoint, store = DEMO / "demo-model", DEMO / "demo-store"
     await _faasmoe("demo-model", str(checkpoint))
     try:
@@ -202,7 +208,7 @@ async def _faasmoe(*arguments: str) -> None:
 
 
 async def measure(plan: ElasticPlan, folder: Path) -> Figures:
-    """Run every part; return what is written to elastic.json."""
+    """Run all measurements; return the content of elastic.json."""
     machine = describe_machine()
     checkpoint, store = await make_model_in_subprocess(plan.geometry, folder)
     benchmark = ElasticBenchmark(plan, checkpoint=checkpoint, store=store)
@@ -211,7 +217,7 @@ async def measure(plan: ElasticPlan, folder: Path) -> Figures:
     memory = await _measure_memory(benchmark, plan)
     for pool in plan.pools:
         await benchmark.measure_ttft(pool=pool)
-    tokens = benchmark.ttft_by_pool
+    ttft_by_pool = benchmark.ttft_by_pool
     return {
         "machine": machine,
         "geometry": asdict(plan.geometry),
@@ -221,8 +227,8 @@ async def measure(plan: ElasticPlan, folder: Path) -> Figures:
         "cold_start_p50_s": percentile(empty["times_s"], 50),
         "cold_start_p99_s": percentile(empty["times_s"], 99),
         "samples": len(warm["times_s"]),
-        "ttft_after_idle_ratio": next(iter(tokens.values())).ratio.median,
-        "ttft_by_pool": {str(pool): found.to_json() for pool, found in tokens.items()},
+        "ttft_after_idle_ratio": next(iter(ttft_by_pool.values())).ratio.median,
+        "ttft_by_pool": {str(pool): ttft.to_json() for pool, ttft in ttft_by_pool.items()},
         "idle_sandboxes": {
             "0": empty["idle_sandboxes"],
             str(WARM_POOL): warm["idle_sandboxes"],
@@ -232,7 +238,7 @@ async def measure(plan: ElasticPlan, folder: Path) -> Figures:
 
 
 async def measure_memory(plan: ElasticPlan, folder: Path) -> Figures:
-    """Run the parts about memory; return what is written to elastic_memory.json."""
+    """Measure memory only; return the content of elastic_memory.json."""
     machine = describe_machine()
     checkpoint, store = await make_model_in_subprocess(plan.geometry, folder)
     benchmark = ElasticBenchmark(plan, checkpoint=checkpoint, store=store)
@@ -241,10 +247,10 @@ async def measure_memory(plan: ElasticPlan, folder: Path) -> Figures:
 
 async def _measure_memory(benchmark: ElasticBenchmark, plan: ElasticPlan) -> Figures:
     sizes = (plan.experts_per_function, plan.private_experts_per_function)
-    found = {
+    by_size = {
         n: await benchmark.measure_memory(experts_per_function=n) for n in dict.fromkeys(sizes)
     }
-    all_warm, private = (found[n] for n in sizes)
+    all_warm, private = (by_size[n] for n in sizes)
     return {
         "private_mb_per_function": private["private_mb_per_function"],
         "memory_over_floor": all_warm["over_floor"],
@@ -252,61 +258,65 @@ async def _measure_memory(benchmark: ElasticBenchmark, plan: ElasticPlan) -> Fig
     }
 
 
-def format_results(found: Figures) -> str:
-    """Return the tables."""
+def format_results(figures: Figures) -> str:
+    """Return the table of all measurements."""
     rows = [
-        (f"{name}_{part}_s", f"{found[f'{name}_{part}_s']:.3f}")
+        (f"{name}_{part}_s", f"{figures[f'{name}_{part}_s']:.3f}")
         for name in ("attach", "cold_start")
         for part in ("p50", "p99")
     ]
-    for pool, tokens in found["ttft_by_pool"].items():
-        for name in ("ratio", "idle_s", "warm_s", "held_s"):
-            rows.append((f"first token, pool {pool}: {name}", tokens[name].text(3)))
-    for pool, n_idle in found["idle_sandboxes"].items():
+    for pool, ttft in figures["ttft_by_pool"].items():
+        for name in ("ratio", "idle_s", "warm_s", "cold_start_s"):
+            rows.append((f"time to first token, pool {pool}: {name}", ttft[name].format(3)))
+    for pool, n_idle in figures["idle_sandboxes"].items():
         rows.append((f"sandboxes when idle, pool {pool}", str(n_idle)))
-    return format_table(("", "MEASURED"), [*rows, *_memory_rows(found)])
+    return format_table(("", "MEASURED"), [*rows, *_memory_rows(figures)])
 
 
-def format_memory(found: Figures) -> str:
-    """Return the table of memory."""
-    return format_table(("", "MEASURED"), _memory_rows(found))
+def format_memory(figures: Figures) -> str:
+    """Return the table of memory measurements."""
+    return format_table(("", "MEASURED"), _memory_rows(figures))
 
 
-def _memory_rows(found: Figures) -> list[tuple[str, str]]:
-    """Return the rows of the table: the two figures, and what lies beyond the weights, where."""
-    n_functions = found["memory"]["private"]["functions"]
-    parts = found["memory"]["all_warm"]["beyond_weights_mb"].items()
+def _memory_rows(figures: Figures) -> list[tuple[str, str]]:
+    """Return the two headline figures and the overhead beyond the weights by kind of process."""
+    n_functions = figures["memory"]["private"]["functions"]
+    overhead_mb = figures["memory"]["all_warm"]["beyond_weights_mb"].items()
     return [
         (
             f"private_mb_per_function ({n_functions} functions)",
-            f"{found['private_mb_per_function']:.1f}",
+            f"{figures['private_mb_per_function']:.1f}",
         ),
-        ("memory_over_floor", f"{found['memory_over_floor']:.3f}"),
-        *((f"MB beyond the weights, {name}", f"{size:.1f}") for name, size in parts),
+        ("memory_over_floor", f"{figures['memory_over_floor']:.3f}"),
+        *((f"MB beyond the weights, {name}", f"{size:.1f}") for name, size in overhead_mb),
     ]
 
 
 def main() -> int:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.elastic")
-    parser.add_argument("--quick", action="store_true", help="a tiny model: does it all work?")
-    parser.add_argument("--memory", action="store_true", help="only the parts about memory")
-    parser.add_argument("--layers", type=int, default=4, help="MoE layers (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of each part (%(default)s)")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="models (%(default)s)")
-    parser.add_argument("--out", type=Path, default=OUT, help="figures (%(default)s)")
+    """Parse the command line and run the benchmark."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.elastic",
+        description="Measure activation latency, time to first token after idle, and memory.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="smoke test with a tiny model")
+    parser.add_argument("--memory", action="store_true", help="measure memory only")
+    parser.add_argument("--layers", type=int, default=4, help="MoE layers of the model")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each measurement")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of generated models")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
     arguments = parser.parse_args()
     plan = quick_plan() if arguments.quick else full_plan(arguments.layers, arguments.rounds)
     folder, out = arguments.cache.resolve(), arguments.out.resolve()
     if arguments.memory:
-        found = asyncio.run(measure_memory(plan, folder))
-        print(f"\n{format_memory(found)}")
-        written = write_figures("elastic_memory", found, folder=out)
+        figures = asyncio.run(measure_memory(plan, folder))
+        print(f"\n{format_memory(figures)}")
+        path = write_figures("elastic_memory", figures, folder=out)
     else:
-        found = asyncio.run(measure(plan, folder))
-        print(f"\n{format_results(found)}")
-        written = write_figures("elastic", found, folder=out)
-    print(f"\nfigures: {written}")
+        figures = asyncio.run(measure(plan, folder))
+        print(f"\n{format_results(figures)}")
+        path = write_figures("elastic", figures, folder=out)
+    print(f"\nfigures: {path}")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Clients that make a fan-out from the engine's thread, and wait for all of its answers.
+"""Fan-out clients that are called from the engine's thread and block until all responses arrive.
 
-All but the product's live on an event loop: the engine's thread hands the work over and blocks, as
-an engine that is no coroutine must.
+All but the product's run on an event loop: the engine's thread submits the work and blocks, as a
+synchronous engine must.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ from faasmoe_contracts.wire import (
     decode_response,
     encode_request,
 )
-from faasmoe_router.dispatch.calls import Call, CallError
 from faasmoe_router.dispatch.fanout import Fanout
-from faasmoe_router.dispatch.transport import MIN_SHARED_FRAME_BYTES
+from faasmoe_router.dispatch.transport import MIN_SHARED_FRAME_BYTES, Call, CallError
 
 PATH = "/v1/functions/0123456789abcdef01234567"
 HIDDEN_SIZE, TOP_K = 2048, 4
@@ -43,14 +42,14 @@ NewLoop = Callable[[], asyncio.AbstractEventLoop]
 
 
 class FanoutBenchmarkClient(ABC):
-    """Makes fan-outs."""
+    """A client that makes fan-outs."""
 
     @abstractmethod
     def post(self, bodies: Sequence[bytes]) -> list[bytes]:
-        """Send each server one body; return all answers."""
+        """Send each server one body; return all responses."""
 
     def time_s(self, bodies: Sequence[bytes], n_fanouts: int) -> list[float]:
-        """Make fan-outs one after the other; return the seconds that each took."""
+        """Make fan-outs sequentially; return the duration of each in seconds."""
         times_s = []
         for _ in range(n_fanouts):
             started_s = time.perf_counter()
@@ -61,7 +60,7 @@ class FanoutBenchmarkClient(ABC):
 
 @contextmanager
 def running_loop_thread(new_loop: NewLoop) -> Iterator[asyncio.AbstractEventLoop]:
-    """Run an event loop in a thread as long as the context lasts."""
+    """Run an event loop in a thread while the context is active."""
     loop = new_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -82,15 +81,15 @@ class AiohttpClient(FanoutBenchmarkClient):
         self._session = asyncio.run_coroutine_threadsafe(self._open(), loop).result()
 
     def post(self, bodies: Sequence[bytes]) -> list[bytes]:
-        """Send each server one body; return all answers."""
+        """Send each server one body; return all responses."""
         return asyncio.run_coroutine_threadsafe(self.gather(bodies), self.loop).result()
 
     async def gather(self, bodies: Sequence[bytes]) -> list[bytes]:
-        """Do the same on the loop."""
+        """Do the same as `post`, on the loop."""
         return await asyncio.gather(*map(self._post, self._urls, bodies))
 
     async def gather_timed(self, bodies: Sequence[bytes], n_fanouts: int) -> list[float]:
-        """Make fan-outs one after the other on the loop; return the seconds that each took."""
+        """Make fan-outs sequentially on the loop; return the duration of each in seconds."""
         times_s = []
         for _ in range(n_fanouts):
             started_s = time.perf_counter()
@@ -111,23 +110,23 @@ class AiohttpClient(FanoutBenchmarkClient):
 
 
 class InLoopClient(FanoutBenchmarkClient):
-    """aiohttp without the hop between threads: what an engine that is a coroutine would pay."""
+    """aiohttp without the hop between threads: the cost for an asynchronous engine."""
 
     def __init__(self, client: AiohttpClient) -> None:
         self._client = client
 
     def post(self, bodies: Sequence[bytes]) -> list[bytes]:
-        """Send each server one body; return all answers."""
+        """Send each server one body; return all responses."""
         return self._client.post(bodies)
 
     def time_s(self, bodies: Sequence[bytes], n_fanouts: int) -> list[float]:
-        """Make fan-outs one after the other on the loop; return the seconds that each took."""
+        """Make fan-outs sequentially on the loop; return the duration of each in seconds."""
         work = self._client.gather_timed(bodies, n_fanouts)
         return asyncio.run_coroutine_threadsafe(work, self._client.loop).result()
 
 
 class _ResponseConnection(asyncio.Protocol):
-    """One keep-alive connection: httptools parses, a future gets the body."""
+    """One keep-alive connection: parsed by httptools, its body set as a future's result."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -162,7 +161,7 @@ class _ResponseConnection(asyncio.Protocol):
 
 
 class ProtocolClient(FanoutBenchmarkClient):
-    """asyncio.Protocol on httptools, as lean as the sandbox's own server."""
+    """asyncio.Protocol with httptools, as lean as the sandbox's server."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, addresses: Sequence[str]) -> None:
         self._loop = loop
@@ -170,7 +169,7 @@ class ProtocolClient(FanoutBenchmarkClient):
         self._connections = asyncio.run_coroutine_threadsafe(self._open(), loop).result()
 
     def post(self, bodies: Sequence[bytes]) -> list[bytes]:
-        """Send each server one body; return all answers."""
+        """Send each server one body; return all responses."""
         return asyncio.run_coroutine_threadsafe(self._gather(bodies), self._loop).result()
 
     def close(self) -> None:
@@ -198,17 +197,17 @@ def _head(address: str, size_bytes: int) -> bytes:
 
 
 class FanoutClient(FanoutBenchmarkClient):
-    """The product's: sockets polled from the engine's own thread."""
+    """The product's client: sockets polled by the engine's thread."""
 
     def __init__(
-        self, servers: RunningServers, *, shared_bytes: int = MIN_SHARED_FRAME_BYTES
+        self, servers: RunningServers, *, min_shared_bytes: int = MIN_SHARED_FRAME_BYTES
     ) -> None:
         self._addresses = servers.addresses
-        self._fanout = Fanout(socket_dir=servers.socket_dir, min_shared_bytes=shared_bytes)
+        self._fanout = Fanout(socket_dir=servers.socket_dir, min_shared_bytes=min_shared_bytes)
         self._function_id = PATH.rpartition("/")[2]
 
     def post(self, bodies: Sequence[bytes]) -> list[bytes]:
-        """Send each server one body; return all answers."""
+        """Send each server one body; return all responses."""
         return self._run([[body] for body in bodies], bytes)
 
     def close(self) -> None:
@@ -234,10 +233,10 @@ class FanoutClient(FanoutBenchmarkClient):
 
 
 class FrameClient(FanoutClient):
-    """The product's, with a frame of the wire format around every body."""
+    """The product's client, with every body in a frame of the wire format."""
 
     def post(self, bodies: Sequence[bytes]) -> list[bytes]:
-        """Send each server the body's rows; return the rows of all answers."""
+        """Send each server the body's rows; return the rows of all responses."""
         template = _FrameTemplate.for_body(len(bodies[0]))
         frames = [template.encode(body) for body in bodies]
         return self._run(frames, lambda frame: bytes(decode_response(frame, template.header)))
@@ -245,7 +244,7 @@ class FrameClient(FanoutClient):
 
 @dataclass(frozen=True, slots=True)
 class _FrameTemplate:
-    """A frame's header, and four pairs for each of its rows."""
+    """A frame's header, and `TOP_K` pairs for each of its rows."""
 
     header: FrameHeader
     pair_row: Int32s
@@ -279,6 +278,6 @@ class _FrameTemplate:
 
 
 def new_uvloop() -> asyncio.AbstractEventLoop:
-    """Return a loop of uvloop."""
+    """Return a new uvloop event loop."""
     loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
     return loop

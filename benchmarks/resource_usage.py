@@ -1,4 +1,4 @@
-"""What processes have used: processor time to the nanosecond, memory by proportional share."""
+"""CPU time (in nanoseconds) and memory (PSS) of processes."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ _FIELD = re.compile(r"^(Pss|Pss_Anon|Pss_File):\s+(\d+) kB$", re.MULTILINE)
 
 
 class CpuClock:
-    """The processor time of some processes together, all their threads included.
+    """Total CPU time of several processes, including all their threads.
 
-    Reads the kernel's clock of each process: /proc/PID/stat counts the same time in ticks of 10 ms,
-    too coarse for a sandbox that works for a millisecond in each step.
+    Reads the CPU clock of each process. /proc/PID/stat has a resolution of 10 ms, too coarse for a
+    sandbox that computes for a millisecond per step.
     """
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._clocks = tuple(_cpu_clock_id(pid) for pid in pids)
 
     def read_s(self) -> float:
-        """Return the seconds used since the processes began."""
+        """Return the CPU seconds used since the processes started."""
         return sum(time.clock_gettime_ns(clock) for clock in self._clocks) / 1e9
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUsage:
-    """A process's memory in bytes; a page that N processes share counts 1/N in each."""
+    """Memory of a process in bytes (PSS): a page shared by N processes counts 1/N in each."""
 
     total: int
     anonymous: int
@@ -40,14 +40,14 @@ class MemoryUsage:
 
     @classmethod
     def of_pid(cls, pid: int) -> MemoryUsage:
-        """Read a process's memory; raises OSError if it is gone."""
+        """Read the memory of a process; raises OSError if it does not exist."""
         text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
-        found = {name: int(size) * 1024 for name, size in _FIELD.findall(text)}
-        return cls(found["Pss"], found["Pss_Anon"], found["Pss_File"])
+        sizes = {name: int(size) * 1024 for name, size in _FIELD.findall(text)}
+        return cls(sizes["Pss"], sizes["Pss_Anon"], sizes["Pss_File"])
 
     @classmethod
     def sum_of(cls, memories: Iterable[MemoryUsage]) -> MemoryUsage:
-        """Return the memory of several processes together."""
+        """Return the sum over several processes."""
         usages = tuple(memories)
         return cls(
             sum(m.total for m in usages),
@@ -57,7 +57,7 @@ class MemoryUsage:
 
 
 def mapped_bytes(pid: int, folder: Path) -> int:
-    """Return how much of the files in a folder a process has in memory, by proportional share."""
+    """Return a process's PSS in bytes of mapped files below a folder."""
     inside, total_bytes = False, 0
     for line in Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8").splitlines():
         if _MAPPING.match(line):

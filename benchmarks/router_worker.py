@@ -1,7 +1,7 @@
-"""The worker that is measured: the router process of `faasmoe up`, without its HTTP API.
+"""Benchmark worker with the router of `faasmoe up`, without its HTTP API.
 
-Configured by the environment that the launcher gives a router; the processes whose processor time
-counts for this side are named on the command line.
+It reads the router's usual environment. The command line names the other processes whose CPU time
+is added to that of the router.
 """
 
 from __future__ import annotations
@@ -27,20 +27,25 @@ from benchmarks.worker import RUN_TIMEOUT_S, CommandHandler, serve_commands
 from faasmoe_contracts.routing_table import RoutingTable
 from faasmoe_contracts.store import Store
 from faasmoe_expert.device import resolve_device
+from faasmoe_router.compute_dtype import select_compute_dtype
 from faasmoe_router.config import RouterConfig
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.device_transfer import transfer_for
 from faasmoe_router.dispatch.metrics import DispatchMetrics
-from faasmoe_router.engine.cache_config import EngineLimits
-from faasmoe_router.transformers_backend.continuous_batching import ContinuousBatcher
-from faasmoe_router.transformers_backend.model_loader import load_router_model
+from faasmoe_router.engine.batcher import EngineLimits, start_batcher
+from faasmoe_router.model_loader import load_router_model
 
 STOP_TIMEOUT_S = 30.0
 _EXPERT_SECONDS = re.compile(rb"^faasmoe_expert_compute_seconds_sum (\S+)$", re.MULTILINE)
 
 
 class RouterWorker:
-    """The model whose experts are functions in other processes."""
+    """Generates with a model whose experts are functions in other processes.
+
+    Args:
+        config: configuration of the router, with a static routing table.
+        sandbox_pids: all other processes of the deployment.
+    """
 
     def __init__(self, config: RouterConfig, sandbox_pids: Sequence[int]) -> None:
         self._metrics = DispatchMetrics()
@@ -49,7 +54,7 @@ class RouterWorker:
         self._stopwatch = DispatchProfiler()
         self._recorder = RunRecorder(self._read_resources)
         store = Store.open(config.store)
-        assert config.table is not None  # it is the benchmark's own
+        assert config.table is not None  # set by static_deployment
         table = RoutingTable.loads(config.table.read_bytes())
         device = resolve_device(config.device)
         self._addresses = {a for entry in table.functions for a in entry.addresses}
@@ -62,39 +67,41 @@ class RouterWorker:
             device_transfer=transfer_for(device),
             placement=config.placement,
         )
-        model = load_router_model(store, self._dispatcher, device=device)
-        self._batcher = ContinuousBatcher(model, _engine_limits(config))
+        dtype = select_compute_dtype(config.dtype, store, device).dtype
+        model = load_router_model(store, self._dispatcher, device=device, dtype=dtype)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
-        self._batcher.start(
-            self._loop, lambda outputs, _: self._recorder.record_step(outputs), self._recorder.fail
+        self._batcher = start_batcher(
+            model,
+            _engine_limits(config),
+            self._loop,
+            on_outputs=lambda outputs, _: self._recorder.record_step(outputs),
+            on_request_error=self._recorder.fail,
         )
 
     def handle(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Run a batch, with the stopwatch if `profile` asks for it."""
+        """Run a batch; with `profile`, also time the parts of dispatch."""
         prompts, max_tokens = command["prompts"], int(command["max_tokens"])
         experts_s = self._mean_expert_seconds()
         with self._stopwatch.profiling() if command.get("profile") else nullcontext():
             names = self._recorder.start(len(prompts), max_tokens=max_tokens)
             for name, prompt in zip(names, prompts, strict=True):
-                self._batcher.add_request(
-                    name, prompt, max_tokens=max_tokens, stop_token_ids=(), logits_state=None
-                )
+                self._batcher.add_request(name, prompt, max_tokens=max_tokens, stop_token_ids=())
             run = self._recorder.wait(RUN_TIMEOUT_S)
         if run.counters["failed"] or run.counters["local"]:
-            raise RuntimeError(f"sandboxes did not answer: {dict(run.counters)}")
+            raise RuntimeError(f"calls to sandboxes failed: {dict(run.counters)}")
         expert_time = {"experts_of_run": self._mean_expert_seconds() - experts_s}
         return replace(run, counters={**run.counters, **expert_time}).to_json()
 
     def _mean_expert_seconds(self) -> float:
-        """Return the seconds that sandboxes have computed, on the average of all of them."""
+        """Return the mean compute time of the sandboxes in seconds."""
         pages = [urllib.request.urlopen(f"http://{a}/metrics").read() for a in self._addresses]
-        found = [_EXPERT_SECONDS.search(page) for page in pages]
-        return sum(float(match[1]) for match in found if match) / len(pages)
+        matches = [_EXPERT_SECONDS.search(page) for page in pages]
+        return sum(float(match[1]) for match in matches if match) / len(pages)
 
     def close(self) -> None:
-        """End the engine's thread and the loop's."""
+        """Stop the batcher, the event loop and the dispatcher."""
         self._batcher.stop(STOP_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -129,7 +136,7 @@ def _counter_value(counter: Any) -> float:
 
 
 def main() -> int:
-    """Serve until stdin ends."""
+    """Serve commands until stdin is closed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("pids", type=int, nargs="+", help="launcher, zygote and sandboxes")
     arguments = parser.parse_args()
@@ -142,8 +149,8 @@ def main() -> int:
     try:
         serve_commands(make_handler)
     finally:
-        for side in workers:
-            side.close()
+        for worker in workers:
+            worker.close()
     return 0
 
 

@@ -1,6 +1,8 @@
-"""Our side as its users run it: a MoEModel file, sandboxes forked from the zygote, the router.
+"""A deployment without a control process: every function stays attached to a sandbox.
 
-The process that enters `serving` is the launcher, and its memory and time count as the launcher's.
+It uses the same MoEModel file, zygote, sandboxes and router as `faasmoe up`, with a static routing
+table, so that scaling does not disturb a measurement. The process that enters the context is the
+launcher; its memory and CPU time count as the launcher's.
 """
 
 from __future__ import annotations
@@ -32,19 +34,19 @@ from faasmoe_operator.platforms.zygote import run_zygote, shared_dir_variables
 
 logger = logging.getLogger(__name__)
 
-ENDPOINT = router.Endpoint("127.0.0.1", 1)  # told to the router, which is not asked to listen
+ENDPOINT = router.Endpoint("127.0.0.1", 1)  # required setting; the worker does not listen
 
 
 @dataclass(frozen=True, slots=True)
 class StaticDeployment:
-    """A model that is served.
+    """A running deployment.
 
     Attributes:
-        side: the router.
-        store: the prepared model.
-        pids: every process but the sandboxes, by name.
-        sandbox_pids: the sandboxes.
-        n_functions: functions in them.
+        router: worker process with the router.
+        store: the store of the model.
+        pids: process ids of all processes except sandboxes, by name.
+        sandbox_pids: process ids of the sandboxes.
+        n_functions: number of functions.
     """
 
     router: WorkerProcess
@@ -54,7 +56,7 @@ class StaticDeployment:
     n_functions: int
 
     def memory_by_process(self) -> dict[str, MemoryUsage]:
-        """Return the memory of each process; the sandboxes' are numbered."""
+        """Return the memory of each process by name; sandboxes are numbered."""
         named = {name: MemoryUsage.of_pid(pid) for name, pid in self.pids.items()}
         sandboxes = {
             f"sandbox {i}": MemoryUsage.of_pid(pid) for i, pid in enumerate(self.sandbox_pids)
@@ -63,19 +65,26 @@ class StaticDeployment:
 
     @property
     def floor_bytes(self) -> int:
-        """Bytes of all weights, once."""
+        """Size of all weights, counted once."""
         files = self.store.manifest.files.items()
         return sum(file.size_bytes for name, file in files if name.endswith(".safetensors"))
 
     def experts_in_memory(self) -> float:
-        """Return the part of the experts' weights that the sandboxes have touched."""
+        """Return the fraction of the expert weights that is resident in the sandboxes."""
         layers = self.store.manifest.layers
         whole = sum(x.expert_bytes * x.num_experts + x.shared_bytes for x in layers)
         return sum(mapped_bytes(pid, self.store.path) for pid in self.sandbox_pids) / whole
 
 
 async def make_model_in_subprocess(geometry: CheckpointGeometry, folder: Path) -> tuple[Path, Path]:
-    """Return checkpoint and store; what is not there is made, in a process with torch."""
+    """Generate a checkpoint and its store in a child process, unless they exist.
+
+    Returns:
+        The folders of the checkpoint and of the store.
+
+    Raises:
+        RuntimeError: the child failed.
+    """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks.geometry", str(folder), json.dumps(asdict(geometry))),
         stdout=asyncio.subprocess.PIPE,
@@ -83,7 +92,7 @@ async def make_model_in_subprocess(geometry: CheckpointGeometry, folder: Path) -
     )
     output, _ = await process.communicate()
     if process.returncode:
-        raise RuntimeError(f"the model could not be made: status {process.returncode}")
+        raise RuntimeError(f"benchmarks.geometry ended with status {process.returncode}")
     paths = {name: Path(path) for name, path in json.loads(output.splitlines()[-1]).items()}
     return paths["checkpoint"], paths["store"]
 
@@ -98,16 +107,16 @@ def write_moemodel(
     experts: Mapping[str, Any] | None = None,
     router: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a MoEModel file of a benchmark, with one function in each sandbox.
+    """Write a MoEModel file, by default with one function per sandbox.
 
     Args:
-        path: the file.
-        checkpoint: the model.
-        store: where it is prepared.
-        experts_per_function: experts of a layer in one function.
-        max_model_len: tokens of a request.
-        experts: other settings of the sandboxes.
-        router: other settings of the router.
+        path: the file to write.
+        checkpoint: folder of the checkpoint.
+        store: folder of its store.
+        experts_per_function: experts of one layer per function.
+        max_model_len: maximum tokens of a request.
+        experts: additional fields of spec.experts.
+        router: additional fields of spec.router.
     """
     spec = {
         "model": {"source": checkpoint.as_uri()},
@@ -122,19 +131,19 @@ def write_moemodel(
         "metadata": {"name": "bench"},
         "spec": spec,
     }
-    path.write_text(json.dumps(document), encoding="utf-8")  # JSON is YAML too
+    path.write_text(json.dumps(document), encoding="utf-8")  # JSON is valid YAML
 
 
 @dataclass(frozen=True, slots=True)
 class ResidentFunctions:
-    """A model whose functions are all in sandboxes, for a router that is to be started.
+    """Sandboxes with all functions of a model, for a router that the caller starts.
 
     Attributes:
-        environment: the router's, with a fixed function table.
-        store: the prepared model.
-        pids: the launcher and the zygote, by name.
-        sandbox_pids: the sandboxes.
-        n_functions: functions in them.
+        environment: environment of the router, with a static routing table.
+        store: the store of the model.
+        pids: process ids of launcher and zygote, by name.
+        sandbox_pids: process ids of the sandboxes.
+        n_functions: number of functions.
     """
 
     environment: dict[str, str]
@@ -146,7 +155,7 @@ class ResidentFunctions:
 
 @asynccontextmanager
 async def resident_functions(moemodel: Path) -> AsyncIterator[ResidentFunctions]:
-    """Keep every function of a MoEModel file in a sandbox as long as the context lasts."""
+    """Attach every function of a MoEModel file to a sandbox for the lifetime of the context."""
     deployment = LocalModel.load(moemodel)
     store = deployment.open_store()
     token = secrets.token_urlsafe(32)
@@ -174,7 +183,7 @@ async def resident_functions(moemodel: Path) -> AsyncIterator[ResidentFunctions]
 
 @asynccontextmanager
 async def running_static_deployment(moemodel: Path) -> AsyncIterator[StaticDeployment]:
-    """Serve a MoEModel file as long as the context lasts."""
+    """Run sandboxes and router worker of a MoEModel file for the lifetime of the context."""
     async with (
         resident_functions(moemodel) as functions,
         running_worker(
@@ -192,7 +201,7 @@ async def running_static_deployment(moemodel: Path) -> AsyncIterator[StaticDeplo
 def _static_router_environment(
     deployment: LocalModel, *, table: Path, token: str, sockets: Path
 ) -> dict[str, str]:
-    """Return the router's environment with a fixed table in place of a control process."""
+    """Return the router's environment with a static routing table and no control process."""
     environment = router.environment(deployment, ENDPOINT, control_url="", token=token)
     del environment["FAASMOE_CONTROL_URL"]
     return {**environment, **shared_dir_variables(sockets), "FAASMOE_TABLE": str(table)}

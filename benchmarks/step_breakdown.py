@@ -1,16 +1,16 @@
-"""The parts of a decode step on our side: their timers' names, and how they add up."""
+"""Breakdown of a decode step of the router: names of the timers and how they nest."""
 
 from __future__ import annotations
 
 from benchmarks.decoding import DecodeRun
 
-DISPATCH = "timer_whole"  # all of dispatch; what follows is inside it
+DISPATCH = "timer_whole"  # all of dispatch; contains the timers below
 GROUP_PAIRS = "timer_group"
 ENCODE = "timer_encode"
-FANOUT = "timer_calls"  # the four that follow are inside it
+FANOUT = "timer_calls"  # contains the following four
 WAIT_FOR_SANDBOXES = "timer_wait"
-ADD_RESPONSE = "timer_take"  # the next one is inside it
-TO_ROUTER_DEVICE = "timer_back"  # none where the router is on the CPU, as with land
+ADD_RESPONSE = "timer_take"  # contains the next one
+TO_ROUTER_DEVICE = "timer_back"  # zero if the router is on the CPU, as is TO_HOST
 COLOCATED = "timer_here"
 FINISH_REDUCTION = "timer_combine"
 TO_HOST = "timer_land"
@@ -30,7 +30,10 @@ PARTS_OF_DISPATCH = (GROUP_PAIRS, ENCODE, FANOUT, FINISH_REDUCTION, TO_HOST)
 
 
 def breakdown_ms(run: DecodeRun) -> dict[str, float]:
-    """Return where a step's milliseconds went, in parts that add up to the whole step."""
+    """Return the milliseconds per step of each part, then totals.
+
+    The parts before "whole step" add up to it.
+    """
     t = run.counters
     parts = {
         "attention, gates, shared experts, head, batching": run.time_s - t[DISPATCH],
@@ -40,8 +43,8 @@ def breakdown_ms(run: DecodeRun) -> dict[str, float]:
         "sending and receiving": t[FANOUT] - t[WAIT_FOR_SANDBOXES] - t[ADD_RESPONSE] - t[COLOCATED],
         "colocated functions": t[COLOCATED],
         "waiting for sandboxes": t[WAIT_FOR_SANDBOXES],
-        "decoding and adding answers": t[ADD_RESPONSE] - t[TO_ROUTER_DEVICE],
-        "ending the sum": t[FINISH_REDUCTION],
+        "decoding and reducing responses": t[ADD_RESPONSE] - t[TO_ROUTER_DEVICE],
+        "finishing the reduction": t[FINISH_REDUCTION],
         "copying to the router's device": t[TO_ROUTER_DEVICE],
         "rest of dispatch": t[DISPATCH] - sum(t[name] for name in PARTS_OF_DISPATCH),
     }

@@ -1,4 +1,4 @@
-"""Tenants that call a router: each keeps some requests outstanding, for a time."""
+"""Closed-loop load of several tenants: each keeps a number of requests outstanding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import aiohttp
 from benchmarks.tenant_router import MODEL, api_key
 
-PROMPT_TOKEN_PRICE = 1.0  # as the fair queue's
+PROMPT_TOKEN_PRICE = 1.0  # the same prices as the router's fair queue
 GENERATED_TOKEN_PRICE = 2.0
 POLL_S = 0.05
 TIMEOUT = aiohttp.ClientTimeout(total=600)
@@ -20,14 +20,14 @@ TIMEOUT = aiohttp.ClientTimeout(total=600)
 
 @dataclass(frozen=True, slots=True)
 class TenantTraffic:
-    """One tenant's behaviour.
+    """The load of one tenant.
 
     Attributes:
-        name: of the tenant.
-        outstanding: requests that it keeps going at once.
-        pause_s: mean of the pause between an answer and the next request; exponential.
-        output_tokens: fewest and most tokens of an answer.
-        key: by default the tenant's own.
+        name: name of the tenant.
+        outstanding: number of outstanding requests.
+        pause_s: mean of the exponentially distributed pause between response and next request.
+        output_tokens: minimum and maximum length of a response.
+        key: API key; empty for the tenant's own.
     """
 
     name: str
@@ -39,12 +39,12 @@ class TenantTraffic:
 
 @dataclass(slots=True)
 class TenantResult:
-    """What one tenant got.
+    """The responses to one tenant.
 
     Attributes:
-        latencies_s: from a request to the end of its answer.
-        cost: priced tokens of the answers.
-        refused: requests that were not answered.
+        latencies_s: time from each request to the end of its response.
+        cost: token cost of all responses.
+        rejected: number of requests with a status other than 200.
     """
 
     latencies_s: list[float] = field(default_factory=list)
@@ -54,12 +54,12 @@ class TenantResult:
 
 @dataclass(frozen=True, slots=True)
 class LoadPattern:
-    """Who calls how, and for how long.
+    """The load of all tenants and its duration.
 
     Attributes:
-        callers: the tenants.
-        watched: tenants whose answers are counted.
-        answers: how many of them end it.
+        callers: load of each tenant.
+        measured_tenants: tenants whose responses are counted.
+        answers: number of counted responses after which the load ends.
     """
 
     callers: Sequence[TenantTraffic]
@@ -68,27 +68,31 @@ class LoadPattern:
 
 
 async def run_load(url: str, load: LoadPattern, *, seed: int) -> dict[str, TenantResult]:
-    """Let tenants call; what is unanswered at the end is given up and not counted."""
-    found = {caller.name: TenantResult() for caller in load.callers}
+    """Apply a load; requests outstanding at its end are cancelled and not counted.
+
+    Returns:
+        The results by tenant.
+    """
+    results = {caller.name: TenantResult() for caller in load.callers}
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=TIMEOUT, connector=connector) as http:
         tasks = [
             asyncio.create_task(
                 _request_repeatedly(
-                    http, url, caller, found[caller.name], f"{seed}/{caller.name}/{i}"
+                    http, url, caller, results[caller.name], f"{seed}/{caller.name}/{i}"
                 )
             )
             for caller in load.callers
             for i in range(caller.outstanding)
         ]
-        while sum(len(found[name].latencies_s) for name in load.measured_tenants) < load.answers:
+        while sum(len(results[name].latencies_s) for name in load.measured_tenants) < load.answers:
             done, _ = await asyncio.wait(tasks, timeout=POLL_S, return_when="FIRST_COMPLETED")
             for task in done:
-                task.result()  # a caller ends by an error only
+                task.result()  # only an exception ends a task
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return found
+    return results
 
 
 async def _request_repeatedly(
@@ -101,10 +105,10 @@ async def _request_repeatedly(
         body = _request_body(draw, traffic)
         started_s = time.perf_counter()
         async with http.post(f"{url}/v1/completions", json=body, headers=headers) as response:
-            answer = await response.json()
+            payload = await response.json()
         if response.status == 200:
             result.latencies_s.append(time.perf_counter() - started_s)
-            result.cost += _token_cost(answer["usage"])
+            result.cost += _token_cost(payload["usage"])
         else:
             result.rejected += 1
         if traffic.pause_s:
@@ -128,6 +132,6 @@ def _token_cost(usage: Mapping[str, int]) -> float:
 
 
 def jain_index(values: Sequence[float]) -> float:
-    """Return Jain's index of fairness: 1 if all have as much, 1/n if one has all."""
+    """Return Jain's fairness index: 1 if all values are equal, 1/n if all but one are 0."""
     squares = sum(value * value for value in values)
     return sum(values) ** 2 / (len(values) * squares) if squares else 0.0

@@ -1,4 +1,4 @@
-"""A router with tenants as a process, over functions in sandboxes."""
+"""A router process with tenants on top of a static deployment."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOG_CHARACTERS = 4000
 
 
 def api_key(tenant: str) -> str:
-    """Return a tenant's key."""
+    """Return the API key of a tenant."""
     return f"sk-{tenant}"
 
 
@@ -35,16 +35,20 @@ def api_key(tenant: str) -> str:
 async def running_tenant_router(
     moemodel: Path, folder: Path, *, tenants: Sequence[str], max_num_seqs: int
 ) -> AsyncIterator[str]:
-    """Serve tenants of equal weight as long as the context lasts; yields the address.
+    """Run a router with tenants of equal weight for the lifetime of the context.
 
     Args:
-        moemodel: the model's file.
-        folder: where keys and the log are kept meanwhile.
-        tenants: their names.
-        max_num_seqs: sequences computed at once.
+        moemodel: the MoEModel file.
+        folder: folder for keys and log.
+        tenants: names of the tenants.
+        max_num_seqs: maximum number of running sequences.
+
+    Yields:
+        The base URL of the router.
 
     Raises:
-        RuntimeError: the router does not serve or does not end well; has its log.
+        RuntimeError: the router did not become healthy. Any exception gets the end of the router's
+            log as a note.
     """
     port = _free_port()
     async with resident_functions(moemodel) as model:
@@ -100,7 +104,7 @@ async def _wait_until_healthy(url: str, process: asyncio.subprocess.Process) -> 
             except aiohttp.ClientError:
                 pass
             await asyncio.sleep(POLL_S)
-    raise RuntimeError(f"the router did not serve; its status is {process.returncode}")
+    raise RuntimeError(f"the router did not become healthy; exit status {process.returncode}")
 
 
 async def _terminate(process: asyncio.subprocess.Process) -> None:

@@ -1,7 +1,7 @@
-"""The worker that is compared with: transformers' continuous batching, all in one process.
+"""Benchmark worker with the baseline: transformers' continuous batching in one process.
 
-Uses every core, decodes greedily, has the same cache as the other side. Each run names the experts
-implementation.
+It uses all cores, decodes greedily and has a KV cache of the same size as the router. Each command
+names the experts implementation to use.
 """
 
 from __future__ import annotations
@@ -10,43 +10,34 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from benchmarks.decoding import ResourceReading, RunRecorder, StepOutput
+from benchmarks.decoding import ResourceReading, RunRecorder
 from benchmarks.resource_usage import CpuClock
 from benchmarks.worker import RUN_TIMEOUT_S, CommandHandler, serve_commands
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
 from faasmoe_contracts.store import MANIFEST_NAME, Store
 from faasmoe_expert.device import resolve_device
-from faasmoe_router.engine.cache_config import TOKENS_PER_PAGE, EngineLimits, KVCacheGeometry
-from faasmoe_router.transformers_backend.attention import select_attention_implementation
-from faasmoe_router.transformers_backend.continuous_batching import NO_EOS_TOKEN_ID
-
-
-class _RecordingOutputRouter(OutputRouter):  # type: ignore[misc]
-    """Hands a step's outputs to the recorder, on the engine's thread."""
-
-    def __init__(self, recorder: RunRecorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def deliver(self, output: StepOutput) -> None:
-        self.deliver_batch([output])
-
-    def deliver_batch(self, outputs: Sequence[StepOutput]) -> None:
-        self._recorder.record_step(outputs)
+from faasmoe_router.engine.batcher import TOKENS_PER_PAGE, EngineLimits, KVCacheGeometry
+from faasmoe_transformers.attention import select_attention_implementation
+from faasmoe_transformers.continuous_batching import NO_EOS_TOKEN_ID, create_plain_manager
 
 
 class TransformersWorker:
-    """The whole model in this process."""
+    """Generates with the whole model in this process.
+
+    Args:
+        source: checkpoint or store.
+        limits: limits of the engine, which determine the size of the KV cache.
+        device: where the model runs.
+        graphs: whether to use CUDA graphs.
+    """
 
     def __init__(
         self, source: Path, limits: EngineLimits, device: torch.device, *, graphs: bool
@@ -56,17 +47,17 @@ class TransformersWorker:
         self._recorder = RunRecorder(lambda: ResourceReading(time.perf_counter(), clock.read_s()))
         self._model = _load_model(source, device)
         select_attention_implementation(self._model)
-        self._manager = self._model.init_continuous_batching(
-            generation_config=GenerationConfig(do_sample=False, eos_token_id=NO_EOS_TOKEN_ID),
-            continuous_batching_config=_continuous_batching_config(
+        self._manager = create_plain_manager(
+            self._model,
+            _continuous_batching_config(
                 limits, KVCacheGeometry.from_model(self._model), graphs=graphs
             ),
+            self._recorder.record_step,
         )
-        self._manager.output_router = _RecordingOutputRouter(self._recorder)
         self._manager.start()
 
     def handle(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Run a batch."""
+        """Run a batch with the experts implementation of the command."""
         self._model.set_experts_implementation(command["implementation"])
         prompts, max_tokens = command["prompts"], int(command["max_tokens"])
         names = self._recorder.start(len(prompts), max_tokens=max_tokens)
@@ -81,12 +72,12 @@ class TransformersWorker:
         return self._recorder.wait(RUN_TIMEOUT_S).to_json()
 
     def close(self) -> None:
-        """End the engine's thread."""
+        """Stop the engine thread."""
         self._manager.stop(block=True, timeout=10.0, hard_stop=True)
 
 
 def _load_model(source: Path, device: torch.device) -> Any:
-    """Return the whole model of a checkpoint or of a prepared store."""
+    """Return the whole model of a checkpoint or a store."""
     if (source / MANIFEST_NAME).exists():
         return load_full_model(Store.open(source), device)
     model = AutoModelForCausalLM.from_pretrained(
@@ -96,7 +87,7 @@ def _load_model(source: Path, device: torch.device) -> Any:
 
 
 def load_full_model(store: Store, device: torch.device) -> Any:
-    """Return the whole model of a store, the experts as transformers has them."""
+    """Return the whole model of a store with transformers' own experts modules."""
     config = AutoConfig.from_pretrained(store.path / "model")
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
@@ -129,14 +120,14 @@ def _continuous_batching_config(
 
 
 def main() -> int:
-    """Serve until stdin ends."""
+    """Serve commands until stdin is closed."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("source", type=Path, help="checkpoint, or prepared store")
+    parser.add_argument("source", type=Path, help="checkpoint or store")
     parser.add_argument("--max-model-len", type=int, required=True)
     parser.add_argument("--max-num-seqs", type=int, default=32)
     parser.add_argument("--kv-cache-bytes", type=int)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--graphs", action="store_true", help="CUDA graphs around each step")
+    parser.add_argument("--graphs", action="store_true", help="use CUDA graphs")
     arguments = parser.parse_args()
     workers: list[TransformersWorker] = []
 
@@ -155,8 +146,8 @@ def main() -> int:
     try:
         serve_commands(make_handler)
     finally:
-        for side in workers:
-            side.close()
+        for worker in workers:
+            worker.close()
     return 0
 
 

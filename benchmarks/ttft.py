@@ -1,4 +1,4 @@
-"""Time to the first token through the real API: after everything went to zero, and warm."""
+"""Time to first token through the OpenAI API, after scale to zero and with warm functions."""
 
 from __future__ import annotations
 
@@ -20,51 +20,53 @@ TIMEOUT = aiohttp.ClientTimeout(total=300)
 
 @dataclass(frozen=True, slots=True)
 class TTFTMeasurements:
-    """What several rounds gave.
+    """Results by round.
 
     Attributes:
-        idle_s: time to the first token after idle, a round each.
-        warm_s: median of the warm requests that followed at once, a round each.
-        held_s: what the router said that a cold request was held, a round each.
+        idle_s: time to first token of the request after idle.
+        warm_s: median time to first token of the warm requests that follow.
+        cold_start_s: time for which the router queued the request after idle
+            (X-FaaSMoE-Cold-Start).
     """
 
     idle_s: tuple[float, ...]
     warm_s: tuple[float, ...]
-    held_s: tuple[float, ...]
+    cold_start_s: tuple[float, ...]
 
     @property
     def ratio(self) -> Spread:
-        """After idle over warm, by round."""
+        """Time to first token after idle divided by warm."""
         return Spread.from_values([a / b for a, b in zip(self.idle_s, self.warm_s, strict=True)])
 
     def to_json(self) -> Mapping[str, Any]:
-        """Return the figures."""
+        """Return the JSON figures."""
         return {
             "ratio": self.ratio,
             "idle_s": Spread.from_values(self.idle_s),
             "warm_s": Spread.from_values(self.warm_s),
-            "held_s": Spread.from_values(self.held_s),
+            "cold_start_s": Spread.from_values(self.cold_start_s),
             "rounds": len(self.idle_s),
         }
 
 
 async def measure_ttft(model: UpProcess, *, rounds: int) -> TTFTMeasurements:
-    """Measure rounds of one request after idle and some warm ones; the first round is dropped."""
-    found: list[tuple[float, float, float]] = []
+    """Measure rounds of one request after idle and WARM_REQUESTS warm ones.
+
+    The first round is a warm-up and discarded.
+    """
+    results: list[tuple[float, float, float]] = []
     for number in range(rounds + 1):
         await model.wait_idle()
-        idle_s, queued_s = await _request_ttft(model)
+        idle_s, cold_start_s = await _request_ttft(model)
         warm = [(await _request_ttft(model))[0] for _ in range(WARM_REQUESTS)]
-        found.append((idle_s, statistics.median(warm), queued_s))
-        print(
-            f"  round {number} of {rounds}: {idle_s:.3f} s, warm {found[-1][1]:.3f} s", flush=True
-        )
-    idle, warm_s, queued = zip(*found[1:], strict=True)
-    return TTFTMeasurements(idle, warm_s, queued)
+        warm_s = statistics.median(warm)
+        results.append((idle_s, warm_s, cold_start_s))
+        print(f"  round {number} of {rounds}: {idle_s:.3f} s, warm {warm_s:.3f} s", flush=True)
+    return TTFTMeasurements(*zip(*results[1:], strict=True))
 
 
 async def _request_ttft(model: UpProcess) -> tuple[float, float]:
-    """Return the time to the first token, and for how long the request was held."""
+    """Return the time to first token and the cold-start time that the router reports, in s."""
     async with aiohttp.ClientSession(timeout=TIMEOUT) as http:
         started_s = time.perf_counter()
         async with _post_completion(http, model, PROMPT, max_tokens=4) as response:
@@ -76,7 +78,7 @@ async def _request_ttft(model: UpProcess) -> tuple[float, float]:
 
 
 async def generate(model: UpProcess, prompts: Sequence[str], *, max_tokens: int) -> None:
-    """Let the model answer prompts at once, to the end."""
+    """Generate from all prompts concurrently and wait for all responses."""
 
     async def complete(http: aiohttp.ClientSession, prompt: str) -> None:
         async with _post_completion(http, model, prompt, max_tokens=max_tokens) as response:

@@ -1,4 +1,4 @@
-"""`faasmoe up` as a process: what it runs, what its control process tells, what memory it takes."""
+"""`faasmoe up` as a child process, with access to its status, processes and memory."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ ZYGOTE = "faasmoe_expert.zygote"
 
 @dataclass(frozen=True, slots=True)
 class UpProcess:
-    """A model that `faasmoe up` serves; `served` makes one.
+    """A running `faasmoe up`; created by `running_up`.
 
     Attributes:
-        launcher: its process.
-        url: address of the OpenAI API.
-        control_url: address of the control API.
-        http: asks the control process; has its token.
-        store: the prepared model.
+        launcher: the process of `faasmoe up`.
+        url: base URL of the router.
+        control_url: base URL of the control API.
+        http: HTTP client that sends the token of the control API.
+        store: the store of the model.
         pool: size of the warm pool.
     """
 
@@ -53,17 +53,17 @@ class UpProcess:
     pool: int
 
     def processes(self) -> list[psutil.Process]:
-        """Return every process of it."""
+        """Return the launcher and all its descendants."""
         return [self.launcher, *self.launcher.children(recursive=True)]
 
     def sandboxes(self) -> list[psutil.Process]:
-        """Return the sandboxes: what the zygote has forked."""
+        """Return the sandboxes, which are the children of the zygote."""
         children = self.launcher.children()
         zygote = next(process for process in children if ZYGOTE in process.cmdline())
         return [p for p in zygote.children() if p.status() != psutil.STATUS_ZOMBIE]
 
     async def status(self) -> dict[str, Any]:
-        """Return what the control process tells of the state."""
+        """Return the response to GET /v1/status."""
         async with self.http.get(f"{self.control_url}/v1/status") as response:
             response.raise_for_status()
             return dict(await response.json())
@@ -72,10 +72,10 @@ class UpProcess:
         """Wait until the warm pool is full."""
         deadline_s = time.monotonic() + IDLE_TIMEOUT_S
         while (await self.status())["pool"]["ready"] != self.pool:
-            await _sleep_until(deadline_s, "the pool was not full")
+            await _poll_or_raise(deadline_s, "the warm pool did not fill up")
 
     async def wait_idle(self) -> int:
-        """Wait until no function is anywhere; return the sandboxes' processes that are left."""
+        """Wait until all functions are at zero; return the number of remaining sandboxes."""
         deadline_s = time.monotonic() + IDLE_TIMEOUT_S
         while True:
             status = await self.status()
@@ -83,42 +83,44 @@ class UpProcess:
             sandboxes = status["sandboxes"]
             if at_zero and len(sandboxes) == self.pool == status["pool"]["ready"]:
                 return len(self.sandboxes())
-            await _sleep_until(deadline_s, "functions were not gone")
+            await _poll_or_raise(deadline_s, "functions did not scale to zero")
 
     def memory(self) -> MemoryUsage:
-        """Return the memory of all processes together."""
+        """Return the total memory of all processes."""
         return MemoryUsage.sum_of(MemoryUsage.of_pid(process.pid) for process in self.processes())
 
     def sandbox_memory(self) -> tuple[MemoryUsage, int]:
-        """Return the memory of all sandboxes, and how much of that are pages of the store."""
+        """Return the total memory of the sandboxes and the part that is pages of the store."""
         pids = [process.pid for process in self.sandboxes()]
         pages = sum(mapped_bytes(pid, self.store.path) for pid in pids)
         return MemoryUsage.sum_of(MemoryUsage.of_pid(pid) for pid in pids), pages
 
     def overhead_bytes(self) -> dict[str, int]:
-        """Return what each kind of process takes beyond the store's pages, sandboxes together."""
+        """Return the memory without pages of the store, by kind of process."""
         sandboxes = {process.pid for process in self.sandboxes()}
-        found: dict[str, int] = {}
+        overhead: dict[str, int] = {}
         for process in self.processes():
             process_kind = "sandboxes" if process.pid in sandboxes else _process_kind(process)
             size = MemoryUsage.of_pid(process.pid).total - mapped_bytes(
                 process.pid, self.store.path
             )
-            found[process_kind] = found.get(process_kind, 0) + size
-        return found
+            overhead[process_kind] = overhead.get(process_kind, 0) + size
+        return overhead
 
     @property
     def floor_bytes(self) -> int:
-        """Bytes of all weights, once."""
+        """Size of all weights, counted once."""
         files = self.store.manifest.files.items()
         return sum(file.size_bytes for name, file in files if name.endswith(".safetensors"))
 
 
 @asynccontextmanager
 async def running_up(moemodel: Path) -> AsyncIterator[UpProcess]:
-    """Run `faasmoe up` for a MoEModel file whose store is prepared, as long as the context lasts.
+    """Run `faasmoe up` with a prepared store for the lifetime of the context.
 
-    Raises RuntimeError, with its log, if it does not serve or does not end well.
+    Raises:
+        RuntimeError: it exited or did not become healthy. Any exception gets the end of its log as
+            a note.
     """
     with tempfile.TemporaryDirectory(prefix="faasmoe-bench-") as folder:
         port, log = _free_port(), Path(folder) / "log"
@@ -154,7 +156,7 @@ async def running_up(moemodel: Path) -> AsyncIterator[UpProcess]:
 
 
 def _process_kind(process: psutil.Process) -> str:
-    """Return what a process of `faasmoe up` is, by the module that it runs."""
+    """Return the kind of a process, derived from the module that it runs."""
     modules = (word for word in process.cmdline() if word.startswith("faasmoe_"))
     name: str = next(modules, process.name())
     return name.removeprefix("faasmoe_")
@@ -165,7 +167,7 @@ async def _wait_serving(process: asyncio.subprocess.Process, log: Path) -> None:
     while "OpenAI base URL" not in (text := await asyncio.to_thread(log.read_text)):
         if process.returncode is not None:
             raise RuntimeError(f"faasmoe up ended with status {process.returncode}:\n{text}")
-        await _sleep_until(deadline_s, f"faasmoe up did not serve:\n{text}")
+        await _poll_or_raise(deadline_s, f"faasmoe up did not become healthy:\n{text}")
 
 
 def _read_runtime_info(folder: Path) -> dict[str, Any]:
@@ -184,7 +186,7 @@ async def _terminate(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-async def _sleep_until(deadline_s: float, what: str) -> None:
+async def _poll_or_raise(deadline_s: float, what: str) -> None:
     if time.monotonic() > deadline_s:
         raise RuntimeError(what)
     await asyncio.sleep(POLL_S)

@@ -1,6 +1,6 @@
-"""The inside of a worker process: commands as JSON lines on stdin, answers on what was stdout.
+"""Worker processes: one benchmarked system each, driven by JSON lines over stdin and stdout.
 
-The outside of a worker process: starts it, asks it, ends it.
+`serve_commands` runs in the worker, `running_worker` and `WorkerProcess` in the benchmark.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ CommandHandler = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def serve_commands(make_handler: Callable[[], CommandHandler]) -> None:
-    """Make the handler, then answer commands until stdin ends.
+    """Create the handler, then respond to commands until stdin is closed.
 
-    An error ends the process with its traceback: half a benchmark is none.
+    An exception ends the process with its traceback, since a partial benchmark is useless.
 
     Args:
-        make: sets up what the worker measures and returns what answers a command.
+        make_handler: sets up the system and returns a function that handles a command.
     """
     die_with_parent()
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as responses:
-        os.dup2(2, 1)  # whatever a library prints must not look like an answer
+        os.dup2(2, 1)  # keeps output of libraries out of the responses
         handle = make_handler()
         _write_response(responses, {"pid": os.getpid()})
         for line in sys.stdin:
@@ -52,31 +52,36 @@ END_TIMEOUT_S = 40.0
 
 
 class WorkerProcess:
-    """One side of the comparison, in a process of its own; `running` makes one."""
+    """A running worker; created by `running_worker`."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """Process id."""
         return self._process.pid
 
     async def run_batch(
         self, prompts: Sequence[Sequence[int]], *, max_tokens: int, **options: Any
     ) -> DecodeRun:
-        """Generate from the prompts as one batch; raises RuntimeError if the worker ended."""
+        """Generate from all prompts in one batch; raises RuntimeError if the worker exited."""
         command = {"prompts": prompts, "max_tokens": max_tokens, **options}
         return DecodeRun.from_json(await self.request(command, timeout_s=RUN_TIMEOUT_S))
 
     async def request(self, command: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
-        """Send a command; return its answer."""
+        """Send a command and return its response."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command).encode() + b"\n")
         return await self.read_response(timeout_s)
 
     async def read_response(self, timeout_s: float) -> dict[str, Any]:
-        """Wait for the next answer."""
+        """Wait for the next response.
+
+        Raises:
+            RuntimeError: the worker exited.
+            TimeoutError: no response within timeout_s seconds.
+        """
         assert self._process.stdout is not None
         async with asyncio.timeout(timeout_s):
             line = await self._process.stdout.readline()
@@ -85,7 +90,7 @@ class WorkerProcess:
         return dict(json.loads(line))
 
     async def close(self) -> None:
-        """End it; by SIGKILL if it takes too long."""
+        """Close stdin, which ends the worker; send SIGKILL after END_TIMEOUT_S seconds."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -100,12 +105,12 @@ class WorkerProcess:
 async def running_worker(
     module: str, *arguments: str, environment: Mapping[str, str] | None = None
 ) -> AsyncIterator[WorkerProcess]:
-    """Run a worker as long as the context lasts; it is ready when the context is entered.
+    """Run a worker for the lifetime of the context; it is ready when the context is entered.
 
     Args:
-        module: the worker's module.
-        arguments: its command line.
-        environment: all of its environment; ours if left out.
+        module: module of the worker.
+        arguments: its command-line arguments.
+        environment: its complete environment; None for that of this process.
     """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", module, *arguments),

@@ -1,7 +1,7 @@
-"""`make demo`: the demo model made, served and asked, and everything ended again.
+"""`make demo`: builds the demo model, serves it with `faasmoe up`, and chats with it.
 
-Runs the same commands that a user would, and the openai client, unmodified. `--serve` stays up
-after the chat until Ctrl-C.
+It runs the commands that a user would run, and the unmodified openai client. With `--serve` the
+model stays up after the chat until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ END_TIMEOUT_S = 60.0
 
 
 def main() -> int:
-    """Run the demo; return its exit status."""
+    """Run the demo and return the exit status of `faasmoe up`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--serve", action="store_true", help="stay up until Ctrl-C")
-    parser.add_argument("--port", type=int, default=8000, help="port of the API (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="API port (default: %(default)s)")
     arguments = parser.parse_args()
-    say("the demo model: SmolLM2-135M-Instruct, cut into a Qwen2-MoE of 27 sparse layers")
+    say("demo model: SmolLM2-135M-Instruct, converted to a Qwen2-MoE with 27 sparse layers")
     subprocess.run([*FAASMOE, "demo-model", str(MODEL_DIR)], check=True)
     say("faasmoe up -f examples/demo.yaml")
     up = subprocess.Popen(
@@ -38,23 +38,23 @@ def main() -> int:
     )
     try:
         base_url = f"http://127.0.0.1:{arguments.port}"
-        wait_until_served(base_url, up)
+        wait_until_healthy(base_url, up)
         chat(base_url)
         show_calls(base_url)
         if arguments.serve:
-            say("serving; Ctrl-C ends it")
+            say("serving; press Ctrl-C to stop")
             up.wait()
     except KeyboardInterrupt:
         say("Ctrl-C")
     finally:
         up.send_signal(signal.SIGINT)
         status = up.wait(END_TIMEOUT_S)
-    say(f"ended, status {status}")
+    say(f"faasmoe up ended with status {status}")
     return status
 
 
-def wait_until_served(base_url: str, up: subprocess.Popen[bytes]) -> None:
-    """Wait until the router answers; raises RuntimeError if it will not."""
+def wait_until_healthy(base_url: str, up: subprocess.Popen[bytes]) -> None:
+    """Wait until the router is healthy; raises RuntimeError if it exits or takes too long."""
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline_s:
         if up.poll() is not None:
@@ -65,11 +65,11 @@ def wait_until_served(base_url: str, up: subprocess.Popen[bytes]) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.2)
-    raise RuntimeError(f"the model was not served after {START_TIMEOUT_S:.0f} s")
+    raise RuntimeError(f"the router was not healthy within {START_TIMEOUT_S:.0f} s")
 
 
 def chat(base_url: str) -> None:
-    """Ask one question and print the answer as it streams."""
+    """Ask one question and print the response as it streams."""
     with OpenAI(base_url=f"{base_url}/v1", api_key="none") as client:
         model = client.models.list().data[0].id
         say(f"chat with {model!r}: {QUESTION}")
@@ -91,7 +91,7 @@ def chat(base_url: str) -> None:
 
 
 def show_calls(base_url: str) -> None:
-    """Print what the chat cost in calls to functions."""
+    """Print the number of function calls that the chat took, and the state of the functions."""
     counts = {
         name: float(value)
         for name, _, value in (
@@ -102,12 +102,12 @@ def show_calls(base_url: str) -> None:
     }
     calls = counts["faasmoe_router_function_calls_total"]
     local = counts["faasmoe_router_local_computations_total"]
-    say(f"calls to functions: {calls:.0f}; computed in the router instead: {local:.0f}")
+    say(f"function calls: {calls:.0f}; computed in the router instead: {local:.0f}")
     subprocess.run([*FAASMOE, "top", "--once"], check=True)
 
 
 def say(text: str) -> None:
-    """Print a line of the demo's own."""
+    """Print a line with a prefix that sets it apart from the output of commands."""
     print(f"\n==> {text}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Small real stores and real sandbox processes, for every component's tests."""
+"""Fixtures shared by the tests of all components: small stores and real sandbox processes."""
 
 import itertools
 from contextlib import AbstractContextManager
@@ -17,13 +17,13 @@ settings.load_profile("shared-machine")
 
 @pytest.fixture(scope="session")
 def prepared_store(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
-    """Prepares a family's tiny model as a store, once a session: `prepared_store("mixtral")`."""
+    """Prepare a family's tiny model as a store, once per session: `prepared_store("mixtral")`."""
 
     @cache
     def prepare_family(family: str, dtype: str | None = None) -> Store:
         from families.registry import FAMILIES
 
-        from faasmoe_router.checkpoint import prepare
+        from faasmoe_router.checkpoint.prepare import prepare
 
         folder = tmp_path_factory.mktemp(family)
         model = next(f for f in FAMILIES if f.name == family).build()
@@ -35,7 +35,7 @@ def prepared_store(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
 
 @pytest.fixture(scope="session")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> StartSandbox:
-    """Runs a sandbox process: `with sandbox(capacity=9, token="…") as box: box.http.get(…)`."""
+    """Run a sandbox process: `with sandbox(capacity=9, token="…") as s: s.http.get(…)`."""
     folder: Path = tmp_path_factory.mktemp("sandboxes")
     numbers = itertools.count()
 

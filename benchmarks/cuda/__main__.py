@@ -1,9 +1,9 @@
-"""A router on a GPU, its functions on the GPU and on the CPU, against in-process transformers.
+"""Decode speed with the router on a GPU and functions on GPU or CPU, against transformers.
 
-`python -m benchmarks.cuda [--quick] [--device cuda|cpu] [--time-limit 540]`. The geometry is that
-of Qwen1.5-MoE-A2.7B, all 24 layers, random weights (`store`). Each side runs alone, in turn, with
-the whole device; what the time limit leaves no room for is named in the figures and not measured.
-The order is that of importance.
+`python -m benchmarks.cuda [--quick] [--device cuda|cpu] [--time-limit 540]`. The model has the
+geometry of Qwen1.5-MoE-A2.7B with all 24 layers and random weights (`store`). Systems run one at a
+time, each with the whole device, in order of importance. Measurements that do not fit into the time
+limit are skipped and listed in the figures.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHARED_MEMORY = Path("/dev/shm")
 def build_figures(
     plan: CudaPlan, results: CudaResults, machine: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what is written to cuda.json."""
+    """Return the content of cuda.json."""
     return {
         "machine": machine,
         "device": plan.device,
@@ -65,40 +65,48 @@ def build_figures(
     }
 
 
-def _by_batch(found: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: {str(b): value for b, value in by.items()} for name, by in found.items()}
+def _by_batch(values: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {str(batch): value for batch, value in by_batch.items()}
+        for name, by_batch in values.items()
+    }
 
 
-def _throughput_ratios(found: CudaResults) -> dict[str, dict[str, float]]:
-    """Return tokens per second over those of the in-process side."""
-    baseline = found.runs.get(IN_PROCESS, {})
+def _throughput_ratios(results: CudaResults) -> dict[str, dict[str, float]]:
+    """Return the throughput of each system relative to the in-process baseline."""
+    baseline = results.runs.get(IN_PROCESS, {})
     return {
         name: {
             str(batch): tables.tokens_per_s(runs) / tables.tokens_per_s(baseline[batch])
             for batch, runs in by_batch.items()
             if batch in baseline
         }
-        for name, by_batch in found.runs.items()
+        for name, by_batch in results.runs.items()
         if name != IN_PROCESS
     }
 
 
 async def make_store(geometry: CheckpointGeometry, folder: Path) -> Path:
-    """Make the deep store."""
+    """Generate the store in a child process with torch; return its folder."""
     await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
-    made = await run_module_json("benchmarks.cuda.store", str(folder), json.dumps(asdict(geometry)))
-    return Path(made["store"])
+    sizes = json.dumps(asdict(geometry))
+    output = await run_module_json("benchmarks.cuda.store", str(folder), sizes)
+    return Path(output["store"])
 
 
 async def run(plan: CudaPlan, *, folder: Path, out: Path) -> int:
-    """Measure, print the tables, write the figures; return 1 if something failed."""
-    clock = Deadline(plan.time_limit_s)
+    """Run the benchmark, print its tables and write its figures.
+
+    Returns:
+        1 if a measurement failed other than that of CUDA graphs, else 0.
+    """
+    deadline = Deadline(plan.time_limit_s)
     device = await run_module_json("benchmarks.cuda.device", plan.device)
     machine = {**describe_machine(), "device": device}
     started_s = time.monotonic()
     store = await make_store(plan.geometry, folder)
-    print(f"the model is made, {time.monotonic() - started_s:.0f} s", flush=True)
-    benchmark = CudaBenchmark(plan, store, folder, clock)
+    print(f"generated the model in {time.monotonic() - started_s:.0f} s", flush=True)
+    benchmark = CudaBenchmark(plan, store, folder, deadline)
     try:
         await benchmark.measure()
     finally:
@@ -115,15 +123,21 @@ async def run(plan: CudaPlan, *, folder: Path, out: Path) -> int:
 
 
 def main() -> int:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda")
-    parser.add_argument("--quick", action="store_true", help="a tiny model: does it all work?")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--layers", type=int, default=FULL_LAYERS, help="(%(default)s)")
-    parser.add_argument("--time-limit", type=float, default=540.0, help="seconds (%(default)s)")
+    """Parse the command line and run the benchmark."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cuda",
+        description="Compare decode speed on a GPU with in-process transformers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="smoke test with a tiny model")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="device of the router"
+    )
+    parser.add_argument("--layers", type=int, default=FULL_LAYERS, help="MoE layers of the model")
+    parser.add_argument("--time-limit", type=float, default=540.0, metavar="S", help="seconds")
     shared = SHARED_MEMORY / f"faasmoe-bench-{os.getuid()}"
-    parser.add_argument("--cache", type=Path, default=shared, help="models (%(default)s)")
-    parser.add_argument("--out", type=Path, default=OUT, help="figures (%(default)s)")
+    parser.add_argument("--cache", type=Path, default=shared, help="folder of generated models")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
     arguments = parser.parse_args()
     limit_s = arguments.time_limit
     if arguments.quick:

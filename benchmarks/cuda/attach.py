@@ -1,4 +1,4 @@
-"""From page cache to ready: how long a sandbox takes to attach a function, and to let it go."""
+"""Time for a sandbox to attach and detach a function whose weights are in the page cache."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ READY_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class AttachTimes:
-    """What attaching costs.
+    """Measured times.
 
     Attributes:
-        device: where the function goes.
-        size_bytes: its weights.
-        start_s: from a fork to a sandbox that is ready, its device in use.
-        first_s: the first attach, in which the block's bytes are verified.
-        attach_s: the attaches after it.
-        detach_s: the detaches.
+        device: device of the sandbox.
+        size_bytes: size of the function's weights.
+        start_s: time from fork to a ready sandbox with an initialised device.
+        first_s: time of the first attach, which verifies the weights.
+        attach_s: times of later attaches.
+        detach_s: times of detaches.
     """
 
     device: str
@@ -44,17 +44,24 @@ class AttachTimes:
 
     @property
     def gb_per_s(self) -> float:
-        """Bytes over time of an attach after the first."""
+        """Throughput of attaches after the first."""
         return self.size_bytes / self.attach_s.median / 1e9
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures."""
+        """Return the JSON figures."""
         names = ("device", "size_bytes", "start_s", "first_s", "attach_s", "detach_s", "gb_per_s")
         return {name: getattr(self, name) for name in names}
 
 
 async def measure_attach(store: Store, *, device: str, experts: int, rounds: int) -> AttachTimes:
-    """Attach and detach one function again and again, in a sandbox that is forked for it."""
+    """Attach and detach one function repeatedly in a new sandbox.
+
+    Args:
+        store: the store.
+        device: device of the sandbox.
+        experts: experts of the function.
+        rounds: attaches after the first.
+    """
     token = secrets.token_urlsafe(32)
     with tempfile.TemporaryDirectory(prefix="faasmoe-bench-") as folder:
         socket = Path(folder) / "zygote.sock"
@@ -91,10 +98,10 @@ async def measure_attach(store: Store, *, device: str, experts: int, rounds: int
 
 
 def format_attach_times(times: AttachTimes) -> str:
-    """Return the figures as a line."""
+    """Return the figures as one line."""
     return (
         f"attach of {times.size_bytes / 1e6:.0f} MB on {times.device}: "
-        f"{times.attach_s.format(3)} s, {times.gb_per_s:.1f} GB/s; the first, with its bytes "
-        f"verified, {times.first_s:.3f} s; detach {times.detach_s.format(3)} s; sandbox ready after "
+        f"{times.attach_s.format(3)} s, {times.gb_per_s:.1f} GB/s; first attach, verifying, "
+        f"{times.first_s:.3f} s; detach {times.detach_s.format(3)} s; sandbox start "
         f"{times.start_s:.2f} s"
     )

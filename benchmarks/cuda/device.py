@@ -1,4 +1,4 @@
-"""What the device is that figures were measured on: `python -m benchmarks.cuda.device cuda|cpu`."""
+"""`python -m benchmarks.cuda.device cuda|cpu`: prints a description of the device as JSON."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from faasmoe_expert.device import resolve_device
 
 
 def describe_device(name: str) -> dict[str, Any]:
-    """Return the device's name, memory and versions; raises ConfigError if it is not there."""
+    """Return name, memory and versions of a device.
+
+    Raises:
+        SandboxConfigError: the device does not exist.
+    """
     device = resolve_device(name, field="--device")
     if device.type == "cpu":
         return {"name": "cpu", "torch": torch.__version__}
-    found = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(device)
     return {
-        "name": found.name,
-        "memory_bytes": found.total_memory,
-        "multiprocessors": found.multi_processor_count,
-        "capability": f"{found.major}.{found.minor}",
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
     }

@@ -1,4 +1,4 @@
-"""What the GPU's benchmark measures, and how long it may take."""
+"""Extent and time limit of the GPU benchmark."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 from benchmarks.geometry import CheckpointGeometry, qwen_geometry, small_geometry
 
-SHUTDOWN_MARGIN_S = 60.0  # kept of the time limit: a side that is cut off may take 40 s to end
+SHUTDOWN_MARGIN_S = 60.0  # reserve of the time limit; a worker may take 40 s to stop
 
 
 @dataclass(frozen=True, slots=True)
 class RunAmount:
-    """How much a side runs.
+    """Extent of the measurement of one system.
 
     Attributes:
-        batches: batch sizes, the most important first.
-        tokens: tokens that each request generates.
-        rounds: runs at each batch size, after one that warms up.
+        batches: batch sizes in order of importance.
+        tokens: tokens to generate per request.
+        rounds: runs at each batch size, after a warm-up.
     """
 
     batches: tuple[int, ...]
@@ -29,15 +29,15 @@ class RunAmount:
 
 @dataclass(frozen=True, slots=True)
 class FunctionsVariant:
-    """A way to have the functions.
+    """A configuration of the functions.
 
     Attributes:
-        name: of the side.
-        device: where they compute.
-        experts_per_function: experts of a layer in one function.
-        n_sandboxes: sandboxes that share the functions.
-        amount: how much it runs.
-        threads: of a sandbox.
+        name: label in tables and figures.
+        device: device of the sandboxes.
+        experts_per_function: experts of one layer per function.
+        n_sandboxes: number of sandboxes.
+        amount: extent of the measurement.
+        threads: threads per sandbox.
     """
 
     name: str
@@ -48,7 +48,7 @@ class FunctionsVariant:
     threads: int = 1
 
     def settings(self, geometry: CheckpointGeometry) -> dict[str, Any]:
-        """Return the sandboxes' settings of a MoEModel."""
+        """Return fields of spec.experts of a MoEModel."""
         n_functions = -(-geometry.experts // self.experts_per_function) * geometry.layers
         per_sandbox = -(-n_functions // self.n_sandboxes)
         return {
@@ -60,17 +60,17 @@ class FunctionsVariant:
 
 @dataclass(frozen=True, slots=True)
 class CudaPlan:
-    """What is measured.
+    """Extent of the benchmark.
 
     Attributes:
-        device: the router's and the in-process side's.
+        device: device of the router and of the baseline.
         geometry: sizes of the model.
-        amount: how much the in-process side runs.
-        variants: our sides, the most important first.
+        amount: extent of the measurement of the baseline.
+        variants: configurations of functions in order of importance.
         attached_experts: experts of the function whose attach is timed.
-        attaches: attaches that are timed.
-        kv_cache_bytes: of each side.
-        time_limit_s: for everything.
+        attaches: number of timed attaches.
+        kv_cache_bytes: size of the KV cache of each system.
+        time_limit_s: time limit of the whole benchmark.
     """
 
     device: str
@@ -84,12 +84,12 @@ class CudaPlan:
 
     @property
     def max_num_seqs(self) -> int:
-        """The largest batch."""
+        """Largest batch size."""
         return max(self.amount.batches)
 
 
 def full_plan(device: str, layers: int, time_limit_s: float) -> CudaPlan:
-    """Return the plan whose figures count."""
+    """Return the plan whose figures are published."""
     geometry = qwen_geometry(layers)
     amount = RunAmount((64, 1, 8, 256, 32, 128), 40, 2)
     variants = _variants(device, geometry.experts, amount, RunAmount((64, 1, 8), 12, 1))
@@ -97,7 +97,7 @@ def full_plan(device: str, layers: int, time_limit_s: float) -> CudaPlan:
 
 
 def quick_plan(device: str, time_limit_s: float) -> CudaPlan:
-    """Return a plan of seconds, which shows that everything works; its figures mean nothing."""
+    """Return a smoke test that takes seconds; its figures are meaningless."""
     geometry, amount = small_geometry(), RunAmount((8, 1), 10, 1)
     variants = _variants(device, geometry.experts, amount, amount)
     return CudaPlan(device, geometry, amount, variants, 3, 2, 64 << 20, time_limit_s)
@@ -106,9 +106,9 @@ def quick_plan(device: str, time_limit_s: float) -> CudaPlan:
 def _variants(
     device: str, n_experts: int, amount: RunAmount, cpu_amount: RunAmount
 ) -> tuple[FunctionsVariant, ...]:
-    """Return three blocks a layer, on the device and on the CPU, then other ways on the device.
+    """Return three functions per layer on device and on CPU, then other layouts on the device.
 
-    Sandboxes are processes, which take turns on a device; functions in one wait for each other.
+    Sandbox processes time-share a device; functions of the same sandbox run one after the other.
     """
     block = -(-n_experts // 3)
     threads = max(1, len(os.sched_getaffinity(0)) // 3)
@@ -121,12 +121,12 @@ def _variants(
 
 
 class Deadline:
-    """The time that is left of a limit."""
+    """Remaining time until a limit, minus SHUTDOWN_MARGIN_S."""
 
     def __init__(self, limit_s: float) -> None:
         self._end_s = time.monotonic() + limit_s - SHUTDOWN_MARGIN_S
 
     @property
     def remaining_s(self) -> float:
-        """Seconds left."""
+        """Remaining seconds; negative after the deadline."""
         return self._end_s - time.monotonic()

@@ -1,6 +1,6 @@
-"""What each way costs: round trips of rows between two processes of one node.
+"""Round-trip times of rows between two processes of one node, by transport.
 
-`python -m benchmarks.cuda.round_trips DEVICE ROW_BYTES` prints the microseconds as JSON.
+`python -m benchmarks.cuda.round_trips DEVICE ROW_BYTES` prints the times in µs as JSON.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ WARM_UP = 20
 
 @dataclass(slots=True)
 class TransportEnd:
-    """One of two processes, and what it has in common with the other.
+    """One of the two processes and its channels to the other.
 
     Attributes:
         is_first: whether it sends first.
-        link: what carries rows and signals.
-        pipe: what carries whether an end is ready, and the handle of device memory.
-        memory: what both have mapped, uint8 [2n].
-        device: where rows are.
+        link: socket for rows and signals.
+        pipe: pipe for readiness and for the handle of device memory.
+        memory: shared memory, uint8 [2n].
+        device: device of the rows.
     """
 
     is_first: bool
@@ -62,7 +62,11 @@ class TransportEnd:
     _is_pinned: bool = False
 
     def open_transport(self, kind: str, size_bytes: int) -> Transport:
-        """Return this end of a way; raises RuntimeError, at both ends, if there is none."""
+        """Open this end of a transport.
+
+        Raises:
+            RuntimeError: either end could not be opened; raised at both ends.
+        """
         transport, error_message = None, ""
         try:
             transport = self._make_transport(kind, size_bytes)
@@ -88,7 +92,7 @@ class TransportEnd:
         return SharedMemoryTransport(self.link, *halves, self.device, pinned=kind == PINNED)
 
     def _split_halves(self, memory: Tensor, size_bytes: int) -> tuple[Tensor, Tensor]:
-        """Return what this end writes and what it reads, uint8 [n] each."""
+        """Return the halves that this end writes and reads, uint8 [n] each."""
         half = len(memory) // 2
         first, second = memory[:size_bytes], memory[half : half + size_bytes]
         return (first, second) if self.is_first else (second, first)
@@ -105,18 +109,27 @@ class TransportEnd:
         elif self._buffer is None:
             self._buffer = self.pipe.recv()
         if self._buffer is None:
-            raise RuntimeError("the other process cannot share its device's memory")
+            raise RuntimeError("the other process cannot share device memory")
         return self._buffer
 
 
 def measure_transports(
     device: torch.device, sizes_bytes: Sequence[int], rounds: int
 ) -> dict[str, Any]:
-    """Return by way the microseconds of a round trip by size, or why there is none.
+    """Measure all transports of a device.
+
+    Args:
+        device: device of the rows.
+        sizes_bytes: sizes of the rows.
+        rounds: measured round trips per size.
+
+    Returns:
+        Round-trip times in µs by transport and size; for a transport that is not available, the
+        reason under the key "failed".
 
     Raises:
-        EOFError: the other process ended.
-        TimeoutError: it hangs.
+        EOFError: the other process exited.
+        TimeoutError: the other process hangs.
     """
     torch.set_num_threads(1)
     context = multiprocessing.get_context("spawn")
@@ -128,28 +141,28 @@ def measure_transports(
     peer = context.Process(target=_echo, args=arguments, daemon=True)
     peer.start()
     peer_socket.close()
-    peer_pipe.close()  # else nobody would be told that the other process ended
+    peer_pipe.close()  # otherwise the pipe would not report that the other process exited
     local_socket.settimeout(END_TIMEOUT_S)
     endpoint = TransportEnd(
         True, local_socket, pipe, torch.frombuffer(region.view, dtype=torch.uint8), device
     )
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     try:
         for kind in transports_for(device):
             try:
-                found[kind] = {
+                results[kind] = {
                     str(size_bytes): _round_trips(
                         endpoint.open_transport(kind, size_bytes), size_bytes, device, rounds
                     )
                     for size_bytes in sizes_bytes
                 }
             except RuntimeError as error:
-                found[kind] = {"failed": str(error)}
+                results[kind] = {"failed": str(error)}
     finally:
         local_socket.close()
         peer.join(END_TIMEOUT_S)
         peer.kill()
-    return found
+    return results
 
 
 def _round_trips(
@@ -166,7 +179,7 @@ def _round_trips(
         wait()
         times_us.append((time.perf_counter() - started_s) * 1e6)
     if not torch.equal(returned.cpu(), rows.cpu()):
-        raise AssertionError("what came back is not what was sent")
+        raise AssertionError("the received rows differ from the sent ones")
     return Spread.from_values(times_us[WARM_UP:])
 
 
@@ -178,7 +191,7 @@ def _echo(
     sizes_bytes: Sequence[int],
     rounds: int,
 ) -> None:
-    """Send back what comes: the other process."""
+    """Main function of the other process: sends back all rows."""
     die_with_parent(name[0])
     torch.set_num_threads(1)
     device = torch.device(device_name)
@@ -195,11 +208,11 @@ def _echo(
                     transport.receive(rows)
                     transport.send(rows)
         except RuntimeError:
-            continue  # which the first end is told of, too
+            continue  # open_transport raises at the first end too
 
 
 def main() -> int:
-    """Print the figures as JSON."""
+    """Print the round-trip times as JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("device")
     parser.add_argument("row_bytes", type=int)
@@ -208,8 +221,8 @@ def main() -> int:
     arguments = parser.parse_args()
     device = resolve_device(arguments.device, field="device")
     sizes_bytes = [n_rows * arguments.row_bytes for n_rows in arguments.rows]
-    found = measure_transports(device, sizes_bytes, arguments.rounds)
-    print(json.dumps(found, default=asdict))
+    results = measure_transports(device, sizes_bytes, arguments.rounds)
+    print(json.dumps(results, default=asdict))
     return 0
 
 

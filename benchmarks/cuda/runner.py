@@ -1,6 +1,6 @@
-"""Asking a process that has torch: it prints what it found as JSON, last.
+"""The measurements of the GPU benchmark, one system at a time until the deadline.
 
-One run of the GPU's benchmark: each side alone, in turn, as far as the time goes.
+This process does not import torch; everything that needs it runs in a child process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ from faasmoe_operator.errors import FaasmoeError
 
 
 class ModuleFailed(RuntimeError):
-    """The process ended without an answer, and has said why; `status` is its own."""
+    """A child process failed and has printed the reason.
+
+    Attributes:
+        status: its exit status.
+    """
 
     def __init__(self, module: str, status: int) -> None:
         super().__init__(f"{module} ended with status {status}")
@@ -37,7 +41,11 @@ class ModuleFailed(RuntimeError):
 
 
 async def run_module_json(module: str, *arguments: str) -> dict[str, Any]:
-    """Return what a module prints last; raises NoAnswer."""
+    """Run a module and return the JSON object in its last output line.
+
+    Raises:
+        ModuleFailed: it exited with a status other than 0.
+    """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", module, *arguments), stdout=asyncio.subprocess.PIPE, cwd=ROOT
     )
@@ -48,25 +56,23 @@ async def run_module_json(module: str, *arguments: str) -> dict[str, Any]:
 
 
 MAX_MODEL_LEN = 256
-BATCHED_MM_MAX_BATCH = (
-    8  # batched_mm copies every pair's weights: beyond, it is slower and may not fit
-)
+BATCHED_MM_MAX_BATCH = 8  # batched_mm copies the weights of every pair; slow and large beyond
 IN_PROCESS, IN_PROCESS_GRAPHS = "in_process", "in_process_graphs"
 TRIAL_TOKENS = 10
 
 
 @dataclass(slots=True)
 class CudaResults:
-    """What was measured so far.
+    """Results so far.
 
     Attributes:
-        runs: by side, then by batch size.
-        implementations: transformers' experts implementation, by batch size.
-        profiles: where a step's time goes, by side, then by batch size.
-        attach: by device.
-        ways: microseconds of a round trip between two processes, by way, then by size in bytes.
-        left_out: what there was no time for.
-        failures: sides that failed, and why.
+        runs: runs by system and batch size.
+        implementations: experts implementation of the baseline by batch size.
+        profiles: milliseconds per part of a step, by system and batch size.
+        attach: attach times by device.
+        transports: round-trip times between two processes in µs, by transport and size in bytes.
+        skipped: measurements for which there was no time.
+        failures: reason for each failed measurement.
     """
 
     runs: dict[str, dict[int, list[DecodeRun]]] = field(default_factory=dict)
@@ -79,7 +85,17 @@ class CudaResults:
 
 
 class CudaBenchmark:
-    """One run of the benchmark."""
+    """One run of the benchmark.
+
+    Args:
+        plan: the extent of the benchmark.
+        store: store of the model.
+        folder: folder for MoEModel files.
+        deadline: remaining time.
+
+    Attributes:
+        results: results so far.
+    """
 
     def __init__(self, plan: CudaPlan, store: Path, folder: Path, deadline: Deadline) -> None:
         self._plan = plan
@@ -90,7 +106,7 @@ class CudaBenchmark:
         self.results = CudaResults()
 
     async def measure(self) -> None:
-        """Measure everything, the most important first."""
+        """Run all measurements in order of importance."""
         plan = self._plan
         await self._measure_attach(plan.device)
         await self._measure_transports()
@@ -118,8 +134,8 @@ class CudaBenchmark:
         print(f"  {format_attach_times(times)}", flush=True)
 
     async def _measure_transports(self) -> None:
-        """Measure what a frame's way costs; a way that is not there is named in the figures."""
-        if not self._has_time("ways"):
+        """Measure the transports between router and sandbox."""
+        if not self._has_time("transports"):
             return
         row_bytes = self._plan.geometry.hidden * ITEM_BYTES
         try:
@@ -127,25 +143,25 @@ class CudaBenchmark:
                 "benchmarks.cuda.round_trips", self._plan.device, str(row_bytes)
             )
         except ModuleFailed as error:
-            self._record_failure("ways", error)
+            self._record_failure("transports", error)
 
     async def _measure_worker(
-        self, name: str, side: AbstractAsyncContextManager[WorkerProcess], amount: RunAmount
+        self, name: str, worker: AbstractAsyncContextManager[WorkerProcess], amount: RunAmount
     ) -> None:
         if not self._has_time(name):
             return
         print(f"{name}, {self._deadline.remaining_s:.0f} s left", flush=True)
         try:
-            async with asyncio.timeout(max(1.0, self._deadline.remaining_s)), side as entered:
+            async with asyncio.timeout(max(1.0, self._deadline.remaining_s)), worker as running:
                 for batch in amount.batches:
-                    await self._measure_batch(name, entered, batch, amount)
+                    await self._measure_batch(name, running, batch, amount)
         except TimeoutError:
             self._skip(f"the rest of {name}")
         except (RuntimeError, OSError, FaasmoeError) as error:
             self._record_failure(name, error)
 
     async def _measure_batch(
-        self, name: str, side: WorkerProcess, batch: int, amount: RunAmount
+        self, name: str, worker: WorkerProcess, batch: int, amount: RunAmount
     ) -> None:
         if not self._has_time(f"{name} at batch {batch}", self._longest_batch_s.get(name, 0.0)):
             return
@@ -154,45 +170,45 @@ class CudaBenchmark:
         options = (
             {}
             if is_ours
-            else {"implementation": await self._best_experts_implementation(side, batch)}
+            else {"implementation": await self._best_experts_implementation(worker, batch)}
         )
-        await self._run(side, batch, tokens, seed=-1, **options)
+        await self._run(worker, batch, tokens, seed=-1, **options)
         rounds = range(amount.rounds)
-        runs = [await self._run(side, batch, tokens, seed=seed, **options) for seed in rounds]
+        runs = [await self._run(worker, batch, tokens, seed=seed, **options) for seed in rounds]
         self.results.runs.setdefault(name, {})[batch] = runs
         if is_ours:
-            parts = await self._profile(side, batch, tokens)
+            parts = await self._profile(worker, batch, tokens)
             self.results.profiles.setdefault(name, {})[batch] = parts
         took_s = time.monotonic() - started_s
         self._longest_batch_s[name] = max(took_s, self._longest_batch_s.get(name, 0.0))
         print(f"  batch {batch}: {tables.format_runs(runs)}, took {took_s:.0f} s", flush=True)
 
-    async def _best_experts_implementation(self, side: WorkerProcess, batch: int) -> str:
-        """Return the in-process side's best experts implementation at this batch size."""
+    async def _best_experts_implementation(self, worker: WorkerProcess, batch: int) -> str:
+        """Return the baseline's fastest experts implementation at a batch size."""
         if batch in self.results.implementations:
             return self.results.implementations[batch]
         names = ["grouped_mm", *(["batched_mm"] if batch <= BATCHED_MM_MAX_BATCH else [])]
         times_ms = {}
         for name in names:
-            for _ in range(2):  # the first warms up
-                run = await self._run(side, batch, TRIAL_TOKENS, seed=-1, implementation=name)
+            for _ in range(2):  # the first run is a warm-up
+                run = await self._run(worker, batch, TRIAL_TOKENS, seed=-1, implementation=name)
             times_ms[name] = run.step_ms
         best = min(names, key=lambda name: times_ms[name])
         self.results.implementations[batch] = best
         return best
 
     async def _run(
-        self, side: WorkerProcess, batch: int, tokens: int, *, seed: int, **options: Any
+        self, worker: WorkerProcess, batch: int, tokens: int, *, seed: int, **options: Any
     ) -> DecodeRun:
         prompts = draw_prompts(batch, vocabulary=self._plan.geometry.vocabulary, seed=seed)
-        return await side.run_batch(prompts, max_tokens=tokens, **options)
+        return await worker.run_batch(prompts, max_tokens=tokens, **options)
 
-    async def _profile(self, side: WorkerProcess, batch: int, tokens: int) -> dict[str, float]:
-        """Return the parts of a step; the experts' of the steps by which one run is longer."""
-        fewer = max(4, tokens // 4)
-        short = await self._run(side, batch, fewer, seed=0, profile=True)
-        long = await self._run(side, batch, tokens, seed=0, profile=True)
-        return tables.step_parts_ms(long, short, extra_steps=tokens - fewer)
+    async def _profile(self, worker: WorkerProcess, batch: int, tokens: int) -> dict[str, float]:
+        """Return the parts of a step in ms, from a short and a long profiled run."""
+        n_short = max(4, tokens // 4)
+        short = await self._run(worker, batch, n_short, seed=0, profile=True)
+        long = await self._run(worker, batch, tokens, seed=0, profile=True)
+        return tables.step_parts_ms(long, short, extra_steps=tokens - n_short)
 
     def _has_time(self, what: str, needed_s: float = 0.0) -> bool:
         has_time = self._deadline.remaining_s > needed_s
@@ -202,7 +218,7 @@ class CudaBenchmark:
 
     def _skip(self, what: str) -> None:
         self.results.skipped.append(what)
-        print(f"  {what}: left out, {self._deadline.remaining_s:.0f} s are left", flush=True)
+        print(f"  {what}: skipped, {self._deadline.remaining_s:.0f} s left", flush=True)
 
     def _record_failure(self, what: str, error: BaseException) -> None:
         reason = str(error) or type(error).__name__
@@ -236,5 +252,5 @@ class CudaBenchmark:
                 "kvCacheMemory": str(plan.kv_cache_bytes),
             },
         )
-        async with running_static_deployment(moemodel) as fleet:
-            yield fleet.router
+        async with running_static_deployment(moemodel) as deployment:
+            yield deployment.router

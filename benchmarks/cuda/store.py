@@ -1,9 +1,9 @@
-"""A store of many layers from one that was prepared of a single layer: deep models in seconds.
+"""Generates a store with many layers from a store with one, in seconds.
 
-`python -m benchmarks.cuda.store FOLDER '{"layers": 24, …}'` makes it and prints where it is. All
-layers have the weights of the one, and share its file by hard links: time does not depend on the
-values, each layer is copied to the device for itself, and the host needs a layer's page cache where
-it would need 24. The manifest is that of a prepared store, digests and all.
+`python -m benchmarks.cuda.store FOLDER '{"layers": 24, …}'` writes it and prints its path. All
+layers have the same weights and share one file through hard links. Timing does not depend on the
+values, each layer is still copied to the device separately, and the page cache holds one layer
+instead of 24. The manifest is that of an ordinary store, digests included.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ CONFIG_FILE = "model/config.json"
 
 
 def make_deep_store(geometry: CheckpointGeometry, folder: Path) -> Path:
-    """Return the folder of a store of this geometry; what is not there is made."""
+    """Return the folder of a store with this geometry; generate it unless it exists."""
     path = folder / f"{geometry.name}-deep-store"
     if (path / "manifest.json").exists():
         return path
-    made = make_model(replace(geometry, layers=1), folder / SHALLOW_DIR)
-    _write_deep_store(Store.open(made[1]), geometry.layers, path)
+    _, shallow = make_model(replace(geometry, layers=1), folder / SHALLOW_DIR)
+    _write_deep_store(Store.open(shallow), geometry.layers, path)
     return path
 
 
@@ -72,7 +72,7 @@ def _write_config(shallow: Store, n_layers: int, path: Path) -> None:
 
 
 def _write_router(shallow: Store, n_layers: int, path: Path) -> None:
-    """Write the router's tensors, those of the one layer for each layer."""
+    """Write the router's weights, repeating those of the first layer for every layer."""
     from safetensors.torch import load_file, save_file
 
     tensors: dict[str, Tensor] = {}
@@ -88,14 +88,14 @@ def _write_router(shallow: Store, n_layers: int, path: Path) -> None:
 
 
 def _link_tokenizer(shallow: Path, deep: Path) -> None:
-    """Link what is beside the store's own files: the tokenizer that a benchmark adds."""
+    """Link files that are not part of the store itself, such as the benchmark's tokenizer."""
     for file in shallow.iterdir():
         if not (deep / file.name).exists():
             _link(file, deep / file.name)
 
 
 def _files(shallow: Store, path: Path, layer_files: set[str]) -> dict[str, FileEntry]:
-    """Return the entries of all files; those of linked ones are known."""
+    """Return the manifest entries of all files; linked files keep their checksums."""
     layer_entry = shallow.manifest.files[shallow.manifest.layers[0].file]
     files = dict.fromkeys(layer_files, layer_entry)
     for name, entry in shallow.manifest.files.items():
@@ -112,7 +112,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def main() -> int:
-    """Make the store; print its folder and its geometry as JSON."""
+    """Generate the store; print its folder and geometry as JSON."""
     folder, geometry = Path(sys.argv[1]), CheckpointGeometry(**json.loads(sys.argv[2]))
     print(json.dumps({"store": str(make_deep_store(geometry, folder)), **asdict(geometry)}))
     return 0

@@ -1,4 +1,4 @@
-"""What the GPU's benchmark prints, and how a step's time is shared out."""
+"""Tables of the GPU benchmark, and the division of a step into gate, dispatch, wire and experts."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ ROUTER_PARTS = (
 
 
 def tokens_per_s(runs: Sequence[DecodeRun]) -> float:
-    """Return the median of some runs."""
+    """Return the median throughput of several runs."""
     return median(run.tokens_per_s for run in runs)
 
 
 def format_runs(runs: Sequence[DecodeRun]) -> str:
-    """Return a side's figures at one batch size as a line."""
+    """Return the figures of a system at one batch size as a line."""
     step_ms, ttft_s = median(r.step_ms for r in runs), median(r.ttft_s for r in runs)
     rate = f"{tokens_per_s(runs):.0f} tokens/s"
     return f"{rate}, TPOT {step_ms:.1f} ms, TTFT {ttft_s * 1e3:.0f} ms"
 
 
 def describe(runs: Sequence[DecodeRun]) -> dict[str, Any]:
-    """Return a side's figures at one batch size."""
+    """Return the JSON figures of a system at one batch size."""
     return {
         "tokens_per_s": Spread.from_values([run.tokens_per_s for run in runs]),
         "tpot_ms": Spread.from_values([run.step_ms for run in runs]),
@@ -47,22 +47,22 @@ def describe(runs: Sequence[DecodeRun]) -> dict[str, Any]:
 def step_parts_ms(long: DecodeRun, short: DecodeRun, *, extra_steps: int) -> dict[str, float]:
     """Return the parts of a decode step in ms.
 
-    What experts compute is known of whole runs only, so it is taken from the steps by which one of
-    two runs of the same prompts is longer.
+    The compute time of experts is only known for whole runs, prefill included. The difference
+    between two runs with the same prompts gives that of decode steps alone.
 
     Args:
         long: a profiled run.
-        short: another, of fewer tokens.
-        more_steps: how many fewer.
+        short: a profiled run with fewer tokens.
+        extra_steps: how many more steps the long run has.
     """
     extra_s = long.counters["experts_of_run"] - short.counters["experts_of_run"]
     return {**breakdown_ms(long), EXPERTS: max(0.0, extra_s) / extra_steps * 1e3}
 
 
 def step_shares(parts: Mapping[str, float]) -> dict[str, float]:
-    """Return the shares of a step's time, which add up to 1: gate, dispatch, wire and experts.
+    """Return the fractions of a step's time for gate, dispatch, wire and experts; they sum to 1.
 
-    The gate's is that of all of the router's model, attention included.
+    "gate" is everything that the router's model computes, attention included.
     """
     experts = min(parts[EXPERTS], parts[WAITING])
     spent = {
@@ -77,21 +77,22 @@ def step_shares(parts: Mapping[str, float]) -> dict[str, float]:
 def throughput_table(
     runs: Mapping[str, Mapping[int, Sequence[DecodeRun]]], *, baseline: str
 ) -> str:
-    """Return the sides' figures, and their tokens per second over the rival's."""
-    header = ("SIDE", "BATCH", "TOKENS/S", "OVER IN-PROCESS", "TPOT MS", "TTFT MS")
+    """Return the figures of all systems and their throughput relative to a baseline."""
+    header = ("SYSTEM", "BATCH", "TOKENS/S", "VS IN-PROCESS", "TPOT MS", "TTFT MS")
     rows = []
     for name, by_batch in runs.items():
-        for batch, found in sorted(by_batch.items()):
+        for batch, batch_runs in sorted(by_batch.items()):
             base = runs.get(baseline, {}).get(batch)
-            ratio = "" if base is None else f"{tokens_per_s(found) / tokens_per_s(base):.2f}"
-            step_ms = Spread.from_values([run.step_ms for run in found]).format(2)
-            ttft_ms = Spread.from_values([run.ttft_s * 1e3 for run in found]).format(0)
-            rows.append((name, str(batch), f"{tokens_per_s(found):.0f}", ratio, step_ms, ttft_ms))
+            ratio = "" if base is None else f"{tokens_per_s(batch_runs) / tokens_per_s(base):.2f}"
+            step_ms = Spread.from_values([run.step_ms for run in batch_runs]).format(2)
+            ttft_ms = Spread.from_values([run.ttft_s * 1e3 for run in batch_runs]).format(0)
+            rate = f"{tokens_per_s(batch_runs):.0f}"
+            rows.append((name, str(batch), rate, ratio, step_ms, ttft_ms))
     return format_table(header, rows)
 
 
 def profile_table(name: str, parts: Mapping[int, Mapping[str, float]]) -> str:
-    """Return where a side's step goes, in ms, and the shares of it."""
+    """Return the breakdown of a system's step in ms and as shares."""
     batches = sorted(parts)
     header = (f"MS PER STEP, {name}", *(f"BATCH {batch}" for batch in batches))
     names = next(iter(parts.values()))
@@ -104,16 +105,16 @@ def profile_table(name: str, parts: Mapping[int, Mapping[str, float]]) -> str:
     return format_table(header, rows)
 
 
-def transport_table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the round trips of rows between two processes' device memory, in microseconds.
+def transport_table(transports: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the round-trip times of rows between two processes in µs.
 
     Args:
-        found: by way, then by size in bytes: a spread, or why there is none.
+        transports: a spread by transport and size in bytes; the key "failed" has a reason instead.
     """
-    sizes = sorted({int(size) for by in found.values() for size in by if size.isdigit()})
+    sizes = sorted({int(size) for by in transports.values() for size in by if size.isdigit()})
     header = ("US PER ROUND TRIP", *(f"{size // 1024} KIB" for size in sizes))
     rows = []
-    for name, by_size in found.items():
+    for name, by_size in transports.items():
         cells = [by_size.get(str(size)) for size in sizes]
         medians = ["" if cell is None else f"{cell['median']:.0f}" for cell in cells]
         if why_none := by_size.get("failed"):

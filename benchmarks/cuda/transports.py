@@ -1,8 +1,8 @@
-"""Rows from one process's device memory to another's and back, by each way there is on one node.
+"""Transports that move rows between the device memories of two processes on one node.
 
-Nothing is computed: what is measured is what a frame's way costs beside HTTP, to choose by. Sockets
-are the general way; shared memory is what the router and its sandboxes use for large frames
-(docs/wire.md); pinned, it is copied to and from directly; by CUDA IPC nothing leaves the device.
+They show what a frame costs in addition to HTTP. Sockets are the general transport. Shared memory
+is what the router and its sandboxes use for large frames (docs/wire.md); if it is pinned, the
+device accesses it directly. With CUDA IPC, rows never leave the device.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ import torch
 from torch import Tensor
 
 SIGNAL = b"."
-PEER_GONE = "the other process ended"
+PEER_GONE = "the other process exited"
 
 
 class Transport(Protocol):
-    """One end of a way; both ends are of the same kind."""
+    """One end of a transport; both ends have the same type."""
 
     def send(self, rows: Tensor) -> None:
-        """Send rows [n] (uint8) of this process's device."""
+        """Send rows [n] (uint8) from the device of this process."""
 
     def receive(self, rows: Tensor) -> None:
-        """Receive into rows [n] of this process's device; the device may be behind."""
+        """Receive into rows [n] on the device of this process.
+
+        The copy to the device may still be in progress when this returns.
+        """
 
 
 class SocketTransport:
-    """Through pinned memory and a Unix socket."""
+    """Transport through pinned host memory and a Unix socket."""
 
     def __init__(self, link: socket.socket, size_bytes: int, device: torch.device) -> None:
         self._link = link
@@ -38,13 +41,13 @@ class SocketTransport:
         self._view = memoryview(self._host.numpy().data)
 
     def send(self, rows: Tensor) -> None:
-        """Copy to the host, wait, send."""
+        """Copy the rows to the host, wait for the copy and send them."""
         self._host.copy_(rows, non_blocking=True)
         self._synchronize()
         self._link.sendall(self._view)
 
     def receive(self, rows: Tensor) -> None:
-        """Receive all, begin to copy to the device."""
+        """Receive the rows and start the copy to the device."""
         count = 0
         while count < len(self._view):
             received = self._link.recv_into(self._view[count:])
@@ -55,14 +58,14 @@ class SocketTransport:
 
 
 class SharedMemoryTransport:
-    """Through memory that both have mapped, and a byte that says so.
+    """Transport through shared memory, with a signal byte over a socket.
 
     Args:
-        link: for the byte.
-        mine: memory that this end writes, uint8 [n].
-        other: memory that it reads, uint8 [n].
-        device: where rows are.
-        pinned: whether the device copies from and to both by itself.
+        link: socket for the signal byte.
+        outgoing: memory that this end writes, uint8 [n].
+        incoming: memory that this end reads, uint8 [n].
+        device: device of the rows.
+        pinned: whether the shared memory is pinned, so that the device accesses it directly.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class SharedMemoryTransport:
         self._host = None if pinned else pinned_host_memory(len(outgoing), device)
 
     def send(self, rows: Tensor) -> None:
-        """Copy into the memory, wait, tell."""
+        """Copy the rows into shared memory, wait for the copy and signal."""
         (self._outgoing if self._host is None else self._host).copy_(rows, non_blocking=True)
         self._synchronize()
         if self._host is not None:
@@ -88,7 +91,7 @@ class SharedMemoryTransport:
         self._link.sendall(SIGNAL)
 
     def receive(self, rows: Tensor) -> None:
-        """Hear, begin to copy to the device."""
+        """Wait for the signal and start the copy to the device."""
         wait_for_signal(self._link)
         if self._host is not None:
             self._host.copy_(self._incoming)
@@ -96,7 +99,7 @@ class SharedMemoryTransport:
 
 
 class CudaIpcTransport:
-    """Through device memory that both have mapped."""
+    """Transport through device memory that both processes have mapped."""
 
     def __init__(self, link: socket.socket, outgoing: Tensor, incoming: Tensor) -> None:
         self._link = link
@@ -104,35 +107,35 @@ class CudaIpcTransport:
         self._synchronize = synchronizer(outgoing.device)
 
     def send(self, rows: Tensor) -> None:
-        """Copy on the device, wait, tell."""
+        """Copy the rows on the device, wait for the copy and signal."""
         self._outgoing.copy_(rows)
         self._synchronize()
         self._link.sendall(SIGNAL)
 
     def receive(self, rows: Tensor) -> None:
-        """Hear, begin to copy on the device."""
+        """Wait for the signal and start the copy on the device."""
         wait_for_signal(self._link)
         rows.copy_(self._incoming)
 
 
 def wait_for_signal(link: socket.socket) -> None:
-    """Wait for the other end's signal; raises EOFError if it has ended."""
+    """Wait for the signal of the other end; raises EOFError if the other process exited."""
     if link.recv(1) != SIGNAL:
         raise EOFError(PEER_GONE)
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """Return what waits for all that was begun on a device."""
+    """Return a function that waits for all pending work of a device."""
     return (lambda: None) if device.type == "cpu" else torch.cuda.synchronize
 
 
 def pinned_host_memory(size_bytes: int, device: torch.device) -> Tensor:
-    """Return memory that the device copies from and to, uint8 [n]."""
+    """Return host memory, uint8 [n], pinned unless the device is the CPU."""
     return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=device.type != "cpu")
 
 
 def pin_mapped_memory(memory: Tensor) -> None:
-    """Let the device copy from and to mapped memory by itself; raises RuntimeError."""
+    """Pin mapped memory; raises RuntimeError if CUDA refuses."""
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     code = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
     if int(code) != 0:
@@ -143,5 +146,5 @@ SOCKETS, SHARED, PINNED, IPC = "sockets", "shared memory", "shared memory, pinne
 
 
 def transports_for(device: torch.device) -> tuple[str, ...]:
-    """Return the ways that a device has."""
+    """Return the names of the transports of a device."""
     return (SOCKETS, SHARED) if device.type == "cpu" else (SOCKETS, SHARED, PINNED, IPC)

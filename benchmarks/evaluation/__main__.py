@@ -1,7 +1,4 @@
-"""`faasmoe bench`: the subcommands, and the options that they share.
-
-`python -m benchmarks.evaluation`: the same as `faasmoe bench`.
-"""
+"""Entry point of `faasmoe bench` and of `python -m benchmarks.evaluation`."""
 
 from __future__ import annotations
 
@@ -19,16 +16,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="faasmoe bench",
-        description="Compare ways to serve a Mixture-of-Experts model to several tenants.",
+        description="Compare strategies for serving a Mixture-of-Experts model to several tenants.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (paper, sweep, report):
         module.add_command(commands)
     arguments = parser.parse_args(argv)
     die_with_parent()
-    os.environ.pop(PARENT_PID_ENV, None)  # our children have another parent
+    os.environ.pop(PARENT_PID_ENV, None)  # children of this process get its own pid
     status: int = arguments.run(arguments)
     return status
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

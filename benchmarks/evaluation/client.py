@@ -1,4 +1,4 @@
-"""The client side of every strategy: plays a workload over HTTP and times what is streamed back."""
+"""HTTP load client: sends a workload and times the streamed responses."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ DATA, DONE = b"data: ", b"data: [DONE]"
 
 @dataclass(frozen=True, slots=True)
 class TenantEndpoint:
-    """Where a tenant asks.
+    """Endpoint of a tenant.
 
     Attributes:
-        url: address of the server.
+        url: base URL of the server.
         model: name of the model.
-        headers: sent with each request.
+        headers: headers of each request.
     """
 
     url: str
@@ -34,17 +34,17 @@ class TenantEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class RequestResult:
-    """What became of a request.
+    """The outcome of a request.
 
     Attributes:
-        tenant: who asked.
-        number: the request's place among the tenant's.
-        text: what was generated.
-        n_tokens: tokens of it.
-        ttft_s: from sending to the first text.
-        total_s: from sending to the end.
-        held_s: for how long the router held it, until functions were there.
-        error: why it failed; empty if it did not.
+        tenant: number of the tenant.
+        number: index of the request among those of the tenant.
+        text: generated text.
+        n_tokens: number of generated tokens.
+        ttft_s: time from sending to the first text.
+        total_s: time from sending to the last text.
+        queued_s: time that the router queued it for the activation of functions.
+        error: reason for a failure; empty on success.
     """
 
     tenant: int
@@ -58,18 +58,18 @@ class RequestResult:
 
     @property
     def tpot_s(self) -> float | None:
-        """Time per token after the first; None if there was but one."""
+        """Time per token after the first; None if there is only one token."""
         return (self.total_s - self.ttft_s) / (self.n_tokens - 1) if self.n_tokens > 1 else None
 
 
 @dataclass(frozen=True, slots=True)
 class WorkloadResult:
-    """A workload that was played.
+    """The outcome of a workload.
 
     Attributes:
-        answers: to all requests, in the workload's order.
-        time_s: from the first request to the last answer, or to the workload's later end.
-        busy_s: from the first request to the last answer.
+        results: outcome of each request, in the order of the workload.
+        time_s: time from the start to the last response or, if later, to the workload's duration.
+        busy_s: time from the start to the last response.
     """
 
     results: tuple[RequestResult, ...]
@@ -80,15 +80,15 @@ class WorkloadResult:
 async def run_workload(
     workload: Workload, endpoints: Sequence[TenantEndpoint], *, progress: Callable[[], object]
 ) -> WorkloadResult:
-    """Play a workload; a request that fails is told in its answer.
+    """Send all requests of a workload; failures are recorded in the results.
 
     Args:
-        workload: what is asked.
-        endpoints: where, for each tenant.
-        progress: called after each answer.
+        workload: the requests.
+        endpoints: endpoint of each tenant.
+        progress: called after each response.
     """
     started_s = time.perf_counter()
-    # A connection for each request in flight, kept alive: a pool would queue, and time the queue.
+    # No connection limit: waiting for a pooled connection would count as latency.
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=TIMEOUT, connector=connector) as http:
 
@@ -109,9 +109,8 @@ async def run_workload(
         responses = await asyncio.gather(*map(send_in_order, tenants))
         busy_s = time.perf_counter() - started_s
         await asyncio.sleep(max(0.0, workload.duration_s - busy_s))
-    return WorkloadResult(
-        tuple(a for given in responses for a in given), time.perf_counter() - started_s, busy_s
-    )
+    results = tuple(result for by_tenant in responses for result in by_tenant)
+    return WorkloadResult(results, time.perf_counter() - started_s, busy_s)
 
 
 async def _send(
@@ -139,14 +138,14 @@ def _body(endpoint: TenantEndpoint, request: WorkloadRequest) -> Mapping[str, An
         "prompt": request.task.prompt,
         "max_tokens": request.task.max_tokens,
         "temperature": 0,
-        "ignore_eos": True,  # so that every strategy generates as much
+        "ignore_eos": True,  # every strategy generates the same number of tokens
         "stream": True,
         "stream_options": {"include_usage": True},
     }
 
 
 class _StreamReader:
-    """Takes the events of one answer, and the time of each."""
+    """Collects the events of one streamed response and their times."""
 
     def __init__(self, request: WorkloadRequest) -> None:
         self.queued_s = 0.0
@@ -159,7 +158,7 @@ class _StreamReader:
         self._error = ""
 
     def add_event(self, event: Mapping[str, Any]) -> None:
-        """Take an event: a piece of text, the usage, or an error in mid-stream."""
+        """Add an event: a text chunk, the usage, or an error in mid-stream."""
         if "error" in event:
             self._error = str(event["error"].get("message", event["error"]))
             return
@@ -172,7 +171,7 @@ class _StreamReader:
             self._texts.append(choice["text"])
 
     def result(self) -> RequestResult:
-        """Return the answer; a stream that was cut short is a failure."""
+        """Return the outcome; a truncated stream is a failure."""
         expected_tokens = self._request.task.max_tokens
         if self._error or self._first_token_s is None or self._n_tokens != expected_tokens:
             return self.failed(
@@ -189,5 +188,5 @@ class _StreamReader:
         )
 
     def failed(self, error: str) -> RequestResult:
-        """Return that the request failed."""
+        """Return a failed outcome."""
         return RequestResult(self._request.tenant, self._request.number, error=error)

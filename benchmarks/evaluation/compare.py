@@ -1,8 +1,8 @@
-"""All strategies in turn, several times over, on the same model and the same workload.
+"""Repeated runs of all strategies with the same model and workload.
 
-One strategy runs at a time: several at once would share pages of libraries and the processor, and
-nobody could say whose they are. Who begins changes each time, so that drift in the machine's speed
-falls on all alike.
+Strategies run one at a time, because concurrent ones would share library pages and CPU time that
+could not be attributed. The order rotates between repetitions, so that drift in the machine's speed
+affects all strategies equally.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from benchmarks.evaluation.strategies import FULL_MODEL_PER_TENANT, STRATEGIES, 
 from benchmarks.evaluation.workload import Workload
 from tqdm import tqdm
 
-PROCESS_BYTES = 700 << 20  # runtime, cache and activations of one process
+PROCESS_BYTES = 700 << 20  # runtime, KV cache and activations of one process
 
 
 @dataclass(frozen=True, slots=True)
 class ComparisonPlan:
-    """What is compared.
+    """The extent of a comparison.
 
     Attributes:
-        settings: of the strategies.
-        workload: what is measured, the same in every run.
-        warm_up: what is played before.
-        strategies: their names, in order.
-        repeats: runs of each.
-        time_limit_s: no repetition begins that would end later than this, but for the first.
-        interval_s: between readings of memory.
+        settings: settings of the strategies.
+        workload: the measured workload, the same in every run.
+        warm_up: workload before the measurement.
+        strategies: names of the strategies, in order.
+        repeats: runs of each strategy.
+        time_limit_s: no repetition after the first starts if it would probably end later.
+        interval_s: interval between memory samples.
     """
 
     settings: StrategySettings
@@ -46,22 +46,22 @@ class ComparisonPlan:
 
 @dataclass(slots=True)
 class Comparison:
-    """A comparison that runs; `run` fills it.
+    """A comparison in progress.
 
     Attributes:
-        plan: what is compared.
-        runs: each strategy's, so far.
+        plan: the extent of the comparison.
+        runs: completed runs by strategy.
     """
 
     plan: ComparisonPlan
     runs: dict[str, list[StrategyRun]] = field(default_factory=dict)
 
     async def run(self) -> None:
-        """Run every strategy as often as the plan says and its time allows."""
+        """Run all repetitions that fit into the time limit."""
         started_s, longest_s = time.monotonic(), 0.0
         for number in range(self.plan.repeats):
             if number and time.monotonic() - started_s + longest_s > self.plan.time_limit_s:
-                print(f"time is up after {number} of {self.plan.repeats} repetitions", flush=True)
+                print(f"time limit: stopped after {number} of {self.plan.repeats} repetitions")
                 return
             repetition_s = time.monotonic()
             for name in rotated(self.plan.strategies, number):
@@ -70,7 +70,7 @@ class Comparison:
             longest_s = max(longest_s, time.monotonic() - repetition_s)
 
     def results(self) -> dict[str, StrategyResult]:
-        """Return what was found, in the plan's order."""
+        """Return the results of all strategies in the order of the plan."""
         return {
             name: StrategyResult(STRATEGIES[name].title, tuple(self.runs[name]))
             for name in self.plan.strategies
@@ -93,48 +93,49 @@ class Comparison:
 
 
 def check_memory_fits(plan: ComparisonPlan, available_bytes: int) -> None:
-    """Raise SystemExit if a full model for each tenant would not fit into the memory there is."""
+    """Raise SystemExit if one full model per tenant does not fit into the available memory."""
     if FULL_MODEL_PER_TENANT not in plan.strategies:
         return
     tenants = plan.settings.tenants
     needed = tenants * (plan.settings.model.floor_bytes + PROCESS_BYTES)
     if needed > available_bytes:
         raise SystemExit(
-            f"{FULL_MODEL_PER_TENANT}: {tenants} of the model take {needed / 1e9:.1f} GB, and "
-            f"{available_bytes / 1e9:.1f} GB are available; leave it out by --strategies, or take "
-            "fewer --layers or --tenants"
+            f"{FULL_MODEL_PER_TENANT}: {tenants} copies of the model need {needed / 1e9:.1f} GB, "
+            f"but only {available_bytes / 1e9:.1f} GB are available; exclude it with --strategies, "
+            "or reduce --layers or --tenants"
         )
 
 
 def rotated(names: Sequence[str], number: int) -> list[str]:
-    """Return the names, begun with another one each time."""
+    """Return the names rotated left by `number`."""
     first = number % len(names)
     return [*names[first:], *names[:first]]
 
 
 def summarize(run: StrategyRun) -> str:
-    """Return a run's figures in a line."""
-    found = run.figures()
+    """Return the main figures of a run as one line."""
+    figures = run.figures()
 
     def value(name: str) -> float:
-        number = found[name]
+        number = figures[name]
         return float("nan") if number is None else number
 
     return (
         f"{value('tokens_per_s'):.1f} tokens/s, first token {value('ttft_p50_s'):.2f} s, "
-        f"{1e3 * value('tpot_p50_s'):.0f} ms a token, {1e3 * value('cpu_s_per_token'):.0f} CPU ms "
-        f"and {value('gb_s_per_token'):.3f} GB s a token, peak {value('peak_gb'):.2f} GB, "
+        f"{1e3 * value('tpot_p50_s'):.0f} ms per token, "
+        f"{1e3 * value('cpu_s_per_token'):.0f} CPU ms and "
+        f"{value('gb_s_per_token'):.3f} GB s per token, peak {value('peak_gb'):.2f} GB, "
         f"{value('failures'):.0f} failed"
     )
 
 
 def _progress_bar(name: str, workload: Workload) -> tqdm[Any]:
-    # None: no bar where nobody watches, such as in a log file.
+    # disable=None: no bar if stderr is not a terminal.
     return tqdm(total=len(workload.requests), desc=name, unit="request", leave=False, disable=None)
 
 
 def describe_plan(plan: ComparisonPlan) -> Mapping[str, Any]:
-    """Return what a report says of the plan."""
+    """Return the description of the plan for reports."""
     workload = plan.workload
     return {
         "workload": {

@@ -1,11 +1,11 @@
-"""The server of strategies without functions: our router, but with all experts in its own process.
+"""Server of the strategies without functions: the router with all experts in its own process.
 
-API, scheduler and batching are the product's, so that a comparison is of where experts are computed
-and of nothing else. Each process has its weights in private memory, as a container would. Settings
-beyond the router's own:
+API, scheduler and batching are unchanged, so that only the place where experts are computed
+differs. The weights are in private memory, as in a container of their own. Settings in addition to
+those of the router:
 
-    FAASMOE_BENCH_CHECKPOINT   the checkpoint that is loaded
-    FAASMOE_BENCH_EXPERTS      transformers' experts implementation
+    FAASMOE_BENCH_CHECKPOINT   checkpoint to load
+    FAASMOE_BENCH_EXPERTS      experts implementation of transformers
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from faasmoe_router import process
 
 
 def load_full_model(store: Store, _: Any, *, device: torch.device) -> Any:
-    """Load the whole model; takes the place of the router's way to load its part."""
+    """Load the whole model; replaces `load_router_model` of the router."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = AutoModelForCausalLM.from_pretrained(
         os.environ[variables.CHECKPOINT],
@@ -39,17 +39,17 @@ def load_full_model(store: Store, _: Any, *, device: torch.device) -> Any:
 
 
 def _make_private(model: torch.nn.Module) -> None:
-    """Copy what is mapped from the checkpoint, and let the mapping and what loading took go."""
-    for parameter in model.parameters():  # tied ones come once
+    """Copy the weights out of the mapped checkpoint and release memory used for loading."""
+    for parameter in model.parameters():  # yields tied parameters once
         parameter.data = parameter.data.clone()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def main() -> int:
-    """Serve until SIGTERM; return the exit status."""
-    # By name in the module that calls it: everything else stays as the product has it.
-    setattr(process, "load_router_model", load_full_model)  # noqa: B010 (mypy refuses to assign)
+    """Serve until SIGTERM and return the exit status."""
+    # Replaces only the name that the router calls; the rest of the router is unchanged.
+    setattr(process, "load_router_model", load_full_model)  # noqa: B010 (mypy rejects assignment)
     return router.main()
 
 

@@ -1,4 +1,4 @@
-"""The full model's best settings on this machine, found as benchmarks/baseline_tuning.py finds them."""
+"""Tuning of the full model on this machine, with `benchmarks.baseline_tuning`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class FullModelSettings:
     """Settings of the full model.
 
     Attributes:
-        implementation: transformers' experts implementation, by requests in a batch.
-        wait: how threads wait for work.
+        implementation: returns the experts implementation of transformers for a batch size.
+        wait_policy: OMP_WAIT_POLICY of the process.
     """
 
     implementation: Callable[[int], str]
@@ -34,19 +34,19 @@ class FullModelSettings:
 
 
 DEFAULT_SETTINGS = FullModelSettings(lambda _: "grouped_mm", DEFAULT_WAIT_POLICY)
-"""What was best in every trial so far, for runs whose figures mean nothing."""
+"""The best settings in all trials so far; used without tuning by smoke tests and sweeps."""
 
 
 async def tune_full_model(model: BenchmarkModel, batches: Sequence[int]) -> FullModelSettings:
-    """Try every setting at each batch size.
+    """Return the best settings for the given batch sizes.
 
-    `batched_mm` is left out: it copies the weights of each pair, and the prefill of a prompt has
-    hundreds of those.
+    `batched_mm` is excluded: it copies the weights of every token-expert pair, of which the prefill
+    of a prompt has hundreds.
     """
     config = json.loads((model.store / "model" / "config.json").read_text(encoding="utf-8"))
     start = partial(running_baseline, model.checkpoint, max_model_len=model.max_model_len)
     prompts = {b: draw_prompts(b, vocabulary=config["vocab_size"], seed=-1) for b in batches}
-    print("settings of the full model", flush=True)
+    print("tuning the full model", flush=True)
     tuning = running_best_baseline(
         start,
         (DEFAULT_WAIT_POLICY, PASSIVE_WAIT_POLICY),
@@ -54,5 +54,5 @@ async def tune_full_model(model: BenchmarkModel, batches: Sequence[int]) -> Full
         max_tokens=TRIAL_TOKENS,
         fits=lambda implementation, _: implementation != BATCHED_MM,
     )
-    async with tuning as (_, choice):
-        return FullModelSettings(choice.implementations.__getitem__, choice.wait_policy)
+    async with tuning as (_, best):
+        return FullModelSettings(best.implementations.__getitem__, best.wait_policy)

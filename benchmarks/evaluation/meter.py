@@ -1,4 +1,4 @@
-"""What a strategy's processes use: processor time, those that have ended included, and memory."""
+"""Metering of a strategy's process tree: CPU time, including exited children, and memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ import psutil
 from benchmarks.resource_usage import CpuClock, MemoryUsage
 
 INTERVAL_S = 0.5
-MIN_PAUSE_FACTOR = (
-    50  # a reading walks page tables: the pause is at least so many times as long as it took
-)
+MIN_PAUSE_FACTOR = 50  # sampling walks page tables; limits it to a fiftieth of the time
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySample:
-    """Memory at one time: PSS in bytes, of which `anonymous` belongs to no file."""
+    """Memory of a process tree at one moment.
+
+    Attributes:
+        at_s: time since the start of metering.
+        total: PSS in bytes.
+        anonymous: the part of it that is not backed by a file.
+    """
 
     at_s: float
     total: int
@@ -30,22 +34,22 @@ class MemorySample:
 
 
 class ProcessTree:
-    """Some processes with everything below them."""
+    """Some processes with all their descendants."""
 
     def __init__(self, roots: Sequence[int]) -> None:
         self._roots = tuple(psutil.Process(pid) for pid in roots)
 
     def processes(self) -> list[psutil.Process]:
-        """Return the processes that run now."""
-        found = [p for root in self._roots for p in (root, *root.children(recursive=True))]
-        return list({process.pid: process for process in found}.values())
+        """Return the running processes."""
+        processes = [p for root in self._roots for p in (root, *root.children(recursive=True))]
+        return list({process.pid: process for process in processes}.values())
 
     def cpu_s(self) -> float:
-        """Return the processor time used so far, by those that have ended and been reaped too."""
+        """Return the CPU time used so far, including that of exited and reaped children."""
         return sum(_cpu_s(process.pid) for process in self.processes())
 
     def memory(self, at_s: float) -> MemorySample:
-        """Return the memory of all together."""
+        """Return the total memory of all processes."""
         usages = [
             m for m in (_memory(process.pid) for process in self.processes()) if m is not None
         ]
@@ -55,12 +59,12 @@ class ProcessTree:
 
 @dataclass(slots=True)
 class ResourceUsage:
-    """What was used while `metered` ran; complete once it has ended.
+    """Usage during `metering`; complete once the context has ended.
 
     Attributes:
-        samples: memory over time, from the begin on.
-        cpu_s: processor time.
-        time_s: how long it ran.
+        samples: memory over time.
+        cpu_s: CPU time.
+        time_s: wall time.
     """
 
     samples: list[MemorySample]
@@ -74,7 +78,7 @@ class ResourceUsage:
 
     @property
     def peak_bytes(self) -> int:
-        """The most memory."""
+        """Maximum of the memory samples."""
         return max(sample.total for sample in self.samples)
 
     def _trapezoids(self) -> Iterator[float]:
@@ -86,10 +90,10 @@ class ResourceUsage:
 async def metering(
     tree: ProcessTree, *, interval_s: float = INTERVAL_S
 ) -> AsyncIterator[ResourceUsage]:
-    """Meter the processes as long as the context lasts.
+    """Meter the processes for the lifetime of the context.
 
-    Memory is read at begin and end, and between as often as `interval_s` says, but for no more than
-    a fiftieth of the time.
+    Memory is sampled at the start, at the end and every `interval_s` seconds in between, less often
+    if sampling would take more than a fiftieth of the time.
     """
     started_s, cpu_s = time.perf_counter(), tree.cpu_s()
     usage = ResourceUsage([tree.memory(0.0)])
@@ -112,10 +116,10 @@ async def metering(
 
 
 def _cpu_s(pid: int) -> float:
-    """Return a process's time and that of its reaped children; 0 if it has just ended."""
+    """Return the CPU time of a process and its reaped children; 0 if it has just exited."""
     try:
         own_s = CpuClock([pid]).read_s()
-        # cutime and cstime, after the name, which may hold anything but ends with the last bracket.
+        # cutime and cstime follow the name, which ends with the last closing parenthesis.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return 0.0
@@ -125,5 +129,5 @@ def _cpu_s(pid: int) -> float:
 def _memory(pid: int) -> MemoryUsage | None:
     try:
         return MemoryUsage.of_pid(pid)
-    except (OSError, KeyError):  # it has just ended
+    except (OSError, KeyError):  # the process has just exited
         return None

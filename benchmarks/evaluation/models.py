@@ -1,4 +1,4 @@
-"""The models that strategies serve: the demo model, and random ones of a large model's geometry."""
+"""Models of the benchmarks: the demo model, and random ones with the geometry of a large model."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from benchmarks.worker import ROOT
 from faasmoe_contracts.store import Store, StoreError
 from faasmoe_operator.control.local_model import LocalModel
 
-MODEL_NAME = "bench"  # what requests call the model
+MODEL_NAME = "bench"  # model name in requests
 DEMO_EXPERTS_PER_FUNCTION = 3  # as in examples/demo.yaml
 DEMO_FUNCTIONS_PER_SANDBOX = 27
 GEOMETRY_MODEL_LEN = 512
-GEOMETRY_PROMPT_CHARACTERS = 160  # a token each: its tokenizer knows bytes only
+GEOMETRY_PROMPT_CHARACTERS = 160  # one token each, since its tokenizer is byte-level
 
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkModel:
-    """A model as it is served.
+    """A model and how it is served.
 
     Attributes:
-        name: what reports call it.
-        checkpoint: what the full model is loaded from.
-        store: what functions are attached from.
-        dtype: number format of the weights.
-        experts_per_function: experts of a layer in one function.
-        functions_per_sandbox: functions that one sandbox may hold.
-        max_model_len: tokens of a request.
-        sizes: how long its tasks are.
+        name: label in reports.
+        checkpoint: source of the full model.
+        store: source of the functions.
+        dtype: dtype of the weights.
+        experts_per_function: experts of one layer per function.
+        functions_per_sandbox: maximum functions per sandbox.
+        max_model_len: maximum tokens of a request.
+        sizes: lengths of its tasks.
     """
 
     name: str
@@ -52,8 +52,8 @@ class BenchmarkModel:
         """Write the model's MoEModel file and load it.
 
         Args:
-            folder: where the file is written.
-            experts: settings of the sandboxes beyond the model's own.
+            folder: folder to write the file to.
+            experts: additional fields of spec.experts.
         """
         file = folder / "model.yaml"
         write_moemodel(
@@ -67,17 +67,17 @@ class BenchmarkModel:
         return LocalModel.load(file)
 
     def with_changes(self, **changes: int) -> BenchmarkModel:
-        """Return the same model, cut or packed in another way."""
-        return replace(self, **changes)  # type: ignore[arg-type]  # fields that are numbers
+        """Return the same model with another granularity or packing."""
+        return replace(self, **changes)  # type: ignore[arg-type]  # numeric fields
 
     @property
     def floor_bytes(self) -> int:
-        """Bytes of all weights, once."""
+        """Size of all weights, counted once."""
         files = Store.open(self.store).manifest.files.items()
         return sum(file.size_bytes for name, file in files if name.endswith(".safetensors"))
 
     def describe(self) -> dict[str, Any]:
-        """Return what a report says of it."""
+        """Return the description of the model for reports."""
         manifest = Store.open(self.store).manifest
         return {
             "name": self.name,
@@ -94,11 +94,11 @@ class BenchmarkModel:
 
 
 async def make_demo_model(folder: Path, *, dtype: str | None = None) -> BenchmarkModel:
-    """Return the demo model, made and prepared if it is not there.
+    """Return the demo model; generate and prepare it unless it exists.
 
     Args:
-        folder: where checkpoint and store lie.
-        dtype: number format of the weights; None for the checkpoint's.
+        folder: folder of checkpoint and store.
+        dtype: dtype of the weights; None for that of the checkpoint.
     """
     checkpoint = folder / "demo-model"
     store = folder / ("demo-store" if dtype is None else f"demo-store-{dtype}")
@@ -123,7 +123,14 @@ async def make_random_model(
     experts_per_function: int,
     sizes: TaskSizes | None = None,
 ) -> BenchmarkModel:
-    """Return a model of random weights, made and prepared if it is not there."""
+    """Return a model with random weights; generate and prepare it unless it exists.
+
+    Args:
+        geometry: sizes of the model.
+        folder: folder of checkpoint and store.
+        experts_per_function: experts of one layer per function.
+        sizes: lengths of its tasks; None for the default.
+    """
     checkpoint, store = await make_model_in_subprocess(geometry, folder)
     return BenchmarkModel(
         name=f"{geometry.layers} layers of {geometry.experts} experts",
@@ -141,9 +148,9 @@ async def _prepare(checkpoint: Path, store: Path, dtype: str | None) -> None:
     try:
         Store.open(store)
     except StoreError:
-        format_ = () if dtype is None else (f"--dtype={dtype}",)
-        # Whatever is there is no store of this version.
-        await _run_faasmoe("prepare", checkpoint.as_uri(), str(store), *format_, "--force")
+        options = () if dtype is None else (f"--dtype={dtype}",)
+        # --force, because an existing folder is not a readable store.
+        await _run_faasmoe("prepare", checkpoint.as_uri(), str(store), *options, "--force")
 
 
 async def _run_faasmoe(*arguments: str) -> None:

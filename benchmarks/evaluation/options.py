@@ -1,4 +1,4 @@
-"""Options that the benchmarks share: which model, where it lies, where results go."""
+"""Command-line options shared by the benchmarks: model, workload size and output folder."""
 
 from __future__ import annotations
 
@@ -14,46 +14,73 @@ from benchmarks.worker import ROOT
 CACHE = Path.home() / ".cache" / "faasmoe-bench"
 DEFAULT_OUT = Path("benchmarks") / "out"
 DEMO, QWEN = "demo", "qwen1.5-moe"
-QWEN_EXPERTS_PER_FUNCTION = 20  # the paper's
+QWEN_EXPERTS_PER_FUNCTION = 20  # as in the paper
 DEFAULT_SKEW = 0.5
 QUICK_SIZES = TaskSizes(prompt_characters=24, output_fraction=0.15)
 QUICK_TENANTS = 2
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose the model and where files lie."""
+    """Add the shared options."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", choices=(DEMO, QWEN), default=DEMO, help="demo model, or random weights of a "
-        "large model's geometry (%(default)s)",
-    )  # fmt: skip
-    group.add_argument("--layers", type=int, default=2, help=f"of {QWEN} (%(default)s of 24)")
+        "--model",
+        choices=(DEMO, QWEN),
+        default=DEMO,
+        help="the demo model, or random weights with the geometry of a large model "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--layers", type=int, default=2, help=f"layers of {QWEN}, up to 24 (default: %(default)s)"
+    )
     group.add_argument(
         "--skew",
         type=float,
         default=DEFAULT_SKEW,
-        help=f"of {QWEN}'s gate, 0 for none (%(default)s)",
+        help=f"skew of the gate of {QWEN}, 0 for none (default: %(default)s)",
     )
     group.add_argument(
-        "--geometry", type=_geometry, metavar="L,V,H,A,E,K,I,S", help="random weights of another "
-        "geometry: layers, vocabulary, hidden size, heads, experts, top-k, sizes of a routed and "
-        "of the shared expert",
-    )  # fmt: skip
-    group.add_argument("--dtype", choices=("bfloat16", "float32"), help=f"of {DEMO}'s weights")
-    group.add_argument("--experts-per-function", type=int, help="experts of a layer in a function")
-    group.add_argument("--functions-per-sandbox", type=int, help="functions a sandbox may hold")
-    group.add_argument("--cache", type=Path, default=CACHE, help="where models lie (%(default)s)")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="results (%(default)s)")
+        "--geometry",
+        type=_geometry,
+        metavar="L,V,H,A,E,K,I,S",
+        help="random weights with another geometry: layers, vocabulary, hidden size, heads, "
+        "experts, top-k, intermediate sizes of a routed and of the shared expert",
+    )
+    group.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help=f"dtype of the weights of {DEMO}"
+    )
+    group.add_argument(
+        "--experts-per-function", type=int, metavar="N", help="experts of one layer per function"
+    )
+    group.add_argument(
+        "--functions-per-sandbox", type=int, metavar="N", help="maximum functions per sandbox"
+    )
+    group.add_argument(
+        "--cache",
+        type=Path,
+        default=CACHE,
+        help="folder of generated models (default: %(default)s)",
+    )
     parser.add_argument(
-        "--output-fraction", type=float, default=1.0, help="of the tasks' full answers, for shorter "
-        "runs (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the workload (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="tiny and short: does it all work?")
+        "--out", type=Path, default=DEFAULT_OUT, help="folder of results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output-fraction",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="fraction of each task's full output length to generate (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the workload (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="smoke test with a tiny model and a short workload"
+    )
 
 
 async def make_chosen_model(arguments: argparse.Namespace) -> BenchmarkModel:
-    """Return the model that the options choose, made if it is not there."""
+    """Return the model that the options select; generate it unless it exists."""
     model = await _make_base_model(arguments)
     changes = {
         name: value
@@ -80,7 +107,7 @@ async def _make_base_model(arguments: argparse.Namespace) -> BenchmarkModel:
         return await make_random_model(
             geometry, cache, experts_per_function=QWEN_EXPERTS_PER_FUNCTION
         )
-    # In a checkout, where `make demo` has it too.
+    # A checkout shares the model with `make demo`.
     folder = ROOT / ".faasmoe" if (ROOT / "pyproject.toml").exists() else cache
     return await make_demo_model(folder, dtype=arguments.dtype)
 
@@ -92,6 +119,6 @@ def _geometry(text: str) -> CheckpointGeometry:
             raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected eight positive numbers with commas between them"
+            f"got {text!r}, expected eight comma-separated positive integers"
         ) from None
     return CheckpointGeometry(*sizes)

@@ -1,4 +1,4 @@
-"""`faasmoe bench paper`: the paper's comparison, and ours, in one table."""
+"""`faasmoe bench paper`: compares all strategies on one workload, as in the paper."""
 
 from __future__ import annotations
 
@@ -27,13 +27,11 @@ from faasmoe_operator.cli.signals import run_until_signal
 
 ROUNDS, POISSON, DAY = "rounds", "poisson", "day"
 WARM_UP_SEED = -1
-WARM_UP_FRACTION = 0.25  # of the answers: what is to be touched, prompts touch
-KNATIVE_EXPERTS: Mapping[str, Any] = {
-    "warmPool": 1
-}  # windows and grace period are Knative's defaults
+WARM_UP_FRACTION = 0.25  # short outputs suffice, because prefill touches the weights
+KNATIVE_EXPERTS: Mapping[str, Any] = {"warmPool": 1}  # scaling windows are Knative's defaults
 COMPRESSED_DAY_EXPERTS: Mapping[str, Any] = {
-    # Knative's least window. In a day of 4 minutes it stands for 36 minutes, so that we hold
-    # memory for longer than a real day's windows of a minute would.
+    # Knative's minimum window. In a day of 4 minutes it stands for 36 minutes, so that functions
+    # hold memory for longer than with windows of a minute in a real day.
     "warmPool": 1,
     "scaling": {
         "windowSeconds": 6,
@@ -44,40 +42,70 @@ COMPRESSED_DAY_EXPERTS: Mapping[str, Any] = {
 
 
 def add_command(commands: Any) -> None:
-    """Add the subcommand."""
+    """Add `faasmoe bench paper`."""
     parser = commands.add_parser(
         "paper",
-        help="all strategies on one workload",
-        description="Serve the same workload by every strategy in turn and compare: full model per "
-        "tenant, one shared, local distribution, functions with private and with shared routers.",
+        help="compare all strategies on one workload",
+        description="Run the same workload with every strategy in turn and compare: a full model\n"
+        "per tenant, a shared full model, local distribution, functions with a router per\n"
+        "tenant, and functions with a shared router.",
+        epilog="Examples:\n"
+        "  faasmoe bench paper --quick\n"
+        "  faasmoe bench paper --workload day --strategies full-model-shared,functions-shared",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(parser)
     parser.add_argument(
-        "--workload", choices=(ROUNDS, POISSON, DAY), default=ROUNDS, help="the paper's rounds of "
-        "30 requests, random arrivals, or a bursty day compressed (%(default)s)",
-    )  # fmt: skip
+        "--workload",
+        choices=(ROUNDS, POISSON, DAY),
+        default=ROUNDS,
+        help="the paper's rounds of 30 requests, Poisson arrivals, or a compressed day with bursts "
+        "(default: %(default)s)",
+    )
     parser.add_argument(
-        "--strategies", type=_strategies, default=tuple(STRATEGIES), metavar="NAME,NAME",
-        help=f"of {', '.join(STRATEGIES)} (all)",
-    )  # fmt: skip
-    parser.add_argument("--tenants", type=int, default=TENANTS, help="how many (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=1, help="rounds of a run (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each (%(default)s)")
-    parser.add_argument("--rate", type=float, default=0.5, help="requests a second (%(default)s)")
-    parser.add_argument("--requests", type=int, default=60, help="of a day (%(default)s)")
+        "--strategies",
+        type=_strategies,
+        default=tuple(STRATEGIES),
+        metavar="NAME,NAME",
+        help=f"strategies to compare: {', '.join(STRATEGIES)} (default: all)",
+    )
     parser.add_argument(
-        "--duration", type=float, default=240.0, metavar="S", help="of random arrivals or of the "
-        "day (%(default)s s)",
-    )  # fmt: skip
+        "--tenants", type=int, default=TENANTS, help="number of tenants (default: %(default)s)"
+    )
     parser.add_argument(
-        "--time-limit", type=float, default=float("inf"), metavar="S", help="begin no repetition "
-        "that would end later",
-    )  # fmt: skip
+        "--rounds", type=int, default=1, help="rounds per run of `rounds` (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="runs of each strategy (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=0.5,
+        help="requests per second of `poisson` (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--requests", type=int, default=60, help="requests of `day` (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--duration",
+        type=float,
+        default=240.0,
+        metavar="S",
+        help="duration of `poisson` and `day` in seconds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=float("inf"),
+        metavar="S",
+        help="start no repetition that would end later than this many seconds (default: none)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare; write figures, table, plots and page."""
+    """Run the comparison; write figures, table, plots and HTML page."""
     return asyncio.run(run_until_signal(_run(arguments)))
 
 
@@ -117,7 +145,7 @@ async def _plan(arguments: argparse.Namespace) -> ComparisonPlan:
 
 
 def warm_up_workload(model: BenchmarkModel, tenants: int) -> Workload:
-    """Return what is played before a workload, so that all weights have been touched."""
+    """Return a workload that touches all weights, to run before the measured one."""
     sizes = replace(model.sizes, output_fraction=WARM_UP_FRACTION * model.sizes.output_fraction)
     return workload.rounds_workload(1, seed=WARM_UP_SEED, sizes=sizes, tenants=tenants)
 

@@ -1,4 +1,4 @@
-"""Plots of the results, as PNG. The only module that needs matplotlib."""
+"""PNG plots of the results; the only module that needs matplotlib."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no display is needed, nor looked for
+matplotlib.use("Agg")  # works without a display
 
 from benchmarks.evaluation.table import Results, strategies
 from matplotlib import pyplot as plt
@@ -25,7 +25,7 @@ def comparison_plots(results: Results) -> dict[str, bytes]:
     return {
         "memory": _render_figure(lambda axes: memory_over_time(axes, results)),
         "ttft": _render_figure(
-            lambda axes: latency_distribution(axes, results, "ttfts_s", "first token, s")
+            lambda axes: latency_distribution(axes, results, "ttfts_s", "time to first token, s")
         ),
         "tpot": _render_figure(
             lambda axes: latency_distribution(axes, results, "tpots_s", "time per token, s")
@@ -34,8 +34,8 @@ def comparison_plots(results: Results) -> dict[str, bytes]:
 
 
 def sweep_plots(sweep: Results) -> dict[str, bytes]:
-    """Return the plots of a sweep over block sizes by name, as the paper's figure 5."""
-    parts = {
+    """Return the plots of a sweep over function sizes by name, as in the paper's figure 5."""
+    figures = {
         "cpu": ("cpu_s_per_token", "CPU s per token"),
         "memory": ("mean_gb", "memory, GB"),
         "latency": ("tpot_p50_s", "time per token p50, s"),
@@ -43,42 +43,42 @@ def sweep_plots(sweep: Results) -> dict[str, bytes]:
     }
     return {
         name: _render_figure(partial(figure_by_size, sweep=sweep, key=key, label=label))
-        for name, (key, label) in parts.items()
+        for name, (key, label) in figures.items()
     }
 
 
 def memory_over_time(axes: Axes, results: Results) -> None:
-    """Draw the memory of each strategy over the time of its first run."""
+    """Plot the memory of each strategy over time, from its first run."""
     for name in strategies(results):
         samples = results[name]["runs"][0]["details"]["memory"]
         axes.plot([s[0] for s in samples], [s[1] for s in samples], label=results[name]["title"])
     floor = results["about"]["model"]["weights_bytes"] / 1e9
-    axes.axhline(floor, color="grey", linestyle=":", label="weights once")
+    axes.axhline(floor, color="grey", linestyle=":", label="weights")
     axes.set(xlabel="time, s", ylabel="memory of all processes (PSS), GB", ylim=(0, None))
     axes.legend(fontsize="small")
 
 
 def latency_distribution(axes: Axes, results: Results, key: str, label: str) -> None:
-    """Draw what part of the requests of all runs was at most so slow."""
+    """Plot the cumulative distribution of a latency over the requests of all runs."""
     for name in strategies(results):
         values = sorted(v for run in results[name]["runs"] for v in run["details"][key])
-        parts = [(i + 1) / len(values) for i in range(len(values))]
-        axes.step(values, parts, where="post", label=results[name]["title"])
-    axes.set(xlabel=label, ylabel="part of the requests", xscale="log", ylim=(0, 1.02))
+        fractions = [(i + 1) / len(values) for i in range(len(values))]
+        axes.step(values, fractions, where="post", label=results[name]["title"])
+    axes.set(xlabel=label, ylabel="fraction of requests", xscale="log", ylim=(0, 1.02))
     axes.legend(fontsize="small")
 
 
 def figure_by_size(axes: Axes, sweep: Results, key: str, label: str) -> None:
-    """Draw a figure by experts in a function, a line for each strategy."""
+    """Plot a figure over the number of experts per function, one line per strategy."""
     sizes = sorted(sweep["sizes"], key=int)
     names = strategies(sweep["sizes"][sizes[0]])
     for name in names:
-        found: list[Mapping[str, Any]] = [sweep["sizes"][size][name] for size in sizes]
-        low, high = ([f["spread"][key][end] for f in found] for end in (0, 1))
-        values, places = [f[key] for f in found], [int(size) for size in sizes]
-        (line,) = axes.plot(places, values, marker="o", label=found[0]["title"])
-        axes.fill_between(places, low, high, alpha=0.2, color=line.get_color())
-    axes.set(xlabel="experts in a function", ylabel=label, ylim=(0, None))
+        results: list[Mapping[str, Any]] = [sweep["sizes"][size][name] for size in sizes]
+        low, high = ([r["spread"][key][end] for r in results] for end in (0, 1))
+        values, n_experts = [r[key] for r in results], [int(size) for size in sizes]
+        (line,) = axes.plot(n_experts, values, marker="o", label=results[0]["title"])
+        axes.fill_between(n_experts, low, high, alpha=0.2, color=line.get_color())
+    axes.set(xlabel="experts per function", ylabel=label, ylim=(0, None))
     axes.set_xscale("log", base=2)
     axes.set_xticks([int(size) for size in sizes], labels=sizes)
     axes.legend(fontsize="small")

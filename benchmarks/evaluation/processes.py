@@ -1,4 +1,4 @@
-"""Processes that strategies run beside `faasmoe up`: routers, full models, a resident sandbox."""
+"""Processes that strategies run besides `faasmoe up`: routers, full models, a resident sandbox."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ HOST = "127.0.0.1"
 PROBE_INTERVAL_S = 0.1
 SANDBOX_TIMEOUT_S = 120.0
 GRACE_S = 40.0
-UNREACHABLE_ADDRESS = "127.0.0.1:1"  # an address in the table of a server that calls no function
+UNREACHABLE_ADDRESS = "127.0.0.1:1"  # routing-table address for servers that call no functions
 TABLE_NAME = "functions.json"
 
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A process that answers tenants."""
+    """A server process and its endpoint."""
 
     endpoint: TenantEndpoint
     pid: int
@@ -46,7 +46,13 @@ class RunningServer:
 
 @dataclass(frozen=True, slots=True)
 class ResidentSandbox:
-    """The sandbox that holds all functions and never changes."""
+    """A sandbox to which all functions are attached permanently.
+
+    Attributes:
+        pid: its process id.
+        table: routing-table file that points to it.
+        token: its bearer token.
+    """
 
     pid: int
     table: Path
@@ -57,9 +63,10 @@ class ResidentSandbox:
 async def running_servers(
     command: Sequence[str], environments: Sequence[Mapping[str, str]]
 ) -> AsyncIterator[tuple[RunningServer, ...]]:
-    """Run a server for each environment, which names its port, as long as the context lasts.
+    """Run one server per environment for the lifetime of the context.
 
-    They start at the same time, and all serve when the context is entered.
+    Each environment sets FAASMOE_PORT. The servers start concurrently and are healthy when the
+    context is entered.
     """
     async with AsyncExitStack() as stack:
         processes = [
@@ -81,13 +88,13 @@ async def running_servers(
 async def _wait_until_healthy(
     process: child_process.ChildProcess, address: router.Endpoint
 ) -> None:
-    """Wait until a server serves; raises RuntimeError with its last lines if it ends instead."""
+    """Wait until a server is healthy; raises RuntimeError with its last log lines if it exits."""
     exited = asyncio.create_task(process.describe_exit())
     healthy = asyncio.create_task(router.wait_until_healthy(address, progress=logger.info))
     try:
         await asyncio.wait([exited, healthy], return_when=asyncio.FIRST_COMPLETED)
         if not healthy.done():
-            raise RuntimeError(f"a server {await exited}")
+            raise RuntimeError(f"the server {await exited}")
         await healthy
     finally:
         for task in (exited, healthy):
@@ -98,7 +105,14 @@ async def _wait_until_healthy(
 def router_environment(
     deployment: LocalModel, *, control_url: str = "", table: Path | None = None, token: str = ""
 ) -> dict[str, str]:
-    """Return the environment of a router that follows a control process, or has a fixed table."""
+    """Return the environment of a router with a control process or a static routing table.
+
+    Args:
+        deployment: the model.
+        control_url: base URL of the control API; ignored with a table.
+        table: routing-table file.
+        token: bearer token of control process and sandboxes.
+    """
     endpoint = router.Endpoint(HOST, _free_port())
     environment = router.environment(deployment, endpoint, control_url=control_url, token=token)
     if table is not None:
@@ -108,16 +122,20 @@ def router_environment(
 
 
 def unix_socket_environment(launcher_pid: int) -> dict[str, str]:
-    """Return what the router of a `faasmoe up` was told of the sandboxes of its machine."""
+    """Return the variables by which the router of a `faasmoe up` finds its Unix sockets.
+
+    Raises:
+        RuntimeError: the launcher has no router process.
+    """
     for process in psutil.Process(launcher_pid).children():
-        found = process.environ()
-        if "FAASMOE_STORE" in found and SOCKET_DIR_VARIABLE in found:
-            return shared_dir_variables(Path(found[SOCKET_DIR_VARIABLE]).parent)
-    raise RuntimeError(f"process {launcher_pid}: got no router below it, expected one")
+        environment = process.environ()
+        if "FAASMOE_STORE" in environment and SOCKET_DIR_VARIABLE in environment:
+            return shared_dir_variables(Path(environment[SOCKET_DIR_VARIABLE]).parent)
+    raise RuntimeError(f"process {launcher_pid}: got no child with a router, expected one")
 
 
 def write_routing_table(deployment: LocalModel, address: str, folder: Path) -> Path:
-    """Write a table in which every function has the same address."""
+    """Write a routing table in which every function has the same address."""
     manifest = deployment.open_store().manifest
     functions = deployment.functions(manifest, key=secrets.token_bytes(32))
     entries = tuple(FunctionEndpoints(function, (address,)) for function in functions)
@@ -131,9 +149,9 @@ def write_routing_table(deployment: LocalModel, address: str, folder: Path) -> P
 async def running_resident_sandbox(
     deployment: LocalModel, folder: Path
 ) -> AsyncIterator[ResidentSandbox]:
-    """Run one sandbox that holds every function, as long as the context lasts.
+    """Run a sandbox with all functions of a model for the lifetime of the context.
 
-    It computes with every core: nothing else does while it is called.
+    It uses all cores, because nothing else computes while it is called.
     """
     port, token = _free_port(), secrets.token_urlsafe(32)
     table = write_routing_table(deployment, f"{HOST}:{port}", folder)

@@ -1,6 +1,7 @@
-"""One HTML page that holds everything: tables, and plots inside it. Pure.
+"""`faasmoe bench report`, and the Markdown, PNG and HTML files of every benchmark.
 
-`faasmoe bench report`: table, plots and page, written again from figures that were kept.
+All of them derive from the JSON figures, so a report can be rendered again without measuring. The
+HTML page embeds its plots and needs no other file.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ img { max-width: 100%; background: white }
 
 
 def render_html_page(title: str, markdown: str, plots: Mapping[str, bytes]) -> str:
-    """Return a page that needs no other file.
+    """Return a self-contained HTML page.
 
     Args:
-        title: of the page.
-        markdown: lists and tables, as table.py writes them; nothing else of Markdown is known.
+        title: title of the page.
+        markdown: lists and tables as written by table.py; no other Markdown is supported.
         plots: PNG images by name.
     """
     images = "".join(
@@ -57,10 +58,10 @@ def _render_list(lines: Sequence[str]) -> str:
 
 
 def _render_table(lines: Sequence[str]) -> str:
-    head, _, *rows = ([html.escape(cell) for cell in _cells(line)] for line in lines)
+    header, _, *rows = ([html.escape(cell) for cell in _cells(line)] for line in lines)
     body = "".join(f"<tr>{_render_row('td', row)}</tr>" for row in rows)
     return (
-        f"<table><thead><tr>{_render_row('th', head)}</tr></thead><tbody>{body}</tbody></table>\n"
+        f"<table><thead><tr>{_render_row('th', header)}</tr></thead><tbody>{body}</tbody></table>\n"
     )
 
 
@@ -76,33 +77,38 @@ NEEDS_MATPLOTLIB = "plots and page need matplotlib: pip install 'faasmoe[bench]'
 
 
 def add_command(commands: Any) -> None:
-    """Add the subcommand."""
+    """Add `faasmoe bench report`."""
     parser = commands.add_parser(
         "report",
-        help="write table, plots and page again",
-        description="Write the Markdown table, the plots and the HTML page of a JSON file that a "
-        "benchmark has written.",
+        help="render a report from existing figures",
+        description="Render the Markdown table, the plots and the HTML page from the JSON figures\n"
+        "of an earlier benchmark. The files are written next to the figures.",
+        epilog="Example:\n  faasmoe bench report benchmarks/out/paper.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", type=Path, help="such as benchmarks/out/paper.json")
+    parser.add_argument("file", type=Path, help="JSON figures")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write them beside the file."""
+    """Render the report next to its figures."""
     results = json.loads(arguments.file.read_text(encoding="utf-8"))
     render(arguments.file.stem, results, folder=arguments.file.parent)
     return 0
 
 
 def write(name: str, results: Mapping[str, Any], *, folder: Path) -> None:
-    """Write the figures, then everything that is made of them; print the table."""
+    """Write NAME.json and render the report."""
     path = write_figures(name, results, folder=folder)
     render(name, results, folder=folder)
     print(f"\nfigures: {path}", flush=True)
 
 
 def render(name: str, results: Mapping[str, Any], *, folder: Path) -> None:
-    """Write NAME.md, NAME-PLOT.png and NAME.html into a folder; print the table."""
+    """Print the table and write NAME.md, NAME-PLOT.png and NAME.html to a folder.
+
+    Without matplotlib, plots and HTML page are skipped.
+    """
     is_sweep = "sizes" in results
     text = sweep_table.markdown(results) if is_sweep else table.markdown(results)
     (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
@@ -113,8 +119,8 @@ def render(name: str, results: Mapping[str, Any], *, folder: Path) -> None:
         print(NEEDS_MATPLOTLIB, flush=True)
         return
     images = plots.sweep_plots(results) if is_sweep else plots.comparison_plots(results)
-    for part, image in images.items():
-        (folder / f"{name}-{part}.png").write_bytes(image)
+    for plot, image in images.items():
+        (folder / f"{name}-{plot}.png").write_bytes(image)
     (folder / f"{name}.html").write_text(
         render_html_page(f"FaaSMoE: {name}", text, images), encoding="utf-8"
     )

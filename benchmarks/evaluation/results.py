@@ -1,10 +1,8 @@
-"""How far two runs wrote the same, request by request. Pure.
+"""Aggregation of the runs of each strategy: medians, ratios and agreement of the generated texts.
 
-Greedy texts of equal models are equal as long as the scores' order is. With fp32 it is; with bf16
-sums that are added in another order move near-ties, so full models differ among themselves too, and
-what they agree on is the measure.
-
-A whole benchmark's results: every strategy's runs, and what they come to. Pure but for files.
+Greedy decoding of equal models gives equal texts as long as the order of the logits is equal. That
+holds in fp32. In bf16, another order of summation flips near-ties, so that full models differ among
+themselves too; their agreement is the yardstick for that of the other strategies.
 """
 
 from __future__ import annotations
@@ -22,11 +20,11 @@ Texts = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far texts agree.
+    """Agreement of the texts of two runs.
 
     Attributes:
-        equal_texts: the part of requests whose whole text is the same.
-        equal_characters: the part of characters before the first difference of their request.
+        equal_texts: fraction of requests with equal texts.
+        equal_characters: fraction of characters that precede their request's first difference.
     """
 
     equal_texts: float
@@ -34,31 +32,31 @@ class Agreement:
 
 
 def text_agreement(first: Texts, second: Texts) -> Agreement | None:
-    """Return how far the texts of requests that both answered agree; None if there is none."""
+    """Return the agreement on requests that both runs completed; None if there are none."""
     pairs = [(first[name], second[name]) for name in first if name in second]
     if not pairs:
         return None
     equal = sum(a == b for a, b in pairs)
     lengths = sum(max(len(a), len(b)) for a, b in pairs)
-    same = sum(_common_prefix(a, b) for a, b in pairs)
-    return Agreement(equal / len(pairs), same / lengths if lengths else 1.0)
+    n_equal = sum(_common_prefix(a, b) for a, b in pairs)
+    return Agreement(equal / len(pairs), n_equal / lengths if lengths else 1.0)
 
 
 def mean_agreement(runs: Sequence[Texts], references: Sequence[Texts]) -> Agreement | None:
-    """Return the mean over all pairs of a run and a reference, but for a run with itself."""
-    found = [text_agreement(a, b) for a in runs for b in references if a is not b]
-    agreements = [one for one in found if one is not None]
+    """Return the mean over all pairs of a run and a reference, except a run with itself."""
+    by_pair = [text_agreement(a, b) for a in runs for b in references if a is not b]
+    agreements = [agreement for agreement in by_pair if agreement is not None]
     if not agreements:
         return None
     return Agreement(
-        sum(one.equal_texts for one in agreements) / len(agreements),
-        sum(one.equal_characters for one in agreements) / len(agreements),
+        sum(agreement.equal_texts for agreement in agreements) / len(agreements),
+        sum(agreement.equal_characters for agreement in agreements) / len(agreements),
     )
 
 
 def _common_prefix(a: str, b: str) -> int:
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
-    return sum(1 for _ in same)
+    equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    return sum(1 for _ in equal)
 
 
 Figures = Mapping[str, float | None]
@@ -66,48 +64,48 @@ Figures = Mapping[str, float | None]
 
 @dataclass(frozen=True, slots=True)
 class StrategyResult:
-    """What a strategy gave in all its runs.
+    """All runs of a strategy.
 
     Attributes:
-        title: what tables call it.
-        runs: its runs, in order.
+        title: label in tables.
+        runs: the runs in order.
     """
 
     title: str
     runs: tuple[StrategyRun, ...]
 
     def medians(self) -> dict[str, float | None]:
-        """Return the median over the runs of each figure; None is what did not occur."""
-        found = [run.figures() for run in self.runs]
-        return {name: _median([figures[name] for figures in found]) for name in found[0]}
+        """Return the median of each figure over the runs; None if no run has it."""
+        by_run = [run.figures() for run in self.runs]
+        return {name: _median([figures[name] for figures in by_run]) for name in by_run[0]}
 
     def spreads(self) -> dict[str, list[float]]:
-        """Return the least and the most of each figure."""
-        found = [run.figures() for run in self.runs]
-        values = {name: _without_none([figures[name] for figures in found]) for name in found[0]}
-        return {name: [min(held), max(held)] for name, held in values.items() if held}
+        """Return minimum and maximum of each figure over the runs."""
+        by_run = [run.figures() for run in self.runs]
+        values = {name: _without_none([figures[name] for figures in by_run]) for name in by_run[0]}
+        return {name: [min(given), max(given)] for name, given in values.items() if given}
 
     @property
     def texts(self) -> list[Mapping[str, str]]:
-        """Return what each run wrote, by request."""
+        """Generated texts of each run, by request."""
         return [
-            {f"{a.tenant}-{a.number}": a.text for a in run.successful_results} for run in self.runs
+            {f"{r.tenant}-{r.number}": r.text for r in run.successful_results} for run in self.runs
         ]
 
 
 def to_json(results: Mapping[str, StrategyResult], *, reference: str) -> dict[str, Any]:
-    """Return an object by strategy: medians, their spreads, exactness, and details of each run.
+    """Return the JSON figures by strategy: medians, spreads, agreement and details of each run.
 
     Args:
-        results: by strategy.
-        reference: the strategy whose texts the others' are compared with; its own runs are compared
-            with each other.
+        results: results by strategy.
+        reference: strategy with whose texts all are compared; its runs are compared with each
+            other.
     """
     expected = results[reference].texts if reference in results else []
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, result in results.items():
         agreement = mean_agreement(result.texts, expected)
-        found[name] = {
+        figures[name] = {
             "title": result.title,
             **result.medians(),
             "failures": sum(run.figures()["failures"] or 0 for run in result.runs),
@@ -116,23 +114,25 @@ def to_json(results: Mapping[str, StrategyResult], *, reference: str) -> dict[st
             "spread": result.spreads(),
             "runs": [run.figures() | {"details": run.details()} for run in result.runs],
         }
-    return found
+    return figures
 
 
 def ratios(results: Mapping[str, Any], *, baseline: str) -> dict[str, dict[str, float]]:
-    """Return figures over those of another strategy in the same repetition, the median of those.
+    """Return the median ratio of each figure to that of a baseline strategy, by strategy.
 
-    Neighbours in time are compared, so that a ratio holds on a machine whose speed drifts.
+    Only runs of the same repetition are compared, so that drift of the machine's speed cancels.
     """
-    others = results[baseline]["runs"]
+    baseline_runs = results[baseline]["runs"]
     names = ("tokens_per_s", "ttft_p50_s", "tpot_p50_s", "cpu_s_per_token", "gb_s_per_token")
     return {
         strategy: {
-            name: median(a[name] / b[name] for a, b in zip(found["runs"], others, strict=False))
+            name: median(
+                a[name] / b[name] for a, b in zip(result["runs"], baseline_runs, strict=False)
+            )
             for name in names
-            if all(run[name] for run in (*found["runs"], *others))
+            if all(run[name] for run in (*result["runs"], *baseline_runs))
         }
-        for strategy, found in results.items()
+        for strategy, result in results.items()
     }
 
 

@@ -1,7 +1,4 @@
-"""Counters that the strategies' processes tell in Prometheus's text form. Pure but for `scrape`.
-
-One run: a strategy is started, warmed up, asked, metered, and ended.
-"""
+"""One run of a strategy: deploy, warm up, send the workload while metering, scrape counters."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ CONTROL_COUNTERS = {"activations": "faasmoe_control_activations_total"}
 
 
 def metric_total(text: str, name: str) -> float:
-    """Return the sum of a metric over all its labels; 0 if it is not there."""
+    """Return the sum of a metric over all label values; 0 without samples."""
     return sum(
         float(line.rpartition(" ")[2])
         for line in text.splitlines()
@@ -36,34 +33,42 @@ def metric_total(text: str, name: str) -> float:
 
 
 def parse_counters(text: str, names: Mapping[str, str]) -> dict[str, float]:
-    """Return the counters of one process, by our own names; raises ValueError of one not told."""
+    """Return counters of one process from its Prometheus exposition.
+
+    Args:
+        text: the exposition.
+        names: metric names by the names to return.
+
+    Raises:
+        ValueError: a metric is not exposed.
+    """
     for metric in names.values():
         if f"# TYPE {metric.removesuffix('_total')}" not in text:
-            raise ValueError(f"metrics: got none that is called {metric}")
+            raise ValueError(f"metrics: got no metric {metric}")
     return {name: metric_total(text, metric) for name, metric in names.items()}
 
 
-def sum_counters(some: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def sum_counters(by_process: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Return the sums of the counters of several processes."""
     sums: dict[str, float] = {}
-    for found in some:
-        for name, value in found.items():
+    for counters in by_process:
+        for name, value in counters.items():
             sums[name] = sums.get(name, 0.0) + value
     return sums
 
 
 def counter_deltas(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """Return by how much counters have grown."""
+    """Return the increase of each counter."""
     return {name: value - before.get(name, 0.0) for name, value in after.items()}
 
 
 async def scrape_counters(router_urls: Iterable[str], control_url: str | None) -> dict[str, float]:
-    """Read all counters of a strategy."""
+    """Return the counters of a strategy, summed over its processes."""
     async with aiohttp.ClientSession(raise_for_status=True) as http:
-        found = [parse_counters(await _text(http, url), ROUTER_COUNTERS) for url in router_urls]
+        counters = [parse_counters(await _text(http, url), ROUTER_COUNTERS) for url in router_urls]
         if control_url is not None:
-            found.append(parse_counters(await _text(http, control_url), CONTROL_COUNTERS))
-    return sum_counters(found)
+            counters.append(parse_counters(await _text(http, control_url), CONTROL_COUNTERS))
+    return sum_counters(counters)
 
 
 async def _text(http: aiohttp.ClientSession, url: str) -> str:
@@ -77,12 +82,12 @@ GB = 1e9
 
 @dataclass(frozen=True, slots=True)
 class StrategyRun:
-    """What one strategy gave in one run.
+    """The measurements of one run of a strategy.
 
     Attributes:
-        played: the answers, and how long they took.
-        usage: processor time and memory of all its processes.
-        counters: what its processes counted.
+        workload_result: outcome of all requests.
+        usage: CPU time and memory of all processes.
+        counters: increase of the counters of all processes.
     """
 
     workload_result: WorkloadResult
@@ -91,31 +96,31 @@ class StrategyRun:
 
     @property
     def successful_results(self) -> tuple[RequestResult, ...]:
-        """The answers of requests that did not fail."""
-        return tuple(answer for answer in self.workload_result.results if not answer.error)
+        """Results of the requests that did not fail."""
+        return tuple(result for result in self.workload_result.results if not result.error)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens generated."""
-        return sum(answer.n_tokens for answer in self.successful_results)
+        """Number of generated tokens."""
+        return sum(result.n_tokens for result in self.successful_results)
 
     @property
     def ttfts_s(self) -> list[float]:
-        """Times to the first token."""
-        return [answer.ttft_s for answer in self.successful_results]
+        """Times to first token."""
+        return [result.ttft_s for result in self.successful_results]
 
     @property
     def tpots_s(self) -> list[float]:
         """Times per token after the first."""
-        return [answer.tpot_s for answer in self.successful_results if answer.tpot_s is not None]
+        return [result.tpot_s for result in self.successful_results if result.tpot_s is not None]
 
     @property
     def cold_starts_s(self) -> list[float]:
-        """How long requests were held until their functions were there, if they were."""
-        return [answer.queued_s for answer in self.successful_results if answer.queued_s > 0]
+        """Queueing times of the requests that waited for the activation of functions."""
+        return [result.queued_s for result in self.successful_results if result.queued_s > 0]
 
     def figures(self) -> dict[str, float | None]:
-        """Return the run's figures; None is what did not occur."""
+        """Return the figures of the run; None for a latency without samples."""
         tokens = self.n_tokens or float("nan")
         wire_bytes = self.counters["sent_bytes"] + self.counters["received_bytes"]
         return {
@@ -141,14 +146,14 @@ class StrategyRun:
         }
 
     def details(self) -> dict[str, Any]:
-        """Return what plots and comparisons need: latencies, texts, memory over time, errors."""
+        """Return latencies, texts, memory over time and errors, for plots and comparisons."""
         return {
             "ttfts_s": self.ttfts_s,
             "tpots_s": self.tpots_s,
             "cold_starts_s": self.cold_starts_s,
             "memory": [[s.at_s, s.total / GB, s.anonymous / GB] for s in self.usage.samples],
-            "texts": {f"{a.tenant}-{a.number}": a.text for a in self.successful_results},
-            "errors": [answer.error for answer in self.workload_result.results if answer.error],
+            "texts": {f"{r.tenant}-{r.number}": r.text for r in self.successful_results},
+            "errors": [result.error for result in self.workload_result.results if result.error],
         }
 
 
@@ -161,20 +166,25 @@ async def measure_strategy(
     progress: Callable[[], object],
     interval_s: float,
 ) -> StrategyRun:
-    """Run a strategy from its start to its end; only the workload itself is measured.
+    """Deploy a strategy, warm it up and measure a workload.
 
     Args:
-        strategy: how to serve.
-        settings: what.
-        warm_up: played first, not measured, so that all weights have been touched.
-        workload: what is measured.
-        progress: called after each answer of the workload.
-        interval_s: between readings of memory.
+        strategy: the strategy.
+        settings: its settings.
+        warm_up: workload that touches all weights before the measurement.
+        workload: the measured workload.
+        progress: called after each response of the measured workload.
+        interval_s: interval between memory samples.
+
+    Raises:
+        RuntimeError: the warm-up failed.
     """
     async with strategy.deploy(settings) as deployment:
         await _warm_up(deployment, warm_up)
         if not workload.is_closed_loop:
-            await deployment.wait_idle()  # who begins at night begins with what a night leaves
+            await (
+                deployment.wait_idle()
+            )  # an open-loop workload starts at night, with idle functions
         before = await scrape_counters(deployment.router_urls, deployment.control_url)
         async with metering(ProcessTree(deployment.roots), interval_s=interval_s) as usage:
             workload_result = await run_workload(workload, deployment.endpoints, progress=progress)
@@ -184,9 +194,9 @@ async def measure_strategy(
 
 async def _warm_up(deployment: StrategyDeployment, warm_up: Workload) -> None:
     result = await run_workload(warm_up, deployment.endpoints, progress=lambda: None)
-    errors = [answer.error for answer in result.results if answer.error]
+    errors = [request.error for request in result.results if request.error]
     if errors:
-        raise RuntimeError(f"{len(errors)} requests of the warm-up failed, the first: {errors[0]}")
+        raise RuntimeError(f"{len(errors)} warm-up requests failed; the first: {errors[0]}")
 
 
 def _percentiles(name: str, values: Sequence[float]) -> dict[str, float | None]:

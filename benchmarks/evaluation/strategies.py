@@ -1,7 +1,7 @@
-"""The ways to serve six tenants that are compared, each as a context in which it serves.
+"""The compared strategies, each as a context manager that deploys it.
 
-All answer over the same HTTP API, by the same engine, from the same weights. They differ in where
-experts are computed, in who shares a router, and in whether functions come and go.
+All use the same HTTP API, engine and weights. They differ in where experts are computed, in whether
+tenants share a router, and in whether functions scale.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from faasmoe_operator.platforms.zygote import shared_dir_variables
 
 @dataclass(frozen=True, slots=True)
 class StrategySettings:
-    """What a run gives its strategies.
+    """Settings of all strategies of a run.
 
     Attributes:
-        model: what is served.
-        tenants: how many.
-        experts: settings of elastic sandboxes, in the MoEModel's words.
-        experts_implementation: of full models, transformers' name, by requests in a batch.
-        wait: how a single full model's threads wait for work.
+        model: the model.
+        tenants: number of tenants.
+        experts: fields of spec.experts for strategies with functions that scale.
+        experts_implementation: returns the experts implementation of full models for a batch size.
+        wait_policy: OMP_WAIT_POLICY of a shared full model.
     """
 
     model: BenchmarkModel
@@ -53,18 +53,18 @@ class StrategySettings:
 
 
 async def _no_wait() -> None:
-    """Do nothing: a strategy that never goes idle has nothing to wait for."""
+    """Return at once: the strategy does not scale."""
 
 
 @dataclass(frozen=True, slots=True)
 class StrategyDeployment:
-    """A strategy that serves.
+    """A deployed strategy.
 
     Attributes:
-        endpoints: where each tenant asks.
-        roots: processes that it consists of, with all below them.
-        control_url: address of its control API, if there is one.
-        become_idle: waits until all that can go is gone.
+        endpoints: endpoint of each tenant.
+        roots: process ids whose trees make up the strategy.
+        control_url: base URL of the control API; None without one.
+        wait_idle: waits until all functions have scaled down.
     """
 
     endpoints: tuple[TenantEndpoint, ...]
@@ -74,18 +74,18 @@ class StrategyDeployment:
 
     @property
     def router_urls(self) -> tuple[str, ...]:
-        """Each server's address, once."""
+        """Base URLs of the servers without duplicates."""
         return tuple(dict.fromkeys(endpoint.url for endpoint in self.endpoints))
 
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A way to serve.
+    """A strategy.
 
     Attributes:
-        name: the key of its figures.
-        title: what tables call it.
-        deploy: gives it, serving.
+        name: key in the figures and on the command line.
+        title: label in tables.
+        deploy: deploys it for the lifetime of a context.
     """
 
     name: str
@@ -95,20 +95,23 @@ class Strategy:
 
 @asynccontextmanager
 async def full_model_per_tenant(settings: StrategySettings) -> AsyncIterator[StrategyDeployment]:
-    """Serve with the whole model in a process of each tenant's own."""
+    """Run one full model per tenant."""
     with _folder() as folder:
-        # Several processes on the same cores: threads that wait by spinning steal from the others.
+        # Spinning OpenMP threads would take CPU time from the other processes.
         environments = [
             _full_model_environment(settings, folder, batch=1, wait="PASSIVE")
             for _ in range(settings.tenants)
         ]
-        async with running_servers(FULL_MODEL, environments) as found:
-            yield StrategyDeployment(tuple(s.endpoint for s in found), tuple(s.pid for s in found))
+        async with running_servers(FULL_MODEL, environments) as servers:
+            yield StrategyDeployment(
+                tuple(server.endpoint for server in servers),
+                tuple(server.pid for server in servers),
+            )
 
 
 @asynccontextmanager
 async def full_model_shared(settings: StrategySettings) -> AsyncIterator[StrategyDeployment]:
-    """Serve with the whole model in one process for all tenants."""
+    """Run one full model for all tenants."""
     with _folder() as folder:
         environment = _full_model_environment(
             settings, folder, batch=settings.tenants, wait=settings.wait_policy
@@ -119,7 +122,7 @@ async def full_model_shared(settings: StrategySettings) -> AsyncIterator[Strateg
 
 @asynccontextmanager
 async def local_distribution(settings: StrategySettings) -> AsyncIterator[StrategyDeployment]:
-    """Serve with a router for each tenant, and all experts in one process that stays."""
+    """Run one router per tenant, and all experts in one resident sandbox."""
     with _folder() as folder:
         deployment = settings.model.deployment(folder, {"placement": "functions"})
         async with running_resident_sandbox(deployment, folder) as resident:
@@ -128,21 +131,21 @@ async def local_distribution(settings: StrategySettings) -> AsyncIterator[Strate
                 | shared_dir_variables(folder)
                 for _ in range(settings.tenants)
             ]
-            async with running_servers(router.COMMAND, environments) as found:
-                pids = (resident.pid, *(server.pid for server in found))
-                yield StrategyDeployment(tuple(server.endpoint for server in found), pids)
+            async with running_servers(router.COMMAND, environments) as servers:
+                pids = (resident.pid, *(server.pid for server in servers))
+                yield StrategyDeployment(tuple(server.endpoint for server in servers), pids)
 
 
 @asynccontextmanager
 async def functions_private(settings: StrategySettings) -> AsyncIterator[StrategyDeployment]:
-    """Serve with `faasmoe up`, and a router more for each further tenant."""
+    """Run `faasmoe up` and one additional router for each further tenant."""
     with _folder() as folder:
         deployment = settings.model.deployment(folder, settings.experts)
         async with running_up(deployment.file) as up:
-            near = unix_socket_environment(up.launcher.pid)
+            sockets = unix_socket_environment(up.launcher.pid)
             token = str(up.http.headers["Authorization"]).removeprefix("Bearer ")
             environments = [
-                router_environment(deployment, control_url=up.control_url, token=token) | near
+                router_environment(deployment, control_url=up.control_url, token=token) | sockets
                 for _ in range(settings.tenants - 1)
             ]
             async with running_servers(router.COMMAND, environments) as others:
@@ -156,7 +159,7 @@ async def functions_private(settings: StrategySettings) -> AsyncIterator[Strateg
 
 @asynccontextmanager
 async def functions_shared(settings: StrategySettings) -> AsyncIterator[StrategyDeployment]:
-    """Serve with `faasmoe up`, as it is."""
+    """Run `faasmoe up` with one router for all tenants."""
     with _folder() as folder:
         deployment = settings.model.deployment(folder, settings.experts)
         async with running_up(deployment.file) as up:

@@ -1,4 +1,4 @@
-"""`faasmoe bench sweep`: how many experts a function should have, as the paper's figure 5 asks."""
+"""`faasmoe bench sweep`: cost by number of experts per function, as in the paper's figure 5."""
 
 from __future__ import annotations
 
@@ -23,33 +23,47 @@ from faasmoe_operator.cli.signals import run_until_signal
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 15, 20, 30, 60)
 STRATEGIES = (FUNCTIONS_SHARED, LOCAL_DISTRIBUTION)
 ALL_FUNCTIONS_ACTIVE: Mapping[str, Any] = {
-    "warmPool": 0,  # memory is of functions alone
+    "warmPool": 0,  # measures the memory of functions only
     "scaling": {"minScale": 1},
 }
 
 
 def add_command(commands: Any) -> None:
-    """Add the subcommand."""
+    """Add `faasmoe bench sweep`."""
     parser = commands.add_parser(
         "sweep",
-        help="block sizes",
-        description="Serve the same workload with functions of different sizes, and with one "
-        "resident expert server, and say which size the figures recommend.",
+        help="compare function sizes",
+        description="Run the same workload with functions of different sizes and with one\n"
+        "resident expert server, and recommend a size.",
+        epilog="Example:\n  faasmoe bench sweep --sizes 1,2,4,8 --without-local",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(parser)
     parser.add_argument(
-        "--sizes", type=_sizes, default=SIZES, metavar="N,N", help="experts of a layer in a "
-        "function; those beyond the model's are left out (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--tenants", type=int, default=TENANTS, help="how many (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=1, help="rounds of a run (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each (%(default)s)")
-    parser.add_argument("--without-local", action="store_true", help="functions only")
+        "--sizes",
+        type=_sizes,
+        default=SIZES,
+        metavar="N,N",
+        help="experts of one layer per function; sizes above the model's number of experts are "
+        f"skipped (default: {','.join(map(str, SIZES))})",
+    )
+    parser.add_argument(
+        "--tenants", type=int, default=TENANTS, help="number of tenants (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="rounds of 30 requests per run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="runs of each size (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--without-local", action="store_true", help="skip the resident expert server"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Sweep; write figures, table, plots and page."""
+    """Run the sweep; write figures, table, plots and HTML page."""
     return asyncio.run(run_until_signal(_run(arguments)))
 
 
@@ -64,8 +78,8 @@ async def _run(arguments: argparse.Namespace) -> int:
             **describe_plan(next(iter(plans.values()))),
         },
         "sizes": {
-            str(size): to_json(found.results(), reference=LOCAL_DISTRIBUTION)
-            for size, found in comparisons.items()
+            str(size): to_json(comparison.results(), reference=LOCAL_DISTRIBUTION)
+            for size, comparison in comparisons.items()
         },
     }
     report.write("sweep", results, folder=arguments.out.resolve())
@@ -73,12 +87,12 @@ async def _run(arguments: argparse.Namespace) -> int:
 
 
 async def _sweep(plans: Mapping[int, ComparisonPlan], repeats: int) -> Mapping[int, Comparison]:
-    """Run every size once, then again: sizes take turns as strategies do."""
+    """Run each size once per repetition, in alternating order."""
     comparisons = {size: Comparison(plan) for size, plan in plans.items()}
     for number in range(repeats):
         order = list(comparisons) if number % 2 == 0 else list(reversed(comparisons))
         for size in order:
-            print(f"repetition {number + 1} of {repeats}, {size} experts in a function", flush=True)
+            print(f"repetition {number + 1} of {repeats}, {size} experts per function", flush=True)
             await comparisons[size].run()
     return comparisons
 
@@ -114,6 +128,6 @@ def _sizes(text: str) -> Sequence[int]:
         sizes = ()
     if not sizes or sizes[0] < 1:
         raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected numbers of 1 or more, with commas"
+            f"got {text!r}, expected comma-separated integers of 1 or more"
         )
     return sizes

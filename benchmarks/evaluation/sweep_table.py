@@ -1,4 +1,4 @@
-"""The sweep over block sizes as Markdown, and the size that it recommends. Pure."""
+"""Markdown report of a sweep over function sizes, with a recommended size."""
 
 from __future__ import annotations
 
@@ -25,35 +25,37 @@ COLUMNS = (
 
 
 def markdown(sweep: Mapping[str, Any]) -> str:
-    """Return the tables and the recommendation."""
+    """Return setup, one table per strategy, and the recommendation."""
     sizes = sorted(sweep["sizes"], key=int)
-    header = ["experts in a function", *(label for _, label, _, _ in COLUMNS)]
+    header = ["experts per function", *(label for _, label, _, _ in COLUMNS)]
     parts = [describe_setup(sweep["about"])]
     for name in strategies(sweep["sizes"][sizes[0]]):
         rows = [[size, *_cells(sweep["sizes"][size][name])] for size in sizes]
         title = sweep["sizes"][sizes[0]][name]["title"]
         parts.append(f"- {title}")
         parts.append(markdown_table(header, rows))
-    parts.append(f"- recommended: {recommended_size(sweep)} experts in a function, the smallest size of "
-                 f"which time and CPU per token and memory are within {TOLERANCE - 1:.0%} of the "
-                 "best, or the one with the least product of the three")  # fmt: skip
+    parts.append(
+        f"- recommended: {recommended_size(sweep)} experts per function, the smallest size whose "
+        f"time per token, CPU per token and memory are within {TOLERANCE - 1:.0%} of the best, or "
+        "else the size with the smallest product of the three"
+    )
     return "\n\n".join(parts)
 
 
 def recommended_size(sweep: Mapping[str, Any]) -> int:
-    """Return the size to be the default.
+    """Return the recommended number of experts per function.
 
-    Small functions come and go more finely, so the smallest is taken of those that cost no more
-    than the best by any measure. If there is none, the one with the least product of the measures.
+    Small functions scale at a finer granularity, so the smallest size wins whose costs are all
+    within TOLERANCE of the best. If there is none, the smallest product of all costs decides.
     """
-    found = {int(size): by_name[FUNCTIONS_SHARED] for size, by_name in sweep["sizes"].items()}
-    best = {cost: min(figures[cost] for figures in found.values()) for cost in COSTS}
+    by_size = {int(size): by_name[FUNCTIONS_SHARED] for size, by_name in sweep["sizes"].items()}
+    best = {cost: min(figures[cost] for figures in by_size.values()) for cost in COSTS}
     good = [
         size
-        for size, figures in found.items()
+        for size, figures in by_size.items()
         if all(figures[cost] <= TOLERANCE * best[cost] for cost in COSTS)
     ]
-    return min(good) if good else min(found, key=lambda size: _product(found[size]))
+    return min(good) if good else min(by_size, key=lambda size: _product(by_size[size]))
 
 
 def _product(figures: Mapping[str, float]) -> float:

@@ -1,4 +1,4 @@
-"""The results as Markdown: what each strategy gave, medians with the least and the most. Pure."""
+"""Markdown report of a comparison: setup, medians with minimum and maximum, and ratios."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS: Sequence[tuple[str, str, Callable[[float], str]]] = (
     ("peak_gb", "memory, peak GB", lambda x: f"{x:.3f}"),
     ("gb_s_per_token", "GB s per token", lambda x: f"{x:.4f}"),
     ("calls_per_token", "calls per token", lambda x: f"{x:.2f}"),
-    ("wire_bytes_per_token", "KB per token, both ways", lambda x: f"{x / 1e3:.1f}"),
+    ("wire_bytes_per_token", "KB per token, sent and received", lambda x: f"{x / 1e3:.1f}"),
     ("activations", "activations", lambda x: f"{x:.0f}"),
     ("queued_requests", "requests queued for activation", lambda x: f"{x:.0f}"),
     ("cold_start_p50_s", "cold start p50, s", lambda x: f"{x:.3f}"),
@@ -34,7 +34,7 @@ ROWS: Sequence[tuple[str, str, Callable[[float], str]]] = (
     ("local_computations", "calls computed in the router", lambda x: f"{x:.0f}"),
     ("failures", "failed requests", lambda x: f"{x:.0f}"),
     ("equal_texts", "texts equal to the shared full model's", lambda x: f"{x:.1%}"),
-    ("equal_characters", "characters before a difference", lambda x: f"{x:.1%}"),
+    ("equal_characters", "characters before first difference", lambda x: f"{x:.1%}"),
 )
 RATIO_ROWS = (
     ("tokens_per_s", "tokens/s"),
@@ -46,7 +46,7 @@ RATIO_ROWS = (
 
 
 def markdown(results: Results) -> str:
-    """Return everything that a report says in words and tables."""
+    """Return setup, figures and ratios."""
     return "\n".join(
         [
             describe_setup(results[ABOUT]),
@@ -59,39 +59,39 @@ def markdown(results: Results) -> str:
 
 
 def strategies(results: Results) -> list[str]:
-    """Return the names of the strategies in some results."""
+    """Return the names of the strategies in the results."""
     return [name for name in results if name != ABOUT]
 
 
 def figures_table(results: Results) -> str:
-    """Return the table of figures."""
+    """Return the table of figures; rows without any value are omitted."""
     names = strategies(results)
     header = ["", *(results[name]["title"] for name in names)]
     rows = [
         [label, *(_cell(results[name], key, show) for name in names)] for key, label, show in ROWS
     ]
     floor = results[ABOUT]["model"]["weights_bytes"] / 1e9
-    over = [f"{results[name]['mean_gb'] / floor:.2f}" for name in names]
-    rows.insert(11, ["mean memory over the weights once", *over])
+    relative = [f"{results[name]['mean_gb'] / floor:.2f}" for name in names]
+    rows.insert(11, ["mean memory / size of weights", *relative])
     return markdown_table(header, [row for row in rows if set(row[1:]) != {NONE}])
 
 
 def ratios_over_shared(results: Results) -> str:
-    """Return the table of ratios over the shared full model; empty if it did not run."""
+    """Return the table of ratios to the shared full model; empty if it did not run."""
     if FULL_MODEL_SHARED not in results:
         return ""
     names = strategies(results)
-    found = ratios({name: results[name] for name in names}, baseline=FULL_MODEL_SHARED)
-    header = ["over one shared full model", *(results[name]["title"] for name in names)]
+    by_name = ratios({name: results[name] for name in names}, baseline=FULL_MODEL_SHARED)
+    header = ["relative to one shared full model", *(results[name]["title"] for name in names)]
     rows = [
-        [label, *(f"{found[n][key]:.3f}" if key in found[n] else NONE for n in names)]
+        [label, *(f"{by_name[n][key]:.3f}" if key in by_name[n] else NONE for n in names)]
         for key, label in RATIO_ROWS
     ]
     return markdown_table(header, rows)
 
 
 def describe_setup(about: Mapping[str, Any]) -> str:
-    """Return on what and with what the results were got."""
+    """Return a list that describes machine, model and workload."""
     machine, model, workload = about["machine"], about["model"], about["workload"]
     full = about["full_model"]["experts_implementation"]
     return "\n".join(
@@ -104,12 +104,13 @@ def describe_setup(about: Mapping[str, Any]) -> str:
             f"- model: {model['name']}, {model['architecture']}, {model['dtype']}, "
             f"{model['weights_bytes'] / 1e9:.3f} GB of weights, "
             f"{model['moe_layers']} MoE layers of {model['experts']} experts, "
-            f"{model['experts_per_function']} in a function, "
-            f"{model['functions_per_sandbox']} functions in a sandbox at most",
+            f"{model['experts_per_function']} experts per function, "
+            f"up to {model['functions_per_sandbox']} functions per sandbox",
             f"- workload: {workload['name']} (seed {about['seed']}, digest {workload['digest']}), "
             f"{workload['tenants']} tenants, {workload['requests']} requests, "
             f"{workload['tokens']} tokens",
-            f"- full models: {full['alone']} alone, {full['shared']} shared",
+            f"- experts implementation of full models: {full['alone']} per tenant, "
+            f"{full['shared']} shared",
         ]
     )
 
@@ -120,9 +121,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(found: Mapping[str, Any], key: str, show: Callable[[float], str]) -> str:
-    value, spread = found[key], found["spread"].get(key)
+def _cell(result: Mapping[str, Any], key: str, show: Callable[[float], str]) -> str:
+    value, spread = result[key], result["spread"].get(key)
     if value is None:
         return NONE
-    several = spread is not None and len(found["runs"]) > 1 and show(spread[0]) != show(spread[1])
-    return f"{show(value)} ({show(spread[0])}..{show(spread[1])})" if several else show(value)
+    varies = spread is not None and len(result["runs"]) > 1 and show(spread[0]) != show(spread[1])
+    return f"{show(value)} ({show(spread[0])}..{show(spread[1])})" if varies else show(value)

@@ -1,7 +1,7 @@
-"""Prompts of five kinds of task, as BIG-Bench has them, made up here so that nobody's text is used.
+"""Synthetic prompts of five kinds of task in the style of BIG-Bench.
 
-The kinds differ in length of question and of answer. Everything follows from the random generator
-that is passed in.
+They are generated, so that no licensed text is needed. The kinds differ in the lengths of prompt
+and output. All randomness comes from the generator that the caller passes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ MONTHS = ("January", "March", "May", "July", "August", "October", "December")  #
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A question.
+    """A task.
 
     Attributes:
-        kind: which of the kinds it is of.
-        prompt: its text.
-        max_tokens: tokens that an answer may have.
+        kind: a key of KINDS.
+        prompt: the prompt.
+        max_tokens: number of tokens to generate.
     """
 
     kind: str
@@ -32,19 +32,19 @@ class Task:
 
 
 def arithmetic(draw: random.Random) -> str:
-    """Return a sum to be found."""
+    """Return an arithmetic question."""
     a, b, c = (draw.randrange(2, 100) for _ in range(3))
     return f"Question: What is {a} plus {b} times {c}?\nAnswer:"
 
 
 def sorting(draw: random.Random) -> str:
-    """Return words to be sorted."""
+    """Return a list of words to sort."""
     words = draw.sample(THINGS + COLOURS, 8)
     return f"Sort these words by the alphabet: {' '.join(words)}\nSorted:"
 
 
 def dates(draw: random.Random) -> str:
-    """Return a day to be named."""
+    """Return a question about dates."""
     month, day, later = draw.choice(MONTHS), draw.randrange(1, 20), draw.randrange(2, 11)
     return (
         f"Today is the {day}th of {month}. {draw.choice(NAMES)} will come in {later} days, and "
@@ -53,16 +53,17 @@ def dates(draw: random.Random) -> str:
 
 
 def counting(draw: random.Random) -> str:
-    """Return things to be counted."""
+    """Return a counting question."""
     counts = [f"{draw.randrange(2, 9)} {draw.choice(COLOURS)} {x}s" for x in draw.sample(THINGS, 4)]
     return (
-        f"{draw.choice(NAMES)} has {', '.join(counts[:-1])} and {counts[-1]}. Two of the {counts[0][2:]} "
-        "are given away. How many things are left, and which ones are there most of?\nAnswer:"
+        f"{draw.choice(NAMES)} has {', '.join(counts[:-1])} and {counts[-1]}. "
+        f"Two of the {counts[0][2:]} are given away. "
+        "How many things are left, and which ones are there most of?\nAnswer:"
     )
 
 
 def tracking(draw: random.Random) -> str:
-    """Return things that change hands."""
+    """Return a question about objects that people swap."""
     people, things = draw.sample(NAMES, 4), draw.sample(THINGS, 4)
     possessions = ", ".join(f"{p} has the {t}" for p, t in zip(people, things, strict=True))
     swaps = [draw.sample(people, 2) for _ in range(4)]
@@ -80,16 +81,16 @@ KINDS: Mapping[str, tuple[Callable[[random.Random], str], int]] = {
     "counting": (counting, 40),
     "tracking": (tracking, 48),
 }
-"""What makes a prompt of each kind, and the tokens of its answer."""
+"""Prompt generator and number of output tokens by kind."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSizes:
-    """How long tasks may be.
+    """Limits on the length of tasks.
 
     Attributes:
-        prompt_characters: of a prompt; of a longer one the end is kept.
-        output_part: what part of a kind's answer is asked for.
+        prompt_characters: maximum length of a prompt; a longer one keeps its end.
+        output_fraction: fraction of a kind's output tokens to generate.
     """
 
     prompt_characters: int = 1000
@@ -97,7 +98,7 @@ class TaskSizes:
 
 
 def make_task(kind: str, draw: random.Random, sizes: TaskSizes) -> Task:
-    """Return a task of a kind."""
+    """Generate a task of the given kind."""
     generate, tokens = KINDS[kind]
     prompt = generate(draw)[-sizes.prompt_characters :]
     return Task(kind, prompt, max(2, round(tokens * sizes.output_fraction)))

@@ -1,4 +1,4 @@
-"""Variables of a full model's server beyond the router's own; full_model.py says what for."""
+"""Environment variables of full_model.py; separate, because strategies.py must not import torch."""
 
 CHECKPOINT = "FAASMOE_BENCH_CHECKPOINT"
 EXPERTS = "FAASMOE_BENCH_EXPERTS"

@@ -1,4 +1,4 @@
-"""Workloads: which tenant asks what, and when. Pure: a seed gives the same one everywhere."""
+"""Workloads: which tenant sends which task at what time; fully determined by a seed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from benchmarks.evaluation.tasks import KINDS, Task, TaskSizes, make_task
 
 TENANTS = 6
 HOURS = 24
-# Requests of each hour of a working day, relative: nights without any, two peaks, a late batch.
+# Relative number of requests per hour of a working day: quiet nights, two peaks, a late batch.
 HOURLY_WEIGHTS = (0, 0, 0, 0, 0, 0, 1, 3, 6, 9, 8, 5, 3, 6, 9, 8, 6, 4, 2, 1, 0, 0, 2, 0)
-BURST_HOUR_FRACTION = 1 / 3  # requests of an hour come within this part of it
+BURST_HOUR_FRACTION = 1 / 3  # all requests of an hour arrive in its first third
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +22,11 @@ class WorkloadRequest:
     """One request of a workload.
 
     Attributes:
-        tenant: its number.
-        number: its place among the tenant's requests.
-        task: what is asked.
-        at_s: when it is sent, from the workload's begin; None: once the tenant's last is answered.
+        tenant: number of the tenant.
+        number: index among the requests of the tenant.
+        task: the task.
+        at_s: time to send it, from the start of the workload; None to send it once the previous
+            request of the tenant is complete.
     """
 
     tenant: int
@@ -36,12 +37,12 @@ class WorkloadRequest:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Everything that is asked in one run.
+    """All requests of one run.
 
     Attributes:
-        name: its kind.
-        requests: in the order of the tenants and their numbers.
-        duration_s: it lasts at least so long, idle at the end if need be.
+        name: kind of workload.
+        requests: requests ordered by tenant and number.
+        duration_s: minimum duration; the end may be idle.
     """
 
     name: str
@@ -50,37 +51,37 @@ class Workload:
 
     @property
     def is_closed_loop(self) -> bool:
-        """Whether a tenant waits for an answer before it asks again."""
+        """Whether each tenant waits for a response before it sends the next request."""
         return all(request.at_s is None for request in self.requests)
 
     @property
     def n_tenants(self) -> int:
-        """Tenants that take part."""
+        """Number of tenants."""
         return 1 + max(request.tenant for request in self.requests)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that are asked for."""
+        """Number of tokens to generate."""
         return sum(request.task.max_tokens for request in self.requests)
 
     @property
     def digest(self) -> str:
-        """A short digest of everything in it."""
+        """Short digest of all fields."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def of_tenant(self, tenant: int) -> Sequence[WorkloadRequest]:
-        """Return a tenant's requests, in order."""
+        """Return the requests of a tenant in order."""
         return [request for request in self.requests if request.tenant == tenant]
 
 
 def rounds_workload(
     n_rounds: int, *, seed: int, sizes: TaskSizes, tenants: int = TENANTS
 ) -> Workload:
-    """Return the paper's workload: 6 tenants at once, each with one task of each of five kinds.
+    """Return the paper's workload: concurrent tenants, each with one task of every kind per round.
 
-    That is 30 requests a round. Within a tenant a task begins when the one before is answered; the
-    order of kinds differs between tenants.
+    With 6 tenants and 5 kinds, that is 30 requests per round. A tenant sends a task once the
+    previous one is complete; the order of kinds differs between tenants.
     """
     requests: list[WorkloadRequest] = []
     for tenant in range(tenants):
@@ -95,7 +96,7 @@ def rounds_workload(
 def poisson_workload(
     rate_per_s: float, duration_s: float, *, seed: int, sizes: TaskSizes, tenants: int = TENANTS
 ) -> Workload:
-    """Return requests whose distances in time are exponential, whatever becomes of them."""
+    """Return an open-loop workload with Poisson arrivals."""
     draw = random.Random(f"poisson {seed}")
     times: list[float] = []
     at_s = draw.expovariate(rate_per_s)
@@ -108,9 +109,9 @@ def poisson_workload(
 def day_workload(
     n_requests: int, duration_s: float, *, seed: int, sizes: TaskSizes, tenants: int = TENANTS
 ) -> Workload:
-    """Return a working day compressed into `duration_s`, with nights and gaps in which none comes.
+    """Return a working day compressed into `duration_s`, with idle nights and gaps.
 
-    Requests of an hour come in a burst in its first third, at random times.
+    The requests of an hour arrive at random times in its first third.
     """
     draw = random.Random(f"day {seed}")
     hour_s = duration_s / HOURS

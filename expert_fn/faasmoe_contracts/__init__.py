@@ -1,4 +1,5 @@
-"""What crosses process borders: wire frames, the store format, the routing table, control messages.
+"""Formats shared by the router, the sandboxes and the operator.
 
-Imports the standard library and numpy only, and no other package of FaaSMoE.
+Wire frames, the store format, the routing table and control messages. Depends only on the standard
+library and numpy, never on another FaaSMoE package.
 """

@@ -1,7 +1,6 @@
-"""A process's lifeline: it ends when the process that started it ends, however that ended.
+"""Ends a process when its parent dies, even if the parent is killed (PR_SET_PDEATHSIG).
 
-Linux only (prctl). Imports neither torch nor any other part of the package, so that a process can
-call it before anything slow.
+Linux only. Imports nothing slow, so that a process can call it before its other imports.
 """
 
 from __future__ import annotations
@@ -12,27 +11,27 @@ import signal
 from collections.abc import Mapping
 
 PARENT_PID_ENV = "FAASMOE_PARENT_PID"
-"""Set by a parent for the children that are to end with it: its own process id."""
+"""Environment variable with the parent's process ID; set by parents for their children."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 class ParentDeathError(RuntimeError):
-    """The lifeline could not be tied."""
+    """Raised if the parent-death signal cannot be set."""
 
 
 def die_with_parent(parent_pid: int | None = None) -> None:
-    """Ask the kernel to kill this process when its parent dies; SIGKILL of the parent included.
+    """Make the kernel send SIGKILL to this process when its parent dies.
 
-    The kernel watches the *thread* that forked this process: parents must fork from a thread that
-    lives as long as they do. If the parent is already gone, this process ends here. A process that
-    was started by hand (no variable, no argument) is left alone.
+    The kernel watches the *thread* that forked this process, so parents must fork from a thread
+    that lives as long as they do. If the parent has died already, this process is killed here. Does
+    nothing without a parent (no argument, no FAASMOE_PARENT_PID), as in a shell.
 
     Args:
-        parent_pid: the parent; if left out, what the environment says.
+        parent_pid: process ID of the parent; read from FAASMOE_PARENT_PID if None.
 
     Raises:
-        LifelineError: the variable is no process id, or the kernel refused.
+        ParentDeathError: the variable is not a process ID, or prctl failed.
     """
     if parent_pid is None:
         parent_pid = _parent_pid_from_env(os.environ)
@@ -41,7 +40,7 @@ def die_with_parent(parent_pid: int | None = None) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise ParentDeathError(f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}")
-    if os.getppid() != parent_pid:  # it died before the call above
+    if os.getppid() != parent_pid:  # the parent died before prctl
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,7 +1,7 @@
-"""The function table: which function holds which experts, and where it can be called.
+"""The routing table: which expert function holds which experts, and at which addresses.
 
-The control plane writes it, the router reads it, a sandbox gets one entry's shape when a function
-is attached. Plain values and JSON; imports neither torch nor a web framework.
+The control plane writes it and the router reads it; attaching a function sends one FunctionSpec to
+a sandbox. Plain frozen values with strict JSON parsing; knows nothing of transport.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from faasmoe_contracts.text import short_repr
 
 
 class RoutingTableError(ValueError):
-    """A function table that cannot be used; the message names the field, what was got, expected."""
+    """Raised for an invalid routing table; the message names the field, got and expected values."""
 
 
 @dataclass(frozen=True, slots=True)
 class FunctionSpec:
-    """One expert function: a block of experts, the same over one or several MoE layers.
+    """One expert function: a block of experts in one or several MoE layers.
 
     Attributes:
-        id: opaque name, made by `function_id`; carries no routing information.
-        layers: indices of MoE layers in the store's manifest (0-based, ascending).
-        experts: global expert indices in each of those layers (ascending).
+        id: opaque id from `make_function_id`, which reveals no routing information; 1 to 64 ASCII
+            letters and digits, because it is part of URLs.
+        layers: MoE layer indices in the store's manifest, 0-based, ascending, at least one.
+        experts: global expert indices in each of these layers, ascending, at least one.
     """
 
     id: str
@@ -35,8 +36,8 @@ class FunctionSpec:
     experts: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Refuse a shape that no sandbox could attach."""
-        if not (self.id.isascii() and self.id.isalnum()) or len(self.id) > 64:  # stands in URLs
+        """Validate all fields; raises RoutingTableError."""
+        if not (self.id.isascii() and self.id.isalnum()) or len(self.id) > 64:
             raise RoutingTableError(
                 f"id: got {short_repr(self.id)}, expected 1 to 64 ASCII letters and digits"
             )
@@ -50,7 +51,8 @@ class FunctionSpec:
                 )
             if list(values) != sorted(set(values)):
                 raise RoutingTableError(
-                    f"{field}: got {short_repr(list(values))}, expected ascending, without repeats"
+                    f"{field}: got {short_repr(list(values))}, "
+                    "expected ascending indices without duplicates"
                 )
 
     def to_json(self) -> dict[str, Any]:
@@ -59,7 +61,7 @@ class FunctionSpec:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> FunctionSpec:
-        """Read a spec from a JSON object; raises TableError that names the field."""
+        """Parse a spec from a JSON object; raises RoutingTableError naming the field."""
         return cls(
             id=_require_field(value, "id", str),
             layers=tuple(_require_field(value, "layers", list)),
@@ -69,18 +71,23 @@ class FunctionSpec:
 
 @dataclass(frozen=True, slots=True)
 class FunctionEndpoints:
-    """A function and the addresses (`host:port`) of the sandboxes that are ready to compute it."""
+    """A function and the sandboxes that serve it.
+
+    Attributes:
+        spec: the function.
+        addresses: `host:port` of each ready sandbox; empty if there is none.
+    """
 
     spec: FunctionSpec
     addresses: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object of this entry."""
+        """Return the JSON object of this entry: the spec's fields and `addresses`."""
         return {**self.spec.to_json(), "addresses": list(self.addresses)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> FunctionEndpoints:
-        """Read an entry from a JSON object; raises TableError that names the field."""
+        """Parse an entry from a JSON object; raises RoutingTableError naming the field."""
         addresses = tuple(_require_field(value, "addresses", list))
         for address in addresses:
             host, _, port = str(address).rpartition(":")
@@ -92,12 +99,12 @@ class FunctionEndpoints:
 
 @dataclass(frozen=True, slots=True)
 class RoutingTable:
-    """All functions of one model at one version; the version grows with every change.
+    """All functions of one model at one version.
 
     Attributes:
-        model_digest: digest of the store that the functions are cut from.
-        version: 0-based, grows by at least one with every change.
-        functions: one entry for each function, in a fixed order.
+        model_digest: digest of the store's manifest.
+        version: starts at 0 and increases with every change.
+        functions: one entry per function, in a fixed order.
     """
 
     model_digest: str
@@ -105,7 +112,7 @@ class RoutingTable:
     functions: tuple[FunctionEndpoints, ...]
 
     def __post_init__(self) -> None:
-        """Refuse a table in which an expert of a layer belongs to two functions."""
+        """Raise RoutingTableError if two functions hold the same expert of a layer."""
         seen: dict[tuple[int, int], str] = {}
         for entry in self.functions:
             for layer in entry.spec.layers:
@@ -118,7 +125,7 @@ class RoutingTable:
                         )
 
     def uncovered_experts(self, *, n_layers: int, n_experts: int) -> list[tuple[int, int]]:
-        """Return the (layer, expert) pairs of the model that no function holds."""
+        """Return the (layer, expert) pairs of a model that no function holds."""
         specs = [entry.spec for entry in self.functions]
         covered = {(layer, e) for spec in specs for layer in spec.layers for e in spec.experts}
         all_pairs = ((layer, e) for layer in range(n_layers) for e in range(n_experts))
@@ -134,7 +141,7 @@ class RoutingTable:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RoutingTable:
-        """Read a table from a JSON object; raises TableError that names the field."""
+        """Parse a table from a JSON object; raises RoutingTableError naming the field."""
         return cls(
             model_digest=_require_field(value, "model_digest", str),
             version=_require_field(value, "version", int),
@@ -145,7 +152,7 @@ class RoutingTable:
 
     @classmethod
     def loads(cls, text: str | bytes) -> RoutingTable:
-        """Read a table from JSON text; raises TableError."""
+        """Parse a table from JSON text; raises RoutingTableError."""
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -158,7 +165,10 @@ class RoutingTable:
 def make_function_id(
     key: bytes, *, model_digest: str, layers: Iterable[int], experts: Iterable[int]
 ) -> str:
-    """Return an opaque function id: a keyed digest, because names on the wire reveal routing."""
+    """Return the opaque id of a function, 24 hexadecimal digits of an HMAC-SHA-256.
+
+    Ids appear on the wire: descriptive names would reveal the routing to whoever reads the traffic.
+    """
     identity = json.dumps([model_digest, list(layers), list(experts)])
     return hmac.new(key, identity.encode(), hashlib.sha256).hexdigest()[:24]
 

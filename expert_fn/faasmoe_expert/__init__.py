@@ -1,1 +1,1 @@
-"""Sandboxes: processes that host expert functions and compute them."""
+"""Sandboxes: processes that attach expert functions and compute their frames."""

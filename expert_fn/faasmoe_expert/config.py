@@ -1,4 +1,4 @@
-"""A sandbox's settings, read once from the environment."""
+"""Sandbox settings, read once from FAASMOE_* environment variables."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from faasmoe_contracts.wire import MAX_FRAME_BYTES
 
-IDLE_TIMEOUT_S = 600.0  # well above the pauses of a router's traffic
+IDLE_TIMEOUT_S = 600.0  # well above pauses in a router's traffic
 MAX_CONNECTIONS = 1024
 MAX_FRAMES = 256
 MAX_BODIES_BYTES = 64 << 20
 
 
 class SandboxConfigError(ValueError):
-    """A setting that cannot be used; the message names the variable."""
+    """Raised for an invalid setting; the message names the variable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +25,23 @@ class SandboxConfig:
     """Settings of one sandbox.
 
     Attributes:
-        id: name of the sandbox, as the control plane knows it.
+        id: name of the sandbox in the control plane.
         host: address to listen on.
         port: TCP port to listen on; 0 lets the system choose.
-        capacity: functions that can be attached at the same time, 1 or more.
-        device: where experts compute: cpu, cuda, cuda:N or auto.
-        threads: threads of one computation on the CPU, 1 or more.
-        memory_bytes: what the functions' parameters may take, all together; None for no limit on
-            the CPU, and on CUDA for what is free on the device.
-        token: bearer token that /v1 asks for; empty asks for none.
-        request_timeout_s: time for a client to send a request whole, and to take its answer.
-        idle_timeout_s: time after which a connection without a request is closed.
-        max_connections: connections held at the same time, 1 or more.
-        max_frames: requests with a body that are read at the same time, 1 or more.
-        max_bodies_bytes: bytes of those bodies, all together; at least those of one frame.
-        socket_dir: folder for a Unix socket beside the port, for routers of the same machine; None
-            for TCP alone.
-        drain_s: time, once it is told to end, in which it says so to clients that stay connected.
+        capacity: maximum number of attached functions, 1 or more.
+        device: device that experts are computed on: cpu, cuda, cuda:N or auto.
+        threads: intra-op threads on the CPU, 1 or more.
+        memory_bytes: limit on the parameters of all functions together; None for no limit on the
+            CPU, and for the device's free memory on CUDA.
+        token: bearer token required by /v1; empty requires none.
+        request_timeout_s: time for a client to send a complete request, and to read its response.
+        idle_timeout_s: time after which a connection without requests is closed.
+        max_connections: maximum number of open connections, 1 or more.
+        max_frames: maximum number of request bodies read concurrently, 1 or more.
+        max_bodies_bytes: limit on their total size; at least MAX_FRAME_BYTES.
+        socket_dir: directory of a Unix socket beside the TCP port, for routers on the same machine;
+            None for TCP only.
+        drain_s: how long a stopping sandbox keeps connections open to reject new work.
     """
 
     id: str = "sandbox"
@@ -61,7 +61,7 @@ class SandboxConfig:
     drain_s: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse settings out of bounds."""
+        """Validate all settings; raises SandboxConfigError."""
         _require_at_least("FAASMOE_CAPACITY", self.capacity, 1)
         _require_at_least("FAASMOE_THREADS", self.threads, 1)
         if self.memory_bytes is not None:
@@ -83,7 +83,7 @@ class SandboxConfig:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> SandboxConfig:
-        """Read FAASMOE_* variables; raises ConfigError that names the variable."""
+        """Read FAASMOE_* variables; raises SandboxConfigError naming the variable."""
         env = os.environ if env is None else env
         default = cls()
         return cls(
@@ -102,7 +102,7 @@ class SandboxConfig:
             max_connections=_env_int(env, "FAASMOE_MAX_CONNECTIONS", default.max_connections),
             max_frames=_env_int(env, "FAASMOE_MAX_FRAMES", default.max_frames),
             max_bodies_bytes=_env_int(env, "FAASMOE_MAX_BODIES_BYTES", default.max_bodies_bytes),
-            socket_dir=Path(folder) if (folder := env.get("FAASMOE_SOCKET_DIR")) else None,
+            socket_dir=Path(path) if (path := env.get("FAASMOE_SOCKET_DIR")) else None,
             drain_s=_env_float(env, "FAASMOE_DRAIN_S", default.drain_s),
         )
 

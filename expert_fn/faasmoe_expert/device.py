@@ -1,7 +1,7 @@
-"""Where a process computes: what auto, cpu, cuda and cuda:N mean on this machine.
+"""Resolves device names (auto, cpu, cuda, cuda:N) and detects lost CUDA devices.
 
-`python -m faasmoe_expert.device` says as JSON how many CUDA devices torch finds here, and why none:
-the launcher asks it before it starts anything, as it has no torch of its own.
+`python -m faasmoe_expert.device` prints as JSON how many CUDA devices torch finds, and why there
+are none. The launcher runs it before starting anything, because it does not import torch itself.
 """
 
 from __future__ import annotations
@@ -16,20 +16,24 @@ import torch
 
 from faasmoe_expert.config import SandboxConfigError
 
-CUDA_NODES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # of the driver, of Windows' Linux
+CUDA_NODES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # NVIDIA driver, WSL
 
 logger = logging.getLogger(__name__)
 
 
 def resolve_device(name: str, *, field: str = "FAASMOE_DEVICE") -> torch.device:
-    """Return the torch device that `name` (auto, cpu, cuda, cuda:N) means on this machine.
+    """Return the torch device for `name` (auto, cpu, cuda or cuda:N).
 
-    A CUDA device is begun to be used here, so that one that cannot be used is told at the start,
-    and no first call waits for it. auto takes the CPU if it cannot. One with an index becomes this
-    thread's, so that pinned memory takes no context, and none of its memory, on another one.
+    Initializes a CUDA device, so that an unusable one is reported at startup and the first call
+    does not wait for it. `auto` falls back to the CPU. A device with an index becomes the thread's
+    current device; otherwise pinned memory would create a context, which takes memory, on device 0.
+
+    Args:
+        name: the device name.
+        field: setting to name in error messages.
 
     Raises:
-        ConfigError: it asks for a CUDA device that is not there or cannot be used.
+        SandboxConfigError: the CUDA device does not exist or is unusable.
     """
     if name == "cpu":
         return torch.device("cpu")
@@ -44,43 +48,43 @@ def resolve_device(name: str, *, field: str = "FAASMOE_DEVICE") -> torch.device:
     if (device.index or 0) >= count:
         raise SandboxConfigError(f"{field}: got {name!r}, expected an index below {count}")
     if failure := _device_failure(device):
-        raise SandboxConfigError(f"{field}: got {name!r}, which cannot be used: {failure}")
+        raise SandboxConfigError(f"{field}: got {name!r}, which is unusable: {failure}")
     if device.index is not None:
         torch.cuda.set_device(device)
     return device
 
 
 def cuda_unavailable_reason() -> str | None:
-    """Return why torch finds no CUDA device, and what to do; None if it finds one."""
+    """Return why torch finds no CUDA device and what to do about it; None if it finds one."""
     if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         return (
-            f"torch {torch.__version__} is built without CUDA; install its CUDA build, or take the "
-            "image that is built with DEVICE=cuda"
+            f"torch {torch.__version__} is built without CUDA; install its CUDA build, or use the "
+            "image built with DEVICE=cuda"
         )
     if torch.cuda.is_available():
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
     return (
-        f"torch finds no CUDA device{hidden}; `nvidia-smi` must list one here, and a container "
-        "must be given it"
+        f"torch finds no CUDA device{hidden}; check that `nvidia-smi` lists one and that the "
+        "container has access to it"
     )
 
 
 def is_cuda_possible() -> bool:
-    """Tell whether `auto` may come to be a CUDA device here, without touching CUDA.
+    """Return whether `auto` may resolve to a CUDA device, without initializing CUDA.
 
-    For a process that is to fork: CUDA that was begun does not survive a fork.
+    For processes that fork: an initialized CUDA context does not survive a fork.
     """
     is_built: bool = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
     return is_built and any(node.exists() for node in CUDA_NODES)
 
 
 def device_lost_reason(device: torch.device) -> str | None:
-    """Return why a device that was in use cannot be used any more; None if it can.
+    """Return why a device that was in use is unusable now; None if it works.
 
-    Most errors of CUDA end the process's context for good: whatever follows fails too, and only a
-    new process can go on.
+    Most CUDA errors corrupt the process's context: every later call fails too, and only a new
+    process can use the device.
     """
     if device.type == "cpu":
         return None
@@ -102,7 +106,7 @@ def _cuda_or_cpu() -> torch.device:
 
 
 def _device_failure(device: torch.device) -> str | None:
-    """Return why a device cannot be used; None if it can, and is in use from now on."""
+    """Initialize a device; return the first line of the error if that fails, else None."""
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -111,7 +115,7 @@ def _device_failure(device: torch.device) -> str | None:
 
 
 def main() -> int:
-    """Print what torch finds here."""
+    """Print the number of CUDA devices and why there are none as JSON; return 0."""
     why_none = cuda_unavailable_reason()
     count = 0 if why_none else torch.cuda.device_count()
     print(json.dumps({"n_devices": count, "why_none": why_none}))

@@ -1,24 +1,30 @@
-"""What a sandbox refuses.
+"""Errors that a sandbox reports to its clients.
 
 SandboxError
-├── UnknownFunction   404  the function is not attached here
-├── AttachRefused     409  another function holds the place, or the id means something else
-├── BadAttachment     422  a field of the attachment cannot be used
-├── BadFrame          400  a frame that breaks the wire format, or does not fit the function
-├── Overloaded        429  more is sent at once than the sandbox takes in
-├── OutOfMemory       503  memory for this frame or attachment cannot be had, or is not allowed
-├── Corrupted         503  bytes of the store are not those that were prepared
-├── Draining          503  the sandbox ends and takes no more work
-└── DeviceLost        503  the sandbox's device cannot be used any more, so that it ends
+├── UnknownFunction    404  the function is not attached
+├── AttachRefused      409  the sandbox is full, or the id is attached with other experts
+├── BadAttachment      422  a field of the attachment is invalid
+├── BadFrame           400  the frame violates the wire format or does not match the function
+├── SandboxOverloaded  429  too many request bodies are being read
+├── OutOfMemory        503  allocation failed, or the memory budget is exceeded
+├── BlockCorrupted     503  bytes of the store do not match their digest
+├── SandboxDraining    503  the sandbox is shutting down
+└── SandboxDeviceLost  503  the device is unusable and the sandbox exits
 
-Each carries a machine-stable `code`, the `field` at fault and an HTTP `status`.
+Each has a stable machine-readable `code`, the offending `field` and an HTTP `status`.
 """
 
 from __future__ import annotations
 
 
 class SandboxError(Exception):
-    """A request that a sandbox refuses; the sandbox itself goes on."""
+    """A rejected request.
+
+    Attributes:
+        status: HTTP status.
+        code: stable machine-readable code.
+        field: offending field or header, None if there is none.
+    """
 
     status = 500
     code = "internal"
@@ -28,7 +34,7 @@ class SandboxError(Exception):
         self.field = field
 
     def to_json(self) -> dict[str, dict[str, str | None]]:
-        """Return the error object of the HTTP answer."""
+        """Return the JSON object of the HTTP response."""
         return {"error": {"code": self.code, "message": str(self), "field": self.field}}
 
 
@@ -40,56 +46,56 @@ class UnknownFunction(SandboxError):
 
 
 class AttachRefused(SandboxError):
-    """The sandbox is full, or holds this id with other experts."""
+    """The sandbox is full, or the id is attached with other experts."""
 
     status = 409
     code = "attach_refused"
 
 
 class BadAttachment(SandboxError):
-    """A field of an attachment cannot be used."""
+    """A field of an attachment is invalid."""
 
     status = 422
     code = "bad_attachment"
 
 
 class BadFrame(SandboxError):
-    """A frame that is malformed or does not fit the function."""
+    """The frame is malformed or does not match the function."""
 
     status = 400
     code = "bad_frame"
 
 
 class SandboxOverloaded(SandboxError):
-    """More is sent at once than the sandbox takes in."""
+    """Too many request bodies, or too many bytes of them, are being read."""
 
     status = 429
     code = "overloaded"
 
 
 class OutOfMemory(SandboxError):
-    """Memory for one frame or attachment cannot be had; smaller ones may find some."""
+    """Allocation failed or the budget is exceeded; smaller requests may succeed."""
 
     status = 503
     code = "out_of_memory"
 
 
 class BlockCorrupted(SandboxError):
-    """Bytes of the store that a function needs are not those that were prepared."""
+    """Bytes of the function's block in the store do not match their digest."""
 
     status = 503
     code = "corrupted"
 
 
 class SandboxDraining(SandboxError):
-    """The sandbox ends: work goes elsewhere."""
+    """The sandbox is shutting down; another one should do the work."""
 
     status = 503
     code = "draining"
 
 
 class SandboxDeviceLost(SandboxError):
-    """The device failed for good, as far as this process goes: another one takes its place."""
+    """The device is unusable for the rest of this process; only a new process can use it."""
 
     status = 503
     code = "device_lost"

@@ -1,11 +1,11 @@
-"""The zygote's rehearsal: what each sandbox would do once for itself, done once before the forks.
+"""Warms up the zygote before it forks, so that sandboxes share the results.
 
-The first attach and the first products of a process leave something behind: oneDNN's primitives
-(half a megabyte for each shape, twice), specialised bytecode, lazy imports, for families without a
-lean kernel all of transformers. Done here, it lies in pages that all sandboxes share.
+The first attach and the first matrix products of a process create caches: oneDNN primitives (half a
+megabyte per shape, twice), specialized bytecode, lazy imports, and all of transformers for model
+families without a gated kernel. Created before the fork, their pages are shared by all sandboxes.
 
-Everything runs in one thread, so that no OpenMP region is ever begun: a parent that has run one
-leaves children that hang in their first.
+Everything runs in one thread, so that no OpenMP region starts: children of a parent that has run
+one hang in their first region.
 """
 
 from __future__ import annotations
@@ -33,22 +33,19 @@ from faasmoe_expert.server.runtime import SandboxRuntime
 
 logger = logging.getLogger(__name__)
 
-WARMUP_FUNCTION_ID = "rehearsal"
-WARMUP_ROW_COUNTS = (
-    *PADDED_ROW_COUNTS,
-    *range(128, 513, 64),
-)  # those of batches of up to 512 tokens
+WARMUP_FUNCTION_ID = "warmup"
+WARMUP_ROW_COUNTS = (*PADDED_ROW_COUNTS, *range(128, 513, 64))  # padded sizes up to 512 rows
 
 
 def warm_up(config: SandboxConfig, store_path: Path) -> None:
-    """Attach, call and detach a function of each kind of layer of the store in `path`.
+    """Attach, call and detach one function for each kind of layer in a store.
 
-    Does nothing if sandboxes may compute elsewhere than on the CPU: CUDA does not survive a fork.
-    What cannot be rehearsed is left to the sandboxes, and said.
+    Does nothing if sandboxes may use a device other than the CPU, because CUDA does not survive a
+    fork. Failures are logged, and the sandboxes warm up on their own.
 
     Args:
-        config: what sandboxes are made of.
-        path: folder of the prepared model.
+        config: settings of the sandboxes.
+        store_path: directory of the store.
     """
     if not _runs_on_cpu(config.device):
         return
@@ -74,7 +71,7 @@ def _runs_on_cpu(device: str) -> bool:
 
 
 def _distinct_layers(store: Store) -> Iterator[LayerEntry]:
-    """Give one layer of each kind: of one class, kernel and size."""
+    """Yield one layer per combination of module class, kernel and sizes."""
     seen = set()
     for layer in store.manifest.layers:
         kernel = json.dumps(layer.kernel, sort_keys=True)
@@ -101,7 +98,7 @@ def _warm_up_layer(routes: SandboxRoutes, store: Store, layer: LayerEntry, *, to
         *(("POST", frame) for frame in frames),
         ("DELETE", b""),
     ):
-        response = routes.handle(  # which attaches at once, in this thread
+        response = routes.handle(  # without a loader, it attaches in this thread
             HttpRequest(
                 target=f"{FUNCTIONS_PATH}/{WARMUP_FUNCTION_ID}".encode(),
                 authorization=f"Bearer {token}".encode(),
@@ -112,12 +109,12 @@ def _warm_up_layer(routes: SandboxRoutes, store: Store, layer: LayerEntry, *, to
         assert isinstance(response, HttpResponse)
         if response.status >= 300:
             message = b"".join(response.body).decode("utf-8", "replace")
-            logger.warning("%s of layer %d was not warmed up: %s", method, layer.index, message)
+            logger.warning("%s for layer %d was not warmed up: %s", method, layer.index, message)
 
 
 def _warmup_frame(layer: LayerEntry, n_rows: int, *, dtype: Dtype, last_expert: int) -> bytes:
-    """Return a frame of rows for the first expert, and one more row for the last."""
-    experts = np.zeros(n_rows + 1, dtype=np.int32)
+    """Return a request frame of `n_rows` rows for expert 0 and one row for `last_expert`."""
+    experts = np.zeros(n_rows + 1, dtype=np.int32)  # [P]
     experts[-1] = last_expert
     parts = encode_request(
         bytes((n_rows + 1) * layer.hidden_size * dtype.itemsize),

@@ -1,26 +1,22 @@
-"""The zygote's unix socket: JSON lines with one client at a time, the last one that came.
+"""The zygote: imports the sandbox runtime once and forks sandboxes that share its pages.
 
-A client may go and another one come at any moment; what is said while there is none is lost, and a
-new client asks for what it missed.
-
-The zygote: a process that has imported the sandbox runtime once and forks sandboxes from it.
-
-It computes nothing itself: a parent that has run one OpenMP region leaves children that hang in
-their first. A client connects to its unix socket (FAASMOE_ZYGOTE_SOCKET), sends commands as JSON
-lines and gets events as JSON lines; a new client takes the place of the one before:
+A client connects to a Unix socket (FAASMOE_ZYGOTE_SOCKET), sends commands and receives events, both
+as JSON lines. A new client replaces the previous one. Events sent while there is no client are
+lost, so a new client asks for the list of sandboxes:
 
     {"verb": "spawn", "id": "s1", "config": {"capacity": 1}}   fields of SandboxConfig
-    {"verb": "kill", "id": "s1", "grace_s": 5}                 SIGTERM, after the grace SIGKILL
+    {"verb": "kill", "id": "s1", "grace_s": 5}                 SIGTERM, then SIGKILL after grace_s
     {"verb": "list"}
 
     {"event": "ready", "pid": 7}                               the first line of each connection
     {"event": "spawned", "id": "s1", "pid": 8, "address": "127.0.0.1:4242"}
-    {"event": "exited", "id": "s1", "pid": 8, "status": 0}     negative: the signal that ended it
+    {"event": "exited", "id": "s1", "pid": 8, "status": 0}     negative: killed by this signal
     {"event": "sandboxes", "sandboxes": [{"id": .., "pid": .., "address": .., "config": ..}]}
     {"event": "refused", "id": "s2", "message": "..."}
 
-It outlives its clients. SIGTERM or its parent's end ends it, and the sandboxes end with it in any
-case. The token comes by the environment (FAASMOE_TOKEN), never by a command.
+The zygote outlives its clients. It exits on SIGTERM or when its parent dies, and its sandboxes die
+with it. The token is read from the environment (FAASMOE_TOKEN), never from a command. The zygote
+never runs an OpenMP region, because children forked after one hang in their first region.
 """
 
 from __future__ import annotations
@@ -43,24 +39,36 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
-from faasmoe_expert.lazy_import import META_REGISTRATIONS, defer_import
+from faasmoe_transformers.errors import UnsupportedVersions
+from faasmoe_transformers.lazy_import import META_REGISTRATIONS, defer_import
+from faasmoe_transformers.version_check import SANDBOX_MODULES, check_private_names
 
 logger = logging.getLogger(__name__)
 
-
+SOCKET_ENV = "FAASMOE_ZYGOTE_SOCKET"
+WARMUP_STORE_ENV = "FAASMOE_WARMUP_STORE"
+HOST = "127.0.0.1"
+LISTEN_BACKLOG = 128  # of a sandbox's socket
+CLIENT_BACKLOG = 4  # of the zygote's socket
 MAX_LINE_BYTES = 1 << 16
 SEND_TIMEOUT_S = 2.0
-CLIENT_BACKLOG = 4
+DEFAULT_GRACE_S = 5.0
+SHUTDOWN_GRACE_S = 5.0
+LOG_FORMAT = "%(asctime)s %(levelname)s %(process)d %(message)s"
+_HANDLED_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+ServeSandbox = Callable[[dict[str, Any], socket.socket], None]
+"""Runs a sandbox with these SandboxConfig fields on a listening socket, until SIGTERM."""
 
 
 class ControlChannel:
-    """Listens on a unix socket and hands over the lines of its client.
+    """Unix socket server for JSON lines that serves one client, the latest.
 
     Args:
-        path: the socket; one that an earlier process left there is replaced.
-        selector: wakes us; calls the registered data when a socket is readable.
-        greeting: what each client is told first.
-        obey: takes each line.
+        path: path of the socket; a stale socket of an earlier process is replaced.
+        selector: selector of the main loop; its keys carry a callback as data.
+        greeting: first event sent to each client.
+        on_line: called with each line from the client.
     """
 
     def __init__(
@@ -76,7 +84,8 @@ class ControlChannel:
         self._on_line = on_line
         self._client: socket.socket | None = None
         self._buffer = b""
-        temporary_path = path.with_name(f"{path.name}~")  # what is at `path` can be connected to
+        # Renamed only once it listens, so that a socket at `path` always accepts connections.
+        temporary_path = path.with_name(f"{path.name}~")
         temporary_path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(temporary_path))
@@ -87,7 +96,7 @@ class ControlChannel:
         selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     def send_event(self, event: dict[str, Any]) -> None:
-        """Tell the client, if there is one; one that does not listen is dropped."""
+        """Send an event to the client, if any; disconnects a client that does not read."""
         if self._client is None:
             return
         try:
@@ -97,13 +106,13 @@ class ControlChannel:
             self._drop_client()
 
     def close(self) -> None:
-        """Stop listening; the client's connection ends."""
+        """Stop listening and disconnect the client."""
         self._selector.unregister(self._listener)
         self._listener.close()
         self._drop_client()
 
     def close_inherited(self) -> None:
-        """Close, in a forked child, the descriptors that belong to the zygote."""
+        """Close the descriptors in a forked child without affecting the zygote's."""
         for inherited in (self._listener, self._client):
             if inherited is not None:
                 os.close(inherited.detach())
@@ -112,7 +121,7 @@ class ControlChannel:
     def _accept(self) -> None:
         try:
             client, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionError):  # it went away before we came to it
+        except (BlockingIOError, ConnectionError):  # the client disconnected already
             return
         self._drop_client()
         client.settimeout(SEND_TIMEOUT_S)
@@ -121,7 +130,7 @@ class ControlChannel:
         self.send_event(self._greeting)
 
     def _read(self, client: socket.socket) -> None:
-        if client is not self._client:  # replaced within this turn of the selector
+        if client is not self._client:  # replaced during this poll
             return
         try:
             chunk = client.recv(MAX_LINE_BYTES)
@@ -140,25 +149,12 @@ class ControlChannel:
         self._client, self._buffer = None, b""
 
 
-ServeSandbox = Callable[[dict[str, Any], socket.socket], None]
-"""Runs a sandbox with these config fields on a listening socket, until SIGTERM."""
-
-SOCKET_ENV = "FAASMOE_ZYGOTE_SOCKET"
-WARMUP_STORE_ENV = "FAASMOE_WARMUP_STORE"
-HOST = "127.0.0.1"
-LISTEN_BACKLOG = 128
-DEFAULT_GRACE_S = 5.0
-SHUTDOWN_GRACE_S = 5.0
-LOG_FORMAT = "%(asctime)s %(levelname)s %(process)d %(message)s"
-_HANDLED_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
 class NotSingleThreaded(RuntimeError):
-    """There are other threads: whatever they hold or wait for, a child would wait for ever."""
+    """The process has other threads; a forked child would deadlock on the locks they hold."""
 
 
 class InvalidCommand(ValueError):
-    """A command that cannot be carried out; the message says why."""
+    """A command that cannot be executed; the message says why."""
 
 
 @dataclass(slots=True)
@@ -171,7 +167,7 @@ class _ChildSandbox:
 
 
 class Zygote:
-    """Forks, watches and ends sandboxes. Must run in the main thread, as the only thread."""
+    """Forks, monitors and stops sandboxes. Must run in the main thread of a one-thread process."""
 
     def __init__(self, serve_sandbox: ServeSandbox, socket_path: Path) -> None:
         self._serve_sandbox = serve_sandbox
@@ -180,7 +176,7 @@ class Zygote:
         self._is_shutting_down = False
 
     def run(self) -> None:
-        """Serve clients until SIGTERM, then end every sandbox."""
+        """Serve clients until SIGTERM, then stop all sandboxes."""
         with (
             _open_signal_pipe() as self._signal_pipe,
             selectors.DefaultSelector() as self._selector,
@@ -243,14 +239,14 @@ class Zygote:
         for child in self._children.values():
             if child.id == name:
                 return child
-        raise InvalidCommand(f"id: got {name!r}, expected a sandbox that runs")
+        raise InvalidCommand(f"id: got {name!r}, expected a running sandbox")
 
     def _spawn(self, name: str, config: dict[str, Any]) -> None:
         if self._is_shutting_down:
             raise InvalidCommand("the zygote is shutting down")
         if any(child.id == name for child in self._children.values()):
-            raise InvalidCommand(f"id: got {name!r}, which runs already")
-        # The address is known at once because the listener is bound here, not in the child.
+            raise InvalidCommand(f"id: {name!r} is already running")
+        # Bound here, not in the child, so that the address is known immediately.
         with socket.create_server((HOST, 0), backlog=LISTEN_BACKLOG) as listener:
             port = listener.getsockname()[1]
             fields = {**config, "id": name, "host": HOST, "port": port}
@@ -261,7 +257,7 @@ class Zygote:
 
     def _fork(self, fields: dict[str, Any], listener: socket.socket) -> int:
         zygote_pid = os.getpid()
-        # Blocked, so that a signal to the child never runs the zygote's handlers in it.
+        # Signals are blocked, so that the child never runs the zygote's handlers.
         signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED_SIGNALS)
         try:
             pid = os.fork()
@@ -282,14 +278,14 @@ class Zygote:
             status = 0
         except SystemExit as error:
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
-        except BaseException:  # the last frame of this process: whatever it was, say it and end
+        except BaseException:  # outermost frame of the child: report any error, then exit
             traceback.print_exc()
         finally:
             sys.stderr.flush()
             os._exit(status)
 
     def _drop_inherited(self) -> None:
-        """Drop in a child what belongs to the zygote: its handlers, its sockets, its garbage."""
+        """Reset signal handlers, descriptors and GC settings inherited from the zygote."""
         signal.set_wakeup_fd(-1)
         for number in _HANDLED_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
@@ -301,7 +297,7 @@ class Zygote:
         gc.enable()
 
     def _terminate(self, child: _ChildSandbox, grace_s: float) -> None:
-        os.kill(child.pid, signal.SIGTERM)  # not reaped yet, so the id cannot be another's
+        os.kill(child.pid, signal.SIGTERM)  # not reaped yet, so the pid is not reused
         deadline_s = time.monotonic() + grace_s
         child.kill_at_s = min(deadline_s, child.kill_at_s or deadline_s)
 
@@ -325,7 +321,7 @@ class Zygote:
 
 @contextmanager
 def _open_signal_pipe() -> Iterator[tuple[int, int]]:
-    """Make signals readable: each writes its number into a pipe; gives (read end, write end)."""
+    """Write the number of each handled signal to a pipe; yields (read end, write end)."""
     ends = os.pipe()
     for end in ends:
         os.set_blocking(end, False)
@@ -341,12 +337,22 @@ def _open_signal_pipe() -> Iterator[tuple[int, int]]:
 
 
 def import_runtime() -> ServeSandbox:
-    """Import all that a sandbox needs, torch included, and return what runs one."""
+    """Import the sandbox runtime, torch included, and warm it up if a store is configured.
+
+    Returns:
+        The function that serves a sandbox in a forked child.
+
+    Raises:
+        NotSingleThreaded: the warm-up started threads.
+        UnsupportedVersions: torch lacks a private name that a sandbox uses.
+        SandboxConfigError: a setting in the environment is invalid.
+    """
     defer_import(META_REGISTRATIONS)
     from faasmoe_expert.config import SandboxConfig
     from faasmoe_expert.server.server import serve
     from faasmoe_expert.warmup import warm_up
 
+    check_private_names(SANDBOX_MODULES, libraries=("torch",))
     base = SandboxConfig.from_env()
     if path := os.environ.get(WARMUP_STORE_ENV, ""):
         warm_up(base, Path(path))
@@ -361,10 +367,10 @@ def _check_single_threaded() -> None:
 
 
 def main(import_sandbox: Callable[[], ServeSandbox] = import_runtime) -> int:
-    """Run the zygote until SIGTERM.
+    """Run the zygote until SIGTERM; return the exit status.
 
     Args:
-        load: imports the runtime and returns what serves a sandbox.
+        import_sandbox: imports the runtime and returns the function that serves a sandbox.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     path = os.environ.get(SOCKET_ENV, "")
@@ -374,12 +380,12 @@ def main(import_sandbox: Callable[[], ServeSandbox] = import_runtime) -> int:
     try:
         die_with_parent()
         zygote = Zygote(import_sandbox(), Path(path))
-        # What is frozen is not visited by a child's collector, so its pages stay shared.
+        # Children's collectors skip frozen objects, so their pages stay shared.
         gc.disable()
         gc.collect()
         gc.freeze()
         zygote.run()
-    except (ParentDeathError, NotSingleThreaded, OSError, ValueError) as error:
+    except (ParentDeathError, NotSingleThreaded, UnsupportedVersions, OSError, ValueError) as error:
         print(f"faasmoe_expert.zygote: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,4 +1,4 @@
-"""FaaSMoE's control plane: the MoEModel, the plans made from it, the platforms, the command line.
+"""FaaSMoE's control plane: API types, planning, autoscaling, platforms, operator and command line.
 
-Imports neither torch nor model code; of the data plane it knows only torch-free contract modules.
+Imports neither torch nor model code. It shares only `faasmoe_contracts` with the data plane.
 """

@@ -1,8 +1,6 @@
-"""Background tasks that are held, and whose faults are not lost.
+"""asyncio building blocks: background tasks, bounded concurrency, notification, line reading.
 
-Many calls at the same time, not too many, all ended if one fails.
-
-Lines of a child's output, long ones cut, so that no output can exhaust memory.
+Imports only the standard library, so that every package of the control plane can use it.
 """
 
 from __future__ import annotations
@@ -12,11 +10,19 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
+MAX_LINE_BYTES = 1 << 16
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 logger = logging.getLogger(__name__)
 
 
 class TaskSet:
-    """A set of running tasks."""
+    """Background tasks.
+
+    Holds a reference to each task, as the event loop keeps only weak ones, and logs its exception.
+    """
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -28,7 +34,7 @@ class TaskSet:
         task.add_done_callback(self._on_done)
 
     async def cancel_all(self) -> None:
-        """Cancel what still runs and wait for it."""
+        """Cancel all running tasks and wait until they have ended."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -40,19 +46,34 @@ class TaskSet:
             logger.error("a background task failed", exc_info=error)
 
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+class ChangeNotifier:
+    """A condition variable for one event loop, without a lock."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def notify(self) -> None:
+        """Make all waiters evaluate their conditions again."""
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until the condition holds; it is evaluated once for each notification."""
+        while not condition():
+            await self._event.wait()
 
 
 async def gather_limited(
     items: Iterable[Item], function: Callable[[Item], Awaitable[Result]], *, limit: int
 ) -> list[Result]:
-    """Return the results of a call for each item, in order; the first failure cancels the rest.
+    """Call a function for each item concurrently; return the results in order.
+
+    The first exception cancels all other calls and propagates.
 
     Args:
         items: one argument for each call.
-        call: what to do.
-        limit: calls at the same time, at most.
+        function: the function to call.
+        limit: maximum number of concurrent calls.
     """
     slots = asyncio.Semaphore(limit)
 
@@ -69,11 +90,11 @@ async def gather_limited(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-MAX_LINE_BYTES = 1 << 16
-
-
 async def read_lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Give each line without its end; a line longer than MAX_LINE_BYTES comes in pieces."""
+    """Yield each line of a stream without its line ending.
+
+    A line longer than `MAX_LINE_BYTES` is yielded in pieces, so that no output exhausts memory.
+    """
     partial = b""
     while chunk := await stream.read(MAX_LINE_BYTES):
         *lines, partial = (partial + chunk).split(b"\n")

@@ -1,24 +1,25 @@
 """Errors of the control plane; every message can be shown to a user as it is.
 
 FaasmoeError
-├── MoEModelError   a MoEModel that cannot be used (spec/)
-├── PlanError       a model that cannot be cut as asked (plan/functions.py)
-├── PlatformError   sandboxes that cannot be started or were lost (platforms/)
-├── ApiError        the Kubernetes API said no, or nothing (kube/errors.py)
-├── SandboxError    a sandbox that refused or did not answer (control/sandbox_client.py)
-└── CommandError    a command that cannot do its work (cli/)
+├── MoEModelError       an invalid MoEModel (api/v1alpha1/)
+├── PlanError           an invalid partitioning or fleet specification (plan/)
+├── ScalingError        an invalid autoscaler setting or load (scaling/settings.py)
+├── PlatformError       sandboxes that failed to start or were lost (platforms/, kube/platform.py)
+├── KubeApiError        a failed request to the Kubernetes API (kube/errors.py)
+├── SandboxClientError  a failed request to a sandbox (control/sandbox_client.py)
+└── CommandError        a command that failed (cli/)
 """
 
 
 class FaasmoeError(Exception):
-    """Anything that the control plane reports to its user without a traceback."""
+    """Base of all errors that the control plane reports without a traceback."""
 
 
 class MoEModelError(FaasmoeError):
-    """A MoEModel that cannot be used.
+    """A MoEModel is invalid.
 
     Attributes:
-        problems: one line for each fault: field, what was got, what was expected.
+        problems: one line for each problem: the field, its value and what was expected.
     """
 
     def __init__(self, name: str, problems: list[str]) -> None:
@@ -27,18 +28,18 @@ class MoEModelError(FaasmoeError):
 
 
 class PlanError(FaasmoeError):
-    """A model that cannot be cut into functions as asked; names the field, got, expected."""
+    """A plan's input is invalid; the message names the field, its value and what was expected."""
 
 
 class PlatformError(FaasmoeError):
-    """Sandboxes that could not be started, or that were lost."""
+    """Sandboxes could not be started, or were lost."""
 
 
 class CommandError(FaasmoeError):
-    """A command that cannot do its work.
+    """A command failed.
 
     Attributes:
-        status: the exit status of the command.
+        exit_status: the exit status of the command.
     """
 
     def __init__(self, message: str, *, exit_status: int = 1) -> None:

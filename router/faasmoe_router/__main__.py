@@ -1,4 +1,4 @@
-"""`python -m faasmoe_router`: one router, configured by FAASMOE_* variables."""
+"""`python -m faasmoe_router`: runs one router, configured by FAASMOE_* variables."""
 
 import logging
 import os
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_router.config import RouterConfig
 from faasmoe_router.errors import RouterConfigError
+from faasmoe_transformers.errors import UnsupportedVersions
 
 if TYPE_CHECKING:
     from faasmoe_router.process import RouterProcess
@@ -19,13 +20,9 @@ logger = logging.getLogger("faasmoe_router")
 
 
 def main() -> int:
-    """Serve until SIGTERM; return the exit status."""
+    """Serve until SIGTERM or SIGINT; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for logger_name in (
-        "ContinuousBatchingLogger",
-        "httpx",
-    ):  # one line for each batch, each report
-        logging.getLogger(logger_name).setLevel(logging.WARNING)
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)  # logs every batch
     try:
         die_with_parent()
         process = _create_process(RouterConfig.from_env())
@@ -34,7 +31,7 @@ def main() -> int:
         return EXIT_BAD_CONFIG
     has_failed = not process.serve()
     if process.is_stuck:
-        # A thread that hangs in a forward pass would keep the interpreter from ending.
+        # A thread that hangs in a forward pass would block the interpreter's exit.
         logger.critical("The engine thread hangs; exiting without joining it")
         logging.shutdown()
         os._exit(EXIT_FAILED)
@@ -42,7 +39,13 @@ def main() -> int:
 
 
 def _create_process(config: RouterConfig) -> "RouterProcess":
-    # Imported late: torch takes seconds, and a bad setting should be told at once.
+    # Imported late: torch takes seconds to import, and invalid settings should fail fast.
+    from faasmoe_transformers.version_check import ROUTER_MODULES, check_private_names
+
+    try:
+        check_private_names(ROUTER_MODULES)  # before the modules that import these names
+    except UnsupportedVersions as error:
+        raise RouterConfigError(str(error)) from error
     from faasmoe_router.process import RouterProcess
 
     return RouterProcess(config)

@@ -1,44 +1,35 @@
-"""The router's errors.
+"""All errors that the router raises on purpose.
 
 RouterError
-├── ConfigError           a setting that the process cannot start with
-├── ChatTemplateError     messages that the model's chat template does not take
-├── EngineUnavailable     the engine does not run (starting again, stopped, or given up)
-├── EngineSaturated       more requests wait than the engine may hold
-├── HoldQueueFull         more requests wait for functions to be started than may
-├── ActivationTimeout     functions that a request needs could not be started in time
-├── StoreUnreadable       the store was removed or damaged while it was served
-├── ConstraintError       a grammar that a text cannot be held to
-├── StoreCorrupted        bytes of the store that a request needs are wrong, and no sandbox has them
-└── GenerationFailed      a request that had been accepted could not be finished
-    └── NoTokenAllowed    its own constraints leave no token that may come next
+├── RouterConfigError       an invalid setting; the process cannot start
+├── TenantsConfigError      an invalid tenants file
+├── ChatTemplateError       messages that the model's chat template rejects
+├── GrammarError            a grammar that cannot constrain a text
+├── RequestTooLarge         more tokens than the tenant may ever reserve
+├── RateLimitExceeded       a tenant's rate limit
+├── TenantQueueFull         a tenant's part of the queue is full
+├── EngineQueueFull         the engine's queue is full
+├── ActivationQueueFull     the queue for cold functions is full
+├── ActivationTimeout       functions were not activated in time
+├── EngineUnavailable       the engine is starting, stopped or has given up
+├── EngineDeviceLost        the model's device is unusable; fatal
+├── StoreUnreadable         the store was removed or damaged; fatal
+├── StoreCorrupted          bytes of the store fail verification everywhere
+└── GenerationFailed        an accepted request cannot be finished
+    └── NoTokenAllowed      its constraints allow no further token
 
-What goes wrong with tenants.
+ControlError                calls to the control plane; never ends the router
+├── ControlUnreachable      no connection, or it was cut or stalled
+├── ControlRejected         an unsuccessful status
+└── ControlProtocolError    a response that violates the protocol
 
-RouterError
-├── DocumentError      a tenants file that cannot be used
-├── RateLimited        a tenant has spent what it may ask for in a minute
-├── TenantQueueFull    too many of a tenant's requests wait already
-└── NeverFits          a request that no waiting would let through
-
-What can go wrong with the control plane. None of it ends the router.
-
-ControlError
-├── Unreachable   it is away, or it cut or stalled the call
-├── Rejected      it answered with another status than success
-└── Garbage       it sent what the contract does not have
-
-The errors of checkpoint preparation; the message says what is missing.
-
-PrepareError
-├── SourceNotFound      the checkpoint, its revision or one of its files is not there
-├── SourceUnsupported   a checkpoint that is not served, whatever is tried
-├── StoreMismatch       the folder holds another store, or something else
-├── HubUnauthorized     the hub wants a token that was granted access
-├── HubUnavailable      the hub cannot be reached or is out of order
-└── NoSpace             the volume is too small
-
-Each carries a machine-stable `reason`, and whether it is final: trying again cannot help.
+PrepareError                checkpoint preparation; carries `reason` and `is_permanent`
+├── SourceNotFound          no such checkpoint, revision or file
+├── SourceUnsupported       a checkpoint that cannot be served; permanent
+├── StoreMismatch           the folder holds something else; permanent
+├── HubUnauthorized         the Hugging Face Hub requires an authorized token
+├── HubUnavailable          the Hub is unreachable, failing or rate-limiting
+└── NoSpace                 the volume is full
 """
 
 from __future__ import annotations
@@ -48,67 +39,67 @@ from collections.abc import Iterator, Mapping
 
 
 class RouterError(Exception):
-    """Base of all errors that the router raises on purpose."""
+    """Base of the errors of serving: settings, requests, engine and store."""
 
 
 class RouterConfigError(RouterError):
-    """A setting that the process cannot start with; the message names the variable."""
+    """An invalid setting, with which the process cannot start; the message names the variable."""
 
 
 class ChatTemplateError(RouterError):
-    """Messages that the model's chat template does not take."""
+    """The model has no chat template, or it rejects the messages."""
 
 
 class EngineUnavailable(RouterError):
-    """The engine does not run: it starts again, was stopped, or has given up."""
+    """The engine is not running: it is (re)starting, was stopped or has given up."""
 
 
 class EngineQueueFull(RouterError):
-    """More requests wait than the engine may hold."""
+    """The engine holds its maximum number of requests."""
 
 
 class ActivationQueueFull(RouterError):
-    """More requests wait for functions to be started than may."""
+    """The maximum number of requests, or bytes, already waits for functions to be activated."""
 
 
 class ActivationTimeout(RouterError):
-    """Functions that a request needs could not be started in time."""
+    """Functions that a request needs were not activated in time."""
 
 
 class StoreUnreadable(RouterError):
-    """The store was removed or damaged while it was served; starting again does not help."""
+    """The store was removed or damaged while being served; an engine restart does not help."""
 
 
 class StoreCorrupted(RouterError):
-    """Bytes of the store that a request needs are wrong, and no sandbox has right ones."""
+    """Bytes of the store that a request needs fail verification, and no sandbox has valid ones."""
 
 
 class EngineDeviceLost(RouterError):
-    """The model's device cannot be used any more by this process; only a new one can go on."""
+    """This process cannot use the model's device any more; only a new process can."""
 
 
 class GenerationFailed(RouterError):
-    """A request that had been accepted could not be finished."""
+    """An accepted request could not be finished."""
 
 
 class GrammarError(RouterError):
-    """A grammar that a text cannot be held to: wrong, too large, or of a kind not known here."""
+    """A grammar that cannot constrain a text: invalid, unsupported, too large or too expensive."""
 
 
 class NoTokenAllowed(GenerationFailed):
-    """A request's own constraints leave no token that may come next, or cost too much."""
+    """A request's constraints allow no further token, or its grammar takes too much time."""
 
 
 class TenantsConfigError(RouterError):
-    """A tenants file that cannot be used; the message names the field."""
+    """An invalid tenants file; the message names the field."""
 
 
 class RateLimitExceeded(RouterError):
-    """A tenant has spent what it may ask for in a minute.
+    """A tenant exceeds its requests or tokens per minute.
 
     Attributes:
-        retry_after_s: when the request would be let through if nobody else asked.
-        headers: the x-ratelimit-* headers that say what is left.
+        retry_after_s: seconds until the request is admitted if the tenant sends no other.
+        headers: x-ratelimit-* response headers with the remaining quota.
     """
 
     def __init__(
@@ -120,23 +111,27 @@ class RateLimitExceeded(RouterError):
 
 
 class TenantQueueFull(RouterError):
-    """Too many of a tenant's requests wait already."""
+    """The maximum number of a tenant's sequences already waits."""
 
 
 class RequestTooLarge(RouterError):
-    """A request that asks for more than its tenant may have at once; waiting does not help."""
+    """A request exceeds what its tenant may ever reserve; waiting does not help."""
 
 
 class ControlError(Exception):
-    """A call to the control plane that failed."""
+    """A call to the control plane failed."""
 
 
 class ControlUnreachable(ControlError):
-    """The control plane is away, or it cut or stalled the call."""
+    """The control plane cannot be reached, or it cut or stalled the call."""
 
 
 class ControlRejected(ControlError):
-    """The control plane answered with another status than success."""
+    """The control plane responded with an unsuccessful HTTP status.
+
+    Attributes:
+        status: the HTTP status.
+    """
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(f"status {status}: {reason}")
@@ -144,59 +139,64 @@ class ControlRejected(ControlError):
 
 
 class ControlProtocolError(ControlError):
-    """The control plane sent what the contract does not have; the message names the field."""
+    """The control plane's response violates the protocol; the message names the field."""
 
 
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 class PrepareError(Exception):
-    """A checkpoint or a store folder that cannot be used."""
+    """A checkpoint cannot be prepared.
+
+    Attributes:
+        reason: machine-readable reason; part of the API, never changes.
+        is_permanent: whether retrying is pointless.
+    """
 
     reason = "Failed"
     is_permanent = False
 
 
 class SourceNotFound(PrepareError):
-    """The checkpoint, its revision or one of its files is not there."""
+    """The checkpoint, its revision or one of its files does not exist."""
 
     reason = "SourceNotFound"
 
 
 class SourceUnsupported(PrepareError):
-    """A checkpoint that is not served: quantised, of an unknown class, without experts."""
+    """The checkpoint cannot be served: quantised, of an unknown class or without experts."""
 
     reason = "SourceUnsupported"
     is_permanent = True
 
 
 class StoreMismatch(PrepareError):
-    """The folder holds a store of something else, or no store at all."""
+    """The target folder holds a store of another checkpoint, or files that are no store."""
 
     reason = "StoreMismatch"
     is_permanent = True
 
 
 class HubUnauthorized(PrepareError):
-    """The hub wants a token that was granted access."""
+    """The Hugging Face Hub requires a token that has access."""
 
     reason = "HubUnauthorized"
 
 
 class HubUnavailable(PrepareError):
-    """The hub cannot be reached, is out of order or asks for patience."""
+    """The Hugging Face Hub is unreachable, failing or rate-limiting."""
 
     reason = "HubUnavailable"
 
 
 class NoSpace(PrepareError):
-    """The volume is too small."""
+    """The volume is full."""
 
     reason = "NoSpace"
 
 
 def failure_reason(error: BaseException) -> str:
-    """Return the reason of a failure; a full volume is told by whatever error it led to."""
+    """Return the machine-readable reason of a failure; finds a full volume in its causes."""
     is_disk_full = (
         isinstance(cause, OSError) and cause.errno in _DISK_FULL_ERRNOS
         for cause in cause_chain(error)
@@ -207,7 +207,7 @@ def failure_reason(error: BaseException) -> str:
 
 
 def cause_chain(error: BaseException) -> Iterator[BaseException]:
-    """Give an error and what it was raised from, the last one first."""
+    """Yield an error and the chain of its explicit causes, outermost first."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause

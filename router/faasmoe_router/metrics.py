@@ -1,6 +1,7 @@
-"""The router's metrics: one registry of its own, with vLLM's names, so that its dashboards work.
+"""The router's metrics registry and the engine's metrics.
 
-Other parts register their collectors on the same registry.
+Engine metrics use vLLM's names, labels and buckets, so vLLM's dashboards work unchanged. Other
+modules register their own collectors on the same registry.
 """
 
 import asyncio
@@ -25,11 +26,11 @@ REQUEST_BUCKETS_S = (
 
 
 def new_registry() -> CollectorRegistry:
-    """Return a registry that tells of this process and of nothing else yet."""
+    """Return a registry with metrics of the process, the platform and the event loop."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
-    tasks = Gauge("faasmoe_router_event_loop_tasks", "Tasks of the event loop.", registry=registry)
+    tasks = Gauge("faasmoe_router_event_loop_tasks", "Number of asyncio tasks.", registry=registry)
     tasks.set_function(_count_event_loop_tasks)
     return registry
 
@@ -37,36 +38,56 @@ def new_registry() -> CollectorRegistry:
 def _count_event_loop_tasks() -> int:
     try:
         return len(asyncio.all_tasks())
-    except RuntimeError:  # read outside the event loop, where there is none
+    except RuntimeError:  # no event loop runs in this thread
         return 0
 
 
 class EngineMetrics:
-    """What the engine counts; every metric carries the served model's name."""
+    """The engine's metrics, labelled with the name of the served model.
+
+    Args:
+        registry: registry of the collectors.
+        model_name: value of the label `model_name`.
+
+    Attributes:
+        prompt_tokens: prompt tokens computed.
+        generation_tokens: tokens generated.
+        prefix_queries: prompt tokens looked up in the prefix cache.
+        prefix_hits: prompt tokens found in the prefix cache.
+        resumed_requests: requests resumed after an engine restart.
+        time_to_first_token_s: seconds from arrival to the first token.
+        inter_token_latency_s: seconds between successive outputs of a sequence.
+        e2e_latency_s: seconds from arrival to the last token.
+    """
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
-        def counter(name: str, text: str) -> Counter:
-            metric = Counter(f"vllm:{name}", text, ["model_name"], registry=registry)
+        def counter(name: str, description: str) -> Counter:
+            metric = Counter(f"vllm:{name}", description, ["model_name"], registry=registry)
             return metric.labels(model_name)
 
-        def gauge(name: str, text: str) -> Gauge:
-            metric = Gauge(f"vllm:{name}", text, ["model_name"], registry=registry)
+        def gauge(name: str, description: str) -> Gauge:
+            metric = Gauge(f"vllm:{name}", description, ["model_name"], registry=registry)
             return metric.labels(model_name)
 
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            name = f"vllm:{name}_seconds"
-            metric = Histogram(name, text, ["model_name"], registry=registry, buckets=buckets)
+        def histogram(name: str, description: str, buckets: Sequence[float]) -> Histogram:
+            metric = Histogram(
+                f"vllm:{name}_seconds",
+                description,
+                ["model_name"],
+                registry=registry,
+                buckets=buckets,
+            )
             return metric.labels(model_name)
 
         self._model_name = model_name
-        self._running = gauge("num_requests_running", "Requests that are computed.")
-        self._waiting = gauge("num_requests_waiting", "Requests that wait to be computed.")
+        self._running = gauge("num_requests_running", "Number of running requests.")
+        self._waiting = gauge("num_requests_waiting", "Number of waiting requests.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens computed.")
         self.generation_tokens = counter("generation_tokens", "Tokens generated.")
         self.prefix_queries = counter(
-            "prefix_cache_queries", "Prompt tokens that the cache was asked for."
+            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
         )
-        self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens that it had.")
+        self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self._success = Counter(
             "vllm:request_success",
             "Finished requests by finish reason.",
@@ -81,21 +102,23 @@ class EngineMetrics:
         ).labels(model_name)
         self.time_to_first_token_s = histogram(
             "time_to_first_token",
-            "From a request's arrival to its first token.",
+            "Time from a request's arrival to its first token.",
             FIRST_TOKEN_BUCKETS_S,
         )
         self.inter_token_latency_s = histogram(
-            "inter_token_latency", "Between two tokens of a request.", TOKEN_BUCKETS_S
+            "inter_token_latency", "Time between two tokens of a request.", TOKEN_BUCKETS_S
         )
         self.e2e_latency_s = histogram(
-            "e2e_request_latency", "From a request's arrival to its last token.", REQUEST_BUCKETS_S
+            "e2e_request_latency",
+            "Time from a request's arrival to its last token.",
+            REQUEST_BUCKETS_S,
         )
 
     def observe_requests(self, read_counts: Callable[[], tuple[int, int]]) -> None:
-        """Read the running and the waiting requests from the engine whenever metrics are read."""
+        """Read the numbers of running and waiting requests whenever metrics are scraped."""
         self._running.set_function(lambda: read_counts()[0])
         self._waiting.set_function(lambda: read_counts()[1])
 
     def record_finished(self, reason: str) -> None:
-        """Count the end of a request: stop, length, abort or error."""
+        """Count a finished request by its reason: stop, length, abort or error."""
         self._success.labels(self._model_name, reason).inc()

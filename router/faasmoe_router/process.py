@@ -1,4 +1,4 @@
-"""The router process: store, dispatch, model, engine and API put together from the settings."""
+"""The router process: builds store, dispatch, model, engine and API from the settings."""
 
 import logging
 import re
@@ -17,28 +17,29 @@ from faasmoe_contracts.store import Store, StoreError
 from faasmoe_expert.config import SandboxConfigError as DeviceError
 from faasmoe_expert.device import resolve_device
 from faasmoe_router.api.app import create_app
+from faasmoe_router.compute_dtype import select_compute_dtype
 from faasmoe_router.config import PREFIX, RouterConfig
 from faasmoe_router.control import ControlLink, LinkSettings
 from faasmoe_router.control.activator import ActivationQueueLimits, ActivationRequester
 from faasmoe_router.control.client import ControlClient
 from faasmoe_router.control.metrics import ControlLinkMetrics
 from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.dispatch.calls import DispatchTimeouts
 from faasmoe_router.dispatch.cold_start import ActivationSettings
 from faasmoe_router.dispatch.device_transfer import BufferedTransfer, transfer_for
+from faasmoe_router.dispatch.fanout import DispatchTimeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
-from faasmoe_router.engine.cache_config import EngineLimits, KVCacheGeometry
+from faasmoe_router.engine.batcher import EngineLimits, KVCacheGeometry
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import RouterConfigError
 from faasmoe_router.metrics import EngineMetrics, new_registry
+from faasmoe_router.model_loader import ModelLoadError, load_router_model
 from faasmoe_router.server import Server
 from faasmoe_router.tenants.quota import ActivationQueueCapacity
 from faasmoe_router.tenants.registry import TenantRegistry
 from faasmoe_router.tenants.service import TenantService, UsageSources
 from faasmoe_router.tenants.usage import FunctionCost, FunctionCostMeter, RouterUsage
 from faasmoe_router.tenants.usage_store import UsageFileStore
-from faasmoe_router.transformers_backend.model_loader import ModelLoadError, load_router_model
 from faasmoe_router.version import system_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,12 @@ DEFAULT_MODEL_LEN = 8192
 class RouterProcess:
     """One router, ready to serve.
 
+    Args:
+        config: the router's settings.
+
     Raises:
-        ConfigError: the store, the table or a limit cannot be used; the message names the variable.
+        RouterConfigError: the store, the routing table or a limit cannot be used; the message names
+            the variable.
     """
 
     def __init__(self, config: RouterConfig) -> None:
@@ -72,7 +77,9 @@ class RouterProcess:
             )
         self._link = link
         try:
-            model = load_router_model(store, self._dispatcher, device=device)
+            model = load_router_model(
+                store, self._dispatcher, device=device, dtype=_select_dtype(config, store, device)
+            )
         except ModelLoadError as error:
             raise RouterConfigError(f"FAASMOE_STORE: {error}") from error
         model_name = config.model_name or Path(store.manifest.model.source).name
@@ -112,7 +119,7 @@ class RouterProcess:
         )
 
     def serve(self) -> bool:
-        """Serve until SIGTERM or SIGINT; return whether that, and not a failure, was the end."""
+        """Serve until SIGTERM or SIGINT; return whether that ended it, rather than a failure."""
         try:
             self._server.run()
         finally:
@@ -121,7 +128,7 @@ class RouterProcess:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the engine's thread outlived its time to end."""
+        """Whether the engine's thread did not end in time and was abandoned."""
         return self._engine.is_stuck
 
     def _abort_running(self) -> None:
@@ -144,7 +151,7 @@ def _open_store(path: Path) -> Store:
 def _load_tokenizer(path: Path) -> ModelTokenizer:
     try:
         return ModelTokenizer(AutoTokenizer.from_pretrained(path))
-    except Exception as error:  # a broken file raises whatever its parser stumbled over
+    except Exception as error:  # a broken file raises whatever its parser does
         reason = str(error).partition("\n")[0]
         raise RouterConfigError(
             f"FAASMOE_STORE: {path}: no tokenizer can be loaded: {reason}"
@@ -248,7 +255,7 @@ def _create_tenant_service(
 
 
 def _new_router_name() -> str:
-    """Return a name that no router has had: 1 to 64 letters, digits, dots, dashes."""
+    """Return a unique name: 1 to 64 letters, digits, dots and dashes."""
     host = re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())
     return f"{host[:40]}-{secrets.token_hex(4)}"
 
@@ -260,12 +267,19 @@ def _resolve_device(requested: str) -> torch.device:
         raise RouterConfigError(str(error)) from error
 
 
+def _select_dtype(config: RouterConfig, store: Store, device: torch.device) -> torch.dtype:
+    selected = select_compute_dtype(config.dtype, store, device)
+    dtype_name = str(selected.dtype).removeprefix("torch.")
+    logger.info("The router computes in %s: %s", dtype_name, selected.reason)
+    return selected.dtype
+
+
 def _engine_limits(config: RouterConfig, model: Any) -> EngineLimits:
     model_max_len: int = model.config.get_text_config().max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > model_max_len:
         raise RouterConfigError(
             f"FAASMOE_MAX_MODEL_LEN: got {config.max_model_len}, expected at most {model_max_len}, "
-            "which the model was made for"
+            "the model's context length"
         )
     try:
         limits = EngineLimits(

@@ -1,15 +1,10 @@
-"""The end of a server, as its clients see it: what runs is finished, nothing is begun.
+"""The HTTP server: uvicorn with a graceful drain.
 
-From the moment that the end is asked for, the server is not ready and refuses new work by a 503
-that says when to come again, at a place that still listens: a client that is refused a connection
-could not tell the end from a fault.
-
-The HTTP server: uvicorn, but it ends quietly and lets no answer hang.
-
-uvicorn closes its listeners at shutdown, waits for running answers and then cuts them. Here it goes
-on to listen while they finish, and says that it ends (`ending.py`); those that take too long are
-ended first, each with an error that its client can read. And it ends by returning, not by the
-signal it got, so that what comes after it still runs.
+uvicorn closes its listeners at shutdown, waits for running responses and then cuts them. This
+server keeps listening while they finish: it reports not ready and rejects new work with 503 and
+Retry-After, since a client whose connection is refused cannot tell a shutdown from a failure.
+Responses that take too long end with an error that the client can read. `run` returns after a
+signal instead of re-raising it, so that the caller's cleanup runs.
 """
 
 from __future__ import annotations
@@ -29,13 +24,19 @@ from faasmoe_router.api.errors import ApiError
 
 READINESS_PATH = "/health"
 WORK_METHODS = ("POST", "PUT", "PATCH", "DELETE")
+DRAIN_TIMEOUT_S = 20.0
+ABORT_TIMEOUT_S = 2.0  # for error responses of aborted work
+CLOSE_TIMEOUT_S = 3  # all three together less than Kubernetes' grace period of 30 s
 
 
 class DrainMiddleware:
-    """ASGI middleware around a whole app.
+    """ASGI middleware that rejects new work with 503 while the server drains.
+
+    Work is any request with a method in WORK_METHODS; other requests are served to the end, except
+    the readiness path, which fails as soon as draining starts.
 
     Attributes:
-        has_begun: whether the end was asked for.
+        is_draining: whether new work is rejected.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -46,16 +47,16 @@ class DrainMiddleware:
         self._idle.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or refuse it."""
-        if scope["type"] != "http" or scope["method"] not in WORK_METHODS:
-            if self.is_draining and scope.get("path") == READINESS_PATH:
-                await self._reject(scope, receive, send)
-            else:
-                await self._app(scope, receive, send)
-            return
-        if self.is_draining:
+        """Serve or reject one request."""
+        is_work = scope["type"] == "http" and scope["method"] in WORK_METHODS
+        if self.is_draining and (is_work or scope.get("path") == READINESS_PATH):
             await self._reject(scope, receive, send)
-            return
+        elif is_work:
+            await self._serve_tracked(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _serve_tracked(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._n_in_flight += 1
         self._idle.clear()
         try:
@@ -66,11 +67,11 @@ class DrainMiddleware:
                 self._idle.set()
 
     def start_draining(self) -> None:
-        """Refuse work from now on."""
+        """Reject new work from now on."""
         self.is_draining = True
 
     async def wait_until_idle(self, timeout_s: float) -> bool:
-        """Wait until no answer runs; return whether that was in time."""
+        """Wait until no work is in flight; return False after the timeout."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
@@ -93,20 +94,15 @@ class DrainMiddleware:
         await error.response()(scope, receive, send_and_close)
 
 
-DRAIN_TIMEOUT_S = 20.0
-ABORT_TIMEOUT_S = 2.0  # for the errors that end what took too long
-CLOSE_TIMEOUT_S = 3  # together less than the 30 s after which Kubernetes kills
-
-
 class Server(uvicorn.Server):
     """Serves an app until SIGTERM, SIGINT or `should_exit`.
 
     Args:
         app: the ASGI app.
-        host: address to listen at.
-        port: port to listen at.
-        end_running: ends the answers that still run `drain_s` after the end was asked for.
-        drain_s: how long answers may go on.
+        on_drain_timeout: aborts the responses still running after `drain_timeout_s`.
+        host: address to listen on.
+        port: port to listen on; 0 for any free port.
+        drain_timeout_s: seconds that running responses get to finish.
     """
 
     def __init__(
@@ -134,7 +130,7 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Take SIGTERM and SIGINT as the wish to end."""
+        """Shut down gracefully on SIGTERM and SIGINT, without re-raising them afterwards."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -147,7 +143,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse work, wait for the running answers, end those that take too long, then close."""
+        """Drain: reject work, wait for running responses, abort the rest, then close."""
         self._drain.start_draining()
         if not await self._drain.wait_until_idle(self._drain_timeout_s):
             self._on_drain_timeout()

@@ -1,7 +1,4 @@
-"""FaaSMoE's own version.
-
-`system_fingerprint`: equal where the same request and seed may be expected to repeat.
-"""
+"""FaaSMoE's version and OpenAI's `system_fingerprint`."""
 
 from __future__ import annotations
 
@@ -11,10 +8,10 @@ from typing import Any
 
 
 def installed_version() -> str:
-    """Return the version that is installed."""
+    """Return the installed version; "0+source" in a source tree without installation."""
     try:
         return version("faasmoe")
-    except PackageNotFoundError:  # run from a source tree that was never installed
+    except PackageNotFoundError:
         return "0+source"
 
 
@@ -23,11 +20,13 @@ FINGERPRINTED_PACKAGES = ("torch", "transformers")
 
 
 def system_fingerprint(store_digest: str, model: Any) -> str:
-    """Return what tells these weights, and what they are computed with, from all others.
+    """Return an identifier of the weights and of the software and device that compute them.
+
+    With equal fingerprints, the same request and seed can be expected to give the same output.
 
     Args:
-        store_digest: of the store that the weights are read from.
-        model: the model, for its numbers' format and its device.
+        store_digest: digest of the store that holds the weights.
+        model: the model; supplies dtype and device.
     """
     versions = [installed_version(), *map(version, FINGERPRINTED_PACKAGES)]
     parts = (store_digest, str(model.dtype), model.device.type, *versions)

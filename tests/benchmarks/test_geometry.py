@@ -1,4 +1,4 @@
-"""The random models of the benchmarks."""
+"""Random checkpoints of the benchmarks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ GEOMETRY = replace(small_geometry(), experts=32, hidden=256)
 
 
 def _popularity(folder: Path, skew: float) -> torch.Tensor:
-    """Return how often each expert of each layer is chosen, [L, E], the preferred ones first."""
+    """Return how often each expert of each layer is selected, [L, E], preferred experts first."""
     make_checkpoint(replace(GEOMETRY, skew=skew), folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     counts: list[torch.Tensor] = []
@@ -20,9 +20,9 @@ def _popularity(folder: Path, skew: float) -> torch.Tensor:
     def count(gate: torch.nn.Module, inputs: tuple[torch.Tensor], _: object) -> None:
         rows = inputs[0].reshape(-1, GEOMETRY.hidden)  # [T, H]
         weight = gate.get_parameter("weight")  # [E, H]
-        chosen = (rows @ weight.T).topk(GEOMETRY.top_k).indices  # [T, k]
-        found = torch.bincount(chosen.flatten(), minlength=GEOMETRY.experts)  # [E]
-        counts.append(found[weight[:, 0].argsort(descending=True)])
+        selected = (rows @ weight.T).topk(GEOMETRY.top_k).indices  # [T, k]
+        totals = torch.bincount(selected.flatten(), minlength=GEOMETRY.experts)  # [E]
+        counts.append(totals[weight[:, 0].argsort(descending=True)])
 
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(count)
@@ -32,7 +32,7 @@ def _popularity(folder: Path, skew: float) -> torch.Tensor:
     return torch.stack(counts).float()
 
 
-def test_a_skewed_gate_prefers_some_experts_and_forgets_none(tmp_path: Path) -> None:
+def test_skewed_gate_prefers_some_experts_and_uses_most(tmp_path: Path) -> None:
     even = _popularity(tmp_path / "even", 0.0)
     skewed = _popularity(tmp_path / "skewed", 0.5)
     quarter = GEOMETRY.experts // 4
@@ -43,13 +43,13 @@ def test_a_skewed_gate_prefers_some_experts_and_forgets_none(tmp_path: Path) -> 
     assert (skewed > 0).float().mean() > 0.8
 
 
-def test_a_model_without_skew_keeps_its_name() -> None:
+def test_name_contains_skew_only_if_set() -> None:
     assert qwen_geometry(4).name == "4-25344-2048-16-60-4-1408-5632"
     assert qwen_geometry(4, skew=0.5).name == "4-25344-2048-16-60-4-1408-5632-skew0.5"
 
 
 @pytest.mark.parametrize("skew", [0.0, 0.5])
-def test_weights_depend_on_the_geometry_alone(tmp_path: Path, skew: float) -> None:
+def test_weights_depend_only_on_geometry(tmp_path: Path, skew: float) -> None:
     for name in ("a", "b"):
         make_checkpoint(replace(small_geometry(), skew=skew), tmp_path / name)
     files = sorted(path.name for path in (tmp_path / "a").glob("*.safetensors"))

@@ -1,7 +1,7 @@
 """`python -m tests.chaos --seed N --minutes M`: a chaos run on the demo model.
 
-Writes benchmarks/out/chaos.json; `--replay FILE` does the schedule of such a file again. Ends with
-status 1 if a request failed or was answered wrongly.
+Writes benchmarks/out/chaos.json; `--replay FILE` repeats the schedule of such a file. Exits with
+status 1 if a request failed, a response was wrong or the system did not recover.
 """
 
 from __future__ import annotations
@@ -27,23 +27,35 @@ DEMO = ROOT / ".faasmoe" / "demo-model"
 
 
 def main() -> int:
-    """Do a run and print its figures."""
+    """Parse the command line, perform a run and print its report."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--seed", type=int, default=1, help="of the faults (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=2.0, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the schedule (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=2.0, help="duration (%(default)s)")
     parser.add_argument(
-        "--kills-only-fraction", type=float, default=0.25, metavar="PART", help="part of the time, at the "
-        "beginning, in which sandboxes are killed and nothing else is done (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--period", type=float, default=1.0, help="s between faults (%(default)s)")
+        "--kills-only-fraction",
+        type=float,
+        default=0.25,
+        metavar="F",
+        help="initial fraction of the time with kills of sandboxes only (%(default)s)",
+    )
     parser.add_argument(
-        "--only", type=FaultKind, action="append", metavar="KIND", help="leave out all other kinds of "
-        f"fault; may be repeated ({', '.join(kind.value for kind in FaultKind)})",
-    )  # fmt: skip
-    parser.add_argument("--replay", type=Path, help="do the schedule of this report again")
+        "--period", type=float, default=1.0, help="seconds between faults (%(default)s)"
+    )
+    parser.add_argument(
+        "--only",
+        type=FaultKind,
+        action="append",
+        metavar="KIND",
+        help="inject only this kind of fault; may be repeated "
+        f"({', '.join(kind.value for kind in FaultKind)})",
+    )
+    parser.add_argument("--replay", type=Path, help="repeat the schedule of this report")
     parser.add_argument("--model", type=Path, default=DEMO, help="checkpoint (the demo model)")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "out" / "chaos.json", help="%(default)s"
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks" / "out" / "chaos.json",
+        help="report to write (%(default)s)",
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
@@ -51,18 +63,18 @@ def main() -> int:
         before = json.loads(arguments.replay.read_text())
         faults = [Fault.from_json(value) for value in before["schedule"]]
         seed, duration_s = before["seed"], before["duration_s"]
-        alone_s = before.get("kills_alone_s", 0.0)  # an earlier version had none
+        kills_only_s = before.get("kills_alone_s", 0.0)  # missing in old reports
     else:
         seed, duration_s = arguments.seed, arguments.minutes * 60
-        alone_s = arguments.kills_only_fraction * duration_s
+        kills_only_s = arguments.kills_only_fraction * duration_s
         faults = draw_schedule(
-            seed, duration_s=duration_s, period_s=arguments.period, kills_alone_s=alone_s
+            seed, duration_s=duration_s, period_s=arguments.period, kills_only_s=kills_only_s
         )
     if arguments.only:
         faults = [fault for fault in faults if fault.kind in arguments.only]
     model, store = _prepared(arguments.model)
     sizes: dict[str, Any] = {"experts": 3, "capacity": 27, "replicated_layers": "0-9"}
-    plan = ChaosPlan(seed, duration_s, faults, model, store, kills_alone_s=alone_s, **sizes)
+    plan = ChaosPlan(seed, duration_s, faults, model, store, kills_only_s=kills_only_s, **sizes)
     report = asyncio.run(run_chaos(plan, WORK))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -74,25 +86,25 @@ def main() -> int:
 
 
 def _prepared(model: Path) -> tuple[Path, Path]:
-    """Return the checkpoint and a store of it, both made if they are not there.
+    """Return the checkpoint and its store; generate them unless they exist.
 
-    In float32: in bfloat16 the number of rows in a batch decides near-ties on some processors (with
-    AMX every second answer), so that an answer could not be told from a wrong one.
+    The store is float32. In bfloat16, the number of rows in a batch decides near-ties on some CPUs
+    (with AMX in every second response), so that a correct response could look wrong.
     """
     WORK.mkdir(parents=True, exist_ok=True)
     if model == DEMO and not (DEMO / "config.json").exists():
         subprocess.run([*FAASMOE, "demo-model", str(DEMO)], check=True)
     store = WORK / f"{model.name}-float32-store"
-    if not _is_ours(store):
+    if not _is_readable(store):
         prepare = ("prepare", "--dtype", "float32", str(model), str(store), "--force")
         subprocess.run([*FAASMOE, *prepare], check=True)
     return model.resolve(), store.resolve()
 
 
-def _is_ours(store: Path) -> bool:
+def _is_readable(store: Path) -> bool:
     try:
         return (store / MANIFEST_NAME).exists() and bool(Store.open(store))
-    except StoreError:  # of an earlier version
+    except StoreError:  # written by an earlier version
         return False
 
 

@@ -1,4 +1,4 @@
-"""Doing the faults: to processes, to what passes between them, to files."""
+"""Injects faults into processes, connections and files of a chaos stack."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.chaos.proxies import SandboxProxy
 from tests.chaos.schedule import Fault, FaultKind
 from tests.chaos.stack import ChaosStack
 
-HEADROOM_BYTES = 8 << 20  # that a sandbox with a memory limit may still take
+HEADROOM_BYTES = 8 << 20  # what a sandbox with a memory limit may still allocate
 MAX_DELAY_S = 0.2
 MAX_STOPPED_S = 6.0
 
 
 class FaultInjector:
-    """Does faults to one stack; what lasts ends by itself, and with `end`."""
+    """Injects faults into one stack; temporary faults are undone after their time or by `close`."""
 
     def __init__(self, stack: ChaosStack) -> None:
         self._stack = stack
@@ -42,21 +42,21 @@ class FaultInjector:
         }
 
     async def inject(self, fault: Fault) -> str:
-        """Do one fault; return to what it was done, empty if there was nothing to do it to."""
+        """Inject a fault; return its target, or an empty string if there was none."""
         try:
             return await self._actions[fault.kind](fault)
         except (ProcessLookupError, psutil.NoSuchProcess):
             return ""
 
     async def close(self) -> None:
-        """End what lasts."""
+        """Undo all temporary faults."""
         for task in self._pending_undos:
             task.cancel()
         await asyncio.gather(*self._pending_undos, return_exceptions=True)
 
     def _choose_sandbox(self, fault: Fault) -> SandboxProxy | None:
-        found = sorted(self._stack.proxy.sandboxes.items())
-        return found[fault.choice % len(found)][1] if found else None
+        sandboxes = sorted(self._stack.proxy.sandboxes.items())
+        return sandboxes[fault.choice % len(sandboxes)][1] if sandboxes else None
 
     def _undo_later(self, undo: Callable[[], None], after_s: float) -> None:
         async def wait() -> None:
@@ -64,7 +64,7 @@ class FaultInjector:
                 await asyncio.sleep(after_s)
             finally:
                 with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-                    undo()  # if it was not killed meanwhile
+                    undo()  # fails if the process was killed meanwhile
 
         task = asyncio.create_task(wait())
         self._pending_undos.add(task)
@@ -135,7 +135,7 @@ class FaultInjector:
         return f"sandbox {sandbox.pid}"
 
     async def _fill_disk(self, fault: Fault) -> str:
-        """As to the control process: no file of its can grow."""
+        """Prevent the control process from extending any file."""
         if self._stack.control.pid is None:
             return ""
         process = psutil.Process(self._stack.control.pid)

@@ -1,5 +1,8 @@
-"""Proxies in front of sandboxes, which delay, cut and flip what passes; and one of the zygote's
-socket, which puts them there: control and routers are told the proxies' addresses.
+"""Proxies that inject network faults: delays, cut connections and flipped bits.
+
+Each sandbox has a proxy. Another proxy in front of the zygote's socket creates them and replaces
+the sandboxes' addresses in the zygote's events, so that control process and routers connect to the
+proxies.
 """
 
 from __future__ import annotations
@@ -18,7 +21,11 @@ CHUNK_BYTES = 1 << 16
 
 
 class ProxyConnections:
-    """The connections that are handled; ended by their ends, as a cancelled handler is a fault."""
+    """Open connections of a proxy.
+
+    They are closed by aborting their transports rather than by cancelling their handlers, because
+    asyncio logs a cancelled handler as an error.
+    """
 
     def __init__(self) -> None:
         self._handlers: set[asyncio.Task[None]] = set()
@@ -27,7 +34,7 @@ class ProxyConnections:
 
     @contextlib.contextmanager
     def tracking(self, *writers: asyncio.StreamWriter) -> Iterator[None]:
-        """Have these ends aborted when the block ends, or when all are."""
+        """Abort the writers when the block ends or when the proxy closes."""
         task = asyncio.current_task()
         assert task is not None
         self._handlers.add(task)
@@ -38,36 +45,36 @@ class ProxyConnections:
         try:
             yield
         finally:
-            for one in writers:
-                one.transport.abort()
-                self._writers.discard(one)
+            for writer in writers:
+                writer.transport.abort()
+                self._writers.discard(writer)
 
     def abort(self) -> None:
-        """End all of them, and those to come."""
+        """Abort all connections, including future ones."""
         self._is_closed = True
-        for one in self._writers:
-            one.transport.abort()
+        for writer in self._writers:
+            writer.transport.abort()
 
     async def close(self) -> None:
-        """End all of them and wait until they have ended."""
+        """Abort all connections and wait for their handlers."""
         self.abort()
         while self._handlers:
             await asyncio.gather(*self._handlers, return_exceptions=True)
-            await asyncio.sleep(0)  # for those that were accepted and have not begun
+            await asyncio.sleep(0)  # lets accepted connections start their handlers
 
 
 class SandboxProxy:
-    """Passes on the connections to one sandbox.
+    """Relays the connections to one sandbox and injects faults.
 
     Args:
-        pid: the sandbox's process.
-        target: its address.
-        near: a folder in which the proxy listens at a Unix socket too, as a sandbox of the router's
-            machine does, whose hot functions the router may compute itself; None for TCP alone.
+        pid: process id of the sandbox.
+        target: address of the sandbox.
+        socket_dir: folder of an additional Unix socket, as a sandbox on the router's machine has,
+            whose hot functions the router may run in its own process; None for TCP only.
 
     Attributes:
-        pid: the sandbox's process.
-        address: where the proxy listens.
+        pid: process id of the sandbox.
+        address: address on which the proxy listens.
     """
 
     def __init__(self, pid: int, target: str, socket_dir: Path | None = None) -> None:
@@ -93,35 +100,40 @@ class SandboxProxy:
         self.address = f"127.0.0.1:{port}"
 
     def close(self) -> None:
-        """Stop listening and end every connection, as when the sandbox ends."""
+        """Stop listening and abort all connections, as if the sandbox had exited."""
         for server in (self._server, self._unix_server):
             if server is not None:
                 server.close()
         self._connections.abort()
 
     async def close_and_wait(self) -> None:
-        """Close, and wait until every connection has ended."""
+        """Close and wait for all connection handlers."""
         self.close()
         await self._connections.close()
 
     def delay(self, delay_s: float, *, for_s: float) -> None:
-        """Hold back each chunk for a while."""
+        """Delay each chunk by delay_s during the next for_s seconds."""
         self._delay_s, self._delay_until_s = delay_s, time.monotonic() + for_s
 
     def cut(self) -> None:
-        """Cut the connection over which the next chunk goes in the middle of it."""
+        """Close a connection in the middle of its next chunk."""
         self._cut_next = True
 
     def flip(self, direction: str, position: float) -> None:
-        """Flip a bit of the next chunk: of a request or of an answer."""
+        """Flip a bit of the next chunk.
+
+        Args:
+            direction: "request" or "answer".
+            position: position of the bit as a fraction of the chunk.
+        """
         self._flip_next[direction] = position
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, _, port = self._target.rpartition(":")
         with self._connections.tracking(writer), contextlib.suppress(OSError):
-            far_reader, far_writer = await asyncio.open_connection(host, int(port))
-            with self._connections.tracking(far_writer):
-                await self._relay_both(reader, writer, far_reader, far_writer)
+            target_reader, target_writer = await asyncio.open_connection(host, int(port))
+            with self._connections.tracking(target_writer):
+                await self._relay_both(reader, writer, target_reader, target_writer)
 
     async def _relay_both(
         self,
@@ -166,12 +178,17 @@ class SandboxProxy:
 
 
 class ZygoteProxy:
-    """Stands between control and the zygote; knows every sandbox.
+    """Relays the control process's connection to the zygote and puts a proxy in front of sandboxes.
 
-    Every other sandbox has its proxy at a Unix socket too, in the folder `near`.
+    Every second proxy also listens on a Unix socket.
+
+    Args:
+        socket: Unix socket on which to listen.
+        zygote: Unix socket of the zygote.
+        socket_dir: folder of the Unix sockets of sandbox proxies.
 
     Attributes:
-        sandboxes: the proxy of each sandbox that runs.
+        sandboxes: proxies of the running sandboxes by sandbox id.
     """
 
     def __init__(self, socket: Path, zygote: Path, *, socket_dir: Path) -> None:
@@ -188,7 +205,7 @@ class ZygoteProxy:
         self._server = await asyncio.start_unix_server(self._accept, self._socket)
 
     async def close(self) -> None:
-        """Stop, and wait until every connection has ended."""
+        """Stop listening, close all proxies and wait for their connection handlers."""
         if self._server is not None:
             self._server.close()
         await self._connections.close()
@@ -197,9 +214,9 @@ class ZygoteProxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with self._connections.tracking(writer), contextlib.suppress(OSError):
-            far_reader, far_writer = await asyncio.open_unix_connection(self._zygote)
-            with self._connections.tracking(far_writer):
-                await self._relay_rewritten(reader, writer, far_reader, far_writer)
+            target_reader, target_writer = await asyncio.open_unix_connection(self._zygote)
+            with self._connections.tracking(target_writer):
+                await self._relay_rewritten(reader, writer, target_reader, target_writer)
 
     async def _relay_rewritten(
         self,
@@ -217,7 +234,7 @@ class ZygoteProxy:
                 writer.write(await self._rewrite_event(line))
 
         await _run_until_first_done(commands, events)
-        if zygote_reader.at_eof():  # the zygote ended, and all sandboxes with it
+        if zygote_reader.at_eof():  # the zygote exited, and so did all sandboxes
             await self._close_except(set())
 
     async def _rewrite_event(self, line: bytes) -> bytes:
@@ -225,19 +242,19 @@ class ZygoteProxy:
         if event.get("event") == "spawned":
             event["address"] = await self._proxy_address(event)
         elif event.get("event") == "sandboxes":
-            for found in event["sandboxes"]:
-                found["address"] = await self._proxy_address(found)
-            await self._close_except({found["id"] for found in event["sandboxes"]})
-        elif event.get("event") == "exited" and (gone := self.sandboxes.pop(event["id"], None)):
-            gone.close()
+            for sandbox in event["sandboxes"]:
+                sandbox["address"] = await self._proxy_address(sandbox)
+            await self._close_except({sandbox["id"] for sandbox in event["sandboxes"]})
+        elif event.get("event") == "exited" and (proxy := self.sandboxes.pop(event["id"], None)):
+            proxy.close()
         return json.dumps(event).encode() + b"\n"
 
     async def _proxy_address(self, sandbox: dict[str, Any]) -> str:
         proxy = self.sandboxes.get(sandbox["id"])
         if proxy is None:
-            near = self._socket_dir if self._n_proxies % 2 == 0 else None
+            socket_dir = self._socket_dir if self._n_proxies % 2 == 0 else None
             self._n_proxies += 1
-            proxy = SandboxProxy(int(sandbox["pid"]), str(sandbox["address"]), near)
+            proxy = SandboxProxy(int(sandbox["pid"]), str(sandbox["address"]), socket_dir)
             await proxy.open()
             self.sandboxes[sandbox["id"]] = proxy
         return proxy.address

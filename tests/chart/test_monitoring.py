@@ -1,4 +1,4 @@
-"""Alerts and panels speak of metrics that there are, in PromQL that is one."""
+"""Alerts and dashboard panels use valid PromQL and only metrics that the components export."""
 
 import json
 import re
@@ -36,17 +36,17 @@ EXTERNAL_LABELS = {
     "faasmoe_tenant_": {"faasmoe_dev_model"},
     "faasmoe_control_": {"namespace", "model"},
 }
-"""Labels that come later: from the ServiceMonitor's targetLabels, from the operator's front."""
+"""Labels added by the targetLabels of the ServiceMonitor or by the operator's /metrics endpoint."""
 
 
 def exported_metrics() -> dict[str, set[str]]:
-    """Return the labels of every time series that the processes tell of, by its name."""
+    """Return the labels of every exported time series by name."""
     router = CollectorRegistry()
     EngineMetrics(router, "qwen").record_finished("stop")
     LinkMetrics(router)
     DispatchMetrics(router)
     TenantCollector(RouterUsage(0.0), sequences=dict, n_keys=dict).register(router)
-    found: dict[str, set[str]] = {}
+    exported: dict[str, set[str]] = {}
     for registry in (router, OperatorMetrics().registry, ControlPlaneMetrics().registry):
         for collector in list(registry._collector_to_names):
             for family in metric_families(collector):
@@ -57,12 +57,12 @@ def exported_metrics() -> dict[str, set[str]]:
                 )
                 for suffix in SUFFIXES.get(family.type, ()):
                     extra = {"le"} if suffix == "_bucket" else set()
-                    found[f"{family.name}{suffix}"] = labels | extra
-    return found
+                    exported[f"{family.name}{suffix}"] = labels | extra
+    return exported
 
 
 def metric_families(collector: Collector) -> Iterable[Metric]:
-    """Return what a collector tells of; one that cannot say so without telling it tells it."""
+    """Return the metric families of a collector; collects them if it cannot describe them."""
     describe = getattr(collector, "describe", collector.collect)
     return cast("Iterable[Metric]", describe())
 
@@ -81,32 +81,32 @@ def selectors(node: Any) -> Iterator[Any]:
 
 
 def check_expression(expression: str) -> int:
-    """Fail if an expression is none, or speaks of what nobody tells; return what it speaks of."""
-    found = list(selectors(promql_parser.parse(expression)))
-    for selector in found:
-        assert selector.name in EXPORTED, f"{selector.name} is no metric"
+    """Check syntax, metric names and labels of a PromQL expression; return its selector count."""
+    used_selectors = list(selectors(promql_parser.parse(expression)))
+    for selector in used_selectors:
+        assert selector.name in EXPORTED, f"{selector.name} is not exported"
         labels = EXPORTED[selector.name]
         used = {matcher.name for matcher in selector.matchers.matchers}
         assert used <= labels, f"{selector.name} has no label {used - labels}"
     grouped = re.findall(r"by \(([^)]*)\)", expression)
     named = {label.strip() for group in grouped for label in group.split(",")}
-    assert named <= set().union(*(EXPORTED[s.name] for s in found))
-    return len(found)
+    assert named <= set().union(*(EXPORTED[s.name] for s in used_selectors))
+    return len(used_selectors)
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=[alert["name"] for alert in ALERTS])
-def test_an_alert_speaks_of_metrics_that_there_are(alert: dict[str, Any]) -> None:
+def test_alert_uses_exported_metrics(alert: dict[str, Any]) -> None:
     assert check_expression(alert["expr"]) > 0
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=[panel["title"] for panel in PANELS])
-def test_a_panel_speaks_of_metrics_that_there_are(panel: dict[str, Any]) -> None:
+def test_panel_uses_exported_metrics(panel: dict[str, Any]) -> None:
     for target in panel["targets"]:
         query = target["expr"].replace("$__rate_interval", "5m").replace("$model", "qwen")
         assert check_expression(query) > 0
 
 
-def test_the_dashboard_shows_all_that_is_told_of_tenants() -> None:
+def test_dashboard_shows_all_tenant_metrics() -> None:
     shown = {
         selector.name
         for panel in PANELS
@@ -115,83 +115,83 @@ def test_the_dashboard_shows_all_that_is_told_of_tenants() -> None:
             promql_parser.parse(target["expr"].replace("$__rate_interval", "5m"))
         )
     }
-    told = {name for name in EXPORTED if name.startswith("faasmoe_tenant_")}
-    assert told
-    assert told <= shown
+    tenant_metrics = {name for name in EXPORTED if name.startswith("faasmoe_tenant_")}
+    assert tenant_metrics
+    assert tenant_metrics <= shown
 
 
-def test_a_metric_that_is_none_is_found_out() -> None:
-    with pytest.raises(AssertionError, match="faasmoe_operator_nothing_total is no metric"):
+def test_check_rejects_unknown_metrics_and_labels() -> None:
+    with pytest.raises(AssertionError, match="faasmoe_operator_nothing_total is not exported"):
         check_expression("sum(rate(faasmoe_operator_nothing_total[5m]))")
     with pytest.raises(AssertionError, match="has no label"):
         check_expression('faasmoe_operator_models{color="red"}')
 
 
-def test_every_alert_says_how_bad_it_is_and_what_to_do(rendered: dict[str, list[Object]]) -> None:
+def test_alerts_have_severity_summary_and_runbook(rendered: dict[str, list[Object]]) -> None:
     (rule,) = (o for o in rendered["everything"] if o["kind"] == "PrometheusRule")
     rules = [rule for group in rule["spec"]["groups"] for rule in group["rules"]]
     assert [r["alert"] for r in rules] == [
         a["name"] for name in ("operator", "models") for a in ALERTS if a in load_alerts(name)
     ]
-    for made in rules:
-        assert made["labels"]["severity"] in ("critical", "warning", "info")
-        assert re.fullmatch(r"[0-9]+m", made["for"])
-        notes = made["annotations"]
-        assert notes["summary"].endswith(".")
-        assert notes["description"].endswith(".")
-        url = f"https://wiki.example.com/faasmoe#{made['alert'].lower()}"
-        assert notes["runbook_url"] == url
+    for alert in rules:
+        assert alert["labels"]["severity"] in ("critical", "warning", "info")
+        assert re.fullmatch(r"[0-9]+m", alert["for"])
+        annotations = alert["annotations"]
+        assert annotations["summary"].endswith(".")
+        assert annotations["description"].endswith(".")
+        url = f"https://wiki.example.com/faasmoe#{alert['alert'].lower()}"
+        assert annotations["runbook_url"] == url
 
 
-def test_alerts_send_nobody_to_a_page_that_was_not_named(helm: Helm) -> None:
+def test_alerts_have_no_runbook_link_by_default(helm: Helm) -> None:
     objects = helm.template({"prometheusRule": {"enabled": True}})
     (rule,) = (o for o in objects if o["kind"] == "PrometheusRule")
-    made = [rule for group in rule["spec"]["groups"] for rule in group["rules"]]
-    assert len(made) == len(ALERTS)
-    assert {frozenset(rule["annotations"]) for rule in made} == {
+    alerts = [rule for group in rule["spec"]["groups"] for rule in group["rules"]]
+    assert len(alerts) == len(ALERTS)
+    assert {frozenset(rule["annotations"]) for rule in alerts} == {
         frozenset({"summary", "description"})
     }
 
 
-def test_every_alert_has_its_paragraph_where_the_runbook_is_written() -> None:
+def test_runbook_documents_every_alert() -> None:
     text = (CHART.parents[1] / "docs" / "kubernetes" / "troubleshooting.md").read_text()
     headings = set(re.findall(r"^### (.+)$", text, flags=re.MULTILINE))
     assert {alert["name"] for alert in ALERTS} <= headings
 
 
 def load_alerts(file: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = yaml.safe_load((CHART / "alerts" / f"{file}.yaml").read_text())
-    return found
+    alerts: list[dict[str, Any]] = yaml.safe_load((CHART / "alerts" / f"{file}.yaml").read_text())
+    return alerts
 
 
-def test_the_dashboard_comes_as_it_is(rendered: dict[str, list[Object]]) -> None:
-    (found,) = (
+def test_config_map_contains_dashboard(rendered: dict[str, list[Object]]) -> None:
+    (config_map,) = (
         obj
         for obj in rendered["everything"]
         if obj["kind"] == "ConfigMap" and obj["metadata"]["name"] == "our-moe-dashboard"
     )
-    assert found["metadata"]["namespace"] == "monitoring"
-    assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert config_map["metadata"]["namespace"] == "monitoring"
+    assert config_map["metadata"]["labels"]["grafana_dashboard"] == "1"
     original = json.loads((CHART / "dashboards" / "faasmoe.json").read_text())
-    assert json.loads(found["data"]["faasmoe.json"]) == original
+    assert json.loads(config_map["data"]["faasmoe.json"]) == original
 
 
-def test_panels_lie_side_by_side_and_have_a_title_of_their_own() -> None:
+def test_panels_do_not_overlap_and_have_unique_titles() -> None:
     taken: set[tuple[int, int]] = set()
     for panel in PANELS:
-        place = panel["gridPos"]
+        position = panel["gridPos"]
         cells = {
-            (place["x"] + dx, place["y"] + dy)
-            for dx in range(place["w"])
-            for dy in range(place["h"])
+            (position["x"] + dx, position["y"] + dy)
+            for dx in range(position["w"])
+            for dy in range(position["h"])
         }
-        assert place["x"] + place["w"] <= 24
+        assert position["x"] + position["w"] <= 24
         assert not cells & taken
         taken |= cells
     assert len({panel["title"] for panel in PANELS}) == len(PANELS)
 
 
-def test_the_operators_metrics_are_scraped_by_its_service(
+def test_service_monitor_selects_operator_service(
     rendered: dict[str, list[Object]],
 ) -> None:
     objects = rendered["everything"]

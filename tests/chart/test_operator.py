@@ -1,4 +1,4 @@
-"""The operator's pod: what it is told, what it may do, and how it is reached."""
+"""The operator's pod: settings, security context, network policy and control API."""
 
 from typing import Any
 
@@ -18,8 +18,8 @@ FIELDS = {"metadata.namespace": "faasmoe-system", "metadata.name": "faasmoe-oper
 
 
 def only(objects: list[Object], kind: str) -> Any:
-    (found,) = (obj for obj in objects if obj["kind"] == kind)
-    return found
+    (obj,) = (obj for obj in objects if obj["kind"] == kind)
+    return obj
 
 
 def pod_template(objects: list[Object]) -> Any:
@@ -27,19 +27,19 @@ def pod_template(objects: list[Object]) -> Any:
 
 
 def network_policy(objects: list[Object]) -> Any:
-    """Return what holds for the operator's pods."""
+    """Return the spec of the NetworkPolicy that selects the operator's pods."""
     labels = pod_template(objects)["metadata"]["labels"]
-    (found,) = (
+    (spec,) = (
         obj["spec"]
         for obj in objects
         if obj["kind"] == "NetworkPolicy"
         and labels.items() >= obj["spec"]["podSelector"]["matchLabels"].items()
     )
-    return found
+    return spec
 
 
 def operator_config(objects: list[Object]) -> OperatorConfig:
-    """Return the settings as the operator reads them in its pod."""
+    """Return the configuration as the operator in the pod parses it."""
     (container,) = pod_template(objects)["spec"]["containers"]
     env = {
         v["name"]: v["value"] if "value" in v else FIELDS[v["valueFrom"]["fieldRef"]["fieldPath"]]
@@ -48,81 +48,72 @@ def operator_config(objects: list[Object]) -> OperatorConfig:
     return OperatorConfig.from_env(env)
 
 
-def test_the_operator_understands_all_that_it_is_told(rendered: dict[str, list[Object]]) -> None:
-    read = operator_config(rendered["everything"])
-    assert read.namespace == "faasmoe-system"
-    assert read.identity == "faasmoe-operator-x-y"
-    assert read.watch_namespaces == ()
-    assert read.images.router == "registry.example.com/mirror/llm/router:1.2.3"
-    assert read.images.expert == "gpu.example.com/faasmoe/expert:1.2.3-cuda"
-    assert read.images.pull_policy == "Always"
-    assert read.images.pull_secrets == ("mirror", "gpu")
-    assert read.root_key_secret == "our-moe-root-key"
-    assert read.leader_election is True
-    assert (read.workers, read.log_format, read.log_level) == (16, "text", "DEBUG")
-    assert read.control.port == 9443
+def test_operator_parses_all_settings(rendered: dict[str, list[Object]]) -> None:
+    config = operator_config(rendered["everything"])
+    assert config.namespace == "faasmoe-system"
+    assert config.identity == "faasmoe-operator-x-y"
+    assert config.watch_namespaces == ()
+    assert config.images.router == "registry.example.com/mirror/llm/router:1.2.3"
+    assert config.images.expert == "gpu.example.com/faasmoe/expert:1.2.3-cuda"
+    assert config.images.pull_policy == "Always"
+    assert config.images.pull_secrets == ("mirror", "gpu")
+    assert config.root_key_secret == "our-moe-root-key"
+    assert config.leader_election is True
+    assert (config.workers, config.log_format, config.log_level) == (16, "text", "DEBUG")
+    assert config.control.port == 9443
 
 
-def test_tells_every_setting_that_there_is(rendered: dict[str, list[Object]]) -> None:
+def test_chart_sets_every_setting(rendered: dict[str, list[Object]]) -> None:
     (container,) = pod_template(rendered["default"])["spec"]["containers"]
-    told = {variable["name"] for variable in container["env"]}
-    assert told == {f"{PREFIX}{name}" for name in settings_read()}
+    variables = {variable["name"] for variable in container["env"]}
+    assert variables == {f"{PREFIX}{name}" for name in setting_names()}
 
 
-def settings_read() -> set[str]:
-    """Return the names that the operator looks up in its environment."""
-    names: set[str] = set()
-
-    class Recorder(dict[str, str]):
-        def get(self, key: str, default: Any = None) -> Any:
-            names.add(key.removeprefix(PREFIX))
-            return super().get(key, default)
-
-    images = {f"{PREFIX}ROUTER_IMAGE": "a:1", f"{PREFIX}EXPERT_IMAGE": "b:1"}
-    OperatorConfig.from_env(Recorder(images))
-    return names
+def setting_names() -> set[str]:
+    """Return the names of all settings without their prefix."""
+    return {name.upper() for name in OperatorConfig.model_fields}
 
 
-def test_by_default_it_looks_after_all_namespaces_alone(
+def test_default_is_one_operator_for_all_namespaces(
     rendered: dict[str, list[Object]],
 ) -> None:
-    read = operator_config(rendered["default"])
-    assert read.watch_namespaces == ()
-    assert read.leader_election is False
+    config = operator_config(rendered["default"])
+    assert config.watch_namespaces == ()
+    assert config.leader_election is False
     assert only(rendered["default"], "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
 
 
-def test_looks_after_the_namespaces_in_which_it_has_a_role(
+def test_watches_namespaces_in_which_it_has_a_role(
     rendered: dict[str, list[Object]],
 ) -> None:
-    read = operator_config(rendered["namespaced"])
-    assert read.watch_namespaces == ("llm", "research")
-    assert read.leader_election is True
+    config = operator_config(rendered["namespaced"])
+    assert config.watch_namespaces == ("llm", "research")
+    assert config.leader_election is True
     strategy = only(rendered["namespaced"], "Deployment")["spec"]["strategy"]
     assert strategy == {"type": "RollingUpdate"}
 
 
-def test_routers_reach_the_control_api_by_its_service(objects: list[Object]) -> None:
-    read = operator_config(objects)
+def test_control_url_points_to_service(objects: list[Object]) -> None:
+    config = operator_config(objects)
     service = only(objects, "Service")
     name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
     (port,) = service["spec"]["ports"]
-    assert read.control.url == f"http://{name}.{namespace}.svc:{port['port']}"
+    assert config.control.url == f"http://{name}.{namespace}.svc:{port['port']}"
     (container,) = pod_template(objects)["spec"]["containers"]
     (target,) = (p for p in container["ports"] if p["name"] == port["targetPort"])
-    assert target["containerPort"] == read.control.port
+    assert target["containerPort"] == config.control.port
     assert (
         pod_template(objects)["metadata"]["labels"].items() >= service["spec"]["selector"].items()
     )
 
 
-def test_models_policies_name_the_operators_pods(objects: list[Object]) -> None:
-    read = operator_config(objects)
-    assert read.control.namespace == "faasmoe-system"
-    assert pod_template(objects)["metadata"]["labels"].items() >= read.control.pod_labels.items()
+def test_control_pod_labels_match_operator_pods(objects: list[Object]) -> None:
+    config = operator_config(objects)
+    assert config.control.namespace == "faasmoe-system"
+    assert pod_template(objects)["metadata"]["labels"].items() >= config.control.pod_labels.items()
 
 
-def test_is_restricted_and_only_its_container_gets_the_token(objects: list[Object]) -> None:
+def test_pod_is_restricted_and_mounts_token_explicitly(objects: list[Object]) -> None:
     spec = pod_template(objects)["spec"]
     assert spec["automountServiceAccountToken"] is False
     assert spec["securityContext"]["runAsNonRoot"] is True
@@ -139,7 +130,7 @@ def test_is_restricted_and_only_its_container_gets_the_token(objects: list[Objec
     assert namespace["downwardAPI"]["items"][0]["path"] == "namespace"
 
 
-def test_its_network_policy_lets_routers_in_and_sandboxes_out(
+def test_network_policy_allows_routers_in_and_sandboxes_out(
     rendered: dict[str, list[Object]],
 ) -> None:
     policy, ctx = network_policy(rendered["everything"]), make_context()
@@ -158,7 +149,7 @@ def test_its_network_policy_lets_routers_in_and_sandboxes_out(
     assert to_api["ports"] == [{"port": 6443, "protocol": "TCP"}]
 
 
-def test_the_helm_test_asks_the_control_api_and_gets_through(
+def test_helm_test_may_reach_control_api(
     rendered: dict[str, list[Object]],
 ) -> None:
     test = only(rendered["everything"], "Job")
@@ -166,11 +157,11 @@ def test_the_helm_test_asks_the_control_api_and_gets_through(
     (container,) = test["spec"]["template"]["spec"]["containers"]
     assert f"{operator_config(rendered['everything']).control.url}/readyz" in container["args"][0]
     (incoming,) = network_policy(rendered["everything"])["ingress"]
-    let_through = incoming["from"][1]["podSelector"]["matchLabels"]
+    allowed_labels = incoming["from"][1]["podSelector"]["matchLabels"]
     labels = test["spec"]["template"]["metadata"]["labels"]
-    assert labels.items() >= let_through.items()
+    assert labels.items() >= allowed_labels.items()
     assert (
-        not let_through.items()
+        not allowed_labels.items()
         <= pod_template(rendered["everything"])["metadata"]["labels"].items()
     )
 
@@ -193,13 +184,13 @@ def test_the_helm_test_asks_the_control_api_and_gets_through(
         ),
     ],
 )
-def test_names_its_image(helm: Helm, image: dict[str, str], registry: str, expected: str) -> None:
+def test_image_name(helm: Helm, image: dict[str, str], registry: str, expected: str) -> None:
     objects = helm.template({"image": image, "global": {"imageRegistry": registry}})
     (container,) = pod_template(objects)["spec"]["containers"]
     assert container["image"] == expected
 
 
-def test_names_grow_from_the_release(rendered: dict[str, list[Object]]) -> None:
+def test_object_names(rendered: dict[str, list[Object]]) -> None:
     assert only(rendered["default"], "Deployment")["metadata"]["name"] == "faasmoe-operator"
     assert only(rendered["everything"], "Deployment")["metadata"]["name"] == "our-moe-operator"
     extra = {

@@ -1,4 +1,4 @@
-"""The operator's rights are those of the requests that it makes: no fewer, and no more."""
+"""The operator's RBAC rules grant exactly what its requests need."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -25,10 +25,10 @@ Rights = dict[tuple[str, str], frozenset[str]]
 
 
 def required_rights() -> Rights:
-    """Return what the operator asks of the API server, by group and resource.
+    """Return the verbs that the operator uses, by group and resource.
 
-    It watches what it owns, applies (`create` and `patch`) and deletes it; a Secret is created and
-    never read; status and events are patched.
+    It watches, applies (`create` and `patch`) and deletes the objects that it owns. It creates
+    Secrets but never reads them, and patches status and events.
     """
     rights: dict[tuple[str, str], frozenset[str]] = {
         resource_key(MOEMODEL): READ,
@@ -49,14 +49,14 @@ def resource_key(kind: Kind) -> tuple[str, str]:
 
 
 def granted_rights(rules: Iterable[Any]) -> Rights:
-    """Return the rights that rules give, those of named objects left out."""
-    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+    """Return the verbs that rules grant, except for rules with resource names."""
+    granted: dict[tuple[str, str], set[str]] = defaultdict(set)
     for rule in rules:
         for group in rule["apiGroups"]:
             for name in rule["resources"]:
                 if "resourceNames" not in rule:
-                    found[group, name].update(rule["verbs"])
-    return {place: frozenset(verbs) for place, verbs in found.items()}
+                    granted[group, name].update(rule["verbs"])
+    return {resource: frozenset(verbs) for resource, verbs in granted.items()}
 
 
 def roles(objects: list[Object], kind: str, namespace: str | None = None) -> list[Object]:
@@ -69,7 +69,7 @@ def roles(objects: list[Object], kind: str, namespace: str | None = None) -> lis
     ]
 
 
-def test_for_all_namespaces_one_cluster_role_gives_what_is_needed(
+def test_cluster_role_grants_required_rights(
     rendered: dict[str, list[Object]],
 ) -> None:
     (role,) = roles(rendered["default"], "ClusterRole")
@@ -77,7 +77,7 @@ def test_for_all_namespaces_one_cluster_role_gives_what_is_needed(
 
 
 @pytest.mark.parametrize("namespace", ["llm", "research"])
-def test_for_some_namespaces_a_role_in_each_gives_the_same(
+def test_role_in_each_namespace_grants_required_rights(
     rendered: dict[str, list[Object]], namespace: str
 ) -> None:
     objects = rendered["namespaced"]
@@ -87,7 +87,7 @@ def test_for_some_namespaces_a_role_in_each_gives_the_same(
     assert granted_rights(role["rules"]) == required_rights()
 
 
-def test_every_role_is_bound_to_the_operators_account_alone(objects: list[Object]) -> None:
+def test_roles_are_bound_only_to_operator_account(objects: list[Object]) -> None:
     (pod,) = (obj["spec"]["template"]["spec"] for obj in objects if obj["kind"] == "Deployment")
     account = {
         "kind": "ServiceAccount",
@@ -109,13 +109,13 @@ def test_every_role_is_bound_to_the_operators_account_alone(objects: list[Object
     assert bound == named
 
 
-def test_no_rule_has_a_wildcard(objects: list[Object]) -> None:
+def test_rules_have_no_wildcards(objects: list[Object]) -> None:
     for obj in objects:
         for rule in obj.get("rules", ()) if obj["kind"] in ("Role", "ClusterRole") else ():
             assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
 
 
-def test_only_the_root_key_is_read_of_all_secrets(objects: list[Object]) -> None:
+def test_root_key_is_the_only_readable_secret(objects: list[Object]) -> None:
     (key,) = (
         variable["value"]
         for obj in objects
@@ -135,7 +135,7 @@ def test_only_the_root_key_is_read_of_all_secrets(objects: list[Object]) -> None
     assert (rule["resourceNames"], rule["verbs"]) == ([key], ["get"])
 
 
-def test_several_operators_may_choose_a_leader(rendered: dict[str, list[Object]]) -> None:
+def test_leader_election_may_use_leases(rendered: dict[str, list[Object]]) -> None:
     (role,) = roles(rendered["namespaced"], "Role", "faasmoe-system")
     leases = [rule for rule in role["rules"] if "leases" in rule["resources"]]
     assert [(r.get("resourceNames"), r["verbs"]) for r in leases] == [
@@ -144,23 +144,23 @@ def test_several_operators_may_choose_a_leader(rendered: dict[str, list[Object]]
     ]
 
 
-def test_one_operator_has_nothing_to_do_with_leases(rendered: dict[str, list[Object]]) -> None:
+def test_single_operator_has_no_rights_on_leases(rendered: dict[str, list[Object]]) -> None:
     (role,) = roles(rendered["default"], "Role", "faasmoe-system")
     assert not [rule for rule in role["rules"] if "leases" in rule["resources"]]
 
 
-def test_people_who_may_edit_may_edit_models_and_who_may_view_may_view_them(
+def test_default_roles_include_moemodels(
     rendered: dict[str, list[Object]],
 ) -> None:
     by_label: dict[str, dict[tuple[str, str], set[str]]] = {}
     for to in ("admin", "edit", "view"):
-        found: dict[tuple[str, str], set[str]] = defaultdict(set)
+        verbs_by_resource: dict[tuple[str, str], set[str]] = defaultdict(set)
         for obj in rendered["default"]:
             label = f"rbac.authorization.k8s.io/aggregate-to-{to}"
             if obj["metadata"].get("labels", {}).get(label) == "true":
-                for place, verbs in granted_rights(obj["rules"]).items():
-                    found[place] |= verbs
-        by_label[to] = dict(found)
+                for resource, verbs in granted_rights(obj["rules"]).items():
+                    verbs_by_resource[resource] |= verbs
+        by_label[to] = dict(verbs_by_resource)
     models = ("faasmoe.dev", "moemodels")
     assert by_label["view"][models] == READ
     assert by_label["edit"][models] == READ | WRITE | {"update", "deletecollection"}

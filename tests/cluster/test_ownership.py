@@ -1,4 +1,4 @@
-"""Whose objects are whose: edits of ours are put back, what is not ours is left alone."""
+"""Ownership: edits of owned objects are reverted, other objects are left unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moemodels import model_objects, wait_for_condition
 from operator_process import OperatorProcess
 
 
-def test_puts_back_what_somebody_changed_or_deleted(
+def test_restores_changed_and_deleted_objects(
     api: ApiServer,
     operator: OperatorProcess,
     node: FakeNode,
@@ -39,7 +39,7 @@ def test_puts_back_what_somebody_changed_or_deleted(
     eventually(lambda: model_objects(api, namespace, "tiny"), lambda now: now == found)
 
 
-def test_leaves_a_service_of_somebody_else_alone_and_says_so(
+def test_reports_and_keeps_a_service_it_does_not_own(
     api: ApiServer,
     operator: OperatorProcess,
     node: FakeNode,
@@ -62,7 +62,7 @@ def test_leaves_a_service_of_somebody_else_alone_and_says_so(
     wait_for_condition(api, namespace, "tiny", "Ready")
 
 
-def test_scales_routers_by_the_scale_subresource(
+def test_scale_subresource_scales_routers(
     api: ApiServer,
     operator: OperatorProcess,
     node: FakeNode,
@@ -79,7 +79,7 @@ def test_scales_routers_by_the_scale_subresource(
     )
 
 
-def test_keeps_two_models_of_one_namespace_apart(
+def test_two_models_of_one_namespace_are_independent(
     api: ApiServer,
     operator: OperatorProcess,
     node: FakeNode,

@@ -1,4 +1,4 @@
-"""The operator is killed at bad moments and started again: nothing is lost, nothing done twice."""
+"""The operator is killed and restarted at bad moments: nothing is lost or done twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from operator_process import OperatorProcess
 LONG_WINDOW = {"scaling": {"windowSeconds": 600}}
 
 
-def test_finishes_what_an_operator_that_was_killed_had_begun(
+def test_a_new_operator_completes_what_a_killed_one_started(
     api: ApiServer,
     operator: OperatorProcess,
     node: FakeNode,
@@ -24,14 +24,14 @@ def test_finishes_what_an_operator_that_was_killed_had_begun(
     api.create("moemodels", tiny_model("tiny"))
     labels = "faasmoe.dev/model=tiny"
     eventually(lambda: api.list("serviceaccounts", namespace, labels=labels), bool)
-    operator.kill()  # somewhere between its first object and its last
+    operator.kill()  # while it creates the model's objects
     operator.start()
     wait_for_condition(api, namespace, "tiny", "Ready")
     found = model_objects(api, namespace, "tiny")
     assert len(found["deployments"]) == len(found["jobs"]) == len(found["secrets"]) == 1
 
 
-def test_serves_on_while_the_operator_is_away_and_takes_its_sandboxes_back(
+def test_serves_while_the_operator_is_down_and_restores_its_sandboxes(
     api: ApiServer,
     operator: OperatorProcess,
     node: FakeNode,
@@ -54,7 +54,7 @@ def test_serves_on_while_the_operator_is_away_and_takes_its_sandboxes_back(
     assert function_by_pod(api, namespace, "tiny") == before
 
 
-def test_loses_no_request_while_routers_and_sandboxes_are_replaced(
+def test_no_request_fails_while_routers_and_sandboxes_are_replaced(
     api: ApiServer,
     operator: OperatorProcess,
     node: FakeNode,
@@ -93,7 +93,7 @@ def test_loses_no_request_while_routers_and_sandboxes_are_replaced(
 
 
 class _ChatTraffic:
-    """Chats without a pause, each with a router that is ready and stays, as a Service would."""
+    """Sends requests continuously to a ready router that is not terminating, as a Service would."""
 
     def __init__(self, api: ApiServer, namespace: str) -> None:
         self.texts: list[str] = []
@@ -117,5 +117,5 @@ class _ChatTraffic:
             try:
                 router = router_pods(self._api, self._namespace, "tiny")[-1]
                 self.texts.append(chat(router))
-            except Exception as error:  # every one counts
+            except Exception as error:  # every failure is recorded
                 self.errors.append(f"{type(error).__name__}: {error}")

@@ -12,7 +12,7 @@ CHILD = """
 import signal
 from faasmoe_contracts.parent_death import die_with_parent
 die_with_parent()
-print("tied", flush=True)
+print("ready", flush=True)
 signal.pause()
 """
 
@@ -33,7 +33,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_ends_a_child_whose_parent_is_killed() -> None:
+def test_kills_the_child_when_its_parent_is_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
@@ -45,18 +45,20 @@ def test_ends_a_child_whose_parent_is_killed() -> None:
         os.sched_yield()
 
 
-def test_ends_a_child_whose_parent_is_gone_already() -> None:
+def test_kills_a_child_whose_parent_died_before_the_call() -> None:
     environment = {**os.environ, PARENT_PID_ENV: "1"}
-    ended = subprocess.run([sys.executable, "-c", CHILD], env=environment, stdin=subprocess.DEVNULL)
-    assert ended.returncode == -9
+    result = subprocess.run(
+        [sys.executable, "-c", CHILD], env=environment, stdin=subprocess.DEVNULL
+    )
+    assert result.returncode == -9
 
 
-def test_leaves_a_process_alone_that_was_started_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_does_nothing_without_a_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PARENT_PID_ENV, raising=False)
     die_with_parent()
 
 
-def test_refuses_what_is_no_process_id(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_an_invalid_process_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PARENT_PID_ENV, "me")
     with pytest.raises(
         ParentDeathError, match="FAASMOE_PARENT_PID: got 'me', expected a process id"

@@ -1,4 +1,4 @@
-"""Function tables survive JSON; whatever else is in one is refused by the name of a field."""
+"""Routing tables round-trip through JSON, and invalid ones raise errors naming a field."""
 
 import json
 from typing import Any
@@ -21,7 +21,7 @@ ADDRESSES = st.lists(st.builds("10.0.0.{}:{}".format, st.integers(0, 255), st.in
 
 @st.composite
 def tables(draw: st.DrawFn) -> RoutingTable:
-    """Layers cut at random, each block a function."""
+    """Random layers, each cut into two blocks that are functions."""
     entries = []
     for layer in range(draw(st.integers(0, 3))):
         experts = draw(st.permutations(range(6)))
@@ -37,7 +37,7 @@ def entry(**changes: Any) -> dict[str, Any]:
 
 
 @given(tables())
-def test_a_table_survives_json(table: RoutingTable) -> None:
+def test_table_round_trips_through_json(table: RoutingTable) -> None:
     assert RoutingTable.loads(json.dumps(table.to_json())) == table
 
 
@@ -77,7 +77,7 @@ def test_a_table_survives_json(table: RoutingTable) -> None:
         pytest.param({}, "addresses: missing", id="empty"),
     ],
 )
-def test_a_bad_entry_is_refused(value: Any, message: str) -> None:
+def test_rejects_invalid_entries_by_field(value: Any, message: str) -> None:
     table = {"model_digest": "sha256:00", "version": 0, "functions": [value]}
     with pytest.raises(RoutingTableError, match=message):
         RoutingTable.loads(json.dumps(table))
@@ -93,7 +93,7 @@ def test_a_bad_entry_is_refused(value: Any, message: str) -> None:
     ],
     ids=["id", "layers", "experts", "addresses"],
 )
-def test_an_error_shows_a_part_of_a_long_value(value: Any) -> None:
+def test_truncates_long_values_in_errors(value: Any) -> None:
     table = {"model_digest": "sha256:00", "version": 0, "functions": [value]}
     with pytest.raises(RoutingTableError) as refused:
         RoutingTable.loads(json.dumps(table))
@@ -112,24 +112,24 @@ def test_an_error_shows_a_part_of_a_long_value(value: Any) -> None:
         ("[" * 200_000, "table: not JSON"),
     ],
 )
-def test_a_bad_table_is_refused(text: str | bytes, message: str) -> None:
+def test_rejects_invalid_tables(text: str | bytes, message: str) -> None:
     with pytest.raises(RoutingTableError, match=message):
         RoutingTable.loads(text)
 
 
-def test_an_expert_belongs_to_one_function_only() -> None:
+def test_rejects_an_expert_in_two_functions() -> None:
     entries = [FunctionEndpoints(FunctionSpec(name, (0, 1), (1, 2))) for name in ("f1", "f2")]
     with pytest.raises(RoutingTableError, match="layer 0 expert 1 is in f1 and in f2"):
         RoutingTable("sha256:00", 0, tuple(entries))
 
 
-def test_a_table_tells_which_experts_are_in_no_function() -> None:
+def test_lists_uncovered_experts() -> None:
     table = RoutingTable("sha256:00", 0, (FunctionEndpoints(FunctionSpec("f1", (0, 1), (0, 2))),))
     assert table.uncovered_experts(n_layers=2, n_experts=3) == [(0, 1), (1, 1)]
 
 
 @given(layers=INDICES, experts=INDICES, other=INDICES)
-def test_an_id_is_one_functions_own(
+def test_function_id_depends_on_all_inputs(
     layers: list[int], experts: list[int], other: list[int]
 ) -> None:
     def name(key: bytes = b"k", digest: str = "d", experts: list[int] = experts) -> str:

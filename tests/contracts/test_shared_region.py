@@ -1,9 +1,8 @@
-"""Memory that two processes share: only what its maker created for that, never shrunk."""
+"""Shared memory regions: sealed, and opened only if created as a region."""
 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from faasmoe_contracts.shared_region import SharedRegion, peer_pid
+from faasmoe_contracts.shared_region import SharedRegion
 
 SIZE = 1 << 16
 
@@ -23,25 +22,25 @@ def region() -> Iterator[SharedRegion]:
     region.close_descriptor()
 
 
-def test_what_one_process_writes_the_other_reads(region: SharedRegion) -> None:
+def test_processes_share_the_memory(region: SharedRegion) -> None:
     code = (
         "import sys; from faasmoe_contracts.shared_region import SharedRegion\n"
         "region = SharedRegion.open(*map(int, sys.argv[1:]))\n"
         "region.view[:5] = bytes(region.view[:5]).upper()"
     )
     region.view[:5] = b"hello"
-    place = (os.getpid(), region.descriptor, SIZE)
-    subprocess.run([sys.executable, "-c", code, *map(str, place)], check=True)
+    arguments = (os.getpid(), region.descriptor, SIZE)
+    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True)
     assert bytes(region.view[:6]) == b"HELLO\0"
 
 
-def test_neither_side_can_shrink_it(region: SharedRegion) -> None:
+def test_size_is_sealed(region: SharedRegion) -> None:
     for size_bytes in (0, SIZE // 2, 2 * SIZE):
         with pytest.raises(PermissionError):
             os.ftruncate(region.descriptor, size_bytes)
 
 
-def test_it_stays_when_its_descriptor_is_closed_and_leaves_none(region: SharedRegion) -> None:
+def test_mapping_outlives_the_descriptor_without_leaks(region: SharedRegion) -> None:
     before = set(os.listdir("/proc/self/fd"))
     other = SharedRegion.open(os.getpid(), region.descriptor, SIZE)
     region.close_descriptor()
@@ -53,7 +52,7 @@ def test_it_stays_when_its_descriptor_is_closed_and_leaves_none(region: SharedRe
 
 
 @pytest.mark.parametrize("kind", ["pipe", "file", "unsealed", "other size", "none"])
-def test_what_is_no_sealed_memory_of_that_size_is_refused(
+def test_rejects_descriptors_that_are_not_sealed_memory_of_that_size(
     kind: str, region: SharedRegion, tmp_path: Path
 ) -> None:
     descriptors: dict[str, Callable[[], tuple[int, ...]]] = {
@@ -75,10 +74,3 @@ def test_what_is_no_sealed_memory_of_that_size_is_refused(
     finally:
         for descriptor in opened:
             os.close(descriptor)
-
-
-def test_the_other_end_of_a_unix_socket_is_known_and_of_tcp_is_not() -> None:
-    near, far = socket.socketpair()
-    with near, far, socket.socket(socket.AF_INET) as tcp:
-        assert peer_pid(near) == os.getpid()
-        assert peer_pid(tcp) is None

@@ -1,4 +1,4 @@
-"""Frames round-trip; whatever else arrives is refused by the name of a field."""
+"""Frames round-trip, and malformed ones raise WireError naming a field."""
 
 import os
 import struct
@@ -56,12 +56,12 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def encoded(fields: dict[str, Any]) -> bytes:
+def encode(fields: dict[str, Any]) -> bytes:
     return b"".join(encode_request(**fields))
 
 
-def small(**changes: Any) -> bytes:
-    """A small frame with some header fields replaced by raw values."""
+def small_frame(**changes: Any) -> bytes:
+    """Return a small frame with raw values for some header fields."""
     values = {
         "magic": b"FMOE",
         "version": 2,
@@ -77,8 +77,8 @@ def small(**changes: Any) -> bytes:
     } | {name: value for name, value in changes.items() if name not in ("payload", "checksum")}
     header = struct.pack("<4sBBBBHHIIII", *values.values())
     body: bytes = changes.get("payload", payload())
-    right = frame_checksum(header + body[:36], body[36:])
-    return header + struct.pack("<I", changes.get("checksum", right)) + body
+    checksum = frame_checksum(header + body[:36], body[36:])
+    return header + struct.pack("<I", changes.get("checksum", checksum)) + body
 
 
 def payload(
@@ -90,8 +90,8 @@ def payload(
 
 
 @given(requests())
-def test_a_request_comes_back_as_it_went(fields: dict[str, Any]) -> None:
-    request = decode_request(encoded(fields))
+def test_request_round_trips(fields: dict[str, Any]) -> None:
+    request = decode_request(encode(fields))
     header = request.header
     assert bytes(request.rows) == fields["rows"]
     for name in ("dtype", "mode", "layer", "hidden_size", "n_rows"):
@@ -101,8 +101,8 @@ def test_a_request_comes_back_as_it_went(fields: dict[str, Any]) -> None:
 
 
 @given(requests(), st.data())
-def test_a_response_comes_back_as_it_went(fields: dict[str, Any], data: st.DataObject) -> None:
-    header = decode_request(encoded(fields)).header
+def test_response_round_trips(fields: dict[str, Any], data: st.DataObject) -> None:
+    header = decode_request(encode(fields)).header
     vectors = header.n_pairs if header.mode is OutputMode.UNREDUCED else header.n_rows
     size_bytes = vectors * header.hidden_size * header.dtype.itemsize
     outputs = data.draw(st.binary(min_size=size_bytes, max_size=size_bytes))
@@ -111,22 +111,22 @@ def test_a_response_comes_back_as_it_went(fields: dict[str, Any], data: st.DataO
 
 
 @given(requests(), st.data())
-def test_a_changed_request_is_decoded_or_refused_by_a_field(
+def test_mutated_request_decodes_or_raises_wire_error(
     fields: dict[str, Any], data: st.DataObject
 ) -> None:
-    frame = bytearray(encoded(fields))
+    frame = bytearray(encode(fields))
     for _ in range(data.draw(st.integers(1, 4))):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
-    decoded_or_refused(bytes(frame))
+    assert_decodes_or_raises_wire_error(bytes(frame))
 
 
 @given(requests(), st.data())
-def test_every_flipped_bit_is_found_in_both_directions(
+def test_detects_any_flipped_bit_in_requests_and_responses(
     fields: dict[str, Any], data: st.DataObject
 ) -> None:
-    frame = bytearray(encoded(fields))
+    frame = bytearray(encode(fields))
     header = decode_request(bytes(frame)).header
-    answer = bytearray(b"".join(encode_response(header, os.urandom(_answer_bytes(header)))))
+    answer = bytearray(b"".join(encode_response(header, os.urandom(_response_bytes(header)))))
     for one in (frame, answer):
         bit = data.draw(st.integers(0, 8 * len(one) - 1))
         one[bit // 8] ^= 1 << bit % 8
@@ -136,20 +136,20 @@ def test_every_flipped_bit_is_found_in_both_directions(
         decode_response(bytes(answer), header)
 
 
-def test_a_flipped_bit_of_every_row_is_found_whatever_carries() -> None:
+def test_checksum_detects_a_flipped_bit_despite_carries() -> None:
     for rows in (bytes(16), b"\xff" * 16, os.urandom(16), b"\xff" * 4 + bytes(12), bytes(13)):
-        right = frame_checksum(b"before", rows)
+        checksum = frame_checksum(b"before", rows)
         for bit in range(8 * len(rows)):
             flipped = bytearray(rows)
             flipped[bit // 8] ^= 1 << bit % 8
-            assert frame_checksum(b"before", flipped) != right
+            assert frame_checksum(b"before", flipped) != checksum
 
 
 @given(requests(), st.data())
-def test_a_cut_or_lengthened_request_is_refused(
+def test_rejects_truncated_and_extended_requests(
     fields: dict[str, Any], data: st.DataObject
 ) -> None:
-    frame = encoded(fields)
+    frame = encode(fields)
     cut = frame[: data.draw(st.integers(0, len(frame) - 1))]
     longer = frame + data.draw(st.binary(min_size=1, max_size=64))
     for wrong in (cut, longer):
@@ -159,29 +159,29 @@ def test_a_cut_or_lengthened_request_is_refused(
 
 @given(st.binary(max_size=200), st.sampled_from([b"", b"FMOE\x02\x01"]))
 @settings(max_examples=300)
-def test_garbage_is_decoded_or_refused_by_a_field(garbage: bytes, start: bytes) -> None:
-    decoded_or_refused(start + garbage)
+def test_garbage_decodes_or_raises_wire_error(garbage: bytes, start: bytes) -> None:
+    assert_decodes_or_raises_wire_error(start + garbage)
 
 
 @given(requests(), st.data())
-def test_a_response_to_another_request_is_refused(
+def test_rejects_a_response_with_another_header(
     fields: dict[str, Any], data: st.DataObject
 ) -> None:
-    header = decode_request(encoded(fields)).header
-    frame = bytearray(b"".join(encode_response(header, bytes(_answer_bytes(header)))))
+    header = decode_request(encode(fields)).header
+    frame = bytearray(b"".join(encode_response(header, bytes(_response_bytes(header)))))
     position = data.draw(st.integers(0, HEADER_BYTES - 1))
     frame[position] ^= data.draw(st.integers(1, 255))
     with pytest.raises(WireError):
         decode_response(bytes(frame), header)
 
 
-def _answer_bytes(header: FrameHeader) -> int:
+def _response_bytes(header: FrameHeader) -> int:
     vectors = header.n_pairs if header.mode is OutputMode.UNREDUCED else header.n_rows
     return vectors * header.hidden_size * header.dtype.itemsize
 
 
-def decoded_or_refused(frame: bytes) -> None:
-    """Any error but a WireError fails the test."""
+def assert_decodes_or_raises_wire_error(frame: bytes) -> None:
+    """Decode a frame; fail on any exception but a well-formed WireError."""
     decoded = _decode(frame)
     if isinstance(decoded, WireError):
         assert decoded.field in FIELDS
@@ -204,57 +204,67 @@ def _decode(frame: bytes) -> ExpertRequest | WireError:
     ("frame", "field"),
     [
         pytest.param(b"", "frame", id="empty"),
-        pytest.param(small()[:31], "frame", id="shorter than a header"),
-        pytest.param(small()[:-1], "frame", id="truncated"),
-        pytest.param(small() + b"\0", "frame", id="bytes after the end"),
+        pytest.param(small_frame()[:31], "frame", id="shorter than a header"),
+        pytest.param(small_frame()[:-1], "frame", id="truncated"),
+        pytest.param(small_frame() + b"\0", "frame", id="bytes after the end"),
         pytest.param(bytes(MAX_FRAME_BYTES + 1), "frame", id="oversized"),
-        pytest.param(small(magic=b"HTTP"), "magic", id="no frame at all"),
-        pytest.param(small(version=0), "version", id="version 0"),
-        pytest.param(small(version=3), "version", id="version to come"),
-        pytest.param(small(kind=2), "kind", id="a response"),
-        pytest.param(small(dtype=0), "dtype", id="dtype 0"),
-        pytest.param(small(dtype=4), "dtype", id="dtype unknown"),
-        pytest.param(small(dtype=2), "payload_bytes", id="dtype of another size"),
-        pytest.param(small(mode=2), "mode", id="mode unknown"),
-        pytest.param(small(reserved=1), "reserved", id="reserved"),
-        pytest.param(small(checksum=0), "checksum", id="another checksum"),
-        pytest.param(small(n_rows=0), "n_rows", id="no rows"),
-        pytest.param(small(n_pairs=0), "n_pairs", id="no pairs"),
-        pytest.param(small(hidden_size=0), "hidden_size", id="no elements"),
-        pytest.param(small(n_rows=2**32 - 1), "payload_bytes", id="4 billion rows"),
-        pytest.param(small(hidden_size=0x7FC00000), "payload_bytes", id="shape with NaN's bits"),
-        pytest.param(small(payload_bytes=67), "payload_bytes", id="mis-sized"),
-        pytest.param(small(payload=payload(row=(0, 1, 0))), "pair_row", id="rows not ascending"),
-        pytest.param(small(payload=payload(row=(0, 0, 2))), "pair_row", id="row beyond the rows"),
-        pytest.param(small(payload=payload(row=(-1, 0, 1))), "pair_row", id="negative row"),
+        pytest.param(small_frame(magic=b"HTTP"), "magic", id="no frame at all"),
+        pytest.param(small_frame(version=0), "version", id="version 0"),
+        pytest.param(small_frame(version=3), "version", id="version to come"),
+        pytest.param(small_frame(kind=2), "kind", id="a response"),
+        pytest.param(small_frame(dtype=0), "dtype", id="dtype 0"),
+        pytest.param(small_frame(dtype=4), "dtype", id="dtype unknown"),
+        pytest.param(small_frame(dtype=2), "payload_bytes", id="dtype of another size"),
+        pytest.param(small_frame(mode=2), "mode", id="mode unknown"),
+        pytest.param(small_frame(reserved=1), "reserved", id="reserved"),
+        pytest.param(small_frame(checksum=0), "checksum", id="another checksum"),
+        pytest.param(small_frame(n_rows=0), "n_rows", id="no rows"),
+        pytest.param(small_frame(n_pairs=0), "n_pairs", id="no pairs"),
+        pytest.param(small_frame(hidden_size=0), "hidden_size", id="no elements"),
+        pytest.param(small_frame(n_rows=2**32 - 1), "payload_bytes", id="4 billion rows"),
         pytest.param(
-            small(payload=payload(expert=(0, -1, 0))), "pair_expert", id="negative expert"
+            small_frame(hidden_size=0x7FC00000), "payload_bytes", id="shape with NaN's bits"
+        ),
+        pytest.param(small_frame(payload_bytes=67), "payload_bytes", id="mis-sized"),
+        pytest.param(
+            small_frame(payload=payload(row=(0, 1, 0))), "pair_row", id="rows not ascending"
         ),
         pytest.param(
-            small(payload=payload(weight=(1, float("nan"), 1))), "pair_weight", id="weight NaN"
+            small_frame(payload=payload(row=(0, 0, 2))), "pair_row", id="row beyond the rows"
+        ),
+        pytest.param(small_frame(payload=payload(row=(-1, 0, 1))), "pair_row", id="negative row"),
+        pytest.param(
+            small_frame(payload=payload(expert=(0, -1, 0))), "pair_expert", id="negative expert"
         ),
         pytest.param(
-            small(payload=payload(weight=(1, float("-inf"), 1))), "pair_weight", id="weight -inf"
+            small_frame(payload=payload(weight=(1, float("nan"), 1))),
+            "pair_weight",
+            id="weight NaN",
+        ),
+        pytest.param(
+            small_frame(payload=payload(weight=(1, float("-inf"), 1))),
+            "pair_weight",
+            id="weight -inf",
         ),
     ],
 )
-def test_a_malformed_request_is_refused_by_its_field(frame: bytes, field: str) -> None:
+def test_rejects_malformed_requests_by_field(frame: bytes, field: str) -> None:
     with pytest.raises(WireError) as refused:
         decode_request(frame)
     assert refused.value.field == field
-    decoded_or_refused(frame)
+    assert_decodes_or_raises_wire_error(frame)
 
 
-def test_hidden_states_may_be_anything() -> None:
+def test_accepts_non_finite_hidden_states() -> None:
     rows = np.array([[np.nan, np.inf, -np.inf, 1e-45]] * 2, dtype=np.float32)
-    request = decode_request(small(payload=payload()[:36] + rows.tobytes()))
+    request = decode_request(small_frame(payload=payload()[:36] + rows.tobytes()))
     assert bytes(request.rows) == rows.tobytes()
 
 
 @pytest.mark.parametrize("mode", OutputMode)
-def test_a_small_frame_cannot_ask_for_unbounded_memory(mode: OutputMode) -> None:
-    hidden_size, n_pairs = 8192, 300_000  # 9.8 GB, gathered or returned
-    frame = encoded(
+def test_bounds_the_memory_that_a_small_frame_requires(mode: OutputMode) -> None:
+    hidden_size, n_pairs = 8192, 300_000  # 9.8 GB of gathered or returned rows
+    frame = encode(
         {
             "rows": bytes(hidden_size * 4),
             "dtype": Dtype.FLOAT32,
@@ -278,30 +288,32 @@ def test_a_small_frame_cannot_ask_for_unbounded_memory(mode: OutputMode) -> None
     mode=st.sampled_from(OutputMode),
     top_k=st.integers(1, 64),
 )
-def test_a_batch_is_split_into_the_largest_frames_that_fit(
+def test_max_rows_per_frame_is_the_largest_that_fits(
     hidden_size: int, dtype: Dtype, mode: OutputMode, top_k: int
 ) -> None:
     n_rows = max_rows_per_frame(hidden_size=hidden_size, dtype=dtype, mode=mode, top_k=top_k)
     assert n_rows >= 1
-    assert fits(n_rows, hidden_size, dtype, mode, top_k)
-    assert not fits(n_rows + 1, hidden_size, dtype, mode, top_k)
+    assert fits_in_a_frame(n_rows, hidden_size, dtype, mode, top_k)
+    assert not fits_in_a_frame(n_rows + 1, hidden_size, dtype, mode, top_k)
 
 
-def fits(n_rows: int, hidden_size: int, dtype: Dtype, mode: OutputMode, top_k: int) -> bool:
+def fits_in_a_frame(
+    n_rows: int, hidden_size: int, dtype: Dtype, mode: OutputMode, top_k: int
+) -> bool:
     shape = (dtype, mode, 0, n_rows, n_rows * top_k, hidden_size)
     sizes = [HEADER_BYTES + FrameHeader(kind, *shape).payload_bytes for kind in FrameKind]
     gathered = n_rows * top_k * hidden_size * dtype.itemsize
     return max(sizes) <= MAX_FRAME_BYTES and gathered <= MAX_PAIRS_BYTES
 
 
-def test_a_row_too_large_for_a_frame_is_refused() -> None:
+def test_rejects_a_row_larger_than_a_frame() -> None:
     with pytest.raises(WireError, match="hidden_size: got 3000000"):
         max_rows_per_frame(
             hidden_size=3_000_000, dtype=Dtype.FLOAT32, mode=OutputMode.REDUCED, top_k=1
         )
 
 
-def test_outputs_of_another_size_are_not_sent() -> None:
-    header = decode_request(small()).header
+def test_rejects_outputs_of_another_size() -> None:
+    header = decode_request(small_frame()).header
     with pytest.raises(WireError, match="outputs: got 31 bytes, expected 32"):
         encode_response(header, bytes(31))

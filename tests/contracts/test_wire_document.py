@@ -1,4 +1,4 @@
-"""The test vectors of docs/wire.md hold, both ways."""
+"""The test vectors of docs/wire.md match the implementation."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from faasmoe_contracts.wire import (
     encode_response,
 )
 
-DOCUMENT = (Path(__file__).parents[3] / "docs" / "wire.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "wire.md").read_text(encoding="utf-8")
 _VECTOR = re.compile(r"### ([^\n]+)\n\n```json\n(.+?)\n```\n\n```hex\n(.+?)\n```", re.DOTALL)
 VECTORS = [
     (title, json.loads(fields), bytes.fromhex(text))
@@ -43,12 +43,12 @@ def header_of(fields: dict[str, Any]) -> FrameHeader:
     )
 
 
-def test_the_document_has_vectors_of_each_sort() -> None:
+def test_document_has_all_kinds_of_vectors() -> None:
     assert [len(REQUESTS), len(RESPONSES), len(MALFORMED)] == [3, 2, 5]
 
 
 @pytest.mark.parametrize(("fields", "frame"), REQUESTS)
-def test_a_request_is_encoded_as_written(fields: dict[str, Any], frame: bytes) -> None:
+def test_encodes_documented_requests(fields: dict[str, Any], frame: bytes) -> None:
     header = header_of(fields)
     buffers = encode_request(
         bytes.fromhex(fields["rows"]),
@@ -65,7 +65,7 @@ def test_a_request_is_encoded_as_written(fields: dict[str, Any], frame: bytes) -
 
 
 @pytest.mark.parametrize(("fields", "frame"), REQUESTS)
-def test_a_request_is_decoded_as_written(fields: dict[str, Any], frame: bytes) -> None:
+def test_decodes_documented_requests(fields: dict[str, Any], frame: bytes) -> None:
     request = decode_request(frame)
     assert request.header == header_of(fields)
     for name in ("pair_row", "pair_expert", "pair_weight"):
@@ -74,22 +74,20 @@ def test_a_request_is_decoded_as_written(fields: dict[str, Any], frame: bytes) -
 
 
 @pytest.mark.parametrize(("fields", "frame"), RESPONSES)
-def test_a_response_is_encoded_and_decoded_as_written(fields: dict[str, Any], frame: bytes) -> None:
+def test_encodes_and_decodes_documented_responses(fields: dict[str, Any], frame: bytes) -> None:
     header = header_of(fields)
     assert b"".join(encode_response(header, bytes.fromhex(fields["outputs"]))) == frame
     assert bytes(decode_response(frame, header)).hex() == fields["outputs"]
 
 
 @pytest.mark.parametrize(("fields", "frame"), MALFORMED)
-def test_a_malformed_frame_is_refused_by_the_field_named(
-    fields: dict[str, Any], frame: bytes
-) -> None:
+def test_rejects_documented_malformed_frames_by_field(fields: dict[str, Any], frame: bytes) -> None:
     with pytest.raises(WireError) as refused:
         decode_request(frame)
     assert refused.value.field == fields["field"]
 
 
-def test_the_limits_written_are_those_kept() -> None:
+def test_documented_limits_match_the_constants() -> None:
     assert f"({MAX_FRAME_BYTES} bytes)" in DOCUMENT
     assert f"({MAX_PAIRS_BYTES} bytes)" in DOCUMENT
     assert f"A {HEADER_BYTES}-byte header" in DOCUMENT

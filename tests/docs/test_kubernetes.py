@@ -1,4 +1,4 @@
-"""What docs/kubernetes says is so: its MoEModels, its reasons, its alerts, its links."""
+"""Checks docs/kubernetes against the code: example MoEModels, condition reasons, alerts, links."""
 
 import ast
 import re
@@ -22,7 +22,7 @@ REASON_ARGUMENTS = {
     "PodFailure": 0,
     "ConditionState": 1,
 }
-"""What makes a reason, and which of its arguments it is."""
+"""Position of the reason among the arguments of each function that sets a condition."""
 
 
 def yaml_blocks(page: Path) -> Iterator[dict[str, Any]]:
@@ -39,7 +39,7 @@ MODELS = [
 
 
 @pytest.mark.parametrize("block", MODELS)
-def test_every_example_is_a_moemodel_or_a_part_of_one(block: dict[str, Any]) -> None:
+def test_examples_are_valid_moemodels(block: dict[str, Any]) -> None:
     source = {"source": "hf://o/m"}
     MoEModel.from_object(
         {
@@ -53,8 +53,8 @@ def test_every_example_is_a_moemodel_or_a_part_of_one(block: dict[str, Any]) -> 
 
 
 def condition_reasons() -> set[str]:
-    """Return the reasons that the operator gives, as its source has them."""
-    found = {reason.value for reason in StoreFailureReason}
+    """Return the condition reasons in the source of the operator."""
+    reasons = {reason.value for reason in StoreFailureReason}
     for module in (ROOT / "operator" / "faasmoe_operator" / "kube").glob("*.py"):
         for node in ast.walk(ast.parse(module.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -63,20 +63,20 @@ def condition_reasons() -> set[str]:
                     continue
                 argument = node.args[position]
                 if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
-                    found.add(argument.value)
-    return found - {"Ready"}
+                    reasons.add(argument.value)
+    return reasons - {"Ready"}
 
 
-def test_finds_the_reasons_in_the_source() -> None:
+def test_finds_reasons_in_source() -> None:
     assert {"Suspended", "ImagePullBackOff", "NoTraffic", "Prepared"} <= condition_reasons()
 
 
 @pytest.mark.parametrize("reason", sorted(condition_reasons()))
-def test_every_reason_is_explained(reason: str) -> None:
+def test_reason_is_documented(reason: str) -> None:
     assert f"`{reason}`" in TROUBLESHOOTING
 
 
-def test_every_alert_is_explained_where_its_runbook_says() -> None:
+def test_alerts_are_documented() -> None:
     files = (ROOT / "charts" / "faasmoe" / "alerts").glob("*.yaml")
     alerts = {alert["name"] for file in files for alert in yaml.safe_load(file.read_text())}
     assert alerts
@@ -85,6 +85,6 @@ def test_every_alert_is_explained_where_its_runbook_says() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []

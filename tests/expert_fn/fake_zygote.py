@@ -1,7 +1,7 @@
-"""A zygote whose sandboxes need no torch: run as a script in place of `-m faasmoe_expert.zygote`.
+"""A zygote whose sandboxes need no torch, run as a script instead of `-m faasmoe_expert.zygote`.
 
-Its sandboxes answer /readyz and keep functions in a dictionary. A sandbox with threads=99 ends at
-once, one with threads=98 never answers and ignores SIGTERM.
+Its sandboxes answer /readyz and keep functions in a dictionary. A sandbox with threads=99 exits
+immediately; one with threads=98 never answers and ignores SIGTERM.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(HTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news; anything else is told as ever."""
+        """Ignore disconnected clients; report all other errors."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 

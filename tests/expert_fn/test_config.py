@@ -1,4 +1,4 @@
-"""A sandbox's settings come from the environment; a bad one is refused by its variable."""
+"""Settings are read from the environment, and invalid ones name their variable."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def test_every_variable_is_read() -> None:
         "FAASMOE_IDLE_TIMEOUT_S": "30",
         "FAASMOE_MAX_CONNECTIONS": "12",
         "FAASMOE_DRAIN_S": "0",
-        "FAASMOE_SOCKET_DIR": "/run/near",
+        "FAASMOE_SOCKET_DIR": "/run/faasmoe",
     }
     assert SandboxConfig.from_env(variables) == SandboxConfig(
         id="s7",
@@ -40,11 +40,11 @@ def test_every_variable_is_read() -> None:
         idle_timeout_s=30.0,
         max_connections=12,
         drain_s=0.0,
-        socket_dir=Path("/run/near"),
+        socket_dir=Path("/run/faasmoe"),
     )
 
 
-def test_an_empty_variable_means_the_default() -> None:
+def test_empty_variables_mean_defaults() -> None:
     variables = {"FAASMOE_PORT": "", "FAASMOE_MEMORY_BYTES": "", "FAASMOE_REQUEST_TIMEOUT_S": ""}
     assert SandboxConfig.from_env(variables) == SandboxConfig()
 
@@ -74,6 +74,6 @@ def test_an_empty_variable_means_the_default() -> None:
         ("FAASMOE_DRAIN_S", "inf"),
     ],
 )
-def test_a_bad_value_is_refused_by_its_variable(name: str, value: str) -> None:
+def test_rejects_invalid_values_by_variable(name: str, value: str) -> None:
     with pytest.raises(SandboxConfigError, match=f"^{name}: got '?{value}'?, expected "):
         SandboxConfig.from_env({name: value})

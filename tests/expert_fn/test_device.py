@@ -1,4 +1,4 @@
-"""What a device's name comes to on this machine; CUDA itself is in tests/gpu."""
+"""Resolution of device names without CUDA; for CUDA see tests/gpu."""
 
 from pathlib import Path
 
@@ -9,16 +9,18 @@ from faasmoe_expert import device
 from faasmoe_expert.config import SandboxConfigError
 from faasmoe_expert.device import cuda_unavailable_reason, is_cuda_possible, resolve_device
 
-without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-FAULT = "CUDA-capable device(s) is/are busy or unavailable"
+requires_no_cuda = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="needs a machine without CUDA"
+)
+FAILURE = "CUDA-capable device(s) is/are busy or unavailable"
 
 
 @pytest.fixture
 def busy_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that torch counts, and that cannot be used."""
+    """A CUDA device that torch counts and that fails when used."""
 
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError(f"{FAULT}\nCUDA kernel errors might be …")
+        raise RuntimeError(f"{FAILURE}\nCUDA kernel errors might be …")
 
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -26,18 +28,18 @@ def busy_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "zeros", fail)
 
 
-def test_cpu_is_cpu() -> None:
+def test_resolves_cpu() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
 
 
-@without_cuda
-def test_auto_is_the_cpu_where_there_is_no_other() -> None:
+@requires_no_cuda
+def test_auto_resolves_to_cpu_without_cuda() -> None:
     assert resolve_device("auto") == torch.device("cpu")
 
 
-@without_cuda
+@requires_no_cuda
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
-def test_what_is_not_there_is_told_with_what_to_do(name: str) -> None:
+def test_missing_cuda_device_is_reported_with_a_remedy(name: str) -> None:
     with pytest.raises(SandboxConfigError) as refused:
         resolve_device(name, field="spec.x")
     assert (
@@ -46,7 +48,7 @@ def test_what_is_not_there_is_told_with_what_to_do(name: str) -> None:
     )
 
 
-def test_a_build_without_cuda_is_told_from_a_missing_device(
+def test_distinguishes_a_build_without_cuda_from_a_missing_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -58,30 +60,30 @@ def test_a_build_without_cuda_is_told_from_a_missing_device(
 
 
 @pytest.mark.usefixtures("busy_device")
-def test_a_device_that_cannot_be_used_is_told_at_the_start() -> None:
+def test_unusable_device_is_reported() -> None:
     with pytest.raises(SandboxConfigError) as refused:
         resolve_device("cuda")
-    assert str(refused.value) == f"FAASMOE_DEVICE: got 'cuda', which cannot be used: {FAULT}"
+    assert str(refused.value) == f"FAASMOE_DEVICE: got 'cuda', which is unusable: {FAILURE}"
 
 
 @pytest.mark.usefixtures("busy_device")
-def test_auto_goes_on_without_a_device_that_cannot_be_used(
+def test_auto_falls_back_to_cpu_if_the_device_is_unusable(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert resolve_device("auto") == torch.device("cpu")
-    assert FAULT in caplog.text
+    assert FAILURE in caplog.text
 
 
 @pytest.mark.usefixtures("busy_device")
-def test_an_index_that_is_not_there_is_told() -> None:
+def test_rejects_an_index_out_of_range() -> None:
     with pytest.raises(SandboxConfigError, match="got 'cuda:1', expected an index below 1"):
         resolve_device("cuda:1")
 
 
-def test_a_device_with_an_index_becomes_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_with_an_index_becomes_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[torch.device] = []
-    monkeypatch.setattr(device, "why_no_cuda", lambda: None)
-    monkeypatch.setattr(device, "_fault_of", lambda _: None)
+    monkeypatch.setattr(device, "cuda_unavailable_reason", lambda: None)
+    monkeypatch.setattr(device, "_device_failure", lambda _: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     assert resolve_device("cuda") == torch.device("cuda")
@@ -90,7 +92,7 @@ def test_a_device_with_an_index_becomes_the_threads(monkeypatch: pytest.MonkeyPa
     assert used == [torch.device("cuda:1")]
 
 
-def test_only_a_build_with_cuda_and_a_driver_may_have_it(
+def test_cuda_is_possible_only_with_a_cuda_build_and_a_driver(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)

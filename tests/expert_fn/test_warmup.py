@@ -1,4 +1,4 @@
-"""A rehearsed zygote: what it has done, and what its sandboxes still can."""
+"""A warmed-up zygote: what it computes and imports, and that its sandboxes work."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def send_request(method: str, url: str, body: bytes = b"") -> bytes:
 
 
 def compute_in_a_sandbox(client: ZygoteClient, store: Store, **config: Any) -> bytes:
-    """Fork a sandbox, attach a function and return the answer of a frame."""
+    """Fork a sandbox, attach a function and return the response to a frame."""
     address = client.spawn("s1", device="cpu", **config)["address"]
     spec = make_function_spec(store, [0], [0, 1, 2])
     function = f"http://{address}/v1/functions/{spec.id}"
@@ -37,20 +37,20 @@ def compute_in_a_sandbox(client: ZygoteClient, store: Store, **config: Any) -> b
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_a_rehearsed_zygote_has_one_thread_and_its_sandboxes_compute_in_several(
+def test_warmed_up_zygote_is_single_threaded_and_its_sandboxes_are_not(
     prepared_store: PreparedStore, tmp_path: Path, family: str
 ) -> None:
     store, output = prepared_store(family), tmp_path / "log"
     variables = {"FAASMOE_WARMUP_STORE": str(store.path), "FAASMOE_DEVICE": "cpu"}
     with running_zygote(*ZYGOTE, output=output, **variables) as zygote, zygote.client() as client:
-        # One that had run a parallel region would have more, and children that hang.
+        # After a parallel region it would have more threads, and its children would hang.
         assert len(list(Path(f"/proc/{zygote.process.pid}/task").iterdir())) == 1
         assert len(compute_in_a_sandbox(client, store, threads=2)) > 32
     assert "warmed up 1 layer kinds" in output.read_text()
     assert "not warmed up" not in output.read_text()
 
 
-def test_a_store_that_is_not_there_is_said_and_sandboxes_work_all_the_same(
+def test_missing_store_is_logged_and_sandboxes_work(
     prepared_store: PreparedStore, tmp_path: Path
 ) -> None:
     store, output = prepared_store("mixtral"), tmp_path / "log"
@@ -65,20 +65,20 @@ import sys
 from pathlib import Path
 from faasmoe_expert.config import SandboxConfig
 from faasmoe_expert.functions.function import ExpertFunction
-from faasmoe_expert.warmup import rehearse
+from faasmoe_expert.warmup import warm_up
 
-computed, compute = [], ExpertFunction.compute_together
-def noted(self, requests):
+computed, compute_batch = [], ExpertFunction.compute_batch
+def recording_compute_batch(self, requests):
     computed.extend((r.header.layer, r.header.n_rows) for r in requests)
-    return compute(self, requests)
-ExpertFunction.compute_together = noted
-rehearse(SandboxConfig(device=sys.argv[2], token="secret"), Path(sys.argv[1]))
+    return compute_batch(self, requests)
+ExpertFunction.compute_batch = recording_compute_batch
+warm_up(SandboxConfig(device=sys.argv[2], token="secret"), Path(sys.argv[1]))
 print(computed, "transformers" in sys.modules)
 """
 
 
 def run_warmup(store: Store, *, device: str) -> str:
-    """Return the (layer, rows) of the frames that a rehearsal computes, and what it imported."""
+    """Return the (layer, n_rows) of all warm-up frames and whether transformers was imported."""
     command = [sys.executable, "-c", SCRIPT, str(store.path), device]
     environment = {**sandbox_env(), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -86,14 +86,14 @@ def run_warmup(store: Store, *, device: str) -> str:
     return run.stdout.strip()
 
 
-def test_each_kind_of_layer_is_rehearsed_with_each_number_of_rows(
+def test_warms_up_each_layer_kind_with_each_row_count(
     prepared_store: PreparedStore,
 ) -> None:
-    frames = [(0, n + 1) for n in WARMUP_ROW_COUNTS]  # all layers are alike
+    frames = [(0, n + 1) for n in WARMUP_ROW_COUNTS]  # all layers are of one kind
     assert run_warmup(prepared_store("mixtral"), device="cpu") == f"{frames} False"
 
 
-def test_a_family_without_a_lean_kernel_has_its_module_imported_once_for_all(
+def test_imports_transformers_for_families_without_a_gated_kernel(
     prepared_store: PreparedStore,
 ) -> None:
     store = prepared_store("gpt_oss")
@@ -101,20 +101,20 @@ def test_a_family_without_a_lean_kernel_has_its_module_imported_once_for_all(
     assert run_warmup(store, device="cpu").endswith("True")
 
 
-def test_nothing_is_rehearsed_for_sandboxes_that_compute_on_a_gpu(
+def test_skips_warm_up_for_sandboxes_on_a_gpu(
     prepared_store: PreparedStore,
 ) -> None:
     assert run_warmup(prepared_store("mixtral"), device="cuda") == "[] False"
 
 
-def test_a_zygote_with_another_thread_does_not_fork(
+def test_multi_threaded_zygote_exits_with_an_error(
     prepared_store: PreparedStore, tmp_path: Path
 ) -> None:
     output = tmp_path / "log"
     variables = {
         "FAASMOE_WARMUP_STORE": str(prepared_store("mixtral").path),
         "FAASMOE_DEVICE": "cpu",
-        "OPENBLAS_NUM_THREADS": "2",  # which numpy brings along, and which starts one at once
+        "OPENBLAS_NUM_THREADS": "2",  # numpy's OpenBLAS starts a thread on import
     }
     with running_zygote(*ZYGOTE, output=output, **variables) as zygote:
         assert zygote.process.wait(DEADLINE_S) == 2

@@ -1,4 +1,4 @@
-"""The zygote as a real process, with sandboxes that need no torch (fake_zygote.py)."""
+"""The zygote as a real process, mostly with fake sandboxes (fake_zygote.py)."""
 
 import os
 import signal
@@ -24,49 +24,49 @@ from zygote_process import (
 from faasmoe_contracts.parent_death import PARENT_PID_ENV
 from faasmoe_expert.zygote import MAX_LINE_BYTES, SOCKET_ENV
 
-STAND_IN = str(Path(__file__).with_name("fake_zygote.py"))
+FAKE_ZYGOTE = str(Path(__file__).with_name("fake_zygote.py"))
 ENDS_AT_ONCE, NEVER_ANSWERS = 99, 98
 
 
 @pytest.fixture
-def running() -> Iterator[ZygoteProcess]:
-    with running_zygote(STAND_IN) as running:
-        yield running
+def zygote() -> Iterator[ZygoteProcess]:
+    with running_zygote(FAKE_ZYGOTE) as zygote:
+        yield zygote
 
 
 @pytest.fixture
-def zygote(running: ZygoteProcess) -> Iterator[ZygoteClient]:
-    with running.client() as client:
+def client(zygote: ZygoteProcess) -> Iterator[ZygoteClient]:
+    with zygote.client() as client:
         yield client
 
 
-def test_forks_sandboxes_that_answer_at_the_address_it_told(zygote: ZygoteClient) -> None:
-    first, second = zygote.spawn("s1", threads=1), zygote.spawn("s2", threads=1)
+def test_forks_sandboxes_that_serve_at_the_reported_address(client: ZygoteClient) -> None:
+    first, second = client.spawn("s1", threads=1), client.spawn("s2", threads=1)
     assert first["pid"] != second["pid"]
     assert is_ready(first["address"])
     assert is_ready(second["address"])
 
 
-def test_reports_what_ended_and_how(zygote: ZygoteClient) -> None:
-    killed = zygote.spawn("killed")
+def test_reports_exit_statuses(client: ZygoteClient) -> None:
+    killed = client.spawn("killed")
     os.kill(killed["pid"], signal.SIGKILL)
     expected = {"event": "exited", "id": "killed", "pid": killed["pid"], "status": -9}
-    assert zygote.read_event() == expected
-    failed = zygote.spawn("failed", threads=ENDS_AT_ONCE)
-    assert zygote.read_event() == {**expected, "id": "failed", "pid": failed["pid"], "status": 3}
+    assert client.read_event() == expected
+    failed = client.spawn("failed", threads=ENDS_AT_ONCE)
+    assert client.read_event() == {**expected, "id": "failed", "pid": failed["pid"], "status": 3}
 
 
-def test_ends_a_sandbox_gently(zygote: ZygoteClient) -> None:
-    sandbox = zygote.spawn("s1")
+def test_terminates_a_sandbox(client: ZygoteClient) -> None:
+    sandbox = client.spawn("s1")
     assert is_ready(sandbox["address"])
-    zygote.send(verb="kill", id="s1", grace_s=DEADLINE_S)
-    assert zygote.read_event()["status"] == 0
+    client.send(verb="kill", id="s1", grace_s=DEADLINE_S)
+    assert client.read_event()["status"] == 0
 
 
-def test_kills_a_sandbox_that_does_not_end_in_its_grace(zygote: ZygoteClient) -> None:
-    zygote.spawn("s1", threads=NEVER_ANSWERS)
-    zygote.send(verb="kill", id="s1", grace_s=0.2)
-    assert zygote.read_event()["status"] in (-signal.SIGKILL, -signal.SIGTERM)
+def test_kills_a_sandbox_after_the_grace_period(client: ZygoteClient) -> None:
+    client.spawn("s1", threads=NEVER_ANSWERS)
+    client.send(verb="kill", id="s1", grace_s=0.2)
+    assert client.read_event()["status"] in (-signal.SIGKILL, -signal.SIGTERM)
 
 
 @pytest.mark.parametrize(
@@ -76,24 +76,26 @@ def test_kills_a_sandbox_that_does_not_end_in_its_grace(zygote: ZygoteClient) ->
         ("[]", "unknown verb"),
         ('{"verb": "dance"}', "unknown verb"),
         ('{"verb": "spawn", "id": "s1"}', "unknown verb or fields"),
-        ('{"verb": "kill", "id": "s9"}', "id: got 's9', expected a sandbox that runs"),
+        ('{"verb": "kill", "id": "s9"}', "id: got 's9', expected a running sandbox"),
         ('{"verb": "kill", "id": "s0", "grace_s": "long"}', "could not convert"),
-        ('{"verb": "spawn", "id": "s0", "config": {}}', "id: got 's0', which runs already"),
+        ('{"verb": "spawn", "id": "s0", "config": {}}', "id: 's0' is already running"),
     ],
 )
-def test_refuses_a_bad_command_and_goes_on(zygote: ZygoteClient, line: str, message: str) -> None:
-    sandbox = zygote.spawn("s0")
-    zygote.send_line(line)
-    event = zygote.read_event()
+def test_rejects_invalid_commands_and_keeps_running(
+    client: ZygoteClient, line: str, message: str
+) -> None:
+    sandbox = client.spawn("s0")
+    client.send_line(line)
+    event = client.read_event()
     assert event["event"] == "refused"
     assert message in event["message"]
     assert is_ready(sandbox["address"])
 
 
-def test_outlives_its_clients_and_tells_the_next_one_what_runs(running: ZygoteProcess) -> None:
-    with running.client() as first:
+def test_outlives_its_clients_and_lists_sandboxes_to_the_next(zygote: ZygoteProcess) -> None:
+    with zygote.client() as first:
         spawned = first.spawn("s1", capacity=3, threads=1)
-    with running.client() as second:
+    with zygote.client() as second:
         assert second.sandboxes() == [
             {
                 "id": "s1",
@@ -107,61 +109,63 @@ def test_outlives_its_clients_and_tells_the_next_one_what_runs(running: ZygotePr
         assert second.sandboxes() == []
 
 
-def test_listens_to_the_client_that_came_last(running: ZygoteProcess) -> None:
-    with running.client() as first:
+def test_new_client_replaces_the_previous_one(zygote: ZygoteProcess) -> None:
+    with zygote.client() as first:
         first.spawn("s1")
-        with running.client() as second:
+        with zygote.client() as second:
             assert first.is_closed()
             assert [s["id"] for s in second.sandboxes()] == ["s1"]
 
 
-def test_cuts_a_client_that_sends_a_line_without_end(running: ZygoteProcess) -> None:
-    with running.client() as flood:
-        sandbox = flood.spawn("s1")
-        flood.socket.sendall(b"x" * (MAX_LINE_BYTES + 1))
-        assert flood.is_closed()
+def test_disconnects_a_client_that_sends_an_endless_line(zygote: ZygoteProcess) -> None:
+    with zygote.client() as flooding_client:
+        sandbox = flooding_client.spawn("s1")
+        flooding_client.socket.sendall(b"x" * (MAX_LINE_BYTES + 1))
+        assert flooding_client.is_closed()
     assert is_ready(sandbox["address"])
-    with running.client() as next_one:
-        assert [s["id"] for s in next_one.sandboxes()] == ["s1"]
+    with zygote.client() as next_client:
+        assert [s["id"] for s in next_client.sandboxes()] == ["s1"]
 
 
-def test_can_be_reached_by_its_own_user_only(running: ZygoteProcess, zygote: ZygoteClient) -> None:
-    assert running.path.stat().st_mode & 0o777 == 0o600
-
-
-def test_says_that_it_was_given_no_socket() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != SOCKET_ENV}
-    ended = subprocess.run(
-        [sys.executable, STAND_IN], env=environment, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 2
-    assert ended.stderr == f"{SOCKET_ENV}: not set, expected the path of a socket\n"
-
-
-def test_takes_its_sandboxes_along_when_it_is_terminated(
-    running: ZygoteProcess, zygote: ZygoteClient
+def test_socket_is_accessible_to_its_own_user_only(
+    zygote: ZygoteProcess, client: ZygoteClient
 ) -> None:
-    pids = [zygote.spawn(f"s{number}")["pid"] for number in range(3)]
-    assert running.terminate() == 0
+    assert zygote.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_requires_a_socket_path() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != SOCKET_ENV}
+    result = subprocess.run(
+        [sys.executable, FAKE_ZYGOTE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr == f"{SOCKET_ENV}: not set, expected the path of a socket\n"
+
+
+def test_sandboxes_exit_when_the_zygote_is_terminated(
+    zygote: ZygoteProcess, client: ZygoteClient
+) -> None:
+    pids = [client.spawn(f"s{number}")["pid"] for number in range(3)]
+    assert zygote.terminate() == 0
     assert not any(is_running(pid) for pid in pids)
 
 
-def test_takes_its_sandboxes_along_when_it_is_killed(
-    running: ZygoteProcess, zygote: ZygoteClient
+def test_sandboxes_die_when_the_zygote_is_killed(
+    zygote: ZygoteProcess, client: ZygoteClient
 ) -> None:
-    pids = [zygote.spawn(f"s{number}", threads=NEVER_ANSWERS)["pid"] for number in range(3)]
-    running.process.kill()
+    pids = [client.spawn(f"s{number}", threads=NEVER_ANSWERS)["pid"] for number in range(3)]
+    zygote.process.kill()
     eventually(lambda: not any(is_running(pid) for pid in pids))
 
 
-def test_ends_with_its_parent_even_if_that_is_killed() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "zygote.sock"
+def test_dies_with_its_parent() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "zygote.sock"
         script = (
             "import os, subprocess, sys\n"
             f"env = {{**os.environ, {PARENT_PID_ENV!r}: str(os.getpid()),"
             f" {SOCKET_ENV!r}: {str(path)!r}}}\n"
-            f"zygote = subprocess.Popen([sys.executable, {STAND_IN!r}],"
+            f"zygote = subprocess.Popen([sys.executable, {FAKE_ZYGOTE!r}],"
             " stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)\n"
             "zygote.wait()\n"
         )
@@ -174,13 +178,16 @@ def test_ends_with_its_parent_even_if_that_is_killed() -> None:
         client.close()
 
 
-def test_forks_the_real_runtime_from_a_process_that_has_computed_nothing() -> None:
-    with running_zygote("-m", "faasmoe_expert.zygote") as real, real.client() as client:
-        # A parallel region would have left its threads, and children that hang in their first.
-        assert len(list(Path(f"/proc/{real.process.pid}/task").iterdir())) == 1
+def test_real_zygote_is_single_threaded_and_forks_working_sandboxes() -> None:
+    with (
+        running_zygote("-m", "faasmoe_expert.zygote") as real_zygote,
+        real_zygote.client() as client,
+    ):
+        # A parallel region would leave threads behind, and children would hang.
+        assert len(list(Path(f"/proc/{real_zygote.process.pid}/task").iterdir())) == 1
         sandbox = client.spawn("s1", device="cpu")
         assert is_ready(sandbox["address"])
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"http://{sandbox['address']}/v1/functions", timeout=DEADLINE_S)
-        assert real.terminate() == 0
+        assert real_zygote.terminate() == 0
         assert not is_running(sandbox["pid"])

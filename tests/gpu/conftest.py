@@ -23,7 +23,7 @@ if EMULATED:
     from emulated.cuda import install
 
     DEVICE = install()
-    SUPPORT = HERE.parent / "integration"  # and in the processes that tests start
+    SUPPORT = HERE.parent / "integration"  # also for processes that tests start
     paths = [str(SUPPORT / "emulated" / "site"), str(SUPPORT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 else:
@@ -46,16 +46,16 @@ def cuda() -> torch.device:
 
 @pytest.fixture
 def real() -> None:
-    """Skip what an emulated device cannot show."""
+    """Skips a test that needs a real device."""
     if EMULATED:
-        pytest.skip("shown by a real device alone")
+        pytest.skip("needs a real device")
 
 
 @pytest.fixture
 def emulated() -> None:
-    """Skip what only an emulated device tells: races and waits that a real one hides."""
+    """Skips a test of races and waits that only the emulated device detects."""
     if not EMULATED:
-        pytest.skip("told by the emulated device alone: `make test-emulated`")
+        pytest.skip("needs the emulated device: `make test-emulated`")
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +72,7 @@ def uploader(cuda: torch.device) -> Uploader:
 
 @pytest.fixture(autouse=True)
 def release_device_memory() -> Iterator[None]:
-    """Each test leaves the device as it found it: the next ones count bytes."""
+    """Frees a test's device memory, since other tests count bytes."""
     yield
     gc.collect()
     if torch.cuda.is_available():

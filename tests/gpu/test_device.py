@@ -1,4 +1,4 @@
-"""What a device's name comes to where there is one."""
+"""Resolution of device names on a machine with a device."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ pytestmark = pytest.mark.usefixtures("real")
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
-def test_a_device_is_found_and_in_use(name: str) -> None:
+def test_resolves_a_device_and_initializes_it(name: str) -> None:
     assert resolve_device(name).type == "cuda"
-    assert torch.cuda.memory_reserved() > 0  # by what was tried on it
+    assert torch.cuda.memory_reserved() > 0  # by the trial allocation
     assert is_cuda_possible()
 
 
-def test_an_index_beyond_the_last_is_refused() -> None:
+def test_rejects_a_device_index_out_of_range() -> None:
     count = torch.cuda.device_count()
     with pytest.raises(SandboxConfigError, match=f"expected an index below {count}"):
         resolve_device(f"cuda:{count}")

@@ -1,4 +1,4 @@
-"""The emulated device tells of what a real one would only now and then show; alone where it is."""
+"""The emulated device detects races that a real one shows only rarely."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ def pinned(value: float) -> Tensor:
     return torch.empty(4, pin_memory=True).fill_(value)
 
 
-def test_what_lands_is_garbage_until_it_is_waited_for(ones: Tensor, cuda: torch.device) -> None:
+def test_copied_data_is_garbage_until_it_is_waited_for(ones: Tensor, cuda: torch.device) -> None:
     host = pinned(5.0)
     host.copy_(ones, non_blocking=True)
     assert host.isnan().all()
@@ -29,7 +29,7 @@ def test_what_lands_is_garbage_until_it_is_waited_for(ones: Tensor, cuda: torch.
     assert host.eq(1).all()
 
 
-def test_memory_that_is_overwritten_before_it_is_copied_is_told(cuda: torch.device) -> None:
+def test_memory_overwritten_before_its_copy_is_detected(cuda: torch.device) -> None:
     from emulated.streams import Race
 
     host = pinned(5.0)
@@ -41,7 +41,7 @@ def test_memory_that_is_overwritten_before_it_is_copied_is_told(cuda: torch.devi
     assert there.cpu().eq(5).all()
 
 
-def test_a_mark_ends_what_was_begun_before_it_alone(ones: Tensor, cuda: torch.device) -> None:
+def test_event_completes_only_earlier_work(ones: Tensor, cuda: torch.device) -> None:
     first, second = pinned(0.0), pinned(0.0)
     first.copy_(ones, non_blocking=True)
     mark = PinnedMemory(cuda).record_event()
@@ -52,7 +52,7 @@ def test_a_mark_ends_what_was_begun_before_it_alone(ones: Tensor, cuda: torch.de
     torch.cuda.synchronize()
 
 
-def test_another_stream_sees_a_copy_once_it_is_waited_for(ones: Tensor, cuda: torch.device) -> None:
+def test_another_stream_sees_a_copy_after_waiting(ones: Tensor, cuda: torch.device) -> None:
     lane = CudaCopyStream(cuda)
     bytes_there = ones.view(torch.uint8)
     wait = lane.copy_async(bytes_there, pinned(3.0).view(torch.uint8))
@@ -69,18 +69,18 @@ def test_another_stream_sees_a_copy_once_it_is_waited_for(ones: Tensor, cuda: to
         pytest.param(lambda there: torch.mm(there[None], torch.ones(4, 1)), id="product"),
     ],
 )
-def test_the_host_and_the_device_do_not_mix(mix: Callable[[Tensor], Tensor], ones: Tensor) -> None:
+def test_host_and_device_tensors_do_not_mix(mix: Callable[[Tensor], Tensor], ones: Tensor) -> None:
     with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
         mix(ones)
 
 
-def test_numpy_does_not_reach_the_device(ones: Tensor) -> None:
+def test_numpy_cannot_access_the_device(ones: Tensor) -> None:
     with pytest.raises(TypeError, match="copy it to host memory first"):
         ones.numpy()
 
 
-def test_a_stage_that_used_its_buffers_early_would_be_told(cuda: torch.device) -> None:
-    """What each layer's wait is for."""
+def test_premature_reuse_of_a_host_buffer_is_detected(cuda: torch.device) -> None:
+    """Shows why each layer waits."""
     from emulated.streams import Race
 
     stage = BufferedTransfer(PinnedMemory(cuda))

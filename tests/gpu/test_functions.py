@@ -1,4 +1,4 @@
-"""Functions on the device: what they compute, what they hold, and what they give back."""
+"""Functions on the device: their outputs, and the memory they use and free."""
 
 from collections.abc import Sequence
 
@@ -43,7 +43,7 @@ def request_for(
 @pytest.mark.parametrize("mode", OutputMode)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_computes_what_it_does_on_the_cpu(
+def test_every_family_computes_the_same_as_on_the_cpu(
     family: str, dtype: str, mode: OutputMode, prepared_store: PreparedStore, uploader: Uploader
 ) -> None:
     store = prepared_store(family, dtype=dtype)
@@ -57,7 +57,9 @@ def test_every_family_computes_what_it_does_on_the_cpu(
 
 
 @pytest.mark.usefixtures("emulated")
-def test_a_frame_is_waited_for_once(prepared_store: PreparedStore, uploader: Uploader) -> None:
+def test_frame_synchronizes_with_the_device_once(
+    prepared_store: PreparedStore, uploader: Uploader
+) -> None:
     from emulated.streams import WaitCounts, counts
 
     store = prepared_store("mixtral")
@@ -91,7 +93,7 @@ def test_every_byte_is_copied(
         assert torch.equal(there.shared[name].cpu(), tensor)
 
 
-def test_a_function_takes_its_bytes_and_gives_them_back(
+def test_detached_function_frees_its_device_memory(
     prepared_store: PreparedStore, uploader: Uploader
 ) -> None:
     store = prepared_store("mixtral")

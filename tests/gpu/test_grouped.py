@@ -87,7 +87,7 @@ def test_sums_are_those_of_the_mapped_kernel(
 
 
 @pytest.mark.parametrize("n_rows", [1, 8, 64, 256])
-def test_a_block_of_the_full_geometry_agrees(n_rows: int, cuda: torch.device) -> None:
+def test_block_of_full_size_agrees(n_rows: int, cuda: torch.device) -> None:
     stacks = stacks_of(SILU, torch.bfloat16, QWEN)
     hidden, pairs = frame(n_rows, torch.bfloat16, QWEN)
     got = kernel_on(cuda, SILU, stacks).compute_reduced(hidden, pairs)
@@ -95,7 +95,7 @@ def test_a_block_of_the_full_geometry_agrees(n_rows: int, cuda: torch.device) ->
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_the_same_frame_gives_the_same_bits(dtype: torch.dtype, cuda: torch.device) -> None:
+def test_same_frame_gives_the_same_bits(dtype: torch.dtype, cuda: torch.device) -> None:
     kernel = kernel_on(cuda, SILU, stacks_of(SILU, dtype, SMALL))
     hidden, pairs = frame(200, dtype, SMALL)
     first = kernel.compute_reduced(hidden, pairs)
@@ -103,9 +103,7 @@ def test_the_same_frame_gives_the_same_bits(dtype: torch.dtype, cuda: torch.devi
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_a_pair_has_the_same_bits_alone_and_in_any_batch(
-    dtype: torch.dtype, cuda: torch.device
-) -> None:
+def test_pair_has_the_same_bits_in_any_batch(dtype: torch.dtype, cuda: torch.device) -> None:
     kernel = kernel_on(cuda, SILU, stacks_of(SILU, dtype, SMALL))
     hidden, pairs = frame(35, dtype, SMALL)
     together = kernel.compute_per_pair(hidden, pairs)  # [P, H]

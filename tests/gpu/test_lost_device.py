@@ -1,4 +1,4 @@
-"""A device that is lost takes its process along, and no more: another one takes its place."""
+"""A lost device ends only its own process, which is replaced."""
 
 from pathlib import Path
 
@@ -7,20 +7,20 @@ import pytest
 from faasmoe_up import FaasmoeUp, running_up, start_up, wait_until
 from raw_http import request_frame
 from sandbox_processes import PreparedStore, StartSandbox, make_function_spec
-from tiny_system import assert_same_answers, moemodel_yaml, request_completions
+from tiny_system import assert_same_responses, moemodel_yaml, request_completions
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
 
 @pytest.fixture
 def lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file: while it is there, the device is lost to all that tests start."""
+    """A file; while it exists, the device is lost to every process that tests start."""
     path = tmp_path / "lost"
     monkeypatch.setenv("EMULATED_LOST", str(path))
     return path
 
 
-def test_a_sandbox_says_so_and_ends(
+def test_sandbox_reports_a_lost_device_and_exits(
     sandbox: StartSandbox, prepared_store: PreparedStore, lost: Path
 ) -> None:
     store = prepared_store("mixtral")
@@ -37,12 +37,12 @@ def test_a_sandbox_says_so_and_ends(
         assert box.http.get("/readyz").json() == {"status": "draining"}
         box.http.close()
         assert box.process.wait(30) == 1
-        said = box.log.read_text()
-    assert "is lost" in said.splitlines()[-1]
-    assert said.count("CRITICAL") == 1
+        log = box.log.read_text()
+    assert "is lost" in log.splitlines()[-1]
+    assert log.count("CRITICAL") == 1
 
 
-def test_functions_come_back_in_new_sandboxes_and_no_request_fails(
+def test_functions_move_to_new_sandboxes_and_no_request_fails(
     tiny_model: Path, tmp_path: Path, lost: Path
 ) -> None:
     file = tmp_path / "tiny.yaml"
@@ -51,17 +51,19 @@ def test_functions_come_back_in_new_sandboxes_and_no_request_fails(
         expected = request_completions(up)
         before = {process.pid for process in up.sandboxes}
         lost.touch()
-        assert_same_answers(request_completions(up), expected)  # computed in the router
+        assert_same_responses(request_completions(up), expected)  # computed by the router
         wait_until(lambda: before.isdisjoint(sandbox_pids(up)), timeout_s=30, what="they ended")
         lost.unlink()
         wait_until(lambda: all_functions_ready(up), timeout_s=60, what="all functions are up")
         n_here = up.router_metric("local_computations_total")
-        assert_same_answers(request_completions(up), expected)
+        assert_same_responses(request_completions(up), expected)
         assert up.router_metric("local_computations_total") == n_here
     assert "is lost (" in (tmp_path / "up.log").read_text()
 
 
-def test_a_router_ends_and_says_why(tiny_model: Path, tmp_path: Path, lost: Path) -> None:
+def test_router_reports_a_lost_device_and_exits(
+    tiny_model: Path, tmp_path: Path, lost: Path
+) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(moemodel_yaml(tiny_model, router="cuda", experts="cpu"))
     up = start_up(file, tmp_path / "up.log")
@@ -74,9 +76,9 @@ def test_a_router_ends_and_says_why(tiny_model: Path, tmp_path: Path, lost: Path
     finally:
         up.process.kill()
         up.process.wait()
-    said = up.log.read_text()
-    assert "The engine gives up: the device emulated:0 is lost: CUDA error: an illegal" in said
-    assert "faasmoe: error: the router ended with status 1" in said
+    log = up.log.read_text()
+    assert "The engine gives up: the device emulated:0 is lost: CUDA error: an illegal" in log
+    assert "faasmoe: error: the router ended with status 1" in log
 
 
 def sandbox_pids(up: FaasmoeUp) -> set[int]:

@@ -1,4 +1,4 @@
-"""Rows between two processes' device memory, by every way of the benchmark."""
+"""Round trips of rows between two processes' device memory, by every method of the benchmark."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_rows_come_back_by_every_way_that_the_device_has(cuda: torch.device) -> None:
+def test_rows_survive_every_round_trip_of_the_device(cuda: torch.device) -> None:
     command = [sys.executable, "-m", "benchmarks.cuda.round_trips", "cuda", "64", "--rounds", "5"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr

@@ -1,4 +1,4 @@
-"""A router on the device, its functions on the CPU or on the device too."""
+"""A router on the device, with functions on the CPU or on the device."""
 
 import asyncio
 import threading
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families.inputs import prompts
+from families.reference import upcast_model
 from families.registry import FAMILIES, forward_logits
 from sandbox_processes import PreparedStore, StartSandbox
 from torch import Tensor
@@ -18,10 +19,9 @@ from faasmoe_contracts.wire import OutputMode
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.device_transfer import BufferedTransfer, PinnedMemory, transfer_for
 from faasmoe_router.dispatch.metrics import DispatchMetrics
-from faasmoe_router.engine.cache_config import EngineLimits
+from faasmoe_router.engine.batcher import EngineLimits, start_batcher
 from faasmoe_router.errors import RouterConfigError
-from faasmoe_router.transformers_backend.continuous_batching import ContinuousBatcher
-from faasmoe_router.transformers_backend.model_loader import ModelLoadError, load_router_model
+from faasmoe_router.model_loader import ModelLoadError, load_router_model
 
 FAMILY = "qwen2_moe"
 TOLERANCE = 1e-3
@@ -42,10 +42,10 @@ def running_dispatcher(
     mode: OutputMode = OutputMode.REDUCED,
 ) -> Iterator[tuple[Dispatcher, DispatchMetrics]]:
     metrics = DispatchMetrics()
-    with sandbox(device=functions, capacity=100) as box:
-        table = box.attach_blocks(store, 3)
-        stage = transfer_for(router)
-        dispatcher = Dispatcher(store, table, mode=mode, metrics=metrics, device_transfer=stage)
+    with sandbox(device=functions, capacity=100) as server:
+        table = server.attach_blocks(store, 3)
+        transfer = transfer_for(router)
+        dispatcher = Dispatcher(store, table, mode=mode, metrics=metrics, device_transfer=transfer)
         try:
             yield dispatcher, metrics
         finally:
@@ -70,9 +70,28 @@ def test_logits_equal_the_in_process_models(
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
 
 
+@pytest.mark.parametrize("functions", ["cpu", "cuda"])
+def test_float32_router_calls_bfloat16_functions(
+    functions: str, sandbox: StartSandbox, prepared_store: PreparedStore, cuda: torch.device
+) -> None:
+    family = next(f for f in FAMILIES if f.name == FAMILY)
+    store = prepared_store(FAMILY, dtype="bfloat16")
+    expected = forward_logits(family, upcast_model(family, store), prompts())  # [B, S, V]
+    with running_dispatcher(sandbox, store, functions=functions, router=cuda) as (
+        dispatcher,
+        metrics,
+    ):
+        model = load_router_model(store, dispatcher, device=cuda, dtype=torch.float32)
+        got = forward_logits(family, model, prompts().to(cuda)).cpu()
+        assert metrics.local._value.get() == 0
+        assert metrics.calls._value.get() > 0
+    assert got.dtype == torch.float32
+    assert (got - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("mode", OutputMode)
-def test_a_layer_waits_for_the_device_once_and_for_nothing_else(
+def test_layer_synchronizes_with_the_device_once(
     sandbox: StartSandbox, store: Store, cuda: torch.device, mode: OutputMode
 ) -> None:
     from emulated.streams import counts
@@ -91,7 +110,7 @@ def test_a_layer_waits_for_the_device_once_and_for_nothing_else(
 
 @pytest.fixture
 def small_device() -> Iterator[Callable[[int], None]]:
-    """Give the device only so many bytes beyond what it holds."""
+    """Limits the device to so many bytes beyond what is allocated."""
     from emulated.device import allocated_bytes, limit
 
     def leave(size_bytes: int) -> None:
@@ -102,7 +121,7 @@ def small_device() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.usefixtures("emulated")
-def test_a_model_that_does_not_fit_is_refused_by_name(
+def test_model_that_does_not_fit_is_rejected(
     store: Store, cuda: torch.device, small_device: Callable[[int], None]
 ) -> None:
     small_device(1000)
@@ -111,17 +130,22 @@ def test_a_model_that_does_not_fit_is_refused_by_name(
 
 
 @pytest.mark.usefixtures("emulated")
-def test_a_cache_that_does_not_fit_is_refused_by_its_setting(
+def test_cache_that_does_not_fit_is_rejected_by_its_setting(
     store: Store, cuda: torch.device, small_device: Callable[[int], None]
 ) -> None:
     model = load_router_model(store, Dispatcher(store, None), device=cuda)
-    batcher = ContinuousBatcher(model, EngineLimits(max_model_len=64, max_num_seqs=8))
     small_device(1000)
     with (
         closing(asyncio.new_event_loop()) as loop,
         pytest.raises(RouterConfigError, match="kv_cache_bytes: got none, expected what is free"),
     ):
-        batcher.start(loop, lambda *_: None, lambda *_: None)
+        start_batcher(
+            model,
+            EngineLimits(max_model_len=64, max_num_seqs=8),
+            loop,
+            on_outputs=lambda *_: None,
+            on_request_error=lambda *_: None,
+        )
 
 
 def make_layer_inputs(
@@ -134,9 +158,9 @@ def make_layer_inputs(
     return hidden.to(device), index.to(device), weight.to(device)
 
 
-def test_layers_one_after_the_other_do_not_meet_in_the_buffers(cuda: torch.device) -> None:
-    """The device is kept behind, so that a buffer that is overwritten early would be seen."""
-    stage = BufferedTransfer(PinnedMemory(cuda))
+def test_successive_layers_do_not_overwrite_each_others_buffers(cuda: torch.device) -> None:
+    """The device is kept busy, so that a buffer overwritten too early shows."""
+    transfer = BufferedTransfer(PinnedMemory(cuda))
     size = 2048 if cuda.type == "cuda" else 8
     ballast = torch.randn(size, size, device=cuda)
     backs, expected = [], []
@@ -146,24 +170,24 @@ def test_layers_one_after_the_other_do_not_meet_in_the_buffers(cuda: torch.devic
 
     for seed in range(200):
         hidden, index, weight = make_layer_inputs(64 + seed % 7, seed, cuda)
-        landed = stage.to_host(hidden, index, weight, while_waiting=keep_behind)
+        landed = transfer.to_host(hidden, index, weight, while_waiting=keep_behind)
         assert torch.equal(landed.rows, hidden.cpu())
         assert (landed.top_k_index == index.cpu().numpy()).all()
         keep_behind()
-        backs.append(stage.to_device(landed.rows * 2))
+        backs.append(transfer.to_device(landed.rows * 2))
         expected.append(hidden * 2)
     assert all(torch.equal(got, wanted) for got, wanted in zip(backs, expected, strict=True))
 
 
 def submit_and_wait(
-    add: Callable[[str, list[int]], None], done: threading.Event, texts: list[list[int]]
+    add: Callable[[str, list[int]], object], done: threading.Event, texts: list[list[int]]
 ) -> None:
     for number, prompt in enumerate(texts):
         add(str(number), prompt)
     assert done.wait(120)
 
 
-def test_continuous_batching_on_the_device_gives_what_it_gives_on_the_cpu(
+def test_continuous_batching_gives_the_same_tokens_as_on_the_cpu(
     sandbox: StartSandbox, store: Store, cuda: torch.device
 ) -> None:
     results = [
@@ -177,7 +201,7 @@ def test_continuous_batching_on_the_device_gives_what_it_gives_on_the_cpu(
 def generate_batched(
     sandbox: StartSandbox, store: Store, device: torch.device, functions: str
 ) -> dict[str, list[int]]:
-    """Generate greedily from some prompts in one batch; the tokens by request."""
+    """Generate greedily from several prompts in one batch; return the tokens by request."""
     vocabulary = store.manifest.model.vocab_size
     texts = [[(7 * i + 3 * j) % vocabulary for j in range(5 + i)] for i in range(6)]
     tokens: dict[str, list[int]] = {}
@@ -194,13 +218,18 @@ def generate_batched(
     thread = threading.Thread(target=loop.run_forever)
     with running_dispatcher(sandbox, store, functions=functions, router=device) as (dispatcher, _):
         model = load_router_model(store, dispatcher, device=device)
-        batcher = ContinuousBatcher(model, EngineLimits(max_model_len=64, max_num_seqs=8))
         thread.start()
-        batcher.start(loop, collect, lambda *_: done.set())
+        batcher = start_batcher(
+            model,
+            EngineLimits(max_model_len=64, max_num_seqs=8),
+            loop,
+            on_outputs=collect,
+            on_request_error=lambda *_: done.set(),
+        )
         try:
             submit_and_wait(
                 lambda name, prompt: batcher.add_request(
-                    name, prompt, max_tokens=8, stop_token_ids=(), logits_state=None
+                    name, prompt, max_tokens=8, stop_token_ids=()
                 ),
                 done,
                 texts,

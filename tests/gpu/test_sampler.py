@@ -1,4 +1,4 @@
-"""The steps from scores to a token on the device: those of the host, whatever a row asks for."""
+"""Sampling on the device gives the same results as on the host."""
 
 from typing import cast
 
@@ -38,7 +38,7 @@ def scores() -> Tensor:
     return torch.randn(N_ROWS, N_VOCAB, generator=torch.Generator().manual_seed(0)) * 4
 
 
-def test_draws_are_those_of_the_host(scores: Tensor, cuda: torch.device) -> None:
+def test_sampled_tokens_equal_those_of_the_host(scores: Tensor, cuda: torch.device) -> None:
     for position in range(20):
         draws = [RowDraw(row, params, position) for row, params in enumerate(PARAMS)]
         expected = sample_tokens(scores, draws)
@@ -47,7 +47,7 @@ def test_draws_are_those_of_the_host(scores: Tensor, cuda: torch.device) -> None
         assert torch.equal(forced.argmax(-1).cpu(), expected)
 
 
-def test_biases_and_penalties_are_those_of_the_host(scores: Tensor, cuda: torch.device) -> None:
+def test_biases_and_penalties_equal_those_of_the_host(scores: Tensor, cuda: torch.device) -> None:
     counts = TokenCounts([5, 9, 2], max_output_tokens=8)
     counts.add_tokens([9, 9, 100])
     penalized = [
@@ -66,7 +66,7 @@ def test_biases_and_penalties_are_those_of_the_host(scores: Tensor, cuda: torch.
     assert there.isneginf().sum().item() == 1 + N_VOCAB - 3
 
 
-def test_log_probabilities_are_those_of_the_host(scores: Tensor, cuda: torch.device) -> None:
+def test_log_probabilities_equal_those_of_the_host(scores: Tensor, cuda: torch.device) -> None:
     chosen = scores.argmax(-1)
     wanted = [0, 3, 20, 1, 0, 5]
     expected = compute_logprobs(scores, chosen, wanted)
@@ -80,7 +80,7 @@ def test_log_probabilities_are_those_of_the_host(scores: Tensor, cuda: torch.dev
 
 
 class EveryThirdTokenMatcher:
-    """A grammar that lets every third token follow."""
+    """A grammar that allows every third token."""
 
     n_bitmask_words = -(-N_VOCAB // 32)
 
@@ -89,7 +89,7 @@ class EveryThirdTokenMatcher:
         bitmask.copy_((bits.long() << torch.arange(32)).sum(1).to(torch.int32))
 
 
-def test_grammars_forbid_what_they_do_on_the_host(scores: Tensor, cuda: torch.device) -> None:
+def test_grammar_masks_equal_those_of_the_host(scores: Tensor, cuda: torch.device) -> None:
     matcher = cast(GrammarMatcher, EveryThirdTokenMatcher())
     there = scores.to(cuda)
     for each in (scores, there):

@@ -1,4 +1,4 @@
-"""Sandbox processes on one device: several of them, a device that is full, forks of a zygote."""
+"""Sandbox processes on one device: several at once, a full device, forks of a zygote."""
 
 import json
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def response_bytes(box: SandboxProcess, store: Store) -> bytes:
 
 @pytest.fixture
 def fill() -> Iterator[list[torch.Tensor]]:
-    """Holds what a test takes of the device."""
+    """Holds device memory that a test allocates."""
     held: list[torch.Tensor] = []
     yield held
     held.clear()
@@ -54,19 +54,19 @@ def test_many_sandboxes_share_one_device(
     with ExitStack() as stack:
         boxes = [stack.enter_context(sandbox(device="cuda", capacity=4)) for _ in range(4)]
         assert len({response_bytes(box, store) for box in boxes}) == 1
-        said = [box.http.get("/v1/functions").json()["sandbox"] for box in boxes]
-        assert {box["device"] for box in said} == {str(cuda)}
-        assert all(box["memory"]["used_bytes"] > 0 for box in said)
+        reported = [box.http.get("/v1/functions").json()["sandbox"] for box in boxes]
+        assert {box["device"] for box in reported} == {str(cuda)}
+        assert all(box["memory"]["used_bytes"] > 0 for box in reported)
     assert free_bytes() >= before - 64 * MIB
 
 
-def test_what_is_attached_and_detached_a_hundred_times_is_not_kept(
+def test_repeated_attach_and_detach_leak_no_device_memory(
     sandbox: StartSandbox, store: Store
 ) -> None:
     with sandbox(device="cuda", capacity=4) as box:
         spec = make_function_spec(store, [0, 1, 2], range(8))
         response_bytes(box, store)
-        for _ in range(3):  # what the first ones leave for good
+        for _ in range(3):  # the first ones allocate memory that is kept for good
             box.attach(store, spec)
             box.http.delete(f"/v1/functions/{spec.id}")
         before = free_bytes()
@@ -77,7 +77,7 @@ def test_what_is_attached_and_detached_a_hundred_times_is_not_kept(
 
 
 @pytest.mark.usefixtures("real")
-def test_a_device_that_is_full_refuses_before_it_runs_out(
+def test_full_device_rejects_functions_before_it_runs_out(
     sandbox: StartSandbox, store: Store, fill: list[torch.Tensor]
 ) -> None:
     with sandbox(device="cuda", capacity=4) as box:
@@ -90,7 +90,7 @@ def test_a_device_that_is_full_refuses_before_it_runs_out(
         error = refused.json()["error"]
         assert (refused.status_code, error["code"]) == (503, "out_of_memory")
         assert "expected at most 0, what is left of" in error["message"]
-        attached = make_function_spec(store, [0], [0, 1, 2])  # which serves on
+        attached = make_function_spec(store, [0], [0, 1, 2])  # keeps serving
         answer = box.http.post(f"/v1/functions/{attached.id}", content=request_frame())
         assert answer.status_code == 200
         fill.clear()
@@ -99,7 +99,7 @@ def test_a_device_that_is_full_refuses_before_it_runs_out(
 
 
 @pytest.mark.usefixtures("real")
-def test_a_forked_sandbox_uses_the_device(store: Store, tmp_path: Path) -> None:
+def test_forked_sandbox_uses_the_device(store: Store, tmp_path: Path) -> None:
     variables = {"FAASMOE_WARMUP_STORE": str(store.path), "FAASMOE_DEVICE": "auto"}
     command = ("-m", "faasmoe_expert.zygote")
     with running_zygote(*command, output=tmp_path / "log", **variables) as zygote:

@@ -1,15 +1,15 @@
-"""The whole system on the device: one file, `faasmoe up`, the same answers wherever parts are."""
+"""The whole system with `faasmoe up`: the same answers on every combination of devices."""
 
 from pathlib import Path
 from typing import Any
 
 from faasmoe_up import running_up
-from tiny_system import assert_same_answers, moemodel_yaml, request_completions
+from tiny_system import assert_same_responses, moemodel_yaml, request_completions
 
 DEVICES = {"host": ("cpu", "cpu"), "router": ("cuda", "cpu"), "both": ("cuda", "cuda")}
 
 
-def test_answers_are_the_same_wherever_router_and_functions_are(
+def test_answers_do_not_depend_on_devices_of_router_and_functions(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     answers: dict[str, list[dict[str, Any]]] = {}
@@ -23,4 +23,4 @@ def test_answers_are_the_same_wherever_router_and_functions_are(
             n_here = up.router_metric("local_computations_total")
             assert up.router_metric("function_calls_total") > 10 * n_here
     for name in ("router", "both"):
-        assert_same_answers(answers[name], answers["host"])
+        assert_same_responses(answers[name], answers["host"])

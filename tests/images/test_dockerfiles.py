@@ -1,4 +1,4 @@
-"""The Dockerfiles as they are written; they are built and run where there is a builder."""
+"""Static checks of the Dockerfiles; building and running them needs a builder."""
 
 import json
 import re
@@ -20,13 +20,13 @@ MODULES = {
 
 @pytest.fixture(params=sorted(FILES))
 def name(request: pytest.FixtureRequest) -> str:
-    """Each image."""
+    """Name of each image in turn."""
     image: str = request.param
     return image
 
 
 def instructions(name: str) -> list[tuple[str, str]]:
-    """Return a Dockerfile's instructions in their order, each with its arguments."""
+    """Return the instructions of a Dockerfile in order, with their arguments."""
     text = re.sub(r"^#.*\n", "", FILES[name].read_text(), flags=re.MULTILINE)
     lines = text.replace("\\\n", " ").splitlines()
     return [
@@ -35,19 +35,19 @@ def instructions(name: str) -> list[tuple[str, str]]:
 
 
 def last_stage(name: str) -> list[tuple[str, str]]:
-    found = instructions(name)
-    begin = max(index for index, (word, _) in enumerate(found) if word == "FROM")
-    return found[begin:]
+    stages = instructions(name)
+    start = max(index for index, (word, _) in enumerate(stages) if word == "FROM")
+    return stages[start:]
 
 
-def test_has_two_stages_on_one_base_that_can_be_pinned(name: str) -> None:
-    found = instructions(name)
-    assert found[0] == ("ARG", "PYTHON_IMAGE=python:3.11-slim")
-    bases = [rest for word, rest in found if word == "FROM"]
+def test_has_two_stages_on_a_configurable_base(name: str) -> None:
+    lines = instructions(name)
+    assert lines[0] == ("ARG", "PYTHON_IMAGE=python:3.11-slim")
+    bases = [rest for word, rest in lines if word == "FROM"]
     assert bases == ["${PYTHON_IMAGE} AS build", "${PYTHON_IMAGE}"]
 
 
-def test_what_runs_was_built_before_and_is_not_the_users(name: str) -> None:
+def test_last_stage_copies_build_and_runs_as_non_root(name: str) -> None:
     stage = last_stage(name)
     copied = [rest for word, rest in stage if word == "COPY"]
     assert copied == ["--from=build /opt/faasmoe /opt/faasmoe"]
@@ -55,13 +55,13 @@ def test_what_runs_was_built_before_and_is_not_the_users(name: str) -> None:
     assert [word for word, _ in stage][-2:] in (["USER", "ENTRYPOINT"], ["EXPOSE", "ENTRYPOINT"])
 
 
-def test_starts_its_module_without_a_shell(name: str) -> None:
+def test_entrypoint_runs_module_without_shell(name: str) -> None:
     (entry,) = (rest for word, rest in last_stage(name) if word == "ENTRYPOINT")
     assert json.loads(entry) == ["python", "-m", MODULES[name]]
     assert not [word for word, _ in instructions(name) if word in ("CMD", "SHELL", "HEALTHCHECK")]
 
 
-def test_installs_the_extra_of_its_name(name: str) -> None:
+def test_installs_extra_of_its_name(name: str) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
@@ -70,31 +70,32 @@ def test_installs_the_extra_of_its_name(name: str) -> None:
     assert installs[-1].endswith(f'".[{name}]"')
 
 
-def test_only_the_data_plane_has_torch(name: str) -> None:
+def test_operator_image_has_no_torch(name: str) -> None:
     text = FILES[name].read_text()
     assert ("TORCH_VERSION" in text) == (name != "operator")
 
 
-def test_takes_the_torch_that_the_project_is_tested_with() -> None:
+def test_torch_version_matches_makefile() -> None:
     makefile = (ROOT / "Makefile").read_text()
     (version,) = re.findall(r"^TORCH\s*\?= torch==([0-9.]+)$", makefile, flags=re.MULTILINE)
     for name in ("router", "expert"):
         assert f"ARG TORCH_VERSION={version}\n" in FILES[name].read_text()
 
 
-def test_names_no_host(name: str) -> None:
+def test_contains_no_url(name: str) -> None:
     assert "://" not in FILES[name].read_text()
 
 
-def test_a_build_sees_only_what_it_needs() -> None:
+def test_dockerignore_limits_build_context() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     assert lines[1] == "*"
-    taken = {line.removeprefix("!") for line in lines if line.startswith("!")}
-    assert taken == {"pyproject.toml", "README.md", "LICENSE", "operator", "router", "expert_fn"}
-    assert all((ROOT / path).exists() for path in taken)
+    included = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    roots = {"operator", "router", "expert_fn", "kernels"}
+    assert included == {"pyproject.toml", "README.md", "LICENSE", *roots}
+    assert all((ROOT / path).exists() for path in included)
 
 
-def test_checkov_finds_no_fault_that_is_not_explained(tmp_path: Path) -> None:
+def test_checkov_finds_no_unexplained_failure(tmp_path: Path) -> None:
     for file in FILES.values():
         shutil.copy(file, tmp_path)
     assert failed_checks(tmp_path, framework="dockerfile") == []

@@ -1,4 +1,4 @@
-"""The exact demo model, made once and kept, and small tensors computed by one thread."""
+"""Fixtures: the exact demo model, kept in pytest's cache, and a single torch thread."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from faasmoe_router.checkpoint.demo import make_demo_model
 
 @pytest.fixture(scope="session", autouse=True)
 def _single_torch_thread() -> None:
-    """Tiny tensors gain nothing by threads, and lose ten times on a busy machine."""
+    """Use one thread: for tiny tensors, more are up to ten times slower on a busy machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def exact_demo_model(request: pytest.FixtureRequest) -> Path:
-    """SmolLM2-135M cut into experts that are all active: logits equal the dense model's."""
+    """SmolLM2-135M split into experts that are all active, with the logits of the dense model."""
     assert request.config.cache is not None
     return make_demo_model(request.config.cache.mkdir("demo-models") / "exact", exact=True)

@@ -1,4 +1,4 @@
-"""Results as the benchmarks write them, made up for tests."""
+"""Synthetic results of `faasmoe bench` for tests."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -37,7 +37,7 @@ ABOUT: Mapping[str, Any] = {
 def make_result(
     number: int, *, speed: float = 1.0, text: str = "text", error: str = ""
 ) -> RequestResult:
-    """Return an answer of 10 tokens in (1 + 9) / speed seconds."""
+    """Return a response with 10 tokens that took (1 + 9) / speed seconds."""
     if error:
         return RequestResult(0, number, error=error)
     return RequestResult(0, number, text, 10, ttft_s=1.0 / speed, total_s=10.0 / speed)
@@ -46,7 +46,7 @@ def make_result(
 def make_run(
     *, speed: float = 1.0, cpu_s: float = 10.0, size_bytes: int = 2 * 10**9, **first: str
 ) -> StrategyRun:
-    """Return a run of two requests; `first` is said of the first one's answer."""
+    """Return a run with two requests; `first` has arguments of `make_result` for the first one."""
     time_s = 10.0 / speed
     usage = ResourceUsage(
         [MemorySample(0.0, size_bytes, 0), MemorySample(time_s, size_bytes, 0)], cpu_s, time_s
@@ -56,6 +56,6 @@ def make_run(
 
 
 def make_comparison(**runs: tuple[StrategyRun, ...]) -> dict[str, Any]:
-    """Return a comparison's JSON object, strategies by name with _ for -."""
-    named = {name.replace("_", "-"): StrategyResult(name, found) for name, found in runs.items()}
+    """Return the JSON figures of a comparison; `-` in strategy names is written as `_`."""
+    named = {name.replace("_", "-"): StrategyResult(name, given) for name, given in runs.items()}
     return {**to_json(named, reference="full-model-shared"), "about": ABOUT}

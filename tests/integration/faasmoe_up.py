@@ -1,11 +1,10 @@
-"""A running `faasmoe up`, its processes and what they tell about themselves."""
+"""A running `faasmoe up` with access to its processes, status and metrics."""
 
 from __future__ import annotations
 
 import atexit
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -22,6 +21,7 @@ from typing import Any
 
 import httpx
 import psutil
+from metric_samples import parse_sample
 
 START_TIMEOUT_S = 240.0
 END_TIMEOUT_S = 60.0
@@ -29,7 +29,14 @@ END_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class FaasmoeUp:
-    """A running `faasmoe up`."""
+    """A running `faasmoe up`.
+
+    Attributes:
+        process: the launcher.
+        base_url: base URL of the router.
+        log: file with the output of all processes.
+        runtime: its XDG_RUNTIME_DIR.
+    """
 
     process: subprocess.Popen[bytes]
     base_url: str
@@ -38,24 +45,24 @@ class FaasmoeUp:
 
     @property
     def process_tree(self) -> list[psutil.Process]:
-        """The launcher and every process below it."""
-        top = psutil.Process(self.process.pid)
-        return [top, *top.children(recursive=True)]
+        """The launcher and all its descendants."""
+        launcher = psutil.Process(self.process.pid)
+        return [launcher, *launcher.children(recursive=True)]
 
     @property
     def sandboxes(self) -> list[psutil.Process]:
-        """The sandboxes' processes: what the zygote has forked."""
+        """Processes of the sandboxes, which are the children of the zygote."""
         zygote = self.child_running("faasmoe_expert.zygote")
         return [] if zygote is None else [p for p in zygote.children() if not _is_gone(p)]
 
     def child_running(self, module: str) -> psutil.Process | None:
-        """Return the launcher's child that runs a module, None if it is not there."""
+        """Return the child of the launcher that runs a module; None if there is none."""
         for process in psutil.Process(self.process.pid).children():
             try:
                 if module in process.cmdline():
                     return process
             except psutil.NoSuchProcess:
-                continue  # it ended meanwhile
+                continue  # it exited meanwhile
         return None
 
     @cached_property
@@ -65,60 +72,60 @@ class FaasmoeUp:
         return next(dict(entry) for entry in entries if entry["pid"] == self.process.pid)
 
     def request_control(self, method: str, path: str, body: Any = None) -> httpx.Response:
-        """Call the control API; raises httpx.HTTPError, while it is away a TransportError."""
+        """Send a request to the control API.
+
+        Raises:
+            httpx.TransportError: the control process is not reachable.
+            httpx.HTTPStatusError: the response has an error status.
+        """
         headers = {"Authorization": f"Bearer {self._runtime_info['token']}"}
         url = self._runtime_info["control_url"] + path
         response = httpx.request(method, url, headers=headers, json=body, trust_env=False)
         return response.raise_for_status()
 
     def status(self) -> dict[str, Any]:
-        """Return the control's state; raises httpx.HTTPError."""
+        """Return the response to GET /v1/status; raises as `request_control` does."""
         return dict(self.request_control("GET", "/v1/status").json())
 
     def control_metric(self, name: str) -> float:
-        """Return a metric of the control process: a name with its labels."""
-        return parse_metric(self.request_control("GET", "/metrics").text, f"faasmoe_control_{name}")
+        """Return a sample of the control process, named without its prefix but with its labels."""
+        exposition = self.request_control("GET", "/metrics").text
+        return parse_sample(exposition, f"faasmoe_control_{name}")
 
     def router_metric(self, name: str) -> float:
-        """Return a metric of the router: a name with its labels."""
-        return parse_metric(httpx.get(f"{self.base_url}/metrics").text, f"faasmoe_router_{name}")
-
-
-def parse_metric(text: str, name: str) -> float:
-    """Return a sample of a metrics page; 0 if there is none."""
-    found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-    return 0.0 if found is None else float(found[1])
+        """Return a sample of the router, named without its prefix but with its labels."""
+        return parse_sample(httpx.get(f"{self.base_url}/metrics").text, f"faasmoe_router_{name}")
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline_s, f"not in {timeout_s:.0f} s: {what}"
+        assert time.monotonic() < deadline_s, f"not within {timeout_s:.0f} s: {what}"
         time.sleep(0.1)
 
 
 def start_up(file: Path, log: Path) -> FaasmoeUp:
-    """Start `faasmoe up` and wait until it serves."""
+    """Start `faasmoe up` and wait until it is healthy."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    runtime = Path(tempfile.mkdtemp(prefix="up-"))  # pytest's own folders are too long for sockets
+    runtime = Path(tempfile.mkdtemp(prefix="up-"))  # tmp_path is too long for a Unix socket
     atexit.register(shutil.rmtree, runtime, ignore_errors=True)
-    own = {k: v for k, v in os.environ.items() if not k.startswith("FAASMOE_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FAASMOE_")}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "faasmoe_operator.cli", "up", "-f", file, "--port", str(port)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**own, "XDG_RUNTIME_DIR": str(runtime)},
+            env={**environment, "XDG_RUNTIME_DIR": str(runtime)},
         )
     up = FaasmoeUp(process, f"http://127.0.0.1:{port}", log, runtime)
 
-    def served() -> bool:
+    def is_serving() -> bool:
         assert process.poll() is None, log.read_text()
         return "OpenAI base URL" in log.read_text()
 
     try:
-        wait_until(served, timeout_s=START_TIMEOUT_S, what="served")
+        wait_until(is_serving, timeout_s=START_TIMEOUT_S, what="serving")
     except BaseException:
         process.kill()
         process.wait()
@@ -128,19 +135,22 @@ def start_up(file: Path, log: Path) -> FaasmoeUp:
 
 @contextmanager
 def running_up(file: Path, log: Path) -> Iterator[FaasmoeUp]:
-    """Run `faasmoe up` as long as the context lasts; it must end well and leave nothing."""
+    """Run `faasmoe up` for the lifetime of the context.
+
+    At its end, the launcher must exit with status 0 and leave no process.
+    """
     instance = start_up(file, log)
     try:
         yield instance
     finally:
         processes = instance.process_tree
         instance.process.send_signal(signal.SIGINT)
-        status = _status(instance.process)
+        status = _exit_status(instance.process)
     assert status == 0, instance.log.read_text()
-    wait_until(lambda: all_gone(processes), timeout_s=10, what="no process left")
+    wait_until(lambda: all_gone(processes), timeout_s=10, what="all processes to exit")
 
 
-def _status(process: subprocess.Popen[bytes]) -> int:
+def _exit_status(process: subprocess.Popen[bytes]) -> int:
     try:
         return process.wait(END_TIMEOUT_S)
     except subprocess.TimeoutExpired:

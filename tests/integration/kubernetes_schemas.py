@@ -1,4 +1,4 @@
-"""Kubernetes' own JSON schemas, strict: an unknown field is a fault."""
+"""Strict validation against the JSON schemas of Kubernetes; unknown fields are errors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,13 +7,13 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 
 VERSIONS = ("1.30", "1.37")
-"""The oldest release that the chart admits, and the newest that there is."""
+"""The oldest release that the chart supports, and the newest one."""
 EXTENSIONS = frozenset({"HTTPRoute", "ServiceMonitor", "PrometheusRule", "MoEModel"})
-"""Kinds whose schemas are not Kubernetes'."""
+"""Kinds that are not part of Kubernetes."""
 
 
 def check_schema(obj: Mapping[str, Any]) -> None:
-    """Fail if any of the releases would not take the object."""
+    """Fail if the object is invalid in any of VERSIONS."""
     if obj["kind"] in EXTENSIONS:
         return
     for version in VERSIONS:

@@ -1,4 +1,4 @@
-"""Contexts of MoEModels for tests, and a matrix of them: from nothing said to everything said."""
+"""Contexts of MoEModels for tests, from an empty spec to one that sets every field."""
 
 from typing import Any
 
@@ -168,12 +168,12 @@ def make_context(
         ),
         "secrets": ControlSecrets("token-of-the-model", "00" * 32),
         "summary": SUMMARY,
-        "api": frozenset({"gateway.networking.k8s.io/v1", "monitoring.coreos.com/v1"}),
+        "served_apis": frozenset({"gateway.networking.k8s.io/v1", "monitoring.coreos.com/v1"}),
     }
     return ModelContext(**{**values, **other})
 
 
 def all_objects(ctx: ModelContext) -> list[Object]:
-    """Return all objects of a model, a sandbox among them."""
+    """Return all objects of a model, including a sandbox pod."""
     sandbox = sandbox_pod(ctx, name=f"{ctx.name[:40]}-sandbox-abcde")
     return [*store_objects(ctx), *serving_objects(ctx), sandbox]

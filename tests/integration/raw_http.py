@@ -1,4 +1,4 @@
-"""Frames and raw HTTP, for tests of the sandbox server."""
+"""Request frames and raw HTTP over sockets, for tests of the sandbox server."""
 
 import socket
 import time
@@ -18,7 +18,7 @@ HIDDEN = 32
 
 
 def request_frame(*, n_rows: int = 2, layer: int = 0, expert: int = 1, **changes: Any) -> bytes:
-    """A frame of ones for one expert."""
+    """Return a request frame with rows of ones for one expert."""
     fields: dict[str, Any] = {
         "dtype": Dtype.FLOAT32,
         "mode": OutputMode.REDUCED,
@@ -35,7 +35,7 @@ def request_frame(*, n_rows: int = 2, layer: int = 0, expert: int = 1, **changes
 
 
 def post_request(function_id: str, body: bytes, *, headers: str = "") -> bytes:
-    """A whole HTTP request for a function."""
+    """Return a complete HTTP request to a function."""
     head = (
         f"POST /v1/functions/{function_id} HTTP/1.1\r\nhost: test\r\n{headers}"
         f"authorization: Bearer {TOKEN}\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -44,7 +44,7 @@ def post_request(function_id: str, body: bytes, *, headers: str = "") -> bytes:
 
 
 def read_response(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of the next answer."""
+    """Read status, headers and body of the next response."""
     received = b""
     while b"\r\n\r\n" not in received:
         received += _receive_part(connection)
@@ -53,12 +53,12 @@ def read_response(connection: socket.socket) -> tuple[int, dict[str, str], bytes
     headers = dict(line.split(": ", 1) for line in lines)
     while len(body) < int(headers["content-length"]):
         body += _receive_part(connection)
-    assert len(body) == int(headers["content-length"]), "bytes of another answer"
+    assert len(body) == int(headers["content-length"]), "excess bytes after the response"
     return int(status_line.split()[1]), headers, body
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """What comes until the sandbox closes."""
+    """Read until the sandbox closes the connection."""
     parts = []
     while part := connection.recv(1 << 16):
         parts.append(part)
@@ -67,19 +67,19 @@ def read_all(connection: socket.socket) -> bytes:
 
 def _receive_part(connection: socket.socket) -> bytes:
     part = connection.recv(1 << 16)
-    assert part, "closed before the answer's end"
+    assert part, "connection closed before the end of the response"
     return part
 
 
 def wait_until(condition: Callable[[], bool], *, deadline_s: float = DEADLINE_S) -> None:
-    """Wait until a condition comes true, or fail."""
+    """Wait until a condition holds; fail after deadline_s seconds."""
     end_s = time.monotonic() + deadline_s
     while not condition():
-        assert time.monotonic() < end_s, "the condition did not come true in time"
+        assert time.monotonic() < end_s, "timed out waiting for the condition"
         time.sleep(0.01)
 
 
 def n_connections(sandbox: SandboxProcess) -> int:
-    """Connections that the sandbox holds, its listener left out."""
-    found = psutil.Process(sandbox.process.pid).net_connections("tcp")
-    return sum(c.status != psutil.CONN_LISTEN for c in found)
+    """Return the number of the sandbox's TCP connections, without its listener."""
+    connections = psutil.Process(sandbox.process.pid).net_connections("tcp")
+    return sum(c.status != psutil.CONN_LISTEN for c in connections)

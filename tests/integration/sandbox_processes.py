@@ -22,14 +22,18 @@ from faasmoe_contracts.routing_table import (
 from faasmoe_contracts.store import Store
 
 DEADLINE_S = 60.0
-_LISTENS = re.compile(r"listens on ([\d.]+:\d+)")
+_LISTENS = re.compile(r"listen(?:s|ing) on ([\d.]+:\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxProcess:
-    """A sandbox that runs and is ready.
+    """A running, ready sandbox.
 
-    `http` is a client with the sandbox's base URL and token; `log` is the file of its output.
+    Attributes:
+        address: host:port.
+        process: the process.
+        http: client with the sandbox's base URL and token.
+        log: file with its output.
     """
 
     address: str
@@ -38,26 +42,26 @@ class SandboxProcess:
     log: Path
 
     def attach(self, store: Store, spec: FunctionSpec) -> FunctionEndpoints:
-        """Attach a function of a store; returns its entry for a function table."""
+        """Attach a function of a store; return its entry of a routing table."""
         body = {**spec.to_json(), "store": str(store.path), "model_digest": store.manifest.digest}
         response = self.http.put(f"/v1/functions/{spec.id}", json=body)
         assert response.status_code in (200, 201), response.text
         return FunctionEndpoints(spec, (self.address,))
 
     def attach_blocks(self, store: Store, experts_per_function: int) -> RoutingTable:
-        """Attach all of a store's experts in blocks of this size, the last one maybe smaller."""
+        """Attach all experts of a store, experts_per_function at a time; return the table."""
         entries = [self.attach(store, spec) for spec in block_specs(store, experts_per_function)]
         return RoutingTable(store.manifest.digest, 0, tuple(entries))
 
 
 StartSandbox = Callable[..., AbstractContextManager[SandboxProcess]]
-"""What the fixture `sandbox` is: `sandbox(capacity=…, token=…)`; see `running_sandbox`."""
+"""Type of the fixture `sandbox`: `sandbox(capacity=…, token=…)`; see `running_sandbox`."""
 PreparedStore = Callable[..., Store]
-"""What the fixture `prepared_store` is: `prepared_store("mixtral", dtype=None)`."""
+"""Type of the fixture `prepared_store`: `prepared_store("mixtral", dtype=None)`."""
 
 
 def block_specs(store: Store, experts_per_function: int) -> list[FunctionSpec]:
-    """Cut every MoE layer into functions of so many experts."""
+    """Split every MoE layer into functions of experts_per_function experts."""
     specs = []
     for layer in store.manifest.layers:
         for start in range(0, layer.num_experts, experts_per_function):
@@ -67,14 +71,18 @@ def block_specs(store: Store, experts_per_function: int) -> list[FunctionSpec]:
 
 
 def make_function_spec(store: Store, layers: Sequence[int], experts: Sequence[int]) -> FunctionSpec:
-    """Name a function of these experts in these layers."""
+    """Return the function of the given experts in the given layers."""
     digest = store.manifest.digest
     name = make_function_id(b"tests", model_digest=digest, layers=layers, experts=experts)
     return FunctionSpec(name, tuple(layers), tuple(experts))
 
 
 def sandbox_env(**variables: object) -> dict[str, str]:
-    """The environment of a sandbox: no FAASMOE_* but these, given without prefix, in lower case."""
+    """Return the environment of a sandbox with only the given FAASMOE_* settings.
+
+    Args:
+        variables: settings in lowercase without prefix, such as capacity=4.
+    """
     env = {name: value for name, value in os.environ.items() if not name.startswith("FAASMOE_")}
     env |= {f"FAASMOE_{name.upper()}": str(value) for name, value in variables.items()}
     return env | {PARENT_PID_ENV: str(os.getpid())}
@@ -82,12 +90,12 @@ def sandbox_env(**variables: object) -> dict[str, str]:
 
 @contextmanager
 def running_sandbox(log: Path, *, token: str = "", **variables: object) -> Iterator[SandboxProcess]:
-    """Run a sandbox until the block ends: killed then, if it does not end by SIGTERM.
+    """Run a sandbox for the lifetime of the context.
 
     Args:
         log: file for its output.
         token: bearer token.
-        variables: other settings, such as capacity=4 for FAASMOE_CAPACITY.
+        variables: further settings, such as capacity=4 for FAASMOE_CAPACITY.
     """
     settings: dict[str, object] = {"port": 0, "device": "cpu", "token": token, **variables}
     with log.open("wb") as output:
@@ -118,9 +126,8 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
     end_s = time.monotonic() + DEADLINE_S
     while True:
         text = log.read_text(errors="replace")
-        found = _LISTENS.search(text)
-        if found:
-            return found[1]
-        assert process.poll() is None, f"the sandbox ended: {text}"
+        if match := _LISTENS.search(text):
+            return match[1]
+        assert process.poll() is None, f"the sandbox exited: {text}"
         assert time.monotonic() < end_s, f"the sandbox did not listen in time: {text}"
         time.sleep(0.02)

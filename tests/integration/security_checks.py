@@ -1,6 +1,6 @@
-"""checkov over a folder, with the checks that `.checkov.yaml` leaves in.
+"""Runs checkov on a folder, with the checks that `.checkov.yaml` enables.
 
-It lives in an environment of its own, `.venv-tools`, as its dependencies do not go with ours.
+checkov has its own environment, `.venv-tools`, because its dependencies conflict with ours.
 """
 
 import json
@@ -15,14 +15,14 @@ CHECKOV = ROOT / ".venv-tools" / "bin" / "checkov"
 
 
 def failed_checks(folder: Path, *, framework: str) -> list[str]:
-    """Return the checks that failed in a folder, `ID RESOURCE: NAME`; at least one must pass."""
+    """Return the failed checks as `ID RESOURCE: NAME`; at least one check must pass."""
     if not CHECKOV.exists():
-        pytest.fail(f"{CHECKOV} is missing: `make setup` makes it")
+        pytest.fail(f"{CHECKOV} is missing: run `make setup`")
     command = [str(CHECKOV), "--config-file", str(ROOT / ".checkov.yaml"), "--quiet"]
     command += ["--directory", str(folder), "--framework", framework, "--output", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1), done.stderr
-    return _failures(json.loads(done.stdout))
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode in (0, 1), result.stderr
+    return _failures(json.loads(result.stdout))
 
 
 def _failures(report: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A router's server in a thread of the test's process, on a loopback port."""
+"""Runs the router's server in a thread of the test process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEADLINE_S = 20.0
 
 @contextmanager
 def running_server(server: Server) -> Iterator[str]:
-    """Serve as long as the context lasts; gives the base URL."""
+    """Serve on a loopback port for the lifetime of the context; yields the base URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -29,4 +29,4 @@ def running_server(server: Server) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join(DEADLINE_S)
-            assert not thread.is_alive(), "the server did not end in time"
+            assert not thread.is_alive(), "the server did not stop in time"

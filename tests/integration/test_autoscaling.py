@@ -1,4 +1,4 @@
-"""Functions that come and go with the traffic: real processes, real requests, nothing lost."""
+"""Autoscaling of functions with real processes: correct responses during scaling and faults."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tiny_chat import EXPERTS, LAYERS, MAX_MODEL_LEN, save_tiny_chat_model
 EXPERTS_PER_FUNCTION = 2
 N_FUNCTIONS = LAYERS * EXPERTS // EXPERTS_PER_FUNCTION
 N_TOKENS = 12
-WINDOW_S = 6  # Knative's least
+WINDOW_S = 6  # Knative's minimum
 GRACE_S = 1
-TARGET = 4  # calls in flight; 70 % of it is aimed at: 2.8 a replica
-SLACK_S = 40.0  # the autoscaler's tick, the reports' interval, the drain, a busy machine
+TARGET = 4  # calls in flight per replica; with 70 % utilization, 2.8
+SLACK_S = 40.0  # for autoscaler ticks, report intervals, draining and a busy machine
 ACTIVATION_TIMEOUT_S = 60.0
 REPLACED_TIMEOUT_S = 90.0
 BURST = 32
@@ -48,7 +48,7 @@ spec:
 
 @dataclass(frozen=True, slots=True)
 class ChatResult:
-    """A chat's answer, and for how long it was held if it was."""
+    """The response to a chat; `cold_start_s` is None unless the request was queued."""
 
     question: str
     text: str
@@ -60,16 +60,16 @@ class ChatResult:
 
 @dataclass(slots=True)
 class Traffic:
-    """Chats that are asked one after the other by several clients."""
+    """Responses and failures of closed-loop clients."""
 
-    answers: list[ChatResult] = field(default_factory=list)
+    responses: list[ChatResult] = field(default_factory=list)
     failures: list[BaseException] = field(default_factory=list)
 
     def wait_for_more(self, count: int) -> None:
-        """Wait until so many more answers are there."""
-        wanted = len(self.answers) + count
-        what = f"{count} more answers"
-        wait_until(lambda: len(self.answers) >= wanted, timeout_s=ACTIVATION_TIMEOUT_S, what=what)
+        """Wait for `count` more responses."""
+        wanted = len(self.responses) + count
+        what = f"{count} more responses"
+        wait_until(lambda: len(self.responses) >= wanted, timeout_s=ACTIVATION_TIMEOUT_S, what=what)
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +147,10 @@ def connected(up: FaasmoeUp) -> Iterator[httpx.Client]:
 
 
 def burst(up: FaasmoeUp) -> list[ChatResult]:
-    """Ask every question at once; any that fails fails the test.
+    """Send all questions concurrently; any failure fails the test.
 
-    From one thread: 32 of them keep each other waiting for seconds on a busy machine, and answers
-    that nobody reads look like a pause in the traffic.
+    A single thread sends them: 32 threads would block each other for seconds on a busy machine, and
+    unread responses would look like a pause in the traffic.
     """
 
     async def ask(client: httpx.AsyncClient, question: str) -> ChatResult:
@@ -168,26 +168,26 @@ def burst(up: FaasmoeUp) -> list[ChatResult]:
 
 
 def results_alone(up: FaasmoeUp) -> dict[str, str]:
-    """Return the text that each question gets while nothing else runs and all is warm."""
+    """Return the text for each question when sent alone to warm functions."""
     with connected(up) as client:
         responses = [chat(client, question) for question in PROMPTS]
-    assert all(answer.cold_start_s is None for answer in responses)
-    return {answer.question: answer.text for answer in responses}
+    assert all(response.cold_start_s is None for response in responses)
+    return {response.question: response.text for response in responses}
 
 
 @contextmanager
 def traffic(up: FaasmoeUp, *, clients: int = 4) -> Iterator[Traffic]:
-    """Ask without a pause as long as the context lasts."""
+    """Send requests without pauses for the lifetime of the context."""
     seen, finished = Traffic(), threading.Event()
 
     def ask(client: httpx.Client, first: int) -> None:
-        turn = first
+        index = first
         while not finished.is_set():
             try:
-                seen.answers.append(chat(client, PROMPTS[turn % BURST]))
-            except Exception as error:  # told by the test, in its own thread
+                seen.responses.append(chat(client, PROMPTS[index % BURST]))
+            except Exception as error:  # checked in the thread of the test
                 seen.failures.append(error)
-            turn += 1
+            index += 1
 
     with connected(up) as client:
         threads = [threading.Thread(target=ask, args=(client, n)) for n in range(clients)]
@@ -206,12 +206,12 @@ def replicas(up: FaasmoeUp) -> list[int]:
 
 
 def is_idle(up: FaasmoeUp, *, pool: int) -> bool:
-    """Tell whether no function is anywhere, and only the pool's sandboxes run."""
+    """Return whether all functions are at zero and only the sandboxes of the warm pool run."""
     status = up.status()
     functions = [(f["desired"], f["ready"]) for f in status["functions"]]
     attached = [s["functions"] for s in status["sandboxes"]]
-    nothing = functions == [(0, 0)] * N_FUNCTIONS and attached == [[]] * pool
-    return nothing and status["pool"]["ready"] == pool and len(up.sandboxes) == pool
+    at_zero = functions == [(0, 0)] * N_FUNCTIONS and attached == [[]] * pool
+    return at_zero and status["pool"]["ready"] == pool and len(up.sandboxes) == pool
 
 
 def wait_idle(up: FaasmoeUp, *, pool: int) -> None:
@@ -220,27 +220,27 @@ def wait_idle(up: FaasmoeUp, *, pool: int) -> None:
 
 
 def check_burst_from_zero(up: FaasmoeUp, *, pool: int) -> None:
-    """Every answer is right and complete, and each function was started once."""
+    """Check that all responses are correct and complete, and each function was activated once."""
     wait_idle(up, pool=pool)
     activations = 'activations_total{outcome="ready"}'
     before = up.control_metric(activations), up.router_metric("cold_start_seconds_count")
     responses = burst(up)
-    took_s = sorted(answer.took_s for answer in responses)
+    took_s = sorted(response.took_s for response in responses)
     details = (up.status()["decisions"], took_s)
     assert up.control_metric(activations) - before[0] == N_FUNCTIONS, details
-    queued = [answer.cold_start_s for answer in responses if answer.cold_start_s is not None]
+    queued = [response.cold_start_s for response in responses if response.cold_start_s is not None]
     assert len(queued) == up.router_metric("cold_start_seconds_count") - before[1] > 0
     assert all(0 < waited_s < ACTIVATION_TIMEOUT_S for waited_s in queued)
-    assert {(answer.finish_reason, answer.n_tokens) for answer in responses} == {
+    assert {(response.finish_reason, response.n_tokens) for response in responses} == {
         ("length", N_TOKENS)
     }
-    assert {answer.question: answer.text for answer in responses} == results_alone(up)
+    assert {response.question: response.text for response in responses} == results_alone(up)
     assert replicas(up) == [1] * N_FUNCTIONS
     assert up.router_metric("local_computations_total") == 0
 
 
 def report_load(up: FaasmoeUp, function: str, *, concurrency: float) -> None:
-    """Tell the control of calls in flight, as a second router would."""
+    """Send a load report as a second router would."""
     load = {"concurrency": concurrency, "calls": 1, "rows": 1}
     body = {
         "router": "second",
@@ -255,18 +255,18 @@ def report_load(up: FaasmoeUp, function: str, *, concurrency: float) -> None:
 
 def assert_correct(seen: Traffic, expected: dict[str, str]) -> None:
     assert not seen.failures
-    wrong = [answer for answer in seen.answers if answer.text != expected[answer.question]]
+    wrong = [r for r in seen.responses if r.text != expected[r.question]]
     assert not wrong
 
 
-def test_a_burst_from_zero_gets_right_answers_and_all_goes_back_to_two_generic_sandboxes(
+def test_burst_from_zero_succeeds_and_functions_scale_back_to_zero(
     up: FaasmoeUp,
 ) -> None:
     check_burst_from_zero(up, pool=2)
     wait_idle(up, pool=2)
 
 
-def test_traffic_and_scaling_go_on_when_the_control_process_is_killed(up: FaasmoeUp) -> None:
+def test_requests_and_scaling_continue_after_control_process_is_killed(up: FaasmoeUp) -> None:
     with traffic(up) as seen:
         seen.wait_for_more(4)
         before = up.status()["epoch"]
@@ -284,18 +284,18 @@ def test_traffic_and_scaling_go_on_when_the_control_process_is_killed(up: Faasmo
             return bool(status["epoch"] != before and status["followers"] == 1)
 
         wait_until(returned, timeout_s=REPLACED_TIMEOUT_S, what="another control process")
-        assert replicas(up) == [1] * N_FUNCTIONS  # read back: none was dropped
+        assert replicas(up) == [1] * N_FUNCTIONS  # adopted: none was dropped
         assert sandbox_pids >= {s["pid"] for s in up.status()["sandboxes"] if s["functions"]}
         seen.wait_for_more(20)
     assert_correct(seen, results_alone(up))
-    assert all(answer.cold_start_s is None for answer in seen.answers[8:])
+    assert all(response.cold_start_s is None for response in seen.responses[8:])
     wait_idle(up, pool=2)
     with connected(up) as client:
         assert chat(client, PROMPTS[0]).cold_start_s is not None
     assert replicas(up) == [1] * N_FUNCTIONS
 
 
-def test_no_request_fails_when_the_zygote_is_killed(up: FaasmoeUp) -> None:
+def test_requests_succeed_after_zygote_is_killed(up: FaasmoeUp) -> None:
     with traffic(up) as seen:
         seen.wait_for_more(8)
         lost = {process.pid for process in up.sandboxes}
@@ -315,51 +315,51 @@ def test_no_request_fails_when_the_zygote_is_killed(up: FaasmoeUp) -> None:
 
 @dataclass(slots=True)
 class FakeRouter:
-    """Reports load for one function, and watches what becomes of all of them."""
+    """Reports load of one function and checks the replicas of all functions."""
 
     up: FaasmoeUp
     function: str
-    most_desired: int = 0
+    max_desired: int = 0
 
     def has_replicas(self, expected: int, *, concurrency: float) -> bool:
-        """Report so many calls in flight; tell whether there are as many replicas as expected."""
+        """Report a concurrency; return whether the function has the expected replicas."""
         report_load(self.up, self.function, concurrency=concurrency)
-        found = {f["id"]: f for f in self.up.status()["functions"]}
-        self.most_desired = max(self.most_desired, found[self.function]["desired"])
-        assert all(f["desired"] == 1 for name, f in found.items() if name != self.function)
-        return bool(found[self.function]["ready"] == expected)
+        functions = {f["id"]: f for f in self.up.status()["functions"]}
+        self.max_desired = max(self.max_desired, functions[self.function]["desired"])
+        assert all(f["desired"] == 1 for name, f in functions.items() if name != self.function)
+        return bool(functions[self.function]["ready"] == expected)
 
 
 def wait_for_replicas(
     second: FakeRouter, seen: Traffic, *, concurrency: float, expected: int
 ) -> None:
-    """Report a load until the replicas are those expected, and 20 more answers have come."""
-    wanted = len(seen.answers) + 20
+    """Report a load until the function has the expected replicas and 20 more responses arrived."""
+    wanted = len(seen.responses) + 20
 
     def scaled() -> bool:
         has_replicas = second.has_replicas(expected, concurrency=concurrency)
-        return has_replicas and len(seen.answers) >= wanted
+        return has_replicas and len(seen.responses) >= wanted
 
-    wait_until(scaled, timeout_s=ACTIVATION_TIMEOUT_S, what=f"{expected} replicas, more answers")
+    wait_until(scaled, timeout_s=ACTIVATION_TIMEOUT_S, what=f"{expected} replicas, more responses")
 
 
-def test_replicas_follow_the_load_that_routers_report(up: FaasmoeUp) -> None:
+def test_replicas_follow_reported_load(up: FaasmoeUp) -> None:
     wait_idle(up, pool=2)
     with traffic(up) as seen:
         seen.wait_for_more(4)
         second = FakeRouter(up, up.status()["functions"][0]["id"])
-        # Our own router adds at most 1: it has one step, so one call to a function, at a time.
+        # The real router adds at most 1, since it runs one step and so one call per function.
         for concurrency, expected in (
             (3.5, 2),  # ceil(3.5 / 2.8) = ceil(4.5 / 2.8) = 2
             (10.0, 4),  # ceil(10 / 2.8) = ceil(11 / 2.8) = 4
         ):
             wait_for_replicas(second, seen, concurrency=concurrency, expected=expected)
-            assert second.most_desired == expected
+            assert second.max_desired == expected
         report_load(up, second.function, concurrency=0)
     assert_correct(seen, results_alone(up))
 
 
-def test_without_a_pool_no_sandbox_process_is_left_when_idle(folder: Path) -> None:
+def test_no_sandbox_remains_when_idle_without_warm_pool(folder: Path) -> None:
     with running_model(folder, pool=0) as up:
         check_burst_from_zero(up, pool=0)
         wait_idle(up, pool=0)

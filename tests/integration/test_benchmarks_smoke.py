@@ -1,4 +1,4 @@
-"""The benchmarks run, end to end, on a tiny model; what they measure there means nothing."""
+"""Smoke tests of the benchmarks on a tiny model; the measured figures are meaningless."""
 
 import json
 import os
@@ -24,14 +24,14 @@ def _run_module(*arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    """What the quick comparison printed and wrote."""
+    """Output and figures of the quick data-plane benchmark."""
     folder = tmp_path_factory.mktemp("bench")
     options = ("--quick", "--profile", "--cache", str(folder), "--out", str(folder))
     printed = _run_module("-m", "benchmarks.data_plane", *options)
     return printed, json.loads((folder / "data_plane.json").read_text())
 
 
-def test_the_comparison_writes_what_the_issue_names(
+def test_data_plane_figures_are_complete(
     comparison: tuple[str, dict[str, Any]],
 ) -> None:
     _, figures = comparison
@@ -42,7 +42,7 @@ def test_the_comparison_writes_what_the_issue_names(
         assert all(value > 0 for value in figures[name].values())
 
 
-def test_a_step_makes_at_most_one_call_for_each_function(
+def test_data_plane_makes_one_call_per_function_and_step(
     comparison: tuple[str, dict[str, Any]],
 ) -> None:
     _, figures = comparison
@@ -51,13 +51,15 @@ def test_a_step_makes_at_most_one_call_for_each_function(
         assert 1 <= calls * int(batch) <= functions
 
 
-def test_both_sides_choose_the_same_tokens(comparison: tuple[str, dict[str, Any]]) -> None:
+def test_data_plane_systems_generate_the_same_tokens(
+    comparison: tuple[str, dict[str, Any]],
+) -> None:
     _, figures = comparison
     for batch in figures["batches"].values():
         assert batch["equal_first_tokens"] > 0.9
 
 
-def test_the_parts_of_a_step_add_up(comparison: tuple[str, dict[str, Any]]) -> None:
+def test_parts_of_a_step_sum_to_the_step(comparison: tuple[str, dict[str, Any]]) -> None:
     _, figures = comparison
     for parts in figures["profile_ms"].values():
         whole = parts.pop("whole step")
@@ -65,20 +67,20 @@ def test_the_parts_of_a_step_add_up(comparison: tuple[str, dict[str, Any]]) -> N
         assert spent == pytest.approx(whole)
 
 
-def test_the_comparison_prints_its_tables(comparison: tuple[str, dict[str, Any]]) -> None:
+def test_data_plane_prints_tables(comparison: tuple[str, dict[str, Any]]) -> None:
     printed, _ = comparison
-    for line in ("decode ratio", "CPU ratio", "calls per token", "all of ours", "MS PER STEP"):
+    for line in ("decode ratio", "CPU ratio", "calls per token", "ours, total", "MS PER STEP"):
         assert line in printed
 
 
-def test_the_launcher_is_as_lean_as_the_products() -> None:
-    # It counts in our memory, so it must not hold what the product's launcher does not.
+def test_benchmark_launcher_does_not_import_torch() -> None:
+    # Its memory counts as FaaSMoE's, and the launcher of `faasmoe up` does not import torch.
     program = "import sys, benchmarks.data_plane; print('torch' in sys.modules)"
     assert _run_module("-c", program).strip() == "False"
 
 
 @pytest.mark.slow
-def test_the_fan_out_measures_every_candidate(tmp_path: Path) -> None:
+def test_fanout_measures_every_candidate(tmp_path: Path) -> None:
     printed = _run_module("-m", "benchmarks.fanout", "--quick", "--out", str(tmp_path))
     figures = json.loads((tmp_path / "fanout.json").read_text())
     assert figures["fanout_p50_us"] > 0
@@ -87,7 +89,7 @@ def test_the_fan_out_measures_every_candidate(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_elastic_benchmark_writes_what_the_issue_names(tmp_path: Path) -> None:
+def test_elastic_figures_are_complete(tmp_path: Path) -> None:
     options = ("--quick", "--cache", str(tmp_path), "--out", str(tmp_path))
     printed = _run_module("-m", "benchmarks.elastic", *options)
     figures = json.loads((tmp_path / "elastic.json").read_text())
@@ -101,7 +103,7 @@ def test_the_elastic_benchmark_writes_what_the_issue_names(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_the_fairness_benchmark_writes_what_the_issue_names(tmp_path: Path) -> None:
+def test_fairness_figures_are_complete(tmp_path: Path) -> None:
     printed = _run_module(
         "-m", "benchmarks.fairness", "--quick", "--cache", str(tmp_path), "--out", str(tmp_path)
     )
@@ -114,7 +116,7 @@ def test_the_fairness_benchmark_writes_what_the_issue_names(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_gpus_benchmark_runs_on_a_cpu_too(tmp_path: Path) -> None:
+def test_cuda_benchmark_runs_on_cpu(tmp_path: Path) -> None:
     options = ("--quick", "--device", "cpu", "--cache", str(tmp_path), "--out", str(tmp_path))
     printed = _run_module("-m", "benchmarks.cuda", *options)
     figures = json.loads((tmp_path / "cuda.json").read_text())
@@ -132,11 +134,11 @@ def test_the_gpus_benchmark_runs_on_a_cpu_too(tmp_path: Path) -> None:
             assert all(found[name]["median"] > 0 for name in ("tokens_per_s", "tpot_ms", "ttft_ms"))
     assert figures["attach"]["cpu"]["attach_s"]["median"] > 0
     assert figures["transports_us"].keys() == {"sockets", "shared memory"}
-    assert "OVER IN-PROCESS" in printed
+    assert "VS IN-PROCESS" in printed
     assert "US PER ROUND TRIP" in printed
 
 
-def test_the_gpus_benchmark_says_so_where_there_is_no_gpu(tmp_path: Path) -> None:
+def test_cuda_benchmark_reports_missing_gpu(tmp_path: Path) -> None:
     finished = subprocess.run(
         [sys.executable, "-m", "benchmarks.cuda", "--quick", "--out", str(tmp_path)],
         cwd=ROOT,

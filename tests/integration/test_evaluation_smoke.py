@@ -1,4 +1,4 @@
-"""`faasmoe bench` runs, end to end, on a tiny model; what it measures there means nothing."""
+"""Smoke tests of `faasmoe bench` on a tiny model; the measured figures are meaningless."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 800
-NAMED_BY_THE_ISSUE = (
+REQUIRED_FIGURES = (
     "tokens_per_s",
     "ttft_p50_s",
     "tpot_p50_s",
@@ -24,7 +24,7 @@ FUNCTIONS = 2 * 3  # layers, blocks of 3 of 8 experts
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny model is made, once."""
+    """Folder of the tiny model, shared by all tests."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -44,18 +44,18 @@ def _bench(*arguments: str, cache: Path, out: Path) -> dict[str, Any]:
 
 
 def _check(found: dict[str, Any]) -> None:
-    """Check what holds of every strategy: all is answered, and all is measured."""
-    for name in NAMED_BY_THE_ISSUE:
+    """Check that a strategy completed all requests and has all figures."""
+    for name in REQUIRED_FIGURES:
         assert found[name] is not None
     assert found["failures"] == found["local_computations"] == 0
     assert found["tokens"] > 0
-    # A tiny model in bf16 has ties too, but not in every text.
+    # bf16 ties change some texts of a tiny model, but not all.
     assert found["equal_texts"] is None or found["equal_texts"] > 0.5
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S + 20)
-def test_functions_are_compared_with_a_shared_full_model(cache: Path, tmp_path: Path) -> None:
+def test_compares_functions_with_shared_full_model(cache: Path, tmp_path: Path) -> None:
     names = ("full-model-shared", "functions-shared")
     found = _bench("paper", "--strategies", ",".join(names), cache=cache, out=tmp_path)
     assert tuple(found) == (*names, "about")
@@ -76,7 +76,7 @@ def test_every_strategy_serves(cache: Path, tmp_path: Path) -> None:
     assert len(found) == 5 + 1
     for name in found.keys() - {"about"}:
         _check(found[name])
-    # A router alone batches no tenants together.
+    # A router per tenant cannot batch requests of several tenants.
     assert (
         found["functions-private"]["calls_per_token"] > found["functions-shared"]["calls_per_token"]
     )
@@ -84,7 +84,7 @@ def test_every_strategy_serves(cache: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S + 20)
-def test_a_day_goes_to_zero_and_comes_back(cache: Path, tmp_path: Path) -> None:
+def test_day_workload_scales_to_zero_and_back(cache: Path, tmp_path: Path) -> None:
     options = ("--workload", "day", "--strategies", "functions-shared")
     shape = ("--requests", "6", "--duration", "48")
     found = _bench("paper", *options, *shape, cache=cache, out=tmp_path)
@@ -98,7 +98,7 @@ def test_a_day_goes_to_zero_and_comes_back(cache: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S + 20)
-def test_a_sweep_recommends_a_size(cache: Path, tmp_path: Path) -> None:
+def test_sweep_recommends_a_size(cache: Path, tmp_path: Path) -> None:
     found = _bench("sweep", "--sizes", "2,8,60", "--without-local", cache=cache, out=tmp_path)
     assert set(found["sizes"]) == {"2", "8"}  # the model has 8 experts
     calls = [found["sizes"][size]["functions-shared"]["calls_per_token"] for size in ("2", "8")]

@@ -1,7 +1,7 @@
-"""The registry holds every family of the experts interface, and each tiny model is a fair sample.
+"""The registry covers every family of the experts interface with representative tiny models.
 
-Also what dispatch relies on, family by family: how experts modules are called, how their
-parameters are laid out, and that their work can be cut by (token, expert) pairs and by blocks.
+It also checks what dispatch relies on for each family: the arguments of experts modules, the layout
+of their parameters, and that work can be split by token-expert pairs and by blocks of experts.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 TOLERANCE = 1e-5
-# Weights read from a file lie at other alignments than fresh ones, so GEMMs round differently.
+# Weights loaded from a file have another alignment, so that GEMMs round differently.
 RELOAD_TOLERANCE = 1e-4
 
 
@@ -44,7 +44,7 @@ class ModelSample:
 
 @pytest.fixture(scope="module", autouse=True)
 def single_torch_thread() -> Iterator[None]:
-    """Tensors this small lose more to waiting threads than they gain."""
+    """Use one thread, which is faster for tiny tensors."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -60,7 +60,7 @@ def sample(request: pytest.FixtureRequest) -> ModelSample:
     return ModelSample(family, model, calls, logits)
 
 
-def test_every_family_of_the_experts_interface_is_listed() -> None:
+def test_registry_lists_every_covered_family() -> None:
     listed = {family.name for family in FAMILIES} | set(UNBUILDABLE)
     assert listed == set(covered_families())
 
@@ -72,14 +72,14 @@ def test_models_use_the_decorated_experts_classes(sample: ModelSample) -> None:
     assert used <= set(decorated)
 
 
-def test_a_family_is_built_alike_each_time(sample: ModelSample) -> None:
+def test_build_is_deterministic(sample: ModelSample) -> None:
     again = sample.family.build().state_dict()
     first = sample.model.state_dict()
     assert first.keys() == again.keys()
     assert [name for name in first if not torch.equal(first[name], again[name])] == []
 
 
-def test_logits_are_finite_and_depend_on_the_routed_experts(sample: ModelSample) -> None:
+def test_logits_are_finite_and_depend_on_experts(sample: ModelSample) -> None:
     assert sample.logits.isfinite().all()
     without = sample.family.build()
     with torch.no_grad():
@@ -90,14 +90,14 @@ def test_logits_are_finite_and_depend_on_the_routed_experts(sample: ModelSample)
     assert change > 1e-1
 
 
-def test_each_model_has_two_sparse_layers_that_reach_every_block(sample: ModelSample) -> None:
+def test_sparse_layers_use_experts_of_every_block(sample: ModelSample) -> None:
     assert len({call.name for call in sample.calls}) >= 2
     for block in even_blocks(EXPERTS):
         hits = [torch.isin(call.args[1], torch.tensor(list(block))).any() for call in sample.calls]
         assert any(hits), block
 
 
-def test_experts_are_called_with_flat_tokens_indexes_and_weights(sample: ModelSample) -> None:
+def test_experts_are_called_with_flat_tokens_indices_and_weights(sample: ModelSample) -> None:
     for call in sample.calls:
         assert call.kwargs == {}
         hidden, top_k_index, top_k_weights = call.args  # [T, H], [T, k], [T, k]
@@ -109,7 +109,7 @@ def test_experts_are_called_with_flat_tokens_indexes_and_weights(sample: ModelSa
         assert call.output.dtype == hidden.dtype == top_k_weights.dtype == torch.float32
 
 
-def test_all_but_a_norm_after_the_experts_is_stacked_over_experts(sample: ModelSample) -> None:
+def test_parameters_are_stacked_over_experts_except_post_expert_norm(sample: ModelSample) -> None:
     for module in experts_modules(sample.model).values():
         shared = {
             name for name, parameter in module.named_parameters() if parameter.shape[0] != EXPERTS
@@ -119,12 +119,12 @@ def test_all_but_a_norm_after_the_experts_is_stacked_over_experts(sample: ModelS
         assert list(module.buffers()) == []
 
 
-def test_one_row_per_pair_adds_up_to_the_whole_call(sample: ModelSample) -> None:
+def test_rows_of_pairs_sum_to_whole_call(sample: ModelSample) -> None:
     for call in sample.calls:
         torch.testing.assert_close(call_by_pairs(call), call.output, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_partial_sums_of_uneven_blocks_add_up_to_the_whole_call(sample: ModelSample) -> None:
+def test_partial_sums_of_blocks_sum_to_whole_call(sample: ModelSample) -> None:
     for call in sample.calls:
         partial_sums = [call_by_pairs(call, block) for block in even_blocks(EXPERTS)]  # 3 × [T, H]
         torch.testing.assert_close(
@@ -132,7 +132,7 @@ def test_partial_sums_of_uneven_blocks_add_up_to_the_whole_call(sample: ModelSam
         )
 
 
-def test_saved_and_loaded_again_a_model_is_the_same(sample: ModelSample, tmp_path: Path) -> None:
+def test_model_survives_save_and_load(sample: ModelSample, tmp_path: Path) -> None:
     sample.model.save_pretrained(tmp_path)
     loaded: PreTrainedModel = type(sample.model).from_pretrained(
         tmp_path, dtype=torch.float32, experts_implementation="eager"
@@ -144,24 +144,24 @@ def test_saved_and_loaded_again_a_model_is_the_same(sample: ModelSample, tmp_pat
     torch.testing.assert_close(logits, sample.logits, atol=RELOAD_TOLERANCE, rtol=RELOAD_TOLERANCE)
 
 
-def test_a_model_runs_with_its_experts_elsewhere(
+def test_model_runs_with_remote_experts(
     sample: ModelSample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources = experts_modules(sample.model)
     router = _without_experts(sample)
     names = {module: name for name, module in experts_modules(router).items()}
 
-    def elsewhere(module: nn.Module, *args: Tensor) -> Tensor:
+    def remote(module: nn.Module, *args: Tensor) -> Tensor:
         output: Tensor = sources[names[module]](*args)
         return output
 
-    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "elsewhere", elsewhere)
-    router.set_experts_implementation("elsewhere")
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "remote", remote)
+    router.set_experts_implementation("remote")
     assert torch.equal(forward_logits(sample.family, router, prompts()), sample.logits)
 
 
 def _without_experts(sample: ModelSample) -> PreTrainedModel:
-    """Builds the model with its experts' parameters, and nothing else, on the meta device."""
+    """Return the model with only the parameters of its experts on the meta device."""
     with init_empty_weights(include_buffers=False):
         router: PreTrainedModel = type(sample.model)(tiny_config(sample.family.name))
     expert_parameters = {

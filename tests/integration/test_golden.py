@@ -1,7 +1,8 @@
-"""The golden test: logits through real sandboxes over HTTP equal the in-process model's.
+"""Golden tests: logits computed through real sandboxes over HTTP equal those of one process.
 
-For every family that transformers' experts interface covers, in float32. Two sandbox processes
-serve all families in turn: functions are attached to them alternately, called, and detached.
+They cover every family of transformers' experts interface, in float32, and some with 16-bit
+functions. Two sandbox processes serve
+all families in turn; functions are attached to them alternately, called and detached.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 from families.inputs import prompts
+from families.reference import upcast_model
 from families.registry import FAMILIES, Family, forward_logits
 from prometheus_client import CollectorRegistry
 from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox, block_specs
@@ -22,7 +24,7 @@ from faasmoe_contracts.store import Store
 from faasmoe_contracts.wire import OutputMode
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.metrics import DispatchMetrics
-from faasmoe_router.transformers_backend.model_loader import load_router_model
+from faasmoe_router.model_loader import load_router_model
 
 EXPERTS_PER_FUNCTION = (3, 5, 8)  # experts a function: 3+3+2, 5+3, 8 of 8
 TOLERANCE = 1e-3
@@ -64,11 +66,20 @@ def counter_value(registry: CollectorRegistry, name: str) -> float:
 
 
 def logits_through_functions(
-    family: Family, store: Store, sandboxes: Sandboxes, *, block: int, mode: OutputMode
+    family: Family,
+    store: Store,
+    sandboxes: Sandboxes,
+    *,
+    block: int,
+    mode: OutputMode,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Logits [B, S, V] with the experts in sandboxes; none of them computed in the router."""
+    """Logits [B, S, V] with the experts in sandboxes; none of them computed in the router.
+
+    `dtype` is the router's, by default the store's.
+    """
     with running_dispatcher(store, sandboxes, block, mode) as (dispatcher, registry):
-        model = load_router_model(store, dispatcher, device=torch.device("cpu"))
+        model = load_router_model(store, dispatcher, device=torch.device("cpu"), dtype=dtype)
         logits = forward_logits(family, model, prompts())
         assert counter_value(registry, "function_calls") >= len(store.manifest.layers) // 2
         assert counter_value(registry, "local_computations") == 0
@@ -122,3 +133,27 @@ def test_unreduced_experts_are_bit_identical_alone_and_co_batched(
         ]
         assert counter_value(registry, "local_computations") == 0
     assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "mixtral", "olmoe", "hunyuan_v1_moe"])
+@pytest.mark.parametrize("mode", OutputMode)
+def test_float32_router_is_at_least_as_close_to_the_float32_model_as_a_bfloat16_one(
+    name: str, mode: OutputMode, sandboxes: Sandboxes, prepared_store: PreparedStore
+) -> None:
+    """Over the same bfloat16 functions; both have the same, rounded weights as the float32 model.
+
+    Not every tiny model: rounding decides between experts of nearly equal scores.
+    """
+    family, store = family_named(name), prepared_store(name, dtype="bfloat16")
+    expected = forward_logits(family, upcast_model(family, store), prompts())  # [B, S, V]
+
+    def mean_error(dtype: torch.dtype) -> float:
+        got = logits_through_functions(family, store, sandboxes, block=3, mode=mode, dtype=dtype)
+        assert got.dtype == dtype
+        return (got.float() - expected).abs().mean().item()
+
+    assert mean_error(torch.float32) <= mean_error(torch.bfloat16)
+
+
+def family_named(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)

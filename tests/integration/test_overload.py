@@ -1,4 +1,4 @@
-"""Ten times what can be computed: what is refused is told so, what is accepted is not slowed."""
+"""Overload with ten times the capacity: excess requests are rejected, others are not slowed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from faasmoe_up import FaasmoeUp, running_up
 from tiny_chat import MAX_MODEL_LEN, save_tiny_chat_model
 
 N_SEQS = 8
-MAX_WAITING = 0  # whoever is accepted runs at once
+MAX_WAITING = 0  # accepted requests run immediately
 N_TOKENS = 96
 BASELINE_S = 8.0
 FACTOR = 10
@@ -35,7 +35,7 @@ spec:
 
 @dataclass
 class ClientResults:
-    """What clients saw."""
+    """Latencies and statuses that clients observed."""
 
     accepted_s: list[float] = field(default_factory=list)
     rejected_s: list[float] = field(default_factory=list)
@@ -65,7 +65,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
 
 
 class Clients:
-    """Clients of one router."""
+    """Clients of a router."""
 
     def __init__(self, http: aiohttp.ClientSession, up: FaasmoeUp) -> None:
         self._http = http
@@ -73,7 +73,7 @@ class Clients:
         self._n = 0
 
     async def request(self, outcome: ClientResults) -> None:
-        """Ask once, and check the form of a refusal."""
+        """Send one request; check the format of the response if it is rejected."""
         self._n += 1
         body = {
             "model": "tiny",
@@ -93,16 +93,16 @@ class Clients:
                 return
             outcome.rejected_s.append(took_s)
             error = value.get("error", {})
-            is_right = (
+            is_valid = (
                 response.status in (429, 503)
                 and int(response.headers.get("Retry-After", 0)) >= 1
                 and error.keys() == {"message", "type", "param", "code"}
             )
-            if not is_right:
+            if not is_valid:
                 outcome.errors.append(f"{response.status} {dict(response.headers)} {value}")
 
     async def run_at_capacity(self, for_s: float) -> ClientResults:
-        """Keep as many requests running as are computed at once."""
+        """Keep N_SEQS requests outstanding."""
         outcome, end_s = ClientResults(), time.monotonic() + for_s
 
         async def request_repeatedly() -> None:
@@ -113,7 +113,7 @@ class Clients:
         return outcome
 
     async def run_at_rate(self, per_s: float, for_s: float) -> ClientResults:
-        """Begin so many requests in a second, whatever became of those before."""
+        """Send requests at a fixed rate (open loop)."""
         outcome, started_s = ClientResults(), time.monotonic()
         tasks: set[asyncio.Task[None]] = set()
         n_started = 0
@@ -129,7 +129,7 @@ class Clients:
 
 
 async def run_overload(up: FaasmoeUp, for_s: float) -> dict[str, float]:
-    """Overload a router; return the figures, with what is no time checked."""
+    """Overload the router, check statuses and memory, and return all figures."""
     router = up.child_running("faasmoe_router")
     assert router is not None
     timeout = aiohttp.ClientTimeout(total=120)
@@ -145,7 +145,7 @@ async def run_overload(up: FaasmoeUp, for_s: float) -> dict[str, float]:
         after = await clients.run_at_capacity(BASELINE_S)
     assert before.statuses.keys() == after.statuses.keys() == {200}
     assert during.errors == before.errors == after.errors == []
-    assert during.statuses.total() >= 0.8 * per_s * for_s, "the overload was none"
+    assert during.statuses.total() >= 0.8 * per_s * for_s, "offered rate not reached"
     assert during.statuses[200] < during.statuses.total() / 2
     assert peak - memory <= MAX_GROWTH_BYTES
     assert up.router_metric("local_computations_total") == 0
@@ -168,14 +168,14 @@ def _memory(process: psutil.Process) -> int:
     return int(process.memory_info().rss)
 
 
-def test_ten_times_the_capacity_is_refused_in_form_and_takes_no_memory(up: FaasmoeUp) -> None:
+def test_overload_is_rejected_without_memory_growth(up: FaasmoeUp) -> None:
     print(asyncio.run(run_overload(up, 10.0)))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_minute_of_ten_times_the_capacity_slows_nobody_accepted(up: FaasmoeUp) -> None:
-    """On a machine that does nothing else: these are times."""
+def test_overload_does_not_slow_accepted_requests(up: FaasmoeUp) -> None:
+    """Needs an otherwise idle machine, since it compares latencies."""
     figures = asyncio.run(run_overload(up, 60.0))
     print(figures)
     assert figures["p99_during_s"] <= 2 * figures["p99_before_s"]

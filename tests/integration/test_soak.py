@@ -1,6 +1,6 @@
-"""Functions go up and down for a long time: memory, descriptors, threads and tasks stay bounded.
+"""Soak test: memory, descriptors, threads and tasks stay bounded over many scaling cycles.
 
-`make soak`; FAASMOE_SOAK_MINUTES says for how long, 20 by default.
+Run with `make soak`; FAASMOE_SOAK_MINUTES sets its duration (default 20).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MINUTES = float(os.environ.get("FAASMOE_SOAK_MINUTES", "20"))
 BUSY_S = 8.0
 N_CLIENTS = 8
 N_TOKENS = 24
-WINDOW_S = 6  # Knative's least
+WINDOW_S = 6  # Knative's minimum
 OUT = Path(__file__).parents[2] / "benchmarks" / "out" / "soak.json"
 MOEMODEL = """
 apiVersion: faasmoe.dev/v1alpha1
@@ -48,16 +48,16 @@ spec:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What the long-lived processes held when nothing went on.
+    """Resources of the long-lived processes when idle.
 
     Attributes:
         router_bytes: memory of the router.
         control_bytes: memory of the control process.
         zygote_bytes: memory of the zygote.
-        descriptors: of all three.
-        threads: of all three.
-        tasks: of router and control.
-        sandboxes: processes.
+        descriptors: open file descriptors of all three.
+        threads: threads of all three.
+        tasks: asyncio tasks of router and control process.
+        sandboxes: sandbox processes.
     """
 
     router_bytes: int
@@ -78,7 +78,7 @@ MAX_GROWTH = Sample(
     tasks=8,
     sandboxes=1,
 )
-"""How much more the last samples may show than the first ones after a warm-up."""
+"""Maximum growth from the first samples after a warm-up to the last ones."""
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def up(tmp_path: Path) -> Iterator[FaasmoeUp]:
 
 
 def run_traffic(up: FaasmoeUp, for_s: float) -> int:
-    """Ask by several clients for a time; return the answers."""
+    """Send requests from several clients; return the number of responses."""
     end_s = time.monotonic() + for_s
 
     def ask(n: int) -> int:
@@ -117,15 +117,15 @@ def run_traffic(up: FaasmoeUp, for_s: float) -> int:
 def take_sample(up: FaasmoeUp) -> Sample:
     names = ("faasmoe_router", "faasmoe_operator.control", "faasmoe_expert.zygote")
     processes = [up.child_running(name) for name in names]
-    found = [process for process in processes if process is not None]
-    assert len(found) == len(names)
-    router_bytes, control_bytes, zygote_bytes = (pss_bytes(p.pid) or 0 for p in found)
+    running = [process for process in processes if process is not None]
+    assert len(running) == len(names)
+    router_bytes, control_bytes, zygote_bytes = (pss_bytes(p.pid) or 0 for p in running)
     return Sample(
         router_bytes=router_bytes,
         control_bytes=control_bytes,
         zygote_bytes=zygote_bytes,
-        descriptors=sum(process.num_fds() for process in found),
-        threads=sum(process.num_threads() for process in found),
+        descriptors=sum(process.num_fds() for process in running),
+        threads=sum(process.num_threads() for process in running),
         tasks=int(up.router_metric("event_loop_tasks") + up.control_metric("event_loop_tasks")),
         sandboxes=len(up.sandboxes),
     )
@@ -136,13 +136,13 @@ def is_at_zero(up: FaasmoeUp) -> bool:
 
 
 def median(samples: Sequence[Sample], name: str) -> float:
-    values = sorted(getattr(one, name) for one in samples)
+    values = sorted(getattr(sample, name) for sample in samples)
     return float(values[len(values) // 2])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(MINUTES * 60 + 600)
-def test_nothing_grows_while_functions_go_up_and_down(up: FaasmoeUp) -> None:
+def test_resources_stay_bounded_over_scaling_cycles(up: FaasmoeUp) -> None:
     samples: list[Sample] = []
     n_responses, end_s = 0, time.monotonic() + MINUTES * 60
     while time.monotonic() < end_s or len(samples) < 8:

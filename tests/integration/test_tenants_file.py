@@ -1,4 +1,4 @@
-"""What the control plane writes of tenants is what the router reads."""
+"""The router reads the tenants file that the control plane writes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_and_read(*tenants: dict[str, Any]) -> TenantsConfig:
     return TenantsConfig.loads(json.dumps(document).encode())
 
 
-def test_every_field_arrives() -> None:
+def test_router_reads_every_field() -> None:
     acme = {
         "name": "acme",
         "apiKeysSecretRef": {"name": "acme-keys"},
@@ -44,9 +44,9 @@ def test_every_field_arrives() -> None:
         "sharePrefixCacheWith": ["beta"],
         "limits": LIMITS,
     }
-    read = write_and_read(acme, {"name": "beta", "apiKeysSecretRef": {"name": "b"}})
-    assert read.model == "demo"
-    tenant, other = read.tenants
+    config = write_and_read(acme, {"name": "beta", "apiKeysSecretRef": {"name": "b"}})
+    assert config.model == "demo"
+    tenant, other = config.tenants
     assert tenant.share() == Share(weight=1000, priority=-10, max_running=16, max_queued=0)
     assert tenant.limits.model_dump(by_alias=True) == LIMITS
     assert (tenant.model_alias, tenant.system_prompt) == ("acme-chat", "x" * 8192)

@@ -1,4 +1,4 @@
-"""`faasmoe up` as its users run it: one file, the openai client, and nothing left behind."""
+"""`faasmoe up` with the exact demo model and the unmodified openai client."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def client(up: FaasmoeUp) -> Iterator[OpenAI]:
 
 @pytest.fixture(scope="module")
 def reference_texts() -> dict[str, str]:
-    """What the dense model answers greedily."""
+    """Greedy texts of the dense model by question."""
     dense, tokenizer = load_dense(gguf_path())
     texts = {}
     for question in PROMPTS:
@@ -67,7 +67,7 @@ def reference_texts() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("question", PROMPTS)
-def test_the_exact_model_answers_what_the_dense_model_answers(
+def test_exact_model_generates_texts_of_dense_model(
     client: OpenAI, reference_texts: dict[str, str], question: str
 ) -> None:
     response = client.chat.completions.create(
@@ -82,9 +82,7 @@ def test_the_exact_model_answers_what_the_dense_model_answers(
     assert response.usage.completion_tokens <= N_TOKENS
 
 
-def test_a_stream_is_the_same_text_in_pieces(
-    client: OpenAI, reference_texts: dict[str, str]
-) -> None:
+def test_stream_has_the_same_text(client: OpenAI, reference_texts: dict[str, str]) -> None:
     question = PROMPTS[0]
     chunks = list(
         client.chat.completions.create(
@@ -102,41 +100,41 @@ def test_a_stream_is_the_same_text_in_pieces(
     assert chunks[-1].usage is not None
 
 
-def test_models_are_listed_and_an_unknown_one_is_refused(client: OpenAI) -> None:
+def test_lists_models_and_rejects_unknown_model(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["exact"]
     with pytest.raises(openai.NotFoundError, match="other"):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "?"}])
 
 
-def test_a_prompt_longer_than_the_context_is_refused(client: OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError) as refusal:
+def test_rejects_prompt_longer_than_context(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
         client.completions.create(model="exact", prompt="word " * 600, max_tokens=1)
-    assert refusal.value.code == "context_length_exceeded"
+    assert raised.value.code == "context_length_exceeded"
 
 
-def test_all_experts_were_computed_by_functions(up: FaasmoeUp, client: OpenAI) -> None:
+def test_functions_compute_all_experts(up: FaasmoeUp, client: OpenAI) -> None:
     client.completions.create(model="exact", prompt="Once upon a time", max_tokens=4)
-    # At least one call for each of 30 layers and 4 tokens.
+    # At least one call per layer (30) and token (4).
     assert up.router_metric("function_calls_total") >= 4 * 30
     assert up.router_metric("local_computations_total") == 0
 
 
-def test_the_router_calls_sandboxes_over_unix_sockets(up: FaasmoeUp, client: OpenAI) -> None:
+def test_router_uses_unix_sockets(up: FaasmoeUp, client: OpenAI) -> None:
     client.completions.create(model="exact", prompt="One two", max_tokens=2)
     accepted = 0
     for sandbox in up.sandboxes:
         sockets = [c.laddr for c in sandbox.net_connections("unix") if c.laddr.endswith(".sock")]
-        assert sockets, "a sandbox listens on TCP alone"
-        accepted += len(sockets) - 1  # one of them listens
+        assert sockets, "a sandbox has no Unix socket"
+        accepted += len(sockets) - 1  # one is the listener
     assert accepted > 0
 
 
-def test_the_router_tries_whether_hot_functions_take_less_time_in_it(
+def test_router_tries_to_run_hot_functions_in_process(
     up: FaasmoeUp, client: OpenAI, reference_texts: dict[str, str]
 ) -> None:
-    """Its duels do, whichever side wins them; the text is the same."""
+    """Trials run some calls in the router, whatever their outcome; texts are unchanged."""
 
-    def some_were_computed() -> bool:
+    def has_colocated_computations() -> bool:
         response = client.chat.completions.create(
             model="exact",
             messages=[{"role": "user", "content": PROMPTS[0]}],
@@ -146,12 +144,14 @@ def test_the_router_tries_whether_hot_functions_take_less_time_in_it(
         assert response.choices[0].message.content == reference_texts[PROMPTS[0]]
         return up.router_metric("colocated_computations_total") > 0
 
-    wait_until(some_were_computed, timeout_s=60, what="a hot function computed in the router")
+    wait_until(
+        has_colocated_computations, timeout_s=60, what="a hot function computed in the router"
+    )
     assert up.router_metric("local_computations_total") == 0
 
 
-def test_nothing_is_left_behind_by_a_killed_launcher(file: Path, up: FaasmoeUp) -> None:
-    assert up.process.poll() is None  # the store is prepared, and another port is free
+def test_children_exit_when_launcher_is_killed(file: Path, up: FaasmoeUp) -> None:
+    assert up.process.poll() is None  # it has prepared the store
     killed = start_up(file, file.with_name("killed.log"))
     processes = killed.process_tree
     assert len(processes) >= 5  # launcher, zygote, three sandboxes or more, router

@@ -1,4 +1,4 @@
-"""One account over several routers and a control process, all of which come and go."""
+"""Usage over several routers and a control process, all of which restart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aiohttp import web
 from fake_platform import TOKEN, controller_and_platform, make_model
 
 from faasmoe_operator.control.api import make_model_app
-from faasmoe_operator.control.state_files import UsageLedgerFile
+from faasmoe_operator.control.state_files import FileUsageStore
 from faasmoe_router.control.client import ControlClient
 from faasmoe_router.control.usage_reporter import UsageReporter
 from faasmoe_router.tenants.usage import FunctionCost, RouterUsage
@@ -19,43 +19,43 @@ from faasmoe_router.tenants.usage_store import ClusterUsage, UsageFileStore
 
 
 class ReportingRouter:
-    """What of a router keeps accounts."""
+    """The usage accounting of one router."""
 
-    def __init__(self, url: str, file: UsageFileStore | None = None) -> None:
-        self.accounts = RouterUsage(1000.0) if file is None else file.load()
-        self.ledger = ClusterUsage(self.accounts, file)
+    def __init__(self, url: str, store: UsageFileStore | None = None) -> None:
+        self.usage = RouterUsage(1000.0) if store is None else store.load()
+        self.cluster_usage = ClusterUsage(self.usage, store)
         self.clients: list[ControlClient] = []
         self.connect(url)
 
     def connect(self, url: str) -> None:
-        """Tell this control process from now on."""
+        """Report to this control process from now on."""
         self.clients.append(ControlClient(url, token=TOKEN))
-        self.reporter = UsageReporter(self.clients[-1], self.ledger, n_routers=lambda: 2)
+        self.reporter = UsageReporter(self.clients[-1], self.cluster_usage, n_routers=lambda: 2)
 
     async def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         for client in self.clients:
             await client.close()
 
     def record_request(self, tenant: str, n_tokens: int) -> None:
         """Count a request."""
-        account = self.accounts.for_tenant(tenant)
-        account.generated_tokens += n_tokens
-        account.requests["completed"] += 1
-        account.cost += FunctionCost(n_tokens / 4, n_tokens / 8)
+        usage = self.usage.for_tenant(tenant)
+        usage.generated_tokens += n_tokens
+        usage.requests["completed"] += 1
+        usage.cost += FunctionCost(n_tokens / 4, n_tokens / 8)
 
     def reported_usage(self, tenant: str) -> tuple[float, float, float]:
-        """Return a tenant's tokens, requests and cost, as this router tells them."""
-        totals = self.ledger.cluster_total(tenant)
-        return totals["generated_tokens"], totals["completed"], totals["expert_gb_seconds"]
+        """Return tokens, requests and cost of a tenant over all routers, as known here."""
+        total = self.cluster_usage.cluster_total(tenant)
+        return total.generated_tokens, total.completed, total.expert_gb_seconds
 
 
 @asynccontextmanager
 async def running_control(path: Path) -> AsyncIterator[str]:
-    """Run a control API whose accounts are in a file, read at its start and written at its end."""
-    file = UsageLedgerFile(path)
+    """Run a control API that reads its ledger from a file and writes it at the end."""
+    store = FileUsageStore(path)
     async with controller_and_platform(make_model(1)) as (controller, _):
-        controller.usage_ledger = file.read()
+        controller.usage_ledger = store.read()
         runner = web.AppRunner(make_model_app(controller, token=TOKEN), shutdown_timeout=0.5)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -63,20 +63,20 @@ async def running_control(path: Path) -> AsyncIterator[str]:
             yield f"http://127.0.0.1:{runner.addresses[0][1]}"
         finally:
             await runner.cleanup()
-            assert await file.write(controller.usage_ledger)
+            assert await store.write(controller.usage_ledger)
 
 
 async def report_all(*routers: ReportingRouter) -> None:
-    """Tell and hear, as often as it takes for each to hear of what all others told."""
+    """Report twice, so that each router gets what all others have reported."""
     for _ in range(2):
         for router in routers:
             await router.reporter.report()
 
 
-def test_every_router_tells_the_same_sum_whoever_was_replaced_meanwhile(tmp_path: Path) -> None:
-    async def story() -> None:
-        ledger = tmp_path / "accounts.json"
-        async with running_control(ledger) as url, AsyncExitStack() as stack:
+def test_all_routers_agree_on_the_usage_after_one_was_replaced(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        ledger_path = tmp_path / "accounts.json"
+        async with running_control(ledger_path) as url, AsyncExitStack() as stack:
             one, two, three = (ReportingRouter(url) for _ in range(3))
             for router in (one, two, three):
                 stack.push_async_callback(router.close)
@@ -87,19 +87,19 @@ def test_every_router_tells_the_same_sum_whoever_was_replaced_meanwhile(tmp_path
             assert one.reported_usage("acme") == two.reported_usage("acme") == (24, 2, 3.0)
             assert one.reported_usage("beta") == (4, 1, 0.5)
             two.record_request("acme", 8)
-            assert two.reported_usage("acme") == (32, 3, 4.0)  # its own at once
+            assert two.reported_usage("acme") == (32, 3, 4.0)  # its own usage counts immediately
             await two.reporter.report_final()  # its pod is replaced
             await report_all(one, three)
             assert one.reported_usage("acme") == three.reported_usage("acme") == (32, 3, 4.0)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_the_sum_outlives_the_control_process(tmp_path: Path) -> None:
-    async def story() -> None:
-        ledger = tmp_path / "accounts.json"
+def test_usage_survives_a_restart_of_the_control_process(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        ledger_path = tmp_path / "accounts.json"
         async with AsyncExitStack() as stack:
-            async with running_control(ledger) as url:
+            async with running_control(ledger_path) as url:
                 one, two = ReportingRouter(url), ReportingRouter(url)
                 stack.push_async_callback(one.close)
                 two.record_request("beta", 4)
@@ -107,9 +107,9 @@ def test_the_sum_outlives_the_control_process(tmp_path: Path) -> None:
                 await report_all(one, two)
                 await two.close()
             one.record_request("acme", 8)
-            await one.reporter.report()  # nobody hears
+            await one.reporter.report()  # no control process is running
             assert one.reported_usage("acme") == (16, 2, 2.0)
-            async with running_control(ledger) as url:
+            async with running_control(ledger_path) as url:
                 one.connect(url)
                 three = ReportingRouter(url)
                 stack.push_async_callback(three.close)
@@ -117,23 +117,25 @@ def test_the_sum_outlives_the_control_process(tmp_path: Path) -> None:
                 assert one.reported_usage("acme") == three.reported_usage("acme") == (16, 2, 2.0)
                 assert three.reported_usage("beta") == (4, 1, 0.5)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_router_that_keeps_its_book_is_not_counted_twice(tmp_path: Path) -> None:
-    async def story() -> None:
+def test_a_router_that_restarts_with_its_state_is_not_counted_twice(tmp_path: Path) -> None:
+    async def scenario() -> None:
         async with running_control(tmp_path / "accounts.json") as url, AsyncExitStack() as stack:
             before = ReportingRouter(url, UsageFileStore(tmp_path / "router"))
             stack.push_async_callback(before.close)
             before.record_request("acme", 8)
             await before.reporter.report()
             before.record_request("acme", 8)
-            await before.reporter.report()  # killed after this: its file has what it has told
+            await (
+                before.reporter.report()
+            )  # killed after this: its file contains what it has reported
             after = ReportingRouter(url, UsageFileStore(tmp_path / "router"))
             stack.push_async_callback(after.close)
-            assert after.ledger.ledger_id == before.ledger.ledger_id
+            assert after.cluster_usage.source_id == before.cluster_usage.source_id
             after.record_request("acme", 8)
             await after.reporter.report()
             assert after.reported_usage("acme") == (24, 3, 3.0)
 
-    asyncio.run(story())
+    asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""A tiny random chat model with a tokenizer of its own, saved as a checkpoint in a second."""
+"""A tiny random chat model with its own tokenizer, saved as a checkpoint within a second."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 def save_tiny_chat_model(folder: Path) -> Path:
-    """Save the model and its tokenizer in a folder; return it."""
+    """Save the model and its tokenizer to a folder; return the folder."""
     tokenizer = _tokenizer()
     torch.manual_seed(0)
     config = Qwen2MoeConfig(

@@ -1,4 +1,4 @@
-"""The whole system over a tiny model, its parts on the device or not, and what it answers."""
+"""MoEModel file and requests for the whole system with a tiny model, on CPU or GPU."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ spec:
 
 
 def request_completions(up: FaasmoeUp) -> list[dict[str, Any]]:
-    """Return all choices of all answers."""
+    """Send REQUESTS; return all choices of all responses."""
     choices: list[dict[str, Any]] = []
     for request in REQUESTS:
         url, body = f"{up.base_url}/v1/completions", {"model": "tiny", **request}
@@ -45,13 +45,13 @@ def logprobs_of(choice: dict[str, Any]) -> list[float]:
     return list((choice["logprobs"] or {}).get("token_logprobs", []))
 
 
-def assert_same_answers(got: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """Assert equal texts, and log-probabilities equal to 1e-3.
+def assert_same_responses(got: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Assert equal texts, and log-probabilities within 1e-3.
 
-    Not their bits: a function's products run in another process or on another device, with other
-    row counts, thread counts and instruction sets, so the sums are rounded in another order.
+    They need not be bit-identical: functions compute in another process or on another device, with
+    other row counts, thread counts and instruction sets, so that sums are rounded differently.
     """
     assert [choice["text"] for choice in got] == [choice["text"] for choice in expected]
     assert [c["finish_reason"] for c in got] == [c["finish_reason"] for c in expected]
-    for one, other in zip(got, expected, strict=True):
-        assert logprobs_of(one) == pytest.approx(logprobs_of(other), abs=1e-3)
+    for actual, reference in zip(got, expected, strict=True):
+        assert logprobs_of(actual) == pytest.approx(logprobs_of(reference), abs=1e-3)

@@ -1,4 +1,4 @@
-"""Real zygote processes for tests, and a client of their sockets."""
+"""Real zygote processes for tests, and a client for their sockets."""
 
 import json
 import os
@@ -49,8 +49,8 @@ class ZygoteClient:
         self.send(verb="list")
         event = self.read_event()
         assert event["event"] == "sandboxes"
-        found: list[dict[str, Any]] = event["sandboxes"]
-        return found
+        sandboxes: list[dict[str, Any]] = event["sandboxes"]
+        return sandboxes
 
     def is_closed(self) -> bool:
         return self.lines.readline() == ""
@@ -86,12 +86,12 @@ class ZygoteProcess:
 def running_zygote(
     *arguments: str, output: Path = Path(os.devnull), **variables: str
 ) -> Iterator[ZygoteProcess]:
-    """Run a zygote as long as the context lasts; its sandboxes end with it.
+    """Run a zygote for the lifetime of the context; its sandboxes exit with it.
 
     Args:
-        arguments: of Python.
-        output: file that its output is written to.
-        variables: of its environment, beside those that every zygote has.
+        arguments: command-line arguments of Python.
+        output: file for its output.
+        variables: additional environment variables.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "zygote.sock"
@@ -99,7 +99,7 @@ def running_zygote(
             **os.environ,
             "FAASMOE_TOKEN": "secret",
             SOCKET_ENV: str(path),
-            "OMP_NUM_THREADS": "1",  # as the platform sets it; else OpenBLAS starts threads
+            "OMP_NUM_THREADS": "1",  # set by the platform too; otherwise OpenBLAS starts threads
             PARENT_PID_ENV: str(os.getpid()),
             **variables,
         }
@@ -124,7 +124,7 @@ def is_running(pid: int) -> bool:
 def eventually(condition: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + DEADLINE_S
     while not condition():
-        assert time.monotonic() < deadline_s, "not in time"
+        assert time.monotonic() < deadline_s, "timed out waiting for the condition"
         os.sched_yield()
 
 

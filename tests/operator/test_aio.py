@@ -2,25 +2,25 @@ import asyncio
 
 import pytest
 
-from faasmoe_operator.aio import gather_limited
+from faasmoe_operator.aio import ChangeNotifier, gather_limited
 
 
-def test_keeps_the_order_and_the_limit() -> None:
-    running = most = 0
+def test_gather_limited_keeps_the_order_and_the_limit() -> None:
+    running = max_running = 0
 
     async def call(item: int) -> int:
-        nonlocal running, most
+        nonlocal running, max_running
         running += 1
-        most = max(most, running)
+        max_running = max(max_running, running)
         await asyncio.sleep(0)
         running -= 1
         return -item
 
     assert asyncio.run(gather_limited(range(10), call, limit=3)) == [-item for item in range(10)]
-    assert most == 3
+    assert max_running == 3
 
 
-def test_cancels_the_rest_when_one_fails() -> None:
+def test_gather_limited_cancels_the_rest_when_one_fails() -> None:
     cancelled = []
 
     async def call(item: int) -> None:
@@ -35,3 +35,17 @@ def test_cancels_the_rest_when_one_fails() -> None:
     with pytest.raises(ValueError, match="one"):
         asyncio.run(gather_limited([0, 1], call, limit=2))
     assert cancelled == [0]
+
+
+def test_change_notifier_evaluates_the_condition_at_each_notification() -> None:
+    async def scenario() -> None:
+        notifier, changes = ChangeNotifier(), list[int]()
+        waiting = asyncio.create_task(notifier.wait_for(lambda: len(changes) == 2))
+        for change in range(2):
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            changes.append(change)
+            notifier.notify()
+        await waiting
+
+    asyncio.run(scenario())

@@ -16,6 +16,7 @@ def test_reads_every_variable() -> None:
             "FAASMOE_HOST": "0.0.0.0",
             "FAASMOE_PORT": "80",
             "FAASMOE_DEVICE": "cpu",
+            "FAASMOE_DTYPE": "float16",
             "FAASMOE_MAX_MODEL_LEN": "100",
             "FAASMOE_MAX_NUM_SEQS": "5",
             "FAASMOE_MAX_NUM_BATCHED_TOKENS": "6",
@@ -23,12 +24,12 @@ def test_reads_every_variable() -> None:
             "FAASMOE_KV_CACHE_BYTES": "8",
             "FAASMOE_TOKEN": "t",
             "FAASMOE_ACTIVATION_TIMEOUT": "12.5",
-            "FAASMOE_HOLD_TIMEOUT": "0",
+            "FAASMOE_CALL_QUEUE_TIMEOUT": "0",
             "FAASMOE_MAX_ACTIVATION_QUEUE_REQUESTS": "9",
             "FAASMOE_MAX_ACTIVATION_QUEUE_BYTES": "10",
             "FAASMOE_TENANTS_FILE": "/tenants.json",
             "FAASMOE_STATE_DIR": "/state",
-            "FAASMOE_SOCKET_DIR": "/run/near",
+            "FAASMOE_SOCKET_DIR": "/run/sockets",
             "FAASMOE_PLACEMENT": "auto",
             "FAASMOE_ROUTER_REPLICAS": "3",
         }
@@ -40,6 +41,7 @@ def test_reads_every_variable() -> None:
         host="0.0.0.0",
         port=80,
         device="cpu",
+        dtype="float16",
         max_model_len=100,
         max_num_seqs=5,
         max_num_batched_tokens=6,
@@ -52,13 +54,13 @@ def test_reads_every_variable() -> None:
         max_activation_queue_bytes=10,
         tenants_file=Path("/tenants.json"),
         state_dir=Path("/state"),
-        socket_dir=Path("/run/near"),
+        socket_dir=Path("/run/sockets"),
         placement="auto",
         router_replicas=3,
     )
 
 
-def test_defaults_are_those_of_the_class() -> None:
+def test_unset_and_empty_variables_use_the_defaults() -> None:
     expected = RouterConfig(store=Path("/store"), table=Path("/table.json"))
     assert RouterConfig.from_env(REQUIRED) == expected
     assert RouterConfig.from_env({**REQUIRED, "FAASMOE_PORT": ""}) == expected
@@ -72,6 +74,7 @@ def test_defaults_are_those_of_the_class() -> None:
         ("FAASMOE_PORT", "65536"),
         ("FAASMOE_PORT", "http"),
         ("FAASMOE_DEVICE", "tpu"),
+        ("FAASMOE_DTYPE", "int8"),
         ("FAASMOE_MAX_MODEL_LEN", "0"),
         ("FAASMOE_MAX_NUM_SEQS", "-1"),
         ("FAASMOE_MAX_NUM_BATCHED_TOKENS", "1.5"),
@@ -79,19 +82,19 @@ def test_defaults_are_those_of_the_class() -> None:
         ("FAASMOE_KV_CACHE_BYTES", "2Gi"),
         ("FAASMOE_ACTIVATION_TIMEOUT", "0"),
         ("FAASMOE_ACTIVATION_TIMEOUT", "nan"),
-        ("FAASMOE_HOLD_TIMEOUT", "2s"),
-        ("FAASMOE_HOLD_TIMEOUT", "-1"),
+        ("FAASMOE_CALL_QUEUE_TIMEOUT", "2s"),
+        ("FAASMOE_CALL_QUEUE_TIMEOUT", "-1"),
         ("FAASMOE_MAX_ACTIVATION_QUEUE_REQUESTS", "many"),
         ("FAASMOE_MAX_ACTIVATION_QUEUE_BYTES", "64Mi"),
         ("FAASMOE_PLACEMENT", "router"),
     ],
 )
-def test_a_bad_value_is_named(name: str, value: str) -> None:
+def test_error_names_the_invalid_variable(name: str, value: str) -> None:
     with pytest.raises(RouterConfigError, match=f"^{name}: "):
         RouterConfig.from_env({**REQUIRED, name: value})
 
 
-def test_the_table_may_come_from_a_control_plane() -> None:
+def test_control_url_replaces_the_table_file() -> None:
     config = RouterConfig.from_env(
         {"FAASMOE_STORE": "/store", "FAASMOE_CONTROL_URL": "http://127.0.0.1:8080/"}
     )
@@ -99,12 +102,16 @@ def test_the_table_may_come_from_a_control_plane() -> None:
     assert config.control_url == "http://127.0.0.1:8080"
 
 
-def test_two_places_for_one_table_are_refused() -> None:
+def test_rejects_both_control_url_and_table_file() -> None:
     with pytest.raises(RouterConfigError, match=r"^FAASMOE_CONTROL_URL: got it and FAASMOE_TABLE"):
         RouterConfig.from_env({**REQUIRED, "FAASMOE_CONTROL_URL": "http://h:1"})
 
 
 @pytest.mark.parametrize("url", ["h:80", "ftp://h", "http://", "http://h:port", "http://h:0"])
-def test_a_bad_control_url_is_named(url: str) -> None:
+def test_rejects_invalid_control_urls(url: str) -> None:
     with pytest.raises(RouterConfigError, match=r"^FAASMOE_CONTROL_URL: got .*, expected a URL"):
         RouterConfig.from_env({"FAASMOE_STORE": "/store", "FAASMOE_CONTROL_URL": url})
+
+
+def test_the_token_is_not_in_the_repr() -> None:
+    assert "secret" not in repr(RouterConfig.from_env({**REQUIRED, "FAASMOE_TOKEN": "secret"}))

@@ -1,4 +1,4 @@
-"""Deadlines that nest, by name."""
+"""Nested timeouts: each must fit into the next longer one."""
 
 import pytest
 
@@ -9,15 +9,15 @@ REQUIRED = {"FAASMOE_STORE": "/store", "FAASMOE_TABLE": "/table.json"}
 NAMES = ("CONNECT", "CALL", "LAYER", "REQUEST")
 
 
-def read(*seconds: str) -> RouterConfig:
-    given = {f"FAASMOE_{n}_TIMEOUT": s for n, s in zip(NAMES, seconds, strict=True)}
-    return RouterConfig.from_env({**REQUIRED, **given})
+def config_from_timeouts(*seconds: str) -> RouterConfig:
+    timeouts = {f"FAASMOE_{n}_TIMEOUT": s for n, s in zip(NAMES, seconds, strict=True)}
+    return RouterConfig.from_env({**REQUIRED, **timeouts})
 
 
-def test_each_deadline_is_read() -> None:
-    config = read("0.5", "2", "3", "60")
-    found = [getattr(config, f"{name.lower()}_timeout_s") for name in NAMES]
-    assert found == [0.5, 2.0, 3.0, 60.0]
+def test_reads_every_timeout() -> None:
+    config = config_from_timeouts("0.5", "2", "3", "60")
+    timeouts = [getattr(config, f"{name.lower()}_timeout_s") for name in NAMES]
+    assert timeouts == [0.5, 2.0, 3.0, 60.0]
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,6 @@ def test_each_deadline_is_read() -> None:
         (("1", "2", "4", "never"), "REQUEST"),
     ],
 )
-def test_one_that_does_not_fit_into_the_next_is_named(seconds: tuple[str, ...], name: str) -> None:
+def test_error_names_the_timeout_that_exceeds_the_next(seconds: tuple[str, ...], name: str) -> None:
     with pytest.raises(RouterConfigError, match=f"^FAASMOE_{name}_TIMEOUT: got "):
-        read(*seconds)
+        config_from_timeouts(*seconds)

@@ -3,19 +3,19 @@ from prometheus_client import Counter, generate_latest
 from faasmoe_router.metrics import EngineMetrics, new_registry
 
 
-def test_two_registries_do_not_meet() -> None:
+def test_registries_are_independent() -> None:
     for _ in range(2):
         EngineMetrics(new_registry(), "m")
 
 
-def test_others_register_on_the_same_registry() -> None:
+def test_other_collectors_share_the_registry() -> None:
     registry = new_registry()
     EngineMetrics(registry, "m")
-    Counter("others", "Of another part.", registry=registry).inc()
+    Counter("others", "Metric of another module.", registry=registry).inc()
     assert b"others_total 1.0" in generate_latest(registry)
 
 
-def test_requests_are_counted_when_they_are_read() -> None:
+def test_request_gauges_are_read_at_scrape_time() -> None:
     registry = new_registry()
     counts = [(1, 2)]
     EngineMetrics(registry, "m").observe_requests(lambda: counts[0])

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ import httpx
 import pytest
 
 from faasmoe_router.api.app import create_app
-from faasmoe_router.engine.cache_config import EngineLimits
+from faasmoe_router.engine.batcher import EngineLimits
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
 from faasmoe_router.server import Server
 
 DEADLINE_S = 20.0
-ENDS_BY_ITSELF = """
+SERVE_UNTIL_SIGNAL = """
 from faasmoe_router.server import Server
 
 async def app(scope, receive, send):
@@ -36,21 +37,21 @@ print("after", flush=True)
 """
 
 
-def test_answers_that_take_too_long_end_with_an_error(
-    model: Any, codec: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
+def test_responses_beyond_the_drain_timeout_end_with_an_error(
+    model: Any, model_tokenizer: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = new_registry()
     engine = Engine(
         model,
-        codec,
+        model_tokenizer,
         limits=EngineLimits(max_model_len=256),
         metrics=EngineMetrics(registry, "tiny"),
     )
-    hold = threading.Event()
+    release = threading.Event()
     forward = model.forward
 
     def slow(*args: Any, **kwargs: Any) -> Any:
-        hold.wait(0.05)
+        release.wait(0.05)
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", slow)
@@ -67,24 +68,27 @@ def test_answers_that_take_too_long_end_with_an_error(
             server.should_exit = True
             *_, last = (line for line in lines if line)
         thread.join(DEADLINE_S)
-        hold.set()
+        release.set()
     assert not thread.is_alive()
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
 
 
-def test_a_server_that_ends_says_so_finishes_what_runs_and_begins_nothing(
-    model: Any, codec: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
+def test_draining_server_finishes_running_work_and_rejects_new_work(
+    model: Any,
+    model_tokenizer: ModelTokenizer,
+    until: Callable[[Callable[[], bool]], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     registry = new_registry()
     limits = EngineLimits(max_model_len=256)
-    engine = Engine(model, codec, limits=limits, metrics=EngineMetrics(registry, "tiny"))
-    forward, go_on = model.forward, threading.Event()
+    engine = Engine(model, model_tokenizer, limits=limits, metrics=EngineMetrics(registry, "tiny"))
+    forward, release = model.forward, threading.Event()
 
-    def held(*args: Any, **kwargs: Any) -> Any:
-        go_on.wait(DEADLINE_S)
+    def blocking(*args: Any, **kwargs: Any) -> Any:
+        release.wait(DEADLINE_S)
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(model, "forward", held)
+    monkeypatch.setattr(model, "forward", blocking)
     app = create_app(engine, model_name="tiny", registry=registry)
     server = Server(app, on_drain_timeout=engine.abort_running, drain_timeout_s=DEADLINE_S)
     body = {"model": "tiny", "prompt": "a", "max_tokens": 20}
@@ -96,19 +100,19 @@ def test_a_server_that_ends_says_so_finishes_what_runs_and_begins_nothing(
             running = client.submit(
                 httpx.post, f"{url}/v1/completions", json=body, timeout=DEADLINE_S
             )
-            while not engine.is_busy:
-                assert not running.done(), running.result().text
+            until(lambda: engine.is_busy or running.done())
+            assert not running.done(), running.result().text
             server.should_exit = True
-            while (health := httpx.get(f"{url}/health")).status_code == 200:
-                pass
+            until(lambda: httpx.get(f"{url}/health").status_code != 200)
             assert httpx.get(f"{url}/v1/models").status_code == 200
-            refused = httpx.post(f"{url}/v1/completions", json=body)
-            for answer in (health, refused):
-                assert answer.status_code == 503
-                assert answer.headers["Retry-After"] == "1"
-                assert answer.headers["Connection"] == "close"
-                assert answer.json()["error"]["code"] == "service_unavailable"
-            go_on.set()
+            health = httpx.get(f"{url}/health")
+            rejected = httpx.post(f"{url}/v1/completions", json=body)
+            for response in (health, rejected):
+                assert response.status_code == 503
+                assert response.headers["Retry-After"] == "1"
+                assert response.headers["Connection"] == "close"
+                assert response.json()["error"]["code"] == "service_unavailable"
+            release.set()
             assert running.result().status_code == 200
             assert running.result().json()["usage"]["completion_tokens"] == 20
         thread.join(DEADLINE_S)
@@ -116,9 +120,9 @@ def test_a_server_that_ends_says_so_finishes_what_runs_and_begins_nothing(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_server_and_not_what_comes_after(number: int) -> None:
+def test_signal_ends_the_server_but_not_the_process(number: int) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", ENDS_BY_ITSELF], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SERVE_UNTIL_SIGNAL], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
@@ -135,11 +139,11 @@ def test_a_signal_ends_the_server_and_not_what_comes_after(number: int) -> None:
         pytest.param({"FAASMOE_PARENT_PID": "x"}, "FAASMOE_PARENT_PID: got 'x'", id="parent"),
     ],
 )
-def test_a_bad_setting_ends_the_process_with_one_line(
+def test_invalid_setting_exits_with_one_line_on_stderr(
     change: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     settings = {"FAASMOE_STORE": str(tmp_path), "FAASMOE_TABLE": str(tmp_path / "table.json")}
-    ended = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "faasmoe_router"],
         env={**os.environ, **settings, **change},
         capture_output=True,
@@ -147,6 +151,6 @@ def test_a_bad_setting_ends_the_process_with_one_line(
         timeout=DEADLINE_S,
         check=False,
     )
-    assert ended.returncode == 2
-    assert ended.stderr.startswith(f"faasmoe_router: {message}")
-    assert len(ended.stderr.splitlines()) == 1
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"faasmoe_router: {message}")
+    assert len(result.stderr.splitlines()) == 1

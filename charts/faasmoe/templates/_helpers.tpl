@@ -66,7 +66,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- printf "%s-root-key" (include "faasmoe.fullname" .) -}}
 {{- end -}}
 
-{{- /* The name is the operator's own, whatever the release is called. */ -}}
+{{- /* The name of the Lease is fixed in the operator and does not depend on the release. */ -}}
 {{- define "faasmoe.lease" -}}
 faasmoe-operator
 {{- end -}}

@@ -1,7 +1,7 @@
-"""The store: a checkpoint prepared for serving, read here by mmap.
+"""The store: a checkpoint prepared for serving and read through mmap.
 
-Knows the folder's layout, its manifest and the safetensors container; knows nothing of torch, of
-model families or of how a store is made (`faasmoe_router.checkpoint` makes it).
+Defines the directory layout, the manifest and the safetensors container. Knows nothing of torch,
+of model families or of how a store is written (`faasmoe_router.checkpoint` does that).
 """
 
 from faasmoe_contracts.store.manifest import (

@@ -1,8 +1,7 @@
-"""The one error of the store.
+"""The store manifest: frozen dataclasses that mirror `manifest.json`.
 
-Strict reading of JSON objects: each field is there, has its type, and no other field is.
-
-The manifest: what a store holds, as frozen values that mirror `manifest.json`.
+Parsing is strict: every field must be present with its type, and unknown fields are errors. The
+manifest carries a digest of its own content, and the digests and sizes of all other files.
 """
 
 from __future__ import annotations
@@ -19,11 +18,15 @@ from faasmoe_contracts.text import short_repr
 
 
 class StoreError(Exception):
-    """A store that cannot be used; the message names the file and the field, got and expected."""
+    """Raised for an unusable store; the message names the file and field, got and expected."""
 
 
 class JsonFields:
-    """The fields of one JSON object, read by name; `finish` refuses what was not asked for."""
+    """Strict reader of one JSON object.
+
+    Every `pop_*` method consumes one field and raises StoreError if it is missing or has another
+    type. Call `reject_unknown` last.
+    """
 
     __slots__ = ("_path", "_remaining")
 
@@ -34,34 +37,34 @@ class JsonFields:
         self._path = path
 
     def pop(self, name: str) -> Any:
-        """Return any JSON value of the field `name`."""
+        """Return the field `name`, any JSON value."""
         if name not in self._remaining:
             raise StoreError(f"{self._path}.{name}: got nothing, expected the field")
         return self._remaining.pop(name)
 
     def pop_string(self, name: str) -> str:
-        """Return a string that is not empty."""
+        """Return a non-empty string field."""
         value = self.pop(name)
         if not isinstance(value, str) or not value:
-            raise self.error(name, value, "a string that is not empty")
+            raise self.error(name, value, "a non-empty string")
         return value
 
     def pop_integer(self, name: str, *, minimum: int = 0) -> int:
-        """Return an integer of at least `least`."""
+        """Return an integer field of at least `minimum`."""
         value = self.pop(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise self.error(name, value, f"an integer of {minimum} or more")
         return value
 
     def pop_array(self, name: str) -> list[Any]:
-        """Return a JSON array."""
+        """Return an array field."""
         value = self.pop(name)
         if not isinstance(value, list):
             raise self.error(name, value, "an array")
         return value
 
     def pop_object(self, name: str) -> dict[str, Any]:
-        """Return a JSON object."""
+        """Return an object field."""
         value = self.pop(name)
         if not isinstance(value, dict):
             raise self.error(name, value, "an object")
@@ -72,7 +75,7 @@ class JsonFields:
         return StoreError(f"{self._path}.{name}: got {short_repr(got)}, expected {expected}")
 
     def reject_unknown(self) -> None:
-        """Refuse fields that nobody took."""
+        """Raise StoreError if fields remain that no `pop_*` call consumed."""
         if self._remaining:
             names = ", ".join(sorted(map(str, self._remaining)))
             raise StoreError(f"{self._path}: got unknown fields {names}, expected none")
@@ -87,14 +90,14 @@ _BLOCK_DIGEST = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """Size and SHA-256 (hex) of one file of the store."""
+    """Size and SHA-256 (hexadecimal) of one file of the store."""
 
     size_bytes: int
     sha256: str
 
     @classmethod
     def from_json(cls, value: object, *, path: str) -> FileEntry:
-        """Read the entry; raises StoreError that names the field."""
+        """Parse the entry; raises StoreError naming the field."""
         fields = JsonFields(value, path)
         size_bytes, sha256 = fields.pop_integer("size_bytes"), fields.pop_string("sha256")
         if not _SHA256.fullmatch(sha256):
@@ -109,7 +112,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """Where the model came from and its dimensions."""
+    """Origin and dimensions of the model."""
 
     source: str
     revision: str | None
@@ -123,7 +126,7 @@ class ModelEntry:
 
     @classmethod
     def from_json(cls, value: object, *, path: str = "model") -> ModelEntry:
-        """Read the entry; raises StoreError that names the field."""
+        """Parse the entry; raises StoreError naming the field."""
         fields = JsonFields(value, path)
         revision = fields.pop("revision")
         if revision is not None and not isinstance(revision, str):
@@ -151,18 +154,22 @@ class ModelEntry:
 
 @dataclass(frozen=True, slots=True)
 class LayerEntry:
-    """One experts module.
+    """One experts module, that is one MoE layer.
 
     Attributes:
-        index: counts the model's experts modules; the layer number of functions and of the wire.
-        name: the module's name in the model.
-        file: its file in the store.
-        class_name: the family's class (`class` in JSON).
-        kernel: the lean kernel that agreed with the class, or None: only the class itself is right.
-        expert_bytes: bytes of one expert over all stacked parameters.
+        index: MoE layer index, 0-based, as in routing tables and wire frames.
+        name: qualified name of the module in the model.
+        file: name of its safetensors file in the store.
+        num_experts: number of experts in the layer.
+        top_k: experts per token.
+        hidden_size: elements of one hidden state.
+        class_name: the family's module class (`class` in JSON).
+        kernel: parameters of the gated kernel that reproduced the class during preparation; None
+            if only the class itself computes correct outputs.
+        expert_bytes: bytes of one expert in all stacked parameters.
         shared_bytes: bytes of the parameters that are not stacked over experts.
-        digests: of each expert's bytes, and last of those that are not stacked; what is read is
-            compared with them (`faasmoe_expert.functions.verification`).
+        digests: digest of each expert, then of the shared parameters, see
+            `faasmoe_contracts.store.digests`; sandboxes verify mapped bytes against them.
     """
 
     index: int
@@ -179,7 +186,7 @@ class LayerEntry:
 
     @classmethod
     def from_json(cls, value: object, *, index: int) -> LayerEntry:
-        """Read the entry at position `index`; raises StoreError that names the field."""
+        """Parse the entry at position `index`; raises StoreError naming the field."""
         fields = JsonFields(value, f"layers[{index}]")
         got = fields.pop_integer("index")
         if got != index:
@@ -202,7 +209,7 @@ class LayerEntry:
         )
         fields.reject_unknown()
         if not all(isinstance(d, str) and _BLOCK_DIGEST.fullmatch(d) for d in entry.digests):
-            raise fields.error("digests", list(entry.digests), "texts of 32 hexadecimal digits")
+            raise fields.error("digests", list(entry.digests), "strings of 32 hexadecimal digits")
         if len(entry.digests) != entry.num_experts + 1:
             raise fields.error("digests", len(entry.digests), f"{entry.num_experts + 1} of them")
         if entry.top_k > entry.num_experts:
@@ -220,7 +227,14 @@ class LayerEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """All that `manifest.json` says; its presence means that the store is complete."""
+    """The content of `manifest.json`, which is written last: its presence marks a complete store.
+
+    Attributes:
+        digest: SHA-256 over the rest of the manifest, see `manifest_digest`.
+        model: origin and dimensions of the model.
+        layers: one entry per MoE layer, in order.
+        files: every other file of the store, by its path relative to the store.
+    """
 
     digest: str
     model: ModelEntry
@@ -235,13 +249,13 @@ class Manifest:
         layers: tuple[LayerEntry, ...],
         files: Mapping[str, FileEntry],
     ) -> Manifest:
-        """Return the manifest of a store with this in it; its digest follows from the rest."""
+        """Return a manifest of these parts with its digest computed."""
         content = cls("", model, layers, files)
         return replace(content, digest=manifest_digest(content.to_json()))
 
     @classmethod
     def from_json(cls, value: object) -> Manifest:
-        """Read a manifest; raises StoreError that names the field, what was got and expected."""
+        """Parse and validate a manifest; raises StoreError naming the field, got and expected."""
         fields = JsonFields(value, "manifest")
         for name, expected in (("format", STORE_FORMAT), ("version", STORE_VERSION)):
             got = fields.pop(name)
@@ -274,8 +288,9 @@ class Manifest:
         expected = manifest_digest(self.to_json())
         if self.digest != expected:
             raise StoreError(
-                f"manifest.digest: got {short_repr(self.digest)}, expected {expected!r}: the manifest "
-                "was changed or is an earlier version's; prepare the store again with --force"
+                f"manifest.digest: got {short_repr(self.digest)}, expected {expected!r}: the "
+                "manifest was modified or is of an earlier version; "
+                "prepare the store again with --force"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -291,9 +306,9 @@ class Manifest:
 
 
 def manifest_digest(value: Mapping[str, Any]) -> str:
-    """Return the digest of a manifest's JSON object: over all that it says but the digest itself.
+    """Return the digest of a manifest's JSON object, computed without its own `digest` field.
 
-    The same content gives the same digest, in whatever order its fields stand.
+    Independent of the order of fields.
     """
     content = {name: field for name, field in value.items() if name != "digest"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))

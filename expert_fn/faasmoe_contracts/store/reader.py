@@ -1,4 +1,4 @@
-"""Opening a store: its manifest read strictly, its files checked, its layers mapped."""
+"""Opens a store: reads the manifest, checks file sizes and digests, maps layers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MANIFEST_NAME = "manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """A complete store in a folder.
+    """A complete store in a directory.
 
     Attributes:
-        path: the folder.
-        manifest: what it holds.
+        path: the directory.
+        manifest: its parsed manifest.
     """
 
     path: Path
@@ -28,10 +28,12 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
-        """Open the store in `path`: every file is there with its size; digests are not computed.
+        """Open the store in `path` and check that every file exists with its size.
+
+        Does not compute digests, see `verify`.
 
         Raises:
-            StoreError: there is no complete store, or a file or field of it is wrong.
+            StoreError: there is no complete store, or a file or a field is invalid.
         """
         folder = Path(path)
         store = cls(folder, _read_manifest(folder))
@@ -40,7 +42,11 @@ class Store:
         return store
 
     def map_layer(self, index: int) -> MappedLayer:
-        """Map the parameters of the MoE layer `index` without copying them."""
+        """Map the parameters of the MoE layer `index` without copying them.
+
+        Raises:
+            StoreError: the layer does not exist, or its file does not match the manifest.
+        """
         layer = self.layer_entry(index)
         self._check_size(layer.file)
         mapped = map_tensors(self.path / layer.file)
@@ -51,26 +57,26 @@ class Store:
         return mapped
 
     def layer_entry(self, index: int) -> LayerEntry:
-        """Return the manifest's entry of the MoE layer `index`."""
+        """Return the manifest entry of the MoE layer `index`; raises StoreError if out of range."""
         if not 0 <= index < len(self.manifest.layers):
             valid_range = f"0 to {len(self.manifest.layers) - 1}"
             raise StoreError(f"{self.path}: layer: got {index}, expected {valid_range}")
         return self.manifest.layers[index]
 
     def router_files(self) -> list[Path]:
-        """Return the safetensors files of the router's tensors, in order."""
+        """Return the safetensors files with the router's tensors, sorted by name."""
         return [self.path / n for n in sorted(self.manifest.files) if n.startswith("router/")]
 
     def verify(self, files: Iterable[str] | None = None) -> None:
-        """Check sizes and digests of `files` (names in the manifest; all of them by default).
+        """Check the size and SHA-256 of `files` (names in the manifest, all by default).
 
         Raises:
-            StoreError: a file is missing, has another size or other bytes; it is named.
+            StoreError: a file is missing or differs in size or content; the message names it.
         """
         for name in self.manifest.files if files is None else files:
             if name not in self.manifest.files:
                 raise StoreError(
-                    f"{self.path}: got the file {name!r}, expected one of the manifest"
+                    f"{self.path}: got the file {name!r}, expected a file of the manifest"
                 )
             self._check_size(name)
             got, expected = sha256_of_file(self.path / name), self.manifest.files[name].sha256
@@ -88,7 +94,7 @@ class Store:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal; raises StoreError if it cannot be read."""
+    """Return the SHA-256 of a file in hexadecimal; raises StoreError if it is unreadable."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -107,13 +113,13 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.from_json(json.loads(text))
     except (ValueError, RecursionError) as error:
-        raise StoreError(f"{path}: got no JSON: {error}") from error
+        raise StoreError(f"{path}: invalid JSON: {error}") from error
     except StoreError as error:
         raise StoreError(f"{path}: {error}") from None
 
 
 def _check_layer_sizes(mapped: MappedLayer, layer: LayerEntry) -> None:
-    """The file's tensors are what the manifest says of the layer."""
+    """Raise StoreError unless the tensor sizes match the manifest entry."""
     stacked = [t for t in mapped.tensors.values() if t.shape[:1] == (layer.num_experts,)]
     stacked_bytes = sum(tensor.buffer.nbytes for tensor in stacked)
     expected = layer.expert_bytes * layer.num_experts

@@ -1,4 +1,8 @@
-"""The safetensors container: its header, checked to the last byte, and views over a mapped file."""
+"""Reads safetensors files through mmap.
+
+The header is validated completely: the tensors must cover the data section without gaps or
+overlaps. Views point into the mapping, so only the pages that are read become resident.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +35,20 @@ DTYPE_SIZES: Mapping[str, int] = {
     "I64": 8,
     "F64": 8,
 }
-MADV_POPULATE_READ = 22  # of Linux; Python names it from 3.13 on
+MADV_POPULATE_READ = 22  # Linux 5.14; mmap has no constant for it before Python 3.13
 _HEADER_LENGTH = struct.Struct("<Q")
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_MAX_HEADER_BYTES = 100_000_000  # same limit as the safetensors library
 
 
 @dataclass(frozen=True, slots=True)
 class TensorView:
-    """One tensor of a mapped file; `buffer` is writable but private: no write reaches the file.
+    """One tensor of a mapped file.
 
     Attributes:
-        dtype: as safetensors names it.
-        shape: its sizes.
-        buffer: its bytes.
-        offset: where in the file they begin.
+        dtype: safetensors dtype name, a key of DTYPE_SIZES.
+        shape: dimensions.
+        buffer: its bytes, in a private mapping: writes never reach the file.
+        offset: offset of the first byte in the file.
     """
 
     dtype: str
@@ -55,18 +59,24 @@ class TensorView:
 
 @dataclass(frozen=True, slots=True)
 class MappedLayer:
-    """The parameters of one experts module, mapped; the mapping lives as long as a view of it."""
+    """The mapped parameters of one experts module.
+
+    Attributes:
+        tensors: views by parameter name; each keeps the mapping alive.
+        size_bytes: bytes of all tensors.
+        mapping: the memory map of the whole file.
+    """
 
     tensors: Mapping[str, TensorView]
     size_bytes: int
     mapping: mmap.mmap
 
     def prefault(self, n_experts: int, experts: Iterable[int]) -> None:
-        """Enter the cached pages of some experts at once: their faults would take twice as long.
+        """Populate the page tables for some experts, twice as fast as faulting page by page.
 
         Args:
-            n_experts: experts of the layer, over which tensors are stacked.
-            experts: those that will be read.
+            n_experts: number of experts in the layer; stacked tensors have this first dimension.
+            experts: indices of the experts that will be read.
         """
         for expert in experts:
             for view in self.tensors.values():
@@ -76,7 +86,7 @@ class MappedLayer:
 
     def _prefault_range(self, offset: int, size_bytes: int) -> None:
         start = offset - offset % mmap.PAGESIZE
-        # An advice: kernels before 5.14 do not know it, and pages come one by one as ever.
+        # Only a hint: kernels before 5.14 reject it, and pages are faulted in one by one.
         with contextlib.suppress(OSError):
             self.mapping.madvise(MADV_POPULATE_READ, start, offset + size_bytes - start)
 
@@ -90,7 +100,7 @@ class _TensorInfo:
 
 
 def map_tensors(path: Path) -> MappedLayer:
-    """Map a safetensors file; raises StoreError that names the file and the tensor."""
+    """Map a safetensors file; raises StoreError naming the file and the tensor."""
     try:
         with path.open("rb") as file:
             size_bytes = path.stat().st_size
@@ -116,17 +126,18 @@ def map_tensors(path: Path) -> MappedLayer:
 
 
 def _read_header(data: memoryview, path: Path) -> tuple[dict[str, _TensorInfo], int]:
-    """Return the tensors by name and the offset at which their bytes begin."""
+    """Return tensor infos by name, and the offset of the data section in the file."""
     (length,) = _HEADER_LENGTH.unpack_from(data)
     data_start = _HEADER_LENGTH.size + length
     if length > _MAX_HEADER_BYTES or data_start > len(data):
         raise StoreError(
-            f"{path}: header length: got {length}, expected at most {len(data) - _HEADER_LENGTH.size}"
+            f"{path}: header length: got {length}, "
+            f"expected at most {len(data) - _HEADER_LENGTH.size}"
         )
     try:
         header = json.loads(bytes(data[_HEADER_LENGTH.size : data_start]))
     except (ValueError, RecursionError) as error:
-        raise StoreError(f"{path}: header: got no JSON: {error}") from error
+        raise StoreError(f"{path}: header: invalid JSON: {error}") from error
     if not isinstance(header, dict):
         raise StoreError(f"{path}: header: got {type(header).__name__}, expected a JSON object")
     header.pop("__metadata__", None)
@@ -146,9 +157,9 @@ def _read_tensor_info(value: Any, path: str) -> _TensorInfo:
     if dtype not in DTYPE_SIZES:
         raise fields.error("dtype", dtype, f"one of {', '.join(DTYPE_SIZES)}")
     if not all(_is_count(n) for n in shape):
-        raise fields.error("shape", shape, "integers of 0 or more")
+        raise fields.error("shape", shape, "non-negative integers")
     if len(offsets) != 2 or not all(_is_count(n) for n in offsets):
-        raise fields.error("data_offsets", offsets, "two integers of 0 or more")
+        raise fields.error("data_offsets", offsets, "two non-negative integers")
     start, end = offsets
     if end - start != math.prod(shape) * DTYPE_SIZES[dtype]:
         size_bytes = math.prod(shape) * DTYPE_SIZES[dtype]
@@ -157,7 +168,7 @@ def _read_tensor_info(value: Any, path: str) -> _TensorInfo:
 
 
 def _check_coverage(entries: Mapping[str, _TensorInfo], size_bytes: int, path: Path) -> None:
-    """Tensors follow each other without gap or overlap and end with the file."""
+    """Raise StoreError unless tensors cover the data section without gaps or overlaps."""
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != end:

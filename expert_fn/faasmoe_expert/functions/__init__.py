@@ -1,6 +1,6 @@
-"""Expert functions: a block of experts, mapped from a store, that computes frames.
+"""Expert functions: blocks of experts from a store that compute request frames.
 
-Knows stores, torch and the wire's values; knows nothing of HTTP or of who calls.
+Knows stores, torch and decoded wire frames; knows nothing of HTTP or of callers.
 """
 
 from faasmoe_expert.functions.function import ExpertFunction

@@ -1,8 +1,8 @@
-"""Requests for the same experts, computed as one, and each one's part of what comes out. Pure.
+"""An attached expert function: computes the experts of one block in one or several layers.
 
-Which kernel computes a layer's experts, and on what: the store's map, or a copy on a device.
-
-An attached expert function: the experts of one block, over one or several layers.
+Selects a kernel for each layer, on the mapped store or on a copy of the block on a device. Batches
+requests for the same layer, and verifies the mapped bytes after each computation. Knows nothing of
+HTTP; requests are decoded wire frames.
 """
 
 from __future__ import annotations
@@ -23,156 +23,13 @@ from faasmoe_contracts.wire import Dtype, ExpertRequest, FrameHeader, FrameKind,
 from faasmoe_expert.errors import BadAttachment, BadFrame
 from faasmoe_expert.functions.grouped_kernel import GroupedKernel, supports_grouped_mm
 from faasmoe_expert.functions.kernels import KernelSpec, RoutedPairs, gated_per_pair, gated_reduced
+from faasmoe_expert.functions.native_kernel import NativeKernel, UnsupportedLayer
 from faasmoe_expert.functions.transfer import Uploader, to_device, to_host
 from faasmoe_expert.functions.transformers_kernel import TransformersKernel
 from faasmoe_expert.functions.verification import BlockVerifier
 from faasmoe_expert.functions.weights import LayerWeights, copy_weights, map_weights
-
-
-def request_batch_key(request: ExpertRequest) -> Hashable:
-    """Return what requests of one function must have in common to be computed as one."""
-    header = request.header
-    return header.layer, header.dtype, header.mode, header.hidden_size
-
-
-def concat_requests(requests: Sequence[ExpertRequest]) -> ExpertRequest:
-    """Return one request with the rows of all, in order; they must be alike, see `likeness`."""
-    if len(requests) == 1:
-        return requests[0]
-    first = requests[0].header
-    header = FrameHeader(
-        FrameKind.REQUEST,
-        first.dtype,
-        first.mode,
-        first.layer,
-        sum(r.header.n_rows for r in requests),
-        sum(r.header.n_pairs for r in requests),
-        first.hidden_size,
-    )
-    row_offsets = np.cumsum([0, *(r.header.n_rows for r in requests[:-1])], dtype=np.int32)
-    return ExpertRequest(
-        header,
-        np.concatenate([r.pair_row + n for r, n in zip(requests, row_offsets, strict=True)]),
-        np.concatenate([r.pair_expert for r in requests]),
-        np.concatenate([r.pair_weight for r in requests]),
-        memoryview(bytearray().join(r.rows for r in requests)),
-    )
-
-
-def split_output(output: Tensor, requests: Sequence[ExpertRequest]) -> Iterator[Tensor]:
-    """Give each request's part of the output of `joined`.
-
-    Args:
-        output: [T, H] in reduced mode, [P, H] in unreduced mode, over all requests.
-        requests: as they were joined.
-    """
-    start = 0
-    for request in requests:
-        header = request.header
-        end = start + (header.n_pairs if header.mode is OutputMode.UNREDUCED else header.n_rows)
-        yield output[start:end]  # [t, H] or [p, H]
-        start = end
-
-
-class ExpertKernel(Protocol):
-    """What computes one layer's pairs: from the host's memory to the host's memory."""
-
-    def compute_per_pair(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Return each pair's weighted output [P, H]."""
-
-    def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Return the weighted sum of each row's experts [T, H]."""
-
-
-class GatedKernel:
-    """The lean kernel over one layer's mapped weights."""
-
-    def __init__(self, spec: KernelSpec, weights: LayerWeights) -> None:
-        self._spec = spec
-        self._weights = weights.stacked
-
-    def compute_per_pair(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Return each pair's weighted output [P, H]."""
-        return gated_per_pair(self._spec, self._weights, hidden, pairs)
-
-    def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Return the weighted sum of each row's experts [T, H]."""
-        return gated_reduced(self._spec, self._weights, hidden, pairs)
-
-
-class DeviceKernel:
-    """A kernel whose weights, and so its rows, are on a device."""
-
-    def __init__(self, kernel: ExpertKernel, device: torch.device) -> None:
-        self._kernel = kernel
-        self._device = device
-
-    def compute_per_pair(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Return each pair's weighted output [P, H]."""
-        return to_host(
-            self._kernel.compute_per_pair(
-                to_device(hidden, self._device), self._pairs_to_device(pairs)
-            )
-        )
-
-    def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Return the weighted sum of each row's experts [T, H]."""
-        return to_host(
-            self._kernel.compute_reduced(
-                to_device(hidden, self._device), self._pairs_to_device(pairs)
-            )
-        )
-
-    def _pairs_to_device(self, pairs: RoutedPairs) -> RoutedPairs:
-        return RoutedPairs(pairs.row, pairs.expert, to_device(pairs.weight, self._device))
-
-
-def select_kernel(
-    store: Store,
-    layer: LayerEntry,
-    mapped: MappedLayer,
-    experts: tuple[int, ...],
-    uploader: Uploader | None,
-) -> ExpertKernel:
-    """Return what computes some experts of a layer; raises BadAttachment if nothing can.
-
-    Args:
-        store: where the layer lies.
-        layer: its entry in the manifest.
-        mapped: its bytes.
-        experts: those that are computed, ascending.
-        uploader: copies them to a device; None leaves them on the map.
-    """
-    n_experts = layer.num_experts
-    try:
-        if uploader is None:
-            return _gated_or_transformers_kernel(
-                store, layer, map_weights(mapped, n_experts=n_experts), experts
-            )
-        weights = copy_weights(mapped, n_experts=n_experts, experts=experts, uploader=uploader)
-        device = uploader.device
-        if layer.kernel is not None and supports_grouped_mm(weights, device):
-            return GroupedKernel(KernelSpec.from_json(layer.kernel), weights, experts, device)
-        return DeviceKernel(_gated_or_transformers_kernel(store, layer, weights, experts), device)
-    except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
-        raise BadAttachment(
-            f"store: layer {layer.index} of {store.manifest.model.architecture} cannot be "
-            f"computed: {error}",
-            field="store",
-        ) from error
-
-
-def _gated_or_transformers_kernel(
-    store: Store, layer: LayerEntry, weights: LayerWeights, experts: tuple[int, ...]
-) -> ExpertKernel:
-    """Return the lean kernel if the layer has one, else its family's own module."""
-    if layer.kernel is not None:
-        return GatedKernel(KernelSpec.from_json(layer.kernel), weights)
-    architecture = store.manifest.model.architecture
-    return TransformersKernel.from_store(
-        store.path / "model", architecture, layer.name, weights, experts
-    )
-
+from faasmoe_kernels import KernelsUnavailable, load
+from faasmoe_transformers.errors import UnsupportedModel, UnsupportedVersions
 
 WIRE_TO_TORCH_DTYPE = {
     Dtype.BFLOAT16: torch.bfloat16,
@@ -182,19 +39,24 @@ WIRE_TO_TORCH_DTYPE = {
 
 
 class ExpertFunction:
-    """A function that is attached and can compute.
+    """A function that is attached and ready to compute.
 
     Args:
-        spec: its id, layers and experts.
-        store: where it lies.
-        uploader: copies its experts to a device; None computes over the store's map.
+        spec: id, layers and experts of the function.
+        store: the store to read it from.
+        uploader: copies its experts to a device; None computes on the mapped store.
 
     Attributes:
-        spec: its id, layers and experts.
-        store_path: folder of the store that it was cut from.
-        model_digest: the store's digest.
-        size_bytes: bytes of its experts' parameters, in the store and on a device.
-        n_frames: frames computed so far.
+        spec: id, layers and experts of the function.
+        store_path: directory of the store.
+        model_digest: digest of the store's manifest.
+        size_bytes: bytes of its parameters, in the store and on a device.
+        n_frames: number of frames computed so far.
+
+    Raises:
+        BadAttachment: the store has no such layers or experts, or they cannot be computed.
+        BlockCorrupted: bytes of the store do not match their digest.
+        StoreError: a file of the store is missing or invalid.
     """
 
     def __init__(
@@ -220,33 +82,44 @@ class ExpertFunction:
             mapped.prefault(layer.num_experts, spec.experts)
             verifier = BlockVerifier(store, layer, mapped, spec.experts)
             verifier.verify_if_changed()
-            if uploader is None:  # what is copied needs no guard, nor the map
+            if uploader is None:  # a copy is independent of the file
                 self._verifiers[index] = verifier
             self._kernels[index] = select_kernel(store, layer, mapped, spec.experts, uploader)
 
+    @property
+    def kernel_name(self) -> str:
+        """What computes the function's layers, such as "native (avx2)"; see ExpertKernel."""
+        return ", ".join(sorted({kernel.name for kernel in self._kernels.values()}))
+
     def compute(self, request: ExpertRequest) -> Tensor:
-        """Return the outputs of a frame on the CPU, in the frame's dtype.
+        """Compute one frame.
 
         Returns:
-            [T, H] in reduced mode, [P, H] in unreduced mode, contiguous.
+            Contiguous CPU tensor in the frame's dtype, [T, H] in reduced, [P, H] in unreduced mode.
 
         Raises:
-            BadFrame: the frame does not fit this function.
-            Corrupted: the function's bytes in the store have changed, and are wrong now.
+            BadFrame: the frame does not match this function.
+            BlockCorrupted: the store was modified and no longer matches its digests.
         """
         self.check_request(request)
         return self.compute_batch([request])[0]
 
     @torch.inference_mode()
     def compute_batch(self, requests: Sequence[ExpertRequest]) -> list[Tensor]:
-        """Return what `compute` does for each of some requests, reading every weight once.
+        """Compute several frames as one, reading each weight once.
 
         Args:
-            requests: alike (see joining.py) and checked.
+            requests: requests that passed `check_request` and have the same `request_batch_key`.
+
+        Returns:
+            The output of each request, see `compute`.
+
+        Raises:
+            BlockCorrupted: the store was modified and no longer matches its digests.
         """
         request = concat_requests(requests)
         output = self._compute_request(request)
-        # Asked afterwards, for the bytes that were read.
+        # Verified afterwards, so that the bytes that were read are covered.
         while self._verifiers and self._verifiers[request.header.layer].verify_if_changed():
             output = self._compute_request(request)
         self.n_frames += len(requests)
@@ -267,7 +140,7 @@ class ExpertFunction:
         return compute(hidden, pairs).contiguous()
 
     def check_request(self, request: ExpertRequest) -> None:
-        """Compare a frame with this function; raises BadFrame if it does not fit."""
+        """Raise BadFrame if the layer, dtype, size or experts do not match this function."""
         header = request.header
         if header.layer not in self._kernels:
             raise _invalid_frame(
@@ -279,9 +152,9 @@ class ExpertFunction:
         if header.hidden_size != hidden_size:
             raise _invalid_frame("hidden_size", got=header.hidden_size, expected=hidden_size)
         block_mask = self._block_mask
-        outside = request.pair_expert >= len(block_mask)
+        outside = request.pair_expert >= len(block_mask)  # [P]
         if not outside.any():
-            outside = ~block_mask[request.pair_expert]
+            outside = ~block_mask[request.pair_expert]  # [P]
         if outside.any():
             experts = f"experts of this block: {short_repr(list(self.spec.experts))}"
             raise _invalid_frame(
@@ -294,7 +167,7 @@ def _invalid_frame(field: str, *, got: object, expected: object) -> BadFrame:
 
 
 def function_size_bytes(spec: FunctionSpec, store: Store) -> int:
-    """Return the bytes of a function's parameters; raises BadAttachment if it has no such ones."""
+    """Return the size of a function's parameters; raises BadAttachment if the store lacks them."""
     return sum(
         layer.expert_bytes * len(spec.experts) + layer.shared_bytes
         for layer in _layer_entries(store, spec).values()
@@ -324,3 +197,180 @@ def _expert_mask(spec: FunctionSpec, layers: dict[int, LayerEntry]) -> NDArray[n
     mask = np.zeros(max(layer.num_experts for layer in layers.values()), dtype=np.bool_)
     mask[list(spec.experts)] = True
     return mask
+
+
+class ExpertKernel(Protocol):
+    """Computes pairs of one layer; inputs and outputs are on the host.
+
+    Attributes:
+        name: what computes, such as "native (avx2)", for status and logs.
+    """
+
+    name: str
+
+    def compute_per_pair(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
+        """Return the weighted output of each pair, [P, H]."""
+
+    def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
+        """Return the weighted sum over each row's experts, [T, H]."""
+
+
+def select_kernel(
+    store: Store,
+    layer: LayerEntry,
+    mapped: MappedLayer,
+    experts: tuple[int, ...],
+    uploader: Uploader | None,
+) -> ExpertKernel:
+    """Return the kernel for some experts of a layer.
+
+    Args:
+        store: the store of the layer.
+        layer: manifest entry of the layer.
+        mapped: the mapped layer.
+        experts: global expert indices, ascending.
+        uploader: copies the experts to a device; None computes on the mapping.
+
+    Raises:
+        BadAttachment: the layer's module or parameters are unsupported.
+    """
+    n_experts = layer.num_experts
+    try:
+        if uploader is None:
+            return _gated_or_transformers_kernel(
+                store, layer, map_weights(mapped, n_experts=n_experts), experts
+            )
+        weights = copy_weights(mapped, n_experts=n_experts, experts=experts, uploader=uploader)
+        device = uploader.device
+        if layer.kernel is not None and supports_grouped_mm(weights, device):
+            return GroupedKernel(KernelSpec.from_json(layer.kernel), weights, experts, device)
+        return DeviceKernel(_gated_or_transformers_kernel(store, layer, weights, experts), device)
+    except (
+        AttributeError,
+        ImportError,
+        KeyError,
+        OSError,
+        TypeError,
+        UnsupportedModel,
+        UnsupportedVersions,
+        ValueError,
+    ) as error:
+        raise BadAttachment(
+            f"store: layer {layer.index} of {store.manifest.model.architecture} cannot be "
+            f"computed: {error}",
+            field="store",
+        ) from error
+
+
+def _gated_or_transformers_kernel(
+    store: Store, layer: LayerEntry, weights: LayerWeights, experts: tuple[int, ...]
+) -> ExpertKernel:
+    """Return the fastest kernel that supports the layer: native, gated, or the family's module."""
+    if layer.kernel is not None:
+        spec = KernelSpec.from_json(layer.kernel)
+        try:
+            large = GatedKernel(spec, weights, reason="large batches")
+            return NativeKernel(spec, weights, experts, load(), large_batch_kernel=large)
+        except (KernelsUnavailable, UnsupportedLayer) as error:
+            return GatedKernel(spec, weights, reason=str(error))
+    architecture = store.manifest.model.architecture
+    return TransformersKernel.from_store(
+        store.path / "model", architecture, layer.name, weights, experts
+    )
+
+
+class GatedKernel:
+    """The gated kernel with one layer's weights.
+
+    Args:
+        spec: form of the kernel.
+        weights: the layer's expert parameters.
+        reason: why the native kernel is not used instead.
+    """
+
+    def __init__(self, spec: KernelSpec, weights: LayerWeights, *, reason: str) -> None:
+        self.name = f"torch ({reason})"
+        self._spec = spec
+        self._weights = weights.stacked
+
+    def compute_per_pair(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
+        """Return the weighted output of each pair, [P, H]."""
+        return gated_per_pair(self._spec, self._weights, hidden, pairs)
+
+    def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
+        """Return the weighted sum over each row's experts, [T, H]."""
+        return gated_reduced(self._spec, self._weights, hidden, pairs)
+
+
+class DeviceKernel:
+    """Adapts a kernel with weights on a device to inputs and outputs on the host."""
+
+    def __init__(self, kernel: ExpertKernel, device: torch.device) -> None:
+        self.name = kernel.name
+        self._kernel = kernel
+        self._device = device
+
+    def compute_per_pair(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
+        """Return the weighted output of each pair, [P, H]."""
+        return to_host(
+            self._kernel.compute_per_pair(
+                to_device(hidden, self._device), self._pairs_to_device(pairs)
+            )
+        )
+
+    def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
+        """Return the weighted sum over each row's experts, [T, H]."""
+        return to_host(
+            self._kernel.compute_reduced(
+                to_device(hidden, self._device), self._pairs_to_device(pairs)
+            )
+        )
+
+    def _pairs_to_device(self, pairs: RoutedPairs) -> RoutedPairs:
+        return RoutedPairs(pairs.row, pairs.expert, to_device(pairs.weight, self._device))
+
+
+def request_batch_key(request: ExpertRequest) -> Hashable:
+    """Return the key that requests of one function must share to be computed as one."""
+    header = request.header
+    return header.layer, header.dtype, header.mode, header.hidden_size
+
+
+def concat_requests(requests: Sequence[ExpertRequest]) -> ExpertRequest:
+    """Return one request with the rows of all, in order; all must have the same batch key."""
+    if len(requests) == 1:
+        return requests[0]
+    first = requests[0].header
+    n_rows = [r.header.n_rows for r in requests]
+    header = FrameHeader(
+        FrameKind.REQUEST,
+        first.dtype,
+        first.mode,
+        first.layer,
+        sum(n_rows),
+        sum(r.header.n_pairs for r in requests),
+        first.hidden_size,
+    )
+    row_offsets = np.cumsum([0, *n_rows[:-1]], dtype=np.int32)  # [requests]
+    return ExpertRequest(
+        header,
+        np.concatenate([r.pair_row + n for r, n in zip(requests, row_offsets, strict=True)]),
+        np.concatenate([r.pair_expert for r in requests]),
+        np.concatenate([r.pair_weight for r in requests]),
+        memoryview(bytearray().join(r.rows for r in requests)),
+    )
+
+
+def split_output(output: Tensor, requests: Sequence[ExpertRequest]) -> Iterator[Tensor]:
+    """Yield each request's part of the output for `concat_requests(requests)`.
+
+    Args:
+        output: [T, H] in reduced mode, [P, H] in unreduced mode, of all requests.
+        requests: the requests, in the same order.
+    """
+    start = 0
+    for request in requests:
+        header = request.header
+        end = start + (header.n_pairs if header.mode is OutputMode.UNREDUCED else header.n_rows)
+        yield output[start:end]  # [t, H] or [p, H]
+        start = end

@@ -1,7 +1,8 @@
-"""The lean kernel on a device: all of a frame's experts in one product each, over the block's copy.
+"""The gated kernel on a device: one grouped matrix product per projection, for all experts at once.
 
-`torch.nn.functional.grouped_mm` multiplies the rows of each expert with its weights. Sums are added
-slot by slot in float32, experts ascending, without atomics: the same frame gives the same bits.
+`torch.nn.functional.grouped_mm` multiplies the rows of each expert by its weights. Outputs are
+summed in float32, slot by slot with experts ascending and without atomics, so that the same frame
+gives the same bits.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from faasmoe_expert.functions.kernels import (
 from faasmoe_expert.functions.transfer import to_device, to_host
 from faasmoe_expert.functions.weights import LayerWeights, StackedBlock
 
-GROUPED_MM_ALIGNMENT_BYTES = 16  # of every row, or grouped_mm refuses it
-MIN_COMPUTE_CAPABILITY = (8, 0)  # of a CUDA device
+GROUPED_MM_ALIGNMENT_BYTES = 16  # required row alignment
+MIN_COMPUTE_CAPABILITY = (8, 0)  # required CUDA compute capability
 
 
 def supports_grouped_mm(weights: LayerWeights, device: torch.device) -> bool:
-    """Tell whether the block's products can be grouped: rows are aligned, the device can do it."""
+    """Return whether grouped_mm supports the device and the row alignment of the weights."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_COMPUTE_CAPABILITY:
         return False
     stacks = [stack.tensor for stack in weights.stacked.values() if isinstance(stack, StackedBlock)]
@@ -42,13 +43,13 @@ def supports_grouped_mm(weights: LayerWeights, device: torch.device) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SortedPairs:
-    """A frame's pairs sorted by expert, on the host.
+    """The pairs of a frame sorted by expert, on the host.
 
     Attributes:
         row: row of each pair, int32 [P].
-        expert: position of its expert in the block, int32 [P].
-        ends: where each expert's pairs end, int32 [E].
-        slots: by row the places of its pairs, experts ascending, int32 [T, K]; P for none.
+        expert: position of each pair's expert in the block, int32 [P].
+        ends: end offset of each expert's pairs, int32 [E].
+        slots: indices of each row's pairs, experts ascending, padded with P, int32 [T, K].
         weight: routing weight of each pair, float32 [P].
     """
 
@@ -62,18 +63,18 @@ class SortedPairs:
     def from_pairs(
         cls, pairs: RoutedPairs, position: NDArray[np.int32], *, n_rows: int, n_experts: int
     ) -> SortedPairs:
-        """Sort a frame's pairs.
+        """Sort the pairs of a frame.
 
         Args:
-            pairs: as they came, on the host.
-            position: position in the block of each global expert index.
-            n_rows: rows T of the frame.
-            n_experts: experts E of the block.
+            pairs: pairs in frame order, on the host.
+            position: position in the block by global expert index, int32.
+            n_rows: number of rows T of the frame.
+            n_experts: number of experts E of the block.
         """
-        local = position[pairs.expert]
-        order = np.argsort(local, kind="stable")
-        row, expert = pairs.row[order], local[order]
-        counts = np.bincount(expert, minlength=n_experts)
+        local = position[pairs.expert]  # [P]
+        order = np.argsort(local, kind="stable")  # [P]
+        row, expert = pairs.row[order], local[order]  # [P] each
+        counts = np.bincount(expert, minlength=n_experts)  # [E]
         return cls(
             row,
             expert,
@@ -83,14 +84,14 @@ class SortedPairs:
         )
 
     def pack(self) -> NDArray[np.int32]:
-        """Return all of it as one array, so that it is copied once."""
+        """Return all arrays as one, int32 [3P + E + T*K], so that one copy moves them."""
         weight = self.weight.view(np.int32)
         parts = (self.row, self.expert, self.ends, self.slots.reshape(-1), weight)
         return np.concatenate(parts)
 
 
 def _row_slots(row: NDArray[np.int32], n_rows: int) -> NDArray[np.int32]:
-    """Return [T, K]: the positions in `row` [P] of each row, ascending; P where there are fewer."""
+    """Return the indices into `row` [P] of each row, ascending, padded with P: int32 [T, K]."""
     n_each = np.bincount(row, minlength=n_rows)
     slots = np.full((n_rows, max(1, n_each.max(initial=0))), len(row), dtype=np.int32)
     by_row = np.argsort(row, kind="stable")
@@ -101,7 +102,16 @@ def _row_slots(row: NDArray[np.int32], n_rows: int) -> NDArray[np.int32]:
 
 
 class GroupedKernel:
-    """Computes frames from the host over a block's experts on a device."""
+    """Computes frames from the host with the experts of one layer's block on a device.
+
+    Args:
+        spec: form of the kernel.
+        weights: the block's parameters on the device.
+        experts: global expert indices of the block, ascending.
+        device: the device.
+    """
+
+    name = "grouped"
 
     def __init__(
         self,
@@ -118,14 +128,14 @@ class GroupedKernel:
         self._position[list(experts)] = np.arange(len(experts))
 
     def compute_per_pair(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Return each pair's weighted output, [P, H]; tile by tile, see `run_gated`."""
+        """Return the weighted output of each pair, [P, H]; tile by tile, see `gated_per_pair`."""
         device_pairs = RoutedPairs(pairs.row, pairs.expert, to_device(pairs.weight, self._device))
         return to_host(
             gated_per_pair(self._spec, self._stacks, to_device(hidden, self._device), device_pairs)
         )
 
     def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Return the weighted sum of each row's experts, [T, H]."""
+        """Return the weighted sum over each row's experts, [T, H]."""
         sorted_pairs = SortedPairs.from_pairs(
             pairs, self._position, n_rows=len(hidden), n_experts=self._n_experts
         )
@@ -149,7 +159,7 @@ class GroupedKernel:
         return row, expert, ends, slots.view(sorted_pairs.slots.shape), weight.view(torch.float32)
 
     def _mlp(self, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
-        """Return the experts' outputs for rows [P, H] that are sorted by expert, [P, H]."""
+        """Return expert outputs [P, H] for `rows` [P, H], which are sorted by expert."""
         first = "up_proj" if self._spec.name == "plain" else "gate_up_proj"
         inner = apply_activation(self._spec, self._project(first, rows, expert, ends))  # [P, I]
         return self._project("down_proj", inner, expert, ends)
@@ -160,5 +170,5 @@ class GroupedKernel:
             rows, weight if self._spec.transposed else weight.transpose(-2, -1), offs=ends
         )  # [P, out]
         if self._spec.bias:
-            product += self._stacks[f"{name}_bias"].tensor[expert]
+            product += self._stacks[f"{name}_bias"].tensor[expert]  # [P, out]
         return product

@@ -1,10 +1,11 @@
-"""The (row, expert) pairs of a frame, and the ways to walk over them.
+"""The gated kernel: computes common expert MLPs without importing transformers.
 
-The lean kernel: the common gated expert, without importing transformers.
+`act(x @ gate) * (x @ up) @ down` is the form of Mixtral, Qwen, OLMoE, DeepSeek and most others; a
+variant without gate is supported too. Preparation decides which layers it is correct for, by
+comparing it with the family's own module; this module only computes.
 
-`act(x @ gate) * (x @ up) @ down`, the form of Mixtral, Qwen, OLMoE, DeepSeek and most others. Which
-layers it is right for is decided when a store is prepared, by comparing it with the family's own
-module; this file only computes.
+`gated_per_pair` gives bit-identical outputs per (row, expert) pair, `gated_reduced` sums per row.
+Both need few distinct matrix shapes: the former multiplies tiles of 8 rows, the latter pads.
 """
 
 from __future__ import annotations
@@ -20,111 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 TILE_ROWS = 8  # rows of every product in unreduced mode: equal shapes give equal bits
-
-
-@dataclass(frozen=True, slots=True)
-class PaddedGroup:
-    """Pairs of some experts, laid out one expert after the other for products into one tensor.
-
-    Attributes:
-        positions: of its pairs, by expert, ascending, int64 [n].
-        places: the row of the layout that each of them has, int64 [n].
-        spans: (expert, first row, row after the last) of each expert in the layout; what is not a
-            pair's is padding.
-        n_rows: rows of the layout.
-    """
-
-    positions: NDArray[np.int64]
-    padded_index: NDArray[np.int64]
-    spans: tuple[tuple[int, int, int], ...]
-    n_rows: int
-
-    @classmethod
-    def from_experts(cls, experts: Sequence[tuple[int, NDArray[np.int64], int]]) -> PaddedGroup:
-        """Lay out groups of (expert, positions, rows with padding)."""
-        padded_index, spans, start = [], [], 0
-        for expert, positions, n_rows in experts:
-            padded_index.append(np.arange(start, start + len(positions)))
-            spans.append((expert, start, start + n_rows))
-            start += n_rows
-        pair_index = np.concatenate([positions for _, positions, _ in experts])
-        return cls(pair_index, np.concatenate(padded_index), tuple(spans), start)
-
-
-@dataclass(frozen=True, slots=True)
-class RoutedPairs:
-    """What is to be computed for the rows of a frame.
-
-    Attributes:
-        row: row of each pair, int32 [P].
-        expert: global expert index of each pair, int32 [P].
-        weight: routing weight of each pair, float32 [P], on the device of the rows.
-    """
-
-    row: NDArray[np.int32]
-    expert: NDArray[np.int32]
-    weight: Tensor
-
-    def __len__(self) -> int:
-        """Return P."""
-        return len(self.row)
-
-    def by_expert(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """Yield each expert, ascending, with the positions of its pairs, ascending."""
-        order = np.argsort(self.expert, kind="stable")
-        grouped = self.expert[order]
-        cuts = np.flatnonzero(grouped[1:] != grouped[:-1]) + 1
-        for positions in np.split(order, cuts):
-            yield int(self.expert[positions[0]]), positions
-
-    def padded_groups(
-        self, pad_row_count: Callable[[int], int], *, max_rows: int
-    ) -> Iterator[PaddedGroup]:
-        """Yield all pairs in runs of whole experts, ascending.
-
-        Args:
-            pad: how many rows an expert gets for so many pairs.
-            max_rows: of a run; an expert that has more is a run of its own.
-        """
-        experts: list[tuple[int, NDArray[np.int64], int]] = []
-        total = 0
-        for expert, positions in self.by_expert():
-            n_rows = pad_row_count(len(positions))
-            if experts and total + n_rows > max_rows:
-                yield PaddedGroup.from_experts(experts)
-                experts, total = [], 0
-            experts.append((expert, positions, n_rows))
-            total += n_rows
-        yield PaddedGroup.from_experts(experts)
-
-    def tiles(self, hidden: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield an expert, the positions of up to 8 of its pairs [n], and their rows [8, H].
-
-        Args:
-            hidden: [T, H]; a tile that is not full ends in rows of zeros.
-        """
-        for expert, positions in self.by_expert():
-            for start in range(0, len(positions), TILE_ROWS):
-                tile = positions[start : start + TILE_ROWS]
-                rows = hidden.new_zeros(TILE_ROWS, hidden.shape[1])  # [8, H]
-                rows[: len(tile)] = hidden[index_tensor(self.row[tile], hidden.device)]
-                yield expert, index_tensor(tile, hidden.device), rows
-
-
-def index_tensor(values: NDArray[Any], device: torch.device) -> Tensor:
-    """Return int64 indices on `device`."""
-    return torch.from_numpy(values.astype(np.int64, copy=False)).to(device)
-
-
-PADDED_ROW_COUNTS = (
-    1,
-    4,
-    8,
-    16,
-    32,
-    64,
-)  # of products in reduced mode; above, multiples of the last
-MAX_GROUP_ROWS = 256  # products of experts with fewer rows go into one tensor; bounds its size
+PADDED_ROW_COUNTS = (1, 4, 8, 16, 32, 64)  # reduced mode; larger counts: multiples of the last
+MAX_GROUP_ROWS = 256  # reduced mode: experts share one tensor of at most this many rows
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -138,23 +36,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class StackedParameter(Protocol):
-    """Parameters of several experts, by expert index: a stacked tensor or a mapping."""
-
-    def __getitem__(self, expert: int, /) -> Tensor:
-        """Return one expert's parameter."""
-
-
 @dataclass(frozen=True, slots=True)
 class KernelSpec:
-    """How the lean kernel computes an expert of one layer.
+    """Parameters of the gated kernel for one layer.
 
     Attributes:
         name: "gated" (gate_up_proj, down_proj) or "plain" (up_proj, down_proj, no gate).
         activation: a key of ACTIVATIONS, named as in transformers' ACT2FN.
-        transposed: weights are [in, out] rather than [out, in].
-        interleaved: gate and up alternate rather than follow each other.
-        bias: the projections have biases.
+        transposed: whether weights are [in, out] instead of [out, in].
+        interleaved: whether gate and up columns alternate instead of being concatenated.
+        bias: whether the projections have biases.
     """
 
     name: str
@@ -164,7 +55,7 @@ class KernelSpec:
     bias: bool
 
     def __post_init__(self) -> None:
-        """Refuse what this kernel cannot compute."""
+        """Raise ValueError for an unsupported name or activation."""
         if self.name not in ("gated", "plain"):
             raise ValueError(f"kernel.name: got {self.name!r}, expected gated or plain")
         if self.activation not in ACTIVATIONS:
@@ -173,28 +64,123 @@ class KernelSpec:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object kept in a store's manifest."""
+        """Return the JSON object for the store's manifest."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> KernelSpec:
-        """Read the JSON object kept in a store's manifest."""
+        """Parse the JSON object from a store's manifest; raises TypeError or ValueError."""
         return cls(**value)
+
+
+class StackedParameter(Protocol):
+    """One parameter of several experts: a stacked tensor, or a mapping by expert index."""
+
+    def __getitem__(self, expert: int, /) -> Tensor:
+        """Return the parameter of one global expert index."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedPairs:
+    """The (row, expert) pairs of a frame.
+
+    Attributes:
+        row: row of each pair, int32 [P].
+        expert: global expert index of each pair, int32 [P].
+        weight: routing weight of each pair, float32 [P], on the device of the rows.
+    """
+
+    row: NDArray[np.int32]
+    expert: NDArray[np.int32]
+    weight: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of pairs P."""
+        return len(self.row)
+
+    def by_expert(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Yield each expert, ascending, with the indices of its pairs, int64 [n], ascending."""
+        order = np.argsort(self.expert, kind="stable")
+        grouped = self.expert[order]
+        cuts = np.flatnonzero(grouped[1:] != grouped[:-1]) + 1
+        for positions in np.split(order, cuts):
+            yield int(self.expert[positions[0]]), positions
+
+    def padded_groups(
+        self, pad_row_count: Callable[[int], int], *, max_rows: int
+    ) -> Iterator[PaddedGroup]:
+        """Yield all pairs in groups of whole experts, ascending.
+
+        Args:
+            pad_row_count: maps the number of an expert's pairs to its number of padded rows.
+            max_rows: maximum padded rows of a group; a larger expert forms a group of its own.
+        """
+        experts: list[tuple[int, NDArray[np.int64], int]] = []
+        total = 0
+        for expert, positions in self.by_expert():
+            n_rows = pad_row_count(len(positions))
+            if experts and total + n_rows > max_rows:
+                yield PaddedGroup.from_experts(experts)
+                experts, total = [], 0
+            experts.append((expert, positions, n_rows))
+            total += n_rows
+        yield PaddedGroup.from_experts(experts)
+
+    def tiles(self, hidden: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (expert, indices of up to 8 of its pairs [n], their hidden states [8, H]).
+
+        Args:
+            hidden: hidden states of the frame, [T, H]; incomplete tiles are padded with zeros.
+        """
+        for expert, positions in self.by_expert():
+            for start in range(0, len(positions), TILE_ROWS):
+                tile = positions[start : start + TILE_ROWS]
+                rows = hidden.new_zeros(TILE_ROWS, hidden.shape[1])  # [8, H]
+                rows[: len(tile)] = hidden[index_tensor(self.row[tile], hidden.device)]
+                yield expert, index_tensor(tile, hidden.device), rows
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedGroup:
+    """Pairs of some experts in one padded tensor of R rows, expert after expert.
+
+    Attributes:
+        positions: indices of the group's pairs, by expert, then ascending, int64 [n].
+        padded_index: row of each of these pairs in the padded tensor, int64 [n].
+        spans: (expert, first row, end row) of each expert, padding included.
+        n_rows: number of rows R.
+    """
+
+    positions: NDArray[np.int64]
+    padded_index: NDArray[np.int64]
+    spans: tuple[tuple[int, int, int], ...]
+    n_rows: int
+
+    @classmethod
+    def from_experts(cls, experts: Sequence[tuple[int, NDArray[np.int64], int]]) -> PaddedGroup:
+        """Build a group of (expert, indices of its pairs, number of padded rows) entries."""
+        padded_index, spans, start = [], [], 0
+        for expert, positions, n_rows in experts:
+            padded_index.append(np.arange(start, start + len(positions)))
+            spans.append((expert, start, start + n_rows))
+            start += n_rows
+        pair_index = np.concatenate([positions for _, positions, _ in experts])
+        return cls(pair_index, np.concatenate(padded_index), tuple(spans), start)
 
 
 def gated_per_pair(
     spec: KernelSpec, weights: Mapping[str, StackedParameter], hidden: Tensor, pairs: RoutedPairs
 ) -> Tensor:
-    """Return each pair's weighted output, bit-identical whatever else is in the call.
+    """Return the weighted output of each pair, bit-identical regardless of the other pairs.
 
     Args:
-        spec: the kernel's form.
-        weights: parameters by name, then by expert.
-        hidden: [T, H].
-        pairs: which rows are for which experts, [P].
+        spec: form of the kernel.
+        weights: parameters by name, then by global expert index.
+        hidden: hidden states, [T, H].
+        pairs: the P pairs to compute.
 
     Returns:
-        [P, H] in `hidden`'s dtype.
+        [P, H] in the dtype of `hidden`.
     """
     out = hidden.new_empty(len(pairs), hidden.shape[1])  # [P, H]
     for expert, index, rows in pairs.tiles(hidden):
@@ -206,9 +192,9 @@ def gated_per_pair(
 def gated_reduced(
     spec: KernelSpec, weights: Mapping[str, StackedParameter], hidden: Tensor, pairs: RoutedPairs
 ) -> Tensor:
-    """Return the weighted sum of each row's experts, [T, H] in `hidden`'s dtype.
+    """Return the weighted sum over each row's experts, [T, H] in the dtype of `hidden`.
 
-    Sums in float32, in ascending order of experts. Arguments as in `run_gated`.
+    Sums in float32, experts ascending. For the arguments see `gated_per_pair`.
     """
     total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)  # [T, H]
     for group in pairs.padded_groups(pad_row_count, max_rows=MAX_GROUP_ROWS):
@@ -220,11 +206,10 @@ def gated_reduced(
 
 
 def pad_row_count(n_rows: int) -> int:
-    """Return how many rows a product of `n_rows` is computed with.
+    """Return the number of rows that a product of `n_rows` rows is padded to.
 
-    oneDNN generates and keeps kernels of 1 to 1.5 MB for every row count that it meets: 40 counts
-    cost a sandbox 52 MB. Few counts cost little time, because a product of few rows is bound by
-    reading the weights.
+    oneDNN generates and caches kernels of 1 to 1.5 MB for every row count: 40 counts cost a sandbox
+    52 MB. Padding costs little time, because products of few rows are bound by reading the weights.
     """
     for size in PADDED_ROW_COUNTS:
         if n_rows <= size:
@@ -235,10 +220,10 @@ def pad_row_count(n_rows: int) -> int:
 def _group_mlp(
     spec: KernelSpec, weights: Mapping[str, StackedParameter], group: PaddedGroup, rows: Tensor
 ) -> Tensor:
-    """Return the output of each pair of a run, not weighted, [n, H], from its row in `rows` [n, H].
+    """Return the unweighted outputs [n, H] of a group's pairs for their hidden states [n, H].
 
-    Products go into slices of one tensor for all experts, so that all else is done once for all of
-    them: a tenth less time than expert by expert, with few rows each.
+    Products are written to slices of one tensor, so that everything else runs once for all experts:
+    10% faster than expert by expert when each has few rows.
     """
     padded_index = None  # [n]
     if group.n_rows > len(rows):
@@ -259,7 +244,7 @@ def _group_project(
     group: PaddedGroup,
     x: Tensor,
 ) -> Tensor:
-    """Return each expert's rows of `x` [R, in] times its own weight: [R, out]."""
+    """Return the product [R, out] of each expert's rows in `x` [R, in] and its weight."""
     outputs = weights[name][group.spans[0][0]].shape[1 if spec.transposed else 0]
     product = x.new_empty(group.n_rows, outputs)  # [R, out]
     for expert, start, end in group.spans:
@@ -279,14 +264,14 @@ def _group_project(
 def expert_mlp(
     spec: KernelSpec, weights: Mapping[str, StackedParameter], expert: int, x: Tensor
 ) -> Tensor:
-    """Return one expert's output for rows `x` [n, H], not weighted: [n, H]."""
+    """Return the unweighted output [n, H] of one expert for rows `x` [n, H]."""
     first = "up_proj" if spec.name == "plain" else "gate_up_proj"
     inner = apply_activation(spec, _project(spec, weights, first, expert, x))  # [n, I]
     return _project(spec, weights, "down_proj", expert, inner)  # [n, H]
 
 
 def apply_activation(spec: KernelSpec, projected: Tensor) -> Tensor:
-    """Return what the down projection takes, [n, I], of what the first gives: [n, 2I] if gated."""
+    """Return the input of the down projection, [n, I], from [n, 2I] if gated, else [n, I]."""
     activation = ACTIVATIONS[spec.activation]
     if spec.name == "plain":
         return activation(projected)
@@ -306,3 +291,8 @@ def _project(
         return F.linear(x, weight, bias)
     product = x @ weight  # [n, out]
     return product if bias is None else product + bias
+
+
+def index_tensor(values: NDArray[Any], device: torch.device) -> Tensor:
+    """Return `values` as an int64 tensor on `device`."""
+    return torch.from_numpy(values.astype(np.int64, copy=False)).to(device)

@@ -1,9 +1,8 @@
-"""One frame's tensors to a device and back: through pinned memory, waited for once, at the end.
+"""Copies between host and device through pinned memory.
 
-Bytes of a mapped store on their way to a device: read, pinned and copied in chunks, overlapped.
-
-While the device copies one chunk, the next one is read from the map into another pinned buffer. A
-buffer is filled again only once the copy that read it is over.
+`to_device` and `to_host` move the tensors of one frame; only `to_host` waits. `Uploader` copies
+expert parameters from a mapped store in chunks: while the device copies one chunk, the next is read
+from the mapping into another pinned buffer. A buffer is reused only when its copy has finished.
 """
 
 from __future__ import annotations
@@ -16,58 +15,58 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+CHUNK_BYTES = 16 << 20
+N_BUFFERS = 2
+
+WaitForCopy = Callable[[], None]
+"""Blocks until an asynchronous copy has finished."""
+
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """Return a host tensor on `device`, perhaps still on its way; nothing to do on the CPU."""
+    """Copy a host tensor to `device` asynchronously; returns it unchanged for the CPU."""
     if device.type == "cpu":
         return host
     return host.pin_memory().to(device, non_blocking=True)
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """Return a device's tensor on the host, contiguous, once it is computed."""
+    """Return a contiguous copy on the host, waiting for the device to compute it."""
     if tensor.device.type == "cpu":
         return tensor.contiguous()
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
-CHUNK_BYTES = 16 << 20
-N_BUFFERS = 2
-
-WaitForCopy = Callable[[], None]
-
-
 class CopyStream(Protocol):
-    """What copies from host to device."""
+    """A queue of copies from the host to one device."""
 
     @property
     def device(self) -> torch.device:
-        """Where it copies to."""
+        """The target device."""
 
     def pinned_buffer(self, size_bytes: int) -> Tensor:
-        """Return uint8 host memory that the device copies from, [size_bytes]."""
+        """Allocate pinned host memory, uint8 [size_bytes]."""
 
     def copy_async(self, target: Tensor, source: Tensor) -> WaitForCopy:
-        """Begin to copy a buffer's bytes to the device; return what waits for it."""
+        """Start to copy `source`, uint8 [n] in a pinned buffer, to `target`, uint8 [n]."""
 
     def synchronize(self) -> None:
-        """Wait for all copies: what the device does next sees them."""
+        """Wait for all copies; later work on the device sees their results."""
 
 
 class CudaCopyStream:
-    """A stream of its own on a CUDA device, beside that on which it computes."""
+    """A CUDA stream for copies, separate from the stream that computes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def pinned_buffer(self, size_bytes: int) -> Tensor:
-        """Return pinned memory; in any thread that of this device's context."""
+        """Allocate pinned memory in this device's context, from any thread."""
         with torch.cuda.device(self.device):
             return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def copy_async(self, target: Tensor, source: Tensor) -> WaitForCopy:
-        """Begin to copy, behind whatever used the target's memory before."""
+        """Start to copy, after all work queued on the current stream, which may use `target`."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
@@ -76,25 +75,28 @@ class CudaCopyStream:
         return event.synchronize
 
     def synchronize(self) -> None:
-        """Wait for the stream."""
+        """Wait for all copies on the stream."""
         self._stream.synchronize()
 
 
 @dataclass(slots=True)
 class _StagingBuffer:
-    """A buffer, and what waits until it may be filled again."""
+    """A pinned buffer and the wait for the copy that reads it."""
 
     buffer: Tensor
     wait: WaitForCopy
 
 
 class Uploader:
-    """Copies to one device, `device`. Keeps its buffers; belongs to one thread.
+    """Copies host bytes to one device through reused pinned buffers. Not thread-safe.
 
     Args:
-        lane: what copies.
-        chunk_bytes: size of a buffer.
-        n_buffers: buffers, 2 or more, so that reading and copying overlap.
+        stream: performs the copies.
+        chunk_bytes: size of one buffer.
+        n_buffers: number of buffers, at least 2 so that reading and copying overlap.
+
+    Attributes:
+        device: the target device.
     """
 
     def __init__(
@@ -107,11 +109,11 @@ class Uploader:
         self._staging_buffers: deque[_StagingBuffer] = deque()
 
     def upload(self, target: Tensor, source: memoryview) -> None:
-        """Copy bytes to the device; the last ones may be on their way until `finish`.
+        """Copy bytes to the device; complete only after `synchronize`.
 
         Args:
             target: uint8 [n] on the device.
-            source: as many bytes.
+            source: n bytes on the host.
         """
         for start in range(0, len(source), self._chunk_bytes):
             part = source[start : start + self._chunk_bytes]
@@ -121,11 +123,11 @@ class Uploader:
             staging.wait = self._stream.copy_async(target[start : start + len(part)], filled)
 
     def synchronize(self) -> None:
-        """Wait for all that was put."""
+        """Wait for all uploads."""
         self._stream.synchronize()
 
     def _next_buffer(self) -> _StagingBuffer:
-        """Return the slot that was used longest ago, free to be filled."""
+        """Return the least recently used buffer, after waiting for its copy."""
         if len(self._staging_buffers) < self._n_buffers:
             self._staging_buffers.append(
                 _StagingBuffer(self._stream.pinned_buffer(self._chunk_bytes), lambda: None)
@@ -137,5 +139,5 @@ class Uploader:
 
 
 def uploader_for(device: torch.device) -> Uploader | None:
-    """Return what copies functions to a device; None for the CPU, which computes on the map."""
+    """Return an uploader to `device`; None for the CPU, which computes on the mapping."""
     return None if device.type == "cpu" else Uploader(CudaCopyStream(device))

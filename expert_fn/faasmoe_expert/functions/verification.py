@@ -1,13 +1,9 @@
-"""Whether a block's bytes are those that were prepared: digests by expert, and files that change.
+"""Verifies mapped expert blocks against the digests in the store's manifest.
 
-A digest is SHA-256 over the sums of 4 KiB pages: it finds any flipped bit and any page that is
-missing, empty or in another's place, and runs at the speed at which the pages are read, which their
-first use would do anyway. It is no defence against an attacker, who could as well change the
-manifest.
-
-What was verified is remembered by the file's inode, size and times, in the process and, if a folder
-is given, for all processes of the machine: a marker for each block. A file that changes later is
-noticed by its times, which costs a system call for each frame.
+A verified block is remembered under the file's device, inode, size and times: in the process and,
+if FAASMOE_VERIFIED_DIR is set, as a marker file for all processes of the machine. Later changes of
+the file are detected by its times, which costs one stat call per frame. For what digests detect see
+`faasmoe_contracts.store.digests`.
 """
 
 from __future__ import annotations
@@ -15,65 +11,26 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from faasmoe_contracts.store import LayerEntry, MappedLayer, Store
+from faasmoe_contracts.store.digests import block_buffers, page_sum_digest
 from faasmoe_expert.errors import BlockCorrupted
 
 logger = logging.getLogger(__name__)
 
-PAGE_WORDS = 512  # of 8 bytes
 MAX_THREADS = 4
 VERIFIED_DIR_ENV = "FAASMOE_VERIFIED_DIR"
 
 FileIdentity = tuple[int, int, int, int, int]
-"""Device, inode, size and times of a file: another one if a byte of it was written."""
-
-
-def page_sum_digest(parts: Iterable[memoryview]) -> str:
-    """Return the digest of bytes that come in parts: 32 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(_page_sums(part))
-    return digest.hexdigest()[:32]
-
-
-def _page_sums(part: memoryview) -> bytes:
-    view = part.cast("B")
-    n_words = len(view) // 8
-    words: NDArray[np.uint64] = np.frombuffer(view, "<u8", n_words)
-    n_pages = n_words // PAGE_WORDS
-    pages = words[: n_pages * PAGE_WORDS].reshape(n_pages, PAGE_WORDS)
-    sums: NDArray[np.uint64] = np.add.reduce(pages, axis=1)
-    tail = bytes(view[n_pages * PAGE_WORDS * 8 :])
-    return sums.tobytes() + tail
-
-
-def layer_digests(mapped: MappedLayer, n_experts: int) -> tuple[str, ...]:
-    """Return the digests of a layer: one for each expert, then that of what is not stacked."""
-    blocks = range(n_experts + 1)
-    return tuple(page_sum_digest(block_buffers(mapped, n_experts, block)) for block in blocks)
-
-
-def block_buffers(mapped: MappedLayer, n_experts: int, block: int) -> Iterator[memoryview]:
-    """Give the bytes of one expert; of what is not stacked, if `block` is beyond the experts."""
-    for _, view in sorted(mapped.tensors.items()):
-        data, is_stacked = view.buffer.cast("B"), view.shape[:1] == (n_experts,)
-        if is_stacked and block < n_experts:
-            stride = len(data) // n_experts
-            yield data[block * stride : (block + 1) * stride]
-        elif not is_stacked and block == n_experts:
-            yield data
+"""Device, inode, size, mtime_ns and ctime_ns of a file; changes whenever the file is written."""
 
 
 def file_identity(path: Path) -> FileIdentity | None:
-    """Return what changes when a file's bytes do; None if it is not there."""
+    """Return the identity of a file's current content; None if the file is inaccessible."""
     try:
         status = os.stat(path)
     except OSError:
@@ -82,34 +39,38 @@ def file_identity(path: Path) -> FileIdentity | None:
 
 
 class VerifiedBlocks:
-    """What was found right: in this process, and in a folder that processes share."""
+    """Blocks whose digests matched, in memory and as marker files shared by processes.
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    Args:
+        marker_dir: directory of the marker files; None to keep the record in memory only.
+    """
+
+    def __init__(self, marker_dir: Path | None) -> None:
+        self._marker_dir = marker_dir
         self._verified: set[str] = set()
 
     def contains(self, identity: FileIdentity, block: int) -> bool:
-        """Return whether a block of a file was found right since the file last changed."""
+        """Return whether a block was verified since the file last changed."""
         name = _marker_name(identity, block)
         if (
             name not in self._verified
-            and self._folder is not None
-            and (self._folder / name).exists()
+            and self._marker_dir is not None
+            and (self._marker_dir / name).exists()
         ):
             self._verified.add(name)
         return name in self._verified
 
     def add(self, identity: FileIdentity, block: int) -> None:
-        """Take note of a block that was found right."""
+        """Record a verified block."""
         name = _marker_name(identity, block)
         self._verified.add(name)
-        if self._folder is None:
+        if self._marker_dir is None:
             return
         try:
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            (self._folder / name).touch()
-        except OSError as error:  # it will be verified again; nothing else is lost
-            logger.warning("%s cannot be written: %s", self._folder / name, error.strerror)
+            self._marker_dir.mkdir(mode=0o700, exist_ok=True)
+            (self._marker_dir / name).touch()
+        except OSError as error:  # other processes will verify the block again
+            logger.warning("cannot write %s: %s", self._marker_dir / name, error.strerror)
 
 
 def _marker_name(identity: FileIdentity, block: int) -> str:
@@ -118,20 +79,20 @@ def _marker_name(identity: FileIdentity, block: int) -> str:
 
 @cache
 def process_verified_blocks() -> VerifiedBlocks:
-    """Return this process's memory."""
-    folder = os.environ.get(VERIFIED_DIR_ENV)
-    return VerifiedBlocks(Path(folder) if folder else None)
+    """Return the record of this process, configured by FAASMOE_VERIFIED_DIR."""
+    marker_dir = os.environ.get(VERIFIED_DIR_ENV)
+    return VerifiedBlocks(Path(marker_dir) if marker_dir else None)
 
 
 class BlockVerifier:
-    """Watches over the mapped bytes of some experts of one layer.
+    """Verifies the mapped bytes of some experts of one layer, at first and after file changes.
 
     Args:
-        store: where the layer lies.
-        layer: its entry in the manifest.
-        mapped: its bytes.
-        experts: those that are used.
-        memory: what is known to be right.
+        store: the store of the layer.
+        layer: manifest entry of the layer.
+        mapped: the mapped layer.
+        experts: indices of the experts in use; the shared parameters are always verified.
+        verified_blocks: record of verified blocks; that of the process by default.
     """
 
     def __init__(
@@ -152,9 +113,15 @@ class BlockVerifier:
         self._failure = ""
 
     def verify_if_changed(self) -> bool:
-        """Return whether the bytes have changed since the last call; raises Corrupted if for bad.
+        """Verify the block if its file changed since the last call.
 
-        A file that was removed or replaced is left alone: what is mapped stays as it is.
+        A file that was removed or replaced needs no verification: the mapping keeps the old bytes.
+
+        Returns:
+            Whether the block was verified, that is, its bytes may have changed.
+
+        Raises:
+            BlockCorrupted: a digest does not match; raised by every call until the file changes.
         """
         identity = file_identity(self._path)
         if identity is not None and identity != self._identity and self._is_mapped(identity):
@@ -175,18 +142,19 @@ class BlockVerifier:
         for block, got in zip(blocks, self._digests(blocks), strict=True):
             if got != (expected := self._layer.digests[block]):
                 is_expert = block < self._layer.num_experts
-                what = f"expert {block}" if is_expert else "shared parameters"
+                block_name = f"expert {block}" if is_expert else "shared parameters"
                 return (
-                    f"store: layer {self._layer.index}, {what} of {self._path}: got digest {got}, "
-                    f"expected {expected}: digest mismatch with the prepared store"
+                    f"store: layer {self._layer.index}, {block_name} of {self._path}: "
+                    f"got digest {got}, expected {expected}: "
+                    "digest mismatch with the prepared store"
                 )
             self._verified_blocks.add(identity, block)
         return ""
 
     def _digests(self, blocks: Sequence[int]) -> Iterator[str]:
-        """Give the digests of blocks, found on all cores that are allowed.
+        """Yield the digests of blocks, computed on up to 4 cores.
 
-        Neither sums nor SHA-256 hold the interpreter's lock.
+        Threads run in parallel because neither numpy's sums nor SHA-256 hold the GIL.
         """
         n_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)), len(blocks))
         if n_threads < 2:

@@ -1,4 +1,4 @@
-"""Parameters of a layer's experts as tensors: over the store's mmap, or copied to a device."""
+"""Expert parameters of a layer as tensors: views of the mapped store, or copies on a device."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StackedBlock:
-    """One parameter of a block's experts, copied out of its stack.
+    """One stacked parameter, copied for the E experts of a block only.
 
     Attributes:
-        tensor: the experts one after the other, [n, ...].
-        position: where each global expert index is.
+        tensor: values of the block's experts, [E, ...].
+        position: index into `tensor` by global expert index.
     """
 
     tensor: Tensor
     position: Mapping[int, int]
 
     def __getitem__(self, expert: int, /) -> Tensor:
-        """Return one expert's parameter."""
+        """Return the parameter of one global expert index, [...]."""
         return self.tensor[self.position[expert]]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer's expert parameters.
+    """The expert parameters of one layer.
 
     Attributes:
-        stacked: by name, then by global expert index: the whole mapped stack, of which only the
-            pages that are read become resident, or a copy of the block's experts on a device.
+        stacked: parameters by name, indexed by global expert index: a view of the whole mapped
+            stack, of which only pages that are read become resident, or a copy of the block.
         shared: parameters that are not stacked over experts, by name.
     """
 
@@ -55,7 +55,7 @@ class LayerWeights:
 
 
 def map_weights(layer: MappedLayer, *, n_experts: int) -> LayerWeights:
-    """Return a layer's parameters over the map, without copying."""
+    """Return views of a layer's mapped parameters, without copying."""
     stacked: dict[str, Tensor | StackedBlock] = {}
     shared: dict[str, Tensor] = {}
     for name, view in layer.tensors.items():
@@ -67,7 +67,7 @@ def map_weights(layer: MappedLayer, *, n_experts: int) -> LayerWeights:
 def copy_weights(
     layer: MappedLayer, *, n_experts: int, experts: Sequence[int], uploader: Uploader
 ) -> LayerWeights:
-    """Return a copy of the parameters of `experts` (ascending) on the uploader's device."""
+    """Copy the parameters of `experts` (ascending) to the uploader's device and wait for it."""
     stacked: dict[str, Tensor | StackedBlock] = {}
     shared: dict[str, Tensor] = {}
     position = {expert: i for i, expert in enumerate(experts)}
@@ -89,7 +89,7 @@ def copy_weights(
 def _upload_experts(
     target: Tensor, data: memoryview, experts: Sequence[int], stride: int, uploader: Uploader
 ) -> None:
-    """Copy experts of `stride` bytes each; those that follow each other in one piece."""
+    """Copy experts of `stride` bytes each, consecutive experts in one piece."""
     target_bytes = _as_bytes(target)  # [n * stride]
     for first, count in consecutive_runs(experts):
         offset = experts.index(first) * stride
@@ -98,7 +98,7 @@ def _upload_experts(
 
 
 def consecutive_runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield (first, count) of each run of consecutive indices; they ascend."""
+    """Yield (first, count) for each run of consecutive integers in ascending `indices`."""
     start = 0
     for i in range(1, len(indices) + 1):
         if i == len(indices) or indices[i] != indices[i - 1] + 1:
@@ -111,7 +111,7 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 
 def tensor_view(buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor over `buffer`, not copied; `dtype` as safetensors names it."""
+    """Return a tensor view of `buffer`; `dtype` is a key of TORCH_DTYPES, a safetensors name."""
     if math.prod(shape) == 0:
         return torch.empty(shape, dtype=TORCH_DTYPES[dtype])
     return torch.frombuffer(buffer, dtype=TORCH_DTYPES[dtype]).view(shape)

@@ -1,6 +1,12 @@
-"""Memory that requests used, given back soon after them.
+"""HTTP routes of a sandbox: maps requests to SandboxRuntime, and errors to statuses.
 
-A sandbox's HTTP routes: method and path to the sandbox's verbs, errors to statuses.
+    GET    /v1/functions       the sandbox and its functions
+    PUT    /v1/functions/ID    attach a function
+    POST   /v1/functions/ID    compute a frame
+    DELETE /v1/functions/ID    detach a function
+    GET    /healthz, /readyz, /metrics
+
+Frames of several routers are batched; attaching runs in the background. See docs/wire.md.
 """
 
 from __future__ import annotations
@@ -37,59 +43,21 @@ from faasmoe_expert.server.runtime import BackgroundLoader, SandboxRuntime
 
 logger = logging.getLogger(__name__)
 
-
-TRIM_DELAY_S = 1.0
-
-
-class HeapTrimmer:
-    """Answers requests by a handler, and gives the heap's free pages back a moment later.
-
-    Once for all requests of that moment: 0.2 ms in a second. An idle sandbox has no timer.
-
-    Args:
-        handle: computes the answer of a whole request.
-        after_s: time from a request until what it used is given back.
-        give_back: gives it back.
-    """
-
-    def __init__(
-        self,
-        handle: RequestHandler,
-        *,
-        delay_s: float = TRIM_DELAY_S,
-        trim: Callable[[], None] = malloc.trim_heap,
-    ) -> None:
-        self._handle = handle
-        self._delay_s = delay_s
-        self._trim = trim
-        self._is_scheduled = False
-
-    def handle(self, request: HttpRequest) -> HttpResponse | Future[HttpResponse]:
-        """Return the answer of a request, or one to come."""
-        if not self._is_scheduled:
-            self._is_scheduled = True
-            asyncio.get_running_loop().call_later(self._delay_s, self._run_trim)
-        return self._handle(request)
-
-    def _run_trim(self) -> None:
-        self._is_scheduled = False
-        self._trim()
-
-
 FUNCTIONS_PATH = "/v1/functions"
-WORK_METHODS = ("POST", "PUT")  # what a sandbox that ends does not begin
+WORK_METHODS = ("POST", "PUT")  # rejected while draining
 MAX_PATH_CHARS = 4096
 PendingResponse = Coroutine[Any, Any, HttpResponse]
 ATTACHMENT_FIELDS = frozenset({"id", "store", "model_digest", "layers", "experts"})
+TRIM_DELAY_S = 1.0
 
 
 class SandboxRoutes:
-    """Answers whole requests; never raises.
+    """Answers complete requests; never raises.
 
     Args:
-        sandbox: what the routes lead to.
-        attaching: attaches beside the event loop; None for at once, before the answer is returned.
-        on_lost: is called with why, once, when the sandbox's device cannot be used any more.
+        runtime: the sandbox's functions.
+        loader: attaches functions in the background; None attaches before `handle` returns.
+        on_device_lost: called once with the reason when the device becomes unusable.
     """
 
     def __init__(
@@ -109,18 +77,18 @@ class SandboxRoutes:
         self._is_device_lost = False
 
     def start_draining(self) -> None:
-        """Begin no more work, and say so; requests that are being read are still answered."""
+        """Reject new work from now on; requests that have started arriving are still answered."""
         self._draining_since_s = time.monotonic()
 
     @property
     def is_draining(self) -> bool:
-        """Tell whether `drain` was called."""
+        """Whether `start_draining` was called."""
         return self._draining_since_s < math.inf
 
     def handle(self, request: HttpRequest) -> HttpResponse | Future[HttpResponse]:
-        """Return the answer of a request, or one to come: of what takes long, or is gathered.
+        """Return the response, or a future of it for attachments and batched frames.
 
-        A fault of our own is a 500 and a log line.
+        Unexpected exceptions are logged and answered with status 500.
         """
         try:
             response = self._route(request)
@@ -142,7 +110,7 @@ class SandboxRoutes:
         return replace(response, close=True) if closes else response
 
     def _error_response(self, request: HttpRequest, error: Exception) -> HttpResponse:
-        """Return what is answered in place of an error."""
+        """Return the response for an exception, and count it in the metrics."""
         if _is_out_of_memory(error):
             error = OutOfMemory(f"memory: allocation failed ({short_repr(str(error))})")
         elif not isinstance(error, SandboxError):
@@ -156,7 +124,7 @@ class SandboxRoutes:
         return HttpResponse.error_response(500, "internal", "internal error; see the sandbox's log")
 
     def _check_device_lost(self, error: Exception) -> SandboxDeviceLost | None:
-        """Return what is told if an error has ended the device; the sandbox is to end, too."""
+        """Return SandboxDeviceLost if the device is unusable after an error; reports it once."""
         reason = device_lost_reason(self._runtime.device)
         if reason is None:
             return None
@@ -253,22 +221,26 @@ def _attach_response(result: tuple[dict[str, Any], bool]) -> HttpResponse:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Tell want of memory from other faults: some say it by a RuntimeError."""
+    """Return whether an exception means out of memory; torch and Python also use RuntimeError."""
     message = str(error) if isinstance(error, RuntimeError) else ""
-    is_reported = (
-        "allocate memory" in message or "start new thread" in message
-    )  # torch's; Python's own
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_reported
+    has_memory_message = (
+        "allocate memory" in message  # torch's CPU allocator
+        or "start new thread" in message  # threading
+    )
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or has_memory_message
 
 
 def _not_found(path: str) -> HttpResponse:
-    message = f"path: got {short_repr(path)}, expected {FUNCTIONS_PATH}[/ID], /healthz, /readyz or /metrics"
+    message = (
+        f"path: got {short_repr(path)}, "
+        f"expected {FUNCTIONS_PATH}[/ID], /healthz, /readyz or /metrics"
+    )
     return HttpResponse.error_response(404, "not_found", message, field="path")
 
 
 def _parse_object(body: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(body.decode("utf-8"))  # given bytes, it guesses among encodings
+        value = json.loads(body.decode("utf-8"))  # json would guess the encoding of bytes
     except (ValueError, RecursionError) as error:
         raise BadAttachment(f"body: not JSON ({error})", field="body") from error
     if not isinstance(value, dict):
@@ -290,6 +262,42 @@ def _require_text(value: dict[str, Any], name: str) -> str:
     text = value.get(name)
     if not isinstance(text, str) or not text or not text.isprintable():
         raise BadAttachment(
-            f"{name}: got {short_repr(text)}, expected a printable text", field=name
+            f"{name}: got {short_repr(text)}, expected a printable string", field=name
         )
     return text
+
+
+class HeapTrimmer:
+    """Wraps a request handler and trims the heap shortly after requests.
+
+    Trims once for all requests within the delay: 0.2 ms per second under load. An idle sandbox has
+    no timer.
+
+    Args:
+        handle: the wrapped handler.
+        delay_s: time from a request until the heap is trimmed.
+        trim: trims the heap.
+    """
+
+    def __init__(
+        self,
+        handle: RequestHandler,
+        *,
+        delay_s: float = TRIM_DELAY_S,
+        trim: Callable[[], None] = malloc.trim_heap,
+    ) -> None:
+        self._handle = handle
+        self._delay_s = delay_s
+        self._trim = trim
+        self._is_scheduled = False
+
+    def handle(self, request: HttpRequest) -> HttpResponse | Future[HttpResponse]:
+        """Return the response of the wrapped handler."""
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_later(self._delay_s, self._run_trim)
+        return self._handle(request)
+
+    def _run_trim(self) -> None:
+        self._is_scheduled = False
+        self._trim()

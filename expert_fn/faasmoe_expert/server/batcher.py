@@ -1,9 +1,9 @@
-"""Frames of several routers that wait for the same function are computed as one.
+"""Dynamic batching of frames from several routers for the same function.
 
-What a frame costs is mostly reading the weights of its experts, which frames that are
-computed together read once. Nothing is waited for: while one batch is computed the next frames
-come in, and those that are there when it is done are taken together. A frame of many rows, bound
-by its own products, is computed alone, so that a prompt holds up no decode that came before it.
+The cost of a frame is mostly reading the weights of its experts, which a batch reads once. The
+batcher never waits for frames: those that arrive while a batch is computed form the next one. A
+frame of many rows is bound by its own products and computed alone, so that a prefill does not delay
+decode steps that arrived before it.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from faasmoe_contracts.wire import Buffer
 from faasmoe_expert.server.runtime import ComputeTask
 
 MAX_BATCH_ROWS = 64
-"""Rows of a batch: products of up to so many rows are bound by reading weights, or nearly so
-(docs/performance.md)."""
+"""Maximum rows of a batch: products of up to this many rows are nearly bound by reading weights
+(docs/performance-log.md)."""
 
 SENDER_TTL_S = 1.0
-"""How long a router counts as one that sends frames after its last one."""
+"""How long a router counts as active after its last frame."""
 
 T = TypeVar("T")
 ComputeBatch = Callable[[Sequence[ComputeTask]], list[list[Buffer]]]
 
 
 class SenderTracker:
-    """Whether frames come from more than one router. Pure: who and when are told."""
+    """Tracks whether frames arrive from more than one router."""
 
     def __init__(self) -> None:
         self._last_sender: Hashable = None
         self._last_seen_s = self._other_seen_s = float("-inf")
 
     def record_is_concurrent(self, sender: Hashable, now_s: float) -> bool:
-        """Take note of a frame; tell whether another router has sent one lately.
+        """Record a frame; return whether another router sent one within SENDER_TTL_S.
 
         Args:
-            sender: whose frame it is.
-            now_s: on a clock that does not go back.
+            sender: identity of the frame's router.
+            now_s: arrival time on a monotonic clock.
         """
         if sender != self._last_sender:
             self._last_sender, self._other_seen_s = sender, self._last_seen_s
@@ -49,10 +49,11 @@ class SenderTracker:
 
 
 class DynamicBatcher:
-    """Frames that wait, and who waits for them; belongs to one event loop.
+    """Queues frames and computes them in batches. Belongs to one event loop.
 
     Args:
-        compute: returns the answers of work that is alike; whatever it raises is its senders'.
+        compute_batch: returns the response frames of tasks with the same batch key. If it raises
+            for a batch, each task is computed alone and fails with its own exception.
     """
 
     def __init__(self, compute_batch: ComputeBatch) -> None:
@@ -60,7 +61,7 @@ class DynamicBatcher:
         self._queue: deque[tuple[ComputeTask, Future[list[Buffer]]]] = deque()
 
     def submit(self, task: ComputeTask) -> Future[list[Buffer]]:
-        """Return the answer to come of one frame."""
+        """Queue one frame; return a future of its response frame."""
         loop = asyncio.get_running_loop()
         future: Future[list[Buffer]] = loop.create_future()
         if not self._queue:
@@ -69,39 +70,39 @@ class DynamicBatcher:
         return future
 
     def _run_batch(self) -> None:
-        """Compute the first batch; the loop reads what has come meanwhile before the next."""
+        """Compute the next batch; the event loop reads new frames before the one after it."""
         batch = pop_batch(self._queue)
         if self._queue:
             asyncio.get_running_loop().call_soon(self._run_batch)
         try:
-            responses = self._compute_batch([work for work, _ in batch])
+            responses = self._compute_batch([task for task, _ in batch])
         except Exception as error:
             if len(batch) == 1:
                 _set_exception(batch[0][1], error)
-            else:  # one of them may be what the others suffer from
+            else:  # one task may have failed the others
                 self._compute_individually(batch)
             return
-        for (_, coming), answer in zip(batch, responses, strict=True):
-            if not coming.done():
-                coming.set_result(answer)
+        for (_, future), response in zip(batch, responses, strict=True):
+            if not future.done():
+                future.set_result(response)
 
     def _compute_individually(
         self, batch: Sequence[tuple[ComputeTask, Future[list[Buffer]]]]
     ) -> None:
-        for work, coming in batch:
+        for task, future in batch:
             try:
-                responses = self._compute_batch([work])
+                responses = self._compute_batch([task])
             except Exception as error:
-                _set_exception(coming, error)
+                _set_exception(future, error)
                 continue
-            if not coming.done():
-                coming.set_result(responses[0])
+            if not future.done():
+                future.set_result(responses[0])
 
 
 def pop_batch(queue: deque[tuple[ComputeTask, T]]) -> list[tuple[ComputeTask, T]]:
-    """Take the first of what waits, and what can be computed with it, in order; leave the rest.
+    """Remove and return the first task and those that can be batched with it, in order.
 
-    Frames that are left keep their order, too.
+    The remaining tasks keep their order.
     """
     first = queue.popleft()
     batch, n_rows = [first], first[0].request.header.n_rows

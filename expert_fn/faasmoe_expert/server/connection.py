@@ -1,16 +1,13 @@
-"""Frames that a client of this machine leaves in shared memory instead of sending them.
+"""One client connection of a sandbox: HTTP/1.1 with pipelining, timeouts and shared memory.
 
-A client offers memory beside a frame that it sends; if it can be mapped, the answer says so, and
-from then on frames may lie in it: a request at its beginning, the answer behind it. Whatever does
-not fit is sent. See docs/wire.md, "Frames in shared memory".
+Frames are computed in the event loop's thread, one after the other: a sandbox has its cores for one
+frame at a time, so a thread pool would only add hops. A response may be a future while a function
+is attached or frames are batched; later requests of the connection wait for it. Limits on head and
+body are in `http`. A malformed request closes its connection, never the sandbox.
 
-HTTP/1.1 on one connection: requests in, a route's answers out.
-
-Frames are computed in the event loop's own thread, one after the other: a sandbox has its cores for
-one frame at a time, so a queue of threads would only add hops. An answer may be one to come, while
-a function is being attached or frames are gathered; later requests of that connection wait for it.
-Bounds on time are here, those on head and body in reading.py. A malformed request ends its
-connection, never the sandbox.
+A client on the same machine may offer a shared memory region in a request. If the response confirms
+it, later frames may be passed in the region: the request at its beginning, the response after it.
+Frames that do not fit are sent inline. See docs/wire.md, "Frames in shared memory".
 """
 
 from __future__ import annotations
@@ -29,9 +26,9 @@ from faasmoe_contracts.shared_region import (
     MAX_REGION_BYTES,
     REGION_HEADER,
     SharedRegion,
-    peer_pid,
 )
 from faasmoe_contracts.text import short_repr
+from faasmoe_contracts.unix_socket import peer_pid
 from faasmoe_contracts.wire import MAX_FRAME_BYTES
 from faasmoe_expert.config import (
     IDLE_TIMEOUT_S,
@@ -50,99 +47,23 @@ from faasmoe_expert.server.http import (
 
 logger = logging.getLogger(__name__)
 
-
 FRAME_ALIGNMENT_BYTES = 64
-MAX_DIGITS = 10
-
-
-class SharedMemoryChannel:
-    """What one connection's client shares.
-
-    Args:
-        client_pid: the process at the other end; None where none can be seen: nothing is taken.
-    """
-
-    def __init__(self, client_pid: int | None) -> None:
-        self._client_pid = client_pid
-        self._region: SharedRegion | None = None
-
-    def map_region(self, region_header: bytes, response: HttpResponse) -> HttpResponse:
-        """Map what is offered, beside a frame that was answered; say so in its answer.
-
-        Args:
-            offer: descriptor and size in bytes, in decimal.
-            answer: an offer is worth nothing if its request was refused.
-        """
-        if self._client_pid is None or response.status != 200:
-            return response
-        self._region = None
-        try:
-            descriptor, size_bytes = _parse_integers(region_header, 2)
-            if not 0 < size_bytes <= MAX_REGION_BYTES:
-                raise ValueError(f"got {size_bytes} bytes, expected at most {MAX_REGION_BYTES}")
-            self._region = SharedRegion.open(self._client_pid, descriptor, size_bytes)
-        except (OSError, ValueError) as error:
-            logger.info("%s: region rejected, sending frames inline: %s", REGION_HEADER, error)
-            return response
-        return replace(response, headers=f"{REGION_HEADER}: {size_bytes}\r\n")
-
-    def read_frame(self, frame_header: bytes) -> memoryview:
-        """Return the frame that lies at the beginning; raises BadFrame.
-
-        Args:
-            place: its size in bytes, in decimal.
-        """
-        size_bytes = 0 if self._region is None else len(self._region.view)
-        try:
-            (length,) = _parse_integers(frame_header, 1)
-        except ValueError as error:
-            raise BadFrame(f"{FRAME_HEADER}: {error}", field=FRAME_HEADER) from error
-        if self._region is None or length > min(size_bytes, MAX_FRAME_BYTES):
-            raise BadFrame(
-                f"{FRAME_HEADER}: got {length} bytes, expected at most {size_bytes}, "
-                "which are shared on this connection",
-                field=FRAME_HEADER,
-            )
-        return self._region.view[:length]
-
-    def write_response(self, response: HttpResponse, request_bytes: int) -> HttpResponse:
-        """Put an answer's frame into the memory if it has room there.
-
-        Args:
-            answer: the answer.
-            behind: bytes of the request's frame.
-        """
-        start = -(-request_bytes // FRAME_ALIGNMENT_BYTES) * FRAME_ALIGNMENT_BYTES
-        parts = [memoryview(part).cast("B") for part in response.body]
-        length = sum(len(part) for part in parts)
-        if self._region is None or response.status != 200:
-            return response
-        if start + length > len(self._region.view):
-            return response
-        offset = start
-        for part in parts:
-            self._region.view[offset : offset + len(part)] = part
-            offset += len(part)
-        return replace(response, body=(), headers=f"{FRAME_HEADER}: {start} {length}\r\n")
-
-
-def _parse_integers(text: bytes, n: int) -> list[int]:
-    parts = text.split()
-    if len(parts) != n or not all(p.isdigit() and len(p) <= MAX_DIGITS for p in parts):
-        raise ValueError(f"got {short_repr(text.decode('latin-1'))}, expected {n} decimal numbers")
-    return [int(part) for part in parts]
+MAX_DIGITS = 10  # of a number in a shared-memory header
 
 
 class HttpConnection(asyncio.Protocol):
     """One client connection.
 
     Args:
-        handle: computes answers.
+        handle: computes responses.
         connections: the server's open connections; this one adds and removes itself.
-        timeout_s: time for a request to be read whole, and for answers to be taken.
-        idle_timeout_s: time after which a connection without a request is closed.
-        max_connections: open connections with which another one is refused.
-        intake: bounds what is read on all connections together.
+        timeout_s: time to read a complete request, and for the client to read responses.
+        idle_timeout_s: time after which a connection without requests is closed.
+        max_connections: number of open connections above which new ones are rejected.
+        read_limits: limits shared by all connections.
+
+    Attributes:
+        closed: resolved when the connection is lost.
     """
 
     closed: asyncio.Future[None]
@@ -166,18 +87,18 @@ class HttpConnection(asyncio.Protocol):
         self._request_reader = HttpRequestReader(
             read_limits, on_request_start=self._on_request_start, on_request=self._on_request
         )
-        self._idle_timer: asyncio.TimerHandle | None = None  # looks now and then; see _end_if_idle
-        self._read_timer: asyncio.TimerHandle | None = None  # of the request that is being read
-        self._write_timer: asyncio.TimerHandle | None = None  # of answers that the client must take
+        self._idle_timer: asyncio.TimerHandle | None = None  # see _close_if_idle
+        self._read_timer: asyncio.TimerHandle | None = None  # until the request is complete
+        self._write_timer: asyncio.TimerHandle | None = None  # until the client reads responses
         self._shared_memory: SharedMemoryChannel | None = None
-        self._queue: deque[tuple[HttpRequest, bool]] = deque()  # read, not answered; stays open
+        self._queue: deque[tuple[HttpRequest, bool]] = deque()  # unanswered, with keep_alive
         self._pending_response: Future[HttpResponse] | None = None
         self._is_write_paused = False
-        self._rejection: HttpResponse | None = None  # the refusal of what came behind
-        self._is_closing = False  # once what is coming has come
+        self._rejection: HttpResponse | None = None  # sent after the pending response
+        self._is_closing = False  # close once the pending response is sent
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to listen to a client, unless there are too many."""
+        """Register the connection; rejects it if there are too many."""
         self._loop = asyncio.get_running_loop()
         self._transport = cast(asyncio.Transport, transport)
         self.closed = self._loop.create_future()
@@ -193,7 +114,7 @@ class HttpConnection(asyncio.Protocol):
         self._idle_timer = self._loop.call_later(self._idle_timeout_s, self._close_if_idle)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget a client that left."""
+        """Release everything that belongs to the connection."""
         self._connections.discard(self)
         self._request_reader.close()
         for request, _ in self._queue:
@@ -206,26 +127,26 @@ class HttpConnection(asyncio.Protocol):
             self.closed.set_result(None)
 
     def data_received(self, data: bytes) -> None:
-        """Read requests; what is whole is answered at once."""
+        """Parse requests and answer complete ones."""
         rejection = self._request_reader.feed(data)
         if rejection is not None:
             self._reject(rejection)
 
     def pause_writing(self) -> None:
-        """Read no more from a client that does not take its answers, and end it in time."""
+        """Stop reading from a client that does not read its responses; abort after `timeout_s`."""
         self._is_write_paused = True
         self._update_reading()
         self._start_write_timer()
 
     def resume_writing(self) -> None:
-        """Read on."""
+        """Resume reading."""
         self._is_write_paused = False
         if not self._transport.is_closing():
             self._cancel_write_timer()
             self._update_reading()
 
     def close(self) -> None:
-        """End the connection once what was begun is answered, and what was written is sent."""
+        """Close the connection after the pending response, once written data is sent."""
         self._is_closing = True
         if self._pending_response is not None:
             return
@@ -233,15 +154,15 @@ class HttpConnection(asyncio.Protocol):
         self._start_write_timer()
 
     def abort(self) -> None:
-        """End the connection at once."""
+        """Close the connection immediately, discarding unsent data."""
         self._transport.abort()
 
     def _on_request_start(self) -> None:
-        """Give the client its time to send a request."""
+        """Start the timeout for the complete request."""
         self._read_timer = self._loop.call_later(self._timeout_s, self._on_read_timeout)
 
     def _on_request(self, request: HttpRequest, keep_alive: bool) -> None:
-        """Answer a request that is whole."""
+        """Queue a complete request and answer what can be answered."""
         self._cancel_read_timer()
         if self._transport.is_closing():
             self._request_reader.release(request)
@@ -251,7 +172,7 @@ class HttpConnection(asyncio.Protocol):
         self._handle_queued()
 
     def _handle_queued(self) -> None:
-        """Answer what was read, in order, as far as answers are not to come."""
+        """Answer queued requests in order, up to the first one whose response is pending."""
         while self._queue and self._pending_response is None and not self._transport.is_closing():
             request, keep_alive = self._queue.popleft()
             response = self._handle_request(request)
@@ -267,7 +188,7 @@ class HttpConnection(asyncio.Protocol):
         self, request: HttpRequest, future: Future[HttpResponse], *, keep_alive: bool
     ) -> None:
         self._pending_response = None
-        if future.cancelled() or self._transport.is_closing():  # the sandbox, or the client, ends
+        if future.cancelled() or self._transport.is_closing():  # shutdown or lost
             self._request_reader.release(request)
             return
         self._finish_request(
@@ -310,7 +231,7 @@ class HttpConnection(asyncio.Protocol):
         return self._handle(request)
 
     def _write_to_shared_memory(self, request: HttpRequest, response: HttpResponse) -> HttpResponse:
-        """Return what is left to send of an answer that may lie in shared memory."""
+        """Write the response frame to shared memory if possible, or map an offered region."""
         if self._shared_memory is None:
             return response
         if request.shared_frame is not None:
@@ -338,18 +259,20 @@ class HttpConnection(asyncio.Protocol):
         self._write_response(response, keep_alive=False)
 
     def _on_read_timeout(self) -> None:
-        message = f"request: got an incomplete request after {self._timeout_s:g} s, expected a complete one"
+        message = (
+            f"request: got an incomplete request after {self._timeout_s:g} s, "
+            "expected a complete one"
+        )
         self._reject(HttpResponse.error_response(408, "request_timeout", message))
 
     def _close_if_idle(self) -> None:
-        """Close a connection that was not used; one timer, so that a request costs none."""
-        left_s = self._last_used_s + self._idle_timeout_s - self._loop.time()
-        if (
-            self._request_reader.is_reading or self._pending_response is not None
-        ):  # which end by themselves
-            left_s = self._idle_timeout_s
-        if left_s > 0:
-            self._idle_timer = self._loop.call_later(left_s, self._close_if_idle)
+        """Close an unused connection; checked by one timer, so that requests need none."""
+        remaining_s = self._last_used_s + self._idle_timeout_s - self._loop.time()
+        is_busy = self._request_reader.is_reading or self._pending_response is not None
+        if is_busy:
+            remaining_s = self._idle_timeout_s
+        if remaining_s > 0:
+            self._idle_timer = self._loop.call_later(remaining_s, self._close_if_idle)
         else:
             self.close()
 
@@ -369,7 +292,95 @@ class HttpConnection(asyncio.Protocol):
 
 
 def sender_identity(transport: asyncio.Transport) -> Hashable:
-    """Return who is at the other end: a process of this machine, or a host."""
+    """Return the client's process ID for Unix sockets, its host for TCP, None if unknown."""
     pid = peer_pid(transport.get_extra_info("socket"))
     name = transport.get_extra_info("peername")
     return pid if pid is not None else name[0] if name else None
+
+
+class SharedMemoryChannel:
+    """The shared memory region of one connection.
+
+    Args:
+        client_pid: process ID of the client; None if unknown, then regions are ignored.
+    """
+
+    def __init__(self, client_pid: int | None) -> None:
+        self._client_pid = client_pid
+        self._region: SharedRegion | None = None
+
+    def map_region(self, region_header: bytes, response: HttpResponse) -> HttpResponse:
+        """Map a region that a request offers, replacing the previous one.
+
+        Args:
+            region_header: descriptor and size in bytes, in decimal.
+            response: response to the request; the offer is ignored unless its status is 200.
+
+        Returns:
+            `response`, with a header that confirms the region if it was mapped.
+        """
+        if self._client_pid is None or response.status != 200:
+            return response
+        self._region = None
+        try:
+            descriptor, size_bytes = _parse_integers(region_header, 2)
+            if not 0 < size_bytes <= MAX_REGION_BYTES:
+                raise ValueError(f"got {size_bytes} bytes, expected at most {MAX_REGION_BYTES}")
+            self._region = SharedRegion.open(self._client_pid, descriptor, size_bytes)
+        except (OSError, ValueError) as error:
+            logger.info("%s: region rejected, sending frames inline: %s", REGION_HEADER, error)
+            return response
+        return replace(response, headers=f"{REGION_HEADER}: {size_bytes}\r\n")
+
+    def read_frame(self, frame_header: bytes) -> memoryview:
+        """Return a view of the request frame at the beginning of the region.
+
+        Args:
+            frame_header: size of the frame in bytes, in decimal.
+
+        Raises:
+            BadFrame: the header is malformed, or the frame does not fit in the region.
+        """
+        size_bytes = 0 if self._region is None else len(self._region.view)
+        try:
+            (length,) = _parse_integers(frame_header, 1)
+        except ValueError as error:
+            raise BadFrame(f"{FRAME_HEADER}: {error}", field=FRAME_HEADER) from error
+        if self._region is None or length > min(size_bytes, MAX_FRAME_BYTES):
+            raise BadFrame(
+                f"{FRAME_HEADER}: got {length} bytes, expected at most the {size_bytes} shared on "
+                "this connection",
+                field=FRAME_HEADER,
+            )
+        return self._region.view[:length]
+
+    def write_response(self, response: HttpResponse, request_bytes: int) -> HttpResponse:
+        """Write a response frame to the region, after the request frame.
+
+        Args:
+            response: the response.
+            request_bytes: size of the request frame in bytes.
+
+        Returns:
+            A response without body that locates the frame; `response` itself if it does not fit.
+        """
+        start = -(-request_bytes // FRAME_ALIGNMENT_BYTES) * FRAME_ALIGNMENT_BYTES
+        parts = [memoryview(part).cast("B") for part in response.body]
+        length = sum(len(part) for part in parts)
+        if self._region is None or response.status != 200:
+            return response
+        if start + length > len(self._region.view):
+            return response
+        offset = start
+        for part in parts:
+            self._region.view[offset : offset + len(part)] = part
+            offset += len(part)
+        return replace(response, body=(), headers=f"{FRAME_HEADER}: {start} {length}\r\n")
+
+
+def _parse_integers(text: bytes, n: int) -> list[int]:
+    """Parse `n` decimal numbers separated by spaces; raises ValueError."""
+    parts = text.split()
+    if len(parts) != n or not all(p.isdigit() and len(p) <= MAX_DIGITS for p in parts):
+        raise ValueError(f"got {short_repr(text.decode('latin-1'))}, expected {n} decimal numbers")
+    return [int(part) for part in parts]

@@ -1,14 +1,8 @@
-"""What a route answers, before it becomes bytes of HTTP.
+"""HTTP/1.1 requests and responses: parsing with httptools, and limits on what is read.
 
-A request, as far as it has been read, and what answers one.
-
-How much a sandbox takes in at once: what is more is refused, and sent elsewhere.
-
-Requests are computed one after the other, so what can pile up are bodies that are not whole yet.
-
-HTTP/1.1 requests out of a connection's bytes, with bounds on head and body.
-
-Parsing is httptools'. A malformed request ends the reading, and with it the connection.
+Bounds the head and body of each request, and the bodies being read on all connections together.
+Requests are computed one after the other, so only incomplete bodies can pile up. A malformed or
+oversized request closes its connection. Knows nothing of sockets or routes.
 """
 
 from __future__ import annotations
@@ -28,11 +22,61 @@ from faasmoe_contracts.wire import MAX_FRAME_BYTES, Buffer
 from faasmoe_expert.errors import SandboxOverloaded
 
 FRAME_CONTENT_TYPE = "application/vnd.faasmoe.frame"
+MAX_HEAD_BYTES = 16 << 10
+_FRAME_HEADER, _REGION_HEADER = FRAME_HEADER.encode(), REGION_HEADER.encode()
+
+
+@dataclass(slots=True)
+class HttpRequest:
+    """One request, possibly incomplete.
+
+    Attributes:
+        target: request target.
+        authorization: value of the authorization header.
+        method: set once the request is complete.
+        started_s: when its first byte arrived, on the monotonic clock; None before.
+        sender: identity of the client, see `connection.sender_identity`.
+        head_bytes: bytes of target and headers so far.
+        buffered_bytes: bytes received after the packet in which it started.
+        body: body so far.
+        shared_frame: frame in shared memory that replaces the body.
+        frame_header: value of the x-faasmoe-frame header.
+        region_header: value of the x-faasmoe-region header.
+        content_length: announced size of the body in bytes.
+        counted_bytes: body bytes counted by ReadLimits; None if the body is not counted.
+    """
+
+    target: bytes = b""
+    authorization: bytes = b""
+    method: str = ""
+    started_s: float | None = None
+    sender: Hashable = None
+    head_bytes: int = 0
+    buffered_bytes: int = 0
+    body: bytearray = field(default_factory=bytearray)
+    shared_frame: memoryview | None = None
+    frame_header: bytes | None = None
+    region_header: bytes | None = None
+    content_length: int = 0
+    counted_bytes: int | None = None
+
+    @property
+    def frame(self) -> Buffer:
+        """The request frame: in shared memory if it is there, else the body."""
+        return self.body if self.shared_frame is None else self.shared_frame
 
 
 @dataclass(frozen=True, slots=True)
 class HttpResponse:
-    """Status, content type and body buffers of one HTTP answer; `headers` are further lines."""
+    """One HTTP response.
+
+    Attributes:
+        status: status code.
+        content_type: value of the content-type header.
+        body: buffers of the body, in order.
+        close: whether to close the connection after it.
+        headers: additional header lines, each ending in CRLF.
+    """
 
     status: int
     content_type: str
@@ -42,22 +86,22 @@ class HttpResponse:
 
     @classmethod
     def json_response(cls, status: int, value: Any) -> HttpResponse:
-        """Return a JSON answer."""
+        """Return a response with a JSON body."""
         return cls(status, "application/json", [json.dumps(value).encode()])
 
     @classmethod
     def error_response(
         cls, status: int, code: str, message: str, *, field: str | None = None, close: bool = False
     ) -> HttpResponse:
-        """Return an error object; `close` ends the connection after it."""
+        """Return a response with an error object; `close` closes the connection after it."""
         value = {"error": {"code": code, "message": message, "field": field}}
         return cls(status, "application/json", [json.dumps(value).encode()], close)
 
     def encode_head(self, *, keep_alive: bool) -> bytes:
-        """Return the status line and headers."""
+        """Return the status line and all headers."""
         status_line = f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}\r\n"
         connection = "" if keep_alive else "connection: close\r\n"
-        if self.status == HTTPStatus.NO_CONTENT:  # which has neither content nor its length
+        if self.status == HTTPStatus.NO_CONTENT:  # must not have a content-length
             return f"{status_line}{connection}\r\n".encode()
         size_bytes = sum(memoryview(part).nbytes for part in self.body)
         return (
@@ -66,92 +110,18 @@ class HttpResponse:
         ).encode()
 
 
-@dataclass(slots=True)
-class HttpRequest:
-    """One request, as far as it has been read; `begun_s` is on the monotonic clock."""
-
-    target: bytes = b""
-    authorization: bytes = b""
-    method: str = ""
-    started_s: float | None = None
-    sender: Hashable = None  # who is at the other end, as far as that can be told
-    head_bytes: int = 0
-    buffered_bytes: int = 0  # received after the packet in which it began
-    body: bytearray = field(default_factory=bytearray)
-    shared_frame: memoryview | None = (
-        None  # a frame that lies in shared memory, in place of the body
-    )
-    frame_header: bytes | None = None
-    region_header: bytes | None = None
-    content_length: int = 0
-    counted_bytes: int | None = None  # by the intake; None while the body has not begun
-
-    @property
-    def frame(self) -> Buffer:
-        """The body, or what lies in shared memory in its place."""
-        return self.body if self.shared_frame is None else self.shared_frame
-
-
 RequestHandler = Callable[[HttpRequest], HttpResponse | Future[HttpResponse]]
-"""Computes the answer of a whole request, or one to come; neither raises."""
-
-
-class ReadLimits:
-    """Counts the requests that are being read, and their bodies' bytes.
-
-    Args:
-        max_frames: requests with a body that are read at the same time.
-        max_bytes: their bytes, together; announced ones count before they come.
-    """
-
-    def __init__(self, *, max_frames: int, max_bytes: int) -> None:
-        self._max_frames = max_frames
-        self._max_bytes = max_bytes
-        self._n_frames = 0
-        self._n_bytes = 0
-
-    def acquire(self, n_bytes: int) -> None:
-        """Take in a request whose body has, or begins with, so many bytes; raises Overloaded."""
-        if self._n_frames >= self._max_frames:
-            raise SandboxOverloaded(
-                f"frames: got one more than the {self._max_frames} concurrent request bodies allowed",
-                field="frames",
-            )
-        self._check_bytes(n_bytes)
-        self._n_frames += 1
-        self._n_bytes += n_bytes
-
-    def extend(self, n_bytes: int) -> None:
-        """Take in more of a body than was announced; raises Overloaded."""
-        self._check_bytes(n_bytes)
-        self._n_bytes += n_bytes
-
-    def release(self, n_bytes: int) -> None:
-        """Count a request as answered or lost, with all the bytes that were taken in of it."""
-        self._n_frames -= 1
-        self._n_bytes -= n_bytes
-
-    def _check_bytes(self, n_bytes: int) -> None:
-        if self._n_bytes + n_bytes > self._max_bytes:
-            raise SandboxOverloaded(
-                f"body: got {self._n_bytes + n_bytes} bytes in all request bodies being read, "
-                f"expected at most {self._max_bytes}",
-                field="body",
-            )
-
-
-MAX_HEAD_BYTES = 16 << 10
-_FRAME_HEADER, _REGION_HEADER = FRAME_HEADER.encode(), REGION_HEADER.encode()
+"""Returns the response to a complete request, or a future of it. Neither raises."""
 
 
 class HttpRequestReader:
-    """Reads the requests of one connection.
+    """Parses the requests of one connection.
 
     Args:
-        intake: bounds what is read on all connections together.
-        begun: told when a request begins.
-        whole: given each request that is whole, and whether the connection stays open after it;
-            the request counts as taken in until `leave` is called with it.
+        read_limits: limits shared by all connections.
+        on_request_start: called when a request starts.
+        on_request: called with each complete request and whether to keep the connection open; the
+            request counts against `read_limits` until `release` is called with it.
     """
 
     def __init__(
@@ -170,11 +140,15 @@ class HttpRequestReader:
 
     @property
     def is_reading(self) -> bool:
-        """Tell whether a request has begun and is not whole."""
+        """Whether a request has started and is incomplete."""
         return self._request.started_s is not None
 
     def feed(self, data: bytes) -> HttpResponse | None:
-        """Read on; return what refuses the rest of the connection, None if nothing does."""
+        """Parse data from the client.
+
+        Returns:
+            The error response after which the connection must be closed, None if there is no error.
+        """
         request = self._request
         try:
             self._parser.feed_data(data)
@@ -191,29 +165,29 @@ class HttpRequestReader:
         return None
 
     def release(self, request: HttpRequest) -> None:
-        """Count a request as answered or lost; again changes nothing."""
+        """Stop counting a request that was answered or lost; calling it again has no effect."""
         if request.counted_bytes is not None:
             self._read_limits.release(request.counted_bytes)
             request.counted_bytes = None
 
     def close(self) -> None:
-        """Count what is being read as lost."""
+        """Stop counting the incomplete request; for connections that are lost."""
         self.release(self._request)
 
-    # The parser's callbacks. One that raises ends the parse, and with it the connection.
+    # Callbacks of httptools. An exception in one aborts the parse and closes the connection.
 
     def on_message_begin(self) -> None:
-        """Begin a request."""
+        """Start a request."""
         self._request = HttpRequest(started_s=time.monotonic())
         self._on_request_start()
 
     def on_url(self, url: bytes) -> None:
-        """Take a part of the target."""
+        """Append to the request target."""
         self._request.target += url
         self._count_head(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take one header; those of authorization and of the body matter."""
+        """Record the headers that matter: authorization, content-length and shared memory."""
         self._count_head(len(name) + len(value))
         name = name.lower()
         if name == b"content-length" and value.isdigit():
@@ -228,16 +202,16 @@ class HttpRequestReader:
             self._request.region_header = value
 
     def on_body(self, body: bytes) -> None:
-        """Take a part of the body."""
+        """Append to the body."""
         self._count_body(len(body))
         self._request.body += body
         if len(self._request.body) > MAX_FRAME_BYTES:
             self._abort_parse(413, "too_large", "body", got="more")
 
     def on_message_complete(self) -> None:
-        """Hand on the request, unless it asks for another protocol."""
+        """Pass on the request, unless it asks for a protocol upgrade."""
         request, self._request = self._request, HttpRequest()
-        if self._parser.should_upgrade():  # the parser says so to who feeds it
+        if self._parser.should_upgrade():  # feed_data raises HttpParserUpgrade
             self.release(request)
             return
         request.method = self._parser.get_method().decode()
@@ -247,9 +221,9 @@ class HttpRequestReader:
         request = self._request
         try:
             if request.counted_bytes is None:
-                first = max(n_bytes, request.content_length)
-                self._read_limits.acquire(first)
-                request.counted_bytes = first
+                announced_bytes = max(n_bytes, request.content_length)
+                self._read_limits.acquire(announced_bytes)
+                request.counted_bytes = announced_bytes
             elif len(request.body) + n_bytes > request.counted_bytes:
                 self._read_limits.extend(n_bytes)
                 request.counted_bytes += n_bytes
@@ -260,9 +234,9 @@ class HttpRequestReader:
             raise _LimitExceeded(str(error)) from error
 
     def _count_buffered(self, request: HttpRequest, n_bytes: int) -> None:
-        """Bound what the parser holds back: it gives a header, or a trailer, only when whole.
+        """Bound the parser's buffer: it passes on a header or trailer only when complete.
 
-        The framing of chunks may take as much as the body.
+        Allows twice the body, because the framing of chunks may take as much as the body.
         """
         request.buffered_bytes += n_bytes
         if request.buffered_bytes > MAX_HEAD_BYTES + 2 * len(request.body):
@@ -281,4 +255,49 @@ class HttpRequestReader:
 
 
 class _LimitExceeded(Exception):
-    """The parse of a request ends because a bound is exceeded."""
+    """Aborts the parse of a request that exceeds a limit."""
+
+
+class ReadLimits:
+    """Limits the request bodies that are being read on all connections together.
+
+    Args:
+        max_frames: maximum number of bodies.
+        max_bytes: maximum number of their bytes; announced bytes count from the start.
+    """
+
+    def __init__(self, *, max_frames: int, max_bytes: int) -> None:
+        self._max_frames = max_frames
+        self._max_bytes = max_bytes
+        self._n_frames = 0
+        self._n_bytes = 0
+
+    def acquire(self, n_bytes: int) -> None:
+        """Count a body of (or starting with) `n_bytes`; raises SandboxOverloaded."""
+        if self._n_frames >= self._max_frames:
+            raise SandboxOverloaded(
+                f"frames: got one more than the {self._max_frames} concurrent request bodies "
+                "allowed",
+                field="frames",
+            )
+        self._check_bytes(n_bytes)
+        self._n_frames += 1
+        self._n_bytes += n_bytes
+
+    def extend(self, n_bytes: int) -> None:
+        """Count more bytes of a body than announced; raises SandboxOverloaded."""
+        self._check_bytes(n_bytes)
+        self._n_bytes += n_bytes
+
+    def release(self, n_bytes: int) -> None:
+        """Stop counting a body, with all its counted bytes."""
+        self._n_frames -= 1
+        self._n_bytes -= n_bytes
+
+    def _check_bytes(self, n_bytes: int) -> None:
+        if self._n_bytes + n_bytes > self._max_bytes:
+            raise SandboxOverloaded(
+                f"body: got {self._n_bytes + n_bytes} bytes in all request bodies being read, "
+                f"expected at most {self._max_bytes}",
+                field="body",
+            )

@@ -1,7 +1,7 @@
-"""The memory that a sandbox's functions take, and how much they may: refused before it runs out.
+"""Memory budget of a sandbox's functions, checked before a function is loaded.
 
-What is counted are the bytes of attached functions' parameters. On a device that other processes
-use too, what is free decides as well, at the moment of each attach.
+Counts the bytes of attached functions' parameters against the configured limit. On a CUDA device,
+which other processes use too, the free memory at the time of each attachment limits them as well.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import torch
 from faasmoe_expert.errors import OutOfMemory
 
 RESERVE_BYTES = 512 << 20
-"""Left free on a device for activations, and for the contexts of other processes."""
+"""Memory left free on a device for activations and for contexts of other processes."""
 
 
 class DeviceMemory(Protocol):
-    """A device whose memory is shared out."""
+    """Memory of a device that several processes share."""
 
     def free_bytes(self) -> int:
-        """Return what could be allocated now."""
+        """Return the number of bytes that can be allocated now."""
 
     def release_cached(self) -> None:
-        """Let other processes have what is held and not used."""
+        """Release memory that is cached but unused."""
 
 
 class CudaDeviceMemory:
@@ -33,7 +33,7 @@ class CudaDeviceMemory:
         self._device = device
 
     def free_bytes(self) -> int:
-        """Return what the driver has, and what torch keeps unused."""
+        """Return the driver's free memory plus torch's unused cache, in bytes."""
         free_bytes, _ = torch.cuda.mem_get_info(self._device)
         cached_bytes = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(
             self._device
@@ -41,17 +41,20 @@ class CudaDeviceMemory:
         return free_bytes + cached_bytes
 
     def release_cached(self) -> None:
-        """Return what torch keeps unused to the driver."""
+        """Return torch's unused cache to the driver."""
         torch.cuda.empty_cache()
 
 
 class MemoryBudget:
-    """What functions take, and may take.
+    """Counts the memory of attached functions against a limit.
 
     Args:
-        limit_bytes: for all functions together; None for no limit but the device's.
-        device: where they are; None for the host, whose pages are shared and can be taken back.
-        reserve_bytes: what is left free on the device.
+        limit_bytes: limit for all functions together; None for no limit but the device's.
+        device: memory of their device; None for the host, where mapped pages can be reclaimed.
+        reserve_bytes: memory left free on the device.
+
+    Attributes:
+        used_bytes: bytes of all attached functions.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class MemoryBudget:
         self.used_bytes = 0
 
     def limit_bytes(self) -> int | None:
-        """Return what functions may take now, those that are attached included; None for all."""
+        """Return the current limit, including the attached functions; None if there is no limit."""
         if self._device is None:
             return self._limit_bytes
         free_bytes = self._device.free_bytes() - self._reserve_bytes
@@ -79,27 +82,28 @@ class MemoryBudget:
         )
 
     def check_fits(self, size_bytes: int) -> None:
-        """Raise OutOfMemory if a function of this size may not be attached now."""
+        """Raise OutOfMemory if a function of `size_bytes` exceeds the current limit."""
         limit_bytes = self.limit_bytes()
         if limit_bytes is not None and self.used_bytes + size_bytes > limit_bytes:
-            left_bytes = max(0, limit_bytes - self.used_bytes)
+            remaining_bytes = max(0, limit_bytes - self.used_bytes)
             raise OutOfMemory(
-                f"memory: got a function of {size_bytes} bytes, expected at most {left_bytes}, "
-                f"what is left of {limit_bytes} beside the functions that are attached",
+                f"memory: got a function of {size_bytes} bytes, "
+                f"expected at most {remaining_bytes}, "
+                f"what attached functions leave of {limit_bytes}",
                 field="memory",
             )
 
     def add(self, size_bytes: int) -> None:
-        """Count a function that was attached."""
+        """Count an attached function."""
         self.used_bytes += size_bytes
 
     def release(self, size_bytes: int = 0) -> None:
-        """Count a function off that is gone, and let other processes have its memory."""
+        """Stop counting a detached function, and release cached device memory."""
         self.used_bytes -= size_bytes
         if self._device is not None:
             self._device.release_cached()
 
 
 def memory_budget_for(device: torch.device, limit_bytes: int | None) -> MemoryBudget:
-    """Return the memory of functions on `device`."""
+    """Return the budget for functions on `device`."""
     return MemoryBudget(limit_bytes, None if device.type == "cpu" else CudaDeviceMemory(device))

@@ -1,12 +1,9 @@
-"""A sandbox's metrics, in aggregate: nothing here tells which expert or whose tokens.
+"""The functions attached to a sandbox: attach, detach, compute, and their metrics.
 
-A sandbox: the functions attached to this process, and what they compute.
-
-Attaching beside the event loop: frames of other functions are computed meanwhile.
-
-Reading and verifying a block takes tens of milliseconds from the page cache and seconds from a
-disk. It is done in a thread of its own, one function after the other; what the sandbox holds is
-changed by the event loop alone.
+Knows nothing of HTTP. Metrics are aggregates that reveal neither experts nor tokens. Reading and
+verifying a block takes tens of milliseconds from the page cache and seconds from a disk, so
+`BackgroundLoader` does it in a thread, one function at a time, while the event loop computes frames
+of other functions. Only the event loop changes the set of attached functions.
 """
 
 from __future__ import annotations
@@ -38,6 +35,7 @@ from faasmoe_expert.errors import (
 )
 from faasmoe_expert.functions import ExpertFunction
 from faasmoe_expert.functions.function import function_size_bytes, request_batch_key
+from faasmoe_expert.functions.native_kernel import describe_kernels
 from faasmoe_expert.functions.transfer import Uploader, uploader_for
 from faasmoe_expert.server.memory_budget import MemoryBudget, memory_budget_for
 
@@ -45,7 +43,7 @@ BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 class SandboxMetrics:
-    """Counters of one sandbox, on a registry of its own."""
+    """Prometheus metrics of one sandbox, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -85,13 +83,20 @@ class SandboxMetrics:
         )
 
     def render(self) -> bytes:
-        """Return the exposition text."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedFunction:
-    """A function that is ready to be had, its store, the path that was given for it, its time."""
+    """A loaded function that is not attached yet.
+
+    Attributes:
+        function: the function.
+        store: its opened store.
+        store_path: the store's path as given in the attachment.
+        load_s: time spent loading.
+    """
 
     function: ExpertFunction
     store: Store
@@ -101,27 +106,32 @@ class LoadedFunction:
 
 @dataclass(frozen=True, slots=True)
 class ComputeTask:
-    """A frame that was read, and the function that is to compute it."""
+    """A decoded frame and the function to compute it with."""
 
     function: ExpertFunction
     request: ExpertRequest
 
     @property
     def batch_key(self) -> Hashable:
-        """What frames must have in common to be computed as one."""
+        """Key that tasks must share to be computed in one batch."""
         return id(self.function), request_batch_key(self.request)
 
 
 class SandboxRuntime:
-    """Attaches, detaches and computes functions; knows nothing of HTTP.
+    """Attaches, detaches and computes functions.
 
-    Belongs to one thread, but for `load`.
+    Belongs to one thread, except for `load`.
 
     Args:
-        config: its settings.
-        device: where it computes.
-        memory: what functions may take; by default as the settings and the device say.
-        uploader: copies functions to the device; by default as the device needs.
+        config: settings of the sandbox.
+        device: device to compute on.
+        memory_budget: limit on the functions' memory; by default from the settings and the device.
+        uploader: copies functions to the device; by default whichever the device needs.
+
+    Attributes:
+        config: settings of the sandbox.
+        device: device to compute on.
+        metrics: metrics of the sandbox.
     """
 
     def __init__(
@@ -136,18 +146,21 @@ class SandboxRuntime:
         self.device = device
         self.metrics = SandboxMetrics()
         self._functions: dict[str, ExpertFunction] = {}
-        self._stores: dict[tuple[Path, str], Store] = {}  # of attached functions: folder, digest
+        self._stores: dict[
+            tuple[Path, str], Store
+        ] = {}  # of attached functions, by path and digest
         self._memory_budget = memory_budget or memory_budget_for(device, config.memory_bytes)
         self._uploader = uploader or uploader_for(device)
 
     def list_functions(self) -> dict[str, Any]:
-        """Return the sandbox and its functions, for the control plane to read back."""
+        """Return the state of the sandbox and its functions, for the control plane to inspect."""
         return {
             "sandbox": {
                 "id": self.config.id,
                 "pid": os.getpid(),
                 "capacity": self.config.capacity,
                 "device": str(self.device),
+                "kernels": describe_kernels(self.device),
                 "memory": {
                     "limit_bytes": self._memory_budget.limit_bytes(),
                     "used_bytes": self._memory_budget.used_bytes,
@@ -159,20 +172,21 @@ class SandboxRuntime:
     def attach(
         self, spec: FunctionSpec, *, store: Path, model_digest: str
     ) -> tuple[dict[str, Any], bool]:
-        """Attach a function; attaching the same once more changes nothing.
+        """Attach a function; idempotent.
 
         Args:
-            spec: the function's id, layers and experts.
-            store: folder of the prepared model.
-            model_digest: digest that the store's manifest must have.
+            spec: id, layers and experts of the function.
+            store: directory of the store.
+            model_digest: expected digest of the store's manifest.
 
         Returns:
-            What `list_functions` says of the function, and whether it was attached just now.
+            Status of the function as in `list_functions`, and whether it is newly attached.
 
         Raises:
-            AttachRefused: the sandbox is full or holds the id with other experts.
-            BadAttachment: a field cannot be used.
-            OutOfMemory: there is no memory for it, or it may have no more.
+            AttachRefused: the sandbox is full, or the id is attached with other experts.
+            BadAttachment: a field is invalid.
+            BlockCorrupted: bytes of the store do not match their digest.
+            OutOfMemory: allocation failed, or the memory budget is exceeded.
         """
         attached = self.find_attached(spec, model_digest)
         if attached is not None:
@@ -180,10 +194,10 @@ class SandboxRuntime:
         return self.add(self.load(spec, store=store, model_digest=model_digest)), True
 
     def find_attached(self, spec: FunctionSpec, model_digest: str) -> dict[str, Any] | None:
-        """Return what `list_functions` says of a function that is attached; None if it is not.
+        """Return the status of a function if it is attached, None if it can be attached.
 
         Raises:
-            AttachRefused: it could not be attached, either.
+            AttachRefused: the sandbox is full, or the id is attached with other experts.
         """
         attached = self._functions.get(spec.id)
         if attached is not None and (attached.spec, attached.model_digest) == (spec, model_digest):
@@ -192,21 +206,24 @@ class SandboxRuntime:
         return None
 
     def load(self, spec: FunctionSpec, *, store: Path, model_digest: str) -> LoadedFunction:
-        """Read and verify a function's block; may run beside the other methods, once at a time.
+        """Read and verify a function's block without attaching it.
+
+        May run in another thread than the other methods, but not concurrently with itself.
 
         Raises:
-            BadAttachment: a field cannot be used.
-            OutOfMemory: there is no memory for it, or it may have no more.
+            BadAttachment: a field is invalid.
+            BlockCorrupted: bytes of the store do not match their digest.
+            OutOfMemory: allocation failed, or the memory budget is exceeded.
         """
         start_s = time.perf_counter()
-        with torch.no_grad():  # which is told to each thread
+        with torch.no_grad():  # a per-thread setting
             opened = self._open_store(store, model_digest)
             self._memory_budget.check_fits(function_size_bytes(spec, opened))
             function = self._load_function(spec, opened)
         return LoadedFunction(function, opened, store, time.perf_counter() - start_s)
 
     def add(self, loaded: LoadedFunction) -> dict[str, Any]:
-        """Have a function from now on; return what `list_functions` says of it."""
+        """Attach a loaded function; return its status as in `list_functions`."""
         function = loaded.function
         self._memory_budget.add(function.size_bytes)
         self._functions[function.spec.id] = function
@@ -216,23 +233,23 @@ class SandboxRuntime:
         return _function_status(function)
 
     def detach(self, function_id: str) -> None:
-        """Detach a function and give its memory back; raises UnknownFunction."""
+        """Detach a function and free its memory; raises UnknownFunction."""
         function = self._functions.pop(function_id, None)
         if function is None:
             raise _unknown_function(function_id)
         size_bytes = function.size_bytes
         del function
         self._memory_budget.release(size_bytes)
-        used = {(f.store_path, f.model_digest) for f in self._functions.values()}
-        self._stores = {key: store for key, store in self._stores.items() if key in used}
+        used_keys = {(f.store_path, f.model_digest) for f in self._functions.values()}
+        self._stores = {key: store for key, store in self._stores.items() if key in used_keys}
         self._update_gauges()
 
     def parse_frame(self, function_id: str, frame: Buffer) -> ComputeTask:
-        """Return what a frame asks for.
+        """Decode a frame and check it against its function.
 
         Raises:
             UnknownFunction: no such function is attached.
-            BadFrame: the frame is malformed or does not fit the function.
+            BadFrame: the frame is malformed or does not match the function.
         """
         function = self._functions.get(function_id)
         if function is None:
@@ -245,15 +262,21 @@ class SandboxRuntime:
         return ComputeTask(function, request)
 
     def compute_batch(self, tasks: Sequence[ComputeTask]) -> list[list[Buffer]]:
-        """Return the buffers of the frames that answer work that is alike, computed as one.
+        """Compute tasks as one batch.
+
+        Args:
+            tasks: tasks with the same `batch_key`.
+
+        Returns:
+            The buffers of each task's response frame.
 
         Raises:
-            Corrupted: the function's bytes in the store have changed, and are wrong now.
+            BlockCorrupted: the store was modified and no longer matches its digests.
         """
-        requests = [work.request for work in tasks]
-        start = time.perf_counter()
+        requests = [task.request for task in tasks]
+        start_s = time.perf_counter()
         outputs = tasks[0].function.compute_batch(requests)
-        self.metrics.compute_seconds.observe(time.perf_counter() - start)
+        self.metrics.compute_seconds.observe(time.perf_counter() - start_s)
         self.metrics.frames.inc(len(tasks))
         self.metrics.rows.inc(sum(r.header.n_rows for r in requests))
         return [
@@ -264,9 +287,9 @@ class SandboxRuntime:
     def _check_capacity(self, spec: FunctionSpec, attached: ExpertFunction | None) -> None:
         if attached is not None:
             raise AttachRefused(
-                f"id: {spec.id} is attached with layers {short_repr(list(attached.spec.layers))} and "
-                f"experts {short_repr(list(attached.spec.experts))} of {attached.model_digest}, "
-                "expected the same",
+                f"id: {spec.id} is attached with layers {short_repr(list(attached.spec.layers))} "
+                f"and experts {short_repr(list(attached.spec.experts))} of "
+                f"{attached.model_digest}, expected the same",
                 field="id",
             )
         capacity = self.config.capacity
@@ -283,7 +306,7 @@ class SandboxRuntime:
             raise BadAttachment(f"store: {error}", field="store") from error
         except torch.OutOfMemoryError as error:
             reason = short_repr(str(error))
-        # Only here is nothing left of what was copied: the error's traceback held it.
+        # Outside the handler, because the exception's traceback keeps the copies alive.
         self._memory_budget.release()
         raise OutOfMemory(f"memory: allocation failed ({reason})", field="memory")
 
@@ -310,18 +333,19 @@ def _function_status(function: ExpertFunction) -> dict[str, Any]:
         **function.spec.to_json(),
         "model_digest": function.model_digest,
         "size_bytes": function.size_bytes,
+        "kernel": function.kernel_name,
         "frames": function.n_frames,
     }
 
 
 def _unknown_function(function_id: str) -> UnknownFunction:
     return UnknownFunction(
-        f"id: got {short_repr(function_id)}, expected a function that is attached here", field="id"
+        f"id: got {short_repr(function_id)}, expected an attached function", field="id"
     )
 
 
 class BackgroundLoader:
-    """Attaches the functions of one sandbox. Begins no thread before the first."""
+    """Attaches functions in a background thread, started with the first attachment."""
 
     def __init__(self, runtime: SandboxRuntime) -> None:
         self._runtime = runtime
@@ -331,7 +355,7 @@ class BackgroundLoader:
     async def attach(
         self, spec: FunctionSpec, *, store: Path, model_digest: str
     ) -> tuple[dict[str, Any], bool]:
-        """Do what `Sandbox.attach` does, after the attachments that were begun before."""
+        """Attach a function as `SandboxRuntime.attach` does, after earlier attachments finish."""
         async with self._lock:
             attached = self._runtime.find_attached(spec, model_digest)
             if attached is not None:

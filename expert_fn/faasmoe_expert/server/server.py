@@ -1,9 +1,8 @@
-"""The sockets that a sandbox listens on: TCP, and a Unix socket for routers of the same machine.
+"""Runs a sandbox: listens on TCP and a Unix socket, serves until a signal, then drains.
 
-The sandbox server: HTTP in front of attached functions, in one thread.
-
-`serve` blocks until SIGTERM or SIGINT, and then as long as its clients need to hear of the end.
-Nothing is computed before it is called, so that a zygote may import this module and fork.
+One thread runs the event loop and computes frames. Importing this module computes nothing, so a
+zygote may import it and fork. While draining, the sandbox keeps connections open so that clients
+learn of the shutdown from a response instead of a reset connection.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from faasmoe_contracts.unix_socket import unix_socket_path
 from faasmoe_expert.config import SandboxConfig
 from faasmoe_expert.device import resolve_device
 from faasmoe_expert.errors import SandboxDeviceLost
+from faasmoe_expert.functions.native_kernel import describe_kernels
 from faasmoe_expert.server.api import HeapTrimmer, SandboxRoutes
 from faasmoe_expert.server.connection import HttpConnection
 from faasmoe_expert.server.http import ReadLimits
@@ -33,79 +33,27 @@ from faasmoe_expert.server.runtime import BackgroundLoader, SandboxRuntime
 
 logger = logging.getLogger(__name__)
 
+SHUTDOWN_TIMEOUT_S = 2.0
+"""Time for clients to read pending responses after the drain."""
+
+SWITCH_INTERVAL_S = 0.0002
+"""Thread switch interval: the loader acquires the GIL some hundred times per attachment, and would
+wait 5 ms (Python's default) each time while frames are computed (docs/performance-log.md)."""
 
 ConnectionFactory = Callable[[], asyncio.BaseProtocol]
 
 
-class Listeners:
-    """What listens, until it is closed.
-
-    Attributes:
-        host: address of the TCP socket.
-        port: its port, as the system chose it.
-    """
-
-    def __init__(self, tcp: asyncio.Server) -> None:
-        self.host, self.port = tcp.sockets[0].getsockname()[:2]
-        self._tcp = tcp
-        self._unix: asyncio.Server | None = None
-        self._unix_path: Path | None = None
-
-    @classmethod
-    async def open(
-        cls,
-        new_connection: ConnectionFactory,
-        config: SandboxConfig,
-        listener: socket.socket | None,
-    ) -> Listeners:
-        """Listen on a bound socket, else on the configured host and port; raises OSError."""
-        loop = asyncio.get_running_loop()
-        endpoint = {"sock": listener} if listener else {"host": config.host, "port": config.port}
-        listeners = cls(await loop.create_server(new_connection, **endpoint))
-        if config.socket_dir is not None:
-            await listeners._listen_unix(new_connection, config.socket_dir)
-        return listeners
-
-    async def _listen_unix(self, new_connection: ConnectionFactory, socket_dir: Path) -> None:
-        path = unix_socket_path(socket_dir, self.port)
-        try:
-            os.makedirs(socket_dir, mode=0o700, exist_ok=True)
-            self._unix = await asyncio.get_running_loop().create_unix_server(
-                new_connection, str(path)
-            )
-        except OSError as error:  # routers take TCP
-            logger.warning("FAASMOE_SOCKET_DIR: %s: cannot listen: %s", path, error)
-            return
-        self._unix_path = path
-
-    def close(self) -> None:
-        """Accept no more; connections that are open stay open."""
-        self._tcp.close()
-        if self._unix is not None:
-            self._unix.close()
-        if self._unix_path is not None:
-            self._unix_path.unlink(missing_ok=True)
-
-
-SHUTDOWN_TIMEOUT_S = 2.0  # for clients to take the answers that are on their way, after the drain
-
-SWITCH_INTERVAL_S = 0.0002
-"""How long a thread waits for Python's lock before it asks for it: attaching takes it some hundred
-times, and would wait 5 ms for each while frames are computed (docs/performance.md)."""
-
-
-__all__ = ["serve"]
-
-
 def serve(config: SandboxConfig, listener: socket.socket | None = None) -> None:
-    """Serve a sandbox until SIGTERM or SIGINT, then for at most config.drain_s + SHUTDOWN_S.
+    """Serve until SIGTERM or SIGINT, then drain for at most config.drain_s + SHUTDOWN_TIMEOUT_S.
 
     Args:
-        config: the sandbox's settings.
-        listener: a bound socket to listen on instead of config.host and config.port.
+        config: settings of the sandbox.
+        listener: bound socket to listen on instead of config.host and config.port.
 
     Raises:
-        DeviceLost: the device could not be used any more, so that the sandbox has ended.
+        SandboxConfigError: the device does not exist or is unusable.
+        SandboxDeviceLost: the device became unusable.
+        OSError: the address cannot be listened on.
     """
     torch.set_num_threads(config.threads)
     torch.set_grad_enabled(False)
@@ -138,7 +86,13 @@ async def _serve_until_stopped(runtime: SandboxRuntime, listener: socket.socket 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     address = f"{listeners.host}:{listeners.port}"
-    logger.info("sandbox %s listens on %s, device %s", config.id, address, runtime.device)
+    logger.info(
+        "sandbox %s listening on %s, device %s, kernels: %s",
+        config.id,
+        address,
+        runtime.device,
+        describe_kernels(runtime.device),
+    )
     await stop.wait()
     routes.start_draining()
     logger.info("sandbox %s draining for up to %g s", config.id, config.drain_s)
@@ -152,10 +106,10 @@ async def _serve_until_stopped(runtime: SandboxRuntime, listener: socket.socket 
 
 
 async def _wait_until_drained(connections: set[HttpConnection], *, drain_s: float) -> None:
-    """Wait for the drain time, or until no client is left who could hear of the end."""
+    """Wait for `drain_s`, or until all clients have disconnected."""
     deadline_s = time.monotonic() + drain_s
-    while connections and (left_s := deadline_s - time.monotonic()) > 0:
-        await asyncio.wait([c.closed for c in connections], timeout=left_s)
+    while connections and (remaining_s := deadline_s - time.monotonic()) > 0:
+        await asyncio.wait([c.closed for c in connections], timeout=remaining_s)
 
 
 async def _close_connections(connections: set[HttpConnection]) -> None:
@@ -165,3 +119,62 @@ async def _close_connections(connections: set[HttpConnection]) -> None:
         await asyncio.wait([c.closed for c in connections], timeout=SHUTDOWN_TIMEOUT_S)
     for connection in tuple(connections):
         connection.abort()
+
+
+class Listeners:
+    """The listening sockets of a sandbox.
+
+    Attributes:
+        host: address of the TCP socket.
+        port: actual port of the TCP socket.
+    """
+
+    def __init__(self, tcp: asyncio.Server) -> None:
+        self.host, self.port = tcp.sockets[0].getsockname()[:2]
+        self._tcp = tcp
+        self._unix: asyncio.Server | None = None
+        self._unix_path: Path | None = None
+
+    @classmethod
+    async def open(
+        cls,
+        new_connection: ConnectionFactory,
+        config: SandboxConfig,
+        listener: socket.socket | None,
+    ) -> Listeners:
+        """Listen on TCP, and on a Unix socket if configured.
+
+        Args:
+            new_connection: creates the protocol of a connection.
+            config: host, port and socket_dir.
+            listener: bound TCP socket; None binds the configured host and port.
+
+        Raises:
+            OSError: the TCP address cannot be listened on.
+        """
+        loop = asyncio.get_running_loop()
+        endpoint = {"sock": listener} if listener else {"host": config.host, "port": config.port}
+        listeners = cls(await loop.create_server(new_connection, **endpoint))
+        if config.socket_dir is not None:
+            await listeners._listen_unix(new_connection, config.socket_dir)
+        return listeners
+
+    async def _listen_unix(self, new_connection: ConnectionFactory, socket_dir: Path) -> None:
+        path = unix_socket_path(socket_dir, self.port)
+        try:
+            os.makedirs(socket_dir, mode=0o700, exist_ok=True)
+            self._unix = await asyncio.get_running_loop().create_unix_server(
+                new_connection, str(path)
+            )
+        except OSError as error:  # routers fall back to TCP
+            logger.warning("FAASMOE_SOCKET_DIR: %s: cannot listen: %s", path, error)
+            return
+        self._unix_path = path
+
+    def close(self) -> None:
+        """Stop accepting connections; open connections are unaffected."""
+        self._tcp.close()
+        if self._unix is not None:
+            self._unix.close()
+        if self._unix_path is not None:
+            self._unix_path.unlink(missing_ok=True)

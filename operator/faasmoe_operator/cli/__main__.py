@@ -1,4 +1,4 @@
-"""`python -m faasmoe_operator.cli`: the same as `faasmoe`."""
+"""Entry point of `python -m faasmoe_operator.cli`, equivalent to `faasmoe`."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""`faasmoe bench ...`: the benchmarks of `benchmarks/evaluation`, run as a child process.
+"""`faasmoe bench`: runs `benchmarks.evaluation` as a child process.
 
-They are programs that start the data plane and import what this package may not. An installed
-distribution has them in `faasmoe_operator/bundled`, so that no package of so common a name lands
-among others' packages; a checkout has them at its root.
+The benchmarks import the router and torch, which this package must not do. A checkout has them at
+its root. A wheel ships them in `faasmoe_operator/bundled`, because a top-level package named
+`benchmarks` would clash with other distributions in site-packages.
 """
 
 from __future__ import annotations
@@ -24,31 +24,46 @@ ROOTS = (PACKAGE / "bundled", PACKAGE.parents[1])
 
 
 def add_commands(commands: Any) -> None:
-    """Add the subcommand; options are for the benchmarks to read."""
+    """Add `faasmoe bench`; the benchmark itself parses the remaining options."""
     parser = commands.add_parser(
         "bench",
-        help="compare ways to serve a model to several tenants",
-        description="Serve the same workload by full models, a local expert server and functions, "
-        "and compare speed, processor time and memory.",
+        help="compare strategies for serving a model to several tenants",
+        description="Run the same workload against full models, a local expert server and expert\n"
+        "functions, and compare latency, throughput, CPU time and memory.",
+        epilog="Examples:\n"
+        "  faasmoe bench paper --help\n"
+        "  faasmoe bench paper --repeats 2 --time-limit 300\n"
+        "  faasmoe bench report",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("benchmark", choices=BENCHMARKS, help="each has a --help of its own")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="of the benchmark")
+    parser.add_argument("benchmark", choices=BENCHMARKS, help="benchmark to run")
+    parser.add_argument(
+        "options",
+        nargs=argparse.REMAINDER,
+        help="options of the benchmark (see faasmoe bench BENCHMARK --help)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the benchmarks; return their exit status."""
+    """Run the benchmark and return its exit status."""
     root = find_benchmarks_root(ROOTS)
-    # Ahead of all else: the child's own children are to find the same benchmarks.
+    # First on the path, so that processes started by the benchmark import the same modules.
     paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH", ""))))
     command = [sys.executable, "-m", MODULE, arguments.benchmark, *arguments.options]
     return run_in_foreground(command, environment={"PYTHONPATH": paths})
 
 
 def find_benchmarks_root(roots: Sequence[Path]) -> Path:
-    """Return the folder that holds the benchmarks; raises CommandError if none does."""
+    """Return the first root that contains the benchmarks.
+
+    Raises:
+        CommandError: none of them does.
+    """
     for root in roots:
         if root.joinpath(*MODULE.split("."), "__main__.py").is_file():
             return root
-    places = " nor in ".join(map(str, roots))
-    raise CommandError(f"benchmarks: neither in {places}; this installation was built without them")
+    searched = ", ".join(map(str, roots))
+    raise CommandError(
+        f"benchmarks: not found in {searched}; this installation was built without them"
+    )

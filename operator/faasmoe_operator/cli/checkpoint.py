@@ -1,4 +1,4 @@
-"""`faasmoe prepare` and `faasmoe demo-model`: run in the router's package, as a child process."""
+"""`faasmoe prepare` and `faasmoe demo-model`: run `faasmoe_router.checkpoint` as a child."""
 
 from __future__ import annotations
 
@@ -18,30 +18,45 @@ COMMAND = (sys.executable, "-m", "faasmoe_router.checkpoint")
 
 
 def add_commands(commands: Any) -> None:
-    """Add both subcommands."""
+    """Add `faasmoe prepare` and `faasmoe demo-model`."""
     parser = commands.add_parser(
         "prepare",
-        help="prepare a checkpoint for serving",
-        description="Prepare a checkpoint as a store. Safe to interrupt and to repeat.",
+        help="convert a checkpoint into a store",
+        description="Convert a Hugging Face checkpoint into a store: one file of expert weights\n"
+        "per MoE layer, plus the router's weights. It is safe to interrupt and to repeat.",
+        epilog="Examples:\n"
+        "  faasmoe prepare ./checkpoint ./store\n"
+        "  faasmoe prepare hf://Qwen/Qwen1.5-MoE-A2.7B ./store --dtype bfloat16",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="SOURCE", help="folder, hf://ORG/NAME or ORG/NAME")
-    parser.add_argument("store", metavar="STORE", help="folder of the store")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub model")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="checkpoint: a folder, hf://ORG/NAME or ORG/NAME"
+    )
+    parser.add_argument("store", metavar="STORE", help="folder to write the store to")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face model")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="number format of the store (default: the checkpoint's)",
+        help="dtype of the stored weights (default: that of the checkpoint)",
     )
-    parser.add_argument("--force", action="store_true", help="replace a store of another source")
+    parser.add_argument(
+        "--force", action="store_true", help="overwrite a store made from another source"
+    )
     parser.set_defaults(run=_prepare)
     parser = commands.add_parser(
         "demo-model",
-        help="make the demo checkpoint, without any model hub",
-        description="Cut SmolLM2-135M-Instruct into a small English-speaking MoE checkpoint.",
+        help="write the demo checkpoint; needs no model hub",
+        description="Write a small MoE checkpoint whose experts are slices of the MLPs of\n"
+        "SmolLM2-135M-Instruct.",
+        epilog="Example:\n"
+        "  faasmoe demo-model ./checkpoint && faasmoe prepare ./checkpoint ./store",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="DIR", help="folder of the checkpoint")
+    parser.add_argument("folder", metavar="DIR", help="folder to write the checkpoint to")
     parser.add_argument(
-        "--exact", action="store_true", help="logits equal to those of the model it is cut from"
+        "--exact",
+        action="store_true",
+        help="reproduce the logits of SmolLM2-135M-Instruct exactly",
     )
     parser.set_defaults(run=_demo_model)
 
@@ -49,16 +64,16 @@ def add_commands(commands: Any) -> None:
 def prepare_command(
     source: str, store: str, *, revision: str | None, dtype: str | None, force: bool = False
 ) -> list[str]:
-    """Return the command that prepares a store.
+    """Return the command line that converts a checkpoint into a store.
 
     Args:
         source: a folder, file:///FOLDER, hf://ORG/NAME or ORG/NAME.
-        store: folder of the store.
+        store: folder to write the store to.
         revision: branch, tag or commit; None for the hub's default.
-        dtype: number format; None for the checkpoint's.
-        force: whether a store of another source is replaced.
+        dtype: dtype of the stored weights; None for that of the checkpoint.
+        force: whether to overwrite a store made from another source.
     """
-    # A folder is written with its whole path, so that the manifest tells where the model is from.
+    # The manifest records the source, so a folder needs its absolute path.
     name = Path(source).resolve().as_uri() if Path(source).is_dir() else source
     command = [*COMMAND, "prepare", name, store]
     command += [f"--revision={revision}"] if revision else []
@@ -87,11 +102,16 @@ def _demo_model(arguments: argparse.Namespace) -> int:
 def run_in_foreground(
     command: Sequence[str], *, environment: Mapping[str, str] | None = None
 ) -> int:
-    """Run a command in our place and return its exit status; a Ctrl-C is the child's to handle.
+    """Run a command in the foreground and return its exit status.
+
+    The child handles Ctrl-C; SIGTERM is forwarded to it.
 
     Args:
-        command: what to run.
-        environment: variables that it has besides ours.
+        command: the command line.
+        environment: variables added to this process's environment.
+
+    Returns:
+        The exit status, or 128 + N if signal N killed the child.
     """
     full_environment = {**os.environ, PARENT_PID_ENV: str(os.getpid()), **(environment or {})}
     with subprocess.Popen(command, env=full_environment) as child:
@@ -99,7 +119,7 @@ def run_in_foreground(
         def forward_signal(number: int, _: FrameType | None) -> None:
             child.send_signal(number)
 
-        # The terminal sends SIGINT to both; only what is sent to us alone is passed on.
+        # The terminal sends SIGINT to the whole process group, but SIGTERM only reaches the parent.
         previous_handlers = [
             signal.signal(signal.SIGINT, lambda _number, _frame: None),
             signal.signal(signal.SIGTERM, forward_signal),

@@ -1,7 +1,7 @@
-"""A child process of the launcher: its log lines kept and passed on, its end asked for or forced.
+"""A child process whose output is forwarded and whose last lines are kept for error messages.
 
-The child ties its own lifeline (`faasmoe_contracts.parent_death`) from FAASMOE_PARENT_PID, so it ends even
-if the launcher is killed.
+FAASMOE_PARENT_PID tells the child which parent to watch (`faasmoe_contracts.parent_death`), so it
+exits even if this process is killed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOG_TAIL_LINES = 20
 
 
 class ChildProcess:
-    """A running child; `running` makes one."""
+    """A running child process; created by `running_child`."""
 
     def __init__(self, process: Process, log_line: Callable[[str], None] | None) -> None:
         self._process = process
@@ -29,21 +29,21 @@ class ChildProcess:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """Process id."""
         return self._process.pid
 
     async def describe_exit(self) -> str:
-        """Wait for its end and say how it ended, with its last log lines."""
+        """Wait for the child to exit; return its status and last log lines as text."""
         status = await self._process.wait()
         await self._log_forwarder
         return "\n  ".join([f"ended with status {status}", *self._log_tail])
 
     async def exit_status(self) -> int:
-        """Wait for its end and return its exit status, negative for a signal."""
+        """Wait for the child to exit; return its status, or -N if signal N killed it."""
         return await self._process.wait()
 
     async def stop(self, *, grace_s: float) -> None:
-        """End it: SIGTERM, after the grace SIGKILL."""
+        """Send SIGTERM, then SIGKILL if the child is still running after grace_s seconds."""
         if self._process.returncode is None:
             self._process.terminate()
         try:
@@ -70,13 +70,13 @@ async def running_child(
     log: Callable[[str], None] | None,
     grace_s: float,
 ) -> AsyncIterator[ChildProcess]:
-    """Run a child as long as the context lasts.
+    """Run a child process for the lifetime of the context.
 
     Args:
-        command: what to run.
-        environment: all of its environment.
-        log: gets each line that it writes; None leaves it our own terminal to write to.
-        grace_s: how long it may take to end when asked to.
+        command: the command line.
+        environment: the complete environment of the child.
+        log: called with each output line; None lets the child inherit stdout and stderr.
+        grace_s: seconds between SIGTERM and SIGKILL.
     """
     process = await asyncio.create_subprocess_exec(
         *command,
@@ -84,7 +84,7 @@ async def running_child(
         stdout=None if log is None else PIPE,
         stderr=None if log is None else STDOUT,
         env={**environment, PARENT_PID_ENV: str(os.getpid())},
-        start_new_session=True,  # a Ctrl-C in the terminal is for the launcher to handle
+        start_new_session=True,  # only this process receives Ctrl-C
     )
     child = ChildProcess(process, log)
     try:

@@ -1,6 +1,7 @@
-"""The `faasmoe` command: its subcommands, and what becomes of their errors.
+"""The `faasmoe` entry point: argument parsing and the mapping of errors to exit statuses.
 
-Exit statuses: 0 done, 1 failed, 2 a wrong argument or MoEModel file, 128 + N ended by signal N.
+Exit statuses: 0 for success, 1 for failure, 2 for an invalid argument or MoEModel file, 128 + N
+after signal N.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return its exit status."""
+    """Run the subcommand in argv, sys.argv by default, and return its exit status."""
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="faasmoe: %(levelname)s %(message)s")
     try:
@@ -33,10 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
+    """Return the parser with all subcommands."""
     parser = argparse.ArgumentParser(
         prog="faasmoe",
-        description="Serve Mixture-of-Experts language models with the experts as functions.",
+        description="Serve Mixture-of-Experts language models with experts as serverless\n"
+        "functions.",
+        epilog="Examples:\n"
+        "  faasmoe prepare ./checkpoint ./store   convert a checkpoint\n"
+        "  faasmoe plan -f model.yaml             show what would run\n"
+        "  faasmoe up -f model.yaml               serve the model on this machine\n"
+        "  faasmoe top                            watch a running model\n\n"
+        "Run `faasmoe COMMAND --help` for the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (up, top, plan, checkpoint, bench, crd, version):

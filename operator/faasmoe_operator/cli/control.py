@@ -1,4 +1,4 @@
-"""The control process as a child: its address, its environment, and asking it for its state."""
+"""The control process as a child: its port, environment, health check and status request."""
 
 from __future__ import annotations
 
@@ -25,13 +25,20 @@ RESPONSE_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ReservedControlPort:
-    """A port that is ours for as long as this object lives, control restarts included."""
+    """A TCP port reserved until `close`, so that a restarted control process gets the same one.
+
+    Attributes:
+        reservation: a socket bound to the port.
+    """
 
     reservation: socket.socket
 
     @classmethod
     def reserve(cls) -> ReservedControlPort:
-        """Reserve a free port: bound, not listened on, so that a child of ours can listen."""
+        """Reserve a free port.
+
+        The socket is bound but does not listen, and SO_REUSEADDR lets a child bind the same port.
+        """
         reservation = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reservation.bind((HOST, 0))
@@ -39,27 +46,27 @@ class ReservedControlPort:
 
     @property
     def number(self) -> int:
-        """The port."""
+        """Port number."""
         port: int = self.reservation.getsockname()[1]
         return port
 
     @property
     def url(self) -> str:
-        """Address of the control API."""
+        """Base URL of the control API."""
         return f"http://{HOST}:{self.number}"
 
     def close(self) -> None:
-        """Give the port back."""
+        """Release the port."""
         self.reservation.close()
 
 
 @dataclass(frozen=True, slots=True)
 class StackSecrets:
-    """What the processes of one `faasmoe up` share; never in a command line.
+    """Secrets shared by the processes of one `faasmoe up`; passed in environments only.
 
     Attributes:
-        token: for the sandboxes and the control API.
-        function_key: of the function ids, hexadecimal.
+        token: bearer token of the sandboxes and the control API.
+        function_key: key from which function ids are derived, in hexadecimal.
     """
 
     token: str
@@ -69,13 +76,13 @@ class StackSecrets:
 def environment(
     file: Path, *, zygote_socket: Path, port: ReservedControlPort, secrets: StackSecrets
 ) -> dict[str, str]:
-    """Return the whole environment of the control process.
+    """Return the complete environment of the control process.
 
     Args:
         file: the MoEModel file.
-        zygote_socket: where the zygote listens.
-        port: where to listen.
-        secrets: the token and the key.
+        zygote_socket: Unix socket of the zygote.
+        port: port of the control API.
+        secrets: token and function key.
     """
     return {
         **os.environ,
@@ -89,7 +96,11 @@ def environment(
 
 
 async def wait_until_healthy(url: str, *, timeout_s: float = START_TIMEOUT_S) -> None:
-    """Wait until the control API answers; raises CommandError."""
+    """Poll the control API until it is healthy.
+
+    Raises:
+        CommandError: it was not healthy within timeout_s seconds.
+    """
     deadline_s = time.monotonic() + timeout_s
     timeout = aiohttp.ClientTimeout(total=RESPONSE_TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout) as http:
@@ -100,11 +111,15 @@ async def wait_until_healthy(url: str, *, timeout_s: float = START_TIMEOUT_S) ->
                         return
             except (aiohttp.ClientError, TimeoutError):
                 await asyncio.sleep(PROBE_INTERVAL_S)
-    raise CommandError(f"the control process did not answer after {timeout_s:g} s")
+    raise CommandError(f"the control process was not healthy within {timeout_s:g} s")
 
 
 async def fetch_status(url: str, *, token: str) -> dict[str, Any]:
-    """Return the control's state; raises CommandError."""
+    """Return the response to GET /v1/status.
+
+    Raises:
+        CommandError: the control API is unreachable, refuses the token or sends no JSON.
+    """
     timeout = aiohttp.ClientTimeout(total=RESPONSE_TIMEOUT_S)
     headers = {"Authorization": f"Bearer {token}"}
     try:
@@ -117,6 +132,6 @@ async def fetch_status(url: str, *, token: str) -> dict[str, Any]:
             status: dict[str, Any] = await response.json()
             return status
     except TimeoutError as error:
-        raise CommandError(f"control {url}: no answer in {RESPONSE_TIMEOUT_S:g} s") from error
+        raise CommandError(f"control {url}: no response in {RESPONSE_TIMEOUT_S:g} s") from error
     except (aiohttp.ClientError, ValueError) as error:
         raise CommandError(f"control {url}: {error}") from error

@@ -1,4 +1,4 @@
-"""`faasmoe crd`: the CustomResourceDefinition of the MoEModel, for a cluster."""
+"""`faasmoe crd`: prints, writes or checks the CustomResourceDefinition of MoEModel."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from faasmoe_operator.errors import CommandError
 
 
 def add_commands(commands: Any) -> None:
-    """Add the subcommand."""
+    """Add `faasmoe crd`."""
     parser = commands.add_parser(
         "crd",
         help="print or write the Kubernetes CRD",
-        description="Print the CustomResourceDefinition of the MoEModel, for `kubectl apply "
-        "--server-side -f -`.",
+        description="Print the CustomResourceDefinition of MoEModel.",
+        epilog="Example:\n  faasmoe crd | kubectl apply --server-side -f -",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     destination = parser.add_mutually_exclusive_group()
     destination.add_argument(
-        "--output", type=Path, metavar="DIR", help=f"write DIR/{CRD_FILE_NAME}"
+        "--output", type=Path, metavar="DIR", help=f"write DIR/{CRD_FILE_NAME} instead of printing"
     )
     destination.add_argument(
         "--check", type=Path, metavar="DIR", help=f"fail unless DIR/{CRD_FILE_NAME} is up to date"
@@ -29,7 +30,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print, write or compare it."""
+    """Print, write or check the CRD."""
     if arguments.check is not None:
         _check_up_to_date(arguments.check / CRD_FILE_NAME)
     elif arguments.output is not None:

@@ -1,7 +1,4 @@
-"""Plain text tables.
-
-Sizes as people read them.
-"""
+"""Plain-text tables and human-readable sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from collections.abc import Sequence
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return lines of columns, as wide as their widest cell; numbers are for the caller to pad."""
+    """Return a left-aligned table, each column as wide as its widest cell."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -19,7 +16,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_bytes(size_bytes: float | None) -> str:
-    """Return a size as people read it, in units of 1024."""
+    """Return a size in B, KiB, MiB or GiB; "-" for None."""
     if size_bytes is None:
         return "-"
     for unit in ("B", "KiB", "MiB"):

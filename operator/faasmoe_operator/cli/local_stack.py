@@ -1,6 +1,8 @@
-"""The tenants of a `faasmoe up`: the file that its router reads.
+"""The processes of one `faasmoe up`: zygote, control process and router.
 
-The processes of one `faasmoe up`: which, with what environment, in which order they end.
+This module knows their environments, the order in which they start and stop, and which of them are
+restarted. The zygote and the control process are supervised; a router that exits ends the stack,
+because the requests in flight are lost anyway.
 """
 
 from __future__ import annotations
@@ -25,38 +27,20 @@ from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.errors import CommandError
 from faasmoe_operator.platforms import zygote
 
-
-def write_tenants_file(deployment: LocalModel, folder: Path) -> Path | None:
-    """Write the router's tenants file; None if the model has no tenants and is open to all.
-
-    Args:
-        deployment: what is to be served.
-        folder: the private folder.
-    """
-    if not deployment.model.spec.tenants:
-        return None
-    document = build_tenants_file(deployment.model, lambda t: str(deployment.api_keys_path(t)))
-    path = folder / TENANTS_FILE_NAME
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(document, file, indent=2)
-    return path
-
-
 ZYGOTE_GRACE_S = 10.0
 SOCKET_NAME = "zygote.sock"
 
 
 @dataclass(frozen=True, slots=True)
 class StackSpec:
-    """What is to run.
+    """Configuration of the processes.
 
     Attributes:
-        deployment: the model.
-        endpoint: where the router listens.
-        folder: the private folder.
-        port: of the control API.
-        secrets: that the processes share.
+        deployment: the model to serve.
+        endpoint: address on which the router listens.
+        folder: private runtime folder of this instance.
+        port: port of the control API.
+        secrets: secrets shared by the processes.
     """
 
     deployment: LocalModel
@@ -74,26 +58,26 @@ class StackSpec:
         folder: Path,
         port: ReservedControlPort,
     ) -> StackSpec:
-        """Return a launch with secrets of its own."""
+        """Return a configuration with newly generated secrets."""
         secret_values = StackSecrets(secrets.token_urlsafe(32), secrets.token_hex(32))
         return cls(deployment, endpoint, folder, port, secret_values)
 
     @property
     def instance(self) -> LocalInstance:
-        """What other commands may know of it."""
+        """The entry by which other commands find this instance."""
         name, file = self.deployment.model.metadata.name, self.deployment.file.resolve()
         return LocalInstance(name, str(file), os.getpid(), self.port.url, self.secrets.token)
 
 
 @dataclass(frozen=True, slots=True)
 class StackProcesses:
-    """The processes that run.
+    """The running processes.
 
     Attributes:
         zygote: forks the sandboxes.
-        control: decides.
-        router: answers.
-        failures: each raises when one of them cannot be kept running.
+        control: plans and scales the functions.
+        router: serves the OpenAI API.
+        failures: one task per process; it raises CommandError once the process is not restarted.
     """
 
     zygote: SupervisedChild
@@ -103,7 +87,7 @@ class StackProcesses:
 
     @property
     def pids(self) -> dict[str, int | None]:
-        """Process ids by name."""
+        """Process ids by name; None while a process is being restarted."""
         return {
             "router": self.router.pid,
             "control": self.control.pid,
@@ -113,7 +97,7 @@ class StackProcesses:
 
 @asynccontextmanager
 async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackProcesses]:
-    """Run all of them; the router ends first, so that its last requests find their functions."""
+    """Run all processes; the router stops first, so that its last requests can finish."""
     socket, token = spec.folder / SOCKET_NAME, spec.secrets.token
     async with AsyncExitStack() as stack:
         zygote_child, zygote_failure = await stack.enter_async_context(
@@ -165,6 +149,26 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
         stack.push_async_callback(_cancel_and_wait, router_failure)
         failures = (zygote_failure, control_failure, router_failure)
         yield StackProcesses(zygote_child, control_child, router_child, failures)
+
+
+def write_tenants_file(deployment: LocalModel, folder: Path) -> Path | None:
+    """Write the tenants file of the router, readable by this user only.
+
+    Args:
+        deployment: the model to serve.
+        folder: private runtime folder of this instance.
+
+    Returns:
+        The file, or None if the model declares no tenants and is open to everyone.
+    """
+    if not deployment.model.spec.tenants:
+        return None
+    document = build_tenants_file(deployment.model, lambda t: str(deployment.api_keys_path(t)))
+    path = folder / TENANTS_FILE_NAME
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(document, file, indent=2)
+    return path
 
 
 async def _fail_on_exit(router_process: child_process.ChildProcess) -> Never:

@@ -1,4 +1,4 @@
-"""Where the children's output goes: the terminal, each line prefixed, or one file for each."""
+"""Output of the child processes: prefixed lines on stderr, or one log file per process."""
 
 from __future__ import annotations
 
@@ -12,20 +12,25 @@ from faasmoe_operator.errors import CommandError
 
 
 class LogSinks:
-    """Hands out one sink for each child; a context manager that closes the files."""
+    """Creates one sink per child process and closes the log files on exit.
+
+    Args:
+        directory: folder of the log files; None prints to stderr.
+    """
 
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
         self._files = ExitStack()
 
     def __enter__(self) -> Self:
-        """Make the directory, if there is to be one."""
+        """Create the directory; raises CommandError if that fails."""
         if self._directory is not None:
             try:
                 self._directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CommandError(
-                    f"--log-dir: {self._directory} cannot be made: {error.strerror}", exit_status=2
+                    f"--log-dir: {self._directory} cannot be created: {error.strerror}",
+                    exit_status=2,
                 ) from error
         return self
 
@@ -34,7 +39,7 @@ class LogSinks:
         self._files.close()
 
     def sink(self, name: str) -> Callable[[str], None]:
-        """Return what takes the lines of the child of that name."""
+        """Return a function that writes one output line of the named child."""
         if self._directory is None:
             return lambda line: print(f"[{name}] {line}", file=sys.stderr, flush=True)
         file = self._open(self._directory / f"{name}.log")
@@ -50,5 +55,5 @@ class LogSinks:
 
 
 def print_progress(text: str) -> None:
-    """Tell the user what is going on, beside the output."""
+    """Print a progress message to stderr, so that stdout stays machine-readable."""
     print(f"faasmoe: {text}", file=sys.stderr, flush=True)

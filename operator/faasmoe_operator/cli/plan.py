@@ -1,4 +1,4 @@
-"""`faasmoe plan -f FILE`: what would run, and how much memory it would take."""
+"""`faasmoe plan`: shows the functions and sandboxes of a MoEModel file and their memory."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from typing import Any
 
 from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_contracts.store import Manifest
+from faasmoe_operator.api.v1alpha1.router import RouterSpec
 from faasmoe_operator.cli.formatting import format_bytes, format_table
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.plan.functions import function_bytes
+from faasmoe_operator.plan.router_weights import router_weights_bytes, widest_router_dtype
+
+RUNTIME_BYTES = 160 << 20
+"""Memory of the sandbox runtime, counted once: the zygote's PSS with torch 2.13 for CPUs."""
+SANDBOX_BYTES = 6 << 20
+"""Memory that each generic sandbox adds; buffers of its functions come on top."""
 
 
 def add_commands(commands: Any) -> None:
-    """Add the subcommand."""
+    """Add `faasmoe plan`."""
     parser = commands.add_parser(
         "plan",
         help="show what a MoEModel file would run",
-        description="Show the functions and sandboxes that `faasmoe up` would run, "
-        "and their memory, idle and with every function up.",
+        description="Show the functions and sandboxes that `faasmoe up` would run and their\n"
+        "memory, both when idle and with every function active. Requires a prepared store.",
+        epilog="Example:\n  faasmoe plan -f model.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-f", "--file", type=Path, required=True, help="MoEModel file")
     parser.set_defaults(run=run)
-
-
-RUNTIME_BYTES = 160 << 20
-"""The sandboxes' runtime, once: the zygote's proportional share with torch 2.13 for CPUs."""
-SANDBOX_BYTES = 6 << 20
-"""What each generic sandbox adds; a function's own buffers come on top."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,7 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
 def format_plan(
     deployment: LocalModel, manifest: Manifest, functions: tuple[FunctionSpec, ...]
 ) -> str:
-    """Return the plan as text: the model, its sandboxes, its functions by shape."""
+    """Return the plan as text: the model, its sandboxes, and its functions grouped by shape.
+
+    Args:
+        deployment: the model to serve.
+        manifest: manifest of its store.
+        functions: the functions that it is split into.
+    """
     capacity, pool = deployment.template.capacity, deployment.model.spec.experts.warm_pool
     n_full = -(-len(functions) // capacity)
     sizes = {f.id: function_bytes(f, manifest.layers) for f in functions}
@@ -59,13 +68,13 @@ def format_plan(
             ("architecture", f"{model.architecture}, {model.dtype}"),
             ("moe layers", str(len(manifest.layers))),
             ("functions", f"{len(functions)}, {format_bytes(weights)} of weights"),
-            ("sandboxes", f"{capacity} functions in each at most, {pool} generic ones kept ready"),
-            ("router", f"{format_bytes(_router_weights_bytes(manifest))} of weights"),
+            ("sandboxes", f"up to {capacity} functions each, {pool} generic kept ready"),
+            ("router", _describe_router_weights(deployment.model.spec.router, manifest)),
             ("idle", f"{pool} sandboxes, about {format_bytes(_sandbox_bytes(pool))}"),
             (
-                "all up",
+                "all active",
                 f"{n_full + pool} sandboxes, about "
-                f"{format_bytes(weights + _sandbox_bytes(n_full + pool))} with weights, once",
+                f"{format_bytes(weights + _sandbox_bytes(n_full + pool))} including weights",
             ),
         ],
     )
@@ -74,12 +83,20 @@ def format_plan(
         (experts, str(layers), str(count), format_bytes(size))
         for (experts, layers, size), count in shapes.items()
     ]
-    return f"{head}\n\n{format_table(('EXPERTS', 'LAYERS', 'FUNCTIONS', 'WEIGHTS OF EACH'), rows)}"
+    return f"{head}\n\n{format_table(('EXPERTS', 'LAYERS', 'FUNCTIONS', 'WEIGHTS EACH'), rows)}"
 
 
-def _router_weights_bytes(manifest: Manifest) -> int:
+def _describe_router_weights(router: RouterSpec, manifest: Manifest) -> str:
+    store_dtype = manifest.model.dtype
     files = manifest.files.items()
-    return sum(file.size_bytes for name, file in files if name.startswith("router/"))
+    stored_bytes = sum(file.size_bytes for name, file in files if name.startswith("router/"))
+    dtype = widest_router_dtype(router.dtype, router.device, store_dtype=store_dtype)
+    size = format_bytes(router_weights_bytes(stored_bytes, store_dtype=store_dtype, dtype=dtype))
+    if dtype == store_dtype:
+        return f"{size} of weights"
+    if router.dtype == "auto":
+        return f"up to {size} of weights, {dtype} on a CPU without fast {store_dtype}"
+    return f"{size} of weights, {dtype}"
 
 
 def _sandbox_bytes(n_sandboxes: int) -> int:

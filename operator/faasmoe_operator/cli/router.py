@@ -1,4 +1,4 @@
-"""The router as a child: its environment, and waiting until it serves."""
+"""The router as a child process: its environment, listening address and health check."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from faasmoe_operator.errors import CommandError
 
 COMMAND = (sys.executable, "-m", "faasmoe_router")
 START_TIMEOUT_S = 900.0
-GRACE_S = 35.0  # the router finishes running requests for up to 30 s
+GRACE_S = 35.0  # the router drains running requests for up to 30 s
 PROBE_INTERVAL_S = 0.1
 PROBE_TIMEOUT_S = 2.0
 PROGRESS_INTERVAL_S = 5.0
 
 DEFAULT_ENVIRONMENT = {
-    # Threads that wait by spinning steal the cores that the sandboxes compute on.
+    # Spinning OpenMP threads would take CPU time from the sandboxes.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # A heap for each thread would keep free memory in each.
+    # One malloc arena per thread would retain free memory in each.
     "MALLOC_ARENA_MAX": "1",
-    # Half a megabyte for each shape, and each number of rows is one: 1024 by default.
+    # A cached primitive takes about 0.5 MB and every row count needs its own; the default is 1024.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the router listens."""
+    """Address on which the router listens."""
 
     host: str
     port: int
 
     @property
     def url(self) -> str:
-        """Its address for a client on this machine."""
+        """Base URL for a client on this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     def check_free(self) -> None:
-        """Raise CommandError if nothing could listen here."""
+        """Raise CommandError if the address cannot be bound."""
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(
                 self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -71,14 +71,16 @@ def environment(
     token: str,
     tenants_file: Path | None = None,
 ) -> dict[str, str]:
-    """Return the whole environment of the router.
+    """Return the complete environment of the router.
+
+    Variables of spec.router.env override inherited ones; FAASMOE_* settings override both.
 
     Args:
-        deployment: what is to be served.
-        endpoint: where.
-        control_url: address of the control API.
-        token: the sandboxes' and the control's token.
-        tenants_file: who may use it; everyone without.
+        deployment: the model to serve.
+        endpoint: address to listen on.
+        control_url: base URL of the control API.
+        token: bearer token of the sandboxes and the control API.
+        tenants_file: the tenants file; without one the model is open to everyone.
     """
     router = deployment.model.spec.router
     settings = {
@@ -88,6 +90,7 @@ def environment(
         "HOST": endpoint.host,
         "PORT": endpoint.port,
         "DEVICE": router.device,
+        "DTYPE": router.dtype,
         "PLACEMENT": deployment.model.spec.experts.placement or "auto",
         "MAX_NUM_SEQS": router.max_num_seqs,
         "MAX_NUM_BATCHED_TOKENS": router.max_num_batched_tokens,
@@ -112,7 +115,16 @@ async def wait_until_healthy(
     progress: Callable[[str], None],
     timeout_s: float = START_TIMEOUT_S,
 ) -> None:
-    """Wait until the router says that it can serve; raises CommandError."""
+    """Poll the router until it is healthy.
+
+    Args:
+        endpoint: address of the router.
+        progress: called with a message every PROGRESS_INTERVAL_S seconds.
+        timeout_s: how long to wait.
+
+    Raises:
+        CommandError: it was not healthy within timeout_s seconds.
+    """
     started_s = last_progress_s = time.monotonic()
     timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout) as http:
@@ -121,7 +133,7 @@ async def wait_until_healthy(
                 return
             now_s = time.monotonic()
             if now_s - started_s > timeout_s:
-                raise CommandError(f"the router did not serve after {timeout_s:g} s")
+                raise CommandError(f"the router was not healthy within {timeout_s:g} s")
             if now_s - last_progress_s > PROGRESS_INTERVAL_S:
                 progress(f"waiting for the router, {now_s - started_s:.0f} s")
                 last_progress_s = now_s

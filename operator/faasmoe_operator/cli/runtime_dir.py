@@ -1,7 +1,7 @@
-"""The private folder of each running `faasmoe up`, by which other commands find it.
+"""The private runtime folder of each `faasmoe up`, through which other commands find it.
 
-All lie in one folder of the user's own, mode 0700: in XDG_RUNTIME_DIR, else in the temporary
-folder. What a killed `faasmoe up` left is removed by the next one.
+The folders share a parent with mode 0700 in XDG_RUNTIME_DIR or, without that variable, in the
+temporary directory. The next `faasmoe up` removes the folders of instances that were killed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class LocalInstance:
     Attributes:
         name: the model's name.
         file: the MoEModel file.
-        pid: its process.
-        control_url: address of the control API.
-        token: the control API's token.
+        pid: process id of `faasmoe up`.
+        control_url: base URL of the control API.
+        token: bearer token of the control API.
     """
 
     name: str
@@ -42,7 +42,7 @@ class LocalInstance:
 
     @property
     def is_alive(self) -> bool:
-        """Whether its process still is there."""
+        """Whether the process exists."""
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -54,7 +54,11 @@ class LocalInstance:
 
 @contextmanager
 def private_runtime_dir() -> Iterator[Path]:
-    """Make a private folder for this process and remove it at the end; raises CommandError."""
+    """Create a private folder and remove it on exit.
+
+    Raises:
+        CommandError: the parent folder cannot be created or is accessible to others.
+    """
     base = _base_dir()
     _remove_stale(base)
     folder = Path(tempfile.mkdtemp(prefix=INSTANCE_DIR_PREFIX, dir=base))
@@ -65,7 +69,7 @@ def private_runtime_dir() -> Iterator[Path]:
 
 
 def register_instance(instance: LocalInstance, folder: Path) -> None:
-    """Let other commands of this user find a running `faasmoe up`."""
+    """Write the file by which other commands of this user find the instance."""
     temporary = folder / f"{INSTANCE_FILE_NAME}.tmp"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
@@ -74,37 +78,42 @@ def register_instance(instance: LocalInstance, folder: Path) -> None:
 
 
 def list_instances() -> list[LocalInstance]:
-    """Return every `faasmoe up` of this user that runs; raises CommandError."""
-    entries = (
-        _read_instance(folder) for folder in sorted(_base_dir().glob(f"{INSTANCE_DIR_PREFIX}*"))
-    )
-    return [entry for entry in entries if entry is not None and entry.is_alive]
+    """Return the running instances of this user.
+
+    Raises:
+        CommandError: the parent folder cannot be created or is accessible to others.
+    """
+    folders = sorted(_base_dir().glob(f"{INSTANCE_DIR_PREFIX}*"))
+    instances = map(_read_instance, folders)
+    return [instance for instance in instances if instance is not None and instance.is_alive]
 
 
 def _base_dir() -> Path:
-    given = os.environ.get("XDG_RUNTIME_DIR", "")
-    name = "faasmoe" if given else f"faasmoe-{os.getuid()}"
-    path = Path(given or tempfile.gettempdir()) / name
+    runtime_dir = os.environ.get("XDG_RUNTIME_DIR", "")
+    name = "faasmoe" if runtime_dir else f"faasmoe-{os.getuid()}"
+    path = Path(runtime_dir or tempfile.gettempdir()) / name
     try:
         path.mkdir(mode=0o700, exist_ok=True)
-        found = path.lstat()
+        info = path.lstat()
     except OSError as error:
-        raise CommandError(f"{path}: cannot be made: {error.strerror}") from error
-    is_folder = stat.S_ISDIR(found.st_mode)
-    if not is_folder or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise CommandError(f"{path}: expected a folder of our own that nobody else can enter")
+        raise CommandError(f"{path}: cannot be created: {error.strerror}") from error
+    is_folder = stat.S_ISDIR(info.st_mode)
+    if not is_folder or info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
+        raise CommandError(
+            f"{path}: expected a folder owned by this user and inaccessible to others"
+        )
     return path
 
 
 def _remove_stale(base: Path) -> None:
     for folder in base.glob(f"{INSTANCE_DIR_PREFIX}*"):
-        entry = _read_instance(folder)
-        if entry is not None and not entry.is_alive:
+        instance = _read_instance(folder)
+        if instance is not None and not instance.is_alive:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_instance(folder: Path) -> LocalInstance | None:
-    """Return what is announced in a folder; None if nothing is, or it was just removed."""
+    """Return the instance registered in a folder; None if there is none or it was just removed."""
     try:
         return LocalInstance(**json.loads((folder / INSTANCE_FILE_NAME).read_text()))
     except (OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""Signals for a running coroutine: the first one cancels it, the second one ends the process."""
+"""Signal handling: the first signal cancels the main coroutine, the second exits at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ TERMINATION_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 async def run_until_signal(coroutine: Coroutine[Any, Any, int]) -> int:
     """Run a coroutine and return its exit status, or 128 + N if signal N cancelled it.
 
-    The children of a process that is ended by a second signal end with it by their lifelines.
+    A second signal exits without cleanup; children notice the death of their parent
+    (`faasmoe_contracts.parent_death`) and exit too.
     """
     task = asyncio.create_task(coroutine)
     received: list[int] = []
@@ -27,7 +28,7 @@ async def run_until_signal(coroutine: Coroutine[Any, Any, int]) -> int:
 
     loop = asyncio.get_running_loop()
     for number in TERMINATION_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             loop.add_signal_handler(number, on_signal, number)
     try:
         return await task

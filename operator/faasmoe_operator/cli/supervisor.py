@@ -1,4 +1,4 @@
-"""Children that are started again when they end: the zygote and the control process."""
+"""Restarts child processes that exit: the zygote and the control process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Never
 
+from faasmoe_contracts.backoff import Backoff
 from faasmoe_operator.cli import child_process
 from faasmoe_operator.cli.logs import print_progress
 from faasmoe_operator.errors import CommandError
@@ -16,12 +17,12 @@ from faasmoe_operator.errors import CommandError
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """How a child is started again.
+    """When and how often a child is restarted.
 
     Attributes:
-        delays_s: before each restart in a row; the last one repeats.
-        most: ends in a row after which it is given up.
-        settled_s: how long it must live for its end not to count as one of a row.
+        backoff_s: delays before consecutive restarts; the last one repeats.
+        max_failures: number of consecutive failures after which the child is not restarted.
+        reset_after_s: run time after which an exit no longer counts as consecutive.
     """
 
     backoff_s: tuple[float, ...] = (0.0, 0.5, 2.0, 5.0)
@@ -30,7 +31,13 @@ class RestartPolicy:
 
 
 class SupervisedChild:
-    """A child that is kept running; `kept` makes one."""
+    """A child process that is restarted; created by `supervised`.
+
+    Attributes:
+        name: name for messages.
+        pid: process id; None between an exit and the restart.
+        n_restarts: restarts so far.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -48,18 +55,18 @@ async def supervised(
     grace_s: float,
     restarts: RestartPolicy | None = None,
 ) -> AsyncIterator[tuple[SupervisedChild, asyncio.Task[Never]]]:
-    """Keep a child running as long as the context lasts.
+    """Keep a child process running for the lifetime of the context.
 
     Args:
-        name: what it is called.
-        command: what to run.
-        environment: all of its environment.
-        log: gets each line that it writes.
-        grace_s: how long it may take to end when asked to.
-        restarts: how restarting it.
+        name: name for messages.
+        command: the command line.
+        environment: the complete environment of the child.
+        log: called with each output line.
+        grace_s: seconds between SIGTERM and SIGKILL.
+        restarts: restart policy; None for the default one.
 
     Yields:
-        The child, and a task that raises CommandError when it is given up.
+        The child, and a task that raises CommandError once the child is not restarted.
     """
     supervised_child = SupervisedChild(name)
 
@@ -83,20 +90,18 @@ async def _supervise(
     run: Callable[[], Awaitable[str]],
     restart_policy: RestartPolicy,
 ) -> Never:
-    failures = 0
+    backoff = Backoff(restart_policy.backoff_s)
     while True:
         started_s = time.monotonic()
         exit_description = await run()
         supervised_child.pid = None
-        failures = (
-            1 if time.monotonic() - started_s >= restart_policy.reset_after_s else failures + 1
-        )
-        if failures >= restart_policy.max_failures:
+        if time.monotonic() - started_s >= restart_policy.reset_after_s:
+            backoff.reset()
+        delay_s = backoff.next_delay_s()
+        if backoff.n_failures >= restart_policy.max_failures:
             raise CommandError(f"the {supervised_child.name} {exit_description}")
         print_progress(
             f"the {supervised_child.name} {exit_description.splitlines()[0]}; restarting it"
         )
         supervised_child.n_restarts += 1
-        await asyncio.sleep(
-            restart_policy.backoff_s[min(failures - 1, len(restart_policy.backoff_s) - 1)]
-        )
+        await asyncio.sleep(delay_s)

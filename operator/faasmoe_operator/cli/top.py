@@ -1,6 +1,7 @@
-"""One frame of `faasmoe top`: the control's status as text. Pure.
+"""`faasmoe top`: polls the status of a running model and prints it as a table.
 
-`faasmoe top`: what a running model's functions and sandboxes do, again and again.
+It reads only GET /v1/status of the control API, so it works against any control process. Without
+--url it finds the local instance through `runtime_dir`.
 """
 
 from __future__ import annotations
@@ -33,14 +34,17 @@ FUNCTION_HEADER = (
     "WEIGHTS",
     "MEMORY",
 )
+TOKEN_VARIABLE = "FAASMOE_TOKEN"
+CLEAR = "\x1b[H\x1b[2J"
+DEFAULT_LINES = 30
 
 
 def render_status(status: Mapping[str, Any], *, max_lines: int) -> str:
-    """Return a frame: totals, then the functions that were used most.
+    """Return totals, then a table of the functions with the most rows first.
 
     Args:
-        status: what GET /v1/status says.
-        max_lines: functions at most.
+        status: the response to GET /v1/status.
+        max_lines: maximum number of functions.
     """
     functions = sorted(status["functions"], key=lambda f: (-f["rows"], -f["ready"]))
     memory = _memory_by_function(status["sandboxes"])
@@ -49,7 +53,7 @@ def render_status(status: Mapping[str, Any], *, max_lines: int) -> str:
     ]
     n_hidden = len(functions) - len(rows)
     lines = [*_summary_lines(status), "", format_table(FUNCTION_HEADER, rows)]
-    return "\n".join(lines + ([f"and {n_hidden} functions more"] if n_hidden else []))
+    return "\n".join(lines + ([f"and {n_hidden} more functions"] if n_hidden else []))
 
 
 def _summary_lines(status: Mapping[str, Any]) -> list[str]:
@@ -59,7 +63,7 @@ def _summary_lines(status: Mapping[str, Any]) -> list[str]:
     reasons = ", ".join(f"{name} {count}" for name, count in sorted(status["decisions"].items()))
     return [
         f"{status['model']}: {len(functions)} functions ({_count_by_state(functions)}), "
-        f"{sum(f['ready'] for f in functions)} replicas, {format_bytes(weights)} of weights up",
+        f"{sum(f['ready'] for f in functions)} replicas, {format_bytes(weights)} of active weights",
         f"sandboxes: {len(sandboxes)} ({_count_by_state(sandboxes)}), {format_bytes(memory)}; "
         f"generic: {pool['ready']}, pool of {pool['size']}",
         f"routers: {status['followers']}; queued calls and requests: {status['held']}; "
@@ -73,7 +77,7 @@ def _count_by_state(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _memory_by_function(sandboxes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return each function's share of its sandboxes' memory."""
+    """Return each function's memory in bytes: its equal share of the PSS of its sandboxes."""
     memory: dict[str, float] = {}
     for sandbox in sandboxes:
         for function in sandbox["functions"]:
@@ -100,33 +104,44 @@ def _function_row(function: Mapping[str, Any], memory_bytes: float | None) -> tu
     )
 
 
-TOKEN_VARIABLE = "FAASMOE_TOKEN"
-CLEAR = "\x1b[H\x1b[2J"
-DEFAULT_LINES = 30
-
-
 def add_commands(commands: Any) -> None:
-    """Add the subcommand."""
+    """Add `faasmoe top`."""
     parser = commands.add_parser(
         "top",
-        help="show a running model's functions and sandboxes",
-        description="Show functions by state, replicas, load and memory of a running model. Finds "
-        f"`faasmoe up` of this user by itself; --url and {TOKEN_VARIABLE} name another control.",
+        help="show the functions and sandboxes of a running model",
+        description="Show state, replicas, load and memory of the functions of a running model.\n"
+        "Finds the running `faasmoe up` of this user; --url selects another control API.",
+        epilog="Examples:\n"
+        "  faasmoe top\n"
+        "  faasmoe top --once -f model.yaml\n"
+        f"  {TOKEN_VARIABLE}=SECRET faasmoe top --url http://127.0.0.1:8080",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-f", "--file", type=Path, help="MoEModel file, if several are served")
-    parser.add_argument("--url", help=f"address of a control API; its token in {TOKEN_VARIABLE}")
-    parser.add_argument("--once", action="store_true", help="print once and end")
     parser.add_argument(
-        "--interval", type=_interval_seconds, default=2.0, metavar="S", help="seconds (%(default)s)"
+        "-f", "--file", type=Path, help="MoEModel file, to choose among several running models"
     )
     parser.add_argument(
-        "--lines", type=int, default=DEFAULT_LINES, help="functions at most (%(default)s)"
+        "--url", help=f"base URL of a control API; set {TOKEN_VARIABLE} to its token"
+    )
+    parser.add_argument("--once", action="store_true", help="print once and exit")
+    parser.add_argument(
+        "--interval",
+        type=_interval_seconds,
+        default=2.0,
+        metavar="S",
+        help="seconds between updates (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lines",
+        type=int,
+        default=DEFAULT_LINES,
+        help="maximum number of functions to show (default: %(default)s)",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print frames until a signal, or one."""
+    """Print the status once, or repeatedly until a signal arrives."""
     url, token = _control_address(arguments)
     return asyncio.run(run_until_signal(_refresh_until_cancelled(url, token, arguments)))
 
@@ -144,20 +159,19 @@ async def _refresh_until_cancelled(url: str, token: str, arguments: argparse.Nam
 def _control_address(arguments: argparse.Namespace) -> tuple[str, str]:
     if arguments.url is not None:
         return arguments.url.rstrip("/"), os.environ.get(TOKEN_VARIABLE, "")
-    found = [entry for entry in list_instances() if _serves_file(entry, arguments.file)]
-    if len(found) != 1:
-        names = ", ".join(f"{entry.name} ({entry.file})" for entry in found)
-        what = (
-            f"several instances are running: {names}; name one with --file"
-            if found
-            else "no instance is running"
+    instances = [i for i in list_instances() if _serves_file(i, arguments.file)]
+    if not instances:
+        raise CommandError("faasmoe up: no instance is running")
+    if len(instances) > 1:
+        names = ", ".join(f"{instance.name} ({instance.file})" for instance in instances)
+        raise CommandError(
+            f"faasmoe up: several instances are running: {names}; choose one with --file"
         )
-        raise CommandError(f"faasmoe up: {what}")
-    return found[0].control_url, found[0].token
+    return instances[0].control_url, instances[0].token
 
 
-def _serves_file(entry: LocalInstance, file: Path | None) -> bool:
-    return file is None or str(file.resolve()) == entry.file
+def _serves_file(instance: LocalInstance, file: Path | None) -> bool:
+    return file is None or str(file.resolve()) == instance.file
 
 
 def _interval_seconds(text: str) -> float:

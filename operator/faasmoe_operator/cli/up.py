@@ -1,10 +1,7 @@
-"""Whether this machine has the devices that a MoEModel asks for: asked before anything is started.
+"""`faasmoe up`: serves a MoEModel file with processes on this machine, until a signal.
 
-The control plane has no torch, so a process that has it is asked, and only if cuda is asked for.
-
-What `faasmoe up` tells its user once the model is served.
-
-`faasmoe up -f FILE`: a model served by processes of this machine, until Ctrl-C.
+Everything that can fail because of user input (the file, the port, devices, the store) is checked
+before the first process starts, so that errors appear as one message and not in a child's log.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ from pathlib import Path
 from typing import Any, Never
 
 from faasmoe_contracts.store import Store
+from faasmoe_kernels import describe_cpu_kernels
 from faasmoe_operator.api.v1alpha1 import MoEModelError
 from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
 from faasmoe_operator.cli import child_process, control, router
@@ -38,25 +36,112 @@ from faasmoe_operator.platforms.process import pss_bytes
 DEVICE_PROBE_COMMAND = (sys.executable, "-m", "faasmoe_expert.device")
 DEVICE_PROBE_TIMEOUT_S = 60.0
 CUDA = "cuda"
+PREPARE_GRACE_S = 10.0
+PROCESS_HEADER = ("PROCESS", "PID", "MEMORY")
+
+
+def add_commands(commands: Any) -> None:
+    """Add `faasmoe up`."""
+    parser = commands.add_parser(
+        "up",
+        help="serve a MoEModel file on this machine",
+        description="Serve a MoEModel file with processes on this machine until Ctrl-C.\n"
+        "Prepares the store first if it does not exist.",
+        epilog="Examples:\n"
+        "  faasmoe up -f model.yaml\n"
+        "  faasmoe up -f model.yaml --host 0.0.0.0 --port 9000 --log-dir logs\n\n"
+        "Then, from another terminal:\n"
+        "  curl http://127.0.0.1:8000/v1/models\n"
+        "  faasmoe top",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-f", "--file", type=Path, required=True, help="MoEModel file")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=_port, default=8000, help="port to listen on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--log-dir",
+        type=Path,
+        metavar="DIR",
+        help="write one log file per process to DIR instead of printing to the terminal",
+    )
+    parser.add_argument(
+        "--skip-verify", action="store_true", help="do not verify the checksums of the store"
+    )
+    parser.set_defaults(run=run)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected 1 to 65535")
+    return int(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve the model until a signal arrives or a process fails."""
+    deployment = LocalModel.load(arguments.file)
+    deployment.check_api_keys()
+    for warning in process_platform_warnings(deployment.model):
+        print_progress(warning)
+    endpoint = router.Endpoint(arguments.host, arguments.port)
+    endpoint.check_free()
+    with LogSinks(arguments.log_dir) as logs:
+        skip_verify = arguments.skip_verify
+        return asyncio.run(
+            run_until_signal(
+                _prepare_and_serve(deployment, endpoint, logs, skip_verify=skip_verify)
+            )
+        )
+
+
+async def _prepare_and_serve(
+    deployment: LocalModel, endpoint: router.Endpoint, logs: LogSinks, *, skip_verify: bool
+) -> int:
+    await check_devices(deployment)
+    if not deployment.is_prepared:
+        await _prepare(deployment)
+        skip_verify = True  # the checksums were computed just now
+    store = deployment.open_store()
+    # Raises MoEModelError here rather than in the log of the control process.
+    deployment.functions(store.manifest, key=secrets.token_bytes(32))
+    if not skip_verify:
+        await _verify(store)
+    with private_runtime_dir() as folder, closing(control.ReservedControlPort.reserve()) as port:
+        spec = StackSpec.create(deployment, endpoint, folder=folder, port=port)
+        register_instance(spec.instance, folder)
+        print_progress(f"CPU kernels: {describe_cpu_kernels()}")
+        print_progress("starting zygote, control process and router")
+        async with running_stack(spec, logs) as processes:
+            return await _serve(spec, processes)
 
 
 async def check_devices(
     deployment: LocalModel, *, command: Sequence[str] = DEVICE_PROBE_COMMAND
 ) -> None:
-    """Raise MoEModelError if cuda is asked for and this machine has none.
+    """Check that this machine has the devices that the model requests.
+
+    This process does not import torch, so a child process probes the devices, and only if the
+    model requests cuda.
 
     Args:
-        deployment: what is to be served.
-        command: says as JSON what devices there are.
+        deployment: the model to serve.
+        command: prints the devices as a JSON object with `n_devices` and `why_none`.
+
+    Raises:
+        MoEModelError: cuda is requested but not available.
+        CommandError: the probe failed.
     """
     spec = deployment.model.spec
     devices = {"spec.router.device": spec.router.device, "spec.experts.device": spec.experts.device}
     fields = [field for field, device in devices.items() if device == CUDA]
     if not fields:
         return
-    found = await _probe_devices(command)
-    if found["n_devices"] == 0:
-        expected = f"cpu or auto on this machine: {found['why_none']}"
+    probe = await _probe_devices(command)
+    if probe["n_devices"] == 0:
+        expected = f"cpu or auto on this machine: {probe['why_none']}"
         problems = [f"{field}: got {CUDA}, expected {expected}" for field in fields]
         raise MoEModelError(str(deployment.file), problems)
 
@@ -80,109 +165,6 @@ async def _probe_devices(command: Sequence[str]) -> dict[str, Any]:
         raise CommandError(f"{command[-1]} ended with status {process.returncode}") from None
 
 
-PROCESS_HEADER = ("PROCESS", "PID", "MEMORY")
-
-
-def format_summary(
-    status: Mapping[str, Any],
-    *,
-    url: str,
-    control_url: str,
-    pids: Mapping[str, int | None],
-    tenants: Sequence[str] = (),
-) -> str:
-    """Return endpoints and memory as text; memory is what each process has touched (PSS).
-
-    Args:
-        status: what the control says.
-        url: the router's address.
-        control_url: the control API's address.
-        pids: the processes that are no sandboxes, by name.
-        tenants: names of those who may use the model; none if it is open.
-    """
-    functions, sandboxes = status["functions"], status["sandboxes"]
-    n_active = sum(function["ready"] > 0 for function in functions)
-    sizes = {name: pss_bytes(pid) if pid else None for name, pid in pids.items()}
-    sandbox_bytes = sum(sandbox["pss_bytes"] or 0 for sandbox in sandboxes)
-    rows = [(name, str(pids[name] or "-"), format_bytes(size)) for name, size in sizes.items()]
-    rows.append((f"{len(sandboxes)} sandboxes", "-", format_bytes(sandbox_bytes)))
-    total = sum(size or 0 for size in sizes.values()) + sandbox_bytes
-    return "\n".join(
-        [
-            f"{status['model']} is served by {len(functions)} functions, {n_active} of them up now, "
-            f"in {len(sandboxes)} sandboxes",
-            "",
-            f"  OpenAI base URL  {url}/v1",
-            *(f"  tenant           {name}: {url}/{name}/v1" for name in tenants),
-            f"  model            {status['model']}",
-            f"  control          {control_url}  (faasmoe top)",
-            "",
-            format_table(PROCESS_HEADER, rows),
-            f"memory of all processes, pages shared counted once: {format_bytes(total)}",
-        ]
-    )
-
-
-PREPARE_GRACE_S = 10.0
-
-
-def add_commands(commands: Any) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser(
-        "up",
-        help="serve a MoEModel file on this machine",
-        description="Serve a MoEModel file with processes of this machine, until Ctrl-C. The "
-        "store is prepared first if there is none.",
-    )
-    parser.add_argument("-f", "--file", type=Path, required=True, help="MoEModel file")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=_port, default=8000, help="port (%(default)s)")
-    parser.add_argument(
-        "--log-dir", type=Path, help="write the processes' logs to files here, not to the terminal"
-    )
-    parser.add_argument(
-        "--skip-verify", action="store_true", help="trust the store: do not check its checksums"
-    )
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Serve until a signal or a failure."""
-    deployment = LocalModel.load(arguments.file)
-    deployment.check_api_keys()
-    for note in process_platform_warnings(deployment.model):
-        print_progress(note)
-    endpoint = router.Endpoint(arguments.host, arguments.port)
-    endpoint.check_free()
-    with LogSinks(arguments.log_dir) as logs:
-        skip_verify = arguments.skip_verify
-        return asyncio.run(
-            run_until_signal(
-                _prepare_and_serve(deployment, endpoint, logs, skip_verify=skip_verify)
-            )
-        )
-
-
-async def _prepare_and_serve(
-    deployment: LocalModel, endpoint: router.Endpoint, logs: LogSinks, *, skip_verify: bool
-) -> int:
-    await check_devices(deployment)
-    if not deployment.is_prepared:
-        await _prepare(deployment)
-        skip_verify = True  # the checksums were made this moment
-    store = deployment.open_store()
-    # Refused here, where the user reads it, and not in a child.
-    deployment.functions(store.manifest, key=secrets.token_bytes(32))
-    if not skip_verify:
-        await _verify(store)
-    with private_runtime_dir() as folder, closing(control.ReservedControlPort.reserve()) as port:
-        spec = StackSpec.create(deployment, endpoint, folder=folder, port=port)
-        register_instance(spec.instance, folder)
-        print_progress("starting zygote, control process and router")
-        async with running_stack(spec, logs) as processes:
-            return await _serve(spec, processes)
-
-
 async def _prepare(deployment: LocalModel) -> None:
     source, path = deployment.source, deployment.store_path
     print_progress(f"preparing {source} in {path}")
@@ -198,16 +180,20 @@ async def _prepare(deployment: LocalModel) -> None:
 
 
 async def _verify(store: Store) -> None:
-    """Check the store's files, one after the other, so that a signal need not wait for them all."""
+    """Verify the store's checksums file by file, so that a signal waits for one file at most."""
     files = store.manifest.files
     size = format_bytes(sum(file.size_bytes for file in files.values()))
-    print_progress(f"checking the store's {len(files)} files, {size} (--skip-verify leaves it out)")
+    print_progress(f"verifying {len(files)} files of the store, {size} (skip with --skip-verify)")
     for name in files:
         await asyncio.to_thread(store.verify, [name])
 
 
 async def _serve(spec: StackSpec, processes: StackProcesses) -> int:
-    """Serve until a signal cancels this task: once the model is served, that is a good end."""
+    """Serve until a process fails or a signal cancels this task.
+
+    A signal after startup is a normal exit with status 0; during startup the cancellation
+    propagates.
+    """
     task, serving = asyncio.current_task(), asyncio.Event()
     assert task is not None
     try:
@@ -220,7 +206,7 @@ async def _serve(spec: StackSpec, processes: StackProcesses) -> int:
             raise
         task.uncancel()
     finally:
-        print_progress("ending")
+        print_progress("shutting down")
     return 0
 
 
@@ -238,18 +224,54 @@ async def _print_summary_when_healthy(
         pids=processes.pids,
         tenants=[tenant.name for tenant in spec.deployment.model.spec.tenants],
     )
-    serving.set()  # before it is told: whoever reads it may send the signal at once
+    serving.set()  # before printing: a reader of the summary may send a signal immediately
     print(text, flush=True)
 
 
-async def _wait_forever() -> None:
-    await asyncio.Event().wait()
+def format_summary(
+    status: Mapping[str, Any],
+    *,
+    url: str,
+    control_url: str,
+    pids: Mapping[str, int | None],
+    tenants: Sequence[str] = (),
+) -> str:
+    """Return endpoints and memory (PSS) of the running processes as text.
+
+    Args:
+        status: the response to GET /v1/status.
+        url: base URL of the router.
+        control_url: base URL of the control API.
+        pids: process ids of all processes except sandboxes, by name.
+        tenants: names of the tenants; empty if the model is open to everyone.
+    """
+    functions, sandboxes = status["functions"], status["sandboxes"]
+    n_active = sum(function["ready"] > 0 for function in functions)
+    sizes = {name: pss_bytes(pid) if pid else None for name, pid in pids.items()}
+    sandbox_bytes = sum(sandbox["pss_bytes"] or 0 for sandbox in sandboxes)
+    rows = [(name, str(pids[name] or "-"), format_bytes(size)) for name, size in sizes.items()]
+    rows.append((f"{len(sandboxes)} sandboxes", "-", format_bytes(sandbox_bytes)))
+    total = sum(size or 0 for size in sizes.values()) + sandbox_bytes
+    return "\n".join(
+        [
+            f"{status['model']} is served by {len(functions)} functions, {n_active} of them "
+            f"active, in {len(sandboxes)} sandboxes",
+            "",
+            f"  OpenAI base URL  {url}/v1",
+            *(f"  tenant           {name}: {url}/{name}/v1" for name in tenants),
+            f"  model            {status['model']}",
+            f"  control          {control_url}  (faasmoe top)",
+            "",
+            format_table(PROCESS_HEADER, rows),
+            f"memory of all processes, shared pages counted once: {format_bytes(total)}",
+        ]
+    )
 
 
 async def _run_until_failure(
     failures: Collection[asyncio.Task[Never]], coroutine: Coroutine[Any, Any, None]
 ) -> None:
-    """Run the work to its end, or until a failure ends it and is raised."""
+    """Run a coroutine to completion, or cancel it and raise once a process has failed."""
     task = asyncio.create_task(coroutine)
     try:
         await asyncio.wait([task, *failures], return_when=asyncio.FIRST_COMPLETED)
@@ -262,7 +284,5 @@ async def _run_until_failure(
         await asyncio.gather(task, return_exceptions=True)
 
 
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected 1 to 65535")
-    return int(text)
+async def _wait_forever() -> None:
+    await asyncio.Event().wait()

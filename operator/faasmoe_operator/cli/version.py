@@ -1,4 +1,4 @@
-"""`faasmoe version`."""
+"""`faasmoe version`: prints the version of the installed distribution."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 
 def add_commands(commands: Any) -> None:
-    """Add the subcommand."""
+    """Add `faasmoe version`."""
     parser = commands.add_parser("version", help="print the version")
     parser.set_defaults(run=run)
 
 
 def run(_: argparse.Namespace) -> int:
-    """Print the version of the installed distribution."""
+    """Print the version; a source tree without installed metadata has none."""
     try:
         print(f"faasmoe {version('faasmoe')}")
     except PackageNotFoundError:
-        print("faasmoe (run from its sources, not installed)")
+        print("faasmoe (running from source, not installed)")
     return 0

@@ -1,1 +1,1 @@
-"""The control core: the loop that keeps functions where they are wanted, and its HTTP API."""
+"""Control core: the loop that places and scales a model's functions, and its HTTP API."""

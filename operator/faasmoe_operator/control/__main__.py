@@ -1,4 +1,4 @@
-"""`python -m faasmoe_operator.control`: one model's control, configured by FAASMOE_* variables."""
+"""`python -m faasmoe_operator.control`: one model's control process, configured by FAASMOE_*."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from faasmoe_operator.errors import FaasmoeError
 
 
 def main() -> int:
-    """Control a model until SIGTERM; return the exit status."""
+    """Run the control process until SIGTERM; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         die_with_parent()

@@ -1,4 +1,4 @@
-"""The autoscalers of all functions: wakes and loads go in, wanted replicas come out. Pure."""
+"""The autoscalers of all functions: activations and load in, desired replicas out. Pure."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from faasmoe_operator.scaling.windows import NoData
 
 @dataclass(frozen=True, slots=True)
 class ObservedReplicas:
-    """Replicas of a function that a starting control found.
+    """Replicas of a function that a control process found when it started.
 
     Attributes:
-        assigned: in whatever state.
-        ready: those that serve.
+        assigned: number of replicas in any state.
+        ready: number of replicas that can be called.
     """
 
     assigned: int = 0
@@ -26,12 +26,12 @@ class ObservedReplicas:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaChange:
-    """A decision that changed a function's wanted replicas.
+    """A decision that changed a function's desired replicas.
 
     Attributes:
-        function: its id.
-        before: the replicas wanted until now.
-        decision: what is wanted from now on.
+        function: the function's id.
+        previous: desired replicas before the decision.
+        decision: desired replicas from now on and the reason.
     """
 
     function: str
@@ -44,8 +44,9 @@ class FunctionAutoscalers:
 
     Args:
         functions: every function of the model.
-        found: replicas that were found; None for a new deployment, which gets its initial scale.
-        now: the time.
+        observed: replicas found at startup, by function; None for a new deployment, which starts
+            with its initial scale.
+        now: current time in seconds.
     """
 
     def __init__(
@@ -56,23 +57,23 @@ class FunctionAutoscalers:
         now: float,
     ) -> None:
         self._autoscalers = {f.id: _make_autoscaler(f, observed, now=now) for f in functions}
-        self._last_observed_second = math.floor(now) - 1  # the last second whose load is known here
+        self._last_observed_second = math.floor(now) - 1  # the last second whose load was recorded
 
     def desired(self, function: str) -> int:
-        """Return the replicas that were decided last."""
+        """Return the replicas of the last decision."""
         return self._autoscalers[function].desired
 
     def phase(self, function: str) -> Phase:
-        """Return where the function is on its way to zero and back."""
+        """Return the function's activation phase."""
         return self._autoscalers[function].phase
 
     def concurrency(self, function: str, *, now: float) -> float | None:
-        """Return the stable average of the calls in flight; None if nobody reported."""
+        """Return the average calls in flight over the stable window; None without reports."""
         load = self._autoscalers[function].load(now)
         return None if isinstance(load, NoData) else load.stable
 
     def activate(self, functions: Iterable[str], *, now: float) -> list[ReplicaChange]:
-        """Take a wake; return the functions that it brings up from zero."""
+        """Activate functions; return the changes of those that were at zero."""
         changes = []
         for function in dict.fromkeys(functions):
             decision = self._autoscalers[function].activate(now)
@@ -81,54 +82,59 @@ class FunctionAutoscalers:
         return changes
 
     def observe(self, loads: Mapping[str, float] | None, *, now: float) -> None:
-        """Take a second's load of all functions, once a second; None when nothing is known."""
+        """Record the current second's load of all functions; at most once for each second.
+
+        Args:
+            loads: calls in flight by function; None if the load is unknown.
+            now: current time in seconds.
+        """
         second = math.floor(now)
         if loads is None or second <= self._last_observed_second:
             return
-        for function, scaler in self._autoscalers.items():
-            scaler.observe(now, loads.get(function, 0.0))
+        for function, autoscaler in self._autoscalers.items():
+            autoscaler.observe(now, loads.get(function, 0.0))
         self._last_observed_second = second
 
     def has_unobserved_seconds(self, now: float) -> bool:
-        """Return whether nobody has told of a second that is over."""
+        """Return whether the load of a past second was not recorded."""
         return self._last_observed_second + 1 < math.floor(now)
 
     def backfill(self, loads: Mapping[str, float] | None, *, now: float) -> None:
-        """Take that these were the loads of all seconds that are over and that nobody told of.
+        """Record these loads for all past seconds whose load was not recorded.
 
-        Windows would take such a second for one without load, and replicas would go.
+        The windows would count such seconds as idle, and the autoscalers would remove replicas.
         """
         seconds = range(self._last_observed_second + 1, math.floor(now))
         self._last_observed_second = max(self._last_observed_second, math.floor(now) - 1)
         if loads is not None:
-            for function, scaler in self._autoscalers.items():
-                scaler.backfill(seconds, loads.get(function, 0.0))
+            for function, autoscaler in self._autoscalers.items():
+                autoscaler.backfill(seconds, loads.get(function, 0.0))
 
     def is_idle(self, ready: Mapping[str, int], *, now: float) -> bool:
-        """Return whether no decision changes anything until there is load, a wake or a loss.
+        """Return whether no decision changes without load, an activation or a lost replica.
 
         Args:
-            ready: replicas of each function that serve.
-            now: the time.
+            ready: ready replicas by function.
+            now: current time in seconds.
         """
         return all(
-            scaler.is_idle(now, ready=ready.get(function, 0))
-            for function, scaler in self._autoscalers.items()
+            autoscaler.is_idle(now, ready=ready.get(function, 0))
+            for function, autoscaler in self._autoscalers.items()
         )
 
     def decide(self, ready: Mapping[str, int], *, now: float) -> list[ReplicaChange]:
-        """Decide for every function; return what changed.
+        """Decide for every function; return the changes.
 
         Args:
-            ready: replicas of each function that serve.
-            now: the time.
+            ready: ready replicas by function.
+            now: current time in seconds.
         """
         changes = []
-        for function, scaler in self._autoscalers.items():
-            before = scaler.desired
-            decision = scaler.decide(now, ready=ready.get(function, 0))
-            if decision.desired != before:
-                changes.append(ReplicaChange(function, before, decision))
+        for function, autoscaler in self._autoscalers.items():
+            previous = autoscaler.desired
+            decision = autoscaler.decide(now, ready=ready.get(function, 0))
+            if decision.desired != previous:
+                changes.append(ReplicaChange(function, previous, decision))
         return changes
 
 

@@ -1,6 +1,8 @@
-"""Reads weights into the page cache before they are asked for, so that a wake finds them there.
+"""Background tasks of a control process: popularity persistence, read-ahead and state logging.
 
-What a control does on the side: keeps the popularity, reads ahead while idle, tells changes.
+Read-ahead asks the kernel to load the weights of recently used functions into the page cache while
+the model is idle, so that a later activation does not wait for the disk. It takes a share of the
+free memory only and never blocks the event loop.
 """
 
 from __future__ import annotations
@@ -19,15 +21,104 @@ from faasmoe_operator.control.controller import Controller
 from faasmoe_operator.control.state_files import PopularityFile
 from faasmoe_operator.plan.fleet import SandboxState
 
+MAX_SHARE_OF_FREE_MEMORY = 0.25
+
 logger = logging.getLogger(__name__)
 
 
-MAX_SHARE_OF_FREE_MEMORY = 0.25
+class BackgroundTasks:
+    """Runs all background tasks of a controller.
+
+    Args:
+        controller: the running controller.
+        store: the model's store on this machine.
+        popularity_file: where the popularity is saved.
+    """
+
+    def __init__(
+        self, controller: Controller, *, store: Store, popularity_file: PopularityFile
+    ) -> None:
+        self._controller = controller
+        self._store = store
+        self._popularity_file = popularity_file
+        self._saved_popularity: dict[str, float] = {}
+        self._last_summary = ""
+
+    async def run(self) -> None:
+        """Run all tasks until cancelled, then save the popularity a last time."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for work in (self._save_popularity_loop, self._read_ahead_loop, self._log_loop):
+                    group.create_task(work())
+        finally:
+            if (rows := self._unsaved_popularity()) is not None:
+                self._popularity_file.write(rows)
+
+    async def _save_popularity_loop(self) -> None:
+        while True:
+            await asyncio.sleep(self._controller.timing.popularity_save_interval_s)
+            if (rows := self._unsaved_popularity()) is not None:
+                await asyncio.to_thread(self._popularity_file.write, rows)
+
+    def _unsaved_popularity(self) -> dict[str, float] | None:
+        """Return the popularity if it changed since the last call."""
+        rows = self._controller.function_stats.popularity_by_stable_key(self._controller.clock())
+        if rows == self._saved_popularity:
+            return None
+        self._saved_popularity = rows
+        return rows
+
+    async def _read_ahead_loop(self) -> None:
+        while True:
+            if self._is_idle():
+                await asyncio.to_thread(self._read_ahead, self._read_ahead_candidates())
+            await asyncio.sleep(self._controller.timing.read_ahead_interval_s)
+
+    def _is_idle(self) -> bool:
+        controller = self._controller
+        queued = controller.load_reports.queued(controller.clock())
+        return queued == 0 and not controller.function_stats.activating()
+
+    def _read_ahead_candidates(self) -> list[tuple[FunctionSpec, int]]:
+        """Return the recently used functions at zero with their sizes in bytes."""
+        controller = self._controller
+        ready, known = controller.fleet.ready_replicas(), controller.model.functions
+        names = controller.function_stats.recently_used(controller.clock())
+        return [(known[n].spec, known[n].size_bytes) for n in names if n not in ready]
+
+    def _read_ahead(self, functions: Sequence[tuple[FunctionSpec, int]]) -> None:
+        max_bytes = int(free_memory_bytes() * MAX_SHARE_OF_FREE_MEMORY)
+        try:
+            count = read_ahead(self._store, functions, max_bytes=max_bytes)
+        except (StoreError, OSError) as error:
+            logger.warning("read-ahead failed: %s", error)
+        else:
+            logger.debug("read ahead the weights of %d functions", count)
+
+    async def _log_loop(self) -> None:
+        while True:
+            self._log_if_changed()
+            await asyncio.sleep(self._controller.timing.log_interval_s)
+
+    def _log_if_changed(self) -> None:
+        controller = self._controller
+        functions, autoscalers = controller.model.functions, controller.autoscalers
+        states = controller.fleet.sandbox_states()
+        ready = controller.fleet.ready_replicas()
+        n_starting = sum(autoscalers.desired(n) > 0 and n not in ready for n in functions)
+        summary = (
+            f"functions: {len(ready)} of {len(functions)} up, {n_starting} starting, "
+            f"{ready.total()} replicas; sandboxes: {states[SandboxState.READY]} ready, "
+            f"{states[SandboxState.STARTING]} starting, {controller.fleet.n_generic()} generic"
+        )
+        if summary != self._last_summary:
+            logger.info("%s", summary)
+            self._last_summary = summary
 
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """Bytes of a file of the store."""
+    """A range of bytes in a file of the store."""
 
     path: Path
     offset: int
@@ -35,24 +126,28 @@ class ByteRange:
 
 
 def free_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Return the memory that could be had without swapping; 0 if the system does not tell."""
+    """Return the memory in bytes that is available without swapping; 0 if it is unknown."""
     try:
         lines = meminfo.read_text().splitlines()
     except OSError:
         return 0
-    found = (line.split() for line in lines if line.startswith("MemAvailable:"))
-    return next((int(words[1]) * 1024 for words in found), 0)
+    fields = (line.split() for line in lines if line.startswith("MemAvailable:"))
+    return next((int(words[1]) * 1024 for words in fields), 0)
 
 
 def read_ahead(
     store: Store, functions: Iterable[tuple[FunctionSpec, int]], *, max_bytes: int
 ) -> int:
-    """Ask the kernel to read functions' weights; return how many were asked for.
+    """Ask the kernel to read functions' weights; return the number of functions.
 
     Args:
-        store: where they lie.
-        functions: each function and its size, the most important first.
-        max_bytes: sizes of the functions taken, all together.
+        store: the store that holds the weights.
+        functions: each function and its size in bytes, the most important first.
+        max_bytes: maximum total size of the functions.
+
+    Raises:
+        StoreError: the store is damaged.
+        OSError: a file of the store cannot be read.
     """
     count = 0
     for spec, size_bytes in functions:
@@ -66,7 +161,7 @@ def read_ahead(
 
 
 def byte_ranges(store: Store, spec: FunctionSpec) -> Iterator[ByteRange]:
-    """Give the bytes of the store's files that a function's experts are made of."""
+    """Yield the ranges of the store's files that hold the weights of a function's experts."""
     for index in spec.layers:
         layer = store.layer_entry(index)
         path = store.path / layer.file
@@ -85,7 +180,7 @@ def byte_ranges(store: Store, spec: FunctionSpec) -> Iterator[ByteRange]:
 
 
 def _contiguous_runs(experts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Give the runs of neighbouring experts: first, and one beyond the last."""
+    """Yield the half-open intervals [start, stop) of consecutive experts."""
     start = stop = experts[0]
     for expert in experts:
         if expert > stop:
@@ -105,87 +200,3 @@ def _advise_will_need(part: ByteRange) -> None:
         os.posix_fadvise(descriptor, part.offset, part.length, os.POSIX_FADV_WILLNEED)
     finally:
         os.close(descriptor)
-
-
-class BackgroundTasks:
-    """Runs beside a controller until cancelled."""
-
-    def __init__(
-        self, controller: Controller, *, store: Store, popularity_file: PopularityFile
-    ) -> None:
-        self._controller = controller
-        self._store = store
-        self._popularity_file = popularity_file
-        self._saved: dict[str, float] = {}
-        self._last_summary = ""
-
-    async def run(self) -> None:
-        """Do all of it until cancelled; the popularity is written a last time then."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for work in (self._save_popularity, self._read_ahead_loop, self._log_loop):
-                    group.create_task(work())
-        finally:
-            if (rows := self._unsaved_popularity()) is not None:
-                self._popularity_file.write(rows)
-
-    async def _save_popularity(self) -> None:
-        while True:
-            await asyncio.sleep(self._controller.timing.popularity_save_interval_s)
-            if (rows := self._unsaved_popularity()) is not None:
-                await asyncio.to_thread(self._popularity_file.write, rows)
-
-    def _unsaved_popularity(self) -> dict[str, float] | None:
-        """Return the popularity if it has to be written."""
-        rows = self._controller.function_stats.popularity_by_stable_key(self._controller.clock())
-        if rows == self._saved:
-            return None
-        self._saved = rows
-        return rows
-
-    async def _read_ahead_loop(self) -> None:
-        while True:
-            if self._is_idle():
-                await asyncio.to_thread(self._read_ahead, self._read_ahead_candidates())
-            await asyncio.sleep(self._controller.timing.read_ahead_interval_s)
-
-    def _is_idle(self) -> bool:
-        controller = self._controller
-        queued = controller.load_reports.queued(controller.clock())
-        return queued == 0 and not controller.function_stats.activating()
-
-    def _read_ahead_candidates(self) -> list[tuple[FunctionSpec, int]]:
-        """Return the functions at zero that were used lately, with their sizes."""
-        controller = self._controller
-        ready, known = controller.fleet.ready_replicas(), controller.model.functions
-        names = controller.function_stats.recently_used(controller.clock())
-        return [(known[n].spec, known[n].size_bytes) for n in names if n not in ready]
-
-    def _read_ahead(self, functions: Sequence[tuple[FunctionSpec, int]]) -> None:
-        max_bytes = int(free_memory_bytes() * MAX_SHARE_OF_FREE_MEMORY)
-        try:
-            count = read_ahead(self._store, functions, max_bytes=max_bytes)
-        except (StoreError, OSError) as error:
-            logger.warning("read-ahead failed: %s", error)
-        else:
-            logger.debug("%d popular functions are read ahead", count)
-
-    async def _log_loop(self) -> None:
-        while True:
-            self._log_if_changed()
-            await asyncio.sleep(self._controller.timing.log_interval_s)
-
-    def _log_if_changed(self) -> None:
-        controller = self._controller
-        functions, scalers = controller.model.functions, controller.autoscalers
-        states = controller.fleet.sandbox_states()
-        ready = controller.fleet.ready_replicas()
-        n_starting = sum(scalers.desired(n) > 0 and n not in ready for n in functions)
-        summary = (
-            f"functions: {len(ready)} of {len(functions)} up, {n_starting} starting, "
-            f"{ready.total()} replicas; sandboxes: {states[SandboxState.READY]} ready, "
-            f"{states[SandboxState.STARTING]} starting, {controller.fleet.n_generic()} generic"
-        )
-        if summary != self._last_summary:
-            logger.info("%s", summary)
-            self._last_summary = summary

@@ -1,11 +1,9 @@
-"""How often the control does what, and how long it waits.
+"""The control loop of one model: observe, decide, act.
 
-The control loop: observe, decide, act. The one writer of everything that it decides.
-
-A round runs when something changed (a wake at once, the end of an action after a few milliseconds,
-in which more of them end) and every second, when the autoscalers decide. In each round the sandbox
-plan is made anew from what is written down, its actions begin, and the function table is published.
-A model at rest has neither rounds nor decisions (`rest.py`).
+A reconcile pass computes the sandbox plan from the recorded state, starts its actions and publishes
+the routing table. It runs once a second after the autoscalers' decisions, immediately on an
+activation request, and a few milliseconds after an action ends, so that actions that end together
+share one pass. An idle model has neither passes nor decisions (see `ticker.py`).
 """
 
 from __future__ import annotations
@@ -17,43 +15,49 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from faasmoe_contracts.control_messages import LoadReport
+from faasmoe_contracts.usage import UsageReport
+from faasmoe_operator.aio import ChangeNotifier
 from faasmoe_operator.control.autoscalers import FunctionAutoscalers, ReplicaChange
 from faasmoe_operator.control.executor import ActionExecutor, ExecutorContext
 from faasmoe_operator.control.fleet import Fleet
 from faasmoe_operator.control.function_stats import FunctionStats
-from faasmoe_operator.control.load_reports import LoadReport, LoadReports
+from faasmoe_operator.control.load_reports import LoadReports
 from faasmoe_operator.control.metrics import ControlPlaneMetrics
 from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.routing_table import RoutingTablePublisher
 from faasmoe_operator.control.sandbox_client import SandboxClient
 from faasmoe_operator.control.sandbox_prober import SandboxProber
 from faasmoe_operator.control.ticker import Ticker, idle_until
-from faasmoe_operator.control.usage_ledger import UsageLedger, UsageReport
+from faasmoe_operator.control.usage_ledger import UsageLedger
 from faasmoe_operator.plan.fleet import FleetSettings, FunctionDemand
 from faasmoe_operator.plan.sandboxes import plan_sandboxes
 from faasmoe_operator.platforms.base import Platform
-from faasmoe_operator.platforms.registry import ChangeNotifier as Notice
+
+SUSPENDED_AFTER_S = 5.0  # without a tick or a load report although there is load
+UNKNOWN_CONCURRENCY = 0.001  # of an active function whose load is unknown: keeps one replica
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ControllerTiming:
-    """Periods and deadlines.
+    """Intervals and timeouts of a controller and its background tasks.
 
     Attributes:
-        tick_s: between two decisions of the autoscalers, as routers report once a second.
-        coalesce_s: for finished actions to gather before the next round and table change.
-        drain_s: between a function's address leaving the table and its detach, for calls that are
-            on their way.
-        probe_interval_s: between two inspections of a sandbox.
-        start_deadline_s: for a sandbox to become ready.
-        adopt_timeout_s: for sandboxes found at the start to tell what they hold: as long as it
-            takes to give up one that is silent, for what is not told is attached once more.
-        save_interval_s: between two writes of the popularity, at least.
-        accounts_interval_s: from a change of the tenants' accounts to its being written.
-        read_ahead_interval_s: between two read-aheads while idle.
-        tell_interval_s: between two log lines that say what has changed, at least.
+        tick_s: seconds between two autoscaler decisions; routers report load once a second.
+        coalesce_s: seconds between the end of an action and the reconcile pass that it causes.
+        drain_s: seconds between the removal of an address from the routing table and the detach,
+            for calls in flight.
+        probe_interval_s: seconds between two probes of a sandbox.
+        start_deadline_s: how long a sandbox may take to become ready.
+        adopt_timeout_s: how long to wait at startup for the function lists of existing sandboxes.
+            As long as it takes to mark an unresponsive sandbox as failed, because functions that
+            are not listed are attached a second time.
+        popularity_save_interval_s: minimum seconds between two writes of the popularity.
+        usage_save_interval_s: seconds from a change of the tenants' usage until it is saved.
+        read_ahead_interval_s: seconds between two read-aheads while idle.
+        log_interval_s: minimum seconds between two log lines about changed state.
     """
 
     tick_s: float = 1.0
@@ -68,21 +72,17 @@ class ControllerTiming:
     log_interval_s: float = 0.5
 
 
-SUSPENDED_AFTER_S = 5.0  # without a tick or a report, though there is load
-UNKNOWN_CONCURRENCY = 0.001  # of a function that is used, nobody says how much: one replica stays
-
-
 class Controller:
-    """Looks after the functions of one model: `start`, then `run` until cancelled.
+    """Scales and places the functions of one model: call `start`, then `run` until cancelled.
 
     Args:
         model: the model.
         platform: runs sandboxes.
-        client: talks to sandboxes.
-        timing: periods and deadlines.
-        popularity: rows of each function's shape from an earlier run.
-        ledger: the tenants' accounts from an earlier run.
-        clock: a clock that only goes forward.
+        client: calls sandboxes.
+        timing: intervals and timeouts.
+        popularity: decayed row counts of an earlier run, by `ManagedFunction.stable_key`.
+        usage_ledger: the tenants' usage of an earlier run.
+        clock: monotonic time in seconds.
     """
 
     def __init__(
@@ -107,17 +107,17 @@ class Controller:
         )
         self.load_reports = LoadReports(now=now)
         self.usage_ledger = UsageLedger(time.time()) if usage_ledger is None else usage_ledger
-        self.usage_changed = Notice()
+        self.usage_changed = ChangeNotifier()
         self.function_stats = FunctionStats(model.functions, rows=popularity, now=now)
         self.autoscalers = FunctionAutoscalers(
             tuple(model.functions.values()), observed=None, now=now
         )
         self.revision = 0
-        """Counts what may have changed the state: rounds, and actions that ended."""
-        self._revision_notifier = Notice()
+        """Increases with everything that may have changed the state, as each reconcile pass."""
+        self._revision_notifier = ChangeNotifier()
         self._platform = platform
         self._ticker = Ticker(self.timing.tick_s, idle_until=self._idle_until, clock=clock)
-        self._last_event_at = now  # the last time at which anybody could be heard
+        self._last_event_at = now  # last tick, load report or activation request
         self._work_due = asyncio.Event()
         self._plan_due = False
         self._executor = ActionExecutor(
@@ -144,7 +144,7 @@ class Controller:
         )
 
     async def start(self) -> None:
-        """Read back what runs: assignments from the sandboxes that an earlier control left."""
+        """Adopt the sandboxes of an earlier run together with their functions."""
         self._executor.sync_sandboxes(await self._platform.list())
         found = len(self.fleet.sandboxes)
         try:
@@ -158,10 +158,10 @@ class Controller:
         self.routing_table.publish(self.fleet.addresses())
         if found:
             ready = sum(self.fleet.ready_replicas().values())
-            logger.info("found %d sandboxes with %d functions", found, ready)
+            logger.info("adopted %d sandboxes with %d functions", found, ready)
 
     async def run(self) -> None:
-        """Run rounds until cancelled; then actions in flight are left to themselves."""
+        """Run the control loop until cancelled; sandboxes complete the calls in flight."""
         self._request_reconcile()
         try:
             async with asyncio.TaskGroup() as group:
@@ -174,7 +174,7 @@ class Controller:
             await self._executor.stop()
 
     def activate(self, functions: Iterable[str]) -> None:
-        """Bring functions up from zero: what can be attached is attached at once."""
+        """Scale functions up from zero and start the attaches that are possible immediately."""
         now = self.clock()
         self.metrics.activation_requests.inc()
         self._backfill_load(now)
@@ -185,16 +185,17 @@ class Controller:
             self.function_stats.start_activation(change.function, now=now)
         for function in self.model.functions.keys() & set(functions):
             self.function_stats.record_request(function, now=now)
-        if changes or self.model.memory_limit_bytes is not None:  # it may be wanted, without room
+        # A function that is waiting for memory is desired already, but the request makes it recent.
+        if changes or self.model.memory_limit_bytes is not None:
             self._ticker.notify()
             self.reconcile()
 
     def add_load_report(self, report: LoadReport) -> None:
-        """Take a router's load report."""
+        """Record a router's load report."""
         now = self.clock()
         self.metrics.load_reports.inc()
         if report.has_load or self.load_reports.had_load():
-            self._backfill_load(now)  # until now it was as it was heard last
+            self._backfill_load(now)  # the previous load lasted until now
         if self.load_reports.add(report, now=now):
             self._bump_revision()
         self.function_stats.add_load_report(report, now=now)
@@ -202,21 +203,21 @@ class Controller:
             self._ticker.notify()
 
     def add_usage_report(self, report: UsageReport) -> None:
-        """Take what a router says that the tenants have used."""
+        """Record a router's report of its tenants' usage."""
         self.usage_ledger.add_report(report)
         self.usage_changed.notify()
 
     @property
     def failure(self) -> str:
-        """Why sandboxes cannot be had or used; empty if they can."""
+        """Why sandboxes cannot be created or used; empty if they can."""
         return self._executor.failures.message
 
     async def wait_for_change(self, revision: int) -> None:
-        """Wait until the state may have changed since this revision."""
+        """Wait until the state may have changed since `revision`."""
         await self._revision_notifier.wait_for(lambda: self.revision != revision)
 
     def reconcile(self) -> None:
-        """Plan and begin what is to be done, and publish where functions serve."""
+        """Run one reconcile pass: plan, start the planned actions and publish the routing table."""
         now = self.clock()
         corrupted = self._executor.corrupted
         desired = {
@@ -244,13 +245,13 @@ class Controller:
         self.publish()
 
     def publish(self) -> None:
-        """Publish where functions serve."""
+        """Publish the addresses of all attached functions in the routing table."""
         self.routing_table.publish(self.fleet.addresses())
         self._record_activations(self.clock())
         self._bump_revision()
 
     def tick(self) -> None:
-        """Let the autoscalers see the last second's load and decide."""
+        """Pass the last second's load to the autoscalers, let them decide and request a pass."""
         now = self.clock()
         self._backfill_load(now)
         self.autoscalers.observe(self._current_load(now), now=now)
@@ -263,9 +264,9 @@ class Controller:
         self._work_due.set()
 
     def _backfill_load(self, now: float) -> None:
-        """Let the autoscalers know that what was heard last went on: a rest, or load."""
+        """Record the last reported load for the seconds in which there was no tick."""
         if now - self._last_event_at > SUSPENDED_AFTER_S and self.load_reports.had_load():
-            # It rests only without load: this process was stopped, and could hear nobody.
+            # The ticker only idles without load, so this process was suspended.
             logger.warning("control process was suspended for %.0f s", now - self._last_event_at)
             self.load_reports.skip_suspension(self._last_event_at, now)
         self._last_event_at = now
@@ -273,7 +274,11 @@ class Controller:
             self.autoscalers.backfill(self._current_load(now), now=now)
 
     def _current_load(self, now: float) -> Mapping[str, float] | None:
-        """Return each function's calls in flight: as routers say, or sandboxes if one cannot."""
+        """Return each function's calls in flight, or None if no router has reported.
+
+        If a router with load does not report any more, functions that sandboxes computed recently
+        count as loaded as well.
+        """
         loads = self.load_reports.concurrency(now)
         if loads is None or not self.load_reports.has_lost_router_with_load(now):
             return loads

@@ -1,13 +1,9 @@
-"""Whether new sandboxes may be created, or creation is backed off as they keep failing. Pure.
+"""Executes planned actions: creates and deletes sandboxes, attaches and detaches functions.
 
-Functions whose block in the store is corrupted, and when to try them again. Pure.
-
-Why sandboxes cannot be had or used, in words, for as long as it is so. No I/O.
-
-Carries planned actions out: create and delete on the platform, attach and detach in sandboxes.
-
-Each action is written down in the fleet before anything is sent, so that the next plan sees it, and
-again when it has ended. A sandbox that refuses, hangs or answers nonsense is given up.
+Each action is recorded in the fleet before anything is sent, so that the next plan takes it into
+account, and again when it ends. A sandbox that refuses a call, times out or violates the protocol
+is marked as failed. Failures back off: sandbox creation as a whole, and functions whose weights are
+corrupted one by one.
 """
 
 from __future__ import annotations
@@ -16,10 +12,11 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from faasmoe_contracts.backoff import Backoff, ExponentialBackoff
 from faasmoe_operator.aio import TaskSet
 from faasmoe_operator.control.fleet import Fleet
 from faasmoe_operator.control.metrics import ControlPlaneMetrics
@@ -30,138 +27,34 @@ from faasmoe_operator.plan.actions import Action, ActionReason, Attach, Create, 
 from faasmoe_operator.plan.fleet import AssignmentState, SandboxState
 from faasmoe_operator.platforms.base import Platform, Sandbox
 
-logger = logging.getLogger(__name__)
-
+CORRUPTED_CODE = "corrupted"  # a sandbox's error code for damaged weights in the store
+OUT_OF_MEMORY_CODE = "out_of_memory"  # its error code for a function that exceeds its memory limit
 
 CREATE_BACKOFF_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 CREATE_BACKOFF_RESET_S = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class CreateBackoff:
-    """Failures in a row and what they cost; failures while it is backed off count as one.
-
-    Attributes:
-        n_failures: failures in a row.
-        until: when creation goes on.
-        last: when the last failure was.
-    """
-
-    n_failures: int = 0
-    until: float = 0.0
-    last_failure_at: float = 0.0
-
-    def is_allowed(self, now: float) -> bool:
-        """Return whether sandboxes may be created."""
-        return now >= self.until
-
-    def after_failure(self, now: float) -> CreateBackoff:
-        """Return what a sandbox that never served makes of it."""
-        if not self.is_allowed(now):
-            return self
-        n = 0 if now - self.last_failure_at > CREATE_BACKOFF_RESET_S else self.n_failures
-        return CreateBackoff(
-            n + 1, now + CREATE_BACKOFF_DELAYS_S[min(n, len(CREATE_BACKOFF_DELAYS_S) - 1)], now
-        )
-
-    def after_success(self) -> CreateBackoff:
-        """Return what a sandbox that serves makes of it."""
-        return replace(self, n_failures=0, until=0.0)
-
-
 CORRUPTED_INITIAL_BACKOFF_S = 1.0
 CORRUPTED_MAX_BACKOFF_S = 60.0
 
-
-class CorruptedFunctionBackoff:
-    """What sandboxes refused to attach because its bytes are wrong."""
-
-    def __init__(self) -> None:
-        self._blocked_until: dict[str, float] = {}
-        self._next_delays_s: dict[str, float] = {}
-
-    def record_failure(self, function: str, now: float) -> None:
-        """Note that a sandbox found a function's block corrupted."""
-        delay_s = self._next_delays_s.get(function, CORRUPTED_INITIAL_BACKOFF_S)
-        self._blocked_until[function] = now + delay_s
-        self._next_delays_s[function] = min(2 * delay_s, CORRUPTED_MAX_BACKOFF_S)
-
-    def record_success(self, function: str) -> None:
-        """Note that a function was attached: it is well again."""
-        self._blocked_until.pop(function, None)
-        self._next_delays_s.pop(function, None)
-
-    def is_backing_off(self, function: str, now: float) -> bool:
-        """Return whether a function is not to be attached yet."""
-        return now < self._blocked_until.get(function, now)
-
-
-class LifecycleStep(Enum):
-    """What has to work for a function to serve, in this order."""
-
-    CREATE = "create"
-    START = "start"
-    SERVE = "serve"
-    FIT = "fit"
-
-
-class FailureTracker:
-    """The last failure of each step that has not worked since."""
-
-    def __init__(self) -> None:
-        self._failures: dict[LifecycleStep, str] = {}
-
-    def record_failure(self, step: LifecycleStep, message: str) -> None:
-        """Note that a step failed."""
-        self._failures[step] = message
-
-    def record_success(self, step: LifecycleStep) -> None:
-        """Note that a step worked: what went wrong with it before is over."""
-        self._failures.pop(step, None)
-
-    def record_memory_pressure(
-        self, activating: Collection[str], *, waiting: Collection[str], too_large: Collection[str]
-    ) -> None:
-        """Note whether callers wait for functions that there is no memory for.
-
-        Args:
-            awaited: functions that callers wait for.
-            waiting: functions that wait for others to be idle.
-            too_large: functions that fit in no sandbox.
-        """
-        n_waiting, n_too_large = (len({*activating} & {*names}) for names in (waiting, too_large))
-        if n_waiting or n_too_large:
-            counts = f"{n_waiting} functions wait for memory, {n_too_large} fit"
-            self.record_failure(LifecycleStep.FIT, f"memory: {counts} in no sandbox")
-        else:
-            self.record_success(LifecycleStep.FIT)
-
-    @property
-    def message(self) -> str:
-        """The trouble that is to be told: that of the earliest step; empty if there is none."""
-        return next((self._failures[step] for step in LifecycleStep if step in self._failures), "")
-
-
-CORRUPTED_CODE = "corrupted"  # a sandbox's code for bytes of the store that are wrong
-OUT_OF_MEMORY_CODE = "out_of_memory"  # its code for a function that it has no memory for
-
 AssignmentKey = tuple[str, str]
-"""A sandbox's and a function's id."""
+"""Id of a sandbox and id of a function."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutorContext:
-    """What the actuator works with.
+    """What an executor works with.
 
     Attributes:
         model: the model.
         platform: runs sandboxes.
-        client: talks to sandboxes.
-        metrics: where actions are counted.
-        clock: the time.
-        changed: called when something has ended, so that the next round is due.
-        attached: called when a function serves, so that the table is to be published.
-        drain_s: how long to wait between the change of the table and a detach; 0 if nobody follows.
+        sandbox_client: calls sandboxes.
+        metrics: counts actions and failures.
+        clock: current time in seconds.
+        on_change: called after a change that needs a reconcile pass.
+        on_attached: called after an attach, so that the routing table is published.
+        drain_s: returns the seconds between the removal of an address from the routing table and
+            the detach; 0 if no router watches the table.
     """
 
     model: ControlledModel
@@ -175,30 +68,37 @@ class ExecutorContext:
 
 
 class ActionExecutor:
-    """Begins actions and follows them to their end."""
+    """Starts actions and tracks them until they end.
+
+    Args:
+        fleet: where actions and their results are recorded.
+        context: what the executor works with.
+    """
 
     def __init__(self, fleet: Fleet, context: ExecutorContext) -> None:
         self.failures = FailureTracker()
-        """Why sandboxes cannot be had or used at this moment."""
+        """Why sandboxes cannot be created or used."""
         self.corrupted = CorruptedFunctionBackoff()
-        """Functions that are corrupted in the store."""
+        """Functions whose weights in the store are corrupted."""
         self._fleet = fleet
         self._context = context
         self._tasks = TaskSet()
         self._pending_detaches: dict[AssignmentKey, asyncio.Event] = {}
         self._n_attaching = 0
-        self._create_backoff = CreateBackoff()
+        self._create_backoff = Backoff(
+            CREATE_BACKOFF_DELAYS_S, reset_after_s=CREATE_BACKOFF_RESET_S, coalesce=True
+        )
 
     def can_create(self, now: float) -> bool:
-        """Return whether sandboxes may be created, or too many have just failed."""
-        return self._create_backoff.is_allowed(now)
+        """Return whether sandboxes may be created; False while creation is backed off."""
+        return not self._create_backoff.is_blocked(now)
 
     def create_allowed_at(self, now: float) -> float:
-        """Return when sandboxes may be created again; infinity if they may be now."""
-        return math.inf if self.can_create(now) else self._create_backoff.until
+        """Return when a back-off of creation ends; infinity if there is none."""
+        return math.inf if self.can_create(now) else self._create_backoff.blocked_until
 
     def execute(self, action: Action) -> None:
-        """Write an action down and begin it."""
+        """Record an action in the fleet and start it."""
         self._context.metrics.sandbox_actions.labels(
             type(action).__name__.lower(), action.reason
         ).inc()
@@ -219,72 +119,78 @@ class ActionExecutor:
                     action.sandbox, action.function, AssignmentState.DETACHING
                 )
                 cancelled = asyncio.Event()
-                if action.reason is not ActionReason.MEMORY:  # its room is another's already
+                if action.reason is not ActionReason.MEMORY:  # its memory is reserved for another
                     self._pending_detaches[action.sandbox, action.function] = cancelled
                 self._tasks.start(
                     self._detach(action.sandbox, action.function, cancelled=cancelled)
                 )
 
     def cancel_detaches(self, desired: Mapping[str, int]) -> None:
-        """Let functions stay that are leaving but still there, if they are wanted again."""
+        """Cancel detaches that are still draining if their functions are desired again."""
         live = self._live_replicas() if self._pending_detaches else {}
         for key in list(self._pending_detaches):
             sandbox, function = key
-            member = self._fleet.get(sandbox)
-            is_ready = member is not None and member.state is SandboxState.READY
+            record = self._fleet.get(sandbox)
+            is_ready = record is not None and record.state is SandboxState.READY
             if is_ready and live.get(function, 0) < desired.get(function, 0):
                 self._pending_detaches.pop(key).set()
                 self._fleet.set_function_state(sandbox, function, AssignmentState.ATTACHED)
                 live[function] = live.get(function, 0) + 1
 
     def mark_sandbox_failed(self, sandbox_id: str, *, cause: str, message: str) -> None:
-        """Take a sandbox out of service for good; the next plan deletes it."""
-        member = self._fleet.get(sandbox_id)
-        if member is None or member.state in (SandboxState.FAILED, SandboxState.DRAINING):
+        """Take a sandbox out of service permanently; the next plan deletes it.
+
+        Args:
+            sandbox_id: the sandbox.
+            cause: label of the failure metric.
+            message: what failed, for logs and status.
+        """
+        record = self._fleet.get(sandbox_id)
+        if record is None or record.state in (SandboxState.FAILED, SandboxState.DRAINING):
             return
         logger.warning("sandbox %s failed and will be deleted: %s", sandbox_id, message)
         self.failures.record_failure(LifecycleStep.SERVE, f"sandbox {sandbox_id} failed: {message}")
         self._fleet.mark_failed(sandbox_id)
-        self._count_failure(cause, was_ready=member.was_ready and cause != "attach")
+        self._count_failure(cause, was_ready=record.was_ready and cause != "attach")
         self._context.on_change()
 
     def sync_sandboxes(self, sandboxes: Sequence[Sandbox]) -> None:
-        """Take the sandboxes that the platform sees; those that are not among them are lost."""
-        for member in self._fleet.sync(sandboxes, now=self._context.clock()):
-            if member.state not in (SandboxState.DRAINING, SandboxState.FAILED):
-                state = member.state.value
-                logger.warning("sandbox %s was lost while %s", member.sandbox.id, state)
-                self._count_failure("lost", was_ready=member.was_ready)
+        """Replace the fleet's sandboxes by those that the platform lists; missing ones are lost."""
+        for record in self._fleet.sync(sandboxes, now=self._context.clock()):
+            if record.state not in (SandboxState.DRAINING, SandboxState.FAILED):
+                state = record.state.value
+                logger.warning("sandbox %s was lost while %s", record.sandbox.id, state)
+                self._count_failure("lost", was_ready=record.was_ready)
         self._context.on_change()
 
     def record_sandbox_ready(self) -> None:
-        """Note that a sandbox has come into service."""
+        """Record that a sandbox became ready."""
         self.failures.record_success(LifecycleStep.START)
         self._context.on_change()
 
     async def stop(self) -> None:
-        """Stop following actions; what the sandboxes were told goes on."""
+        """Stop tracking actions; sandboxes complete the calls that they have received."""
         await self._tasks.cancel_all()
 
     def _live_replicas(self) -> dict[str, int]:
         live: dict[str, int] = {}
-        for member in self._fleet.sandboxes:
-            if member.state is SandboxState.READY:
-                for function, state in member.functions.items():
+        for record in self._fleet.sandboxes:
+            if record.state is SandboxState.READY:
+                for function, state in record.functions.items():
                     if state is not AssignmentState.DETACHING:
                         live[function] = live.get(function, 0) + 1
         return live
 
     def _count_failure(self, cause: str, *, was_ready: bool) -> None:
         self._context.metrics.sandbox_failures.labels(cause).inc()
-        if not was_ready:  # creating more of them would fail the same way
-            self._create_backoff = self._create_backoff.after_failure(self._context.clock())
+        if not was_ready:  # a new sandbox would probably fail in the same way
+            self._create_backoff.record_failure(self._context.clock())
 
     async def _create(self, name: str) -> None:
         try:
             await self._context.platform.create(self._context.model.template)
         except PlatformError as error:
-            logger.warning("a sandbox could not be created: %s", error)
+            logger.warning("failed to create a sandbox: %s", error)
             self.failures.record_failure(LifecycleStep.CREATE, str(error))
             self._count_failure("create", was_ready=False)
         else:
@@ -305,14 +211,14 @@ class ActionExecutor:
         self._tasks.start(self._context.platform.delete(action.sandbox))
 
     async def _attach(self, sandbox: str, function: str) -> None:
-        member = self._fleet.get(sandbox)
-        if member is None:
+        record = self._fleet.get(sandbox)
+        if record is None:
             return
         started, message, code = self._context.clock(), "attach was cancelled", ""
         self._n_attaching += 1
         try:
             spec, store = self._context.model.functions[function].spec, self._context.model.store
-            await self._context.sandbox_client.attach(member.sandbox.address, spec, store=store)
+            await self._context.sandbox_client.attach(record.sandbox.address, spec, store=store)
             message = ""
         except SandboxClientError as error:
             message, code = str(error), error.code
@@ -325,56 +231,129 @@ class ActionExecutor:
             elif message:
                 self.mark_sandbox_failed(sandbox, cause="attach", message=message)
             else:
-                self.corrupted.record_success(function)
-                self._fleet.set_function_state(sandbox, function, AssignmentState.ATTACHED)
-                self._create_backoff = self._create_backoff.after_success()
-                self.failures.record_success(LifecycleStep.SERVE)
-                self._context.metrics.attach_seconds.observe(self._context.clock() - started)
-                self._context.on_attached()
+                self._on_attached(sandbox, function, duration_s=self._context.clock() - started)
             if self._n_attaching == 0:
                 self._context.on_change()
 
+    def _on_attached(self, sandbox: str, function: str, *, duration_s: float) -> None:
+        self.corrupted.record_success(function)
+        self._fleet.set_function_state(sandbox, function, AssignmentState.ATTACHED)
+        self._create_backoff.reset()
+        self.failures.record_success(LifecycleStep.SERVE)
+        self._context.metrics.attach_seconds.observe(duration_s)
+        self._context.on_attached()
+
     def _on_corrupted(self, sandbox: str, function: str, *, message: str) -> None:
-        """Go on after a corrupted block: elsewhere, but a sandbox that serves others stays."""
+        """Back the function off; the sandbox stays in service if it holds other functions."""
         logger.error("function %s cannot be attached: %s", function, message)
         self.corrupted.record_failure(function, self._context.clock())
         self.failures.record_failure(LifecycleStep.SERVE, message)
         self._context.metrics.sandbox_failures.labels(CORRUPTED_CODE).inc()
         self._fleet.remove_function(sandbox, function)
-        member = self._fleet.get(sandbox)
-        if member is not None and not member.functions:
+        record = self._fleet.get(sandbox)
+        if record is not None and not record.functions:
             self.mark_sandbox_failed(sandbox, cause=CORRUPTED_CODE, message=message)
 
     def _on_out_of_memory(self, sandbox: str, function: str, *, message: str) -> None:
-        """Go on after a sandbox had no memory: what it holds serves on, this goes elsewhere."""
-        logger.warning("function %s is not attached: %s", function, message)
+        """Mark the sandbox as full: it stays in service and the function is placed elsewhere."""
+        logger.warning("function %s was not attached: %s", function, message)
         self.failures.record_failure(LifecycleStep.SERVE, message)
         self._context.metrics.sandbox_failures.labels(OUT_OF_MEMORY_CODE).inc()
         self._fleet.remove_function(sandbox, function)
         self._fleet.mark_full(sandbox)
 
     async def _detach(self, sandbox: str, function: str, *, cancelled: asyncio.Event) -> None:
-        if await self._is_detach_cancelled((sandbox, function), cancelled):
+        if await self._drain((sandbox, function), cancelled):
             return
-        member = self._fleet.get(sandbox)
-        if member is None:
+        record = self._fleet.get(sandbox)
+        if record is None:
             return
         try:
-            await self._context.sandbox_client.detach(member.sandbox.address, function)
+            await self._context.sandbox_client.detach(record.sandbox.address, function)
         except SandboxClientError as error:
             self.mark_sandbox_failed(sandbox, cause="detach", message=str(error))
         else:
             self._fleet.remove_function(sandbox, function)
             self._context.on_change()
 
-    async def _is_detach_cancelled(self, key: AssignmentKey, cancelled: asyncio.Event) -> bool:
-        """Wait until calls on their way have come; return whether the function is to stay."""
+    async def _drain(self, key: AssignmentKey, cancelled: asyncio.Event) -> bool:
+        """Wait until calls in flight have arrived; return whether the detach was cancelled."""
         try:
             async with asyncio.timeout(self._context.drain_s()):
                 await cancelled.wait()
         except TimeoutError:
-            return cancelled.is_set()  # it may have been both in the same turn of the loop
+            return cancelled.is_set()  # both may happen in the same iteration of the event loop
         finally:
             if self._pending_detaches.get(key) is cancelled:
                 del self._pending_detaches[key]
         return True
+
+
+class CorruptedFunctionBackoff:
+    """Exponential back-off of functions whose weights sandboxes found corrupted."""
+
+    def __init__(self) -> None:
+        self._backoffs: dict[str, Backoff] = {}
+
+    def record_failure(self, function: str, now: float) -> None:
+        """Record that a sandbox found a function's weights corrupted."""
+        if function not in self._backoffs:
+            self._backoffs[function] = ExponentialBackoff(
+                CORRUPTED_INITIAL_BACKOFF_S, CORRUPTED_MAX_BACKOFF_S
+            )
+        self._backoffs[function].record_failure(now)
+
+    def record_success(self, function: str) -> None:
+        """Record that a function was attached, which resets its back-off."""
+        self._backoffs.pop(function, None)
+
+    def is_backing_off(self, function: str, now: float) -> bool:
+        """Return whether a function must not be attached now."""
+        backoff = self._backoffs.get(function)
+        return backoff is not None and backoff.is_blocked(now)
+
+
+class LifecycleStep(Enum):
+    """The steps that a function needs to become ready, in their order."""
+
+    CREATE = "create"
+    START = "start"
+    SERVE = "serve"
+    FIT = "fit"
+
+
+class FailureTracker:
+    """The last failure of each lifecycle step that has not succeeded since."""
+
+    def __init__(self) -> None:
+        self._failures: dict[LifecycleStep, str] = {}
+
+    def record_failure(self, step: LifecycleStep, message: str) -> None:
+        """Record that a step failed."""
+        self._failures[step] = message
+
+    def record_success(self, step: LifecycleStep) -> None:
+        """Record that a step succeeded, which clears its failure."""
+        self._failures.pop(step, None)
+
+    def record_memory_pressure(
+        self, activating: Collection[str], *, waiting: Collection[str], too_large: Collection[str]
+    ) -> None:
+        """Record whether functions that requests wait for lack memory.
+
+        Args:
+            activating: functions that requests wait for.
+            waiting: functions that wait until others are idle and can be evicted.
+            too_large: functions that fit in no sandbox.
+        """
+        n_waiting, n_too_large = (len({*activating} & {*names}) for names in (waiting, too_large))
+        if n_waiting or n_too_large:
+            counts = f"{n_waiting} functions wait for memory, {n_too_large} fit"
+            self.record_failure(LifecycleStep.FIT, f"memory: {counts} in no sandbox")
+        else:
+            self.record_success(LifecycleStep.FIT)
+
+    @property
+    def message(self) -> str:
+        """The failure of the earliest failed step; empty if no step failed."""
+        return next((self._failures[step] for step in LifecycleStep if step in self._failures), "")

@@ -1,7 +1,7 @@
-"""The sandboxes and what is in them, actions in flight included. No I/O.
+"""Recorded state of the sandboxes and their functions, actions in flight included. No I/O.
 
-The one place where assignments are written down while the control runs; the truth is in the
-sandboxes, from which a new control reads it back.
+This is the control core's only record of assignments. It is not persisted: the sandboxes hold the
+truth, and a restarted control process reads it back from them.
 """
 
 from __future__ import annotations
@@ -13,24 +13,29 @@ from dataclasses import dataclass, field
 
 from faasmoe_operator.control.autoscalers import ObservedReplicas
 from faasmoe_operator.control.functions import ManagedFunction
-from faasmoe_operator.plan import fleet as plan
-from faasmoe_operator.plan.fleet import AssignmentState, SandboxState
+from faasmoe_operator.plan.fleet import (
+    Assignment,
+    AssignmentState,
+    ObservedSandbox,
+    SandboxShape,
+    SandboxState,
+)
 from faasmoe_operator.platforms.base import Sandbox, SandboxTemplate
 
-EMPTY_LIMIT_TTL_S = 60.0  # for which what an empty sandbox said stands for those that are created
+EMPTY_LIMIT_TTL_S = 60.0  # how long an empty sandbox's memory limit is assumed for new ones
 
 
 @dataclass(slots=True)
 class SandboxRecord:
-    """One sandbox.
+    """The recorded state of one sandbox.
 
     Attributes:
-        sandbox: as the platform sees it.
-        created_at: when it was first seen.
-        state: where it is in its life; ready only once its functions were read.
-        functions: what is in it.
-        served: whether it ever was ready.
-        memory_limit_bytes: what its functions may take, as it says itself; None for no limit.
+        sandbox: as the platform observes it.
+        created_at: when it was first observed, on the controller's clock.
+        state: its lifecycle state; READY only after its functions were read back.
+        functions: state of each assigned function, by id.
+        was_ready: whether it has ever been ready.
+        memory_limit_bytes: memory for its functions in total, as it reports; None for no limit.
     """
 
     sandbox: Sandbox
@@ -42,20 +47,20 @@ class SandboxRecord:
 
     @property
     def attached(self) -> set[str]:
-        """The functions that serve calls."""
+        """The functions that can be called."""
         return self.functions_in_state(AssignmentState.ATTACHED)
 
     def functions_in_state(self, state: AssignmentState) -> set[str]:
-        """Return the functions in one state."""
-        return {name for name, found in self.functions.items() if found is state}
+        """Return the functions in a state."""
+        return {name for name, current in self.functions.items() if current is state}
 
 
 class Fleet:
-    """Every sandbox of one model.
+    """All sandboxes of one model.
 
     Args:
-        functions: every function of the model, by id.
-        template: of the sandboxes that are created now.
+        functions: the model's functions by id.
+        template: template of new sandboxes.
     """
 
     def __init__(
@@ -71,168 +76,174 @@ class Fleet:
 
     @property
     def sandboxes(self) -> Collection[SandboxRecord]:
-        """All sandboxes that have a process."""
+        """All sandboxes that the platform lists."""
         return self._records.values()
 
     def get(self, sandbox_id: str) -> SandboxRecord | None:
-        """Return a sandbox, None if it is gone."""
+        """Return a sandbox, or None if it does not exist."""
         return self._records.get(sandbox_id)
 
     def sync(self, sandboxes: Iterable[Sandbox], *, now: float) -> list[SandboxRecord]:
-        """Take what the platform sees; return the sandboxes that are gone."""
-        seen = {sandbox.id: sandbox for sandbox in sandboxes}
-        gone = [self._records.pop(name) for name in list(self._records) if name not in seen]
-        for name, sandbox in seen.items():
-            member = self._records.setdefault(name, SandboxRecord(sandbox, now))
-            member.sandbox = sandbox
-        return gone
+        """Replace the sandboxes by those that the platform lists; return the removed ones."""
+        observed = {sandbox.id: sandbox for sandbox in sandboxes}
+        removed = [self._records.pop(name) for name in list(self._records) if name not in observed]
+        for name, sandbox in observed.items():
+            record = self._records.setdefault(name, SandboxRecord(sandbox, now))
+            record.sandbox = sandbox
+        return removed
 
     def awaiting_read_back(self) -> list[SandboxRecord]:
-        """Return the sandboxes that say they are ready and whose functions were not read yet."""
+        """Return the sandboxes that are ready but whose functions were not read back yet."""
         return [m for m in self.sandboxes if m.state is SandboxState.STARTING and m.sandbox.ready]
 
     def adopt(self, sandbox_id: str, functions: Iterable[str]) -> None:
-        """Take a sandbox as ready, with the functions that it says it holds."""
-        member = self._records.get(sandbox_id)
-        if member is not None and member.state is SandboxState.STARTING:
-            member.state, member.was_ready = SandboxState.READY, True
-            member.functions = dict.fromkeys(functions, AssignmentState.ATTACHED)
+        """Mark a starting sandbox as ready, with the functions that it lists."""
+        record = self._records.get(sandbox_id)
+        if record is not None and record.state is SandboxState.STARTING:
+            record.state, record.was_ready = SandboxState.READY, True
+            record.functions = dict.fromkeys(functions, AssignmentState.ATTACHED)
 
     def set_memory_limit(
         self, sandbox_id: str, memory_limit_bytes: int | None, *, now: float
     ) -> None:
-        """Note what a sandbox says that its functions may take."""
-        if member := self._records.get(sandbox_id):
-            member.memory_limit_bytes = memory_limit_bytes
-            if not member.functions and member.sandbox.template_hash == self._template_hash:
+        """Record the memory limit that a sandbox reports."""
+        if record := self._records.get(sandbox_id):
+            record.memory_limit_bytes = memory_limit_bytes
+            if not record.functions and record.sandbox.template_hash == self._template_hash:
                 self._empty_limit = (now, memory_limit_bytes)
 
     def mark_full(self, sandbox_id: str) -> None:
-        """Note that a sandbox has no memory for more than it holds, until it says otherwise."""
-        if member := self._records.get(sandbox_id):
-            known = (self._functions.get(function) for function in member.functions)
-            member.memory_limit_bytes = sum(f.size_bytes for f in known if f is not None)
+        """Limit a sandbox to the memory of its current functions, until it reports a limit."""
+        if record := self._records.get(sandbox_id):
+            functions = (self._functions.get(function) for function in record.functions)
+            record.memory_limit_bytes = sum(f.size_bytes for f in functions if f is not None)
 
-    def new_sandbox_shape(self, *, now: float) -> plan.SandboxShape:
-        """Return what a new sandbox can take: as much memory as the last empty one, lately."""
+    def new_sandbox_shape(self, *, now: float) -> SandboxShape:
+        """Return the shape of a new sandbox: the memory limit of the last empty one, if recent."""
         at, limit_bytes = self._empty_limit
         return self._shape(limit_bytes if now - at <= EMPTY_LIMIT_TTL_S else None)
 
     def mark_failed(self, sandbox_id: str) -> None:
-        """Give a sandbox up: what is in it counts no more."""
+        """Mark a sandbox as failed; its functions do not count as replicas any more."""
         self._set_state(sandbox_id, SandboxState.FAILED)
 
     def mark_draining(self, sandbox_id: str) -> None:
-        """Note that a sandbox is being deleted."""
+        """Mark a sandbox as being deleted."""
         self._set_state(sandbox_id, SandboxState.DRAINING)
 
     def set_function_state(self, sandbox_id: str, function: str, state: AssignmentState) -> None:
-        """Note a function's state in a sandbox, if that is still there."""
-        if member := self._records.get(sandbox_id):
-            member.functions[function] = state
+        """Record a function's state in a sandbox; does nothing if the sandbox does not exist."""
+        if record := self._records.get(sandbox_id):
+            record.functions[function] = state
 
     def remove_function(self, sandbox_id: str, function: str) -> None:
-        """Note that a function is not in a sandbox any more."""
-        if member := self._records.get(sandbox_id):
-            member.functions.pop(function, None)
+        """Record that a function is no longer in a sandbox."""
+        if record := self._records.get(sandbox_id):
+            record.functions.pop(function, None)
 
     def start_creation(self, *, now: float) -> str:
-        """Note that a sandbox is being created; return a name for the creation."""
+        """Record that a sandbox is being created; return a name for `finish_creation`."""
         self._n_creations += 1
         name = f"creating{self._n_creations}"
         self._pending_creations[name] = now
         return name
 
     def finish_creation(self, name: str) -> None:
-        """Note that a creation has ended: the sandbox is the platform's to tell, or failed."""
+        """Record that a creation has succeeded or failed; the platform lists the new sandbox."""
         self._pending_creations.pop(name, None)
 
     def addresses(self) -> dict[str, tuple[str, ...]]:
-        """Return where each function serves."""
+        """Return the addresses of each function's ready replicas."""
         addresses: dict[str, tuple[str, ...]] = {}
-        for member in self._ready_sandboxes():
-            for function in member.attached:
-                addresses[function] = (*addresses.get(function, ()), member.sandbox.address)
+        for record in self._ready_sandboxes():
+            for function in record.attached:
+                addresses[function] = (*addresses.get(function, ()), record.sandbox.address)
         return addresses
 
     def ready_replicas(self) -> Counter[str]:
-        """Return how many replicas of each function serve."""
+        """Return the number of ready replicas by function."""
         return Counter(function for m in self._ready_sandboxes() for function in m.attached)
 
     def observed_replicas(self) -> dict[str, ObservedReplicas]:
-        """Return the replicas of each function."""
+        """Return the adopted replicas by function."""
         return {
             function: ObservedReplicas(count, count)
             for function, count in self.ready_replicas().items()
         }
 
     def n_generic(self) -> int:
-        """Return how many sandboxes are ready and empty."""
-        return sum(1 for member in self._ready_sandboxes() if not member.functions)
+        """Return the number of ready sandboxes without functions."""
+        return sum(1 for record in self._ready_sandboxes() if not record.functions)
 
     def sandbox_states(self) -> Counter[SandboxState]:
-        """Return how many sandboxes are in each state; those being created are starting."""
-        states = Counter(member.state for member in self.sandboxes)
+        """Return the number of sandboxes by state; those being created count as starting."""
+        states = Counter(record.state for record in self.sandboxes)
         states[SandboxState.STARTING] += len(self._pending_creations)
         return states
 
     @property
     def is_progressing(self) -> bool:
-        """Whether a creation, an attach or a detach is under way, or a sandbox to be deleted."""
+        """Whether a creation, attach or detach is in progress or a deletion is due."""
         transitional = (AssignmentState.ATTACHING, AssignmentState.DETACHING)
         return bool(self._pending_creations) or any(
-            member.state is SandboxState.FAILED
-            or any(state in transitional for state in member.functions.values())
-            for member in self.sandboxes
-            if member.state is not SandboxState.DRAINING
+            record.state is SandboxState.FAILED
+            or any(state in transitional for state in record.functions.values())
+            for record in self.sandboxes
+            if record.state is not SandboxState.DRAINING
         )
 
     def oldest_starting_at(self) -> float:
-        """Return since when the sandbox has been starting that has been for longest."""
+        """Return when the oldest starting sandbox was created; infinity if none is starting."""
         starting = (m.created_at for m in self.sandboxes if m.state is SandboxState.STARTING)
         return min(starting, default=math.inf)
 
-    def snapshot(
-        self, *, last_used: Mapping[str, float] | None = None
-    ) -> list[plan.ObservedSandbox]:
-        """Return what the sandbox plan starts from; `last_used` is by function."""
+    def snapshot(self, *, last_used: Mapping[str, float] | None = None) -> list[ObservedSandbox]:
+        """Return the sandboxes as input of the sandbox plan.
+
+        Args:
+            last_used: time of each function's last use.
+        """
         used_at = last_used or {}
         creating = [
-            plan.ObservedSandbox(name, SandboxState.STARTING, self._template_hash, created_at)
+            ObservedSandbox(name, SandboxState.STARTING, self._template_hash, created_at)
             for name, created_at in self._pending_creations.items()
         ]
-        return [*creating, *(self._snapshot_sandbox(member, used_at) for member in self.sandboxes)]
+        return [*creating, *(self._snapshot_sandbox(record, used_at) for record in self.sandboxes)]
 
     def _snapshot_sandbox(
-        self, member: SandboxRecord, last_used: Mapping[str, float]
-    ) -> plan.ObservedSandbox:
-        limit_bytes = member.memory_limit_bytes
-        return plan.ObservedSandbox(
-            id=member.sandbox.id,
-            state=member.state,
-            template_hash=member.sandbox.template_hash,
-            created_at=member.created_at,
-            assignments=tuple(self._assignment(*i, last_used) for i in member.functions.items()),
+        self, record: SandboxRecord, last_used: Mapping[str, float]
+    ) -> ObservedSandbox:
+        limit_bytes = record.memory_limit_bytes
+        return ObservedSandbox(
+            id=record.sandbox.id,
+            state=record.state,
+            template_hash=record.sandbox.template_hash,
+            created_at=record.created_at,
+            assignments=tuple(self._assignment(*i, last_used) for i in record.functions.items()),
             shape=None if limit_bytes is None else self._shape(limit_bytes),
         )
 
     def _assignment(
         self, function: str, state: AssignmentState, last_used: Mapping[str, float]
-    ) -> plan.Assignment:
-        known = self._functions.get(function)
-        if known is None:
-            return plan.Assignment(function, state)
-        return plan.Assignment(
-            function, state, known.size_bytes, last_used.get(function, 0.0), known.anti_affinity_key
+    ) -> Assignment:
+        managed = self._functions.get(function)
+        if managed is None:  # a function of an earlier plan
+            return Assignment(function, state)
+        return Assignment(
+            function,
+            state,
+            managed.size_bytes,
+            last_used.get(function, 0.0),
+            managed.anti_affinity_key,
         )
 
-    def _shape(self, limit_bytes: int | None) -> plan.SandboxShape:
+    def _shape(self, limit_bytes: int | None) -> SandboxShape:
         limit = None if limit_bytes is None else max(1, limit_bytes)
-        return plan.SandboxShape(self._capacity, limit)
+        return SandboxShape(self._capacity, limit)
 
     def _ready_sandboxes(self) -> list[SandboxRecord]:
-        return [member for member in self.sandboxes if member.state is SandboxState.READY]
+        return [record for record in self.sandboxes if record.state is SandboxState.READY]
 
     def _set_state(self, sandbox_id: str, state: SandboxState) -> None:
-        if member := self._records.get(sandbox_id):
-            member.state = state
+        if record := self._records.get(sandbox_id):
+            record.state = state

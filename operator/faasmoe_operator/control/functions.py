@@ -1,4 +1,4 @@
-"""The functions of one model, as the control core sees them: shape, size, scaling settings."""
+"""The functions of a model as the control core needs them: spec, size and scaling settings."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class ManagedFunction:
     """One function.
 
     Attributes:
-        spec: its id and experts.
+        spec: its id, layers and experts.
         size_bytes: size of its weights.
-        scaling: how it scales.
+        scaling: its autoscaler's settings.
     """
 
     spec: FunctionSpec
@@ -29,22 +29,22 @@ class ManagedFunction:
 
     @property
     def id(self) -> str:
-        """Its opaque id."""
+        """The function's opaque id."""
         return self.spec.id
 
     @property
     def stable_key(self) -> str:
-        """Layers and experts as text: the same in every run, as the id is not."""
+        """Layers and experts as text. Unlike the id it is the same in every run."""
         return f"{_join_indices(self.spec.layers)}:{_join_indices(self.spec.experts)}"
 
     @property
     def anti_affinity_key(self) -> str:
-        """What functions share that are called at the same time: their layers."""
+        """The layers as text: functions of the same layers are called at the same time."""
         return _join_indices(self.spec.layers)
 
 
 def partitioning_of(granularity: GranularitySpec) -> Partitioning:
-    """Return how a MoEModel's experts are cut into functions."""
+    """Return the partitioning that a MoEModel's granularity asks for."""
     experts = granularity.experts_per_function
     return Partitioning(None if experts == "auto" else experts, granularity.layers_per_function)
 
@@ -52,12 +52,12 @@ def partitioning_of(granularity: GranularitySpec) -> Partitioning:
 def managed_functions(
     specs: Sequence[FunctionSpec], layers: Sequence[LayerShape], *, scaling: ScalingSpec
 ) -> tuple[ManagedFunction, ...]:
-    """Return the functions with their sizes and settings.
+    """Return the functions with their sizes and scaling settings.
 
     Args:
-        specs: the plan of the model.
-        layers: the manifest's layers.
-        scaling: what the MoEModel says.
+        specs: the planned functions.
+        layers: the layers of the store's manifest.
+        scaling: the MoEModel's scaling settings.
     """
     return tuple(
         ManagedFunction(
@@ -70,7 +70,7 @@ def managed_functions(
 
 
 def scaling_settings(scaling: ScalingSpec) -> ScalingSettings:
-    """Return the autoscaler's settings for a MoEModel's."""
+    """Return the autoscaler settings of a MoEModel's `spec.experts.scaling`."""
     return ScalingSettings(
         min_scale=scaling.min_scale,
         max_scale=scaling.max_scale,

@@ -1,64 +1,26 @@
 """The load of each function over all routers, from their latest reports. Pure.
 
-Each router reports once a second; the control samples once a second, so each router counts once.
-A router that falls silent is taken as idle after a while: it is gone, and so are its calls, unless
-sandboxes say that somebody calls them (`usage.py`). Before
-any router has reported to this control, silence means nothing for longer: replicas found at a
-restart are kept until routers had time to come back.
+Each router reports once a second and the controller samples once a second, so each router counts
+once. A router that stops reporting counts as idle after a timeout, because it and its calls are
+gone, unless sandboxes report that they are called (`sandbox_prober.py`). Until any router has
+reported to this control process, silence says nothing for a longer time: replicas found at a
+restart are retained until routers had time to reconnect.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from faasmoe_contracts.control_messages import LoadReport
 
 ROUTER_TIMEOUT_S = 10.0
 STARTUP_GRACE_S = 30.0
-PARTITION_GRACE_S = 3600.0  # how long a router that fell silent under load may be thought to go on
+PARTITION_GRACE_S = 3600.0  # how long a router that disappeared under load may still be serving
 MAX_ROUTERS = 256
 
 
-@dataclass(frozen=True, slots=True)
-class ReportedLoad:
-    """One function's load in one report.
-
-    Attributes:
-        concurrency: time average of the calls in flight, held ones included.
-        calls: calls in the interval.
-        rows: rows of hidden states in those calls.
-    """
-
-    concurrency: float
-    calls: int = 0
-    rows: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What one router says once a second.
-
-    Attributes:
-        router: its name.
-        functions: the functions with load; those left out have none.
-        held: calls and requests that wait for a function at this moment.
-        local: blocks that the router computed itself in the interval.
-        tenants: API keys of each tenant that the router knows.
-    """
-
-    router: str
-    functions: Mapping[str, ReportedLoad] = field(default_factory=dict)
-    queued: int = 0
-    n_local_blocks: int = 0
-    tenant_key_counts: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def has_load(self) -> bool:
-        """Whether it tells of any load."""
-        return self.queued > 0 or any(load.concurrency > 0 for load in self.functions.values())
-
-
 class LoadReports:
-    """The latest report of each router."""
+    """The latest report of each router; all times are of the controller's clock, in seconds."""
 
     def __init__(self, *, now: float) -> None:
         self._latest: dict[str, tuple[float, LoadReport]] = {}
@@ -67,22 +29,19 @@ class LoadReports:
         self._lost_with_load: dict[str, float] = {}
 
     def is_full(self, router: str) -> bool:
-        """Return whether there are too many routers for this one to be another."""
+        """Return whether this router would be one more than MAX_ROUTERS."""
         return router not in self._latest and len(self._latest) >= MAX_ROUTERS
 
     def add(self, report: LoadReport, *, now: float) -> bool:
-        """Keep a report in place of the router's last one; return whether tenants' keys changed."""
+        """Replace a router's report; return whether the tenants' numbers of keys changed."""
         _, previous = self._latest.get(report.router, (now, LoadReport(report.router)))
         self._latest[report.router] = (now, report)
         self._lost_with_load.pop(report.router, None)
         self._has_any = True
-        return previous.tenant_key_counts != report.tenant_key_counts
+        return (previous.tenant_key_counts or {}) != (report.tenant_key_counts or {})
 
     def concurrency(self, now: float) -> Mapping[str, float] | None:
-        """Return each function's calls in flight; None while nothing is known.
-
-        Functions without load are left out.
-        """
+        """Return the calls in flight of each function with load; None while nothing is known."""
         self._expire(now)
         if not self._latest and not self._has_any and now - self._started_at < STARTUP_GRACE_S:
             return None
@@ -93,15 +52,15 @@ class LoadReports:
         return loads
 
     def had_load(self) -> bool:
-        """Return whether any router had load when it was heard last."""
+        """Return whether any router had load in its latest report."""
         return any(report.has_load for _, report in self._latest.values())
 
     def skip_suspension(self, since: float, now: float) -> None:
-        """Leave out a time in which nobody could be heard, as this process did not run."""
+        """Do not count a time in which this process was suspended and received no reports."""
         self._latest = {n: (at + now - since, report) for n, (at, report) in self._latest.items()}
 
     def has_lost_router_with_load(self, now: float) -> bool:
-        """Return whether a router fell silent while it had load: it may be dead, or cut off."""
+        """Return whether a router stopped reporting under load: it crashed or is partitioned."""
         self._expire(now)
         self._lost_with_load = {
             name: at for name, at in self._lost_with_load.items() if now - at < PARTITION_GRACE_S
@@ -109,7 +68,7 @@ class LoadReports:
         return bool(self._lost_with_load)
 
     def queued(self, now: float) -> int:
-        """Return how many calls and requests wait in routers."""
+        """Return the number of calls and requests that wait in routers."""
         self._expire(now)
         return sum(report.queued for _, report in self._latest.values())
 
@@ -119,9 +78,9 @@ class LoadReports:
         return any(report.has_load for _, report in self._latest.values())
 
     def tenant_key_counts(self, now: float) -> Mapping[str, int] | None:
-        """Return how many API keys each tenant has; None before a router has said so.
+        """Return the number of API keys of each tenant; None if no router has reported any.
 
-        Where routers differ, one has not read a change yet: the smaller number counts.
+        Routers differ while some have not reloaded a change: the smaller number counts.
         """
         self._expire(now)
         reported = [

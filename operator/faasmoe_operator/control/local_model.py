@@ -1,4 +1,4 @@
-"""A MoEModel file on this machine: its paths resolved, its store opened, its functions planned."""
+"""A MoEModel file on this machine: resolves its paths, opens its store, plans its functions."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from faasmoe_operator.errors import PlanError
 from faasmoe_operator.plan.functions import plan_functions
 from faasmoe_operator.platforms.base import ProcessSandboxTemplate
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")  # a branch or tag may have moved, a commit never does
+_COMMIT = re.compile(r"[0-9a-f]{40}")  # unlike a commit, a branch or tag may have moved
 
 
 @dataclass(frozen=True, slots=True)
 class LocalModel:
-    """A MoEModel and where its parts lie on this machine.
+    """A MoEModel and its files on this machine.
 
     Attributes:
-        file: the MoEModel file.
-        model: what it says.
+        file: path of the MoEModel file; relative paths in it are relative to its folder.
+        model: the parsed MoEModel.
     """
 
     file: Path
@@ -35,7 +35,11 @@ class LocalModel:
 
     @classmethod
     def load(cls, file: Path) -> LocalModel:
-        """Read a MoEModel file; raises MoEModelError, also of what only Kubernetes can serve."""
+        """Read a MoEModel file.
+
+        Raises:
+            MoEModelError: the file is invalid or needs the Kubernetes platform.
+        """
         model = load_moemodel(file)
         if problems := process_platform_problems(model):
             raise MoEModelError(str(file), problems)
@@ -43,7 +47,7 @@ class LocalModel:
 
     @property
     def source(self) -> str:
-        """The checkpoint: hf://ORG/NAME, or file:///PATH with nothing left relative."""
+        """The checkpoint: hf://ORG/NAME, or file:///PATH with an absolute path."""
         source = self.model.spec.model.source
         if not source.startswith(FILE_SCHEME):
             return source
@@ -58,30 +62,30 @@ class LocalModel:
 
     @property
     def state_path(self) -> Path:
-        """The folder of what is kept across restarts, beside the store, which never changes."""
+        """The folder of state that survives restarts, next to the store, which is read-only."""
         return self.store_path.with_name(f"{self.store_path.name}.state")
 
     @property
     def is_prepared(self) -> bool:
-        """Whether there is a complete store."""
+        """Whether the store exists and is complete."""
         return (self.store_path / MANIFEST_NAME).is_file()
 
     @property
     def dtype(self) -> str | None:
-        """The number format asked for, None for the checkpoint's."""
+        """The requested data type; None for the checkpoint's own."""
         dtype = self.model.spec.model.dtype
         return None if dtype == "auto" else dtype
 
     @property
     def template(self) -> ProcessSandboxTemplate:
-        """What the sandboxes are like."""
+        """The template of the model's sandboxes."""
         experts = self.model.spec.experts
         return ProcessSandboxTemplate(
             experts.functions_per_sandbox, experts.device, experts.threads
         )
 
     def api_keys_path(self, tenant: TenantSpec) -> Path:
-        """Return the folder of a tenant's API keys; raises MoEModelError if there is none."""
+        """Return the folder of a tenant's API keys; raises MoEModelError if it does not exist."""
         path = (self.file.parent / (tenant.api_keys_path or "")).resolve()
         if tenant.api_keys_path is None or not path.is_dir():
             index = self.model.spec.tenants.index(tenant)
@@ -90,27 +94,35 @@ class LocalModel:
         return path
 
     def check_api_keys(self) -> None:
-        """Raise MoEModelError of a tenant whose folder of API keys is not there."""
+        """Raise MoEModelError if the folder of a tenant's API keys does not exist."""
         for tenant in self.model.spec.tenants:
             self.api_keys_path(tenant)
 
     def open_store(self) -> Store:
-        """Open the store and check that it is the model's; raises StoreError or MoEModelError."""
+        """Open the store and check that it was prepared from this model.
+
+        Raises:
+            MoEModelError: there is no store, or it does not match the model.
+            StoreError: the store is damaged.
+        """
         if not self.is_prepared:
             what = f"got {self.store_path}, which holds no prepared store"
             self._raise_error(
-                "spec.store.path", f"{what}; `faasmoe up` or `faasmoe prepare` makes one"
+                "spec.store.path", f"{what}; `faasmoe up` or `faasmoe prepare` creates one"
             )
         store = Store.open(self.store_path)
         self._check_store(store.manifest)
         return store
 
     def functions(self, manifest: Manifest, *, key: bytes) -> tuple[FunctionSpec, ...]:
-        """Return the functions that the model is cut into; raises MoEModelError.
+        """Return the model's planned functions.
 
         Args:
-            manifest: the store's.
-            key: secret that makes the function ids opaque.
+            manifest: the store's manifest.
+            key: secret key that makes the function ids opaque.
+
+        Raises:
+            MoEModelError: the model cannot be partitioned as requested.
         """
         partitioning = partitioning_of(self.model.spec.granularity)
         try:
@@ -144,7 +156,7 @@ class LocalModel:
 
 
 def is_same_source(requested: str, stored: str) -> bool:
-    """Compare a source in full form with what a manifest calls it: a path, a URI or a hub id."""
+    """Return whether a manifest's source (path, URI or hub id) is the requested `source` URI."""
     if stored.startswith(FILE_SCHEME):
         return Path(unquote(urlsplit(stored).path)).resolve().as_uri() == requested
     if Path(stored).is_absolute():

@@ -1,4 +1,4 @@
-"""The control process's metrics: aggregates, nothing of any one function."""
+"""Prometheus metrics of the control process: aggregates only, no label names a function."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ DURATION_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 1
 
 
 class ControlPlaneMetrics:
-    """Counters of one control process, on a registry of its own."""
+    """Metrics of one model's controller, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -47,7 +47,7 @@ class ControlPlaneMetrics:
         )
 
     def render(self) -> bytes:
-        """Return everything in Prometheus's text format."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self.registry)
 
     def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:

@@ -1,4 +1,4 @@
-"""The model that a control core looks after: everything that stays as it is while it runs."""
+"""The model that a controller serves: everything that does not change while it runs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from faasmoe_operator.platforms.base import SandboxTemplate
 
 
 class StoreSummary(Protocol):
-    """What a store holds, as far as functions are planned from it; a store's summary is such."""
+    """What planning functions needs to know about a store; kube's store summary implements it."""
 
     @property
     def digest(self) -> str:
-        """Digest of its manifest."""
+        """Digest of the store's manifest."""
         ...
 
     def expanded_layers(self) -> Sequence[LayerShape]:
@@ -32,15 +32,15 @@ class StoreSummary(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ControlledModel:
-    """One model.
+    """A model with its planned functions.
 
     Attributes:
-        name: its name in the API.
-        store: what functions are attached from.
+        name: the MoEModel's name.
+        store: the store that functions are attached from.
         functions: every function by id, in the order of the plan.
-        template: what new sandboxes are like.
-        warm_pool: generic sandboxes that are kept ready.
-        memory_limit_bytes: what all functions may take together; None for no limit.
+        template: template of new sandboxes.
+        warm_pool: number of empty sandboxes to keep ready.
+        memory_limit_bytes: memory limit of all attached functions together; None for no limit.
     """
 
     name: str
@@ -52,11 +52,15 @@ class ControlledModel:
 
     @classmethod
     def from_local_model(cls, local_model: LocalModel, *, key: bytes) -> ControlledModel:
-        """Return a deployment's model; raises MoEModelError or StoreError.
+        """Return the model of a MoEModel file on this machine.
 
         Args:
-            deployment: a MoEModel whose store is prepared.
-            key: secret that makes the function ids opaque.
+            local_model: a MoEModel whose store is prepared.
+            key: secret key that makes the function ids opaque.
+
+        Raises:
+            MoEModelError: the model does not match its store or cannot be partitioned.
+            StoreError: the store is damaged.
         """
         manifest = local_model.open_store().manifest
         specs = local_model.functions(manifest, key=key)
@@ -79,14 +83,17 @@ class ControlledModel:
         key: bytes,
         template: SandboxTemplate,
     ) -> ControlledModel:
-        """Return a model whose store only its pods can see; raises PlanError.
+        """Return a model whose store is mounted only in its pods.
 
         Args:
-            model: what is asked for.
-            content: what its prepared store holds.
-            store_path: the store's folder, as the sandboxes see it.
-            key: secret that makes the function ids opaque.
-            template: what sandboxes are made from.
+            model: the MoEModel.
+            summary: what its prepared store holds.
+            store_path: the store's folder in the sandboxes.
+            key: secret key that makes the function ids opaque.
+            template: template of new sandboxes.
+
+        Raises:
+            PlanError: the model cannot be partitioned as requested.
         """
         layers = summary.expanded_layers()
         partitioning = partitioning_of(model.spec.granularity)
@@ -102,7 +109,7 @@ class ControlledModel:
 
     @property
     def specs(self) -> dict[str, FunctionSpec]:
-        """The functions' specs by id."""
+        """The functions' specs by function id."""
         return {name: function.spec for name, function in self.functions.items()}
 
 

@@ -1,6 +1,6 @@
-"""The control process: everything put together, until SIGTERM.
+"""The control process of one model on this machine: composition root and shutdown.
 
-It may be killed at any moment and started again: what runs is read back.
+It can be killed at any time: a restarted process adopts the running sandboxes and their functions.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.sandbox_client import SandboxClient
 from faasmoe_operator.control.state_files import (
+    FileUsageStore,
     PopularityFile,
-    UsageLedgerFile,
     popularity_path,
     usage_ledger_path,
 )
@@ -33,7 +33,12 @@ SHUTDOWN_TIMEOUT_S = 1.0
 
 
 async def run_control_process(config: ControlConfig) -> None:
-    """Control a model until SIGTERM or SIGINT; raises FaasmoeError or StoreError."""
+    """Run a model's controller, API and background tasks until SIGTERM or SIGINT.
+
+    Raises:
+        FaasmoeError: the model is invalid or the zygote does not respond.
+        StoreError: the store is missing or damaged.
+    """
     task = asyncio.current_task()
     assert task is not None
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -51,7 +56,7 @@ async def _run_controller(config: ControlConfig) -> None:
     popularity_file = PopularityFile(
         popularity_path(store.path), model_digest=store.manifest.digest
     )
-    usage_file = UsageLedgerFile(usage_ledger_path(store.path))
+    usage_store = FileUsageStore(usage_ledger_path(store.path))
     async with (
         ProcessPlatform(socket=config.zygote_socket) as platform,
         SandboxClient(token=config.token) as client,
@@ -61,7 +66,7 @@ async def _run_controller(config: ControlConfig) -> None:
             platform,
             client,
             popularity=popularity_file.read(),
-            usage_ledger=usage_file.read(),
+            usage_ledger=usage_store.read(),
         )
         await controller.start()
         runner = await _start_api(controller, config)
@@ -71,16 +76,16 @@ async def _run_controller(config: ControlConfig) -> None:
                 group.create_task(
                     BackgroundTasks(controller, store=store, popularity_file=popularity_file).run()
                 )
-                group.create_task(_usage_ledger_writer(controller, usage_file).run())
+                group.create_task(_make_usage_ledger_writer(controller, usage_store).run())
         finally:
             await runner.cleanup()
 
 
-def _usage_ledger_writer(controller: Controller, file: UsageLedgerFile) -> UsageLedgerWriter:
+def _make_usage_ledger_writer(controller: Controller, store: FileUsageStore) -> UsageLedgerWriter:
     return UsageLedgerWriter(
         controller.usage_ledger,
         controller.usage_changed,
-        file.write,
+        store,
         interval_s=controller.timing.usage_save_interval_s,
     )
 

@@ -1,7 +1,7 @@
-"""The function table that routers follow: versions, and what changed between them.
+"""Publishes the routing table that routers watch, with a history of changes.
 
-Readers ask for what is new since a version and wait for more, so that none can pile up unread
-changes; one that fell behind the history gets the whole table.
+A watcher asks for the changes since its version and then waits for a newer one, so a slow watcher
+accumulates no unread messages. One whose version is older than the history gets the whole table.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from faasmoe_contracts.routing_table import FunctionEndpoints, FunctionSpec, RoutingTable
-from faasmoe_operator.platforms.registry import ChangeNotifier
+from faasmoe_operator.aio import ChangeNotifier
 
 MAX_HISTORY = 1024
 
@@ -20,11 +20,17 @@ Addresses = Mapping[str, tuple[str, ...]]
 
 
 class RoutingTablePublisher:
-    """The current table and the changes that led to it.
+    """The current routing table and its recent changes.
 
     Args:
         functions: every function, in the order of the table.
         model_digest: digest of their store.
+
+    Attributes:
+        epoch: identity of this table's history; another controller has another one.
+        version: version of the table, increased by every change.
+        n_watchers: routers that watch the table now.
+        is_closed: whether the table will not change any more, because its controller has stopped.
     """
 
     def __init__(self, functions: Sequence[FunctionSpec], *, model_digest: str) -> None:
@@ -35,9 +41,7 @@ class RoutingTablePublisher:
         self.epoch = secrets.token_hex(8)
         self.version = 1
         self.n_watchers = 0
-        """Routers that follow the table at this moment."""
         self.is_closed = False
-        """Whether there will be no more changes: another control core may go on."""
 
     @property
     def table(self) -> RoutingTable:
@@ -45,7 +49,11 @@ class RoutingTablePublisher:
         return RoutingTable(self._digest, self.version, tuple(self._entries.values()))
 
     def publish(self, addresses: Addresses) -> None:
-        """Take the places where functions serve now; functions left out serve nowhere."""
+        """Replace the addresses of all functions; omitted functions have none.
+
+        Args:
+            addresses: `host:port` of the ready replicas, by function id.
+        """
         changed = tuple(
             name
             for name, entry in self._entries.items()
@@ -61,7 +69,7 @@ class RoutingTablePublisher:
         self._change_notifier.notify()
 
     def changes_since(self, version: int) -> Addresses | None:
-        """Return what changed since a version; None if that is not known any more."""
+        """Return the addresses changed since a version; None if the history does not reach back."""
         n_missed = self.version - version
         if not 0 <= n_missed <= len(self._history):
             return None
@@ -70,10 +78,10 @@ class RoutingTablePublisher:
         return {name: self._entries[name].addresses for name in names}
 
     async def wait_for_newer(self, version: int) -> None:
-        """Wait until there is a version beyond this one, or the feed is closed."""
+        """Wait until there is a newer version or the table is closed."""
         await self._change_notifier.wait_for(lambda: self.is_closed or self.version > version)
 
     def close(self) -> None:
-        """Say that there will be no more changes; its readers go and ask anew."""
+        """Mark the table as final and wake its watchers, which then reconnect."""
         self.is_closed = True
         self._change_notifier.notify()

@@ -1,4 +1,8 @@
-"""Client of the sandboxes' control calls: attach, detach and list functions."""
+"""HTTP client of the sandboxes' control API: attach, detach and list functions.
+
+Every failure is a `SandboxClientError` whose `code` is either the sandbox's own error code or one
+of `timeout`, `unreachable` and `protocol_error`.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,17 @@ from faasmoe_contracts.routing_table import FunctionSpec, RoutingTableError
 from faasmoe_operator.errors import FaasmoeError
 
 MAX_RESPONSE_BYTES = 8 << 20
-CONNECTIONS_PER_SANDBOX = 4  # it answers one call at a time; more only delay its first answers
+CONNECTIONS_PER_SANDBOX = 4  # a sandbox processes one call at a time; more only add latency
 
 
 class SandboxClientError(FaasmoeError):
-    """A sandbox that refused a call, did not answer, or answered nonsense.
+    """A sandbox refused a call, did not respond, or sent an invalid response.
 
     Attributes:
-        address: the sandbox.
-        code: the sandbox's own code for what it refused; `timeout`, `unreachable` or `protocol_error` otherwise.
-        status: the HTTP status, or None if there was no answer.
-        field: the field that it refused, or None.
+        address: the sandbox's `host:port`.
+        code: the error code of the sandbox; else `timeout`, `unreachable` or `protocol_error`.
+        status: the HTTP status, or None without a response.
+        field: the field of the request that the sandbox refused, or None.
     """
 
     def __init__(
@@ -41,13 +45,13 @@ class SandboxClientError(FaasmoeError):
 
 @dataclass(frozen=True, slots=True)
 class SandboxClientTimeouts:
-    """How long a sandbox may take.
+    """Timeouts of calls to a sandbox.
 
     Attributes:
-        connect_timeout_s: to accept a connection.
-        list_timeout_s: to list its functions.
-        attach_timeout_s: to attach a function: mapped files, but read from a disk if need be.
-        detach_timeout_s: to detach a function: calls in progress finish first.
+        connect_timeout_s: timeout of a connection attempt.
+        list_timeout_s: timeout of listing functions.
+        attach_timeout_s: timeout of an attach, which may have to read the weights from a disk.
+        detach_timeout_s: timeout of a detach, which waits for calls in progress.
     """
 
     connect_timeout_s: float = 2.0
@@ -61,8 +65,8 @@ class ModelStore:
     """The store that functions are attached from.
 
     Attributes:
-        path: its folder, as the sandboxes see it.
-        model_digest: digest that its manifest must have.
+        path: the store's folder in the sandboxes.
+        model_digest: expected digest of its manifest.
     """
 
     path: Path
@@ -74,10 +78,10 @@ class AttachedFunction:
     """A function that a sandbox holds.
 
     Attributes:
-        spec: which experts it has.
+        spec: its id, layers and experts.
         model_digest: digest of the store that it was attached from.
         size_bytes: size of its weights.
-        n_frames: frames that it has computed there.
+        n_frames: number of frames that it has computed in this sandbox.
     """
 
     spec: FunctionSpec
@@ -88,11 +92,11 @@ class AttachedFunction:
 
 @dataclass(frozen=True, slots=True)
 class SandboxListing:
-    """What a sandbox says of itself.
+    """A sandbox's functions and memory limit.
 
     Attributes:
-        functions: those that it holds.
-        memory_limit_bytes: what its functions may take now, all together; None for no limit.
+        functions: the attached functions.
+        memory_limit_bytes: current memory limit of all its functions together; None for no limit.
     """
 
     functions: tuple[AttachedFunction, ...]
@@ -100,14 +104,19 @@ class SandboxListing:
 
 
 class SandboxClient:
-    """Talks to the sandboxes of one model; use as an async context manager."""
+    """Calls the sandboxes of one model; use as an async context manager.
+
+    Args:
+        token: bearer token of the sandboxes; empty for none.
+        timeouts: timeouts of the calls.
+    """
 
     def __init__(self, *, token: str, timeouts: SandboxClientTimeouts | None = None) -> None:
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._timeouts = timeouts or SandboxClientTimeouts()
 
     async def __aenter__(self) -> Self:
-        """Open the connections' pool."""
+        """Open the connection pool."""
         connector = aiohttp.TCPConnector(limit=0, limit_per_host=CONNECTIONS_PER_SANDBOX)
         self._http = aiohttp.ClientSession(headers=self._headers, connector=connector)
         return self
@@ -117,7 +126,7 @@ class SandboxClient:
         await self._http.close()
 
     async def attach(self, address: str, function: FunctionSpec, *, store: ModelStore) -> None:
-        """Attach a function; nothing happens if it is there already. Raises SandboxError."""
+        """Attach a function; idempotent. Raises SandboxClientError."""
         body = {
             "store": str(store.path),
             "model_digest": store.model_digest,
@@ -128,7 +137,7 @@ class SandboxClient:
         await self._call("PUT", address, f"/{function.id}", timeout_s=timeout_s, body=body)
 
     async def detach(self, address: str, function_id: str) -> None:
-        """Detach a function; nothing happens if it is not there. Raises SandboxError."""
+        """Detach a function; does nothing if it is not attached. Raises SandboxClientError."""
         timeout_s = self._timeouts.detach_timeout_s
         try:
             await self._call("DELETE", address, f"/{function_id}", timeout_s=timeout_s)
@@ -137,7 +146,7 @@ class SandboxClient:
                 raise
 
     async def list(self, address: str) -> SandboxListing:
-        """Return the functions that a sandbox holds, and may hold. Raises SandboxError."""
+        """Return a sandbox's functions and its memory limit. Raises SandboxClientError."""
         timeout_s = self._timeouts.list_timeout_s
         response = await self._call("GET", address, "", timeout_s=timeout_s)
         try:

@@ -1,11 +1,9 @@
-"""Whether a sandbox's own list of functions agrees with what is written down of it. Pure.
+"""Probes sandboxes: reads back their functions once they are ready, then checks them periodically.
 
-What sandboxes themselves say of their use: the witness when a router cannot be heard. Pure.
-
-Asks sandboxes what they hold: when they become ready, and again and again.
-
-One that answers garbage or lies is given up at once; one that does not answer only after several
-times, as a sandbox that computes a large frame answers late.
+A sandbox is marked as failed immediately if its response is invalid or differs from the recorded
+assignments, but only after several consecutive timeouts, as a sandbox that computes a large frame
+responds late. The probes also tell which functions are active, from the sandboxes' own counters, in
+case a router stops reporting.
 """
 
 from __future__ import annotations
@@ -28,92 +26,26 @@ from faasmoe_operator.control.sandbox_client import (
 from faasmoe_operator.plan.fleet import SandboxState
 from faasmoe_operator.platforms.base import Platform
 
+PARALLEL_CALLS = 8
+MAX_CONSECUTIVE_TIMEOUTS = 3
+ACTIVITY_WINDOW_S = 15.0  # three probe intervals
+_UNRESPONSIVE_CODES = ("timeout", "unreachable")
+
 logger = logging.getLogger(__name__)
 
 
-def find_listing_fault(
-    listed: Sequence[AttachedFunction], specs: Mapping[str, FunctionSpec], *, model_digest: str
-) -> str | None:
-    """Return what is wrong with the list by itself; None if nothing is.
-
-    Args:
-        held: what the sandbox says that it holds.
-        specs: the functions of the model, by id; others may be left from an earlier plan.
-        model_digest: digest of the store that they are of.
-    """
-    for name, count in Counter(function.spec.id for function in listed).items():
-        if count > 1:
-            return f"lists function {name} {count} times"
-    for function in listed:
-        spec = specs.get(function.spec.id)
-        if spec is not None and (function.spec, function.model_digest) != (spec, model_digest):
-            return f"holds other experts as function {spec.id} than were attached"
-    return None
-
-
-def find_assignment_drift(
-    listed: Sequence[AttachedFunction], *, expected: Collection[str], possible: Collection[str]
-) -> str | None:
-    """Return how a sandbox's functions differ from those that it should hold; None if they agree.
-
-    Args:
-        held: what the sandbox says that it holds.
-        expected: functions that were attached all the time.
-        possible: functions that it may hold, as they come and go.
-    """
-    names = {function.spec.id for function in listed}
-    if missing := sorted(set(expected) - names):
-        return f"no longer holds {missing[0]} ({len(missing)} functions are missing)"
-    if unexpected := sorted(names - set(possible)):
-        return f"holds {unexpected[0]}, which was never attached ({len(unexpected)} such functions)"
-    return None
-
-
-ACTIVITY_WINDOW_S = 15.0  # three inspections
-
-
-class FunctionActivity:
-    """Which functions computed frames lately, by the sandboxes' own counts."""
-
-    def __init__(self) -> None:
-        self._frame_counts: dict[tuple[str, str], int] = {}
-        self._active_at: dict[str, float] = {}
-
-    def record_frame_counts(
-        self, sandbox: str, counts: Iterable[tuple[str, int]], *, now: float
-    ) -> None:
-        """Take how many frames each function in a sandbox has computed so far."""
-        for function, count in counts:
-            key = (sandbox, function)
-            if count > self._frame_counts.get(key, count):
-                self._active_at[function] = now
-            self._frame_counts[key] = count
-
-    def recently_active(self, now: float) -> set[str]:
-        """Return the functions that computed between two of the last inspections."""
-        self._active_at = {
-            name: at for name, at in self._active_at.items() if now - at <= ACTIVITY_WINDOW_S
-        }
-        return set(self._active_at)
-
-    def retain_sandboxes(self, sandboxes: Iterable[str]) -> None:
-        """Forget the sandboxes that are not among these."""
-        known = set(sandboxes)
-        self._frame_counts = {
-            place: n for place, n in self._frame_counts.items() if place[0] in known
-        }
-
-
-MAX_CONSECUTIVE_TIMEOUTS = 3
-PARALLEL_CALLS = 8
-_UNRESPONSIVE_CODES = ("timeout", "unreachable")
-
-
 class SandboxProber:
-    """Compares what sandboxes say with what is written down.
+    """Compares the functions that sandboxes list with the recorded assignments.
+
+    Args:
+        model: the model.
+        client: calls sandboxes.
+        fleet: the recorded assignments.
+        executor: marks sandboxes as failed.
+        clock: current time in seconds.
 
     Attributes:
-        usage: what they say of their use.
+        activity: which functions were active recently.
     """
 
     def __init__(
@@ -137,13 +69,14 @@ class SandboxProber:
         self.activity = FunctionActivity()
 
     async def read_back_all(self, platform: Platform[Any]) -> None:
-        """Read back every sandbox that may hold something: returns when all have told or are lost.
+        """Read back every starting sandbox; return when all have responded or are lost.
 
-        One without an address has never been called.
+        Sandboxes without an address are left out: they cannot hold functions.
         """
         changes = platform.watch()
         while any(
-            m.state is SandboxState.STARTING and m.sandbox.address for m in self._fleet.sandboxes
+            record.state is SandboxState.STARTING and record.sandbox.address
+            for record in self._fleet.sandboxes
         ):
             await anext(changes)
             self._executor.sync_sandboxes(await platform.list())
@@ -152,71 +85,67 @@ class SandboxProber:
             )
 
     def start_read_back(self) -> None:
-        """Begin to read what those sandboxes hold that have become ready."""
-        for member in self._fleet.awaiting_read_back():
-            if member.sandbox.id not in self._being_read_back:
-                self._being_read_back.add(member.sandbox.id)
-                self._tasks.start(self._read_back(member))
-
-    async def stop(self) -> None:
-        """Stop reading."""
-        await self._tasks.cancel_all()
-
-    async def _read_back(self, member: SandboxRecord) -> None:
-        """Read what a sandbox holds that says it is ready, and take it into service."""
-        try:
-            while member.state is SandboxState.STARTING and self._is_current(member):
-                listed = await self._list_functions(member)
-                if listed is not None:
-                    self._fleet.adopt(member.sandbox.id, (f.spec.id for f in listed))
-                    self._executor.record_sandbox_ready()
-        finally:
-            self._being_read_back.discard(member.sandbox.id)
-
-    def _is_current(self, member: SandboxRecord) -> bool:
-        return self._fleet.get(member.sandbox.id) is member
+        """Start to read back the sandboxes that have become ready."""
+        for record in self._fleet.awaiting_read_back():
+            if record.sandbox.id not in self._being_read_back:
+                self._being_read_back.add(record.sandbox.id)
+                self._tasks.start(self._read_back(record))
 
     async def probe_all(self) -> None:
-        """Ask every sandbox that is in service."""
-        ready = [m for m in self._fleet.sandboxes if m.state is SandboxState.READY]
+        """Probe every ready sandbox once."""
+        ready = [r for r in self._fleet.sandboxes if r.state is SandboxState.READY]
         await gather_limited(ready, self._probe, limit=PARALLEL_CALLS)
-        for gone in [name for name in self._consecutive_timeouts if self._fleet.get(name) is None]:
-            del self._consecutive_timeouts[gone]
-        self.activity.retain_sandboxes(member.sandbox.id for member in self._fleet.sandboxes)
+        for name in [n for n in self._consecutive_timeouts if self._fleet.get(n) is None]:
+            del self._consecutive_timeouts[name]
+        self.activity.retain_sandboxes(record.sandbox.id for record in self._fleet.sandboxes)
 
-    async def _probe(self, member: SandboxRecord) -> None:
-        attached, known = member.attached, set(member.functions)
-        listed = await self._list_functions(member)
-        if listed is None or member.state is not SandboxState.READY:
+    async def stop(self) -> None:
+        """Cancel all read-backs."""
+        await self._tasks.cancel_all()
+
+    async def _read_back(self, record: SandboxRecord) -> None:
+        """Read the functions of a ready sandbox, again until it responds, and take it into use."""
+        name = record.sandbox.id
+        try:
+            while record.state is SandboxState.STARTING and self._fleet.get(name) is record:
+                listed = await self._list_functions(record)
+                if listed is not None:
+                    self._fleet.adopt(name, (f.spec.id for f in listed))
+                    self._executor.record_sandbox_ready()
+        finally:
+            self._being_read_back.discard(name)
+
+    async def _probe(self, record: SandboxRecord) -> None:
+        attached, assigned = record.attached, set(record.functions)
+        listed = await self._list_functions(record)
+        if listed is None or record.state is not SandboxState.READY:
             return
         self.activity.record_frame_counts(
-            member.sandbox.id, ((f.spec.id, f.n_frames) for f in listed), now=self._clock()
+            record.sandbox.id, ((f.spec.id, f.n_frames) for f in listed), now=self._clock()
         )
         drift = find_assignment_drift(
-            listed, expected=attached & member.attached, possible=known | set(member.functions)
+            listed, expected=attached & record.attached, possible=assigned | set(record.functions)
         )
         if drift is not None:
             self._executor.mark_sandbox_failed(
-                member.sandbox.id, cause="assignment_drift", message=drift
+                record.sandbox.id, cause="assignment_drift", message=drift
             )
 
-    async def _list_functions(self, member: SandboxRecord) -> Sequence[AttachedFunction] | None:
-        """Return what a sandbox holds; None if it does not say, which may cost it its service."""
-        name = member.sandbox.id
+    async def _list_functions(self, record: SandboxRecord) -> Sequence[AttachedFunction] | None:
+        """Return a sandbox's functions; None on an error, which may mark the sandbox as failed."""
+        name = record.sandbox.id
         try:
-            listing = await self._client.list(member.sandbox.address)
+            listing = await self._client.list(record.sandbox.address)
         except SandboxClientError as error:
             self._on_probe_error(name, error)
             return None
         del self._consecutive_timeouts[name]
-        listed = listing.functions
         self._fleet.set_memory_limit(name, listing.memory_limit_bytes, now=self._clock())
-        if (
-            fault := find_listing_fault(listed, self._specs, model_digest=self._digest)
-        ) is not None:
+        fault = find_listing_fault(listing.functions, self._specs, model_digest=self._digest)
+        if fault is not None:
             self._executor.mark_sandbox_failed(name, cause="assignment_drift", message=fault)
             return None
-        return listed
+        return listing.functions
 
     def _on_probe_error(self, name: str, error: SandboxClientError) -> None:
         if error.code not in _UNRESPONSIVE_CODES:
@@ -225,3 +154,73 @@ class SandboxProber:
         self._consecutive_timeouts[name] += 1
         if self._consecutive_timeouts[name] >= MAX_CONSECUTIVE_TIMEOUTS:
             self._executor.mark_sandbox_failed(name, cause="unresponsive", message=str(error))
+
+
+class FunctionActivity:
+    """Which functions computed frames recently, by the sandboxes' own counters."""
+
+    def __init__(self) -> None:
+        self._frame_counts: dict[tuple[str, str], int] = {}
+        self._active_at: dict[str, float] = {}
+
+    def record_frame_counts(
+        self, sandbox: str, counts: Iterable[tuple[str, int]], *, now: float
+    ) -> None:
+        """Record the total number of frames that each function of a sandbox has computed."""
+        for function, count in counts:
+            key = (sandbox, function)
+            if count > self._frame_counts.get(key, count):
+                self._active_at[function] = now
+            self._frame_counts[key] = count
+
+    def recently_active(self, now: float) -> set[str]:
+        """Return the functions that computed within the last `ACTIVITY_WINDOW_S` seconds."""
+        self._active_at = {
+            name: at for name, at in self._active_at.items() if now - at <= ACTIVITY_WINDOW_S
+        }
+        return set(self._active_at)
+
+    def retain_sandboxes(self, sandboxes: Iterable[str]) -> None:
+        """Remove the counters of all other sandboxes."""
+        retained = set(sandboxes)
+        self._frame_counts = {
+            key: count for key, count in self._frame_counts.items() if key[0] in retained
+        }
+
+
+def find_listing_fault(
+    listed: Sequence[AttachedFunction], specs: Mapping[str, FunctionSpec], *, model_digest: str
+) -> str | None:
+    """Return why a sandbox's list of functions is invalid, or None if it is valid.
+
+    Args:
+        listed: the functions that the sandbox lists.
+        specs: the model's functions by id; unknown ids may be functions of an earlier plan.
+        model_digest: digest of the store that the functions must be attached from.
+    """
+    for name, count in Counter(function.spec.id for function in listed).items():
+        if count > 1:
+            return f"lists function {name} {count} times"
+    for function in listed:
+        spec = specs.get(function.spec.id)
+        if spec is not None and (function.spec, function.model_digest) != (spec, model_digest):
+            return f"holds other experts as function {spec.id} than were attached"
+    return None
+
+
+def find_assignment_drift(
+    listed: Sequence[AttachedFunction], *, expected: Collection[str], possible: Collection[str]
+) -> str | None:
+    """Return how a sandbox's functions differ from the recorded ones, or None if they agree.
+
+    Args:
+        listed: the functions that the sandbox lists.
+        expected: functions that were attached during the whole probe.
+        possible: functions that were assigned at some time during the probe.
+    """
+    names = {function.spec.id for function in listed}
+    if missing := sorted(set(expected) - names):
+        return f"no longer holds {missing[0]} ({len(missing)} functions are missing)"
+    if unexpected := sorted(names - set(possible)):
+        return f"holds {unexpected[0]}, which was never attached ({len(unexpected)} such functions)"
+    return None

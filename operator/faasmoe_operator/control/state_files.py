@@ -1,20 +1,20 @@
-"""The ledger across restarts of `faasmoe up`: a small file beside the store.
+"""State that outlives a control process of `faasmoe up`: files in a folder beside the store.
 
-Popularity across restarts of `faasmoe up`: a small file beside the store.
-
-A file that is missing, damaged or of another model is as good as none, and a folder that cannot be
-written costs a log line.
+A store never changes, so its state is in `STORE.state/`: tenants' usage in `accounts.json` and the
+functions' popularity in `popularity.json`. Usage is never thrown away: a corrupted file is
+quarantined. Popularity is only an optimisation: a missing, corrupted or foreign file counts as
+empty. A folder that cannot be written costs a log line.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from faasmoe_contracts.atomic_file import quarantine, write_atomically
 from faasmoe_operator.control.function_stats import (
     POPULARITY_DECODE_ERRORS,
     decode_popularity,
@@ -29,23 +29,36 @@ from faasmoe_operator.control.usage_ledger import (
 
 logger = logging.getLogger(__name__)
 
-
 MAX_LEDGER_CHARS = 16 << 20
+MAX_POPULARITY_BYTES = 16 << 20
 
 
 def usage_ledger_path(store: Path) -> Path:
-    """Return the file of a store: in a folder beside it, as a store itself never changes."""
-    return store.with_name(f"{store.name}.state") / "accounts.json"
+    """Return the usage file of a store."""
+    return _state_folder(store) / "accounts.json"
 
 
-class UsageLedgerFile:
-    """Reads and writes the ledger of one model."""
+def popularity_path(store: Path) -> Path:
+    """Return the popularity file of a store."""
+    return _state_folder(store) / "popularity.json"
+
+
+def _state_folder(store: Path) -> Path:
+    return store.with_name(f"{store.name}.state")
+
+
+class FileUsageStore:
+    """Keeps the usage ledger of one model in a file; a UsageStore.
+
+    Args:
+        path: the file; its folder is created if it does not exist.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def read(self) -> UsageLedger:
-        """Return the ledger, a new one if there is none; a damaged file is put aside."""
+        """Return the saved ledger; a new one if there is none or it is corrupted."""
         try:
             return decode_ledger(self._path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -56,20 +69,13 @@ class UsageLedgerFile:
         return UsageLedger(time.time())
 
     async def write(self, ledger: UsageLedger) -> bool:
-        """Write the ledger in place of the last one; return whether that went well."""
-        return await asyncio.to_thread(
-            self._write, encode_ledger(ledger, max_chars=MAX_LEDGER_CHARS)
-        )
+        """Replace the saved ledger; return whether that succeeded. Failures are logged."""
+        text = encode_ledger(ledger, max_chars=MAX_LEDGER_CHARS)
+        return await asyncio.to_thread(self._write, text)
 
     def _write(self, text: str) -> bool:
-        temp_path = self._path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with temp_path.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temp_path.replace(self._path)
+            _write_state(self._path, text)
         except OSError as error:
             logger.error("%s: tenant usage cannot be saved: %s", self._path, error.strerror)
             return False
@@ -77,26 +83,18 @@ class UsageLedgerFile:
 
     def _quarantine(self) -> None:
         try:
-            self._path.replace(self._path.with_suffix(".damaged"))
+            quarantine(self._path)
         except OSError as error:
             logger.error("%s cannot be moved aside: %s", self._path, error.strerror)
 
 
-MAX_POPULARITY_BYTES = 16 << 20
-
-
-def popularity_path(store: Path) -> Path:
-    """Return the file of a store: in a folder beside it, as a store itself never changes."""
-    return store.with_name(f"{store.name}.state") / "popularity.json"
-
-
 class PopularityFile:
-    """Reads and writes the counts of one model.
+    """Keeps the functions' popularity of one model in a file.
 
     Args:
-        path: the file.
-        model_digest: counts of another model are not taken.
-        clock: the time of day, as runs are compared by it.
+        path: the file; its folder is created if it does not exist.
+        model_digest: digest of the store; the counts of another store are ignored.
+        clock: returns seconds since the epoch, by which counts decay between two runs.
     """
 
     def __init__(
@@ -107,7 +105,7 @@ class PopularityFile:
         self._clock = clock
 
     def read(self) -> dict[str, float]:
-        """Return the counts as they are now, nothing if there are none to use."""
+        """Return the counts decayed to the present; empty if there are none to use."""
         try:
             return decode_popularity(
                 self._read_text(), model_digest=self._model_digest, now_s=self._clock()
@@ -119,13 +117,14 @@ class PopularityFile:
             return {}
 
     def write(self, rows: Mapping[str, float]) -> None:
-        """Write the counts in place of the last ones."""
+        """Replace the saved counts; a failure is logged.
+
+        Args:
+            rows: decayed rows by the functions' stable keys.
+        """
         text = encode_popularity(rows, model_digest=self._model_digest, now_s=self._clock())
-        temp_path = self._path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            temp_path.write_text(text)
-            temp_path.replace(self._path)
+            _write_state(self._path, text)
         except OSError as error:
             logger.warning("%s: cannot be written: %s", self._path, error.strerror)
 
@@ -133,3 +132,8 @@ class PopularityFile:
         if (size_bytes := self._path.stat().st_size) > MAX_POPULARITY_BYTES:
             raise ValueError(f"got {size_bytes} bytes, expected at most {MAX_POPULARITY_BYTES}")
         return self._path.read_text(encoding="utf-8")
+
+
+def _write_state(path: Path, text: str) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_atomically(path, text, temp_path=path.with_suffix(".new"))

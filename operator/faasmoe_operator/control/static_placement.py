@@ -1,9 +1,7 @@
-"""Which functions share a sandbox, when all of them stay resident. Pure.
+"""Static placement: attaches every function of a model once, without autoscaling.
 
-Every function in a sandbox: what `faasmoe up` runs while functions do not come and go.
-
-Decide (plan/residency.py), act (create, wait until ready, attach), and tell the result as a
-function table.
+For benchmarks and tests of the process platform: creates the sandboxes, waits until they are ready,
+attaches the functions and returns the routing table.
 """
 
 from __future__ import annotations
@@ -19,25 +17,12 @@ from faasmoe_operator.control.sandbox_client import ModelStore
 from faasmoe_operator.errors import PlatformError
 from faasmoe_operator.platforms.base import Platform, ProcessSandboxTemplate, Sandbox
 
-
-def spread_functions(
-    functions: Sequence[FunctionSpec], *, capacity: int
-) -> tuple[tuple[FunctionSpec, ...], ...]:
-    """Return the functions of each sandbox: as few sandboxes as can be, evenly filled.
-
-    Dealt out in turn, so that the blocks of one layer, which are called at the same time, come to
-    different sandboxes wherever there are as many.
-    """
-    n_sandboxes = -(-len(functions) // capacity)
-    return tuple(tuple(functions[first::n_sandboxes]) for first in range(n_sandboxes))
-
-
 READY_TIMEOUT_S = 120.0
 PARALLEL_CALLS = 8
 
 
 class FunctionAttacher(Protocol):
-    """What attaches functions; `SandboxClient` does."""
+    """Attaches functions; implemented by `SandboxClient`."""
 
     async def attach(self, address: str, function: FunctionSpec, *, store: ModelStore) -> None:
         """Attach a function to the sandbox at an address."""
@@ -46,10 +31,10 @@ class FunctionAttacher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StaticPlacement:
-    """Functions that were made resident.
+    """Attached functions and their sandboxes.
 
     Attributes:
-        functions: every function of the model, in the plan's order.
+        functions: every function of the model, in the order of the plan.
         sandboxes: each sandbox with its functions.
     """
 
@@ -57,7 +42,7 @@ class StaticPlacement:
     sandboxes: tuple[tuple[Sandbox, tuple[FunctionSpec, ...]], ...]
 
     def routing_table(self, model_digest: str) -> RoutingTable:
-        """Return the function table that the router reads."""
+        """Return the routing table for the router."""
         addresses = {
             function.id: sandbox.address
             for sandbox, functions in self.sandboxes
@@ -79,7 +64,21 @@ async def place_all_functions(
     progress: Callable[[str], None],
     ready_timeout_s: float = READY_TIMEOUT_S,
 ) -> StaticPlacement:
-    """Create sandboxes and attach every function to one; raises PlatformError or SandboxError."""
+    """Create sandboxes and attach every function to one of them.
+
+    Args:
+        functions: every function of the model.
+        platform: runs the sandboxes.
+        attacher: attaches the functions.
+        template: template of the sandboxes.
+        store: the store to attach from.
+        progress: called with a message before each step.
+        ready_timeout_s: how long the sandboxes may take to become ready.
+
+    Raises:
+        PlatformError: a sandbox could not be created, was lost or was not ready in time.
+        SandboxClientError: an attach failed.
+    """
     groups = spread_functions(functions, capacity=template.capacity)
     progress(f"starting {len(groups)} sandboxes for {len(functions)} functions")
     sandboxes = await gather_limited(
@@ -97,11 +96,27 @@ async def place_all_functions(
     return StaticPlacement(tuple(functions), tuple(pairs))
 
 
+def spread_functions(
+    functions: Sequence[FunctionSpec], *, capacity: int
+) -> tuple[tuple[FunctionSpec, ...], ...]:
+    """Return the functions of each sandbox: the fewest sandboxes possible, evenly filled.
+
+    Functions are assigned round-robin, so that the functions of one layer, which are called at the
+    same time, are in different sandboxes wherever there are enough.
+    """
+    n_sandboxes = -(-len(functions) // capacity)
+    return tuple(tuple(functions[first::n_sandboxes]) for first in range(n_sandboxes))
+
+
 async def wait_ready(platform: Platform[Any], names: Collection[str], *, timeout_s: float) -> None:
-    """Wait until all of these sandboxes are ready; raises PlatformError if one is lost."""
+    """Wait until all of these sandboxes are ready.
+
+    Raises:
+        PlatformError: a sandbox was lost, or the timeout passed.
+    """
     events, waiting = platform.watch(), set(names)
-    if gone := waiting - {sandbox.id for sandbox in await platform.list()}:
-        raise _lost_error(min(gone), "it had already exited")
+    if lost := waiting - {sandbox.id for sandbox in await platform.list()}:
+        raise _lost_error(min(lost), "it had already exited")
     try:
         async with asyncio.timeout(timeout_s):
             while waiting:

@@ -1,12 +1,9 @@
-"""The beat of a control core: once a period while something goes on, and not at all at rest.
+"""The control loop's ticker, which pauses while the model is idle.
 
-Beats keep to a grid, whatever was rested between, so that what is decided at them is the same as if
-none had been left out.
-
-When a control core may rest: nothing is under way, and no decision would change anything. Pure.
-
-A model that nobody calls costs nothing then: no decisions, no plans. Whatever happens to it (a
-wake, load, a sandbox that changes, the end of an action) rouses its core.
+A model is idle while no action is in progress and no autoscaler decision would change anything. It
+then costs nothing: no decisions and no plans. Load, an activation request, a changed sandbox or the
+end of an action resumes the ticks. They stay on a fixed grid, whatever the pauses, so the decisions
+are the same as with all ticks.
 """
 
 from __future__ import annotations
@@ -23,13 +20,13 @@ from faasmoe_operator.control.load_reports import LoadReports
 
 
 class Ticker:
-    """Beats until cancelled.
+    """Calls a function once a period, except while idle.
 
     Args:
-        period_s: between two beats.
-        rests_until: asked when a beat is due: until when it may be left out, on the clock; None if
-            it may not. Infinity is for as long as nobody calls `rouse`.
-        clock: the time. A period takes one second of it.
+        period_s: real seconds between two ticks.
+        idle_until: called with the current time when a tick is due. Returns the time until which
+            ticks may be skipped, infinity to skip them until `notify`, or None to tick.
+        clock: current time in seconds; one period is one second of this clock.
     """
 
     def __init__(
@@ -45,13 +42,13 @@ class Ticker:
         self._notified = asyncio.Event()
 
     def notify(self) -> None:
-        """End the rest at the next beat: something has happened."""
+        """Resume the ticks."""
         self._notified.set()
 
     async def run(self, on_tick: Callable[[], None]) -> None:
-        """Call `beat` at each beat."""
+        """Call `on_tick` at each tick until cancelled."""
         loop = asyncio.get_running_loop()
-        # In the middle of the clock's seconds: a beat that is early or late stays in its own.
+        # In the middle of the clock's seconds, so that jitter does not move a tick to another one.
         to_middle_s = (0.5 - self._clock()) % 1.0
         due_s = loop.time() + (to_middle_s - 1.0) * self._period_s
         while True:
@@ -64,19 +61,19 @@ class Ticker:
             on_tick()
 
     def _next_due_s(self, due_s: float, now_s: float) -> float:
-        """Return the next point of the grid; the next but one if that one is past or too near."""
+        """Return the first point of the grid after `due_s` that is later than `now_s`."""
         elapsed_s = max(0.0, now_s - due_s)
         return due_s + (math.floor(elapsed_s / self._period_s) + 1) * self._period_s
 
     async def _wait_while_idle(self) -> bool:
-        """Rest if that is allowed; return whether it was."""
+        """Wait until the idle time ends or `notify` is called; return False if not idle."""
         now = self._clock()
         until = self._idle_until(now)
         if until is None or until <= now:
             return False
-        left_s = None if math.isinf(until) else (until - now) * self._period_s
+        timeout_s = None if math.isinf(until) else (until - now) * self._period_s
         try:
-            async with asyncio.timeout(left_s):
+            async with asyncio.timeout(timeout_s):
                 await self._notified.wait()
         except TimeoutError:
             pass
@@ -93,15 +90,15 @@ def idle_until(
     executor: ActionExecutor,
     start_deadline_s: float,
 ) -> float | None:
-    """Return until when nothing is to be done unless something happens; None if something is.
+    """Return until when the model stays idle unless something happens; None if it is not idle.
 
     Args:
-        now: the time.
-        fleet: the sandboxes.
-        scalers: the autoscalers.
-        reports: what routers said.
-        records: wakes that wait.
-        actuator: actions under way.
+        now: current time on the controller's clock.
+        fleet: sandboxes and assignments in progress.
+        autoscalers: the functions' autoscalers.
+        load_reports: the routers' load.
+        function_stats: activations in progress.
+        executor: back-off of sandbox creation.
         start_deadline_s: how long a sandbox may take to become ready.
     """
     if fleet.is_progressing or function_stats.activating() or load_reports.has_load(now):

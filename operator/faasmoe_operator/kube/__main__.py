@@ -11,7 +11,7 @@ from faasmoe_operator.kube.operator import configure_logging, run_operator
 
 
 def main() -> int:
-    """Look after MoEModels until SIGTERM; return the exit status."""
+    """Reconcile MoEModels until SIGTERM; return the exit status."""
     try:
         config = OperatorConfig.from_env()
         configure_logging(config.log_format, config.log_level)

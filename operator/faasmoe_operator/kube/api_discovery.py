@@ -1,8 +1,8 @@
-"""APIs that a cluster may serve or not: found when they come, let go when they go.
+"""Discovery of optional APIs, such as the Gateway API, while the operator runs.
 
-What there is is asked for once, at the start. Later an API that is missing is looked for only while
-a MoEModel asks for it: when nothing is wanted, nothing is asked. That one has gone is learnt from
-the list of its objects that follows when its watch breaks off.
+All optional kinds are looked up once at the start. A missing one is looked up again only while a
+MoEModel requests it, so that an idle cluster gets no requests. The kind's informer notices when an
+API is removed.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ REQUESTING_FIELDS: Mapping[Kind, tuple[str, str]] = {
     HTTP_ROUTE: ("networking", "httpRoute"),
     SERVICE_MONITOR: ("monitoring", "serviceMonitor"),
 }
-"""Where a MoEModel asks for one: part and field of its spec."""
+"""For each optional kind the section and field of a MoEModel's spec that request it."""
 
 
 class Discovery(Protocol):
-    """Tells what the cluster serves; `client.KubeClient` does."""
+    """Looks up what the cluster serves; KubeClient implements it."""
 
     async def is_served(self, kind: Kind) -> bool:
-        """Return whether the cluster serves a kind of object; raises ApiError."""
+        """Return whether the cluster serves a kind; raises KubeApiError."""
         ...
 
 
 class OptionalInformers(Protocol):
-    """Watch and list the objects of a kind."""
+    """Informers of optional kinds; Informers implements it."""
 
     def start_optional(self, kind: Kind) -> None:
-        """Begin to follow a kind."""
+        """Start to follow a kind."""
         ...
 
     def stop_optional(self, kind: Kind) -> None:
-        """Follow a kind no more, and forget its objects."""
+        """Stop following a kind and remove its objects from the cache."""
         ...
 
 
 class OptionalApis:
-    """The optional APIs that the cluster serves now.
+    """The optional kinds that the cluster serves.
 
     Args:
-        discovery: tells what the cluster serves.
-        cache: where the MoEModels are.
-        visit: has a model visited.
+        discovery: looks up what the cluster serves.
+        cache: holds the MoEModels.
+        enqueue: enqueues a model to reconcile.
     """
 
     def __init__(
@@ -71,23 +71,23 @@ class OptionalApis:
         self._informers: OptionalInformers | None = None
 
     def served_versions(self) -> frozenset[str]:
-        """Return group and version of each that is served."""
+        """Return group and version of each optional kind that is served."""
         return frozenset(kind.api_version for kind in self._served)
 
     async def start(self, informers: OptionalInformers) -> None:
-        """Ask for all of them, and have followed those that are served; raises ApiError."""
+        """Look all optional kinds up and follow those that are served; raises KubeApiError."""
         self._informers = informers
         for kind in OPTIONAL_KINDS:
             await self._discover(kind)
 
     async def run(self) -> None:
-        """Look for those that are asked for and missing, until cancelled."""
+        """Look up requested kinds that are missing, periodically, until cancelled."""
         while True:
             await asyncio.sleep(DISCOVERY_PERIOD_S)
             await self.discover_missing()
 
     async def discover_missing(self) -> None:
-        """Look once for those that are asked for and missing."""
+        """Look up requested kinds that are missing, once."""
         for kind in OPTIONAL_KINDS:
             if kind in self._served or not self._requesters(kind):
                 continue
@@ -97,7 +97,7 @@ class OptionalApis:
                 logger.warning("%s: API discovery failed: %s", kind, error)
 
     def mark_not_served(self, kind: Kind) -> None:
-        """Take that a kind is served no more; nothing happens if it is not one of these."""
+        """Stop following a kind that is no longer served; ignores kinds that are not followed."""
         if kind not in self._served or self._informers is None:
             return
         logger.warning("%s: API is no longer served", kind)
@@ -123,7 +123,7 @@ class OptionalApis:
 
 
 def models_requesting(models: Iterable[Object], kind: Kind) -> Iterable[ModelKey]:
-    """Yield the names of the models whose spec asks for objects of an optional kind."""
+    """Yield the keys of the models whose spec requests objects of an optional kind."""
     section, field = REQUESTING_FIELDS[kind]
     for model in models:
         values = model.get("spec", {}).get(section) or {}

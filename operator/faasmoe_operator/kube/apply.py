@@ -1,4 +1,4 @@
-"""Carries out what was planned: the only place that writes the objects of models."""
+"""Executes planned actions: the only module that writes the objects of models."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ApplyFailure:
-    """An object that could not be made as wanted.
+    """An object that could not be brought to its desired state.
 
     Attributes:
-        object_id: which.
-        verdict: what that means for the part of the model that it belongs to.
+        object_id: kind and name of the object.
+        condition: the resulting state of the condition that covers the object.
     """
 
     object_id: ObjectId
@@ -45,13 +45,13 @@ class ApplyFailure:
 
 
 class Applier:
-    """Carries out actions on one model's objects, and remembers what was applied.
+    """Executes actions on one model's objects and records what was applied.
 
     Args:
         api: the API server.
-        cache: takes its answers, so that a later plan knows what this one did.
+        cache: receives the responses, so that the next plan sees the changes.
         owner: the model.
-        clock: a clock that only goes forward.
+        clock: monotonic clock, in seconds.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Applier:
         self._api, self._cache, self._clock = api, cache, clock
 
     async def execute(self, action: ObjectAction) -> ApplyFailure | None:
-        """Carry out an action; what the API refuses is returned; raises Unavailable."""
+        """Execute an action; return a failure if the API rejects it; raises Unavailable."""
         try:
             return await self._execute(action)
         except Unavailable:
@@ -73,26 +73,26 @@ class Applier:
             return ApplyFailure(object_id(obj), _condition_for_error(error))
 
     def invalidate_secrets(self) -> None:
-        """Have secrets created again: a pod says that one is missing."""
-        for name in [name for name in self.last_applied if name[0] == SECRET]:
-            del self.last_applied[name]
+        """Forget which Secrets were created, so that a missing one is created again."""
+        for key in [key for key in self.last_applied if key[0] == SECRET]:
+            del self.last_applied[key]
 
     async def _execute(self, action: ObjectAction) -> ApplyFailure | None:
         match action:
-            case CreateObject(wanted) if kind_of(wanted) == SECRET:
-                await self._create_secret(wanted)
-            case CreateObject(wanted):
-                return await self._create(wanted)
-            case ApplyObject(wanted, live):
-                await self._apply(wanted, live)
+            case CreateObject(desired) if kind_of(desired) == SECRET:
+                await self._create_secret(desired)
+            case CreateObject(desired):
+                return await self._create(desired)
+            case ApplyObject(desired, live):
+                await self._apply(desired, live)
             case ReplaceObject(live) | DeleteObject(live):
                 await self._delete(live)
-            case NotOwned(live, going):
-                return _not_owned(live, is_terminating=going)
+            case NotOwned(live, is_terminating):
+                return _not_owned(live, is_terminating=is_terminating)
         return None
 
     async def _create(self, desired: Object) -> ApplyFailure | None:
-        """Apply an object that the cache does not have, unless it is there and another's."""
+        """Apply an object that is not in the cache, unless it exists and is not owned."""
         kind, metadata = kind_of(desired), desired["metadata"]
         existing = await self._api.get(kind, metadata["namespace"], metadata["name"])
         if existing is not None and not self.owner.owns(existing):
@@ -101,7 +101,7 @@ class Applier:
         return None
 
     async def _create_secret(self, desired: Object) -> None:
-        """Create a secret; one that is there has the same content, as its name is a hash of it."""
+        """Create a Secret; an existing one has the same content, as its name contains the hash."""
         try:
             await self._api.create(SECRET, desired)
         except Conflict as error:
@@ -116,7 +116,7 @@ class Applier:
         if live is not None:
             body = {**body, "metadata": {**body["metadata"], "uid": live["metadata"]["uid"]}}
             if last_applied_hash(live) == desired_hash(desired) and kind != JOB:
-                # Somebody has edited it since: entries that were added to lists go too.
+                # Someone has edited it since. A merge patch also removes entries added to lists.
                 await self._api.merge_patch(kind, body)
         result = await self._api.apply(kind, body)
         self._cache.update(kind, result)
@@ -145,10 +145,10 @@ def _condition_for_error(error: KubeApiError) -> ConditionState:
 
 
 def _not_owned(live: Object, *, is_terminating: bool) -> ApplyFailure:
-    name = object_id(live)
-    display_name = f"{name[0].name} {live['metadata'].get('namespace')}/{name[1]}"
+    key = object_id(live)
+    display_name = f"{key[0].name} {live['metadata'].get('namespace')}/{key[1]}"
     if is_terminating:
         text = f"{display_name} belongs to a deleted MoEModel of this name and is still terminating"
-        return ApplyFailure(name, condition_unknown("WaitingForDeletion", text))
+        return ApplyFailure(key, condition_unknown("WaitingForDeletion", text))
     text = f"{display_name} already exists and is not owned by this MoEModel: rename one of the two"
-    return ApplyFailure(name, condition_false("NotOwned", text))
+    return ApplyFailure(key, condition_false("NotOwned", text))

@@ -1,9 +1,10 @@
-"""What the API server has told us: the newest state of every object that is ours, and of MoEModels.
+"""Cache of the cluster's objects: MoEModels, and everything labelled as managed by the operator.
 
-Watch events come from several streams, answers to our own writes come beside them, and lists come
-now and then to catch deletions that a broken stream has missed. They may overtake each other, so
-the newest resourceVersion of a name wins (versions of one kind are ordered), and nothing older than
-its deletion brings an object back. Objects in here are shared: nobody changes them.
+Three sources write to it: lists and watches (see `informer.py`) and the responses to the operator's
+own writes. They can arrive in any order, so for each name the highest resourceVersion wins
+(versions of one kind are comparable), and neither a state older than an object's deletion nor one
+older than a list that lacks it brings the object back. Objects are shared with all readers and must
+not be modified.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from faasmoe_operator.aio import ChangeNotifier
 from faasmoe_operator.kube.manifests.names import MODEL_LABEL
 from faasmoe_operator.kube.types import POD, Kind, Object
-from faasmoe_operator.platforms.registry import ChangeNotifier
 
 MAX_TOMBSTONES = 10_000
 
@@ -23,12 +24,12 @@ ObjectKey = tuple[str, str]  # namespace and name
 
 @dataclass(frozen=True, slots=True)
 class ObjectChange:
-    """An object came, changed or went.
+    """An object was added, modified or deleted.
 
     Attributes:
         kind: its kind.
-        before: what it was; None if it came.
-        after: what it is; None if it went.
+        old: its state before; None if it was added.
+        new: its state now; None if it was deleted.
     """
 
     kind: Kind
@@ -37,25 +38,26 @@ class ObjectChange:
 
     @property
     def object(self) -> Object:
-        """Its last known state."""
+        """The object's last known state."""
         latest = self.new or self.old
         assert latest is not None
         return latest
 
 
 class ObjectCache:
-    """Objects by kind, namespace and name, by the uid of what controls them, and by model."""
+    """Objects by kind and name, by the uid of their controller, and by the label of a model."""
 
     def __init__(self) -> None:
         self._objects: dict[Kind, dict[ObjectKey, Object]] = {}
         self._by_owner = _Index(controller_uid)
         self._by_model = _Index(labelled_model)
-        self._tombstones: dict[str, int] = {}
+        self._tombstones: dict[str, int] = {}  # uid to version of the deletion
+        self._list_versions: dict[tuple[Kind, str | None], int] = {}
         self._handlers: list[Callable[[ObjectChange], None]] = []
         self._owner_changes: dict[str, ChangeNotifier] = {}
 
     def get(self, kind: Kind, namespace: str, name: str) -> Object | None:
-        """Return an object, or None if there is none."""
+        """Return an object; None if it is not in the cache."""
         return self._objects.get(kind, {}).get((namespace, name))
 
     def list_all(self, kind: Kind) -> list[Object]:
@@ -63,35 +65,33 @@ class ObjectCache:
         return list(self._objects.get(kind, {}).values())
 
     def owned_by(self, uid: str, kind: Kind | None = None) -> list[Object]:
-        """Return the objects that the object of this uid controls, of one kind or of all."""
+        """Return the objects, of one kind or all, whose controller has this uid."""
         return self._by_owner.get(uid, kind)
 
     def labelled_with_model(
         self, namespace: str, name: str, kind: Kind | None = None
     ) -> list[Object]:
-        """Return the objects that carry a model's label, whoever controls them."""
+        """Return the objects that carry a model's label, whatever their controller."""
         return self._by_model.get((namespace, name), kind)
 
     def add_event_handler(self, handler: Callable[[ObjectChange], None]) -> None:
-        """Have a function called with each change, at once and in order."""
+        """Call a function with every change, synchronously and in order."""
         self._handlers.append(handler)
 
     def owner_changes(self, owner_uid: str) -> ChangeNotifier:
-        """Return what wakes those who wait for a change of an owner's objects."""
+        """Return the notifier of changes to the objects that an owner controls."""
         return self._owner_changes.setdefault(owner_uid, ChangeNotifier())
 
     def update(self, kind: Kind, obj: Object) -> bool:
-        """Take an object's state; return whether it is news."""
-        key, version = _object_key(obj), _resource_version(obj)
-        old = self._objects.get(kind, {}).get(key)
-        known_version = -1 if old is None else _resource_version(old)
-        if version <= max(known_version, self._tombstones.get(_uid(obj), -1)):
-            return False
-        self._store(kind, key, old, _without_managed_fields(obj))
-        return True
+        """Store an object's state if it is newer; return whether it was."""
+        namespace, _ = _object_key(obj)
+        return self._update(kind, obj, newer_than=self._list_version(kind, namespace))
 
     def delete(self, kind: Kind, obj: Object) -> bool:
-        """Take that an object is gone, or not ours to see any more; return whether it is news."""
+        """Remove an object, given its last state; return whether it was in the cache.
+
+        An object also counts as deleted when it stops matching the watch's label selector.
+        """
         key, uid = _object_key(obj), _uid(obj)
         self._add_tombstone(uid, _resource_version(obj))
         old = self._objects.get(kind, {}).get(key)
@@ -100,31 +100,65 @@ class ObjectCache:
         self._store(kind, key, old, None)
         return True
 
-    def known_uids(self, kind: Kind, namespace: str | None) -> frozenset[str]:
-        """Return the uids of a kind's objects in a namespace, or in all; for `replace`."""
-        objects = self._objects.get(kind, {}).items()
-        return frozenset(_uid(obj) for (of, _), obj in objects if namespace in (None, of))
+    def replace(
+        self,
+        kind: Kind,
+        objects: Iterable[Object],
+        *,
+        namespace: str | None,
+        resource_version: str,
+    ) -> int:
+        """Bring the cache to the state of a complete list.
 
-    def replace(self, kind: Kind, objects: Iterable[Object], *, known_uids: frozenset[str]) -> int:
-        """Take a complete list; return how many objects it showed to be gone.
+        Objects that the list lacks are deleted unless they are newer than the list: the response to
+        a write may have arrived before it.
 
         Args:
             kind: the kind that was listed.
-            listed: what there is.
-            known: what `known` gave before the list was asked for: what came since is not gone
-                because the list lacks it.
+            objects: all objects of the list.
+            namespace: the namespace that was listed; None for all.
+            resource_version: the list's resourceVersion.
+
+        Returns:
+            How many objects were deleted.
         """
-        listed_by_uid = {_uid(obj): obj for obj in objects}
+        list_version = int(resource_version)
+        listed = {_uid(obj): obj for obj in objects}
         deleted = [
             obj
-            for obj in self.list_all(kind)
-            if _uid(obj) in known_uids and _uid(obj) not in listed_by_uid
+            for (object_namespace, _), obj in self._objects.get(kind, {}).items()
+            if namespace in (None, object_namespace)
+            and _uid(obj) not in listed
+            and _resource_version(obj) <= list_version
         ]
         for obj in deleted:
             self.delete(kind, obj)
-        for obj in listed_by_uid.values():
-            self.update(kind, obj)
+        for obj in listed.values():
+            self._update(kind, obj, newer_than=-1)
+        self._list_versions[kind, namespace] = list_version
         return len(deleted)
+
+    def forget(self, kind: Kind) -> None:
+        """Remove all objects of a kind that is no longer followed; a later list restores them."""
+        for key, obj in list(self._objects.get(kind, {}).items()):
+            self._store(kind, key, obj, None)
+        for listed in [listed for listed in self._list_versions if listed[0] == kind]:
+            del self._list_versions[listed]
+
+    def _update(self, kind: Kind, obj: Object, *, newer_than: int) -> bool:
+        """Store an object's state if it is newer; `newer_than` applies to unknown objects."""
+        key, version = _object_key(obj), _resource_version(obj)
+        old = self._objects.get(kind, {}).get(key)
+        known_version = newer_than if old is None else _resource_version(old)
+        if version <= max(known_version, self._tombstones.get(_uid(obj), -1)):
+            return False
+        self._store(kind, key, old, _without_managed_fields(obj))
+        return True
+
+    def _list_version(self, kind: Kind, namespace: str) -> int:
+        """Return the version of the last list that covered a namespace; -1 if there was none."""
+        scopes = (kind, namespace), (kind, None)
+        return max(self._list_versions.get(scope, -1) for scope in scopes)
 
     def _store(self, kind: Kind, key: ObjectKey, old: Object | None, new: Object | None) -> None:
         objects = self._objects.setdefault(kind, {})
@@ -137,8 +171,8 @@ class ObjectCache:
         self._notify_handlers(ObjectChange(kind, old, new))
 
     def _notify_handlers(self, change: ObjectChange) -> None:
-        for listener in self._handlers:
-            listener(change)
+        for handler in self._handlers:
+            handler(change)
         owners = {controller_uid(obj) for obj in (change.old, change.new) if obj is not None}
         for owner in owners:
             if owner is not None and owner in self._owner_changes:
@@ -152,7 +186,7 @@ class ObjectCache:
 
 
 class _Index:
-    """Objects by something that is read from each."""
+    """Objects by a key computed from each; objects whose key is None are left out."""
 
     def __init__(self, index_func: Callable[[Object], Hashable | None]) -> None:
         self._index_func = index_func
@@ -175,11 +209,11 @@ class _Index:
 
 
 class OwnedPods:
-    """The pods that one object controls, for its control core.
+    """The pods that one object controls.
 
     Args:
-        cache: where they are.
-        owner_uid: the uid of the object.
+        cache: the cache that holds them.
+        owner_uid: uid of the controlling object.
     """
 
     def __init__(self, cache: ObjectCache, owner_uid: str) -> None:
@@ -191,21 +225,21 @@ class OwnedPods:
         return sorted(self._cache.owned_by(self._owner_uid, POD), key=_creation_order)
 
     def get(self, namespace: str, name: str) -> Object | None:
-        """Return a pod of that name, or None if there is none or it is another's."""
+        """Return a pod; None if it does not exist or another object controls it."""
         pod = self._cache.get(POD, namespace, name)
         return pod if pod is not None and controller_uid(pod) == self._owner_uid else None
 
     def update(self, pod: Object) -> None:
-        """Take the API's answer to a write of ours, which the watch may tell only later."""
+        """Store the response to a write, which can arrive before the watch event."""
         self._cache.update(POD, pod)
 
     async def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait until the condition holds; it is looked at at each change of these pods."""
+        """Wait until the condition holds; it is evaluated at each change of these pods."""
         await self._cache.owner_changes(self._owner_uid).wait_for(condition)
 
 
 def controller_uid(obj: Mapping[str, Any]) -> str | None:
-    """Return the uid of the object that controls this one, if one does."""
+    """Return the uid of an object's controller; None if it has none."""
     for reference in obj["metadata"].get("ownerReferences", ()):
         if reference.get("controller"):
             uid: str = reference["uid"]
@@ -214,7 +248,7 @@ def controller_uid(obj: Mapping[str, Any]) -> str | None:
 
 
 def labelled_model(obj: Mapping[str, Any]) -> ObjectKey | None:
-    """Return the namespace and name of the model whose label an object carries."""
+    """Return namespace and name of the model in an object's label; None without the label."""
     metadata = obj["metadata"]
     name = metadata.get("labels", {}).get(MODEL_LABEL)
     return None if name is None else (metadata.get("namespace", ""), name)
@@ -238,6 +272,6 @@ def _creation_order(obj: Object) -> tuple[str, str]:
 
 
 def _without_managed_fields(obj: Object) -> Object:
-    """Leave out managedFields: nobody here reads them, and they are a third of an object."""
+    """Drop managedFields: nothing here reads them, and they are a third of an object."""
     metadata = {key: value for key, value in obj["metadata"].items() if key != "managedFields"}
     return {**obj, "metadata": metadata}

@@ -1,10 +1,6 @@
-"""What a model's control core counts, for its status.
+"""Status of a model's components: pods, routers, expert functions, tenants.
 
-Why a pod does not run, from its status. Pure.
-
-How the routers are doing, from their Deployment and pods. Pure.
-
-Whether functions serve, whether any is active, and whether tenants have keys. Pure.
+Each function maps observed objects or counters to the state of a condition. Pure.
 """
 
 from __future__ import annotations
@@ -22,20 +18,29 @@ from faasmoe_operator.kube.conditions import (
 )
 from faasmoe_operator.kube.types import Object
 
+IMAGE_PULL_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
+CONTAINER_CONFIG_REASONS = ("CreateContainerConfigError",)
+CONTAINER_START_REASONS = ("CreateContainerError", "RunContainerError", "StartError")
+_PULL_BACKOFF = re.compile(r"Back-off pulling image \"[^\"]*\"(: \w+: )?")
+_KEY_MISSING = re.compile(r"couldn't find key (?P<key>\S+) in Secret (?P<name>\S+)")
+_SECRET_MISSING = re.compile(r"secret \"(?P<name>[^\"]+)\" not found")
+PLANNING = "Planning"
+WAITING_FOR_ROUTER = "WaitingForRouter"
+
 
 @dataclass(frozen=True, slots=True)
 class RuntimeCounts:
-    """One model's functions and sandboxes.
+    """Counters of one model's functions and sandboxes.
 
     Attributes:
-        functions: functions that the model is cut into.
-        active: functions with a replica that serves.
-        replicas: replicas that serve.
-        sandboxes: sandboxes that are not gone.
-        ready: sandboxes that answer.
-        generic: ready sandboxes that hold no function.
-        tenant_keys: API keys of each tenant, as routers report them; None before one has.
-        trouble: why sandboxes cannot be had; empty if they can.
+        functions: functions that the experts are partitioned into.
+        active: functions with at least one ready replica.
+        replicas: ready replicas of functions.
+        sandboxes: sandboxes that exist.
+        ready: sandboxes that are ready.
+        generic: ready sandboxes without a function.
+        tenant_keys: number of API keys by tenant, as routers report it; None before a report.
+        failure: why no sandbox can be started; empty if there is no failure.
     """
 
     functions: int = 0
@@ -48,22 +53,14 @@ class RuntimeCounts:
     failure: str = ""
 
 
-IMAGE_PULL_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
-CONTAINER_CONFIG_REASONS = ("CreateContainerConfigError",)
-CONTAINER_START_REASONS = ("CreateContainerError", "RunContainerError", "StartError")
-_PULL_BACKOFF = re.compile(r"Back-off pulling image \"[^\"]*\"(: \w+: )?")
-_KEY_MISSING = re.compile(r"couldn't find key (?P<key>\S+) in Secret (?P<name>\S+)")
-_SECRET_MISSING = re.compile(r"secret \"(?P<name>[^\"]+)\" not found")
-
-
 @dataclass(frozen=True, slots=True)
 class PodFailure:
-    """What keeps a pod from running.
+    """Why a pod does not run.
 
     Attributes:
-        reason: CamelCase, machine-stable: that of the condition.
-        message: for people: what is so, and what to do.
-        secret: name of a Secret that the pod waits for.
+        reason: reason of the condition.
+        message: the failure in words, and what to do.
+        missing_secret: name of a Secret that the pod waits for; None if it waits for none.
     """
 
     reason: str
@@ -72,7 +69,7 @@ class PodFailure:
 
 
 def first_pod_failure(pods: Iterable[Object]) -> PodFailure | None:
-    """Return the trouble of the first pod, by name, that has any."""
+    """Return the failure of the first pod, by name, that has one."""
     for pod in sorted(pods, key=lambda pod: str(pod["metadata"]["name"])):
         if (failure := find_pod_failure(pod)) is not None:
             return failure
@@ -80,14 +77,14 @@ def first_pod_failure(pods: Iterable[Object]) -> PodFailure | None:
 
 
 def find_pod_failure(pod: Object) -> PodFailure | None:
-    """Return what keeps a pod from running; None if nothing does, or it is going."""
+    """Return why a pod does not run; None if it runs, starts or terminates."""
     if "deletionTimestamp" in pod["metadata"]:
         return None
     name, status = pod["metadata"]["name"], pod.get("status", {})
     if (failure := _scheduling_failure(name, status)) is not None:
         return failure
-    fields = ("initContainerStatuses", "containerStatuses")
-    for container in [entry for field in fields for entry in status.get(field, ())]:
+    containers = (*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ()))
+    for container in containers:
         if (failure := _container_failure(name, container)) is not None:
             return failure
     if status.get("phase") == "Failed" and status.get("reason"):
@@ -113,7 +110,8 @@ def _container_failure(pod: str, container: Object) -> PodFailure | None:
     if reason in CONTAINER_CONFIG_REASONS:
         return _config_failure(pod, message)
     if reason in IMAGE_PULL_REASONS:
-        # The kubelet says it in turns with and without this: one text, one event, one status.
+        # The kubelet alternates between messages with and without this prefix. Without it there
+        # is one event and one status update.
         message = _PULL_BACKOFF.sub("", message) or "see the pod's events"
         problem = f"pod {pod}: image {container.get('image')} cannot be pulled: {message}"
         hint = "check the image's name and the template's imagePullSecrets"
@@ -153,13 +151,13 @@ def _describe_termination(terminated: Object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RouterStatus:
-    """What is known of the routers.
+    """Status of the routers.
 
     Attributes:
-        verdict: state of the condition RouterReady.
-        replicas: pods that there are.
-        ready: those that answer.
-        secret: a Secret that one waits for.
+        condition: state of RouterReady.
+        replicas: number of pods.
+        ready_replicas: number of ready pods.
+        missing_secret: name of a Secret that a pod waits for; None if none waits.
     """
 
     condition: ConditionState
@@ -171,12 +169,12 @@ class RouterStatus:
 def router_status(
     deployment: Object | None, pods: Sequence[Object], *, desired_replicas: int
 ) -> RouterStatus:
-    """Return how the routers are doing.
+    """Return the status of the routers.
 
     Args:
-        deployment: the Deployment, if there is one.
-        pods: its pods.
-        wanted: how many replicas are asked for.
+        deployment: the router Deployment; None if it does not exist.
+        pods: the router pods.
+        desired_replicas: replicas in the spec.
     """
     if deployment is None:
         return RouterStatus(condition_unknown("Deploying", "creating the router Deployment"))
@@ -222,22 +220,18 @@ def _stalled_condition(status: Object) -> ConditionState | None:
     return None
 
 
-PLANNING = "Planning"
-WAITING_FOR_ROUTER = "WaitingForRouter"
-
-
 def functions_condition(
     counts: RuntimeCounts | None,
     sandboxes: Sequence[Object],
     *,
     runtime_failure: ConditionState | None,
 ) -> ConditionState:
-    """Return the state of the condition FunctionsReady: they serve, or can when they are called.
+    """Return the state of FunctionsReady: functions serve, or can be activated.
 
     Args:
-        counts: what the control core counts; None before it has started.
-        sandboxes: the sandboxes' pods.
-        fault: why the functions cannot be planned.
+        counts: counters of the model's runtime; None before it has started.
+        sandboxes: the sandbox pods.
+        runtime_failure: why the runtime cannot be started; None if it can.
     """
     if runtime_failure is not None:
         return runtime_failure
@@ -254,7 +248,7 @@ def functions_condition(
 
 
 def active_condition(counts: RuntimeCounts | None) -> ConditionState:
-    """Return the state of the condition Active."""
+    """Return the state of Active: whether any function has a replica."""
     if counts is None:
         return condition_unknown(PLANNING, "planning the expert functions")
     if counts.active == 0:
@@ -265,11 +259,11 @@ def active_condition(counts: RuntimeCounts | None) -> ConditionState:
 def tenants_condition(
     tenants: Sequence[TenantSpec], counts: RuntimeCounts | None
 ) -> ConditionState:
-    """Return the state of the condition TenantsReady: each tenant has a key.
+    """Return the state of TenantsReady: whether each tenant has an API key.
 
     Args:
-        tenants: the tenants asked for.
-        counts: what the control core counts, with the keys that routers report.
+        tenants: the tenants of the spec.
+        counts: counters of the model's runtime, with the keys that routers report.
     """
     if not tenants:
         return condition_true("NoTenants", "spec.tenants is empty: requests are not authenticated")
@@ -285,6 +279,6 @@ def tenants_condition(
 
 def _missing_keys_message(tenant: TenantSpec) -> str:
     reference = tenant.api_keys_secret_ref
-    secret = "that it names" if reference is None else reference.name
+    secret = "(none given)" if reference is None else reference.name
     problem = f"tenant {tenant.name} has no key: Secret {secret} is missing or empty"
     return f"{problem}; create it with one entry for each key"

@@ -1,6 +1,6 @@
-"""What can be said of one part of a model. Pure.
+"""Conditions of a MoEModel.
 
-Conditions of a MoEModel: every known one, always, and one that sums them up. Pure.
+Every known condition is always present; Ready summarizes the others. Pure functions.
 """
 
 from __future__ import annotations
@@ -13,16 +13,24 @@ from faasmoe_operator.kube.types import Object
 
 ConditionStatus = Literal["True", "False", "Unknown"]
 MAX_MESSAGE_CHARS = 1024
+READY = "Ready"
+STORE_READY = "StoreReady"
+ROUTER_READY = "RouterReady"
+FUNCTIONS_READY = "FunctionsReady"
+ACTIVE = "Active"
+TENANTS_READY = "TenantsReady"
+READY_DEPENDENTS = (STORE_READY, ROUTER_READY, FUNCTIONS_READY, TENANTS_READY)
+"""The conditions that Ready depends on, in the order in which they become True."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConditionState:
-    """The state of a condition.
+    """The state of one condition.
 
     Attributes:
-        status: True, False, or Unknown while that is not yet settled.
-        reason: CamelCase, machine-stable.
-        message: for people: what is so, and what to do if it should not be.
+        status: True, False, or Unknown while it is in progress.
+        reason: CamelCase word, stable for machines.
+        message: the state in words, and what to do about it if it is False.
     """
 
     status: ConditionStatus
@@ -31,41 +39,31 @@ class ConditionState:
 
 
 def condition_true(reason: str, message: str) -> ConditionState:
-    """Return that all is well."""
+    """Return the state True."""
     return ConditionState("True", reason, message)
 
 
 def condition_false(reason: str, message: str) -> ConditionState:
-    """Return that something is wrong, which somebody may have to mend."""
+    """Return the state False, which may need someone to act; long messages are truncated."""
     truncated = message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}…"
     return ConditionState("False", reason, truncated)
 
 
 def condition_unknown(reason: str, message: str) -> ConditionState:
-    """Return that it is under way."""
+    """Return the state Unknown, for what is in progress."""
     return ConditionState("Unknown", reason, message)
-
-
-READY = "Ready"
-STORE_READY = "StoreReady"
-ROUTER_READY = "RouterReady"
-FUNCTIONS_READY = "FunctionsReady"
-ACTIVE = "Active"
-TENANTS_READY = "TenantsReady"
-READY_DEPENDENTS = (STORE_READY, ROUTER_READY, FUNCTIONS_READY, TENANTS_READY)
-"""What a model must have to be ready, in the order in which they come about."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConditionStates:
-    """The state of each condition but Ready.
+    """The state of each condition other than Ready.
 
     Attributes:
-        store: of the store.
-        router: of the routers.
-        functions: of the expert functions.
-        tenants: of the tenants' keys.
-        active: whether any function has a replica.
+        store: StoreReady.
+        router: RouterReady.
+        functions: FunctionsReady.
+        tenants: TenantsReady.
+        active: Active.
     """
 
     store: ConditionState
@@ -76,11 +74,11 @@ class ConditionStates:
 
     @classmethod
     def uniform(cls, state: ConditionState) -> ConditionStates:
-        """Return the same for every condition."""
+        """Return the same state for every condition."""
         return cls(state, state, state, state, state)
 
     def by_type(self) -> dict[str, ConditionState]:
-        """Return them by the condition's type, without Ready."""
+        """Return the states by condition type, without Ready."""
         return {
             STORE_READY: self.store,
             ROUTER_READY: self.router,
@@ -91,7 +89,7 @@ class ConditionStates:
 
 
 def summarize_ready(states: ConditionStates) -> ConditionState:
-    """Return the state of Ready: what is wrong, else what is under way, else that all is well."""
+    """Return the state of Ready: the first one that is False, else the first Unknown, else True."""
     by_type = states.by_type()
     for status, make in (("False", condition_false), ("Unknown", condition_unknown)):
         for condition_type in READY_DEPENDENTS:
@@ -106,18 +104,18 @@ def summarize_ready(states: ConditionStates) -> ConditionState:
 def build_conditions(
     states: Mapping[str, ConditionState], previous: Iterable[Object], *, generation: int, now: str
 ) -> list[Object]:
-    """Return the list for the status; times change only where a status flips.
+    """Return `status.conditions`; lastTransitionTime changes only with the status.
 
     Args:
-        verdicts: state by type.
-        before: the conditions that the object has.
-        generation: of the spec that they are about.
-        now: the time, as RFC 3339 writes it.
+        states: state by condition type.
+        previous: the object's current conditions.
+        generation: generation of the spec that the states describe.
+        now: the time in RFC 3339 format.
     """
     previous_by_type = {str(condition.get("type")): condition for condition in previous}
     return [
-        _build_condition(kind, verdict, previous_by_type.get(kind), generation=generation, now=now)
-        for kind, verdict in states.items()
+        _build_condition(type_, state, previous_by_type.get(type_), generation=generation, now=now)
+        for type_, state in states.items()
     ]
 
 

@@ -1,10 +1,9 @@
-"""The operator's root key, and what each model's parts know each other by.
+"""Operator-wide context: images, control API, optional APIs, and secrets derived from a root key.
 
-Tokens are derived and not stored: a new operator process knows them all, and no Secret but the root
-key's own is ever read. Whoever lost the root key gets new tokens: the Secrets, which carry a hash
-of theirs in the name, are made anew and the pods that name them replaced.
-
-What all models of one operator have in common, and one model in the midst of it.
+A model's token and function key are HMACs of its uid under the operator's root key. So a new
+operator process knows them all, and no Secret other than the root key's is ever read. A new root
+key yields new tokens: the Secrets, which have a hash of the token in their names, are created anew
+and the pods that refer to them are replaced.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ ROOT_KEY_FIELD = "root-key"
 
 
 class RootKeyError(FaasmoeError):
-    """The root key's Secret is not what it should be."""
+    """The Secret of the root key is invalid."""
 
 
 async def load_root_key(api: KubeApi, *, namespace: str, name: str) -> bytes:
-    """Return the root key, made if there is none; raises ApiError or RootKeyError."""
+    """Return the root key, creating its Secret if needed; raises KubeApiError, RootKeyError."""
     if (secret := await api.get(SECRET, namespace, name)) is None:
         try:
             secret = await api.create(SECRET, _new_root_key_secret(namespace, name))
@@ -46,7 +45,7 @@ async def load_root_key(api: KubeApi, *, namespace: str, name: str) -> bytes:
 
 
 def derive_model_secrets(root_key: bytes, uid: str) -> ControlSecrets:
-    """Return what the parts of the model with this uid know each other by."""
+    """Return the secrets of the model with this uid."""
     return ControlSecrets(
         _derive(root_key, f"token:{uid}"), _derive(root_key, f"function-key:{uid}")
     )
@@ -76,7 +75,7 @@ def _decode_root_key(secret: Object, *, where: str) -> bytes:
     except binascii.Error:
         key = b""
     if len(key) < ROOT_KEY_BYTES:
-        expected = f"{ROOT_KEY_BYTES} bytes or more in base64; delete the Secret to have one made"
+        expected = f"{ROOT_KEY_BYTES} bytes or more in base64; delete the Secret to regenerate it"
         raise RootKeyError(
             f"{where}: data.{ROOT_KEY_FIELD}: got {len(key)} bytes, expected {expected}"
         )
@@ -85,13 +84,13 @@ def _decode_root_key(secret: Object, *, where: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class OperatorContext:
-    """What surrounds every model.
+    """What all models of an operator have in common.
 
     Attributes:
-        images: what pods run.
+        images: default images of the pods.
         control: the operator's control API.
-        root_key: what tokens are derived from.
-        served: tells the optional APIs that the cluster serves now, such as
+        root_key: the key that tokens are derived from.
+        served_apis: returns the optional APIs that the cluster serves, such as
             "gateway.networking.k8s.io/v1".
     """
 
@@ -101,11 +100,11 @@ class OperatorContext:
     served_apis: Callable[[], frozenset[str]] = frozenset
 
     def model_context(self, model: MoEModel, obj: Object) -> ModelContext:
-        """Return a model with what surrounds it.
+        """Return the context of one model.
 
         Args:
-            model: what is asked for.
-            obj: the object that says so.
+            model: the parsed MoEModel.
+            obj: its API object.
         """
         metadata = obj["metadata"]
         return ModelContext(
@@ -116,5 +115,5 @@ class OperatorContext:
             images=self.images,
             control=self.control,
             secrets=derive_model_secrets(self.root_key, metadata["uid"]),
-            api=self.served_apis(),
+            served_apis=self.served_apis(),
         )

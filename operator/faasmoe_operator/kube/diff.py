@@ -1,21 +1,17 @@
-"""Whose an object is: nothing is changed or deleted that is not the MoEModel's own. Pure.
+"""Diff between desired and live objects: what to create, apply, replace or delete. Pure.
 
-Whether a live object still is what was asked for, told without asking the API. Pure.
+Objects that the MoEModel does not own are never changed. Whether an owned object needs an apply is
+decided without a request. The API server adds defaults and normalizes values ("1000m" becomes "1"),
+so a live object rarely equals the desired one. Three facts decide instead:
 
-The API server adds defaults and writes values in its own way ("1000m" is "1"), so a live object
-can rarely be compared with the intent as it stands. Three things tell whether an apply is due:
+- the hash of the desired object in an annotation: it differs if another desired state was applied,
+  even by an earlier operator process;
+- whether the live object literally contains the desired one: then nothing needs to be done;
+- the fingerprint of the live object after our last apply: a difference to the desired object that
+  has not changed since is the server's normalization.
 
-- the intent's hash, kept in an annotation of the object: it differs if another intent was applied,
-  by an earlier operator too;
-- what of the intent the object holds literally: if all of it, nothing is to be done;
-- the live object's fingerprint after our last apply: what differs from the intent but has not
-  changed since is the server's way of writing it.
-
-From what is wanted and what there is to what is to be done. Pure.
-
-Nothing is to be done to an object that is as it was asked for (see `intent`), to one that is on its
-way out, and to one that is not ours, whose name is a clash. An intent is not applied to the same
-object twice within some seconds: if another controller undoes what we do, both do it slowly.
+The same desired state is not reapplied to an object within some seconds, so that a conflict with
+another controller does not become a busy loop.
 """
 
 from __future__ import annotations
@@ -36,10 +32,16 @@ from faasmoe_operator.kube.manifests.names import (
 )
 from faasmoe_operator.kube.types import JOB, PERSISTENT_VOLUME_CLAIM, SECRET, Kind, Object, kind_of
 
+LAST_APPLIED_HASH_ANNOTATION = "faasmoe.dev/intent-hash"
+HASH_CHARS = 16
+_APPLIED_METADATA = ("labels", "annotations", "ownerReferences")
+REAPPLY_INTERVAL_S = 5.0
+ObjectId = tuple[Kind, str]  # kind and name, in the model's namespace
+
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """The MoEModel that objects are made for.
+    """The MoEModel that owns objects.
 
     Attributes:
         uid: its uid.
@@ -50,9 +52,9 @@ class Owner:
     name: str
 
     def owns(self, live: Object) -> bool:
-        """Return whether an object is this model's.
+        """Return whether an object belongs to this model.
 
-        A claim that outlives its model has no owner; it is that of whatever model has the name.
+        A retained claim has no controller; it belongs to the model of the name in its label.
         """
         controller = controller_uid(live)
         if controller is not None:
@@ -66,7 +68,7 @@ class Owner:
         )
 
     def is_from_predecessor(self, live: Object) -> bool:
-        """Return whether an object is of a MoEModel of this name that was deleted before."""
+        """Return whether an object belongs to a deleted MoEModel of the same name."""
         return any(
             reference.get("kind") == "MoEModel" and reference.get("name") == self.name
             for reference in live["metadata"].get("ownerReferences", ())
@@ -74,18 +76,13 @@ class Owner:
         )
 
 
-LAST_APPLIED_HASH_ANNOTATION = "faasmoe.dev/intent-hash"
-HASH_CHARS = 16
-_APPLIED_METADATA = ("labels", "annotations", "ownerReferences")
-
-
 def desired_hash(desired: Object) -> str:
-    """Return the hash of what is asked for."""
+    """Return the hash of a desired object."""
     return _digest(desired)
 
 
 def with_last_applied_hash(desired: Object) -> Object:
-    """Return an intent with its hash in an annotation."""
+    """Return a desired object with its hash in an annotation."""
     annotations = {
         **desired["metadata"].get("annotations", {}),
         LAST_APPLIED_HASH_ANNOTATION: desired_hash(desired),
@@ -94,15 +91,15 @@ def with_last_applied_hash(desired: Object) -> Object:
 
 
 def last_applied_hash(live: Object) -> str | None:
-    """Return the hash of the intent that was applied last."""
-    found: str | None = live["metadata"].get("annotations", {}).get(LAST_APPLIED_HASH_ANNOTATION)
-    return found
+    """Return the hash of the desired object that was applied last; None if none was."""
+    annotations: Mapping[str, str] = live["metadata"].get("annotations", {})
+    return annotations.get(LAST_APPLIED_HASH_ANNOTATION)
 
 
 def fingerprint(live: Object, desired: Object) -> str:
-    """Return a hash of all of a live object that could be the intent's doing.
+    """Return a hash of the parts of a live object that an apply can affect.
 
-    Left out are the status, what the server counts, and labels and annotations of others.
+    Excludes the status, server-set metadata, and labels and annotations of others.
     """
     metadata = {}
     for field in _APPLIED_METADATA:
@@ -116,10 +113,10 @@ def fingerprint(live: Object, desired: Object) -> str:
 
 
 def contains_desired(live: Any, desired: Any) -> bool:
-    """Return whether all that is wanted stands in a live value literally.
+    """Return whether a live value literally contains a desired one.
 
-    An object may have more keys than are wanted. A list must have the same length: one more
-    container, port or owner is somebody's edit.
+    A live mapping may have more keys. A live list must have the same length: an additional
+    container, port or owner is someone's edit.
     """
     if isinstance(desired, Mapping):
         return isinstance(live, Mapping) and all(
@@ -136,7 +133,7 @@ def contains_desired(live: Any, desired: Any) -> bool:
 
 def _contains_field(live: Mapping[str, Any], key: str, desired: Any) -> bool:
     if desired in (None, {}, []) and key not in live:
-        return True  # the server drops what is empty
+        return True  # the server drops empty fields
     return key in live and contains_desired(live[key], desired)
 
 
@@ -145,19 +142,14 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_CHARS]
 
 
-REAPPLY_INTERVAL_S = 5.0
-
-ObjectId = tuple[Kind, str]  # kind and name, in the model's namespace
-
-
 @dataclass(frozen=True, slots=True)
 class LastApplied:
-    """What we asked for last, and what the object was like then.
+    """The last apply of an object.
 
     Attributes:
-        intent: hash of the intent.
-        fingerprint: of the live object after it.
-        at: when.
+        desired_hash: hash of the desired object.
+        fingerprint: fingerprint of the live object after the apply.
+        applied_at: when, by the monotonic clock, in seconds.
     """
 
     desired_hash: str
@@ -167,14 +159,14 @@ class LastApplied:
 
 @dataclass(frozen=True, slots=True)
 class CreateObject:
-    """Make an object that the cache does not have; it may exist all the same."""
+    """Create an object that is not in the cache; it may exist nevertheless."""
 
     desired: Object
 
 
 @dataclass(frozen=True, slots=True)
 class ApplyObject:
-    """Make an object of ours be as wanted."""
+    """Bring an owned object to its desired state."""
 
     desired: Object
     live: Object
@@ -182,25 +174,25 @@ class ApplyObject:
 
 @dataclass(frozen=True, slots=True)
 class ReplaceObject:
-    """Delete an object of ours that cannot be changed in place; it is created once it is gone."""
+    """Delete an owned object that is immutable; it is created again once it is gone."""
 
     live: Object
 
 
 @dataclass(frozen=True, slots=True)
 class DeleteObject:
-    """Delete an object of ours that is wanted no longer."""
+    """Delete an owned object that is no longer desired."""
 
     live: Object
 
 
 @dataclass(frozen=True, slots=True)
 class NotOwned:
-    """Leave an object alone that has the name of a wanted one.
+    """Report an object that has the name of a desired one but is not owned.
 
     Attributes:
-        live: the other's object.
-        going: it is a former MoEModel's of this name, and on its way out.
+        live: the existing object.
+        is_terminating: whether it belongs to a deleted MoEModel of the same name.
     """
 
     live: Object
@@ -212,11 +204,12 @@ ObjectAction = CreateObject | ApplyObject | ReplaceObject | DeleteObject | NotOw
 
 @dataclass(frozen=True, slots=True)
 class ActionPlan:
-    """What is to be done, in this order.
+    """Actions to execute now, in order.
 
     Attributes:
-        actions: at once.
-        again_at: when more may be due though nothing happens; None for never.
+        actions: the actions.
+        requeue_at: when to plan again even without a change, by the monotonic clock; None for
+            never.
     """
 
     actions: tuple[ObjectAction, ...]
@@ -224,7 +217,7 @@ class ActionPlan:
 
 
 def object_id(obj: Object) -> ObjectId:
-    """Return what names an object in its namespace."""
+    """Return kind and name of an object."""
     return kind_of(obj), obj["metadata"]["name"]
 
 
@@ -237,16 +230,16 @@ def plan_actions(
     prune: bool,
     now: float,
 ) -> ActionPlan:
-    """Return what is to be done.
+    """Return the actions that bring live objects to their desired state.
 
     Args:
-        wanted: every object that the model is to have, in the order of making.
-        live: the objects that there are with a wanted name or of this owner; secrets are not
-            among them, as nobody reads them.
+        desired: every object that the model should have, in the order of creation.
+        live: existing objects of this owner or with a desired name, except Secrets, which are
+            never read.
         owner: the model.
-        applied: what was asked for earlier.
-        prune: whether what the owner has and does not want is to go.
-        now: the time.
+        last_applied: earlier applies by object.
+        prune: whether to delete owned objects that are not desired.
+        now: the monotonic clock, in seconds.
     """
     desired_by_id = {object_id(obj): obj for obj in desired}
     live_by_id = {object_id(obj): obj for obj in live}
@@ -260,13 +253,13 @@ def plan_actions(
             requeue_at.append(allowed_at)
         elif action is not None:
             actions.append(action)
-    prunable = [obj for name, obj in live_by_id.items() if prune and name not in desired_by_id]
+    prunable = [obj for key, obj in live_by_id.items() if prune and key not in desired_by_id]
     actions += [DeleteObject(obj) for obj in prunable if _is_prunable(obj, owner)]
     return ActionPlan(tuple(actions), min(requeue_at, default=None))
 
 
 def _earliest_apply_at(action: ObjectAction | None, previous: LastApplied | None) -> float:
-    """Return from when an action may be taken: an intent is not applied again at once."""
+    """Return when an action is allowed: the same desired state is not reapplied at once."""
     if previous is None or not isinstance(action, ApplyObject):
         return -math.inf
     is_unchanged = previous.desired_hash == desired_hash(action.desired)
@@ -297,7 +290,7 @@ def _apply_if_drifted(
 def _job_action(
     desired: Object, live: Object, previous: LastApplied | None
 ) -> ReplaceObject | ApplyObject | None:
-    """Return what to do to a Job: its pods cannot be changed, and one that has ended is left."""
+    """Return the action for a Job: its pod template is immutable; a finished one stays."""
     if has_job_condition(live, "Complete"):
         return None
     if _template_hash(desired) != _template_hash(live):
@@ -306,7 +299,7 @@ def _job_action(
 
 
 def has_job_condition(job: Object, condition_type: str) -> bool:
-    """Return whether a Job has ended as `Complete` or as `Failed`."""
+    """Return whether a Job has a condition, `Complete` or `Failed`, that is True."""
     conditions = job.get("status", {}).get("conditions", ())
     return any(c.get("type") == condition_type and c.get("status") == "True" for c in conditions)
 
@@ -328,7 +321,7 @@ def _matches_desired(live: Object, desired: Object, previous: LastApplied | None
 
 
 def _is_prunable(live: Object, owner: Owner) -> bool:
-    """Return whether an object was planned once: others of this owner are made elsewhere."""
+    """Return whether an object was applied by a plan: sandbox pods, for example, were not."""
     is_terminating = "deletionTimestamp" in live["metadata"]
     return (
         not is_terminating

@@ -1,11 +1,12 @@
-"""What the Kubernetes API answers that is not what was asked for.
+"""Errors of the Kubernetes API client, one class for each way of reacting to them.
 
-ApiError
-├── NotFound     404: no such object, or no such API
-├── Conflict     409: exists already, or has changed since it was read
-├── Forbidden    403: RBAC, a quota or an admission rule
-├── Invalid      422 and 400: the object breaks a rule of its schema
-└── Unavailable  no answer, 5xx or 429: worth asking again later
+KubeApiError
+├── NotFound     404: no such object, or the API does not serve its kind
+├── Conflict     409: the object already exists, or has changed since it was read
+├── Expired      410: a resourceVersion or continue token is older than the server's history
+├── Forbidden    403: denied by RBAC, a quota or an admission policy
+├── Invalid      422 and 400: the object violates its schema
+└── Unavailable  no response, 5xx or 429: worth a retry later
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from faasmoe_operator.errors import FaasmoeError
 
 
 class KubeApiError(FaasmoeError):
-    """An answer of the API that says no.
+    """A request to the Kubernetes API failed.
 
     Attributes:
-        status: the HTTP status; 0 if there was no answer.
-        reason: the API's CamelCase word for it, such as AlreadyExists.
+        status: HTTP status; 0 if there was no response.
+        reason: the API's CamelCase reason, such as AlreadyExists.
     """
 
     def __init__(self, message: str, *, status: int, reason: str = "") -> None:
@@ -27,31 +28,35 @@ class KubeApiError(FaasmoeError):
 
 
 class NotFound(KubeApiError):
-    """There is no such object, or the cluster does not serve its kind."""
+    """The object does not exist, or the cluster does not serve its kind."""
 
 
 class Conflict(KubeApiError):
-    """The object exists already, or is not the one, or not as it was, that was meant."""
+    """The object already exists, or its uid or resourceVersion is not the expected one."""
 
     @property
     def already_exists(self) -> bool:
-        """Whether an object of that name was there already."""
+        """Whether an object of that name already exists."""
         return self.reason == "AlreadyExists"
 
 
+class Expired(KubeApiError):
+    """A resourceVersion or continue token is too old; only a new list helps."""
+
+
 class Forbidden(KubeApiError):
-    """RBAC, a quota or an admission rule refused it."""
+    """RBAC, a quota or an admission policy denied the request."""
 
 
 class Invalid(KubeApiError):
-    """The object breaks a rule of its schema."""
+    """The object violates its schema."""
 
 
 class Unavailable(KubeApiError):
-    """The API did not answer, could not, or asked to be left alone for a while.
+    """The API server did not respond, failed, or asked to retry later.
 
     Attributes:
-        retry_after_s: how long it asked for; None if it did not say.
+        retry_after_s: the server's Retry-After in seconds; None if it sent none.
     """
 
     def __init__(
@@ -61,11 +66,20 @@ class Unavailable(KubeApiError):
         self.retry_after_s = retry_after_s
 
 
+_ERROR_TYPES: dict[int, type[KubeApiError]] = {
+    400: Invalid,
+    403: Forbidden,
+    404: NotFound,
+    409: Conflict,
+    410: Expired,
+    422: Invalid,
+}
+
+
 def error_from_status(
     status: int, *, reason: str, message: str, retry_after_s: float | None = None
 ) -> KubeApiError:
-    """Return the error of an HTTP status."""
+    """Return the error that stands for an HTTP status."""
     if status == 429 or status >= 500:
         return Unavailable(message, status=status, reason=reason, retry_after_s=retry_after_s)
-    error_types = {400: Invalid, 403: Forbidden, 404: NotFound, 409: Conflict, 422: Invalid}
-    return error_types.get(status, KubeApiError)(message, status=status, reason=reason)
+    return _ERROR_TYPES.get(status, KubeApiError)(message, status=status, reason=reason)

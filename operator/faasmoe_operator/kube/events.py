@@ -1,6 +1,6 @@
-"""Events on changes of a model's state, for `kubectl describe` and `kubectl get events`.
+"""Kubernetes events about changes of a model's conditions, for `kubectl describe`.
 
-Each is an object of its own name, made from what it says: said again, its count goes up.
+An event's name is a hash of its content, so that a repeated event increases a count.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ MAX_RECORDED = 10_000
 
 @dataclass(frozen=True, slots=True)
 class ModelEvent:
-    """A change that is worth telling.
+    """An event to record.
 
     Attributes:
-        type: Warning if somebody may have to act.
-        reason: CamelCase, machine-stable.
-        note: for people.
+        type: Warning if someone may have to act.
+        reason: CamelCase word, stable for machines.
+        note: the event in words.
     """
 
     type: Literal["Normal", "Warning"]
@@ -40,10 +40,10 @@ class ModelEvent:
 
 
 def transition_events(previous: Iterable[Object], current: Iterable[Object]) -> list[ModelEvent]:
-    """Return what is worth telling: a part that became well, or is wrong in a new way. Pure.
+    """Return the events of a change of conditions: recoveries and new failures. Pure.
 
-    Whether functions are active changes with the traffic and is not told; what Ready says another
-    condition has said already, but for the moment when all is well.
+    Active follows the traffic and yields no events. Ready repeats another condition, so it yields
+    an event only when it becomes True, or for reasons of its own.
     """
     previous_by_type = {condition.get("type"): condition for condition in previous}
     events = []
@@ -64,7 +64,7 @@ def transition_events(previous: Iterable[Object], current: Iterable[Object]) -> 
 
 
 class EventRecorder:
-    """Writes events; that it cannot is logged and keeps nobody.
+    """Records events in the API; failures are logged only.
 
     Args:
         api: the API server.
@@ -76,12 +76,12 @@ class EventRecorder:
         self._recorded: dict[tuple[str, str], tuple[int, str]] = {}
 
     async def record(self, model: Object, event: ModelEvent, *, now: str) -> None:
-        """Write one event about a MoEModel.
+        """Record an event about a MoEModel, or increase its count.
 
         Args:
-            model: the object.
-            event: what is said.
-            now: the time, as RFC 3339 writes it.
+            model: the MoEModel's API object.
+            event: the event.
+            now: the time in RFC 3339 format.
         """
         name = _event_name(model, event)
         key = (model["metadata"]["namespace"], name)

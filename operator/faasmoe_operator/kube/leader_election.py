@@ -1,12 +1,12 @@
-"""Which of several operators looks after the models: the one that holds a Lease.
+"""Leader election by a Lease, so that only one of several operators reconciles.
 
-Whether a lease has run out is told by our own clock, from when we saw it renewed last: the clocks
-of two nodes differ. Writes carry the version that was read: of two that take it one is refused.
-An operator that loses its lease ends, as it could undo what the next one does; one that ends gives
-it back, so that the next need not wait.
+Expiry is measured with the local monotonic clock from when the lease was last seen to change, since
+clocks of nodes differ. Writes carry the resourceVersion that was read, so that of two candidates
+one gets a conflict. An operator that loses the lease exits, as it could undo the next leader's
+work; one that shuts down releases it, so that the next need not wait.
 
-The library's own election is not used: its lock of 37.0 cannot create a lease (it passes the API a
-value of a type that the API refuses).
+The kubernetes library's election is not used: the LeaseLock of version 37.0 cannot create a lease
+(it passes a value of a type that the API rejects).
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ RELEASE_TIMEOUT_S = 2.0
 
 
 class LeadershipLost(FaasmoeError):
-    """Another operator may lead now."""
+    """The lease was not renewed in time; another operator may lead now."""
 
 
 class LeaderElector:
-    """One operator's part in it.
+    """A candidate in the election.
 
     Args:
         api: the API server.
-        namespace: where the lease is.
-        identity: name of this operator, unique among all.
-        clock: a clock that only goes forward.
-        wall: the day's clock, in seconds.
+        namespace: namespace of the Lease.
+        identity: unique name of this process.
+        clock: monotonic clock, in seconds.
+        wall_clock: Unix time, in seconds.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class LeaderElector:
         self._observed_at = 0.0
 
     async def try_acquire_or_renew(self) -> bool:
-        """Take or renew the lease if that may be; return whether this operator holds it."""
+        """Acquire or renew the lease if possible; return whether this operator holds it."""
         try:
             lease = await self._api.get(LEASE, self._namespace, LEASE_NAME)
             if lease is None:
@@ -77,7 +77,7 @@ class LeaderElector:
         return True
 
     async def release(self) -> None:
-        """Give the lease back, if it is ours."""
+        """Release the lease if this operator holds it."""
         try:
             async with asyncio.timeout(RELEASE_TIMEOUT_S):
                 lease = await self._api.get(LEASE, self._namespace, LEASE_NAME)
@@ -87,7 +87,7 @@ class LeaderElector:
             logger.warning("lease not released: %s", error)
 
     def _can_acquire(self, lease: Object) -> bool:
-        """Return whether a lease is ours, nobody's, or has run out."""
+        """Return whether the lease is held by this operator, by none, or has expired."""
         version = lease["metadata"]["resourceVersion"]
         if version != self._observed_version:
             self._observed_version, self._observed_at = version, self._clock()
@@ -121,14 +121,16 @@ class LeaderElector:
 async def hold_leadership(
     elector: LeaderElector, *, retry_s: float = RETRY_PERIOD_S, deadline_s: float = RENEW_DEADLINE_S
 ) -> AsyncIterator[None]:
-    """Wait until this operator leads; ends what is done within if it does no longer.
+    """Wait until this operator leads, and cancel the body if it loses leadership.
 
     Args:
-        election: its part in the election.
-        retry_s: between two attempts.
-        deadline_s: for the lease to be renewed; it lasts longer, so that nobody else leads yet.
+        elector: the candidate.
+        retry_s: interval between attempts, in seconds.
+        deadline_s: time within which the lease must be renewed, in seconds. The lease lasts
+            longer, so that no other operator leads when the body is cancelled.
 
-    Raises LeadershipLost, in an exception group.
+    Raises:
+        ExceptionGroup: with LeadershipLost.
     """
     while True:
         if await elector.try_acquire_or_renew():

@@ -1,4 +1,4 @@
-"""The operator's own metrics: its work and its requests, nothing of any one model."""
+"""Metrics of the operator itself: reconciles, work queue, API requests; none of single models."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ DURATION_BUCKETS_S = (
 
 
 class OperatorMetrics:
-    """Counters of one operator process, on a registry of its own."""
+    """Metrics of one operator process, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "faasmoe_operator_api_requests_total",
-            "API server requests, watches excluded; code 0 means no response.",
+            "API server requests, watches included; code 0 means no response.",
             ("verb", "kind", "code"),
             registry=self.registry,
         )
         self.watch_events = Counter(
             "faasmoe_operator_watch_events_total",
-            "Watch events received, by kind.",
+            "Watch events received, bookmarks included, by kind.",
             ("kind",),
             registry=self.registry,
         )
@@ -84,15 +84,19 @@ class OperatorMetrics:
         """Count a request to the API server."""
         self.requests.labels(verb, str(kind), str(status)).inc()
 
+    def count_watch_event(self, kind: Kind) -> None:
+        """Count a watch event, bookmarks included."""
+        self.watch_events.labels(str(kind)).inc()
+
     def set_models(self, models: Iterable[Object]) -> None:
-        """Set the gauge of models to what there is."""
+        """Set the gauge of models from all MoEModels."""
         tally = Tally(_ready_condition(model) for model in models)
         self.models.clear()
         for (ready, reason), count in tally.items():
             self.models.labels(ready, reason).set(count)
 
     def text(self) -> bytes:
-        """Return everything in Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
 

@@ -1,15 +1,8 @@
-"""What a model's control core is started from.
+"""Per-model runtimes: the controller of each MoEModel, supervised, in the operator process.
 
-One model's control core in the operator: kept running, made anew when its model changes.
-
-Whatever goes wrong in it stays in it: it is logged, told as trouble, and the core begins anew after
-a while. Each life of a core reads back what the sandboxes hold, as a new process would, so that
-none that is healthy is dropped, and routers follow it by another epoch.
-
-The control cores of all models in one operator.
-
-`ensure` and `remove` are the reconciler's, `find` is the control API's. Nothing that happens to one
-core is felt by another, or by the reconciler.
+A runtime connects a Controller to the pods of one MoEModel (KubernetesPlatform), to their labels
+and to the ConfigMaps that persist usage and popularity. Models are isolated from each other and
+from the reconciler.
 """
 
 from __future__ import annotations
@@ -23,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from faasmoe_contracts.backoff import Backoff
 from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.control.controller import Controller, ControllerTiming
 from faasmoe_operator.control.model import ControlledModel
@@ -36,27 +30,34 @@ from faasmoe_operator.kube.manifests import ModelContext
 from faasmoe_operator.kube.manifests.names import COMPONENT_LABEL, Component
 from faasmoe_operator.kube.manifests.pods import store_path
 from faasmoe_operator.kube.manifests.sandbox import SANDBOX_PORT
-from faasmoe_operator.kube.platform import KubernetesPlatform
-from faasmoe_operator.kube.platform import PodPlatformTiming as PodTiming
+from faasmoe_operator.kube.platform import KubernetesPlatform, PodPlatformTiming
 from faasmoe_operator.kube.pod_labels import PodLabeler
 from faasmoe_operator.kube.sandbox_template import SandboxPodTemplate
-from faasmoe_operator.kube.state_configmaps import PopularityConfigMap, UsageConfigMap
+from faasmoe_operator.kube.state_configmaps import ConfigMapUsageStore, PopularityConfigMap
 from faasmoe_operator.kube.types import POD, ModelKey, Object
 from faasmoe_operator.plan.fleet import SandboxState
 
 logger = logging.getLogger(__name__)
 
+REPORT_INTERVAL_S = 0.5
+RETRY_DELAYS_S = (1.0, 5.0, 15.0, 60.0)
+STABLE_AFTER_S = 120.0
+CONTROLLER_TIMING = ControllerTiming(
+    start_deadline_s=600.0, popularity_save_interval_s=300.0, usage_save_interval_s=60.0
+)
+"""An image may have to be pulled first, and frequent saves would burden etcd."""
+MAX_PARALLEL_DELETES = 8
+
 
 @dataclass(frozen=True, slots=True)
 class RuntimeSpec:
-    """What a core is started from: another one means another life.
+    """What a runtime is started from; an unequal spec restarts it.
 
     Attributes:
-        uid: the MoEModel's.
-        model: its functions, template and pool.
-        token: of its sandboxes and its routers.
-        ctx: the model as it was when this was drawn; of no account in comparisons, as what matters
-            of it is in the rest.
+        uid: uid of the MoEModel.
+        model: its functions, pod template and warm pool.
+        token: bearer token of its sandboxes and routers.
+        ctx: the model's context; not compared, as the other fields contain what matters of it.
     """
 
     uid: str
@@ -66,9 +67,9 @@ class RuntimeSpec:
 
     @classmethod
     def from_context(cls, ctx: ModelContext) -> RuntimeSpec:
-        """Return a model's blueprint; raises PlanError if it cannot be cut as asked."""
+        """Return a model's spec; raises PlanError if its granularity is invalid."""
         if ctx.summary is None:
-            raise PlanError("store: got none yet, expected a store that is prepared")
+            raise PlanError("store: got none yet, expected a prepared store")
         model = ControlledModel.from_store_summary(
             ctx.model,
             ctx.summary,
@@ -79,43 +80,38 @@ class RuntimeSpec:
         return cls(ctx.uid, model, ctx.secrets.token, ctx)
 
 
-REPORT_INTERVAL_S = 0.5
-RETRY_DELAYS_S = (1.0, 5.0, 15.0, 60.0)
-STABLE_AFTER_S = 120.0
-CONTROLLER_TIMING = ControllerTiming(
-    start_deadline_s=600.0, popularity_save_interval_s=300.0, usage_save_interval_s=60.0
-)
-"""A pod's image may have to be pulled first, and etcd is not to be written to all the time."""
-
-
 @dataclass(frozen=True, slots=True)
 class RuntimeDependencies:
-    """What all cores stand on.
+    """What all runtimes share.
 
     Attributes:
         api: the Kubernetes API.
-        cache: what it has told.
-        timing: periods and deadlines of control cores.
-        pod_timing: those of the platform.
-        port: where sandboxes listen.
-        clock: the time of day.
+        cache: the object cache.
+        timing: periods and deadlines of controllers.
+        pod_timing: periods and deadlines of the platform.
+        port: port on which sandboxes listen.
+        clock: Unix time, in seconds.
     """
 
     api: KubeApi
     cache: ObjectCache
     timing: ControllerTiming = CONTROLLER_TIMING
-    pod_timing: PodTiming = field(default_factory=PodTiming)
+    pod_timing: PodPlatformTiming = field(default_factory=PodPlatformTiming)
     port: int = SANDBOX_PORT
     clock: Callable[[], float] = time.time
 
 
 class ModelRuntime:
-    """The control core of one MoEModel; `start`, and `end` when it is not wanted any more.
+    """Runs and supervises the controller of one MoEModel.
+
+    Failures stay within the runtime: they are logged and counted, and the controller restarts
+    after a delay. Each restart is a new epoch: it reads assignments back from the sandboxes, as a
+    new process would, so that healthy sandboxes are kept.
 
     Args:
-        blueprint: what to start from.
-        grounds: what all cores stand on.
-        on_change: called when what it counts has changed.
+        spec: what to start from.
+        deps: what all runtimes share.
+        on_change: called when the counters have changed.
     """
 
     def __init__(
@@ -123,7 +119,7 @@ class ModelRuntime:
     ) -> None:
         self.spec = spec
         self.controller: Controller | None = None
-        """The controller, while it has read everything back."""
+        """The running controller; None while it starts or has failed."""
         self._deps = deps
         self._on_change = on_change
         self._platform: KubernetesPlatform | None = None
@@ -134,21 +130,21 @@ class ModelRuntime:
         self._reported_counts: RuntimeCounts | None = None
 
     def start(self) -> None:
-        """Begin to run."""
+        """Start in the background."""
         self._task = asyncio.create_task(self._supervise())
 
     def restart_with(self, spec: RuntimeSpec) -> None:
-        """Begin anew from another blueprint."""
+        """Restart the controller from another spec."""
         self.spec = spec
         self._spec_changed.set()
 
     async def stop(self) -> None:
-        """Stop; the sandboxes go on."""
+        """Stop the controller; the sandboxes keep running."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
     def counts(self) -> RuntimeCounts | None:
-        """Return what there is, or was while that is read back; None before it is known."""
+        """Return the counters, the last ones during a restart; None before the first start."""
         controller, n_functions = self.controller, len(self.spec.model.functions)
         if controller is None:
             return (
@@ -170,22 +166,23 @@ class ModelRuntime:
         )
 
     async def _supervise(self) -> None:
-        n_failures = 0
+        backoff = Backoff(RETRY_DELAYS_S)
         while True:
             self._spec_changed.clear()
             started_s = time.monotonic()
             error = await self._run_until_spec_change(self._run_epoch(self.spec))
             if error is None:
                 continue
-            n_failures = 1 if time.monotonic() - started_s > STABLE_AFTER_S else n_failures + 1
-            delay_s = RETRY_DELAYS_S[min(n_failures, len(RETRY_DELAYS_S)) - 1]
+            if time.monotonic() - started_s > STABLE_AFTER_S:
+                backoff.reset()
+            delay_s = backoff.next_delay_s()
             self._failure = f"model runtime failed and restarts: {_describe_error(error)}"
             logger.error("%s: %s", self.spec.model.name, self._failure, exc_info=error)
             self._report_counts()
             await self._run_until_spec_change(asyncio.sleep(delay_s))
 
     async def _run_until_spec_change(self, work: Coroutine[Any, Any, None]) -> BaseException | None:
-        """Do some work until it ends or the core is replaced; return what it failed with."""
+        """Run until the work ends or the spec changes; return the error it failed with."""
         tasks = [asyncio.create_task(work), asyncio.create_task(self._wait_for_spec_change())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -201,7 +198,7 @@ class ModelRuntime:
         await self._spec_changed.wait()
 
     async def _run_epoch(self, spec: RuntimeSpec) -> None:
-        """Run from one blueprint until cancelled."""
+        """Run a controller from one spec until cancelled."""
         deps = self._deps
         pods = OwnedPods(deps.cache, spec.uid)
         popularity_store = PopularityConfigMap(
@@ -211,7 +208,7 @@ class ModelRuntime:
             model_digest=spec.model.store.model_digest,
             clock=deps.clock,
         )
-        usage_store = UsageConfigMap(deps.api, deps.cache, spec.ctx, clock=deps.clock)
+        usage_store = ConfigMapUsageStore(deps.api, deps.cache, spec.ctx, clock=deps.clock)
         saved_ledger = usage_store.read()
         self._ledger = saved_ledger if self._ledger is None else self._ledger
         async with (
@@ -244,7 +241,7 @@ class ModelRuntime:
                 usage_writer = UsageLedgerWriter(
                     controller.usage_ledger,
                     controller.usage_changed,
-                    usage_store.write,
+                    usage_store,
                     interval_s=deps.timing.usage_save_interval_s,
                 )
                 group.create_task(usage_writer.run())
@@ -270,7 +267,7 @@ class ModelRuntime:
 
 
 def _describe_error(error: BaseException) -> str:
-    """Return what went wrong; of several faults the first."""
+    """Return an error in words; the first one of a group."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     with suppress(Exception):
@@ -278,15 +275,14 @@ def _describe_error(error: BaseException) -> str:
     return type(error).__name__
 
 
-MAX_PARALLEL_DELETES = 8
-
-
 class RuntimeManager:
-    """All control cores.
+    """The runtimes of all models.
+
+    The reconciler starts and removes them, the control API looks their controllers up.
 
     Args:
-        grounds: what cores stand on.
-        on_change: told when what a model's core counts has changed; a few times a second at most.
+        deps: what all runtimes share.
+        on_change: called when the counters of a model have changed, a few times a second at most.
     """
 
     def __init__(self, deps: RuntimeDependencies, *, on_change: Callable[[ModelKey], None]) -> None:
@@ -295,10 +291,12 @@ class RuntimeManager:
         self._runtimes: dict[ModelKey, ModelRuntime] = {}
 
     async def ensure(self, ctx: ModelContext) -> None:
-        """Have a model's core run as its context says; raises PlanError and changes nothing then.
+        """Start a model's runtime, or restart it if its spec has changed.
 
-        A core whose functions, scaling, template or pool have changed begins anew, and so does that
-        of a MoEModel that was made anew under its name.
+        A MoEModel that was deleted and created again under the same name gets a new runtime.
+
+        Raises:
+            PlanError: the granularity is invalid; the runtime is unchanged then.
         """
         key = ModelKey(ctx.namespace, ctx.name)
         runtime = self._runtimes.get(key)
@@ -319,12 +317,15 @@ class RuntimeManager:
             runtime.spec = spec
 
     async def remove(self, key: ModelKey, *, delete_sandboxes: bool) -> None:
-        """End a model's core, if it has one; raises ApiError if a sandbox could not be deleted.
+        """Stop a model's runtime, if it has one.
 
         Args:
             key: the model.
-            delete_sandboxes: whether its pods are deleted here; the garbage collector does it where
-                the MoEModel goes too.
+            delete_sandboxes: whether to delete the sandbox pods. If the MoEModel is deleted too,
+                the garbage collector does it.
+
+        Raises:
+            KubeApiError: a sandbox pod could not be deleted.
         """
         runtime = self._runtimes.pop(key, None)
         if runtime is None:
@@ -336,28 +337,28 @@ class RuntimeManager:
             )
 
     def find_controller(self, namespace: str, name: str) -> tuple[Controller, str] | None:
-        """Return a model's controller and its token; None while it has none."""
+        """Return a model's running controller and its token; None if there is none."""
         runtime = self._runtimes.get(ModelKey(namespace, name))
         if runtime is None or runtime.controller is None:
             return None
         return runtime.controller, runtime.spec.token
 
     def counts(self, key: ModelKey) -> RuntimeCounts | None:
-        """Return what a model's core counts; None before that is known."""
+        """Return a model's counters; None if they are not known yet."""
         runtime = self._runtimes.get(key)
         return None if runtime is None else runtime.counts()
 
     def controllers(self) -> Iterator[tuple[ModelKey, Controller]]:
-        """Give every controller that runs, by the models' names."""
+        """Yield all running controllers, ordered by model."""
         for key in sorted(self._runtimes):
             if (controller := self._runtimes[key].controller) is not None:
                 yield key, controller
 
     async def stop(self) -> None:
-        """End every core; the sandboxes go on."""
+        """Stop all runtimes; the sandboxes keep running."""
         runtimes = list(self._runtimes.values())
         self._runtimes.clear()
-        await asyncio.gather(*(core.stop() for core in runtimes))
+        await asyncio.gather(*(runtime.stop() for runtime in runtimes))
 
     def _start(self, key: ModelKey, spec: RuntimeSpec) -> None:
         runtime = ModelRuntime(spec, self._deps, on_change=lambda: self._on_change(key))

@@ -1,6 +1,7 @@
-"""What the cache holds of one model.
+"""Observes one model in the cache and plans actions for it.
 
-What is to be done for one MoEModel, and what is remembered of it so as to find out cheaply.
+A Planner remembers the last state that needed no action, so that a reconcile without changes skips
+the diff.
 """
 
 from __future__ import annotations
@@ -34,17 +35,19 @@ from faasmoe_operator.kube.store_status import (
 )
 from faasmoe_operator.kube.types import DEPLOYMENT, JOB, POD, Object, kind_of
 
+ResourceVersions = dict[ObjectId, str]
+
 
 @dataclass(frozen=True, slots=True)
 class ObservedState:
-    """One model as it is.
+    """Observed state of one model.
 
     Attributes:
-        job: the store's Job.
-        store: how the store is doing.
-        deployment: the routers' Deployment.
-        router_pods: the routers' pods.
-        sandbox_pods: the sandboxes' pods.
+        job: the store Job; None if it does not exist.
+        store: status of the store.
+        deployment: the router Deployment; None if it does not exist.
+        router_pods: the router pods.
+        sandbox_pods: the sandbox pods.
     """
 
     job: Object | None
@@ -55,12 +58,12 @@ class ObservedState:
 
 
 def observe_model(cache: ObjectCache, ctx: ModelContext, *, status_model: Any) -> ObservedState:
-    """Return what there is of a model.
+    """Return the observed state of a model.
 
     Args:
-        cache: what the API server has told.
+        cache: the object cache.
         ctx: the model.
-        known_model: its `status.model`.
+        status_model: its current `status.model`.
     """
     job = _if_owned(cache.get(JOB, ctx.namespace, store_name(ctx.name)), ctx)
     pods = cache.labelled_with_model(ctx.namespace, ctx.name, POD)
@@ -78,7 +81,7 @@ def observe_model(cache: ObjectCache, ctx: ModelContext, *, status_model: Any) -
 
 
 def live_objects(cache: ObjectCache, ctx: ModelContext, desired: Iterable[Object]) -> list[Object]:
-    """Return the objects that the model has, and whatever has the name of one that it wants."""
+    """Return the objects that the model owns, and those with the name of a desired one."""
     live_by_id: dict[ObjectId, Object] = {object_id(obj): obj for obj in cache.owned_by(ctx.uid)}
     for obj in desired:
         live = cache.get(kind_of(obj), ctx.namespace, obj["metadata"]["name"])
@@ -99,39 +102,36 @@ def _with_component(pods: Iterable[Object], component: Component) -> list[Object
     return [pod for pod in pods if pod["metadata"]["labels"].get(COMPONENT_LABEL) == component]
 
 
-ResourceVersions = dict[ObjectId, str]
-
-
 class Planner:
-    """Plans for one model.
+    """Plans the actions for one model.
 
     Args:
-        cache: what the API server has told.
-        writer: knows what was applied.
+        cache: the object cache.
+        applier: records what was applied.
     """
 
     def __init__(self, cache: ObjectCache, applier: Applier) -> None:
         self._cache = cache
         self._applier = applier
-        self._n_failed_attempts = 0  # Jobs of the store that failed
+        self._n_failed_attempts = 0  # store Jobs that failed
         self._last_noop: tuple[ModelContext, ResourceVersions] | None = None
-        """What there was, in which versions, when nothing was to be done."""
+        """The state, with object versions, for which the last plan was empty."""
 
     def invalidate(self) -> None:
-        """Plan anew, Secrets too."""
+        """Discard what is remembered, so that missing Secrets are created again."""
         self._applier.invalidate_secrets()
         self._last_noop = None
 
     def plan(
         self, ctx: ModelContext, observed: ObservedState, *, now: float, wall_clock_s: float
     ) -> ActionPlan:
-        """Return what is to be done; what was all right and has not changed still is.
+        """Return the actions; none without a diff if nothing changed since an empty plan.
 
         Args:
-            ctx: what is wanted.
-            seen: what there is.
-            now: of a clock that only goes forward, in seconds.
-            wall_s: of the day's clock.
+            ctx: the model's context.
+            observed: the observed state.
+            now: the monotonic clock, in seconds.
+            wall_clock_s: Unix time, in seconds.
         """
         state = ctx, self._resource_versions(ctx)
         if state == self._last_noop and observed.store.retry_at is None:
@@ -152,7 +152,7 @@ class Planner:
     ) -> ActionPlan:
         if observed.job is not None:
             self._n_failed_attempts = failed_attempts(observed.job)
-        desired = [self._with_attempt_annotation(wanted) for wanted in store_objects(ctx)]
+        desired = [self._with_attempt_annotation(obj) for obj in store_objects(ctx)]
         if ctx.summary is not None:
             desired += serving_objects(ctx)
         plan = plan_actions(
@@ -181,10 +181,10 @@ class Planner:
         observed: ObservedState,
         wall_clock_s: float,
     ) -> tuple[ObjectAction, ...]:
-        """Add that the store's failed Job is replaced, if it is time."""
+        """Add the replacement of a failed store Job if its back-off has ended."""
         is_replaced = any(isinstance(action, ReplaceObject) for action in actions)
         if is_replaced:
-            self._n_failed_attempts = 0  # its pods are to be other ones: what failed is mended
+            self._n_failed_attempts = 0  # a changed Job starts from zero
         retry_at = observed.store.retry_at
         if is_replaced or retry_at is None or ctx.spec.suspend or wall_clock_s < retry_at:
             return actions

@@ -1,9 +1,7 @@
-"""What a sandbox's pod is like, as far as the control core is concerned. Pure.
+"""Kubernetes platform: sandboxes as bare pods of one MoEModel, created from one template.
 
-The Kubernetes platform: sandboxes are bare pods of one MoEModel, made from one template.
-
-Knows nothing of functions. Which pods there are is what the API server has told; whether one is
-ready is asked of itself, as the kubelet's word comes a probe period and a watch event later.
+Knows nothing of functions. Pods come from the object cache. Readiness is probed at the sandbox
+itself, since the kubelet reports it a probe period and a watch event later.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
+from faasmoe_contracts.backoff import Backoff
 from faasmoe_operator.aio import TaskSet
 from faasmoe_operator.errors import PlatformError
 from faasmoe_operator.kube.client import KubeApi
@@ -28,10 +27,9 @@ from faasmoe_operator.platforms.registry import SandboxRegistry
 
 logger = logging.getLogger(__name__)
 
-
 Pod = Mapping[str, Any]
-
 _FINISHED_PHASES = ("Failed", "Succeeded", "Unknown")
+MAX_NAME_ATTEMPTS = 3
 
 
 def pod_name(pod: Pod) -> str:
@@ -63,7 +61,7 @@ def pod_address(pod: Pod, *, port: int) -> str:
 
 
 def termination_reason(pod: Pod) -> str:
-    """Return in words why a pod is over."""
+    """Return in words why a pod has finished."""
     status = _pod_status(pod)
     if status.get("phase") == "Unknown":
         return "its node is unreachable"
@@ -96,34 +94,31 @@ def _pod_status(pod: Pod) -> Mapping[str, Any]:
     return status
 
 
-MAX_NAME_ATTEMPTS = 3
-
-
 class PodLister(Protocol):
-    """The pods of one MoEModel; `kube.cache.PodSource` is such."""
+    """The pods of one MoEModel; `kube.cache.OwnedPods` implements it."""
 
     def list_oldest_first(self) -> Sequence[Object]:
         """Return the pods, oldest first."""
         ...
 
     def update(self, pod: Object) -> None:
-        """Take the API's answer to a write, which the watch may tell only later."""
+        """Store the response to a write, which can arrive before the watch event."""
         ...
 
     async def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait until the condition holds; it is looked at at each change of these pods."""
+        """Wait until the condition holds; it is evaluated at each change of these pods."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PodPlatformTiming:
-    """How often, and how long.
+    """Periods and timeouts, in seconds.
 
     Attributes:
-        probe_interval_s: between two readiness probes of a sandbox that is starting.
-        probe_timeout_s: for the answer to one probe.
-        grace_s: for a deleted sandbox to finish.
-        retry_delays_s: before a deletion that was refused is tried again; the last one for good.
+        probe_interval_s: interval between readiness probes of a starting sandbox.
+        probe_timeout_s: timeout of one probe.
+        grace_s: termination grace period of a deleted pod.
+        retry_delays_s: delays between attempts to delete a pod; the last one repeats.
     """
 
     probe_interval_s: float = 0.15
@@ -133,13 +128,13 @@ class PodPlatformTiming:
 
 
 class KubernetesPlatform:
-    """Runs sandboxes as pods; use as an async context manager, and `run` beside the control core.
+    """Runs sandboxes as pods. Use as an async context manager, with `run` in a task.
 
     Args:
         api: the Kubernetes API.
         pods: the model's pods.
-        timing: how often, and how long.
-        port: where sandboxes listen.
+        timing: periods and timeouts.
+        port: port on which sandboxes listen.
     """
 
     def __init__(
@@ -151,7 +146,7 @@ class KubernetesPlatform:
         port: int = SANDBOX_PORT,
     ) -> None:
         self.last_start_failure = ""
-        """Why the last sandbox was lost that never was ready; empty once one was."""
+        """Why a sandbox was lost before it was ready; empty once another one became ready."""
         self._api = api
         self._pods = pods
         self._timing = timing or PodPlatformTiming()
@@ -166,25 +161,25 @@ class KubernetesPlatform:
         self._deletions = TaskSet()
 
     async def __aenter__(self) -> Self:
-        """Read back the pods that there are."""
+        """Register the existing pods."""
         self._prober.open()
         self._sync_pods()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop looking; the pods go on."""
+        """Stop probes and deletions; the pods keep running."""
         await self._prober.close()
         await self._deletions.cancel_all()
 
     async def run(self) -> None:
-        """Follow the pods until cancelled."""
+        """Follow changes of the pods until cancelled."""
         while True:
             seen = self._resource_versions()
             self._sync_pods()
             await self._pods.wait_for(lambda seen=seen: self._resource_versions() != seen)  # type: ignore[misc]
 
     async def create(self, template: SandboxPodTemplate) -> Sandbox:
-        """Create a pod; it is there at once and gets ready later. Raises PlatformError."""
+        """Create a pod, which counts from now on and becomes ready later; raises PlatformError."""
         pod = await self._create(template)
         self._pods.update(pod)
         self._sync_pods()
@@ -192,18 +187,18 @@ class KubernetesPlatform:
         return sandbox or self._make_sandbox(pod, ready=False)
 
     async def delete(self, sandbox_id: str) -> None:
-        """Begin to delete a pod; it counts as going at once, whatever the API server answers."""
+        """Start to delete a pod, with retries; it counts as terminating from now on."""
         for pod in self._sandbox_pods():
             if pod_name(pod) == sandbox_id:
                 self._start_deletion(pod)
                 self._track_pod(pod)
 
     async def list(self) -> tuple[Sandbox, ...]:
-        """Return every sandbox whose pod is there and not over, oldest first."""
+        """Return every sandbox whose pod has not finished, oldest first."""
         return self._registry.all()
 
     def watch(self) -> AsyncIterator[SandboxEvent]:
-        """Give every sandbox that is there, then what changes, without end."""
+        """Yield every existing sandbox, then changes, forever."""
         return self._registry.watch()
 
     async def _create(self, template: SandboxPodTemplate) -> Object:
@@ -213,9 +208,9 @@ class KubernetesPlatform:
             except Conflict as error:
                 logger.info("sandbox pod name already exists: %s", error)
             except KubeApiError as error:
-                raise PlatformError(f"a sandbox's pod could not be created: {error}") from error
+                raise PlatformError(f"sandbox pod could not be created: {error}") from error
         raise PlatformError(
-            f"a sandbox's pod could not be created: {MAX_NAME_ATTEMPTS} names already existed"
+            f"sandbox pod could not be created: {MAX_NAME_ATTEMPTS} names already existed"
         )
 
     def _resource_versions(self) -> dict[str, str]:
@@ -230,7 +225,7 @@ class KubernetesPlatform:
         ]
 
     def _sync_pods(self) -> None:
-        """Take what the API server has told."""
+        """Bring the registry to the state of the cached pods."""
         pods = {pod_name(pod): pod for pod in self._sandbox_pods()}
         for sandbox in self._registry.all():
             if sandbox.id not in pods:
@@ -245,11 +240,11 @@ class KubernetesPlatform:
         self._deleting = {uid: name for uid, name in self._deleting.items() if uid in uids}
 
     def _track_pod(self, pod: Pod) -> None:
-        """Add a sandbox or bring it up to date, and probe it while it starts."""
+        """Register or update a sandbox, and probe it while it starts."""
         name, is_deleting = pod_name(pod), is_terminating(pod) or pod_uid(pod) in self._deleting
         known, observed = self._registry.get(name), self._make_sandbox(pod, ready=False)
         if known is None and is_deleting:
-            return  # an earlier control has ended it: it was never ours to lose
+            return  # terminated by an earlier controller: never registered here, so not lost
         is_ready = (
             known is not None
             and known.ready
@@ -281,16 +276,15 @@ class KubernetesPlatform:
         self._registry.remove(name, reason=reason)
 
     def _start_deletion(self, pod: Pod) -> None:
-        """Have a pod deleted, unless that is under way."""
+        """Delete a pod in the background, unless it is terminating already."""
         if not is_terminating(pod) and pod_uid(pod) not in self._deleting:
             self._deleting[pod_uid(pod)] = pod_name(pod)
             self._deletions.start(self._delete_with_retries(pod))
 
     async def _delete_with_retries(self, pod: Pod) -> None:
-        """Delete a pod, again and again until the API server takes it or the pod is gone."""
+        """Delete a pod, retrying until the API server accepts it or the pod is gone."""
         namespace, uid = pod["metadata"]["namespace"], pod_uid(pod)
-        delays_s = iter(self._timing.retry_delays_s)
-        delay_s = 0.0
+        backoff = Backoff(self._timing.retry_delays_s)
         while uid in self._deleting:
             try:
                 await self._api.delete(
@@ -300,11 +294,10 @@ class KubernetesPlatform:
                 logger.warning("sandbox %s could not be deleted: %s", pod_name(pod), error)
             else:
                 return
-            delay_s = next(delays_s, delay_s)
-            await asyncio.sleep(delay_s)
+            await asyncio.sleep(backoff.next_delay_s())
 
     def _mark_ready(self, name: str) -> None:
-        """Take that a sandbox says that it is ready."""
+        """Handle that a sandbox answered its readiness probe."""
         self.last_start_failure = ""
         if (sandbox := self._registry.get(name)) is not None:
             self._registry.upsert(replace(sandbox, ready=True))

@@ -1,7 +1,7 @@
-"""Sandboxes' pods say which functions they hold, for those who look at the cluster.
+"""Labels that show which functions a sandbox pod holds, for people who look at the cluster.
 
-Nothing is decided by these labels: the truth is in the sandboxes, and the control core has it. They
-follow it with a short delay, one patch for a pod however much changed meanwhile.
+Nothing depends on these labels. They follow the controller with a short delay; changes in that
+time are merged into one patch for each pod.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from faasmoe_contracts.backoff import Backoff
 from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.api.v1alpha1.field_types import format_index_ranges
@@ -40,12 +41,12 @@ MAX_ANNOTATION_CHARS = 32 << 10
 
 @dataclass(frozen=True, slots=True)
 class PodFunctionLabels:
-    """What a pod says of its functions.
+    """Labels and annotation that describe a pod's functions.
 
     Attributes:
         pool: warm or assigned.
-        function: the function's id, if it holds just one.
-        functions: all of them, as JSON; None if it holds none.
+        function: id of the function if the pod holds exactly one; None otherwise.
+        functions: all functions as JSON; None if the pod holds none.
     """
 
     pool: str
@@ -54,7 +55,7 @@ class PodFunctionLabels:
 
     @classmethod
     def for_functions(cls, functions: Iterable[FunctionSpec]) -> PodFunctionLabels:
-        """Return what a sandbox with these functions is to say."""
+        """Return the labels of a sandbox with these functions."""
         ordered = sorted(functions, key=lambda spec: (spec.layers, spec.experts))
         if not ordered:
             return cls(Pool.WARM.value, None, None)
@@ -63,7 +64,7 @@ class PodFunctionLabels:
 
     @classmethod
     def from_pod(cls, pod: Object) -> PodFunctionLabels:
-        """Return what a pod says."""
+        """Return a pod's current labels."""
         labels: Mapping[str, str] = pod["metadata"].get("labels", {})
         annotations: Mapping[str, str] = pod["metadata"].get("annotations", {})
         return cls(
@@ -74,7 +75,15 @@ class PodFunctionLabels:
 
 
 class PodLabeler:
-    """Keeps a model's pods saying what its control core knows."""
+    """Keeps the labels of a model's pods up to date with its controller.
+
+    Args:
+        api: the Kubernetes API.
+        pods: the model's pods.
+        controller: knows which functions the sandboxes hold.
+        namespace: namespace of the pods.
+        coalesce_s: delay that merges changes into one patch, in seconds.
+    """
 
     def __init__(
         self,
@@ -92,35 +101,35 @@ class PodLabeler:
         self._coalesce_s = coalesce_s
 
     async def run(self) -> None:
-        """Patch what differs until cancelled; what is refused is tried again later and later."""
-        n_failures = 0
+        """Patch changed pods until cancelled, retrying failures with increasing delays."""
+        backoff = Backoff(RETRY_DELAYS_S)
         while True:
             revision = self._controller.revision
             is_synced = await self.update()
-            n_failures = 0 if is_synced else n_failures + 1
             if is_synced:
+                backoff.reset()
                 await self._controller.wait_for_change(revision)
             else:
-                await asyncio.sleep(RETRY_DELAYS_S[min(n_failures, len(RETRY_DELAYS_S)) - 1])
+                await asyncio.sleep(backoff.next_delay_s())
             await asyncio.sleep(self._coalesce_s)
 
     async def update(self) -> bool:
-        """Patch every pod that says something else; return whether all of them were taken."""
+        """Patch every pod whose labels are outdated; return whether all succeeded."""
         pending = self.pending_changes()
         results = await gather_limited(pending.items(), self._patch, limit=MAX_PARALLEL_PATCHES)
         return all(results)
 
     def pending_changes(self) -> dict[str, PodFunctionLabels]:
-        """Return what pods are to say, by their names, that say something else."""
+        """Return the desired labels, by pod name, of pods whose labels are outdated."""
         ready_members = [
             m for m in self._controller.fleet.sandboxes if m.state is SandboxState.READY
         ]
         desired = {member.sandbox.id: self._desired_labels(member) for member in ready_members}
         pods = {name: self._pods.get(self._namespace, name) for name in desired}
         return {
-            name: marks
-            for name, marks in desired.items()
-            if (pod := pods[name]) is not None and PodFunctionLabels.from_pod(pod) != marks
+            name: labels
+            for name, labels in desired.items()
+            if (pod := pods[name]) is not None and PodFunctionLabels.from_pod(pod) != labels
         }
 
     def _desired_labels(self, member: SandboxRecord) -> PodFunctionLabels:
@@ -149,7 +158,7 @@ class PodLabeler:
 
 
 def _functions_json(functions: Iterable[FunctionSpec]) -> str:
-    """Return the functions as JSON, as many as an annotation should have."""
+    """Return the functions as JSON, truncated to MAX_ANNOTATION_CHARS."""
     shown: list[dict[str, Any]] = []
     n_chars = 2
     for spec in functions:

@@ -1,7 +1,7 @@
-"""One visit to one MoEModel: look at all of it, do what is missing, say how it is. Level-based.
+"""Reconciles one MoEModel: observe, plan, apply, update its runtime and its status. Level-based.
 
-A visit reads only the cache and asks the API server for nothing but changes, so one at which all
-is well costs no request. What it remembers saves requests; a new process misses none of it.
+A reconcile reads only the cache and sends only changes, so that one without changes costs no
+request. What it remembers between reconciles saves requests and is not needed for correctness.
 """
 
 from __future__ import annotations
@@ -43,32 +43,32 @@ from faasmoe_operator.kube.types import MOEMODEL, POD, ModelKey, Object
 logger = logging.getLogger(__name__)
 
 RESYNC_PERIOD_S = 600.0
-"""A visit without a cause, in case one was missed: it costs no request."""
+"""Period of reconciles without a change. They cost no request."""
 
 
 class ModelRuntimes(Protocol):
-    """The control cores of all models."""
+    """The runtimes of all models; RuntimeManager implements it."""
 
     async def ensure(self, ctx: ModelContext) -> None:
-        """Have a model's core run as its context says; raises FaasmoeError."""
+        """Start or update a model's runtime; raises FaasmoeError."""
         ...
 
     async def remove(self, key: ModelKey, *, delete_sandboxes: bool) -> None:
-        """End a model's core, if it has one."""
+        """Stop a model's runtime, if it has one."""
         ...
 
     def counts(self, key: ModelKey) -> RuntimeCounts | None:
-        """Return what a model's core counts; None without one."""
+        """Return the counters of a model's runtime; None without one."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ReconcileResult:
-    """What came of a visit.
+    """Outcome of a reconcile.
 
     Attributes:
-        again_s: when to come again though nothing happens; None for never.
-        is_troubled: something was refused: come again with a back-off.
+        requeue_after_s: delay until the next reconcile without a change, in seconds; None for none.
+        has_failures: whether the API rejected an object: retry with back-off.
     """
 
     requeue_after_s: float | None
@@ -77,12 +77,12 @@ class ReconcileResult:
 
 @dataclass(slots=True)
 class _ModelState:
-    """What is remembered of a model between visits, to save requests and time.
+    """State of a model between reconciles. It only saves requests and time.
 
     Attributes:
-        writer: knows what was applied.
-        planner: knows what was all right.
-        written: the status that was written.
+        applier: records what was applied.
+        planner: remembers the last state that needed no action.
+        last_status: the last status update; None before the first.
     """
 
     applier: Applier
@@ -91,16 +91,16 @@ class _ModelState:
 
 
 class Reconciler:
-    """Visits MoEModels.
+    """Reconciles MoEModels.
 
     Args:
         api: the API server.
-        cache: what it has told.
-        cores: the control cores.
-        surroundings: what all models have in common.
-        events: writes events.
-        clock: a clock that only goes forward.
-        wall: the day's clock, in seconds.
+        cache: the object cache.
+        runtimes: the runtimes of all models.
+        context: what all models have in common.
+        events: records Kubernetes events.
+        clock: monotonic clock, in seconds.
+        wall_clock: Unix time, in seconds.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Reconciler:
         self._states: dict[ModelKey, _ModelState] = {}
 
     async def reconcile(self, key: ModelKey) -> ReconcileResult:
-        """Visit a MoEModel; raises Unavailable if the API server is away."""
+        """Reconcile one MoEModel; raises Unavailable if the API server does not respond."""
         obj = self._cache.get(MOEMODEL, key.namespace, key.name)
         if obj is None or "deletionTimestamp" in obj["metadata"]:
             await self._runtimes.remove(key, delete_sandboxes=False)
@@ -145,8 +145,8 @@ class Reconciler:
     async def _reconcile_model(
         self, key: ModelKey, obj: Object, ctx: ModelContext, state: _ModelState
     ) -> ReconcileResult:
-        known_model = obj.get("status", {}).get("model")
-        observed = observe_model(self._cache, ctx, status_model=known_model)
+        status_model = obj.get("status", {}).get("model")
+        observed = observe_model(self._cache, ctx, status_model=status_model)
         ctx = replace(ctx, summary=observed.store.summary)
         plan = state.planner.plan(ctx, observed, now=self._clock(), wall_clock_s=self._wall_clock())
         failures = await self._apply_actions(plan.actions, state)
@@ -164,7 +164,7 @@ class Reconciler:
             counts=counts,
             runtime_failure=runtime_failure,
             failures=failures,
-            store_ids={object_id(wanted) for wanted in store_objects(ctx)} if failures else (),
+            store_ids={object_id(desired) for desired in store_objects(ctx)} if failures else (),
             previous=_conditions_of(obj),
         )
         status = model_status(
@@ -186,12 +186,12 @@ class Reconciler:
         self, actions: tuple[ObjectAction, ...], state: _ModelState
     ) -> list[ApplyFailure]:
         results = [await state.applier.execute(action) for action in actions]
-        return [problem for problem in results if problem is not None]
+        return [failure for failure in results if failure is not None]
 
     async def _ensure_runtime(
         self, key: ModelKey, ctx: ModelContext, observed: ObservedState
     ) -> ConditionState | None:
-        """Have the control core run or not; return why it cannot."""
+        """Start, update or remove the model's runtime; return a condition state if it fails."""
         if ctx.spec.suspend:
             await self._runtimes.remove(key, delete_sandboxes=True)
             for pod in observed.sandbox_pods:
@@ -219,7 +219,7 @@ class Reconciler:
     async def _report_invalid_spec(
         self, obj: Object, state: _ModelState, error: MoEModelError
     ) -> ReconcileResult:
-        """Say that a spec cannot be used; what runs is left as it is."""
+        """Report an invalid spec; what runs is left unchanged."""
         generation = obj["metadata"].get("generation", 0)
         condition_states = evaluate_invalid_spec(error.problems)
         new_conditions = build_conditions(
@@ -230,7 +230,7 @@ class Reconciler:
         return ReconcileResult(RESYNC_PERIOD_S)
 
     async def _write_status(self, obj: Object, status: Object, state: _ModelState) -> float | None:
-        """Write the status if it is time; return when it will be, if it is not."""
+        """Write the status if it is due; return when it will be due, or None."""
         now = self._clock()
         write_at = status_write_at(status, obj.get("status"), state.last_status, now=now)
         if write_at is None or write_at > now:
@@ -240,7 +240,7 @@ class Reconciler:
         try:
             result = await self._api.patch_status(MOEMODEL, *key, status, uid=metadata["uid"])
         except (NotFound, Conflict):
-            return None  # it is gone, and the watch will say so
+            return None  # deleted or recreated; a watch event follows
         self._cache.update(MOEMODEL, result)
         state.last_status = WrittenStatus(status, result.get("status"), now)
         for event in transition_events(_conditions_of(obj), status["conditions"]):

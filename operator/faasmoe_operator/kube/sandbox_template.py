@@ -1,4 +1,4 @@
-"""The pods that a model's sandboxes are made as: the template of the Kubernetes platform."""
+"""Template from which the Kubernetes platform creates the sandbox pods of a model."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from faasmoe_operator.kube.manifests import ModelContext, sandbox_pod, sandbox_t
 from faasmoe_operator.kube.manifests.names import sandbox_name
 from faasmoe_operator.kube.types import Object
 
-NAME_SUFFIX_ALPHABET = (
-    "bcdfghjklmnpqrstvwxz2456789"  # Kubernetes' own, of which no words can be made
-)
+NAME_SUFFIX_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # as in Kubernetes: cannot spell words
 NAME_SUFFIX_CHARS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxPodTemplate:
-    """The template of a model's sandboxes.
+    """Pod template of a model's sandboxes.
 
     Attributes:
-        ctx: the model; of no account in comparisons, as the hash covers all that pods have of it.
-        digest: the template's hash.
+        ctx: the model's context; not compared, as the hash covers what pods contain of it.
+        digest: hash of the template.
     """
 
     ctx: ModelContext = field(repr=False, compare=False)
@@ -34,10 +32,10 @@ class SandboxPodTemplate:
 
     @property
     def capacity(self) -> int:
-        """Functions that one sandbox can hold."""
+        """Number of functions that one sandbox can hold."""
         return self.ctx.spec.experts.functions_per_sandbox
 
     def new_pod(self) -> Object:
-        """Return a new sandbox's pod."""
+        """Return a new sandbox pod with a random name."""
         suffix = (secrets.choice(NAME_SUFFIX_ALPHABET) for _ in range(NAME_SUFFIX_CHARS))
         return sandbox_pod(self.ctx, name=sandbox_name(self.ctx.name, "".join(suffix)))

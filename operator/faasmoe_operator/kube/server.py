@@ -1,7 +1,4 @@
-"""What an operator still waits for before it looks after models; empty when it does.
-
-The operator's HTTP server: health, metrics, and the control API of every model.
-"""
+"""The operator's HTTP server: health checks and metrics, beside the models' control API."""
 
 from __future__ import annotations
 
@@ -13,42 +10,41 @@ from aiohttp import web
 
 logger = logging.getLogger(__name__)
 
+METRICS_CONTENT_TYPE = "text/plain; version=1.0.0; charset=utf-8"
+SHUTDOWN_TIMEOUT_S = 2.0
+BACKLOG = 1024
+
 
 @dataclass(slots=True)
 class Readiness:
-    """Told by `/readyz`.
+    """What `/readyz` reports.
 
     Attributes:
-        waits_for: what is still missing, in words; empty once models are looked after.
+        waiting_for: what the operator waits for, in words; empty once it reconciles.
     """
 
     waiting_for: str = "the API server"
 
     @property
     def is_ready(self) -> bool:
-        """Whether models are looked after."""
+        """Whether the operator reconciles models."""
         return not self.waiting_for
-
-
-METRICS_CONTENT_TYPE = "text/plain; version=1.0.0; charset=utf-8"
-SHUTDOWN_TIMEOUT_S = 2.0
-BACKLOG = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class HealthRoutes:
-    """What the server answers with.
+    """Handlers of /healthz, /readyz and /metrics.
 
     Attributes:
-        readiness: whether models are looked after.
-        metrics: gives all metrics.
+        readiness: the operator's readiness.
+        render_metrics: returns all metrics in Prometheus's text format.
     """
 
     readiness: Readiness
     render_metrics: Callable[[], bytes]
 
     def routes(self) -> list[web.RouteDef]:
-        """Return the routes beside the models' own."""
+        """Return the routes."""
         return [
             web.get("/healthz", self._healthz),
             web.get("/readyz", self._readyz),
@@ -56,7 +52,7 @@ class HealthRoutes:
         ]
 
     async def _healthz(self, _: web.Request) -> web.Response:
-        """Say that the process lives: that its loop turns is what this shows."""
+        """Answer 200: it shows that the event loop runs."""
         return web.json_response({"status": "ok"})
 
     async def _readyz(self, _: web.Request) -> web.Response:
@@ -72,7 +68,7 @@ class HealthRoutes:
 
 
 async def start_server(app: web.Application, *, host: str, port: int) -> web.AppRunner:
-    """Serve an application until its runner is cleaned up; raises OSError."""
+    """Start to serve an application until its runner is cleaned up; raises OSError."""
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
     await runner.setup()
     site = web.TCPSite(runner, host, port, reuse_address=True, backlog=BACKLOG)

@@ -1,11 +1,8 @@
-"""The tenants' accounts across restarts of the operator, and of routers: a ConfigMap of the model.
+"""State that outlives the operator: ConfigMaps of each MoEModel for usage and popularity.
 
-One that is damaged is kept in the same ConfigMap, for somebody to look at.
-
-Popularity across restarts of the operator: one small ConfigMap for each model.
-
-One that is missing, damaged or of another model is as good as none, and one that cannot be written
-costs a log line.
+Usage is never thrown away: a corrupted text is retained under a second key for inspection.
+Popularity is only an optimisation: a missing, corrupted or foreign ConfigMap counts as empty, and a
+failed write costs a log line.
 """
 
 from __future__ import annotations
@@ -37,24 +34,57 @@ from faasmoe_operator.kube.manifests.names import (
     popularity_config_map_name,
     usage_config_map_name,
 )
-from faasmoe_operator.kube.types import CONFIG_MAP, Object
+from faasmoe_operator.kube.types import CONFIG_MAP
 
 logger = logging.getLogger(__name__)
 
-
 USAGE_KEY = "accounts.json"
 CORRUPTED_USAGE_KEY = "accounts.damaged"
-MAX_USAGE_CHARS = 480 << 10  # twice, with a damaged one, they are within a ConfigMap's MiB
+MAX_USAGE_CHARS = 480 << 10  # with a corrupted text twice, within the 1 MiB of a ConfigMap
+POPULARITY_KEY = "popularity.json"
+MAX_POPULARITY_CHARS = 512 << 10
+FINAL_WRITE_TIMEOUT_S = 2.0
 
 
-class UsageConfigMap:
-    """Reads and writes the ledger of one model.
+class StateConfigMap:
+    """Data of one ConfigMap that a MoEModel owns.
 
     Args:
         api: the Kubernetes API.
-        cache: what it has told.
-        ctx: the model.
-        clock: the time of day.
+        cache: the object cache, which reads use.
+        ctx: the MoEModel.
+        name: name of the ConfigMap.
+    """
+
+    def __init__(self, api: KubeApi, cache: ObjectCache, ctx: ModelContext, *, name: str) -> None:
+        self.name = name
+        self._api = api
+        self._cache = cache
+        self._ctx = ctx
+
+    def read(self) -> dict[str, str] | None:
+        """Return the data; None if there is no ConfigMap or another object owns it."""
+        config_map = self._cache.get(CONFIG_MAP, self._ctx.namespace, self.name)
+        if config_map is None or controller_uid(config_map) != self._ctx.uid:
+            return None
+        return config_map.get("data") or {}
+
+    async def write(self, data: dict[str, str]) -> None:
+        """Replace the data; raises KubeApiError."""
+        desired = new_object(
+            self._ctx, CONFIG_MAP, self.name, component=Component.CONTROL, data=data
+        )
+        await self._api.apply(CONFIG_MAP, desired)
+
+
+class ConfigMapUsageStore:
+    """Keeps the usage ledger of one model in a ConfigMap; a UsageStore.
+
+    Args:
+        api: the Kubernetes API.
+        cache: the object cache.
+        ctx: the MoEModel.
+        clock: returns seconds since the epoch.
     """
 
     def __init__(
@@ -65,60 +95,49 @@ class UsageConfigMap:
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._api = api
-        self._cache = cache
-        self._ctx = ctx
+        self._config_map = StateConfigMap(api, cache, ctx, name=usage_config_map_name(ctx.name))
         self._clock = clock
         self._corrupted = ""
 
     def read(self) -> UsageLedger:
-        """Return the ledger, a new one if there is none to use."""
-        name = usage_config_map_name(self._ctx.name)
-        config_map = self._cache.get(CONFIG_MAP, self._ctx.namespace, name)
-        data = (config_map.get("data") or {}) if config_map is not None else {}
-        if (
-            config_map is None
-            or controller_uid(config_map) != self._ctx.uid
-            or USAGE_KEY not in data
-        ):
+        """Return the saved ledger; a new one if there is none or it is corrupted."""
+        data = self._config_map.read() or {}
+        if USAGE_KEY not in data:
             return UsageLedger(self._clock())
         self._corrupted = data.get(CORRUPTED_USAGE_KEY, "")
         try:
             return decode_ledger(data[USAGE_KEY])
         except LEDGER_DECODE_ERRORS as error:
-            logger.error("ConfigMap %s: usage is corrupted, starting from zero: %s", name, error)
+            logger.error(
+                "ConfigMap %s: usage is corrupted, starting from zero: %s",
+                self._config_map.name,
+                error,
+            )
             self._corrupted = data[USAGE_KEY][:MAX_USAGE_CHARS]
             return UsageLedger(self._clock())
 
     async def write(self, ledger: UsageLedger) -> bool:
-        """Write the ledger in place of the last one; return whether that went well."""
-        name = usage_config_map_name(self._ctx.name)
+        """Replace the saved ledger; return whether that succeeded. Failures are logged."""
         data = {USAGE_KEY: encode_ledger(ledger, max_chars=MAX_USAGE_CHARS)}
         if self._corrupted:
             data[CORRUPTED_USAGE_KEY] = self._corrupted
-        desired = new_object(self._ctx, CONFIG_MAP, name, component=Component.CONTROL, data=data)
         try:
-            await self._api.apply(CONFIG_MAP, desired)
+            await self._config_map.write(data)
         except KubeApiError as error:
-            logger.error("ConfigMap %s: usage not saved: %s", name, error)
+            logger.error("ConfigMap %s: usage not saved: %s", self._config_map.name, error)
             return False
         return True
 
 
-POPULARITY_KEY = "popularity.json"
-MAX_POPULARITY_CHARS = 512 << 10
-FINAL_WRITE_TIMEOUT_S = 2.0
-
-
 class PopularityConfigMap:
-    """Reads and writes the counts of one model.
+    """Keeps the functions' popularity of one model in a ConfigMap.
 
     Args:
         api: the Kubernetes API.
-        cache: what it has told.
-        ctx: the model.
-        model_digest: counts of another store are not taken.
-        clock: the time of day, as runs are compared by it.
+        cache: the object cache.
+        ctx: the MoEModel.
+        model_digest: digest of the store; the counts of another store are ignored.
+        clock: returns seconds since the epoch, by which counts decay between two runs.
     """
 
     def __init__(
@@ -130,84 +149,83 @@ class PopularityConfigMap:
         model_digest: str,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._api = api
-        self._cache = cache
-        self._ctx = ctx
+        self._config_map = StateConfigMap(
+            api, cache, ctx, name=popularity_config_map_name(ctx.name)
+        )
         self._digest = model_digest
         self._clock = clock
 
     def read(self) -> dict[str, float]:
-        """Return the counts as they are now, nothing if there are none to use."""
-        config_map = self._cache.get(
-            CONFIG_MAP, self._ctx.namespace, popularity_config_map_name(self._ctx.name)
-        )
-        if config_map is None or controller_uid(config_map) != self._ctx.uid:
+        """Return the counts decayed to the present; empty if there are none to use."""
+        data = self._config_map.read()
+        if data is None:
             return {}
-        text = (config_map.get("data") or {}).get(POPULARITY_KEY, "")
+        text = data.get(POPULARITY_KEY, "")
         try:
             return decode_popularity(text, model_digest=self._digest, now_s=self._clock())
         except POPULARITY_DECODE_ERRORS as error:
             logger.warning(
-                "ConfigMap %s: popularity ignored: %s",
-                popularity_config_map_name(self._ctx.name),
-                type(error).__name__,
+                "ConfigMap %s: popularity ignored: %s", self._config_map.name, type(error).__name__
             )
             return {}
 
     async def write(self, rows: Mapping[str, float]) -> bool:
-        """Write the counts in place of the last ones; return whether that went well."""
+        """Replace the saved counts; return whether that succeeded. Failures are logged.
+
+        Args:
+            rows: decayed rows by the functions' stable keys.
+        """
         text = encode_popularity(
             _most_popular(rows), model_digest=self._digest, now_s=self._clock()
         )
         try:
-            await self._api.apply(CONFIG_MAP, self._config_map(text))
+            await self._config_map.write({POPULARITY_KEY: text})
         except KubeApiError as error:
-            name = popularity_config_map_name(self._ctx.name)
-            logger.warning("ConfigMap %s: popularity not saved: %s", name, error)
+            logger.warning("ConfigMap %s: popularity not saved: %s", self._config_map.name, error)
             return False
         return True
 
     async def save_periodically(self, controller: Controller, *, interval_s: float) -> None:
-        """Write what a control core counts until cancelled, and then a last time.
+        """Save a controller's popularity until cancelled, and then once more.
 
-        Only what was used since is worth writing: what decays does so by itself.
+        Saves only after functions were used, since counts decay without being saved.
+
+        Args:
+            controller: the controller.
+            interval_s: time between two writes, in seconds.
         """
-        n_saved = 0  # a core counts from nothing: what it took before this began is new, too
+        n_saved_rows = 0  # a new controller counts from zero; what it served before is unsaved too
         try:
             while True:
                 await asyncio.sleep(interval_s)
-                n_saved = await self._save_if_used(controller, n_saved)
+                n_saved_rows = await self._save_if_used(controller, n_saved_rows)
         finally:
             try:
                 async with asyncio.timeout(FINAL_WRITE_TIMEOUT_S):
-                    await self._save_if_used(controller, n_saved)
+                    await self._save_if_used(controller, n_saved_rows)
             except TimeoutError:
-                logger.warning("%s: final save of popularity timed out", self._ctx.name)
+                logger.warning(
+                    "ConfigMap %s: final save of popularity timed out", self._config_map.name
+                )
 
-    async def _save_if_used(self, controller: Controller, n_saved: int) -> int:
-        """Write the counts if functions were used since; return the uses that are written."""
-        n_used = controller.function_stats.rows.total()
-        if n_used == n_saved:
-            return n_saved
+    async def _save_if_used(self, controller: Controller, n_saved_rows: int) -> int:
+        """Save the popularity if rows were computed since; return the number of rows saved."""
+        n_rows = controller.function_stats.rows.total()
+        if n_rows == n_saved_rows:
+            return n_saved_rows
         is_written = await self.write(
             controller.function_stats.popularity_by_stable_key(controller.clock())
         )
-        return n_used if is_written else n_saved
-
-    def _config_map(self, text: str) -> Object:
-        name = popularity_config_map_name(self._ctx.name)
-        return new_object(
-            self._ctx, CONFIG_MAP, name, component=Component.CONTROL, data={POPULARITY_KEY: text}
-        )
+        return n_rows if is_written else n_saved_rows
 
 
 def _most_popular(rows: Mapping[str, float]) -> dict[str, float]:
-    """Return the largest counts, as many as a ConfigMap should have."""
+    """Return the largest counts whose text fits in MAX_POPULARITY_CHARS."""
     selected: dict[str, float] = {}
     n_chars = 0
-    for shape, count in sorted(rows.items(), key=lambda item: -item[1]):
-        n_chars += len(shape) + 24
+    for key, count in sorted(rows.items(), key=lambda item: -item[1]):
+        n_chars += len(key) + 24
         if n_chars > MAX_POPULARITY_CHARS:
             break
-        selected[shape] = count
+        selected[key] = count
     return selected

@@ -1,9 +1,7 @@
-"""From what was seen and done at a visit to the state of every condition. Pure.
+"""Conditions and status of a MoEModel, and when a status update is worth a request. Pure.
 
-The status of a MoEModel, and when it is worth a request. Pure.
-
-What somebody may wait for is written at once; numbers that move with the traffic are written
-seldom, as each write goes to every client that watches the object.
+Changes that someone may wait for are written at once. Counters that follow the traffic are written
+at most every COUNTS_INTERVAL_S, since each update is sent to every client that watches the object.
 """
 
 from __future__ import annotations
@@ -46,6 +44,7 @@ SUSPENDED = condition_false(
 )
 RECOVERING_REASONS = (PLANNING, WAITING_FOR_ROUTER)
 WAITING_FOR_STORE = condition_unknown("WaitingForStore", "the store is not ready yet")
+COUNTS_INTERVAL_S = 10.0
 
 
 def evaluate_conditions(
@@ -63,16 +62,16 @@ def evaluate_conditions(
 
     Args:
         ctx: the model.
-        seen: what there is of it.
-        router: how its routers are doing.
-        counts: what its control core counts.
-        fault: why the functions cannot be planned.
-        problems: objects that could not be made as wanted.
-        store_ids: the objects that the store needs; all others are the routers'.
-        before: the conditions that the object has.
+        observed: its observed state.
+        router: status of its routers.
+        counts: counters of its runtime; None before it has started.
+        runtime_failure: why the runtime cannot be started; None if it can.
+        failures: objects that could not be brought to their desired state.
+        store_ids: objects of the store; failures of all others count for RouterReady.
+        previous: the MoEModel's current conditions.
     """
-    store_failures = [problem for problem in failures if problem.object_id in store_ids]
-    router_failures = [problem for problem in failures if problem.object_id not in store_ids]
+    store_failures = [failure for failure in failures if failure.object_id in store_ids]
+    router_failures = [failure for failure in failures if failure.object_id not in store_ids]
     previous_states = _previous_states(previous, generation=ctx.generation)
     store = (
         store_failures[0].condition
@@ -103,14 +102,14 @@ def evaluate_conditions(
 
 
 def evaluate_invalid_spec(problems: Sequence[str]) -> Mapping[str, ConditionState]:
-    """Return the state of each condition of a model whose spec cannot be used."""
+    """Return the state of each condition of a model with an invalid spec."""
     invalid = condition_false("SpecInvalid", "; ".join(problems))
-    unknown = condition_unknown("SpecInvalid", "the spec cannot be used: see Ready")
+    unknown = condition_unknown("SpecInvalid", "the spec is invalid: see Ready")
     return {READY: invalid, **ConditionStates.uniform(unknown).by_type()}
 
 
 def _previous_states(previous: Sequence[Object], *, generation: int) -> dict[str, ConditionState]:
-    """Return what was settled of this spec."""
+    """Return the conditions of this generation that are True or False."""
     return {
         condition["type"]: ConditionState(
             condition["status"], condition["reason"], condition["message"]
@@ -121,7 +120,7 @@ def _previous_states(previous: Sequence[Object], *, generation: int) -> dict[str
 
 
 def _store_condition(state: StoreStatus, previous: ConditionState | None) -> ConditionState:
-    """Keep why the store failed until a new attempt has shown something else."""
+    """Keep the failure of the last attempt until a retry has a result."""
     if state.is_retry and previous is not None and previous.reason in RETRYABLE_REASONS:
         return previous
     return state.condition
@@ -130,7 +129,7 @@ def _store_condition(state: StoreStatus, previous: ConditionState | None) -> Con
 def _retain_while_recovering(
     states: ConditionStates, previous_states: Mapping[str, ConditionState]
 ) -> ConditionStates:
-    """Keep what was known while a new operator process reads it back."""
+    """Keep previous states while a new operator process restores its runtimes."""
 
     def retained(kind: str, state: ConditionState) -> ConditionState:
         return previous_states.get(kind, state) if state.reason in RECOVERING_REASONS else state
@@ -155,17 +154,14 @@ def _router_condition(ctx: ModelContext, router: RouterStatus) -> ConditionState
     return condition_false("CRDNotInstalled", text)
 
 
-COUNTS_INTERVAL_S = 10.0
-
-
 @dataclass(frozen=True, slots=True)
 class WrittenStatus:
-    """The status that was written last.
+    """The status update sent last.
 
     Attributes:
-        status: what was sent.
-        result: what the server made of it: an older CRD drops fields that it does not know.
-        at: when.
+        status: the status that was sent.
+        result: the status in the response; an older CRD drops fields that it does not know.
+        written_at: when, by the monotonic clock, in seconds.
     """
 
     status: Object
@@ -181,15 +177,15 @@ def model_status(
     counts: RuntimeCounts | None,
     previous: Mapping[str, Any],
 ) -> Object:
-    """Return the whole status.
+    """Return the complete status.
 
     Args:
         ctx: the model.
         conditions: its conditions.
-        router: how its routers are doing.
-        counts: what its control core counts.
-        before: the status as it is: what it says of the store is kept while that is looked at
-            again, and what it counts until a new operator process has counted.
+        router: status of its routers.
+        counts: counters of its runtime; None before it has started.
+        previous: the current status. Its `model` is kept while the store is checked again, its
+            counters until the runtime has started.
     """
     model = previous.get("model") if ctx.summary is None else ctx.summary.to_status()
     return {
@@ -210,20 +206,20 @@ def model_status(
 def invalid_status(
     previous: Mapping[str, Any], conditions: Sequence[Object], *, generation: int
 ) -> Object:
-    """Return the status of a model whose spec, of generation `at`, cannot be used."""
+    """Return the status of a model with an invalid spec; the previous status is kept."""
     return {**previous, "observedGeneration": generation, "conditions": list(conditions)}
 
 
 def status_write_at(
     desired: Object, live: Any, last: WrittenStatus | None, *, now: float
 ) -> float | None:
-    """Return from when a status is to be written; None if that would change nothing.
+    """Return when a status should be written; None if it would change nothing.
 
     Args:
-        wanted: the status.
-        live: the object's.
-        last: what was written last.
-        now: the time.
+        desired: the status to write.
+        live: the object's current status.
+        last: the last update; None if there was none.
+        now: the monotonic clock, in seconds.
     """
     if desired == live:
         return None
@@ -267,7 +263,7 @@ def _tenant_fields(
 
 
 def _without_counters(status: Mapping[str, Any]) -> Object:
-    """Return what of a status is written at once: all but counts and what tells them."""
+    """Return a status without counters and messages, which may contain counters."""
     conditions = [
         {key: value for key, value in condition.items() if key != "message"}
         for condition in status.get("conditions", ())

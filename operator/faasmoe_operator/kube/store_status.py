@@ -1,7 +1,7 @@
-"""How the store is doing: from its Job, the Job's pods and what the status remembers. Pure.
+"""Status of a model's store, from its Job, the Job's pods and `status.model`. Pure.
 
-The Job's own retries are few and quick; a Job that has failed is replaced after a back-off that its
-annotation counts, so that an operator that restarts goes on where the one before was.
+The Job's own retries are few and quick. A failed Job is replaced after a back-off; the number of
+attempts is kept in an annotation, so that the back-off survives a restart of the operator.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RESULT_MISSING = "TerminationMessageMissing"
 RETRYABLE_REASONS = frozenset(
     {*(reason.value for reason in StoreFailureReason), JOB_FAILED, RESULT_MISSING}
 )
-"""Reasons for which the Job is run again."""
+"""Reasons of a failed Job, which is run again."""
 HINTS = {
     "SourceNotFound": "check spec.model.source and spec.model.revision",
     "SourceUnsupported": "choose a model that the README lists as covered",
@@ -49,15 +49,14 @@ HINTS = {
 
 @dataclass(frozen=True, slots=True)
 class StoreStatus:
-    """What is known of a store.
+    """Status of a store.
 
     Attributes:
-        verdict: state of the condition StoreReady.
-        summary: what it holds; None unless it is ready.
-        retry_at: when the failed Job is to be replaced, in seconds of the day's clock; None if
-            there is nothing to replace.
-        secret: a Secret that its pod waits for.
-        is_retry: whether it failed before, and nothing is known yet of the new attempt.
+        condition: state of StoreReady.
+        summary: the store's content; None unless it is ready.
+        retry_at: when to replace a failed Job, in Unix time; None if there is nothing to replace.
+        missing_secret: name of a Secret that a pod waits for; None if none waits.
+        is_retry: whether an earlier attempt failed and the new one has no result yet.
     """
 
     condition: ConditionState
@@ -68,12 +67,12 @@ class StoreStatus:
 
 
 def store_status(job: Object | None, pods: Sequence[Object], *, status_model: Any) -> StoreStatus:
-    """Return how the store is doing.
+    """Return the status of the store.
 
     Args:
-        job: the store's Job, if there is one.
+        job: the store Job; None if it does not exist.
         pods: the Job's pods.
-        known: `status.model` of the MoEModel, if it has one.
+        status_model: the MoEModel's current `status.model`; None if it has none.
     """
     if job is None or "deletionTimestamp" in job["metadata"]:
         condition = condition_unknown("Preparing", "creating the store Job")
@@ -102,13 +101,13 @@ def store_status(job: Object | None, pods: Sequence[Object], *, status_model: An
 
 
 def failed_attempts(job: Object) -> int:
-    """Return how many Jobs failed before this one."""
+    """Return how many Jobs failed before this one, from its annotation."""
     text = job["metadata"].get("annotations", {}).get(ATTEMPT_ANNOTATION, "")
     return int(text) if text.isascii() and text.isdecimal() else 0
 
 
 def with_failed_attempts(job: Object, attempt: int) -> Object:
-    """Return a Job that says how many failed before it."""
+    """Return a Job with the number of earlier failures in an annotation."""
     if attempt == 0:
         return job
     annotations = {**job["metadata"].get("annotations", {}), ATTEMPT_ANNOTATION: str(attempt)}
@@ -141,8 +140,8 @@ def _failed_status(job: Object, pods: Sequence[Object]) -> StoreStatus:
     else:
         reason, text = JOB_FAILED, _job_message(job)
     hint = f"; {HINTS[reason]}" if reason in HINTS else ""
-    retry_note = f"; tried again {_format_delay(delay_s)} after it failed, or when Job {_job_name(job)} is deleted"
-    condition = condition_false(reason, f"{text}{hint}{retry_note}")
+    when = f"{_format_delay(delay_s)} after the failure, or when Job {_job_name(job)} is deleted"
+    condition = condition_false(reason, f"{text}{hint}; retried {when}")
     return StoreStatus(condition, retry_at=_finished_at(job) + delay_s)
 
 
@@ -155,7 +154,7 @@ def _format_delay(delay_s: float) -> str:
 
 
 def _termination_message(pods: Sequence[Object]) -> str | None:
-    """Return the termination message of the container that ended last."""
+    """Return the termination message of the container that terminated last."""
     terminated = [
         container["state"]["terminated"]
         for pod in pods
@@ -170,7 +169,7 @@ def _termination_message(pods: Sequence[Object]) -> str | None:
 
 def _failure_message(message: str) -> str:
     result = StoreSummary.from_termination_message(message)
-    return result.message if isinstance(result, StoreFailure) else "its result was lost"
+    return result.message if isinstance(result, StoreFailure) else "no valid termination message"
 
 
 def _summary_from_status(status_model: Any) -> StoreSummary | None:

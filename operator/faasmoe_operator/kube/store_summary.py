@@ -1,7 +1,7 @@
-"""What a prepared store holds, as far as the operator needs it. Pure.
+"""Summary of a prepared store: what the operator needs to plan functions and sandboxes. Pure.
 
-The store's Job writes it to its termination log, the operator keeps it in `status.model` and plans
-functions and sandboxes from it: the operator itself never opens a store.
+The operator never opens a store. The Job that prepares it writes the summary to its termination
+log, and the operator keeps it in `status.model`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ MAX_MESSAGE_CHARS = 1024
 
 
 class StoreSummaryError(FaasmoeError):
-    """A summary that cannot be used; names the field, what was got and what was expected."""
+    """An invalid summary; the message names the field, the value and what was expected."""
 
 
 class StoreFailureReason(StrEnum):
-    """Why a store could not be prepared; stable, the reason of the condition StoreReady."""
+    """Why a store could not be prepared; used as reason of the condition StoreReady."""
 
     SOURCE_NOT_FOUND = "SourceNotFound"
     SOURCE_UNSUPPORTED = "SourceUnsupported"
@@ -36,17 +36,17 @@ class StoreFailureReason(StrEnum):
 
     @property
     def is_permanent(self) -> bool:
-        """Whether trying again cannot help."""
+        """Whether a retry cannot succeed."""
         return self in (StoreFailureReason.SOURCE_UNSUPPORTED, StoreFailureReason.STORE_MISMATCH)
 
 
 @dataclass(frozen=True, slots=True)
 class StoreFailure:
-    """Why there is no store.
+    """A failed preparation.
 
     Attributes:
-        reason: machine-stable.
-        message: for people.
+        reason: the reason, stable for machines.
+        message: the failure in words.
     """
 
     reason: StoreFailureReason
@@ -55,14 +55,14 @@ class StoreFailure:
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """MoE layers that follow each other and are alike.
+    """Consecutive MoE layers of the same shape.
 
     Attributes:
-        count: how many.
-        num_experts: routed experts in each.
-        top_k: experts that a token is sent to.
+        count: number of layers.
+        num_experts: routed experts in each layer.
+        top_k: experts that each token is routed to.
         expert_bytes: size of one expert's parameters.
-        shared_bytes: size of the parameters that every block of a layer needs.
+        shared_bytes: size of the parameters that every function of a layer needs.
     """
 
     count: int
@@ -73,7 +73,7 @@ class LayerGroup:
 
     @classmethod
     def from_json(cls, value: object, *, where: str) -> Self:
-        """Read a run; raises StoreError that names the field."""
+        """Parse a group; raises StoreError that names the field."""
         fields = JsonFields(value, where)
         group = cls(
             count=fields.pop_integer("count", minimum=1),
@@ -87,7 +87,7 @@ class LayerGroup:
         return group
 
     def to_json(self) -> dict[str, int]:
-        """Return the JSON object of this run."""
+        """Return the group as a JSON object."""
         return {
             "count": self.count,
             "numExperts": self.num_experts,
@@ -99,7 +99,7 @@ class LayerGroup:
 
 @dataclass(frozen=True, slots=True)
 class LayerSummary:
-    """One MoE layer, in the shape that plans take (`plan.functions.LayerShape`)."""
+    """One MoE layer; implements `plan.functions.LayerShape`."""
 
     index: int
     num_experts: int
@@ -110,22 +110,22 @@ class LayerSummary:
 
 @dataclass(frozen=True, slots=True)
 class StoreSummary:
-    """A prepared store.
+    """Content of a prepared store.
 
     Attributes:
-        digest: of its manifest.
-        revision: the hub's commit; None for a folder.
+        digest: digest of the store's manifest.
+        revision: commit of the hub's repository; None for a folder.
         source: where the checkpoint came from.
-        family: transformers' name of the model's family.
-        architecture: transformers' class.
-        dtype: number format that it is stored in.
+        family: transformers' `model_type`.
+        architecture: transformers' model class.
+        dtype: dtype of the stored weights.
         hidden_size: width of the hidden states.
-        vocab_size: tokens of the vocabulary.
-        max_position_embeddings: the model's context.
-        num_hidden_layers: layers, dense ones included.
-        size_bytes: size of all its files.
+        vocab_size: size of the vocabulary.
+        max_position_embeddings: the model's maximum context length, in tokens.
+        num_hidden_layers: number of layers, dense ones included.
+        size_bytes: size of all files.
         router_bytes: size of the tensors that the router loads.
-        layers: the MoE layers in their order.
+        layers: the MoE layers, in order.
     """
 
     digest: str
@@ -144,10 +144,7 @@ class StoreSummary:
 
     @classmethod
     def from_status(cls, value: object) -> StoreSummary:
-        """Read `status.model`; raises StoreSummaryError.
-
-        Fields that are not known here are left out, as a later version may have written them.
-        """
+        """Parse `status.model`, ignoring unknown fields; raises StoreSummaryError."""
         try:
             return cls._parse(value, where="status.model")
         except StoreError as error:
@@ -155,7 +152,7 @@ class StoreSummary:
 
     @staticmethod
     def from_termination_message(text: str) -> StoreSummary | StoreFailure:
-        """Read what the store's Job left; a message that makes no sense is a failure too."""
+        """Parse the termination message of the store Job; an invalid one is a failure too."""
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
@@ -171,7 +168,7 @@ class StoreSummary:
 
     @classmethod
     def _parse(cls, value: object, *, where: str) -> StoreSummary:
-        # Kubernetes drops fields that are null.
+        # The API server drops null fields, but `revision` is required here.
         fields = JsonFields(
             {"revision": None, **value} if isinstance(value, Mapping) else value, where
         )
@@ -189,8 +186,8 @@ class StoreSummary:
             size_bytes=fields.pop_integer("sizeBytes", minimum=1),
             router_bytes=fields.pop_integer("routerBytes"),
             layers=tuple(
-                LayerGroup.from_json(run, where=f"layers[{index}]")
-                for index, run in enumerate(fields.pop_array("layers"))
+                LayerGroup.from_json(group, where=f"layers[{index}]")
+                for index, group in enumerate(fields.pop_array("layers"))
             ),
         )
         if not 1 <= summary.n_layers <= MAX_LAYERS:
@@ -199,11 +196,11 @@ class StoreSummary:
 
     @property
     def n_layers(self) -> int:
-        """How many MoE layers there are."""
-        return sum(run.count for run in self.layers)
+        """Number of MoE layers."""
+        return sum(group.count for group in self.layers)
 
     def to_status(self) -> dict[str, Any]:
-        """Return `status.model`."""
+        """Return the summary as `status.model`."""
         return {
             "digest": self.digest,
             **({} if self.revision is None else {"revision": self.revision}),
@@ -217,22 +214,24 @@ class StoreSummary:
             "numHiddenLayers": self.num_hidden_layers,
             "sizeBytes": self.size_bytes,
             "routerBytes": self.router_bytes,
-            "layers": [run.to_json() for run in self.layers],
+            "layers": [group.to_json() for group in self.layers],
         }
 
     def expanded_layers(self) -> tuple[LayerSummary, ...]:
-        """Return every MoE layer, ascending by index."""
-        runs = [run for run in self.layers for _ in range(run.count)]
+        """Return all MoE layers, by index."""
+        groups = [group for group in self.layers for _ in range(group.count)]
         return tuple(
-            LayerSummary(index, run.num_experts, run.top_k, run.expert_bytes, run.shared_bytes)
-            for index, run in enumerate(runs)
+            LayerSummary(
+                index, group.num_experts, group.top_k, group.expert_bytes, group.shared_bytes
+            )
+            for index, group in enumerate(groups)
         )
 
 
 def _parse_failure(value: Mapping[str, object]) -> StoreFailure:
     reason, message = value.get("reason"), value.get("message")
     if not isinstance(message, str) or not message:
-        return _invalid_result(f"message: got {_truncated_repr(message)}, expected a text")
+        return _invalid_result(f"message: got {_truncated_repr(message)}, expected a string")
     failure_reason = next(
         (known for known in StoreFailureReason if known == reason), StoreFailureReason.FAILED
     )
@@ -242,7 +241,7 @@ def _parse_failure(value: Mapping[str, object]) -> StoreFailure:
 def _parse_revision(fields: JsonFields) -> str | None:
     revision = fields.pop("revision")
     if revision is not None and not isinstance(revision, str):
-        raise fields.error("revision", revision, "a text or nothing")
+        raise fields.error("revision", revision, "a string or nothing")
     return revision or None
 
 

@@ -1,8 +1,6 @@
-"""The kinds of objects that the operator reads or writes, and where the API serves them.
+"""Types of the Kubernetes API: objects, keys, and the kinds that the operator reads or writes.
 
-They are written down here and not discovered: see `client.py` for what discovery costs.
-
-What names one MoEModel of the cluster.
+Kinds are static, not discovered; `client.py` says what discovery would cost.
 """
 
 from __future__ import annotations
@@ -19,10 +17,10 @@ class Kind:
     """A kind of object.
 
     Attributes:
-        api_version: group and version, `v1` for the core group.
-        name: the kind as objects call it.
-        plural: the resource as paths call it.
-        namespaced: whether its objects live in namespaces.
+        api_version: group and version; `v1` for the core group.
+        name: the `kind` field of its objects.
+        plural: the resource name in paths.
+        namespaced: whether its objects belong to namespaces.
     """
 
     api_version: str
@@ -38,7 +36,7 @@ class Kind:
 
     @property
     def version(self) -> str:
-        """The version in the group."""
+        """The version within the group."""
         return self.api_version.rpartition("/")[2]
 
     def __str__(self) -> str:
@@ -77,13 +75,13 @@ OWNED_KINDS = (
     SERVICE_MONITOR,
 )
 OPTIONAL_KINDS = (HTTP_ROUTE, SERVICE_MONITOR)
-"""Kinds of APIs that a cluster may not serve."""
+"""Kinds whose CRDs a cluster may lack."""
 WATCHED_KINDS = (
     MOEMODEL,
     POD,
     *(kind for kind in OWNED_KINDS if kind not in (SECRET, *OPTIONAL_KINDS)),
 )
-"""Kinds that the cache holds everywhere: secrets are created, never read."""
+"""Kinds that every cluster serves and the cache holds. Secrets are created, never read."""
 
 _KINDS_BY_GVK = {
     (kind.api_version, kind.name): kind for kind in (MOEMODEL, POD, EVENT, LEASE, *OWNED_KINDS)
@@ -91,8 +89,33 @@ _KINDS_BY_GVK = {
 
 
 def kind_of(obj: Mapping[str, Any]) -> Kind:
-    """Return the kind of an object; raises KeyError for one that the operator does not know."""
+    """Return the kind of an object; raises KeyError if the operator does not use it."""
     return _KINDS_BY_GVK[obj["apiVersion"], obj["kind"]]
+
+
+class ObjectList(NamedTuple):
+    """The objects of one kind at one moment.
+
+    Attributes:
+        objects: the objects.
+        resource_version: the state they show; a watch can start from it.
+    """
+
+    objects: list[Object]
+    resource_version: str
+
+
+class WatchEvent(NamedTuple):
+    """One event of a watch.
+
+    Attributes:
+        type: ADDED, MODIFIED, DELETED or BOOKMARK.
+        object: the object after the change; its last state for DELETED. For BOOKMARK only
+            `metadata.resourceVersion` is set.
+    """
+
+    type: str
+    object: Object
 
 
 class ModelKey(NamedTuple):

@@ -1,9 +1,8 @@
-"""Which keys are to be worked on, and when; failing ones ever less often. Pure.
+"""Work queue of models with delays and per-key back-off, and the workers that drain it.
 
-A key that fails waits for its back-off whatever is said of it meanwhile, since the very failing
-causes events; only `urgent` news (its spec has changed) ends the wait.
-
-Works through the queue: some models at a time, each when it is due.
+A failing key waits for its back-off even if events add it meanwhile, since the failing reconcile
+itself causes events; only an urgent add (its spec has changed) ends the wait. A key is never
+processed by two workers at once. WorkQueue is pure: callers pass the time.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
+from faasmoe_contracts.backoff import ExponentialBackoff
 from faasmoe_operator.kube.errors import KubeApiError, Unavailable
 from faasmoe_operator.kube.metrics import OperatorMetrics
 from faasmoe_operator.kube.reconciler import ReconcileResult
@@ -27,56 +27,58 @@ Key = TypeVar("Key", bound=Hashable)
 
 BASE_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 300.0
-BACKOFF_FACTOR = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class _QueuedKey:
-    """What is known of a key.
+    """State of a key.
 
     Attributes:
-        due: when it is to be worked on; None if it is not.
-        busy: whether it is being worked on.
-        n_failures: failures in a row.
+        due: when it is due; None if it is not enqueued.
+        busy: whether a worker processes it.
+        backoff: back-off after consecutive failures.
         not_before: end of its back-off.
-        urgent: it was asked for urgently since work on it began.
+        urgent: whether it was added as urgent since its processing began.
     """
 
     due: float | None = None
     busy: bool = False
-    n_failures: int = 0
+    backoff: ExponentialBackoff = field(
+        default_factory=lambda: ExponentialBackoff(BASE_BACKOFF_S, MAX_BACKOFF_S)
+    )
     not_before: float = 0.0
     urgent: bool = False
 
 
 class WorkQueue(Generic[Key]):
-    """Keys to work on, each with the time when it is due."""
+    """Keys to process, each with the time when it is due. All times are in seconds."""
 
     def __init__(self) -> None:
         self._entries: dict[Key, _QueuedKey] = {}
 
     def __len__(self) -> int:
-        """Return how many keys wait or are worked on."""
+        """Return the number of keys that are enqueued or being processed."""
         return sum(entry.busy or entry.due is not None for entry in self._entries.values())
 
     def add(self, key: Key, *, now: float, delay_s: float = 0.0, urgent: bool = False) -> None:
-        """Ask for work on a key; of two times the earlier counts.
+        """Enqueue a key; if it is already enqueued, the earlier time counts.
 
         Args:
-            key: what to work on.
-            now: the time.
-            delay_s: not before this has passed.
-            urgent: forget its failures.
+            key: the key.
+            now: the current time.
+            delay_s: delay until it is due.
+            urgent: reset its failures and end its back-off.
         """
         entry = self._entries.get(key, _QueuedKey())
         if urgent:
-            entry = replace(entry, n_failures=0, not_before=0.0, due=None, urgent=True)
+            entry.backoff.reset()
+            entry = replace(entry, not_before=0.0, due=None, urgent=True)
         due = max(now + delay_s, entry.not_before)
         earliest = due if entry.due is None else min(due, entry.due)
         self._entries[key] = replace(entry, due=earliest)
 
     def get(self, now: float) -> tuple[Key, float] | None:
-        """Return a key that is due, and how long it has been; it is busy until `done`."""
+        """Take a due key; return it and how long it was due. It is busy until `done`."""
         due_keys = [
             (entry.due, key)
             for key, entry in self._entries.items()
@@ -89,35 +91,33 @@ class WorkQueue(Generic[Key]):
         return key, now - due
 
     def done(self, key: Key, *, now: float, requeue_after_s: float | None = None) -> None:
-        """Say that work on a key went well.
+        """Mark a key as processed successfully.
 
         Args:
             key: the key.
-            now: the time.
-            again_s: work on it again after this, even if nothing happens.
+            now: the current time.
+            requeue_after_s: enqueue it again with this delay; None for not at all.
         """
         entry = self._entries[key]
-        self._entries[key] = replace(entry, busy=False, n_failures=0, not_before=0.0)
+        entry.backoff.reset()
+        self._entries[key] = replace(entry, busy=False, not_before=0.0)
         if requeue_after_s is not None:
             self.add(key, now=now, delay_s=requeue_after_s)
         elif entry.due is None:
             del self._entries[key]
 
     def requeue_with_backoff(self, key: Key, *, now: float, min_delay_s: float = 0.0) -> float:
-        """Say that work on a key failed; return after what time it is tried again."""
+        """Mark a key as failed and enqueue it with back-off; return the delay."""
         entry = replace(self._entries[key], busy=False)
         if entry.urgent:
             self._entries[key] = entry
             return 0.0
-        backoff_s = min(BASE_BACKOFF_S * BACKOFF_FACTOR ** min(entry.n_failures, 30), MAX_BACKOFF_S)
-        until = now + max(min_delay_s, backoff_s)
-        self._entries[key] = replace(
-            entry, due=until, not_before=until, n_failures=entry.n_failures + 1
-        )
+        until = now + max(min_delay_s, entry.backoff.next_delay_s())
+        self._entries[key] = replace(entry, due=until, not_before=until)
         return until - now
 
     def next_due_in_s(self, now: float) -> float | None:
-        """Return how long until a key is due; None if none is to be worked on."""
+        """Return the time until the next key is due; None if none is enqueued."""
         times = [
             entry.due
             for entry in self._entries.values()
@@ -127,20 +127,20 @@ class WorkQueue(Generic[Key]):
 
 
 class ReconcileFunc(Protocol):
-    """Visits a model."""
+    """Reconciles a model."""
 
     def __call__(self, key: ModelKey) -> Awaitable[ReconcileResult]:
-        """Visit a model."""
+        """Reconcile a model."""
         ...
 
 
 class WorkerPool:
-    """Visits models when they are due, until cancelled.
+    """Workers that reconcile models when they are due.
 
     Args:
-        metrics: what is measured.
-        n_workers: visits at the same time.
-        clock: a clock that only goes forward.
+        metrics: queue and reconcile metrics are recorded here.
+        n_workers: number of concurrent reconciles.
+        clock: monotonic clock, in seconds.
     """
 
     def __init__(
@@ -156,15 +156,15 @@ class WorkerPool:
         self._wakeup = asyncio.Event()
 
     def add(self, key: ModelKey, *, delay_s: float = 0.0, urgent: bool = False) -> None:
-        """Have a model visited; see WorkQueue.add."""
+        """Enqueue a model; see WorkQueue.add."""
         self._queue.add(key, now=self._clock(), delay_s=delay_s, urgent=urgent)
         self._wakeup.set()
 
     async def run(self, reconcile: ReconcileFunc) -> None:
-        """Work until cancelled.
+        """Run the workers until cancelled.
 
         Args:
-            reconcile: visits a model; whatever it raises is logged, and tried again later.
+            reconcile: reconciles a model; exceptions are logged and the model is retried.
         """
         async with asyncio.TaskGroup() as group:
             for _ in range(self._n_workers):
@@ -183,7 +183,7 @@ class WorkerPool:
             self._wakeup.set()
 
     async def _wait_until_due(self) -> None:
-        """Wait until something is due or said; each worker looks again then."""
+        """Wait until a key is due or the queue changes."""
         self._wakeup.clear()
         try:
             async with asyncio.timeout(self._queue.next_due_in_s(self._clock())):

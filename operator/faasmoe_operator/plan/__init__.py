@@ -1,1 +1,1 @@
-"""Pure plans: which functions a model is cut into, and what is to be done with sandboxes."""
+"""Pure planning: a model's functions, and the actions on its sandboxes."""

@@ -1,4 +1,4 @@
-"""What is to be done with sandboxes, and a machine-stable reason for each action."""
+"""Planned actions on sandboxes, each with a machine-readable reason."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from enum import StrEnum
 
 
 class ActionReason(StrEnum):
-    """Why an action is planned; stable, for metrics and tests."""
+    """Why an action is planned; a stable API of metrics and tests."""
 
     DEMAND = "Demand"
-    """A function has fewer replicas than it should have."""
+    """A function has fewer replicas than desired."""
     WARM_POOL = "WarmPool"
-    """The pool of generic sandboxes is to be filled."""
+    """The warm pool has fewer sandboxes than desired."""
     TEMPLATE_CHANGED = "TemplateChanged"
-    """The sandbox is of an old template, or replaces one that is."""
+    """The sandbox has an outdated template, or replaces one that has."""
     SURPLUS = "Surplus"
-    """A function has more replicas than it should have."""
+    """A function has more replicas than desired."""
     NOT_PLANNED = "NotPlanned"
-    """The function is none of this plan's."""
+    """The plan has no such function."""
     MEMORY = "Memory"
-    """The function makes room for one that was used more lately."""
+    """The function is evicted for one that was used more recently."""
     IDLE = "Idle"
-    """A generic sandbox beyond the pool."""
+    """The sandbox is empty and exceeds the warm pool."""
     FAILED = "Failed"
-    """The sandbox cannot be used any more."""
+    """The sandbox has failed."""
     START_TIMED_OUT = "StartTimedOut"
-    """The sandbox was not ready before its deadline."""
+    """The sandbox was not ready before the start deadline."""
 
 
 @dataclass(frozen=True, slots=True)
 class Create:
-    """Create `count` generic sandboxes from the current template."""
+    """Create `count` empty sandboxes from the current template."""
 
     count: int
     reason: ActionReason
@@ -47,7 +47,7 @@ class Delete:
 
 @dataclass(frozen=True, slots=True)
 class Attach:
-    """Attach a function to a sandbox that is ready."""
+    """Attach a function to a ready sandbox."""
 
     sandbox: str
     function: str

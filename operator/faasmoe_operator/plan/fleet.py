@@ -1,7 +1,7 @@
-"""What the sandbox plan starts from: the fleet as it should be, and the sandboxes as observed.
+"""Input of the sandbox plan: fleet settings, function demand and the observed sandboxes.
 
-An action that was begun shows here before it is done, as a sandbox that starts or drains, or a
-function that is being attached or detached. So planning twice plans nothing twice.
+Actions in progress are part of the observation, as sandboxes that are starting or draining and
+functions that are being attached or detached. Therefore no action is planned twice.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ def _check_minimum(field: str, value: int, *, minimum: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SandboxShape:
-    """What one sandbox can take.
+    """What one sandbox can hold; raises PlanError if that is nothing.
 
     Attributes:
-        capacity: functions at most.
-        memory_limit_bytes: memory for functions, all together; None for no limit.
+        capacity: maximum number of functions.
+        memory_limit_bytes: memory limit of all its functions together; None for no limit.
     """
 
     capacity: int = 1
     memory_limit_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a sandbox that could take nothing."""
+        """Validate the limits."""
         _check_minimum("capacity", self.capacity, minimum=1)
         if self.memory_limit_bytes is not None:
             _check_minimum("memory_limit_bytes", self.memory_limit_bytes, minimum=1)
 
     def fits(self, memory_bytes: int) -> bool:
-        """Return whether an empty sandbox can take a function of this size."""
+        """Return whether a function of this size fits in an empty sandbox."""
         return self.memory_limit_bytes is None or memory_bytes <= self.memory_limit_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class FleetSettings:
-    """How the sandboxes of one model should be.
+    """Desired state of a model's sandboxes; raises PlanError if a setting is out of bounds.
 
     Attributes:
-        template_hash: of the template that new sandboxes are created from.
-        warm_pool: generic sandboxes that are kept ready beyond those in use.
-        shape: what one sandbox can take.
-        max_creates: sandboxes created in one round at most; 0 while creation is backed off.
-        max_surge: replacements under way at once while a template changes.
+        template_hash: digest of the current template.
+        warm_pool: number of empty sandboxes to keep ready in addition to those in use.
+        shape: what one sandbox can hold.
+        max_creates: maximum number of sandboxes created in one pass; 0 while backed off.
+        max_surge: maximum number of concurrent replacements after a template change.
         start_deadline_s: how long a sandbox may take to become ready.
-        memory_limit_bytes: for the functions of all sandboxes together; None for no limit.
-        evict_idle_s: how long a function that makes room for another was not used.
+        memory_limit_bytes: memory limit of all functions in all sandboxes; None for no limit.
+        evict_idle_s: minimum seconds since the last use of a function that is evicted.
     """
 
     template_hash: str
@@ -66,7 +66,7 @@ class FleetSettings:
     evict_idle_s: float = 2.0
 
     def __post_init__(self) -> None:
-        """Refuse numbers that no fleet could have."""
+        """Validate the numbers."""
         if self.memory_limit_bytes is not None:
             _check_minimum("memory_limit_bytes", self.memory_limit_bytes, minimum=1)
         _check_minimum("warm_pool", self.warm_pool, minimum=0)
@@ -76,22 +76,22 @@ class FleetSettings:
             raise PlanError(f"start_deadline_s: got {self.start_deadline_s}, expected more than 0")
 
     def fits_memory_limit(self, memory_bytes: int) -> bool:
-        """Return whether the limit of all together leaves room for a function of this size."""
+        """Return whether a function of this size fits within the fleet's memory limit."""
         return self.memory_limit_bytes is None or memory_bytes <= self.memory_limit_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class FunctionDemand:
-    """How many replicas one function should have.
+    """Desired replicas of one function; raises PlanError if a number is negative.
 
     Attributes:
         function: the function's id.
         replicas: the autoscaler's decision.
-        memory_bytes: memory that one replica takes of a sandbox's limit.
-        apart: functions of the same key are called at the same time, so they are put into different
-            sandboxes where that costs no further sandbox; empty if it does not matter.
-        last_used: time of its last call, or of one that waits for it.
-        pinned: it makes room for no other.
+        memory_bytes: memory of one replica.
+        anti_affinity_key: functions with the same key are called at the same time, so they are
+            placed in different sandboxes if that needs no additional sandbox; empty for none.
+        last_used: time of its last call or of the last request that waited for it.
+        pinned: whether it is never evicted for another function.
     """
 
     function: str
@@ -102,17 +102,17 @@ class FunctionDemand:
     pinned: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse less than nothing."""
+        """Validate the numbers."""
         _check_minimum("replicas", self.replicas, minimum=0)
         _check_minimum("memory_bytes", self.memory_bytes, minimum=0)
 
 
 class SandboxState(Enum):
-    """Where a sandbox is in its life.
+    """Lifecycle state of a sandbox.
 
-    A sandbox that was ready and does not answer stays READY until whoever observes it gives it up;
-    then it is FAILED: its replicas count no more, and the plan deletes it. DRAINING is one whose
-    deletion is under way.
+    An unresponsive sandbox stays READY until its observer marks it as FAILED. Then its functions do
+    not count as replicas any more, and the plan deletes it. DRAINING means that its deletion is in
+    progress.
     """
 
     STARTING = "Starting"
@@ -122,7 +122,7 @@ class SandboxState(Enum):
 
 
 class AssignmentState(Enum):
-    """Where a function is on its way into a sandbox and out of it."""
+    """State of a function in a sandbox."""
 
     ATTACHING = "Attaching"
     ATTACHED = "Attached"
@@ -135,10 +135,10 @@ class Assignment:
 
     Attributes:
         function: the function's id.
-        state: only one that is ATTACHED serves calls.
-        memory_bytes: memory that it takes of the sandbox's limit, until it is gone.
+        state: its state; only an ATTACHED function can be called.
+        memory_bytes: memory that it uses until it is detached.
         last_used: time of its last call.
-        apart: as in the function's demand.
+        anti_affinity_key: see `FunctionDemand`.
     """
 
     function: str
@@ -153,12 +153,12 @@ class ObservedSandbox:
     """One sandbox.
 
     Attributes:
-        id: its name on the platform.
-        state: where it is in its life.
-        template_hash: of the template that it was created from.
-        created_at: when it was created, on the clock that the plan's `now` is of.
-        assignments: the functions in it; a function at most once.
-        shape: what it can take, where an old template differs; None for as the settings say.
+        id: its id on the platform.
+        state: its lifecycle state.
+        template_hash: digest of the template that it was created from.
+        created_at: when it was created, on the same clock as the plan's `now`.
+        assignments: the functions in it, each at most once.
+        shape: what it can hold if that differs from the settings; else None.
     """
 
     id: str
@@ -170,30 +170,30 @@ class ObservedSandbox:
 
     @property
     def age_key(self) -> tuple[float, str]:
-        """Key that sorts the oldest first, ties by id."""
+        """Sort key: oldest first, ties by id."""
         return (self.created_at, self.id)
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """An assignment together with the sandbox that it is in."""
+    """An assignment together with its sandbox."""
 
     sandbox: ObservedSandbox
     assignment: Assignment
 
     @property
     def key(self) -> tuple[str, str]:
-        """The ids of sandbox and function: names the replica."""
+        """The ids of sandbox and function, which identify the replica."""
         return (self.sandbox.id, self.assignment.function)
 
     @property
     def is_serving(self) -> bool:
-        """Whether calls can go to it."""
+        """Whether it can be called."""
         return self.assignment.state is AssignmentState.ATTACHED
 
 
 def live_replicas(sandboxes: Iterable[ObservedSandbox]) -> Mapping[str, list[Replica]]:
-    """Return each function's replicas that serve or soon will, oldest sandbox first."""
+    """Return each function's replicas that are not being detached, oldest sandbox first."""
     live: dict[str, list[Replica]] = {}
     for sandbox in sorted(sandboxes, key=lambda s: s.age_key):
         for assignment in sandbox.assignments:

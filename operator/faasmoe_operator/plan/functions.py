@@ -1,4 +1,4 @@
-"""A model cut into functions: geometry and granularity to function specs. Pure."""
+"""Partitions a model's experts into functions: layer shapes and granularity in, specs out. Pure."""
 
 from __future__ import annotations
 
@@ -11,41 +11,42 @@ from faasmoe_contracts.routing_table import FunctionSpec, make_function_id
 from faasmoe_operator.errors import PlanError
 
 AUTO_BLOCKS_PER_LAYER = 3
-"""The paper's advice, and what `faasmoe bench sweep` recommends on two cores (docs/evaluation.md):
-fewer, larger blocks leave cores idle; more cost calls and memory."""
+"""The paper's recommendation and that of `faasmoe bench sweep` on two cores (docs/evaluation.md):
+fewer, larger blocks leave cores idle; more blocks cost calls and memory."""
 
 
 class LayerShape(Protocol):
-    """One MoE layer, as far as a plan needs it; the manifest's layers are such."""
+    """The sizes of one MoE layer; the layers of a store's manifest implement it."""
 
     @property
     def index(self) -> int:
-        """Its number in the store's manifest."""
+        """The layer's index in the store's manifest."""
         ...
 
     @property
     def num_experts(self) -> int:
-        """Routed experts in it."""
+        """Number of routed experts."""
         ...
 
     @property
     def expert_bytes(self) -> int:
-        """Size of one expert's parameters."""
+        """Size of one expert's parameters in bytes."""
         ...
 
     @property
     def shared_bytes(self) -> int:
-        """Size of the parameters that every block of it needs."""
+        """Size in bytes of the parameters that every block of the layer needs."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Partitioning:
-    """How to cut.
+    """How experts are grouped into functions.
 
     Attributes:
-        experts_per_function: experts of a layer in one function; None makes about three blocks.
-        layers_per_function: layers whose block is in the same function.
+        experts_per_function: number of experts of a layer in one function; None for about
+            `AUTO_BLOCKS_PER_LAYER` functions for each layer.
+        layers_per_function: number of consecutive layers whose blocks share one function.
     """
 
     experts_per_function: int | None = None
@@ -55,19 +56,19 @@ class Partitioning:
 def plan_functions(
     layers: Sequence[LayerShape], partitioning: Partitioning, *, model_digest: str, key: bytes
 ) -> tuple[FunctionSpec, ...]:
-    """Return the functions of a model, each expert of each layer in exactly one.
+    """Return the functions of a model; each expert of each layer is in exactly one of them.
 
-    The last block of a layer may be smaller. A function spans only layers of the same number of
+    The last block of a layer may be smaller. A function spans only layers with the same number of
     experts: where the number changes, a new group of layers begins.
 
     Args:
         layers: every MoE layer, ascending by index.
-        cut: how to cut them.
-        model_digest: digest of the store, part of each function's identity.
-        key: secret that makes the function ids opaque.
+        partitioning: how experts are grouped into functions.
+        model_digest: digest of the store, which the function ids depend on.
+        key: secret key that makes the function ids opaque.
 
     Raises:
-        PlanError: the model cannot be cut like this.
+        PlanError: the model has no MoE layers or cannot be partitioned like this.
     """
     _check_partitioning(layers, partitioning)
     functions = []
@@ -80,7 +81,7 @@ def plan_functions(
 
 
 def function_bytes(function: FunctionSpec, layers: Sequence[LayerShape]) -> int:
-    """Return the size of a function's weights."""
+    """Return the size of a function's weights in bytes."""
     shapes = {layer.index: layer for layer in layers}
     return sum(
         shapes[index].expert_bytes * len(function.experts) + shapes[index].shared_bytes
@@ -89,7 +90,11 @@ def function_bytes(function: FunctionSpec, layers: Sequence[LayerShape]) -> int:
 
 
 def largest_function_bytes(layers: Sequence[LayerShape], partitioning: Partitioning) -> int:
-    """Return the size of the largest function's weights; raises PlanError as planning would."""
+    """Return the size of the largest function's weights in bytes.
+
+    Raises:
+        PlanError: the model has no MoE layers or cannot be partitioned like this.
+    """
     _check_partitioning(layers, partitioning)
     return max(
         _first_block_bytes(g, partitioning)

@@ -1,10 +1,10 @@
-"""The memory that the functions of all sandboxes may take together: who gets room, who makes it.
+"""Memory limit of all functions together: admission of missing replicas and LRU eviction.
 
-For devices that several sandboxes share, and that hold less than the whole model. A replica that is
-missing gets what is free. Where nothing is, functions are detached that were used less lately than
-it was, the least lately used first, and none that is in use: where all are, the missing one waits,
-rather than that functions take turns in throwing each other out. Memory counts until it is given
-back, so a replica is attached only once its room is really there.
+For a device that several sandboxes share and that cannot hold the whole model. A missing replica
+gets free memory first. If there is none, functions that were used less recently are evicted, least
+recently used first, but none that is in use. If all are in use, the missing replica waits, so that
+functions do not evict each other in turns. An evicted function's memory counts as used until it is
+detached, so a replica is attached only once its memory is free.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from faasmoe_operator.plan.fleet import FleetSettings, FunctionDemand, ObservedS
 
 
 class MemoryBudget:
-    """One round's account.
+    """The memory budget of one reconcile pass.
 
     Args:
-        settings: the limit, and for how long a function that makes room was not used.
-        sandboxes: all there are, those that end included: their memory is not free yet.
-        staying: by function the replicas that stay, as far as is planned.
+        settings: the memory limit and the minimum idle time of evicted functions.
+        sandboxes: all sandboxes, including terminating ones, whose memory is not free yet.
+        retained: replicas by function that the plan does not detach.
         demands: every function of the plan, by id.
-        now: the time, on the clock of `last_used`.
+        now: current time, on the same clock as `last_used`.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class MemoryBudget:
             (r for r in replicas if r.is_serving and self._is_evictable(r, demands)), key=_lru_key
         )
         self.evictions: list[Detach] = []
-        """Those that make room."""
+        """Detaches of evicted functions."""
         self.waiting_functions: dict[str, None] = {}
-        """Functions that wait for room, in order."""
+        """Functions that wait for memory, in order."""
 
     def admit(self, demand: FunctionDemand) -> bool:
-        """Return whether a missing replica may be placed now; makes room for it if it can."""
+        """Return whether a missing replica may be placed now; plans evictions if it needs any."""
         if self._limit_bytes is None:
             return True
         if not self._plan_evictions(demand):
@@ -57,11 +57,12 @@ class MemoryBudget:
             return False
         self._planned_bytes += demand.memory_bytes
         if self._used_bytes + demand.memory_bytes > self._limit_bytes:
-            return False  # what makes room is on its way out
+            return False  # the evicted functions are not detached yet
         self._used_bytes += demand.memory_bytes
         return True
 
     def _plan_evictions(self, demand: FunctionDemand) -> bool:
+        """Plan the evictions that a replica needs; return False if there are too few candidates."""
         assert self._limit_bytes is not None
         missing_bytes = self._planned_bytes + demand.memory_bytes - self._limit_bytes
         evicted: list[Replica] = []

@@ -1,19 +1,17 @@
-"""Which replicas have to go: those beyond the demand, and functions that nobody plans.
+"""The sandbox plan: desired replicas and observed sandboxes → create, delete, attach, detach.
 
-The sandbox plan: wanted replicas and observed sandboxes → create, delete, attach, detach.
+The only place that decides what happens to sandboxes. It is pure and recomputed in each pass:
 
-The one place that decides what happens to sandboxes; pure, and run anew whenever something changed.
-In each round:
-
-1. Sandboxes that failed, or were not ready by their deadline, are deleted and count no more.
-2. Replicas beyond the demand and functions that nobody plans are detached (`surplus`).
-3. Missing replicas are placed, a function's first before another's second: attached where there is
-   room now, else a place is kept where there soon will be, else a sandbox is created. Where all
-   sandboxes together may take no more memory, others make room or the missing one waits (`budget`).
-4. Replicas in sandboxes of an old template get a replacement in one of the current template, a few
-   at a time; the old one is surplus, and goes, only when the new one serves.
-5. The pool is filled to its size, counting only generic sandboxes that nothing was placed into.
-   Those beyond it are deleted, and those of an old template as soon as the pool can do without.
+1. Sandboxes that failed or missed the start deadline are deleted and ignored from then on.
+2. Surplus replicas and functions that are not in the plan are detached.
+3. Missing replicas are placed, all first replicas before second ones: they are attached where there
+   is free capacity now, else they reserve capacity that becomes free, else a sandbox is created.
+   If that would exceed the memory limit of all sandboxes, functions are evicted or the missing one
+   waits (`memory_budget`).
+4. Replicas in sandboxes with an outdated template get replacements in current ones, at most
+   `max_surge` at a time. The old replica becomes surplus only once the new one is ready.
+5. The warm pool is filled with empty sandboxes into which nothing was placed. Surplus ones are
+   deleted, and outdated ones as soon as the pool does not need them.
 """
 
 from __future__ import annotations
@@ -35,50 +33,14 @@ from faasmoe_operator.plan.fleet import (
 from faasmoe_operator.plan.memory_budget import MemoryBudget
 
 
-def surplus_detaches(
-    live: Mapping[str, Sequence[Replica]], desired: Mapping[str, int], *, template_hash: str
-) -> list[Detach]:
-    """Return the replicas to detach; as many as are wanted go on serving.
-
-    Only replicas that serve can go, and only as many as serve beyond what is wanted: one that is
-    still being attached is waited for, be it the replacement of the one to go or itself surplus.
-    Those of an old template go first, then the least recently used.
-    """
-    detaches: list[Detach] = []
-    for function, replicas in live.items():
-        n_desired = desired.get(function)
-        serving = sorted(
-            (replica for replica in replicas if replica.is_serving),
-            key=lambda replica: _removal_order(replica, template_hash),
-        )
-        for replica in serving[: max(0, len(serving) - (n_desired or 0))]:
-            outdated = replica.sandbox.template_hash != template_hash
-            reason = _detach_reason(n_desired, is_outdated=outdated)
-            detaches.append(Detach(replica.sandbox.id, function, reason))
-    return detaches
-
-
-def _removal_order(replica: Replica, template_hash: str) -> tuple[bool, float, str]:
-    is_current = replica.sandbox.template_hash == template_hash
-    return (is_current, replica.assignment.last_used, replica.sandbox.id)
-
-
-def _detach_reason(n_desired: int | None, *, is_outdated: bool) -> ActionReason:
-    if n_desired is None:
-        return ActionReason.NOT_PLANNED
-    if is_outdated and n_desired > 0:
-        return ActionReason.TEMPLATE_CHANGED
-    return ActionReason.SURPLUS
-
-
 @dataclass(frozen=True, slots=True)
 class SandboxPlan:
-    """What is to be done, in this order.
+    """The planned actions, and the functions that could not be placed.
 
     Attributes:
-        actions: attaching first, as callers wait for it; deleting last.
-        unplaceable: functions that no sandbox can take, as they are larger than its memory limit.
-        waiting: functions that wait for memory, as all that there is is in use.
+        actions: in the order of execution: attaches first, as requests wait for them; deletes last.
+        unschedulable: functions that exceed the memory limit of every sandbox.
+        waiting_for_memory: functions that wait because all memory is in use.
     """
 
     actions: tuple[Action, ...]
@@ -93,13 +55,13 @@ def plan_sandboxes(
     sandboxes: Sequence[ObservedSandbox],
     now: float,
 ) -> SandboxPlan:
-    """Return what is to be done with the sandboxes at `now`.
+    """Plan the actions on a model's sandboxes.
 
     Args:
-        settings: what the sandboxes should look like.
-        demands: the functions of this plan, the most urgent first.
-        sandboxes: all there are, as they are observed, actions in flight included.
-        now: the time, on the clock of the sandboxes' `created_at`.
+        settings: desired state of the sandboxes.
+        demands: every function of the model, the most urgent first.
+        sandboxes: all observed sandboxes, actions in progress included.
+        now: current time, on the same clock as the sandboxes' `created_at`.
     """
     failed = list(_delete_failed(settings, sandboxes, now=now))
     deleted = {delete.sandbox for delete in failed}
@@ -127,15 +89,15 @@ def _delete_failed(
     settings: FleetSettings, sandboxes: Sequence[ObservedSandbox], *, now: float
 ) -> Iterator[Delete]:
     for sandbox in sandboxes:
-        late = now - sandbox.created_at > settings.start_deadline_s
+        is_late = now - sandbox.created_at > settings.start_deadline_s
         if sandbox.state is SandboxState.FAILED:
             yield Delete(sandbox.id, ActionReason.FAILED)
-        elif sandbox.state is SandboxState.STARTING and late:
+        elif sandbox.state is SandboxState.STARTING and is_late:
             yield Delete(sandbox.id, ActionReason.START_TIMED_OUT)
 
 
 class _SandboxPlanner:
-    """One round's working state: what each sandbox still takes, as placing goes on."""
+    """Working state of one plan: the free capacity of each sandbox while replicas are placed."""
 
     def __init__(
         self,
@@ -166,20 +128,20 @@ class _SandboxPlanner:
         self._n_new_sandboxes: dict[ActionReason, int] = {}
         self._n_attached: Counter[str] = Counter()
         self.unschedulable: dict[str, None] = {}
-        """Functions that are wanted and that no sandbox can take."""
+        """Desired functions that fit in no sandbox."""
 
     def place_missing(self) -> list[Attach]:
-        """Place the replicas that are missing; return those that find room now."""
+        """Place the missing replicas; return the attaches that are possible now."""
         return self._place(self._missing(), self._bins, reason=ActionReason.DEMAND)
 
     def place_replacements(self) -> list[Attach]:
-        """Place replacements of replicas in old sandboxes; return those that find room now."""
+        """Place replacements of outdated replicas; return the attaches that are possible now."""
         reason = ActionReason.TEMPLATE_CHANGED
         return self._place(self._replaceable(), self._current_bins(), reason=reason)
 
     def plan_creates(self) -> list[Create]:
-        """Return the sandboxes to create: for callers that wait, the pool, replacements."""
-        n_generic = sum(known.is_generic for known in self._current_bins())
+        """Return the sandboxes to create, for demand, the warm pool and replacements, in order."""
+        n_generic = sum(candidate.is_generic for candidate in self._current_bins())
         self._n_new_sandboxes[ActionReason.WARM_POOL] = max(0, self._settings.warm_pool - n_generic)
         n_allowed = self._settings.max_creates
         creates: list[Create] = []
@@ -191,19 +153,21 @@ class _SandboxPlanner:
         return creates
 
     def plan_idle_deletes(self) -> list[Delete]:
-        """Return the generic sandboxes to delete: the newest beyond the pool, old templates."""
+        """Return the deletes of outdated idle sandboxes and of the newest beyond the warm pool."""
         idle = sorted(
-            (known for known in self._bins if known.is_idle),
-            key=lambda known: known.sandbox.age_key,
+            (candidate for candidate in self._bins if candidate.is_idle),
+            key=lambda candidate: candidate.sandbox.age_key,
         )
-        current = [known.sandbox.id for known in idle if self._is_current(known)]
-        surplus_ids = current[self._settings.warm_pool :]
-        outdated = [known.sandbox.id for known in idle if not self._is_current(known)]
+        current = [candidate.sandbox.id for candidate in idle if self._is_current(candidate)]
+        outdated = [candidate.sandbox.id for candidate in idle if not self._is_current(candidate)]
         n_needed = max(0, self._settings.warm_pool - len(current))
-        n_old = max(0, len(outdated) - n_needed)
+        n_deleted = max(0, len(outdated) - n_needed)
         return [
-            *(Delete(sandbox, ActionReason.TEMPLATE_CHANGED) for sandbox in outdated[:n_old]),
-            *(Delete(sandbox, ActionReason.IDLE) for sandbox in surplus_ids),
+            *(Delete(sandbox, ActionReason.TEMPLATE_CHANGED) for sandbox in outdated[:n_deleted]),
+            *(
+                Delete(sandbox, ActionReason.IDLE)
+                for sandbox in current[self._settings.warm_pool :]
+            ),
         ]
 
     def _place(
@@ -222,35 +186,27 @@ class _SandboxPlanner:
         return attaches
 
     def _missing(self) -> list[FunctionDemand]:
-        """Return each missing replica's demand: all first replicas, then all second ones.
+        """Return the demand of each missing replica, in the order of placement.
 
-        Of those that are to be kept apart, one of each group comes before another of any: placed in
-        turn, sandboxes fill up with functions of different groups. Where memory is limited, those
-        used last come first: one that made room does not take it back.
+        All first replicas come before all second ones. Where memory is limited, recently used
+        functions come first, so that an evicted function does not take its memory back. Then
+        anti-affinity keys alternate, so that sandboxes fill up with functions of different keys.
         """
-        missing, n_in_group = [], Counter[tuple[int, str]]()
+        missing, n_by_key = [], Counter[tuple[int, str]]()
         is_limited = self._settings.memory_limit_bytes is not None
         for demand in self._demands.values():
             if not self._settings.fits_memory_limit(demand.memory_bytes):
                 self.unschedulable |= {demand.function: None} if demand.replicas else {}
                 continue
-            for replica_index in range(len(self._live.get(demand.function, ())), demand.replicas):
-                recency = -demand.last_used if is_limited else 0.0
-                missing.append(
-                    (
-                        replica_index,
-                        recency,
-                        n_in_group[replica_index, demand.anti_affinity_key],
-                        demand,
-                    )
-                )
-                n_in_group[replica_index, demand.anti_affinity_key] += bool(
-                    demand.anti_affinity_key
-                )
+            recency = -demand.last_used if is_limited else 0.0
+            for index in range(len(self._live.get(demand.function, ())), demand.replicas):
+                key = (index, demand.anti_affinity_key)
+                missing.append((index, recency, n_by_key[key], demand))
+                n_by_key[key] += bool(demand.anti_affinity_key)
         return [demand for *_, demand in sorted(missing, key=lambda item: item[:3])]
 
     def _replaceable(self) -> list[FunctionDemand]:
-        """Return the functions that are to get a replacement now, oldest sandbox first."""
+        """Return the functions to place a replacement for now, oldest sandbox first."""
         serving = (r for replicas in self._live.values() for r in replicas if r.is_serving)
         outdated = sorted(
             (replica for replica in serving if not self._is_current(replica)),
@@ -265,12 +221,48 @@ class _SandboxPlanner:
         return eligible[: max(0, self._settings.max_surge - n_in_progress)]
 
     def _can_replace_now(self, demand: FunctionDemand) -> bool:
-        # With fewer the missing one comes first; with more a replacement is under way.
+        # Fewer: the missing replica comes first. More: a replacement is already in progress.
         n_live = len(self._live[demand.function]) + self._n_attached[demand.function]
         return n_live == demand.replicas and self._settings.shape.fits(demand.memory_bytes)
 
     def _current_bins(self) -> list[Bin]:
-        return [known for known in self._bins if self._is_current(known)]
+        return [candidate for candidate in self._bins if self._is_current(candidate)]
 
     def _is_current(self, item: Bin | Replica) -> bool:
         return item.sandbox.template_hash == self._settings.template_hash
+
+
+def surplus_detaches(
+    live: Mapping[str, Sequence[Replica]], desired: Mapping[str, int], *, template_hash: str
+) -> list[Detach]:
+    """Return the detaches of surplus replicas.
+
+    Only ready replicas in excess of the desired number are detached. A replica that is still being
+    attached does not count, whether it is a replacement or itself surplus. Replicas in outdated
+    sandboxes go first, then the least recently used.
+    """
+    detaches: list[Detach] = []
+    for function, replicas in live.items():
+        n_desired = desired.get(function)
+        serving = sorted(
+            (replica for replica in replicas if replica.is_serving),
+            key=lambda replica: _removal_order(replica, template_hash),
+        )
+        for replica in serving[: max(0, len(serving) - (n_desired or 0))]:
+            is_outdated = replica.sandbox.template_hash != template_hash
+            reason = _detach_reason(n_desired, is_outdated=is_outdated)
+            detaches.append(Detach(replica.sandbox.id, function, reason))
+    return detaches
+
+
+def _removal_order(replica: Replica, template_hash: str) -> tuple[bool, float, str]:
+    is_current = replica.sandbox.template_hash == template_hash
+    return (is_current, replica.assignment.last_used, replica.sandbox.id)
+
+
+def _detach_reason(n_desired: int | None, *, is_outdated: bool) -> ActionReason:
+    if n_desired is None:
+        return ActionReason.NOT_PLANNED
+    if is_outdated and n_desired > 0:
+        return ActionReason.TEMPLATE_CHANGED
+    return ActionReason.SURPLUS

@@ -1,4 +1,4 @@
-"""Where sandboxes run: four verbs (create, delete, list, watch), one module for each platform."""
+"""Platforms that run sandboxes, behind one interface: create, delete, list and watch."""
 
 from faasmoe_operator.platforms.base import (
     Platform,

@@ -1,4 +1,4 @@
-"""What the control core asks of a platform, and the values it speaks in."""
+"""The interface between the control core and a platform, and its value types."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Literal, Protocol, TypeVar
 
 
 class SandboxTemplate(Protocol):
-    """What all generic sandboxes of a model have in common; the rest of it is its platform's."""
+    """What all sandboxes of a model are created from; the rest is specific to the platform."""
 
     @property
     def digest(self) -> str:
-        """The template's hash: sandboxes of another one are to be replaced."""
+        """Hash of the template; sandboxes with another hash are outdated and get replaced."""
         ...
 
     @property
     def capacity(self) -> int:
-        """Functions that one sandbox can hold."""
+        """Maximum number of functions in one sandbox."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessSandboxTemplate:
-    """The process platform's template.
+    """Template of the process platform.
 
     Attributes:
-        capacity: functions that one sandbox can hold.
-        device: where it computes: auto, cpu or cuda.
-        threads: its compute threads.
+        capacity: maximum number of functions in one sandbox.
+        device: compute device: auto, cpu or cuda.
+        threads: number of compute threads.
     """
 
     capacity: int = 1
@@ -39,21 +39,21 @@ class ProcessSandboxTemplate:
 
     @property
     def digest(self) -> str:
-        """The template's hash: sandboxes of another one are to be replaced."""
+        """Hash of the template; sandboxes with another hash are outdated and get replaced."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """A sandbox as the platform sees it.
+    """A sandbox as the platform observes it.
 
     Attributes:
-        id: its name, unique for the platform's lifetime.
+        id: unique for the platform's lifetime.
         address: `host:port` of its API.
-        ready: it answers, and is not being deleted.
-        template_hash: digest of the template that it was made from.
-        pid: its process, where the platform knows one.
+        ready: whether it responds and is not being deleted.
+        template_hash: digest of the template that it was created from.
+        pid: its process id, where the platform knows it.
     """
 
     id: str
@@ -65,12 +65,12 @@ class Sandbox:
 
 @dataclass(frozen=True, slots=True)
 class SandboxEvent:
-    """A change: what a sandbox is like now, or was like when it went.
+    """A change of one sandbox.
 
     Attributes:
-        kind: `deleted` when it is gone, `changed` when it came or changed.
+        kind: `changed` when it was created or updated, `deleted` when it no longer exists.
         sandbox: its last known state.
-        reason: why it went, in words; empty if it did not go.
+        reason: why it was deleted, for humans; empty for `changed`.
     """
 
     kind: Literal["changed", "deleted"]
@@ -82,24 +82,24 @@ AnyTemplate = TypeVar("AnyTemplate", bound=SandboxTemplate, contravariant=True)
 
 
 class Platform(Protocol[AnyTemplate]):
-    """The four verbs."""
+    """Runs sandboxes; knows nothing of functions."""
 
     async def create(self, template: AnyTemplate) -> Sandbox:
-        """Start a generic sandbox, ready or not yet; raises PlatformError."""
+        """Create an empty sandbox, which may become ready later; raises PlatformError."""
         ...
 
     async def delete(self, sandbox_id: str) -> None:
-        """Begin to end a sandbox; nothing happens if there is none of that name."""
+        """Start the deletion of a sandbox; does nothing if it does not exist."""
         ...
 
     async def list(self) -> tuple[Sandbox, ...]:
-        """Return every sandbox that is not gone, oldest first."""
+        """Return every sandbox that exists, terminating ones included, oldest first."""
         ...
 
     def watch(self) -> AsyncIterator[SandboxEvent]:
-        """Give every sandbox that is there at this call, then what changes, without end.
+        """Yield every sandbox that exists at this call, then changes, without end.
 
-        States between two steps of a slow reader may be left out; the last one never is. One that
-        is there at the call and gone before the first step is told as deleted.
+        A slow consumer may miss intermediate states but never the last one. A sandbox that exists
+        at the call but not at the first step is yielded as deleted.
         """
         ...

@@ -1,4 +1,4 @@
-"""Asks sandboxes whether they are ready, again and again while they start."""
+"""Readiness probes: polls `/readyz` of starting sandboxes until they are ready."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import aiohttp
 
 
 class ReadinessProber:
-    """Probes under way, one for each sandbox that is starting.
+    """Runs one probe task for each starting sandbox.
 
     Args:
-        interval_s: between two probes of a sandbox.
-        timeout_s: for the answer to one.
-        ready: called with the sandbox's id when it says that it is ready.
+        interval_s: seconds between two probes of a sandbox.
+        timeout_s: timeout of one probe.
+        on_ready: called once with a sandbox's id when it responds with status 200.
     """
 
     def __init__(
@@ -26,27 +26,31 @@ class ReadinessProber:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def open(self) -> None:
-        """Open the connections' pool."""
+        """Open the HTTP connection pool; requires a running event loop."""
         timeout = aiohttp.ClientTimeout(total=self._timeout_s)
         self._http = aiohttp.ClientSession(timeout=timeout)
 
     async def close(self) -> None:
-        """End all probes."""
+        """Cancel all probes and close the connection pool."""
         tasks = list(self._tasks.values())
-        for name in list(self._tasks):
-            self.stop(name)
+        self.stop_all()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._http.close()
 
     def start(self, name: str, address: str) -> None:
-        """Probe a sandbox until it is ready, unless that is under way."""
+        """Probe a sandbox until it is ready; does nothing if a probe is already running."""
         if name not in self._tasks:
             self._tasks[name] = asyncio.create_task(self._probe(name, address))
 
     def stop(self, name: str) -> None:
-        """Probe a sandbox no more."""
+        """Stop probing a sandbox; does nothing if no probe is running."""
         if task := self._tasks.pop(name, None):
             task.cancel()
+
+    def stop_all(self) -> None:
+        """Stop all probes."""
+        for name in list(self._tasks):
+            self.stop(name)
 
     async def _probe(self, name: str, address: str) -> None:
         while True:

@@ -1,34 +1,21 @@
-"""The sandboxes that a platform knows, and waking those who watch them."""
+"""The sandboxes that a platform knows, as a watchable map from id to state."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
+from faasmoe_operator.aio import ChangeNotifier
 from faasmoe_operator.platforms.base import Sandbox, SandboxEvent
 
 MAX_DELETION_REASONS = 1024
 
 
-class ChangeNotifier:
-    """Wakes everyone who waits for a condition when something may have met it."""
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-
-    def notify(self) -> None:
-        """Let all waiters look again."""
-        self._event.set()
-        self._event = asyncio.Event()
-
-    async def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait until the condition holds; it is looked at once for each notification."""
-        while not condition():
-            await self._event.wait()
-
-
 class SandboxRegistry:
-    """Which sandboxes there are. Watchers compare states, so none can pile up unread events."""
+    """Known sandboxes and the reasons of recent deletions.
+
+    Each watcher compares the current state with the last one that it yielded, so a slow watcher
+    skips intermediate states and no queue of unread events can grow.
+    """
 
     def __init__(self) -> None:
         self._sandboxes: dict[str, Sandbox] = {}
@@ -36,7 +23,7 @@ class SandboxRegistry:
         self._notifier = ChangeNotifier()
 
     def get(self, sandbox_id: str) -> Sandbox | None:
-        """Return a sandbox, or None if it is gone."""
+        """Return a sandbox, or None if it does not exist."""
         return self._sandboxes.get(sandbox_id)
 
     def all(self) -> tuple[Sandbox, ...]:
@@ -44,12 +31,12 @@ class SandboxRegistry:
         return tuple(self._sandboxes.values())
 
     def upsert(self, sandbox: Sandbox) -> None:
-        """Add a sandbox, or replace what is known of it."""
+        """Add a sandbox or replace its state."""
         self._sandboxes[sandbox.id] = sandbox
         self._notifier.notify()
 
     def remove(self, sandbox_id: str, *, reason: str) -> None:
-        """Strike a sandbox off, if it is there, and keep why for those who watch."""
+        """Remove a sandbox, if it exists, and record the reason for watchers."""
         if self._sandboxes.pop(sandbox_id, None) is None:
             return
         self._deletion_reasons[sandbox_id] = reason
@@ -58,7 +45,7 @@ class SandboxRegistry:
         self._notifier.notify()
 
     def watch(self) -> AsyncIterator[SandboxEvent]:
-        """Give every sandbox that is there at this call, then what changes, without end."""
+        """Yield every sandbox that exists at this call, then changes, without end."""
         return self._watch_from(dict(self._sandboxes))
 
     async def _watch_from(self, seen: dict[str, Sandbox]) -> AsyncIterator[SandboxEvent]:

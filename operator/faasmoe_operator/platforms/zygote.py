@@ -1,4 +1,9 @@
-"""The zygote of the process platform: what starts it, and a client of its unix socket."""
+"""The zygote of the process platform: its process, its environment and a client of its socket.
+
+The zygote (`faasmoe_expert.zygote`) imports everything that a sandbox needs and forks sandboxes on
+request, so that they start in milliseconds and share memory. Commands and events are JSON objects,
+one on each line of a unix socket.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +31,18 @@ SOCKET_DIR_VARIABLE = "FAASMOE_SOCKET_DIR"
 VERIFIED_DIR_NAME = "verified"
 SOCKET_DIR_NAME = "sockets"
 WARMUP_STORE_VARIABLE = "FAASMOE_WARMUP_STORE"
-MAX_SOCKET_PATH_BYTES = 106  # of sockaddr_un on Linux, less an ending zero and the zygote's ~
+MAX_SOCKET_PATH_BYTES = 106  # sockaddr_un.sun_path on Linux, minus NUL and the zygote's suffix ~
 TERMINATE_TIMEOUT_S = 10.0
 HANDSHAKE_TIMEOUT_S = 5.0
 
 SANDBOX_ENVIRONMENT: Mapping[str, str] = {
-    # What the parent would inherit to children before one of them sets its own number.
+    # Children inherit the thread count of the zygote until they set their own.
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    # Threads that wait by spinning steal the cores that the router computes on.
+    # Spinning threads would take CPU time from the router.
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "0",
-    # Give a prompt's buffers back rather than keep them for the next one: 10 MB a sandbox.
+    # Return a prompt's buffers to the system instead of caching them: saves 10 MB per sandbox.
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "1048576",
     "MALLOC_TRIM_THRESHOLD_": "1048576",
@@ -47,13 +52,16 @@ SANDBOX_ENVIRONMENT: Mapping[str, str] = {
 def zygote_environment(
     socket: Path, *, token: str, store: Path | None = None, device: str = "auto"
 ) -> dict[str, str]:
-    """Return the whole environment of a zygote; raises PlatformError.
+    """Return the complete environment of a zygote process.
 
     Args:
-        socket: the unix socket that it will listen on.
-        token: the token that its sandboxes will ask for.
-        store: the prepared model whose functions it rehearses before it forks; None for none.
-        device: where its sandboxes will compute.
+        socket: unix socket that the zygote listens on.
+        token: bearer token that its sandboxes require.
+        store: store whose functions it runs for warm-up before the first fork; None for no warm-up.
+        device: compute device of its sandboxes: auto, cpu or cuda.
+
+    Raises:
+        PlatformError: the socket's path is too long for the operating system.
     """
     if len(os.fsencode(socket)) > MAX_SOCKET_PATH_BYTES:
         expected = f"at most {MAX_SOCKET_PATH_BYTES} bytes"
@@ -69,10 +77,10 @@ def zygote_environment(
 
 
 def shared_dir_variables(folder: Path) -> dict[str, str]:
-    """Return what sandboxes and routers of one machine are told of each other.
+    """Return the variables that name the folders shared by sandboxes and routers of a machine.
 
     Args:
-        folder: the zygote socket's.
+        folder: the folder of the zygote's socket.
     """
     return {
         VERIFIED_DIR_VARIABLE: str(folder / VERIFIED_DIR_NAME),
@@ -81,7 +89,7 @@ def shared_dir_variables(folder: Path) -> dict[str, str]:
 
 
 class ZygoteClient:
-    """A connection to a zygote; ours until the zygote ends or another client comes."""
+    """A connection to a zygote; the zygote closes it when another client connects."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._lines = read_lines(reader)
@@ -89,7 +97,13 @@ class ZygoteClient:
 
     @classmethod
     async def connect(cls, socket: Path) -> tuple[ZygoteClient, int]:
-        """Return a client and the zygote's process id; raises OSError or PlatformError."""
+        """Return a client and the zygote's process id.
+
+        Raises:
+            OSError: the socket does not exist or refuses the connection.
+            PlatformError: the zygote's first event was not `ready`.
+            TimeoutError: the zygote did not respond.
+        """
         client = cls(*await asyncio.open_unix_connection(str(socket)))
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
@@ -97,13 +111,13 @@ class ZygoteClient:
                     case {"event": "ready", "pid": int(pid)}:
                         return client, pid
                     case event:
-                        raise PlatformError(f"the zygote said {event!r}, expected ready")
+                        raise PlatformError(f"zygote sent {event!r}, expected a ready event")
         except BaseException:
             await client.close()
             raise
 
     async def next_event(self) -> dict[str, Any] | None:
-        """Return the next event, or None when the connection has ended."""
+        """Return the next event, or None after the end of the connection."""
         try:
             async for line in self._lines:
                 try:
@@ -112,23 +126,23 @@ class ZygoteClient:
                     event = None
                 if isinstance(event, dict):
                     return event
-                logger.error("the zygote wrote %r, expected a JSON object", line)
+                logger.error("zygote sent %r, expected a JSON object", line)
         except ConnectionError as error:
-            logger.info("the connection to the zygote broke: %s", error)
+            logger.info("lost the connection to the zygote: %s", error)
         return None
 
     def send(self, command: Mapping[str, Any]) -> None:
-        """Send a command; one that comes after the zygote's end is lost, as the sandboxes are."""
+        """Send a command; dropped after the end of the connection."""
         if not self._writer.is_closing():
             self._writer.write(json.dumps(command).encode() + b"\n")
 
     async def close(self) -> None:
-        """End the connection; the zygote goes on."""
+        """Close the connection; the zygote keeps running."""
         self._writer.close()
         try:
             await self._writer.wait_closed()
         except OSError as error:
-            logger.debug("the connection to the zygote ended with: %s", error)
+            logger.debug("error while closing the connection to the zygote: %s", error)
 
 
 @asynccontextmanager
@@ -141,15 +155,18 @@ async def run_zygote(
     log: Callable[[str], None] = logger.info,
     command: Sequence[str] = ZYGOTE_COMMAND,
 ) -> AsyncIterator[Process]:
-    """Run a zygote of our own as long as the context lasts; use in the main thread.
+    """Run a zygote until the context exits; use in the main thread.
 
     Args:
-        socket: where it listens; its folder must be there, and ours alone.
-        token: the token that the sandboxes will ask for.
-        store: what it rehearses; see `zygote_environment`.
-        device: where the sandboxes will compute.
-        log: gets each line that the zygote or a sandbox writes.
-        command: what to run.
+        socket: unix socket to listen on; its folder must exist and be accessible to this user only.
+        token: bearer token that the sandboxes require.
+        store: store used for warm-up; see `zygote_environment`.
+        device: compute device of the sandboxes: auto, cpu or cuda.
+        log: called with each line that the zygote or a sandbox writes.
+        command: command line of the zygote.
+
+    Raises:
+        PlatformError: the socket's path is too long.
     """
     process = await asyncio.create_subprocess_exec(
         *command,
@@ -160,7 +177,7 @@ async def run_zygote(
             **zygote_environment(socket, token=token, store=store, device=device),
             PARENT_PID_ENV: str(os.getpid()),
         },
-        start_new_session=True,  # a Ctrl-C in the terminal is for the launcher to handle
+        start_new_session=True,  # Ctrl-C in the terminal goes to the launcher only
     )
     logs = asyncio.create_task(_forward_logs(process, log))
     try:

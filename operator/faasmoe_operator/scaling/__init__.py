@@ -1,9 +1,8 @@
-"""The autoscaler, pure: how many replicas each function should have, given its load and the time.
+"""The autoscaler of one function: Knative's KPA as pure functions of load and time.
 
-Knative's KPA per function: `settings` (its knobs), `windows` (averages), `kpa` (the decision above
-zero), `activation` (the way to and from zero), `scaler` (one function's composition of them all).
-Nothing here reads a clock, logs or does I/O: the time is an argument, in seconds of any clock that
-only goes forward.
+`settings` holds its configuration, `windows` the load averages, `kpa` the decision above zero,
+`activation` the transitions to and from zero, and `scaler` composes them for one function. Nothing
+here reads a clock, logs or does I/O: the time is an argument, in seconds of any monotonic clock.
 """
 
 from faasmoe_operator.scaling.activation import Phase

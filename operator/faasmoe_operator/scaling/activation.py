@@ -1,14 +1,14 @@
-"""The way to zero and back, for one function.
+"""Scaling one function from and to zero.
 
-    Inactive ──wake──▶ Activating ──ready──▶ Active ──window without load──▶ Draining
+    Inactive ─activate─▶ Activating ──ready──▶ Active ──window without load──▶ Draining
         ▲                  │                   ▲                                │ │
-        │                  └─ TimedOut ─▶ (Inactive)      load or wake ─────────┘ │
+        │                  └─ TimedOut ─▶ (Inactive)      load or activation ───┘ │
         └───────────────────────────── grace or retention period ─────────────────┘
 
-Going up needs no decision of the autoscaler: a wake suffices. Going down to zero needs a stable
-window without load since the function became active, and then the longer of grace and retention
-period. A replica that is starting is never reaped, unless the progress deadline has passed and
-nobody waits for it.
+Scaling up from zero needs no decision of the autoscaler: an activation request suffices. Scaling to
+zero needs a stable window without load since the function became active, and then the longer of the
+grace and retention periods. A starting replica is never removed, unless the progress deadline has
+passed and no request waits for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from faasmoe_operator.scaling.settings import ScalingSettings
 
 
 class Phase(Enum):
-    """Where a function is on its way to zero and back."""
+    """The activation phase of a function."""
 
     INACTIVE = "Inactive"
     ACTIVATING = "Activating"
@@ -31,29 +31,29 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ActivationState:
-    """A phase and the time when it began."""
+    """A phase and the time at which it began."""
 
     phase: Phase
     since: float
 
     def transition(self, phase: Phase, *, now: float) -> ActivationState:
-        """Return the activation in this phase; one that is in it already keeps its time."""
+        """Return the state in a phase; itself if it is in that phase already."""
         return self if phase is self.phase else ActivationState(phase, now)
 
     def elapsed_s(self, now: float) -> float:
-        """Return for how many seconds the phase has lasted."""
+        """Return the seconds since the phase began."""
         return now - self.since
 
 
 def initial_activation(*, replicas: int, ready: int, now: float) -> ActivationState:
-    """Return the phase of a function that is first seen with these replicas, and these ready."""
+    """Return the state of a function first observed with `replicas`, of which `ready` are ready."""
     if replicas == 0:
         return ActivationState(Phase.INACTIVE, now)
     return ActivationState(Phase.ACTIVE if ready else Phase.ACTIVATING, now)
 
 
 def activate(activation: ActivationState, *, now: float) -> ActivationState:
-    """Return what a wake makes of it: zero begins to activate, what drains is active again."""
+    """Return the state after an activation request or load."""
     if activation.phase is Phase.INACTIVE:
         return activation.transition(Phase.ACTIVATING, now=now)
     if activation.phase is Phase.DRAINING:
@@ -62,7 +62,7 @@ def activate(activation: ActivationState, *, now: float) -> ActivationState:
 
 
 def observe_ready(activation: ActivationState, *, ready: int, now: float) -> ActivationState:
-    """Return what the number of ready replicas makes of it."""
+    """Return the state after an observation of the number of ready replicas."""
     if activation.phase is Phase.ACTIVATING and ready > 0:
         return activation.transition(Phase.ACTIVE, now=now)
     if activation.phase is Phase.ACTIVE and ready == 0:
@@ -78,14 +78,14 @@ def apply_scale_to_zero(
     last_desired: int,
     now: float,
 ) -> tuple[Decision, ActivationState]:
-    """Return the decision once the way to zero is minded, and the next phase.
+    """Return the decision with the rules of scaling to zero applied, and the next state.
 
     Args:
         settings: the function's settings.
-        activation: the phase until now.
-        wanted: what the autoscaler decided.
-        held: the replicas decided last, which stay while the function is activating.
-        now: the time.
+        activation: the current state.
+        kpa_decision: the autoscaler's decision.
+        last_desired: replicas of the last decision, which are kept while activating.
+        now: current time in seconds.
     """
     if not settings.enable_scale_to_zero:
         kpa_decision = kpa_decision.overridden_by(
@@ -103,11 +103,11 @@ def apply_scale_to_zero(
 def _has_timed_out(
     settings: ScalingSettings, activation: ActivationState, *, kpa_decision: Decision, now: float
 ) -> bool:
-    """Return whether the activation has taken too long and nobody is known to wait for it."""
-    may_be_zero = settings.min_scale == 0 and settings.enable_scale_to_zero
-    no_demand = kpa_decision.desired == 0 or (kpa_decision.reason is Reason.NO_DATA and may_be_zero)
-    too_long = activation.elapsed_s(now) >= settings.progress_deadline_s
-    return activation.phase is Phase.ACTIVATING and no_demand and too_long
+    """Return whether the progress deadline has passed and no request is known to wait."""
+    can_be_zero = settings.min_scale == 0 and settings.enable_scale_to_zero
+    no_demand = kpa_decision.desired == 0 or (kpa_decision.reason is Reason.NO_DATA and can_be_zero)
+    is_late = activation.elapsed_s(now) >= settings.progress_deadline_s
+    return activation.phase is Phase.ACTIVATING and no_demand and is_late
 
 
 def _scale_toward_zero(

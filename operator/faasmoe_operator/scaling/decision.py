@@ -1,4 +1,4 @@
-"""What the autoscaler says: a number of replicas and a machine-stable reason for it."""
+"""The autoscaler's decision: a number of replicas and a machine-readable reason."""
 
 from __future__ import annotations
 
@@ -7,57 +7,57 @@ from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """Why a function should have that many replicas; stable, for metrics and tests."""
+    """Why a function should have that many replicas; a stable API of metrics and tests."""
 
     STABLE = "Stable"
-    """The stable window's load over the target."""
+    """The stable window's load, divided by the target."""
     PANIC = "Panic"
-    """The panic window's load is over the threshold: up at once."""
+    """The panic window's load exceeds the threshold: scale up immediately."""
     PANIC_HOLD = "PanicHold"
-    """In panic the replicas never go down."""
+    """No scale-down during panic."""
     SCALE_UP_RATE = "ScaleUpRate"
-    """More is wanted than one decision may add."""
+    """Limited by the maximum scale-up rate."""
     SCALE_DOWN_RATE = "ScaleDownRate"
-    """Less is wanted than one decision may leave."""
+    """Limited by the maximum scale-down rate."""
     ACTIVATION_SCALE = "ActivationScale"
-    """Once above zero, at least the activation scale."""
+    """At least the activation scale once above zero."""
     SCALE_DOWN_DELAY = "ScaleDownDelay"
-    """A higher wish is not old enough to be given up."""
+    """A higher recommendation is younger than the scale-down delay."""
     MIN_SCALE = "MinScale"
     MAX_SCALE = "MaxScale"
     INITIAL_SCALE = "InitialScale"
-    """The first deployment has not been ready once."""
+    """The initial scale has not been ready once."""
     NO_DATA = "NoData"
-    """Nobody reported for a whole window: what is there is kept."""
+    """No report for a whole window: keep the replicas."""
     ACTIVATED = "Activated"
-    """A call came to a function at zero."""
+    """An activation request for a function at zero."""
     ALREADY_ACTIVE = "AlreadyActive"
-    """A wake that changes nothing: a replica is there or on its way."""
+    """An activation request without effect: a replica is ready or starting."""
     ACTIVATING = "Activating"
-    """No load, but a replica that is starting is never reaped."""
+    """No load, but a starting replica is never removed."""
     TIMED_OUT = "TimedOut"
-    """No replica became ready before the progress deadline, and nobody waits for it."""
+    """No replica became ready before the progress deadline, and no request waits for one."""
     STABLE_WINDOW = "StableWindow"
     """No load, but active for less than a stable window."""
     GRACE_PERIOD = "GracePeriod"
     """No load for a stable window; the last replica stays for the grace or retention period."""
     NO_TRAFFIC = "NoTraffic"
-    """At zero, as nobody calls."""
+    """At zero without load."""
     SCALE_TO_ZERO_DISABLED = "ScaleToZeroDisabled"
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The replicas that a function should have from now on.
+    """The desired replicas of a function.
 
     Attributes:
         desired: the number of replicas, 0 or more.
-        reason: what decided the number.
+        reason: the rule that determined the number.
     """
 
     desired: int
     reason: Reason
 
     def overridden_by(self, desired: int, reason: Reason) -> Decision:
-        """Return this decision overruled by another number; itself if the number is the same."""
+        """Return the decision with another number and reason; itself if the number is the same."""
         return self if desired == self.desired else replace(self, desired=desired, reason=reason)

@@ -1,9 +1,15 @@
-"""Knative's pod autoscaler for one function, above zero: load, ready replicas, time → replicas.
+"""Knative's pod autoscaler for one function above zero.
 
-In this order: the wish of each window (load over target, within the rates, lifted to the activation
-scale), panic (a load of twice the capacity in the short window: up at once, never down until a
-stable window has passed without another), the scale-down delay, the bounds. The way to zero and
-back is `activation`'s.
+`decide` applies these rules in order:
+
+1. Each window recommends its load divided by the target, limited by the rates and at least the
+   activation scale.
+2. Panic: if the panic window asks for at least `panic_threshold` times the ready replicas, the
+   function scales up immediately and never down until a stable window passes without another panic.
+3. The scale-down delay: the highest recommendation of that period wins.
+4. The minimum and maximum scale.
+
+Scaling from and to zero is in `activation`.
 """
 
 from __future__ import annotations
@@ -18,12 +24,12 @@ from faasmoe_operator.scaling.windows import LoadAverages, NoData
 
 @dataclass(frozen=True, slots=True)
 class ScalingObservation:
-    """What is known when a decision is due.
+    """Input of a decision.
 
     Attributes:
         load: the averages of both windows, or NoData.
-        ready: replicas that can be called.
-        desired: replicas that were decided last.
+        ready: number of ready replicas.
+        desired: replicas of the last decision.
     """
 
     load: LoadAverages | NoData
@@ -33,12 +39,13 @@ class ScalingObservation:
 
 @dataclass(frozen=True, slots=True)
 class KpaState:
-    """What one decision leaves for the next.
+    """State between two decisions.
 
     Attributes:
-        panic_since: when the load was last over the threshold; None when there is no panic.
-        panic_replicas: the most replicas decided in this panic.
-        wishes: (time, replicas) of the scale-down delay, only those that no later one exceeds.
+        panic_since: last time at which the load reached the panic threshold; None outside panic.
+        panic_replicas: maximum of the replicas decided during this panic.
+        recommendations: (time, replicas) within the scale-down delay, without those that a later
+            one reaches or exceeds: replicas strictly decrease.
     """
 
     panic_since: float | None = None
@@ -47,18 +54,22 @@ class KpaState:
 
     @classmethod
     def restored(cls, replicas: int, *, now: float) -> KpaState:
-        """Return the state after a restart: history is lost, so nothing is shed for a window."""
+        """Return the state after a restart.
+
+        It panics if there is more than one replica: as the load history is lost, nothing is scaled
+        down for a stable window.
+        """
         return cls(panic_since=now, panic_replicas=replicas) if replicas > 1 else cls()
 
     @property
     def is_panicking(self) -> bool:
-        """Whether replicas only go up."""
+        """Whether the function is in panic and only scales up."""
         return self.panic_since is not None
 
 
 @dataclass(frozen=True, slots=True)
 class _Recommendations:
-    """What the windows ask for; `over` says whether the panic threshold is reached."""
+    """Recommendations of both windows, and whether the panic threshold is reached."""
 
     stable: Decision
     panic: Decision
@@ -68,7 +79,14 @@ class _Recommendations:
 def decide(
     settings: ScalingSettings, state: KpaState, *, observation: ScalingObservation, now: float
 ) -> tuple[Decision, KpaState]:
-    """Return how many replicas the function should have at `now`, and the next state."""
+    """Return the desired replicas at `now` and the next state.
+
+    Args:
+        settings: the function's settings.
+        state: state of the last decision.
+        observation: load and replicas.
+        now: current time in seconds.
+    """
     if isinstance(observation.load, NoData):
         return _apply_bounds(settings, Decision(observation.desired, Reason.NO_DATA)), state
     recommended = _recommend(settings, observation.load, ready=max(1, observation.ready))
@@ -89,7 +107,7 @@ def _recommend(settings: ScalingSettings, load: LoadAverages, *, ready: int) -> 
 
 
 def _replicas_for(calls: float, *, target_calls: float) -> int:
-    # 8.4 / 2.8 is 3.0000000000000004 in floats: noise must not buy a fourth replica.
+    # 8.4 / 2.8 is 3.0000000000000004: rounding errors must not add a fourth replica.
     return math.ceil(round(calls / target_calls, 12))
 
 
@@ -101,7 +119,7 @@ def _apply_activation_scale(settings: ScalingSettings, replicas: int, *, ready: 
 
 
 def _apply_rate_limits(settings: ScalingSettings, replicas: int, *, ready: int) -> Decision:
-    # Rounded up and down, so that a rate of 1.1 can still move one replica by one.
+    # Rounded away from `ready`, so that even a rate of 1.1 can change one replica by one.
     maximum = math.ceil(settings.max_scale_up_rate * ready)
     minimum = math.floor(ready / settings.max_scale_down_rate)
     if replicas > maximum:
@@ -139,7 +157,7 @@ def _apply_scale_down_delay(
     if settings.scale_down_delay_s == 0:
         return decision, replace(state, recommendations=()) if state.recommendations else state
     cutoff = now - settings.scale_down_delay_s
-    retained = tuple(w for w in state.recommendations if w[0] > cutoff and w[1] > decision.desired)
+    retained = tuple(r for r in state.recommendations if r[0] > cutoff and r[1] > decision.desired)
     recommendations = (*retained, (now, decision.desired))
     return decision.overridden_by(recommendations[0][1], Reason.SCALE_DOWN_DELAY), replace(
         state, recommendations=recommendations

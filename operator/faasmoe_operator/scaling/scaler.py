@@ -1,8 +1,8 @@
-"""One function's autoscaler: load reports and wakes go in, decisions come out.
+"""The autoscaler of one function: load and activations in, decisions out.
 
-It holds the function's history and nothing else; the caller brings the time, counts the ready
-replicas and carries the decisions out. Reports should count the calls that a router holds for a
-function at zero as calls in flight, so that a burst is answered with as many replicas as it needs.
+It holds the function's load history and state only; the caller passes the time and the number of
+ready replicas and executes the decisions. Reported load should include the calls that a router
+queues for a function at zero, so that a burst gets as many replicas as it needs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from faasmoe_operator.scaling.windows import LoadAverages, LoadWindows, NoData
 
 
 class FunctionAutoscaler:
-    """Decides the replicas of one function.
+    """Decides the desired replicas of one function.
 
-    Made by `fresh` for a function of a new deployment, by `restored` for one that a control plane
-    finds when it starts.
+    Create it with `for_new_function` for a new deployment, or with `restored` for a function that
+    the control plane finds when it starts.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class FunctionAutoscaler:
 
     @classmethod
     def for_new_function(cls, settings: ScalingSettings, *, now: float) -> FunctionAutoscaler:
-        """Return the scaler of a function that has never run: its initial scale is wanted."""
+        """Return the autoscaler of a function that has never run; it desires the initial scale."""
         desired = settings.clamp(settings.initial_scale)
         return cls(settings, desired=desired, ready=0, initialized=desired == 0, now=now)
 
@@ -43,38 +43,45 @@ class FunctionAutoscaler:
     def restored(
         cls, settings: ScalingSettings, *, replicas: int, ready: int, now: float
     ) -> FunctionAutoscaler:
-        """Return the scaler of a function found with `replicas` assigned, `ready` of them ready."""
+        """Return the autoscaler of a function with `replicas` assigned, `ready` of them ready."""
         return cls(settings, desired=replicas, ready=ready, initialized=True, now=now)
 
     @property
     def settings(self) -> ScalingSettings:
-        """The settings in force."""
+        """The current settings."""
         return self._settings
 
     @property
     def desired(self) -> int:
-        """The replicas decided last."""
+        """The replicas of the last decision."""
         return self._desired
 
     @property
     def phase(self) -> Phase:
-        """Where the function is on its way to zero and back."""
+        """The activation phase."""
         return self._activation.phase
 
     @property
     def is_panicking(self) -> bool:
-        """Whether replicas only go up."""
+        """Whether the function is in panic and only scales up."""
         return self._kpa.is_panicking
 
     def load(self, now: float) -> LoadAverages | NoData:
-        """Return the load as the next decision would see it."""
+        """Return the load averages that a decision at `now` would use."""
         return self._windows.load(now)
 
     def observe(self, now: float, concurrency: float) -> None:
-        """Take one router's report: the average calls in flight, and held, in the second of `now`.
+        """Record load for the second of `now`; values of the same second are summed.
 
-        A report of 0 for a function at zero is not recorded: Knative has nothing to scrape then,
-        and a burst after a long idle time must not be averaged over the silence before it.
+        A load of 0 of a function at zero is not recorded: Knative has nothing to scrape then, and
+        a burst after a long idle time must not be averaged over the time before it.
+
+        Args:
+            now: current time in seconds.
+            concurrency: average calls in flight, queued ones included.
+
+        Raises:
+            ScalingError: the concurrency is negative or not finite.
         """
         if not math.isfinite(concurrency) or concurrency < 0:
             raise ScalingError("concurrency", value=concurrency, expected="a number of 0 or more")
@@ -82,16 +89,16 @@ class FunctionAutoscaler:
             self._windows.record(now, concurrency)
 
     def backfill(self, seconds: range, concurrency: float) -> None:
-        """Take a load that was the same in each of these seconds, as `observe` takes one."""
+        """Record the same load for each of these seconds, as `observe` does for one."""
         if concurrency > 0 or self.phase is not Phase.INACTIVE:
-            longest = math.ceil(self._settings.window_s)
-            for second in seconds[-longest:]:
+            window_seconds = math.ceil(self._settings.window_s)
+            for second in seconds[-window_seconds:]:
                 self.observe(second, concurrency)
 
     def is_idle(self, now: float, *, ready: int) -> bool:
-        """Return whether every later decision is the last one.
+        """Return whether all later decisions equal the last one.
 
-        That is: until there is load, a wake, or another number of ready replicas.
+        This holds until there is load, an activation or another number of ready replicas.
         """
         if not self._is_initialized or self._desired != self._settings.clamp(0):
             return False
@@ -101,7 +108,7 @@ class FunctionAutoscaler:
         return is_steady and not self.is_panicking and self.load(now) == LoadAverages(0.0, 0.0)
 
     def activate(self, now: float) -> Decision:
-        """Take a wake: a function at zero is to start at once, any other stays as it is."""
+        """Scale up from zero to the activation scale; a function above zero keeps its replicas."""
         self._activation = activation.activate(self._activation, now=now)
         if self._desired > 0:
             return Decision(self._desired, Reason.ALREADY_ACTIVE)
@@ -109,7 +116,12 @@ class FunctionAutoscaler:
         return Decision(self._desired, Reason.ACTIVATED)
 
     def decide(self, now: float, *, ready: int) -> Decision:
-        """Return how many replicas the function should have, with `ready` that can be called."""
+        """Decide the desired replicas.
+
+        Args:
+            now: current time in seconds.
+            ready: number of ready replicas.
+        """
         self._activation = activation.observe_ready(self._activation, ready=ready, now=now)
         observation = kpa.ScalingObservation(self.load(now), ready=ready, desired=self._desired)
         kpa_decision, self._kpa = kpa.decide(
@@ -127,12 +139,12 @@ class FunctionAutoscaler:
         return decision
 
     def reconfigure(self, settings: ScalingSettings) -> None:
-        """Take other settings; the history is kept."""
+        """Replace the settings and keep the load history."""
         self._settings = settings
         self._windows.resize(stable_s=settings.window_s, panic_s=settings.panic_window_s)
 
     def _apply_initial_scale(self, kpa_decision: Decision, *, ready: int, now: float) -> Decision:
-        """Lift the wish to the initial scale until that was ready once, or the deadline passed."""
+        """Raise a decision to the initial scale until that was ready once or has timed out."""
         initial = self._settings.clamp(self._settings.initial_scale)
         timed_out = self._activation.elapsed_s(now) >= self._settings.progress_deadline_s
         self._is_initialized |= ready >= initial or timed_out

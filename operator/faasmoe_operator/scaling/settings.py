@@ -1,4 +1,4 @@
-"""The knobs of one function's autoscaler: Knative's names, defaults and bounds."""
+"""Settings of one function's autoscaler, with Knative's names, defaults and bounds."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ TARGET_MIN = 0.01
 
 
 class ScalingError(FaasmoeError):
-    """A scaling setting that cannot be used.
+    """A scaling setting or a reported load is invalid.
 
     Attributes:
-        field: the setting's name.
+        field: name of the setting.
     """
 
     def __init__(self, field: str, *, value: object, expected: str) -> None:
@@ -26,7 +26,7 @@ class ScalingError(FaasmoeError):
 
 @dataclass(frozen=True, slots=True)
 class _Bounds:
-    """Where a setting must lie; `above` excludes `least` itself."""
+    """The range of a setting; `is_exclusive` excludes the minimum itself."""
 
     minimum: float
     maximum: float = math.inf
@@ -38,13 +38,13 @@ class _Bounds:
             value, int if self.is_integer else (int, float)
         ):
             return False
-        over = value > self.minimum if self.is_exclusive else value >= self.minimum
-        return over and value <= self.maximum and math.isfinite(value)
+        is_above = value > self.minimum if self.is_exclusive else value >= self.minimum
+        return is_above and value <= self.maximum and math.isfinite(value)
 
     def __str__(self) -> str:
         kind = "an integer" if self.is_integer else "a number"
-        most = "" if math.isinf(self.maximum) else f" and at most {self.maximum:g}"
-        return f"{kind} {'above' if self.is_exclusive else 'of at least'} {self.minimum:g}{most}"
+        upper = "" if math.isinf(self.maximum) else f" and at most {self.maximum:g}"
+        return f"{kind} {'above' if self.is_exclusive else 'of at least'} {self.minimum:g}{upper}"
 
 
 _BOUNDS = {
@@ -68,27 +68,28 @@ _BOUNDS = {
 
 @dataclass(frozen=True, slots=True)
 class ScalingSettings:
-    """How one function scales.
+    """Settings of one function's autoscaler; raises ScalingError if one is out of bounds.
 
     Attributes:
-        min_scale: replicas that are always kept.
-        max_scale: replicas at most; 0 means no limit.
-        initial_scale: replicas of the first deployment, until they have been ready once.
-        activation_scale: replicas at least, once above zero; 1 changes nothing.
-        target: calls in flight that one replica can have.
-        target_utilization_percentage: share of the target that is aimed at.
-        window_s: the stable window.
-        panic_window_percentage: the panic window, as a share of the stable window; 1 s at least.
-        panic_threshold_percentage: panic begins when the panic window's load asks for this share
+        min_scale: minimum number of replicas.
+        max_scale: maximum number of replicas; 0 for no limit.
+        initial_scale: replicas of a new deployment, until they have been ready once.
+        activation_scale: minimum number of replicas above zero; 1 has no effect.
+        target: maximum calls in flight of one replica.
+        target_utilization_percentage: percentage of the target to aim at.
+        window_s: length of the stable window in seconds.
+        panic_window_percentage: length of the panic window as a percentage of the stable window;
+            it must be at least 1 s.
+        panic_threshold_percentage: panic begins when the panic window's load needs this percentage
             of the ready replicas.
-        max_scale_up_rate: one decision multiplies the ready replicas at most by this.
-        max_scale_down_rate: one decision divides the ready replicas at most by this.
-        scale_to_zero_grace_period_s: how long the last replica stays when the stable window has
-            passed without load.
-        scale_to_zero_pod_retention_period_s: the same; the longer of the two counts.
-        scale_down_delay_s: how long a lower wish must last before it is followed.
-        enable_scale_to_zero: whether an idle function loses its last replica.
-        progress_deadline_s: how long a function may be activating while nobody waits for it.
+        max_scale_up_rate: maximum factor by which one decision multiplies the ready replicas.
+        max_scale_down_rate: maximum factor by which one decision divides the ready replicas.
+        scale_to_zero_grace_period_s: how long the last replica stays after a stable window without
+            load.
+        scale_to_zero_pod_retention_period_s: the same; the longer of the two applies.
+        scale_down_delay_s: how long a lower recommendation must last before it is applied.
+        enable_scale_to_zero: whether the last replica of an idle function is removed.
+        progress_deadline_s: how long a function may be activating while no request waits for it.
     """
 
     min_scale: int = 0
@@ -109,7 +110,7 @@ class ScalingSettings:
     progress_deadline_s: float = 600.0
 
     def __post_init__(self) -> None:
-        """Refuse values out of their bounds and settings that contradict each other."""
+        """Validate each setting and their combinations."""
         for field, bounds in _BOUNDS.items():
             value = getattr(self, field)
             if not bounds.contains(value):
@@ -123,26 +124,26 @@ class ScalingSettings:
 
     @property
     def target_concurrency(self) -> float:
-        """Calls in flight that are aimed at for one replica."""
+        """Calls in flight to aim at for one replica."""
         return max(TARGET_MIN, self.target * self.target_utilization_percentage / 100)
 
     @property
     def panic_window_s(self) -> float:
-        """Length of the panic window."""
+        """Length of the panic window in seconds."""
         return self.window_s * self.panic_window_percentage / 100
 
     @property
     def panic_threshold(self) -> float:
-        """Replicas asked for over replicas ready, from which on there is panic."""
+        """Ratio of needed to ready replicas at which panic begins."""
         return self.panic_threshold_percentage / 100
 
     @property
     def last_replica_retention_s(self) -> float:
-        """How long the last replica stays when the stable window has passed without load."""
+        """How long the last replica stays after a stable window without load."""
         return max(self.scale_to_zero_grace_period_s, self.scale_to_zero_pod_retention_period_s)
 
     def clamp(self, replicas: int) -> int:
-        """Return the number of replicas, brought between `min_scale` and `max_scale`."""
+        """Return the number of replicas, limited to the range from `min_scale` to `max_scale`."""
         limited = min(replicas, self.max_scale) if self.max_scale else replicas
         return max(limited, self.min_scale)
 

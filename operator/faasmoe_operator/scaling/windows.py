@@ -1,8 +1,8 @@
-"""Averages of a function's load over the last seconds: rings of one-second buckets, as Knative's.
+"""Sliding averages of a function's load: ring buffers of one-second buckets, as in Knative.
 
-A window that has just begun averages only over the seconds since its first write, so that a burst
-from nothing counts in full. Seconds without a write inside the window count as 0; seconds since the
-last write do not count at all. After a whole window without a write it begins anew.
+A new window averages only over the seconds since its first write, so that a burst from zero counts
+in full. Seconds without a write count as 0, except those after the last write, which are left out.
+After a whole window without a write it starts again.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# Knative cuts averages to 6 digits, so that float noise never buys a replica.
+# Knative truncates averages to 6 decimals, so that rounding errors never add a replica.
 _PRECISION = 10**6
 
 
 @dataclass(frozen=True, slots=True)
 class LoadAverages:
-    """Average calls in flight to one function, over all routers.
+    """Average calls in flight of one function, summed over all routers.
 
     Attributes:
-        stable: over the stable window.
-        panic: over the panic window.
+        stable: average over the stable window.
+        panic: average over the panic window.
     """
 
     stable: float
@@ -29,11 +29,11 @@ class LoadAverages:
 
 @dataclass(frozen=True, slots=True)
 class NoData:
-    """Nobody has reported for a whole stable window; not the same as a load of 0."""
+    """There was no report for a whole stable window, which differs from a load of 0."""
 
 
 class SlidingWindow:
-    """Average over the last `window_s` seconds; what is recorded in one second is summed."""
+    """Average over the last `window_s` seconds, where values of the same second are summed."""
 
     def __init__(self, window_s: float) -> None:
         self._size = math.ceil(window_s)
@@ -42,7 +42,7 @@ class SlidingWindow:
         self._last_second = 0
 
     def record(self, now: float, value: float) -> None:
-        """Add a value to the second of `now`; ignored if that second has left the window."""
+        """Add a value to the second of `now`; ignored if that second is older than the window."""
         second = math.floor(now)
         if self._first_second is None or second - self._last_second >= self._size:
             self._restart(second)
@@ -56,7 +56,7 @@ class SlidingWindow:
         return self._first_second is None or math.floor(now) - self._last_second >= self._size
 
     def average(self, now: float) -> float:
-        """Return the average at `now`, 0 if nothing was recorded for a window."""
+        """Return the average at `now`; 0 if nothing was recorded for a whole window."""
         end = max(math.floor(now), self._last_second)
         n_unwritten = end - self._last_second
         if self._first_second is None or n_unwritten >= self._size:
@@ -67,7 +67,7 @@ class SlidingWindow:
         return math.floor(total / n_buckets * _PRECISION) / _PRECISION
 
     def resized(self, window_s: float) -> SlidingWindow:
-        """Return a window of another length with what this one remembers."""
+        """Return a window of another length with this one's buckets."""
         other = SlidingWindow(window_s)
         if self._first_second is not None:
             begin = max(self._first_second, self._last_second - self._size + 1)
@@ -80,8 +80,8 @@ class SlidingWindow:
         self._first_second = self._last_second = second
 
     def _advance(self, second: int) -> None:
-        for passed in range(self._last_second + 1, second + 1):
-            self._buckets[passed % self._size] = 0.0
+        for skipped in range(self._last_second + 1, second + 1):
+            self._buckets[skipped % self._size] = 0.0
         self._first_second = (
             second if self._first_second is None else min(self._first_second, second)
         )
@@ -96,17 +96,17 @@ class LoadWindows:
         self._panic = SlidingWindow(panic_s)
 
     def record(self, now: float, concurrency: float) -> None:
-        """Add one router's report for the second of `now`."""
+        """Add calls in flight to the second of `now`."""
         self._stable.record(now, concurrency)
         self._panic.record(now, concurrency)
 
     def load(self, now: float) -> LoadAverages | NoData:
-        """Return both averages, or NoData after a whole stable window without a report."""
+        """Return both averages, or NoData after a whole stable window without a record."""
         if self._stable.is_empty(now):
             return NoData()
         return LoadAverages(stable=self._stable.average(now), panic=self._panic.average(now))
 
     def resize(self, *, stable_s: float, panic_s: float) -> None:
-        """Change the lengths, keeping what is remembered."""
+        """Change the lengths of the windows and keep their contents."""
         self._stable = self._stable.resized(stable_s)
         self._panic = self._panic.resized(panic_s)

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP API; knows requests and responses, nothing of tensors."""
+"""The OpenAI-compatible HTTP API: validates requests, formats responses; knows no tensors."""

@@ -1,16 +1,25 @@
-"""POST /v1/chat/completions and POST /v1/completions."""
+"""POST /v1/chat/completions and POST /v1/completions.
 
-from collections.abc import Sequence
+Both routes validate and preprocess their own kind of body into `GenerationRequest`s. The rest is
+shared: admission, generation, and a response that is either one JSON body or a stream of
+server-sent events. However a request ends, its sequences are freed and its usage is recorded.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from faasmoe_router.api.activation import RequestActivator, queue_until_activated
-from faasmoe_router.api.auth import TenantAdmission, get_caller, record_outcome_on_error
+from faasmoe_router.api.admission import (
+    RequestActivator,
+    TenantAdmission,
+    queue_until_activated,
+    record_outcome_on_error,
+)
 from faasmoe_router.api.errors import model_not_found
-from faasmoe_router.api.models import ServedModel
+from faasmoe_router.api.middleware import get_caller
 from faasmoe_router.api.openapi import ChatCompletionResponse, CompletionResponse, json_responses
 from faasmoe_router.api.preprocessing import Preprocessor
 from faasmoe_router.api.protocol import (
@@ -37,10 +46,28 @@ from faasmoe_router.api.tool_calling import resolve_tool_calling
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import Generation, GenerationRequest
 from faasmoe_router.errors import EngineUnavailable
-from faasmoe_router.tenants.caller import Caller
+from faasmoe_router.tenants.service import Caller
 
 ERROR_STATUSES = (400, 404, 413, 429, 500, 503)
-CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for it; seen by middleware only
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model that this router serves.
+
+    Attributes:
+        name: the name that requests give it.
+        fingerprint: identifies its weights and the numerics they run with; None if unknown.
+    """
+
+    name: str
+    fingerprint: str | None = None
+
+    @property
+    def extra_fields(self) -> Mapping[str, str]:
+        """Fields of every response that this model generates."""
+        return {} if self.fingerprint is None else {"system_fingerprint": self.fingerprint}
 
 
 def completion_routes(
@@ -50,41 +77,94 @@ def completion_routes(
     activator: RequestActivator,
     tenant_admission: TenantAdmission,
 ) -> APIRouter:
-    """Return the routes that generate."""
+    """Return the routes that generate text."""
     router = APIRouter()
     preprocessor = Preprocessor(engine)
+    generator = _ResponseGenerator(
+        engine,
+        served_model=served_model,
+        activator=activator,
+        tenant_admission=tenant_admission,
+    )
 
     def check_request(body: CompletionRequestBase, caller: Caller) -> None:
         if body.model not in caller.model_names(served_model.name):
             raise model_not_found(body.model)
         body.check_params()
 
-    async def generate_response(
+    @router.post(
+        "/v1/chat/completions",
+        responses=json_responses(ChatCompletionResponse, *ERROR_STATUSES, is_streamable=True),
+    )
+    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+        """Generate the next message of a conversation."""
+        caller = get_caller(request)
+        check_request(body, caller)
+        tool_config = resolve_tool_calling(body, engine.tokenizer)
+        requests = await preprocessor.build_chat_requests(body, tool_config, caller)
+        formatter = ChatChoiceFormatter(_logprob_token_bytes(engine, body), tool_config)
+        return await generator.respond(request, body, requests, formatter)
+
+    @router.post(
+        "/v1/completions",
+        responses=json_responses(CompletionResponse, *ERROR_STATUSES, is_streamable=True),
+    )
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        """Generate the continuation of one or several prompts."""
+        caller = get_caller(request)
+        check_request(body, caller)
+        requests = await preprocessor.build_completion_requests(body, caller)
+        echoed_prompts = _echoed_prompts(engine, body, requests) if body.echo else None
+        formatter = CompletionChoiceFormatter(_logprob_token_bytes(engine, body), echoed_prompts)
+        return await generator.respond(request, body, requests, formatter)
+
+    return router
+
+
+class _ResponseGenerator:
+    """Admits a preprocessed request, generates its choices and responds, whole or streamed."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        served_model: ServedModel,
+        activator: RequestActivator,
+        tenant_admission: TenantAdmission,
+    ) -> None:
+        self._engine = engine
+        self._served_model = served_model
+        self._activator = activator
+        self._tenant_admission = tenant_admission
+
+    async def respond(
+        self,
         request: Request,
         body: CompletionRequestBase,
         requests: Sequence[GenerationRequest],
         formatter: ChoiceFormatter,
     ) -> Response:
-        if not engine.is_ready:
+        """Return the response to a request; raises RouterError if it is not admitted.
+
+        Args:
+            request: the HTTP request.
+            body: its validated body.
+            requests: one generation request per choice of each prompt.
+            formatter: formats the choices.
+        """
+        if not self._engine.is_ready:
             raise EngineUnavailable("the engine is starting")
         caller = get_caller(request)
         n_prompt_tokens = sum(len(r.prompt_token_ids) for r in requests) // (body.n or 1)
-        meta = ResponseMeta(
-            formatter.id_prefix,
-            body.model,
-            {**served_model.extra_fields, **body.extra_response_fields},
-        )
-        builder = ResponseBuilder(
-            formatter, meta, RequestCounts(n_prompt_tokens, len(requests), body.n or 1)
-        )
-        usage_recorder = tenant_admission.admit(caller, requests, n_prompt=n_prompt_tokens)
-        queue_slot = partial(tenant_admission.queue_slot, caller)
+        builder = self._response_builder(body, formatter, n_prompt_tokens, len(requests))
+        usage_recorder = self._tenant_admission.admit(caller, requests, n_prompt=n_prompt_tokens)
+        queue_slot = partial(self._tenant_admission.queue_slot, caller)
         try:
             with record_outcome_on_error(usage_recorder):
                 headers = await queue_until_activated(
-                    activator, request, requests, queue_slot=queue_slot
+                    self._activator, request, requests, queue_slot=queue_slot
                 )
-                generation = engine.generate(
+                generation = self._engine.generate(
                     requests, tenant=caller.tenant, usage_recorder=usage_recorder
                 )
                 response = await _to_http_response(builder, generation, request, body)
@@ -93,46 +173,19 @@ def completion_routes(
         response.headers.update({**headers, **usage_recorder.headers})
         return response
 
-    @router.post(
-        "/v1/chat/completions",
-        responses=json_responses(ChatCompletionResponse, *ERROR_STATUSES, is_streamable=True),
-    )
-    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
-        """Continue a conversation."""
-        caller = get_caller(request)
-        check_request(body, caller)
-        tool_config = resolve_tool_calling(body, engine.tokenizer)
-        requests = await preprocessor.build_chat_requests(body, tool_config, caller)
-        formatter = ChatChoiceFormatter(_logprob_token_bytes(engine, body), tool_config)
-        return await generate_response(request, body, requests, formatter)
-
-    @router.post(
-        "/v1/completions",
-        responses=json_responses(CompletionResponse, *ERROR_STATUSES, is_streamable=True),
-    )
-    async def create_completion(body: CompletionRequest, request: Request) -> Response:
-        """Continue texts."""
-        caller = get_caller(request)
-        check_request(body, caller)
-        requests = await preprocessor.build_completion_requests(body, caller)
-        echoed_prompts = _echoed_prompts(engine, body, requests) if body.echo else None
-        formatter = CompletionChoiceFormatter(_logprob_token_bytes(engine, body), echoed_prompts)
-        return await generate_response(request, body, requests, formatter)
-
-    return router
-
-
-def _logprob_token_bytes(engine: Engine, body: CompletionRequestBase) -> TokenBytes | None:
-    return None if body.n_logprobs is None else engine.vocabulary.token_bytes
-
-
-def _echoed_prompts(
-    engine: Engine, body: CompletionRequest, requests: Sequence[GenerationRequest]
-) -> list[str]:
-    """Return the prompt of each choice as text, word for word where it came as text."""
-    prompts = [p if isinstance(p, str) else engine.tokenizer.decode(p) for p in body.prompt]
-    n = len(requests) // len(prompts)
-    return [prompt for prompt in prompts for _ in range(n)]
+    def _response_builder(
+        self,
+        body: CompletionRequestBase,
+        formatter: ChoiceFormatter,
+        n_prompt_tokens: int,
+        n_choices: int,
+    ) -> ResponseBuilder:
+        extra_fields = {**self._served_model.extra_fields, **body.extra_response_fields}
+        return ResponseBuilder(
+            formatter,
+            ResponseMeta(formatter.id_prefix, body.model, extra_fields),
+            RequestCounts(n_prompt_tokens, n_choices, body.n or 1),
+        )
 
 
 async def _to_http_response(
@@ -142,9 +195,19 @@ async def _to_http_response(
         options = body.stream_options or StreamOptions()
         return EventStreamResponse(builder.stream_chunks(generation, options), generation)
     try:
-        full_response: dict[str, Any] = await run_until_disconnect(
-            request, builder.full_response(generation)
-        )
+        return JSONResponse(await run_until_disconnect(request, builder.full_response(generation)))
     finally:
         generation.cancel()
-    return JSONResponse(full_response)
+
+
+def _logprob_token_bytes(engine: Engine, body: CompletionRequestBase) -> TokenBytes | None:
+    return None if body.n_logprobs is None else engine.vocabulary.token_bytes
+
+
+def _echoed_prompts(
+    engine: Engine, body: CompletionRequest, requests: Sequence[GenerationRequest]
+) -> list[str]:
+    """Return the prompt text of each choice: verbatim if given as text, decoded if as tokens."""
+    prompts = [p if isinstance(p, str) else engine.tokenizer.decode(p) for p in body.prompt]
+    n = len(requests) // len(prompts)
+    return [prompt for prompt in prompts for _ in range(n)]

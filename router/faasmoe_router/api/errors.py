@@ -1,4 +1,9 @@
-"""Errors as OpenAI's API tells them: every answer that is not a success has this one shape."""
+"""OpenAI-shaped error responses.
+
+Every unsuccessful response has the body `{"error": {"message", "type", "param", "code"}}`. This
+module maps the router's exceptions, FastAPI's validation errors and Starlette's HTTP exceptions to
+it, and quotes client input safely. Messages name the field, what it got and what it expected.
+"""
 
 import json
 import math
@@ -28,7 +33,7 @@ from faasmoe_router.errors import (
 RETRY_AFTER_S = 1
 MAX_QUOTED_INPUT_LENGTH = 80
 
-# Router errors that reach the API: status, type, code.
+# Router errors that reach clients: HTTP status, type, code. The first matching class wins.
 _ROUTER_ERROR_RESPONSES: Mapping[type[RouterError], tuple[int, str, str]] = {
     EngineQueueFull: (429, "rate_limit_error", "rate_limit_exceeded"),
     ActivationQueueFull: (429, "rate_limit_error", "rate_limit_exceeded"),
@@ -38,7 +43,7 @@ _ROUTER_ERROR_RESPONSES: Mapping[type[RouterError], tuple[int, str, str]] = {
     ActivationTimeout: (503, "server_error", "service_unavailable"),
     StoreCorrupted: (503, "server_error", "model_damaged"),
     EngineUnavailable: (503, "server_error", "service_unavailable"),
-    NoTokenAllowed: (400, "invalid_request_error", "invalid_value"),  # before its base
+    NoTokenAllowed: (400, "invalid_request_error", "invalid_value"),  # before its base class
     GenerationFailed: (500, "server_error", "internal_error"),
 }
 
@@ -50,7 +55,15 @@ _HTTP_ERROR_CODES: Mapping[int, str] = {
 
 
 class ApiError(Exception):
-    """A refusal, ready to be told."""
+    """An error response to the client.
+
+    Attributes:
+        status: the HTTP status.
+        error_type: OpenAI's `type`.
+        param: the path of the offending field, such as `messages[0].content`.
+        code: OpenAI's `code`.
+        headers: additional response headers.
+    """
 
     def __init__(
         self,
@@ -71,30 +84,30 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON object that tells it."""
-        return error_body(str(self), error_type=self.error_type, param=self.param, code=self.code)
+        """The JSON body of the response."""
+        return {
+            "error": {
+                "message": str(self),
+                "type": self.error_type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
     def response(self) -> JSONResponse:
-        """The HTTP response that tells it."""
+        """Return the HTTP response, with retry headers that fit its status."""
         headers = {**self._default_retry_headers(), **self.headers}
         return JSONResponse(self.body, status_code=self.status, headers=headers)
 
     def _default_retry_headers(self) -> dict[str, str]:
         if self.status in (429, 503):
             return {"Retry-After": str(RETRY_AFTER_S)}
-        # OpenAI's client would try again after any status from 500.
+        # OpenAI's client retries every status >= 500; a retry cannot succeed here.
         return {"X-Should-Retry": "false"} if self.status == 501 else {}
 
 
-def error_body(
-    message: str, *, error_type: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """Return OpenAI's error object."""
-    return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
-
-
 def internal_error() -> ApiError:
-    """Return what a client is told of a fault of ours: that it was one, and no more."""
+    """Return the error for an unexpected failure; it reveals no internals."""
     return ApiError(
         "The server had an error while processing your request.",
         status=500,
@@ -104,7 +117,7 @@ def internal_error() -> ApiError:
 
 
 def from_router_error(error: RouterError) -> ApiError:
-    """Return what a client is told of an error of the router."""
+    """Return the API error of a router error; an unmapped one becomes an internal error."""
     for error_class, (status, error_type, code) in _ROUTER_ERROR_RESPONSES.items():
         if isinstance(error, error_class):
             headers = _rate_limit_headers(error) if isinstance(error, RateLimitExceeded) else {}
@@ -118,8 +131,27 @@ def _rate_limit_headers(error: RateLimitExceeded) -> dict[str, str]:
     return {**error.headers, "Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
 
 
+def invalid_value(param: str, reason: str) -> ApiError:
+    """Return the error for a field whose value is not acceptable."""
+    return ApiError(f"Invalid value for '{param}': {reason}.", param=param, code="invalid_value")
+
+
+def unsupported_param(param: str, reason: str = "is not supported by this server") -> ApiError:
+    """Return the error for a known parameter that cannot be honoured."""
+    return ApiError(
+        f"Unsupported parameter: '{param}' {reason}.", param=param, code="unsupported_parameter"
+    )
+
+
+def missing_param(param: str) -> ApiError:
+    """Return the error for a required field that is absent."""
+    return ApiError(
+        f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter"
+    )
+
+
 def model_not_found(name: str) -> ApiError:
-    """Return the refusal of a model that is not served here."""
+    """Return the error for a model name that this server does not serve."""
     return ApiError(
         f"The model `{quote_input(name)}` does not exist.",
         status=404,
@@ -129,7 +161,7 @@ def model_not_found(name: str) -> ApiError:
 
 
 def from_validation_errors(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """Return the refusal of a body that does not have the right shape: its first fault."""
+    """Return the API error of the first of pydantic's validation errors."""
     first = errors[0]
     if first["type"] == "json_invalid":
         detail = first.get("ctx", {}).get("error", "not JSON")
@@ -142,21 +174,17 @@ def from_validation_errors(errors: Sequence[Mapping[str, Any]]) -> ApiError:
             code="invalid_type",
         )
     if first["type"] == "missing":
-        return ApiError(
-            f"Missing required parameter: '{param}'.",
-            param=param,
-            code="missing_required_parameter",
-        )
-    kind = "type" if first["type"].endswith(("_type", "_unicode")) else "value"
+        return missing_param(param)
+    fault = "type" if first["type"].endswith(("_type", "_unicode")) else "value"
     return ApiError(
-        f"Invalid {kind} for '{param}': {first['msg']}, got {_quote_json(first['input'])}.",
+        f"Invalid {fault} for '{param}': {first['msg']}, got {_quote_json(first['input'])}.",
         param=param,
-        code=f"invalid_{kind}",
+        code=f"invalid_{fault}",
     )
 
 
 def param_path(loc: Iterable[str | int]) -> str | None:
-    """Return a field's path as OpenAI writes it, such as messages[0].content."""
+    """Return a field's path in OpenAI's notation, such as messages[0].content."""
     path = ""
     for part in loc:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
@@ -164,10 +192,10 @@ def param_path(loc: Iterable[str | int]) -> str | None:
 
 
 def quote_input(text: str) -> str:
-    """Return a text as it may be shown in a message: short, on one line, of whole characters."""
-    short = text[:MAX_QUOTED_INPUT_LENGTH]
-    printable = "".join(c if c.isprintable() else _escape_character(c) for c in short)
-    return printable if short == text else printable + "..."
+    """Return client input for a message: truncated to 80 characters, unprintable ones escaped."""
+    truncated = text[:MAX_QUOTED_INPUT_LENGTH]
+    printable = "".join(c if c.isprintable() else _escape_character(c) for c in truncated)
+    return printable if truncated == text else printable + "..."
 
 
 def _escape_character(character: str) -> str:
@@ -175,7 +203,7 @@ def _escape_character(character: str) -> str:
 
 
 def _quote_json(value: object) -> str:
-    """Return a field's value as the client wrote it, so that "4" is told from 4."""
+    """Return a field's value as JSON, so that the string "4" and the number 4 look different."""
     try:
         return quote_input(json.dumps(value, ensure_ascii=False))
     except RecursionError:
@@ -189,7 +217,7 @@ def _invalid_json(reason: str) -> ApiError:
 
 
 def _from_json_parse_error(error: BaseException) -> ApiError:
-    """Return the refusal of a body that the JSON parser gave up on, by what it gave up with."""
+    """Return the API error of an exception that Python's JSON parser raised."""
     if isinstance(error, RecursionError):
         return _invalid_json("it is nested too deeply")
     if isinstance(error, UnicodeDecodeError):
@@ -201,7 +229,7 @@ def _from_json_parse_error(error: BaseException) -> ApiError:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Make the app tell every error in OpenAI's shape."""
+    """Make the app answer every exception with an OpenAI-shaped error."""
 
     async def handle_api_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
@@ -231,7 +259,7 @@ def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
     url = quote_input(f"{request.method} {request.url.path}")
     messages = {
         404: f"Unknown request URL: {url}.",
-        405: f"Not allowed: {url}.",
+        405: f"Method not allowed: {url}.",
     }
     message = messages.get(error.status_code, str(error.detail))
     code = _HTTP_ERROR_CODES.get(error.status_code)

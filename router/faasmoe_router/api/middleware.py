@@ -1,16 +1,34 @@
-"""What goes around every request: an id, a bound on its body, and an answer whatever happens."""
+"""ASGI middleware: request context outermost, then API key authentication and tenant paths.
+
+Request context is a request ID, a body size limit, and a 500 response for unhandled exceptions; as
+the outermost middleware it also covers its own errors and those of authentication. The log of a
+failure names the ID that the client received.
+
+Authentication: `/v1/...` accepts the key of any tenant; `/{tenant}/v1/...` accepts only that
+tenant's keys and is rewritten to `/v1/...`, so both are served by the same routes. Every failure
+(no key, a wrong or revoked one, another tenant's, an unknown tenant) gets the same response in the
+same time, so that neither keys nor tenant names can be probed.
+"""
+
+from __future__ import annotations
 
 import logging
+import re
 import string
 import uuid
+from typing import Protocol
 
+from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from faasmoe_router.api.errors import ApiError, internal_error
+from faasmoe_router.api.openapi import UNAUTHENTICATED_PATHS
+from faasmoe_router.tenants.service import ANONYMOUS, Caller
 
 logger = logging.getLogger(__name__)
+
 
 REQUEST_ID_HEADER = "X-Request-Id"
 MAX_REQUEST_ID_LENGTH = 128
@@ -18,14 +36,19 @@ _REQUEST_ID_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_.:/
 
 
 class RequestContextMiddleware:
-    """ASGI middleware: X-Request-Id, 413 for large bodies, 500 without internals."""
+    """ASGI middleware that adds X-Request-Id, answers 413 to large bodies, and 500 to failures.
+
+    Args:
+        app: the wrapped ASGI app.
+        max_body_bytes: the largest accepted body, declared or received.
+    """
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
+        """Handle one ASGI connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -38,12 +61,14 @@ class RequestContextMiddleware:
                 await self._app(scope, _BoundedReceive(receive, self._max_body_bytes), sender.send)
         except Exception:
             if sender.has_started:
-                raise  # the server cuts the connection, which is all that can still be told
+                raise  # too late for an error response: the server closes the connection
             logger.exception("Request %s failed", sender.request_id)
             await internal_error().response()(scope, receive, sender.send)
 
 
 class _ResponseSender:
+    """An ASGI send callable that adds the request ID to the response's headers."""
+
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
         self.request_id = request_id
@@ -57,7 +82,7 @@ class _ResponseSender:
 
 
 class _BoundedReceive:
-    """A receive function that counts, for bodies that do not declare their length."""
+    """An ASGI receive callable that limits bodies without a Content-Length header."""
 
     def __init__(self, receive: Receive, max_bytes: int) -> None:
         self._receive = receive
@@ -74,7 +99,7 @@ class _BoundedReceive:
 
 def _body_too_large(max_bytes: int) -> ApiError:
     return ApiError(
-        f"The body of your request is too large: at most {max_bytes} bytes are read.",
+        f"The request body is too large: expected at most {max_bytes} bytes.",
         status=413,
         code="request_too_large",
     )
@@ -86,9 +111,72 @@ def _content_length(scope: Scope) -> int:
 
 
 def _request_id_from(headers: Headers) -> str:
+    """Return the client's request ID if it is usable, else a new one."""
     client_request_id = headers.get(REQUEST_ID_HEADER, "")
     if 0 < len(client_request_id) <= MAX_REQUEST_ID_LENGTH and _REQUEST_ID_CHARACTERS.issuperset(
         client_request_id
     ):
         return client_request_id
     return uuid.uuid4().hex
+
+
+_TENANT_PATH_PATTERN = re.compile(r"/([^/]+)(/v1(?:/.*)?)", re.DOTALL)
+
+
+class Authenticator(Protocol):
+    """Maps API keys to callers."""
+
+    def authenticate(self, tenant: str | None, api_key: str) -> Caller | None:
+        """Return the owner of a key; None if the key is invalid or not of `tenant`, if given."""
+
+
+class AuthMiddleware:
+    """ASGI middleware that rejects invalid API keys and sets `request.state.caller`."""
+
+    def __init__(self, app: ASGIApp, *, authenticator: Authenticator) -> None:
+        self._app = app
+        self._authenticator = authenticator
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope["type"] != "http" or scope["path"] in UNAUTHENTICATED_PATHS:
+            await self._app(scope, receive, send)
+            return
+        tenant, path = _split_tenant_path(scope["path"])
+        caller = self._authenticator.authenticate(tenant, _bearer_token(Headers(scope=scope)))
+        if caller is None:
+            await _invalid_api_key().response()(scope, receive, send)
+            return
+        state = {**scope.get("state", {}), "caller": caller}
+        tenant_scope = {**scope, "path": path, "raw_path": path.encode(), "state": state}
+        await self._app(tenant_scope, receive, send)
+
+
+def get_caller(request: Request) -> Caller:
+    """Return the authenticated caller; ANONYMOUS in a router without tenants."""
+    caller = getattr(request.state, "caller", ANONYMOUS)
+    assert isinstance(caller, Caller)
+    return caller
+
+
+def _invalid_api_key() -> ApiError:
+    return ApiError(
+        "Incorrect API key provided. Send one of your tenant's keys in the header "
+        "'Authorization: Bearer KEY'.",
+        status=401,
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def _split_tenant_path(path: str) -> tuple[str | None, str]:
+    """Return the tenant that a path names, or None, and the path without it."""
+    if path == "/v1" or path.startswith("/v1/"):
+        return None, path
+    match = _TENANT_PATH_PATTERN.fullmatch(path)
+    return (None, path) if match is None else (match[1], match[2])
+
+
+def _bearer_token(headers: Headers) -> str:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""

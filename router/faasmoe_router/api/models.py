@@ -1,39 +1,29 @@
-"""GET /v1/models and GET /v1/models/{id}: the one model that is served here, by its names."""
+"""GET /v1/models, /v1/models/{id} and /v1/usage: the served model, and a tenant's usage of it."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
 
-from faasmoe_router.api.auth import get_caller
-from faasmoe_router.api.errors import model_not_found
-from faasmoe_router.api.openapi import ModelCard, ModelList, json_responses
-from faasmoe_router.tenants.caller import Caller
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """The model that is served.
-
-    Attributes:
-        name: what requests call it.
-        fingerprint: tells its weights, and what they are computed with, from all others; None
-            where they are not known.
-    """
-
-    name: str
-    fingerprint: str | None = None
-
-    @property
-    def extra_fields(self) -> Mapping[str, str]:
-        """What every answer of it says."""
-        return {} if self.fingerprint is None else {"system_fingerprint": self.fingerprint}
+from faasmoe_router.api.admission import TenantAdmission
+from faasmoe_router.api.errors import ApiError, model_not_found
+from faasmoe_router.api.middleware import get_caller
+from faasmoe_router.api.openapi import (
+    ModelCard,
+    ModelList,
+    TenantUsageResponse,
+    json_responses,
+)
+from faasmoe_router.tenants.service import Caller
 
 
 def model_routes(*, model_name: str, max_model_len: int) -> APIRouter:
-    """Return the routes that describe the model."""
+    """Return the routes that describe the model.
+
+    Args:
+        model_name: the model's own name; a tenant may have an alias for it.
+        max_model_len: the engine's context length in tokens; a tenant's may be shorter.
+    """
     router = APIRouter()
     created_s = int(time.time())
 
@@ -50,7 +40,7 @@ def model_routes(*, model_name: str, max_model_len: int) -> APIRouter:
 
     @router.get("/v1/models", response_model=None, responses=json_responses(ModelList, 500))
     async def list_models(request: Request) -> dict[str, Any]:
-        """List the names that the caller may call the model."""
+        """List the model under each name that the caller may use."""
         caller = get_caller(request)
         names = caller.model_names(model_name)
         return {"object": "list", "data": [model_card(name, caller) for name in names]}
@@ -66,5 +56,26 @@ def model_routes(*, model_name: str, max_model_len: int) -> APIRouter:
         if model_id not in caller.model_names(model_name):
             raise model_not_found(model_id)
         return model_card(model_id, caller)
+
+    return router
+
+
+def usage_routes(tenant_admission: TenantAdmission) -> APIRouter:
+    """Return the route that reports a tenant's usage."""
+    router = APIRouter()
+
+    @router.get(
+        "/v1/usage", response_model=None, responses=json_responses(TenantUsageResponse, 404, 500)
+    )
+    async def get_usage(request: Request) -> dict[str, Any]:
+        """Return the usage of the caller's tenant, summed over all routers."""
+        tenant_usage = tenant_admission.usage(get_caller(request))
+        if tenant_usage is None:
+            raise ApiError(
+                "Usage is not recorded: this router has no tenants.",
+                status=404,
+                code="not_found",
+            )
+        return tenant_usage
 
     return router

@@ -1,6 +1,7 @@
-"""What answers look like, for the app's OpenAPI. They are built by hand, without these models.
+"""The app's OpenAPI schema: response models and error responses.
 
-The app's OpenAPI: each route says what it answers, errors included, as clients will see it.
+The models only document responses, which the routes build as plain dicts. The schema lists each
+route's errors in OpenAI's shape and drops FastAPI's own 422.
 """
 
 from collections.abc import Mapping
@@ -10,16 +11,19 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, Field
 
+# For probes and Prometheus. Only /v1 and /{tenant}/v1 are exposed to tenants.
+UNAUTHENTICATED_PATHS = frozenset({"/health", "/ping", "/version", "/metrics"})
+
 NonNegativeInt = Annotated[int, Field(ge=0)]
 FinishReason = Literal["stop", "length", "tool_calls"]
 StopReason = Annotated[
     str | int | None,
-    Field(description="The stop string or stop token of the request that ended the text, if any."),
+    Field(description="The request's stop string or stop token that ended the text, if any."),
 ]
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong."""
+    """What went wrong."""
 
     message: str
     type: str
@@ -28,22 +32,22 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """An error, as OpenAI's API tells it."""
+    """OpenAI's error object."""
 
     error: ErrorDetail
 
 
 class PromptTokensDetails(BaseModel):
-    """What kinds of tokens prompts had."""
+    """A breakdown of the prompt tokens."""
 
     audio_tokens: NonNegativeInt
     cached_tokens: Annotated[
-        int, Field(ge=0, description="Tokens that the tenant's own earlier prompts left cached.")
+        int, Field(ge=0, description="Tokens cached from earlier prompts of the same tenant.")
     ]
 
 
 class CompletionTokensDetails(BaseModel):
-    """What kinds of tokens were generated."""
+    """A breakdown of the generated tokens."""
 
     accepted_prediction_tokens: NonNegativeInt
     audio_tokens: NonNegativeInt
@@ -52,7 +56,7 @@ class CompletionTokensDetails(BaseModel):
 
 
 class UsageInfo(BaseModel):
-    """The tokens of one request."""
+    """The token counts of one request."""
 
     prompt_tokens: NonNegativeInt
     completion_tokens: NonNegativeInt
@@ -62,7 +66,7 @@ class UsageInfo(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """A token that was likely."""
+    """A candidate token."""
 
     token: str
     logprob: float
@@ -70,27 +74,27 @@ class TopLogprob(BaseModel):
 
 
 class ChatTokenLogprob(TopLogprob):
-    """The token that was chosen."""
+    """The sampled token and the likeliest candidates."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatCompletionLogprobs(BaseModel):
-    """The log-probabilities of a message."""
+    """The log-probabilities of a message's tokens."""
 
     content: list[ChatTokenLogprob]
     refusal: None
 
 
 class FunctionCall(BaseModel):
-    """A function that is called."""
+    """The function of a tool call; `arguments` is JSON text."""
 
     name: str
     arguments: str
 
 
 class ToolCall(BaseModel):
-    """A call that the assistant makes."""
+    """A tool call by the assistant."""
 
     id: str
     type: Literal["function"]
@@ -98,7 +102,7 @@ class ToolCall(BaseModel):
 
 
 class ResponseMessage(BaseModel):
-    """What the assistant says."""
+    """The assistant's message."""
 
     role: Literal["assistant"]
     content: str | None
@@ -107,7 +111,7 @@ class ResponseMessage(BaseModel):
 
 
 class ChatCompletionChoice(BaseModel):
-    """One answer of several."""
+    """One choice of a chat completion."""
 
     index: NonNegativeInt
     message: ResponseMessage
@@ -126,14 +130,14 @@ class _CompletionResponseBase(BaseModel):
 
 
 class ChatCompletionResponse(_CompletionResponseBase):
-    """The continuation of a conversation."""
+    """The response of POST /v1/chat/completions."""
 
     object: Literal["chat.completion"]
     choices: list[ChatCompletionChoice]
 
 
 class CompletionLogprobs(BaseModel):
-    """The log-probabilities of a text."""
+    """The log-probabilities of a text's tokens, in OpenAI's legacy form."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -142,7 +146,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One text of several."""
+    """One choice of a text completion."""
 
     index: NonNegativeInt
     text: str
@@ -152,14 +156,14 @@ class CompletionChoice(BaseModel):
 
 
 class CompletionResponse(_CompletionResponseBase):
-    """The continuation of texts."""
+    """The response of POST /v1/completions."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
 
 
 class ModelCard(BaseModel):
-    """The model, by one of its names."""
+    """The model under one of its names."""
 
     id: str
     object: Literal["model"]
@@ -171,7 +175,7 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The names that the caller may call the model."""
+    """The model under each name that the caller may use."""
 
     object: Literal["list"]
     data: list[ModelCard]
@@ -187,13 +191,13 @@ class TokenizeResponse(BaseModel):
 
 
 class DetokenizeResponse(BaseModel):
-    """The text of tokens."""
+    """The text of a list of tokens."""
 
     prompt: str
 
 
 class TenantUsageResponse(BaseModel):
-    """What a tenant has used."""
+    """The usage of a tenant since a point in time, in seconds since the epoch."""
 
     object: Literal["usage"]
     tenant: str
@@ -212,7 +216,7 @@ class TenantUsageResponse(BaseModel):
 
 
 class HealthResponse(BaseModel):
-    """That all is well."""
+    """The server is healthy."""
 
     status: Literal["ok"]
 
@@ -225,12 +229,11 @@ class VersionResponse(BaseModel):
 
 RouteResponses = dict[int | str, dict[str, Any]]
 
-
 _STATUS_DESCRIPTIONS: Mapping[int, str] = {
     400: "Invalid request or unsupported parameter; `param` names it.",
     401: "The API key is missing or invalid.",
-    404: "There is no such model, account or path.",
-    413: "The body is too large.",
+    404: "No such model, usage record or path.",
+    413: "The request body is too large.",
     429: "The tenant's rate limit is exceeded, or the queue is full.",
     500: "Internal server error.",
     501: "Not implemented by this server.",
@@ -239,7 +242,6 @@ _STATUS_DESCRIPTIONS: Mapping[int, str] = {
 _RETRY_AFTER_HEADER = {
     "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}
 }
-_UNAUTHENTICATED_PATHS = ("/health", "/ping", "/version", "/metrics")
 _ERROR_SCHEMA_REF = {"$ref": f"#/components/schemas/{ErrorResponse.__name__}"}
 _API_KEY_SCHEME = {
     "type": "http",
@@ -249,19 +251,19 @@ _API_KEY_SCHEME = {
 
 
 def error_responses(*statuses: int) -> RouteResponses:
-    """Return these errors as a route's responses."""
+    """Return the documentation of error statuses, for a route's `responses`."""
     return {status: _error_response(status) for status in statuses}
 
 
 def json_responses(
     response_model: type[BaseModel], *statuses: int, is_streamable: bool = False
 ) -> RouteResponses:
-    """Return a route's responses: what it answers with if all is well, and these errors.
+    """Return the `responses` of a route that returns JSON.
 
     Args:
-        response_model: the model of the response.
-        statuses: the errors' statuses.
-        is_streamable: whether the response may be a stream of events instead.
+        response_model: the model of the 200 response.
+        statuses: the possible error statuses.
+        is_streamable: whether the 200 response may be a stream of server-sent events instead.
     """
     event_stream = {"text/event-stream": {"schema": {"type": "string"}}}
     success: dict[str, Any] = {
@@ -272,7 +274,11 @@ def json_responses(
 
 
 def text_error_responses(*statuses: int) -> RouteResponses:
-    """Return these errors as the responses of a route that answers with text if all is well."""
+    """Return the error `responses` of a route whose 200 response is plain text.
+
+    FastAPI documents a model under the route's own media type, so the schema is referenced
+    explicitly as JSON.
+    """
     content = {"application/json": {"schema": _ERROR_SCHEMA_REF}}
     return {
         status: {"description": _STATUS_DESCRIPTIONS[status], "content": content}
@@ -281,11 +287,11 @@ def text_error_responses(*statuses: int) -> RouteResponses:
 
 
 def install_openapi(app: FastAPI, *, requires_api_key: bool) -> None:
-    """Let the app's OpenAPI say what is answered.
+    """Replace the app's OpenAPI schema with one that documents this module's responses.
 
     Args:
-        app: the app, all of its routes included.
-        requires_api_key: whether requests need a key.
+        app: the app, with all of its routes.
+        requires_api_key: whether routes outside `UNAUTHENTICATED_PATHS` need an API key.
     """
 
     def openapi() -> dict[str, Any]:
@@ -300,9 +306,9 @@ def _build_schema(app: FastAPI, *, requires_api_key: bool) -> dict[str, Any]:
     schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
     for path, methods in schema["paths"].items():
         for operation in methods.values():
-            # FastAPI's own answer to a body of the wrong shape; ours is a 400.
+            # FastAPI's validation error; this app answers 400 instead.
             operation["responses"].pop("422", None)
-            if requires_api_key and path not in _UNAUTHENTICATED_PATHS:
+            if requires_api_key and path not in UNAUTHENTICATED_PATHS:
                 operation["security"] = [{"key": []}]
                 operation["responses"]["401"] = text_error_responses(401)[401]
     for name in ("HTTPValidationError", "ValidationError"):

@@ -1,6 +1,8 @@
-"""From a request's parameters to how each of its choices is generated.
+"""From a validated request body to the engine's generation requests.
 
-From a checked request to what the engine generates from: tokens and limits.
+Renders chat templates, tokenizes, checks the limits of the model and of the caller, compiles
+grammars, and builds one `GenerationRequest` per choice of each prompt. Whatever can be rejected
+without tokenizing is rejected first: tokenizing a long text takes seconds.
 """
 
 import asyncio
@@ -8,7 +10,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from faasmoe_router.api.errors import ApiError
+from faasmoe_router.api.errors import ApiError, invalid_value, unsupported_param
 from faasmoe_router.api.protocol import (
     ChatCompletionRequest,
     ChatMessage,
@@ -17,20 +19,120 @@ from faasmoe_router.api.protocol import (
 )
 from faasmoe_router.api.structured_outputs import dump_json
 from faasmoe_router.api.tool_calling import ToolCallConfig
-from faasmoe_router.api.validation import unsupported_param
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import GenerationRequest, SamplingParams, StopConditions
 from faasmoe_router.engine.sampler import DrawParams, LogitBias, Penalties
 from faasmoe_router.engine.structured_output import CompiledGrammar, GrammarSource
 from faasmoe_router.engine.tokenizer import RESERVED_TEMPLATE_KWARGS, ChatTemplateOptions
 from faasmoe_router.errors import ChatTemplateError, GrammarError
-from faasmoe_router.tenants.caller import ANONYMOUS, Caller
+from faasmoe_router.tenants.service import ANONYMOUS, Caller
 
 SEED_BITS = 63
+MAX_CONCURRENT_TOKENIZATIONS = 2  # long texts must not take all cores from the engine
+
+
+class Preprocessor:
+    """Builds generation requests from request bodies; bound to one event loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._request_builder = GenerationRequestBuilder(engine)
+        self._tokenization_slots = asyncio.Semaphore(MAX_CONCURRENT_TOKENIZATIONS)
+
+    async def build_chat_requests(
+        self,
+        body: ChatCompletionRequest,
+        tool_config: ToolCallConfig | None,
+        caller: Caller = ANONYMOUS,
+    ) -> list[GenerationRequest]:
+        """Return one request per choice of a chat completion; raises ApiError."""
+        self._check_n_choices(body, n_prompts=1)
+        template_options = _chat_template_options(
+            body, tool_config, chat_template=self._engine.tokenizer.tool_chat_template
+        )
+        token_ids = await self.encode_chat(body.messages, template_options, caller)
+        return await self._request_builder.build(
+            body, [token_ids], caller, param="messages", tool_config=tool_config
+        )
+
+    async def build_completion_requests(
+        self, body: CompletionRequest, caller: Caller = ANONYMOUS
+    ) -> list[GenerationRequest]:
+        """Return one request per choice of each prompt, in that order; raises ApiError."""
+        self._check_n_choices(body, n_prompts=len(body.prompt))
+        for index, prompt in enumerate(body.prompt):
+            if isinstance(prompt, str):
+                self.check_text_size([prompt], param="prompt")
+            else:
+                self.check_token_ids(prompt, param=f"prompt[{index}]")
+        prompts = [
+            await self.encode(prompt) if isinstance(prompt, str) else prompt
+            for prompt in body.prompt
+        ]
+        return await self._request_builder.build(body, prompts, caller, param="prompt")
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]:
+        """Return the token IDs of a text, by default with the tokenizer's BOS token, if any."""
+        async with self._tokenization_slots:
+            return await asyncio.to_thread(
+                self._engine.tokenizer.encode, text, add_special_tokens=add_special_tokens
+            )
+
+    async def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        template_options: ChatTemplateOptions,
+        caller: Caller = ANONYMOUS,
+    ) -> Sequence[int]:
+        """Return the token IDs of a conversation, with the caller's system prompt if it has one.
+
+        Raises:
+            ApiError: a message is invalid, the texts are too long, or the chat template fails.
+        """
+        template_messages = [
+            m.to_template(f"messages[{index}]") for index, m in enumerate(messages)
+        ]
+        template_messages = caller.with_system_prompt(template_messages)
+        self.check_text_size(_message_texts(template_messages), param="messages")
+        self.check_text_size(map(dump_json, template_options.tools), param="tools")
+        try:
+            async with self._tokenization_slots:
+                return await asyncio.to_thread(
+                    self._engine.tokenizer.encode_chat, template_messages, template_options
+                )
+        except ChatTemplateError as error:
+            raise invalid_value("messages", str(error)) from error
+
+    def check_text_size(self, texts: Iterable[str], *, param: str) -> None:
+        """Raise ApiError if texts have too many bytes to fit into the context, however encoded."""
+        context_len = self._engine.limits.max_model_len
+        max_bytes = context_len * self._engine.tokenizer.max_token_bytes
+        size_bytes = sum(len(text.encode()) for text in texts)
+        if size_bytes > max_bytes:
+            raise ApiError(
+                f"This model's maximum context length is {context_len} tokens, at most {max_bytes} "
+                f"bytes of text. However, you requested {size_bytes} bytes in the {param}.",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def check_token_ids(self, token_ids: Sequence[int], *, param: str) -> None:
+        """Raise ApiError if a token ID is not in the vocabulary."""
+        _check_token_ids(token_ids, vocab_size=self._engine.vocab_size, param=param)
+
+    def _check_n_choices(self, body: CompletionRequestBase, *, n_prompts: int) -> None:
+        """Raise ApiError if even an idle engine could not hold this many choices."""
+        capacity = self._engine.limits.max_requests
+        n = body.n or 1
+        if n_prompts * n > capacity:
+            raise invalid_value(
+                "prompt" if n_prompts > capacity else "n",
+                f"got {n_prompts} prompts with n={n}, expected at most {capacity} choices in total",
+            )
 
 
 class GenerationRequestBuilder:
-    """Makes a request of the engine for each choice of a request of a client."""
+    """Builds the generation requests of tokenized prompts."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -44,21 +146,24 @@ class GenerationRequestBuilder:
         param: str,
         tool_config: ToolCallConfig | None = None,
     ) -> list[GenerationRequest]:
-        """Return a request for each choice of each prompt; raises ApiError.
+        """Return one request per choice of each prompt; choices get consecutive seeds.
 
         Args:
             body: the client's request.
-            prompts: the prompts' tokens.
-            caller: who asks.
-            param: the parameter that they came from.
-            tool_config: how tools are called, if they are.
+            prompts: the token IDs of each prompt.
+            caller: whose limits apply.
+            param: the parameter that holds the prompts, for errors.
+            tool_config: how the model calls tools; None if it may not.
+
+        Raises:
+            ApiError: a parameter does not fit the model or exceeds a limit.
         """
         context_len = caller.effective_max_model_len(self._engine.limits.max_model_len)
         max_tokens_per_prompt = [
             _resolve_max_tokens(body, len(ids), context_len, caller, param=param) for ids in prompts
         ]
         self._check_token_params(body)
-        bias = self._logit_bias(body)
+        logit_bias = self._logit_bias(body)
         grammar = await self._compiled_grammar(body, tool_config)
         if body.n_logprobs is not None:
             await self._prepare_vocabulary()
@@ -68,9 +173,9 @@ class GenerationRequestBuilder:
                 prompt_token_ids=tuple(ids),
                 max_tokens=max_tokens,
                 sampling_params=SamplingParams(
-                    draw=_sampling_params(body, seed + choice),
+                    draw=_draw_params(body, seed + choice),
                     penalties=_penalties(body),
-                    logit_bias=bias,
+                    logit_bias=logit_bias,
                     n_logprobs=body.n_logprobs,
                     grammar=grammar,
                 ),
@@ -95,20 +200,14 @@ class GenerationRequestBuilder:
         try:
             return await self._engine.grammar_compiler.compile(source)
         except GrammarError as error:
-            raise ApiError(
-                f"Invalid value for '{param}': unsupported or invalid schema: {error}.",
-                param=param,
-                code="invalid_value",
-            ) from error
+            raise invalid_value(param, f"unsupported or invalid schema: {error}") from error
 
     async def _prepare_vocabulary(self) -> None:
         try:
             await asyncio.to_thread(self._engine.vocabulary.prepare)
         except GrammarError as error:
-            raise ApiError(
-                f"Unsupported parameter: 'logprobs' is not supported here: {error}.",
-                param="logprobs",
-                code="unsupported_parameter",
+            raise unsupported_param(
+                "logprobs", f"is not supported by this server: {error}"
             ) from error
 
     def _check_token_params(self, body: CompletionRequestBase) -> None:
@@ -117,10 +216,11 @@ class GenerationRequestBuilder:
             ("allowed_token_ids", body.allowed_token_ids or ()),
             ("stop_token_ids", body.stop_token_ids or ()),
         ):
-            check_token_ids(ids, vocab_size=self._engine.vocab_size, param=name)
+            _check_token_ids(ids, vocab_size=self._engine.vocab_size, param=name)
 
     def _logit_bias(self, body: CompletionRequestBase) -> LogitBias:
-        words = {
+        """Return the bias; a bad word is forbidden with and without a leading space."""
+        bad_words = {
             tuple(
                 self._engine.tokenizer.encode(f"{space}{word.lstrip()}", add_special_tokens=False)
             )
@@ -130,21 +230,52 @@ class GenerationRequestBuilder:
         return LogitBias(
             biases=body.logit_bias,
             allowed_token_ids=body.allowed_token_ids or None,
-            bad_words_token_ids=tuple(sorted(word for word in words if word)),
+            bad_words_token_ids=tuple(sorted(word for word in bad_words if word)),
         )
 
 
-def check_token_ids(token_ids: Sequence[int], *, vocab_size: int, param: str) -> None:
-    """Refuse tokens that are too large; raises ApiError."""
+def template_variables(chat_template_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a request's chat template variables; raises ApiError if one has a reserved name."""
+    reserved = RESERVED_TEMPLATE_KWARGS.intersection(chat_template_kwargs or ())
+    if reserved:
+        raise invalid_value(
+            f"chat_template_kwargs.{min(reserved)}", "this template variable is reserved"
+        )
+    return dict(chat_template_kwargs or {})
+
+
+def _chat_template_options(
+    body: ChatCompletionRequest, tool_config: ToolCallConfig | None, *, chat_template: str
+) -> ChatTemplateOptions:
+    variables = template_variables(body.chat_template_kwargs)
+    if body.reasoning_effort is not None:
+        if "reasoning_effort" not in chat_template:
+            raise unsupported_param(
+                "reasoning_effort", "is not supported by this model's chat template"
+            )
+        variables["reasoning_effort"] = body.reasoning_effort
+    return ChatTemplateOptions(
+        tools=() if tool_config is None else tool_config.template_tools,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+        template_kwargs=variables,
+    )
+
+
+def _message_texts(messages: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    for message in messages:
+        yield message["content"]
+        for call in message.get("tool_calls", ()):
+            yield call["function"]["name"]
+            yield str(call["function"]["arguments"])
+
+
+def _check_token_ids(token_ids: Sequence[int], *, vocab_size: int, param: str) -> None:
     if token_ids and max(token_ids) >= vocab_size:
-        raise ApiError(
-            f"Invalid value for '{param}': expected tokens below {vocab_size}, got {max(token_ids)}.",
-            param=param,
-            code="invalid_value",
-        )
+        raise invalid_value(param, f"expected token IDs below {vocab_size}, got {max(token_ids)}")
 
 
-def _sampling_params(body: CompletionRequestBase, seed: int) -> DrawParams:
+def _draw_params(body: CompletionRequestBase, seed: int) -> DrawParams:
     return DrawParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
@@ -180,14 +311,21 @@ def _resolve_max_tokens(
     *,
     param: str,
 ) -> int:
+    """Return how many tokens each choice of a prompt may generate.
+
+    Args:
+        body: the client's request.
+        n_prompt_tokens: tokens of the prompt.
+        context_len: the most tokens of prompt and completion together.
+        caller: whose limits apply.
+        param: the parameter that holds the prompt, for errors.
+
+    Raises:
+        ApiError: the prompt is empty, or a limit of the model or the caller is exceeded.
+    """
     if n_prompt_tokens == 0:
-        raise ApiError(
-            f"Invalid value for '{param}': expected at least one token, got none.",
-            param=param,
-            code="invalid_value",
-        )
-    limit = body.token_limit
-    name, requested = limit if limit is not None else (param, None)
+        raise invalid_value(param, "expected at least one token, got none")
+    name, requested = body.token_limit or (param, None)
     if n_prompt_tokens + (requested or 1) > context_len:
         completion = "" if requested is None else f" and {requested} for the completion ({name})"
         raise ApiError(
@@ -200,190 +338,29 @@ def _resolve_max_tokens(
         body, caller, n_prompt_tokens=n_prompt_tokens, n_remaining=context_len - n_prompt_tokens
     )
     if (body.min_tokens or 0) > max_tokens:
-        raise ApiError(
-            f"Invalid value for 'min_tokens': expected at most {max_tokens}, got {body.min_tokens}.",
-            param="min_tokens",
-            code="invalid_value",
-        )
+        raise invalid_value("min_tokens", f"expected at most {max_tokens}, got {body.min_tokens}")
     return max_tokens
 
 
 def _permitted_max_tokens(
     body: CompletionRequestBase, caller: Caller, *, n_prompt_tokens: int, n_remaining: int
 ) -> int:
-    """Return how much a choice may generate of what is `left` of the context; raises ApiError.
+    """Return how many of the `n_remaining` tokens of the context each choice may generate.
 
-    What a caller asks for and may not have is refused; what it leaves open is what it may have.
+    A requested limit above the caller's is an ApiError; without one, the caller's limits apply.
     """
+    n = body.n or 1
     max_output_tokens = caller.max_output_tokens or n_remaining
     if body.token_limit is None:
-        max_request_tokens = caller.max_request_tokens or n_prompt_tokens + n_remaining * (
-            body.n or 1
-        )
-        return max(
-            1,
-            min(
-                n_remaining,
-                max_output_tokens,
-                (max_request_tokens - n_prompt_tokens) // (body.n or 1),
-            ),
-        )
+        max_request_tokens = caller.max_request_tokens or n_prompt_tokens + n_remaining * n
+        max_choice_tokens = (max_request_tokens - n_prompt_tokens) // n
+        return max(1, min(n_remaining, max_output_tokens, max_choice_tokens))
     name, requested = body.token_limit
     if requested > max_output_tokens:
         raise ApiError(
-            f"{name} is too large: {requested}. Your tenant may have at most {max_output_tokens} completion "
-            f"tokens, whereas you provided {requested}.",
+            f"{name} is too large: {requested}. Your tenant may generate at most "
+            f"{max_output_tokens} completion tokens, whereas you provided {requested}.",
             param=name,
             code="invalid_value",
         )
     return requested
-
-
-MAX_CONCURRENT_TOKENIZATIONS = 2  # at a time: long texts must not take every core from the engine
-
-
-class Preprocessor:
-    """Makes engine requests of bodies, within what the engine may hold; belongs to one loop.
-
-    What can be refused without the tokens is refused first: tokens of a long text take seconds.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._request_builder = GenerationRequestBuilder(engine)
-        self._tokenization_slots = asyncio.Semaphore(MAX_CONCURRENT_TOKENIZATIONS)
-
-    async def build_chat_requests(
-        self,
-        body: ChatCompletionRequest,
-        tool_config: ToolCallConfig | None,
-        caller: Caller = ANONYMOUS,
-    ) -> list[GenerationRequest]:
-        """Return a request for each choice of a chat completion; raises ApiError."""
-        self._check_n_choices(body, n_prompts=1)
-        chat_view = build_chat_view(
-            body, tool_config, template=self._engine.tokenizer.tool_chat_template
-        )
-        ids = await self.encode_chat(body.messages, chat_view, caller)
-        return await self._request_builder.build(
-            body, [ids], caller, param="messages", tool_config=tool_config
-        )
-
-    async def build_completion_requests(
-        self, body: CompletionRequest, caller: Caller = ANONYMOUS
-    ) -> list[GenerationRequest]:
-        """Return a request for each choice of each prompt of a completion; raises ApiError."""
-        self._check_n_choices(body, n_prompts=len(body.prompt))
-        for index, prompt in enumerate(body.prompt):
-            if isinstance(prompt, str):
-                self.check_text_size([prompt], param="prompt")
-            else:
-                self.check_token_ids(prompt, param=f"prompt[{index}]")
-        prompts = [
-            await self.encode(prompt) if isinstance(prompt, str) else prompt
-            for prompt in body.prompt
-        ]
-        return await self._request_builder.build(body, prompts, caller, param="prompt")
-
-    async def encode(self, text: str, *, special: bool = True) -> Sequence[int]:
-        """Return a text's tokens, with those that the tokenizer adds to a prompt."""
-        async with self._tokenization_slots:
-            return await asyncio.to_thread(
-                self._engine.tokenizer.encode, text, add_special_tokens=special
-            )
-
-    async def encode_chat(
-        self,
-        messages: Sequence[ChatMessage],
-        chat_view: ChatTemplateOptions,
-        caller: Caller = ANONYMOUS,
-    ) -> Sequence[int]:
-        """Return the tokens of a conversation; raises ApiError."""
-        template_messages = [
-            m.to_template(f"messages[{index}]") for index, m in enumerate(messages)
-        ]
-        template_messages = caller.with_system_prompt(template_messages)
-        self.check_text_size(_message_texts(template_messages), param="messages")
-        self.check_text_size(map(dump_json, chat_view.tools), param="tools")
-        try:
-            async with self._tokenization_slots:
-                return await asyncio.to_thread(
-                    self._engine.tokenizer.encode_chat, template_messages, chat_view
-                )
-        except ChatTemplateError as error:
-            raise ApiError(
-                f"Invalid 'messages' for this model: {error}",
-                param="messages",
-                code="invalid_value",
-            ) from error
-
-    def check_text_size(self, texts: Iterable[str], *, param: str) -> None:
-        """Refuse texts that no tokens could bring within the context; raises ApiError."""
-        context_len = self._engine.limits.max_model_len
-        max_bytes = context_len * self._engine.tokenizer.max_token_bytes
-        size_bytes = sum(len(text.encode()) for text in texts)
-        if size_bytes > max_bytes:
-            raise ApiError(
-                f"This model's maximum context length is {context_len} tokens, at most {max_bytes} "
-                f"bytes of text. However, you requested {size_bytes} bytes in the {param}.",
-                param=param,
-                code="context_length_exceeded",
-            )
-
-    def check_token_ids(self, token_ids: Sequence[int], *, param: str) -> None:
-        """Refuse tokens that the model does not have; raises ApiError."""
-        check_token_ids(token_ids, vocab_size=self._engine.vocab_size, param=param)
-
-    def _check_n_choices(self, body: CompletionRequestBase, *, n_prompts: int) -> None:
-        """Refuse what would not fit into an idle engine either: trying again is no use."""
-        capacity = self._engine.limits.max_requests
-        n = body.n or 1
-        if n_prompts * n <= capacity:
-            return
-        param = "prompt" if n_prompts > capacity else "n"
-        raise ApiError(
-            f"Invalid value for '{param}': got {n_prompts} prompts with n={n}, "
-            f"expected at most {capacity} choices in all.",
-            param=param,
-            code="invalid_value",
-        )
-
-
-def build_chat_view(
-    body: ChatCompletionRequest, tool_config: ToolCallConfig | None, *, template: str
-) -> ChatTemplateOptions:
-    """Return what a chat template is told besides the messages; raises ApiError."""
-    variables = template_variables(body.chat_template_kwargs)
-    if body.reasoning_effort is not None:
-        if "reasoning_effort" not in template:
-            raise unsupported_param(
-                "reasoning_effort", "is not supported by this model's chat template"
-            )
-        variables["reasoning_effort"] = body.reasoning_effort
-    return ChatTemplateOptions(
-        tools=() if tool_config is None else tool_config.template_tools,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        continue_final_message=bool(body.continue_final_message),
-        template_kwargs=variables,
-    )
-
-
-def template_variables(chat_template_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a chat template's variables as a request gives them; raises ApiError."""
-    reserved = RESERVED_TEMPLATE_KWARGS.intersection(chat_template_kwargs or ())
-    if reserved:
-        param = f"chat_template_kwargs.{min(reserved)}"
-        raise ApiError(
-            f"Invalid value for '{param}': this template variable is reserved.",
-            param=param,
-            code="invalid_value",
-        )
-    return dict(chat_template_kwargs or {})
-
-
-def _message_texts(messages: Iterable[Mapping[str, Any]]) -> Iterable[str]:
-    for message in messages:
-        yield message["content"]
-        for call in message.get("tool_calls", ()):
-            yield call["function"]["name"]
-            yield str(call["function"]["arguments"])

@@ -1,11 +1,9 @@
-"""The tools of a request: what may be called, and what is to be.
+"""The request bodies of chat completions and text completions.
 
-The messages of a conversation, and what a chat template takes of them.
-
-The bodies of requests, as strict as OpenAI's: a bool is no number and "1" is none either.
-
-Parameters that are known but not honoured are refused when they ask for something; what is unknown
-is ignored, as clients send it.
+Validation is as strict as OpenAI's: a bool is not a number, and neither is "1". Fields that a model
+does not declare are kept in `model_extra`; known but unsupported ones are rejected by
+`check_params`, unknown ones are ignored. Nothing here depends on the served model: checks that need
+its tokenizer or context length are in `preprocessing`.
 """
 
 import json
@@ -15,8 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
-from faasmoe_router.api import validation
-from faasmoe_router.api.errors import ApiError
+from faasmoe_router.api.errors import ApiError, invalid_value, missing_param, unsupported_param
 from faasmoe_router.api.structured_outputs import (
     GuidedChoice,
     GuidedGrammar,
@@ -28,6 +25,8 @@ from faasmoe_router.api.structured_outputs import (
     dump_json,
 )
 from faasmoe_router.api.validation import (
+    UNSUPPORTED_CHAT_PARAMS,
+    UNSUPPORTED_COMPLETION_PARAMS,
     UNSUPPORTED_MESSAGE_PARAMS,
     BadWords,
     BoundedTokenIds,
@@ -42,10 +41,17 @@ from faasmoe_router.api.validation import (
 from faasmoe_router.engine.sampler import MAX_TOP_LOGPROBS
 
 MAX_TOOLS = 128
+MAX_CHOICES = 128
+INT64_MAX = 2**63 - 1
 FUNCTION_NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
-class _ToolModel(BaseModel):
+
+class RequestModel(BaseModel):
+    """Base of all request models: strict types, finite numbers, undeclared fields are kept."""
+
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
 
 
@@ -56,7 +62,7 @@ def _parse_function_parameters(value: Any) -> Mapping[str, Any]:
         raise field_error("type", "Input should be a JSON schema, an object")
     if value.get("type", "object") != "object":
         raise field_error("value", "Input should be a JSON schema of type object")
-    dump_json(value)
+    dump_json(value)  # rejects what JSON cannot represent
     return value
 
 
@@ -66,8 +72,8 @@ FunctionParameters = Annotated[
 ]
 
 
-class FunctionDefinition(_ToolModel):
-    """A function that may be called."""
+class FunctionDefinition(RequestModel):
+    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
 
     name: Annotated[str, Field(pattern=FUNCTION_NAME_PATTERN)]
     description: Text | None = None
@@ -75,14 +81,14 @@ class FunctionDefinition(_ToolModel):
     strict: bool | None = None
 
 
-class ToolParam(_ToolModel):
-    """One tool of a request."""
+class ToolParam(RequestModel):
+    """A tool that the model may call."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
     def to_template(self) -> dict[str, Any]:
-        """Return what a chat template takes."""
+        """Return the tool as chat templates expect it: name, description, parameters."""
         function_schema = {"name": self.function.name, "parameters": self.function.parameters}
         if self.function.description is not None:
             function_schema = {
@@ -95,11 +101,11 @@ class ToolParam(_ToolModel):
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Whether tools are to be called.
+    """Whether the model may or must call tools.
 
     Attributes:
-        mode: none, if the model likes, at least one, or the one that is named.
-        name: the tool that is named.
+        mode: `none`: it may not; `auto`: it decides; `required`: at least one; `named`: `name`.
+        name: the tool to call in mode `named`, else None.
     """
 
     mode: Literal["none", "auto", "required", "named"]
@@ -107,7 +113,7 @@ class ToolChoice:
 
 
 def parse_tool_choice(value: Any) -> ToolChoice | None:
-    """Read `tool_choice`: null, a mode, or an object that names a function."""
+    """Parse `tool_choice`: null, a mode, or an object that names a function."""
     if value is None:
         return None
     if value in ("none", "auto", "required"):
@@ -128,39 +134,42 @@ ToolChoiceField = Annotated[
 ]
 
 
-class _MessageModel(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
-
-
-class FunctionCallParam(_MessageModel):
-    """The function of a call that the assistant made."""
+class FunctionCallParam(RequestModel):
+    """The function of an earlier tool call; `arguments` is JSON text."""
 
     name: Text
     arguments: Text
 
 
-class ToolCallParam(_MessageModel):
-    """A call that the assistant made."""
+class ToolCallParam(RequestModel):
+    """An earlier tool call by the assistant."""
 
     id: Text
     type: Literal["function"] = "function"
     function: FunctionCallParam
 
     def to_template(self, path: str) -> dict[str, Any]:
-        """Return what a chat template takes: the arguments as an object."""
+        """Return the call as chat templates expect it: its arguments as an object.
+
+        Args:
+            path: the call's path in the request, for errors.
+
+        Raises:
+            ApiError: the arguments are not a JSON object.
+        """
         try:
             arguments = json.loads(self.function.arguments or "{}")
         except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
-            raise _invalid_value(
-                f"{path}.function.arguments", "expected a JSON object, written as text"
+            raise invalid_value(
+                f"{path}.function.arguments", "expected a string that contains a JSON object"
             )
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id, "type": "function", "function": function}
 
 
-class ChatMessage(_MessageModel):
+class ChatMessage(RequestModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -170,12 +179,19 @@ class ChatMessage(_MessageModel):
     tool_calls: list[ToolCallParam] | None = None
 
     def to_template(self, path: str) -> dict[str, Any]:
-        """Return what a chat template takes; raises ApiError that names the field."""
+        """Return the message as chat templates expect it.
+
+        Args:
+            path: the message's path in the request, such as `messages[0]`, for errors.
+
+        Raises:
+            ApiError: a field is unsupported, missing or not allowed for the role.
+        """
         reject_unsupported(self.model_extra, UNSUPPORTED_MESSAGE_PARAMS, path=f"{path}.")
         if self.tool_calls and self.role != "assistant":
-            raise _invalid_value(f"{path}.tool_calls", "only allowed in assistant messages")
+            raise invalid_value(f"{path}.tool_calls", "only allowed in assistant messages")
         if self.content is None and not self.tool_calls:
-            raise self._missing_content(f"{path}.content")
+            raise self._content_error(f"{path}.content")
         tool_calls = [
             call.to_template(f"{path}.tool_calls[{index}]")
             for index, call in enumerate(self.tool_calls or ())
@@ -188,40 +204,21 @@ class ChatMessage(_MessageModel):
             **({"tool_calls": tool_calls} if tool_calls else {}),
         }
 
-    def _missing_content(self, path: str) -> ApiError:
+    def _content_error(self, path: str) -> ApiError:
         if "content" in self.model_fields_set:
-            return _invalid_value(path, "expected a string, got null")
-        return ApiError(
-            f"Missing required parameter: '{path}'.",
-            param=path,
-            code="missing_required_parameter",
-        )
+            return invalid_value(path, "expected a string, got null")
+        return missing_param(path)
 
 
-def _invalid_value(param: str, expected: str) -> ApiError:
-    return ApiError(f"Invalid value for '{param}': {expected}.", param=param, code="invalid_value")
-
-
-INT64_MAX = 2**63 - 1
-MAX_CHOICES = 128
-
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-UnitInterval = Annotated[float, Field(ge=0, le=1)]
-
-
-class _RequestModel(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
-
-
-class StreamOptions(_RequestModel):
-    """How a stream is told."""
+class StreamOptions(RequestModel):
+    """Options of a streamed response."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class CompletionRequestBase(_RequestModel):
-    """What both kinds of completion take."""
+class CompletionRequestBase(RequestModel):
+    """The parameters that chat completions and text completions share."""
 
     unsupported_parameters: ClassVar[Mapping[str, tuple[Any, ...]]]
 
@@ -256,35 +253,39 @@ class CompletionRequestBase(_RequestModel):
 
     @property
     def token_limit(self) -> tuple[str, int] | None:
-        """The most tokens to generate, after the parameter that says so, if one does."""
+        """The parameter that limits the generated tokens and its value; None if none is set."""
         return None if self.max_tokens is None else ("max_tokens", self.max_tokens)
 
     @property
     def extra_response_fields(self) -> dict[str, str]:
-        """What the answer repeats of the request: the tier that serves it, if one was asked for."""
+        """Response fields that echo the request: the service tier, if the request names one."""
         service_tier = (self.model_extra or {}).get("service_tier")
         return {} if service_tier is None else {"service_tier": "default"}
 
     @property
     def n_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told with each token; None tells nothing."""
+        """How many candidates to report per token, beside it; None reports no logprobs."""
         return None
 
     @property
     def resolved_structured_output(self) -> StructuredOutput | None:
-        """What the text is held to, if it is; raises ApiError if by two parameters."""
+        """The constraint on the output, if any; raises ApiError if two parameters set one."""
         candidates = [
             *(self.response_format, self.structured_outputs),
             *(self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar),
         ]
         given = [constraint for constraint in candidates if constraint is not None]
         if len(given) > 1:
-            raise _invalid_param(given[1].param, f"not allowed together with {given[0].param}")
+            raise invalid_value(given[1].param, f"not allowed together with {given[0].param}")
         return given[0] if given else None
 
     def check_params(self) -> None:
-        """Refuse what is asked for but not honoured; raises ApiError that names it."""
-        validation.reject_unsupported(self.model_extra, self.unsupported_parameters)
+        """Check constraints between parameters.
+
+        Raises:
+            ApiError: a parameter is unsupported or does not go together with another.
+        """
+        reject_unsupported(self.model_extra, self.unsupported_parameters)
         if self.stream_options is not None and not self.stream:
             raise ApiError(
                 "The 'stream_options' parameter is only allowed when 'stream' is true.",
@@ -294,9 +295,9 @@ class CompletionRequestBase(_RequestModel):
 
 
 class ChatCompletionRequest(CompletionRequestBase):
-    """POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions."""
 
-    unsupported_parameters = validation.UNSUPPORTED_CHAT_PARAMS
+    unsupported_parameters = UNSUPPORTED_CHAT_PARAMS
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -312,44 +313,44 @@ class ChatCompletionRequest(CompletionRequestBase):
 
     @property
     def token_limit(self) -> tuple[str, int] | None:
-        """The most tokens to generate, after its parameter; the newer parameter wins."""
+        """As in the base class; `max_completion_tokens` overrides `max_tokens`."""
         if self.max_completion_tokens is None:
             return super().token_limit
         return "max_completion_tokens", self.max_completion_tokens
 
     @property
     def n_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told with each token; None tells nothing."""
+        """How many candidates to report per token, beside it; None reports no logprobs."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def effective_tool_choice(self) -> ToolChoice:
-        """Whether tools are to be called."""
+        """The tool choice, by default `auto` with tools and `none` without."""
         return self.tool_choice or ToolChoice("auto" if self.tools else "none")
 
     def check_params(self) -> None:
-        """Refuse what is asked for but not honoured, or does not go together."""
+        """Check constraints between parameters, including those of tools."""
         super().check_params()
         if self.top_logprobs and not self.logprobs:
-            raise _invalid_param("top_logprobs", "requires 'logprobs' to be true")
+            raise invalid_value("top_logprobs", "requires 'logprobs' to be true")
         if self.continue_final_message and self.add_generation_prompt is not False:
-            raise _invalid_param(
+            raise invalid_value(
                 "continue_final_message", "requires 'add_generation_prompt' to be false"
             )
         tool_names = [tool.function.name for tool in self.tools or ()]
         tool_choice = self.effective_tool_choice
         if tool_choice.mode in ("required", "named") and not tool_names:
-            raise _invalid_param("tool_choice", "requires 'tools'")
+            raise invalid_value("tool_choice", "requires 'tools'")
         if tool_choice.mode == "named" and tool_choice.name not in tool_names:
-            raise _invalid_param("tool_choice", "expected the name of one of the 'tools'")
+            raise invalid_value("tool_choice", "expected the name of one of the 'tools'")
         if len(set(tool_names)) < len(tool_names):
-            raise _invalid_param("tools", "function names must be unique")
+            raise invalid_value("tools", "function names must be unique")
 
 
 class CompletionRequest(CompletionRequestBase):
-    """POST /v1/completions."""
+    """The body of POST /v1/completions."""
 
-    unsupported_parameters = validation.UNSUPPORTED_COMPLETION_PARAMS
+    unsupported_parameters = UNSUPPORTED_COMPLETION_PARAMS
 
     prompt: Prompts
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -358,19 +359,15 @@ class CompletionRequest(CompletionRequestBase):
 
     @property
     def n_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told with each token; None tells nothing."""
+        """How many candidates to report per token, beside it; None reports no logprobs."""
         return self.logprobs
 
     def check_params(self) -> None:
-        """Refuse what is asked for but not honoured, or does not go together."""
+        """Check constraints between parameters, including `best_of` and `echo`."""
         super().check_params()
         if self.best_of not in (None, self.n or 1):
-            raise validation.unsupported_param("best_of", "is supported by this server as n only")
+            raise unsupported_param("best_of", "is only supported when it equals 'n'")
         if self.echo and self.logprobs is not None:
-            raise validation.unsupported_param(
+            raise unsupported_param(
                 "logprobs", "is not supported by this server together with 'echo'"
             )
-
-
-def _invalid_param(param: str, reason: str) -> ApiError:
-    return ApiError(f"Invalid value for '{param}': {reason}.", param=param, code="invalid_value")

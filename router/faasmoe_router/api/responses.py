@@ -1,11 +1,10 @@
-"""Log-probabilities as OpenAI tells them: for chats, and in the older way for completions.
+"""Response bodies of chat completions and text completions, whole or as stream chunks.
 
-How each kind of completion tells its choices, whole or as a stream's pieces.
-
-The bodies of answers: whole ones and a stream's events, for both kinds of completion.
+A `ResponseBuilder` reads one generation and adds ids, usage and metadata. How choices look is up to
+its `ChoiceFormatter`: chat completions have messages, tool calls and OpenAI's current form of
+log-probabilities, text completions have plain text and the legacy form. Nothing here does I/O.
 """
 
-import json
 import secrets
 import string
 import time
@@ -28,10 +27,20 @@ from faasmoe_router.toolcalls.parser import (
 
 TokenBytes = Callable[[int], bytes]
 OffsetLogprobs = Sequence[tuple[int, SampledLogprob]]
+"""Log-probabilities of tokens, each with the offset in characters of its text in the choice."""
+
+_CALL_ID_CHARACTERS = string.ascii_letters + string.digits
+# There is no speculative prediction, and reasoning is not separated from the rest of the text.
+_COMPLETION_TOKENS_DETAILS = {
+    "accepted_prediction_tokens": 0,
+    "audio_tokens": 0,
+    "reasoning_tokens": 0,
+    "rejected_prediction_tokens": 0,
+}
 
 
 def to_chat_logprobs(token_logprobs: OffsetLogprobs, token_bytes: TokenBytes) -> dict[str, Any]:
-    """Return a chat choice's `logprobs`."""
+    """Return the `logprobs` of a chat choice, or of one chunk of it."""
 
     def token_entry(token: int, logprob: float) -> dict[str, Any]:
         text = token_bytes(token)
@@ -43,10 +52,10 @@ def to_chat_logprobs(token_logprobs: OffsetLogprobs, token_bytes: TokenBytes) ->
 
     token_entries = [
         {
-            **token_entry(found.token, found.logprob),
-            "top_logprobs": [token_entry(token, logprob) for token, logprob in found.top_logprobs],
+            **token_entry(sampled.token, sampled.logprob),
+            "top_logprobs": [token_entry(*candidate) for candidate in sampled.top_logprobs],
         }
-        for _, found in token_logprobs
+        for _, sampled in token_logprobs
     ]
     return {"content": token_entries, "refusal": None}
 
@@ -54,12 +63,12 @@ def to_chat_logprobs(token_logprobs: OffsetLogprobs, token_bytes: TokenBytes) ->
 def to_completion_logprobs(
     token_logprobs: OffsetLogprobs, token_bytes: TokenBytes, *, first_text_offset: int
 ) -> dict[str, Any]:
-    """Return a completion choice's `logprobs`.
+    """Return the `logprobs` of a text choice, or of one chunk of it, in OpenAI's legacy form.
 
     Args:
         token_logprobs: the log-probabilities of each token.
-        token_bytes: what a token stands for.
-        first_text_offset: the characters that come before the first token's text.
+        token_bytes: returns the bytes that a token stands for.
+        first_text_offset: characters of the choice before its generated text (an echoed prompt).
     """
 
     def token_text(token: int) -> str:
@@ -69,29 +78,35 @@ def to_completion_logprobs(
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
 
-    def top_logprobs(token_logprob: SampledLogprob) -> dict[str, float]:
-        # Reversed, so that of two tokens of one name the likelier is told.
+    def top_logprobs(sampled: SampledLogprob) -> dict[str, float]:
+        # Reversed: if two tokens have the same text, the likelier one wins.
         return {
             token_text(token): logprob
             for token, logprob in reversed(
-                [*token_logprob.top_logprobs, (token_logprob.token, token_logprob.logprob)]
+                [*sampled.top_logprobs, (sampled.token, sampled.logprob)]
             )
         }
 
     return {
-        "tokens": [token_text(found.token) for _, found in token_logprobs],
-        "token_logprobs": [found.logprob for _, found in token_logprobs],
-        "top_logprobs": [top_logprobs(found) for _, found in token_logprobs],
-        "text_offset": [first_text_offset + at for at, _ in token_logprobs],
+        "tokens": [token_text(sampled.token) for _, sampled in token_logprobs],
+        "token_logprobs": [sampled.logprob for _, sampled in token_logprobs],
+        "top_logprobs": [top_logprobs(sampled) for _, sampled in token_logprobs],
+        "text_offset": [first_text_offset + offset for offset, _ in token_logprobs],
     }
-
-
-_CALL_ID_CHARACTERS = string.ascii_letters + string.digits
 
 
 @dataclass(slots=True)
 class ChoiceState:
-    """One sequence of an answer, as far as it has come."""
+    """The accumulated output of one choice.
+
+    Attributes:
+        text: the text so far; stays empty in a stream.
+        n_tokens: the number of generated tokens.
+        finish_reason: why the choice ended; None while it runs, and in a stream.
+        stop_reason: the stop string or stop token that ended it, if one did.
+        n_cached_tokens: prompt tokens found in the prefix cache; None until known.
+        logprobs: the log-probabilities of its tokens, if requested; stays empty in a stream.
+    """
 
     text: str = ""
     n_tokens: int = 0
@@ -100,44 +115,44 @@ class ChoiceState:
     n_cached_tokens: int | None = None
     logprobs: list[Any] = field(default_factory=list)
 
-    def add(self, delta: CompletionOutput) -> None:
-        """Append a step."""
-        self.add_counts(delta)
-        self.text += delta.text
-        self.finish_reason = delta.finish_reason
-        self.stop_reason = delta.stop_reason
-        self.logprobs += delta.logprobs
+    def add(self, output: CompletionOutput) -> None:
+        """Append new output."""
+        self.add_counts(output)
+        self.text += output.text
+        self.finish_reason = output.finish_reason
+        self.stop_reason = output.stop_reason
+        self.logprobs += output.logprobs
 
-    def add_counts(self, delta: CompletionOutput) -> None:
-        """Count a step's tokens."""
-        self.n_tokens += delta.n_tokens
-        if delta.n_cached_tokens is not None:
-            self.n_cached_tokens = delta.n_cached_tokens
+    def add_counts(self, output: CompletionOutput) -> None:
+        """Add the token counts of new output only."""
+        self.n_tokens += output.n_tokens
+        if output.n_cached_tokens is not None:
+            self.n_cached_tokens = output.n_cached_tokens
 
 
 class ChoiceFormatter(Protocol):
-    """How one kind of completion tells its choices."""
+    """Formats the choices of one kind of completion."""
 
     id_prefix: str
     object_type: str
     chunk_object_type: str
 
     def format_choice(self, index: int, choice: ChoiceState) -> dict[str, Any]:
-        """Return a finished choice."""
+        """Return the entry of a finished choice in `choices`."""
 
     def first_chunk(self, index: int) -> dict[str, Any] | None:
-        """Return what a stream tells first of a choice, if anything."""
+        """Return a choice's entry in its first chunk, before any output; None if there is none."""
 
-    def format_chunks(self, index: int, delta: CompletionOutput) -> list[dict[str, Any]]:
-        """Return a choice's parts of a stream's next events, one for each event."""
+    def format_chunks(self, index: int, output: CompletionOutput) -> list[dict[str, Any]]:
+        """Return a choice's entries for new output, one per chunk; the last has no content."""
 
 
 class ChatChoiceFormatter:
-    """Chat completions: messages and deltas of messages.
+    """Formats chat completions: messages, or deltas of messages.
 
     Args:
-        token_bytes: what a token stands for, for log-probabilities; None tells none.
-        tool_config: how tools are called, if they are.
+        token_bytes: returns the bytes of a token, for log-probabilities; None reports none.
+        tool_config: how the model calls tools; None if it may not.
     """
 
     id_prefix = "chatcmpl"
@@ -152,14 +167,14 @@ class ChatChoiceFormatter:
         self._parsers: dict[int, ToolCallParser] = {}
 
     def format_choice(self, index: int, choice: ChoiceState) -> dict[str, Any]:
-        """Return a finished choice."""
+        """Return a choice with its message; tool calls are parsed from the text."""
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
         finish_reason = choice.finish_reason
         if self._tool_config is not None:
             parser = self._tool_config.new_parser()
-            pieces = [*parser.feed(choice.text), *parser.flush()]
-            if tool_calls := self._tool_calls(pieces):
-                content = "".join(piece.text for piece in pieces if isinstance(piece, ContentDelta))
+            events = [*parser.feed(choice.text), *parser.flush()]
+            if tool_calls := self._tool_calls(events):
+                content = "".join(event.text for event in events if isinstance(event, ContentDelta))
                 message |= {"content": content or None, "tool_calls": tool_calls}
             finish_reason = self._finish_reason(finish_reason, n_calls=len(tool_calls))
         return {
@@ -171,56 +186,56 @@ class ChatChoiceFormatter:
         }
 
     def first_chunk(self, index: int) -> dict[str, Any]:
-        """Return the delta that tells the role."""
+        """Return the delta that sets the role."""
         return self._chunk_choice(index, {"role": "assistant", "content": ""})
 
-    def format_chunks(self, index: int, delta: CompletionOutput) -> list[dict[str, Any]]:
-        """Return a choice's deltas; the last one is empty."""
-        message_deltas, finish_reason = self._message_deltas(index, delta)
-        logprobs = self._logprobs(delta.logprobs) if delta.logprobs else None
+    def format_chunks(self, index: int, output: CompletionOutput) -> list[dict[str, Any]]:
+        """Return a choice's deltas; the one with the finish reason is empty."""
+        message_deltas, finish_reason = self._message_deltas(index, output)
+        logprobs = self._logprobs(output.logprobs) if output.logprobs else None
         if logprobs is not None and not message_deltas:
             message_deltas = [{"content": ""}]
-        chunks = [self._chunk_choice(index, part) for part in message_deltas]
+        chunks = [self._chunk_choice(index, delta) for delta in message_deltas]
         if logprobs is not None:
             chunks[0]["logprobs"] = logprobs
         if finish_reason is not None:
             final_chunk = self._chunk_choice(index, {}, finish_reason)
-            chunks.append({**final_chunk, "stop_reason": delta.stop_reason})
+            chunks.append({**final_chunk, "stop_reason": output.stop_reason})
         return chunks
 
     def _message_deltas(
-        self, index: int, delta: CompletionOutput
+        self, index: int, output: CompletionOutput
     ) -> tuple[list[dict[str, Any]], str | None]:
+        """Return the message deltas of new output, and its finish reason if it has one."""
         if self._tool_config is None:
-            return ([{"content": delta.text}] if delta.text else []), delta.finish_reason
+            return ([{"content": output.text}] if output.text else []), output.finish_reason
         parser = self._parsers.setdefault(index, self._tool_config.new_parser())
-        pieces = parser.feed(delta.text)
-        if delta.finish_reason is not None:
-            pieces += parser.flush()
-        finish_reason = self._finish_reason(delta.finish_reason, n_calls=parser.n_calls)
-        return [self._message_delta(piece) for piece in pieces], finish_reason
+        events = parser.feed(output.text)
+        if output.finish_reason is not None:
+            events += parser.flush()
+        finish_reason = self._finish_reason(output.finish_reason, n_calls=parser.n_calls)
+        return [self._message_delta(event) for event in events], finish_reason
 
-    def _message_delta(self, piece: ToolCallEvent) -> dict[str, Any]:
-        """Return what a delta tells of a piece of text."""
-        if isinstance(piece, ContentDelta):
-            return {"content": piece.text}
-        if isinstance(piece, ToolCallArgumentsDelta):
-            return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
-        return {"tool_calls": [{"index": piece.index, **self._new_tool_call(piece.name)}]}
+    def _message_delta(self, event: ToolCallEvent) -> dict[str, Any]:
+        if isinstance(event, ContentDelta):
+            return {"content": event.text}
+        if isinstance(event, ToolCallArgumentsDelta):
+            return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
+        return {"tool_calls": [{"index": event.index, **self._new_tool_call(event.name)}]}
 
-    def _tool_calls(self, pieces: Sequence[ToolCallEvent]) -> list[dict[str, Any]]:
+    def _tool_calls(self, events: Sequence[ToolCallEvent]) -> list[dict[str, Any]]:
         tool_calls = [
-            self._new_tool_call(piece.name) for piece in pieces if isinstance(piece, ToolCallStart)
+            self._new_tool_call(event.name) for event in events if isinstance(event, ToolCallStart)
         ]
-        for piece in pieces:
-            if isinstance(piece, ToolCallArgumentsDelta):
-                tool_calls[piece.index]["function"]["arguments"] += piece.text
+        for event in events:
+            if isinstance(event, ToolCallArgumentsDelta):
+                tool_calls[event.index]["function"]["arguments"] += event.text
         return tool_calls
 
     def _new_tool_call(self, name: str) -> dict[str, Any]:
         assert self._tool_config is not None
         length = self._tool_config.call_format.call_id_length
-        # Some templates take back ids of their own length only, of letters and digits.
+        # Some chat templates accept call ids of a fixed length only, of letters and digits.
         prefix = "call_" if length > len("call_") * 2 else ""
         call_id = prefix + "".join(
             secrets.choice(_CALL_ID_CHARACTERS) for _ in range(length - len(prefix))
@@ -228,7 +243,7 @@ class ChatChoiceFormatter:
         return {"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
 
     def _finish_reason(self, reason: str | None, *, n_calls: int) -> str | None:
-        # OpenAI says so too: a call of the one tool that was named ends with stop.
+        # As OpenAI does: a call of a tool that the request named finishes with "stop".
         is_named = self._tool_config is not None and self._tool_config.choice_mode == "named"
         return "tool_calls" if n_calls and reason == "stop" and not is_named else reason
 
@@ -246,11 +261,11 @@ class ChatChoiceFormatter:
 
 
 class CompletionChoiceFormatter:
-    """Text completions.
+    """Formats text completions.
 
     Args:
-        token_bytes: what a token stands for, for log-probabilities; None tells none.
-        echoed_prompts: the prompt of each choice, where it is told ahead of the text.
+        token_bytes: returns the bytes of a token, for log-probabilities; None reports none.
+        echoed_prompts: the prompt of each choice, to precede its text; None echoes none.
     """
 
     id_prefix = "cmpl"
@@ -264,7 +279,7 @@ class CompletionChoiceFormatter:
         self._echoed_prompts = echoed_prompts
 
     def format_choice(self, index: int, choice: ChoiceState) -> dict[str, Any]:
-        """Return a finished choice."""
+        """Return a choice with its text, after the echoed prompt."""
         text = self._echoed_prompt(index) + choice.text
         text_choice = self._text_choice(
             index, text, token_logprobs=choice.logprobs, finish_reason=choice.finish_reason
@@ -272,19 +287,19 @@ class CompletionChoiceFormatter:
         return {**text_choice, "stop_reason": choice.stop_reason}
 
     def first_chunk(self, index: int) -> dict[str, Any] | None:
-        """Return the prompt, if it is told: text has no role."""
+        """Return the echoed prompt, if any; text completions have no role."""
         return (
             self._text_choice(index, self._echoed_prompt(index)) if self._echoed_prompts else None
         )
 
-    def format_chunks(self, index: int, delta: CompletionOutput) -> list[dict[str, Any]]:
-        """Return pieces of text; the last one is empty."""
+    def format_chunks(self, index: int, output: CompletionOutput) -> list[dict[str, Any]]:
+        """Return a choice's text; the entry with the finish reason is empty."""
         chunks = []
-        if delta.text or delta.logprobs:
-            chunks.append(self._text_choice(index, delta.text, token_logprobs=delta.logprobs))
-        if delta.finish_reason is not None:
-            final_chunk = self._text_choice(index, "", finish_reason=delta.finish_reason)
-            chunks.append({**final_chunk, "stop_reason": delta.stop_reason})
+        if output.text or output.logprobs:
+            chunks.append(self._text_choice(index, output.text, token_logprobs=output.logprobs))
+        if output.finish_reason is not None:
+            final_chunk = self._text_choice(index, "", finish_reason=output.finish_reason)
+            chunks.append({**final_chunk, "stop_reason": output.stop_reason})
         return chunks
 
     def _echoed_prompt(self, index: int) -> str:
@@ -307,25 +322,16 @@ class CompletionChoiceFormatter:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-# Nothing is predicted, and what a model thinks is told with the rest of its text.
-_COMPLETION_TOKENS_DETAILS = {
-    "accepted_prediction_tokens": 0,
-    "audio_tokens": 0,
-    "reasoning_tokens": 0,
-    "rejected_prediction_tokens": 0,
-}
-
-
 @dataclass(frozen=True, slots=True)
 class ResponseMeta:
-    """What every part of one answer begins with.
+    """Fields that the whole response, or each chunk of a stream, starts with.
 
     Attributes:
-        id_prefix: what its id starts with.
-        model: what the request calls the model.
-        extra_fields: fields of the server and of the request that each part repeats.
-        id: the rest of its id.
-        created_s: when it began, seconds since the epoch.
+        id_prefix: the start of the response id, such as `chatcmpl`.
+        model: the model name as in the request.
+        extra_fields: additional fields, such as `system_fingerprint`.
+        id: the rest of the response id.
+        created_s: the time of the response in seconds since the epoch.
     """
 
     id_prefix: str
@@ -335,7 +341,7 @@ class ResponseMeta:
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     def to_fields(self, object_type: str) -> dict[str, Any]:
-        """Return the fields, for an object of this kind."""
+        """Return the fields of an object of this type, such as `chat.completion.chunk`."""
         return {
             "id": f"{self.id_prefix}-{self.id}",
             "object": object_type,
@@ -347,12 +353,12 @@ class ResponseMeta:
 
 @dataclass(frozen=True, slots=True)
 class RequestCounts:
-    """How much one request asks for.
+    """The sizes of a request that its usage depends on.
 
     Attributes:
-        n_prompt_tokens: tokens of its prompts, each prompt once.
-        n_choices: the choices of all prompts.
-        n_choices_per_prompt: the choices of each prompt.
+        n_prompt_tokens: tokens of all prompts, each counted once.
+        n_choices: choices of all prompts.
+        n_choices_per_prompt: choices of each prompt.
     """
 
     n_prompt_tokens: int
@@ -361,7 +367,13 @@ class RequestCounts:
 
 
 class ResponseBuilder:
-    """One completion that is being generated, told whole or as events."""
+    """Builds the response of one generation, either whole or as stream chunks; use it once.
+
+    Args:
+        formatter: formats the choices.
+        meta: fields of the response.
+        counts: sizes of the request.
+    """
 
     def __init__(
         self, formatter: ChoiceFormatter, meta: ResponseMeta, counts: RequestCounts
@@ -372,10 +384,10 @@ class ResponseBuilder:
         self._choices = [ChoiceState() for _ in range(counts.n_choices)]
 
     async def full_response(self, generation: Generation) -> dict[str, Any]:
-        """Return the body of the whole answer, once it is there."""
+        """Read the generation to its end and return the response body."""
         async with generation:
-            async for index, delta in generation:
-                self._choices[index].add(delta)
+            async for index, output in generation:
+                self._choices[index].add(output)
         choices = [
             self._formatter.format_choice(i, choice) for i, choice in enumerate(self._choices)
         ]
@@ -388,14 +400,14 @@ class ResponseBuilder:
     async def stream_chunks(
         self, generation: Generation, options: StreamOptions
     ) -> AsyncIterator[dict[str, Any]]:
-        """Yield the events of a stream."""
+        """Yield the chunks of a streamed response while the generation runs."""
         chunk_fields = self._meta.to_fields(self._formatter.chunk_object_type)
         for index in range(len(self._choices)):
             if (first_chunk := self._formatter.first_chunk(index)) is not None:
                 yield {**chunk_fields, "choices": [first_chunk], **self._chunk_usage(options)}
-        async for index, delta in generation:
-            self._choices[index].add_counts(delta)
-            for chunk in self._formatter.format_chunks(index, delta):
+        async for index, output in generation:
+            self._choices[index].add_counts(output)
+            for chunk in self._formatter.format_chunks(index, output):
                 yield {**chunk_fields, "choices": [chunk], **self._chunk_usage(options)}
         if options.include_usage:
             yield {**chunk_fields, "choices": [], "usage": self._usage()}
@@ -420,10 +432,10 @@ class ResponseBuilder:
         }
 
     def _n_cached_tokens(self) -> int | None:
-        """Return the prompts' tokens that were in the cache; None while that is not known.
+        """Return the prompt tokens found in the prefix cache; None until known for all choices.
 
-        A prompt's choices find in the cache what the first of them has put there; what was there
-        before is what the one that found least did find.
+        Later choices of a prompt also hit what the first one has just cached, so the minimum over
+        the choices of a prompt is what was cached before the request.
         """
         cached_per_choice = [choice.n_cached_tokens for choice in self._choices]
         known = [n for n in cached_per_choice if n is not None]
@@ -431,8 +443,3 @@ class ResponseBuilder:
             return None
         n_each = self._counts.n_choices_per_prompt
         return sum(min(known[i : i + n_each]) for i in range(0, len(known), n_each))
-
-
-def to_event_json(body: dict[str, Any]) -> bytes:
-    """Return an event's JSON."""
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()

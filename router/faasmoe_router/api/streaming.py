@@ -1,6 +1,7 @@
-"""Sending an answer, and noticing that nobody listens any more."""
+"""Server-sent events, and cancellation when the client disconnects."""
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
@@ -10,7 +11,6 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from faasmoe_router.api.errors import from_router_error, internal_error
-from faasmoe_router.api.responses import to_event_json
 from faasmoe_router.engine.generation import Generation
 from faasmoe_router.errors import RouterError
 
@@ -18,14 +18,18 @@ logger = logging.getLogger(__name__)
 
 
 class ClientDisconnected(Exception):
-    """The client hung up before its answer was ready."""
+    """The client hung up before its response was ready."""
 
 
 T = TypeVar("T")
 
 
 async def run_until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return what the work returns; cancels it and raises ClientGone if the client hangs up."""
+    """Return the result of `work`; if the client disconnects first, cancel it.
+
+    Raises:
+        ClientDisconnected: the client disconnected.
+    """
     work_task = asyncio.create_task(work)
     disconnect_task = asyncio.create_task(_wait_for_disconnect(request))
     try:
@@ -45,35 +49,48 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 
 class EventStreamResponse(StreamingResponse):
-    """Server-sent events of one generation, which is freed however the response ends."""
+    """A response of server-sent events that frees its generation however it ends.
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], generation: Generation) -> None:
+    Args:
+        chunks: the JSON object of each event.
+        generation: the source of the chunks; cancelled when the response ends.
+    """
+
+    def __init__(self, chunks: AsyncIterator[dict[str, Any]], generation: Generation) -> None:
         super().__init__(
-            _sse_frames(events),
+            _sse_frames(chunks),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until they end or the client hangs up."""
+        """Send the events until they end or the client disconnects."""
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._generation.cancel()
 
 
-async def _sse_frames(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+async def _sse_frames(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """Yield the frame of each chunk, then `[DONE]`; a failure becomes the last event instead.
+
+    The status line is sent already when a generation fails, so only an event can carry the error.
+    """
     try:
-        async for event in events:
-            yield _sse_frame(to_event_json(event))
+        async for chunk in chunks:
+            yield _json_frame(chunk)
     except RouterError as error:
-        yield _sse_frame(to_event_json(from_router_error(error).body))
-    except Exception:  # the status is sent already: the event is the only place left to tell it
-        logger.exception("A stream failed")
-        yield _sse_frame(to_event_json(internal_error().body))
+        yield _json_frame(from_router_error(error).body)
+    except Exception:
+        logger.exception("Streaming a response failed")
+        yield _json_frame(internal_error().body)
     else:
         yield _sse_frame(b"[DONE]")
+
+
+def _json_frame(value: dict[str, Any]) -> bytes:
+    return _sse_frame(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
 
 
 def _sse_frame(data: bytes) -> bytes:

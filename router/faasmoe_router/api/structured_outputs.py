@@ -1,6 +1,8 @@
-"""What a text is to be held to: `response_format`, vLLM's `structured_outputs` and `guided_...`.
+"""Parsing of the parameters that constrain the output.
 
-Brought to one thing, a grammar's source, with the name of the parameter that it came from.
+OpenAI's `response_format`, vLLM's `structured_outputs` and its older `guided_*` parameters are all
+parsed into a `StructuredOutput`: the source of one grammar, and the parameter that it came from,
+for errors. The engine compiles the grammar.
 """
 
 import json
@@ -21,7 +23,7 @@ _GRAMMAR_KINDS: Mapping[str, GrammarKind] = {
     "choice": "choice",
     "grammar": "grammar",
 }
-# vLLM's settings of how, and what each may be for it to change nothing.
+# vLLM's other options of `structured_outputs`, each with the values that change nothing.
 _NEUTRAL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "disable_any_whitespace": (False,),
     "disable_fallback": (False, True),
@@ -35,14 +37,19 @@ _MAX_CHOICES = 4096
 
 @dataclass(frozen=True, slots=True)
 class StructuredOutput:
-    """A grammar that was asked for, and by which parameter."""
+    """A requested grammar.
+
+    Attributes:
+        param: the parameter that requested it.
+        grammar: its source.
+    """
 
     param: str
     grammar: GrammarSource
 
 
 def parse_response_format(value: Any) -> StructuredOutput | None:
-    """Read `response_format`: null, or an object of type text, json_object or json_schema."""
+    """Parse `response_format`: null, or an object of type text, json_object or json_schema."""
     if value is None:
         return None
     if not isinstance(value, dict):
@@ -53,15 +60,15 @@ def parse_response_format(value: Any) -> StructuredOutput | None:
     if format_type == "json_object":
         return StructuredOutput("response_format", _grammar_source("json_object", True))
     if format_type != "json_schema":
-        raise field_error("value", "Input should have a type of text, json_object or json_schema")
+        raise field_error("value", "'type' should be text, json_object or json_schema")
     schema_spec = value.get("json_schema")
     if not isinstance(schema_spec, dict) or not isinstance(schema_spec.get("schema"), dict):
-        raise field_error("value", "Input should have an object at json_schema.schema")
+        raise field_error("value", "'json_schema.schema' should be an object")
     return StructuredOutput("response_format", _grammar_source("json", schema_spec["schema"]))
 
 
 def parse_structured_outputs(value: Any) -> StructuredOutput | None:
-    """Read `structured_outputs`: null, or an object of one of json, regex, choice and grammar."""
+    """Parse `structured_outputs`: null, or an object with one of json, regex, choice, grammar."""
     if value is None:
         return None
     if not isinstance(value, dict):
@@ -71,7 +78,7 @@ def parse_structured_outputs(value: Any) -> StructuredOutput | None:
             raise field_error("value", f"{name} is not supported by this server")
     requested = [name for name in _GRAMMAR_KINDS if value.get(name) not in (None, False)]
     if len(requested) > 1:
-        raise field_error("value", f"Input should have only one of {', '.join(requested)}")
+        raise field_error("value", f"Input should have at most one of {', '.join(requested)}")
     if not requested:
         return None
     return StructuredOutput(
@@ -95,20 +102,20 @@ def _grammar_source(name: str, value: Any) -> GrammarSource:
     if name == "choice":
         return GrammarSource("choice", _choice_grammar(value))
     if not is_valid_text(value) or not value:
-        raise field_error("type", f"{name} should be a string that is not empty")
+        raise field_error("type", f"{name} should be a non-empty string")
     return GrammarSource(_GRAMMAR_KINDS[name], value)
 
 
 def _choice_grammar(value: Any) -> str:
     if not isinstance(value, list) or not value or not all(is_valid_text(c) and c for c in value):
-        raise field_error("type", "choice should be a list of strings that are not empty")
+        raise field_error("type", "choice should be a list of non-empty strings")
     if len(value) > _MAX_CHOICES:
         raise field_error("value", f"choice should have at most {_MAX_CHOICES} strings")
     return dump_json(value)
 
 
 def dump_json(value: Any) -> str:
-    """Return a value of a request as JSON again; half a surrogate or NaN in it is a fault."""
+    """Serialise a value of a request; raises a field error for lone surrogates, NaN, and depth."""
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
         text.encode()

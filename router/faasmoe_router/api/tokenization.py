@@ -1,21 +1,21 @@
-"""POST /tokenize and /detokenize, with vLLM's bodies: texts and chats as tokens, and back."""
+"""POST /tokenize and /detokenize, also under /v1, with vLLM's request and response bodies."""
 
 import asyncio
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from faasmoe_router.api.auth import get_caller
-from faasmoe_router.api.errors import ApiError, model_not_found
+from faasmoe_router.api.errors import invalid_value, model_not_found, unsupported_param
+from faasmoe_router.api.middleware import get_caller
 from faasmoe_router.api.openapi import DetokenizeResponse, TokenizeResponse, json_responses
 from faasmoe_router.api.preprocessing import Preprocessor, template_variables
-from faasmoe_router.api.protocol import MAX_TOOLS, ChatMessage, ToolParam
+from faasmoe_router.api.protocol import MAX_TOOLS, ChatMessage, RequestModel, ToolParam
 from faasmoe_router.api.validation import Text, TokenIds, reject_unsupported
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ChatTemplateOptions
-from faasmoe_router.tenants.caller import Caller
+from faasmoe_router.tenants.service import Caller
 
 ERROR_STATUSES = (400, 404, 413, 500, 503)
 _UNSUPPORTED_PARAMS: dict[str, tuple[Any, ...]] = {
@@ -24,15 +24,10 @@ _UNSUPPORTED_PARAMS: dict[str, tuple[Any, ...]] = {
 }
 
 
-class _TokenizerRequest(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
+class TokenizeRequest(RequestModel):
+    """The body of POST /tokenize: either a prompt or the messages of a chat."""
 
     model: Text | None = None
-
-
-class TokenizeRequest(_TokenizerRequest):
-    """What is to be tokenised: a prompt, or the messages of a chat."""
-
     prompt: Text | None = None
     messages: list[ChatMessage] | None = Field(default=None, min_length=1)
     add_special_tokens: bool | None = None
@@ -43,19 +38,17 @@ class TokenizeRequest(_TokenizerRequest):
     tools: list[ToolParam] | None = Field(default=None, max_length=MAX_TOOLS)
 
     def check_params(self) -> None:
-        """Refuse what is neither a prompt nor a chat; raises ApiError."""
+        """Check constraints between parameters; raises ApiError."""
         reject_unsupported(self.model_extra, _UNSUPPORTED_PARAMS)
         if (self.prompt is None) == (self.messages is None):
-            raise ApiError(
-                "Invalid value for 'prompt': expected either 'prompt' or 'messages'.",
-                param="prompt",
-                code="invalid_value",
-            )
+            raise invalid_value("prompt", "expected exactly one of 'prompt' and 'messages'")
         if self.messages is not None and self.add_special_tokens:
-            reject_unsupported({"add_special_tokens": True}, {"add_special_tokens": (False,)})
+            raise unsupported_param(
+                "add_special_tokens", "is not supported together with 'messages'"
+            )
 
-    def chat_view(self) -> ChatTemplateOptions:
-        """Return what the chat template is told besides the messages."""
+    def template_options(self) -> ChatTemplateOptions:
+        """Return the inputs of the chat template besides the messages; raises ApiError."""
         return ChatTemplateOptions(
             tools=tuple(tool.to_template() for tool in self.tools or ()),
             add_generation_prompt=self.add_generation_prompt is not False,
@@ -64,14 +57,15 @@ class TokenizeRequest(_TokenizerRequest):
         )
 
 
-class DetokenizeRequest(_TokenizerRequest):
-    """What is to be made text again."""
+class DetokenizeRequest(RequestModel):
+    """The body of POST /detokenize."""
 
+    model: Text | None = None
     tokens: TokenIds
 
 
 def tokenization_routes(engine: Engine, *, model_name: str) -> APIRouter:
-    """Return the routes that tokenise."""
+    """Return the routes that tokenize and detokenize."""
     router = APIRouter()
     preprocessor = Preprocessor(engine)
 
@@ -86,7 +80,7 @@ def tokenization_routes(engine: Engine, *, model_name: str) -> APIRouter:
         responses=json_responses(TokenizeResponse, *ERROR_STATUSES),
     )
     async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
-        """Tell the tokens of a prompt or of a chat."""
+        """Return the tokens of a prompt or of a chat."""
         caller = get_caller(request)
         _check_model(body.model, caller.model_names(model_name))
         body.check_params()
@@ -110,7 +104,7 @@ def tokenization_routes(engine: Engine, *, model_name: str) -> APIRouter:
         responses=json_responses(DetokenizeResponse, *ERROR_STATUSES),
     )
     async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
-        """Tell the text of tokens."""
+        """Return the text of a list of tokens."""
         _check_model(body.model, get_caller(request).model_names(model_name))
         tokens = body.tokens or ()
         preprocessor.check_token_ids(tokens, param="tokens")
@@ -124,10 +118,12 @@ async def _tokenize(
     body: TokenizeRequest, preprocessor: Preprocessor, caller: Caller
 ) -> Sequence[int]:
     if body.messages is not None:
-        return await preprocessor.encode_chat(body.messages, body.chat_view(), caller)
+        return await preprocessor.encode_chat(body.messages, body.template_options(), caller)
     assert body.prompt is not None
     preprocessor.check_text_size([body.prompt], param="prompt")
-    return await preprocessor.encode(body.prompt, special=body.add_special_tokens is not False)
+    return await preprocessor.encode(
+        body.prompt, add_special_tokens=body.add_special_tokens is not False
+    )
 
 
 def _check_model(requested: str | None, names: Collection[str]) -> None:

@@ -1,19 +1,18 @@
-"""Field types of requests that may be written in several ways, brought to one.
+"""Field validators of request bodies, and the known parameters that this server does not support.
 
-Written by hand rather than as unions, so that an error names the field and not a branch of a union.
-
-Parameters that clients know and this server does not honour: refused by name when they ask.
-
-What is not named here, and not in a body either, is unknown and ignored, as clients expect.
+Fields that OpenAI accepts in several forms are parsed by hand into one form: with pydantic unions,
+an error would name a branch of the union instead of the field. A known but unsupported parameter is
+rejected by name unless its value is neutral, that is, asks for the default behaviour. Unknown
+parameters are ignored, as clients expect.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, PlainValidator
 from pydantic_core import PydanticCustomError
 
-from faasmoe_router.api.errors import ApiError
+from faasmoe_router.api.errors import unsupported_param
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_STRING_LENGTH = 1024
@@ -23,19 +22,19 @@ MAX_LOGIT_BIAS = 100
 MAX_BAD_WORDS = 64
 
 
-def field_error(kind: str, expected: str) -> PydanticCustomError:
-    """Return a field's fault: of its type or of its value."""
-    # The text is passed as a value: it may quote the client, braces and all.
-    return PydanticCustomError(f"expected_{kind}", "{expected}", {"expected": expected})
+def field_error(fault: Literal["type", "value"], expected: str) -> PydanticCustomError:
+    """Return the validation error of a field whose type or value is wrong."""
+    # Passed as a context value: `expected` may quote client input, which may contain braces.
+    return PydanticCustomError(f"expected_{fault}", "{expected}", {"expected": expected})
 
 
 def is_valid_text(value: Any) -> bool:
-    """Return whether a value is a string; halves of surrogates, which JSON can write, are none."""
+    """Return whether a value is a string without lone surrogates, which JSON can escape."""
     return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def parse_text(value: str) -> str:
-    """Read a string; halves of surrogates, which JSON can write, are no text."""
+    """Validate a string; one with lone surrogates is rejected, since it has no UTF-8 form."""
     if not is_valid_text(value):
         raise field_error("type", "Input should be a valid string")
     return value
@@ -46,7 +45,7 @@ def _is_token_id(value: Any) -> bool:
 
 
 def parse_stop(value: Any) -> tuple[str, ...]:
-    """Read `stop`: null, one string, or up to four."""
+    """Parse `stop`: null, a string, or a list of up to four strings."""
     if value is None:
         return ()
     stop_strings = [value] if isinstance(value, str) else value
@@ -62,51 +61,51 @@ def parse_stop(value: Any) -> tuple[str, ...]:
 
 
 def parse_token_ids(value: Any) -> tuple[int, ...]:
-    """Read a list of tokens."""
+    """Parse a list of token IDs."""
     if not isinstance(value, list) or not all(map(_is_token_id, value)):
-        raise field_error("type", "Input should be a list of tokens")
+        raise field_error("type", "Input should be a list of token IDs")
     return tuple(value)
 
 
 def parse_bounded_token_ids(value: Any) -> tuple[int, ...] | None:
-    """Read a list of at most 1024 tokens, or null."""
+    """Parse a list of at most 1024 token IDs, or null."""
     if value is None:
         return None
     token_ids = parse_token_ids(value)
     if len(token_ids) > MAX_TOKEN_IDS:
-        raise field_error("value", f"Input should have at most {MAX_TOKEN_IDS} tokens")
+        raise field_error("value", f"Input should have at most {MAX_TOKEN_IDS} token IDs")
     return token_ids
 
 
 def parse_logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
-    """Read `logit_bias`: null, or an object of tokens, written as strings, and numbers."""
+    """Parse `logit_bias`: null, or an object that maps token IDs, as strings, to numbers."""
     if value is None:
         return ()
     if not isinstance(value, dict):
-        raise field_error("type", "Input should be an object of tokens and numbers")
+        raise field_error("type", "Input should be an object that maps token IDs to numbers")
     if len(value) > MAX_TOKEN_IDS:
-        raise field_error("value", f"Input should have at most {MAX_TOKEN_IDS} tokens")
+        raise field_error("value", f"Input should have at most {MAX_TOKEN_IDS} token IDs")
     return tuple((_parse_token_key(key), _parse_bias(key, bias)) for key, bias in value.items())
 
 
 def _parse_token_key(key: str) -> int:
     if not (key.isascii() and key.isdecimal() and len(key) < 10):
-        raise field_error("value", "Keys should be tokens, such as 50256")
+        raise field_error("value", "Keys should be token IDs, such as 50256")
     return int(key)
 
 
 def _parse_bias(key: str, bias: Any) -> float:
     if isinstance(bias, bool) or not isinstance(bias, int | float):
-        raise field_error("type", f"The bias of {key} should be a number")
+        raise field_error("type", f"The bias of token {key} should be a number")
     if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
         raise field_error(
-            "value", f"The bias of {key} should be from -{MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}"
+            "value", f"The bias of token {key} should be from -{MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}"
         )
     return float(bias)
 
 
 def parse_bad_words(value: Any) -> tuple[str, ...]:
-    """Read `bad_words`: null, or strings that are not empty."""
+    """Parse `bad_words`: null, or a list of non-empty strings."""
     if value is None:
         return ()
     if not isinstance(value, list) or not all(is_valid_text(word) for word in value):
@@ -121,7 +120,7 @@ def parse_bad_words(value: Any) -> tuple[str, ...]:
 
 
 def parse_message_content(value: Any) -> str | None:
-    """Read a message's `content`: null, a string, or a list of text parts."""
+    """Parse a message's `content`: null, a string, or a list of text parts, which are joined."""
     if value is None:
         return None
     if isinstance(value, list):
@@ -143,11 +142,15 @@ Prompt = str | tuple[int, ...]
 
 
 def parse_prompts(value: Any) -> tuple[Prompt, ...]:
-    """Read `prompt`: a string, a list of strings, a list of tokens, or a list of those."""
+    """Parse `prompt`: a string, a list of strings, a list of token IDs, or a list of such lists."""
     if isinstance(value, str) or (isinstance(value, list) and value and _is_token_id(value[0])):
         value = [value]
     if not isinstance(value, list) or not value:
-        raise field_error("type", "Input should be a string, strings, tokens, or lists of tokens")
+        raise field_error(
+            "type",
+            "Input should be a string, a list of strings, a list of token IDs, or a list of such "
+            "lists",
+        )
     if len(value) > MAX_PROMPTS:
         raise field_error("value", f"Input should have at most {MAX_PROMPTS} prompts")
     return tuple(_parse_prompt(prompt, index) for index, prompt in enumerate(value))
@@ -157,7 +160,9 @@ def _parse_prompt(prompt: Any, index: int) -> Prompt:
     if isinstance(prompt, list) and prompt and all(map(_is_token_id, prompt)):
         return tuple(prompt)
     if not is_valid_text(prompt):
-        raise field_error("type", f"Prompt [{index}] should be a valid string or a list of tokens")
+        raise field_error(
+            "type", f"Prompt [{index}] should be a valid string or a list of token IDs"
+        )
     return str(prompt)
 
 
@@ -192,7 +197,7 @@ Prompts = Annotated[
 ]
 
 
-# What each parameter may be for it to change nothing.
+# Known parameters that this server does not support, each with its neutral values.
 UNSUPPORTED_PARAMS: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "cache_salt": (),
@@ -251,12 +256,12 @@ def reject_unsupported(
     neutral_values: Mapping[str, tuple[Any, ...]],
     path: str = "",
 ) -> None:
-    """Refuse what is asked for and not honoured; raises ApiError that names it.
+    """Raise ApiError for the first unsupported parameter with a value that is not neutral.
 
     Args:
-        extra_params: a body's fields beyond those that are read.
-        neutral_values: what each known one may be.
-        path: where the body is within the request.
+        extra_params: the fields of a body that its model does not declare.
+        neutral_values: the unsupported parameters, each with the values that change nothing.
+        path: prefix of the parameter's name in the error, such as `messages[0].`.
     """
     for name, value in (extra_params or {}).items():
         if (
@@ -267,15 +272,8 @@ def reject_unsupported(
             raise unsupported_param(f"{path}{name}")
 
 
-def unsupported_param(param: str, reason: str = "is not supported by this server") -> ApiError:
-    """Return the refusal of a parameter that is known and not honoured."""
-    return ApiError(
-        f"Unsupported parameter: '{param}' {reason}.", param=param, code="unsupported_parameter"
-    )
-
-
 def _is_neutral(value: Any, neutral_values: tuple[Any, ...]) -> bool:
-    # 0 == False, but a completion's "logprobs": 0 does ask for something.
+    # 0 == False in Python, but `0` and `false` mean different things in a request.
     return any(
         value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral_values
     )

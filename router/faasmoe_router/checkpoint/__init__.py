@@ -1,10 +1,6 @@
-"""Checkpoint preparation: from a Hugging Face checkpoint to a store; and the demo model.
+"""Checkpoint preparation: converts a Hugging Face checkpoint into a store; also the demo model.
 
-Streams: reads one parameter at a time, by transformers' own conversion rules, straight into the
-files that sandboxes and routers map (`faasmoe_contracts.store` reads them).
+A store is the folder of files that sandboxes and routers map; `faasmoe_contracts.store` reads it.
+Preparation streams: it reads one parameter at a time, applies transformers' own conversion rules
+and writes it to its final place, so that memory use does not depend on the checkpoint's size.
 """
-
-from faasmoe_router.checkpoint.prepare import prepare
-from faasmoe_router.errors import PrepareError
-
-__all__ = ["PrepareError", "prepare"]

@@ -1,9 +1,8 @@
-"""A folder of the hub's downloads that is of no use any more once the store is complete.
+"""The command line: `python -m faasmoe_router.checkpoint prepare SOURCE STORE | demo-model DIR`.
 
-A download is as large as the checkpoint. It is kept while a preparation may have to be tried again,
-and a claim that is to hold the store alone need not hold both from then on.
-
-`python -m faasmoe_router.checkpoint prepare SOURCE STORE` and `... demo-model DIR`.
+In a Kubernetes Job, `prepare` also writes a termination message, and removes the hub's downloads
+once the store is complete. Until then they are kept, so that a retry resumes the download; from
+then on a volume that holds both needs no more room than the store.
 """
 
 from __future__ import annotations
@@ -14,35 +13,21 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Never, Self
+
+from tqdm import tqdm
 
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.store import Store, StoreError
-from faasmoe_router.checkpoint.prepare import ProgressBar, find_complete_store, prepare
 from faasmoe_router.checkpoint.termination_message import exit_status, run_with_termination_log
 from faasmoe_router.errors import PrepareError
-from faasmoe_router.transformers_backend.model_skeleton import DTYPES
+from faasmoe_transformers.errors import UnsupportedVersions
+from faasmoe_transformers.version_check import CHECKPOINT_MODULES, check_private_names
 
 logger = logging.getLogger(__name__)
 
-
-def check_store_outside(downloads: Path, store: Path) -> None:
-    """Raise PrepareError if the store would be removed with the downloads."""
-    if store.resolve().is_relative_to(downloads.resolve()):
-        raise PrepareError(
-            f"discard-download: got {downloads}, expected a folder that does not contain the store {store}"
-        )
-
-
-def remove_downloads(downloads: Path) -> None:
-    """Remove the downloads; the store is complete without them, so what stays is only told."""
-    if not downloads.exists():
-        return
-    try:
-        shutil.rmtree(downloads)
-    except OSError as error:
-        logger.warning("could not remove the downloads %s: %s", downloads, error)
-    else:
-        logger.info("removed the downloads %s: the store is complete", downloads)
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,25 +50,25 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("prepare", help="prepare a checkpoint as a store")
     command.add_argument("source", help="folder, file:///FOLDER, hf://ORG/NAME or ORG/NAME")
     command.add_argument("store", type=Path, help="folder of the store")
-    command.add_argument("--revision", help="branch, tag or commit of the hub's repository")
-    command.add_argument("--dtype", choices=sorted(DTYPES), help="by default the checkpoint's")
+    command.add_argument("--revision", help="branch, tag or commit of the hub repository")
+    command.add_argument("--dtype", choices=DTYPE_NAMES, help="default: the checkpoint's")
     command.add_argument("--force", action="store_true", help="replace a store of another source")
     command.add_argument(
         "--termination-log",
         type=Path,
         metavar="FILE",
-        help="for a Kubernetes Job: write what became of it to FILE, as JSON; a complete store of "
-        "this source is taken as it is, without asking the hub or reading it again",
+        help="for a Kubernetes Job: write the outcome to FILE as JSON; a complete store of this "
+        "source is accepted without contacting the hub or reading its weights again",
     )
     command.add_argument(
         "--discard-download",
         type=Path,
         metavar="FOLDER",
-        help="remove FOLDER, in which HF_HOME has the hub's downloads kept, once the store is "
-        "complete; until then a retry goes on where the last one ended",
+        help="remove FOLDER, where HF_HOME keeps the hub's downloads, once the store is complete; "
+        "until then a retry resumes the download",
     )
     command.set_defaults(run=_run_prepare)
-    command = commands.add_parser("demo-model", help="make the demo model's checkpoint")
+    command = commands.add_parser("demo-model", help="build the demo model's checkpoint")
     command.add_argument("folder", type=Path, help="folder of the checkpoint")
     command.add_argument("--exact", action="store_true", help="logits equal the dense model's")
     command.set_defaults(run=_run_demo_model)
@@ -101,30 +86,31 @@ def _run_prepare(args: argparse.Namespace) -> int:
         )
     )
     if downloads is not None:
-        remove_downloads(downloads)
-    manifest = store.manifest
-    n_lean_kernels = sum(layer.kernel is not None for layer in manifest.layers)
-    print(f"{store.path}: {manifest.model.architecture}, {manifest.model.dtype}")
+        _remove_downloads(downloads)
+    model, layers = store.manifest.model, store.manifest.layers
+    n_lean_kernels = sum(layer.kernel is not None for layer in layers)
+    print(f"{store.path}: {model.architecture}, {model.dtype}")
     print(
-        f"{len(manifest.layers)} MoE layers, {n_lean_kernels} with the lean kernel; {manifest.digest}"
+        f"{len(layers)} MoE layers, {n_lean_kernels} with the lean kernel; {store.manifest.digest}"
     )
     return 0
-
-
-def _check_downloads_folder(args: argparse.Namespace) -> None:
-    if args.discard_download is not None:
-        check_store_outside(args.discard_download, args.store)
 
 
 def _existing_store(args: argparse.Namespace) -> Store | None:
     _check_downloads_folder(args)
     if args.force:
         return None
+    _check_versions()
+    from faasmoe_router.checkpoint.prepare import find_complete_store
+
     return find_complete_store(args.source, args.store, revision=args.revision, dtype=args.dtype)
 
 
 def _prepare_store(args: argparse.Namespace) -> Store:
     _check_downloads_folder(args)
+    _check_versions()
+    from faasmoe_router.checkpoint.prepare import prepare
+
     with ProgressBar() as bar:
         return prepare(
             args.source,
@@ -136,11 +122,78 @@ def _prepare_store(args: argparse.Namespace) -> Store:
         )
 
 
+def _check_versions() -> None:
+    """Raise PrepareError if torch or transformers lack names that a preparation uses.
+
+    Called before modules that import these names, which would fail without naming the remedy.
+    """
+    try:
+        check_private_names(CHECKPOINT_MODULES)
+    except UnsupportedVersions as error:
+        raise PrepareError(str(error)) from error
+
+
+def _check_downloads_folder(args: argparse.Namespace) -> None:
+    """Raise PrepareError if removing the downloads would remove the store."""
+    downloads: Path | None = args.discard_download
+    store: Path = args.store
+    if downloads is not None and store.resolve().is_relative_to(downloads.resolve()):
+        raise PrepareError(
+            f"discard-download: got {downloads}, expected a folder that does not contain the "
+            f"store {store}"
+        )
+
+
+def _remove_downloads(downloads: Path) -> None:
+    """Remove the downloads; a failure is only logged, since the store is complete without them."""
+    if not downloads.exists():
+        return
+    try:
+        shutil.rmtree(downloads)
+    except OSError as error:
+        logger.warning("could not remove the downloads %s: %s", downloads, error)
+    else:
+        logger.info("removed the downloads %s: the store is complete", downloads)
+
+
 def _run_demo_model(args: argparse.Namespace) -> int:
     from faasmoe_router.checkpoint.demo import make_demo_model
 
     make_demo_model(args.folder, exact=args.exact)
     return 0
+
+
+class ProgressBar:
+    """A progress bar on standard error; use it as a context manager, which closes the bar."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Never] | None = None
+
+    def start(self, label: str, *, total_bytes: int) -> None:
+        """Show a new bar."""
+        self._close()
+        self._bar = tqdm(total=total_bytes, desc=label, unit="B", unit_scale=True)
+
+    def advance(self, size_bytes: int) -> None:
+        """Advance the bar."""
+        if self._bar is not None:
+            self._bar.update(size_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Which lean kernel, if any, computes what an experts module computes.
+"""Selects the lean kernel, if any, that computes the same function as an experts module.
 
-A candidate is read off the module's attributes and then tried: the family's own forward and the
-kernel on small random weights, in float32. Whatever does not agree is served by the family's class.
+Candidates are read off the module's form and then tested: kernel and family's own forward on small
+random weights, in float32. A module without an equivalent kernel is served by the family's class.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from copy import copy, deepcopy
 from typing import Any
 
 import numpy as np
@@ -16,17 +15,18 @@ import torch
 from torch import nn
 
 from faasmoe_expert.functions.kernels import ACTIVATIONS, KernelSpec, RoutedPairs, gated_per_pair
-from faasmoe_router.transformers_backend.model_skeleton import ExpertsModule
+from faasmoe_transformers.model_skeleton import ExpertsForm, ExpertsModule, eager_copy
 
 logger = logging.getLogger(__name__)
+
 _N_EXPERTS, _HIDDEN_SIZE, _INTERMEDIATE_SIZE, _N_TOKENS, _TOP_K = 3, 24, 16, 12, 2
-# Small inputs, ordinary ones, and some large enough to reach the clamps that some families apply.
+# Small inputs, ordinary ones, and inputs that reach the clamps that some families apply.
 _INPUT_SCALES = (0.05, 1.0, 30.0)
 _RELATIVE_TOLERANCE = 1e-5
 
 
 def select_kernel(experts: ExpertsModule) -> dict[str, Any] | None:
-    """Return the kernel spec (JSON) that agrees with the module, or None."""
+    """Return the spec (JSON) of the kernel equivalent to the module; None if there is none."""
     for spec in candidate_kernels(experts.module):
         if is_equivalent(experts.module, spec):
             return KernelSpec.from_json(spec).to_json()
@@ -34,12 +34,13 @@ def select_kernel(experts: ExpertsModule) -> dict[str, Any] | None:
 
 
 def candidate_kernels(module: Any) -> Iterator[dict[str, Any]]:
-    """Yield the specs that the module's attributes allow."""
+    """Yield the specs (JSON) that the form of an experts module allows, likeliest first."""
+    form = ExpertsForm.of(module)
     base_spec = {
-        "name": "gated" if module.has_gate else "plain",
-        "transposed": bool(module.is_transposed),
-        "interleaved": bool(module.has_gate and not module.is_concatenated),
-        "bias": bool(module.has_bias),
+        "name": "gated" if form.is_gated else "plain",
+        "transposed": form.is_transposed,
+        "interleaved": form.is_interleaved,
+        "bias": form.is_biased,
     }
     if {name for name, _ in module.named_parameters()} == set(_parameter_shapes(base_spec)):
         for activation in _candidate_activations(module):
@@ -47,7 +48,7 @@ def candidate_kernels(module: Any) -> Iterator[dict[str, Any]]:
 
 
 def is_equivalent(module: Any, spec: Mapping[str, Any]) -> bool:
-    """Tell whether the kernel gives what the module's own forward gives."""
+    """Tell whether the kernel and the module's own forward give the same outputs."""
     try:
         small_module = _small_copy(module, spec)
         return all(_is_equivalent_at(scale, small_module, spec) for scale in _INPUT_SCALES)
@@ -78,10 +79,8 @@ def _is_equivalent_at(scale: float, module: Any, spec: Mapping[str, Any]) -> boo
 
 
 def _small_copy(module: Any, spec: Mapping[str, Any]) -> Any:
-    """Return a copy of the module on the CPU with few small random experts."""
-    small: Any = deepcopy(module)
-    small.config = copy(module.config)
-    small.config._experts_implementation = "eager"
+    """Return a copy of the module on the CPU with a few small random experts."""
+    small = eager_copy(module)
     for attribute, size in _small_sizes(module, spec).items():
         setattr(small, attribute, size)
     for name, shape in _parameter_shapes(spec).items():
@@ -92,7 +91,7 @@ def _small_copy(module: Any, spec: Mapping[str, Any]) -> Any:
 
 
 def _small_sizes(module: Any, spec: Mapping[str, Any]) -> dict[str, int]:
-    """Map the module's attributes that hold one of its sizes to the small size."""
+    """Return the module's attributes that hold one of its sizes, with the small size."""
     down = module.down_proj.shape  # [E, H, I], or [E, I, H] if transposed
     hidden, inter = (down[2], down[1]) if spec["transposed"] else (down[1], down[2])
     small = {2 * inter: 2 * _INTERMEDIATE_SIZE, inter: _INTERMEDIATE_SIZE, hidden: _HIDDEN_SIZE}
@@ -125,6 +124,6 @@ def _parameter_shapes(spec: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _candidate_activations(module: Any) -> list[str]:
-    """Return the names of activations to try, those that the config names first."""
+    """Return the names of activations to test, those that the config names first."""
     named = [getattr(module.config, name, None) for name in ("hidden_act", "hidden_activation")]
     return [name for name in dict.fromkeys((*named, *ACTIVATIONS)) if name in ACTIVATIONS]

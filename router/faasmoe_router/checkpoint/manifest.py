@@ -1,4 +1,4 @@
-"""The manifest's words about a model and its MoE layers."""
+"""The manifest's entries for a model and its MoE layers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from faasmoe_contracts.store import LayerEntry, ModelEntry
+from faasmoe_contracts.store.digests import layer_digests
 from faasmoe_contracts.store.tensors import map_tensors
-from faasmoe_expert.functions.verification import layer_digests
 from faasmoe_router.checkpoint.kernel_selection import select_kernel
 from faasmoe_router.checkpoint.source import CheckpointSource
 from faasmoe_router.checkpoint.store_plan import FileLayout, StorePlan
 from faasmoe_router.errors import SourceUnsupported
-from faasmoe_router.transformers_backend.model_skeleton import ExpertsModule, ModelSkeleton
+from faasmoe_transformers.model_skeleton import ExpertsModule, ModelSkeleton
 
 _CONTEXT_LENGTH_FIELDS = (
     "max_position_embeddings",
@@ -25,7 +25,11 @@ _CONTEXT_LENGTH_FIELDS = (
 
 
 def model_entry(skeleton: ModelSkeleton, checkpoint: CheckpointSource) -> ModelEntry:
-    """Return the manifest's entry of the model."""
+    """Return the manifest's entry for the model.
+
+    Raises:
+        SourceUnsupported: the config lacks one of the sizes.
+    """
     text_config = skeleton.config.get_text_config()
     return ModelEntry(
         source=checkpoint.name,
@@ -41,7 +45,7 @@ def model_entry(skeleton: ModelSkeleton, checkpoint: CheckpointSource) -> ModelE
 
 
 def layer_entries(skeleton: ModelSkeleton, plan: StorePlan) -> tuple[LayerEntry, ...]:
-    """Return the manifest's entries of the experts modules, each with the kernel that agrees."""
+    """Return the manifest's entries for the experts modules, each with its equivalent kernel."""
     layouts = {layout.name: layout for layout in plan.layouts}
     return tuple(
         _layer_entry(experts, layouts[plan.file_by_experts_module[experts.name]])
@@ -50,7 +54,10 @@ def layer_entries(skeleton: ModelSkeleton, plan: StorePlan) -> tuple[LayerEntry,
 
 
 def with_layer_digests(folder: Path, layers: Iterable[LayerEntry]) -> tuple[LayerEntry, ...]:
-    """Return the entries with the digests of what their files hold, blocks as they are read."""
+    """Return the entries with digests of the tensors in their files.
+
+    A layer has one digest per block that a sandbox reads: each expert, then the shared parameters.
+    """
     return tuple(
         replace(layer, digests=layer_digests(map_tensors(folder / layer.file), layer.num_experts))
         for layer in layers
@@ -81,4 +88,4 @@ def _positive_int(config: Any, *names: str) -> int:
         value = getattr(config, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
-    raise SourceUnsupported(f"config: got none of {', '.join(names)}, expected an integer")
+    raise SourceUnsupported(f"config: got none of {', '.join(names)}, expected a positive integer")

@@ -1,11 +1,9 @@
-"""How a preparation tells how far it is.
+"""Preparation of a store: streams a checkpoint, parameter by parameter, into the store's files.
 
-A preparation that finds its store complete, and need not look at the checkpoint's bytes again.
-
-A Kubernetes Job may run again at any time: after its pod was evicted, or when the operator was
-installed anew. The store that it finds is what serves; the hub may be away, its branch have moved.
-
-Preparing a store: streams a checkpoint, parameter by parameter, into the store's files.
+Preparation can be interrupted at any time and repeated; finished files are kept. A Kubernetes Job
+may run again after its store is complete, because its pod was evicted or the operator was
+reinstalled. `find_complete_store` then accepts the store without contacting the hub, which may be
+unreachable, and without reading the weights again.
 """
 
 from __future__ import annotations
@@ -15,13 +13,11 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Never, Protocol, Self
-
-from tqdm import tqdm
+from typing import Protocol
 
 from faasmoe_contracts.store import MANIFEST_NAME, FileEntry, Manifest, ModelEntry, Store
 from faasmoe_router.checkpoint.manifest import layer_entries, model_entry, with_layer_digests
+from faasmoe_router.checkpoint.model_source import load_skeleton, open_tensors
 from faasmoe_router.checkpoint.source import (
     CheckpointSource,
     is_hub_source,
@@ -31,125 +27,33 @@ from faasmoe_router.checkpoint.source import (
 from faasmoe_router.checkpoint.store_plan import StorePlan, plan_store
 from faasmoe_router.checkpoint.store_writer import StoreFolder, StoreWriter, lock_store_folder
 from faasmoe_router.errors import NoSpace, SourceUnsupported, StoreMismatch
-from faasmoe_router.transformers_backend.model_skeleton import (
-    DTYPES,
-    ModelSkeleton,
-    build_skeleton,
-    load_config,
-)
-from faasmoe_router.transformers_backend.weight_conversion import (
-    LazyTensor,
-    ParameterSlice,
-    first_float_dtype,
-    open_tensors,
-    run_conversion,
-)
+from faasmoe_transformers.model_skeleton import DTYPES, ModelSkeleton
+from faasmoe_transformers.weight_conversion import LazyTensor, ParameterSlice, run_conversion
 
 logger = logging.getLogger(__name__)
 
+_FREE_SPACE_MARGIN_BYTES = 64 << 20
+_COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")  # unlike branches and tags, commits never move
+
 
 class Progress(Protocol):
-    """Hears of bytes written."""
+    """Receives the progress of a preparation."""
 
     def start(self, label: str, *, total_bytes: int) -> None:
-        """A piece of work of `total_bytes` begins."""
+        """Start a task of `total_bytes`."""
 
     def advance(self, size_bytes: int) -> None:
-        """So many bytes more are written."""
+        """Report `size_bytes` more as written."""
 
 
 class NoProgress:
-    """Shows nothing."""
+    """Ignores progress."""
 
     def start(self, label: str, *, total_bytes: int) -> None:
-        """Ignore the beginning."""
+        """Do nothing."""
 
     def advance(self, size_bytes: int) -> None:
-        """Ignore the bytes."""
-
-
-class ProgressBar:
-    """A progress bar on standard error; a context manager that leaves the bar finished."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Never] | None = None
-
-    def start(self, label: str, *, total_bytes: int) -> None:
-        """Show a new bar."""
-        self._close()
-        self._bar = tqdm(total=total_bytes, desc=label, unit="B", unit_scale=True)
-
-    def advance(self, size_bytes: int) -> None:
-        """Move the bar."""
-        if self._bar is not None:
-            self._bar.update(size_bytes)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
-_COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")  # a branch or tag may have moved, a commit never does
-
-
-def find_complete_store(
-    source: str, store: Path, *, revision: str | None, dtype: str | None
-) -> Store | None:
-    """Return the store if it is complete; None if there is something left to prepare.
-
-    Args:
-        source: as in `prepare`.
-        store: the store's folder.
-        revision: as in `prepare`; a commit must be the store's.
-        dtype: as in `prepare`.
-
-    Raises:
-        StoreMismatch: the folder holds a complete store of something else.
-        PrepareError: the source is a folder that cannot be read.
-        StoreError: the store is complete but damaged.
-    """
-    if not (store / MANIFEST_NAME).exists():
-        return None
-    existing = Store.open(store)
-    if is_hub_source(source):
-        _check_hub_source(existing.manifest.model, source, store, revision=revision, dtype=dtype)
-        return existing
-    fingerprint = resolve_source(source, revision=revision).fingerprint(dtype=dtype)
-    if StoreFolder(store).fingerprint() != fingerprint:
-        _raise_mismatch(existing.manifest.model, source, store)
-    return existing
-
-
-def _check_hub_source(
-    existing: ModelEntry, source: str, store: Path, *, revision: str | None, dtype: str | None
-) -> None:
-    is_same_source = existing.source.removeprefix("hf://") == source.removeprefix("hf://")
-    is_other_commit = _COMMIT_PATTERN.fullmatch(revision or "") and revision != existing.revision
-    if not is_same_source or is_other_commit or dtype not in (None, existing.dtype):
-        expected = f"{source!r} (revision {revision}, {dtype or 'its dtype'})"
-        _raise_mismatch(existing, expected, store)
-
-
-def _raise_mismatch(existing: ModelEntry, expected: str, store: Path) -> None:
-    raise StoreMismatch(
-        f"store: got {store}, prepared from {existing.source!r} (revision {existing.revision}, "
-        f"{existing.dtype}), expected {expected} as it is now, or an empty folder"
-    )
-
-
-_FREE_SPACE_MARGIN_BYTES = 64 << 20
+        """Do nothing."""
 
 
 def prepare(
@@ -161,18 +65,17 @@ def prepare(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Store:
-    """Prepare the checkpoint `source` as a store in the folder `store`.
+    """Prepare a checkpoint as a store.
 
-    Safe to interrupt at any moment and to repeat: what is finished is kept. A complete store of the
-    same checkpoint is verified and left as it is.
+    If the store is complete and of the same checkpoint, its files are verified and left unchanged.
 
     Args:
-        source: a folder, file:///FOLDER, or a hub's repository (hf://ORG/NAME or ORG/NAME).
-        store: the folder to fill.
-        revision: branch, tag or commit of the hub's repository.
-        dtype: bfloat16, float16 or float32; by default the checkpoint's own.
+        source: a folder, file:///FOLDER, or a hub repository (hf://ORG/NAME or ORG/NAME).
+        store: the store's folder; created if missing.
+        revision: branch, tag or commit of the hub repository.
+        dtype: bfloat16, float16 or float32; None keeps the checkpoint's.
         force: replace a complete store of another checkpoint.
-        progress: hears of the bytes written.
+        progress: receives the number of bytes written.
 
     Raises:
         PrepareError: the checkpoint or the folder cannot be used.
@@ -204,7 +107,7 @@ def _clear_existing(folder: StoreFolder, source: str, *, force: bool) -> None:
         model = Store.open(folder.path).manifest.model
         raise StoreMismatch(
             f"store: got {folder.path}, prepared from {model.source!r} (revision {model.revision}, "
-            f"{model.dtype}), which is not what {source!r} is now; --force replaces it"
+            f"{model.dtype}), expected {source!r} as it is now; --force replaces it"
         )
     folder.clear()
 
@@ -217,8 +120,8 @@ def _fill_store(
     dtype: str | None,
     progress: Progress,
 ) -> None:
-    skeleton = _load_skeleton(checkpoint, tensors, dtype)
-    model = model_entry(skeleton, checkpoint)  # before hours of writing: it may refuse
+    skeleton = load_skeleton(checkpoint.folder, tensors, dtype)
+    model = model_entry(skeleton, checkpoint)  # may reject the config: do it before hours of I/O
     plan = plan_store(skeleton, tensors)
     files = folder.start_or_resume(fingerprint)
     progress.start("preparing", total_bytes=plan.size_bytes)
@@ -232,21 +135,13 @@ def _fill_store(
     folder.commit(manifest, fingerprint)
 
 
-def _load_skeleton(
-    checkpoint: CheckpointSource, tensors: Mapping[str, LazyTensor], dtype: str | None
-) -> ModelSkeleton:
-    config = load_config(checkpoint.folder)
-    if dtype is not None:
-        return build_skeleton(config, DTYPES[dtype])
-    return build_skeleton(config, config.dtype or first_float_dtype(tensors))
-
-
 def _check_free_space(path: Path, plan: StorePlan, files: Mapping[str, FileEntry]) -> None:
-    needed_bytes = plan.size_bytes - sum(entry.size_bytes for entry in files.values())
+    finished_bytes = sum(entry.size_bytes for entry in files.values())
+    needed_bytes = plan.size_bytes - finished_bytes + _FREE_SPACE_MARGIN_BYTES
     free_bytes = shutil.disk_usage(path).free
-    if free_bytes < needed_bytes + _FREE_SPACE_MARGIN_BYTES:
+    if free_bytes < needed_bytes:
         raise NoSpace(
-            f"store: got {free_bytes} bytes free in {path}, expected at least {needed_bytes + _FREE_SPACE_MARGIN_BYTES}"
+            f"store: got {free_bytes} bytes free in {path}, expected at least {needed_bytes}"
         )
 
 
@@ -257,6 +152,8 @@ def _write_tensors(
     files: dict[str, FileEntry],
     progress: Progress,
 ) -> None:
+    """Write the tensor files that are not among `files`, and add them to it."""
+
     def on_file_finished(name: str, entry: FileEntry) -> None:
         folder.record_finished(name, entry)
         files[name] = entry
@@ -277,3 +174,48 @@ def _write_tensors(
                     writer.write(plan.resolve_alias(parameter_slice))
     finally:
         writer.close()
+
+
+def find_complete_store(
+    source: str, store: Path, *, revision: str | None, dtype: str | None
+) -> Store | None:
+    """Return the store if it is complete; None if there is something left to prepare.
+
+    Args:
+        source: as for `prepare`; a hub repository is compared by name only.
+        store: the store's folder.
+        revision: as for `prepare`; a commit must be the store's, a branch or tag may have moved.
+        dtype: as for `prepare`.
+
+    Raises:
+        StoreMismatch: the folder holds a complete store of another checkpoint.
+        PrepareError: the source is a folder that cannot be read.
+        StoreError: the store is complete but damaged.
+    """
+    if not (store / MANIFEST_NAME).exists():
+        return None
+    existing = Store.open(store)
+    if is_hub_source(source):
+        _check_hub_source(existing.manifest.model, source, store, revision=revision, dtype=dtype)
+        return existing
+    fingerprint = resolve_source(source, revision=revision).fingerprint(dtype=dtype)
+    if StoreFolder(store).fingerprint() != fingerprint:
+        _raise_mismatch(existing.manifest.model, source, store)
+    return existing
+
+
+def _check_hub_source(
+    existing: ModelEntry, source: str, store: Path, *, revision: str | None, dtype: str | None
+) -> None:
+    is_same_source = existing.source.removeprefix("hf://") == source.removeprefix("hf://")
+    is_other_commit = _COMMIT_PATTERN.fullmatch(revision or "") and revision != existing.revision
+    if not is_same_source or is_other_commit or dtype not in (None, existing.dtype):
+        expected = f"{source!r} (revision {revision}, {dtype or 'its dtype'})"
+        _raise_mismatch(existing, expected, store)
+
+
+def _raise_mismatch(existing: ModelEntry, expected: str, store: Path) -> None:
+    raise StoreMismatch(
+        f"store: got {store}, prepared from {existing.source!r} (revision {existing.revision}, "
+        f"{existing.dtype}), expected {expected} as it is now, or an empty folder"
+    )

@@ -1,12 +1,8 @@
-"""Which safetensors files a checkpoint consists of, by its index.
+"""Checkpoint sources: a local folder, or a repository of the Hugging Face hub at one commit.
 
-Fetching a checkpoint from the model hub, pinned to a commit.
-
-Where a checkpoint comes from: a folder, or a model hub's repository at one commit.
-
-Ends in a local folder, the list of its safetensors files and a fingerprint; reads no tensor.
-
-The files beside the weights: configuration, tokenizer, chat template, licence.
+A source is resolved to a local folder, downloading it if necessary, its safetensors files, its
+auxiliary files (configuration, tokenizer, chat template, licence) and a fingerprint that tells
+whether a store was made of it. No tensor is read.
 """
 
 from __future__ import annotations
@@ -42,41 +38,19 @@ from faasmoe_router.errors import (
 
 WEIGHT_INDEX_NAME = "model.safetensors.index.json"
 SINGLE_WEIGHT_FILE_NAME = "model.safetensors"
-
-
-def weight_file_names(folder: Path) -> list[str]:
-    """Return the names of the files that the index names, or of the single file.
-
-    Raises:
-        PrepareError: the index is no JSON, or names no files.
-    """
-    index = folder / WEIGHT_INDEX_NAME
-    if not index.exists():
-        return [SINGLE_WEIGHT_FILE_NAME]
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise PrepareError(f"{index}: weight_map: got {weight_map!r}, expected tensor names")
-    invalid = next((name for name in weight_map.values() if not isinstance(name, str)), None)
-    if invalid is not None:
-        raise PrepareError(f"{index}: weight_map: got {invalid!r}, expected the name of a file")
-    return sorted(set(weight_map.values()))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`; raises PrepareError that names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SourceNotFound(f"{path}: cannot be read: {error.strerror}") from error
-    except OSError as error:
-        raise PrepareError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise PrepareError(f"{path}: got no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise PrepareError(f"{path}: got {type(value).__name__}, expected a JSON object")
-    return value
-
-
+_WEIGHT_INDEX_SUFFIX = ".index.json"
+_AUXILIARY_PATTERNS = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "additional_chat_templates/*.jinja",
+)
+_MAX_AUXILIARY_BYTES = 256 << 20
+_QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
 _METADATA_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
 _HUB_ERRORS: tuple[tuple[type[Exception], type[PrepareError], str], ...] = (
     (
@@ -101,73 +75,16 @@ _HUB_ERRORS: tuple[tuple[type[Exception], type[PrepareError], str], ...] = (
 )
 
 
-def download_checkpoint(repository: str, *, revision: str | None) -> tuple[Path, str]:
-    """Fetch config, tokenizer and safetensors files; return the local folder and its commit.
-
-    Raises:
-        PrepareError: the repository or revision cannot be had; says why.
-    """
-    try:
-        folder = _download_snapshot(repository, revision, _METADATA_PATTERNS)
-        commit = folder.name  # the hub's cache names a snapshot's folder after its commit
-        _download_snapshot(repository, commit, weight_file_names(folder))
-    except tuple(kind for kind, *_ in _HUB_ERRORS) as error:
-        error_class, reason = _translate_hub_error(error)
-        raise error_class(
-            f"source: got {repository!r} at revision {revision or 'main'!r}: {reason}"
-        ) from error
-    return folder, commit
-
-
-def _download_snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-
-
-def _translate_hub_error(error: Exception) -> tuple[type[PrepareError], str]:
-    """Return our error for the hub's, and the reason in words."""
-    translation = next(
-        ((ours, text) for kind, ours, text in _HUB_ERRORS if isinstance(error, kind))
-    )
-    status = _http_status(error)
-    if translation[0] is not HubUnavailable or status is None:
-        return translation
-    if status in (401, 403):
-        return HubUnauthorized, f"the hub answered {status}: HF_TOKEN is wrong or lacks access"
-    return HubUnavailable, f"the hub answered {status}"
-
-
-def _http_status(error: Exception) -> int | None:
-    """Return the status of the hub's answer that an error comes from; None if there was none."""
-    http_errors = (cause for cause in cause_chain(error) if isinstance(cause, HfHubHTTPError))
-    http_error = next(http_errors, None)
-    return None if http_error is None else int(http_error.response.status_code)
-
-
-_AUXILIARY_PATTERNS = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-    "additional_chat_templates/*.jinja",
-)
-_WEIGHT_INDEX_SUFFIX = ".index.json"
-_MAX_AUXILIARY_BYTES = 256 << 20
-_QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
-
-
 @dataclass(frozen=True, slots=True)
 class CheckpointSource:
     """A checkpoint in a local folder.
 
     Attributes:
-        name: as the user wrote it.
-        revision: the hub's commit; None for a folder.
-        folder: where it lies.
+        name: the source as the user wrote it.
+        revision: the commit of the hub repository; None for a local folder.
+        folder: the local folder that holds the files.
         weight_files: its safetensors files.
-        config: its config.json.
+        config: the content of its config.json.
     """
 
     name: str
@@ -177,7 +94,7 @@ class CheckpointSource:
     config: Mapping[str, Any]
 
     def fingerprint(self, *, dtype: str | None) -> str:
-        """Return what tells this checkpoint, prepared as `dtype`, from another or a changed one."""
+        """Return a hash that changes if the checkpoint's files or `dtype` change."""
         identity = {
             "dtype": dtype,
             "config": self.config,
@@ -188,25 +105,34 @@ class CheckpointSource:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def auxiliary_files(self) -> list[Path]:
-        """Return the files beside the weights that go into a store."""
+        """Return the files other than weights that a store contains."""
         paths = {path for pattern in _AUXILIARY_PATTERNS for path in self.folder.glob(pattern)}
         return [path for path in sorted(paths) if _is_auxiliary_file(path)]
 
     def _file_identity(self, path: Path) -> list[str | int]:
         stat = path.stat()
-        # A commit pins the bytes; a folder's files can be written anew with the same size.
+        # A commit pins the content; a local file may be rewritten with the same size.
         name = str(path.relative_to(self.folder))
         return [name, stat.st_size, stat.st_mtime_ns if self.revision is None else 0]
 
 
 def resolve_source(name: str, *, revision: str | None) -> CheckpointSource:
-    """Return the checkpoint called `name`: a folder, file:///folder, hf://org/name or org/name.
+    """Resolve a source, downloading it if it is a hub repository.
+
+    Args:
+        name: a folder, file:///FOLDER, hf://ORG/NAME or ORG/NAME.
+        revision: branch, tag or commit of the hub repository; None for the default branch.
 
     Raises:
-        PrepareError: it is not there, is no safetensors checkpoint, or is quantised.
+        PrepareError: it does not exist, is not a safetensors checkpoint, or is quantized.
     """
     folder, commit = _resolve_folder(name, revision=revision)
     config = read_json(folder / "config.json")
+    _reject_quantization(folder / "config.json", config)
+    return CheckpointSource(name, commit, folder, _weight_files(folder), config)
+
+
+def _reject_quantization(path: Path, config: Mapping[str, Any]) -> None:
     for prefix, fields in (("", config), ("text_config.", config.get("text_config"))):
         for field in _QUANTIZATION_FIELDS:
             if isinstance(fields, dict) and fields.get(field):
@@ -217,14 +143,13 @@ def resolve_source(name: str, *, revision: str | None) -> CheckpointSource:
                     else quantization
                 )
                 raise SourceUnsupported(
-                    f"{folder / 'config.json'}: {prefix}{field}: got quant_method {method!r}, "
-                    "expected no quantisation: give the checkpoint in bfloat16, float16 or float32"
+                    f"{path}: {prefix}{field}: got quant_method {method!r}, expected an "
+                    "unquantized checkpoint in bfloat16, float16 or float32"
                 )
-    return CheckpointSource(name, commit, folder, _weight_files(folder), config)
 
 
 def is_hub_source(name: str) -> bool:
-    """Tell whether a source is a hub's: hf://org/name, or org/name without such a folder."""
+    """Return whether a source is on the hub: hf://ORG/NAME, or ORG/NAME if it is not a folder."""
     parts = urlsplit(name)
     if parts.scheme:
         return parts.scheme == "hf"
@@ -250,10 +175,51 @@ def _resolve_folder(name: str, *, revision: str | None) -> tuple[Path, str | Non
     raise SourceNotFound(f"source: got {name!r}, expected a folder that exists or ORG/NAME")
 
 
-def _is_auxiliary_file(path: Path) -> bool:
-    if path.name.endswith(_WEIGHT_INDEX_SUFFIX) or not path.is_file():
-        return False
-    return path.stat().st_size <= _MAX_AUXILIARY_BYTES
+def download_checkpoint(repository: str, *, revision: str | None) -> tuple[Path, str]:
+    """Download a hub repository's config, tokenizer and safetensors files, unless cached.
+
+    Returns:
+        The local folder and the commit.
+
+    Raises:
+        PrepareError: the repository or revision is not accessible; the message says why.
+    """
+    try:
+        folder = _download_snapshot(repository, revision, _METADATA_PATTERNS)
+        commit = folder.name  # the hub's cache names a snapshot's folder after its commit
+        _download_snapshot(repository, commit, weight_file_names(folder))
+    except tuple(hub_error for hub_error, *_ in _HUB_ERRORS) as error:
+        error_class, reason = _translate_hub_error(error)
+        raise error_class(
+            f"source: got {repository!r} at revision {revision or 'main'!r}: {reason}"
+        ) from error
+    return folder, commit
+
+
+def _download_snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+
+
+def _translate_hub_error(error: Exception) -> tuple[type[PrepareError], str]:
+    """Return the PrepareError class of an error of the hub's client, and the reason."""
+    translation = next(
+        (error_class, reason)
+        for hub_error, error_class, reason in _HUB_ERRORS
+        if isinstance(error, hub_error)
+    )
+    status = _http_status(error)
+    if translation[0] is not HubUnavailable or status is None:
+        return translation
+    if status in (401, 403):
+        return HubUnauthorized, f"the hub answered {status}: HF_TOKEN is wrong or lacks access"
+    return HubUnavailable, f"the hub answered {status}"
+
+
+def _http_status(error: Exception) -> int | None:
+    """Return the HTTP status that caused an error; None if the hub sent no response."""
+    http_errors = (cause for cause in cause_chain(error) if isinstance(cause, HfHubHTTPError))
+    http_error = next(http_errors, None)
+    return None if http_error is None else int(http_error.response.status_code)
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
@@ -266,10 +232,57 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     return files
 
 
+def weight_file_names(folder: Path) -> list[str]:
+    """Return the names of the weight files: those in the index, or the single file without one.
+
+    Raises:
+        PrepareError: the index is not valid JSON, or names no files.
+    """
+    index = folder / WEIGHT_INDEX_NAME
+    if not index.exists():
+        return [SINGLE_WEIGHT_FILE_NAME]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise PrepareError(
+            f"{index}: weight_map: got {weight_map!r}, expected an object that maps tensors to "
+            "files"
+        )
+    invalid = next((name for name in weight_map.values() if not isinstance(name, str)), None)
+    if invalid is not None:
+        raise PrepareError(f"{index}: weight_map: got {invalid!r}, expected a file name")
+    return sorted(set(weight_map.values()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; raises PrepareError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SourceNotFound(f"{path}: cannot be read: {error.strerror}") from error
+    except OSError as error:
+        raise PrepareError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise PrepareError(f"{path}: got invalid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise PrepareError(f"{path}: got {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _is_auxiliary_file(path: Path) -> bool:
+    if path.name.endswith(_WEIGHT_INDEX_SUFFIX) or not path.is_file():
+        return False
+    return path.stat().st_size <= _MAX_AUXILIARY_BYTES
+
+
 def read_auxiliary_files(
     source: CheckpointSource, *, dtype: str | None
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of each file of `model/`; config.json speaks of `dtype` if given."""
+    """Yield the name in the store (`model/...`) and the content of each auxiliary file.
+
+    Args:
+        source: the checkpoint.
+        dtype: the dtype that config.json is changed to; None leaves it unchanged.
+    """
     for path in source.auxiliary_files():
         name = f"model/{path.relative_to(source.folder)}"
         if path.name == "config.json" and dtype is not None:

@@ -1,6 +1,8 @@
-"""The store's tensor files, laid out before a byte is written: headers, offsets, sizes.
+"""Plans a store before a byte is written: its tensor files and the conversions that fill them.
 
-What is to be written: the conversion's jobs matched with the layout of the store's files.
+Every safetensors file is laid out with its header, its size and the offset of each tensor; the jobs
+of the conversion are matched with these places and ordered so that few files are under
+construction at once.
 """
 
 from __future__ import annotations
@@ -13,12 +15,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from faasmoe_router.checkpoint.model_source import unsupported_source
 from faasmoe_router.errors import SourceUnsupported
-from faasmoe_router.transformers_backend.model_skeleton import ExpertsModule, ModelSkeleton
-from faasmoe_router.transformers_backend.weight_conversion import (
+from faasmoe_transformers.model_skeleton import (
+    ExpertsModule,
+    ModelSkeleton,
+    ignored_tensor_patterns,
+    initial_value,
+    optional_parameter_patterns,
+)
+from faasmoe_transformers.weight_conversion import (
     ConversionJob,
     ConversionPlan,
     LazyTensor,
@@ -28,7 +36,6 @@ from faasmoe_router.transformers_backend.weight_conversion import (
 )
 
 logger = logging.getLogger(__name__)
-
 
 ALIGNMENT = 4096
 ROUTER_SHARD_BYTES = 2 << 30
@@ -48,7 +55,14 @@ SAFETENSORS_DTYPE_NAMES: Mapping[torch.dtype, str] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor to be stored: its name in the model, its name in the file, its dtype and shape."""
+    """A tensor to be stored.
+
+    Attributes:
+        name: its name in the model.
+        local_name: its name in the file.
+        dtype: its dtype.
+        shape: its shape.
+    """
 
     name: str
     local_name: str
@@ -63,7 +77,15 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """One safetensors file: its header, its size, and where each tensor begins."""
+    """One safetensors file.
+
+    Attributes:
+        name: path within the store.
+        header: the file's header, padded to ALIGNMENT bytes.
+        size_bytes: size of the file.
+        offsets: offset of each tensor in the file, by name in the model.
+        tensors: the tensors in the order of their offsets.
+    """
 
     name: str
     header: bytes
@@ -119,10 +141,10 @@ class StorePlan:
 
     Attributes:
         layouts: every safetensors file.
-        file_by_experts_module: the file of each experts module, by the module's name; tied ones share it.
-        jobs: the conversions, in the order of the files.
-        initial_values: parameters that the checkpoint may lack, at their initial value.
-        aliases: names that are stored under another name.
+        file_by_experts_module: file of each experts module by its name; tied modules share one.
+        jobs: the conversions in the order of the files.
+        initial_values: initial values of parameters that the checkpoint lacks and may lack.
+        aliases: names that are stored under another name, each with that name.
     """
 
     layouts: tuple[FileLayout, ...]
@@ -137,17 +159,23 @@ class StorePlan:
         return sum(layout.size_bytes for layout in self.layouts)
 
     def resolve_alias(self, piece: ParameterSlice) -> ParameterSlice:
-        """Return the piece under the name that it is stored under."""
+        """Return the slice with its target replaced by the name it is stored under."""
         return replace(piece, target=self.aliases.get(piece.target, piece.target))
 
 
 def plan_store(skeleton: ModelSkeleton, tensors: Mapping[str, LazyTensor]) -> StorePlan:
     """Plan the store of a checkpoint.
 
+    Args:
+        skeleton: the checkpoint's model.
+        tensors: the checkpoint's tensors by name.
+
     Raises:
-        PrepareError: parameters are missing or have another shape; they are named.
+        SourceUnsupported: tensors cannot be converted, or parameters are missing or have another
+            shape; the message names them.
     """
-    conversion = plan_conversion(skeleton.model, tensors, dtype=skeleton.dtype)
+    with unsupported_source():
+        conversion = plan_conversion(skeleton.model, tensors, dtype=skeleton.dtype)
     _warn_unexpected(skeleton.model, conversion)
     aliases = find_aliases(skeleton.model, conversion)
     specs = _converted_specs(skeleton.model, conversion, aliases)
@@ -180,10 +208,10 @@ def _converted_specs(
 def _initial_values(
     model: PreTrainedModel, specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]
 ) -> dict[str, torch.Tensor]:
-    """Return initial values of what the class allows to be missing; refuse all else missing."""
+    """Return initial values of missing parameters; raises if a required one is missing."""
     missing = [name for name in model.state_dict() if aliases.get(name, name) not in specs]
-    allowed_patterns = model._keys_to_ignore_on_load_missing or ()
-    optional = [n for n in missing if any(re.search(pattern, n) for pattern in allowed_patterns)]
+    patterns = optional_parameter_patterns(model)
+    optional = [n for n in missing if any(re.search(pattern, n) for pattern in patterns)]
     required = sorted(set(missing) - set(optional))
     if required:
         more = f" and {len(required) - 5} more" if len(required) > 5 else ""
@@ -191,23 +219,7 @@ def _initial_values(
             f"checkpoint: got no tensor for {', '.join(required[:5])}{more}, "
             f"expected every parameter of {type(model).__name__}"
         )
-    return {name: _initial_value(model, name) for name in optional if name not in aliases}
-
-
-def _initial_value(model: PreTrainedModel, name: str) -> torch.Tensor:
-    """Let the class initialise one parameter on the CPU, in a module that is otherwise on meta."""
-    path, _, local_name = name.rpartition(".")
-    module = model.get_submodule(path)
-    old = getattr(module, local_name)
-    value = torch.zeros(old.shape, dtype=old.dtype)
-    setattr(
-        module, local_name, nn.Parameter(value, False) if isinstance(old, nn.Parameter) else value
-    )
-    with torch.no_grad():
-        model._init_weights(module)
-    initialised: torch.Tensor = getattr(module, local_name).detach()
-    setattr(module, local_name, old)
-    return initialised
+    return {name: initial_value(model, name) for name in optional if name not in aliases}
 
 
 def _plan_files(
@@ -215,11 +227,9 @@ def _plan_files(
 ) -> tuple[tuple[FileLayout, ...], dict[str, str]]:
     """Return the files, and the file of each experts module by the module's name."""
     remaining = {name: specs[name] for name in skeleton.model.state_dict() if name in specs}
-    layouts, file_by_experts_module, owners = (
-        [],
-        {},
-        _parameter_owners(skeleton.experts_modules, aliases),
-    )
+    owners = _parameter_owners(skeleton.experts_modules, aliases)
+    layouts: list[FileLayout] = []
+    file_by_experts_module: dict[str, str] = {}
     for experts in skeleton.experts_modules:
         owner = owners[experts.name]
         file_by_experts_module[experts.name] = f"experts/{owner.index:05}.safetensors"
@@ -235,7 +245,7 @@ def _plan_files(
 def _parameter_owners(
     modules: tuple[ExpertsModule, ...], aliases: Mapping[str, str]
 ) -> dict[str, ExpertsModule]:
-    """Return for each experts module the one whose parameters it has: itself, unless it is tied."""
+    """Return for each experts module the one that owns its parameters: itself, unless tied."""
     by_name = {experts.name: experts for experts in modules}
     owners = {}
     for experts in modules:
@@ -257,7 +267,7 @@ def _parameter_owners(
 def _sort_jobs_by_file(
     conversion: ConversionPlan, layouts: tuple[FileLayout, ...], aliases: Mapping[str, str]
 ) -> tuple[ConversionJob, ...]:
-    """Order jobs so that few files are under construction at once; leave out those not stored."""
+    """Order jobs so that few files are open at once; drop jobs whose results are not stored."""
     position = {
         name: (i, offset) for i, file in enumerate(layouts) for name, offset in file.offsets.items()
     }
@@ -272,8 +282,8 @@ def _sort_jobs_by_file(
 
 
 def _warn_unexpected(model: PreTrainedModel, conversion: ConversionPlan) -> None:
-    ignored_patterns = model._keys_to_ignore_on_load_unexpected or ()
-    names = [n for n in conversion.unexpected if not any(re.search(p, n) for p in ignored_patterns)]
+    patterns = ignored_tensor_patterns(model)
+    names = [n for n in conversion.unexpected if not any(re.search(p, n) for p in patterns)]
     if names:
         logger.warning(
             "the checkpoint holds %d tensors that %s has no parameter for, the first: %s",

@@ -1,9 +1,9 @@
-"""Writing tensors to their places in the store's files; a file appears only when it is whole.
+"""Writing a store: its files, and its folder while it is prepared.
 
-The store's folder while it is prepared: one preparation at a time, resumable.
-
-A journal names the files that are finished, with their digests, and the checkpoint that they were
-made of; it goes when the manifest has come.
+A file is written under a `.partial` name and renamed when it is complete and durable. A journal
+records the fingerprint of the checkpoint and each finished file with its digest, so that an
+interrupted preparation resumes. The manifest is written last and makes the folder a store; then the
+journal is removed. A lock keeps out concurrent preparations of the same folder.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from faasmoe_contracts.atomic_file import fsync_folder, write_atomically
 from faasmoe_contracts.store import (
     MANIFEST_NAME,
     STORE_FORMAT,
@@ -30,13 +31,21 @@ from faasmoe_contracts.store import (
 )
 from faasmoe_router.checkpoint.store_plan import FileLayout
 from faasmoe_router.errors import PrepareError, StoreMismatch
-from faasmoe_router.transformers_backend.weight_conversion import ParameterSlice
+from faasmoe_transformers.weight_conversion import ParameterSlice
 
 PARTIAL_SUFFIX = ".partial"
+_LOCK_NAME, _JOURNAL_NAME, _FINGERPRINT_NAME = ".lock", ".journal", ".origin.json"
+_STORE_FOLDERS = ("experts", "router", "model")
+_IGNORED_ENTRIES = ("lost+found",)  # present on a freshly formatted volume
 
 
 class PartialStoreFile:
-    """One file under construction; `write` in any order, then it finishes by itself."""
+    """A safetensors file that is being written; its slices may be written in any order.
+
+    Args:
+        folder: the store's folder.
+        layout: the file's header, tensor offsets and size.
+    """
 
     def __init__(self, folder: Path, layout: FileLayout) -> None:
         self.layout = layout
@@ -50,27 +59,27 @@ class PartialStoreFile:
 
     @property
     def is_complete(self) -> bool:
-        """Tell whether every byte has been written."""
+        """Whether every byte has been written."""
         return self._remaining_bytes == 0
 
     def write(self, parameter_slice: ParameterSlice) -> None:
-        """Write rows of a tensor to their place."""
+        """Write rows of a tensor at their offset."""
         tensor = parameter_slice.tensor.detach().contiguous()
         row_bytes = tensor[0].nbytes if tensor.dim() else 0
         offset = self.layout.offsets[parameter_slice.target] + parameter_slice.first_row * row_bytes
         self._write_at(tensor.reshape(-1).view(torch.uint8).numpy().data, offset)
 
     def finish(self) -> FileEntry:
-        """Make the file durable and visible; return its size and digest."""
+        """Sync the complete file, rename it to its final name, and return its size and digest."""
         os.fsync(self._fd)
         self.close()
-        digest = sha256_of_file(self._partial)  # of what the disk gives back, from the page cache
+        digest = sha256_of_file(self._partial)  # read back, usually from the page cache
         self._partial.rename(self._path)
         fsync_folder(self._path.parent)
         return FileEntry(self.layout.size_bytes, digest)
 
     def close(self) -> None:
-        """Release the file descriptor."""
+        """Close the file; harmless if it is closed."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -83,7 +92,14 @@ class PartialStoreFile:
 
 
 class StoreWriter:
-    """Sends pieces to the files that they belong to; pieces of other names are dropped."""
+    """Writes slices of parameters to the files of a store; slices of other parameters are ignored.
+
+    Args:
+        folder: the store's folder.
+        layouts: the files to write.
+        on_file_finished: called with the name and entry of each complete file.
+        on_bytes_written: called with the number of bytes of each write.
+    """
 
     def __init__(
         self,
@@ -100,7 +116,7 @@ class StoreWriter:
         self._on_bytes_written = on_bytes_written
 
     def write(self, parameter_slice: ParameterSlice) -> None:
-        """Write a piece, and finish its file if it was the last one."""
+        """Write a slice, and finish its file if that completes it."""
         layout = self._layout_by_tensor.get(parameter_slice.target)
         if layout is None:
             return
@@ -115,67 +131,82 @@ class StoreWriter:
             del self._open_files[layout.name]
 
     def contains(self, name: str) -> bool:
-        """Tell whether a tensor of this name is to be written."""
+        """Return whether a parameter belongs to one of the files."""
         return name in self._layout_by_tensor
 
     def close(self) -> None:
-        """Release the files that are not whole; they stay as partial files."""
+        """Close the incomplete files; they stay on disk under their partial names."""
         for file in self._open_files.values():
             file.close()
         self._open_files.clear()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file by rename: it is there entirely or not at all."""
+def write_partial_first(path: Path, data: bytes) -> None:
+    """Write a file atomically, by way of the `.partial` file that the folder's checks expect."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    fsync_folder(path.parent)
+    write_atomically(path, data, temp_path=path.with_name(path.name + PARTIAL_SUFFIX))
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+@contextmanager
+def lock_store_folder(path: Path) -> Iterator[StoreFolder]:
+    """Lock a store's folder for one preparation, creating it if it is missing.
+
+    Raises:
+        PrepareError: another process holds the lock, or the folder cannot be created.
+    """
     try:
-        os.fsync(fd)
+        path.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise PrepareError(f"store: {path} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield StoreFolder(path)
+    except BlockingIOError:
+        raise PrepareError(f"store: {path} is being prepared by another process") from None
     finally:
         os.close(fd)
 
 
-_LOCK_NAME, _JOURNAL_NAME, _FINGERPRINT_NAME = ".lock", ".journal", ".origin.json"
-_STORE_FOLDERS = ("experts", "router", "model")
-_IGNORED_ENTRIES = ("lost+found",)  # of a freshly made volume
-
-
 @dataclass(frozen=True, slots=True)
 class StoreFolder:
-    """A folder that this process alone prepares; see `locked`."""
+    """The folder of a store; lock it with `lock_store_folder` before changing it.
+
+    Attributes:
+        path: the folder.
+    """
 
     path: Path
 
     @property
     def is_complete(self) -> bool:
-        """Tell whether a manifest is there."""
+        """Whether the folder has a manifest."""
         return (self.path / MANIFEST_NAME).exists()
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the checkpoint that the complete store was made of."""
+        """Return the fingerprint of a complete store's checkpoint; "unknown" if unreadable."""
         try:
             return str(json.loads((self.path / _FINGERPRINT_NAME).read_text())["fingerprint"])
         except (OSError, ValueError, KeyError, TypeError):
             return "unknown"
 
     def start_or_resume(self, fingerprint: str) -> dict[str, FileEntry]:
-        """Start, or go on with, the preparation of a checkpoint; return the finished files."""
+        """Start or resume the preparation of a checkpoint.
+
+        Args:
+            fingerprint: the checkpoint's; the files of another checkpoint are removed.
+
+        Returns:
+            The finished files, after checking each one's size and digest.
+
+        Raises:
+            PrepareError: the folder contains files that no preparation created.
+        """
         journal = _read_journal(self.path / _JOURNAL_NAME)
         if not journal or journal[0].get("fingerprint") != fingerprint:
             self.clear()
             journal_head = json.dumps({"fingerprint": fingerprint}) + "\n"
-            write_atomically(self.path / _JOURNAL_NAME, journal_head.encode())
+            write_partial_first(self.path / _JOURNAL_NAME, journal_head.encode())
             return {}
         self._reject_foreign_files()
         finished_files: dict[str, FileEntry] = {}
@@ -186,33 +217,33 @@ class StoreFolder:
         return finished_files
 
     def record_finished(self, name: str, entry: FileEntry) -> None:
-        """Note in the journal that a file is finished."""
+        """Record a finished file in the journal."""
         line = json.dumps({"file": name, "entry": entry.to_json()})
         with (self.path / _JOURNAL_NAME).open("a") as file:
-            # The newline first: a line that an interruption cut short must not swallow this one.
+            # The leading newline ends a line that an interruption may have truncated.
             file.write(f"\n{line}\n")
             file.flush()
             os.fsync(file.fileno())
 
     def write_file(self, name: str, content: bytes) -> FileEntry:
-        """Write a small file whole."""
-        write_atomically(self.path / name, content)
+        """Write a small file atomically; return its size and digest."""
+        write_partial_first(self.path / name, content)
         return FileEntry(len(content), hashlib.sha256(content).hexdigest())
 
     def commit(self, manifest: Manifest, fingerprint: str) -> None:
-        """Write the manifest, which makes the folder a store."""
-        write_atomically(
+        """Write the manifest, which completes the store, and remove the journal."""
+        write_partial_first(
             self.path / _FINGERPRINT_NAME, json.dumps({"fingerprint": fingerprint}).encode()
         )
         text = json.dumps(manifest.to_json(), indent=1) + "\n"
-        write_atomically(self.path / MANIFEST_NAME, text.encode())
+        write_partial_first(self.path / MANIFEST_NAME, text.encode())
         (self.path / _JOURNAL_NAME).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove what preparation made; the manifest goes first.
+        """Remove what preparations created; the manifest first, so that no broken store remains.
 
         Raises:
-            PrepareError: the folder holds what no preparation made; nothing is removed.
+            PrepareError: the folder contains files that no preparation created; nothing is removed.
         """
         self._reject_foreign_files()
         for name in (MANIFEST_NAME, _FINGERPRINT_NAME, _JOURNAL_NAME):
@@ -230,7 +261,10 @@ class StoreFolder:
             return False
 
     def _is_store(self) -> bool:
-        """Tell a store, damaged or not, from any folder that has a file called manifest.json."""
+        """Return whether the folder is a store, even a damaged one.
+
+        A file called manifest.json is not enough: it may belong to something else.
+        """
         if (self.path / _FINGERPRINT_NAME).exists():
             return True
         try:
@@ -240,7 +274,7 @@ class StoreFolder:
         return isinstance(manifest, dict) and manifest.get("format") == STORE_FORMAT
 
     def _reject_foreign_files(self) -> None:
-        """Refuse a folder with anything in it that an interrupted preparation does not explain."""
+        """Raise StoreMismatch if the folder contains anything that no preparation created."""
         known = {
             _LOCK_NAME,
             _JOURNAL_NAME,
@@ -263,29 +297,8 @@ class StoreFolder:
             )
 
 
-@contextmanager
-def lock_store_folder(path: Path) -> Iterator[StoreFolder]:
-    """Hold the folder for one preparation; it is made if it is not there.
-
-    Raises:
-        PrepareError: another preparation holds it, or it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise PrepareError(f"store: {path} cannot be written: {error.strerror}") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield StoreFolder(path)
-    except BlockingIOError:
-        raise PrepareError(f"store: {path} is being prepared by another process") from None
-    finally:
-        os.close(fd)
-
-
 def _read_journal(path: Path) -> list[dict[str, object]]:
-    """Return the journal's lines; a line that an interruption cut short is not one."""
+    """Return the journal's lines, without those that an interruption truncated."""
     try:
         text = path.read_text()
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""The last words of a preparation that runs as a Kubernetes Job: one JSON object in a file.
+"""The termination message of a preparation that runs as a Kubernetes Job: one JSON object.
 
-The kubelet reads the file when the container has ended and puts it into the pod's status, where the
-operator finds it: what the store holds, or why there is none. The keys are those of a MoEModel's
-`status.model`; the kubelet takes at most MAX_BYTES of it.
+The kubelet reads the container's termination log when the container exits and copies at most 4096
+bytes of it into the pod's status, where the operator finds it. It describes the store, with the
+keys of a MoEModel's `status.model`, or the failure.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from faasmoe_contracts.store import LayerEntry, Manifest, Store, StoreError
 from faasmoe_router.errors import PrepareError, SourceUnsupported, failure_reason
 
 MAX_TERMINATION_MESSAGE_BYTES = 4096
-MAX_ERROR_TEXT_BYTES = 640  # of which each may become six in JSON
+MAX_ERROR_TEXT_BYTES = 640  # JSON escapes may take six bytes for each
 EXIT_RETRYABLE, EXIT_PERMANENT = 1, 2
-"""Exit status of what may work when it is tried again, and of what cannot."""
+"""Exit status of a failure that a retry may fix, and of one that it cannot."""
 
 
 def run_with_termination_log(prepare: Callable[[], Store], termination_log: Path) -> Store:
-    """Prepare a store and write what became of it; every error is raised on.
+    """Prepare a store and write the outcome to the termination log; errors are re-raised.
 
     Args:
         prepare: prepares the store.
-        termination_log: the container's termination log.
+        termination_log: path of the container's termination log.
     """
     try:
         store = prepare()
@@ -39,30 +39,30 @@ def run_with_termination_log(prepare: Callable[[], Store], termination_log: Path
 
 
 def exit_status(error: BaseException) -> int:
-    """Return the exit status for a failure: FINAL if trying again cannot help."""
-    return (
-        EXIT_PERMANENT if isinstance(error, PrepareError) and error.is_permanent else EXIT_RETRYABLE
-    )
+    """Return the exit status for a failure: EXIT_PERMANENT if a retry cannot help."""
+    is_permanent = isinstance(error, PrepareError) and error.is_permanent
+    return EXIT_PERMANENT if is_permanent else EXIT_RETRYABLE
 
 
 def success_message(manifest: Manifest) -> bytes:
-    """Return the message of a store that is complete.
+    """Return the message for a complete store.
 
     Raises:
-        SourceUnsupported: its layers are of so many kinds that they do not fit into a message.
+        SourceUnsupported: the layers alternate so often that their description exceeds 4096 bytes.
     """
     message = _compact_json({"ok": True, **model_status(manifest)})
     if len(message) > MAX_TERMINATION_MESSAGE_BYTES:
         n_groups = len(_layer_groups(manifest.layers))
         raise SourceUnsupported(
-            f"layers: got {len(manifest.layers)} MoE layers in {n_groups} runs of equal ones, which "
-            f"take {len(message)} bytes to describe, expected at most {MAX_TERMINATION_MESSAGE_BYTES}"
+            f"layers: got {len(manifest.layers)} MoE layers in {n_groups} runs of equal layers, "
+            f"which take {len(message)} bytes to describe, expected at most "
+            f"{MAX_TERMINATION_MESSAGE_BYTES}"
         )
     return message
 
 
 def failure_message(error: BaseException) -> bytes:
-    """Return the message of a failure."""
+    """Return the message for a failure; unexpected errors are prefixed with their class."""
     is_expected = isinstance(error, PrepareError | StoreError | OSError)
     text = str(error) if is_expected else f"{type(error).__name__}: {error}"
     message = (
@@ -74,7 +74,7 @@ def failure_message(error: BaseException) -> bytes:
 
 
 def model_status(manifest: Manifest) -> dict[str, Any]:
-    """Return what a MoEModel's status says of a store."""
+    """Return the `status.model` of a MoEModel that this store serves."""
     model, files = manifest.model, manifest.files
     return {
         "digest": manifest.digest,
@@ -94,7 +94,7 @@ def model_status(manifest: Manifest) -> dict[str, Any]:
 
 
 def _layer_groups(layers: tuple[LayerEntry, ...]) -> list[dict[str, int]]:
-    """Return the runs of layers that are alike."""
+    """Return the runs of consecutive layers of equal shape, each with its length."""
 
     def layer_shape(layer: LayerEntry) -> tuple[int, int, int, int]:
         return (layer.num_experts, layer.top_k, layer.expert_bytes, layer.shared_bytes)

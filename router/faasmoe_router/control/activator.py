@@ -1,12 +1,9 @@
-"""Which functions to ask for and when: one wake however many wait. Pure: the time is passed in.
+"""The activator: queues requests whose functions are at zero and asks for their activation.
 
-Sending wakes: at once, one for all who wait.
-
-The cold-start gate: requests wait in front of the engine until their functions are there.
-
-A prompt's functions are known well enough before it runs (dispatch/routing.py), so one request that
-finds them at zero asks for all of them together, and waits here, where it costs a future, and not
-in the engine, where it would stop everybody's batch in every layer.
+The functions that a prompt needs are known well enough before it runs (dispatch/routing.py). A
+request that finds them at zero asks for all of them together and waits here, where it costs one
+future, rather than in the engine, where it would stop the whole batch in every layer.
+`ActivationRequester` sends one activation request for a function however many requests wait for it.
 """
 
 from __future__ import annotations
@@ -20,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from faasmoe_contracts.control_messages import ActivationRequest
 from faasmoe_router.control.client import ControlClient
 from faasmoe_router.control.metrics import ControlLinkMetrics
 from faasmoe_router.dispatch.load import LoadMeter
@@ -32,12 +30,15 @@ from faasmoe_router.errors import (
 
 logger = logging.getLogger(__name__)
 
-
-ACTIVATION_REPEAT_S = 1.0  # in case the control process was restarted and has forgotten
+ACTIVATION_REPEAT_S = 1.0  # a restarted control process does not know earlier requests
 
 
 class PendingActivations:
-    """Functions that are wanted, in the order in which they were, and those asked for lately."""
+    """Functions to request, in order of arrival, and when each was last requested. Pure.
+
+    Args:
+        repeat_s: least time between two requests for the same function, in seconds.
+    """
 
     def __init__(self, repeat_s: float = ACTIVATION_REPEAT_S) -> None:
         self._repeat_s = repeat_s
@@ -45,11 +46,11 @@ class PendingActivations:
         self._requested_s: dict[str, float] = {}
 
     def add(self, function_ids: Iterable[str]) -> None:
-        """Ask for functions, at once or, if they were asked for lately, when that has passed."""
+        """Add functions; one that was requested recently is due when `repeat_s` is over."""
         self._pending.update(dict.fromkeys(function_ids))
 
     def pop_due(self, now_s: float) -> list[str]:
-        """Return the functions to ask for now; they count as asked for."""
+        """Return the functions to request now, and count them as requested."""
         due = [name for name in self._pending if self._due_s(name) <= now_s]
         for name in due:
             del self._pending[name]
@@ -57,16 +58,16 @@ class PendingActivations:
         return due
 
     def next_due_s(self) -> float:
-        """Return when the next function is due; infinity if none is wanted."""
+        """Return when the next function is due; infinity if none is pending."""
         return min(map(self._due_s, self._pending), default=math.inf)
 
     def retain(self, missing: Collection[str]) -> None:
-        """Forget the functions that are not missing any more."""
+        """Drop the functions that are no longer missing."""
         self._pending = {name: None for name in self._pending if name in missing}
         self._requested_s = {name: s for name, s in self._requested_s.items() if name in missing}
 
     def reset_requested(self) -> None:
-        """Ask anew at the next wish: whoever was asked is not there any more."""
+        """Forget earlier requests, because the control process that received them is gone."""
         self._requested_s.clear()
 
     def _due_s(self, name: str) -> float:
@@ -75,7 +76,16 @@ class PendingActivations:
 
 
 class ActivationRequester:
-    """Asks the control plane for functions. Belongs to the event loop, but for `want_soon`."""
+    """Sends activation requests to the control plane.
+
+    Used on the event loop only, except for `request_threadsafe`.
+
+    Args:
+        client: the control plane.
+        router_name: name of this router.
+        metrics: metrics of the link.
+        repeat_s: least time between two requests for the same function, in seconds.
+    """
 
     def __init__(
         self,
@@ -94,29 +104,29 @@ class ActivationRequester:
         self._is_failing = False
 
     def request(self, function_ids: Iterable[str]) -> None:
-        """Ask for functions, unless that was done lately."""
+        """Request functions, unless they were requested recently."""
         self._pending.add(function_ids)
         self._changed.set()
 
     def request_threadsafe(self, function_ids: Iterable[str]) -> None:
-        """Ask for functions, from any thread; ignored while nothing runs."""
+        """Request functions from any thread; does nothing while `run` is not running."""
         loop, ids = self._loop, list(function_ids)
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(self.request, ids)
 
     def retain_missing(self, missing: Collection[str]) -> None:
-        """Ask only for these from now on: the others have addresses."""
+        """Drop pending functions other than these: they have addresses."""
         self._pending.retain(missing)
 
     def reset_requested(self) -> None:
-        """Forget who was asked: another control process has begun."""
+        """Allow repeating requests immediately: the control process has restarted."""
         self._pending.reset_requested()
 
     async def run(self, missing: Callable[[], Collection[str]]) -> None:
-        """Send wakes until cancelled.
+        """Send activation requests until cancelled.
 
         Args:
-            missing: tells which functions have no address; others are not asked for.
+            missing: returns the functions that have no address; others are not requested.
         """
         self._loop = asyncio.get_running_loop()
         try:
@@ -130,20 +140,20 @@ class ActivationRequester:
 
     async def _wait_until_due(self) -> None:
         self._changed.clear()
-        left_s = self._pending.next_due_s() - time.monotonic()
-        if left_s <= 0:
+        remaining_s = self._pending.next_due_s() - time.monotonic()
+        if remaining_s <= 0:
             return
         try:
-            async with asyncio.timeout(None if math.isinf(left_s) else left_s):
+            async with asyncio.timeout(None if math.isinf(remaining_s) else remaining_s):
                 await self._changed.wait()
         except TimeoutError:
             return
 
     async def _send(self, function_ids: list[str]) -> None:
-        body = {"router": self._router_name, "sent_at_s": time.time(), "functions": function_ids}
+        request = ActivationRequest(self._router_name, tuple(function_ids), time.time())
         self._metrics.activation_requests.inc()
         try:
-            await self._client.request_activation(body)
+            await self._client.request_activation(request)
         except ControlError as error:
             if not self._is_failing:
                 logger.warning(
@@ -156,12 +166,12 @@ class ActivationRequester:
 
 @dataclass(frozen=True, slots=True)
 class ActivationQueueLimits:
-    """How much may wait, and for how long.
+    """Capacity of the activation queue.
 
     Attributes:
-        max_requests: requests that are held at once.
-        max_bytes: their bodies' bytes, together.
-        timeout_s: how long a request is held.
+        max_requests: queued requests.
+        max_bytes: total size of their bodies, in bytes.
+        timeout_s: longest wait of a request, in seconds.
     """
 
     max_requests: int = 1024
@@ -170,30 +180,32 @@ class ActivationQueueLimits:
 
 
 class FunctionAvailability(Protocol):
-    """What tells whether a request's functions can be called."""
+    """Availability of the functions that a request needs."""
 
     @property
     def activated_below_tokens(self) -> float:
-        """Requests of fewer tokens than this lack no function."""
+        """Requests of fewer tokens than this need no missing function."""
 
     def missing_for(self, n_tokens: int) -> Sequence[str]:
-        """Return the functions that so many tokens need and that have no address."""
+        """Return the functions without address that a request of `n_tokens` tokens needs."""
 
     async def enable_local_fallback(self, n_tokens: int) -> bool:
-        """Compute what so many tokens lack in the router; return whether that can be done."""
+        """Compute the missing functions in the router; return whether that is possible."""
 
 
 class Activator:
-    """Holds requests. Belongs to the event loop.
+    """Queues requests until the functions that they need are available.
+
+    Used on the event loop only.
 
     Args:
-        functions: which functions are missing.
-        wake: asks for functions; doing so again is harmless.
-        limits: how much may wait.
-        metrics: counters.
-        load: where functions that are waited for count as called: once each, however many wait,
-            since their requests will share one call.
-        clock: tells the time in seconds.
+        functions: availability of functions.
+        request_activation: requests functions; repeated requests are harmless.
+        limits: capacity of the queue.
+        metrics: metrics of the link.
+        load: meter in which an awaited function counts as one call in flight, however many
+            requests wait for it, since they will share one call.
+        clock: returns monotonic seconds.
     """
 
     def __init__(
@@ -212,27 +224,31 @@ class Activator:
         self._metrics = metrics
         self._load = load
         self._clock = clock
-        self._queued: dict[asyncio.Future[None], int] = {}  # each one's tokens
+        self._queued: dict[asyncio.Future[None], int] = {}  # tokens of each request
         self._queued_bytes = 0
         self._max_tokens = 0
         self._awaited: Sequence[str] = ()
         self._is_closed = False
 
     def is_activated_for(self, n_tokens: int) -> bool:
-        """Return whether a request of so many tokens lacks no function."""
+        """Return whether a request of `n_tokens` tokens needs no missing function."""
         return n_tokens < self._functions.activated_below_tokens
 
     async def wait_for_activation(self, n_tokens: int, *, size_bytes: int) -> float:
-        """Wait until a request lacks no function, or the router stands in for what it lacks.
+        """Wait until the functions of a request have addresses or local fallback covers them.
+
+        Args:
+            n_tokens: tokens of the request's prompt.
+            size_bytes: size of the request's body.
 
         Returns:
-            For how long, in seconds.
+            The time waited, in seconds.
 
         Raises:
-            ActivationTimeout: its functions were not there in time.
-            StoreCorrupted: what was not there in time is damaged here too.
-            HoldQueueFull: too much waits already.
-            EngineUnavailable: the gate was closed.
+            ActivationTimeout: the functions were not activated in time.
+            StoreCorrupted: the missing functions are corrupted in this router's store too.
+            ActivationQueueFull: the queue is full.
+            EngineUnavailable: the server is shutting down.
         """
         self._check_capacity(size_bytes)
         started_s = self._clock()
@@ -251,10 +267,10 @@ class Activator:
             raise ActivationTimeout(
                 f"the model's functions could not be started within {self._limits.timeout_s:g} s"
             )
-        self.on_table_changed()  # for the others that lack the same
+        self.on_table_changed()  # releases other requests that need the same functions
 
     def on_table_changed(self) -> None:
-        """Let the requests go that lack nothing any more."""
+        """Release the requests whose functions are available now."""
         for waiter, n_tokens in self._queued.items():
             if self.is_activated_for(n_tokens) and not waiter.done():
                 waiter.set_result(None)
@@ -262,12 +278,12 @@ class Activator:
         self.repeat_request()
 
     def repeat_request(self) -> None:
-        """Ask once more for what is waited for."""
+        """Request the awaited functions again."""
         if self._awaited:
             self._request_activation(self._awaited)
 
     def close(self) -> None:
-        """Refuse the requests that are held, and those that would be from now on."""
+        """Reject all queued and future requests."""
         self._is_closed = True
         for waiter in self._queued:
             if not waiter.done():
@@ -311,7 +327,7 @@ class Activator:
         self._metrics.queued_requests.set(len(self._queued))
 
     def _update_awaited(self) -> None:
-        """Bring what is waited for, and its load, up to date."""
+        """Recompute the awaited functions and their load."""
         self._max_tokens = max(self._queued.values(), default=0)
         previous, self._awaited = self._awaited, self._functions.missing_for(self._max_tokens)
         now_s = self._clock()

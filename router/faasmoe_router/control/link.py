@@ -1,4 +1,7 @@
-"""The link to one control process: everything that runs beside the engine, started and ended."""
+"""The link to the control process: owns the table watcher, reporters and activator.
+
+Starts their background jobs, restarts a job that fails, and stops all at shutdown.
+"""
 
 from __future__ import annotations
 
@@ -30,50 +33,51 @@ JOB_RESTART_DELAY_S = 1.0
 
 
 class FunctionDispatcher(Protocol):
-    """What calls functions; the dispatcher."""
+    """Caller of functions, such as the dispatcher."""
 
     @property
     def routing(self) -> RoutingIndex:
-        """Where each function is now."""
+        """Addresses of each function."""
 
     @property
     def load(self) -> LoadMeter:
-        """How much each function is called."""
+        """Load of each function."""
 
     def replace_table(self, table: RoutingTable) -> None:
-        """Take another table; raises TableError and keeps the old one."""
+        """Use another table; raises RoutingTableError and keeps the old one."""
 
     def update_addresses(self, version: int, addresses: Mapping[str, tuple[str, ...]]) -> None:
-        """Take other addresses for some functions; raises TableError and changes nothing."""
+        """Use other addresses for some functions; raises RoutingTableError and changes nothing."""
 
     def check_local(self, specs: Sequence[FunctionSpec]) -> None:
-        """Check that functions can be computed here; raises RouterError; from any thread."""
+        """Check that functions can be computed locally; raises RouterError. Thread-safe."""
 
 
 class TenantsView(Protocol):
-    """The tenants of this router; `Tenancy` is such."""
+    """Tenants of this router, such as `TenantService`."""
 
     @property
     def n_routers(self) -> int:
-        """Routers that serve them."""
+        """Number of routers that serve the tenants."""
 
     @property
     def cluster_usage(self) -> UsageSource:
-        """What they have used."""
+        """Usage of the tenants."""
 
     def n_keys(self) -> Mapping[str, int]:
-        """Return how many keys each tenant has."""
+        """Return the number of API keys of each tenant."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkSettings:
-    """How a router behaves towards its control plane.
+    """Settings of the link.
 
     Attributes:
-        router: this router's name, another one at each start.
-        limits: how much may wait for cold starts.
-        report_interval_s: time between two load reports.
-        repeat_s: time between two wakes of a function that is still waited for.
+        router_name: name of this router, new at each start.
+        queue_limits: capacity of the activation queue.
+        report_interval_s: time between two load reports, in seconds.
+        activation_repeat_s: time between two requests for a function that is still awaited, in
+            seconds.
     """
 
     router_name: str
@@ -83,18 +87,20 @@ class LinkSettings:
 
 
 class ControlLink:
-    """Follows the table, reports load, sends wakes, and holds requests; an async context manager.
+    """Watches the routing table, reports load and usage, and queues requests for activation.
+
+    An async context manager: its background jobs run within the context.
 
     Args:
         client: the control plane.
-        waker: sends wakes; the dispatcher has it too.
-        dispatch: what calls functions.
-        settings: how to behave.
-        metrics: counters.
+        activation_requester: sends activation requests; shared with the dispatcher.
+        dispatcher: calls functions.
+        settings: settings of the link.
+        metrics: metrics of the link.
 
     Attributes:
-        is_busy: tells whether the engine computes requests; set once there is an engine.
-        tenants: the tenants; set if there are any.
+        is_busy: returns whether the engine computes requests; set once the engine exists.
+        tenants: the tenants; None without any.
     """
 
     def __init__(
@@ -144,42 +150,42 @@ class ControlLink:
 
     @property
     def ready(self) -> bool:
-        """Whether a function table was ever told."""
+        """Whether a routing table was ever received."""
         return self._table_watcher.has_table
 
     @property
     def activated_below_tokens(self) -> float:
-        """Requests of fewer tokens than this lack no function."""
+        """Requests of fewer tokens than this need no missing function."""
         return self._local_fallback.activated_below_tokens if self.ready else 0.0
 
     def missing_for(self, n_tokens: int) -> Sequence[str]:
-        """Return the functions that so many tokens need and that have no address."""
+        """Return the functions without address that a request of `n_tokens` tokens needs."""
         return self._local_fallback.missing_for(n_tokens)
 
     async def enable_local_fallback(self, n_tokens: int) -> bool:
-        """Compute what so many tokens lack in the router; see `StandIns.take`."""
+        """Compute missing functions in the router; see `LocalFallback.enable_for`."""
         return self.ready and await self._local_fallback.enable_for(n_tokens)
 
     def is_activated_for(self, n_tokens: int) -> bool:
-        """Return whether a request of so many tokens need not be held."""
+        """Return whether a request of `n_tokens` tokens need not be queued."""
         return self._activator.is_activated_for(n_tokens)
 
     async def wait_for_activation(self, n_tokens: int, *, size_bytes: int) -> float:
-        """Hold a request; see `ColdStartGate.hold`."""
+        """Queue a request; see `Activator.wait_for_activation`."""
         return await self._activator.wait_for_activation(n_tokens, size_bytes=size_bytes)
 
     def reject_queued(self) -> None:
-        """Refuse the requests that are held, as when the server is about to end."""
+        """Reject the queued requests, because the server shuts down."""
         self._activator.close()
 
     async def __aenter__(self) -> Self:
         jobs: dict[str, Callable[[], Awaitable[None]]] = {
             "table": self._table_watcher.run,
-            "reports": self._load_reporter.run,
-            "wakes": lambda: self._activation_requester.run(
+            "load": self._load_reporter.run,
+            "activation": lambda: self._activation_requester.run(
                 lambda: self._dispatcher.routing.missing
             ),
-            "repeat": self._repeat_activation_requests,
+            "activation-repeat": self._repeat_activation_requests,
         }
         if (tenants := self.tenants) is not None:
             self._usage_reporter = UsageReporter(
@@ -213,7 +219,7 @@ class ControlLink:
 
 
 async def _restart_on_failure(name: str, job: Callable[[], Awaitable[None]]) -> None:
-    """Run a job for ever: a fault of ours in one must end neither it nor the router."""
+    """Run a job until cancelled, and restart it after an unexpected exception."""
     while True:
         try:
             await job()

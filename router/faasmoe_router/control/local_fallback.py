@@ -1,12 +1,11 @@
-"""Functions that cannot be had anywhere, and that the router stands in for.
+"""Local fallback: the router computes functions that no sandbox can provide.
 
-A block that no sandbox can attach (its bytes are wrong on the node that has room) must not make the
-whole model unavailable: whoever has waited for it as long as a request may wait is let in, and the
-router computes that block from the store, if its own view of the store proves right. Those who come
-later do not wait for it again, until it is there.
-
-That is for a part of a model that else works. A model of which little could be started is not
-computed here: the router's cores and memory are not sized for it.
+A function that no sandbox can attach, because its bytes are corrupted on the node with capacity,
+must not make the whole model unavailable. When a request has waited for it until the activation
+timeout, the router verifies the function's bytes in its own view of the store, admits the request
+and computes the function itself. Later requests do not wait for that function until it has an
+address. The fallback covers only a fraction of the functions, for which the router's cores and
+memory suffice; a model that failed to start is not computed here.
 """
 
 from __future__ import annotations
@@ -23,29 +22,28 @@ from faasmoe_router.errors import StoreCorrupted, StoreUnreadable
 
 logger = logging.getLogger(__name__)
 
-MAX_FALLBACK_FRACTION = (
-    1 / 8
-)  # of the functions; their weights are read from the page cache, not copied
-CHECK_TIMEOUT_S = 30.0  # on top of the time that a request is held: a block's bytes are read once
+MAX_FALLBACK_FRACTION = 1 / 8
+"""Largest fraction of functions to compute locally; their weights stay in the page cache."""
+CHECK_TIMEOUT_S = 30.0  # on top of the activation timeout, to read each function's bytes once
 
 
 def is_fallback_allowed(n_missing: int, n_functions: int) -> bool:
-    """Return whether so many missing functions are a part that the router can stand in for."""
+    """Return whether the router may compute `n_missing` of `n_functions` functions."""
     return n_missing < n_functions and n_missing <= max(1, int(MAX_FALLBACK_FRACTION * n_functions))
 
 
 class LocalFallback:
-    """Which functions the router stands in for. Belongs to the event loop.
+    """The functions that the router computes itself. Used on the event loop only.
 
     Args:
-        routing: tells where each function is.
-        check: reads functions' bytes here and raises StoreCorrupted or StoreUnreadable if they
-            cannot be computed; called in a thread.
-        metrics: counters.
+        routing: returns the current routing.
+        check: reads functions' bytes and raises StoreCorrupted or StoreUnreadable if they cannot be
+            computed; called in a thread.
+        metrics: metrics of the link.
 
     Attributes:
-        complete_below: requests of fewer tokens than this need no function that is missing and
-            that nobody stands in for.
+        activated_below_tokens: requests of fewer tokens than this need no function that is missing
+            and not covered by the fallback.
     """
 
     def __init__(
@@ -63,12 +61,12 @@ class LocalFallback:
         self._checks: dict[frozenset[str], asyncio.Task[None]] = {}
 
     def missing_for(self, n_tokens: int) -> Sequence[str]:
-        """Return the functions that so many tokens need, that are missing and not stood in for."""
+        """Return the missing, uncovered functions that `n_tokens` tokens need."""
         missing = self._routing().missing_for(n_tokens)
         return [name for name in missing if name not in self._active]
 
     def on_table_changed(self) -> None:
-        """Leave off for the functions that are there, and for all when the model is at rest."""
+        """Stop computing functions that have an address, or all if the model is scaled to zero."""
         routing = self._routing()
         is_scaled_to_zero = len(routing.missing) == len(routing.entries)
         self._set_active(
@@ -76,10 +74,10 @@ class LocalFallback:
         )
 
     async def enable_for(self, n_tokens: int) -> bool:
-        """Stand in for what so many tokens lack; return whether that can be done.
+        """Cover the missing functions that `n_tokens` tokens need; return whether that is possible.
 
         Raises:
-            StoreCorrupted: bytes that are needed are wrong here too.
+            StoreCorrupted: a function is corrupted in this router's store too.
         """
         routing = self._routing()
         missing = frozenset(self.missing_for(n_tokens))
@@ -88,7 +86,7 @@ class LocalFallback:
         if missing and not await self._is_computable(missing, routing):
             return False
         self._set_active(self._active | missing)
-        self.on_table_changed()  # as it may have while the bytes were read
+        self.on_table_changed()  # it may have changed during the check
         if n_tokens >= self.activated_below_tokens:
             return False
         if self._routing().missing_for(n_tokens):
@@ -96,7 +94,7 @@ class LocalFallback:
         return True
 
     async def _is_computable(self, names: frozenset[str], routing: RoutingIndex) -> bool:
-        """Return whether these functions can be computed here; however many ask, read once."""
+        """Return whether these functions can be computed; concurrent callers share one check."""
         task = self._checks.get(names)
         if task is None:
             specs = [routing.entries[name].spec for name in sorted(names)]
@@ -107,9 +105,10 @@ class LocalFallback:
             async with asyncio.timeout(CHECK_TIMEOUT_S):
                 await asyncio.shield(task)
         except StoreCorrupted as error:
-            logger.error("Requests are refused: %s", error)
+            logger.error("Requests are rejected: %s", error)
             raise StoreCorrupted(
-                "a part of the model that this request needs is corrupted in every copy that was tried"
+                "a part of the model that this request needs is corrupted "
+                "in every copy that was tried"
             ) from error
         except (StoreUnreadable, TimeoutError) as error:
             logger.error("Local fallback is impossible for %d functions: %s", len(names), error)
@@ -119,7 +118,7 @@ class LocalFallback:
     def _remove_check(self, names: frozenset[str], task: asyncio.Task[None]) -> None:
         del self._checks[names]
         if not task.cancelled():
-            task.exception()  # whoever asked may not wait for it any more
+            task.exception()  # marks it as retrieved: its callers may have been cancelled
 
     def _set_active(self, names: frozenset[str]) -> None:
         if names - self._active:
@@ -127,7 +126,7 @@ class LocalFallback:
         self._active = names
         self._metrics.local_fallback_functions.set(len(names))
         routing = self._routing()
-        needs = [
+        thresholds = [
             routing.activation_thresholds[name] for name in routing.missing if name not in names
         ]
-        self.activated_below_tokens = min(needs, default=math.inf)
+        self.activated_below_tokens = min(thresholds, default=math.inf)

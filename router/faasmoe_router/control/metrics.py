@@ -1,4 +1,4 @@
-"""What the router counts of its link to the control plane; aggregates, no label."""
+"""Prometheus metrics of the link to the control plane: aggregates without labels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ COLD_START_BUCKETS_S = (
 
 
 class ControlLinkMetrics:
-    """Counters of one link."""
+    """Metrics of one link.
+
+    Args:
+        registry: where to register them; None for a registry of their own.
+    """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         registry = registry or CollectorRegistry()

@@ -1,8 +1,7 @@
-"""How long to wait before a call is tried again. Pure.
+"""Keeps the routing table up to date from the control plane's table stream.
 
-Following the function table: reads the stream, reads it again when it breaks.
-
-While the control plane is away, the last table stays in use.
+Reconnects when the stream breaks and resumes from the last version. While the control plane is
+unreachable, the last table stays in use.
 """
 
 from __future__ import annotations
@@ -15,58 +14,48 @@ from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from typing import Protocol
 
+from faasmoe_contracts.backoff import ExponentialBackoff
+from faasmoe_contracts.control_messages import (
+    TableMessage,
+    TableSnapshot,
+    TableUpdate,
+    TableVersion,
+)
 from faasmoe_contracts.routing_table import RoutingTable, RoutingTableError
 from faasmoe_router.control.client import ControlClient
-from faasmoe_router.control.messages import TableMessage, TableSnapshot, TableUpdate, TableVersion
 from faasmoe_router.control.metrics import ControlLinkMetrics
 from faasmoe_router.errors import ControlError, ControlProtocolError, ControlUnreachable
 
 logger = logging.getLogger(__name__)
 
-
-class ReconnectBackoff:
-    """Waits that double from `first_s` to `most_s` until `reset`."""
-
-    def __init__(self, initial_s: float, max_s: float) -> None:
-        self._initial_s = initial_s
-        self._max_s = max_s
-        self._delay_s = initial_s
-
-    def next_delay_s(self, jitter: float) -> float:
-        """Return the next wait.
-
-        Args:
-            chance: a random number in 0..1; spreads the routers that lost one control process.
-        """
-        delay_s = self._delay_s * (0.5 + jitter / 2)
-        self._delay_s = min(self._delay_s * 2, self._max_s)
-        return delay_s
-
-    def reset(self) -> None:
-        """Begin again with the first wait."""
-        self._delay_s = self._initial_s
-
-
 RECONNECT_INITIAL_S = 0.1
 RECONNECT_MAX_S = 2.0
-STABLE_AFTER_S = 5.0  # a stream that lasts so long was a good one
+RECONNECT_JITTER = 0.5  # spreads the routers that lost the same control process
+STABLE_AFTER_S = 5.0  # a stream that lasts this long resets the back-off
 
 
 class RoutingTableConsumer(Protocol):
-    """Who routes by the table; the dispatcher does."""
+    """User of the routing table, such as the dispatcher."""
 
     def replace_table(self, table: RoutingTable) -> None:
-        """Take another table; raises TableError and keeps the old one."""
+        """Use another table; raises RoutingTableError and keeps the old one."""
 
     def update_addresses(self, version: int, addresses: Mapping[str, tuple[str, ...]]) -> None:
-        """Take other addresses for some functions; raises TableError and changes nothing."""
+        """Use other addresses for some functions; raises RoutingTableError and changes nothing."""
 
 
 class TableWatcher:
-    """Keeps a table user's table as the control plane tells it.
+    """Watches the table stream and applies it to a consumer.
+
+    Args:
+        client: source of the stream.
+        consumer: user of the table.
+        metrics: metrics of the link.
+        on_table_changed: called after every change of the table.
+        on_new_epoch: called before that when the control process has restarted.
 
     Attributes:
-        has_table: whether a table was ever told.
+        has_table: whether a table was ever received.
     """
 
     def __init__(
@@ -78,15 +67,6 @@ class TableWatcher:
         on_table_changed: Callable[[], None],
         on_new_epoch: Callable[[], None],
     ) -> None:
-        """Make a follower.
-
-        Args:
-            client: where the stream comes from.
-            user: who gets the table.
-            metrics: counters.
-            on_table: called after every change of the table.
-            on_epoch: called, before that, when another control process has begun.
-        """
         self.has_table = False
         self._client = client
         self._consumer = consumer
@@ -98,8 +78,8 @@ class TableWatcher:
         self._is_disconnected = False
 
     async def run(self) -> None:
-        """Follow until cancelled."""
-        backoff = ReconnectBackoff(RECONNECT_INITIAL_S, RECONNECT_MAX_S)
+        """Watch until cancelled."""
+        backoff = ExponentialBackoff(RECONNECT_INITIAL_S, RECONNECT_MAX_S, jitter=RECONNECT_JITTER)
         while True:
             started_s = time.monotonic()
             try:
@@ -156,7 +136,7 @@ class TableWatcher:
 
     def _on_disconnect(self, error: ControlError) -> None:
         if isinstance(error, ControlProtocolError):
-            self._version = None  # the next stream begins with a snapshot
+            self._version = None  # so that the next stream starts with a snapshot
         if not self._is_disconnected:
             self._is_disconnected = True
             logger.warning(

@@ -1,63 +1,60 @@
-"""Telling the control plane what tenants have used, and hearing what they have over all routers.
+"""Reports tenants' usage to the control plane and applies the totals over all routers.
 
-Totals are told, again and again: a telling that is lost is made good by the next one.
+Reports carry totals, not increments, so a lost report is made good by the next one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
-from faasmoe_router.errors import ControlError, ControlProtocolError
+from faasmoe_contracts.usage import ClusterTotals, UsageRecord, UsageReport
+from faasmoe_router.errors import ControlError
 
 logger = logging.getLogger(__name__)
 
 USAGE_REPORT_INTERVAL_S = 5.0
-UNCHANGED_REPORT_INTERVAL_S = 60.0  # while nothing is new and there is no other router to hear of
-
-INVALID_TOTALS_ERRORS = (KeyError, TypeError, ValueError, AttributeError)
-UsageTotals = Mapping[str, Mapping[str, float]]
+UNCHANGED_REPORT_INTERVAL_S = 60.0  # without new usage, in a cluster of one router
 
 
 class UsageReportSink(Protocol):
-    """Who is told; `ControlClient` is one."""
+    """Receiver of usage reports, such as `ControlClient`."""
 
-    async def report_usage(self, body: dict[str, Any]) -> Any:
-        """Tell a book's totals; return those of all books; raises ControlError."""
+    async def report_usage(self, report: UsageReport) -> ClusterTotals:
+        """Report this router's totals and return those of all routers; raises ControlError."""
 
 
 class UsageSource(Protocol):
-    """This router's book; `Tenancy.books` is one."""
+    """This router's usage, such as `ClusterUsage`."""
 
     @property
-    def ledger_id(self) -> str:
-        """The book's name, which no other router's has."""
+    def source_id(self) -> str:
+        """Identity of the router's counters, unique over all routers."""
 
     @property
     def since_s(self) -> float:
-        """When it was opened, seconds since the epoch."""
+        """Start of counting, seconds since the epoch."""
 
-    async def persisted_totals(self) -> UsageTotals:
-        """Return each tenant's totals."""
+    async def persisted_totals(self) -> Mapping[str, UsageRecord]:
+        """Return the router's totals by tenant, after they were saved."""
 
     def apply_cluster_totals(
-        self, totals: UsageTotals, *, reported: UsageTotals, since_s: float, now_s: float
+        self, totals: ClusterTotals, *, reported: Mapping[str, UsageRecord], now_s: float
     ) -> None:
-        """Take each tenant's totals over all routers."""
+        """Replace the usage through other routers."""
 
 
 class UsageReporter:
-    """Tells one router's book.
+    """Reports one router's usage periodically.
 
     Args:
-        client: who is told.
-        books: the book.
-        n_routers: tells how many routers there are.
-        interval_s: time between two tellings.
+        client: receiver of the reports.
+        source: the router's usage.
+        n_routers: returns the number of routers.
+        interval_s: time between two reports, in seconds.
     """
 
     def __init__(
@@ -72,25 +69,25 @@ class UsageReporter:
         self._source = source
         self._n_routers = n_routers
         self._interval_s = interval_s
-        self._reported: UsageTotals | None = None
+        self._reported: Mapping[str, UsageRecord] | None = None
         self._reported_s = 0.0
         self._is_failing = False
 
     async def run(self) -> None:
-        """Tell until cancelled."""
+        """Report until cancelled."""
         while True:
             await self.report()
             await asyncio.sleep(self._interval_s)
 
     async def report_final(self) -> None:
-        """Tell a last time."""
+        """Send the last report before the router shuts down."""
         await self.report(is_final=True)
 
     async def report(self, *, is_final: bool = False) -> None:
-        """Tell the totals as they are now; failing is logged.
+        """Report the current totals; a failure is logged once until a report succeeds.
 
         Args:
-            ends: whether this router ends.
+            is_final: whether the router shuts down afterwards.
         """
         totals = await self._source.persisted_totals()
         if not is_final and self._is_unchanged(totals):
@@ -105,37 +102,12 @@ class UsageReporter:
             self._is_failing = False
             self._reported, self._reported_s = totals, time.monotonic()
 
-    def _is_unchanged(self, totals: UsageTotals) -> bool:
-        """Return whether telling would be no news, to either side."""
+    def _is_unchanged(self, totals: Mapping[str, UsageRecord]) -> bool:
+        """Return whether a report would bring news neither to the control plane nor back."""
         is_recent = time.monotonic() - self._reported_s < UNCHANGED_REPORT_INTERVAL_S
         return totals == self._reported and is_recent and self._n_routers() == 1
 
-    async def _send(self, reported: UsageTotals, *, is_final: bool) -> None:
-        ledger = {"book": self._source.ledger_id, "since_s": self._source.since_s}
-        response = await self._client.report_usage(
-            {**ledger, "ends": is_final, "tenants": reported}
-        )
-        try:
-            since_s, totals = parse_totals(response)
-        except INVALID_TOTALS_ERRORS as error:
-            raise ControlProtocolError(f"usage: {error!r}") from error
-        self._source.apply_cluster_totals(
-            totals, reported=reported, since_s=since_s, now_s=time.time()
-        )
-
-
-def parse_totals(response: Any) -> tuple[float, dict[str, dict[str, float]]]:
-    """Read what was used over all routers, and since when; raises DAMAGED."""
-    tenants = {
-        str(name): {str(field): _parse_number(number) for field, number in numbers.items()}
-        for name, numbers in response["tenants"].items()
-    }
-    return _parse_number(response["since_s"]), tenants
-
-
-def _parse_number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"got {value!r}, expected numbers")
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"got {value!r}, expected numbers of 0 or more")
-    return value
+    async def _send(self, reported: Mapping[str, UsageRecord], *, is_final: bool) -> None:
+        report = UsageReport(self._source.source_id, self._source.since_s, reported, is_final)
+        totals = await self._client.report_usage(report)
+        self._source.apply_cluster_totals(totals, reported=reported, now_s=time.time())

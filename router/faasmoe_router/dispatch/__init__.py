@@ -1,20 +1,10 @@
-"""Dispatch: a batch's tokens grouped by function, called in parallel, partial sums added.
+"""Dispatch: computes MoE layers by calling expert functions in parallel and adding their outputs.
 
-Knows routing results and addresses; knows nothing of requests, tenants or text.
+Knows routing tables, addresses and frames; knows nothing of requests, tenants or text. A layer goes
+through `dispatcher` (entry point), `layer_batch` (grouping, frames, reduction), `layer_executor`
+(how each group gets its output), `fanout` (parallel calls) and `transport` (connections).
 """
 
 from faasmoe_router.dispatch.dispatcher import Dispatcher
-from faasmoe_router.dispatch.experts_backend import (
-    EXPERTS_IMPLEMENTATION,
-    bind_experts,
-    register_implementation,
-)
-from faasmoe_router.dispatch.routing import RoutingIndex
 
-__all__ = [
-    "EXPERTS_IMPLEMENTATION",
-    "Dispatcher",
-    "RoutingIndex",
-    "bind_experts",
-    "register_implementation",
-]
+__all__ = ["Dispatcher"]

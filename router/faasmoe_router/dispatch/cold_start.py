@@ -1,10 +1,9 @@
-"""How long calls wait for a function that is being started. Pure: the time is passed in.
+"""Cold starts: calls wait for functions that are being activated, and for replacement replicas.
 
-A function that is missed gets one allowance of time, from the first call that misses it on, shared
-by all calls until it answers: one that cannot be had must not cost a wait in every layer of every
-token. After that its calls are computed at once, and it is still asked for each second.
-
-Calls that wait: for functions that are being started, and for replicas in a dead one's place.
+A missing function gets one timeout, which starts with the first call that needs it and is shared
+by all calls until it responds: an unavailable function must not cost a wait in every layer of every
+token. After the timeout its calls are computed locally immediately, while its activation is still
+requested every second. Knows routing and health; the caller makes the calls.
 """
 
 from __future__ import annotations
@@ -16,72 +15,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from faasmoe_contracts.routing_table import FunctionEndpoints
-from faasmoe_router.dispatch.calls import CallError, EndpointStarting
+from faasmoe_router.dispatch.endpoint_health import EndpointHealth
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.metrics import DispatchMetrics
-from faasmoe_router.dispatch.resilience import EndpointHealth
 from faasmoe_router.dispatch.routing import RoutingIndex
+from faasmoe_router.dispatch.transport import CallError, EndpointStarting
 
 REQUEST_INTERVAL_S = 1.0
-FORGET_AFTER_S = 30.0  # an absence that nobody has met for so long is a new one
-
-
-@dataclass(slots=True)
-class _Absence:
-    since_s: float
-    last_missed_s: float
-    requested_s: float = float("-inf")
-
-
-class AbsenceTracker:
-    """What is known of the functions that calls have missed."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._absences: dict[str, _Absence] = {}
-
-    def record_missing(self, function_ids: Iterable[str], now_s: float) -> list[str]:
-        """Take note of functions that calls need; return those to ask for now."""
-        due = []
-        for function_id in function_ids:
-            absence = self._absences.get(function_id)
-            if absence is None or now_s - absence.last_missed_s > FORGET_AFTER_S:
-                absence = self._absences[function_id] = _Absence(now_s, now_s)
-            absence.last_missed_s = now_s
-            if now_s - absence.requested_s >= REQUEST_INTERVAL_S:
-                absence.requested_s = now_s
-                due.append(function_id)
-        return due
-
-    def remaining_s(self, function_id: str, now_s: float) -> float:
-        """Return how long calls may still wait for a function that was missed."""
-        absence = self._absences.get(function_id)
-        return self._timeout_s if absence is None else absence.since_s + self._timeout_s - now_s
-
-    def record_found(self, function_id: str) -> None:
-        """Forget a function's absence: it has answered."""
-        self._absences.pop(function_id, None)
-
-    def retain(self, function_ids: Iterable[str]) -> None:
-        """Forget the functions that are not among these."""
-        known = set(function_ids)
-        self._absences = {f: a for f, a in self._absences.items() if f in known}
-
+FORGET_AFTER_S = 30.0  # an absence that no call has met for this long starts anew
 
 CallFailures = dict[int, CallError | None]
-"""Why each position got no part; None for want of an address."""
+"""The error of each position without a result; None if its function has no usable address."""
 
 
 @dataclass(frozen=True, slots=True)
 class ActivationSettings:
-    """How calls wait for functions that are being started.
+    """How calls wait for functions that are being activated.
 
     Attributes:
-        wake: asks for functions, in the order in which they are needed; must not block.
-        timeout_s: how long calls wait for a function, all together, before it is computed here.
-        probe_s: time between two tries of an address that does not accept connections.
-        replacement_s: how long calls wait for another address in place of one that was ejected,
-            from its ejection on: control sees a dead sandbox too, and a warm one takes its place.
+        request_activation: requests functions, in the order in which they are needed; must not
+            block.
+        timeout_s: how long all calls together wait for a function before it is computed locally.
+        retry_interval_s: delay between two attempts at an address that refuses connections.
+        replacement_timeout_s: how long after an ejection calls wait for another address: the
+            control plane also notices a dead sandbox and replaces it with a warm one.
     """
 
     request_activation: Callable[[Sequence[str]], None]
@@ -91,17 +48,19 @@ class ActivationSettings:
 
 
 class ActivationWaiter:
-    """Has calls wait. Belongs to the engine's thread, but for `moved`.
+    """Retries failed calls while their functions may still become available.
+
+    Belongs to the engine's thread, except for `routing_changed`.
 
     Args:
-        holding: how calls wait.
-        book: which addresses were ejected, and when.
-        load: where those that wait are counted.
-        metrics: counts them too.
+        settings: how calls wait.
+        health: which addresses were ejected, and when.
+        load: receives the number of waiting calls.
+        metrics: receives the same.
 
     Attributes:
-        moved: set when functions have moved, from any thread.
-        patience: how long calls wait yet.
+        routing_changed: set by any thread after the routing has changed.
+        absences: the functions that calls found missing.
     """
 
     def __init__(
@@ -129,15 +88,15 @@ class ActivationWaiter:
         retry: Callable[[Mapping[int, FunctionEndpoints]], CallFailures],
         deadline_s: float,
     ) -> Collection[int]:
-        """Wait for functions that are being started; return the positions that got no part.
+        """Wait for functions and retry their calls; return the positions without a result.
 
         Args:
-            entries: of each position, the function's addresses as they were tried.
-            failures: the positions that have no part.
-            n_rows: of the batch, for what the next layers will need.
-            routing: returns where the functions are now.
-            try_again: calls the functions of these positions.
-            by_s: when the layer's time is over.
+            entries: the function of each position, with the addresses that were tried.
+            failures: the positions without a result.
+            n_rows: number of rows of the batch, which predicts what the next layers need.
+            routing: returns the current routing.
+            retry: calls the functions of some positions; returns those that failed again.
+            deadline_s: the layer's deadline, on the monotonic clock.
         """
         unresolved: list[int] = []
         tried = {i: entries[i] for i in failures}
@@ -169,7 +128,7 @@ class ActivationWaiter:
     def _request_activation(
         self, routing: RoutingIndex, function_ids: Iterable[str], n_rows: int, now_s: float
     ) -> None:
-        """Ask for the missed functions, and for those that the next layers will miss."""
+        """Request these functions, and those that the next layers probably need."""
         needed = dict.fromkeys((*function_ids, *routing.missing_for(n_rows)))
         due = self.absences.record_missing(
             [name for name in needed if name in routing.entries], now_s
@@ -185,7 +144,7 @@ class ActivationWaiter:
         error: CallError | None,
         now_s: float,
     ) -> float | None:
-        """Return how long a call may wait before it is tried again, None if it had better not."""
+        """Return how long a call may wait for its retry, None if it should not be retried."""
         remaining_s = self.absences.remaining_s(tried.spec.id, now_s)
         if entry is None or remaining_s <= 0:
             return None
@@ -198,7 +157,7 @@ class ActivationWaiter:
         return self._replacement_delay_s(entry, now_s)
 
     def _replacement_delay_s(self, entry: FunctionEndpoints, now_s: float) -> float | None:
-        """Return how long to wait for another address in place of those that were ejected."""
+        """Return how long to wait for a replacement of ejected addresses, None for not at all."""
         ejected_at_s = [
             s for a in entry.addresses if (s := self._health.ejected_at_s(a)) is not None
         ]
@@ -214,3 +173,49 @@ class ActivationWaiter:
         finally:
             self._load.queued = 0
             self._metrics.queued.set(0)
+
+
+@dataclass(slots=True)
+class _Absence:
+    since_s: float
+    last_missed_s: float
+    requested_s: float = float("-inf")
+
+
+class AbsenceTracker:
+    """Tracks missing functions; pure, the caller passes the time.
+
+    Args:
+        timeout_s: how long all calls together may wait for a missing function.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._absences: dict[str, _Absence] = {}
+
+    def record_missing(self, function_ids: Iterable[str], now_s: float) -> list[str]:
+        """Record functions that calls need; return those to request now."""
+        due = []
+        for function_id in function_ids:
+            absence = self._absences.get(function_id)
+            if absence is None or now_s - absence.last_missed_s > FORGET_AFTER_S:
+                absence = self._absences[function_id] = _Absence(now_s, now_s)
+            absence.last_missed_s = now_s
+            if now_s - absence.requested_s >= REQUEST_INTERVAL_S:
+                absence.requested_s = now_s
+                due.append(function_id)
+        return due
+
+    def remaining_s(self, function_id: str, now_s: float) -> float:
+        """Return how long calls may still wait for a function; negative after its timeout."""
+        absence = self._absences.get(function_id)
+        return self._timeout_s if absence is None else absence.since_s + self._timeout_s - now_s
+
+    def record_found(self, function_id: str) -> None:
+        """Clear a function's absence, as it has responded."""
+        self._absences.pop(function_id, None)
+
+    def retain(self, function_ids: Iterable[str]) -> None:
+        """Forget all other functions."""
+        known = set(function_ids)
+        self._absences = {f: a for f, a in self._absences.items() if f in known}

@@ -1,10 +1,10 @@
-"""Between a GPU and the calls: a layer's rows and routing to the host, the parts of its sum back.
+"""Transfers between the model's device and the host memory that functions are called with.
 
-Functions are called with host memory. Each layer the rows and their routing are copied into pinned
-buffers, all begun at once and waited for once; what functions return is copied back part by part
-without waiting, and added there (sums.py). A buffer is overwritten only after the wait of the next
-layer, which comes after everything that the last layer began. Buffers grow and are kept: pinning
-takes longer than copying.
+On a GPU, a layer's rows and routing are copied into pinned buffers: all copies are started
+together and waited for once. Function outputs are copied back one by one without waiting, and
+reduced on the device (layer_batch.py). A buffer is overwritten only after the next layer's wait,
+which is ordered behind everything the previous layer started. Buffers grow and are kept, because
+pinning takes longer than copying.
 """
 
 from __future__ import annotations
@@ -21,45 +21,14 @@ from torch import Tensor
 MIN_BUFFER_BYTES = 1 << 16
 
 
-class HostMemory(Protocol):
-    """What a device layer offers: memory that the device copies to and from, and marks."""
-
-    @property
-    def device(self) -> torch.device:
-        """The device."""
-
-    def empty(self, size_bytes: int) -> Tensor:
-        """Return uint8 host memory, [size_bytes]."""
-
-    def record_event(self) -> Callable[[], None]:
-        """Mark what was begun so far; the mark, when called, waits for it."""
-
-
-class PinnedMemory:
-    """Page-locked memory beside a CUDA device, and events on its current stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def empty(self, size_bytes: int) -> Tensor:
-        """Return pinned uint8 memory, [size_bytes]."""
-        return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-
-    def record_event(self) -> Callable[[], None]:
-        """Record an event; calling the mark waits for it."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self.device))
-        return event.synchronize
-
-
 @dataclass(frozen=True, slots=True)
 class HostInputs:
-    """A layer's inputs on the host, valid until the next layer's are.
+    """A layer's inputs on the host, valid until the next call of `to_host`.
 
     Attributes:
-        rows: [T, H].
-        top_k_index: [T, k].
-        top_k_weight: float32 [T, k].
+        rows: hidden states, [T, H].
+        top_k_index: expert indices, int64 [T, k].
+        top_k_weight: routing weights, float32 [T, k].
     """
 
     rows: Tensor
@@ -68,10 +37,10 @@ class HostInputs:
 
 
 class BufferedTransfer:
-    """The buffers of one router, and its parts' way to the device; belongs to the engine's thread.
+    """Transfers through reusable host buffers; belongs to the engine's thread.
 
     Attributes:
-        device: where the model is.
+        device: the model's device.
     """
 
     def __init__(self, memory: HostMemory) -> None:
@@ -94,7 +63,7 @@ class BufferedTransfer:
             hidden: [T, H] on the device.
             top_k_index: [T, k] on the device.
             top_k_weight: [T, k] on the device.
-            meanwhile: work for the device, begun behind the copies and not waited for.
+            while_waiting: enqueues device work behind the copies; that work is not waited for.
         """
         rows = self._start_copy("rows", hidden.detach())  # [T, H]
         index = self._start_copy("index", top_k_index.detach().long())  # [T, k]
@@ -108,10 +77,10 @@ class BufferedTransfer:
     def to_device(self, host: Tensor) -> Tensor:
         """Return a host tensor on the device, without waiting for the copy.
 
-        The host's may change at once: what is copied is a copy of it in a buffer of its own, which
-        is free again once the next layer has landed.
+        `host` may change as soon as this returns: the device copies from a separate buffer, which
+        is reused only after the next `to_host`.
         """
-        buffer = self._buffer(f"part {self._n_transferred}", host)
+        buffer = self._buffer(f"output {self._n_transferred}", host)
         self._n_transferred += 1
         buffer.copy_(host)
         return buffer.to(self.device, non_blocking=True)
@@ -122,15 +91,46 @@ class BufferedTransfer:
         return self._buffer(name, source).copy_(source, non_blocking=True)
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
-        """Return a buffer of the shape and dtype of a tensor."""
+        """Return the named buffer as a tensor of the shape and dtype of `like`."""
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < like.nbytes:
             size_bytes = max(MIN_BUFFER_BYTES, 1 << (like.nbytes - 1).bit_length())
-            with torch.inference_mode(False):  # else only inference mode could write to it
+            with torch.inference_mode(False):  # an inference tensor is read-only outside that mode
                 buffer = self._buffers[name] = self._memory.empty(size_bytes)
         return buffer[: like.nbytes].view(like.dtype).view(like.shape)
 
 
+class HostMemory(Protocol):
+    """Allocates host memory that a device copies to and from, and records device events."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device."""
+
+    def empty(self, size_bytes: int) -> Tensor:
+        """Return uninitialised host memory, uint8 [size_bytes]."""
+
+    def record_event(self) -> Callable[[], None]:
+        """Record an event behind the work started so far; return a function that waits for it."""
+
+
+class PinnedMemory:
+    """Page-locked host memory of a CUDA device, and events on its current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def empty(self, size_bytes: int) -> Tensor:
+        """Return uninitialised pinned memory, uint8 [size_bytes]."""
+        return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def record_event(self) -> Callable[[], None]:
+        """Record a CUDA event; return its `synchronize`."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event.synchronize
+
+
 def transfer_for(device: torch.device) -> BufferedTransfer | None:
-    """Return the stage of a router whose model is on `device`; None where that is the host."""
+    """Return the transfer of a router whose model is on `device`, None for the host."""
     return None if device.type == "cpu" else BufferedTransfer(PinnedMemory(device))

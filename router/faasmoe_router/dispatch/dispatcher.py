@@ -1,7 +1,9 @@
-"""One layer's experts for a whole batch: group, call, add.
+"""Entry point of dispatch: computes one MoE layer for a whole batch through expert functions.
 
-`compute` never raises for what a sandbox or the network does: what no function answers is computed
-here, from the store.
+`Dispatcher.compute` brings the layer's inputs to the host, in the store's dtype, which functions
+compute in, groups token-expert pairs by function and has the groups executed (layer_executor.py).
+It never raises for faults of a sandbox or the network: what no function answers is computed locally
+from the store.
 """
 
 from __future__ import annotations
@@ -18,40 +20,39 @@ from torch import Tensor
 from faasmoe_contracts.routing_table import FunctionSpec, RoutingTable
 from faasmoe_contracts.store import Store
 from faasmoe_contracts.wire import OutputMode, max_rows_per_frame
-from faasmoe_router.dispatch.calls import DispatchTimeouts
 from faasmoe_router.dispatch.cold_start import ActivationSettings
 from faasmoe_router.dispatch.colocation import ColocatedFunctions
 from faasmoe_router.dispatch.device_transfer import BufferedTransfer
-from faasmoe_router.dispatch.fanout import Fanout
-from faasmoe_router.dispatch.grouping import group_pairs
-from faasmoe_router.dispatch.layer_batch import WIRE_DTYPES, LayerBatch
-from faasmoe_router.dispatch.layer_executor import LayerExecutor, OverlappedWork
+from faasmoe_router.dispatch.endpoint_health import ResilienceSettings
+from faasmoe_router.dispatch.fanout import DispatchTimeouts, Fanout, OverlappedWork
+from faasmoe_router.dispatch.layer_batch import WIRE_DTYPES, LayerBatch, group_pairs
+from faasmoe_router.dispatch.layer_executor import LayerExecutor
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.local_functions import map_function
 from faasmoe_router.dispatch.metrics import DispatchMetrics
-from faasmoe_router.dispatch.resilience import ResilienceSettings
 from faasmoe_router.dispatch.routing import RoutingIndex
 
 
 class Dispatcher:
     """Computes MoE layers through expert functions.
 
-    Belongs to the engine's thread, but for `replace_table` and `update_addresses`, which one other
-    thread may call at any time, and for what reads.
+    Belongs to the engine's thread, except for `replace_table` and `update_addresses`, which one
+    other thread may call at any time, and for the methods documented as safe from any thread.
 
     Args:
-        store: the prepared model; what no sandbox answers is computed from it.
-        table: where each function is; None while nobody has told.
-        mode: reduced, or unreduced for results that are bit-identical whatever the blocks.
+        store: the prepared model; local fallback computes from it.
+        table: addresses of the functions; None until the first table is known.
+        mode: reduced, or unreduced for results that are bit-identical for any block size.
         token: bearer token of the sandboxes.
-        timeouts: bounds of a fan-out.
-        metrics: counters, on the router's registry.
-        holding: how calls wait for functions that are started; None if none ever is.
-        resilience: how calls that fail or take long are dealt with.
-        socket_dir: where sandboxes of this machine have Unix sockets; None for TCP alone.
-        stage: between the model's device and the host; None if the model is on the host.
-        placement: "auto" computes hot functions of this machine in this process where that takes
-            less time, "functions" none. In reduced mode and on the host alone.
+        timeouts: bounds of a layer's calls.
+        metrics: the dispatcher's metrics, on the router's registry.
+        activation: how calls wait for functions that are being activated; None if they never do.
+        resilience: how failed and slow calls are handled.
+        socket_dir: folder of the Unix sockets of sandboxes on this machine; None for TCP only.
+        device_transfer: moves data between the model's device and the host; None for a model on the
+            host.
+        placement: "auto" colocates hot functions of this machine in this process where that is
+            faster, "functions" colocates none. Applies to reduced mode with a model on the host.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Dispatcher:
         placement: Literal["auto", "functions"] = "functions",
     ) -> None:
         self._store = store
+        self._store_dtype: torch.dtype = getattr(torch, store.manifest.model.dtype)
         self._device_transfer = device_transfer
         self._mode = mode
         self._fanout = Fanout(token=token, timeouts=timeouts, socket_dir=socket_dir)
@@ -80,7 +82,7 @@ class Dispatcher:
             routing = RoutingIndex.from_table(table, store)
         colocated = None
         if placement == "auto" and socket_dir is not None and device_transfer is None:
-            # Bits that must not depend on where a block is depend on threads: functions' alone.
+            # Not in unreduced mode: bits depend on the thread count, which functions fix.
             colocated = (
                 ColocatedFunctions(store, socket_dir) if mode is OutputMode.REDUCED else None
             )
@@ -95,43 +97,6 @@ class Dispatcher:
             colocated=colocated,
         )
 
-    @property
-    def routing(self) -> RoutingIndex:
-        """Where each function is now."""
-        return self._executor.routing
-
-    @property
-    def load(self) -> LoadMeter:
-        """How much each function is called."""
-        return self._executor.load
-
-    def replace_table(self, table: RoutingTable) -> None:
-        """Route the next layers by another table; raises TableError and keeps the old one."""
-        self._executor.set_routing(RoutingIndex.from_table(table, self._store))
-
-    def update_addresses(self, version: int, addresses: Mapping[str, tuple[str, ...]]) -> None:
-        """Give some functions other addresses; raises TableError and changes nothing."""
-        self._executor.set_routing(self.routing.with_addresses(version, addresses))
-
-    def check_local(self, specs: Sequence[FunctionSpec]) -> None:
-        """Check that functions can be computed here: reads all of their bytes; from any thread.
-
-        Raises:
-            StoreUnreadable: the store does not have one of them any more.
-            StoreCorrupted: it has wrong bytes of one.
-        """
-        for spec in specs:
-            map_function(spec, self._store)
-
-    def release_memory(self) -> None:
-        """Give back memory that is kept for the next calls, as there are none; from any thread."""
-        self._fanout.release_memory()
-
-    def close(self) -> None:
-        """Close the connections to sandboxes."""
-        self._executor.close()
-        self._fanout.close()
-
     def compute(
         self,
         layer: int,
@@ -145,28 +110,34 @@ class Dispatcher:
 
         Args:
             layer: index of the MoE layer in the store's manifest.
-            hidden: [T, H].
-            top_k_index: global expert indices, [T, k]; one out of range is no expert.
-            top_k_weight: [T, k].
-            meanwhile: work to do, once, while the calls are away.
+            hidden: hidden states, [T, H], in the router's dtype.
+            top_k_index: global expert indices, [T, k]; out-of-range indices are skipped.
+            top_k_weight: routing weights, [T, k].
+            while_waiting: work to do once while the calls are in flight.
 
         Returns:
             [T, H], dtype and device of `hidden`.
+
+        Raises:
+            StoreUnreadable: local fallback is needed, and the store lacks the function.
+            StoreCorrupted: local fallback is needed, and the function's bytes fail verification.
         """
         if not len(hidden):
             while_waiting()
             return torch.zeros_like(hidden)
         with self._metrics.layer_seconds.time():
+            rows = hidden.detach().to(self._store_dtype)  # [T, H]
             if self._device_transfer is None:
                 return self._compute_on_host(
                     layer,
-                    hidden.detach().contiguous(),
+                    rows.contiguous(),
                     top_k_index.detach().numpy(),
                     top_k_weight.detach().float().numpy(),
                     while_waiting,
+                    output_dtype=hidden.dtype,
                 )
             host_inputs = self._device_transfer.to_host(
-                hidden, top_k_index, top_k_weight, while_waiting=while_waiting
+                rows, top_k_index, top_k_weight, while_waiting=while_waiting
             )
             return self._compute_on_host(
                 layer,
@@ -174,6 +145,7 @@ class Dispatcher:
                 host_inputs.top_k_index,
                 host_inputs.top_k_weight,
                 lambda: None,
+                output_dtype=hidden.dtype,
             )
 
     def _compute_on_host(
@@ -183,8 +155,13 @@ class Dispatcher:
         top_k_index: NDArray[np.int64],
         top_k_weight: NDArray[np.float32],
         while_waiting: OverlappedWork,
+        *,
+        output_dtype: torch.dtype,
     ) -> Tensor:
-        """Return the sum where the model is, [T, H]; `rows` [T, H] are on the host, contiguous."""
+        """Return the weighted sum on the model's device, [T, H] in `output_dtype`.
+
+        `rows` [T, H] are contiguous host memory, in the store's dtype.
+        """
         routing = self.routing.layers[layer]
         top_k = top_k_index.shape[1]
         max_rows = max_rows_per_frame(
@@ -195,7 +172,60 @@ class Dispatcher:
         )
         groups = group_pairs(top_k_index, top_k_weight, routing.function_of, max_rows=max_rows)
         batch = LayerBatch(
-            rows, groups, layer=layer, mode=self._mode, top_k=top_k, transfer=self._device_transfer
+            rows,
+            groups,
+            layer=layer,
+            mode=self._mode,
+            top_k=top_k,
+            output_dtype=output_dtype,
+            transfer=self._device_transfer,
         )
         self._executor.execute(batch, layer, routing.functions, while_waiting=while_waiting)
         return batch.result()
+
+    @property
+    def routing(self) -> RoutingIndex:
+        """The current routing; safe from any thread."""
+        return self._executor.routing
+
+    @property
+    def load(self) -> LoadMeter:
+        """How much each function is called; safe to read from any thread."""
+        return self._executor.load
+
+    def replace_table(self, table: RoutingTable) -> None:
+        """Route the next layers by another table.
+
+        Raises:
+            RoutingTableError: the table does not fit the store; the old one stays in use.
+        """
+        self._executor.set_routing(RoutingIndex.from_table(table, self._store))
+
+    def update_addresses(self, version: int, addresses: Mapping[str, tuple[str, ...]]) -> None:
+        """Replace the addresses of some functions.
+
+        Raises:
+            RoutingTableError: a function is not in the table; nothing changes.
+        """
+        self._executor.set_routing(self.routing.with_addresses(version, addresses))
+
+    def check_local(self, specs: Sequence[FunctionSpec]) -> None:
+        """Check that functions can be computed locally, by reading all of their bytes.
+
+        Safe from any thread.
+
+        Raises:
+            StoreUnreadable: the store no longer has one of them.
+            StoreCorrupted: the bytes of one fail verification.
+        """
+        for spec in specs:
+            map_function(spec, self._store)
+
+    def release_memory(self) -> None:
+        """Free memory that is kept for the next calls, when idle; safe from any thread."""
+        self._fanout.release_memory()
+
+    def close(self) -> None:
+        """Stop background threads and close the connections to sandboxes."""
+        self._executor.close()
+        self._fanout.close()

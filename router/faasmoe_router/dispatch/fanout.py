@@ -1,13 +1,8 @@
-"""How many cores the router takes while functions compute on the same ones.
+"""Fan-outs: parallel calls to several sandboxes from one thread, over polled sockets.
 
-A call that is under way, and when something is to be done about it.
-
-One fan-out: each of its calls was answered or has failed when it ends.
-
-What is tried instead of a call that failed, or beside one that takes long, is not known here: a
-`Course` says so.
-
-Calls to several sandboxes at once, from one thread.
+`Fanout.run` makes all calls of a layer and returns once each has a response or has failed. It keeps
+deadlines and runs hedges and retries, but does not choose them: a `RetryPolicy` does. While calls
+are in flight it runs the caller's own work, with a bounded number of torch threads.
 """
 
 from __future__ import annotations
@@ -19,98 +14,157 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from faasmoe_router.dispatch.calls import (
+from faasmoe_router.dispatch.transport import (
+    MIN_SHARED_FRAME_BYTES,
     Call,
     CallError,
     CallTimeout,
     ConnectError,
-    DispatchTimeouts,
+    Connection,
+    ConnectionPool,
     LostHedge,
-    ResponseHandler,
-    RetryPolicy,
     StatusError,
 )
-from faasmoe_router.dispatch.transport import MIN_SHARED_FRAME_BYTES, Connection, ConnectionPool
+
+SEND_STALL_S = 0.005  # a sandbox that accepts no byte for this long is busy with something else
+
+OverlappedWork = Callable[[], None]
+"""Work that the engine's thread does while calls are in flight."""
 
 
-@contextmanager
-def limit_torch_threads(n_local_calls: int) -> Iterator[None]:
-    """Compute in one thread, if functions that compute in one each take the other cores.
-
-    Threads of one product wait for each other at its end, and on a core that somebody else has they
-    wait for as long as the system gives that one. Where cores are left beyond the functions', all
-    threads are used: to change their number to anything but one makes new ones.
-
-    Args:
-        n_calls: functions of this machine that are computing now.
-    """
-    n_threads = torch.get_num_threads()
-    if not n_local_calls or n_threads == 1 or n_local_calls < n_threads - 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)
+ResponseHandler = Callable[[int, memoryview], None]
+"""Receives a call's position and its response body, which is valid only during the callback."""
 
 
-@dataclass(slots=True)
-class PendingCall:
-    """A call in flight; times are monotonic.
+@dataclass(frozen=True, slots=True)
+class DispatchTimeouts:
+    """Nested timeouts of a layer's calls, in seconds.
 
     Attributes:
-        position: what it is for.
-        call: what was sent.
-        connection: over which.
-        begun_s: when.
-        connect_by_s: when the connection must be there.
-        end_by_s: when the answer must be whole.
-        hedge_s: when to ask for a hedge.
-        slow_s: when to ask whether it is too slow.
-        is_paired: whether another call was made for the same position.
+        connect_timeout_s: until a sandbox has accepted a new connection.
+        call_timeout_s: until a call's response is complete, connecting included.
+        layer_timeout_s: until every group of a layer has a result or its local computation has
+            started, retries and activation waits included.
     """
 
-    position: int
-    call: Call
-    connection: Connection
-    started_s: float
-    connect_deadline_s: float = math.inf
-    response_deadline_s: float = math.inf
-    hedge_at_s: float = math.inf
-    abandon_at_s: float = math.inf
-    is_hedged: bool = False
+    connect_timeout_s: float = 1.0
+    call_timeout_s: float = 10.0
+    layer_timeout_s: float = 30.0
 
-    @property
-    def deadline_s(self) -> float:
-        """When it is given up in any case."""
-        return (
-            self.response_deadline_s
-            if self.connection.is_connected
-            else min(self.response_deadline_s, self.connect_deadline_s)
-        )
-
-    @property
-    def next_event_s(self) -> float:
-        """When something is to be done about it."""
-        return min(self.deadline_s, self.hedge_at_s, self.abandon_at_s)
+    def __post_init__(self) -> None:
+        """Raise ValueError unless the timeouts are positive and nested."""
+        if not 0 < self.connect_timeout_s <= self.call_timeout_s <= self.layer_timeout_s:
+            raise ValueError(
+                f"timeouts: got connect {self.connect_timeout_s:g} s, call "
+                f"{self.call_timeout_s:g} s, layer {self.layer_timeout_s:g} s, expected more than "
+                "0 and each at most the next one"
+            )
 
 
-SEND_STALL_S = 0.005  # a sandbox that takes no byte for so long is busy with something else
+class RetryPolicy(Protocol):
+    """Decides on retries and hedges of a fan-out's calls; called from the fan-out's thread."""
+
+    def latency_thresholds_s(self, position: int, call: Call) -> tuple[float, float]:
+        """Return after how many seconds to hedge a call, and after how many to abandon it."""
+
+    def hedge(self, position: int, call: Call) -> Call | None:
+        """Return a call to run in parallel with a slow one, if any; asked once per call."""
+
+    def should_abandon(self, position: int, call: Call) -> bool:
+        """Return whether to abandon a call past its abandon threshold; asked once per call."""
+
+    def next_attempt(self, position: int, call: Call, error: CallError) -> Call | None:
+        """Return the call that replaces a failed one, or None to give up."""
+
+    def on_response(self, position: int, call: Call, elapsed_s: float) -> None:
+        """Record a successful call."""
+
+    def on_failure(self, position: int, call: Call, error: CallError) -> None:
+        """Record a call that failed or lost against its hedge."""
 
 
-class FanoutCall:
-    """One fan-out: its calls in flight and its errors.
+class Fanout:
+    """Runs fan-outs over keep-alive connections.
+
+    Belongs to one thread, except for `retain` and `release_memory`. A call that fails on a reused
+    connection before the first byte of a response is repeated once on a new connection: the sandbox
+    may have closed the idle connection, and calls are pure.
 
     Args:
-        pool: where connections come from, and go when they are answered.
-        take: gets each answer. A CallError that it raises counts as the call's failure.
+        token: bearer token of the sandboxes.
         timeouts: bounds of each call.
-        course: what becomes of calls that fail or take long; None: they are errors.
-        by_s: when to give up all calls, on the monotonic clock.
+        socket_dir: folder of the Unix sockets of sandboxes on this machine; None for TCP only.
+        min_shared_bytes: minimum size of frames that are passed in shared memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        token: str = "",
+        timeouts: DispatchTimeouts | None = None,
+        socket_dir: Path | None = None,
+        min_shared_bytes: int = MIN_SHARED_FRAME_BYTES,
+    ) -> None:
+        self._pool = ConnectionPool(
+            token=token, socket_dir=socket_dir, min_shared_bytes=min_shared_bytes
+        )
+        self._timeouts = timeouts or DispatchTimeouts()
+
+    def run(
+        self,
+        calls: Mapping[int, Call] | Sequence[Call],
+        handle_response: ResponseHandler,
+        *,
+        while_waiting: OverlappedWork | None = None,
+        retry_policy: RetryPolicy | None = None,
+        deadline_s: float = math.inf,
+    ) -> dict[int, CallError]:
+        """Make all calls; return the errors of those that failed, by position.
+
+        Args:
+            calls: the calls, sent in order; responses may arrive in any order.
+            handle_response: receives each response's position and body, which is valid only during
+                the callback. A CallError that it raises counts as the call's failure; any other
+                exception aborts the fan-out.
+            while_waiting: work to do once while the calls are in flight, even if there are none.
+            retry_policy: decides on retries and hedges; None for neither.
+            deadline_s: when to abandon all calls, on the monotonic clock.
+        """
+        fanout_run = FanoutRun(
+            self._pool, handle_response, self._timeouts, retry_policy, deadline_s
+        )
+        return fanout_run.run(calls, while_waiting)
+
+    def retain(self, addresses: Collection[str]) -> None:
+        """Close connections to all other addresses, those in use once they are released.
+
+        Safe from any thread.
+        """
+        self._pool.retain(addresses)
+
+    def release_memory(self) -> None:
+        """Free the memory that idle connections keep; safe from any thread."""
+        self._pool.release_memory()
+
+    def close(self) -> None:
+        """Close all idle connections."""
+        self._pool.close()
+
+
+class FanoutRun:
+    """One fan-out: its pending calls and its errors.
+
+    Args:
+        pool: provides connections, and takes them back after a response.
+        handle_response: receives each response. A CallError that it raises counts as the call's
+            failure.
+        timeouts: bounds of each call.
+        retry_policy: decides on retries and hedges; None for neither.
+        deadline_s: when to abandon all calls, on the monotonic clock.
     """
 
     def __init__(
@@ -131,26 +185,19 @@ class FanoutCall:
         self._poll = select.poll()
 
     def run(
-        self,
-        calls: Mapping[int, Call] | Sequence[Call],
-        while_waiting: Callable[[], None] | None,
+        self, calls: Mapping[int, Call] | Sequence[Call], while_waiting: OverlappedWork | None
     ) -> dict[int, CallError]:
-        """Make all calls, and other work while they are away; return errors by position."""
+        """Make all calls, and do other work in the meantime; return errors by position."""
         items = calls.items() if isinstance(calls, Mapping) else enumerate(calls)
         try:
             for position, call in items:
                 self._start_call(position, call, force_new=False)
             if while_waiting is not None:
-                self._send_remaining()
-                with limit_torch_threads(
-                    sum(f.connection.is_unix_socket for f in self._pending.values())
-                ):
-                    while_waiting()
-                self._poll_once(0.0)  # what has come meanwhile is not late
+                self._do_overlapped_work(while_waiting)
             while self._pending:
                 self._poll_once(self._process_due())
             return self._errors
-        finally:  # what is left if `take` raised
+        finally:  # calls are pending only if `handle_response` or `while_waiting` raised
             for pending in self._pending.values():
                 pending.connection.close()
 
@@ -178,17 +225,24 @@ class FanoutCall:
             pending.hedge_at_s, pending.abandon_at_s = now_s + hedge_s, now_s + abandon_s
         return pending
 
+    def _do_overlapped_work(self, while_waiting: OverlappedWork) -> None:
+        self._send_remaining()
+        n_local_calls = sum(p.connection.is_unix_socket for p in self._pending.values())
+        with limit_torch_threads(n_local_calls):
+            while_waiting()
+        self._poll_once(0.0)  # responses that arrived during the work are not late
+
     def _send_remaining(self) -> None:
-        """Send what the sockets did not take at once, as long as the sandboxes read."""
+        """Send what the sockets did not accept immediately, as long as the sandboxes read."""
         while any(pending.connection.events & select.POLLOUT for pending in self._pending.values()):
             if not self._poll_once(SEND_STALL_S):
                 return
 
     def _poll_once(self, timeout_s: float) -> bool:
-        """Go on with the calls that can; return whether there was one in time."""
+        """Handle the events of all ready calls; return whether there were any in time."""
         ready = self._poll.poll(timeout_s * 1000)
         for fd, events in ready:
-            if fd in self._pending:  # it may have been overtaken since
+            if fd in self._pending:  # an earlier event may have cancelled it
                 self._handle_events(fd, events)
         return bool(ready)
 
@@ -196,7 +250,7 @@ class FanoutCall:
         pending = self._pending[fd]
         connection = pending.connection
         try:
-            # An answer first: one that came before the whole call was sent tells why.
+            # Read first: an early response explains why the request cannot be sent.
             is_complete = bool(events & ~select.POLLOUT) and connection.receive()
             if not is_complete:
                 if events & select.POLLOUT:
@@ -233,7 +287,7 @@ class FanoutCall:
                 self._cancel_others(pending)
 
     def _handle_broken_connection(self, pending: PendingCall, error: CallError) -> None:
-        """Go on after a connection that broke."""
+        """Repeat a call on a new connection if its old one was stale, else fail it."""
         pending.connection.close()
         if pending.connection.is_stale:
             self._start_call(pending.position, pending.call, force_new=True)
@@ -246,7 +300,7 @@ class FanoutCall:
             return
         self._retry_policy.on_failure(position, call, error)
         if any(pending.position == position for pending in self._pending.values()):
-            return  # its hedge, or what it hedged, may still answer
+            return  # the other call of a hedged pair may still succeed
         next_call = self._retry_policy.next_attempt(position, call, error)
         if next_call is None:
             self._errors[position] = error
@@ -254,7 +308,7 @@ class FanoutCall:
             self._start_call(position, next_call, force_new=False)
 
     def _cancel_others(self, winner: PendingCall) -> None:
-        """Give up the call that was overtaken by another one for the same part."""
+        """Cancel the calls that lost against `winner` for the same position."""
         assert self._retry_policy is not None
         for fd, pending in list(self._pending.items()):
             if pending.position == winner.position:
@@ -263,13 +317,8 @@ class FanoutCall:
                 error = LostHedge(f"{pending.call.address}: {winner.call.address} was faster")
                 self._retry_policy.on_failure(pending.position, pending.call, error)
 
-    def _unregister(self, fd: int) -> None:
-        # Before the socket is closed: a new connection may get the same descriptor.
-        del self._pending[fd]
-        self._poll.unregister(fd)
-
     def _process_due(self) -> float:
-        """Hedge and give up the calls whose time has come; return how long to wait for others."""
+        """Hedge and abandon the calls that are due; return the seconds until the next one is."""
         now_s, next_event_s = time.monotonic(), math.inf
         for fd, pending in list(self._pending.items()):
             due_at_s = pending.next_event_s
@@ -277,11 +326,10 @@ class FanoutCall:
                 next_event_s = min(next_event_s, due_at_s)
                 continue
             self._handle_due(fd, pending, now_s)
-            next_event_s = now_s  # look again: there may be another call now
+            next_event_s = now_s  # run again: a retry or hedge may be pending now
         return max(0.0, next_event_s - now_s) if self._pending else 0.0
 
     def _handle_due(self, fd: int, pending: PendingCall, now_s: float) -> None:
-        """Do what is due for one call."""
         position, call = pending.position, pending.call
         if pending.deadline_s <= now_s:
             self._abandon(fd, pending)
@@ -313,68 +361,68 @@ class FanoutCall:
             error = ConnectError(f"{connection.address}: no connection in time")
         self._handle_failure(pending.position, pending.call, error)
 
+    def _unregister(self, fd: int) -> None:
+        # Before the socket is closed: a new connection may reuse the descriptor.
+        del self._pending[fd]
+        self._poll.unregister(fd)
 
-class Fanout:
-    """Keep-alive connections to sandboxes, and rounds of parallel calls over them.
 
-    Belongs to one thread, but for `retain` and `rest`. A call that fails on a connection that was
-    used before, without a byte of an answer, is made once more on a new one: the sandbox may have
-    closed it while idle, and calls are pure.
+@dataclass(slots=True)
+class PendingCall:
+    """A call in flight; times are seconds of the monotonic clock.
 
-    Args:
-        token: bearer token of the sandboxes.
-        timeouts: bounds of a round.
-        socket_dir: where sandboxes of this machine have Unix sockets; None for TCP alone.
-        shared_bytes: frames of so many bytes and more are shared with those, not sent.
+    Attributes:
+        position: the call's position in the fan-out.
+        call: the call that was sent.
+        connection: the connection it was sent over.
+        started_s: when it was sent.
+        connect_deadline_s: when the connection must be established.
+        response_deadline_s: when the response must be complete.
+        hedge_at_s: when to ask the retry policy for a hedge.
+        abandon_at_s: when to ask the retry policy whether to abandon the call.
+        is_hedged: whether another call was started for the same position.
     """
 
-    def __init__(
-        self,
-        *,
-        token: str = "",
-        timeouts: DispatchTimeouts | None = None,
-        socket_dir: Path | None = None,
-        min_shared_bytes: int = MIN_SHARED_FRAME_BYTES,
-    ) -> None:
-        self._pool = ConnectionPool(
-            token=token, socket_dir=socket_dir, min_shared_bytes=min_shared_bytes
-        )
-        self._timeouts = timeouts or DispatchTimeouts()
+    position: int
+    call: Call
+    connection: Connection
+    started_s: float
+    connect_deadline_s: float = math.inf
+    response_deadline_s: float = math.inf
+    hedge_at_s: float = math.inf
+    abandon_at_s: float = math.inf
+    is_hedged: bool = False
 
-    def run(
-        self,
-        calls: Mapping[int, Call] | Sequence[Call],
-        handle_response: ResponseHandler,
-        *,
-        while_waiting: Callable[[], None] | None = None,
-        retry_policy: RetryPolicy | None = None,
-        deadline_s: float = math.inf,
-    ) -> dict[int, CallError]:
-        """Make all calls; return the errors of those that failed, by position.
+    @property
+    def deadline_s(self) -> float:
+        """When to abandon the call unconditionally."""
+        if self.connection.is_connected:
+            return self.response_deadline_s
+        return min(self.response_deadline_s, self.connect_deadline_s)
 
-        Args:
-            calls: the calls, sent in order, answered in any order.
-            take: gets each answer's position and body; the body is valid during the call. A
-                CallError that it raises counts as the call's failure.
-            meanwhile: work to do once while the calls are away.
-            course: what becomes of calls that fail or take long; by default they are errors.
-            by_s: when to give up all calls, on the monotonic clock.
-        """
-        return FanoutCall(
-            self._pool, handle_response, self._timeouts, retry_policy, deadline_s
-        ).run(calls, while_waiting)
+    @property
+    def next_event_s(self) -> float:
+        """When the call is next due for a hedge, a decision or abandonment."""
+        return min(self.deadline_s, self.hedge_at_s, self.abandon_at_s)
 
-    def retain(self, addresses: Collection[str]) -> None:
-        """Close the connections to all other addresses, those in use once they are answered.
 
-        Their sandboxes are gone. May be called from any thread.
-        """
-        self._pool.retain(addresses)
+@contextmanager
+def limit_torch_threads(n_local_calls: int) -> Iterator[None]:
+    """Run torch in one thread if the functions of this machine occupy the other cores.
 
-    def release_memory(self) -> None:
-        """Give back memory that idle connections keep; from any thread."""
-        self._pool.release_memory()
+    Threads of one matrix product synchronise at its end. On a core that another process occupies,
+    they wait until the scheduler gives them that core. Where the functions leave cores free, all
+    threads are used: setting the thread count to anything but one creates new threads.
 
-    def close(self) -> None:
-        """Close all idle connections."""
-        self._pool.close()
+    Args:
+        n_local_calls: number of functions on this machine that are computing, in one thread each.
+    """
+    n_threads = torch.get_num_threads()
+    if not n_local_calls or n_threads == 1 or n_local_calls < n_threads - 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)

@@ -1,73 +1,52 @@
-"""The calls of one batch that are in flight, on the load meter.
+"""Executes the calls of one layer: by sandboxes, after activation, or in this process.
 
-Getting a layer's parts: from functions, from functions that are awaited, or computed here.
+No fault of a sandbox or the network leaves this module as an error. In order, a group is
 
-Nothing that a sandbox or the network does leaves this module as an error. A call that fails is made
-again at the function's other addresses (attempts.py). A function without an address is asked for
-and its calls are held for a moment; so are calls to an address that does not accept connections
-yet, and, for a shorter one, calls whose addresses were ejected, for a fresh replica to come. What
-is left then is computed from the store. Hot functions may be computed here to begin with (hot.py).
+1. computed in this process if its function is colocated (colocation.py),
+2. called at the function's addresses, with retries and hedges (fanout.py, retry_policy.py),
+3. held back and retried while its function is being activated, its sandbox is starting or an
+   ejected replica may be replaced (cold_start.py),
+4. computed from the store (local_functions.py).
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Self
 
 from faasmoe_contracts.routing_table import FunctionEndpoints
 from faasmoe_contracts.store import Store
-from faasmoe_router.dispatch.calls import DispatchTimeouts
 from faasmoe_router.dispatch.cold_start import ActivationSettings, ActivationWaiter, CallFailures
 from faasmoe_router.dispatch.colocation import ColocatedFunctions
-from faasmoe_router.dispatch.fanout import Fanout
+from faasmoe_router.dispatch.endpoint_health import EndpointHealth, ResilienceSettings
+from faasmoe_router.dispatch.fanout import DispatchTimeouts, Fanout, OverlappedWork
 from faasmoe_router.dispatch.layer_batch import LayerBatch
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.local_functions import LocalFunctions
 from faasmoe_router.dispatch.metrics import DispatchMetrics
-from faasmoe_router.dispatch.resilience import EndpointHealth, ResilienceSettings
 from faasmoe_router.dispatch.retry_policy import RateLimitedLogger, RetryHedgePolicy
 from faasmoe_router.dispatch.routing import RoutingIndex
 from faasmoe_router.errors import StoreCorrupted
 
 
-class InFlightTracker:
-    """The load of one batch's calls: each is in flight until its part is there."""
-
-    def __init__(
-        self, load: LoadMeter, batch: LayerBatch, entries: Mapping[int, FunctionEndpoints]
-    ) -> None:
-        self._load = load
-        self._batch = batch
-        self._function_ids = {i: entry.spec.id for i, entry in entries.items()}
-
-    def __enter__(self) -> Self:
-        """Count all as begun."""
-        now_s = time.monotonic()
-        for i, function_id in self._function_ids.items():
-            self._load.record_start(function_id, now_s, rows=len(self._batch.groups[i].rows))
-        return self
-
-    def finish(self, position: int) -> None:
-        """Count the part at this position as there."""
-        self._load.record_end(self._function_ids.pop(position), time.monotonic())
-
-    def __exit__(self, *_: object) -> None:
-        """Count what is still open as ended."""
-        for position in list(self._function_ids):
-            self.finish(position)
-
-
-OverlappedWork = Callable[[], None]
-
-
 class LayerExecutor:
-    """Fills layers. Belongs to the engine's thread, but for `set_routing`.
+    """Executes layers; belongs to the engine's thread, except for `set_routing`.
+
+    Args:
+        store: the prepared model; local fallback computes from it.
+        routing: the initial routing.
+        fanout: makes the calls.
+        metrics: the dispatcher's metrics.
+        activation: how calls wait for functions that are being activated; None if they never do.
+        timeouts: bounds of a layer's calls.
+        resilience: how failed and slow calls are handled.
+        colocated: functions that may be computed in this process; None for none.
 
     Attributes:
-        routing: where each function is; one reading of it is consistent.
-        load: what is called, for other threads to read.
+        routing: the current routing; one read of it is consistent.
+        load: how much each function is called; any thread may read it.
     """
 
     def __init__(
@@ -88,9 +67,7 @@ class LayerExecutor:
         self._metrics = metrics
         self._local_functions = LocalFunctions(store)
         self._colocated = colocated
-        self._round_robin_indices: dict[int, int] = defaultdict(
-            int
-        )  # by layer: spreads calls over replicas
+        self._round_robin_indices: dict[int, int] = defaultdict(int)  # by layer
         self._health = EndpointHealth(
             resilience or ResilienceSettings(), metrics, may_be_starting=activation is not None
         )
@@ -103,15 +80,6 @@ class LayerExecutor:
         self._failure_logger = RateLimitedLogger()
         self._applied_routing = routing
 
-    def set_routing(self, routing: RoutingIndex) -> None:
-        """Let the calls from now on go elsewhere, those that are held too; from any thread."""
-        self.routing = routing
-        self._fanout.retain(routing.addresses())
-        if self._colocated is not None:
-            self._colocated.release_unassigned(routing)
-        if self._activation_waiter is not None:
-            self._activation_waiter.routing_changed.set()
-
     def execute(
         self,
         batch: LayerBatch,
@@ -120,36 +88,38 @@ class LayerExecutor:
         *,
         while_waiting: OverlappedWork = lambda: None,
     ) -> None:
-        """Get all of the batch's parts.
+        """Add an output of every group to the batch.
 
         Args:
-            batch: what is called.
+            batch: the layer's groups, and the reducer of their outputs.
             layer: index of the MoE layer.
             functions: the layer's functions that the batch was grouped by.
-            meanwhile: work to do while the first calls are away, or before others are held.
+            while_waiting: work to do once, while the first calls are in flight.
+
+        Raises:
+            StoreUnreadable: local fallback is needed, and the store lacks the function.
+            StoreCorrupted: local fallback is needed, and the function's bytes fail verification.
         """
         self._forget_removed()
         self._health.run_health_checks(time.monotonic())
         self.load.forward_passes += layer == 0
         started_s = time.monotonic()
+        deadline_s = started_s + self._layer_timeout_s
         entries = {i: functions[group.function_index] for i, group in enumerate(batch.groups)}
-        colocated = self._colocated_positions(batch, layer, functions)
+        colocated = self._select_colocated(batch, layer, functions)
         remote = {i: entry for i, entry in entries.items() if i not in colocated}
         with InFlightTracker(self.load, batch, entries) as in_flight:
             round_robin_index = self._round_robin_indices[layer]
             self._round_robin_indices[layer] += 1
-            deadline_s = started_s + self._layer_timeout_s
             corrupted: list[int] = []
 
             def do_overlapped_work() -> None:
                 while_waiting()
                 corrupted.extend(self._compute_colocated(batch, colocated, entries, in_flight))
 
-            work_once = _RunOnce(do_overlapped_work)
             failures = self._call_functions(
-                batch, remote, in_flight, round_robin_index, deadline_s, work_once
+                batch, remote, in_flight, round_robin_index, deadline_s, do_overlapped_work
             )
-            work_once()
             if corrupted:
                 retried = {i: entries[i] for i in corrupted}
                 failures |= self._call_functions(
@@ -165,10 +135,10 @@ class LayerExecutor:
                 layer, elapsed_s, is_valid_sample=not failures and not corrupted
             )
 
-    def _colocated_positions(
+    def _select_colocated(
         self, batch: LayerBatch, layer: int, functions: Sequence[FunctionEndpoints]
     ) -> Collection[int]:
-        """Return the positions that this process computes as it takes less time."""
+        """Return the positions to compute in this process."""
         if self._colocated is None:
             return ()
         if layer == 0:
@@ -182,13 +152,13 @@ class LayerExecutor:
         entries: Mapping[int, FunctionEndpoints],
         in_flight: InFlightTracker,
     ) -> list[int]:
-        """Compute these positions; return those that must be called after all."""
+        """Compute these positions in this process; return those to call instead."""
         corrupted = []
         for i in positions:
             assert self._colocated is not None
             try:
                 batch.compute_locally(i, self._colocated, entries[i].spec)
-            except StoreCorrupted:  # here; a sandbox may have the right bytes
+            except StoreCorrupted:  # a sandbox may still hold intact bytes
                 corrupted.append(i)
                 continue
             self._metrics.colocated.inc()
@@ -204,7 +174,7 @@ class LayerExecutor:
         deadline_s: float,
         while_waiting: OverlappedWork | None = None,
     ) -> CallFailures:
-        """Call the functions of these positions; return the positions that got no part."""
+        """Call the functions of these positions; return the failed ones."""
 
         def handle_response(position: int, frame: memoryview) -> None:
             batch.add_response(position, frame)
@@ -244,7 +214,7 @@ class LayerExecutor:
         in_flight: InFlightTracker,
         deadline_s: float,
     ) -> Collection[int]:
-        """Have what failed wait, if anything may; return the positions that got no part."""
+        """Wait for failed positions to become available; return those that did not."""
         if not failures or self._activation_waiter is None:
             return failures.keys()
         return self._activation_waiter.wait(
@@ -256,13 +226,17 @@ class LayerExecutor:
             deadline_s=deadline_s,
         )
 
-    def close(self) -> None:
-        """End what runs beside the engine's thread."""
-        self._health.close()
+    def set_routing(self, routing: RoutingIndex) -> None:
+        """Use another routing for all further calls, waiting ones included; from any thread."""
+        self.routing = routing
+        self._fanout.retain(routing.addresses())
         if self._colocated is not None:
-            self._colocated.close()
+            self._colocated.release_unassigned(routing)
+        if self._activation_waiter is not None:
+            self._activation_waiter.routing_changed.set()
 
     def _forget_removed(self) -> None:
+        """Drop the state of addresses and functions that left the routing."""
         routing = self.routing
         if routing is not self._applied_routing:
             addresses = routing.addresses()
@@ -272,14 +246,35 @@ class LayerExecutor:
                 self._activation_waiter.absences.retain(routing.entries)
             self._applied_routing = routing
 
+    def close(self) -> None:
+        """Stop background threads."""
+        self._health.close()
+        if self._colocated is not None:
+            self._colocated.close()
 
-class _RunOnce:
-    """Work that is done the first time it is asked for."""
 
-    def __init__(self, work: OverlappedWork) -> None:
-        self._work: OverlappedWork | None = work
+class InFlightTracker:
+    """Records a batch's calls in the load meter; each is in flight until its output is added."""
 
-    def __call__(self) -> None:
-        work, self._work = self._work, None
-        if work is not None:
-            work()
+    def __init__(
+        self, load: LoadMeter, batch: LayerBatch, entries: Mapping[int, FunctionEndpoints]
+    ) -> None:
+        self._load = load
+        self._batch = batch
+        self._function_ids = {i: entry.spec.id for i, entry in entries.items()}
+
+    def __enter__(self) -> Self:
+        """Record the start of all calls."""
+        now_s = time.monotonic()
+        for i, function_id in self._function_ids.items():
+            self._load.record_start(function_id, now_s, rows=len(self._batch.groups[i].rows))
+        return self
+
+    def finish(self, position: int) -> None:
+        """Record the end of the call at `position`."""
+        self._load.record_end(self._function_ids.pop(position), time.monotonic())
+
+    def __exit__(self, *_: object) -> None:
+        """Record the end of all calls that are still open."""
+        for position in list(self._function_ids):
+            self.finish(position)

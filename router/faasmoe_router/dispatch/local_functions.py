@@ -1,4 +1,8 @@
-"""Functions computed in the router itself, from the store: the last resort of a call."""
+"""Local fallback: functions mapped from the store and computed in the router's process.
+
+The last resort for calls that no sandbox answers. `map_function` and `compute_function` translate
+store and block errors for every in-process computation, colocated functions included.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +17,22 @@ from faasmoe_expert.errors import BadAttachment, BlockCorrupted
 from faasmoe_expert.functions import ExpertFunction
 from faasmoe_router.errors import StoreCorrupted, StoreUnreadable
 
-MAX_MAPPED_FUNCTIONS = 128  # mapped, not copied: an entry costs address space and some kB
+MAX_MAPPED_FUNCTIONS = 128  # mapped, not copied: an entry costs address space and a few kB
 
 
 class LocalFunctions:
-    """Functions mapped from the store when they are first needed."""
+    """LRU cache of functions that are mapped from the store on first use."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._functions: OrderedDict[FunctionSpec, ExpertFunction] = OrderedDict()
 
     def compute(self, spec: FunctionSpec, request: ExpertRequest) -> Tensor:
-        """Return what the function `spec` answers to `request`: [T, H], or [P, H] unreduced.
+        """Return the output of function `spec`: [R, H], or [P, H] unreduced.
 
         Raises:
-            StoreUnreadable: the store does not have the function any more.
-            StoreCorrupted: it has wrong bytes of it.
+            StoreUnreadable: the store no longer has the function.
+            StoreCorrupted: the store's bytes of the function fail verification.
         """
         return compute_function(self._get_or_map(spec), request)
 
@@ -43,7 +47,7 @@ class LocalFunctions:
 
 
 def compute_function(function: ExpertFunction, request: ExpertRequest) -> Tensor:
-    """Return what a mapped function answers; raises StoreCorrupted."""
+    """Return the output of a mapped function; raises StoreCorrupted."""
     try:
         return function.compute(request)
     except BlockCorrupted as error:
@@ -51,11 +55,11 @@ def compute_function(function: ExpertFunction, request: ExpertRequest) -> Tensor
 
 
 def map_function(spec: FunctionSpec, store: Store) -> ExpertFunction:
-    """Map a function from the store, its bytes verified; from any thread.
+    """Map a function from the store and verify its bytes; safe from any thread.
 
     Raises:
-        StoreUnreadable: the store does not have the function any more.
-        StoreCorrupted: it has wrong bytes of it.
+        StoreUnreadable: the store no longer has the function.
+        StoreCorrupted: the store's bytes of the function fail verification.
     """
     try:
         return ExpertFunction(spec, store)

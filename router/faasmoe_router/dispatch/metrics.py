@@ -1,29 +1,19 @@
-"""Counters of dispatch, in aggregate: no label tells a layer, an expert, a request or a tenant."""
+"""Aggregate Prometheus metrics of dispatch.
+
+No label identifies a layer, an expert, a request or a tenant.
+"""
 
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 LATENCY_BUCKETS_S = (
-    0.0001,
-    0.0002,
-    0.0005,
-    0.001,
-    0.002,
-    0.005,
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.3,
-    1.0,
-    3.0,
-    10.0,
-)
+    0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0, 3.0, 10.0,
+)  # fmt: skip
 
 
 class DispatchMetrics:
-    """Counters of one dispatcher."""
+    """Metrics of one dispatcher, registered on `registry` or on one of their own."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         registry = registry or CollectorRegistry()

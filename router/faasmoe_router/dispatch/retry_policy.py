@@ -1,8 +1,8 @@
-"""Which replica gets a call: the less busy one of two. Pure.
+"""Retry, hedge and load-balancing decisions for the calls of one batch at one layer.
 
-What is logged of failed calls: a sandbox that is gone would else fill the log by itself.
-
-The calls of one batch at one layer: where each goes, and what else is tried for it.
+`RetryHedgePolicy` implements `RetryPolicy` for a fan-out: it picks the replica of each call by
+power of two choices, retries at replicas not tried yet, and hedges within the retry budget. State
+that outlives the layer is in `EndpointHealth` (endpoint_health.py).
 """
 
 from __future__ import annotations
@@ -16,104 +16,36 @@ from dataclasses import dataclass
 
 from faasmoe_contracts.routing_table import FunctionEndpoints
 from faasmoe_contracts.wire import Buffer
-from faasmoe_router.dispatch.calls import (
+from faasmoe_router.dispatch.endpoint_health import EndpointHealth
+from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.transport import (
     Call,
     CallError,
     EndpointStarting,
     LostHedge,
     NoHealthyEndpoint,
 )
-from faasmoe_router.dispatch.metrics import DispatchMetrics
-from faasmoe_router.dispatch.resilience import EndpointHealth
 
 logger = logging.getLogger(__name__)
 
-
-def pick_address(
-    addresses: Sequence[str],
-    *,
-    excluded: Container[str],
-    tried: Container[str] = (),
-    in_flight: Mapping[str, int],
-    round_robin_index: int,
-    random_fraction: float,
-) -> str | None:
-    """Return an address for a call, None if none is left.
-
-    Two that differ are looked at, and the one with fewer calls in flight is taken: close to the
-    least busy of all, and routers that see the same figures do not all run to the same one.
-
-    Args:
-        addresses: where the function is.
-        avoid: addresses that are ejected.
-        tried: addresses that this call was made at before.
-        busy: calls in flight at each address.
-        turn: goes up by one with each batch; spreads calls that find all equally busy.
-        chance: a random number, 0 or more and less than 1.
-    """
-    candidates = [a for a in addresses if a not in excluded and a not in tried]
-    if len(candidates) < 2:
-        return candidates[0] if candidates else None
-    first = round_robin_index % len(candidates)
-    second = (first + 1 + int(random_fraction * (len(candidates) - 1))) % len(candidates)
-    if in_flight.get(candidates[second], 0) < in_flight.get(candidates[first], 0):
-        return candidates[second]
-    return candidates[first]
-
-
-LOG_INTERVAL_S = 10.0  # at most one line for each address in this time
-
-
-@dataclass(slots=True)
-class _LogState:
-    """When an address was last told of, and the failures since."""
-
-    logged_at_s: float
-    n_suppressed: int = 0
-
-
-class RateLimitedLogger:
-    """Logs an address's first failure, and how many there were since every now and then."""
-
-    def __init__(self) -> None:
-        self._last_logged: dict[str, _LogState] = {}
-
-    def log_failure(self, address: str, error: CallError, now_s: float) -> None:
-        """Log a failed call, or count it."""
-        last_logged = self._last_logged.get(address)
-        if last_logged is not None and now_s - last_logged.logged_at_s < LOG_INTERVAL_S:
-            last_logged.n_suppressed += 1
-            return
-        if last_logged is None or not last_logged.n_suppressed:
-            logger.warning("a call to %s failed: %s", address, error)
-        else:
-            logger.warning(
-                "%d more calls to %s failed in %.0f s, the last: %s",
-                *(last_logged.n_suppressed + 1, address, now_s - last_logged.logged_at_s, error),
-            )
-        self._last_logged[address] = _LogState(now_s)
-
-    def retain(self, addresses: Collection[str]) -> None:
-        """Forget all other addresses."""
-        for address in self._last_logged.keys() - addresses:
-            del self._last_logged[address]
+LOG_INTERVAL_S = 10.0  # minimum time between two log lines about one address
 
 
 class RetryHedgePolicy:
-    """Chooses addresses; the `Course` of one round.
+    """Picks addresses for the calls of one fan-out; the dispatcher's `RetryPolicy`.
 
     Args:
         entries: the function of each position, with its addresses.
-        n_rows: rows that each position carries.
-        book: what is known of addresses.
-        metrics: counters.
-        log: where failures are told.
-        turn: goes up by one with each batch of the layer.
+        n_rows: returns the number of rows that a position carries.
+        health: health and latency of addresses.
+        metrics: the dispatcher's metrics.
+        failure_logger: logs failed calls.
+        round_robin_index: increases by one with each batch of the layer.
 
     Attributes:
-        errors: what each failed position failed with last.
-        n_calls: calls made.
-        sent_bytes: bytes of their frames.
+        errors: the last error of each position that had one.
+        n_calls: number of calls made.
+        sent_bytes: total size of their frames.
     """
 
     def __init__(
@@ -141,7 +73,7 @@ class RetryHedgePolicy:
     def first_attempt(
         self, position: int, encode_frame: Callable[[int], Sequence[Buffer]]
     ) -> Call | None:
-        """Return a position's first call, None if there is no address to make it at."""
+        """Return a position's first call, None if it has no usable address."""
         entry = self._entries[position]
         address = self._pick_address(position)
         if address is None:
@@ -153,11 +85,11 @@ class RetryHedgePolicy:
         return self._record_attempt(position, Call(address, entry.spec.id, encode_frame(position)))
 
     def latency_thresholds_s(self, position: int, call: Call) -> tuple[float, float]:
-        """Return after how many seconds a call is hedged, and after how many it is too slow."""
+        """Return after how many seconds to hedge a call, and after how many to abandon it."""
         return self._health.latency_thresholds_s(self._n_rows(position))
 
     def hedge(self, position: int, call: Call) -> Call | None:
-        """Return the same call for another replica, if there is one and the bound allows it."""
+        """Return the same call for another replica, if there is one and the budget allows it."""
         address = self._pick_address(position)
         if address is None or not self._health.retry_budget.try_withdraw():
             return None
@@ -165,11 +97,11 @@ class RetryHedgePolicy:
         return self._record_attempt(position, call.with_address(address))
 
     def should_abandon(self, position: int, call: Call) -> bool:
-        """Return whether to give up a call that takes many times as long as others."""
+        """Return whether the budget allows abandoning a call that is far too slow."""
         return self._health.retry_budget.try_withdraw()
 
     def next_attempt(self, position: int, call: Call, error: CallError) -> Call | None:
-        """Return the same call for a replica that was not tried yet."""
+        """Return the same call for a replica that was not tried yet, if any."""
         if len(self._tried_addresses[position]) >= self._health.settings.max_attempts:
             return None
         address = self._pick_address(position)
@@ -179,14 +111,14 @@ class RetryHedgePolicy:
         return self._record_attempt(position, call.with_address(address))
 
     def on_response(self, position: int, call: Call, elapsed_s: float) -> None:
-        """Take note of a good answer."""
+        """Record a successful call."""
         self._in_flight[call.address] -= 1
         self._health.record_response(
             call.address, n_rows=self._n_rows(position), elapsed_s=elapsed_s
         )
 
     def on_failure(self, position: int, call: Call, error: CallError) -> None:
-        """Take note of a call that failed, or that was overtaken."""
+        """Record a call that failed or lost against its hedge."""
         now_s = time.monotonic()
         self._in_flight[call.address] -= 1
         classified_error = self._health.record_failure(call.address, error, now_s)
@@ -199,10 +131,8 @@ class RetryHedgePolicy:
 
     def _pick_address(self, position: int) -> str | None:
         addresses = self._entries[position].addresses
-        tried, excluded = (
-            self._tried_addresses[position],
-            self._health.excluded_addresses(addresses),
-        )
+        tried = self._tried_addresses[position]
+        excluded = self._health.excluded_addresses(addresses)
         if len(addresses) == 1:
             only_address = addresses[0]
             return None if only_address in tried or only_address in excluded else only_address
@@ -221,3 +151,71 @@ class RetryHedgePolicy:
         self.n_calls += 1
         self.sent_bytes += call.size_bytes
         return call
+
+
+def pick_address(
+    addresses: Sequence[str],
+    *,
+    excluded: Container[str],
+    tried: Container[str] = (),
+    in_flight: Mapping[str, int],
+    round_robin_index: int,
+    random_fraction: float,
+) -> str | None:
+    """Return an address for a call by power of two choices, None if no candidate is left.
+
+    Of two different candidates, picks the one with fewer calls in flight. That is close to the
+    least loaded of all, and routers with equal figures do not all pick the same one.
+
+    Args:
+        addresses: all addresses of the function.
+        excluded: ejected addresses.
+        tried: addresses that this call was already sent to.
+        in_flight: calls in flight at each address.
+        round_robin_index: increases by one with each batch; spreads calls at equal load.
+        random_fraction: a random number in [0, 1).
+    """
+    candidates = [a for a in addresses if a not in excluded and a not in tried]
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
+    first = round_robin_index % len(candidates)
+    second = (first + 1 + int(random_fraction * (len(candidates) - 1))) % len(candidates)
+    if in_flight.get(candidates[second], 0) < in_flight.get(candidates[first], 0):
+        return candidates[second]
+    return candidates[first]
+
+
+class RateLimitedLogger:
+    """Logs an address's first failure immediately, later ones as a count per interval.
+
+    Without a limit, a sandbox that is gone would flood the log.
+    """
+
+    def __init__(self) -> None:
+        self._last_logged: dict[str, _LogState] = {}
+
+    def log_failure(self, address: str, error: CallError, now_s: float) -> None:
+        """Log a failed call, or count it."""
+        last_logged = self._last_logged.get(address)
+        if last_logged is not None and now_s - last_logged.logged_at_s < LOG_INTERVAL_S:
+            last_logged.n_suppressed += 1
+            return
+        if last_logged is None or not last_logged.n_suppressed:
+            logger.warning("Call to %s failed: %s", address, error)
+        else:
+            logger.warning(
+                "%d more calls to %s failed in %.0f s, most recently: %s",
+                *(last_logged.n_suppressed + 1, address, now_s - last_logged.logged_at_s, error),
+            )
+        self._last_logged[address] = _LogState(now_s)
+
+    def retain(self, addresses: Collection[str]) -> None:
+        """Forget all other addresses."""
+        for address in self._last_logged.keys() - addresses:
+            del self._last_logged[address]
+
+
+@dataclass(slots=True)
+class _LogState:
+    logged_at_s: float
+    n_suppressed: int = 0

@@ -1,14 +1,13 @@
-"""From how many tokens on a function is more likely called than not. Pure.
+"""The routing table in the form that dispatch needs: expert → function → addresses.
 
-A prompt's routing is known only layer by layer, too late to start functions for it together. But a
-function is spared only if not one of the prompt's n tokens picks any of its m of E experts in any
-of its layers, which evenly spread top-k routing does with probability (1 - m/E) ** (k * n): for
-blocks of a third of the experts and top-4 that is 20% at one token and 0.7% at three; even a single
+Also estimates from how many tokens on a function is more likely called than not. A prompt's
+routing is only known layer by layer, too late to activate its functions together. But a function
+is skipped only if none of the prompt's n tokens picks any of its m of E experts in any of its
+layers, which evenly spread top-k routing does with probability (1 - m/E) ** (k * n): for blocks of
+a third of the experts and top-4 that is 20% at one token and 0.7% at three, and even a single
 expert of 60 is likely called from 11 tokens on. So any prompt of more than a few tokens needs all
-functions of all layers. What is waited for needlessly costs its activation, in parallel with the
-others; what is not waited for stalls the whole batch in the middle. Hence the break at one half.
-
-The function table in the form that dispatch needs: expert → function → addresses.
+functions of all layers. Waiting for a function needlessly costs its activation, in parallel with
+the others; not waiting for one stalls the whole batch mid-pass. Hence the threshold of one half.
 """
 
 from __future__ import annotations
@@ -32,31 +31,6 @@ from faasmoe_contracts.store import Store
 LIKELY_PROBABILITY = 0.5
 
 
-def activation_threshold_tokens(
-    n_block_experts: int, layer_shapes: Sequence[tuple[int, int]]
-) -> int:
-    """Return the fewest tokens that probably need a function.
-
-    Args:
-        n_held: experts that the function holds in each of its layers.
-        layers: experts and top-k of each of its layers.
-    """
-    log_miss_probability = 0.0  # of the probability that one token passes the function by
-    for n_experts, top_k in layer_shapes:
-        if n_block_experts >= n_experts:
-            return 1
-        log_miss_probability += top_k * math.log1p(-n_block_experts / n_experts)
-    return max(1, math.ceil(math.log(1 - LIKELY_PROBABILITY) / log_miss_probability))
-
-
-def activation_threshold(spec: FunctionSpec, store: Store) -> int:
-    """Return the fewest tokens that probably need this function of the store's model."""
-    layers = [store.manifest.layers[index] for index in spec.layers]
-    return activation_threshold_tokens(
-        len(spec.experts), [(x.num_experts, x.top_k) for x in layers]
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class LayerRouting:
     """One layer's functions.
@@ -72,15 +46,15 @@ class LayerRouting:
 
 @dataclass(frozen=True, slots=True)
 class RoutingIndex:
-    """All layers' functions at one version of the table; replaced as a whole.
+    """All layers' functions at one version of the table; immutable, replaced as a whole.
 
     Attributes:
         version: the table's version.
-        layers: each MoE layer's functions.
+        layers: the functions of each MoE layer.
         entries: every function by its id, in the table's order.
-        needs: the fewest tokens that probably need each function.
+        activation_thresholds: fewest tokens that probably need each function, by its id.
         missing: ids of the functions without an address, in the table's order.
-        complete_below: batches of fewer tokens than this need no function that is missing.
+        activated_below_tokens: batches of fewer tokens need no missing function.
     """
 
     version: int
@@ -91,7 +65,7 @@ class RoutingIndex:
     activated_below_tokens: float = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        """Derive what is asked for at every request."""
+        """Precompute what every request reads."""
         missing = tuple(name for name, entry in self.entries.items() if not entry.addresses)
         threshold = min(
             (self.activation_thresholds[name] for name in missing), default=float("inf")
@@ -99,13 +73,14 @@ class RoutingIndex:
         object.__setattr__(self, "missing", missing)
         object.__setattr__(self, "activated_below_tokens", threshold)
 
-    def addresses(self) -> frozenset[str]:
-        """Return every address that a call may go to."""
-        return frozenset(a for entry in self.entries.values() for a in entry.addresses)
-
     @classmethod
     def from_table(cls, table: RoutingTable, store: Store) -> RoutingIndex:
-        """Read a table; raises TableError if it is of another model or leaves experts out."""
+        """Index a table.
+
+        Raises:
+            RoutingTableError: the table is of another model, repeats a function id, or does not
+                cover exactly the store's layers and experts.
+        """
         manifest = store.manifest
         if table.model_digest != manifest.digest:
             raise RoutingTableError(
@@ -136,7 +111,7 @@ class RoutingIndex:
 
     @classmethod
     def empty(cls, store: Store) -> RoutingIndex:
-        """Return a routing that has no function to call: each layer is one block without a name."""
+        """Return a routing without callable functions: each layer is one unnamed block."""
         layers = tuple(
             LayerRouting(
                 np.zeros(layer.num_experts, dtype=np.int32),
@@ -155,7 +130,11 @@ class RoutingIndex:
     def with_addresses(
         self, version: int, addresses: Mapping[str, tuple[str, ...]]
     ) -> RoutingIndex:
-        """Return this routing with other addresses for some functions; raises TableError."""
+        """Return this routing with new addresses for some functions.
+
+        Raises:
+            RoutingTableError: a function is not in the table.
+        """
         entries = dict(self.entries)
         changed_layers: set[int] = set()
         for name, new_addresses in addresses.items():
@@ -171,11 +150,40 @@ class RoutingIndex:
         )
         return RoutingIndex(version, layers, entries, self.activation_thresholds)
 
+    def addresses(self) -> frozenset[str]:
+        """Return all addresses of all functions."""
+        return frozenset(a for entry in self.entries.values() for a in entry.addresses)
+
     def missing_for(self, n_tokens: int) -> Sequence[str]:
-        """Return the functions that so many tokens probably need and that have no address."""
+        """Return the functions without an address that `n_tokens` tokens probably need."""
         if n_tokens < self.activated_below_tokens:
             return ()
         return tuple(name for name in self.missing if self.activation_thresholds[name] <= n_tokens)
+
+
+def activation_threshold(spec: FunctionSpec, store: Store) -> int:
+    """Return the fewest tokens that probably need this function of the store's model."""
+    layers = [store.manifest.layers[index] for index in spec.layers]
+    return activation_threshold_tokens(
+        len(spec.experts), [(layer.num_experts, layer.top_k) for layer in layers]
+    )
+
+
+def activation_threshold_tokens(
+    n_block_experts: int, layer_shapes: Sequence[tuple[int, int]]
+) -> int:
+    """Return the fewest tokens that probably need a function.
+
+    Args:
+        n_block_experts: number of experts that the function holds in each of its layers.
+        layer_shapes: (number of experts, top-k) of each of its layers.
+    """
+    log_miss_probability = 0.0  # log of the probability that one token skips the function
+    for n_experts, top_k in layer_shapes:
+        if n_block_experts >= n_experts:
+            return 1
+        log_miss_probability += top_k * math.log1p(-n_block_experts / n_experts)
+    return max(1, math.ceil(math.log(1 - LIKELY_PROBABILITY) / log_miss_probability))
 
 
 def _build_layer(

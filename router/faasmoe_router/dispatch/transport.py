@@ -1,17 +1,15 @@
-"""Large frames of one connection in memory that is shared with the sandbox; small ones are sent.
+"""Keep-alive connections to sandboxes: a pool, HTTP/1.1 connections, and shared memory.
 
-The memory is offered beside the first large frame, which is sent, and used once the sandbox has
-said that it has mapped it. A sandbox that says nothing gets all frames over its socket: of another
-version, user or PID namespace. See docs/wire.md, "Frames in shared memory".
+Knows bytes and sockets; knows nothing of layers or retries. The HTTP client is hand-written because
+this is the hot path (docs/performance.md, "Hot path client"): a call is one scatter-gather send
+and usually one receive into a reused buffer. It parses only what a sandbox sends: a status line,
+headers with a content-length, a body. Sockets are non-blocking and polled by the engine's thread
+(fanout.py).
 
-One keep-alive HTTP/1.1 connection to a sandbox, driven from the engine's thread.
-
-Hand-held because this is the hot path (docs/performance.md, "Hot path client"): a call is one
-scatter-gather send and, mostly, one receive into a buffer that is reused. It speaks only what a
-sandbox answers: a status line, headers with a content-length, a body. Over a Unix socket large
-frames lie in shared memory instead (sharing.py).
-
-Keep-alive connections to sandboxes.
+Over a Unix socket, large frames are passed in shared memory. The client offers a region along with
+the first large frame, which it still sends, and uses the region once the sandbox has confirmed the
+mapping. A sandbox that does not confirm (another version, user or PID namespace) gets all frames
+over its socket. See docs/wire.md, "Frames in shared memory".
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ import select
 import socket
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from faasmoe_contracts.shared_region import (
@@ -32,112 +31,146 @@ from faasmoe_contracts.shared_region import (
 )
 from faasmoe_contracts.unix_socket import connect_unix
 from faasmoe_contracts.wire import Buffer
-from faasmoe_router.dispatch.calls import Call, CallError, ConnectError, StatusError
+
+MAX_IDLE_PER_ADDRESS = 8
+MAX_HEAD_BYTES = 16 << 10
+MAX_RESPONSE_BYTES = 64 << 20
+INITIAL_BUFFER_BYTES = 128 << 10
+MAX_IDLE_BUFFER_BYTES = 1 << 20  # a larger buffer is freed when its connection becomes idle
+MAX_LENGTH_DIGITS = 12
+IOV_MAX = 64
 
 MIN_SHARED_FRAME_BYTES = 32 << 10
-"""Frames of so many bytes and more are shared: docs/performance.md, "Frames in shared memory"."""
+"""Frames of at least this size are shared: docs/performance.md, "Frames in shared memory"."""
 
 MIN_REGION_BYTES = 1 << 20
 
 
-class SharedMemoryClient:
-    """One connection's shared memory.
+class CallError(Exception):
+    """A call without a usable response: the connection, the sandbox or its response failed."""
+
+
+class ConnectError(CallError):
+    """The address does not accept connections."""
+
+
+class EndpointStarting(ConnectError):
+    """The address does not accept connections and never has: its sandbox may be starting."""
+
+
+class CallTimeout(CallError):
+    """The call exceeded its deadline; no other fault is known."""
+
+
+class LostHedge(CallError):
+    """The same call, started later at another replica, was answered first."""
+
+
+class NoHealthyEndpoint(CallError):
+    """Every address of the function is ejected, so the call was not made."""
+
+
+class StatusError(CallError):
+    """The sandbox responded with a status other than 200."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(f"status {status}: {reason}")
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One frame for one function at one address (host:port)."""
+
+    address: str
+    function_id: str
+    frame: Sequence[Buffer]
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the frame in bytes."""
+        return sum(memoryview(part).nbytes for part in self.frame)
+
+    def with_address(self, address: str) -> Call:
+        """Return the same call for another address."""
+        return Call(address, self.function_id, self.frame)
+
+
+class ConnectionPool:
+    """Idle connections, and the request heads that they send.
+
+    Belongs to one thread, except for `retain` and `release_memory`.
 
     Args:
-        least_bytes: of a frame that is shared.
+        token: bearer token of the sandboxes.
+        socket_dir: folder of the Unix sockets of sandboxes on this machine; None for TCP only.
+        min_shared_bytes: minimum size of frames that are passed in shared memory.
     """
 
-    def __init__(self, min_bytes: int = MIN_SHARED_FRAME_BYTES) -> None:
-        self._min_bytes = min_bytes
-        self._region: SharedRegion | None = None
-        self._is_offered = False
-        self._is_refused = False
+    def __init__(
+        self,
+        *,
+        token: str = "",
+        socket_dir: Path | None = None,
+        min_shared_bytes: int = MIN_SHARED_FRAME_BYTES,
+    ) -> None:
+        self._authorization = f"authorization: Bearer {token}\r\n" if token else ""
+        self._socket_dir = socket_dir
+        self._min_shared_bytes = min_shared_bytes
+        self._idle: dict[str, list[Connection]] = {}
+        self._retained: Collection[str] | None = None  # None: every address
+        self._lock = threading.Lock()  # guards the two above
 
-    def write_frame(self, parts: Sequence[memoryview]) -> tuple[str, Sequence[memoryview]]:
-        """Put a frame in the memory, offer memory, or do neither.
+    def acquire(self, address: str, *, force_new: bool) -> Connection:
+        """Return an idle connection, or a new one; raises CallError."""
+        if not force_new:
+            with self._lock:
+                if idle := self._idle.get(address):
+                    return idle.pop()
+        return Connection(
+            address, socket_dir=self._socket_dir, min_shared_bytes=self._min_shared_bytes
+        )
 
-        Args:
-            parts: the frame's bytes.
+    def request_head(self, call: Call) -> bytes:
+        """Return the head of a call's HTTP request, without the headers that locate its body."""
+        return (
+            f"POST /v1/functions/{call.function_id} HTTP/1.1\r\nhost: {call.address}\r\n"
+            f"{self._authorization}"
+        ).encode()
 
-        Returns:
-            The header lines that say where the frame is, and what is to be sent after them.
+    def release(self, connection: Connection) -> None:
+        """Return a connection to the pool after its response was read."""
+        address = connection.address
+        with self._lock:
+            is_retained = self._retained is None or address in self._retained
+            if is_retained and connection.is_reusable:
+                idle = self._idle.setdefault(address, [])
+                if len(idle) < MAX_IDLE_PER_ADDRESS:
+                    connection.shrink_buffer()
+                    idle.append(connection)
+                    return
+        connection.close()
+
+    def retain(self, addresses: Collection[str]) -> None:
+        """Close connections to all other addresses, those in use once they are released.
+
+        Safe from any thread.
         """
-        size_bytes = sum(len(part) for part in parts)
-        length_header = f"content-length: {size_bytes}\r\n"
-        self._is_offered = False
-        if size_bytes < self._min_bytes or self._is_refused:
-            return length_header, parts
-        if self._region is not None and 2 * size_bytes <= len(self._region.view):
-            _copy_parts(self._region.view, parts)
-            return f"content-length: 0\r\n{FRAME_HEADER}: {size_bytes}\r\n", ()
-        return length_header + self._offer_region(size_bytes), parts
+        with self._lock:
+            self._retained = addresses
+            removed = [self._idle.pop(a) for a in list(self._idle) if a not in addresses]
+        for connection in (c for connections in removed for c in connections):
+            connection.close()
 
-    def handle_response_headers(self, headers: Mapping[bytes, bytes]) -> None:
-        """Take note of what the sandbox says of an offer, by its answer's headers."""
-        if not self._is_offered:
-            return
-        assert self._region is not None
-        self._is_offered = False
-        self._region.close_descriptor()
-        size = headers.get(REGION_HEADER.encode(), b"")
-        if size != str(len(self._region.view)).encode():
-            self._region, self._is_refused = None, True
-
-    def read_response(self, location: bytes) -> memoryview:
-        """Return the answer that lies at `place`, valid until the next call; raises CallError.
-
-        Args:
-            place: where it begins and its size, in bytes, in decimal.
-        """
-        offset, _, length = location.partition(b" ")
-        is_valid = self._region is not None and offset.isdigit() and length.isdigit()
-        if not is_valid or int(offset) + int(length) > len(self._region.view):  # type: ignore[union-attr]
-            raise CallError(
-                f"{FRAME_HEADER}: got {location[:40]!r}, expected an offset and length in the shared region"
-            )
-        assert self._region is not None
-        return self._region.view[int(offset) : int(offset) + int(length)]
-
-    def release_pages(self) -> None:
-        """Give the memory's pages back until they are used; no call may be in flight."""
-        if self._region is not None:
-            self._region.release_pages()
+    def release_memory(self) -> None:
+        """Free the memory that idle connections keep for their next calls; safe from any thread."""
+        with self._lock:
+            for connection in (c for connections in self._idle.values() for c in connections):
+                connection.release_memory()
 
     def close(self) -> None:
-        """Give the memory back."""
-        if self._region is not None:
-            self._region.close_descriptor()
-            self._region = None
-
-    def _offer_region(self, size_bytes: int) -> str:
-        """Return the header line that offers memory for such frames and their answers."""
-        region_bytes = max(MIN_REGION_BYTES, 1 << (2 * size_bytes - 1).bit_length())
-        self.close()
-        if region_bytes > MAX_REGION_BYTES:
-            return ""
-        try:
-            self._region = SharedRegion.create(region_bytes)
-        except OSError:  # no memory, no descriptors: frames are sent
-            self._is_refused = True
-            return ""
-        self._is_offered = True
-        return f"{REGION_HEADER}: {self._region.descriptor} {region_bytes}\r\n"
-
-
-def _copy_parts(view: memoryview, parts: Sequence[Buffer]) -> None:
-    offset = 0
-    for part in parts:
-        size_bytes = len(part)
-        view[offset : offset + size_bytes] = part
-        offset += size_bytes
-
-
-MAX_HEAD_BYTES = 16 << 10
-MAX_RESPONSE_BYTES = 64 << 20  # what a sandbox may send before it is cut off
-INITIAL_BUFFER_BYTES = 128 << 10
-MAX_IDLE_BUFFER_BYTES = 1 << 20  # a larger one is given back when the connection goes idle
-MAX_LENGTH_DIGITS = 12
-IOV_MAX = 64
+        """Close all idle connections."""
+        self.retain(())
 
 
 class Connection:
@@ -145,12 +178,13 @@ class Connection:
 
     Args:
         address: host:port.
-        socket_dir: where sandboxes of this machine have Unix sockets; see `same_node`.
-        shared_bytes: frames of so many bytes and more are shared with such a sandbox, not sent.
+        socket_dir: folder of the Unix sockets of sandboxes on this machine; None for TCP only.
+        min_shared_bytes: minimum size of frames that are passed in shared memory.
 
     Attributes:
         address: host:port.
-        connected: whether the sandbox has accepted it; sending begins before that is known.
+        is_connected: whether the sandbox has accepted the connection; sending starts before that
+            is known.
     """
 
     def __init__(
@@ -165,7 +199,7 @@ class Connection:
         unix_socket = None if socket_dir is None else connect_unix(socket_dir, address)
         self._socket = unix_socket or _start_connecting(address)
         self._shared_memory = None if unix_socket is None else SharedMemoryClient(min_shared_bytes)
-        self._shared_location: bytes | None = None  # of an answer that is shared
+        self._shared_location: bytes | None = None  # of a response in shared memory
         self._was_used = False
         self._is_reused = False
         self._is_closing = False
@@ -177,35 +211,35 @@ class Connection:
         self._body_end = 0
 
     def fileno(self) -> int:
-        """Return the file descriptor, for poll."""
+        """Return the file descriptor, for `poll`."""
         return self._socket.fileno()
 
     @property
     def events(self) -> int:
-        """What to poll for: writing while some of the call is unsent, and reading."""
+        """Events to poll for: reading, and writing while part of the request is unsent."""
         return select.POLLIN | (select.POLLOUT if self._unsent else 0)
 
     @property
     def is_unix_socket(self) -> bool:
-        """Whether the sandbox is on this machine, with a Unix socket."""
+        """Whether the connection is a Unix socket, so the sandbox is on this machine."""
         return self._shared_memory is not None
 
     @property
     def is_stale(self) -> bool:
-        """Whether a failure now may only mean that the sandbox had closed it while idle."""
+        """Whether a failure may only mean that the sandbox had closed the idle connection."""
         return self._is_reused and not self._n_received
 
     @property
     def is_reusable(self) -> bool:
-        """Whether another call may follow the one that was answered."""
+        """Whether the connection can carry another call after a complete response."""
         return not self._is_closing and not self._unsent
 
     def send_request(self, head: bytes, body: Sequence[Buffer]) -> None:
-        """Begin a call: send as much as the socket takes; raises CallError.
+        """Start a call: send as much as the socket accepts; raises CallError.
 
         Args:
-            head: request line and headers, but for those that say where the body is.
-            body: its bytes, in parts.
+            head: request line and headers, without those that locate the body.
+            body: the body's bytes, in parts.
         """
         self._is_reused, self._was_used = self._was_used, True
         self._n_received = self._body_start = self._body_end = 0
@@ -219,7 +253,7 @@ class Connection:
         self.send_pending()
 
     def send_pending(self) -> None:
-        """Send more of the call; raises CallError."""
+        """Send more of the request; raises CallError."""
         while self._unsent:
             try:
                 n_sent = self._socket.sendmsg(self._unsent[:IOV_MAX])
@@ -231,7 +265,7 @@ class Connection:
             self._discard_sent(n_sent)
 
     def receive(self) -> bool:
-        """Read what is there; return whether the answer is whole; raises CallError."""
+        """Read the available bytes; return whether the response is complete; raises CallError."""
         while True:
             try:
                 n_read = self._socket.recv_into(memoryview(self._buffer)[self._n_received :])
@@ -248,7 +282,12 @@ class Connection:
                 return True
 
     def response_body(self) -> memoryview:
-        """Return the body of a whole answer, valid until the next call; raises Refused."""
+        """Return the body of a complete response, valid until the next call.
+
+        Raises:
+            StatusError: the status is not 200.
+            CallError: the body's location in shared memory is invalid.
+        """
         body = memoryview(self._buffer)[self._body_start : self._body_end]
         if self._status != 200:
             raise StatusError(self._status, bytes(body[:200]).decode("utf-8", "replace"))
@@ -257,18 +296,18 @@ class Connection:
         return body
 
     def shrink_buffer(self) -> None:
-        """Give back what an idle connection need not hold."""
+        """Replace a large receive buffer, as the connection becomes idle."""
         if len(self._buffer) > MAX_IDLE_BUFFER_BYTES:
             self._buffer = bytearray(INITIAL_BUFFER_BYTES)
 
     def release_memory(self) -> None:
-        """Give back what is kept between calls because they follow each other closely."""
+        """Free the buffers that are kept between calls; no call may be in flight."""
         self._buffer = bytearray(INITIAL_BUFFER_BYTES)
         if self._shared_memory is not None:
             self._shared_memory.release_pages()
 
     def close(self) -> None:
-        """Close the socket, and give back what is shared."""
+        """Close the socket and release the shared memory."""
         self._socket.close()
         if self._shared_memory is not None:
             self._shared_memory.close()
@@ -299,7 +338,7 @@ class Connection:
         return self._n_received == self._body_end
 
     def _grow_buffer(self, size_bytes: int) -> None:
-        grown = bytearray(size_bytes)  # a new one: somebody may still hold a view of the old
+        grown = bytearray(size_bytes)  # not resized: a view of the old one may still exist
         grown[: self._n_received] = memoryview(self._buffer)[: self._n_received]
         self._buffer = grown
 
@@ -351,79 +390,94 @@ def _parse_header(line: bytes) -> tuple[bytes, bytes]:
     return name.strip().lower(), value.strip()
 
 
-MAX_IDLE_PER_ADDRESS = 8
-
-
-class ConnectionPool:
-    """The connections that no call uses. Belongs to one thread, but for `retain` and `rest`.
+class SharedMemoryClient:
+    """One connection's shared memory region.
 
     Args:
-        token: bearer token of the sandboxes.
-        socket_dir: where sandboxes of this machine have Unix sockets; None for TCP alone.
-        shared_bytes: frames of so many bytes and more are shared with those, not sent.
+        min_bytes: minimum size of frames that are shared.
     """
 
-    def __init__(
-        self,
-        *,
-        token: str = "",
-        socket_dir: Path | None = None,
-        min_shared_bytes: int = MIN_SHARED_FRAME_BYTES,
-    ) -> None:
-        self._authorization = f"authorization: Bearer {token}\r\n" if token else ""
-        self._socket_dir = socket_dir
-        self._min_shared_bytes = min_shared_bytes
-        self._idle: dict[str, list[Connection]] = {}
-        self._retained: Collection[str] | None = None  # None: every address
-        self._lock = threading.Lock()  # of the two above
+    def __init__(self, min_bytes: int = MIN_SHARED_FRAME_BYTES) -> None:
+        self._min_bytes = min_bytes
+        self._region: SharedRegion | None = None
+        self._is_offered = False
+        self._is_refused = False
 
-    def acquire(self, address: str, *, force_new: bool) -> Connection:
-        """Return an idle connection, or a new one; raises CallError."""
-        if not force_new:
-            with self._lock:
-                if idle := self._idle.get(address):
-                    return idle.pop()
-        return Connection(
-            address, socket_dir=self._socket_dir, min_shared_bytes=self._min_shared_bytes
-        )
+    def write_frame(self, parts: Sequence[memoryview]) -> tuple[str, Sequence[memoryview]]:
+        """Write a frame to the region if possible, or offer a region if the frame is large.
 
-    def request_head(self, call: Call) -> bytes:
-        """Return the head of a call's HTTP request, but for what says where its body is."""
-        return (
-            f"POST /v1/functions/{call.function_id} HTTP/1.1\r\nhost: {call.address}\r\n"
-            f"{self._authorization}"
-        ).encode()
+        Args:
+            parts: the frame's bytes.
 
-    def release(self, connection: Connection) -> None:
-        """Take a connection back whose answer was read."""
-        address = connection.address
-        with self._lock:
-            is_retained = self._retained is None or address in self._retained
-            if is_retained and connection.is_reusable:
-                idle = self._idle.setdefault(address, [])
-                if len(idle) < MAX_IDLE_PER_ADDRESS:
-                    connection.shrink_buffer()
-                    idle.append(connection)
-                    return
-        connection.close()
-
-    def retain(self, addresses: Collection[str]) -> None:
-        """Close the connections to all other addresses, those in use once they are answered.
-
-        Their sandboxes are gone. May be called from any thread.
+        Returns:
+            The header lines that locate the frame, and the body parts to send after them.
         """
-        with self._lock:
-            self._retained = addresses
-            removed = [self._idle.pop(a) for a in list(self._idle) if a not in addresses]
-        for connection in (c for connections in removed for c in connections):
-            connection.close()
+        size_bytes = sum(len(part) for part in parts)
+        length_header = f"content-length: {size_bytes}\r\n"
+        self._is_offered = False
+        if size_bytes < self._min_bytes or self._is_refused:
+            return length_header, parts
+        if self._region is not None and 2 * size_bytes <= len(self._region.view):
+            _copy_parts(self._region.view, parts)
+            return f"content-length: 0\r\n{FRAME_HEADER}: {size_bytes}\r\n", ()
+        return length_header + self._offer_region(size_bytes), parts
 
-    def release_memory(self) -> None:
-        """Give back memory that idle connections keep for the next calls; from any thread."""
-        with self._lock:
-            for connection in (c for connections in self._idle.values() for c in connections):
-                connection.release_memory()
+    def handle_response_headers(self, headers: Mapping[bytes, bytes]) -> None:
+        """Read from the response headers whether the sandbox accepted an offered region."""
+        if not self._is_offered:
+            return
+        assert self._region is not None
+        self._is_offered = False
+        self._region.close_descriptor()
+        size = headers.get(REGION_HEADER.encode(), b"")
+        if size != str(len(self._region.view)).encode():
+            self._region, self._is_refused = None, True
+
+    def read_response(self, location: bytes) -> memoryview:
+        """Return the response at `location`, valid until the next call; raises CallError.
+
+        Args:
+            location: offset and length in the region, decimal bytes separated by a space.
+        """
+        offset, _, length = location.partition(b" ")
+        is_valid = self._region is not None and offset.isdigit() and length.isdigit()
+        if not is_valid or int(offset) + int(length) > len(self._region.view):  # type: ignore[union-attr]
+            raise CallError(
+                f"{FRAME_HEADER}: got {location[:40]!r}, "
+                "expected an offset and length in the shared region"
+            )
+        assert self._region is not None
+        return self._region.view[int(offset) : int(offset) + int(length)]
+
+    def release_pages(self) -> None:
+        """Release the region's pages until their next use; no call may be in flight."""
+        if self._region is not None:
+            self._region.release_pages()
 
     def close(self) -> None:
-        """Close all idle connections."""
-        self.retain(())
+        """Release the region."""
+        if self._region is not None:
+            self._region.close_descriptor()
+            self._region = None
+
+    def _offer_region(self, size_bytes: int) -> str:
+        """Create a region for such frames and their responses; return the offering header line."""
+        region_bytes = max(MIN_REGION_BYTES, 1 << (2 * size_bytes - 1).bit_length())
+        self.close()
+        if region_bytes > MAX_REGION_BYTES:
+            return ""
+        try:
+            self._region = SharedRegion.create(region_bytes)
+        except OSError:  # out of memory or descriptors: fall back to the socket
+            self._is_refused = True
+            return ""
+        self._is_offered = True
+        return f"{REGION_HEADER}: {self._region.descriptor} {region_bytes}\r\n"
+
+
+def _copy_parts(view: memoryview, parts: Sequence[Buffer]) -> None:
+    offset = 0
+    for part in parts:
+        size_bytes = len(part)
+        view[offset : offset + size_bytes] = part
+        offset += size_bytes

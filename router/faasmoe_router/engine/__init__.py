@@ -1,1 +1,1 @@
-"""The engine: text in, text out, over transformers' continuous batching of the router's model."""
+"""The inference engine: schedules, samples and detokenizes sequences over a batching backend."""

@@ -1,11 +1,10 @@
-"""The engine: takes requests on the event loop, runs them in batches, and stays up.
+"""The engine: accepts requests on the event loop, runs them in batches and recovers from crashes.
 
-After a fatal error (the batch's thread died) the engine is not ready, and a new batcher is made
-over the same model: that takes a cache allocation, where a new process would load the model and
-connect to every sandbox again. Requests go on from the tokens that they have; one that ran when a
-batcher died and runs when the next one dies may be why, and gets an error. A fault that comes back
-uses up the restarts; then the engine gives up and says so, and the process had better end and be
-replaced.
+After a fatal error, which ends the batcher's thread, the engine is not ready until a new batcher
+runs over the same model. That costs a cache allocation, whereas a new process would load the model
+and connect to every sandbox again. Requests continue from the tokens they have. One that ran during
+two crashes may be their cause and fails. A recurring fault uses up the restart budget; then the
+engine gives up and reports so, and the process should end and be replaced.
 """
 
 import asyncio
@@ -16,20 +15,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
-from faasmoe_router.engine.cache_config import EngineLimits
+from faasmoe_router.engine.batcher import (
+    FATAL_ERRORS,
+    CacheSalts,
+    ComputedTokenCounter,
+    EngineLimits,
+    start_batcher,
+)
 from faasmoe_router.engine.fair_queue import FairQueue, Share
-from faasmoe_router.engine.generation import Generation, GenerationRequest
+from faasmoe_router.engine.generation import Generation, GenerationRequest, UsageRecorder
 from faasmoe_router.engine.request_tracker import RequestTracker
 from faasmoe_router.engine.structured_output import GrammarCompiler
 from faasmoe_router.engine.supervisor import BatcherSupervisor
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import EngineQueueFull, EngineUnavailable
 from faasmoe_router.metrics import EngineMetrics
-from faasmoe_router.tenants.caller import UsageRecorder
-from faasmoe_router.transformers_backend.continuous_batching import ContinuousBatcher, eos_token_ids
-from faasmoe_router.transformers_backend.error_isolation import FATAL_ERRORS
-from faasmoe_router.transformers_backend.prefix_cache import CacheSalts
-from faasmoe_router.transformers_backend.scheduler import ComputedTokenCounter
+from faasmoe_transformers.continuous_batching import ContinuousBatcher, eos_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +40,26 @@ WATCH_INTERVAL_S = 0.2
 class Engine:
     """Generates text for many requests at once; use it as an async context manager.
 
-    Everything but the batches themselves runs on the event loop that entered it. Sequences wait
-    here for their turn, by tenant: the batcher is given only what it can compute at once.
+    Everything but the batches runs on the event loop that entered it. Sequences wait in a fair
+    queue by tenant; the batcher is given only what it can compute at once.
+
+    Args:
+        model: the router's model.
+        tokenizer: its tokenizer.
+        limits: the engine's limits.
+        metrics: the engine's metrics.
+        on_give_up: called when the engine will not recover.
+        on_idle: releases what others keep for requests once none has been present for a while.
+        request_timeout_s: seconds after which a request fails.
 
     Attributes:
-        limits: what the engine may hold.
-        codec: the model's tokenizer.
-        metrics: what it counts.
+        limits: the engine's limits.
+        tokenizer: the model's tokenizer.
+        metrics: the engine's metrics.
+        vocab_size: number of scores per token.
         vocabulary: the model's tokens as bytes.
-        grammars: compiles what texts are held to.
-        computed: tokens that were computed for each tenant.
+        grammar_compiler: compiles grammars that constrain texts.
+        computed_tokens: tokens computed per tenant.
     """
 
     def __init__(
@@ -95,12 +106,12 @@ class Engine:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether a thread was left behind because it did not end in time."""
+        """Whether a batcher's thread did not end in time and was abandoned."""
         return self._supervisor.is_stuck
 
     @property
     def is_busy(self) -> bool:
-        """Whether any request is being computed or waits to be."""
+        """Whether any request runs or waits."""
         return bool(self._tracker)
 
     async def __aenter__(self) -> Self:
@@ -116,12 +127,12 @@ class Engine:
         self._tracker.fail_all("the engine was stopped")
 
     def set_tenants(self, shares: Mapping[str, Share], prefix_groups: Mapping[str, str]) -> None:
-        """Serve tenants, by their shares, from the next turn on.
+        """Set the tenants' shares and prefix-cache groups.
 
         Args:
-            shares: what each is entitled to.
-            prefix_groups: each one's group; the prompts of a group share the cache of their
-                beginnings, from the engine's next start on if it has served none yet.
+            shares: each tenant's share; applies from the next scheduling decision on.
+            prefix_groups: each tenant's group; the tenants of a group share the prefix cache. If no
+                tenants were set before the engine started, it takes effect at its next restart.
         """
         self._fair_queue.set_shares(shares)
         if self._cache_salts is None:
@@ -129,7 +140,7 @@ class Engine:
         self._cache_salts.set_groups(prefix_groups)
 
     def sequence_counts(self, tenant: str) -> tuple[int, int]:
-        """Return how many sequences of a tenant run, and how many wait."""
+        """Return the numbers of running and of waiting sequences of a tenant."""
         return self._fair_queue.sequence_counts(tenant)
 
     def generate(
@@ -139,29 +150,30 @@ class Engine:
         tenant: str = "",
         usage_recorder: UsageRecorder | None = None,
     ) -> Generation:
-        """Begin to generate; the generation's indices are the requests' places.
+        """Queue sequences; the generation's indices are their positions in `requests`.
 
         Args:
-            requests: the sequences, which wait for their turns each by itself.
-            tenant: whose turns these are.
-            ticket: hears what becomes of them.
+            requests: the sequences, which are scheduled independently.
+            tenant: the tenant they are scheduled for.
+            usage_recorder: records their usage and outcome.
 
         Raises:
-            EngineUnavailable: the engine does not run.
-            EngineSaturated: too many requests wait already.
-            TenantQueueFull: too many of this tenant's do.
+            EngineUnavailable: the engine is not running.
+            EngineQueueFull: the engine holds its maximum number of requests.
+            TenantQueueFull: the tenant's part of the queue is full.
         """
         if self._batcher is None or not self._batcher.is_alive:
             raise EngineUnavailable("the engine is starting")
         max_requests = self.limits.max_requests
         if len(self._tracker) + len(requests) > max_requests:
             raise EngineQueueFull(
-                f"{len(self._tracker)} requests are queued or running, at most {max_requests} may be"
+                f"{len(self._tracker)} requests are queued or running, "
+                f"at most {max_requests} may be"
             )
         return self._tracker.add_requests(requests, tenant, usage_recorder)
 
     def abort_running(self) -> None:
-        """End every request by an error, as when the server is about to end."""
+        """Fail every request, because the server is shutting down."""
         self._tracker.fail_all("the server is shutting down")
 
     @property
@@ -175,6 +187,7 @@ class Engine:
         return running, waiting + self._fair_queue.n_waiting
 
     async def _watch(self) -> None:
+        """Fail overdue requests and replace a crashed batcher, until the engine gives up."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             self._tracker.fail_timed_out(time.monotonic(), timeout_s=self._request_timeout_s)
@@ -185,12 +198,12 @@ class Engine:
                 return
 
     async def _replace_batcher(self) -> bool:
-        """Put another batcher in the place of one that has died; return whether that was done."""
+        """Replace a crashed batcher and resume its requests; return whether one runs again."""
         assert self._batcher is not None
         epoch, error = self._batcher.epoch, self._batcher.fatal_error
         fatal_reason = str(error) if isinstance(error, FATAL_ERRORS) else ""
         logger.error("The engine crashed: %s", repr(error))
-        del error  # and with it the frames that it was raised in, which hold the cache
+        del error  # and with it the frames it was raised in, which hold the cache
         await self._supervisor.stop()
         self._tracker.record_crash(epoch)
         if not await self._supervisor.restart(fatal_reason):
@@ -201,13 +214,14 @@ class Engine:
         return True
 
     def _make_batcher(self, loop: asyncio.AbstractEventLoop) -> ContinuousBatcher:
-        gc.collect()  # one that has died is a knot of references, its cache among them
-        batcher = ContinuousBatcher(
+        gc.collect()  # a crashed batcher is part of reference cycles, and so is its cache
+        return start_batcher(
             self._model,
             self.limits,
+            loop,
+            on_outputs=self._tracker.process_outputs,
+            on_request_error=self._tracker.fail_requests,
             cache_salts=self._cache_salts,
             computed_tokens=self.computed_tokens,
             on_idle=self._on_idle,
         )
-        batcher.start(loop, self._tracker.process_outputs, self._tracker.fail_requests)
-        return batcher

@@ -1,18 +1,13 @@
-"""Whose turn it is: a virtual token counter for each tenant, ahead of the continuous batch. Pure.
+"""Fair queueing between tenants ahead of the continuous batch; only decides, without side effects.
 
-The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024):
-each tenant's counter grows with the service that it gets, in tokens by their price, over its
-weight; a free slot goes to the tenant with the lowest counter; and who comes back from idle is
-lifted to the lowest counter of those that wait, so that nobody saves up. Of two tenants that both
-have requests waiting, neither gets ahead of the other by more than what can be in the batch at
-once, however much either sends.
+Implements the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models"
+(OSDI 2024): a tenant's counter grows by the price of its tokens over its weight, and a free slot
+goes to the lowest counter. A tenant that returns from idle is lifted to the lowest counter of the
+waiting ones, so idleness earns no credit. Between two backlogged tenants the difference in service
+is bounded by what fits into the batch.
 
-Two things are added. Priorities are strict: a tenant of a higher one goes first, always. And since
-a batch's requests run for long, a tenant that finds every slot taken gets one at once if others
-hold more than their share: the youngest request of the one that is furthest beyond its share goes
-back to the head of its tenant's line and is continued later from the tokens that it has.
-
-The queue decides and counts; who owns it starts, parks and ends what it says.
+Two extensions: priorities are strict, and a waiting tenant within its share preempts a sequence of
+the tenant furthest beyond its share instead of waiting for a slot.
 """
 
 from __future__ import annotations
@@ -22,18 +17,19 @@ from dataclasses import dataclass, field
 
 from faasmoe_router.errors import TenantQueueFull
 
-MAX_PREEMPTIONS = 3  # of one sequence: what it computes is computed again each time
+MAX_PREEMPTIONS = 3  # per sequence: each one recomputes the sequence's KV cache
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a tenant is entitled to.
+    """A tenant's entitlement.
 
     Attributes:
-        weight: its part of the service, relative to the others'.
-        priority: higher ones go first, whatever the weights.
-        max_running: sequences that may run at once; None for as many as there are slots.
-        max_queued: sequences that may wait; None for its part of the whole queue.
+        weight: share of the service, relative to the other tenants' weights.
+        priority: higher priorities are served first, regardless of weights.
+        max_running: maximum number of running sequences; None for all slots.
+        max_queued: maximum number of waiting sequences; None for the tenant's part, by weight, of
+            the whole queue.
     """
 
     weight: float = 1.0
@@ -42,9 +38,12 @@ class Share:
     max_queued: int | None = None
 
 
+_DEFAULT_SHARE = Share()
+
+
 @dataclass(frozen=True, slots=True)
 class TokenPrice:
-    """What a token costs; generated ones cost more, as in the paper."""
+    """Cost of a prompt token and of a generated token; the default ratio is the paper's."""
 
     prompt: float = 1.0
     generated: float = 2.0
@@ -52,7 +51,7 @@ class TokenPrice:
 
 @dataclass(slots=True)
 class _QueuedSequence:
-    """One sequence, from its arrival to its end."""
+    """One sequence, waiting or running."""
 
     tenant: str
     arrival_number: int
@@ -68,7 +67,14 @@ class _QueuedSequence:
 
 @dataclass(slots=True)
 class _TenantBacklog:
-    """One tenant's sequences, by id, the waiting ones in their order."""
+    """One tenant's sequences by id; the waiting ones in order of service.
+
+    Attributes:
+        virtual_counter: service received, in priced tokens over weight, including lifts.
+        drained_at_dispatch: the queue's dispatch count when this backlog last became empty.
+        waiting: sequences without a slot.
+        running: sequences with a slot.
+    """
 
     virtual_counter: float = 0.0
     drained_at_dispatch: float = float("-inf")
@@ -81,12 +87,12 @@ class _TenantBacklog:
 
 
 class FairQueue:
-    """Sequences that wait for a slot of the batch, by tenant, and those that have one.
+    """Assigns the slots of a batch to the sequences of tenants.
 
     Args:
-        slots: sequences that may run at once.
-        max_queued: sequences that may wait, all together.
-        price: what tokens cost.
+        slots: maximum number of running sequences.
+        max_queued: maximum number of waiting sequences of all tenants together.
+        price: cost of tokens.
     """
 
     def __init__(self, *, slots: int, max_queued: int, price: TokenPrice | None = None) -> None:
@@ -96,46 +102,47 @@ class FairQueue:
         self._shares: Mapping[str, Share] = {}
         self._backlogs: dict[str, _TenantBacklog] = {}
         self._sequences: dict[str, _QueuedSequence] = {}
-        self._last_drained_tenant: dict[
-            int, str
-        ] = {}  # by priority: the tenant that last ceased to wait
+        self._last_drained_tenant: dict[int, str] = {}  # by priority
         self._n_arrivals = 0
         self._n_dispatched = 0
         self._n_running = 0
 
     @property
     def n_running(self) -> int:
-        """Sequences that have a slot."""
+        """Number of sequences that have a slot."""
         return self._n_running
 
     @property
     def n_waiting(self) -> int:
-        """Sequences that wait for one."""
+        """Number of sequences that wait for a slot."""
         return len(self._sequences) - self._n_running
 
     def sequence_counts(self, tenant: str) -> tuple[int, int]:
-        """Return how many sequences of a tenant run, and how many wait."""
+        """Return the number of running and of waiting sequences of a tenant."""
         backlog = self._backlogs.get(tenant)
         return (0, 0) if backlog is None else (len(backlog.running), len(backlog.waiting))
 
     def virtual_counter(self, tenant: str) -> float:
-        """Return the service that a tenant has had: priced tokens over its weight, with lifts."""
+        """Return a tenant's service in priced tokens over its weight, including lifts."""
         backlog = self._backlogs.get(tenant)
         return 0.0 if backlog is None else backlog.virtual_counter
 
     def is_running(self, sequence_id: str) -> bool:
-        """Return whether a sequence has a slot."""
+        """Return whether a sequence has a slot; False for unknown ids."""
         sequence = self._sequences.get(sequence_id)
         return sequence is not None and sequence_id in self._backlogs[sequence.tenant].running
 
     def set_shares(self, shares: Mapping[str, Share]) -> None:
-        """Take the tenants' shares; lines that are idle and not among them are forgotten."""
+        """Replace the tenants' shares; drops idle backlogs of tenants without a share."""
         self._shares = dict(shares)
-        for name in [n for n, line in self._backlogs.items() if line.is_idle and n not in shares]:
-            del self._backlogs[name]
+        self._backlogs = {
+            tenant: backlog
+            for tenant, backlog in self._backlogs.items()
+            if tenant in shares or not backlog.is_idle
+        }
 
     def check_capacity(self, tenant: str, n_sequences: int) -> None:
-        """Raise TenantQueueFull if so many more of a tenant can neither run nor wait."""
+        """Raise TenantQueueFull unless `n_sequences` more of a tenant can run or wait."""
         running, waiting = self.sequence_counts(tenant)
         startable = 0
         if not waiting:
@@ -144,12 +151,12 @@ class FairQueue:
         capacity = self._queue_capacity(tenant)
         if waiting + n_sequences - startable > capacity:
             raise TenantQueueFull(
-                f"{waiting} of your requests are queued already; at most {capacity} may, and each choice of "
-                "a request counts"
+                f"{waiting} of your requests are queued already, at most {capacity} may be; each "
+                "choice of a request counts"
             )
 
     def push(self, tenant: str, sequence_id: str, *, n_prompt_tokens: int) -> None:
-        """Let a sequence wait at the end of its tenant's line; see `check_room`."""
+        """Append a sequence to its tenant's backlog; call `check_capacity` first."""
         backlog = self._backlogs.setdefault(tenant, _TenantBacklog())
         if not backlog.waiting:
             self._lift_counter(tenant, backlog)
@@ -158,14 +165,18 @@ class FairQueue:
         backlog.waiting[sequence_id] = self._sequences[sequence_id] = sequence
 
     def pop(self) -> str | None:
-        """Give a free slot to whose turn it is; None if there is none, or nobody to take it."""
+        """Assign a free slot to the next sequence and return its id.
+
+        Returns None if no slot is free or no sequence may start.
+        """
         tenant = self._next_tenant() if self._n_running < self._slots else None
         return None if tenant is None else self._start(tenant)
 
     def preempt(self) -> str | None:
-        """Take a slot from who is beyond its share, for who waits within its own; None if nobody.
+        """Preempt a sequence of a tenant beyond its share for one that waits within its own.
 
-        The sequence is put back at the head of its tenant's line. Its slot is free: `pop` gives it.
+        Returns the id of the preempted sequence, which waits at the head of its tenant's backlog,
+        or None if none is to be preempted. The next `pop` assigns the slot.
         """
         tenant = self._next_tenant() if self._n_running >= self._slots else None
         if tenant is None or len(self._backlogs[tenant].running) + 1 > self._fair_slots(tenant):
@@ -180,14 +191,14 @@ class FairQueue:
         return victim
 
     def charge(self, sequence_id: str, n_generated_tokens: int) -> None:
-        """Charge a sequence's tenant for tokens that were generated; unknown ones are free."""
+        """Charge a sequence's tenant for generated tokens; ignores unknown sequences."""
         sequence = self._sequences.get(sequence_id)
         if sequence is not None:
             sequence.n_generated_tokens += n_generated_tokens
             self._charge_tenant(sequence.tenant, self._price.generated * n_generated_tokens)
 
     def remove(self, sequence_id: str) -> None:
-        """Forget a sequence, wherever it is; its slot, if it had one, is free."""
+        """Remove a sequence, waiting or running, and free its slot; ignores unknown sequences."""
         sequence = self._sequences.pop(sequence_id, None)
         if sequence is None:
             return
@@ -207,7 +218,10 @@ class FairQueue:
         return self._shares.get(tenant, _DEFAULT_SHARE)
 
     def _queue_capacity(self, tenant: str) -> int:
-        """Return how many may wait: each tenant has its own part, which no other can fill."""
+        """Return how many sequences of a tenant may wait.
+
+        Each tenant has its own part of the queue, by weight, which others cannot fill.
+        """
         share = self._share(tenant)
         others = sum(s.weight for name, s in self._shares.items() if name != tenant)
         tenant_part = int(self._max_queued * share.weight / (share.weight + others))
@@ -215,49 +229,52 @@ class FairQueue:
         return capacity if share.max_queued is None else min(capacity, share.max_queued)
 
     def _may_start(self, tenant: str, backlog: _TenantBacklog) -> bool:
-        """Return whether a tenant could take a slot; one at its own limit counts as not waiting."""
+        """Return whether a tenant has a waiting sequence and is below its own `max_running`."""
         limit = self._share(tenant).max_running
         return bool(backlog.waiting) and (limit is None or len(backlog.running) < limit)
 
     def _lift_counter(self, tenant: str, backlog: _TenantBacklog) -> None:
-        """Bring who comes back level with those that wait, so that idleness saves nothing up.
+        """Raise a returning tenant's counter to the lowest one of the waiting tenants.
 
-        Who sends one request after another does not come back: it waited until lately.
+        A tenant that drained at most one batch ago has not been idle, such as a client that sends
+        one request after the other, and is not lifted.
         """
         if self._n_dispatched - backlog.drained_at_dispatch <= self._slots:
             return
         priority = self._share(tenant).priority
-        peers = {n: x for n, x in self._backlogs.items() if self._share(n).priority == priority}
-        waiting = [
-            x.virtual_counter
-            for n, x in peers.items()
-            if x is not backlog and self._may_start(n, x)
+        peers = {
+            name: peer
+            for name, peer in self._backlogs.items()
+            if self._share(name).priority == priority
+        }
+        waiting_counters = [
+            peer.virtual_counter
+            for name, peer in peers.items()
+            if peer is not backlog and self._may_start(name, peer)
         ]
         last_drained = peers.get(self._last_drained_tenant.get(priority, ""))
-        if waiting:
-            level = min(waiting)
+        if waiting_counters:
+            level = min(waiting_counters)
         elif last_drained is not None:
             level = last_drained.virtual_counter
         else:
-            level = max(x.virtual_counter for x in peers.values())
+            level = max(peer.virtual_counter for peer in peers.values())
         backlog.virtual_counter = max(backlog.virtual_counter, level)
 
     def _next_tenant(self) -> str | None:
-        """Return the tenant whose turn it is: of the highest priority, the lowest counter."""
-        candidates = [
-            (name, line) for name, line in self._backlogs.items() if self._may_start(name, line)
-        ]
+        """Return the tenant to serve next: the lowest counter of the highest priority."""
+        candidates = [item for item in self._backlogs.items() if self._may_start(*item)]
         return min(candidates, key=lambda item: self._order_key(*item))[0] if candidates else None
 
     def _order_key(self, tenant: str, backlog: _TenantBacklog) -> tuple[float, float, float, int]:
         share = self._share(tenant)
-        # Of equal counters, who holds less; then who has waited longer.
-        weighted_running = len(backlog.running) / share.weight
+        first_waiting = next(iter(backlog.waiting.values()))
+        # Ties between counters go to the tenant with fewer slots, then to the earlier arrival.
         return (
             -share.priority,
             backlog.virtual_counter,
-            weighted_running,
-            next(iter(backlog.waiting.values())).arrival_number,
+            len(backlog.running) / share.weight,
+            first_waiting.arrival_number,
         )
 
     def _start(self, tenant: str) -> str:
@@ -281,19 +298,22 @@ class FairQueue:
             self._last_drained_tenant[self._share(tenant).priority] = tenant
 
     def _fair_slots(self, tenant: str) -> float:
-        """Return a tenant's part of the slots among those of its priority that want any."""
+        """Return a tenant's part of the slots among the active tenants of its priority."""
         share = self._share(tenant)
-        active = [self._share(n) for n, line in self._backlogs.items() if not line.is_idle]
+        active = [self._share(n) for n, backlog in self._backlogs.items() if not backlog.is_idle]
         total_weight = sum(other.weight for other in active if other.priority == share.priority)
         return max(1.0, self._slots * share.weight / total_weight)
 
     def _select_victim(self, preemptor: str) -> str | None:
-        """Return the sequence that gives way: the youngest of who is furthest beyond its share."""
+        """Return the sequence to preempt, or None.
+
+        It is the one with the fewest tokens of the tenant that is furthest beyond its share.
+        """
         victims = [name for name in self._backlogs if self._is_preemptible_by(name, preemptor)]
         ranked = [
-            (share.priority, -len(line.running) / share.weight, sequence.n_tokens, sequence_id)
-            for share, line in ((self._share(name), self._backlogs[name]) for name in victims)
-            for sequence_id, sequence in line.running.items()
+            (share.priority, -len(backlog.running) / share.weight, sequence.n_tokens, sequence_id)
+            for share, backlog in ((self._share(name), self._backlogs[name]) for name in victims)
+            for sequence_id, sequence in backlog.running.items()
             if sequence.n_preemptions < MAX_PREEMPTIONS
         ]
         return min(ranked)[-1] if ranked else None
@@ -305,6 +325,3 @@ class FairQueue:
         backlog = self._backlogs[tenant]
         is_ahead = backlog.virtual_counter >= self._backlogs[preemptor].virtual_counter
         return is_ahead and len(backlog.running) - 1 >= self._fair_slots(tenant)
-
-
-_DEFAULT_SHARE = Share()

@@ -1,20 +1,19 @@
-"""What ends a text, besides its length.
+"""Generation requests and the stream of their outputs.
 
-How one request's tokens are chosen.
-
-What a sequence is generated from, and what is read of it while it runs.
+A `GenerationRequest` describes one sequence: prompt tokens, sampling parameters and stop
+conditions. A `Generation` streams the outputs of the sequences of one API request to its reader and
+reports their usage. Nothing here knows how sequences are scheduled or computed.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 from faasmoe_router.engine.sampler import DrawParams, LogitBias, Penalties, SampledLogprob
 from faasmoe_router.engine.structured_output import CompiledGrammar
 from faasmoe_router.errors import GenerationFailed
-from faasmoe_router.tenants.caller import NullUsageRecorder, UsageRecorder
 
 FinishReason = Literal["stop", "length"]
 StopReason = str | int
@@ -22,14 +21,14 @@ StopReason = str | int
 
 @dataclass(frozen=True, slots=True)
 class StopConditions:
-    """What a request lets end its text.
+    """When a sequence ends, other than by its length.
 
     Attributes:
-        stops: strings that end the text.
-        stop_ids: tokens that end the text, besides the model's own end tokens.
-        ignore_eos: whether to go on after the model's end tokens.
-        min_tokens: the tokens before which nothing ends the text.
-        included: whether the stop string, or the token, that ends the text is in it.
+        stop_strings: strings that end the text.
+        stop_token_ids: tokens that end the text, in addition to the model's EOS tokens.
+        ignore_eos: whether generation continues after the model's EOS tokens.
+        min_tokens: number of tokens before which no stop condition applies.
+        include_stop: whether the text includes the stop string or stop token that ended it.
     """
 
     stop_strings: tuple[str, ...] = ()
@@ -39,20 +38,21 @@ class StopConditions:
     include_stop: bool = False
 
     def all_stop_token_ids(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the tokens that end the text, of a model with these end tokens."""
+        """Return all token ids that end the text, given the model's EOS tokens."""
         return (*(() if self.ignore_eos else eos_token_ids), *self.stop_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How a request's tokens are chosen.
+    """How the tokens of a sequence are selected.
 
     Attributes:
-        sampling: the draw.
-        penalties: what repetition costs.
-        bias: which tokens are favoured or forbidden.
-        n_logprobs: how many of the likeliest tokens are told with each token; None tells nothing.
-        grammar: what the text is held to.
+        draw: temperature, truncation and seed.
+        penalties: repetition, presence and frequency penalties.
+        logit_bias: biased, allowed and forbidden tokens.
+        n_logprobs: number of top log-probabilities reported with each token; None reports none, 0
+            only the sampled token's.
+        grammar: grammar that constrains the text; None for unconstrained text.
     """
 
     draw: DrawParams = field(default_factory=DrawParams)
@@ -63,7 +63,7 @@ class SamplingParams:
 
     @property
     def is_plain_greedy(self) -> bool:
-        """Whether the highest of the model's own scores is chosen and nothing is told of it."""
+        """Whether sampling is the argmax of the unmodified scores, without log-probabilities."""
         return (
             self.draw.is_greedy
             and self.penalties.is_neutral
@@ -75,14 +75,14 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What one sequence is generated from.
+    """One sequence to generate.
 
     Attributes:
-        prompt_ids: the prompt's tokens.
-        max_tokens: the most tokens to generate.
-        choosing: how tokens are chosen.
-        ending: what ends the text before that.
-        special: whether special tokens are told as text.
+        prompt_token_ids: tokens of the prompt.
+        max_tokens: maximum number of tokens to generate.
+        sampling_params: how tokens are selected.
+        stop_conditions: what ends the sequence before `max_tokens`.
+        include_special_tokens: whether special tokens appear in the text.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -94,17 +94,16 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """A step of one sequence: text that is certain now, tokens taken, and the end if it is one.
+    """New output of one sequence since the previous `CompletionOutput`.
 
     Attributes:
-        text: the text.
-        n_tokens: how many tokens were taken.
-        finish_reason: why the sequence ended, if it did.
-        stop_reason: the stop string, or the stop token of the request's own, that ended it, if one
-            of them did.
-        n_cached_tokens: tokens of the prompt that were in the cache; told with the first token.
-        logprobs: the log-probabilities of the tokens whose text begins in this text, each after
-            the character of the sequence's text at which it begins.
+        text: new text; excludes what may still turn out to be part of a stop string.
+        n_tokens: number of tokens processed.
+        finish_reason: why the sequence ended; None while it runs.
+        logprobs: (offset, log-probability) of each token whose text starts within `text`; the
+            offset counts characters from the start of the sequence's text.
+        stop_reason: the request's stop string or stop token that ended the sequence, if one did.
+        n_cached_tokens: prompt tokens found in the prefix cache; set on the first output only.
     """
 
     text: str
@@ -115,15 +114,48 @@ class CompletionOutput:
     n_cached_tokens: int | None = None
 
 
-class Generation:
-    """Several sequences that are read together: an async iterator of (index, delta).
+class UsageRecorder(Protocol):
+    """Records what one API request uses."""
 
-    Leaving its `async with` block, or calling `cancel`, frees the sequences that still run.
+    def record_started(self) -> None:
+        """Record that a sequence was submitted for computation; may be called several times."""
+
+    def record_tokens(self, n_tokens: int, *, is_last: bool) -> None:
+        """Record generated tokens of one sequence; `is_last` marks its end."""
+
+    def record_failure(self) -> None:
+        """Record that the request cannot be finished, through no fault of its own."""
+
+    def finish(self) -> None:
+        """Finalize the record; idempotent."""
+
+
+class NullUsageRecorder:
+    """Records nothing."""
+
+    def record_started(self) -> None:
+        """Do nothing."""
+
+    def record_tokens(self, n_tokens: int, *, is_last: bool) -> None:
+        """Do nothing."""
+
+    def record_failure(self) -> None:
+        """Do nothing."""
+
+    def finish(self) -> None:
+        """Do nothing."""
+
+
+class Generation:
+    """The output stream of one API request: an async iterator of (sequence index, output).
+
+    Iteration ends when every sequence has finished and raises GenerationFailed when one fails.
+    Leaving the `async with` block, or calling `cancel`, aborts the sequences that still run.
 
     Args:
-        n_sequences: how many there are.
-        cancel: frees those that still run.
-        ticket: hears what becomes of them.
+        n_sequences: number of sequences.
+        on_cancel: aborts the sequences that still run.
+        usage_recorder: records usage and outcome; None records nothing.
     """
 
     def __init__(
@@ -140,23 +172,23 @@ class Generation:
         self._usage_recorder = usage_recorder or NullUsageRecorder()
 
     def mark_started(self) -> None:
-        """Note that the first of the sequences is computed."""
+        """Record that a sequence was submitted for computation."""
         self._usage_recorder.record_started()
 
     def put_output(self, index: int, output: CompletionOutput) -> None:
-        """Add a sequence's delta."""
+        """Append an output of the sequence at `index`."""
         self._usage_recorder.record_tokens(
             output.n_tokens, is_last=output.finish_reason is not None
         )
         self._outputs.put_nowait((index, output))
 
     def fail(self, error: GenerationFailed) -> None:
-        """End the generation by an error."""
+        """End the stream with an error, which its reader receives."""
         self._usage_recorder.record_failure()
         self._outputs.put_nowait(error)
 
     def cancel(self) -> None:
-        """Free the sequences that still run; harmless when none does."""
+        """Abort the sequences that still run and finalize the usage record; idempotent."""
         self._on_cancel()
         self._usage_recorder.finish()
 

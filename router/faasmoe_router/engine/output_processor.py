@@ -1,35 +1,37 @@
-"""Stop strings in a stream of text: nothing of one is emitted, unless it is asked for.
+"""Output processing of one sequence: tokens in, text, log-probabilities and finish reason out.
 
-One request that runs: tokens in, text out.
+Detokenizes incrementally, matches stop tokens and stop strings, and holds back text that may still
+become part of a stop string. Log-probabilities are released together with the text of their tokens.
 """
 
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from faasmoe_router.engine.batch_sampler import LogitsState
 from faasmoe_router.engine.generation import CompletionOutput, FinishReason, GenerationRequest
-from faasmoe_router.engine.logits_state import LogitsState
 from faasmoe_router.engine.sampler import SampledLogprob
 from faasmoe_router.engine.tokenizer import Detokenizer
 
 
 class StopStringMatcher:
-    """Finds the stop string that is complete first, however the text is cut into pieces.
+    """Matches stop strings in a stream of text, across the boundaries of its pieces.
 
-    Text is held back only while it may be the beginning of a stop string.
+    The stop string that is completed first wins. Text is held back only while it may be a prefix of
+    a stop string.
 
     Args:
-        stops: the stop strings.
-        included: whether the one that ends the text is emitted after all.
+        stop_strings: the stop strings; ValueError if one is empty.
+        include_stop: whether the matched stop string is emitted as text.
 
     Attributes:
-        found: the stop string that ended the text, if one did.
+        matched_stop: the stop string that ended the text; None until one matches.
     """
 
     def __init__(self, stop_strings: Sequence[str], *, include_stop: bool = False) -> None:
         if any(not stop for stop in stop_strings):
             raise ValueError(
-                f"stops: got {list(stop_strings)!r}, expected strings that are not empty"
+                f"stop_strings: got {list(stop_strings)!r}, expected non-empty strings"
             )
         self._stop_strings = tuple(stop_strings)
         self._include_stop = include_stop
@@ -38,12 +40,14 @@ class StopStringMatcher:
         self._held_back = ""
 
     def feed(self, text: str) -> tuple[str, bool]:
-        """Take more text; return what may be emitted and whether a stop string was reached."""
+        """Process more text; return the text to emit and whether a stop string matched."""
         if not self._stop_strings:
             return text, False
         text = self._held_back + text
         matches = [
-            (at + len(stop), at) for stop in self._stop_strings if (at := text.find(stop)) >= 0
+            (start + len(stop), start)
+            for stop in self._stop_strings
+            if (start := text.find(stop)) >= 0
         ]
         if matches:
             self._held_back = ""
@@ -55,27 +59,31 @@ class StopStringMatcher:
         return text[: len(text) - n_held_back], False
 
     def flush(self) -> str:
-        """Return what was held back, at the end of the text."""
+        """Return the text held back; called at the end of the text."""
         held_back, self._held_back = self._held_back, ""
         return held_back
 
     def _partial_match_length(self, text: str) -> int:
-        """Return the length of the longest end of the text that begins some stop string."""
+        """Return the length of the longest suffix of the text that is a stop string's prefix."""
         for length in range(min(len(text), self._max_stop_length - 1), 0, -1):
-            end = text[-length:]
-            if any(stop.startswith(end) for stop in self._stop_strings):
+            suffix = text[-length:]
+            if any(stop.startswith(suffix) for stop in self._stop_strings):
                 return length
         return 0
 
 
 class SequenceOutputProcessor:
-    """Turns a request's tokens into deltas, up to what ends its text.
+    """Turns the tokens of one sequence into `CompletionOutput`s until a stop condition applies.
 
     Args:
-        request: what was asked for.
-        detokenizer: a new one.
-        end_ids: the tokens that end the text.
-        steps: what the engine's thread keeps for the request, if anything.
+        request: the request that the sequence belongs to.
+        detokenizer: a new detokenizer.
+        stop_token_ids: tokens that end the text.
+        logits_state: the request's logits-processing state, if it has one; supplies
+            log-probabilities and the end of the grammar.
+
+    Attributes:
+        n_tokens: number of output tokens processed.
     """
 
     def __init__(
@@ -99,29 +107,32 @@ class SequenceOutputProcessor:
         self._pending_logprobs: deque[tuple[int, SampledLogprob]] = deque()
 
     def set_logits_state(self, logits_state: LogitsState | None) -> None:
-        """Take what another batcher keeps for the request, as the one before it has died."""
+        """Replace the logits state, when the request is resumed by another batcher."""
         self._logits_state = logits_state
 
     def process_tokens(self, tokens: list[int]) -> CompletionOutput:
-        """Take the tokens that were generated since the last call."""
+        """Process the tokens generated since the last call.
+
+        Tokens after the one that ends the sequence are ignored.
+        """
         text = ""
-        for n_taken, token in enumerate(tokens, start=1):
+        for n_processed, token in enumerate(tokens, start=1):
             self.n_tokens += 1
             logprob = self._next_logprob()
             if token in self._stop_token_ids and not self.request.stop_conditions.include_stop:
-                return self._finish(text, n_taken, "stop", self._own_stop_token(token))
+                return self._finish(text, n_processed, "stop", self._requested_stop_token(token))
             if logprob is not None:
                 self._pending_logprobs.append((self._n_decoded, logprob))
             emitted, stopped = self._match_stops(self._detokenizer.feed(token))
             text += emitted
             if stopped:
-                return self._make_output(text, n_taken, "stop")
+                return self._make_output(text, n_processed, "stop")
             if (reason := self._finish_reason_after(token)) is not None:
-                return self._finish(text, n_taken, reason, self._own_stop_token(token))
+                return self._finish(text, n_processed, reason, self._requested_stop_token(token))
         return self._make_output(text, len(tokens))
 
     def _finish_reason_after(self, token: int) -> FinishReason | None:
-        """Return why the text ends with this token, if it does."""
+        """Return why the sequence ends with this token; None if it continues."""
         if token in self._stop_token_ids:
             return "stop"
         if (
@@ -137,27 +148,28 @@ class SequenceOutputProcessor:
             return text, False
         return self._stop_matcher.feed(text)
 
-    def _own_stop_token(self, token: int) -> int | None:
-        """Return the token if it is one by which the request itself lets the text end."""
+    def _requested_stop_token(self, token: int) -> int | None:
+        """Return the token if the request names it as a stop token; EOS tokens do not count."""
         return token if token in self.request.stop_conditions.stop_token_ids else None
 
     def _finish(
-        self, text: str, n_taken: int, reason: FinishReason, stop_token: int | None
+        self, text: str, n_processed: int, reason: FinishReason, stop_token: int | None
     ) -> CompletionOutput:
         emitted, stopped = self._match_stops(self._detokenizer.flush())
         if stopped:
-            return self._make_output(text + emitted, n_taken, "stop")
-        output = self._make_output(text + emitted + self._stop_matcher.flush(), n_taken, reason)
+            return self._make_output(text + emitted, n_processed, "stop")
+        text += emitted + self._stop_matcher.flush()
+        output = self._make_output(text, n_processed, reason)
         logprobs = (*output.logprobs, *self._pop_logprobs(self._n_decoded))
         return replace(output, logprobs=logprobs, stop_reason=stop_token)
 
     def _make_output(
-        self, text: str, n_taken: int, reason: FinishReason | None = None
+        self, text: str, n_processed: int, reason: FinishReason | None = None
     ) -> CompletionOutput:
         self._n_emitted += len(text)
         logprobs = self._pop_logprobs(self._n_emitted - 1)
         return CompletionOutput(
-            text, n_taken, reason, logprobs, stop_reason=self._stop_matcher.matched_stop
+            text, n_processed, reason, logprobs, stop_reason=self._stop_matcher.matched_stop
         )
 
     def _next_logprob(self) -> SampledLogprob | None:
@@ -166,7 +178,7 @@ class SequenceOutputProcessor:
         return self._logits_state.logprob_queue.pop_first()
 
     def _pop_logprobs(self, last_offset: int) -> tuple[tuple[int, SampledLogprob], ...]:
-        """Return the log-probabilities of tokens whose text begins here or before, and where."""
+        """Return (offset, log-probability) of pending tokens up to an offset, in characters."""
         logprobs = []
         while self._pending_logprobs and self._pending_logprobs[0][0] <= last_offset:
             logprobs.append(self._pending_logprobs.popleft())

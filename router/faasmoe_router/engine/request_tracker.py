@@ -1,51 +1,58 @@
-"""A sequence on its way through the engine: what is known of it, whichever batcher computes it.
+"""Tracks the engine's sequences from request to last token, whichever batcher computes them.
 
-The sequences that an engine holds, from their request to their last token.
-
-They wait for their turns by tenant, are computed by whatever batcher lives, and end once: finished,
-cancelled, failed or overdue. What becomes of each is told to its generation and counted.
+Sequences wait in the fair queue by tenant, are computed by the batcher that currently runs, and end
+once: finished, cancelled, failed or timed out. Each end is reported to the sequence's generation
+and counted in the metrics. When a batcher crashes, the next one resumes its sequences.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
+from faasmoe_router.engine.batch_sampler import LogitsState
+from faasmoe_router.engine.batcher import make_request_id
 from faasmoe_router.engine.fair_queue import FairQueue
-from faasmoe_router.engine.generation import CompletionOutput, Generation, GenerationRequest
-from faasmoe_router.engine.logits_state import LogitsState
+from faasmoe_router.engine.generation import (
+    CompletionOutput,
+    Generation,
+    GenerationRequest,
+    UsageRecorder,
+)
 from faasmoe_router.engine.output_processor import SequenceOutputProcessor
 from faasmoe_router.engine.tokenizer import ModelTokenizer
-from faasmoe_router.errors import EngineUnavailable, GenerationFailed, NoTokenAllowed
+from faasmoe_router.errors import GenerationFailed, NoTokenAllowed
 from faasmoe_router.metrics import EngineMetrics
-from faasmoe_router.tenants.caller import UsageRecorder
-from faasmoe_router.transformers_backend.continuous_batching import ContinuousBatcher
-from faasmoe_router.transformers_backend.scheduler import make_request_id
+from faasmoe_transformers.continuous_batching import BatchOutput, ContinuousBatcher
 
 logger = logging.getLogger(__name__)
 
-
 MAX_CRASHES = 1
+"""Crashes of a batcher that a sequence may be part of; after one more it fails as their cause."""
 
 
 class TrackedRequest:
-    """A sequence that waits or runs, where its deltas go, and when things happened to it.
+    """A sequence that waits or runs, with its output so far.
 
-    A batcher that dies takes nothing along: the next one is given the prompt and the tokens that
-    are known, as one prompt, and goes on from there.
+    It survives a crash of its batcher: the next one is given the prompt and the tokens so far as
+    one prompt, and continues from there.
+
+    Args:
+        request: the request.
+        generation: the stream that receives its output.
+        index: its index in the generation.
+        now_s: monotonic time of its arrival.
 
     Attributes:
-        request: what was asked for.
-        generation: where deltas go.
-        index: which of the generation's sequences it is.
-        tokens: those that were generated and told, whoever generated them.
-        arrived_s: when it came.
-        last_s: when it last had a token.
+        request: the request.
+        generation: the stream that receives its output.
+        index: its index in the generation.
+        tokens: tokens generated so far, by any batcher.
+        arrival_s: monotonic time of its arrival.
+        last_token_s: monotonic time of its last token, or of its arrival.
     """
 
     __slots__ = (
@@ -62,22 +69,22 @@ class TrackedRequest:
         self.tokens: list[int] = []
         self.arrival_s = now_s
         self.last_token_s = now_s
-        self._output_processor: SequenceOutputProcessor | None = None  # until its first turn
+        self._output_processor: SequenceOutputProcessor | None = None  # until it first runs
         self._epoch: object = None  # of the batcher that has it
-        self._n_resumed_tokens = 0  # tokens that were known when that got it
+        self._n_resumed_tokens = 0  # tokens that were part of the prompt there
         self._n_crashes = 0
 
     def is_in_epoch(self, epoch: object) -> bool:
-        """Return whether the batcher of this life has it."""
+        """Return whether the batcher of this epoch has it."""
         return self._epoch is epoch
 
     @property
     def is_crash_suspect(self) -> bool:
-        """Whether more batchers have died with it than may be chance."""
+        """Whether it was part of more crashes than can be coincidence."""
         return self._n_crashes > MAX_CRASHES
 
     def record_crash(self) -> None:
-        """Take note that a batcher died that was computing it."""
+        """Count a crash of the batcher that was computing it."""
         self._n_crashes += 1
 
     def submit(
@@ -87,21 +94,28 @@ class TrackedRequest:
         tokenizer: ModelTokenizer,
         eos_token_ids: tuple[int, ...],
     ) -> None:
-        """Give it to a batcher, to go on from the tokens that are known.
+        """Submit it to a batcher, to continue from the tokens so far.
 
-        Raises:
-            EngineUnavailable: the batcher takes none.
+        A batcher that has just crashed accepts none; its successor gets the sequence instead.
+
+        Args:
+            sequence_id: its id.
+            batcher: the batcher.
+            tokenizer: the model's tokenizer.
+            eos_token_ids: the model's EOS tokens.
         """
         request = self.request
         stop_token_ids = request.stop_conditions.all_stop_token_ids(eos_token_ids)
         logits_state = LogitsState.for_request(request, stop_token_ids)
-        batcher.add_request(
+        is_accepted = batcher.add_request(
             sequence_id,
             (*request.prompt_token_ids, *self.tokens),
             max_tokens=request.max_tokens - len(self.tokens),
             stop_token_ids=stop_token_ids,
             logits_state=logits_state,
         )
+        if not is_accepted:
+            return
         self._epoch, self._n_resumed_tokens = batcher.epoch, len(self.tokens)
         self._attach_output_processor(logits_state, tokenizer, stop_token_ids)
 
@@ -124,8 +138,8 @@ class TrackedRequest:
             logits_state=logits_state,
         )
 
-    def process_output(self, output: Any) -> CompletionOutput | None:
-        """Take what a batch generated; return what is new in it, if anything is."""
+    def process_output(self, output: BatchOutput) -> CompletionOutput | None:
+        """Process the output of a batch; return what is new, None if nothing is."""
         new_tokens: list[int] = output.generated_tokens[len(self.tokens) - self._n_resumed_tokens :]
         if not new_tokens or self._output_processor is None:
             return None
@@ -134,14 +148,14 @@ class TrackedRequest:
 
 
 class RequestTracker:
-    """Sequences that wait or run; all of it is called on the engine's event loop.
+    """The sequences that wait or run. Used on the engine's event loop only.
 
     Args:
-        turns: whose turn it is.
-        batcher: returns the batcher that computes now, if one does.
-        codec: the model's tokenizer.
-        eos_ids: the model's own end tokens.
-        metrics: where their times and ends are counted.
+        fair_queue: decides which sequence runs next and which is preempted.
+        get_batcher: returns the current batcher; None while there is none.
+        tokenizer: the model's tokenizer.
+        eos_token_ids: the model's EOS tokens.
+        metrics: receives latencies, token counts and outcomes.
     """
 
     def __init__(
@@ -170,10 +184,15 @@ class RequestTracker:
         tenant: str,
         usage_recorder: UsageRecorder | None,
     ) -> Generation:
-        """Have a tenant's sequences wait for their turns, and begin those whose turn it is.
+        """Queue a tenant's sequences and start those that may run.
+
+        Args:
+            requests: the sequences.
+            tenant: the tenant.
+            usage_recorder: records their usage and outcome.
 
         Raises:
-            TenantQueueFull: too many of this tenant's sequences wait already.
+            TenantQueueFull: the tenant's part of the queue is full.
         """
         self._fair_queue.check_capacity(tenant, len(requests))
         ids = [make_request_id(tenant, next(self._sequence_numbers)) for _ in requests]
@@ -189,7 +208,7 @@ class RequestTracker:
         return generation
 
     def schedule(self) -> None:
-        """Let sequences run while there are slots, and take slots from who is beyond its share."""
+        """Run sequences while there are slots, and preempt those of tenants beyond their share."""
         batcher = self._get_batcher()
         if batcher is None or not batcher.is_alive:
             return
@@ -207,9 +226,7 @@ class RequestTracker:
             batcher.resume_request(sequence_id)
             return
         tracked.generation.mark_started()
-        # A batcher that has just died takes none: its successor is given it.
-        with contextlib.suppress(EngineUnavailable):
-            tracked.submit(sequence_id, batcher, self._tokenizer, self._eos_token_ids)
+        tracked.submit(sequence_id, batcher, self._tokenizer, self._eos_token_ids)
 
     def _abort(self, sequence_ids: Sequence[str]) -> None:
         for sequence_id in sequence_ids:
@@ -218,7 +235,7 @@ class RequestTracker:
         self.schedule()
 
     def _remove(self, sequence_id: str) -> TrackedRequest | None:
-        """Forget a sequence, wherever it is."""
+        """Remove a sequence from tracker, queue and batcher; return it, None if it is unknown."""
         tracked = self._tracked.pop(sequence_id, None)
         self._fair_queue.remove(sequence_id)
         batcher = self._get_batcher()
@@ -226,8 +243,15 @@ class RequestTracker:
             batcher.cancel_request(sequence_id)
         return tracked
 
-    def process_outputs(self, outputs: Sequence[Any], cached_tokens: Mapping[str, int]) -> None:
-        """Take a batch's outputs; runs on the event loop."""
+    def process_outputs(
+        self, outputs: Sequence[BatchOutput], cached_tokens: Mapping[str, int]
+    ) -> None:
+        """Process a batch's outputs.
+
+        Args:
+            outputs: the outputs; those of cancelled sequences are ignored.
+            cached_tokens: by sequence, tokens of its prompt found in the prefix cache; given once.
+        """
         now_s = time.monotonic()
         for output in outputs:
             tracked = self._tracked.get(output.request_id)
@@ -240,21 +264,21 @@ class RequestTracker:
             try:
                 n_cached = cached_tokens.get(output.request_id, 0)
                 self._process_output(output, tracked, n_cached=n_cached, now_s=now_s)
-            except Exception:  # one request's text must not stop the others'
-                logger.exception("A request's tokens could not be turned into text")
+            except Exception:  # one request must not stop the others
+                logger.exception("Processing the output of a request failed")
                 self._fail_request(output.request_id)
         self.schedule()
 
     def fail_requests(self, sequence_ids: Sequence[str], error: GenerationFailed) -> None:
-        """End requests that cannot go on, ahead of the tokens that were made of their scores."""
+        """Fail requests that cannot continue, ahead of the tokens sampled from their scores."""
         for sequence_id in sequence_ids:
             if sequence_id in self._tracked:
-                if not isinstance(error, NoTokenAllowed):  # which is the client's own doing
-                    logger.error("A request ends with an error: %s", error)
+                if not isinstance(error, NoTokenAllowed):  # which the client caused
+                    logger.error("A request failed: %s", error)
                 self._fail_request(sequence_id, error)
 
     def _process_output(
-        self, output: Any, tracked: TrackedRequest, *, n_cached: int, now_s: float
+        self, output: BatchOutput, tracked: TrackedRequest, *, n_cached: int, now_s: float
     ) -> None:
         is_first = not tracked.tokens
         delta = tracked.process_output(output)
@@ -270,12 +294,12 @@ class RequestTracker:
         tracked.generation.put_output(tracked.index, delta)
 
     def _finish(
-        self, output: Any, tracked: TrackedRequest, delta: CompletionOutput, *, now_s: float
+        self, output: BatchOutput, tracked: TrackedRequest, delta: CompletionOutput, *, now_s: float
     ) -> None:
         if output.is_finished():
             del self._tracked[output.request_id]
             self._fair_queue.remove(output.request_id)
-        else:  # a stop string, which only we know of
+        else:  # ended by a stop string, of which the batcher knows nothing
             self._remove(output.request_id)
         self._metrics.e2e_latency_s.observe(now_s - tracked.arrival_s)
         self._metrics.record_finished(str(delta.finish_reason))
@@ -301,11 +325,11 @@ class RequestTracker:
             self._metrics.record_finished("error")
 
     def fail_all(self, reason: str) -> None:
-        """End every request by an error."""
+        """Fail every request."""
         self._fail_many(list(self._tracked), reason)
 
     def record_crash(self, epoch: object) -> None:
-        """Count a batcher's death for those that it computed; end those that it may be due to."""
+        """Count a crash for the sequences it interrupted; fail those that may be its cause."""
         for sequence_id, tracked in self._tracked.items():
             if tracked.is_in_epoch(epoch) and self._fair_queue.is_running(sequence_id):
                 tracked.record_crash()
@@ -313,7 +337,7 @@ class RequestTracker:
         self._fail_many(suspects, "the engine crashed again while it computed this request")
 
     def resubmit_running(self, batcher: ContinuousBatcher) -> None:
-        """Give a new batcher those that have a slot; who gave way or waits comes by its turn."""
+        """Submit the sequences that have a slot to a new batcher; others wait for one."""
         running_ids = [i for i in self._tracked if self._fair_queue.is_running(i)]
         for sequence_id in running_ids:
             self._submit_or_resume(sequence_id, batcher)
@@ -321,12 +345,12 @@ class RequestTracker:
 
     def _fail_many(self, sequence_ids: Sequence[str], reason: str) -> None:
         if sequence_ids:
-            logger.error("%d requests end with an error: %s", len(sequence_ids), reason)
+            logger.error("%d requests failed: %s", len(sequence_ids), reason)
         for sequence_id in sequence_ids:
             self._fail_request(sequence_id, GenerationFailed(reason))
 
     def fail_timed_out(self, now_s: float, *, timeout_s: float) -> None:
-        """End the requests that have taken longer than any may."""
+        """Fail the requests that arrived more than `timeout_s` before `now_s`."""
         timed_out = [i for i, r in self._tracked.items() if now_s - r.arrival_s > timeout_s]
         for sequence_id in timed_out:
             reason = f"the request was not finished within {timeout_s:g} s"

@@ -1,24 +1,12 @@
-"""Choosing tokens: what a request asks for, and the draw over a batch's scores.
+"""Sampling over a batch's scores: logit bias, penalties, random draws and log-probabilities.
 
-A draw is stateless: its uniform number is a hash of the request's seed and of the token's position.
-So a request that was preempted and prefilled again, or that shares its batch with others, draws the
-same tokens, and nothing has to be kept or freed per request.
+Requests carry dataclasses (`LogitBias`, `Penalties`, `DrawParams`); functions apply them to rows of
+the batch's [N, V] scores, each as one sparse operation for all rows. Knows nothing of requests,
+scheduling or the batching backend.
 
-Biases: what a request adds to certain tokens' scores, and which tokens it forbids.
-
-A token is forbidden by adding minus infinity, so that biases, bad words and end tokens that come
-too early are one sparse addition for the whole batch.
-
-Penalties for repetition: which tokens a sequence has, how often, and what that costs them.
-
-As vLLM has it: the repetition penalty (of CTRL) regards prompt and output, presence and frequency
-(of OpenAI) the output alone. What is kept for a sequence grows by a token at a time and holds each
-different token once, so a step costs what the sequence has seen and not what the vocabulary holds.
-
-Log-probabilities of chosen tokens and of the likeliest ones beside them.
-
-They are of the model's own distribution, as OpenAI and vLLM give them: before temperature, biases,
-penalties and grammars.
+Draws are stateless: the uniform number is a hash of the request's seed and the token's position. A
+request that is preempted and prefilled again, or batched with others, draws the same tokens, and no
+generator has to be kept or freed.
 """
 
 import hashlib
@@ -29,22 +17,193 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TOP_P_CANDIDATES = (
-    1024  # top_p rarely keeps more; a full sort of 150k logits costs 50 times as much
-)
+FORBIDDEN = -torch.inf
+MAX_TOP_LOGPROBS = 20
+# top_p rarely keeps more tokens; a full sort of 150k logits costs 50 times as much.
+TOP_P_CANDIDATES = 1024
 UNIFORM_BITS = 48  # the largest draw, 1 - 2**-48, stays below 1 after rounding in a product
 
 
 @dataclass(frozen=True, slots=True)
-class DrawParams:
-    """How one request chooses its tokens.
+class LogitBias:
+    """The token biases and constraints of a request.
+
+    A token is forbidden by adding minus infinity, so logit biases, bad words and stop tokens before
+    `min_tokens` are one addition.
 
     Attributes:
-        temperature: 0 chooses the highest score.
-        top_p: keeps the most likely tokens whose probabilities reach this sum.
+        biases: (token id, value added to its score).
+        allowed_token_ids: the only tokens that may be generated; None allows all.
+        bad_words_token_ids: token sequences that may not be generated.
+    """
+
+    biases: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether it leaves all scores unchanged."""
+        return not self.biases and self.allowed_token_ids is None and not self.bad_words_token_ids
+
+    @property
+    def max_bad_word_length(self) -> int:
+        """Length of the longest bad word, in tokens; 0 without bad words."""
+        return max(map(len, self.bad_words_token_ids), default=0)
+
+    def adjustments(self, output: Sequence[int]) -> list[tuple[int, float]]:
+        """Return (token id, value to add to its score) for the next token.
+
+        Args:
+            output: output tokens so far; the last `max_bad_word_length - 1` suffice.
+        """
+        adjustments = list(self.biases)
+        for *prefix, last in self.bad_words_token_ids:
+            if not prefix or list(output[-len(prefix) :]) == prefix:
+                adjustments.append((last, FORBIDDEN))
+        return adjustments
+
+
+@dataclass(frozen=True, slots=True)
+class RowBias:
+    """The bias of one row of the scores; see `LogitBias.adjustments`."""
+
+    row: int
+    adjustments: Sequence[tuple[int, float]]
+    allowed_token_ids: tuple[int, ...] | None = None
+
+
+def apply_logit_bias(scores: Tensor, rows: Sequence[RowBias]) -> None:
+    """Apply biases to the given rows of the scores, [N, V], in place."""
+    for row in rows:
+        if row.allowed_token_ids is not None:
+            _mask_all_but(scores[row.row], row.allowed_token_ids)
+    adjustments = [(row.row, token, value) for row in rows for token, value in row.adjustments]
+    if not adjustments:
+        return
+    row_ids, tokens, values = zip(*adjustments, strict=True)
+    positions = torch.tensor([row_ids, tokens], device=scores.device).unbind()  # [C] each
+    added = torch.tensor(values, dtype=scores.dtype, device=scores.device)  # [C]
+    scores.index_put_(positions, added, accumulate=True)
+
+
+def _mask_all_but(scores: Tensor, allowed: Sequence[int]) -> None:
+    ids = torch.tensor(allowed, device=scores.device)  # [A]
+    allowed_scores = scores[ids]  # [A]
+    scores.fill_(FORBIDDEN)
+    scores[ids] = allowed_scores
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """The penalties of a request, as in vLLM.
+
+    The repetition penalty (CTRL) counts prompt and output, presence and frequency penalties
+    (OpenAI) the output alone.
+
+    Attributes:
+        presence: subtracted from the score of every generated token.
+        frequency: subtracted from a token's score once for each time it was generated.
+        repetition: divides positive and multiplies negative scores of tokens in the prompt or the
+            output; 1 changes nothing.
+    """
+
+    presence: float = 0.0
+    frequency: float = 0.0
+    repetition: float = 1.0
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether they leave all scores unchanged."""
+        return self.presence == 0 and self.frequency == 0 and self.repetition == 1
+
+
+class TokenCounts:
+    """The distinct tokens of one sequence and how often each was generated.
+
+    Grows with the output, so a step costs in proportion to the tokens seen and not to the
+    vocabulary.
+
+    Args:
+        prompt_token_ids: tokens that count as seen but not as generated.
+        max_output_tokens: maximum number of generated tokens; sizes the buffers.
+    """
+
+    def __init__(self, prompt_token_ids: Iterable[int], *, max_output_tokens: int) -> None:
+        self._slot_by_token = {
+            token: slot for slot, token in enumerate(dict.fromkeys(prompt_token_ids))
+        }
+        capacity = len(self._slot_by_token) + max_output_tokens
+        self._ids = torch.empty(capacity, dtype=torch.int64)
+        self._counts = torch.zeros(capacity)
+        self._ids[: len(self._slot_by_token)] = torch.tensor(
+            list(self._slot_by_token), dtype=torch.int64
+        )
+
+    def __len__(self) -> int:
+        return len(self._slot_by_token)
+
+    def add_tokens(self, tokens: Iterable[int]) -> None:
+        """Count generated tokens."""
+        for token in tokens:
+            slot = self._slot_by_token.setdefault(token, len(self._slot_by_token))
+            self._ids[slot] = token
+            self._counts[slot] += 1
+
+    @property
+    def token_ids(self) -> Tensor:
+        """The distinct tokens, [U], int64."""
+        return self._ids[: len(self)]
+
+    @property
+    def counts(self) -> Tensor:
+        """How often each was generated, [U], float32."""
+        return self._counts[: len(self)]
+
+
+@dataclass(frozen=True, slots=True)
+class RowPenalties:
+    """The penalties of one row of the scores."""
+
+    row: int
+    penalties: Penalties
+    token_counts: TokenCounts
+
+
+def apply_penalties(scores: Tensor, rows: Sequence[RowPenalties]) -> None:
+    """Apply penalties to the given rows of the scores, [N, V], in place."""
+    if not rows:
+        return
+    device = scores.device
+    ids = torch.cat([row.token_counts.token_ids for row in rows]).to(device)  # [E]
+    counts = torch.cat([row.token_counts.counts for row in rows]).to(device)  # [E]
+    penalties = torch.tensor([_penalty_columns(row) for row in rows], dtype=torch.float64)  # [R, 4]
+    n_distinct = torch.tensor([len(row.token_counts) for row in rows])  # [R]
+    row_ids, presence, frequency, repetition = (
+        penalties.repeat_interleave(n_distinct, dim=0).to(device).unbind(1)  # [E] each
+    )
+    positions = row_ids.long(), ids
+    values = scores[positions].double()  # [E]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values -= frequency * counts + presence * (counts > 0)
+    scores[positions] = values.to(scores.dtype)
+
+
+def _penalty_columns(row: RowPenalties) -> tuple[float, float, float, float]:
+    penalties = row.penalties
+    return row.row, penalties.presence, penalties.frequency, penalties.repetition
+
+
+@dataclass(frozen=True, slots=True)
+class DrawParams:
+    """Temperature, truncation and seed of a request's draws.
+
+    Attributes:
+        temperature: divides the scores; 0 selects the highest score.
+        top_p: keeps the most likely tokens up to this cumulative probability.
         top_k: keeps this many most likely tokens; 0 keeps all.
-        min_p: keeps tokens at least this likely, as a share of the most likely one; 0 keeps all.
-        seed: the draws' seed; equal seeds give equal draws.
+        min_p: keeps tokens with at least this fraction of the highest probability; 0 keeps all.
+        seed: seed of the draws; equal seeds give equal draws.
     """
 
     temperature: float = 0.0
@@ -55,18 +214,24 @@ class DrawParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the highest score is chosen without a draw."""
+        """Whether the highest score is selected without a draw."""
         return self.temperature == 0 or self.top_k == 1
 
     @property
     def is_truncated(self) -> bool:
-        """Whether less than the whole vocabulary may be drawn."""
+        """Whether only part of the vocabulary may be drawn."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 @dataclass(frozen=True, slots=True)
 class RowDraw:
-    """One token to draw: the row of the scores, how, and at which position of its sequence."""
+    """One token to draw.
+
+    Attributes:
+        row: row of the scores.
+        params: how to draw.
+        position: position of the token in its sequence, prompt included.
+    """
 
     row: int
     params: DrawParams
@@ -74,18 +239,18 @@ class RowDraw:
 
     @property
     def uniform(self) -> float:
-        """The draw's number in [0, 1)."""
+        """The uniform number of the draw, in [0, 1)."""
         text = f"{self.params.seed}:{self.position}".encode()
         digest = hashlib.blake2b(text, digest_size=8).digest()
         return float(int.from_bytes(digest) >> (64 - UNIFORM_BITS)) / (1 << UNIFORM_BITS)
 
 
 def force_sampled_tokens(scores: Tensor, draws: Sequence[RowDraw]) -> Tensor:
-    """Return the scores with each drawn token made its row's argmax, in place.
+    """Draw tokens and make each the argmax of its row, in place; return the scores.
 
     Args:
         scores: [N, V], float32.
-        draws: the rows to draw; other rows stay as they are.
+        draws: the rows to draw from; other rows are unchanged.
     """
     if not draws:
         return scores
@@ -96,15 +261,20 @@ def force_sampled_tokens(scores: Tensor, draws: Sequence[RowDraw]) -> Tensor:
 
 
 def sample_tokens(scores: Tensor, draws: Sequence[RowDraw]) -> Tensor:
-    """Return the drawn token of each row, [S]; the scores are [S, V], one row for each draw."""
+    """Return the drawn token of each row, [S].
+
+    Args:
+        scores: [S, V], one row for each draw.
+        draws: how to draw from each row; `RowDraw.row` is ignored.
+    """
     temperatures = _column([draw.params.temperature for draw in draws], scores)  # [S, 1]
-    # What float32 rounds to 0 would divide 0 by 0: not a number, and the last token of the list.
+    # A temperature that float32 rounds to 0 would give 0 / 0 = NaN and select the last token.
     temperatures.clamp_(min=torch.finfo(scores.dtype).tiny)
     peaks = scores.amax(-1, keepdim=True)  # [S, 1]
-    # Subtracting the peak first keeps a tiny temperature from overflowing.
+    # Subtracting the peak first avoids overflow at tiny temperatures.
     probs = ((scores - peaks) / temperatures).softmax(-1)  # [S, V]
     _zero_truncated(probs, draws)
-    # Summing in vocabulary order makes the draw independent of how ties are sorted.
+    # Summing in vocabulary order makes the draw independent of the sort order of ties.
     cumulative = probs.cumsum(-1, dtype=torch.float64)  # [S, V]
     uniforms = _column([draw.uniform for draw in draws], cumulative)  # [S, 1]
     targets = uniforms * cumulative[:, -1:]  # [S, 1]
@@ -123,7 +293,7 @@ def _zero_truncated(probs: Tensor, draws: Sequence[RowDraw]) -> None:
 
 
 def _probability_floors(probs: Tensor, params: Sequence[DrawParams]) -> Tensor:
-    """Return the lowest probability that each row keeps, [R, 1]; ties with it are all kept."""
+    """Return the lowest probability that each row keeps, [R, 1]; all ties with it are kept."""
     n_vocab = probs.shape[-1]
     top_ks = [min(p.top_k, n_vocab) if p.top_k > 0 else n_vocab for p in params]
     n_candidates = min(n_vocab, max(TOP_P_CANDIDATES, *(k for k in top_ks if k < n_vocab), 0))
@@ -136,19 +306,20 @@ def _probability_floors(probs: Tensor, params: Sequence[DrawParams]) -> Tensor:
 def _probability_floors_among(
     probs: Tensor, params: Sequence[DrawParams], top_ks: Sequence[int], n_candidates: int
 ) -> tuple[Tensor, bool]:
+    """Return the floors, [R, 1], and whether the top `n_candidates` suffice to determine them."""
     values = probs.topk(n_candidates, dim=-1).values.double()  # [R, K]
     ranks = torch.arange(n_candidates, device=probs.device)  # [K]
     is_eligible = ranks < torch.tensor(top_ks, device=probs.device).unsqueeze(-1)  # [R, K]
     is_eligible &= values >= values[:, :1] * _column([p.min_p for p in params], values)
     values = values.masked_fill(~is_eligible, 0)
-    # Summed one after the other, so that how many zeros follow makes no difference.
+    # A sequential sum does not depend on the number of trailing zeros.
     sums = values.cumsum(-1)  # [R, K]
     preceding_sums = sums - values  # [R, K]
     n_vocab = probs.shape[-1]
     exceeds_candidates = torch.tensor(
         [limit > n_candidates for limit in top_ks], device=probs.device
     )  # [R]
-    continues_after = exceeds_candidates & is_eligible[:, -1]  # [R], goes on after the candidates
+    continues_after = exceeds_candidates & is_eligible[:, -1]  # [R], beyond the candidates
     keeps_vocabulary = [
         limit == n_vocab and p.min_p == 0 for limit, p in zip(top_ks, params, strict=True)
     ]
@@ -165,177 +336,15 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(-1)  # [len, 1]
 
 
-FORBIDDEN = -torch.inf
-
-
-@dataclass(frozen=True, slots=True)
-class LogitBias:
-    """What a request asks for.
-
-    Attributes:
-        added: tokens, and what is added to their scores.
-        allowed: the only tokens that may be generated; None allows all.
-        bad_words: sequences of tokens that may not be generated.
-    """
-
-    biases: tuple[tuple[int, float], ...] = ()
-    allowed_token_ids: tuple[int, ...] | None = None
-    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
-
-    @property
-    def is_neutral(self) -> bool:
-        """Whether it changes nothing."""
-        return not self.biases and self.allowed_token_ids is None and not self.bad_words_token_ids
-
-    @property
-    def max_bad_word_length(self) -> int:
-        """The tokens of the longest of the bad words."""
-        return max(map(len, self.bad_words_token_ids), default=0)
-
-    def adjustments(self, output: Sequence[int]) -> list[tuple[int, float]]:
-        """Return what is added to which tokens after an output, of which the end will do."""
-        adjustments = list(self.biases)
-        for *prefix, last in self.bad_words_token_ids:
-            if not prefix or list(output[-len(prefix) :]) == prefix:
-                adjustments.append((last, FORBIDDEN))
-        return adjustments
-
-
-@dataclass(frozen=True, slots=True)
-class RowBias:
-    """One row of the scores, with what is done to it."""
-
-    row: int
-    adjustments: Sequence[tuple[int, float]]
-    allowed_token_ids: tuple[int, ...] | None = None
-
-
-def apply_logit_bias(scores: Tensor, rows: Sequence[RowBias]) -> None:
-    """Apply the biases to the scores, [N, V], in place; other rows stay as they are."""
-    for row in rows:
-        if row.allowed_token_ids is not None:
-            _mask_all_but(scores[row.row], row.allowed_token_ids)
-    adjustments = [(row.row, token, value) for row in rows for token, value in row.adjustments]
-    if not adjustments:
-        return
-    index, tokens, values = zip(*adjustments, strict=True)
-    positions = torch.tensor([index, tokens], device=scores.device).unbind()  # [C] each
-    added = torch.tensor(values, dtype=scores.dtype, device=scores.device)  # [C]
-    scores.index_put_(positions, added, accumulate=True)
-
-
-def _mask_all_but(scores: Tensor, allowed: Sequence[int]) -> None:
-    ids = torch.tensor(allowed, device=scores.device)  # [A]
-    allowed_scores = scores[ids]  # [A]
-    scores.fill_(FORBIDDEN)
-    scores[ids] = allowed_scores
-
-
-@dataclass(frozen=True, slots=True)
-class Penalties:
-    """What a request asks for.
-
-    Attributes:
-        presence: taken from the score of every token that was generated.
-        frequency: taken from a token's score each time that it was generated.
-        repetition: divides the positive and multiplies the negative scores of tokens in the prompt
-            or the output; 1 changes nothing.
-    """
-
-    presence: float = 0.0
-    frequency: float = 0.0
-    repetition: float = 1.0
-
-    @property
-    def is_neutral(self) -> bool:
-        """Whether they change nothing."""
-        return self.presence == 0 and self.frequency == 0 and self.repetition == 1
-
-
-class TokenCounts:
-    """The different tokens of one sequence, and how often each was generated.
-
-    Args:
-        prompt_ids: tokens that count as seen and not as generated.
-        n_output: the most tokens that may be generated.
-    """
-
-    def __init__(self, prompt_token_ids: Iterable[int], *, max_output_tokens: int) -> None:
-        self._slot_by_token = {
-            token: slot for slot, token in enumerate(dict.fromkeys(prompt_token_ids))
-        }
-        capacity = len(self._slot_by_token) + max_output_tokens
-        self._ids = torch.empty(capacity, dtype=torch.int64)
-        self._counts = torch.zeros(capacity)
-        self._ids[: len(self._slot_by_token)] = torch.tensor(
-            list(self._slot_by_token), dtype=torch.int64
-        )
-
-    def __len__(self) -> int:
-        return len(self._slot_by_token)
-
-    def add_tokens(self, tokens: Iterable[int]) -> None:
-        """Count tokens that were generated."""
-        for token in tokens:
-            slot = self._slot_by_token.setdefault(token, len(self._slot_by_token))
-            self._ids[slot] = token
-            self._counts[slot] += 1
-
-    @property
-    def token_ids(self) -> Tensor:
-        """The different tokens, [U]."""
-        return self._ids[: len(self)]
-
-    @property
-    def counts(self) -> Tensor:
-        """How often each was generated, [U]."""
-        return self._counts[: len(self)]
-
-
-@dataclass(frozen=True, slots=True)
-class RowPenalties:
-    """One row of the scores, with what is taken from it."""
-
-    row: int
-    penalties: Penalties
-    token_counts: TokenCounts
-
-
-def apply_penalties(scores: Tensor, rows: Sequence[RowPenalties]) -> None:
-    """Take the penalties from the scores, [N, V], in place; other rows stay as they are."""
-    if not rows:
-        return
-    device = scores.device
-    ids = torch.cat([row.token_counts.token_ids for row in rows]).to(device)  # [E]
-    counts = torch.cat([row.token_counts.counts for row in rows]).to(device)  # [E]
-    penalties = torch.tensor([_penalty_columns(row) for row in rows], dtype=torch.float64)  # [R, 4]
-    n_each = torch.tensor([len(row.token_counts) for row in rows])  # [R]
-    index, presence, frequency, repetition = (
-        penalties.repeat_interleave(n_each, dim=0).to(device).unbind(1)  # [E] each
-    )
-    positions = index.long(), ids
-    values = scores[positions].double()  # [E]
-    values = torch.where(values > 0, values / repetition, values * repetition)
-    values -= frequency * counts + presence * (counts > 0)
-    scores[positions] = values.to(scores.dtype)
-
-
-def _penalty_columns(row: RowPenalties) -> tuple[float, float, float, float]:
-    penalties = row.penalties
-    return row.row, penalties.presence, penalties.frequency, penalties.repetition
-
-
-MAX_TOP_LOGPROBS = 20
-
-
 @dataclass(frozen=True, slots=True)
 class SampledLogprob:
-    """A chosen token's log-probability.
+    """The log-probability of a sampled token.
 
     Attributes:
         token: the token.
         logprob: its log-probability.
-        top: the likeliest tokens with theirs, as many as were asked for, likeliest first.
+        top_logprobs: (token, log-probability) of the most likely tokens, most likely first, as many
+            as were requested.
     """
 
     token: int
@@ -344,10 +353,13 @@ class SampledLogprob:
 
 
 class LogprobQueue:
-    """One sequence's log-probabilities on their way from the engine's thread to the event loop.
+    """Log-probabilities of one sequence in transit from the engine's thread to the event loop.
 
-    An entry is put for a token before the token is delivered, and taken when it is: the log holds
-    no more than what is under way.
+    An entry is appended before its token is delivered and popped when the token is processed, so
+    the queue holds only tokens in transit.
+
+    Args:
+        n_top: number of most likely tokens in each entry.
     """
 
     def __init__(self, n_top: int) -> None:
@@ -355,30 +367,33 @@ class LogprobQueue:
         self._entries: deque[SampledLogprob] = deque()
 
     def append(self, entry: SampledLogprob) -> None:
-        """Add the next token's."""
+        """Append the entry of the next token."""
         self._entries.append(entry)
 
     def discard_last(self) -> None:
-        """Forget the newest, whose token was not delivered: it is chosen once more."""
+        """Remove the newest entry, whose token was not delivered and is sampled again."""
         self._entries.pop()
 
     def pop_first(self) -> SampledLogprob:
-        """Return the oldest that was not taken yet."""
+        """Remove and return the oldest entry."""
         return self._entries.popleft()
 
 
 def compute_logprobs(scores: Tensor, chosen: Tensor, n_top: Sequence[int]) -> list[SampledLogprob]:
-    """Return the log-probability of each row's chosen token.
+    """Return the log-probability of each row's sampled token.
+
+    As in OpenAI and vLLM they are those of the model's own distribution, before temperature,
+    biases, penalties and grammars.
 
     Args:
-        scores: the model's own, [R, V].
-        chosen: the tokens, [R].
-        n_top: how many of the likeliest tokens each row wants.
+        scores: unmodified scores of the model, [R, V].
+        chosen: the sampled tokens, [R].
+        n_top: number of most likely tokens to report for each row.
     """
     totals = scores.logsumexp(-1, keepdim=True)  # [R, 1]
     chosen_logprobs = (scores.gather(-1, chosen.unsqueeze(-1)) - totals).squeeze(-1).tolist()
-    n_most = min(max(n_top), scores.shape[-1])
-    values, tokens = scores.topk(n_most, dim=-1)  # [R, K] each
+    n_candidates = min(max(n_top), scores.shape[-1])
+    values, tokens = scores.topk(n_candidates, dim=-1)  # [R, K] each
     tops = zip(tokens.tolist(), (values - totals).tolist(), strict=True)
     return [
         SampledLogprob(token, logprob, tuple(zip(ids[:n], logprobs[:n], strict=True)))

@@ -1,9 +1,9 @@
-"""Grammars: text that is held to a JSON schema, a regular expression, a list or a grammar.
+"""Structured output: text constrained to a JSON schema, regular expression, choice or grammar.
 
-llguidance computes for each step which tokens may come next. A grammar is lazy: it costs a
-millisecond to compile, and its states are found as they are met. What a client writes is bounded in
-size, in the work of each step and in the time that a text may cost in all; beyond that its request
-ends with an error, and nobody else's.
+llguidance computes the bitmask of allowed tokens for each step. Grammars are lazy: compiling one
+takes about a millisecond, and its states are built when they are reached. A client's grammar is
+bounded in size, in work per step and in total time per text; exceeding a bound fails only that
+request.
 """
 
 import asyncio
@@ -28,11 +28,11 @@ GrammarKind = Literal["json_schema", "regex", "choice", "grammar", "lark"]
 
 MAX_GRAMMAR_BYTES = 64 << 10
 MAX_CACHED_GRAMMARS = 64
-MAX_CONCURRENT_COMPILATIONS = 1  # at a time: a hard one must not take every core from the engine
+MAX_CONCURRENT_COMPILATIONS = 1  # an expensive grammar must not take all cores from the engine
 COMPILE_TIMEOUT_S = 5.0
-# What all the steps of one text may take of a core: some for its first ones, a little for each.
+# CPU time for all steps of one text: a fixed allowance plus an allowance for each step.
 INITIAL_TIME_BUDGET_S, STEP_TIME_BUDGET_S = 0.5, 0.005
-# Whitespace between JSON's tokens has a bound: without one a small model may never end.
+# Bounded whitespace between JSON tokens: without a bound, a small model may never finish.
 JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[ \n\t]{0,16}"}
 _PARSER_LIMITS = LLParserLimits(
     max_items_in_row=1000,
@@ -47,12 +47,12 @@ _PARSER_LIMITS = LLParserLimits(
 
 @dataclass(frozen=True, slots=True)
 class GrammarSource:
-    """A grammar as it was written.
+    """A grammar as the client wrote it.
 
     Attributes:
-        kind: what it is written in: a JSON schema as JSON, a regular expression, a JSON list of
-            strings, a grammar in GBNF or Lark's form, or surely in Lark's.
-        text: the grammar.
+        kind: its language: "json_schema" is a JSON schema, "regex" a regular expression, "choice" a
+            JSON list of strings, "grammar" GBNF or Lark (detected), "lark" Lark.
+        text: the source text.
     """
 
     kind: GrammarKind
@@ -60,11 +60,11 @@ class GrammarSource:
 
 
 class GrammarMatcher:
-    """Where one sequence stands in its grammar; belongs to the engine's thread.
+    """The position of one sequence in its grammar; used on the engine's thread only.
 
     Attributes:
-        n_words: the 32-bit words that hold a bit for each token of the vocabulary.
-        ended: whether the text is complete: nothing may follow but its end.
+        n_bitmask_words: number of 32-bit words in a bitmask of one bit per token.
+        is_terminated: whether the text is complete and no further token is allowed.
     """
 
     def __init__(self, state: LLMatcher, n_bitmask_words: int) -> None:
@@ -76,15 +76,15 @@ class GrammarMatcher:
 
     @property
     def error(self) -> str | None:
-        """Why the text cannot go on, if it cannot."""
+        """Why the text cannot continue: the matcher failed or exceeded its time; else None."""
         if self._state.is_error():
-            return f"the text left its grammar, or the grammar is too complex: {self._error_text()}"
+            return f"the grammar rejected the text or is too complex: {self._error_text()}"
         if self._spent_s > INITIAL_TIME_BUDGET_S + STEP_TIME_BUDGET_S * self._n_steps:
-            return f"the grammar takes {1000 * self._spent_s / self._n_steps:.0f} ms for each token"
+            return f"the grammar takes {1000 * self._spent_s / self._n_steps:.0f} ms per token"
         return None
 
     def fill_bitmask(self, bitmask: Tensor) -> None:
-        """Write which tokens may come next, one bit each, [n_words], int32, on the CPU."""
+        """Write the bitmask of allowed next tokens into `bitmask`, [W], int32, on the CPU."""
         start_s = time.thread_time()
         self._state.unsafe_compute_mask_ptr(
             bitmask.data_ptr(), bitmask.numel() * bitmask.element_size()
@@ -93,7 +93,7 @@ class GrammarMatcher:
         self._n_steps += 1
 
     def accept_token(self, token: int) -> None:
-        """Take the token that was chosen."""
+        """Advance by the sampled token."""
         start_s = time.thread_time()
         self._state.consume_token(token)
         self._spent_s += time.thread_time() - start_s
@@ -104,10 +104,10 @@ class GrammarMatcher:
 
 
 class CompiledGrammar:
-    """A grammar that is ready to hold texts; any number of them at once.
+    """A compiled grammar, shared by any number of sequences.
 
     Attributes:
-        end_ids: the tokens that end a text where the grammar lets it end.
+        stop_token_ids: tokens that end the text where the grammar allows it to end.
     """
 
     def __init__(self, state: LLMatcher, ll_tokenizer: LLTokenizer) -> None:
@@ -116,11 +116,11 @@ class CompiledGrammar:
         self._n_bitmask_words = -(-ll_tokenizer.vocab_size // 32)
 
     def new_matcher(self) -> GrammarMatcher:
-        """Return where a new text begins."""
+        """Return a matcher at the start of the grammar."""
         return GrammarMatcher(self._state.deep_copy(), self._n_bitmask_words)
 
     def check_step_time(self) -> None:
-        """Take the first step, which is the longest; raises ConstraintError if it is too long."""
+        """Compute the first step, the most expensive; raises GrammarError if it takes too long."""
         matcher = self.new_matcher()
         matcher.fill_bitmask(torch.zeros(self._n_bitmask_words, dtype=torch.int32))
         if (error := matcher.error) is not None:
@@ -128,7 +128,7 @@ class CompiledGrammar:
 
 
 class GrammarCompiler:
-    """Compiles grammars off the event loop and keeps the latest; belongs to one loop."""
+    """Compiles grammars in a thread, with an LRU cache of results; bound to one event loop."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -136,17 +136,19 @@ class GrammarCompiler:
         self._compile_semaphore = asyncio.Semaphore(MAX_CONCURRENT_COMPILATIONS)
 
     async def compile(self, source: GrammarSource) -> CompiledGrammar:
-        """Return the grammar.
+        """Return the compiled grammar, from the cache if possible.
 
         Raises:
-            ConstraintError: it is none, too large, or more than is computed here.
+            GrammarError: the source is invalid, unsupported, too large or too expensive.
         """
         if (cached := self._cache.get(source)) is not None:
             self._cache.move_to_end(source)
             return cached
         size_bytes = len(source.text.encode())
         if size_bytes > MAX_GRAMMAR_BYTES:
-            raise GrammarError(f"it has {size_bytes} bytes, at most {MAX_GRAMMAR_BYTES} are read")
+            raise GrammarError(
+                f"the grammar has {size_bytes} bytes, more than the limit of {MAX_GRAMMAR_BYTES}"
+            )
         grammar = await self._compile_in_thread(source)
         self._cache[source] = grammar
         while len(self._cache) > MAX_CACHED_GRAMMARS:
@@ -157,17 +159,24 @@ class GrammarCompiler:
         await self._compile_semaphore.acquire()
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(None, compile_grammar, source, self._vocabulary)
-        # Held until the thread is done, in time or not: nothing can interrupt it.
+        # Released only when the thread ends, even after a timeout: it cannot be interrupted.
         future.add_done_callback(lambda _: self._compile_semaphore.release())
         try:
             return await asyncio.wait_for(asyncio.shield(future), COMPILE_TIMEOUT_S)
         except TimeoutError:
             future.add_done_callback(_consume_exception)
-            raise GrammarError(f"it was not compiled within {COMPILE_TIMEOUT_S:.0f} s") from None
+            raise GrammarError(
+                f"the grammar was not compiled within {COMPILE_TIMEOUT_S:.0f} s"
+            ) from None
 
 
 def compile_grammar(source: GrammarSource, vocabulary: Vocabulary) -> CompiledGrammar:
-    """Return the grammar; takes milliseconds, or seconds for the worst that the limits let pass."""
+    """Compile a grammar; takes milliseconds, or seconds for the worst case within the limits.
+
+    Raises:
+        GrammarError: the source is invalid, unsupported or too expensive, or llguidance cannot use
+            the model's tokenizer.
+    """
     ll_tokenizer = vocabulary.ll_tokenizer
     try:
         state = LLMatcher(ll_tokenizer, _to_llguidance(source), log_level=0, limits=_PARSER_LIMITS)
@@ -191,7 +200,12 @@ def _consume_exception(future: "asyncio.Future[CompiledGrammar]") -> None:
 
 
 def apply_grammar_bitmask(scores: Tensor, rows: Sequence[tuple[int, GrammarMatcher]]) -> None:
-    """Forbid what the grammars do not allow next in the scores, [N, V], in place."""
+    """Set the scores of tokens that the grammars forbid to minus infinity, in place.
+
+    Args:
+        scores: [N, V].
+        rows: (row of the scores, matcher) of each constrained row.
+    """
     if not rows:
         return
     n_vocab = scores.shape[-1]
@@ -200,7 +214,7 @@ def apply_grammar_bitmask(scores: Tensor, rows: Sequence[tuple[int, GrammarMatch
         matcher.fill_bitmask(packed)
     forbidden = numpy.unpackbits(
         (~bitmask).numpy().view(numpy.uint8), axis=-1, count=n_vocab, bitorder="little"
-    )  # [R, V], of 0 and 1
+    )  # [R, V], uint8, 1 where forbidden
     masks = torch.from_numpy(forbidden).view(torch.bool).to(scores.device)  # [R, V]
     for mask, (row, _) in zip(masks, rows, strict=True):
         scores[row].masked_fill_(mask, -torch.inf)

@@ -1,7 +1,4 @@
-"""How often the engine may be started again before the process had better end.
-
-Has a batcher run: starts one, another in its place when it has died, and gives up in time.
-"""
+"""Supervises the batcher: starts it, replaces it after a crash and gives up within a budget."""
 
 import asyncio
 import logging
@@ -9,13 +6,17 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from faasmoe_router.transformers_backend.continuous_batching import ContinuousBatcher
+from faasmoe_transformers.continuous_batching import ContinuousBatcher
 
 logger = logging.getLogger(__name__)
 
+STOP_TIMEOUT_S = 30.0
+RESTART_LIMIT = 3
+RESTART_WINDOW_S = 300.0
+
 
 class RestartBudget:
-    """Allows `limit` restarts in any `window_s` seconds; the time is passed in."""
+    """Allows `limit` restarts within any `window_s` seconds; times are passed in."""
 
     def __init__(self, *, limit: int, window_s: float) -> None:
         self._limit = limit
@@ -23,7 +24,7 @@ class RestartBudget:
         self._restarted_s: deque[float] = deque()
 
     def try_acquire(self, now_s: float) -> bool:
-        """Use one restart; return whether it was allowed."""
+        """Use one restart at monotonic time `now_s`; return whether it is allowed."""
         while self._restarted_s and self._restarted_s[0] <= now_s - self._window_s:
             self._restarted_s.popleft()
         if len(self._restarted_s) >= self._limit:
@@ -32,22 +33,17 @@ class RestartBudget:
         return True
 
 
-STOP_TIMEOUT_S = 30.0
-RESTART_LIMIT = 3
-RESTART_WINDOW_S = 300.0
-
-
 class BatcherSupervisor:
-    """Keeps one batcher; belongs to the event loop.
+    """Keeps one batcher running. Used on the event loop only.
 
     Args:
-        make: makes a batcher and starts it; is called in a thread, with the event loop that gets
-            its outputs.
-        on_give_up: is called when no other batcher will be made.
+        make_batcher: creates and starts a batcher; called on a thread, with the event loop that
+            receives its outputs.
+        on_give_up: called when no further batcher will be started.
 
     Attributes:
-        batcher: the one that was made last; None before the first and between two.
-        stuck: whether a thread was left behind because it did not end in time.
+        batcher: the current batcher; None before the first one and during a replacement.
+        is_stuck: whether a thread did not end in time and was abandoned.
     """
 
     def __init__(
@@ -63,24 +59,24 @@ class BatcherSupervisor:
         self._restart_budget = RestartBudget(limit=RESTART_LIMIT, window_s=RESTART_WINDOW_S)
 
     async def start(self) -> None:
-        """Make a batcher; raises what making it raises."""
+        """Start a batcher; raises what `make_batcher` raises."""
         loop = asyncio.get_running_loop()
         make_task = asyncio.create_task(asyncio.to_thread(self._make_batcher, loop))
         try:
             await asyncio.shield(make_task)
-        finally:  # if we are stopped meanwhile, too: a thread that nobody knows would never end
+        finally:  # also when cancelled: a batcher that is not recorded here would never be stopped
             self.batcher = await make_task
 
     async def stop(self) -> None:
-        """End the batcher, if there is one."""
+        """Stop the batcher, if there is one."""
         if self.batcher is None:
             return
         stopping = [self.batcher]
         self.batcher = None
 
         def stop() -> bool:
-            # Let go of with the call: a pool's thread may keep what it ran until much later, and
-            # the next batcher's cache needs the memory of this one's.
+            # Drop the reference here: an executor thread may keep its last call alive for long, and
+            # the next batcher needs the memory of this one's cache.
             return stopping.pop().stop(STOP_TIMEOUT_S)
 
         self.is_stuck = not await asyncio.to_thread(stop)
@@ -88,10 +84,10 @@ class BatcherSupervisor:
             logger.error("The engine's thread did not end in %.0f s", STOP_TIMEOUT_S)
 
     async def restart(self, fatal_reason: str) -> bool:
-        """Start again if that may help and the budget allows; return whether a batcher runs.
+        """Start a new batcher unless that is futile or over budget; return whether one runs.
 
         Args:
-            why_final: why it would not help; empty if it may.
+            fatal_reason: why a new batcher would fail too; empty if it may succeed.
         """
         if fatal_reason:
             logger.critical("The engine gives up: %s", fatal_reason)
@@ -107,8 +103,8 @@ class BatcherSupervisor:
         try:
             await self.start()
         except Exception:
-            logger.exception("The engine could not be started again; it gives up")
+            logger.exception("The engine could not be restarted; it gives up")
             self._on_give_up()
             return False
-        logger.warning("The engine was started again")
+        logger.warning("The engine was restarted")
         return True

@@ -1,9 +1,7 @@
-"""The vocabulary as bytes: what each token stands for, byte by byte, and llguidance's view of it.
+"""The model's tokenizer: encoding, chat templates, incremental detokenization and vocabulary.
 
-Made when something first needs it (a second for 150,000 tokens): a server whose clients ask neither
-for log-probabilities nor for grammars never does.
-
-Text to tokens and back: the tokenizer's prompts, its chat template, its incremental decoding.
+Wraps a transformers tokenizer with a `tokenizer.json`. Everything that engine and API need from it
+goes through `ModelTokenizer`; nothing here knows the model or its scores.
 """
 
 import threading
@@ -22,13 +20,16 @@ from faasmoe_router.errors import ChatTemplateError, GrammarError, RouterConfigE
 
 
 class Vocabulary:
-    """A model's tokens as bytes; safe to use from several threads.
+    """The bytes of each token, for log-probabilities and grammars; thread-safe.
+
+    Built on first use, which takes about a second for 150,000 tokens; a server whose clients
+    request neither never builds it.
 
     Args:
         backend: the tokenizer.
-        n_tokens: the model's scores for one position; it may have more than the tokenizer has
+        n_scores: number of scores that the model computes per position; may exceed the number of
             tokens.
-        eos_ids: the tokens that end a text.
+        eos_token_ids: the model's EOS tokens.
     """
 
     def __init__(self, backend: Tokenizer, *, n_scores: int, eos_token_ids: Sequence[int]) -> None:
@@ -40,18 +41,18 @@ class Vocabulary:
 
     @property
     def ll_tokenizer(self) -> LLTokenizer:
-        """The vocabulary as llguidance has it; raises ConstraintError if it has none such."""
+        """The vocabulary as llguidance's tokenizer; raises GrammarError if it cannot be built."""
         with self._lock:
             if self._ll_tokenizer is None:
                 self._ll_tokenizer = self._make_ll_tokenizer()
             return self._ll_tokenizer
 
     def prepare(self) -> None:
-        """Make it now, which takes a while; raises ConstraintError."""
+        """Build the vocabulary now, about a second; raises GrammarError if that fails."""
         _ = self.ll_tokenizer
 
     def token_bytes(self, token: int) -> bytes:
-        """Return the bytes that a token adds to the text; a special token's are its name."""
+        """Return the bytes that a token adds to the text; for a special token, its name."""
         text: bytes = self.ll_tokenizer.decode_bytes([token])
         return text
 
@@ -63,7 +64,7 @@ class Vocabulary:
                 eos_token=self._eos_token_ids or None,
             )
         except (ValueError, TypeError) as error:
-            raise GrammarError(f"the model's tokenizer cannot be constrained: {error}") from error
+            raise GrammarError(f"llguidance cannot use the model's tokenizer: {error}") from error
 
 
 _TEMPLATE_ERRORS = (
@@ -74,13 +75,13 @@ _TEMPLATE_ERRORS = (
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplateOptions:
-    """What a chat template is told besides the messages.
+    """Inputs of a chat template besides the messages.
 
     Attributes:
-        tools: the functions that the assistant may call, in OpenAI's form.
-        add_generation_prompt: whether the assistant's turn begins after the messages.
-        continue_final_message: whether the last message goes on.
-        variables: what else the template is given.
+        tools: functions that the assistant may call, in OpenAI's format.
+        add_generation_prompt: whether to open the assistant's turn after the messages.
+        continue_final_message: whether generation continues the last message.
+        template_kwargs: additional template variables.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
@@ -90,17 +91,20 @@ class ChatTemplateOptions:
 
 
 DEFAULT_CHAT_TEMPLATE_OPTIONS = ChatTemplateOptions()
-# What `variables` may not be called: transformers' own.
+# Names that `template_kwargs` must not use: parameters of transformers.
 RESERVED_TEMPLATE_KWARGS = frozenset(
     {"messages", *signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
 )
 
 
 class ModelTokenizer:
-    """What the engine and the API need of a tokenizer; safe to call from several threads.
+    """A model's tokenizer and chat template; thread-safe.
+
+    Args:
+        tokenizer: a transformers tokenizer; RouterConfigError if it has no `tokenizer.json`.
 
     Attributes:
-        longest_token_bytes: the most bytes of UTF-8 text that one token stands for.
+        max_token_bytes: maximum number of UTF-8 bytes that one token stands for.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -109,7 +113,7 @@ class ModelTokenizer:
             raise RouterConfigError(
                 f"tokenizer: got {type(tokenizer).__name__}, expected one with a tokenizer.json"
             )
-        # A tokenizer.json may carry the limits of its training; the context is checked elsewhere.
+        # A tokenizer.json may contain training limits; the context length is checked elsewhere.
         backend.no_truncation()
         backend.no_padding()
         self._tokenizer = tokenizer
@@ -118,19 +122,19 @@ class ModelTokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model can be talked to in messages."""
+        """Whether the model accepts chat messages."""
         return bool(self._tokenizer.chat_template)
 
     @property
     def tool_chat_template(self) -> str:
-        """The chat template that is used where there are tools; empty if there is none."""
+        """The chat template used for requests with tools; empty if there is none."""
         templates = self._tokenizer.chat_template or ""
         if isinstance(templates, dict):
             templates = templates.get("tool_use") or templates.get("default") or ""
         return str(templates)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return a text's tokens, with those that the tokenizer adds to a prompt (as BOS)."""
+        """Return the tokens of a text, by default with those added to prompts (such as BOS)."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -139,10 +143,10 @@ class ModelTokenizer:
         messages: Sequence[Mapping[str, Any]],
         options: ChatTemplateOptions = DEFAULT_CHAT_TEMPLATE_OPTIONS,
     ) -> list[int]:
-        """Return the tokens of a conversation up to where the assistant begins to speak.
+        """Return the tokens of a conversation, rendered by the chat template.
 
         Raises:
-            ChatTemplateError: the model has no chat template, or its template refuses the messages.
+            ChatTemplateError: the model has no chat template, or it rejects the messages.
         """
         if not self.has_chat_template:
             raise ChatTemplateError("the model has no chat template; use /v1/completions")
@@ -155,40 +159,45 @@ class ModelTokenizer:
                 tokenize=False,
                 **options.template_kwargs,
             )
-            return self.encode(text, add_special_tokens=False)  # half a surrogate is no text
+            return self.encode(text, add_special_tokens=False)  # fails on lone surrogates
         except _TEMPLATE_ERRORS as error:
-            raise ChatTemplateError(f"the model's chat template refuses them: {error}") from error
+            raise ChatTemplateError(f"the chat template rejected the messages: {error}") from error
 
     def decode(self, ids: Sequence[int], *, include_special_tokens: bool = False) -> str:
-        """Return the text of tokens, with or without special tokens."""
+        """Return the text of tokens, by default without special tokens."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=not include_special_tokens)
         return text
 
     def special_token_id(self, text: str) -> int | None:
-        """Return the special token of this name, if there is one."""
+        """Return the id of the special token with this text; None if there is none."""
         token: int | None = self._backend.token_to_id(text)
         return None if token is None or self.decode([token]) else token
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
-        """Return the tokens as the vocabulary writes them."""
+        """Return the tokens as written in the vocabulary; empty for unknown ids."""
         return [self._backend.id_to_token(token) or "" for token in ids]
 
     def new_detokenizer(self, *, include_special_tokens: bool = False) -> "Detokenizer":
-        """Return a new incremental decoder, of special tokens too or without them."""
+        """Return a new incremental decoder, by default without special tokens."""
         return Detokenizer(self._backend, include_special_tokens=include_special_tokens)
 
     def new_vocabulary(self, *, n_scores: int, eos_token_ids: Sequence[int]) -> Vocabulary:
-        """Return the tokens as bytes, for a model with so many scores and these end tokens."""
+        """Return a `Vocabulary` for a model's number of scores and its EOS tokens."""
         return Vocabulary(self._backend, n_scores=n_scores, eos_token_ids=eos_token_ids)
 
 
 def _max_token_bytes(backend: Tokenizer) -> int:
-    # In UTF-8, whatever the token stands for: bytes written as characters only make it longer.
+    # An upper bound: byte-level tokens write single bytes as characters of up to two bytes.
     return max((len(token.encode()) for token in backend.get_vocab()), default=1)
 
 
 class Detokenizer:
-    """Turns one request's tokens into text as they come; a character comes whole or not yet."""
+    """Incremental detokenizer of one sequence; emits whole characters only.
+
+    Args:
+        backend: the tokenizer.
+        include_special_tokens: whether special tokens appear in the text.
+    """
 
     def __init__(self, backend: Tokenizer, *, include_special_tokens: bool = False) -> None:
         self._backend = backend
@@ -197,7 +206,7 @@ class Detokenizer:
         self._undecoded: list[int] = []
 
     def feed(self, token: int) -> str:
-        """Take one token; return the text that is certain now."""
+        """Add a token; return the text completed by it, which may be empty."""
         self._undecoded.append(token)
         text: str | None = self._stream.step(self._backend, token)
         if text is None:
@@ -206,7 +215,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """Return what is left at the end: the bytes of a character that was never finished."""
+        """Return the text of an incomplete character at the end of the sequence."""
         text: str = self._backend.decode(self._undecoded, skip_special_tokens=self._skip_special)
         self._undecoded.clear()
         return text

@@ -1,5 +1,5 @@
-"""Tenants: who calls, what each may ask for, whose turn it is, and what each has used.
+"""Tenants: authentication, quotas, fair shares and usage accounting.
 
-Knows names, keys' digests, tokens and seconds; knows nothing of HTTP, of tensors, or of which
-experts a request hits.
+Knows tenants' names, digests of API keys, tokens and seconds; knows nothing of HTTP, of tensors, or
+of which experts a request uses.
 """

@@ -1,8 +1,8 @@
-"""API keys: read from folders, kept as SHA-256 digests only, compared in constant time.
+"""API keys: read from folders, stored as SHA-256 digests only, compared in constant time.
 
-A folder is a mounted Secret, or one like it: each file that does not begin with a dot is a key,
-less its last line end. A kubelet swaps the files of a Secret all at once, through the link
-`..data`. Nothing of a key is ever in a message, a log line or a repr.
+A folder is a mounted Secret or looks like one: each file whose name does not start with a dot is a
+key, without its last line break. The kubelet replaces all files of a Secret atomically, through the
+link `..data`. No message, log line or repr contains any part of a key.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from pathlib import Path
 
 from faasmoe_router.errors import RouterError
 
-MAX_KEY_BYTES = 8 << 10  # more than a header may carry
-MAX_KEYS = 100  # of a tenant: each is compared with at every request
-MAX_READ_ATTEMPTS = 3  # at reading a folder whose files are swapped meanwhile
+MAX_KEY_BYTES = 8 << 10  # longer than a header may be
+MAX_KEYS = 100  # of one tenant: every request is compared with each of them
+MAX_READ_ATTEMPTS = 3  # of reading a folder while its files are replaced
 
 
 class KeyReadError(RouterError):
-    """A folder of keys that cannot be used; the message names the file and tells nothing of it."""
+    """An invalid folder of keys; the message names the file but not its content."""
 
 
 def key_digest(key: str) -> bytes:
-    """Return what is kept of a key."""
+    """Return the SHA-256 digest of a key."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def read_key_digests(folder: Path) -> frozenset[bytes]:
-    """Return the digests of a folder's keys; a folder that is not there has none.
+    """Return the digests of a folder's keys; none if the folder does not exist.
 
     Raises:
-        KeysUnreadable: a file cannot be read, or holds no key.
+        KeyReadError: a file cannot be read, or is no key.
     """
     for _ in range(MAX_READ_ATTEMPTS - 1):
         try:
             return _read_folder(folder)
         except FileNotFoundError:
-            continue  # swapped between the listing and the reading
+            continue  # replaced between listing and reading
     try:
         return _read_folder(folder)
     except FileNotFoundError as error:
-        raise KeyReadError(f"{error.filename}: listed, but not there") from None
+        raise KeyReadError(f"{error.filename}: listed, but does not exist") from None
 
 
 def _read_folder(folder: Path) -> frozenset[bytes]:
@@ -75,10 +75,14 @@ def _digest_of_file(path: Path) -> bytes:
 
 
 class KeyRing:
-    """All tenants' keys; never changes, but is replaced as a whole.
+    """Immutable set of all tenants' keys.
 
     Args:
-        digests: each tenant's. A key that two tenants have is nobody's.
+        digests: key digests by tenant; a key that several tenants have authenticates none of them.
+
+    Attributes:
+        n_keys: number of valid keys by tenant.
+        n_shared_keys: number of keys that several tenants have.
     """
 
     def __init__(self, digests: Mapping[str, frozenset[bytes]]) -> None:
@@ -96,7 +100,7 @@ class KeyRing:
         return f"KeyRing({len(self._entries)} keys)"
 
     def find_tenant(self, key: str) -> str | None:
-        """Return whose key this is; takes as long whichever matches, or none."""
+        """Return the tenant of a key, None for an unknown one, in constant time."""
         presented = key_digest(key)
         tenant_found = None
         for digest, tenant in self._entries:

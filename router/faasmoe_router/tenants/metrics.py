@@ -1,4 +1,4 @@
-"""The tenants' metrics, read from their accounts when Prometheus asks: sums, nothing of experts."""
+"""Prometheus metrics of tenants, collected from their usage counters at each scrape."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from faasmoe_router.tenants.usage import RouterUsage
 
 
 class TenantCollector(Collector):
-    """Tells of all tenants.
+    """Collects the metrics of all tenants; none names an expert function.
 
     Args:
-        accounts: what they have used.
-        sequences: how many of each tenant's sequences run and wait now.
-        n_keys: how many keys each has now.
+        usage: usage through this router.
+        sequences: returns the running and waiting sequences of each tenant.
+        n_keys: returns the number of API keys of each tenant.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class TenantCollector(Collector):
         self._n_keys = n_keys
 
     def register(self, registry: CollectorRegistry) -> None:
-        """Have the registry ask."""
+        """Add this collector to a registry."""
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
@@ -66,15 +66,15 @@ class TenantCollector(Collector):
 
     def _state_metrics(self) -> Iterator[Metric]:
         running = GaugeMetricFamily(
-            "faasmoe_tenant_running_sequences", "Sequences that are computed.", labels=["tenant"]
+            "faasmoe_tenant_running_sequences", "Sequences being computed.", labels=["tenant"]
         )
         waiting = GaugeMetricFamily(
-            "faasmoe_tenant_waiting_sequences", "Sequences that wait for a slot.", labels=["tenant"]
+            "faasmoe_tenant_waiting_sequences", "Sequences waiting for a slot.", labels=["tenant"]
         )
         for name, (n_running, n_waiting) in self._sequences().items():
             running.add_metric([name], n_running)
             waiting.add_metric([name], n_waiting)
-        keys = GaugeMetricFamily("faasmoe_tenant_keys", "API keys in force.", labels=["tenant"])
+        keys = GaugeMetricFamily("faasmoe_tenant_keys", "Valid API keys.", labels=["tenant"])
         for name, count in self._n_keys().items():
             keys.add_metric([name], count)
         yield from (running, waiting, keys)

@@ -1,17 +1,12 @@
-"""What a tenant may ask for in a minute: requests and tokens, by token buckets. Pure.
+"""Tenants' quotas: rate limits by token buckets, and shares of the activation queue. Pure.
 
-A bucket holds a minute's worth and fills evenly (RFC 3290, appendix A); what OpenAI's reset
-headers tell, the time until it is full, is a bucket's figure too. Tokens are reserved when a
-request is let in, its prompt and the most that it may generate, and what it did not use is given
-back at its end.
+A bucket has the capacity of one minute and refills evenly (RFC 3290, appendix A); the time until it
+is full is what OpenAI's reset headers state. Admission reserves a request's tokens, its prompt and
+the most that it may generate, and returns the unused ones at its end.
 
-With several routers each has its part of the limit: a bucket of limit/routers, filled at that rate,
-so that together they let through what one would. A request that is larger than a part, though not
-than the whole, is let through by a full bucket, which then is in debt for as long as it takes.
-
-The tenants' buckets, made when they are first needed and anew when a limit has changed.
-
-Requests that wait for functions to be started: each tenant has its own part of what may.
+With several routers each has a bucket of limit / routers, so that together they admit what one
+would. A request larger than this share, but within the limit, is admitted by a full bucket, which
+is then in debt until it has refilled.
 """
 
 from __future__ import annotations
@@ -25,12 +20,22 @@ from faasmoe_router.errors import ActivationQueueFull, RateLimitExceeded, Reques
 from faasmoe_router.tenants.registry import TenantLimitsConfig
 
 MINUTE_S = 60.0
-MAX_RETRY_AFTER_S = 120.0  # clients do not retry what asks them to wait longer
-_ROUNDING_SLACK = 1e-6  # what rounding loses
+MAX_RETRY_AFTER_S = 120.0  # OpenAI clients do not retry after a longer wait
+_ROUNDING_SLACK = 1e-6  # tolerance for rounding errors
 
 
 class TokenBucket:
-    """An allowance that fills evenly, a minute from empty to full; times are monotonic seconds."""
+    """A token bucket that refills evenly, in one minute from empty to full.
+
+    Args:
+        limit: tokens per minute over all routers.
+        now_s: current time; all times are monotonic seconds.
+        n_routers: routers that share the limit.
+
+    Attributes:
+        limit: tokens per minute over all routers.
+        capacity: this router's share of the limit, at least 1.
+    """
 
     def __init__(self, limit: int, now_s: float, *, n_routers: int = 1) -> None:
         self.limit = limit
@@ -41,48 +46,53 @@ class TokenBucket:
         self._updated_s = now_s
 
     def available(self, now_s: float) -> float:
-        """Return what is left; negative while in debt."""
+        """Return the tokens available; negative while in debt."""
         refilled = self._available + self._rate * max(0.0, now_s - self._updated_s)
         return min(self.capacity, refilled)
 
     def wait_s(self, amount: float, now_s: float) -> float:
-        """Return how long until so much may be taken; 0 if now."""
+        """Return the seconds until `amount` tokens may be consumed; 0 if they may be now."""
         missing = min(amount, self.capacity) - self.available(now_s)
         return 0.0 if missing <= _ROUNDING_SLACK else missing / self._rate
 
     def consume(self, amount: float, now_s: float) -> None:
-        """Take so much, whether there or not; give it back if negative."""
+        """Consume tokens, available or not; a negative amount returns them."""
         self._available = min(self.capacity, self.available(now_s) - amount)
         self._updated_s = max(self._updated_s, now_s)
 
     def remaining(self, now_s: float) -> int:
-        """Return what is left of the whole limit, if the other routers have spent as much."""
+        """Return the tokens left over all routers, if the others have consumed as much."""
         return max(
             0,
             math.floor(self.available(now_s) * min(self._n_routers, self.limit) + _ROUNDING_SLACK),
         )
 
     def reset_s(self, now_s: float) -> float:
-        """Return how long until it is full."""
+        """Return the seconds until the bucket is full."""
         return (self.capacity - self.available(now_s)) / self._rate
 
 
 @dataclass(slots=True)
 class Reservation:
-    """Tokens that a request may still use; `settle` it when it has ended."""
+    """Tokens reserved for a request; call `release_unused` at its end.
+
+    Attributes:
+        n_tokens: tokens reserved.
+        bucket: bucket that they were consumed from; None without a limit.
+    """
 
     n_tokens: int
     bucket: TokenBucket | None
 
     def release_unused(self, n_used: int, now_s: float) -> None:
-        """Give back what was not used; does nothing a second time."""
+        """Return the unused tokens to the bucket; later calls do nothing."""
         if self.bucket is not None:
             self.bucket.consume(min(0, n_used - self.n_tokens), now_s)
             self.bucket = None
 
 
 class RateLimiter:
-    """One tenant's requests and tokens per minute; None is no limit."""
+    """Limits one tenant's requests and tokens per minute; None means no limit."""
 
     def __init__(
         self,
@@ -100,15 +110,15 @@ class RateLimiter:
 
     @property
     def max_tokens(self) -> int | None:
-        """The most tokens that one request may reserve, if there is a limit."""
+        """The most tokens that one request may reserve; None without a limit."""
         return None if self._token_bucket is None else self._token_bucket.limit
 
     def admit(self, n_tokens: int, now_s: float) -> Reservation:
         """Count a request and reserve its tokens, or do neither.
 
         Raises:
-            NeverFits: it asks for more than a minute's tokens.
-            RateLimited: it has to wait.
+            RequestTooLarge: the request exceeds the tokens of one minute.
+            RateLimitExceeded: the limit does not admit the request now.
         """
         if self._token_bucket is not None and n_tokens > self._token_bucket.limit:
             raise RequestTooLarge(
@@ -124,7 +134,7 @@ class RateLimiter:
         return Reservation(n_tokens, self._token_bucket)
 
     def headers(self, now_s: float) -> dict[str, str]:
-        """Return OpenAI's x-ratelimit-* headers for the limits that there are."""
+        """Return OpenAI's x-ratelimit-* headers for the configured limits."""
         return {
             **_rate_limit_headers("requests", self._request_bucket, now_s),
             **_rate_limit_headers("tokens", self._token_bucket, now_s),
@@ -137,15 +147,15 @@ class RateLimiter:
         if bucket is None or not wait_s:
             return
         raise RateLimitExceeded(
-            f"Rate limit reached on {resource} per minute: limit {bucket.limit}, requested {amount}. "
-            f"Please try again in {format_duration(wait_s)}.",
+            f"Rate limit reached on {resource} per minute: limit {bucket.limit}, "
+            f"requested {amount}. Please try again in {format_duration(wait_s)}.",
             retry_after_s=min(wait_s, MAX_RETRY_AFTER_S),
             headers=self.headers(now_s),
         )
 
 
 def format_duration(seconds: float) -> str:
-    """Return a time as OpenAI's headers write it: 17ms, 1.2s, 6m0s."""
+    """Return a duration in the format of OpenAI's headers: 17ms, 1.2s, 6m0s."""
     if seconds < 1:
         return f"{math.ceil(seconds * 1000)}ms"
     minutes, remainder_s = divmod(math.ceil(seconds * 10) / 10, 60)
@@ -168,7 +178,7 @@ _LimitKey = tuple[int | None, int | None, int]
 
 
 class RateLimiters:
-    """Each tenant's requests and tokens per minute."""
+    """Rate limiters by tenant, replaced when a limit changes."""
 
     def __init__(self) -> None:
         self._limiters: dict[str, tuple[_LimitKey, RateLimiter]] = {}
@@ -176,7 +186,7 @@ class RateLimiters:
     def get_or_create(
         self, tenant: str, limits: TenantLimitsConfig, now_s: float, *, n_routers: int
     ) -> RateLimiter:
-        """Return a tenant's allowance; a full one if it is new or its limits have changed."""
+        """Return a tenant's limiter; a new one with full buckets if its limits have changed."""
         limit_key = (limits.requests_per_minute, limits.tokens_per_minute, n_routers)
         cached = self._limiters.get(tenant)
         if cached is None or cached[0] != limit_key:
@@ -190,7 +200,7 @@ class RateLimiters:
         return cached[1]
 
     def retain(self, tenants: Container[str]) -> None:
-        """Forget who is not among these."""
+        """Drop the limiters of other tenants."""
         self._limiters = {
             name: limiter for name, limiter in self._limiters.items() if name in tenants
         }
@@ -198,11 +208,11 @@ class RateLimiters:
 
 @dataclass(frozen=True, slots=True)
 class ActivationQueueCapacity:
-    """What may wait, all tenants together.
+    """Capacity of the activation queue over all tenants.
 
     Attributes:
-        max_requests: requests.
-        max_bytes: their bodies' bytes.
+        max_requests: queued requests.
+        max_bytes: total size of their bodies, in bytes.
     """
 
     max_requests: int = 1024
@@ -210,7 +220,7 @@ class ActivationQueueCapacity:
 
 
 class TenantQueueQuota:
-    """Counts what waits, by tenant."""
+    """Limits each tenant to its share of the activation queue."""
 
     def __init__(self, capacity: ActivationQueueCapacity) -> None:
         self._capacity = capacity
@@ -218,15 +228,15 @@ class TenantQueueQuota:
 
     @contextmanager
     def reserve(self, tenant: str, share: float, *, size_bytes: int) -> Iterator[None]:
-        """Count a request while it waits.
+        """Count a request as queued within the context.
 
         Args:
-            tenant: whose it is.
-            part: the tenant's part of what may wait, 0 to 1; one request always may.
-            size_bytes: of its body.
+            tenant: tenant of the request.
+            share: the tenant's share of the queue, 0 to 1; it always covers one request.
+            size_bytes: size of the request's body.
 
         Raises:
-            HoldQueueFull: the tenant's part is full.
+            ActivationQueueFull: the tenant's share is used up.
         """
         n_requests, n_bytes = self._queued.get(tenant, (0, 0))
         if n_requests and n_requests + 1 > self._capacity.max_requests * share:

@@ -1,18 +1,9 @@
-"""The tenants file: who the tenants of this model are and what each is entitled to.
+"""The registry of tenants: the tenants file and the folders of API keys, reloaded as they change.
 
-The operator or `faasmoe up` writes it; it is read strictly, and refused as a whole if anything in
-it is wrong. It names folders with keys and holds none.
-
-Whose prompts may share the KV cache of a common beginning. Pure.
-
-That a prompt begins as an earlier one did shows in its time to the first token, so tenants share
-nothing unless they say so of each other, all of them: if a and b name each other and b and c do,
-but a and c do not, then a block that b computes would tell a of c, so none of the three shares.
-
-Who the tenants are now: the tenants file and the folders of keys, read again as they change.
-
-What cannot be read leaves the last good state of that part in force: a damaged file must not lock
-everybody out. Keys that are gone are revoked at the next reading.
+The operator or `faasmoe up` writes the tenants file; it names folders of keys and contains none. It
+is read strictly and rejected as a whole. An invalid file or folder keeps the last good version of
+that part, because a damaged file must not lock all tenants out; removed keys are revoked at the
+next reload. The module also derives which tenants share prefix-cached KV blocks.
 """
 
 from __future__ import annotations
@@ -25,14 +16,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
+from faasmoe_contracts.control_messages import MAX_TENANTS
 from faasmoe_router.engine.fair_queue import Share
 from faasmoe_router.errors import RouterConfigError, TenantsConfigError
 from faasmoe_router.tenants.api_keys import KeyReadError, KeyRing, read_key_digests
 
 logger = logging.getLogger(__name__)
 
-
-MAX_TENANTS = 64
+REFRESH_INTERVAL_S = 1.0
+_KEEPING_LAST_GOOD = "keeping the last good version"
 MAX_SHOWN_INPUT_LENGTH = 80
 TenantName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
 LimitValue = Annotated[int, Field(ge=1, le=1 << 40)]
@@ -45,13 +37,13 @@ class _TenantsFileModel(BaseModel):
 
 
 class TenantLimitsConfig(_TenantsFileModel):
-    """What a tenant may ask for; None is no limit.
+    """Limits of one tenant over all routers; None means no limit.
 
     Attributes:
-        requests_per_minute: requests that are let in.
-        tokens_per_minute: their tokens, prompt and output together.
-        max_concurrent_requests: sequences that are computed at once.
-        max_queued_requests: sequences that may wait beyond those.
+        requests_per_minute: requests admitted per minute.
+        tokens_per_minute: tokens admitted per minute, prompt and output together.
+        max_concurrent_requests: sequences computed concurrently.
+        max_queued_requests: sequences that may wait in addition.
         max_model_len: tokens of one request, prompt and output together.
         max_output_tokens: tokens that one choice of a request may generate.
     """
@@ -68,15 +60,15 @@ class TenantConfig(_TenantsFileModel):
     """One tenant.
 
     Attributes:
-        name: stands in its endpoint's path.
+        name: name, part of the path of its endpoint.
         keys_path: folder whose files are its API keys.
-        weight: its part of the service when there is not enough.
-        priority: tenants of a higher one go first.
-        model_alias: what its requests may call the model, beside the model's own name.
-        system_prompt: stands before conversations that have no system message.
-        share_prefix_cache_with: tenants that it lets see, by timing, what its prompts begin with;
-            only if they let it too.
-        limits: what it may ask for.
+        weight: share of the engine under contention, relative to other tenants.
+        priority: tenants of a higher priority are served first.
+        model_alias: name by which it may address the model besides the model's own.
+        system_prompt: prepended to conversations without a system message.
+        share_prefix_cache_with: tenants with which it shares prefix-cached KV blocks if that is
+            mutual; they can then infer prefixes of its prompts from response times.
+        limits: its limits.
     """
 
     name: TenantName
@@ -90,11 +82,11 @@ class TenantConfig(_TenantsFileModel):
 
     @property
     def keys_folder(self) -> Path:
-        """The folder with its keys."""
+        """The folder of its API keys."""
         return Path(self.keys_path)
 
     def share(self, *, n_routers: int = 1) -> Share:
-        """Return what the tenant is entitled to in one of several routers: its part, rounded up."""
+        """Return the tenant's share of one router's engine; limits are split and rounded up."""
         return Share(
             weight=self.weight,
             priority=self.priority,
@@ -104,13 +96,13 @@ class TenantConfig(_TenantsFileModel):
 
 
 class TenantsConfig(_TenantsFileModel):
-    """The whole file.
+    """The tenants file.
 
     Attributes:
-        version: of the format.
-        model: the model's name.
-        tenants: the tenants, in the file's order.
-        router_replicas: routers that share the limits, if the file tells.
+        version: version of the format.
+        model: name of the model.
+        tenants: the tenants, in the order of the file.
+        router_replicas: routers that share the limits; None leaves it to the router's settings.
     """
 
     version: Literal[1]
@@ -128,7 +120,7 @@ class TenantsConfig(_TenantsFileModel):
 
     @classmethod
     def loads(cls, content: bytes) -> TenantsConfig:
-        """Read the file's content; raises DocumentError that names the field."""
+        """Read the file's content; raises TenantsConfigError that names the field."""
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
@@ -148,7 +140,7 @@ def _error_message(error: Mapping[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{path}: missing"
     if error["type"] == "extra_forbidden":
-        return f"{path}: got a field that is not known here"
+        return f"{path}: got an unknown field"
     shown = repr(error["input"])[:MAX_SHOWN_INPUT_LENGTH]
     return f"{path or 'tenants file'}: got {shown}, {_expected(str(error['msg']))}"
 
@@ -158,7 +150,12 @@ def _expected(message: str) -> str:
 
 
 def prefix_cache_groups(tenants: Iterable[TenantConfig]) -> dict[str, str]:
-    """Return the group of each tenant, named after its members; alone unless all agree."""
+    """Return the prefix cache group of each tenant, named after the group's members.
+
+    The time to the first token reveals that a prefix is cached, so a group needs the mutual consent
+    of all members. If a and b name each other and b and c do, but a and c do not, a block computed
+    for b could reveal a to c, so each of the three is alone.
+    """
     declared = {tenant.name: set(tenant.share_prefix_cache_with) for tenant in tenants}
     mutual = {
         name: {other for other in others if name in declared.get(other, ())} - {name}
@@ -175,7 +172,7 @@ def prefix_cache_groups(tenants: Iterable[TenantConfig]) -> dict[str, str]:
 def one_sided_sharing(
     tenants: Iterable[TenantConfig], groups: Mapping[str, str]
 ) -> list[tuple[str, str]]:
-    """Return the pairs in which the first names the second, and yet they do not share."""
+    """Return the pairs of tenants of which the first names the second without being grouped."""
     return [
         (tenant.name, other)
         for tenant in tenants
@@ -184,19 +181,19 @@ def one_sided_sharing(
     ]
 
 
-REFRESH_INTERVAL_S = 1.0
-_KEEPING_LAST_GOOD = "keeping the last good version"
-
-
 class TenantRegistry:
-    """The tenants and their keys.
+    """Current tenants and their API keys.
 
     Args:
         path: the tenants file.
-        interval_s: how long what was read is taken for true.
+        refresh_interval_s: least time between two reloads, in seconds.
+
+    Attributes:
+        config: content of the tenants file.
+        key_ring: API keys of all tenants.
 
     Raises:
-        ConfigError: the tenants file cannot be used; later ones that cannot are passed over.
+        RouterConfigError: the tenants file is invalid; after the start, an invalid file is ignored.
     """
 
     def __init__(self, path: Path, *, refresh_interval_s: float = REFRESH_INTERVAL_S) -> None:
@@ -221,11 +218,11 @@ class TenantRegistry:
         return self._tenants
 
     def authenticate(self, api_key: str) -> TenantConfig | None:
-        """Return whose key this is, in a time that does not depend on it."""
+        """Return the tenant of an API key, None for an unknown one, in constant time."""
         return self._tenants.get(self.key_ring.find_tenant(api_key) or "")
 
     def refresh(self, now_s: float) -> bool:
-        """Read everything again if that is due; return whether the tenants file changed."""
+        """Reload everything if that is due; return whether the tenants file changed."""
         if now_s - self._last_read_s < self.refresh_interval_s:
             return False
         self._last_read_s = now_s
@@ -262,7 +259,7 @@ class TenantRegistry:
             )
 
     def _log_new_errors(self, errors: Mapping[str, str]) -> None:
-        """Log what is wrong, once."""
+        """Log the errors that the last reload did not have."""
         for source, message in errors.items():
             if self._errors.get(source) != message:
                 logger.error("Tenants: %s: %s", source, message)

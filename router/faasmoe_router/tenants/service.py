@@ -1,10 +1,8 @@
-"""A router without tenants: whoever reaches it may call.
+"""The tenant service: authenticates callers, admits requests within quotas and records their usage.
 
-The tenants of one router: recognised, let in within their limits, and billed; an async context.
-
-What is decided is decided by the pure parts; here they are put together, and run: the tenants file
-and the keys are read again each second, the expert functions' cost is shared out, and the accounts
-are written to their file.
+`TenantService` combines the pure parts of this package and runs their periodic jobs: it reloads
+tenants and keys, attributes the expert functions' cost and saves usage. `NoTenants` replaces it in
+a router without tenants. `Caller` is who sent a request, with its limits.
 """
 
 from __future__ import annotations
@@ -14,18 +12,12 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 from faasmoe_router.engine.fair_queue import Share
-from faasmoe_router.engine.generation import GenerationRequest
+from faasmoe_router.engine.generation import GenerationRequest, NullUsageRecorder, UsageRecorder
 from faasmoe_router.errors import RateLimitExceeded
-from faasmoe_router.tenants.caller import (
-    Caller,
-    NullUsageRecorder,
-    TenantUsageRecorder,
-    UsageRecorder,
-)
 from faasmoe_router.tenants.metrics import TenantCollector
 from faasmoe_router.tenants.quota import (
     ActivationQueueCapacity,
@@ -47,8 +39,122 @@ from faasmoe_router.tenants.usage_store import ClusterUsage, UsageFileStore
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Identity and limits of a request's caller; by default anonymous and unlimited.
+
+    Attributes:
+        tenant: name of the tenant; empty without tenants.
+        model_alias: name by which the caller may address the model besides the model's own.
+        system_prompt: prepended to conversations without a system message.
+        max_model_len: tokens of one request, prompt and output together.
+        max_output_tokens: tokens that one choice may generate.
+        max_request_tokens: tokens that all choices of a request together may reserve.
+    """
+
+    tenant: str = ""
+    model_alias: str | None = None
+    system_prompt: str | None = None
+    max_model_len: int | None = None
+    max_output_tokens: int | None = None
+    max_request_tokens: int | None = None
+
+    def model_names(self, model_name: str) -> tuple[str, ...]:
+        """Return the names by which this caller may address the model."""
+        names = (model_name, self.model_alias)
+        return tuple(dict.fromkeys(name for name in names if name is not None))
+
+    def effective_max_model_len(self, max_model_len: int) -> int:
+        """Return the longest request of this caller in tokens, given the model's limit."""
+        return min(max_model_len, self.max_model_len or max_model_len)
+
+    def with_system_prompt(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the messages, with the caller's system prompt first if they have none."""
+        has_system_message = any(message["role"] in ("system", "developer") for message in messages)
+        if self.system_prompt is None or has_system_message:
+            return messages
+        return [{"role": "system", "content": self.system_prompt}, *messages]
+
+
+ANONYMOUS = Caller()
+
+
+class RequestUsageRecorder(UsageRecorder, Protocol):
+    """Records the usage of an admitted request, and its outcome if the sequences do not tell it.
+
+    Attributes:
+        headers: response headers that state the tenant's remaining limits.
+    """
+
+    headers: Mapping[str, str]
+
+    def finish(self, outcome: RequestOutcome | None = None) -> None:
+        """Finalize the record; idempotent. Without an outcome it is derived from the sequences."""
+
+
+class NullRequestUsageRecorder(NullUsageRecorder):
+    """Records nothing: there are no tenants."""
+
+    headers: Mapping[str, str] = {}
+
+    def finish(self, outcome: RequestOutcome | None = None) -> None:
+        """Do nothing."""
+
+
+@dataclass(slots=True)
+class TenantUsageRecorder:
+    """Records the usage of a tenant's request.
+
+    Attributes:
+        headers: rate limit headers of the response.
+        n_sequences: choices of the request.
+        n_prompt_tokens: tokens of its prompts, each prompt once.
+        on_finish: called once with the prompt tokens, the generated tokens and the outcome.
+    """
+
+    headers: Mapping[str, str]
+    n_sequences: int
+    n_prompt_tokens: int
+    on_finish: Callable[[int, int, RequestOutcome], None]
+    _n_generated_tokens: int = field(default=0, init=False)
+    _n_finished: int = field(default=0, init=False)
+    _is_started: bool = field(default=False, init=False)
+    _has_failed: bool = field(default=False, init=False)
+    _is_finished: bool = field(default=False, init=False)
+
+    def record_started(self) -> None:
+        """Count the prompt."""
+        self._is_started = True
+
+    def record_tokens(self, n_tokens: int, *, is_last: bool) -> None:
+        """Count generated tokens, and finished sequences."""
+        self._n_generated_tokens += n_tokens
+        self._n_finished += is_last
+
+    def record_failure(self) -> None:
+        """Count the request as failed."""
+        self._has_failed = True
+
+    def finish(self, outcome: RequestOutcome | None = None) -> None:
+        """Report the usage, once."""
+        if self._is_finished:
+            return
+        self._is_finished = True
+        n_prompt_tokens = self.n_prompt_tokens if self._is_started else 0
+        self.on_finish(n_prompt_tokens, self._n_generated_tokens, outcome or self._derive_outcome())
+
+    def _derive_outcome(self) -> RequestOutcome:
+        if self._n_finished == self.n_sequences:
+            return "completed"
+        return "failed" if self._has_failed else "cancelled"
+
+
+COST_ATTRIBUTION_INTERVAL_S = 1.0
+SAVE_INTERVAL_S = 10.0
+
+
 class NoTenants:
-    """No tenants: whoever reaches the router may call, and nothing is counted."""
+    """Admits every request and records nothing; for a router without tenants."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -58,9 +164,9 @@ class NoTenants:
 
     def admit(
         self, caller: Caller, requests: Sequence[GenerationRequest], *, n_prompt: int
-    ) -> UsageRecorder:
-        """Let a request in."""
-        return NullUsageRecorder()
+    ) -> RequestUsageRecorder:
+        """Admit a request."""
+        return NullRequestUsageRecorder()
 
     @contextmanager
     def queue_slot(self, caller: Caller, *, size_bytes: int) -> Iterator[None]:
@@ -68,31 +174,27 @@ class NoTenants:
         yield
 
     def usage(self, caller: Caller) -> dict[str, Any] | None:
-        """Return that there are no accounts."""
+        """Return None: no usage is recorded."""
         return None
 
 
-COST_ATTRIBUTION_INTERVAL_S = 1.0
-SAVE_INTERVAL_S = 10.0
-
-
 class TenantQueue(Protocol):
-    """What makes the tenants' requests wait; the engine."""
+    """Fair queue of the tenants' sequences, such as the engine."""
 
     def set_tenants(self, shares: Mapping[str, Share], prefix_groups: Mapping[str, str]) -> None:
-        """Take what each tenant is entitled to, and which share the cache of prefixes."""
+        """Replace the tenants' shares and prefix cache groups."""
 
     def sequence_counts(self, tenant: str) -> tuple[int, int]:
-        """Return how many of a tenant's sequences run, and how many wait."""
+        """Return the running and the waiting sequences of a tenant."""
 
 
 @dataclass(frozen=True, slots=True)
 class UsageSources:
-    """What tells what is spent, since it was asked last.
+    """Sources of the usage to attribute; each returns the amount since its last call.
 
     Attributes:
-        cost: of expert functions.
-        tokens: tokens that were computed for each tenant.
+        read_cost: returns the cost of expert functions.
+        read_tokens: returns the tokens computed for each tenant.
     """
 
     read_cost: Callable[[], FunctionCost]
@@ -100,20 +202,20 @@ class UsageSources:
 
 
 class TenantService:
-    """The tenants. Belongs to the event loop.
+    """The tenants of one router. An async context manager, used on the event loop only.
 
     Args:
-        directory: who they are.
-        accounts: what they have used.
-        queue: where their requests wait.
-        spending: what is shared out among them.
-        file: where the accounts are kept; None keeps them in memory only.
-        held: what may wait for functions; each tenant has its part of it.
-        n_routers: routers that share the limits, unless the tenants file tells.
-        clock: tells the time in seconds.
+        registry: the tenants and their keys.
+        usage: usage through this router.
+        queue: fair queue of their sequences.
+        usage_sources: sources of the usage to attribute.
+        store: where usage is saved; None keeps it in memory only.
+        queue_capacity: capacity of the activation queue, of which each tenant has a share.
+        n_routers: routers that share the limits, unless the tenants file states their number.
+        clock: returns monotonic seconds.
 
     Attributes:
-        books: what they have used, with what they have through other routers.
+        cluster_usage: usage over all routers.
     """
 
     def __init__(
@@ -142,15 +244,15 @@ class TenantService:
 
     @property
     def n_routers(self) -> int:
-        """Routers that share the limits."""
+        """Number of routers that share the limits."""
         return self._registry.config.router_replicas or self._default_n_routers
 
     def n_keys(self) -> dict[str, int]:
-        """Return how many keys each tenant has."""
+        """Return the number of valid API keys of each tenant."""
         return dict(self._registry.key_ring.n_keys)
 
     def collector(self) -> TenantCollector:
-        """Return what tells Prometheus of the tenants."""
+        """Return a Prometheus collector of the tenants' metrics."""
         return TenantCollector(
             self._usage,
             sequences=lambda: {n: self._queue.sequence_counts(n) for n in self._registry.tenants},
@@ -158,7 +260,12 @@ class TenantService:
         )
 
     def authenticate(self, tenant: str | None, api_key: str) -> Caller | None:
-        """Return who calls with a key, if it is this tenant's; with None, whoever it is."""
+        """Return the caller of an API key; None if the key is unknown or another tenant's.
+
+        Args:
+            tenant: tenant that the key must belong to; None for any.
+            api_key: the key.
+        """
         tenant_config = self._registry.authenticate(api_key)
         if tenant_config is None or tenant not in (None, tenant_config.name):
             return None
@@ -166,17 +273,17 @@ class TenantService:
 
     def admit(
         self, caller: Caller, requests: Sequence[GenerationRequest], *, n_prompt: int
-    ) -> UsageRecorder:
-        """Let a request in.
+    ) -> RequestUsageRecorder:
+        """Admit a request and return the recorder of its usage.
 
         Args:
-            caller: whose it is.
-            requests: its choices.
-            n_prompt: tokens of its prompts, each once.
+            caller: caller of the request.
+            requests: one generation request for each choice.
+            n_prompt: tokens of its prompts, each prompt once.
 
         Raises:
-            RateLimited: the tenant has used up its minute.
-            NeverFits: it asks for more than a minute allows.
+            RateLimitExceeded: the tenant's limit does not admit the request now.
+            RequestTooLarge: the request exceeds the limit of one minute.
         """
         n_tokens = n_prompt + sum(r.max_tokens for r in requests)
         now_s, limiter = self._clock(), self._rate_limiter(caller.tenant)
@@ -196,24 +303,24 @@ class TenantService:
         )
 
     def queue_slot(self, caller: Caller, *, size_bytes: int) -> AbstractContextManager[None]:
-        """Count a request as waiting for functions to be started; raises HoldQueueFull."""
+        """Count a request in the activation queue; raises ActivationQueueFull."""
         return self._queue_quota.reserve(
             caller.tenant, self._queue_share(caller.tenant), size_bytes=size_bytes
         )
 
     def usage(self, caller: Caller) -> dict[str, Any] | None:
-        """Return what a caller has used over all routers, as its usage endpoint tells it."""
+        """Return a caller's usage over all routers, as the body of its usage endpoint."""
         totals, remote = self.cluster_usage.cluster_total(caller.tenant), self.cluster_usage.remote
         return {
             "object": "usage",
             "tenant": caller.tenant,
             "since": int(remote.since_s),
-            "prompt_tokens": totals["prompt_tokens"],
-            "completion_tokens": totals["generated_tokens"],
-            "total_tokens": totals["prompt_tokens"] + totals["generated_tokens"],
-            "requests": {outcome: totals[outcome] for outcome in REQUEST_OUTCOMES},
-            "expert_seconds": totals["expert_seconds"],
-            "expert_gb_seconds": totals["expert_gb_seconds"],
+            "prompt_tokens": totals.prompt_tokens,
+            "completion_tokens": totals.generated_tokens,
+            "total_tokens": totals.prompt_tokens + totals.generated_tokens,
+            "requests": {outcome: getattr(totals, outcome) for outcome in REQUEST_OUTCOMES},
+            "expert_seconds": totals.expert_seconds,
+            "expert_gb_seconds": totals.expert_gb_seconds,
             "router_replicas": self.n_routers,
             "others_as_of": None if remote.as_of_s is None else int(remote.as_of_s),
         }
@@ -221,8 +328,8 @@ class TenantService:
     async def __aenter__(self) -> Self:
         jobs = {
             "refresh": self._refresh_periodically,
-            "accounts": self._attribute_costs_periodically,
-            "file": self._save_periodically,
+            "cost": self._attribute_costs_periodically,
+            "save": self._save_periodically,
         }
         self._tasks = [
             asyncio.create_task(job(), name=f"tenants-{name}") for name, job in jobs.items()

@@ -1,10 +1,9 @@
-"""The accounts' file: written whole, beside the old one, and then put in its place.
+"""Persistence of this router's usage, and usage over all routers.
 
-This router's accounts, kept in its file, and with them what was used through all other routers.
-
-What the others have is known from the control plane, which adds up all routers' books; it knows
-this book as it was told last, and the rest is added here. So the sum holds whether the control
-plane is there or not, and is behind by what others have not told yet.
+`UsageFileStore` keeps the router's own usage in a file. `ClusterUsage` adds what was used through
+the other routers: the control plane's totals over all routers, less what this router had reported
+when it got them. So the sum stays valid while the control plane is unreachable, and lags only by
+what other routers have not reported.
 """
 
 from __future__ import annotations
@@ -18,20 +17,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from faasmoe_contracts.atomic_file import quarantine, write_atomically
+from faasmoe_contracts.usage import ClusterTotals, UsageRecord
 from faasmoe_router.errors import RouterConfigError
 from faasmoe_router.tenants.usage import RouterUsage
 
 logger = logging.getLogger(__name__)
 
-
 FILE_NAME = "usage.json"
 
 
 class UsageFileStore:
-    """Keeps accounts in a folder, which belongs to one router.
+    """Keeps the usage of one router in a folder that no other router uses.
+
+    Args:
+        folder: the folder; created if it does not exist.
 
     Raises:
-        ConfigError: the folder cannot be written to.
+        RouterConfigError: the folder is not writable.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,123 +43,115 @@ class UsageFileStore:
         except OSError as error:
             raise RouterConfigError(f"FAASMOE_STATE_DIR: {folder}: {error.strerror}") from error
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise RouterConfigError(f"FAASMOE_STATE_DIR: {folder}: cannot be written to")
+            raise RouterConfigError(f"FAASMOE_STATE_DIR: {folder}: not writable")
         self._path = folder / FILE_NAME
         self._last_content = ""
 
     def load(self) -> RouterUsage:
-        """Return the accounts as they were kept; new ones if there are none.
-
-        What cannot be read is put aside, for somebody to look at.
-        """
+        """Return the saved usage, or a new one; a corrupted file is quarantined for inspection."""
         try:
             return RouterUsage.from_json(json.loads(self._path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            damaged_path = self._path.with_suffix(".damaged")
-            logger.error("%s cannot be read: %s; moved to %s", self._path, error, damaged_path.name)
-            self._path.replace(damaged_path)
+            logger.error("%s cannot be read and is moved aside: %s", self._path, error)
+            quarantine(self._path)
         return RouterUsage(time.time())
 
     def save(self, content: str) -> None:
-        """Write the accounts, unless they are what was written last; failing is logged."""
+        """Write the file, unless its content is unchanged; a failure is logged.
+
+        Args:
+            content: JSON text of a RouterUsage.
+        """
         if content == self._last_content:
             return
-        temp_path = self._path.with_suffix(".new")
         try:
-            with temp_path.open("w", encoding="utf-8") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temp_path.replace(self._path)
+            write_atomically(self._path, content, temp_path=self._path.with_suffix(".new"))
         except OSError as error:
             logger.error("Tenant usage cannot be saved: %s: %s", self._path, error.strerror)
         else:
             self._last_content = content
 
 
-UsageFields = Mapping[str, float]
-
-
 @dataclass(frozen=True, slots=True)
 class RemoteUsage:
-    """What was used through the other routers.
+    """Usage through the other routers.
 
     Attributes:
-        tenants: each tenant's use.
-        since_s: when the first of all books was opened, seconds since the epoch.
-        as_of_s: when that was heard, seconds since the epoch; None if it never was.
+        tenants: usage by tenant.
+        since_s: start of counting of the oldest router, seconds since the epoch.
+        as_of_s: when the totals were received, seconds since the epoch; None if they never were.
     """
 
-    tenants: Mapping[str, UsageFields]
+    tenants: Mapping[str, UsageRecord]
     since_s: float
     as_of_s: float | None = None
 
 
 class ClusterUsage:
-    """The accounts of one router among several. Belongs to the event loop.
+    """Usage through this router and, as far as reported, through the others.
+
+    Used on the event loop only.
 
     Args:
-        accounts: this router's.
-        file: where they are kept; None keeps them in memory only.
+        usage: usage through this router.
+        store: where it is saved; None keeps it in memory only.
 
     Attributes:
-        others: what was used through the other routers.
+        remote: usage through the other routers.
     """
 
     def __init__(self, usage: RouterUsage, store: UsageFileStore | None = None) -> None:
         self._usage = usage
         self._store = store
+        self._save_lock = asyncio.Lock()
         self.remote = RemoteUsage({}, usage.since_s)
 
     @property
-    def ledger_id(self) -> str:
-        """The book's name, which no other router's has."""
-        return self._usage.ledger_id
+    def source_id(self) -> str:
+        """Identity of this router's counters, unique over all routers."""
+        return self._usage.source_id
 
     @property
     def since_s(self) -> float:
-        """When this book was opened, seconds since the epoch."""
+        """Start of counting in this router, seconds since the epoch."""
         return self._usage.since_s
 
     async def save(self) -> None:
-        """Write the accounts to their file."""
-        if self._store is not None:
+        """Save this router's usage."""
+        if self._store is None:
+            return
+        async with self._save_lock:  # an older content must not replace a newer one
             content = json.dumps(self._usage.to_json())
             await asyncio.to_thread(self._store.save, content)
 
-    async def persisted_totals(self) -> dict[str, UsageFields]:
-        """Return each tenant's totals in this book; they are in its file before they are told."""
-        totals: dict[str, UsageFields] = {name: a.totals() for name, a in self._usage}
+    async def persisted_totals(self) -> dict[str, UsageRecord]:
+        """Return this router's totals by tenant, after saving them.
+
+        A restarted router must not start below what it has reported.
+        """
+        totals = {name: usage.totals() for name, usage in self._usage}
         await self.save()
         return totals
 
     def apply_cluster_totals(
-        self,
-        totals: Mapping[str, UsageFields],
-        *,
-        reported: Mapping[str, UsageFields],
-        since_s: float,
-        now_s: float,
+        self, totals: ClusterTotals, *, reported: Mapping[str, UsageRecord], now_s: float
     ) -> None:
-        """Take what was used over all routers.
+        """Replace the usage through other routers.
 
         Args:
-            totals: each tenant's use.
-            told: what of it is this book's.
-            since_s: when the first of all books was opened, seconds since the epoch.
-            now_s: the time of day, seconds since the epoch.
+            totals: usage over all routers.
+            reported: this router's part of it, by tenant.
+            now_s: current time, seconds since the epoch.
         """
-        remote = {name: _subtract(total, reported.get(name, {})) for name, total in totals.items()}
-        self.remote = RemoteUsage(remote, min(since_s, self.since_s), now_s)
+        remote = {
+            name: total.minus(reported.get(name, UsageRecord()))
+            for name, total in totals.tenants.items()
+        }
+        self.remote = RemoteUsage(remote, min(totals.since_s, self.since_s), now_s)
 
-    def cluster_total(self, tenant: str) -> dict[str, float]:
-        """Return what a tenant has used over all routers, as far as it is known."""
-        remote = self.remote.tenants.get(tenant, {})
+    def cluster_total(self, tenant: str) -> UsageRecord:
+        """Return a tenant's usage over all routers, as far as it is known."""
         own = self._usage.for_tenant(tenant).totals()
-        return {name: number + remote.get(name, 0) for name, number in own.items()}
-
-
-def _subtract(total: UsageFields, own: UsageFields) -> dict[str, float]:
-    return {name: max(number - own.get(name, 0), 0) for name, number in total.items()}
+        return own + self.remote.tenants.get(tenant, UsageRecord())

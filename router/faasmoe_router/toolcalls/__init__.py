@@ -1,4 +1,4 @@
-"""Calls of a client's tools in a model's text: their forms, holding a text to them, reading them.
+"""Tool calls in a model's text: formats, grammars that enforce them and a streaming parser.
 
-Knows text and JSON schemas; nothing of HTTP and nothing of tensors.
+Knows text and JSON schemas; nothing of HTTP or tensors.
 """

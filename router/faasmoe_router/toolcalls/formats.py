@@ -1,19 +1,19 @@
-"""The forms in which models write calls of tools; a chat template shows its model's."""
+"""Formats in which models write tool calls, and their detection from a chat template."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallFormat:
-    """How calls stand in a text: JSON objects of a name and arguments, between marks.
+    """How a model writes tool calls: JSON objects with name and arguments, between markers.
 
     Attributes:
-        name: the form's name.
-        begin: what calls begin with; empty if calls are all there is, from the text's beginning.
-        end: what ends them, after one call or after all.
-        between: characters that may stand between calls, besides whitespace.
-        arguments: the member that holds a call's arguments.
-        id_length: the characters of a call's id that the template will take back.
+        name: name of the format.
+        start_marker: text before calls; empty if the whole text consists of calls.
+        end_marker: text after each call, or after all calls of a list.
+        separators: characters allowed between calls, besides whitespace.
+        arguments_key: key of the arguments in a call's object.
+        call_id_length: length in characters of the call ids that the chat template accepts.
     """
 
     name: str
@@ -25,7 +25,7 @@ class ToolCallFormat:
 
     @property
     def is_list(self) -> bool:
-        """Whether several calls stand between one beginning and one end."""
+        """Whether one pair of markers encloses all calls."""
         return bool(self.separators)
 
 
@@ -41,16 +41,16 @@ LLAMA = ToolCallFormat(
 
 
 def supports_tools(chat_template: str) -> bool:
-    """Return whether a chat template tells its model of tools."""
+    """Return whether a chat template renders tools."""
     return "tools" in chat_template
 
 
 def detect_format(chat_template: str) -> ToolCallFormat | None:
-    """Return the form of calls that a chat template teaches; None if it is none of those known."""
+    """Return the tool call format of a chat template; None if it has none or an unknown one."""
     if not supports_tools(chat_template):
         return None
     if "<tool_call>" in chat_template:
-        # Forms of their own between the same marks: XML for Qwen3-Coder, GLM.
+        # Qwen3-Coder and GLM write XML between the same markers.
         return None if "<function=" in chat_template or "<arg_key>" in chat_template else HERMES
     if "[TOOL_CALLS]" in chat_template:
         return None if "[ARGS]" in chat_template else MISTRAL

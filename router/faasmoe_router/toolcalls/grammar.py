@@ -1,4 +1,4 @@
-"""A grammar, in Lark's form, of texts that are nothing but calls of certain tools."""
+"""Lark grammar that restricts a text to calls of given tools."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -9,16 +9,16 @@ from faasmoe_router.toolcalls.formats import ToolCallFormat
 
 MAX_TOOL_CALLS = 16
 
-MarkerEncoder = Callable[[str], str]
+MarkerEncoder = Callable[[str], str]  # a format's marker -> its Lark terminal
 
 
 @dataclass(frozen=True, slots=True)
 class ToolSpec:
-    """A function that may be called.
+    """A tool that may be called.
 
     Attributes:
         name: letters, digits, underscores and dashes.
-        parameters: the JSON schema of its arguments.
+        parameters: JSON schema of its arguments.
     """
 
     name: str
@@ -34,15 +34,16 @@ def tool_call_grammar(
     parallel: bool,
     alternative_schema: str | None = None,
 ) -> str:
-    """Return the grammar of one call, or of several.
+    """Return the Lark grammar of tool calls.
 
     Args:
-        tools: what may be called.
-        form: how calls are written.
-        mark: tells how a mark of the form is written in the grammar.
-        json_options: llguidance's options for JSON.
-        many: whether several calls may be made.
-        instead: the schema, as JSON, of a JSON text that may come instead of calls, if one may.
+        tools: tools that may be called.
+        call_format: format of the calls.
+        encode_marker: returns the Lark terminal of a marker: a string or a special token.
+        json_options: llguidance's options for JSON schemas.
+        parallel: whether up to MAX_TOOL_CALLS calls are allowed instead of exactly one.
+        alternative_schema: JSON schema, as JSON, of a text allowed in place of calls; None for
+            none.
     """
     alternative = (
         f" | {_json_rule(json.loads(alternative_schema), json_options)}"
@@ -66,16 +67,13 @@ def _calls_rule(
     call_format: ToolCallFormat, encode_marker: MarkerEncoder, *, parallel: bool
 ) -> str:
     repetition = f"{{0,{MAX_TOOL_CALLS - 1}}}"
-    if call_format.start_marker and not call_format.is_list:
-        call = f'{encode_marker(call_format.start_marker)} "\\n" body "\\n" {encode_marker(call_format.end_marker)}'
+    start_marker, end_marker = call_format.start_marker, call_format.end_marker
+    if start_marker and not call_format.is_list:
+        call = f'{encode_marker(start_marker)} "\\n" body "\\n" {encode_marker(end_marker)}'
         return f'{call} ("\\n" {call}){repetition}' if parallel else call
-    separator = ", " if call_format.start_marker else "; "
+    separator = ", " if start_marker else "; "
     calls = f"body ({_quoted(separator)} body){repetition}" if parallel else "body"
-    return (
-        f'{encode_marker(call_format.start_marker)} "[" {calls} "]"'
-        if call_format.start_marker
-        else calls
-    )
+    return f'{encode_marker(start_marker)} "[" {calls} "]"' if start_marker else calls
 
 
 def _call_rule(tool: ToolSpec, call_format: ToolCallFormat, json_options: Mapping[str, Any]) -> str:

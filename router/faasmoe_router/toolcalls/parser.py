@@ -1,7 +1,7 @@
-"""Reading calls of tools out of a text while it comes.
+"""Streaming parser of tool calls in a model's text.
 
-What is not a call comes out as content, so nothing of a text is ever lost. A call's arguments come
-out as they are written, piece by piece, once its name is known.
+A state machine over the text received so far. Text that is not a call is emitted as content, so
+nothing is lost. Once a call's name is known its arguments are emitted verbatim as they arrive.
 """
 
 import json
@@ -15,20 +15,20 @@ from faasmoe_router.toolcalls.formats import ToolCallFormat
 _CALL_HEAD = re.compile(
     r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
-MAX_HEAD_LENGTH = 1024  # what is longer is read as a whole
+MAX_HEAD_LENGTH = 1024  # a call with a longer head is parsed when its object is complete
 _WHITESPACE = " \t\r\n"
 
 
 @dataclass(frozen=True, slots=True)
 class ContentDelta:
-    """Text that is no call."""
+    """Text that is not part of a call."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallStart:
-    """A call whose name is known now."""
+    """The start of a call, emitted once its name is known."""
 
     index: int
     name: str
@@ -36,7 +36,7 @@ class ToolCallStart:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallArgumentsDelta:
-    """More of a call's arguments, which are JSON."""
+    """Part of the JSON arguments of a call."""
 
     index: int
     text: str
@@ -46,7 +46,7 @@ ToolCallEvent = ContentDelta | ToolCallStart | ToolCallArgumentsDelta
 
 
 class _JSONObjectScanner:
-    """Finds the end of a JSON object in pieces of text."""
+    """Finds the end of a JSON object in a stream of text."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -54,8 +54,8 @@ class _JSONObjectScanner:
         self._escaped = False
 
     def find_end(self, text: str) -> int | None:
-        """Take more text; return where in it the object is complete, if it is."""
-        for at, character in enumerate(text):
+        """Scan more text; return the offset in it after the object's end, or None."""
+        for offset, character in enumerate(text):
             if self._escaped:
                 self._escaped = False
             elif self._in_string:
@@ -68,7 +68,7 @@ class _JSONObjectScanner:
             elif character in "}]":
                 self._depth -= 1
                 if self._depth <= 0:
-                    return at + 1
+                    return offset + 1
         return None
 
 
@@ -76,12 +76,15 @@ _State = Literal["content", "between", "object", "arguments", "object_end", "don
 
 
 class ToolCallParser:
-    """Reads one text.
+    """Parses the tool calls of one text.
 
     Args:
-        form: how calls are written.
-        names: the tools that exist; where calls have no marks, only these are calls.
-        many: whether more than the first call is read.
+        call_format: format of the calls.
+        tool_names: names of the tools; in a format without markers only their calls count as calls.
+        parallel: whether calls after the first are parsed; otherwise the text after it is dropped.
+
+    Attributes:
+        n_calls: number of calls started so far.
     """
 
     def __init__(
@@ -91,20 +94,20 @@ class ToolCallParser:
         self._tool_names = tool_names
         self._parallel = parallel
         self._state: _State = "content" if call_format.start_marker else "between"
-        self._buffer = ""  # what was not told yet
-        self._unconfirmed = ""  # what becomes content after all if no call follows
+        self._buffer = ""  # text not emitted yet
+        self._unconfirmed = ""  # marker and separators; content unless a call follows
         self._scanner = _JSONObjectScanner()
         self._n_scanned = 0
         self._has_emitted = False
         self.n_calls = 0
 
     def feed(self, text: str) -> list[ToolCallEvent]:
-        """Take more text; return what is certain now."""
+        """Parse more text; return the events that it completes."""
         self._buffer += text
         return list(self._parse())
 
     def flush(self) -> list[ToolCallEvent]:
-        """Return what was held back, at the end of the text."""
+        """Return the events of the text held back; called at the end of the text."""
         text, self._unconfirmed, self._buffer = self._unconfirmed + self._buffer, "", ""
         if self._state == "arguments":
             return [ToolCallArgumentsDelta(self.n_calls - 1, text)] if text else []
@@ -123,18 +126,17 @@ class ToolCallParser:
         if not start_marker:
             yield from self._emit_content(len(self._buffer))
             return
-        at = self._buffer.find(start_marker)
-        if at < 0:
-            yield from self._emit_content(
-                len(self._buffer) - _partial_marker_length(self._buffer, start_marker)
-            )
+        start = self._buffer.find(start_marker)
+        if start < 0:
+            n_held_back = _partial_marker_length(self._buffer, start_marker)
+            yield from self._emit_content(len(self._buffer) - n_held_back)
             return
-        after = self._buffer[at + len(start_marker) :]
-        yield from self._emit_content(at)
-        self._buffer, self._unconfirmed, self._state = after, start_marker, "between"
+        remainder = self._buffer[start + len(start_marker) :]
+        yield from self._emit_content(start)
+        self._buffer, self._unconfirmed, self._state = remainder, start_marker, "between"
 
     def _emit_content(self, n_characters: int) -> Iterator[ContentDelta]:
-        """Tell the beginning of the text as content; blanks wait for something to follow them."""
+        """Emit the first characters of the buffer as content; holds back leading whitespace."""
         text = self._buffer[:n_characters]
         if text and (self._has_emitted or text.strip()):
             self._has_emitted = True
@@ -155,7 +157,7 @@ class ToolCallParser:
             yield from self._emit_as_content()
 
     def _emit_as_content(self) -> Iterator[ToolCallEvent]:
-        """Tell as content what turned out to be no call, and look for the next mark after it."""
+        """Emit a marker or text that no call follows as content and resume after it."""
         content = self._unconfirmed or self._buffer
         self._buffer = self._buffer if self._unconfirmed else ""
         self._unconfirmed, self._state, self._has_emitted = "", "content", True
@@ -198,9 +200,8 @@ class ToolCallParser:
             self._state = "object_end"
 
     def _read_object_end(self) -> Iterator[ToolCallEvent]:
-        """Skip what follows the arguments in a call's object."""
-        _, brace, after = self._buffer.partition("}")
-        self._buffer = after
+        """Skip the rest of a call's object after its arguments."""
+        _, brace, self._buffer = self._buffer.partition("}")
         if brace:
             self._finish_call()
         yield from ()
@@ -214,7 +215,7 @@ class ToolCallParser:
 
 
 def _partial_marker_length(text: str, marker: str) -> int:
-    """Return the length of the longest end of the text that begins the mark."""
+    """Return the length of the text's longest suffix that is a proper prefix of the marker."""
     longest = min(len(marker) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if marker.startswith(text[-n:])), 0)
 
@@ -227,7 +228,7 @@ def _parse_string(text: str) -> str | None:
 
 
 def _parse_call(text: str) -> tuple[str, str] | None:
-    """Return the name and the arguments, as JSON, that an object says, if it is a call."""
+    """Return name and JSON arguments of a call's object; None if it is not a call."""
     try:
         parsed: Any = json.loads(text)
     except (ValueError, RecursionError):

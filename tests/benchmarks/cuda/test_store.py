@@ -1,4 +1,4 @@
-"""A deep store is a store like any other, made from a single layer."""
+"""A deep store, generated from a single layer, is a valid store."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from benchmarks.transformers_worker import load_full_model
 
 from faasmoe_contracts.store import Store
 from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.transformers_backend.model_loader import load_router_model
+from faasmoe_router.model_loader import load_router_model
 
 GEOMETRY = CheckpointGeometry(3, 256, 64, 4, 4, 2, 32, 64)
 
@@ -23,16 +23,16 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return Store.open(path)
 
 
-def test_every_file_is_what_the_manifest_says(store: Store) -> None:
+def test_files_match_manifest_and_layers_share_a_file(store: Store) -> None:
     store.verify()
     assert store.manifest.model.num_hidden_layers == len(store.manifest.layers) == 3
     inodes = {(store.path / layer.file).stat().st_ino for layer in store.manifest.layers}
     assert len(inodes) == 1
 
 
-def test_the_whole_model_is_what_router_and_functions_are_together(store: Store) -> None:
+def test_router_and_functions_equal_the_whole_model(store: Store) -> None:
     whole = load_full_model(store, torch.device("cpu"))
-    dispatcher = Dispatcher(store, None)  # no sandbox: every function is computed here
+    dispatcher = Dispatcher(store, None)  # no sandboxes: computes all functions locally
     ours = load_router_model(store, dispatcher, device=torch.device("cpu"))
     ids = torch.arange(12)[None]  # [1, S]
     with torch.no_grad():

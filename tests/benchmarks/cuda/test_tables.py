@@ -1,4 +1,4 @@
-"""A step's time is shared out without rest; what was not measured is named."""
+"""Tables and plan of the GPU benchmark."""
 
 import time
 from typing import Any
@@ -27,7 +27,7 @@ def make_run(
     return DecodeRun(4, steps, steps * step_s, 0.3, counters, ((1, 2),), ttft_s=0.05)
 
 
-def test_shares_add_up_to_one_and_experts_are_part_of_the_waiting() -> None:
+def test_step_shares_sum_to_one() -> None:
     long = make_run(experts_s=0.030, whole=0.08, land=0.01, group=0.005, calls=0.05, wait=0.04)
     parts = step_parts_ms(long, make_run(experts_s=0.006), extra_steps=8)
     assert parts[EXPERTS] == pytest.approx(3.0)  # 24 ms in 8 steps
@@ -39,7 +39,7 @@ def test_shares_add_up_to_one_and_experts_are_part_of_the_waiting() -> None:
     assert shares["dispatch"] == pytest.approx(0.2)
 
 
-def test_experts_do_not_take_more_than_was_waited() -> None:
+def test_expert_share_is_limited_to_waiting_time() -> None:
     long = make_run(experts_s=9.0, whole=0.05, calls=0.04, wait=0.02)
     parts = step_parts_ms(long, make_run(), extra_steps=8)
     shares = step_shares(parts)
@@ -47,7 +47,7 @@ def test_experts_do_not_take_more_than_was_waited() -> None:
     assert sum(shares.values()) == pytest.approx(1.0)
 
 
-def test_the_table_has_the_ratio_to_the_rival_where_it_was_measured() -> None:
+def test_throughput_table_has_ratio_where_baseline_was_measured() -> None:
     runs = {
         "in_process": {8: [make_run(step_s=0.01)]},
         "ours": {1: [make_run()], 8: [make_run(step_s=0.02)]},
@@ -60,14 +60,14 @@ def test_the_table_has_the_ratio_to_the_rival_where_it_was_measured() -> None:
     ]
 
 
-def test_the_time_limit_keeps_a_margin_to_end() -> None:
+def test_deadline_reserves_shutdown_margin() -> None:
     before_s = time.monotonic()
-    clock = Deadline(SHUTDOWN_MARGIN_S + 100.0)
-    assert clock.remaining_s <= 100.0
-    assert clock.remaining_s >= 100.0 - (time.monotonic() - before_s) - 1e-6
+    deadline = Deadline(SHUTDOWN_MARGIN_S + 100.0)
+    assert deadline.remaining_s <= 100.0
+    assert deadline.remaining_s >= 100.0 - (time.monotonic() - before_s) - 1e-6
 
 
-def test_the_full_plan_has_every_layer_and_batch() -> None:
+def test_full_plan_has_all_layers_and_batch_sizes() -> None:
     plan = full_plan("cuda", 24, 540.0)
     assert (plan.geometry.layers, plan.geometry.vocabulary) == (24, 151_936)
     assert sorted(plan.amount.batches) == [1, 8, 32, 64, 128, 256]
@@ -76,7 +76,7 @@ def test_the_full_plan_has_every_layer_and_batch() -> None:
 
 
 @pytest.mark.parametrize("plan", [full_plan("cuda", 24, 540.0), quick_plan("cpu", 60.0)])
-def test_every_function_of_a_variant_has_its_place(plan: CudaPlan) -> None:
+def test_variants_have_capacity_for_all_functions(plan: CudaPlan) -> None:
     for variant in plan.variants:
         blocks = -(-plan.geometry.experts // variant.experts_per_function)
         per_sandbox = variant.settings(plan.geometry)["functionsPerSandbox"]
@@ -86,12 +86,12 @@ def test_every_function_of_a_variant_has_its_place(plan: CudaPlan) -> None:
     assert len(set(names)) == len(names)
 
 
-def test_ways_that_are_not_there_say_why() -> None:
-    found: dict[str, dict[str, Any]] = {
+def test_transport_table_shows_reason_of_failure() -> None:
+    transports: dict[str, dict[str, Any]] = {
         "sockets": {"4096": {"median": 80.4}, "262144": {"median": 300.0}},
         "CUDA IPC": {"failed": "not on this machine"},
     }
-    lines = transport_table(found).splitlines()
+    lines = transport_table(transports).splitlines()
     assert lines[0].split() == ["US", "PER", "ROUND", "TRIP", "4", "KIB", "256", "KIB"]
     assert lines[1].split() == ["sockets", "80", "300"]
     assert lines[2].split() == ["CUDA", "IPC", "failed:", "not", "on", "this", "machine"]

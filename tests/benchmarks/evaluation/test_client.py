@@ -40,7 +40,7 @@ def _streaming(*events: Any, headers: dict[str, str] | None = None) -> Handler:
     return handle
 
 
-def _piece(text: str) -> dict[str, Any]:
+def _chunk(text: str) -> dict[str, Any]:
     return {"choices": [{"text": text, "index": 0}], "usage": None}
 
 
@@ -49,12 +49,12 @@ def _usage(n_tokens: int) -> dict[str, Any]:
 
 
 def _closed_loop(tenants: int, requests: int) -> Workload:
-    made = [
+    requests_of_all = [
         WorkloadRequest(tenant, number, Task("x", f"{tenant}-{number}", 3), None)
         for tenant in range(tenants)
         for number in range(requests)
     ]
-    return Workload("test", tuple(made))
+    return Workload("test", tuple(requests_of_all))
 
 
 def _run(handler: Handler, workload: Workload) -> WorkloadResult:
@@ -67,9 +67,9 @@ def _run(handler: Handler, workload: Workload) -> WorkloadResult:
     return asyncio.run(run())
 
 
-def test_puts_an_answer_together() -> None:
+def test_assembles_streamed_response() -> None:
     handler = _streaming(
-        _piece("a"), _piece("bc"), _usage(3), "[DONE]", headers={"X-FaaSMoE-Cold-Start": "0.250"}
+        _chunk("a"), _chunk("bc"), _usage(3), "[DONE]", headers={"X-FaaSMoE-Cold-Start": "0.250"}
     )
     (response,) = _run(handler, _closed_loop(1, 1)).results
     assert (response.text, response.n_tokens, response.queued_s, response.error) == (
@@ -82,21 +82,21 @@ def test_puts_an_answer_together() -> None:
     assert response.tpot_s == (response.total_s - response.ttft_s) / 2
 
 
-def test_asks_for_a_whole_greedy_answer_with_the_tenants_headers() -> None:
-    asked: list[tuple[dict[str, Any], str]] = []
+def test_sends_greedy_request_with_headers_of_tenant() -> None:
+    requests: list[tuple[dict[str, Any], str]] = []
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        asked.append((await request.json(), request.headers["Authorization"]))
-        return await _streaming(_piece("x"), _usage(3), "[DONE]")(request)
+        requests.append((await request.json(), request.headers["Authorization"]))
+        return await _streaming(_chunk("x"), _usage(3), "[DONE]")(request)
 
     _run(handle, _closed_loop(1, 1))
-    ((body, key),) = asked
+    ((body, key),) = requests
     assert key == "Bearer key"
     assert (body["model"], body["prompt"], body["max_tokens"]) == (MODEL, "0-0", 3)
     assert (body["temperature"], body["ignore_eos"], body["stream"]) == (0, True, True)
 
 
-def test_a_refusal_is_a_failure() -> None:
+def test_error_status_is_a_failure() -> None:
     async def handle(_: web.Request) -> web.StreamResponse:
         return web.Response(status=429, text="too many")
 
@@ -104,54 +104,55 @@ def test_a_refusal_is_a_failure() -> None:
     assert response.error == "status 429: too many"
 
 
-def test_an_error_in_mid_stream_is_a_failure() -> None:
-    handler = _streaming(_piece("a"), {"error": {"message": "it broke"}}, "[DONE]")
+def test_error_in_mid_stream_is_a_failure() -> None:
+    handler = _streaming(_chunk("a"), {"error": {"message": "it broke"}}, "[DONE]")
     (response,) = _run(handler, _closed_loop(1, 1)).results
     assert response.error == "it broke"
 
 
-def test_an_answer_of_too_few_tokens_is_a_failure() -> None:
-    (response,) = _run(_streaming(_piece("a"), _usage(2)), _closed_loop(1, 1)).results
+def test_truncated_response_is_a_failure() -> None:
+    (response,) = _run(_streaming(_chunk("a"), _usage(2)), _closed_loop(1, 1)).results
     assert response.error == "got 2 tokens, expected 3"
 
 
-def test_a_server_that_is_gone_is_a_failure() -> None:
+def test_unreachable_server_is_a_failure() -> None:
     endpoint = TenantEndpoint("http://127.0.0.1:1", MODEL)
-    played = asyncio.run(run_workload(_closed_loop(1, 1), [endpoint], progress=lambda: None))
-    assert played.results[0].error.startswith("ClientConnectorError")
+    outcome = asyncio.run(run_workload(_closed_loop(1, 1), [endpoint], progress=lambda: None))
+    assert outcome.results[0].error.startswith("ClientConnectorError")
 
 
-def test_a_tenant_waits_for_its_answer_while_others_ask() -> None:
+def test_closed_loop_tenant_sends_one_request_at_a_time() -> None:
     running: dict[str, int] = {}
-    most_of_one, most = 0, 0
-    everyone = asyncio.Event()
+    max_per_tenant, max_total = 0, 0
+    all_running = asyncio.Event()
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        nonlocal most_of_one, most
+        nonlocal max_per_tenant, max_total
         tenant = (await request.json())["prompt"].partition("-")[0]
         running[tenant] = running.get(tenant, 0) + 1
-        most_of_one, most = max(most_of_one, running[tenant]), max(most, sum(running.values()))
-        if most == 3:
-            everyone.set()
-        await everyone.wait()
+        max_per_tenant = max(max_per_tenant, running[tenant])
+        max_total = max(max_total, sum(running.values()))
+        if max_total == 3:
+            all_running.set()
+        await all_running.wait()
         running[tenant] -= 1
-        return await _streaming(_piece("x"), _usage(3), "[DONE]")(request)
+        return await _streaming(_chunk("x"), _usage(3), "[DONE]")(request)
 
-    played = _run(handle, _closed_loop(3, 4))
-    assert [answer.error for answer in played.results] == [""] * 12
-    assert (most_of_one, most) == (1, 3)
+    outcome = _run(handle, _closed_loop(3, 4))
+    assert [result.error for result in outcome.results] == [""] * 12
+    assert (max_per_tenant, max_total) == (1, 3)
 
 
-def test_sends_at_the_times_that_the_workload_names_and_stays_to_its_end() -> None:
+def test_sends_at_workload_times_and_lasts_for_its_duration() -> None:
     sent_s: list[float] = []
 
     async def handle(request: web.Request) -> web.StreamResponse:
         sent_s.append(asyncio.get_running_loop().time())
-        return await _streaming(_piece("x"), _usage(3), "[DONE]")(request)
+        return await _streaming(_chunk("x"), _usage(3), "[DONE]")(request)
 
     requests = tuple(
         WorkloadRequest(0, i, Task("x", "x", 3), at_s) for i, at_s in enumerate((0.0, 0.2))
     )
-    played = _run(handle, Workload("test", requests, duration_s=0.4))
+    outcome = _run(handle, Workload("test", requests, duration_s=0.4))
     assert sent_s[1] - sent_s[0] >= 0.15
-    assert played.time_s >= 0.4 > played.busy_s
+    assert outcome.time_s >= 0.4 > outcome.busy_s

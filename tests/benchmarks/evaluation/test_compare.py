@@ -22,23 +22,23 @@ def plan(prepared_store: PreparedStore) -> ComparisonPlan:
     return ComparisonPlan(settings, workload, workload, tuple(STRATEGIES), repeats=1)
 
 
-def test_everyone_begins_a_repetition_once() -> None:
+def test_rotates_order_of_strategies() -> None:
     names = ("a", "b", "c")
     assert [rotated(names, n)[0] for n in range(4)] == ["a", "b", "c", "a"]
     assert sorted(rotated(names, 2)) == sorted(names)
 
 
-def test_refuses_more_full_models_than_fit(plan: ComparisonPlan) -> None:
+def test_rejects_full_models_that_exceed_memory(plan: ComparisonPlan) -> None:
     check_memory_fits(plan, 6 << 30)
-    with pytest.raises(SystemExit, match=r"6 of the model take .* and 2\.0 GB are available"):
+    with pytest.raises(SystemExit, match=r"6 copies of .* only 2\.0 GB are available"):
         check_memory_fits(plan, 2 * 10**9)
 
 
-def test_one_full_model_needs_no_check(plan: ComparisonPlan) -> None:
+def test_shared_full_model_is_not_checked(plan: ComparisonPlan) -> None:
     check_memory_fits(replace(plan, strategies=("full-model-shared", "functions-shared")), 0)
 
 
-def test_a_model_is_described_by_its_store(plan: ComparisonPlan, tmp_path: Path) -> None:
+def test_model_description_and_deployment(plan: ComparisonPlan, tmp_path: Path) -> None:
     model = plan.settings.model.with_changes(experts_per_function=1)
     assert model.describe()["experts_per_function"] == 1
     assert model.describe()["weights_bytes"] == model.floor_bytes > 0

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.evaluation.meter import MemorySample, ProcessTree, ResourceUsage, metering
 
 BURN = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
-# Burns 0.3 s in a child, reaps it, says so, and stays.
+# Uses 0.3 s of CPU time in a child, reaps it, reports that, and waits.
 PARENT = f"""
 import subprocess, sys
 subprocess.run([sys.executable, "-c", {BURN!r}], check=True)
@@ -28,36 +28,36 @@ def _start(program: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, text=True)
 
 
-def test_counts_processes_that_have_ended() -> None:
+def test_counts_cpu_time_of_exited_children() -> None:
     with _start(PARENT) as parent:
         tree = ProcessTree([parent.pid])
         before_s = tree.cpu_s()
         assert parent.stdout is not None
         assert parent.stdout.readline() == "reaped\n"
-        assert tree.cpu_s() - before_s >= 0.28  # to ticks of 10 ms
+        assert tree.cpu_s() - before_s >= 0.28  # resolution of 10 ms
         parent.communicate("")
 
 
-def test_adds_memory_up_over_everything_below() -> None:
-    child = "block = bytearray(b'x') * (32 << 20); print('held', flush=True); input()"
+def test_memory_includes_descendants() -> None:
+    child = "block = bytearray(b'x') * (32 << 20); print('allocated', flush=True); input()"
     program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with _start(program) as parent:
         assert parent.stdout is not None
-        assert parent.stdout.readline() == "held\n"
+        assert parent.stdout.readline() == "allocated\n"
         assert ProcessTree([parent.pid]).memory(0.0).anonymous > 32 << 20
         parent.communicate("\n")
 
 
-def test_a_process_is_counted_once() -> None:
+def test_counts_each_process_once() -> None:
     with _start("print('up', flush=True); input()") as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "up\n"
-        found = ProcessTree([os.getpid(), child.pid]).processes()
-        assert [process.pid for process in found].count(child.pid) == 1
+        processes = ProcessTree([os.getpid(), child.pid]).processes()
+        assert [process.pid for process in processes].count(child.pid) == 1
         child.communicate("\n")
 
 
-def test_integrates_memory_over_uneven_times() -> None:
+def test_integrates_memory_over_uneven_intervals() -> None:
     usage = ResourceUsage(
         [MemorySample(0.0, 100, 0), MemorySample(1.0, 100, 0), MemorySample(3.0, 300, 0)]
     )
@@ -65,7 +65,7 @@ def test_integrates_memory_over_uneven_times() -> None:
     assert usage.peak_bytes == 300
 
 
-def test_meters_as_long_as_the_context_lasts() -> None:
+def test_meters_for_lifetime_of_context() -> None:
     async def meter() -> ResourceUsage:
         async with metering(ProcessTree([os.getpid()]), interval_s=0.01) as usage:
             await asyncio.to_thread(_burn)

@@ -5,30 +5,30 @@ import pytest
 from benchmarks.evaluation.results import StrategyResult, ratios, to_json
 
 
-def test_a_run_gives_what_the_issue_names() -> None:
-    found = figures.make_run(cpu_s=5.0).figures()
-    assert found["tokens_per_s"] == pytest.approx(20 / 10)
-    assert found["ttft_p50_s"] == found["ttft_p99_s"] == 1.0
-    assert found["tpot_p50_s"] == pytest.approx(1.0)
-    assert found["cpu_s_per_token"] == pytest.approx(0.25)
-    assert found["cpu_percent"] == pytest.approx(50)
-    assert found["gb_s"] == pytest.approx(20)
-    assert found["gb_s_per_token"] == pytest.approx(1.0)
-    assert (found["peak_gb"], found["mean_gb"]) == (2.0, 2.0)
-    assert found["calls_per_token"] == pytest.approx(2.0)
-    assert found["wire_bytes_per_token"] == pytest.approx(100)
-    assert found["cold_start_p50_s"] is None
-    assert (found["requests"], found["failures"]) == (2, 0)
+def test_figures_of_a_run() -> None:
+    values = figures.make_run(cpu_s=5.0).figures()
+    assert values["tokens_per_s"] == pytest.approx(20 / 10)
+    assert values["ttft_p50_s"] == values["ttft_p99_s"] == 1.0
+    assert values["tpot_p50_s"] == pytest.approx(1.0)
+    assert values["cpu_s_per_token"] == pytest.approx(0.25)
+    assert values["cpu_percent"] == pytest.approx(50)
+    assert values["gb_s"] == pytest.approx(20)
+    assert values["gb_s_per_token"] == pytest.approx(1.0)
+    assert (values["peak_gb"], values["mean_gb"]) == (2.0, 2.0)
+    assert values["calls_per_token"] == pytest.approx(2.0)
+    assert values["wire_bytes_per_token"] == pytest.approx(100)
+    assert values["cold_start_p50_s"] is None
+    assert (values["requests"], values["failures"]) == (2, 0)
 
 
-def test_a_failed_request_has_no_latency_and_no_tokens() -> None:
+def test_failed_requests_have_no_latency_and_no_tokens() -> None:
     run = figures.make_run(error="status 429")
     assert (run.figures()["failures"], run.figures()["tokens"]) == (1, 10)
     assert len(run.ttfts_s) == 1
     assert run.details()["errors"] == ["status 429"]
 
 
-def test_figures_are_medians_and_failures_are_all() -> None:
+def test_figures_are_medians_and_failures_are_summed() -> None:
     runs = tuple(figures.make_run(speed=s) for s in (1.0, 2.0, 4.0))
     found = to_json(
         {"x": StrategyResult("X", (*runs, figures.make_run(error="gone")))}, reference="none"
@@ -40,7 +40,7 @@ def test_figures_are_medians_and_failures_are_all() -> None:
     assert json.loads(json.dumps(found)) == found
 
 
-def test_texts_are_compared_with_the_shared_full_models() -> None:
+def test_texts_are_compared_with_reference_strategy() -> None:
     found = figures.make_comparison(
         full_model_shared=(figures.make_run(), figures.make_run()),
         functions_shared=(figures.make_run(), figures.make_run(text="teXt")),
@@ -50,7 +50,7 @@ def test_texts_are_compared_with_the_shared_full_models() -> None:
     assert found["functions-shared"]["equal_characters"] == pytest.approx(1 - 1 / 8)
 
 
-def test_a_ratio_is_between_neighbours_in_time() -> None:
+def test_ratios_compare_runs_of_the_same_repetition() -> None:
     # The machine is twice as fast in the second repetition; the ratio is the same in both.
     found = figures.make_comparison(
         full_model_shared=(figures.make_run(speed=1.0), figures.make_run(speed=2.0)),

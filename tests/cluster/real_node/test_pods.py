@@ -1,4 +1,4 @@
-"""What the stand-in node cannot show: images, kubelet, Services, volumes, and helm's install."""
+"""What the fake node cannot show: images, kubelet, Services, volumes, and an install with helm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moemodels import (
 from pod_runner import PodRunner
 from release import Release
 
-pytestmark = pytest.mark.timeout(900)  # images start slowly where cores are few
+pytestmark = pytest.mark.timeout(900)  # images start slowly on few cores
 
 CHAT = Path(__file__).with_name("chat_in_pod.py")
 PROMPT = "the quick brown fox"
@@ -28,18 +28,18 @@ READY_S = 300.0
 
 
 def chat(programs: PodRunner, url: str, *, key: str) -> str:
-    """Return what the model says to a pod that calls its Service."""
-    heard = json.loads(programs.run("chat", CHAT, url, "tiny", key, PROMPT))
-    assert heard["errors"] == []
-    (text,) = heard["texts"]
+    """Return the answer that a pod gets from the model's Service."""
+    result = json.loads(programs.run("chat", CHAT, url, "tiny", key, PROMPT))
+    assert result["errors"] == []
+    (text,) = result["texts"]
     return str(text)
 
 
-def test_the_operator_comes_up_and_the_charts_own_test_passes(release: Release) -> None:
+def test_operator_becomes_ready_and_the_chart_test_passes(release: Release) -> None:
     assert "Succeeded" in release.run("test")
 
 
-def test_a_model_chats_through_its_tenants_service_scales_suspends_and_goes(
+def test_a_model_chats_by_its_tenant_service_scales_suspends_and_is_deleted(
     api: ApiServer, programs: PodRunner, tiny_model: Callable[..., Object]
 ) -> None:
     namespace = programs.namespace
@@ -52,9 +52,9 @@ def test_a_model_chats_through_its_tenants_service_scales_suspends_and_goes(
     assert sandbox_pods(api, namespace, "tiny") == []
 
     url = f"http://tiny-tenant-acme.{namespace}.svc/acme/v1"
-    refused = json.loads(programs.run("stranger", CHAT, url, "tiny", "sk-of-nobody", PROMPT))
-    assert refused["texts"] == {}
-    assert "401" in refused["errors"][0]
+    rejected = json.loads(programs.run("stranger", CHAT, url, "tiny", "sk-unknown", PROMPT))
+    assert rejected["texts"] == {}
+    assert "401" in rejected["errors"][0]
     assert sandbox_pods(api, namespace, "tiny") == []
 
     text = chat(programs, url, key=KEY)
@@ -86,7 +86,7 @@ def test_a_model_chats_through_its_tenants_service_scales_suspends_and_goes(
     assert api.find("secrets", namespace, "acme-keys") is not None
 
 
-def test_loses_no_request_while_the_operator_and_then_all_pods_are_replaced(
+def test_no_request_fails_while_operator_and_pods_are_replaced(
     api: ApiServer, release: Release, programs: PodRunner, tiny_model: Callable[..., Object]
 ) -> None:
     namespace = programs.namespace
@@ -117,14 +117,14 @@ def test_loses_no_request_while_the_operator_and_then_all_pods_are_replaced(
         timeout_s=READY_S,
     )
     _make_known(api, namespace, "stop")
-    heard = json.loads(programs.wait_for_termination_message("traffic"))
-    assert heard["errors"] == []
-    assert set(heard["texts"]) == {text}
-    assert heard["texts"][text] > 5
+    result = json.loads(programs.wait_for_termination_message("traffic"))
+    assert result["errors"] == []
+    assert set(result["texts"]) == {text}
+    assert result["texts"][text] > 5
 
 
 def _make_known(api: ApiServer, namespace: str, host: str) -> None:
-    """Make a host name known to the namespace's pods, by a Service that leads nowhere."""
+    """Make a host name resolvable in the namespace's pods by a Service without endpoints."""
     spec = {"ports": [{"port": 80}]}
     meta = {"name": host, "namespace": namespace}
     api.create("services", {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec})

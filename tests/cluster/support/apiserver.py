@@ -1,4 +1,4 @@
-"""A real API server for tests: KUBECONFIG's, by plain REST, as whoever the credentials name."""
+"""REST client of the API server that KUBECONFIG names, for tests."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CLUSTER_SCOPED = (
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a kubeconfig says of its current context."""
+    """Server and credentials of a kubeconfig's current context."""
 
     server: str
     verify: ssl.SSLContext
@@ -81,12 +81,12 @@ class Credentials:
         return cls(cluster["server"], verify, headers, ca)
 
     def with_token(self, token: str) -> Credentials:
-        """Return what the bearer of a token has."""
+        """Return credentials with a bearer token."""
         verify = ssl.create_default_context(cadata=self.ca.decode())
         return Credentials(self.server, verify, {"Authorization": f"Bearer {token}"}, self.ca)
 
     def kubeconfig_for(self, token: str, *, namespace: str) -> str:
-        """Return a kubeconfig of the same server for the bearer of a token."""
+        """Return a kubeconfig for the same server with a bearer token."""
         ca = base64.b64encode(self.ca).decode()
         cluster = {"server": self.server, "certificate-authority-data": ca}
         return yaml.safe_dump(
@@ -117,7 +117,7 @@ def _inline_or_file(section: Object, name: str) -> bytes:
 
 
 class ApiRequestError(AssertionError):
-    """The API server refused a request.
+    """The API server rejected a request.
 
     Attributes:
         status: HTTP status.
@@ -130,7 +130,7 @@ class ApiRequestError(AssertionError):
 
 
 class ApiServer:
-    """Calls one API server. Kinds are plurals: `api.get("pods", "llm", "name")`."""
+    """Synchronous client. Kinds are given as plurals: `api.get("pods", "llm", "name")`."""
 
     def __init__(self, credentials: Credentials) -> None:
         self.credentials = credentials
@@ -156,7 +156,7 @@ class ApiServer:
         return str(self._call("GET", "/version")["gitVersion"])
 
     def find(self, plural: str, namespace: str, name: str) -> Object | None:
-        """Return an object, None if there is none."""
+        """Return an object; None if it does not exist."""
         try:
             return self.get(plural, namespace, name)
         except ApiRequestError as error:
@@ -165,24 +165,24 @@ class ApiServer:
             raise
 
     def get(self, plural: str, namespace: str, name: str) -> Object:
-        """Return an object; raises Refused."""
+        """Return an object; raises ApiRequestError."""
         return self._call("GET", _path(plural, namespace, name))
 
     def list(
         self, plural: str, namespace: str = "", *, labels: str = "", fields: str = ""
     ) -> list[Object]:
-        """Return the objects of a namespace, or of all."""
+        """Return the objects of a namespace, or of all namespaces."""
         params = {"labelSelector": labels, "fieldSelector": fields}
         answer = self._call("GET", _path(plural, namespace), params=params)
         items: list[Object] = answer["items"]
         return items
 
     def create(self, plural: str, obj: Object) -> Object:
-        """Create an object; raises Refused."""
+        """Create an object; raises ApiRequestError."""
         return self._call("POST", _path(plural, _namespace(obj)), json=obj)
 
     def apply(self, plural: str, obj: Object, *, dry_run: bool = False) -> Object:
-        """Apply an object on the server's side; raises Refused."""
+        """Apply an object (server-side apply); raises ApiRequestError."""
         params = {"fieldManager": FIELD_MANAGER, "force": "true"}
         if dry_run:
             params["dryRun"] = "All"
@@ -192,12 +192,12 @@ class ApiServer:
     def patch(
         self, plural: str, namespace: str, name: str, change: Object, *, subresource: str = ""
     ) -> Object:
-        """Merge a change into an object or a subresource of it; raises Refused."""
+        """Merge-patch an object or its subresource; raises ApiRequestError."""
         path = _path(plural, namespace, name) + (f"/{subresource}" if subresource else "")
         return self._patch(path, change, kind="merge-patch+json", params={})
 
     def delete(self, plural: str, namespace: str, name: str, **options: Any) -> None:
-        """Begin to delete an object; nothing happens if there is none."""
+        """Start to delete an object; no error if it does not exist."""
         try:
             self._call("DELETE", _path(plural, namespace, name), json=options or None)
         except ApiRequestError as error:
@@ -205,7 +205,7 @@ class ApiServer:
                 raise
 
     def create_token(self, namespace: str, service_account: str) -> str:
-        """Return a token of a service account, good for an hour."""
+        """Return a token of a ServiceAccount, valid for one hour."""
         path = f"{_path('serviceaccounts', namespace, service_account)}/token"
         body = {"spec": {"expirationSeconds": 3600}}
         return str(self._call("POST", path, json=body)["status"]["token"])
@@ -236,7 +236,7 @@ def _namespace(obj: Object) -> str:
 def eventually(
     read: Callable[[], T], accept: Callable[[T], object], *, timeout_s: float = 60.0
 ) -> T:
-    """Read until what was read is accepted, and return it; fails with what was read last."""
+    """Poll until a value is accepted and return it; fails with the last value at the deadline."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         value = read()

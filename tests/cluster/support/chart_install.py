@@ -1,4 +1,4 @@
-"""What the chart puts into a cluster before its operator runs: CRD, namespace, account, rights."""
+"""Installs what the chart brings besides the operator: CRD, namespace, ServiceAccount, RBAC."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CRD = "moemodels.faasmoe.dev"
 
 @contextmanager
 def installed_chart(api: ApiServer, helm: Helm) -> Iterator[str]:
-    """Install the chart less its Deployment; gives the name of the operator's account."""
+    """Install the chart without its Deployment; yield the operator's ServiceAccount name."""
     objects = [o for o in helm.template({"replicas": 2}) if o["kind"] in PLURAL_BY_KIND]
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
     api.apply("namespaces", namespace)

@@ -1,4 +1,4 @@
-"""Chats with a model's router, by the real client."""
+"""Chats with a model's router by the OpenAI client."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ TIMEOUT_S = 60.0
 def chat(
     router: Object, *, model: str = "tiny", tenant: str = "", key: str = "none", n_tokens: int = 8
 ) -> str:
-    """Return what the model says, greedily; raises the client's errors.
+    """Return the model's greedy answer; raises the client's errors.
 
     Args:
-        router: the router's pod.
-        model: what the request calls the model.
-        tenant: whose endpoint is called; the common one if empty.
+        router: the router pod.
+        model: model name in the request.
+        tenant: tenant whose path is used; empty for the common path.
         key: the API key.
         n_tokens: tokens to generate.
     """

@@ -1,4 +1,4 @@
-"""A pod's container as a process of this machine: environment and volumes resolved."""
+"""Creates a pod's container as a process of this machine: environment and volumes resolved."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from apiserver import ApiServer, Object
 from containers import Container, Mount
 
 CPU_LIMIT = "1"
-"""What a container is told of its limits: this machine is shared by all of them."""
+"""CPU limit that containers see, since they all share this machine."""
 _REFERENCE = re.compile(r"\$\(([A-Za-z_][A-Za-z0-9_]*)\)")
 
 
 class ContainerConfigError(Exception):
-    """A container that cannot be made as long as something is missing."""
+    """The container cannot be created as long as something is missing."""
 
 
 class ContainerFactory:
-    """Makes containers of pods.
+    """Creates the containers of pods.
 
     Args:
-        api: where Secrets and ConfigMaps are.
-        folder: claims' folders, overlays and logs.
-        entry_points: module that an image runs, by a word in the image's name.
+        api: to read Secrets and ConfigMaps.
+        folder: parent of the folders of claims, overlays and logs.
+        entry_points: module that an image runs, by a part of the image's name.
     """
 
     def __init__(self, api: ApiServer, folder: Path, *, entry_points: Mapping[str, str]) -> None:
@@ -38,13 +38,13 @@ class ContainerFactory:
         self._entry_points = entry_points
 
     def claim_folder(self, namespace: str, claim: str) -> Path:
-        """Return the folder that is a claim's volume."""
+        """Return the folder that backs a claim."""
         folder: Path = self._folder / "claims" / namespace / claim
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def create(self, pod: Object, address: str) -> Container:
-        """Return a pod's only container, not started; raises NotYet.
+        """Return a pod's only container, not started; raises ContainerConfigError.
 
         Args:
             pod: the pod.
@@ -54,7 +54,7 @@ class ContainerFactory:
         folder = self._folder / "pods" / pod["metadata"]["uid"]
         shutil.rmtree(folder, ignore_errors=True)
         environment = self._environment(pod, spec)
-        environment["FAASMOE_HOST"] = address  # 0.0.0.0 would be every pod's
+        environment["FAASMOE_HOST"] = address  # all pods share the network namespace
         command = [*self._entry_point(spec), *spec.get("args", [])]
         return Container(
             [_expand(word, environment) for word in command],
@@ -139,7 +139,7 @@ def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _expand(text: str, environment: Mapping[str, str]) -> str:
-    """Put variables in place of $(NAME), as a kubelet does."""
+    """Expand $(NAME) references, as a kubelet does."""
     return _REFERENCE.sub(lambda found: environment.get(found[1], found[0]), text)
 
 

@@ -1,8 +1,7 @@
-"""Containers as processes of this machine: same command, environment, volumes; no image.
+"""Containers as processes of this machine: same command, environment and volumes, but no image.
 
-Each runs in a mount namespace of its own, with the machine's file system beneath an overlay, so
-that volumes can be mounted wherever a pod wants them and what is written goes when it ends. Root
-only.
+Each runs in its own mount namespace with an overlay over the machine's file system, so that volumes
+can be mounted anywhere and writes are discarded at the end. Needs root.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ SYSTEM_MOUNTS = ("/proc", "/sys", "/dev")
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A folder of this machine, seen by the container at another path."""
+    """A folder of this machine, mounted into the container."""
 
     source: Path
     target: str
@@ -33,11 +32,11 @@ class Container:
     """One running container.
 
     Attributes:
-        command: what runs in it.
-        environment: all of its environment.
+        command: its command.
+        environment: its complete environment.
         mounts: its volumes.
-        folder: for the overlay and the log.
-        termination_log: the container's path of its last words.
+        folder: folder of its overlay and log.
+        termination_log: path of the termination log in the container.
     """
 
     command: Sequence[str]
@@ -48,7 +47,7 @@ class Container:
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def start(self) -> None:
-        """Start it."""
+        """Start the container."""
         for name in ("upper", "work", "root"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._termination_log_file.touch()
@@ -64,22 +63,22 @@ class Container:
 
     @property
     def log_file(self) -> Path:
-        """What it printed."""
+        """File with its output."""
         return self.folder / "log"
 
     @property
     def exit_status(self) -> int | None:
-        """Its exit status, None while it runs."""
+        """Its exit status; None while it runs."""
         assert self._process is not None
         return self._process.poll()
 
     def termination_message(self) -> str:
-        """Return its termination message; the end of its log if it left none."""
+        """Return its termination message, or the end of its log if it is empty."""
         message = self._termination_log_file.read_text(errors="replace")
         return message or self.log_file.read_text(errors="replace")[-2048:]
 
     def signal(self, number: int) -> None:
-        """Send a signal to all of it."""
+        """Send a signal to all its processes."""
         assert self._process is not None
         try:
             os.killpg(self._process.pid, number)
@@ -87,7 +86,7 @@ class Container:
             return
 
     def stop(self, *, grace_s: float) -> None:
-        """End it and wait for its end."""
+        """Terminate it and wait until it has exited."""
         assert self._process is not None
         self.signal(signal.SIGTERM)
         try:
@@ -118,5 +117,5 @@ class Container:
 
 
 def module_command(module: str) -> list[str]:
-    """Return the command that runs a module as the images' entry points do."""
+    """Return the command that runs a module, as the images' entry points do."""
     return [sys.executable, "-m", module]

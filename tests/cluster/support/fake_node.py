@@ -1,9 +1,9 @@
 """A node without a kubelet: pods bound to it run as processes of this machine.
 
-The control plane is real: its scheduler binds pods to this node, its controllers make pods of Jobs
-and Deployments. What a kubelet would do is done here, as far as FaaSMoE needs it: volumes (claims
-are folders, Secrets and ConfigMaps files), environment, probes, exit status and last words, ends
-with grace. Every pod gets an address in 127.0.0.0/8.
+The control plane is real: its scheduler binds pods to this node, its controllers create pods of
+Jobs and Deployments. This module does what a kubelet does, as far as FaaSMoE needs it: volumes
+(claims are folders, Secrets and ConfigMaps files), environment, probes, exit status, termination
+message and grace period. Every pod gets an address in 127.0.0.0/8.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class FakeNode:
     """Runs the pods that are bound to it until its context ends.
 
     Args:
-        api: as an administrator; the node's thread is the only one that calls it.
-        folder: claims' folders, overlays and logs.
-        entry_points: module that an image runs, by a word in the image's name.
+        api: administrator client that only the node's thread uses.
+        folder: parent of the folders of claims, overlays and logs.
+        entry_points: module that an image runs, by a part of the image's name.
 
     Attributes:
-        errors: what went wrong in the node itself.
+        errors: failures of the node itself.
     """
 
     def __init__(self, api: ApiServer, folder: Path, *, entry_points: Mapping[str, str]) -> None:
@@ -68,15 +68,15 @@ class FakeNode:
 
     @property
     def selector(self) -> dict[str, str]:
-        """The node selector of pods that are to run here."""
+        """Node selector of pods that should run here."""
         return self._registration.selector
 
     def claim_folder(self, namespace: str, claim: str) -> Path:
-        """Return the folder that is a claim's volume."""
+        """Return the folder that backs a claim."""
         return self._container_factory.claim_folder(namespace, claim)
 
     def pod_log(self, pod: str) -> str:
-        """Return what a running pod's container printed."""
+        """Return the output of a running pod's container."""
         return self._find(pod).container.log_file.read_text(errors="replace")
 
     def pod_address(self, pod: str) -> str:
@@ -115,7 +115,7 @@ class FakeNode:
                 self._registration.send_heartbeat()
                 self._provision_volumes()
                 self._sync_pods()
-            except Exception as error:  # a test asserts that there was none
+            except Exception as error:  # the fixture asserts that there were none
                 self.errors.append(f"{type(error).__name__}: {error}")
 
     def _provision_volumes(self) -> None:
@@ -173,7 +173,7 @@ class FakeNode:
         self._pods[pod["metadata"]["uid"]] = _RunningPod(pod, address, container)
 
     def _terminate(self, pod: Object) -> None:
-        """Let a pod end, or end it when its grace is over, which deletionTimestamp tells."""
+        """Let a pod terminate, and kill it when its grace period (deletionTimestamp) is over."""
         meta = pod["metadata"]
         running = self._pods.get(meta["uid"])
         if running is not None:
@@ -188,7 +188,7 @@ class FakeNode:
         self._api.delete("pods", meta["namespace"], meta["name"], gracePeriodSeconds=0)
 
     def _is_pre_stop_done(self, running: _RunningPod) -> bool:
-        """Return whether the container's preStop hook, a sleep, is over."""
+        """Return whether the container's preStop sleep is over."""
         if running.terminating_since_s is None:
             running.terminating_since_s = time.monotonic()
         lifecycle = running.pod["spec"]["containers"][0].get("lifecycle", {})

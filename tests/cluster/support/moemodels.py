@@ -1,4 +1,4 @@
-"""MoEModels for tests, and what is read of them."""
+"""MoEModels for tests, and helpers to read their state."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def wait_for_condition(
     reason: str = "",
     timeout_s: float = 120.0,
 ) -> Object:
-    """Wait for a condition of this status, and reason if one is given; return it."""
+    """Wait for a condition with this status, and reason if given; return it."""
     seen = eventually(
         lambda: conditions(api, namespace, name),
         lambda found: (
@@ -78,20 +78,20 @@ def model_objects(api: ApiServer, namespace: str, model: str) -> dict[str, list[
 
 
 def sandbox_pods(api: ApiServer, namespace: str, model: str) -> list[Object]:
-    """Return a model's sandboxes that are not on their way out."""
+    """Return a model's sandbox pods that are not terminating."""
     labels = f"faasmoe.dev/model={model},app.kubernetes.io/component=sandbox"
     pods = api.list("pods", namespace, labels=labels)
     return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
 
 def function_by_pod(api: ApiServer, namespace: str, model: str) -> dict[str, str]:
-    """Return the function of each sandbox, by the pod's uid; empty while it is not labelled."""
+    """Return the function of each sandbox by the pod's uid; empty without the label."""
     pods = [pod["metadata"] for pod in sandbox_pods(api, namespace, model)]
     return {pod["uid"]: pod["labels"].get("faasmoe.dev/function", "") for pod in pods}
 
 
 def router_pods(api: ApiServer, namespace: str, model: str) -> list[Object]:
-    """Return a model's routers that are ready and not on their way out."""
+    """Return a model's router pods that are ready and not terminating."""
     labels = f"faasmoe.dev/model={model},app.kubernetes.io/component=router"
     pods = api.list("pods", namespace, labels=labels)
     return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"] and _is_ready(pod)]

@@ -1,4 +1,4 @@
-"""A node's place in the cluster: the Node object and its heartbeats, without a kubelet."""
+"""Registers a Node object and sends its heartbeats, without a kubelet."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class NodeRegistration:
     """Keeps a node registered and ready, so that the scheduler binds pods to it.
 
     Args:
-        api: as an administrator.
-        hostname: the node's name, and its label kubernetes.io/hostname.
-        n_pods: pods that it can hold.
+        api: administrator client.
+        hostname: the node's name and value of the label kubernetes.io/hostname.
+        n_pods: its capacity of pods.
     """
 
     def __init__(self, api: ApiServer, hostname: str, *, n_pods: int = 500) -> None:
@@ -28,7 +28,7 @@ class NodeRegistration:
 
     @property
     def selector(self) -> dict[str, str]:
-        """The node selector of pods that are to run here."""
+        """Node selector of pods that should run here."""
         return {"kubernetes.io/hostname": self._hostname}
 
     def register(self) -> None:
@@ -48,7 +48,7 @@ class NodeRegistration:
         self._renew_lease()
 
     def unregister(self) -> None:
-        """Take the node out of the cluster."""
+        """Delete the node."""
         self._api.delete("nodes", "", self._hostname)
 
     def _report_ready(self) -> None:
@@ -78,10 +78,10 @@ class NodeRegistration:
 
 
 def condition(kind: str, *, is_true: bool) -> Object:
-    """Return a condition that has changed this moment."""
+    """Return a condition whose transition time is now."""
     return {"type": kind, "status": str(is_true), "lastTransitionTime": now()}
 
 
 def now() -> str:
-    """Return the time of day as Kubernetes writes it."""
+    """Return the current time in RFC 3339 format."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,4 +1,4 @@
-"""The operator as a process of this machine, with the rights of a service account."""
+"""The operator as a process of this machine, with the permissions of a ServiceAccount."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 from apiserver import ApiServer, eventually
+from metric_samples import check_known, exposed_families
 
 NAMESPACE = "faasmoe-system"
 START_TIMEOUT_S = 60.0
@@ -25,10 +26,10 @@ class OperatorProcess:
     """Runs `python -m faasmoe_operator.kube` as a service account; can be killed and restarted.
 
     Args:
-        api: as an administrator.
-        folder: for its kubeconfig and log.
-        service_account: whose rights it has, in NAMESPACE.
-        settings: FAASMOE_OPERATOR_* variables without the prefix, added to the tests' own.
+        api: administrator client.
+        folder: folder for its kubeconfig and log.
+        service_account: its ServiceAccount in NAMESPACE.
+        settings: additional FAASMOE_OPERATOR_* variables, without the prefix.
     """
 
     def __init__(
@@ -49,12 +50,12 @@ class OperatorProcess:
 
     @property
     def url(self) -> str:
-        """Address of its control API."""
+        """URL of its control API."""
         return f"http://127.0.0.1:{self._port}"
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """Its process id."""
         assert self._process is not None
         return self._process.pid
 
@@ -75,28 +76,29 @@ class OperatorProcess:
         eventually(self._is_ready, lambda ready: ready, timeout_s=START_TIMEOUT_S)
 
     def kill(self) -> None:
-        """End it at once, as a lost node would."""
+        """Kill it, as a lost node would."""
         self._terminate(signal.SIGKILL)
 
     def stop(self) -> None:
-        """Ask it to end and wait for its end."""
+        """Terminate it and wait until it has exited."""
         self._terminate(signal.SIGTERM)
 
     def log(self) -> str:
-        """Return what it printed."""
+        """Return its log."""
         return self.log_file.read_text(errors="replace")
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of a metric's samples that carry these labels."""
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
         text = httpx.get(f"{self.url}/metrics", trust_env=False).text
+        check_known(name, exposed_families(text))
         lines = [line for line in text.splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
         return sum(float(x.rpartition(" ")[2]) for x in lines if all(w in x for w in wanted))
 
     def _is_ready(self) -> bool:
         assert self._process is not None
         if self._process.poll() is not None:
-            raise AssertionError(f"the operator ended: {self.log()[-4000:]}")
+            raise AssertionError(f"the operator exited: {self.log()[-4000:]}")
         try:
             return httpx.get(f"{self.url}/readyz", trust_env=False).is_success
         except httpx.TransportError:
@@ -112,7 +114,9 @@ class OperatorProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-            raise AssertionError(f"no end after {STOP_TIMEOUT_S:g} s: {self.log()}") from None
+            raise AssertionError(
+                f"still running after {STOP_TIMEOUT_S:g} s: {self.log()}"
+            ) from None
         finally:
             self._process = None
 

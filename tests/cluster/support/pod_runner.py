@@ -1,4 +1,4 @@
-"""Programs that run in pods: what pods and Services answer is to be had only from within."""
+"""Runs programs in pods, since pod and Service addresses are reachable only from within."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from real_nodes import HOSTNAME_LABEL
 USER = 65532
 ROOT = 0
 TIMEOUT_S = 300.0
-"""Much of it is for what the program waits for."""
+"""Includes the time for which the program itself waits."""
 
 
 @dataclass(frozen=True, slots=True)
 class PodRunner:
-    """Runs Python programs in pods of one namespace; each ends with a word in its termination log.
+    """Runs Python programs in pods of one namespace; each writes a termination message.
 
     Attributes:
-        api: as an administrator.
-        namespace: where.
+        api: administrator client.
+        namespace: namespace of the pods.
         node: host name of the node.
         image: an image with Python.
     """
@@ -39,7 +39,7 @@ class PodRunner:
         user: int = USER,
         volumes: Mapping[str, Object] | None = None,
     ) -> str:
-        """Run a program to its end; return its last words, which fail the test if it failed."""
+        """Run a program and return its termination message; fails the test if the program fails."""
         self.start(name, program, *arguments, user=user, volumes=volumes)
         message = self.wait_for_termination_message(name)
         self.api.delete("pods", self.namespace, name)
@@ -56,11 +56,11 @@ class PodRunner:
         """Start a program.
 
         Args:
-            name: of its pod.
-            program: its text.
-            arguments: of its command line.
-            user: whose rights it has; all but ROOT keep to the restricted Pod Security Standard.
-            volumes: sources of volumes by the path at which it has them.
+            name: name of its pod.
+            program: file with its source.
+            arguments: its command line arguments.
+            user: user id; all but ROOT comply with the restricted Pod Security Standard.
+            volumes: volume sources by mount path.
         """
         container = {
             "name": "program",
@@ -90,7 +90,7 @@ class PodRunner:
         self.api.create("pods", {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec})
 
     def wait_for_termination_message(self, name: str) -> str:
-        """Wait for a program's end and return its last words, which fail the test if it failed."""
+        """Wait for a program and return its termination message; fails if the program fails."""
         status = eventually(
             lambda: self.api.get("pods", self.namespace, name)["status"],
             lambda status: status.get("phase") in ("Succeeded", "Failed"),

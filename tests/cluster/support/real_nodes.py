@@ -1,4 +1,4 @@
-"""Nodes that run containers: not the suite's stand-in, not a hollow one."""
+"""Finds nodes that run containers: neither the fake node nor hollow ones."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ DEFAULT_CLASS_ANNOTATION = "storageclass.kubernetes.io/is-default-class"
 
 @dataclass(frozen=True, slots=True)
 class ProjectImages:
-    """The project's images, as a node can have them.
+    """The project's images, which the node must have or can pull.
 
     Attributes:
-        operator: of the operator.
-        router: of routers and of the store's Job.
-        expert: of sandboxes.
+        operator: image of the operator.
+        router: image of routers and the store Job.
+        expert: image of sandboxes.
     """
 
     operator: str
@@ -27,21 +27,21 @@ class ProjectImages:
 
     @classmethod
     def from_environment(cls) -> ProjectImages | str:
-        """Return the images that the environment names, or the first variable that is not set."""
+        """Return the images named in the environment, or the first variable that is not set."""
         names = {part: f"TEST_{part.upper()}_IMAGE" for part in cls.__slots__}
         missing = [name for name in names.values() if not os.environ.get(name)]
         return missing[0] if missing else cls(**{p: os.environ[n] for p, n in names.items()})
 
 
 def find_real_node(api: ApiServer) -> str | None:
-    """Return the host name of a node that is ready and runs containers; None without one."""
+    """Return the host name of a ready node that runs containers; None if there is none."""
     return next(
         (n["metadata"]["labels"][HOSTNAME_LABEL] for n in api.list("nodes") if _is_real(n)), None
     )
 
 
 def has_default_storage(api: ApiServer) -> bool:
-    """Return whether claims without a storage class get a volume."""
+    """Return whether there is a default StorageClass."""
     classes = [found["metadata"].get("annotations", {}) for found in api.list("storageclasses")]
     return any(notes.get(DEFAULT_CLASS_ANNOTATION) == "true" for notes in classes)
 

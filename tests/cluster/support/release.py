@@ -1,4 +1,4 @@
-"""The chart as people install it: by helm, with the operator in a pod."""
+"""The chart installed with helm, with the operator in a pod."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from helm import CHART, Helm
 from real_nodes import HOSTNAME_LABEL, ProjectImages
 
 RELEASE = NAMESPACE = "faasmoe-real-node"
-"""Beside what the other tests install, of which nothing is to be touched."""
+"""Separate from what other tests install."""
 TIMEOUT = "5m"
 LABELS = "app.kubernetes.io/name=faasmoe-operator"
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """The chart, installed.
+    """An installed release of the chart.
 
     Attributes:
-        api: as an administrator.
-        helm: what installed it.
+        api: administrator client.
+        helm: runs helm.
     """
 
     api: ApiServer
     helm: Helm
 
     def run(self, verb: str, *arguments: str) -> str:
-        """Run a verb of helm on the release; return what it said."""
+        """Run a helm command on the release and return its output."""
         where = ["--namespace", NAMESPACE, "--kubeconfig", os.environ["KUBECONFIG"]]
         done = self.helm.run(verb, RELEASE, *arguments, *where, "--timeout", TIMEOUT)
         assert done.returncode == 0, f"helm {verb}: {done.stderr}{done.stdout}"
         return done.stdout
 
     def operators(self) -> list[Object]:
-        """Return the operator's pods that are ready and not on their way out."""
+        """Return the operator pods that are ready and not terminating."""
         pods = self.api.list("pods", NAMESPACE, labels=LABELS)
         return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"] and _ready(pod)]
 
     def replace_operator(self) -> None:
-        """Delete the operator's pod, and wait until another one looks after the models."""
+        """Delete the operator pod and wait until another one is ready."""
         (old,) = self.operators()
         self.api.delete("pods", NAMESPACE, old["metadata"]["name"])
         eventually(
@@ -58,7 +58,7 @@ class Release:
 def installed_release(
     api: ApiServer, helm: Helm, images: ProjectImages, *, node: str
 ) -> Iterator[Release]:
-    """Install the chart on a node; in the end take it away, and the CRD if it came with it."""
+    """Install the chart on a node; uninstall it at the end, with the CRD if it installed it."""
     release = Release(api, helm)
     had_crd = _update_crd(api)
     file = helm.home / "release.yaml"
@@ -77,7 +77,7 @@ def installed_release(
 
 
 def _update_crd(api: ApiServer) -> bool:
-    """Bring the CRD up to date if it is there, whoever brought it; return whether it is."""
+    """Update the CRD if it exists; return whether it does."""
     if api.find("customresourcedefinitions", "", CRD) is None:
         return False
     for path in (CHART / "crds").iterdir():

@@ -1,7 +1,7 @@
-"""Pods that are what they should be at once, without running anything: for many models.
+"""Simulated pods, for many models: they are ready at once and run nothing.
 
-The control plane is real; store Jobs succeed with a summary, routers are ready, and sandboxes are
-small HTTP servers of this process that answer as sandboxes do and hold what is attached to them.
+The control plane is real. Store Jobs succeed with a summary, routers are ready, and sandboxes are
+small HTTP servers of this process that answer as sandboxes do and hold loaded functions.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ GONE = (404, 409)
 
 
 class SimulatedPods:
-    """Settles the pods of one namespace until its context ends.
+    """Simulates the pods of one namespace until its context ends.
 
     Args:
-        api: as an administrator; this object's thread is the only one that calls it.
+        api: administrator client that only this object's thread uses.
         namespace: the namespace.
-        summary: what every store holds, in the words of `status.model`.
-        n_pods: pods that the node can hold.
+        summary: summary of every store, in the format of `status.model`.
+        n_pods: the node's capacity of pods.
 
     Attributes:
-        errors: what went wrong here.
+        errors: failures of the simulation itself.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class SimulatedPods:
 
     @property
     def selector(self) -> dict[str, str]:
-        """The node selector of pods that are settled here."""
+        """Node selector of pods that are simulated here."""
         return self._registration.selector
 
     @contextmanager
     def running(self) -> Iterator[SimulatedPods]:
-        """Register the node and settle its pods."""
+        """Register the node and simulate its pods."""
         self._registration.register()
         stopped = threading.Event()
         thread = threading.Thread(target=lambda: asyncio.run(self._run(stopped)), daemon=True)
@@ -89,7 +89,7 @@ class SimulatedPods:
                 await runner.cleanup()
 
     async def _sync_pods(self) -> None:
-        """Look at pods that are bound here and pend, and at those that are to go."""
+        """Process pods that are pending on this node, and terminating ones."""
         await asyncio.to_thread(self._registration.send_heartbeat)
         fields = f"spec.nodeName={HOSTNAME}"
         pods = await asyncio.to_thread(self._api.list, "pods", self._namespace, fields=fields)
@@ -147,7 +147,7 @@ class SimulatedPods:
 
 
 class _SimulatedSandbox:
-    """Holds functions and computes nothing."""
+    """A sandbox server that holds functions and computes nothing."""
 
     def __init__(self) -> None:
         self._functions: dict[str, Object] = {}

@@ -1,4 +1,4 @@
-"""A tiny store written by hand: two MoE layers of three experts, one router file."""
+"""A tiny handwritten store: two MoE layers of three experts and one router file."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ def manifest_of(files: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def digest_of(value: Mapping[str, Any]) -> str:
-    """The digest by its definition: JSON without spaces, fields sorted, in ASCII."""
+    """Compute the digest by definition: SHA-256 of compact ASCII JSON with sorted keys."""
     rest = {name: field for name, field in value.items() if name != "digest"}
     text = json.dumps(rest, separators=(",", ":"), sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode('ascii')).hexdigest()}"

@@ -15,17 +15,17 @@ Change = Callable[[dict[str, Any]], object]
 
 
 def test_round_trips_through_json(manifest: dict[str, Any]) -> None:
-    read = Manifest.from_json(manifest)
-    assert json.loads(json.dumps(read.to_json())) == manifest
-    assert Manifest.from_json(read.to_json()) == read
+    parsed = Manifest.from_json(manifest)
+    assert json.loads(json.dumps(parsed.to_json())) == manifest
+    assert Manifest.from_json(parsed.to_json()) == parsed
 
 
 def test_mirrors_the_json_fields(manifest: dict[str, Any]) -> None:
-    read = Manifest.from_json(manifest)
-    assert read.model.architecture == "MixtralForCausalLM"
-    assert [layer.index for layer in read.layers] == [0, 1]
-    assert read.layers[1].class_name == "MixtralExperts"
-    assert read.layers[1].file == "experts/00001.safetensors"
+    parsed = Manifest.from_json(manifest)
+    assert parsed.model.architecture == "MixtralForCausalLM"
+    assert [layer.index for layer in parsed.layers] == [0, 1]
+    assert parsed.layers[1].class_name == "MixtralExperts"
+    assert parsed.layers[1].file == "experts/00001.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_names_the_wrong_field(manifest: dict[str, Any], change: Change, message
         pytest.param(lambda m: m["files"]["model/config.json"].update(sha256="0" * 64), id="sha"),
     ],
 )
-def test_the_digest_is_over_all_of_it(manifest: dict[str, Any], change: Change) -> None:
+def test_digest_covers_all_fields(manifest: dict[str, Any], change: Change) -> None:
     change(manifest)
     with pytest.raises(StoreError, match=r"manifest\.digest: got .* prepare the store again"):
         Manifest.from_json(manifest)
@@ -96,21 +96,21 @@ def test_the_digest_is_over_all_of_it(manifest: dict[str, Any], change: Change) 
     assert Manifest.from_json(manifest).to_json() == manifest
 
 
-def test_the_digest_does_not_depend_on_the_order_of_fields(manifest: dict[str, Any]) -> None:
-    turned = json.loads(json.dumps(manifest), object_pairs_hook=lambda pairs: dict(pairs[::-1]))
-    assert list(turned) == list(manifest)[::-1]
-    assert manifest_digest(turned) == manifest["digest"]
+def test_digest_is_independent_of_field_order(manifest: dict[str, Any]) -> None:
+    reordered = json.loads(json.dumps(manifest), object_pairs_hook=lambda pairs: dict(pairs[::-1]))
+    assert list(reordered) == list(manifest)[::-1]
+    assert manifest_digest(reordered) == manifest["digest"]
 
 
-def test_describing_a_store_gives_the_manifest_that_is_read(manifest: dict[str, Any]) -> None:
-    read = Manifest.from_json(manifest)
-    assert Manifest.create(model=read.model, layers=read.layers, files=read.files) == read
+def test_create_computes_the_digest(manifest: dict[str, Any]) -> None:
+    parsed = Manifest.from_json(manifest)
+    assert Manifest.create(model=parsed.model, layers=parsed.layers, files=parsed.files) == parsed
 
 
-def test_an_earlier_versions_digest_is_told_with_its_remedy(manifest: dict[str, Any]) -> None:
+def test_rejects_the_digest_of_an_earlier_version_with_a_remedy(manifest: dict[str, Any]) -> None:
     lines = "".join(f"{e['sha256']}  {name}\n" for name, e in sorted(manifest["files"].items()))
     manifest["digest"] = f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
-    with pytest.raises(StoreError, match="earlier version's; prepare the store again with --force"):
+    with pytest.raises(StoreError, match="earlier version; prepare the store again with --force"):
         Manifest.from_json(manifest)
 
 
@@ -125,17 +125,17 @@ _JSON = st.recursive(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data(), value=_JSON)
-def test_any_field_of_any_type_is_read_or_refused(
+def test_any_value_in_any_field_parses_or_raises_store_error(
     manifest: dict[str, Any], data: st.DataObject, value: Any
 ) -> None:
-    holder: Any = copy.deepcopy(manifest)
-    changed = holder
-    while isinstance(holder, dict | list) and holder:
-        keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+    container: Any = copy.deepcopy(manifest)
+    changed = container
+    while isinstance(container, dict | list) and container:
+        keys = list(container) if isinstance(container, dict) else list(range(len(container)))
         key = data.draw(st.sampled_from(keys))
-        if data.draw(st.booleans()) or not isinstance(holder[key], dict | list):
-            holder[key] = value
+        if data.draw(st.booleans()) or not isinstance(container[key], dict | list):
+            container[key] = value
             break
-        holder = holder[key]
+        container = container[key]
     with contextlib.suppress(StoreError):
         Manifest.from_json(changed)

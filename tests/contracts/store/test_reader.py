@@ -19,14 +19,14 @@ def test_opens_a_complete_store(store_path: Path) -> None:
     assert store.router_files() == [store_path / "router/model-00001-of-00001.safetensors"]
 
 
-def test_a_folder_without_manifest_is_no_store(store_path: Path) -> None:
+def test_rejects_a_directory_without_manifest(store_path: Path) -> None:
     (store_path / "manifest.json").unlink()
-    with pytest.raises(StoreError, match=r"manifest\.json: not there"):
+    with pytest.raises(StoreError, match=r"manifest\.json: not found"):
         Store.open(store_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00", "[" * 100_000], ids=range(5))
-def test_a_broken_manifest_names_its_file(store_path: Path, text: str) -> None:
+def test_names_the_file_of_an_invalid_manifest(store_path: Path, text: str) -> None:
     (store_path / "manifest.json").write_text(text)
     with pytest.raises(StoreError, match=r"manifest\.json"):
         Store.open(store_path)
@@ -42,14 +42,14 @@ def test_a_broken_manifest_names_its_file(store_path: Path, text: str) -> None:
         pytest.param(lambda path: path.write_bytes(b""), "size: got 0 bytes", id="empty"),
     ],
 )
-def test_a_missing_or_mis_sized_file_is_named(
+def test_names_a_missing_or_mis_sized_file(
     store_path: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     store = Store.open(store_path)
     damage(store_path / LAYER)
-    for read in (lambda: Store.open(store_path), lambda: store.map_layer(1), store.verify):
+    for action in (lambda: Store.open(store_path), lambda: store.map_layer(1), store.verify):
         with pytest.raises(StoreError, match=message) as caught:
-            read()
+            action()
         assert LAYER in str(caught.value)
 
 
@@ -63,19 +63,19 @@ def test_verify_names_the_corrupted_file(store_path: Path) -> None:
     store.verify(["experts/00000.safetensors"])
 
 
-def test_verify_refuses_a_file_of_another_store(store_path: Path) -> None:
+def test_verify_rejects_a_file_outside_the_manifest(store_path: Path) -> None:
     with pytest.raises(StoreError, match="got the file 'router/x'"):
         Store.open(store_path).verify(["router/x"])
 
 
 @pytest.mark.parametrize("index", [-1, 2])
-def test_a_layer_outside_the_model_is_refused(store_path: Path, index: int) -> None:
+def test_rejects_a_layer_index_out_of_range(store_path: Path, index: int) -> None:
     with pytest.raises(StoreError, match=f"layer: got {index}, expected 0 to 1"):
         Store.open(store_path).map_layer(index)
 
 
 @pytest.mark.parametrize(("field", "value"), [("expert_bytes", 40), ("shared_bytes", 4)])
-def test_a_layer_of_another_model_is_refused(
+def test_rejects_a_layer_whose_size_differs_from_the_manifest(
     store_path: Path, manifest: dict[str, Any], field: str, value: int
 ) -> None:
     manifest["layers"][1][field] = value
@@ -85,7 +85,7 @@ def test_a_layer_of_another_model_is_refused(
         Store.open(store_path).map_layer(1)
 
 
-def test_reading_imports_neither_torch_nor_numpy() -> None:
+def test_imports_neither_torch_nor_numpy() -> None:
     code = "import sys, faasmoe_contracts.store; print({'torch', 'numpy'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -14,26 +14,28 @@ from faasmoe_contracts.store import Store, StoreError
 from faasmoe_contracts.store.tensors import map_tensors
 
 
-def _file(folder: Path, header: Any, data: bytes, *, length: int | None = None) -> Path:
+def write_safetensors(
+    directory: Path, header: Any, data: bytes, *, length: int | None = None
+) -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path = folder / "x.safetensors"
+    path = directory / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
     return path
 
 
-def _entry(begin: int, end: int, *, dtype: str = "U8", shape: Any = None) -> dict[str, Any]:
-    shape = [end - begin] if shape is None else shape
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+def tensor_entry(start: int, end: int, *, dtype: str = "U8", shape: Any = None) -> dict[str, Any]:
+    shape = [end - start] if shape is None else shape
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
-def test_maps_what_the_file_holds(store_path: Path) -> None:
+def test_maps_all_tensors(store_path: Path) -> None:
     tensors = Store.open(store_path).map_layer(1).tensors
     assert list(tensors) == ["down_proj", "gate_up_proj", "norm.weight"]
     assert (tensors["down_proj"].dtype, tensors["down_proj"].shape) == ("F32", (3, 4, 2))
     assert tensors["gate_up_proj"].buffer.tobytes() == bytes(range(48))
 
 
-def test_torch_takes_a_view_without_a_copy_or_a_warning(store_path: Path) -> None:
+def test_views_work_with_torch_without_copy_or_warning(store_path: Path) -> None:
     view = Store.open(store_path).map_layer(0).tensors["down_proj"]
     tensor = torch.frombuffer(view.buffer, dtype=torch.float32).view(view.shape)  # [E, H, I]
     assert tensor.flatten().tolist() == list(range(24))
@@ -41,7 +43,7 @@ def test_torch_takes_a_view_without_a_copy_or_a_warning(store_path: Path) -> Non
     assert tensor[0, 0, 0] == 7.0
 
 
-def test_a_write_never_reaches_the_file(store_path: Path) -> None:
+def test_writes_never_reach_the_file(store_path: Path) -> None:
     store = Store.open(store_path)
     for view in store.map_layer(0).tensors.values():
         view.buffer[:] = bytes(view.buffer.nbytes)
@@ -49,7 +51,7 @@ def test_a_write_never_reaches_the_file(store_path: Path) -> None:
     assert any(store.map_layer(0).tensors["down_proj"].buffer)
 
 
-def test_data_begins_at_a_page(store_path: Path) -> None:
+def test_data_section_is_page_aligned(store_path: Path) -> None:
     (length,) = struct.unpack("<Q", (store_path / "experts/00000.safetensors").read_bytes()[:8])
     assert (8 + length) % 4096 == 0
 
@@ -57,38 +59,48 @@ def test_data_begins_at_a_page(store_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        pytest.param(b"{", "header: got no JSON", id="json"),
-        pytest.param(b"\xff\xff", "header: got no JSON", id="encoding"),
+        pytest.param(b"{", "header: invalid JSON", id="json"),
+        pytest.param(b"\xff\xff", "header: invalid JSON", id="encoding"),
         pytest.param([], "expected a JSON object", id="array"),
         pytest.param({"a": 1}, "a: got 1", id="entry"),
         pytest.param({"a": {"dtype": "U8"}}, "a.shape: got nothing", id="no-shape"),
-        pytest.param({"a": _entry(0, 8, dtype="C64")}, "a.dtype: got 'C64'", id="dtype"),
-        pytest.param({"a": _entry(0, 8, shape=[-8])}, "a.shape", id="negative"),
-        pytest.param({"a": _entry(0, 8, shape=["8"])}, "a.shape", id="text"),
-        pytest.param({"a": _entry(0, 8, shape=[9])}, "expected 9 bytes apart", id="mis-sized"),
-        pytest.param({"a": _entry(0, 8) | {"data_offsets": [0]}}, "two integers", id="one-offset"),
-        pytest.param({"a": _entry(8, 0, shape=[8])}, "a.data_offsets", id="backwards"),
-        pytest.param({"a": _entry(0, 4)}, "got 8 bytes of tensors, expected 4", id="rest"),
-        pytest.param({"a": _entry(0, 16)}, "got 8 bytes of tensors, expected 16", id="beyond"),
-        pytest.param({"a": _entry(0, 4), "b": _entry(3, 8)}, "got start 3", id="overlap"),
-        pytest.param({"a": _entry(0, 3), "b": _entry(4, 8)}, "got start 4", id="gap"),
+        pytest.param({"a": tensor_entry(0, 8, dtype="C64")}, "a.dtype: got 'C64'", id="dtype"),
+        pytest.param({"a": tensor_entry(0, 8, shape=[-8])}, "a.shape", id="negative"),
+        pytest.param({"a": tensor_entry(0, 8, shape=["8"])}, "a.shape", id="text"),
+        pytest.param(
+            {"a": tensor_entry(0, 8, shape=[9])}, "expected 9 bytes apart", id="mis-sized"
+        ),
+        pytest.param(
+            {"a": tensor_entry(0, 8) | {"data_offsets": [0]}},
+            "two non-negative integers",
+            id="one-offset",
+        ),
+        pytest.param({"a": tensor_entry(8, 0, shape=[8])}, "a.data_offsets", id="backwards"),
+        pytest.param({"a": tensor_entry(0, 4)}, "got 8 bytes of tensors, expected 4", id="rest"),
+        pytest.param(
+            {"a": tensor_entry(0, 16)}, "got 8 bytes of tensors, expected 16", id="beyond"
+        ),
+        pytest.param(
+            {"a": tensor_entry(0, 4), "b": tensor_entry(3, 8)}, "got start 3", id="overlap"
+        ),
+        pytest.param({"a": tensor_entry(0, 3), "b": tensor_entry(4, 8)}, "got start 4", id="gap"),
     ],
 )
-def test_names_what_is_wrong_in_the_header(tmp_path: Path, header: Any, message: str) -> None:
-    path = _file(tmp_path, header, bytes(8))
+def test_names_the_invalid_field_of_the_header(tmp_path: Path, header: Any, message: str) -> None:
+    path = write_safetensors(tmp_path, header, bytes(8))
     with pytest.raises(StoreError, match=message) as caught:
         map_tensors(path)
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("length", [100, 1 << 40, (1 << 64) - 1])
-def test_a_header_longer_than_the_file_is_refused(tmp_path: Path, length: int) -> None:
+def test_rejects_a_header_longer_than_the_file(tmp_path: Path, length: int) -> None:
     with pytest.raises(StoreError, match=f"header length: got {length}"):
-        map_tensors(_file(tmp_path, b"{}", b"", length=length))
+        map_tensors(write_safetensors(tmp_path, b"{}", b"", length=length))
 
 
 @pytest.mark.parametrize("size", [0, 7])
-def test_a_file_without_a_header_is_refused(tmp_path: Path, size: int) -> None:
+def test_rejects_a_file_without_header(tmp_path: Path, size: int) -> None:
     (tmp_path / "x").write_bytes(bytes(size))
     with pytest.raises(StoreError, match=f"got {size} bytes"):
         map_tensors(tmp_path / "x")
@@ -99,13 +111,17 @@ def test_a_file_without_a_header_is_refused(tmp_path: Path, size: int) -> None:
     changes=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), min_size=1, max_size=4),
     cut=st.integers(0, 20),
 )
-def test_damage_is_mapped_within_bounds_or_refused(changes: list[Any], cut: int) -> None:
-    header = json.dumps({"a": _entry(0, 6), "b": _entry(6, 14, dtype="F32", shape=[2, 1])})
+def test_damaged_file_maps_within_bounds_or_raises_store_error(
+    changes: list[Any], cut: int
+) -> None:
+    header = json.dumps(
+        {"a": tensor_entry(0, 6), "b": tensor_entry(6, 14, dtype="F32", shape=[2, 1])}
+    )
     content = bytearray(struct.pack("<Q", len(header)) + header.encode() + bytes(14))
     for position, value in changes:
         content[position % len(content)] = value
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "x"
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "x"
         path.write_bytes(content[: len(content) - cut])
         with contextlib.suppress(StoreError):
             tensors = map_tensors(path).tensors

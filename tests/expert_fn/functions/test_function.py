@@ -1,4 +1,4 @@
-"""An attached function computes what the family's own experts module computes, for its block."""
+"""An attached function matches the family's own experts module for its block."""
 
 import json
 import shutil
@@ -21,12 +21,22 @@ from faasmoe_contracts.wire import Dtype, ExpertRequest, OutputMode, decode_requ
 from faasmoe_expert.errors import BadAttachment, BadFrame
 from faasmoe_expert.functions import ExpertFunction
 from faasmoe_expert.functions.transfer import Uploader
+from faasmoe_kernels import load
 
-LEAN = ["mixtral", "qwen2_moe", "aria", "gemma4", "nemotron_h"]
-GENERAL = ["gpt_oss", "muse_spark", "deepseek_v4", "inkling2", "openai_privacy_filter"]
+GATED_FAMILIES = ["mixtral", "qwen2_moe", "aria", "gemma4", "nemotron_h"]
+MODULE_FAMILIES = ["gpt_oss", "muse_spark", "deepseek_v4", "inkling2", "openai_privacy_filter"]
 WIRE_DTYPES = {"float32": Dtype.FLOAT32, "bfloat16": Dtype.BFLOAT16, "float16": Dtype.FLOAT16}
 EXPERTS = 8
 TOP_K = 3
+
+
+@pytest.fixture
+def torch_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Mapped blocks are computed by torch, as copies are; it rounds between bfloat16 products."""
+    monkeypatch.setenv("FAASMOE_KERNELS", "off")
+    load.cache_clear()
+    yield
+    load.cache_clear()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows routed as a gate would."""
+    """Random rows with TOP_K experts each."""
 
     hidden: Tensor  # [T, H]
     index: Tensor  # [T, k]
@@ -59,7 +69,7 @@ class Batch:
     def request(
         self, experts: Sequence[int], *, mode: OutputMode, layer: int = 0, **changes: Any
     ) -> ExpertRequest:
-        """The pairs of these experts, as a frame that was sent."""
+        """Return a decoded frame with the pairs of `experts`."""
         wanted = torch.isin(self.index, torch.tensor(list(experts)))  # [T, k]
         rows, slots = wanted.nonzero(as_tuple=True)  # [P], [P]
         fields: dict[str, Any] = {
@@ -83,47 +93,47 @@ def modules(family: str) -> list[torch.nn.Module]:
     return list(experts_modules(model).values())
 
 
-def own_forward(family: str, batch: Batch, layer: int) -> Tensor:
-    """What the family's module makes of a batch, in float32: [T, H]."""
+def module_output(family: str, batch: Batch, layer: int) -> Tensor:
+    """Return the output of the family's module in float32, [T, H]."""
     with torch.no_grad():
         total: Tensor = modules(family)[layer](batch.hidden.float(), batch.index, batch.weight)
     return total
 
 
-def attached(store: Store, layers: Sequence[int], experts: Sequence[int]) -> ExpertFunction:
+def mapped_function(store: Store, layers: Sequence[int], experts: Sequence[int]) -> ExpertFunction:
     return ExpertFunction(make_function_spec(store, layers, experts), store)
 
 
-def copied(store: Store, layers: Sequence[int], experts: Sequence[int]) -> ExpertFunction:
-    """As on a CUDA device: its experts copied, chunk by chunk."""
+def copied_function(store: Store, layers: Sequence[int], experts: Sequence[int]) -> ExpertFunction:
+    """Return a function that copies its experts in chunks, as on a CUDA device."""
     uploader = Uploader(DeferredCopyStream(), chunk_bytes=1000)
     return ExpertFunction(make_function_spec(store, layers, experts), store, uploader=uploader)
 
 
-@pytest.mark.parametrize("family", LEAN)
-def test_common_families_need_no_transformers(family: str, prepared_store: PreparedStore) -> None:
+@pytest.mark.parametrize("family", GATED_FAMILIES)
+def test_common_families_use_the_gated_kernel(family: str, prepared_store: PreparedStore) -> None:
     assert all(layer.kernel for layer in prepared_store(family).manifest.layers)
 
 
-@pytest.mark.parametrize("family", GENERAL)
-def test_families_of_their_own_use_their_module(family: str, prepared_store: PreparedStore) -> None:
+@pytest.mark.parametrize("family", MODULE_FAMILIES)
+def test_other_families_use_their_module(family: str, prepared_store: PreparedStore) -> None:
     assert not any(layer.kernel for layer in prepared_store(family).manifest.layers)
 
 
-@pytest.mark.parametrize("family", LEAN + GENERAL)
-def test_all_experts_give_the_modules_output(family: str, prepared_store: PreparedStore) -> None:
+@pytest.mark.parametrize("family", GATED_FAMILIES + MODULE_FAMILIES)
+def test_all_experts_match_the_module(family: str, prepared_store: PreparedStore) -> None:
     store = prepared_store(family)
     for layer in range(len(store.manifest.layers)):
         batch = Batch.make(store, layer)
-        function = attached(store, [layer], range(EXPERTS))
+        function = mapped_function(store, [layer], range(EXPERTS))
         got = function.compute(batch.request(range(EXPERTS), mode=OutputMode.REDUCED, layer=layer))
-        expected = own_forward(family, batch, layer)
+        expected = module_output(family, batch, layer)
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", OutputMode)
-@pytest.mark.parametrize("family", LEAN + GENERAL)
-def test_blocks_that_are_not_contiguous_add_up(
+@pytest.mark.parametrize("family", GATED_FAMILIES + MODULE_FAMILIES)
+def test_outputs_of_non_contiguous_blocks_add_up(
     family: str, mode: OutputMode, prepared_store: PreparedStore
 ) -> None:
     store = prepared_store(family)
@@ -131,53 +141,53 @@ def test_blocks_that_are_not_contiguous_add_up(
     total = torch.zeros_like(batch.hidden)  # [T, H]
     for block in ([0, 3, 4, 7], [1, 6], [2, 5]):
         request = batch.request(block, mode=mode)
-        part = attached(store, [0], block).compute(request)  # [T, H] or [P, H]
+        part = mapped_function(store, [0], block).compute(request)  # [T, H] or [P, H]
         if mode is OutputMode.UNREDUCED:
             rows = torch.from_numpy(request.pair_row.astype(np.int64))  # [P]
             total.index_add_(0, rows, part)
         else:
             total += part
-    torch.testing.assert_close(total, own_forward(family, batch, 0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(total, module_output(family, batch, 0), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["mixtral", "nemotron_h", "gpt_oss", "muse_spark"])
-def test_every_dtype_is_computed(family: str, dtype: str, prepared_store: PreparedStore) -> None:
+def test_supports_every_dtype(family: str, dtype: str, prepared_store: PreparedStore) -> None:
     store = prepared_store(family, dtype=dtype)
     batch = Batch.make(store, 0)
-    function = attached(store, [0], range(EXPERTS))
+    function = mapped_function(store, [0], range(EXPERTS))
     got = function.compute(batch.request(range(EXPERTS), mode=OutputMode.REDUCED))
     assert got.dtype == batch.hidden.dtype
-    expected = own_forward(family, batch, 0)
+    expected = module_output(family, batch, 0)
     error = (got.float() - expected).abs().max() / expected.abs().max()
     assert error < {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}[dtype]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", LEAN + GENERAL)
-def test_unreduced_pairs_have_the_same_bits_in_any_block_and_batch(
+@pytest.mark.parametrize("family", GATED_FAMILIES + MODULE_FAMILIES)
+def test_unreduced_pairs_are_bit_identical_in_any_block_and_batch(
     family: str, dtype: str, prepared_store: PreparedStore
 ) -> None:
     store = prepared_store(family, dtype=dtype)
     batch = Batch.make(store, 0)
-    whole = batch.request(range(EXPERTS), mode=OutputMode.UNREDUCED)
-    together = attached(store, [0], range(EXPERTS)).compute(whole)  # [P, H]
-    block = attached(store, [0], [1, 5])
-    for pair in np.flatnonzero(np.isin(whole.pair_expert, [1, 5])):
-        row = slice(whole.pair_row[pair], whole.pair_row[pair] + 1)
+    full_request = batch.request(range(EXPERTS), mode=OutputMode.UNREDUCED)
+    full_output = mapped_function(store, [0], range(EXPERTS)).compute(full_request)  # [P, H]
+    block = mapped_function(store, [0], [1, 5])
+    for pair in np.flatnonzero(np.isin(full_request.pair_expert, [1, 5])):
+        row = slice(full_request.pair_row[pair], full_request.pair_row[pair] + 1)
         alone = Batch(batch.hidden[row], batch.index[row], batch.weight[row])
-        request = alone.request([int(whole.pair_expert[pair])], mode=OutputMode.UNREDUCED)
-        assert torch.equal(block.compute(request)[0], together[pair])
+        request = alone.request([int(full_request.pair_expert[pair])], mode=OutputMode.UNREDUCED)
+        assert torch.equal(block.compute(request)[0], full_output[pair])
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_one_function_spans_several_layers(family: str, prepared_store: PreparedStore) -> None:
+def test_function_may_span_several_layers(family: str, prepared_store: PreparedStore) -> None:
     store = prepared_store(family)
-    function = attached(store, [0, 2], range(EXPERTS))
+    function = mapped_function(store, [0, 2], range(EXPERTS))
     for layer in (0, 2):
         batch = Batch.make(store, layer)
         got = function.compute(batch.request(range(EXPERTS), mode=OutputMode.REDUCED, layer=layer))
-        expected = own_forward(family, batch, layer)
+        expected = module_output(family, batch, layer)
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     one = store.manifest.layers[0].expert_bytes
     assert function.size_bytes == 2 * EXPERTS * one
@@ -186,25 +196,26 @@ def test_one_function_spans_several_layers(family: str, prepared_store: Prepared
 @pytest.mark.parametrize("block", [range(EXPERTS), [0, 3, 4, 7]])
 @pytest.mark.parametrize("mode", OutputMode)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", LEAN + GENERAL)
-def test_a_copied_block_computes_what_the_mapped_one_does(
+@pytest.mark.parametrize("family", GATED_FAMILIES + MODULE_FAMILIES)
+@pytest.mark.usefixtures("torch_kernels")
+def test_copied_block_matches_the_mapped_block(
     family: str, dtype: str, mode: OutputMode, block: Sequence[int], prepared_store: PreparedStore
 ) -> None:
     store = prepared_store(family, dtype=dtype)
     request = Batch.make(store, 0).request(block, mode=mode)
-    expected = attached(store, [0, 1], block).compute(request)
-    function = copied(store, [0, 1], block)
+    expected = mapped_function(store, [0, 1], block).compute(request)
+    function = copied_function(store, [0, 1], block)
     got = function.compute(request)
     assert got.dtype == expected.dtype
     error = (got.float() - expected.float()).abs().max() / expected.float().abs().max()
     assert error <= {"float32": 1e-6, "bfloat16": 2**-7}[dtype]
-    assert function.size_bytes == attached(store, [0, 1], block).size_bytes
+    assert function.size_bytes == mapped_function(store, [0, 1], block).size_bytes
 
 
-def test_a_copied_block_lets_go_of_the_map(prepared_store: PreparedStore) -> None:
+def test_copied_block_releases_the_mapping(prepared_store: PreparedStore) -> None:
     store = prepared_store("mixtral")
     path = str(store.path / store.manifest.layers[0].file)
-    function = copied(store, [0], [1, 2])
+    function = copied_function(store, [0], [1, 2])
     assert path not in Path("/proc/self/maps").read_text()
     assert function.compute(Batch.make(store, 0).request([1, 2], mode=OutputMode.REDUCED)).any()
 
@@ -217,23 +228,23 @@ def test_a_copied_block_lets_go_of_the_map(prepared_store: PreparedStore) -> Non
         ({"hidden_size": 16, "n_rows": 42}, "hidden_size", "hidden_size: got 16, expected 32"),
     ],
 )
-def test_a_frame_for_another_function_is_refused(
+def test_rejects_frames_for_another_function(
     changes: dict[str, Any], field: str, message: str, prepared_store: PreparedStore
 ) -> None:
     store = prepared_store("mixtral")
     request = Batch.make(store, 0).request([1, 2], mode=OutputMode.REDUCED, **changes)
     with pytest.raises(BadFrame, match=message) as refused:
-        attached(store, [0], [1, 2]).compute(request)
+        mapped_function(store, [0], [1, 2]).compute(request)
     assert refused.value.field == field
 
 
 @pytest.mark.parametrize("expert", [0, 3, 8, 2**31 - 1])
-def test_an_expert_outside_the_block_is_refused(expert: int, prepared_store: PreparedStore) -> None:
+def test_rejects_experts_outside_the_block(expert: int, prepared_store: PreparedStore) -> None:
     store = prepared_store("mixtral")
     request = Batch.make(store, 0).request([1, 2], mode=OutputMode.REDUCED)
     request.pair_expert[2] = expert
     with pytest.raises(BadFrame, match=f"pair_expert: got {expert}, expected .* \\[1, 2\\]"):
-        attached(store, [0], [1, 2]).compute(request)
+        mapped_function(store, [0], [1, 2]).compute(request)
 
 
 @pytest.mark.parametrize(
@@ -244,11 +255,11 @@ def test_an_expert_outside_the_block_is_refused(expert: int, prepared_store: Pre
         ([0], [7, 8], "experts: got 8, expected indices below 8"),
     ],
 )
-def test_what_the_store_does_not_have_is_not_attached(
+def test_rejects_layers_and_experts_that_the_store_lacks(
     layers: list[int], experts: list[int], message: str, prepared_store: PreparedStore
 ) -> None:
     with pytest.raises(BadAttachment, match=message):
-        attached(prepared_store("mixtral"), layers, experts)
+        mapped_function(prepared_store("mixtral"), layers, experts)
 
 
 @pytest.mark.parametrize(
@@ -259,29 +270,27 @@ def test_what_the_store_does_not_have_is_not_attached(
         {"name": "mixture"},
     ],
 )
-def test_a_kernel_of_another_version_is_not_attached(
+def test_rejects_kernels_of_another_version(
     kernel: dict[str, Any], prepared_store: PreparedStore, tmp_path: Path
 ) -> None:
-    store = changed(prepared_store("mixtral"), tmp_path, kernel=kernel)
+    store = modified_store(prepared_store("mixtral"), tmp_path, kernel=kernel)
     with pytest.raises(BadAttachment, match="layer 0 of MixtralForCausalLM cannot be computed"):
-        attached(store, [0], [0])
+        mapped_function(store, [0], [0])
 
 
-def test_an_architecture_unknown_here_is_not_attached(
-    prepared_store: PreparedStore, tmp_path: Path
-) -> None:
-    store = changed(prepared_store("gpt_oss"), tmp_path, architecture="GptNextForCausalLM")
+def test_rejects_unknown_architectures(prepared_store: PreparedStore, tmp_path: Path) -> None:
+    store = modified_store(prepared_store("gpt_oss"), tmp_path, architecture="GptNextForCausalLM")
     with pytest.raises(BadAttachment, match="layer 0 of GptNextForCausalLM cannot be computed"):
-        attached(store, [0], [0])
+        mapped_function(store, [0], [0])
 
 
-def changed(store: Store, folder: Path, *, architecture: str = "", **layer: Any) -> Store:
-    """A copy of a store with other fields in its manifest."""
-    shutil.copytree(store.path, folder / "store")
-    path = folder / "store" / "manifest.json"
+def modified_store(store: Store, directory: Path, *, architecture: str = "", **layer: Any) -> Store:
+    """Return a copy of a store with other fields in its manifest."""
+    shutil.copytree(store.path, directory / "store")
+    path = directory / "store" / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["layers"][0] |= layer
     manifest["model"]["architecture"] = architecture or manifest["model"]["architecture"]
     manifest["digest"] = manifest_digest(manifest)
     path.write_text(json.dumps(manifest))
-    return Store.open(folder / "store")
+    return Store.open(directory / "store")

@@ -1,4 +1,4 @@
-"""Requests that are computed as one give what each gives alone."""
+"""Batched requests give the same outputs as individual requests."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ HIDDEN = 32
 EXPERTS = (1, 3, 4, 6)
 
 
-def request(seed: int, *, mode: OutputMode, n_rows: int, layer: int = 0) -> ExpertRequest:
-    """Rows with one to four pairs each."""
+def random_request(seed: int, *, mode: OutputMode, n_rows: int, layer: int = 0) -> ExpertRequest:
+    """Return a request of random rows with one to four pairs each."""
     draw = np.random.default_rng(seed)
     counts = draw.integers(1, len(EXPERTS) + 1, n_rows)
     rows = draw.standard_normal((n_rows, HIDDEN), dtype=np.float32)
@@ -44,45 +44,45 @@ def function(prepared_store: PreparedStore) -> ExpertFunction:
 
 
 @pytest.mark.parametrize("sizes", [(1,), (1, 1), (3, 1, 7), (2, 30, 1, 1, 9)])
-def test_each_gets_its_own_rows_in_reduced_mode(
+def test_batched_reduced_outputs_match_individual_outputs(
     sizes: Sequence[int], function: ExpertFunction
 ) -> None:
-    asked = [request(i, mode=OutputMode.REDUCED, n_rows=n) for i, n in enumerate(sizes)]
-    together = function.compute_batch(asked)
-    for alone, got in zip(map(function.compute, asked), together, strict=True):
+    requests = [random_request(i, mode=OutputMode.REDUCED, n_rows=n) for i, n in enumerate(sizes)]
+    batched = function.compute_batch(requests)
+    for alone, got in zip(map(function.compute, requests), batched, strict=True):
         assert got.shape == alone.shape
         torch.testing.assert_close(got, alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(1,), (1, 1), (3, 1, 7), (2, 30, 1, 1, 9)])
-def test_each_gets_its_own_bits_in_unreduced_mode(
+def test_batched_unreduced_outputs_are_bit_identical(
     sizes: Sequence[int], function: ExpertFunction
 ) -> None:
-    asked = [request(i, mode=OutputMode.UNREDUCED, n_rows=n) for i, n in enumerate(sizes)]
-    together = function.compute_batch(asked)
-    for alone, got in zip(map(function.compute, asked), together, strict=True):
+    requests = [random_request(i, mode=OutputMode.UNREDUCED, n_rows=n) for i, n in enumerate(sizes)]
+    batched = function.compute_batch(requests)
+    for alone, got in zip(map(function.compute, requests), batched, strict=True):
         assert torch.equal(got, alone)
 
 
-def test_every_request_counts_as_a_frame(function: ExpertFunction) -> None:
+def test_counts_every_request_of_a_batch(function: ExpertFunction) -> None:
     before = function.n_frames
-    function.compute_batch([request(i, mode=OutputMode.REDUCED, n_rows=2) for i in range(3)])
+    function.compute_batch([random_request(i, mode=OutputMode.REDUCED, n_rows=2) for i in range(3)])
     assert function.n_frames == before + 3
 
 
-def test_one_request_is_joined_without_a_copy() -> None:
-    alone = request(0, mode=OutputMode.REDUCED, n_rows=3)
+def test_single_request_is_not_copied() -> None:
+    alone = random_request(0, mode=OutputMode.REDUCED, n_rows=3)
     assert concat_requests([alone]) is alone
 
 
-def test_only_what_can_be_one_frame_is_alike() -> None:
-    first = request(0, mode=OutputMode.REDUCED, n_rows=3)
+def test_batch_key_depends_on_mode_and_layer() -> None:
+    first = random_request(0, mode=OutputMode.REDUCED, n_rows=3)
     assert request_batch_key(first) == request_batch_key(
-        request(1, mode=OutputMode.REDUCED, n_rows=9)
+        random_request(1, mode=OutputMode.REDUCED, n_rows=9)
     )
     assert request_batch_key(first) != request_batch_key(
-        request(0, mode=OutputMode.UNREDUCED, n_rows=3)
+        random_request(0, mode=OutputMode.UNREDUCED, n_rows=3)
     )
     assert request_batch_key(first) != request_batch_key(
-        request(0, mode=OutputMode.REDUCED, n_rows=3, layer=1)
+        random_request(0, mode=OutputMode.REDUCED, n_rows=3, layer=1)
     )

@@ -1,4 +1,4 @@
-"""The lean kernel computes its formula, and its pairs do not depend on their company."""
+"""The gated kernel matches its formula, and pairs are independent of each other."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -19,7 +19,7 @@ from faasmoe_expert.functions.kernels import (
 
 SILU = KernelSpec("gated", "silu", transposed=False, interleaved=False, bias=False)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FORMS = [
+SPECS = [
     pytest.param(
         KernelSpec(name, "gelu", transposed=t, interleaved=i, bias=b), id=f"{name}{t}{i}{b}"
     )
@@ -44,7 +44,9 @@ def make_weights(
     return weights
 
 
-def by_hand(spec: KernelSpec, weights: dict[str, Tensor], expert: int, x: Tensor) -> Tensor:
+def reference_expert(
+    spec: KernelSpec, weights: dict[str, Tensor], expert: int, x: Tensor
+) -> Tensor:
     def project(name: str, rows: Tensor) -> Tensor:
         weight = weights[name][expert].double()  # [out, in], or [in, out]
         product = rows @ (weight if spec.transposed else weight.T)  # [n, out]
@@ -53,15 +55,17 @@ def by_hand(spec: KernelSpec, weights: dict[str, Tensor], expert: int, x: Tensor
     act = ACTIVATIONS[spec.activation]
     if spec.name == "plain":
         return project("down_proj", act(project("up_proj", x.double())))
-    both = project("gate_up_proj", x.double())  # [n, 2I]
-    gate, up = (both[:, 0::2], both[:, 1::2]) if spec.interleaved else both.chunk(2, dim=1)
+    projected = project("gate_up_proj", x.double())  # [n, 2I]
+    gate, up = (
+        (projected[:, 0::2], projected[:, 1::2]) if spec.interleaved else projected.chunk(2, dim=1)
+    )
     return project("down_proj", act(gate) * up)
 
 
-def routed(
+def random_pairs(
     n_rows: int, *, n_experts: int = 4, hidden: int = 24, seed: int = 1
 ) -> tuple[Tensor, RoutedPairs]:
-    """Rows, each for two experts, in no order of experts."""
+    """Return random rows with two experts each, unsorted."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(n_rows, hidden, generator=generator)  # [T, H]
     expert = torch.rand(n_rows, n_experts, generator=generator).topk(2).indices  # [T, 2]
@@ -70,28 +74,31 @@ def routed(
     return rows, RoutedPairs(pair_row, expert.reshape(-1).int().numpy(), weight)
 
 
-@pytest.mark.parametrize("spec", FORMS)
-def test_pairs_are_the_formula_times_their_weight(spec: KernelSpec) -> None:
+@pytest.mark.parametrize("spec", SPECS)
+def test_per_pair_outputs_match_the_reference(spec: KernelSpec) -> None:
     weights = make_weights(spec)
-    rows, pairs = routed(13)
+    rows, pairs = random_pairs(13)
     got = gated_per_pair(spec, weights, rows, pairs)  # [P, H]
     for pair, (row, expert) in enumerate(zip(pairs.row, pairs.expert, strict=True)):
-        expected = by_hand(spec, weights, int(expert), rows[row : row + 1])[0] * pairs.weight[pair]
+        expected = (
+            reference_expert(spec, weights, int(expert), rows[row : row + 1])[0]
+            * pairs.weight[pair]
+        )
         torch.testing.assert_close(got[pair].double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("spec", FORMS)
-def test_sums_are_the_pairs_added(spec: KernelSpec) -> None:
+@pytest.mark.parametrize("spec", SPECS)
+def test_reduced_outputs_are_the_sums_of_pairs(spec: KernelSpec) -> None:
     weights = make_weights(spec)
-    rows, pairs = routed(13)
-    each = gated_per_pair(spec, weights, rows, pairs)  # [P, H]
+    rows, pairs = random_pairs(13)
+    per_pair = gated_per_pair(spec, weights, rows, pairs)  # [P, H]
     got = gated_reduced(spec, weights, rows, pairs)  # [T, H]
-    expected = each.view(13, 2, -1).sum(1)  # [T, H]
+    expected = per_pair.view(13, 2, -1).sum(1)  # [T, H]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_is_transformers_own(activation: str) -> None:
+def test_activations_match_transformers(activation: str) -> None:
     from transformers.activations import ACT2FN
 
     x = torch.linspace(-6, 6, 101)
@@ -100,51 +107,53 @@ def test_every_activation_is_transformers_own(activation: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("hidden", "inter"), [(24, 20), (256, 176), (129, 67)])
-def test_a_pair_has_the_same_bits_alone_and_in_any_batch(
+def test_pair_is_bit_identical_alone_and_in_a_batch(
     dtype: torch.dtype, hidden: int, inter: int
 ) -> None:
     weights = {
         name: weight.to(dtype)
         for name, weight in make_weights(SILU, hidden=hidden, inter=inter).items()
     }
-    rows, pairs = routed(4 * TILE_ROWS + 3, hidden=hidden)
+    rows, pairs = random_pairs(4 * TILE_ROWS + 3, hidden=hidden)
     rows = rows.to(dtype)
     together = gated_per_pair(SILU, weights, rows, pairs)  # [P, H]
     for pair in range(len(pairs)):
-        one = RoutedPairs(np.zeros(1, np.int32), pairs.expert[pair, None], pairs.weight[pair, None])
-        alone = gated_per_pair(SILU, weights, rows[pairs.row[pair], None], one)  # [1, H]
+        single = RoutedPairs(
+            np.zeros(1, np.int32), pairs.expert[pair, None], pairs.weight[pair, None]
+        )
+        alone = gated_per_pair(SILU, weights, rows[pairs.row[pair], None], single)  # [1, H]
         assert torch.equal(alone[0], together[pair])
 
 
 @given(st.data())
 @settings(max_examples=40)
-def test_a_pair_has_the_same_bits_in_any_order_and_selection(data: st.DataObject) -> None:
+def test_pair_is_bit_identical_in_any_order_and_selection(data: st.DataObject) -> None:
     weights = make_weights(SILU)
-    rows, pairs = routed(2 * TILE_ROWS + 1)
-    whole = gated_per_pair(SILU, weights, rows, pairs)  # [P, H]
+    rows, pairs = random_pairs(2 * TILE_ROWS + 1)
+    expected = gated_per_pair(SILU, weights, rows, pairs)  # [P, H]
     chosen = data.draw(st.lists(st.integers(0, len(pairs) - 1), min_size=1, unique=True))
-    # Each chosen pair gets a row of its own: other positions, other neighbours.
-    own = RoutedPairs(
+    # Each chosen pair gets its own row, so positions and neighbours differ.
+    reordered = RoutedPairs(
         np.arange(len(chosen), dtype=np.int32), pairs.expert[chosen], pairs.weight[chosen]
     )
-    own_rows = rows[torch.from_numpy(pairs.row[chosen].astype(np.int64))]
-    some = gated_per_pair(SILU, weights, own_rows, own)  # [n, H]
-    assert torch.equal(some, whole[chosen])
+    reordered_rows = rows[torch.from_numpy(pairs.row[chosen].astype(np.int64))]
+    outputs = gated_per_pair(SILU, weights, reordered_rows, reordered)  # [n, H]
+    assert torch.equal(outputs, expected[chosen])
 
 
-def test_a_repeated_pair_counts_twice() -> None:
-    """As many pairs of an expert as rows, but not one for each row."""
+def test_repeated_pair_counts_twice() -> None:
+    """The pairs of an expert may be as many as rows without covering each row."""
     weights, rows = make_weights(SILU), torch.randn(2, 24)  # [T, H]
     row, expert = np.array([1, 1], dtype=np.int32), np.array([3, 3], dtype=np.int32)
     got = gated_reduced(
         SILU, weights, rows, RoutedPairs(row, expert, torch.tensor([0.5, 0.25]))
     )  # [T, H]
-    expected = by_hand(SILU, weights, 3, rows[1:2])[0] * 0.75
+    expected = reference_expert(SILU, weights, 3, rows[1:2])[0] * 0.75
     torch.testing.assert_close(got[1].double(), expected, atol=1e-5, rtol=1e-5)
     assert not got[0].any()
 
 
-def test_a_row_without_pairs_gets_zeros() -> None:
+def test_row_without_pairs_is_zero() -> None:
     weights, rows = make_weights(SILU), torch.randn(3, 24)  # [T, H]
     row, expert = np.array([0, 2], dtype=np.int32), np.array([1, 1], dtype=np.int32)
     got = gated_reduced(SILU, weights, rows, RoutedPairs(row, expert, torch.ones(2)))  # [T, H]
@@ -154,13 +163,13 @@ def test_a_row_without_pairs_gets_zeros() -> None:
 
 
 def test_half_precision_sums_are_rounded_once() -> None:
-    """Sums in float32: the error is that of one rounding, not of one for each expert."""
+    """Sums in float32 are rounded once, not once per expert."""
     weights = {name: weight.bfloat16() for name, weight in make_weights(SILU).items()}
-    rows, pairs = routed(40)
+    rows, pairs = random_pairs(40)
     got = gated_reduced(SILU, weights, rows.bfloat16(), pairs)
     plain = RoutedPairs(pairs.row, pairs.expert, torch.ones(80))
-    each = gated_per_pair(SILU, weights, rows.bfloat16(), plain)  # [P, H]
-    expected = (each.float() * pairs.weight[:, None]).view(40, 2, -1).sum(1)  # [T, H]
+    per_pair = gated_per_pair(SILU, weights, rows.bfloat16(), plain)  # [P, H]
+    expected = (per_pair.float() * pairs.weight[:, None]).view(40, 2, -1).sum(1)  # [T, H]
     assert got.dtype == torch.bfloat16
     assert (
         F.mse_loss(got.float(), expected) <= F.mse_loss(expected.bfloat16().float(), expected) * 2
@@ -174,10 +183,10 @@ def test_half_precision_sums_are_rounded_once() -> None:
         ("gated", "tanh", "kernel.activation: got 'tanh', expected one of"),
     ],
 )
-def test_an_unknown_kernel_is_refused(name: str, activation: str, message: str) -> None:
+def test_rejects_unknown_kernels(name: str, activation: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KernelSpec(name, activation, transposed=False, interleaved=False, bias=False)
 
 
-def test_a_kernel_spec_survives_json() -> None:
+def test_kernel_spec_round_trips_through_json() -> None:
     assert KernelSpec.from_json(SILU.to_json()) == SILU

@@ -1,4 +1,4 @@
-"""Chunks arrive whole and in place, however late the device copies them."""
+"""Chunked uploads arrive complete, even if the device copies late."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from faasmoe_expert.functions.transfer import Uploader, uploader_for
 
 
-def numbered(n_bytes: int, seed: int) -> bytearray:
+def random_bytes(n_bytes: int, seed: int) -> bytearray:
     generator = torch.Generator().manual_seed(seed)
     return bytearray(torch.randint(256, (n_bytes,), generator=generator).to(torch.uint8).tolist())
 
@@ -20,49 +20,49 @@ def numbered(n_bytes: int, seed: int) -> bytearray:
     n_buffers=st.integers(2, 4),
 )
 @settings(max_examples=80)
-def test_every_byte_arrives_however_late_the_device_copies(
+def test_every_byte_arrives_with_delayed_copies(
     sizes: list[int], chunk_bytes: int, n_buffers: int
 ) -> None:
-    lane = DeferredCopyStream()
-    uploader = Uploader(lane, chunk_bytes=chunk_bytes, n_buffers=n_buffers)
-    sources = [numbered(size, seed) for seed, size in enumerate(sizes)]
+    stream = DeferredCopyStream()
+    uploader = Uploader(stream, chunk_bytes=chunk_bytes, n_buffers=n_buffers)
+    sources = [random_bytes(size, seed) for seed, size in enumerate(sizes)]
     targets = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
     for target, source in zip(targets, sources, strict=True):
         uploader.upload(target, memoryview(source))
     uploader.synchronize()
     for target, source in zip(targets, sources, strict=True):
         assert bytes(target.tolist()) == bytes(source)
-    assert lane.n_buffers <= n_buffers
+    assert stream.n_buffers <= n_buffers
 
 
-def test_the_next_chunk_is_read_while_the_device_copies() -> None:
-    lane = DeferredCopyStream()
-    uploader = Uploader(lane, chunk_bytes=8, n_buffers=2)
-    uploader.upload(torch.zeros(64, dtype=torch.uint8), memoryview(numbered(64, 0)))
-    assert lane.max_pending == 2
+def test_reads_the_next_chunk_while_the_device_copies() -> None:
+    stream = DeferredCopyStream()
+    uploader = Uploader(stream, chunk_bytes=8, n_buffers=2)
+    uploader.upload(torch.zeros(64, dtype=torch.uint8), memoryview(random_bytes(64, 0)))
+    assert stream.max_pending == 2
     uploader.synchronize()
 
 
-def test_buffers_are_kept_for_the_next_function() -> None:
-    lane = DeferredCopyStream()
-    uploader = Uploader(lane, chunk_bytes=8)
+def test_reuses_buffers_across_uploads() -> None:
+    stream = DeferredCopyStream()
+    uploader = Uploader(stream, chunk_bytes=8)
     for seed in range(5):
-        uploader.upload(torch.zeros(64, dtype=torch.uint8), memoryview(numbered(64, seed)))
+        uploader.upload(torch.zeros(64, dtype=torch.uint8), memoryview(random_bytes(64, seed)))
         uploader.synchronize()
-    assert lane.n_buffers == 2
+    assert stream.n_buffers == 2
 
 
-def test_the_cpu_computes_on_the_map_itself() -> None:
+def test_cpu_needs_no_uploader() -> None:
     assert uploader_for(torch.device("cpu")) is None
 
 
-def test_it_names_its_device() -> None:
+def test_exposes_its_device() -> None:
     assert Uploader(FakeCopyStream()).device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("n_bytes", [8, 16])
-def test_a_whole_number_of_chunks_needs_no_empty_one(n_bytes: int) -> None:
-    lane = DeferredCopyStream()
-    uploader = Uploader(lane, chunk_bytes=8, n_buffers=4)
-    uploader.upload(torch.zeros(n_bytes, dtype=torch.uint8), memoryview(numbered(n_bytes, 0)))
-    assert lane.max_pending == n_bytes // 8
+def test_copies_no_empty_chunk(n_bytes: int) -> None:
+    stream = DeferredCopyStream()
+    uploader = Uploader(stream, chunk_bytes=8, n_buffers=4)
+    uploader.upload(torch.zeros(n_bytes, dtype=torch.uint8), memoryview(random_bytes(n_bytes, 0)))
+    assert stream.max_pending == n_bytes // 8

@@ -1,4 +1,4 @@
-"""The general path computes the same from a compacted copy of its block, as CUDA has it."""
+"""The general kernel computes the same from a copied block, as on CUDA, as from mapped stacks."""
 
 from collections.abc import Sequence
 
@@ -33,8 +33,8 @@ def stacked(parts: Sequence[Tensor]) -> StackedBlock:
     return StackedBlock(torch.stack(list(parts)), {e: i for i, e in enumerate(BLOCK)})
 
 
-def compacted(weights: LayerWeights) -> LayerWeights:
-    """What a device has: only the block's experts, one after the other."""
+def copied(weights: LayerWeights) -> LayerWeights:
+    """Copy only the block's experts, as is done for a device."""
     copies = {
         name: stacked([stack[e] for e in BLOCK])  # [...] each
         for name, stack in weights.stacked.items()
@@ -55,12 +55,12 @@ def routed(store: Store) -> tuple[Tensor, "torch.Tensor"]:
 
 
 def every_expert(weight: Tensor) -> RoutedPairs:
-    """Each of 9 rows for each expert of the block."""
+    """Route each of 9 rows to each expert of the block."""
     row = torch.arange(9).repeat_interleave(3).int().numpy()  # [P]
     return RoutedPairs(row, torch.tensor(BLOCK * 9).int().numpy(), weight)
 
 
-def test_sums_do_not_depend_on_the_order_in_which_a_rows_experts_come(store: Store) -> None:
+def test_sums_do_not_depend_on_the_order_of_a_rows_experts(store: Store) -> None:
     hidden, weight = routed(store)
     pairs, kernel = every_expert(weight), kernel_of(store, mapped(store))
     turned = np.arange(27).reshape(9, 3)[:, [2, 0, 1]].reshape(-1)
@@ -68,20 +68,20 @@ def test_sums_do_not_depend_on_the_order_in_which_a_rows_experts_come(store: Sto
     assert torch.equal(kernel.compute_reduced(hidden, other), kernel.compute_reduced(hidden, pairs))
 
 
-@pytest.mark.parametrize("verb", ["run", "sum"])
-def test_a_compacted_block_computes_what_the_mapped_stack_does(store: Store, verb: str) -> None:
+@pytest.mark.parametrize("method", ["compute_per_pair", "compute_reduced"])
+def test_copied_block_computes_the_same_as_the_mapped_stack(store: Store, method: str) -> None:
     hidden, weight = routed(store)
     pairs = every_expert(weight)
     whole = mapped(store)
     results = [
-        getattr(kernel_of(store, weights), verb)(hidden, pairs)
-        for weights in (whole, compacted(whole))
+        getattr(kernel_of(store, weights), method)(hidden, pairs)
+        for weights in (whole, copied(whole))
     ]
     torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=1e-6)
     assert results[0].abs().max() > 1e-3
 
 
-def test_kernels_of_one_model_do_not_share_their_weights(prepared_store: PreparedStore) -> None:
+def test_kernels_of_one_model_do_not_share_weights(prepared_store: PreparedStore) -> None:
     store = prepared_store("gpt_oss")
     hidden, weight = routed(store)
     pairs = RoutedPairs(np.zeros(1, dtype=np.int32), np.array([4], dtype=np.int32), weight[:1])

@@ -1,4 +1,4 @@
-"""Attaching copies nothing: tensors lie in the mapped file, whose pages stay shared and clean."""
+"""Attaching copies nothing: tensors are views of a mapped file whose pages stay clean."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from sandbox_processes import PreparedStore, make_function_spec
 from faasmoe_contracts.store import Store
 from faasmoe_contracts.wire import Dtype, OutputMode, decode_request, encode_request
 from faasmoe_expert.functions import ExpertFunction
-from faasmoe_expert.functions.weights import map_weights, tensor_view
+from faasmoe_expert.functions.weights import consecutive_runs, map_weights, tensor_view
 
 HIDDEN, INTER, EXPERTS = 256, 512, 16
 _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ (\S+) .*? (/.*)?$")
@@ -19,34 +19,34 @@ _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ (\S+) .*? (/.*)?$")
 
 @pytest.fixture(scope="module")
 def large_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """One layer of 16 experts of 1.5 MiB each."""
-    from faasmoe_router.checkpoint import prepare
+    """A store with one layer of 16 experts of 1.5 MiB each."""
+    from faasmoe_router.checkpoint.prepare import prepare
 
     config = transformers.MixtralConfig(
         vocab_size=32, hidden_size=HIDDEN, intermediate_size=INTER, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, num_local_experts=EXPERTS,
         dtype=torch.float32,
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("large")
-    transformers.MixtralForCausalLM(config).save_pretrained(folder / "checkpoint")
-    return prepare(str(folder / "checkpoint"), folder / "store")
+    directory = tmp_path_factory.mktemp("large")
+    transformers.MixtralForCausalLM(config).save_pretrained(directory / "checkpoint")
+    return prepare(str(directory / "checkpoint"), directory / "store")
 
 
-def mapping_of(path: Path) -> dict[str, int]:
-    """The kB fields of smaps for a file's mappings in this process, added up."""
+def mapping_sizes_kb(path: Path) -> dict[str, int]:
+    """Return the sums of smaps fields over this process's mappings of a file, in kB."""
     fields: dict[str, int] = {}
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
-        found = _MAPPING.match(line)
-        if found:
-            inside = found[2] == str(path)
+        match = _MAPPING.match(line)
+        if match:
+            inside = match[2] == str(path)
         elif inside and line.endswith(" kB"):
             name, value = line.split(":")
             fields[name] = fields.get(name, 0) + int(value.split()[0])
     return fields
 
 
-def frame(expert: int) -> bytearray:
+def request_frame(expert: int) -> bytearray:
     rows = torch.ones(1, HIDDEN).numpy().tobytes()
     one = torch.ones(1)
     buffers = encode_request(
@@ -57,38 +57,38 @@ def frame(expert: int) -> bytearray:
     return bytearray(b"".join(buffers))
 
 
-def test_an_attached_function_holds_no_memory_but_the_pages_it_reads(large_store: Store) -> None:
+def test_attached_function_uses_only_the_pages_it_reads(large_store: Store) -> None:
     path = large_store.path / large_store.manifest.layers[0].file
     spec = make_function_spec(large_store, [0], range(4, 8))
-    assert mapping_of(path) == {}
+    assert mapping_sizes_kb(path) == {}
     function = ExpertFunction(spec, large_store)
-    attached = mapping_of(path)
-    function.compute(decode_request(frame(5)))
-    used = mapping_of(path)
+    attached = mapping_sizes_kb(path)
+    function.compute(decode_request(request_frame(5)))
+    used = mapping_sizes_kb(path)
     expert_kb = large_store.manifest.layers[0].expert_bytes // 1024
     assert attached["Size"] >= EXPERTS * expert_kb
-    # Of 16 experts its own 4 were read to be verified; the kernel maps some cached pages around.
-    for read in (attached, used):
-        assert 4 * expert_kb <= read["Rss"] <= EXPERTS * expert_kb // 2
+    # Verification read 4 of 16 experts; the kernel also maps cached pages around them.
+    for sizes_kb in (attached, used):
+        assert 4 * expert_kb <= sizes_kb["Rss"] <= EXPERTS * expert_kb // 2
     for field in ("Private_Dirty", "Anonymous", "Swap"):
         assert used[field] == 0
     del function
-    assert mapping_of(path) == {}
+    assert mapping_sizes_kb(path) == {}
 
 
-def test_populating_brings_in_the_experts_that_are_named_and_no_others(large_store: Store) -> None:
+def test_prefault_populates_only_the_given_experts(large_store: Store) -> None:
     layer = large_store.manifest.layers[0]
     path = large_store.path / layer.file
-    path.read_bytes()  # cached, for the system to have pages to enter
+    path.read_bytes()  # into the page cache
     mapped = large_store.map_layer(0)
-    before_kb = mapping_of(path)["Rss"]
+    before_kb = mapping_sizes_kb(path)["Rss"]
     mapped.prefault(EXPERTS, range(4, 12))
-    found_kb = mapping_of(path)["Rss"] - before_kb
-    # Not one by one: the system may enter what lies in one piece with them, too.
+    found_kb = mapping_sizes_kb(path)["Rss"] - before_kb
+    # The kernel may also map pages that are contiguous with them.
     assert 8 * layer.expert_bytes <= found_kb * 1024 < EXPERTS * layer.expert_bytes
 
 
-def test_every_tensor_lies_in_the_map(prepared_store: PreparedStore) -> None:
+def test_tensors_are_views_of_the_mapping(prepared_store: PreparedStore) -> None:
     store = prepared_store("muse_spark")
     layer = store.map_layer(0)
     weights = map_weights(layer, n_experts=8)
@@ -102,7 +102,7 @@ def test_every_tensor_lies_in_the_map(prepared_store: PreparedStore) -> None:
         assert tensor.shape == view.shape
 
 
-def test_a_write_never_reaches_the_file(large_store: Store) -> None:
+def test_writes_never_reach_the_file(large_store: Store) -> None:
     path = large_store.path / large_store.manifest.layers[0].file
     weights = map_weights(large_store.map_layer(0), n_experts=EXPERTS)
     stack = weights.stacked["down_proj"]
@@ -111,5 +111,18 @@ def test_a_write_never_reaches_the_file(large_store: Store) -> None:
     large_store.verify([path.relative_to(large_store.path).as_posix()])
 
 
-def test_an_empty_tensor_needs_no_bytes() -> None:
+def test_supports_empty_tensors() -> None:
     assert tensor_view(memoryview(b""), "F16", (0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("indices", "expected"),
+    [
+        ((0,), [(0, 1)]),
+        ((0, 1, 2), [(0, 3)]),
+        ((1, 2, 5, 7, 8), [(1, 2), (5, 1), (7, 2)]),
+        ((), []),
+    ],
+)
+def test_consecutive_runs(indices: tuple[int, ...], expected: list[tuple[int, int]]) -> None:
+    assert list(consecutive_runs(indices)) == expected

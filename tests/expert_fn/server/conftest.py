@@ -1,4 +1,4 @@
-"""One sandbox for the tests of a module."""
+"""A sandbox process shared by the tests of a module."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def spec(store: Store) -> FunctionSpec:
 def sandbox_server(
     sandbox: StartSandbox, store: Store, spec: FunctionSpec
 ) -> Iterator[SandboxProcess]:
-    """A sandbox with one function attached; it must be alive and well after each module."""
+    """A sandbox with one attached function; checks that it survives the module's tests."""
     settings = {"capacity": 4, "request_timeout_s": TIMEOUT_S}
     with sandbox(token=TOKEN, **settings) as sandbox_server:
         sandbox_server.attach(store, spec)
@@ -37,7 +37,7 @@ def sandbox_server(
 
 @pytest.fixture
 def connect(sandbox_server: SandboxProcess) -> Iterator[Callable[[], socket.socket]]:
-    """Opens raw connections to the sandbox."""
+    """Factory of raw connections to the sandbox."""
     opened: list[socket.socket] = []
 
     def connect() -> socket.socket:
@@ -51,11 +51,11 @@ def connect(sandbox_server: SandboxProcess) -> Iterator[Callable[[], socket.sock
 
 
 @pytest.fixture(autouse=True)
-def sandbox_serves_on(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After each test that used the shared sandbox, the sandbox still computes."""
+def check_sandbox_still_serves(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test that used the shared sandbox, check that it still computes."""
     yield
-    if "box" in request.fixturenames:
-        sandbox_server: SandboxProcess = request.getfixturevalue("box")
+    if "sandbox_server" in request.fixturenames:
+        sandbox_server: SandboxProcess = request.getfixturevalue("sandbox_server")
         spec: FunctionSpec = request.getfixturevalue("spec")
-        answer = sandbox_server.http.post(f"/v1/functions/{spec.id}", content=request_frame())
-        assert answer.status_code == 200, answer.text
+        response = sandbox_server.http.post(f"/v1/functions/{spec.id}", content=request_frame())
+        assert response.status_code == 200, response.text

@@ -1,4 +1,4 @@
-"""Attaching, detaching, listing and computing over HTTP; what is refused, and by which field."""
+"""Attaching, listing, computing and detaching over HTTP, and errors with their fields."""
 
 import json
 import shutil
@@ -17,17 +17,18 @@ from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox, make_
 from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_contracts.store import Store, manifest_digest
 from faasmoe_contracts.wire import Dtype, OutputMode, decode_request, decode_response
+from faasmoe_expert.functions.native_kernel import describe_kernels
 from faasmoe_expert.server.http import FRAME_CONTENT_TYPE
 
 
 @pytest.fixture
-def fresh(sandbox: StartSandbox) -> Iterator[SandboxProcess]:
-    """A sandbox of its own: generic, for two functions."""
-    with sandbox(token=TOKEN, capacity=2, sandbox_id="s7") as fresh:
-        yield fresh
+def empty_sandbox(sandbox: StartSandbox) -> Iterator[SandboxProcess]:
+    """A sandbox without functions and with a capacity of two, for one test."""
+    with sandbox(token=TOKEN, capacity=2, sandbox_id="s7") as empty_sandbox:
+        yield empty_sandbox
 
 
-def body(store: Store, spec: FunctionSpec, /, **changes: Any) -> dict[str, Any]:
+def attachment(store: Store, spec: FunctionSpec, /, **changes: Any) -> dict[str, Any]:
     value = {
         "store": str(store.path),
         "model_digest": store.manifest.digest,
@@ -42,95 +43,100 @@ def put_function(sandbox_server: SandboxProcess, spec: FunctionSpec, value: Any)
     return sandbox_server.http.put(f"/v1/functions/{spec.id}", json=value)
 
 
-def error_of(answer: httpx.Response) -> dict[str, str]:
-    error: dict[str, str] = answer.json()["error"]
+def error_object(response: httpx.Response) -> dict[str, str]:
+    error: dict[str, str] = response.json()["error"]
     assert set(error) == {"code", "message", "field"}
     return error
 
 
-def test_a_sandbox_attaches_lists_computes_and_detaches(
-    fresh: SandboxProcess, store: Store, spec: FunctionSpec
+def test_attaches_lists_computes_and_detaches(
+    empty_sandbox: SandboxProcess, store: Store, spec: FunctionSpec
 ) -> None:
-    assert fresh.http.get("/v1/functions").json() == {
+    assert empty_sandbox.http.get("/v1/functions").json() == {
         "sandbox": {
             "id": "s7",
-            "pid": fresh.process.pid,
+            "pid": empty_sandbox.process.pid,
             "capacity": 2,
             "device": "cpu",
+            "kernels": describe_kernels(torch.device("cpu")),
             "memory": {"limit_bytes": None, "used_bytes": 0},
         },
         "functions": [],
     }
-    first = put_function(fresh, spec, body(store, spec))
+    first = put_function(empty_sandbox, spec, attachment(store, spec))
     listed = {
         "id": spec.id,
         "layers": [0],
         "experts": [0, 1, 2],
         "model_digest": store.manifest.digest,
         "size_bytes": 3 * store.manifest.layers[0].expert_bytes,
+        "kernel": describe_kernels(torch.device("cpu")),
         "frames": 0,
     }
     assert (first.status_code, first.json()) == (201, listed)
-    assert fresh.http.get("/v1/functions").json()["functions"] == [listed]
-    assert fresh.http.post(f"/v1/functions/{spec.id}", content=request_frame()).status_code == 200
-    detached = fresh.http.delete(f"/v1/functions/{spec.id}")
+    assert empty_sandbox.http.get("/v1/functions").json()["functions"] == [listed]
+    assert (
+        empty_sandbox.http.post(f"/v1/functions/{spec.id}", content=request_frame()).status_code
+        == 200
+    )
+    detached = empty_sandbox.http.delete(f"/v1/functions/{spec.id}")
     assert (detached.status_code, detached.content) == (204, b"")
     assert "content-length" not in detached.headers
-    assert fresh.http.get("/v1/functions").json()["functions"] == []
-    maps = Path(f"/proc/{fresh.process.pid}/maps").read_text()
+    assert empty_sandbox.http.get("/v1/functions").json()["functions"] == []
+    maps = Path(f"/proc/{empty_sandbox.process.pid}/maps").read_text()
     assert str(store.path) not in maps
 
 
-def test_attaching_again_changes_nothing(
+def test_attach_is_idempotent(
     sandbox_server: SandboxProcess, store: Store, spec: FunctionSpec
 ) -> None:
     before = sandbox_server.http.get("/v1/functions").json()
-    again = put_function(sandbox_server, spec, body(store, spec))
-    assert (again.status_code, again.json()) == (200, before["functions"][0])
+    response = put_function(sandbox_server, spec, attachment(store, spec))
+    assert (response.status_code, response.json()) == (200, before["functions"][0])
     assert sandbox_server.http.get("/v1/functions").json() == before
 
 
 @pytest.mark.parametrize(
     "change", [{"experts": [0, 1]}, {"layers": [0, 1]}, {"model_digest": "sha256:other"}]
 )
-def test_an_id_never_changes_its_meaning(
+def test_rejects_an_attached_id_with_other_content(
     sandbox_server: SandboxProcess, store: Store, spec: FunctionSpec, change: dict[str, Any]
 ) -> None:
-    answer = put_function(sandbox_server, spec, body(store, spec, **change))
-    assert (answer.status_code, error_of(answer)["field"]) == (409, "id")
-    assert error_of(answer)["code"] == "attach_refused"
+    response = put_function(sandbox_server, spec, attachment(store, spec, **change))
+    assert (response.status_code, error_object(response)["field"]) == (409, "id")
+    assert error_object(response)["code"] == "attach_refused"
 
 
-def test_a_full_sandbox_refuses_and_then_takes_a_place_that_became_free(
-    fresh: SandboxProcess, store: Store
+def test_full_sandbox_rejects_attachments_until_a_detach(
+    empty_sandbox: SandboxProcess, store: Store
 ) -> None:
     one, two, three = (make_function_spec(store, [layer], [0]) for layer in range(3))
-    fresh.attach(store, one)
-    fresh.attach(store, two)
-    refused = put_function(fresh, three, body(store, three))
-    assert (refused.status_code, error_of(refused)["field"]) == (409, "capacity")
-    assert put_function(fresh, two, body(store, two)).status_code == 200
-    fresh.http.delete(f"/v1/functions/{one.id}")
-    assert put_function(fresh, three, body(store, three)).status_code == 201
+    empty_sandbox.attach(store, one)
+    empty_sandbox.attach(store, two)
+    refused = put_function(empty_sandbox, three, attachment(store, three))
+    assert (refused.status_code, error_object(refused)["field"]) == (409, "capacity")
+    assert put_function(empty_sandbox, two, attachment(store, two)).status_code == 200
+    empty_sandbox.http.delete(f"/v1/functions/{one.id}")
+    assert put_function(empty_sandbox, three, attachment(store, three)).status_code == 201
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("mode", OutputMode)
-def test_a_frame_is_answered_with_what_the_experts_make_of_it(
-    fresh: SandboxProcess, prepared_store: PreparedStore, family: str, mode: OutputMode
+def test_response_contains_the_experts_outputs(
+    empty_sandbox: SandboxProcess, prepared_store: PreparedStore, family: str, mode: OutputMode
 ) -> None:
     store = prepared_store(family)
     spec = make_function_spec(store, [1], [2, 5])
-    fresh.attach(store, spec)
+    empty_sandbox.attach(store, spec)
     hidden = torch.ones(2, 32)  # [T, H]
     pairs = np.array([0, 0, 1], dtype=np.int32), np.array([5, 2, 5], dtype=np.int32)
     weights = np.array([0.5, 2.0, 1.0], dtype=np.float32)
-    sent = request_frame(
+    frame = request_frame(
         layer=1, mode=mode, pair_row=pairs[0], pair_expert=pairs[1], pair_weight=weights
     )
-    answer = fresh.http.post(f"/v1/functions/{spec.id}", content=sent)
-    assert answer.headers["content-type"] == FRAME_CONTENT_TYPE
-    outputs = decode_response(answer.content, decode_request(sent).header)
+    response = empty_sandbox.http.post(f"/v1/functions/{spec.id}", content=frame)
+    assert response.headers["content-type"] == FRAME_CONTENT_TYPE
+    outputs = decode_response(response.content, decode_request(frame).header)
     got = torch.frombuffer(bytearray(outputs), dtype=torch.float32).view(-1, 32)
     module = list(experts_modules(next(f for f in FAMILIES if f.name == family).build()).values())
     index, weight = torch.tensor([[5], [2], [5]]), torch.from_numpy(weights)[:, None]
@@ -170,17 +176,17 @@ def test_a_frame_is_answered_with_what_the_experts_make_of_it(
         pytest.param({"experts": list(range(9_999, 0, -1))}, "experts", id="many experts"),
     ],
 )
-def test_a_bad_attachment_is_refused_by_its_field(
+def test_rejects_invalid_attachments_by_field(
     sandbox_server: SandboxProcess, store: Store, change: dict[str, Any], field: str
 ) -> None:
     spec = make_function_spec(store, [1], [0])
-    answer = sandbox_server.http.put(
-        f"/v1/functions/{spec.id}", content=json.dumps(body(store, spec, **change))
+    response = sandbox_server.http.put(
+        f"/v1/functions/{spec.id}", content=json.dumps(attachment(store, spec, **change))
     )
-    assert answer.status_code == 422
-    assert error_of(answer)["field"] == field
-    assert error_of(answer)["message"].startswith(f"{field}: ")
-    assert len(answer.content) < 9 << 10  # a path twice, everything else cut
+    assert response.status_code == 422
+    assert error_object(response)["field"] == field
+    assert error_object(response)["message"].startswith(f"{field}: ")
+    assert len(response.content) < 9 << 10  # contains the path twice, everything else truncated
     assert len(sandbox_server.http.get("/v1/functions").json()["functions"]) == 1
 
 
@@ -188,19 +194,19 @@ def test_a_bad_attachment_is_refused_by_its_field(
     "text",
     [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, '{"store": ""}'.encode("utf-16")],
 )
-def test_an_attachment_that_is_no_json_object_is_refused(
+def test_rejects_attachments_that_are_not_json_objects(
     sandbox_server: SandboxProcess, text: bytes
 ) -> None:
-    answer = sandbox_server.http.put("/v1/functions/f1", content=text)
-    assert (answer.status_code, error_of(answer)["field"]) == (422, "body")
+    response = sandbox_server.http.put("/v1/functions/f1", content=text)
+    assert (response.status_code, error_object(response)["field"]) == (422, "body")
 
 
 @pytest.mark.parametrize("function_id", ["a-b", "a" * 65, "a%2Fb", "%00", "\N{SUPERSCRIPT TWO}"])
-def test_an_id_of_other_characters_is_refused(
+def test_rejects_invalid_ids(
     sandbox_server: SandboxProcess, store: Store, spec: FunctionSpec, function_id: str
 ) -> None:
-    answer = sandbox_server.http.put(f"/v1/functions/{function_id}", json=body(store, spec))
-    assert (answer.status_code, error_of(answer)["field"]) == (422, "id")
+    response = sandbox_server.http.put(f"/v1/functions/{function_id}", json=attachment(store, spec))
+    assert (response.status_code, error_object(response)["field"]) == (422, "id")
 
 
 def damage_missing(path: Path) -> None:
@@ -225,7 +231,7 @@ def damage_other_tensors(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [damage_missing, damage_truncated, damage_header, damage_other_tensors]
 )
-def test_a_damaged_store_is_refused_by_its_file(
+def test_rejects_a_damaged_store_by_file(
     sandbox_server: SandboxProcess, store: Store, tmp_path: Path, damage: Any
 ) -> None:
     copy = Store.open(shutil.copytree(store.path, tmp_path / "store"))
@@ -234,41 +240,41 @@ def test_a_damaged_store_is_refused_by_its_file(
     digest = _write_manifest(copy.path, manifest)
     damage(copy.path / "experts" / "00000.safetensors")
     spec = make_function_spec(store, [0], [3])
-    answer = put_function(sandbox_server, spec, body(copy, spec, model_digest=digest))
-    assert (answer.status_code, error_of(answer)["field"]) == (422, "store")
-    assert "00000.safetensors" in error_of(answer)["message"]
+    response = put_function(sandbox_server, spec, attachment(copy, spec, model_digest=digest))
+    assert (response.status_code, error_object(response)["field"]) == (422, "store")
+    assert "00000.safetensors" in error_object(response)["message"]
 
 
-def test_a_file_truncated_while_its_store_is_used_is_refused(
-    fresh: SandboxProcess, store: Store, tmp_path: Path
+def test_rejects_a_file_truncated_while_the_store_is_open(
+    empty_sandbox: SandboxProcess, store: Store, tmp_path: Path
 ) -> None:
     copy = Store.open(shutil.copytree(store.path, tmp_path / "store"))
-    fresh.attach(copy, make_function_spec(copy, [0], [0]))
+    empty_sandbox.attach(copy, make_function_spec(copy, [0], [0]))
     damage_truncated(copy.path / "experts" / "00001.safetensors")
     for layers in ([1], [0, 1]):
         spec = make_function_spec(copy, layers, [1])
-        answer = put_function(fresh, spec, body(copy, spec))
-        assert (answer.status_code, error_of(answer)["field"]) == (422, "store")
-        assert "00001.safetensors: size: got" in error_of(answer)["message"]
-    assert len(fresh.http.get("/v1/functions").json()["functions"]) == 1
+        response = put_function(empty_sandbox, spec, attachment(copy, spec))
+        assert (response.status_code, error_object(response)["field"]) == (422, "store")
+        assert "00001.safetensors: size: got" in error_object(response)["message"]
+    assert len(empty_sandbox.http.get("/v1/functions").json()["functions"]) == 1
 
 
-def test_a_store_is_read_again_once_its_last_function_is_gone(
-    fresh: SandboxProcess, store: Store, tmp_path: Path
+def test_reopens_a_store_after_its_last_function_is_detached(
+    empty_sandbox: SandboxProcess, store: Store, tmp_path: Path
 ) -> None:
     copy = Store.open(shutil.copytree(store.path, tmp_path / "store"))
     spec = make_function_spec(copy, [1], [3])
-    fresh.attach(store, make_function_spec(store, [0], [0]))  # of the same digest, elsewhere
-    fresh.attach(copy, spec)
+    empty_sandbox.attach(store, make_function_spec(store, [0], [0]))  # same digest, other path
+    empty_sandbox.attach(copy, spec)
     (copy.path / "manifest.json").unlink()
-    fresh.http.delete(f"/v1/functions/{spec.id}")
-    answer = put_function(fresh, spec, body(copy, spec))
-    assert (answer.status_code, error_of(answer)["field"]) == (422, "store")
-    assert "manifest.json: not there" in error_of(answer)["message"]
+    empty_sandbox.http.delete(f"/v1/functions/{spec.id}")
+    response = put_function(empty_sandbox, spec, attachment(copy, spec))
+    assert (response.status_code, error_object(response)["field"]) == (422, "store")
+    assert "manifest.json: not found" in error_object(response)["message"]
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> str:
-    """Make the store another model's, which the sandbox has not opened yet."""
+    """Write a manifest with a new digest, so that the sandbox has not opened the store yet."""
     manifest["digest"] = manifest_digest(manifest)
     (folder / "model" / "extra").touch()
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -292,22 +298,22 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> str:
         ),
     ],
 )
-def test_a_bad_frame_is_refused_by_its_field(
+def test_rejects_invalid_frames_by_field(
     sandbox_server: SandboxProcess, spec: FunctionSpec, content: bytes, field: str
 ) -> None:
-    if field == "payload_bytes":  # the header of another dtype over the same payload
+    if field == "payload_bytes":  # header with another dtype, same payload
         content = request_frame()[:6] + b"\x02" + request_frame()[7:]
-    answer = sandbox_server.http.post(f"/v1/functions/{spec.id}", content=content)
-    assert answer.status_code == 400
-    assert error_of(answer)["code"] == "bad_frame"
-    assert error_of(answer)["field"] == field
+    response = sandbox_server.http.post(f"/v1/functions/{spec.id}", content=content)
+    assert response.status_code == 400
+    assert error_object(response)["code"] == "bad_frame"
+    assert error_object(response)["field"] == field
 
 
 @pytest.mark.parametrize("method", ["POST", "DELETE"])
-def test_an_unknown_function_is_not_found(sandbox_server: SandboxProcess, method: str) -> None:
-    answer = sandbox_server.http.request(method, "/v1/functions/unknown", content=request_frame())
-    assert (answer.status_code, error_of(answer)["code"]) == (404, "unknown_function")
-    assert error_of(answer)["field"] == "id"
+def test_unknown_function_returns_404(sandbox_server: SandboxProcess, method: str) -> None:
+    response = sandbox_server.http.request(method, "/v1/functions/unknown", content=request_frame())
+    assert (response.status_code, error_object(response)["code"]) == (404, "unknown_function")
+    assert error_object(response)["field"] == "id"
 
 
 @pytest.mark.parametrize(
@@ -324,23 +330,23 @@ def test_an_unknown_function_is_not_found(sandbox_server: SandboxProcess, method
         ("GET", "/v1/anything"),
     ],
 )
-def test_without_the_token_nothing_of_v1_answers(
+def test_v1_requires_the_token(
     sandbox_server: SandboxProcess, method: str, path: str, authorization: str
 ) -> None:
     headers = {"authorization": authorization.encode()}
-    answer = sandbox_server.http.request(method, path, headers=headers)  # type: ignore[arg-type]
-    assert (answer.status_code, error_of(answer)["code"]) == (401, "unauthorized")
+    response = sandbox_server.http.request(method, path, headers=headers)  # type: ignore[arg-type]
+    assert (response.status_code, error_object(response)["code"]) == (401, "unauthorized")
 
 
-def test_a_sandbox_without_a_token_asks_for_none(sandbox: StartSandbox) -> None:
-    with sandbox() as open_box:
-        assert open_box.http.get("/v1/functions").status_code == 200
+def test_requires_no_token_if_none_is_configured(sandbox: StartSandbox) -> None:
+    with sandbox() as open_sandbox:
+        assert open_sandbox.http.get("/v1/functions").status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
 def test_probes_need_no_token(sandbox_server: SandboxProcess, path: str) -> None:
-    answer = httpx.get(f"http://{sandbox_server.address}{path}?verbose=1", trust_env=False)
-    assert answer.status_code == 200
+    response = httpx.get(f"http://{sandbox_server.address}{path}?verbose=1", trust_env=False)
+    assert response.status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -360,32 +366,30 @@ def test_probes_need_no_token(sandbox_server: SandboxProcess, path: str) -> None
         ("GET", "//healthz", 404),
     ],
 )
-def test_other_methods_and_paths_are_refused(
+def test_rejects_other_methods_and_paths(
     sandbox_server: SandboxProcess, method: str, path: str, status: int
 ) -> None:
-    answer = sandbox_server.http.request(method, f"http://{sandbox_server.address}{path}")
-    assert answer.status_code == status
+    response = sandbox_server.http.request(method, f"http://{sandbox_server.address}{path}")
+    assert response.status_code == status
     if method != "HEAD":
-        assert error_of(answer)["field"] == ("method" if status == 405 else "path")
+        assert error_object(response)["field"] == ("method" if status == 405 else "path")
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
-def test_probes_answer_head_as_get_without_the_body(
-    sandbox_server: SandboxProcess, path: str
-) -> None:
-    answer = sandbox_server.http.head(path)
-    assert (answer.status_code, answer.content) == (200, b"")
-    assert int(answer.headers["content-length"]) > 0
+def test_probes_support_head(sandbox_server: SandboxProcess, path: str) -> None:
+    response = sandbox_server.http.head(path)
+    assert (response.status_code, response.content) == (200, b"")
+    assert int(response.headers["content-length"]) > 0
 
 
-def test_metrics_count_frames_and_refusals(fresh: SandboxProcess, store: Store) -> None:
+def test_metrics_count_frames_and_rejections(empty_sandbox: SandboxProcess, store: Store) -> None:
     spec = make_function_spec(store, [0], [0, 1])
-    fresh.attach(store, spec)
+    empty_sandbox.attach(store, spec)
     for content in (request_frame(n_rows=3), request_frame(n_rows=4), request_frame(expert=5), b""):
-        fresh.http.post(f"/v1/functions/{spec.id}", content=content)
+        empty_sandbox.http.post(f"/v1/functions/{spec.id}", content=content)
     lines = dict(
         line.rsplit(" ", 1)
-        for line in fresh.http.get("/metrics").text.splitlines()
+        for line in empty_sandbox.http.get("/metrics").text.splitlines()
         if not line.startswith("#")
     )
     assert lines["faasmoe_expert_frames_total"] == "2.0"

@@ -4,28 +4,28 @@ from faasmoe_expert.server.api import HeapTrimmer
 from faasmoe_expert.server.http import HttpRequest, HttpResponse
 
 
-def answer(_: HttpRequest) -> HttpResponse:
+def respond(_: HttpRequest) -> HttpResponse:
     return HttpResponse.json_response(200, {})
 
 
-def test_gives_memory_back_once_for_the_requests_of_a_moment() -> None:
-    async def run() -> list[int]:
-        given, seen, done = [0], list[int](), asyncio.Event()
+def test_trims_the_heap_once_per_burst_of_requests() -> None:
+    async def scenario() -> list[int]:
+        n_trims, observed, done = [0], list[int](), asyncio.Event()
 
-        def give_back() -> None:
-            given[0] += 1
+        def trim() -> None:
+            n_trims[0] += 1
             done.set()
 
-        tidy = HeapTrimmer(answer, delay_s=0.01, trim=give_back)
+        trimmer = HeapTrimmer(respond, delay_s=0.01, trim=trim)
         for _ in range(2):
             for _ in range(3):
-                answered = tidy.handle(HttpRequest())
-                assert isinstance(answered, HttpResponse)
-                assert answered.status == 200
-            seen.append(given[0])  # not while requests are answered
+                response = trimmer.handle(HttpRequest())
+                assert isinstance(response, HttpResponse)
+                assert response.status == 200
+            observed.append(n_trims[0])  # unchanged while requests are answered
             await done.wait()
             done.clear()
-            seen.append(given[0])
-        return seen
+            observed.append(n_trims[0])
+        return observed
 
-    assert asyncio.run(run()) == [0, 1, 1, 2]
+    assert asyncio.run(scenario()) == [0, 1, 1, 2]

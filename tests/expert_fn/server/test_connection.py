@@ -1,4 +1,4 @@
-"""One connection's HTTP, spoken raw: what is malformed, slow or gone ends it, never the sandbox."""
+"""Raw HTTP: malformed, slow and lost connections are closed and never stop the sandbox."""
 
 import contextlib
 import re
@@ -30,8 +30,8 @@ Connect = Callable[[], socket.socket]
 HEALTH = b"GET /healthz HTTP/1.1\r\nhost: test\r\n\r\n"
 
 
-def answers_in(received: bytes) -> list[int]:
-    """The statuses of all answers in what was received."""
+def parse_statuses(received: bytes) -> list[int]:
+    """Return the statuses of all responses in `received`."""
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)]
 
 
@@ -72,9 +72,7 @@ def answers_in(received: bytes) -> list[int]:
         ),
     ],
 )
-def test_what_is_not_http_gets_one_400_and_is_closed(
-    connect: Connect, request_bytes: bytes
-) -> None:
+def test_invalid_http_gets_one_400_and_is_closed(connect: Connect, request_bytes: bytes) -> None:
     client = connect()
     client.sendall(request_bytes)
     status, headers, body = read_response(client)
@@ -84,25 +82,25 @@ def test_what_is_not_http_gets_one_400_and_is_closed(
     assert read_all(client) == b""
 
 
-def test_nothing_is_answered_after_an_error(connect: Connect) -> None:
+def test_ignores_requests_after_an_error(connect: Connect) -> None:
     client = connect()
     client.sendall(HEALTH + b"nonsense\r\n\r\n" + HEALTH)
-    assert answers_in(read_all(client)) == [200, 400]
+    assert parse_statuses(read_all(client)) == [200, 400]
 
 
-def test_nothing_is_answered_after_the_client_asked_to_close(connect: Connect) -> None:
+def test_ignores_requests_after_connection_close(connect: Connect) -> None:
     client = connect()
     client.sendall(HEALTH.replace(b"host: test", b"connection: close") + HEALTH)
-    assert answers_in(read_all(client)) == [200]
+    assert parse_statuses(read_all(client)) == [200]
 
 
-def test_http_1_0_is_answered_and_closed(connect: Connect) -> None:
+def test_closes_http_1_0_connections_after_the_response(connect: Connect) -> None:
     client = connect()
     client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-    assert answers_in(read_all(client)) == [200]
+    assert parse_statuses(read_all(client)) == [200]
 
 
-def test_an_answer_to_head_has_no_body(connect: Connect) -> None:
+def test_head_response_has_no_body(connect: Connect) -> None:
     client = connect()
     last = HEALTH.replace(b"host: test", b"connection: close")
     client.sendall(b"HEAD /healthz HTTP/1.1\r\nhost: test\r\n\r\n" + last)
@@ -117,13 +115,13 @@ def test_pipelined_requests_are_answered_in_order(connect: Connect, spec: Functi
     client = connect()
     client.sendall(b"".join(post_request(spec.id, request_frame(n_rows=n)) for n in range(1, 40)))
     for n in range(1, 40):
-        status, _, body = read_answer_piece(client)
+        status, _, body = read_pipelined_response(client)
         assert status == 200
         assert len(body) == 32 + n * HIDDEN * 4
 
 
-def read_answer_piece(client: socket.socket) -> tuple[int, bytes, bytes]:
-    """The next of several answers, byte for byte from the socket."""
+def read_pipelined_response(client: socket.socket) -> tuple[int, bytes, bytes]:
+    """Read the next of several responses without reading ahead."""
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         head += client.recv(1)
@@ -132,18 +130,16 @@ def read_answer_piece(client: socket.socket) -> tuple[int, bytes, bytes]:
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_a_request_may_come_in_small_pieces(
-    connect: Connect, spec: FunctionSpec, size: int
-) -> None:
+def test_accepts_a_request_in_small_pieces(connect: Connect, spec: FunctionSpec, size: int) -> None:
     client = connect()
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    whole = post_request(spec.id, request_frame())
-    for start in range(0, len(whole), size):
-        client.sendall(whole[start : start + size])
+    request = post_request(spec.id, request_frame())
+    for start in range(0, len(request), size):
+        client.sendall(request[start : start + size])
     assert read_response(client)[0] == 200
 
 
-def test_a_chunked_frame_is_computed(connect: Connect, spec: FunctionSpec) -> None:
+def test_accepts_a_chunked_body(connect: Connect, spec: FunctionSpec) -> None:
     client = connect()
     content = request_frame()
     head = (
@@ -156,20 +152,18 @@ def test_a_chunked_frame_is_computed(connect: Connect, spec: FunctionSpec) -> No
     assert read_response(client)[0] == 200
 
 
-def test_a_frame_of_the_largest_size_is_computed(
+def test_computes_a_frame_of_maximum_size(
     sandbox_server: SandboxProcess, spec: FunctionSpec
 ) -> None:
     n_rows = (MAX_FRAME_BYTES - 32) // (HIDDEN * 4 + 12)
-    sent = request_frame(n_rows=n_rows)
-    answer = sandbox_server.http.post(f"/v1/functions/{spec.id}", content=sent)
-    assert len(sent) <= MAX_FRAME_BYTES < len(sent) + HIDDEN * 4 + 12
-    assert answer.status_code == 200
-    assert len(answer.content) == 32 + n_rows * HIDDEN * 4
+    frame = request_frame(n_rows=n_rows)
+    response = sandbox_server.http.post(f"/v1/functions/{spec.id}", content=frame)
+    assert len(frame) <= MAX_FRAME_BYTES < len(frame) + HIDDEN * 4 + 12
+    assert response.status_code == 200
+    assert len(response.content) == 32 + n_rows * HIDDEN * 4
 
 
-def test_a_body_announced_too_large_is_refused_before_it_comes(
-    connect: Connect, spec: FunctionSpec
-) -> None:
+def test_rejects_an_oversized_body_when_announced(connect: Connect, spec: FunctionSpec) -> None:
     client = connect()
     head, _, _ = post_request(spec.id, b"").partition(b"content-length")
     client.sendall(head + b"content-length: %d\r\n\r\n" % (MAX_FRAME_BYTES + 1))
@@ -179,7 +173,7 @@ def test_a_body_announced_too_large_is_refused_before_it_comes(
 
 
 @pytest.mark.parametrize("chunk_bytes", [1 << 20, 1 << 10])
-def test_a_chunked_body_too_large_is_refused(
+def test_rejects_an_oversized_chunked_body(
     connect: Connect, spec: FunctionSpec, chunk_bytes: int
 ) -> None:
     client = connect()
@@ -199,14 +193,14 @@ def test_a_chunked_body_too_large_is_refused(
         pytest.param(b"GET / HTTP/1.1\r\n", b"x" * 65536, id="one name"),
     ],
 )
-def test_a_head_too_large_is_refused(connect: Connect, start: bytes, endless: bytes) -> None:
+def test_rejects_an_oversized_head(connect: Connect, start: bytes, endless: bytes) -> None:
     client = connect()
     client.sendall(start)
     send_until_answered(client, endless)
     assert read_response(client)[0] == 431
 
 
-def test_endless_trailers_are_refused(connect: Connect) -> None:
+def test_rejects_endless_trailers(connect: Connect) -> None:
     client = connect()
     client.sendall(b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\nname: ")
     send_until_answered(client, b"x" * 65536)
@@ -214,7 +208,7 @@ def test_endless_trailers_are_refused(connect: Connect) -> None:
 
 
 def send_until_answered(client: socket.socket, piece: bytes) -> None:
-    """Send the piece again and again, until there is an answer; the sandbox may read no more."""
+    """Send `piece` repeatedly until a response arrives, even if the sandbox stops reading."""
     client.setblocking(False)
     view = memoryview(piece)
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):
@@ -226,22 +220,22 @@ def send_until_answered(client: socket.socket, piece: bytes) -> None:
 @pytest.mark.parametrize(
     "part", [b"G", HEALTH[:-2], b"POST /healthz HTTP/1.1\r\ncontent-length: 9\r\n\r\nabc"]
 )
-def test_a_client_that_stops_in_a_request_is_told_and_closed(connect: Connect, part: bytes) -> None:
+def test_incomplete_request_times_out_with_408(connect: Connect, part: bytes) -> None:
     client = connect()
     client.sendall(part)
     status, _, body = read_response(client)
     assert status == 408
-    assert f"request: got a part of it in {TIMEOUT_S:g} s" in str(body)
+    assert f"request: got an incomplete request after {TIMEOUT_S:g} s" in str(body)
     assert read_all(client) == b""
 
 
-def test_the_time_of_a_pipelined_part_runs_too(connect: Connect) -> None:
+def test_incomplete_pipelined_request_times_out(connect: Connect) -> None:
     client = connect()
     client.sendall(HEALTH + HEALTH[:10])
-    assert answers_in(read_all(client)) == [200, 408]
+    assert parse_statuses(read_all(client)) == [200, 408]
 
 
-def test_a_drop_at_a_time_does_not_extend_the_time(connect: Connect) -> None:
+def test_slow_bytes_do_not_extend_the_timeout(connect: Connect) -> None:
     client = connect()
     client.settimeout(0.05)
     received = b""
@@ -256,51 +250,53 @@ def test_a_drop_at_a_time_does_not_extend_the_time(connect: Connect) -> None:
             break
         if received:
             break
-    assert answers_in(received) == [408]
+    assert parse_statuses(received) == [408]
 
 
-def test_an_idle_connection_stays_open(connect: Connect, sandbox_server: SandboxProcess) -> None:
+def test_idle_connection_stays_open_beyond_the_request_timeout(
+    connect: Connect, sandbox_server: SandboxProcess
+) -> None:
     client, other = connect(), connect()
     client.sendall(HEALTH)
     assert read_response(client)[0] == 200
-    other.sendall(b"G")  # its time is the clock of this test
+    other.sendall(b"G")  # times out after the request timeout
     assert read_response(other)[0] == 408
     client.sendall(HEALTH)
     assert read_response(client)[0] == 200
 
 
-def test_a_half_closed_client_gets_its_answer(connect: Connect, spec: FunctionSpec) -> None:
+def test_half_closed_client_gets_its_response(connect: Connect, spec: FunctionSpec) -> None:
     client = connect()
     client.sendall(post_request(spec.id, request_frame()))
     client.shutdown(socket.SHUT_WR)
-    assert answers_in(read_all(client)) == [200]
+    assert parse_statuses(read_all(client)) == [200]
 
 
 @pytest.mark.parametrize("part_bytes", [0, 1, 60, 150, 10_000])
-def test_clients_that_leave_are_forgotten(
+def test_releases_connections_that_are_reset(
     connect: Connect, sandbox_server: SandboxProcess, spec: FunctionSpec, part_bytes: int
 ) -> None:
     before = n_connections(sandbox_server)
     for _ in range(10):
         client = connect()
         client.sendall(post_request(spec.id, request_frame())[:part_bytes])
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # by a reset
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # reset
         client.close()
     wait_until(lambda: n_connections(sandbox_server) <= before)
 
 
-def test_a_client_that_takes_no_answers_is_cut_off(
+def test_aborts_a_client_that_does_not_read_responses(
     connect: Connect, sandbox_server: SandboxProcess, spec: FunctionSpec
 ) -> None:
     before = n_connections(sandbox_server)
     client = connect()
     client.setblocking(False)
-    sent = post_request(
+    frame = post_request(
         spec.id, request_frame(n_rows=1, mode=OutputMode.UNREDUCED, **many_pairs(60_000))
     )
     with contextlib.suppress(BlockingIOError):
         while True:
-            client.sendall(sent)
+            client.sendall(frame)
     wait_until(lambda: n_connections(sandbox_server) <= before)
 
 
@@ -312,7 +308,7 @@ def many_pairs(n_pairs: int) -> dict[str, Any]:
     }
 
 
-def test_many_clients_are_served_at_once(connect: Connect, spec: FunctionSpec) -> None:
+def test_serves_200_clients_concurrently(connect: Connect, spec: FunctionSpec) -> None:
     clients = [connect() for _ in range(200)]
     for _ in range(2):
         for client in clients:

@@ -1,4 +1,4 @@
-"""A sandbox bounds the connections that it holds, and does not hold idle ones for ever."""
+"""A sandbox limits open connections and closes idle ones."""
 
 import socket
 from collections.abc import Iterator
@@ -24,30 +24,28 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def test_a_connection_more_than_the_bound_is_told_and_closed(
-    sandbox: StartSandbox, stack: ExitStack
-) -> None:
+def test_rejects_connections_above_the_limit(sandbox: StartSandbox, stack: ExitStack) -> None:
     sandbox_server = stack.enter_context(sandbox(max_connections=MAX_CONNECTIONS))
     sandbox_server.http.close()
     wait_until(lambda: n_connections(sandbox_server) == 0)
-    held = [stack.enter_context(connect(sandbox_server)) for _ in range(MAX_CONNECTIONS)]
-    for client in held:
+    clients = [stack.enter_context(connect(sandbox_server)) for _ in range(MAX_CONNECTIONS)]
+    for client in clients:
         client.sendall(HEALTH)
         assert read_response(client)[0] == 200
     for _ in range(3 * MAX_CONNECTIONS):
-        with connect(sandbox_server) as refused:
-            status, headers, body = read_response(refused)
+        with connect(sandbox_server) as rejected:
+            status, headers, body = read_response(rejected)
             assert (status, headers["connection"]) == (503, "close")
             assert b'"code": "too_many_connections"' in body
-            assert read_all(refused) == b""
-    held[0].close()
+            assert read_all(rejected) == b""
+    clients[0].close()
     wait_until(lambda: n_connections(sandbox_server) == MAX_CONNECTIONS - 1)
     with connect(sandbox_server) as client:
         client.sendall(HEALTH)
         assert read_response(client)[0] == 200
 
 
-def test_an_idle_connection_is_closed_in_time(sandbox: StartSandbox, stack: ExitStack) -> None:
+def test_closes_idle_connections(sandbox: StartSandbox, stack: ExitStack) -> None:
     sandbox_server = stack.enter_context(sandbox(idle_timeout_s=IDLE_TIMEOUT_S))
     silent, used = (stack.enter_context(connect(sandbox_server)) for _ in range(2))
     used.sendall(HEALTH)
@@ -56,20 +54,20 @@ def test_an_idle_connection_is_closed_in_time(sandbox: StartSandbox, stack: Exit
     assert read_all(used) == b""
 
 
-def test_a_connection_in_use_is_not_idle(sandbox: StartSandbox, stack: ExitStack) -> None:
+def test_keeps_connections_in_use_open(sandbox: StartSandbox, stack: ExitStack) -> None:
     sandbox_server = stack.enter_context(sandbox(idle_timeout_s=IDLE_TIMEOUT_S))
     used = stack.enter_context(connect(sandbox_server))
     used.settimeout(IDLE_TIMEOUT_S / 4)
-    n_answers = 0
-    while n_answers < 8:  # for twice the time
+    n_responses = 0
+    while n_responses < 8:  # for twice the idle timeout
         used.sendall(HEALTH)
         assert read_response(used)[0] == 200
-        n_answers += 1
-        with pytest.raises(TimeoutError):  # nothing comes, also not the end
+        n_responses += 1
+        with pytest.raises(TimeoutError):  # neither data nor a close
             used.recv(1)
 
 
-def test_a_request_that_is_being_sent_is_not_idle(sandbox: StartSandbox, stack: ExitStack) -> None:
+def test_incomplete_request_is_not_idle(sandbox: StartSandbox, stack: ExitStack) -> None:
     sandbox_server = stack.enter_context(sandbox(idle_timeout_s=0.2, request_timeout_s=2.0))
     slow = stack.enter_context(connect(sandbox_server))
     slow.sendall(HEALTH[:10])

@@ -1,4 +1,4 @@
-"""Answers that are to come: others do not wait for them, those behind them do."""
+"""Pending responses delay later requests of their connection, but not other connections."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Scenario = Callable[["FakeServer"], Coroutine[Any, Any, None]]
 
 
 class Client:
-    """One connection."""
+    """A client connection to a FakeServer."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self.writer = writer
 
     def send_requests(self, *targets: str) -> None:
-        """Send requests, one right after the other."""
-        asked = (f"GET /{target} HTTP/1.1\r\nhost: test\r\n\r\n" for target in targets)
-        self.writer.write("".join(asked).encode())
+        """Send pipelined GET requests."""
+        requests = (f"GET /{target} HTTP/1.1\r\nhost: test\r\n\r\n" for target in targets)
+        self.writer.write("".join(requests).encode())
 
     async def read_response(self) -> str:
-        """The next answer's status and body; empty at the end."""
+        """Return the status and body of the next response; empty at the end of the connection."""
         try:
             head = await self._reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError as error:
@@ -39,7 +39,7 @@ class Client:
 
 
 class FakeServer:
-    """A server whose answers to /slow... come when the test says so."""
+    """A server whose responses to /slow... are pending until the test resolves them."""
 
     def __init__(self) -> None:
         self.pending: dict[str, Future[HttpResponse]] = {}
@@ -60,7 +60,7 @@ class FakeServer:
         return self._clients[-1]
 
     async def close(self) -> None:
-        """Close every connection, and wait until they are closed."""
+        """Close all connections and wait for them."""
         for client in self._clients:
             client.writer.close()
         closed = (client.writer.wait_closed() for client in self._clients)
@@ -70,7 +70,7 @@ class FakeServer:
             await connection.closed
 
     async def wait_for_request(self, target: str) -> Future[HttpResponse]:
-        """Wait until a slow answer is asked for."""
+        """Wait for a request to /`target`; return the future of its response."""
         while target not in self.pending:
             self._seen.clear()
             await self._seen.wait()
@@ -79,19 +79,22 @@ class FakeServer:
 
 def run_scenario(scenario: Scenario, *, idle_timeout_s: float = DEADLINE_S) -> None:
     async def run() -> None:
-        stage = FakeServer()
+        fake_server = FakeServer()
         loop = asyncio.get_running_loop()
         server = await loop.create_server(
             lambda: HttpConnection(
-                stage.handle, stage.connections, timeout_s=DEADLINE_S, idle_timeout_s=idle_timeout_s
+                fake_server.handle,
+                fake_server.connections,
+                timeout_s=DEADLINE_S,
+                idle_timeout_s=idle_timeout_s,
             ),
             "127.0.0.1",
             0,
         )
-        stage.address = server.sockets[0].getsockname()[:2]
+        fake_server.address = server.sockets[0].getsockname()[:2]
         async with asyncio.timeout(DEADLINE_S):
-            await scenario(stage)
-            await stage.close()
+            await scenario(fake_server)
+            await fake_server.close()
         server.close()
 
     asyncio.run(run())
@@ -100,81 +103,81 @@ def run_scenario(scenario: Scenario, *, idle_timeout_s: float = DEADLINE_S) -> N
 LATE_RESPONSE = HttpResponse(200, "text/plain", [b"at last"])
 
 
-def test_other_connections_are_answered_meanwhile() -> None:
-    async def story(stage: FakeServer) -> None:
-        one, other = await stage.client(), await stage.client()
+def test_answers_other_connections_while_a_response_is_pending() -> None:
+    async def scenario(fake_server: FakeServer) -> None:
+        one, other = await fake_server.client(), await fake_server.client()
         one.send_requests("slow")
-        coming = await stage.wait_for_request("slow")
+        pending = await fake_server.wait_for_request("slow")
         other.send_requests("fast")
         assert await other.read_response() == "200 fast"
-        coming.set_result(LATE_RESPONSE)
+        pending.set_result(LATE_RESPONSE)
         assert await one.read_response() == "200 at last"
 
-    run_scenario(story)
+    run_scenario(scenario)
 
 
-def test_requests_behind_it_are_answered_after_it_in_order() -> None:
-    async def story(stage: FakeServer) -> None:
-        client = await stage.client()
+def test_answers_later_requests_of_the_connection_in_order() -> None:
+    async def scenario(fake_server: FakeServer) -> None:
+        client = await fake_server.client()
         client.send_requests("slow1", "a", "slow2", "b")
-        (await stage.wait_for_request("slow1")).set_result(LATE_RESPONSE)
-        (await stage.wait_for_request("slow2")).set_result(LATE_RESPONSE)
-        answers = [await client.read_response() for _ in range(4)]
-        assert answers == ["200 at last", "200 a", "200 at last", "200 b"]
+        (await fake_server.wait_for_request("slow1")).set_result(LATE_RESPONSE)
+        (await fake_server.wait_for_request("slow2")).set_result(LATE_RESPONSE)
+        responses = [await client.read_response() for _ in range(4)]
+        assert responses == ["200 at last", "200 a", "200 at last", "200 b"]
         client.send_requests("c")
         assert await client.read_response() == "200 c"
 
-    run_scenario(story)
+    run_scenario(scenario)
 
 
-def test_what_is_refused_behind_it_is_refused_after_it() -> None:
-    async def story(stage: FakeServer) -> None:
-        client = await stage.client()
+def test_sends_a_rejection_after_the_pending_response() -> None:
+    async def scenario(fake_server: FakeServer) -> None:
+        client = await fake_server.client()
         client.send_requests("slow")
         client.writer.write(b"no HTTP at all\r\n\r\n")
-        (await stage.wait_for_request("slow")).set_result(LATE_RESPONSE)
+        (await fake_server.wait_for_request("slow")).set_result(LATE_RESPONSE)
         assert await client.read_response() == "200 at last"
         assert (await client.read_response()).startswith("400")
         assert await client.read_response() == ""
 
-    run_scenario(story)
+    run_scenario(scenario)
 
 
-def test_closing_lets_it_be_answered_first() -> None:
-    async def story(stage: FakeServer) -> None:
-        client = await stage.client()
+def test_close_waits_for_the_pending_response() -> None:
+    async def scenario(fake_server: FakeServer) -> None:
+        client = await fake_server.client()
         client.send_requests("slow", "never")
-        coming = await stage.wait_for_request("slow")
-        for connection in tuple(stage.connections):
+        pending = await fake_server.wait_for_request("slow")
+        for connection in tuple(fake_server.connections):
             connection.close()
-        coming.set_result(LATE_RESPONSE)
+        pending.set_result(LATE_RESPONSE)
         assert await client.read_response() == "200 at last"
         assert await client.read_response() == ""
 
-    run_scenario(story)
+    run_scenario(scenario)
 
 
-def test_a_client_that_leaves_and_an_answer_that_is_cancelled_harm_nobody() -> None:
-    async def story(stage: FakeServer) -> None:
-        leaves, stays, other = [await stage.client() for _ in range(3)]
-        leaves.send_requests("slow1")
-        coming = await stage.wait_for_request("slow1")
-        leaves.writer.transport.abort()
-        stays.send_requests("slow2")
-        (await stage.wait_for_request("slow2")).cancel()
-        coming.set_result(LATE_RESPONSE)
+def test_disconnects_and_cancelled_responses_do_not_affect_other_connections() -> None:
+    async def scenario(fake_server: FakeServer) -> None:
+        disconnecting, waiting, other = [await fake_server.client() for _ in range(3)]
+        disconnecting.send_requests("slow1")
+        pending = await fake_server.wait_for_request("slow1")
+        disconnecting.writer.transport.abort()
+        waiting.send_requests("slow2")
+        (await fake_server.wait_for_request("slow2")).cancel()
+        pending.set_result(LATE_RESPONSE)
         other.send_requests("fast")
         assert await other.read_response() == "200 fast"
 
-    run_scenario(story)
+    run_scenario(scenario)
 
 
-def test_a_connection_that_waits_for_its_answer_is_not_idle() -> None:
-    async def story(stage: FakeServer) -> None:
-        client = await stage.client()
+def test_connection_with_a_pending_response_is_not_idle() -> None:
+    async def scenario(fake_server: FakeServer) -> None:
+        client = await fake_server.client()
         client.send_requests("slow")
-        coming = await stage.wait_for_request("slow")
-        asyncio.get_running_loop().call_later(0.3, coming.set_result, LATE_RESPONSE)
+        pending = await fake_server.wait_for_request("slow")
+        asyncio.get_running_loop().call_later(0.3, pending.set_result, LATE_RESPONSE)
         assert await client.read_response() == "200 at last"
 
-    run_scenario(story, idle_timeout_s=0.1)
+    run_scenario(scenario, idle_timeout_s=0.1)

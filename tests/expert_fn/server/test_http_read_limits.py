@@ -1,4 +1,4 @@
-"""What a sandbox does not take in, it refuses by name, and serves on."""
+"""A sandbox rejects what exceeds its limits and keeps serving."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ MAX_FRAMES = 4
 
 
 @pytest.fixture
-def strict(sandbox: StartSandbox, store: Store, spec: FunctionSpec) -> Iterator[SandboxProcess]:
+def limited_sandbox(
+    sandbox: StartSandbox, store: Store, spec: FunctionSpec
+) -> Iterator[SandboxProcess]:
     settings = {"max_frames": MAX_FRAMES, "max_bodies_bytes": MAX_FRAME_BYTES}
     with sandbox(token=TOKEN, **settings) as sandbox_server:
         sandbox_server.attach(store, spec)
@@ -47,71 +49,71 @@ def connect(sandbox_server: SandboxProcess) -> socket.socket:
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=60))
-def test_what_is_taken_in_never_exceeds_the_bounds_and_all_is_given_back(
+def test_read_limits_are_never_exceeded_and_fully_released(
     steps: list[tuple[int, int]],
 ) -> None:
-    intake = ReadLimits(max_frames=3, max_bytes=100)
-    held: list[int] = []
+    limits = ReadLimits(max_frames=3, max_bytes=100)
+    acquired: list[int] = []
     for first, more in steps:
         try:
-            intake.acquire(first)
+            limits.acquire(first)
         except SandboxOverloaded:
-            if held:
-                intake.release(held.pop(0))
+            if acquired:
+                limits.release(acquired.pop(0))
             continue
         try:
-            intake.extend(more)
+            limits.extend(more)
         except SandboxOverloaded:
-            intake.release(first)
+            limits.release(first)
         else:
-            held.append(first + more)
-        assert len(held) <= 3
-        assert sum(held) <= 100
-    for size in held:
-        intake.release(size)
-    intake.acquire(100)
+            acquired.append(first + more)
+        assert len(acquired) <= 3
+        assert sum(acquired) <= 100
+    for size in acquired:
+        limits.release(size)
+    limits.acquire(100)
 
 
-def test_one_frame_too_many_is_refused_and_the_others_are_answered(
-    strict: SandboxProcess, spec: FunctionSpec
+def test_rejects_one_body_too_many_and_answers_the_others(
+    limited_sandbox: SandboxProcess, spec: FunctionSpec
 ) -> None:
-    whole = post_request(spec.id, request_frame())
+    request = post_request(spec.id, request_frame())
     with ExitStack() as stack:
-        begun = [stack.enter_context(connect(strict)) for _ in range(MAX_FRAMES)]
-        for client in begun:
-            client.sendall(whole[:-1])
-        assert strict.http.get("/healthz").status_code == 200  # all of them were read
-        last = stack.enter_context(connect(strict))
-        last.sendall(whole)
+        clients = [stack.enter_context(connect(limited_sandbox)) for _ in range(MAX_FRAMES)]
+        for client in clients:
+            client.sendall(request[:-1])
+        assert limited_sandbox.http.get("/healthz").status_code == 200  # so all of them were read
+        last = stack.enter_context(connect(limited_sandbox))
+        last.sendall(request)
         status, headers, body = read_response(last)
         assert (status, headers["connection"]) == (429, "close")
         assert b'"code": "overloaded"' in body
         assert b'"field": "frames"' in body
-        for client in begun:
-            client.sendall(whole[-1:])
+        for client in clients:
+            client.sendall(request[-1:])
             assert read_response(client)[0] == 200
 
 
-def test_bodies_that_are_announced_count_before_they_come(
-    strict: SandboxProcess, spec: FunctionSpec
+def test_counts_announced_bodies_before_they_arrive(
+    limited_sandbox: SandboxProcess, spec: FunctionSpec
 ) -> None:
-    whole = post_request(spec.id, request_frame())
-    with connect(strict) as greedy, connect(strict) as other:
+    request = post_request(spec.id, request_frame())
+    with connect(limited_sandbox) as greedy, connect(limited_sandbox) as other:
         greedy.sendall(post_request(spec.id, bytes(MAX_FRAME_BYTES - 10))[:1000])
-        assert strict.http.get("/healthz").status_code == 200
-        other.sendall(whole)
+        assert limited_sandbox.http.get("/healthz").status_code == 200
+        other.sendall(request)
         status, _, body = read_response(other)
         assert (status, b'"field": "body"' in body) == (429, True)
-    with connect(strict) as again:  # the greedy one has left
-        again.sendall(whole)
-        assert read_response(again)[0] == 200
+    with connect(limited_sandbox) as next_client:  # the greedy client has disconnected
+        next_client.sendall(request)
+        assert read_response(next_client)[0] == 200
 
 
-def test_a_frame_without_memory_is_refused_and_the_next_one_is_computed(
-    strict: SandboxProcess, spec: FunctionSpec
+def test_out_of_memory_rejects_the_frame_and_later_frames_succeed(
+    limited_sandbox: SandboxProcess, spec: FunctionSpec
 ) -> None:
-    process = psutil.Process(strict.process.pid)
-    n_pairs = 400_000  # 51 MB, gathered
+    process = psutil.Process(limited_sandbox.process.pid)
+    n_pairs = 400_000  # 51 MB of gathered rows
     large = request_frame(
         n_rows=1000,
         pair_row=np.sort(np.arange(n_pairs, dtype=np.int32) % 1000),
@@ -121,14 +123,14 @@ def test_a_frame_without_memory_is_refused_and_the_next_one_is_computed(
     path = f"/v1/functions/{spec.id}"
     assert HIDDEN * 4 * n_pairs > 48 << 20
     process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms + (24 << 20), -1))
-    answer = strict.http.post(path, content=large)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "out_of_memory")
-    assert strict.http.post(path, content=request_frame()).status_code == 200
+    response = limited_sandbox.http.post(path, content=large)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "out_of_memory")
+    assert limited_sandbox.http.post(path, content=request_frame()).status_code == 200
     process.rlimit(resource.RLIMIT_AS, (-1, -1))
-    assert strict.http.post(path, content=large).status_code == 200
+    assert limited_sandbox.http.post(path, content=large).status_code == 200
 
 
-def test_a_corrupted_block_is_refused_by_name_at_attach_and_never_served(
+def test_rejects_a_corrupted_block_when_attaching_and_computing(
     sandbox: StartSandbox, store: Store, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     copy = tmp_path_factory.mktemp("damaged") / "store"
@@ -141,7 +143,7 @@ def test_a_corrupted_block_is_refused_by_name_at_attach_and_never_served(
             byte = os.pread(file.fileno(), 1, offset)[0]
             os.pwrite(file.fileno(), bytes([byte ^ 1]), offset)
 
-    last = path.stat().st_size - 1  # of the last expert of a tensor
+    last = path.stat().st_size - 1  # in the last expert of a tensor
     with sandbox(token=TOKEN, capacity=4) as sandbox_server:
         body = {"store": str(copy), "model_digest": store.manifest.digest}
         for spec in (first, second):
@@ -152,11 +154,11 @@ def test_a_corrupted_block_is_refused_by_name_at_attach_and_never_served(
         content = {spec.id: request_frame(expert=spec.experts[-1]) for spec in (first, second)}
 
         def codes() -> list[str]:
-            answers = [
+            responses = [
                 sandbox_server.http.post(f"/v1/functions/{name}", content=data)
                 for name, data in content.items()
             ]
-            return ["ok" if a.status_code == 200 else a.json()["error"]["code"] for a in answers]
+            return ["ok" if a.status_code == 200 else a.json()["error"]["code"] for a in responses]
 
         assert codes() == ["ok", "ok"]
         flip(last)

@@ -1,4 +1,4 @@
-"""Attaching beside the event loop: one after the other, and frames are computed meanwhile."""
+"""Functions load in the background, one at a time, while frames are computed."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from faasmoe_expert.server.runtime import BackgroundLoader, LoadedFunction, Sand
 
 @dataclass
 class LoadGate:
-    """Holds loads back until the test lets one go on."""
+    """Blocks each load until the test releases it."""
 
-    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    permits: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     started: list[str] = field(default_factory=list)
 
 
@@ -35,10 +35,10 @@ class LoadGate:
 def gate(runtime: SandboxRuntime, monkeypatch: pytest.MonkeyPatch) -> LoadGate:
     gate, load = LoadGate(), SandboxRuntime.load
 
-    def blocked_load(self: SandboxRuntime, spec: FunctionSpec, **where: Any) -> LoadedFunction:
+    def blocked_load(self: SandboxRuntime, spec: FunctionSpec, **source: Any) -> LoadedFunction:
         gate.started.append(spec.id)
-        assert gate.go.acquire(timeout=DEADLINE_S)
-        return load(self, spec, **where)
+        assert gate.permits.acquire(timeout=DEADLINE_S)
+        return load(self, spec, **source)
 
     monkeypatch.setattr(SandboxRuntime, "load", blocked_load)
     return gate
@@ -46,113 +46,113 @@ def gate(runtime: SandboxRuntime, monkeypatch: pytest.MonkeyPatch) -> LoadGate:
 
 @pytest.fixture
 def runtime(store: Store, spec: FunctionSpec) -> SandboxRuntime:
-    """A sandbox of this process, with one function attached."""
+    """A runtime in this process with one attached function."""
     sandbox = SandboxRuntime(SandboxConfig(capacity=3), torch.device("cpu"))
     sandbox.attach(spec, store=store.path, model_digest=store.manifest.digest)
     return sandbox
 
 
-def run(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    async def in_time() -> None:
+def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def run_with_deadline() -> None:
         async with asyncio.timeout(DEADLINE_S):
-            await story()
+            await scenario()
 
-    asyncio.run(in_time())
+    asyncio.run(run_with_deadline())
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():  # noqa: ASYNC110
         await asyncio.sleep(0.005)
 
 
-def answer(sandbox: SandboxRuntime, function_id: str, asked: bytes) -> bytes:
-    [parts] = sandbox.compute_batch([sandbox.parse_frame(function_id, bytearray(asked))])
+def compute(sandbox: SandboxRuntime, function_id: str, frame: bytes) -> bytes:
+    [parts] = sandbox.compute_batch([sandbox.parse_frame(function_id, bytearray(frame))])
     return b"".join(parts)
 
 
-def ids(sandbox: SandboxRuntime) -> list[str]:
+def function_ids(sandbox: SandboxRuntime) -> list[str]:
     return [function["id"] for function in sandbox.list_functions()["functions"]]
 
 
-def test_frames_are_computed_while_another_function_is_being_attached(
+def test_computes_frames_while_another_function_loads(
     runtime: SandboxRuntime, store: Store, spec: FunctionSpec, gate: LoadGate
 ) -> None:
     other = make_function_spec(store, [1], [0])
-    expected = answer(runtime, spec.id, request_frame())
+    expected = compute(runtime, spec.id, request_frame())
 
-    async def story() -> None:
-        attaching = BackgroundLoader(runtime)
-        coming = asyncio.create_task(
-            attaching.attach(other, store=store.path, model_digest=store.manifest.digest)
+    async def scenario() -> None:
+        loader = BackgroundLoader(runtime)
+        pending = asyncio.create_task(
+            loader.attach(other, store=store.path, model_digest=store.manifest.digest)
         )
-        await until(lambda: bool(gate.started))
-        assert answer(runtime, spec.id, request_frame()) == expected
-        assert ids(runtime) == [spec.id]  # it is there when it can compute, and not before
-        gate.go.release()
-        function, is_new = await coming
+        await wait_until(lambda: bool(gate.started))
+        assert compute(runtime, spec.id, request_frame()) == expected
+        assert function_ids(runtime) == [spec.id]  # not listed before it can compute
+        gate.permits.release()
+        function, is_new = await pending
         assert (function["id"], is_new) == (other.id, True)
-        assert answer(runtime, other.id, request_frame(layer=1, expert=0))
+        assert compute(runtime, other.id, request_frame(layer=1, expert=0))
 
-    run(story)
+    run(scenario)
 
 
-def test_functions_are_attached_one_after_the_other_and_the_same_but_once(
+def test_attaches_one_function_at_a_time_and_each_once(
     runtime: SandboxRuntime, store: Store, gate: LoadGate
 ) -> None:
     one, two = make_function_spec(store, [1], [0]), make_function_spec(store, [1], [1])
 
-    async def story() -> None:
-        attaching = BackgroundLoader(runtime)
-        where: dict[str, Any] = {"store": store.path, "model_digest": store.manifest.digest}
-        coming = [asyncio.create_task(attaching.attach(s, **where)) for s in (one, two, one)]
-        await until(lambda: gate.started == [one.id])
-        gate.go.release()
-        await until(lambda: gate.started == [one.id, two.id])
-        gate.go.release()
-        assert [is_new for _, is_new in await asyncio.gather(*coming)] == [True, True, False]
+    async def scenario() -> None:
+        loader = BackgroundLoader(runtime)
+        source: dict[str, Any] = {"store": store.path, "model_digest": store.manifest.digest}
+        pending = [asyncio.create_task(loader.attach(s, **source)) for s in (one, two, one)]
+        await wait_until(lambda: gate.started == [one.id])
+        gate.permits.release()
+        await wait_until(lambda: gate.started == [one.id, two.id])
+        gate.permits.release()
+        assert [is_new for _, is_new in await asyncio.gather(*pending)] == [True, True, False]
 
-    run(story)
+    run(scenario)
 
 
-def test_room_is_counted_when_its_turn_comes(
+def test_checks_the_capacity_when_loading_starts(
     runtime: SandboxRuntime, store: Store, gate: LoadGate
 ) -> None:
     specs = [make_function_spec(store, [1], [expert]) for expert in range(3)]
-    gate.go.release(3)
+    gate.permits.release(3)
 
-    async def story() -> None:
-        attaching = BackgroundLoader(runtime)
-        where: dict[str, Any] = {"store": store.path, "model_digest": store.manifest.digest}
-        coming = [attaching.attach(spec, **where) for spec in specs]
-        found = await asyncio.gather(*coming, return_exceptions=True)
-        assert [isinstance(f, AttachRefused) for f in found] == [False, False, True]
+    async def scenario() -> None:
+        loader = BackgroundLoader(runtime)
+        source: dict[str, Any] = {"store": store.path, "model_digest": store.manifest.digest}
+        pending = [loader.attach(spec, **source) for spec in specs]
+        results = await asyncio.gather(*pending, return_exceptions=True)
+        assert [isinstance(f, AttachRefused) for f in results] == [False, False, True]
 
-    run(story)
-    assert len(ids(runtime)) == 3
+    run(scenario)
+    assert len(function_ids(runtime)) == 3
 
 
-def test_one_that_cannot_be_attached_keeps_no_other_from_it(
+def test_failed_attachment_does_not_block_the_next(
     runtime: SandboxRuntime, store: Store, gate: LoadGate
 ) -> None:
     bad, good = make_function_spec(store, [9], [0]), make_function_spec(store, [1], [0])
-    gate.go.release(2)
+    gate.permits.release(2)
 
-    async def story() -> None:
-        attaching = BackgroundLoader(runtime)
-        where: dict[str, Any] = {"store": store.path, "model_digest": store.manifest.digest}
-        coming = [attaching.attach(spec, **where) for spec in (bad, good)]
-        refused, attached = await asyncio.gather(*coming, return_exceptions=True)
+    async def scenario() -> None:
+        loader = BackgroundLoader(runtime)
+        source: dict[str, Any] = {"store": store.path, "model_digest": store.manifest.digest}
+        pending = [loader.attach(spec, **source) for spec in (bad, good)]
+        refused, attached = await asyncio.gather(*pending, return_exceptions=True)
         assert isinstance(refused, BadAttachment)
         assert not isinstance(attached, BaseException)
 
-    run(story)
-    assert good.id in ids(runtime)
+    run(scenario)
+    assert good.id in function_ids(runtime)
 
 
-def test_a_sandbox_process_answers_frames_while_it_attaches(
+def test_sandbox_process_answers_frames_while_loading(
     sandbox: StartSandbox, store: Store, spec: FunctionSpec, tmp_path: Path
 ) -> None:
-    """Its manifest is a pipe, so that attaching has begun, and goes on, until the test writes."""
+    """The manifest is a pipe, so that loading blocks until the test writes to it."""
     os.mkfifo(tmp_path / MANIFEST_NAME)
     attachment = {
         "store": str(tmp_path),
@@ -162,11 +162,11 @@ def test_a_sandbox_process_answers_frames_while_it_attaches(
     }
     with sandbox(token=TOKEN, capacity=2) as sandbox_server, ThreadPoolExecutor(1) as pool:
         sandbox_server.attach(store, spec)
-        coming = pool.submit(sandbox_server.http.put, "/v1/functions/other", json=attachment)
+        pending = pool.submit(sandbox_server.http.put, "/v1/functions/other", json=attachment)
         with (tmp_path / MANIFEST_NAME).open("wb") as manifest:
-            answer = sandbox_server.http.post(f"/v1/functions/{spec.id}", content=request_frame())
-            assert answer.status_code == 200
-            assert not coming.done()
+            response = sandbox_server.http.post(f"/v1/functions/{spec.id}", content=request_frame())
+            assert response.status_code == 200
+            assert not pending.done()
             manifest.write(b"{}")
-        refused = coming.result(DEADLINE_S)
+        refused = pending.result(DEADLINE_S)
         assert (refused.status_code, refused.json()["error"]["field"]) == (422, "store")

@@ -1,4 +1,4 @@
-"""The sandbox as a process: its start, its end, its faults, and what it holds over time."""
+"""The sandbox process: startup, shutdown, failures and leaks."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from sandbox_processes import SandboxProcess, StartSandbox, make_function_spec, 
 from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_contracts.store import Store, manifest_digest
 
-REFUSED = 2  # exit status for settings that cannot be used
+INVALID_SETTINGS = 2  # exit status
 
 
 def connect(sandbox_server: SandboxProcess) -> socket.socket:
@@ -31,34 +31,34 @@ def connect(sandbox_server: SandboxProcess) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=DEADLINE_S)
 
 
-def exit_status(sandbox_server: SandboxProcess) -> int:
+def terminate(sandbox_server: SandboxProcess) -> int:
     sandbox_server.process.send_signal(signal.SIGTERM)
     return sandbox_server.process.wait(DEADLINE_S)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_cleanly(sandbox: StartSandbox, store: Store, number: int) -> None:
+def test_exits_cleanly_on_a_signal(sandbox: StartSandbox, store: Store, number: int) -> None:
     with (
         sandbox(capacity=9) as sandbox_server,
         connect(sandbox_server) as idle,
-        connect(sandbox_server) as stopped,
+        connect(sandbox_server) as partial,
     ):
         sandbox_server.attach_blocks(store, 99)
-        stopped.sendall(b"GET /hea")
+        partial.sendall(b"GET /hea")
         sandbox_server.process.send_signal(number)
         assert sandbox_server.process.wait(DEADLINE_S) == 0
         assert idle.recv(1) == b""
         assert "Traceback" not in sandbox_server.log.read_text()
 
 
-def test_answers_on_their_way_are_sent_before_the_end(
+def test_sends_pending_responses_before_exit(
     sandbox: StartSandbox, store: Store, spec: FunctionSpec
 ) -> None:
     with sandbox(capacity=9) as sandbox_server, connect(sandbox_server) as client:
         sandbox_server.attach(store, spec)
         client.sendall(
             post_request(spec.id, request_frame(n_rows=50_000))
-        )  # 6 MB back, more than buffers take
+        )  # a response of 6 MB exceeds socket buffers
         wait_until(
             lambda: "faasmoe_expert_frames_total 1.0" in sandbox_server.http.get("/metrics").text
         )
@@ -68,7 +68,7 @@ def test_answers_on_their_way_are_sent_before_the_end(
         assert sandbox_server.process.wait(DEADLINE_S) == 0
 
 
-def test_a_client_that_takes_nothing_does_not_hold_up_the_end(
+def test_client_that_does_not_read_does_not_delay_exit(
     sandbox: StartSandbox, store: Store, spec: FunctionSpec
 ) -> None:
     with sandbox() as sandbox_server, connect(sandbox_server) as client:
@@ -77,29 +77,31 @@ def test_a_client_that_takes_nothing_does_not_hold_up_the_end(
         wait_until(
             lambda: "faasmoe_expert_frames_total 1.0" in sandbox_server.http.get("/metrics").text
         )
-        assert exit_status(sandbox_server) == 0
+        assert terminate(sandbox_server) == 0
 
 
-def test_a_computation_that_fails_is_a_500_and_the_sandbox_goes_on(
+def test_failed_computation_returns_500_and_the_sandbox_keeps_serving(
     sandbox: StartSandbox, store: Store, spec: FunctionSpec, tmp_path: Path
 ) -> None:
     shutil.copytree(store.path, tmp_path / "store")
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
-    manifest["layers"][0]["kernel"]["transposed"] = True  # shapes that do not fit each other
+    manifest["layers"][0]["kernel"]["transposed"] = True  # incompatible shapes
     manifest["digest"] = manifest_digest(manifest)
     (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
     with sandbox(capacity=2) as sandbox_server:
         sandbox_server.attach(Store.open(tmp_path / "store"), spec)
         for _ in range(2):
-            answer = sandbox_server.http.post(f"/v1/functions/{spec.id}", content=request_frame())
-            assert answer.status_code == 500
-            assert answer.json()["error"]["code"] == "internal"
+            response = sandbox_server.http.post(f"/v1/functions/{spec.id}", content=request_frame())
+            assert response.status_code == 500
+            assert response.json()["error"]["code"] == "internal"
         assert "RuntimeError" in sandbox_server.log.read_text()
         good = make_function_spec(store, [1], [1])
         sandbox_server.attach(store, good)
-        sent = request_frame(layer=1)
-        assert sandbox_server.http.post(f"/v1/functions/{good.id}", content=sent).status_code == 200
-        assert exit_status(sandbox_server) == 0
+        frame = request_frame(layer=1)
+        assert (
+            sandbox_server.http.post(f"/v1/functions/{good.id}", content=frame).status_code == 200
+        )
+        assert terminate(sandbox_server) == 0
 
 
 def run_sandbox(**variables: object) -> subprocess.CompletedProcess[str]:
@@ -114,32 +116,32 @@ def run_sandbox(**variables: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
-def test_a_device_that_is_not_there_is_told_at_the_start(device: str) -> None:
-    ended = run_sandbox(device=device, port=0)
-    assert ended.returncode == REFUSED
-    (line,) = ended.stderr.splitlines()
+def test_missing_device_fails_at_startup(device: str) -> None:
+    result = run_sandbox(device=device, port=0)
+    assert result.returncode == INVALID_SETTINGS
+    (line,) = result.stderr.splitlines()
     assert line.startswith(
         f"faasmoe_expert: FAASMOE_DEVICE: got '{device}', expected cpu or auto: torch "
     )
 
 
-def test_a_bad_setting_is_told_at_the_start() -> None:
-    ended = run_sandbox(capacity="many")
-    assert ended.returncode == REFUSED
+def test_invalid_setting_fails_at_startup() -> None:
+    result = run_sandbox(capacity="many")
+    assert result.returncode == INVALID_SETTINGS
     expected = "faasmoe_expert: FAASMOE_CAPACITY: got 'many', expected an integer"
-    assert ended.stderr.strip() == expected
+    assert result.stderr.strip() == expected
 
 
-def test_a_port_that_is_taken_is_told_at_the_start() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        ended = run_sandbox(port=taken.getsockname()[1], device="cpu")
-    assert ended.returncode == REFUSED
-    assert "Traceback" not in ended.stderr
-    assert "address already in use" in ended.stderr
+def test_port_in_use_fails_at_startup() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        result = run_sandbox(port=listener.getsockname()[1], device="cpu")
+    assert result.returncode == INVALID_SETTINGS
+    assert "Traceback" not in result.stderr
+    assert "address already in use" in result.stderr
 
 
-def test_it_ends_with_its_parent(store: Store, tmp_path: Path) -> None:
-    """Also if the parent is killed: here a Python that starts a sandbox and says its id."""
+def test_dies_with_its_parent(store: Store, tmp_path: Path) -> None:
+    """Even if the parent is killed; here it is a script that starts a sandbox."""
     script = (
         "import os, subprocess, sys, time\n"
         "os.environ['FAASMOE_PARENT_PID'] = str(os.getpid())\n"
@@ -157,14 +159,12 @@ def test_it_ends_with_its_parent(store: Store, tmp_path: Path) -> None:
     with parent, log:
         assert parent.stdout is not None
         child = psutil.Process(int(parent.stdout.readline()))
-        wait_until(lambda: b"listens on" in (tmp_path / "log").read_bytes())
+        wait_until(lambda: b"listening on" in (tmp_path / "log").read_bytes())
         parent.kill()
         wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 
 
-def test_it_holds_no_more_after_many_requests_than_after_few(
-    sandbox: StartSandbox, store: Store
-) -> None:
+def test_does_not_leak_memory_or_descriptors(sandbox: StartSandbox, store: Store) -> None:
     with sandbox(capacity=2) as sandbox_server:
         process = psutil.Process(sandbox_server.process.pid)
         send_work(sandbox_server, store, 60)
@@ -176,17 +176,17 @@ def test_it_holds_no_more_after_many_requests_than_after_few(
 
 
 def send_work(sandbox_server: SandboxProcess, store: Store, n_rounds: int) -> None:
-    """Attach, compute, refuse, lose connections, detach."""
+    """Attach, compute, send invalid requests, lose connections and detach."""
     before = n_connections(sandbox_server)
     for n in range(n_rounds):
         spec = make_function_spec(store, [0], [n % 7, 7])
         sandbox_server.attach(store, spec)
         path = f"/v1/functions/{spec.id}"
-        sent = request_frame(n_rows=1 + n % 300, expert=7)
-        assert sandbox_server.http.post(path, content=sent).status_code == 200
-        assert sandbox_server.http.post(path, content=sent[:-1]).status_code == 400
+        frame = request_frame(n_rows=1 + n % 300, expert=7)
+        assert sandbox_server.http.post(path, content=frame).status_code == 200
+        assert sandbox_server.http.post(path, content=frame[:-1]).status_code == 400
         assert sandbox_server.http.put(path, content=b"{").status_code == 422
-        with connect(sandbox_server) as lost:
-            lost.sendall(post_request(spec.id, sent)[: 1 + n * 7])
+        with connect(sandbox_server) as lost_client:
+            lost_client.sendall(post_request(spec.id, frame)[: 1 + n * 7])
         assert sandbox_server.http.delete(path).status_code == 204
     wait_until(lambda: n_connections(sandbox_server) <= before)

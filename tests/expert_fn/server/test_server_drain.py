@@ -1,4 +1,4 @@
-"""How a sandbox ends: it says so for a while, answers what is in hand, and begins no work."""
+"""Graceful shutdown: a draining sandbox answers started requests and rejects new work."""
 
 import signal
 import socket
@@ -21,18 +21,18 @@ from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_contracts.store import Store
 
 READY = b"GET /readyz HTTP/1.1\r\nhost: test\r\n\r\n"
-DRAIN_S = 60.0  # longer than any test: ends when the last client leaves
+DRAIN_S = 60.0  # longer than any test: the drain ends when the last client disconnects
 
 
 @pytest.fixture
 def draining_sandbox(
     sandbox: StartSandbox, store: Store, spec: FunctionSpec
 ) -> Iterator[SandboxProcess]:
-    """A sandbox with one function, to be told to end."""
+    """A sandbox with one function that must exit cleanly after `send_sigterm`."""
     with sandbox(token=TOKEN, drain_s=DRAIN_S) as sandbox_server:
         sandbox_server.attach(store, spec)
         yield sandbox_server
-        assert sandbox_server.process.poll() == 0, "it did not end by itself"
+        assert sandbox_server.process.poll() == 0, "did not exit on its own"
         assert "Traceback" not in sandbox_server.log.read_text()
 
 
@@ -42,7 +42,7 @@ def connect(sandbox_server: SandboxProcess) -> socket.socket:
 
 
 def send_request(client: socket.socket, request: bytes) -> tuple[int, str | None, bytes]:
-    """Status, connection header and body."""
+    """Send a request; return status, connection header and body."""
     client.sendall(request)
     status, headers, body = read_response(client)
     return status, headers.get("connection"), body
@@ -50,10 +50,10 @@ def send_request(client: socket.socket, request: bytes) -> tuple[int, str | None
 
 def send_sigterm(sandbox_server: SandboxProcess) -> None:
     sandbox_server.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: "drains" in sandbox_server.log.read_text())
+    wait_until(lambda: "draining for" in sandbox_server.log.read_text())
 
 
-def test_a_sandbox_that_ends_says_so_and_takes_no_more_work(
+def test_draining_sandbox_is_not_ready_and_rejects_new_work(
     draining_sandbox: SandboxProcess, spec: FunctionSpec
 ) -> None:
     draining_sandbox.http.close()
@@ -76,38 +76,38 @@ def test_a_sandbox_that_ends_says_so_and_takes_no_more_work(
         assert (status, connection) == (503, "close")
         with connect(
             draining_sandbox
-        ) as late:  # the listener stays, so that nobody is left without a word
-            assert send_request(late, READY)[0] == 503
+        ) as new_client:  # the listener stays, so that nobody is left without a word
+            assert send_request(new_client, READY)[0] == 503
     assert draining_sandbox.process.wait(DEADLINE_S) == 0
 
 
-def test_a_request_that_was_begun_is_answered_before_its_connection_ends(
+def test_answers_a_started_request_before_closing_its_connection(
     draining_sandbox: SandboxProcess, spec: FunctionSpec
 ) -> None:
     draining_sandbox.http.close()
-    whole = post_request(spec.id, request_frame())
+    request = post_request(spec.id, request_frame())
     with connect(draining_sandbox) as probe, connect(draining_sandbox) as worker:
-        worker.sendall(whole[:100])
-        assert send_request(probe, READY)[0] == 200  # by now the part before it was read
+        worker.sendall(request[:100])
+        assert send_request(probe, READY)[0] == 200  # so the partial request was read, too
         send_sigterm(draining_sandbox)
-        assert send_request(worker, whole[100:])[:2] == (200, "close")
+        assert send_request(worker, request[100:])[:2] == (200, "close")
         assert read_all(worker) == b""
     assert draining_sandbox.process.wait(DEADLINE_S) == 0
 
 
-def test_without_clients_it_ends_at_once(draining_sandbox: SandboxProcess) -> None:
+def test_exits_immediately_without_clients(draining_sandbox: SandboxProcess) -> None:
     draining_sandbox.http.close()
-    begun_s = time.monotonic()
+    start_s = time.monotonic()
     draining_sandbox.process.send_signal(signal.SIGTERM)
     assert draining_sandbox.process.wait(DEADLINE_S) == 0
-    assert time.monotonic() - begun_s < DRAIN_S / 2
+    assert time.monotonic() - start_s < DRAIN_S / 2
 
 
 @pytest.mark.parametrize("settings", [{}, {"drain_s": 0}])
-def test_clients_that_stay_do_not_hold_up_the_end(
+def test_connected_clients_do_not_delay_exit_beyond_the_drain(
     sandbox: StartSandbox, settings: dict[str, float]
 ) -> None:
-    """By default it ends within the 5 s that a zygote gives it."""
+    """By default the sandbox exits within the 5 s grace period of the zygote."""
     with sandbox(**settings) as sandbox_server, connect(sandbox_server) as idle:
         sandbox_server.process.send_signal(signal.SIGTERM)
         assert sandbox_server.process.wait(5.0) == 0

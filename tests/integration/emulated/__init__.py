@@ -1,8 +1,8 @@
-"""A CUDA device for machines without one: what its code does, and in which order, not how fast.
+"""An emulated CUDA device, which checks the correctness and order of operations but not speed.
 
-Tensors on it are of a device of their own, so that one on the host in their midst is an error, as
-it is with CUDA. Copies that are not waited for are as late as a device may be: what lands on the
-host is garbage until it is waited for, what leaves the host must not be overwritten until then, and
-what one stream copies another one sees only if it waits. `torch.cuda` is replaced as far as the
-project uses it. Kernels are the CPU's: what they compute says nothing of a device's own.
+Its tensors have their own device type, so mixing them with host tensors is an error, as with CUDA.
+Asynchronous copies complete as late as CUDA allows: a host target contains garbage until the host
+waits, a host source must not be overwritten until then, and another stream sees a copy only if it
+waits for it. The parts of `torch.cuda` that the project uses are replaced. Kernels run on the CPU,
+so results say nothing about the numerics of a GPU.
 """

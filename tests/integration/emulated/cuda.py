@@ -1,4 +1,4 @@
-"""`torch.cuda` and pinned memory as the project uses them, over the emulated device."""
+"""Replaces the parts of `torch.cuda` and of pinned memory that the project uses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROPERTIES = SimpleNamespace(
 
 
 def install() -> torch.device:
-    """Let `cuda` and `auto` be the emulated device, in this process and for good; return it."""
+    """Resolve `cuda` and `auto` to the emulated device for the rest of the process; return it."""
     backend: Any = ModuleType(NAME)
     backend.is_initialized = backend.is_available = lambda: True
     backend._is_in_bad_fork = lambda: False
@@ -35,7 +35,7 @@ def install() -> torch.device:
     device = register(backend)
     for module in (backend, torch.cuda):
         _use_streams(module)
-    _device_constructors()  # remembers which they are: the real ones
+    _device_constructors()  # caches the original functions before they are replaced
     torch.empty, torch.tensor = _with_pinning(torch.empty), _created_on_host(torch.tensor)
     tensors: Any = Tensor
     tensors.pin_memory = _pinned_copy
@@ -74,7 +74,7 @@ def _device_loading(load_file: Any) -> Any:
 
 
 def _patch_resolve_device(device: torch.device) -> None:
-    """Replace what finds devices, before others import it."""
+    """Replace `resolve_device`; must run before other modules import it."""
     real = resolving.resolve_device
 
     def resolve_device(name: str, *, field: str = "FAASMOE_DEVICE") -> torch.device:
@@ -96,7 +96,7 @@ def _with_pinning(empty: Any) -> Any:
 
 
 def _created_on_host(tensor: Any) -> Any:
-    """Make a device's tensor of values on the host, and copy it."""
+    """Wrap `torch.tensor` so that it creates device tensors on the host and copies them."""
 
     @functools.wraps(tensor)
     def created(

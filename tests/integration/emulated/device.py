@@ -1,4 +1,4 @@
-"""Tensors of a device of their own, on torch's key for devices that are not its own."""
+"""Tensors of the emulated device, registered under torch's PrivateUse1 dispatch key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from emulated.streams import PendingCopy, counts, current_stream
 
 NAME = "emulated"
 LOST_FILE = os.environ.get("EMULATED_LOST", "")
-"""While there is a file of this name, every operation fails, as after an error of a kernel."""
+"""While this file exists, every operation fails, as after a kernel error."""
 
 _aten = torch.ops.aten
 COPIES = {_aten.copy_.default, _aten._to_copy.default}
@@ -32,9 +32,9 @@ HOST_READS = {
     _aten.nonzero.default,
     _aten.masked_select.default,
 }
-"""What the host waits for: values, and shapes that depend on them."""
+"""Operations for which the host waits: they return values, or shapes that depend on values."""
 INDEXING = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default}
-"""What takes indices from the host, and waits for them to be copied."""
+"""Operations that accept host indices and wait for their copy."""
 
 
 def _histogram(values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -42,19 +42,23 @@ def _histogram(values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 CUDA_ONLY_OPS = {_aten.histc.default: _histogram}
-"""What CUDA computes for dtypes that the CPU does not."""
+"""Replacements for operations that CUDA supports for more dtypes than the CPU."""
 
 _live_tensors: dict[int, weakref.ref[DeviceTensor]] = {}
 
 
 class DeviceTensor(Tensor):
-    """A tensor on the device; its memory is the host's, which only this module sees."""
+    """A tensor on the emulated device.
+
+    Attributes:
+        raw: the host tensor with its data; only this module uses it.
+    """
 
     raw: Tensor
 
     @staticmethod
     def __new__(cls: type[DeviceTensor], raw: Tensor) -> DeviceTensor:
-        """Wrap the host's memory."""
+        """Wrap a host tensor."""
         wrapper = Tensor._make_wrapper_subclass(
             cls,
             raw.size(),
@@ -70,32 +74,36 @@ class DeviceTensor(Tensor):
         return wrapper
 
     def data_ptr(self) -> int:
-        """Return where it lies."""
+        """Return the address of its data."""
         return self.raw.data_ptr()
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Take a list as indices that the host has; torch would ask for a tensor of it in vain."""
+        """Convert list indices to a host tensor, which torch would fail to do."""
         return super().__getitem__(torch.tensor(index) if isinstance(index, list) else index)
 
     def numpy(self, *, force: bool = False) -> Any:
-        """Refuse, as CUDA's tensors do."""
+        """Raise TypeError, as CUDA tensors do."""
         raise TypeError("can't convert a device's tensor to numpy; copy it to host memory first")
 
     def tolist(self) -> Any:
-        """Return its values, waiting for them."""
+        """Wait for the values and return them."""
         return self.cpu().tolist()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Compute on the host's memory."""
+        """Execute an operation on the host tensors."""
         return execute(func, args, kwargs or {})
 
 
 @dataclass(slots=True)
 class MemoryLimit:
-    """What the device has for the tensors of this process; None for as much as the host gives."""
+    """Memory available to the tensors of this process.
+
+    Attributes:
+        size_bytes: the limit; None for no limit.
+    """
 
     size_bytes: int | None = None
 
@@ -104,7 +112,7 @@ limit = MemoryLimit()
 
 
 def _check_room(size: Sequence[int], dtype: torch.dtype) -> None:
-    """Raise OutOfMemoryError if the device has no room for a new tensor."""
+    """Raise OutOfMemoryError if a new tensor would exceed the limit."""
     size_bytes = math.prod(size) * dtype.itemsize
     if limit.size_bytes is not None and allocated_bytes() + size_bytes > limit.size_bytes:
         raise torch.OutOfMemoryError(
@@ -114,7 +122,7 @@ def _check_room(size: Sequence[int], dtype: torch.dtype) -> None:
 
 
 def allocated_bytes() -> int:
-    """Return the bytes of the memory that tensors on the device have, each counted once."""
+    """Return the total size of the storages of all tensors on the device."""
     storages: dict[int, int] = {}
     for reference in list(_live_tensors.values()):
         tensor = reference()
@@ -125,7 +133,13 @@ def allocated_bytes() -> int:
 
 
 def execute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Carry out an operation that has to do with the device; AcceleratorError if it is lost."""
+    """Execute an operation that involves the device.
+
+    Raises:
+        AcceleratorError: the device is lost.
+        RuntimeError: the operation mixes host and device tensors.
+        OutOfMemoryError: the device has not enough memory.
+    """
     if LOST_FILE and os.path.exists(LOST_FILE):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     if func in COPIES:
@@ -161,8 +175,8 @@ def execute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     host_args, host_kwargs = tree_map(unwrapped, (args, kwargs))
     results = CUDA_ONLY_OPS.get(func, func)(*host_args, **host_kwargs)
-    # A view of a tensor that was made outside of inference mode is one, too.
-    is_view = any(one.alias_info is not None for one in func._schema.returns)
+    # A view of a normal tensor is a normal tensor, even in inference mode.
+    is_view = any(returned.alias_info is not None for returned in func._schema.returns)
     is_outside = is_view and not any(tensor.is_inference() for tensor in known.values())
     with torch.inference_mode(torch.is_inference_mode_enabled() and not is_outside):
         return tree_map(wrapped, results)
@@ -178,16 +192,16 @@ def _refuse_host(func: Any, value: Tensor) -> None:
 
 
 def _copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Copy between the host and the device; None for a copy from the device to itself."""
+    """Copy between host and device; return None for a copy within the device."""
     if func is _aten.copy_.default:
         target, source, *rest = args
         non_blocking = bool(rest[0]) if rest else bool(kwargs.get("non_blocking", False))
         return _copy_across(target, source, non_blocking=non_blocking)
     (source,) = args
-    where = kwargs.get("device") or source.device
-    if (where.type == NAME) == isinstance(source, DeviceTensor):
+    device = kwargs.get("device") or source.device
+    if (device.type == NAME) == isinstance(source, DeviceTensor):
         return None
-    options = {"dtype": kwargs.get("dtype") or source.dtype, "device": where}
+    options = {"dtype": kwargs.get("dtype") or source.dtype, "device": device}
     target = torch.empty_like(source, **options)
     return _copy_across(target, source, non_blocking=bool(kwargs.get("non_blocking", False)))
 
@@ -220,7 +234,7 @@ _pinned: list[tuple[int, int]] = []
 
 
 def pin(tensor: Tensor) -> Tensor:
-    """Take a host tensor's memory for page-locked, as long as it lives."""
+    """Mark the memory of a host tensor as pinned."""
     storage = tensor.untyped_storage()
     pin_range(storage.data_ptr(), storage.nbytes())
     _retained_storages.append(storage)
@@ -228,16 +242,16 @@ def pin(tensor: Tensor) -> Tensor:
 
 
 def pin_range(address: int, size_bytes: int) -> None:
-    """Take memory for page-locked from now on."""
+    """Mark a range of host memory as pinned."""
     _pinned.append((address, address + size_bytes))
 
 
 _retained_storages: list[Any] = []
-"""Pinned memory is not given back: another tensor at its place would be taken for pinned."""
+"""Keeps pinned memory allocated; a new tensor at the same address would appear to be pinned."""
 
 
 def is_pinned(tensor: Tensor) -> bool:
-    """Whether a host tensor lies in memory that was pinned."""
+    """Return whether a host tensor is in pinned memory."""
     at = tensor.data_ptr()
     return any(begin <= at < end for begin, end in _pinned)
 
@@ -246,7 +260,11 @@ _libraries: list[Any] = []
 
 
 def register(backend: ModuleType) -> torch.device:
-    """Make the device known to torch, in this process and for good; `torch.emulated` is backend."""
+    """Register the device with torch for the rest of the process.
+
+    Args:
+        backend: becomes `torch.emulated`.
+    """
     if not _libraries:
         _setup_privateuseone_for_python_backend(NAME, backend)
         library: Any = torch.library.Library

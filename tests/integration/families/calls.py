@@ -1,4 +1,4 @@
-"""Records what a model hands to its experts modules, and repeats those calls in other shapes."""
+"""Records the calls of a model's experts modules and repeats them in other shapes."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class RecordedCall:
-    """One call of an experts module: which, with what, and what came back."""
+    """One call of an experts module, with its arguments and output."""
 
     name: str
     module: nn.Module
@@ -24,7 +24,7 @@ class RecordedCall:
 
 @contextmanager
 def recorded_calls(model: nn.Module) -> Iterator[list[RecordedCall]]:
-    """Lists every call of an experts module made within the block, in order."""
+    """Record all calls of experts modules within the context, in order."""
     calls: list[RecordedCall] = []
     handles = [
         module.register_forward_hook(
@@ -43,15 +43,15 @@ def recorded_calls(model: nn.Module) -> Iterator[list[RecordedCall]]:
 
 
 def even_blocks(n_experts: int, n_blocks: int = 3) -> list[range]:
-    """Cuts the experts into consecutive blocks as even as they come: 8 gives 3, 3 and 2."""
+    """Split the experts into consecutive blocks of nearly equal size: 8 gives 3, 3 and 2."""
     bounds = [-(-n_experts * index // n_blocks) for index in range(n_blocks + 1)]
     return [range(start, stop) for start, stop in pairwise(bounds)]
 
 
 def call_by_pairs(call: RecordedCall, experts: Sequence[int] | None = None) -> Tensor:
-    """Repeats a call with one row per (token, expert) pair and adds each token's rows up.
+    """Repeat a call with one row per token-expert pair and sum the rows of each token.
 
-    With `experts`, only the pairs of those experts are computed: what one function would answer.
+    With `experts`, only pairs of these experts are computed, as in one function.
     """
     hidden, top_k_index, top_k_weights = call.args  # [T, H], [T, k], [T, k]
     wanted = torch.ones_like(top_k_index, dtype=torch.bool)  # [T, k]

@@ -1,4 +1,4 @@
-"""Reads from the installed transformers which families its experts interface covers."""
+"""Finds the families that the experts interface of the installed transformers covers."""
 
 import re
 from functools import cache
@@ -13,10 +13,10 @@ _DECORATED = re.compile(
 
 @cache
 def covered_families() -> dict[str, tuple[str, ...]]:
-    """Maps each family's package to the experts classes that its modelling code decorates."""
-    found: dict[str, tuple[str, ...]] = {}
+    """Return the decorated experts classes by package of the family."""
+    families: dict[str, tuple[str, ...]] = {}
     for source in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
         classes = tuple(_DECORATED.findall(source.read_text(encoding="utf-8")))
         if classes:
-            found[source.parent.name] = classes
-    return found
+            families[source.parent.name] = classes
+    return families

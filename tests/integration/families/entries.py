@@ -1,7 +1,7 @@
-"""What each family needs beyond the common table: its class, and its own configuration fields.
+"""Class and additional configuration fields of each family, beyond the table in `shrink`.
 
-Every field named here is one that the family's code or validation asks for, or a layer pattern that
-puts all of the family's attention kinds beside sparse layers within the few layers there are.
+A field is listed if the family's code or validation requires it, or if it is a layer pattern that
+combines all attention kinds of the family with sparse layers within three layers.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,13 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 @dataclass(frozen=True, slots=True)
 class FamilyEntry:
-    """One family: the class to build, the fields to set on its configuration, and remarks."""
+    """One family.
+
+    Attributes:
+        architecture: model class to build.
+        overrides: fields to set on its configuration.
+        note: remarks.
+    """
 
     architecture: str
     overrides: Mapping[str, Any] = field(default_factory=dict)

@@ -1,7 +1,7 @@
-"""Tiny random models of every family that transformers' experts interface covers.
+"""Tiny random models of every family that the experts interface of transformers covers.
 
-`build` is repeatable: the same weights each time, whatever was built before. The models are not
-pretrained; they only route, mix and add up as their families do.
+`build` is deterministic and independent of earlier builds. The models are not pretrained, but they
+route tokens and combine experts as their families do.
 """
 
 import importlib
@@ -18,12 +18,19 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 UNBUILDABLE: Mapping[str, str] = {}
-"""Families without a tiny model, each with the reason: at present none."""
+"""Families without a tiny model and the reason; currently none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A family of MoE models: `name` is its package in transformers, `build` makes a tiny one."""
+    """A family of MoE models.
+
+    Attributes:
+        name: its package in transformers.
+        model_type: `model_type` of its configuration.
+        build: builds a tiny model.
+        note: remarks.
+    """
 
     name: str
     model_type: str
@@ -32,7 +39,7 @@ class Family:
 
 
 def tiny_config(name: str) -> PretrainedConfig:
-    """Returns the tiny fp32 configuration of one family."""
+    """Return the tiny fp32 configuration of a family."""
     entry = ENTRIES[name]
     config = shrink(_config_class(_model_class(name, entry)), entry.overrides)
     config.dtype = torch.float32
@@ -40,7 +47,7 @@ def tiny_config(name: str) -> PretrainedConfig:
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the model's experts modules by name, in the order of `named_modules`."""
+    """Return the experts modules of a model by name, in the order of `named_modules`."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -49,10 +56,10 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def forward_logits(family: Family, model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Runs text through the model without a cache and returns its logits, `[B, S, V]`."""
+    """Run the model without a cache and return its logits, `[B, S, V]`."""
     inputs: dict[str, Any] = {"input_ids": input_ids}  # [B, S]
     if family.model_type == "diffusion_gemma":
-        # The canvas would else be drawn at random; here it is the prompt read backwards.
+        # The reversed prompt replaces the random canvas.
         inputs["decoder_input_ids"] = input_ids.flip(-1)  # [B, S]
     else:
         inputs["use_cache"] = False
@@ -79,11 +86,11 @@ def _model_class(name: str, entry: FamilyEntry) -> type[PreTrainedModel]:
 
 
 def _config_class(model_class: type[PreTrainedModel]) -> type[PretrainedConfig]:
-    for ancestor in model_class.__mro__:  # a mixin may stand before the class that names it
+    for ancestor in model_class.__mro__:  # a mixin may precede the class that declares it
         declared = vars(ancestor).get("config_class")
         if declared is not None:
-            found: type[PretrainedConfig] = declared
-            return found
+            config_class: type[PretrainedConfig] = declared
+            return config_class
     raise TypeError(f"{model_class.__name__}: config_class: got None, expected a configuration")
 
 

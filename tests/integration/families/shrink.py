@@ -1,7 +1,7 @@
-"""Shrinks a family's configuration class to a tiny one, by the names of its fields.
+"""Builds tiny configurations from the field names of a family's configuration class.
 
 Families agree on most names (`hidden_size`, `kv_lora_rank`, `n_group`, ...), so one table serves
-them all and the registry only says what a family needs beyond it. Knows nothing of models.
+all of them and `entries` only lists what a family needs in addition.
 """
 
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ HEADS = 4
 HEAD_DIM = 8
 EXPERTS = 8
 TOP_K = 3
-EXPERT_WIDTH = 24  # differs from every other width, so that a mixed-up dimension cannot pass
+EXPERT_WIDTH = 24  # unique among all widths, so that mixed-up dimensions are detected
 VOCAB = 128
 LAYERS = 3
 POSITIONS = 128
-SLIDING_WINDOW = 8  # shorter than the prompts, so that it takes part
+SLIDING_WINDOW = 8  # shorter than the prompts, so that it has an effect
 
 TEXT: Mapping[str, Any] = {
     "vocab_size": VOCAB,
@@ -109,7 +109,7 @@ TOWER: Mapping[str, Any] = {
     "global_attn_indexes": [0],
     "window_size": 2,
     "output_channels": 8,
-    # audio encoders with Whisper's names
+    # audio encoders, named as in Whisper
     "d_model": 32,
     "encoder_layers": 1,
     "encoder_attention_heads": 2,
@@ -127,7 +127,13 @@ def shrink(
     *,
     table: Mapping[str, Any] = TEXT,
 ) -> PretrainedConfig:
-    """Builds a tiny configuration; a mapping among the overrides goes to that sub-configuration."""
+    """Build a tiny configuration.
+
+    Args:
+        config_class: configuration class of the family.
+        overrides: fields to set; a mapping under the name of a sub-configuration has its fields.
+        table: tiny values by field name.
+    """
     fields = {
         name: value for name, value in table.items() if name in config_class.__dataclass_fields__
     }
@@ -136,7 +142,7 @@ def shrink(
     if config_class.sub_configs:
         fields |= _shrunk_sub_configs(config_class, overrides)
     nested = set(config_class.sub_configs)
-    # A copy: some configurations edit the lists that they are given.
+    # Copies, because some configurations modify the lists that they receive.
     fields |= {name: deepcopy(value) for name, value in overrides.items() if name not in nested}
     return config_class(**fields)
 

@@ -1,4 +1,4 @@
-"""Makes a freshly built model's weights lively: nothing that routing depends on stays constant."""
+"""Randomizes constant weights of a new model, so that routing depends on its input."""
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +10,22 @@ ROUTER_MLP_GAIN = 4.0
 
 
 def randomize_constants(model: nn.Module, *, seed: int = SEED) -> None:
-    """Adds seeded noise to constant parameters and routing biases, and fills hash-routing tables.
+    """Add seeded noise to constant parameters and routing biases, and fill hash-routing tables.
 
-    Families leave biases, sinks, scales and some routers at zero or one until a checkpoint is
-    loaded; a tiny model in that state would route every token alike.
+    Without a checkpoint, families leave biases, sinks, scales and some routers at zero or one, so
+    that a tiny model would route all tokens alike.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if _is_constant(parameter):
                 _add_noise(parameter, PARAMETER_NOISE, generator)
-            elif "router_mlp" in name:  # ZAYA: a deep router flattens small weights to one expert
+            elif "router_mlp" in name:  # ZAYA: with small weights, a deep router selects one expert
                 parameter.mul_(ROUTER_MLP_GAIN)
         for name, buffer in model.named_buffers():
             if "bias" in name:
-                # ZAYA's skip expert, the last, is reset to -1 by loading: the others stay near it.
+                # Loading resets the bias of ZAYA's skip expert, the last, to -1; keep the others
+                # close to it.
                 buffer.fill_(buffer.flatten()[-1])
                 _add_noise(buffer[:-1], ROUTING_BIAS_NOISE, generator)
             elif name.endswith("tid2eid"):  # [V, k]: DeepSeek-V4's token to experts table

@@ -1,7 +1,7 @@
-"""What the Kubernetes API server does with an object and a CRD: defaults, schema, CEL rules.
+"""A fake Kubernetes API server that applies a CRD's defaults, schema and CEL rules to objects.
 
-The cluster suite asks a real one; this one needs no cluster. CEL is cel-python's, regular
-expressions are RE2's and quantities are the Kubernetes client's: none of it is ours.
+It needs no cluster, unlike the tests in tests/cluster. CEL is evaluated by cel-python, regular
+expressions by RE2 and quantities by the Kubernetes client.
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ def _program(rule: str) -> celpy.Runner:
 
 
 class FakeApiServer:
-    """Admits objects of one CRD, or says why not."""
+    """Validates objects of one CRD."""
 
     def __init__(self, definition: dict[str, Any]) -> None:
         self.root: Schema = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
 
     def defaulted(self, obj: dict[str, Any]) -> dict[str, Any]:
-        """Return what would be stored."""
+        """Return the object with all defaults."""
         stored: dict[str, Any] = _apply_defaults(self.root, copy.deepcopy(obj))
         return stored
 
     def problems(self, obj: dict[str, Any], old: dict[str, Any] | None = None) -> list[str]:
-        """Return why an object is refused, nothing if it is admitted.
+        """Return the problems of an object; empty if it is valid.
 
         Args:
-            obj: what is applied.
-            old: what is there, if it is an update.
+            obj: the new object.
+            old: the existing object, if this is an update.
         """
         new = self.defaulted(obj)
-        found = list(_schema_problems(self.root, new, ""))
+        problems = list(_schema_problems(self.root, new, ""))
         before = None if old is None else self.defaulted(old)
-        return found or list(_rule_problems(self.root, new, before, ""))
+        return problems or list(_rule_problems(self.root, new, before, ""))
 
     def rules(self) -> list[tuple[str, dict[str, Any]]]:
-        """Return every rule with its place."""
+        """Return every CEL rule with its path."""
         return list(_rules(self.root, ""))
 
 
@@ -99,7 +99,7 @@ def _apply_defaults(schema: Schema, value: Any) -> Any:
 
 
 def _schema_entries(schema: Schema, value: Any) -> Iterator[tuple[str, Schema, Any, Any]]:
-    """Yield name, schema, value and key of all that is within a value and has a schema."""
+    """Yield name, schema, value and key of every child of a value that has a schema."""
     if isinstance(value, dict):
         fields = schema.get("properties", {})
         for name, entry in value.items():
@@ -112,7 +112,7 @@ def _schema_entries(schema: Schema, value: Any) -> Iterator[tuple[str, Schema, A
 
 def _schema_problems(schema: Schema, value: Any, path: str) -> Iterator[str]:
     if not _is_typed(schema, value):
-        yield f"{path}: of the wrong type"
+        yield f"{path}: wrong type"
         return
     if isinstance(value, dict):
         yield from _object_problems(schema, value, path)
@@ -158,7 +158,7 @@ def _list_problems(schema: Schema, value: list[Any], path: str) -> Iterator[str]
     entry_keys = [tuple(entry[key] for key in keys) if keys else entry for entry in value]
     is_unique = all(entry not in entry_keys[:index] for index, entry in enumerate(entry_keys))
     if schema["x-kubernetes-list-type"] != "atomic" and not is_unique:
-        yield f"{path}: the same twice"
+        yield f"{path}: duplicate entry"
 
 
 def _text_problems(schema: Schema, value: str, path: str) -> Iterator[str]:
@@ -167,12 +167,12 @@ def _text_problems(schema: Schema, value: str, path: str) -> Iterator[str]:
     if not schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value)):
         yield f"{path}: too long or too short"
     if not re2.search(schema.get("pattern", ""), value):
-        yield f"{path}: not like {schema['pattern']}"
+        yield f"{path}: does not match {schema['pattern']}"
 
 
 def _is_within(schema: Schema, value: float) -> bool:
-    least = schema.get("minimum", value)
-    is_above = value > least if schema.get("exclusiveMinimum") else value >= least
+    minimum = schema.get("minimum", value)
+    is_above = value > minimum if schema.get("exclusiveMinimum") else value >= minimum
     return bool(is_above and value <= schema.get("maximum", value))
 
 
@@ -180,10 +180,10 @@ def _rule_problems(schema: Schema, value: Any, old: Any, path: str) -> Iterator[
     for rule in schema.get(RULES, ()):
         if "oldSelf" in rule["rule"] and old is None:
             continue
-        known = {"self": _to_cel(schema, value)}
+        variables = {"self": _to_cel(schema, value)}
         if old is not None:
-            known["oldSelf"] = _to_cel(schema, old)
-        if not _program(rule["rule"]).evaluate(known):
+            variables["oldSelf"] = _to_cel(schema, old)
+        if not _program(rule["rule"]).evaluate(variables):
             yield f"{path}{rule.get('fieldPath', '')}: {rule['message']}"
     for name, below, entry, key in _schema_entries(schema, value):
         before = old[key] if isinstance(old, dict) and key in old else None
@@ -194,10 +194,10 @@ def _to_cel(schema: Schema, value: Any) -> Any:
     if schema.get("type") == "number":
         return celtypes.DoubleType(value)
     if isinstance(value, dict):
-        known = {
-            key: _to_cel(below, entry) for _, below, entry, key in _schema_entries(schema, value)
-        }
-        return celtypes.MapType({celtypes.StringType(key): known[key] for key in known})
+        entries = _schema_entries(schema, value)
+        return celtypes.MapType(
+            {celtypes.StringType(key): _to_cel(below, entry) for _, below, entry, key in entries}
+        )
     if isinstance(value, list):
         return celtypes.ListType([_to_cel(schema["items"], entry) for entry in value])
     return json_to_cel(value)

@@ -31,37 +31,37 @@ def nodes(schema: Schema, path: str = "") -> Iterator[tuple[str, Schema]]:
             yield from nodes(schema[name], f"{path}.{name}")
 
 
-def nodes_of(part: str) -> list[tuple[str, Schema]]:
+def nodes_of(field: str) -> list[tuple[str, Schema]]:
     version = build_crd()["spec"]["versions"][0]
-    return list(nodes(version["schema"]["openAPIV3Schema"]["properties"][part], f".{part}"))
+    return list(nodes(version["schema"]["openAPIV3Schema"]["properties"][field], f".{field}"))
 
 
 NODES = [*nodes_of("spec"), *nodes_of("status")]
 
 
-def without_nothing(value: Any) -> Any:
-    """Drop empty lists and mappings: the API shows what is given and what has a default."""
+def without_empty_values(value: Any) -> Any:
+    """Drop empty lists, mappings and None, which the API server does not add as defaults."""
     if isinstance(value, dict):
-        kept = {key: without_nothing(entry) for key, entry in value.items()}
-        return {key: entry for key, entry in kept.items() if entry not in ({}, [], None)}
-    return [without_nothing(entry) for entry in value] if isinstance(value, list) else value
+        entries = {key: without_empty_values(entry) for key, entry in value.items()}
+        return {key: entry for key, entry in entries.items() if entry not in ({}, [], None)}
+    return [without_empty_values(entry) for entry in value] if isinstance(value, list) else value
 
 
-def test_the_committed_file_is_what_the_models_say() -> None:
+def test_committed_crd_is_up_to_date() -> None:
     path = ROOT / "crds" / CRD_FILE_NAME
     assert path.read_text() == render_crd_yaml(), "`faasmoe crd --output crds` writes it"
 
 
-def test_the_file_reads_as_it_was_meant() -> None:
+def test_yaml_round_trips() -> None:
     assert yaml.safe_load(render_crd_yaml()) == build_crd()
 
 
-def test_nothing_is_without_a_type() -> None:
+def test_every_node_has_a_type() -> None:
     wrong = [p for p, node in NODES if "type" not in node and not _is_int_or_string(node)]
     assert wrong == []
 
 
-def test_no_words_of_json_schema_that_a_structural_schema_lacks() -> None:
+def test_schema_is_structural() -> None:
     unknown = {"$ref", "const", "title", "oneOf", "patternProperties", "propertyNames"}
     wrong = [p for p, node in NODES if unknown & set(node)]
     assert wrong == []
@@ -69,7 +69,7 @@ def test_no_words_of_json_schema_that_a_structural_schema_lacks() -> None:
     assert [p for p, node in NODES if node.get("additionalProperties") in (True, False)] == []
 
 
-def test_everything_is_bounded() -> None:
+def test_every_value_is_bounded() -> None:
     bounds = {
         "string": ("maxLength", "enum", "format"),
         "array": ("maxItems",),
@@ -86,23 +86,23 @@ def test_everything_is_bounded() -> None:
 
 
 def test_bounds_are_exact_as_doubles() -> None:
-    """A real API server refuses every value under a bound near those of 64 bits."""
+    """An API server rejects every value of a field whose bound is near 2**63."""
     assert [path for path, node in NODES if abs(node.get("maximum", 0)) > 1 << 53] == []
 
 
-def test_only_affinity_is_kept_as_it_is() -> None:
-    kept = {p for p, node in NODES if node.get("x-kubernetes-preserve-unknown-fields")}
-    assert all(".template.affinity." in path for path in kept)
-    assert len(kept) == 6
+def test_only_affinity_preserves_unknown_fields() -> None:
+    preserving = {p for p, node in NODES if node.get("x-kubernetes-preserve-unknown-fields")}
+    assert all(".template.affinity." in path for path in preserving)
+    assert len(preserving) == 6
 
 
-def test_every_field_of_its_own_meaning_is_described() -> None:
+def test_every_section_of_the_spec_has_a_description() -> None:
     spec = dict(nodes_of("spec"))
-    parts = ("router", "experts", "tenants", "networking", "store", "model")
-    assert [part for part in parts if not spec[f".spec.{part}"].get("description")] == []
+    sections = ("router", "experts", "tenants", "networking", "store", "model")
+    assert [name for name in sections if not spec[f".spec.{name}"].get("description")] == []
 
 
-def test_fields_of_the_process_platform_are_not_there() -> None:
+def test_fields_of_the_process_platform_are_left_out() -> None:
     paths = {path for path, _ in NODES}
     assert ".spec.store.size" in paths
     assert ".spec.store.path" not in paths
@@ -112,7 +112,7 @@ def test_fields_of_the_process_platform_are_not_there() -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        pytest.param({}, id="nothing-given"),
+        pytest.param({}, id="empty"),
         pytest.param(
             {
                 "tenants": [{"name": "acme", "apiKeysSecretRef": {"name": "acme-keys"}}],
@@ -120,19 +120,21 @@ def test_fields_of_the_process_platform_are_not_there() -> None:
                 "router": {"template": {"tolerations": [{"key": "gpu"}]}},
                 "monitoring": {"serviceMonitor": {}},
             },
-            id="parts-within-lists",
+            id="objects-in-lists",
         ),
     ],
 )
-def test_defaults_are_those_of_the_models(api_server: ApiServer, spec: dict[str, Any]) -> None:
+def test_crd_defaults_equal_the_models_defaults(
+    api_server: ApiServer, spec: dict[str, Any]
+) -> None:
     obj = moemodel(**spec)
     stored = api_server.defaulted(obj)
     model = MoEModel.from_object(obj)
-    assert without_nothing(stored) == without_nothing(model.to_object())
+    assert without_empty_values(stored) == without_empty_values(model.to_object())
     assert MoEModel.from_object(stored) == model
 
 
-def test_the_status_holds_a_stores_summary(api_server: ApiServer) -> None:
+def test_store_summary_is_a_valid_status(api_server: ApiServer) -> None:
     summary = StoreSummary(
         digest="sha256:0",
         revision="0" * 40,
@@ -151,7 +153,7 @@ def test_the_status_holds_a_stores_summary(api_server: ApiServer) -> None:
     assert api_server.problems({**moemodel(), "status": {"model": summary.to_status()}}) == []
 
 
-def test_names_what_scale_and_columns_read() -> None:
+def test_paths_of_scale_and_printer_columns_exist() -> None:
     version = build_crd()["spec"]["versions"][0]
     paths = {path for path, _ in NODES}
     assert set(version["subresources"]["scale"].values()) <= paths

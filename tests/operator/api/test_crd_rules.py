@@ -1,4 +1,4 @@
-"""Every CEL rule of the CRD, kept and broken; pydantic says the same of the same objects."""
+"""Valid and invalid objects for every CEL rule of the CRD; pydantic must agree on each."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def networking(**fields: Any) -> dict[str, Any]:
 SECRET_KEY = {"name": "s", "key": "k"}
 GATEWAY = {"parentRefs": [{"name": "gateway"}]}
 
-ACCEPTED = {
+VALID = {
     "hub": model(revision="main", tokenSecretRef=SECRET_KEY),
     "claim": model(source="pvc://models/qwen/1.5"),
     "claim-root": model(source="pvc://models"),
@@ -81,8 +81,8 @@ ACCEPTED = {
     "experts-in-a-function-auto": {"granularity": {"expertsPerFunction": "auto"}},
 }
 
-REFUSED = {
-    "file": (model(source="file:///x"), "file:// is for `faasmoe up` alone"),
+INVALID = {
+    "file": (model(source="file:///x"), "file:// is for `faasmoe up` only"),
     "way-up": (model(source="pvc://models/../x"), "expected hf://ORG/NAME or pvc://CLAIM/PATH"),
     "revision": (model(source="pvc://m/x", revision="a"), "no revision unless source is hf://"),
     "token": (
@@ -94,8 +94,8 @@ REFUSED = {
         router(env=[{"name": "A"}], template={"env": [{"name": "A"}]}),
         "each name once in env and template.env",
     ),
-    "env-ours": (router(env=[{"name": "FAASMOE_PORT"}]), "without the prefix FAASMOE_"),
-    "pod-env-ours": (pods(env=[{"name": "FAASMOE_X"}]), "without the prefix FAASMOE_"),
+    "env-reserved": (router(env=[{"name": "FAASMOE_PORT"}]), "without the prefix FAASMOE_"),
+    "pod-env-reserved": (pods(env=[{"name": "FAASMOE_X"}]), "without the prefix FAASMOE_"),
     "two-values": (
         pods(env=[{"name": "A", "value": "x", "valueFrom": {"secretKeyRef": SECRET_KEY}}]),
         "value or valueFrom, not both",
@@ -112,8 +112,11 @@ REFUSED = {
         ),
         "exactly one of secretKeyRef",
     ),
-    "label-ours": (pods(labels={"faasmoe.dev/model": "x"}), "keys without the prefixes"),
-    "annotation-ours": (pods(annotations={"app.kubernetes.io/x": ""}), "keys without the prefixes"),
+    "label-reserved": (pods(labels={"faasmoe.dev/model": "x"}), "keys without the prefixes"),
+    "annotation-reserved": (
+        pods(annotations={"app.kubernetes.io/x": ""}),
+        "keys without the prefixes",
+    ),
     "request-above-limit": (
         pods(resources={"requests": {"cpu": 2}, "limits": {"cpu": "1999m"}}),
         "no request above the limit",
@@ -139,7 +142,7 @@ REFUSED = {
     "falling-experts": (override(experts="10-9"), "ascending ranges"),
     "class-of-a-claim": (
         {"store": {"claimName": "a", "storageClassName": "b"}},
-        "no storageClassName beside claimName",
+        "no storageClassName together with claimName",
     ),
     "path-up": ({"store": {"subPath": "a/../b"}}, "a path without .."),
     "no-keys": ({"tenants": [{"name": "a"}]}, "a Secret whose every value is an API key"),
@@ -158,7 +161,7 @@ REFUSED = {
     "client-of-nothing": (networking(clients=[{}]), "namespaceSelector, podSelector or both"),
 }
 
-SCHEMA_REFUSED = {
+INVALID_BY_SCHEMA = {
     "tenant-twice": tenants({"name": "a"}, {"name": "a"}),
     "variable-twice": router(env=[{"name": "A"}, {"name": "A"}]),
     "pull-secret-twice": pods(imagePullSecrets=[{"name": "a"}, {"name": "a"}]),
@@ -197,7 +200,7 @@ IMMUTABLE: dict[str, Any] = {
     "access-mode": (OLD, {"store": {**OLD["store"], "accessMode": "ReadWriteMany"}}, "cannot move"),
     "claim": (OLD_CLAIM, {"store": {"claimName": "other"}}, "cannot move"),
     "claim-dropped": (OLD_CLAIM, {"store": {}}, "cannot move"),
-    "smaller": (OLD, {"store": {**OLD["store"], "size": "99Gi"}}, "a volume can grow, not shrink"),
+    "smaller": (OLD, {"store": {**OLD["store"], "size": "99Gi"}}, "a volume cannot shrink"),
 }
 
 
@@ -205,14 +208,14 @@ def as_params(cases: dict[str, Any]) -> Any:
     return [pytest.param(case, id=name) for name, case in cases.items()]
 
 
-@pytest.mark.parametrize("spec", as_params(ACCEPTED))
-def test_both_accept(api_server: ApiServer, spec: dict[str, Any]) -> None:
+@pytest.mark.parametrize("spec", as_params(VALID))
+def test_crd_and_pydantic_accept_valid_specs(api_server: ApiServer, spec: dict[str, Any]) -> None:
     assert api_server.problems(moemodel(spec)) == []
     MoEModel.from_object(moemodel(spec))
 
 
-@pytest.mark.parametrize("case", as_params(REFUSED))
-def test_both_refuse_and_a_rule_says_what_to_do(
+@pytest.mark.parametrize("case", as_params(INVALID))
+def test_crd_rules_and_pydantic_reject_invalid_specs(
     api_server: ApiServer, case: tuple[dict[str, Any], str]
 ) -> None:
     spec, message = case
@@ -222,15 +225,17 @@ def test_both_refuse_and_a_rule_says_what_to_do(
         MoEModel.from_object(moemodel(spec))
 
 
-@pytest.mark.parametrize("spec", as_params(SCHEMA_REFUSED))
-def test_both_refuse_what_the_schema_forbids(api_server: ApiServer, spec: dict[str, Any]) -> None:
+@pytest.mark.parametrize("spec", as_params(INVALID_BY_SCHEMA))
+def test_crd_schema_and_pydantic_reject_invalid_specs(
+    api_server: ApiServer, spec: dict[str, Any]
+) -> None:
     assert api_server.problems(moemodel(spec))
     with pytest.raises(MoEModelError):
         MoEModel.from_object(moemodel(spec))
 
 
 @pytest.mark.parametrize("case", as_params(IMMUTABLE))
-def test_what_cannot_change_is_refused_on_update_alone(
+def test_immutable_fields_are_rejected_on_update_only(
     api_server: ApiServer, case: tuple[dict[str, Any], dict[str, Any], str]
 ) -> None:
     old, change, message = case
@@ -257,23 +262,23 @@ def test_what_cannot_change_is_refused_on_update_alone(
         ),
     ],
 )
-def test_everything_else_may_change(api_server: ApiServer, change: dict[str, Any]) -> None:
+def test_other_fields_are_mutable(api_server: ApiServer, change: dict[str, Any]) -> None:
     assert api_server.problems(moemodel({**OLD, **change}), moemodel(OLD)) == []
 
 
 @pytest.mark.parametrize("name", ["2nd", "a.b", "a" * 64])
-def test_names_that_no_service_can_have_are_refused(api_server: ApiServer, name: str) -> None:
+def test_rejects_names_that_are_invalid_for_services(api_server: ApiServer, name: str) -> None:
     assert api_server.problems(moemodel({}, name=name))
     assert api_server.problems(moemodel({}, name="a" * 63)) == []
 
 
-def test_every_rule_is_broken_by_one_of_these(api_server: ApiServer) -> None:
+def test_every_rule_is_covered_by_a_case(api_server: ApiServer) -> None:
     broken = {problem.partition(": ")[2] for problem in _all_problems(api_server)}
     assert {rule["message"] for _, rule in api_server.rules()} == broken
 
 
 def _all_problems(api_server: ApiServer) -> Iterator[str]:
-    for spec, _ in REFUSED.values():
+    for spec, _ in INVALID.values():
         yield from api_server.problems(moemodel(spec))
     for old, change, _ in IMMUTABLE.values():
         yield from api_server.problems(moemodel({**old, **change}), moemodel(old))
@@ -281,7 +286,7 @@ def _all_problems(api_server: ApiServer) -> Iterator[str]:
 
 
 scales = st.integers(0, 12)
-settings_of_some = st.fixed_dictionaries(
+scaling_st = st.fixed_dictionaries(
     {},
     optional={
         "minScale": scales,
@@ -293,23 +298,23 @@ settings_of_some = st.fixed_dictionaries(
     },
 )
 ranges = st.sampled_from(["0", "0-3", "3-0", "0-3,7", "7-7", "x", "9-10"])
-overrides = st.lists(
+overrides_st = st.lists(
     st.tuples(
-        settings_of_some, st.fixed_dictionaries({}, optional={"layers": ranges, "experts": ranges})
+        scaling_st, st.fixed_dictionaries({}, optional={"layers": ranges, "experts": ranges})
     ).map(lambda both: {**both[0], **both[1]}),
     max_size=3,
 )
 
 
 @settings(max_examples=100, deadline=None)
-@given(settings_of_some, overrides)
+@given(scaling_st, overrides_st)
 def test_api_server_and_pydantic_agree_on_scaling(
-    api_server: ApiServer, general: dict[str, Any], some: list[dict[str, Any]]
+    api_server: ApiServer, general: dict[str, Any], overrides: list[dict[str, Any]]
 ) -> None:
-    obj = moemodel(scaling(**general, overrides=some))
+    obj = moemodel(scaling(**general, overrides=overrides))
     try:
         MoEModel.from_object(obj)
-        is_read = True
+        is_valid = True
     except MoEModelError:
-        is_read = False
-    assert (api_server.problems(obj) == []) == is_read
+        is_valid = False
+    assert (api_server.problems(obj) == []) == is_valid

@@ -24,19 +24,19 @@ from faasmoe_operator.api.v1alpha1.field_types import parse_quantity, quantity_t
         ("7n", Fraction(7, 10**9)),
     ],
 )
-def test_reads_what_kubernetes_writes(text: str, value: Fraction) -> None:
+def test_parses_quantities(text: str, value: Fraction) -> None:
     assert parse_quantity(text) == value
 
 
 @pytest.mark.parametrize(
     "text", ["", "Gi", "-1", "+1", "1 Gi", "1GB", "1e", "1e999", "1\n", "0" * 33]
 )
-def test_refuses_what_is_none(text: str) -> None:
+def test_rejects_invalid_quantities(text: str) -> None:
     with pytest.raises(ValueError, match="a quantity such as"):
         parse_quantity(text)
 
 
-def test_rounds_parts_of_a_byte_up() -> None:
+def test_rounds_fractional_bytes_up() -> None:
     assert [quantity_to_bytes(text) for text in ("1m", "1500m", "0.5Ki")] == [1, 2, 512]
 
 

@@ -7,7 +7,7 @@ from faasmoe_operator.api.v1alpha1 import MoEModel, MoEModelError
 
 
 def stored_object(**spec: Any) -> dict[str, Any]:
-    """A MoEModel as the API server hands it out."""
+    """Return a MoEModel as the API server returns it."""
     return {
         "apiVersion": "faasmoe.dev/v1alpha1",
         "kind": "MoEModel",
@@ -27,20 +27,20 @@ def stored_object(**spec: Any) -> dict[str, Any]:
     }
 
 
-def test_reads_an_object_without_what_the_api_server_adds() -> None:
+def test_from_object_ignores_fields_of_the_api_server() -> None:
     model = MoEModel.from_object(stored_object())
     assert (model.metadata.namespace, model.metadata.name) == ("llm", "demo")
     assert model.metadata.labels == {"team": "a"}
     assert model.spec.model.source == "hf://org/name"
 
 
-def test_reads_whatever_mappings_a_client_makes() -> None:
+def test_from_object_accepts_any_mappings_and_sequences() -> None:
     obj = stored_object(tenants=({"name": "a", "apiKeysSecretRef": {"name": "keys"}},))
     frozen = MappingProxyType({key: _freeze(value) for key, value in obj.items()})
     assert MoEModel.from_object(frozen) == MoEModel.from_object(obj)
 
 
-def test_reads_what_it_wrote() -> None:
+def test_to_object_round_trips() -> None:
     model = MoEModel.from_object(stored_object(router={"kvCacheMemory": "2Gi", "replicas": 2}))
     assert MoEModel.from_object(model.to_object()) == model
 
@@ -56,12 +56,12 @@ def test_reads_what_it_wrote() -> None:
         ),
         pytest.param(
             {"store": {"path": "x"}},
-            "llm/demo: spec.store.path: only `faasmoe up` honours it, expected none on Kubernetes",
+            "llm/demo: spec.store.path: only `faasmoe up` supports it, expected none on Kubernetes",
             id="store-folder",
         ),
         pytest.param(
             {"tenants": [{"name": "a", "apiKeysPath": "k", "apiKeysSecretRef": {"name": "s"}}]},
-            "llm/demo: spec.tenants.0.apiKeysPath: only `faasmoe up` honours it, "
+            "llm/demo: spec.tenants.0.apiKeysPath: only `faasmoe up` supports it, "
             "expected none on Kubernetes",
             id="folder-of-keys",
         ),
@@ -72,13 +72,15 @@ def test_reads_what_it_wrote() -> None:
         ),
     ],
 )
-def test_refuses_what_the_cluster_cannot_honour(spec: dict[str, Any], problem: str) -> None:
+def test_from_object_rejects_what_kubernetes_cannot_serve(
+    spec: dict[str, Any], problem: str
+) -> None:
     with pytest.raises(MoEModelError) as caught:
         MoEModel.from_object(stored_object(**spec))
     assert str(caught.value) == problem
 
 
-def test_refuses_an_object_that_is_none() -> None:
+def test_from_object_rejects_an_empty_object() -> None:
     with pytest.raises(MoEModelError, match=r"apiVersion: missing\n"):
         MoEModel.from_object({})
 
@@ -92,26 +94,26 @@ def test_refuses_an_object_that_is_none() -> None:
         ("pvc://models/", ("models", "")),
     ],
 )
-def test_tells_where_in_a_claim_the_checkpoint_is(source: str, claim_path: tuple[str, str]) -> None:
-    found = MoEModel.from_object(stored_object(model={"source": source})).spec.model.claim_path
-    assert found is not None
-    assert (found.claim, found.path) == claim_path
+def test_parses_the_claim_path_of_a_source(source: str, claim_path: tuple[str, str]) -> None:
+    parsed = MoEModel.from_object(stored_object(model={"source": source})).spec.model.claim_path
+    assert parsed is not None
+    assert (parsed.claim, parsed.path) == claim_path
 
 
-def test_a_hub_model_is_in_no_claim() -> None:
+def test_hub_source_has_no_claim_path() -> None:
     assert MoEModel.from_object(stored_object()).spec.model.claim_path is None
 
 
-def test_the_store_is_in_a_folder_of_the_models_name_if_none_is_given() -> None:
+def test_store_sub_path_defaults_to_the_models_name() -> None:
     assert MoEModel.from_object(stored_object()).store_sub_path == "demo"
-    given = MoEModel.from_object(stored_object(store={"subPath": "models/demo"}))
-    assert given.store_sub_path == "models/demo"
+    model = MoEModel.from_object(stored_object(store={"subPath": "models/demo"}))
+    assert model.store_sub_path == "models/demo"
 
 
-def test_tells_the_kv_cache_in_bytes() -> None:
+def test_converts_the_kv_cache_memory_to_bytes() -> None:
     assert MoEModel.from_object(stored_object()).spec.router.kv_cache_bytes is None
-    given = MoEModel.from_object(stored_object(router={"kvCacheMemory": "1.5Gi"}))
-    assert given.spec.router.kv_cache_bytes == 3 << 29
+    model = MoEModel.from_object(stored_object(router={"kvCacheMemory": "1.5Gi"}))
+    assert model.spec.router.kv_cache_bytes == 3 << 29
 
 
 def _freeze(value: Any) -> Any:

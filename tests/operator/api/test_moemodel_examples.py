@@ -1,4 +1,4 @@
-"""Every MoEModel that is shown to users, read by pydantic and by the CRD."""
+"""Every MoEModel in README, docs and examples, validated by pydantic and by the CRD."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ YAML_BLOCK = re.compile(r"^```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def documented_moemodels() -> dict[str, str]:
-    """The texts by where they stand."""
+    """Return the YAML texts by their location."""
     texts = {str(p.relative_to(ROOT)): p.read_text() for p in (ROOT / "examples").glob("*.yaml")}
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     for page in pages:
@@ -31,25 +31,25 @@ def documented_moemodels() -> dict[str, str]:
 DOCUMENTED = documented_moemodels()
 
 
-def test_there_are_some() -> None:
+def test_finds_documented_moemodels() -> None:
     assert {"examples/demo.yaml", "examples/moemodel.yaml", "README.md-0"} <= set(DOCUMENTED)
 
 
 @pytest.mark.parametrize("place", DOCUMENTED)
-def test_serves_on_one_of_the_platforms(place: str) -> None:
+def test_documented_moemodels_are_valid_on_a_platform(place: str) -> None:
     model = parse_moemodel(DOCUMENTED[place], name=place)
     assert process_platform_problems(model) == [] or kubernetes_problems(model) == []
 
 
 @pytest.mark.parametrize("place", DOCUMENTED)
-def test_the_crd_takes_what_is_for_kubernetes_and_only_that(
+def test_crd_accepts_exactly_the_moemodels_for_kubernetes(
     api_server: ApiServer, place: str
 ) -> None:
     is_for_kubernetes = kubernetes_problems(parse_moemodel(DOCUMENTED[place], name=place)) == []
     assert (api_server.problems(yaml.safe_load(DOCUMENTED[place])) == []) == is_for_kubernetes
 
 
-def test_the_example_for_kubernetes_is_one(api_server: ApiServer) -> None:
+def test_kubernetes_example_is_valid_on_kubernetes(api_server: ApiServer) -> None:
     model = parse_moemodel(DOCUMENTED["examples/moemodel.yaml"], name="example")
     assert kubernetes_problems(model) == []
     assert model.spec.tenants

@@ -21,7 +21,7 @@ def problems_of(text: str) -> tuple[str, ...]:
     return caught.value.problems
 
 
-def test_fills_in_every_default_but_the_source() -> None:
+def test_only_the_source_is_required() -> None:
     spec = parse_moemodel(BASE, name="model.yaml").spec
     assert spec.model.dtype == "auto"
     assert spec.granularity.experts_per_function == "auto"
@@ -33,7 +33,7 @@ def test_fills_in_every_default_but_the_source() -> None:
     assert (scaling.window_seconds, scaling.scale_to_zero_grace_period_seconds) == (60, 30)
 
 
-def test_reads_what_is_given() -> None:
+def test_parses_given_values() -> None:
     text = BASE + (
         "  granularity: {expertsPerFunction: 20, layersPerFunction: 2}\n"
         "  router: {device: cpu, maxModelLen: 2048, env: [{name: HF_HOME, value: /x}]}\n"
@@ -46,7 +46,7 @@ def test_reads_what_is_given() -> None:
     assert (spec.experts.warm_pool, spec.experts.scaling.target) == (0, 2.5)
 
 
-def test_takes_auto_in_place_of_the_granularity() -> None:
+def test_granularity_can_be_auto() -> None:
     spec = parse_moemodel(BASE + "  granularity: auto\n", name="model.yaml").spec
     assert spec.granularity.experts_per_function == "auto"
 
@@ -113,7 +113,7 @@ def test_takes_auto_in_place_of_the_granularity() -> None:
         pytest.param(
             "router: {maxNumSeqs: 64, maxNumBatchedTokens: 63}",
             "spec.router.maxNumBatchedTokens: got 63, "
-            "expected at least maxNumSeqs (64): each decodes a token a step",
+            "expected at least maxNumSeqs (64), as each request decodes one token per step",
             id="batch-smaller-than-its-requests",
         ),
         pytest.param(
@@ -188,7 +188,7 @@ def test_takes_auto_in_place_of_the_granularity() -> None:
         ),
         pytest.param(
             "networking: {ingress: {host: a.b}, httpRoute: {parentRefs: [{name: a}]}}",
-            "spec.networking.httpRoute: got a mapping, expected none beside ingress",
+            "spec.networking.httpRoute: got a mapping, expected none together with ingress",
             id="two-ways-in",
         ),
         pytest.param(
@@ -224,7 +224,8 @@ def test_takes_auto_in_place_of_the_granularity() -> None:
         ),
         pytest.param(
             "experts: {scaling: {overrides: [{layers: '3-1'}]}}",
-            "spec.experts.scaling.overrides.0.layers: got '3-1', expected the range 3-1 to be ascending",
+            "spec.experts.scaling.overrides.0.layers: got '3-1', "
+            "expected the range 3-1 to be ascending",
             id="falling-range",
         ),
         pytest.param(
@@ -241,7 +242,7 @@ def test_takes_auto_in_place_of_the_granularity() -> None:
         ),
     ],
 )
-def test_names_the_field_what_was_got_and_expected(added: str, problem: str) -> None:
+def test_names_the_field_its_value_and_what_was_expected(added: str, problem: str) -> None:
     assert problems_of(f"{BASE}  {added}\n") == (problem,)
 
 
@@ -286,7 +287,7 @@ def test_names_the_field_what_was_got_and_expected(added: str, problem: str) -> 
         pytest.param("kind: MoEModel\n", "", "kind: missing", id="no-kind"),
     ],
 )
-def test_names_what_is_wrong_in_the_rest(old: str, new: str, problem: str) -> None:
+def test_reports_errors_outside_the_spec(old: str, new: str, problem: str) -> None:
     assert problems_of(BASE.replace(old, new)) == (problem,)
 
 
@@ -304,34 +305,34 @@ def test_names_what_is_wrong_in_the_rest(old: str, new: str, problem: str) -> No
         pytest.param("? [a]\n: 1", "line 1: found unhashable key", id="key-that-is-a-list"),
     ],
 )
-def test_refuses_what_is_no_moemodel(text: str, problem: str) -> None:
+def test_rejects_other_documents(text: str, problem: str) -> None:
     assert problems_of(text) == (problem,)
 
 
-def test_tells_every_fault_at_once() -> None:
+def test_reports_all_problems_at_once() -> None:
     text = BASE + "  router: {device: tpu, maxNumSeqs: 0}\n"
     assert len(problems_of(text)) == 2
 
 
-def test_names_the_file_that_cannot_be_read(tmp_path: Path) -> None:
+def test_reports_an_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(MoEModelError, match=r"none\.yaml: cannot be read: No such file"):
         load_moemodel(tmp_path / "none.yaml")
 
 
-def test_refuses_a_file_that_is_too_large(tmp_path: Path) -> None:
+def test_rejects_a_file_that_is_too_large(tmp_path: Path) -> None:
     file = tmp_path / "large.yaml"
     file.write_text("#" * (MAX_FILE_BYTES + 1))
     with pytest.raises(MoEModelError, match="expected at most 1048576"):
         load_moemodel(file)
 
 
-def test_refuses_a_file_that_is_no_text(tmp_path: Path) -> None:
+def test_rejects_a_binary_file(tmp_path: Path) -> None:
     file = tmp_path / "binary.yaml"
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(MoEModelError, match="not UTF-8"):
         load_moemodel(file)
 
 
-def test_reads_the_demo() -> None:
+def test_loads_the_demo() -> None:
     demo = load_moemodel(Path(__file__).parents[3] / "examples" / "demo.yaml")
     assert demo.metadata.name == "demo"

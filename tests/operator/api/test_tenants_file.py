@@ -2,7 +2,7 @@ from faasmoe_operator.api.v1alpha1 import MoEModel
 from faasmoe_operator.api.v1alpha1.tenants_file import build_tenants_file
 
 
-def test_says_all_of_each_tenant_and_only_the_limits_that_there_are() -> None:
+def test_tenants_file_contains_every_tenant_and_its_limits() -> None:
     tenant = {
         "name": "acme",
         "apiKeysSecretRef": {"name": "acme-keys"},

@@ -15,16 +15,16 @@ def model(**spec: Any) -> MoEModel:
 
 
 def warned_fields(**spec: Any) -> list[str]:
-    return [note.partition(":")[0] for note in process_platform_warnings(model(**spec))]
+    return [warning.partition(":")[0] for warning in process_platform_warnings(model(**spec))]
 
 
-def test_nothing_is_noted_of_what_both_honour() -> None:
+def test_common_fields_cause_no_warning() -> None:
     assert (
         warned_fields(router={"maxWaiting": 1}, experts={"warmPool": 0}, store={"path": "x"}) == []
     )
 
 
-def test_every_field_that_only_kubernetes_honours_is_noted() -> None:
+def test_warns_about_every_field_of_kubernetes() -> None:
     token = {"name": "hub", "key": "token"}
     fields = warned_fields(
         model={"source": "hf://org/name", "tokenSecretRef": token},
@@ -59,36 +59,36 @@ def test_every_field_that_only_kubernetes_honours_is_noted() -> None:
     ]
 
 
-def test_a_sandbox_for_each_function_is_noted_where_they_share_a_gpu() -> None:
-    (note,) = process_platform_warnings(model(experts={"device": "cuda"}))
-    assert note.startswith("spec.experts.functionsPerSandbox: got 1 with device cuda: ")
+def test_warns_about_one_function_per_sandbox_on_a_gpu() -> None:
+    (warning,) = process_platform_warnings(model(experts={"device": "cuda"}))
+    assert warning.startswith("spec.experts.functionsPerSandbox: got 1 with device cuda: ")
     assert warned_fields(experts={"device": "cuda", "functionsPerSandbox": 24}) == []
     assert (
         warned_fields(experts={"device": "cpu"}) == warned_fields(router={"device": "cuda"}) == []
     )
 
 
-def test_nothing_is_noted_of_a_field_that_is_given_as_it_is_anyway() -> None:
+def test_explicit_defaults_cause_no_warning() -> None:
     assert warned_fields(suspend=False, router={"replicas": 1, "template": {}}) == []
 
 
-def test_a_tenant_without_its_folder_of_keys_is_refused_by_the_process_platform_alone() -> None:
+def test_only_the_process_platform_requires_a_folder_of_api_keys() -> None:
     tenants = [{"name": "a", "apiKeysSecretRef": {"name": "keys"}}]
     (problem,) = process_platform_problems(model(tenants=tenants))
     assert problem.startswith("spec.tenants.0.apiKeysPath: missing")
     assert kubernetes_problems(model(tenants=tenants)) == []
 
 
-def test_a_tenant_without_its_secret_is_refused_by_kubernetes_alone() -> None:
-    of_folder = model(tenants=[{"name": "a", "apiKeysPath": "keys"}])
-    assert process_platform_problems(of_folder) == []
-    assert [problem.partition(":")[0] for problem in kubernetes_problems(of_folder)] == [
+def test_only_kubernetes_requires_a_secret_of_api_keys() -> None:
+    with_folder = model(tenants=[{"name": "a", "apiKeysPath": "keys"}])
+    assert process_platform_problems(with_folder) == []
+    assert [problem.partition(":")[0] for problem in kubernetes_problems(with_folder)] == [
         "spec.tenants.0.apiKeysPath",
         "spec.tenants.0.apiKeysSecretRef",
     ]
 
 
-def test_a_claim_is_refused_by_the_process_platform_and_a_folder_by_kubernetes() -> None:
+def test_sources_are_rejected_by_the_other_platform() -> None:
     claim, folder = model(model={"source": "pvc://a/b"}), model(model={"source": "file:///b"})
     assert len(process_platform_problems(claim)) == len(kubernetes_problems(folder)) == 1
     assert process_platform_problems(folder) == kubernetes_problems(claim) == []

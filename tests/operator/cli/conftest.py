@@ -1,4 +1,4 @@
-"""A tiny prepared store and a MoEModel file beside it."""
+"""Fixtures: a minimal prepared store and a MoEModel file that refers to it."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ WriteModel = Callable[..., Path]
 
 @pytest.fixture
 def write_model(tmp_path: Path) -> WriteModel:
-    """Write model.yaml with these spec lines and return its path."""
+    """Write model.yaml with the given spec lines and return its path."""
 
     def write(*spec: str, source: str = "file://checkpoint") -> Path:
         lines = [
@@ -43,7 +43,7 @@ def write_model(tmp_path: Path) -> WriteModel:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """A complete store, as far as its manifest and file sizes tell."""
+    """A store whose manifest and file sizes are consistent; its files hold one byte each."""
     folder = tmp_path / "store"
     folder.mkdir()
     files = {}

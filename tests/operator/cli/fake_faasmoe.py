@@ -1,4 +1,4 @@
-"""`faasmoe` with a router and a zygote that need no torch."""
+"""The `faasmoe` command with a fake router and a fake zygote, neither of which needs torch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ ZYGOTE = HERE.parents[1] / "expert_fn" / "fake_zygote.py"
 if __name__ == "__main__":
     with (
         patch.object(router, "COMMAND", (sys.executable, str(HERE / "fake_router.py"))),
-        patch.object(zygote, "COMMAND", (sys.executable, str(ZYGOTE))),
+        patch.object(zygote, "ZYGOTE_COMMAND", (sys.executable, str(ZYGOTE))),
     ):
         sys.exit(main())

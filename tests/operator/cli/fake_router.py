@@ -1,4 +1,7 @@
-"""A router that needs no model: it is healthy at once, never, or fails, as the environment says."""
+"""A fake router without a model.
+
+It is healthy at once. FAKE_ROUTER_UNHEALTHY makes it answer 503, FAKE_ROUTER_FAILS makes it exit.
+"""
 
 from __future__ import annotations
 

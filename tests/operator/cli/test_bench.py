@@ -20,12 +20,12 @@ def _bundle(root: Path) -> Path:
     return root
 
 
-def test_runs_the_benchmarks_of_this_checkout(capfd: pytest.CaptureFixture[str]) -> None:
+def test_runs_benchmarks_of_checkout(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "paper", "--help"]) == 0
     assert capfd.readouterr().out.startswith("usage: faasmoe bench paper")
 
 
-def test_hands_options_on_and_its_status_back(
+def test_forwards_options_and_exit_status(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = _bundle(tmp_path)
@@ -35,11 +35,11 @@ def test_hands_options_on_and_its_status_back(
     assert capfd.readouterr().out.strip() == f"['paper', '--rounds', '2'] {root}"
 
 
-def test_finds_the_bundle_of_an_installation(tmp_path: Path) -> None:
+def test_finds_bundled_benchmarks(tmp_path: Path) -> None:
     root = _bundle(tmp_path / "bundled")
     assert bench.find_benchmarks_root((tmp_path, root)) == root
 
 
-def test_says_that_an_installation_has_no_benchmarks(tmp_path: Path) -> None:
+def test_rejects_installation_without_benchmarks(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="was built without them"):
         bench.find_benchmarks_root((tmp_path,))

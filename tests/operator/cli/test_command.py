@@ -1,3 +1,4 @@
+import json
 import socket
 import sys
 from collections.abc import Callable
@@ -5,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from faasmoe_contracts.store import manifest_digest
 from faasmoe_operator.cli import checkpoint, main
 
 WriteModel = Callable[..., Path]
 
 
-@pytest.mark.parametrize("command", ["up", "top", "plan", "prepare", "demo-model", "version"])
-def test_explains_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "command", ["up", "top", "plan", "prepare", "demo-model", "bench", "crd", "version"]
+)
+def test_prints_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as finished:
         main([command, "--help"])
     assert finished.value.code == 0
@@ -30,20 +34,22 @@ def test_explains_each_command(command: str, capsys: pytest.CaptureFixture[str])
         pytest.param(["top", "--interval", "0"], id="no-interval"),
     ],
 )
-def test_refuses_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_invalid_arguments(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as finished:
         main(arguments)
     assert finished.value.code == 2
     assert "usage: faasmoe" in capsys.readouterr().err
 
 
-def test_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
     assert capsys.readouterr().out.startswith("faasmoe ")
 
 
 @pytest.mark.parametrize("command", ["up", "plan"])
-def test_names_a_file_that_is_not_there(
+def test_reports_missing_file(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, "-f", str(tmp_path / "none.yaml")]) == 2
@@ -52,15 +58,13 @@ def test_names_a_file_that_is_not_there(
     assert "Traceback" not in error
 
 
-def test_names_a_field_that_is_wrong(
-    write_model: WriteModel, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_reports_invalid_field(write_model: WriteModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "-f", str(write_model("granularity: {expertsPerFunction: 0}"))]) == 2
     error = capsys.readouterr().err
     assert "model.yaml: spec.granularity.expertsPerFunction: got 0, expected 1 or more" in error
 
 
-def test_says_that_the_port_is_in_use_before_anything_starts(
+def test_rejects_port_in_use_before_starting_processes(
     write_model: WriteModel, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -71,24 +75,53 @@ def test_says_that_the_port_is_in_use_before_anything_starts(
     assert "starting" not in error
 
 
-def test_plans_what_would_run(
+def test_plan_shows_functions_sandboxes_and_memory(
     write_model: WriteModel, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_model("granularity: {expertsPerFunction: 3}", "experts: {functionsPerSandbox: 2}")
     assert main(["plan", "-f", str(file)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "functions 6, 16.0 MiB of weights" in lines
-    assert "sandboxes 2 functions in each at most, 1 generic ones kept ready" in lines
-    assert "router 0 B of weights" in lines
+    assert "sandboxes up to 2 functions each, 1 generic kept ready" in lines
+    assert "router up to 0 B of weights, float32 on a CPU without fast bfloat16" in lines
     assert "idle 1 sandboxes, about 166.0 MiB" in lines
-    assert "all up 4 sandboxes, about 200.0 MiB with weights, once" in lines
+    assert "all active 4 sandboxes, about 200.0 MiB including weights" in lines
     assert "0-2 1 2 3.0 MiB" in lines
     assert "6-7 1 2 2.0 MiB" in lines
 
 
-def test_plans_nothing_without_a_store(
-    write_model: WriteModel, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("router", "weights"),
+    [
+        ("{}", "up to 6.0 MiB of weights, float32 on a CPU without fast bfloat16"),
+        ("{device: cpu}", "up to 6.0 MiB of weights, float32 on a CPU without fast bfloat16"),
+        ("{device: cuda}", "3.0 MiB of weights"),
+        ("{dtype: bfloat16}", "3.0 MiB of weights"),
+        ("{dtype: float32}", "6.0 MiB of weights, float32"),
+    ],
+)
+def test_plan_counts_router_weights_in_the_routers_dtype(
+    router: str,
+    weights: str,
+    write_model: WriteModel,
+    store: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["files"]["router/router.safetensors"] = {
+        "size_bytes": 3 << 20,
+        "sha256": "0" * 64,
+    }
+    manifest["digest"] = manifest_digest(manifest)
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    (store / "router").mkdir()
+    (store / "router" / "router.safetensors").write_bytes(bytes(3 << 20))
+    assert main(["plan", "-f", str(write_model(f"router: {router}"))]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"router {weights}" in lines
+
+
+def test_plan_requires_store(write_model: WriteModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "-f", str(write_model())]) == 2
     assert "spec.store.path: got " in capsys.readouterr().err
 
@@ -129,7 +162,7 @@ def test_plans_nothing_without_a_store(
         ),
     ],
 )
-def test_refuses_a_store_that_does_not_fit(
+def test_rejects_store_that_does_not_match_spec(
     write_model: WriteModel,
     store: Path,
     capsys: pytest.CaptureFixture[str],
@@ -141,7 +174,7 @@ def test_refuses_a_store_that_does_not_fit(
     assert problem in capsys.readouterr().err
 
 
-def test_names_a_file_that_the_store_lacks(
+def test_reports_file_missing_from_store(
     write_model: WriteModel, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (store / "layer1.safetensors").unlink()
@@ -149,7 +182,7 @@ def test_names_a_file_that_the_store_lacks(
     assert "layer1.safetensors: cannot be read" in capsys.readouterr().err
 
 
-def test_passes_the_arguments_of_a_preparation_on(tmp_path: Path) -> None:
+def test_prepare_command_forwards_arguments(tmp_path: Path) -> None:
     command = checkpoint.prepare_command(
         str(tmp_path), "store", revision="main", dtype="float32", force=True
     )
@@ -168,7 +201,7 @@ def test_passes_the_arguments_of_a_preparation_on(tmp_path: Path) -> None:
     ("script", "status"),
     [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 15)", 143)],
 )
-def test_passes_the_exit_status_of_a_child_on(
+def test_returns_exit_status_of_child(
     script: str, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "COMMAND", (sys.executable, "-c", script))

@@ -31,53 +31,53 @@ def unused_pid() -> int:
     return finished.pid
 
 
-def test_what_runs_is_found_and_what_ended_is_not() -> None:
+def test_lists_running_instances_only() -> None:
     assert list_instances() == []
     with private_runtime_dir() as one, private_runtime_dir() as other:
         register_instance(make_instance("one"), one)
         register_instance(make_instance("other"), other)
-        assert {entry.name for entry in list_instances()} == {"one", "other"}
+        assert {instance.name for instance in list_instances()} == {"one", "other"}
     assert list_instances() == []
 
 
-def test_is_private(runtime_base: Path) -> None:
+def test_folders_and_files_are_private(runtime_base: Path) -> None:
     with private_runtime_dir() as folder:
         register_instance(make_instance(), folder)
         assert runtime_base.stat().st_mode & 0o777 == folder.stat().st_mode & 0o777 == 0o700
         assert (folder / "control.json").stat().st_mode & 0o777 == 0o600
 
 
-def test_what_a_killed_one_left_is_not_found_and_then_removed(runtime_base: Path) -> None:
-    left = runtime_base / "up-left"
-    left.mkdir(parents=True)
+def test_ignores_then_removes_folder_of_killed_instance(runtime_base: Path) -> None:
+    stale = runtime_base / "up-stale"
+    stale.mkdir(parents=True)
     runtime_base.chmod(0o700)
-    register_instance(make_instance(pid=unused_pid()), left)
+    register_instance(make_instance(pid=unused_pid()), stale)
     assert list_instances() == []
     with private_runtime_dir():
-        assert not left.exists()
+        assert not stale.exists()
 
 
-def test_does_not_mind_folders_that_hold_nothing_or_nonsense(runtime_base: Path) -> None:
+def test_ignores_folders_without_valid_instance_file(runtime_base: Path) -> None:
     runtime_base.mkdir(mode=0o700)
     (runtime_base / "up-empty").mkdir()
-    (runtime_base / "up-nonsense").mkdir()
-    (runtime_base / "up-nonsense" / "control.json").write_text("[1]")
+    (runtime_base / "up-invalid").mkdir()
+    (runtime_base / "up-invalid" / "control.json").write_text("[1]")
     assert list_instances() == []
 
 
-def test_refuses_a_folder_that_others_can_enter(runtime_base: Path) -> None:
+def test_rejects_folder_accessible_to_others(runtime_base: Path) -> None:
     runtime_base.mkdir()
     runtime_base.chmod(0o755)
-    with pytest.raises(CommandError, match="expected a folder of our own"):
+    with pytest.raises(CommandError, match="inaccessible to others"):
         list_instances()
 
 
-def test_top_says_that_none_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_top_reports_that_no_instance_is_running(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["top", "--once"]) == 1
     assert capsys.readouterr().err == "faasmoe: error: faasmoe up: no instance is running\n"
 
 
-def test_top_asks_which_of_several_is_meant(capsys: pytest.CaptureFixture[str]) -> None:
+def test_top_requires_file_to_choose_among_instances(capsys: pytest.CaptureFixture[str]) -> None:
     with private_runtime_dir() as one, private_runtime_dir() as other:
         register_instance(make_instance("one"), one)
         register_instance(make_instance("other"), other)

@@ -12,22 +12,22 @@ from faasmoe_operator.errors import CommandError
 DEADLINE_S = 20.0
 WAITS = (sys.executable, "-c", "print('up', flush=True); import signal; signal.pause()")
 FAILS = (sys.executable, "-c", "import sys; sys.exit('no luck')")
-AT_ONCE = RestartPolicy(backoff_s=(0.0,), max_failures=3, reset_after_s=30.0)
+IMMEDIATE = RestartPolicy(backoff_s=(0.0,), max_failures=3, reset_after_s=30.0)
 
 
-def test_starts_a_child_again_that_ended() -> None:
+def test_restarts_killed_child() -> None:
     lines: asyncio.Queue[str] = asyncio.Queue()
 
-    async def story() -> int | None:
+    async def scenario() -> int | None:
         async with (
             asyncio.timeout(DEADLINE_S),
             supervised(
-                "thing",
+                "child",
                 WAITS,
                 environment=os.environ,
                 log=lines.put_nowait,
                 grace_s=1.0,
-                restarts=AT_ONCE,
+                restarts=IMMEDIATE,
             ) as (child, _),
         ):
             await lines.get()
@@ -39,25 +39,25 @@ def test_starts_a_child_again_that_ended() -> None:
             assert child.n_restarts == 1
             return child.pid
 
-    last = asyncio.run(story())
+    last = asyncio.run(scenario())
     assert not Path(f"/proc/{last}").exists()
 
 
-def test_gives_up_a_child_that_ends_again_and_again() -> None:
-    async def story() -> None:
+def test_gives_up_after_consecutive_failures() -> None:
+    async def scenario() -> None:
         async with (
             asyncio.timeout(DEADLINE_S),
             supervised(
-                "thing",
+                "child",
                 FAILS,
                 environment=os.environ,
                 log=lambda _: None,
                 grace_s=1.0,
-                restarts=AT_ONCE,
+                restarts=IMMEDIATE,
             ) as (child, failure),
         ):
-            with pytest.raises(CommandError, match="the thing ended with status 1\n  no luck"):
+            with pytest.raises(CommandError, match="the child ended with status 1\n  no luck"):
                 await failure
             assert child.n_restarts == 2
 
-    asyncio.run(story())
+    asyncio.run(scenario())

@@ -44,15 +44,15 @@ def rendered_lines(max_lines: int) -> list[str]:
     ]
 
 
-def test_sums_up_functions_sandboxes_and_routers() -> None:
+def test_shows_totals() -> None:
     assert rendered_lines(10)[:3] == [
-        "tiny: 3 functions (2 Active, 1 Inactive), 2 replicas, 2.0 MiB of weights up",
+        "tiny: 3 functions (2 Active, 1 Inactive), 2 replicas, 2.0 MiB of active weights",
         "sandboxes: 2 (1 Ready, 1 Starting), 4.0 MiB; generic: 0, pool of 1",
         "routers: 1; queued calls and requests: 3; decisions: Activated 2, NoTraffic 1",
     ]
 
 
-def test_shows_the_busiest_functions_first_with_their_share_of_memory() -> None:
+def test_orders_functions_by_rows_and_shows_memory_share() -> None:
     assert rendered_lines(10)[5:] == [
         "busy 0-2 3 Active 1/2 0.50 7 99 2 s 1.0 MiB 2.0 MiB",
         "silent 0 3 Active 1/1 - 7 5 2 s 1.0 MiB 2.0 MiB",
@@ -60,8 +60,8 @@ def test_shows_the_busiest_functions_first_with_their_share_of_memory() -> None:
     ]
 
 
-def test_leaves_out_what_does_not_fit() -> None:
+def test_truncates_to_max_lines() -> None:
     assert rendered_lines(1)[5:] == [
         "busy 0-2 3 Active 1/2 0.50 7 99 2 s 1.0 MiB 2.0 MiB",
-        "and 2 functions more",
+        "and 2 more functions",
     ]

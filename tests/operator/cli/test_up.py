@@ -1,6 +1,6 @@
-"""`faasmoe up` as a real process, with a router and sandboxes that need no torch.
+"""`faasmoe up` as a real process with a fake router and fake sandboxes, without torch.
 
-The control process is the real one; what a router would say to it is said by the tests.
+The control process is real; the tests send it the requests that a router would send.
 """
 
 import json
@@ -38,7 +38,7 @@ class UpWithFakeRouter:
             self.output += line
             if text in line:
                 return
-        raise AssertionError(f"{text!r} never came:\n{self.output}")
+        raise AssertionError(f"{text!r} not in the output:\n{self.output}")
 
     def wait_for_exit(self) -> int:
         rest, _ = self.process.communicate(timeout=DEADLINE_S)
@@ -48,8 +48,8 @@ class UpWithFakeRouter:
     @property
     def runtime_info(self) -> dict[str, Any]:
         (path,) = self.runtime.glob("faasmoe/up-*/control.json")
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        info: dict[str, Any] = json.loads(path.read_text())
+        return info
 
     def request_control(self, path: str, body: object = None) -> Any:
         """Call the control API."""
@@ -63,12 +63,12 @@ class UpWithFakeRouter:
         return json.loads(content) if content else None
 
     def status(self) -> dict[str, Any]:
-        """The control's state; empty while it does not answer."""
+        """The status of the control process; empty while it does not respond."""
         try:
-            found: dict[str, Any] = self.request_control("/v1/status")
+            status: dict[str, Any] = self.request_control("/v1/status")
         except OSError:
             return {}
-        return found
+        return status
 
     def ready_functions(self) -> set[str]:
         return {f["id"] for f in self.status().get("functions", []) if f["ready"] > 0}
@@ -84,7 +84,7 @@ class UpWithFakeRouter:
         return set(functions)
 
     def process_named(self, text: str) -> int:
-        """The process below this one whose command line has this text."""
+        """Return the pid of the child process whose command line contains a text."""
         for pid in self.children():
             try:
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
@@ -97,24 +97,24 @@ class UpWithFakeRouter:
         raise AssertionError(f"no process {text!r}")
 
     def children(self) -> list[int]:
-        """Processes that this one started, and theirs."""
-        found, parents = [], [self.process.pid]
+        """Return the pids of all descendants."""
+        descendants, parents = [], [self.process.pid]
         while parents:
             path = Path(f"/proc/{parents[0]}/task/{parents.pop(0)}/children")
             try:
                 pids = [int(pid) for pid in path.read_text().split()]
-            except OSError:  # it has just ended
+            except OSError:  # the process has just exited
                 continue
-            found += pids
+            descendants += pids
             parents += pids
-        return found
+        return descendants
 
 
 @contextmanager
 def running_up(file: Path, *arguments: str, **environment: str) -> Iterator[UpWithFakeRouter]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    with tempfile.TemporaryDirectory() as runtime:  # pytest's own folders are too long for sockets
+    with tempfile.TemporaryDirectory() as runtime:  # tmp_path is too long for a Unix socket
         process = subprocess.Popen(
             [*COMMAND, "up", "-f", str(file), "--port", port, *arguments],
             stdout=subprocess.PIPE,
@@ -139,12 +139,12 @@ def is_running(pid: int) -> bool:
 def eventually(condition: Callable[[], bool], what: str) -> None:
     deadline_s = time.monotonic() + DEADLINE_S
     while not condition():
-        assert time.monotonic() < deadline_s, f"not in time: {what}"
+        assert time.monotonic() < deadline_s, f"timed out waiting for {what}"
         time.sleep(0.02)
 
 
 def wait_for_end(pids: list[int]) -> None:
-    eventually(lambda: not any(is_running(pid) for pid in pids), "no child left behind")
+    eventually(lambda: not any(is_running(pid) for pid in pids), "the children to exit")
 
 
 @pytest.fixture
@@ -153,12 +153,10 @@ def model(write_model: WriteModel, store: Path) -> Path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_serves_until_a_signal_and_leaves_nothing_behind(
-    model: Path, number: signal.Signals
-) -> None:
+def test_signal_stops_all_processes_and_removes_files(model: Path, number: signal.Signals) -> None:
     with running_up(model) as instance:
         instance.read_until("memory of all processes")
-        assert "tiny is served by 6 functions, 0 of them up now" in instance.output
+        assert "tiny is served by 6 functions, 0 of them active" in instance.output
         assert re.search(r"OpenAI base URL +http://127.0.0.1:\d+/v1", instance.output)
         assert f"control          {instance.runtime_info['control_url']}" in instance.output
         assert f"[router] control {instance.runtime_info['control_url']}" in instance.output
@@ -171,7 +169,7 @@ def test_serves_until_a_signal_and_leaves_nothing_behind(
         assert list(instance.runtime.glob("faasmoe/*")) == []
 
 
-def test_keeps_its_secrets_to_its_own_user_and_off_the_command_lines(model: Path) -> None:
+def test_secrets_are_private_and_absent_from_command_lines(model: Path) -> None:
     with running_up(model) as instance:
         instance.read_until("memory of all processes")
         (folder,) = instance.runtime.glob("faasmoe/up-*")
@@ -183,7 +181,7 @@ def test_keeps_its_secrets_to_its_own_user_and_off_the_command_lines(model: Path
             assert token not in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-def test_leaves_nothing_behind_when_it_is_killed(model: Path) -> None:
+def test_children_exit_when_launcher_is_killed(model: Path) -> None:
     with running_up(model) as instance:
         instance.read_until("memory of all processes")
         instance.activate_all()
@@ -194,7 +192,7 @@ def test_leaves_nothing_behind_when_it_is_killed(model: Path) -> None:
         wait_for_end(children)
 
 
-def test_functions_come_with_a_wake_and_go_when_nobody_calls(
+def test_functions_activate_on_request_and_scale_to_zero(
     write_model: WriteModel, store: Path
 ) -> None:
     scaling = "scaling: {windowSeconds: 6, panicWindowPercentage: 20, "
@@ -220,7 +218,7 @@ def test_functions_come_with_a_wake_and_go_when_nobody_calls(
                 "local": 0,
             },
         )
-        eventually(lambda: instance.sandbox_pids() == set(), "zero")
+        eventually(lambda: instance.sandbox_pids() == set(), "scale to zero")
         wait_for_end(list(pids))
         instance.process.terminate()
         assert instance.wait_for_exit() == 0
@@ -228,7 +226,7 @@ def test_functions_come_with_a_wake_and_go_when_nobody_calls(
     assert "functions: 0 of 6 up, 0 starting, 0 replicas; sandboxes: 0 ready" in instance.output
 
 
-def test_a_killed_control_process_is_replaced_and_keeps_what_runs(model: Path) -> None:
+def test_killed_control_process_is_restarted_and_keeps_sandboxes(model: Path) -> None:
     with running_up(model) as instance:
         instance.read_until("memory of all processes")
         functions = instance.activate_all()
@@ -250,7 +248,7 @@ def test_a_killed_control_process_is_replaced_and_keeps_what_runs(model: Path) -
     assert "the control process ended with status -9; restarting it" in instance.output
 
 
-def test_a_killed_zygote_is_replaced_and_its_functions_come_back(model: Path) -> None:
+def test_killed_zygote_is_restarted_and_functions_reactivate(model: Path) -> None:
     with running_up(model) as instance:
         instance.read_until("memory of all processes")
         functions = instance.activate_all()
@@ -265,7 +263,7 @@ def test_a_killed_zygote_is_replaced_and_its_functions_come_back(model: Path) ->
     assert "the zygote ended with status -9; restarting it" in instance.output
 
 
-def test_ends_cleanly_when_it_is_interrupted_while_it_starts(model: Path) -> None:
+def test_interrupt_during_startup_exits_cleanly(model: Path) -> None:
     with running_up(model, FAKE_ROUTER_UNHEALTHY="1") as instance:
         instance.read_until("control listens")
         children = instance.children()
@@ -275,7 +273,7 @@ def test_ends_cleanly_when_it_is_interrupted_while_it_starts(model: Path) -> Non
     assert "Traceback" not in instance.output
 
 
-def test_says_why_the_router_does_not_start(model: Path) -> None:
+def test_reports_why_router_failed_to_start(model: Path) -> None:
     with running_up(model, FAKE_ROUTER_FAILS="1") as instance:
         assert instance.wait_for_exit() == 1
     assert "faasmoe: error: the router ended with status 1\n  the router has no model" in (
@@ -283,7 +281,7 @@ def test_says_why_the_router_does_not_start(model: Path) -> None:
     )
 
 
-def test_writes_logs_to_files_if_asked_to(model: Path, tmp_path: Path) -> None:
+def test_log_dir_receives_one_file_per_process(model: Path, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     with running_up(model, "--log-dir", str(logs)) as instance:
         instance.read_until("memory of all processes")
@@ -296,7 +294,7 @@ def test_writes_logs_to_files_if_asked_to(model: Path, tmp_path: Path) -> None:
     assert "begins" in (logs / "sandboxes.log").read_text()
 
 
-def test_is_found_by_top(model: Path) -> None:
+def test_top_finds_running_instance(model: Path) -> None:
     with running_up(model) as instance:
         instance.read_until("memory of all processes")
         functions = instance.activate_all()
@@ -312,40 +310,36 @@ def test_is_found_by_top(model: Path) -> None:
     assert len([line for line in shown.stdout.splitlines() if line[:12].isalnum()]) == 6
 
 
-def test_refuses_a_device_that_is_not_there_before_anything_starts(
+def test_rejects_missing_device_before_starting_processes(
     write_model: WriteModel, store: Path
 ) -> None:
     file = write_model("router: {device: cuda}", "experts: {device: cpu}")
     with running_up(file, CUDA_VISIBLE_DEVICES="") as instance:
         assert instance.wait_for_exit() == 2
     assert f"error: {file}: spec.router.device: got cuda, expected cpu or auto" in instance.output
-    assert "checking the store" not in instance.output
+    assert "verifying" not in instance.output
     assert "starting zygote" not in instance.output
 
 
-def test_refuses_a_store_with_a_damaged_file_before_anything_starts(
-    model: Path, store: Path
-) -> None:
+def test_rejects_corrupted_store_before_starting_processes(model: Path, store: Path) -> None:
     (store / "layer1.safetensors").write_bytes(b"y")
     with running_up(model) as instance:
         assert instance.wait_for_exit() == 1
-    assert "checking the store's 2 files, 2 B" in instance.output
+    assert "verifying 2 files of the store, 2 B" in instance.output
     assert re.search(r"error: \S+/layer1.safetensors: sha256: got \w+, expected", instance.output)
     assert "starting zygote" not in instance.output
 
 
-def test_trusts_the_store_if_asked_to(model: Path, store: Path) -> None:
+def test_skip_verify_trusts_store(model: Path, store: Path) -> None:
     (store / "layer1.safetensors").write_bytes(b"y")
     with running_up(model, "--skip-verify") as instance:
         instance.read_until("memory of all processes")
         instance.process.terminate()
         assert instance.wait_for_exit() == 0
-    assert "checking" not in instance.output
+    assert "verifying" not in instance.output
 
 
-def test_hands_its_tenants_to_the_router_in_a_private_file(
-    write_model: WriteModel, store: Path
-) -> None:
+def test_router_reads_tenants_from_private_file(write_model: WriteModel, store: Path) -> None:
     keys = store.parent / "keys" / "acme"
     keys.mkdir(parents=True)
     file = write_model("tenants: [{name: acme, apiKeysPath: keys/acme, weight: 2}]")
@@ -355,14 +349,14 @@ def test_hands_its_tenants_to_the_router_in_a_private_file(
         assert written.stat().st_mode & 0o777 == 0o600
         instance.process.terminate()
         assert instance.wait_for_exit() == 0
-    found = re.search(r"\[router\] tenants (.*)", instance.output)
-    assert found
-    (tenant,) = json.loads(found[1])["tenants"]
+    match = re.search(r"\[router\] tenants (.*)", instance.output)
+    assert match
+    (tenant,) = json.loads(match[1])["tenants"]
     assert (tenant["name"], tenant["keysPath"], tenant["weight"]) == ("acme", str(keys), 2)
     assert re.search(r"tenant +acme: http://127.0.0.1:\d+/acme/v1", instance.output)
 
 
-def test_refuses_a_tenant_without_a_folder_of_keys_before_anything_starts(
+def test_rejects_tenant_without_key_folder_before_starting_processes(
     write_model: WriteModel, store: Path
 ) -> None:
     with running_up(write_model("tenants: [{name: acme, apiKeysPath: keys/acme}]")) as instance:
@@ -372,17 +366,17 @@ def test_refuses_a_tenant_without_a_folder_of_keys_before_anything_starts(
     assert "starting zygote" not in instance.output
 
 
-def test_tells_what_it_cannot_honour(write_model: WriteModel, store: Path) -> None:
+def test_warns_about_fields_without_effect(write_model: WriteModel, store: Path) -> None:
     with running_up(write_model("router: {replicas: 3}", "suspend: true")) as instance:
         instance.read_until("memory of all processes")
         instance.process.terminate()
         assert instance.wait_for_exit() == 0
     for field in ("spec.router.replicas", "spec.suspend"):
-        note = f"faasmoe: {field}: has no effect here, only Kubernetes honours it"
+        note = f"faasmoe: {field}: has no effect here, only Kubernetes supports it"
         assert note in instance.output
 
 
-def test_says_that_the_preparation_failed(write_model: WriteModel) -> None:
+def test_reports_failed_preparation(write_model: WriteModel) -> None:
     with running_up(write_model(source="file://missing")) as instance:
         assert instance.wait_for_exit() == 1
     assert re.search(r"the preparation of file:///\S+missing ended with status 1", instance.output)

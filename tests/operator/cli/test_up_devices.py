@@ -1,4 +1,4 @@
-"""What is asked for and not there is told before anything is started."""
+"""Device checks of `faasmoe up`, with scripts in place of the real device probe."""
 
 import asyncio
 import json
@@ -26,11 +26,11 @@ def check_file(file: Path, command: tuple[str, ...]) -> None:
     asyncio.run(check_devices(LocalModel.load(file), command=command))
 
 
-def test_every_field_that_asks_for_cuda_is_named(write_model: WriteModel) -> None:
+def test_error_names_every_field_that_requests_cuda(write_model: WriteModel) -> None:
     file = write_model("router: {device: cuda}", "experts: {device: cuda}")
-    with pytest.raises(MoEModelError) as refused:
+    with pytest.raises(MoEModelError) as raised:
         check_file(file, probe_printing(0, "no driver; install one"))
-    assert refused.value.problems == (
+    assert raised.value.problems == (
         "spec.router.device: got cuda, expected cpu or auto on this machine: "
         "no driver; install one",
         "spec.experts.device: got cuda, expected cpu or auto on this machine: "
@@ -38,29 +38,29 @@ def test_every_field_that_asks_for_cuda_is_named(write_model: WriteModel) -> Non
     )
 
 
-@pytest.mark.parametrize("asked", ["router", "experts"])
-def test_each_is_asked_for_on_its_own(asked: str, write_model: WriteModel) -> None:
-    other = {"router": "experts", "experts": "router"}[asked]
-    file = write_model(f"{asked}: {{device: cuda}}", f"{other}: {{device: cpu}}")
-    with pytest.raises(MoEModelError) as refused:
+@pytest.mark.parametrize("section", ["router", "experts"])
+def test_checks_router_and_experts_separately(section: str, write_model: WriteModel) -> None:
+    other = {"router": "experts", "experts": "router"}[section]
+    file = write_model(f"{section}: {{device: cuda}}", f"{other}: {{device: cpu}}")
+    with pytest.raises(MoEModelError) as raised:
         check_file(file, probe_printing(0, "none"))
-    assert [p.partition(":")[0] for p in refused.value.problems] == [f"spec.{asked}.device"]
+    assert [p.partition(":")[0] for p in raised.value.problems] == [f"spec.{section}.device"]
     check_file(file, probe_printing(1))
 
 
 @pytest.mark.parametrize("device", ["cpu", "auto"])
-def test_nobody_is_asked_where_no_device_is_needed(device: str, write_model: WriteModel) -> None:
+def test_skips_probe_when_cuda_is_not_requested(device: str, write_model: WriteModel) -> None:
     file = write_model(f"router: {{device: {device}}}", f"experts: {{device: {device}}}")
     check_file(file, ("/nowhere/python",))
 
 
-def test_an_answer_that_is_none_is_told(write_model: WriteModel) -> None:
+def test_reports_failed_probe(write_model: WriteModel) -> None:
     file = write_model("router: {device: cuda}")
     with pytest.raises(CommandError, match="ended with status 3"):
         check_file(file, (sys.executable, "-c", "raise SystemExit(3)"))
 
 
-def test_the_data_plane_says_what_it_finds() -> None:
-    shown = subprocess.run(DEVICE_PROBE_COMMAND, capture_output=True, text=True, check=True)
-    found = json.loads(shown.stdout)
-    assert (found["n_devices"] == 0) == bool(found["why_none"])
+def test_real_probe_reports_devices_or_reason() -> None:
+    process = subprocess.run(DEVICE_PROBE_COMMAND, capture_output=True, text=True, check=True)
+    devices = json.loads(process.stdout)
+    assert (devices["n_devices"] == 0) == bool(devices["why_none"])

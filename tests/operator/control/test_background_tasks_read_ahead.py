@@ -14,7 +14,7 @@ def store(prepared_store: PreparedStore) -> Store:
     return prepared_store("mixtral")
 
 
-def test_names_the_bytes_of_a_functions_experts(store: Store) -> None:
+def test_byte_ranges_cover_a_functions_experts(store: Store) -> None:
     spec = FunctionSpec("f", (0,), (0, 1, 3))
     ranges = list(byte_ranges(store, spec))
     layer = store.layer_entry(0)
@@ -28,18 +28,18 @@ def test_names_the_bytes_of_a_functions_experts(store: Store) -> None:
             bytes(view.buffer[3 * stride : 4 * stride]),
         ]
     content = (store.path / layer.file).read_bytes()
-    found = [content[part.offset : part.offset + part.length] for part in ranges]
-    assert found == expected
+    actual = [content[part.offset : part.offset + part.length] for part in ranges]
+    assert actual == expected
 
 
-def test_reads_the_most_important_ones_within_the_bound(store: Store) -> None:
+def test_read_ahead_stops_at_the_memory_bound(store: Store) -> None:
     functions = [(FunctionSpec(f"f{index}", (0,), (index,)), 100) for index in range(3)]
     assert read_ahead(store, functions, max_bytes=250) == 2
     assert read_ahead(store, functions, max_bytes=99) == 0
     assert read_ahead(store, [], max_bytes=99) == 0
 
 
-def test_knows_the_free_memory(tmp_path: Path) -> None:
+def test_reads_free_memory(tmp_path: Path) -> None:
     assert free_memory_bytes() > mmap.PAGESIZE
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9 kB\nMemAvailable:     5 kB\n")

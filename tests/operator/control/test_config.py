@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from faasmoe_operator.control.config import ControlConfig, OperatorConfigError
+from faasmoe_operator.control.config import ControlConfig
+from faasmoe_operator.env_settings import OperatorConfigError
 
 ENV = {
     "FAASMOE_MODEL_FILE": "/models/model.yaml",
@@ -19,7 +20,7 @@ def test_reads_the_environment() -> None:
     assert config.function_key == b"\xab" * 32
 
 
-def test_shows_no_secret() -> None:
+def test_secrets_are_not_in_the_repr() -> None:
     shown = repr(ControlConfig.from_env(ENV))
     assert "secret" not in shown
     assert "xab" not in shown
@@ -33,10 +34,12 @@ def test_shows_no_secret() -> None:
         ("TOKEN", "", "not set, expected a token"),
         ("FUNCTION_KEY", "xy", "expected 32 hexadecimal digits or more"),
         ("FUNCTION_KEY", "abcd", "expected 32 hexadecimal digits or more"),
-        ("CONTROL_PORT", "0", "got '0', expected 1 to 65535"),
-        ("CONTROL_PORT", "http", "got 'http', expected 1 to 65535"),
+        ("CONTROL_PORT", "0", "got '0', expected an integer from 1 to 65535"),
+        ("CONTROL_PORT", "http", "got 'http', expected an integer from 1 to 65535"),
     ],
 )
-def test_names_the_variable_that_is_wrong(name: str, value: str, message: str) -> None:
+def test_an_invalid_value_is_reported_with_its_variable(
+    name: str, value: str, message: str
+) -> None:
     with pytest.raises(OperatorConfigError, match=f"FAASMOE_{name}: {message}"):
         ControlConfig.from_env({**ENV, f"FAASMOE_{name}": value})

@@ -1,4 +1,4 @@
-"""The control loop over sandboxes that are real HTTP servers, with a clock that runs fast."""
+"""The control loop over sandboxes that are real HTTP servers, with an accelerated clock."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -22,17 +22,17 @@ from fake_platform import (
     running_controller,
 )
 
+from faasmoe_contracts.control_messages import FunctionLoad, LoadReport
 from faasmoe_operator.control.controller import Controller
-from faasmoe_operator.control.load_reports import LoadReport, ReportedLoad
 from faasmoe_operator.control.routing_table import RoutingTablePublisher
 
 
 def load(concurrency: float, *functions: str, calls: int = 1, rows: int = 1) -> LoadReport:
-    return LoadReport("r", {name: ReportedLoad(concurrency, calls, rows) for name in functions})
+    return LoadReport("r", {name: FunctionLoad(concurrency, calls, rows) for name in functions})
 
 
 async def wait_until_stable(condition: Callable[[], bool]) -> None:
-    """Wait until a condition holds, and see that it goes on holding for some ticks."""
+    """Wait until a condition holds, then check that it holds for ten more ticks."""
     await eventually(condition)
     for _ in range(10):
         await asyncio.sleep(TIMING.tick_s)
@@ -40,248 +40,254 @@ async def wait_until_stable(condition: Callable[[], bool]) -> None:
 
 
 def activates_alone(controller: Controller, function: str) -> bool:
-    """Wait for a function as a caller does, and tell whether it and no other serves."""
+    """Activate a function; return whether it is the only routable one."""
     controller.activate([function])
     return routable_functions(controller) == {function}
 
 
 @pytest.mark.parametrize("pool", [0, 2])
-def test_idle_keeps_the_pool_and_nothing_else(pool: int) -> None:
-    async def story() -> None:
-        async with controller_and_platform(make_model(warm_pool=pool)) as (controller, boxes):
+def test_idle_model_keeps_only_the_warm_pool(pool: int) -> None:
+    async def scenario() -> None:
+        async with controller_and_platform(make_model(warm_pool=pool)) as (controller, platform):
             await wait_until_stable(
-                lambda: len(boxes.servers) == controller.fleet.n_generic() == pool
+                lambda: len(platform.servers) == controller.fleet.n_generic() == pool
             )
             assert routable_functions(controller) == set()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_wake_is_answered_from_the_pool_at_once() -> None:
-    async def story() -> None:
-        async with controller_and_platform(make_model()) as (controller, boxes):
+def test_activation_uses_the_warm_pool_immediately() -> None:
+    async def scenario() -> None:
+        async with controller_and_platform(make_model()) as (controller, platform):
             await eventually(lambda: controller.fleet.n_generic() == 1)
-            (box,) = boxes.servers.values()
+            (server,) = platform.servers.values()
             controller.activate(["f1"])
-            assert controller.fleet.n_generic() == 0  # begun, without waiting for a tick
+            assert controller.fleet.n_generic() == 0  # started without waiting for a tick
             await eventually(lambda: routable_functions(controller) == {"f1"})
-            assert box.calls == ["PUT f1"]
+            assert server.calls == ["PUT f1"]
             await wait_until_stable(lambda: controller.fleet.n_generic() == 1)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_however_many_wake_a_function_one_activation_runs() -> None:
-    async def story() -> None:
-        async with controller_and_platform(make_model()) as (controller, boxes):
+def test_concurrent_activations_attach_each_function_once() -> None:
+    async def scenario() -> None:
+        async with controller_and_platform(make_model()) as (controller, platform):
             for _ in range(50):
                 controller.activate(["f0", "f1", "f2"])
             await eventually(lambda: len(routable_functions(controller)) == 3)
-            await wait_until_stable(lambda: len(boxes.servers) == 4)
-            puts = [call for box in boxes.servers.values() for call in box.calls]
+            await wait_until_stable(lambda: len(platform.servers) == 4)
+            puts = [call for server in platform.servers.values() for call in server.calls]
             assert sorted(puts) == ["PUT f0", "PUT f1", "PUT f2"]
             text = controller.metrics.render().decode()
             assert 'activations_total{outcome="ready"} 3.0' in text
             assert "faasmoe_control_cold_start_seconds_count 3.0" in text
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_functions_share_a_sandbox_where_capacity_allows() -> None:
-    async def story() -> None:
+def test_functions_share_sandboxes_up_to_their_capacity() -> None:
+    async def scenario() -> None:
         async with controller_and_platform(make_model(6, capacity=3, warm_pool=0)) as (
             controller,
-            boxes,
+            platform,
         ):
             controller.activate([f"f{index}" for index in range(6)])
             await eventually(lambda: len(routable_functions(controller)) == 6)
-            assert sorted(len(box.functions) for box in boxes.servers.values()) == [3, 3]
+            assert sorted(len(server.functions) for server in platform.servers.values()) == [3, 3]
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_functions_go_back_to_zero_when_nobody_calls() -> None:
-    async def story() -> None:
-        async with controller_and_platform(make_model(warm_pool=0)) as (controller, boxes):
+def test_functions_scale_to_zero_without_load() -> None:
+    async def scenario() -> None:
+        async with controller_and_platform(make_model(warm_pool=0)) as (controller, platform):
             controller.activate(["f0", "f1"])
             await eventually(lambda: len(routable_functions(controller)) == 2)
             controller.add_load_report(load(1.0, "f0", "f1"))
             controller.add_load_report(LoadReport("r"))
-            await eventually(lambda: not boxes.servers, "zero")
+            await eventually(lambda: not platform.servers, "zero")
             await wait_until_stable(
-                lambda: not boxes.servers and not routable_functions(controller)
+                lambda: not platform.servers and not routable_functions(controller)
             )
             controller.activate(["f1"])
             await eventually(lambda: routable_functions(controller) == {"f1"})
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_load_buys_replicas_and_its_end_gives_them_back() -> None:
-    async def story() -> None:
-        async with controller_and_platform(make_model(1, warm_pool=0)) as (controller, boxes):
+def test_replicas_follow_the_load() -> None:
+    async def scenario() -> None:
+        async with controller_and_platform(make_model(1, warm_pool=0)) as (controller, platform):
             controller.activate(["f0"])
             async with reporting_load(controller, load(11.0, "f0")):
                 await wait_until_stable(
                     lambda: len(controller.routing_table.table.functions[0].addresses) == 4
                 )
                 addresses = controller.routing_table.table.functions[0].addresses
-                assert sorted(addresses) == sorted(box.address for box in boxes.servers.values())
-            await eventually(lambda: not boxes.servers, "zero")
+                assert sorted(addresses) == sorted(
+                    server.address for server in platform.servers.values()
+                )
+            await eventually(lambda: not platform.servers, "zero")
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_minimum_is_kept_without_any_call() -> None:
-    async def story() -> None:
+def test_min_scale_is_kept_without_load() -> None:
+    async def scenario() -> None:
         scaling = replace(FAST_SCALING, min_scale=1)
         async with controller_and_platform(make_model(2, warm_pool=0, scaling=scaling)) as (
             controller,
-            boxes,
+            platform,
         ):
             await wait_until_stable(
-                lambda: routable_functions(controller) == {"f0", "f1"} and len(boxes.servers) == 2
+                lambda: (
+                    routable_functions(controller) == {"f0", "f1"} and len(platform.servers) == 2
+                )
             )
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_an_address_leaves_the_table_before_its_function_is_detached() -> None:
-    seen: list[bool] = []
+def test_address_is_unpublished_before_its_function_is_detached() -> None:
+    was_published: list[bool] = []
 
-    def watching(feed: RoutingTablePublisher) -> Callable[[web.Request], Awaitable[None]]:
-        async def watch(request: web.Request) -> None:
+    def record_at_detach(
+        publisher: RoutingTablePublisher,
+    ) -> Callable[[web.Request], Awaitable[None]]:
+        async def record(request: web.Request) -> None:
             if request.method == "DELETE":
-                seen.append(any(entry.addresses for entry in feed.table.functions))
+                was_published.append(any(e.addresses for e in publisher.table.functions))
 
-        return watch
+        return record
 
-    async def story() -> None:
-        async with controller_and_platform(make_model(1, warm_pool=0)) as (controller, boxes):
-            boxes.fault_handlers = [watching(controller.routing_table)]
+    async def scenario() -> None:
+        async with controller_and_platform(make_model(1, warm_pool=0)) as (controller, platform):
+            platform.fault_handlers = [record_at_detach(controller.routing_table)]
             controller.routing_table.n_watchers = 1
             controller.activate(["f0"])
             await eventually(lambda: bool(routable_functions(controller)))
-            (box,) = boxes.servers.values()
+            (server,) = platform.servers.values()
             controller.add_load_report(LoadReport("r"))
             await eventually(lambda: not routable_functions(controller))
-            assert box.calls == ["PUT f0"]  # calls on their way still find it
-            await eventually(lambda: not boxes.servers)
-            assert box.calls == ["PUT f0", "DELETE f0"]
-            assert seen == [False]
+            assert server.calls == ["PUT f0"]  # calls in flight still find it
+            await eventually(lambda: not platform.servers)
+            assert server.calls == ["PUT f0", "DELETE f0"]
+            assert was_published == [False]
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_function_that_is_wanted_again_while_it_leaves_stays() -> None:
-    async def story() -> None:
+def test_activation_cancels_a_pending_detach() -> None:
+    async def scenario() -> None:
         timing = replace(TIMING, drain_s=60.0)
         async with controller_and_platform(make_model(1, warm_pool=0), timing=timing) as (
             controller,
-            boxes,
+            platform,
         ):
             controller.routing_table.n_watchers = 1
             controller.activate(["f0"])
             await eventually(lambda: bool(routable_functions(controller)))
-            (box,) = boxes.servers.values()
+            (server,) = platform.servers.values()
             controller.add_load_report(LoadReport("r"))
             await eventually(lambda: not routable_functions(controller))
             controller.activate(["f0"])
             assert routable_functions(controller) == {"f0"}
-            assert box.calls == ["PUT f0"]
-            assert list(boxes.servers) == [box.id]
+            assert server.calls == ["PUT f0"]
+            assert list(platform.servers) == [server.id]
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_restarted_control_keeps_what_it_finds() -> None:
-    async def story() -> None:
-        boxes, model = FakePlatform(), make_model(3, warm_pool=1)
+def test_restarted_controller_adopts_sandboxes_and_functions() -> None:
+    async def scenario() -> None:
+        platform, model = FakePlatform(), make_model(3, warm_pool=1)
         try:
-            async with running_controller(model, boxes) as first:
+            async with running_controller(model, platform) as first:
                 first.activate(["f0", "f2"])
                 await eventually(lambda: routable_functions(first) == {"f0", "f2"})
                 await wait_until_stable(lambda: first.fleet.n_generic() == 1)
                 before = {e.spec.id: e.addresses for e in first.routing_table.table.functions}
-            created = boxes.n_created
-            async with running_controller(model, boxes) as second:
+            n_created = platform.n_created
+            async with running_controller(model, platform) as second:
                 assert {
                     e.spec.id: e.addresses for e in second.routing_table.table.functions
                 } == before
                 async with reporting_load(second, load(1.0, "f0", "f2")):
                     await wait_until_stable(lambda: routable_functions(second) == {"f0", "f2"})
-                    assert boxes.n_created == created
+                    assert platform.n_created == n_created
                     second.activate(["f1"])
                     await eventually(lambda: routable_functions(second) == {"f0", "f1", "f2"})
-                await eventually(lambda: len(boxes.servers) == 1, "only the pool")
-            calls = [call for box in boxes.servers.values() for call in box.calls]
+                await eventually(lambda: len(platform.servers) == 1, "only the pool")
+            calls = [call for server in platform.servers.values() for call in server.calls]
             assert "PUT f0" not in calls[1:]
         finally:
-            await boxes.close()
+            await platform.close()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_functions_of_an_earlier_plan_are_detached() -> None:
-    async def story() -> None:
-        boxes, model = FakePlatform(), make_model(1, warm_pool=1)
+    async def scenario() -> None:
+        platform, model = FakePlatform(), make_model(1, warm_pool=1)
         body = {"store": "/store", "model_digest": "sha256:9", "layers": [7], "experts": [0]}
-        box = SandboxServer("left", functions={"old": body})
+        server = SandboxServer("left", functions={"old": body})
         try:
-            await boxes.start_sandbox(box, model.template)
-            async with running_controller(model, boxes) as controller:
+            await platform.start_sandbox(server, model.template)
+            async with running_controller(model, platform) as controller:
                 await eventually(lambda: controller.fleet.n_generic() == 1)
-                assert box.calls == ["DELETE old"]
-                assert list(boxes.servers) == ["left"]
+                assert server.calls == ["DELETE old"]
+                assert list(platform.servers) == ["left"]
         finally:
-            await boxes.close()
+            await platform.close()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_lost_sandbox_is_replaced() -> None:
-    async def story() -> None:
-        async with controller_and_platform(make_model(1, warm_pool=0)) as (controller, boxes):
+def test_lost_sandbox_is_replaced() -> None:
+    async def scenario() -> None:
+        async with controller_and_platform(make_model(1, warm_pool=0)) as (controller, platform):
             controller.activate(["f0"])
             async with reporting_load(controller, load(1.0, "f0")):
                 await eventually(lambda: bool(routable_functions(controller)))
-                (lost,) = boxes.servers
-                await boxes.kill(lost)
-                await eventually(lambda: bool(boxes.sandboxes_with("f0")), "a replacement")
-                assert lost not in boxes.servers
+                (lost,) = platform.servers
+                await platform.kill(lost)
+                await eventually(lambda: bool(platform.sandboxes_with("f0")), "a replacement")
+                assert lost not in platform.servers
                 await eventually(lambda: bool(routable_functions(controller)))
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_broken_platform_is_asked_less_and_less() -> None:
-    async def story() -> None:
-        async with controller_and_platform(make_model(1, warm_pool=1)) as (controller, boxes):
+def test_creation_backs_off_while_the_platform_fails() -> None:
+    async def scenario() -> None:
+        async with controller_and_platform(make_model(1, warm_pool=1)) as (controller, platform):
             await eventually(lambda: controller.fleet.n_generic() == 1)
-            boxes.is_broken = True
+            platform.is_broken = True
             controller.activate(["f0"])
-            before = boxes.n_created
-            await asyncio.sleep(20 * TIMING.tick_s)  # 20 s of its clock
-            assert boxes.n_created - before <= 10
-            boxes.is_broken = False
+            before = platform.n_created
+            await asyncio.sleep(20 * TIMING.tick_s)  # 20 s of the controller's clock
+            assert platform.n_created - before <= 10
+            platform.is_broken = False
             await eventually(lambda: controller.fleet.n_generic() == 1, "the pool again")
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_popular_functions_come_first() -> None:
-    async def story() -> None:
+def test_popular_functions_are_attached_first() -> None:
+    async def scenario() -> None:
         model = make_model(3, capacity=3, warm_pool=1)
-        async with controller_and_platform(model) as (controller, boxes):
+        async with controller_and_platform(model) as (controller, platform):
             await eventually(lambda: controller.fleet.n_generic() == 1)
             controller.add_load_report(load(0.0, "f2", rows=100))
             controller.add_load_report(load(0.0, "f1", rows=10))
-            (box,) = boxes.servers.values()
+            (server,) = platform.servers.values()
             controller.activate(["f0", "f1", "f2"])
             await eventually(lambda: len(routable_functions(controller)) == 3)
-            assert box.calls == ["PUT f2", "PUT f1", "PUT f0"]
+            assert server.calls == ["PUT f2", "PUT f1", "PUT f0"]
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 async def _refuses_to_attach(request: web.Request) -> web.Response | None:
@@ -320,8 +326,8 @@ async def _lists_invalid_functions(request: web.Request) -> web.Response | None:
 
 async def _lists_a_function_twice(request: web.Request) -> web.Response | None:
     body = {"id": "f0", "layers": [0], "experts": [0, 1], "model_digest": "m", "size_bytes": 1}
-    answer = web.json_response({"functions": [body, body]})
-    return answer if request.method == "GET" else None
+    response = web.json_response({"functions": [body, body]})
+    return response if request.method == "GET" else None
 
 
 async def _never_responds(request: web.Request) -> web.Response | None:
@@ -347,31 +353,31 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__.strip("_"))
-def test_a_sandbox_that_misbehaves_is_ejected_and_replaced(
+def test_faulty_sandbox_is_replaced(
     fault: Callable[[web.Request], Awaitable[web.Response | None]],
 ) -> None:
-    async def story() -> None:
-        boxes, model = FakePlatform(), make_model(1, warm_pool=0)
-        boxes.fault_handlers = [fault]
+    async def scenario() -> None:
+        platform, model = FakePlatform(), make_model(1, warm_pool=0)
+        platform.fault_handlers = [fault]
         try:
-            async with running_controller(model, boxes) as controller:
+            async with running_controller(model, platform) as controller:
                 controller.activate(["f0"])
                 async with reporting_load(controller, load(1.0, "f0")):
-                    await eventually(lambda: boxes.sandboxes_with("f0") == ["box2"], "replaced")
-                    await eventually(lambda: "box1" not in boxes.servers, "ejected")
+                    await eventually(lambda: platform.sandboxes_with("f0") == ["box2"], "replaced")
+                    await eventually(lambda: "box1" not in platform.servers, "ejected")
                     await eventually(lambda: routable_functions(controller) == {"f0"})
                     (address,) = controller.routing_table.table.functions[0].addresses
-                    assert address == boxes.servers["box2"].address
+                    assert address == platform.servers["box2"].address
         finally:
-            await boxes.close()
+            await platform.close()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_where_memory_is_short_the_least_lately_used_makes_room() -> None:
-    async def story() -> None:
+def test_evicts_the_least_recently_used_function_under_memory_pressure() -> None:
+    async def scenario() -> None:
         model = make_model(3, capacity=8, warm_pool=0, memory_limit=2)
-        async with controller_and_platform(model) as (controller, boxes):
+        async with controller_and_platform(model) as (controller, platform):
             controller.activate(["f0"])
             await eventually(lambda: routable_functions(controller) == {"f0"})
             controller.activate(["f1"])
@@ -379,85 +385,87 @@ def test_where_memory_is_short_the_least_lately_used_makes_room() -> None:
                 await eventually(lambda: routable_functions(controller) == {"f0", "f1"})
                 controller.activate(["f2"])
                 await eventually(lambda: routable_functions(controller) == {"f1", "f2"})
-                assert not boxes.sandboxes_with("f0")
+                assert not platform.sandboxes_with("f0")
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_one_that_made_room_comes_back_when_it_is_called_again() -> None:
-    async def story() -> None:
+def test_evicted_function_is_attached_again_on_activation() -> None:
+    async def scenario() -> None:
         model = make_model(2, warm_pool=0, memory_limit=1)
         async with controller_and_platform(model) as (controller, _):
             for function in ("f0", "f1", "f0", "f1"):
                 await eventually(partial(activates_alone, controller, function))
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_callers_wait_while_all_that_has_room_is_in_use_and_are_told_of() -> None:
-    async def story() -> None:
+def test_activation_waits_while_all_memory_is_in_use() -> None:
+    async def scenario() -> None:
         model = make_model(2, warm_pool=0, memory_limit=1)
-        async with controller_and_platform(model) as (controller, boxes):
+        async with controller_and_platform(model) as (controller, platform):
             controller.activate(["f0"])
             async with reporting_load(controller, load(1.0, "f0")):
                 await eventually(lambda: routable_functions(controller) == {"f0"})
                 controller.activate(["f1"])
-                told = "memory: 1 functions wait for memory, 0 fit in no sandbox"
+                failure = "memory: 1 functions wait for memory, 0 fit in no sandbox"
                 await wait_until_stable(
-                    lambda: routable_functions(controller) == {"f0"} and controller.failure == told
+                    lambda: (
+                        routable_functions(controller) == {"f0"} and controller.failure == failure
+                    )
                 )
-                assert boxes.n_created == 1
+                assert platform.n_created == 1
             await eventually(partial(activates_alone, controller, "f1"))
             await eventually(lambda: controller.failure == "")
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_sandbox_takes_no_more_than_it_says_that_it_may() -> None:
-    async def story() -> None:
+def test_reported_memory_limit_of_a_sandbox_is_respected() -> None:
+    async def scenario() -> None:
         async with controller_and_platform(make_model(4, capacity=8, warm_pool=0)) as (
             controller,
-            boxes,
+            platform,
         ):
-            boxes.memory_limit = 2
+            platform.memory_limit = 2
             controller.activate([f"f{index}" for index in range(4)])
             await eventually(lambda: len(routable_functions(controller)) == 4)
-            assert [len(box.functions) for box in boxes.servers.values()] == [2, 2]
-            assert all(len(box.calls) == 2 for box in boxes.servers.values())
+            assert [len(server.functions) for server in platform.servers.values()] == [2, 2]
+            assert all(len(server.calls) == 2 for server in platform.servers.values())
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_sandbox_without_memory_for_one_more_serves_on_and_the_other_goes_elsewhere() -> None:
-    async def full(request: web.Request) -> web.Response | None:
+def test_function_is_placed_elsewhere_if_a_sandbox_is_out_of_memory() -> None:
+    async def is_full_for_f1(request: web.Request) -> web.Response | None:
         is_second = request.method == "PUT" and request.path.endswith("f1")
         return error_response(503, "out_of_memory") if is_second else None
 
-    async def story() -> None:
+    async def scenario() -> None:
         async with controller_and_platform(make_model(2, capacity=8, warm_pool=0)) as (
             controller,
-            boxes,
+            platform,
         ):
-            boxes.fault_handlers = [full]
+            platform.fault_handlers = [is_full_for_f1]
             controller.activate(["f0"])
             await eventually(lambda: routable_functions(controller) == {"f0"})
-            (first,) = boxes.servers
+            (first,) = platform.servers
             controller.activate(["f1"])
             await eventually(lambda: routable_functions(controller) == {"f0", "f1"})
-            assert boxes.sandboxes_with("f0") == [first]
-            assert boxes.sandboxes_with("f1") != [first]
+            assert platform.sandboxes_with("f0") == [first]
+            assert platform.sandboxes_with("f1") != [first]
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_no_sandbox_after_another_is_created_for_what_fits_in_none() -> None:
-    async def story() -> None:
+def test_oversized_function_does_not_create_sandboxes_repeatedly() -> None:
+    async def scenario() -> None:
         model = make_model(1, warm_pool=0, size_bytes=2)
-        async with controller_and_platform(model) as (controller, boxes):
-            boxes.memory_limit = 1
+        async with controller_and_platform(model) as (controller, platform):
+            platform.memory_limit = 1
             controller.activate(["f0"])
-            told = "memory: 0 functions wait for memory, 1 fit in no sandbox"
-            await wait_until_stable(lambda: controller.failure == told)
-            assert boxes.n_created == 1
+            failure = "memory: 0 functions wait for memory, 1 fit in no sandbox"
+            await wait_until_stable(lambda: controller.failure == failure)
+            assert platform.n_created == 1
 
-    asyncio.run(story())
+    asyncio.run(scenario())

@@ -1,14 +1,13 @@
-"""A control core through jumps of its clock, partitions and restarts, over real HTTP."""
+"""The controller through clock jumps, partitions, restarts and faulty sandboxes, over real HTTP."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections import Counter
 from dataclasses import replace
 
-import fake_platform as boxes_module
+import fake_platform
 import pytest
 from aiohttp import web
 from fake_platform import (
@@ -26,35 +25,27 @@ from fake_platform import (
     running_controller,
 )
 
+from faasmoe_contracts.control_messages import FunctionLoad, LoadReport
 from faasmoe_operator.control.api.requests import parse_activation_request, parse_load_report
 from faasmoe_operator.control.controller import Controller, ControllerTiming
-from faasmoe_operator.control.executor import (
-    CORRUPTED_INITIAL_BACKOFF_S,
-    CORRUPTED_MAX_BACKOFF_S,
-    CorruptedFunctionBackoff,
-)
 from faasmoe_operator.control.load_reports import (
     PARTITION_GRACE_S,
     ROUTER_TIMEOUT_S,
-    LoadReport,
     LoadReports,
-    ReportedLoad,
 )
 from faasmoe_operator.control.sandbox_client import SandboxClientTimeouts
 from faasmoe_operator.control.sandbox_prober import (
-    ACTIVITY_WINDOW_S,
     MAX_CONSECUTIVE_TIMEOUTS,
-    FunctionActivity,
 )
 from faasmoe_operator.plan.fleet import SandboxState
 from faasmoe_operator.scaling import Phase
 
-BUSY = LoadReport("r1", {"f0": ReportedLoad(1.0, calls=10)}, queued=0)
+BUSY = LoadReport("r1", {"f0": FunctionLoad(1.0, calls=10)}, queued=0)
 NO_GRACE = replace(FAST_SCALING, scale_to_zero_grace_period_s=0)
 
 
 class FakeClock:
-    """The controller's clock, which a test may make jump."""
+    """The controller's clock, which tests can advance."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
@@ -66,90 +57,94 @@ class FakeClock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     clock = FakeClock()
-    monkeypatch.setattr(boxes_module, "fast_clock", clock)
+    monkeypatch.setattr(fake_platform, "fast_clock", clock)
     return clock
 
 
-async def advance_clock(controller: Controller, seconds: float) -> None:
-    """Let seconds of the controller's clock pass."""
+async def sleep_on_clock(controller: Controller, seconds: float) -> None:
+    """Sleep for seconds of the controller's clock."""
     end = controller.clock() + seconds
     while controller.clock() < end:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 
-def n_attaches(fleet: FakePlatform) -> Counter[str]:
-    calls = [call for box in fleet.servers.values() for call in box.calls]
+def n_attaches(platform: FakePlatform) -> Counter[str]:
+    calls = [call for server in platform.servers.values() for call in server.calls]
     return Counter(call.removeprefix("PUT ") for call in calls if call.startswith("PUT "))
 
 
 async def activate(controller: Controller, *functions: str) -> None:
     controller.activate(functions)
     await eventually(
-        lambda: routable_functions(controller) >= set(functions), "the functions serve"
+        lambda: routable_functions(controller) >= set(functions), "the functions are ready"
     )
 
 
-def test_a_control_that_was_stopped_reaps_nothing_that_is_in_use(clock: FakeClock) -> None:
-    async def story() -> None:
-        async with controller_and_platform(make_model(2, scaling=NO_GRACE)) as (controller, fleet):
+def test_suspension_does_not_scale_down_functions_in_use(clock: FakeClock) -> None:
+    async def scenario() -> None:
+        async with controller_and_platform(make_model(2, scaling=NO_GRACE)) as (
+            controller,
+            platform,
+        ):
             await activate(controller, "f0")
             async with reporting_load(controller, BUSY):
-                await advance_clock(controller, 8)
-                before = n_attaches(fleet)
+                await sleep_on_clock(controller, 8)
+                before = n_attaches(platform)
                 changes = controller.routing_table.version
-            # SIGSTOP for ten minutes, router still busy; it ticks before it hears anybody.
+            # SIGSTOP for ten minutes under load; the tick comes before the next load report.
             controller.add_load_report(BUSY)
             clock.ahead_s += 600
             controller.tick()
             assert controller.autoscalers.desired("f0") == 1
             async with reporting_load(controller, BUSY):
-                await advance_clock(controller, 10)
+                await sleep_on_clock(controller, 10)
                 assert routable_functions(controller) == {"f0"}
-                assert n_attaches(fleet)["f0"] == before["f0"] == 1
+                assert n_attaches(platform)["f0"] == before["f0"] == 1
                 assert controller.routing_table.version == changes
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("late_s", [2.0, 4.0, 30.0])
-def test_a_late_tick_costs_no_replica(clock: FakeClock, late_s: float) -> None:
-    async def story() -> None:
-        load = LoadReport("r1", {"f0": ReportedLoad(11.0, calls=10)})
-        async with controller_and_platform(make_model(1, warm_pool=0)) as (controller, fleet):
+def test_late_tick_does_not_scale_down(clock: FakeClock, late_s: float) -> None:
+    async def scenario() -> None:
+        load = LoadReport("r1", {"f0": FunctionLoad(11.0, calls=10)})
+        async with controller_and_platform(make_model(1, warm_pool=0)) as (controller, platform):
             controller.activate(["f0"])
             async with reporting_load(controller, load):
-                await eventually(lambda: len(fleet.sandboxes_with("f0")) == 4, "four replicas")
-                await advance_clock(controller, FAST_SCALING.window_s)
+                await eventually(lambda: len(platform.sandboxes_with("f0")) == 4, "four replicas")
+                await sleep_on_clock(controller, FAST_SCALING.window_s)
                 for _ in range(3):
                     clock.ahead_s += late_s
                     controller.tick()
                     assert controller.autoscalers.desired("f0") == 4
-                    await advance_clock(controller, 2)
+                    await sleep_on_clock(controller, 2)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_load_that_ends_before_a_late_tick_had_gone_on_until_it_ended() -> None:
-    async def story() -> None:
-        load = LoadReport("r1", {"f0": ReportedLoad(11.0, calls=10)})
-        async with controller_and_platform(make_model(1, warm_pool=0)) as (controller, fleet):
+def test_load_counts_until_it_ends_despite_a_late_tick() -> None:
+    async def scenario() -> None:
+        load = LoadReport("r1", {"f0": FunctionLoad(11.0, calls=10)})
+        async with controller_and_platform(make_model(1, warm_pool=0)) as (controller, platform):
             controller.activate(["f0"])
             async with reporting_load(controller, load):
-                await eventually(lambda: len(fleet.sandboxes_with("f0")) == 4, "four replicas")
-                await advance_clock(controller, FAST_SCALING.window_s)
+                await eventually(lambda: len(platform.sandboxes_with("f0")) == 4, "four replicas")
+                await sleep_on_clock(controller, FAST_SCALING.window_s)
                 controller.add_load_report(load)
                 now = controller.clock() + 4.0
                 controller.clock = lambda: now
                 controller.add_load_report(LoadReport("r1"))
                 controller.tick()
                 average = controller.autoscalers.concurrency("f0", now=now)
-                assert average == pytest.approx(11.0 * 5 / 6, abs=1e-5)  # the last second had none
+                # The load lasted until the report without load, which is in the last second.
+                assert average == pytest.approx(11.0 * 5 / 6, abs=1e-5)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_after_a_stop_what_is_idle_still_goes_to_zero(clock: FakeClock) -> None:
-    async def story() -> None:
+def test_idle_function_scales_to_zero_after_a_suspension(clock: FakeClock) -> None:
+    async def scenario() -> None:
         async with controller_and_platform(make_model(1, scaling=NO_GRACE)) as (controller, _):
             await activate(controller, "f0")
             controller.add_load_report(BUSY)
@@ -158,238 +153,213 @@ def test_after_a_stop_what_is_idle_still_goes_to_zero(clock: FakeClock) -> None:
             controller.add_load_report(LoadReport("r1"))
             await eventually(lambda: not routable_functions(controller), "zero")
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_routers_clock_may_be_hours_off() -> None:
+def test_clock_skew_of_a_router_is_ignored() -> None:
     for sent_at_s in (0.0, time.time() - 7200, time.time() + 7200):
         report = (
             f'{{"router": "r1", "sent_at_s": {sent_at_s}, "interval_s": 1.0, "held": 0, "local": 0,'
             '"functions": {"f0": {"concurrency": 1.5, "calls": 3, "rows": 12}}}'
         )
         assert parse_load_report(report.encode(), known={"f0"}).functions["f0"].calls == 3
-        wake = f'{{"router": "r1", "sent_at_s": {sent_at_s}, "functions": ["f0"]}}'
-        assert parse_activation_request(wake.encode(), known={"f0"}) == ["f0"]
+        activation = f'{{"router": "r1", "sent_at_s": {sent_at_s}, "functions": ["f0"]}}'
+        assert parse_activation_request(activation.encode(), known={"f0"}) == ("f0",)
 
 
-def test_a_router_that_cannot_be_heard_keeps_what_it_uses_as_sandboxes_bear_witness() -> None:
-    async def story() -> None:
-        async with controller_and_platform(make_model(2, scaling=NO_GRACE)) as (controller, fleet):
+def test_functions_active_in_sandboxes_are_kept_when_a_router_is_lost() -> None:
+    async def scenario() -> None:
+        async with controller_and_platform(make_model(2, scaling=NO_GRACE)) as (
+            controller,
+            platform,
+        ):
             await activate(controller, "f0", "f1")
-            both = LoadReport("r1", {f: ReportedLoad(1.0, calls=1) for f in ("f0", "f1")})
+            both = LoadReport("r1", {f: FunctionLoad(1.0, calls=1) for f in ("f0", "f1")})
             controller.add_load_report(both)  # and then never again
-            used = next(box for box in fleet.servers.values() if "f0" in box.functions)
+            active = next(s for s in platform.servers.values() if "f0" in s.functions)
 
-            async def call() -> None:
+            async def compute_frames() -> None:
                 while True:
-                    held = used.functions["f0"]
-                    held["frames"] = held.get("frames", 0) + 5
+                    function = active.functions["f0"]
+                    function["frames"] = function.get("frames", 0) + 5
                     await asyncio.sleep(0.01)
 
-            calling = asyncio.create_task(call())
+            computing = asyncio.create_task(compute_frames())
             await eventually(
-                lambda: routable_functions(controller) == {"f0"}, "the unused one goes"
+                lambda: routable_functions(controller) == {"f0"}, "the inactive one is detached"
             )
-            await advance_clock(controller, 3 * ROUTER_TIMEOUT_S)
+            await sleep_on_clock(controller, 3 * ROUTER_TIMEOUT_S)
             assert routable_functions(controller) == {"f0"}
-            calling.cancel()
-            await eventually(lambda: not routable_functions(controller), "zero, once nobody calls")
+            computing.cancel()
+            await eventually(lambda: not routable_functions(controller), "zero without activity")
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_partition_from_a_sandbox_ends_in_one_replica_elsewhere() -> None:
-    async def story() -> None:
-        async with controller_and_platform(make_model(1)) as (controller, fleet):
+def test_sandbox_behind_a_partition_is_replaced() -> None:
+    async def scenario() -> None:
+        async with controller_and_platform(make_model(1)) as (controller, platform):
             await activate(controller, "f0")
-            (lost,) = fleet.sandboxes_with("f0")
-            silent = asyncio.Event()
+            (lost,) = platform.sandboxes_with("f0")
+            healed = asyncio.Event()
 
             async def hang(_: web.Request) -> web.Response:
-                await silent.wait()
+                await healed.wait()
                 return error_response(503, "draining")
 
             async with reporting_load(controller, BUSY):
-                fleet.servers[lost].fault_handler = hang
-                await eventually(lambda: lost not in fleet.servers, "it is given up")
+                platform.servers[lost].fault_handler = hang
+                await eventually(lambda: lost not in platform.servers, "the lost one is deleted")
                 await eventually(
                     lambda: (
                         routable_functions(controller) == {"f0"}
-                        and len(fleet.sandboxes_with("f0")) == 1
+                        and len(platform.sandboxes_with("f0")) == 1
                     ),
                     "one replica elsewhere",
                 )
                 assert controller.fleet.ready_replicas()["f0"] == 1
-            silent.set()
+            healed.set()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_short_partition_from_a_sandbox_costs_nothing() -> None:
-    async def story() -> None:
-        async with controller_and_platform(make_model(1)) as (controller, fleet):
+def test_short_partition_from_a_sandbox_changes_nothing() -> None:
+    async def scenario() -> None:
+        async with controller_and_platform(make_model(1)) as (controller, platform):
             await activate(controller, "f0")
-            (holder,) = fleet.sandboxes_with("f0")
-            n_silent = 0
+            (holder,) = platform.sandboxes_with("f0")
+            n_timeouts = 0
 
             async def hang_once(request: web.Request) -> web.Response | None:
-                nonlocal n_silent
-                if request.method != "GET" or n_silent >= 1:
+                nonlocal n_timeouts
+                if request.method != "GET" or n_timeouts >= 1:
                     return None
-                n_silent += 1
-                await asyncio.sleep(1.0)  # longer than a list may take
+                n_timeouts += 1
+                await asyncio.sleep(1.0)  # longer than the client's timeout
                 return None
 
             async with reporting_load(controller, BUSY):
                 version = controller.routing_table.version
-                fleet.servers[holder].fault_handler = hang_once
-                await eventually(lambda: n_silent == 1, "silence")
-                await advance_clock(controller, 20)
-                assert fleet.sandboxes_with("f0") == [holder]
+                platform.servers[holder].fault_handler = hang_once
+                await eventually(lambda: n_timeouts == 1, "a probe timed out")
+                await sleep_on_clock(controller, 20)
+                assert platform.sandboxes_with("f0") == [holder]
                 assert controller.routing_table.version == version
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_many_wakes_during_restarts_activate_once() -> None:
-    """A new control finds a function that the old one was just attaching."""
+def test_activations_during_a_restart_attach_once() -> None:
+    """A new controller adopts a function that the old one was attaching when it stopped."""
 
-    async def story() -> None:
-        fleet, model = FakePlatform(), make_model(1)
-        slow = asyncio.Event()
+    async def scenario() -> None:
+        platform, model = FakePlatform(), make_model(1)
+        can_attach = asyncio.Event()
 
         async def slow_attach(request: web.Request) -> web.Response | None:
             if request.method == "PUT":
                 await request.read()
-                await slow.wait()
+                await can_attach.wait()
             return None
 
-        fleet.fault_handlers = [slow_attach]
+        platform.fault_handlers = [slow_attach]
         try:
-            async with running_controller(model, fleet) as first:
+            async with running_controller(model, platform) as first:
                 await eventually(lambda: first.fleet.n_generic() == 1, "a generic sandbox")
                 for _ in range(20):
                     first.activate(["f0"])
-                await eventually(lambda: n_attaches(fleet)["f0"] == 1, "the attach begins")
-            slow.set()  # the control is gone, the attach goes on
-            await eventually(lambda: len(fleet.sandboxes_with("f0")) == 1, "attached by nobody")
-            async with running_controller(model, fleet) as second:
+                await eventually(lambda: n_attaches(platform)["f0"] == 1, "the attach begins")
+            can_attach.set()  # the controller has stopped, the sandbox completes the attach
+            await eventually(lambda: len(platform.sandboxes_with("f0")) == 1, "the attach ends")
+            async with running_controller(model, platform) as second:
                 for _ in range(20):
                     second.activate(["f0"])
                 async with reporting_load(second, BUSY):
-                    await eventually(lambda: routable_functions(second) == {"f0"}, "found")
-                    await advance_clock(second, 10)
-                    assert len(fleet.sandboxes_with("f0")) == 1
-                    assert n_attaches(fleet)["f0"] == 1
+                    await eventually(lambda: routable_functions(second) == {"f0"}, "adopted")
+                    await sleep_on_clock(second, 10)
+                    assert len(platform.sandboxes_with("f0")) == 1
+                    assert n_attaches(platform)["f0"] == 1
         finally:
-            await fleet.close()
+            await platform.close()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_sandbox_that_answers_late_is_read_back_before_anything_is_told() -> None:
-    """Or routers would be told of a table that lacks what it holds, and wake it elsewhere."""
+def test_late_sandbox_is_read_back_before_the_table_is_published() -> None:
+    """Otherwise routers would miss its functions in the table and activate them elsewhere."""
 
-    async def story() -> None:
-        fleet, model = FakePlatform(), make_model(1)
-        n_unanswered = MAX_CONSECUTIVE_TIMEOUTS - 1
+    async def scenario() -> None:
+        platform, model = FakePlatform(), make_model(1)
+        n_timeouts_left = MAX_CONSECUTIVE_TIMEOUTS - 1
 
-        async def late(request: web.Request) -> web.Response | None:
-            nonlocal n_unanswered
-            if request.method == "GET" and n_unanswered:
-                n_unanswered -= 1
+        async def respond_late(request: web.Request) -> web.Response | None:
+            nonlocal n_timeouts_left
+            if request.method == "GET" and n_timeouts_left:
+                n_timeouts_left -= 1
                 await asyncio.sleep(2 * TIMEOUTS.list_timeout_s)
             return None
 
         try:
-            async with running_controller(model, fleet) as first:
+            async with running_controller(model, platform) as first:
                 await activate(first, "f0")
-            [holder] = fleet.sandboxes_with("f0")
-            fleet.servers[holder].fault_handler = late
-            async with running_controller(model, fleet) as second:
+            [holder] = platform.sandboxes_with("f0")
+            platform.servers[holder].fault_handler = respond_late
+            async with running_controller(model, platform) as second:
                 assert routable_functions(second) == {"f0"}
-                assert n_unanswered == 0
+                assert n_timeouts_left == 0
         finally:
-            await fleet.close()
+            await platform.close()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
     assert (
         ControllerTiming().adopt_timeout_s
         >= MAX_CONSECUTIVE_TIMEOUTS * SandboxClientTimeouts().list_timeout_s
     )
 
 
-def test_a_sandbox_without_an_address_keeps_no_control_from_starting() -> None:
-    async def story() -> None:
-        fleet, model = FakePlatform(), make_model(1, warm_pool=0)
-        fleet.add_pending("pending", model.template)
-        patient = replace(boxes_module.TIMING, adopt_timeout_s=2 * DEADLINE_S)
-        async with running_controller(model, fleet, timing=patient) as controller:
-            assert [m.state for m in controller.fleet.sandboxes] == [SandboxState.STARTING]
+def test_sandbox_without_an_address_does_not_delay_startup() -> None:
+    async def scenario() -> None:
+        platform, model = FakePlatform(), make_model(1, warm_pool=0)
+        platform.add_pending("pending", model.template)
+        timing = replace(fake_platform.TIMING, adopt_timeout_s=2 * DEADLINE_S)
+        async with running_controller(model, platform, timing=timing) as controller:
+            assert [s.state for s in controller.fleet.sandboxes] == [SandboxState.STARTING]
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_corrupted_block_is_tried_elsewhere_and_costs_no_sandbox_that_serves() -> None:
-    async def story() -> None:
+def test_corrupted_function_is_retried_and_its_sandbox_stays() -> None:
+    async def scenario() -> None:
         async with controller_and_platform(make_model(2, capacity=2, warm_pool=0)) as (
             controller,
-            fleet,
+            platform,
         ):
             await activate(controller, "f0")
-            (holder,) = fleet.sandboxes_with("f0")
-            is_damaged, tried = True, 0
+            (holder,) = platform.sandboxes_with("f0")
+            is_corrupted, n_attempts = True, 0
 
-            async def damaged(request: web.Request) -> web.Response | None:
-                nonlocal tried
-                if request.method == "PUT" and request.path.endswith("f1") and is_damaged:
-                    tried += 1
+            async def refuse_corrupted(request: web.Request) -> web.Response | None:
+                nonlocal n_attempts
+                if request.method == "PUT" and request.path.endswith("f1") and is_corrupted:
+                    n_attempts += 1
                     return error_response(503, "corrupted")
                 return None
 
-            fleet.servers[holder].fault_handler = damaged
+            platform.servers[holder].fault_handler = refuse_corrupted
             async with reporting_load(controller, BUSY):
                 controller.activate(["f1"])
-                await eventually(lambda: tried >= 3, "tried again and again")
-                assert fleet.sandboxes_with("f0") == [holder]
+                await eventually(lambda: n_attempts >= 3, "retried")
+                assert platform.sandboxes_with("f0") == [holder]
                 assert "corrupted" in controller.failure
-                is_damaged = False
+                is_corrupted = False
                 await eventually(lambda: routable_functions(controller) == {"f0", "f1"}, "healed")
-                assert fleet.sandboxes_with("f0") == [holder]
+                assert platform.sandboxes_with("f0") == [holder]
                 assert controller.autoscalers.phase("f1") is not Phase.INACTIVE
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_retries_of_a_corrupted_block_come_less_and_less_often() -> None:
-    spoiled, now, times = CorruptedFunctionBackoff(), 0.0, []
-    while now < 1000:
-        if not spoiled.is_backing_off("f0", now):
-            times.append(now)
-            spoiled.record_failure("f0", now)
-        now += 0.5
-    gaps = [b - a for a, b in itertools.pairwise(times)]
-    assert gaps[0] == CORRUPTED_INITIAL_BACKOFF_S
-    assert gaps[-1] == CORRUPTED_MAX_BACKOFF_S
-    assert gaps == sorted(gaps)
-    assert not spoiled.is_backing_off("f1", 0.0)
-    spoiled.record_success("f0")
-    assert not spoiled.is_backing_off("f0", now)
-
-
-def test_a_count_that_grows_is_use_and_one_that_stays_is_not() -> None:
-    usage = FunctionActivity()
-    usage.record_frame_counts("s1", [("f0", 7), ("f1", 7)], now=0.0)
-    assert usage.recently_active(0.0) == set()  # it may be from before
-    usage.record_frame_counts("s1", [("f0", 8), ("f1", 7)], now=5.0)
-    assert usage.recently_active(5.0) == {"f0"}
-    assert usage.recently_active(5.0 + ACTIVITY_WINDOW_S + 1) == set()
-    usage.retain_sandboxes([])
-    usage.record_frame_counts("s1", [("f0", 99)], now=30.0)
-    assert usage.recently_active(30.0) == set()
-
-
-def test_only_a_router_that_fell_silent_under_load_is_missed() -> None:
+def test_only_a_router_with_load_is_reported_as_lost() -> None:
     reports = LoadReports(now=0.0)
     reports.add(BUSY, now=0.0)
     reports.add(LoadReport("idle"), now=0.0)
@@ -400,7 +370,7 @@ def test_only_a_router_that_fell_silent_under_load_is_missed() -> None:
     assert not reports.has_lost_router_with_load(5000.0)
 
 
-def test_a_time_that_is_bridged_ages_no_report() -> None:
+def test_skipped_suspension_does_not_age_reports() -> None:
     reports = LoadReports(now=0.0)
     reports.add(BUSY, now=100.0)
     reports.skip_suspension(101.0, 701.0)

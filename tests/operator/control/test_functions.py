@@ -17,8 +17,8 @@ def scaling(**values: Any) -> ScalingSpec:
     return ScalingSpec.model_validate(values)
 
 
-def test_passes_every_setting_on() -> None:
-    given = {
+def test_scaling_settings_include_every_field() -> None:
+    values = {
         "minScale": 2,
         "maxScale": 9,
         "initialScale": 3,
@@ -34,7 +34,7 @@ def test_passes_every_setting_on() -> None:
         "scaleToZeroPodRetentionPeriodSeconds": 8.0,
         "scaleDownDelaySeconds": 9.0,
     }
-    assert scaling_settings(scaling(**given)) == ScalingSettings(
+    assert scaling_settings(scaling(**values)) == ScalingSettings(
         min_scale=2,
         max_scale=9,
         initial_scale=3,
@@ -52,12 +52,12 @@ def test_passes_every_setting_on() -> None:
     )
 
 
-def test_uses_the_moemodels_defaults_and_not_the_autoscalers() -> None:
+def test_scaling_settings_use_the_moemodels_defaults() -> None:
     settings = scaling_settings(scaling())
     assert (settings.initial_scale, settings.max_scale, settings.target) == (0, 8, 4)
 
 
-def test_gives_each_function_its_size_and_its_own_settings() -> None:
+def test_functions_have_their_sizes_and_overridden_settings() -> None:
     specs = [FunctionSpec("a", (0,), (0, 1, 2)), FunctionSpec("b", (0,), (3,))]
     functions = managed_functions(
         specs, [Layer()], scaling=scaling(overrides=[{"experts": "3", "minScale": 1}])
@@ -66,7 +66,7 @@ def test_gives_each_function_its_size_and_its_own_settings() -> None:
     assert [function.scaling.min_scale for function in functions] == [0, 1]
 
 
-def test_a_shape_is_the_same_whatever_the_id() -> None:
+def test_stable_key_does_not_depend_on_the_id() -> None:
     one, other = (
         managed_functions([FunctionSpec(name, (0,), (0, 2))], [Layer()], scaling=scaling())[0]
         for name in ("a", "b")

@@ -1,17 +1,16 @@
 import pytest
 
+from faasmoe_contracts.control_messages import FunctionLoad, LoadReport
 from faasmoe_operator.control.load_reports import (
     MAX_ROUTERS,
     ROUTER_TIMEOUT_S,
     STARTUP_GRACE_S,
-    LoadReport,
     LoadReports,
-    ReportedLoad,
 )
 
 
 def report(router: str, queued: int = 0, **concurrency: float) -> LoadReport:
-    loads = {name: ReportedLoad(value) for name, value in concurrency.items()}
+    loads = {name: FunctionLoad(value) for name, value in concurrency.items()}
     return LoadReport(router, loads, queued=queued)
 
 
@@ -21,11 +20,11 @@ def test_knows_nothing_before_a_router_has_reported() -> None:
     assert reports.concurrency(100.0 + STARTUP_GRACE_S - 0.1) is None
 
 
-def test_takes_a_long_silence_from_the_start_as_idle() -> None:
+def test_is_idle_after_the_startup_grace_without_reports() -> None:
     assert LoadReports(now=100.0).concurrency(100.0 + STARTUP_GRACE_S) == {}
 
 
-def test_adds_the_routers_up() -> None:
+def test_adds_the_loads_of_routers() -> None:
     reports = LoadReports(now=0.0)
     reports.add(report("a", f=1.5, g=2.0), now=1.0)
     reports.add(report("b", f=0.25), now=1.2)
@@ -39,7 +38,7 @@ def test_counts_a_router_once_however_often_it_reports() -> None:
     assert reports.concurrency(2.0) == {"f": 2.0}
 
 
-def test_takes_what_a_report_leaves_out_as_idle() -> None:
+def test_functions_omitted_from_a_report_are_idle() -> None:
     reports = LoadReports(now=0.0)
     reports.add(report("a", f=2.0, g=1.0), now=1.0)
     reports.add(report("a", g=1.0), now=2.0)
@@ -47,16 +46,16 @@ def test_takes_what_a_report_leaves_out_as_idle() -> None:
 
 
 @pytest.mark.parametrize(
-    ("passed_s", "loads"), [(ROUTER_TIMEOUT_S, {"f": 2.0}), (ROUTER_TIMEOUT_S + 0.1, {})]
+    ("elapsed_s", "loads"), [(ROUTER_TIMEOUT_S, {"f": 2.0}), (ROUTER_TIMEOUT_S + 0.1, {})]
 )
-def test_takes_a_router_that_went_silent_as_gone(passed_s: float, loads: dict[str, float]) -> None:
+def test_drops_a_router_after_the_timeout(elapsed_s: float, loads: dict[str, float]) -> None:
     reports = LoadReports(now=0.0)
     reports.add(report("a", queued=3, f=2.0), now=1.0)
-    assert reports.concurrency(1.0 + passed_s) == loads
-    assert reports.queued(1.0 + passed_s) == (3 if loads else 0)
+    assert reports.concurrency(1.0 + elapsed_s) == loads
+    assert reports.queued(1.0 + elapsed_s) == (3 if loads else 0)
 
 
-def test_knows_a_bounded_number_of_routers() -> None:
+def test_the_number_of_routers_is_bounded() -> None:
     reports = LoadReports(now=0.0)
     for number in range(MAX_ROUTERS):
         assert not reports.is_full(str(number))

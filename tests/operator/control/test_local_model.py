@@ -14,7 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def local_model(
     folder: Path, *, requested: str, stored: str, revision: str | None = None
 ) -> LocalModel:
-    """A MoEModel that wants one source over a store that was prepared from another."""
+    """Return a MoEModel with a requested source and a store prepared from the stored one."""
     store = folder / "store"
     store.mkdir()
     (store / "layer").write_bytes(b"x")
@@ -40,7 +40,7 @@ def local_model(
 
 
 @pytest.mark.parametrize(
-    ("wanted", "held"),
+    ("requested", "stored"),
     [
         ("hf://org/name", "org/name"),
         ("hf://org/name", "hf://org/name"),
@@ -48,27 +48,25 @@ def local_model(
         ("file:///models/one", "file:///models/one"),
     ],
 )
-def test_a_store_of_the_same_source_is_opened(tmp_path: Path, wanted: str, held: str) -> None:
-    store = local_model(tmp_path, requested=wanted, stored=held).open_store()
-    assert store.manifest.model.source == held
+def test_opens_a_store_of_the_same_source(tmp_path: Path, requested: str, stored: str) -> None:
+    store = local_model(tmp_path, requested=requested, stored=stored).open_store()
+    assert store.manifest.model.source == stored
 
 
-@pytest.mark.parametrize("held", ["org/other", "hf://org/other", "/models/one", "file:///m"])
-def test_a_store_of_another_source_is_refused(tmp_path: Path, held: str) -> None:
+@pytest.mark.parametrize("stored", ["org/other", "hf://org/other", "/models/one", "file:///m"])
+def test_rejects_a_store_of_another_source(tmp_path: Path, stored: str) -> None:
     with pytest.raises(MoEModelError, match=r"spec\.model\.source: got hf://org/name, expected"):
-        local_model(tmp_path, requested="hf://org/name", stored=held).open_store()
+        local_model(tmp_path, requested="hf://org/name", stored=stored).open_store()
 
 
-def test_a_store_of_another_commit_is_refused(tmp_path: Path) -> None:
-    wanted = local_model(tmp_path, requested="hf://org/name", stored="org/name", revision="f" * 40)
+def test_rejects_a_store_of_another_commit(tmp_path: Path) -> None:
+    model = local_model(tmp_path, requested="hf://org/name", stored="org/name", revision="f" * 40)
     with pytest.raises(MoEModelError, match=rf"spec\.model\.revision: .*expected {COMMIT}"):
-        wanted.open_store()
+        model.open_store()
 
 
 @pytest.mark.parametrize("revision", [COMMIT, "main"])
-def test_the_same_commit_or_a_name_that_may_have_moved_is_opened(
-    tmp_path: Path, revision: str
-) -> None:
+def test_opens_a_store_of_the_same_commit_or_a_branch(tmp_path: Path, revision: str) -> None:
     model = local_model(tmp_path, requested="hf://org/name", stored="org/name", revision=revision)
     assert model.open_store().manifest.model.revision == COMMIT
 
@@ -86,12 +84,12 @@ def test_the_same_commit_or_a_name_that_may_have_moved_is_opened(
                 "model": {"source": "hf://org/name"},
                 "tenants": [{"name": "a", "apiKeysSecretRef": {"name": "a-keys"}}],
             },
-            r"spec\.tenants\.0\.apiKeysPath: missing: .* make a folder with one file for each",
+            r"spec\.tenants\.0\.apiKeysPath: missing: .* create a folder with one file for each",
             id="keys-in-a-secret",
         ),
     ],
 )
-def test_what_only_kubernetes_can_serve_is_refused(
+def test_rejects_models_that_need_kubernetes(
     tmp_path: Path, spec: dict[str, object], problem: str
 ) -> None:
     file = tmp_path / "model.yaml"

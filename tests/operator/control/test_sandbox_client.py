@@ -1,4 +1,4 @@
-"""The client against servers that misbehave; well-behaved ones are in platforms/test_process.py."""
+"""The client against faulty servers; for well-behaved ones see platforms/test_process.py."""
 
 import asyncio
 import json
@@ -38,8 +38,7 @@ def http_response(status: int, body: object) -> bytes:
 
 
 def call_with(call: Call, reply: bytes | None, requests: list[bytes] | None = None) -> object:
-    """Run a call against a server that replies this, or nothing at all."""
-
+    """Run a call against a server that sends this reply, or never responds if it is None."""
     served: list[asyncio.Task[None] | None] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -68,14 +67,14 @@ def call_with(call: Call, reply: bytes | None, requests: list[bytes] | None = No
     return asyncio.run(run())
 
 
-def test_sends_the_token() -> None:
+def test_sends_the_bearer_token() -> None:
     requests: list[bytes] = []
     call_with(attach, http_response(201, {}), requests)
     assert requests[0].startswith(b"PUT /v1/functions/f1 HTTP/1.1")
     assert b"Authorization: Bearer secret" in requests[0]
 
 
-def test_takes_a_function_that_is_gone_as_detached() -> None:
+def test_detach_of_an_unknown_function_succeeds() -> None:
     error = {"error": {"code": "unknown_function", "message": "id: got 'f1'"}}
     call_with(detach, http_response(404, error))
     call_with(detach, b"HTTP/1.1 204 X\r\n\r\n")
@@ -118,7 +117,7 @@ def test_takes_a_function_that_is_gone_as_detached() -> None:
         ),
     ],
 )
-def test_says_what_is_wrong_with_a_sandbox(
+def test_raises_errors_with_their_code(
     call: Call, reply: bytes | None, code: str, message: str
 ) -> None:
     with pytest.raises(SandboxClientError, match=message) as caught:
@@ -127,7 +126,7 @@ def test_says_what_is_wrong_with_a_sandbox(
     assert str(caught.value).startswith("sandbox 127.0.0.1:")
 
 
-def test_says_that_nobody_listens() -> None:
+def test_raises_when_the_sandbox_is_unreachable() -> None:
     async def run() -> None:
         async with SandboxClient(token="") as client:
             await client.list("127.0.0.1:1")

@@ -1,5 +1,7 @@
 import json
 import logging
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ def file_at(path: Path, *, now_s: float = 1000.0, digest: str = "sha256:0") -> P
     return PopularityFile(path, model_digest=digest, clock=lambda: now_s)
 
 
-def test_lies_beside_the_store_and_not_in_it(tmp_path: Path) -> None:
+def test_is_beside_the_store_and_not_in_it(tmp_path: Path) -> None:
     path = popularity_path(tmp_path / "store")
     assert path == tmp_path / "store.state" / "popularity.json"
 
@@ -31,25 +33,25 @@ def test_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_has_aged_between_two_runs(tmp_path: Path) -> None:
+def test_decays_between_two_runs(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     file_at(path).write(ROWS)
     later = file_at(path, now_s=1000.0 + HALF_LIFE_S).read()
     assert later == {shape: pytest.approx(rows / 2) for shape, rows in ROWS.items()}
 
 
-def test_is_not_taken_for_another_model(tmp_path: Path) -> None:
+def test_ignores_the_counts_of_another_model(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     file_at(path).write(ROWS)
     assert file_at(path, digest="sha256:1").read() == {}
 
 
-def test_may_be_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_file_is_empty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert file_at(tmp_path / "none" / "p.json").read() == {}
     assert caplog.records == []
 
 
-def damaged(**changes: Any) -> str:
+def popularity_text(**changes: Any) -> str:
     value = {"version": 1, "model_digest": "sha256:0", "written_at_s": 1.0, "rows": ROWS}
     return json.dumps({**value, **changes})
 
@@ -63,15 +65,15 @@ def damaged(**changes: Any) -> str:
         pytest.param("{}", id="no-fields"),
         pytest.param("\x00\x01", id="binary"),
         pytest.param("[" * 100_000, id="nested"),
-        pytest.param(damaged(rows=[1]), id="rows-in-a-list"),
-        pytest.param(damaged(rows={"0:0": "many"}), id="rows-in-words"),
-        pytest.param(damaged(rows={"0:0": -1}), id="negative"),
-        pytest.param(damaged(rows={"0:0": float("nan")}), id="nan"),
-        pytest.param(damaged(written_at_s="then"), id="time-in-words"),
+        pytest.param(popularity_text(rows=[1]), id="rows-in-a-list"),
+        pytest.param(popularity_text(rows={"0:0": "many"}), id="rows-in-words"),
+        pytest.param(popularity_text(rows={"0:0": -1}), id="negative"),
+        pytest.param(popularity_text(rows={"0:0": float("nan")}), id="nan"),
+        pytest.param(popularity_text(written_at_s="then"), id="time-in-words"),
         pytest.param("x" * (MAX_POPULARITY_BYTES + 1), id="huge"),
     ],
 )
-def test_starts_empty_from_a_damaged_file_and_says_so(
+def test_a_damaged_file_is_empty_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
     path = tmp_path / "p.json"
@@ -82,10 +84,22 @@ def test_starts_empty_from_a_damaged_file_and_says_so(
     assert file_at(path).read() == ROWS
 
 
-def test_goes_on_without_a_folder_to_write_to(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failed_write_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "state").write_text("a file")
     with caplog.at_level(logging.WARNING):
         file_at(tmp_path / "state" / "p.json").write(ROWS)
     assert "cannot be written" in caplog.text
+
+
+def test_a_write_syncs_the_file_and_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds, fsync = [], os.fsync
+
+    def record_fsync(fd: int) -> None:
+        kinds.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    file_at(tmp_path / "p.json").write(ROWS)
+    assert kinds == ["file", "folder"]

@@ -14,7 +14,7 @@ def functions(layers: int, blocks: int) -> list[FunctionSpec]:
 
 
 @given(layers=st.integers(1, 30), blocks=st.integers(1, 6), capacity=st.integers(1, 40))
-def test_places_every_function_once_evenly_and_in_few_sandboxes(
+def test_spreads_every_function_once_evenly_over_the_fewest_sandboxes(
     layers: int, blocks: int, capacity: int
 ) -> None:
     planned = functions(layers, blocks)
@@ -26,6 +26,6 @@ def test_places_every_function_once_evenly_and_in_few_sandboxes(
     assert len(groups) == -(-len(planned) // capacity)
 
 
-def test_separates_the_blocks_of_a_layer() -> None:
+def test_spreads_the_blocks_of_a_layer_over_sandboxes() -> None:
     for group in spread_functions(functions(27, 3), capacity=27):
         assert len({f.layers for f in group}) == len(group)

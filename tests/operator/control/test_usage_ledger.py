@@ -1,4 +1,4 @@
-"""What is told in any order, twice, or not at all adds up to what was used."""
+"""Reports in any order, repeated or lost, add up to the usage."""
 
 from dataclasses import replace
 
@@ -6,55 +6,50 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from faasmoe_contracts.usage import UsageRecord, UsageReport
 from faasmoe_operator.control import usage_ledger as ledger_module
-from faasmoe_operator.control.usage_ledger import (
-    TenantUsage,
-    UsageLedger,
-    UsageReport,
-    decode_ledger,
-    encode_ledger,
-)
+from faasmoe_operator.control.usage_ledger import UsageLedger, decode_ledger, encode_ledger
 
-SOME = TenantUsage(7, 5, 2, 1, 0, 3, 1.5, 0.25)
-MORE = TenantUsage(9, 6, 3, 1, 1, 3, 2.0, 0.5)
-AMPLE = 1 << 20
+USAGE = UsageRecord(7, 5, 2, 1, 0, 3, 1.5, 0.25)
+LATER_USAGE = UsageRecord(9, 6, 3, 1, 1, 3, 2.0, 0.5)
+NO_LIMIT = 1 << 20
 
 
 def usage_report(
-    source: str = "a", *, is_final: bool = False, **tenants: TenantUsage
+    source: str = "a", *, is_final: bool = False, **tenants: UsageRecord
 ) -> UsageReport:
     return UsageReport(source, 100.0, tenants, is_final=is_final)
 
 
-def test_two_books_are_added_up_and_what_is_told_twice_counts_once() -> None:
+def test_sources_are_added_and_repeated_reports_count_once() -> None:
     ledger = UsageLedger(500.0)
-    for statement in (
-        usage_report(acme=SOME),
-        usage_report("b", acme=SOME, beta=MORE),
-        usage_report(acme=SOME),
+    for report in (
+        usage_report(acme=USAGE),
+        usage_report("b", acme=USAGE, beta=LATER_USAGE),
+        usage_report(acme=USAGE),
     ):
-        ledger.add_report(statement)
-    assert ledger.usage_by_tenant == {"acme": SOME + SOME, "beta": MORE}
+        ledger.add_report(report)
+    assert ledger.usage_by_tenant == {"acme": USAGE + USAGE, "beta": LATER_USAGE}
     assert ledger.since_s == 100.0
-    ledger.add_report(usage_report(acme=MORE))
-    assert ledger.usage_by_tenant["acme"] == SOME + MORE
+    ledger.add_report(usage_report(acme=LATER_USAGE))
+    assert ledger.usage_by_tenant["acme"] == USAGE + LATER_USAGE
 
 
-def test_a_book_that_lost_its_last_lines_takes_nothing_back_and_counts_nothing_twice() -> None:
+def test_a_source_with_lower_totals_neither_subtracts_nor_counts_twice() -> None:
     ledger = UsageLedger(0.0)
-    for use in (MORE, SOME, MORE):
-        ledger.add_report(usage_report(acme=use))
-    assert ledger.usage_by_tenant["acme"] == MORE
+    for usage in (LATER_USAGE, USAGE, LATER_USAGE):
+        ledger.add_report(usage_report(acme=usage))
+    assert ledger.usage_by_tenant["acme"] == LATER_USAGE
 
 
-def test_only_what_is_new_is_worth_writing() -> None:
+def test_only_new_usage_counts_as_an_update() -> None:
     ledger = UsageLedger(0.0)
-    ledger.add_report(usage_report(acme=SOME))
-    told = ledger.n_updates
-    ledger.add_report(usage_report(acme=SOME))
-    assert (ledger.n_updates, ledger.n_final_reports) == (told, 0)
-    ledger.add_report(usage_report(acme=SOME, is_final=True))
-    assert (ledger.n_updates, ledger.n_final_reports) == (told, 1)
+    ledger.add_report(usage_report(acme=USAGE))
+    n_updates = ledger.n_updates
+    ledger.add_report(usage_report(acme=USAGE))
+    assert (ledger.n_updates, ledger.n_final_reports) == (n_updates, 0)
+    ledger.add_report(usage_report(acme=USAGE, is_final=True))
+    assert (ledger.n_updates, ledger.n_final_reports) == (n_updates, 1)
 
 
 REPORTS = st.lists(
@@ -69,54 +64,54 @@ REPORTS = st.lists(
 )
 
 
-@given(tellings=REPORTS)
-def test_tellings_may_be_lost_and_the_control_begun_anew(
-    tellings: list[tuple[str, str, int, bool, bool]],
+@given(steps=REPORTS)
+def test_reports_may_be_lost_and_the_control_process_restarted(
+    steps: list[tuple[str, str, int, bool, bool]],
 ) -> None:
-    """Each step uses more through a router; its telling, or the control's memory, may be lost."""
+    """Each step adds usage; its report, or the ledger since the last write, may be lost."""
     ledger, written = UsageLedger(0.0), UsageLedger(0.0)
-    books: dict[str, dict[str, TenantUsage]] = {name: {} for name in "abc"}
-    for book, tenant, n_tokens, is_heard, is_lost in tellings:
-        used = TenantUsage(prompt_tokens=n_tokens, expert_seconds=n_tokens / 8)
-        books[book][tenant] = books[book].get(tenant, TenantUsage()) + used
-        if is_heard:
-            ledger.add_report(UsageReport(book, 0.0, books[book]))
-        if is_lost:
-            ledger = decode_ledger(encode_ledger(written, max_chars=AMPLE))
-        written = decode_ledger(encode_ledger(ledger, max_chars=AMPLE))
-    for book, uses in books.items():
-        ledger.add_report(UsageReport(book, 0.0, uses))
+    sources: dict[str, dict[str, UsageRecord]] = {name: {} for name in "abc"}
+    for source, tenant, n_tokens, is_received, is_restarted in steps:
+        increase = UsageRecord(prompt_tokens=n_tokens, expert_seconds=n_tokens / 8)
+        sources[source][tenant] = sources[source].get(tenant, UsageRecord()) + increase
+        if is_received:
+            ledger.add_report(UsageReport(source, 0.0, sources[source]))
+        if is_restarted:
+            ledger = decode_ledger(encode_ledger(written, max_chars=NO_LIMIT))
+        written = decode_ledger(encode_ledger(ledger, max_chars=NO_LIMIT))
+    for source, totals in sources.items():
+        ledger.add_report(UsageReport(source, 0.0, totals))
     for tenant in ("acme", "beta"):
-        each = [uses.get(tenant, TenantUsage()) for uses in books.values()]
-        found = ledger.usage_by_tenant.get(tenant, TenantUsage())
-        assert found.prompt_tokens == sum(use.prompt_tokens for use in each)
-        assert found.expert_seconds == sum(use.expert_seconds for use in each)
+        each = [totals.get(tenant, UsageRecord()) for totals in sources.values()]
+        found = ledger.usage_by_tenant.get(tenant, UsageRecord())
+        assert found.prompt_tokens == sum(usage.prompt_tokens for usage in each)
+        assert found.expert_seconds == sum(usage.expert_seconds for usage in each)
 
 
-def test_books_are_bounded_and_their_accounts_are_not_lost(
+def test_sources_are_bounded_and_their_usage_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ledger_module, "MAX_USAGE_SOURCES", 2)
     ledger = UsageLedger(0.0)
-    for book in "abac":
-        ledger.add_report(usage_report(book, acme=SOME))
+    for source in "abac":
+        ledger.add_report(usage_report(source, acme=USAGE))
     assert list(ledger.last_reported) == ["a", "c"]
-    assert ledger.usage_by_tenant["acme"] == SOME + SOME + SOME
+    assert ledger.usage_by_tenant["acme"] == USAGE + USAGE + USAGE
 
 
-def test_there_is_room_for_so_many_tenants_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_tenants_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "MAX_TENANTS_IN_LEDGER", 2)
     ledger = UsageLedger(0.0)
-    ledger.add_report(usage_report(acme=SOME))
+    ledger.add_report(usage_report(acme=USAGE))
     assert ledger.has_capacity_for(["acme", "beta"])
     assert not ledger.has_capacity_for(["beta", "gamma"])
 
 
 def test_is_read_as_it_was_written() -> None:
     ledger = UsageLedger(12.5)
-    ledger.add_report(usage_report(acme=SOME))
-    ledger.add_report(usage_report("b", beta=MORE))
-    read = decode_ledger(encode_ledger(ledger, max_chars=AMPLE))
+    ledger.add_report(usage_report(acme=USAGE))
+    ledger.add_report(usage_report("b", beta=LATER_USAGE))
+    read = decode_ledger(encode_ledger(ledger, max_chars=NO_LIMIT))
     assert (read.since_s, read.usage_by_tenant, read.last_reported) == (
         12.5,
         ledger.usage_by_tenant,
@@ -124,11 +119,11 @@ def test_is_read_as_it_was_written() -> None:
     )
 
 
-def test_of_a_text_that_would_be_too_long_the_oldest_books_are_left_out() -> None:
+def test_the_oldest_sources_are_omitted_from_a_text_that_is_too_long() -> None:
     ledger = UsageLedger(0.0)
     for number in range(50):
-        use = replace(SOME, prompt_tokens=number)
-        ledger.add_report(usage_report(f"{number:032x}", acme=use))
+        usage = replace(USAGE, prompt_tokens=number)
+        ledger.add_report(usage_report(f"{number:032x}", acme=usage))
     text = encode_ledger(ledger, max_chars=1500)
     read = decode_ledger(text)
     assert len(text) <= 1500

@@ -1,4 +1,4 @@
-"""Optional APIs that come and go while the operator runs."""
+"""Optional APIs that appear and disappear while the operator runs."""
 
 import asyncio
 from typing import Any
@@ -24,11 +24,11 @@ ROUTED: dict[str, Any] = {"networking": {"httpRoute": {"parentRefs": [{"name": "
 
 
 class Scenario:
-    """A cluster to which APIs come and from which they go."""
+    """A cluster whose APIs appear and disappear."""
 
     def __init__(self, *served: Kind) -> None:
         self.served = set(served)
-        self.is_away = False
+        self.is_unavailable = False
         self.discovered: list[Kind] = []
         self.started: set[Kind] = set()
         self.enqueued: list[str] = []
@@ -37,8 +37,8 @@ class Scenario:
 
     async def is_served(self, kind: Kind) -> bool:
         self.discovered.append(kind)
-        if self.is_away:
-            raise Unavailable("away", status=503)
+        if self.is_unavailable:
+            raise Unavailable("unavailable", status=503)
         return kind in self.served
 
     def start_optional(self, kind: Kind) -> None:
@@ -62,79 +62,79 @@ class Scenario:
         self.enqueued.append(key.name)
 
 
-def test_begins_with_what_is_served() -> None:
-    story = Scenario(SERVICE_MONITOR)
-    story.start()
-    assert story.started == {SERVICE_MONITOR}
-    assert story.apis.served_versions() == {"monitoring.coreos.com/v1"}
+def test_start_follows_the_kinds_that_are_served() -> None:
+    scenario = Scenario(SERVICE_MONITOR)
+    scenario.start()
+    assert scenario.started == {SERVICE_MONITOR}
+    assert scenario.apis.served_versions() == {"monitoring.coreos.com/v1"}
 
 
-def test_asks_nothing_while_nobody_asks_for_what_is_missing() -> None:
-    story = Scenario(SERVICE_MONITOR)
-    story.start()
-    story.apply_model("monitored", MONITORED)
-    story.apply_model("plain", {"networking": {}})
-    story.discover_missing()
-    assert story.discovered == []
+def test_sends_no_discovery_request_unless_a_model_requests_a_missing_kind() -> None:
+    scenario = Scenario(SERVICE_MONITOR)
+    scenario.start()
+    scenario.apply_model("monitored", MONITORED)
+    scenario.apply_model("plain", {"networking": {}})
+    scenario.discover_missing()
+    assert scenario.discovered == []
 
 
-def test_finds_what_has_come_and_has_those_visited_that_ask_for_it() -> None:
-    story = Scenario()
-    story.start()
-    story.apply_model("monitored", MONITORED)
-    story.apply_model("routed", ROUTED)
-    story.discover_missing()
-    assert story.discovered == [HTTP_ROUTE, SERVICE_MONITOR]
-    assert story.started == set()
+def test_follows_a_kind_that_appears_and_enqueues_its_requesters() -> None:
+    scenario = Scenario()
+    scenario.start()
+    scenario.apply_model("monitored", MONITORED)
+    scenario.apply_model("routed", ROUTED)
+    scenario.discover_missing()
+    assert scenario.discovered == [HTTP_ROUTE, SERVICE_MONITOR]
+    assert scenario.started == set()
 
-    story.served.add(SERVICE_MONITOR)
-    story.discover_missing()
-    assert story.started == {SERVICE_MONITOR}
-    assert story.enqueued == ["monitored"]
-    story.discovered.clear()
-    story.discover_missing()
-    assert story.discovered == [HTTP_ROUTE]
+    scenario.served.add(SERVICE_MONITOR)
+    scenario.discover_missing()
+    assert scenario.started == {SERVICE_MONITOR}
+    assert scenario.enqueued == ["monitored"]
+    scenario.discovered.clear()
+    scenario.discover_missing()
+    assert scenario.discovered == [HTTP_ROUTE]
 
 
-def test_a_cluster_that_does_not_answer_is_asked_again() -> None:
-    story = Scenario(SERVICE_MONITOR)
-    story.is_away = True
+def test_retries_discovery_after_a_failure() -> None:
+    scenario = Scenario(SERVICE_MONITOR)
+    scenario.is_unavailable = True
     with pytest.raises(Unavailable):
-        story.start()
-    story.is_away = False
-    story.start()
-    assert story.started == {SERVICE_MONITOR}
+        scenario.start()
+    scenario.is_unavailable = False
+    scenario.start()
+    assert scenario.started == {SERVICE_MONITOR}
 
-    story.apply_model("routed", ROUTED)
-    story.served.add(HTTP_ROUTE)
-    story.is_away = True
-    story.discover_missing()
-    story.is_away = False
-    story.discover_missing()
-    assert story.started == {SERVICE_MONITOR, HTTP_ROUTE}
+    scenario.apply_model("routed", ROUTED)
+    scenario.served.add(HTTP_ROUTE)
+    scenario.is_unavailable = True
+    scenario.discover_missing()
+    scenario.is_unavailable = False
+    scenario.discover_missing()
+    assert scenario.started == {SERVICE_MONITOR, HTTP_ROUTE}
 
 
-def test_lets_go_what_has_gone_and_finds_it_when_it_comes_back() -> None:
-    story = Scenario(HTTP_ROUTE)
-    story.start()
-    story.apply_model("routed", ROUTED)
-    story.served.clear()
-    story.apis.mark_not_served(HTTP_ROUTE)
-    assert story.started == set()
-    assert story.apis.served_versions() == frozenset()
-    assert story.enqueued == ["routed"]
-    story.apis.mark_not_served(MOEMODEL)
-    story.discover_missing()
-    assert story.started == set()
+def test_stops_following_a_removed_kind_and_resumes_when_it_returns() -> None:
+    scenario = Scenario(HTTP_ROUTE)
+    scenario.start()
+    scenario.apply_model("routed", ROUTED)
+    scenario.served.clear()
+    scenario.apis.mark_not_served(HTTP_ROUTE)
+    assert scenario.started == set()
+    assert scenario.apis.served_versions() == frozenset()
+    assert scenario.enqueued == ["routed"]
+    scenario.apis.mark_not_served(MOEMODEL)
+    scenario.discover_missing()
+    assert scenario.started == set()
 
-    story.served.add(HTTP_ROUTE)
-    story.discover_missing()
-    assert story.started == {HTTP_ROUTE}
-    assert story.enqueued == ["routed", "routed"]
+    scenario.served.add(HTTP_ROUTE)
+    scenario.discover_missing()
+    assert scenario.started == {HTTP_ROUTE}
+    assert scenario.enqueued == ["routed", "routed"]
 
 
 @pytest.mark.parametrize("kind", OPTIONAL_KINDS, ids=str)
-def test_knows_the_field_that_asks_for_each(kind: Kind) -> None:
+def test_every_optional_kind_has_a_requesting_field_in_the_spec(kind: Kind) -> None:
     part, name = REQUESTING_FIELDS[kind]
     section = MoEModelSpec.model_fields[part].annotation
     assert section is not None

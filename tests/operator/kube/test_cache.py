@@ -7,7 +7,7 @@ from faasmoe_operator.kube.cache import ObjectCache, ObjectChange, OwnedPods
 from faasmoe_operator.kube.types import CONFIG_MAP, MOEMODEL, POD
 
 
-def test_gives_an_object_by_its_name_and_by_its_owner() -> None:
+def test_finds_objects_by_name_and_by_owner() -> None:
     cache = ObjectCache()
     pod = make_object(POD, "a", owner="model-1")
     cache.update(POD, pod)
@@ -18,7 +18,7 @@ def test_gives_an_object_by_its_name_and_by_its_owner() -> None:
     assert len(cache.owned_by("model-1")) == 2
 
 
-def test_finds_pods_of_a_model_that_something_else_controls() -> None:
+def test_finds_pods_by_model_label_whatever_their_owner() -> None:
     cache = ObjectCache()
     pod = make_object(POD, "router-x", owner="replica-set", labels={"faasmoe.dev/model": "m"})
     cache.update(POD, pod)
@@ -29,7 +29,7 @@ def test_finds_pods_of_a_model_that_something_else_controls() -> None:
 
 
 @pytest.mark.parametrize("version", [7, 6])
-def test_keeps_the_newest_state_whatever_comes_last(version: int) -> None:
+def test_keeps_the_newest_state_whatever_arrives_last(version: int) -> None:
     cache = ObjectCache()
     newest = make_object(POD, "a", version=7, status={"phase": "Running"})
     assert cache.update(POD, newest)
@@ -45,7 +45,7 @@ def test_compares_versions_as_numbers() -> None:
     assert cache.update(POD, make_object(POD, "a", version=100))
 
 
-def test_nothing_older_than_its_deletion_brings_an_object_back() -> None:
+def test_a_state_older_than_the_deletion_does_not_bring_an_object_back() -> None:
     cache = ObjectCache()
     cache.update(POD, make_object(POD, "a", uid="u1", version=5, owner="model-1"))
     assert cache.delete(POD, make_object(POD, "a", uid="u1", version=7))
@@ -53,14 +53,14 @@ def test_nothing_older_than_its_deletion_brings_an_object_back() -> None:
     assert cache.owned_by("model-1") == []
 
 
-def test_an_object_that_gets_its_label_back_is_seen_again() -> None:
+def test_an_object_that_regains_its_label_returns() -> None:
     cache = ObjectCache()
     cache.update(POD, make_object(POD, "a", uid="u1", version=5))
     cache.delete(POD, make_object(POD, "a", uid="u1", version=6))
     assert cache.update(POD, make_object(POD, "a", uid="u1", version=7))
 
 
-def test_a_late_deletion_leaves_the_successor_of_the_same_name() -> None:
+def test_a_late_deletion_keeps_the_successor_of_the_same_name() -> None:
     cache = ObjectCache()
     old, new = make_object(POD, "a", uid="u1"), make_object(POD, "a", uid="u2")
     cache.update(POD, old)
@@ -69,7 +69,7 @@ def test_a_late_deletion_leaves_the_successor_of_the_same_name() -> None:
     assert cache.get(POD, "llm", "a") == new
 
 
-def test_a_new_owner_takes_the_object_from_the_old_one() -> None:
+def test_a_change_of_owner_updates_the_index() -> None:
     cache = ObjectCache()
     cache.update(POD, make_object(POD, "a", owner="model-1"))
     cache.update(POD, make_object(POD, "a", owner="model-2"))
@@ -77,28 +77,48 @@ def test_a_new_owner_takes_the_object_from_the_old_one() -> None:
     assert len(cache.owned_by("model-2")) == 1
 
 
-def test_a_list_shows_what_a_broken_watch_has_missed() -> None:
+def test_replace_deletes_what_a_list_lacks_in_its_namespace() -> None:
     cache = ObjectCache()
     for name in ("gone", "stays"):
-        cache.update(POD, make_object(POD, name))
-    cache.update(POD, make_object(POD, "gone", namespace="other"))
-    known = cache.known_uids(POD, "llm")
-    there = [make_object(POD, "stays"), make_object(POD, "came")]
-    assert cache.replace(POD, there, known_uids=known) == 1
+        cache.update(POD, make_object(POD, name, version=5))
+    cache.update(POD, make_object(POD, "gone", namespace="other", version=5))
+    listed = [make_object(POD, "stays", version=5), make_object(POD, "came", version=7)]
+    assert cache.replace(POD, listed, namespace="llm", resource_version="8") == 1
     names = {obj["metadata"]["name"] for obj in cache.list_all(POD)}
     assert names == {"stays", "came", "gone"}
     assert cache.get(POD, "llm", "gone") is None
 
 
-def test_a_list_does_not_take_what_came_while_it_was_on_its_way() -> None:
+def test_replace_keeps_what_is_newer_than_the_list() -> None:
     cache = ObjectCache()
-    known = cache.known_uids(POD, None)
-    cache.update(POD, make_object(POD, "just-created"))
-    assert cache.replace(POD, [], known_uids=known) == 0
+    cache.update(POD, make_object(POD, "just-created", version=9))
+    assert cache.replace(POD, [], namespace=None, resource_version="8") == 0
     assert cache.get(POD, "llm", "just-created") is not None
 
 
-def test_tells_what_came_changed_and_went() -> None:
+@pytest.mark.parametrize("namespace", [None, "llm"])
+def test_a_late_response_older_than_the_list_does_not_bring_an_object_back(
+    namespace: str | None,
+) -> None:
+    cache = ObjectCache()
+    cache.replace(POD, [], namespace=namespace, resource_version="8")
+    assert not cache.update(POD, make_object(POD, "created-and-deleted", version=7))
+    assert cache.update(POD, make_object(POD, "created", version=9))
+
+
+def test_a_forgotten_kind_can_be_listed_again_unchanged() -> None:
+    cache, changes = ObjectCache(), list[ObjectChange]()
+    pod = make_object(POD, "a", version=5)
+    cache.replace(POD, [pod], namespace=None, resource_version="8")
+    cache.add_event_handler(changes.append)
+    cache.forget(POD)
+    assert cache.list_all(POD) == []
+    assert changes == [ObjectChange(POD, pod, None)]
+    cache.replace(POD, [pod], namespace=None, resource_version="8")
+    assert cache.list_all(POD) == [pod]
+
+
+def test_handlers_get_additions_changes_and_deletions() -> None:
     cache, changes = ObjectCache(), list[ObjectChange]()
     cache.add_event_handler(changes.append)
     first, second = make_object(MOEMODEL, "m"), make_object(MOEMODEL, "m")
@@ -114,7 +134,7 @@ def test_tells_what_came_changed_and_went() -> None:
     assert changes[-1].object == second
 
 
-def test_keeps_no_managed_fields() -> None:
+def test_drops_managed_fields() -> None:
     cache = ObjectCache()
     pod = make_object(POD, "a")
     pod["metadata"]["managedFields"] = [{"manager": "kubectl"}]
@@ -125,26 +145,26 @@ def test_keeps_no_managed_fields() -> None:
     assert "managedFields" in pod["metadata"]
 
 
-def test_a_pod_source_shows_one_owners_pods_and_wakes_only_for_them() -> None:
-    async def story() -> None:
+def test_owned_pods_lists_and_notifies_for_one_owner_only() -> None:
+    async def scenario() -> None:
         cache = ObjectCache()
-        source = OwnedPods(cache, "model-1")
-        looks = 0
+        pods = OwnedPods(cache, "model-1")
+        n_evaluations = 0
 
-        def came() -> bool:
-            nonlocal looks
-            looks += 1
-            return bool(source.list_oldest_first())
+        def has_pods() -> bool:
+            nonlocal n_evaluations
+            n_evaluations += 1
+            return bool(pods.list_oldest_first())
 
-        waiting = asyncio.create_task(source.wait_for(came))
+        waiting = asyncio.create_task(pods.wait_for(has_pods))
         await asyncio.sleep(0)
         cache.update(POD, make_object(POD, "other", owner="model-2"))
         await asyncio.sleep(0)
-        source.update(make_object(POD, "mine", owner="model-1"))
+        pods.update(make_object(POD, "mine", owner="model-1"))
         await asyncio.wait_for(waiting, 1)
-        assert looks == 2
-        assert [pod["metadata"]["name"] for pod in source.list_oldest_first()] == ["mine"]
-        assert source.get("llm", "mine") is not None
-        assert source.get("llm", "other") is None
+        assert n_evaluations == 2
+        assert [pod["metadata"]["name"] for pod in pods.list_oldest_first()] == ["mine"]
+        assert pods.get("llm", "mine") is not None
+        assert pods.get("llm", "other") is None
 
-    asyncio.run(story())
+    asyncio.run(scenario())

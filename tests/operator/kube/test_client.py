@@ -1,4 +1,4 @@
-"""The client against a server that speaks the API's JSON: what is asked, and what answers mean."""
+"""KubeClient against an HTTP server: requests, decoding, errors, retries."""
 
 import asyncio
 import json
@@ -13,7 +13,14 @@ from kube_objects import make_object
 from kubernetes.aio.client.configuration import Configuration
 
 from faasmoe_operator.kube.client import KubeClient
-from faasmoe_operator.kube.errors import Conflict, Forbidden, Invalid, KubeApiError, Unavailable
+from faasmoe_operator.kube.errors import (
+    Conflict,
+    Expired,
+    Forbidden,
+    Invalid,
+    KubeApiError,
+    Unavailable,
+)
 from faasmoe_operator.kube.transport import KubeTransport
 from faasmoe_operator.kube.types import (
     CONFIG_MAP,
@@ -30,7 +37,7 @@ Answer = tuple[int, Any, dict[str, str]]
 
 @dataclass
 class ApiServer:
-    """Gives the answers in their order, the last one again and again, and keeps the requests."""
+    """Gives the answers in order, repeating the last one, and records the requests."""
 
     answers: list[Answer]
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -56,15 +63,15 @@ class ApiServer:
 
 
 SILENT: Answer = (0, None, {})
-PATIENT_S = 60.0  # a busy machine's answer is no silence
-SILENCE_S = 3.0
+LONG_TIMEOUT_S = 60.0  # a slow response of a busy machine is not silence
+SHORT_TIMEOUT_S = 3.0
 
 
 @asynccontextmanager
 async def fake_api_server(
     server: ApiServer, counted: list[tuple[str, str, int]]
 ) -> AsyncIterator[KubeClient]:
-    timeout_s = SILENCE_S if SILENT in server.answers else PATIENT_S
+    timeout_s = SHORT_TIMEOUT_S if SILENT in server.answers else LONG_TIMEOUT_S
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", server.handle)
     runner = web.AppRunner(app, shutdown_timeout=0.01)
@@ -100,7 +107,7 @@ class Exchange:
 
 
 def exchange(call: Callable[[KubeClient], Awaitable[Any]], *answers: Answer) -> Exchange:
-    """Make a call against a server that gives these answers; an error is the result."""
+    """Make a call against a server that gives these answers; a KubeApiError becomes the result."""
     server, counted = ApiServer(list(answers)), list[tuple[str, str, int]]()
 
     async def run() -> Any:
@@ -117,7 +124,7 @@ def ok(body: Any) -> Answer:
     return 200, body, {}
 
 
-def refusal(status: int, reason: str, message: str = "no", **headers: str) -> Answer:
+def error_response(status: int, reason: str, message: str = "no", **headers: str) -> Answer:
     body = {"kind": "Status", "status": "Failure", "reason": reason, "message": message}
     return status, body, {name.replace("_", "-"): value for name, value in headers.items()}
 
@@ -130,37 +137,91 @@ def create(client: KubeClient) -> Awaitable[Any]:
     return client.create(POD, make_object(POD, "a"))
 
 
-def test_reads_an_object_as_who_we_are() -> None:
+def test_get_sends_the_token_and_returns_the_object() -> None:
     pod = make_object(POD, "a")
-    story = exchange(get, ok(pod))
-    assert story.result == pod
-    assert story.only["path"] == "/api/v1/namespaces/llm/pods/a"
-    assert story.only["authorization"] == "t0k"
-    assert story.counted == [("get", "pods", 200)]
+    scenario = exchange(get, ok(pod))
+    assert scenario.result == pod
+    assert scenario.only["path"] == "/api/v1/namespaces/llm/pods/a"
+    assert scenario.only["authorization"] == "t0k"
+    assert scenario.counted == [("get", "pods", 200)]
 
 
-def test_an_object_that_is_not_there_is_none() -> None:
-    assert exchange(get, refusal(404, "NotFound")).result is None
+def test_get_returns_none_for_a_missing_object() -> None:
+    assert exchange(get, error_response(404, "NotFound")).result is None
 
 
-def test_lists_page_by_page_and_names_what_it_lists() -> None:
+def test_list_follows_pages_and_adds_type_metadata() -> None:
     item = {"metadata": {"name": "a"}}
-    story = exchange(
+    scenario = exchange(
         lambda client: client.list(DEPLOYMENT, None, label_selector="a=b"),
-        ok({"metadata": {"continue": "next"}, "items": [item]}),
-        ok({"metadata": {}, "items": [item]}),
+        ok({"metadata": {"continue": "next", "resourceVersion": "7"}, "items": [item]}),
+        ok({"metadata": {"resourceVersion": "7"}, "items": [item]}),
     )
-    assert story.result == [{"apiVersion": "apps/v1", "kind": "Deployment", **item}] * 2
-    first, second = story.server.requests
+    assert scenario.result.objects == [{"apiVersion": "apps/v1", "kind": "Deployment", **item}] * 2
+    assert scenario.result.resource_version == "7"
+    first, second = scenario.server.requests
     assert first["path"] == "/apis/apps/v1/deployments"
-    assert first["query"] == {"limit": "500", "labelSelector": "a=b"}
+    assert first["query"] == {"limit": "100", "labelSelector": "a=b"}
     assert second["query"]["continue"] == "next"
 
 
-def test_applies_by_force_as_one_field_manager_and_strictly() -> None:
+def watch(client: KubeClient) -> Awaitable[Any]:
+    """Return all events of a watch."""
+
+    async def events() -> list[Any]:
+        stream = client.watch(
+            POD, "llm", resource_version="7", label_selector="a=b", timeout_s=300, idle_timeout_s=9
+        )
+        return [event async for event in stream]
+
+    return events()
+
+
+def lines(*events: Any) -> Answer:
+    return 200, b"".join(json.dumps(event).encode() + b"\n" for event in events), {}
+
+
+def test_watch_streams_events_from_a_version() -> None:
+    pod, bookmark = make_object(POD, "a"), {"metadata": {"resourceVersion": "9"}}
+    scenario = exchange(
+        watch, lines({"type": "ADDED", "object": pod}, {"type": "BOOKMARK", "object": bookmark})
+    )
+    assert scenario.result == [("ADDED", pod), ("BOOKMARK", bookmark)]
+    assert scenario.only["path"] == "/api/v1/namespaces/llm/pods"
+    assert scenario.only["authorization"] == "t0k"
+    assert scenario.only["query"] == {
+        "watch": "true",
+        "resourceVersion": "7",
+        "allowWatchBookmarks": "true",
+        "timeoutSeconds": "300",
+        "labelSelector": "a=b",
+    }
+    assert scenario.counted == [("watch", "pods", 200)]
+
+
+def test_watch_raises_the_error_of_an_error_event() -> None:
+    status = {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}
+    error = exchange(watch, lines({"type": "ERROR", "object": status})).result
+    assert isinstance(error, Expired)
+    assert str(error) == "watch /api/v1/namespaces/llm/pods: too old"
+
+
+@pytest.mark.parametrize("status", [403, 410, 503])
+def test_watch_raises_a_refusal_without_a_retry(status: int) -> None:
+    scenario = exchange(watch, error_response(status, "Rejected"))
+    assert scenario.result.status == status
+    assert scenario.counted == [("watch", "pods", status)]
+
+
+@pytest.mark.parametrize("body", [b"<html>\n", b"[1]\n", b'{"type": "ADDED"}\n'])
+def test_watch_rejects_a_line_that_is_no_event(body: bytes) -> None:
+    assert exchange(watch, (200, body, {})).result.reason == "NotJson"
+
+
+def test_apply_is_forced_strict_and_has_a_field_manager() -> None:
     obj = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "a", "namespace": "llm"}}
-    story = exchange(lambda client: client.apply(CONFIG_MAP, obj), ok(obj))
-    assert story.only == {
+    scenario = exchange(lambda client: client.apply(CONFIG_MAP, obj), ok(obj))
+    assert scenario.only == {
         "method": "PATCH",
         "path": "/api/v1/namespaces/llm/configmaps/a",
         "query": {"fieldManager": "faasmoe-operator", "force": "true", "fieldValidation": "Strict"},
@@ -170,25 +231,25 @@ def test_applies_by_force_as_one_field_manager_and_strictly() -> None:
     }
 
 
-def test_merges_all_but_metadata_into_just_this_object() -> None:
+def test_merge_patch_sends_only_the_uid_of_the_metadata() -> None:
     metadata = {"name": "a", "namespace": "llm", "uid": "u1", "labels": {"x": "1"}}
     obj = {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": {"ports": []}}
-    story = exchange(lambda client: client.merge_patch(SERVICE, obj), ok(obj))
-    assert story.only["type"] == "application/merge-patch+json"
-    assert story.only["path"] == "/api/v1/namespaces/llm/services/a"
-    assert story.only["body"] == {**obj, "metadata": {"uid": "u1"}}
+    scenario = exchange(lambda client: client.merge_patch(SERVICE, obj), ok(obj))
+    assert scenario.only["type"] == "application/merge-patch+json"
+    assert scenario.only["path"] == "/api/v1/namespaces/llm/services/a"
+    assert scenario.only["body"] == {**obj, "metadata": {"uid": "u1"}}
 
 
-def test_writes_a_status_of_just_this_object_in_just_this_state() -> None:
-    story = exchange(
+def test_patch_status_sends_uid_and_version_as_preconditions() -> None:
+    scenario = exchange(
         lambda client: client.patch_status(
             MOEMODEL, "llm", "m", {"url": "u"}, uid="u1", resource_version="7"
         ),
         ok({}),
     )
-    assert story.only["path"] == "/apis/faasmoe.dev/v1alpha1/namespaces/llm/moemodels/m/status"
-    assert story.only["type"] == "application/apply-patch+yaml"
-    assert story.only["body"] == {
+    assert scenario.only["path"] == "/apis/faasmoe.dev/v1alpha1/namespaces/llm/moemodels/m/status"
+    assert scenario.only["type"] == "application/apply-patch+yaml"
+    assert scenario.only["body"] == {
         "apiVersion": "faasmoe.dev/v1alpha1",
         "kind": "MoEModel",
         "metadata": {"name": "m", "namespace": "llm", "uid": "u1", "resourceVersion": "7"},
@@ -196,40 +257,44 @@ def test_writes_a_status_of_just_this_object_in_just_this_state() -> None:
     }
 
 
-def test_sets_and_removes_labels_and_touches_no_other_metadata() -> None:
-    story = exchange(
+def test_patch_metadata_sends_only_the_given_labels() -> None:
+    scenario = exchange(
         lambda client: client.patch_metadata(POD, "llm", "a", labels={"x": "1", "y": None}), ok({})
     )
-    assert story.only["body"] == {"metadata": {"labels": {"x": "1", "y": None}}}
-    assert story.only["type"] == "application/merge-patch+json"
+    assert scenario.only["body"] == {"metadata": {"labels": {"x": "1", "y": None}}}
+    assert scenario.only["type"] == "application/merge-patch+json"
 
 
-def test_deletes_just_the_object_that_is_meant() -> None:
-    story = exchange(lambda client: client.delete(POD, "llm", "a", uid="u1", grace_s=0), ok({}))
-    assert story.only["method"] == "DELETE"
-    assert story.only["body"] == {
+def test_delete_sends_the_uid_as_precondition() -> None:
+    scenario = exchange(lambda client: client.delete(POD, "llm", "a", uid="u1", grace_s=0), ok({}))
+    assert scenario.only["method"] == "DELETE"
+    assert scenario.only["body"] == {
         "propagationPolicy": "Background",
         "preconditions": {"uid": "u1"},
         "gracePeriodSeconds": 0,
     }
 
 
-@pytest.mark.parametrize("answer", [refusal(404, "NotFound"), refusal(409, "Conflict")])
-def test_has_nothing_to_delete_if_it_is_gone_or_another(answer: Answer) -> None:
+@pytest.mark.parametrize(
+    "answer", [error_response(404, "NotFound"), error_response(409, "Conflict")]
+)
+def test_delete_accepts_that_the_object_is_gone_or_replaced(answer: Answer) -> None:
     assert exchange(lambda client: client.delete(POD, "llm", "a", uid="u1"), answer).result is None
 
 
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
-        pytest.param(refusal(400, "BadRequest", "unknown field"), Invalid, id="strict-validation"),
-        pytest.param(refusal(403, "Forbidden", "exceeded quota: q"), Forbidden, id="quota"),
-        pytest.param(refusal(409, "AlreadyExists", '"a" exists'), Conflict, id="exists"),
-        pytest.param(refusal(422, "Invalid", "spec: immutable"), Invalid, id="invalid"),
-        pytest.param(refusal(500, "InternalError", "etcd"), Unavailable, id="broken"),
+        pytest.param(
+            error_response(400, "BadRequest", "unknown field"), Invalid, id="strict-validation"
+        ),
+        pytest.param(error_response(403, "Forbidden", "exceeded quota: q"), Forbidden, id="quota"),
+        pytest.param(error_response(409, "AlreadyExists", '"a" exists'), Conflict, id="exists"),
+        pytest.param(error_response(422, "Invalid", "spec: immutable"), Invalid, id="invalid"),
+        pytest.param(error_response(500, "InternalError", "etcd"), Unavailable, id="broken"),
     ],
 )
-def test_says_what_the_server_said(answer: Answer, kind: type[KubeApiError]) -> None:
+def test_errors_carry_status_reason_and_message(answer: Answer, kind: type[KubeApiError]) -> None:
     error = exchange(create, answer).result
     assert type(error) is kind
     assert error.status == answer[0]
@@ -237,53 +302,55 @@ def test_says_what_the_server_said(answer: Answer, kind: type[KubeApiError]) -> 
     assert str(error) == f"create /api/v1/namespaces/llm/pods: {answer[1]['message']}"
 
 
-def test_tells_a_taken_name_from_other_conflicts() -> None:
-    assert exchange(create, refusal(409, "AlreadyExists")).result.exists
-    assert not exchange(create, refusal(409, "Conflict")).result.exists
+def test_tells_already_exists_from_other_conflicts() -> None:
+    assert exchange(create, error_response(409, "AlreadyExists")).result.already_exists
+    assert not exchange(create, error_response(409, "Conflict")).result.already_exists
 
 
 @pytest.mark.parametrize(
     "answer",
     [
-        pytest.param(refusal(500, "InternalError"), id="broken"),
-        pytest.param(refusal(503, "ServiceUnavailable"), id="away"),
-        pytest.param(refusal(429, "TooManyRequests", Retry_After="0"), id="busy"),
+        pytest.param(error_response(500, "InternalError"), id="broken"),
+        pytest.param(error_response(503, "ServiceUnavailable"), id="unavailable"),
+        pytest.param(error_response(429, "TooManyRequests", Retry_After="0"), id="busy"),
         pytest.param(SILENT, id="silent"),
     ],
 )
-def test_asks_again_what_may_be_asked_twice(answer: Answer) -> None:
-    story = exchange(get, answer, ok({"kind": "Pod"}))
-    assert story.result == {"kind": "Pod"}
-    assert story.counted == [("get", "pods", answer[0]), ("get", "pods", 200)]
+def test_retries_idempotent_requests(answer: Answer) -> None:
+    scenario = exchange(get, answer, ok({"kind": "Pod"}))
+    assert scenario.result == {"kind": "Pod"}
+    assert scenario.counted == [("get", "pods", answer[0]), ("get", "pods", 200)]
 
 
-@pytest.mark.parametrize("answer", [refusal(500, "InternalError"), SILENT])
-def test_does_not_create_twice(answer: Answer) -> None:
-    story = exchange(create, answer, ok({}))
-    assert isinstance(story.result, Unavailable)
-    assert len(story.server.requests) == 1
+@pytest.mark.parametrize("answer", [error_response(500, "InternalError"), SILENT])
+def test_does_not_retry_create_after_a_failure(answer: Answer) -> None:
+    scenario = exchange(create, answer, ok({}))
+    assert isinstance(scenario.result, Unavailable)
+    assert len(scenario.server.requests) == 1
 
 
-def test_creates_again_if_the_server_did_not_even_look_at_it() -> None:
-    story = exchange(create, refusal(429, "TooManyRequests", Retry_After="0"), ok({"kind": "Pod"}))
-    assert story.result == {"kind": "Pod"}
+def test_retries_create_after_a_429() -> None:
+    scenario = exchange(
+        create, error_response(429, "TooManyRequests", Retry_After="0"), ok({"kind": "Pod"})
+    )
+    assert scenario.result == {"kind": "Pod"}
 
 
-def test_gives_up_after_a_few_times() -> None:
-    story = exchange(get, refusal(503, "ServiceUnavailable", "etcd is away"))
-    assert isinstance(story.result, Unavailable)
-    assert "etcd is away" in str(story.result)
-    assert len(story.server.requests) == 3
+def test_gives_up_after_the_last_retry() -> None:
+    scenario = exchange(get, error_response(503, "ServiceUnavailable", "etcd is down"))
+    assert isinstance(scenario.result, Unavailable)
+    assert "etcd is down" in str(scenario.result)
+    assert len(scenario.server.requests) == 3
 
 
-def test_leaves_a_long_wait_to_its_caller() -> None:
-    story = exchange(get, refusal(429, "TooManyRequests", Retry_After="60"))
-    assert isinstance(story.result, Unavailable)
-    assert story.result.retry_after_s == 60
-    assert len(story.server.requests) == 1
+def test_a_long_retry_after_is_left_to_the_caller() -> None:
+    scenario = exchange(get, error_response(429, "TooManyRequests", Retry_After="60"))
+    assert isinstance(scenario.result, Unavailable)
+    assert scenario.result.retry_after_s == 60
+    assert len(scenario.server.requests) == 1
 
 
-def test_a_server_that_is_not_there_is_unavailable() -> None:
+def test_an_unreachable_server_is_unavailable() -> None:
     async def run() -> None:
         transport = KubeTransport(Configuration(host="http://127.0.0.1:1"), retry_delays_s=(0.0,))
         async with KubeClient(transport) as client:
@@ -294,20 +361,22 @@ def test_a_server_that_is_not_there_is_unavailable() -> None:
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[1]", b""])
-def test_an_answer_that_is_no_object_is_an_error(body: bytes) -> None:
+def test_a_response_without_a_json_object_is_an_error(body: bytes) -> None:
     error = exchange(get, (200, body, {})).result
     assert error.reason == "NotJson"
 
 
-def test_knows_what_the_cluster_serves() -> None:
+def test_is_served_reads_the_resource_list() -> None:
     served = ok({"resources": [{"name": "httproutes"}, {"name": "httproutes/status"}]})
-    story = exchange(lambda client: client.is_served(HTTP_ROUTE), served)
-    assert story.result is True
-    assert story.only["path"] == "/apis/gateway.networking.k8s.io/v1"
+    scenario = exchange(lambda client: client.is_served(HTTP_ROUTE), served)
+    assert scenario.result is True
+    assert scenario.only["path"] == "/apis/gateway.networking.k8s.io/v1"
     assert (
         exchange(lambda client: client.is_served(HTTP_ROUTE), ok({"resources": []})).result is False
     )
     assert (
-        exchange(lambda client: client.is_served(HTTP_ROUTE), refusal(404, "NotFound")).result
+        exchange(
+            lambda client: client.is_served(HTTP_ROUTE), error_response(404, "NotFound")
+        ).result
         is False
     )

@@ -20,35 +20,35 @@ UNSCHEDULED = make_object(
 
 
 @pytest.mark.parametrize(
-    ("counts", "pods", "fault", "expected"),
+    ("counts", "pods", "runtime_failure", "expected"),
     [
-        pytest.param(None, [], None, ("Unknown", "Planning"), id="no-core-yet"),
+        pytest.param(None, [], None, ("Unknown", "Planning"), id="not-started"),
         pytest.param(
             None,
             [],
             condition_false("GranularityInvalid", "granularity: 7"),
             ("False", "GranularityInvalid"),
-            id="no-plan",
+            id="invalid-granularity",
         ),
-        pytest.param(IDLE, [], None, ("True", "Planned"), id="at-zero"),
-        pytest.param(IDLE, [UNSCHEDULED], None, ("False", "Unschedulable"), id="too-large"),
+        pytest.param(IDLE, [], None, ("True", "Planned"), id="scaled-to-zero"),
+        pytest.param(IDLE, [UNSCHEDULED], None, ("False", "Unschedulable"), id="unschedulable"),
         pytest.param(
             RuntimeCounts(failure="no quota"),
             [],
             None,
             ("False", "SandboxesUnavailable"),
-            id="refused",
+            id="rejected",
         ),
     ],
 )
-def test_functions_are_ready_when_they_can_be_had(
+def test_functions_condition_by_counts_and_failures(
     counts: RuntimeCounts | None,
     pods: list[Object],
-    fault: ConditionState | None,
+    runtime_failure: ConditionState | None,
     expected: tuple[str, str],
 ) -> None:
-    verdict = functions_condition(counts, pods, runtime_failure=fault)
-    assert (verdict.status, verdict.reason) == expected
+    state = functions_condition(counts, pods, runtime_failure=runtime_failure)
+    assert (state.status, state.reason) == expected
 
 
 @pytest.mark.parametrize(
@@ -59,23 +59,23 @@ def test_functions_are_ready_when_they_can_be_had(
         (RuntimeCounts(functions=72, active=2, replicas=3), ("True", "Serving")),
     ],
 )
-def test_a_model_is_active_while_a_function_has_a_replica(
+def test_active_while_a_function_has_a_replica(
     counts: RuntimeCounts | None, expected: tuple[str, str]
 ) -> None:
-    verdict = active_condition(counts)
-    assert (verdict.status, verdict.reason) == expected
+    state = active_condition(counts)
+    assert (state.status, state.reason) == expected
 
 
-def test_says_which_tenant_lacks_which_secret() -> None:
+def test_names_tenants_without_keys_and_their_secrets() -> None:
     tenants = [
         TenantSpec.model_validate({"name": name, "apiKeysSecretRef": {"name": f"{name}-keys"}})
         for name in ("acme", "beta")
     ]
-    verdict = tenants_condition(tenants, RuntimeCounts(tenant_keys={"acme": 1, "beta": 0}))
-    assert verdict.reason == "KeysMissing"
-    assert "tenant beta has no key: Secret beta-keys is missing or empty" in verdict.message
-    assert "acme" not in verdict.message
+    state = tenants_condition(tenants, RuntimeCounts(tenant_keys={"acme": 1, "beta": 0}))
+    assert state.reason == "KeysMissing"
+    assert "tenant beta has no key: Secret beta-keys is missing or empty" in state.message
+    assert "acme" not in state.message
 
 
-def test_no_tenants_is_fine_and_said() -> None:
+def test_tenants_ready_without_tenants() -> None:
     assert tenants_condition([], None).reason == "NoTenants"

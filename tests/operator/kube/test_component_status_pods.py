@@ -7,19 +7,19 @@ from faasmoe_operator.kube.component_status import find_pod_failure, first_pod_f
 from faasmoe_operator.kube.types import POD, Object
 
 
-def a_pod(name: str = "p", **status: Any) -> Object:
+def make_pod(name: str = "p", **status: Any) -> Object:
     return make_object(POD, name, status=status)
 
 
 def waiting(reason: str, message: str = "", **rest: Any) -> Object:
     state = {"waiting": {"reason": reason, "message": message}}
     container = {"name": "c", "image": "registry/i:1", "state": state, **rest}
-    return a_pod(phase="Pending", containerStatuses=[container])
+    return make_pod(phase="Pending", containerStatuses=[container])
 
 
 def unscheduled(message: str) -> Object:
     condition = {"type": "PodScheduled", "status": "False", "message": message}
-    return a_pod(phase="Pending", conditions=[condition])
+    return make_pod(phase="Pending", conditions=[condition])
 
 
 NO_MEMORY = "0/3 nodes are available: 3 Insufficient memory."
@@ -29,7 +29,7 @@ OOM_KILLED = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
 
 
 @pytest.mark.parametrize(
-    ("pod", "reason", "says"),
+    ("pod", "reason", "expected_message"),
     [
         (unscheduled(NO_MEMORY), "Unschedulable", "3 Insufficient memory; add nodes or"),
         (unscheduled(UNBOUND), "Unschedulable", "`kubectl describe pvc`"),
@@ -58,55 +58,55 @@ OOM_KILLED = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
         ),
         (waiting("CrashLoopBackOff", lastState=OOM_KILLED), "OOMKilled", "ask for more memory"),
         (
-            a_pod(phase="Failed", reason="Evicted", message="The node was low on disk"),
+            make_pod(phase="Failed", reason="Evicted", message="The node was low on disk"),
             "Evicted",
             "low on disk",
         ),
     ],
 )
-def test_says_why_a_pod_does_not_run(pod: Object, reason: str, says: str) -> None:
-    trouble = find_pod_failure(pod)
-    assert trouble is not None
-    assert trouble.reason == reason
-    assert says in trouble.message
+def test_finds_why_a_pod_does_not_run(pod: Object, reason: str, expected_message: str) -> None:
+    failure = find_pod_failure(pod)
+    assert failure is not None
+    assert failure.reason == reason
+    assert expected_message in failure.message
 
 
 @pytest.mark.parametrize(
     "pod",
     [
-        pytest.param(a_pod(), id="no-status-yet"),
+        pytest.param(make_pod(), id="no-status-yet"),
         pytest.param(waiting("ContainerCreating"), id="starting"),
         pytest.param(waiting("PodInitializing"), id="initializing"),
-        pytest.param(a_pod(phase="Running", containerStatuses=[{"state": {}}]), id="running"),
-        pytest.param(a_pod(phase="Failed"), id="failed-by-itself"),
+        pytest.param(make_pod(phase="Running", containerStatuses=[{"state": {}}]), id="running"),
+        pytest.param(make_pod(phase="Failed"), id="failed-by-itself"),
     ],
 )
-def test_is_quiet_while_nothing_is_wrong(pod: Object) -> None:
+def test_a_healthy_pod_has_no_failure(pod: Object) -> None:
     assert find_pod_failure(pod) is None
 
 
-def test_does_not_speak_of_pods_that_go() -> None:
+def test_a_terminating_pod_has_no_failure() -> None:
     pod = waiting("ErrImagePull")
     pod["metadata"]["deletionTimestamp"] = "2026-09-01T12:00:00Z"
     assert find_pod_failure(pod) is None
 
 
-def test_says_the_same_of_a_pull_and_of_its_back_off() -> None:
+def test_pull_error_and_back_off_have_the_same_message() -> None:
     pulls = find_pod_failure(waiting("ErrImagePull", "no such host"))
     waits = 'Back-off pulling image "registry/i:1": ErrImagePull: no such host'
     assert find_pod_failure(waiting("ImagePullBackOff", waits)) == pulls
 
 
-def test_names_the_missing_secret() -> None:
-    trouble = find_pod_failure(waiting("CreateContainerConfigError", 'secret "hub" not found'))
-    assert trouble is not None
-    assert trouble.missing_secret == "hub"
+def test_failure_names_the_missing_secret() -> None:
+    failure = find_pod_failure(waiting("CreateContainerConfigError", 'secret "hub" not found'))
+    assert failure is not None
+    assert failure.missing_secret == "hub"
 
 
-def test_of_several_pods_the_first_in_trouble_counts() -> None:
-    pods = [waiting("ErrImagePull"), a_pod("a"), unscheduled(NO_MEMORY)]
+def test_reports_the_first_failing_pod_by_name() -> None:
+    pods = [waiting("ErrImagePull"), make_pod("a"), unscheduled(NO_MEMORY)]
     pods[2]["metadata"]["name"] = "b"
-    trouble = first_pod_failure(pods)
-    assert trouble is not None
-    assert trouble.reason == "Unschedulable"
+    failure = first_pod_failure(pods)
+    assert failure is not None
+    assert failure.reason == "Unschedulable"
     assert first_pod_failure([]) is None

@@ -7,7 +7,7 @@ from faasmoe_operator.kube.component_status import router_status
 from faasmoe_operator.kube.types import DEPLOYMENT, POD, Object
 
 
-def a_deployment(**status: Any) -> Object:
+def make_deployment(**status: Any) -> Object:
     deployment = make_object(DEPLOYMENT, "moe-router", status=status)
     deployment["metadata"]["generation"] = 3
     return deployment
@@ -25,59 +25,65 @@ def counts(total: int, updated: int, available: int, **rest: Any) -> dict[str, A
 
 
 def condition(kind: str, status: str) -> list[Object]:
-    return [{"type": kind, "status": status, "message": "said so"}]
+    return [{"type": kind, "status": status, "message": "by the controller"}]
 
 
 @pytest.mark.parametrize(
     ("deployment", "expected"),
     [
         pytest.param(None, ("Unknown", "Deploying"), id="none-yet"),
-        pytest.param(a_deployment(), ("Unknown", "Starting"), id="unseen"),
-        pytest.param(a_deployment(**counts(2, 2, 1)), ("Unknown", "Starting"), id="some-answer"),
-        pytest.param(a_deployment(**counts(2, 2, 2)), ("True", "Available"), id="all-answer"),
-        pytest.param(a_deployment(**counts(3, 1, 2)), ("Unknown", "RollingOut"), id="rolling-out"),
+        pytest.param(make_deployment(), ("Unknown", "Starting"), id="not-observed"),
+        pytest.param(make_deployment(**counts(2, 2, 1)), ("Unknown", "Starting"), id="some-ready"),
+        pytest.param(make_deployment(**counts(2, 2, 2)), ("True", "Available"), id="all-ready"),
         pytest.param(
-            a_deployment(**{**counts(2, 2, 2), "observedGeneration": 2}),
-            ("Unknown", "RollingOut"),
-            id="of-the-spec-before",
+            make_deployment(**counts(3, 1, 2)), ("Unknown", "RollingOut"), id="rolling-out"
         ),
         pytest.param(
-            a_deployment(**counts(1, 1, 0, conditions=condition("Progressing", "False"))),
+            make_deployment(**{**counts(2, 2, 2), "observedGeneration": 2}),
+            ("Unknown", "RollingOut"),
+            id="outdated-generation",
+        ),
+        pytest.param(
+            make_deployment(**counts(1, 1, 0, conditions=condition("Progressing", "False"))),
             ("False", "ProgressDeadlineExceeded"),
             id="stuck",
         ),
         pytest.param(
-            a_deployment(**counts(0, 0, 0, conditions=condition("ReplicaFailure", "True"))),
+            make_deployment(**counts(0, 0, 0, conditions=condition("ReplicaFailure", "True"))),
             ("False", "FailedCreate"),
-            id="refused",
+            id="rejected",
         ),
     ],
 )
-def test_says_how_the_routers_are_doing(
+def test_router_condition_by_deployment_status(
     deployment: Object | None, expected: tuple[str, str]
 ) -> None:
-    verdict = router_status(deployment, [], desired_replicas=2).condition
-    assert (verdict.status, verdict.reason) == expected
+    condition_state = router_status(deployment, [], desired_replicas=2).condition
+    assert (condition_state.status, condition_state.reason) == expected
 
 
-def test_counts_replicas() -> None:
-    state = router_status(a_deployment(**counts(3, 2, 1)), [], desired_replicas=2)
-    assert (state.replicas, state.ready_replicas) == (3, 1)
+def test_router_status_has_replica_counts() -> None:
+    status = router_status(make_deployment(**counts(3, 2, 1)), [], desired_replicas=2)
+    assert (status.replicas, status.ready_replicas) == (3, 1)
 
 
-def test_a_pods_trouble_says_more_than_that_one_is_missing() -> None:
+def test_a_pod_failure_overrides_an_incomplete_rollout() -> None:
     waiting = {"reason": "CreateContainerConfigError", "message": 'secret "s" not found'}
     pod = make_object(POD, "p", status={"containerStatuses": [{"state": {"waiting": waiting}}]})
-    state = router_status(a_deployment(**counts(2, 2, 1)), [pod], desired_replicas=2)
-    assert (state.condition.status, state.condition.reason) == ("False", "SecretNotFound")
-    assert state.missing_secret == "s"
+    status = router_status(make_deployment(**counts(2, 2, 1)), [pod], desired_replicas=2)
+    assert (status.condition.status, status.condition.reason) == ("False", "SecretNotFound")
+    assert status.missing_secret == "s"
 
 
-def test_trouble_of_a_pod_too_many_is_none_of_the_models() -> None:
+def test_a_failing_surplus_pod_does_not_affect_availability() -> None:
     pod = make_object(
-        POD, "p", status={"containerStatuses": [{"state": {"waiting": {"reason": "ErrImagePull"}}}]}
+        POD,
+        "p",
+        status={"containerStatuses": [{"state": {"waiting": {"reason": "ErrImagePull"}}}]},
     )
     assert (
-        router_status(a_deployment(**counts(2, 2, 2)), [pod], desired_replicas=2).condition.status
+        router_status(
+            make_deployment(**counts(2, 2, 2)), [pod], desired_replicas=2
+        ).condition.status
         == "True"
     )

@@ -16,17 +16,17 @@ from faasmoe_operator.kube.types import Object
 THEN, NOW = "2026-09-01T12:00:00Z", "2026-09-01T12:05:00Z"
 GOOD, BAD, PENDING = (
     condition_true("Fine", "well"),
-    condition_false("Broken", "mend it"),
+    condition_false("Broken", "fix it"),
     condition_unknown("Coming", "wait"),
 )
 
 
-def built_condition(verdict: ConditionState, before: list[Object]) -> Object:
-    (condition,) = build_conditions({READY: verdict}, before, generation=2, now=NOW)
+def built_condition(state: ConditionState, previous: list[Object]) -> Object:
+    (condition,) = build_conditions({READY: state}, previous, generation=2, now=NOW)
     return condition
 
 
-def test_a_condition_says_all_that_kubernetes_asks_for() -> None:
+def test_a_condition_has_all_standard_fields() -> None:
     assert built_condition(GOOD, []) == {
         "type": "Ready",
         "status": "True",
@@ -37,39 +37,39 @@ def test_a_condition_says_all_that_kubernetes_asks_for() -> None:
     }
 
 
-def test_the_time_is_that_of_the_last_flip() -> None:
-    before = [{"type": "Ready", "status": "False", "lastTransitionTime": THEN, "reason": "Other"}]
-    assert built_condition(BAD, before)["lastTransitionTime"] == THEN
-    assert built_condition(GOOD, before)["lastTransitionTime"] == NOW
+def test_transition_time_changes_only_with_the_status() -> None:
+    previous = [{"type": "Ready", "status": "False", "lastTransitionTime": THEN, "reason": "Other"}]
+    assert built_condition(BAD, previous)["lastTransitionTime"] == THEN
+    assert built_condition(GOOD, previous)["lastTransitionTime"] == NOW
 
 
-def test_a_condition_without_a_time_gets_one() -> None:
+def test_a_condition_without_a_transition_time_gets_one() -> None:
     assert built_condition(BAD, [{"type": "Ready", "status": "False"}])["lastTransitionTime"] == NOW
 
 
 @pytest.mark.parametrize(
-    ("verdicts", "expected"),
+    ("states", "expected"),
     [
         (ConditionStates(GOOD, GOOD, GOOD, GOOD, GOOD), ("True", "Ready")),
         (ConditionStates(GOOD, GOOD, GOOD, GOOD, active=BAD), ("True", "Ready")),
         (ConditionStates(GOOD, PENDING, GOOD, GOOD, GOOD), ("Unknown", "Coming")),
         (ConditionStates(PENDING, GOOD, GOOD, BAD, GOOD), ("False", "Broken")),
     ],
-    ids=["all", "idle", "under-way", "wrong-before-under-way"],
+    ids=["all", "idle", "in-progress", "false-before-unknown"],
 )
-def test_ready_sums_up_what_a_model_must_have(
-    verdicts: ConditionStates, expected: tuple[str, str]
+def test_ready_summarizes_the_dependent_conditions(
+    states: ConditionStates, expected: tuple[str, str]
 ) -> None:
-    verdict = summarize_ready(verdicts)
-    assert (verdict.status, verdict.reason) == expected
+    state = summarize_ready(states)
+    assert (state.status, state.reason) == expected
 
 
-def test_ready_says_which_part_is_meant() -> None:
+def test_ready_message_names_the_failing_condition() -> None:
     assert (
         summarize_ready(ConditionStates(GOOD, BAD, GOOD, GOOD, GOOD)).message
-        == "RouterReady: mend it"
+        == "RouterReady: fix it"
     )
 
 
-def test_messages_are_bounded() -> None:
+def test_long_messages_are_truncated() -> None:
     assert len(condition_false("Broken", "x" * 10_000).message) == MAX_MESSAGE_CHARS + 1

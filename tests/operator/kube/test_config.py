@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from faasmoe_operator.control.config import OperatorConfigError
+from faasmoe_operator.env_settings import OperatorConfigError
 from faasmoe_operator.kube.config import OperatorConfig
 
 ENV = {
@@ -11,7 +11,7 @@ ENV = {
 }
 
 
-def test_needs_images_and_nothing_else() -> None:
+def test_only_the_images_are_required() -> None:
     config = OperatorConfig.from_env(ENV)
     assert config.namespace == "faasmoe-system"
     assert config.watch_namespaces == ()
@@ -21,7 +21,7 @@ def test_needs_images_and_nothing_else() -> None:
     assert not config.leader_election
 
 
-def test_reads_everything() -> None:
+def test_reads_every_variable() -> None:
     values = {
         "NAMESPACE": "ops",
         "POD_NAME": "operator-0",
@@ -57,14 +57,16 @@ def test_reads_everything() -> None:
         ("ROUTER_IMAGE", "", "not set, expected an image"),
         ("NAMESPACE", "Ops", "got 'Ops', expected a name of lower case letters"),
         ("WATCH_NAMESPACES", "a,B", "got 'B', expected names of lower case"),
-        ("PORT", "0", "got '0', expected 1 to 65535"),
-        ("WORKERS", "many", "got 'many', expected 1 to 64"),
+        ("PORT", "0", "got '0', expected an integer from 1 to 65535"),
+        ("WORKERS", "many", "got 'many', expected an integer from 1 to 64"),
         ("POD_LABELS", "app", "got 'app', expected KEY=VALUE"),
         ("LEADER_ELECTION", "yes", "got 'yes', expected one of false, true"),
         ("LOG_FORMAT", "xml", "got 'xml', expected one of text, json"),
         ("IMAGE_PULL_POLICY", "always", "got 'always', expected one of IfNotPresent"),
     ],
 )
-def test_names_the_variable_that_is_wrong(name: str, value: str, message: str) -> None:
+def test_an_invalid_value_is_reported_with_its_variable(
+    name: str, value: str, message: str
+) -> None:
     with pytest.raises(OperatorConfigError, match=re.escape(f"FAASMOE_OPERATOR_{name}: {message}")):
         OperatorConfig.from_env({**ENV, f"FAASMOE_OPERATOR_{name}": value})

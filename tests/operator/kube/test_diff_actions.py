@@ -1,4 +1,4 @@
-"""Spec and observed in, list of actions out: creates, nothing to do, updates, not ours, gone."""
+"""plan_actions: which action follows from desired, live and last applied objects."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,23 +46,23 @@ def desired_object(kind: Kind, name: str = "moe", **body: Any) -> Object:
     return {"apiVersion": kind.api_version, "kind": kind.name, "metadata": metadata, **body}
 
 
-def live(intent: Object, **changes: Any) -> Object:
-    """What the API server has after an apply, with what it adds."""
-    obj = with_last_applied_hash(intent)
+def live(desired: Object, **changes: Any) -> Object:
+    """Return the live object after an apply, with server-set fields."""
+    obj = with_last_applied_hash(desired)
     metadata = {**obj["metadata"], "uid": "u1", "resourceVersion": "5", "generation": 1}
     return {**obj, "metadata": metadata, "status": {"phase": "x"}, **changes}
 
 
 @dataclass
 class Case:
-    wanted: list[Object] = field(default_factory=list)
+    desired: list[Object] = field(default_factory=list)
     live: list[Object] = field(default_factory=list)
     applied: dict[ObjectId, LastApplied] = field(default_factory=dict)
     prune: bool = True
 
     def plan(self) -> ActionPlan:
         return plan_actions(
-            self.wanted,
+            self.desired,
             self.live,
             owner=OWNER,
             last_applied=self.applied,
@@ -81,15 +81,19 @@ TERMINATING["metadata"]["deletionTimestamp"] = "2026-09-01T12:00:00Z"
 MAP = desired_object(CONFIG_MAP, data={"a": "1"})
 
 
-def last_applied(intent: Object, result: Object, *, at: float = 0.0) -> dict[ObjectId, LastApplied]:
-    return {object_id(intent): LastApplied(desired_hash(intent), fingerprint(result, intent), at)}
+def last_applied(
+    desired: Object, result: Object, *, at: float = 0.0
+) -> dict[ObjectId, LastApplied]:
+    return {
+        object_id(desired): LastApplied(desired_hash(desired), fingerprint(result, desired), at)
+    }
 
 
 @pytest.mark.parametrize(
     ("case", "actions"),
     [
         pytest.param(Case([ROUTER]), [CreateObject(ROUTER)], id="creates"),
-        pytest.param(Case([ROUTER], [live(ROUTER)]), [], id="nothing-to-do"),
+        pytest.param(Case([ROUTER], [live(ROUTER)]), [], id="up-to-date"),
         pytest.param(
             Case([MAP], [live(desired_object(CONFIG_MAP, data={"a": "0"}))]),
             [ApplyObject(MAP, live(desired_object(CONFIG_MAP, data={"a": "0"})))],
@@ -98,18 +102,18 @@ def last_applied(intent: Object, result: Object, *, at: float = 0.0) -> dict[Obj
         pytest.param(
             Case([MAP], [live(desired_object(CONFIG_MAP, data={"a": "1", "b": "2"}))]),
             [ApplyObject(MAP, live(desired_object(CONFIG_MAP, data={"a": "1", "b": "2"})))],
-            id="takes-away-what-an-earlier-intent-had",
+            id="removes-earlier-fields",
         ),
         pytest.param(
             Case([MAP], [live(MAP, data={"a": "edited"})]),
             [ApplyObject(MAP, live(MAP, data={"a": "edited"}))],
-            id="puts-edits-back",
+            id="reverts-edits",
         ),
-        pytest.param(Case([MAP], [live(MAP, immutable=False)]), [], id="leaves-additions"),
+        pytest.param(Case([MAP], [live(MAP, immutable=False)]), [], id="keeps-additions"),
         pytest.param(
             Case([ROUTER], [live(ROUTER, spec=NORMALIZED)]),
             [ApplyObject(ROUTER, live(ROUTER, spec=NORMALIZED))],
-            id="applies-once-what-it-cannot-compare",
+            id="applies-once-if-not-comparable",
         ),
         pytest.param(
             Case(
@@ -118,92 +122,94 @@ def last_applied(intent: Object, result: Object, *, at: float = 0.0) -> dict[Obj
                 last_applied(ROUTER, live(ROUTER, spec=NORMALIZED)),
             ),
             [],
-            id="knows-the-servers-own-writing",
+            id="accepts-normalized-values",
         ),
         pytest.param(
             Case([ROUTER], [NOT_OWNED_DEPLOYMENT]),
             [NotOwned(NOT_OWNED_DEPLOYMENT, is_terminating=False)],
-            id="not-ours",
+            id="not-owned",
         ),
         pytest.param(
-            Case([ROUTER], [UNOWNED]), [NotOwned(UNOWNED, is_terminating=False)], id="nobodys"
+            Case([ROUTER], [UNOWNED]), [NotOwned(UNOWNED, is_terminating=False)], id="without-owner"
         ),
-        pytest.param(Case([ROUTER], [TERMINATING]), [], id="waits-for-what-goes"),
-        pytest.param(Case([], [live(MAP)]), [DeleteObject(live(MAP))], id="gone"),
-        pytest.param(Case([], [live(MAP)], prune=False), [], id="gone-but-not-yet"),
-        pytest.param(Case([], [NOT_OWNED_DEPLOYMENT]), [], id="gone-and-not-ours"),
-        pytest.param(Case([], [TERMINATING]), [], id="gone-and-going"),
+        pytest.param(Case([ROUTER], [TERMINATING]), [], id="waits-for-terminating"),
+        pytest.param(Case([], [live(MAP)]), [DeleteObject(live(MAP))], id="prunes"),
+        pytest.param(Case([], [live(MAP)], prune=False), [], id="does-not-prune"),
+        pytest.param(Case([], [NOT_OWNED_DEPLOYMENT]), [], id="prunes-only-owned"),
+        pytest.param(Case([], [TERMINATING]), [], id="prunes-no-terminating"),
         pytest.param(
             Case([], [make_object(CONFIG_MAP, "popularity", owner=OWNER.uid)]),
             [],
-            id="ours-and-never-planned",
+            id="prunes-only-applied",
         ),
         pytest.param(Case([], [make_object(POD, "sandbox", owner=OWNER.uid)]), [], id="sandboxes"),
     ],
 )
-def test_plans(case: Case, actions: list[ObjectAction]) -> None:
+def test_plan_actions_by_live_state(case: Case, actions: list[ObjectAction]) -> None:
     assert list(case.plan().actions) == actions
 
 
-def test_keeps_the_order_of_making() -> None:
+def test_actions_keep_the_order_of_desired_objects() -> None:
     objects = [desired_object(SERVICE), desired_object(CONFIG_MAP), desired_object(DEPLOYMENT)]
     assert list(Case(objects).plan().actions) == [CreateObject(obj) for obj in objects]
 
 
-def test_creates_a_secret_once() -> None:
+def test_creates_a_secret_only_once() -> None:
     secret = desired_object(SECRET)
     assert Case([secret]).plan().actions == (CreateObject(secret),)
     known = {object_id(secret): LastApplied(desired_hash(secret), "", 0.0)}
     assert Case([secret], applied=known).plan().actions == ()
 
 
-def test_does_not_apply_the_same_intent_again_at_once() -> None:
+def test_does_not_reapply_the_same_desired_state_at_once() -> None:
     edited = live(MAP, data={"a": "edited"})
     case = Case([MAP], [edited], last_applied(MAP, live(MAP), at=NOW - 1))
     assert case.plan() == ActionPlan((), requeue_at=NOW - 1 + REAPPLY_INTERVAL_S)
 
 
-def test_applies_another_intent_at_once() -> None:
+def test_applies_a_changed_desired_state_at_once() -> None:
     before = desired_object(CONFIG_MAP, data={"a": "0"})
     case = Case([MAP], [live(before)], last_applied(before, live(before), at=NOW))
     assert case.plan().actions == (ApplyObject(MAP, live(before)),)
 
 
-def a_job(template: str, **changes: Any) -> Object:
+def make_job(template: str, **changes: Any) -> Object:
     job = desired_object(JOB, spec={"suspend": False}, **changes)
     job["metadata"]["labels"] = {"faasmoe.dev/template": template}
     return job
 
 
-def with_job_condition(job: Object, how: str) -> Object:
-    return live(job, status={"conditions": [{"type": how, "status": "True"}]})
+def with_job_condition(job: Object, type_: str) -> Object:
+    return live(job, status={"conditions": [{"type": type_, "status": "True"}]})
 
 
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        pytest.param(live(a_job("new")), None, id="as-wanted"),
-        pytest.param(live(a_job("old")), ReplaceObject, id="other-pods"),
+        pytest.param(live(make_job("new")), None, id="unchanged"),
+        pytest.param(live(make_job("old")), ReplaceObject, id="changed-template"),
         pytest.param(
-            live(a_job("new"), spec={"suspend": True}), ApplyObject, id="suspended-by-others"
+            live(make_job("new"), spec={"suspend": True}), ApplyObject, id="suspended-by-others"
         ),
-        pytest.param(with_job_condition(a_job("old"), "Complete"), None, id="done-is-done"),
+        pytest.param(with_job_condition(make_job("old"), "Complete"), None, id="complete-stays"),
         pytest.param(
-            with_job_condition(a_job("new"), "Failed"), None, id="failed-is-tried-again-elsewhere"
+            with_job_condition(make_job("new"), "Failed"),
+            None,
+            id="failed-is-retried-by-the-planner",
         ),
         pytest.param(
-            with_job_condition(a_job("old"), "Failed"), ReplaceObject, id="failed-and-mended"
+            with_job_condition(make_job("old"), "Failed"),
+            ReplaceObject,
+            id="failed-with-changed-template",
         ),
     ],
 )
-def test_a_job_is_replaced_where_others_are_changed(
-    found: Object, expected: type[ObjectAction] | None
-) -> None:
-    actions = Case([a_job("new")], [found]).plan().actions
+def test_job_actions_by_live_state(found: Object, expected: type[ObjectAction] | None) -> None:
+    actions = Case([make_job("new")], [found]).plan().actions
     assert [type(action) for action in actions] == ([] if expected is None else [expected])
 
 
-def a_claim(**labels: str) -> Object:
+def make_claim(**labels: str) -> Object:
     return make_object(PERSISTENT_VOLUME_CLAIM, "moe-store", labels=dict(labels))
 
 
@@ -222,16 +228,14 @@ def a_claim(**labels: str) -> Object:
         ({}, True),
     ],
 )
-def test_a_claim_that_outlived_its_model_is_taken_up_again(
-    labels: dict[str, str], clash: bool
-) -> None:
+def test_a_retained_claim_is_adopted(labels: dict[str, str], clash: bool) -> None:
     claim = desired_object(PERSISTENT_VOLUME_CLAIM, "moe-store")
     del claim["metadata"]["ownerReferences"]
-    (action,) = Case([claim], [a_claim(**labels)]).plan().actions
+    (action,) = Case([claim], [make_claim(**labels)]).plan().actions
     assert isinstance(action, NotOwned) is clash
 
 
-def test_tells_what_a_deleted_namesake_left() -> None:
+def test_detects_objects_of_a_deleted_model_of_the_same_name() -> None:
     left = make_object(DEPLOYMENT, "moe", owner="uid-of-the-old-one")
     left["metadata"]["ownerReferences"][0] |= {"kind": "MoEModel", "name": "moe"}
     assert Case([ROUTER], [left]).plan().actions == (NotOwned(left, is_terminating=True),)

@@ -14,14 +14,14 @@ from faasmoe_operator.kube.diff import (
 )
 
 
-def wanted(**metadata: Any) -> dict[str, Any]:
+def desired_object(**metadata: Any) -> dict[str, Any]:
     return {"kind": "Service", "metadata": {"name": "a", **metadata}, "spec": {"type": "ClusterIP"}}
 
 
 @pytest.mark.parametrize(
-    ("live", "intent", "expected"),
+    ("live", "desired", "expected"),
     [
-        pytest.param({"a": 1, "b": 2}, {"a": 1}, True, id="more-than-wanted"),
+        pytest.param({"a": 1, "b": 2}, {"a": 1}, True, id="additional-fields"),
         pytest.param({"a": 1}, {"a": 2}, False, id="another-value"),
         pytest.param({}, {"a": 1}, False, id="missing"),
         pytest.param({"a": [{"x": 1, "y": 2}]}, {"a": [{"x": 1}]}, True, id="in-a-list"),
@@ -31,11 +31,11 @@ def wanted(**metadata: Any) -> dict[str, Any]:
         pytest.param({"a": {"b": 1}}, {"a": {}}, True, id="empty-and-defaulted"),
         pytest.param({"a": 1}, {"a": True}, False, id="one-is-not-true"),
         pytest.param({"a": "x"}, {"a": {"b": 1}}, False, id="another-shape"),
-        pytest.param({"a": "1"}, {"a": "1000m"}, False, id="another-writing"),
+        pytest.param({"a": "1"}, {"a": "1000m"}, False, id="normalized-quantity"),
     ],
 )
-def test_tells_whether_all_that_is_wanted_is_there(live: Any, intent: Any, expected: bool) -> None:
-    assert contains_desired(live, intent) is expected
+def test_contains_desired(live: Any, desired: Any, expected: bool) -> None:
+    assert contains_desired(live, desired) is expected
 
 
 values = st.recursive(
@@ -46,19 +46,19 @@ values = st.recursive(
 
 
 @given(values)
-def test_every_value_holds_itself(value: Any) -> None:
+def test_every_value_contains_itself(value: Any) -> None:
     assert contains_desired(value, value)
 
 
-def test_a_stamp_tells_the_intent_it_was_made_from() -> None:
-    obj = with_last_applied_hash(wanted(annotations={"x": "y"}))
-    assert last_applied_hash(obj) == desired_hash(wanted(annotations={"x": "y"}))
+def test_last_applied_hash_is_read_from_the_annotation() -> None:
+    obj = with_last_applied_hash(desired_object(annotations={"x": "y"}))
+    assert last_applied_hash(obj) == desired_hash(desired_object(annotations={"x": "y"}))
     assert obj["metadata"]["annotations"]["x"] == "y"
-    assert LAST_APPLIED_HASH_ANNOTATION not in wanted()["metadata"].get("annotations", {})
+    assert LAST_APPLIED_HASH_ANNOTATION not in desired_object()["metadata"].get("annotations", {})
 
 
-def test_an_intent_has_another_hash_when_anything_in_it_changes() -> None:
-    assert desired_hash(wanted()) != desired_hash(wanted(labels={"a": "b"}))
+def test_desired_hash_changes_with_any_field() -> None:
+    assert desired_hash(desired_object()) != desired_hash(desired_object(labels={"a": "b"}))
     assert desired_hash({"a": 1, "b": 2}) == desired_hash({"b": 2, "a": 1})
 
 
@@ -74,8 +74,10 @@ def test_an_intent_has_another_hash_when_anything_in_it_changes() -> None:
         pytest.param({"data": {}}, False, id="another-field"),
     ],
 )
-def test_the_fingerprint_is_of_what_could_be_our_doing(changes: dict[str, Any], same: bool) -> None:
-    intent = wanted(labels={"ours": "1"}, ownerReferences=[{"uid": "u"}])
-    before = {**intent, "status": {}}
+def test_fingerprint_ignores_status_and_metadata_of_others(
+    changes: dict[str, Any], same: bool
+) -> None:
+    desired = desired_object(labels={"ours": "1"}, ownerReferences=[{"uid": "u"}])
+    before = {**desired, "status": {}}
     after = {**before, **changes, "metadata": {**before["metadata"], **changes.get("metadata", {})}}
-    assert (fingerprint(before, intent) == fingerprint(after, intent)) is same
+    assert (fingerprint(before, desired) == fingerprint(after, desired)) is same

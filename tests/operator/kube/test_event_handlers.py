@@ -1,26 +1,15 @@
 from kube_objects import make_object
 
 from faasmoe_operator.kube.cache import ObjectCache
-from faasmoe_operator.kube.event_handlers import CacheUpdater, ModelEnqueuer
-from faasmoe_operator.kube.metrics import OperatorMetrics
-from faasmoe_operator.kube.types import JOB, MOEMODEL, POD, Kind, ModelKey, Object
+from faasmoe_operator.kube.event_handlers import ModelEnqueuer
+from faasmoe_operator.kube.types import JOB, MOEMODEL, POD, ModelKey, Object
 
 KEY = ModelKey("llm", "moe")
 LABELS = {"faasmoe.dev/model": "moe"}
 
 
-class FakeRelistScheduler:
-    """Notes which kinds are doubted."""
-
-    def __init__(self) -> None:
-        self.kinds: list[Kind] = []
-
-    def schedule_relist(self, *kinds: Kind) -> None:
-        self.kinds += kinds
-
-
 class FakeReconcileQueue:
-    """Notes which models are to be visited."""
+    """Records which models are enqueued, and whether urgently."""
 
     def __init__(self) -> None:
         self.added: list[tuple[ModelKey, bool]] = []
@@ -28,73 +17,66 @@ class FakeReconcileQueue:
     def add(self, key: ModelKey, *, delay_s: float = 0.0, urgent: bool = False) -> None:
         self.added.append((key, urgent))
 
-
-class Scenario:
-    def __init__(self) -> None:
-        self.queue, self.relists, self.cache = (
-            FakeReconcileQueue(),
-            FakeRelistScheduler(),
-            ObjectCache(),
-        )
-        self.cache.add_event_handler(ModelEnqueuer(self.queue).on_change)
-        self.updater = CacheUpdater(self.cache, self.relists, OperatorMetrics())
-
-    def send_event(
-        self, kind: Kind, event_type: str | None, obj: Object
-    ) -> list[tuple[ModelKey, bool]]:
-        """Tell an event; return the visits that it leads to."""
-        self.queue.added.clear()
-        self.updater.on_event(kind, event_type, obj)
-        return list(self.queue.added)
+    def take(self) -> list[tuple[ModelKey, bool]]:
+        """Return what was enqueued since the last call."""
+        added, self.added = self.added, []
+        return added
 
 
-def a_model(generation: int, **status: object) -> Object:
+def cache_and_queue() -> tuple[ObjectCache, FakeReconcileQueue]:
+    cache, queue = ObjectCache(), FakeReconcileQueue()
+    cache.add_event_handler(ModelEnqueuer(queue).on_change)
+    return cache, queue
+
+
+def make_model(generation: int, **status: object) -> Object:
     model = make_object(MOEMODEL, "moe", status=status)
     model["metadata"]["generation"] = generation
     return model
 
 
-def test_a_model_is_visited_at_once_when_its_spec_changes() -> None:
-    story = Scenario()
-    assert story.send_event(MOEMODEL, "ADDED", a_model(1)) == [(KEY, True)]
-    assert story.send_event(MOEMODEL, "MODIFIED", a_model(2)) == [(KEY, True)]
-    assert story.send_event(MOEMODEL, "DELETED", a_model(2)) == [(KEY, True)]
+def test_a_model_is_enqueued_urgently_when_it_appears_changes_or_goes() -> None:
+    cache, queue = cache_and_queue()
+    cache.update(MOEMODEL, make_model(1))
+    assert queue.take() == [(KEY, True)]
+    cache.update(MOEMODEL, make_model(2))
+    assert queue.take() == [(KEY, True)]
+    cache.delete(MOEMODEL, make_model(2))
+    assert queue.take() == [(KEY, True)]
 
 
-def test_our_own_status_leads_to_no_visit() -> None:
-    story = Scenario()
-    story.send_event(MOEMODEL, "ADDED", a_model(1))
-    assert story.send_event(MOEMODEL, "MODIFIED", a_model(1, url="u")) == []
+def test_a_status_update_enqueues_nothing() -> None:
+    cache, queue = cache_and_queue()
+    cache.update(MOEMODEL, make_model(1))
+    queue.take()
+    cache.update(MOEMODEL, make_model(1, url="u"))
+    assert queue.take() == []
 
 
-def test_a_model_that_begins_to_go_is_visited() -> None:
-    story = Scenario()
-    story.send_event(MOEMODEL, "ADDED", a_model(1))
-    going = a_model(1)
-    going["metadata"]["deletionTimestamp"] = "2026-09-01T12:00:00Z"
-    assert story.send_event(MOEMODEL, "MODIFIED", going) == [(KEY, True)]
+def test_a_terminating_model_is_enqueued() -> None:
+    cache, queue = cache_and_queue()
+    cache.update(MOEMODEL, make_model(1))
+    queue.take()
+    terminating = make_model(1)
+    terminating["metadata"]["deletionTimestamp"] = "2026-09-01T12:00:00Z"
+    cache.update(MOEMODEL, terminating)
+    assert queue.take() == [(KEY, True)]
 
 
-def test_what_happens_to_its_objects_leads_to_a_visit() -> None:
-    story = Scenario()
+def test_a_change_of_an_owned_object_enqueues_its_model() -> None:
+    cache, queue = cache_and_queue()
     job = make_object(JOB, "moe-store", labels=LABELS)
-    assert story.send_event(JOB, "ADDED", job) == [(KEY, False)]
-    assert story.send_event(JOB, "DELETED", job) == [(KEY, False)]
+    cache.update(JOB, job)
+    assert queue.take() == [(KEY, False)]
+    cache.delete(JOB, job)
+    assert queue.take() == [(KEY, False)]
 
 
-def test_what_is_known_or_nobodys_leads_to_none() -> None:
-    story = Scenario()
+def test_known_states_and_unlabelled_objects_enqueue_nothing() -> None:
+    cache, queue = cache_and_queue()
     pod = make_object(POD, "moe-router-1", labels=LABELS)
-    story.send_event(POD, "ADDED", pod)
-    assert story.send_event(POD, "MODIFIED", pod) == []
-    assert story.send_event(POD, "ADDED", make_object(POD, "other")) == []
-
-
-def test_a_watch_that_begins_anew_is_a_reason_to_doubt() -> None:
-    story = Scenario()
-    assert not story.updater.has_synced.is_set()
-    story.send_event(POD, "ADDED", make_object(POD, "a"))
-    assert story.relists.kinds == []
-    story.send_event(POD, None, make_object(POD, "b"))
-    assert story.relists.kinds == [POD]
-    assert story.updater.has_synced.is_set()
+    cache.update(POD, pod)
+    queue.take()
+    cache.update(POD, pod)
+    cache.update(POD, make_object(POD, "other"))
+    assert queue.take() == []

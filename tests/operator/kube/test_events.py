@@ -12,12 +12,12 @@ MODEL = make_object(MOEMODEL, "moe")
 NOW, LATER = "2026-09-01T12:00:00Z", "2026-09-01T12:05:00Z"
 
 
-def a_condition(kind: str, status: str, reason: str) -> Object:
-    return {"type": kind, "status": status, "reason": reason, "message": "so it is"}
+def make_condition(kind: str, status: str, reason: str) -> Object:
+    return {"type": kind, "status": status, "reason": reason, "message": "message"}
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "told"),
+    ("previous", "current", "event_type"),
     [
         (None, ("StoreReady", "Unknown", "Preparing"), None),
         (("Unknown", "Preparing"), ("StoreReady", "True", "Prepared"), "Normal"),
@@ -33,32 +33,32 @@ def a_condition(kind: str, status: str, reason: str) -> Object:
         (("True", "Serving"), ("Active", "False", "NoTraffic"), None),
     ],
 )
-def test_tells_changes_of_state_only(
-    before: tuple[str, str] | None, after: tuple[str, str, str], told: str | None
+def test_events_are_recorded_for_transitions_only(
+    previous: tuple[str, str] | None, current: tuple[str, str, str], event_type: str | None
 ) -> None:
-    known = [] if before is None else [a_condition(after[0], *before)]
-    events = transition_events(known, [a_condition(*after)])
-    assert [event.type for event in events] == ([] if told is None else [told])
-    assert all((event.reason, event.note) == (after[2], "so it is") for event in events)
+    previous_conditions = [] if previous is None else [make_condition(current[0], *previous)]
+    events = transition_events(previous_conditions, [make_condition(*current)])
+    assert [event.type for event in events] == ([] if event_type is None else [event_type])
+    assert all((event.reason, event.note) == (current[2], "message") for event in events)
 
 
-def written(*events: ModelEvent) -> list[Object]:
+def record_events(*events: ModelEvent) -> list[Object]:
     api = FakeKubeApi()
-    writer = EventRecorder(api, instance="operator-0")
+    recorder = EventRecorder(api, instance="operator-0")
 
-    async def story() -> None:
+    async def scenario() -> None:
         for event, now in zip(events, (NOW, LATER), strict=False):
-            await writer.record(MODEL, event, now=now)
+            await recorder.record(MODEL, event, now=now)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
     return [obj for (kind, _, _), obj in api.objects.items() if kind == EVENT]
 
 
 FULL = ModelEvent("Warning", "NoSpace", "the claim is full")
 
 
-def test_an_event_is_about_its_model() -> None:
-    (event,) = written(FULL)
+def test_an_event_refers_to_its_model() -> None:
+    (event,) = record_events(FULL)
     assert event["involvedObject"]["uid"] == MODEL["metadata"]["uid"]
     assert event["metadata"]["namespace"] == "llm"
     assert (event["type"], event["reason"], event["message"]) == (
@@ -68,16 +68,16 @@ def test_an_event_is_about_its_model() -> None:
     )
 
 
-def test_what_is_said_again_is_counted() -> None:
-    (event,) = written(FULL, FULL)
+def test_a_repeated_event_increases_the_count() -> None:
+    (event,) = record_events(FULL, FULL)
     assert (event["count"], event["firstTimestamp"], event["lastTimestamp"]) == (2, NOW, LATER)
 
 
-def test_what_is_said_otherwise_is_another_event() -> None:
-    assert len(written(FULL, ModelEvent("Warning", "NoSpace", "another claim is full"))) == 2
+def test_another_note_is_another_event() -> None:
+    assert len(record_events(FULL, ModelEvent("Warning", "NoSpace", "another claim is full"))) == 2
 
 
-def test_an_event_that_is_refused_keeps_nobody() -> None:
+def test_a_rejected_event_is_ignored() -> None:
     api = FakeKubeApi()
     api.errors["apply", EVENT] = Forbidden("no", status=403)
     asyncio.run(EventRecorder(api, instance="o").record(MODEL, FULL, now=NOW))

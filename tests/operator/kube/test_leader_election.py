@@ -14,11 +14,11 @@ from faasmoe_operator.kube.leader_election import (
 from faasmoe_operator.kube.types import LEASE, Kind, Object
 
 NAMESPACE = "faasmoe-system"
-AWAY = Unavailable("away", status=503)
+UNAVAILABLE = Unavailable("unavailable", status=503)
 
 
 class Scenario:
-    """Two operators and the clock that both go by."""
+    """Two candidates with a common clock."""
 
     def __init__(self, api: FakeKubeApi | None = None) -> None:
         self.api, self.now = api or FakeKubeApi(), 0.0
@@ -39,50 +39,50 @@ class Scenario:
         return spec
 
 
-def try_acquire(election: LeaderElector) -> bool:
-    return asyncio.run(election.try_acquire_or_renew())
+def try_acquire(elector: LeaderElector) -> bool:
+    return asyncio.run(elector.try_acquire_or_renew())
 
 
-def test_the_first_leads_and_the_other_waits() -> None:
-    story = Scenario()
-    assert try_acquire(story.a)
-    assert not try_acquire(story.b)
-    assert story.lease["holderIdentity"] == "a"
-    assert story.lease["acquireTime"] == "2026-08-29T10:40:00.000000Z"
+def test_the_first_candidate_leads_and_the_other_waits() -> None:
+    scenario = Scenario()
+    assert try_acquire(scenario.a)
+    assert not try_acquire(scenario.b)
+    assert scenario.lease["holderIdentity"] == "a"
+    assert scenario.lease["acquireTime"] == "2026-08-29T10:40:00.000000Z"
 
 
-def test_a_lease_that_is_renewed_is_kept() -> None:
-    story = Scenario()
+def test_a_renewed_lease_is_kept() -> None:
+    scenario = Scenario()
     for _ in range(5):
-        assert try_acquire(story.a)
-        assert not try_acquire(story.b)
-        story.now += LEASE_DURATION_S - 1
-    assert story.lease["acquireTime"] == "2026-08-29T10:40:00.000000Z"
-    assert story.lease["renewTime"] == "2026-08-29T10:41:56.000000Z"
-    assert story.lease["leaseTransitions"] == 1
+        assert try_acquire(scenario.a)
+        assert not try_acquire(scenario.b)
+        scenario.now += LEASE_DURATION_S - 1
+    assert scenario.lease["acquireTime"] == "2026-08-29T10:40:00.000000Z"
+    assert scenario.lease["renewTime"] == "2026-08-29T10:41:56.000000Z"
+    assert scenario.lease["leaseTransitions"] == 1
 
 
-def test_a_lease_that_has_run_out_is_taken() -> None:
-    story = Scenario()
-    try_acquire(story.a)
-    try_acquire(story.b)
-    story.now += LEASE_DURATION_S
-    assert try_acquire(story.b)
-    assert not try_acquire(story.a)
-    assert story.lease["leaseTransitions"] == 2
+def test_an_expired_lease_is_acquired() -> None:
+    scenario = Scenario()
+    try_acquire(scenario.a)
+    try_acquire(scenario.b)
+    scenario.now += LEASE_DURATION_S
+    assert try_acquire(scenario.b)
+    assert not try_acquire(scenario.a)
+    assert scenario.lease["leaseTransitions"] == 2
 
 
-def test_a_lease_counts_from_when_it_was_seen_whatever_its_own_clock_says() -> None:
-    story = Scenario()
-    try_acquire(story.a)
-    story.now += 10 * LEASE_DURATION_S
-    assert not try_acquire(story.b)
-    story.now += LEASE_DURATION_S
-    assert try_acquire(story.b)
+def test_expiry_is_measured_from_the_last_observed_renewal() -> None:
+    scenario = Scenario()
+    try_acquire(scenario.a)
+    scenario.now += 10 * LEASE_DURATION_S
+    assert not try_acquire(scenario.b)
+    scenario.now += LEASE_DURATION_S
+    assert try_acquire(scenario.b)
 
 
 class RacingKubeApi(FakeKubeApi):
-    """Another candidate is quicker between our look and our write."""
+    """Another candidate acquires the lease between our read and our write."""
 
     async def apply(self, kind: Kind, obj: Object) -> Object:
         live = self.objects[kind, NAMESPACE, LEASE_NAME]
@@ -90,37 +90,37 @@ class RacingKubeApi(FakeKubeApi):
         return await super().apply(kind, obj)
 
 
-def test_of_two_that_take_it_at_once_one_leads() -> None:
-    story = Scenario(RacingKubeApi())
-    try_acquire(story.a)
-    assert not try_acquire(story.a)
-    assert story.lease["holderIdentity"] == "c"
+def test_of_two_concurrent_candidates_one_leads() -> None:
+    scenario = Scenario(RacingKubeApi())
+    try_acquire(scenario.a)
+    assert not try_acquire(scenario.a)
+    assert scenario.lease["holderIdentity"] == "c"
 
 
 @pytest.mark.parametrize("verb", ["get", "create"])
-def test_does_not_lead_while_the_api_server_is_away(verb: str) -> None:
-    story = Scenario()
-    story.api.errors[verb, LEASE] = AWAY
-    assert not try_acquire(story.a)
+def test_does_not_lead_while_the_api_server_is_unavailable(verb: str) -> None:
+    scenario = Scenario()
+    scenario.api.errors[verb, LEASE] = UNAVAILABLE
+    assert not try_acquire(scenario.a)
 
 
-def test_gives_the_lease_back_so_that_the_next_need_not_wait() -> None:
-    story = Scenario()
+def test_releases_the_lease_at_shutdown() -> None:
+    scenario = Scenario()
 
     async def lead() -> None:
-        async with hold_leadership(story.a):
-            assert not await story.b.try_acquire_or_renew()
+        async with hold_leadership(scenario.a):
+            assert not await scenario.b.try_acquire_or_renew()
 
     asyncio.run(lead())
-    assert try_acquire(story.b)
+    assert try_acquire(scenario.b)
 
 
-def test_ends_what_it_does_when_the_lease_cannot_be_renewed() -> None:
-    story = Scenario()
+def test_cancels_the_body_when_the_lease_cannot_be_renewed() -> None:
+    scenario = Scenario()
 
     async def lead() -> None:
-        async with hold_leadership(story.a, retry_s=0.0, deadline_s=0.0):
-            story.api.errors["get", LEASE] = AWAY
+        async with hold_leadership(scenario.a, retry_s=0.0, deadline_s=0.0):
+            scenario.api.errors["get", LEASE] = UNAVAILABLE
             await asyncio.Event().wait()
 
     with pytest.raises(ExceptionGroup) as lost:
@@ -128,18 +128,18 @@ def test_ends_what_it_does_when_the_lease_cannot_be_renewed() -> None:
     assert isinstance(lost.value.exceptions[0], LeadershipLost)
 
 
-def test_waits_for_its_turn() -> None:
-    story = Scenario()
-    try_acquire(story.a)
+def test_waits_for_leadership() -> None:
+    scenario = Scenario()
+    try_acquire(scenario.a)
 
     async def lead() -> None:
-        waiting = asyncio.create_task(_lead(story.b))
+        waiting = asyncio.create_task(_lead(scenario.b))
         await asyncio.sleep(0)
-        await story.a.release()
+        await scenario.a.release()
         await asyncio.wait_for(waiting, 5)
 
-    async def _lead(election: LeaderElector) -> None:
-        async with hold_leadership(election, retry_s=0.0):
-            assert story.lease["holderIdentity"] == "b"
+    async def _lead(elector: LeaderElector) -> None:
+        async with hold_leadership(elector, retry_s=0.0):
+            assert scenario.lease["holderIdentity"] == "b"
 
     asyncio.run(lead())

@@ -1,4 +1,4 @@
-"""The control cores of several models over pods that answer: started, made anew, kept apart."""
+"""Runtimes of several models over pods that answer: start, restart, isolation, persistence."""
 
 import asyncio
 import json
@@ -12,11 +12,13 @@ from fake_cluster import NAMESPACE, FakeCluster, running_cluster
 from fake_platform import TIMING, eventually, routable_functions
 from model_contexts import SUMMARY, make_context
 
+from faasmoe_contracts.control_messages import FunctionLoad, LoadReport
+from faasmoe_contracts.usage import UsageRecord, UsageReport
 from faasmoe_operator.control.controller import Controller, ControllerTiming
-from faasmoe_operator.control.load_reports import LoadReport, ReportedLoad
-from faasmoe_operator.control.usage_ledger import TenantUsage, UsageReport
 from faasmoe_operator.errors import PlanError
 from faasmoe_operator.kube import model_runtime
+from faasmoe_operator.kube.cache import OwnedPods
+from faasmoe_operator.kube.client import KubeApi
 from faasmoe_operator.kube.errors import Forbidden, Unavailable
 from faasmoe_operator.kube.manifests import ControlSecrets, ModelContext
 from faasmoe_operator.kube.manifests.names import (
@@ -25,7 +27,7 @@ from faasmoe_operator.kube.manifests.names import (
     POOL_LABEL,
 )
 from faasmoe_operator.kube.model_runtime import RuntimeDependencies, RuntimeManager
-from faasmoe_operator.kube.platform import PodPlatformTiming as PodTiming
+from faasmoe_operator.kube.platform import PodPlatformTiming
 from faasmoe_operator.kube.pod_labels import PodLabeler
 from faasmoe_operator.kube.store_summary import LayerGroup
 from faasmoe_operator.kube.types import CONFIG_MAP, POD, ModelKey
@@ -53,19 +55,19 @@ def model_context(name: str = "qwen", *, uid: str = "u-1", **experts: Any) -> Mo
 
 
 class RuntimeHarness:
-    """Cores over a cluster; `changed` counts what the reconciler is told."""
+    """Runtimes over a fake cluster; `changed` records calls of `on_change`."""
 
     def __init__(self, made: FakeCluster, timing: ControllerTiming) -> None:
         self.cluster = made
         self.changed: list[ModelKey] = []
-        grounds = RuntimeDependencies(
+        deps = RuntimeDependencies(
             made.api,
             made.cache,
             timing=timing,
-            pod_timing=PodTiming(probe_interval_s=0.01, grace_s=1),
+            pod_timing=PodPlatformTiming(probe_interval_s=0.01, grace_s=1),
             port=made.port,
         )
-        self.runtimes = RuntimeManager(grounds, on_change=self.changed.append)
+        self.runtimes = RuntimeManager(deps, on_change=self.changed.append)
 
     async def controller(self, name: str = "qwen") -> Controller:
         """Return a model's controller once it has started."""
@@ -77,7 +79,7 @@ class RuntimeHarness:
         return found[0]
 
     def pod_labels(self) -> list[tuple[str, str | None]]:
-        """Return the pool and function that each pod tells."""
+        """Return the pool and function labels of each pod."""
         labels = [pod["metadata"]["labels"] for pod in self.cluster.api.pods().values()]
         return sorted((each[POOL_LABEL], each.get(FUNCTION_LABEL)) for each in labels)
 
@@ -93,7 +95,7 @@ async def world(timing: ControllerTiming = FAST_TIMING) -> AsyncIterator[Runtime
 
 
 def test_a_model_has_a_controller_with_its_functions_and_token() -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async with world() as running:
             assert running.runtimes.find_controller(NAMESPACE, "qwen") is None
             assert running.runtimes.counts(KEY) is None
@@ -111,11 +113,11 @@ def test_a_model_has_a_controller_with_its_functions_and_token() -> None:
             assert counts.tenant_keys is None
             await eventually(lambda: running.changed == [KEY])
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_wake_makes_a_pod_that_tells_its_function() -> None:
-    async def story() -> None:
+def test_an_activation_creates_a_pod_labelled_with_its_function() -> None:
+    async def scenario() -> None:
         async with world() as running:
             await running.runtimes.ensure(model_context())
             controller = await running.controller()
@@ -132,17 +134,17 @@ def test_a_wake_makes_a_pod_that_tells_its_function() -> None:
             assert (counts.active, counts.replicas, counts.ready, counts.generic) == (1, 1, 1, 0)
             assert counts.failure == ""
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_labels_that_are_refused_follow_later() -> None:
-    async def story() -> None:
+def test_rejected_labels_are_retried() -> None:
+    async def scenario() -> None:
         async with world(replace(FAST_TIMING, tick_s=0.02)) as running:
             await running.runtimes.ensure(model_context(warmPool=1))
             controller = await running.controller()
             await eventually(lambda: running.pod_labels() == [("warm", None)])
             name = next(iter(controller.model.functions))
-            running.cluster.api.errors["patch", POD] = Unavailable("away", status=503)
+            running.cluster.api.errors["patch", POD] = Unavailable("unavailable", status=503)
             controller.activate([name])
             await eventually(lambda: routable_functions(controller) == {name})
             patches = [request for request in running.cluster.api.requests if request[0] == "patch"]
@@ -151,11 +153,11 @@ def test_labels_that_are_refused_follow_later() -> None:
             del running.cluster.api.errors["patch", POD]
             await eventually(lambda: ("assigned", name) in running.pod_labels(), "patched later")
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_core_that_is_made_anew_keeps_what_serves_and_routers_see_another_epoch() -> None:
-    async def story() -> None:
+def test_a_restarted_runtime_keeps_ready_sandboxes_and_has_a_new_epoch() -> None:
+    async def scenario() -> None:
         async with world() as running:
             await running.runtimes.ensure(model_context())
             first = await running.controller()
@@ -171,7 +173,7 @@ def test_a_core_that_is_made_anew_keeps_what_serves_and_routers_see_another_epoc
             assert second.routing_table.epoch != first.routing_table.epoch
             assert {e.spec.id: e.addresses for e in second.routing_table.table.functions} == before
             assert next(iter(second.model.functions.values())).scaling.max_scale == 3
-            load = LoadReport("r", {name: ReportedLoad(1.0, 1, 1) for name in names})
+            load = LoadReport("r", {name: FunctionLoad(1.0, 1, 1) for name in names})
             for _ in range(4):
                 second.add_load_report(load)
                 await asyncio.sleep(FAST_TIMING.tick_s)
@@ -180,11 +182,11 @@ def test_a_core_that_is_made_anew_keeps_what_serves_and_routers_see_another_epoc
             assert sorted(calls) == sorted(f"PUT {name}" for name in names)
             assert running.cluster.api.n_created == 2
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_what_does_not_matter_to_a_core_leaves_it_as_it_is() -> None:
-    async def story() -> None:
+def test_irrelevant_spec_changes_do_not_restart_the_runtime() -> None:
+    async def scenario() -> None:
         async with world() as running:
             await running.runtimes.ensure(model_context())
             controller = await running.controller()
@@ -201,11 +203,11 @@ def test_what_does_not_matter_to_a_core_leaves_it_as_it_is() -> None:
             assert await running.controller() is controller
             assert not controller.routing_table.is_closed
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_another_template_replaces_the_pods_one_by_one() -> None:
-    async def story() -> None:
+def test_a_changed_template_replaces_pods_one_by_one() -> None:
+    async def scenario() -> None:
         async with world() as running:
             await running.runtimes.ensure(model_context())
             first = await running.controller()
@@ -217,15 +219,15 @@ def test_another_template_replaces_the_pods_one_by_one() -> None:
             await eventually(lambda: first.routing_table.is_closed)
             second = await running.controller()
             assert routable_functions(second) == {name}
-            second.add_load_report(LoadReport("r", {name: ReportedLoad(1.0, 1, 1)}))
+            second.add_load_report(LoadReport("r", {name: FunctionLoad(1.0, 1, 1)}))
             await eventually(lambda: old not in running.cluster.api.pods(), "replaced")
             assert routable_functions(second) == {name}
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_model_that_was_made_anew_gets_a_core_of_its_own() -> None:
-    async def story() -> None:
+def test_a_recreated_model_gets_a_new_runtime() -> None:
+    async def scenario() -> None:
         async with world() as running:
             await running.runtimes.ensure(model_context(warmPool=1))
             first = await running.controller()
@@ -235,29 +237,29 @@ def test_a_model_that_was_made_anew_gets_a_core_of_its_own() -> None:
             assert second is not first
             assert (
                 len(second.fleet.sandboxes) == 0
-            )  # the other one's pods are the garbage collector's
+            )  # the garbage collector deletes the other one's pods
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_granularity_that_cannot_be_is_refused_and_changes_nothing() -> None:
-    async def story() -> None:
+def test_an_invalid_granularity_is_rejected_and_changes_nothing() -> None:
+    async def scenario() -> None:
         async with world() as running:
             await running.runtimes.ensure(model_context())
             controller = await running.controller()
             wrong = make_context({"granularity": {"expertsPerFunction": 9}}, summary=SMALL)
             with pytest.raises(PlanError, match=r"spec\.granularity\.expertsPerFunction: got 9"):
                 await running.runtimes.ensure(wrong)
-            with pytest.raises(PlanError, match="expected a store that is prepared"):
+            with pytest.raises(PlanError, match="expected a prepared store"):
                 await running.runtimes.ensure(replace(model_context(), summary=None))
             assert await running.controller() is controller
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("delete", [True, False])
-def test_a_model_that_is_removed_has_no_core_and_its_pods_go_if_asked(delete: bool) -> None:
-    async def story() -> None:
+def test_remove_stops_the_runtime_and_optionally_deletes_its_pods(delete: bool) -> None:
+    async def scenario() -> None:
         async with world() as running:
             await running.runtimes.ensure(model_context(warmPool=2))
             controller = await running.controller()
@@ -271,11 +273,11 @@ def test_a_model_that_is_removed_has_no_core_and_its_pods_go_if_asked(delete: bo
             else:
                 assert len(running.cluster.api.pods()) == 2
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_why_sandboxes_cannot_be_had_is_told_until_they_can() -> None:
-    async def story() -> None:
+def test_counts_report_why_sandboxes_cannot_be_started() -> None:
+    async def scenario() -> None:
         async with world() as running:
             quota = "exceeded quota: compute, requested: pods=1, used: pods=9, limited: pods=9"
             running.cluster.api.errors["create", POD] = Forbidden(quota, status=403)
@@ -294,23 +296,31 @@ def test_why_sandboxes_cannot_be_had_is_told_until_they_can() -> None:
             assert counts is not None
             assert counts.failure == ""
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_two_models_are_apart_even_if_one_cores_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    update = PodLabeler.update
+def test_a_failing_runtime_does_not_affect_other_models(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = True
 
-    async def fails_for_one(labels: PodLabeler) -> bool:
-        if broken and labels._controller.model.name == "other":
-            raise RuntimeError("a fault of ours")
-        return await update(labels)
+    class FailingLabeler(PodLabeler):
+        """Raises for one model while `broken`."""
 
-    monkeypatch.setattr(PodLabeler, "update", fails_for_one)
+        def __init__(
+            self, api: KubeApi, pods: OwnedPods, controller: Controller, *, namespace: str
+        ) -> None:
+            super().__init__(api, pods, controller, namespace=namespace)
+            self._model = controller.model.name
+
+        async def update(self) -> bool:
+            if broken and self._model == "other":
+                raise RuntimeError("a bug")
+            return await super().update()
+
+    monkeypatch.setattr(model_runtime, "PodLabeler", FailingLabeler)
     monkeypatch.setattr(model_runtime, "RETRY_DELAYS_S", (0.05,))
     other = ModelKey(NAMESPACE, "other")
 
-    async def story() -> None:
+    async def scenario() -> None:
         nonlocal broken
         async with world() as running:
             await running.runtimes.ensure(model_context())
@@ -336,16 +346,16 @@ def test_two_models_are_apart_even_if_one_cores_fails(monkeypatch: pytest.Monkey
             assert set(second.model.functions).isdisjoint(controller.model.functions)
             assert routable_functions(second) == set()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_popularity_outlives_the_operator() -> None:
-    async def story() -> None:
+def test_popularity_survives_a_restart_of_the_operator() -> None:
+    async def scenario() -> None:
         async with world() as running:
             await running.runtimes.ensure(model_context())
             controller = await running.controller()
             names = list(controller.model.functions)
-            controller.add_load_report(LoadReport("r", {names[2]: ReportedLoad(0.0, 1, 500)}))
+            controller.add_load_report(LoadReport("r", {names[2]: FunctionLoad(0.0, 1, 500)}))
             kept = (CONFIG_MAP, NAMESPACE, "qwen-popularity")
             await eventually(lambda: kept in running.cluster.api.objects, "written")
             await running.runtimes.stop()
@@ -355,7 +365,7 @@ def test_popularity_outlives_the_operator() -> None:
             assert again.function_stats.by_popularity()[0] == names[2]
             for _ in range(10):
                 await asyncio.sleep(FAST_TIMING.popularity_save_interval_s)
-            assert running.cluster.api.writes() == []  # nothing was used since
+            assert running.cluster.api.writes() == []  # no request has been served since
             assert n_writes >= 1
             await running.runtimes.stop()
             held = running.cluster.api.objects[kept]
@@ -365,15 +375,15 @@ def test_popularity_outlives_the_operator() -> None:
             damaged = await running.controller()
             assert damaged.function_stats.by_popularity() == names
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 USAGE_CONFIG_MAP = (CONFIG_MAP, NAMESPACE, "qwen-accounts")
-USAGE_REPORT = UsageReport("a" * 32, 100.0, {"acme": TenantUsage(7, 5)})
+USAGE_REPORT = UsageReport("a" * 32, 100.0, {"acme": UsageRecord(7, 5)})
 
 
-def test_the_tenants_accounts_outlive_the_operator_and_the_routers() -> None:
-    async def story() -> None:
+def test_usage_survives_restarts_of_operator_and_routers() -> None:
+    async def scenario() -> None:
         async with world() as running:
             await running.runtimes.ensure(model_context())
             (await running.controller()).add_usage_report(USAGE_REPORT)
@@ -381,11 +391,13 @@ def test_the_tenants_accounts_outlive_the_operator_and_the_routers() -> None:
             await running.runtimes.stop()
             await running.runtimes.ensure(model_context())
             again = await running.controller()
-            assert again.usage_ledger.usage_by_tenant == {"acme": TenantUsage(7, 5)}
-            again.add_usage_report(USAGE_REPORT)  # a router that went on tells its book again
-            again.add_usage_report(replace(USAGE_REPORT, source="b" * 32))
-            assert again.usage_ledger.usage_by_tenant == {"acme": TenantUsage(14, 10)}
-            await running.runtimes.ensure(model_context(warmPool=1))  # another life of the core
+            assert again.usage_ledger.usage_by_tenant == {"acme": UsageRecord(7, 5)}
+            again.add_usage_report(
+                USAGE_REPORT
+            )  # a router that kept running reports its usage again
+            again.add_usage_report(replace(USAGE_REPORT, source_id="b" * 32))
+            assert again.usage_ledger.usage_by_tenant == {"acme": UsageRecord(14, 10)}
+            await running.runtimes.ensure(model_context(warmPool=1))  # restarts the runtime
             await eventually(
                 lambda: running.runtimes.find_controller(NAMESPACE, "qwen") is not None
             )
@@ -395,11 +407,11 @@ def test_the_tenants_accounts_outlive_the_operator_and_the_routers() -> None:
             assert held["metadata"]["ownerReferences"][0]["uid"] == "u-1"
             assert json.loads(held["data"]["accounts.json"])["accounts"]["acme"][:2] == [14, 10]
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_accounts_that_are_damaged_are_kept_to_look_at() -> None:
-    async def story() -> None:
+def test_corrupted_usage_is_retained_for_inspection() -> None:
+    async def scenario() -> None:
         async with world() as running:
             await running.runtimes.ensure(model_context())
             (await running.controller()).add_usage_report(USAGE_REPORT)
@@ -416,28 +428,26 @@ def test_accounts_that_are_damaged_are_kept_to_look_at() -> None:
             assert data["accounts.damaged"] == "{"
             assert json.loads(data["accounts.json"])["accounts"]["acme"][0] == 7
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_popularity_that_cannot_be_written_is_no_error() -> None:
-    async def story() -> None:
+def test_a_failed_save_of_popularity_is_not_an_error() -> None:
+    async def scenario() -> None:
         async with world() as running:
             running.cluster.api.errors["apply", CONFIG_MAP] = Forbidden("no", status=403)
             await running.runtimes.ensure(model_context())
             controller = await running.controller()
             name = next(iter(controller.model.functions))
-            controller.add_load_report(LoadReport("r", {name: ReportedLoad(0.0, 1, 500)}))
+            controller.add_load_report(LoadReport("r", {name: FunctionLoad(0.0, 1, 500)}))
             applies = ("apply", "ConfigMap", "qwen-popularity")
-            await eventually(
-                lambda: running.cluster.api.requests.count(applies) >= 3, "tried again"
-            )
+            await eventually(lambda: running.cluster.api.requests.count(applies) >= 3, "retries")
             assert await running.controller() is controller
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_many_cores_that_have_nothing_to_do_ask_for_nothing() -> None:
-    async def story() -> None:
+def test_idle_runtimes_send_no_requests() -> None:
+    async def scenario() -> None:
         async with world() as running:
             contexts = [model_context(f"m{number}", uid=f"u-{number}") for number in range(30)]
             await asyncio.gather(*map(running.runtimes.ensure, contexts))
@@ -448,4 +458,4 @@ def test_many_cores_that_have_nothing_to_do_ask_for_nothing() -> None:
             assert len(running.cluster.api.requests) == requests
             assert len(running.changed) == 30
 
-    asyncio.run(story())
+    asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""A day of one model on Kubernetes: real sandbox processes in its pods, a real store, real HTTP."""
+"""Lifecycle of one model on Kubernetes, with real sandbox processes, a real store and HTTP."""
 
 import asyncio
 import json
@@ -42,10 +42,10 @@ SPEC = {
 
 
 class OperatorHarness:
-    """The parts of an operator that routers see: cores, and the control API in front of them."""
+    """The parts of an operator that routers see: runtimes and the control API."""
 
-    def __init__(self, cores: RuntimeManager, http: aiohttp.ClientSession) -> None:
-        self.runtimes = cores
+    def __init__(self, runtimes: RuntimeManager, http: aiohttp.ClientSession) -> None:
+        self.runtimes = runtimes
         self._http = http
 
     async def post(self, verb: str, **body: Any) -> int:
@@ -69,10 +69,10 @@ class OperatorHarness:
 
 @asynccontextmanager
 async def operator(made: FakeCluster, ctx: ModelContext) -> AsyncIterator[OperatorHarness]:
-    grounds = RuntimeDependencies(made.api, made.cache, port=made.port)
-    cores = RuntimeManager(grounds, on_change=lambda _: None)
+    deps = RuntimeDependencies(made.api, made.cache, port=made.port)
+    runtimes = RuntimeManager(deps, on_change=lambda _: None)
     runner = web.AppRunner(
-        make_models_app(cores.find_controller), access_log=None, shutdown_timeout=0.5
+        make_models_app(runtimes.find_controller), access_log=None, shutdown_timeout=0.5
     )
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -80,11 +80,11 @@ async def operator(made: FakeCluster, ctx: ModelContext) -> AsyncIterator[Operat
     headers = {"Authorization": f"Bearer {ctx.secrets.token}"}
     async with aiohttp.ClientSession(f"http://{host}:{port}", headers=headers) as http:
         try:
-            await cores.ensure(ctx)
-            await eventually(lambda: cores.find_controller(*KEY) is not None)
-            yield OperatorHarness(cores, http)
+            await runtimes.ensure(ctx)
+            await eventually(lambda: runtimes.find_controller(*KEY) is not None)
+            yield OperatorHarness(runtimes, http)
         finally:
-            await cores.stop()
+            await runtimes.stop()
             await runner.cleanup()
 
 
@@ -97,7 +97,7 @@ async def functions_in(address: str, token: str) -> list[str]:
         return [function["id"] for function in (await response.json())["functions"]]
 
 
-def test_from_zero_to_a_pod_through_a_restart_and_back_to_zero(
+def test_scales_from_zero_survives_a_restart_and_scales_to_zero(
     prepared_store: PreparedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = prepared_store("mixtral")
@@ -106,7 +106,7 @@ def test_from_zero_to_a_pod_through_a_restart_and_back_to_zero(
     ctx = make_context(SPEC, name="tiny", summary=summary)
     monkeypatch.setattr(model_runtime, "store_path", lambda _: str(store.path))
 
-    async def story() -> None:
+    async def scenario() -> None:
         runner = ProcessPodRunner(ctx.secrets.token)
         async with asyncio.timeout(DEADLINE_S), running_cluster(runner=runner) as made:
             async with operator(made, ctx) as first:
@@ -125,18 +125,20 @@ def test_from_zero_to_a_pod_through_a_restart_and_back_to_zero(
                 await eventually(lambda: labels_of(made) == {(pod_name, "assigned", name)})
             async with operator(made, ctx) as second:
                 (entry, *_) = (await second.table()).functions
-                assert entry.addresses == (address,)  # read back, and not attached again
+                assert entry.addresses == (address,)  # read back, not loaded again
                 for _ in range(2):
                     await second.report(**{name: 0.5})
                     await asyncio.sleep(1.0)
                 assert list(made.api.pods()) == [pod_name]
                 await second.report()
-                await eventually(lambda: not made.api.pods() and not runner.processes, "zero")
-                # The API forgets a pod before its watch tells so.
-                await eventually(lambda: reported_counts(second) == (0, 0, ""), "zero is told")
+                await eventually(
+                    lambda: not made.api.pods() and not runner.processes, "scaled to zero"
+                )
+                # The API server deletes a pod before its watch event arrives.
+                await eventually(lambda: reported_counts(second) == (0, 0, ""), "counters are zero")
                 assert made.api.n_created == 1
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 async def eventually_serves(running: OperatorHarness, name: str) -> None:

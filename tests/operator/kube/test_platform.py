@@ -1,4 +1,4 @@
-"""The Kubernetes platform: pods come and go, and answer over real HTTP at their own addresses."""
+"""The Kubernetes platform over pods that are created, deleted, and answer over real HTTP."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -81,8 +81,8 @@ def is_ready(found: tuple[Sandbox, ...]) -> bool:
     return any(sandbox.ready for sandbox in found)
 
 
-def test_a_sandbox_is_a_pod_and_ready_when_it_answers_itself() -> None:
-    async def story() -> None:
+def test_a_sandbox_is_ready_when_it_answers_its_probe() -> None:
+    async def scenario() -> None:
         async with kubernetes_cluster() as (platform, made):
             created = await platform.create(TEMPLATE)
             assert (created.ready, created.template_hash) == (False, TEMPLATE.digest)
@@ -91,13 +91,13 @@ def test_a_sandbox_is_a_pod_and_ready_when_it_answers_itself() -> None:
             pod = made.api.pods()[created.id]
             assert found.id == created.id
             assert found.address == f"{pod['status']['podIP']}:{made.port}"
-            assert "conditions" not in pod["status"]  # the kubelet has not said a word
+            assert "conditions" not in pod["status"]  # the kubelet has reported nothing
             assert pod["metadata"]["ownerReferences"][0]["uid"] == CTX.uid
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_sandbox_that_says_it_is_not_ready_is_asked_again() -> None:
+def test_an_unready_sandbox_is_probed_again() -> None:
     answers = iter([503, 503, 503])
 
     async def loading(request: web.Request) -> web.Response | None:
@@ -107,17 +107,17 @@ def test_a_sandbox_that_says_it_is_not_ready_is_asked_again() -> None:
     def prepare(box: SandboxServer) -> None:
         box.fault_handler = loading
 
-    async def story() -> None:
+    async def scenario() -> None:
         async with kubernetes_cluster(prepare) as (platform, _):
             await platform.create(TEMPLATE)
             await next_state(platform, is_ready)
             assert next(answers, None) is None
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_created_pod_is_there_at_once_though_the_watch_has_not_told_it() -> None:
-    async def story() -> None:
+def test_a_created_pod_is_listed_before_its_watch_event() -> None:
+    async def scenario() -> None:
         silent, cache = (
             FakeKubeApiWithPods(None, ServerPodRunner(), port=free_port()),
             ObjectCache(),
@@ -128,11 +128,11 @@ def test_a_created_pod_is_there_at_once_though_the_watch_has_not_told_it() -> No
             assert [sandbox.id for sandbox in await platform.list()] == [created.id]
             assert OwnedPods(cache, CTX.uid).get(NAMESPACE, created.id) is not None
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_deleted_sandbox_is_not_ready_at_once_and_never_comes_back() -> None:
-    async def story() -> None:
+def test_a_deleted_sandbox_is_unready_at_once_and_stays_so() -> None:
+    async def scenario() -> None:
         async with kubernetes_cluster() as (platform, made):
             name = (await platform.create(TEMPLATE)).id
             await next_state(platform, is_ready)
@@ -142,15 +142,15 @@ def test_a_deleted_sandbox_is_not_ready_at_once_and_never_comes_back() -> None:
             assert not is_ready(await platform.list())
             await eventually(lambda: not made.api.pods())
             await all_gone(platform)
-            made.cache.update(POD, before)  # news from before, late
+            made.cache.update(POD, before)  # a late event of an earlier state
             await platform.delete(name)
             assert await platform.list() == ()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_pod_that_somebody_deletes_is_not_ready_while_it_goes() -> None:
-    async def story() -> None:
+def test_a_pod_deleted_by_others_is_unready_while_it_terminates() -> None:
+    async def scenario() -> None:
         async with kubernetes_cluster() as (platform, made):
             name = (await platform.create(TEMPLATE)).id
             await next_state(platform, is_ready)
@@ -163,7 +163,7 @@ def test_a_pod_that_somebody_deletes_is_not_ready_while_it_goes() -> None:
             await all_gone(platform)
             assert ("delete", "Pod", name) not in made.api.requests
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
@@ -174,10 +174,10 @@ def test_a_pod_that_somebody_deletes_is_not_ready_while_it_goes() -> None:
         ({"phase": "Unknown"}, "its node is unreachable"),
     ],
 )
-def test_a_pod_that_is_over_is_gone_with_a_reason_and_deleted(
+def test_a_finished_pod_is_lost_with_a_reason_and_deleted(
     status: dict[str, str], reason: str
 ) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async with kubernetes_cluster() as (platform, made):
             name = (await platform.create(TEMPLATE)).id
             events = platform.watch()
@@ -188,13 +188,13 @@ def test_a_pod_that_is_over_is_gone_with_a_reason_and_deleted(
             assert (event.kind, event.sandbox.id) == ("deleted", name)
             assert event.reason.startswith(reason)
             await eventually(lambda: not made.api.pods(), "deleted")
-            assert platform.last_start_failure == ""  # it had been ready
+            assert platform.last_start_failure == ""  # the sandbox had been ready
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_sandbox_that_ends_before_it_is_ready_is_told_until_one_is_ready() -> None:
-    async def story() -> None:
+def test_a_start_failure_is_reported_until_a_sandbox_is_ready() -> None:
+    async def scenario() -> None:
         async with kubernetes_cluster() as (platform, made):
             made.api.is_unschedulable = True
             name = (await platform.create(TEMPLATE)).id
@@ -209,7 +209,7 @@ def test_a_sandbox_that_ends_before_it_is_ready_is_told_until_one_is_ready() -> 
             await next_state(platform, is_ready)
             assert platform.last_start_failure == ""
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 QUOTA = (
@@ -225,8 +225,8 @@ QUOTA = (
         Unavailable("the API server did not answer", status=0),
     ],
 )
-def test_a_pod_that_is_refused_says_why(error: KubeApiError) -> None:
-    async def story() -> None:
+def test_a_rejected_pod_raises_with_the_reason(error: KubeApiError) -> None:
+    async def scenario() -> None:
         async with kubernetes_cluster() as (platform, made):
             made.api.errors["create", POD] = error
             with pytest.raises(PlatformError, match="could not be created: ") as caught:
@@ -234,11 +234,11 @@ def test_a_pod_that_is_refused_says_why(error: KubeApiError) -> None:
             assert str(error) in str(caught.value)
             assert await platform.list() == ()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 class NameConflictApi(FakeKubeApiWithPods):
-    """Refuses the first names."""
+    """Rejects the first names as already existing."""
 
     n_left = 2
 
@@ -249,8 +249,8 @@ class NameConflictApi(FakeKubeApiWithPods):
         return await super().create(kind, obj)
 
 
-def test_a_name_that_is_taken_is_not_the_end() -> None:
-    async def story() -> None:
+def test_retries_creation_with_another_name() -> None:
+    async def scenario() -> None:
         cache, port = ObjectCache(), free_port()
         api = NameConflictApi(cache, ServerPodRunner(), port=port)
         try:
@@ -263,15 +263,15 @@ def test_a_name_that_is_taken_is_not_the_end() -> None:
         finally:
             await api.close()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_deletion_that_is_refused_is_tried_again() -> None:
-    async def story() -> None:
+def test_retries_a_rejected_deletion() -> None:
+    async def scenario() -> None:
         async with kubernetes_cluster() as (platform, made):
             name = (await platform.create(TEMPLATE)).id
             await next_state(platform, is_ready)
-            made.api.errors["delete", POD] = Unavailable("away", status=503)
+            made.api.errors["delete", POD] = Unavailable("unavailable", status=503)
             await platform.delete(name)
             await platform.delete(name)
             deletes = ("delete", "Pod", name)
@@ -280,11 +280,11 @@ def test_a_deletion_that_is_refused_is_tried_again() -> None:
             del made.api.errors["delete", POD]
             await all_gone(platform)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_new_platform_reads_back_what_runs() -> None:
-    async def story() -> None:
+def test_a_new_platform_lists_existing_pods() -> None:
+    async def scenario() -> None:
         async with kubernetes_cluster() as (platform, made):
             name = (await platform.create(TEMPLATE)).id
             await next_state(platform, is_ready)
@@ -292,11 +292,11 @@ def test_a_new_platform_reads_back_what_runs() -> None:
                 assert [sandbox.id for sandbox in await second.list()] == [name]
                 assert await next_state(second, is_ready) == await platform.list()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_new_platform_does_not_count_what_an_earlier_one_has_ended() -> None:
-    async def story() -> None:
+def test_a_new_platform_ignores_pods_that_terminate() -> None:
+    async def scenario() -> None:
         async with kubernetes_cluster() as (platform, made):
             name = (await platform.create(TEMPLATE)).id
             pod = made.api.pods()[name]
@@ -308,12 +308,12 @@ def test_a_new_platform_does_not_count_what_an_earlier_one_has_ended() -> None:
                 await all_gone(platform)
                 assert second.last_start_failure == ""
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("change", ["component", "owner"])
-def test_pods_that_are_no_sandboxes_of_this_model_are_left_alone(change: str) -> None:
-    async def story() -> None:
+def test_ignores_pods_that_are_not_sandboxes_of_this_model(change: str) -> None:
+    async def scenario() -> None:
         async with kubernetes_cluster() as (platform, made):
             pod: dict[str, Any] = TEMPLATE.new_pod()
             if change == "component":
@@ -327,4 +327,4 @@ def test_pods_that_are_no_sandboxes_of_this_model_are_left_alone(change: str) ->
             await platform.delete(pod["metadata"]["name"])
             assert set(made.api.pods()) == {created.id, pod["metadata"]["name"]}
 
-    asyncio.run(story())
+    asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""What a pod's status means for a sandbox."""
+"""What a pod's status means for its sandbox."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def test_a_pod_has_an_address_once_it_has_an_ip(ip: str | None, address: str) ->
     assert pod_address(pod(podIP=ip), port=9090) == address
 
 
-def test_a_pod_that_was_just_created_has_no_status() -> None:
+def test_a_created_pod_without_status_has_no_address() -> None:
     created: dict[str, Any] = {"metadata": {"name": "p", "uid": "u"}}
     assert pod_address(created, port=1) == ""
     assert not is_finished(created)
@@ -41,7 +41,7 @@ def test_a_pod_that_was_just_created_has_no_status() -> None:
         ("Unknown", True),
     ],
 )
-def test_a_pod_that_has_ended_never_comes_back(phase: str, over: bool) -> None:
+def test_a_pod_is_finished_by_phase(phase: str, over: bool) -> None:
     assert is_finished(pod(phase=phase)) is over
 
 
@@ -69,5 +69,5 @@ def ended(**terminated: Any) -> dict[str, Any]:
         ({"phase": "Unknown"}, "its node is unreachable"),
     ],
 )
-def test_its_end_is_told_in_words(status: dict[str, Any], words: str) -> None:
+def test_termination_reason_by_status(status: dict[str, Any], words: str) -> None:
     assert termination_reason(pod(**status)) == words

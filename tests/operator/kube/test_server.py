@@ -35,14 +35,14 @@ async def fetch_endpoints(
 @pytest.mark.parametrize(
     ("waits_for", "status"), [("", 200), ("the CRD of moemodels.faasmoe.dev", 503)]
 )
-def test_is_ready_when_it_waits_for_nothing(waits_for: str, status: int) -> None:
+def test_readyz_reports_what_the_operator_waits_for(waits_for: str, status: int) -> None:
     found = asyncio.run(fetch_endpoints(Readiness(waits_for), OperatorMetrics()))
     assert found["/healthz"][0] == 200
     assert found["/readyz"][0] == status
     assert json.loads(found["/readyz"][1]).get("waits_for", "") == waits_for
 
 
-def test_tells_its_metrics() -> None:
+def test_serves_metrics() -> None:
     metrics = OperatorMetrics()
     metrics.count_request("apply", POD, 200)
     ready = make_object(MOEMODEL, "a")

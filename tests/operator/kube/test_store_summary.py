@@ -1,4 +1,4 @@
-"""The store's summary: from the Job's termination log to status and back, and what is refused."""
+"""StoreSummary: from the Job's termination message to the status and back, and rejections."""
 
 import json
 from typing import Any
@@ -36,12 +36,12 @@ def message(**changes: Any) -> str:
     return json.dumps({name: field for name, field in value.items() if field is not ...})
 
 
-def test_is_the_same_after_the_termination_log_and_after_the_status() -> None:
+def test_summary_round_trips_through_termination_log_and_status() -> None:
     assert StoreSummary.from_termination_message(message()) == SUMMARY
     assert StoreSummary.from_status(json.loads(json.dumps(SUMMARY.to_status()))) == SUMMARY
 
 
-def test_a_folder_has_no_revision_and_no_null_is_written() -> None:
+def test_a_missing_revision_is_not_written() -> None:
     for given in (None, ...):
         folder = StoreSummary.from_termination_message(message(revision=given))
         assert isinstance(folder, StoreSummary)
@@ -49,11 +49,11 @@ def test_a_folder_has_no_revision_and_no_null_is_written() -> None:
         assert "revision" not in folder.to_status()
 
 
-def test_fields_of_a_later_version_are_left_out() -> None:
+def test_ignores_fields_of_later_versions() -> None:
     assert StoreSummary.from_termination_message(message(later=1)) == SUMMARY
 
 
-def test_gives_every_layer_in_the_shape_that_plans_take() -> None:
+def test_expands_groups_into_layers() -> None:
     layers = SUMMARY.expanded_layers()
     assert [layer.index for layer in layers] == list(range(24))
     assert [layer.num_experts for layer in layers] == [60] * 22 + [30] * 2
@@ -63,13 +63,13 @@ def test_gives_every_layer_in_the_shape_that_plans_take() -> None:
 
 
 @pytest.mark.parametrize("reason", list(StoreFailureReason))
-def test_a_failure_keeps_its_reason(reason: StoreFailureReason) -> None:
+def test_parses_the_reason_of_a_failure(reason: StoreFailureReason) -> None:
     text = json.dumps({"ok": False, "reason": reason.value, "message": "because"})
     assert StoreSummary.from_termination_message(text) == StoreFailure(reason, "because")
     assert reason.is_permanent is (reason.value in ("SourceUnsupported", "StoreMismatch"))
 
 
-def test_a_reason_that_is_not_known_is_a_failure_all_the_same() -> None:
+def test_an_unknown_reason_becomes_failed() -> None:
     text = json.dumps({"ok": False, "reason": "Rain", "message": "m" * 5000})
     failure = StoreSummary.from_termination_message(text)
     assert failure == StoreFailure(StoreFailureReason.FAILED, "m" * 1024)
@@ -81,10 +81,10 @@ def test_a_reason_that_is_not_known_is_a_failure_all_the_same() -> None:
         ("", "got '', expected a JSON object"),
         ("Traceback (most recent call last):", "expected a JSON object"),
         ("[" * 100_000, "expected a JSON object"),
-        ('{"ok": false}', "message: got None, expected a text"),
+        ('{"ok": false}', "message: got None, expected a string"),
         ("{}", "message: got None"),
         (message(digest=...), "digest: got nothing"),
-        (message(revision=7), "revision: got 7, expected a text or nothing"),
+        (message(revision=7), "revision: got 7, expected a string or nothing"),
         (message(hiddenSize=0), "hiddenSize: got 0, expected an integer of 1 or more"),
         (message(layers=[]), "layers: got 0, expected 1 to 10000 MoE layers"),
         (message(layers=[{}]), r"layers[0].count: got nothing"),
@@ -95,7 +95,7 @@ def test_a_reason_that_is_not_known_is_a_failure_all_the_same() -> None:
         (message(layers=[{**SUMMARY.layers[0].to_json(), "topK": 61}]), "topK: got 61"),
     ],
 )
-def test_a_message_that_makes_no_sense_is_a_failure_that_says_so(text: str, what: str) -> None:
+def test_an_invalid_termination_message_is_a_failure(text: str, what: str) -> None:
     failure = StoreSummary.from_termination_message(text)
     assert isinstance(failure, StoreFailure)
     assert failure.reason is StoreFailureReason.FAILED
@@ -105,6 +105,6 @@ def test_a_message_that_makes_no_sense_is_a_failure_that_says_so(text: str, what
 
 
 @pytest.mark.parametrize("value", [None, {}, [], {**SUMMARY.to_status(), "sizeBytes": "1"}])
-def test_a_status_that_somebody_damaged_is_refused(value: object) -> None:
+def test_rejects_an_invalid_status(value: object) -> None:
     with pytest.raises(StoreSummaryError, match=r"status\.model"):
         StoreSummary.from_status(value)

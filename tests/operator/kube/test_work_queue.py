@@ -10,7 +10,7 @@ def get_key(queue: WorkQueue[str], now: float) -> str | None:
     return None if found is None else found[0]
 
 
-def test_gives_a_key_once_however_often_it_is_added() -> None:
+def test_a_key_is_returned_once_however_often_it_was_added() -> None:
     queue: WorkQueue[str] = WorkQueue()
     for _ in range(3):
         queue.add("a", now=0.0)
@@ -18,7 +18,7 @@ def test_gives_a_key_once_however_often_it_is_added() -> None:
     assert get_key(queue, 0.0) is None
 
 
-def test_gives_keys_when_they_are_due_and_says_how_late() -> None:
+def test_returns_due_keys_with_their_lateness() -> None:
     queue: WorkQueue[str] = WorkQueue()
     queue.add("later", now=0.0, delay_s=5.0)
     queue.add("sooner", now=0.0, delay_s=1.0)
@@ -28,7 +28,7 @@ def test_gives_keys_when_they_are_due_and_says_how_late() -> None:
     assert queue.get(6.0) == ("later", 1.0)
 
 
-def test_of_two_times_the_earlier_counts() -> None:
+def test_the_earlier_of_two_times_counts() -> None:
     queue: WorkQueue[str] = WorkQueue()
     queue.add("a", now=0.0, delay_s=10.0)
     queue.add("a", now=0.0, delay_s=1.0)
@@ -36,7 +36,7 @@ def test_of_two_times_the_earlier_counts() -> None:
     assert queue.next_due_in_s(0.0) == 1.0
 
 
-def test_what_is_added_during_the_work_is_done_after_it() -> None:
+def test_a_key_added_while_busy_is_returned_after_done() -> None:
     queue: WorkQueue[str] = WorkQueue()
     queue.add("a", now=0.0)
     queue.get(0.0)
@@ -46,7 +46,7 @@ def test_what_is_added_during_the_work_is_done_after_it() -> None:
     assert queue.get(2.0) == ("a", 1.0)
 
 
-def test_comes_again_when_asked_to() -> None:
+def test_done_requeues_after_a_delay() -> None:
     queue: WorkQueue[str] = WorkQueue()
     queue.add("a", now=0.0)
     queue.get(0.0)
@@ -54,7 +54,7 @@ def test_comes_again_when_asked_to() -> None:
     assert queue.next_due_in_s(0.0) == 60.0
 
 
-def test_forgets_a_key_that_is_done() -> None:
+def test_a_done_key_is_forgotten() -> None:
     queue: WorkQueue[str] = WorkQueue()
     queue.add("a", now=0.0)
     queue.get(0.0)
@@ -63,7 +63,7 @@ def test_forgets_a_key_that_is_done() -> None:
     assert queue.next_due_in_s(0.0) is None
 
 
-def test_waits_longer_after_each_failure_but_never_too_long() -> None:
+def test_back_off_grows_up_to_a_maximum() -> None:
     queue: WorkQueue[str] = WorkQueue()
     now, delays_s = 0.0, []
     queue.add("a", now=now)
@@ -76,7 +76,7 @@ def test_waits_longer_after_each_failure_but_never_too_long() -> None:
     assert delays_s[-1] == MAX_BACKOFF_S
 
 
-def test_events_do_not_end_a_back_off() -> None:
+def test_adding_a_key_does_not_end_its_back_off() -> None:
     queue: WorkQueue[str] = WorkQueue()
     queue.add("a", now=0.0)
     queue.get(0.0)
@@ -87,7 +87,7 @@ def test_events_do_not_end_a_back_off() -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_urgent_news_ends_a_back_off(when: str) -> None:
+def test_an_urgent_add_ends_the_back_off(when: str) -> None:
     queue: WorkQueue[str] = WorkQueue()
     queue.add("a", now=0.0)
     queue.get(0.0)
@@ -100,7 +100,7 @@ def test_urgent_news_ends_a_back_off(when: str) -> None:
     assert queue.requeue_with_backoff("a", now=0.0) == BASE_BACKOFF_S
 
 
-def test_success_forgets_failures() -> None:
+def test_success_resets_failures() -> None:
     queue: WorkQueue[str] = WorkQueue()
     for _ in range(3):
         queue.add("a", now=0.0, urgent=True)
@@ -125,7 +125,7 @@ KEYS = ["a", "b", "c"]
         max_size=60,
     )
 )
-def test_never_gives_a_busy_key_and_loses_none(steps: list[tuple[str, str, float]]) -> None:
+def test_never_returns_a_busy_key_and_loses_none(steps: list[tuple[str, str, float]]) -> None:
     queue: WorkQueue[str] = WorkQueue()
     now, busy, owed = 0.0, set[str](), set[str]()
     for what, key, seconds in steps:

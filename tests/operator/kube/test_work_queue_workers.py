@@ -12,12 +12,12 @@ Scenario = Callable[[WorkerPool], Awaitable[None]]
 
 
 class FakeReconcile:
-    """Notes visits, and ends each as it was told; a test goes on when there were enough."""
+    """Records reconciles and returns or raises the given results in turn."""
 
-    def __init__(self, *ends: ReconcileResult | Exception) -> None:
+    def __init__(self, *results: ReconcileResult | Exception) -> None:
         self.reconciled: list[ModelKey] = []
         self.n_running = self.max_running = 0
-        self._results = list(ends)
+        self._results = list(results)
         self._called = asyncio.Event()
 
     async def __call__(self, key: ModelKey) -> ReconcileResult:
@@ -27,14 +27,14 @@ class FakeReconcile:
         self.n_running -= 1
         self.reconciled.append(key)
         self._called.set()
-        end = self._results.pop(0) if self._results else ReconcileResult(None)
-        if isinstance(end, Exception):
-            raise end
-        return end
+        result = self._results.pop(0) if self._results else ReconcileResult(None)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
-    async def wait_for(self, n_visits: int) -> None:
+    async def wait_for(self, n_calls: int) -> None:
         async with asyncio.timeout(5):
-            while len(self.reconciled) < n_visits:
+            while len(self.reconciled) < n_calls:
                 self._called.clear()
                 await self._called.wait()
 
@@ -43,21 +43,21 @@ def run_workers(
     make_reconcile: Callable[[], FakeReconcile],
     scenario: Callable[[WorkerPool, FakeReconcile], Awaitable[None]],
 ) -> tuple[FakeReconcile, OperatorMetrics]:
-    """Run workers while a story is told."""
+    """Run workers during a scenario."""
     metrics = OperatorMetrics()
 
-    async def tell() -> FakeReconcile:
-        workers, visits = WorkerPool(metrics=metrics, n_workers=2), make_reconcile()
-        task = asyncio.create_task(workers.run(visits))
+    async def run_scenario() -> FakeReconcile:
+        workers, reconcile = WorkerPool(metrics=metrics, n_workers=2), make_reconcile()
+        task = asyncio.create_task(workers.run(reconcile))
         try:
-            await scenario(workers, visits)
+            await scenario(workers, reconcile)
             await asyncio.sleep(0)
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        return visits
+        return reconcile
 
-    return asyncio.run(tell()), metrics
+    return asyncio.run(run_scenario()), metrics
 
 
 def outcomes(metrics: OperatorMetrics) -> dict[str, float]:
@@ -65,67 +65,67 @@ def outcomes(metrics: OperatorMetrics) -> dict[str, float]:
     return {s.labels["outcome"]: s.value for s in samples if s.name.endswith("_total")}
 
 
-def test_visits_several_models_at_the_same_time() -> None:
-    async def story(workers: WorkerPool, visits: FakeReconcile) -> None:
+def test_workers_reconcile_several_models_concurrently() -> None:
+    async def scenario(workers: WorkerPool, reconcile: FakeReconcile) -> None:
         workers.add(A)
         workers.add(B)
-        await visits.wait_for(2)
+        await reconcile.wait_for(2)
 
-    visits, _ = run_workers(FakeReconcile, story)
-    assert sorted(visits.reconciled) == [A, B]
-    assert visits.max_running == 2
+    reconcile, _ = run_workers(FakeReconcile, scenario)
+    assert sorted(reconcile.reconciled) == [A, B]
+    assert reconcile.max_running == 2
 
 
-def test_wakes_for_what_is_due_sooner() -> None:
-    async def story(workers: WorkerPool, visits: FakeReconcile) -> None:
+def test_wakes_up_for_a_key_that_is_due_sooner() -> None:
+    async def scenario(workers: WorkerPool, reconcile: FakeReconcile) -> None:
         workers.add(A, delay_s=3600)
         await asyncio.sleep(0)
         workers.add(B, delay_s=0.01)
-        await visits.wait_for(1)
+        await reconcile.wait_for(1)
 
-    visits, _ = run_workers(FakeReconcile, story)
-    assert visits.reconciled == [B]
+    reconcile, _ = run_workers(FakeReconcile, scenario)
+    assert reconcile.reconciled == [B]
 
 
-def test_comes_again_when_a_visit_asks_for_it() -> None:
-    async def story(workers: WorkerPool, visits: FakeReconcile) -> None:
+def test_requeues_when_a_reconcile_requests_it() -> None:
+    async def scenario(workers: WorkerPool, reconcile: FakeReconcile) -> None:
         workers.add(A)
-        await visits.wait_for(2)
+        await reconcile.wait_for(2)
 
-    visits, metrics = run_workers(lambda: FakeReconcile(ReconcileResult(0.0)), story)
-    assert visits.reconciled == [A, A]
+    reconcile, metrics = run_workers(lambda: FakeReconcile(ReconcileResult(0.0)), scenario)
+    assert reconcile.reconciled == [A, A]
     assert outcomes(metrics)["success"] == 2
 
 
-def test_backs_off_from_what_is_troubled_refused_or_broken() -> None:
-    ends = (
+def test_backs_off_after_failures_rejections_and_exceptions() -> None:
+    results = (
         ReconcileResult(0.0, has_failures=True),
         Forbidden("no", status=403),
         ValueError("a bug"),
     )
 
-    async def story(workers: WorkerPool, visits: FakeReconcile) -> None:
-        for n_visits in range(1, len(ends) + 1):
+    async def scenario(workers: WorkerPool, reconcile: FakeReconcile) -> None:
+        for n_calls in range(1, len(results) + 1):
             workers.add(A, urgent=True)
-            await visits.wait_for(n_visits)
+            await reconcile.wait_for(n_calls)
         workers.add(A)
         await asyncio.sleep(0)
 
-    visits, metrics = run_workers(lambda: FakeReconcile(*ends), story)
-    assert len(visits.reconciled) == len(ends)
+    reconcile, metrics = run_workers(lambda: FakeReconcile(*results), scenario)
+    assert len(reconcile.reconciled) == len(results)
     assert outcomes(metrics) == {"requeue": 1, "rejected": 1, "error": 1}
 
 
-def test_leaves_an_api_server_alone_for_as_long_as_it_asks() -> None:
-    away = Unavailable("busy", status=429, retry_after_s=3600)
+def test_honours_retry_after_of_the_api_server() -> None:
+    throttled = Unavailable("busy", status=429, retry_after_s=3600)
 
-    async def story(workers: WorkerPool, visits: FakeReconcile) -> None:
+    async def scenario(workers: WorkerPool, reconcile: FakeReconcile) -> None:
         workers.add(A)
-        await visits.wait_for(1)
+        await reconcile.wait_for(1)
         workers.add(A)
         workers.add(B)
-        await visits.wait_for(2)
+        await reconcile.wait_for(2)
 
-    visits, metrics = run_workers(lambda: FakeReconcile(away), story)
-    assert visits.reconciled == [A, B]
+    reconcile, metrics = run_workers(lambda: FakeReconcile(throttled), scenario)
+    assert reconcile.reconciled == [A, B]
     assert outcomes(metrics)["unavailable"] == 1

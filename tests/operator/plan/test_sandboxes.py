@@ -1,4 +1,4 @@
-"""Rounds worked out by hand; one function a sandbox and a pool of 0 if not said otherwise."""
+"""Plans checked by hand; by default a sandbox holds one function and the warm pool is empty."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def plan(
 def plan_with(
     demands: list[FunctionDemand], *sandboxes: ObservedSandbox, **settings: Any
 ) -> SandboxPlan:
-    chosen = FleetSettings(**{"template_hash": NEW, "warm_pool": 0, **settings})
-    return plan_sandboxes(chosen, demands, sandboxes=sandboxes, now=NOW)
+    fleet_settings = FleetSettings(**{"template_hash": NEW, "warm_pool": 0, **settings})
+    return plan_sandboxes(fleet_settings, demands, sandboxes=sandboxes, now=NOW)
 
 
 def actions(
@@ -69,36 +69,36 @@ def actions(
     return list(plan(*sandboxes, want=want, **settings).actions)
 
 
-def test_nothing_wanted_and_no_pool_needs_no_sandbox() -> None:
+def test_no_demand_and_no_pool_creates_no_sandbox() -> None:
     assert actions(want={"f": 0}) == []
 
 
-def test_nothing_wanted_and_no_pool_leaves_no_sandbox() -> None:
+def test_no_demand_and_no_pool_deletes_all_sandboxes() -> None:
     assert actions(sandbox("a"), sandbox("b")) == [Delete("a", IDLE), Delete("b", IDLE)]
 
 
-def test_an_empty_fleet_gets_a_sandbox_for_each_replica_and_the_pool() -> None:
+def test_empty_fleet_creates_a_sandbox_for_each_replica_and_the_pool() -> None:
     assert actions(want={"f": 2, "g": 1}, warm_pool=1) == [Create(3, DEMAND), Create(1, POOL)]
 
 
-def test_the_warm_pool_is_used_first_and_refilled_in_the_same_round() -> None:
+def test_warm_pool_is_used_first_and_refilled_in_the_same_pass() -> None:
     got = actions(sandbox("a"), sandbox("b"), want={"f": 1}, warm_pool=2)
     assert got == [Attach("a", "f", DEMAND), Create(1, POOL)]
 
 
-def test_a_pool_that_is_full_is_left_alone() -> None:
+def test_full_pool_needs_no_action() -> None:
     assert actions(sandbox("a", "f"), sandbox("b"), want={"f": 1}, warm_pool=1) == []
 
 
-def test_a_starting_sandbox_counts_for_the_pool() -> None:
+def test_starting_sandbox_counts_towards_the_pool() -> None:
     assert actions(starting("a"), warm_pool=1) == []
 
 
-def test_a_starting_sandbox_is_never_reaped() -> None:
+def test_starting_sandbox_is_never_deleted() -> None:
     assert actions(starting("a"), starting("b")) == []
 
 
-def test_the_newest_beyond_the_pool_are_deleted_ready_ones_only() -> None:
+def test_deletes_the_newest_ready_sandboxes_beyond_the_pool() -> None:
     got = actions(
         sandbox("a", created_at=3),
         sandbox("b", created_at=1),
@@ -109,29 +109,29 @@ def test_the_newest_beyond_the_pool_are_deleted_ready_ones_only() -> None:
     assert got == [Delete("c", IDLE), Delete("a", IDLE)]
 
 
-def test_a_missing_replica_waits_for_a_sandbox_that_starts() -> None:
+def test_missing_replica_waits_for_a_starting_sandbox() -> None:
     assert actions(starting("a"), want={"f": 1}) == []
 
 
-def test_a_place_kept_for_a_function_is_not_of_the_pool() -> None:
-    # The sandbox that starts is for f; the pool needs one more.
+def test_reserved_sandbox_does_not_count_towards_the_pool() -> None:
+    # The starting sandbox is reserved for f; the pool needs one more.
     assert actions(starting("a"), want={"f": 1}, warm_pool=1) == [Create(1, POOL)]
 
 
-def test_a_missing_replica_waits_for_a_place_that_is_being_freed() -> None:
-    leaving = Assignment("f", DETACHING)
-    assert actions(sandbox("a", leaving), want={"f": 0, "g": 1}) == []
-    # Freed in this very round.
+def test_missing_replica_waits_for_capacity_that_becomes_free() -> None:
+    detaching = Assignment("f", DETACHING)
+    assert actions(sandbox("a", detaching), want={"f": 0, "g": 1}) == []
+    # Capacity that becomes free in this pass.
     got = actions(sandbox("a", "f"), want={"f": 0, "g": 1})
     assert got == [Detach("a", "f", SURPLUS)]
 
 
-def test_a_sandbox_being_freed_counts_for_the_pool_and_is_not_deleted_yet() -> None:
+def test_sandbox_that_becomes_empty_counts_towards_the_pool_and_is_not_deleted() -> None:
     assert actions(sandbox("a", Assignment("f", DETACHING)), warm_pool=1) == []
     assert actions(sandbox("a", Assignment("f", DETACHING)), warm_pool=0) == []
 
 
-def test_first_replicas_come_before_second_ones_and_urgent_functions_first() -> None:
+def test_places_first_replicas_before_second_ones_in_order_of_demand() -> None:
     got = actions(sandbox("a"), sandbox("b"), sandbox("c"), want={"hot": 3, "cold": 1})
     assert got == [
         Attach("a", "hot", DEMAND),
@@ -141,19 +141,19 @@ def test_first_replicas_come_before_second_ones_and_urgent_functions_first() -> 
     ]
 
 
-def test_the_replicas_of_a_function_never_share_a_sandbox() -> None:
+def test_replicas_of_a_function_never_share_a_sandbox() -> None:
     got = actions(sandbox("a", "f"), want={"f": 2}, shape=SandboxShape(capacity=4))
     assert got == [Create(1, DEMAND)]
     got = actions(sandbox("a", "f"), sandbox("b"), want={"f": 3}, shape=SandboxShape(capacity=4))
     assert got == [Attach("b", "f", DEMAND), Create(1, DEMAND)]
 
 
-def test_not_even_with_a_replica_that_is_leaving() -> None:
-    leaving = sandbox("a", Assignment("f", DETACHING))
-    assert actions(leaving, want={"f": 1}, shape=SandboxShape(capacity=4)) == []
+def test_replica_never_shares_a_sandbox_with_a_detaching_one() -> None:
+    detaching = sandbox("a", Assignment("f", DETACHING))
+    assert actions(detaching, want={"f": 1}, shape=SandboxShape(capacity=4)) == []
 
 
-def test_sandboxes_in_use_are_filled_before_generic_ones() -> None:
+def test_fills_sandboxes_in_use_before_empty_ones() -> None:
     got = actions(
         sandbox("a", created_at=1),
         sandbox("b", "x", created_at=2),
@@ -165,13 +165,13 @@ def test_sandboxes_in_use_are_filled_before_generic_ones() -> None:
     assert got == [Attach("c", "f", DEMAND), Attach("b", "g", DEMAND), Attach("b", "h", DEMAND)]
 
 
-def test_new_sandboxes_are_shared_as_far_as_their_capacity_goes() -> None:
+def test_new_sandboxes_are_shared_up_to_their_capacity() -> None:
     # 5 functions of one replica and one of two: ceil(7 / 3) = 3 sandboxes.
     want = dict.fromkeys("abcde", 1) | {"f": 2}
     assert actions(want=want, shape=SandboxShape(capacity=3)) == [Create(3, DEMAND)]
 
 
-def test_memory_limits_what_shares_a_sandbox() -> None:
+def test_memory_limits_the_functions_of_a_sandbox() -> None:
     # 100 bytes: 60 + 30 fit, the other 60 does not.
     demands = [FunctionDemand("f", 1, 60), FunctionDemand("g", 1, 60), FunctionDemand("h", 1, 30)]
     shape = SandboxShape(capacity=4, memory_limit_bytes=100)
@@ -183,54 +183,54 @@ def test_memory_limits_what_shares_a_sandbox() -> None:
     )
 
 
-def test_memory_of_a_function_that_leaves_is_taken_until_it_is_gone() -> None:
+def test_memory_of_a_detaching_function_counts_as_used() -> None:
     shape = SandboxShape(capacity=4, memory_limit_bytes=100)
     full = sandbox("a", Assignment("f", DETACHING, memory_bytes=60))
     assert plan_with([FunctionDemand("g", 1, 60)], full, shape=shape).actions == ()
-    room = sandbox("a", Assignment("f", DETACHING, memory_bytes=40))
-    got = plan_with([FunctionDemand("g", 1, 60)], room, shape=shape)
+    partly_free = sandbox("a", Assignment("f", DETACHING, memory_bytes=40))
+    got = plan_with([FunctionDemand("g", 1, 60)], partly_free, shape=shape)
     assert got.actions == (Attach("a", "g", DEMAND),)
 
 
-def test_a_place_kept_for_one_function_is_not_given_to_another() -> None:
-    # 100 bytes, 60 of them about to be free. f (80) waits for them; g (30) would fit into the 40
-    # that are free now, but then f would not.
-    room = sandbox("a", Assignment("x", DETACHING, memory_bytes=60))
+def test_reserved_capacity_is_not_given_to_another_function() -> None:
+    # 60 of 100 bytes become free later. f (80) waits for them. g (30) would fit into the 40 bytes
+    # that are free now, but then f would not fit later.
+    partly_free = sandbox("a", Assignment("x", DETACHING, memory_bytes=60))
     demands = [FunctionDemand("f", 1, 80), FunctionDemand("g", 1, 30)]
-    got = plan_with(demands, room, shape=SandboxShape(capacity=4, memory_limit_bytes=100))
+    got = plan_with(demands, partly_free, shape=SandboxShape(capacity=4, memory_limit_bytes=100))
     assert got.actions == (Create(1, DEMAND),)
-    # Beside an f of 70 there is room for both.
+    # f (70) and g (30) fit together.
     demands = [FunctionDemand("f", 1, 70), FunctionDemand("g", 1, 30)]
-    got = plan_with(demands, room, shape=SandboxShape(capacity=4, memory_limit_bytes=100))
+    got = plan_with(demands, partly_free, shape=SandboxShape(capacity=4, memory_limit_bytes=100))
     assert got.actions == (Attach("a", "g", DEMAND),)
 
 
-def test_a_function_larger_than_any_sandbox_is_named_and_nothing_is_created_for_it() -> None:
+def test_function_larger_than_any_sandbox_is_unschedulable() -> None:
     got = plan_with(
         [FunctionDemand("f", 2, 101), FunctionDemand("g", 0, 101)], shape=SandboxShape(1, 100)
     )
     assert got == SandboxPlan((), unschedulable=("f",))
 
 
-def test_a_sandbox_that_has_the_room_takes_what_a_new_one_would_not() -> None:
-    roomy = sandbox("a", shape=SandboxShape(1, 200))
-    got = plan_with([FunctionDemand("f", 2, 150)], roomy, shape=SandboxShape(1, 100))
+def test_larger_existing_sandbox_takes_what_a_new_one_cannot() -> None:
+    large = sandbox("a", shape=SandboxShape(1, 200))
+    got = plan_with([FunctionDemand("f", 2, 150)], large, shape=SandboxShape(1, 100))
     assert got == SandboxPlan((Attach("a", "f", DEMAND),), unschedulable=("f",))
 
 
-def test_creations_of_one_round_are_bounded_and_callers_come_before_the_pool() -> None:
+def test_creates_are_limited_and_demand_comes_before_the_pool() -> None:
     want = dict.fromkeys("abcde", 1)
     assert actions(want=want, warm_pool=3, max_creates=4) == [Create(4, DEMAND)]
     assert actions(want=want, warm_pool=3, max_creates=7) == [Create(5, DEMAND), Create(2, POOL)]
 
 
-def test_nothing_is_created_while_creation_is_backed_off() -> None:
+def test_creates_nothing_while_creation_is_backed_off() -> None:
     assert actions(sandbox("a"), want={"f": 1, "g": 1}, warm_pool=2, max_creates=0) == [
         Attach("a", "f", DEMAND)
     ]
 
 
-def test_the_least_recently_used_surplus_replica_goes() -> None:
+def test_detaches_the_least_recently_used_surplus_replicas() -> None:
     got = actions(
         sandbox("a", Assignment("f", last_used=30)),
         sandbox("b", Assignment("f", last_used=10)),
@@ -240,29 +240,29 @@ def test_the_least_recently_used_surplus_replica_goes() -> None:
     assert got == [Detach("b", "f", SURPLUS), Detach("c", "f", SURPLUS)]
 
 
-def test_an_attach_under_way_is_left_to_finish() -> None:
+def test_attaching_replica_is_not_detached() -> None:
     got = actions(sandbox("a", Assignment("f", ATTACHING)), want={"f": 0})
     assert got == []
-    # One serves and one is wanted: the other is surplus once it serves, not now.
+    # One is ready and one is desired: the other becomes surplus once it is ready.
     pair = [sandbox("a", "f"), sandbox("b", Assignment("f", ATTACHING))]
     assert actions(*pair, want={"f": 1}) == []
 
 
-def test_an_attach_under_way_counts_as_a_replica() -> None:
+def test_attaching_replica_counts_as_a_replica() -> None:
     assert actions(sandbox("a", Assignment("f", ATTACHING)), want={"f": 1}) == []
 
 
-def test_a_replica_that_leaves_does_not_count() -> None:
+def test_detaching_replica_does_not_count_as_a_replica() -> None:
     got = actions(sandbox("a", Assignment("f", DETACHING)), sandbox("b"), want={"f": 1})
     assert got == [Attach("b", "f", DEMAND)]
 
 
-def test_functions_of_no_plan_are_detached() -> None:
+def test_unplanned_functions_are_detached() -> None:
     got = actions(sandbox("a", "stranger"), sandbox("b", "f"), want={"f": 1})
     assert got == [Detach("a", "stranger", ActionReason.NOT_PLANNED)]
 
 
-def test_a_failed_sandbox_is_deleted_and_its_functions_go_elsewhere() -> None:
+def test_failed_sandbox_is_deleted_and_its_functions_are_placed_elsewhere() -> None:
     got = actions(
         sandbox("a", "f", "g", state=SandboxState.FAILED),
         sandbox("b"),
@@ -277,7 +277,7 @@ def test_a_failed_sandbox_is_deleted_and_its_functions_go_elsewhere() -> None:
     ]
 
 
-def test_a_sandbox_that_does_not_get_ready_by_its_deadline_is_replaced() -> None:
+def test_sandbox_that_misses_its_start_deadline_is_replaced() -> None:
     settings: dict[str, Any] = {"warm_pool": 1, "start_deadline_s": 60.0}
     assert actions(starting("a", created_at=NOW - 60), **settings) == []
     assert actions(starting("a", created_at=NOW - 60.1), **settings) == [
@@ -286,12 +286,12 @@ def test_a_sandbox_that_does_not_get_ready_by_its_deadline_is_replaced() -> None
     ]
 
 
-def test_a_draining_sandbox_takes_nothing_and_is_not_deleted_twice() -> None:
+def test_draining_sandbox_is_neither_used_nor_deleted_again() -> None:
     draining = sandbox("a", "f", state=SandboxState.DRAINING)
     assert actions(draining, want={"f": 1}) == [Create(1, DEMAND)]
 
 
-def test_an_old_template_is_replaced_step_by_step_and_the_function_served_throughout() -> None:
+def test_outdated_sandbox_is_replaced_without_interrupting_its_function() -> None:
     def step(*sandboxes: ObservedSandbox) -> list[Action]:
         return actions(*sandboxes, want={"f": 1})
 
@@ -301,22 +301,22 @@ def test_an_old_template_is_replaced_step_by_step_and_the_function_served_throug
     assert step(old, sandbox("b")) == [Attach("b", "f", TEMPLATE)]
     assert step(old, sandbox("b", Assignment("f", ATTACHING))) == []
     assert step(old, sandbox("b", "f")) == [Detach("a", "f", TEMPLATE)]
-    leaving = sandbox("a", Assignment("f", DETACHING), template=OLD)
-    assert step(leaving, sandbox("b", "f")) == []
+    detaching = sandbox("a", Assignment("f", DETACHING), template=OLD)
+    assert step(detaching, sandbox("b", "f")) == []
     assert step(sandbox("a", template=OLD), sandbox("b", "f")) == [Delete("a", TEMPLATE)]
     assert step(sandbox("b", "f")) == []
 
 
-def test_replacements_under_way_are_bounded() -> None:
+def test_concurrent_replacements_are_limited() -> None:
     fleet = [sandbox(name, name.upper(), template=OLD) for name in "abcd"]
     want = dict.fromkeys("ABCD", 1)
     assert actions(*fleet, want=want, max_surge=2) == [Create(2, TEMPLATE)]
-    begun = sandbox("n", Assignment("A", ATTACHING))
-    assert actions(*fleet, begun, want=want, max_surge=2) == [Create(1, TEMPLATE)]
-    assert actions(*fleet, begun, want=want, max_surge=1) == []
+    attaching = sandbox("n", Assignment("A", ATTACHING))
+    assert actions(*fleet, attaching, want=want, max_surge=2) == [Create(1, TEMPLATE)]
+    assert actions(*fleet, attaching, want=want, max_surge=1) == []
 
 
-def test_the_oldest_sandboxes_are_replaced_first() -> None:
+def test_oldest_sandboxes_are_replaced_first() -> None:
     got = actions(
         sandbox("a", "f", template=OLD, created_at=5),
         sandbox("b", "g", template=OLD, created_at=4),
@@ -326,36 +326,36 @@ def test_the_oldest_sandboxes_are_replaced_first() -> None:
     assert got == [Attach("c", "g", TEMPLATE)]
 
 
-def test_a_missing_replica_comes_before_a_replacement() -> None:
+def test_missing_replica_is_placed_before_a_replacement() -> None:
     got = actions(sandbox("a", "f", template=OLD), sandbox("b"), want={"f": 1, "g": 1})
     assert got == [Attach("b", "g", DEMAND), Create(1, TEMPLATE)]
 
 
-def test_a_function_made_complete_in_this_round_gets_its_replacement_too() -> None:
+def test_function_completed_in_this_pass_gets_its_replacement_too() -> None:
     got = actions(sandbox("a", "f", template=OLD), sandbox("b"), sandbox("c"), want={"f": 2})
     assert got == [Attach("b", "f", DEMAND), Attach("c", "f", TEMPLATE)]
 
 
-def test_a_replica_that_is_being_attached_is_not_replaced_yet() -> None:
-    begun = sandbox("a", Assignment("f", ATTACHING), template=OLD)
-    assert actions(begun, want={"f": 1}) == []
+def test_attaching_replica_is_not_replaced() -> None:
+    attaching = sandbox("a", Assignment("f", ATTACHING), template=OLD)
+    assert actions(attaching, want={"f": 1}) == []
 
 
-def test_an_old_generic_sandbox_serves_the_pool_until_a_new_one_is_ready() -> None:
+def test_outdated_empty_sandbox_stays_in_the_pool_until_a_new_one_is_ready() -> None:
     old = sandbox("a", template=OLD)
     assert actions(old, warm_pool=1) == [Create(1, POOL)]
     assert actions(old, starting("b"), warm_pool=1) == []
     assert actions(old, sandbox("b"), warm_pool=1) == [Delete("a", TEMPLATE)]
 
 
-def test_an_old_generic_sandbox_is_used_rather_than_letting_callers_wait() -> None:
+def test_outdated_empty_sandbox_is_used_if_no_current_one_is_ready() -> None:
     got = actions(sandbox("a", template=OLD), starting("b"), want={"f": 1}, warm_pool=1)
     assert got == [Attach("a", "f", DEMAND)]
     got = actions(sandbox("a", template=OLD), sandbox("b"), want={"f": 1})
     assert got == [Attach("b", "f", DEMAND), Delete("a", TEMPLATE)]
 
 
-def test_surplus_replicas_of_an_old_template_go_first() -> None:
+def test_surplus_replicas_in_outdated_sandboxes_are_detached_first() -> None:
     got = actions(
         sandbox("a", Assignment("f", last_used=99), template=OLD),
         sandbox("b", Assignment("f", last_used=1)),
@@ -364,21 +364,21 @@ def test_surplus_replicas_of_an_old_template_go_first() -> None:
     assert got == [Detach("a", "f", TEMPLATE)]
 
 
-def test_an_old_sandbox_that_nobody_needs_just_goes() -> None:
+def test_outdated_replica_without_demand_is_not_replaced() -> None:
     got = actions(sandbox("a", "f", template=OLD), want={"f": 0})
     assert got == [Detach("a", "f", SURPLUS)]
 
 
-def test_a_function_too_large_for_the_new_template_keeps_its_old_sandbox() -> None:
+def test_function_too_large_for_the_new_template_keeps_its_sandbox() -> None:
     old = sandbox("a", "f", template=OLD)
     got = plan_with([FunctionDemand("f", 1, 101)], old, shape=SandboxShape(1, 100))
     assert got == SandboxPlan((), unschedulable=("f",))
 
 
-def test_an_old_sandbox_takes_what_its_own_shape_allows() -> None:
+def test_outdated_sandbox_is_filled_according_to_its_own_shape() -> None:
     old = sandbox("a", "f", template=OLD, shape=SandboxShape(capacity=1))
     got = actions(old, want={"f": 1, "g": 1}, shape=SandboxShape(capacity=4))
-    # g has no room in a, whatever new sandboxes can take; f's replacement will share g's.
+    # g does not fit in a, although it would in a new sandbox; f's replacement will share g's.
     assert got == [Create(1, DEMAND)]
 
 
@@ -398,7 +398,7 @@ def test_an_old_sandbox_takes_what_its_own_shape_allows() -> None:
         (lambda: FunctionDemand("f", 1, -1), "memory_bytes: got -1, expected at least 0"),
     ],
 )
-def test_numbers_that_no_fleet_could_have_are_refused(build: Any, message: str) -> None:
+def test_rejects_invalid_settings(build: Any, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         build()
 
@@ -412,39 +412,39 @@ def block(name: str) -> Assignment:
     return Assignment(name, anti_affinity_key=name[0])
 
 
-def functions_by_sandbox(found: SandboxPlan) -> dict[str, list[str]]:
-    held: dict[str, list[str]] = {}
-    for action in found.actions:
+def functions_by_sandbox(planned: SandboxPlan) -> dict[str, list[str]]:
+    functions: dict[str, list[str]] = {}
+    for action in planned.actions:
         if isinstance(action, Attach):
-            held.setdefault(action.sandbox, []).append(action.function)
-    return held
+            functions.setdefault(action.sandbox, []).append(action.function)
+    return functions
 
 
-def test_blocks_of_a_layer_go_into_different_sandboxes() -> None:
-    wanted = blocks("0a", "0b", "1a", "1b", "2a", "2b")
-    found = plan_with(wanted, sandbox("a"), sandbox("b"), shape=SandboxShape(capacity=3))
-    assert functions_by_sandbox(found) == {"a": ["0a", "1a", "2a"], "b": ["0b", "1b", "2b"]}
+def test_blocks_of_a_layer_are_placed_in_different_sandboxes() -> None:
+    demands = blocks("0a", "0b", "1a", "1b", "2a", "2b")
+    planned = plan_with(demands, sandbox("a"), sandbox("b"), shape=SandboxShape(capacity=3))
+    assert functions_by_sandbox(planned) == {"a": ["0a", "1a", "2a"], "b": ["0b", "1b", "2b"]}
 
 
-def test_blocks_wait_for_a_sandbox_of_their_own_only_if_there_are_too_many() -> None:
-    wanted = blocks("0a", "0b", "1a", "1b")
-    found = plan_with(wanted, sandbox("a"), shape=SandboxShape(capacity=2))
-    assert found.actions == (
+def test_blocks_of_different_layers_share_a_sandbox_first() -> None:
+    demands = blocks("0a", "0b", "1a", "1b")
+    planned = plan_with(demands, sandbox("a"), shape=SandboxShape(capacity=2))
+    assert planned.actions == (
         Attach("a", "0a", DEMAND),
         Attach("a", "1a", DEMAND),
         Create(1, DEMAND),
     )
 
 
-def test_keeping_blocks_apart_costs_no_further_sandbox() -> None:
-    found = plan_with(
+def test_anti_affinity_needs_no_additional_sandbox() -> None:
+    planned = plan_with(
         blocks("0a", "0b"), sandbox("a"), sandbox("b"), shape=SandboxShape(capacity=2)
     )
-    assert functions_by_sandbox(found) == {"a": ["0a", "0b"]}
+    assert functions_by_sandbox(planned) == {"a": ["0a", "0b"]}
 
 
-def test_a_block_goes_beside_blocks_of_other_layers() -> None:
+def test_block_is_placed_with_blocks_of_other_layers() -> None:
     full = sandbox("a", block("0a"), block("2a"))
     other = sandbox("b", block("1a"))
-    found = plan_with(blocks("0a", "2a", "1a", "0b"), full, other, shape=SandboxShape(capacity=3))
-    assert functions_by_sandbox(found) == {"b": ["0b"]}
+    planned = plan_with(blocks("0a", "2a", "1a", "0b"), full, other, shape=SandboxShape(capacity=3))
+    assert functions_by_sandbox(planned) == {"b": ["0b"]}

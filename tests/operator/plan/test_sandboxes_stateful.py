@@ -1,4 +1,4 @@
-"""The sandbox plan driven against a simulated world in which every action takes its time."""
+"""The sandbox plan against a simulated fleet in which every action takes time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from faasmoe_operator.plan.sandboxes import plan_sandboxes
 
 SIZES = {"f": 10, "g": 20, "h": 30, "i": 40, "j": 50}
 FUNCTIONS = sorted(SIZES)
-APART = {"f": "0", "g": "0", "h": "1", "i": "1", "j": ""}
+ANTI_AFFINITY_KEYS = {"f": "0", "g": "0", "h": "1", "i": "1", "j": ""}
 ATTACHED, ATTACHING, DETACHING = (
     AssignmentState.ATTACHED,
     AssignmentState.ATTACHING,
@@ -34,7 +34,7 @@ PASSES_TO_CONVERGE = 200
 
 
 class FakeFleet:
-    """Sandboxes that refuse what real ones would refuse."""
+    """Sandboxes that assert what real ones would check."""
 
     def __init__(self, shape: SandboxShape) -> None:
         self.shape = shape
@@ -54,21 +54,21 @@ class FakeFleet:
             case Attach(name, function):
                 self._attach(self.sandboxes[name], function, now=now)
             case Detach(name, function):
-                kept = {a.function: a for a in self.sandboxes[name].assignments}
-                assert kept[function].state is ATTACHED
-                kept[function] = replace(kept[function], state=DETACHING)
-                self._set(name, assignments=tuple(kept.values()))
+                assignments = {a.function: a for a in self.sandboxes[name].assignments}
+                assert assignments[function].state is ATTACHED
+                assignments[function] = replace(assignments[function], state=DETACHING)
+                self._set(name, assignments=tuple(assignments.values()))
 
     def progress(self, name: str) -> None:
-        """Finish whatever is under way in one sandbox."""
+        """Complete all actions in progress in one sandbox."""
         sandbox = self.sandboxes[name]
         if sandbox.state is SandboxState.DRAINING:
             del self.sandboxes[name]
             return
         if sandbox.state is SandboxState.STARTING:
             self._set(name, state=SandboxState.READY)
-        stay = (a for a in sandbox.assignments if a.state is not DETACHING)
-        self._set(name, assignments=tuple(replace(a, state=ATTACHED) for a in stay))
+        remaining = (a for a in sandbox.assignments if a.state is not DETACHING)
+        self._set(name, assignments=tuple(replace(a, state=ATTACHED) for a in remaining))
 
     def fail(self, name: str) -> None:
         self._set(name, state=SandboxState.FAILED)
@@ -93,7 +93,7 @@ class FakeFleet:
             ATTACHING,
             memory_bytes=SIZES[function],
             last_used=now,
-            anti_affinity_key=APART[function],
+            anti_affinity_key=ANTI_AFFINITY_KEYS[function],
         )
         self._set(sandbox.id, assignments=(*sandbox.assignments, added))
 
@@ -102,7 +102,7 @@ class FakeFleet:
 
 
 class PlanMachine(RuleBasedStateMachine):
-    """Demand, templates, pool and faults change at any time; the plan is carried out in between."""
+    """Demand, template, pool size and failures change at any time; plans execute in between."""
 
     @initialize(
         capacity=st.integers(1, 3),
@@ -115,8 +115,8 @@ class PlanMachine(RuleBasedStateMachine):
         self, capacity: int, limit: int | None, pool: int, creates: int, surge: int
     ) -> None:
         shape = SandboxShape(capacity, limit)
-        self.world = FakeFleet(shape)
-        self.wanted = dict.fromkeys(FUNCTIONS, 0)
+        self.fleet = FakeFleet(shape)
+        self.desired = dict.fromkeys(FUNCTIONS, 0)
         self.now = 0.0
         self.settings = FleetSettings(
             "t0", warm_pool=pool, shape=shape, max_creates=creates, max_surge=surge
@@ -124,11 +124,11 @@ class PlanMachine(RuleBasedStateMachine):
 
     @rule(function=st.sampled_from(FUNCTIONS), replicas=st.integers(0, 3))
     def scale(self, function: str, replicas: int) -> None:
-        self.wanted[function] = replicas
+        self.desired[function] = replicas
 
     @rule(function=st.sampled_from(FUNCTIONS))
     def remove_demand(self, function: str) -> None:
-        self.wanted.pop(function, None)
+        self.desired.pop(function, None)
 
     @rule(pool=st.integers(0, 3))
     def resize_pool(self, pool: int) -> None:
@@ -138,36 +138,35 @@ class PlanMachine(RuleBasedStateMachine):
     def change_template(self, template: str) -> None:
         self.settings = replace(self.settings, template_hash=template)
 
-    @precondition(lambda self: self.world.sandboxes)
+    @precondition(lambda self: self.fleet.sandboxes)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.world.sandboxes)))
-        if self.world.sandboxes[name].state is not SandboxState.DRAINING:
-            self.world.fail(name)
+        name = data.draw(st.sampled_from(sorted(self.fleet.sandboxes)))
+        if self.fleet.sandboxes[name].state is not SandboxState.DRAINING:
+            self.fleet.fail(name)
 
-    @precondition(lambda self: self.world.sandboxes)
+    @precondition(lambda self: self.fleet.sandboxes)
     @rule(data=st.data())
     def progress_some(self, data: st.DataObject) -> None:
-        names = st.sets(st.sampled_from(sorted(self.world.sandboxes)))
+        names = st.sets(st.sampled_from(sorted(self.fleet.sandboxes)))
         for name in sorted(data.draw(names)):
-            self.world.progress(name)
+            self.fleet.progress(name)
 
-    @precondition(lambda self: self.world.sandboxes)
+    @precondition(lambda self: self.fleet.sandboxes)
     @rule(data=st.data())
     def use(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.world.sandboxes)))
-        self.world.use(name, now=self.now)
+        name = data.draw(st.sampled_from(sorted(self.fleet.sandboxes)))
+        self.fleet.use(name, now=self.now)
 
     @rule()
     def step(self) -> None:
-        before = {function: self.world.serving(function) for function in FUNCTIONS}
+        before = {function: self.fleet.serving(function) for function in FUNCTIONS}
         actions = self.plan()
         self.check_actions(actions)
         for action in actions:
-            self.world.execute(action, template=self.settings.template_hash, now=self.now)
+            self.fleet.execute(action, template=self.settings.template_hash, now=self.now)
         for function, serving in before.items():
-            kept = min(serving, self.wanted.get(function, 0))
-            assert self.world.serving(function) >= kept
+            assert self.fleet.serving(function) >= min(serving, self.desired.get(function, 0))
         self.now += 1
 
     @rule()
@@ -177,27 +176,27 @@ class PlanMachine(RuleBasedStateMachine):
         if sum(a.count for a in again if isinstance(a, Create)) == 0:
             assert again == ()
         else:
-            # What the bound on creations left over is all that may remain.
+            # Only creates that exceeded the limit of one pass may remain.
             assert all(isinstance(action, Create) for action in again)
             assert self.last_created == self.settings.max_creates
 
     @rule()
     def converge(self) -> None:
         for _ in range(PASSES_TO_CONVERGE):
-            for name in sorted(self.world.sandboxes):
-                self.world.progress(name)
-            before = dict(self.world.sandboxes)
+            for name in sorted(self.fleet.sandboxes):
+                self.fleet.progress(name)
+            before = dict(self.fleet.sandboxes)
             self.step()
-            if self.world.sandboxes == before:
+            if self.fleet.sandboxes == before:
                 break
         else:
-            raise AssertionError("still busy")
+            raise AssertionError("the plan did not converge")
         self.check_converged()
 
     @invariant()
-    def sandboxes_take_no_more_than_they_can(self) -> None:
+    def sandboxes_never_exceed_their_shape(self) -> None:
         limit = self.settings.shape.memory_limit_bytes
-        for sandbox in self.world.sandboxes.values():
+        for sandbox in self.fleet.sandboxes.values():
             functions = [a.function for a in sandbox.assignments]
             assert len(functions) == len(set(functions))
             assert len(functions) <= self.settings.shape.capacity
@@ -205,9 +204,11 @@ class PlanMachine(RuleBasedStateMachine):
                 assert sum(a.memory_bytes for a in sandbox.assignments) <= limit
 
     def plan(self) -> tuple[Action, ...]:
-        demands = [FunctionDemand(f, n, SIZES[f], APART[f]) for f, n in self.wanted.items()]
+        demands = [
+            FunctionDemand(f, n, SIZES[f], ANTI_AFFINITY_KEYS[f]) for f, n in self.desired.items()
+        ]
         plan = plan_sandboxes(
-            self.settings, demands, sandboxes=tuple(self.world.sandboxes.values()), now=self.now
+            self.settings, demands, sandboxes=tuple(self.fleet.sandboxes.values()), now=self.now
         )
         assert plan.unschedulable == ()
         return plan.actions
@@ -218,13 +219,13 @@ class PlanMachine(RuleBasedStateMachine):
         assert len(set(actions)) == len(actions)
         for action in actions:
             if isinstance(action, Delete):
-                sandbox = self.world.sandboxes[action.sandbox]
+                sandbox = self.fleet.sandboxes[action.sandbox]
                 assert sandbox.state is SandboxState.FAILED or not sandbox.assignments
 
     def check_converged(self) -> None:
         for function in FUNCTIONS:
-            assert self.world.serving(function) == self.wanted.get(function, 0)
-        sandboxes = self.world.sandboxes.values()
+            assert self.fleet.serving(function) == self.desired.get(function, 0)
+        sandboxes = self.fleet.sandboxes.values()
         assert all(s.state is SandboxState.READY for s in sandboxes)
         assert {s.template_hash for s in sandboxes} <= {self.settings.template_hash}
         generic = [s for s in sandboxes if not s.assignments]

@@ -12,11 +12,11 @@ def test_reads_the_proportional_set_size(tmp_path: Path) -> None:
     assert pss_bytes(7, proc=tmp_path) == 12 * 1024
 
 
-def test_knows_no_size_of_a_process_that_is_gone(tmp_path: Path) -> None:
+def test_returns_none_for_an_exited_process(tmp_path: Path) -> None:
     assert pss_bytes(7, proc=tmp_path) is None
 
 
-def test_reads_its_own_size() -> None:
+def test_reads_the_size_of_the_current_process() -> None:
     size_bytes = pss_bytes(os.getpid())
     assert size_bytes is not None
     assert size_bytes > 1 << 20

@@ -1,4 +1,4 @@
-"""What those who watch a platform's sandboxes are told, and when."""
+"""What watchers of a sandbox registry receive, and when."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,62 +16,64 @@ async def next_events(events: AsyncIterator[SandboxEvent], n: int) -> list[Sandb
         return [await anext(events) for _ in range(n)]
 
 
-def test_tells_what_is_there_then_what_changes() -> None:
-    async def story() -> None:
-        roster, ready = SandboxRegistry(), replace(ONE, ready=True)
-        roster.upsert(ONE)
-        events = roster.watch()
+def test_watch_yields_existing_sandboxes_then_changes() -> None:
+    async def scenario() -> None:
+        registry, ready = SandboxRegistry(), replace(ONE, ready=True)
+        registry.upsert(ONE)
+        events = registry.watch()
         assert await next_events(events, 1) == [SandboxEvent("changed", ONE)]
-        roster.upsert(ready)
-        roster.upsert(TWO)
+        registry.upsert(ready)
+        registry.upsert(TWO)
         assert await next_events(events, 2) == [
             SandboxEvent("changed", ready),
             SandboxEvent("changed", TWO),
         ]
-        roster.remove("a", reason="ended with status 3")
+        registry.remove("a", reason="exited with status 3")
         assert await next_events(events, 1) == [
-            SandboxEvent("deleted", ready, "ended with status 3")
+            SandboxEvent("deleted", ready, "exited with status 3")
         ]
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_tells_of_one_that_went_between_the_call_and_the_first_step() -> None:
-    async def story() -> None:
-        roster = SandboxRegistry()
-        roster.upsert(ONE)
-        events = roster.watch()
-        roster.remove("a", reason="ended with status 3")
-        assert await next_events(events, 1) == [SandboxEvent("deleted", ONE, "ended with status 3")]
+def test_watch_yields_a_sandbox_deleted_before_the_first_step() -> None:
+    async def scenario() -> None:
+        registry = SandboxRegistry()
+        registry.upsert(ONE)
+        events = registry.watch()
+        registry.remove("a", reason="exited with status 3")
+        assert await next_events(events, 1) == [
+            SandboxEvent("deleted", ONE, "exited with status 3")
+        ]
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_wakes_who_waits_when_one_comes() -> None:
-    async def story() -> None:
-        roster = SandboxRegistry()
-        waiting = asyncio.create_task(next_events(roster.watch(), 1))
+def test_watch_waits_for_the_next_change() -> None:
+    async def scenario() -> None:
+        registry = SandboxRegistry()
+        waiting = asyncio.create_task(next_events(registry.watch(), 1))
         await asyncio.sleep(0)
         assert not waiting.done()
-        roster.upsert(TWO)
+        registry.upsert(TWO)
         assert await waiting == [SandboxEvent("changed", TWO)]
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_leaves_out_states_between_two_steps_but_never_the_last() -> None:
-    async def story() -> None:
-        roster, ready = SandboxRegistry(), replace(ONE, ready=True)
-        roster.upsert(ONE)
-        events = roster.watch()
+def test_watch_skips_intermediate_states_but_not_the_last() -> None:
+    async def scenario() -> None:
+        registry, ready = SandboxRegistry(), replace(ONE, ready=True)
+        registry.upsert(ONE)
+        events = registry.watch()
         await next_events(events, 1)
-        roster.upsert(ready)
-        roster.upsert(ONE)
-        roster.upsert(ready)
-        roster.upsert(TWO)
+        registry.upsert(ready)
+        registry.upsert(ONE)
+        registry.upsert(ready)
+        registry.upsert(TWO)
         assert await next_events(events, 2) == [
             SandboxEvent("changed", ready),
             SandboxEvent("changed", TWO),
         ]
 
-    asyncio.run(story())
+    asyncio.run(scenario())

@@ -23,7 +23,7 @@ NO_DATA = Decision(3, Reason.NO_DATA)
     ("replicas", "ready", "phase"),
     [(0, 0, Phase.INACTIVE), (2, 0, Phase.ACTIVATING), (2, 1, Phase.ACTIVE)],
 )
-def test_the_first_phase_follows_from_what_is_there(
+def test_initial_phase_depends_on_assigned_and_ready_replicas(
     replicas: int, ready: int, phase: Phase
 ) -> None:
     assert initial_activation(replicas=replicas, ready=ready, now=5) == ActivationState(phase, 5)
@@ -37,12 +37,12 @@ def test_the_first_phase_follows_from_what_is_there(
             Phase.DRAINING, ActivationState(Phase.ACTIVE, 9), id="draining-is-active-again"
         ),
         pytest.param(
-            Phase.ACTIVATING, ActivationState(Phase.ACTIVATING, 1), id="once-however-many"
+            Phase.ACTIVATING, ActivationState(Phase.ACTIVATING, 1), id="activating-is-unchanged"
         ),
-        pytest.param(Phase.ACTIVE, ActivationState(Phase.ACTIVE, 1), id="active-stays"),
+        pytest.param(Phase.ACTIVE, ActivationState(Phase.ACTIVE, 1), id="active-is-unchanged"),
     ],
 )
-def test_wake(before: Phase, after: ActivationState) -> None:
+def test_activate(before: Phase, after: ActivationState) -> None:
     assert activate(ActivationState(before, 1), now=9) == after
 
 
@@ -53,31 +53,29 @@ def test_wake(before: Phase, after: ActivationState) -> None:
         pytest.param(Phase.ACTIVATING, 0, ActivationState(Phase.ACTIVATING, 1), id="not-ready-yet"),
         pytest.param(Phase.ACTIVE, 0, ActivationState(Phase.ACTIVATING, 9), id="lost-all-replicas"),
         pytest.param(Phase.ACTIVE, 2, ActivationState(Phase.ACTIVE, 1), id="active"),
-        pytest.param(
-            Phase.INACTIVE, 1, ActivationState(Phase.INACTIVE, 1), id="a-leftover-at-zero"
-        ),
+        pytest.param(Phase.INACTIVE, 1, ActivationState(Phase.INACTIVE, 1), id="replica-at-zero"),
         pytest.param(Phase.DRAINING, 1, ActivationState(Phase.DRAINING, 1), id="draining"),
     ],
 )
-def test_readiness(before: Phase, ready: int, after: ActivationState) -> None:
+def test_observe_ready(before: Phase, ready: int, after: ActivationState) -> None:
     assert observe_ready(ActivationState(before, 1), ready=ready, now=9) == after
 
 
-ALWAYS = {"enable_scale_to_zero": False}
+ZERO_DISABLED = {"enable_scale_to_zero": False}
 SHORT = {"window_s": 10.0, "scale_to_zero_grace_period_s": 5.0, "progress_deadline_s": 100.0}
 LAST_DESIRED = 2
 
 
 def case(
     before: Phase,
-    lasted_s: float,
-    wanted: Decision,
+    elapsed_s: float,
+    kpa_decision: Decision,
     decision: Decision,
     after: Phase,
     name: str,
     **settings: Any,
 ) -> Any:
-    return pytest.param(before, lasted_s, wanted, settings, decision, after, id=name)
+    return pytest.param(before, elapsed_s, kpa_decision, settings, decision, after, id=name)
 
 
 CASES = [
@@ -91,7 +89,7 @@ CASES = [
         ZERO,
         Decision(0, Reason.NO_TRAFFIC),
         Phase.INACTIVE,
-        "no-grace-at-all",
+        "no-grace-period",
         scale_to_zero_grace_period_s=0,
     ),
     case(Phase.DRAINING, 4.9, ZERO, Decision(1, Reason.GRACE_PERIOD), Phase.DRAINING, "in-grace"),
@@ -119,7 +117,7 @@ CASES = [
         Decision(4, Reason.PANIC),
         Decision(4, Reason.PANIC),
         Phase.ACTIVATING,
-        "load-without-a-wake",
+        "load-without-activation",
     ),
     case(Phase.INACTIVE, 1, ZERO, Decision(0, Reason.NO_TRAFFIC), Phase.INACTIVE, "stays-at-zero"),
     case(
@@ -128,7 +126,7 @@ CASES = [
         ZERO,
         Decision(LAST_DESIRED, Reason.ACTIVATING),
         Phase.ACTIVATING,
-        "starting-is-never-reaped",
+        "starting-replica-is-kept",
     ),
     case(Phase.ACTIVATING, 100, ZERO, Decision(0, Reason.TIMED_OUT), Phase.INACTIVE, "timed-out"),
     case(
@@ -137,7 +135,7 @@ CASES = [
         NO_DATA,
         Decision(0, Reason.TIMED_OUT),
         Phase.INACTIVE,
-        "timed-out-and-nobody-reports",
+        "timed-out-without-reports",
     ),
     case(
         Phase.ACTIVATING,
@@ -145,7 +143,7 @@ CASES = [
         Decision(1, Reason.STABLE),
         Decision(1, Reason.STABLE),
         Phase.ACTIVATING,
-        "no-time-out-while-callers-wait",
+        "no-timeout-while-requests-wait",
     ),
     case(Phase.ACTIVATING, 99, NO_DATA, NO_DATA, Phase.ACTIVATING, "no-data-keeps-activating"),
     case(Phase.ACTIVE, 99, NO_DATA, NO_DATA, Phase.ACTIVE, "no-data-keeps-active"),
@@ -157,7 +155,7 @@ CASES = [
         Decision(1, Reason.SCALE_TO_ZERO_DISABLED),
         Phase.ACTIVE,
         "zero-is-disabled",
-        **ALWAYS,
+        **ZERO_DISABLED,
     ),
     case(
         Phase.ACTIVATING,
@@ -165,8 +163,8 @@ CASES = [
         NO_DATA,
         NO_DATA,
         Phase.ACTIVATING,
-        "no-time-out-if-zero-is-disabled",
-        **ALWAYS,
+        "no-timeout-if-zero-is-disabled",
+        **ZERO_DISABLED,
     ),
     case(
         Phase.ACTIVATING,
@@ -174,28 +172,30 @@ CASES = [
         NO_DATA,
         NO_DATA,
         Phase.ACTIVATING,
-        "no-time-out-below-min-scale",
+        "no-timeout-below-min-scale",
         min_scale=1,
     ),
 ]
 
 
-@pytest.mark.parametrize(("before", "lasted_s", "wanted", "settings", "decision", "after"), CASES)
-def test_settle(
+@pytest.mark.parametrize(
+    ("before", "elapsed_s", "kpa_decision", "settings", "decision", "after"), CASES
+)
+def test_apply_scale_to_zero(
     before: Phase,
-    lasted_s: float,
-    wanted: Decision,
+    elapsed_s: float,
+    kpa_decision: Decision,
     settings: dict[str, Any],
     decision: Decision,
     after: Phase,
 ) -> None:
     knobs: dict[str, Any] = {**SHORT, **settings}
-    got, activation = apply_scale_to_zero(
+    actual, activation = apply_scale_to_zero(
         ScalingSettings(**knobs),
-        ActivationState(before, 1000 - lasted_s),
-        kpa_decision=wanted,
+        ActivationState(before, 1000 - elapsed_s),
+        kpa_decision=kpa_decision,
         last_desired=LAST_DESIRED,
         now=1000,
     )
-    assert (got, activation.phase) == (decision, after)
-    assert activation.since == (1000 - lasted_s if after is before else 1000)
+    assert (actual, activation.phase) == (decision, after)
+    assert activation.since == (1000 - elapsed_s if after is before else 1000)

@@ -10,7 +10,7 @@ from faasmoe_operator.errors import FaasmoeError
 from faasmoe_operator.scaling.settings import ScalingError, ScalingSettings
 
 
-def test_the_defaults_are_knatives() -> None:
+def test_defaults_equal_knatives() -> None:
     settings = ScalingSettings()
     assert (settings.min_scale, settings.max_scale, settings.initial_scale) == (0, 0, 1)
     assert (settings.target, settings.target_utilization_percentage) == (100, 70)
@@ -24,7 +24,7 @@ def test_the_defaults_are_knatives() -> None:
     assert settings.activation_scale == 1
 
 
-def test_derived_numbers() -> None:
+def test_derived_values() -> None:
     settings = ScalingSettings(target=4, scale_to_zero_pod_retention_period_s=45)
     assert settings.target_concurrency == pytest.approx(2.8)  # 4 * 70 %
     assert settings.panic_window_s == 6  # 60 s * 10 %
@@ -32,7 +32,7 @@ def test_derived_numbers() -> None:
     assert settings.last_replica_retention_s == 45  # the longer of 30 and 45
 
 
-def test_the_aimed_load_never_falls_below_knatives_least_target() -> None:
+def test_target_concurrency_is_at_least_knatives_minimum() -> None:
     assert ScalingSettings(target=0.01, target_utilization_percentage=1).target_concurrency == 0.01
 
 
@@ -44,15 +44,15 @@ def test_the_aimed_load_never_falls_below_knatives_least_target() -> None:
         pytest.param(9, 5, id="above"),
     ],
 )
-def test_bounds(replicas: int, expected: int) -> None:
+def test_clamp(replicas: int, expected: int) -> None:
     assert ScalingSettings(min_scale=2, max_scale=5).clamp(replicas) == expected
 
 
-def test_a_max_scale_of_zero_is_no_limit() -> None:
+def test_max_scale_of_zero_is_no_limit() -> None:
     assert ScalingSettings(max_scale=0).clamp(10**6) == 10**6
 
 
-REFUSED: list[tuple[str, Any, str]] = [
+INVALID: list[tuple[str, Any, str]] = [
     ("min_scale", -1, "at least 0"),
     ("min_scale", 1.5, "an integer"),
     ("min_scale", True, "an integer"),
@@ -82,8 +82,10 @@ REFUSED: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value", "expected"), REFUSED)
-def test_a_value_out_of_bounds_is_refused_by_name(field: str, value: Any, expected: str) -> None:
+@pytest.mark.parametrize(("field", "value", "expected"), INVALID)
+def test_rejects_values_out_of_bounds_and_names_the_field(
+    field: str, value: Any, expected: str
+) -> None:
     with pytest.raises(ScalingError) as caught:
         replace(ScalingSettings(), **{field: value})
     assert caught.value.field == field
@@ -93,7 +95,7 @@ def test_a_value_out_of_bounds_is_refused_by_name(field: str, value: Any, expect
 
 
 @pytest.mark.parametrize("field", ["min_scale", "initial_scale", "activation_scale"])
-def test_a_scale_above_max_scale_is_refused(field: str) -> None:
+def test_rejects_scales_above_max_scale(field: str) -> None:
     scales: dict[str, Any] = {"max_scale": 3, field: 4}
     with pytest.raises(ScalingError, match=rf"{field}: got 4, expected at most max_scale \(3\)"):
         ScalingSettings(**scales)

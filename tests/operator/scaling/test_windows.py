@@ -16,29 +16,29 @@ def filled(*values: float, size: int = 60, begin: int = 100) -> SlidingWindow:
     return window
 
 
-def test_averages_only_over_the_seconds_since_the_first_write() -> None:
+def test_new_window_averages_over_the_seconds_since_the_first_record() -> None:
     # Three seconds of a 60 s window: (2 + 4 + 6) / 3, not / 60.
     assert filled(2, 4, 6).average(102) == 4
 
 
-def test_averages_over_the_whole_window_once_it_is_full() -> None:
-    # 70 seconds: ten of 100 have left, sixty of 1 remain.
+def test_full_window_averages_over_its_whole_length() -> None:
+    # 70 seconds: ten of 100 have left the window, sixty of 1 remain.
     assert filled(*[100] * 10, *[1] * 60).average(169) == 1
 
 
-def test_a_full_window_slides() -> None:
+def test_full_window_slides() -> None:
     # Window of 6 s over 1..8: 3..8 remain, 33 / 6.
     assert filled(1, 2, 3, 4, 5, 6, 7, 8, size=6).average(107) == 5.5
 
 
-def test_reports_of_one_second_are_summed() -> None:
+def test_records_of_one_second_are_summed() -> None:
     window = SlidingWindow(6)
     for now in (100.0, 100.3, 100.99):
         window.record(now, 2)
     assert window.average(100.999) == 6
 
 
-def test_a_second_without_a_report_between_others_counts_as_zero() -> None:
+def test_gap_between_records_counts_as_zero() -> None:
     window = SlidingWindow(60)
     window.record(100, 9)
     window.record(102, 9)
@@ -46,36 +46,36 @@ def test_a_second_without_a_report_between_others_counts_as_zero() -> None:
     assert window.average(102) == 6
 
 
-def test_seconds_since_the_last_report_do_not_count() -> None:
-    # Window of 6 s, six reports of 3 then two silent seconds: the four that remain, 12 / 4.
+def test_seconds_after_the_last_record_do_not_count() -> None:
+    # Window of 6 s, six records of 3, then two seconds without: the four that remain, 12 / 4.
     assert filled(3, 3, 3, 3, 3, 3, size=6).average(107) == 3
 
 
-def test_an_unfilled_window_in_silence_divides_by_what_was_written() -> None:
-    # Two seconds written, one silent: 8 / min(2, 6 - 1).
+def test_partial_window_divides_by_the_recorded_seconds() -> None:
+    # Two seconds with records, one without: 8 / min(2, 6 - 1).
     assert filled(4, 4, size=6).average(102) == 4
 
 
-def test_is_zero_and_empty_after_a_window_of_silence() -> None:
+def test_window_is_empty_after_its_length_without_records() -> None:
     window = filled(5, 5, 5, size=6)  # the last at 102
     assert not window.is_empty(107.9)
     assert window.is_empty(108)
     assert window.average(108) == 0
 
 
-def test_begins_anew_after_a_window_of_silence() -> None:
+def test_window_restarts_after_its_length_without_records() -> None:
     window = filled(*[1] * 60)  # the last at 159
     window.record(219, 32)
     assert window.average(219) == 32
 
 
-def test_a_late_report_counts_in_its_own_second() -> None:
+def test_late_record_counts_in_its_own_second() -> None:
     window = filled(4, 4, 4, size=6)
     window.record(101, 3)
     assert window.average(102) == 5
 
 
-def test_a_late_report_from_before_the_first_widens_the_window() -> None:
+def test_late_record_before_the_first_extends_the_window() -> None:
     window = SlidingWindow(60)
     window.record(100, 6)
     window.record(98, 3)
@@ -83,22 +83,22 @@ def test_a_late_report_from_before_the_first_widens_the_window() -> None:
     assert window.average(100) == 3
 
 
-def test_a_report_older_than_the_window_is_ignored() -> None:
+def test_record_older_than_the_window_is_ignored() -> None:
     window = filled(4, 4, size=6)  # the last at 101
     window.record(95, 1000)
     assert window.average(101) == 4
 
 
-def test_an_average_asked_for_the_past_is_the_latest() -> None:
+def test_average_for_a_past_time_is_the_latest() -> None:
     assert filled(4, 8).average(90) == 6
 
 
-def test_an_empty_window_averages_zero() -> None:
+def test_empty_window_averages_zero() -> None:
     assert SlidingWindow(60).average(5) == 0
     assert SlidingWindow(60).is_empty(5)
 
 
-def test_averages_are_cut_to_six_digits() -> None:
+def test_averages_are_truncated_to_six_decimals() -> None:
     # 1 / 3 = 0.3333333…
     assert filled(1, 0, 0).average(102) == 0.333333
 
@@ -110,15 +110,15 @@ def test_averages_are_cut_to_six_digits() -> None:
         pytest.param(60, 3.5, id="longer keeps all: 21 / 6"),
     ],
 )
-def test_a_resized_window_keeps_what_it_remembers(size: int, expected: float) -> None:
+def test_resized_window_keeps_its_records(size: int, expected: float) -> None:
     assert filled(1, 2, 3, 4, 5, 6, size=6).resized(size).average(105) == expected
 
 
-def test_a_resized_empty_window_is_empty() -> None:
+def test_resized_empty_window_is_empty() -> None:
     assert SlidingWindow(6).resized(60).is_empty(0)
 
 
-def test_a_fractional_window_is_rounded_up_to_whole_seconds() -> None:
+def test_fractional_window_is_rounded_up_to_whole_seconds() -> None:
     # 6.5 s: seven buckets.
     assert filled(*[7] * 3, *[0] * 4, size=7).average(106) == filled(7, 7, 7, 0, 0, 0, 0).average(
         106
@@ -129,11 +129,11 @@ def test_a_fractional_window_is_rounded_up_to_whole_seconds() -> None:
     assert window.average(9) == 6  # 3..9
 
 
-def test_no_report_at_all_is_no_data() -> None:
+def test_no_record_is_no_data() -> None:
     assert LoadWindows(stable_s=60, panic_s=6).load(0) == NoData()
 
 
-def test_both_windows_average_what_they_see() -> None:
+def test_both_windows_average_their_own_seconds() -> None:
     windows = LoadWindows(stable_s=60, panic_s=6)
     for second in range(60):
         windows.record(second, 10 if second < 54 else 50)
@@ -141,7 +141,7 @@ def test_both_windows_average_what_they_see() -> None:
     assert windows.load(59) == LoadAverages(stable=14, panic=50)
 
 
-def test_silence_empties_the_panic_window_first() -> None:
+def test_panic_window_empties_first_without_records() -> None:
     windows = LoadWindows(stable_s=60, panic_s=6)
     windows.record(0, 10)
     assert windows.load(6) == LoadAverages(stable=10, panic=0)
@@ -149,7 +149,7 @@ def test_silence_empties_the_panic_window_first() -> None:
     assert windows.load(60) == NoData()
 
 
-def test_both_windows_can_be_resized() -> None:
+def test_resizes_both_windows() -> None:
     windows = LoadWindows(stable_s=60, panic_s=6)
     for second in range(10):
         windows.record(second, second)
@@ -164,7 +164,7 @@ REPORTS = st.lists(st.tuples(st.floats(0, 200), st.floats(0, 1000)), min_size=1,
 
 
 @given(reports=REPORTS, size=st.integers(1, 30), silence_s=st.integers(0, 40))
-def test_equals_the_plain_definition(
+def test_average_equals_a_reference_implementation(
     reports: list[tuple[float, float]], size: int, silence_s: int
 ) -> None:
     window = SlidingWindow(size)

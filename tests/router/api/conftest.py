@@ -1,4 +1,4 @@
-"""A real server on a loopback port, over the tiny model."""
+"""Fixtures: a server of the tiny model on a loopback port, and clients of it."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -11,7 +11,7 @@ from server_thread import running_server
 from transformers import PreTrainedTokenizerFast
 
 from faasmoe_router.api.app import create_app
-from faasmoe_router.engine.cache_config import EngineLimits
+from faasmoe_router.engine.batcher import EngineLimits
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
@@ -32,11 +32,11 @@ TOOL_TEMPLATE = (
 
 
 @pytest.fixture(scope="session")
-def server(base_model: Any, codec: ModelTokenizer) -> Iterator[tuple[str, Engine]]:
+def server(base_model: Any, model_tokenizer: ModelTokenizer) -> Iterator[tuple[str, Engine]]:
     registry = new_registry()
     engine = Engine(
         base_model,
-        codec,
+        model_tokenizer,
         limits=EngineLimits(max_model_len=256, max_num_seqs=4, max_waiting=8),
         metrics=EngineMetrics(registry, MODEL),
     )
@@ -55,7 +55,7 @@ def server(base_model: Any, codec: ModelTokenizer) -> Iterator[tuple[str, Engine
 
 @pytest.fixture(scope="session")
 def tool_codec(tokenizer: Any) -> ModelTokenizer:
-    """The tokenizer, with a chat template that takes tools."""
+    """The tokenizer with a chat template that supports tools."""
     return ModelTokenizer(
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer.backend_tokenizer,

@@ -6,31 +6,33 @@ import openai
 import pytest
 
 from faasmoe_router.api.app import create_app
-from faasmoe_router.engine.cache_config import EngineLimits
+from faasmoe_router.engine.batcher import EngineLimits
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
 
 
 def test_models_are_listed_and_described(client: openai.OpenAI) -> None:
-    listed = client.models.list().data
-    assert [(model.id, model.object) for model in listed] == [("tiny", "model")]
-    described = client.models.retrieve("tiny")
-    assert described == listed[0]
-    assert described.model_extra is not None
-    assert described.model_extra["max_model_len"] == 256
+    models = client.models.list().data
+    assert [(model.id, model.object) for model in models] == [("tiny", "model")]
+    model = client.models.retrieve("tiny")
+    assert model == models[0]
+    assert model.model_extra is not None
+    assert model.model_extra["max_model_len"] == 256
 
 
-def test_health_and_version_answer(http: httpx.Client) -> None:
+def test_health_and_version_return_json(http: httpx.Client) -> None:
     assert http.get("/health").json() == {"status": "ok"}
     assert set(http.get("/version").json()) == {"version"}
 
 
-def test_an_engine_that_does_not_run_is_not_healthy(base_model: Any, codec: ModelTokenizer) -> None:
+def test_health_and_chat_return_503_while_engine_is_not_running(
+    base_model: Any, model_tokenizer: ModelTokenizer
+) -> None:
     registry = new_registry()
     engine = Engine(
         base_model,
-        codec,
+        model_tokenizer,
         limits=EngineLimits(max_model_len=256),
         metrics=EngineMetrics(registry, "tiny"),
     )
@@ -48,7 +50,7 @@ def test_an_engine_that_does_not_run_is_not_healthy(base_model: Any, codec: Mode
     assert chat.headers["retry-after"] == "1"
 
 
-def test_metrics_have_vllms_names(http: httpx.Client) -> None:
+def test_metrics_have_vllm_names(http: httpx.Client) -> None:
     http.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 3})
     response = http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
@@ -66,14 +68,15 @@ def test_metrics_have_vllms_names(http: httpx.Client) -> None:
         assert sample in response.text
 
 
-def test_a_request_id_is_echoed(http: httpx.Client) -> None:
-    response = http.get("/health", headers={"X-Request-Id": "mine-1"})
-    assert response.headers["x-request-id"] == "mine-1"
+def test_valid_request_id_is_echoed(http: httpx.Client) -> None:
+    response = http.get("/health", headers={"X-Request-Id": "client-1"})
+    assert response.headers["x-request-id"] == "client-1"
 
 
-@pytest.mark.parametrize("given", ["", "a" * 129, "a b", "<script>"])
-def test_a_request_id_is_made_where_none_is_usable(http: httpx.Client, given: str) -> None:
-    made = {http.get("/health", headers={"X-Request-Id": given}).headers["x-request-id"]}
-    made.add(http.get("/nothing").headers["x-request-id"])
-    assert len(made) == 2
-    assert all(len(request_id) == 32 for request_id in made)
+@pytest.mark.parametrize("request_id", ["", "a" * 129, "a b", "<script>"])
+def test_invalid_request_id_is_replaced(http: httpx.Client, request_id: str) -> None:
+    response = http.get("/health", headers={"X-Request-Id": request_id})
+    without_id = http.get("/nothing")
+    generated = {response.headers["x-request-id"], without_id.headers["x-request-id"]}
+    assert len(generated) == 2
+    assert all(len(request_id) == 32 for request_id in generated)

@@ -8,9 +8,9 @@ import httpx
 import openai
 import pytest
 
-from faasmoe_router.engine import output_processor as sequence_module
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import CompletionOutput
+from faasmoe_router.engine.output_processor import SequenceOutputProcessor
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 
 Until = Callable[[Callable[[], bool]], None]
@@ -20,17 +20,19 @@ CHAT: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "temperature": 0}
 
 
 @pytest.fixture
-def chat_text(codec: ModelTokenizer, greedy: Greedy) -> Callable[[int], str]:
-    """The greedy answer to MESSAGES, from transformers itself."""
+def chat_text(model_tokenizer: ModelTokenizer, greedy: Greedy) -> Callable[[int], str]:
+    """The greedy response to MESSAGES, computed with transformers."""
 
     def text(n_tokens: int) -> str:
-        return codec.decode(greedy(tuple(codec.encode_chat(MESSAGES)), n_tokens))
+        return model_tokenizer.decode(
+            greedy(tuple(model_tokenizer.encode_chat(MESSAGES)), n_tokens)
+        )
 
     return text
 
 
-def test_chat_answers_what_the_model_says(
-    client: openai.OpenAI, chat_text: Callable[[int], str], codec: ModelTokenizer
+def test_chat_returns_greedy_text_and_usage(
+    client: openai.OpenAI, chat_text: Callable[[int], str], model_tokenizer: ModelTokenizer
 ) -> None:
     answer = client.chat.completions.create(**CHAT, max_tokens=12)
     choice = answer.choices[0]
@@ -38,14 +40,14 @@ def test_chat_answers_what_the_model_says(
     assert (answer.object, answer.model) == ("chat.completion", "tiny")
     assert (choice.message.role, choice.message.content) == ("assistant", chat_text(12))
     assert choice.finish_reason == "length"
-    n_prompt = len(codec.encode_chat(MESSAGES))
+    n_prompt = len(model_tokenizer.encode_chat(MESSAGES))
     assert answer.usage is not None
     usage = answer.usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (n_prompt, 12)
     assert usage.total_tokens == n_prompt + 12
 
 
-def test_chat_streams_the_same_text_with_its_usage(
+def test_chat_stream_has_the_same_text_and_usage(
     client: openai.OpenAI, chat_text: Callable[[int], str]
 ) -> None:
     stream = client.chat.completions.create(
@@ -64,7 +66,7 @@ def test_chat_streams_the_same_text_with_its_usage(
     assert len({chunk.id for chunk in [*chunks, last]}) == 1
 
 
-def test_a_stream_is_framed_as_openai_frames_it(http: httpx.Client) -> None:
+def test_stream_has_openai_framing(http: httpx.Client) -> None:
     body = {**CHAT, "max_tokens": 3, "stream": True, "stream_options": {"include_usage": True}}
     response = http.post("/v1/chat/completions", json=body)
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -87,49 +89,54 @@ def test_a_stream_is_framed_as_openai_frames_it(http: httpx.Client) -> None:
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
 
 
-def test_a_stream_without_usage_does_not_mention_it(http: httpx.Client) -> None:
+def test_stream_omits_usage_by_default(http: httpx.Client) -> None:
     body = {**CHAT, "max_tokens": 2, "stream": True}
     assert b"usage" not in http.post("/v1/chat/completions", json=body).content
 
 
-def test_completion_takes_text_and_tokens(
-    client: openai.OpenAI, codec: ModelTokenizer, greedy: Greedy
+def test_completion_accepts_text_and_token_ids(
+    client: openai.OpenAI, model_tokenizer: ModelTokenizer, greedy: Greedy
 ) -> None:
-    ids = codec.encode("lazy dog")
-    expected = codec.decode(greedy(tuple(ids), 8))
+    ids = model_tokenizer.encode("lazy dog")
+    expected = model_tokenizer.decode(greedy(tuple(ids), 8))
     for prompt in ("lazy dog", ids):
         answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=8, temperature=0)
         assert (answer.object, answer.choices[0].text) == ("text_completion", expected)
         assert answer.id.startswith("cmpl-")
 
 
-def test_completion_numbers_choices_by_prompt(
-    client: openai.OpenAI, codec: ModelTokenizer, greedy: Greedy
+def test_completion_orders_choices_by_prompt(
+    client: openai.OpenAI, model_tokenizer: ModelTokenizer, greedy: Greedy
 ) -> None:
     prompts = ["fox", "over the"]
     answer = client.completions.create(
         model="tiny", prompt=prompts, n=2, max_tokens=5, temperature=0
     )
-    texts = [codec.decode(greedy(tuple(codec.encode(prompt)), 5)) for prompt in prompts]
+    texts = [
+        model_tokenizer.decode(greedy(tuple(model_tokenizer.encode(prompt)), 5))
+        for prompt in prompts
+    ]
     assert [choice.text for choice in answer.choices] == [texts[0]] * 2 + [texts[1]] * 2
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert answer.usage is not None
-    assert answer.usage.prompt_tokens == sum(len(codec.encode(prompt)) for prompt in prompts)
+    assert answer.usage.prompt_tokens == sum(
+        len(model_tokenizer.encode(prompt)) for prompt in prompts
+    )
     assert answer.usage.completion_tokens == 20
 
 
-def test_completion_streams_choices_that_put_together_are_the_whole(
+def test_completion_stream_concatenates_to_the_full_response(
     client: openai.OpenAI,
 ) -> None:
     body: dict[str, Any] = {"model": "tiny", "prompt": ["fox", "dog"], "max_tokens": 9, "seed": 1}
-    whole = client.completions.create(**body)
+    full_response = client.completions.create(**body)
     texts = ["", ""]
     for chunk in client.completions.create(**body, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
-    assert texts == [choice.text for choice in whole.choices]
+    assert texts == [choice.text for choice in full_response.choices]
 
 
-def test_a_seed_repeats_and_choices_differ(client: openai.OpenAI) -> None:
+def test_seed_is_reproducible_and_choices_differ(client: openai.OpenAI) -> None:
     def sample(**params: Any) -> list[str | None]:
         answer = client.chat.completions.create(
             model="tiny", messages=MESSAGES, max_tokens=16, n=2, **params
@@ -150,15 +157,14 @@ def test_top_k_of_one_is_greedy(client: openai.OpenAI, chat_text: Callable[[int]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_stop_string_is_not_in_the_text(
+def test_stop_string_is_excluded_from_text(
     http: httpx.Client, chat_text: Callable[[int], str], stream: bool
 ) -> None:
     text = chat_text(30)
     stop = text[10:13]
     body = {**CHAT, "max_tokens": 30, "stop": [stop, "never"], "stream": stream}
     response = http.post("/v1/chat/completions", json=body)
-    found, reason = _text_and_finish_reason(response)
-    assert (found, reason) == (text[: text.index(stop)], "stop")
+    assert _text_and_finish_reason(response) == (text[: text.index(stop)], "stop")
 
 
 def _text_and_finish_reason(response: httpx.Response) -> tuple[str, str]:
@@ -171,8 +177,8 @@ def _text_and_finish_reason(response: httpx.Response) -> tuple[str, str]:
     return text, choices[-1]["finish_reason"]
 
 
-def test_without_a_limit_the_context_is_filled(
-    client: openai.OpenAI, codec: ModelTokenizer
+def test_generation_without_limit_fills_the_context(
+    client: openai.OpenAI, model_tokenizer: ModelTokenizer
 ) -> None:
     answer = client.chat.completions.create(**CHAT)
     assert answer.usage is not None
@@ -189,7 +195,7 @@ def test_content_may_be_text_parts(client: openai.OpenAI, chat_text: Callable[[i
     assert answer.choices[0].message.content == chat_text(6)
 
 
-def test_unknown_and_neutral_parameters_change_nothing(
+def test_unknown_and_neutral_parameters_are_ignored(
     client: openai.OpenAI, chat_text: Callable[[int], str]
 ) -> None:
     answer = client.chat.completions.create(
@@ -207,7 +213,7 @@ def test_unknown_and_neutral_parameters_change_nothing(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_hanging_up_frees_the_request(
+def test_client_disconnect_aborts_the_request(
     http: httpx.Client, engine: Engine, until: Until, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     _never_finish(monkeypatch)
@@ -215,26 +221,34 @@ def test_hanging_up_frees_the_request(
     aborted = _finished_requests(http, "abort")
     if stream:
         with http.stream("POST", "/v1/chat/completions", json=body) as response:
-            chunks = response.iter_bytes()  # kept: the connection ends with its iterator
+            chunks = response.iter_bytes()  # kept alive: the connection closes with its iterator
             next(chunks)
             assert engine.is_busy
     else:
         with pytest.raises(httpx.ReadTimeout):
             http.post("/v1/chat/completions", json=body, timeout=0.5)
-    until(lambda: not engine.is_busy and engine._request_counts() == (0, 0))
+    until(lambda: not engine.is_busy and _n_unfinished_requests(http) == 0)
     monkeypatch.undo()
     assert _finished_requests(http, "abort") == aborted + 1
 
 
 def _never_finish(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the engine run on, whatever the context: only the client can end it."""
-    add = sequence_module.SequenceOutputProcessor.process_tokens
+    """Hide finish reasons, so that sequences run on until the client disconnects."""
+    process_tokens = SequenceOutputProcessor.process_tokens
 
     def endless(self: Any, tokens: list[int]) -> Any:
-        delta = add(self, tokens)
-        return CompletionOutput(delta.text, delta.n_tokens)
+        output = process_tokens(self, tokens)
+        return CompletionOutput(output.text, output.n_tokens)
 
-    monkeypatch.setattr(sequence_module.SequenceOutputProcessor, "process_tokens", endless)
+    monkeypatch.setattr(SequenceOutputProcessor, "process_tokens", endless)
+
+
+def _n_unfinished_requests(http: httpx.Client) -> float:
+    lines = http.get("/metrics").text.splitlines()
+    names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+    values = [float(line.split()[-1]) for line in lines if line.startswith(names)]
+    assert len(values) == 2
+    return sum(values)
 
 
 def _finished_requests(http: httpx.Client, reason: str) -> float:
@@ -243,13 +257,13 @@ def _finished_requests(http: httpx.Client, reason: str) -> float:
     return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
 
-def test_a_failure_in_a_stream_is_its_last_event(
+def test_stream_failure_is_sent_as_last_event(
     http: httpx.Client, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:
-        raise RuntimeError("a secret of the machine")
+        raise RuntimeError("an internal detail")
 
-    monkeypatch.setattr(sequence_module.SequenceOutputProcessor, "process_tokens", broken)
+    monkeypatch.setattr(SequenceOutputProcessor, "process_tokens", broken)
     response = http.post("/v1/chat/completions", json={**CHAT, "stream": True})
     assert response.status_code == 200
     *_, last, rest = response.content.split(b"\n\n")
@@ -257,31 +271,29 @@ def test_a_failure_in_a_stream_is_its_last_event(
     assert error["type"] == "server_error"
     assert rest == b""
     assert b"DONE" not in response.content
-    assert b"secret" not in response.content
+    assert b"internal detail" not in response.content
     with pytest.raises(openai.APIError, match="could not finish"):
         list(client.chat.completions.create(**CHAT, stream=True))
 
 
-def test_a_failure_of_a_whole_answer_is_a_500(
+def test_failure_without_streaming_is_a_500(
     client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:
-        raise RuntimeError("a secret of the machine")
+        raise RuntimeError("an internal detail")
 
-    monkeypatch.setattr(sequence_module.SequenceOutputProcessor, "process_tokens", broken)
+    monkeypatch.setattr(SequenceOutputProcessor, "process_tokens", broken)
     with pytest.raises(openai.InternalServerError) as failed:
         client.chat.completions.create(**CHAT)
-    assert "secret" not in str(failed.value)
+    assert "internal detail" not in str(failed.value)
 
 
-def test_more_than_may_wait_gets_a_429(
-    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_queue_returns_429(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     _never_finish(monkeypatch)
     with (
         client.chat.completions.create(**CHAT, n=10, stream=True),
-        pytest.raises(openai.RateLimitError) as refused,
+        pytest.raises(openai.RateLimitError) as rejected,
     ):
         client.chat.completions.create(**CHAT, n=3, max_tokens=2)
-    assert refused.value.code == "rate_limit_exceeded"
-    assert refused.value.response.headers["retry-after"] == "1"
+    assert rejected.value.code == "rate_limit_exceeded"
+    assert rejected.value.response.headers["retry-after"] == "1"

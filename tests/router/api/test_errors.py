@@ -1,4 +1,4 @@
-"""Everything that is refused: one clear error in OpenAI's shape, naming the field."""
+"""Invalid requests get one error in OpenAI's shape that names the field."""
 
 import threading
 from collections.abc import Iterator
@@ -77,25 +77,25 @@ def _error(response: httpx.Response) -> dict[str, Any]:
             {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "id": 5}]}]},
             "messages[0].tool_calls[0].id",
             "invalid_type",
-            id="number-for-a-call's-id",
+            id="number-for-call-id",
         ),
         pytest.param(
             {"messages": [{"role": "assistant", "tool_calls": [BAD_CALL]}]},
             "messages[0].tool_calls[0].function.arguments",
             "invalid_value",
-            id="arguments-that-are-no-object",
+            id="arguments-not-an-object",
         ),
         pytest.param(
             {"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]},
             "messages[0].tool_calls",
             "invalid_value",
-            id="user's-calls",
+            id="tool-calls-of-user",
         ),
         pytest.param(
             {"messages": [{"role": "tool", "content": "x"}]},
             "messages",
             "invalid_value",
-            id="template-refuses",
+            id="template-error",
         ),
         pytest.param({"model": 3}, "model", "invalid_type", id="number-for-model"),
         pytest.param({"max_tokens": -1}, "max_tokens", "invalid_value", id="negative"),
@@ -110,7 +110,7 @@ def _error(response: httpx.Response) -> dict[str, Any]:
             "context_length_exceeded",
             id="long-completion",
         ),
-        pytest.param({"n": 13}, "n", "invalid_value", id="more-choices-than-are-held"),
+        pytest.param({"n": 13}, "n", "invalid_value", id="more-choices-than-capacity"),
         pytest.param({"temperature": 2.1}, "temperature", "invalid_value", id="hot"),
         pytest.param({"temperature": -0.1}, "temperature", "invalid_value", id="cold"),
         pytest.param({"temperature": "1"}, "temperature", "invalid_type", id="text-for-float"),
@@ -171,7 +171,7 @@ def _error(response: httpx.Response) -> dict[str, Any]:
             {"tools": [{"type": "function", "function": {"name": "a b"}}]},
             "tools[0].function.name",
             "invalid_value",
-            id="name-of-a-tool",
+            id="tool-name",
         ),
         pytest.param(
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
@@ -179,12 +179,12 @@ def _error(response: httpx.Response) -> dict[str, Any]:
             "invalid_type",
             id="list-for-parameters",
         ),
-        pytest.param({"tools": [TOOL, TOOL]}, "tools", "invalid_value", id="tools-of-one-name"),
+        pytest.param({"tools": [TOOL, TOOL]}, "tools", "invalid_value", id="duplicate-tool-names"),
         pytest.param(
             {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
             "tool_choice",
             "invalid_value",
-            id="no-such-tool",
+            id="unknown-tool",
         ),
         pytest.param(
             {"response_format": {"type": "json_object"}, "guided_regex": "a"},
@@ -196,7 +196,7 @@ def _error(response: httpx.Response) -> dict[str, Any]:
             {"chat_template_kwargs": {"messages": []}},
             "chat_template_kwargs.messages",
             "invalid_value",
-            id="a-template's-own-name",
+            id="reserved-template-variable",
         ),
         pytest.param({"stop": 5}, "stop", "invalid_type", id="number-for-stop"),
         pytest.param({"stop": [1]}, "stop", "invalid_type", id="numbers-for-stops"),
@@ -244,7 +244,7 @@ def _error(response: httpx.Response) -> dict[str, Any]:
         ),
     ],
 )
-def test_chat_names_what_is_wrong(
+def test_chat_error_names_the_invalid_field(
     http: httpx.Client, change: dict[str, Any], param: str, code: str
 ) -> None:
     response = http.post("/v1/chat/completions", json={**CHAT, **change})
@@ -270,9 +270,9 @@ def test_chat_names_what_is_wrong(
         pytest.param({"prompt": [True]}, "prompt", "invalid_type", id="bools"),
         pytest.param({"prompt": [-1]}, "prompt", "invalid_type", id="negative-token"),
         pytest.param({"prompt": ["x"] * 129}, "prompt", "invalid_value", id="too-many"),
-        pytest.param({"prompt": ["x"] * 13}, "prompt", "invalid_value", id="more-than-are-held"),
+        pytest.param({"prompt": ["x"] * 13}, "prompt", "invalid_value", id="more-than-capacity"),
         pytest.param({"prompt": ["x"] * 7, "n": 2}, "n", "invalid_value", id="times-n"),
-        pytest.param({"prompt": [[1], [10**6]]}, "prompt[1]", "invalid_value", id="no-such-token"),
+        pytest.param({"prompt": [[1], [10**6]]}, "prompt[1]", "invalid_value", id="unknown-token"),
         pytest.param({"suffix": "x"}, "suffix", "unsupported_parameter", id="suffix"),
         pytest.param({"best_of": 2}, "best_of", "unsupported_parameter", id="best_of"),
         pytest.param(
@@ -282,7 +282,7 @@ def test_chat_names_what_is_wrong(
         pytest.param({"tools": [TOOL]}, "tools", "unsupported_parameter", id="tools"),
     ],
 )
-def test_completion_names_what_is_wrong(
+def test_completion_error_names_the_invalid_field(
     http: httpx.Client, change: dict[str, Any], param: str, code: str
 ) -> None:
     response = http.post("/v1/completions", json={**TEXT, **change})
@@ -291,7 +291,7 @@ def test_completion_names_what_is_wrong(
 
 
 @pytest.mark.parametrize(
-    ("content", "code", "said"),
+    ("content", "code", "message"),
     [
         pytest.param(b'{"model": }', "invalid_json", "Expecting value at character 10", id="cut"),
         pytest.param(b"[]", "invalid_type", "must be a JSON object", id="list"),
@@ -306,32 +306,32 @@ def test_completion_names_what_is_wrong(
         ),
     ],
 )
-def test_a_body_that_is_no_json_object_is_refused(
-    http: httpx.Client, content: bytes, code: str, said: str
+def test_body_that_is_not_a_json_object_is_rejected(
+    http: httpx.Client, content: bytes, code: str, message: str
 ) -> None:
     headers = {"Content-Type": "application/json"}
     response = http.post("/v1/chat/completions", content=content, headers=headers)
     assert response.status_code == 400
     error = _error(response)
     assert (error["type"], error["code"]) == ("invalid_request_error", code)
-    assert said in error["message"]
+    assert message in error["message"]
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"),
+    ("value", "quoted"),
     [
-        pytest.param("4", '"4"', id="text-of-a-number"),
-        pytest.param("\u00e9\u200f\n", '"\u00e9\\u200f\\n"', id="letters-and-marks"),
+        pytest.param("4", '"4"', id="number-as-text"),
+        pytest.param("\u00e9\u200f\n", '"\u00e9\\u200f\\n"', id="unprintable"),
         pytest.param(True, "true", id="bool"),
         pytest.param("a" * 200, '"' + "a" * 79 + "...", id="long"),
     ],
 )
-def test_a_value_is_shown_as_it_was_written(http: httpx.Client, value: Any, shown: str) -> None:
+def test_error_quotes_the_value_as_json(http: httpx.Client, value: Any, quoted: str) -> None:
     error = _error(http.post("/v1/chat/completions", json={**CHAT, "seed": value}))
-    assert error["message"].endswith(f", got {shown}.")
+    assert error["message"].endswith(f", got {quoted}.")
 
 
-def test_a_value_may_be_nested_as_deeply_as_is_read(http: httpx.Client) -> None:
+def test_deeply_nested_value_is_rejected_cleanly(http: httpx.Client) -> None:
     for depth in range(100, 3000, 100):
         seed = b"[" * depth + b"]" * depth
         content = b'{"model":"tiny","messages":[{"role":"user","content":"a"}],"seed":%s}' % seed
@@ -340,7 +340,7 @@ def test_a_value_may_be_nested_as_deeply_as_is_read(http: httpx.Client) -> None:
         assert (response.status_code, _error(response)["type"]) == (400, "invalid_request_error")
 
 
-def test_a_text_that_no_tokens_could_bring_within_the_context_is_not_tokenised(
+def test_text_too_long_for_the_context_is_rejected_before_tokenization(
     http: httpx.Client, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n_tokens = engine.limits.max_model_len
@@ -360,28 +360,30 @@ def test_a_text_that_no_tokens_could_bring_within_the_context_is_not_tokenised(
         assert (error["param"], f"{size_bytes} bytes" in error["message"]) == (param, True)
 
 
-def test_few_texts_are_tokenised_at_a_time(
+def test_concurrent_tokenizations_are_limited(
     http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode, at_work, most = ModelTokenizer.encode, threading.Semaphore(0), [0]
+    encode, never_released = ModelTokenizer.encode, threading.Semaphore(0)
     lock = threading.Lock()
-    n_running = 0
+    n_running = max_running = 0
 
-    def slow(codec: ModelTokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-        nonlocal n_running
+    def slow_encode(
+        model_tokenizer: ModelTokenizer, text: str, *, add_special_tokens: bool
+    ) -> list[int]:
+        nonlocal n_running, max_running
         with lock:
             n_running += 1
-            most[0] = max(most[0], n_running)
-        at_work.acquire(timeout=0.1)  # nobody releases it: long enough for others to come
+            max_running = max(max_running, n_running)
+        never_released.acquire(timeout=0.1)  # gives the other requests time to overlap
         with lock:
             n_running -= 1
-        return encode(codec, text, add_special_tokens=add_special_tokens)
+        return encode(model_tokenizer, text, add_special_tokens=add_special_tokens)
 
-    monkeypatch.setattr(ModelTokenizer, "encode", slow)
+    monkeypatch.setattr(ModelTokenizer, "encode", slow_encode)
     with ThreadPoolExecutor(6) as pool:
-        answers = pool.map(lambda _: http.post("/v1/completions", json=TEXT), range(6))
-        assert [answer.status_code for answer in answers] == [200] * 6
-    assert most == [MAX_CONCURRENT_TOKENIZATIONS]
+        responses = pool.map(lambda _: http.post("/v1/completions", json=TEXT), range(6))
+        assert [response.status_code for response in responses] == [200] * 6
+    assert max_running == MAX_CONCURRENT_TOKENIZATIONS
 
 
 @pytest.mark.parametrize(
@@ -397,41 +399,41 @@ def test_few_texts_are_tokenised_at_a_time(
         pytest.param(rb'{"model":"\ud800","messages":[{"role":"user","content":"a"}]}', id="model"),
     ],
 )
-def test_half_a_surrogate_is_refused(http: httpx.Client, content: bytes) -> None:
+def test_lone_surrogate_is_rejected(http: httpx.Client, content: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     response = http.post("/v1/chat/completions", content=content, headers=headers)
     assert response.status_code == 400
     assert _error(response)["code"] == "invalid_type"
 
 
-def test_nan_is_no_temperature(http: httpx.Client) -> None:
+def test_nan_is_rejected(http: httpx.Client) -> None:
     content = b'{"model":"tiny","messages":[{"role":"user","content":"a"}],"temperature":NaN}'
     headers = {"Content-Type": "application/json"}
     response = http.post("/v1/chat/completions", content=content, headers=headers)
     assert (response.status_code, _error(response)["param"]) == (400, "temperature")
 
 
-def test_a_body_without_its_content_type_is_told_so(http: httpx.Client) -> None:
+def test_missing_content_type_is_named(http: httpx.Client) -> None:
     response = http.post("/v1/chat/completions", content=b"{}")
     assert response.status_code == 400
     assert "Content-Type: application/json" in _error(response)["message"]
 
 
-def test_a_missing_model_is_named(http: httpx.Client) -> None:
+def test_missing_model_is_named(http: httpx.Client) -> None:
     error = _error(http.post("/v1/chat/completions", json={"messages": MESSAGES}))
     assert (error["param"], error["code"]) == ("model", "missing_required_parameter")
 
 
-def test_a_model_is_shown_as_it_is_written(http: httpx.Client) -> None:
+def test_unknown_model_name_is_quoted_and_escaped(http: httpx.Client) -> None:
     error = _error(http.post("/v1/chat/completions", json={**CHAT, "model": "caf\u00e9\u202e"}))
     assert "`caf\u00e9\\u202e` does not exist" in error["message"]
 
 
-def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError) as refused:
+def test_unknown_model_returns_404(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as rejected:
         client.chat.completions.create(model="gpt-9", messages=[{"role": "user", "content": "a"}])
-    assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
-    assert "`gpt-9` does not exist" in str(refused.value)
+    assert (rejected.value.code, rejected.value.param) == ("model_not_found", "model")
+    assert "`gpt-9` does not exist" in str(rejected.value)
 
 
 @pytest.mark.parametrize(
@@ -446,7 +448,7 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
         pytest.param("/v1/completions", {"model": "tiny", "prompt": [5] * 256}, id="tokens"),
     ],
 )
-def test_more_than_the_context_is_refused(
+def test_request_longer_than_the_context_is_rejected(
     http: httpx.Client, path: str, body: dict[str, Any]
 ) -> None:
     response = http.post(path, json=body)
@@ -461,7 +463,7 @@ def _body_chunks(n_bytes: int) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_a_large_body_is_refused(http: httpx.Client, declared: bool) -> None:
+def test_large_body_is_rejected(http: httpx.Client, declared: bool) -> None:
     content = b" " * 30_000 if declared else _body_chunks(30_000)
     headers = {"Content-Type": "application/json"}
     response = http.post("/v1/chat/completions", content=content, headers=headers)
@@ -479,7 +481,7 @@ def test_a_large_body_is_refused(http: httpx.Client, declared: bool) -> None:
         pytest.param("GET", "/v1/models/none", 404, "model_not_found", id="model"),
     ],
 )
-def test_other_urls_are_refused_in_the_same_shape(
+def test_unknown_urls_return_openai_errors(
     http: httpx.Client, method: str, path: str, status: int, code: str
 ) -> None:
     response = http.request(method, path)

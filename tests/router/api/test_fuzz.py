@@ -1,7 +1,7 @@
-"""Whatever clients send: an answer or a clear refusal, in a bounded time, and the server goes on.
+"""Fuzzing: any input gets a response or a clear error in bounded time, and the server survives.
 
-By schemathesis from the app's own OpenAPI, by strategies of our own for what it cannot know, and by
-hand for what explodes. All of it together takes a fixed number of requests.
+Requests come from schemathesis and the app's OpenAPI schema, from strategies for what the schema
+does not express, and from hand-written worst cases. The number of requests is fixed.
 """
 
 import json
@@ -56,7 +56,7 @@ def fuzzed(tool_server: str) -> Iterator[httpx.Client]:
 
 
 def _check(response: httpx.Response) -> None:
-    """An answer, or an error object that blames the client."""
+    """Assert that the response is a success or an OpenAI-shaped client error."""
     if response.status_code == 200:
         return
     assert response.status_code in (400, 404, 405, 413, 429, 501), response.text
@@ -70,9 +70,9 @@ def _assert_alive(http: httpx.Client) -> None:
     assert http.post("/v1/completions", json=TEXT).status_code == 200
 
 
-def test_requests_of_the_apps_own_openapi(tool_server: str, fuzzed: httpx.Client) -> None:
+def test_requests_generated_from_the_openapi_schema(tool_server: str, fuzzed: httpx.Client) -> None:
     schema = schemathesis.openapi.from_url(f"{tool_server}/openapi.json")
-    operations: list[Any] = [found.ok() for found in schema.get_all_operations()]  # type: ignore[union-attr]
+    operations: list[Any] = [result.ok() for result in schema.get_all_operations()]  # type: ignore[union-attr]
     assert len(operations) > 12
     for operation in operations:
         _send_cases(operation)
@@ -81,9 +81,9 @@ def test_requests_of_the_apps_own_openapi(tool_server: str, fuzzed: httpx.Client
 
 def _send_cases(operation: Any) -> None:
     @settings(FUZZ, max_examples=N_CASES)
-    @given(case=operation.as_strategy(), ours=st.booleans())
-    def send(case: Any, ours: bool) -> None:
-        if ours and isinstance(case.body, dict):  # get past the first check, generate little
+    @given(case=operation.as_strategy(), is_valid_model=st.booleans())
+    def send(case: Any, is_valid_model: bool) -> None:
+        if is_valid_model and isinstance(case.body, dict):  # passes the first check
             case.body = {**case.body, "model": "tiny", "max_tokens": 2}
         response = case.call(timeout=MAX_RESPONSE_S)
         status = response.status_code
@@ -217,7 +217,7 @@ HEADERS = st.dictionaries(
 
 @st.composite
 def _bodies(draw: st.DrawFn, base: Body) -> Body:
-    """A right body, with some fields as they may be and at most one as it may not."""
+    """Return a valid body with random plausible parameters and at most one arbitrary field."""
     names = draw(st.lists(st.sampled_from(sorted(FIELDS)), max_size=5, unique=True))
     body = {**base, **{name: draw(FIELDS[name]) for name in names}}
     if "messages" in base and draw(st.booleans()):
@@ -235,36 +235,36 @@ def _bodies(draw: st.DrawFn, base: Body) -> Body:
         pytest.param("/tokenize", {"prompt": "a"}, id="tokenize"),
     ],
 )
-def test_bodies_with_every_parameter(fuzzed: httpx.Client, path: str, base: Body) -> None:
+def test_bodies_with_random_parameters(fuzzed: httpx.Client, path: str, base: Body) -> None:
     statuses: Counter[int] = Counter()
 
     @settings(FUZZ, max_examples=N_BODIES)
     @given(body=_bodies(base), headers=HEADERS)
     def send(body: Body, headers: dict[bytes, bytes]) -> None:
         content = json.dumps(body).encode()
-        head = [*headers.items(), (b"Content-Type", b"application/json")]
-        response = fuzzed.post(path, content=content, headers=head)
+        all_headers = [*headers.items(), (b"Content-Type", b"application/json")]
+        response = fuzzed.post(path, content=content, headers=all_headers)
         _check(response)
         statuses[response.status_code] += 1
         if response.status_code == 200 and body.get("stream") is True and path != "/tokenize":
             assert response.text.endswith("\n\n")
 
     send()
-    assert statuses[200] > N_BODIES // 10, "too few bodies are right to try what they ask for"
+    assert statuses[200] > N_BODIES // 10, "too few bodies are valid to exercise generation"
     _assert_alive(fuzzed)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/detokenize"])
-def test_bodies_that_are_no_bodies(fuzzed: httpx.Client, path: str) -> None:
+def test_malformed_bodies(fuzzed: httpx.Client, path: str) -> None:
     @settings(FUZZ, max_examples=40)
     @given(
         content=st.binary(max_size=60) | JUNK.map(lambda value: json.dumps(value).encode()),
-        kind=st.sampled_from(
+        content_type=st.sampled_from(
             ["application/json", "text/plain", "multipart/form-data", "", "a/b;c=d"]
         ),
     )
-    def send(content: bytes, kind: str) -> None:
-        _check(fuzzed.post(path, content=content, headers={"Content-Type": kind}))
+    def send(content: bytes, content_type: str) -> None:
+        _check(fuzzed.post(path, content=content, headers={"Content-Type": content_type}))
 
     send()
 
@@ -314,12 +314,12 @@ LARGE: dict[str, tuple[str, Callable[[], Body]]] = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_what_is_too_large_is_refused_by_name(name: str, fuzzed: httpx.Client) -> None:
-    param, make = LARGE[name]
+def test_oversized_field_is_rejected_by_name(name: str, fuzzed: httpx.Client) -> None:
+    param, make_fields = LARGE[name]
     start_s = time.monotonic()
-    response = fuzzed.post("/v1/chat/completions", json={**CHAT, **make()})
+    response = fuzzed.post("/v1/chat/completions", json={**CHAT, **make_fields()})
     _check(response)
-    # A template may do nothing with its variables; a grammar may explode at a later token.
+    # A template may ignore its variables; a grammar may become too complex at a later token.
     if name not in ("deep-variables", "power"):
         assert response.status_code == 400
         assert str(response.json()["error"]["param"]).startswith(param)
@@ -327,24 +327,22 @@ def test_what_is_too_large_is_refused_by_name(name: str, fuzzed: httpx.Client) -
     _assert_alive(fuzzed)
 
 
-def test_an_ambiguous_grammar_slows_nobody_for_long(fuzzed: httpx.Client) -> None:
+def test_ambiguous_grammar_does_not_block_other_requests(fuzzed: httpx.Client) -> None:
     grammar = 'start: start start | "a" start | "a"'
     body = {**TEXT, "max_tokens": 400, "guided_grammar": grammar, "ignore_eos": True}
-    answers: list[httpx.Response] = []
+    responses: list[httpx.Response] = []
     thread = threading.Thread(
-        target=lambda: answers.append(fuzzed.post("/v1/completions", json=body))
+        target=lambda: responses.append(fuzzed.post("/v1/completions", json=body))
     )
     thread.start()
     while thread.is_alive():
         assert fuzzed.post("/v1/completions", json=TEXT).status_code == 200
-    [answer] = answers
-    _check(answer)
+    [response] = responses
+    _check(response)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_whose_constraints_contradict_each_other_is_the_clients_fault(
-    fuzzed: httpx.Client, stream: bool
-) -> None:
+def test_contradicting_constraints_are_a_client_error(fuzzed: httpx.Client, stream: bool) -> None:
     body = {**TEXT, "guided_regex": "[0-9]+", "allowed_token_ids": [100], "stream": stream}
     response = fuzzed.post("/v1/completions", json=body)
     text = response.text
@@ -363,35 +361,35 @@ def _connect(http: httpx.Client) -> socket.socket:
     return socket.create_connection((address.hostname, address.port), timeout=MAX_RESPONSE_S)
 
 
-HALF = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+HEAD_START = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 BROKEN = {
-    "half-a-head": HALF,
-    "half-a-body": HALF + b'Content-Length: 900\r\n\r\n{"model": "tiny", "pro',
-    "half-a-chunk": HALF + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab",
-    "bad-chunk": HALF + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
-    "bad-length": HALF + b"Content-Length: -5\r\n\r\n",
-    "two-lengths": HALF + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
-    "no-http": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 10,
-    "long-head": HALF + b"X-Long: " + b"a" * 200_000 + b"\r\n\r\n",
+    "truncated-head": HEAD_START,
+    "truncated-body": HEAD_START + b'Content-Length: 900\r\n\r\n{"model": "tiny", "pro',
+    "truncated-chunk": HEAD_START + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab",
+    "bad-chunk": HEAD_START + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "bad-length": HEAD_START + b"Content-Length: -5\r\n\r\n",
+    "two-lengths": HEAD_START + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+    "not-http": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 10,
+    "long-head": HEAD_START + b"X-Long: " + b"a" * 200_000 + b"\r\n\r\n",
     "bad-path": b"GET /%ff%00/../../etc HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_broken_clients_stop_nobody(name: str, fuzzed: httpx.Client) -> None:
+def test_broken_clients_do_not_block_others(name: str, fuzzed: httpx.Client) -> None:
     connections = [_connect(fuzzed) for _ in range(8)]
     for connection in connections:
         connection.sendall(BROKEN[name])
-    _assert_alive(fuzzed)  # while they hang
+    _assert_alive(fuzzed)  # while the broken connections are open
     for connection in connections:
         connection.close()
     _assert_alive(fuzzed)
 
 
-def test_a_client_that_reads_nothing_stops_nobody(fuzzed: httpx.Client) -> None:
+def test_client_that_does_not_read_does_not_block_others(fuzzed: httpx.Client) -> None:
     body = json.dumps({**TEXT, "max_tokens": 900, "stream": True, "logprobs": 20}).encode()
-    head = HALF + b"Content-Length: %d\r\n\r\n" % len(body)
+    head = HEAD_START + b"Content-Length: %d\r\n\r\n" % len(body)
     with _connect(fuzzed) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(head + body)
@@ -400,15 +398,15 @@ def test_a_client_that_reads_nothing_stops_nobody(fuzzed: httpx.Client) -> None:
     _assert_alive(fuzzed)
 
 
-def test_memory_stays_bounded(fuzzed: httpx.Client) -> None:
-    """Grammars, tools and texts that differ each time leave nothing behind that grows."""
+def test_memory_growth_is_bounded(fuzzed: httpx.Client) -> None:
+    """Requests with ever new grammars do not grow the process's memory."""
 
     def send(index: int) -> None:
         schema = {"enum": [f"{index}-{n}" for n in range(300)]}
         body = {**CHAT, "guided_json": schema, "seed": index, "logprobs": True, "top_logprobs": 20}
         assert fuzzed.post("/v1/chat/completions", json=body).status_code == 200
 
-    for index in range(70):  # as many as are kept
+    for index in range(70):  # fills the grammar cache
         send(index)
     before_bytes = psutil.Process().memory_info().rss
     for index in range(70, 140):

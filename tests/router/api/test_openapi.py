@@ -1,4 +1,4 @@
-"""The app's OpenAPI says what is answered: errors in OpenAI's form, and no 422 of FastAPI's."""
+"""The app's OpenAPI schema documents OpenAI-shaped errors and none of FastAPI's 422 responses."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ ERROR = {"$ref": "#/components/schemas/ErrorResponse"}
 
 @pytest.fixture(scope="module")
 def schema(server: tuple[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = httpx.get(f"{server[0]}/openapi.json").json()
-    return found
+    response: dict[str, Any] = httpx.get(f"{server[0]}/openapi.json").json()
+    return response
 
 
 def _operations(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -22,18 +22,18 @@ def _operations(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def test_every_error_is_openais_object(schema: dict[str, Any]) -> None:
+def test_every_error_has_openai_schema(schema: dict[str, Any]) -> None:
     operations = _operations(schema)
     assert len(operations) > 12
     for operation in operations.values():
-        bad = {s: r for s, r in operation["responses"].items() if int(s) >= 400}
-        assert "500" in bad
-        assert "422" not in bad
-        assert all(r["content"]["application/json"]["schema"] == ERROR for r in bad.values())
+        errors = {s: r for s, r in operation["responses"].items() if int(s) >= 400}
+        assert "500" in errors
+        assert "422" not in errors
+        assert all(r["content"]["application/json"]["schema"] == ERROR for r in errors.values())
     assert not [name for name in schema["components"]["schemas"] if "Validation" in name]
 
 
-def test_a_completion_says_all_that_it_may_answer(schema: dict[str, Any]) -> None:
+def test_completion_documents_all_responses(schema: dict[str, Any]) -> None:
     for path in ("/v1/chat/completions", "/v1/completions"):
         responses = _operations(schema)[f"post {path}"]["responses"]
         assert set(responses) == {"200", "400", "404", "413", "429", "500", "503"}
@@ -41,12 +41,12 @@ def test_a_completion_says_all_that_it_may_answer(schema: dict[str, Any]) -> Non
         assert all("Retry-After" in responses[status]["headers"] for status in ("429", "503"))
 
 
-def test_what_is_not_served_says_only_that(schema: dict[str, Any]) -> None:
+def test_unimplemented_endpoint_documents_no_success(schema: dict[str, Any]) -> None:
     responses = _operations(schema)["post /v1/embeddings"]["responses"]
     assert set(responses) == {"413", "500", "501", "503"}
 
 
-def test_without_tenants_no_key_is_asked_for(schema: dict[str, Any]) -> None:
+def test_schema_has_no_security_without_tenants(schema: dict[str, Any]) -> None:
     operations = _operations(schema).values()
     assert not any("401" in operation["responses"] for operation in operations)
     assert "securitySchemes" not in schema["components"]

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints as save_pretrained writes them: one tensor per expert."""
+"""Fixtures: tiny random checkpoints as save_pretrained writes them, with one tensor per expert."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -62,7 +62,7 @@ MakeCheckpoint = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def _quiet_and_small() -> Iterator[None]:
-    """No progress bars of the library; one thread, which tiny tensors are fastest with."""
+    """Disable transformers' progress bars and use one thread, the fastest for tiny tensors."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
@@ -72,7 +72,7 @@ def _quiet_and_small() -> Iterator[None]:
 
 
 def _tiny_model(family: str, **overrides: Any) -> Any:
-    """Builds the same random float32 model each time."""
+    """Build a random float32 model, the same each time."""
     name, extra = FAMILIES[family]
     cls = getattr(transformers, name)
     config = cls.config_class(**{**SIZES, **extra, **overrides})
@@ -105,18 +105,18 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
 
 
 def _stored_tensors(store: Store) -> dict[str, torch.Tensor]:
-    """Reads every tensor of a store, by its name in the model."""
-    found: dict[str, torch.Tensor] = {}
+    """Return every tensor of a store, by its name in the model."""
+    tensors: dict[str, torch.Tensor] = {}
     for path in store.router_files():
-        found |= load_file(path)
+        tensors |= load_file(path)
     for layer in store.manifest.layers:
         for name, tensor in load_file(store.path / layer.file).items():
-            found[f"{layer.name}.{name}"] = tensor
-    return found
+            tensors[f"{layer.name}.{name}"] = tensor
+    return tensors
 
 
 def _assert_holds_model(store: Store, checkpoint: Path, dtype: torch.dtype) -> None:
-    """Every parameter and buffer is stored once, as from_pretrained would have it."""
+    """Assert that a store holds every parameter and buffer once, equal to from_pretrained's."""
     cls = getattr(transformers, store.manifest.model.architecture)
     model = cls.from_pretrained(checkpoint, dtype=dtype)
     expected, got = model.state_dict(), _stored_tensors(store)
@@ -128,7 +128,7 @@ def _assert_holds_model(store: Store, checkpoint: Path, dtype: torch.dtype) -> N
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """The environment of a child process that may not reach a hub."""
+    """The environment of a child process in offline mode."""
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 

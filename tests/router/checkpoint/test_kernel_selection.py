@@ -1,3 +1,5 @@
+"""Selection of the lean kernel by comparison with the family's own forward."""
+
 import resource
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,7 @@ from faasmoe_router.checkpoint.kernel_selection import (
     is_equivalent,
     select_kernel,
 )
-from faasmoe_router.transformers_backend.model_skeleton import find_experts_modules
+from faasmoe_transformers.model_skeleton import find_experts_modules
 
 TinyModel = Callable[..., Any]
 
@@ -31,13 +33,13 @@ def _experts(**config: Any) -> Any:
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2"])
-def test_finds_the_activation_of_the_config(activation: str, tiny_model: TinyModel) -> None:
+def test_selects_the_activation_of_the_config(activation: str, tiny_model: TinyModel) -> None:
     model = tiny_model("mixtral", hidden_act=activation)
     (first, _) = find_experts_modules(model)
     assert select_kernel(first) == {**GATED, "activation": activation}
 
 
-def test_an_unknown_form_is_left_to_the_family(tiny_model: TinyModel) -> None:
+def test_form_without_equivalent_kernel_selects_none(tiny_model: TinyModel) -> None:
     (first, _) = find_experts_modules(
         tiny_model("gpt_oss")
     )  # clamps gate and up, and adds one to up
@@ -48,12 +50,12 @@ def test_an_unknown_form_is_left_to_the_family(tiny_model: TinyModel) -> None:
 @pytest.mark.parametrize(
     "change", [{"activation": "gelu"}, {"interleaved": True}, {"transposed": True}, {"bias": True}]
 )
-def test_a_wrong_form_does_not_agree(change: dict[str, Any]) -> None:
+def test_wrong_kernel_is_not_equivalent(change: dict[str, Any]) -> None:
     assert is_equivalent(_experts(), GATED)
     assert not is_equivalent(_experts(), GATED | change)
 
 
-def test_an_own_gate_that_differs_only_for_large_values_does_not_agree() -> None:
+def test_gate_that_differs_only_for_large_values_is_not_equivalent() -> None:
     class Clamped(MixtralExperts):  # type: ignore[misc]
         def _apply_gate(self, both: torch.Tensor) -> torch.Tensor:
             gate, up = both.chunk(2, dim=-1)
@@ -69,13 +71,13 @@ def test_an_own_gate_that_differs_only_for_large_values_does_not_agree() -> None
     assert not is_equivalent(module, GATED)
 
 
-def test_further_parameters_exclude_the_lean_kernel() -> None:
+def test_additional_parameters_exclude_the_lean_kernel() -> None:
     module = _experts()
     module.scale = torch.nn.Parameter(torch.ones(8))
     assert list(candidate_kernels(module)) == []
 
 
-def test_a_huge_module_costs_no_memory() -> None:
+def test_equivalence_test_of_a_huge_module_takes_no_memory() -> None:
     module = _experts(hidden_size=16384, intermediate_size=65536, num_local_experts=512)
     before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert is_equivalent(module, GATED)

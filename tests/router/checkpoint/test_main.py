@@ -9,7 +9,7 @@ from faasmoe_router.checkpoint.__main__ import main
 MakeCheckpoint = Callable[..., Path]
 
 
-def test_prepare_prints_what_was_made(
+def test_prepare_prints_a_summary(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
@@ -23,7 +23,7 @@ def test_prepare_prints_what_was_made(
     assert "100%" in err
 
 
-def test_an_error_is_one_line_and_a_status(
+def test_error_is_one_line_with_an_exit_status(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["prepare", str(make_checkpoint("llama")), str(tmp_path / "store")]) == 2

@@ -1,4 +1,4 @@
-"""A store of an earlier version, or with a changed manifest, is refused with its remedy."""
+"""A store whose manifest was changed is rejected, and the error names the remedy."""
 
 import json
 from collections.abc import Callable
@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from faasmoe_contracts.store import Store, StoreError
-from faasmoe_router.checkpoint import prepare
+from faasmoe_router.checkpoint.prepare import prepare
 
 MakeCheckpoint = Callable[..., Path]
 
 
-def test_a_changed_manifest_is_refused_and_force_makes_it_anew(
+def test_changed_manifest_is_rejected_and_force_replaces_it(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     source, folder = str(make_checkpoint("mixtral")), tmp_path / "store"
-    made = prepare(source, folder)
+    original = prepare(source, folder)
     path = folder / "manifest.json"
     changed = json.loads(path.read_text())
     changed["layers"][0]["kernel"] = None
@@ -26,4 +26,4 @@ def test_a_changed_manifest_is_refused_and_force_makes_it_anew(
         Store.open(folder)
     with pytest.raises(StoreError, match=remedy):
         prepare(source, folder)
-    assert prepare(source, folder, force=True).manifest == made.manifest
+    assert prepare(source, folder, force=True).manifest == original.manifest

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from faasmoe_contracts.store import Store, StoreError
-from faasmoe_router.checkpoint import PrepareError, prepare
-from faasmoe_router.transformers_backend import weight_conversion
+from faasmoe_router.checkpoint.prepare import prepare
+from faasmoe_router.errors import PrepareError
+from faasmoe_transformers import weight_conversion
 
 MakeCheckpoint = Callable[..., Path]
 TinyModel = Callable[..., Any]
@@ -34,22 +35,22 @@ def test_every_tensor_equals_from_pretrained(
     Store.open(tmp_path / "store").verify()
 
 
-def test_the_source_has_one_tensor_per_expert(make_checkpoint: MakeCheckpoint) -> None:
+def test_source_checkpoint_has_one_tensor_per_expert(make_checkpoint: MakeCheckpoint) -> None:
     names = load_file(make_checkpoint("mixtral") / "model.safetensors").keys()
     assert sum(".experts." in name for name in names) == 2 * 4 * 3
 
 
-def test_one_row_at_a_time_gives_the_same(
+def test_slice_size_does_not_change_the_store(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = make_checkpoint("mixtral")
-    whole = prepare(str(checkpoint), tmp_path / "whole")
+    store = prepare(str(checkpoint), tmp_path / "store")
     monkeypatch.setattr(weight_conversion, "SLICE_BYTES", 1)
-    assert prepare(str(checkpoint), tmp_path / "rows").manifest.digest == whole.manifest.digest
+    assert prepare(str(checkpoint), tmp_path / "rows").manifest.digest == store.manifest.digest
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_casts_as_from_pretrained_does(
+def test_cast_equals_from_pretrained(
     make_checkpoint: MakeCheckpoint,
     tmp_path: Path,
     dtype: str,
@@ -62,7 +63,7 @@ def test_casts_as_from_pretrained_does(
     assert AutoConfig.from_pretrained(store.path / "model").dtype == getattr(torch, dtype)
 
 
-def test_the_manifest_describes_the_model(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_manifest_describes_the_model(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("deepseek_v3", dtype=torch.bfloat16)
     manifest = prepare(str(checkpoint), tmp_path / "store").manifest
     model = manifest.model
@@ -82,7 +83,7 @@ def test_the_manifest_describes_the_model(make_checkpoint: MakeCheckpoint, tmp_p
     }
 
 
-def test_a_layer_maps_as_the_manifest_says(
+def test_layer_is_mapped_according_to_the_manifest(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, tiny_model: TinyModel
 ) -> None:
     store = prepare(str(make_checkpoint("gpt_oss")), tmp_path / "store")
@@ -105,7 +106,7 @@ def test_tied_weights_are_stored_once(
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_weights_tied_by_the_class_but_both_present(
+def test_tied_weights_that_differ_are_both_stored(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, equal: bool, stored_tensors: StoredTensors
 ) -> None:
     checkpoint = make_checkpoint("qwen2_moe")
@@ -119,7 +120,7 @@ def test_weights_tied_by_the_class_but_both_present(
         assert torch.equal(got["lm_head.weight"], head + 1)
 
 
-def test_a_tied_weight_under_its_other_name_is_stored_under_the_first(
+def test_tied_weight_under_its_alias_is_stored_under_the_canonical_name(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, assert_holds_model: AssertHoldsModel
 ) -> None:
     checkpoint = make_checkpoint("qwen2_moe")
@@ -130,7 +131,7 @@ def test_a_tied_weight_under_its_other_name_is_stored_under_the_first(
     assert_holds_model(store, checkpoint, torch.float32)
 
 
-def test_unexpected_tensors_are_counted_in_a_warning(
+def test_unexpected_tensors_are_skipped_with_a_warning(
     make_checkpoint: MakeCheckpoint,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -145,20 +146,20 @@ def test_unexpected_tensors_are_counted_in_a_warning(
     assert not any(name.startswith("mtp") for name in stored_tensors(store))
 
 
-def _without(tensors: dict[str, torch.Tensor]) -> None:
+def _drop_parameter(tensors: dict[str, torch.Tensor]) -> None:
     del tensors["model.layers.1.self_attn.q_proj.weight"]
 
 
-def _without_an_expert(tensors: dict[str, torch.Tensor]) -> None:
+def _drop_expert(tensors: dict[str, torch.Tensor]) -> None:
     del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
 
 
-def _without_experts(tensors: dict[str, torch.Tensor]) -> None:
+def _drop_all_experts(tensors: dict[str, torch.Tensor]) -> None:
     for name in [name for name in tensors if "layers.0.mlp.experts" in name]:
         del tensors[name]
 
 
-def _of_another_shape(tensors: dict[str, torch.Tensor]) -> None:
+def _change_shape(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.norm.weight"] = torch.zeros(5)
 
 
@@ -166,11 +167,15 @@ def _of_another_shape(tensors: dict[str, torch.Tensor]) -> None:
     ("change", "message"),
     [
         pytest.param(
-            _without, r"no tensor for model\.layers\.1\.self_attn\.q_proj\.weight", id="a"
+            _drop_parameter,
+            r"no tensor for model\.layers\.1\.self_attn\.q_proj\.weight",
+            id="parameter",
         ),
-        pytest.param(_without_an_expert, r"layers\.1\.mlp\.experts\.gate_up_proj: ", id="expert"),
-        pytest.param(_without_experts, r"layers\.0\.mlp\.experts\.down_proj, .*gate_up", id="all"),
-        pytest.param(_of_another_shape, r"norm\.weight: got shape \[5\], expected \[32\]", id="b"),
+        pytest.param(_drop_expert, r"layers\.1\.mlp\.experts\.gate_up_proj: ", id="expert"),
+        pytest.param(
+            _drop_all_experts, r"layers\.0\.mlp\.experts\.down_proj, .*gate_up", id="all-experts"
+        ),
+        pytest.param(_change_shape, r"norm\.weight: got shape \[5\], expected \[32\]", id="shape"),
     ],
 )
 def test_missing_or_misshapen_parameters_are_named(
@@ -182,13 +187,11 @@ def test_missing_or_misshapen_parameters_are_named(
     save_file(tensors, checkpoint / "model.safetensors")
     with pytest.raises(PrepareError, match=message):
         prepare(str(checkpoint), tmp_path / "store")
-    with pytest.raises(StoreError, match="not there"):
+    with pytest.raises(StoreError, match=r"manifest\.json: not found"):
         Store.open(tmp_path / "store")
 
 
-def test_a_dense_model_is_told_what_it_lacks(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
+def test_dense_model_is_rejected(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     with pytest.raises(PrepareError, match=r"'llama' \(class LlamaForCausalLM\).*ExpertsInterface"):
         prepare(str(make_checkpoint("llama")), tmp_path / "store")
 
@@ -199,7 +202,7 @@ def test_a_dense_model_is_told_what_it_lacks(
         pytest.param(
             {"quantization_config": {"quant_method": "fp8"}},
             "quantization_config: got quant_method 'fp8'",
-            id="quantised",
+            id="quantized",
         ),
         pytest.param({"architectures": ["NoSuchModel"]}, "got 'NoSuchModel'", id="class"),
         pytest.param({"architectures": ["AutoModel"]}, "got 'AutoModel'", id="no-model"),
@@ -207,7 +210,7 @@ def test_a_dense_model_is_told_what_it_lacks(
         pytest.param({"dtype": "float64"}, "dtype: got torch.float64", id="dtype"),
         pytest.param({"dtype": "float8"}, "rejected by transformers", id="no-dtype"),
         pytest.param(
-            {"quantization_config": "gptq"}, "got quant_method 'gptq'", id="quantised-text"
+            {"quantization_config": "gptq"}, "got quant_method 'gptq'", id="quantized-text"
         ),
         pytest.param({"architectures": "Qwen2MoeForCausalLM"}, "a list of class names", id="text"),
         pytest.param({"architectures": [5]}, "a list of class names", id="number-as-class"),
@@ -222,7 +225,7 @@ def test_a_dense_model_is_told_what_it_lacks(
         pytest.param({"max_position_embeddings": 0}, "none of max_position", id="no-context"),
     ],
 )
-def test_a_config_that_cannot_be_served_is_refused(
+def test_unsupported_config_is_rejected(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, fields: dict[str, Any], message: str
 ) -> None:
     path = make_checkpoint() / "config.json"
@@ -233,7 +236,7 @@ def test_a_config_that_cannot_be_served_is_refused(
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_codes_without_a_quantisation_config_are_refused(
+def test_quantized_weights_without_quantization_config_are_rejected(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     checkpoint = make_checkpoint()
@@ -244,7 +247,7 @@ def test_codes_without_a_quantisation_config_are_refused(
         prepare(str(checkpoint), tmp_path / "store")
 
 
-def test_two_tensors_for_one_parameter_are_refused(
+def test_two_tensors_for_one_parameter_are_rejected(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint()
@@ -255,12 +258,12 @@ def test_two_tensors_for_one_parameter_are_refused(
         prepare(str(checkpoint), tmp_path / "store")
 
 
-def test_an_unknown_dtype_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_unknown_dtype_is_rejected(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     with pytest.raises(PrepareError, match="dtype: got 'int4', expected one of bfloat16"):
         prepare(str(make_checkpoint()), tmp_path / "store", dtype="int4")
 
 
-def test_a_full_disk_is_noticed_before_writing(
+def test_insufficient_disk_space_is_detected_before_writing(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Usage:
@@ -272,7 +275,7 @@ def test_a_full_disk_is_noticed_before_writing(
     assert not (tmp_path / "store" / "experts").exists()
 
 
-def test_tokenizer_files_travel_and_weights_do_not(
+def test_auxiliary_files_are_copied_and_other_weights_are_not(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint(max_shard_size="20KB")

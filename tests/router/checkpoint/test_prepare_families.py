@@ -1,4 +1,4 @@
-"""Every family of transformers' experts interface becomes a store, tensor by tensor."""
+"""Stores of every model family that implements transformers' experts interface."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +8,13 @@ import torch
 from families.registry import FAMILIES, Family, experts_modules
 
 from faasmoe_contracts.store import Store
-from faasmoe_router.checkpoint import prepare
+from faasmoe_router.checkpoint.prepare import prepare
 
 StoredTensors = Callable[[Store], dict[str, torch.Tensor]]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_is_prepared_as_from_pretrained_loads_it(
+def test_store_equals_from_pretrained(
     tmp_path: Path, stored_tensors: StoredTensors, family: Family
 ) -> None:
     model = family.build()

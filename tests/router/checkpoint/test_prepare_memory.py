@@ -1,4 +1,4 @@
-"""Preparation streams: it runs under a limit on memory that the checkpoint is far above."""
+"""Preparation streams: it succeeds under a memory limit far below the checkpoint's size."""
 
 import json
 import subprocess
@@ -11,14 +11,14 @@ from transformers import Qwen2MoeConfig
 
 HEADROOM_BYTES = 160 << 20
 
-# RLIMIT_DATA counts private memory (heap, anonymous and private writable mappings) and not the page
-# cache; it is set once the imports are done, so the limit is on what preparation itself allocates.
+# RLIMIT_DATA counts private memory (heap, anonymous and private writable mappings), not the page
+# cache. It is set after the imports, so it limits only what preparation itself allocates.
 _MEMORY_LIMITED_SCRIPT = """
 import resource, sys
 from pathlib import Path
 import torch
 from transformers import Qwen2MoeForCausalLM
-from faasmoe_router.checkpoint import prepare
+from faasmoe_router.checkpoint.prepare import prepare
 
 lines = Path("/proc/self/status").read_text().splitlines()
 used_kb = next(int(line.split()[1]) for line in lines if line.startswith("VmData"))
@@ -27,14 +27,14 @@ resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 try:
     torch.ones(2 * int(sys.argv[3]), dtype=torch.uint8)
 except (RuntimeError, MemoryError):
-    print("the limit holds")
+    print("limit is enforced")
 prepare(sys.argv[1], Path(sys.argv[2])).verify()
 print("prepared")
 """
 
 
 def _write_checkpoint(folder: Path, layers: int) -> int:
-    """Writes a bfloat16 checkpoint of `layers` shards and returns its size in bytes."""
+    """Write a bfloat16 checkpoint of `layers` shards and return its size in bytes."""
     config = Qwen2MoeConfig(
         vocab_size=512,
         hidden_size=512,
@@ -90,7 +90,7 @@ def _random_weight(*shape: int) -> torch.Tensor:
     return torch.ones(shape, dtype=torch.bfloat16)
 
 
-def test_memory_stays_well_below_the_checkpoint(
+def test_memory_stays_far_below_the_checkpoint_size(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     size_bytes = _write_checkpoint(tmp_path / "checkpoint", layers=12)
@@ -102,4 +102,4 @@ def test_memory_stays_well_below_the_checkpoint(
         text=True,
         env=environment,
     )
-    assert child.stdout.splitlines() == ["the limit holds", "prepared"], child.stderr
+    assert child.stdout.splitlines() == ["limit is enforced", "prepared"], child.stderr

@@ -1,4 +1,4 @@
-"""Interrupted, repeated and concurrent preparations end in the same store."""
+"""Interrupted, repeated and concurrent preparations result in the same store."""
 
 import fcntl
 import os
@@ -13,22 +13,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from faasmoe_contracts.store import Store, StoreError
-from faasmoe_router.checkpoint import PrepareError, prepare
+from faasmoe_router.checkpoint.prepare import prepare
+from faasmoe_router.errors import PrepareError
 
 MakeCheckpoint = Callable[..., Path]
 
 _KILL_SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from faasmoe_router.checkpoint import prepare
+from faasmoe_router.checkpoint.prepare import prepare
 
 class KillAfter:
-    left = int(sys.argv[3])
+    remaining_bytes = int(sys.argv[3])
     def start(self, label, *, total_bytes):
         pass
     def advance(self, size_bytes):
-        self.left -= size_bytes
-        if self.left < 0:
+        self.remaining_bytes -= size_bytes
+        if self.remaining_bytes < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
 prepare(sys.argv[1], Path(sys.argv[2]), progress=KillAfter())
@@ -41,63 +42,65 @@ class _Interrupted(Exception):
 
 class _InterruptAfter:
     def __init__(self, size_bytes: int) -> None:
-        self._left = size_bytes
+        self._remaining_bytes = size_bytes
 
     def start(self, label: str, *, total_bytes: int) -> None:
         assert label
         assert total_bytes
 
     def advance(self, size_bytes: int) -> None:
-        self._left -= size_bytes
-        if self._left < 0:
+        self._remaining_bytes -= size_bytes
+        if self._remaining_bytes < 0:
             raise _Interrupted
 
 
-def test_killed_in_the_middle_and_repeated(
+def test_preparation_resumes_after_sigkill(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     checkpoint = make_checkpoint()
-    whole = prepare(str(checkpoint), tmp_path / "whole")
-    expert_bytes = whole.manifest.files["experts/00001.safetensors"].size_bytes
+    expected = prepare(str(checkpoint), tmp_path / "expected")
+    expert_bytes = expected.manifest.files["experts/00001.safetensors"].size_bytes
     size_bytes = sum(
-        entry.size_bytes for name, entry in whole.manifest.files.items() if "model/" not in name
+        entry.size_bytes for name, entry in expected.manifest.files.items() if "model/" not in name
     )
-    again = tmp_path / "again"
-    arguments = [str(checkpoint), str(again), str(size_bytes - expert_bytes // 2)]
+    resumed = tmp_path / "resumed"
+    arguments = [str(checkpoint), str(resumed), str(size_bytes - expert_bytes // 2)]
     child = subprocess.run([sys.executable, "-c", _KILL_SCRIPT, *arguments], env=environment)
     assert child.returncode == -signal.SIGKILL
-    with pytest.raises(StoreError, match="not there"):
-        Store.open(again)
-    finished = (again / "experts/00000.safetensors").stat().st_ino
-    assert not (again / "experts/00001.safetensors").exists()
+    with pytest.raises(StoreError, match=r"manifest\.json: not found"):
+        Store.open(resumed)
+    inode = (resumed / "experts/00000.safetensors").stat().st_ino
+    assert not (resumed / "experts/00001.safetensors").exists()
 
-    store = prepare(str(checkpoint), again)
-    assert store.manifest.digest == whole.manifest.digest
-    assert (again / "experts/00000.safetensors").stat().st_ino == finished
-    assert not list(again.rglob("*.partial"))
-    assert not (again / ".journal").exists()
+    store = prepare(str(checkpoint), resumed)
+    assert store.manifest.digest == expected.manifest.digest
+    assert (resumed / "experts/00000.safetensors").stat().st_ino == inode
+    assert not list(resumed.rglob("*.partial"))
+    assert not (resumed / ".journal").exists()
 
 
 @settings(
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(stops=st.lists(st.integers(0, 120_000), max_size=3), torn=st.booleans())
-def test_interrupted_anywhere_and_repeated(
+@given(
+    interrupt_bytes=st.lists(st.integers(0, 120_000), max_size=3), truncate_journal=st.booleans()
+)
+def test_preparation_resumes_after_any_interruption(
     make_checkpoint: MakeCheckpoint,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
-    stops: list[int],
-    torn: bool,
+    interrupt_bytes: list[int],
+    truncate_journal: bool,
 ) -> None:
-    checkpoint = tmp_path / "checkpoint"  # one for all examples
+    checkpoint = tmp_path / "checkpoint"  # shared by all examples
     if not checkpoint.exists():
         make_checkpoint()
     folder = tmp_path_factory.mktemp("stores")
-    for stop in stops:
+    for size_bytes in interrupt_bytes:
         try:
-            prepare(str(checkpoint), folder / "store", progress=_InterruptAfter(stop))
+            prepare(str(checkpoint), folder / "store", progress=_InterruptAfter(size_bytes))
         except _Interrupted:
-            if torn:
+            if truncate_journal:
                 with (folder / "store/.journal").open("a") as journal:
                     journal.write('{"file": "exp')
     store = prepare(str(checkpoint), folder / "store")
@@ -105,20 +108,20 @@ def test_interrupted_anywhere_and_repeated(
     assert store.manifest.digest == prepare(str(checkpoint), tmp_path / "once").manifest.digest
 
 
-def test_a_finished_file_that_was_damaged_meanwhile_is_made_again(
+def test_damaged_finished_file_is_rewritten(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     checkpoint, path = make_checkpoint(), tmp_path / "store"
     with pytest.raises(_Interrupted):
         prepare(str(checkpoint), path, progress=_InterruptAfter(100_000))
-    done = sorted(path.rglob("*.safetensors"))
-    content = bytearray(done[0].read_bytes())
+    finished = sorted(path.rglob("*.safetensors"))
+    content = bytearray(finished[0].read_bytes())
     content[-1] ^= 1
-    done[0].write_bytes(content)
+    finished[0].write_bytes(content)
     prepare(str(checkpoint), path).verify()
 
 
-def test_an_interrupted_store_of_another_checkpoint_starts_anew(
+def test_interrupted_store_of_another_checkpoint_is_replaced(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     with pytest.raises(_Interrupted):
@@ -128,7 +131,7 @@ def test_an_interrupted_store_of_another_checkpoint_starts_anew(
     store.verify()
 
 
-def test_a_complete_store_is_left_as_it_is(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_complete_store_is_left_unchanged(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     checkpoint, path = make_checkpoint(), tmp_path / "store"
     prepare(str(checkpoint), path)
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != ".lock"}
@@ -137,7 +140,7 @@ def test_a_complete_store_is_left_as_it_is(make_checkpoint: MakeCheckpoint, tmp_
     assert after == before
 
 
-def test_a_damaged_complete_store_is_named_and_can_be_forced(
+def test_damaged_complete_store_is_rejected_unless_forced(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     checkpoint, path = make_checkpoint(), tmp_path / "store"
@@ -151,7 +154,7 @@ def test_a_damaged_complete_store_is_named_and_can_be_forced(
     prepare(str(checkpoint), path, force=True).verify()
 
 
-def test_another_source_is_refused_unless_forced(
+def test_store_of_another_source_is_rejected_unless_forced(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     first, other = make_checkpoint(), make_checkpoint("mixtral", name="other")
@@ -164,7 +167,7 @@ def test_another_source_is_refused_unless_forced(
 
 
 @pytest.mark.parametrize("change", ["dtype", "weights"])
-def test_a_changed_checkpoint_or_option_is_another_source(
+def test_changed_checkpoint_or_dtype_is_another_source(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, change: str
 ) -> None:
     checkpoint, path = make_checkpoint(), tmp_path / "store"
@@ -177,7 +180,7 @@ def test_a_changed_checkpoint_or_option_is_another_source(
 
 
 @pytest.mark.parametrize("force", [True, False])
-def test_a_folder_with_other_files_is_never_touched(
+def test_folder_with_foreign_files_is_left_unchanged(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, force: bool
 ) -> None:
     path = tmp_path / "home"
@@ -189,7 +192,7 @@ def test_a_folder_with_other_files_is_never_touched(
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_manifest_of_something_else_is_never_removed(
+def test_foreign_manifest_is_left_unchanged(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, force: bool
 ) -> None:
     site = tmp_path / "site"
@@ -202,12 +205,14 @@ def test_a_manifest_of_something_else_is_never_removed(
     assert (site / "model" / "precious.txt").exists()
 
 
-def test_a_fresh_volume_counts_as_empty(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_lost_and_found_folder_is_ignored(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     (tmp_path / "store" / "lost+found").mkdir(parents=True)
     prepare(str(make_checkpoint()), tmp_path / "store").verify()
 
 
-def test_two_at_once_are_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_concurrent_preparation_is_rejected(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
     checkpoint, path = make_checkpoint(), tmp_path / "store"
     path.mkdir()
     with (path / ".lock").open("w") as other:
@@ -217,9 +222,7 @@ def test_two_at_once_are_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path
     prepare(str(checkpoint), path).verify()
 
 
-def test_a_store_that_cannot_be_written_is_named(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
+def test_unwritable_store_is_named(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PrepareError, match=r"file/store cannot be written: Not a directory"):
         prepare(str(make_checkpoint()), tmp_path / "file" / "store")

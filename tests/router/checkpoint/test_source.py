@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from faasmoe_router.checkpoint import PrepareError, prepare
+from faasmoe_router.checkpoint.prepare import prepare
 from faasmoe_router.checkpoint.source import resolve_source
+from faasmoe_router.errors import PrepareError
 
 MakeCheckpoint = Callable[..., Path]
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def test_a_folder_can_be_given_as_a_file_url(make_checkpoint: MakeCheckpoint) -> None:
+def test_file_url_names_a_folder(make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint(name="with space")
     source = resolve_source(f"file://{str(folder).replace(' ', '%20')}", revision=None)
     assert (source.folder, source.revision) == (folder, None)
@@ -31,22 +32,20 @@ def test_a_folder_can_be_given_as_a_file_url(make_checkpoint: MakeCheckpoint) ->
         pytest.param("/proc", None, r"/proc/config\.json: cannot be read", id="no-config"),
     ],
 )
-def test_a_source_that_cannot_be_had_is_refused(
-    name: str, revision: str | None, message: str
-) -> None:
+def test_inaccessible_source_is_rejected(name: str, revision: str | None, message: str) -> None:
     with pytest.raises(PrepareError, match=message):
         resolve_source(name, revision=revision)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])
-def test_a_broken_config_names_its_file(make_checkpoint: MakeCheckpoint, text: str) -> None:
+def test_invalid_config_is_named(make_checkpoint: MakeCheckpoint, text: str) -> None:
     folder = make_checkpoint()
     (folder / "config.json").write_text(text)
     with pytest.raises(PrepareError, match=r"config\.json: got"):
         resolve_source(str(folder), revision=None)
 
 
-def test_a_missing_shard_is_named(make_checkpoint: MakeCheckpoint) -> None:
+def test_missing_shard_is_named(make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint(max_shard_size="20KB")
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.unlink()
@@ -55,7 +54,9 @@ def test_a_missing_shard_is_named(make_checkpoint: MakeCheckpoint) -> None:
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a"]}])
-def test_an_index_without_names_is_refused(make_checkpoint: MakeCheckpoint, index: object) -> None:
+def test_weight_index_without_file_names_is_rejected(
+    make_checkpoint: MakeCheckpoint, index: object
+) -> None:
     folder = make_checkpoint()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(PrepareError, match="weight_map: got"):
@@ -63,7 +64,7 @@ def test_an_index_without_names_is_refused(make_checkpoint: MakeCheckpoint, inde
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "header"])
-def test_a_broken_shard_is_named(
+def test_damaged_shard_is_named(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, damage: str
 ) -> None:
     folder = make_checkpoint()
@@ -78,7 +79,7 @@ def test_a_broken_shard_is_named(
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub's local cache; the hub itself cannot be reached."""
+    """The path of the hub's local cache, in offline mode."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
@@ -94,7 +95,7 @@ def _cache(hub: Path, checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("name", ["hf://org/name", "org/name"])
 @pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
-def test_a_cached_repository_is_pinned_to_its_commit(
+def test_cached_repository_is_pinned_to_its_commit(
     make_checkpoint: MakeCheckpoint, hub: Path, tmp_path: Path, name: str, max_shard_size: str
 ) -> None:
     _cache(hub, make_checkpoint(max_shard_size=max_shard_size))
@@ -102,7 +103,7 @@ def test_a_cached_repository_is_pinned_to_its_commit(
     assert (model.source, model.revision) == (name, COMMIT)
 
 
-def test_a_commit_needs_no_second_look_at_file_times(
+def test_fingerprint_of_a_commit_ignores_file_times(
     make_checkpoint: MakeCheckpoint, hub: Path
 ) -> None:
     _cache(hub, make_checkpoint())
@@ -116,7 +117,7 @@ def test_a_commit_needs_no_second_look_at_file_times(
 @pytest.mark.parametrize(
     "name", ["chat_template.jinja", "tokenizer.json", "additional_chat_templates/rag.jinja"]
 )
-def test_another_tokenizer_or_template_is_another_checkpoint(
+def test_changed_auxiliary_file_is_another_checkpoint(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, name: str
 ) -> None:
     folder = make_checkpoint()
@@ -126,14 +127,14 @@ def test_another_tokenizer_or_template_is_another_checkpoint(
     prepare(str(folder), store)
     prepare(str(folder), store)
     (folder / name).write_text("[]")
-    with pytest.raises(PrepareError, match=r"which is not what .* is now"):
+    with pytest.raises(PrepareError, match=r"expected .* as it is now; --force"):
         prepare(str(folder), store)
     prepare(str(folder), store, force=True)
     assert (store / "model" / name).read_text() == "[]"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
-def test_a_broken_index_of_a_repository_is_named(
+def test_invalid_weight_index_of_a_repository_is_named(
     make_checkpoint: MakeCheckpoint, hub: Path, text: str
 ) -> None:
     folder = make_checkpoint()
@@ -152,6 +153,6 @@ def test_a_broken_index_of_a_repository_is_named(
     ],
 )
 @pytest.mark.usefixtures("hub")
-def test_an_unreachable_repository_says_why(name: str, reason: str) -> None:
+def test_unreachable_repository_error_has_a_reason(name: str, reason: str) -> None:
     with pytest.raises(PrepareError, match=f"at revision 'v1': .*{reason}"):
         resolve_source(name, revision="v1")

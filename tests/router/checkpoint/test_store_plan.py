@@ -1,3 +1,5 @@
+"""Layout of the store's files, and writing slices into them."""
+
 import tempfile
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from faasmoe_router.checkpoint.store_plan import (
     plan_router_files,
 )
 from faasmoe_router.checkpoint.store_writer import StoreWriter
-from faasmoe_router.transformers_backend.weight_conversion import ParameterSlice
+from faasmoe_transformers.weight_conversion import ParameterSlice
 
 _SHAPES = st.lists(st.integers(1, 5), max_size=3).map(tuple)
 _SPECS = st.lists(
@@ -42,10 +44,10 @@ def _slices(spec: TensorSpec, tensor: torch.Tensor) -> list[ParameterSlice]:
 
 @settings(max_examples=60, deadline=None)
 @given(specs=_SPECS, random=st.randoms(use_true_random=False))
-def test_pieces_in_any_order_make_the_file(specs: list[TensorSpec], random: object) -> None:
+def test_slices_in_any_order_make_the_file(specs: list[TensorSpec], random: object) -> None:
     tensors = {spec.local_name: _random(spec) for spec in specs}
-    pieces = [piece for spec in specs for piece in _slices(spec, tensors[spec.local_name])]
-    random.shuffle(pieces)  # type: ignore[attr-defined]
+    slices = [part for spec in specs for part in _slices(spec, tensors[spec.local_name])]
+    random.shuffle(slices)  # type: ignore[attr-defined]
     done: dict[str, FileEntry] = {}
     written: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -56,9 +58,9 @@ def test_pieces_in_any_order_make_the_file(specs: list[TensorSpec], random: obje
             on_file_finished=done.__setitem__,
             on_bytes_written=written.append,
         )
-        for piece in pieces:
+        for part in slices:
             assert not done
-            writer.write(piece)
+            writer.write(part)
         path = Path(folder) / layout.name
         got = load_file(path)
         assert done == {layout.name: FileEntry(path.stat().st_size, sha256_of_file(path))}
@@ -78,7 +80,7 @@ def test_router_shards_are_bounded_and_complete(specs: list[TensorSpec], shard_b
         assert size_bytes <= shard_bytes or len(file.tensors) == 1
 
 
-def test_a_piece_that_belongs_to_no_file_is_dropped(tmp_path: Path) -> None:
+def test_slice_of_no_file_is_dropped(tmp_path: Path) -> None:
     writer = StoreWriter(
         tmp_path, [], on_file_finished=lambda *_: None, on_bytes_written=lambda _: None
     )
@@ -87,7 +89,7 @@ def test_a_piece_that_belongs_to_no_file_is_dropped(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unfinished_file_stays_partial(tmp_path: Path) -> None:
+def test_unfinished_file_stays_partial(tmp_path: Path) -> None:
     spec = TensorSpec("a", "a", torch.float32, (2, 2))
     writer = StoreWriter(
         tmp_path,

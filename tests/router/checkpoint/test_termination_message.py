@@ -1,4 +1,4 @@
-"""What a preparation leaves in its termination log: real folders, a hub over HTTP, a full disk."""
+"""The termination log of the prepare command: local folders, a fake hub over HTTP, a full disk."""
 
 import errno
 import json
@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from faasmoe_contracts.store import FileEntry, LayerEntry, Manifest, ModelEntry, Store
-from faasmoe_router.checkpoint import prepare
 from faasmoe_router.checkpoint.__main__ import main
+from faasmoe_router.checkpoint.prepare import prepare
 from faasmoe_router.checkpoint.termination_message import (
     MAX_TERMINATION_MESSAGE_BYTES,
     failure_message,
@@ -30,7 +30,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class PrepareJob:
-    """Runs the command as a Job's container does."""
+    """Runs the prepare command with a termination log, as a Job's container does."""
 
     def __init__(self, folder: Path) -> None:
         self.store = folder / "store"
@@ -51,7 +51,9 @@ def job(tmp_path: Path) -> PrepareJob:
     return PrepareJob(tmp_path)
 
 
-def test_tells_what_the_store_holds(make_checkpoint: MakeCheckpoint, job: PrepareJob) -> None:
+def test_success_message_describes_the_store(
+    make_checkpoint: MakeCheckpoint, job: PrepareJob
+) -> None:
     checkpoint = make_checkpoint()
     status, message = job.run(checkpoint, "--dtype", "float16")
     manifest = Store.open(job.store).manifest
@@ -86,20 +88,20 @@ def _files_of(store: Path) -> list[Path]:
     return [store / name for name in Store.open(store).manifest.files]
 
 
-def test_a_repetition_tells_the_same_and_reads_no_weights(
+def test_repeated_run_has_the_same_message_and_reads_no_weights(
     make_checkpoint: MakeCheckpoint, job: PrepareJob
 ) -> None:
     checkpoint = make_checkpoint()
     _, first = job.run(checkpoint)
     weights = job.store / "experts" / "00000.safetensors"
     content = bytearray(weights.read_bytes())
-    content[-1] ^= 1  # which only a look at every byte would find
+    content[-1] ^= 1  # found only by reading the whole file
     weights.write_bytes(content)
     assert job.run(checkpoint) == (0, first)
 
 
 def _cache_checkpoint(checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the hub's client find org/name in a folder, as it keeps what it has downloaded."""
+    """Move a checkpoint into the hub client's cache as org/name, and go offline."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
     repository = folder / "models--org--name"
@@ -109,7 +111,7 @@ def _cache_checkpoint(checkpoint: Path, folder: Path, monkeypatch: pytest.Monkey
     checkpoint.rename(repository / "snapshots" / COMMIT)
 
 
-def test_the_store_of_a_hub_is_complete_without_the_hub(
+def test_complete_store_of_a_hub_source_does_not_need_the_hub(
     make_checkpoint: MakeCheckpoint,
     job: PrepareJob,
     monkeypatch: pytest.MonkeyPatch,
@@ -131,7 +133,7 @@ def test_the_store_of_a_hub_is_complete_without_the_hub(
         assert "prepared from 'hf://org/name'" in message["message"]
 
 
-def test_a_download_goes_when_the_store_is_complete_and_not_before(
+def test_downloads_are_removed_only_when_the_store_is_complete(
     make_checkpoint: MakeCheckpoint,
     job: PrepareJob,
     monkeypatch: pytest.MonkeyPatch,
@@ -149,12 +151,12 @@ def test_a_download_goes_when_the_store_is_complete_and_not_before(
     assert not downloads.exists()
     Store.open(job.store).verify()
 
-    downloads.mkdir()  # as if the pod had been evicted between the store's end and this one
+    downloads.mkdir()  # as if the pod had been evicted before it removed the downloads
     assert job.run("hf://org/name", *discard) == (0, first)
     assert not downloads.exists()
 
 
-def test_a_download_that_holds_the_store_is_refused(
+def test_downloads_folder_that_contains_the_store_is_rejected(
     make_checkpoint: MakeCheckpoint, job: PrepareJob
 ) -> None:
     checkpoint = make_checkpoint()
@@ -165,7 +167,7 @@ def test_a_download_that_holds_the_store_is_refused(
     Store.open(job.store).verify()
 
 
-def test_a_store_of_another_folder_is_a_mismatch(
+def test_store_of_another_source_is_a_mismatch(
     make_checkpoint: MakeCheckpoint, job: PrepareJob
 ) -> None:
     job.run(make_checkpoint())
@@ -176,7 +178,7 @@ def test_a_store_of_another_folder_is_a_mismatch(
     assert (status, message["family"]) == (0, "mixtral")
 
 
-def test_a_folder_with_something_else_in_it_is_a_mismatch(
+def test_folder_with_foreign_files_is_a_mismatch(
     make_checkpoint: MakeCheckpoint, job: PrepareJob
 ) -> None:
     job.store.mkdir()
@@ -185,19 +187,23 @@ def test_a_folder_with_something_else_in_it_is_a_mismatch(
     assert (status, message["reason"]) == (2, "StoreMismatch")
 
 
-def test_a_source_that_is_not_there_may_come(tmp_path: Path, job: PrepareJob) -> None:
+def test_missing_source_is_retryable(tmp_path: Path, job: PrepareJob) -> None:
     for missing in (tmp_path / "nowhere", f"file://{tmp_path}/nowhere", tmp_path):
         status, message = job.run(missing)
         assert (status, message["reason"]) == (1, "SourceNotFound"), missing
 
 
-def test_a_model_without_experts_is_final(make_checkpoint: MakeCheckpoint, job: PrepareJob) -> None:
+def test_dense_model_is_a_permanent_failure(
+    make_checkpoint: MakeCheckpoint, job: PrepareJob
+) -> None:
     status, message = job.run(make_checkpoint("llama"))
     assert (status, message["reason"]) == (2, "SourceUnsupported")
     assert message["message"].startswith("model: got family 'llama'")
 
 
-def test_a_quantised_checkpoint_is_final(make_checkpoint: MakeCheckpoint, job: PrepareJob) -> None:
+def test_quantized_checkpoint_is_a_permanent_failure(
+    make_checkpoint: MakeCheckpoint, job: PrepareJob
+) -> None:
     config = make_checkpoint() / "config.json"
     value = json.loads(config.read_text())
     config.write_text(json.dumps({**value, "quantization_config": {"quant_method": "fp8"}}))
@@ -206,23 +212,21 @@ def test_a_quantised_checkpoint_is_final(make_checkpoint: MakeCheckpoint, job: P
     assert "quant_method 'fp8'" in message["message"]
 
 
-def test_a_damaged_store_and_a_broken_file_are_failures(
+def test_damaged_source_or_store_is_a_retryable_failure(
     make_checkpoint: MakeCheckpoint, job: PrepareJob
 ) -> None:
     checkpoint = make_checkpoint()
     (checkpoint / "model.safetensors").write_bytes(b"")
     status, message = job.run(checkpoint)
     assert (status, message["reason"]) == (1, "Failed")
-    job.run(make_checkpoint(name="whole"))
+    job.run(make_checkpoint(name="intact"))
     (job.store / "experts" / "00000.safetensors").unlink()
-    status, message = job.run(checkpoint.parent / "whole")
+    status, message = job.run(checkpoint.parent / "intact")
     assert (status, message["reason"]) == (1, "Failed")
     assert "00000.safetensors" in message["message"]
 
 
-def test_a_full_disk_is_told_from_other_errors(
-    make_checkpoint: MakeCheckpoint, job: PrepareJob
-) -> None:
+def test_full_disk_has_its_own_reason(make_checkpoint: MakeCheckpoint, job: PrepareJob) -> None:
     job.store.mkdir()
     (job.store / ".journal.partial").symlink_to("/dev/full")
     status, message = job.run(make_checkpoint())
@@ -230,7 +234,7 @@ def test_a_full_disk_is_told_from_other_errors(
     assert "No space left on device" in message["message"]
 
 
-def test_too_small_a_volume_is_told_before_anything_is_written(
+def test_too_small_volume_is_detected_before_writing(
     make_checkpoint: MakeCheckpoint, job: PrepareJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(job.log.parent)._replace(free=1000)
@@ -241,13 +245,13 @@ def test_too_small_a_volume_is_told_before_anything_is_written(
     assert not list(job.store.rglob("*.safetensors*"))
 
 
-def test_a_fault_of_our_own_is_told_and_not_hidden(
+def test_unexpected_exception_is_reported_and_reraised(
     make_checkpoint: MakeCheckpoint, job: PrepareJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise KeyError("layer")
 
-    monkeypatch.setattr("faasmoe_router.checkpoint.__main__.prepare", broken)
+    monkeypatch.setattr("faasmoe_router.checkpoint.prepare.prepare", broken)
     with pytest.raises(KeyError):
         job.run(make_checkpoint())
     assert json.loads(job.log.read_text()) == {
@@ -257,7 +261,7 @@ def test_a_fault_of_our_own_is_told_and_not_hidden(
     }
 
 
-def test_a_log_that_cannot_be_written_is_an_error(
+def test_unwritable_termination_log_is_an_error(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = str(tmp_path / "no" / "log")
@@ -270,7 +274,7 @@ def test_a_log_that_cannot_be_written_is_an_error(
 def hub_responding(
     monkeypatch: pytest.MonkeyPatch, status: int, headers: Mapping[str, str]
 ) -> Iterator[None]:
-    """A hub that answers every request alike, over real HTTP."""
+    """Run a fake hub that sends the same response to every request."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -310,7 +314,7 @@ def _no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_no_cache")
 @pytest.mark.parametrize(
-    ("status", "headers", "reason", "words"),
+    ("status", "headers", "reason", "text"),
     [
         (404, {"X-Error-Code": "RepoNotFound"}, "SourceNotFound", "no such repository"),
         (404, {"X-Error-Code": "RevisionNotFound"}, "SourceNotFound", "no such revision"),
@@ -326,26 +330,24 @@ def _no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (410, {}, "HubUnavailable", "the hub answered 410"),
     ],
 )
-def test_what_the_hub_answers_decides_the_reason(
+def test_hub_response_determines_the_reason(
     status: int,
     headers: Mapping[str, str],
     reason: str,
-    words: str,
+    text: str,
     job: PrepareJob,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with hub_responding(monkeypatch, status, headers):
         code, message = job.run("hf://org/name")
     assert (code, message["reason"]) == (1, reason), message
-    assert words in message["message"]
+    assert text in message["message"]
 
 
 @pytest.mark.usefixtures("_no_cache")
-def test_a_hub_that_is_away_is_unavailable(
-    job: PrepareJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_hub_is_unavailable(job: PrepareJob, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # and never listens
+        unused.bind(("127.0.0.1", 0))  # does not listen
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
         status, message = job.run("hf://org/name")
@@ -367,36 +369,36 @@ def _layer(index: int, n_experts: int) -> LayerEntry:
     )
 
 
-def test_layers_that_are_alike_take_no_more_room_than_one() -> None:
-    runs = [60] * 500 + [30] + [60] * 499
-    manifest = _manifest([_layer(index, size) for index, size in enumerate(runs)])
-    assert [run["count"] for run in model_status(manifest)["layers"]] == [500, 1, 499]
+def test_equal_consecutive_layers_are_grouped() -> None:
+    n_experts = [60] * 500 + [30] + [60] * 499
+    manifest = _manifest([_layer(index, n) for index, n in enumerate(n_experts)])
+    assert [group["count"] for group in model_status(manifest)["layers"]] == [500, 1, 499]
     assert len(success_message(manifest)) < 1024
 
 
-def test_layers_of_too_many_kinds_are_refused() -> None:
+def test_message_above_the_size_limit_is_rejected() -> None:
     manifest = _manifest([_layer(index, 8 + index % 2) for index in range(94)])
     with pytest.raises(SourceUnsupported, match=r"got 94 MoE layers in 94 runs .*at most 4096"):
         success_message(manifest)
-    some = replace(manifest, layers=manifest.layers[:40])
-    assert len(success_message(some)) <= MAX_TERMINATION_MESSAGE_BYTES
+    fewer_layers = replace(manifest, layers=manifest.layers[:40])
+    assert len(success_message(fewer_layers)) <= MAX_TERMINATION_MESSAGE_BYTES
 
 
 @pytest.mark.parametrize("text", ["x" * 10_000, "é" * 10_000, "\x00" * 10_000, "\ud800" * 5000])
-def test_a_long_message_is_cut(text: str) -> None:
+def test_long_error_text_is_truncated(text: str) -> None:
     content = failure_message(PrepareError(text))
     assert len(content) <= MAX_TERMINATION_MESSAGE_BYTES
     assert json.loads(content)["reason"] == "Failed"
 
 
-def test_a_full_disk_is_found_behind_other_errors() -> None:
+def test_full_disk_is_found_in_the_cause_chain() -> None:
     error = PrepareError("store: cannot be written")
     error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     assert failure_reason(error) == "NoSpace"
     assert failure_reason(PrepareError("store: cannot be written")) == "Failed"
 
 
-def test_without_a_termination_log_a_complete_store_is_still_verified(
+def test_complete_store_is_verified_without_a_termination_log(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint()

@@ -1,4 +1,4 @@
-"""A store with a tokenizer, a control process and whole routers, all of them real but tiny."""
+"""A tiny store with a tokenizer, a fake control process, and routers that are linked to it."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ import httpx
 import pytest
 import torch
 from fake_control import FakeControl
+from metric_samples import sample_value
 from prometheus_client import CollectorRegistry
 from sandbox_processes import SandboxProcess, StartSandbox, block_specs
 from server_thread import running_server
@@ -18,7 +19,7 @@ from server_thread import running_server
 from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
 from faasmoe_contracts.store import Store
 from faasmoe_router.api.app import create_app
-from faasmoe_router.checkpoint import prepare
+from faasmoe_router.checkpoint.prepare import prepare
 from faasmoe_router.control import ControlLink, LinkSettings
 from faasmoe_router.control.activator import ActivationQueueLimits, ActivationRequester
 from faasmoe_router.control.client import ControlClient, ControlTimeouts
@@ -26,12 +27,12 @@ from faasmoe_router.control.metrics import ControlLinkMetrics
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.cold_start import ActivationSettings
 from faasmoe_router.dispatch.metrics import DispatchMetrics
-from faasmoe_router.engine.cache_config import EngineLimits
+from faasmoe_router.engine.batcher import EngineLimits
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
+from faasmoe_router.model_loader import load_router_model
 from faasmoe_router.server import Server
-from faasmoe_router.transformers_backend.model_loader import load_router_model
 
 DEADLINE_S = 20.0
 TOKEN = "secret"
@@ -47,7 +48,7 @@ def store(base_model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def cold_table(store: Store) -> RoutingTable:
-    """Four functions, two experts each, none of which has an address."""
+    """Four functions of two experts each, without addresses."""
     entries = tuple(FunctionEndpoints(spec) for spec in block_specs(store, 2))
     return RoutingTable(store.manifest.digest, 1, entries)
 
@@ -68,25 +69,25 @@ def sandbox_server(sandbox: StartSandbox) -> Iterator[SandboxProcess]:
 def warm(
     store: Store, sandbox_server: SandboxProcess, cold_table: RoutingTable
 ) -> dict[str, list[str]]:
-    """Addresses of all functions, in a sandbox where they are attached."""
+    """Addresses of all functions, attached in a sandbox."""
     entries = [sandbox_server.attach(store, entry.spec) for entry in cold_table.functions]
     return {entry.spec.id: list(entry.addresses) for entry in entries}
 
 
 @dataclass(frozen=True, slots=True)
 class ElasticRouter:
-    """A router that serves, linked to a control process."""
+    """A running router that is linked to a control process."""
 
     http: httpx.Client
     registry: CollectorRegistry
     server: Server
 
     def metric(self, name: str) -> float:
-        """Return a metric's value now."""
-        return self.registry.get_sample_value(f"faasmoe_router_{name}") or 0.0
+        """Return the current value of a metric; an unknown name is an error."""
+        return sample_value(self.registry, f"faasmoe_router_{name}")
 
     def complete(self, **fields: Any) -> httpx.Response:
-        """Ask for a completion."""
+        """Request a completion."""
         body = {"model": "tiny", "prompt": "the quick", "max_tokens": 8, "temperature": 0}
         return self.http.post("/v1/completions", json=body | fields)
 
@@ -95,7 +96,7 @@ OpenRouter = Callable[..., AbstractContextManager[ElasticRouter]]
 
 
 @pytest.fixture
-def router(store: Store, codec: ModelTokenizer, control: FakeControl) -> OpenRouter:
+def router(store: Store, model_tokenizer: ModelTokenizer, control: FakeControl) -> OpenRouter:
     """Runs a router: `with router(timeout_s=…, call_queue_timeout_s=…) as r: r.complete()`."""
 
     @contextmanager
@@ -132,7 +133,7 @@ def router(store: Store, codec: ModelTokenizer, control: FakeControl) -> OpenRou
         )
         engine = Engine(
             load_router_model(store, dispatcher, device=torch.device("cpu")),
-            codec,
+            model_tokenizer,
             limits=EngineLimits(max_model_len=256),
             metrics=EngineMetrics(registry, "tiny"),
         )
@@ -157,7 +158,7 @@ def router(store: Store, codec: ModelTokenizer, control: FakeControl) -> OpenRou
 
 @pytest.fixture
 def on_loop() -> Callable[[Callable[[], Any]], None]:
-    """Run a coroutine function to its end, or fail."""
+    """Runs a coroutine function with a deadline."""
 
     def run(scenario: Callable[[], Any]) -> None:
         async def bounded() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
+from metric_samples import sample_value
 from prometheus_client import CollectorRegistry
 
 from faasmoe_router.control.activator import ActivationQueueLimits, Activator
@@ -13,13 +14,13 @@ from faasmoe_router.errors import ActivationQueueFull, ActivationTimeout, Engine
 
 
 class FakeFunctions:
-    """Two functions: `a` is needed from one token on, `b` from ten on."""
+    """Two functions: `a` is needed from one token on, `b` from ten tokens on."""
 
     def __init__(self) -> None:
         self.missing = {"a": 1, "b": 10}
         self.can_fall_back = False
         self.n_fallback_requests = 0
-        self.go = asyncio.Event()
+        self.continue_fallback = asyncio.Event()
 
     @property
     def activated_below_tokens(self) -> float:
@@ -31,14 +32,14 @@ class FakeFunctions:
     async def enable_local_fallback(self, n_tokens: int) -> bool:
         self.n_fallback_requests += 1
         if self.can_fall_back:
-            await self.go.wait()
+            await self.continue_fallback.wait()
             for name in self.missing_for(n_tokens):
                 del self.missing[name]
         return self.can_fall_back
 
 
 class ActivatorHarness:
-    """A gate, what it sees, and a clock that the test moves."""
+    """An activator, its fakes, and a clock that the test sets."""
 
     def __init__(self, **limits: Any) -> None:
         self.functions = FakeFunctions()
@@ -65,10 +66,10 @@ class ActivatorHarness:
         )
 
     def metric(self, name: str) -> float:
-        return self.registry.get_sample_value(f"faasmoe_router_{name}") or 0.0
+        return sample_value(self.registry, f"faasmoe_router_{name}")
 
 
-async def settle() -> None:
+async def run_pending_tasks() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
 
@@ -81,85 +82,85 @@ def run_scenario(scenario: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(bounded())
 
 
-def test_a_request_goes_once_all_its_functions_have_addresses() -> None:
+def test_a_request_is_released_when_all_its_functions_have_addresses() -> None:
     async def scenario() -> None:
-        world = ActivatorHarness()
-        assert not world.activator.is_activated_for(1)
-        queued = [world.send(10) for _ in range(32)]
-        await settle()
-        assert world.requests == [["a", "b"]]
-        assert world.metric("queued_requests") == world.load.queued == 32
-        world.now_s = 1.5
-        world.add_address("a")
-        await settle()
+        harness = ActivatorHarness()
+        assert not harness.activator.is_activated_for(1)
+        queued = [harness.send(10) for _ in range(32)]
+        await run_pending_tasks()
+        assert harness.requests == [["a", "b"]]
+        assert harness.metric("queued_requests") == harness.load.queued == 32
+        harness.now_s = 1.5
+        harness.add_address("a")
+        await run_pending_tasks()
         assert not any(h.done() for h in queued)
-        world.now_s = 2.5
-        world.add_address("b")
+        harness.now_s = 2.5
+        harness.add_address("b")
         assert await asyncio.gather(*queued) == [2.5] * 32
-        assert world.activator.is_activated_for(10)
-        assert world.metric("queued_requests") == world.load.queued == 0
-        assert world.metric("cold_start_seconds_count") == 32
+        assert harness.activator.is_activated_for(10)
+        assert harness.metric("queued_requests") == harness.load.queued == 0
+        assert harness.metric("cold_start_seconds_count") == 32
 
     run_scenario(scenario)
 
 
-def test_a_request_waits_only_for_what_it_needs() -> None:
+def test_a_request_waits_only_for_the_functions_that_it_needs() -> None:
     async def scenario() -> None:
-        world = ActivatorHarness()
-        small, large = world.send(2), world.send(12)
-        await settle()
-        assert world.requests == [["a"], ["a", "b"]]
-        world.add_address("a")
+        harness = ActivatorHarness()
+        small, large = harness.send(2), harness.send(12)
+        await run_pending_tasks()
+        assert harness.requests == [["a"], ["a", "b"]]
+        harness.add_address("a")
         await small
         assert not large.done()
-        world.add_address("b")
+        harness.add_address("b")
         await large
 
     run_scenario(scenario)
 
 
-def test_what_is_waited_for_is_asked_for_again_until_nobody_waits() -> None:
+def test_awaited_functions_are_requested_again_until_no_request_waits() -> None:
     async def scenario() -> None:
-        world = ActivatorHarness()
-        queued = world.send(1)
-        await settle()
-        world.activator.repeat_request()
-        assert world.requests == [["a"], ["a"]]
-        world.add_address("a")
+        harness = ActivatorHarness()
+        queued = harness.send(1)
+        await run_pending_tasks()
+        harness.activator.repeat_request()
+        assert harness.requests == [["a"], ["a"]]
+        harness.add_address("a")
         await queued
-        world.activator.repeat_request()
-        assert world.requests == [["a"], ["a"]]
+        harness.activator.repeat_request()
+        assert harness.requests == [["a"], ["a"]]
 
     run_scenario(scenario)
 
 
-def test_a_request_is_refused_when_its_time_is_over() -> None:
+def test_a_request_is_rejected_after_the_timeout() -> None:
     async def scenario() -> None:
-        world = ActivatorHarness(timeout_s=0.01)
+        harness = ActivatorHarness(timeout_s=0.01)
         with pytest.raises(ActivationTimeout, match=r"within 0\.01 s"):
-            await world.activator.wait_for_activation(1, size_bytes=1)
-        assert world.metric("queued_requests") == 0
-        assert world.metric("cold_start_seconds_count") == 0
-        world.activator.repeat_request()
-        assert len(world.requests) == 1
+            await harness.activator.wait_for_activation(1, size_bytes=1)
+        assert harness.metric("queued_requests") == 0
+        assert harness.metric("cold_start_seconds_count") == 0
+        harness.activator.repeat_request()
+        assert len(harness.requests) == 1
 
     run_scenario(scenario)
 
 
-def test_a_request_whose_time_is_over_goes_if_the_router_stands_in_and_so_do_the_others() -> None:
+def test_local_fallback_after_the_timeout_releases_all_queued_requests() -> None:
     async def scenario() -> None:
-        world = ActivatorHarness(timeout_s=0.5)
-        world.functions.can_fall_back = True
-        first = world.send(1)
-        while not world.functions.n_fallback_requests:  # noqa: ASYNC110
+        harness = ActivatorHarness(timeout_s=0.5)
+        harness.functions.can_fall_back = True
+        first = harness.send(1)
+        while not harness.functions.n_fallback_requests:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        second = world.send(1)
-        await settle()
-        world.functions.go.set()
+        second = harness.send(1)
+        await run_pending_tasks()
+        harness.functions.continue_fallback.set()
         await asyncio.gather(first, second)
-        assert world.functions.n_fallback_requests == 1
-        assert world.metric("queued_requests") == 0
-        assert world.metric("cold_start_seconds_count") == 2
+        assert harness.functions.n_fallback_requests == 1
+        assert harness.metric("queued_requests") == 0
+        assert harness.metric("cold_start_seconds_count") == 2
 
     run_scenario(scenario)
 
@@ -167,84 +168,84 @@ def test_a_request_whose_time_is_over_goes_if_the_router_stands_in_and_so_do_the
 @pytest.mark.parametrize(
     "limits", [{"max_requests": 2}, {"max_bytes": 25}], ids=["requests", "bytes"]
 )
-def test_a_full_queue_refuses_and_keeps_those_that_wait(limits: dict[str, int]) -> None:
+def test_a_full_queue_rejects_new_requests_and_keeps_queued_ones(limits: dict[str, int]) -> None:
     async def scenario() -> None:
-        world = ActivatorHarness(**limits)
-        queued = [world.send(1, 10) for _ in range(2)]
-        await settle()
+        harness = ActivatorHarness(**limits)
+        queued = [harness.send(1, 10) for _ in range(2)]
+        await run_pending_tasks()
         with pytest.raises(ActivationQueueFull, match="queued for activation"):
-            await world.activator.wait_for_activation(1, size_bytes=10)
-        world.add_address("a")
+            await harness.activator.wait_for_activation(1, size_bytes=10)
+        harness.add_address("a")
         await asyncio.gather(*queued)
-        world.functions.missing["a"] = 1
-        again = world.send(1, 10)
-        await settle()
+        harness.functions.missing["a"] = 1
+        again = harness.send(1, 10)
+        await run_pending_tasks()
         assert not again.done()
-        world.add_address("a")
+        harness.add_address("a")
         await again
 
     run_scenario(scenario)
 
 
-def test_a_client_that_hangs_up_leaves_its_place() -> None:
+def test_a_cancelled_request_leaves_the_queue() -> None:
     async def scenario() -> None:
-        world = ActivatorHarness(max_requests=1)
-        queued = world.send(1)
-        await settle()
+        harness = ActivatorHarness(max_requests=1)
+        queued = harness.send(1)
+        await run_pending_tasks()
         queued.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await queued
-        assert world.metric("queued_requests") == 0
-        other = world.send(1)
-        await settle()
+        assert harness.metric("queued_requests") == 0
+        other = harness.send(1)
+        await run_pending_tasks()
         assert not other.done()
-        world.add_address("a")
+        harness.add_address("a")
         await other
 
     run_scenario(scenario)
 
 
-def test_closing_answers_all_who_wait_and_all_who_come() -> None:
+def test_closing_rejects_queued_and_new_requests() -> None:
     async def scenario() -> None:
-        world = ActivatorHarness()
-        queued = [world.send(1) for _ in range(3)]
-        await settle()
-        world.activator.close()
+        harness = ActivatorHarness()
+        queued = [harness.send(1) for _ in range(3)]
+        await run_pending_tasks()
+        harness.activator.close()
         results = await asyncio.gather(*queued, return_exceptions=True)
         assert [type(r) for r in results] == [EngineUnavailable] * 3
         with pytest.raises(EngineUnavailable):
-            await world.activator.wait_for_activation(1, size_bytes=1)
+            await harness.activator.wait_for_activation(1, size_bytes=1)
 
     run_scenario(scenario)
 
 
-def test_a_function_that_is_waited_for_is_one_call_in_flight_however_many_wait() -> None:
+def test_an_awaited_function_counts_as_one_call_in_flight() -> None:
     async def scenario() -> None:
-        world = ActivatorHarness()
-        queued = [world.send(1) for _ in range(8)]
-        await settle()
-        world.now_s = 3.0
-        assert world.load.snapshot(3.0)["a"].in_flight_s == 3.0
-        world.add_address("a")
+        harness = ActivatorHarness()
+        queued = [harness.send(1) for _ in range(8)]
+        await run_pending_tasks()
+        harness.now_s = 3.0
+        assert harness.load.snapshot(3.0)["a"].in_flight_s == 3.0
+        harness.add_address("a")
         await asyncio.gather(*queued)
-        assert world.load.snapshot(9.0)["a"] == (3.0, 0, 0)
+        assert harness.load.snapshot(9.0)["a"] == (3.0, 0, 0)
 
     run_scenario(scenario)
 
 
-def test_a_function_taken_away_again_while_others_are_awaited_is_asked_for() -> None:
+def test_a_function_that_loses_its_address_again_is_requested_again() -> None:
     async def scenario() -> None:
-        world = ActivatorHarness()
-        queued = world.send(10)
-        await settle()
-        world.add_address("a")
-        world.functions.missing["a"] = 1
-        world.activator.on_table_changed()
-        assert sorted(world.requests[-1]) == ["a", "b"]
-        world.add_address("b")
-        await settle()
+        harness = ActivatorHarness()
+        queued = harness.send(10)
+        await run_pending_tasks()
+        harness.add_address("a")
+        harness.functions.missing["a"] = 1
+        harness.activator.on_table_changed()
+        assert sorted(harness.requests[-1]) == ["a", "b"]
+        harness.add_address("b")
+        await run_pending_tasks()
         assert not queued.done()
-        world.add_address("a")
+        harness.add_address("a")
         await queued
 
     run_scenario(scenario)

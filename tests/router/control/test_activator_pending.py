@@ -3,7 +3,7 @@ import math
 from faasmoe_router.control.activator import PendingActivations
 
 
-def test_what_many_want_is_asked_for_once() -> None:
+def test_a_function_is_requested_once_for_many_callers() -> None:
     pending = PendingActivations(1.0)
     for _ in range(32):
         pending.add(["f", "g"])
@@ -12,7 +12,7 @@ def test_what_many_want_is_asked_for_once() -> None:
     assert pending.next_due_s() == math.inf
 
 
-def test_a_wish_too_soon_after_the_last_is_kept_until_its_time() -> None:
+def test_a_repeated_request_is_due_after_the_repeat_interval() -> None:
     pending = PendingActivations(1.0)
     pending.add(["f"])
     pending.pop_due(10.0)
@@ -24,14 +24,14 @@ def test_a_wish_too_soon_after_the_last_is_kept_until_its_time() -> None:
     assert pending.pop_due(11.0) == ["f"]
 
 
-def test_nothing_is_asked_for_that_nobody_wants_again() -> None:
+def test_a_function_is_not_requested_again_unless_it_is_added_again() -> None:
     pending = PendingActivations(1.0)
     pending.add(["f"])
     pending.pop_due(0.0)
     assert pending.pop_due(100.0) == []
 
 
-def test_what_has_an_address_is_not_asked_for_and_begins_anew() -> None:
+def test_a_function_with_an_address_is_dropped_with_its_history() -> None:
     pending = PendingActivations(1.0)
     pending.add(["f", "g"])
     pending.retain({"g"})
@@ -41,7 +41,7 @@ def test_what_has_an_address_is_not_asked_for_and_begins_anew() -> None:
     assert pending.pop_due(0.1) == ["g"]
 
 
-def test_another_control_process_is_asked_at_once() -> None:
+def test_a_restarted_control_process_is_asked_immediately() -> None:
     pending = PendingActivations(1.0)
     pending.add(["f"])
     pending.pop_due(0.0)

@@ -37,47 +37,51 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-def test_many_wishes_are_one_wake(control: FakeControl, on_loop: OnLoop) -> None:
+def test_concurrent_requests_for_a_function_are_sent_once(
+    control: FakeControl, on_loop: OnLoop
+) -> None:
     async def scenario() -> None:
-        async with requesting(control, {"a", "b", "c"}) as waker:
+        async with requesting(control, {"a", "b", "c"}) as requester:
             for _ in range(32):
-                waker.want(["b", "a"])
+                requester.request(["b", "a"])
             await until(lambda: bool(control.activation_requests))
-            waker.want(["a", "c"])
+            requester.request(["a", "c"])
             await until(lambda: len(control.activation_requests) == 2)
             assert control.activation_requests == [["b", "a"], ["c"]]
 
     on_loop(scenario)
 
 
-def test_what_is_not_missing_is_not_asked_for(control: FakeControl, on_loop: OnLoop) -> None:
+def test_functions_with_an_address_are_not_requested(control: FakeControl, on_loop: OnLoop) -> None:
     async def scenario() -> None:
-        async with requesting(control, {"a"}) as waker:
-            waker.want(["there", "a", "unknown"])
+        async with requesting(control, {"a"}) as requester:
+            requester.request(["activated", "a", "unknown"])
             await until(lambda: bool(control.activation_requests))
             assert control.activation_requests == [["a"]]
 
     on_loop(scenario)
 
 
-def test_a_wish_repeated_too_soon_is_sent_when_its_time_has_come(
+def test_a_repeated_request_is_sent_after_the_repeat_interval(
     control: FakeControl, on_loop: OnLoop
 ) -> None:
     async def scenario() -> None:
-        async with requesting(control, {"a"}, repeat_s=0.1) as waker:
-            waker.want(["a"])
+        async with requesting(control, {"a"}, repeat_s=0.1) as requester:
+            requester.request(["a"])
             await until(lambda: len(control.activation_requests) == 1)
-            waker.want(["a"])
+            requester.request(["a"])
             await until(lambda: len(control.activation_requests) == 2)
 
     on_loop(scenario)
 
 
-def test_other_threads_may_wish(control: FakeControl, on_loop: OnLoop) -> None:
+def test_functions_can_be_requested_from_other_threads(
+    control: FakeControl, on_loop: OnLoop
+) -> None:
     async def scenario() -> None:
-        async with requesting(control, {"a"}) as waker:
-            await asyncio.sleep(0)  # the waker runs now
-            thread = threading.Thread(target=waker.want_soon, args=(["a"],))
+        async with requesting(control, {"a"}) as requester:
+            await asyncio.sleep(0)  # lets the requester start
+            thread = threading.Thread(target=requester.request_threadsafe, args=(["a"],))
             thread.start()
             thread.join()
             await until(lambda: control.activation_requests == [["a"]])
@@ -86,16 +90,16 @@ def test_other_threads_may_wish(control: FakeControl, on_loop: OnLoop) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 422, 503])
-def test_a_refused_wake_is_sent_again_when_it_is_wanted_again(
+def test_a_rejected_request_is_sent_again_when_it_is_repeated(
     status: int, control: FakeControl, on_loop: OnLoop
 ) -> None:
     async def scenario() -> None:
         control.status = status
-        async with requesting(control, {"a"}, repeat_s=0.05) as waker:
-            waker.want(["a"])
+        async with requesting(control, {"a"}, repeat_s=0.05) as requester:
+            requester.request(["a"])
             await until(lambda: control.n_rejected == 1)
             control.status = 0
-            waker.want(["a"])
+            requester.request(["a"])
             await until(lambda: control.activation_requests == [["a"]])
 
     on_loop(scenario)

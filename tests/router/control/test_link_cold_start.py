@@ -1,4 +1,4 @@
-"""Whole routers: requests that find functions at zero, or lose them while they run."""
+"""Routers whose functions are at zero, or lose their addresses while requests run."""
 
 import json
 import threading
@@ -20,54 +20,54 @@ Until = Callable[[Callable[[], bool]], None]
 
 
 @pytest.fixture
-def text_of(codec: ModelTokenizer, greedy: Greedy) -> Callable[[int], str]:
-    """What the in-process model makes of "the quick"."""
+def text_of(model_tokenizer: ModelTokenizer, greedy: Greedy) -> Callable[[int], str]:
+    """Returns the greedy completion of "the quick" by the in-process model."""
 
     def generate(max_tokens: int) -> str:
-        ids = greedy(tuple(codec.encode("the quick")), max_tokens)
-        detokenizer = codec.new_detokenizer()
+        ids = greedy(tuple(model_tokenizer.encode("the quick")), max_tokens)
+        detokenizer = model_tokenizer.new_detokenizer()
         return "".join(map(detokenizer.feed, ids)) + detokenizer.flush()
 
     return generate
 
 
 def activate_with(control: FakeControl, warm: Addresses) -> None:
-    def move(names: list[str]) -> None:
+    def activate(names: list[str]) -> None:
         control.set_addresses({name: warm[name] for name in names})
 
-    control.on_activation = move
+    control.on_activation = activate
 
 
-def test_a_burst_from_zero_makes_one_wake_and_all_are_served(
+def test_a_burst_at_zero_sends_one_activation_request_and_is_served(
     router: Any,
     control: FakeControl,
     warm: Addresses,
     text_of: Callable[[int], str],
     until: Until,
 ) -> None:
-    go = threading.Event()
+    may_activate = threading.Event()
 
-    def move(names: list[str]) -> None:
-        go.wait(20)
+    def activate(names: list[str]) -> None:
+        may_activate.wait(20)
         control.set_addresses({name: warm[name] for name in names})
 
-    control.on_activation = move
+    control.on_activation = activate
     with router(repeat_s=60.0) as r, ThreadPoolExecutor(32) as pool:
         until(lambda: r.metric("control_connected") == 1)
         answers = [pool.submit(r.complete) for _ in range(32)]
         until(lambda: r.metric("queued_requests") == 32)
-        go.set()
+        may_activate.set()
         assert {a.result().json()["choices"][0]["text"] for a in answers} == {text_of(8)}
         assert all(float(a.result().headers[HEADER]) > 0 for a in answers)
         assert control.activation_requests == [
             list(warm)
-        ]  # in the table's order: the first layers first
+        ]  # in the order of the table: first layers first
         assert r.metric("activation_requests_total") == 1
         assert r.metric("local_computations_total") == 0
         assert r.metric("cold_start_seconds_count") == 32
 
 
-def test_the_header_is_there_only_if_the_request_waited(
+def test_only_requests_that_waited_have_the_cold_start_header(
     router: Any, control: FakeControl, warm: Addresses, until: Until
 ) -> None:
     activate_with(control, warm)
@@ -83,7 +83,7 @@ def test_the_header_is_there_only_if_the_request_waited(
             assert HEADER not in response.headers
 
 
-def test_a_model_that_does_not_start_in_time_is_refused_before_generation(
+def test_requests_are_rejected_when_the_model_is_not_activated_in_time(
     router: Any, control: FakeControl
 ) -> None:
     with router(timeout_s=0.5) as r:
@@ -97,7 +97,7 @@ def test_a_model_that_does_not_start_in_time_is_refused_before_generation(
         assert r.metric("queued_requests") == 0
 
 
-def test_a_function_that_cannot_be_had_is_computed_here_and_nobody_waits_for_it_again(
+def test_a_function_that_is_not_activated_is_computed_locally_without_further_waits(
     router: Any,
     control: FakeControl,
     warm: Addresses,
@@ -125,7 +125,7 @@ def test_a_function_that_cannot_be_had_is_computed_here_and_nobody_waits_for_it_
         assert {name for names in control.activation_requests for name in names} == {lost}
 
 
-def test_a_model_half_of_which_does_not_start_is_refused(
+def test_requests_are_rejected_when_half_of_the_model_is_not_activated(
     router: Any, control: FakeControl, warm: Addresses, until: Until
 ) -> None:
     control.set_addresses({name: warm[name] for name in list(warm)[2:]})
@@ -137,7 +137,7 @@ def test_a_model_half_of_which_does_not_start_is_refused(
         assert r.metric("local_fallback_functions") == r.metric("local_computations_total") == 0
 
 
-def test_a_full_hold_queue_refuses_with_429(
+def test_a_full_activation_queue_rejects_with_status_429(
     router: Any, control: FakeControl, warm: Addresses, until: Until
 ) -> None:
     with router(max_requests=2) as r, ThreadPoolExecutor(2) as pool:
@@ -151,7 +151,7 @@ def test_a_full_hold_queue_refuses_with_429(
         assert [h.result().status_code for h in queued] == [200, 200]
 
 
-def test_a_client_that_hangs_up_leaves_the_hold(
+def test_a_disconnected_client_leaves_the_activation_queue(
     router: Any, control: FakeControl, until: Until
 ) -> None:
     with router(max_requests=1) as r:
@@ -160,7 +160,7 @@ def test_a_client_that_hangs_up_leaves_the_hold(
         until(lambda: r.metric("queued_requests") == 0)
 
 
-def test_the_end_of_the_server_answers_who_is_held(router: Any, until: Until) -> None:
+def test_shutdown_rejects_queued_requests(router: Any, until: Until) -> None:
     with router() as r, ThreadPoolExecutor(1) as pool:
         queued = pool.submit(r.complete)
         until(lambda: r.metric("queued_requests") == 1)
@@ -169,7 +169,7 @@ def test_the_end_of_the_server_answers_who_is_held(router: Any, until: Until) ->
         assert "server is shutting down" in queued.result().json()["error"]["message"]
 
 
-def test_a_router_without_any_table_is_not_ready_and_holds(
+def test_a_router_without_a_table_is_not_ready_and_queues_requests(
     router: Any, control: FakeControl, warm: Addresses, until: Until
 ) -> None:
     control.table_status = 503
@@ -184,7 +184,7 @@ def test_a_router_without_any_table_is_not_ready_and_holds(
         assert r.http.get("/health").status_code == 200
 
 
-def test_serves_on_while_control_is_away(
+def test_serves_while_the_control_process_is_unreachable(
     router: Any, control: FakeControl, warm: Addresses, until: Until
 ) -> None:
     control.set_addresses(warm)
@@ -205,7 +205,7 @@ def test_serves_on_while_control_is_away(
         until(lambda: r.metric("control_connected") == 1)
 
 
-def test_a_missing_function_is_a_503_while_control_is_away(
+def test_a_missing_function_is_unavailable_while_the_control_process_is_unreachable(
     router: Any, control: FakeControl, until: Until
 ) -> None:
     with router(timeout_s=0.5) as r:
@@ -215,7 +215,7 @@ def test_a_missing_function_is_a_503_while_control_is_away(
         assert r.complete().status_code == 503
 
 
-def test_who_is_held_while_control_restarts_is_served_by_the_next_one(
+def test_requests_queued_during_a_restart_of_the_control_process_are_served(
     router: Any, control: FakeControl, warm: Addresses, until: Until
 ) -> None:
     with router() as r, ThreadPoolExecutor(1) as pool:
@@ -239,7 +239,7 @@ def text_of_events(lines: Any) -> str:
     return "".join(event["choices"][0]["text"] for event in events)
 
 
-def test_a_function_that_disappears_is_woken_and_then_computed_here(
+def test_a_function_that_loses_its_address_is_requested_and_then_computed_locally(
     router: Any,
     control: FakeControl,
     warm: Addresses,
@@ -259,13 +259,13 @@ def test_a_function_that_disappears_is_woken_and_then_computed_here(
         assert r.metric("local_computations_total") > 0
         assert r.metric("queued_calls") == 0
         assert control.activation_requests
-        # All that are missing together, whatever the layer that met them first.
+        # All missing functions together, whichever layer needed them first.
         assert sorted(control.activation_requests[0]) == sorted(lost)
         until(lambda: any(load["local"] > 0 for load in control.load_reports))
         until(lambda: any(load["held"] > 0 for load in control.load_reports))
 
 
-def test_a_function_that_disappears_and_comes_back_is_called_again(
+def test_a_function_that_gets_a_new_address_is_called_again(
     router: Any,
     control: FakeControl,
     warm: Addresses,
@@ -300,7 +300,7 @@ def test_load_is_reported_by_function(
         assert reported("rows") >= reported("calls")
         names = {name for load in control.load_reports for name in load["functions"]}
         assert names <= {entry.spec.id for entry in cold_table.functions}
-        until(lambda: not control.load_reports[-1]["functions"])  # idle: nothing to tell
+        until(lambda: not control.load_reports[-1]["functions"])  # idle
         report = control.load_reports[-1]
         assert report["router"] == "router"
         assert report["interval_s"] == pytest.approx(0.1, abs=0.5)

@@ -1,4 +1,4 @@
-"""`python -m faasmoe_router` with a control process, from start to end."""
+"""`python -m faasmoe_router` with a control process, from start to shutdown."""
 
 import os
 import re
@@ -65,9 +65,7 @@ def _ready(url: str, process: subprocess.Popen[bytes], log: Path) -> str:
             time.sleep(0.05)
 
 
-def test_a_tokenizer_that_cannot_be_loaded_is_told_in_one_line(
-    store: Store, tmp_path: Path
-) -> None:
+def test_an_invalid_tokenizer_ends_the_process_with_one_line(store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "store"
     shutil.copytree(store.path, folder)
     broken = folder / "model" / "tokenizer.json"
@@ -92,7 +90,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_told_in_one_line(
     assert "Traceback" not in ended.stderr
 
 
-def test_refuses_from_zero_in_time_and_serves_what_is_woken(
+def test_rejects_requests_at_zero_and_serves_activated_functions(
     url: str, control: FakeControl, warm: dict[str, list[str]]
 ) -> None:
     body = {"model": "tiny", "prompt": "the quick", "max_tokens": 4}

@@ -1,30 +1,31 @@
-"""Reports are for what is known: a long pass has not called every function yet."""
+"""Load reports while idle, while busy, and during forward passes longer than the interval."""
 
 import asyncio
 import time
 from typing import Any, ClassVar, cast
 
+from faasmoe_contracts.control_messages import LoadReport
 from faasmoe_router.control.load_reporter import LoadReporter
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.routing import RoutingIndex
 
 
 class FakeReportSink:
-    """Keeps the bodies of reports, and tells when there are enough."""
+    """Records the bodies of reports and sets `done` after enough of them."""
 
     def __init__(self, enough: int) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.done = asyncio.Event()
         self._enough = enough
 
-    async def report_load(self, body: dict[str, object]) -> None:
-        self.bodies.append(body)
+    async def report_load(self, report: LoadReport) -> None:
+        self.bodies.append(report.to_json())
         if len(self.bodies) >= self._enough:
             self.done.set()
 
 
 class OneFunction:
-    """A routing that knows one function."""
+    """A routing index of one function."""
 
     entries: ClassVar = {"f": None}
 
@@ -35,7 +36,7 @@ def reports_of(
     """Report every 10 ms until there are enough reports."""
 
     async def run() -> FakeReportSink:
-        reporter_ = LoadReporter(
+        reporter = LoadReporter(
             sink,
             router_name="r",
             routing=lambda: cast(RoutingIndex, OneFunction()),
@@ -44,7 +45,7 @@ def reports_of(
             idle_interval_s=idle_interval_s,
             is_busy=lambda: busy,
         )
-        task = asyncio.create_task(reporter_.run())
+        task = asyncio.create_task(reporter.run())
         await asyncio.wait_for(sink.done.wait(), 10)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -58,25 +59,25 @@ def test_an_idle_router_reports_that_it_is_idle() -> None:
     assert all(body["functions"] == {} for body in reports.bodies)
 
 
-def test_an_idle_router_says_so_at_once_and_then_seldom() -> None:
+def test_an_idle_router_reports_the_change_immediately_and_then_less_often() -> None:
     meter = LoadMeter()
     meter.record_start("f", time.monotonic(), rows=1)
-    begun_s = time.monotonic()
+    started_s = time.monotonic()
 
-    class EndsTheCall(FakeReportSink):
-        async def report_load(self, body: dict[str, object]) -> None:
+    class EndCallSink(FakeReportSink):
+        async def report_load(self, report: LoadReport) -> None:
             if not self.bodies:
                 meter.record_end("f", time.monotonic())
-            await super().report_load(body)
+            await super().report_load(report)
 
-    reports = reports_of(meter, busy=False, sink=EndsTheCall(4), idle_interval_s=0.3)
+    reports = reports_of(meter, busy=False, sink=EndCallSink(4), idle_interval_s=0.3)
     kinds = [bool(body["functions"]) for body in reports.bodies]
     assert kinds == sorted(kinds, reverse=True)
-    assert time.monotonic() - begun_s >= 0.3
+    assert time.monotonic() - started_s >= 0.3
     assert kinds[-2:] == [False, False]
 
 
-def test_a_function_that_a_long_pass_has_not_come_to_yet_is_not_reported_as_idle() -> None:
+def test_a_function_that_a_long_pass_has_not_reached_is_not_reported_as_idle() -> None:
     meter, now_s = LoadMeter(), time.monotonic()
     meter.forward_passes += 1
     meter.record_start("f", now_s, rows=3)

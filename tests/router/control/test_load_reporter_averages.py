@@ -1,10 +1,8 @@
-from typing import Any
-
+from faasmoe_contracts.control_messages import FunctionLoad
 from faasmoe_router.control.load_reporter import (
     ForwardPassLoads,
-    FunctionLoad,
     LoadAverager,
-    load_report_body,
+    busy_functions,
     merge_readings,
 )
 from faasmoe_router.dispatch.load import LoadMeter, LoadTotals
@@ -17,24 +15,26 @@ def test_concurrency_is_the_time_average_of_the_calls_in_flight() -> None:
     load.record_start("f", 0.2, rows=5)
     load.record_end("f", 0.4)
     assert averager.average(1.0, load.snapshot(1.0)) == (1.0, {"f": FunctionLoad(1.2, 2, 8)})
-    # In the next two: it lasts for another 0.5 s. 0.5 / 2 = 0.25.
+    # In the next two seconds: the call lasts for another 0.5 s. 0.5 / 2 = 0.25.
     load.record_end("f", 1.5)
     assert averager.average(3.0, load.snapshot(3.0)) == (2.0, {"f": FunctionLoad(0.25, 0, 0)})
     # And then nothing.
     assert averager.average(4.0, load.snapshot(4.0)) == (1.0, {"f": FunctionLoad(0.0, 0, 0)})
 
 
-def test_a_held_call_counts_until_its_function_answers() -> None:
-    gate, calls, averager = LoadMeter(), LoadMeter(), LoadAverager(10.0)
-    gate.record_queued("f", 10.0)
-    gate.record_end("f", 10.75)
+def test_a_queued_call_counts_until_its_function_responds() -> None:
+    activator, calls, averager = LoadMeter(), LoadMeter(), LoadAverager(10.0)
+    activator.record_queued("f", 10.0)
+    activator.record_end("f", 10.75)
     calls.record_start("f", 10.75, rows=2)
     calls.record_end("f", 11.0)
-    _, loads = averager.average(11.0, merge_readings([gate.snapshot(11.0), calls.snapshot(11.0)]))
+    _, loads = averager.average(
+        11.0, merge_readings([activator.snapshot(11.0), calls.snapshot(11.0)])
+    )
     assert loads == {"f": FunctionLoad(1.0, 1, 2)}
 
 
-def test_meters_add_up() -> None:
+def test_readings_of_meters_are_added() -> None:
     total = merge_readings(
         [{"f": LoadTotals(1.0, 2, 3), "g": LoadTotals(1.0, 1, 1)}, {"f": LoadTotals(0.5, 1, 1)}]
     )
@@ -47,95 +47,64 @@ def test_rounding_never_makes_a_load_negative() -> None:
     assert loads["f"].is_idle
 
 
-def test_two_readings_at_once_make_no_division_by_zero() -> None:
+def test_two_readings_at_the_same_time_do_not_divide_by_zero() -> None:
     interval_s, _ = LoadAverager(5.0).average(5.0, {})
     assert interval_s > 0
 
 
-def test_a_report_tells_of_load_and_nothing_of_what_is_idle_or_left_the_table() -> None:
+def test_a_report_contains_known_functions_with_load_only() -> None:
     loads = {
         "busy": FunctionLoad(0.5, 2, 9),
-        "held": FunctionLoad(1.0, 0, 0),
+        "queued": FunctionLoad(1.0, 0, 0),
         "idle": FunctionLoad(0.0, 0, 0),
-        "left": FunctionLoad(1.0, 1, 1),
+        "removed": FunctionLoad(1.0, 1, 1),
     }
-    body = load_report_body(
-        loads,
-        router_name="r",
-        sent_at_s=100.0,
-        interval_s=1.0,
-        known={"busy", "idle", "held"},
-        n_queued=3,
-        n_local=4,
-    )
-    assert body == {
-        "router": "r",
-        "sent_at_s": 100.0,
-        "interval_s": 1.0,
-        "functions": {
-            "busy": {"concurrency": 0.5, "calls": 2, "rows": 9},
-            "held": {"concurrency": 1.0, "calls": 0, "rows": 0},
-        },
-        "held": 3,
-        "local": 4,
+    assert busy_functions(loads, known={"busy", "idle", "queued"}) == {
+        "busy": FunctionLoad(0.5, 2, 9),
+        "queued": FunctionLoad(1.0, 0, 0),
     }
-
-
-def test_a_report_tells_how_many_keys_each_tenant_has_where_there_are_tenants() -> None:
-    def body(tenants: dict[str, int] | None) -> dict[str, Any]:
-        return load_report_body(
-            {},
-            router_name="r",
-            sent_at_s=0.0,
-            interval_s=1.0,
-            known=(),
-            n_queued=0,
-            n_local=0,
-            tenant_keys=tenants,
-        )
-
-    assert "tenants" not in body(None)
-    assert body({"acme": 2, "beta": 0})["tenants"] == {"acme": 2, "beta": 0}
 
 
 CALLED, IDLE = FunctionLoad(0.2, 3, 7), FunctionLoad(0.0, 0, 0)
-STANDS = FunctionLoad(0.2, 0, 0)
+CARRIED_OVER = FunctionLoad(0.2, 0, 0)
 
 
-def test_the_load_of_a_function_stands_until_a_whole_pass_has_left_it_out() -> None:
-    memory = ForwardPassLoads()
-    first = memory.carry_over({"f": CALLED, "g": IDLE}, n_passes_started=1, is_busy=True)
+def test_a_load_is_carried_over_until_a_whole_pass_has_not_called_the_function() -> None:
+    pass_loads = ForwardPassLoads()
+    first = pass_loads.carry_over({"f": CALLED, "g": IDLE}, n_passes_started=1, is_busy=True)
     assert first == {"f": CALLED, "g": IDLE}
-    second = memory.carry_over({"f": IDLE, "g": CALLED}, n_passes_started=0, is_busy=True)
-    assert second == {"f": STANDS, "g": CALLED}
-    # The pass has ended and another has begun: both functions were in it.
-    third = memory.carry_over({"f": IDLE, "g": IDLE}, n_passes_started=1, is_busy=True)
-    assert third == {"f": STANDS, "g": STANDS}
-    memory.carry_over({"f": IDLE, "g": CALLED}, n_passes_started=1, is_busy=True)
-    # That one has called g only, and so has the next.
+    second = pass_loads.carry_over({"f": IDLE, "g": CALLED}, n_passes_started=0, is_busy=True)
+    assert second == {"f": CARRIED_OVER, "g": CALLED}
+    # The pass has ended and another has started: it called both functions.
+    third = pass_loads.carry_over({"f": IDLE, "g": IDLE}, n_passes_started=1, is_busy=True)
+    assert third == {"f": CARRIED_OVER, "g": CARRIED_OVER}
+    pass_loads.carry_over({"f": IDLE, "g": CALLED}, n_passes_started=1, is_busy=True)
+    # That pass called only g, and so did the next one.
     assert (
-        memory.carry_over({"f": IDLE, "g": CALLED}, n_passes_started=1, is_busy=True)["f"] == IDLE
+        pass_loads.carry_over({"f": IDLE, "g": CALLED}, n_passes_started=1, is_busy=True)["f"]
+        == IDLE
     )
 
 
-def test_short_passes_say_at_once_that_a_function_is_idle() -> None:
-    memory = ForwardPassLoads()
-    memory.carry_over({"f": CALLED, "g": CALLED}, n_passes_started=20, is_busy=True)
+def test_after_short_passes_a_function_is_idle_immediately() -> None:
+    pass_loads = ForwardPassLoads()
+    pass_loads.carry_over({"f": CALLED, "g": CALLED}, n_passes_started=20, is_busy=True)
     assert (
-        memory.carry_over({"f": IDLE, "g": CALLED}, n_passes_started=20, is_busy=True)["f"] == IDLE
+        pass_loads.carry_over({"f": IDLE, "g": CALLED}, n_passes_started=20, is_busy=True)["f"]
+        == IDLE
     )
 
 
-def test_what_was_waited_for_before_a_pass_is_not_idle_while_the_pass_comes_to_it() -> None:
-    memory = ForwardPassLoads()
-    held = FunctionLoad(0.1, 0, 0)
-    assert memory.carry_over({"f": held}, n_passes_started=0, is_busy=False) == {"f": held}
+def test_a_function_queued_before_a_pass_is_not_idle_until_the_pass_reaches_it() -> None:
+    pass_loads = ForwardPassLoads()
+    queued = FunctionLoad(0.1, 0, 0)
+    assert pass_loads.carry_over({"f": queued}, n_passes_started=0, is_busy=False) == {"f": queued}
     for _ in range(9):  # the first pass of a process: seconds, on a busy machine
-        assert memory.carry_over({"f": IDLE}, n_passes_started=0, is_busy=True) == {"f": held}
+        assert pass_loads.carry_over({"f": IDLE}, n_passes_started=0, is_busy=True) == {"f": queued}
 
 
-def test_nothing_stands_when_no_request_is_computed() -> None:
-    memory = ForwardPassLoads()
-    memory.carry_over({"f": CALLED}, n_passes_started=1, is_busy=True)
-    assert memory.carry_over({"f": IDLE}, n_passes_started=0, is_busy=False) == {"f": IDLE}
-    assert memory.carry_over({"f": IDLE}, n_passes_started=0, is_busy=True) == {"f": IDLE}
+def test_nothing_is_carried_over_without_requests() -> None:
+    pass_loads = ForwardPassLoads()
+    pass_loads.carry_over({"f": CALLED}, n_passes_started=1, is_busy=True)
+    assert pass_loads.carry_over({"f": IDLE}, n_passes_started=0, is_busy=False) == {"f": IDLE}
+    assert pass_loads.carry_over({"f": IDLE}, n_passes_started=0, is_busy=True) == {"f": IDLE}

@@ -1,4 +1,4 @@
-"""What the router computes itself because it cannot be had: how much, and only from sound bytes."""
+"""Local fallback: how many functions it covers, and that it verifies their bytes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from faasmoe_router.control.metrics import ControlLinkMetrics
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.errors import StoreCorrupted
 
-N_TOKENS = 50  # need every function
+N_TOKENS = 50  # need all functions
 ADDRESS = ("127.0.0.1:1",)
 
 
 class FallbackHarness:
-    """A dispatcher over a store of its own, cut into single experts, all of them at an address."""
+    """A dispatcher of a private store with one function per expert, all with an address."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -45,7 +45,7 @@ class FallbackHarness:
         self.checks.append([spec.id for spec in specs])
         self.dispatcher.check_local(specs)
 
-    def move(self, names: Sequence[str], addresses: tuple[str, ...] = ()) -> None:
+    def set_addresses(self, names: Sequence[str], addresses: tuple[str, ...] = ()) -> None:
         version = self.dispatcher.routing.version + 1
         self.dispatcher.update_addresses(version, dict.fromkeys(names, addresses))
         self.fallback.on_table_changed()
@@ -62,79 +62,81 @@ class FallbackHarness:
 
 
 @pytest.fixture
-def world(prepared_store: PreparedStore, tmp_path: Path) -> FallbackHarness:
+def harness(prepared_store: PreparedStore, tmp_path: Path) -> FallbackHarness:
     shutil.copytree(prepared_store("mixtral").path, tmp_path / "store")
     return FallbackHarness(Store.open(tmp_path / "store"))
 
 
 @pytest.mark.parametrize(
-    ("n_missing", "n_functions", "may"),
+    ("n_missing", "n_functions", "is_allowed"),
     [
-        pytest.param(1, 1, False, id="nothing was started"),
+        pytest.param(1, 1, False, id="all of one"),
         pytest.param(1, 2, True, id="one of few"),
-        pytest.param(2, 15, False, id="more than a part"),
-        pytest.param(2, 16, True, id="a part"),
-        pytest.param(72, 72, False, id="everything"),
-        pytest.param(9, 72, True, id="a part of many"),
-        pytest.param(10, 72, False, id="more than a part of many"),
+        pytest.param(2, 15, False, id="above the fraction"),
+        pytest.param(2, 16, True, id="at the fraction"),
+        pytest.param(72, 72, False, id="all"),
+        pytest.param(9, 72, True, id="at the fraction of many"),
+        pytest.param(10, 72, False, id="above the fraction of many"),
     ],
 )
-def test_the_router_stands_in_for_a_part_only(n_missing: int, n_functions: int, may: bool) -> None:
-    assert is_fallback_allowed(n_missing, n_functions) is may
-
-
-def test_what_is_stood_in_for_is_not_waited_for_until_it_has_been_there(
-    world: FallbackHarness,
+def test_the_fallback_covers_a_fraction_of_the_functions_only(
+    n_missing: int, n_functions: int, is_allowed: bool
 ) -> None:
-    lost = world.names[0]
-    world.move([lost])
-    assert not world.is_complete
-    assert world.enable()
-    assert world.is_complete
-    assert world.fallback.missing_for(N_TOKENS) == []
+    assert is_fallback_allowed(n_missing, n_functions) is is_allowed
+
+
+def test_a_covered_function_is_not_missing_until_it_had_an_address(
+    harness: FallbackHarness,
+) -> None:
+    lost = harness.names[0]
+    harness.set_addresses([lost])
+    assert not harness.is_complete
+    assert harness.enable()
+    assert harness.is_complete
+    assert harness.fallback.missing_for(N_TOKENS) == []
     assert (
-        world.metric("local_fallback_functions")
-        == world.metric("local_fallback_admissions_total")
+        harness.metric("local_fallback_functions")
+        == harness.metric("local_fallback_admissions_total")
         == 1
     )
-    world.move([lost], ADDRESS)
-    assert world.metric("local_fallback_functions") == 0
-    world.move([lost])
-    assert world.fallback.missing_for(N_TOKENS) == [lost]
+    harness.set_addresses([lost], ADDRESS)
+    assert harness.metric("local_fallback_functions") == 0
+    harness.set_addresses([lost])
+    assert harness.fallback.missing_for(N_TOKENS) == [lost]
 
 
-def test_what_is_lost_besides_is_waited_for(world: FallbackHarness) -> None:
-    first, second = world.names[:2]
-    world.move([first])
-    assert world.enable()
-    world.move([second])
-    assert world.fallback.missing_for(N_TOKENS) == [second]
+def test_a_function_lost_later_is_missing(harness: FallbackHarness) -> None:
+    first, second = harness.names[:2]
+    harness.set_addresses([first])
+    assert harness.enable()
+    harness.set_addresses([second])
+    assert harness.fallback.missing_for(N_TOKENS) == [second]
 
 
-def test_more_than_a_part_is_refused_however_it_comes_together(world: FallbackHarness) -> None:
-    n_most = len(world.names) // 8
-    world.move(world.names[:n_most])
-    assert world.enable()
-    world.move(world.names[n_most : n_most + 1])
-    assert not world.enable()
+def test_the_fraction_limits_all_covered_functions_together(harness: FallbackHarness) -> None:
+    n_allowed = len(harness.names) // 8
+    harness.set_addresses(harness.names[:n_allowed])
+    assert harness.enable()
+    harness.set_addresses(harness.names[n_allowed : n_allowed + 1])
+    assert not harness.enable()
 
 
-def test_when_everything_goes_to_zero_nothing_is_stood_in_for_any_more(
-    world: FallbackHarness,
+def test_scaling_to_zero_ends_the_fallback(
+    harness: FallbackHarness,
 ) -> None:
-    world.move(world.names[:1])
-    assert world.enable()
-    world.move(world.names)
-    assert world.fallback.missing_for(N_TOKENS) == world.names
-    assert world.metric("local_fallback_functions") == 0
+    harness.set_addresses(harness.names[:1])
+    assert harness.enable()
+    harness.set_addresses(harness.names)
+    assert harness.fallback.missing_for(N_TOKENS) == harness.names
+    assert harness.metric("local_fallback_functions") == 0
 
 
-def test_a_block_that_is_damaged_here_too_is_refused_by_another_error_until_it_is_mended(
-    world: FallbackHarness,
+def test_a_function_corrupted_in_the_local_store_is_rejected_until_it_is_repaired(
+    harness: FallbackHarness,
 ) -> None:
-    layer = world.store.manifest.layers[0]
-    path = world.store.path / layer.file
-    last = path.stat().st_size - 1  # of the layer's last expert
+    layer = harness.store.manifest.layers[0]
+    path = harness.store.path / layer.file
+    last = path.stat().st_size - 1  # in the layer's last expert
 
     def flip() -> None:
         with path.open("r+b") as file:
@@ -142,39 +144,39 @@ def test_a_block_that_is_damaged_here_too_is_refused_by_another_error_until_it_i
             os.pwrite(file.fileno(), bytes([byte ^ 1]), last)
 
     flip()
-    world.move([world.names[layer.num_experts - 1]])
+    harness.set_addresses([harness.names[layer.num_experts - 1]])
     with pytest.raises(StoreCorrupted, match="corrupted in every copy") as refused:
-        world.enable()
-    assert str(path) not in str(refused.value)  # which is nothing for clients
-    assert not world.is_complete
+        harness.enable()
+    assert str(path) not in str(refused.value)  # clients must not see paths
+    assert not harness.is_complete
     flip()
-    assert world.enable()
+    assert harness.enable()
 
 
-def test_a_store_that_is_gone_cannot_stand_in(world: FallbackHarness) -> None:
-    world.move(world.names[:1])
-    shutil.rmtree(world.store.path)
-    assert not world.enable()
+def test_a_removed_store_disables_the_fallback(harness: FallbackHarness) -> None:
+    harness.set_addresses(harness.names[:1])
+    shutil.rmtree(harness.store.path)
+    assert not harness.enable()
 
 
-def test_however_many_ask_the_bytes_are_read_once(world: FallbackHarness) -> None:
-    go = threading.Event()
-    check = world.check
+def test_concurrent_callers_share_one_check(harness: FallbackHarness) -> None:
+    may_check = threading.Event()
+    check = harness.check
 
     def wait_and_check(specs: Sequence[FunctionSpec]) -> None:
-        go.wait(10)
+        may_check.wait(10)
         check(specs)
 
-    world.fallback = LocalFallback(
-        lambda: world.dispatcher.routing, check=wait_and_check, metrics=ControlLinkMetrics()
+    harness.fallback = LocalFallback(
+        lambda: harness.dispatcher.routing, check=wait_and_check, metrics=ControlLinkMetrics()
     )
-    world.move(world.names[:1])
+    harness.set_addresses(harness.names[:1])
 
-    async def ask() -> list[bool]:
-        asking = [asyncio.create_task(world.fallback.enable_for(N_TOKENS)) for _ in range(8)]
+    async def enable_concurrently() -> list[bool]:
+        tasks = [asyncio.create_task(harness.fallback.enable_for(N_TOKENS)) for _ in range(8)]
         await asyncio.sleep(0)
-        go.set()
-        return await asyncio.gather(*asking)
+        may_check.set()
+        return await asyncio.gather(*tasks)
 
-    assert asyncio.run(ask()) == [True] * 8
-    assert world.checks == [world.names[:1]]
+    assert asyncio.run(enable_concurrently()) == [True] * 8
+    assert harness.checks == [harness.names[:1]]

@@ -1,4 +1,4 @@
-"""The table stream from a real server that cuts, stalls, lies and comes back."""
+"""The table stream of a server that disconnects, stalls, sends invalid messages and restarts."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ OnLoop = Callable[[Callable[[], Awaitable[None]]], None]
 
 
 class FakeDispatcher:
-    """Takes tables, and refuses other models' and unknown functions, as the dispatcher does."""
+    """Accepts tables; rejects other models and unknown functions, as the dispatcher does."""
 
     def __init__(self, digest: str) -> None:
         self._digest = digest
@@ -40,7 +40,7 @@ class FakeDispatcher:
 
 
 class WatcherHarness:
-    """A follower that runs in a block, and what came of it."""
+    """A running watcher and counters of its callbacks."""
 
     def __init__(self, control: FakeControl, *, token: str = TOKEN) -> None:
         self.consumer = FakeDispatcher(control.table.model_digest)
@@ -69,7 +69,7 @@ class WatcherHarness:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         while not condition():
-            assert not self._task.done(), "the follower ended"
+            assert not self._task.done(), "the watcher ended"
             await asyncio.sleep(0.005)
 
     async def __aenter__(self) -> "WatcherHarness":
@@ -87,67 +87,69 @@ def names(cold_table: RoutingTable) -> list[str]:
     return [entry.spec.id for entry in cold_table.functions]
 
 
-def test_a_snapshot_and_its_changes_are_taken(
+def test_a_snapshot_and_its_updates_are_applied(
     control: FakeControl, names: list[str], on_loop: OnLoop
 ) -> None:
     async def scenario() -> None:
-        async with WatcherHarness(control) as f:
-            await f.until(lambda: f.connected)
-            assert f.consumer.addresses == dict.fromkeys(names, ())
+        async with WatcherHarness(control) as harness:
+            await harness.until(lambda: harness.connected)
+            assert harness.consumer.addresses == dict.fromkeys(names, ())
             control.set_addresses({names[0]: ["127.0.0.1:1"]})
-            await f.until(lambda: f.consumer.versions == [1, 2])
-            assert f.consumer.addresses[names[0]] == ("127.0.0.1:1",)
-            assert f.changes == 2
-            assert f.epochs == 1
-            assert f.registry.get_sample_value("faasmoe_router_routing_table_version") == 2
+            await harness.until(lambda: harness.consumer.versions == [1, 2])
+            assert harness.consumer.addresses[names[0]] == ("127.0.0.1:1",)
+            assert harness.changes == 2
+            assert harness.epochs == 1
+            assert harness.registry.get_sample_value("faasmoe_router_routing_table_version") == 2
 
     on_loop(scenario)
 
 
-def test_a_cut_stream_is_resumed_where_it_was(
+def test_an_aborted_stream_is_resumed_from_the_last_version(
     control: FakeControl, names: list[str], on_loop: OnLoop
 ) -> None:
     async def scenario() -> None:
-        async with WatcherHarness(control) as f:
-            await f.until(lambda: f.connected)
+        async with WatcherHarness(control) as harness:
+            await harness.until(lambda: harness.connected)
             control.set_addresses({names[0]: ["127.0.0.1:1"]})
-            await f.until(lambda: f.consumer.versions == [1, 2])
+            await harness.until(lambda: harness.consumer.versions == [1, 2])
             later = {"kind": "change", "version": 3, "functions": []}
             control.first_lines = lambda: [json.dumps(later).encode() + b"\n"]
             control.send_line(ABORT)
-            await f.until(lambda: f.consumer.versions == [1, 2, 3])
+            await harness.until(lambda: harness.consumer.versions == [1, 2, 3])
             assert control.table_queries == [{}, {"epoch": "first", "version": "2"}]
-            assert f.epochs == 1
+            assert harness.epochs == 1
 
     on_loop(scenario)
 
 
-def test_a_stream_that_ends_is_begun_again(control: FakeControl, on_loop: OnLoop) -> None:
+def test_a_stream_that_ends_is_reopened(control: FakeControl, on_loop: OnLoop) -> None:
     async def scenario() -> None:
-        async with WatcherHarness(control) as f:
-            await f.until(lambda: f.connected)
+        async with WatcherHarness(control) as harness:
+            await harness.until(lambda: harness.connected)
             control.send_line(END_OF_STREAM)
-            await f.until(lambda: len(control.table_queries) == 2)
+            await harness.until(lambda: len(control.table_queries) == 2)
 
     on_loop(scenario)
 
 
-def test_another_control_process_is_noticed(control: FakeControl, on_loop: OnLoop) -> None:
+def test_a_restarted_control_process_starts_a_new_epoch(
+    control: FakeControl, on_loop: OnLoop
+) -> None:
     async def scenario() -> None:
-        async with WatcherHarness(control) as f:
-            await f.until(lambda: f.connected)
+        async with WatcherHarness(control) as harness:
+            await harness.until(lambda: harness.connected)
             control.stop()
-            await f.until(lambda: not f.connected)
-            assert f.consumer.addresses
+            await harness.until(lambda: not harness.connected)
+            assert harness.consumer.addresses
             control.epoch = "second"
             control.start()
-            await f.until(lambda: f.epochs == 2)
-            assert f.connected
+            await harness.until(lambda: harness.epochs == 2)
+            assert harness.connected
 
     on_loop(scenario)
 
 
-GOOD_CHANGE: dict[str, Any] = {"kind": "change", "version": 2, "functions": []}
+VALID_UPDATE: dict[str, Any] = {"kind": "change", "version": 2, "functions": []}
 
 
 @pytest.mark.parametrize(
@@ -156,10 +158,10 @@ GOOD_CHANGE: dict[str, Any] = {"kind": "change", "version": 2, "functions": []}
         pytest.param(b"not json\n", id="no json"),
         pytest.param(b"[]\n", id="no object"),
         pytest.param(b"\x00\xff\xfe\n", id="bytes"),
-        pytest.param(GOOD_CHANGE | {"version": 1}, id="a version again"),
-        pytest.param(GOOD_CHANGE | {"version": 0}, id="an older version"),
+        pytest.param(VALID_UPDATE | {"version": 1}, id="same version"),
+        pytest.param(VALID_UPDATE | {"version": 0}, id="older version"),
         pytest.param(
-            GOOD_CHANGE | {"functions": [{"id": "nobody", "addresses": []}]}, id="unknown function"
+            VALID_UPDATE | {"functions": [{"id": "nobody", "addresses": []}]}, id="unknown function"
         ),
         pytest.param(
             {
@@ -172,76 +174,76 @@ GOOD_CHANGE: dict[str, Any] = {"kind": "change", "version": 2, "functions": []}
         ),
     ],
 )
-def test_after_garbage_the_table_stays_and_the_next_stream_begins_anew(
+def test_an_invalid_message_keeps_the_table_and_the_next_stream_starts_over(
     line: bytes | dict[str, Any], control: FakeControl, names: list[str], on_loop: OnLoop
 ) -> None:
     sent = line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
 
     async def scenario() -> None:
-        async with WatcherHarness(control) as f:
-            await f.until(lambda: f.connected)
+        async with WatcherHarness(control) as harness:
+            await harness.until(lambda: harness.connected)
             control.send_line(sent)
-            await f.until(lambda: len(control.table_queries) == 2)
+            await harness.until(lambda: len(control.table_queries) == 2)
             assert control.table_queries[1] == {}
-            await f.until(lambda: f.consumer.versions == [1, 1])
-            assert f.consumer.addresses == dict.fromkeys(names, ())
+            await harness.until(lambda: harness.consumer.versions == [1, 1])
+            assert harness.consumer.addresses == dict.fromkeys(names, ())
 
     on_loop(scenario)
 
 
-def test_a_stream_must_not_begin_with_a_change(control: FakeControl, on_loop: OnLoop) -> None:
+def test_a_stream_must_not_start_with_an_update(control: FakeControl, on_loop: OnLoop) -> None:
     async def scenario() -> None:
-        control.first_lines = lambda: [json.dumps(GOOD_CHANGE).encode() + b"\n"]
-        async with WatcherHarness(control) as f:
-            await f.until(lambda: len(control.table_queries) == 2)
-            assert not f.watcher.has_table
+        control.first_lines = lambda: [json.dumps(VALID_UPDATE).encode() + b"\n"]
+        async with WatcherHarness(control) as harness:
+            await harness.until(lambda: len(control.table_queries) == 2)
+            assert not harness.watcher.has_table
 
     on_loop(scenario)
 
 
 @pytest.mark.parametrize(
-    "opening",
+    "first_lines",
     [
-        pytest.param([], id="says nothing"),
+        pytest.param([], id="silent"),
         pytest.param([b'{"kind": "snap'], id="half a line"),
-        pytest.param([b'{"kind": "snap', ABORT], id="half a line and a cut"),
-        pytest.param([ABORT], id="cut"),
-        pytest.param([END_OF_STREAM], id="an empty answer"),
+        pytest.param([b'{"kind": "snap', ABORT], id="half a line and an abort"),
+        pytest.param([ABORT], id="abort"),
+        pytest.param([END_OF_STREAM], id="empty response"),
     ],
 )
-def test_a_stream_that_tells_nothing_is_left(
-    opening: list[bytes], control: FakeControl, on_loop: OnLoop
+def test_a_stream_without_messages_is_abandoned(
+    first_lines: list[bytes], control: FakeControl, on_loop: OnLoop
 ) -> None:
     async def scenario() -> None:
-        control.first_lines = lambda: opening
-        async with WatcherHarness(control) as f:
-            await f.until(lambda: len(control.table_queries) >= 2)
-            assert not f.connected
+        control.first_lines = lambda: first_lines
+        async with WatcherHarness(control) as harness:
+            await harness.until(lambda: len(control.table_queries) >= 2)
+            assert not harness.connected
             control.first_lines = lambda: [control.snapshot()]
-            await f.until(lambda: f.connected)
+            await harness.until(lambda: harness.connected)
 
     on_loop(scenario)
 
 
-def test_a_stream_that_falls_silent_is_left_and_pings_keep_one(
+def test_an_idle_stream_is_abandoned_and_pings_keep_it_open(
     control: FakeControl, on_loop: OnLoop
 ) -> None:
     async def scenario() -> None:
-        async with WatcherHarness(control) as f:
-            await f.until(lambda: f.connected)
-            for _ in range(8):  # 0.4 s, with a silence of 0.3 s allowed
+        async with WatcherHarness(control) as harness:
+            await harness.until(lambda: harness.connected)
+            for _ in range(8):  # 0.4 s, longer than the idle timeout of 0.3 s
                 await asyncio.sleep(0.05)
                 control.send_line(b'{"kind": "ping"}\n')
             assert len(control.table_queries) == 1
-            await f.until(lambda: len(control.table_queries) == 2)
+            await harness.until(lambda: len(control.table_queries) == 2)
 
     on_loop(scenario)
 
 
-def test_a_wrong_token_is_tried_again_later(control: FakeControl, on_loop: OnLoop) -> None:
+def test_a_rejected_stream_is_retried(control: FakeControl, on_loop: OnLoop) -> None:
     async def scenario() -> None:
-        async with WatcherHarness(control, token="wrong") as f:
-            await f.until(lambda: len(control.table_queries) == 2)
-            assert not f.watcher.has_table
+        async with WatcherHarness(control, token="wrong") as harness:
+            await harness.until(lambda: len(control.table_queries) == 2)
+            assert not harness.watcher.has_table
 
     on_loop(scenario)

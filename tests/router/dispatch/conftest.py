@@ -1,24 +1,25 @@
-"""Servers on loopback that behave as a test tells them, connection by connection."""
+"""Fixtures: scripted TCP servers on loopback, and a record of activation waits."""
 
 import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from faasmoe_contracts.unix_socket import unix_socket_path
-from faasmoe_router.dispatch import Dispatcher
+from faasmoe_router.dispatch.cold_start import ActivationWaiter
 
 Behaviour = Callable[[socket.socket], None]
-"""Gets each accepted connection; the connection is closed when it returns."""
+"""Handles one accepted connection, which is closed when it returns."""
 
 
-class CountedWaits(threading.Event):
-    """What calls are held by, and for how long they wished to be held, all together.
+class RecordedWaits(threading.Event):
+    """An event that adds up the timeouts of its waits.
 
-    A bound on that holds on a machine of any speed, other than one on the time that passed.
+    Unlike elapsed time, the sum of the timeouts can be bounded on a machine of any speed.
     """
 
     def __init__(self) -> None:
@@ -26,30 +27,30 @@ class CountedWaits(threading.Event):
         self.requested_s = 0.0
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait, and note for how long at most."""
+        """Wait, and record the timeout."""
         self.requested_s += timeout or 0.0
         return super().wait(timeout)
 
 
-def count_waits(dispatcher: Dispatcher) -> CountedWaits:
-    """Count the waits of a dispatcher's held calls from now on."""
-    waiter = dispatcher._executor._activation_waiter
-    assert waiter is not None
-    waiter.routing_changed = waits = CountedWaits()
+@pytest.fixture
+def activation_waits(monkeypatch: pytest.MonkeyPatch) -> RecordedWaits:
+    """Records the waits of all calls that wait for an activation in this test."""
+    waits = RecordedWaits()
+    init = ActivationWaiter.__init__
+
+    def init_recorded(waiter: ActivationWaiter, *args: Any, **kwargs: Any) -> None:
+        init(waiter, *args, **kwargs)
+        waiter.routing_changed = waits
+
+    monkeypatch.setattr(ActivationWaiter, "__init__", init_recorded)
     return waits
 
 
-@pytest.fixture
-def waits_of() -> Callable[[Dispatcher], CountedWaits]:
-    """Counts waits: `waits = waits_of(dispatcher)`."""
-    return count_waits
-
-
 class ScriptedServer:
-    """Gives the n-th connection to the n-th behaviour, later ones to the last."""
+    """Handles the n-th connection by the n-th behaviour, further ones by the last."""
 
     def __init__(self, *behaviours: Behaviour, socket_dir: Path | None = None) -> None:
-        """Listens on TCP, or with a folder `near` on a Unix socket alone."""
+        """Listen on TCP, or only on a Unix socket in `socket_dir`."""
         self._behaviours = behaviours
         self._listener = socket.create_server(("127.0.0.1", 0))
         address = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -81,7 +82,7 @@ class ScriptedServer:
             behaviour(connection)
 
     def close(self) -> None:
-        """Close everything, and wait until nothing runs."""
+        """Close all sockets and join all threads."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._threads[0].join()
@@ -101,7 +102,7 @@ def _listen_unix(path: Path) -> socket.socket:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., ScriptedServer]]:
-    """Starts a server: `serve(behaviour, …, near=folder)`."""
+    """Starts a server: `serve(behaviour, …, socket_dir=folder)`."""
     servers: list[ScriptedServer] = []
 
     def start(*behaviours: Behaviour, socket_dir: Path | None = None) -> ScriptedServer:

@@ -1,9 +1,10 @@
-"""Hot functions of this machine, computed in the router: the same results, fewer calls."""
+"""Colocated functions of this machine: the same results with fewer calls."""
 
 from __future__ import annotations
 
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,12 +23,12 @@ from faasmoe_contracts.store import Store
 from faasmoe_contracts.wire import OutputMode
 from faasmoe_expert.functions import ExpertFunction
 from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.dispatch.calls import DispatchTimeouts
 from faasmoe_router.dispatch.colocation import (
     MAX_COLOCATED_ROWS,
     ColocatedFunctions,
     ColocationPolicy,
 )
+from faasmoe_router.dispatch.fanout import DispatchTimeouts
 from faasmoe_router.dispatch.local_functions import map_function
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 
@@ -55,20 +56,20 @@ def sandbox_server(sandbox: StartSandbox, folder: Path) -> Iterator[SandboxProce
 
 @pytest.fixture(scope="module")
 def table(sandbox_server: SandboxProcess, store: Store) -> RoutingTable:
-    """Three functions a layer."""
+    """Three functions per layer."""
     return sandbox_server.attach_blocks(store, 3)
 
 
 @pytest.fixture
 def one_colocated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
-    """One of each layer's functions is to be computed here; gives the passes that were counted."""
+    """Colocates one of each layer's functions; returns the (rows, seconds) of recorded passes."""
     passes: list[tuple[int, float]] = []
 
     def n_colocated(self: ColocationPolicy, n_rows: int) -> int:
         return int(n_rows <= MAX_COLOCATED_ROWS)
 
-    def record_pass(self: ColocationPolicy, n_rows: int, took_s: float) -> None:
-        passes.append((n_rows, took_s))
+    def record_pass(self: ColocationPolicy, n_rows: int, elapsed_s: float) -> None:
+        passes.append((n_rows, elapsed_s))
 
     monkeypatch.setattr(ColocationPolicy, "n_colocated", n_colocated)
     monkeypatch.setattr(ColocationPolicy, "record_pass", record_pass)
@@ -76,7 +77,7 @@ def one_colocated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
 
 
 class Router:
-    """Passes through all layers."""
+    """A dispatcher that computes forward passes through all layers."""
 
     def __init__(
         self,
@@ -84,10 +85,15 @@ class Router:
         table: RoutingTable,
         folder: Path | None,
         *,
+        monkeypatch: pytest.MonkeyPatch,
         placement: Any = "auto",
         mode: OutputMode = OutputMode.REDUCED,
     ) -> None:
         self.metrics = DispatchMetrics()
+        self.colocated: ColocatedFunctions | None = None
+        monkeypatch.setattr(
+            "faasmoe_router.dispatch.dispatcher.ColocatedFunctions", self._create_colocated
+        )
         self.dispatcher = Dispatcher(
             store,
             table,
@@ -99,17 +105,17 @@ class Router:
             mode=mode,
         )
 
-    @property
-    def colocated(self) -> ColocatedFunctions | None:
-        return self.dispatcher._executor._colocated
+    def _create_colocated(self, *args: Any) -> ColocatedFunctions:
+        self.colocated = ColocatedFunctions(*args)
+        return self.colocated
 
     @property
     def n_mapped(self) -> int:
         assert self.colocated is not None
-        return len(self.colocated._mapped)
+        return len(self.colocated.mapped)
 
     def run(self, n_rows: int) -> list[Tensor]:
-        """Return what each layer gives, [T, H]."""
+        """Return each layer's output, [T, H]."""
         generator = torch.Generator().manual_seed(n_rows)
         hidden = torch.randn(n_rows, 32, generator=generator)  # [T, H]
         index = torch.rand(n_rows, 8, generator=generator).topk(2).indices  # [T, 2]
@@ -118,8 +124,8 @@ class Router:
         return [self.dispatcher.compute(layer, hidden, index, weight) for layer in layers]
 
     def counted(self) -> tuple[float, float]:
-        """Calls so far, and what was computed here."""
-        return self.metrics.calls._value.get(), self.metrics.colocated._value.get()
+        """Return the number of calls and of colocated computations so far."""
+        return read_metric(self.metrics, "calls"), read_metric(self.metrics, "colocated")
 
     def warm(self) -> None:
         """Run until the hot functions are mapped."""
@@ -127,16 +133,22 @@ class Router:
         wait_until(lambda: self.n_mapped == N_LAYERS)
 
 
-Open = Callable[..., Router]
+def read_metric(metrics: DispatchMetrics, name: str) -> float:
+    return float(getattr(metrics, name).collect()[0].samples[0].value)
+
+
+OpenRouter = Callable[..., Router]
 
 
 @pytest.fixture
-def router(store: Store, table: RoutingTable, folder: Path) -> Iterator[Open]:
+def router(
+    store: Store, table: RoutingTable, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[OpenRouter]:
     made: list[Router] = []
 
     def make(**options: Any) -> Router:
-        given = {"store": store, "table": table, "folder": folder, **options}
-        made.append(Router(given.pop("store"), given.pop("table"), given.pop("folder"), **given))
+        defaults = {"store": store, "table": table, "folder": folder}
+        made.append(Router(**{**defaults, **options}, monkeypatch=monkeypatch))
         return made[-1]
 
     yield make
@@ -145,29 +157,29 @@ def router(store: Store, table: RoutingTable, folder: Path) -> Iterator[Open]:
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 7, 40])
-def test_what_is_computed_here_equals_what_functions_answer(
-    n_rows: int, router: Open, one_colocated: list[tuple[int, float]]
+def test_colocated_results_equal_those_of_sandboxes(
+    n_rows: int, router: OpenRouter, one_colocated: list[tuple[int, float]]
 ) -> None:
     hot, functions = router(), router(placement="functions")
     hot.warm()
     before = hot.counted()
     for got, expected in zip(hot.run(n_rows), functions.run(n_rows), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    calls, here = (now - then for now, then in zip(hot.counted(), before, strict=True))
-    assert functions.counted() == (calls + here, 0)
-    assert 0 < here <= N_LAYERS or n_rows < 7  # few rows may not hit the hot one
+    calls, n_colocated = (now - then for now, then in zip(hot.counted(), before, strict=True))
+    assert functions.counted() == (calls + n_colocated, 0)
+    assert 0 < n_colocated <= N_LAYERS or n_rows < 7  # few rows may not hit the hot function
 
 
-def test_passes_are_timed_once_their_hot_functions_are_there(
-    router: Open, one_colocated: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
+def test_passes_are_timed_once_their_hot_functions_are_mapped(
+    router: OpenRouter, one_colocated: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
 
-    def blocked(spec: FunctionSpec, store: Store) -> ExpertFunction:
+    def map_when_released(spec: FunctionSpec, store: Store) -> ExpertFunction:
         assert go.wait(20.0)
         return map_function(spec, store)
 
-    monkeypatch.setattr("faasmoe_router.dispatch.colocation.map_function", blocked)
+    monkeypatch.setattr("faasmoe_router.dispatch.colocation.map_function", map_when_released)
     hot = router()
     hot.run(5)
     assert one_colocated == []  # nothing is mapped yet
@@ -176,11 +188,11 @@ def test_passes_are_timed_once_their_hot_functions_are_there(
     hot.run(5)
     hot.run(9)
     assert [n_rows for n_rows, _ in one_colocated] == [5, 9]
-    assert all(took_s > 0 for _, took_s in one_colocated)
+    assert all(elapsed_s > 0 for _, elapsed_s in one_colocated)
 
 
-def test_a_pass_with_a_failure_says_nothing(
-    router: Open, table: RoutingTable, one_colocated: list[tuple[int, float]]
+def test_pass_with_a_failure_is_not_recorded(
+    router: OpenRouter, table: RoutingTable, one_colocated: list[tuple[int, float]]
 ) -> None:
     hot = router()
     hot.warm()
@@ -190,67 +202,81 @@ def test_a_pass_with_a_failure_says_nothing(
     hot.run(40)
     assert one_colocated == []
     hot.dispatcher.update_addresses(2, {last.spec.id: last.addresses})
-    wait_until(lambda: bool(hot.run(40) and one_colocated))  # it may have to be mapped again
+    # The function may have to be mapped again.
+    wait_until(lambda: bool(hot.run(40) and one_colocated))
 
 
-def test_the_load_of_a_function_is_the_same_wherever_it_is_computed(
-    router: Open, one_colocated: list[tuple[int, float]]
+def test_load_of_a_function_does_not_depend_on_colocation(
+    router: OpenRouter, one_colocated: list[tuple[int, float]]
 ) -> None:
     hot, functions = router(), router(placement="functions")
     hot.warm()
     functions.run(4)
     for each in (hot, functions):
         each.run(11)
-    found = [
-        {name: reading[1:] for name, reading in each.dispatcher.load.snapshot(0.0).items()}
-        for each in (hot, functions)
-    ]
-    assert found[0] == found[1]
-    assert all(figures.n_in_flight == 0 for figures in hot.dispatcher.load._counters.values())
+    now_s = time.monotonic()
+    hot_totals, functions_totals = (r.dispatcher.load.snapshot(now_s) for r in (hot, functions))
+    assert hot_totals.keys() == functions_totals.keys()
+    for name, totals in hot_totals.items():
+        assert totals[1:] == functions_totals[name][1:]  # calls and rows
+    later_totals = hot.dispatcher.load.snapshot(now_s + 100)
+    for name, totals in hot_totals.items():
+        assert later_totals[name].in_flight_s == pytest.approx(totals.in_flight_s, abs=1e-6)
 
 
-def test_functions_of_other_machines_are_called(
-    router: Open, folder: Path, tmp_path: Path, one_colocated: list[tuple[int, float]]
+def test_functions_of_other_machines_are_not_colocated(
+    router: OpenRouter, folder: Path, tmp_path: Path, one_colocated: list[tuple[int, float]]
 ) -> None:
-    far = router(folder=tmp_path)  # where no sandbox has a socket
+    remote = router(folder=tmp_path)  # without Unix sockets of sandboxes
     for _ in range(3):
-        far.run(7)
-    assert far.n_mapped == 0
-    assert far.counted()[1] == 0
+        remote.run(7)
+    assert remote.n_mapped == 0
+    assert remote.counted()[1] == 0
 
 
 @pytest.mark.parametrize(
     "options", [{"placement": "functions"}, {"folder": None}, {"mode": OutputMode.UNREDUCED}]
 )
-def test_nothing_is_computed_here_where_it_is_not_asked_for_or_cannot_be(
-    options: dict[str, Any], router: Open, one_colocated: list[tuple[int, float]]
+def test_nothing_is_colocated_where_disabled_or_impossible(
+    options: dict[str, Any], router: OpenRouter, one_colocated: list[tuple[int, float]]
 ) -> None:
-    cold = router(**options)
-    cold.run(7)
-    assert cold.colocated is None
-    assert cold.counted()[1] == 0
+    uncolocated = router(**options)
+    uncolocated.run(7)
+    assert uncolocated.colocated is None
+    assert uncolocated.counted()[1] == 0
 
 
-def test_a_function_that_goes_to_zero_is_let_go(
-    router: Open, table: RoutingTable, one_colocated: list[tuple[int, float]]
+def test_function_that_scales_to_zero_is_released(
+    router: OpenRouter,
+    table: RoutingTable,
+    one_colocated: list[tuple[int, float]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    mapped: list[weakref.ref[ExpertFunction]] = []
+
+    def map_and_record(spec: FunctionSpec, store: Store) -> ExpertFunction:
+        function = map_function(spec, store)
+        mapped.append(weakref.ref(function))
+        return function
+
+    monkeypatch.setattr("faasmoe_router.dispatch.colocation.map_function", map_and_record)
     hot = router()
     hot.warm()
     hot.run(40)
-    assert hot.colocated is not None
-    mapped = [weakref.ref(function) for function in hot.colocated._mapped.values()]
-    nowhere = replace(table, functions=tuple(replace(f, addresses=()) for f in table.functions))
-    hot.dispatcher.replace_table(nowhere)  # and nothing runs: an idle router lets go, too
+    without_addresses = replace(
+        table, functions=tuple(replace(f, addresses=()) for f in table.functions)
+    )
+    hot.dispatcher.replace_table(without_addresses)  # an idle router releases them too
     assert hot.n_mapped == 0
     assert [ref() for ref in mapped] == [None] * N_LAYERS
-    hot.run(1)  # from the store, as nobody holds them
+    hot.run(1)  # from the store, as no sandbox has them
     assert hot.n_mapped == 0
     hot.dispatcher.replace_table(table)
     hot.warm()
 
 
-def test_wrong_bytes_here_are_left_to_the_sandboxes(
-    router: Open, store: Store, tmp_path: Path, one_colocated: list[tuple[int, float]]
+def test_corrupted_functions_are_called_at_their_sandboxes(
+    router: OpenRouter, store: Store, tmp_path: Path, one_colocated: list[tuple[int, float]]
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(store.path, copy)
@@ -265,31 +291,36 @@ def test_wrong_bytes_here_are_left_to_the_sandboxes(
             written.write(content)
     for got, expected in zip(hot.run(40), functions.run(40), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert hot.metrics.local._value.get() == 0
+    assert read_metric(hot.metrics, "local") == 0
     hot.run(40)
     assert hot.n_mapped < N_LAYERS
 
 
-def test_what_is_wanted_no_more_while_it_is_being_mapped_is_not_kept(
-    router: Open, table: RoutingTable, monkeypatch: pytest.MonkeyPatch
+def test_function_released_while_it_is_being_mapped_is_not_kept(
+    router: OpenRouter, table: RoutingTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go, begun = threading.Event(), threading.Event()
+    go, started = threading.Event(), threading.Event()
+    mapped: list[weakref.ref[ExpertFunction]] = []
 
-    def slow(spec: Any, store: Store) -> object:
-        begun.set()
+    def map_slowly(spec: FunctionSpec, store: Store) -> ExpertFunction:
+        started.set()
         assert go.wait(20.0)
-        return object()
+        function = map_function(spec, store)
+        mapped.append(weakref.ref(function))
+        return function
 
-    monkeypatch.setattr("faasmoe_router.dispatch.colocation.map_function", slow)
+    monkeypatch.setattr("faasmoe_router.dispatch.colocation.map_function", map_slowly)
     hot = router()
     hot.run(4)
-    assert begun.wait(20.0)
-    nowhere = replace(table, functions=tuple(replace(f, addresses=()) for f in table.functions))
-    hot.dispatcher.replace_table(nowhere)
+    assert started.wait(20.0)
+    without_addresses = replace(
+        table, functions=tuple(replace(f, addresses=()) for f in table.functions)
+    )
+    hot.dispatcher.replace_table(without_addresses)
     hot.run(4)
     go.set()
-    assert hot.colocated is not None
-    hot.colocated._mapping_executor.submit(lambda: None).result(
-        20.0
-    )  # behind all that was asked for
+    wait_until(lambda: [ref() for ref in mapped] == [None])
     assert hot.n_mapped == 0
+    hot.dispatcher.replace_table(table)
+    hot.warm()
+    assert len(mapped) == 1 + N_LAYERS  # those still queued at the release were not mapped then

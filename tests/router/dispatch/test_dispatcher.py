@@ -1,4 +1,4 @@
-"""A layer through sandboxes equals the family's own module, whatever happens to the sandboxes."""
+"""A layer through sandboxes equals the family's own module, whatever faults the sandboxes have."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -28,11 +28,11 @@ from faasmoe_contracts.wire import (
     max_rows_per_frame,
 )
 from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.dispatch.calls import DispatchTimeouts
+from faasmoe_router.dispatch.fanout import DispatchTimeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 
 TOKEN = "a-token"
-NOBODY, NOBODY_ELSE = "127.0.0.1:1", "127.0.0.1:2"  # refuse connections
+CLOSED, OTHER_CLOSED = "127.0.0.1:1", "127.0.0.1:2"  # refuse connections
 FAMILY = "mixtral"
 LAYER = 1
 
@@ -63,7 +63,7 @@ def table(sandbox_server: SandboxProcess, store: Store) -> RoutingTable:
 
 @pytest.fixture
 def dispatch() -> Iterator[Callable[..., Dispatcher]]:
-    """Makes dispatchers, and closes them."""
+    """Creates dispatchers, and closes them."""
     made: list[Dispatcher] = []
 
     def make(store: Store, table: RoutingTable, **options: Any) -> Dispatcher:
@@ -95,13 +95,13 @@ def batch(n_rows: int, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, T
     )
 
 
-def addressed(table: RoutingTable, *addresses: str) -> RoutingTable:
-    """The same functions at other addresses."""
+def with_addresses(table: RoutingTable, *addresses: str) -> RoutingTable:
+    """Return the table with these addresses for every function."""
     return replace(table, functions=tuple(replace(f, addresses=addresses) for f in table.functions))
 
 
 def nan_frame() -> bytes:
-    """The answer to one row whose numbers are none."""
+    """A response to one row, of NaNs."""
     request = FrameHeader(FrameKind.REQUEST, Dtype.FLOAT32, OutputMode.REDUCED, LAYER, 1, 2, 32)
     outputs = torch.full((1, 32), torch.nan).numpy().tobytes()
     return b"".join(bytes(part) for part in encode_response(request, outputs))
@@ -109,12 +109,12 @@ def nan_frame() -> bytes:
 
 def counted(metrics: DispatchMetrics) -> dict[str, float]:
     counters = ("calls", "failed_calls", "local", "sent_bytes", "received_bytes")
-    return {name: getattr(metrics, name)._value.get() for name in counters}
+    return {name: getattr(metrics, name).collect()[0].samples[0].value for name in counters}
 
 
 @pytest.mark.parametrize("mode", OutputMode)
 @pytest.mark.parametrize("family", [FAMILY, "gpt_oss"])
-def test_a_layer_equals_the_familys_own(
+def test_layer_equals_the_familys_own_module(
     sandbox_server: SandboxProcess,
     prepared_store: PreparedStore,
     dispatch: Dispatch,
@@ -133,7 +133,7 @@ def test_a_layer_equals_the_familys_own(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_unreduced_results_have_the_same_bits_for_every_cut_and_batch(
+def test_unreduced_results_are_bit_identical_for_every_block_size_and_batch(
     sandbox_server: SandboxProcess,
     prepared_store: PreparedStore,
     dispatch: Dispatch,
@@ -152,32 +152,82 @@ def test_unreduced_results_have_the_same_bits_for_every_cut_and_batch(
             for n in range(len(hidden))
         ]
         results.append(torch.cat(alone))
-    nobody = addressed(sandbox_server.attach_blocks(store, 3))
+    without_addresses = with_addresses(sandbox_server.attach_blocks(store, 3))
     results.append(
-        dispatch(store, nobody, mode=OutputMode.UNREDUCED).compute(LAYER, hidden, index, weight)
+        dispatch(store, without_addresses, mode=OutputMode.UNREDUCED).compute(
+            LAYER, hidden, index, weight
+        )
     )
     assert all(torch.equal(result, results[0]) for result in results)
     assert results[0].dtype == dtype
 
 
 @pytest.mark.parametrize("mode", OutputMode)
-def test_a_batch_larger_than_a_frame_is_split(
+def test_float32_rows_over_a_16_bit_store_give_the_float32_sum_of_its_outputs(
+    sandbox_server: SandboxProcess,
+    prepared_store: PreparedStore,
+    dispatch: Dispatch,
+    mode: OutputMode,
+) -> None:
+    store = prepared_store(FAMILY, dtype="bfloat16")
+    metrics = DispatchMetrics()
+    dispatcher = dispatch(store, sandbox_server.attach_blocks(store, 3), mode=mode, metrics=metrics)
+    hidden, index, weight = batch(19)
+    got = dispatcher.compute(LAYER, hidden, index, weight)
+    assert got.dtype == torch.float32
+    assert counted(metrics)["local"] == counted(metrics)["failed_calls"] == 0
+
+    rows = hidden.bfloat16()  # [T, H], as in the frames
+    rounded = dispatcher.compute(LAYER, rows, index, weight)
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(got.bfloat16(), rounded)
+
+    # Each function's output alone, in bfloat16: one expert per slot, or one block's experts.
+    partial_sums = torch.zeros_like(hidden)  # [T, H]
+    parts = [index == e for e in range(8)] if mode is OutputMode.UNREDUCED else blocks_of(index)
+    for part in parts:
+        chosen = torch.where(part, index, -1)  # [T, k]
+        partial_sums += dispatcher.compute(LAYER, rows, chosen, weight).float()
+    torch.testing.assert_close(got, partial_sums, atol=1e-6, rtol=1e-6)
+
+
+def blocks_of(index: Tensor) -> list[Tensor]:
+    """Masks [T, k] of the slots of each block of three experts."""
+    return [index // 3 == block for block in range(3)]
+
+
+def test_overlapped_work_and_empty_batches_keep_the_routers_dtype(
+    prepared_store: PreparedStore, table: RoutingTable, dispatch: Dispatch
+) -> None:
+    store = prepared_store(FAMILY, dtype="bfloat16")
+    dispatcher = dispatch(store, None)
+    hidden, index, weight = batch(3)
+    done: list[str] = []
+    result = dispatcher.compute(
+        LAYER, hidden, torch.full_like(index, 99), weight, while_waiting=lambda: done.append("x")
+    )
+    assert (result.dtype, result.any().item(), done) == (torch.float32, False, ["x"])
+    assert dispatcher.compute(LAYER, hidden[:0], index[:0], weight[:0]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", OutputMode)
+def test_batch_larger_than_a_frame_is_split(
     store: Store, table: RoutingTable, dispatch: Dispatch, mode: OutputMode
 ) -> None:
-    most = max_rows_per_frame(hidden_size=32, dtype=Dtype.FLOAT32, mode=mode, top_k=2)
-    hidden, index, weight = batch(most + 10)
+    max_rows = max_rows_per_frame(hidden_size=32, dtype=Dtype.FLOAT32, mode=mode, top_k=2)
+    hidden, index, weight = batch(max_rows + 10)
     index[:, 0], index[:, 1] = 0, 1  # one function gets every row
     metrics = DispatchMetrics()
     got = dispatch(store, table, mode=mode, metrics=metrics).compute(LAYER, hidden, index, weight)
     assert counted(metrics)["calls"] == 2
     assert counted(metrics)["local"] == counted(metrics)["failed_calls"] == 0
-    some = torch.tensor([0, 1, most - 1, most, most + 9])
+    sampled = torch.tensor([0, 1, max_rows - 1, max_rows, max_rows + 9])
     with torch.no_grad():
-        expected = own_module()(hidden[some], index[some], weight[some])
-    torch.testing.assert_close(got[some], expected, atol=1e-4, rtol=1e-4)
+        expected = own_module()(hidden[sampled], index[sampled], weight[sampled])
+    torch.testing.assert_close(got[sampled], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_only_functions_that_are_hit_are_called_each_once(
+def test_each_hit_function_is_called_once(
     store: Store, table: RoutingTable, dispatch: Dispatch
 ) -> None:
     hidden, index, weight = batch(40)
@@ -187,7 +237,7 @@ def test_only_functions_that_are_hit_are_called_each_once(
 
 
 @pytest.mark.parametrize("mode", OutputMode)
-def test_a_slot_without_an_expert_adds_nothing(
+def test_slot_without_an_expert_adds_nothing(
     store: Store, table: RoutingTable, dispatch: Dispatch, mode: OutputMode
 ) -> None:
     hidden, index, weight = batch(5)
@@ -200,16 +250,16 @@ def test_a_slot_without_an_expert_adds_nothing(
     torch.testing.assert_close(got[:2], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_batch_that_hits_nothing_is_zeros(
+def test_batch_without_experts_is_zeros(
     store: Store, table: RoutingTable, dispatch: Dispatch
 ) -> None:
     hidden, index, weight = batch(3)
-    dispatcher = dispatch(store, addressed(table, NOBODY))
+    dispatcher = dispatch(store, with_addresses(table, CLOSED))
     assert not dispatcher.compute(LAYER, hidden, torch.full_like(index, 99), weight).any()
     assert dispatcher.compute(LAYER, hidden[:0], index[:0], weight[:0]).shape == (0, 32)
 
 
-def test_views_and_gradients_are_taken(
+def test_strided_inputs_with_gradients_are_accepted(
     store: Store, table: RoutingTable, dispatch: Dispatch
 ) -> None:
     hidden, index, weight = batch(6)
@@ -220,50 +270,56 @@ def test_views_and_gradients_are_taken(
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("addresses", [(), (NOBODY,), (NOBODY, NOBODY_ELSE)], ids=len)
-def test_what_no_sandbox_answers_is_computed_from_the_store(
+@pytest.mark.parametrize("addresses", [(), (CLOSED,), (CLOSED, OTHER_CLOSED)], ids=len)
+def test_calls_without_a_response_are_computed_from_the_store(
     store: Store, table: RoutingTable, dispatch: Dispatch, addresses: Sequence[str]
 ) -> None:
     metrics = DispatchMetrics()
     expected = dispatch(store, table).compute(LAYER, *batch(9))
-    got = dispatch(store, addressed(table, *addresses), metrics=metrics).compute(LAYER, *batch(9))
+    got = dispatch(store, with_addresses(table, *addresses), metrics=metrics).compute(
+        LAYER, *batch(9)
+    )
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
     counts = counted(metrics)
     assert counts["local"] == 3
     assert len(addresses) <= counts["calls"] == counts["failed_calls"] <= 3 * len(addresses)
 
 
-def test_the_other_address_is_tried_before_the_store(
+def test_other_address_is_tried_before_local_fallback(
     sandbox_server: SandboxProcess, store: Store, table: RoutingTable, dispatch: Dispatch
 ) -> None:
     metrics = DispatchMetrics()
-    dispatcher = dispatch(store, addressed(table, NOBODY, sandbox_server.address), metrics=metrics)
+    dispatcher = dispatch(
+        store, with_addresses(table, CLOSED, sandbox_server.address), metrics=metrics
+    )
     expected = dispatch(store, table).compute(LAYER, *batch(9))
-    for _ in range(2):  # turns go round: one begins at each address
+    for _ in range(2):  # round robin: each address is first once
         got = dispatcher.compute(LAYER, *batch(9))
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
     counts = counted(metrics)
     assert counts["calls"] == 6 + counts["failed_calls"]
-    assert counts["failed_calls"] > 0  # and no more once the address is ejected
+    assert counts["failed_calls"] > 0  # and none once the address is ejected
     assert counts["local"] == 0
 
 
-def test_each_layers_calls_go_round_its_replicas(
+def test_calls_of_each_layer_rotate_over_its_replicas(
     serve: Callable[..., Any],
     sandbox_server: SandboxProcess,
     store: Store,
     table: RoutingTable,
     dispatch: Dispatch,
 ) -> None:
-    """Also if the number of layers is a multiple of the replicas."""
+    """Also if the number of layers is a multiple of the number of replicas."""
 
-    def has_nothing(connection: Any) -> None:
+    def respond_not_found(connection: Any) -> None:
         while connection.recv(1 << 20):
             connection.sendall(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
 
     metrics = DispatchMetrics()
-    empty = serve(has_nothing).address
-    dispatcher = dispatch(store, addressed(table, empty, sandbox_server.address), metrics=metrics)
+    empty = serve(respond_not_found).address
+    dispatcher = dispatch(
+        store, with_addresses(table, empty, sandbox_server.address), metrics=metrics
+    )
     for _ in range(4):
         for layer in (0, 1):
             before = counted(metrics)["failed_calls"]
@@ -278,7 +334,7 @@ def test_each_layers_calls_go_round_its_replicas(
     ("status", "content"),
     [(500, b"no"), (404, b"no"), (200, b""), (200, b"x" * 100), (200, b"FMOE" + bytes(60))],
 )
-def test_an_answer_that_is_no_frame_is_a_failed_call(
+def test_response_that_is_no_frame_is_a_failed_call(
     serve: Callable[..., Any],
     store: Store,
     table: RoutingTable,
@@ -292,7 +348,7 @@ def test_an_answer_that_is_no_frame_is_a_failed_call(
             connection.sendall(head.encode() + content)
 
     metrics = DispatchMetrics()
-    bad = addressed(table, serve(behave).address)
+    bad = with_addresses(table, serve(behave).address)
     hidden, index, weight = batch(1)
     expected = dispatch(store, table).compute(LAYER, hidden, index * 0, weight)
     got = dispatch(store, bad, metrics=metrics).compute(LAYER, hidden, index * 0, weight)
@@ -300,7 +356,7 @@ def test_an_answer_that_is_no_frame_is_a_failed_call(
     assert (counted(metrics)["failed_calls"], counted(metrics)["local"]) == (1, 1)
 
 
-def test_a_sandbox_without_the_function_or_with_another_token_is_passed_over(
+def test_sandbox_without_the_function_or_with_another_token_is_skipped(
     sandbox_server: SandboxProcess, store: Store, table: RoutingTable, dispatch: Dispatch
 ) -> None:
     expected = dispatch(store, table).compute(LAYER, *batch(4))
@@ -316,7 +372,7 @@ def test_a_sandbox_without_the_function_or_with_another_token_is_passed_over(
         assert counted(metrics)["local"] == counted(metrics)["failed_calls"] > 0
 
 
-def test_numbers_that_are_not_finite_are_a_failed_call_unless_they_were_given(
+def test_non_finite_response_is_a_failed_call_unless_the_input_was_non_finite(
     serve: Callable[..., Any], store: Store, table: RoutingTable, dispatch: Dispatch
 ) -> None:
     content = nan_frame()
@@ -327,7 +383,7 @@ def test_numbers_that_are_not_finite_are_a_failed_call_unless_they_were_given(
             connection.sendall(content)
 
     metrics = DispatchMetrics()
-    bad = dispatch(store, addressed(table, serve(behave).address), metrics=metrics)
+    bad = dispatch(store, with_addresses(table, serve(behave).address), metrics=metrics)
     hidden, index, weight = batch(1)
     got = bad.compute(LAYER, hidden, index * 0, weight)
     expected = dispatch(store, table).compute(LAYER, hidden, index * 0, weight)
@@ -337,7 +393,7 @@ def test_numbers_that_are_not_finite_are_a_failed_call_unless_they_were_given(
     assert (counted(metrics)["failed_calls"], counted(metrics)["local"]) == (1, 1)
 
 
-def test_a_sandbox_that_dies_is_replaced_by_the_store_and_a_new_table_by_a_new_sandbox(
+def test_dead_sandbox_is_replaced_by_local_fallback_until_the_table_is_replaced(
     sandbox: StartSandbox, store: Store, table: RoutingTable, dispatch: Dispatch
 ) -> None:
     metrics = DispatchMetrics()
@@ -358,7 +414,7 @@ def test_a_sandbox_that_dies_is_replaced_by_the_store_and_a_new_table_by_a_new_s
         torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_table_that_does_not_fit_leaves_the_old_one(
+def test_table_that_does_not_fit_is_refused_and_the_old_one_kept(
     store: Store, table: RoutingTable, dispatch: Dispatch
 ) -> None:
     dispatcher = dispatch(store, table)
@@ -368,7 +424,7 @@ def test_a_table_that_does_not_fit_leaves_the_old_one(
     assert torch.equal(dispatcher.compute(LAYER, *batch(4)), before)
 
 
-def test_a_function_over_all_layers_serves_each(
+def test_function_over_all_layers_serves_each(
     sandbox_server: SandboxProcess, store: Store, dispatch: Dispatch
 ) -> None:
     layers = range(len(store.manifest.layers))

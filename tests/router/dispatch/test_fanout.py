@@ -1,4 +1,4 @@
-"""Fan-outs against servers that misbehave: errors by position, the others answered, no hang."""
+"""Fan-outs to misbehaving servers: errors by position, other calls succeed, nothing hangs."""
 
 import contextlib
 import os
@@ -14,23 +14,22 @@ from typing import Protocol
 import pytest
 
 from faasmoe_contracts.unix_socket import unix_socket_path
-from faasmoe_router.dispatch.calls import (
+from faasmoe_router.dispatch.fanout import DispatchTimeouts, Fanout
+from faasmoe_router.dispatch.transport import (
+    MAX_IDLE_PER_ADDRESS,
     Call,
     CallError,
     ConnectError,
-    DispatchTimeouts,
     StatusError,
 )
-from faasmoe_router.dispatch.fanout import Fanout
-from faasmoe_router.dispatch.transport import MAX_IDLE_PER_ADDRESS
 
-PATIENT = DispatchTimeouts(connect_timeout_s=20.0, call_timeout_s=20.0)  # with a busy machine
-HASTY = DispatchTimeouts(connect_timeout_s=0.5, call_timeout_s=1.5)  # where time runs out
-GRACE_S = 5.0  # beyond the deadline, for a machine that is busy
+PATIENT = DispatchTimeouts(connect_timeout_s=20.0, call_timeout_s=20.0)  # for a busy machine
+SHORT = DispatchTimeouts(connect_timeout_s=0.5, call_timeout_s=1.5)  # for calls that time out
+GRACE_S = 5.0  # beyond the deadline, for a busy machine
 
 
 class Server(Protocol):
-    """What `serve` returns."""
+    """The server that `serve` starts."""
 
     address: str
     n_connections: int
@@ -41,7 +40,7 @@ Behaviour = Callable[[socket.socket], None]
 
 
 def receive_request(connection: socket.socket) -> bytes | None:
-    """The body of the next request, None at the end."""
+    """Return the body of the next request, None at the end of the connection."""
     received = b""
     while b"\r\n\r\n" not in received:
         part = connection.recv(1 << 16)
@@ -72,20 +71,20 @@ def echo_once(connection: socket.socket) -> None:
     connection.sendall(http(body))
 
 
-def says(answer: bytes) -> Behaviour:
-    """Answers each request with these bytes, and stays open."""
+def responds(response: bytes) -> Behaviour:
+    """Responds to each request with these bytes, and keeps the connection open."""
 
     def behave(connection: socket.socket) -> None:
         while receive_request(connection) is not None:
-            connection.sendall(answer)
+            connection.sendall(response)
 
     return behave
 
 
-def says_and_closes(answer: bytes) -> Behaviour:
+def responds_and_closes(response: bytes) -> Behaviour:
     def behave(connection: socket.socket) -> None:
         receive_request(connection)
-        connection.sendall(answer)
+        connection.sendall(response)
 
     return behave
 
@@ -97,17 +96,17 @@ def resets(connection: socket.socket) -> None:
 
 def never_reads(connection: socket.socket) -> None:
     connection.recv(1 << 30, socket.MSG_PEEK)
-    until_it_leaves(connection)
+    wait_for_hangup(connection)
 
 
-def until_it_leaves(connection: socket.socket) -> None:
-    leaving = select.poll()
-    leaving.register(connection, select.POLLRDHUP)
-    leaving.poll(20_000)
+def wait_for_hangup(connection: socket.socket) -> None:
+    poller = select.poll()
+    poller.register(connection, select.POLLRDHUP)
+    poller.poll(20_000)
 
 
 def drips(connection: socket.socket) -> None:
-    """One byte of a large answer at a time: there is always one more to read."""
+    """Sends a large response byte by byte, so there is always something to read."""
     receive_request(connection)
     connection.sendall(http(b"", length="60000000"))
     while True:
@@ -145,43 +144,43 @@ def fanout(open_fanout: Callable[[DispatchTimeouts], Fanout]) -> Fanout:
 def run(
     fanout: Fanout, *calls: Call, timeouts: DispatchTimeouts = PATIENT
 ) -> tuple[dict[int, bytes], dict[int, CallError]]:
-    """Answers and errors by position; fails if the deadline is not kept."""
-    answers: dict[int, bytes] = {}
+    """Return responses and errors by position; fails if the deadline is exceeded."""
+    responses: dict[int, bytes] = {}
 
     def handle_response(position: int, body: memoryview) -> None:
-        assert position not in answers
-        answers[position] = bytes(body)
+        assert position not in responses
+        responses[position] = bytes(body)
 
-    start_s = time.monotonic()
+    started_s = time.monotonic()
     errors = fanout.run(calls, handle_response)
-    assert time.monotonic() - start_s < timeouts.call_timeout_s + GRACE_S
-    assert sorted([*answers, *errors]) == list(range(len(calls)))
-    return answers, errors
+    assert time.monotonic() - started_s < timeouts.call_timeout_s + GRACE_S
+    assert sorted([*responses, *errors]) == list(range(len(calls)))
+    return responses, errors
 
 
 def call(server: Server, body: bytes = b"frame") -> Call:
     return Call(server.address, "f1", [body[:2], body[2:]])
 
 
-def test_all_calls_are_answered_and_connections_are_kept(fanout: Fanout, serve: Serve) -> None:
+def test_all_calls_succeed_and_connections_are_reused(fanout: Fanout, serve: Serve) -> None:
     servers = [serve(echo) for _ in range(3)]
-    for turn in range(4):
-        bodies = [f"{turn} {n}".encode() * 1000 for n in range(6)]
+    for i in range(4):
+        bodies = [f"{i} {n}".encode() * 1000 for n in range(6)]
         calls = [call(servers[n % 3], body) for n, body in enumerate(bodies)]
-        answers, errors = run(fanout, *calls)
-        assert answers == dict(enumerate(bodies))
+        responses, errors = run(fanout, *calls)
+        assert responses == dict(enumerate(bodies))
         assert not errors
     assert [server.n_connections for server in servers] == [2, 2, 2]
 
 
-def test_a_call_is_one_http_request_with_the_token(fanout: Fanout, serve: Serve) -> None:
+def test_call_is_one_http_request_with_the_token(fanout: Fanout, serve: Serve) -> None:
     heads: list[bytes] = []
 
-    def note(connection: socket.socket) -> None:
+    def record_head(connection: socket.socket) -> None:
         heads.append(connection.recv(1 << 16))
         connection.sendall(http(b""))
 
-    server = serve(note)
+    server = serve(record_head)
     run(fanout, call(server))
     assert heads == [
         b"POST /v1/functions/f1 HTTP/1.1\r\nhost: " + server.address.encode()
@@ -190,86 +189,104 @@ def test_a_call_is_one_http_request_with_the_token(fanout: Fanout, serve: Serve)
 
 
 @pytest.mark.parametrize("size_bytes", [0, 1, 128 << 10, (128 << 10) + 1, 8 << 20])
-def test_bodies_of_every_size_pass(fanout: Fanout, serve: Serve, size_bytes: int) -> None:
+def test_bodies_of_every_size_are_transferred(
+    fanout: Fanout, serve: Serve, size_bytes: int
+) -> None:
     body = os.urandom(size_bytes)
     server = serve(echo)
     for _ in range(2):
-        answers, errors = run(fanout, call(server, body), call(server, b"small"))
+        responses, errors = run(fanout, call(server, body), call(server, b"small"))
         assert not errors
-        assert answers[0] == body
-        assert answers[1] == b"small"
+        assert responses[0] == body
+        assert responses[1] == b"small"
 
 
-def test_a_frame_of_many_buffers_is_sent_whole(fanout: Fanout, serve: Serve) -> None:
+def test_frame_of_many_buffers_is_sent_completely(fanout: Fanout, serve: Serve) -> None:
     parts = [os.urandom(1000) for _ in range(200)]
-    answers, _ = run(fanout, Call(serve(echo).address, "f1", parts))
-    assert answers == {0: b"".join(parts)}
+    responses, _ = run(fanout, Call(serve(echo).address, "f1", parts))
+    assert responses == {0: b"".join(parts)}
 
 
 @pytest.mark.parametrize(
     ("behaviour", "message"),
     [
         pytest.param(resets, "cannot receive", id="resets"),
-        pytest.param(says_and_closes(b""), "closed after 0 bytes", id="closes without an answer"),
         pytest.param(
-            says_and_closes(b"HTTP/1.1 200 OK\r\ncont"), "closed after 21 bytes", id="in the head"
+            responds_and_closes(b""), "closed after 0 bytes", id="closes without a response"
         ),
-        pytest.param(says_and_closes(http(b"abc", length="4")), "closed after", id="in the body"),
-        pytest.param(says(b""), "no response in time", id="never answers"),
+        pytest.param(
+            responds_and_closes(b"HTTP/1.1 200 OK\r\ncont"),
+            "closed after 21 bytes",
+            id="in the head",
+        ),
+        pytest.param(
+            responds_and_closes(http(b"abc", length="4")), "closed after", id="in the body"
+        ),
+        pytest.param(responds(b""), "no response in time", id="never responds"),
         pytest.param(never_reads, "no response in time", id="never reads"),
         pytest.param(drips, "no response in time", id="drips"),
-        pytest.param(says(http(b"abc", length="4")), "no response in time", id="length too large"),
-        pytest.param(says(http(b"abc", length="2")), "bytes after the end", id="length too small"),
-        pytest.param(says(b"\0" * 100_000), "head exceeds", id="garbage"),
         pytest.param(
-            says(b"garbage\r\n\r\n"), "not an HTTP/1.1 response", id="garbage with an end"
+            responds(http(b"abc", length="4")), "no response in time", id="length too large"
         ),
-        pytest.param(says(http(b"").replace(b"1.1", b"1.0")), "not an HTTP/1.1", id="HTTP/1.0"),
-        pytest.param(says(http(b"", length="-1")), "not an HTTP/1.1", id="length negative"),
-        pytest.param(says(http(b"", length="9" * 5000)), "not an HTTP/1.1", id="length of 5000"),
-        pytest.param(says(http(b"", length="99999999999")), "is too large", id="length of 100 GB"),
-        pytest.param(says(b"HTTP/1.1 200 OK\r\n\r\n"), "not an HTTP/1.1", id="no length"),
-        pytest.param(says(b"HTTP/1.1 OK\r\ncontent-length: 0\r\n\r\n"), "not an", id="no status"),
+        pytest.param(
+            responds(http(b"abc", length="2")), "bytes after the end", id="length too small"
+        ),
+        pytest.param(responds(b"\0" * 100_000), "head exceeds", id="garbage"),
+        pytest.param(
+            responds(b"garbage\r\n\r\n"), "not an HTTP/1.1 response", id="garbage with an end"
+        ),
+        pytest.param(responds(http(b"").replace(b"1.1", b"1.0")), "not an HTTP/1.1", id="HTTP/1.0"),
+        pytest.param(responds(http(b"", length="-1")), "not an HTTP/1.1", id="length negative"),
+        pytest.param(
+            responds(http(b"", length="9" * 5000)), "not an HTTP/1.1", id="length of 5000"
+        ),
+        pytest.param(
+            responds(http(b"", length="99999999999")), "is too large", id="length of 100 GB"
+        ),
+        pytest.param(responds(b"HTTP/1.1 200 OK\r\n\r\n"), "not an HTTP/1.1", id="no length"),
+        pytest.param(
+            responds(b"HTTP/1.1 OK\r\ncontent-length: 0\r\n\r\n"), "not an", id="no status"
+        ),
         pytest.param(floods_a_head, "head exceeds", id="huge head"),
     ],
 )
-def test_a_server_that_misbehaves_costs_only_its_own_calls(
+def test_misbehaving_server_fails_only_its_own_calls(
     open_fanout: Callable[[DispatchTimeouts], Fanout],
     serve: Serve,
     behaviour: Behaviour,
     message: str,
 ) -> None:
-    timeouts = HASTY if message == "no response in time" else PATIENT
+    timeouts = SHORT if message == "no response in time" else PATIENT
     fanout = open_fanout(timeouts)
     good, bad = serve(echo), serve(behaviour)
     frame = bytes(8 << 20) if behaviour is never_reads else b"frame"
     for _ in range(2):
         calls = [call(bad, frame), call(good), call(bad, frame), call(good)]
-        answers, errors = run(fanout, *calls, timeouts=timeouts)
-        assert answers == {1: b"frame", 3: b"frame"}
+        responses, errors = run(fanout, *calls, timeouts=timeouts)
+        assert responses == {1: b"frame", 3: b"frame"}
         for position in (0, 2):
             assert message in str(errors[position])
             assert bad.address in str(errors[position])
 
 
 @pytest.mark.parametrize("status", ["400 Bad Request", "404 Not Found", "500 Internal", "503 Busy"])
-def test_a_refusal_is_told_and_its_connection_is_kept(
+def test_error_status_is_reported_and_its_connection_is_reused(
     fanout: Fanout, serve: Serve, status: str
 ) -> None:
-    server = serve(says(http(b'{"error": 1}', status=status)))
+    server = serve(responds(http(b'{"error": 1}', status=status)))
     for _ in range(3):
         _, errors = run(fanout, call(server))
-        refused = errors[0]
-        assert isinstance(refused, StatusError)
-        assert refused.status == int(status[:3])
-        assert str(refused) == f'status {refused.status}: {{"error": 1}}'
+        error = errors[0]
+        assert isinstance(error, StatusError)
+        assert error.status == int(status[:3])
+        assert str(error) == f'status {error.status}: {{"error": 1}}'
     assert server.n_connections == 1
 
 
-def test_a_large_answer_follows_a_refusal_on_the_same_connection(
+def test_large_response_follows_an_error_status_on_the_same_connection(
     fanout: Fanout, serve: Serve
 ) -> None:
-    """The refusal's error may still hold a view of the buffer, which then cannot be resized."""
+    """The error may still hold a view of the buffer, which then cannot be resized."""
 
     def behave(connection: socket.socket) -> None:
         receive_request(connection)
@@ -278,29 +295,29 @@ def test_a_large_answer_follows_a_refusal_on_the_same_connection(
 
     server, body = serve(behave), bytes(4 << 20)
     _, errors = run(fanout, call(server))
-    answers, _ = run(fanout, call(server, body))
+    responses, _ = run(fanout, call(server, body))
     assert isinstance(errors[0], StatusError)
-    assert answers == {0: body}
+    assert responses == {0: body}
 
 
-def test_a_connection_refused_is_an_error_at_once(fanout: Fanout, serve: Serve) -> None:
+def test_refused_connection_is_an_immediate_error(fanout: Fanout, serve: Serve) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    answers, errors = run(fanout, Call(f"127.0.0.1:{port}", "f1", [b"x"]), call(serve(echo)))
+    responses, errors = run(fanout, Call(f"127.0.0.1:{port}", "f1", [b"x"]), call(serve(echo)))
     assert "cannot connect" in str(errors[0])
-    assert answers == {1: b"frame"}
+    assert responses == {1: b"frame"}
 
 
 @pytest.mark.parametrize("address", ["nowhere.invalid:80", "127.0.0.1:99999", "127.0.0.1", "x:y"])
-def test_an_address_that_is_none_is_an_error(fanout: Fanout, address: str) -> None:
+def test_invalid_address_is_an_error(fanout: Fanout, address: str) -> None:
     _, errors = run(fanout, Call(address, "f1", [b"x"]))
     assert f"{address}: cannot connect" in str(errors[0])
 
 
-def test_connections_that_hang_cost_their_time_once_all_together(
+def test_hanging_connections_share_one_connect_timeout(
     open_fanout: Callable[[DispatchTimeouts], Fanout], serve: Serve
 ) -> None:
-    """A listener whose queue is full answers no connection request."""
+    """A listener with a full backlog never accepts connections."""
     fanout = open_fanout(DispatchTimeouts(connect_timeout_s=1.0, call_timeout_s=20.0))
     with contextlib.ExitStack() as stack:
         full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
@@ -310,24 +327,24 @@ def test_connections_that_hang_cost_their_time_once_all_together(
             waiting.setblocking(False)
             waiting.connect_ex((host, port))
         hung = [Call(f"{host}:{port}", "f1", [b"x"])] * 5
-        start_s = time.monotonic()
-        answers, errors = run(fanout, *hung, call(serve(echo)))
-        took_s = time.monotonic() - start_s
+        started_s = time.monotonic()
+        responses, errors = run(fanout, *hung, call(serve(echo)))
+        elapsed_s = time.monotonic() - started_s
     assert set(errors) == set(range(5))
     assert all("no connection in time" in str(error) for error in errors.values())
-    assert answers == {5: b"frame"}
-    assert 1.0 <= took_s < 5 * 1.0  # were it once for each
+    assert responses == {5: b"frame"}
+    assert 1.0 <= elapsed_s < 5 * 1.0  # if each waited separately
 
 
 def test_connections_closed_while_idle_are_replaced(fanout: Fanout, serve: Serve) -> None:
     server = serve(echo_once)
-    for turn in range(4):
-        answers, errors = run(fanout, *[call(server, b"%d %d" % (turn, n)) for n in range(3)])
+    for i in range(4):
+        responses, errors = run(fanout, *[call(server, b"%d %d" % (i, n)) for n in range(3)])
         assert not errors
-        assert answers == {n: b"%d %d" % (turn, n) for n in range(3)}
+        assert responses == {n: b"%d %d" % (i, n) for n in range(3)}
 
 
-def test_a_call_is_made_again_only_once(fanout: Fanout, serve: Serve) -> None:
+def test_call_is_repeated_only_once_on_a_new_connection(fanout: Fanout, serve: Serve) -> None:
     server = serve(echo_once, resets)
     run(fanout, call(server))
     _, errors = run(fanout, call(server))
@@ -335,10 +352,10 @@ def test_a_call_is_made_again_only_once(fanout: Fanout, serve: Serve) -> None:
     assert server.n_connections == 2
 
 
-def test_a_call_whose_answer_had_begun_is_not_made_again(fanout: Fanout, serve: Serve) -> None:
+def test_call_with_a_partial_response_is_not_repeated(fanout: Fanout, serve: Serve) -> None:
     def behave(connection: socket.socket) -> None:
         echo_once(connection)
-        says_and_closes(b"HTTP/1.1 2")(connection)
+        responds_and_closes(b"HTTP/1.1 2")(connection)
 
     server = serve(behave, echo)
     run(fanout, call(server))
@@ -347,22 +364,22 @@ def test_a_call_whose_answer_had_begun_is_not_made_again(fanout: Fanout, serve: 
     assert server.n_connections == 1
 
 
-def test_an_answer_that_is_not_taken_is_the_calls_failure_and_not_asked_again(
+def test_call_error_of_the_handler_fails_the_call_without_a_repeat(
     fanout: Fanout, serve: Serve
 ) -> None:
     server = serve(echo)
     run(fanout, call(server))
 
-    def refuse(position: int, body: memoryview) -> None:
+    def reject(position: int, body: memoryview) -> None:
         raise CallError("bad frame")
 
-    errors = fanout.run([call(server)], refuse)
+    errors = fanout.run([call(server)], reject)
     assert str(errors[0]) == "bad frame"
     assert server.n_connections == 1
 
 
-def test_a_fault_of_the_taker_leaves_no_connection_behind(fanout: Fanout, serve: Serve) -> None:
-    servers = [serve(echo), serve(says(b""))]
+def test_exception_of_the_handler_leaves_no_connection_open(fanout: Fanout, serve: Serve) -> None:
+    servers = [serve(echo), serve(responds(b""))]
     before = n_fds()
 
     def fail(position: int, body: memoryview) -> None:
@@ -375,7 +392,7 @@ def test_a_fault_of_the_taker_leaves_no_connection_behind(fanout: Fanout, serve:
 
 
 def count_sockets_to(servers: list[Server]) -> int:
-    """Client ends in this process of connections to these servers."""
+    """Count this process's connections to these servers."""
     import psutil
 
     ports = {int(server.address.rpartition(":")[2]) for server in servers}
@@ -383,13 +400,13 @@ def count_sockets_to(servers: list[Server]) -> int:
     return sum(1 for c in found if c.raddr and c.raddr.port in ports and c.fd >= 0)
 
 
-def test_an_answer_before_the_whole_call_was_sent_ends_the_connection(
+def test_response_before_the_end_of_the_request_closes_the_connection(
     fanout: Fanout, serve: Serve
 ) -> None:
     def behave(connection: socket.socket) -> None:
         connection.recv(100)
         connection.sendall(http(b"too large", status="413 Too Large"))
-        until_it_leaves(connection)
+        wait_for_hangup(connection)
 
     server = serve(behave, echo)
     _, errors = run(fanout, call(server, bytes(32 << 20)))
@@ -398,11 +415,11 @@ def test_an_answer_before_the_whole_call_was_sent_ends_the_connection(
     assert server.n_connections == 2
 
 
-def test_a_server_that_says_close_gets_a_new_connection(fanout: Fanout, serve: Serve) -> None:
+def test_connection_close_header_is_honoured(fanout: Fanout, serve: Serve) -> None:
     def behave(connection: socket.socket) -> None:
         body = receive_request(connection)
         connection.sendall(http(body or b"", headers="Connection: close\r\n"))
-        until_it_leaves(connection)
+        wait_for_hangup(connection)
 
     server = serve(behave)
     for _ in range(3):
@@ -410,20 +427,20 @@ def test_a_server_that_says_close_gets_a_new_connection(fanout: Fanout, serve: S
     assert server.n_connections == 3
 
 
-def test_stray_bytes_are_never_taken_for_the_next_answer(fanout: Fanout, serve: Serve) -> None:
+def test_stray_bytes_are_never_taken_for_the_next_response(fanout: Fanout, serve: Serve) -> None:
     def behave(connection: socket.socket) -> None:
         echo_once(connection)
         connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nwrong extra")
-        until_it_leaves(connection)
+        wait_for_hangup(connection)
 
     server = serve(behave, echo)
     run(fanout, call(server))
-    answers, errors = run(fanout, call(server))
-    assert answers.get(0, b"frame") == b"frame"
-    assert len(answers) + len(errors) == 1
+    responses, errors = run(fanout, call(server))
+    assert responses.get(0, b"frame") == b"frame"
+    assert len(responses) + len(errors) == 1
 
 
-def test_idle_connections_are_bounded_and_let_go(fanout: Fanout, serve: Serve) -> None:
+def test_idle_connections_are_bounded_and_closed_on_retain(fanout: Fanout, serve: Serve) -> None:
     server, other = serve(echo), serve(echo)
     run(fanout, *[call(server)] * (MAX_IDLE_PER_ADDRESS + 5), call(other))
     assert count_sockets_to([server]) == MAX_IDLE_PER_ADDRESS
@@ -434,8 +451,8 @@ def test_idle_connections_are_bounded_and_let_go(fanout: Fanout, serve: Serve) -
     assert count_sockets_to([other]) == 0
 
 
-def test_many_failures_leave_no_descriptor_behind(fanout: Fanout, serve: Serve) -> None:
-    servers = [serve(echo_once), serve(resets), serve(says(b"garbage\r\n\r\n"))]
+def test_many_failures_leave_no_descriptor_open(fanout: Fanout, serve: Serve) -> None:
+    servers = [serve(echo_once), serve(resets), serve(responds(b"garbage\r\n\r\n"))]
     with socket.create_server(("127.0.0.1", 0)) as free:
         refusing = Call(f"127.0.0.1:{free.getsockname()[1]}", "f1", [b"x"])
     for _ in range(50):
@@ -445,15 +462,15 @@ def test_many_failures_leave_no_descriptor_behind(fanout: Fanout, serve: Serve) 
 
 @pytest.fixture
 def socket_dir() -> Iterator[Path]:
-    """A short path: a Unix socket's has at most 107 bytes."""
+    """A short path, as a Unix socket's is limited to 107 bytes."""
     with TemporaryDirectory(prefix="faasmoe-") as folder:
         yield Path(folder)
 
 
-def test_servers_of_this_machine_are_called_by_their_unix_sockets(
+def test_servers_of_this_machine_are_called_over_unix_sockets(
     serve: Serve, socket_dir: Path
 ) -> None:
-    servers = [serve(echo, near=socket_dir) for _ in range(3)]
+    servers = [serve(echo, socket_dir=socket_dir) for _ in range(3)]
     bodies = [bytes([number]) * (5 << number * 10) for number in range(3)]  # up to 5 MiB
     with contextlib.closing(Fanout(timeouts=PATIENT, socket_dir=socket_dir)) as fanout:
         for _ in range(2):
@@ -462,13 +479,13 @@ def test_servers_of_this_machine_are_called_by_their_unix_sockets(
     assert [server.n_connections for server in servers] == [1, 1, 1]
 
 
-def test_a_server_without_one_is_called_over_tcp(serve: Serve, socket_dir: Path) -> None:
+def test_server_without_a_unix_socket_is_called_over_tcp(serve: Serve, socket_dir: Path) -> None:
     with contextlib.closing(Fanout(timeouts=PATIENT, socket_dir=socket_dir)) as fanout:
         assert run(fanout, call(serve(echo)))[0] == {0: b"frame"}
 
 
-def test_one_that_is_gone_cannot_be_connected_to(serve: Serve, socket_dir: Path) -> None:
-    server = serve(echo, near=socket_dir)
+def test_server_with_a_removed_unix_socket_is_unreachable(serve: Serve, socket_dir: Path) -> None:
+    server = serve(echo, socket_dir=socket_dir)
     unix_socket_path(socket_dir, int(server.address.rpartition(":")[2])).unlink()
     with contextlib.closing(Fanout(timeouts=PATIENT, socket_dir=socket_dir)) as fanout:
         assert isinstance(run(fanout, call(server))[1][0], ConnectError)

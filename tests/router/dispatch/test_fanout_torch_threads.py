@@ -1,4 +1,4 @@
-"""One thread for the router where functions take the other cores; all of them else."""
+"""The router uses one torch thread where functions occupy the other cores, else all."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from faasmoe_router.dispatch.fanout import limit_torch_threads
 
 
 @pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
+def restore_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
-    ("threads", "n_calls", "expected"),
+    ("n_threads", "n_local_calls", "expected"),
     [
         (1, 3, 1),
         (2, 0, 2),
@@ -31,14 +31,16 @@ def threads_as_before() -> Iterator[None]:
         (16, 3, 16),
     ],
 )
-def test_threads_while_functions_compute(threads: int, n_calls: int, expected: int) -> None:
-    torch.set_num_threads(threads)
-    with limit_torch_threads(n_calls):
+def test_number_of_threads_while_functions_compute(
+    n_threads: int, n_local_calls: int, expected: int
+) -> None:
+    torch.set_num_threads(n_threads)
+    with limit_torch_threads(n_local_calls):
         assert torch.get_num_threads() == expected
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == n_threads
 
 
-def test_threads_are_given_back_after_an_error() -> None:
+def test_threads_are_restored_after_an_error() -> None:
     torch.set_num_threads(2)
     with pytest.raises(ZeroDivisionError), limit_torch_threads(1):
         raise ZeroDivisionError

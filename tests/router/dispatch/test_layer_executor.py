@@ -1,4 +1,4 @@
-"""Layers whose functions are away, on their way, or moved while they are called."""
+"""Layers whose functions are missing, being activated, or moved during the calls."""
 
 import contextlib
 import select
@@ -10,28 +10,28 @@ from typing import Any
 
 import pytest
 import torch
+from raw_http import wait_until
 from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox, block_specs
 
 from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
 from faasmoe_contracts.store import Store
 from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.dispatch.calls import DispatchTimeouts
 from faasmoe_router.dispatch.cold_start import (
     REQUEST_INTERVAL_S,
     ActivationSettings,
     ActivationWaiter,
 )
+from faasmoe_router.dispatch.endpoint_health import ResilienceSettings
+from faasmoe_router.dispatch.fanout import DispatchTimeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
-from faasmoe_router.dispatch.resilience import ResilienceSettings
 from faasmoe_router.dispatch.transport import ConnectionPool
 
 DEADLINE_S = 20.0
 N_TOKENS = 12
-# A call that a busy machine keeps waiting is not given up: where calls go is what is tested.
+# These tests are about where calls go, so calls that a busy machine delays are not abandoned.
 PATIENT = ResilienceSettings(
     hedge_min_s=DEADLINE_S, abandon_min_s=DEADLINE_S, abandon_default_s=DEADLINE_S
 )
-WaitsOf = Callable[[Dispatcher], Any]
 Addresses = dict[str, tuple[str, ...]]
 
 
@@ -54,10 +54,10 @@ def cold(store: Store) -> RoutingTable:
 
 
 class Layers:
-    """A dispatcher of the store, what it asked for, and its counters."""
+    """A dispatcher of the store, and the activations that it requested."""
 
     def __init__(
-        self, store: Store, table: RoutingTable | None, *, timeout_s: float, hold: bool = True
+        self, store: Store, table: RoutingTable | None, *, timeout_s: float, can_wait: bool = True
     ) -> None:
         self.activation_requests: list[list[str]] = []
         self.on_activation_request: Callable[[], None] = lambda: None
@@ -70,7 +70,7 @@ class Layers:
             activation=ActivationSettings(
                 self._request_activation, timeout_s=timeout_s, retry_interval_s=0.02
             )
-            if hold
+            if can_wait
             else None,
             resilience=PATIENT,
         )
@@ -107,8 +107,8 @@ def open_layers(store: Store, cold: RoutingTable) -> Iterator[Callable[..., Laye
 
 @pytest.fixture
 def expected(open_layers: Callable[..., Layers]) -> torch.Tensor:
-    """What the first layer gives; computed from the store."""
-    layers = open_layers(hold=False)
+    """The first layer's output, computed from the store."""
+    layers = open_layers(can_wait=False)
     result = layers.compute()
     assert layers.n_local > 0
     return result
@@ -119,7 +119,7 @@ def everywhere(table: RoutingTable, *addresses: str) -> Addresses:
 
 
 class Forwarder:
-    """Passes connections on to an address, from a port that is refused until `open`."""
+    """Forwards connections to an address, from a port that refuses them until `open`."""
 
     def __init__(self, target: str) -> None:
         host, _, port = target.rpartition(":")
@@ -178,7 +178,7 @@ def forwarder(sandbox_server: SandboxProcess) -> Iterator[Forwarder]:
     forwarder.close()
 
 
-def test_a_call_is_held_until_its_function_is_there(
+def test_call_waits_until_its_function_is_activated(
     open_layers: Callable[..., Layers],
     cold: RoutingTable,
     sandbox_server: SandboxProcess,
@@ -191,37 +191,39 @@ def test_a_call_is_held_until_its_function_is_there(
     torch.testing.assert_close(layers.compute(), expected)
     thread.join()
     assert layers.n_local == 0
-    # All that the next layers will need, too: a dozen tokens touch every block.
+    # Functions of the next layers are requested too: a dozen tokens need every block.
     assert sorted(layers.activation_requests[0]) == sorted(moves)
     assert len(layers.activation_requests) == 1
 
 
-def test_a_function_that_does_not_come_costs_its_time_once_and_is_computed_here(
-    open_layers: Callable[..., Layers], store: Store, expected: torch.Tensor, waits_of: WaitsOf
+def test_function_that_is_never_activated_costs_one_timeout_and_is_computed_locally(
+    open_layers: Callable[..., Layers], store: Store, expected: torch.Tensor, activation_waits: Any
 ) -> None:
     layers = open_layers(timeout_s=0.3)
-    waits, began_s = waits_of(layers.dispatcher), time.monotonic()
+    started_s = time.monotonic()
     results = [layers.compute() for _ in range(20)]
     for layer in range(1, len(store.manifest.layers)):
         layers.compute(layer)
-    assert 0 < waits.requested_s < 0.3 * 3  # were it waited for each time: 0.3 * 20
+    assert 0 < activation_waits.requested_s < 0.3 * 3  # if each call waited: 0.3 * 20
     for result in results:
         torch.testing.assert_close(result, expected)
     assert layers.n_local > 20
-    assert len(layers.activation_requests) <= 2 + (time.monotonic() - began_s) / REQUEST_INTERVAL_S
+    assert (
+        len(layers.activation_requests) <= 2 + (time.monotonic() - started_s) / REQUEST_INTERVAL_S
+    )
 
 
-def test_without_anyone_to_ask_nothing_is_held(
+def test_calls_do_not_wait_without_activation(
     open_layers: Callable[..., Layers], expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ActivationWaiter, "wait", lambda *_, **__: pytest.fail("a call was queued"))
-    layers = open_layers(hold=False)
+    layers = open_layers(can_wait=False)
     torch.testing.assert_close(layers.compute(), expected)
     assert layers.activation_requests == []
     assert layers.n_local > 0
 
 
-def test_before_any_table_a_layer_is_computed_here_and_nothing_is_asked_for(
+def test_layer_is_computed_locally_without_a_table_and_nothing_is_requested(
     open_layers: Callable[..., Layers], expected: torch.Tensor
 ) -> None:
     layers = open_layers(table=None)
@@ -230,7 +232,7 @@ def test_before_any_table_a_layer_is_computed_here_and_nothing_is_asked_for(
     assert layers.n_local == 1
 
 
-def test_a_new_address_is_probed_until_it_accepts(
+def test_new_address_is_retried_until_it_accepts(
     open_layers: Callable[..., Layers],
     cold: RoutingTable,
     forwarder: Forwarder,
@@ -238,14 +240,14 @@ def test_a_new_address_is_probed_until_it_accepts(
 ) -> None:
     layers = open_layers()
     layers.dispatcher.update_addresses(1, everywhere(cold, forwarder.address))
-    refused_first = threading.Timer(0.15, forwarder.open)
-    refused_first.start()
+    delayed_open = threading.Timer(0.15, forwarder.open)
+    delayed_open.start()
     torch.testing.assert_close(layers.compute(), expected)
-    refused_first.join()
+    delayed_open.join()
     assert layers.n_local == 0
 
 
-def test_a_new_address_that_never_accepts_is_given_up(
+def test_new_address_that_never_accepts_is_abandoned(
     open_layers: Callable[..., Layers],
     cold: RoutingTable,
     forwarder: Forwarder,
@@ -257,40 +259,38 @@ def test_a_new_address_that_never_accepts_is_given_up(
     assert layers.n_local > 0
 
 
-def test_an_address_that_answered_and_died_is_not_waited_for(
+def test_address_that_responded_and_died_gets_no_activation_wait(
     open_layers: Callable[..., Layers],
     cold: RoutingTable,
     forwarder: Forwarder,
     expected: torch.Tensor,
-    waits_of: WaitsOf,
+    activation_waits: Any,
 ) -> None:
     forwarder.open()
     layers = open_layers()
     layers.dispatcher.update_addresses(1, everywhere(cold, forwarder.address))
     layers.compute()
     forwarder.close()
-    waits = waits_of(layers.dispatcher)
+    activation_waits.requested_s = 0.0
     torch.testing.assert_close(layers.compute(), expected)
-    assert (
-        waits.requested_s < 2.0
-    )  # for another in its place; not the 20 s that one may be started in
+    assert activation_waits.requested_s < 2.0  # the replacement's timeout, not the activation's
     assert layers.n_local > 0
 
 
-def test_a_dead_address_is_told_of_once_for_many_failed_calls(
+def test_dead_address_is_logged_once_for_many_failed_calls(
     open_layers: Callable[..., Layers], cold: RoutingTable, caplog: pytest.LogCaptureFixture
 ) -> None:
-    layers = open_layers(hold=False)
+    layers = open_layers(can_wait=False)
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     layers.dispatcher.update_addresses(1, everywhere(cold, address))
     for _ in range(20):
         layers.compute()
     assert layers.n_local >= 20
-    assert [f"a call to {address} failed" in text for text in caplog.messages] == [True]
+    assert [f"Call to {address} failed" in text for text in caplog.messages] == [True]
 
 
-def test_connections_to_addresses_that_left_are_closed_at_once(
+def test_connections_to_removed_addresses_are_closed_immediately(
     open_layers: Callable[..., Layers],
     cold: RoutingTable,
     sandbox_server: SandboxProcess,
@@ -302,13 +302,10 @@ def test_connections_to_addresses_that_left_are_closed_at_once(
     layers.compute()
     assert forwarder.n_open > 0
     layers.dispatcher.update_addresses(2, everywhere(cold, sandbox_server.address))
-    end_s = time.monotonic() + DEADLINE_S
-    while forwarder.n_open:
-        assert time.monotonic() < end_s
-        time.sleep(0.005)
+    wait_until(lambda: not forwarder.n_open)
 
 
-def test_the_table_may_be_replaced_while_layers_are_computed(
+def test_table_may_be_replaced_while_layers_are_computed(
     open_layers: Callable[..., Layers],
     cold: RoutingTable,
     sandbox_server: SandboxProcess,
@@ -320,8 +317,8 @@ def test_the_table_may_be_replaced_while_layers_are_computed(
     layers.dispatcher.update_addresses(1, everywhere(cold, sandbox_server.address))
     done = threading.Event()
 
-    def move() -> None:
-        places = [
+    def move_repeatedly() -> None:
+        placements = [
             (sandbox_server.address,),
             (forwarder.address,),
             (sandbox_server.address, forwarder.address),
@@ -329,16 +326,18 @@ def test_the_table_may_be_replaced_while_layers_are_computed(
         version = 1
         while not done.wait(0.001):
             version += 1
-            layers.dispatcher.update_addresses(version, everywhere(cold, *places[version % 3]))
+            layers.dispatcher.update_addresses(version, everywhere(cold, *placements[version % 3]))
             layers.dispatcher.replace_table(
                 RoutingTable(
                     cold.model_digest,
                     version,
-                    tuple(FunctionEndpoints(e.spec, places[version % 3]) for e in cold.functions),
+                    tuple(
+                        FunctionEndpoints(e.spec, placements[version % 3]) for e in cold.functions
+                    ),
                 )
             )
 
-    mover = threading.Thread(target=move)
+    mover = threading.Thread(target=move_repeatedly)
     mover.start()
     try:
         for _ in range(100):
@@ -349,24 +348,24 @@ def test_the_table_may_be_replaced_while_layers_are_computed(
     assert layers.n_local == 0
 
 
-def test_what_was_called_is_measured(
+def test_load_meter_records_the_calls(
     open_layers: Callable[..., Layers], cold: RoutingTable, sandbox_server: SandboxProcess
 ) -> None:
     layers = open_layers()
     layers.dispatcher.update_addresses(1, everywhere(cold, sandbox_server.address))
     layers.compute()
     now_s = time.monotonic()
-    readings = layers.dispatcher.load.snapshot(now_s)
-    of_layer = [e.spec for e in cold.functions if e.spec.layers == (0,)]
-    for spec in of_layer:
-        hit = torch.isin(layers.index, torch.tensor(spec.experts)).any(dim=1)  # [T]
-        assert readings[spec.id].calls == 1
-        assert readings[spec.id].rows == int(hit.sum())
-        assert 0 < readings[spec.id].in_flight_s < 10
-    assert layers.dispatcher.load.snapshot(now_s + 100) == readings  # nothing is left in flight
+    totals = layers.dispatcher.load.snapshot(now_s)
+    layer_specs = [e.spec for e in cold.functions if e.spec.layers == (0,)]
+    for spec in layer_specs:
+        is_hit = torch.isin(layers.index, torch.tensor(spec.experts)).any(dim=1)  # [T]
+        assert totals[spec.id].calls == 1
+        assert totals[spec.id].rows == int(is_hit.sum())
+        assert 0 < totals[spec.id].in_flight_s < 10
+    assert layers.dispatcher.load.snapshot(now_s + 100) == totals  # nothing is in flight any more
 
 
-def test_an_address_that_accepts_in_the_middle_of_a_fan_out_is_tried_again(
+def test_address_that_starts_to_accept_during_a_fan_out_is_retried(
     open_layers: Callable[..., Layers],
     cold: RoutingTable,
     forwarder: Forwarder,
@@ -378,13 +377,13 @@ def test_an_address_that_accepts_in_the_middle_of_a_fan_out_is_tried_again(
     acquire = ConnectionPool.acquire
     n_connections = 0
 
-    def second_one_finds_it_open(pool: ConnectionPool, address: str, *, force_new: bool) -> Any:
+    def open_at_second_acquire(pool: ConnectionPool, address: str, *, force_new: bool) -> Any:
         nonlocal n_connections
         n_connections += 1
         if n_connections == 2:
             forwarder.open()
         return acquire(pool, address, force_new=force_new)
 
-    monkeypatch.setattr(ConnectionPool, "acquire", second_one_finds_it_open)
+    monkeypatch.setattr(ConnectionPool, "acquire", open_at_second_acquire)
     torch.testing.assert_close(layers.compute(), expected)
     assert layers.n_local == 0

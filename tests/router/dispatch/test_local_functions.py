@@ -1,3 +1,5 @@
+"""Local fallback with a store that has disappeared."""
+
 import shutil
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from faasmoe_router.errors import StoreUnreadable
 
 
 @pytest.mark.parametrize("lost", ["file", "store"])
-def test_a_store_that_went_away_is_named(
+def test_error_names_a_store_that_disappeared(
     prepared_store: PreparedStore, tmp_path: Path, lost: str
 ) -> None:
     folder = tmp_path / "store"

@@ -1,4 +1,4 @@
-"""The router computes from verified bytes only, and serves on what is sound."""
+"""Local fallback computes from verified bytes only, and keeps serving intact experts."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.errors import StoreCorrupted
 
 
-def test_a_corrupted_expert_is_named_and_the_others_are_computed(
+def test_error_names_a_corrupted_expert_and_others_are_computed(
     prepared_store: PreparedStore, tmp_path: Path
 ) -> None:
     shutil.copytree(prepared_store("mixtral").path, tmp_path / "store")
@@ -27,18 +27,18 @@ def test_a_corrupted_expert_is_named_and_the_others_are_computed(
     def compute(expert: int) -> torch.Tensor:
         return dispatcher.compute(0, hidden, torch.tensor([[expert]]), weight)
 
-    right = [compute(expert) for expert in (0, 7)]
+    expected = [compute(expert) for expert in (0, 7)]
     path = store.path / layer.file
-    last = path.stat().st_size - 1  # of the last expert
+    last_offset = path.stat().st_size - 1  # in the last expert
 
-    def flip() -> None:
+    def flip_last_bit() -> None:
         with path.open("r+b") as file:
-            byte = os.pread(file.fileno(), 1, last)[0]
-            os.pwrite(file.fileno(), bytes([byte ^ 1]), last)
+            byte = os.pread(file.fileno(), 1, last_offset)[0]
+            os.pwrite(file.fileno(), bytes([byte ^ 1]), last_offset)
 
-    flip()
-    assert torch.equal(compute(0), right[0])
+    flip_last_bit()
+    assert torch.equal(compute(0), expected[0])
     with pytest.raises(StoreCorrupted, match="expert 7 of "):
         compute(7)
-    flip()
-    assert torch.equal(compute(7), right[1])
+    flip_last_bit()
+    assert torch.equal(compute(7), expected[1])

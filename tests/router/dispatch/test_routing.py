@@ -1,4 +1,4 @@
-"""A function table becomes routing, unless it does not fit the store."""
+"""Routing tables are indexed, or refused if they do not fit the store."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def table(store: Store) -> RoutingTable:
     return RoutingTable(store.manifest.digest, 7, tuple(entries))
 
 
-def test_every_expert_finds_its_function(store: Store, table: RoutingTable) -> None:
+def test_every_expert_maps_to_its_function(store: Store, table: RoutingTable) -> None:
     routing = RoutingIndex.from_table(table, store)
     assert routing.version == 7
     for index, layer in enumerate(routing.layers):
@@ -40,7 +40,7 @@ def test_every_expert_finds_its_function(store: Store, table: RoutingTable) -> N
             assert index in spec.layers
 
 
-def test_a_function_over_several_layers_is_in_each(store: Store) -> None:
+def test_function_over_several_layers_is_in_each(store: Store) -> None:
     spec = FunctionSpec("all", (0, 1, 2), tuple(range(8)))
     table = RoutingTable(store.manifest.digest, 0, (FunctionEndpoints(spec, ("h:1", "h:2")),))
     routing = RoutingIndex.from_table(table, store)
@@ -48,18 +48,18 @@ def test_a_function_over_several_layers_is_in_each(store: Store) -> None:
     assert routing.addresses() == {"h:1", "h:2"}
 
 
-def test_another_models_table_is_refused(store: Store, table: RoutingTable) -> None:
+def test_table_of_another_model_is_refused(store: Store, table: RoutingTable) -> None:
     with pytest.raises(RoutingTableError, match="model_digest: got sha256:00, expected sha256:"):
         RoutingIndex.from_table(replace(table, model_digest="sha256:00"), store)
 
 
-def test_an_expert_without_a_function_is_refused(store: Store, table: RoutingTable) -> None:
+def test_table_with_an_uncovered_expert_is_refused(store: Store, table: RoutingTable) -> None:
     without = replace(table, functions=(*table.functions[:1], *table.functions[2:]))
     with pytest.raises(RoutingTableError, match="functions: layer 0 expert 3 is in no function"):
         RoutingIndex.from_table(without, store)
 
 
-def test_an_empty_table_is_refused(store: Store) -> None:
+def test_empty_table_is_refused(store: Store) -> None:
     with pytest.raises(RoutingTableError, match="functions: layer 0 expert 0 is in no function"):
         RoutingIndex.from_table(RoutingTable(store.manifest.digest, 0, ()), store)
 
@@ -71,7 +71,7 @@ def test_an_empty_table_is_refused(store: Store) -> None:
         (FunctionSpec("f", (2,), (8,)), "experts: got 8 in function f, expected indices below 8"),
     ],
 )
-def test_what_the_store_does_not_have_is_refused(
+def test_layers_and_experts_beyond_the_store_are_refused(
     store: Store, table: RoutingTable, spec: FunctionSpec, message: str
 ) -> None:
     more = replace(table, functions=(*table.functions, FunctionEndpoints(spec)))

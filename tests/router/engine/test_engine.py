@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_engine import manager_of
 from torch import Tensor
 
-from faasmoe_router.engine import supervisor as keeper_module
+from faasmoe_router.engine import supervisor
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import (
     Generation,
@@ -27,8 +28,8 @@ from faasmoe_router.errors import (
     RouterConfigError,
     StoreUnreadable,
 )
-from faasmoe_router.transformers_backend import idle_reclaim as memory_module
-from faasmoe_router.transformers_backend.error_isolation import MAX_ISOLATED_FAILURES
+from faasmoe_transformers import scheduler
+from faasmoe_transformers.error_isolation import MAX_ISOLATED_FAILURES
 
 DEADLINE_S = 20.0
 GREEDY = DrawParams()
@@ -74,7 +75,7 @@ def _run(engine: Engine, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     return asyncio.run(run())
 
 
-def test_what_others_keep_for_requests_is_given_back_once_there_are_none(
+def test_on_idle_is_called_once_no_request_is_present(
     make_engine: Maker, prompt_ids: Prompt
 ) -> None:
     engine, given = make_engine(), []
@@ -93,37 +94,41 @@ def _sampled(prompt: Prompt, seed: int, **params: Any) -> GenerationRequest:
 
 
 def test_greedy_equals_generate_for_prompts_in_one_batch(
-    make_engine: Maker, codec: ModelTokenizer, greedy: Greedy
+    make_engine: Maker, model_tokenizer: ModelTokenizer, greedy: Greedy
 ) -> None:
-    prompts = [tuple(codec.encode(text)) for text in ("a", "lazy dog " * 5, "the quick")]
-    expected = [codec.decode(greedy(prompt, 40)) for prompt in prompts]
+    prompts = [tuple(model_tokenizer.encode(text)) for text in ("a", "lazy dog " * 5, "the quick")]
+    expected = [model_tokenizer.decode(greedy(prompt, 40)) for prompt in prompts]
     engine = make_engine()
     requests = [GenerationRequest(prompt, 40) for prompt in prompts]
     assert _run(engine, lambda: _texts(engine.generate(requests), 3)) == expected
 
 
-def test_prompts_longer_than_a_batch_are_prefilled_in_parts(
-    make_engine: Maker, codec: ModelTokenizer, greedy: Greedy
+def test_prompt_longer_than_a_batch_is_prefilled_in_chunks(
+    make_engine: Maker, model_tokenizer: ModelTokenizer, greedy: Greedy
 ) -> None:
-    prompt = tuple(codec.encode("jumps over the lazy dog " * 6))
+    prompt = tuple(model_tokenizer.encode("jumps over the lazy dog " * 6))
     engine = make_engine(max_num_seqs=2, max_num_batched_tokens=8)
     assert len(prompt) > 24
     texts = _run(engine, lambda: _texts(engine.generate([GenerationRequest(prompt, 10)])))
-    assert texts == [codec.decode(greedy(prompt, 10))]
+    assert texts == [model_tokenizer.decode(greedy(prompt, 10))]
 
 
 def test_eager_attention_equals_generate_too(
-    make_engine: Maker, model: Any, codec: ModelTokenizer, greedy: Greedy, prompt_ids: Prompt
+    make_engine: Maker,
+    model: Any,
+    model_tokenizer: ModelTokenizer,
+    greedy: Greedy,
+    prompt_ids: Prompt,
 ) -> None:
     model._supports_sdpa = False
     engine = make_engine()
     texts = _run(engine, lambda: _texts(engine.generate([GenerationRequest(prompt_ids, 12)])))
     assert model.config._attn_implementation == "paged|eager"
-    assert texts == [codec.decode(greedy(prompt_ids, 12))]
+    assert texts == [model_tokenizer.decode(greedy(prompt_ids, 12))]
 
 
-def test_seeded_text_is_the_same_alone_and_among_others(
-    make_engine: Maker, codec: ModelTokenizer, greedy: Greedy, prompt_ids: Prompt
+def test_seeded_text_does_not_depend_on_the_batch(
+    make_engine: Maker, model_tokenizer: ModelTokenizer, greedy: Greedy, prompt_ids: Prompt
 ) -> None:
     engine = make_engine()
     mine = _sampled(prompt_ids, 7, top_p=0.95)
@@ -134,37 +139,37 @@ def test_seeded_text_is_the_same_alone_and_among_others(
         assert await _texts(engine.generate([mine])) == alone
         together = await _texts(engine.generate([others[0], mine, *others[1:]]), 4)
         assert together[1] == alone[0]
-        assert together[0] == codec.decode(greedy(prompt_ids, 30))
+        assert together[0] == model_tokenizer.decode(greedy(prompt_ids, 30))
         assert len(set(together)) == 4
 
     _run(engine, work)
 
 
-def test_memory_given_back_while_idle_changes_no_text(
+def test_idle_reclaim_does_not_change_texts(
     make_engine: Maker, prompt_ids: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given_back: list[Tensor] = []
+    released: list[Tensor] = []
 
     def release(tensor: Tensor) -> None:
-        given_back.append(tensor)
-        memory_release(tensor)
+        released.append(tensor)
+        release_pages(tensor)
 
-    memory_release = memory_module.release_pages
-    monkeypatch.setattr(memory_module, "release_pages", release)
-    monkeypatch.setattr("faasmoe_router.transformers_backend.scheduler.IDLE_RECLAIM_DELAY_S", 0.0)
+    release_pages = scheduler.release_pages
+    monkeypatch.setattr(scheduler, "release_pages", release)
+    monkeypatch.setattr("faasmoe_transformers.scheduler.IDLE_RECLAIM_DELAY_S", 0.0)
     engine = make_engine()
 
     async def work() -> None:
         first = await _texts(engine.generate([GenerationRequest(prompt_ids, 12)]))
-        await _until(lambda: len(given_back) == 1)
+        await _until(lambda: len(released) == 1)
         assert await _texts(engine.generate([GenerationRequest(prompt_ids, 12)])) == first
-        await _until(lambda: len(given_back) == 2)
+        await _until(lambda: len(released) == 2)
 
     _run(engine, work)
-    assert given_back[0].nbytes > 0
+    assert released[0].nbytes > 0
 
 
-def test_a_full_cache_changes_no_text(make_engine: Maker, prompt_ids: Prompt) -> None:
+def test_full_cache_does_not_change_texts(make_engine: Maker, prompt_ids: Prompt) -> None:
     requests = [GenerationRequest(prompt_ids, 200), *(_sampled(prompt_ids, s) for s in range(3))]
     requests += [GenerationRequest(prompt_ids[:n], 200) for n in (2, 3, 4)]
     roomy = make_engine()
@@ -173,7 +178,7 @@ def test_a_full_cache_changes_no_text(make_engine: Maker, prompt_ids: Prompt) ->
     preempted: list[bool] = []
 
     async def work() -> list[str]:
-        offloading = tight._batcher._manager.batch_processor.offloading_manager  # type: ignore[union-attr]
+        offloading = manager_of(tight).batch_processor.offloading_manager
         preempt = offloading.offload_requests
 
         def counted() -> bool:
@@ -187,10 +192,10 @@ def test_a_full_cache_changes_no_text(make_engine: Maker, prompt_ids: Prompt) ->
     assert any(preempted)
 
 
-def test_every_step_together_changes_no_text_when_the_cache_is_full(
-    make_engine: Maker, codec: ModelTokenizer, prompt_ids: Prompt
+def test_full_cache_does_not_change_texts_with_all_sampling_options(
+    make_engine: Maker, model_tokenizer: ModelTokenizer, prompt_ids: Prompt
 ) -> None:
-    """What is kept for a request survives its preemption; log-probabilities stay in step."""
+    """The sampling state survives preemption; log-probabilities stay aligned with tokens."""
 
     async def work(engine: Engine) -> list[Logprobs]:
         grammar = await engine.grammar_compiler.compile(GrammarSource("regex", "[a-z ]{120,500}"))
@@ -208,11 +213,13 @@ def test_every_step_together_changes_no_text_when_the_cache_is_full(
             )
         ]
         requests = [GenerationRequest(prompt_ids, 200, choosing) for choosing in choosings]
-        told: list[Logprobs] = [[] for _ in requests]
+        logprobs: list[Logprobs] = [[] for _ in requests]
         async with engine.generate(requests) as generation:
             async for index, delta in generation:
-                told[index] += [(at, entry.token, entry.logprob) for at, entry in delta.logprobs]
-        return told
+                logprobs[index] += [
+                    (at, entry.token, entry.logprob) for at, entry in delta.logprobs
+                ]
+        return logprobs
 
     roomy = make_engine()
     expected = _run(roomy, lambda: work(roomy))
@@ -221,7 +228,7 @@ def test_every_step_together_changes_no_text_when_the_cache_is_full(
     preempted: list[bool] = []
 
     async def work_tightly() -> list[Logprobs]:
-        offloading = tight._batcher._manager.batch_processor.offloading_manager  # type: ignore[union-attr]
+        offloading = manager_of(tight).batch_processor.offloading_manager
         preempt = offloading.offload_requests
 
         def counted() -> bool:
@@ -240,7 +247,7 @@ def test_every_step_together_changes_no_text_when_the_cache_is_full(
         )
 
 
-def test_log_probabilities_are_the_models_own_whatever_chooses(
+def test_log_probabilities_are_those_of_the_unmodified_scores(
     make_engine: Maker, base_model: Any, prompt_ids: Prompt
 ) -> None:
     engine = make_engine()
@@ -270,27 +277,27 @@ def test_log_probabilities_are_the_models_own_whatever_chooses(
         )
 
 
-def test_constraints_that_leave_nothing_end_their_request_alone(
-    make_engine: Maker, codec: ModelTokenizer, greedy: Greedy, prompt_ids: Prompt
+def test_unsatisfiable_constraints_fail_only_their_request(
+    make_engine: Maker, model_tokenizer: ModelTokenizer, greedy: Greedy, prompt_ids: Prompt
 ) -> None:
     engine = make_engine()
 
     async def work() -> None:
         digits = await engine.grammar_compiler.compile(GrammarSource("regex", "[0-9]{5}"))
-        letter = LogitBias(allowed_token_ids=tuple(codec.encode("x")))
+        letter = LogitBias(allowed_token_ids=tuple(model_tokenizer.encode("x")))
         whole = engine.generate([GenerationRequest(prompt_ids, 40)])
         nothing = GenerationRequest(
             prompt_ids, 20, SamplingParams(logit_bias=letter, grammar=digits)
         )
         with pytest.raises(NoTokenAllowed, match="leave no token"):
             await _texts(engine.generate([nothing]))
-        assert await _texts(whole) == [codec.decode(greedy(prompt_ids, 40))]
+        assert await _texts(whole) == [model_tokenizer.decode(greedy(prompt_ids, 40))]
         await _until(lambda: engine._request_counts() == (0, 0))
 
     _run(engine, work)
 
 
-def test_a_grammars_end_ends_the_text_and_frees_the_request(
+def test_end_of_grammar_finishes_and_frees_the_request(
     make_engine: Maker, prompt_ids: Prompt
 ) -> None:
     engine = make_engine()
@@ -307,8 +314,12 @@ def test_a_grammars_end_ends_the_text_and_frees_the_request(
     _run(engine, work)
 
 
-def test_an_end_token_ends_the_text(
-    make_engine: Maker, model: Any, codec: ModelTokenizer, greedy: Greedy, prompt_ids: Prompt
+def test_eos_token_finishes_the_text(
+    make_engine: Maker,
+    model: Any,
+    model_tokenizer: ModelTokenizer,
+    greedy: Greedy,
+    prompt_ids: Prompt,
 ) -> None:
     tokens = greedy(prompt_ids, 20)
     end = tokens[10]
@@ -322,15 +333,15 @@ def test_an_end_token_ends_the_text(
         ignoring = GenerationRequest(
             prompt_ids, 20, stop_conditions=StopConditions(ignore_eos=True)
         )
-        assert await _texts(engine.generate([ignoring])) == [codec.decode(tokens)]
+        assert await _texts(engine.generate([ignoring])) == [model_tokenizer.decode(tokens)]
 
     _run(engine, work)
 
 
-def test_a_stop_string_ends_the_text_and_frees_the_request(
-    make_engine: Maker, codec: ModelTokenizer, greedy: Greedy, prompt_ids: Prompt
+def test_stop_string_finishes_and_frees_the_request(
+    make_engine: Maker, model_tokenizer: ModelTokenizer, greedy: Greedy, prompt_ids: Prompt
 ) -> None:
-    text = codec.decode(greedy(prompt_ids, 60))
+    text = model_tokenizer.decode(greedy(prompt_ids, 60))
     stop = text[20:23]
     engine = make_engine()
 
@@ -344,7 +355,7 @@ def test_a_stop_string_ends_the_text_and_frees_the_request(
     _run(engine, work)
 
 
-def test_leaving_a_generation_frees_its_requests(make_engine: Maker, prompt_ids: Prompt) -> None:
+def test_leaving_a_generation_aborts_its_requests(make_engine: Maker, prompt_ids: Prompt) -> None:
     engine = make_engine(max_num_seqs=1)
 
     async def work() -> None:
@@ -358,23 +369,23 @@ def test_leaving_a_generation_frees_its_requests(make_engine: Maker, prompt_ids:
     _run(engine, work)
 
 
-def test_waiting_requests_run_after_a_full_cache_was_freed_by_cancelling(
+def test_cancelling_unblocks_requests_that_wait_for_a_full_cache(
     make_engine: Maker, prompt_ids: Prompt
 ) -> None:
-    """transformers' own scheduler would let them wait for ever."""
+    """transformers' own scheduler would never admit them."""
     engine = make_engine(max_num_batched_tokens=64)
 
     async def work() -> None:
         async with engine.generate([GenerationRequest(prompt_ids, 230)]) as generation:
             await anext(aiter(generation))
-            engine._batcher._manager.batch_processor.scheduler.block_new_requests = True  # type: ignore[union-attr]
+            manager_of(engine).batch_processor.scheduler.block_new_requests = True
             waiting = engine.generate([GenerationRequest(prompt_ids, 3)])
         await _texts(waiting)
 
     _run(engine, work)
 
 
-def test_a_request_that_takes_longer_than_any_may_is_ended_and_freed(
+def test_timed_out_request_fails_and_is_freed(
     make_engine: Maker, model: Any, prompt_ids: Prompt
 ) -> None:
     engine = make_engine()
@@ -396,7 +407,7 @@ def test_a_request_that_takes_longer_than_any_may_is_ended_and_freed(
     _run(engine, work)
 
 
-def test_refuses_more_than_may_wait(make_engine: Maker, prompt_ids: Prompt) -> None:
+def test_rejects_requests_beyond_the_queue_limit(make_engine: Maker, prompt_ids: Prompt) -> None:
     engine = make_engine(max_num_seqs=1, max_waiting=1)
 
     async def work() -> None:
@@ -409,16 +420,16 @@ def test_refuses_more_than_may_wait(make_engine: Maker, prompt_ids: Prompt) -> N
 
 @pytest.mark.parametrize("sampling", [GREEDY, DrawParams(1.0, seed=3)])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
-def test_scores_that_are_not_finite_end_their_request_alone(
+def test_non_finite_scores_fail_only_their_request(
     make_engine: Maker,
     model: Any,
-    codec: ModelTokenizer,
+    model_tokenizer: ModelTokenizer,
     greedy: Greedy,
     prompt_ids: Prompt,
     number: float,
     sampling: DrawParams,
 ) -> None:
-    mark = codec.encode("~")[0]
+    mark = model_tokenizer.encode("~")[0]
     forward = model.forward
 
     def broken(*, input_ids: Tensor, **given: Any) -> Any:
@@ -436,15 +447,19 @@ def test_scores_that_are_not_finite_end_their_request_alone(
         whole = engine.generate([GenerationRequest(prompt_ids, 40)])
         with pytest.raises(GenerationFailed, match="not finite"):
             await anext(aiter(engine.generate([marked])))
-        assert await _texts(whole) == [codec.decode(greedy(prompt_ids, 40))]
+        assert await _texts(whole) == [model_tokenizer.decode(greedy(prompt_ids, 40))]
         await _until(lambda: engine._request_counts() == (0, 0))
         assert engine.is_ready
 
     _run(engine, work)
 
 
-def test_after_a_fatal_error_the_engine_starts_again_and_what_ran_goes_on(
-    make_engine: Maker, model: Any, codec: ModelTokenizer, greedy: Greedy, prompt_ids: Prompt
+def test_engine_restarts_after_a_crash_and_resumes_requests(
+    make_engine: Maker,
+    model: Any,
+    model_tokenizer: ModelTokenizer,
+    greedy: Greedy,
+    prompt_ids: Prompt,
 ) -> None:
     engine = make_engine()
     forward = model.forward
@@ -461,17 +476,17 @@ def test_after_a_fatal_error_the_engine_starts_again_and_what_ran_goes_on(
         running = await _generate_until_crash(engine, prompt_ids)
         with pytest.raises(EngineUnavailable):
             engine.generate([GenerationRequest(prompt_ids, 5)])
-        assert await _texts(running) == [codec.decode(greedy(prompt_ids, 5))]
+        assert await _texts(running) == [model_tokenizer.decode(greedy(prompt_ids, 5))]
         texts = await _texts(engine.generate([GenerationRequest(prompt_ids, 5)]))
-        assert texts == [codec.decode(greedy(prompt_ids, 5))]
+        assert texts == [model_tokenizer.decode(greedy(prompt_ids, 5))]
 
     _run(engine, work)
 
 
-def test_gives_up_when_errors_come_back(
+def test_gives_up_when_the_restart_budget_is_used_up(
     make_engine: Maker, model: Any, prompt_ids: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper_module, "RESTART_LIMIT", 1)
+    monkeypatch.setattr(supervisor, "RESTART_LIMIT", 1)
     engine = make_engine()
     given_up = asyncio.Event()
     engine._supervisor._on_give_up = given_up.set
@@ -491,7 +506,7 @@ def test_gives_up_when_errors_come_back(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_gives_up_at_once_when_the_store_is_gone(
+def test_gives_up_at_once_when_the_store_is_unreadable(
     make_engine: Maker, model: Any, prompt_ids: Prompt, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = make_engine()
@@ -512,7 +527,7 @@ def test_gives_up_at_once_when_the_store_is_gone(
     assert "The engine gives up: the store is gone" in caplog.messages
 
 
-def test_stopping_ends_running_requests_and_leaves_no_thread(
+def test_stop_fails_running_requests_and_ends_the_thread(
     make_engine: Maker, prompt_ids: Prompt
 ) -> None:
     before = set(threading.enumerate())
@@ -530,13 +545,13 @@ def test_stopping_ends_running_requests_and_leaves_no_thread(
     assert not [t for t in left if t.is_alive() and not t.daemon]
 
 
-def test_refuses_a_cache_too_small_for_one_request(make_engine: Maker) -> None:
+def test_rejects_a_cache_too_small_for_one_request(make_engine: Maker) -> None:
     engine = make_engine(kv_cache_bytes=1000)
     with pytest.raises(RouterConfigError, match="kv_cache_bytes: got 1000"):
         _run(engine, lambda: asyncio.sleep(0))
 
 
-def test_counts_what_it_does(make_engine: Maker, prompt_ids: Prompt) -> None:
+def test_metrics_count_requests_and_tokens(make_engine: Maker, prompt_ids: Prompt) -> None:
     engine = make_engine()
     _run(engine, lambda: _texts(engine.generate([GenerationRequest(prompt_ids, 6)])))
     metrics = engine.metrics

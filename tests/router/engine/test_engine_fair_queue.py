@@ -1,4 +1,4 @@
-"""The engine's turns: sequences wait by tenant, give way, and go on where they were."""
+"""Fair queueing in the engine: sequences wait by tenant, are preempted and resumed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from tiny_engine import manager_of
 
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.fair_queue import Share
@@ -42,7 +43,9 @@ async def _text(generation: Generation) -> str:
         return "".join([delta.text async for _, delta in generation])
 
 
-def test_the_batcher_is_given_what_it_can_compute(make_engine: Maker, prompt_ids: Prompt) -> None:
+def test_batcher_holds_at_most_max_num_seqs_requests(
+    make_engine: Maker, prompt_ids: Prompt
+) -> None:
     engine = make_engine(max_num_seqs=2)
 
     async def work() -> None:
@@ -71,9 +74,9 @@ def test_the_batcher_is_given_what_it_can_compute(make_engine: Maker, prompt_ids
         ),
     ],
 )
-def test_what_gives_way_goes_on_to_the_same_text(
+def test_preempted_request_continues_to_the_same_text(
     make_engine: Maker,
-    codec: ModelTokenizer,
+    model_tokenizer: ModelTokenizer,
     greedy: Greedy,
     prompt_ids: Prompt,
     choosing: SamplingParams,
@@ -87,7 +90,7 @@ def test_what_gives_way_goes_on_to_the_same_text(
     reference = make_engine()
     expected = _run(reference, lambda: alone(reference))
     if choosing == SamplingParams():
-        assert expected == codec.decode(greedy(prompt_ids, 120))
+        assert expected == model_tokenizer.decode(greedy(prompt_ids, 120))
     engine = make_engine(max_num_seqs=2)
     shares = {"flood": Share(), "quiet": Share(weight=4)}
     engine.set_tenants(shares, {"flood": "f", "quiet": "q"})
@@ -101,13 +104,15 @@ def test_what_gives_way_goes_on_to_the_same_text(
             generation = engine.generate([short], tenant="quiet")
             assert engine.sequence_counts("quiet") == (1, 0)  # at once
             assert engine.sequence_counts("flood")[0] == 1
-            assert await _text(generation) == codec.decode(greedy(short.prompt_token_ids, 10))
+            assert await _text(generation) == model_tokenizer.decode(
+                greedy(short.prompt_token_ids, 10)
+            )
         assert await asyncio.gather(*floods) == [expected] * 3
 
     _run(engine, work)
 
 
-def test_what_gave_way_can_be_given_up(make_engine: Maker, prompt_ids: Prompt) -> None:
+def test_preempted_request_can_be_cancelled(make_engine: Maker, prompt_ids: Prompt) -> None:
     engine = make_engine(max_num_seqs=2)
     engine.set_tenants({"flood": Share(), "quiet": Share()}, {})
 
@@ -123,14 +128,14 @@ def test_what_gave_way_can_be_given_up(make_engine: Maker, prompt_ids: Prompt) -
             lambda: engine._batcher is not None and engine._batcher.request_counts() == (0, 0)
         )
         assert engine._batcher is not None
-        assert not engine._batcher._manager.batch_processor.scheduler._preempted
+        assert not manager_of(engine).batch_processor.scheduler._preempted
 
     _run(engine, work)
 
 
-def test_who_runs_or_waits_when_the_engine_dies_is_served_by_the_next_one(
+def test_running_and_waiting_requests_survive_a_crash(
     make_engine: Maker,
-    codec: ModelTokenizer,
+    model_tokenizer: ModelTokenizer,
     greedy: Greedy,
     prompt_ids: Prompt,
     monkeypatch: pytest.MonkeyPatch,
@@ -140,21 +145,19 @@ def test_who_runs_or_waits_when_the_engine_dies_is_served_by_the_next_one(
     async def work() -> None:
         running = engine.generate([GenerationRequest(prompt_ids, 200)])
         waiting = engine.generate([GenerationRequest(prompt_ids, 5)])
-        processor = engine._batcher._manager.batch_processor  # type: ignore[union-attr]
+        processor = manager_of(engine).batch_processor
 
         def die() -> None:
             raise MemoryError("no memory")
 
         monkeypatch.setattr(processor, "prepare_next_batch", die)
-        assert await _text(running) == codec.decode(greedy(prompt_ids, 200))
-        assert await _text(waiting) == codec.decode(greedy(prompt_ids, 5))
+        assert await _text(running) == model_tokenizer.decode(greedy(prompt_ids, 200))
+        assert await _text(waiting) == model_tokenizer.decode(greedy(prompt_ids, 5))
 
     _run(engine, work)
 
 
-def test_a_full_line_is_refused_and_the_others_are_not(
-    make_engine: Maker, prompt_ids: Prompt
-) -> None:
+def test_full_tenant_queue_rejects_only_that_tenant(make_engine: Maker, prompt_ids: Prompt) -> None:
     engine = make_engine(max_num_seqs=1, max_waiting=4)
     engine.set_tenants({"a": Share(), "b": Share()}, {})
 
@@ -171,9 +174,7 @@ def test_a_full_line_is_refused_and_the_others_are_not(
     _run(engine, work)
 
 
-def test_tokens_are_counted_for_whom_they_are_computed(
-    make_engine: Maker, prompt_ids: Prompt
-) -> None:
+def test_computed_tokens_are_counted_per_tenant(make_engine: Maker, prompt_ids: Prompt) -> None:
     engine = make_engine()
     engine.set_tenants({"a": Share(), "b": Share()}, {})
 

@@ -1,4 +1,4 @@
-"""An engine that dies: what it computed goes on with the next one as if nothing had been."""
+"""Resumption after a crash: requests continue to the text they would have had without it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
+from tiny_engine import manager_of
 
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.fair_queue import Share
@@ -43,11 +44,11 @@ CrashInjector = Callable[[Engine], None]
 
 
 def run(engine: Engine, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    async def inside() -> Any:
+    async def scenario() -> Any:
         async with engine:
             return await asyncio.wait_for(work(), DEADLINE_S)
 
-    return asyncio.run(inside())
+    return asyncio.run(scenario())
 
 
 async def text_of(generation: Generation) -> str:
@@ -56,32 +57,32 @@ async def text_of(generation: Generation) -> str:
 
 
 def crash_between_steps(engine: Engine) -> None:
-    processor = engine._batcher._manager.batch_processor  # type: ignore[union-attr]
+    processor = manager_of(engine).batch_processor
 
-    def die() -> None:
+    def crash() -> None:
         raise MemoryError("no memory")
 
-    processor.prepare_next_batch = die
+    processor.prepare_next_batch = crash
 
 
 def crash_before_delivering_tokens(engine: Engine) -> None:
-    """The step was computed, its tokens are chosen and counted; then nobody hears of them."""
-    router = engine._batcher._manager.output_router  # type: ignore[union-attr]
+    """Crash after a step was computed and sampled, before its tokens are delivered."""
+    router = manager_of(engine).output_router
 
-    def die(outputs: list[Any]) -> None:
+    def crash(outputs: list[Any]) -> None:
         raise OSError("the outputs cannot be delivered")
 
-    router.deliver_batch = die
+    router.deliver_batch = crash
 
 
 def crash_every_step(engine: Engine) -> None:
-    manager = engine._batcher._manager  # type: ignore[union-attr]
+    manager = manager_of(engine)
     inputs = manager.batch_processor.inputs_and_outputs
 
-    def die(*_: Any) -> None:
+    def crash(*_: Any) -> None:
         raise RuntimeError("the device is gone")
 
-    inputs.retrieve_device_outputs = die
+    inputs.retrieve_device_outputs = crash
 
 
 async def make_requests(engine: Engine, prompt: Prompt) -> list[GenerationRequest]:
@@ -104,7 +105,7 @@ async def make_requests(engine: Engine, prompt: Prompt) -> list[GenerationReques
 async def generate_transcripts(
     engine: Engine, prompt: Prompt, crash: CrashInjector | None, *, at: int
 ) -> list[Transcript]:
-    """Return what becomes of all sorts of requests; kill the engine after some tokens of each."""
+    """Return the outputs of requests with all sampling options; crash after some tokens of each."""
     requests = await make_requests(engine, prompt)
     texts, reasons = [""] * len(requests), [""] * len(requests)
     logprobs: list[list[tuple[int, int, float]]] = [[] for _ in requests]
@@ -126,7 +127,7 @@ async def generate_transcripts(
 @pytest.mark.parametrize(
     "kill", [crash_between_steps, crash_before_delivering_tokens, crash_every_step]
 )
-def test_every_way_of_choosing_tokens_goes_on_to_the_same_text(
+def test_resumed_request_continues_to_the_same_text(
     make_engine: Maker, prompt_ids: Prompt, kill: CrashInjector, at: int
 ) -> None:
     whole, broken = make_engine(), make_engine()
@@ -134,9 +135,9 @@ def test_every_way_of_choosing_tokens_goes_on_to_the_same_text(
 
     async def work() -> list[Transcript]:
         first = broken._batcher
-        told = await generate_transcripts(broken, prompt_ids, kill, at=at)
+        transcripts = await generate_transcripts(broken, prompt_ids, kill, at=at)
         assert broken._batcher is not first
-        return told
+        return transcripts
 
     found = run(broken, work)
     for mine, other in zip(found, expected, strict=True):
@@ -148,13 +149,13 @@ def test_every_way_of_choosing_tokens_goes_on_to_the_same_text(
     assert len(json.loads(found[3][0])["name"]) >= 20
     resumed = broken.metrics.resumed_requests
     assert resumed._value.get() == len(found)
-    # Each prompt was asked for once, however often it was computed.
+    # Each prompt counts once, however often it was computed.
     assert broken.metrics.prompt_tokens._value.get() == len(found) * len(prompt_ids)
 
 
 @pytest.fixture
 def unlogged() -> Iterator[None]:
-    """Nothing is logged: pytest keeps records, and with an error the frames it was raised in."""
+    """Disables logging: pytest keeps records, and with an error the frames it was raised in."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -162,7 +163,7 @@ def unlogged() -> Iterator[None]:
 
 @pytest.fixture
 def lingering(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pool's threads keep the calls that they have made, as they do until they run again."""
+    """Keeps the calls of executor threads alive, as an idle thread does until its next call."""
     to_thread, kept = asyncio.to_thread, []
 
     async def to_lingering_thread(call: Callable[..., Any], *args: Any) -> Any:
@@ -173,7 +174,7 @@ def lingering(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("unlogged", "lingering")
-def test_the_next_engine_has_the_memory_of_the_one_that_died(
+def test_crashed_batchers_cache_is_freed_before_the_next_starts(
     make_engine: Maker, prompt_ids: Prompt
 ) -> None:
     engine = make_engine()
@@ -182,7 +183,7 @@ def test_the_next_engine_has_the_memory_of_the_one_that_died(
         generation = engine.generate([GenerationRequest(prompt_ids, 240)])
         await anext(aiter(generation))
         first = engine._batcher.epoch  # type: ignore[union-attr]
-        cache = weakref.ref(engine._batcher._manager.batch_processor.cache)  # type: ignore[union-attr]
+        cache = weakref.ref(manager_of(engine).batch_processor.cache)
         crash_between_steps(engine)
         while engine._batcher is None or engine._batcher.epoch is first:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -192,8 +193,8 @@ def test_the_next_engine_has_the_memory_of_the_one_that_died(
     run(engine, work)
 
 
-def test_what_gave_way_before_the_engine_died_goes_on_in_its_turn(
-    make_engine: Maker, codec: ModelTokenizer, greedy: Greedy, prompt_ids: Prompt
+def test_request_preempted_before_a_crash_is_resumed_in_turn(
+    make_engine: Maker, model_tokenizer: ModelTokenizer, greedy: Greedy, prompt_ids: Prompt
 ) -> None:
     engine = make_engine(max_num_seqs=2)
     engine.set_tenants({"flood": Share(), "quiet": Share()}, {})
@@ -206,16 +207,16 @@ def test_what_gave_way_before_the_engine_died_goes_on_in_its_turn(
         quiet = engine.generate([request], tenant="quiet")
         assert engine.sequence_counts("flood") == (1, 1)
         crash_between_steps(engine)
-        expected = codec.decode(greedy(prompt_ids, 120))
+        expected = model_tokenizer.decode(greedy(prompt_ids, 120))
         assert await text_of(quiet) == expected
-        # Of these the first token was read above.
+        # Their first token was read above.
         assert all([expected.endswith(await text_of(flood)) for flood in floods])
 
     run(engine, work)
 
 
-def test_a_request_with_which_two_engines_died_fails_and_one_that_saw_the_second_goes_on(
-    make_engine: Maker, codec: ModelTokenizer, greedy: Greedy, prompt_ids: Prompt
+def test_request_fails_after_two_crashes_but_not_after_one(
+    make_engine: Maker, model_tokenizer: ModelTokenizer, greedy: Greedy, prompt_ids: Prompt
 ) -> None:
     engine = make_engine()
 
@@ -233,12 +234,12 @@ def test_a_request_with_which_two_engines_died_fails_and_one_that_saw_the_second
         with pytest.raises(GenerationFailed, match="crashed again"):
             async for _ in both_deltas:
                 pass
-        assert codec.decode(greedy(prompt_ids, 240)).endswith(await text_of(second))
+        assert model_tokenizer.decode(greedy(prompt_ids, 240)).endswith(await text_of(second))
 
     run(engine, work)
 
 
-def test_an_engine_that_is_stopped_while_it_starts_again_leaves_no_thread(
+def test_stop_during_a_restart_ends_the_thread(
     make_engine: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = set(threading.enumerate())
@@ -250,20 +251,20 @@ def test_an_engine_that_is_stopped_while_it_starts_again_leaves_no_thread(
         go.wait(DEADLINE_S)
         return make(loop)
 
-    async def story() -> None:
+    async def scenario() -> None:
         async with engine:
             crash_between_steps(engine)
             monkeypatch.setattr(engine, "_make_batcher", make_late)
             while not is_making.is_set():  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
-            asyncio.get_running_loop().call_later(0.1, go.set)  # the engine is being stopped then
+            asyncio.get_running_loop().call_later(0.1, go.set)  # while the engine is being stopped
 
-    asyncio.run(story())
+    asyncio.run(scenario())
     left = set(threading.enumerate()) - before
     assert not [thread for thread in left if thread.is_alive() and not thread.daemon]
 
 
-def test_who_hangs_up_while_no_engine_runs_is_forgotten(
+def test_request_cancelled_while_no_batcher_runs_is_removed(
     make_engine: Maker, prompt_ids: Prompt
 ) -> None:
     engine = make_engine()

@@ -1,4 +1,4 @@
-"""What holds of the fair queue whatever is sent; hypothesis looks for what breaks it."""
+"""Invariants of the fair queue under arbitrary load, tested with hypothesis."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = st.tuples(st.integers(1, MAX_PROMPT), st.integers(1, MAX_OUTPUT))
 
 
 class Simulation:
-    """Tenants that always have requests waiting, of given sizes in turn."""
+    """Backlogged tenants whose requests cycle through given (prompt, output) sizes, in tokens."""
 
     def __init__(self, slots: int, weights: dict[str, int], sizes: list[tuple[int, int]]) -> None:
         self.queue = FairQueue(slots=slots, max_queued=1000)
@@ -69,13 +69,13 @@ def _tenant(name: str) -> str:
     depths=st.tuples(st.integers(0, 2), st.integers(0, 60)),
 )
 @settings(max_examples=60, deadline=None)
-def test_of_two_that_always_wait_neither_gets_far_ahead(
+def test_service_difference_of_two_backlogged_tenants_is_bounded(
     slots: int, weights: tuple[int, int], sizes: list[tuple[int, int]], depths: tuple[int, int]
 ) -> None:
-    """The paper's bound: twice the larger of a prompt's cost and what a whole batch can cost."""
+    """The paper's bound: twice the larger of a prompt's cost and a whole batch's cost."""
     run = Simulation(slots, dict(zip("ab", weights, strict=True)), sizes)
     bound = 2 * max(PRICE.prompt * MAX_PROMPT, PRICE.generated * slots * MAX_OUTPUT)
-    bound += PRICE.prompt * MAX_PROMPT  # a prompt that is charged before the other's first one
+    bound += PRICE.prompt * MAX_PROMPT  # one prompt is charged before the other tenant's first
     for _ in range(150):
         run.step({"a": slots + depths[0], "b": slots + depths[1]})
         a, b = (run.service[name] / run.weights[name] for name in "ab")
@@ -88,7 +88,7 @@ def test_of_two_that_always_wait_neither_gets_far_ahead(
     sizes=st.lists(SIZES, min_size=1, max_size=5),
 )
 @settings(max_examples=40, deadline=None)
-def test_nobody_starves_while_others_flood(
+def test_quiet_tenant_is_served_while_others_flood(
     slots: int, n_others: int, sizes: list[tuple[int, int]]
 ) -> None:
     names = ["quiet", *(f"flood{i}" for i in range(n_others))]
@@ -96,7 +96,7 @@ def test_nobody_starves_while_others_flood(
     for _ in range(50):
         run.step(dict.fromkeys(names[1:], 40))
     before = run.service["quiet"]
-    for _ in range(MAX_OUTPUT * len(names)):  # everybody's longest request, one after another
+    for _ in range(MAX_OUTPUT * len(names)):  # the longest request of each, one after another
         run.step({**dict.fromkeys(names[1:], 40), "quiet": 1})
     assert run.service["quiet"] > before
 
@@ -107,20 +107,20 @@ def test_nobody_starves_while_others_flood(
     sizes=st.lists(SIZES, min_size=1, max_size=4),
 )
 @settings(max_examples=30, deadline=None)
-def test_service_goes_by_weight_in_the_long_run(
+def test_long_run_service_is_proportional_to_weight(
     slots: int, weights: list[int], sizes: list[tuple[int, int]]
 ) -> None:
     run = Simulation(slots, {f"t{i}": weight for i, weight in enumerate(weights)}, sizes)
     for _ in range(1500):
         run.step(dict.fromkeys(run.weights, 5))
-    level = [run.service[name] / weight for name, weight in run.weights.items()]
-    assume(min(level) > 0)
+    weighted_service = [run.service[name] / weight for name, weight in run.weights.items()]
+    assume(min(weighted_service) > 0)
     slack = 4 * (MAX_PROMPT + PRICE.generated * slots * MAX_OUTPUT)
-    assert max(level) - min(level) <= slack
+    assert max(weighted_service) - min(weighted_service) <= slack
 
 
 class Operations(RuleBasedStateMachine):
-    """Any order of arrivals, turns, tokens, ends and changes of the shares."""
+    """Arbitrary sequences of arrivals, dispatches, tokens, removals and changes of shares."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,10 +167,10 @@ class Operations(RuleBasedStateMachine):
         if name is not None:
             assert len(self.running) == 3
             self.waiting[name] = self.running.pop(name)
-            following = self.queue.pop()  # the slot is not for who gave it
-            assert following is not None
-            assert self.waiting[following] != self.waiting[name]
-            self.running[following] = self.waiting.pop(following)
+            successor = self.queue.pop()  # of another tenant than the preempted sequence
+            assert successor is not None
+            assert self.waiting[successor] != self.waiting[name]
+            self.running[successor] = self.waiting.pop(successor)
 
     @precondition(lambda self: bool(self.running))
     @rule(data=st.data(), n=st.integers(1, 5))

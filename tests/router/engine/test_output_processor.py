@@ -1,27 +1,27 @@
-import asyncio
+"""Detokenization, stop conditions and log-probabilities of one sequence."""
 
 import pytest
 
+from faasmoe_router.engine.batch_sampler import LogitsState
 from faasmoe_router.engine.generation import (
     CompletionOutput,
-    Generation,
     GenerationRequest,
     SamplingParams,
     StopConditions,
 )
-from faasmoe_router.engine.logits_state import LogitsState
 from faasmoe_router.engine.output_processor import SequenceOutputProcessor
 from faasmoe_router.engine.sampler import SampledLogprob
 from faasmoe_router.engine.tokenizer import ModelTokenizer
-from faasmoe_router.errors import GenerationFailed
 
 EOS_TOKEN_ID = 0
 
 
-def _output_processor(codec: ModelTokenizer, request: GenerationRequest) -> SequenceOutputProcessor:
+def _output_processor(
+    model_tokenizer: ModelTokenizer, request: GenerationRequest
+) -> SequenceOutputProcessor:
     return SequenceOutputProcessor(
         request,
-        detokenizer=codec.new_detokenizer(),
+        detokenizer=model_tokenizer.new_detokenizer(),
         stop_token_ids=request.stop_conditions.all_stop_token_ids((EOS_TOKEN_ID, 1)),
     )
 
@@ -32,119 +32,113 @@ def _request(stops: tuple[str, ...] = (), *, max_tokens: int = 99) -> Generation
     )
 
 
-def test_text_ends_before_a_stop_string_across_tokens(codec: ModelTokenizer) -> None:
-    sequence = _output_processor(codec, _request(("XYZ",)))
-    deltas = [sequence.process_tokens([token]) for token in codec.encode("aXbXYZ")]
-    assert "".join(delta.text for delta in deltas) == "aXb"
-    assert [delta.finish_reason for delta in deltas] == [None] * 5 + ["stop"]
-    assert sequence.n_tokens == 6
+def test_stops_before_stop_string_spanning_tokens(model_tokenizer: ModelTokenizer) -> None:
+    processor = _output_processor(model_tokenizer, _request(("XYZ",)))
+    outputs = [processor.process_tokens([token]) for token in model_tokenizer.encode("aXbXYZ")]
+    assert "".join(output.text for output in outputs) == "aXb"
+    assert [output.finish_reason for output in outputs] == [None] * 5 + ["stop"]
+    assert processor.n_tokens == 6
 
 
-@pytest.mark.parametrize("end", [0, 1])
-def test_any_end_token_ends_the_text_and_is_not_in_it(codec: ModelTokenizer, end: int) -> None:
-    delta = _output_processor(codec, _request()).process_tokens([*codec.encode("ab"), end, 9])
-    assert delta == CompletionOutput("ab", 3, "stop")
-
-
-def test_what_was_held_back_is_told_at_the_end(codec: ModelTokenizer) -> None:
-    delta = _output_processor(codec, _request(("XYZ",))).process_tokens(
-        [*codec.encode("aXY"), EOS_TOKEN_ID]
-    )
-    assert delta == CompletionOutput("aXY", 4, "stop")
-
-
-def test_the_limit_ends_the_text(codec: ModelTokenizer) -> None:
-    delta = _output_processor(codec, _request(max_tokens=2)).process_tokens(codec.encode("XYZ"))
-    assert delta == CompletionOutput("XY", 2, "length")
-
-
-def test_half_a_character_is_told_at_the_limit_only(codec: ModelTokenizer) -> None:
-    sequence = _output_processor(codec, _request(max_tokens=3))
-    ids = codec.encode("a日")[:3]
-    assert [sequence.process_tokens([token]).text for token in ids] == ["a", "", "�"]
-
-
-def test_end_token_is_text_like_any_other_when_ignored(codec: ModelTokenizer) -> None:
-    request = GenerationRequest((5,), max_tokens=3, stop_conditions=StopConditions(ignore_eos=True))
-    delta = _output_processor(codec, request).process_tokens([EOS_TOKEN_ID, *codec.encode("ab")])
-    assert delta == CompletionOutput("ab", 3, "length")
-
-
-def test_a_stop_token_ends_the_text_even_where_end_tokens_are_ignored(
-    codec: ModelTokenizer,
+@pytest.mark.parametrize("eos", [0, 1])
+def test_any_eos_token_ends_the_text_and_is_excluded(
+    model_tokenizer: ModelTokenizer, eos: int
 ) -> None:
-    [stop] = codec.encode("z")
+    output = _output_processor(model_tokenizer, _request()).process_tokens(
+        [*model_tokenizer.encode("ab"), eos, 9]
+    )
+    assert output == CompletionOutput("ab", 3, "stop")
+
+
+def test_held_back_text_is_emitted_at_the_end(model_tokenizer: ModelTokenizer) -> None:
+    output = _output_processor(model_tokenizer, _request(("XYZ",))).process_tokens(
+        [*model_tokenizer.encode("aXY"), EOS_TOKEN_ID]
+    )
+    assert output == CompletionOutput("aXY", 4, "stop")
+
+
+def test_max_tokens_ends_the_text(model_tokenizer: ModelTokenizer) -> None:
+    output = _output_processor(model_tokenizer, _request(max_tokens=2)).process_tokens(
+        model_tokenizer.encode("XYZ")
+    )
+    assert output == CompletionOutput("XY", 2, "length")
+
+
+def test_incomplete_character_is_emitted_at_the_end_only(model_tokenizer: ModelTokenizer) -> None:
+    processor = _output_processor(model_tokenizer, _request(max_tokens=3))
+    ids = model_tokenizer.encode("a日")[:3]
+    assert [processor.process_tokens([token]).text for token in ids] == ["a", "", "�"]
+
+
+def test_ignored_eos_token_does_not_end_the_text(model_tokenizer: ModelTokenizer) -> None:
+    request = GenerationRequest((5,), max_tokens=3, stop_conditions=StopConditions(ignore_eos=True))
+    output = _output_processor(model_tokenizer, request).process_tokens(
+        [EOS_TOKEN_ID, *model_tokenizer.encode("ab")]
+    )
+    assert output == CompletionOutput("ab", 3, "length")
+
+
+def test_stop_token_ends_the_text_despite_ignore_eos(model_tokenizer: ModelTokenizer) -> None:
+    [stop] = model_tokenizer.encode("z")
     request = GenerationRequest(
         (5,), 9, stop_conditions=StopConditions(stop_token_ids=(stop,), ignore_eos=True)
     )
-    delta = _output_processor(codec, request).process_tokens(
-        [*codec.encode("ab"), EOS_TOKEN_ID, stop, 9]
+    output = _output_processor(model_tokenizer, request).process_tokens(
+        [*model_tokenizer.encode("ab"), EOS_TOKEN_ID, stop, 9]
     )
-    assert delta == CompletionOutput("ab", 4, "stop", stop_reason=stop)
+    assert output == CompletionOutput("ab", 4, "stop", stop_reason=stop)
 
 
-def test_what_ends_the_text_is_in_it_if_asked_for(codec: ModelTokenizer) -> None:
-    tokens = codec.encode("aXYb")
-    ending = StopConditions(stop_strings=("XY",), include_stop=True)
-    sequence = _output_processor(codec, GenerationRequest((5,), 9, stop_conditions=ending))
-    assert sequence.process_tokens(tokens) == CompletionOutput("aXY", 3, "stop", stop_reason="XY")
-    ending = StopConditions(stop_token_ids=(tokens[1],), include_stop=True)
-    sequence = _output_processor(codec, GenerationRequest((5,), 9, stop_conditions=ending))
-    assert sequence.process_tokens(tokens) == CompletionOutput(
+def test_include_stop_keeps_stop_string_and_stop_token_in_the_text(
+    model_tokenizer: ModelTokenizer,
+) -> None:
+    tokens = model_tokenizer.encode("aXYb")
+    stop_conditions = StopConditions(stop_strings=("XY",), include_stop=True)
+    processor = _output_processor(
+        model_tokenizer, GenerationRequest((5,), 9, stop_conditions=stop_conditions)
+    )
+    assert processor.process_tokens(tokens) == CompletionOutput("aXY", 3, "stop", stop_reason="XY")
+    stop_conditions = StopConditions(stop_token_ids=(tokens[1],), include_stop=True)
+    processor = _output_processor(
+        model_tokenizer, GenerationRequest((5,), 9, stop_conditions=stop_conditions)
+    )
+    assert processor.process_tokens(tokens) == CompletionOutput(
         "aX", 2, "stop", stop_reason=tokens[1]
     )
 
 
-def test_stop_strings_count_after_the_least_tokens_only(codec: ModelTokenizer) -> None:
-    ending = StopConditions(stop_strings=("X",), min_tokens=2)
-    sequence = _output_processor(codec, GenerationRequest((5,), 9, stop_conditions=ending))
-    assert sequence.process_tokens(codec.encode("aXbXc")) == CompletionOutput(
+def test_stop_strings_are_ignored_before_min_tokens(model_tokenizer: ModelTokenizer) -> None:
+    stop_conditions = StopConditions(stop_strings=("X",), min_tokens=2)
+    processor = _output_processor(
+        model_tokenizer, GenerationRequest((5,), 9, stop_conditions=stop_conditions)
+    )
+    assert processor.process_tokens(model_tokenizer.encode("aXbXc")) == CompletionOutput(
         "aXb", 4, "stop", stop_reason="X"
     )
 
 
-def test_log_probabilities_come_with_the_text_that_they_are_of(codec: ModelTokenizer) -> None:
-    """Held back with it, where it may begin a stop string, and dropped with the stop string."""
-    ids = codec.encode("aXYXYZ")
+def test_logprobs_are_released_with_the_text_of_their_tokens(
+    model_tokenizer: ModelTokenizer,
+) -> None:
+    """They are held back with a possible stop string and dropped with a matched one."""
+    ids = model_tokenizer.encode("aXYXYZ")
     request = GenerationRequest(
         (5,),
         9,
         sampling_params=SamplingParams(n_logprobs=0),
         stop_conditions=StopConditions(stop_strings=("XYZ",)),
     )
-    steps = LogitsState(request, [])
-    assert steps.logprob_queue is not None
+    logits_state = LogitsState(request, [])
+    assert logits_state.logprob_queue is not None
     for token in ids:
-        steps.logprob_queue.append(SampledLogprob(token, -1.0))
-    sequence = SequenceOutputProcessor(
-        request, detokenizer=codec.new_detokenizer(), stop_token_ids=(), logits_state=steps
+        logits_state.logprob_queue.append(SampledLogprob(token, -1.0))
+    processor = SequenceOutputProcessor(
+        request,
+        detokenizer=model_tokenizer.new_detokenizer(),
+        stop_token_ids=(),
+        logits_state=logits_state,
     )
-    deltas = [sequence.process_tokens([token]) for token in ids]
-    told = [[(at, entry.token) for at, entry in delta.logprobs] for delta in deltas]
-    assert [delta.text for delta in deltas] == ["a", "", "", "XY", "", ""]
-    assert told == [[(0, ids[0])], [], [], [(1, ids[1]), (2, ids[2])], [], []]
-
-
-def test_a_generation_ends_when_all_its_sequences_have() -> None:
-    async def read() -> list[tuple[int, CompletionOutput]]:
-        generation = Generation(2, lambda: None)
-        for index, reason in ((0, None), (1, "stop"), (0, "length")):
-            generation.put_output(index, CompletionOutput("x", 1, reason))  # type: ignore[arg-type]
-        return [event async for event in generation]
-
-    assert [index for index, _ in asyncio.run(read())] == [0, 1, 0]
-
-
-def test_a_failure_reaches_the_reader_and_frees_the_rest() -> None:
-    cancelled: list[bool] = []
-
-    async def read() -> None:
-        generation = Generation(2, lambda: cancelled.append(True))
-        generation.fail(GenerationFailed("lost"))
-        async with generation:
-            async for _ in generation:
-                pass
-
-    with pytest.raises(GenerationFailed, match="lost"):
-        asyncio.run(read())
-    assert cancelled == [True]
+    outputs = [processor.process_tokens([token]) for token in ids]
+    logprobs = [[(offset, entry.token) for offset, entry in each.logprobs] for each in outputs]
+    assert [output.text for output in outputs] == ["a", "", "", "XY", "", ""]
+    assert logprobs == [[(0, ids[0])], [], [], [(1, ids[1]), (2, ids[2])], [], []]

@@ -30,12 +30,12 @@ def _first_complete(stops: list[str], text: str) -> tuple[str, bool]:
 
 
 @given(stops=STOPS, text=TEXT)
-def test_ends_before_the_stop_string_that_is_complete_first(stops: list[str], text: str) -> None:
+def test_stops_before_the_stop_string_completed_first(stops: list[str], text: str) -> None:
     assert _run(stops, list(text)) == _first_complete(stops, text)
 
 
 @given(stops=STOPS, text=TEXT, cuts=st.lists(st.integers(0, 24), max_size=6))
-def test_result_does_not_depend_on_how_the_text_is_cut(
+def test_result_is_independent_of_text_boundaries(
     stops: list[str], text: str, cuts: list[int]
 ) -> None:
     borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
@@ -44,7 +44,7 @@ def test_result_does_not_depend_on_how_the_text_is_cut(
 
 
 @given(stops=STOPS, text=TEXT)
-def test_holds_back_only_what_may_begin_a_stop_string(stops: list[str], text: str) -> None:
+def test_holds_back_only_prefixes_of_stop_strings(stops: list[str], text: str) -> None:
     matcher = StopStringMatcher(stops)
     fed = ""
     emitted = ""
@@ -54,14 +54,16 @@ def test_holds_back_only_what_may_begin_a_stop_string(stops: list[str], text: st
         emitted += piece
         if stopped:
             return
-        held = fed.removeprefix(emitted)
-        assert not held or any(stop.startswith(held) and stop != held for stop in stops)
+        held_back = fed.removeprefix(emitted)
+        assert not held_back or any(
+            stop.startswith(held_back) and stop != held_back for stop in stops
+        )
 
 
-def test_nothing_is_held_without_stop_strings() -> None:
+def test_holds_back_nothing_without_stop_strings() -> None:
     assert StopStringMatcher([]).feed("anything") == ("anything", False)
 
 
-def test_refuses_an_empty_stop_string() -> None:
-    with pytest.raises(ValueError, match="expected strings that are not empty"):
+def test_rejects_empty_stop_strings() -> None:
+    with pytest.raises(ValueError, match="expected non-empty strings"):
         StopStringMatcher(["a", ""])

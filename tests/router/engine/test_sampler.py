@@ -45,7 +45,7 @@ def _allowed_by_transformers(scores: Tensor, params: DrawParams) -> set[int]:
         pytest.param(DrawParams(1.0, min_p=0.05, top_k=5, top_p=0.9), id="all-three"),
     ],
 )
-def test_draws_exactly_what_transformers_would_allow(
+def test_draws_from_the_same_tokens_as_transformers(
     params: DrawParams, candidates: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sampler, "TOP_P_CANDIDATES", candidates)
@@ -59,7 +59,7 @@ def test_draws_exactly_what_transformers_would_allow(
     assert drawn >= likely
 
 
-def test_draws_follow_the_probabilities() -> None:
+def test_draw_frequencies_match_probabilities() -> None:
     scores = torch.tensor([[0.5, 0.3, 0.2]]).log()
     draws = [RowDraw(0, DrawParams(1.0, seed=seed), 0) for seed in range(20000)]
     tokens = sample_tokens(scores.expand(len(draws), -1), draws)
@@ -72,23 +72,23 @@ def test_draws_follow_the_probabilities() -> None:
     others=st.lists(
         st.tuples(st.floats(0.1, 2), st.floats(0, 1), st.integers(0, 60)), min_size=1, max_size=5
     ),
-    at=st.integers(0, 5),
+    index=st.integers(0, 5),
 )
-def test_a_draw_does_not_depend_on_its_batch(
-    others: list[tuple[float, float, int]], at: int
+def test_draw_is_independent_of_its_batch(
+    others: list[tuple[float, float, int]], index: int
 ) -> None:
-    mine = DrawParams(0.9, top_p=0.95, seed=3)
-    alone = sample_tokens(_scores(1), [RowDraw(0, mine, 7)])
+    draw_params = DrawParams(0.9, top_p=0.95, seed=3)
+    alone = sample_tokens(_scores(1), [RowDraw(0, draw_params, 7)])
     params = [DrawParams(t, top_p=p, top_k=k, seed=1) for t, p, k in others]
-    at = min(at, len(params))
-    params.insert(at, mine)
+    index = min(index, len(params))
+    params.insert(index, draw_params)
     scores = _scores(len(params), seed=1)
-    scores[at] = _scores(1)[0]
-    together = sample_tokens(scores, [RowDraw(row, p, 7) for row, p in enumerate(params)])
-    assert together[at] == alone[0]
+    scores[index] = _scores(1)[0]
+    batched = sample_tokens(scores, [RowDraw(row, p, 7) for row, p in enumerate(params)])
+    assert batched[index] == alone[0]
 
 
-def test_ties_do_not_make_a_draw_depend_on_the_number_of_candidates(
+def test_ties_are_drawn_independently_of_the_number_of_candidates(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scores = torch.zeros(64, 40)
@@ -105,19 +105,19 @@ def test_ties_do_not_make_a_draw_depend_on_the_number_of_candidates(
         pytest.param(DrawParams(1.0, top_p=0.0), id="top_p-0"),
     ],
 )
-def test_extremes_choose_the_highest_score(params: DrawParams) -> None:
+def test_extreme_parameters_select_the_highest_score(params: DrawParams) -> None:
     scores = _scores(1)
     assert sample_tokens(scores, [RowDraw(0, params, 1)]).equal(scores.argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-46, 1e-45, 1e-30])
-def test_a_temperature_too_small_for_float32_chooses_the_highest_score(temperature: float) -> None:
+def test_temperature_below_float32_range_selects_the_highest_score(temperature: float) -> None:
     scores = _scores(1)
     draw = RowDraw(0, DrawParams(temperature), position=0)
     assert sample_tokens(scores.clone(), [draw]).item() == scores.argmax().item()
 
 
-def test_only_drawn_rows_are_changed() -> None:
+def test_rows_without_a_draw_are_unchanged() -> None:
     scores = _scores(3)
     expected = scores.clone()
     result = force_sampled_tokens(scores, [RowDraw(1, DrawParams(1.0), 0)])
@@ -125,13 +125,14 @@ def test_only_drawn_rows_are_changed() -> None:
     assert result[1].isinf().sum() == 1
 
 
-def test_a_greedy_batch_is_handed_back_untouched() -> None:
+def test_greedy_batch_is_returned_unchanged() -> None:
     scores = _scores(3)
     assert force_sampled_tokens(scores, []) is scores
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, 2**63 + 5])
 def test_uniform_numbers_are_in_range_and_differ_by_position(seed: int) -> None:
-    uniforms = {RowDraw(0, DrawParams(1.0, seed=seed), at).uniform for at in range(1000)}
+    params = DrawParams(1.0, seed=seed)
+    uniforms = {RowDraw(0, params, position).uniform for position in range(1000)}
     assert len(uniforms) == 1000
     assert all(0 <= uniform < 1 for uniform in uniforms)

@@ -4,12 +4,12 @@ import torch
 from faasmoe_router.engine.sampler import LogprobQueue, SampledLogprob, compute_logprobs
 
 
-def test_they_are_the_log_softmax_of_the_scores() -> None:
+def test_logprobs_equal_log_softmax_of_scores() -> None:
     scores = torch.randn(3, 40, generator=torch.Generator().manual_seed(2)) * 4
     chosen = torch.tensor([7, 0, 39])
-    found = compute_logprobs(scores, chosen, [0, 2, 5])
+    entries = compute_logprobs(scores, chosen, [0, 2, 5])
     expected = scores.log_softmax(-1)
-    for row, (entry, n_top) in enumerate(zip(found, [0, 2, 5], strict=True)):
+    for row, (entry, n_top) in enumerate(zip(entries, [0, 2, 5], strict=True)):
         assert entry.token == chosen[row]
         assert entry.logprob == pytest.approx(expected[row, chosen[row]].item(), abs=1e-5)
         values, tokens = expected[row].topk(n_top)
@@ -19,14 +19,14 @@ def test_they_are_the_log_softmax_of_the_scores() -> None:
         )
 
 
-def test_no_more_are_told_than_there_are_tokens() -> None:
+def test_top_logprobs_are_limited_to_the_vocabulary() -> None:
     [entry] = compute_logprobs(torch.zeros(1, 3), torch.tensor([1]), [20])
     assert len(entry.top_logprobs) == 3
 
 
-def test_a_log_hands_over_in_order() -> None:
-    log = LogprobQueue(0)
+def test_queue_returns_entries_in_order() -> None:
+    queue = LogprobQueue(0)
     entries = [SampledLogprob(token, -1.0) for token in range(3)]
     for entry in entries:
-        log.append(entry)
-    assert [log.pop_first() for _ in entries] == entries
+        queue.append(entry)
+    assert [queue.pop_first() for _ in entries] == entries

@@ -31,7 +31,7 @@ def _counts(prompt: list[int], output: list[int]) -> TokenCounts:
 def _expected_penalties(
     scores: Tensor, penalties: Penalties, prompt: list[int], output: list[int]
 ) -> Tensor:
-    """The rule as OpenAI and vLLM write it down, a token at a time."""
+    """The penalties as OpenAI and vLLM define them, computed token by token."""
     expected = scores.double().clone()
     for token in {*prompt, *output}:
         value = expected[token]
@@ -44,45 +44,45 @@ def _expected_penalties(
 
 
 @given(rows=st.lists(st.tuples(PENALTIES, TOKENS, TOKENS), min_size=1, max_size=4))
-def test_each_row_pays_for_its_own_tokens(
+def test_penalties_apply_to_the_tokens_of_their_own_row(
     rows: list[tuple[Penalties, list[int], list[int]]],
 ) -> None:
     scores = _scores(len(rows) + 1)
     expected = scores.clone()
-    for row, (asked, prompt, output) in enumerate(rows):
-        expected[row] = _expected_penalties(scores[row], asked, prompt, output)
+    for row, (penalties, prompt, output) in enumerate(rows):
+        expected[row] = _expected_penalties(scores[row], penalties, prompt, output)
     apply_penalties(
         scores,
         [
-            RowPenalties(row, asked, _counts(prompt, output))
-            for row, (asked, prompt, output) in enumerate(rows)
+            RowPenalties(row, penalties, _counts(prompt, output))
+            for row, (penalties, prompt, output) in enumerate(rows)
         ],
     )
     assert torch.allclose(scores, expected, atol=1e-5)
-    assert scores[-1].equal(expected[-1])  # asked for nothing
+    assert scores[-1].equal(expected[-1])  # row without penalties
 
 
-def test_repetition_is_transformers_own() -> None:
+def test_repetition_penalty_matches_transformers() -> None:
     prompt, output = [3, 5, 3], [7, 5]
     scores = _scores(1)
     expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([prompt + output]), scores)
-    ours = scores.clone()
-    apply_penalties(ours, [RowPenalties(0, Penalties(repetition=1.7), _counts(prompt, output))])
-    assert torch.allclose(ours, expected)
+    actual = scores.clone()
+    apply_penalties(actual, [RowPenalties(0, Penalties(repetition=1.7), _counts(prompt, output))])
+    assert torch.allclose(actual, expected)
 
 
 @given(tokens=TOKENS, cut=st.integers(0, 12))
-def test_tokens_count_the_same_however_they_come(tokens: list[int], cut: int) -> None:
-    pieces = TokenCounts([1, 2], max_output_tokens=len(tokens))
-    pieces.add_tokens(tokens[:cut])
-    pieces.add_tokens(tokens[cut:])
+def test_counts_are_independent_of_how_tokens_are_batched(tokens: list[int], cut: int) -> None:
+    split = TokenCounts([1, 2], max_output_tokens=len(tokens))
+    split.add_tokens(tokens[:cut])
+    split.add_tokens(tokens[cut:])
     whole = _counts([1, 2], tokens)
-    assert pieces.token_ids.equal(whole.token_ids)
-    assert pieces.counts.equal(whole.counts)
+    assert split.token_ids.equal(whole.token_ids)
+    assert split.counts.equal(whole.counts)
 
 
 def test_forbidden_tokens_stay_forbidden() -> None:
     scores = torch.full((1, N_VOCAB), -torch.inf)
-    asked = Penalties(presence=-2, frequency=-2, repetition=0.5)
-    apply_penalties(scores, [RowPenalties(0, asked, _counts([], [4, 4]))])
+    penalties = Penalties(presence=-2, frequency=-2, repetition=0.5)
+    apply_penalties(scores, [RowPenalties(0, penalties, _counts([], [4, 4]))])
     assert scores.isneginf().all()

@@ -1,8 +1,9 @@
-"""Texts that are held to grammars, a random token at a time: what comes out is in the grammar."""
+"""Grammar-constrained sampling with random scores yields texts that the grammar accepts."""
 
 import asyncio
 import json
 import re
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from faasmoe_router.engine import structured_output as grammar_module
+from faasmoe_router.engine import structured_output
 from faasmoe_router.engine.structured_output import (
     CompiledGrammar,
     GrammarCompiler,
@@ -22,8 +23,11 @@ from faasmoe_router.engine.structured_output import (
 from faasmoe_router.engine.tokenizer import ModelTokenizer, Vocabulary
 from faasmoe_router.errors import GrammarError
 
-END = 0
-N_SCORES = 340  # more than the tokenizer has tokens, as models do
+DEADLINE_S = 20.0
+BLOCKED_CHECK_S = 0.05
+EOS = 0
+MAX_TOKENS = 400
+N_SCORES = 340  # exceeds the tokenizer's number of tokens, as in real models
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -36,20 +40,20 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="session")
-def vocabulary(codec: ModelTokenizer) -> Vocabulary:
-    return codec.new_vocabulary(n_scores=N_SCORES, eos_token_ids=[END])
+def vocabulary(model_tokenizer: ModelTokenizer) -> Vocabulary:
+    return model_tokenizer.new_vocabulary(n_scores=N_SCORES, eos_token_ids=[EOS])
 
 
 def _source(kind: GrammarKind, grammar: Any) -> GrammarSource:
     return GrammarSource(kind, grammar if isinstance(grammar, str) else json.dumps(grammar))
 
 
-def _write(grammar: CompiledGrammar, codec: ModelTokenizer, *, seed: int, most: int = 400) -> str:
-    """Let random scores write a text."""
+def _generate(grammar: CompiledGrammar, model_tokenizer: ModelTokenizer, *, seed: int) -> str:
+    """Generate a text from random scores under a grammar."""
     matcher = grammar.new_matcher()
     generator = torch.Generator().manual_seed(seed)
     tokens: list[int] = []
-    while not matcher.is_terminated and len(tokens) < most:
+    while not matcher.is_terminated and len(tokens) < MAX_TOKENS:
         scores = torch.randn(2, N_SCORES, generator=generator)
         untouched = scores[0].clone()
         apply_grammar_bitmask(scores, [(1, matcher)])
@@ -57,24 +61,24 @@ def _write(grammar: CompiledGrammar, codec: ModelTokenizer, *, seed: int, most: 
         token = int(scores[1].argmax())
         matcher.accept_token(token)
         assert matcher.error is None
-        if token != END:
+        if token != EOS:
             tokens.append(token)
     assert matcher.is_terminated, "the text did not end"
-    return codec.decode(tokens, include_special_tokens=True)
+    return model_tokenizer.decode(tokens, include_special_tokens=True)
 
 
-def _is_in_schema(text: str) -> bool:
-    said = json.loads(text)
-    sizes = said["sizes"]
-    assert said.keys() == {"colour", "sizes"}
-    assert said["colour"] in ("red", "blue")
+def _matches_schema(text: str) -> bool:
+    value = json.loads(text)
+    sizes = value["sizes"]
+    assert value.keys() == {"colour", "sizes"}
+    assert value["colour"] in ("red", "blue")
     return len(sizes) <= 3 and all(isinstance(size, int) for size in sizes)
 
 
 @pytest.mark.parametrize(
-    ("kind", "grammar", "is_in"),
+    ("kind", "grammar", "accepts"),
     [
-        pytest.param("json_schema", SCHEMA, _is_in_schema, id="json_schema"),
+        pytest.param("json_schema", SCHEMA, _matches_schema, id="json_schema"),
         pytest.param(
             "regex", "[a-c]{2,6}[0-9]", re.compile("[a-c]{2,6}[0-9]").fullmatch, id="regex"
         ),
@@ -85,42 +89,44 @@ def _is_in_schema(text: str) -> bool:
             "grammar", 'root ::= "a" root "b" | "c"', re.compile("a*cb*").fullmatch, id="gbnf"
         ),
         pytest.param(
-            "grammar", 'start: "x" | "y" "z"', ["x", "yz"].__contains__, id="lark-without-its-name"
+            "grammar", 'start: "x" | "y" "z"', ["x", "yz"].__contains__, id="undeclared-lark"
         ),
         pytest.param("lark", "start: /[0-9]{3}/", re.compile("[0-9]{3}").fullmatch, id="lark"),
     ],
 )
-def test_a_text_is_held_to_its_grammar(
+def test_generated_text_matches_its_grammar(
     kind: GrammarKind,
     grammar: Any,
-    is_in: Callable[[str], object],
+    accepts: Callable[[str], object],
     vocabulary: Vocabulary,
-    codec: ModelTokenizer,
+    model_tokenizer: ModelTokenizer,
 ) -> None:
     compiled = compile_grammar(_source(kind, grammar), vocabulary)
-    texts = [_write(compiled, codec, seed=seed) for seed in range(8)]
-    assert all(map(is_in, texts)), texts
+    texts = [_generate(compiled, model_tokenizer, seed=seed) for seed in range(8)]
+    assert all(map(accepts, texts)), texts
     assert len(set(texts)) > 1
 
 
 @pytest.mark.parametrize(
-    ("kind", "grammar", "why"),
+    ("kind", "grammar", "message"),
     [
-        pytest.param("json_schema", "{", "EOF", id="no-json"),
+        pytest.param("json_schema", "{", "EOF", id="invalid-json"),
         pytest.param("json_schema", {"type": "thing"}, "type", id="unknown-type"),
-        pytest.param("json_schema", {"not": {"type": "string"}}, "not", id="keyword"),
-        pytest.param("json_schema", {"$ref": "https://a.example/b"}, "not present", id="far-ref"),
-        pytest.param("json_schema", "false", "object", id="nothing-is-right"),
+        pytest.param("json_schema", {"not": {"type": "string"}}, "not", id="unsupported-keyword"),
+        pytest.param(
+            "json_schema", {"$ref": "https://a.example/b"}, "not present", id="remote-ref"
+        ),
+        pytest.param("json_schema", "false", "object", id="false-schema"),
         pytest.param("regex", "(", "regex", id="regex"),
         pytest.param("grammar", "", "No .root. rule", id="empty"),
         pytest.param("grammar", "root ::= lost", "lost", id="unknown-rule"),
         pytest.param("lark", 'start: "\\x"', "x", id="lark"),
     ],
 )
-def test_what_is_no_grammar_is_refused(
-    kind: GrammarKind, grammar: Any, why: str, vocabulary: Vocabulary
+def test_rejects_invalid_grammars(
+    kind: GrammarKind, grammar: Any, message: str, vocabulary: Vocabulary
 ) -> None:
-    with pytest.raises(GrammarError, match=why):
+    with pytest.raises(GrammarError, match=message):
         compile_grammar(_source(kind, grammar), vocabulary)
 
 
@@ -171,7 +177,7 @@ EXPLOSIVE = {
 
 
 @pytest.mark.parametrize("name", EXPLOSIVE)
-def test_a_grammar_that_explodes_takes_a_bounded_time(name: str, vocabulary: Vocabulary) -> None:
+def test_pathological_grammar_takes_bounded_time(name: str, vocabulary: Vocabulary) -> None:
     kind, grammar = EXPLOSIVE[name]
     source = GrammarSource(kind, grammar if isinstance(grammar, str) else json.dumps(grammar))  # type: ignore[arg-type]
     start_s = time.thread_time()
@@ -186,74 +192,82 @@ def test_a_grammar_that_explodes_takes_a_bounded_time(name: str, vocabulary: Voc
         scores = torch.randn(1, N_SCORES, generator=generator)
         apply_grammar_bitmask(scores, [(0, matcher)])
         matcher.accept_token(int(scores.argmax()))
-    # The limits are of work, not of time: this is ten times what they come to.
+    # The limits bound work, not time; this is ten times the time that they amount to.
     assert time.thread_time() - start_s < 10
 
 
-def test_a_text_whose_grammar_costs_too_much_is_told_so(
+def test_matcher_reports_an_exceeded_time_budget(
     vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matcher = compile_grammar(_source("regex", "a*"), vocabulary).new_matcher()
-    monkeypatch.setattr(grammar_module, "INITIAL_TIME_BUDGET_S", 0.0)
-    monkeypatch.setattr(grammar_module, "STEP_TIME_BUDGET_S", 0.0)
+    monkeypatch.setattr(structured_output, "INITIAL_TIME_BUDGET_S", 0.0)
+    monkeypatch.setattr(structured_output, "STEP_TIME_BUDGET_S", 0.0)
     apply_grammar_bitmask(torch.zeros(1, N_SCORES), [(0, matcher)])
-    assert "for each token" in str(matcher.error)
+    assert "ms per token" in str(matcher.error)
 
 
-def test_a_token_outside_the_grammar_is_an_error_and_not_an_end(vocabulary: Vocabulary) -> None:
+def test_forbidden_token_is_an_error_and_does_not_terminate(vocabulary: Vocabulary) -> None:
     matcher = compile_grammar(_source("choice", ["a"]), vocabulary).new_matcher()
-    matcher.accept_token(END)
+    matcher.accept_token(EOS)
     assert matcher.error is not None
     assert not matcher.is_terminated
 
 
-def test_a_grammar_is_compiled_once_and_the_oldest_are_forgotten(
+def test_compiler_caches_grammars_least_recently_used(
     vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar_module, "MAX_CACHED_GRAMMARS", 2)
+    monkeypatch.setattr(structured_output, "MAX_CACHED_GRAMMARS", 2)
     sources = [_source("choice", [name]) for name in "abc"]
 
-    async def compile_all() -> None:
+    async def scenario() -> None:
         compiler = GrammarCompiler(vocabulary)
         first = await compiler.compile(sources[0])
         second = await compiler.compile(sources[1])
         assert await compiler.compile(sources[0]) is first
-        await compiler.compile(sources[2])  # the second is the one that was used longest ago
+        await compiler.compile(sources[2])  # evicts the second, the least recently used
         assert await compiler.compile(sources[0]) is first
         assert await compiler.compile(sources[1]) is not second
 
-    asyncio.run(compile_all())
+    asyncio.run(scenario())
 
 
-def test_a_large_grammar_is_refused_unread(vocabulary: Vocabulary) -> None:
-    async def compile_large() -> None:
-        source = GrammarSource("regex", "a" * (grammar_module.MAX_GRAMMAR_BYTES + 1))
+def test_rejects_large_grammars_before_compiling(vocabulary: Vocabulary) -> None:
+    async def scenario() -> None:
+        source = GrammarSource("regex", "a" * (structured_output.MAX_GRAMMAR_BYTES + 1))
         await GrammarCompiler(vocabulary).compile(source)
 
-    with pytest.raises(GrammarError, match="at most 65536 are read"):
-        asyncio.run(compile_large())
+    with pytest.raises(GrammarError, match="limit of 65536"):
+        asyncio.run(scenario())
 
 
-def test_one_that_takes_too_long_is_refused_and_keeps_its_place_until_it_is_done(
+def test_timed_out_compilation_blocks_the_next_until_its_thread_ends(
     vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def compile_slowly() -> None:
-        hold = asyncio.Event()
-        loop = asyncio.get_running_loop()
+    slow_source, next_source = _source("choice", ["a"]), _source("choice", ["b"])
+    release = threading.Event()
+    events: list[str] = []
+
+    def compile_slowly(source: GrammarSource, vocabulary: Vocabulary) -> CompiledGrammar:
+        if source == slow_source:
+            release.wait(DEADLINE_S)
+        events.append(source.text)
+        return compile_grammar(source, vocabulary)
+
+    async def scenario() -> None:
         compiler = GrammarCompiler(vocabulary)
-
-        def slow(source: GrammarSource, vocabulary: Vocabulary) -> CompiledGrammar:
-            asyncio.run_coroutine_threadsafe(hold.wait(), loop).result(20)
-            return compile_grammar(source, vocabulary)
-
-        monkeypatch.setattr(grammar_module, "COMPILE_TIMEOUT_S", 0.05)
-        monkeypatch.setattr(grammar_module, "compile_grammar", slow)
+        monkeypatch.setattr(structured_output, "COMPILE_TIMEOUT_S", 0.05)
         with pytest.raises(GrammarError, match="not compiled within"):
-            await compiler.compile(_source("choice", ["a"]))
-        assert compiler._compile_semaphore.locked()
-        monkeypatch.setattr(grammar_module, "compile_grammar", compile_grammar)
-        monkeypatch.setattr(grammar_module, "COMPILE_TIMEOUT_S", 20.0)
-        hold.set()
-        assert await compiler.compile(_source("choice", ["b"]))
+            await compiler.compile(slow_source)
+        monkeypatch.setattr(structured_output, "COMPILE_TIMEOUT_S", DEADLINE_S)
+        next_compilation = asyncio.create_task(compiler.compile(next_source))
+        await asyncio.wait({next_compilation}, timeout=BLOCKED_CHECK_S)
+        assert not next_compilation.done()
+        release.set()
+        assert await next_compilation
+        assert events == [slow_source.text, next_source.text]
 
-    asyncio.run(compile_slowly())
+    monkeypatch.setattr(structured_output, "compile_grammar", compile_slowly)
+    try:
+        asyncio.run(scenario())
+    finally:
+        release.set()

@@ -1,4 +1,4 @@
-"""Real routers with tenants, on loopback ports, over the tiny model."""
+"""Routers with tenants and the tiny model, served on loopback ports."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from metric_samples import sample_value
 from prometheus_client import CollectorRegistry
 from server_thread import running_server
 
 from faasmoe_router.api.app import create_app
-from faasmoe_router.engine.cache_config import EngineLimits
+from faasmoe_router.engine.batcher import EngineLimits
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
@@ -34,7 +35,7 @@ MODEL = "tiny"
 
 
 class TenantFiles:
-    """A tenants file and its folders of keys; a tenant's first key is `NAME-key`."""
+    """A tenants file and its folders of keys; the first key of a tenant is `NAME-key`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,7 +54,7 @@ class TenantFiles:
         (self.folder / "new").replace(self.path)
 
     def keys(self, tenant: str, *keys: str) -> None:
-        """Give a tenant these keys and no others, all at once."""
+        """Replace all keys of a tenant atomically, as a kubelet does."""
         folder = self.folder / "keys" / tenant
         version = self.folder / "keys" / f".{tenant}-{time.monotonic_ns()}"
         version.mkdir(parents=True)
@@ -68,18 +69,19 @@ class TenantFiles:
 
 @dataclass(frozen=True, slots=True)
 class TenantRouter:
-    """A router that serves tenants."""
+    """A running router with tenants."""
 
     url: str
     files: TenantFiles
     engine: Engine
     tenancy: TenantService
+    usage_counters: RouterUsage
     registry: CollectorRegistry
     server: Server
 
     @contextmanager
     def client(self, tenant: str, *, key: str | None = None, path: str = "") -> Iterator[Any]:
-        """Open a tenant's openai client; by default at /v1 and with its first key."""
+        """Open a tenant's OpenAI client, by default at /v1 with the tenant's first key."""
         with openai.OpenAI(
             base_url=f"{self.url}{path}/v1",
             api_key=key or f"{tenant}-key",
@@ -89,35 +91,35 @@ class TenantRouter:
             yield client
 
     def post(self, path: str, *, key: str | None, **fields: Any) -> httpx.Response:
-        """Ask for a completion by plain HTTP."""
+        """Request a completion by plain HTTP."""
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         body = {"model": MODEL, "prompt": "the quick", "max_tokens": 4, "temperature": 0, **fields}
         return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=DEADLINE_S)
 
     def complete(self, tenant: str, **fields: Any) -> httpx.Response:
-        """Ask for a completion as a tenant."""
+        """Request a completion as a tenant."""
         return self.post("/v1/completions", key=f"{tenant}-key", **fields)
 
     def get(self, path: str, *, key: str | None = None) -> httpx.Response:
-        """Get a path."""
+        """Send a GET request."""
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         return httpx.get(f"{self.url}{path}", headers=headers, timeout=DEADLINE_S)
 
     def usage(self, tenant: str) -> dict[str, Any]:
-        """Return a tenant's account."""
-        found: dict[str, Any] = self.get("/v1/usage", key=f"{tenant}-key").json()
-        return found
+        """Return the body of a tenant's usage endpoint."""
+        usage: dict[str, Any] = self.get("/v1/usage", key=f"{tenant}-key").json()
+        return usage
 
     def metric(self, name: str, **labels: str) -> float:
-        """Return a metric's value now."""
-        return self.registry.get_sample_value(f"faasmoe_tenant_{name}", labels) or 0.0
+        """Return the current value of a metric, 0 if it has no such labels."""
+        return sample_value(self.registry, f"faasmoe_tenant_{name}", labels)
 
 
 OpenRouter = Callable[..., AbstractContextManager[TenantRouter]]
 
 
 class _FixedCost:
-    """Costs of functions that nobody has: so much for each reading."""
+    """Returns the same cost at every reading."""
 
     def __init__(self) -> None:
         self.each = FunctionCost(0.25, 0.5)
@@ -128,7 +130,7 @@ class _FixedCost:
 
 @pytest.fixture(scope="session")
 def open_router(
-    base_model: Any, codec: ModelTokenizer, tmp_path_factory: pytest.TempPathFactory
+    base_model: Any, model_tokenizer: ModelTokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> OpenRouter:
     """Runs a router: `with open_router({"acme": {"weight": 2}}, max_num_seqs=2) as r: …`."""
 
@@ -146,23 +148,24 @@ def open_router(
         registry = new_registry()
         engine = Engine(
             deepcopy(base_model),
-            codec,
+            model_tokenizer,
             limits=EngineLimits(**{"max_model_len": 256, **limits}),
             metrics=EngineMetrics(registry, MODEL),
         )
-        file = None if state_dir is None else UsageFileStore(state_dir)
+        store = None if state_dir is None else UsageFileStore(state_dir)
+        usage = RouterUsage(time.time()) if store is None else store.load()
         tenancy = TenantService(
             TenantRegistry(files.path, refresh_interval_s=0.1),
-            RouterUsage(time.time()) if file is None else file.load(),
+            usage,
             queue=engine,
             usage_sources=UsageSources(_FixedCost(), engine.computed_tokens.drain),
-            store=file,
+            store=store,
             n_routers=n_routers,
         )
         tenancy.collector().register(registry)
         app = create_app(engine, model_name=MODEL, registry=registry, tenancy=tenancy)
         server = Server(app, on_drain_timeout=engine.abort_running, drain_timeout_s=0)
         with running_server(server) as url:
-            yield TenantRouter(url, files, engine, tenancy, registry, server)
+            yield TenantRouter(url, files, engine, tenancy, usage, registry, server)
 
     return run

@@ -14,7 +14,7 @@ KEY = "sk-acme-1"
 
 
 def mount(folder: Path, version: str, **contents: str) -> None:
-    """Bring a Secret's files up to date as a kubelet does: a new folder, then one link's swap."""
+    """Replace a Secret's files as a kubelet does: a new folder, then an atomic swap of a link."""
     data = folder / f"..{version}"
     data.mkdir(parents=True)
     for name, content in contents.items():
@@ -29,12 +29,12 @@ def mount(folder: Path, version: str, **contents: str) -> None:
             link.unlink()
 
 
-def test_each_file_is_a_key_less_its_line_end(tmp_path: Path) -> None:
+def test_each_file_is_a_key_without_its_line_break(tmp_path: Path) -> None:
     (tmp_path / "first").write_text(f"{KEY}\n")
     (tmp_path / "second").write_bytes(b"with-return\r\n")
-    (tmp_path / "third").write_text(" spaces are part of it ")
+    (tmp_path / "third").write_text(" spaces are kept ")
     (tmp_path / ".hidden").write_text("none")
-    expected = {key_digest(key) for key in (KEY, "with-return", " spaces are part of it ")}
+    expected = {key_digest(key) for key in (KEY, "with-return", " spaces are kept ")}
     assert read_key_digests(tmp_path) == expected
 
 
@@ -54,7 +54,7 @@ def test_a_mounted_secret_is_read_through_its_links(tmp_path: Path) -> None:
     assert read_key_digests(tmp_path) == {key_digest("two")}
 
 
-def test_a_folder_that_is_swapped_while_it_is_read_is_read_again(
+def test_a_folder_replaced_while_it_is_read_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mount(tmp_path, "v1", old="one")
@@ -69,27 +69,25 @@ def test_a_folder_that_is_swapped_while_it_is_read_is_read_again(
     assert read_key_digests(tmp_path) == {key_digest("two")}
 
 
-def test_a_folder_that_is_not_there_has_no_keys(tmp_path: Path) -> None:
+def test_a_missing_folder_has_no_keys(tmp_path: Path) -> None:
     assert read_key_digests(tmp_path / "missing") == frozenset()
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"k" * (api_keys.MAX_KEY_BYTES + 1)])
-def test_what_is_no_key_is_told_without_its_content(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_key_is_reported_without_its_content(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "key").write_bytes(content)
     with pytest.raises(KeyReadError, match="key: got") as refused:
         read_key_digests(tmp_path)
     assert "kkk" not in str(refused.value)
 
 
-def test_a_folder_among_the_keys_is_told(tmp_path: Path) -> None:
+def test_a_folder_among_the_keys_is_reported(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(KeyReadError, match="folder: Is a directory"):
         read_key_digests(tmp_path)
 
 
-def test_more_keys_than_are_compared_with_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_keys_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api_keys, "MAX_KEYS", 2)
     for number in range(3):
         (tmp_path / f"key{number}").write_text(f"k{number}")
@@ -108,7 +106,7 @@ def test_a_key_belongs_to_its_tenant() -> None:
     assert found.n_keys == {"acme": 2, "beta": 1}
 
 
-def test_a_key_of_two_tenants_opens_nothing() -> None:
+def test_a_key_of_two_tenants_authenticates_neither() -> None:
     found = ring(acme=["shared", "a"], beta=["shared"])
     assert found.find_tenant("shared") is None
     assert found.find_tenant("a") == "acme"
@@ -116,7 +114,7 @@ def test_a_key_of_two_tenants_opens_nothing() -> None:
 
 
 @pytest.mark.parametrize("key", ["first", "last", "none", ""])
-def test_every_digest_is_compared_with_whichever_matches(
+def test_every_digest_is_compared_whichever_matches(
     key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = ring(a=["first", "x"], b=["y", "z"], c=["last"])

@@ -1,4 +1,4 @@
-"""Requests and tokens per minute, with the time passed in."""
+"""Limits of requests and tokens per minute, at times passed in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from faasmoe_router.tenants.quota import (
 )
 
 
-def limits(
+def rate_limiter(
     *, requests: int | None = None, tokens: int | None = None, n_routers: int = 1
 ) -> RateLimiter:
     return RateLimiter(
@@ -23,8 +23,8 @@ def limits(
     )
 
 
-def test_a_minute_s_requests_may_come_at_once_and_then_evenly() -> None:
-    tenant = limits(requests=6)
+def test_a_burst_of_one_minute_is_admitted_and_then_an_even_rate() -> None:
+    tenant = rate_limiter(requests=6)
     for _ in range(6):
         tenant.admit(1, 0.0)
     with pytest.raises(RateLimitExceeded) as refused:
@@ -36,8 +36,8 @@ def test_a_minute_s_requests_may_come_at_once_and_then_evenly() -> None:
     tenant.admit(1, 20.0)
 
 
-def test_what_was_reserved_and_not_used_comes_back() -> None:
-    tenant = limits(tokens=100)
+def test_unused_tokens_are_returned() -> None:
+    tenant = rate_limiter(tokens=100)
     reservation = tenant.admit(80, 0.0)
     with pytest.raises(RateLimitExceeded) as refused:
         tenant.admit(30, 0.0)
@@ -49,8 +49,8 @@ def test_what_was_reserved_and_not_used_comes_back() -> None:
         tenant.admit(1, 0.0)
 
 
-def test_giving_back_never_makes_more_than_a_minute() -> None:
-    tenant = limits(tokens=100)
+def test_returned_tokens_never_exceed_the_capacity() -> None:
+    tenant = rate_limiter(tokens=100)
     reservation = tenant.admit(80, 0.0)
     reservation.release_unused(0, 30.0)
     tenant.admit(100, 30.0)
@@ -58,8 +58,8 @@ def test_giving_back_never_makes_more_than_a_minute() -> None:
         tenant.admit(1, 30.0)
 
 
-def test_what_is_refused_takes_nothing() -> None:
-    tenant = limits(requests=2, tokens=100)
+def test_a_rejected_request_consumes_nothing() -> None:
+    tenant = rate_limiter(requests=2, tokens=100)
     tenant.admit(100, 0.0)
     for _ in range(5):
         with pytest.raises(RateLimitExceeded, match="tokens"):
@@ -67,21 +67,21 @@ def test_what_is_refused_takes_nothing() -> None:
     assert tenant.headers(0.0)["x-ratelimit-remaining-requests"] == "1"
 
 
-def test_what_could_never_fit_is_told_so() -> None:
+def test_a_request_above_the_limit_is_too_large() -> None:
     with pytest.raises(RequestTooLarge, match=r"101 tokens.*100 tokens per minute"):
-        limits(tokens=100).admit(101, 0.0)
+        rate_limiter(tokens=100).admit(101, 0.0)
 
 
-def test_without_limits_nothing_is_refused_or_told() -> None:
-    tenant = limits()
+def test_without_limits_every_request_is_admitted_without_headers() -> None:
+    tenant = rate_limiter()
     for _ in range(1000):
         tenant.admit(10**9, 0.0).release_unused(5, 0.0)
     assert tenant.headers(0.0) == {}
     assert tenant.max_tokens is None
 
 
-def test_headers_tell_what_is_left_and_when_all_is_there_again() -> None:
-    tenant = limits(requests=60, tokens=6000)
+def test_headers_state_the_remaining_amount_and_the_time_to_reset() -> None:
+    tenant = rate_limiter(requests=60, tokens=6000)
     tenant.admit(1500, 0.0)
     assert tenant.headers(0.0) == {
         "x-ratelimit-limit-requests": "60",
@@ -93,8 +93,8 @@ def test_headers_tell_what_is_left_and_when_all_is_there_again() -> None:
     }
 
 
-def test_a_refusal_tells_the_headers_too() -> None:
-    tenant = limits(requests=1)
+def test_a_rejection_has_the_headers() -> None:
+    tenant = rate_limiter(requests=1)
     tenant.admit(1, 0.0)
     with pytest.raises(
         RateLimitExceeded, match=r"limit 1, requested 1.*try again in 1m0s"
@@ -103,10 +103,10 @@ def test_a_refusal_tells_the_headers_too() -> None:
     assert refused.value.headers["x-ratelimit-remaining-requests"] == "0"
 
 
-def test_routers_together_let_through_what_one_would() -> None:
-    routers = [limits(requests=10, n_routers=4) for _ in range(4)]
+def test_several_routers_together_admit_what_one_would() -> None:
+    routers = [rate_limiter(requests=10, n_routers=4) for _ in range(4)]
 
-    def let_through(now_s: float) -> int:
+    def count_admitted(now_s: float) -> int:
         count = 0
         for tenant in routers * 10:
             try:
@@ -116,13 +116,15 @@ def test_routers_together_let_through_what_one_would() -> None:
             count += 1
         return count
 
-    assert let_through(0.0) == 8  # of each 2.5, two: the halves are there six seconds later
-    assert sum(let_through(float(s)) for s in range(1, 61)) == pytest.approx(10, abs=2)
+    assert (
+        count_admitted(0.0) == 8
+    )  # two of 2.5 each; the remaining halves are complete after six seconds
+    assert sum(count_admitted(float(s)) for s in range(1, 61)) == pytest.approx(10, abs=2)
 
 
-def test_a_request_larger_than_a_router_s_part_goes_when_the_part_is_full() -> None:
-    tenant = limits(tokens=100, n_routers=4)
-    tenant.admit(90, 0.0)  # of 25: in debt by 65, at 25 a minute
+def test_a_request_larger_than_a_router_s_share_is_admitted_by_a_full_bucket() -> None:
+    tenant = rate_limiter(tokens=100, n_routers=4)
+    tenant.admit(90, 0.0)  # capacity 25: in debt by 65, refilled by 25 a minute
     with pytest.raises(RateLimitExceeded) as refused:
         tenant.admit(25, 0.0)
     assert refused.value.retry_after_s == MAX_RETRY_AFTER_S
@@ -131,8 +133,8 @@ def test_a_request_larger_than_a_router_s_part_goes_when_the_part_is_full() -> N
     tenant.admit(25, 216.0)
 
 
-def test_one_request_a_minute_over_several_routers_can_still_be_made() -> None:
-    tenant = limits(requests=1, n_routers=3)
+def test_one_request_a_minute_over_several_routers_is_admitted() -> None:
+    tenant = rate_limiter(requests=1, n_routers=3)
     tenant.admit(1, 0.0)
     with pytest.raises(RateLimitExceeded) as refused:
         tenant.admit(1, 0.0)
@@ -152,29 +154,29 @@ def test_one_request_a_minute_over_several_routers_can_still_be_made() -> None:
         (83.4, "1m23.4s"),
     ],
 )
-def test_durations_are_written_as_openai_does(seconds: float, text: str) -> None:
+def test_durations_have_the_format_of_openai(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
 @given(
     limit=st.integers(1, 1000),
-    takes=st.lists(st.tuples(st.integers(1, 1000), st.floats(0, 30)), max_size=60),
+    requests=st.lists(st.tuples(st.integers(1, 1000), st.floats(0, 30)), max_size=60),
 )
-def test_no_stretch_of_time_lets_through_more_than_it_earns_and_a_burst(
-    limit: int, takes: list[tuple[int, float]]
+def test_no_interval_admits_more_than_a_burst_and_its_refill(
+    limit: int, requests: list[tuple[int, float]]
 ) -> None:
-    bucket, now_s, taken = TokenBucket(limit, 0.0), 0.0, 0
-    for amount, pause_s in takes:
+    bucket, now_s, consumed = TokenBucket(limit, 0.0), 0.0, 0
+    for amount, pause_s in requests:
         now_s += pause_s
         if amount <= limit and not bucket.wait_s(amount, now_s):
             bucket.consume(amount, now_s)
-            taken += amount
-        assert taken <= limit + limit * now_s / 60 + 1e-3
+            consumed += amount
+        assert consumed <= limit + limit * now_s / 60 + 1e-3
         assert 0 <= bucket.remaining(now_s) <= limit
 
 
 @given(limit=st.integers(1, 1000), amount=st.integers(1, 1000), spent=st.integers(0, 1000))
-def test_after_the_wait_there_is_enough(limit: int, amount: int, spent: int) -> None:
+def test_after_the_wait_the_amount_is_available(limit: int, amount: int, spent: int) -> None:
     bucket = TokenBucket(limit, 0.0)
     bucket.consume(min(spent, limit), 0.0)
     assert bucket.wait_s(amount, bucket.wait_s(amount, 0.0) + 1e-3) == 0

@@ -1,4 +1,4 @@
-"""The tenants file and the keys, read again as they change, with the time passed in."""
+"""Reload of the tenants file and the keys, at times passed in."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ class Files:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
-    made = Files(tmp_path)
-    made.tenants("acme", "beta")
-    made.keys("acme", "a1")
-    made.keys("beta", "b1")
-    return made
+    files = Files(tmp_path)
+    files.tenants("acme", "beta")
+    files.keys("acme", "a1")
+    files.keys("beta", "b1")
+    return files
 
 
-def name_of(directory: TenantRegistry, key: str) -> str | None:
-    tenant = directory.authenticate(key)
+def name_of(registry: TenantRegistry, key: str) -> str | None:
+    tenant = registry.authenticate(key)
     return None if tenant is None else tenant.name
 
 
-def test_tenants_are_known_by_their_keys(files: Files) -> None:
+def test_tenants_are_authenticated_by_their_keys(files: Files) -> None:
     registry = TenantRegistry(files.path)
     assert [name_of(registry, key) for key in ("a1", "b1", "x", "")] == [
         "acme",
@@ -56,18 +56,18 @@ def test_tenants_are_known_by_their_keys(files: Files) -> None:
     ]
 
 
-def test_keys_are_read_again_when_that_is_due(files: Files) -> None:
+def test_keys_are_reloaded_after_the_refresh_interval(files: Files) -> None:
     registry = TenantRegistry(files.path, refresh_interval_s=1.0)
     assert not registry.refresh(0.0)
     files.keys("acme", "a2")
     assert not registry.refresh(0.9)
     assert name_of(registry, "a1") == "acme"
-    assert not registry.refresh(1.0)  # the tenants are the same
+    assert not registry.refresh(1.0)  # the tenants file is unchanged
     assert name_of(registry, "a1") is None  # revoked
     assert name_of(registry, "a2") == "acme"
 
 
-def test_tenants_come_and_go_with_the_file(files: Files) -> None:
+def test_tenants_are_added_and_removed_with_the_file(files: Files) -> None:
     registry = TenantRegistry(files.path)
     files.tenants("beta", "gamma", weight=3)
     files.keys("gamma", "g1")
@@ -76,7 +76,7 @@ def test_tenants_come_and_go_with_the_file(files: Files) -> None:
     assert registry.tenants["gamma"].weight == 3
 
 
-def test_a_file_that_cannot_be_used_ends_the_start(files: Files) -> None:
+def test_an_invalid_file_prevents_the_start(files: Files) -> None:
     files.path.write_text('{"version": 3}')
     with pytest.raises(
         RouterConfigError, match=r"FAASMOE_TENANTS_FILE: .*tenants.json: version: got 3"
@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_used_ends_the_start(files: Files) -> None:
         TenantRegistry(files.folder / "none.json")
 
 
-def test_a_file_that_is_damaged_later_changes_nothing_and_is_told_once(
+def test_a_file_damaged_later_keeps_the_last_version_and_is_logged_once(
     files: Files, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = TenantRegistry(files.path)
@@ -103,7 +103,7 @@ def test_a_file_that_is_damaged_later_changes_nothing_and_is_told_once(
     assert len(caplog.messages) == 2
 
 
-def test_a_damaged_key_leaves_that_tenant_s_keys_as_they_were(
+def test_an_invalid_key_keeps_the_last_keys_of_that_tenant(
     files: Files, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = TenantRegistry(files.path)
@@ -116,7 +116,7 @@ def test_a_damaged_key_leaves_that_tenant_s_keys_as_they_were(
     assert "a2" not in caplog.text.replace(str(files.folder), "")
 
 
-def test_keys_that_two_tenants_have_open_nothing(
+def test_a_key_of_two_tenants_authenticates_neither(
     files: Files, caplog: pytest.LogCaptureFixture
 ) -> None:
     files.keys("beta", "a1", "b1")

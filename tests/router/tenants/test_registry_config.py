@@ -16,8 +16,8 @@ def document(*tenants: Any, **fields: Any) -> bytes:
     return json.dumps({"version": 1, "model": "m", "tenants": list(tenants), **fields}).encode()
 
 
-def test_a_file_as_the_operator_writes_it_is_read() -> None:
-    given = {
+def test_reads_a_file_as_the_operator_writes_it() -> None:
+    value = {
         **ACME,
         "weight": 2,
         "priority": -1,
@@ -33,21 +33,21 @@ def test_a_file_as_the_operator_writes_it_is_read() -> None:
             "maxOutputTokens": 512,
         },
     }
-    (tenant,) = TenantsConfig.loads(document(given, routerReplicas=3)).tenants
+    (tenant,) = TenantsConfig.loads(document(value, routerReplicas=3)).tenants
     assert (tenant.name, str(tenant.keys_folder)) == ("acme", "/keys/acme")
     assert tenant.share() == Share(weight=2, priority=-1, max_running=16, max_queued=0)
     assert tenant.limits.max_output_tokens == 512
     assert tenant.share_prefix_cache_with == ["beta"]
 
 
-def test_what_is_left_out_is_without_limit() -> None:
+def test_absent_limits_are_unlimited() -> None:
     read = TenantsConfig.loads(document(ACME))
     assert read.router_replicas is None
     assert read.tenants[0].share() == Share()
     assert set(read.tenants[0].limits.model_dump().values()) == {None}
 
 
-def test_several_routers_have_their_parts_rounded_up() -> None:
+def test_limits_are_split_over_routers_and_rounded_up() -> None:
     limits = {"maxConcurrentRequests": 4, "maxQueuedRequests": 1}
     tenant = TenantConfig.model_validate({**ACME, "limits": limits})
     assert tenant.share(n_routers=3) == Share(max_running=2, max_queued=1)
@@ -70,7 +70,7 @@ def test_several_routers_have_their_parts_rounded_up() -> None:
         pytest.param(document({**ACME, "name": "A/B"}), "tenants[0].name: got 'A/B'", id="name"),
         pytest.param(
             document({**ACME, "keys": 1}),
-            "tenants[0].keys: got a field that is not known here",
+            "tenants[0].keys: got an unknown field",
             id="unknown",
         ),
         pytest.param(
@@ -84,7 +84,7 @@ def test_several_routers_have_their_parts_rounded_up() -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_told_by_its_field(content: bytes, message: str) -> None:
+def test_an_invalid_file_is_rejected_with_the_field(content: bytes, message: str) -> None:
     with pytest.raises(TenantsConfigError) as refused:
         TenantsConfig.loads(content)
     assert message in str(refused.value)

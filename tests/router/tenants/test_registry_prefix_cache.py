@@ -31,19 +31,19 @@ def groups(**names: list[str]) -> set[str]:
         ),
     ],
 )
-def test_prefixes_are_shared_only_where_all_agree(
+def test_prefixes_are_shared_only_by_mutual_consent(
     names: dict[str, list[str]], expected: set[str]
 ) -> None:
     assert groups(**names) == expected
 
 
 def test_a_group_with_other_members_is_another_group() -> None:
-    """Or who joins would find what was cached before it was let in."""
+    """Otherwise a new member could detect blocks that were cached before it joined."""
     before = prefix_cache_groups(tenants(a=["b"], b=["a"]))["a"]
     after = prefix_cache_groups(tenants(a=["b", "c"], b=["a", "c"], c=["a", "b"]))["a"]
     assert before != after
 
 
-def test_what_is_said_by_one_only_is_found() -> None:
-    given = tenants(a=["b"], b=[], c=["x"])
-    assert one_sided_sharing(given, prefix_cache_groups(given)) == [("a", "b"), ("c", "x")]
+def test_one_sided_sharing_is_reported() -> None:
+    config = tenants(a=["b"], b=[], c=["x"])
+    assert one_sided_sharing(config, prefix_cache_groups(config)) == [("a", "b"), ("c", "x")]

@@ -1,4 +1,4 @@
-"""Tenants' endpoints by real HTTP: who is let in, and what a tenant's requests are made of."""
+"""Tenants' endpoints over HTTP: authentication, and each tenant's model settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from faasmoe_router.engine.cache_config import TOKENS_PER_PAGE
+from faasmoe_router.engine.batcher import TOKENS_PER_PAGE
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 
 MESSAGES: list[Any] = [{"role": "user", "content": "the quick brown fox"}]
@@ -33,7 +33,7 @@ def router(open_router: Any) -> Iterator[Any]:
         yield running
 
 
-def test_a_tenant_is_served_at_its_own_path_and_by_its_key(router: Any) -> None:
+def test_a_tenant_is_served_at_its_own_path_and_at_the_root(router: Any) -> None:
     for path in ("", "/acme"):
         with router.client("acme", path=path) as client:
             answer = client.chat.completions.create(**CHAT)
@@ -60,7 +60,7 @@ def test_a_tenant_is_served_at_its_own_path_and_by_its_key(router: Any) -> None:
         pytest.param("/openapi.json?{}", None, id="schema"),
     ],
 )
-def test_who_cannot_be_told_is_refused_in_the_same_words(
+def test_every_unauthenticated_request_gets_the_same_response(
     router: Any, verb: str, path: str, key: str | None
 ) -> None:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -92,58 +92,58 @@ def test_the_openai_client_raises_its_authentication_error(router: Any) -> None:
 @pytest.mark.parametrize(
     "header", ["Basic YWNtZS1rZXk=", "acme-key", "Bearer", "bearer  wrong", "Bearer acme-key x"]
 )
-def test_other_authorization_is_none(router: Any, header: str) -> None:
+def test_other_authorization_headers_are_rejected(router: Any, header: str) -> None:
     response = httpx.get(f"{router.url}/v1/models", headers={"Authorization": header})
     assert response.status_code == 401
 
 
-def test_the_scheme_s_case_does_not_matter(router: Any) -> None:
+def test_the_authorization_scheme_is_case_insensitive(router: Any) -> None:
     headers = {"Authorization": "bearer acme-key"}
     assert httpx.get(f"{router.url}/v1/models", headers=headers).status_code == 200
 
 
-def test_bytes_that_are_no_text_are_a_wrong_key(router: Any) -> None:
+def test_bytes_that_are_not_utf_8_are_an_unknown_key(router: Any) -> None:
     headers = {b"Authorization": b"Bearer \xff\xfe\x80"}
     assert httpx.get(f"{router.url}/v1/models", headers=headers).status_code == 401
 
 
 @pytest.mark.parametrize("path", ["/health", "/ping", "/version", "/metrics"])
-def test_machines_ask_without_a_key_and_not_below_a_public_path(router: Any, path: str) -> None:
+def test_health_and_metrics_need_no_key_and_are_only_at_the_root(router: Any, path: str) -> None:
     assert router.get(path).status_code == 200
     assert router.get(f"/acme{path}").status_code == 401
     assert router.get(f"/v1{path}", key="acme-key").status_code == 404
 
 
-def test_refusals_are_the_same_and_look_at_every_key_whatever_is_wrong(
+def test_rejections_are_identical_and_compare_every_key(
     router: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted, not timed: what a refusal costs must not tell what was wrong."""
+    """Counts comparisons rather than time: the cost of a rejection must not reveal its reason."""
     cases = {
         "missing": ("/v1/models", {}),
         "wrong": ("/v1/models", {"Authorization": "Bearer wrong-key"}),
         "other": ("/acme/v1/models", {"Authorization": "Bearer beta-key"}),
         "unknown": ("/nobody/v1/models", {"Authorization": "Bearer beta-key"}),
     }
-    compare, n_looks = hmac.compare_digest, 0
+    compare, n_comparisons = hmac.compare_digest, 0
 
     def counted(one: Any, other: Any) -> bool:
-        nonlocal n_looks
-        n_looks += 1
+        nonlocal n_comparisons
+        n_comparisons += 1
         return compare(one, other)
 
     monkeypatch.setattr(hmac, "compare_digest", counted)
     answers = []
     for path, headers in cases.values():
-        n_looks = 0
+        n_comparisons = 0
         answer = httpx.get(f"{router.url}{path}", headers=headers)
         output = {n: v for n, v in answer.headers.items() if n not in ("date", "x-request-id")}
-        answers.append((answer.status_code, answer.content, output, n_looks))
+        answers.append((answer.status_code, answer.content, output, n_comparisons))
     assert answers == [answers[0]] * len(cases)
     assert answers[0][0] == 401
-    assert answers[0][-1] == 2  # a key of each tenant
+    assert answers[0][-1] == 2  # one key of each tenant
 
 
-def test_the_model_may_be_called_by_its_alias(router: Any) -> None:
+def test_the_model_is_served_under_its_alias(router: Any) -> None:
     with router.client("acme") as client:
         assert [model.id for model in client.models.list()] == ["tiny", "acme-chat"]
         assert client.models.retrieve("acme-chat").id == "acme-chat"
@@ -158,40 +158,44 @@ def test_the_model_may_be_called_by_its_alias(router: Any) -> None:
             client.models.retrieve("acme-chat")
 
 
-def test_models_tell_how_long_this_tenant_s_requests_may_be(router: Any) -> None:
+def test_models_report_the_tenant_s_model_length(router: Any) -> None:
     for name, length in (("acme", 100), ("beta", 256)):
         described = router.get("/v1/models/tiny", key=f"{name}-key").json()
         assert described["max_model_len"] == length
 
 
-def test_the_system_prompt_stands_before_conversations_without_one(
-    router: Any, codec: ModelTokenizer, greedy: Callable[[tuple[int, ...], int], list[int]]
+def test_the_system_prompt_is_prepended_to_conversations_without_one(
+    router: Any,
+    model_tokenizer: ModelTokenizer,
+    greedy: Callable[[tuple[int, ...], int], list[int]],
 ) -> None:
     def expected(*messages: dict[str, str]) -> str:
-        return codec.decode(greedy(tuple(codec.encode_chat(messages)), 6))
+        return model_tokenizer.decode(greedy(tuple(model_tokenizer.encode_chat(messages)), 6))
 
     default = {"role": "system", "content": PROMPT}
     own = {"role": "system", "content": "Be brief."}
     with router.client("acme") as acme, router.client("beta") as beta:
         answer = acme.chat.completions.create(**CHAT)
         assert answer.choices[0].message.content == expected(default, *MESSAGES)
-        assert answer.usage.prompt_tokens == len(codec.encode_chat([default, *MESSAGES]))
+        assert answer.usage.prompt_tokens == len(model_tokenizer.encode_chat([default, *MESSAGES]))
         answer = acme.chat.completions.create(**{**CHAT, "messages": [own, *MESSAGES]})
         assert answer.choices[0].message.content == expected(own, *MESSAGES)
         answer = beta.chat.completions.create(**CHAT)
         assert answer.choices[0].message.content == expected(*MESSAGES)
 
 
-def test_a_chat_is_tokenised_as_it_would_be_answered(router: Any, codec: ModelTokenizer) -> None:
+def test_a_chat_is_tokenised_with_the_system_prompt(
+    router: Any, model_tokenizer: ModelTokenizer
+) -> None:
     default = {"role": "system", "content": PROMPT}
     chat = {"prompt": None, "messages": MESSAGES}
     found = router.post("/v1/tokenize", key="acme-key", **chat).json()["tokens"]
-    assert found == codec.encode_chat([default, *MESSAGES])
+    assert found == model_tokenizer.encode_chat([default, *MESSAGES])
     found = router.post("/v1/tokenize", key="beta-key", **chat).json()["tokens"]
-    assert found == codec.encode_chat(MESSAGES)
+    assert found == model_tokenizer.encode_chat(MESSAGES)
 
 
-def test_cached_tokens_are_those_of_the_tenant_s_own_prompts(open_router: Any) -> None:
+def test_cached_tokens_are_of_the_tenant_s_own_prompts(open_router: Any) -> None:
     prompt = "the quick brown fox jumps over the lazy dog " * 5
 
     def cached(router: Any, tenant: str, **asked: Any) -> int:
@@ -208,7 +212,7 @@ def test_cached_tokens_are_those_of_the_tenant_s_own_prompts(open_router: Any) -
             return int(last.usage.prompt_tokens_details.cached_tokens)
 
     with open_router({"acme": {}, "beta": {}}) as router:
-        assert cached(router, "acme", n=3) == 0  # of its own choices, whichever came first
+        assert cached(router, "acme", n=3) == 0  # its own choices share no cached prefix
         again = cached(router, "acme")
         assert 0 < again < router.complete("acme", prompt=prompt).json()["usage"]["prompt_tokens"]
         assert again % TOKENS_PER_PAGE == 0
@@ -224,7 +228,7 @@ def test_cached_tokens_are_those_of_the_tenant_s_own_prompts(open_router: Any) -
         assert queries == sample("vllm:prompt_tokens_total", {"model_name": "tiny"})
 
 
-def test_the_schema_says_that_a_key_is_needed(router: Any) -> None:
+def test_the_openapi_schema_requires_a_key(router: Any) -> None:
     schema = router.get("/openapi.json", key="acme-key").json()
     assert schema["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     for path, methods in schema["paths"].items():
@@ -234,13 +238,13 @@ def test_the_schema_says_that_a_key_is_needed(router: Any) -> None:
             assert ("security" in operation) != is_probe
 
 
-def test_a_wrong_message_is_named_by_its_own_place(router: Any) -> None:
+def test_an_invalid_message_is_named_by_its_own_index(router: Any) -> None:
     with router.client("acme") as client, pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(**{**CHAT, "messages": [{"role": "user", "content": None}]})
     assert refused.value.param == "messages[0].content"
 
 
-def test_a_tenant_s_context_is_its_own(router: Any) -> None:
+def test_a_tenant_s_model_length_is_enforced(router: Any) -> None:
     long = "the quick brown fox " * 12
     with router.client("acme") as client, pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="tiny", prompt=long, max_tokens=2)
@@ -250,7 +254,7 @@ def test_a_tenant_s_context_is_its_own(router: Any) -> None:
         assert client.completions.create(model="tiny", prompt=long, max_tokens=2).choices
 
 
-def test_a_tenant_s_output_is_bounded(router: Any) -> None:
+def test_a_tenant_s_output_length_is_enforced(router: Any) -> None:
     with router.client("acme") as client:
         with pytest.raises(openai.BadRequestError) as refused:
             client.chat.completions.create(**{**CHAT, "max_tokens": 21})
@@ -260,7 +264,7 @@ def test_a_tenant_s_output_is_bounded(router: Any) -> None:
         assert answer.usage.completion_tokens == 20
 
 
-def test_every_endpoint_stands_under_a_tenant_s_path(router: Any) -> None:
+def test_every_endpoint_is_served_below_a_tenant_s_path(router: Any) -> None:
     for prefix in ("/v1", "/acme/v1"):
         answer = router.post(f"{prefix}/tokenize", key="acme-key", model="acme-chat")
         assert answer.json()["max_model_len"] == 100
@@ -271,14 +275,16 @@ def test_every_endpoint_stands_under_a_tenant_s_path(router: Any) -> None:
     assert router.post("/tokenize", key=None).status_code == 401
 
 
-def test_a_request_id_stays(router: Any) -> None:
+def test_a_request_id_is_returned(router: Any) -> None:
     for key in ("acme-key", "wrong"):
         headers = {"Authorization": f"Bearer {key}", "X-Request-Id": "mine-7"}
         response = httpx.get(f"{router.url}/acme/v1/models", headers=headers)
         assert response.headers["x-request-id"] == "mine-7"
 
 
-def test_nothing_of_a_key_is_told(router: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_appear_in_no_log_metric_or_repr(
+    router: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     router.post("/v1/completions", key="sk-very-secret")
     router.complete("acme")
     output = caplog.text + router.get("/metrics").text + repr(router.tenancy.__dict__)

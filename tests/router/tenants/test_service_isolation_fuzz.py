@@ -1,4 +1,4 @@
-"""Whatever one tenant sends is answered as the OpenAPI says, with nothing of another in it."""
+"""Fuzzed requests of one tenant get responses of the OpenAPI schema without other tenants' data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-SLOWEST_S = 20.0
+DEADLINE_S = 20.0
 N_CASES = 6
 N_PATHS = 60
 SECRETS = ("beta", "Bravo", "verse")
@@ -39,19 +39,19 @@ def router(open_router: Any) -> Iterator[Any]:
         yield running
 
 
-def _tells_nothing(response: httpx.Response, *, sent: str) -> None:
-    told = f"{response.text}\n{response.headers}"
-    assert not [secret for secret in SECRETS if secret in told and secret not in sent]
+def _assert_no_secret(response: httpx.Response, *, sent: str) -> None:
+    received = f"{response.text}\n{response.headers}"
+    assert not [secret for secret in SECRETS if secret in received and secret not in sent]
 
 
-def test_requests_of_the_apps_own_openapi(router: Any) -> None:
+def test_requests_generated_from_the_openapi_schema(router: Any) -> None:
     key = {"Authorization": "Bearer acme-key"}
     url = f"{router.url}/openapi.json"
     schema = schemathesis.openapi.from_url(url, headers=key)
     for found in schema.get_all_operations():
         operation: Any = found.ok()  # type: ignore[union-attr]
         if operation.path == "/metrics":
-            continue  # which is for machines, and tells of all
+            continue  # serves the metrics of all tenants
         _send_cases(operation, key)
     assert router.complete("acme").status_code == 200
     assert router.usage("beta")["requests"]["completed"] == 1
@@ -64,8 +64,8 @@ def _send_cases(operation: Any, key: dict[str, str]) -> None:
         if ours and isinstance(case.body, dict):
             case.body = {**case.body, "model": "tiny", "max_tokens": 2}
         case.headers = {**(case.headers or {}), **key}
-        response = case.call(timeout=SLOWEST_S)
-        _tells_nothing(response, sent=f"{case.body!r}{case.path_parameters!r}")
+        response = case.call(timeout=DEADLINE_S)
+        _assert_no_secret(response, sent=f"{case.body!r}{case.path_parameters!r}")
         case.validate_response(
             response, checks=[status_code_conformance, response_schema_conformance]
         )
@@ -89,9 +89,9 @@ PATHS = st.one_of(
 )
 
 
-def test_no_path_leads_to_another_tenant(router: Any) -> None:
+def test_no_path_reaches_another_tenant(router: Any) -> None:
     headers = {"Authorization": "Bearer acme-key"}
-    with httpx.Client(headers=headers, timeout=SLOWEST_S) as http:
+    with httpx.Client(headers=headers, timeout=DEADLINE_S) as http:
 
         @settings(FUZZ, max_examples=N_PATHS)
         @given(path=PATHS)
@@ -101,6 +101,6 @@ def test_no_path_leads_to_another_tenant(router: Any) -> None:
             assert response.status_code in (200, 307, 401, 404, 405)
             if response.status_code == 200 and "tenant" in response.json():
                 assert response.json()["tenant"] == "acme"
-            _tells_nothing(response, sent=path)
+            _assert_no_secret(response, sent=path)
 
         send()

@@ -1,4 +1,4 @@
-"""Keys rotated while clients call: nobody is refused who holds a key that is in force."""
+"""Key rotation under load: no client with a valid key is rejected."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ def test_keys_are_rotated_under_load_without_a_failed_request(
         clients = [pool.submit(call) for _ in range(N_CLIENTS)]
         for number in range(N_ROTATIONS):
             old, new = current[0], f"acme-key-{number}"
-            router.files.keys("acme", old, new)  # both, until the clients have the new one
+            router.files.keys("acme", old, new)  # both are valid until the clients use the new one
             wait_for(new, 200)
             current[0] = new
-            wait_for_answers(len(statuses) + 2 * N_CLIENTS)  # by then no call has the old one
+            wait_for_answers(
+                len(statuses) + 2 * N_CLIENTS
+            )  # no call in flight uses the old one any more
             router.files.keys("acme", new)
             wait_for(old, 401)
         done.set()

@@ -1,4 +1,4 @@
-"""`python -m faasmoe_router` with tenants: expert functions in a sandbox, accounts in a folder."""
+"""`python -m faasmoe_router` with tenants, expert functions in a sandbox and a state folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sandbox_processes import StartSandbox, block_specs
 from faasmoe_contracts.parent_death import PARENT_PID_ENV
 from faasmoe_contracts.routing_table import RoutingTable
 from faasmoe_contracts.store import Store
-from faasmoe_router.checkpoint import prepare
+from faasmoe_router.checkpoint.prepare import prepare
 
 DEADLINE_S = 60.0
 TOKEN = "secret"
@@ -60,7 +60,7 @@ def tenants(tmp_path: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """A router process that serves."""
+    """A running router process."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -118,7 +118,7 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
             time.sleep(0.05)
 
 
-def test_what_functions_cost_is_shared_out_to_the_last_and_kept(
+def test_function_cost_is_attributed_to_tenants_and_persisted(
     store: Store, table: RoutingTable, tenants: Path, tmp_path: Path, until: Until
 ) -> None:
     (tmp_path / "table.json").write_text(json.dumps(table.to_json()))
@@ -132,33 +132,33 @@ def test_what_functions_cost_is_shared_out_to_the_last_and_kept(
         assert router.complete("acme", max_tokens=60).status_code == 200
         assert router.complete("beta").status_code == 200
         assert router.sum_of("faasmoe_router_local_computations_total") == 0
-        # Every call is over, so all that they cost is shared out within a second or two.
-        for what in ("seconds", "gb_seconds"):
-            until(partial(_is_shared_out, router, what))
+        # Every call is over, so the whole cost is attributed within a second or two.
+        for unit in ("seconds", "gb_seconds"):
+            until(partial(_is_attributed, router, unit))
         before = router.get("/v1/usage").json()
         assert (
             before["expert_gb_seconds"]
             > router.get("/v1/usage", tenant="beta").json()["expert_gb_seconds"]
         )
-    kept = json.loads((tmp_path / "state" / "usage.json").read_text())["tenants"]["acme"]
-    assert kept["generated_tokens"] == before["completion_tokens"] == 60
-    # Not compared with `before`: a call may have been counted between the two readings of it.
-    assert kept["cost"]["seconds"] >= before["expert_seconds"]
+    saved = json.loads((tmp_path / "state" / "usage.json").read_text())["tenants"]["acme"]
+    assert saved["generated_tokens"] == before["completion_tokens"] == 60
+    # Not equal to `before`, because another call may have been counted since.
+    assert saved["cost"]["seconds"] >= before["expert_seconds"]
     with running(store, log, **settings) as router:
         after = router.get("/v1/usage").json()
-    assert after["expert_seconds"] == pytest.approx(kept["cost"]["seconds"])
-    assert after["expert_gb_seconds"] == pytest.approx(kept["cost"]["gb_seconds"])
+    assert after["expert_seconds"] == pytest.approx(saved["cost"]["seconds"])
+    assert after["expert_gb_seconds"] == pytest.approx(saved["cost"]["gb_seconds"])
     assert after["completion_tokens"] == 60
     assert "acme-key" not in log.read_text()
 
 
-def _is_shared_out(router: Router, what: str) -> bool:
-    spent = router.sum_of(f"faasmoe_router_expert_{what}_total")
-    shared = router.sum_of(f"faasmoe_tenant_expert_{what}_total")
-    return spent > 0 and abs(spent - shared) < 1e-9 + 1e-6 * spent
+def _is_attributed(router: Router, unit: str) -> bool:
+    total = router.sum_of(f"faasmoe_router_expert_{unit}_total")
+    attributed = router.sum_of(f"faasmoe_tenant_expert_{unit}_total")
+    return total > 0 and abs(total - attributed) < 1e-9 + 1e-6 * total
 
 
-def test_the_control_plane_is_told_how_many_keys_there_are(
+def test_load_reports_contain_the_tenants_key_counts(
     store: Store, table: RoutingTable, tenants: Path, tmp_path: Path, until: Until
 ) -> None:
     (tmp_path / "acme" / "second").write_text("another")
@@ -171,7 +171,7 @@ def test_the_control_plane_is_told_how_many_keys_there_are(
             until(lambda: control.load_reports[-1]["tenants"] == {"acme": 2, "beta": 0})
 
 
-def test_what_tenants_used_is_told_to_the_last_token_and_heard_of_others(
+def test_usage_is_reported_to_the_last_token_and_includes_other_routers(
     store: Store, table: RoutingTable, tenants: Path, tmp_path: Path, until: Until
 ) -> None:
     with FakeControl(table, token=TOKEN).running() as control:
@@ -188,7 +188,7 @@ def test_what_tenants_used_is_told_to_the_last_token_and_heard_of_others(
         assert len({body["book"] for body in control.usage_reports}) == 1
 
 
-def test_a_tenants_file_that_cannot_be_used_ends_the_process_with_one_line(
+def test_an_invalid_tenants_file_ends_the_process_with_one_line(
     store: Store, tmp_path: Path
 ) -> None:
     path = tmp_path / "tenants.json"

@@ -1,4 +1,4 @@
-"""Limits by real HTTP: what is refused, how, and what the headers say meanwhile."""
+"""Quotas over HTTP: rejections, their headers, and requests that wait."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import pytest
 Until = Callable[[Callable[[], bool]], None]
 
 
-def test_requests_per_minute_are_counted_told_and_refused(open_router: Any) -> None:
+def test_requests_per_minute_are_limited_and_reported_in_headers(open_router: Any) -> None:
     with (
         open_router({"acme": {"limits": {"requestsPerMinute": 2}}, "beta": {}}) as router,
         router.client("acme") as client,
     ):
         raw = client.completions.with_raw_response
-        for left in ("1", "0"):
+        for remaining in ("1", "0"):
             headers = raw.create(model="tiny", prompt="a", max_tokens=1).headers
             assert headers["x-ratelimit-limit-requests"] == "2"
-            assert headers["x-ratelimit-remaining-requests"] == left
+            assert headers["x-ratelimit-remaining-requests"] == remaining
             assert headers["x-ratelimit-reset-requests"].endswith("s")
             assert "x-ratelimit-limit-tokens" not in headers
         with pytest.raises(openai.RateLimitError) as refused:
@@ -36,19 +36,21 @@ def test_requests_per_minute_are_counted_told_and_refused(open_router: Any) -> N
         assert 25 <= int(response.headers["retry-after"]) <= 30
         assert response.headers["x-ratelimit-remaining-requests"] == "0"
         assert "Rate limit reached on requests per minute" in refused.value.message
-        assert client.models.list().data  # asking for nothing costs nothing
+        assert client.models.list().data  # other endpoints are not limited
         assert router.complete("beta").status_code == 200
         assert "x-ratelimit-limit-requests" not in router.complete("beta").headers
 
 
-def test_tokens_are_reserved_and_settled(open_router: Any) -> None:
+def test_tokens_are_reserved_and_unused_ones_returned(open_router: Any) -> None:
     with open_router({"acme": {"limits": {"tokensPerMinute": 300}}}) as router:
         answer = router.complete("acme", max_tokens=200)
         usage = answer.json()["usage"]
-        left = int(router.complete("acme", max_tokens=1).headers["x-ratelimit-remaining-tokens"])
+        remaining = int(
+            router.complete("acme", max_tokens=1).headers["x-ratelimit-remaining-tokens"]
+        )
         n_prompt = usage["prompt_tokens"]
         expected = 300 - usage["total_tokens"] - n_prompt - 1
-        assert expected <= left <= expected + 20  # what the seconds since have brought back
+        assert expected <= remaining <= expected + 20  # refilled in the meantime
         refused = router.complete("acme", max_tokens=200)
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "rate_limit_exceeded"
@@ -56,7 +58,7 @@ def test_tokens_are_reserved_and_settled(open_router: Any) -> None:
         assert 1 <= int(refused.headers["retry-after"]) <= 120
 
 
-def test_a_stop_gives_back_what_was_not_generated(open_router: Any) -> None:
+def test_a_stop_string_returns_the_tokens_that_were_not_generated(open_router: Any) -> None:
     with open_router({"acme": {"limits": {"tokensPerMinute": 300}}}) as router:
         text = router.complete("acme", max_tokens=20).json()["choices"][0]["text"]
         stop = text[2:4]
@@ -66,18 +68,18 @@ def test_a_stop_gives_back_what_was_not_generated(open_router: Any) -> None:
             assert answer.json()["usage"]["completion_tokens"] < 20
 
 
-def test_a_request_that_could_never_fit_is_a_400(open_router: Any) -> None:
+def test_a_request_above_the_limit_is_a_bad_request(open_router: Any) -> None:
     with open_router({"acme": {"limits": {"tokensPerMinute": 100}}}) as router:
         refused = router.complete("acme", max_tokens=150)
         assert refused.status_code == 400
         assert refused.json()["error"]["type"] == "invalid_request_error"
         assert "your limit is 100 tokens per minute" in refused.json()["error"]["message"]
-        # What leaves its length open is given what fits.
+        # A request without max_tokens gets what fits.
         answer = router.complete("acme", max_tokens=None)
         assert answer.json()["usage"]["total_tokens"] == 100
 
 
-def test_a_refused_request_reserves_nothing(open_router: Any) -> None:
+def test_an_invalid_request_reserves_nothing(open_router: Any) -> None:
     with open_router({"acme": {"limits": {"tokensPerMinute": 100}}}) as router:
         assert router.complete("acme", max_tokens=5, temperature=9).status_code == 400
         headers = router.complete("acme", max_tokens=5).headers
@@ -97,9 +99,7 @@ def test_two_routers_split_the_limits(open_router: Any) -> None:
         assert second.complete("acme").status_code == 200
 
 
-def test_the_tenants_file_may_tell_how_many_routers_there_are(
-    open_router: Any, until: Until
-) -> None:
+def test_the_tenants_file_may_state_the_number_of_routers(open_router: Any, until: Until) -> None:
     acme = {"acme": {"limits": {"requestsPerMinute": 8}}}
     with open_router(acme, n_routers=1, document={"routerReplicas": 4}) as router:
         answers = [router.complete("acme").status_code for _ in range(4)]
@@ -109,19 +109,19 @@ def test_the_tenants_file_may_tell_how_many_routers_there_are(
         assert router.complete("acme").status_code == 200
 
 
-def never_finish(router: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Let batches go on only when the event is set."""
-    go, forward = threading.Event(), router.engine._model.forward
+def pause_batches(router: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Block every batch until the returned event is set."""
+    resume, forward = threading.Event(), router.engine._model.forward
 
     def slow(*args: Any, **kwargs: Any) -> Any:
-        go.wait(20)
+        resume.wait(20)
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(router.engine._model, "forward", slow)
-    return go
+    return resume
 
 
-def test_concurrent_requests_wait_and_more_are_refused(
+def test_requests_above_the_concurrency_wait_and_more_are_rejected(
     open_router: Any, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = {"maxConcurrentRequests": 2, "maxQueuedRequests": 1}
@@ -129,7 +129,7 @@ def test_concurrent_requests_wait_and_more_are_refused(
         open_router({"acme": {"limits": limits}, "beta": {}}, max_num_seqs=8) as router,
         ThreadPoolExecutor(4) as pool,
     ):
-        go = never_finish(router, monkeypatch)
+        resume = pause_batches(router, monkeypatch)
         answers = [pool.submit(router.complete, "acme") for _ in range(3)]
         until(lambda: router.engine.sequence_counts("acme") == (2, 1))
         assert router.metric("running_sequences", tenant="acme") == 2
@@ -140,37 +140,37 @@ def test_concurrent_requests_wait_and_more_are_refused(
         assert refused.headers["retry-after"] == "1"
         other = pool.submit(router.complete, "beta")
         until(lambda: router.engine.sequence_counts("beta") == (1, 0))
-        go.set()
+        resume.set()
         assert {a.result().status_code for a in [*answers, other]} == {200}
         assert router.usage("acme")["requests"]["limited"] == 1
 
 
-def test_a_flood_fills_its_own_part_of_the_queue_only(
+def test_a_flood_fills_only_its_own_share_of_the_queue(
     open_router: Any, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
         open_router({"flood": {}, "quiet": {}}, max_num_seqs=2, max_waiting=8) as router,
         ThreadPoolExecutor(24) as pool,
     ):
-        go = never_finish(router, monkeypatch)
+        resume = pause_batches(router, monkeypatch)
         flood = [pool.submit(router.complete, "flood") for _ in range(20)]
         until(lambda: router.engine.sequence_counts("flood") == (2, 4))
         until(lambda: router.usage("flood")["requests"]["limited"] == 14)
         quiet = pool.submit(router.complete, "quiet")
         until(lambda: sum(router.engine.sequence_counts("quiet")) == 1)
-        go.set()
+        resume.set()
         assert quiet.result().status_code == 200
         statuses = [answer.result().status_code for answer in flood]
         assert (statuses.count(200), statuses.count(429)) == (6, 14)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_hangs_up_gives_its_place_and_its_tokens_back(
+def test_a_disconnected_client_releases_its_slot_and_its_tokens(
     open_router: Any, until: Until, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     limits = {"maxConcurrentRequests": 1, "tokensPerMinute": 1000}
     with open_router({"acme": {"limits": limits}}) as router:
-        go = never_finish(router, monkeypatch)
+        resume = pause_batches(router, monkeypatch)
         headers = {"Authorization": "Bearer acme-key"}
         body = {"model": "tiny", "prompt": "a", "max_tokens": 200, "stream": stream}
         with ExitStack() as stack:
@@ -184,23 +184,23 @@ def test_who_hangs_up_gives_its_place_and_its_tokens_back(
                             f"{router.url}/v1/completions", json=body, headers=headers, timeout=0.3
                         )
         until(lambda: router.engine.sequence_counts("acme") == (0, 0))
-        go.set()
+        resume.set()
         until(lambda: router.usage("acme")["requests"]["cancelled"] == 3)
         answer = router.complete("acme", max_tokens=5)
         assert int(answer.headers["x-ratelimit-remaining-tokens"]) > 900
 
 
-def test_the_end_of_the_server_ends_who_waits(
+def test_waiting_requests_fail_when_the_server_shuts_down(
     open_router: Any, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
         open_router({"acme": {}}, max_num_seqs=1) as router,
         ThreadPoolExecutor(3) as pool,
     ):
-        go = never_finish(router, monkeypatch)
+        resume = pause_batches(router, monkeypatch)
         answers = [pool.submit(router.complete, "acme") for _ in range(3)]
         until(lambda: router.engine.sequence_counts("acme") == (1, 2))
         router.server.should_exit = True
         bodies = [json.loads(answer.result().content) for answer in answers]
-        go.set()
+        resume.set()
         assert {body["error"]["type"] for body in bodies} == {"server_error"}

@@ -1,4 +1,4 @@
-"""Accounts by real HTTP: what a tenant has used, told to it and to Prometheus, across restarts."""
+"""Usage over HTTP: the usage endpoint, Prometheus metrics, cost attribution and restarts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from faasmoe_contracts.usage import ClusterTotals, UsageRecord
+
 Until = Callable[[Callable[[], bool]], None]
 
 
-def test_an_account_adds_up_what_the_answers_said(open_router: Any) -> None:
+def test_usage_is_the_sum_of_the_responses(open_router: Any) -> None:
     with open_router({"acme": {}, "beta": {}}) as router:
         answers = [router.complete("acme", n=2, max_tokens=n).json()["usage"] for n in (3, 5)]
         router.complete("beta", max_tokens=1)
@@ -26,24 +28,24 @@ def test_an_account_adds_up_what_the_answers_said(open_router: Any) -> None:
         assert router.usage("beta")["completion_tokens"] == 1
 
 
-def test_what_was_used_through_other_routers_is_told_too(open_router: Any) -> None:
+def test_usage_includes_other_routers(open_router: Any) -> None:
     with open_router({"acme": {}, "beta": {}}) as router:
         router.complete("acme", max_tokens=3)
         alone = router.usage("acme")
         assert alone["others_as_of"] is None
         cluster_usage = router.tenancy.cluster_usage
-        told = {"acme": {"generated_tokens": 3}}
-        totals = {"acme": {"generated_tokens": 10, "completed": 4}}
-        cluster_usage.apply_cluster_totals(totals, reported=told, since_s=90.0, now_s=120.5)
+        reported = {"acme": UsageRecord(generated_tokens=3)}
+        totals = ClusterTotals(90.0, {"acme": UsageRecord(generated_tokens=10, completed=4)})
+        cluster_usage.apply_cluster_totals(totals, reported=reported, now_s=120.5)
         found = router.usage("acme")
         assert found["completion_tokens"] == 10
         assert found["requests"]["completed"] == 5
         assert (found["since"], found["others_as_of"]) == (90, 120)
         assert router.usage("beta")["completion_tokens"] == 0
-        assert router.metric("generated_tokens_total", tenant="acme") == 3  # of this router
+        assert router.metric("generated_tokens_total", tenant="acme") == 3  # through this router
 
 
-def test_prometheus_is_told_by_tenant(open_router: Any) -> None:
+def test_metrics_are_labelled_with_the_tenant_and_no_function(open_router: Any) -> None:
     with open_router({"acme": {}}) as router:
         usage = router.complete("acme", max_tokens=3).json()["usage"]
         assert router.metric("prompt_tokens_total", tenant="acme") == usage["prompt_tokens"]
@@ -55,9 +57,7 @@ def test_prometheus_is_told_by_tenant(open_router: Any) -> None:
         assert not any("function" in line or "layer" in line for line in labelled)
 
 
-def test_cost_is_shared_by_the_tokens_that_were_computed_and_sums(
-    open_router: Any, until: Until
-) -> None:
+def test_cost_is_attributed_by_computed_tokens_and_adds_up(open_router: Any, until: Until) -> None:
     with open_router({"acme": {}, "beta": {}}) as router:
         router.complete("acme", max_tokens=60)
         router.complete("beta", max_tokens=20)
@@ -67,15 +67,14 @@ def test_cost_is_shared_by_the_tokens_that_were_computed_and_sums(
 
         until(lambda: cost("acme") > 0)
         until(lambda: cost("beta") > 0)
-        accounts = router.tenancy._usage
-        shared = sum(account.cost.gb_seconds for _, account in accounts)
-        assert shared + accounts._unattributed.gb_seconds == pytest.approx(
-            accounts.total_cost.gb_seconds
-        )
-        assert shared <= accounts.total_cost.gb_seconds
+        usage = router.usage_counters
+        attributed = sum(tenant.cost.gb_seconds for _, tenant in usage)
+        unattributed = usage.to_json()["pending"]["gb_seconds"]
+        assert attributed + unattributed == pytest.approx(usage.total_cost.gb_seconds)
+        assert attributed <= usage.total_cost.gb_seconds
 
 
-def test_a_failed_request_and_a_refused_one_are_told_apart(
+def test_failed_requests_are_counted_apart_from_completed_ones(
     open_router: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = {"requestsPerMinute": 2}
@@ -92,7 +91,7 @@ def test_a_failed_request_and_a_refused_one_are_told_apart(
         assert (requests["completed"], requests["failed"]) == (1, 1)
 
 
-def test_accounts_outlive_the_router(open_router: Any, tmp_path: Path) -> None:
+def test_usage_survives_a_restart_of_the_router(open_router: Any, tmp_path: Path) -> None:
     with open_router({"acme": {}}, state_dir=tmp_path) as router:
         router.complete("acme", max_tokens=7)
         before = router.usage("acme")

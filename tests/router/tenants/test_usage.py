@@ -1,4 +1,4 @@
-"""What is shared out sums to what was spent, and what is kept is what was."""
+"""Cost attribution adds up to the total cost, and usage survives restarts."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ LAYERS = [SimpleNamespace(expert_bytes=1e9), SimpleNamespace(expert_bytes=2e9)]
 STORE = cast(Store, SimpleNamespace(manifest=SimpleNamespace(layers=LAYERS)))
 
 
-def test_cost_is_shared_in_proportion_to_tokens() -> None:
-    accounts = RouterUsage(0.0)
-    accounts.attribute_cost(FunctionCost(8.0, 4.0), {"a": 3, "b": 1})
-    assert accounts.for_tenant("a").cost == FunctionCost(6.0, 3.0)
-    assert accounts.for_tenant("b").cost == FunctionCost(2.0, 1.0)
+def test_cost_is_attributed_in_proportion_to_tokens() -> None:
+    usage = RouterUsage(0.0)
+    usage.attribute_cost(FunctionCost(8.0, 4.0), {"a": 3, "b": 1})
+    assert usage.for_tenant("a").cost == FunctionCost(6.0, 3.0)
+    assert usage.for_tenant("b").cost == FunctionCost(2.0, 1.0)
 
 
-def test_the_cost_of_an_interval_without_tokens_goes_with_the_next() -> None:
-    accounts = RouterUsage(0.0)
-    accounts.attribute_cost(FunctionCost(1.0, 1.0), {})
-    accounts.attribute_cost(FunctionCost(1.0, 1.0), {"a": 0})
-    assert accounts.for_tenant("a").cost == FunctionCost()
-    accounts.attribute_cost(FunctionCost(1.0, 1.0), {"a": 5})
-    assert accounts.for_tenant("a").cost == FunctionCost(3.0, 3.0)
+def test_the_cost_of_an_interval_without_tokens_is_carried_over() -> None:
+    usage = RouterUsage(0.0)
+    usage.attribute_cost(FunctionCost(1.0, 1.0), {})
+    usage.attribute_cost(FunctionCost(1.0, 1.0), {"a": 0})
+    assert usage.for_tenant("a").cost == FunctionCost()
+    usage.attribute_cost(FunctionCost(1.0, 1.0), {"a": 5})
+    assert usage.for_tenant("a").cost == FunctionCost(3.0, 3.0)
 
 
 @given(intervals=st.lists(st.tuples(COSTS, TENANTS), max_size=20))
-def test_what_is_shared_out_sums_to_what_was_spent(
+def test_attributed_cost_adds_up_to_the_total_cost(
     intervals: list[tuple[FunctionCost, dict[str, int]]],
 ) -> None:
-    accounts = RouterUsage(0.0)
+    usage = RouterUsage(0.0)
     for cost, tokens in intervals:
-        accounts.attribute_cost(cost, tokens)
-    accounts.attribute_cost(FunctionCost(), {"last": 1})  # whatever is left
-    assert accounts.total_cost.seconds == pytest.approx(math.fsum(c.seconds for c, _ in intervals))
+        usage.attribute_cost(cost, tokens)
+    usage.attribute_cost(FunctionCost(), {"last": 1})  # attributes the rest
+    assert usage.total_cost.seconds == pytest.approx(math.fsum(c.seconds for c, _ in intervals))
     for field in ("seconds", "gb_seconds"):
-        shared = math.fsum(getattr(account.cost, field) for _, account in accounts)
-        assert shared == pytest.approx(getattr(accounts.total_cost, field))
+        attributed = math.fsum(getattr(tenant.cost, field) for _, tenant in usage)
+        assert attributed == pytest.approx(getattr(usage.total_cost, field))
 
 
-def test_a_function_costs_its_time_and_the_same_times_its_size() -> None:
-    """Two experts of both layers: 2 * 1 GB + 2 * 2 GB. In flight for 0.5 s, twice at once."""
+def test_a_function_costs_its_time_and_its_time_multiplied_by_its_size() -> None:
+    """Two experts of both layers: 2 * 1 GB + 2 * 2 GB. Two calls in flight for 0.5 s."""
     meter, reader = LoadMeter(), FunctionCostMeter(STORE)
     specs = {"f": FunctionSpec("f", (0, 1), (0, 1))}
     meter.record_start("f", 10.0, rows=1)
@@ -70,57 +70,57 @@ def test_a_function_costs_its_time_and_the_same_times_its_size() -> None:
     assert reader.read_delta(meter.snapshot(12.25), specs) == FunctionCost(0.25, 1.5)
 
 
-def test_a_function_that_left_the_table_still_costs_its_time() -> None:
+def test_a_function_removed_from_the_table_still_costs_its_time() -> None:
     meter, reader = LoadMeter(), FunctionCostMeter(STORE)
-    meter.record_start("gone", 0.0, rows=1)
-    meter.record_end("gone", 1.0)
+    meter.record_start("removed", 0.0, rows=1)
+    meter.record_end("removed", 1.0)
     assert reader.read_delta(meter.snapshot(1.0), {}) == FunctionCost(1.0, 0.0)
     meter.retain(())
     assert reader.read_delta(meter.snapshot(2.0), {}) == FunctionCost()
 
 
-def filled() -> RouterUsage:
-    accounts = RouterUsage(12.5)
-    accounts.attribute_cost(FunctionCost(1.5, 0.25), {"a": 1})
-    accounts.attribute_cost(FunctionCost(0.5, 0.5), {})
-    accounts.for_tenant("a").prompt_tokens = 7
-    accounts.for_tenant("a").requests["completed"] = 3
-    return accounts
+def example_usage() -> RouterUsage:
+    usage = RouterUsage(12.5)
+    usage.attribute_cost(FunctionCost(1.5, 0.25), {"a": 1})
+    usage.attribute_cost(FunctionCost(0.5, 0.5), {})
+    usage.for_tenant("a").prompt_tokens = 7
+    usage.for_tenant("a").requests["completed"] = 3
+    return usage
 
 
-def test_accounts_are_kept_across_starts(tmp_path: Path) -> None:
-    file = UsageFileStore(tmp_path / "state")
-    assert list(file.load()) == []
-    accounts = filled()
-    file.save(json.dumps(accounts.to_json()))
-    kept = UsageFileStore(tmp_path / "state").load()
-    assert kept.to_json() == accounts.to_json()
-    assert dict(kept)["a"] == TenantUsage(
+def test_usage_survives_a_restart(tmp_path: Path) -> None:
+    store = UsageFileStore(tmp_path / "state")
+    assert list(store.load()) == []
+    usage = example_usage()
+    store.save(json.dumps(usage.to_json()))
+    restored = UsageFileStore(tmp_path / "state").load()
+    assert restored.to_json() == usage.to_json()
+    assert dict(restored)["a"] == TenantUsage(
         7, 0, {"completed": 3, "cancelled": 0, "failed": 0, "limited": 0}, FunctionCost(1.5, 0.25)
     )
-    kept.attribute_cost(FunctionCost(), {"a": 1})  # what was pending is not lost either
-    assert kept.for_tenant("a").cost == FunctionCost(2.0, 0.75)
+    restored.attribute_cost(FunctionCost(), {"a": 1})  # attributes the restored unattributed cost
+    assert restored.for_tenant("a").cost == FunctionCost(2.0, 0.75)
 
 
-def test_accounts_from_before_books_had_names_get_one(tmp_path: Path) -> None:
-    old = filled().to_json()
+def test_usage_of_a_version_without_source_id_gets_one(tmp_path: Path) -> None:
+    old = example_usage().to_json()
     del old["book"]
     (tmp_path / "usage.json").write_text(json.dumps(old))
-    kept = UsageFileStore(tmp_path).load()
-    assert dict(kept)["a"].prompt_tokens == 7
-    assert len(kept.ledger_id) == 32
-    assert kept.ledger_id != RouterUsage(0.0).ledger_id
+    restored = UsageFileStore(tmp_path).load()
+    assert dict(restored)["a"].prompt_tokens == 7
+    assert len(restored.source_id) == 32
+    assert restored.source_id != RouterUsage(0.0).source_id
 
 
-def test_the_file_is_put_in_its_place_whole(tmp_path: Path) -> None:
-    file = UsageFileStore(tmp_path)
-    file.save("{}")
-    written = (tmp_path / "usage.json").stat().st_ino
-    file.save("{}")  # nothing new
-    assert (tmp_path / "usage.json").stat().st_ino == written
-    file.save('{"version": 1}')
+def test_the_file_is_replaced_as_a_whole_when_its_content_changes(tmp_path: Path) -> None:
+    store = UsageFileStore(tmp_path)
+    store.save("{}")
+    inode = (tmp_path / "usage.json").stat().st_ino
+    store.save("{}")  # unchanged
+    assert (tmp_path / "usage.json").stat().st_ino == inode
+    store.save('{"version": 1}')
     assert [path.name for path in tmp_path.iterdir()] == ["usage.json"]
-    assert (tmp_path / "usage.json").stat().st_ino != written
+    assert (tmp_path / "usage.json").stat().st_ino != inode
 
 
 @pytest.mark.parametrize(
@@ -133,40 +133,40 @@ def test_the_file_is_put_in_its_place_whole(tmp_path: Path) -> None:
             '{"version": 1, "since_s": 0, "spent": {"x": 1}, "pending": {}, "tenants": {}}',
             id="field",
         ),
-        pytest.param('{"version": 1, "since_s": 0, "book": "my own"}', id="book"),
+        pytest.param('{"version": 1, "since_s": 0, "book": "my own"}', id="source-id"),
     ],
 )
-def test_a_damaged_file_is_put_aside(
+def test_a_damaged_file_is_quarantined(
     tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "usage.json").write_text(content)
     with caplog.at_level(logging.ERROR):
-        accounts = UsageFileStore(tmp_path).load()
-    assert list(accounts) == []
+        usage = UsageFileStore(tmp_path).load()
+    assert list(usage) == []
     assert (tmp_path / "usage.damaged").read_text() == content
     assert "cannot be read" in caplog.text
 
 
-def test_a_folder_that_is_a_file_ends_the_start(tmp_path: Path) -> None:
+def test_a_state_dir_that_is_a_file_prevents_the_start(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("")
     with pytest.raises(RouterConfigError, match="FAASMOE_STATE_DIR"):
         UsageFileStore(tmp_path / "state")
 
 
-def test_a_file_that_cannot_be_written_is_told_and_tried_again(
+def test_a_failed_save_is_logged_and_retried(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file = UsageFileStore(tmp_path / "state")
+    store = UsageFileStore(tmp_path / "state")
     (tmp_path / "state").rmdir()
     with caplog.at_level(logging.ERROR):
-        file.save("{}")
+        store.save("{}")
     assert "cannot be saved" in caplog.text
     (tmp_path / "state").mkdir()
-    file.save("{}")
+    store.save("{}")
     assert (tmp_path / "state" / "usage.json").read_text() == "{}"
 
 
-def test_an_account_of_another_kind_is_no_account() -> None:
+def test_invalid_tenant_usage_is_rejected() -> None:
     broken: Any = {"prompt_tokens": 1}
     with pytest.raises(KeyError):
         TenantUsage.from_json(broken)

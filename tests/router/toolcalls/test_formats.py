@@ -11,10 +11,10 @@ from faasmoe_router.toolcalls.formats import (
 
 
 @pytest.mark.parametrize(
-    ("template", "form"),
+    ("template", "expected"),
     [
         pytest.param("{{ messages }}", None, id="no-tools"),
-        pytest.param("{% if tools %}{{ tools }}{% endif %}", None, id="tools-in-an-unknown-form"),
+        pytest.param("{% if tools %}{{ tools }}{% endif %}", None, id="unknown-format"),
         pytest.param(
             "{{ tools }} <tool_call>\n{'name': <name>, 'arguments': <json>}\n</tool_call>",
             HERMES,
@@ -31,6 +31,6 @@ from faasmoe_router.toolcalls.formats import (
         ),
     ],
 )
-def test_a_template_shows_its_form(template: str, form: ToolCallFormat | None) -> None:
-    assert detect_format(template) is form
+def test_detects_format_of_chat_template(template: str, expected: ToolCallFormat | None) -> None:
+    assert detect_format(template) is expected
     assert supports_tools(template) == ("tools" in template)

@@ -1,7 +1,6 @@
-"""What is held to the grammar of calls is read as calls, by each form's own parser."""
+"""Texts generated under the tool call grammar are parsed as calls, for every format."""
 
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -24,8 +23,8 @@ TOOLS = [
 ]
 
 
-def _write(codec: ModelTokenizer, source: str, seed: int) -> str:
-    vocabulary = codec.new_vocabulary(n_scores=N_SCORES, eos_token_ids=[0])
+def _generate(model_tokenizer: ModelTokenizer, source: str, seed: int) -> str:
+    vocabulary = model_tokenizer.new_vocabulary(n_scores=N_SCORES, eos_token_ids=[0])
     matcher = compile_grammar(GrammarSource("lark", source), vocabulary).new_matcher()
     generator = torch.Generator().manual_seed(seed)
     tokens: list[int] = []
@@ -35,47 +34,48 @@ def _write(codec: ModelTokenizer, source: str, seed: int) -> str:
         tokens.append(int(scores.argmax()))
         matcher.accept_token(tokens[-1])
     assert matcher.is_terminated
-    return codec.decode([token for token in tokens if token], include_special_tokens=True)
+    return model_tokenizer.decode([token for token in tokens if token], include_special_tokens=True)
 
 
-def _grammar(form: ToolCallFormat, **asked: Any) -> str:
-    many = asked.pop("many", True)
+def _grammar(
+    call_format: ToolCallFormat, *, parallel: bool, alternative_schema: str | None = None
+) -> str:
     return tool_call_grammar(
         TOOLS,
-        form,
+        call_format,
         encode_marker=json.dumps,
         json_options=dict(JSON_OPTIONS),
-        parallel=many,
-        **asked,
+        parallel=parallel,
+        alternative_schema=alternative_schema,
     )
 
 
-@pytest.mark.parametrize("form", [HERMES, MISTRAL, LLAMA], ids=lambda form: form.name)
-@pytest.mark.parametrize("many", [False, True])
-def test_every_text_is_calls_and_nothing_else(
-    form: ToolCallFormat, many: bool, codec: ModelTokenizer
+@pytest.mark.parametrize("call_format", [HERMES, MISTRAL, LLAMA], ids=lambda each: each.name)
+@pytest.mark.parametrize("parallel", [False, True])
+def test_generated_text_consists_of_calls_only(
+    call_format: ToolCallFormat, parallel: bool, model_tokenizer: ModelTokenizer
 ) -> None:
     for seed in range(4):
-        text = _write(codec, _grammar(form, many=many), seed)
-        parser = ToolCallParser(form, {"weather", "clock"})
-        pieces = [*parser.feed(text), *parser.flush()]
-        assert not [piece for piece in pieces if isinstance(piece, ContentDelta)], text
-        names = [piece.name for piece in pieces if isinstance(piece, ToolCallStart)]
+        text = _generate(model_tokenizer, _grammar(call_format, parallel=parallel), seed)
+        parser = ToolCallParser(call_format, {"weather", "clock"})
+        events = [*parser.feed(text), *parser.flush()]
+        assert not [event for event in events if isinstance(event, ContentDelta)], text
+        names = [event.name for event in events if isinstance(event, ToolCallStart)]
         assert set(names) <= {"weather", "clock"}
-        assert 1 <= len(names) <= (MAX_TOOL_CALLS if many else 1)
+        assert 1 <= len(names) <= (MAX_TOOL_CALLS if parallel else 1)
 
 
-def test_json_may_come_instead_of_calls(codec: ModelTokenizer) -> None:
-    grammar = _grammar(HERMES, many=False, alternative_schema='{"const": 7}')
-    texts = {_write(codec, grammar, seed)[:1] for seed in range(12)}
-    assert texts == {"7", "<"}
+def test_alternative_schema_allows_json_in_place_of_calls(model_tokenizer: ModelTokenizer) -> None:
+    grammar = _grammar(HERMES, parallel=False, alternative_schema='{"const": 7}')
+    first_characters = {_generate(model_tokenizer, grammar, seed)[:1] for seed in range(12)}
+    assert first_characters == {"7", "<"}
 
 
-def test_a_special_mark_is_written_as_its_token(codec: ModelTokenizer) -> None:
-    token = codec.special_token_id("<|im_start|>")
+def test_marker_can_be_encoded_as_special_token(model_tokenizer: ModelTokenizer) -> None:
+    token = model_tokenizer.special_token_id("<|im_start|>")
     assert token is not None
-    assert codec.special_token_id("the") is None
-    marked = tool_call_grammar(
+    assert model_tokenizer.special_token_id("the") is None
+    grammar = tool_call_grammar(
         TOOLS,
         HERMES,
         encode_marker=lambda text: (
@@ -84,4 +84,4 @@ def test_a_special_mark_is_written_as_its_token(codec: ModelTokenizer) -> None:
         json_options=dict(JSON_OPTIONS),
         parallel=False,
     )
-    assert _write(codec, marked, seed=1).startswith("<|im_start|>\n{")
+    assert _generate(model_tokenizer, grammar, seed=1).startswith("<|im_start|>\n{")

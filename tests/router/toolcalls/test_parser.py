@@ -14,22 +14,22 @@ from faasmoe_router.toolcalls.parser import (
     ToolCallStart,
 )
 
-Read = tuple[str, list[tuple[str, str]]]
-NAMES = {"f", "g"}
-TRICKY = '{"a": "}{</tool_call>\\"<tool_call>", "b": [{}, "日"]}'
+Parsed = tuple[str, list[tuple[str, str]]]  # content, (name, arguments) of each call
+TOOL_NAMES = {"f", "g"}
+TRICKY_ARGUMENTS = '{"a": "}{</tool_call>\\"<tool_call>", "b": [{}, "日"]}'
 
 
-def _read(form: ToolCallFormat, pieces: list[str], *, many: bool = True) -> Read:
-    parser = ToolCallParser(form, NAMES, parallel=many)
-    found: list[ToolCallEvent] = []
+def _parse(call_format: ToolCallFormat, pieces: list[str], *, parallel: bool = True) -> Parsed:
+    parser = ToolCallParser(call_format, TOOL_NAMES, parallel=parallel)
+    events: list[ToolCallEvent] = []
     for piece in pieces:
-        found += parser.feed(piece)
-    found += parser.flush()
-    content = "".join(said.text for said in found if isinstance(said, ContentDelta))
-    calls = [[begun.name, ""] for begun in found if isinstance(begun, ToolCallStart)]
-    for part in found:
-        if isinstance(part, ToolCallArgumentsDelta):
-            calls[part.index][1] += part.text
+        events += parser.feed(piece)
+    events += parser.flush()
+    content = "".join(event.text for event in events if isinstance(event, ContentDelta))
+    calls = [[event.name, ""] for event in events if isinstance(event, ToolCallStart)]
+    for event in events:
+        if isinstance(event, ToolCallArgumentsDelta):
+            calls[event.index][1] += event.text
     assert parser.n_calls == len(calls)
     return content, [(name, arguments) for name, arguments in calls]
 
@@ -39,12 +39,14 @@ def _hermes(name: str, arguments: str) -> str:
 
 
 TEXTS = [
-    pytest.param(HERMES, _hermes("f", TRICKY), ("", [("f", TRICKY)]), id="hermes"),
+    pytest.param(
+        HERMES, _hermes("f", TRICKY_ARGUMENTS), ("", [("f", TRICKY_ARGUMENTS)]), id="hermes"
+    ),
     pytest.param(
         HERMES,
         f"I look.\n{_hermes('f', '{}')}\n{_hermes('g', '{}')}\n",
         ("I look.\n", [("f", "{}"), ("g", "{}")]),
-        id="hermes-after-words",
+        id="hermes-after-content",
     ),
     pytest.param(
         HERMES,
@@ -56,7 +58,7 @@ TEXTS = [
         HERMES,
         '<tool_call>{"name": "f", "arguments": "{\\"x\\": 2}"}</tool_call>',
         ("", [("f", '{"x": 2}')]),
-        id="arguments-as-text",
+        id="arguments-as-string",
     ),
     pytest.param(
         HERMES, '<tool_call>{"name": "f"}</tool_call>', ("", [("f", "{}")]), id="no-arguments"
@@ -68,37 +70,37 @@ TEXTS = [
         HERMES,
         '<tool_call>{"x": 1}</tool_call>',
         ('<tool_call>{"x": 1}</tool_call>', []),
-        id="no-call",
+        id="object-without-name",
     ),
     pytest.param(
         HERMES,
         f"<tool_call>no{_hermes('f', '{}')}",
         ("<tool_call>no", [("f", "{}")]),
-        id="no-call-and-then-one",
+        id="call-after-unparsable-marker",
     ),
-    pytest.param(HERMES, "1 < 2 <tool_cal", ("1 < 2 <tool_cal", []), id="half-a-mark"),
+    pytest.param(HERMES, "1 < 2 <tool_cal", ("1 < 2 <tool_cal", []), id="partial-marker"),
     pytest.param(
-        HERMES, '<tool_call>{"name": "f', ('<tool_call>{"name": "f', []), id="half-a-head"
+        HERMES, '<tool_call>{"name": "f', ('<tool_call>{"name": "f', []), id="partial-head"
     ),
     pytest.param(
         HERMES,
         '<tool_call>{"name": "f", "arguments": {"a": "b',
         ("", [("f", '{"a": "b')]),
-        id="half-of-the-arguments",
+        id="partial-arguments",
     ),
     pytest.param(HERMES, "  \n", ("  \n", []), id="blank"),
     pytest.param(
         MISTRAL,
-        f'[TOOL_CALLS] [{{"name": "f", "arguments": {TRICKY}}}, '
+        f'[TOOL_CALLS] [{{"name": "f", "arguments": {TRICKY_ARGUMENTS}}}, '
         '{"name": "g", "arguments": {}}]',
-        ("", [("f", TRICKY), ("g", "{}")]),
+        ("", [("f", TRICKY_ARGUMENTS), ("g", "{}")]),
         id="mistral",
     ),
-    pytest.param(MISTRAL, "[TOOL] [1, 2]", ("[TOOL] [1, 2]", []), id="mistral-words"),
+    pytest.param(MISTRAL, "[TOOL] [1, 2]", ("[TOOL] [1, 2]", []), id="mistral-content"),
     pytest.param(
         LLAMA,
-        f'{{"name": "f", "parameters": {TRICKY}}}; {{"name": "g", "parameters": {{}}}}',
-        ("", [("f", TRICKY), ("g", "{}")]),
+        f'{{"name": "f", "parameters": {TRICKY_ARGUMENTS}}}; {{"name": "g", "parameters": {{}}}}',
+        ("", [("f", TRICKY_ARGUMENTS), ("g", "{}")]),
         id="llama",
     ),
     pytest.param(
@@ -108,17 +110,17 @@ TEXTS = [
         id="llama-unknown-tool",
     ),
     pytest.param(LLAMA, '{"a": 1}', ('{"a": 1}', []), id="llama-other-json"),
-    pytest.param(LLAMA, 'Say {"name": "f"}', ('Say {"name": "f"}', []), id="llama-words"),
+    pytest.param(LLAMA, 'Say {"name": "f"}', ('Say {"name": "f"}', []), id="llama-content"),
 ]
 
 
-@pytest.mark.parametrize(("form", "text", "expected"), TEXTS)
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 1000])
-def test_calls_are_read_however_the_text_comes(
-    form: ToolCallFormat, text: str, expected: Read, length: int
+@pytest.mark.parametrize(("call_format", "text", "expected"), TEXTS)
+@pytest.mark.parametrize("piece_length", [1, 2, 3, 7, 1000])
+def test_parses_calls_from_pieces_of_any_length(
+    call_format: ToolCallFormat, text: str, expected: Parsed, piece_length: int
 ) -> None:
-    pieces = [text[at : at + length] for at in range(0, len(text), length)]
-    assert _read(form, pieces) == expected
+    pieces = [text[start : start + piece_length] for start in range(0, len(text), piece_length)]
+    assert _parse(call_format, pieces) == expected
 
 
 @given(
@@ -141,26 +143,26 @@ def test_calls_are_read_however_the_text_comes(
         ),
         max_size=12,
     ),
-    form=st.sampled_from([HERMES, MISTRAL, LLAMA]),
+    call_format=st.sampled_from([HERMES, MISTRAL, LLAMA]),
 )
-def test_whatever_comes_is_read_alike_in_pieces_and_whole(
-    texts: list[str], form: ToolCallFormat
+def test_result_is_independent_of_text_boundaries(
+    texts: list[str], call_format: ToolCallFormat
 ) -> None:
-    assert _read(form, texts) == _read(form, ["".join(texts)])
+    assert _parse(call_format, texts) == _parse(call_format, ["".join(texts)])
 
 
 @given(text=st.text(alphabet='<>/tolca_{}"[] \n', max_size=60))
-def test_a_text_without_calls_comes_out_as_it_is(text: str) -> None:
-    assert _read(HERMES, list(text)) == (text, [])
+def test_text_without_calls_is_returned_as_content(text: str) -> None:
+    assert _parse(HERMES, list(text)) == (text, [])
 
 
-def test_only_the_first_call_is_read_where_one_is_wanted() -> None:
+def test_parses_only_the_first_call_unless_parallel() -> None:
     text = f"{_hermes('f', '{}')}\n{_hermes('g', '{}')} and more"
-    assert _read(HERMES, list(text), many=False) == ("", [("f", "{}")])
+    assert _parse(HERMES, list(text), parallel=False) == ("", [("f", "{}")])
 
 
-def test_arguments_come_while_they_are_written() -> None:
-    parser = ToolCallParser(HERMES, NAMES)
+def test_arguments_are_streamed() -> None:
+    parser = ToolCallParser(HERMES, TOOL_NAMES)
     assert parser.feed('<tool_call>{"name": "f", "arguments": {') == [
         ToolCallStart(0, "f"),
         ToolCallArgumentsDelta(0, "{"),
@@ -169,20 +171,20 @@ def test_arguments_come_while_they_are_written() -> None:
     assert parser.feed("}}") == [ToolCallArgumentsDelta(0, "}")]
 
 
-def test_a_long_name_is_read_in_linear_time() -> None:
+def test_parses_long_name_in_linear_time() -> None:
     name = "n" * 20 * MAX_HEAD_LENGTH
     text = _hermes(name, "{}")
-    assert _read(HERMES, list(text)) == ("", [(name, "{}")])
+    assert _parse(HERMES, list(text)) == ("", [(name, "{}")])
 
 
-def test_deep_arguments_are_no_call() -> None:
-    deep = "[" * 100_000 + "]" * 100_000
-    text = f'<tool_call>{{"arguments": {deep}, "name": "f"}}</tool_call>'
-    content, calls = _read(HERMES, [text])
+def test_deeply_nested_arguments_are_content() -> None:
+    nested = "[" * 100_000 + "]" * 100_000
+    text = f'<tool_call>{{"arguments": {nested}, "name": "f"}}</tool_call>'
+    content, calls = _parse(HERMES, [text])
     assert (content, calls) == (text, [])
 
 
-def test_arguments_are_json_as_it_was_written() -> None:
-    _, [(_, arguments)] = _read(HERMES, [_hermes("f", TRICKY)])
-    assert arguments == TRICKY
+def test_arguments_are_returned_verbatim() -> None:
+    _, [(_, arguments)] = _parse(HERMES, [_hermes("f", TRICKY_ARGUMENTS)])
+    assert arguments == TRICKY_ARGUMENTS
     assert json.loads(arguments)["b"] == [{}, "日"]

@@ -1,6 +1,7 @@
-"""How functions scale: Knative's words, defaults and bounds, for all functions and for some.
+"""The routed experts: their partitioning into functions, sandboxes and scaling.
 
-The routed experts: how they are cut into functions, and the sandboxes that hold these.
+Scaling settings have Knative's names, defaults and bounds. They apply to all functions; overrides
+change them for some.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ _BOUNDED_BY_MAX_SCALE = ("minScale", "initialScale", "activationScale")
 
 
 class ScalingOverride(ApiModel):
-    """Other settings for the functions that hold any of these layers and any of these experts.
+    """Settings of the functions that hold any of these layers and any of these experts.
 
-    What is not given stays as it is for all functions. Of several overrides the last one wins.
+    Omitted settings keep their general values. If several overrides match, the last one wins.
     """
 
     model_config = model_validations(
@@ -90,10 +91,10 @@ class ScalingOverride(ApiModel):
     )
 
     layers: IndexRanges | None = Field(
-        None, description='MoE layers, such as "0-3,7"; all if left out.'
+        None, description='Indices of MoE layers, such as "0-3,7"; all if omitted.'
     )
     experts: IndexRanges | None = Field(
-        None, description='Experts, such as "0-19"; all if left out.'
+        None, description='Indices of experts, such as "0-19"; all if omitted.'
     )
     min_scale: Scale | None = None
     max_scale: MaxScale | None = None
@@ -121,12 +122,12 @@ class ScalingOverride(ApiModel):
         return self
 
     def settings(self) -> dict[str, Any]:
-        """Return the scaling settings that this override gives, under their Python names."""
+        """Return the scaling settings of this override by their Python names."""
         return self.model_dump(exclude_none=True, exclude={"layers", "experts"})
 
 
 class ScalingSpec(ApiModel):
-    """Knative's pod autoscaler for each function, concurrency as its metric."""
+    """Settings of each function's autoscaler: Knative's KPA on the concurrency metric."""
 
     model_config = model_validations(
         *map(_cel_at_most_max_scale, _BOUNDED_BY_MAX_SCALE),
@@ -147,40 +148,43 @@ class ScalingSpec(ApiModel):
         ),
     )
 
-    min_scale: Scale = Field(0, description="Replicas that are always kept.")
-    max_scale: MaxScale = Field(8, description="Replicas at most.")
+    min_scale: Scale = Field(0, description="Minimum number of replicas.")
+    max_scale: MaxScale = Field(8, description="Maximum number of replicas.")
     initial_scale: Scale = Field(
         0,
-        description="Replicas when the model is first deployed. Knative's default is 1; here the "
-        "first request activates all functions that it needs at once.",
+        description="Replicas of a new deployment. Knative's default is 1; here the first request "
+        "activates all functions that it needs at once.",
     )
-    activation_scale: MaxScale = Field(1, description="Replicas at least, once above zero.")
-    target: Target = Field(4, description="Calls in flight that one replica should have.")
+    activation_scale: MaxScale = Field(1, description="Minimum number of replicas above zero.")
+    target: Target = Field(4, description="Target of concurrent calls for one replica.")
     target_utilization_percentage: Utilization = Field(
-        70, description="Share of the target that is aimed at."
+        70, description="Percentage of the target that the autoscaler aims at."
     )
-    window_seconds: WindowSeconds = Field(60, description="Stable window of the average load.")
+    window_seconds: WindowSeconds = Field(60, description="Length of the stable window.")
     panic_window_percentage: PanicWindow = Field(
-        10, description="Panic window as a share of the stable window."
+        10, description="Length of the panic window as a percentage of the stable window."
     )
     panic_threshold_percentage: PanicThreshold = Field(
-        200, description="Load over capacity in the panic window that starts the panic."
+        200,
+        description="Load in the panic window, in percent of the capacity, that causes panic.",
     )
-    max_scale_up_rate: ScaleUpRate = Field(1000, description="Replicas up at most by this factor.")
+    max_scale_up_rate: ScaleUpRate = Field(
+        1000, description="Maximum factor by which one decision multiplies the replicas."
+    )
     max_scale_down_rate: ScaleDownRate = Field(
-        2, description="Replicas down at most by this factor."
+        2, description="Maximum factor by which one decision divides the replicas."
     )
     scale_to_zero_grace_period_seconds: GraceSeconds = Field(
-        30, description="How long the last replica stays after the window has passed without load."
+        30, description="How long the last replica stays after a stable window without load."
     )
     scale_to_zero_pod_retention_period_seconds: DelaySeconds = Field(
-        0, description="How long the last replica stays at least, if that is longer."
+        0, description="Minimum time that the last replica stays, if longer than the grace period."
     )
     scale_down_delay_seconds: DelaySeconds = Field(
-        0, description="How long a lower load must last before replicas go."
+        0, description="How long a lower load must last before replicas are removed."
     )
     overrides: tuple[ScalingOverride, ...] = Field(
-        (), strict=False, max_length=64, description="Other settings for some functions."
+        (), strict=False, max_length=64, description="Settings of some functions."
     )
 
     @model_validator(mode="after")
@@ -233,43 +237,49 @@ def _validate_settings(scaling: ScalingSpec, *, path_prefix: str) -> None:
 
 
 class GranularitySpec(ApiModel):
-    """How the experts are cut into functions."""
+    """How the experts are partitioned into functions."""
 
     experts_per_function: Annotated[int, Field(ge=1, le=10_000)] | Literal["auto"] = Field(
-        "auto", description="Experts of a layer in one function; auto makes about 3 blocks a layer."
+        "auto",
+        description="Number of experts of a layer in one function; auto makes about 3 functions "
+        "per layer.",
     )
     layers_per_function: int = Field(
-        1, ge=1, le=1000, description="Layers whose block is in the same function."
+        1, ge=1, le=1000, description="Number of layers whose blocks share one function."
     )
 
 
 class ExpertsSpec(ApiModel):
-    """The sandboxes, and how the functions in them scale."""
+    """The sandboxes and the scaling of the functions in them."""
 
-    device: Device = Field("auto", description="auto takes a CUDA device if there is one.")
-    threads: int = Field(1, ge=1, le=256, description="Compute threads of a sandbox.")
-    functions_per_sandbox: int = Field(1, ge=1, le=10_000, description="Capacity of a sandbox.")
+    device: Device = Field(
+        "auto", description="Compute device; auto selects a CUDA device if there is one."
+    )
+    threads: int = Field(1, ge=1, le=256, description="Number of compute threads of a sandbox.")
+    functions_per_sandbox: int = Field(
+        1, ge=1, le=10_000, description="Maximum number of functions in a sandbox."
+    )
     placement: Literal["auto", "functions"] | None = Field(
         None,
-        description="auto, as if left out, runs colocated hot functions in the router process "
-        "where that was measured to take less time, at most half of a layer's; functions never "
-        "does.",
+        description="auto, the default, runs colocated functions in the router process where that "
+        "was measured to be faster, at most half of those of a layer; functions never does.",
         json_schema_extra=PROCESS_ONLY,
     )
-    warm_pool: int = Field(1, ge=0, le=1000, description="Generic sandboxes kept ready.")
+    warm_pool: int = Field(1, ge=0, le=1000, description="Number of empty sandboxes kept ready.")
     memory: ByteQuantity | None = Field(
         None,
-        description="What the functions in all sandboxes may take together, for a device that does "
-        "not hold the whole model: the least lately used make room. No limit if left out.",
+        description="Memory limit of the functions in all sandboxes together, for a device that "
+        "cannot hold the whole model; least recently used functions are evicted. No limit if "
+        "omitted.",
     )
     scaling: ScalingSpec = Field(default_factory=lambda: ScalingSpec.model_validate({}))
     template: PodTemplateSpec = Field(
         default_factory=lambda: PodTemplateSpec.model_validate({}),
-        description="What the sandboxes' pods are like.",
+        description="Settings of the sandboxes' pods.",
         json_schema_extra=KUBERNETES_ONLY,
     )
 
     @property
     def memory_bytes(self) -> int | None:
-        """What all functions may take together; None for no limit."""
+        """Memory limit of all functions together in bytes; None for no limit."""
         return None if self.memory is None else quantity_to_bytes(self.memory)

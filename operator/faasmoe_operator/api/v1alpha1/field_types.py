@@ -1,8 +1,7 @@
-"""Sets of indices as people write them: "0-3,7".
+"""Field types of the API: index ranges, resource quantities, names, labels and references.
 
-Quantities as Kubernetes writes them: `500m`, `4`, `1.5Gi`, `2e9`.
-
-Names of other objects in the model's namespace, and names and labels in general.
+Index ranges are texts such as "0-3,7". Quantities are Kubernetes' own, such as `500m`, `4`, `1.5Gi`
+or `2e9`, and are kept as they were written.
 """
 
 from __future__ import annotations
@@ -20,9 +19,16 @@ from faasmoe_operator.api.v1alpha1 import patterns
 from faasmoe_operator.api.v1alpha1.base import ApiModel, SchemaExtension, cel_rule, validations
 from faasmoe_operator.api.v1alpha1.patterns import DESCRIPTIONS, INDEX_RANGES, QUANTITY
 
+MAX_QUANTITY_CHARS = 32
+MIN_BYTES, MAX_BYTES = "1Mi", "1Pi"
+
 
 def parse_index_ranges(text: str) -> frozenset[int]:
-    """Return the indices of a text such as "0-3,7"; raises ValueError with what was expected."""
+    """Return the indices of a text such as "0-3,7".
+
+    Raises:
+        ValueError: the text is invalid; the message says what was expected.
+    """
     if not re.fullmatch(INDEX_RANGES, text):
         raise ValueError(DESCRIPTIONS[INDEX_RANGES])
     indices: set[int] = set()
@@ -35,7 +41,7 @@ def parse_index_ranges(text: str) -> frozenset[int]:
 
 
 def format_index_ranges(indices: Iterable[int]) -> str:
-    """Return indices as such a text, with runs of neighbours as ranges."""
+    """Return indices as a text such as "0-3,7"."""
     runs: list[tuple[int, int]] = []
     for index in sorted(set(indices)):
         if runs and index == runs[-1][1] + 1:
@@ -45,14 +51,17 @@ def format_index_ranges(indices: Iterable[int]) -> str:
     return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
 
-MAX_QUANTITY_CHARS = 32
 _BINARY = {f"{letter}i": Fraction(1 << 10 * (n + 1)) for n, letter in enumerate("KMGTPE")}
 _DECIMAL = {letter: Fraction(10) ** (3 * (n - 3)) for n, letter in enumerate("num_kMGTPE")}
 _SUFFIX_FACTORS = _BINARY | _DECIMAL | {"": Fraction(1)}
 
 
 def parse_quantity(text: str) -> Fraction:
-    """Return the exact value of a quantity; raises ValueError with what was expected."""
+    """Return the exact value of a quantity.
+
+    Raises:
+        ValueError: the text is invalid; the message says what was expected.
+    """
     match = re.fullmatch(QUANTITY, text)
     if match is None or len(text) > MAX_QUANTITY_CHARS:
         raise ValueError(DESCRIPTIONS[QUANTITY])
@@ -63,12 +72,12 @@ def parse_quantity(text: str) -> Fraction:
 
 
 def quantity_to_bytes(quantity: str) -> int:
-    """Return the bytes of a quantity of memory, parts of one rounded up as Kubernetes does."""
+    """Return a memory quantity in bytes, rounded up as Kubernetes does."""
     return ceil(parse_quantity(quantity))
 
 
 def _validate_quantity(value: Any) -> str:
-    """Take a text, or an integer as YAML reads it; to the API server 0.5 is no quantity."""
+    """Accept a text or an integer, but no float, as the API server does."""
     try:
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
@@ -109,7 +118,6 @@ def _cel_bounds(minimum: str, maximum: str) -> SchemaExtension:
 Quantity = Annotated[str, BeforeValidator(_validate_quantity), WithJsonSchema(_quantity_schema())]
 """An amount of a resource, kept as it was written."""
 
-MIN_BYTES, MAX_BYTES = "1Mi", "1Pi"
 ByteQuantity = Annotated[
     Quantity,
     AfterValidator(_bounds_validator(MIN_BYTES, MAX_BYTES)),
@@ -129,13 +137,13 @@ Annotations = Annotated[dict[LabelKey, AnnotationValue], Field(max_length=32)]
 
 
 class LocalObjectReference(ApiModel):
-    """An object of the model's namespace."""
+    """An object in the model's namespace."""
 
     name: ObjectName
 
 
 class KeySelector(ApiModel):
-    """One key of a Secret or ConfigMap of the model's namespace."""
+    """One key of a Secret or ConfigMap in the model's namespace."""
 
     name: ObjectName
     key: SecretKey

@@ -1,12 +1,8 @@
-"""How the model's metrics are found. Kubernetes only.
+"""The MoEModel: a Mixture-of-Experts model and how it is served; parsed from YAML or Kubernetes.
 
-The MoEModel: one Mixture-of-Experts model and how it is served.
-
-The same models read a file for `faasmoe up`, read the objects of the Kubernetes API, and are the
-source of the CRD. An unknown key is refused, never ignored; what one platform alone honours is
-marked, and told on the other (`platform.py`).
-
-A MoEModel file: YAML text to a checked MoEModel, every fault named with its place.
+The same types parse the file of `faasmoe up` and the objects of the Kubernetes API, and generate
+the CRD. Unknown keys are rejected. Fields that only one platform supports are marked; the other
+platform warns about them or rejects them (`validation.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from faasmoe_contracts.control_messages import MAX_TENANTS
 from faasmoe_operator.api.v1alpha1.base import KUBERNETES_ONLY, ApiModel
 from faasmoe_operator.api.v1alpha1.experts import ExpertsSpec, GranularitySpec
 from faasmoe_operator.api.v1alpha1.field_types import DNSLabel, Labels
@@ -25,7 +22,6 @@ from faasmoe_operator.api.v1alpha1.networking import NetworkingSpec
 from faasmoe_operator.api.v1alpha1.router import RouterSpec
 from faasmoe_operator.api.v1alpha1.storage import ModelSource, StoreSpec
 from faasmoe_operator.api.v1alpha1.tenants import (
-    MAX_TENANTS,
     TENANTS_LIST_TYPE,
     TenantSpec,
     validate_tenants,
@@ -35,17 +31,19 @@ from faasmoe_operator.errors import MoEModelError
 
 
 class ServiceMonitorSpec(ApiModel):
-    """A ServiceMonitor of the Prometheus operator, made if its API is there."""
+    """A ServiceMonitor of the Prometheus operator, created if the cluster serves its API."""
 
-    labels: Labels | None = Field(None, description="By which a Prometheus selects it.")
+    labels: Labels | None = Field(
+        None, description="Labels by which a Prometheus selects the ServiceMonitor."
+    )
     interval_seconds: int = Field(30, ge=1, le=3600)
 
 
 class MonitoringSpec(ApiModel):
-    """Objects that tell a monitoring system of the model."""
+    """Objects by which a monitoring system finds the model."""
 
     service_monitor: ServiceMonitorSpec | None = Field(
-        None, description="{} makes one; none is made if left out."
+        None, description="Set to {} to create a ServiceMonitor; omit for none."
     )
 
 
@@ -55,7 +53,7 @@ _METADATA_FIELDS = ("name", "namespace", "labels", "annotations")
 
 
 class ObjectMeta(ApiModel):
-    """What Kubernetes calls the object; `name` is also the model's name in the OpenAI API."""
+    """Metadata of the object; `name` is also the model's name in the OpenAI API."""
 
     name: DNSLabel
     namespace: DNSLabel | None = None
@@ -68,7 +66,7 @@ def _expand_auto(value: Any) -> Any:
 
 
 class MoEModelSpec(ApiModel):
-    """What is asked for."""
+    """Desired state of the model."""
 
     model: ModelSource
     store: StoreSpec = Field(default_factory=lambda: StoreSpec.model_validate({}))
@@ -81,7 +79,7 @@ class MoEModelSpec(ApiModel):
         (),
         strict=False,
         max_length=MAX_TENANTS,
-        description="Who may use the model; everyone who reaches it if left out.",
+        description="Tenants that may use the model. If omitted, everyone may who can reach it.",
         json_schema_extra=TENANTS_LIST_TYPE,
     )
     networking: NetworkingSpec = Field(
@@ -92,7 +90,7 @@ class MoEModelSpec(ApiModel):
     )
     suspend: bool = Field(
         False,
-        description="Takes away every pod of the model, and keeps its store.",
+        description="Deletes all pods of the model and keeps its store.",
         json_schema_extra=KUBERNETES_ONLY,
     )
 
@@ -103,7 +101,7 @@ class MoEModelSpec(ApiModel):
 
 
 class MoEModel(ApiModel):
-    """One model and how it is served."""
+    """A Mixture-of-Experts model and how it is served."""
 
     api_version: Literal["faasmoe.dev/v1alpha1"]
     kind: Literal["MoEModel"]
@@ -112,10 +110,13 @@ class MoEModel(ApiModel):
 
     @classmethod
     def from_object(cls, obj: Mapping[str, Any]) -> Self:
-        """Check an object of the Kubernetes API; raises MoEModelError.
+        """Parse an object of the Kubernetes API.
 
         Args:
-            obj: the object; its status and what the API server adds to its metadata are left out.
+            obj: the object; its status and other metadata fields are ignored.
+
+        Raises:
+            MoEModelError: the object is invalid or uses fields of the process platform.
         """
         raw_metadata = obj.get("metadata", {})
         metadata = {name: raw_metadata[name] for name in _METADATA_FIELDS if name in raw_metadata}
@@ -131,12 +132,12 @@ class MoEModel(ApiModel):
 
     @property
     def store_sub_path(self) -> str:
-        """The store's folder in its claim."""
+        """The store's folder in its PersistentVolumeClaim."""
         return self.spec.store.sub_path or self.metadata.name
 
 
 def _to_builtin(value: Any) -> Any:
-    """Return a copy in dicts and lists, of whatever mappings and sequences an API client reads."""
+    """Return a copy that consists of dicts and lists, of any mappings and sequences."""
     if isinstance(value, Mapping):
         return {key: _to_builtin(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -148,7 +149,7 @@ MAX_FILE_BYTES = 1 << 20
 
 
 def load_moemodel(path: Path) -> MoEModel:
-    """Read and check a MoEModel file; raises MoEModelError."""
+    """Read and validate a MoEModel file; raises MoEModelError."""
     try:
         size_bytes = path.stat().st_size
         if size_bytes > MAX_FILE_BYTES:
@@ -164,11 +165,14 @@ def load_moemodel(path: Path) -> MoEModel:
 
 
 def parse_moemodel(text: str, *, name: str) -> MoEModel:
-    """Check the text of a MoEModel file; raises MoEModelError.
+    """Parse and validate the text of a MoEModel file.
 
     Args:
         text: one YAML document.
-        name: what the error calls the text.
+        name: name of the text in error messages.
+
+    Raises:
+        MoEModelError: the text is no YAML or the model is invalid.
     """
     value = _load_yaml(text, name)
     if not isinstance(value, dict):
@@ -194,7 +198,7 @@ def _load_yaml(text: str, name: str) -> Any:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently keep the last."""
+    """Rejects duplicate keys, of which PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""How clients reach the router from outside, and which pods may reach it. Kubernetes only."""
+"""External access to the router and its network policy. Kubernetes only."""
 
 from __future__ import annotations
 
@@ -23,26 +23,36 @@ class IngressSpec(ApiModel):
     """An Ingress for the model and its tenants."""
 
     host: HostName
-    class_name: ObjectName | None = Field(None, description="The cluster's default if left out.")
-    tls_secret_name: ObjectName | None = Field(
-        None, description="Secret with the certificate; plain HTTP if left out."
+    class_name: ObjectName | None = Field(
+        None, description="Ingress class; the cluster's default if omitted."
     )
-    annotations: Annotations | None = Field(None, description="For the ingress controller.")
+    tls_secret_name: ObjectName | None = Field(
+        None, description="Secret with the certificate; plain HTTP if omitted."
+    )
+    annotations: Annotations | None = Field(
+        None, description="Annotations for the ingress controller."
+    )
 
 
 class ParentReference(ApiModel):
     """A Gateway that the route is attached to."""
 
     name: ObjectName
-    namespace: DNSLabel | None = Field(None, description="The model's own if left out.")
-    section_name: ObjectName | None = Field(None, description="One listener; all if left out.")
+    namespace: DNSLabel | None = Field(
+        None, description="Namespace of the Gateway; the model's own if omitted."
+    )
+    section_name: ObjectName | None = Field(
+        None, description="Name of one listener; all listeners if omitted."
+    )
 
 
 class HTTPRouteSpec(ApiModel):
     """An HTTPRoute of the Gateway API for the model and its tenants."""
 
     hostnames: Annotated[tuple[HostName, ...], Field(strict=False, max_length=16)] = Field(
-        (), description="The listeners' own if left out.", json_schema_extra=LIST_TYPE_SET
+        (),
+        description="Host names of the route; the listeners' own if omitted.",
+        json_schema_extra=LIST_TYPE_SET,
     )
     parent_refs: tuple[ParentReference, ...] = Field(strict=False, min_length=1, max_length=8)
 
@@ -53,7 +63,7 @@ class HTTPRouteSpec(ApiModel):
 
 
 class LabelSelector(ApiModel):
-    """Objects that carry all of these labels; every object if there are none."""
+    """Selects objects that have all of these labels; without labels, every object."""
 
     match_labels: Labels = Field(default_factory=dict)
 
@@ -69,10 +79,10 @@ class NetworkPolicyPeer(ApiModel):
     )
 
     namespace_selector: LabelSelector | None = Field(
-        None, description="Their namespaces; the model's own if left out."
+        None, description="Namespaces of the pods; the model's own if omitted."
     )
     pod_selector: LabelSelector | None = Field(
-        None, description="The pods; every pod of the namespaces if left out."
+        None, description="The pods; every pod of the namespaces if omitted."
     )
 
     @model_validator(mode="after")
@@ -84,7 +94,7 @@ class NetworkPolicyPeer(ApiModel):
 
 
 class NetworkingSpec(ApiModel):
-    """How the router is reached beyond its Services."""
+    """Access to the router in addition to its Services."""
 
     model_config = model_validations(
         cel_rule(
@@ -100,11 +110,11 @@ class NetworkingSpec(ApiModel):
         (),
         strict=False,
         max_length=32,
-        description="Pods that may reach the router; every pod of the cluster if left out.",
+        description="Pods that may reach the router; every pod of the cluster if omitted.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.ingress is not None and self.http_route is not None:
-            raise validation_error("httpRoute", got={}, expected="none beside ingress")
+            raise validation_error("httpRoute", got={}, expected="none together with ingress")
         return self

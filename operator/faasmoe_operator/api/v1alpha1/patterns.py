@@ -1,7 +1,7 @@
-"""The forms that texts of a MoEModel have, and what an error calls each of them.
+"""Regular expressions of a MoEModel's strings, and their descriptions in error messages.
 
-Only ASCII and what Rust's, Google's and Python's regular expressions read alike: pydantic, the
-Kubernetes API server and the tests each bring their own.
+They use only ASCII and the common syntax of Rust's `regex`, RE2 and Python's `re`, as pydantic, the
+Kubernetes API server and the tests use different engines.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ SOURCE = rf"^({_HUB_SOURCE}|{_PVC_SOURCE}|file://.+)$"
 
 DESCRIPTIONS = {
     DNS_LABEL: "lowercase letters, digits and '-', a letter or digit at both ends",
-    DNS_SUBDOMAIN: "lowercase letters, digits, '-' and '.', a letter or digit at both ends of each part",
+    DNS_SUBDOMAIN: (
+        "lowercase letters, digits, '-' and '.', a letter or digit at both ends of each part"
+    ),
     QUALIFIED_NAME: "letters, digits, '-', '_' and '.', after a domain and '/' if there is one",
     LABEL_VALUE: "letters, digits, '-', '_' and '.', a letter or digit at both ends",
     ENV_VAR_NAME: "letters, digits and '_', no digit first",

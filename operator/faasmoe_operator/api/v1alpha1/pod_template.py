@@ -1,6 +1,6 @@
-"""Variables in the environment of a process or a container.
+"""Environment variables, and the pod settings that a user may change.
 
-What a user may say of pods: where they run, with what, as what; all else is the operator's.
+The operator controls everything else of its pods.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ ENV_LIST_TYPE = list_type_map("name")
 
 
 class LiteralEnvVar(ApiModel):
-    """A variable in the environment of a process."""
+    """An environment variable of a process."""
 
     name: EnvVarName
     value: EnvVarValue = ""
 
 
 class EnvVarSource(ApiModel):
-    """Where the value of a variable comes from."""
+    """The source of an environment variable's value."""
 
     model_config = model_validations(
         cel_rule(
@@ -85,7 +85,7 @@ class EnvVarSource(ApiModel):
 
 
 class EnvVar(ApiModel):
-    """A variable in the environment of a container."""
+    """An environment variable of a container."""
 
     model_config = model_validations(
         cel_rule(
@@ -100,12 +100,12 @@ class EnvVar(ApiModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.value is not None and self.value_from is not None:
-            raise validation_error("value", got=self.value, expected="none beside valueFrom")
+            raise validation_error("value", got=self.value, expected="none together with valueFrom")
         return self
 
 
 def validate_env_names(names: Sequence[str]) -> None:
-    """Raise the error of a name that is ours, or of one that is given twice."""
+    """Raise a validation error for a reserved or duplicate name."""
     for index, name in enumerate(names):
         if name.startswith(RESERVED_PREFIX):
             expected = f"a name without the prefix {RESERVED_PREFIX}"
@@ -133,7 +133,7 @@ def _cel_no_reserved_keys() -> SchemaExtension:
 
 
 class ResourceRequirements(ApiModel):
-    """What a container asks for and may use at most."""
+    """Resource requests and limits of a container."""
 
     model_config = model_validations(
         cel_rule(
@@ -145,8 +145,10 @@ class ResourceRequirements(ApiModel):
         )
     )
 
-    requests: ResourceList | None = Field(None, description="Amounts that are kept free for it.")
-    limits: ResourceList | None = Field(None, description="Amounts that it may use at most.")
+    requests: ResourceList | None = Field(
+        None, description="Amounts that the scheduler reserves for it."
+    )
+    limits: ResourceList | None = Field(None, description="Maximum amounts that it may use.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -160,12 +162,12 @@ class ResourceRequirements(ApiModel):
 
 
 class Toleration(ApiModel):
-    """A taint of nodes that keeps the pods not away."""
+    """A taint of nodes that the pods tolerate."""
 
     model_config = model_validations(
         cel_rule(
             "self.operator != 'Exists' || !has(self.value)",
-            "expected no value with the operator Exists, which takes every value",
+            "expected no value with the operator Exists, which matches every value",
         ),
         cel_rule(
             "has(self.key) || self.operator == 'Exists'",
@@ -173,7 +175,7 @@ class Toleration(ApiModel):
         ),
     )
 
-    key: LabelKey | None = Field(None, description="Every taint if left out.")
+    key: LabelKey | None = Field(None, description="Key of the taint; every taint if omitted.")
     operator: Literal["Exists", "Equal"] = "Equal"
     value: LabelValue | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
@@ -191,7 +193,7 @@ class Toleration(ApiModel):
 
 
 class Affinity(ApiModel):
-    """Kubernetes' affinity, handed to the pods as it is."""
+    """Kubernetes' affinity, copied to the pods without validation."""
 
     node_affinity: UnvalidatedObject | None = None
     pod_affinity: UnvalidatedObject | None = None
@@ -199,7 +201,7 @@ class Affinity(ApiModel):
 
 
 class TopologySpreadConstraint(ApiModel):
-    """How evenly the pods of a model spread over nodes or zones."""
+    """How evenly the pods of a model are spread over nodes or zones."""
 
     topology_key: LabelKey
     max_skew: int = Field(1, ge=1, le=1000)
@@ -207,12 +209,12 @@ class TopologySpreadConstraint(ApiModel):
 
 
 class PodTemplateSpec(ApiModel):
-    """What the pods are like beyond what the operator decides. Kubernetes only."""
+    """Settings of pods. Kubernetes only."""
 
     labels: Labels | None = Field(None, json_schema_extra=_cel_no_reserved_keys())
     annotations: Annotations | None = Field(None, json_schema_extra=_cel_no_reserved_keys())
     resources: ResourceRequirements | None = Field(
-        None, description="The operator's defaults if left out."
+        None, description="Resources of the container; the operator's defaults if omitted."
     )
     node_selector: Labels | None = None
     tolerations: tuple[Toleration, ...] = Field((), strict=False, max_length=32)
@@ -223,7 +225,7 @@ class PodTemplateSpec(ApiModel):
     priority_class_name: ObjectName | None = None
     runtime_class_name: ObjectName | None = None
     image: Annotated[str, Field(pattern=patterns.IMAGE, max_length=512)] | None = Field(
-        None, description="The operator's image for these pods if left out."
+        None, description="Container image; the operator's default for these pods if omitted."
     )
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
     image_pull_secrets: tuple[LocalObjectReference, ...] = Field(

@@ -1,4 +1,4 @@
-"""The router: the process, or the pods, that keep all but the routed experts."""
+"""The router: serves the OpenAI API and computes everything but the routed experts."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from faasmoe_operator.api.v1alpha1.pod_template import (
 )
 
 Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 class RouterSpec(ApiModel):
-    """The process that keeps all but the routed experts and answers the OpenAI API."""
+    """The router, which serves the OpenAI API and computes everything but the routed experts."""
 
     model_config = model_validations(
         cel_rule(
             "self.maxNumBatchedTokens >= self.maxNumSeqs",
-            "expected at least maxNumSeqs: each request decodes a token a step",
+            "expected at least maxNumSeqs: each request decodes one token per step",
             field=".maxNumBatchedTokens",
         ),
         cel_rule(
@@ -46,39 +47,57 @@ class RouterSpec(ApiModel):
         1,
         ge=1,
         le=64,
-        description="Routers that share the load; `suspend` takes all away.",
+        description="Number of routers that share the load; `suspend` deletes all of them.",
         json_schema_extra=KUBERNETES_ONLY,
     )
-    device: Device = Field("auto", description="auto takes a CUDA device if there is one.")
-    max_model_len: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
-        None, description="Tokens of a prompt and its answer; the model's context if left out."
+    device: Device = Field(
+        "auto", description="Compute device; auto selects a CUDA device if there is one."
     )
-    max_num_seqs: int = Field(32, ge=1, le=4096, description="Requests in one batch.")
-    max_num_batched_tokens: int = Field(512, ge=1, le=1_000_000, description="Tokens in one step.")
+    dtype: Dtype = Field(
+        "auto",
+        description="Dtype that the router computes in; functions use that of the store. auto is "
+        "the store's dtype, except on CPUs without fast products in it (x86 without AVX-512 for "
+        "bfloat16, without AVX512-FP16 for float16), where it is float32. The operator does not "
+        "know the nodes' CPUs: with auto it reserves memory for float32 unless `device` is cuda.",
+    )
+    max_model_len: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
+        None,
+        description="Maximum tokens of a prompt and its completion; the model's context length if "
+        "omitted.",
+    )
+    max_num_seqs: int = Field(
+        32, ge=1, le=4096, description="Maximum number of requests in one batch."
+    )
+    max_num_batched_tokens: int = Field(
+        512, ge=1, le=1_000_000, description="Maximum number of tokens in one step."
+    )
     max_waiting: int = Field(
-        1024, ge=0, le=1_000_000, description="Requests that wait beyond those; more get a 429."
+        1024,
+        ge=0,
+        le=1_000_000,
+        description="Maximum number of queued requests; further ones get status 429.",
     )
     kv_cache_memory: ByteQuantity | None = Field(
         None,
-        description="What the KV cache may take; 2Gi, or what one request of full length needs, "
-        "if left out.",
+        description="Memory of the KV cache; if omitted, 2Gi or what one request of full length "
+        "needs.",
     )
     env: tuple[LiteralEnvVar, ...] = Field(
         (),
         strict=False,
         max_length=MAX_ENV_VARS,
-        description="Additions to its environment.",
+        description="Additional environment variables.",
         json_schema_extra=ENV_LIST_TYPE,
     )
     template: PodTemplateSpec = Field(
         default_factory=lambda: PodTemplateSpec.model_validate({}),
-        description="What its pods are like.",
+        description="Settings of the router's pods.",
         json_schema_extra=KUBERNETES_ONLY,
     )
 
     @property
     def kv_cache_bytes(self) -> int | None:
-        """What the KV cache may take; None for the router's own default."""
+        """Memory of the KV cache in bytes; None for the router's default."""
         return None if self.kv_cache_memory is None else quantity_to_bytes(self.kv_cache_memory)
 
     @model_validator(mode="after")
@@ -87,7 +106,8 @@ class RouterSpec(ApiModel):
             raise validation_error(
                 "maxNumBatchedTokens",
                 got=self.max_num_batched_tokens,
-                expected=f"at least maxNumSeqs ({self.max_num_seqs}): each decodes a token a step",
+                expected=f"at least maxNumSeqs ({self.max_num_seqs}), as each request decodes one "
+                "token per step",
             )
         validate_env_names([variable.name for variable in self.env])
         template_names = {variable.name for variable in self.template.env}

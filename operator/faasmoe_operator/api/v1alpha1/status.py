@@ -1,4 +1,4 @@
-"""What the operator says of a MoEModel: the schema of `status`, all of it made anew when lost."""
+"""The status of a MoEModel; the operator can rebuild all of it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from faasmoe_contracts.control_messages import MAX_TENANTS
 from faasmoe_operator.api.v1alpha1.base import ApiModel, list_type_map
-from faasmoe_operator.api.v1alpha1.tenants import MAX_TENANTS
 
 MAX_COUNT = (1 << 31) - 1
-MAX_SAFE_INTEGER = (
-    1 << 53
-)  # bounds are doubles: the API server refuses values near those of 64 bits
+MAX_SAFE_INTEGER = 1 << 53  # bounds are doubles: the API server rejects values near 2**63
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Bytes = Annotated[int, Field(ge=0, le=MAX_SAFE_INTEGER)]
@@ -25,7 +23,7 @@ ConditionReason = Annotated[
 
 
 class Condition(ApiModel):
-    """One aspect of the model's state, in Kubernetes' form."""
+    """One aspect of the model's state, as a Kubernetes condition."""
 
     type: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9]*$", max_length=316)]
     status: Literal["True", "False", "Unknown"]
@@ -36,7 +34,7 @@ class Condition(ApiModel):
 
 
 class LayerRunStatus(ApiModel):
-    """MoE layers that follow each other and are alike."""
+    """Consecutive MoE layers with equal shapes."""
 
     count: Count
     num_experts: Count
@@ -46,10 +44,12 @@ class LayerRunStatus(ApiModel):
 
 
 class ModelStatus(ApiModel):
-    """What the prepared store holds."""
+    """Summary of the prepared store."""
 
     digest: Text
-    revision: Text | None = Field(None, description="The commit that the hub's name stood for.")
+    revision: Text | None = Field(
+        None, description="The commit that the requested revision resolved to."
+    )
     source: Text
     family: Text
     architecture: Text
@@ -64,42 +64,44 @@ class ModelStatus(ApiModel):
 
 
 class RouterStatus(ApiModel):
-    """The routers."""
+    """Numbers of routers."""
 
     replicas: Count | None = None
     ready_replicas: Count | None = None
-    selector: Text | None = Field(None, description="Selects their pods, for autoscalers.")
+    selector: Text | None = Field(
+        None, description="Label selector of the router's pods, for autoscalers."
+    )
 
 
 class FunctionsStatus(ApiModel):
-    """The expert functions."""
+    """Numbers of expert functions."""
 
     total: Count | None = None
-    active: Count | None = Field(None, description="With at least one replica that is ready.")
+    active: Count | None = Field(None, description="Functions with at least one ready replica.")
     replicas: Count | None = None
 
 
 class SandboxesStatus(ApiModel):
-    """The pods that hold functions."""
+    """Numbers of sandboxes."""
 
     total: Count | None = None
     ready: Count | None = None
-    generic: Count | None = Field(None, description="Ready, and without a function so far.")
+    generic: Count | None = Field(None, description="Ready sandboxes without functions.")
 
 
 class TenantStatus(ApiModel):
-    """One tenant."""
+    """State of one tenant."""
 
     name: Annotated[str, Field(max_length=63)]
     url: Text | None = None
-    keys: Count | None = Field(None, description="API keys that the routers know.")
+    keys: Count | None = Field(None, description="Number of API keys that the routers know.")
 
 
 class MoEModelStatus(ApiModel):
-    """What the operator has seen and done."""
+    """Observed state of the model."""
 
     observed_generation: Generation | None = Field(
-        None, description="Generation of the spec that all of this is about."
+        None, description="Generation of the spec that this status describes."
     )
     url: Text | None = Field(None, description="OpenAI base URL.")
     conditions: Annotated[tuple[Condition, ...], Field(max_length=32)] = Field(

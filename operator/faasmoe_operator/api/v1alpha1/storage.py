@@ -1,6 +1,6 @@
-"""Where the checkpoint comes from, and in which number format it is served.
+"""Storage: the source of the checkpoint, and the store that holds the prepared checkpoint.
 
-Where the prepared checkpoint lies: a folder for `faasmoe up`, a claim on Kubernetes.
+The store is a folder for `faasmoe up` and a PersistentVolumeClaim on Kubernetes.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class PVCPath:
     path: str
 
 
-_SOURCE_IMMUTABLE = "expected what it was: make another MoEModel for another"
+_SOURCE_IMMUTABLE = "immutable: create another MoEModel for another"
 _CEL_IS_HUB = "self.source.startsWith('hf://')"
 
 
 class ModelSource(ApiModel):
-    """Where the checkpoint comes from."""
+    """The source of the checkpoint."""
 
     model_config = model_validations(
         cel_rule(
@@ -76,12 +76,13 @@ class ModelSource(ApiModel):
     )
 
     source: Annotated[str, Field(pattern=patterns.SOURCE, max_length=2048)] = Field(
-        description="hf://ORG/NAME of a model hub or pvc://CLAIM/PATH of a claim; for `faasmoe up` "
-        "hf://ORG/NAME, file:///PATH, or file://PATH relative to the MoEModel file.",
+        description="hf://ORG/NAME of a model hub or pvc://CLAIM/PATH of a PersistentVolumeClaim; "
+        "for `faasmoe up` hf://ORG/NAME, file:///PATH, or file://PATH relative to the MoEModel "
+        "file.",
         json_schema_extra=validations(
             cel_rule(
                 f"self.matches(r'{patterns.KUBERNETES_SOURCE}') && !self.contains('/..')",
-                "expected hf://ORG/NAME or pvc://CLAIM/PATH; file:// is for `faasmoe up` alone",
+                "expected hf://ORG/NAME or pvc://CLAIM/PATH; file:// is for `faasmoe up` only",
             ),
             cel_rule(
                 "self == oldSelf", f"{_SOURCE_IMMUTABLE} source", reason="FieldValueForbidden"
@@ -89,10 +90,10 @@ class ModelSource(ApiModel):
         ),
     )
     revision: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
-        None, description="Branch, tag or commit of a hub model; the hub's default if left out."
+        None, description="Branch, tag or commit of a hub model; the hub's default if omitted."
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Number format to serve in; auto keeps the checkpoint's."
+        "auto", description="Data type of the weights; auto keeps the checkpoint's."
     )
     token_secret_ref: KeySelector | None = Field(
         None,
@@ -102,7 +103,7 @@ class ModelSource(ApiModel):
 
     @property
     def claim_path(self) -> PVCPath | None:
-        """Where a pvc:// source lies; None for others."""
+        """Claim and path of a pvc:// source; None for other sources."""
         if not self.source.startswith(PVC_SCHEME):
             return None
         claim, _, path = self.source.removeprefix(PVC_SCHEME).partition("/")
@@ -124,7 +125,7 @@ class ModelSource(ApiModel):
         return self
 
 
-_STORE_IMMUTABLE = "expected what it was: a store cannot move, make another MoEModel"
+_STORE_IMMUTABLE = "immutable: a store cannot move, create another MoEModel"
 
 
 def _cel_immutable(field: str) -> SchemaExtension:
@@ -134,36 +135,36 @@ def _cel_immutable(field: str) -> SchemaExtension:
 
 
 class StoreSpec(ApiModel):
-    """Where the prepared checkpoint lies."""
+    """The store that holds the prepared checkpoint."""
 
     model_config = model_validations(
         *map(_cel_immutable, ("storageClassName", "accessMode", "claimName", "subPath")),
         cel_rule(
             "quantity(string(self.size)).compareTo(quantity(string(oldSelf.size))) >= 0",
-            "expected no less than it was: a volume can grow, not shrink",
+            "expected at least the current size: a volume cannot shrink",
             field=".size",
             reason="FieldValueForbidden",
         ),
         cel_rule(
             "!(has(self.claimName) && has(self.storageClassName))",
-            "expected no storageClassName beside claimName: that claim has one already",
+            "expected no storageClassName together with claimName: the claim has one already",
             field=".storageClassName",
         ),
     )
 
     path: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
         None,
-        description="Folder, relative to the MoEModel file; .faasmoe/NAME beside it if left out.",
+        description="Folder, relative to the MoEModel file; .faasmoe/NAME if omitted.",
         json_schema_extra=PROCESS_ONLY,
     )
     size: ByteQuantity = Field(
         "100Gi",
-        description="Size of the claim that is made: that of the checkpoint and a little more.",
+        description="Size of the claim that is created; slightly more than that of the checkpoint.",
         json_schema_extra=KUBERNETES_ONLY,
     )
     storage_class_name: ObjectName | None = Field(
         None,
-        description="Storage class of the claim; the cluster's default if left out.",
+        description="Storage class of the claim; the cluster's default if omitted.",
         json_schema_extra=KUBERNETES_ONLY,
     )
     access_mode: Literal["ReadWriteOnce", "ReadWriteMany"] = Field(
@@ -173,12 +174,12 @@ class StoreSpec(ApiModel):
     )
     claim_name: ObjectName | None = Field(
         None,
-        description="An existing claim to use; one of its own is made if left out.",
+        description="An existing claim to use; if omitted, a claim is created for the model.",
         json_schema_extra=KUBERNETES_ONLY,
     )
     sub_path: Annotated[str, Field(pattern=patterns.RELATIVE_PATH, max_length=512)] | None = Field(
         None,
-        description="Folder in the claim; the model's name if left out.",
+        description="Folder in the claim; the model's name if omitted.",
         json_schema_extra=KUBERNETES_ONLY
         | validations(
             cel_rule("!self.split('/').exists(part, part == '..')", "expected a path without ..")
@@ -186,13 +187,13 @@ class StoreSpec(ApiModel):
     )
     reclaim_policy: Literal["Delete", "Retain"] = Field(
         "Delete",
-        description="What becomes of the claim that was made when the MoEModel is deleted.",
+        description="What happens to a created claim when the MoEModel is deleted.",
         json_schema_extra=KUBERNETES_ONLY,
     )
     resources: ResourceRequirements | None = Field(
         None,
-        description="What the Job that prepares the store asks for and may use at most; of what is "
-        "left out, 1 CPU of at most 4 and 2Gi of memory of at most 16Gi.",
+        description="Resources of the Job that prepares the store. Defaults: requests of 1 CPU and "
+        "2Gi of memory, limits of 4 CPUs and 16Gi.",
         json_schema_extra=KUBERNETES_ONLY,
     )
 
@@ -201,7 +202,7 @@ class StoreSpec(ApiModel):
         if ".." in (self.sub_path or "").split("/"):
             raise validation_error("subPath", got=self.sub_path, expected="a path without ..")
         if self.claim_name is not None and self.storage_class_name is not None:
-            expected = "none beside claimName: that claim has one already"
+            expected = "none together with claimName: the claim has one already"
             raise validation_error(
                 "storageClassName", got=self.storage_class_name, expected=expected
             )

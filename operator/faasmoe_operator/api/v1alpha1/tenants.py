@@ -1,4 +1,4 @@
-"""Who may use the model, with which keys, and how much of it."""
+"""Tenants of a model: their API keys, limits and shares."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from faasmoe_operator.api.v1alpha1.base import (
 )
 from faasmoe_operator.api.v1alpha1.field_types import DNSLabel, LocalObjectReference
 
-MAX_TENANTS = 64
-
 PerMinuteLimit = Annotated[int, Field(ge=1, le=1_000_000_000)]
 MaxConcurrentRequests = Annotated[int, Field(ge=1, le=100_000)]
 MaxQueuedRequests = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -33,22 +31,26 @@ ModelAlias = Annotated[str, Field(pattern=patterns.MODEL_NAME, max_length=256)]
 
 
 class TenantLimitsSpec(ApiModel):
-    """What a tenant may have; no limit where nothing is given."""
+    """Limits of a tenant; an omitted field is no limit."""
 
     requests_per_minute: PerMinuteLimit | None = None
-    tokens_per_minute: PerMinuteLimit | None = Field(None, description="Of prompts and answers.")
+    tokens_per_minute: PerMinuteLimit | None = Field(
+        None, description="Tokens of prompts and completions."
+    )
     max_concurrent_requests: MaxConcurrentRequests | None = Field(
-        None, description="Requests in the batch."
+        None, description="Maximum number of requests in the batch."
     )
     max_queued_requests: MaxQueuedRequests | None = Field(
-        None, description="Requests that wait; more get a 429."
+        None, description="Maximum number of queued requests; further ones get status 429."
     )
-    max_model_len: MaxTokens | None = Field(None, description="Tokens of a prompt and its answer.")
-    max_output_tokens: MaxTokens | None = Field(None, description="Tokens of an answer.")
+    max_model_len: MaxTokens | None = Field(
+        None, description="Maximum tokens of a prompt and its completion."
+    )
+    max_output_tokens: MaxTokens | None = Field(None, description="Maximum tokens of a completion.")
 
 
 class TenantSpec(ApiModel):
-    """One tenant: its endpoint is /NAME/v1, its keys are those of one Secret or folder."""
+    """A tenant with its endpoint /NAME/v1 and the API keys of one Secret or folder."""
 
     model_config = model_validations(
         cel_rule(
@@ -62,7 +64,7 @@ class TenantSpec(ApiModel):
     name: DNSLabel
     api_keys_secret_ref: LocalObjectReference | None = Field(
         None,
-        description="Secret of the model's namespace; the value of each of its keys is an API key.",
+        description="Secret in the model's namespace; the value of each of its keys is an API key.",
         json_schema_extra=KUBERNETES_ONLY,
     )
     api_keys_path: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
@@ -70,21 +72,25 @@ class TenantSpec(ApiModel):
         description="Folder, relative to the MoEModel file; each file in it is an API key.",
         json_schema_extra=PROCESS_ONLY,
     )
-    weight: int = Field(1, ge=1, le=1000, description="Share of the tokens under contention.")
-    priority: int = Field(0, ge=-10, le=10, description="Who is served first: higher before lower.")
+    weight: int = Field(
+        1, ge=1, le=1000, description="Relative share of the tokens under contention."
+    )
+    priority: int = Field(
+        0, ge=-10, le=10, description="Tenants of higher priority are served first."
+    )
     limits: TenantLimitsSpec = Field(default_factory=lambda: TenantLimitsSpec.model_validate({}))
     model_alias: ModelAlias | None = Field(
-        None, description="Another name of the model, for this tenant."
+        None, description="An additional name of the model for this tenant."
     )
     system_prompt: Annotated[str, Field(min_length=1, max_length=8192)] | None = Field(
-        None, description="Goes before the messages of each of its chats."
+        None, description="System prompt that precedes the messages of each chat."
     )
     share_prefix_cache_with: tuple[DNSLabel, ...] = Field(
         (),
         strict=False,
         max_length=16,
-        description="Tenants whose cached prefixes it may use, and that may use its own; without "
-        "any, how long an answer takes tells nobody what another tenant asked.",
+        description="Tenants with which it shares cached prefixes, in both directions. Without "
+        "any, response times reveal nothing about the prompts of other tenants.",
         json_schema_extra=LIST_TYPE_SET,
     )
 
@@ -107,7 +113,7 @@ TENANTS_LIST_TYPE: SchemaExtension = list_type_map("name") | validations(
 
 
 def validate_tenants(tenants: Sequence[TenantSpec]) -> None:
-    """Raise the error of a name that is given twice, or that no other tenant has."""
+    """Raise a validation error for a duplicate name or a reference to an unknown tenant."""
     names = [tenant.name for tenant in tenants]
     validate_unique("tenants", names, key="name")
     for index, tenant in enumerate(tenants):

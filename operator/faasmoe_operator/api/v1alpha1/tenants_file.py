@@ -1,4 +1,4 @@
-"""The tenants as the router reads them, whichever platform it runs on."""
+"""The router's tenants file, which is the same on all platforms."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ TENANTS_FILE_VERSION = 1
 def build_tenants_file(
     model: MoEModel, keys_path: Callable[[TenantSpec], str], *, n_routers: int = 1
 ) -> dict[str, Any]:
-    """Return what stands in the router's tenants file; limits that are not there do not limit.
+    """Return the content of the router's tenants file; an omitted limit is no limit.
 
     Args:
-        model: whose tenants.
-        keys_path: says in which folder the router finds the API keys of a tenant.
-        n_routers: routers that read the file: each grants its part of the limits.
+        model: the model whose tenants to write.
+        keys_path: returns the folder of a tenant's API keys, as the router sees it.
+        n_routers: number of routers that read the file; each grants its share of the limits.
     """
     tenants = [_tenant_entry(tenant, keys_path(tenant)) for tenant in model.spec.tenants]
     return {

@@ -1,6 +1,7 @@
-"""pydantic's findings in our words: field, what was got, what was expected.
+"""Validation errors as one line per field, and validation rules specific to a platform.
 
-What only one of the platforms honours: told, or refused, on the other.
+A line names the field, its value and what was expected. Fields that only one platform supports
+cause a warning or an error on the other.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 MAX_SHOWN_CHARS = 80
-KEY_TAG = "[key]"  # pydantic's, after a key that is itself at fault
+KEY_TAG = "[key]"  # pydantic appends it to the path of an invalid key
 
 _BOUND_MESSAGES = {
     "greater_than_equal": "{ge:g} or more",
@@ -53,11 +54,11 @@ _EXPECTED_BY_TYPE = _BOUND_MESSAGES | {
 
 
 def format_validation_errors(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Return one line for each field that was refused, in the order of the file.
+    """Return one line for each invalid field, in the order of the file.
 
     Args:
-        error: what pydantic found.
-        root: the model that was read, to name its fields where an unknown one was given.
+        error: pydantic's error.
+        model: the model that was validated, for suggestions of field names.
     """
     lines: dict[str, str] = {}
     alternatives: dict[str, dict[str, str]] = {}
@@ -66,18 +67,18 @@ def format_validation_errors(error: ValidationError, model: type[BaseModel]) -> 
         if detail["type"] in ("missing", "extra_forbidden"):
             lines.setdefault(path, _presence_error(detail, path, model))
             continue
-        found = alternatives.setdefault(path, {})
-        found[detail["type"]] = _format_expected(detail)
-        # Of a union, the member that the value nearly fits is the one to speak of.
-        expectations = [found[kind] for kind in found if kind in _BOUND_MESSAGES] or list(
-            found.values()
+        by_type = alternatives.setdefault(path, {})
+        by_type[detail["type"]] = _format_expected(detail)
+        # Of a union, report the member whose type matches if only its bounds are violated.
+        expectations = [by_type[kind] for kind in by_type if kind in _BOUND_MESSAGES] or list(
+            by_type.values()
         )
         lines[path] = f"{path}: got {_format_value(detail)}, expected {' or '.join(expectations)}"
     return list(lines.values())
 
 
 def _field_path(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    """Return the camelCase path, without the tags that pydantic adds for the parts of a union."""
+    """Return the camelCase path, without the tags that pydantic adds for members of a union."""
     schema = model.model_json_schema(by_alias=True)
     node: Mapping[str, Any] | None = schema
     parts: list[str] = []
@@ -95,20 +96,20 @@ def _field_path(detail: ErrorDetails, model: type[BaseModel]) -> str:
 def _child_schema(
     node: Mapping[str, Any] | None, part: str | int, schema: Mapping[str, Any]
 ) -> Mapping[str, Any] | None:
-    """Return the schema of a node's part; None if the part is a tag and not in the file."""
+    """Return the schema of a child node; None if `part` is a tag of pydantic."""
     if node is None or part == KEY_TAG:
         return None
     node = _resolve_refs(node, schema)
     if isinstance(part, int):
-        found: Any = node.get("items", True)
+        child: Any = node.get("items", True)
     else:
         values = [*node.get("patternProperties", {}).values(), node.get("additionalProperties")]
-        found = node.get("properties", {}).get(part, values[0])
-    return {} if found is True else found or None
+        child = node.get("properties", {}).get(part, values[0])
+    return {} if child is True else child or None
 
 
 def _resolve_refs(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what a node refers to, or what it is if it is not null."""
+    """Follow references and optional types of a node to their target."""
     while "$ref" in node or "anyOf" in node:
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rpartition("/")[2]]
@@ -159,44 +160,45 @@ def _format_expected(detail: ErrorDetails) -> str:
 
 
 def process_platform_warnings(model: MoEModel) -> list[str]:
-    """Return one line for each field that is given and that `faasmoe up` does not honour as meant.
+    """Return warnings about settings that have no or an unwanted effect for `faasmoe up`.
 
-    On one machine sandboxes share a GPU, and each takes some of it for itself.
+    These are fields that only Kubernetes supports, and one function per sandbox on a GPU: the
+    sandboxes of a machine share it, and each needs about 0.5 GB of it in addition to its functions.
     """
     fields = _fields_set_for_platform(model.spec, "spec", platform="kubernetes")
-    warnings = [f"{field}: has no effect here, only Kubernetes honours it" for field in fields]
+    warnings = [f"{field}: has no effect here, only Kubernetes supports it" for field in fields]
     experts = model.spec.experts
     if experts.device == "cuda" and experts.functions_per_sandbox == 1:
         warnings.append(
-            "spec.experts.functionsPerSandbox: got 1 with device cuda: each sandbox takes about "
-            "0.5 GB of the GPU beside its functions; more functions in one take less"
+            "spec.experts.functionsPerSandbox: got 1 with device cuda: each sandbox needs about "
+            "0.5 GB of the GPU in addition to its functions; more functions in one need less"
         )
     return warnings
 
 
 def process_platform_problems(model: MoEModel) -> list[str]:
-    """Return one line for each thing that `faasmoe up` cannot serve without."""
+    """Return one line for each setting that `faasmoe up` cannot serve."""
     source = model.spec.model.source
     problems = []
     if source.startswith(PVC_SCHEME):
         problems.append(
             f"spec.model.source: got {source!r}, expected hf://ORG/NAME or file://PATH: "
-            "only Kubernetes has claims"
+            "only Kubernetes has PersistentVolumeClaims"
         )
     for index, tenant in enumerate(model.spec.tenants):
         if tenant.api_keys_path is None:
             problems.append(
-                f"spec.tenants.{index}.apiKeysPath: missing: `faasmoe up` reads no Secret; make a "
-                "folder with one file for each API key and name it here, relative to this file"
+                f"spec.tenants.{index}.apiKeysPath: missing: `faasmoe up` reads no Secret; create "
+                "a folder with one file for each API key and set its path, relative to this file"
             )
     return problems
 
 
 def kubernetes_problems(model: MoEModel) -> list[str]:
-    """Return one line for each field that is given and that Kubernetes cannot honour."""
+    """Return one line for each setting that Kubernetes cannot serve."""
     source = model.spec.model.source
     problems = [
-        f"{field}: only `faasmoe up` honours it, expected none on Kubernetes"
+        f"{field}: only `faasmoe up` supports it, expected none on Kubernetes"
         for field in _fields_set_for_platform(model.spec, "spec", platform="process")
     ]
     if source.startswith(FILE_SCHEME):

@@ -1,4 +1,4 @@
-"""The control API: function table, load reports, wakes and status over HTTP."""
+"""The control plane's HTTP API: routing table, load and usage reports, activation, status."""
 
 from faasmoe_operator.control.api.app import make_model_app, make_models_app
 from faasmoe_operator.control.api.status import render_models_metrics

@@ -1,7 +1,7 @@
-"""The control API's applications: of one model, for `faasmoe up`, and of many, for the operator.
+"""The control API's applications: of one model for `faasmoe up`, of many models for the operator.
 
-Both serve the same routes (`routes.py`); a model's own are at `/v1` here and at
-`/models/NAMESPACE/NAME/v1` there, behind each model's own token.
+Both serve the routes of `routes.py`: at `/v1` for one model and at `/models/NAMESPACE/NAME/v1` for
+many, each authorised by the model's own bearer token.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ MODEL_PATH = "/models/{namespace}/{name}"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ControllerLookup = Callable[[str, str], tuple[Controller, str] | None]
-"""Finds a model's controller and its token by namespace and name."""
+"""Returns a model's controller and token by namespace and name; None if there is no such model."""
 
 
 def make_model_app(controller: Controller, *, token: str) -> web.Application:
-    """Return the API of a controller that has started.
+    """Return the API of one controller, with /metrics and /healthz.
 
     Args:
-        controller: what is asked and told.
-        token: the bearer token that /v1 asks for.
+        controller: a started controller.
+        token: bearer token that /v1 requires.
     """
 
     async def metrics(_: web.Request) -> web.Response:
@@ -55,11 +55,11 @@ def make_model_app(controller: Controller, *, token: str) -> web.Application:
 def make_models_app(
     lookup: ControllerLookup, *, extra_routes: Iterable[web.RouteDef] = ()
 ) -> web.Application:
-    """Return the API of many models, each behind its own token.
+    """Return the API of many models, each authorised by its own token.
 
     Args:
-        find: finds a model's controller and token at each request.
-        others: further routes, which ask for no token.
+        lookup: finds a model's controller and token, at each request.
+        extra_routes: further routes, which require no token.
     """
     dummy_token = secrets.token_hex(32)
 
@@ -68,7 +68,7 @@ def make_models_app(
             return None
         _, _, namespace, name, *_ = (*request.path.split("/"), "", "")
         found = lookup(namespace, name)
-        # A model that is not there is refused as one is whose token is another: by the same steps.
+        # An unknown model takes the same steps and gives the same response as a wrong token.
         _authorize(request, dummy_token if found is None else found[1])
         return None if found is None else found[0]
 
@@ -108,7 +108,7 @@ def _make_app(
 
 
 def _authorize(request: web.Request, token: str) -> None:
-    """Refuse a request without this token."""
+    """Raise RequestRejected unless the request carries this token."""
     received = request.headers.get("Authorization", "").encode(errors="surrogateescape")
     if not hmac.compare_digest(received, f"Bearer {token}".encode()):
         message = "authorization: expected the bearer token"

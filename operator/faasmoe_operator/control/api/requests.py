@@ -1,30 +1,31 @@
-"""What the control API refuses, and the error objects that say so.
+"""Requests of routers: parsed strictly, checked against the model, or rejected as a whole.
 
-What routers send: read strictly, and refused as a whole if anything in it is wrong.
+The messages and their bounds are those of `faasmoe_contracts`; here they become HTTP errors.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Container
-from typing import Annotated, TypeVar
+from collections.abc import Callable, Container, Iterable
+from typing import TypeVar
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from faasmoe_operator.api.v1alpha1.field_types import DNSLabel
-from faasmoe_operator.api.v1alpha1.tenants import MAX_TENANTS
-from faasmoe_operator.control.load_reports import LoadReport, ReportedLoad
-from faasmoe_operator.control.usage_ledger import MAX_TENANTS_IN_LEDGER, TenantUsage, UsageReport
+from faasmoe_contracts.control_messages import ActivationRequest, LoadReport
+from faasmoe_contracts.json_reader import ContractError, parse_json
+from faasmoe_contracts.text import short_repr
+from faasmoe_contracts.usage import UsageReport
+
+Message = TypeVar("Message")
 
 
 class RequestRejected(Exception):
-    """A request that is refused and has changed nothing.
+    """A rejected request; it has changed nothing.
 
     Attributes:
-        status: the HTTP status.
-        code: machine-stable.
-        field: the field at fault, None if it is none of the body's.
+        status: HTTP status.
+        code: stable, machine-readable code.
+        field: the invalid field of the body; None if the error is not about the body.
     """
 
     def __init__(self, message: str, *, status: int, code: str, field: str | None = None) -> None:
@@ -32,7 +33,7 @@ class RequestRejected(Exception):
         self.status, self.code, self.field = status, code, field
 
     def response(self) -> web.Response:
-        """Return the HTTP answer."""
+        """Return the HTTP response."""
         error = {"code": self.code, "message": str(self), "field": self.field}
         return web.Response(
             status=self.status,
@@ -42,127 +43,49 @@ class RequestRejected(Exception):
 
 
 def invalid_field(field: str, received: object, expected: str) -> RequestRejected:
-    """Return the refusal of a field's value."""
-    shown = repr(received)
-    shown = shown if len(shown) <= 80 else shown[:80] + "…"
-    message = f"{field}: got {shown}, expected {expected}"
-    return RequestRejected(message, status=422, code="invalid", field=field)
-
-
-MAX_INTERVAL_S = 60.0
-MAX_COUNT = 1 << 53
-
-Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-NonNegativeFloat = Annotated[float, Field(ge=0, le=MAX_COUNT)]
-RouterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-FunctionName = Annotated[str, Field(max_length=64)]
-
-
-class _RequestBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-
-class _FunctionLoadBody(_RequestBody):
-    concurrency: Annotated[float, Field(ge=0, le=1e9)]
-    calls: Count
-    rows: Count
-
-
-class _LoadReportBody(_RequestBody):
-    router: RouterName
-    sent_at_s: float
-    interval_s: Annotated[float, Field(gt=0, le=MAX_INTERVAL_S)]
-    functions: dict[FunctionName, _FunctionLoadBody]
-    held: Count
-    local: Count
-    tenants: Annotated[dict[DNSLabel, Count], Field(max_length=MAX_TENANTS)] = {}
-
-
-class _TenantUsageBody(_RequestBody):
-    prompt_tokens: Count
-    generated_tokens: Count
-    completed: Count
-    cancelled: Count
-    failed: Count
-    limited: Count
-    expert_seconds: NonNegativeFloat
-    expert_gb_seconds: NonNegativeFloat
-
-
-class _UsageReportBody(_RequestBody):
-    book: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-    since_s: NonNegativeFloat
-    ends: bool = False
-    tenants: Annotated[dict[DNSLabel, _TenantUsageBody], Field(max_length=MAX_TENANTS_IN_LEDGER)]
-
-
-class _ActivationBody(_RequestBody):
-    router: RouterName
-    sent_at_s: float
-    functions: Annotated[list[FunctionName], Field(min_length=1, max_length=1_000_000)]
-
-
-AnyBody = TypeVar("AnyBody", bound=_RequestBody)
+    """Return the rejection of a field's value."""
+    return _reject(ContractError(field, short_repr(received), expected))
 
 
 def parse_load_report(content: bytes, *, known: Container[str]) -> LoadReport:
-    """Return a load report; raises Refusal.
+    """Return a load report.
 
     Args:
-        content: the request's body.
-        known: the functions of this model.
+        content: body of the request.
+        known: ids of the model's functions.
+
+    Raises:
+        RequestRejected: the body is invalid or names an unknown function.
     """
-    body = _parse(_LoadReportBody, content)
-    for name in body.functions:
-        _check_known(name, known)
-    functions = {
-        name: ReportedLoad(load.concurrency, load.calls, load.rows)
-        for name, load in body.functions.items()
-    }
-    return LoadReport(
-        body.router,
-        functions,
-        queued=body.held,
-        n_local_blocks=body.local,
-        tenant_key_counts=body.tenants,
-    )
+    report = _parse(LoadReport.from_json, content)
+    _check_known(report.functions, known)
+    return report
 
 
 def parse_usage_report(content: bytes) -> UsageReport:
-    """Return what a router says that the tenants have used; raises Refusal."""
-    body = _parse(_UsageReportBody, content)
-    tenants = {name: TenantUsage(**dict(use)) for name, use in body.tenants.items()}
-    return UsageReport(body.book, body.since_s, tenants, is_final=body.ends)
+    """Return a usage report; raises RequestRejected."""
+    return _parse(UsageReport.from_json, content)
 
 
-def parse_activation_request(content: bytes, *, known: Container[str]) -> list[str]:
-    """Return the functions to wake; raises Refusal."""
-    body = _parse(_ActivationBody, content)
-    for name in body.functions:
-        _check_known(name, known)
-    return body.functions
+def parse_activation_request(content: bytes, *, known: Container[str]) -> tuple[str, ...]:
+    """Return the ids of the functions to activate; see `parse_load_report`."""
+    request = _parse(ActivationRequest.from_json, content)
+    _check_known(request.functions, known)
+    return request.functions
 
 
-def _parse(body_type: type[AnyBody], content: bytes) -> AnyBody:
+def _parse(from_json: Callable[[object], Message], content: bytes) -> Message:
     try:
-        return body_type.model_validate_json(content)
-    except ValidationError as error:
-        detail = error.errors(include_url=False, include_context=False)[0]
-        field = ".".join(str(part) for part in detail["loc"]) or "body"
-        raise invalid_field(
-            field, _received(detail["type"], detail["input"]), detail["msg"]
-        ) from error
+        return from_json(parse_json(content, field="body"))
+    except ContractError as error:
+        raise _reject(error) from error
 
 
-def _received(kind: str, value: object) -> object:
-    if kind == "json_invalid":
-        return "no JSON"
-    return "nothing" if kind == "missing" else value
+def _check_known(names: Iterable[str], known: Container[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise invalid_field("functions", name, "a function of this model")
 
 
-def _check_known(name: str, known: Container[str]) -> None:
-    if name not in known:
-        raise invalid_field("functions", name, "a function of this model")
-
-
-__all__ = ["RequestRejected", "parse_activation_request", "parse_load_report", "parse_usage_report"]
+def _reject(error: ContractError) -> RequestRejected:
+    return RequestRejected(str(error), status=422, code="invalid", field=error.field)

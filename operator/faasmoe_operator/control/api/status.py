@@ -1,9 +1,7 @@
-"""The control's state as JSON, for `faasmoe top`; and its gauges.
+"""State of controllers: as JSON for `faasmoe top`, and as Prometheus metrics.
 
-The metrics of many models in one text: each model's own, with its name as labels.
-
-The first so many models by name are told apart; the rest would cost a scrape more than it tells,
-and are counted.
+The operator exports the metrics of all its models in one text, labelled with namespace and name, up
+to a number of models that keeps a scrape affordable; further models are only counted.
 """
 
 from __future__ import annotations
@@ -25,11 +23,11 @@ from faasmoe_operator.platforms.process import pss_bytes
 
 
 async def controller_status(controller: Controller) -> dict[str, Any]:
-    """Return the whole state."""
+    """Return a controller's state as the body of GET /v1/status."""
     now = controller.clock()
     routing_table = controller.routing_table
-    members = list(controller.fleet.sandboxes)
-    pids = [member.sandbox.pid for member in members]
+    records = list(controller.fleet.sandboxes)
+    pids = [record.sandbox.pid for record in records]
     memory = await asyncio.to_thread(lambda: [pid and pss_bytes(pid) for pid in pids])
     return {
         "model": controller.model.name,
@@ -37,7 +35,7 @@ async def controller_status(controller: Controller) -> dict[str, Any]:
         "version": routing_table.version,
         "followers": routing_table.n_watchers,
         "functions": _function_status(controller, now=now),
-        "sandboxes": [_sandbox_status(m, size) for m, size in zip(members, memory, strict=True)],
+        "sandboxes": [_sandbox_status(r, size) for r, size in zip(records, memory, strict=True)],
         "pool": {"size": controller.model.warm_pool, "ready": controller.fleet.n_generic()},
         "held": controller.load_reports.queued(now),
         "decisions": _decision_counts(controller),
@@ -45,7 +43,7 @@ async def controller_status(controller: Controller) -> dict[str, Any]:
 
 
 def update_gauges(controller: Controller) -> None:
-    """Set the gauges to the present state."""
+    """Set a controller's gauges to its current state."""
     metrics, autoscalers = controller.metrics, controller.autoscalers
     phases = Counter(autoscalers.phase(name).value for name in controller.model.functions)
     sandboxes = controller.fleet.sandbox_states()
@@ -61,37 +59,34 @@ def update_gauges(controller: Controller) -> None:
 
 
 def _function_status(controller: Controller, *, now: float) -> list[dict[str, Any]]:
-    ready, records, scalers = (
-        controller.fleet.ready_replicas(),
-        controller.function_stats,
-        controller.autoscalers,
-    )
+    ready = controller.fleet.ready_replicas()
+    stats, autoscalers = controller.function_stats, controller.autoscalers
     return [
         {
             "id": name,
             "layers": list(function.spec.layers),
             "n_experts": len(function.spec.experts),
             "size_bytes": function.size_bytes,
-            "state": scalers.phase(name).value,
-            "desired": scalers.desired(name),
+            "state": autoscalers.phase(name).value,
+            "desired": autoscalers.desired(name),
             "ready": ready.get(name, 0),
-            "concurrency": scalers.concurrency(name, now=now),
-            "idle_s": records.idle_s(name, now=now),
-            "calls": records.calls[name],
-            "rows": records.rows[name],
+            "concurrency": autoscalers.concurrency(name, now=now),
+            "idle_s": stats.idle_s(name, now=now),
+            "calls": stats.calls[name],
+            "rows": stats.rows[name],
         }
         for name, function in controller.model.functions.items()
     ]
 
 
-def _sandbox_status(member: SandboxRecord, size_bytes: int | None) -> dict[str, Any]:
+def _sandbox_status(record: SandboxRecord, size_bytes: int | None) -> dict[str, Any]:
     return {
-        "id": member.sandbox.id,
-        "address": member.sandbox.address,
-        "pid": member.sandbox.pid,
-        "state": member.state.value,
-        "ready": member.sandbox.ready,
-        "functions": list(member.functions),
+        "id": record.sandbox.id,
+        "address": record.sandbox.address,
+        "pid": record.sandbox.pid,
+        "state": record.state.value,
+        "ready": record.sandbox.ready,
+        "functions": list(record.functions),
         "pss_bytes": size_bytes,
     }
 
@@ -108,7 +103,11 @@ NamedController = tuple[tuple[str, str], Controller]
 
 
 def render_models_metrics(models: Iterable[NamedController]) -> bytes:
-    """Return the metrics of these models in Prometheus's text format."""
+    """Return the metrics of these models in Prometheus's text format.
+
+    Args:
+        models: models and controllers, sorted by namespace and name.
+    """
     registry = CollectorRegistry()
     registry.register(_ModelsCollector(models))
     return generate_latest(registry)
@@ -137,5 +136,5 @@ class _ModelsCollector(Collector):
         )
 
     def describe(self) -> Iterator[Metric]:
-        """Say nothing beforehand: registering would ask for everything once."""
+        """Return nothing, because registration would otherwise collect all metrics once."""
         return iter(())

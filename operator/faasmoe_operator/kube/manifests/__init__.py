@@ -1,4 +1,4 @@
-"""The objects of a MoEModel: values in, plain dictionaries out. Pure."""
+"""Manifests of the objects of a MoEModel, as plain dictionaries. Pure functions."""
 
 from faasmoe_operator.kube.manifests.context import (
     ControlEndpoint,

@@ -1,7 +1,4 @@
-"""Everything that the objects of one MoEModel are made from.
-
-What all objects of a MoEModel have in common: kind, name, labels, owner.
-"""
+"""Inputs of the manifests, and the metadata that all objects of a MoEModel have in common."""
 
 from __future__ import annotations
 
@@ -22,13 +19,13 @@ MONITORING_API = "monitoring.coreos.com/v1"
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """What pods run when a MoEModel names no image itself.
+    """Default images, used unless a MoEModel sets its own.
 
     Attributes:
-        router: image of routers and of the store's Job.
+        router: image of routers and the store Job.
         expert: image of sandboxes.
-        pull_policy: when a node pulls them.
-        pull_secrets: names of Secrets, in the model's namespace, of a private registry.
+        pull_policy: imagePullPolicy.
+        pull_secrets: names of image pull Secrets in the model's namespace.
     """
 
     router: str
@@ -39,13 +36,13 @@ class Images:
 
 @dataclass(frozen=True, slots=True)
 class ControlEndpoint:
-    """The operator's control API, as routers reach it and as NetworkPolicies name it.
+    """The operator's control API, as routers reach it and as NetworkPolicies select it.
 
     Attributes:
-        url: its address within the cluster, without a path.
-        namespace: where the operator's pods are.
-        pod_labels: what selects them.
-        port: the port that they listen on.
+        url: in-cluster URL without a path.
+        namespace: namespace of the operator's pods.
+        pod_labels: labels that select them.
+        port: port that they listen on.
     """
 
     url: str
@@ -56,11 +53,12 @@ class ControlEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class ControlSecrets:
-    """What only one model's parts know.
+    """Secrets of one model.
 
     Attributes:
-        token: bearer token of the control API and of the sandboxes.
-        function_key: secret of the function ids (hexadecimal); stays in the operator.
+        token: bearer token of its control API and its sandboxes.
+        function_key: key from which function ids are derived, in hexadecimal; never leaves the
+            operator.
     """
 
     token: str = field(repr=False)
@@ -68,24 +66,24 @@ class ControlSecrets:
 
     @property
     def digest(self) -> str:
-        """A hash that changes when the token does."""
+        """Hash of the token."""
         return hashlib.sha256(self.token.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class ModelContext:
-    """One MoEModel and what surrounds it.
+    """One MoEModel and everything else that its manifests depend on.
 
     Attributes:
-        model: what is asked for.
-        namespace: where it is.
-        uid: the object's; owner references carry it.
-        generation: of the spec.
-        images: what pods run.
+        model: the parsed MoEModel.
+        namespace: its namespace.
+        uid: its uid, for owner references.
+        generation: generation of its spec.
+        images: default images.
         control: the operator's control API.
         secrets: the model's token and function key.
-        summary: what the prepared store holds; None until there is one.
-        api: optional APIs that the cluster serves, such as "gateway.networking.k8s.io/v1".
+        summary: summary of the prepared store; None until it is prepared.
+        served_apis: optional APIs that the cluster serves, such as "gateway.networking.k8s.io/v1".
     """
 
     model: MoEModel
@@ -96,7 +94,7 @@ class ModelContext:
     control: ControlEndpoint
     secrets: ControlSecrets
     summary: StoreSummary | None = None
-    api: frozenset[str] = frozenset()
+    served_apis: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -105,17 +103,17 @@ class ModelContext:
 
     @property
     def spec(self) -> MoEModelSpec:
-        """What is asked for."""
+        """The model's spec."""
         return self.model.spec
 
     @property
     def control_url(self) -> str:
-        """Where this model's control API is."""
+        """URL of this model's control API."""
         return f"{self.control.url}/models/{self.namespace}/{self.name}"
 
     @property
     def owner_reference(self) -> dict[str, Any]:
-        """What makes an object go with this MoEModel."""
+        """Owner reference to this MoEModel, so that owned objects are garbage-collected."""
         return {
             "apiVersion": self.model.api_version,
             "kind": self.model.kind,
@@ -141,13 +139,13 @@ def new_object(
 
     Args:
         ctx: the model.
-        kind: what it is.
-        name: its name.
-        component: the part of the model that it belongs to.
-        more_labels: labels beside those of every object.
-        annotations: its annotations.
-        owned: whether it goes when the MoEModel goes.
-        body: all but kind and metadata.
+        kind: the object's kind.
+        name: the object's name.
+        component: the component that it belongs to; None for the whole model.
+        extra_labels: labels besides those of every object.
+        annotations: annotations.
+        owned: whether it is deleted with the MoEModel.
+        body: fields other than kind and metadata.
     """
     metadata: Object = {
         "name": name,

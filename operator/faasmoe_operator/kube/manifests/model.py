@@ -1,4 +1,4 @@
-"""All objects of a MoEModel but its sandboxes, in the order in which they are best applied."""
+"""All objects of a MoEModel other than its sandboxes, in the order of creation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from faasmoe_operator.kube.types import Object
 
 
 def store_objects(ctx: ModelContext) -> list[Object]:
-    """Return what is wanted from the beginning: the store and what guards the model's pods."""
+    """Return the objects needed from the start: the store and the NetworkPolicies."""
     claim = store_claim(ctx)
     return [
         *store_policies(ctx),
@@ -38,7 +38,7 @@ def store_objects(ctx: ModelContext) -> list[Object]:
 
 
 def serving_objects(ctx: ModelContext) -> list[Object]:
-    """Return what is wanted once the store is ready."""
+    """Return the objects needed once the store is prepared."""
     return [
         *serving_policies(ctx),
         service_account(ctx, router_name(ctx.name), Component.ROUTER),
@@ -54,7 +54,7 @@ def serving_objects(ctx: ModelContext) -> list[Object]:
 
 
 def missing_apis(ctx: ModelContext) -> dict[str, str]:
-    """Return the fields that ask for an API that the cluster does not serve, and that API."""
+    """Return the spec fields that need an API the cluster does not serve, with that API."""
     requested = {
         "spec.networking.httpRoute": (ctx.spec.networking.http_route, GATEWAY_API),
         "spec.monitoring.serviceMonitor": (ctx.spec.monitoring.service_monitor, MONITORING_API),
@@ -62,5 +62,5 @@ def missing_apis(ctx: ModelContext) -> dict[str, str]:
     return {
         field: api
         for field, (part, api) in requested.items()
-        if part is not None and api not in ctx.api
+        if part is not None and api not in ctx.served_apis
     }

@@ -1,7 +1,7 @@
-"""Names and labels of everything that belongs to a MoEModel.
+"""Names, labels and selectors of everything that belongs to a MoEModel.
 
-Names are `MODEL-PART`. Kubernetes takes at most 63 characters; a longer name keeps its beginning
-and ends with a hash of the whole.
+Names are `MODEL-PART`. Kubernetes allows at most 63 characters; a longer name is cut and ends with
+a hash of the whole.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 
 
 class Component(StrEnum):
-    """The part of a model that an object belongs to."""
+    """The component of a model that an object belongs to."""
 
     ROUTER = "router"
     SANDBOX = "sandbox"
@@ -33,7 +33,7 @@ class Component(StrEnum):
 
 
 class Pool(StrEnum):
-    """Whether a sandbox waits for functions or holds some."""
+    """Whether a sandbox is generic or holds functions."""
 
     WARM = "warm"
     ASSIGNED = "assigned"
@@ -53,7 +53,7 @@ def model_labels(model: str, component: Component | None = None) -> dict[str, st
 
 
 def pod_selector(model: str, component: Component | None = None) -> dict[str, str]:
-    """Return the labels by which pods of this model are selected; they never change."""
+    """Return the label selector of this model's pods; it must never change."""
     return {
         MODEL_LABEL: model,
         **({} if component is None else {COMPONENT_LABEL: component.value}),
@@ -61,7 +61,7 @@ def pod_selector(model: str, component: Component | None = None) -> dict[str, st
 
 
 def pod_selector_text(model: str, component: Component | None = None) -> str:
-    """Return the same selector as the API's `labelSelector` takes it."""
+    """Return the selector in the format of the API's `labelSelector`."""
     return ",".join(f"{key}={value}" for key, value in pod_selector(model, component).items())
 
 
@@ -71,38 +71,38 @@ def store_name(model: str) -> str:
 
 
 def router_name(model: str) -> str:
-    """Return the name of the router's Deployment and of what goes with it."""
+    """Return the name of the router Deployment and its ServiceAccount, budget and policy."""
     return truncate_name(f"{model}-router")
 
 
 def sandbox_name(model: str, suffix: str = "") -> str:
-    """Return the name of a sandbox, or of what sandboxes share if there is no suffix."""
+    """Return the name of a sandbox pod; without a suffix, of what all sandboxes share."""
     ending = f"-{suffix}" if suffix else ""
     return truncate_name(f"{model}-sandbox", limit=MAX_NAME_CHARS - len(ending)) + ending
 
 
 def default_deny_name(model: str) -> str:
-    """Return the name of the NetworkPolicy that closes what no other one opens."""
+    """Return the name of the NetworkPolicy that denies all traffic by default."""
     return truncate_name(f"{model}-default-deny")
 
 
 def control_name(model: str, digest: str) -> str:
-    """Return the name of the Secret with what hashes to `digest`."""
+    """Return the name of the control Secret of a token with this digest."""
     return truncate_name(f"{model}-control-{digest[:HASH_CHARS]}")
 
 
 def tenants_config_map_name(model: str) -> str:
-    """Return the name of the ConfigMap that tells the router its tenants."""
+    """Return the name of the ConfigMap with the router's tenants file."""
     return truncate_name(f"{model}-tenants")
 
 
 def popularity_config_map_name(model: str) -> str:
-    """Return the name of the ConfigMap that keeps how much functions are used."""
+    """Return the name of the ConfigMap that persists the popularity of functions."""
     return truncate_name(f"{model}-popularity")
 
 
 def usage_config_map_name(model: str) -> str:
-    """Return the name of the ConfigMap that keeps what the tenants have used."""
+    """Return the name of the ConfigMap that persists the tenants' usage."""
     return truncate_name(f"{model}-accounts")
 
 
@@ -117,7 +117,7 @@ def tenant_service_name(model: str, tenant: str) -> str:
 
 
 def truncate_name(name: str, *, limit: int = MAX_NAME_CHARS) -> str:
-    """Return the name, or its beginning and a hash of the whole if it is too long."""
+    """Return the name; one that is too long is cut and ends with a hash of the whole."""
     if len(name) <= limit:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:HASH_CHARS]
@@ -125,5 +125,5 @@ def truncate_name(name: str, *, limit: int = MAX_NAME_CHARS) -> str:
 
 
 def _as_dns_1035_label(model: str) -> str:
-    # Services are DNS labels of the old kind (RFC 1035), which do not begin with a digit.
+    # Service names must be RFC 1035 labels, which do not start with a digit.
     return f"moe-{model}" if model[0].isdigit() else model

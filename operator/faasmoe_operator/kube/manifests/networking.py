@@ -1,19 +1,14 @@
-"""Services in front of the routers: the model's, and one for each tenant; and their addresses.
+"""Networking of a MoEModel: Services, Ingress or HTTPRoutes, NetworkPolicies, ServiceMonitor.
 
-All select the same pods. A router knows a tenant by its key, or by its name in the path.
+There is a Service for the model and one for each tenant; routers identify a tenant by its API key
+or the path. From outside only the API's paths are reachable, not metrics and probes. Each tenant
+gets its own HTTPRoute, so that a gateway's policies can be attached to it; one Ingress has all
+paths, since many controllers create a load balancer for each Ingress.
 
-The way in from outside the cluster: an Ingress, or HTTPRoutes.
-
-Only the API is let through: metrics and probes stay within. Each tenant has an HTTPRoute of its
-own, so that a gateway's policies can be its own too; one Ingress holds all paths, as many
-controllers make a load balancer for each.
-
-Who may talk to whom: what is not here is closed, both ways, for all pods of the model.
+Traffic that no NetworkPolicy allows is denied in both directions:
 
 clients ──8000──▶ routers ──9090──▶ sandboxes ◀──9090── operator
-                  routers ──control port──▶ operator         store's Job ──443──▶ anywhere
-
-How a Prometheus operator finds the routers' metrics.
+                  routers ──control port──▶ operator         store Job ──443──▶ anywhere
 """
 
 from __future__ import annotations
@@ -21,7 +16,6 @@ from __future__ import annotations
 from typing import Any
 
 from faasmoe_operator.api.v1alpha1.networking import HTTPRouteSpec, IngressSpec, ParentReference
-from faasmoe_operator.kube.manifests import router, sandbox
 from faasmoe_operator.kube.manifests.context import (
     GATEWAY_API,
     MONITORING_API,
@@ -40,6 +34,8 @@ from faasmoe_operator.kube.manifests.names import (
     store_name,
     tenant_service_name,
 )
+from faasmoe_operator.kube.manifests.router import ROUTER_PORT
+from faasmoe_operator.kube.manifests.sandbox import SANDBOX_PORT
 from faasmoe_operator.kube.types import (
     HTTP_ROUTE,
     INGRESS,
@@ -52,10 +48,18 @@ from faasmoe_operator.kube.types import (
 SERVICE_PORT = 80
 SERVICE_PORT_NAME = "http"
 API_PATH = "/v1"
+GATEWAY_GROUP = GATEWAY_API.partition("/")[0]
+NAMESPACE_LABEL = "kubernetes.io/metadata.name"
+DNS_PORTS = (53, 5353)
+"""Policies apply to a Service's target port, which is 5353 on OpenShift.
+No peer is given, since node-local DNS caches are not pods.
+"""
+HTTPS_PORT = 443
+METRICS_PATH = "/metrics"
 
 
 def services(ctx: ModelContext) -> list[Object]:
-    """Return the Services."""
+    """Return the model's Service and one for each tenant; all select the router pods."""
     tenants = [
         _service(ctx, tenant_service_name(ctx.name, tenant.name), {TENANT_LABEL: tenant.name})
         for tenant in ctx.spec.tenants
@@ -64,17 +68,17 @@ def services(ctx: ModelContext) -> list[Object]:
 
 
 def model_url(ctx: ModelContext) -> str:
-    """Return the base URL of the model for OpenAI's clients."""
+    """Return the model's base URL for OpenAI clients."""
     return f"{_public_origin(ctx, service_name(ctx.name))}{API_PATH}"
 
 
 def tenant_url(ctx: ModelContext, tenant: str) -> str:
-    """Return the base URL of a tenant for OpenAI's clients."""
+    """Return a tenant's base URL for OpenAI clients."""
     return f"{_public_origin(ctx, tenant_service_name(ctx.name, tenant))}{tenant_path(tenant)}"
 
 
 def tenant_path(tenant: str) -> str:
-    """Return the path under which a tenant's API is."""
+    """Return the path prefix of a tenant's API."""
     return f"/{tenant}{API_PATH}"
 
 
@@ -100,26 +104,23 @@ def _service(ctx: ModelContext, name: str, extra_labels: dict[str, str]) -> Obje
 
 
 def _public_origin(ctx: ModelContext, service: str) -> str:
-    """Return scheme and host: those that clients outside use, if there are any."""
+    """Return scheme and host: external ones if configured, else those of a Service."""
     networking = ctx.spec.networking
     if networking.ingress is not None:
         scheme = "http" if networking.ingress.tls_secret_name is None else "https"
         return f"{scheme}://{networking.ingress.host}"
     if networking.http_route is not None and networking.http_route.hostnames:
-        # The listener, which is the Gateway's, ends TLS; nearly all do.
+        # The Gateway's listener terminates TLS. It is not known here; nearly all do.
         return f"https://{networking.http_route.hostnames[0]}"
     return f"http://{service}.{ctx.namespace}.svc"
 
 
-GATEWAY_GROUP = GATEWAY_API.partition("/")[0]
-
-
 def ingress_objects(ctx: ModelContext) -> list[Object]:
-    """Return the Ingress or the HTTPRoutes that are asked for and that the cluster can have."""
+    """Return the Ingress or HTTPRoutes of the spec; no HTTPRoutes without the Gateway API."""
     networking = ctx.spec.networking
     if networking.ingress is not None:
         return [_ingress(ctx, networking.ingress)]
-    if networking.http_route is None or GATEWAY_API not in ctx.api:
+    if networking.http_route is None or GATEWAY_API not in ctx.served_apis:
         return []
     route = networking.http_route
     return [
@@ -192,14 +193,8 @@ def _parent_ref(parent: ParentReference) -> Object:
     return {"group": GATEWAY_GROUP, "kind": "Gateway", **parent.to_object()}
 
 
-NAMESPACE_LABEL = "kubernetes.io/metadata.name"
-DNS_PORTS = (53, 5353)
-"""Policies see a Service's target port, 5353 on OpenShift; node-local caches are no pods."""
-HTTPS_PORT = 443
-
-
 def store_policies(ctx: ModelContext) -> list[Object]:
-    """Return what holds from the beginning: nothing is open, but for the store's Job."""
+    """Return the policies needed from the start: default deny, and egress of the store Job."""
     https_egress = {"ports": _ports(HTTPS_PORT)}
     return [
         _policy(ctx, default_deny_name(ctx.name), None, ingress=[], egress=[]),
@@ -214,16 +209,16 @@ def store_policies(ctx: ModelContext) -> list[Object]:
 
 
 def serving_policies(ctx: ModelContext) -> list[Object]:
-    """Return what routers and sandboxes may do."""
-    from_clients = {"from": _client_peers(ctx), "ports": _ports(router.ROUTER_PORT)}
+    """Return the policies of routers and sandboxes."""
+    from_clients = {"from": _client_peers(ctx), "ports": _ports(ROUTER_PORT)}
     to_sandboxes = {
         "to": [_pods_peer(ctx, Component.SANDBOX)],
-        "ports": _ports(sandbox.SANDBOX_PORT),
+        "ports": _ports(SANDBOX_PORT),
     }
     to_control = {"to": [_operator_peer(ctx)], "ports": _ports(ctx.control.port)}
     from_callers = {
         "from": [_pods_peer(ctx, Component.ROUTER), _operator_peer(ctx)],
-        "ports": _ports(sandbox.SANDBOX_PORT),
+        "ports": _ports(SANDBOX_PORT),
     }
     return [
         _policy(
@@ -283,15 +278,12 @@ def _ports(*numbers: int, protocol: str = "TCP") -> list[dict[str, Any]]:
     return [{"protocol": protocol, "port": number} for number in numbers]
 
 
-METRICS_PATH = "/metrics"
-
-
 def service_monitors(ctx: ModelContext) -> list[Object]:
-    """Return the ServiceMonitor if it is asked for and the cluster can have it."""
+    """Return the ServiceMonitor if the spec requests it and the cluster serves its API."""
     monitor = ctx.spec.monitoring.service_monitor
-    if monitor is None or MONITORING_API not in ctx.api:
+    if monitor is None or MONITORING_API not in ctx.served_apis:
         return []
-    # Tenants' Services have the same pods behind them: each would be scraped several times.
+    # Tenants' Services select the same pods, which would be scraped several times.
     model_service_only = {"key": TENANT_LABEL, "operator": "DoesNotExist"}
     matching = {
         "matchLabels": pod_selector(ctx.name, Component.ROUTER),

@@ -1,19 +1,7 @@
-"""A container's environment.
+"""Building blocks of the router, sandbox and store pods.
 
-Which image a container runs, and how nodes get it.
-
-Where a model's pods may run: the template's wishes, and one node for a claim of one node.
-
-What a pod may do: the `restricted` Pod Security Standard, and nothing of the API.
-
-The volumes of pods: the store's claim, a checkpoint's claim, room for temporary files.
-
-The Secret with the token by which a model's parts know each other.
-
-Its name carries a hash of the token, so that it never changes: another token is another Secret, and
-the pods that name it are replaced.
-
-What the model's three kinds of pods have in common.
+Environment, image, scheduling, security context, volumes and control token. Pods comply with the
+`restricted` Pod Security Standard and cannot use the Kubernetes API.
 """
 
 from __future__ import annotations
@@ -36,46 +24,58 @@ from faasmoe_operator.kube.manifests.names import (
 from faasmoe_operator.kube.types import SECRET, SERVICE_ACCOUNT, Object
 
 ENV_PREFIX = "FAASMOE_"
-
 OFFLINE_ENV = {
-    # The pod may not leave the cluster; libraries that try would only wait.
+    # NetworkPolicies block the internet; libraries that try to reach it would time out.
     "HF_HUB_OFFLINE": "1",
     "HF_HOME": "/tmp/huggingface",
     "HOME": "/tmp",
 }
-"""For pods that read everything from the store."""
+"""Environment of pods that read everything from the store."""
+READ_WRITE_ONCE = "ReadWriteOnce"
+HOSTNAME_LABEL = "kubernetes.io/hostname"
+REQUIRED_TERMS = "requiredDuringSchedulingIgnoredDuringExecution"
+USER_ID = 65532
+"""User and group of the images; the user owns no files in them."""
+STORE_MOUNT_PATH = "/store"
+SOURCE_MOUNT_PATH = "/source"
+TMP_MOUNT_PATH = "/tmp"
+TMP_SIZE_LIMIT = "2Gi"
+STATE_MOUNT_PATH = "/var/lib/faasmoe"
+STATE_SIZE_LIMIT = "64Mi"
+TOKEN_KEY = "token"
+POD_HASH_CHARS = 12
 
 
 def env_vars(values: Mapping[str, Any]) -> list[Object]:
-    """Return variables of these values."""
+    """Return environment variables with these values."""
     return [{"name": name, "value": str(value)} for name, value in values.items()]
 
 
 def faasmoe_env_vars(values: Mapping[str, Any]) -> list[Object]:
-    """Return FAASMOE_ variables of the values that are given."""
+    """Return FAASMOE_ environment variables; values that are None are left out."""
     return env_vars({f"{ENV_PREFIX}{k}": v for k, v in values.items() if v is not None})
 
 
 def cpu_limit_env_var(variable: str, container: str) -> Object:
-    """Return a variable with the cores that a container may use, as libraries cannot see it."""
+    """Return a variable with a container's CPU limit, which libraries do not detect."""
     reference = {"containerName": container, "resource": "limits.cpu", "divisor": "1"}
     return {"name": variable, "valueFrom": {"resourceFieldRef": reference}}
 
 
 def router_env_overrides(ctx: ModelContext) -> list[Object]:
-    """Return what the MoEModel adds to the environment of routers and of the store's Job."""
+    """Return the MoEModel's additions to the environment of routers and the store Job."""
     router = ctx.spec.router
     return [variable.to_object() for variable in (*router.env, *router.template.env)]
 
 
 def merge_env_vars(*parts: Iterable[Object]) -> list[Object]:
-    """Return all variables, a later one in place of an earlier one of its name."""
+    """Return all variables; of variables with the same name the last one wins."""
     by_name = {variable["name"]: variable for part in parts for variable in part}
     return list(by_name.values())
 
 
 def image_fields(ctx: ModelContext, template: PodTemplateSpec, default: str) -> Object:
-    """Return a container's image and pull policy: the template's, else the operator's."""
+    """Return image and imagePullPolicy: the template's, else the operator's defaults."""
     return {
         "image": template.image or default,
         "imagePullPolicy": template.image_pull_policy or ctx.images.pull_policy,
@@ -83,19 +83,14 @@ def image_fields(ctx: ModelContext, template: PodTemplateSpec, default: str) -> 
 
 
 def image_pull_secrets_field(ctx: ModelContext, template: PodTemplateSpec) -> Object:
-    """Return the pod's pull secrets: the template's, else the operator's; none is no field."""
+    """Return imagePullSecrets: the template's, else the operator's; no field if there are none."""
     template_secrets = [secret.name for secret in template.image_pull_secrets]
     names = template_secrets or ctx.images.pull_secrets
     return {"imagePullSecrets": [{"name": name} for name in names]} if names else {}
 
 
-READ_WRITE_ONCE = "ReadWriteOnce"
-HOSTNAME_LABEL = "kubernetes.io/hostname"
-REQUIRED_TERMS = "requiredDuringSchedulingIgnoredDuringExecution"
-
-
 def scheduling_fields(ctx: ModelContext, template: PodTemplateSpec, component: Component) -> Object:
-    """Return the fields of a pod's spec that the scheduler and the node go by."""
+    """Return the fields of a pod's spec that affect scheduling."""
     fields: Object = {
         "nodeSelector": dict(template.node_selector or {}),
         "tolerations": [toleration.to_object() for toleration in template.tolerations],
@@ -108,7 +103,7 @@ def scheduling_fields(ctx: ModelContext, template: PodTemplateSpec, component: C
 
 
 def is_single_node_claim(ctx: ModelContext) -> bool:
-    """Return whether the store's claim can be mounted on one node only."""
+    """Return whether the store's claim can be mounted on only one node."""
     return ctx.spec.store.access_mode == READ_WRITE_ONCE
 
 
@@ -116,14 +111,14 @@ def _affinity(ctx: ModelContext, template: PodTemplateSpec) -> Object:
     affinity: Object = {} if template.affinity is None else template.affinity.to_object()
     if not is_single_node_claim(ctx):
         return affinity
-    # Elsewhere a pod would be bound and then wait for the volume without end.
+    # The scheduler would bind a pod to another node, where it waits for the volume forever.
     colocation_term = {
         "labelSelector": {"matchLabels": pod_selector(ctx.name)},
         "topologyKey": HOSTNAME_LABEL,
     }
     pod_affinity = affinity.get("podAffinity", {})
     terms = pod_affinity.get(REQUIRED_TERMS, [])
-    if isinstance(terms, list):  # else the API server says what is wrong with it
+    if isinstance(terms, list):  # otherwise the API server rejects it
         affinity["podAffinity"] = {**pod_affinity, REQUIRED_TERMS: [*terms, colocation_term]}
     return affinity
 
@@ -140,18 +135,14 @@ def _topology_spread(
     ]
 
 
-USER_ID = 65532
-"""The user of the images; it owns nothing in them."""
-
-
 def pod_security_context() -> Object:
-    """Return a pod's security context; the group is what makes a claim writable."""
+    """Return a pod's security context; fsGroup makes the claim writable."""
     return {
         "runAsNonRoot": True,
         "runAsUser": USER_ID,
         "runAsGroup": USER_ID,
         "fsGroup": USER_ID,
-        # Else every start would walk over all files of the store.
+        # Otherwise every start would visit all files of the store.
         "fsGroupChangePolicy": "OnRootMismatch",
         "seccompProfile": {"type": "RuntimeDefault"},
     }
@@ -169,32 +160,24 @@ def container_security_context() -> Object:
 
 
 def service_account(ctx: ModelContext, name: str, component: Component) -> Object:
-    """Return an account that has no rights and of which no pod gets a token."""
+    """Return a ServiceAccount without permissions; its token is not mounted."""
     return new_object(
         ctx, SERVICE_ACCOUNT, name, component=component, automountServiceAccountToken=False
     )
 
 
-STORE_MOUNT_PATH = "/store"
-SOURCE_MOUNT_PATH = "/source"
-TMP_MOUNT_PATH = "/tmp"
-TMP_SIZE_LIMIT = "2Gi"
-STATE_MOUNT_PATH = "/var/lib/faasmoe"
-STATE_SIZE_LIMIT = "64Mi"
-
-
 def store_claim_name(ctx: ModelContext) -> str:
-    """Return the claim that the store is in: the one that is named, else the model's own."""
+    """Return the name of the store's claim: the one in the spec, else the model's own."""
     return ctx.spec.store.claim_name or store_name(ctx.name)
 
 
 def store_path(ctx: ModelContext) -> str:
-    """Return the store's folder as every pod of the model sees it."""
+    """Return the path of the store in every pod of the model."""
     return f"{STORE_MOUNT_PATH}/{ctx.model.store_sub_path}"
 
 
 def checkpoint_source(ctx: ModelContext) -> str:
-    """Return the checkpoint as the store's Job is told it: a path if it is in a claim."""
+    """Return the checkpoint source for the store Job: a path if it is in a claim."""
     claim_path = ctx.spec.model.claim_path
     if claim_path is None:
         return ctx.spec.model.source
@@ -203,17 +186,17 @@ def checkpoint_source(ctx: ModelContext) -> str:
 
 def store_volume(ctx: ModelContext) -> Object:
     """Return the volume of the store's claim."""
-    # Read-only is each mount's to say: said here, two pods of one node could not share a claim.
+    # Mounts set readOnly. Set here, two pods of one node could not share the claim.
     return {"name": "store", "persistentVolumeClaim": {"claimName": store_claim_name(ctx)}}
 
 
 def store_mount(*, read_only: bool) -> Object:
-    """Return where the claim is mounted."""
+    """Return the mount of the store's claim."""
     return {"name": "store", "mountPath": STORE_MOUNT_PATH, "readOnly": read_only}
 
 
 def source_volumes(ctx: ModelContext) -> list[Object]:
-    """Return the volume of the checkpoint, if it is in a claim."""
+    """Return the volume of the checkpoint's claim, if it is in one."""
     claim_path = ctx.spec.model.claim_path
     if claim_path is None:
         return []
@@ -221,7 +204,7 @@ def source_volumes(ctx: ModelContext) -> list[Object]:
 
 
 def source_mounts(ctx: ModelContext) -> list[Object]:
-    """Return where the checkpoint's claim is mounted, if it is in one."""
+    """Return the mount of the checkpoint's claim, if it is in one."""
     claim_path = ctx.spec.model.claim_path
     if claim_path is None:
         return []
@@ -231,29 +214,26 @@ def source_mounts(ctx: ModelContext) -> list[Object]:
 
 
 def tmp_volume() -> Object:
-    """Return room for temporary files; the root file system takes none."""
+    """Return a volume for temporary files, as the root file system is read-only."""
     return {"name": "tmp", "emptyDir": {"sizeLimit": TMP_SIZE_LIMIT}}
 
 
 def tmp_mount() -> Object:
-    """Return where temporary files go."""
+    """Return the mount of the volume for temporary files."""
     return {"name": "tmp", "mountPath": TMP_MOUNT_PATH}
 
 
 def state_volume() -> Object:
-    """Return room for what a router keeps over restarts of its container: tenants' accounts.
+    """Return a volume for state that survives restarts of the router container: tenants' usage.
 
-    It goes with the pod; what is to last longer is scraped as metrics.
+    It is deleted with the pod.
     """
     return {"name": "state", "emptyDir": {"sizeLimit": STATE_SIZE_LIMIT}}
 
 
 def state_mount() -> Object:
-    """Return where the router keeps its state."""
+    """Return the mount of the state volume."""
     return {"name": "state", "mountPath": STATE_MOUNT_PATH}
-
-
-TOKEN_KEY = "token"
 
 
 def control_secret_name(ctx: ModelContext) -> str:
@@ -262,7 +242,11 @@ def control_secret_name(ctx: ModelContext) -> str:
 
 
 def control_secret(ctx: ModelContext) -> Object:
-    """Return the control Secret; the function key is nobody's but the operator's."""
+    """Return the control Secret with the token. The function key stays in the operator.
+
+    Its name contains a hash of the token and it is immutable: another token is another Secret, and
+    pods that refer to it are replaced.
+    """
     return new_object(
         ctx,
         SECRET,
@@ -275,12 +259,9 @@ def control_secret(ctx: ModelContext) -> Object:
 
 
 def token_env_var(ctx: ModelContext) -> Object:
-    """Return FAASMOE_TOKEN, read from the control Secret."""
+    """Return the variable FAASMOE_TOKEN with the token of the control Secret."""
     reference = {"name": control_secret_name(ctx), "key": TOKEN_KEY}
     return {"name": "FAASMOE_TOKEN", "valueFrom": {"secretKeyRef": reference}}
-
-
-POD_HASH_CHARS = 12
 
 
 def pod_template(
@@ -293,16 +274,16 @@ def pod_template(
     volumes: list[Object],
     termination_grace_s: int,
 ) -> Object:
-    """Return metadata and spec of a pod, ours before the template's where they meet.
+    """Return metadata and spec of a pod; the operator's labels override the template's.
 
     Args:
         ctx: the model.
-        template: what the MoEModel says of pods of this kind.
-        component: which kind.
-        account: name of its ServiceAccount.
-        container: its one container.
-        volumes: its volumes.
-        grace_s: how long it may take to end.
+        template: the MoEModel's settings for pods of this component.
+        component: the component.
+        service_account_name: name of the ServiceAccount.
+        container: the only container.
+        volumes: the volumes.
+        termination_grace_s: termination grace period, in seconds.
     """
     metadata: Object = {"labels": {**(template.labels or {}), **model_labels(ctx.name, component)}}
     if template.annotations:
@@ -322,13 +303,13 @@ def pod_template(
 
 
 def pod_hash(pod: Object) -> str:
-    """Return what tells a pod, or a pod template, from another one."""
+    """Return a hash of a pod or a pod template."""
     text = json.dumps(pod, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:POD_HASH_CHARS]
 
 
 def http_probe(path: str, *, period_s: int, failure_threshold: int, timeout_s: int = 2) -> Object:
-    """Return a probe of a container's port `http`."""
+    """Return an HTTP probe of a container's port `http`."""
     return {
         "httpGet": {"path": path, "port": "http", "scheme": "HTTP"},
         "periodSeconds": period_s,

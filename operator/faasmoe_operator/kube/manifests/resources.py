@@ -1,11 +1,12 @@
-"""How large pods are: computed from the store, in part or whole overridden by a template.
+"""Resource requests and limits of pods, computed from the store summary unless overridden.
 
     sandbox  memory = functionsPerSandbox * largest function + runtime     cpu = threads
     router   memory = its weights + KV cache + logits + runtime            cpu = 1, at most 4
 
-Memory is requested whole and limited to the same: the weights of functions are pages of a file,
-which the kernel takes back where a sandbox would go beyond. With CUDA weights and cache are on the
-device; what is left on the host is the runtime and the pages that are read to fill it.
+The memory limit equals the request. Weights of functions are pages of a mapped file, which the
+kernel reclaims where a sandbox would exceed its limit. A router's weights and KV cache count in
+float32 where it may compute in that: the node's CPU is not known here. With CUDA, weights and KV
+cache are on the device; host memory holds the runtime and the pages read to fill the device.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from faasmoe_operator.kube.manifests.context import ModelContext
 from faasmoe_operator.kube.store_summary import StoreSummary
 from faasmoe_operator.kube.types import Object
 from faasmoe_operator.plan.functions import largest_function_bytes
+from faasmoe_operator.plan.router_weights import (
+    element_bytes,
+    router_weights_bytes,
+    widest_router_dtype,
+)
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -29,19 +35,17 @@ ROUTER_RUNTIME_CPU_BYTES = GIB
 SANDBOX_RUNTIME_BYTES = {"cuda": 3 * GIB}
 SANDBOX_RUNTIME_CPU_BYTES = 512 * MIB
 KV_CACHE_BYTES = 2 * GIB
-"""The router's own default, unless one request of full length needs more."""
+"""The router's default, unless one request of maximum length needs more."""
 DEFAULT_MODEL_LEN = 8192
 LOGITS_COPIES = 2
 FLOAT_BYTES = 4
-DTYPE_BYTES = {"float32": 4}
-DEFAULT_DTYPE_BYTES = 2
 ROUTER_CORES = 1
 ROUTER_MAX_CORES = 4
-"""Its steps are short and many requests share one; between them it waits for functions."""
+"""Steps are short and shared by many requests; between them a router waits for functions."""
 
 
 def sandbox_resources(ctx: ModelContext) -> Object:
-    """Return the requests and limits of a sandbox; raises PlanError for a cut that cannot be."""
+    """Return requests and limits of a sandbox; raises PlanError for an invalid granularity."""
     experts = ctx.spec.experts
     runtime = SANDBOX_RUNTIME_BYTES.get(experts.device, SANDBOX_RUNTIME_CPU_BYTES)
     functions = experts.functions_per_sandbox * _largest_function_bytes(ctx)
@@ -54,7 +58,7 @@ def sandbox_resources(ctx: ModelContext) -> Object:
 
 
 def router_resources(ctx: ModelContext) -> Object:
-    """Return the requests and limits of a router."""
+    """Return requests and limits of a router."""
     router = ctx.spec.router
     runtime = ROUTER_RUNTIME_BYTES.get(router.device, ROUTER_RUNTIME_CPU_BYTES)
     model_bytes = 0 if ctx.summary is None else _router_bytes(ctx, ctx.summary)
@@ -68,10 +72,10 @@ def router_resources(ctx: ModelContext) -> Object:
 
 
 def with_overrides(computed: Object, overrides: ResourceRequirements | None) -> Object:
-    """Return computed requests and limits with those that were given in their place.
+    """Return computed requests and limits, replaced by overrides.
 
-    Where only one of a resource's request and limit is given and the other would contradict it, the
-    other follows.
+    If only a resource's request or limit is overridden and the computed other one conflicts with
+    it, the other one is set to the same value.
     """
     if overrides is None:
         return computed
@@ -94,24 +98,35 @@ def _largest_function_bytes(ctx: ModelContext) -> int:
 
 
 def _router_bytes(ctx: ModelContext, summary: StoreSummary) -> int:
-    """Return what a router holds beside its runtime: on the device what can be there."""
+    """Return the host memory of a router besides its runtime, in bytes.
+
+    With CUDA, logits and KV cache are on the device, and weights are read in the store's dtype.
+    """
     router = ctx.spec.router
+    if router.device == "cuda":
+        return summary.router_bytes
+    weights = router_weights_bytes(
+        summary.router_bytes, store_dtype=summary.dtype, dtype=_router_dtype(ctx, summary)
+    )
     logits = router.max_num_batched_tokens * summary.vocab_size * FLOAT_BYTES * LOGITS_COPIES
-    on_host = 0 if router.device == "cuda" else logits + _kv_cache_bytes(ctx, summary)
-    return summary.router_bytes + on_host
+    return weights + logits + _kv_cache_bytes(ctx, summary)
+
+
+def _router_dtype(ctx: ModelContext, summary: StoreSummary) -> str:
+    router = ctx.spec.router
+    return widest_router_dtype(router.dtype, router.device, store_dtype=summary.dtype)
 
 
 def _kv_cache_bytes(ctx: ModelContext, summary: StoreSummary) -> int:
-    """Return the budget of the KV cache.
+    """Return the size of the KV cache, in bytes, with room for one request of maximum length.
 
-    One request of full length always gets its room; without the number of KV heads it is reckoned
-    as if there were as many as heads.
+    The number of KV heads is not known here; as many as attention heads are assumed.
     """
     router = ctx.spec.router
     if router.kv_cache_bytes is not None:
         return router.kv_cache_bytes
     length = router.max_model_len or min(summary.max_position_embeddings, DEFAULT_MODEL_LEN)
-    dtype_bytes = DTYPE_BYTES.get(summary.dtype, DEFAULT_DTYPE_BYTES)
+    dtype_bytes = element_bytes(_router_dtype(ctx, summary))
     bytes_per_token = summary.num_hidden_layers * 2 * summary.hidden_size * dtype_bytes
     return max(KV_CACHE_BYTES, length * bytes_per_token)
 
@@ -122,7 +137,7 @@ def _resources(requests: Mapping[str, str], limits: Mapping[str, str], device: s
 
 
 def _without_gpu(limits: Mapping[str, str], override_limits: Mapping[str, str]) -> dict[str, str]:
-    """Leave the whole device out where another device, such as a part of one, was asked for."""
+    """Drop the whole GPU if the overrides request another device, such as a MIG slice."""
     is_other_device = any("/" in name for name in override_limits)
     return {
         name: value for name, value in limits.items() if name != GPU_RESOURCE or not is_other_device

@@ -1,9 +1,8 @@
-"""Tenants as the router reads them: one file, and a folder of keys for each.
+"""The router: Deployment, PodDisruptionBudget, and its tenants as mounted files.
 
-The file is a ConfigMap and the folders are Secrets, both mounted, so that changed limits and keys
-reach running routers. A Secret that is not there leaves an empty folder: the tenant has no keys.
-
-The router: its Deployment, and what keeps it up while nodes are drained.
+Tenants are one file from a ConfigMap, and a folder of API keys for each tenant from its Secret.
+Both are mounted, so that changed limits and keys reach running routers. A missing Secret leaves an
+empty folder: the tenant has no keys.
 """
 
 from __future__ import annotations
@@ -47,11 +46,18 @@ from faasmoe_operator.kube.types import CONFIG_MAP, DEPLOYMENT, POD_DISRUPTION_B
 TENANTS_MOUNT_PATH = "/etc/faasmoe/tenants"
 KEYS_MOUNT_PATH = "/etc/faasmoe/keys"
 VOLUME_FILE_MODE = 0o440
+ROUTER_CONTAINER = "router"
+ROUTER_PORT = 8000
+TERMINATION_GRACE_S = 60
+"""5 s until endpoints are updated, then up to 30 s for running requests, with a margin."""
+PRE_STOP_SLEEP_S = 5
+STARTUP_TIMEOUT_S = 1800
+"""Reading a model of hundreds of GB takes long."""
 
 
 def tenants_config_map(ctx: ModelContext) -> Object:
-    """Return the ConfigMap with the file."""
-    # The number of routers stands in the file, not in their pods: scaling replaces none of them.
+    """Return the ConfigMap with the tenants file."""
+    # The number of routers is in the file and not in the pods, so that scaling replaces none.
     n_routers = max(1, ctx.spec.router.replicas)
     document = build_tenants_file(ctx.model, _keys_mount_path, n_routers=n_routers)
     text = json.dumps(document, indent=2, ensure_ascii=False)
@@ -65,13 +71,13 @@ def tenants_config_map(ctx: ModelContext) -> Object:
 
 
 def tenants_volumes(ctx: ModelContext) -> list[Object]:
-    """Return the router's volumes for the file and the keys."""
+    """Return the router's volumes for the tenants file and the API keys."""
     source = {"name": tenants_config_map_name(ctx.name), "defaultMode": VOLUME_FILE_MODE}
     return [{"name": "tenants", "configMap": source}, *map(_keys_volume, _tenants_with_keys(ctx))]
 
 
 def tenants_mounts(ctx: ModelContext) -> list[Object]:
-    """Return where the router finds them."""
+    """Return the mounts of the tenants file and the API keys."""
     return [
         {"name": "tenants", "mountPath": TENANTS_MOUNT_PATH, "readOnly": True},
         *(
@@ -100,17 +106,8 @@ def _volume_name(tenant: TenantSpec) -> str:
     return truncate_name(f"keys-{tenant.name}")
 
 
-ROUTER_CONTAINER = "router"
-ROUTER_PORT = 8000
-TERMINATION_GRACE_S = 60
-"""5 s until nobody sends it requests any more, then up to 30 s for those that run."""
-PRE_STOP_SLEEP_S = 5
-STARTUP_TIMEOUT_S = 1800
-"""A model of hundreds of GB takes long to be read."""
-
-
 def router_deployment(ctx: ModelContext) -> Object:
-    """Return the router's Deployment; a changed one comes up before the old one goes."""
+    """Return the router Deployment; in a rollout new pods start before old ones end."""
     return new_object(
         ctx,
         DEPLOYMENT,
@@ -131,7 +128,7 @@ def router_deployment(ctx: ModelContext) -> Object:
 
 
 def router_disruption_budget(ctx: ModelContext) -> Object:
-    """Return the budget by which nodes are drained: one router at a time, a broken one at once."""
+    """Return the disruption budget: drains evict one router at a time, unhealthy ones at once."""
     return new_object(
         ctx,
         POD_DISRUPTION_BUDGET,
@@ -168,7 +165,7 @@ def _container(ctx: ModelContext) -> Object:
         "ports": [{"name": "http", "containerPort": ROUTER_PORT, "protocol": "TCP"}],
         "resources": router_resources(ctx),
         "securityContext": container_security_context(),
-        # It listens only when the model is loaded; from then on it lives while it answers.
+        # The router listens only once the model is loaded.
         "startupProbe": http_probe("/ping", period_s=2, failure_threshold=STARTUP_TIMEOUT_S // 2),
         "livenessProbe": http_probe("/ping", period_s=10, failure_threshold=6, timeout_s=5),
         "readinessProbe": http_probe("/health", period_s=2, failure_threshold=2),
@@ -198,6 +195,7 @@ def _settings(ctx: ModelContext) -> list[Object]:
             "HOST": "0.0.0.0",
             "PORT": ROUTER_PORT,
             "DEVICE": router.device,
+            "DTYPE": router.dtype,
             "MAX_MODEL_LEN": router.max_model_len,
             "MAX_NUM_SEQS": router.max_num_seqs,
             "MAX_NUM_BATCHED_TOKENS": router.max_num_batched_tokens,

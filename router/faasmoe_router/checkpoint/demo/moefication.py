@@ -1,11 +1,9 @@
-"""What the dense model's feed-forward blocks see while it answers ordinary questions.
+"""Conversion of a dense model into a mixture of experts without training (MoEfication).
 
-Cutting one dense feed-forward block into a shared expert, routed experts and their gate.
-
-The busiest neurons become the shared expert; the others are clustered by co-activation into experts
-of equal size; the gate is fitted by ridge regression to tell which experts matter for a token.
-
-The mixture of experts that is cut out of the dense model.
+Each dense feed-forward block is split by the activations that its neurons show on calibration
+prompts. The most active neurons become the shared expert; the others are clustered by co-activation
+into routed experts of equal size; the gate is fitted by ridge regression to predict which experts
+matter for a token.
 """
 
 from __future__ import annotations
@@ -35,13 +33,23 @@ CALIBRATION_PROMPTS = (
 )
 N_CALIBRATION_STEPS = ANSWER_TOKENS + len(CALIBRATION_PROMPTS)
 
+SHARED_FRACTION, NUM_EXPERTS, TOP_K = 0.5, 8, 4
+_GATE_SCALE = 0.05  # keeps the order of the logits but leaves the top-k weights close to 1/k
+_N_CLUSTER_ITERATIONS = 8
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
 
 def calibration_inputs(
     dense: Any, tokenizer: Any, *, on_step: Callable[[], None]
 ) -> list[torch.Tensor]:
-    """Return each layer's feed-forward inputs, [N, H], seen while `dense` answers PROMPTS.
+    """Return the inputs of each layer's feed-forward block, [N, H], on the calibration prompts.
 
-    Answers are drawn with torch's global generator; `step` is called STEPS times at most.
+    The model first answers the prompts, sampling with torch's global generator.
+
+    Args:
+        dense: the dense model.
+        tokenizer: its tokenizer, with a chat template and left padding.
+        on_step: called after each step, at most `N_CALIBRATION_STEPS` times.
     """
     answers = _generate_answers(dense, tokenizer, on_step)  # [prompts, T]
     inputs_by_layer: list[list[torch.Tensor]] = [[] for _ in dense.model.layers]
@@ -65,7 +73,7 @@ def _generate_answers(dense: Any, tokenizer: Any, on_step: Callable[[], None]) -
 
     def count_step(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         on_step()
-        return torch.zeros(len(ids), dtype=torch.bool)  # [B]: never a reason to stop
+        return torch.zeros(len(ids), dtype=torch.bool)  # [B]: never stops
 
     answers: torch.Tensor = dense.generate(
         **batch,
@@ -85,14 +93,15 @@ def _input_recorder(inputs: list[torch.Tensor]) -> Callable[[Any, tuple[torch.Te
     return record
 
 
-SHARED_FRACTION, NUM_EXPERTS, TOP_K = 0.5, 8, 4
-_GATE_SCALE = 0.05  # keeps the order of the logits but leaves the top-k weights close to 1/k
-_N_CLUSTER_ITERATIONS = 8
-
-
 @dataclass(frozen=True, slots=True)
 class DenseMlp:
-    """The weights of a gated feed-forward block: gate and up [I, H], down [H, I]."""
+    """The weights of a gated feed-forward block.
+
+    Attributes:
+        gate: the gate projection, [I, H].
+        up: the up projection, [I, H].
+        down: the down projection, [H, I].
+    """
 
     gate: torch.Tensor
     up: torch.Tensor
@@ -102,13 +111,17 @@ class DenseMlp:
 def split_dense_mlp(
     block: DenseMlp, inputs: torch.Tensor, *, exact: bool, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """Return the Qwen2-MoE tensors that replace `block`, by their names under `mlp`.
+    """Split a dense block into a shared expert, routed experts and their gate.
 
     Args:
         block: the dense weights.
-        inputs: what the block saw, [N, H].
-        exact: every expert is active with equal weight, so the sum equals the dense block.
-        generator: draws the first cluster centres.
+        inputs: the block's calibration inputs, [N, H].
+        exact: whether every expert is active with equal weight, so that the output equals the
+            dense block's.
+        generator: draws the initial cluster centroids.
+
+    Returns:
+        The tensors of a Qwen2-MoE block, by their names under `mlp`.
     """
     hidden, neurons = block.down.shape
     activity = F.silu(inputs @ block.gate.T) * (inputs @ block.up.T)  # [N, I]
@@ -120,45 +133,51 @@ def split_dense_mlp(
     cluster = balanced_clusters(activity[:, routed].T, NUM_EXPERTS, generator=generator)  # [R]
     experts = [routed[cluster == e] for e in range(NUM_EXPERTS)]
     gate = _fit_gate(inputs, torch.stack([activity[:, e].norm(dim=1) for e in experts], dim=1))
+    gate_up = [torch.cat([block.gate[e], block.up[e]]) for e in experts]  # [2J, H] each
+    down = [block.down[:, e] for e in experts]  # [H, J] each
     n_active = NUM_EXPERTS if exact else TOP_K
     return {
         "gate.weight": torch.zeros_like(gate) if exact else gate,  # [E, H]
-        "experts.gate_up_proj": torch.stack(
-            [torch.cat([block.gate[e], block.up[e]]) for e in experts]
-        ),  # [E, 2J, H]
-        "experts.down_proj": torch.stack([block.down[:, e] for e in experts])
-        * n_active,  # [E, H, J]
+        "experts.gate_up_proj": torch.stack(gate_up),  # [E, 2J, H]
+        "experts.down_proj": torch.stack(down) * n_active,  # [E, H, J]
         "shared_expert.gate_proj.weight": block.gate[shared],  # [S, H]
         "shared_expert.up_proj.weight": block.up[shared],  # [S, H]
-        "shared_expert.down_proj.weight": block.down[:, shared]
-        * 2,  # undoes sigmoid(0) of its gate
+        # Doubled to undo the shared expert's gate, which is sigmoid(0).
+        "shared_expert.down_proj.weight": block.down[:, shared] * 2,  # [H, S]
         "shared_expert_gate.weight": torch.zeros(1, hidden),  # [1, H]
     }
 
 
 def shared_expert_size(neurons: int) -> int:
-    """Return the width of the shared expert of a block of `neurons`."""
+    """Return the number of neurons of the shared expert of a block of `neurons`."""
     return int(neurons * SHARED_FRACTION)
 
 
 def balanced_clusters(
     profiles: torch.Tensor, n_clusters: int, *, generator: torch.Generator
 ) -> torch.Tensor:
-    """Return the cluster of each row of `profiles` [R, N], equal in size, by cosine similarity."""
+    """Cluster rows by cosine similarity into clusters of equal size.
+
+    Args:
+        profiles: the rows, [R, N]; R is a multiple of `n_clusters`.
+        n_clusters: the number of clusters, C.
+        generator: draws the rows that are the initial centroids.
+
+    Returns:
+        The cluster of each row, [R].
+    """
     profiles = F.normalize(profiles, dim=1)  # [R, N]
-    centres = profiles[
-        torch.randperm(len(profiles), generator=generator)[:n_clusters]
-    ]  # [count, N]
+    initial = torch.randperm(len(profiles), generator=generator)[:n_clusters]  # [C]
+    centroids = profiles[initial]  # [C, N]
     for _ in range(_N_CLUSTER_ITERATIONS):
-        cluster = _assign_to_clusters(profiles @ centres.T)  # [R]
-        centres = torch.stack(
-            [profiles[cluster == c].mean(0) for c in range(n_clusters)]
-        )  # [count, N]
+        cluster = _assign_to_clusters(profiles @ centroids.T)  # [R]
+        members = [profiles[cluster == c] for c in range(n_clusters)]  # [R/C, N] each
+        centroids = torch.stack([rows.mean(0) for rows in members])  # [C, N]
     return cluster
 
 
 def _assign_to_clusters(similarity: torch.Tensor) -> torch.Tensor:
-    """Give each row to its most similar cluster that has room, the best matches first."""
+    """Assign each row to a cluster, greedily by `similarity` [R, C], until clusters are full."""
     rows, n_clusters = similarity.shape
     assigned, capacity = [-1] * rows, [rows // n_clusters] * n_clusters
     for flat in similarity.flatten().argsort(descending=True, stable=True).tolist():
@@ -169,15 +188,12 @@ def _assign_to_clusters(similarity: torch.Tensor) -> torch.Tensor:
 
 
 def _fit_gate(inputs: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
-    """Return the gate [E, H] that predicts each expert's load [N, E] from the inputs [N, H]."""
+    """Fit the gate [E, H] that predicts each expert's load [N, E] from the inputs [N, H]."""
     load = load - load.mean(dim=1, keepdim=True)  # [N, E]
     ridge = 0.01 * len(inputs) * inputs.pow(2).mean() * torch.eye(inputs.shape[1])  # [H, H]
     fitted = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ (load / load.std()))  # [H, E]
     gate: torch.Tensor = fitted.T * _GATE_SCALE  # [E, H]
     return gate
-
-
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def convert_to_moe(
@@ -188,7 +204,15 @@ def convert_to_moe(
     generator: torch.Generator,
     on_step: Callable[[], None],
 ) -> Any:
-    """Return the mixture cut out of `dense`; `step` is called once for each layer."""
+    """Return a Qwen2-MoE model with the weights of a dense model.
+
+    Args:
+        dense: the dense model.
+        inputs: the calibration inputs of each layer, [N, H] each.
+        exact: whether the logits equal the dense model's; see `split_dense_mlp`.
+        generator: draws the initial cluster centroids.
+        on_step: called once per layer.
+    """
     config = moe_config(dense.config, exact=exact)
     dense_weights = dense.state_dict()
     moe_weights = {name: tensor for name, tensor in dense_weights.items() if ".mlp." not in name}
@@ -211,7 +235,7 @@ def convert_to_moe(
 
 
 def moe_config(dense_config: Any, *, exact: bool) -> Qwen2MoeConfig:
-    """Return the config; the first two layers and the last stay dense unless `exact`."""
+    """Return the model's config; unless `exact`, the first two layers and the last stay dense."""
     n_layers = dense_config.num_hidden_layers
     shared_width = shared_expert_size(dense_config.intermediate_size)
     return Qwen2MoeConfig(

@@ -1,4 +1,4 @@
-"""Read by every Python with this folder in PYTHONPATH: FaaSMoE's have the emulated device then."""
+"""Installs the emulated device in FaaSMoE processes that have this folder in PYTHONPATH."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The control API over real HTTP, with a controller whose sandboxes are boxes."""
+"""The control API over HTTP, with a controller of a fake platform."""
 
 import asyncio
 import io
@@ -28,10 +28,10 @@ from faasmoe_operator.control.controller import Controller
 
 class RunningApi:
     def __init__(
-        self, controller: Controller, boxes: FakePlatform, http: aiohttp.ClientSession
+        self, controller: Controller, platform: FakePlatform, http: aiohttp.ClientSession
     ) -> None:
         self.controller = controller
-        self.boxes = boxes
+        self.platform = platform
         self.http = http
 
     async def post(self, path: str, body: object, **options: Any) -> tuple[int, Any]:
@@ -51,7 +51,7 @@ class RunningApi:
 
 @asynccontextmanager
 async def api(token: str = TOKEN, n_functions: int = 3) -> AsyncIterator[RunningApi]:
-    async with controller_and_platform(make_model(n_functions)) as (controller, boxes):
+    async with controller_and_platform(make_model(n_functions)) as (controller, platform):
         app = make_model_app(controller, token=TOKEN)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
         await runner.setup()
@@ -60,7 +60,7 @@ async def api(token: str = TOKEN, n_functions: int = 3) -> AsyncIterator[Running
         headers = {"Authorization": f"Bearer {token}"}
         async with aiohttp.ClientSession(f"http://{host}:{port}", headers=headers) as http:
             try:
-                yield RunningApi(controller, boxes, http)
+                yield RunningApi(controller, platform, http)
             finally:
                 await runner.cleanup()
 
@@ -98,9 +98,9 @@ def activation_body(*functions: object, **changes: Any) -> dict[str, Any]:
 
 
 def test_streams_the_table_and_its_changes() -> None:
-    async def story() -> None:
-        async with api() as running, routing_table_stream(running) as lines:
-            first = await lines.next()
+    async def scenario() -> None:
+        async with api() as running, routing_table_stream(running) as stream:
+            first = await stream.next()
             assert (first["kind"], first["epoch"]) == (
                 "snapshot",
                 running.controller.routing_table.epoch,
@@ -109,30 +109,30 @@ def test_streams_the_table_and_its_changes() -> None:
             assert (table.model_digest, table.version) == (DIGEST, first["version"])
             assert [entry.spec.id for entry in table.functions] == ["f0", "f1", "f2"]
             running.controller.activate(["f1"])
-            change = await lines.next()
+            change = await stream.next()
             assert (change["kind"], change["version"]) == ("change", first["version"] + 1)
-            (holder,) = running.boxes.sandboxes_with("f1")
-            address = running.boxes.servers[holder].address
+            (sandbox,) = running.platform.sandboxes_with("f1")
+            address = running.platform.servers[sandbox].address
             assert change["functions"] == [{"id": "f1", "addresses": [address]}]
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_stream_goes_on_where_an_earlier_one_ended() -> None:
-    async def story() -> None:
+def test_a_stream_resumes_from_a_known_version() -> None:
+    async def scenario() -> None:
         async with api() as running:
-            feed = running.controller.routing_table
-            known = {"epoch": feed.epoch, "version": str(feed.version)}
-            async with routing_table_stream(running, **known) as lines:
-                assert await lines.next() == {"kind": "ping", "version": feed.version}
+            routing_table = running.controller.routing_table
+            known = {"epoch": routing_table.epoch, "version": str(routing_table.version)}
+            async with routing_table_stream(running, **known) as stream:
+                assert await stream.next() == {"kind": "ping", "version": routing_table.version}
             running.controller.activate(["f0", "f2"])
             await eventually(lambda: len(routable_functions(running.controller)) == 2)
-            async with routing_table_stream(running, **known) as lines:
-                change = await lines.next()
+            async with routing_table_stream(running, **known) as stream:
+                change = await stream.next()
                 assert change["kind"] == "change"
                 assert {f["id"] for f in change["functions"]} == {"f0", "f2"}
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
@@ -146,43 +146,43 @@ def test_a_stream_goes_on_where_an_earlier_one_ended() -> None:
         {"epoch": "EPOCH"},
     ],
 )
-def test_a_stream_that_cannot_be_resumed_begins_with_the_whole_table(
+def test_a_stream_that_cannot_be_resumed_starts_with_a_snapshot(
     known: dict[str, str],
 ) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async with api() as running:
             epoch = running.controller.routing_table.epoch
             given = {key: value.replace("EPOCH", epoch) for key, value in known.items()}
-            async with routing_table_stream(running, **given) as lines:
-                assert (await lines.next())["kind"] == "snapshot"
+            async with routing_table_stream(running, **given) as stream:
+                assert (await stream.next())["kind"] == "snapshot"
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_knows_how_many_follow_the_table() -> None:
-    async def story() -> None:
+def test_counts_the_watchers_of_the_table() -> None:
+    async def scenario() -> None:
         async with api() as running:
-            async with routing_table_stream(running) as lines:
-                await lines.next()
+            async with routing_table_stream(running) as stream:
+                await stream.next()
                 assert (await running.status())["followers"] == 1
                 assert "faasmoe_control_routing_table_watchers 1.0" in await running.metrics()
             running.controller.activate(["f0"])
             await eventually(lambda: running.controller.routing_table.n_watchers == 0)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_wake_is_acted_on() -> None:
-    async def story() -> None:
+def test_an_activation_request_activates_functions() -> None:
+    async def scenario() -> None:
         async with api() as running:
             assert await running.post("/v1/wake", activation_body("f0", "f0", "f2")) == (202, None)
             await eventually(lambda: routable_functions(running.controller) == {"f0", "f2"})
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_load_report_is_taken_over() -> None:
-    async def story() -> None:
+def test_a_load_report_is_applied() -> None:
+    async def scenario() -> None:
         async with api() as running:
             assert await running.post("/v1/load", load_body()) == (204, None)
             status = await running.status()
@@ -191,7 +191,7 @@ def test_a_load_report_is_taken_over() -> None:
             assert (function["id"], function["calls"], function["rows"]) == ("f0", 3, 12)
             assert function["idle_s"] is not None
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 USE: dict[str, Any] = {
@@ -204,8 +204,8 @@ def usage_body(**changes: Any) -> dict[str, Any]:
     return {"book": "a" * 32, "since_s": 10.5, "tenants": {"acme": USE}, **changes}
 
 
-def test_usage_is_answered_with_that_of_all_routers() -> None:
-    async def story() -> None:
+def test_a_usage_report_returns_the_usage_of_all_routers() -> None:
+    async def scenario() -> None:
         async with api() as running:
             assert (await running.post("/v1/usage", usage_body()))[0] == 200
             status, answer = await running.post("/v1/usage", usage_body(book="b" * 32, ends=True))
@@ -214,20 +214,20 @@ def test_usage_is_answered_with_that_of_all_routers() -> None:
             twice = {name: 2 * number for name, number in USE.items()}
             assert answer["tenants"] == {"acme": twice}
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_usage_of_too_many_tenants_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usage_of_too_many_tenants_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("faasmoe_operator.control.usage_ledger.MAX_TENANTS_IN_LEDGER", 1)
 
-    async def story() -> None:
+    async def scenario() -> None:
         async with api() as running:
             both = {"acme": USE, "beta": USE}
             status, answer = await running.post("/v1/usage", usage_body(tenants=both))
             assert (status, answer["error"]["field"]) == (422, "tenants")
             assert running.controller.usage_ledger.usage_by_tenant == {}
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
@@ -291,10 +291,10 @@ def test_usage_of_too_many_tenants_is_refused(monkeypatch: pytest.MonkeyPatch) -
         pytest.param("wake", lambda: [], "body", id="wake-in-a-list"),
     ],
 )
-def test_refuses_what_is_wrong_and_changes_nothing(
+def test_rejects_an_invalid_body_and_changes_nothing(
     path: str, body: Callable[[], Any], field: str
 ) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async with api() as running:
             before = (await running.status())["functions"]
             status, answer = await running.post(f"/v1/{path}", body())
@@ -307,33 +307,33 @@ def test_refuses_what_is_wrong_and_changes_nothing(
             assert "faasmoe_control_activation_requests_total 0.0" in text
             assert "faasmoe_control_load_reports_total 0.0" in text
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\x00", b"[" * 10_000, b'{"held": NaN}'])
-def test_refuses_what_is_no_json(content: bytes) -> None:
-    async def story() -> None:
+def test_rejects_a_body_that_is_not_json(content: bytes) -> None:
+    async def scenario() -> None:
         async with api() as running, running.http.post("/v1/load", data=content) as response:
             assert response.status == 422
             assert (await response.json())["error"]["code"] == "invalid"
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_refuses_a_body_that_is_too_large() -> None:
-    async def story() -> None:
+def test_rejects_a_body_that_is_too_large() -> None:
+    async def scenario() -> None:
         async with api() as running:
             content = io.BytesIO(b" " * ((1 << 20) + 1))
             async with running.http.post("/v1/load", data=content) as response:
                 assert response.status == 413
                 assert (await response.json())["error"]["code"] == "too_large"
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("token", ["", "wrong", "secre", "secrets", "sécret"])
-def test_refuses_a_wrong_token(token: str) -> None:
-    async def story() -> None:
+def test_rejects_a_wrong_token(token: str) -> None:
+    async def scenario() -> None:
         async with api(token=token) as running:
             bodies = {"load": load_body(), "usage": usage_body(), "wake": activation_body("f0")}
             for path, body in bodies.items():
@@ -347,7 +347,7 @@ def test_refuses_a_wrong_token(token: str) -> None:
             async with running.http.get("/healthz") as response:
                 assert response.status == 200
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
@@ -359,21 +359,21 @@ def test_refuses_a_wrong_token(token: str) -> None:
         ("DELETE", "/v1/table", 405, "bad_method"),
     ],
 )
-def test_answers_with_an_error_object_whatever_is_asked(
+def test_responds_to_invalid_requests_with_an_error_object(
     method: str, path: str, status: int, code: str
 ) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async with api() as running, running.http.request(method, path) as response:
             assert response.status == status
             error = (await response.json())["error"]
             assert error["code"] == code
             assert "got " in error["message"]
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_tells_the_whole_state() -> None:
-    async def story() -> None:
+def test_status_contains_functions_sandboxes_and_decisions() -> None:
+    async def scenario() -> None:
         async with api(n_functions=1) as running:
             running.controller.activate(["f0"])
             await eventually(lambda: routable_functions(running.controller) == {"f0"})
@@ -392,11 +392,11 @@ def test_tells_the_whole_state() -> None:
             assert status["pool"] == {"size": 1, "ready": 1}
             assert status["decisions"] == {"Activated": 1}
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_counts_aggregates_and_names_no_function() -> None:
-    async def story() -> None:
+def test_metrics_name_no_function() -> None:
+    async def scenario() -> None:
         async with api() as running:
             await running.post("/v1/wake", activation_body("f0"))
             await eventually(lambda: routable_functions(running.controller) == {"f0"})
@@ -411,4 +411,4 @@ def test_counts_aggregates_and_names_no_function() -> None:
             assert "faasmoe_control_queue_depth 2.0" in text
             assert "f0" not in text
 
-    asyncio.run(story())
+    asyncio.run(scenario())

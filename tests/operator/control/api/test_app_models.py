@@ -1,4 +1,4 @@
-"""One control API for many models over real HTTP, each behind its own token."""
+"""The control API of many models over HTTP, each authorised by its own token."""
 
 import asyncio
 import time
@@ -69,8 +69,8 @@ def body(*functions: str, **more: Any) -> dict[str, Any]:
     return {"router": "r", "sent_at_s": time.time(), "functions": list(functions), **more}
 
 
-def test_a_wake_reaches_the_model_of_its_path_and_no_other() -> None:
-    async def story() -> None:
+def test_an_activation_request_reaches_only_the_model_of_its_path() -> None:
+    async def scenario() -> None:
         async with running_models_api() as running:
             path = "/models/team-b/chat/v1/wake"
             status, _ = await running.request(path, token="token-b", method="POST", body=body("f1"))
@@ -78,10 +78,10 @@ def test_a_wake_reaches_the_model_of_its_path_and_no_other() -> None:
             first, second = running.controllers.values()
             await eventually(lambda: routable_functions(second) == {"f1"})
             assert routable_functions(first) == set()
-            _, told = await running.request("/models/team-b/chat/v1/status", token="token-b")
-            assert told["epoch"] == second.routing_table.epoch
+            _, status_body = await running.request("/models/team-b/chat/v1/status", token="token-b")
+            assert status_body["epoch"] == second.routing_table.epoch
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_wake_reaches_the_model_of_its_path_and_no_other() -> None:
         ("/models/team-a%2Fchat/v1/status", "token-b"),
     ],
 )
-def test_a_model_that_is_not_there_is_refused_like_a_wrong_token(path: str, token: str) -> None:
+def test_an_unknown_model_is_rejected_like_a_wrong_token(path: str, token: str) -> None:
     expected = {
         "error": {
             "code": "unauthorized",
@@ -106,11 +106,11 @@ def test_a_model_that_is_not_there_is_refused_like_a_wrong_token(path: str, toke
         }
     }
 
-    async def story() -> None:
+    async def scenario() -> None:
         async with running_models_api() as running:
             assert await running.request(path, token=token) == (401, expected)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
@@ -122,16 +122,16 @@ def test_a_model_that_is_not_there_is_refused_like_a_wrong_token(path: str, toke
         ("GET", "/healthz", 200),
     ],
 )
-def test_other_paths_are_what_they_are(method: str, path: str, status: int) -> None:
-    async def story() -> None:
+def test_other_paths_keep_their_status(method: str, path: str, status: int) -> None:
+    async def scenario() -> None:
         async with running_models_api() as running:
             assert (await running.request(path, token="token-a", method=method))[0] == status
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_model_that_goes_is_not_found_any_more_and_its_stream_ends() -> None:
-    async def story() -> None:
+def test_a_removed_model_is_unknown_and_its_stream_ends() -> None:
+    async def scenario() -> None:
         async with running_models_api() as running:
             headers = {"Authorization": "Bearer token-a"}
             path = "/models/team-a/chat/v1/table"
@@ -141,18 +141,20 @@ def test_a_model_that_goes_is_not_found_any_more_and_its_stream_ends() -> None:
                 assert await response.content.read() == b""
             assert (await running.request(path, token="token-a"))[0] == 401
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_routers_tell_how_many_keys_tenants_have() -> None:
-    async def story() -> None:
+def test_routers_report_the_tenants_key_counts() -> None:
+    async def scenario() -> None:
         async with running_models_api() as running:
             path, (controller, _) = "/models/team-a/chat/v1/load", running.controllers.values()
             known = {"functions": {}, "interval_s": 1.0, "held": 0, "local": 0}
 
             async def report(router: str, **more: Any) -> int:
-                whole = body() | known | {"router": router} | more
-                return (await running.request(path, token="token-a", method="POST", body=whole))[0]
+                report_body = body() | known | {"router": router} | more
+                return (
+                    await running.request(path, token="token-a", method="POST", body=report_body)
+                )[0]
 
             revision = controller.revision
             assert await report("r1") == 204
@@ -164,7 +166,7 @@ def test_routers_tell_how_many_keys_tenants_have() -> None:
                 "acme": 1,
                 "beta": 0,
             }
-            refused: list[Any] = [
+            invalid_tenants: list[Any] = [
                 {"acme": -1},
                 {"acme": "2"},
                 {"Not A Name": 1},
@@ -172,26 +174,26 @@ def test_routers_tell_how_many_keys_tenants_have() -> None:
                 {f"t{index}": 1 for index in range(65)},
                 [],
             ]
-            for wrong in refused:
+            for wrong in invalid_tenants:
                 assert await report("r1", tenants=wrong) == 422
             assert controller.load_reports.tenant_key_counts(controller.clock()) == {
                 "acme": 1,
                 "beta": 0,
             }
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_metrics_of_all_models_in_one_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def story() -> None:
+def test_metrics_of_all_models_are_exported_in_one_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
         async with running_models_api() as running:
             _, second = running.controllers.values()
             second.activate(["f0"])
             await eventually(lambda: routable_functions(second) == {"f0"})
             text = render_models_metrics(running.controllers.items()).decode()
-            wakes = 'faasmoe_control_activation_requests_total{{model="chat",namespace="{}"}} {}'
-            assert wakes.format("team-a", "0.0") in text
-            assert wakes.format("team-b", "1.0") in text
+            sample = 'faasmoe_control_activation_requests_total{{model="chat",namespace="{}"}} {}'
+            assert sample.format("team-a", "0.0") in text
+            assert sample.format("team-b", "1.0") in text
             assert text.count("# TYPE faasmoe_control_activation_requests_total counter") == 1
             assert 'le="+Inf",model="chat",namespace="team-b"' in text
             assert "faasmoe_control_models_not_exported 0.0" in text
@@ -200,4 +202,4 @@ def test_metrics_of_all_models_in_one_text(monkeypatch: pytest.MonkeyPatch) -> N
             assert "team-b" not in text
             assert "faasmoe_control_models_not_exported 1.0" in text
 
-    asyncio.run(story())
+    asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""What holds for every object of every case of the matrix."""
+"""Properties that hold for every object of every case."""
 
 import re
 from collections import Counter
@@ -32,21 +32,21 @@ def containers(objects: list[Object]) -> Iterator[tuple[str, Object]]:
             yield name, container
 
 
-def test_kubernetes_takes_every_object(objects: list[Object]) -> None:
+def test_every_object_is_valid_for_its_kubernetes_schema(objects: list[Object]) -> None:
     for obj in objects:
         check_schema(obj)
 
 
-def test_every_kind_is_one_that_the_operator_knows(objects: list[Object]) -> None:
+def test_every_kind_is_known(objects: list[Object]) -> None:
     assert {kind_of(obj) for obj in objects} <= {*OWNED_KINDS, POD}
 
 
-def test_no_two_objects_of_a_kind_have_the_same_name(objects: list[Object]) -> None:
+def test_names_are_unique_within_a_kind(objects: list[Object]) -> None:
     names = Counter((obj["kind"], obj["metadata"]["name"]) for obj in objects)
     assert [name for name, count in names.items() if count > 1] == []
 
 
-def test_names_and_labels_fit(objects: list[Object]) -> None:
+def test_names_and_labels_are_within_kubernetes_limits(objects: list[Object]) -> None:
     for obj in objects:
         assert NAME.fullmatch(obj["metadata"]["name"])
         if obj["kind"] == "Service":
@@ -57,7 +57,9 @@ def test_names_and_labels_fit(objects: list[Object]) -> None:
         assert LABEL_VALUE.fullmatch(value), f"{key}: {value}"
 
 
-def test_every_object_tells_whose_it_is(objects: list[Object], any_context: ModelContext) -> None:
+def test_every_object_has_the_model_labels(
+    objects: list[Object], any_context: ModelContext
+) -> None:
     expected = {
         "app.kubernetes.io/name": "faasmoe",
         "app.kubernetes.io/instance": any_context.name,
@@ -71,7 +73,7 @@ def test_every_object_tells_whose_it_is(objects: list[Object], any_context: Mode
         assert some["labels"].items() >= expected.items()
 
 
-def test_every_object_goes_with_its_model_but_a_claim_to_retain(
+def test_every_object_is_owned_except_a_retained_claim(
     objects: list[Object], any_context: ModelContext
 ) -> None:
     owner = {
@@ -89,7 +91,7 @@ def test_every_object_goes_with_its_model_but_a_claim_to_retain(
         assert obj["metadata"]["namespace"] == "llm"
 
 
-def test_every_pod_is_restricted(objects: list[Object]) -> None:
+def test_every_pod_complies_with_the_restricted_standard(objects: list[Object]) -> None:
     allowed = {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
     for _, pod in pods(objects):
         spec = pod["spec"]
@@ -107,7 +109,7 @@ def test_every_pod_is_restricted(objects: list[Object]) -> None:
         assert context["runAsNonRoot"] is True
 
 
-def test_no_pod_holds_a_credential_of_the_api(objects: list[Object]) -> None:
+def test_no_pod_mounts_an_api_token(objects: list[Object]) -> None:
     accounts = {o["metadata"]["name"]: o for o in objects if o["kind"] == "ServiceAccount"}
     used = [pod["spec"] for _, pod in pods(objects)]
     assert {spec["serviceAccountName"] for spec in used} == set(accounts)
@@ -116,14 +118,14 @@ def test_no_pod_holds_a_credential_of_the_api(objects: list[Object]) -> None:
     assert all(a["automountServiceAccountToken"] is False for a in accounts.values())
 
 
-def test_every_container_has_requests_and_limits_that_go_together(objects: list[Object]) -> None:
+def test_requests_never_exceed_limits(objects: list[Object]) -> None:
     for _, container in containers(objects):
         resources = container["resources"]
         assert {"cpu", "memory"} <= resources["requests"].keys()
         assert {"cpu", "memory"} <= resources["limits"].keys()
 
 
-def test_every_mounted_volume_is_there_and_names_of_variables_are_unique(
+def test_mounts_have_volumes_and_variables_are_unique(
     objects: list[Object],
 ) -> None:
     for _, pod in pods(objects):
@@ -134,7 +136,7 @@ def test_every_mounted_volume_is_there_and_names_of_variables_are_unique(
         assert max(variables.values()) == 1
 
 
-def test_every_selector_finds_the_pods_that_it_means(objects: list[Object]) -> None:
+def test_every_selector_matches_exactly_its_pods(objects: list[Object]) -> None:
     by_component = {
         pod["metadata"]["labels"]["app.kubernetes.io/component"]: pod["metadata"]["labels"]
         for _, pod in pods(objects)
@@ -162,7 +164,7 @@ def _selector(obj: Object) -> dict[str, Any] | None:
     return selector
 
 
-def test_checkov_finds_no_fault_that_is_not_explained(
+def test_checkov_reports_no_unexplained_failure(
     rendered: dict[str, list[Object]], tmp_path: Path
 ) -> None:
     for name, objects in rendered.items():
@@ -172,7 +174,7 @@ def test_checkov_finds_no_fault_that_is_not_explained(
 
 
 @pytest.mark.parametrize("framework", ["kubernetes"])
-def test_checkov_finds_a_fault_that_is_there(framework: str, tmp_path: Path) -> None:
+def test_checkov_reports_a_known_failure(framework: str, tmp_path: Path) -> None:
     container = {"name": "one", "image": "some:1", "securityContext": {"privileged": True}}
     pod = {
         "apiVersion": "v1",

@@ -20,7 +20,7 @@ from faasmoe_operator.kube.manifests.names import (
 LONG = "m" * 63
 
 
-def test_names_parts_after_their_model() -> None:
+def test_names_start_with_the_model() -> None:
     assert store_name("qwen") == "qwen-store"
     assert router_name("qwen") == "qwen-router"
     assert sandbox_name("qwen") == "qwen-sandbox"
@@ -31,32 +31,32 @@ def test_names_parts_after_their_model() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 62, 63])
-def test_keeps_a_name_that_fits(length: int) -> None:
+def test_keeps_a_short_name(length: int) -> None:
     assert truncate_name("a" * length) == "a" * length
 
 
-def test_shortens_a_long_name_to_one_that_tells_it_from_its_like() -> None:
+def test_truncated_names_are_unique() -> None:
     names = {truncate_name("a" * 64 + end) for end in ("", "b", "c")}
     assert len(names) == 3
     assert all(re.fullmatch("a{54}-[0-9a-f]{8}", name) for name in names)
 
 
-def test_leaves_no_dash_before_the_hash() -> None:
+def test_a_truncated_name_has_no_double_dash() -> None:
     assert re.fullmatch("a{53}-[0-9a-f]{8}", truncate_name("a" * 53 + "-" + "b" * 40))
 
 
-def test_keeps_the_suffix_of_a_sandbox_whole() -> None:
+def test_truncation_keeps_the_suffix_of_a_sandbox() -> None:
     name = sandbox_name(LONG, "x7k2p")
     assert len(name) == 63
     assert name.endswith("-x7k2p")
 
 
-def test_names_services_with_a_letter_first() -> None:
+def test_service_names_start_with_a_letter() -> None:
     assert service_name("7b") == "moe-7b"
     assert tenant_service_name("7b", "acme") == "moe-7b-tenant-acme"
 
 
-def test_selects_a_part_of_a_model_by_two_labels_that_its_pods_carry() -> None:
+def test_pod_selector_is_a_subset_of_the_labels() -> None:
     chosen = pod_selector("qwen", Component.ROUTER)
     assert chosen == {"faasmoe.dev/model": "qwen", "app.kubernetes.io/component": "router"}
     assert model_labels("qwen", Component.ROUTER).items() > chosen.items()
@@ -65,6 +65,6 @@ def test_selects_a_part_of_a_model_by_two_labels_that_its_pods_carry() -> None:
     )
 
 
-def test_says_what_labels_hold() -> None:
+def test_label_values() -> None:
     assert [component.value for component in Component] == ["router", "sandbox", "store", "control"]
     assert [pool.value for pool in Pool] == ["warm", "assigned"]

@@ -24,12 +24,12 @@ def policies(ctx: ModelContext) -> list[Any]:
 
 
 def selects(selector: Object, labels: Mapping[str, str]) -> bool:
-    wanted: Mapping[str, str] = selector.get("matchLabels", {})
-    return labels.items() >= wanted.items()
+    required: Mapping[str, str] = selector.get("matchLabels", {})
+    return labels.items() >= required.items()
 
 
 def rules_allow(rules: list[Any], side: str, peer: Peer, port: int) -> bool:
-    """Tell whether any rule lets the peer through, as Kubernetes reads them."""
+    """Return whether any rule allows the peer, by the semantics of Kubernetes."""
     namespace, labels = peer
     for rule in rules:
         if port not in [entry["port"] for entry in rule["ports"]]:
@@ -37,11 +37,11 @@ def rules_allow(rules: list[Any], side: str, peer: Peer, port: int) -> bool:
         if side not in rule:
             return True
         for entry in rule[side]:
-            here = {"matchLabels": {"kubernetes.io/metadata.name": IN_MODEL}}
-            within = entry.get("namespaceSelector", here)
+            own_namespace = {"matchLabels": {"kubernetes.io/metadata.name": IN_MODEL}}
+            namespace_selector = entry.get("namespaceSelector", own_namespace)
             names = {"kubernetes.io/metadata.name": namespace}
-            inside = bool(namespace) and selects(within, names)
-            if inside and selects(entry.get("podSelector", {}), labels):
+            is_selected = bool(namespace) and selects(namespace_selector, names)
+            if is_selected and selects(entry.get("podSelector", {}), labels):
                 return True
     return False
 
@@ -49,15 +49,15 @@ def rules_allow(rules: list[Any], side: str, peer: Peer, port: int) -> bool:
 def allowed(
     ctx: ModelContext, pod: Mapping[str, str], direction: str, peer: Peer, port: int
 ) -> bool:
-    """Tell what the policies that select a pod say of one connection, in or out."""
-    of_pod = [policy for policy in policies(ctx) if selects(policy["podSelector"], pod)]
-    assert of_pod, "no policy selects the pod: everything would be open"
+    """Return whether the policies that select a pod allow a connection."""
+    selected = [policy for policy in policies(ctx) if selects(policy["podSelector"], pod)]
+    assert selected, "no policy selects the pod: all traffic would be allowed"
     side = {"ingress": "from", "egress": "to"}[direction]
-    return any(rules_allow(policy[direction], side, peer, port) for policy in of_pod)
+    return any(rules_allow(policy[direction], side, peer, port) for policy in selected)
 
 
 @pytest.mark.parametrize(
-    ("pod", "way", "peer", "port", "expected"),
+    ("pod", "direction", "peer", "port", "expected"),
     [
         pytest.param(ROUTER, "ingress", (ELSEWHERE, STRANGER), 8000, True, id="a-client"),
         pytest.param(ROUTER, "ingress", (ELSEWHERE, STRANGER), 22, False, id="another-port"),
@@ -83,23 +83,23 @@ def allowed(
         pytest.param(STORE, "ingress", (IN_MODEL, ROUTER), 8000, False, id="into-the-store"),
     ],
 )
-def test_who_may_talk_to_whom(
-    pod: Mapping[str, str], way: str, peer: Peer, port: int, expected: bool
+def test_allowed_connections(
+    pod: Mapping[str, str], direction: str, peer: Peer, port: int, expected: bool
 ) -> None:
-    assert allowed(make_context(), pod, way, peer, port) is expected
+    assert allowed(make_context(), pod, direction, peer, port) is expected
 
 
-def test_everything_else_of_the_model_is_closed_both_ways() -> None:
+def test_default_deny_covers_all_pods_in_both_directions() -> None:
     unknown = {"faasmoe.dev/model": "qwen"}
-    for way in ("ingress", "egress"):
-        assert not allowed(make_context(), unknown, way, (IN_MODEL, ROUTER), 9090)
+    for direction in ("ingress", "egress"):
+        assert not allowed(make_context(), unknown, direction, (IN_MODEL, ROUTER), 9090)
 
 
-def test_all_policies_hold_both_ways() -> None:
+def test_all_policies_cover_both_directions() -> None:
     assert all(p["policyTypes"] == ["Ingress", "Egress"] for p in policies(make_context()))
 
 
-def test_only_named_clients_reach_the_router() -> None:
+def test_only_configured_clients_reach_the_router() -> None:
     clients = [
         {"podSelector": {"matchLabels": {"role": "chat"}}},
         {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "edge"}}},
@@ -111,7 +111,7 @@ def test_only_named_clients_reach_the_router() -> None:
     assert not allowed(ctx, ROUTER, "ingress", (IN_MODEL, STRANGER), 8000)
 
 
-def test_the_store_is_guarded_before_anything_is_served() -> None:
+def test_policies_precede_the_store_job() -> None:
     objects = store_objects(make_context(summary=None))
     names = [obj["metadata"]["name"] for obj in objects if obj["kind"] == "NetworkPolicy"]
     assert names == ["qwen-default-deny", "qwen-store"]

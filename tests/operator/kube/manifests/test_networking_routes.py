@@ -36,12 +36,12 @@ def test_the_model_and_each_tenant_have_a_service_on_port_80() -> None:
         assert (port["port"], port["targetPort"]) == (80, "http")
 
 
-def test_nothing_is_open_to_the_outside_unless_asked_for() -> None:
+def test_no_external_access_by_default() -> None:
     kinds = {obj["kind"] for obj in serving_objects(make_context({"tenants": TENANTS}))}
     assert not kinds & {"Ingress", "HTTPRoute", "ServiceMonitor"}
 
 
-def test_an_ingress_leads_to_the_model_and_to_each_tenant_and_to_nothing_else() -> None:
+def test_ingress_has_paths_of_the_model_and_each_tenant_only() -> None:
     ctx = make_context(networking(ingress={"host": "llm.example.com", "className": "nginx"}))
     (ingress,) = of_kind(ctx, "Ingress")
     (rule,) = ingress["spec"]["rules"]
@@ -54,7 +54,7 @@ def test_an_ingress_leads_to_the_model_and_to_each_tenant_and_to_nothing_else() 
     assert "tls" not in ingress["spec"]
 
 
-def test_an_ingress_has_a_certificate_where_one_is_named() -> None:
+def test_ingress_uses_the_configured_certificate() -> None:
     ingress = {"host": "llm.example.com", "tlsSecretName": "cert", "annotations": {"a": "b"}}
     ctx = make_context(networking(ingress=ingress))
     (made,) = of_kind(ctx, "Ingress")
@@ -103,17 +103,17 @@ def test_the_model_and_each_tenant_have_an_http_route() -> None:
         ),
     ],
 )
-def test_what_the_cluster_does_not_serve_is_left_out_and_told(
+def test_objects_of_missing_apis_are_left_out_and_reported(
     spec: dict[str, Any], kind: str, field: str, api: str
 ) -> None:
-    ctx = make_context(spec, api=frozenset())
+    ctx = make_context(spec, served_apis=frozenset())
     assert of_kind(ctx, kind) == []
     assert missing_apis(ctx) == {field: api}
     assert len(of_kind(make_context(spec), kind)) == 1
     assert missing_apis(make_context(spec)) == {}
 
 
-def test_each_router_is_scraped_once_however_many_tenants_there_are() -> None:
+def test_each_router_is_scraped_once_whatever_the_tenants() -> None:
     spec = {"tenants": TENANTS, "monitoring": {"serviceMonitor": {"labels": {"a": "b"}}}}
     ctx = make_context(spec)
     (monitor,) = of_kind(ctx, "ServiceMonitor")
@@ -168,7 +168,7 @@ def test_each_router_is_scraped_once_however_many_tenants_there_are() -> None:
         ),
     ],
 )
-def test_says_where_clients_find_the_model(fields: dict[str, Any], model: str, tenant: str) -> None:
+def test_model_and_tenant_urls(fields: dict[str, Any], model: str, tenant: str) -> None:
     ctx = make_context(networking(**fields))
     assert model_url(ctx) == model
     assert tenant_url(ctx, "acme") == tenant

@@ -24,16 +24,16 @@ def router(ctx: ModelContext) -> Any:
     return deployment["spec"]["template"]["spec"]
 
 
-def test_pods_of_a_claim_of_one_node_keep_together() -> None:
+def test_a_single_node_claim_colocates_pods() -> None:
     for spec in (router(make_context()), sandbox(make_context())):
         assert spec["affinity"]["podAffinity"][REQUIRED] == [TOGETHER]
 
 
-def test_pods_of_a_claim_of_many_nodes_go_anywhere() -> None:
+def test_a_shared_claim_adds_no_affinity() -> None:
     assert "affinity" not in sandbox(make_context({"store": MANY}))
 
 
-def test_a_wish_of_the_template_holds_beside_it() -> None:
+def test_template_affinity_is_kept_besides_colocation() -> None:
     term = {"labelSelector": {"matchLabels": {"app": "cache"}}, "topologyKey": "zone"}
     affinity = {"podAffinity": {REQUIRED: [term]}, "podAntiAffinity": {REQUIRED: [term]}}
     ctx = make_context({"experts": {"template": {"affinity": affinity}}})
@@ -43,13 +43,13 @@ def test_a_wish_of_the_template_holds_beside_it() -> None:
     assert again == [term, TOGETHER], "the spec itself was changed"
 
 
-def test_an_affinity_that_is_none_is_left_for_the_api_server_to_refuse() -> None:
+def test_an_invalid_affinity_is_left_to_the_api_server() -> None:
     affinity = {"podAffinity": {REQUIRED: "nonsense"}}
     ctx = make_context({"experts": {"template": {"affinity": affinity}}})
     assert sandbox(ctx)["affinity"] == affinity
 
 
-def test_routers_spread_over_nodes_by_themselves() -> None:
+def test_routers_spread_over_nodes_by_default() -> None:
     assert router(make_context({"store": MANY}))["topologySpreadConstraints"] == [
         {
             "topologyKey": "kubernetes.io/hostname",
@@ -66,7 +66,7 @@ def test_routers_spread_over_nodes_by_themselves() -> None:
     assert "topologySpreadConstraints" not in router(make_context())
 
 
-def test_the_templates_spreading_takes_its_place_and_finds_the_pods() -> None:
+def test_template_topology_spread_replaces_the_default() -> None:
     template = {"topologySpreadConstraints": [{"topologyKey": "zone", "maxSkew": 2}]}
     ctx = make_context({"store": MANY, "router": {"template": template}})
     (constraint,) = router(ctx)["topologySpreadConstraints"]
@@ -88,6 +88,6 @@ def test_the_templates_spreading_takes_its_place_and_finds_the_pods() -> None:
         ),
     ],
 )
-def test_hands_over_what_the_template_says(template: Object, expected: Object) -> None:
+def test_template_fields_are_passed_on(template: Object, expected: Object) -> None:
     spec = sandbox(make_context({"experts": {"template": template}}))
     assert spec.items() >= expected.items()

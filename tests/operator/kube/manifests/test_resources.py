@@ -1,7 +1,8 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from model_contexts import make_context
+from model_contexts import SUMMARY, make_context
 
 from faasmoe_operator.kube.manifests.resources import router_resources, sandbox_resources
 from faasmoe_operator.kube.types import Object
@@ -18,7 +19,7 @@ def mib(resources: Object, of: str = "requests") -> int:
     return int(text.removesuffix("Mi"))
 
 
-def test_a_sandbox_has_room_for_its_largest_functions_and_its_runtime() -> None:
+def test_sandbox_memory_fits_its_largest_functions_and_the_runtime() -> None:
     assert mib(sandbox_resources(make_context())) == FUNCTION + RUNTIME
     three = make_context({"experts": {"functionsPerSandbox": 3}})
     assert mib(sandbox_resources(three)) == 3 * FUNCTION + RUNTIME
@@ -26,45 +27,78 @@ def test_a_sandbox_has_room_for_its_largest_functions_and_its_runtime() -> None:
     assert mib(sandbox_resources(uneven)) == 2 * 50 * 16 + RUNTIME
 
 
-def test_a_sandbox_has_a_core_for_each_thread() -> None:
+def test_sandbox_cpu_equals_its_threads() -> None:
     resources = sandbox_resources(make_context({"experts": {"threads": 4}}))
     assert (resources["requests"]["cpu"], resources["limits"]["cpu"]) == ("4", "4")
 
 
-def test_a_sandbox_is_of_the_guaranteed_class() -> None:
+def test_sandbox_has_the_guaranteed_qos_class() -> None:
     resources = sandbox_resources(make_context())
     assert resources["requests"] == resources["limits"]
 
 
-def test_a_router_has_room_for_weights_cache_and_logits() -> None:
-    expected = 3 * GIB + 2 * GIB + LOGITS + GIB
+WEIGHTS = 3 * GIB  # in the store, as bfloat16
+
+
+def test_router_memory_fits_float32_weights_cache_and_logits() -> None:
+    cache = 8192 * 24 * 2 * 2048 * 4 / (1 << 20)  # one request of full length
+    expected = 2 * WEIGHTS + cache + LOGITS + GIB
     assert mib(router_resources(make_context())) == pytest.approx(expected, abs=1)
 
 
-def test_a_router_has_room_for_the_cache_that_is_asked_for() -> None:
+@pytest.mark.parametrize(
+    ("stored", "router", "weights"),
+    [
+        ("bfloat16", {"dtype": "auto", "device": "cpu"}, 2 * WEIGHTS),
+        ("bfloat16", {"dtype": "auto", "device": "auto"}, 2 * WEIGHTS),
+        ("float16", {"dtype": "float32"}, 2 * WEIGHTS),
+        ("bfloat16", {"dtype": "bfloat16"}, WEIGHTS),
+        ("bfloat16", {"dtype": "float16"}, WEIGHTS),
+        ("float32", {"dtype": "auto"}, WEIGHTS),
+        ("float32", {"dtype": "bfloat16"}, WEIGHTS // 2),
+    ],
+)
+def test_router_memory_counts_weights_in_the_routers_dtype(
+    stored: str, router: dict[str, Any], weights: int
+) -> None:
+    spec = {"router": {**router, "maxModelLen": 4096}}
+    ctx = make_context(spec, summary=replace(SUMMARY, dtype=stored))
+    expected = weights + 2 * GIB + LOGITS + GIB
+    assert mib(router_resources(ctx)) == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+def test_with_cuda_weights_are_read_in_the_stores_dtype(dtype: str) -> None:
+    resources = router_resources(make_context({"router": {"device": "cuda", "dtype": dtype}}))
+    assert mib(resources) == WEIGHTS + 4 * GIB
+
+
+def test_router_memory_fits_the_configured_cache() -> None:
     ctx = make_context({"router": {"kvCacheMemory": "6Gi"}})
-    assert mib(router_resources(ctx)) == pytest.approx(3 * GIB + 6 * GIB + LOGITS + GIB, abs=1)
+    assert mib(router_resources(ctx)) == pytest.approx(2 * WEIGHTS + 6 * GIB + LOGITS + GIB, abs=1)
 
 
-def test_a_router_has_room_for_one_request_of_full_length() -> None:
-    ctx = make_context({"router": {"maxModelLen": 32_768}})
-    cache = 32_768 * 24 * 2 * 2048 * 2 / (1 << 20)
-    assert mib(router_resources(ctx)) == pytest.approx(3 * GIB + cache + LOGITS + GIB, abs=1)
+def test_router_memory_fits_one_request_of_maximum_length() -> None:
+    for dtype, scale in (("bfloat16", 1), ("float32", 2)):
+        ctx = make_context({"router": {"maxModelLen": 32_768, "dtype": dtype}})
+        cache = scale * 32_768 * 24 * 2 * 2048 * 2 / (1 << 20)
+        expected = scale * WEIGHTS + cache + LOGITS + GIB
+        assert mib(router_resources(ctx)) == pytest.approx(expected, abs=1)
 
 
-def test_with_cuda_cache_and_logits_are_on_the_device() -> None:
+def test_with_cuda_cache_and_logits_use_no_host_memory() -> None:
     resources = router_resources(make_context({"router": {"device": "cuda"}}))
     assert mib(resources) == 3 * GIB + 4 * GIB
     assert resources["limits"]["nvidia.com/gpu"] == "1"
 
 
-def test_asks_for_a_gpu_only_where_cuda_is_asked_for() -> None:
+def test_requests_a_gpu_only_for_cuda() -> None:
     ctx = make_context({"experts": {"device": "cuda"}, "router": {"device": "auto"}})
     assert sandbox_resources(ctx)["limits"]["nvidia.com/gpu"] == "1"
     assert "nvidia.com/gpu" not in router_resources(ctx)["limits"]
 
 
-def test_a_part_of_a_gpu_takes_the_place_of_a_whole_one() -> None:
+def test_a_gpu_slice_replaces_the_whole_gpu() -> None:
     template = {"resources": {"limits": {"nvidia.com/mig-1g.10gb": 1}}}
     ctx = make_context({"experts": {"device": "cuda", "template": template}})
     limits = sandbox_resources(ctx)["limits"]
@@ -72,7 +106,7 @@ def test_a_part_of_a_gpu_takes_the_place_of_a_whole_one() -> None:
     assert "nvidia.com/gpu" not in limits
 
 
-def test_a_template_takes_the_place_of_what_it_names() -> None:
+def test_template_resources_override_computed_ones() -> None:
     given = {"requests": {"memory": "3Gi", "cpu": "500m"}, "limits": {"memory": "5Gi", "cpu": 2}}
     ctx = make_context({"experts": {"template": {"resources": given}}})
     resources = sandbox_resources(ctx)
@@ -89,7 +123,7 @@ def test_a_template_takes_the_place_of_what_it_names() -> None:
         pytest.param({"requests": {"memory": "1Mi"}}, "1Mi", "832Mi", id="lower-request"),
     ],
 )
-def test_what_a_template_leaves_out_follows_where_it_would_contradict(
+def test_conflicting_computed_values_follow_the_override(
     given: dict[str, Any], requests: str, limits: str
 ) -> None:
     ctx = make_context({"experts": {"template": {"resources": given}}})

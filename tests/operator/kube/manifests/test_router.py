@@ -27,7 +27,7 @@ def environment(ctx: ModelContext) -> dict[str, Object]:
 
 
 def values(ctx: ModelContext) -> dict[str, str]:
-    """Return the environment as the container would see it."""
+    """Return the environment as the container sees it."""
     secret = one(ctx, "Secret")
     token = base64.b64decode(secret["data"]["token"]).decode()
     return {
@@ -36,9 +36,10 @@ def values(ctx: ModelContext) -> dict[str, str]:
     }
 
 
-def test_the_router_understands_all_that_it_is_told() -> None:
+def test_router_accepts_its_environment() -> None:
     router = {
         "device": "cpu",
+        "dtype": "float32",
         "maxModelLen": 4096,
         "maxNumSeqs": 16,
         "maxNumBatchedTokens": 256,
@@ -49,6 +50,7 @@ def test_the_router_understands_all_that_it_is_told() -> None:
     assert str(config.store) == "/store/qwen"
     assert config.control_url == "http://faasmoe-control.faasmoe.svc:8090/models/llm/qwen"
     assert (config.host, config.port, config.device) == ("0.0.0.0", 8000, "cpu")
+    assert config.dtype == "float32"
     assert (config.max_model_len, config.max_num_seqs) == (4096, 16)
     assert (config.max_num_batched_tokens, config.max_waiting) == (256, 64)
     assert config.kv_cache_bytes == 6 << 30
@@ -56,13 +58,13 @@ def test_the_router_understands_all_that_it_is_told() -> None:
     assert config.token == "token-of-the-model"
 
 
-def test_leaves_to_the_router_what_is_not_given() -> None:
+def test_unset_fields_are_left_to_the_router() -> None:
     variables = values(make_context())
     assert not {"FAASMOE_MAX_MODEL_LEN", "FAASMOE_KV_CACHE_BYTES"} & variables.keys()
     assert "FAASMOE_TENANTS_FILE" not in variables
 
 
-def test_additions_to_the_environment_win_over_defaults_and_never_over_settings() -> None:
+def test_additional_environment_overrides_defaults_but_not_settings() -> None:
     template = {"env": [{"name": "MORE", "value": "1"}]}
     router = {"env": [{"name": "OMP_WAIT_POLICY", "value": "ACTIVE"}], "template": template}
     variables = values(make_context({"router": router}))
@@ -71,7 +73,7 @@ def test_additions_to_the_environment_win_over_defaults_and_never_over_settings(
     assert values(make_context())["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
-def test_counts_the_cores_that_it_may_use() -> None:
+def test_thread_count_follows_the_cpu_limit() -> None:
     variable = environment(make_context())["OMP_NUM_THREADS"]
     assert variable["valueFrom"]["resourceFieldRef"] == {
         "containerName": "router",
@@ -80,7 +82,7 @@ def test_counts_the_cores_that_it_may_use() -> None:
     }
 
 
-def test_a_new_router_serves_before_an_old_one_goes() -> None:
+def test_rollout_starts_new_routers_first() -> None:
     spec = one(make_context(), "Deployment")["spec"]
     assert spec["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
     container = pod(make_context())["containers"][0]
@@ -88,7 +90,7 @@ def test_a_new_router_serves_before_an_old_one_goes() -> None:
     assert pod(make_context())["terminationGracePeriodSeconds"] == 60
 
 
-def test_is_asked_whether_it_lives_and_whether_it_serves() -> None:
+def test_router_has_startup_liveness_and_readiness_probes() -> None:
     container = pod(make_context())["containers"][0]
     paths = {
         name: container[name]["httpGet"]["path"]
@@ -104,21 +106,21 @@ def test_is_asked_whether_it_lives_and_whether_it_serves() -> None:
 
 
 @pytest.mark.parametrize(("spec", "replicas"), [({}, 1), ({"router": {"replicas": 3}}, 3)])
-def test_has_as_many_replicas_as_asked(spec: dict[str, Any], replicas: int) -> None:
+def test_deployment_has_the_replicas_of_the_spec(spec: dict[str, Any], replicas: int) -> None:
     assert one(make_context(spec), "Deployment")["spec"]["replicas"] == replicas
 
 
-def test_has_none_while_suspended() -> None:
+def test_deployment_has_no_replicas_while_suspended() -> None:
     ctx = make_context({"router": {"replicas": 3}, "suspend": True})
     assert one(ctx, "Deployment")["spec"]["replicas"] == 0
 
 
-def test_reads_the_store_and_does_not_write_it() -> None:
+def test_router_mounts_the_store_read_only() -> None:
     mounts = {m["mountPath"]: m for m in pod(make_context())["containers"][0]["volumeMounts"]}
     assert mounts["/store"]["readOnly"] is True
 
 
-def test_finds_its_tenants_and_their_keys_where_the_file_says() -> None:
+def test_tenants_file_and_keys_are_mounted_where_the_file_refers_to() -> None:
     ctx = make_context({"tenants": TENANTS})
     path = values(ctx)["FAASMOE_TENANTS_FILE"]
     mounts = {m["mountPath"]: m for m in pod(ctx)["containers"][0]["volumeMounts"]}
@@ -147,7 +149,7 @@ def test_another_token_is_another_secret_and_replaces_routers() -> None:
     assert one(ctx, "Secret")["immutable"] is True
 
 
-def test_no_object_carries_the_function_key() -> None:
+def test_no_object_contains_the_function_key() -> None:
     key = "feedfacefeedfacefeedfacefeedface"
     ctx = make_context(secrets=ControlSecrets("token", key))
     encoded = base64.b64encode(key.encode()).decode()
@@ -156,7 +158,7 @@ def test_no_object_carries_the_function_key() -> None:
     assert encoded not in text
 
 
-def test_nodes_are_drained_one_router_at_a_time() -> None:
+def test_disruption_budget_evicts_one_router_at_a_time() -> None:
     budget = one(make_context(), "PodDisruptionBudget")
     assert budget["spec"]["maxUnavailable"] == 1
     assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"

@@ -23,7 +23,7 @@ def document(ctx: ModelContext) -> Any:
     return json.loads(found["data"]["tenants.json"])
 
 
-def test_tells_the_router_all_of_a_tenant() -> None:
+def test_tenants_file_has_all_fields_of_a_tenant() -> None:
     routers = {"replicas": 3}
     assert document(make_context({"tenants": [ACME, UMBRELLA], "router": routers})) == {
         "version": 1,
@@ -54,11 +54,11 @@ def test_tells_the_router_all_of_a_tenant() -> None:
     }
 
 
-def test_without_tenants_there_is_no_file() -> None:
+def test_no_tenants_file_without_tenants() -> None:
     assert "ConfigMap" not in [obj["kind"] for obj in serving_objects(make_context())]
 
 
-def test_a_prompt_takes_its_utf8_bytes_and_no_escapes() -> None:
+def test_prompts_are_written_as_utf8_without_escapes() -> None:
     prompt = "ü" * 8192
     ctx = make_context({"tenants": [{**UMBRELLA, "systemPrompt": prompt}]})
     (found,) = (obj for obj in serving_objects(ctx) if obj["kind"] == "ConfigMap")

@@ -22,30 +22,32 @@ def environment(ctx: ModelContext) -> dict[str, Any]:
     return {variable["name"]: variable for variable in variables}
 
 
-def test_the_sandbox_understands_all_that_it_is_told() -> None:
+def test_sandbox_accepts_its_environment() -> None:
     experts = {"device": "cpu", "threads": 4, "functionsPerSandbox": 3}
-    told = environment(make_context({"experts": experts}))
-    config = SandboxConfig.from_env({k: v["value"] for k, v in told.items() if "value" in v})
+    variables = environment(make_context({"experts": experts}))
+    config = SandboxConfig.from_env({k: v["value"] for k, v in variables.items() if "value" in v})
     assert (config.host, config.port) == ("0.0.0.0", 9090)
     assert (config.device, config.threads, config.capacity) == ("cpu", 4, 3)
 
 
-def test_knows_its_name_and_the_models_token() -> None:
-    told = environment(make_context())
-    assert told["FAASMOE_SANDBOX_ID"]["valueFrom"]["fieldRef"] == {"fieldPath": "metadata.name"}
-    reference = told["FAASMOE_TOKEN"]["valueFrom"]["secretKeyRef"]
+def test_sandbox_has_its_name_and_the_token() -> None:
+    variables = environment(make_context())
+    assert variables["FAASMOE_SANDBOX_ID"]["valueFrom"]["fieldRef"] == {
+        "fieldPath": "metadata.name"
+    }
+    reference = variables["FAASMOE_TOKEN"]["valueFrom"]["secretKeyRef"]
     assert reference["key"] == "token"
     assert reference["name"].startswith("qwen-control-")
 
 
-def test_begins_in_the_pool_without_a_function() -> None:
+def test_a_new_sandbox_is_generic() -> None:
     labels = sandbox_pod(make_context(), name=NAME)["metadata"]["labels"]
     assert labels["faasmoe.dev/pool"] == "warm"
     assert labels["app.kubernetes.io/component"] == "sandbox"
     assert "faasmoe.dev/function" not in labels
 
 
-def test_carries_the_hash_of_its_template_whatever_its_name() -> None:
+def test_template_hash_does_not_depend_on_the_name() -> None:
     pods = [sandbox_pod(make_context(), name=name) for name in ("one", "two")]
     hashes = {pod["metadata"]["labels"]["faasmoe.dev/template"] for pod in pods}
     assert hashes == {sandbox_template_hash(make_context())}
@@ -64,11 +66,11 @@ def test_carries_the_hash_of_its_template_whatever_its_name() -> None:
         pytest.param({"experts": {"template": {"annotations": {"a": "b"}}}}, id="annotations"),
     ],
 )
-def test_another_pod_has_another_hash(spec: dict[str, Any]) -> None:
+def test_template_hash_changes_with_the_pod(spec: dict[str, Any]) -> None:
     assert sandbox_template_hash(make_context(spec)) != sandbox_template_hash(make_context())
 
 
-def test_another_image_or_token_has_another_hash() -> None:
+def test_template_hash_changes_with_image_and_token() -> None:
     ctx = make_context()
     others = [
         replace(ctx, images=Images("faasmoe/router:0.2.0", "other:1")),
@@ -87,21 +89,21 @@ def test_another_image_or_token_has_another_hash() -> None:
         pytest.param({"tenants": [{"name": "a", "apiKeysSecretRef": {"name": "b"}}]}, id="tenants"),
     ],
 )
-def test_what_is_not_in_the_pod_does_not_replace_sandboxes(spec: dict[str, Any]) -> None:
+def test_unrelated_fields_do_not_replace_sandboxes(spec: dict[str, Any]) -> None:
     assert sandbox_template_hash(make_context(spec)) == sandbox_template_hash(make_context())
 
 
-def test_the_operators_own_images_do_not_replace_sandboxes_when_only_the_router_changes() -> None:
+def test_a_changed_router_image_does_not_replace_sandboxes() -> None:
     ctx = make_context()
     other = replace(ctx, images=Images("router:2", ctx.images.expert), generation=9)
     assert sandbox_template_hash(other) == sandbox_template_hash(ctx)
 
 
-def test_is_not_started_again_once_it_has_ended() -> None:
+def test_sandbox_is_never_restarted() -> None:
     assert sandbox_pod(make_context(), name=NAME)["spec"]["restartPolicy"] == "Never"
 
 
-def test_refuses_a_granularity_that_the_model_cannot_have() -> None:
+def test_rejects_an_invalid_granularity() -> None:
     ctx = make_context({"granularity": {"expertsPerFunction": 61}})
     with pytest.raises(PlanError, match="expertsPerFunction: got 61, expected at most 60"):
         sandbox_pod(ctx, name=NAME)

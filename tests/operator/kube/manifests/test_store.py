@@ -26,7 +26,7 @@ def environment(ctx: ModelContext) -> dict[str, Object]:
     return {variable["name"]: variable for variable in container(ctx)["env"]}
 
 
-def test_makes_a_claim_as_asked() -> None:
+def test_creates_the_claim_of_the_spec() -> None:
     store = {"size": "40Gi", "storageClassName": "fast", "accessMode": "ReadWriteMany"}
     claim = one(store_objects(make_context({"store": store})), "PersistentVolumeClaim")
     assert claim["metadata"]["name"] == "qwen-store"
@@ -38,12 +38,12 @@ def test_makes_a_claim_as_asked() -> None:
     }
 
 
-def test_leaves_the_storage_class_to_the_cluster() -> None:
+def test_uses_the_default_storage_class_unless_set() -> None:
     claim = one(store_objects(make_context()), "PersistentVolumeClaim")
     assert "storageClassName" not in claim["spec"]
 
 
-def test_makes_no_claim_beside_one_that_is_named() -> None:
+def test_creates_no_claim_if_one_is_named() -> None:
     ctx = make_context({"store": {"claimName": "models"}})
     objects = store_objects(ctx)
     assert "PersistentVolumeClaim" not in [obj["kind"] for obj in objects]
@@ -51,7 +51,7 @@ def test_makes_no_claim_beside_one_that_is_named() -> None:
     assert volumes[0]["persistentVolumeClaim"] == {"claimName": "models"}
 
 
-def test_prepares_the_source_into_the_folder_of_the_store() -> None:
+def test_job_prepares_the_source_into_the_store_folder() -> None:
     ctx = make_context({"model": {"source": "hf://o/m", "revision": "main", "dtype": "float16"}})
     assert container(ctx)["command"] == ["python", "-m", "faasmoe_router.checkpoint", "prepare"]
     assert container(ctx)["args"] == [
@@ -66,7 +66,7 @@ def test_prepares_the_source_into_the_folder_of_the_store() -> None:
     assert container(ctx)["terminationMessagePolicy"] == "FallbackToLogsOnError"
 
 
-def test_the_command_is_one_that_the_checkpoint_package_takes() -> None:
+def test_the_checkpoint_cli_accepts_the_command() -> None:
     from faasmoe_router.checkpoint.__main__ import _parser
 
     ctx = make_context({"model": {"source": "hf://o/m", "revision": "main", "dtype": "float16"}})
@@ -76,7 +76,7 @@ def test_the_command_is_one_that_the_checkpoint_package_takes() -> None:
     assert str(arguments.termination_log) == "/dev/termination-log"
 
 
-def test_puts_the_store_where_it_is_told_to() -> None:
+def test_store_folder_follows_sub_path() -> None:
     assert store_path(make_context({"store": {"subPath": "models/mine"}})) == "/store/models/mine"
 
 
@@ -88,11 +88,11 @@ def test_puts_the_store_where_it_is_told_to() -> None:
         ("hf://o/m", "hf://o/m"),
     ],
 )
-def test_tells_the_source_as_the_job_sees_it(source: str, argument: str) -> None:
+def test_checkpoint_source_as_seen_by_the_job(source: str, argument: str) -> None:
     assert checkpoint_source(make_context({"model": {"source": source}})) == argument
 
 
-def test_mounts_the_claim_of_a_checkpoint_read_only_beside_the_store() -> None:
+def test_mounts_the_claim_of_a_checkpoint_read_only() -> None:
     ctx = make_context({"model": {"source": "pvc://checkpoints/qwen"}})
     mounts = {m["mountPath"]: m.get("readOnly", False) for m in container(ctx)["volumeMounts"]}
     assert mounts == {"/store": False, "/source/checkpoints": True, "/tmp": False}
@@ -100,25 +100,25 @@ def test_mounts_the_claim_of_a_checkpoint_read_only_beside_the_store() -> None:
     assert volumes["source"]["persistentVolumeClaim"] == {"claimName": "checkpoints"}
 
 
-def test_hands_the_hub_token_over_from_its_secret() -> None:
+def test_hub_token_comes_from_its_secret() -> None:
     model = {"source": "hf://o/m", "tokenSecretRef": {"name": "hub", "key": "token"}}
     variable = environment(make_context({"model": model}))["HF_TOKEN"]
     assert variable["valueFrom"]["secretKeyRef"] == {"name": "hub", "key": "token"}
     assert "HF_TOKEN" not in environment(make_context())
 
 
-def test_downloads_onto_the_claim_until_the_store_is_complete() -> None:
+def test_downloads_into_the_claim_until_the_store_is_complete() -> None:
     assert environment(make_context())["HF_HOME"]["value"] == "/store/.hub/qwen"
     arguments = container(make_context())["args"]
     assert arguments[arguments.index("--discard-download") + 1] == "/store/.hub/qwen"
 
 
-def test_discards_nothing_of_a_checkpoint_in_a_claim() -> None:
+def test_keeps_a_checkpoint_in_a_claim() -> None:
     ctx = make_context({"model": {"source": "pvc://checkpoints/qwen"}})
     assert "--discard-download" not in container(ctx)["args"]
 
 
-def test_asks_for_what_preparing_takes_and_for_what_it_is_told_to() -> None:
+def test_job_resources_are_defaults_or_overrides() -> None:
     assert container(make_context())["resources"] == {
         "requests": {"cpu": "1", "memory": "2Gi"},
         "limits": {"cpu": "4", "memory": "16Gi"},
@@ -130,7 +130,7 @@ def test_asks_for_what_preparing_takes_and_for_what_it_is_told_to() -> None:
     }
 
 
-def test_lets_the_model_add_to_the_environment_but_not_to_the_token() -> None:
+def test_additional_environment_cannot_replace_the_hub_token() -> None:
     model = {"source": "hf://o/m", "tokenSecretRef": {"name": "hub", "key": "token"}}
     added = [{"name": "HF_ENDPOINT", "value": "https://mirror"}, {"name": "HF_TOKEN", "value": "x"}]
     variables = environment(make_context({"model": model, "router": {"env": added}}))
@@ -138,7 +138,7 @@ def test_lets_the_model_add_to_the_environment_but_not_to_the_token() -> None:
     assert "valueFrom" in variables["HF_TOKEN"]
 
 
-def test_gives_up_at_once_where_trying_again_cannot_help() -> None:
+def test_permanent_failures_fail_the_job_at_once() -> None:
     spec = job(make_context())["spec"]
     fail, ignore = spec["podFailurePolicy"]["rules"]
     assert fail == {
@@ -152,7 +152,7 @@ def test_gives_up_at_once_where_trying_again_cannot_help() -> None:
     assert not {"activeDeadlineSeconds", "ttlSecondsAfterFinished"} & spec.keys()
 
 
-def test_runs_where_routers_may_run_with_its_own_resources() -> None:
+def test_job_uses_the_router_template_with_its_own_resources() -> None:
     template = {
         "nodeSelector": {"pool": "big"},
         "image": "own:1",
@@ -164,7 +164,7 @@ def test_runs_where_routers_may_run_with_its_own_resources() -> None:
     assert container(ctx)["resources"]["limits"] == {"cpu": "4", "memory": "16Gi"}
 
 
-def test_its_label_changes_exactly_when_its_pod_does() -> None:
+def test_template_label_changes_exactly_with_the_pod() -> None:
     def label(ctx: ModelContext) -> str:
         text: str = job(ctx)["metadata"]["labels"]["faasmoe.dev/template"]
         return text
@@ -175,7 +175,7 @@ def test_its_label_changes_exactly_when_its_pod_does() -> None:
     assert label(ctx) != label(replace(ctx, images=Images("other:1", "faasmoe/expert:0.2.0")))
 
 
-def test_waits_while_the_model_is_suspended_but_not_once_it_is_done() -> None:
+def test_job_is_suspended_with_the_model_until_it_has_succeeded() -> None:
     assert job(make_context({"suspend": True}, summary=None))["spec"]["suspend"] is True
     assert job(make_context({"suspend": True}))["spec"]["suspend"] is False
     assert job(make_context(summary=None))["spec"]["suspend"] is False

@@ -1,4 +1,4 @@
-"""A tiny random dense model with a tokenizer, in the place of SmolLM2."""
+"""Fixtures: a tiny random dense model with a tokenizer, in place of SmolLM2."""
 
 from pathlib import Path
 from typing import Any
@@ -54,16 +54,16 @@ def dense() -> Any:
 
 @pytest.fixture
 def loads(tmp_path: Path, dense: Any, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Lets the tiny dense model be found; the list counts how often it was loaded."""
-    loaded: list[Path] = []
+    """Replace the dense model by the tiny one; return the list of its loads."""
+    load_calls: list[Path] = []
 
-    def load(path: Path) -> tuple[Any, Any]:
-        loaded.append(path)
+    def load_dense(path: Path) -> tuple[Any, Any]:
+        load_calls.append(path)
         return dense, _tokenizer()
 
     (tmp_path / "tiny.gguf").write_bytes(b"weights")
     monkeypatch.setattr(build, "gguf_path", lambda: tmp_path / "tiny.gguf")
     monkeypatch.setattr(build, "licence_text", lambda: "Apache License")
-    monkeypatch.setattr(build, "load_dense", load)
+    monkeypatch.setattr(build, "load_dense", load_dense)
     monkeypatch.setattr(moefication, "ANSWER_TOKENS", 6)
-    return loaded
+    return load_calls

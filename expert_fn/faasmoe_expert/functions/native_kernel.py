@@ -1,0 +1,214 @@
+"""The native kernel: computes gated experts on the mapped store with the kernel library.
+
+One call of the library computes a frame: it reads the weights as they lie in the store, multiplies
+and sums in float32, and rounds the result once. The bits of a row do not depend on the other rows
+of a frame, in either mode.
+
+Where oneDNN is fast in the layer's dtype, torch's blocked products overtake from some rows per
+expert on: reduced frames with more are computed by the gated kernel there. Unreduced frames never
+are, so that their bits stay the same.
+
+Applies to the layers of the gated kernel whose weights are [out, in], on the CPU, in float32,
+bfloat16 or float16. Without the library, or with FAASMOE_KERNELS=off, torch computes instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from faasmoe_expert.functions.kernels import KernelSpec, RoutedPairs
+from faasmoe_expert.functions.weights import LayerWeights
+from faasmoe_kernels import (
+    MATRIX_BYTES,
+    Activation,
+    Dtype,
+    Gating,
+    KernelLibrary,
+    Matrix,
+    Scheme,
+    describe_cpu_kernels,
+    matrix_table,
+)
+from faasmoe_transformers.onednn import is_fast_on_cpu
+
+ACTIVATIONS = {
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,
+    "gelu": Activation.GELU,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "relu": Activation.RELU,
+    "relu2": Activation.RELU2,
+    "sigmoid": Activation.SIGMOID,
+}
+SCHEMES = {
+    torch.float32: Scheme.FLOAT32,
+    torch.bfloat16: Scheme.BFLOAT16,
+    torch.float16: Scheme.FLOAT16,
+}
+DTYPES = {
+    torch.float32: Dtype.FLOAT32,
+    torch.bfloat16: Dtype.BFLOAT16,
+    torch.float16: Dtype.FLOAT16,
+}
+
+
+MAX_ROWS_PER_EXPERT = 4
+"""Rows of one expert up to which the library is faster than a oneDNN with kernels for the dtype:
+`python -m benchmarks.kernels`, AVX-512 with bf16."""
+
+
+class LargeBatchKernel(Protocol):
+    """Computes reduced frames with many rows per expert."""
+
+    def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
+        """Return the weighted sum over each row's experts, [T, H]."""
+
+
+class UnsupportedLayer(Exception):
+    """The native kernel cannot compute this layer; the message says why."""
+
+
+class NativeKernel:
+    """Computes pairs of one layer with the kernel library.
+
+    Args:
+        spec: form of the kernel.
+        weights: the layer's expert parameters, mapped.
+        experts: global indices of the block's experts.
+        library: the kernel library.
+        large_batch_kernel: computes reduced frames with many rows per expert, where that is faster;
+            None leaves all frames to the library.
+
+    Attributes:
+        name: name of the kernel and of the instruction set in use.
+
+    Raises:
+        UnsupportedLayer: the layer has another form, dtype or device.
+    """
+
+    def __init__(
+        self,
+        spec: KernelSpec,
+        weights: LayerWeights,
+        experts: Sequence[int],
+        library: KernelLibrary,
+        *,
+        large_batch_kernel: LargeBatchKernel | None = None,
+    ) -> None:
+        if spec.transposed:
+            raise UnsupportedLayer("weights are [in, out]")
+        if spec.activation not in ACTIVATIONS:
+            raise UnsupportedLayer(f"activation {spec.activation}")
+        self.name = f"native ({library.isa})"
+        self._library = library
+        self._gating = Gating(
+            ACTIVATIONS[spec.activation],
+            is_gated=spec.name == "gated",
+            interleaved=spec.interleaved,
+        )
+        first = "gate_up_proj" if spec.name == "gated" else "up_proj"
+        self._first = _MatrixStack(weights, first, experts, has_bias=spec.bias)
+        self._down = _MatrixStack(weights, "down_proj", experts, has_bias=spec.bias)
+        self._large_batch_kernel = large_batch_kernel
+        self._is_onednn_fast = is_fast_on_cpu(self._first.dtype)
+
+    def compute_per_pair(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
+        """Return the weighted output of each pair, [P, H]."""
+        return self._compute(hidden, pairs, hidden.new_empty(len(pairs), hidden.shape[1]), False)
+
+    def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
+        """Return the weighted sum over each row's experts, summed in float32, [T, H]."""
+        large = self._large_batch_kernel
+        if large is not None and self._is_onednn_fast and _max_rows(pairs) > MAX_ROWS_PER_EXPERT:
+            return large.compute_reduced(hidden, pairs)
+        return self._compute(hidden, pairs, hidden.new_empty(hidden.shape), True)
+
+    def _compute(self, hidden: Tensor, pairs: RoutedPairs, out: Tensor, is_reduced: bool) -> Tensor:
+        hidden = hidden.contiguous()
+        order = np.argsort(pairs.expert, kind="stable")  # [P]
+        expert = pairs.expert[order]  # [P]
+        starts = np.flatnonzero(np.diff(expert, prepend=-1))  # [G]
+        group_sizes = np.diff(starts, append=len(expert))  # [G]
+        first, down = self._first.table[expert[starts]], self._down.table[expert[starts]]
+        rows = pairs.row[order].astype(np.int64)  # [P]
+        weights = pairs.weight.numpy()[order].astype(np.float32, copy=False)  # [P]
+        self._library.experts(
+            first.ctypes.data,
+            down.ctypes.data,
+            self._gating,
+            n_groups=len(starts),
+            group_sizes=group_sizes.ctypes.data,
+            pair_rows=rows.ctypes.data,
+            pair_positions=0 if is_reduced else order.ctypes.data,
+            pair_weights=weights.ctypes.data,
+            x=hidden.data_ptr(),
+            x_dtype=DTYPES[hidden.dtype],
+            hidden_size=hidden.shape[1],
+            rows=hidden.shape[0],
+            is_reduced=is_reduced,
+            out=out.data_ptr(),
+            n_threads=torch.get_num_threads(),
+        )
+        return out
+
+
+class _MatrixStack:
+    """One projection of all experts of a layer, as the library reads it.
+
+    Attributes:
+        table: one descriptor per global expert index, uint8 [E, MATRIX_BYTES]; zeros, which the
+            library rejects, for experts outside the block.
+        dtype: dtype of the weights.
+    """
+
+    def __init__(
+        self, weights: LayerWeights, name: str, experts: Sequence[int], *, has_bias: bool
+    ) -> None:
+        self._stack = _host_stack(weights, name)  # [E, n, k], kept alive for its addresses
+        self.dtype = self._stack.dtype
+        n_experts, n, k = self._stack.shape
+        scheme = SCHEMES.get(self._stack.dtype)
+        if scheme is None:
+            raise UnsupportedLayer(f"{name} has dtype {self._stack.dtype}")
+        self._bias: Tensor | None = None  # float32 [len(experts), n]
+        if has_bias:
+            self._bias = _host_stack(weights, f"{name}_bias")[list(experts)].float().contiguous()
+        matrices = [
+            Matrix(
+                scheme,
+                n,
+                k,
+                self._stack[expert].data_ptr(),
+                bias=0 if self._bias is None else self._bias[i].data_ptr(),
+            )
+            for i, expert in enumerate(experts)
+        ]
+        entries = np.frombuffer(matrix_table(matrices), dtype=np.uint8)
+        self.table: NDArray[np.uint8] = np.zeros((n_experts, MATRIX_BYTES), dtype=np.uint8)
+        self.table[list(experts)] = entries.reshape(len(experts), MATRIX_BYTES)
+
+
+def _max_rows(pairs: RoutedPairs) -> int:
+    """Return the rows of the expert with the most of them."""
+    return int(np.bincount(pairs.expert).max(initial=0))
+
+
+def _host_stack(weights: LayerWeights, name: str) -> Tensor:
+    stack = weights.stacked[name]
+    if not isinstance(stack, Tensor) or stack.device.type != "cpu":
+        raise UnsupportedLayer(f"{name} is not in host memory")
+    if not stack.is_contiguous():
+        raise UnsupportedLayer(f"{name} is not contiguous")
+    return stack
+
+
+def describe_kernels(device: torch.device) -> str:
+    """Return what computes gated experts on `device`: native kernels, or torch and the reason."""
+    return describe_cpu_kernels() if device.type == "cpu" else f"torch (device {device})"

@@ -1,0 +1,66 @@
+"""Reads a checkpoint for the transformers adapter and reports its errors as PrepareError.
+
+Tensors are opened but not read. Their bytes are read with `pread` rather than mapped, so that what
+has been converted leaves memory at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from faasmoe_router.errors import PrepareError, SourceUnsupported
+from faasmoe_transformers.errors import UnsupportedModel
+from faasmoe_transformers.model_skeleton import (
+    DTYPES,
+    ModelSkeleton,
+    build_skeleton,
+    load_config,
+)
+from faasmoe_transformers.weight_conversion import LazyTensor, first_float_dtype
+
+
+@contextmanager
+def open_tensors(files: Sequence[Path]) -> Iterator[dict[str, LazyTensor]]:
+    """Open every tensor of `files` by name; raises PrepareError if a file cannot be read."""
+    with ExitStack() as stack:
+        tensors: dict[str, LazyTensor] = {}
+        for path in files:
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
+                tensors.update((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise PrepareError(f"{path}: got no readable safetensors file: {error}") from error
+        yield tensors
+
+
+def load_skeleton(
+    folder: Path, tensors: Mapping[str, LazyTensor], dtype: str | None
+) -> ModelSkeleton:
+    """Build the model of a checkpoint on the meta device.
+
+    Args:
+        folder: folder with the checkpoint's config.json.
+        tensors: the checkpoint's tensors.
+        dtype: name of the store's dtype; None for the config's, or else the tensors'.
+
+    Raises:
+        SourceUnsupported: the model cannot be served.
+    """
+    with unsupported_source():
+        config = load_config(folder)
+        if dtype is not None:
+            return build_skeleton(config, DTYPES[dtype])
+        return build_skeleton(config, config.dtype or first_float_dtype(tensors))
+
+
+@contextmanager
+def unsupported_source() -> Iterator[None]:
+    """Raise SourceUnsupported for what the adapter does not support."""
+    try:
+        yield
+    except UnsupportedModel as error:
+        raise SourceUnsupported(str(error)) from error

@@ -1,0 +1,168 @@
+"""Loads the router's model: everything of a checkpoint but the routed experts, which stay on meta.
+
+Reads the router's files of a store into a model of the family's class and binds its experts modules
+to the dispatcher. Parameters are created on the meta device and replaced by the tensors of the
+files, so none is allocated twice. Where the router computes in another dtype than the store's, each
+tensor is converted as it is read, so that only one is in memory in both dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from faasmoe_contracts.store import Store
+from faasmoe_transformers.dtypes import ParameterDtypes
+from faasmoe_transformers.errors import UnsupportedModel
+from faasmoe_transformers.experts_backend import (
+    EXPERTS_IMPLEMENTATION,
+    MoELayerComputer,
+    bind_experts,
+    register_implementation,
+)
+from faasmoe_transformers.meta_model import build_from_config, move_buffers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class ModelLoadError(Exception):
+    """A store whose router tensors cannot be loaded into the model that its config describes."""
+
+
+def load_router_model(
+    store: Store,
+    dispatcher: MoELayerComputer,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Build the family's model, load the router's tensors and bind its experts to `dispatcher`.
+
+    Expert parameters stay on the meta device and take no memory.
+
+    Args:
+        store: the prepared store.
+        dispatcher: computes the experts of each layer.
+        device: device of the router's tensors.
+        dtype: dtype to compute in; None for the store's. As in `from_pretrained`, parameters that
+            the family keeps in float32 stay so.
+
+    Raises:
+        ModelLoadError: transformers does not know the model, a file cannot be read, a tensor is
+            missing, unknown or of another shape, or the device has no room for the tensors.
+    """
+    register_implementation()
+    stored_dtype: torch.dtype = getattr(torch, store.manifest.model.dtype)
+    model = _build_meta_model(store, dtype or stored_dtype)
+    convert = None
+    if dtype is not None and dtype != stored_dtype:
+        convert = _dtype_converter(model, dtype)
+    tensors: dict[str, Tensor] = {}
+    for path in store.router_files():
+        tensors |= _read_tensors(path, device, convert)
+    _assign_tensors(model, tensors, store)
+    model.tie_weights()
+    _check_all_assigned(model, tensors, store)
+    move_buffers(model, device)  # those that are computed, such as rotary frequencies
+    bind_experts(model, [layer.name for layer in store.manifest.layers], dispatcher)
+    return model.eval().requires_grad_(False)
+
+
+def _build_meta_model(store: Store, dtype: torch.dtype) -> PreTrainedModel:
+    entry, folder = store.manifest.model, store.path / "model"
+    config = _load_config(folder)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = build_from_config(
+                config,
+                entry.architecture,
+                dtype=dtype,
+                experts_implementation=EXPERTS_IMPLEMENTATION,
+            )
+    except UnsupportedModel as error:
+        raise ModelLoadError(f"{store.path}: {error}") from error
+    if (folder / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _load_config(folder: Path) -> PreTrainedConfig:
+    try:
+        return transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{folder / 'config.json'}: {error}") from error
+
+
+TensorConverter = Callable[[str, Tensor], Tensor]
+"""Takes a stored tensor and its name; returns the tensor to compute with."""
+
+
+def _dtype_converter(model: PreTrainedModel, dtype: torch.dtype) -> TensorConverter:
+    dtypes, expected = ParameterDtypes(model, dtype), model.state_dict()
+
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        if name not in expected or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(dtypes.dtype_of(name, expected[name]))
+
+    return convert
+
+
+def _read_tensors(
+    path: Path, device: torch.device, convert: TensorConverter | None
+) -> dict[str, Tensor]:
+    try:
+        if convert is None:
+            tensors: dict[str, Tensor] = load_file(path, device=str(device))
+            return tensors
+        with safe_open(path, framework="pt") as file:
+            # What is read is a view of the mapped file, whose pages are not the process's own.
+            return {
+                name: convert(name, file.get_tensor(name).to(device)) for name in file.offset_keys()
+            }
+    except (OSError, SafetensorError) as error:
+        raise ModelLoadError(f"{path}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelLoadError(
+            f"{path}: the router's part of the model does not fit on {device}: {reason}"
+        ) from error
+
+
+def _assign_tensors(model: nn.Module, tensors: dict[str, Tensor], store: Store) -> None:
+    try:
+        incompatible_keys = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ModelLoadError(
+            f"{store.path}: router tensors do not fit the model: {error}"
+        ) from error
+    if incompatible_keys.unexpected_keys:
+        raise ModelLoadError(
+            f"{store.path}: got the tensor {incompatible_keys.unexpected_keys[0]!r} and "
+            f"{len(incompatible_keys.unexpected_keys) - 1} more that the model does not have"
+        )
+
+
+def _check_all_assigned(model: nn.Module, tensors: Mapping[str, Tensor], store: Store) -> None:
+    """Raise ModelLoadError if a tensor outside the experts was not loaded.
+
+    An unassigned parameter is still on meta; a buffer never is, so buffers are checked by name.
+    """
+    expert_prefixes = tuple(f"{layer.name}." for layer in store.manifest.layers)
+    unassigned = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    buffers = dict(model.named_buffers())
+    unassigned += [n for n in model.state_dict() if n in buffers and n not in tensors]
+    missing = [name for name in unassigned if not name.startswith(expert_prefixes)]
+    if missing:
+        raise ModelLoadError(
+            f"{store.path}: no tensor for {missing[0]!r} and {len(missing) - 1} more of the model"
+        )

@@ -1,1 +1,0 @@
-"""Adapter on transformers' continuous batching and model code."""

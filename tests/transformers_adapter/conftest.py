@@ -1,0 +1,23 @@
+"""The fixtures of the tiny engine, which runs on the adapter."""
+
+from tiny_engine import (  # fixtures
+    base_model,
+    greedy,
+    make_engine,
+    model,
+    model_tokenizer,
+    prompt_ids,
+    tokenizer,
+    until,
+)
+
+__all__ = [
+    "base_model",
+    "greedy",
+    "make_engine",
+    "model",
+    "model_tokenizer",
+    "prompt_ids",
+    "tokenizer",
+    "until",
+]
