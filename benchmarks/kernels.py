@@ -27,7 +27,7 @@ from benchmarks.report import OUT, Spread, describe_machine, write_figures
 from numpy.typing import NDArray
 from torch import Tensor
 
-from faasmoe_kernels import Dtype, KernelLibrary, KernelsUnavailable, Matrix, Scheme, load
+from faasmoe_kernels import KernelDtype, KernelLibrary, KernelsUnavailable, Matrix, Scheme, load
 
 ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LIMITS_SOURCE = Path(__file__).with_name("machine_limits.cpp")
@@ -200,11 +200,11 @@ class MatrixCopies:
                 yield lambda m=matrix: library.linear(  # type: ignore[misc]
                     m,
                     x=x.data_ptr(),
-                    x_dtype=Dtype.BFLOAT16,
+                    x_dtype=KernelDtype.BFLOAT16,
                     x_stride=x.shape[1],
                     rows=x.shape[0],
                     out=out.data_ptr(),
-                    out_dtype=Dtype.FLOAT32,
+                    out_dtype=KernelDtype.FLOAT32,
                 )
 
 

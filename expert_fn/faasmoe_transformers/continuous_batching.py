@@ -37,7 +37,7 @@ tokens: transformers' own lists, not to be modified. After a preemption the init
 the output so far."""
 
 
-class BatchSampler(Protocol):
+class TokenSampler(Protocol):
     """Samples the next tokens of a batch; called on the engine's thread only."""
 
     request_state_type: type
@@ -64,7 +64,7 @@ class BatchLogitsProcessor(ContinuousBatchingLogitsProcessor):  # type: ignore[m
 
     ignored_kwargs: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, sampler: BatchSampler) -> None:
+    def __init__(self, sampler: TokenSampler) -> None:
         self.supported_kwargs: dict[str, type] = {"logits_state": sampler.request_state_type}
         self._plan_batch = sampler.plan_batch
         self._sample = sampler.sample
@@ -156,7 +156,7 @@ class ContinuousBatcher:
         model: Any,
         limits: BatchingLimits,
         *,
-        sampler: BatchSampler,
+        sampler: TokenSampler,
         salt_tokens: SaltTokens | None = None,
         count_batch: BatchCounter | None = None,
         error_policy: ErrorPolicy | None = None,
@@ -283,7 +283,7 @@ class ContinuousBatcher:
         )
         return cached_tokens
 
-    def _make_manager(self, model: Any, sampler: BatchSampler) -> Any:
+    def _make_manager(self, model: Any, sampler: TokenSampler) -> Any:
         # The manager asks the model for its processors once, when it is created.
         processors = LogitsProcessorList([BatchLogitsProcessor(sampler)])
         model._get_logits_processor = lambda _: processors

@@ -28,7 +28,7 @@ class KernelError(ValueError):
     """The library rejected an argument of a call, which the message names."""
 
 
-class Dtype(IntEnum):
+class KernelDtype(IntEnum):
     """Type of inputs and outputs."""
 
     FLOAT32 = 0
@@ -189,11 +189,11 @@ class KernelLibrary:
         weight: Matrix,
         *,
         x: int,
-        x_dtype: Dtype,
+        x_dtype: KernelDtype,
         x_stride: int,
         rows: int,
         out: int,
-        out_dtype: Dtype,
+        out_dtype: KernelDtype,
         n_threads: int = 1,
     ) -> None:
         """Write x @ weight.T (+ bias).
@@ -234,7 +234,7 @@ class KernelLibrary:
         pair_positions: int,
         pair_weights: int,
         x: int,
-        x_dtype: Dtype,
+        x_dtype: KernelDtype,
         hidden_size: int,
         rows: int,
         is_reduced: bool,

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from faasmoe_kernels import Dtype, KernelLibrary, Matrix, Scheme
+from faasmoe_kernels import KernelDtype, KernelLibrary, Matrix, Scheme
 
 Array = NDArray[Any]
 
 TORCH_DTYPES = {
-    Dtype.FLOAT32: torch.float32,
-    Dtype.BFLOAT16: torch.bfloat16,
-    Dtype.FLOAT16: torch.float16,
+    KernelDtype.FLOAT32: torch.float32,
+    KernelDtype.BFLOAT16: torch.bfloat16,
+    KernelDtype.FLOAT16: torch.float16,
 }
 FLOAT_DTYPES = {
     Scheme.FLOAT32: torch.float32,
@@ -100,7 +100,7 @@ def run_linear(
     weight: Matrix,
     x: torch.Tensor,
     *,
-    out_dtype: Dtype = Dtype.FLOAT32,
+    out_dtype: KernelDtype = KernelDtype.FLOAT32,
     n_threads: int = 1,
 ) -> torch.Tensor:
     """Return x @ weight.T (+ bias) in `out_dtype`, [rows, n]; rows of `x` may be strided."""
@@ -118,7 +118,7 @@ def run_linear(
     return out
 
 
-def library_dtype(x: torch.Tensor) -> Dtype:
+def library_dtype(x: torch.Tensor) -> KernelDtype:
     """Return the library's name of a tensor's dtype."""
     return next(dtype for dtype, torch_dtype in TORCH_DTYPES.items() if torch_dtype is x.dtype)
 

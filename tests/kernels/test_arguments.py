@@ -10,8 +10,8 @@ from kernel_matrices import random_matrix
 
 from faasmoe_kernels import (
     Activation,
-    Dtype,
     Gating,
+    KernelDtype,
     KernelError,
     KernelLibrary,
     Matrix,
@@ -44,11 +44,11 @@ def linear_arguments(weight: Matrix, **changes: Any) -> dict[str, Any]:
     arguments = {
         "weight": weight,
         "x": x.data_ptr(),
-        "x_dtype": Dtype.FLOAT32,
+        "x_dtype": KernelDtype.FLOAT32,
         "x_stride": max(H, weight.k),
         "rows": 2,
         "out": out.data_ptr(),
-        "out_dtype": Dtype.FLOAT32,
+        "out_dtype": KernelDtype.FLOAT32,
     }
     return {**arguments, **changes}
 
@@ -128,7 +128,7 @@ def call_experts(
         "pair_positions": pair_positions.ctypes.data,
         "pair_weights": weights.ctypes.data,
         "x": x.data_ptr(),
-        "x_dtype": Dtype.FLOAT32,
+        "x_dtype": KernelDtype.FLOAT32,
         "hidden_size": H,
         "rows": 2,
         "is_reduced": False,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from kernel_matrices import TORCH_DTYPES, DenseMatrix, random_matrix, run_linear
 
-from faasmoe_kernels import Dtype, KernelLibrary, Scheme
+from faasmoe_kernels import KernelDtype, KernelLibrary, Scheme
 
 TOLERANCE = 1e-4
 FLOATS = (Scheme.FLOAT32, Scheme.BFLOAT16, Scheme.FLOAT16)
@@ -29,7 +29,7 @@ def valid_depth(scheme: Scheme, group: int, k: int) -> int:
     return max(2, k // 2 * 2) if scheme is Scheme.INT4 else k
 
 
-def random_rows(rng: np.random.Generator, rows: int, k: int, dtype: Dtype) -> torch.Tensor:
+def random_rows(rng: np.random.Generator, rows: int, k: int, dtype: KernelDtype) -> torch.Tensor:
     return torch.from_numpy(rng.standard_normal((rows, k))).to(TORCH_DTYPES[dtype])
 
 
@@ -42,10 +42,10 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert error <= TOLERANCE
 
 
-@pytest.mark.parametrize("dtype", Dtype)
+@pytest.mark.parametrize("dtype", KernelDtype)
 @pytest.mark.parametrize(("scheme", "group"), SCHEMES)
 def test_equals_the_product_of_the_dequantized_weights(
-    library: KernelLibrary, rng: np.random.Generator, scheme: Scheme, group: int, dtype: Dtype
+    library: KernelLibrary, rng: np.random.Generator, scheme: Scheme, group: int, dtype: KernelDtype
 ) -> None:
     for n, k in SHAPES:
         weight = random_matrix(rng, scheme, n, k, group=group)
@@ -63,7 +63,7 @@ def test_columns_behind_the_last_vector_count(
     for depth in depths:
         weight = random_matrix(rng, scheme, 21, depth, has_bias=True)
         for rows in (1, 3, 20):
-            x = random_rows(rng, rows, depth, Dtype.BFLOAT16)
+            x = random_rows(rng, rows, depth, KernelDtype.BFLOAT16)
             assert_close(run_linear(library, weight.matrix, x), expected_product(weight, x))
 
 
@@ -73,7 +73,7 @@ def test_zero_points_are_subtracted(
 ) -> None:
     weight = random_matrix(rng, Scheme.INT4, 40, 256, group=group, has_zeros=True, has_bias=True)
     for rows in (1, 4, 20):
-        x = random_rows(rng, rows, 256, Dtype.FLOAT32)
+        x = random_rows(rng, rows, 256, KernelDtype.FLOAT32)
         assert_close(run_linear(library, weight.matrix, x), expected_product(weight, x))
 
 
@@ -83,7 +83,7 @@ def test_a_row_has_the_same_bits_whatever_else_is_computed(
 ) -> None:
     for n, k in ((45, 384), (19, valid_depth(scheme, group, 154))):
         weight = random_matrix(rng, scheme, n, k, group=group, has_bias=True)
-        x = random_rows(rng, 40, k, Dtype.FLOAT32)
+        x = random_rows(rng, 40, k, KernelDtype.FLOAT32)
         together = run_linear(library, weight.matrix, x)
         for rows in ROW_COUNTS:
             assert torch.equal(run_linear(library, weight.matrix, x[-rows:]), together[-rows:])
@@ -95,20 +95,20 @@ def test_the_number_of_threads_changes_no_bit(
 ) -> None:
     weight = random_matrix(rng, scheme, 75, 256, group=group, has_bias=True)
     for rows in (1, 30):
-        x = random_rows(rng, rows, 256, Dtype.BFLOAT16)
+        x = random_rows(rng, rows, 256, KernelDtype.BFLOAT16)
         alone = run_linear(library, weight.matrix, x)
         for n_threads in (2, 3, 64):
             assert torch.equal(run_linear(library, weight.matrix, x, n_threads=n_threads), alone)
 
 
-@pytest.mark.parametrize("out_dtype", [Dtype.BFLOAT16, Dtype.FLOAT16])
+@pytest.mark.parametrize("out_dtype", [KernelDtype.BFLOAT16, KernelDtype.FLOAT16])
 def test_outputs_are_rounded_once_to_nearest_even(
-    library: KernelLibrary, rng: np.random.Generator, out_dtype: Dtype
+    library: KernelLibrary, rng: np.random.Generator, out_dtype: KernelDtype
 ) -> None:
     weight = random_matrix(rng, Scheme.FLOAT32, 64, 64)
     # From subnormal half floats to ones that overflow.
     scale = torch.logspace(-9, 6, 200)[:, None]
-    x = random_rows(rng, 200, 64, Dtype.FLOAT32) * scale
+    x = random_rows(rng, 200, 64, KernelDtype.FLOAT32) * scale
     exact = run_linear(library, weight.matrix, x)
     rounded = run_linear(library, weight.matrix, x, out_dtype=out_dtype)
     assert torch.equal(rounded, exact.to(TORCH_DTYPES[out_dtype]))
@@ -117,7 +117,7 @@ def test_outputs_are_rounded_once_to_nearest_even(
 def test_every_half_float_is_read_exactly(library: KernelLibrary) -> None:
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     identity = torch.eye(1)
-    for dtype in (Dtype.BFLOAT16, Dtype.FLOAT16):
+    for dtype in (KernelDtype.BFLOAT16, KernelDtype.FLOAT16):
         x = bits.view(TORCH_DTYPES[dtype])[:, None].contiguous()
         weight = random_matrix(np.random.default_rng(0), Scheme.FLOAT32, 1, 1)
         weight.memory[0].copy_(identity)  # type: ignore[attr-defined]
@@ -127,7 +127,7 @@ def test_every_half_float_is_read_exactly(library: KernelLibrary) -> None:
 
 def test_rows_may_be_strided(library: KernelLibrary, rng: np.random.Generator) -> None:
     weight = random_matrix(rng, Scheme.INT8, 20, 96)
-    wide = random_rows(rng, 11, 200, Dtype.BFLOAT16)
+    wide = random_rows(rng, 11, 200, KernelDtype.BFLOAT16)
     x = wide[:, 50:146]
     assert torch.equal(
         run_linear(library, weight.matrix, x), run_linear(library, weight.matrix, x.contiguous())
@@ -139,7 +139,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(
     library: KernelLibrary, rng: np.random.Generator, rows: int
 ) -> None:
     weight = random_matrix(rng, Scheme.INT4, 20, 96, group=32)
-    x = random_rows(rng, rows, 96, Dtype.FLOAT32)
+    x = random_rows(rng, rows, 96, KernelDtype.FLOAT32)
     clean = run_linear(library, weight.matrix, x)
     x[1, 7] = float("nan")
     spoilt = run_linear(library, weight.matrix, x)
@@ -159,7 +159,7 @@ def test_any_shape_equals_the_reference(library: KernelLibrary, data: st.DataObj
     weight = random_matrix(
         rng, scheme, n, k, group=group, has_zeros=has_zeros, has_bias=data.draw(st.booleans())
     )
-    x = random_rows(rng, rows, k, data.draw(st.sampled_from(Dtype)))
+    x = random_rows(rng, rows, k, data.draw(st.sampled_from(KernelDtype)))
     n_threads = data.draw(st.integers(1, 3))
     actual = run_linear(library, weight.matrix, x, n_threads=n_threads)
     assert_close(actual, expected_product(weight, x))

@@ -27,8 +27,8 @@ from faasmoe_expert.functions.weights import LayerWeights
 from faasmoe_kernels import (
     MATRIX_BYTES,
     Activation,
-    Dtype,
     Gating,
+    KernelDtype,
     KernelLibrary,
     Matrix,
     Scheme,
@@ -53,9 +53,9 @@ SCHEMES = {
     torch.float16: Scheme.FLOAT16,
 }
 DTYPES = {
-    torch.float32: Dtype.FLOAT32,
-    torch.bfloat16: Dtype.BFLOAT16,
-    torch.float16: Dtype.FLOAT16,
+    torch.float32: KernelDtype.FLOAT32,
+    torch.bfloat16: KernelDtype.BFLOAT16,
+    torch.float16: KernelDtype.FLOAT16,
 }
 
 

@@ -45,7 +45,7 @@ class CudaDeviceMemory:
         torch.cuda.empty_cache()
 
 
-class MemoryBudget:
+class SandboxMemoryBudget:
     """Counts the memory of attached functions against a limit.
 
     Args:
@@ -104,6 +104,8 @@ class MemoryBudget:
             self._device.release_cached()
 
 
-def memory_budget_for(device: torch.device, limit_bytes: int | None) -> MemoryBudget:
+def memory_budget_for(device: torch.device, limit_bytes: int | None) -> SandboxMemoryBudget:
     """Return the budget for functions on `device`."""
-    return MemoryBudget(limit_bytes, None if device.type == "cpu" else CudaDeviceMemory(device))
+    return SandboxMemoryBudget(
+        limit_bytes, None if device.type == "cpu" else CudaDeviceMemory(device)
+    )

@@ -37,7 +37,7 @@ from faasmoe_expert.functions import ExpertFunction
 from faasmoe_expert.functions.function import function_size_bytes, request_batch_key
 from faasmoe_expert.functions.native_kernel import describe_kernels
 from faasmoe_expert.functions.transfer import Uploader, uploader_for
-from faasmoe_expert.server.memory_budget import MemoryBudget, memory_budget_for
+from faasmoe_expert.server.memory_budget import SandboxMemoryBudget, memory_budget_for
 
 BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
@@ -139,7 +139,7 @@ class SandboxRuntime:
         config: SandboxConfig,
         device: torch.device,
         *,
-        memory_budget: MemoryBudget | None = None,
+        memory_budget: SandboxMemoryBudget | None = None,
         uploader: Uploader | None = None,
     ) -> None:
         self.config = config

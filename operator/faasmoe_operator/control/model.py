@@ -17,7 +17,7 @@ from faasmoe_operator.plan.functions import LayerShape, plan_functions
 from faasmoe_operator.platforms.base import SandboxTemplate
 
 
-class StoreSummary(Protocol):
+class PlannableStore(Protocol):
     """What planning functions needs to know about a store; kube's store summary implements it."""
 
     @property
@@ -77,7 +77,7 @@ class ControlledModel:
     def from_store_summary(
         cls,
         model: MoEModel,
-        summary: StoreSummary,
+        summary: PlannableStore,
         *,
         store_path: Path,
         key: bytes,

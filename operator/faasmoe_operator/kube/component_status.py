@@ -150,7 +150,7 @@ def _describe_termination(terminated: Object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class RouterStatus:
+class RouterComponentStatus:
     """Status of the routers.
 
     Attributes:
@@ -168,7 +168,7 @@ class RouterStatus:
 
 def router_status(
     deployment: Object | None, pods: Sequence[Object], *, desired_replicas: int
-) -> RouterStatus:
+) -> RouterComponentStatus:
     """Return the status of the routers.
 
     Args:
@@ -177,14 +177,16 @@ def router_status(
         desired_replicas: replicas in the spec.
     """
     if deployment is None:
-        return RouterStatus(condition_unknown("Deploying", "creating the router Deployment"))
+        return RouterComponentStatus(
+            condition_unknown("Deploying", "creating the router Deployment")
+        )
     status = deployment.get("status", {})
     replicas, ready = status.get("replicas", 0), status.get("readyReplicas", 0)
     pod_failure = first_pod_failure(pods)
     condition = _rollout_condition(deployment, status, desired_replicas=desired_replicas)
     if condition.status != "True" and pod_failure is not None:
         condition = condition_false(pod_failure.reason, pod_failure.message)
-    return RouterStatus(
+    return RouterComponentStatus(
         condition,
         replicas,
         ready,

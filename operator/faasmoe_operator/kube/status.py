@@ -14,7 +14,7 @@ from faasmoe_operator.kube.apply import ApplyFailure
 from faasmoe_operator.kube.component_status import (
     PLANNING,
     WAITING_FOR_ROUTER,
-    RouterStatus,
+    RouterComponentStatus,
     RuntimeCounts,
     active_condition,
     functions_condition,
@@ -51,7 +51,7 @@ def evaluate_conditions(
     ctx: ModelContext,
     observed: ObservedState,
     *,
-    router: RouterStatus,
+    router: RouterComponentStatus,
     counts: RuntimeCounts | None,
     runtime_failure: ConditionState | None,
     failures: Sequence[ApplyFailure],
@@ -142,7 +142,7 @@ def _retain_while_recovering(
     )
 
 
-def _router_condition(ctx: ModelContext, router: RouterStatus) -> ConditionState:
+def _router_condition(ctx: ModelContext, router: RouterComponentStatus) -> ConditionState:
     missing = missing_apis(ctx)
     if not missing:
         return router.condition
@@ -173,7 +173,7 @@ def model_status(
     ctx: ModelContext,
     *,
     conditions: Sequence[Object],
-    router: RouterStatus,
+    router: RouterComponentStatus,
     counts: RuntimeCounts | None,
     previous: Mapping[str, Any],
 ) -> Object:

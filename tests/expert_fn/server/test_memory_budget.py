@@ -13,7 +13,7 @@ from faasmoe_contracts.store import Store
 from faasmoe_expert.config import SandboxConfig
 from faasmoe_expert.errors import OutOfMemory
 from faasmoe_expert.functions.transfer import Uploader
-from faasmoe_expert.server.memory_budget import MemoryBudget, memory_budget_for
+from faasmoe_expert.server.memory_budget import SandboxMemoryBudget, memory_budget_for
 from faasmoe_expert.server.runtime import SandboxRuntime
 
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def test_limit_applies_to_all_functions_together() -> None:
 
 
 def test_keeps_the_reserve_free_on_a_device() -> None:
-    budget = MemoryBudget(None, FakeDeviceMemory(100), reserve_bytes=30)
+    budget = SandboxMemoryBudget(None, FakeDeviceMemory(100), reserve_bytes=30)
     assert budget.limit_bytes() == 70
     budget.check_fits(70)
     with pytest.raises(OutOfMemory, match="got a function of 71 bytes, expected at most 70"):
@@ -96,7 +96,7 @@ def test_keeps_the_reserve_free_on_a_device() -> None:
 
 def test_limit_follows_the_free_memory_of_a_shared_device() -> None:
     device = FakeDeviceMemory(100)
-    budget = MemoryBudget(None, device, reserve_bytes=10)
+    budget = SandboxMemoryBudget(None, device, reserve_bytes=10)
     budget.add(20)
     device.available_bytes = 15
     assert budget.limit_bytes() == 25
@@ -109,13 +109,13 @@ def test_limit_follows_the_free_memory_of_a_shared_device() -> None:
 
 
 def test_smaller_of_setting_and_free_memory_applies() -> None:
-    assert MemoryBudget(50, FakeDeviceMemory(100), reserve_bytes=0).limit_bytes() == 50
-    assert MemoryBudget(500, FakeDeviceMemory(100), reserve_bytes=0).limit_bytes() == 100
+    assert SandboxMemoryBudget(50, FakeDeviceMemory(100), reserve_bytes=0).limit_bytes() == 50
+    assert SandboxMemoryBudget(500, FakeDeviceMemory(100), reserve_bytes=0).limit_bytes() == 100
 
 
 def test_attach_counts_memory_and_detach_releases_it(store: Store) -> None:
     device = FakeDeviceMemory(1 << 40)
-    budget = MemoryBudget(None, device, reserve_bytes=0)
+    budget = SandboxMemoryBudget(None, device, reserve_bytes=0)
     sandbox = SandboxRuntime(
         SandboxConfig(capacity=4), CPU, memory_budget=budget, uploader=Uploader(FakeCopyStream())
     )
@@ -143,7 +143,7 @@ def test_rejected_attachment_changes_nothing_and_succeeds_after_a_detach(store: 
 
 def test_releases_everything_when_the_device_runs_out_of_memory(store: Store) -> None:
     device = FakeDeviceMemory(1 << 40)
-    budget = MemoryBudget(None, device, reserve_bytes=0)
+    budget = SandboxMemoryBudget(None, device, reserve_bytes=0)
     stream = ExhaustedCopyStream(1)
     sandbox = SandboxRuntime(SandboxConfig(), CPU, memory_budget=budget, uploader=Uploader(stream))
     spec = make_function_spec(store, [0], [0, 1])
