@@ -20,7 +20,7 @@ from faasmoe_kernels import (
 FORK_TEST = """
 import os, sys
 import numpy as np
-from faasmoe_kernels import Dtype, Matrix, Scheme, load
+from faasmoe_kernels import KernelDtype, Matrix, Scheme, load
 
 weight = np.arange(256 * 64, dtype=np.float32).reshape(256, 64) / 1e4
 x = np.ones((3, 64), dtype=np.float32)
@@ -29,8 +29,8 @@ def product():
     out = np.empty((3, 256), dtype=np.float32)
     load().linear(
         Matrix(Scheme.FLOAT32, 256, 64, weight.ctypes.data),
-        x=x.ctypes.data, x_dtype=Dtype.FLOAT32, x_stride=64, rows=3,
-        out=out.ctypes.data, out_dtype=Dtype.FLOAT32, n_threads=4,
+        x=x.ctypes.data, x_dtype=KernelDtype.FLOAT32, x_stride=64, rows=3,
+        out=out.ctypes.data, out_dtype=KernelDtype.FLOAT32, n_threads=4,
     )
     return out
 
