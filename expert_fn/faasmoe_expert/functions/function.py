@@ -23,7 +23,7 @@ from faasmoe_contracts.wire import Dtype, ExpertRequest, FrameHeader, FrameKind,
 from faasmoe_expert.errors import BadAttachment, BadFrame
 from faasmoe_expert.functions.grouped_kernel import GroupedKernel, supports_grouped_mm
 from faasmoe_expert.functions.kernels import KernelSpec, RoutedPairs, gated_per_pair, gated_reduced
-from faasmoe_expert.functions.native_kernel import NativeKernel, UnsupportedLayer
+from faasmoe_expert.functions.native_kernel import NativeKernel, NativeLayer, UnsupportedLayer
 from faasmoe_expert.functions.transfer import Uploader, to_device, to_host
 from faasmoe_expert.functions.transformers_kernel import TransformersKernel
 from faasmoe_expert.functions.verification import BlockVerifier
@@ -90,6 +90,16 @@ class ExpertFunction:
     def kernel_name(self) -> str:
         """What computes the function's layers, such as "native (avx2)"; see ExpertKernel."""
         return ", ".join(sorted({kernel.name for kernel in self._kernels.values()}))
+
+    @property
+    def native_layers(self) -> tuple[NativeLayer, ...]:
+        """The layers that the kernel library can compute without Python, as verified now."""
+        layers = []
+        for index, kernel in self._kernels.items():
+            verifier = self._verifiers.get(index)
+            if isinstance(kernel, NativeKernel) and verifier is not None and verifier.identity:
+                layers.append(kernel.native_layer(index, verifier.path, verifier.identity))
+        return tuple(layers)
 
     def compute(self, request: ExpertRequest) -> Tensor:
         """Compute one frame.

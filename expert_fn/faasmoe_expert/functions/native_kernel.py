@@ -15,6 +15,8 @@ bfloat16 or float16. Without the library, or with FAASMOE_KERNELS=off, torch com
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -75,6 +77,34 @@ class UnsupportedLayer(Exception):
     """The native kernel cannot compute this layer; the message says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class NativeLayer:
+    """One layer of a function as the kernel library computes it, for calls that bypass Python.
+
+    Attributes:
+        layer: index of the MoE layer.
+        dtype: dtype of the rows and weights.
+        hidden_size: elements per row.
+        first: descriptor of each expert's first projection, uint8 [E, MATRIX_BYTES]; zeros for
+            experts outside the block.
+        down: the same of its down projection.
+        gating: what stands between the projections.
+        max_rows_per_expert: rows of one expert above which another kernel is faster; 0 for never.
+        path: file that the weights are mapped from.
+        identity: device, inode, size, mtime_ns and ctime_ns of the file's verified content.
+    """
+
+    layer: int
+    dtype: torch.dtype
+    hidden_size: int
+    first: NDArray[np.uint8]
+    down: NDArray[np.uint8]
+    gating: Gating
+    max_rows_per_expert: int
+    path: Path
+    identity: tuple[int, int, int, int, int]
+
+
 class NativeKernel:
     """Computes pairs of one layer with the kernel library.
 
@@ -118,6 +148,23 @@ class NativeKernel:
         self._down = _MatrixStack(weights, "down_proj", experts, has_bias=spec.bias)
         self._large_batch_kernel = large_batch_kernel
         self._is_onednn_fast = is_fast_on_cpu(self._first.dtype)
+
+    def native_layer(
+        self, layer: int, path: Path, identity: tuple[int, int, int, int, int]
+    ) -> NativeLayer:
+        """Return what the library needs to compute this layer; valid while the kernel exists."""
+        is_limited = self._large_batch_kernel is not None and self._is_onednn_fast
+        return NativeLayer(
+            layer,
+            self._first.dtype,
+            self._first.k,
+            self._first.table,
+            self._down.table,
+            self._gating,
+            MAX_ROWS_PER_EXPERT if is_limited else 0,
+            path,
+            identity,
+        )
 
     def compute_per_pair(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
         """Return the weighted output of each pair, [P, H]."""
@@ -166,6 +213,7 @@ class _MatrixStack:
         table: one descriptor per global expert index, uint8 [E, MATRIX_BYTES]; zeros, which the
             library rejects, for experts outside the block.
         dtype: dtype of the weights.
+        k: input features.
     """
 
     def __init__(
@@ -174,6 +222,7 @@ class _MatrixStack:
         self._stack = _host_stack(weights, name)  # [E, n, k], kept alive for its addresses
         self.dtype = self._stack.dtype
         n_experts, n, k = self._stack.shape
+        self.k = k
         scheme = SCHEMES.get(self._stack.dtype)
         if scheme is None:
             raise UnsupportedLayer(f"{name} has dtype {self._stack.dtype}")

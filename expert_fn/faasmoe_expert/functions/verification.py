@@ -93,6 +93,9 @@ class BlockVerifier:
         mapped: the mapped layer.
         experts: indices of the experts in use; the shared parameters are always verified.
         verified_blocks: record of verified blocks; that of the process by default.
+
+    Attributes:
+        path: the layer's file.
     """
 
     def __init__(
@@ -104,13 +107,18 @@ class BlockVerifier:
         *,
         verified_blocks: VerifiedBlocks | None = None,
     ) -> None:
-        self._path = store.path / layer.file
+        self.path = store.path / layer.file
         self._layer = layer
         self._mapped = mapped
         self._blocks = (*experts, layer.num_experts)
         self._verified_blocks = verified_blocks or process_verified_blocks()
         self._identity: FileIdentity | None = None
         self._failure = ""
+
+    @property
+    def identity(self) -> FileIdentity | None:
+        """Identity of the file's content that was verified last; None if it did not match."""
+        return None if self._failure else self._identity
 
     def verify_if_changed(self) -> bool:
         """Verify the block if its file changed since the last call.
@@ -123,7 +131,7 @@ class BlockVerifier:
         Raises:
             BlockCorrupted: a digest does not match; raised by every call until the file changes.
         """
-        identity = file_identity(self._path)
+        identity = file_identity(self.path)
         if identity is not None and identity != self._identity and self._is_mapped(identity):
             self._identity = identity
             self._failure = self._find_corruption(identity)
@@ -144,7 +152,7 @@ class BlockVerifier:
                 is_expert = block < self._layer.num_experts
                 block_name = f"expert {block}" if is_expert else "shared parameters"
                 return (
-                    f"store: layer {self._layer.index}, {block_name} of {self._path}: "
+                    f"store: layer {self._layer.index}, {block_name} of {self.path}: "
                     f"got digest {got}, expected {expected}: "
                     "digest mismatch with the prepared store"
                 )
