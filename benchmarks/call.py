@@ -45,13 +45,14 @@ from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.layer_batch import Group, group_pairs
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 
-PATHS = ("http",)
+PATHS = ("http", "mailbox")
 ROWS = (1, 2, 4, 8)
 GEOMETRY = CheckpointGeometry(
     layers=4, vocabulary=512, hidden=1024, heads=8, intermediate=64, shared_intermediate=64
 )
 N_BLOCKS = 3
 WARM_LAYERS = 40
+OPEN_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,10 @@ def measure_path(
     products: PreparedProducts,
 ) -> CallCost:
     """Run the layers and return the cost of a call."""
+    if dispatcher.native is not None:
+        addresses = dispatcher.routing.addresses()
+        if not dispatcher.native.connector.wait_until_open(addresses, OPEN_TIMEOUT_S):
+            raise RuntimeError("mailboxes: got none at some sandboxes, expected them at all")
     for layer in inputs[:WARM_LAYERS]:
         _compute(dispatcher, layer)
     calls, layer_ms = _counter(metrics), []
@@ -235,6 +240,7 @@ def _make_dispatcher(
         token=functions.environment["FAASMOE_TOKEN"],
         metrics=metrics,
         socket_dir=Path(functions.environment["FAASMOE_SOCKET_DIR"]),
+        mailbox=path == "mailbox",
     )
 
 

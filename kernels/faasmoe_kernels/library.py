@@ -72,7 +72,9 @@ class _Matrix(ctypes.Structure):
     )
 
 
-class _Gating(ctypes.Structure):
+class GatingStruct(ctypes.Structure):
+    """struct fk_gating."""
+
     _fields_ = (
         ("activation", ctypes.c_int32),
         ("is_gated", ctypes.c_int32),
@@ -141,10 +143,15 @@ MATRIX_BYTES = ctypes.sizeof(_Matrix)
 
 
 class KernelLibrary:
-    """The loaded library. Calls may come from any thread."""
+    """The loaded library. Calls may come from any thread.
+
+    Attributes:
+        path: file of the library.
+    """
 
     def __init__(self, path: Path) -> None:
         """Load the library; raises KernelsUnavailable if it is missing or of another version."""
+        self.path = path
         try:
             self._lib = ctypes.CDLL(str(path))
         except OSError as error:
@@ -170,7 +177,7 @@ class KernelLibrary:
             *(pointer, i32, i64, i32),
         )
         self._lib.fk_experts.argtypes = (
-            *(pointer, pointer, ctypes.POINTER(_Gating), ctypes.POINTER(_Pairs)),
+            *(pointer, pointer, ctypes.POINTER(GatingStruct), ctypes.POINTER(_Pairs)),
             *(pointer, i32, i64, i64, i32, pointer, i32, i64, i32),
         )
 
@@ -268,7 +275,7 @@ class KernelLibrary:
         pairs = _Pairs(n_groups, group_sizes, pair_rows, pair_positions or None, pair_weights)
         self._check(
             self._lib.fk_experts(
-                *(first, down, ctypes.byref(_to_gating_struct(gating)), ctypes.byref(pairs)),
+                *(first, down, ctypes.byref(to_gating_struct(gating)), ctypes.byref(pairs)),
                 *(x, x_dtype, hidden_size, rows, is_reduced),
                 *(out, x_dtype, hidden_size),
                 n_threads,
@@ -317,5 +324,6 @@ def _to_struct(m: Matrix) -> _Matrix:
     )
 
 
-def _to_gating_struct(g: Gating) -> _Gating:
-    return _Gating(g.activation, g.is_gated, g.interleaved, g.alpha, g.limit)
+def to_gating_struct(g: Gating) -> GatingStruct:
+    """Return the gating as the library reads it."""
+    return GatingStruct(g.activation, g.is_gated, g.interleaved, g.alpha, g.limit)

@@ -24,6 +24,7 @@ PREFIX = "FAASMOE_"
 Device = Literal["auto", "cpu", "cuda"]
 DtypeSetting = Literal["auto", "bfloat16", "float16", "float32"]
 PlacementMode = Literal["auto", "functions"]
+MailboxMode = Literal["on", "off"]
 
 
 def _check_http_url(text: str) -> str:
@@ -88,6 +89,8 @@ class RouterConfig(BaseSettings):
             without a socket, they are called over TCP.
         placement: auto computes frequently used functions of sandboxes on the same machine in the
             router, where that was measured to be faster; functions never does. Needs socket_dir.
+        mailbox: on calls sandboxes on the same machine over shared memory without Python where
+            possible; off never does. Needs socket_dir and the kernel library.
         router_replicas: routers that the tenants' limits are split over, unless the tenants file
             states their number.
         connect_timeout_s: time to connect to a sandbox; part of a call.
@@ -121,6 +124,7 @@ class RouterConfig(BaseSettings):
     state_dir: Path | None = None
     socket_dir: Path | None = None
     placement: PlacementMode = "functions"
+    mailbox: MailboxMode = "on"
     router_replicas: _Replicas = 1
     connect_timeout_s: _CallSeconds = 1.0
     call_timeout_s: _CallSeconds = 10.0

@@ -101,6 +101,10 @@ class ExpertFunction:
                 layers.append(kernel.native_layer(index, verifier.path, verifier.identity))
         return tuple(layers)
 
+    def has_identities(self, layers: Sequence[NativeLayer]) -> bool:
+        """Return whether these layers' files are still those that were verified last."""
+        return all(self._verifiers[x.layer].identity == x.identity for x in layers)
+
     def compute(self, request: ExpertRequest) -> Tensor:
         """Compute one frame.
 

@@ -66,6 +66,10 @@ MAX_ROWS_PER_EXPERT = 4
 `python -m benchmarks.kernels`, AVX-512 with bf16."""
 
 
+MAX_DIRECT_ROWS_PER_EXPERT = 16
+"""The same for frames that bypass Python, which costs more than the difference up to here."""
+
+
 class LargeBatchKernel(Protocol):
     """Computes reduced frames with many rows per expert."""
 
@@ -161,7 +165,7 @@ class NativeKernel:
             self._first.table,
             self._down.table,
             self._gating,
-            MAX_ROWS_PER_EXPERT if is_limited else 0,
+            MAX_DIRECT_ROWS_PER_EXPERT if is_limited else 0,
             path,
             identity,
         )
