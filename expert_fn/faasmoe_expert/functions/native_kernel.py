@@ -37,6 +37,7 @@ from faasmoe_kernels import (
     describe_cpu_kernels,
     matrix_table,
 )
+from faasmoe_kernels.function_layers import FunctionLayer
 from faasmoe_transformers.onednn import is_fast_on_cpu
 
 ACTIVATIONS = {
@@ -107,6 +108,21 @@ class NativeLayer:
     max_rows_per_expert: int
     path: Path
     identity: tuple[int, int, int, int, int]
+
+    def describe(self) -> FunctionLayer:
+        """Return the layer as the library knows it; valid while this object exists."""
+        return FunctionLayer(
+            layer=self.layer,
+            hidden_size=self.hidden_size,
+            n_experts=len(self.first),
+            first=self.first.ctypes.data,
+            down=self.down.ctypes.data,
+            gating=self.gating,
+            dtype=DTYPES[self.dtype],
+            max_rows_per_expert=self.max_rows_per_expert,
+            path=str(self.path),
+            identity=self.identity,
+        )
 
 
 class NativeKernel:

@@ -17,7 +17,7 @@ from faasmoe_contracts.shared_region import MAX_MAILBOX_BYTES, open_sealed_memor
 from faasmoe_expert.config import SandboxConfig
 from faasmoe_expert.errors import MailboxRefused
 from faasmoe_expert.functions import ExpertFunction
-from faasmoe_expert.functions.native_kernel import DTYPES, NativeLayer
+from faasmoe_expert.functions.native_kernel import NativeLayer
 from faasmoe_expert.server.metrics import BUCKETS_S
 from faasmoe_kernels import KernelsUnavailable, load
 from faasmoe_kernels.function_layers import CallsError, FunctionLayer
@@ -91,7 +91,7 @@ class MailboxServer:
         function_id = function.spec.id
         self._withdrawn.discard(function_id)
         self._keep_frames(function_id)
-        self._loop.publish(function_id, [native_function_layer(layer) for layer in layers])
+        self._loop.publish(function_id, [layer.describe() for layer in layers])
         self._published[function_id] = layers
 
     def refresh(self, function: ExpertFunction) -> None:
@@ -181,19 +181,3 @@ class OpenMailbox:
     def close(self) -> None:
         """Stop serving it, after the frame that is being computed."""
         self._loop.close(self._handle)
-
-
-def native_function_layer(layer: NativeLayer) -> FunctionLayer:
-    """Return a function's layer as the library knows it; the layer's tables must stay meanwhile."""
-    return FunctionLayer(
-        layer=layer.layer,
-        hidden_size=layer.hidden_size,
-        n_experts=len(layer.first),
-        first=layer.first.ctypes.data,
-        down=layer.down.ctypes.data,
-        gating=layer.gating,
-        dtype=DTYPES[layer.dtype],
-        max_rows_per_expert=layer.max_rows_per_expert,
-        path=str(layer.path),
-        identity=layer.identity,
-    )

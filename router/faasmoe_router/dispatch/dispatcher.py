@@ -2,9 +2,9 @@
 
 An ordinary layer of a model on the host is begun and finished natively (native_dispatch.py). For
 every other, `Dispatcher.compute` brings the inputs to the host, in the store's dtype, which
-functions compute in, groups token-expert pairs by function and has the groups executed (layer_executor.py).
-It never raises for faults of a sandbox or the network: what no function answers is computed locally
-from the store.
+functions compute in, groups token-expert pairs by function and has the groups executed
+(layer_executor.py). It never raises for faults of a sandbox or the network: what no function
+answers is computed locally from the store.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ from faasmoe_contracts.store import Store
 from faasmoe_contracts.wire import HEADER_BYTES, MAX_FRAME_BYTES, PAIR_BYTES
 from faasmoe_expert.functions import ExpertFunction
 from faasmoe_expert.functions.native_kernel import DTYPES, NativeLayer
-from faasmoe_expert.server.mailboxes import native_function_layer
 from faasmoe_kernels import KernelLibrary
 from faasmoe_kernels.layer_calls import (
     N_SIZE_CLASSES,
@@ -397,7 +396,7 @@ class LocalHandleTable:
     def _add(self, spec: FunctionSpec, function: ExpertFunction) -> None:
         layers = function.native_layers
         if len(layers) == len(spec.layers):
-            handle = self._calls.add_local([native_function_layer(layer) for layer in layers])
+            handle = self._calls.add_local([layer.describe() for layer in layers])
             self._entries[spec] = LocalEntry(handle, function, layers)
 
     def _remove(self, specs: Sequence[FunctionSpec]) -> None:
