@@ -382,10 +382,13 @@ class LayerCalls:
             [FunctionTotals(f.offset_s, f.n_in_flight, f.calls, f.rows) for f in functions],
         )
 
-    def free(self) -> None:
-        """Release everything; the addresses are invalid afterwards."""
-        context, self.context = self.context, 0
-        if context:
+    def release_memory(self) -> None:
+        """Free what mailboxes keep for their next calls, unless a layer is being computed."""
+        self._lib.fk_calls_release_memory(self.context)
+
+    def __del__(self) -> None:
+        """Release everything, once no other thread can read the totals any more."""
+        if context := getattr(self, "context", 0):
             self._lib.fk_calls_free(context)
 
     def _is_done(self, result: int) -> bool:
@@ -435,6 +438,8 @@ def _declare_functions(lib: ctypes.CDLL) -> None:
     lib.fk_calls_free.restype = None
     lib.fk_calls_begin_dtype.argtypes = (pointer, i64, i64, i64, i64, pointer, i32, *[pointer] * 2)
     lib.fk_calls_finish_dtype.argtypes = (pointer, i64, pointer, i32)
+    lib.fk_calls_release_memory.argtypes = (pointer,)
+    lib.fk_calls_release_memory.restype = None
     lib.fk_calls_n_in_flight.argtypes = (pointer,)
     lib.fk_calls_add_mailbox.argtypes = (pointer, i32, i64, i32, i32, i32, i32)
     lib.fk_calls_add_mailbox.restype = i64

@@ -11,6 +11,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <thread>
 
 #include "float_convert.h"
 #include "mailbox.h"
@@ -193,6 +194,9 @@ struct fk_calls {
   std::deque<fk_call_event> events;
   std::deque<double> layer_seconds;
 
+  // Each is set before the other is read, so that pages are never freed below a frame.
+  std::atomic<bool> is_in_layer{false}, is_releasing{false};
+
   // The layer between begin and finish; belongs to the calling thread.
   bool is_pending = false;
   std::shared_ptr<const Table> pending_table;
@@ -220,6 +224,8 @@ struct fk_calls {
                      const float *weight);
   void encode(Part *part, const LayerRoutes &routes, const uint8_t *hidden, int32_t dtype);
   void send(Part *part);
+  void enter_layer();
+  void release_memory();
   bool compute_local(Part *part);
   bool collect(Part *part);
   fk_call_end wait(Part *part);
@@ -423,6 +429,7 @@ void fk_calls::end_load(bool is_done) {
     if (routes.routes[i].local) ++totals.local_calls;
   }
   is_pending = false;
+  is_in_layer = false;
   pending_table.reset();
   if (!is_done) {
     ++totals.general_layers;
@@ -440,18 +447,34 @@ int32_t fk_calls::general() {
   if (is_pending) {
     end_load(false);
   } else {
+    is_in_layer = false;
     std::lock_guard<std::mutex> lock(mutex);
     ++totals.general_layers;
   }
   return FK_CALLS_GENERAL;
 }
 
+void fk_calls::enter_layer() {
+  is_in_layer = true;
+  while (is_releasing) std::this_thread::yield();
+}
+
+void fk_calls::release_memory() {
+  is_releasing = true;
+  if (!is_in_layer) {
+    std::lock_guard<std::mutex> lock(mutex);
+    for (auto &entry : mailboxes) entry.second->memory.release_pages();
+  }
+  is_releasing = false;
+}
+
 int32_t fk_calls::begin(int64_t l, int64_t rows, int64_t h, int64_t k, const uint8_t *hidden, int32_t dtype,
                         const int64_t *index, const float *weight) {
   if (is_pending) general();  // an earlier layer that nobody finished
   n_parts = 0;
+  enter_layer();
   if (l < 0 || rows < 0 || h < 1 || k < 1 || dtype < FK_FLOAT32 || dtype > FK_FLOAT16 || !hidden || !index || !weight)
-    return set_calls_error("begin: a size, dtype or address is out of range");
+    return is_in_layer = false, set_calls_error("begin: a size, dtype or address is out of range");
   std::shared_ptr<const Table> current;
   {
     std::lock_guard<std::mutex> lock(mutex);
@@ -477,6 +500,7 @@ int32_t fk_calls::begin(int64_t l, int64_t rows, int64_t h, int64_t k, const uin
         for (size_t j = 0; j < i; ++j)
           if (n_pairs_of[j] && routes.routes[j].local) --routes.routes[j].local->n_running;
         ++totals.general_layers;
+        is_in_layer = false;
         return FK_CALLS_GENERAL;
       }
       ++local->n_running;
@@ -754,6 +778,8 @@ FK_EXPORT int32_t fk_calls_begin(void *calls, int64_t layer, int64_t rows, int64
 FK_EXPORT int32_t fk_calls_finish(void *calls, int64_t layer, float *out) {
   return fk_calls_finish_dtype(static_cast<fk_calls *>(calls), layer, out, FK_FLOAT32);
 }
+
+FK_EXPORT void fk_calls_release_memory(fk_calls *calls) { calls->release_memory(); }
 
 FK_EXPORT int32_t fk_calls_n_in_flight(fk_calls *calls) {
   int32_t n = 0;

@@ -117,6 +117,9 @@ int32_t fk_calls_begin(void *calls, int64_t layer, int64_t rows, int64_t hidden_
                        const float *hidden, const int64_t *top_k_index, const float *top_k_weight);
 int32_t fk_calls_finish(void *calls, int64_t layer, float *out);
 
+// Frees the memory that mailboxes keep for their next calls, unless a layer is between begin and finish.
+void fk_calls_release_memory(fk_calls *calls);
+
 // Calls to sandboxes that `begin` made and `finish` has not ended.
 int32_t fk_calls_n_in_flight(fk_calls *calls);
 

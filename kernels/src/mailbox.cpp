@@ -44,6 +44,12 @@ const char *Mailbox::map(int fd, int64_t size) {
   return nullptr;
 }
 
+void Mailbox::release_pages() const {
+  for (uint32_t i = 0; i < n_slots; ++i)
+    if (slot(i).state.load() != kFree) return;
+  madvise(base_ + data_offset_, size_t(int64_t(n_slots) * stride_) / kPageBytes * kPageBytes, MADV_REMOVE);
+}
+
 const char *Mailbox::create(int fd, int64_t size, uint32_t slots, uint32_t request, uint32_t response) {
   if (!are_sizes_valid(slots, request, response) || size < size_bytes(slots, request, response))
     return "sizes are out of range";

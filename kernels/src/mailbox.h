@@ -80,6 +80,9 @@ class Mailbox {
   uint8_t *request(uint32_t i) const { return base_ + data_offset_ + i * stride_; }
   uint8_t *response(uint32_t i) const { return request(i) + request_bytes; }
 
+  // Frees the pages of all frames; they read as zeros when used again. Only while no slot is in use.
+  void release_pages() const;
+
   uint32_t n_slots = 0, request_bytes = 0, response_bytes = 0;
 
   static int64_t size_bytes(uint32_t n_slots, uint32_t request_bytes, uint32_t response_bytes);

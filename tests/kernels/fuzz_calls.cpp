@@ -193,6 +193,7 @@ void fuzz_mailbox(int64_t cases) {
       if (status != FK_CALLS_DONE) continue;
       if (is_hostile)
         for (int64_t n = pick(0, 3); n > 0; --n) overwrite(memory, size);
+      if (pick(0, 7) == 0) fk_calls_release_memory(calls);
       if (pick(0, 7) == 0) fk_sandbox_retract(sandbox, "f"), fk_sandbox_publish(sandbox, "f", &model.layer, 1);
       status = fk_calls_finish(calls, 0, out.data());
       require(status >= 0, "finish is no error");

@@ -73,6 +73,7 @@ class ExpertFunction:
         layers = _layer_entries(store, spec)
         self.size_bytes = function_size_bytes(spec, store)
         self._dtype = store.manifest.model.dtype
+        self._layers = layers
         self._hidden_size = {index: layer.hidden_size for index, layer in layers.items()}
         self._block_mask = _expert_mask(spec, layers)
         self._verifiers: dict[int, BlockVerifier] = {}
@@ -98,7 +99,14 @@ class ExpertFunction:
         for index, kernel in self._kernels.items():
             verifier = self._verifiers.get(index)
             if isinstance(kernel, NativeKernel) and verifier is not None and verifier.identity:
-                layers.append(kernel.native_layer(index, verifier.path, verifier.identity))
+                layers.append(
+                    kernel.native_layer(
+                        self._layers[index],
+                        getattr(torch, self._dtype),
+                        verifier.path,
+                        verifier.identity,
+                    )
+                )
         return tuple(layers)
 
     def has_identities(self, layers: Sequence[NativeLayer]) -> bool:

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from faasmoe_contracts.store.manifest import LayerEntry
 from faasmoe_expert.functions.kernels import KernelSpec, RoutedPairs
 from faasmoe_expert.functions.weights import LayerWeights
 from faasmoe_kernels import (
@@ -37,7 +38,7 @@ from faasmoe_kernels import (
     describe_cpu_kernels,
     matrix_table,
 )
-from faasmoe_kernels.function_layers import FunctionLayer
+from faasmoe_kernels.function_layers import FileIdentity, FunctionLayer
 from faasmoe_transformers.onednn import is_fast_on_cpu
 
 ACTIVATIONS = {
@@ -88,7 +89,7 @@ class NativeLayer:
 
     Attributes:
         layer: index of the MoE layer.
-        dtype: dtype of the rows and weights.
+        dtype: dtype of the rows.
         hidden_size: elements per row.
         first: descriptor of each expert's first projection, uint8 [E, MATRIX_BYTES]; zeros for
             experts outside the block.
@@ -107,7 +108,7 @@ class NativeLayer:
     gating: Gating
     max_rows_per_expert: int
     path: Path
-    identity: tuple[int, int, int, int, int]
+    identity: FileIdentity
 
     def describe(self) -> FunctionLayer:
         """Return the layer as the library knows it; valid while this object exists."""
@@ -170,14 +171,21 @@ class NativeKernel:
         self._is_onednn_fast = is_fast_on_cpu(self._first.dtype)
 
     def native_layer(
-        self, layer: int, path: Path, identity: tuple[int, int, int, int, int]
+        self, layer: LayerEntry, dtype: torch.dtype, path: Path, identity: FileIdentity
     ) -> NativeLayer:
-        """Return what the library needs to compute this layer; valid while the kernel exists."""
+        """Return what the library needs to compute this layer; valid while the kernel exists.
+
+        Args:
+            layer: manifest entry of the layer.
+            dtype: dtype of the rows.
+            path: file that the weights are mapped from.
+            identity: identity of its verified content.
+        """
         is_limited = self._large_batch_kernel is not None and self._is_onednn_fast
         return NativeLayer(
-            layer,
-            self._first.dtype,
-            self._first.k,
+            layer.index,
+            dtype,
+            layer.hidden_size,
             self._first.table,
             self._down.table,
             self._gating,
@@ -233,7 +241,6 @@ class _MatrixStack:
         table: one descriptor per global expert index, uint8 [E, MATRIX_BYTES]; zeros, which the
             library rejects, for experts outside the block.
         dtype: dtype of the weights.
-        k: input features.
     """
 
     def __init__(
@@ -242,7 +249,6 @@ class _MatrixStack:
         self._stack = _host_stack(weights, name)  # [E, n, k], kept alive for its addresses
         self.dtype = self._stack.dtype
         n_experts, n, k = self._stack.shape
-        self.k = k
         scheme = SCHEMES.get(self._stack.dtype)
         if scheme is None:
             raise UnsupportedLayer(f"{name} has dtype {self._stack.dtype}")

@@ -52,6 +52,11 @@ class SandboxMetrics:
         self.mailboxes = Gauge(
             "faasmoe_expert_mailboxes", "Mailboxes of routers.", registry=self.registry
         )
+        self.mailbox_frames_in_flight = Gauge(
+            "faasmoe_expert_mailbox_frames_in_flight",
+            "Frames of mailboxes being computed or waiting for their turn.",
+            registry=self.registry,
+        )
         self.rows = Counter(
             "faasmoe_expert_rows_total", "Rows of hidden states computed.", registry=self.registry
         )
@@ -94,6 +99,7 @@ class SandboxMetrics:
         self.mailbox_frames.inc(new_frames)
         self.rows.inc(counters.rows - self._counted_rows)
         self.mailboxes.set(counters.n_mailboxes)
+        self.mailbox_frames_in_flight.set(counters.n_running)
         for status, code in REFUSED_CODES.items():
             new = counters.statuses[status] - self._counted_statuses[status]
             if new:

@@ -188,6 +188,20 @@ class Dispatcher:
             )
             if output is not None:
                 return output
+        return self.compute_general(
+            layer, hidden, top_k_index, top_k_weight, while_waiting=while_waiting
+        )
+
+    def compute_general(
+        self,
+        layer: int,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weight: Tensor,
+        *,
+        while_waiting: OverlappedWork = lambda: None,
+    ) -> Tensor:
+        """Return the same as `compute`, over the general path; for a pass that was started."""
         with self._metrics.layer_seconds.time():
             rows = hidden.detach().to(self._store_dtype)  # [T, H]
             if self._device_transfer is None:
@@ -312,6 +326,8 @@ class Dispatcher:
     def release_memory(self) -> None:
         """Free memory that is kept for the next calls, when idle; safe from any thread."""
         self._fanout.release_memory()
+        if self.native is not None:
+            self.native.release_memory()
 
     def close(self) -> None:
         """Stop background threads and close the connections to sandboxes."""

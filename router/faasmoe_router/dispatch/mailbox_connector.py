@@ -139,12 +139,15 @@ class MailboxConnector:
             return self._changed.wait_for(lambda: set(addresses) <= self._open.keys(), timeout_s)
 
     def close(self) -> None:
-        """Stop the thread; mailboxes are closed with `calls`."""
+        """Stop the thread and close all mailboxes."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
+        with self._changed:
+            for address in list(self._open):
+                self._remove(address)
 
     def _remove(self, address: str) -> None:
         self._calls.remove_mailbox(self._open.pop(address))

@@ -224,10 +224,13 @@ class NativeDispatch:
         if self._colocated is not None:
             self._locals.retain(self._colocated.mapped)
 
+    def release_memory(self) -> None:
+        """Free what mailboxes keep for their next calls; safe from any thread."""
+        self._calls.release_memory()
+
     def close(self) -> None:
         """Close all mailboxes."""
         self.connector.close()
-        self._calls.free()
 
     def _publish_routes(self, routing: RoutingIndex) -> None:
         mailboxes = self.connector.mailboxes()
