@@ -87,15 +87,13 @@ const char *decode_header(const uint8_t *fields, int64_t size_bytes, uint8_t kin
   if (header->n_rows < 1) return "n_rows";
   if (header->n_pairs < 1) return "n_pairs";
   if (header->hidden_size < 1) return "hidden_size";
-  // No product below overflows 64 bits: three factors of 32 bits are compared as quotients first.
+  __extension__ using Wide = unsigned __int128;  // products of fields overflow 64 bits
   int64_t row_bytes = header->row_bytes();
-  if (int64_t(header->n_rows) > kMaxFrameBytes / row_bytes + 1) return "payload_bytes";
+  Wide n_vectors = kind == kResponse && header->mode == kUnreduced ? header->n_pairs : header->n_rows;
+  int64_t payload_bytes = read<uint32_t>(fields + 24);
+  if (n_vectors * Wide(row_bytes) + Wide(header->pairs_bytes()) != Wide(payload_bytes)) return "payload_bytes";
   int64_t limit = header->mode == kUnreduced ? kMaxFrameBytes - kFrameHeaderBytes : kMaxPairsBytes;
-  bool is_too_large = int64_t(header->n_pairs) > limit / row_bytes;
-  if (kind == kResponse && header->mode == kUnreduced && is_too_large) return "payload_bytes";
-  int64_t payload_bytes = header->payload_bytes();
-  if (int64_t(read<uint32_t>(fields + 24)) != payload_bytes) return "payload_bytes";
-  if (is_too_large) return "n_pairs";
+  if (int64_t(header->n_pairs) > limit / row_bytes) return "n_pairs";
   return size_bytes == kFrameHeaderBytes + payload_bytes ? nullptr : "frame";
 }
 
