@@ -67,9 +67,9 @@ class Router:
 
     def __init__(self, store: Store, table: RoutingTable, folder: Path, **options: Any) -> None:
         self.metrics = DispatchMetrics()
-        options = {"token": TOKEN, "socket_dir": folder, "metrics": self.metrics, **options}
-        self.dispatcher = Dispatcher(store, table, **options)
-        self.general = Dispatcher(store, table, **options, mailbox=False)
+        options = {"token": TOKEN, "socket_dir": folder, **options}
+        self.dispatcher = Dispatcher(store, table, metrics=self.metrics, **options)
+        self.general = Dispatcher(store, table, mailbox=False, **options)
 
     def wait_for_mailboxes(self, *addresses: str) -> None:
         assert self.dispatcher.native is not None
@@ -132,7 +132,7 @@ def test_layer_is_one_frame_per_sandbox(
 def test_calls_count_in_load_and_in_the_sandboxs_metrics(
     router: MakeRouter, sandbox_server: SandboxProcess, store: Store
 ) -> None:
-    one = router(sandbox_server.attach_blocks(store, 8), mailbox=True)
+    one = router(sandbox_server.attach_blocks(store, 8))
     one.wait_for_mailboxes(sandbox_server.address)
     assert one.counts_native(4) == 4
     load = one.dispatcher.load
