@@ -58,6 +58,7 @@ class _Settings(ctypes.Structure):
     _fields_ = (
         ("store_dtype", ctypes.c_int32),
         ("max_rows", ctypes.c_int32),
+        ("max_rows_per_expert", ctypes.c_int32),
         ("n_threads", ctypes.c_int32),
         ("call_timeout_s", ctypes.c_double),
         ("hedge_s", ctypes.c_double * N_SIZE_CLASSES),
@@ -137,6 +138,7 @@ class CallSettings:
     Attributes:
         store_dtype: dtype of frames.
         max_rows: larger batches take the general path.
+        max_rows_per_expert: as do batches with more rows of one expert; 0 for any number.
         n_threads: threads of local functions while no call is in flight.
         call_timeout_s: after which an answer is late in any case.
         hedge_s: after which it is late if there is another replica, by the bit length of its rows.
@@ -145,6 +147,7 @@ class CallSettings:
 
     store_dtype: KernelDtype
     max_rows: int
+    max_rows_per_expert: int
     n_threads: int
     call_timeout_s: float
     hedge_s: tuple[float, ...]
@@ -344,7 +347,8 @@ class LayerCalls:
     def configure(self, settings: CallSettings) -> None:
         """Replace the settings, from the next layer on."""
         raw = _Settings(
-            *(settings.store_dtype, settings.max_rows, settings.n_threads, settings.call_timeout_s),
+            *(settings.store_dtype, settings.max_rows, settings.max_rows_per_expert),
+            *(settings.n_threads, settings.call_timeout_s),
             (ctypes.c_double * N_SIZE_CLASSES)(*settings.hedge_s),
             (ctypes.c_double * N_SIZE_CLASSES)(*settings.abandon_s),
         )

@@ -207,6 +207,7 @@ struct fk_calls {
   std::vector<int32_t> part_of;      // by position in the layer's routes
   std::vector<int32_t> last_row;     // by position
   std::vector<int64_t> n_pairs_of, n_rows_of;
+  std::vector<int32_t> n_rows_of_expert;
   std::vector<float> total;
   ComputeScratch scratch;
   uint64_t random = 0x9e3779b97f4a7c15u, round_robin = 0;
@@ -243,7 +244,7 @@ Part &fk_calls::new_part() {
   return parts[n_parts++];
 }
 
-// Counts each function's pairs and rows; false if a weight is not finite.
+// Counts each function's pairs and rows; false if a weight is not finite, or an expert has too many.
 bool fk_calls::count_pairs(const LayerRoutes &routes, int64_t rows, int64_t k, const int64_t *index,
                            const float *weight) {
   size_t n = routes.routes.size();
@@ -251,9 +252,11 @@ bool fk_calls::count_pairs(const LayerRoutes &routes, int64_t rows, int64_t k, c
   n_rows_of.assign(n, 0);
   last_row.assign(n, -1);
   int64_t n_experts = int64_t(routes.function_of.size());
+  n_rows_of_expert.assign(now.max_rows_per_expert ? size_t(n_experts) : 0, 0);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t j = r * k; j < (r + 1) * k; ++j) {
       if (index[j] < 0 || index[j] >= n_experts) continue;
+      if (now.max_rows_per_expert && ++n_rows_of_expert[size_t(index[j])] > now.max_rows_per_expert) return false;
       if ((float_bits(weight[j]) & 0x7f800000u) == 0x7f800000u) return false;
       size_t position = size_t(routes.function_of[size_t(index[j])]);
       ++n_pairs_of[position];

@@ -44,6 +44,7 @@ typedef struct fk_layer_routes {
 typedef struct fk_calls_settings {
   int32_t store_dtype;      // of frames, enum fk_dtype
   int32_t max_rows;         // larger batches take the general path
+  int32_t max_rows_per_expert;  // as do batches with more rows of one expert; 0: any number
   int32_t n_threads;        // of local functions while no call is in flight on this machine
   double call_timeout_s;    // after which an answer is late in any case
   // After how many seconds an answer is late, by the bit length of its rows: with another replica to

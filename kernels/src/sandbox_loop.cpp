@@ -101,7 +101,6 @@ void fk_sandbox::serve(Served *served) {
   MailboxHeader &header = served->mailbox.header();
   FrameRequest request;
   ComputeScratch scratch;
-  header.sandbox_state.store(is_draining ? kDraining : kServing);
   while (!served->is_closing) {
     uint32_t doorbell = header.doorbell.load();
     bool was_busy = false;
@@ -286,6 +285,7 @@ FK_EXPORT int64_t fk_sandbox_open(fk_sandbox *sandbox, int32_t fd, int64_t size_
   if (sandbox->mailboxes.size() >= kMaxMailboxes)
     return set_calls_error("mailbox: got one more than the %zu allowed", kMaxMailboxes);
   fk_sandbox::Served *raw = served.get();
+  served->mailbox.header().sandbox_state.store(sandbox->is_draining ? kDraining : kServing);
   try {
     served->thread = std::thread([sandbox, raw] { sandbox->serve(raw); });
   } catch (const std::system_error &) {

@@ -25,7 +25,11 @@ from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_contracts.store import Store
 from faasmoe_contracts.wire import HEADER_BYTES, MAX_FRAME_BYTES, PAIR_BYTES
 from faasmoe_expert.functions import ExpertFunction
-from faasmoe_expert.functions.native_kernel import DTYPES, NativeLayer
+from faasmoe_expert.functions.native_kernel import (
+    DTYPES,
+    MAX_DIRECT_ROWS_PER_EXPERT,
+    NativeLayer,
+)
 from faasmoe_kernels import KernelLibrary
 from faasmoe_kernels.layer_calls import (
     N_SIZE_CLASSES,
@@ -135,6 +139,7 @@ class NativeDispatch:
         self._n_routes: list[int] = []
         self._layer_s = 0.0
         self._settings: CallSettings | None = None
+        self._max_rows_per_expert = 0  # not limited until a sandbox declines
         self._totals, _ = self._calls.totals(0)
         self._pass_layers = 0
         self.set_routing(routing)
@@ -265,6 +270,7 @@ class NativeDispatch:
         settings = CallSettings(
             self._store_dtype,
             MAX_NATIVE_ROWS,
+            self._max_rows_per_expert,
             torch.get_num_threads(),
             self._call_timeout_s,
             tuple(min(h, a) if can_repeat else self._call_timeout_s for h, a in thresholds_s),
@@ -324,6 +330,8 @@ class NativeDispatch:
         elif event.end is CallEnd.BROKEN:
             self.connector.drop(address, event.mailbox, retry_s=BROKEN_RETRY_S)
             error = CallError(f"{address}: bad response frame in the mailbox: {event.detail}")
+        elif event.status is SlotStatus.NOT_ORDINARY:
+            self._max_rows_per_expert = MAX_DIRECT_ROWS_PER_EXPERT
         elif event.status in SUSPENDING_STATUSES:
             self._suspensions.suspend(address, event.layer, now_s)
             if event.status is not SlotStatus.UNKNOWN_FUNCTION:
