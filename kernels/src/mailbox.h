@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include <atomic>
+#include <cstddef>
 
 namespace fk {
 
@@ -59,6 +60,7 @@ struct Slot {
 static_assert(sizeof(MailboxHeader) <= kPageBytes, "the header fits in the first page");
 constexpr int64_t kSlotStride = 1024;
 static_assert(sizeof(Slot) <= kSlotStride, "a slot's description fits its stride");
+static_assert(offsetof(Slot, ids) == 40 && offsetof(Slot, answered_sequence) == 576, "as in docs/wire.md");
 static_assert(std::atomic<uint32_t>::is_always_lock_free, "shared between processes");
 
 // One process's mapping of a mailbox; sizes are a private copy that the peer cannot change.

@@ -80,7 +80,7 @@ class ColocatedFunctions:
         self._layer_functions: Mapping[FunctionSpec, ExpertFunction] = {}  # of the current layer
         self._wanted: frozenset[FunctionSpec] = frozenset()
         self._corrupted: set[FunctionSpec] = set()  # failed verification in this process
-        self._lock = threading.Lock()  # guards _mapped and _wanted
+        self._lock = threading.Lock()  # guards _mapped, _wanted and _selection
         self._mapping_executor = ThreadPoolExecutor(1, thread_name_prefix="colocation")
         self._selection: Mapping[tuple[int, FunctionSpec], ExpertFunction] = {}
         self._selection_state: object = None  # what the selection was made from
@@ -127,18 +127,19 @@ class ColocatedFunctions:
         n_colocated = self._policy.n_colocated(self._n_rows)
         with self._lock:
             mapped = dict(self._mapped)
-        state = (n_colocated, self._ranking.version, self._same_node, mapped)
-        if state != self._selection_state:
-            self._selection_state = state
-            self._selection = {
-                (layer, specs[i]): mapped[specs[i]]
-                for layer, specs in enumerate(self._specs_by_layer)
-                for i in self._ranking.hottest(layer, n_colocated, self._same_node[layer])
-                if specs[i] in mapped
-            }
+            state = (n_colocated, self._ranking.version, self._same_node, mapped)
+            if state != self._selection_state:
+                self._selection_state = state
+                self._selection = {
+                    (layer, specs[i]): mapped[specs[i]]
+                    for layer, specs in enumerate(self._specs_by_layer)
+                    for i in self._ranking.hottest(layer, n_colocated, self._same_node[layer])
+                    if specs[i] in mapped
+                }
+            selection = self._selection
         n_expected = n_colocated * len(self._specs_by_layer)
-        self._is_valid_sample = self._is_valid_sample and len(self._selection) == n_expected
-        return self._selection
+        self._is_valid_sample = self._is_valid_sample and len(selection) == n_expected
+        return selection
 
     def record_pairs(self, layer: int, function_index: int, n_pairs: int) -> None:
         """Count pairs of a function of a layer that was computed without `select_positions`."""
@@ -179,6 +180,7 @@ class ColocatedFunctions:
             self._wanted -= unassigned
             for spec in unassigned:
                 self._mapped.pop(spec, None)
+            self._selection, self._selection_state = {}, None
 
     def close(self) -> None:
         """Stop the mapping thread."""

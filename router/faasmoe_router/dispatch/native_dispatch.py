@@ -401,8 +401,10 @@ class LocalHandleTable:
     def retain(self, specs: Collection[FunctionSpec]) -> None:
         """Forget all other functions."""
         with self._lock:
-            self._remove([s for s in self._entries if s not in specs])
-            self._refresh_handles()
+            released = [s for s in self._entries if s not in specs]
+            self._remove(released)
+            if released:  # the selection refers to their weights
+                self._selection, self._handles = {}, {}
 
     def _add(self, spec: FunctionSpec, function: ExpertFunction) -> None:
         layers = function.native_layers
