@@ -307,8 +307,8 @@ bool fk_calls::assign_parts(const LayerRoutes &routes) {
       part.late_s = now.call_timeout_s;
     }
     part.positions.push_back(int32_t(position));
-    double late_s = (route.mailboxes.size() > 1 ? now.hedge_s : now.abandon_s)[size_class(n_rows_of[position])];
-    part.late_s = std::min(part.late_s, late_s);
+    const double *late_s = route.mailboxes.size() > 1 ? &now.hedge_s[0] : &now.abandon_s[0];
+    part.late_s = std::min(part.late_s, late_s[size_class(n_rows_of[position])]);
     part_of[position] = int32_t(i);
   }
   return true;
