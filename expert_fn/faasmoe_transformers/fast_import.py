@@ -125,8 +125,10 @@ def _replace_names(import_utils: ModuleType) -> None:
             for backends, modules in structure.items()
         }
 
-    import_utils.define_import_structure = define_import_structure
-    import_utils.is_torch_distributed_available = lambda: False
+    vars(import_utils).update(
+        define_import_structure=define_import_structure,
+        is_torch_distributed_available=lambda: False,
+    )
 
 
 def _models_folder(path: Path) -> Path | None:
