@@ -188,9 +188,12 @@ async def _verify(store: Store) -> None:
     size = format_bytes(sum(file.size_bytes for file in files.values()))
     print_progress(f"verifying {len(files)} files of the store, {size} (skip with --skip-verify)")
     loop = asyncio.get_running_loop()
-    with ThreadPoolExecutor(1, initializer=_lower_priority) as executor:
+    executor = ThreadPoolExecutor(1, initializer=_lower_priority)
+    try:
         for name in files:
             await loop.run_in_executor(executor, store.verify, [name])
+    finally:
+        executor.shutdown(wait=False)  # processes stop while a last file is read
 
 
 def _lower_priority() -> None:
