@@ -9,7 +9,8 @@ expert on: reduced frames with more are computed by the gated kernel there. Unre
 are, so that their bits stay the same.
 
 Applies to the layers of the gated kernel whose weights are [out, in], on the CPU, in float32,
-bfloat16 or float16. Without the library, or with FAASMOE_KERNELS=off, torch computes instead.
+bfloat16, float16, or as codes and scales. Without the library, or with FAASMOE_KERNELS=off, torch
+computes instead.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from faasmoe_expert.functions.kernels import KernelSpec, RoutedPairs
+from faasmoe_expert.functions.dequantization import QuantizedStack, scale_values
+from faasmoe_expert.functions.kernels import CLAMPED_SWIGLU, KernelSpec, RoutedPairs
 from faasmoe_expert.functions.weights import LayerWeights
 from faasmoe_kernels import (
     MATRIX_BYTES,
@@ -46,12 +48,14 @@ ACTIVATIONS = {
     "relu": Activation.RELU,
     "relu2": Activation.RELU2,
     "sigmoid": Activation.SIGMOID,
+    CLAMPED_SWIGLU: Activation.CLAMPED_SWIGLU,
 }
 SCHEMES = {
     torch.float32: Scheme.FLOAT32,
     torch.bfloat16: Scheme.BFLOAT16,
     torch.float16: Scheme.FLOAT16,
 }
+QUANTIZED_SCHEMES = {"int8": Scheme.INT8, "int4": Scheme.INT4, "mxfp4": Scheme.MXFP4}
 DTYPES = {
     torch.float32: KernelDtype.FLOAT32,
     torch.bfloat16: KernelDtype.BFLOAT16,
@@ -102,8 +106,6 @@ class NativeKernel:
         *,
         large_batch_kernel: LargeBatchKernel | None = None,
     ) -> None:
-        if spec.transposed:
-            raise UnsupportedLayer("weights are [in, out]")
         if spec.activation not in ACTIVATIONS:
             raise UnsupportedLayer(f"activation {spec.activation}")
         self.name = f"native ({library.isa})"
@@ -112,12 +114,15 @@ class NativeKernel:
             ACTIVATIONS[spec.activation],
             is_gated=spec.name == "gated",
             interleaved=spec.interleaved,
+            alpha=spec.alpha,
+            limit=spec.limit,
         )
         first = "gate_up_proj" if spec.name == "gated" else "up_proj"
-        self._first = _MatrixStack(weights, first, experts, has_bias=spec.bias)
-        self._down = _MatrixStack(weights, "down_proj", experts, has_bias=spec.bias)
+        self._first = _MatrixStack(spec, weights, first, experts)
+        self._down = _MatrixStack(spec, weights, "down_proj", experts)
         self._large_batch_kernel = large_batch_kernel
-        self._is_onednn_fast = is_fast_on_cpu(self._first.dtype)
+        dtype = self._first.dtype
+        self._is_onednn_fast = dtype is not None and is_fast_on_cpu(dtype)
 
     def compute_per_pair(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
         """Return the weighted output of each pair, [P, H]."""
@@ -165,34 +170,65 @@ class _MatrixStack:
     Attributes:
         table: one descriptor per global expert index, uint8 [E, MATRIX_BYTES]; zeros, which the
             library rejects, for experts outside the block.
-        dtype: dtype of the weights.
+        dtype: dtype of the weights; None if they are codes.
     """
 
     def __init__(
-        self, weights: LayerWeights, name: str, experts: Sequence[int], *, has_bias: bool
+        self, spec: KernelSpec, weights: LayerWeights, name: str, experts: Sequence[int]
     ) -> None:
-        self._stack = _host_stack(weights, name)  # [E, n, k], kept alive for its addresses
-        self.dtype = self._stack.dtype
-        n_experts, n, k = self._stack.shape
-        scheme = SCHEMES.get(self._stack.dtype)
-        if scheme is None:
-            raise UnsupportedLayer(f"{name} has dtype {self._stack.dtype}")
         self._bias: Tensor | None = None  # float32 [len(experts), n]
-        if has_bias:
+        if spec.bias:
             self._bias = _host_stack(weights, f"{name}_bias")[list(experts)].float().contiguous()
-        matrices = [
+        self.dtype: torch.dtype | None = None
+        self._scales: Tensor | None = None
+        stack = weights.stacked[name]
+        if isinstance(stack, QuantizedStack):
+            matrices = self._quantized_matrices(stack, experts)
+        else:
+            if spec.transposed:
+                raise UnsupportedLayer("weights are [in, out]")
+            matrices = self._float_matrices(_host_stack(weights, name), name, experts)
+        entries = np.frombuffer(matrix_table(matrices), dtype=np.uint8)
+        n_experts = len(self._stack)
+        self.table: NDArray[np.uint8] = np.zeros((n_experts, MATRIX_BYTES), dtype=np.uint8)
+        self.table[list(experts)] = entries.reshape(len(experts), MATRIX_BYTES)
+
+    def _float_matrices(self, stack: Tensor, name: str, experts: Sequence[int]) -> list[Matrix]:
+        scheme = SCHEMES.get(stack.dtype)
+        if scheme is None:
+            raise UnsupportedLayer(f"{name} has dtype {stack.dtype}")
+        self._stack, self.dtype = stack, stack.dtype  # [E, n, k], kept alive for its addresses
+        _, n, k = stack.shape
+        return [
+            Matrix(scheme, n, k, stack[expert].data_ptr(), bias=self._bias_address(i))
+            for i, expert in enumerate(experts)
+        ]
+
+    def _quantized_matrices(self, stack: QuantizedStack, experts: Sequence[int]) -> list[Matrix]:
+        quantization = stack.quantization
+        self._stack = stack.codes  # [E, n, k] or [E, n, k / 2], kept alive for its addresses
+        self._scales = kernel_scales(stack.scales[list(experts)])  # float32 [len(experts), n, G]
+        n, k = quantization.shape
+        return [
             Matrix(
-                scheme,
+                QUANTIZED_SCHEMES[quantization.scheme],
                 n,
                 k,
-                self._stack[expert].data_ptr(),
-                bias=0 if self._bias is None else self._bias[i].data_ptr(),
+                stack.codes[expert].data_ptr(),
+                scales=self._scales[i].data_ptr(),
+                bias=self._bias_address(i),
+                group=quantization.group,
             )
             for i, expert in enumerate(experts)
         ]
-        entries = np.frombuffer(matrix_table(matrices), dtype=np.uint8)
-        self.table: NDArray[np.uint8] = np.zeros((n_experts, MATRIX_BYTES), dtype=np.uint8)
-        self.table[list(experts)] = entries.reshape(len(experts), MATRIX_BYTES)
+
+    def _bias_address(self, position: int) -> int:
+        return 0 if self._bias is None else self._bias[position].data_ptr()
+
+
+def kernel_scales(scales: Tensor) -> Tensor:
+    """Return scales as the library reads them: float32, contiguous."""
+    return scale_values(scales).contiguous()
 
 
 def _max_rows(pairs: RoutedPairs) -> int:
