@@ -119,6 +119,25 @@ static inline uint16_t to_f16(float f) {  // round to nearest even
   return uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
 }
 
+static inline float from_e8m0(uint8_t code) {
+  uint32_t bits = code == 255 ? 0x7fc00000u : code == 0 ? 0x00400000u : uint32_t(code) << 23;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// Element i of scales, zero points or biases.
+static inline float parameter(const void *p, int32_t dtype, int64_t i) {
+  const uint8_t *bytes = (const uint8_t *)p;
+  switch (dtype) {
+    case FK_P_FLOAT32: return load<float>(bytes + 4 * i);
+    case FK_P_BFLOAT16: return from_bf16(load<uint16_t>(bytes + 2 * i));
+    case FK_P_FLOAT16: return from_f16(load<uint16_t>(bytes + 2 * i));
+    case FK_P_E8M0: return from_e8m0(bytes[i]);
+    default: return float(bytes[i]);  // FK_P_UINT8
+  }
+}
+
 // Weight decoders. A block is `kBlock` consecutive columns and decodes to kBlock / L vectors, in the
 // decoder's own column order: `column(i)` is the column of a block that stands at place i. Inputs
 // are stored in that order too, so no lane has to be moved while weights are streamed.
@@ -323,12 +342,16 @@ constexpr int64_t kTileFromRows = 3 * FK_MAX_ROWS;
 template <class D>
 struct Weights {
   const uint8_t *codes;
-  const float *scales = nullptr, *zeros = nullptr;  // of groups; NULL if D has none
-  const float *row_scales = nullptr;                // multiply finished sums; NULL: none
+  const void *scales = nullptr, *zeros = nullptr;  // of groups; NULL if D has none
+  const void *row_scales = nullptr;                // multiply finished sums; NULL: none
+  int64_t first_row = 0;                           // of row_scales
+  int32_t scale_dtype, zero_dtype;
   int64_t row_bytes, k, blocks, group_blocks, groups = 1;
 
   explicit Weights(const fk_matrix &m) {
     codes = (const uint8_t *)m.codes;
+    scale_dtype = m.scale_dtype;
+    zero_dtype = m.zero_dtype;
     k = m.k;
     row_bytes = k / D::kBlock * D::kBytes + (k % D::kBlock) * D::kBytes / D::kBlock;
     group_blocks = blocks = k / D::kBlock;
@@ -341,8 +364,12 @@ struct Weights {
       row_scales = m.scales;
     }
   }
-  float scale(int64_t row, int64_t g) const { return D::kGrouped ? scales[row * groups + g] : 1.0f; }
-  float zero(int64_t row, int64_t g) const { return zeros ? zeros[row * groups + g] : 8.0f; }
+  float scale(int64_t row, int64_t g) const { 
+    return D::kGrouped ? parameter(scales, scale_dtype, row * groups + g) : 1.0f;
+  }
+  float zero(int64_t row, int64_t g) const { 
+    return zeros ? parameter(zeros, zero_dtype, row * groups + g) : 8.0f;
+  }
   typename D::Group group(int64_t row, int64_t g) const { return D::Group::of(scale(row, g), zero(row, g)); }
 
   // One of the columns behind the last block. Only a row with a single group has such columns.
@@ -396,7 +423,7 @@ static inline void dot_tile(const Weights<D> &w, int64_t c0, const float *x, int
     for (int c = 0; c < C; ++c) {
       float sum = horizontal_sum(acc[r][c]);
       for (int64_t j = tail; j < w.k; ++j) sum = std::fma(x[r * x_stride + j], w.tail(c0 + c, j), sum);
-      out[r * out_stride + c] = w.row_scales ? sum * w.row_scales[c0 + c] : sum;
+      out[r * out_stride + c] = w.row_scales ? sum * parameter(w.row_scales, w.scale_dtype, w.first_row + c0 + c) : sum;
     }
 }
 
@@ -460,7 +487,9 @@ static void dot_many_rows(const Weights<D> &w, int64_t begin, int64_t end, const
     Weights<Float32Tile> view(decoded);
     view.blocks = w.blocks * V;  // the tail begins where it does for the decoder itself
     view.group_blocks = view.blocks;
-    view.row_scales = w.row_scales ? w.row_scales + c0 : nullptr;
+    view.row_scales = w.row_scales;
+    view.scale_dtype = w.scale_dtype;
+    view.first_row = c0;
     dot_rows<Float32Tile>(view, 0, count, x, x_stride, rows, out + (c0 - begin), out_stride);
   }
 }
@@ -525,7 +554,7 @@ static int32_t multiply(const fk_matrix &m, const float *input, int64_t rows, fl
       dot_rows<D>(w, begin, end, input, m.k, rows, out, m.n);
     if (m.bias)
       for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = begin; c < end; ++c) product[r * m.n + c] += m.bias[c];
+        for (int64_t c = begin; c < end; ++c) product[r * m.n + c] += parameter(m.bias, m.bias_dtype, c);
   });
   return 0;
 }
