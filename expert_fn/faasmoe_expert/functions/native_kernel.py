@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from faasmoe_expert.functions.dequantization import QuantizedStack, scale_values
+from faasmoe_expert.functions.dequantization import QuantizedStack
 from faasmoe_expert.functions.kernels import CLAMPED_SWIGLU, KernelSpec, RoutedPairs
 from faasmoe_expert.functions.weights import LayerWeights
 from faasmoe_kernels import (
@@ -33,6 +33,7 @@ from faasmoe_kernels import (
     KernelDtype,
     KernelLibrary,
     Matrix,
+    ParameterDtype,
     Scheme,
     describe_cpu_kernels,
     matrix_table,
@@ -50,10 +51,21 @@ ACTIVATIONS = {
     "sigmoid": Activation.SIGMOID,
     CLAMPED_SWIGLU: Activation.CLAMPED_SWIGLU,
 }
+SCALE_DTYPES = {
+    "float32": ParameterDtype.FLOAT32,
+    "bfloat16": ParameterDtype.BFLOAT16,
+    "float16": ParameterDtype.FLOAT16,
+    "e8m0": ParameterDtype.E8M0,
+}
 SCHEMES = {
     torch.float32: Scheme.FLOAT32,
     torch.bfloat16: Scheme.BFLOAT16,
     torch.float16: Scheme.FLOAT16,
+}
+PARAMETER_DTYPES = {
+    torch.float32: ParameterDtype.FLOAT32,
+    torch.bfloat16: ParameterDtype.BFLOAT16,
+    torch.float16: ParameterDtype.FLOAT16,
 }
 QUANTIZED_SCHEMES = {"int8": Scheme.INT8, "int4": Scheme.INT4, "mxfp4": Scheme.MXFP4}
 DTYPES = {
@@ -176,11 +188,11 @@ class _MatrixStack:
     def __init__(
         self, spec: KernelSpec, weights: LayerWeights, name: str, experts: Sequence[int]
     ) -> None:
-        self._bias: Tensor | None = None  # float32 [len(experts), n]
-        if spec.bias:
-            self._bias = _host_stack(weights, f"{name}_bias")[list(experts)].float().contiguous()
+        self._bias = _host_stack(weights, f"{name}_bias") if spec.bias else None  # [E, n]
+        self._bias_dtype = ParameterDtype.FLOAT32
+        if self._bias is not None:
+            self._bias_dtype = _parameter_dtype(f"{name}_bias", self._bias)
         self.dtype: torch.dtype | None = None
-        self._scales: Tensor | None = None
         stack = weights.stacked[name]
         if isinstance(stack, QuantizedStack):
             matrices = self._quantized_matrices(stack, experts)
@@ -200,14 +212,21 @@ class _MatrixStack:
         self._stack, self.dtype = stack, stack.dtype  # [E, n, k], kept alive for its addresses
         _, n, k = stack.shape
         return [
-            Matrix(scheme, n, k, stack[expert].data_ptr(), bias=self._bias_address(i))
-            for i, expert in enumerate(experts)
+            Matrix(
+                scheme,
+                n,
+                k,
+                stack[expert].data_ptr(),
+                bias=self._bias_address(expert),
+                bias_dtype=self._bias_dtype,
+            )
+            for expert in experts
         ]
 
     def _quantized_matrices(self, stack: QuantizedStack, experts: Sequence[int]) -> list[Matrix]:
         quantization = stack.quantization
         self._stack = stack.codes  # [E, n, k] or [E, n, k / 2], kept alive for its addresses
-        self._scales = kernel_scales(stack.scales[list(experts)])  # float32 [len(experts), n, G]
+        self._scales = stack.scales  # [E, n, G], the same
         n, k = quantization.shape
         return [
             Matrix(
@@ -215,20 +234,24 @@ class _MatrixStack:
                 n,
                 k,
                 stack.codes[expert].data_ptr(),
-                scales=self._scales[i].data_ptr(),
-                bias=self._bias_address(i),
+                scales=stack.scales[expert].data_ptr(),
+                scale_dtype=SCALE_DTYPES[quantization.scale_dtype],
+                bias=self._bias_address(expert),
+                bias_dtype=self._bias_dtype,
                 group=quantization.group,
             )
-            for i, expert in enumerate(experts)
+            for expert in experts
         ]
 
-    def _bias_address(self, position: int) -> int:
-        return 0 if self._bias is None else self._bias[position].data_ptr()
+    def _bias_address(self, expert: int) -> int:
+        return 0 if self._bias is None else self._bias[expert].data_ptr()
 
 
-def kernel_scales(scales: Tensor) -> Tensor:
-    """Return scales as the library reads them: float32, contiguous."""
-    return scale_values(scales).contiguous()
+def _parameter_dtype(name: str, tensor: Tensor) -> ParameterDtype:
+    dtype = PARAMETER_DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise UnsupportedLayer(f"{name} has dtype {tensor.dtype}")
+    return dtype
 
 
 def _max_rows(pairs: RoutedPairs) -> int:

@@ -23,8 +23,9 @@ the cache."""
 SCALE_DTYPE = "bfloat16"
 """Of int8 and int4: the range of float32 in 2 bytes. Codes are rounded for the rounded scale, so
 that its few digits cost next to nothing."""
-INT4_EXTREMES = (-8.0, 7.0, -7.2, 6.4, -6.4)
-"""Codes that a group's largest weight may be mapped to; beyond -8 or 7 others are clipped."""
+INT4_EXTREMES = (-8.0, -8.5, -7.0, -9.0)
+"""Codes that a group's largest weight is tried at, clipped to -8. On normal weights the relative
+error is 0.0813; 17 candidates from -9.5 to 9 reach 0.0811, -8 alone (llama.cpp's Q4_0) 0.0860."""
 
 
 @dataclass(frozen=True, slots=True)

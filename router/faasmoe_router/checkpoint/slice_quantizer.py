@@ -9,6 +9,7 @@ from dataclasses import replace
 from faasmoe_contracts.store import TensorQuantization
 from faasmoe_contracts.store.quantization import SCALE_SUFFIX
 from faasmoe_router.checkpoint.quantizer import quantize
+from faasmoe_router.errors import SourceUnsupported
 from faasmoe_transformers.weight_conversion import ParameterSlice
 
 Losses = dict[str, tuple[float, float]]
@@ -61,13 +62,22 @@ class SliceQuantizer:
         self._loss = loss
 
     def quantize(self, parameter_slice: ParameterSlice) -> Iterator[ParameterSlice]:
-        """Yield what is stored of a slice: the slice itself, or its codes and scales."""
+        """Yield what is stored of a slice: the slice itself, or its codes and scales.
+
+        Raises:
+            SourceUnsupported: weights are not finite, or too large for a squared error in float32.
+        """
         name = parameter_slice.target
         quantization = self._quantization.get(name)
         if quantization is None:
             yield parameter_slice
             return
         result = quantize(parameter_slice.tensor, quantization)
+        if not math.isfinite(result.squared_error + result.squared_norm):
+            raise SourceUnsupported(
+                f"{name}: got weights that are not finite or exceed 1e18, expected such that can "
+                f"be quantised as {quantization.scheme}"
+            )
         self._loss.add(name, result.squared_error, result.squared_norm)
         yield replace(parameter_slice, tensor=result.codes)
         yield replace(parameter_slice, target=name + SCALE_SUFFIX, tensor=result.scales)
