@@ -170,7 +170,13 @@ async def _prepare(deployment: LocalModel) -> None:
     print_progress(f"preparing {source} in {path}")
     revision = deployment.model.spec.model.revision
     async with child_process.running_child(
-        prepare_command(source, str(path), revision=revision, dtype=deployment.dtype),
+        prepare_command(
+            source,
+            str(path),
+            revision=revision,
+            dtype=deployment.dtype,
+            quantization=deployment.quantization,
+        ),
         environment=os.environ,
         log=None,
         grace_s=PREPARE_GRACE_S,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from faasmoe_contracts.store import QuantizationEntry
 from faasmoe_operator.api.v1alpha1 import MoEModel
 from faasmoe_operator.api.v1alpha1.crd import CRD_FILE_NAME, build_crd, render_crd_yaml
 from faasmoe_operator.kube.store_summary import LayerGroup, StoreSummary
@@ -149,6 +150,8 @@ def test_store_summary_is_a_valid_status(api_server: ApiServer) -> None:
         size_bytes=1 << 35,
         router_bytes=1 << 31,
         layers=(LayerGroup(23, 64, 6, 1 << 34, 1 << 20),),
+        quantization=QuantizationEntry("mxfp4", "int8"),
+        router_quantized_bytes=1 << 30,
     )
     assert api_server.problems({**moemodel(), "status": {"model": summary.to_status()}}) == []
 

@@ -27,7 +27,7 @@ from faasmoe_operator.api.v1alpha1.field_types import (
 )
 from faasmoe_operator.api.v1alpha1.patterns import INDEX_RANGES
 from faasmoe_operator.api.v1alpha1.pod_template import PodTemplateSpec
-from faasmoe_operator.api.v1alpha1.router import Device
+from faasmoe_operator.api.v1alpha1.router import QUANTIZATION_IMMUTABLE, Device
 
 _CEL_EFFECTIVE = "(has(one.{0}) ? one.{0} : self.{0})"
 _CEL_ASCENDING = (
@@ -254,6 +254,12 @@ class ExpertsSpec(ApiModel):
 
     device: Device = Field(
         "auto", description="Compute device; auto selects a CUDA device if there is one."
+    )
+    quantization: Literal["none", "int8", "int4", "mxfp4"] = Field(
+        "none",
+        description="Scheme that the experts' weights are stored in. int8 takes about half the "
+        "bytes of bfloat16 and is close to lossless; int4 and mxfp4 take a quarter and are lossy.",
+        json_schema_extra=QUANTIZATION_IMMUTABLE,
     )
     threads: int = Field(1, ge=1, le=256, description="Number of compute threads of a sandbox.")
     functions_per_sandbox: int = Field(

@@ -54,12 +54,17 @@ class ModelStatus(ApiModel):
     family: Text
     architecture: Text
     dtype: Text
+    experts_quantization: Text | None = Field(None, description="Absent if not quantised.")
+    router_quantization: Text | None = Field(None, description="Absent if not quantised.")
     hidden_size: Count
     vocab_size: Count
     max_position_embeddings: Count
     num_hidden_layers: Count
     size_bytes: Bytes
     router_bytes: Bytes
+    router_quantized_bytes: Bytes | None = Field(
+        None, description="Part of routerBytes that is quantised; absent if none is."
+    )
     layers: Annotated[tuple[LayerRunStatus, ...], Field(max_length=10_000)]
 
 
