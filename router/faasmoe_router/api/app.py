@@ -26,6 +26,7 @@ from faasmoe_router.api.openapi import (
     json_responses,
     text_error_responses,
 )
+from faasmoe_router.api.refusals import RefusalMetricsMiddleware, refusal_counter
 from faasmoe_router.api.tokenization import tokenization_routes
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.errors import EngineUnavailable
@@ -73,6 +74,7 @@ def create_app(
     if tenancy is not None:
         app.add_middleware(AuthMiddleware, authenticator=tenancy)
     app.add_middleware(RequestContextMiddleware, max_body_bytes=max_body_bytes)
+    app.add_middleware(RefusalMetricsMiddleware, counter=refusal_counter(registry))
     add_error_handlers(app)
     for router in (
         completion_routes(

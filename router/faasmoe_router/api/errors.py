@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from faasmoe_router.api.refusals import set_refusal_reason
 from faasmoe_router.errors import (
     ActivationQueueFull,
     ActivationTimeout,
@@ -235,8 +236,9 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return error.response()
 
-    async def handle_router_error(_: Request, error: Exception) -> JSONResponse:
+    async def handle_router_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RouterError)
+        set_refusal_reason(request.scope, error)
         return from_router_error(error).response()
 
     async def handle_validation_error(_: Request, error: Exception) -> JSONResponse:
