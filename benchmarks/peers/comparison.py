@@ -121,6 +121,7 @@ def cell_figures(visits: Sequence[Visit]) -> dict[str, Any]:
     return {
         "start_s": Spread.from_values([v.start_s for v in visits]),
         "pss_mib": Spread.from_values([v.pss_bytes / 2**20 for v in visits]),
+        "other_cores": Spread.from_values([v.other_cores for v in visits]),
         "batches": batches,
         "details": visits[0].details,
         "rounds": len(visits),

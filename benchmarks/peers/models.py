@@ -2,14 +2,18 @@
 
 Every layer is MoE, the output head is its own matrix, and the biases of queries, keys and values
 are present and zero: llama.cpp's converter knows no dense layers in this architecture, and vLLM
-leaves missing biases uninitialised. Weights are random, so only speed and memory mean anything.
-`demo-checkpoint` is the demo model itself, which the peers may not be able to serve.
+leaves missing biases uninitialised. Tokens that are not text of their own, such as parts of a
+character, have a zero row in the head, which is never the highest score: llama.cpp sends nothing
+before a character is complete, so that its tokens could not be timed. Weights are random, so only
+speed and memory mean anything. `demo-checkpoint` is the demo model itself, which the peers may not
+be able to serve.
 
 `python -m benchmarks.peers.models FOLDER NAME` makes one checkpoint; needs torch.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +24,8 @@ QWEN_LAYERS = 4
 DEMO_LAYERS = 30
 DEMO_VOCABULARY = 49_152  # SmolLM2's
 DEMO_CHECKPOINT = "demo-checkpoint"
+HEAD = "lm_head.weight"
+COMPLETE_MARKER = ".complete-with-tokenizer"
 GEOMETRIES = {
     "qwen": replace(qwen_geometry(QWEN_LAYERS), zero_biases=True),
     "demo": CheckpointGeometry(
@@ -65,13 +71,33 @@ def make_model(folder: Path, name: str) -> Path:
         from faasmoe_router.checkpoint.demo.build import make_demo_model
 
         return make_demo_model(checkpoint)
-    make_checkpoint(GEOMETRIES[name], checkpoint)
-    if not (checkpoint / "tokenizer.json").exists():
+    if not (checkpoint / COMPLETE_MARKER).exists():
+        make_checkpoint(GEOMETRIES[name], checkpoint)
         if name == "demo":
             _copy_demo_tokenizer(checkpoint)
         else:
             _write_tokenizer(GEOMETRIES[name].vocabulary, checkpoint)
+        _silence_partial_tokens(checkpoint)
+        (checkpoint / COMPLETE_MARKER).touch()
     return checkpoint
+
+
+def _silence_partial_tokens(folder: Path) -> None:
+    """Set the head's rows of tokens that are not text of their own to zero."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    special = set(tokenizer.all_special_ids)
+    silent = [i for i, text in enumerate(texts) if not text or "\ufffd" in text or i in special]
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    path = folder / index["weight_map"][HEAD]
+    tensors = load_file(path)
+    tensors[HEAD][silent] = 0
+    partial = path.with_suffix(".partial")  # the tensors may be mapped from the file itself
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.rename(path)
 
 
 def _copy_demo_tokenizer(folder: Path) -> None:

@@ -18,11 +18,25 @@ _COLUMNS = (
     ("TPOT ms", "tpot_ms", 1),
     ("CPU ms/TOKEN", "cpu_ms_per_token", 1),
 )
+_VISIT_COLUMNS = (
+    ("START s", "start_s", 1),
+    ("MiB", "pss_mib", 0),
+    ("OTHER CORES", "other_cores", 2),
+)
 
 
 def server_table(visits: Visits) -> str:
     """Return one row per server, model, precision and concurrency."""
-    header = ("MODEL", "PRECISION", "SERVER", "BATCH", *(c[0] for c in _COLUMNS), "START s", "MiB")
+    header = (
+        "MODEL",
+        "PRECISION",
+        "SERVER",
+        "BATCH",
+        *(c[0] for c in _COLUMNS),
+        "START s",
+        "MiB",
+        "OTHER CORES",
+    )
     return format_table(header, [row for c, runs in visits.items() for row in _rows(c, runs)])
 
 
@@ -33,7 +47,7 @@ def _rows(cell: Cell, runs: Sequence[Visit]) -> list[tuple[str, ...]]:
         measured = [
             _format(values[name], digits) if name in values else "" for _, name, digits in _COLUMNS
         ]
-        ends = (_format(figures["start_s"], 1), _format(figures["pss_mib"], 0))
+        ends = [_format(figures[name], digits) for _, name, digits in _VISIT_COLUMNS]
         rows.append((cell.model, cell.precision, cell.server, batch, *measured, *ends))
     return rows
 

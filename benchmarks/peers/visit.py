@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.peers.client import WorkloadResult, greedy_tokens, run_workload
+from benchmarks.peers.machine_load import MachineLoad
 from benchmarks.peers.models import vocabulary
 from benchmarks.peers.servers import PeerServer, RunningServer, cpu_used_s
 from benchmarks.peers.workload import (
@@ -64,6 +65,8 @@ class Visit:
         pss_bytes: memory of all processes after the last request.
         batches: figures by concurrency.
         tokens: greedy tokens of the check's prompts; only in bf16.
+        other_cores: cores that other processes of the machine used meanwhile; the figures mean
+            nothing unless it is about zero.
         details: version and settings of the server.
     """
 
@@ -71,6 +74,7 @@ class Visit:
     pss_bytes: int
     batches: Mapping[int, BatchFigures]
     tokens: tuple[tuple[str, ...], ...]
+    other_cores: float = 0.0
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -88,10 +92,12 @@ async def visit(
             tokens = await greedy_tokens(
                 running.url, running.model, check_workload(vocabulary=size)
             )
+        load = MachineLoad(running)
         batches = {
             c: await _measure(running, c, size, plan, round_number) for c in plan.concurrency
         }
-        return Visit(start_s, running.pss_bytes(), batches, tokens, running.details)
+        others = load.other_cores()
+        return Visit(start_s, running.pss_bytes(), batches, tokens, others, running.details)
 
 
 async def _measure(

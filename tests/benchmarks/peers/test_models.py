@@ -8,6 +8,7 @@ import pytest
 from benchmarks.peers.faasmoe_server import FaasmoeServer, missing_spec_fields
 from benchmarks.peers.gguf_files import gguf_path, quantize
 from benchmarks.peers.models import GEOMETRIES, function_counts, make_model, vocabulary
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 
@@ -35,6 +36,10 @@ def test_checkpoint_has_zero_biases_and_a_tokenizer_with_merges(tmp_path: Path) 
     assert len(tokenizer) == vocabulary("tiny")
     assert len(tokenizer.encode("the")) == 2
     assert tokenizer.decode([300]) == "<300>"
+    head = load_file(folder / index["lm_head.weight"])["lm_head.weight"].float()  # [V, H]
+    is_silent = head.abs().sum(dim=1) == 0
+    assert bool(is_silent[tokenizer.convert_tokens_to_ids("ð")])  # the first byte of an emoji
+    assert 0 < int(is_silent.sum()) < 200
     merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
     assert len(merges) == 1
 
