@@ -17,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-alerts test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-reconcile chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-slow test-alerts test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-reconcile chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -106,6 +106,9 @@ soak: $(STAMP) ## Check for leaks over many scaling cycles (FAASMOE_SOAK_MINUTES
 
 bench-reconcile: $(STAMP) ## Measure the operator with 200 MoEModels on the API server of KUBECONFIG
 	PYTHONPATH=tests/cluster/support:tests/integration $(BIN)/python -m benchmarks.reconcile
+
+bench-peers: $(STAMP) ## Compare with llama.cpp's server (QUICK=1, ARGS=); writes benchmarks/out/peers.json
+	$(BIN)/python -m benchmarks.peers $(if $(QUICK),--quick) $(ARGS)
 
 bench-elastic: $(STAMP) ## Measure activation, time to first token and memory; writes benchmarks/out/elastic.json
 	$(BIN)/python -m benchmarks.elastic
