@@ -88,7 +88,7 @@ def completion_routes(
     )
 
     def check_request(body: CompletionRequestBase, caller: Caller) -> None:
-        if body.model not in caller.model_names(served_model.name):
+        if body.model is not None and body.model not in caller.model_names(served_model.name):
             raise model_not_found(body.model)
         body.check_params()
 
@@ -183,7 +183,7 @@ class _ResponseGenerator:
         extra_fields = {**self._served_model.extra_fields, **body.extra_response_fields}
         return ResponseBuilder(
             formatter,
-            ResponseMeta(formatter.id_prefix, body.model, extra_fields),
+            ResponseMeta(formatter.id_prefix, body.model or self._served_model.name, extra_fields),
             RequestCounts(n_prompt_tokens, n_choices, body.n or 1),
         )
 

@@ -23,6 +23,7 @@ from faasmoe_router.api.structured_outputs import (
     StructuredOutput,
     StructuredOutputs,
     dump_json,
+    is_json,
 )
 from faasmoe_router.api.validation import (
     UNSUPPORTED_CHAT_PARAMS,
@@ -42,6 +43,7 @@ from faasmoe_router.engine.sampler import MAX_TOP_LOGPROBS
 
 MAX_TOOLS = 128
 MAX_CHOICES = 128
+DEFAULT_COMPLETION_TOKENS = 16
 INT64_MAX = 2**63 - 1
 FUNCTION_NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 
@@ -55,9 +57,12 @@ class RequestModel(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
 
 
+_NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+
+
 def _parse_function_parameters(value: Any) -> Mapping[str, Any]:
     if value is None:
-        return {"type": "object", "properties": {}}
+        return _NO_PARAMETERS
     if not isinstance(value, dict):
         raise field_error("type", "Input should be a JSON schema, an object")
     if value.get("type", "object") != "object":
@@ -88,14 +93,15 @@ class ToolParam(RequestModel):
     function: FunctionDefinition
 
     def to_template(self) -> dict[str, Any]:
-        """Return the tool as chat templates expect it: name, description, parameters."""
-        function_schema = {"name": self.function.name, "parameters": self.function.parameters}
-        if self.function.description is not None:
-            function_schema = {
-                "name": function_schema["name"],
-                "description": self.function.description,
-                **function_schema,
-            }
+        """Return the tool as chat templates expect it: name, description, parameters.
+
+        Templates read all three, and the parameters' properties, without asking whether they exist.
+        """
+        function_schema = {
+            "name": self.function.name,
+            "description": self.function.description or "",
+            "parameters": {**_NO_PARAMETERS, **self.function.parameters},
+        }
         return {"type": "function", "function": function_schema}
 
 
@@ -134,11 +140,38 @@ ToolChoiceField = Annotated[
 ]
 
 
+def _parse_call_arguments(value: Any) -> Mapping[str, Any]:
+    """Parse the arguments of an earlier call, an object or its JSON text.
+
+    A call that `max_tokens` cut short, or that the model got wrong, has arguments that are not a
+    JSON object. The conversation goes on, as in vLLM, with none.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+            dump_json(value)
+        except (ValueError, RecursionError):
+            return {}
+        return value if isinstance(value, dict) else {}
+    if value is None or isinstance(value, list):
+        return {}
+    if not isinstance(value, dict):
+        raise field_error("type", "Input should be a JSON object, or a string that contains one")
+    dump_json(value)
+    return value
+
+
+CallArguments = Annotated[
+    Mapping[str, Any],
+    PlainValidator(_parse_call_arguments, json_schema_input_type=str | dict[str, Any] | None),
+]
+
+
 class FunctionCallParam(RequestModel):
-    """The function of an earlier tool call; `arguments` is JSON text."""
+    """The function of an earlier tool call."""
 
     name: Text
-    arguments: Text
+    arguments: CallArguments = Field(default_factory=dict)
 
 
 class ToolCallParam(RequestModel):
@@ -148,24 +181,9 @@ class ToolCallParam(RequestModel):
     type: Literal["function"] = "function"
     function: FunctionCallParam
 
-    def to_template(self, path: str) -> dict[str, Any]:
-        """Return the call as chat templates expect it: its arguments as an object.
-
-        Args:
-            path: the call's path in the request, for errors.
-
-        Raises:
-            ApiError: the arguments are not a JSON object.
-        """
-        try:
-            arguments = json.loads(self.function.arguments or "{}")
-        except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            raise invalid_value(
-                f"{path}.function.arguments", "expected a string that contains a JSON object"
-            )
-        function = {"name": self.function.name, "arguments": arguments}
+    def to_template(self) -> dict[str, Any]:
+        """Return the call as chat templates expect it: its arguments as an object."""
+        function = {"name": self.function.name, "arguments": self.function.arguments}
         return {"id": self.id, "type": "function", "function": function}
 
 
@@ -192,17 +210,29 @@ class ChatMessage(RequestModel):
             raise invalid_value(f"{path}.tool_calls", "only allowed in assistant messages")
         if self.content is None and not self.tool_calls:
             raise self._content_error(f"{path}.content")
-        tool_calls = [
-            call.to_template(f"{path}.tool_calls[{index}]")
-            for index, call in enumerate(self.tool_calls or ())
-        ]
+        tool_calls = [call.to_template() for call in self.tool_calls or ()]
         return {
+            **self._extra_fields(path),
             "role": self.role,
             "content": self.content or "",
             **({"name": self.name} if self.name is not None else {}),
             **({"tool_call_id": self.tool_call_id} if self.tool_call_id is not None else {}),
             **({"tool_calls": tool_calls} if tool_calls else {}),
         }
+
+    def _extra_fields(self, path: str) -> dict[str, Any]:
+        """Return the fields that only a chat template may know; raises ApiError.
+
+        Reasoning is passed under both of its names.
+        """
+        extra = {name: v for name, v in (self.model_extra or {}).items() if v is not None}
+        for name, value in extra.items():
+            if not is_json(value):
+                raise invalid_value(f"{path}.{name}", "expected valid JSON")
+        reasoning = extra.get("reasoning", extra.get("reasoning_content"))
+        if reasoning is None:
+            return extra
+        return {**extra, "reasoning": reasoning, "reasoning_content": reasoning}
 
     def _content_error(self, path: str) -> ApiError:
         if "content" in self.model_fields_set:
@@ -222,7 +252,7 @@ class CompletionRequestBase(RequestModel):
 
     unsupported_parameters: ClassVar[Mapping[str, tuple[Any, ...]]]
 
-    model: Text
+    model: Text | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -255,6 +285,11 @@ class CompletionRequestBase(RequestModel):
     def token_limit(self) -> tuple[str, int] | None:
         """The parameter that limits the generated tokens and its value; None if none is set."""
         return None if self.max_tokens is None else ("max_tokens", self.max_tokens)
+
+    @property
+    def default_max_tokens(self) -> int | None:
+        """How many tokens a choice may have without a limit; None for the rest of the context."""
+        return None
 
     @property
     def extra_response_fields(self) -> dict[str, str]:
@@ -356,6 +391,11 @@ class CompletionRequest(CompletionRequestBase):
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+
+    @property
+    def default_max_tokens(self) -> int:
+        """16, as in OpenAI and vLLM."""
+        return DEFAULT_COMPLETION_TOKENS
 
     @property
     def n_logprobs(self) -> int | None:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from pydantic import PlainValidator
+from pydantic_core import PydanticCustomError
 
 from faasmoe_router.api.validation import field_error, is_valid_text
 from faasmoe_router.engine.structured_output import GrammarKind, GrammarSource
@@ -124,6 +125,15 @@ def dump_json(value: Any) -> str:
             "value", "Input should be valid JSON: valid Unicode, finite numbers, limited nesting"
         ) from error
     return text
+
+
+def is_json(value: Any) -> bool:
+    """Return whether a value has a JSON form: valid Unicode, finite numbers, limited nesting."""
+    try:
+        dump_json(value)
+    except PydanticCustomError:
+        return False
+    return True
 
 
 ResponseFormat = Annotated[

@@ -186,6 +186,16 @@ def test_generation_without_limit_fills_the_context(
     assert answer.choices[0].finish_reason == "length"
 
 
+def test_completion_without_limit_has_16_tokens(client: openai.OpenAI) -> None:
+    [usage] = [client.completions.create(model="tiny", prompt="fox").usage]
+    assert usage is not None
+    assert usage.completion_tokens == 16
+    prompts: Any = ["fox", [5] * 250]
+    both = client.completions.create(model="tiny", prompt=prompts)
+    assert both.usage is not None
+    assert both.usage.completion_tokens == 16 + 6  # what the context of 256 leaves
+
+
 def test_content_may_be_text_parts(client: openai.OpenAI, chat_text: Callable[[int], str]) -> None:
     parts = [{"type": "text", "text": "the quick "}, {"type": "text", "text": "brown fox"}]
     messages: Any = [{"role": "user", "content": parts}]

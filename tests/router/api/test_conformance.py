@@ -224,15 +224,25 @@ def _probes(peer: ApiUnderTest) -> None:
     )
 
 
-@conformance_case(BOTH, "model", "the served name; any other returns 404, `model_not_found`")
+@conformance_case(
+    BOTH,
+    "model",
+    "the served name (`router.servedModelName`, slashes allowed), or left out; any other returns "
+    "404, `model_not_found`",
+)
 def _model(peer: ApiUnderTest) -> None:
+    body = {"prompt": "a", "max_tokens": 1}
+    assert peer.http.post("/v1/completions", json=body).json()["model"] == "tiny"
     with pytest.raises(openai.NotFoundError) as rejected:
         peer.client.completions.create(model="other", prompt="a")
     assert rejected.value.code == "model_not_found"
 
 
 @conformance_case(
-    BOTH, "max_tokens", "finish reason `length`; more than the context holds is rejected"
+    BOTH,
+    "max_tokens",
+    "finish reason `length`; more than the context holds is rejected; by default 16 in completions "
+    "and the rest of the context in chats",
 )
 def _max_tokens(peer: ApiUnderTest) -> None:
     assert peer.text(max_tokens=5).usage.completion_tokens == 5
@@ -434,7 +444,11 @@ def _request_id(peer: ApiUnderTest) -> None:
 
 
 @conformance_case(
-    CHAT, "messages", "system, developer, user, assistant with `tool_calls`, tool; text parts"
+    CHAT,
+    "messages",
+    "system, developer (system if the template has no such role), user, assistant with "
+    "`tool_calls`, tool; text and refusal parts; other fields, such as `reasoning_content`, are "
+    "passed to the template; arguments of earlier calls that are no JSON object are passed as `{}`",
 )
 def _messages(peer: ApiUnderTest) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
@@ -731,6 +745,10 @@ The supported endpoints, parameters and response fields. Every row is tested wit
 - Every error is an OpenAI error object: `{"error": {"message", "type", "param", "code"}}`. In a
   stream it is the last event, `data: {"error": ...}`, without `[DONE]` after it.
 - When a client disconnects, its request is cancelled.
+- Every GET endpoint answers HEAD. Bodies may be compressed (`Content-Encoding: gzip` or `deflate`);
+  other encodings are refused with 415. Web pages of the origins in `router.corsOrigins`, or
+  `faasmoe up --cors-origin`, may call the API; a preflight needs no key.
+- `faasmoe up --api-key` requires a key; for limits per key, use [tenants](tenants.md).
 - Log-probabilities are those of the unmodified distribution (log-softmax of the model's scores), as
   in OpenAI and vLLM: before temperature, biases, penalties and grammars.
 - Scores are processed in this order: `logit_bias`, forbidden and allowed tokens; penalties;
