@@ -11,14 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from faasmoe_router.api.errors import ApiError, invalid_value, missing_param, unsupported_param
 from faasmoe_router.api.structured_outputs import (
+    Ebnf,
+    Grammar,
     GuidedChoice,
     GuidedGrammar,
     GuidedJson,
     GuidedRegex,
+    JsonSchema,
+    Regex,
     ResponseFormat,
     StructuredOutput,
     StructuredOutputs,
@@ -37,6 +41,7 @@ from faasmoe_router.api.validation import (
     StopStrings,
     Text,
     field_error,
+    is_valid_text,
     reject_unsupported,
 )
 from faasmoe_router.engine.sampler import MAX_TOP_LOGPROBS
@@ -45,6 +50,7 @@ MAX_TOOLS = 128
 MAX_CHOICES = 128
 DEFAULT_COMPLETION_TOKENS = 16
 INT64_MAX = 2**63 - 1
+CUSTOM_TOOL_INPUT = "input"
 FUNCTION_NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -86,11 +92,37 @@ class FunctionDefinition(RequestModel):
     strict: bool | None = None
 
 
-class ToolParam(RequestModel):
-    """A tool that the model may call."""
+def _custom_as_function(value: Any) -> Any:
+    """Return a custom tool as a function with one text, `input`; other values unchanged."""
+    if not isinstance(value, dict) or value.get("type") != "custom" or "function" in value:
+        return value
+    custom = value.get("custom")
+    if not isinstance(custom, dict):
+        raise field_error("type", "Input should have an object 'custom'")
+    text_format = custom.get("format") or {"type": "text"}
+    if not isinstance(text_format, dict) or text_format.get("type") != "text":
+        raise field_error(
+            "value", "custom.format should be of type text; grammars are not supported here"
+        )
+    function = {name: custom[name] for name in ("name", "description") if name in custom}
+    return {"type": "custom", "function": {**function, "parameters": _CUSTOM_TOOL_PARAMETERS}}
 
-    type: Literal["function"]
+
+_CUSTOM_TOOL_PARAMETERS: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {CUSTOM_TOOL_INPUT: {"type": "string"}},
+    "required": [CUSTOM_TOOL_INPUT],
+    "additionalProperties": False,
+}
+
+
+class ToolParam(RequestModel):
+    """A tool that the model may call; a custom tool is a function whose argument is one text."""
+
+    type: Literal["function", "custom"]
     function: FunctionDefinition
+
+    _translate_custom = model_validator(mode="before")(_custom_as_function)
 
     def to_template(self) -> dict[str, Any]:
         """Return the tool as chat templates expect it: name, description, parameters.
@@ -112,14 +144,21 @@ class ToolChoice:
     Attributes:
         mode: `none`: it may not; `auto`: it decides; `required`: at least one; `named`: `name`.
         name: the tool to call in mode `named`, else None.
+        allowed: names of the only tools that may be called; None allows all.
     """
 
     mode: Literal["none", "auto", "required", "named"]
     name: str | None = None
+    allowed: frozenset[str] | None = None
+
+    @property
+    def named_tools(self) -> frozenset[str]:
+        """Names of the tools that it refers to."""
+        return frozenset(() if self.name is None else (self.name,)) | (self.allowed or frozenset())
 
 
 def parse_tool_choice(value: Any) -> ToolChoice | None:
-    """Parse `tool_choice`: null, a mode, or an object that names a function."""
+    """Parse `tool_choice`: null, a mode, or an object that names a tool or the allowed tools."""
     if value is None:
         return None
     if value in ("none", "auto", "required"):
@@ -127,11 +166,33 @@ def parse_tool_choice(value: Any) -> ToolChoice | None:
     expected = 'none, auto, required or {"type": "function", "function": {"name": ...}}'
     if not isinstance(value, str | dict):
         raise field_error("type", f"Input should be {expected}")
-    function = value.get("function") if isinstance(value, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(name, str):
+    if isinstance(value, dict) and value.get("type") == "allowed_tools":
+        return _parse_allowed_tools(value.get("allowed_tools"))
+    name = _tool_name(value)
+    if name is None:
         raise field_error("value", f"Input should be {expected}")
     return ToolChoice("named", name)
+
+
+def _tool_name(value: Any) -> str | None:
+    """Return the name in a reference to a tool; None if it is not one."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in ("function", "custom"):
+        return None
+    tool = value.get(kind)
+    name = tool.get("name") if isinstance(tool, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _parse_allowed_tools(value: Any) -> ToolChoice:
+    mode = value.get("mode") if isinstance(value, dict) else None
+    tools = value.get("tools") if isinstance(value, dict) else None
+    names = [_tool_name(tool) for tool in tools] if isinstance(tools, list) else []
+    if mode not in ("auto", "required") or not names or None in names:
+        raise field_error(
+            "value", "allowed_tools should have a mode, auto or required, and a list of tools"
+        )
+    return ToolChoice(mode, allowed=frozenset(name for name in names if name is not None))
 
 
 ToolChoiceField = Annotated[
@@ -174,12 +235,25 @@ class FunctionCallParam(RequestModel):
     arguments: CallArguments = Field(default_factory=dict)
 
 
+def _custom_call_as_function(value: Any) -> Any:
+    if not isinstance(value, dict) or value.get("type") != "custom" or "custom" not in value:
+        return value
+    custom = value["custom"]
+    if not isinstance(custom, dict) or not is_valid_text(custom.get("input")):
+        raise field_error("type", "custom should be an object with a name and an input")
+    arguments = {CUSTOM_TOOL_INPUT: custom["input"]}
+    function = {"name": custom.get("name"), "arguments": arguments}
+    return {**value, "type": "function", "function": function}
+
+
 class ToolCallParam(RequestModel):
     """An earlier tool call by the assistant."""
 
     id: Text
     type: Literal["function"] = "function"
     function: FunctionCallParam
+
+    _translate_custom = model_validator(mode="before")(_custom_call_as_function)
 
     def to_template(self) -> dict[str, Any]:
         """Return the call as chat templates expect it: its arguments as an object."""
@@ -278,6 +352,10 @@ class CompletionRequestBase(RequestModel):
     guided_regex: GuidedRegex = None
     guided_choice: GuidedChoice = None
     guided_grammar: GuidedGrammar = None
+    json_schema: JsonSchema = None
+    regex: Regex = None
+    ebnf: Ebnf = None
+    grammar: Grammar = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -308,6 +386,7 @@ class CompletionRequestBase(RequestModel):
         candidates = [
             *(self.response_format, self.structured_outputs),
             *(self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar),
+            *(self.json_schema, self.regex, self.ebnf, self.grammar),
         ]
         given = [constraint for constraint in candidates if constraint is not None]
         if len(given) > 1:
@@ -376,8 +455,8 @@ class ChatCompletionRequest(CompletionRequestBase):
         tool_choice = self.effective_tool_choice
         if tool_choice.mode in ("required", "named") and not tool_names:
             raise invalid_value("tool_choice", "requires 'tools'")
-        if tool_choice.mode == "named" and tool_choice.name not in tool_names:
-            raise invalid_value("tool_choice", "expected the name of one of the 'tools'")
+        if not tool_choice.named_tools.issubset(tool_names):
+            raise invalid_value("tool_choice", "expected names of the 'tools'")
         if len(set(tool_names)) < len(tool_names):
             raise invalid_value("tools", "function names must be unique")
 

@@ -210,6 +210,7 @@ UNSUPPORTED_PARAMS: Mapping[str, tuple[Any, ...]] = {
     "chat_template": (),
     "documents": ([],),
     "function_call": ("none", "auto"),
+    "guided_whitespace_pattern": (),
     "functions": ([],),
     "kv_transfer_params": (),
     "length_penalty": (1,),
