@@ -110,6 +110,7 @@ class RouterProcess:
             activator=link,
             tenancy=tenants,
             fingerprint=system_fingerprint(store.manifest.digest, model),
+            cors_origins=config.cors_origins,
         )
         self._server = Server(
             app, host=config.host, port=config.port, on_drain_timeout=self._abort_running

@@ -151,6 +151,15 @@ def missing_param(param: str) -> ApiError:
     )
 
 
+def body_too_large(max_bytes: int) -> ApiError:
+    """Return the error for a request body above the limit."""
+    return ApiError(
+        f"The request body is too large: expected at most {max_bytes} bytes.",
+        status=413,
+        code="request_too_large",
+    )
+
+
 def model_not_found(name: str) -> ApiError:
     """Return the error for a model name that this server does not serve."""
     return ApiError(

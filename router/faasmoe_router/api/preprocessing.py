@@ -93,6 +93,8 @@ class Preprocessor:
             m.to_template(f"messages[{index}]") for index, m in enumerate(messages)
         ]
         template_messages = caller.with_system_prompt(template_messages)
+        if not self._engine.tokenizer.knows_developer_role:
+            template_messages = [_as_system_message(m) for m in template_messages]
         self.check_text_size(_message_texts(template_messages), param="messages")
         self.check_text_size(map(dump_json, template_options.tools), param="tools")
         try:
@@ -262,12 +264,19 @@ def _chat_template_options(
     )
 
 
+def _as_system_message(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "role": "system"} if message["role"] == "developer" else message
+
+
 def _message_texts(messages: Iterable[Mapping[str, Any]]) -> Iterable[str]:
     for message in messages:
-        yield message["content"]
-        for call in message.get("tool_calls", ()):
-            yield call["function"]["name"]
-            yield str(call["function"]["arguments"])
+        for name, value in message.items():
+            if name == "tool_calls":
+                for call in value:
+                    yield call["function"]["name"]
+                    yield str(call["function"]["arguments"])
+            elif name != "role":
+                yield value if isinstance(value, str) else dump_json(value)
 
 
 def _check_token_ids(token_ids: Sequence[int], *, vocab_size: int, param: str) -> None:
@@ -354,7 +363,8 @@ def _permitted_max_tokens(
     if body.token_limit is None:
         max_request_tokens = caller.max_request_tokens or n_prompt_tokens + n_remaining * n
         max_choice_tokens = (max_request_tokens - n_prompt_tokens) // n
-        return max(1, min(n_remaining, max_output_tokens, max_choice_tokens))
+        default = body.default_max_tokens or n_remaining
+        return max(1, min(n_remaining, default, max_output_tokens, max_choice_tokens))
     name, requested = body.token_limit
     if requested > max_output_tokens:
         raise ApiError(

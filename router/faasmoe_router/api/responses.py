@@ -5,6 +5,7 @@ its `ChoiceFormatter`: chat completions have messages, tool calls and OpenAI's c
 log-probabilities, text completions have plain text and the legacy form. Nothing here does I/O.
 """
 
+import json
 import secrets
 import string
 import time
@@ -13,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from faasmoe_router.api.protocol import StreamOptions
+from faasmoe_router.api.protocol import CUSTOM_TOOL_INPUT, StreamOptions
 from faasmoe_router.api.tool_calling import ToolCallConfig
 from faasmoe_router.engine.generation import CompletionOutput, Generation, StopReason
 from faasmoe_router.engine.sampler import SampledLogprob
@@ -165,6 +166,7 @@ class ChatChoiceFormatter:
         self._token_bytes = token_bytes
         self._tool_config = tool_config
         self._parsers: dict[int, ToolCallParser] = {}
+        self._custom_calls: dict[tuple[int, int], str] = {}  # (choice, call) -> arguments so far
 
     def format_choice(self, index: int, choice: ChoiceState) -> dict[str, Any]:
         """Return a choice with its message; tool calls are parsed from the text."""
@@ -214,22 +216,46 @@ class ChatChoiceFormatter:
         if output.finish_reason is not None:
             events += parser.flush()
         finish_reason = self._finish_reason(output.finish_reason, n_calls=parser.n_calls)
-        return [self._message_delta(event) for event in events], finish_reason
+        deltas = [delta for event in events if (delta := self._message_delta(index, event))]
+        if output.finish_reason is not None:
+            deltas += self._custom_inputs(index)
+        return deltas, finish_reason
 
-    def _message_delta(self, event: ToolCallEvent) -> dict[str, Any]:
+    def _message_delta(self, choice: int, event: ToolCallEvent) -> dict[str, Any] | None:
+        """Return the delta of an event; None for arguments of a custom call, which are held."""
         if isinstance(event, ContentDelta):
             return {"content": event.text}
         if isinstance(event, ToolCallArgumentsDelta):
+            if (choice, event.index) in self._custom_calls:
+                self._custom_calls[choice, event.index] += event.text
+                return None
             return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
-        return {"tool_calls": [{"index": event.index, **self._new_tool_call(event.name)}]}
+        call = self._new_tool_call(event.name)
+        if call["type"] == "custom":
+            self._custom_calls[choice, event.index] = ""
+        return {"tool_calls": [{"index": event.index, **call}]}
+
+    def _custom_inputs(self, choice: int) -> list[dict[str, Any]]:
+        """Return the deltas of a finished choice's custom calls: their inputs."""
+        return [
+            {"tool_calls": [{"index": call, "custom": {"input": _custom_input(arguments)}}]}
+            for (of_choice, call), arguments in self._custom_calls.items()
+            if of_choice == choice
+        ]
 
     def _tool_calls(self, events: Sequence[ToolCallEvent]) -> list[dict[str, Any]]:
         tool_calls = [
             self._new_tool_call(event.name) for event in events if isinstance(event, ToolCallStart)
         ]
+        arguments = [""] * len(tool_calls)
         for event in events:
             if isinstance(event, ToolCallArgumentsDelta):
-                tool_calls[event.index]["function"]["arguments"] += event.text
+                arguments[event.index] += event.text
+        for call, text in zip(tool_calls, arguments, strict=True):
+            if call["type"] == "custom":
+                call["custom"]["input"] = _custom_input(text)
+            else:
+                call["function"]["arguments"] = text
         return tool_calls
 
     def _new_tool_call(self, name: str) -> dict[str, Any]:
@@ -240,6 +266,8 @@ class ChatChoiceFormatter:
         call_id = prefix + "".join(
             secrets.choice(_CALL_ID_CHARACTERS) for _ in range(length - len(prefix))
         )
+        if name in self._tool_config.custom_tools:
+            return {"id": call_id, "type": "custom", "custom": {"name": name, "input": ""}}
         return {"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
 
     def _finish_reason(self, reason: str | None, *, n_calls: int) -> str | None:
@@ -258,6 +286,15 @@ class ChatChoiceFormatter:
         self, index: int, delta: dict[str, Any], reason: str | None = None
     ) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+def _custom_input(arguments: str) -> str:
+    """Return the text in the arguments of a custom call; the arguments if there is none."""
+    try:
+        value = json.loads(arguments)[CUSTOM_TOOL_INPUT]
+    except (ValueError, KeyError, TypeError):
+        return arguments
+    return value if isinstance(value, str) else arguments
 
 
 class CompletionChoiceFormatter:

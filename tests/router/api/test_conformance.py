@@ -224,15 +224,25 @@ def _probes(peer: ApiUnderTest) -> None:
     )
 
 
-@conformance_case(BOTH, "model", "the served name; any other returns 404, `model_not_found`")
+@conformance_case(
+    BOTH,
+    "model",
+    "the served name (`router.servedModelName`, slashes allowed), or left out; any other returns "
+    "404, `model_not_found`",
+)
 def _model(peer: ApiUnderTest) -> None:
+    body = {"prompt": "a", "max_tokens": 1}
+    assert peer.http.post("/v1/completions", json=body).json()["model"] == "tiny"
     with pytest.raises(openai.NotFoundError) as rejected:
         peer.client.completions.create(model="other", prompt="a")
     assert rejected.value.code == "model_not_found"
 
 
 @conformance_case(
-    BOTH, "max_tokens", "finish reason `length`; more than the context holds is rejected"
+    BOTH,
+    "max_tokens",
+    "finish reason `length`; more than the context holds is rejected; by default 16 in completions "
+    "and the rest of the context in chats",
 )
 def _max_tokens(peer: ApiUnderTest) -> None:
     assert peer.text(max_tokens=5).usage.completion_tokens == 5
@@ -395,6 +405,16 @@ def _guided(peer: ApiUnderTest) -> None:
     assert peer.text(guided_json={"const": 5}).choices[0].text == "5"
 
 
+@conformance_case(
+    BOTH, "regex, ebnf, grammar, json_schema", "names of SGLang and llama.cpp for the same"
+)
+def _peers(peer: ApiUnderTest) -> None:
+    assert re.fullmatch("[0-9]{4}", peer.text(regex="[0-9]{4}").choices[0].text)
+    for name in ("ebnf", "grammar"):
+        assert peer.text(**{name: 'root ::= "a" "b"'}).choices[0].text == "ab"
+    assert peer.text(json_schema={"const": 5}).choices[0].text == "5"
+
+
 @conformance_case(BOTH, "stream_options", "`include_usage`, and vLLM's `continuous_usage_stats`")
 def _stream_options(peer: ApiUnderTest) -> None:
     *chunks, last = peer.chat(stream=True, stream_options={"include_usage": True})
@@ -434,7 +454,11 @@ def _request_id(peer: ApiUnderTest) -> None:
 
 
 @conformance_case(
-    CHAT, "messages", "system, developer, user, assistant with `tool_calls`, tool; text parts"
+    CHAT,
+    "messages",
+    "system, developer (system if the template has no such role), user, assistant with "
+    "`tool_calls`, tool; text and refusal parts; other fields, such as `reasoning_content`, are "
+    "passed to the template; arguments of earlier calls that are no JSON object are passed as `{}`",
 )
 def _messages(peer: ApiUnderTest) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
@@ -536,6 +560,14 @@ def _tools_named(peer: ApiUnderTest) -> None:
     [(name, arguments)], reason = _calls(peer.tools, tool_choice=choice)
     assert (name, reason) == ("weather", "stop")
     assert arguments in ({"city": "Rome"}, {"city": "Oslo"})
+
+
+@conformance_case(CHAT, "tool_choice allowed_tools", "`auto` or `required` among some of the tools")
+def _tools_allowed(peer: ApiUnderTest) -> None:
+    clock = {"type": "function", "function": {"name": "clock"}}
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [clock]}}
+    calls, _ = _calls(peer.tools, tool_choice=choice, parallel_tool_calls=False)
+    assert calls == [("clock", {})]
 
 
 @conformance_case(CHAT, "parallel_tool_calls", "false allows only one call")
@@ -730,14 +762,20 @@ The supported endpoints, parameters and response fields. Every row is tested wit
   name: 400, `unsupported_parameter`, with `param`.
 - Every error is an OpenAI error object: `{"error": {"message", "type", "param", "code"}}`. In a
   stream it is the last event, `data: {"error": ...}`, without `[DONE]` after it.
+- A stream without an event for 15 s, such as one that waits in a queue, sends a comment line.
 - When a client disconnects, its request is cancelled.
+- Every GET endpoint answers HEAD. Bodies may be compressed (`Content-Encoding: gzip` or `deflate`);
+  other encodings are refused with 415. Web pages of the origins in `router.corsOrigins`, or
+  `faasmoe up --cors-origin`, may call the API; a preflight needs no key.
+- `faasmoe up --api-key` requires a key; for limits per key, use [tenants](tenants.md).
 - Log-probabilities are those of the unmodified distribution (log-softmax of the model's scores), as
   in OpenAI and vLLM: before temperature, biases, penalties and grammars.
 - Scores are processed in this order: `logit_bias`, forbidden and allowed tokens; penalties;
   grammars; temperature, `min_p`, `top_k`, `top_p`.
 - Structured output is enforced by llguidance. JSON schemas with `not`, `if`, `contains`,
-  `uniqueItems` or other keywords that it does not support are rejected by name. A grammar may have
-  at most 64 KiB. One that takes too much time fails only its own request. Whitespace in JSON is at
+  `uniqueItems` or other keywords that it does not support are rejected by name, unless
+  `json_schema.strict` is false. Schemas of tools without `strict: true` are enforced as far as
+  possible; the header `X-FaaSMoE-Warning` says what is not. A grammar may have at most 64 KiB. One that takes too much time fails only its own request. Whitespace in JSON is at
   most 16 characters long.
 - A request fails with 400 if its constraints leave no allowed token.
 """

@@ -191,7 +191,8 @@ def _settings(ctx: ModelContext) -> list[Object]:
         {
             "STORE": store_path(ctx),
             "CONTROL_URL": ctx.control_url,
-            "MODEL_NAME": ctx.name,
+            "MODEL_NAME": router.served_model_name or ctx.name,
+            "CORS_ORIGINS": ",".join(router.cors_origins) or None,
             "HOST": "0.0.0.0",
             "PORT": ROUTER_PORT,
             "DEVICE": router.device,
