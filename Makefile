@@ -17,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-alerts test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-reconcile chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-slow test-alerts test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-reconcile bench-start chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -112,6 +112,9 @@ bench-peers: $(STAMP) ## Compare with llama.cpp's server (QUICK=1, ARGS=); write
 
 bench-elastic: $(STAMP) ## Measure activation, time to first token and memory; writes benchmarks/out/elastic.json
 	$(BIN)/python -m benchmarks.elastic
+
+bench-start: $(STAMP) ## Measure start to first token and stop of the demo model; writes benchmarks/out/start.json
+	$(BIN)/python -m benchmarks.start
 
 trace-chat: $(STAMP) ## List the modules that a streamed chat crosses; writes benchmarks/out/trace_chat.json
 	$(BIN)/python -m benchmarks.trace_chat

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
+from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_router.config import RouterConfig
 from faasmoe_router.errors import RouterConfigError
 from faasmoe_transformers.errors import UnsupportedVersions
@@ -21,11 +22,12 @@ logger = logging.getLogger("faasmoe_router")
 
 def main() -> int:
     """Serve until SIGTERM or SIGINT; return the exit status."""
+    phases = StartPhases()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)  # logs every batch
     try:
         die_with_parent()
-        process = _create_process(RouterConfig.from_env())
+        process = _create_process(RouterConfig.from_env(), phases)
     except (RouterConfigError, ParentDeathError) as error:
         print(f"faasmoe_router: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
@@ -38,7 +40,7 @@ def main() -> int:
     return EXIT_FAILED if has_failed else 0
 
 
-def _create_process(config: RouterConfig) -> "RouterProcess":
+def _create_process(config: RouterConfig, phases: StartPhases) -> "RouterProcess":
     # Imported late: torch takes seconds to import, and invalid settings should fail fast.
     from faasmoe_transformers.version_check import ROUTER_MODULES, check_private_names
 
@@ -48,7 +50,8 @@ def _create_process(config: RouterConfig) -> "RouterProcess":
         raise RouterConfigError(str(error)) from error
     from faasmoe_router.process import RouterProcess
 
-    return RouterProcess(config)
+    phases.end("imports")
+    return RouterProcess(config, phases)
 
 
 if __name__ == "__main__":
