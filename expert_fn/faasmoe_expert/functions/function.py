@@ -91,7 +91,6 @@ class ExpertFunction:
         self._kernels: dict[int, ExpertKernel] = {}
         for index, layer in layers.items():
             mapped = store.map_layer(index)
-            mapped.prefault(layer.num_experts, spec.experts)
             verifier = BlockVerifier(store, layer, mapped, spec.experts)
             verifier.verify_if_changed()
             if uploader is None:  # a copy is independent of the file
