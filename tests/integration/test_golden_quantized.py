@@ -107,6 +107,20 @@ def through_functions(
     return total
 
 
+def assert_equal(got: Tensor, expected: Tensor, path: str) -> None:
+    """Assert that outputs differ by 1e-4 at most.
+
+    The native kernels may round activations to 16 bits of a group's largest: that bounds the error
+    over the norm; single elements may have up to twice as much.
+    """
+    if path == "general":
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+        return
+    error = got - expected
+    assert error.norm() <= 1e-4 * expected.norm()
+    assert error.abs().max() <= 2e-4 * expected.abs().max()
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @families
 def test_functions_equal_the_module_with_dequantised_weights(
@@ -121,7 +135,7 @@ def test_functions_equal_the_module_with_dequantised_weights(
         for block in EXPERTS_PER_FUNCTION:
             for mode in OutputMode:
                 got = through_functions(store, layer, call, block=block, mode=mode)
-                torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+                assert_equal(got, expected, path)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "mxfp4"])
@@ -138,7 +152,7 @@ def test_bfloat16_outputs_are_the_exact_ones_rounded_once(
         expected = modules[0](call[0].float(), index, weight)
     n_experts = store.manifest.layers[0].num_experts
     got = through_functions(store, 0, call, block=n_experts, mode=OutputMode.REDUCED)
-    bound = 1e-4 + 1.01 * 2**-8 * expected.abs()
+    bound = 1e-4 * expected.abs().max() + 1.01 * 2**-8 * expected.abs()
     assert bool(((got - expected).abs() <= bound).all())
 
 

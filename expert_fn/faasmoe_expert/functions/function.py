@@ -7,6 +7,7 @@ HTTP; requests are decoded wire frames.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -61,7 +62,7 @@ class ExpertFunction:
         spec: id, layers and experts of the function.
         store_path: directory of the store.
         model_digest: digest of the store's manifest.
-        size_bytes: bytes of its parameters, in the store and on a device.
+        size_bytes: bytes of its parameters: in the store, or dequantised on a device.
         n_frames: number of frames computed so far.
 
     Raises:
@@ -82,7 +83,7 @@ class ExpertFunction:
         self.model_digest = store.manifest.digest
         self.n_frames = 0
         layers = _layer_entries(store, spec)
-        self.size_bytes = function_size_bytes(spec, store)
+        self.size_bytes = function_size_bytes(spec, store, is_dequantized=uploader is not None)
         self._dtype = store.manifest.model.dtype
         self._hidden_size = {index: layer.hidden_size for index, layer in layers.items()}
         self._block_mask = _expert_mask(spec, layers)
@@ -90,7 +91,6 @@ class ExpertFunction:
         self._kernels: dict[int, ExpertKernel] = {}
         for index, layer in layers.items():
             mapped = store.map_layer(index)
-            mapped.prefault(layer.num_experts, spec.experts)
             verifier = BlockVerifier(store, layer, mapped, spec.experts)
             verifier.verify_if_changed()
             if uploader is None:  # a copy is independent of the file
@@ -177,12 +177,25 @@ def _invalid_frame(field: str, *, got: object, expected: object) -> BadFrame:
     return BadFrame(f"{field}: got {got}, expected {expected}", field=field)
 
 
-def function_size_bytes(spec: FunctionSpec, store: Store) -> int:
-    """Return the size of a function's parameters; raises BadAttachment if the store lacks them."""
-    return sum(
-        layer.expert_bytes * len(spec.experts) + layer.shared_bytes
-        for layer in _layer_entries(store, spec).values()
-    )
+def function_size_bytes(spec: FunctionSpec, store: Store, *, is_dequantized: bool = False) -> int:
+    """Return the size of a function's parameters.
+
+    Args:
+        spec: the function.
+        store: its store.
+        is_dequantized: whether quantised ones are held in the model's dtype, as on a device.
+
+    Raises:
+        BadAttachment: the store lacks some of them.
+    """
+    item_bytes = torch.finfo(getattr(torch, store.manifest.model.dtype)).bits // 8
+    total = 0
+    for layer in _layer_entries(store, spec).values():
+        expert_bytes = layer.expert_bytes
+        for entry in layer.quantization.values() if is_dequantized else ():
+            expert_bytes += math.prod(entry.shape) * item_bytes - entry.size_bytes
+        total += expert_bytes * len(spec.experts) + layer.shared_bytes
+    return total
 
 
 def _layer_entries(store: Store, spec: FunctionSpec) -> dict[int, LayerEntry]:
