@@ -157,52 +157,68 @@ def prepare(
 
 
 async def run(
-    arguments: argparse.Namespace, cells: dict[Cell, PeerServer]
-) -> dict[Cell, list[Visit]]:
-    """Visit every server in every round."""
+    arguments: argparse.Namespace, cells: dict[Cell, PeerServer], visits: dict[Cell, list[Visit]]
+) -> None:
+    """Visit every server in every round; results are added to `visits` one by one."""
     plan = VisitPlan(arguments.concurrency, arguments.ttft_concurrency, arguments.quick)
-    visits: dict[Cell, list[Visit]] = {cell: [] for cell in cells}
     for number in range(arguments.rounds):
         for cell in comparison.visit_order(list(cells), number):
             started_s = time.perf_counter()
             result = await visit(cells[cell], cell.model, cell.precision, plan, number)
-            visits[cell].append(result)
+            visits.setdefault(cell, []).append(result)
             speeds = ", ".join(f"{b.tokens_per_s:.1f}" for b in result.batches.values())
             print(
                 f"  round {number}: {cell.server} {cell.model} {cell.precision}: {speeds} tokens/s,"
                 f" {time.perf_counter() - started_s:.0f} s in all",
                 flush=True,
             )
-    return visits
 
 
-def main() -> int:
-    """Run the benchmark; return 1 if a peer's tokens are nothing like ours."""
-    arguments = parse_arguments()
-    machine = describe_machine()
-    arguments.cache.mkdir(parents=True, exist_ok=True)
-    cells, not_served = prepare(arguments, make_servers(arguments))
-    machine["load_1min_at_start"] = os.getloadavg()[0]  # without the preparation
-    visits = asyncio.run(run(arguments, cells))
+def report(
+    visits: dict[Cell, list[Visit]], agreed: dict[str, Any], extra: dict[str, Any], folder: Path
+) -> None:
+    """Print the tables and write peers.json."""
     ratios = comparison.ratio_figures(visits)
-    agreed = comparison.agreements(visits)
     figures = {
         **ratios,
         "best_tokens_ratio": comparison.best_ratios(visits),
         "greedy_agreement": agreed,
-        "not_served": not_served,
         "servers": [
             {"server": c.server, "model": c.model, "precision": c.precision}
             | comparison.cell_figures(runs)
             for c, runs in visits.items()
         ],
+        **extra,
+    }
+    print(f"\n{server_table(visits)}\n\n{ratio_table(ratios)}\n\ngreedy agreement: {agreed}")
+    print(f"figures: {write_figures('peers', figures, folder=folder)}")
+
+
+def main() -> int:
+    """Run the benchmark; return 1 if a peer's tokens are nothing like ours.
+
+    What was measured is reported even if a visit fails or the user interrupts.
+    """
+    arguments = parse_arguments()
+    machine = describe_machine()
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    cells, not_served = prepare(arguments, make_servers(arguments))
+    machine["load_1min_at_start"] = os.getloadavg()[0]  # without the preparation
+    extra: dict[str, Any] = {
+        "not_served": not_served,
         "settings": {name: _plain(value) for name, value in vars(arguments).items()},
         "machine": machine,
     }
     if arguments.llama_server:
-        figures["llama_server_version"] = binary_version(arguments.llama_server)
-    print(f"\n{server_table(visits)}\n\n{ratio_table(ratios)}\n\ngreedy agreement: {agreed}")
-    print(f"figures: {write_figures('peers', figures, folder=arguments.out.resolve())}")
+        extra["llama_server_version"] = binary_version(arguments.llama_server)
+    visits: dict[Cell, list[Visit]] = {}
+    agreed: dict[str, Any] = {}
+    try:
+        asyncio.run(run(arguments, cells, visits))
+    finally:
+        if visits:
+            agreed = comparison.agreements(visits)
+            report(visits, agreed, extra, arguments.out.resolve())
     problems = comparison.disagreements(agreed)
     print(*problems, sep="\n", end="")
     return 1 if problems else 0
