@@ -24,6 +24,7 @@ from faasmoe_router.errors import RouterConfigError
 PREFIX = "FAASMOE_"
 Device = Literal["auto", "cpu", "cuda"]
 DtypeSetting = Literal["auto", "bfloat16", "float16", "float32"]
+GenerationConfigMode = Literal["auto", "none"]
 PlacementMode = Literal["auto", "functions"]
 
 
@@ -106,6 +107,8 @@ class RouterConfig(BaseSettings):
         router_replicas: routers that the tenants' limits are split over, unless the tenants file
             states their number.
         cors_origins: origins of web pages that may call the API, separated by commas; `*` is any.
+        generation_config: auto takes sampling defaults from the checkpoint's
+            generation_config.json, as vLLM does; none ignores them.
         connect_timeout_s: time to connect to a sandbox; part of a call.
         call_timeout_s: time of one call of a function; part of a layer.
         layer_timeout_s: time of all calls of a layer, retries and waiting included, after which the
@@ -139,6 +142,7 @@ class RouterConfig(BaseSettings):
     placement: PlacementMode = "functions"
     router_replicas: _Replicas = 1
     cors_origins: _Origins = ()
+    generation_config: GenerationConfigMode = "auto"
     connect_timeout_s: _CallSeconds = 1.0
     call_timeout_s: _CallSeconds = 10.0
     layer_timeout_s: _CallSeconds = 30.0

@@ -99,6 +99,7 @@ def environment(
         "MAX_WAITING": router.max_waiting,
         "MAX_MODEL_LEN": router.max_model_len,
         "KV_CACHE_BYTES": router.kv_cache_bytes,
+        "GENERATION_CONFIG": router.generation_config,
         "CORS_ORIGINS": ",".join(dict.fromkeys((*router.cors_origins, *cors_origins))) or None,
         "TENANTS_FILE": tenants_file,
         "STATE_DIR": None if tenants_file is None else deployment.state_path / "router",

@@ -31,6 +31,7 @@ from faasmoe_router.api.openapi import (
 from faasmoe_router.api.refusals import RefusalMetricsMiddleware, refusal_counter
 from faasmoe_router.api.tokenization import tokenization_routes
 from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.errors import EngineUnavailable
 from faasmoe_router.tenants.service import NoTenants, TenantService
 from faasmoe_router.version import installed_version
@@ -52,6 +53,7 @@ def create_app(
     fingerprint: str | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     cors_origins: Sequence[str] = (),
+    sampling_defaults: SamplingDefaults | None = None,
 ) -> FastAPI:
     """Return the app, which starts the engine on startup and stops it on shutdown.
 
@@ -64,6 +66,7 @@ def create_app(
         fingerprint: the `system_fingerprint` of responses, of the weights and their numerics.
         max_body_bytes: larger request bodies are rejected with 413.
         cors_origins: origins of web pages that may call the API; `*` is any.
+        sampling_defaults: values of parameters that a request does not set; None is OpenAI's.
     """
     activator = activator or AlwaysActivated()
     tenant_admission = tenancy or NoTenants()
@@ -91,6 +94,7 @@ def create_app(
             served_model=served_model,
             activator=activator,
             tenant_admission=tenant_admission,
+            sampling_defaults=sampling_defaults or SamplingDefaults(),
         ),
         model_routes(model_name=model_name, max_model_len=engine.limits.max_model_len),
         usage_routes(tenant_admission),

@@ -30,6 +30,7 @@ from faasmoe_router.api.protocol import (
     CompletionRequestBase,
     StreamOptions,
 )
+from faasmoe_router.api.reasoning import resolve_message_format
 from faasmoe_router.api.responses import (
     ChatChoiceFormatter,
     ChoiceFormatter,
@@ -49,6 +50,7 @@ from faasmoe_router.api.streaming import (
 from faasmoe_router.api.tool_calling import relax_tool_schemas, resolve_tool_calling
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import Generation, GenerationRequest
+from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.errors import EngineUnavailable
 from faasmoe_router.tenants.service import Caller, RequestUsageRecorder
 
@@ -82,10 +84,11 @@ def completion_routes(
     served_model: ServedModel,
     activator: RequestActivator,
     tenant_admission: TenantAdmission,
+    sampling_defaults: SamplingDefaults,
 ) -> APIRouter:
     """Return the routes that generate text."""
     router = APIRouter()
-    preprocessor = Preprocessor(engine)
+    preprocessor = Preprocessor(engine, sampling_defaults)
     generator = _ResponseGenerator(
         engine,
         served_model=served_model,
@@ -110,7 +113,10 @@ def completion_routes(
         if tool_config is not None:
             tool_config = await relax_tool_schemas(tool_config, engine.grammar_compiler)
         requests = await preprocessor.build_chat_requests(body, tool_config, caller)
-        formatter = ChatChoiceFormatter(_logprob_token_bytes(engine, body), tool_config)
+        message_format = resolve_message_format(
+            body, engine.tokenizer, requests[0].prompt_token_ids, tool_config
+        )
+        formatter = ChatChoiceFormatter(_logprob_token_bytes(engine, body), message_format)
         response = await generator.respond(request, body, requests, formatter)
         if tool_config is not None and tool_config.notes:
             response.headers[WARNING_HEADER] = _header_value("; ".join(tool_config.notes))

@@ -424,6 +424,7 @@ class ChatCompletionRequest(CompletionRequestBase):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool | None = None
 
     @property
     def token_limit(self) -> tuple[str, int] | None:

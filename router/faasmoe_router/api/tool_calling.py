@@ -9,14 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from faasmoe_router.api.errors import invalid_value, unsupported_param
+from faasmoe_router.api.errors import invalid_value
 from faasmoe_router.api.protocol import ChatCompletionRequest, ToolChoice, ToolParam
 from faasmoe_router.api.structured_outputs import dump_json
 from faasmoe_router.engine.structured_output import JSON_OPTIONS, GrammarCompiler, GrammarSource
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import GrammarError
+from faasmoe_router.toolcalls.blocks import BlockFormat, BlockToolCallParser, detect_block_format
 from faasmoe_router.toolcalls.formats import HERMES, ToolCallFormat, detect_format, supports_tools
 from faasmoe_router.toolcalls.grammar import ToolSpec, tool_call_grammar
+from faasmoe_router.toolcalls.harmony import CHANNEL_MARKER
+from faasmoe_router.toolcalls.message import CallParser
 from faasmoe_router.toolcalls.parser import ToolCallParser
 from faasmoe_router.toolcalls.schemas import weaker_schemas
 
@@ -26,7 +29,10 @@ class ToolCallConfig:
     """How the model calls tools in one chat.
 
     Attributes:
-        call_format: the format in which the model writes calls.
+        call_format: the format in which the model writes calls, unless one of the next applies.
+        block_format: the format with blocks in which it writes them; enforced calls have none.
+        is_harmony: whether calls are messages of harmony.
+        is_prompted: whether the messages tell the model how to call, as its template does not.
         template_tools: the tools as the chat template expects them.
         callable_tools: the tools that it may call.
         custom_tools: names of the custom tools, whose only argument is a text.
@@ -39,6 +45,9 @@ class ToolCallConfig:
     """
 
     call_format: ToolCallFormat
+    block_format: BlockFormat | None
+    is_harmony: bool
+    is_prompted: bool
     template_tools: tuple[Mapping[str, Any], ...]
     callable_tools: tuple[ToolSpec, ...]
     custom_tools: frozenset[str]
@@ -69,8 +78,16 @@ class ToolCallConfig:
         )
         return GrammarSource("lark", text)
 
-    def new_parser(self) -> ToolCallParser:
+    @property
+    def call_id_length(self) -> int:
+        """Length in characters of the call ids that the chat template accepts."""
+        return (self.block_format or self.call_format).call_id_length
+
+    def new_parser(self) -> CallParser:
         """Return a parser for the calls in the text of one choice."""
+        if self.block_format is not None:
+            schemas = {tool.name: tool.parameters for tool in self.callable_tools}
+            return BlockToolCallParser(self.block_format, schemas, parallel=self.is_parallel)
         return ToolCallParser(self.call_format, self.tool_names, parallel=self.is_parallel)
 
 
@@ -85,15 +102,10 @@ def resolve_tool_calling(
     tool_choice = body.effective_tool_choice
     if not body.tools or tool_choice.mode == "none":
         return None
-    if not supports_tools(tokenizer.tool_chat_template):
-        raise unsupported_param("tools", "is not supported by this model's chat template")
-    call_format = detect_format(tokenizer.tool_chat_template)
-    if call_format is None and tool_choice.mode == "auto":
-        raise unsupported_param(
-            "tools",
-            "requires 'tool_choice' to be 'required' or a named function with this model's chat "
-            "template",
-        )
+    template = tokenizer.tool_chat_template
+    block_format = detect_block_format(template) if supports_tools(template) else None
+    call_format = None if block_format is not None else detect_format(template)
+    is_harmony = CHANNEL_MARKER in template
     allowed = tool_choice.allowed
     tools = [tool for tool in body.tools if allowed is None or tool.function.name in allowed]
     is_enforced, fallback = _enforcement(body)
@@ -104,6 +116,9 @@ def resolve_tool_calling(
 
     return ToolCallConfig(
         call_format=call_format or HERMES,
+        block_format=None if is_enforced else block_format,
+        is_prompted=not is_harmony and block_format is None and call_format is None,
+        is_harmony=is_harmony and not is_enforced,
         template_tools=tuple(tool.to_template() for tool in tools),
         callable_tools=_callable_tools(tools, tool_choice),
         custom_tools=frozenset(t.function.name for t in tools if t.type == "custom"),

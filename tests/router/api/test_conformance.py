@@ -252,7 +252,10 @@ def _max_tokens(peer: ApiUnderTest) -> None:
 
 
 @conformance_case(
-    BOTH, "temperature, top_p, top_k, min_p", "temperature 0 to 2, default 1; 0 is greedy"
+    BOTH,
+    "temperature, top_p, top_k, min_p",
+    "temperature 0 to 2, default 1; 0 is greedy; other defaults come from the checkpoint's "
+    "`generation_config.json`, as in vLLM, unless `router.generationConfig` is `none`",
 )
 def _sampling(peer: ApiUnderTest) -> None:
     greedy = _message_content(peer.chat())
@@ -523,8 +526,10 @@ def _forced_tool_calls(*calls: str) -> dict[str, Any]:
 @conformance_case(
     CHAT,
     "tools, tool_choice auto",
-    "the chat template must support tools; calls are parsed in the formats of Hermes and Qwen, "
-    "Mistral, Llama 3; finish reason `tool_calls`",
+    "calls are parsed in the form of the chat template: Hermes and Qwen, Qwen3-Coder, GLM, "
+    "DeepSeek V3 and V3.1, Kimi K2, MiniMax, GPT-OSS, Mistral (both), Llama 3; a template without "
+    "tools gets them as a system message; custom tools without a grammar; finish reason "
+    "`tool_calls`",
 )
 def _tools_auto(peer: ApiUnderTest) -> None:
     first = '{"name": "weather", "arguments": {"city": "Rome"}}'
@@ -564,10 +569,10 @@ def _tools_named(peer: ApiUnderTest) -> None:
 
 @conformance_case(CHAT, "tool_choice allowed_tools", "`auto` or `required` among some of the tools")
 def _tools_allowed(peer: ApiUnderTest) -> None:
-    clock = {"type": "function", "function": {"name": "clock"}}
-    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [clock]}}
-    calls, _ = _calls(peer.tools, tool_choice=choice, parallel_tool_calls=False)
-    assert calls == [("clock", {})]
+    weather = {"type": "function", "function": {"name": "weather"}}
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [weather]}}
+    [(name, _)], _ = _calls(peer.tools, tool_choice=choice, parallel_tool_calls=False)
+    assert name == "weather"
 
 
 @conformance_case(CHAT, "parallel_tool_calls", "false allows only one call")
@@ -583,6 +588,17 @@ def _tools_or_json(peer: ApiUnderTest) -> None:
     response = _chat(peer.tools, tools=[WEATHER], response_format=schema, max_tokens=300)
     message = response.choices[0].message
     assert message.tool_calls or json.loads(message.content) == {"a": 1}
+
+
+@conformance_case(
+    CHAT,
+    "include_reasoning",
+    "reasoning (`<think>`, `[THINK]`, channels of GPT-OSS, told by the chat template) is "
+    "`reasoning` and `reasoning_content` of messages and deltas unless false; a constrained text "
+    "has none",
+)
+def _include_reasoning(peer: ApiUnderTest) -> None:
+    assert _message_content(peer.chat(include_reasoning=False)) == _message_content(peer.chat())
 
 
 @conformance_case(CHAT, "reasoning_effort", "if the model's chat template supports it")
@@ -684,7 +700,7 @@ def _prompt_details(peer: ApiUnderTest) -> None:
 @conformance_case(
     RESPONSE_FIELDS,
     "usage.completion_tokens_details",
-    "always 0: there is no speculative prediction, and reasoning is part of the text",
+    "`reasoning_tokens`; the rest is 0: there is no speculative prediction",
 )
 def _completion_details(peer: ApiUnderTest) -> None:
     for response in (peer.chat(), peer.text()):
@@ -775,8 +791,9 @@ The supported endpoints, parameters and response fields. Every row is tested wit
 - Structured output is enforced by llguidance. JSON schemas with `not`, `if`, `contains`,
   `uniqueItems` or other keywords that it does not support are rejected by name, unless
   `json_schema.strict` is false. Schemas of tools without `strict: true` are enforced as far as
-  possible; the header `X-FaaSMoE-Warning` says what is not. A grammar may have at most 64 KiB. One that takes too much time fails only its own request. Whitespace in JSON is at
-  most 16 characters long.
+  possible; the header `X-FaaSMoE-Warning` says what is not. A grammar may have at most 64 KiB. One
+  that takes too much time fails only its own request. Whitespace in JSON is at most 16 characters
+  long.
 - A request fails with 400 if its constraints leave no allowed token.
 """
 

@@ -235,7 +235,6 @@ def _error(response: httpx.Response) -> dict[str, Any]:
                 ("prompt_logprobs", 1),
                 ("reasoning_effort", "low"),
                 ("return_token_ids", True),
-                ("tools", [TOOL]),
                 ("truncate_prompt_tokens", 5),
                 ("use_beam_search", True),
                 ("verbosity", "low"),

@@ -111,6 +111,11 @@ class RouterSpec(ApiModel):
         "* is any.",
         json_schema_extra=LIST_TYPE_SET,
     )
+    generation_config: Literal["auto", "none"] = Field(
+        "auto",
+        description="auto takes sampling defaults (temperature, top_p, ...) from the checkpoint's "
+        "generation_config.json, as vLLM does; none ignores them.",
+    )
     env: tuple[LiteralEnvVar, ...] = Field(
         (),
         strict=False,

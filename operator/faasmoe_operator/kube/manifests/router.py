@@ -202,6 +202,7 @@ def _settings(ctx: ModelContext) -> list[Object]:
             "MAX_NUM_BATCHED_TOKENS": router.max_num_batched_tokens,
             "MAX_WAITING": router.max_waiting,
             "KV_CACHE_BYTES": router.kv_cache_bytes,
+            "GENERATION_CONFIG": router.generation_config,
             "TENANTS_FILE": f"{TENANTS_MOUNT_PATH}/{TENANTS_FILE_NAME}"
             if ctx.spec.tenants
             else None,

@@ -46,6 +46,7 @@ def test_router_accepts_its_environment() -> None:
         "maxWaiting": 64,
         "kvCacheMemory": "6Gi",
         "servedModelName": "org/qwen",
+        "generationConfig": "none",
         "corsOrigins": ["https://chat.example.com", "*"],
     }
     config = RouterConfig.from_env(values(make_context({"router": router})))
@@ -57,6 +58,7 @@ def test_router_accepts_its_environment() -> None:
     assert (config.max_num_batched_tokens, config.max_waiting) == (256, 64)
     assert config.kv_cache_bytes == 6 << 30
     assert config.model_name == "org/qwen"
+    assert config.generation_config == "none"
     assert config.cors_origins == ("https://chat.example.com", "*")
     assert config.token == "token-of-the-model"
 
