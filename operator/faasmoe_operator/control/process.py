@@ -26,7 +26,7 @@ from faasmoe_operator.control.state_files import (
     usage_ledger_path,
 )
 from faasmoe_operator.control.usage_ledger import UsageLedgerWriter
-from faasmoe_operator.platforms import ProcessPlatform
+from faasmoe_operator.platforms.process import ProcessPlatform
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from faasmoe_operator.control.controller import Controller
 from faasmoe_operator.control.fleet import SandboxRecord
-from faasmoe_operator.platforms.process import pss_bytes
+from faasmoe_operator.platforms.memory import pss_bytes
 
 
 async def controller_status(controller: Controller) -> dict[str, Any]:
