@@ -31,6 +31,7 @@ from faasmoe_router.dispatch.fanout import DispatchTimeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.engine.batcher import EngineLimits, KVCacheGeometry
 from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import RouterConfigError
 from faasmoe_router.metrics import EngineMetrics, new_registry
@@ -116,6 +117,8 @@ class RouterProcess:
             activator=link,
             tenancy=tenants,
             fingerprint=system_fingerprint(store.manifest.digest, model),
+            cors_origins=config.cors_origins,
+            sampling_defaults=_sampling_defaults(config),
         )
         self._phases = phases
         self._server = Server(
@@ -162,6 +165,12 @@ def _open_store(path: Path) -> Store:
         return Store.open(path)
     except (StoreError, OSError) as error:
         raise RouterConfigError(f"FAASMOE_STORE: {error}") from error
+
+
+def _sampling_defaults(config: RouterConfig) -> SamplingDefaults:
+    if config.generation_config == "none":
+        return SamplingDefaults()
+    return SamplingDefaults.read(config.store / "model")
 
 
 def _load_tokenizer(path: Path) -> ModelTokenizer:

@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +71,7 @@ def environment(
     control_url: str,
     token: str,
     tenants_file: Path | None = None,
+    cors_origins: Sequence[str] = (),
 ) -> dict[str, str]:
     """Return the complete environment of the router.
 
@@ -82,12 +83,13 @@ def environment(
         control_url: base URL of the control API.
         token: bearer token of the sandboxes and the control API.
         tenants_file: the tenants file; without one the model is open to everyone.
+        cors_origins: origins of web pages that may call the API, beside those of the file.
     """
     router = deployment.model.spec.router
     settings = {
         "STORE": deployment.store_path,
         "CONTROL_URL": control_url,
-        "MODEL_NAME": deployment.model.metadata.name,
+        "MODEL_NAME": deployment.served_model_name,
         "HOST": endpoint.host,
         "PORT": endpoint.port,
         "DEVICE": router.device,
@@ -98,6 +100,8 @@ def environment(
         "MAX_WAITING": router.max_waiting,
         "MAX_MODEL_LEN": router.max_model_len,
         "KV_CACHE_BYTES": router.kv_cache_bytes,
+        "GENERATION_CONFIG": router.generation_config,
+        "CORS_ORIGINS": ",".join(dict.fromkeys((*router.cors_origins, *cors_origins))) or None,
         "TENANTS_FILE": tenants_file,
         "STATE_DIR": None if tenants_file is None else deployment.state_path / "router",
         "TOKEN": token,

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import secrets
 import sys
 import threading
@@ -25,11 +26,12 @@ from faasmoe_contracts.store import Store
 from faasmoe_kernels import describe_cpu_kernels
 from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.api.v1alpha1 import MoEModelError
+from faasmoe_operator.api.v1alpha1.patterns import CORS_ORIGIN, DESCRIPTIONS
 from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
 from faasmoe_operator.cli import child_process, control, router
 from faasmoe_operator.cli.checkpoint import prepare_command
 from faasmoe_operator.cli.formatting import format_bytes, format_table
-from faasmoe_operator.cli.local_stack import StackProcesses, StackSpec, running_stack
+from faasmoe_operator.cli.local_stack import ClientAccess, StackProcesses, StackSpec, running_stack
 from faasmoe_operator.cli.logs import LogSinks, print_progress
 from faasmoe_operator.cli.runtime_dir import private_runtime_dir, register_instance
 from faasmoe_operator.cli.signals import run_until_signal
@@ -68,6 +70,22 @@ def add_commands(commands: Any) -> None:
         "--port", type=_port, default=8000, help="port to listen on (default: %(default)s)"
     )
     parser.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="require this API key; repeat it for several (for limits per key, use tenants)",
+    )
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        type=_origin,
+        metavar="ORIGIN",
+        help="let web pages of this origin call the API, such as https://chat.example.com or '*'; "
+        "repeat it for several",
+    )
+    parser.add_argument(
         "--log-dir",
         type=Path,
         metavar="DIR",
@@ -77,6 +95,12 @@ def add_commands(commands: Any) -> None:
         "--skip-verify", action="store_true", help="do not verify the checksums of the store"
     )
     parser.set_defaults(run=run)
+
+
+def _origin(text: str) -> str:
+    if not re.fullmatch(CORS_ORIGIN, text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {DESCRIPTIONS[CORS_ORIGIN]}")
+    return text
 
 
 def _port(text: str) -> int:
@@ -91,19 +115,26 @@ def run(arguments: argparse.Namespace) -> int:
     deployment.check_api_keys()
     for warning in process_platform_warnings(deployment.model):
         print_progress(warning)
+    access = ClientAccess(tuple(arguments.api_key), tuple(arguments.cors_origin))
+    access.check(deployment)
     endpoint = router.Endpoint(arguments.host, arguments.port)
     endpoint.check_free()
     with LogSinks(arguments.log_dir) as logs:
         skip_verify = arguments.skip_verify
         return asyncio.run(
             run_until_signal(
-                _prepare_and_serve(deployment, endpoint, logs, skip_verify=skip_verify)
+                _prepare_and_serve(deployment, endpoint, access, logs, skip_verify=skip_verify)
             )
         )
 
 
 async def _prepare_and_serve(
-    deployment: LocalModel, endpoint: router.Endpoint, logs: LogSinks, *, skip_verify: bool
+    deployment: LocalModel,
+    endpoint: router.Endpoint,
+    access: ClientAccess,
+    logs: LogSinks,
+    *,
+    skip_verify: bool,
 ) -> int:
     await check_devices(deployment)
     if not deployment.is_prepared:
@@ -113,7 +144,7 @@ async def _prepare_and_serve(
     # Raises MoEModelError here rather than in the log of the control process.
     deployment.functions(store.manifest, key=secrets.token_bytes(32))
     with private_runtime_dir() as folder, closing(control.ReservedControlPort.reserve()) as port:
-        spec = StackSpec.create(deployment, endpoint, folder=folder, port=port)
+        spec = StackSpec.create(deployment, endpoint, access=access, folder=folder, port=port)
         register_instance(spec.instance, folder)
         print_progress(f"CPU kernels: {describe_cpu_kernels()}")
         print_progress("starting zygote, control process and router")
@@ -173,7 +204,13 @@ async def _prepare(deployment: LocalModel) -> None:
     print_progress(f"preparing {source} in {path}")
     revision = deployment.model.spec.model.revision
     async with child_process.running_child(
-        prepare_command(source, str(path), revision=revision, dtype=deployment.dtype),
+        prepare_command(
+            source,
+            str(path),
+            revision=revision,
+            dtype=deployment.dtype,
+            quantization=deployment.quantization,
+        ),
         environment=os.environ,
         log=None,
         grace_s=PREPARE_GRACE_S,
@@ -259,6 +296,7 @@ async def _print_summary(
         control_url=url,
         pids=processes.pids,
         tenants=[tenant.name for tenant in spec.deployment.model.spec.tenants],
+        served_model_name=spec.deployment.served_model_name,
     )
     serving.set()  # before printing: a reader of the summary may send a signal immediately
     print(text, flush=True)
@@ -271,6 +309,7 @@ def format_summary(
     control_url: str,
     pids: Mapping[str, int | None],
     tenants: Sequence[str] = (),
+    served_model_name: str | None = None,
 ) -> str:
     """Return endpoints and memory (PSS) of the running processes as text.
 
@@ -280,6 +319,7 @@ def format_summary(
         control_url: base URL of the control API.
         pids: process ids of all processes except sandboxes, by name.
         tenants: names of the tenants; empty if the model is open to everyone.
+        served_model_name: the name that requests give; None for the model's own.
     """
     functions, sandboxes = status["functions"], status["sandboxes"]
     n_active = sum(function["ready"] > 0 for function in functions)
@@ -295,7 +335,7 @@ def format_summary(
             "",
             f"  OpenAI base URL  {url}/v1",
             *(f"  tenant           {name}: {url}/{name}/v1" for name in tenants),
-            f"  model            {status['model']}",
+            f"  model            {served_model_name or status['model']}",
             f"  control          {control_url}  (faasmoe top)",
             "",
             format_table(PROCESS_HEADER, rows),
