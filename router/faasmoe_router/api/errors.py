@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from faasmoe_router.api.refusals import set_refusal_reason
 from faasmoe_router.errors import (
     ActivationQueueFull,
     ActivationTimeout,
@@ -45,6 +46,16 @@ _ROUTER_ERROR_RESPONSES: Mapping[type[RouterError], tuple[int, str, str]] = {
     EngineUnavailable: (503, "server_error", "service_unavailable"),
     NoTokenAllowed: (400, "invalid_request_error", "invalid_value"),  # before its base class
     GenerationFailed: (500, "server_error", "internal_error"),
+}
+
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_ERROR_TYPES: Mapping[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
 }
 
 _HTTP_ERROR_CODES: Mapping[int, str] = {
@@ -150,6 +161,15 @@ def missing_param(param: str) -> ApiError:
     )
 
 
+def body_too_large(max_bytes: int) -> ApiError:
+    """Return the error for a request body above the limit."""
+    return ApiError(
+        f"The request body is too large: expected at most {max_bytes} bytes.",
+        status=413,
+        code="request_too_large",
+    )
+
+
 def model_not_found(name: str) -> ApiError:
     """Return the error for a model name that this server does not serve."""
     return ApiError(
@@ -231,26 +251,41 @@ def _from_json_parse_error(error: BaseException) -> ApiError:
 def add_error_handlers(app: FastAPI) -> None:
     """Make the app answer every exception with an OpenAI-shaped error."""
 
-    async def handle_api_error(_: Request, error: Exception) -> JSONResponse:
+    async def handle_api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        return error.response()
+        return _respond(request, error)
 
-    async def handle_router_error(_: Request, error: Exception) -> JSONResponse:
+    async def handle_router_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RouterError)
-        return from_router_error(error).response()
+        set_refusal_reason(request.scope, error)
+        return _respond(request, from_router_error(error))
 
-    async def handle_validation_error(_: Request, error: Exception) -> JSONResponse:
+    async def handle_validation_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return from_validation_errors(error.errors()).response()
+        return _respond(request, from_validation_errors(error.errors()))
 
     async def handle_http_exception(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return _from_http_exception(request, error).response()
+        return _respond(request, _from_http_exception(request, error))
 
     app.add_exception_handler(ApiError, handle_api_error)
     app.add_exception_handler(RouterError, handle_router_error)
     app.add_exception_handler(RequestValidationError, handle_validation_error)
     app.add_exception_handler(HTTPException, handle_http_exception)
+
+
+def _respond(request: Request, error: ApiError) -> JSONResponse:
+    response = error.response()
+    if not request.url.path.startswith(ANTHROPIC_PATH):
+        return response
+    headers = {name: v for name, v in response.headers.items() if name != "content-length"}
+    return JSONResponse(anthropic_error(error), status_code=error.status, headers=headers)
+
+
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """Return the body of an error in Anthropic's form, with OpenAI's fields beside its own."""
+    kind = _ANTHROPIC_ERROR_TYPES.get(error.status, "api_error")
+    return {"type": "error", "error": {**error.body["error"], "type": kind}}
 
 
 def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
