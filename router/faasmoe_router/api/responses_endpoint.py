@@ -360,12 +360,17 @@ class _OutputItems:
         if kind == "message":
             yield self._event("response.content_part.added", part=_text_part(""))
 
-    def _event(self, name: str, **fields: Any) -> _Event:
+    def _event(self, event_type: str, **fields: Any) -> _Event:
         index = len(self.items) - 1
-        event = {"type": name, "item_id": self.items[-1]["id"], "output_index": index, **fields}
-        if "call" not in name:
+        event = {
+            "type": event_type,
+            "item_id": self.items[-1]["id"],
+            "output_index": index,
+            **fields,
+        }
+        if "call" not in event_type:
             event["content_index"] = 0
-        if name.startswith("response.output_text"):
+        if event_type.startswith("response.output_text"):
             event["logprobs"] = []
         return event
 
