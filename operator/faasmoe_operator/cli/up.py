@@ -1,7 +1,8 @@
 """`faasmoe up`: serves a MoEModel file with processes on this machine, until a signal.
 
-Everything that can fail because of user input (the file, the port, devices, the store) is checked
-before the first process starts, so that errors appear as one message and not in a child's log.
+What can fail because of user input (the file, the port, devices, the store's manifest and sizes) is
+checked before the first process starts, so that errors appear as one message and not in a child's
+log. The store's checksums are verified while the processes start.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import os
 import re
 import secrets
 import sys
+import threading
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Never
 
 from faasmoe_contracts.store import Store
 from faasmoe_kernels import describe_cpu_kernels
+from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.api.v1alpha1 import MoEModelError
 from faasmoe_operator.api.v1alpha1.patterns import CORS_ORIGIN, DESCRIPTIONS
 from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
@@ -33,12 +37,13 @@ from faasmoe_operator.cli.runtime_dir import private_runtime_dir, register_insta
 from faasmoe_operator.cli.signals import run_until_signal
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.errors import CommandError
-from faasmoe_operator.platforms.process import pss_bytes
+from faasmoe_operator.platforms.memory import pss_bytes
 
 DEVICE_PROBE_COMMAND = (sys.executable, "-m", "faasmoe_expert.device")
 DEVICE_PROBE_TIMEOUT_S = 60.0
 CUDA = "cuda"
 PREPARE_GRACE_S = 10.0
+VERIFICATION_NICENESS = 10
 PROCESS_HEADER = ("PROCESS", "PID", "MEMORY")
 
 
@@ -138,15 +143,13 @@ async def _prepare_and_serve(
     store = deployment.open_store()
     # Raises MoEModelError here rather than in the log of the control process.
     deployment.functions(store.manifest, key=secrets.token_bytes(32))
-    if not skip_verify:
-        await _verify(store)
     with private_runtime_dir() as folder, closing(control.ReservedControlPort.reserve()) as port:
         spec = StackSpec.create(deployment, endpoint, access=access, folder=folder, port=port)
         register_instance(spec.instance, folder)
         print_progress(f"CPU kernels: {describe_cpu_kernels()}")
         print_progress("starting zygote, control process and router")
         async with running_stack(spec, logs) as processes:
-            return await _serve(spec, processes)
+            return await _serve(spec, processes, unverified=None if skip_verify else store)
 
 
 async def check_devices(
@@ -201,7 +204,13 @@ async def _prepare(deployment: LocalModel) -> None:
     print_progress(f"preparing {source} in {path}")
     revision = deployment.model.spec.model.revision
     async with child_process.running_child(
-        prepare_command(source, str(path), revision=revision, dtype=deployment.dtype),
+        prepare_command(
+            source,
+            str(path),
+            revision=revision,
+            dtype=deployment.dtype,
+            quantization=deployment.quantization,
+        ),
         environment=os.environ,
         log=None,
         grace_s=PREPARE_GRACE_S,
@@ -215,12 +224,27 @@ async def _verify(store: Store) -> None:
     files = store.manifest.files
     size = format_bytes(sum(file.size_bytes for file in files.values()))
     print_progress(f"verifying {len(files)} files of the store, {size} (skip with --skip-verify)")
-    for name in files:
-        await asyncio.to_thread(store.verify, [name])
+    loop = asyncio.get_running_loop()
+    executor = ThreadPoolExecutor(1, initializer=_lower_priority)
+    try:
+        for name in files:
+            await loop.run_in_executor(executor, store.verify, [name])
+    finally:
+        executor.shutdown(wait=False)  # processes stop while a last file is read
 
 
-async def _serve(spec: StackSpec, processes: StackProcesses) -> int:
-    """Serve until a process fails or a signal cancels this task.
+def _lower_priority() -> None:
+    """Let the processes that start have the cores first; applies to this thread alone."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), VERIFICATION_NICENESS)
+
+
+async def _serve(
+    spec: StackSpec,
+    processes: StackProcesses,
+    *,
+    unverified: Store | None,
+) -> int:
+    """Serve until a process fails or a signal cancels this task; verify the store meanwhile.
 
     A signal after startup is a normal exit with status 0; during startup the cancellation
     propagates.
@@ -229,7 +253,7 @@ async def _serve(spec: StackSpec, processes: StackProcesses) -> int:
     assert task is not None
     try:
         await _run_until_failure(
-            processes.failures, _print_summary_when_healthy(spec, processes, serving)
+            processes.failures, _announce(spec, processes, serving, unverified=unverified)
         )
         await _run_until_failure(processes.failures, _wait_forever())
     except asyncio.CancelledError:
@@ -241,12 +265,30 @@ async def _serve(spec: StackSpec, processes: StackProcesses) -> int:
     return 0
 
 
-async def _print_summary_when_healthy(
+async def _announce(
+    spec: StackSpec,
+    processes: StackProcesses,
+    serving: asyncio.Event,
+    *,
+    unverified: Store | None,
+) -> None:
+    """Print the summary once all processes are healthy and the store is verified."""
+    steps = [lambda: _wait_until_healthy(spec)]
+    if unverified is not None:
+        steps.insert(0, lambda: _verify(unverified))
+    await gather_limited(steps, lambda step: step(), limit=len(steps))
+    await _print_summary(spec, processes, serving)
+
+
+async def _wait_until_healthy(spec: StackSpec) -> None:
+    await control.wait_until_healthy(spec.port.url)
+    await router.wait_until_healthy(spec.endpoint, progress=print_progress)
+
+
+async def _print_summary(
     spec: StackSpec, processes: StackProcesses, serving: asyncio.Event
 ) -> None:
     url = spec.port.url
-    await control.wait_until_healthy(url)
-    await router.wait_until_healthy(spec.endpoint, progress=print_progress)
     status = await control.fetch_status(url, token=spec.secrets.token)
     text = format_summary(
         status,

@@ -35,6 +35,7 @@ from faasmoe_router.api.openapi import (
     text_error_responses,
 )
 from faasmoe_router.api.preprocessing import Preprocessor
+from faasmoe_router.api.refusals import RefusalMetricsMiddleware, refusal_counter
 from faasmoe_router.api.tokenization import tokenization_routes
 from faasmoe_router.api.translated_routes import translated_routes
 from faasmoe_router.engine.engine import Engine
@@ -90,6 +91,7 @@ def create_app(
     if tenancy is not None:
         app.add_middleware(AuthMiddleware, authenticator=tenancy)
     app.add_middleware(RequestContextMiddleware, max_body_bytes=max_body_bytes)
+    app.add_middleware(RefusalMetricsMiddleware, counter=refusal_counter(registry))
     if cors_origins:
         _add_cors(app, cors_origins)
     add_error_handlers(app)

@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from faasmoe_router.api.refusals import set_refusal_reason
 from faasmoe_router.errors import (
     ActivationQueueFull,
     ActivationTimeout,
@@ -256,6 +257,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def handle_router_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RouterError)
+        set_refusal_reason(request.scope, error)
         return _respond(request, from_router_error(error))
 
     async def handle_validation_error(request: Request, error: Exception) -> JSONResponse:

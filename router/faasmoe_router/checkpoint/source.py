@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from faasmoe_contracts.store import QuantizationEntry
 from faasmoe_router.errors import (
     HubUnauthorized,
     HubUnavailable,
@@ -95,15 +96,22 @@ class CheckpointSource:
     weight_files: tuple[Path, ...]
     config: Mapping[str, Any]
 
-    def fingerprint(self, *, dtype: str | None) -> str:
-        """Return a hash that changes if the checkpoint's files or `dtype` change."""
-        identity = {
+    def fingerprint(
+        self,
+        *,
+        dtype: str | None,
+        quantization: QuantizationEntry = QuantizationEntry(),  # noqa: B008
+    ) -> str:
+        """Return a hash that changes if the checkpoint's files or an argument change."""
+        identity: dict[str, Any] = {
             "dtype": dtype,
             "config": self.config,
             "revision": self.revision,
             "files": [self._file_identity(path) for path in self.weight_files],
             "companions": [self._file_identity(path) for path in self.auxiliary_files()],
         }
+        if quantization:  # the hash of a store without does not change
+            identity["quantization"] = quantization.to_json()
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def auxiliary_files(self) -> list[Path]:

@@ -13,6 +13,7 @@ from faasmoe_operator.api.v1alpha1.base import (
     cel_rule,
     model_validations,
     validation_error,
+    validations,
 )
 from faasmoe_operator.api.v1alpha1.field_types import ByteQuantity, quantity_to_bytes
 from faasmoe_operator.api.v1alpha1.patterns import CORS_ORIGIN, MODEL_NAME
@@ -26,6 +27,13 @@ from faasmoe_operator.api.v1alpha1.pod_template import (
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+QUANTIZATION_IMMUTABLE = validations(
+    cel_rule(
+        "self == oldSelf",
+        "immutable: create another MoEModel for another quantization",
+        reason="FieldValueForbidden",
+    )
+)
 
 
 class RouterSpec(ApiModel):
@@ -61,6 +69,12 @@ class RouterSpec(ApiModel):
         "the store's dtype, except on CPUs without fast products in it (x86 without AVX-512 for "
         "bfloat16, without AVX512-FP16 for float16), where it is float32. The operator does not "
         "know the nodes' CPUs: with auto it reserves memory for float32 unless `device` is cuda.",
+    )
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none",
+        description="Scheme that the weights of the router's linear layers are stored in; "
+        "embeddings, norms and gates are not quantised, and with int4 the LM head is int8.",
+        json_schema_extra=QUANTIZATION_IMMUTABLE,
     )
     max_model_len: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
         None,
