@@ -12,9 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, Field
 
 # For probes and Prometheus. Only /v1 and /{tenant}/v1 are exposed to tenants.
-UNAUTHENTICATED_PATHS = frozenset(
-    {"/health", "/ping", "/load", "/version", "/metrics", "/docs", "/openapi.json"}
-)
+UNAUTHENTICATED_PATHS = frozenset({"/health", "/ping", "/load", "/version", "/metrics"})
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 FinishReason = Literal["stop", "length", "tool_calls"]
