@@ -2,7 +2,7 @@
 #define FK_LANES 8
 #define FK_FLOAT_ROWS 6
 #define FK_FLOAT_COLUMNS 2
-#define FK_INTEGER_ROWS 6
+#define FK_INTEGER_ROWS 4
 #define FK_INTEGER_COLUMNS 1
 #include "kernels_impl.h"
 #include "isa_table.h"
