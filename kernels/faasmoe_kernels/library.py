@@ -313,8 +313,11 @@ def matrix_table(items: Sequence[Matrix]) -> bytes:
 @lru_cache(maxsize=1)
 def load() -> KernelLibrary:
     """Return the library; raises KernelsUnavailable with the reason."""
-    if os.environ.get(DISABLE_ENV, "").lower() == "off":
+    setting = os.environ.get(DISABLE_ENV, "")
+    if setting.lower() == "off":
         raise KernelsUnavailable(f"switched off by {DISABLE_ENV}=off")
+    if setting.lower() not in ("", "on"):
+        raise KernelsUnavailable(f"{DISABLE_ENV}: got {setting!r}, expected on or off")
     path = Path(__file__).parent / LIBRARY_NAME
     if not path.exists():
         raise KernelsUnavailable(

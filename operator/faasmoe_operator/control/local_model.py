@@ -66,6 +66,11 @@ class LocalModel:
         return self.store_path.with_name(f"{self.store_path.name}.state")
 
     @property
+    def served_model_name(self) -> str:
+        """The name by which requests address the model."""
+        return self.model.spec.router.served_model_name or self.model.metadata.name
+
+    @property
     def is_prepared(self) -> bool:
         """Whether the store exists and is complete."""
         return (self.store_path / MANIFEST_NAME).is_file()

@@ -168,3 +168,23 @@ def test_paths_of_scale_and_printer_columns_exist() -> None:
 
 def _is_int_or_string(node: Schema) -> bool:
     return bool(node.get("x-kubernetes-int-or-string"))
+
+
+def test_every_field_has_a_description() -> None:
+    def undescribed(schema: dict[str, Any], path: str) -> Iterator[str]:
+        for name, field in schema.get("properties", {}).items():
+            if not field.get("description"):
+                yield f"{path}.{name}"
+            yield from undescribed(field, f"{path}.{name}")
+        for values in (schema.get("items"), schema.get("additionalProperties")):
+            if isinstance(values, dict):
+                yield from undescribed(values, f"{path}[]")
+
+    (version,) = build_crd()["spec"]["versions"]
+    assert list(undescribed(version["schema"]["openAPIV3Schema"], "")) == []
+
+
+def test_wide_output_has_more_columns() -> None:
+    (version,) = build_crd()["spec"]["versions"]
+    wide = [c["name"] for c in version["additionalPrinterColumns"] if c.get("priority", 0) > 0]
+    assert wide == ["Routers", "Sandboxes", "Dtype", "Message"]

@@ -67,6 +67,7 @@ VALID = {
     "tolerates-all": pods(tolerations=[{"operator": "Exists"}]),
     "tolerates-one": pods(tolerations=[{"key": "a", "value": "b", "effect": "NoSchedule"}]),
     "cache": router(kvCacheMemory="1.5Gi"),
+    "served-name": router(servedModelName="org/qwen", corsOrigins=["https://a.example:8080", "*"]),
     "least-and-most": {"router": {"kvCacheMemory": "1Mi"}, "store": {"size": "1Pi"}},
     "fixed-scale": scaling(minScale=8, initialScale=8, activationScale=8),
     "panic-window-of-1-s": scaling(windowSeconds=10, panicWindowPercentage=10),

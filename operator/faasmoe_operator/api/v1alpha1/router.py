@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from faasmoe_operator.api.v1alpha1.base import (
     KUBERNETES_ONLY,
+    LIST_TYPE_SET,
     ApiModel,
     cel_rule,
     model_validations,
@@ -15,6 +16,7 @@ from faasmoe_operator.api.v1alpha1.base import (
     validations,
 )
 from faasmoe_operator.api.v1alpha1.field_types import ByteQuantity, quantity_to_bytes
+from faasmoe_operator.api.v1alpha1.patterns import CORS_ORIGIN, MODEL_NAME
 from faasmoe_operator.api.v1alpha1.pod_template import (
     ENV_LIST_TYPE,
     MAX_ENV_VARS,
@@ -95,6 +97,24 @@ class RouterSpec(ApiModel):
         None,
         description="Memory of the KV cache; if omitted, 2Gi or what one request of full length "
         "needs.",
+    )
+    served_model_name: Annotated[str, Field(pattern=MODEL_NAME, max_length=256)] | None = Field(
+        None,
+        description="Name by which requests address the model, such as ORG/NAME; the MoEModel's "
+        "own name if omitted.",
+    )
+    cors_origins: tuple[Annotated[str, Field(pattern=CORS_ORIGIN, max_length=256)], ...] = Field(
+        (),
+        strict=False,
+        max_length=64,
+        description="Origins of web pages that may call the API, such as https://chat.example.com; "
+        "* is any.",
+        json_schema_extra=LIST_TYPE_SET,
+    )
+    generation_config: Literal["auto", "none"] = Field(
+        "auto",
+        description="auto takes sampling defaults (temperature, top_p, ...) from the checkpoint's "
+        "generation_config.json, as vLLM does; none ignores them.",
     )
     env: tuple[LiteralEnvVar, ...] = Field(
         (),
