@@ -4,6 +4,8 @@
 #define FK_COLUMNS 2
 #define FK_MAX_ROWS 2
 #include "kernels_impl.h"
+#include "router_ops_impl.h"
 #include "isa_table.h"
 
 const fk::Isa fk_isa_portable = {"portable", fk_portable::linear, fk_portable::experts};
+const fk::RouterOps fk_router_ops_portable = {fk_portable::attend, fk_portable::normalize, fk_portable::gate, fk_portable::add_scaled};
