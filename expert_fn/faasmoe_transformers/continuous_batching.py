@@ -28,6 +28,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 
 from faasmoe_transformers.error_isolation import BatchErrorIsolation, ErrorPolicy
 from faasmoe_transformers.errors import CacheAllocationFailed, CacheTooSmall, UnsupportedModel
+from faasmoe_transformers.native_attention import use_native_attention
 from faasmoe_transformers.prefix_cache import SaltTokens, salt_prefix_cache
 from faasmoe_transformers.scheduler import BatchCounter, register_scheduler, release_pages
 
@@ -291,6 +292,7 @@ class ContinuousBatcher:
             manager = _init_manager(model, self._batching_config())
         finally:
             del model._get_logits_processor
+        use_native_attention(model)
         # transformers counts only the processors that it converts itself.
         manager.logit_processor.tensors_required = 1
         return manager

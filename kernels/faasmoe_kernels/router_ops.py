@@ -10,7 +10,10 @@ import ctypes
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 
-from faasmoe_kernels.library import KernelLibrary, MatrixStruct
+from faasmoe_kernels.library import KernelDtype, KernelLibrary, Matrix, MatrixStruct, to_struct
+
+SERIAL_MULTIPLICATIONS = 1 << 20
+"""Products below this size run on the caller's thread: waking others would take longer."""
 
 _i32, _i64, _f32, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -125,6 +128,43 @@ class _Step(ctypes.Structure):
         ("n_layers", _i64),
         ("n_threads", _i32),
     )
+
+
+class PreparedLinear:
+    """A linear layer over one weight matrix, for many calls.
+
+    Args:
+        library: the kernel library.
+        weight: the matrix [n, k].
+    """
+
+    def __init__(self, library: KernelLibrary, weight: Matrix) -> None:
+        self._check = library.check
+        self._run = library.function(
+            "fk_linear",
+            (_pointer, _pointer, _i32, _i64, _i64, _pointer, _i32, _i64, _i32),
+        )
+        self.struct = to_struct(weight)
+        self._address = ctypes.addressof(self.struct)
+        self._n, self._k = weight.n, weight.k
+
+    def __call__(self, x: int, dtype: KernelDtype, rows: int, out: int, n_threads: int) -> None:
+        """Write x @ weight.T (+ bias).
+
+        Args:
+            x: address of the input, [rows, k], contiguous.
+            dtype: type of input and output.
+            rows: number of rows.
+            out: address of the output, [rows, n], contiguous.
+            n_threads: threads to use at most, the caller's included.
+        """
+        if rows * self._n * self._k < SERIAL_MULTIPLICATIONS:
+            n_threads = 1
+        status = self._run(
+            self._address, x, dtype, self._k, rows, out, dtype, self._n, n_threads
+        )
+        if status:
+            self._check(status)
 
 
 class PagedAttention:

@@ -4,11 +4,15 @@ Reads the router's files of a store into a model of the family's class and binds
 to the dispatcher. Parameters are created on the meta device and replaced by the tensors of the
 files, so none is allocated twice. Where the router computes in another dtype than the store's, each
 tensor is converted as it is read, so that only one is in memory in both dtypes.
+
+A router that computes in float32 on a CPU with the kernel library keeps the weights of linear
+layers and embeddings as they lie in the files, mapped: the kernels compute with those
+(faasmoe_transformers.native_linear).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from faasmoe_contracts.store import Store
+from faasmoe_kernels import KernelLibrary, KernelsUnavailable, load
 from faasmoe_transformers.dtypes import ParameterDtypes
 from faasmoe_transformers.errors import UnsupportedModel
 from faasmoe_transformers.experts_backend import (
@@ -29,6 +34,7 @@ from faasmoe_transformers.experts_backend import (
     register_implementation,
 )
 from faasmoe_transformers.meta_model import build_from_config, move_buffers
+from faasmoe_transformers.native_linear import stored_weight_names, use_native_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -63,9 +69,11 @@ def load_router_model(
     register_implementation()
     stored_dtype: torch.dtype = getattr(torch, store.manifest.model.dtype)
     model = _build_meta_model(store, dtype or stored_dtype)
+    kernels = _find_kernels(device, dtype or stored_dtype)
     convert = None
     if dtype is not None and dtype != stored_dtype:
-        convert = _dtype_converter(model, dtype)
+        kept = set() if kernels is None else stored_weight_names(model)
+        convert = _dtype_converter(model, dtype, kept)
     tensors: dict[str, Tensor] = {}
     for path in store.router_files():
         tensors |= _read_tensors(path, device, convert)
@@ -73,8 +81,20 @@ def load_router_model(
     model.tie_weights()
     _check_all_assigned(model, tensors, store)
     move_buffers(model, device)  # those that are computed, such as rotary frequencies
+    if kernels is not None:
+        use_native_linears(model, kernels)
     bind_experts(model, [layer.name for layer in store.manifest.layers], dispatcher)
     return model.eval().requires_grad_(False)
+
+
+def _find_kernels(device: torch.device, dtype: torch.dtype) -> KernelLibrary | None:
+    """Return the kernels if the router computes with them: in float32, on a CPU."""
+    if device.type != "cpu" or dtype is not torch.float32:
+        return None
+    try:
+        return load()
+    except KernelsUnavailable:
+        return None
 
 
 def _build_meta_model(store: Store, dtype: torch.dtype) -> PreTrainedModel:
@@ -106,11 +126,14 @@ TensorConverter = Callable[[str, Tensor], Tensor]
 """Takes a stored tensor and its name; returns the tensor to compute with."""
 
 
-def _dtype_converter(model: PreTrainedModel, dtype: torch.dtype) -> TensorConverter:
+def _dtype_converter(
+    model: PreTrainedModel, dtype: torch.dtype, kept: Collection[str]
+) -> TensorConverter:
+    """Return a converter to the model's dtypes, except for tensors of the names `kept`."""
     dtypes, expected = ParameterDtypes(model, dtype), model.state_dict()
 
     def convert(name: str, tensor: Tensor) -> Tensor:
-        if name not in expected or not tensor.is_floating_point():
+        if name in kept or name not in expected or not tensor.is_floating_point():
             return tensor
         return tensor.to(dtypes.dtype_of(name, expected[name]))
 
