@@ -29,6 +29,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from faasmoe_transformers.error_isolation import BatchErrorIsolation, ErrorPolicy
 from faasmoe_transformers.errors import CacheAllocationFailed, CacheTooSmall, UnsupportedModel
 from faasmoe_transformers.native_attention import use_native_attention
+from faasmoe_transformers.native_step import use_native_step
 from faasmoe_transformers.prefix_cache import SaltTokens, salt_prefix_cache
 from faasmoe_transformers.scheduler import BatchCounter, register_scheduler, release_pages
 
@@ -194,6 +195,7 @@ class ContinuousBatcher:
             raise UnsupportedModel(str(error)) from error
         self._check_one_request_fits_cache()
         batch_processor = self._manager.batch_processor
+        use_native_step(self._manager.model, batch_processor)
         if self._salt_tokens is not None:
             salt_prefix_cache(batch_processor.cache, self._salt_tokens)
         if self._count_batch is not None:

@@ -14,8 +14,9 @@ function of the same rows is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -65,6 +66,35 @@ def bind_experts(model: nn.Module, names: Sequence[str], computer: MoELayerCompu
     for layer, name in enumerate(names):
         binding = _ExpertsBinding(computer, layer, wrap_shared_expert(model, name))
         object.__setattr__(model.get_submodule(name), _BINDING_ATTRIBUTE, binding)
+
+
+def bound_layer(module: nn.Module) -> int | None:
+    """Return the layer index that an experts module is bound to; None for any other module."""
+    binding: _ExpertsBinding | None = getattr(module, _BINDING_ATTRIBUTE, None)
+    return None if binding is None else binding.layer
+
+
+def bound_computers(model: nn.Module) -> dict[int, MoELayerComputer]:
+    """Return what computes each MoE layer of a model, by layer index."""
+    bindings = (getattr(module, _BINDING_ATTRIBUTE, None) for module in model.modules())
+    return {binding.layer: binding.computer for binding in bindings if binding is not None}
+
+
+@contextmanager
+def substituted_computer(model: nn.Module, computer: MoELayerComputer) -> Iterator[None]:
+    """Have all experts modules of a model call `computer` within the context."""
+    bindings = [
+        (module, binding)
+        for module in model.modules()
+        if (binding := getattr(module, _BINDING_ATTRIBUTE, None)) is not None
+    ]
+    for module, binding in bindings:
+        object.__setattr__(module, _BINDING_ATTRIBUTE, replace(binding, computer=computer))
+    try:
+        yield
+    finally:
+        for module, binding in bindings:
+            object.__setattr__(module, _BINDING_ATTRIBUTE, binding)
 
 
 def wrap_shared_expert(model: nn.Module, experts_name: str) -> OverlappedSharedExpert | None:

@@ -8,6 +8,7 @@ tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ def stored_weight_names(model: nn.Module) -> set[str]:
 
     A weight that a module of another type shares under the same name is not among them.
     """
-    kept, converted = set(), set()
+    kept: set[str] = set()
+    converted: set[str] = set()
     for prefix, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
             full_name = f"{prefix}.{name}" if prefix else name
@@ -61,7 +63,7 @@ def use_native_linears(model: nn.Module, library: KernelLibrary) -> int:
             continue
         if isinstance(module, nn.Linear):
             n_linears += 1
-            module.forward = NativeLinear(module, library)  # type: ignore[method-assign]
+            set_forward(module, NativeLinear(module, library))
         elif module.weight.dtype is not torch.float32:
             _use_stored_embedding(module)
         if module.weight.dtype is not torch.float32:
@@ -97,10 +99,13 @@ class NativeLinear:
         out = torch.empty((*x.shape[:-1], self._n), dtype=x.dtype)
         n_rows = rows.numel() // self._k
         if n_rows:
-            self._product(
-                rows.data_ptr(), dtype, n_rows, out.data_ptr(), torch.get_num_threads()
-            )
+            self._product(rows.data_ptr(), dtype, n_rows, out.data_ptr(), torch.get_num_threads())
         return out
+
+
+def set_forward(module: Any, forward: Callable[..., Any]) -> None:
+    """Replace a module's forward."""
+    module.forward = forward
 
 
 def matrix_of(weight: Tensor, bias: Tensor | None = None) -> Matrix:

@@ -160,9 +160,7 @@ class PreparedLinear:
         """
         if rows * self._n * self._k < SERIAL_MULTIPLICATIONS:
             n_threads = 1
-        status = self._run(
-            self._address, x, dtype, self._k, rows, out, dtype, self._n, n_threads
-        )
+        status = self._run(self._address, x, dtype, self._k, rows, out, dtype, self._n, n_threads)
         if status:
             self._check(status)
 

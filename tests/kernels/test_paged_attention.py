@@ -27,7 +27,11 @@ class Case:
     """A random batch, with the cache that it reads and writes."""
 
     def __init__(
-        self, requests: list[tuple[int, int]], heads: tuple[int, int], head_dim: int, dtype: torch.dtype
+        self,
+        requests: list[tuple[int, int]],
+        heads: tuple[int, int],
+        head_dim: int,
+        dtype: torch.dtype,
     ) -> None:
         torch.manual_seed(0)
         n_heads, n_kv_heads = heads
@@ -44,10 +48,14 @@ class Case:
         self.query_offsets = offsets([n for n, _ in requests])
         self.key_offsets = offsets([n + m for n, m in requests])
         read = [c + [N_SLOTS + 7] * len(w) for c, w in zip(self.cached, self.written, strict=True)]
-        self.read_index = torch.tensor(sum(read, []))  # slots of new tokens are not used
-        self.write_index = torch.tensor(sum(self.written, []))
+        self.read_index = torch.tensor(
+            [*itertools.chain(*read)]
+        )  # slots of new tokens are not used
+        self.write_index = torch.tensor([*itertools.chain(*self.written)])
 
-    def run(self, library: KernelLibrary, n_threads: int = 2, **options: float | int | None) -> Tensor:
+    def run(
+        self, library: KernelLibrary, n_threads: int = 2, **options: float | int | None
+    ) -> Tensor:
         """Return the attention's output, [T, H, D]; the cache is written."""
         dtype = next(d for d, t in CACHE_DTYPES.items() if t is self.k_cache.dtype)
         attention = Attention(
@@ -83,7 +91,9 @@ class Case:
         )
         return out
 
-    def expected(self, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
+    def expected(
+        self, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None
+    ) -> Tensor:
         """Return the same by torch, [T, H, D]."""
         group = self.heads[0] // self.heads[1]
         outputs = []
@@ -115,7 +125,9 @@ def offsets(counts: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("requests", BATCHES, ids=str)
-@pytest.mark.parametrize(("heads", "head_dim"), [((9, 3), 64), ((4, 4), 8), ((8, 2), 20), ((16, 1), 128)])
+@pytest.mark.parametrize(
+    ("heads", "head_dim"), [((9, 3), 64), ((4, 4), 8), ((8, 2), 20), ((16, 1), 128)]
+)
 @pytest.mark.parametrize("cache_dtype", KernelDtype)
 def test_equals_torch(
     library: KernelLibrary,
@@ -127,7 +139,7 @@ def test_equals_torch(
     case = Case(requests, heads, head_dim, CACHE_DTYPES[cache_dtype])
     expected = case.expected()
     torch.testing.assert_close(case.run(library).double(), expected, atol=2e-5, rtol=0)
-    written = sum(case.written, [])
+    written = [*itertools.chain(*case.written)]
     assert torch.equal(case.k_cache[written], case.keys.to(case.k_cache.dtype))
     assert torch.equal(case.v_cache[written], case.values.to(case.v_cache.dtype))
 
@@ -163,9 +175,9 @@ def test_the_thread_count_changes_no_bit(library: KernelLibrary) -> None:
 def test_slots_outside_the_cache_are_rejected(default_library: KernelLibrary) -> None:
     case = Case(BATCHES[1], (2, 1), 16, torch.float32)
     case.read_index[3] = N_SLOTS
-    with pytest.raises(KernelError, match=f"batch.read_index: got slot {N_SLOTS}, expected 0 to"):
+    with pytest.raises(KernelError, match=rf"batch\.read_index: got slot {N_SLOTS}, expected 0 to"):
         case.run(default_library)
     case.read_index[3] = 0
     case.write_index[0] = -1
-    with pytest.raises(KernelError, match="batch.write_index: got slot -1"):
+    with pytest.raises(KernelError, match=r"batch\.write_index: got slot -1"):
         case.run(default_library)

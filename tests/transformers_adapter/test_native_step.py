@@ -1,0 +1,170 @@
+"""Batches computed by the kernel library give the tokens of transformers' modules, per family."""
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from families.registry import FAMILIES, experts_modules
+from torch import Tensor
+
+from faasmoe_kernels import KernelsUnavailable, load
+from faasmoe_transformers import continuous_batching
+from faasmoe_transformers.attention import select_attention_implementation
+from faasmoe_transformers.continuous_batching import BatchingLimits, ContinuousBatcher
+from faasmoe_transformers.errors import UnsupportedModel
+from faasmoe_transformers.experts_backend import (
+    EXPERTS_IMPLEMENTATION,
+    bind_experts,
+    register_implementation,
+)
+from faasmoe_transformers.native_attention import ATTENTION_IMPLEMENTATION
+from faasmoe_transformers.native_linear import use_native_linears
+from faasmoe_transformers.native_step import NativeForward
+from faasmoe_transformers.observation import FixedExperts
+
+PROGRAM_FAMILIES = (
+    *(
+        "qwen2_moe",
+        "qwen3_moe",
+        "mixtral",
+        "olmoe",
+        "gpt_oss",
+        "granitemoe",
+        "dots1",
+        "ernie4_5_moe",
+    ),
+    *("hunyuan_v1_moe", "glm4_moe", "solar_open"),
+)
+"""Families whose layers all run as one call."""
+PROMPTS = [[3, 14, 15, 9, 26, 5, 35], [8, 9], [7] * 40, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
+N_TOKENS = 12
+TIMEOUT_S = 60.0
+LIMITS = BatchingLimits(
+    n_pages=64, page_tokens=32, max_batch_tokens=32, max_requests=4, max_model_len=128
+)
+
+
+class ArgmaxSampler:
+    """Leaves the scores as they are, and keeps them."""
+
+    request_state_type = type(None)
+
+    def __init__(self) -> None:
+        self.scores: list[Tensor] = []
+
+    def plan_batch(self, request_ids: list[str], rows: Sequence[Any]) -> None:
+        """Nothing to prepare."""
+
+    def sample(self, scores: Tensor) -> Tensor:
+        self.scores.append(scores.clone())
+        return scores
+
+
+class FailingExperts(FixedExperts):
+    """Raises in one layer."""
+
+    def compute(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
+        if layer == 1:
+            raise ArithmeticError("no experts today")
+        return super().compute(layer, *args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def require_kernels() -> None:
+    try:
+        load()
+    except KernelsUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def build(name: str, experts: FixedExperts | None = None) -> Any:
+    """Return a tiny model of a family whose experts are a fixed function."""
+    model = next(family for family in FAMILIES if family.name == name).build()
+    register_implementation()
+    names = list(experts_modules(model))
+    model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    bind_experts(model, names, experts or FixedExperts())
+    return model.requires_grad_(False)
+
+
+def generate(
+    model: Any, loop: asyncio.AbstractEventLoop, prompts: Sequence[Sequence[int]] = PROMPTS
+) -> tuple[list[list[int]], list[str | None], list[Tensor]]:
+    """Return the tokens and the error of each prompt, and all scores."""
+    finished = threading.Event()
+    tokens: dict[str, list[int]] = {}
+    errors: dict[str, str | None] = {}
+
+    def on_outputs(outputs: Sequence[Any], _: Any) -> None:
+        for output in outputs:
+            if output.is_finished() or output.error is not None:
+                tokens[output.request_id] = list(output.generated_tokens)
+                errors[output.request_id] = output.error
+        if len(tokens) == len(prompts):
+            finished.set()
+
+    sampler = ArgmaxSampler()
+    select_attention_implementation(model)
+    batcher = ContinuousBatcher(model, LIMITS, sampler=sampler)
+    batcher.start(loop, on_outputs)
+    for i, prompt in enumerate(prompts):
+        batcher.add_request(str(i), prompt, max_tokens=N_TOKENS, stop_token_ids=[])
+    is_finished = finished.wait(TIMEOUT_S)
+    batcher.stop(TIMEOUT_S)
+    assert is_finished
+    ids = [str(i) for i in range(len(prompts))]
+    return [tokens[i] for i in ids], [errors[i] for i in ids], sampler.scores
+
+
+def generate_with_modules(
+    model: Any, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> list[list[int]]:
+    with monkeypatch.context() as patch:
+        patch.setattr(continuous_batching, "use_native_attention", lambda _: False)
+        tokens, _, _ = generate(model, loop)
+    return tokens
+
+
+NOT_BATCHED: list[str] = []
+
+
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES])
+def test_tokens_equal_those_of_the_modules(
+    name: str, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        expected = generate_with_modules(build(name), loop, monkeypatch)
+    except (UnsupportedModel, AssertionError, AttributeError) as error:
+        pytest.skip(f"continuous batching cannot run it: {error}")
+    model = build(name)
+    use_native_linears(model, load())
+    tokens, errors, _ = generate(model, loop)
+    decoder = getattr(model, model.base_model_prefix, None)
+    is_program = isinstance(getattr(decoder, "forward", None), NativeForward)
+    print(f"FAMILY {name}: attention {model.config._attn_implementation}, program {is_program}")
+    assert errors == [None] * len(PROMPTS)
+    assert tokens == expected
+    assert is_program == (name in PROGRAM_FAMILIES)
+
+
+def test_an_error_of_the_experts_fails_the_request(loop: asyncio.AbstractEventLoop) -> None:
+    model = build("qwen2_moe")
+    use_native_linears(model, load())
+    bind_experts(model, list(experts_modules(model)), FailingExperts())
+    _, errors, _ = generate(model, loop, PROMPTS[:1])
+    assert errors == ["no experts today"]
+    assert model.config._attn_implementation == ATTENTION_IMPLEMENTATION
+    assert isinstance(model.model.forward, NativeForward)
