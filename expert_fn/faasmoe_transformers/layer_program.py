@@ -10,7 +10,7 @@ used, so that a wrong guess here costs speed only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -28,7 +28,8 @@ from faasmoe_transformers.native_linear import NativeLinear, matrix_of
 
 FEED_FORWARD_ATTRIBUTES = ("mlp", "block_sparse_moe", "feed_forward", "moe")
 GATE_ATTRIBUTES = ("gate", "router")
-SELECTION_BIAS_ATTRIBUTES = ("e_score_correction_bias", "expert_bias")
+SELECTION_BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
+GROUP_COUNT_ATTRIBUTES = ("num_group", "n_group")
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SILU: F.silu,
     Activation.GELU: F.gelu,
@@ -141,22 +142,18 @@ class LayerDescriber:
 
     def _gate(self, block: nn.Module, routing: ObservedRouting) -> Gate:
         module: Any = _child(block, *GATE_ATTRIBUTES)
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.is_meta:
-            raise UnrecognizedLayer(f"{type(module).__name__} has no weight of two dimensions")
-        if isinstance(module.forward, NativeLinear):
-            matrix, bias = module.forward.matrix, module.bias
+        linear = _linear_of(module)
+        if isinstance(linear.forward, NativeLinear):
+            weight, bias, matrix = linear.weight, linear.bias, linear.forward.matrix
         else:
-            weight = self._keep(weight)
-            bias = getattr(module, "bias", None)
+            weight, bias = self._keep(linear.weight), getattr(linear, "bias", None)
             bias = None if bias is None else self._keep(bias)
             matrix = matrix_of(weight, bias)
         logits = F.linear(routing.hidden, weight.float(), bias)  # [T, E]
-        biases = [
-            getattr(owner, n, None) for owner in (module, block) for n in SELECTION_BIAS_ATTRIBUTES
-        ]
-        selection_biases = [self._keep(b) for b in biases if isinstance(b, Tensor)]
-        for candidate in _gate_candidates(selection_biases):
+        selection_biases = [self._keep(b.reshape(-1)) for b in _selection_biases(block)]
+        n_groups = _first_attribute((module, block), *GROUP_COUNT_ATTRIBUTES) or 1
+        top_groups = _first_attribute((module, block), "topk_group") or n_groups
+        for candidate in _gate_candidates(selection_biases, n_groups, top_groups):
             scale = candidate.scale_of(logits, routing)
             if scale is None:
                 continue
@@ -167,6 +164,9 @@ class LayerDescriber:
                 scoring=candidate.scoring,
                 is_normalized=candidate.is_normalized,
                 scale=scale,
+                n_groups=candidate.n_groups,
+                top_groups=candidate.top_groups,
+                scores_per_group=candidate.scores_per_group,
             )
         raise UnrecognizedLayer(f"{type(module).__name__} chooses experts in a way of its own")
 
@@ -196,6 +196,9 @@ class _GateCandidate:
     scoring: Scoring
     is_normalized: bool
     bias: Tensor | None
+    n_groups: int = 1
+    top_groups: int = 1
+    scores_per_group: int = 1
 
     def scale_of(self, logits: Tensor, routing: ObservedRouting) -> float | None:
         """Return the factor of the weights if this is how the gate chose; else None."""
@@ -205,6 +208,8 @@ class _GateCandidate:
         elif self.scoring is Scoring.SIGMOID:
             scores = logits.sigmoid()
         selected = scores if self.bias is None else scores + self.bias
+        if self.top_groups < self.n_groups:
+            selected = self._within_groups(selected)
         index = selected.topk(routing.index.shape[1], -1).indices  # [T, k]
         if not torch.equal(index.sort(-1).values, routing.index.sort(-1).values):
             return None
@@ -220,12 +225,49 @@ class _GateCandidate:
         )
         return scale if is_equal else None
 
+    def _within_groups(self, selected: Tensor) -> Tensor:
+        """Return the scores [T, E] with those outside of the best groups at minus infinity."""
+        groups = selected.view(len(selected), self.n_groups, -1)  # [T, G, E / G]
+        best = groups.topk(self.scores_per_group, -1).values.sum(-1)  # [T, G]
+        is_out = torch.ones_like(best, dtype=torch.bool)
+        is_out.scatter_(-1, best.topk(self.top_groups, -1).indices, False)
+        return groups.masked_fill(is_out.unsqueeze(-1), -torch.inf).flatten(1)
 
-def _gate_candidates(selection_biases: list[Tensor]) -> Iterator[_GateCandidate]:
-    for bias in (*selection_biases, None):
-        yield _GateCandidate(Scoring.TOP_K_SOFTMAX, False, bias)
-        for scoring, is_normalized in product((Scoring.SOFTMAX, Scoring.SIGMOID), (True, False)):
-            yield _GateCandidate(scoring, is_normalized, bias)
+
+def _gate_candidates(
+    selection_biases: list[Tensor], n_groups: int, top_groups: int
+) -> Iterator[_GateCandidate]:
+    scorings = [
+        (Scoring.TOP_K_SOFTMAX, False),
+        *product((Scoring.SOFTMAX, Scoring.SIGMOID), (True, False)),
+    ]
+    for scores_per_group in (2, 1) if top_groups < n_groups else (1,):
+        for bias in (*selection_biases, None):
+            for scoring, is_normalized in scorings:
+                groups = (n_groups, top_groups, scores_per_group)
+                yield _GateCandidate(scoring, is_normalized, bias, *groups)
+
+
+def _linear_of(gate: nn.Module) -> Any:
+    """Return the module that computes a gate's logits: itself or its only linear layer."""
+    weight = getattr(gate, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() == 2 and not weight.is_meta:
+        return gate
+    linears = [module for module in gate.children() if isinstance(module, nn.Linear)]
+    if len(linears) != 1:
+        raise UnrecognizedLayer(f"{type(gate).__name__} has {len(linears)} linear layers")
+    return linears[0]
+
+
+def _selection_biases(block: nn.Module) -> Iterator[Tensor]:
+    for name, tensor in (*block.named_parameters(), *block.named_buffers()):
+        if name.rpartition(".")[2] in SELECTION_BIAS_NAMES and not tensor.is_meta:
+            yield tensor
+
+
+def _first_attribute(owners: Sequence[Any], *names: str) -> int | None:
+    values = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 def rope_candidates(n_angles: int, head_dim: int) -> Iterator[tuple[Rope, int]]:

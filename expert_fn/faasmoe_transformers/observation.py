@@ -218,10 +218,12 @@ def _watch_layers(
     def record_rotary(
         module: Any, args: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> None:
-        if len(args) < 2 or not isinstance(output, tuple) or len(output) != 2:
+        further = {key: value for key, value in named.items() if key not in ("x", "position_ids")}
+        n_tensors = len(args) + len(named) - len(further)
+        if n_tensors < 2 or not isinstance(output, tuple) or len(output) != 2:
             raise UnrecognizedLayer(f"{type(module).__name__} is called in a way of its own")
         rotary_outputs.append(output)
-        seen.rotary_calls.append(RotaryCall(module, args[2:], named))
+        seen.rotary_calls.append(RotaryCall(module, args[2:], further))
         seen.angles.append((_angles(output[0]), _angles(output[1])))
 
     def record_input(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -74,6 +74,9 @@ class Gate(ctypes.Structure):
         ("is_normalized", _i32),
         ("scale", _f32),
         ("epsilon", _f32),
+        ("n_groups", _i32),
+        ("top_groups", _i32),
+        ("scores_per_group", _i32),
     )
 
 

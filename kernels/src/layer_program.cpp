@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "router_ops.h"
@@ -45,6 +47,23 @@ void rotate(int32_t rope, const float *cosines, const float *sines, int64_t widt
     }
 }
 
+// Scores outside of the best groups become minus infinity.
+void exclude_groups(const fk_gate &gate, float *scores) {
+  int64_t size = gate.weight.n / gate.n_groups;
+  std::vector<std::pair<float, int64_t>> groups(gate.n_groups);
+  std::vector<float> best(gate.scores_per_group);
+  for (int64_t g = 0; g < gate.n_groups; ++g) {
+    const float *begin = scores + g * size;
+    std::partial_sort_copy(begin, begin + size, best.begin(), best.end(), std::greater<float>());
+    float sum = 0;
+    for (float score : best) sum += score;
+    groups[g] = {-sum, g};
+  }
+  std::sort(groups.begin(), groups.end());
+  for (int64_t i = gate.top_groups; i < gate.n_groups; ++i)
+    std::fill_n(scores + groups[i].second * size, size, -INFINITY);
+}
+
 // The experts of a row and their weights, best first.
 void choose_experts(const fk_gate &gate, float *logits, int64_t *index, float *weight, std::vector<float> &scores) {
   int64_t n = gate.weight.n;
@@ -60,6 +79,7 @@ void choose_experts(const fk_gate &gate, float *logits, int64_t *index, float *w
   }
   // Logits are not needed any more: their place holds what the selection is made by.
   for (int64_t e = 0; e < n; ++e) logits[e] = scores[e] + (gate.selection_bias ? gate.selection_bias[e] : 0.0f);
+  if (gate.top_groups < gate.n_groups) exclude_groups(gate, logits);
   for (int64_t k = 0; k < gate.top_k; ++k) {
     int64_t best = std::max_element(logits, logits + n) - logits;
     index[k] = best;
@@ -101,6 +121,12 @@ int32_t check_layer(const fk_layer &l, int64_t hidden_size) {
   if (l.moe_layer < 0 && !l.mlp.down.codes) return reject_argument("layer.mlp: got none, expected one without experts");
   if (l.moe_layer >= 0 && (l.gate.weight.k != hidden_size || l.gate.top_k < 1 || l.gate.top_k > l.gate.weight.n))
     return reject_argument("layer.gate: got top_k %lld of %lld experts", (long long)l.gate.top_k, (long long)l.gate.weight.n);
+  const fk_gate &g = l.gate;
+  if (l.moe_layer >= 0 && g.top_groups < g.n_groups &&
+      (g.weight.n % g.n_groups || g.top_groups < 1 || g.scores_per_group < 1 ||
+       g.scores_per_group > g.weight.n / g.n_groups || g.top_k > g.weight.n / g.n_groups * g.top_groups))
+    return reject_argument("layer.gate: got %d of %d groups and %d scores per group of %lld experts", g.top_groups,
+                           g.n_groups, g.scores_per_group, (long long)g.weight.n);
   return 0;
 }
 

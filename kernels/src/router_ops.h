@@ -69,6 +69,9 @@ typedef struct fk_gate {  // chooses the experts of a row
   int32_t is_normalized;  // whether the k weights are divided by their sum
   float scale;            // of the weights
   float epsilon;          // added to the sum
+  int32_t n_groups;       // groups of consecutive experts; with fewer of them to choose from, those
+  int32_t top_groups;     // whose best `scores_per_group` scores have the largest sums
+  int32_t scores_per_group;
 } fk_gate;
 
 // A gated MLP: down(act(gate(x)) * up(x)); codes of down NULL: none.
