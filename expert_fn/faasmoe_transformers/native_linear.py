@@ -8,7 +8,8 @@ tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,11 +60,15 @@ def use_native_linears(model: nn.Module, library: KernelLibrary) -> int:
     """
     n_linears = 0
     for module in model.modules():
-        if type(module) not in _EXACT_TYPES or module.weight.is_meta:
+        if type(module) not in _EXACT_TYPES or isinstance(module.forward, NativeLinear):
+            continue
+        if module.weight.is_meta:
             continue
         if isinstance(module, nn.Linear):
             n_linears += 1
-            set_forward(module, NativeLinear(module, library))
+            weight, bias = module.weight.data.contiguous(), _float_bias(module)
+            kept = (weight,) if bias is None else (weight, bias)
+            set_forward(module, NativeLinear(library, matrix_of(weight, bias), kept))
         elif module.weight.dtype is not torch.float32:
             _use_stored_embedding(module)
         if module.weight.dtype is not torch.float32:
@@ -75,32 +80,59 @@ class NativeLinear:
     """The forward of one linear layer.
 
     Args:
-        module: the layer, with its weight [n, k] contiguous on the CPU.
         library: the kernel library.
+        matrix: the weight [n, k].
+        kept: the tensors that `matrix` points to.
 
     Attributes:
-        matrix: the weight as the kernels read it.
+        matrix: the weight.
     """
 
-    def __init__(self, module: nn.Linear, library: KernelLibrary) -> None:
-        self._weight = module.weight.data.contiguous()  # [n, k]
-        self._bias = None if module.bias is None else module.bias.data.float().contiguous()  # [n]
-        self.matrix = matrix_of(self._weight, self._bias)
-        self._product = PreparedLinear(library, self.matrix)
-        self._n, self._k = self._weight.shape
+    def __init__(self, library: KernelLibrary, matrix: Matrix, kept: Sequence[Tensor]) -> None:
+        self.matrix = matrix
+        self._kept = kept
+        self._product = PreparedLinear(library, matrix)
+        self._n, self._k = matrix.n, matrix.k
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return x @ weight.T (+ bias), [..., n] in the dtype of `x` [..., k]."""
+        """Return x @ weight.T (+ bias), [..., n] in the dtype of `x` [..., k].
+
+        Raises:
+            ValueError: `x` has another last dimension than the weight.
+        """
         dtype = KERNEL_DTYPES.get(x.dtype)
-        if dtype is None or x.shape[-1] != self._k:
-            bias = None if self._bias is None else self._bias.to(x.dtype)
-            return F.linear(x, self._weight.to(x.dtype), bias)
+        if dtype is None:
+            return self(x.float()).to(x.dtype)
+        if x.shape[-1] != self._k:
+            raise ValueError(f"x: got the shape {tuple(x.shape)}, expected [..., {self._k}]")
         rows = x.contiguous()
         out = torch.empty((*x.shape[:-1], self._n), dtype=x.dtype)
         n_rows = rows.numel() // self._k
         if n_rows:
             self._product(rows.data_ptr(), dtype, n_rows, out.data_ptr(), torch.get_num_threads())
         return out
+
+
+def use_matrix(
+    module: Any, matrix: Matrix, library: KernelLibrary, *, kept: Sequence[Tensor]
+) -> None:
+    """Have a linear layer computed with a weight that is no tensor of the model.
+
+    Args:
+        module: the layer; its weight is removed, its bias is used.
+        matrix: the weight, without bias.
+        library: the kernel library.
+        kept: the tensors that `matrix` points to.
+    """
+    del module._parameters["weight"]
+    bias = _float_bias(module)
+    if bias is not None:
+        matrix, kept = replace(matrix, bias=bias.data_ptr()), (*kept, bias)
+    set_forward(module, NativeLinear(library, matrix, kept))
+
+
+def _float_bias(module: nn.Linear) -> Tensor | None:
+    return None if module.bias is None else module.bias.data.float().contiguous()  # [n]
 
 
 def set_forward(module: Any, forward: Callable[..., Any]) -> None:

@@ -11,6 +11,7 @@ namespace fk {
 const RouterOps &router_ops() {
   const char *name = fk_isa();
 #if defined(FK_WITH_X86)
+  if (!std::strcmp(name, "avx512_bf16")) return fk_router_ops_avx512_bf16;
   if (!std::strcmp(name, "avx512")) return fk_router_ops_avx512;
   if (!std::strcmp(name, "avx2")) return fk_router_ops_avx2;
 #endif

@@ -158,7 +158,7 @@ int32_t reject_argument(const char *format, ...) __attribute__((format(printf, 1
 
 extern const fk::RouterOps fk_router_ops_portable;
 #if defined(FK_WITH_X86)
-extern const fk::RouterOps fk_router_ops_avx2, fk_router_ops_avx512;
+extern const fk::RouterOps fk_router_ops_avx2, fk_router_ops_avx512, fk_router_ops_avx512_bf16;
 #endif
 #if defined(FK_WITH_NEON)
 extern const fk::RouterOps fk_router_ops_neon;

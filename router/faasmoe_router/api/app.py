@@ -5,16 +5,18 @@ routes that no other module needs are defined here: health and metrics endpoints
 probes and Prometheus and need no API key, and OpenAI endpoints that answer 501.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.middleware.cors import CORSMiddleware
 
 from faasmoe_router.api.admission import AlwaysActivated, RequestActivator
 from faasmoe_router.api.completions import ServedModel, completion_routes
+from faasmoe_router.api.content_encoding import ContentEncodingMiddleware, HeadMiddleware
 from faasmoe_router.api.errors import ApiError, add_error_handlers
 from faasmoe_router.api.middleware import AuthMiddleware, RequestContextMiddleware
 from faasmoe_router.api.models import model_routes, usage_routes
@@ -26,8 +28,10 @@ from faasmoe_router.api.openapi import (
     json_responses,
     text_error_responses,
 )
+from faasmoe_router.api.refusals import RefusalMetricsMiddleware, refusal_counter
 from faasmoe_router.api.tokenization import tokenization_routes
 from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.errors import EngineUnavailable
 from faasmoe_router.tenants.service import NoTenants, TenantService
 from faasmoe_router.version import installed_version
@@ -48,6 +52,8 @@ def create_app(
     tenancy: TenantService | None = None,
     fingerprint: str | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    cors_origins: Sequence[str] = (),
+    sampling_defaults: SamplingDefaults | None = None,
 ) -> FastAPI:
     """Return the app, which starts the engine on startup and stops it on shutdown.
 
@@ -59,6 +65,8 @@ def create_app(
         tenancy: authenticates and limits tenants; None serves anyone without a key.
         fingerprint: the `system_fingerprint` of responses, of the weights and their numerics.
         max_body_bytes: larger request bodies are rejected with 413.
+        cors_origins: origins of web pages that may call the API; `*` is any.
+        sampling_defaults: values of parameters that a request does not set; None is OpenAI's.
     """
     activator = activator or AlwaysActivated()
     tenant_admission = tenancy or NoTenants()
@@ -70,9 +78,15 @@ def create_app(
             yield
 
     app = FastAPI(title="FaaSMoE router", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # The last one added is the outermost: CORS covers errors and needs no API key.
+    app.add_middleware(ContentEncodingMiddleware, max_body_bytes=max_body_bytes)
+    app.add_middleware(HeadMiddleware)
     if tenancy is not None:
         app.add_middleware(AuthMiddleware, authenticator=tenancy)
     app.add_middleware(RequestContextMiddleware, max_body_bytes=max_body_bytes)
+    app.add_middleware(RefusalMetricsMiddleware, counter=refusal_counter(registry))
+    if cors_origins:
+        _add_cors(app, cors_origins)
     add_error_handlers(app)
     for router in (
         completion_routes(
@@ -80,6 +94,7 @@ def create_app(
             served_model=served_model,
             activator=activator,
             tenant_admission=tenant_admission,
+            sampling_defaults=sampling_defaults or SamplingDefaults(),
         ),
         model_routes(model_name=model_name, max_model_len=engine.limits.max_model_len),
         usage_routes(tenant_admission),
@@ -90,6 +105,16 @@ def create_app(
         app.include_router(router)
     install_openapi(app, requires_api_key=tenancy is not None)
     return app
+
+
+def _add_cors(app: FastAPI, origins: Sequence[str]) -> None:
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["*"],
+    )
 
 
 def health_routes(

@@ -5,9 +5,11 @@ shared: admission, generation, and a response that is either one JSON body or a 
 server-sent events. However a request ends, its sequences are freed and its usage is recorded.
 """
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -28,6 +30,7 @@ from faasmoe_router.api.protocol import (
     CompletionRequestBase,
     StreamOptions,
 )
+from faasmoe_router.api.reasoning import resolve_message_format
 from faasmoe_router.api.responses import (
     ChatChoiceFormatter,
     ChoiceFormatter,
@@ -38,17 +41,22 @@ from faasmoe_router.api.responses import (
     TokenBytes,
 )
 from faasmoe_router.api.streaming import (
+    KEEPALIVE_S,
     ClientDisconnected,
     EventStreamResponse,
     run_until_disconnect,
+    sse_frames,
 )
-from faasmoe_router.api.tool_calling import resolve_tool_calling
+from faasmoe_router.api.tool_calling import relax_tool_schemas, resolve_tool_calling
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import Generation, GenerationRequest
+from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.errors import EngineUnavailable
-from faasmoe_router.tenants.service import Caller
+from faasmoe_router.tenants.service import Caller, RequestUsageRecorder
 
 ERROR_STATUSES = (400, 404, 413, 429, 500, 503)
+WARNING_HEADER = "X-FaaSMoE-Warning"
+MAX_WARNING_LENGTH = 1000
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for it; seen by middleware only
 
 
@@ -76,10 +84,11 @@ def completion_routes(
     served_model: ServedModel,
     activator: RequestActivator,
     tenant_admission: TenantAdmission,
+    sampling_defaults: SamplingDefaults,
 ) -> APIRouter:
     """Return the routes that generate text."""
     router = APIRouter()
-    preprocessor = Preprocessor(engine)
+    preprocessor = Preprocessor(engine, sampling_defaults)
     generator = _ResponseGenerator(
         engine,
         served_model=served_model,
@@ -88,7 +97,7 @@ def completion_routes(
     )
 
     def check_request(body: CompletionRequestBase, caller: Caller) -> None:
-        if body.model not in caller.model_names(served_model.name):
+        if body.model is not None and body.model not in caller.model_names(served_model.name):
             raise model_not_found(body.model)
         body.check_params()
 
@@ -101,9 +110,17 @@ def completion_routes(
         caller = get_caller(request)
         check_request(body, caller)
         tool_config = resolve_tool_calling(body, engine.tokenizer)
+        if tool_config is not None:
+            tool_config = await relax_tool_schemas(tool_config, engine.grammar_compiler)
         requests = await preprocessor.build_chat_requests(body, tool_config, caller)
-        formatter = ChatChoiceFormatter(_logprob_token_bytes(engine, body), tool_config)
-        return await generator.respond(request, body, requests, formatter)
+        message_format = resolve_message_format(
+            body, engine.tokenizer, requests[0].prompt_token_ids, tool_config
+        )
+        formatter = ChatChoiceFormatter(_logprob_token_bytes(engine, body), message_format)
+        response = await generator.respond(request, body, requests, formatter)
+        if tool_config is not None and tool_config.notes:
+            response.headers[WARNING_HEADER] = _header_value("; ".join(tool_config.notes))
+        return response
 
     @router.post(
         "/v1/completions",
@@ -158,19 +175,63 @@ class _ResponseGenerator:
         n_prompt_tokens = sum(len(r.prompt_token_ids) for r in requests) // (body.n or 1)
         builder = self._response_builder(body, formatter, n_prompt_tokens, len(requests))
         usage_recorder = self._tenant_admission.admit(caller, requests, n_prompt=n_prompt_tokens)
-        queue_slot = partial(self._tenant_admission.queue_slot, caller)
+        start = asyncio.create_task(self._start(request, requests, usage_recorder))
         try:
+            if body.stream and not (await asyncio.wait({start}, timeout=KEEPALIVE_S))[0]:
+                # From now on comments keep the connection; an error can only be an event.
+                return self._late_stream(builder, start, body, usage_recorder)
+            headers, generation = await start
             with record_outcome_on_error(usage_recorder):
-                headers = await queue_until_activated(
-                    self._activator, request, requests, queue_slot=queue_slot
-                )
-                generation = self._engine.generate(
-                    requests, tenant=caller.tenant, usage_recorder=usage_recorder
-                )
                 response = await _to_http_response(builder, generation, request, body)
         except ClientDisconnected:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
+        except asyncio.CancelledError:
+            start.cancel()
+            raise
         response.headers.update({**headers, **usage_recorder.headers})
+        return response
+
+    async def _start(
+        self,
+        request: Request,
+        requests: Sequence[GenerationRequest],
+        usage_recorder: RequestUsageRecorder,
+    ) -> tuple[dict[str, str], Generation]:
+        """Wait for activation and start the generation; return it and response headers."""
+        caller = get_caller(request)
+        queue_slot = partial(self._tenant_admission.queue_slot, caller)
+        with record_outcome_on_error(usage_recorder):
+            headers = await queue_until_activated(
+                self._activator, request, requests, queue_slot=queue_slot
+            )
+            generation = self._engine.generate(
+                requests, tenant=caller.tenant, usage_recorder=usage_recorder
+            )
+        return headers, generation
+
+    def _late_stream(
+        self,
+        builder: ResponseBuilder,
+        start: asyncio.Task[tuple[dict[str, str], Generation]],
+        body: CompletionRequestBase,
+        usage_recorder: RequestUsageRecorder,
+    ) -> Response:
+        """Return a stream whose generation has not started yet."""
+
+        async def chunks() -> AsyncIterator[dict[str, Any]]:
+            _, generation = await start
+            async for chunk in builder.stream_chunks(
+                generation, body.stream_options or StreamOptions()
+            ):
+                yield chunk
+
+        def close() -> None:
+            if start.done() and not start.cancelled() and start.exception() is None:
+                start.result()[1].cancel()
+            start.cancel()
+
+        response = EventStreamResponse(sse_frames(chunks()), close)
+        response.headers.update(usage_recorder.headers)
         return response
 
     def _response_builder(
@@ -183,7 +244,7 @@ class _ResponseGenerator:
         extra_fields = {**self._served_model.extra_fields, **body.extra_response_fields}
         return ResponseBuilder(
             formatter,
-            ResponseMeta(formatter.id_prefix, body.model, extra_fields),
+            ResponseMeta(formatter.id_prefix, body.model or self._served_model.name, extra_fields),
             RequestCounts(n_prompt_tokens, n_choices, body.n or 1),
         )
 
@@ -193,11 +254,18 @@ async def _to_http_response(
 ) -> Response:
     if body.stream:
         options = body.stream_options or StreamOptions()
-        return EventStreamResponse(builder.stream_chunks(generation, options), generation)
+        frames = sse_frames(builder.stream_chunks(generation, options))
+        return EventStreamResponse(frames, generation.cancel)
     try:
         return JSONResponse(await run_until_disconnect(request, builder.full_response(generation)))
     finally:
         generation.cancel()
+
+
+def _header_value(text: str) -> str:
+    """Return a text as the value of a header: one line of printable ASCII."""
+    line = " ".join(text.split()).encode("ascii", "backslashreplace").decode()
+    return line[:MAX_WARNING_LENGTH]
 
 
 def _logprob_token_bytes(engine: Engine, body: CompletionRequestBase) -> TokenBytes | None:

@@ -191,7 +191,8 @@ def _settings(ctx: ModelContext) -> list[Object]:
         {
             "STORE": store_path(ctx),
             "CONTROL_URL": ctx.control_url,
-            "MODEL_NAME": ctx.name,
+            "MODEL_NAME": router.served_model_name or ctx.name,
+            "CORS_ORIGINS": ",".join(router.cors_origins) or None,
             "HOST": "0.0.0.0",
             "PORT": ROUTER_PORT,
             "DEVICE": router.device,
@@ -201,6 +202,7 @@ def _settings(ctx: ModelContext) -> list[Object]:
             "MAX_NUM_BATCHED_TOKENS": router.max_num_batched_tokens,
             "MAX_WAITING": router.max_waiting,
             "KV_CACHE_BYTES": router.kv_cache_bytes,
+            "GENERATION_CONFIG": router.generation_config,
             "TENANTS_FILE": f"{TENANTS_MOUNT_PATH}/{TENANTS_FILE_NAME}"
             if ctx.spec.tenants
             else None,
