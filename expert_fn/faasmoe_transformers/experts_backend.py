@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,49 @@ class MoELayerComputer(Protocol):
             top_k_weight: their weights, [T, k].
             while_waiting: called once, while results are awaited.
         """
+
+
+class NativeFunctions(Protocol):
+    """Addresses of native functions that begin and finish a layer, and their first argument."""
+
+    context: int
+    begin: int
+    finish: int
+
+
+class NativeCalls(Protocol):
+    """The native side of a computer."""
+
+    program: NativeFunctions
+
+    def finish_pass(self) -> None:
+        """Collect what happened in a pass; once, after its last layer."""
+
+
+class NativeLayerComputer(MoELayerComputer, Protocol):
+    """Also computes layers natively, for programs that call its functions themselves."""
+
+    native: NativeCalls | None
+
+    def start_pass(self, n_rows: int) -> None:
+        """Start a pass of `n_rows` rows."""
+
+    def compute_general(
+        self,
+        layer: int,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weight: Tensor,
+        *,
+        while_waiting: Callable[[], None] = ...,
+    ) -> Tensor:
+        """Return the same as `compute` for a layer of a started pass that is not ordinary."""
+
+
+def native_side_of(computer: MoELayerComputer) -> NativeLayerComputer | None:
+    """Return the computer if it has a native side; else None."""
+    native = cast("NativeLayerComputer", computer)
+    return None if getattr(computer, "native", None) is None else native
 
 
 def register_implementation() -> None:

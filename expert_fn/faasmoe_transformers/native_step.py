@@ -22,7 +22,10 @@ from faasmoe_kernels import KernelError, KernelLibrary, load
 from faasmoe_kernels.router_ops import Layer, LayerProgram, Rope
 from faasmoe_transformers.experts_backend import (
     MoELayerComputer,
+    NativeFunctions,
+    NativeLayerComputer,
     bound_computers,
+    native_side_of,
     substituted_computer,
 )
 from faasmoe_transformers.layer_program import (
@@ -89,7 +92,7 @@ def _build(model: Any, decoder: Any, batch_processor: Any) -> NativeForward:
                 describer = LayerDescriber(cache)
                 program = _Program(decoder, cache, describer, seen, experts)
             program.verify(seen)
-    program.computers = bound_computers(model)
+    program.bind(bound_computers(model))
     return NativeForward(decoder, program)
 
 
@@ -101,10 +104,9 @@ class _Program:
         cache: transformers' paged cache.
         describer: describes the layers; keeps what they point to.
         seen: a pass of the modules.
-        computer: computes the experts of every layer until `computers` is set.
+        computer: computes the experts of every layer until others are bound.
 
     Attributes:
-        computers: what computes each MoE layer, by layer index.
         rotary_calls: the calls that compute angles.
         output_type: class of the decoder's output.
 
@@ -120,7 +122,8 @@ class _Program:
         seen: ObservedPass,
         computer: MoELayerComputer,
     ) -> None:
-        self.computers: Mapping[int, MoELayerComputer] = {}
+        self._computers: Mapping[int, MoELayerComputer] = {}
+        self._native: NativeLayerComputer | None = None
         self.rotary_calls: list[RotaryCall] = seen.rotary_calls
         self.output_type = seen.output_type
         self._embed_tokens = decoder.embed_tokens
@@ -138,7 +141,17 @@ class _Program:
         ]
         self._hidden_size = seen.layers[0].before.shape[-1]
         self._set_ropes(layers, seen)
+        self._layers = layers
         self._program = self._make(layers)
+
+    def bind(self, computers: Mapping[int, MoELayerComputer]) -> None:
+        """Use these computers from now on, by MoE layer; natively if it is one that can."""
+        self._computers = computers
+        distinct = {id(computer): computer for computer in computers.values()}
+        if len(distinct) == 1:
+            self._native = native_side_of(next(iter(distinct.values())))
+        if self._native is not None and self._native.native is not None:
+            self._program = self._make(self._layers, self._native.native.program)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return the first layer's input, float32 [1, T, H], of tokens [1, T]."""
@@ -147,13 +160,31 @@ class _Program:
             return embeddings * self._embedding_scale
         return embeddings.contiguous()
 
-    def computer_of(self, layer: int) -> MoELayerComputer:
-        """Return what computes an MoE layer."""
-        return self.computers.get(layer, self._default_computer)
+    def compute(
+        self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weight: Tensor
+    ) -> Tensor:
+        """Return the weighted sum of each row's experts, [T, H], computed outside the program."""
+        computer = self._computers.get(layer, self._default_computer)
+        compute = computer.compute if self._native is None else self._native.compute_general
+        return compute(
+            layer, hidden, top_k_index, top_k_weight, while_waiting=self._program.overlap
+        )
 
-    def overlap(self) -> None:
-        """Compute the shared expert while routed experts are awaited."""
-        self._program.overlap()
+    def run_step(
+        self,
+        hidden: Tensor,
+        angles: Sequence[tuple[Tensor, Tensor]],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        """Run all layers on a batch; arguments as `run` has them."""
+        if self._native is None or self._native.native is None:
+            self.run(hidden, angles, kwargs)
+            return
+        self._native.start_pass(len(hidden))
+        try:
+            self.run(hidden, angles, kwargs)
+        finally:
+            self._native.native.finish_pass()
 
     def run(
         self,
@@ -203,9 +234,16 @@ class _Program:
         difference = (hidden - layer.after).abs().max() / layer.after.abs().max()
         return float(difference.nan_to_num(nan=torch.inf))
 
-    def _make(self, layers: Sequence[Layer]) -> LayerProgram:
+    def _make(self, layers: Sequence[Layer], native: NativeFunctions | None = None) -> LayerProgram:
+        addresses = (
+            {}
+            if native is None
+            else {"begin": native.begin, "finish": native.finish, "context": native.context}
+        )
         try:
-            return LayerProgram(self._library, self._hidden_size, layers, self._experts)
+            return LayerProgram(
+                self._library, self._hidden_size, layers, self._experts, **addresses
+            )
         except KernelError as error:
             raise UnrecognizedLayer(str(error)) from error
 
@@ -264,12 +302,11 @@ class NativeExperts:
     ) -> int:
         """Write the weighted sum of each row's experts, [rows, hidden_size]; see ComputeExperts."""
         try:
-            total = self._program.computer_of(layer).compute(
+            total = self._program.compute(
                 layer,
                 _view(hidden, ctypes.c_float, torch.float32, rows, hidden_size),
                 _view(index, ctypes.c_int64, torch.int64, rows, top_k),
                 _view(weight, ctypes.c_float, torch.float32, rows, top_k),
-                while_waiting=self._program.overlap,
             )
             _view(out, ctypes.c_float, torch.float32, rows, hidden_size).copy_(total)
         except BaseException as error:  # it must not cross the native frames
@@ -314,7 +351,7 @@ class NativeForward:
             )
         hidden = self._program.embed(input_ids)  # [1, T, H]
         angles = [call.angles(hidden, position_ids) for call in self._program.rotary_calls]
-        self._program.run(hidden[0], angles, kwargs)
+        self._program.run_step(hidden[0], angles, kwargs)
         return self._program.output_type(last_hidden_state=self._decoder.norm(hidden))
 
 

@@ -49,7 +49,7 @@ LIMITS = BatchingLimits(
 class ArgmaxSampler:
     """Leaves the scores as they are, and keeps them."""
 
-    request_state_type = type(None)
+    request_state_type: type = type(None)
 
     def __init__(self) -> None:
         self.scores: list[Tensor] = []
