@@ -229,10 +229,19 @@ static void attend_item(const AttentionCall &c, const AttentionItem &item, Atten
   }
 }
 
-static void write_slots(const void *cache, int32_t dtype, const int64_t *slots, int64_t rows, int64_t width,
+static inline void write_row(const float *from, int64_t count, void *cache, int32_t dtype, int64_t offset) {
+  if (dtype == FK_FLOAT32) {
+    std::memcpy((float *)cache + offset, from, count * sizeof(float));
+    return;
+  }
+  uint16_t *to = (uint16_t *)cache + offset;
+  for (int64_t i = 0; i < count; ++i) to[i] = dtype == FK_BFLOAT16 ? to_bf16(from[i]) : to_f16(from[i]);
+}
+
+static void write_slots(void *cache, int32_t dtype, const int64_t *slots, int64_t rows, int64_t width,
                         const float *from, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r)
-    write_output(from + r * stride, width, (void *)cache, dtype, slots[r] * width);
+    write_row(from + r * stride, width, cache, dtype, slots[r] * width);
 }
 
 static void attend(const fk_attention &a, const fk_attention_batch &batch, const float *queries,
