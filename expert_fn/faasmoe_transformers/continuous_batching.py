@@ -29,7 +29,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from faasmoe_transformers.error_isolation import BatchErrorIsolation, ErrorPolicy
 from faasmoe_transformers.errors import CacheAllocationFailed, CacheTooSmall, UnsupportedModel
 from faasmoe_transformers.native_attention import use_native_attention
-from faasmoe_transformers.native_step import use_native_step
+from faasmoe_transformers.native_step import restore_modules, use_native_step
 from faasmoe_transformers.prefix_cache import SaltTokens, salt_prefix_cache
 from faasmoe_transformers.scheduler import BatchCounter, register_scheduler
 from faasmoe_transformers.untouched_zeros import UntouchedZeros
@@ -288,6 +288,7 @@ class ContinuousBatcher:
         return cached_tokens
 
     def _make_manager(self, model: Any, sampler: TokenSampler) -> Any:
+        restore_modules(model)
         # The manager asks the model for its processors once, when it is created.
         processors = LogitsProcessorList([BatchLogitsProcessor(sampler)])
         model._get_logits_processor = lambda _: processors

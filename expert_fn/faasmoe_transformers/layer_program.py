@@ -46,6 +46,10 @@ class UnrecognizedLayer(Exception):
     """A layer that has no description; the message tells why."""
 
 
+class DifferingLayer(UnrecognizedLayer):
+    """A layer that computes something else than its description."""
+
+
 @dataclass(frozen=True, slots=True)
 class ObservedRouting:
     """The experts that a layer chose for some rows.

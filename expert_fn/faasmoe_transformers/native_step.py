@@ -30,6 +30,7 @@ from faasmoe_transformers.experts_backend import (
 )
 from faasmoe_transformers.layer_program import (
     TOLERANCE,
+    DifferingLayer,
     LayerDescriber,
     UnrecognizedLayer,
     rope_candidates,
@@ -59,12 +60,17 @@ def use_native_step(model: Any, batch_processor: Any) -> bool:
     decoder = _decoder_of(model)
     if model.config._attn_implementation != ATTENTION_IMPLEMENTATION or decoder is None:
         return False
-    decoder.__dict__.pop("forward", None)  # of an earlier batcher, over another cache
     started_s = time.monotonic()
     try:
         forward = _build(model, decoder, batch_processor)
+    except DifferingLayer as reason:
+        logger.warning("Decoder layers are run by transformers' modules: %s", reason)
+        return False
     except UnrecognizedLayer as reason:
         logger.info("Decoder layers are run by transformers' modules: %s", reason)
+        return False
+    except Exception:  # the model's own, which the first batch will report to its requests
+        logger.warning("Decoder layers cannot be compared with a program", exc_info=True)
         return False
     decoder.forward = forward
     logger.info(
@@ -74,6 +80,13 @@ def use_native_step(model: Any, batch_processor: Any) -> bool:
         time.monotonic() - started_s,
     )
     return True
+
+
+def restore_modules(model: Any) -> None:
+    """Undo `use_native_step`, whose program keeps the cache of its batcher alive."""
+    decoder = _decoder_of(model)
+    if decoder is not None:
+        decoder.__dict__.pop("forward", None)
 
 
 def _decoder_of(model: Any) -> Any:
@@ -225,7 +238,7 @@ class _Program:
         for i, layer in enumerate(seen.layers):
             error = self._error_of(seen, i, layer)
             if error > TOLERANCE:
-                raise UnrecognizedLayer(f"layer {i} differs from its description by {error:.1e}")
+                raise DifferingLayer(f"layer {i} differs from its description by {error:.1e}")
 
     def _error_of(self, seen: ObservedPass, index: int, layer: ObservedLayer) -> float:
         """Return the largest difference as a fraction of the largest value."""
@@ -273,7 +286,7 @@ class _Program:
             errors.append(self._error_of(seen, index, seen.layers[index]))
             if errors[-1] <= TOLERANCE:
                 return rope, width
-        raise UnrecognizedLayer(
+        raise DifferingLayer(
             f"layer {index} differs from its description by {min(errors, default=torch.inf):.1e}"
         )
 

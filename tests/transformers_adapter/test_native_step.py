@@ -1,11 +1,14 @@
 """Batches computed by the kernel library give the tokens of transformers' modules, per family."""
 
 import asyncio
+import ctypes
 import threading
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from families.registry import FAMILIES, experts_modules
 from torch import Tensor
 
@@ -60,6 +63,66 @@ class ArgmaxSampler:
     def sample(self, scores: Tensor) -> Tensor:
         self.scores.append(scores.clone())
         return scores
+
+
+class NativeExperts(FixedExperts):
+    """Computes layers through C function pointers, except for the layer `declined`."""
+
+    def __init__(self, declined: int = -1) -> None:
+        super().__init__()
+        self.declined = declined
+        self.begun: list[int] = []
+        self.general: list[int] = []
+        self.n_passes = self.n_finished_passes = 0
+        self._begin = BEGIN(self._begin_layer)
+        self._finish = FINISH(self._finish_layer)
+        addresses = (ctypes.cast(f, ctypes.c_void_p).value for f in (self._begin, self._finish))
+        begin, finish = addresses
+        self.program = SimpleNamespace(context=7, begin=begin, finish=finish)
+        self.native = self
+
+    def start_pass(self, n_rows: int) -> None:
+        assert n_rows > 0
+        self.n_passes += 1
+
+    def finish_pass(self) -> None:
+        self.n_finished_passes += 1
+
+    def compute_general(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
+        self.general.append(layer)
+        return self.compute(layer, *args, **kwargs)
+
+    def _begin_layer(
+        self, context: int, layer: int, rows: int, width: int, k: int, *addresses: int
+    ) -> int:
+        assert context == 7
+        if layer == self.declined:
+            return 1
+        hidden, index, weight = addresses
+        self.begun.append(layer)
+        self._sum = self.compute(
+            layer,
+            view(hidden, ctypes.c_float, torch.float32, rows, width),
+            view(index, ctypes.c_int64, torch.int64, rows, k),
+            view(weight, ctypes.c_float, torch.float32, rows, k),
+        )
+        return 0
+
+    def _finish_layer(self, context: int, layer: int, out: int) -> int:
+        assert context == 7
+        assert layer == self.begun[-1]
+        view(out, ctypes.c_float, torch.float32, *self._sum.shape).copy_(self._sum)
+        return 0
+
+
+POINTER, INT32, INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+BEGIN = ctypes.CFUNCTYPE(INT32, POINTER, INT64, INT64, INT64, INT64, POINTER, POINTER, POINTER)
+FINISH = ctypes.CFUNCTYPE(INT32, POINTER, INT64, POINTER)
+
+
+def view(address: int, ctype: Any, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+    memory = (ctype * (rows * columns)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
 
 
 class FailingExperts(FixedExperts):
@@ -170,3 +233,19 @@ def test_an_error_of_the_experts_fails_the_request(loop: asyncio.AbstractEventLo
     assert errors == ["no experts today"]
     assert model.config._attn_implementation == ATTENTION_IMPLEMENTATION
     assert isinstance(model.model.forward, NativeForward)
+
+
+@pytest.mark.parametrize("declined", [-1, 1])
+def test_native_functions_compute_the_experts(
+    loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch, declined: int
+) -> None:
+    expected = generate_with_modules(build("qwen2_moe"), loop, monkeypatch)
+    experts = NativeExperts(declined)
+    model = build("qwen2_moe", experts)
+    use_native_linears(model, load())
+    tokens, errors, _ = generate(model, loop)
+    assert (tokens, errors) == (expected, [None] * len(PROMPTS))
+    n_layers = len(experts_modules(model))
+    assert experts.n_passes == experts.n_finished_passes > 0
+    assert len(experts.begun) + len(experts.general) == experts.n_passes * n_layers
+    assert set(experts.general) == ({declined} if declined >= 0 else set())
