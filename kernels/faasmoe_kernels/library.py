@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 ABI_VERSION = 2
 OUT_OF_MEMORY = -2  # FK_E_MEMORY
@@ -69,7 +70,9 @@ class Activation(IntEnum):
     CLAMPED_SWIGLU = 6
 
 
-class _Matrix(ctypes.Structure):
+class MatrixStruct(ctypes.Structure):
+    """A Matrix as the library reads it (`fk_matrix`)."""
+
     _fields_ = (
         ("scheme", ctypes.c_int32),
         ("group", ctypes.c_int32),
@@ -158,7 +161,7 @@ class Gating:
     limit: float = 0.0
 
 
-MATRIX_BYTES = ctypes.sizeof(_Matrix)
+MATRIX_BYTES = ctypes.sizeof(MatrixStruct)
 """Size of one entry of `matrix_table`."""
 
 
@@ -193,7 +196,7 @@ class KernelLibrary:
         self._lib.fk_last_error.restype = ctypes.c_char_p
         self._lib.fk_set_isa.argtypes = (ctypes.c_char_p,)
         self._lib.fk_linear.argtypes = (
-            *(ctypes.POINTER(_Matrix), pointer, i32, i64, i64),
+            *(ctypes.POINTER(MatrixStruct), pointer, i32, i64, i64),
             *(pointer, i32, i64, i32),
         )
         self._lib.fk_experts.argtypes = (
@@ -209,7 +212,7 @@ class KernelLibrary:
 
     def use_isa(self, name: str) -> None:
         """Use another instruction set, for tests; raises KernelError if this CPU lacks it."""
-        self._check(self._lib.fk_set_isa(name.encode()))
+        self.check(self._lib.fk_set_isa(name.encode()))
 
     def linear(
         self,
@@ -239,8 +242,8 @@ class KernelLibrary:
             KernelError: a size, type or address that cannot be used.
             MemoryError: scratch memory could not be allocated.
         """
-        matrix = _to_struct(weight)
-        self._check(
+        matrix = to_struct(weight)
+        self.check(
             self._lib.fk_linear(
                 ctypes.byref(matrix),
                 *(x, x_dtype, x_stride, rows),
@@ -293,7 +296,7 @@ class KernelLibrary:
             MemoryError: scratch memory could not be allocated.
         """
         pairs = _Pairs(n_groups, group_sizes, pair_rows, pair_positions or None, pair_weights)
-        self._check(
+        self.check(
             self._lib.fk_experts(
                 *(first, down, ctypes.byref(to_gating_struct(gating)), ctypes.byref(pairs)),
                 *(x, x_dtype, hidden_size, rows, is_reduced),
@@ -302,7 +305,16 @@ class KernelLibrary:
             )
         )
 
-    def _check(self, status: int) -> None:
+    def function(
+        self, name: str, argtypes: Sequence[Any], restype: Any = ctypes.c_int32
+    ) -> Callable[..., Any]:
+        """Return a function of the library, for other modules of this package."""
+        function: Callable[..., Any] = getattr(self._lib, name)
+        function.argtypes, function.restype = argtypes, restype  # type: ignore[attr-defined]
+        return function
+
+    def check(self, status: int) -> None:
+        """Raise the error of the thread's last call if `status` is one."""
         if not status:
             return
         message = self._lib.fk_last_error().decode()
@@ -314,7 +326,7 @@ def matrix_table(items: Sequence[Matrix]) -> bytes:
 
     Entries may be gathered in any order into other memory; the weights themselves are not copied.
     """
-    return bytes((_Matrix * len(items))(*map(_to_struct, items)))
+    return bytes((MatrixStruct * len(items))(*map(to_struct, items)))
 
 
 @lru_cache(maxsize=1)
@@ -341,8 +353,9 @@ def describe_cpu_kernels() -> str:
         return f"torch ({error})"
 
 
-def _to_struct(m: Matrix) -> _Matrix:
-    return _Matrix(
+def to_struct(m: Matrix) -> MatrixStruct:
+    """Return the matrix as the library reads it."""
+    return MatrixStruct(
         *(m.scheme, m.group, m.n, m.k, m.codes),
         *(m.scales or None, m.zeros or None, m.bias or None),
         *(m.scale_dtype, m.zero_dtype, m.bias_dtype, 0),
