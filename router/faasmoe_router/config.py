@@ -18,6 +18,7 @@ from faasmoe_contracts.environment import (
     read_variables,
     seconds_between,
 )
+from faasmoe_router.connections import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_ADDRESS
 from faasmoe_router.errors import RouterConfigError
 
 PREFIX = "FAASMOE_"
@@ -48,6 +49,9 @@ _Replicas = Annotated[int, BeforeValidator(integer_between(1, 1024))]
 _ActivationSeconds = Annotated[float, BeforeValidator(seconds_between(0.1, 3600))]
 _CallQueueSeconds = Annotated[float, BeforeValidator(seconds_between(0, 60))]
 _CallSeconds = Annotated[float, BeforeValidator(seconds_between(0.01, 3600))]
+_KeepAliveSeconds = Annotated[float, BeforeValidator(seconds_between(1, 3600))]
+_DrainSeconds = Annotated[float, BeforeValidator(seconds_between(0, 3600))]
+_Connections = Annotated[int, BeforeValidator(integer_between(1, 1 << 20))]
 _RequestSeconds = Annotated[float, BeforeValidator(seconds_between(0.1, 86400))]
 
 
@@ -95,6 +99,11 @@ class RouterConfig(BaseSettings):
         layer_timeout_s: time of all calls of a layer, retries and waiting included, after which the
             router computes the rest; part of a request.
         request_timeout_s: time until the last token of a request, which then fails.
+        keep_alive_s: how long an unused connection of a client is kept.
+        max_connections: connections of clients, fewer if the process may not open as many files.
+        max_connections_per_address: connections of one client address.
+        drain_timeout_s: time that running responses have at shutdown; with some seconds more, less
+            than the grace period of the pod.
     """
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -126,6 +135,10 @@ class RouterConfig(BaseSettings):
     call_timeout_s: _CallSeconds = 10.0
     layer_timeout_s: _CallSeconds = 30.0
     request_timeout_s: _RequestSeconds = 3600.0
+    keep_alive_s: _KeepAliveSeconds = 75.0
+    max_connections: _Connections = MAX_CONNECTIONS
+    max_connections_per_address: _Connections = MAX_CONNECTIONS_PER_ADDRESS
+    drain_timeout_s: _DrainSeconds = 20.0
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Self:

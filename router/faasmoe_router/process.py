@@ -19,6 +19,7 @@ from faasmoe_expert.device import resolve_device
 from faasmoe_router.api.app import create_app
 from faasmoe_router.compute_dtype import select_compute_dtype
 from faasmoe_router.config import PREFIX, RouterConfig
+from faasmoe_router.connections import ConnectionLimits, descriptor_limited
 from faasmoe_router.control import ControlLink, LinkSettings
 from faasmoe_router.control.activator import ActivationQueueLimits, ActivationRequester
 from faasmoe_router.control.client import ControlClient
@@ -112,7 +113,16 @@ class RouterProcess:
             fingerprint=system_fingerprint(store.manifest.digest, model),
         )
         self._server = Server(
-            app, host=config.host, port=config.port, on_drain_timeout=self._abort_running
+            app,
+            host=config.host,
+            port=config.port,
+            on_drain_timeout=self._abort_running,
+            drain_timeout_s=config.drain_timeout_s,
+            connection_limits=ConnectionLimits(
+                max_connections=descriptor_limited(config.max_connections),
+                max_per_address=config.max_connections_per_address,
+                keep_alive_s=config.keep_alive_s,
+            ),
         )
         logger.info(
             "%s is loaded on %s, for http://%s:%d", model_name, device, config.host, config.port

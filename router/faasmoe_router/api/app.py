@@ -7,6 +7,7 @@ probes and Prometheus and need no API key, and OpenAI endpoints that answer 501.
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -14,6 +15,8 @@ from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from faasmoe_router.api.admission import AlwaysActivated, RequestActivator
+from faasmoe_router.api.body import BodyReader
+from faasmoe_router.api.body_limits import BodyLimits
 from faasmoe_router.api.completions import ServedModel, completion_routes
 from faasmoe_router.api.errors import ApiError, add_error_handlers
 from faasmoe_router.api.middleware import AuthMiddleware, RequestContextMiddleware
@@ -26,13 +29,15 @@ from faasmoe_router.api.openapi import (
     json_responses,
     text_error_responses,
 )
+from faasmoe_router.api.preparation import HeldBytes, PreparationQueue
+from faasmoe_router.api.preprocessing import Preprocessor
 from faasmoe_router.api.tokenization import tokenization_routes
+from faasmoe_router.api.validation import MAX_PROMPTS
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.errors import EngineUnavailable
 from faasmoe_router.tenants.service import NoTenants, TenantService
 from faasmoe_router.version import installed_version
 
-MAX_BODY_BYTES = 8 << 20
 _NOT_IMPLEMENTED_ENDPOINTS: Mapping[str, str] = {
     "/v1/embeddings": "This server's model generates text and does not support embeddings.",
     "/v1/responses": "This server has no Responses API; use /v1/chat/completions.",
@@ -47,7 +52,7 @@ def create_app(
     activator: RequestActivator | None = None,
     tenancy: TenantService | None = None,
     fingerprint: str | None = None,
-    max_body_bytes: int = MAX_BODY_BYTES,
+    max_body_bytes: int | None = None,
 ) -> FastAPI:
     """Return the app, which starts the engine on startup and stops it on shutdown.
 
@@ -58,21 +63,31 @@ def create_app(
         activator: queues requests whose functions are not active; None queues nothing.
         tenancy: authenticates and limits tenants; None serves anyone without a key.
         fingerprint: the `system_fingerprint` of responses, of the weights and their numerics.
-        max_body_bytes: larger request bodies are rejected with 413.
+        max_body_bytes: larger request bodies are rejected with 413; by default what fits into the
+            model's context.
     """
     activator = activator or AlwaysActivated()
     tenant_admission = tenancy or NoTenants()
     served_model = ServedModel(model_name, fingerprint)
+    body_limits = BodyLimits.for_model(
+        max_model_len=engine.limits.max_model_len,
+        max_token_bytes=engine.tokenizer.max_token_bytes,
+        max_prompts=MAX_PROMPTS,
+    )
+    if max_body_bytes is not None:
+        body_limits = replace(body_limits, max_bytes=max_body_bytes)
+    queue = PreparationQueue(is_shared=tenancy is not None)
+    bodies, preprocessor = BodyReader(body_limits, queue, HeldBytes()), Preprocessor(engine, queue)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with activator, engine, tenant_admission:
+        async with activator, engine, tenant_admission, queue:
             yield
 
     app = FastAPI(title="FaaSMoE router", lifespan=lifespan, docs_url=None, redoc_url=None)
     if tenancy is not None:
         app.add_middleware(AuthMiddleware, authenticator=tenancy)
-    app.add_middleware(RequestContextMiddleware, max_body_bytes=max_body_bytes)
+    app.add_middleware(RequestContextMiddleware, max_body_bytes=body_limits.max_bytes)
     add_error_handlers(app)
     for router in (
         completion_routes(
@@ -80,10 +95,14 @@ def create_app(
             served_model=served_model,
             activator=activator,
             tenant_admission=tenant_admission,
+            bodies=bodies,
+            preprocessor=preprocessor,
         ),
         model_routes(model_name=model_name, max_model_len=engine.limits.max_model_len),
         usage_routes(tenant_admission),
-        tokenization_routes(engine, model_name=model_name),
+        tokenization_routes(
+            engine, model_name=model_name, bodies=bodies, preprocessor=preprocessor
+        ),
         not_implemented_routes(),
         health_routes(engine, registry=registry, activator=activator),
     ):

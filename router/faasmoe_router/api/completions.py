@@ -18,9 +18,15 @@ from faasmoe_router.api.admission import (
     queue_until_activated,
     record_outcome_on_error,
 )
+from faasmoe_router.api.body import BodyReader
 from faasmoe_router.api.errors import model_not_found
 from faasmoe_router.api.middleware import get_caller
-from faasmoe_router.api.openapi import ChatCompletionResponse, CompletionResponse, json_responses
+from faasmoe_router.api.openapi import (
+    ChatCompletionResponse,
+    CompletionResponse,
+    json_request_body,
+    json_responses,
+)
 from faasmoe_router.api.preprocessing import Preprocessor
 from faasmoe_router.api.protocol import (
     ChatCompletionRequest,
@@ -37,19 +43,13 @@ from faasmoe_router.api.responses import (
     ResponseMeta,
     TokenBytes,
 )
-from faasmoe_router.api.streaming import (
-    ClientDisconnected,
-    EventStreamResponse,
-    run_until_disconnect,
-)
-from faasmoe_router.api.tool_calling import resolve_tool_calling
+from faasmoe_router.api.streaming import EventStreamResponse, run_until_disconnect
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import Generation, GenerationRequest
 from faasmoe_router.errors import EngineUnavailable
 from faasmoe_router.tenants.service import Caller
 
 ERROR_STATUSES = (400, 404, 413, 429, 500, 503)
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for it; seen by middleware only
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,11 @@ def completion_routes(
     served_model: ServedModel,
     activator: RequestActivator,
     tenant_admission: TenantAdmission,
+    bodies: BodyReader,
+    preprocessor: Preprocessor,
 ) -> APIRouter:
     """Return the routes that generate text."""
     router = APIRouter()
-    preprocessor = Preprocessor(engine)
     generator = _ResponseGenerator(
         engine,
         served_model=served_model,
@@ -92,33 +93,60 @@ def completion_routes(
             raise model_not_found(body.model)
         body.check_params()
 
+    async def prepare_chat(request: Request, caller: Caller) -> _PreparedRequest:
+        async with bodies.reading(request, ChatCompletionRequest, caller) as body:
+            check_request(body, caller)
+            tool_config, requests = await run_until_disconnect(
+                request, preprocessor.build_chat_requests(body, caller)
+            )
+            formatter = ChatChoiceFormatter(_logprob_token_bytes(engine, body), tool_config)
+            return _PreparedRequest(body.without_contents(), requests, formatter)
+
+    async def prepare_completion(request: Request, caller: Caller) -> _PreparedRequest:
+        async with bodies.reading(request, CompletionRequest, caller) as body:
+            check_request(body, caller)
+            requests, echoed_prompts = await run_until_disconnect(
+                request, preprocessor.build_completion_requests(body, caller)
+            )
+            token_bytes = _logprob_token_bytes(engine, body)
+            formatter = CompletionChoiceFormatter(token_bytes, echoed_prompts)
+            return _PreparedRequest(body.without_contents(), requests, formatter)
+
     @router.post(
         "/v1/chat/completions",
         responses=json_responses(ChatCompletionResponse, *ERROR_STATUSES, is_streamable=True),
+        openapi_extra=json_request_body(ChatCompletionRequest),
     )
-    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+    async def create_chat_completion(request: Request) -> Response:
         """Generate the next message of a conversation."""
-        caller = get_caller(request)
-        check_request(body, caller)
-        tool_config = resolve_tool_calling(body, engine.tokenizer)
-        requests = await preprocessor.build_chat_requests(body, tool_config, caller)
-        formatter = ChatChoiceFormatter(_logprob_token_bytes(engine, body), tool_config)
-        return await generator.respond(request, body, requests, formatter)
+        return await generator.respond(request, await prepare_chat(request, get_caller(request)))
 
     @router.post(
         "/v1/completions",
         responses=json_responses(CompletionResponse, *ERROR_STATUSES, is_streamable=True),
+        openapi_extra=json_request_body(CompletionRequest),
     )
-    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+    async def create_completion(request: Request) -> Response:
         """Generate the continuation of one or several prompts."""
-        caller = get_caller(request)
-        check_request(body, caller)
-        requests = await preprocessor.build_completion_requests(body, caller)
-        echoed_prompts = _echoed_prompts(engine, body, requests) if body.echo else None
-        formatter = CompletionChoiceFormatter(_logprob_token_bytes(engine, body), echoed_prompts)
-        return await generator.respond(request, body, requests, formatter)
+        prepared = await prepare_completion(request, get_caller(request))
+        return await generator.respond(request, prepared)
 
     return router
+
+
+@dataclass(frozen=True, slots=True)
+class _PreparedRequest:
+    """A request that is ready to be generated.
+
+    Attributes:
+        body: its parameters, without what only the prompt needs.
+        requests: one generation request per choice of each prompt.
+        formatter: formats the choices.
+    """
+
+    body: CompletionRequestBase
+    requests: Sequence[GenerationRequest]
+    formatter: ChoiceFormatter
 
 
 class _ResponseGenerator:
@@ -137,39 +165,24 @@ class _ResponseGenerator:
         self._activator = activator
         self._tenant_admission = tenant_admission
 
-    async def respond(
-        self,
-        request: Request,
-        body: CompletionRequestBase,
-        requests: Sequence[GenerationRequest],
-        formatter: ChoiceFormatter,
-    ) -> Response:
-        """Return the response to a request; raises RouterError if it is not admitted.
-
-        Args:
-            request: the HTTP request.
-            body: its validated body.
-            requests: one generation request per choice of each prompt.
-            formatter: formats the choices.
-        """
+    async def respond(self, request: Request, prepared: _PreparedRequest) -> Response:
+        """Return the response to a request; raises RouterError if it is not admitted."""
+        body, requests = prepared.body, prepared.requests
         if not self._engine.is_ready:
             raise EngineUnavailable("the engine is starting")
         caller = get_caller(request)
         n_prompt_tokens = sum(len(r.prompt_token_ids) for r in requests) // (body.n or 1)
-        builder = self._response_builder(body, formatter, n_prompt_tokens, len(requests))
+        builder = self._response_builder(body, prepared.formatter, n_prompt_tokens, len(requests))
         usage_recorder = self._tenant_admission.admit(caller, requests, n_prompt=n_prompt_tokens)
         queue_slot = partial(self._tenant_admission.queue_slot, caller)
-        try:
-            with record_outcome_on_error(usage_recorder):
-                headers = await queue_until_activated(
-                    self._activator, request, requests, queue_slot=queue_slot
-                )
-                generation = self._engine.generate(
-                    requests, tenant=caller.tenant, usage_recorder=usage_recorder
-                )
-                response = await _to_http_response(builder, generation, request, body)
-        except ClientDisconnected:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        with record_outcome_on_error(usage_recorder):
+            headers = await queue_until_activated(
+                self._activator, request, requests, queue_slot=queue_slot
+            )
+            generation = self._engine.generate(
+                requests, tenant=caller.tenant, usage_recorder=usage_recorder
+            )
+            response = await _to_http_response(builder, generation, request, body)
         response.headers.update({**headers, **usage_recorder.headers})
         return response
 
@@ -202,12 +215,3 @@ async def _to_http_response(
 
 def _logprob_token_bytes(engine: Engine, body: CompletionRequestBase) -> TokenBytes | None:
     return None if body.n_logprobs is None else engine.vocabulary.token_bytes
-
-
-def _echoed_prompts(
-    engine: Engine, body: CompletionRequest, requests: Sequence[GenerationRequest]
-) -> list[str]:
-    """Return the prompt text of each choice: verbatim if given as text, decoded if as tokens."""
-    prompts = [p if isinstance(p, str) else engine.tokenizer.decode(p) for p in body.prompt]
-    n = len(requests) // len(prompts)
-    return [prompt for prompt in prompts for _ in range(n)]

@@ -13,8 +13,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from faasmoe_router.errors import (
     ActivationQueueFull,
@@ -31,7 +32,9 @@ from faasmoe_router.errors import (
 )
 
 RETRY_AFTER_S = 1
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for it; seen by middleware only
 MAX_QUOTED_INPUT_LENGTH = 80
+_QUOTING_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 # Router errors that reach clients: HTTP status, type, code. The first matching class wins.
 _ROUTER_ERROR_RESPONSES: Mapping[type[RouterError], tuple[int, str, str]] = {
@@ -52,6 +55,10 @@ _HTTP_ERROR_CODES: Mapping[int, str] = {
     405: "method_not_allowed",
     413: "request_too_large",
 }
+
+
+class ClientDisconnected(Exception):
+    """The client hung up before its response was ready."""
 
 
 class ApiError(Exception):
@@ -165,14 +172,10 @@ def from_validation_errors(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     first = errors[0]
     if first["type"] == "json_invalid":
         detail = first.get("ctx", {}).get("error", "not JSON")
-        return _invalid_json(f"{detail} at character {first['loc'][-1]}")
+        return invalid_json(f"{detail} at character {first['loc'][-1]}")
     param = param_path(first["loc"][1:])
     if param is None:
-        return ApiError(
-            "The body of your request must be a JSON object, sent with the header "
-            "'Content-Type: application/json'.",
-            code="invalid_type",
-        )
+        return not_an_object()
     if first["type"] == "missing":
         return missing_param(param)
     fault = "type" if first["type"].endswith(("_type", "_unicode")) else "value"
@@ -180,6 +183,15 @@ def from_validation_errors(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         f"Invalid {fault} for '{param}': {first['msg']}, got {_quote_json(first['input'])}.",
         param=param,
         code=f"invalid_{fault}",
+    )
+
+
+def not_an_object() -> ApiError:
+    """Return the error for a body that is not a JSON object, or not declared as one."""
+    return ApiError(
+        "The body of your request must be a JSON object, sent with the header "
+        "'Content-Type: application/json'.",
+        code="invalid_type",
     )
 
 
@@ -204,28 +216,38 @@ def _escape_character(character: str) -> str:
 
 def _quote_json(value: object) -> str:
     """Return a field's value as JSON, so that the string "4" and the number 4 look different."""
+    text = ""
+    if isinstance(value, str):
+        value = value[: MAX_QUOTED_INPUT_LENGTH + 1]
     try:
-        return quote_input(json.dumps(value, ensure_ascii=False))
+        for part in _QUOTING_ENCODER.iterencode(value):  # lazily: the value may have megabytes
+            text += part[: MAX_QUOTED_INPUT_LENGTH + 1]
+            if len(text) > MAX_QUOTED_INPUT_LENGTH:
+                break
     except RecursionError:
         return "a value that is nested too deeply"
+    return quote_input(text)
 
 
-def _invalid_json(reason: str) -> ApiError:
+def invalid_json(reason: str) -> ApiError:
+    """Return the error for a body that is not JSON."""
     return ApiError(
         f"We could not parse the JSON body of your request: {reason}.", code="invalid_json"
     )
 
 
-def _from_json_parse_error(error: BaseException) -> ApiError:
+def from_json_error(error: BaseException) -> ApiError:
     """Return the API error of an exception that Python's JSON parser raised."""
+    if isinstance(error, json.JSONDecodeError):
+        return invalid_json(f"{error.msg} at character {error.pos}")
     if isinstance(error, RecursionError):
-        return _invalid_json("it is nested too deeply")
+        return invalid_json("it is nested too deeply")
     if isinstance(error, UnicodeDecodeError):
         byte = error.object[error.start]
-        return _invalid_json(f"got byte 0x{byte:02x} at position {error.start}, expected UTF-8")
+        return invalid_json(f"got byte 0x{byte:02x} at position {error.start}, expected UTF-8")
     if isinstance(error, ValueError):
-        return _invalid_json(f"a number has more than {sys.get_int_max_str_digits()} digits")
-    return _invalid_json("it could not be read")
+        return invalid_json(f"a number has more than {sys.get_int_max_str_digits()} digits")
+    return invalid_json("it could not be read")
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -247,6 +269,11 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         return _from_http_exception(request, error).response()
 
+    async def handle_disconnect(_: Request, __: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    app.add_exception_handler(ClientDisconnected, handle_disconnect)
+    app.add_exception_handler(ClientDisconnect, handle_disconnect)
     app.add_exception_handler(ApiError, handle_api_error)
     app.add_exception_handler(RouterError, handle_router_error)
     app.add_exception_handler(RequestValidationError, handle_validation_error)
@@ -255,7 +282,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
     if error.status_code == 400 and error.__cause__ is not None:
-        return _from_json_parse_error(error.__cause__)
+        return from_json_error(error.__cause__)
     url = quote_input(f"{request.method} {request.url.path}")
     messages = {
         404: f"Unknown request URL: {url}.",

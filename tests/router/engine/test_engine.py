@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_engine import manager_of
+from tiny_engine import manager_of, run_here
 from torch import Tensor
 
 from faasmoe_router.engine import supervisor
@@ -198,7 +198,9 @@ def test_full_cache_does_not_change_texts_with_all_sampling_options(
     """The sampling state survives preemption; log-probabilities stay aligned with tokens."""
 
     async def work(engine: Engine) -> list[Logprobs]:
-        grammar = await engine.grammar_compiler.compile(GrammarSource("regex", "[a-z ]{120,500}"))
+        grammar = await engine.grammar_compiler.compile(
+            GrammarSource("regex", "[a-z ]{120,500}"), run_here
+        )
         choosings = [
             SamplingParams(DrawParams(1.0, seed=seed), n_logprobs=1, **asked)
             for seed in range(3)
@@ -283,7 +285,7 @@ def test_unsatisfiable_constraints_fail_only_their_request(
     engine = make_engine()
 
     async def work() -> None:
-        digits = await engine.grammar_compiler.compile(GrammarSource("regex", "[0-9]{5}"))
+        digits = await engine.grammar_compiler.compile(GrammarSource("regex", "[0-9]{5}"), run_here)
         letter = LogitBias(allowed_token_ids=tuple(model_tokenizer.encode("x")))
         whole = engine.generate([GenerationRequest(prompt_ids, 40)])
         nothing = GenerationRequest(
@@ -303,7 +305,9 @@ def test_end_of_grammar_finishes_and_frees_the_request(
     engine = make_engine()
 
     async def work() -> None:
-        grammar = await engine.grammar_compiler.compile(GrammarSource("choice", '["abc"]'))
+        grammar = await engine.grammar_compiler.compile(
+            GrammarSource("choice", '["abc"]'), run_here
+        )
         request = GenerationRequest(prompt_ids, 200, SamplingParams(grammar=grammar))
         async with engine.generate([request]) as generation:
             deltas = [delta async for _, delta in generation]
