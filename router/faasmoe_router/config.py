@@ -49,6 +49,7 @@ _Replicas = Annotated[int, BeforeValidator(integer_between(1, 1024))]
 _ActivationSeconds = Annotated[float, BeforeValidator(seconds_between(0.1, 3600))]
 _CallQueueSeconds = Annotated[float, BeforeValidator(seconds_between(0, 60))]
 _CallSeconds = Annotated[float, BeforeValidator(seconds_between(0.01, 3600))]
+_Descriptor = Annotated[int, BeforeValidator(integer_between(0, 1 << 20))]
 _KeepAliveSeconds = Annotated[float, BeforeValidator(seconds_between(1, 3600))]
 _DrainSeconds = Annotated[float, BeforeValidator(seconds_between(0, 3600))]
 _Connections = Annotated[int, BeforeValidator(integer_between(1, 1 << 20))]
@@ -68,6 +69,7 @@ class RouterConfig(BaseSettings):
         model_name: model name that requests give; by default the last part of the store's source.
         host: address to listen on.
         port: port to listen on.
+        listen_fd: descriptor of an inherited socket that listens there; by default one is opened.
         device: device of the router's part of the model.
         dtype: dtype in which the router computes; auto is the store's dtype, or float32 on a CPU
             without fast products in that dtype.
@@ -114,6 +116,7 @@ class RouterConfig(BaseSettings):
     model_name: str | None = None
     host: str = "127.0.0.1"
     port: _Port = 8000
+    listen_fd: _Descriptor | None = None
     device: Device = "auto"
     dtype: DtypeSetting = "auto"
     max_model_len: _ModelLength | None = None

@@ -124,6 +124,7 @@ class RouterProcess:
                 keep_alive_s=config.keep_alive_s,
             ),
         )
+        self._listeners = _inherited_listeners(config.listen_fd)
         logger.info(
             "%s is loaded on %s, for http://%s:%d", model_name, device, config.host, config.port
         )
@@ -131,7 +132,7 @@ class RouterProcess:
     def serve(self) -> bool:
         """Serve until SIGTERM or SIGINT; return whether that ended it, rather than a failure."""
         try:
-            self._server.run()
+            self._server.run(sockets=self._listeners)
         finally:
             self._dispatcher.close()
         return self._server.started and not self._has_given_up
@@ -149,6 +150,17 @@ class RouterProcess:
     def _on_engine_give_up(self) -> None:
         self._has_given_up = True
         self._server.should_exit = True
+
+
+def _inherited_listeners(descriptor: int | None) -> list[socket.socket] | None:
+    if descriptor is None:
+        return None
+    try:
+        return [socket.socket(fileno=descriptor)]
+    except OSError as error:
+        raise RouterConfigError(
+            f"FAASMOE_LISTEN_FD: got {descriptor}, expected an inherited socket: {error.strerror}"
+        ) from error
 
 
 def _open_store(path: Path) -> Store:

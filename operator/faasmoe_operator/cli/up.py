@@ -27,7 +27,7 @@ from faasmoe_operator.cli.checkpoint import prepare_command
 from faasmoe_operator.cli.formatting import format_bytes, format_table
 from faasmoe_operator.cli.local_stack import StackProcesses, StackSpec, running_stack
 from faasmoe_operator.cli.logs import LogSinks, print_progress
-from faasmoe_operator.cli.runtime_dir import private_runtime_dir, register_instance
+from faasmoe_operator.cli.runtime_dir import locked_state, private_runtime_dir, register_instance
 from faasmoe_operator.cli.signals import run_until_signal
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.errors import CommandError
@@ -71,6 +71,13 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--skip-verify", action="store_true", help="do not verify the checksums of the store"
     )
+    parser.add_argument(
+        "--keep-alive",
+        type=_keep_alive_seconds,
+        metavar="SECONDS",
+        help="how long unused connections of clients are kept; more than a load balancer keeps "
+        "them (default: spec.router.keepAliveSeconds, or 75)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -78,6 +85,16 @@ def _port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected 1 to 65535")
     return int(text)
+
+
+def _keep_alive_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected 1 to 3600 seconds")
+    return seconds
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -88,17 +105,27 @@ def run(arguments: argparse.Namespace) -> int:
         print_progress(warning)
     endpoint = router.Endpoint(arguments.host, arguments.port)
     endpoint.check_free()
-    with LogSinks(arguments.log_dir) as logs:
-        skip_verify = arguments.skip_verify
+    with LogSinks(arguments.log_dir) as logs, locked_state(deployment.state_path):
         return asyncio.run(
             run_until_signal(
-                _prepare_and_serve(deployment, endpoint, logs, skip_verify=skip_verify)
+                _prepare_and_serve(
+                    deployment,
+                    endpoint,
+                    logs,
+                    skip_verify=arguments.skip_verify,
+                    keep_alive_s=arguments.keep_alive,
+                )
             )
         )
 
 
 async def _prepare_and_serve(
-    deployment: LocalModel, endpoint: router.Endpoint, logs: LogSinks, *, skip_verify: bool
+    deployment: LocalModel,
+    endpoint: router.Endpoint,
+    logs: LogSinks,
+    *,
+    skip_verify: bool,
+    keep_alive_s: float | None,
 ) -> int:
     await check_devices(deployment)
     if not deployment.is_prepared:
@@ -110,7 +137,9 @@ async def _prepare_and_serve(
     if not skip_verify:
         await _verify(store)
     with private_runtime_dir() as folder, closing(control.ReservedControlPort.reserve()) as port:
-        spec = StackSpec.create(deployment, endpoint, folder=folder, port=port)
+        spec = StackSpec.create(
+            deployment, endpoint, folder=folder, port=port, keep_alive_s=keep_alive_s
+        )
         register_instance(spec.instance, folder)
         print_progress(f"CPU kernels: {describe_cpu_kernels()}")
         print_progress("starting zygote, control process and router")
@@ -216,6 +245,7 @@ async def _print_summary_when_healthy(
     url = spec.port.url
     await control.wait_until_healthy(url)
     await router.wait_until_healthy(spec.endpoint, progress=print_progress)
+    processes.router.has_started = True
     status = await control.fetch_status(url, token=spec.secrets.token)
     text = format_summary(
         status,

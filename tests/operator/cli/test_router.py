@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ WriteModel = Callable[..., Path]
 ENDPOINT = Endpoint("127.0.0.1", 8000)
 
 
-def router_environment(file: Path, **arguments: Path) -> dict[str, str]:
+def router_environment(file: Path, **arguments: Any) -> dict[str, str]:
     deployment = LocalModel.load(file)
     return environment(deployment, ENDPOINT, control_url="http://c", token="t", **arguments)
 

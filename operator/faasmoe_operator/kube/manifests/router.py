@@ -200,6 +200,7 @@ def _settings(ctx: ModelContext) -> list[Object]:
             "MAX_NUM_SEQS": router.max_num_seqs,
             "MAX_NUM_BATCHED_TOKENS": router.max_num_batched_tokens,
             "MAX_WAITING": router.max_waiting,
+            "KEEP_ALIVE": router.keep_alive_seconds,
             "KV_CACHE_BYTES": router.kv_cache_bytes,
             "TENANTS_FILE": f"{TENANTS_MOUNT_PATH}/{TENANTS_FILE_NAME}"
             if ctx.spec.tenants
