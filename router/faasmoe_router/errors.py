@@ -13,10 +13,11 @@ RouterError
 ├── ActivationTimeout       functions were not activated in time
 ├── EngineUnavailable       the engine is starting, stopped or has given up
 ├── EngineDeviceLost        the model's device is unusable; fatal
-├── StoreUnreadable         the store was removed or damaged; fatal
+├── StoreUnreadable         the store is away; only the requests that need it fail
 ├── StoreCorrupted          bytes of the store fail verification everywhere
 └── GenerationFailed        an accepted request cannot be finished
-    └── NoTokenAllowed      its constraints allow no further token
+    ├── NoTokenAllowed      its constraints allow no further token
+    └── ModelPartUnavailable  a part of the model cannot be read or computed at the moment
 
 ControlError                calls to the control plane; never ends the router
 ├── ControlUnreachable      no connection, or it was cut or stalled
@@ -67,7 +68,7 @@ class ActivationTimeout(RouterError):
 
 
 class StoreUnreadable(RouterError):
-    """The store was removed or damaged while being served; an engine restart does not help."""
+    """The store cannot be read: removed, or away for a while, such as a network file system."""
 
 
 class StoreCorrupted(RouterError):
@@ -88,6 +89,10 @@ class GrammarError(RouterError):
 
 class NoTokenAllowed(GenerationFailed):
     """A request's constraints allow no further token, or its grammar takes too much time."""
+
+
+class ModelPartUnavailable(GenerationFailed):
+    """A part of the model can be neither called nor read at the moment; a retry may succeed."""
 
 
 class TenantsConfigError(RouterError):

@@ -23,6 +23,7 @@ from faasmoe_router.errors import (
     EngineQueueFull,
     EngineUnavailable,
     GenerationFailed,
+    ModelPartUnavailable,
     NoTokenAllowed,
     RateLimitExceeded,
     RequestTooLarge,
@@ -46,6 +47,7 @@ _ROUTER_ERROR_RESPONSES: Mapping[type[RouterError], tuple[int, str, str]] = {
     ActivationTimeout: (503, "server_error", "service_unavailable"),
     StoreCorrupted: (503, "server_error", "model_damaged"),
     EngineUnavailable: (503, "server_error", "service_unavailable"),
+    ModelPartUnavailable: (503, "server_error", "service_unavailable"),  # before its base class
     NoTokenAllowed: (400, "invalid_request_error", "invalid_value"),  # before its base class
     GenerationFailed: (500, "server_error", "internal_error"),
 }
