@@ -26,7 +26,7 @@ FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"),
     *("-fno-math-errno", "-pthread", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"),
 )
-COMMON_SOURCES = ("faasmoe_kernels.cpp", "thread_pool.cpp", "isa_portable.cpp")
+COMMON_SOURCES = ("faasmoe_kernels.cpp", "thread_pool.cpp", "isa_portable.cpp", "sigbus_guard.cpp")
 AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2_FLAGS)
 SANITIZER_FLAGS = (

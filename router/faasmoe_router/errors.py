@@ -7,9 +7,10 @@ RouterError
 ├── GrammarError            a grammar that cannot constrain a text
 ├── RequestTooLarge         more tokens than the tenant may ever reserve
 ├── RateLimitExceeded       a tenant's rate limit
-├── TenantQueueFull         a tenant's part of the queue is full
-├── EngineQueueFull         the engine's queue is full
-├── ActivationQueueFull     the queue for cold functions is full
+├── QueueFull               too much waits already
+│   ├── TenantQueueFull     a tenant's part of the queue is full
+│   ├── EngineQueueFull     the engine's queue is full
+│   └── ActivationQueueFull the queue for cold functions is full
 ├── ActivationTimeout       functions were not activated in time
 ├── EngineUnavailable       the engine is starting, stopped or has given up
 ├── EngineDeviceLost        the model's device is unusable; fatal
@@ -55,11 +56,21 @@ class EngineUnavailable(RouterError):
     """The engine is not running: it is (re)starting, was stopped or has given up."""
 
 
-class EngineQueueFull(RouterError):
+class QueueFull(RouterError):
+    """Base of what is refused because too much waits already.
+
+    Attributes:
+        retry_after_s: seconds until there will be a place, as far as that is known.
+    """
+
+    retry_after_s = 1.0
+
+
+class EngineQueueFull(QueueFull):
     """The engine holds its maximum number of requests."""
 
 
-class ActivationQueueFull(RouterError):
+class ActivationQueueFull(QueueFull):
     """The maximum number of requests, or bytes, already waits for functions to be activated."""
 
 
@@ -115,7 +126,7 @@ class RateLimitExceeded(RouterError):
         self.headers = dict(headers or {})
 
 
-class TenantQueueFull(RouterError):
+class TenantQueueFull(QueueFull):
     """The maximum number of a tenant's sequences already waits."""
 
 

@@ -25,6 +25,7 @@ from faasmoe_router.errors import (
     GenerationFailed,
     ModelPartUnavailable,
     NoTokenAllowed,
+    QueueFull,
     RateLimitExceeded,
     RequestTooLarge,
     RouterError,
@@ -129,7 +130,11 @@ def from_router_error(error: RouterError) -> ApiError:
     """Return the API error of a router error; an unmapped one becomes an internal error."""
     for error_class, (status, error_type, code) in _ROUTER_ERROR_RESPONSES.items():
         if isinstance(error, error_class):
-            headers = _rate_limit_headers(error) if isinstance(error, RateLimitExceeded) else {}
+            headers: dict[str, str] = {}
+            if isinstance(error, RateLimitExceeded):
+                headers = _rate_limit_headers(error)
+            elif isinstance(error, QueueFull):
+                headers = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
             return ApiError(
                 str(error), status=status, error_type=error_type, code=code, headers=headers
             )

@@ -51,7 +51,7 @@ class Preprocessor:
         self, body: ChatCompletionRequest, caller: Caller = ANONYMOUS
     ) -> tuple[ToolCallConfig | None, list[GenerationRequest]]:
         """Return how the model calls tools, and one request per choice; raises ApiError."""
-        self._check_n_choices(body, n_prompts=1)
+        self._check_n_choices(body, caller, n_prompts=1)
         tool_config = await self._queue.run(
             caller,
             partial(resolve_tool_calling, body, self._engine.tokenizer),
@@ -74,7 +74,7 @@ class Preprocessor:
         The texts are those of each choice if the request wants them echoed: verbatim if given as
         text, decoded if as tokens. Raises ApiError.
         """
-        self._check_n_choices(body, n_prompts=len(body.prompt))
+        self._check_n_choices(body, caller, n_prompts=len(body.prompt))
         for index, prompt in enumerate(body.prompt):
             if isinstance(prompt, str):
                 self.check_text_size([prompt], param="prompt")
@@ -165,9 +165,11 @@ class Preprocessor:
         """Raise ApiError if a token ID is not in the vocabulary."""
         _check_token_ids(token_ids, vocab_size=self._engine.vocab_size, param=param)
 
-    def _check_n_choices(self, body: CompletionRequestBase, *, n_prompts: int) -> None:
-        """Raise ApiError if even an idle engine could not hold this many choices."""
-        capacity = self._engine.limits.max_requests
+    def _check_n_choices(
+        self, body: CompletionRequestBase, caller: Caller, *, n_prompts: int
+    ) -> None:
+        """Raise ApiError if even an idle engine could not hold this many choices of the caller."""
+        capacity = self._engine.max_sequences(caller.tenant)
         n = body.n or 1
         if n_prompts * n > capacity:
             raise invalid_value(

@@ -155,6 +155,11 @@ class FairQueue:
                 "choice of a request counts"
             )
 
+    def max_sequences(self, tenant: str) -> int:
+        """Return how many sequences of a tenant can run and wait when no one else's do."""
+        running = min(self._slots, self._share(tenant).max_running or self._slots)
+        return running + self._queue_capacity(tenant)
+
     def push(self, tenant: str, sequence_id: str, *, n_prompt_tokens: int) -> None:
         """Append a sequence to its tenant's backlog; call `check_capacity` first."""
         backlog = self._backlogs.setdefault(tenant, _TenantBacklog())
