@@ -39,6 +39,7 @@ def _check_http_url(text: str) -> str:
 
 _HttpURL = Annotated[str, AfterValidator(_check_http_url)]
 _Port = Annotated[int, BeforeValidator(integer_between(0, 65535))]
+_MetricsPort = Annotated[int, BeforeValidator(integer_between(1, 65535))]
 _ModelLength = Annotated[int, BeforeValidator(integer_between(1, 1 << 24))]
 _Sequences = Annotated[int, BeforeValidator(integer_between(1, 4096))]
 _BatchedTokens = Annotated[int, BeforeValidator(integer_between(1, 1 << 20))]
@@ -86,7 +87,8 @@ class RouterConfig(BaseSettings):
             its address, before the router computes it.
         max_activation_queue_requests: requests that may wait for activation; more are rejected
             with status 429.
-        max_activation_queue_bytes: total size of their bodies; more are rejected with status 429.
+        max_activation_queue_bytes: total size of their prompts as Python objects; more are rejected
+            with status 429.
         tenants_file: the tenants file; without it requests are not authenticated.
         state_dir: folder of this router alone, in which tenants' usage is saved; without it usage
             starts at zero at every start.
@@ -104,6 +106,8 @@ class RouterConfig(BaseSettings):
         keep_alive_s: how long an unused connection of a client is kept.
         max_connections: connections of clients, fewer if the process may not open as many files.
         max_connections_per_address: connections of one client address.
+        metrics_port: port of /metrics alone, which tenants need not reach; by default /metrics is on
+            `port`, without a key.
         drain_timeout_s: time that running responses have at shutdown; with some seconds more, less
             than the grace period of the pod.
     """
@@ -141,6 +145,7 @@ class RouterConfig(BaseSettings):
     keep_alive_s: _KeepAliveSeconds = 75.0
     max_connections: _Connections = MAX_CONNECTIONS
     max_connections_per_address: _Connections = MAX_CONNECTIONS_PER_ADDRESS
+    metrics_port: _MetricsPort | None = None
     drain_timeout_s: _DrainSeconds = 20.0
 
     @classmethod

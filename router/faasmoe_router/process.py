@@ -17,6 +17,7 @@ from faasmoe_contracts.store import Store, StoreError
 from faasmoe_expert.config import SandboxConfigError as DeviceError
 from faasmoe_expert.device import resolve_device
 from faasmoe_router.api.app import create_app
+from faasmoe_router.api.metrics_server import MetricsServer
 from faasmoe_router.compute_dtype import select_compute_dtype
 from faasmoe_router.config import PREFIX, RouterConfig
 from faasmoe_router.connections import ConnectionLimits, descriptor_limited
@@ -111,6 +112,9 @@ class RouterProcess:
             activator=link,
             tenancy=tenants,
             fingerprint=system_fingerprint(store.manifest.digest, model),
+            metrics_server=None
+            if config.metrics_port is None
+            else MetricsServer(registry, host=config.host, port=config.metrics_port),
         )
         self._server = Server(
             app,

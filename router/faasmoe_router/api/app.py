@@ -6,7 +6,7 @@ probes and Prometheus and need no API key, and OpenAI endpoints that answer 501.
 """
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from faasmoe_router.api.body import BodyReader
 from faasmoe_router.api.body_limits import BodyLimits
 from faasmoe_router.api.completions import ServedModel, completion_routes
 from faasmoe_router.api.errors import ApiError, add_error_handlers
+from faasmoe_router.api.metrics_server import MetricsServer
 from faasmoe_router.api.middleware import AuthMiddleware, RequestContextMiddleware
 from faasmoe_router.api.models import model_routes, usage_routes
 from faasmoe_router.api.openapi import (
@@ -53,6 +54,7 @@ def create_app(
     tenancy: TenantService | None = None,
     fingerprint: str | None = None,
     max_body_bytes: int | None = None,
+    metrics_server: MetricsServer | None = None,
 ) -> FastAPI:
     """Return the app, which starts the engine on startup and stops it on shutdown.
 
@@ -65,6 +67,7 @@ def create_app(
         fingerprint: the `system_fingerprint` of responses, of the weights and their numerics.
         max_body_bytes: larger request bodies are rejected with 413; by default what fits into the
             model's context.
+        metrics_server: serves the metrics elsewhere; None serves them at /metrics.
     """
     activator = activator or AlwaysActivated()
     tenant_admission = tenancy or NoTenants()
@@ -81,7 +84,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with activator, engine, tenant_admission, queue:
+        async with activator, engine, tenant_admission, queue, metrics_server or nullcontext():
             yield
 
     app = FastAPI(title="FaaSMoE router", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -104,17 +107,16 @@ def create_app(
             engine, model_name=model_name, bodies=bodies, preprocessor=preprocessor
         ),
         not_implemented_routes(),
-        health_routes(engine, registry=registry, activator=activator),
+        health_routes(engine, activator=activator),
+        *(() if metrics_server is not None else (metrics_routes(registry),)),
     ):
         app.include_router(router)
     install_openapi(app, requires_api_key=tenancy is not None)
     return app
 
 
-def health_routes(
-    engine: Engine, *, registry: CollectorRegistry, activator: RequestActivator
-) -> APIRouter:
-    """Return the routes for probes and Prometheus."""
+def health_routes(engine: Engine, *, activator: RequestActivator) -> APIRouter:
+    """Return the routes for probes."""
     router = APIRouter()
 
     @router.get("/health", response_model=None, responses=json_responses(HealthResponse, 500, 503))
@@ -135,6 +137,13 @@ def health_routes(
     async def show_version() -> dict[str, Any]:
         """Return the version of FaaSMoE."""
         return {"version": installed_version()}
+
+    return router
+
+
+def metrics_routes(registry: CollectorRegistry) -> APIRouter:
+    """Return the route for Prometheus."""
+    router = APIRouter()
 
     @router.get("/metrics", response_class=PlainTextResponse, responses=text_error_responses(500))
     async def metrics() -> Response:
