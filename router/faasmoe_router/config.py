@@ -106,7 +106,7 @@ class RouterConfig(BaseSettings):
         keep_alive_s: how long an unused connection of a client is kept.
         max_connections: connections of clients, fewer if the process may not open as many files.
         max_connections_per_address: connections of one client address.
-        metrics_port: port of /metrics alone, which tenants need not reach; by default /metrics is on
+        metrics_port: port of /metrics alone, which tenants need not reach; by default it is on
             `port`, without a key.
         drain_timeout_s: time that running responses have at shutdown; with some seconds more, less
             than the grace period of the pod.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,9 @@ PROBE_DELAYS_S = (0.0, 1.0, 4.0, 16.0)  # between interim responses; some client
 PROBE_RESULT_S = 0.05
 TCP_CLOSE = 7  # state of a connection that was reset
 
+_connection_logger = logging.getLogger("uvicorn.error.connection")
+_connection_logger.setLevel(logging.ERROR)  # strangers could fill a log with warnings
+
 
 class BoundedHttpProtocol(HttpToolsProtocol):
     """One client connection.
@@ -46,6 +50,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self, *, limits: ConnectionLimits, table: ConnectionTable, **uvicorn_arguments: Any
     ) -> None:
         super().__init__(**uvicorn_arguments)
+        self.logger = _connection_logger
         self._limits = limits
         self._table = table
         self._is_reading_head = True
