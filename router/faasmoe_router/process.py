@@ -1,5 +1,6 @@
 """The router process: builds store, dispatch, model, engine and API from the settings."""
 
+import gc
 import logging
 import re
 import secrets
@@ -135,6 +136,8 @@ class RouterProcess:
 
     def serve(self) -> bool:
         """Serve until SIGTERM or SIGINT; return whether that ended it, rather than a failure."""
+        gc.collect()
+        gc.freeze()  # model and libraries: a collection of all their objects would stall the loop
         try:
             self._server.run(sockets=self._listeners)
         finally:
