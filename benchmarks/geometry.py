@@ -35,11 +35,26 @@ BIAS_DIMENSION_VALUE = 8.0  # embedding dimension 0 if the gate is skewed
 LAYER_VARIANCE = 0.45  # variance that a layer adds to the residual stream / spread**4; measured
 SEED = 0
 COMPLETE_MARKER = ".complete"
+_SIZES = (
+    "layers",
+    "vocabulary",
+    "hidden",
+    "heads",
+    "experts",
+    "top_k",
+    "intermediate",
+    "shared_intermediate",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointGeometry:
-    """Sizes of a Qwen2-MoE checkpoint and the skew of its gates."""
+    """Sizes of a Qwen2-MoE checkpoint and the skew of its gates.
+
+    Attributes:
+        kv_heads: heads of keys and values; 0 for as many as `heads`.
+        zero_biases: whether the biases of queries, keys and values are zero instead of random.
+    """
 
     layers: int
     vocabulary: int
@@ -50,12 +65,18 @@ class CheckpointGeometry:
     intermediate: int = 1408
     shared_intermediate: int = 5632
     skew: float = 0.0
+    kv_heads: int = 0
+    zero_biases: bool = False
 
     @property
     def name(self) -> str:
         """Folder name, unique for the geometry."""
-        sizes = "-".join(str(size) for name, size in asdict(self).items() if name != "skew")
-        return f"{sizes}-skew{self.skew:g}" if self.skew else sizes
+        name = "-".join(str(size) for field, size in asdict(self).items() if field in _SIZES)
+        if self.skew:
+            name += f"-skew{self.skew:g}"
+        if self.kv_heads:
+            name += f"-kv{self.kv_heads}"
+        return f"{name}-zero-biases" if self.zero_biases else name
 
     @property
     def weight_bytes(self) -> int:
@@ -109,7 +130,7 @@ def _write_config(geometry: CheckpointGeometry, folder: Path) -> None:
         intermediate_size=geometry.shared_intermediate,
         num_hidden_layers=geometry.layers,
         num_attention_heads=geometry.heads,
-        num_key_value_heads=geometry.heads,
+        num_key_value_heads=geometry.kv_heads or geometry.heads,
         max_position_embeddings=MAX_POSITIONS,
         moe_intermediate_size=geometry.intermediate,
         shared_expert_intermediate_size=geometry.shared_intermediate,
@@ -163,6 +184,8 @@ def _generate_shards(geometry: CheckpointGeometry) -> Iterator[dict[str, Tensor]
     shapes = dict(_layer_shapes(geometry))
     for layer in range(geometry.layers):
         tensors = {name: draw(*shape) for name, shape in shapes.items()}
+        if geometry.zero_biases:
+            tensors |= {name: torch.zeros_like(tensors[name]) for name in _bias_names()}
         tensors |= {f"{n}_layernorm.weight": ones.clone() for n in ("input", "post_attention")}
         if geometry.skew:
             tensors["mlp.gate.weight"][:, 0] = _gate_preferences(geometry, layer, generator)
@@ -186,15 +209,20 @@ def _gate_preferences(geometry: CheckpointGeometry, layer: int, generator: Gener
 
 def _layer_shapes(geometry: CheckpointGeometry) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden = geometry.hidden
-    for name in "qkvo":
-        yield f"self_attn.{name}_proj.weight", (hidden, hidden)
-    for name in "qkv":
-        yield f"self_attn.{name}_proj.bias", (hidden,)
+    kv_size = hidden // geometry.heads * (geometry.kv_heads or geometry.heads)
+    for name, size in zip("qkvo", (hidden, kv_size, kv_size, hidden), strict=True):
+        yield f"self_attn.{name}_proj.weight", (size, hidden)
+    for name, size in zip(_bias_names(), (hidden, kv_size, kv_size), strict=True):
+        yield name, (size,)
     yield "mlp.gate.weight", (geometry.experts, hidden)
     yield "mlp.shared_expert_gate.weight", (1, hidden)
     yield from _mlp_shapes("mlp.shared_expert", hidden, geometry.shared_intermediate)
     for expert in range(geometry.experts):
         yield from _mlp_shapes(f"mlp.experts.{expert}", hidden, geometry.intermediate)
+
+
+def _bias_names() -> tuple[str, ...]:
+    return tuple(f"self_attn.{name}_proj.bias" for name in "qkv")
 
 
 def _mlp_shapes(

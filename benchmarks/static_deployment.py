@@ -29,7 +29,7 @@ from faasmoe_operator.cli import router
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient
 from faasmoe_operator.control.static_placement import StaticPlacement, place_all_functions
-from faasmoe_operator.platforms import ProcessPlatform
+from faasmoe_operator.platforms.process import ProcessPlatform
 from faasmoe_operator.platforms.zygote import run_zygote, shared_dir_variables
 
 logger = logging.getLogger(__name__)

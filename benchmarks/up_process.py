@@ -123,7 +123,7 @@ async def running_up(moemodel: Path) -> AsyncIterator[UpProcess]:
             a note.
     """
     with tempfile.TemporaryDirectory(prefix="faasmoe-bench-") as folder:
-        port, log = _free_port(), Path(folder) / "log"
+        port, log = free_port(), Path(folder) / "log"
         command = ("-m", "faasmoe_operator.cli", "up", "-f", str(moemodel), "--port", str(port))
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
@@ -192,7 +192,8 @@ async def _poll_or_raise(deadline_s: float, what: str) -> None:
     await asyncio.sleep(POLL_S)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port on which nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
         return port

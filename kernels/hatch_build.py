@@ -26,9 +26,16 @@ FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"),
     *("-fno-math-errno", "-pthread", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"),
 )
-COMMON_SOURCES = ("faasmoe_kernels.cpp", "thread_pool.cpp", "isa_portable.cpp", "sigbus_guard.cpp")
 AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2_FLAGS)
+AVX512_BF16_FLAGS = ("-mavx512vnni", "-mavx512bf16", *AVX512_FLAGS)
+X86_ISAS = ("avx2", "avx512", "avx512_bf16")
+ISA_FLAGS: dict[str, tuple[str, ...]] = {
+    "avx2": AVX2_FLAGS,
+    "avx512": AVX512_FLAGS,
+    "avx512_bf16": AVX512_BF16_FLAGS,
+    "neon": (),
+}
 SANITIZER_FLAGS = (
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     *("-O1", "-g", "-fno-omit-frame-pointer"),
@@ -43,14 +50,27 @@ def find_compiler() -> str | None:
 
 
 def translation_units(machine: str) -> tuple[list[str], list[tuple[str, tuple[str, ...]]]]:
-    """Return the definitions for a machine, and its source files with their flags."""
-    units: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in COMMON_SOURCES]
+    """Return the definitions for a machine, and its source files with their flags.
+
+    Every `src/*.cpp` is compiled; an `*_ISA.cpp` only for machines that can have ISA, and with its
+    flags.
+    """
+    definitions, flags = _instruction_sets(machine)
+    units: list[tuple[str, tuple[str, ...]]] = []
+    for path in sorted(SOURCES.glob("*.cpp")):
+        isas = [isa for isa in ISA_FLAGS if path.stem.endswith(f"_{isa}")]
+        if not isas or isas[0] in flags:
+            units.append((path.name, flags[isas[0]] if isas else ()))
+    return definitions, units
+
+
+def _instruction_sets(machine: str) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+    """Return the definitions for a machine, and its instruction sets with their flags."""
     if machine in ("x86_64", "AMD64"):
-        avx = [("isa_avx2.cpp", AVX2_FLAGS), ("isa_avx512.cpp", AVX512_FLAGS)]
-        return ["-DFK_WITH_X86"], units + avx
+        return ["-DFK_WITH_X86"], {isa: ISA_FLAGS[isa] for isa in X86_ISAS}
     if machine in ("aarch64", "arm64"):
-        return ["-DFK_WITH_NEON"], [*units, ("isa_neon.cpp", ())]
-    return [], units
+        return ["-DFK_WITH_NEON"], {"neon": ()}
+    return [], {}
 
 
 def build(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox, running_sandbox
 
-from faasmoe_contracts.store import Store
+from faasmoe_contracts.store import QuantizationEntry, Store
 
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
@@ -17,10 +17,15 @@ settings.load_profile("shared-machine")
 
 @pytest.fixture(scope="session")
 def prepared_store(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
-    """Prepare a family's tiny model as a store, once per session: `prepared_store("mixtral")`."""
+    """Prepare a family's tiny model as a store, once per session: `prepared_store("mixtral")`.
+
+    `experts` and `router` name quantisations, `none` by default.
+    """
 
     @cache
-    def prepare_family(family: str, dtype: str | None = None) -> Store:
+    def prepare_family(
+        family: str, dtype: str | None = None, experts: str = "none", router: str = "none"
+    ) -> Store:
         from families.registry import FAMILIES
 
         from faasmoe_router.checkpoint.prepare import prepare
@@ -28,7 +33,12 @@ def prepared_store(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
         folder = tmp_path_factory.mktemp(family)
         model = next(f for f in FAMILIES if f.name == family).build()
         model.save_pretrained(folder / "checkpoint")
-        return prepare(str(folder / "checkpoint"), folder / "store", dtype=dtype)
+        return prepare(
+            str(folder / "checkpoint"),
+            folder / "store",
+            dtype=dtype,
+            quantization=QuantizationEntry(experts, router),
+        )
 
     return prepare_family
 

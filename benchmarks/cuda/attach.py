@@ -15,8 +15,8 @@ from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_contracts.store import Store
 from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient
 from faasmoe_operator.control.static_placement import wait_ready
-from faasmoe_operator.platforms import ProcessPlatform
 from faasmoe_operator.platforms.base import ProcessSandboxTemplate
+from faasmoe_operator.platforms.process import ProcessPlatform
 from faasmoe_operator.platforms.zygote import run_zygote
 
 READY_TIMEOUT_S = 120.0

@@ -121,4 +121,4 @@ def _geometry(text: str) -> CheckpointGeometry:
         raise argparse.ArgumentTypeError(
             f"got {text!r}, expected eight comma-separated positive integers"
         ) from None
-    return CheckpointGeometry(*sizes)
+    return CheckpointGeometry(*sizes)  # type: ignore[arg-type]  # the eight sizes come first

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
+from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_transformers.errors import UnsupportedVersions
 from faasmoe_transformers.lazy_import import META_REGISTRATIONS, defer_import
 from faasmoe_transformers.version_check import SANDBOX_MODULES, check_private_names
@@ -379,11 +380,14 @@ def main(import_sandbox: Callable[[], ServeSandbox] = import_runtime) -> int:
         return 2
     try:
         die_with_parent()
+        phases = StartPhases()
+        gc.disable()  # collecting while importing takes time and frees nothing
         zygote = Zygote(import_sandbox(), Path(path))
         # Children's collectors skip frozen objects, so their pages stay shared.
-        gc.disable()
         gc.collect()
         gc.freeze()
+        phases.end("imports and warm up")
+        logger.info("%s", phases.describe())
         zygote.run()
     except (ParentDeathError, NotSingleThreaded, UnsupportedVersions, OSError, ValueError) as error:
         print(f"faasmoe_expert.zygote: {error}", file=sys.stderr)

@@ -29,7 +29,8 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from faasmoe_transformers.error_isolation import BatchErrorIsolation, ErrorPolicy
 from faasmoe_transformers.errors import CacheAllocationFailed, CacheTooSmall, UnsupportedModel
 from faasmoe_transformers.prefix_cache import SaltTokens, salt_prefix_cache
-from faasmoe_transformers.scheduler import BatchCounter, register_scheduler, release_pages
+from faasmoe_transformers.scheduler import BatchCounter, register_scheduler
+from faasmoe_transformers.untouched_zeros import UntouchedZeros
 
 SamplerRow = tuple[int, Any, list[int], list[int]]
 """A row of the scores, its request's sampling state, and the request's initial and generated
@@ -186,7 +187,8 @@ class ContinuousBatcher:
             loop, on_outputs, self._pop_cached_tokens
         )
         try:
-            self._manager.warmup()
+            with UntouchedZeros():
+                self._manager.warmup()
         except torch.OutOfMemoryError as error:
             raise CacheAllocationFailed(str(error).partition("\n")[0]) from error
         except (ValueError, MemoryError, AttributeError) as error:
@@ -201,7 +203,6 @@ class ContinuousBatcher:
         BatchErrorIsolation(self._manager, self._error_policy)
         # Requests that remain when the thread ends do not fail: another batcher resumes them.
         self._manager._fail_all_remaining_requests = lambda *_: None
-        release_pages(batch_processor.cache.cache_tensor)
         self._manager.start()
 
     def stop(self, timeout_s: float) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from faasmoe_transformers.errors import UnsupportedModel
-from faasmoe_transformers.lazy_import import META_REGISTRATIONS, load_deferred
+from faasmoe_transformers.lazy_import import META_REGISTRATIONS, is_deferred, load_deferred
 from faasmoe_transformers.version_check import check_private_names
 
 if TYPE_CHECKING:
@@ -46,9 +46,14 @@ def build_from_config(
             f"architecture: got {architecture!r}, "
             f"which transformers {transformers.__version__} does not have"
         )
-    return model_class._from_config(
-        config, experts_implementation=experts_implementation, **options
-    )
+    options["experts_implementation"] = experts_implementation
+    try:
+        return model_class._from_config(config, **options)
+    except NotImplementedError:
+        if not is_deferred(META_REGISTRATIONS):
+            raise
+        load_deferred(META_REGISTRATIONS)  # few families compute with meta tensors
+        return model_class._from_config(config, **options)
 
 
 def copy_experts_module(model_dir: Path, architecture: str, name: str) -> Any:

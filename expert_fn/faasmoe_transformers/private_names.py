@@ -167,9 +167,9 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     *_names(
         _CACHE,
-        "cache_tensor cache_allocators num_sectors",
+        "cache_allocators num_sectors",
         "continuous_batching",
-        "checks that one request fits; releases the zeroed pages of a new cache",
+        "checks that one request fits",
     ),
     *_names(
         _ALLOCATOR,
@@ -369,7 +369,26 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "torch.",
         "_meta_registrations",
         "lazy_import",
-        "deferred in sandboxes: a quarter of torch's import time",
+        "deferred in sandboxes and routers: a quarter of torch's import time",
+    ),
+    # fast_import
+    *_names(
+        "torch._dynamo:",
+        "disable allow_in_graph assume_constant_result mark_static_address",
+        "fast_import",
+        "replaced until torch's compiler is used: decorators and marks of transformers' modules",
+    ),
+    *_names(
+        "torch._dynamo.",
+        "_trace_wrapped_higher_order_op",
+        "fast_import",
+        "imported by transformers without the rest of torch's compiler",
+    ),
+    *_names(
+        "transformers.utils.import_utils:",
+        "define_import_structure is_torch_distributed_available",
+        "fast_import",
+        "replaced: caches the index of exported names; leaves out distributed code",
     ),
     # model_skeleton
     *_names(

@@ -14,7 +14,7 @@ from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 OUT_OF_MEMORY = -2  # FK_E_MEMORY
 LIBRARY_NAME = "libfaasmoe_kernels.so"
 DISABLE_ENV = "FAASMOE_KERNELS"  # "off" leaves the library unused
@@ -47,6 +47,16 @@ class Scheme(IntEnum):
     MXFP4 = 5
 
 
+class ParameterDtype(IntEnum):
+    """Type of scales, zero points and biases in memory."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    FLOAT16 = 2
+    E8M0 = 3  # uint8, 2 ** (code - 127); scales only
+    UINT8 = 4  # zero points only
+
+
 class Activation(IntEnum):
     """Activation of the first projection."""
 
@@ -69,6 +79,10 @@ class _Matrix(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("scale_dtype", ctypes.c_int32),
+        ("zero_dtype", ctypes.c_int32),
+        ("bias_dtype", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
     )
 
 
@@ -101,10 +115,13 @@ class Matrix:
         n: output features.
         k: input features, contiguous.
         codes: address of the codes.
-        scales: address of the scales, float32 [n, k / group], or [n] without groups; 0 if unscaled.
+        scales: address of the scales, [n, k / group], or [n] without groups; 0 if unscaled.
         zeros: address of the zero points of INT4, shaped as the scales; 0 for symmetric codes.
-        bias: address of the bias, float32 [n]; 0 without.
+        bias: address of the bias, [n]; 0 without.
         group: columns per scale, a multiple of 32; 0 for one scale per row.
+        scale_dtype: type of the scales; any but UINT8.
+        zero_dtype: type of the zero points; any but E8M0.
+        bias_dtype: type of the bias: FLOAT32, BFLOAT16 or FLOAT16.
     """
 
     scheme: Scheme
@@ -115,6 +132,9 @@ class Matrix:
     zeros: int = 0
     bias: int = 0
     group: int = 0
+    scale_dtype: ParameterDtype = ParameterDtype.FLOAT32
+    zero_dtype: ParameterDtype = ParameterDtype.FLOAT32
+    bias_dtype: ParameterDtype = ParameterDtype.FLOAT32
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +231,7 @@ class KernelLibrary:
 
     @property
     def isa(self) -> str:
-        """Name of the instruction set in use: avx512, avx2, neon or portable."""
+        """Name of the instruction set in use: avx512_bf16, avx512, avx2, neon or portable."""
         name: bytes = self._lib.fk_isa()
         return name.decode()
 
@@ -333,8 +353,11 @@ def matrix_table(items: Sequence[Matrix]) -> bytes:
 @lru_cache(maxsize=1)
 def load() -> KernelLibrary:
     """Return the library; raises KernelsUnavailable with the reason."""
-    if os.environ.get(DISABLE_ENV, "").lower() == "off":
+    setting = os.environ.get(DISABLE_ENV, "")
+    if setting.lower() == "off":
         raise KernelsUnavailable(f"switched off by {DISABLE_ENV}=off")
+    if setting.lower() not in ("", "on"):
+        raise KernelsUnavailable(f"{DISABLE_ENV}: got {setting!r}, expected on or off")
     path = Path(__file__).parent / LIBRARY_NAME
     if not path.exists():
         raise KernelsUnavailable(
@@ -353,7 +376,9 @@ def describe_cpu_kernels() -> str:
 
 def _to_struct(m: Matrix) -> _Matrix:
     return _Matrix(
-        m.scheme, m.group, m.n, m.k, m.codes, m.scales or None, m.zeros or None, m.bias or None
+        *(m.scheme, m.group, m.n, m.k, m.codes),
+        *(m.scales or None, m.zeros or None, m.bias or None),
+        *(m.scale_dtype, m.zero_dtype, m.bias_dtype, 0),
     )
 
 

@@ -17,13 +17,16 @@ bool is_supported(const fk::Isa *isa) {
   if (isa == &fk_isa_avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && is_supported(&fk_isa_avx2);
+  if (isa == &fk_isa_avx512_bf16)
+    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+           is_supported(&fk_isa_avx512);
 #endif
   return isa != nullptr;
 }
 
 const fk::Isa *const kIsas[] = {  // best first
 #if defined(FK_WITH_X86)
-    &fk_isa_avx512, &fk_isa_avx2,
+    &fk_isa_avx512_bf16, &fk_isa_avx512, &fk_isa_avx2,
 #endif
 #if defined(FK_WITH_NEON)
     &fk_isa_neon,
@@ -79,6 +82,12 @@ int32_t check_dtype(const char *name, int32_t dtype) {
   return reject("%s: got %d, expected a value of fk_dtype (0 to %d)", name, dtype, FK_FLOAT16);
 }
 
+// `beyond` is the one type beyond the floats that the parameter may have, or -1.
+int32_t check_parameter(const char *owner, const char *name, int32_t dtype, int32_t beyond, const char *expected) {
+  if ((dtype >= FK_P_FLOAT32 && dtype <= FK_P_FLOAT16) || dtype == beyond) return 0;
+  return reject("%s%s: got %d, expected %s", owner, name, dtype, expected);
+}
+
 // `owner` is a prefix such as "first."
 int32_t check_matrix(const char *owner, const fk_matrix &m) {
   if (m.scheme < FK_W_FLOAT32 || m.scheme > FK_W_MXFP4)
@@ -86,8 +95,18 @@ int32_t check_matrix(const char *owner, const fk_matrix &m) {
   if (int32_t e = check_size(owner, "n", m.n)) return e;
   if (int32_t e = check_size(owner, "k", m.k)) return e;
   if (int32_t e = check_pointer(owner, "codes", m.codes)) return e;
+  if (m.bias)
+    if (int32_t e = check_parameter(owner, "bias_dtype", m.bias_dtype, -1, "0 to 2 (float32, bfloat16, float16)"))
+      return e;
   if (m.scheme < FK_W_INT8) return 0;
   if (int32_t e = check_pointer(owner, "scales", m.scales)) return e;
+  if (int32_t e = check_parameter(owner, "scale_dtype", m.scale_dtype, FK_P_E8M0,
+                                  "0 to 3 (float32, bfloat16, float16, E8M0)"))
+    return e;
+  if (m.zeros)
+    if (int32_t e = check_parameter(owner, "zero_dtype", m.zero_dtype, FK_P_UINT8,
+                                    "0 to 2 or 4 (float32, bfloat16, float16, uint8)"))
+      return e;
   if (m.group < 0 || m.group % 32 || (m.group && m.k % m.group))
     return reject("%sgroup: got %d, expected 0 or a multiple of 32 that divides k (%lld)", owner, m.group,
                   (long long)m.k);

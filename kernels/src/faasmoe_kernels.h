@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Raised whenever a structure or the meaning of an argument changes.
-#define FK_ABI_VERSION 1
+#define FK_ABI_VERSION 2
 
 enum fk_dtype { FK_FLOAT32 = 0, FK_BFLOAT16 = 1, FK_FLOAT16 = 2 };
 
@@ -27,7 +27,16 @@ enum fk_scheme {
   FK_W_FLOAT16 = 2,
   FK_W_INT8 = 3,   // codes int8 [n, k]
   FK_W_INT4 = 4,   // codes uint8 [n, k / 2], low nibble = even column; value = code - 8, or code - zero
-  FK_W_MXFP4 = 5,  // codes uint8 [n, k / 2] of E2M1, low nibble = even column; scales float32 per 32
+  FK_W_MXFP4 = 5,  // codes uint8 [n, k / 2] of E2M1, low nibble = even column; a scale per 32
+};
+
+// Types of scales, zero points and biases, as they lie in a store.
+enum fk_parameter_dtype {
+  FK_P_FLOAT32 = 0,
+  FK_P_BFLOAT16 = 1,
+  FK_P_FLOAT16 = 2,
+  FK_P_E8M0 = 3,   // uint8, 2^(code - 127), 255 is NaN; scales only
+  FK_P_UINT8 = 4,  // zero points only
 };
 
 enum fk_activation {
@@ -52,9 +61,13 @@ typedef struct fk_matrix {
   int64_t n;            // output features
   int64_t k;            // input features
   const void *codes;    // [n, k] in the scheme's type
-  const float *scales;  // [n, k / group], or [n]; NULL for float schemes
-  const float *zeros;   // FK_W_INT4 only, shape of scales, in code units; NULL: symmetric (8)
-  const float *bias;    // [n], or NULL
+  const void *scales;   // [n, k / group], or [n]; NULL for float schemes
+  const void *zeros;    // FK_W_INT4 only, shape of scales, in code units; NULL: symmetric (8)
+  const void *bias;     // [n], or NULL
+  int32_t scale_dtype;  // enum fk_parameter_dtype: float32, bfloat16, float16 or E8M0
+  int32_t zero_dtype;   // float32, bfloat16, float16 or uint8
+  int32_t bias_dtype;   // float32, bfloat16 or float16
+  int32_t reserved;     // 0
 } fk_matrix;
 
 typedef struct fk_gating {
@@ -70,7 +83,7 @@ int32_t fk_abi_version(void);
 // What was wrong with the last failed call of this thread, such as "w.group: got 48, expected 0 or ...".
 const char *fk_last_error(void);
 
-// Name of the instruction set in use: "avx512", "avx2", "neon" or "portable".
+// Name of the instruction set in use: "avx512_bf16", "avx512", "avx2", "neon" or "portable".
 const char *fk_isa(void);
 
 // Use another instruction set, for tests; FK_E_ARGUMENT if this CPU or build lacks it.

@@ -1,8 +1,9 @@
 #define FK_NAMESPACE fk_avx2
 #define FK_LANES 8
-#define FK_COLUMNS_1 8
-#define FK_COLUMNS 3
-#define FK_MAX_ROWS 3
+#define FK_FLOAT_ROWS 6
+#define FK_FLOAT_COLUMNS 2
+#define FK_INTEGER_ROWS 6
+#define FK_INTEGER_COLUMNS 1
 #include "kernels_impl.h"
 #include "isa_table.h"
 

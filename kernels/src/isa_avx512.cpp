@@ -1,8 +1,9 @@
 #define FK_NAMESPACE fk_avx512
 #define FK_LANES 16
-#define FK_COLUMNS_1 8
-#define FK_COLUMNS 4
-#define FK_MAX_ROWS 4
+#define FK_FLOAT_ROWS 6
+#define FK_FLOAT_COLUMNS 4
+#define FK_INTEGER_ROWS 8
+#define FK_INTEGER_COLUMNS 2
 #include "kernels_impl.h"
 #include "isa_table.h"
 

@@ -1,8 +1,9 @@
 #define FK_NAMESPACE fk_neon
 #define FK_LANES 4
-#define FK_COLUMNS_1 8
-#define FK_COLUMNS 4
-#define FK_MAX_ROWS 4
+#define FK_FLOAT_ROWS 6
+#define FK_FLOAT_COLUMNS 4
+#define FK_INTEGER_ROWS 6
+#define FK_INTEGER_COLUMNS 1
 #include "kernels_impl.h"
 #include "isa_table.h"
 

@@ -18,7 +18,7 @@ struct Isa {
 
 extern const fk::Isa fk_isa_portable;
 #if defined(FK_WITH_X86)
-extern const fk::Isa fk_isa_avx2, fk_isa_avx512;
+extern const fk::Isa fk_isa_avx2, fk_isa_avx512, fk_isa_avx512_bf16;
 #endif
 #if defined(FK_WITH_NEON)
 extern const fk::Isa fk_isa_neon;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -24,6 +25,7 @@ from faasmoe_router.errors import RouterConfigError
 PREFIX = "FAASMOE_"
 Device = Literal["auto", "cpu", "cuda"]
 DtypeSetting = Literal["auto", "bfloat16", "float16", "float32"]
+GenerationConfigMode = Literal["auto", "none"]
 PlacementMode = Literal["auto", "functions"]
 
 
@@ -37,6 +39,20 @@ def _check_http_url(text: str) -> str:
     raise ValueError("a URL such as http://127.0.0.1:8080")
 
 
+def _split_origins(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    if all(origin == "*" or _ORIGIN.fullmatch(origin) for origin in origins):
+        return origins
+    raise ValueError("origins such as https://chat.example.com or *, separated by commas")
+
+
+_ORIGIN = re.compile(r"https?://[^/\s,]+")
+_Origins = Annotated[
+    tuple[str, ...], BeforeValidator(_split_origins), AfterValidator(_check_origins)
+]
 _HttpURL = Annotated[str, AfterValidator(_check_http_url)]
 _Port = Annotated[int, BeforeValidator(integer_between(0, 65535))]
 _MetricsPort = Annotated[int, BeforeValidator(integer_between(1, 65535))]
@@ -98,6 +114,9 @@ class RouterConfig(BaseSettings):
             router, where that was measured to be faster; functions never does. Needs socket_dir.
         router_replicas: routers that the tenants' limits are split over, unless the tenants file
             states their number.
+        cors_origins: origins of web pages that may call the API, separated by commas; `*` is any.
+        generation_config: auto takes sampling defaults from the checkpoint's
+            generation_config.json, as vLLM does; none ignores them.
         connect_timeout_s: time to connect to a sandbox; part of a call.
         call_timeout_s: time of one call of a function; part of a layer.
         layer_timeout_s: time of all calls of a layer, retries and waiting included, after which the
@@ -138,6 +157,8 @@ class RouterConfig(BaseSettings):
     socket_dir: Path | None = None
     placement: PlacementMode = "functions"
     router_replicas: _Replicas = 1
+    cors_origins: _Origins = ()
+    generation_config: GenerationConfigMode = "auto"
     connect_timeout_s: _CallSeconds = 1.0
     call_timeout_s: _CallSeconds = 10.0
     layer_timeout_s: _CallSeconds = 30.0

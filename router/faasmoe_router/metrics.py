@@ -24,6 +24,8 @@ REQUEST_BUCKETS_S = (
     *(60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
 
+FINISHED_REASONS = ("stop", "length", "abort", "error")
+
 
 def new_registry() -> CollectorRegistry:
     """Return a registry with metrics of the process, the platform and the event loop."""
@@ -94,6 +96,8 @@ class EngineMetrics:
             ["model_name", "finished_reason"],
             registry=registry,
         )
+        for reason in FINISHED_REASONS:
+            self._success.labels(model_name, reason)
         self.resumed_requests = Counter(
             "faasmoe_router_resumed_requests",
             "Requests resumed from their tokens after an engine restart.",

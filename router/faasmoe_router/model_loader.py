@@ -19,7 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from faasmoe_contracts.store import Store
+from faasmoe_contracts.store import Store, StoreError, TensorQuantization
+from faasmoe_contracts.store.quantization import SCALE_SUFFIX
+from faasmoe_expert.functions.dequantization import dequantize
+from faasmoe_expert.functions.weights import TORCH_DTYPES
 from faasmoe_transformers.dtypes import ParameterDtypes
 from faasmoe_transformers.errors import UnsupportedModel
 from faasmoe_transformers.experts_backend import (
@@ -32,6 +35,9 @@ from faasmoe_transformers.meta_model import build_from_config, move_buffers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+SAFETENSORS_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class ModelLoadError(Exception):
@@ -67,8 +73,11 @@ def load_router_model(
     if dtype is not None and dtype != stored_dtype:
         convert = _dtype_converter(model, dtype)
     tensors: dict[str, Tensor] = {}
+    quantized = store.manifest.router.quantized
     for path in store.router_files():
-        tensors |= _read_tensors(path, device, convert)
+        tensors |= dequantize_weights(
+            _read_tensors(path, device, convert), quantized, path=path, dtype=dtype or stored_dtype
+        )
     _assign_tensors(model, tensors, store)
     model.tie_weights()
     _check_all_assigned(model, tensors, store)
@@ -136,6 +145,41 @@ def _read_tensors(
         raise ModelLoadError(
             f"{path}: the router's part of the model does not fit on {device}: {reason}"
         ) from error
+
+
+def dequantize_weights(
+    tensors: Mapping[str, Tensor],
+    quantized: Mapping[str, TensorQuantization],
+    *,
+    path: Path,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Return the tensors of a file with weights in the place of codes and scales.
+
+    Args:
+        tensors: tensors of a router's file by name.
+        quantized: how the weights of quantised modules are stored, by the module's name.
+        path: the file, for errors.
+        dtype: dtype of the weights.
+
+    Raises:
+        ModelLoadError: codes or scales have another dtype or shape than the manifest says.
+    """
+    entries = {f"{module}.weight": entry for module, entry in quantized.items()}
+    scale_names = {name + SCALE_SUFFIX for name in entries}
+    stored = {n: (SAFETENSORS_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()}
+    weights: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in entries:
+            try:
+                entries[name].check_tensors(name, stored)
+            except StoreError as error:
+                raise ModelLoadError(f"{path}: {error}") from error
+            scales = tensors[name + SCALE_SUFFIX]
+            weights[name] = dequantize(tensor, scales, entries[name]).to(dtype)
+        elif name not in scale_names:
+            weights[name] = tensor
+    return weights
 
 
 def _assign_tensors(model: nn.Module, tensors: dict[str, Tensor], store: Store) -> None:

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from transformers import AutoTokenizer
 
 from faasmoe_contracts.routing_table import RoutingTable, RoutingTableError
+from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_contracts.store import Store, StoreError
 from faasmoe_expert.config import SandboxConfigError as DeviceError
 from faasmoe_expert.device import resolve_device
@@ -33,6 +34,7 @@ from faasmoe_router.dispatch.fanout import DispatchTimeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.engine.batcher import EngineLimits, KVCacheGeometry
 from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import RouterConfigError
 from faasmoe_router.metrics import EngineMetrics, new_registry
@@ -55,13 +57,14 @@ class RouterProcess:
 
     Args:
         config: the router's settings.
+        phases: the phases of the start so far; logged when the server listens.
 
     Raises:
         RouterConfigError: the store, the routing table or a limit cannot be used; the message names
             the variable.
     """
 
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: RouterConfig, phases: StartPhases) -> None:
         device = _resolve_device(config.device)
         host_buffers = transfer_for(device)
         registry = new_registry()
@@ -79,17 +82,21 @@ class RouterProcess:
                 store, config, config.control_url, registry, host_buffers
             )
         self._link = link
+        phases.end("store")
         try:
             model = load_router_model(
                 store, self._dispatcher, device=device, dtype=_select_dtype(config, store, device)
             )
         except ModelLoadError as error:
             raise RouterConfigError(f"FAASMOE_STORE: {error}") from error
+        phases.end("model")
         model_name = config.model_name or Path(store.manifest.model.source).name
         self._has_given_up = False
+        tokenizer = _load_tokenizer(config.store / "model")
+        phases.end("tokenizer")
         self._engine = Engine(
             model,
-            _load_tokenizer(config.store / "model"),
+            tokenizer,
             limits=_engine_limits(config, model),
             metrics=EngineMetrics(registry, model_name),
             on_give_up=self._on_engine_give_up,
@@ -113,14 +120,18 @@ class RouterProcess:
             activator=link,
             tenancy=tenants,
             fingerprint=system_fingerprint(store.manifest.digest, model),
+            cors_origins=config.cors_origins,
+            sampling_defaults=_sampling_defaults(config),
             metrics_server=None
             if config.metrics_port is None
             else MetricsServer(registry, host=config.host, port=config.metrics_port),
         )
+        self._phases = phases
         self._server = Server(
             app,
             host=config.host,
             port=config.port,
+            on_started=self._log_start,
             on_drain_timeout=self._abort_running,
             drain_timeout_s=config.drain_timeout_s,
             connection_limits=ConnectionLimits(
@@ -130,6 +141,7 @@ class RouterProcess:
             ),
         )
         self._listeners = _inherited_listeners(config.listen_fd)
+        phases.end("api")
         logger.info(
             "%s is loaded on %s, for http://%s:%d", model_name, device, config.host, config.port
         )
@@ -148,6 +160,10 @@ class RouterProcess:
     def is_stuck(self) -> bool:
         """Whether the engine's thread did not end in time and was abandoned."""
         return self._engine.is_stuck
+
+    def _log_start(self) -> None:
+        self._phases.end("engine")
+        logger.info("%s", self._phases.describe())
 
     def _abort_running(self) -> None:
         if self._link is not None:
@@ -175,6 +191,12 @@ def _open_store(path: Path) -> Store:
         return Store.open(path)
     except (StoreError, OSError) as error:
         raise RouterConfigError(f"FAASMOE_STORE: {error}") from error
+
+
+def _sampling_defaults(config: RouterConfig) -> SamplingDefaults:
+    if config.generation_config == "none":
+        return SamplingDefaults()
+    return SamplingDefaults.read(config.store / "model")
 
 
 def _load_tokenizer(path: Path) -> ModelTokenizer:

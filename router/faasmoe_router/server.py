@@ -102,6 +102,7 @@ class Server(uvicorn.Server):
     Args:
         app: the ASGI app.
         on_drain_timeout: aborts the responses still running after `drain_timeout_s`.
+        on_started: called once the app has started and the server listens.
         host: address to listen on.
         port: port to listen on; 0 for any free port.
         drain_timeout_s: seconds that running responses get to finish.
@@ -113,6 +114,7 @@ class Server(uvicorn.Server):
         app: Any,
         *,
         on_drain_timeout: Callable[[], None],
+        on_started: Callable[[], None] = lambda: None,
         host: str = "127.0.0.1",
         port: int = 0,
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
@@ -132,6 +134,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         )
         super().__init__(config)
+        self._on_started = on_started
         self._on_drain_timeout = on_drain_timeout
         self._drain_timeout_s = drain_timeout_s
 
@@ -148,6 +151,12 @@ class Server(uvicorn.Server):
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the app, listen and report it."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain: reject work, wait for running responses, abort the rest, then close."""

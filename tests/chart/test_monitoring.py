@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from faasmoe_operator.control.metrics import ControlPlaneMetrics
 from faasmoe_operator.kube.metrics import OperatorMetrics
 from faasmoe_operator.kube.types import Object
+from faasmoe_router.api.refusals import refusal_counter
 from faasmoe_router.control.metrics import ControlLinkMetrics as LinkMetrics
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.metrics import EngineMetrics
@@ -33,6 +34,7 @@ PANELS = [
 ]
 EXTERNAL_LABELS = {
     "faasmoe_router_": {"faasmoe_dev_model"},
+    "vllm:": {"faasmoe_dev_model"},
     "faasmoe_tenant_": {"faasmoe_dev_model"},
     "faasmoe_control_": {"namespace", "model"},
 }
@@ -45,6 +47,7 @@ def exported_metrics() -> dict[str, set[str]]:
     EngineMetrics(router, "qwen").record_finished("stop")
     LinkMetrics(router)
     DispatchMetrics(router)
+    refusal_counter(router)
     TenantCollector(RouterUsage(0.0), sequences=dict, n_keys=dict).register(router)
     exported: dict[str, set[str]] = {}
     for registry in (router, OperatorMetrics().registry, ControlPlaneMetrics().registry):

@@ -36,7 +36,7 @@ def compute_in_a_sandbox(client: ZygoteClient, store: Store, **config: Any) -> b
     return send_request("POST", function, request_frame(n_rows=40))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v4"])
 def test_warmed_up_zygote_is_single_threaded_and_its_sandboxes_are_not(
     prepared_store: PreparedStore, tmp_path: Path, family: str
 ) -> None:
@@ -96,7 +96,7 @@ def test_warms_up_each_layer_kind_with_each_row_count(
 def test_imports_transformers_for_families_without_a_gated_kernel(
     prepared_store: PreparedStore,
 ) -> None:
-    store = prepared_store("gpt_oss")
+    store = prepared_store("deepseek_v4")
     assert store.manifest.layers[0].kernel is None
     assert run_warmup(store, device="cpu").endswith("True")
 

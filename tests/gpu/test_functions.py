@@ -56,6 +56,46 @@ def test_every_family_computes_the_same_as_on_the_cpu(
         assert error <= TOLERANCES[dtype] * expected.abs().max()
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4", "mxfp4"])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v4", "aria"])
+def test_quantised_functions_are_dequantised_to_the_models_dtype(
+    family: str, dtype: str, scheme: str, prepared_store: PreparedStore, uploader: Uploader
+) -> None:
+    store = prepared_store(family, dtype=dtype, experts=scheme)
+    block = [0, 3, 4, 7]
+    spec = make_function_spec(store, [0], block)
+    on_device = ExpertFunction(spec, store, uploader=uploader)
+    for mode in OutputMode:
+        request = request_for(store, block, mode=mode)
+        expected = ExpertFunction(spec, store).compute(request).float()
+        error = (on_device.compute(request).float() - expected).abs().max()
+        assert error <= TOLERANCES[dtype] * expected.abs().max()
+    plain = prepared_store(family, dtype=dtype)
+    floats = ExpertFunction(make_function_spec(plain, [0], block), plain, uploader=uploader)
+    assert on_device.size_bytes == floats.size_bytes > ExpertFunction(spec, store).size_bytes
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "mxfp4"])
+def test_uploaded_codes_become_the_weights_of_the_store(
+    scheme: str, prepared_store: PreparedStore, uploader: Uploader
+) -> None:
+    store, block = prepared_store("gpt_oss", experts=scheme), [1, 2, 6]
+    entry, layer = store.manifest.layers[0], store.map_layer(0)
+    there = copy_weights(
+        layer,
+        n_experts=EXPERTS,
+        experts=block,
+        uploader=uploader,
+        quantization=entry.quantization,
+        dtype=torch.float32,
+    )
+    here = map_weights(layer, n_experts=EXPERTS, quantization=entry.quantization)
+    for name in entry.quantization:
+        for expert in block:
+            assert torch.equal(there.stacked[name][expert].cpu(), here.stacked[name][expert])
+
+
 @pytest.mark.usefixtures("emulated")
 def test_frame_synchronizes_with_the_device_once(
     prepared_store: PreparedStore, uploader: Uploader

@@ -25,6 +25,7 @@ from metric_samples import parse_sample
 
 START_TIMEOUT_S = 240.0
 END_TIMEOUT_S = 60.0
+UP_COMMAND = (sys.executable, "-m", "faasmoe_operator.cli", "up")
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) ->
         time.sleep(0.1)
 
 
-def start_up(file: Path, log: Path) -> FaasmoeUp:
-    """Start `faasmoe up` and wait until it is healthy."""
+def start_up(file: Path, log: Path, *options: str) -> FaasmoeUp:
+    """Start `faasmoe up` with further options and wait until it is healthy."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     runtime = Path(tempfile.mkdtemp(prefix="up-"))  # tmp_path is too long for a Unix socket
@@ -113,7 +114,7 @@ def start_up(file: Path, log: Path) -> FaasmoeUp:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FAASMOE_")}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "faasmoe_operator.cli", "up", "-f", file, "--port", str(port)],
+            [*UP_COMMAND, "-f", str(file), "--port", str(port), *options],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**environment, "XDG_RUNTIME_DIR": str(runtime)},
@@ -134,12 +135,12 @@ def start_up(file: Path, log: Path) -> FaasmoeUp:
 
 
 @contextmanager
-def running_up(file: Path, log: Path) -> Iterator[FaasmoeUp]:
+def running_up(file: Path, log: Path, *options: str) -> Iterator[FaasmoeUp]:
     """Run `faasmoe up` for the lifetime of the context.
 
     At its end, the launcher must exit with status 0 and leave no process.
     """
-    instance = start_up(file, log)
+    instance = start_up(file, log, *options)
     try:
         yield instance
     finally:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from faasmoe_kernels import KernelDtype, KernelLibrary, Matrix, Scheme
+from faasmoe_kernels import KernelDtype, KernelLibrary, Matrix, ParameterDtype, Scheme
 
 Array = NDArray[Any]
 
@@ -22,6 +22,11 @@ FLOAT_DTYPES = {
     Scheme.FLOAT32: torch.float32,
     Scheme.BFLOAT16: torch.bfloat16,
     Scheme.FLOAT16: torch.float16,
+}
+FLOAT_PARAMETERS = {
+    ParameterDtype.FLOAT32: torch.float32,
+    ParameterDtype.BFLOAT16: torch.bfloat16,
+    ParameterDtype.FLOAT16: torch.float16,
 }
 E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
@@ -52,13 +57,18 @@ def random_matrix(
     group: int = 0,
     has_zeros: bool = False,
     has_bias: bool = False,
+    scale_dtype: ParameterDtype = ParameterDtype.FLOAT32,
+    zero_dtype: ParameterDtype = ParameterDtype.FLOAT32,
+    bias_dtype: ParameterDtype = ParameterDtype.FLOAT32,
 ) -> DenseMatrix:
     """Return a matrix [n, k] whose products with unit inputs are about 1."""
     bias = rng.standard_normal(n).astype(np.float32) if has_bias else None  # [n]
+    stored_bias, bias = _stored(bias, bias_dtype)
     codes: torch.Tensor | Array
     levels: Array
     scales: Array | None = None
     zeros: Array | None = None
+    stored_scales = stored_zeros = None
     if scheme in FLOAT_DTYPES:
         weights = torch.from_numpy(rng.standard_normal((n, k)) / k**0.5).to(FLOAT_DTYPES[scheme])
         codes, values = weights, weights.double().numpy()  # [n, k]
@@ -80,19 +90,27 @@ def random_matrix(
             else:
                 scales /= 3
                 levels = E2M1_VALUES[nibbles & 7] * np.where(nibbles & 8, -1, 1)
+        stored_scales, scales = _stored(scales, scale_dtype)
+        stored_zeros, zeros = _stored(zeros, zero_dtype)
+        assert scales is not None
         values = levels * _spread(scales, k)
     matrix = Matrix(
         scheme,
         n,
         k,
         _address(codes),
-        scales=_address(scales),
-        zeros=_address(zeros),
-        bias=_address(bias),
+        scales=_address(stored_scales),
+        zeros=_address(stored_zeros),
+        bias=_address(stored_bias),
         group=group,
+        scale_dtype=scale_dtype,
+        zero_dtype=zero_dtype,
+        bias_dtype=bias_dtype,
     )
     dense_bias = np.zeros(n) if bias is None else bias.astype(np.float64)
-    return DenseMatrix(matrix, values, dense_bias, (codes, scales, zeros, bias))
+    return DenseMatrix(
+        matrix, values, dense_bias, (codes, stored_scales, stored_zeros, stored_bias)
+    )
 
 
 def run_linear(
@@ -121,6 +139,20 @@ def run_linear(
 def library_dtype(x: torch.Tensor) -> KernelDtype:
     """Return the library's name of a tensor's dtype."""
     return next(dtype for dtype, torch_dtype in TORCH_DTYPES.items() if torch_dtype is x.dtype)
+
+
+def _stored(
+    values: Array | None, dtype: ParameterDtype
+) -> tuple[torch.Tensor | None, Array | None]:
+    """Return parameters in memory as `dtype`, and the values that they then have."""
+    if values is None:
+        return None, None
+    if dtype is ParameterDtype.E8M0:
+        codes = np.round(np.log2(values)) + 127
+        return torch.from_numpy(codes.astype(np.uint8)), 2.0 ** (codes - 127)
+    torch_dtype = torch.uint8 if dtype is ParameterDtype.UINT8 else FLOAT_PARAMETERS[dtype]
+    stored = torch.from_numpy(values).to(torch_dtype)
+    return stored, stored.double().numpy()
 
 
 def _spread(per_group: Array, k: int) -> Array:

@@ -88,6 +88,19 @@ def test_fanout_measures_every_candidate(tmp_path: Path) -> None:
     assert "uvicorn" in printed
 
 
+def test_quantisation_figures_of_functions_are_complete(tmp_path: Path) -> None:
+    options = ("--quick", "--only", "functions")
+    folders = ("--cache", str(tmp_path), "--out", str(tmp_path))
+    printed = _run_module("-m", "benchmarks.quantization", *options, *folders)
+    functions = json.loads((tmp_path / "quantization.json").read_text())["functions"]
+    sizes = [functions[scheme]["function_bytes"] for scheme in ("none", "int8", "int4")]
+    assert sizes == sorted(sizes, reverse=True)
+    for found in functions.values():
+        assert found["first_attach_ms"]["median"] > 0
+        assert found["memory_bytes"] > 0
+    assert "MEMORY / WEIGHTS" in printed
+
+
 @pytest.mark.slow
 def test_elastic_figures_are_complete(tmp_path: Path) -> None:
     options = ("--quick", "--cache", str(tmp_path), "--out", str(tmp_path))

@@ -9,7 +9,7 @@ import pytest
 from faasmoe_kernels import KernelError, KernelLibrary, KernelsUnavailable, load
 
 IS_ARM = platform.machine() in ("aarch64", "arm64")
-ISAS = ("neon", "portable") if IS_ARM else ("avx512", "avx2", "portable")
+ISAS = ("neon", "portable") if IS_ARM else ("avx512_bf16", "avx512", "avx2", "portable")
 
 
 @pytest.fixture(scope="session")

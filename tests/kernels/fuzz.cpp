@@ -280,7 +280,7 @@ int main(int argc, char **argv) {
   random_bits.seed(std::strtoull(argv[1], nullptr, 10));
   long cases = std::atol(argv[2]);
   std::vector<const char *> isas;
-  for (const char *name : {"avx512", "avx2", "neon", "portable"})
+  for (const char *name : {"avx512_bf16", "avx512", "avx2", "neon", "portable"})
     if (!fk_set_isa(name)) isas.push_back(name);
   for (long i = 0; i < cases; ++i) {
     fk_set_isa(isas[i % isas.size()]);

@@ -78,6 +78,25 @@ def test_the_environment_switches_the_library_off(monkeypatch: pytest.MonkeyPatc
         load()
 
 
+@pytest.mark.usefixtures("fresh_load")
+@pytest.mark.parametrize("setting", ["avx2", "0", "of"])
+def test_an_unknown_setting_is_reported_and_torch_computes(
+    monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    monkeypatch.setenv("FAASMOE_KERNELS", setting)
+    expected = f"torch (FAASMOE_KERNELS: got '{setting}', expected on or off)"
+    assert describe_cpu_kernels() == expected
+
+
+@pytest.mark.usefixtures("fresh_load")
+@pytest.mark.parametrize("setting", ["", "on", "ON"])
+def test_the_library_is_used_unless_it_is_switched_off(
+    monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    monkeypatch.setenv("FAASMOE_KERNELS", setting)
+    assert "FAASMOE_KERNELS" not in describe_cpu_kernels()
+
+
 def test_a_library_of_another_version_is_refused(tmp_path: Path) -> None:
     path = compile_library(tmp_path, 'extern "C" int fk_abi_version() { return 99; }')
     with pytest.raises(

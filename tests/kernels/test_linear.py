@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from kernel_matrices import TORCH_DTYPES, DenseMatrix, random_matrix, run_linear
 
-from faasmoe_kernels import KernelDtype, KernelLibrary, Scheme
+from faasmoe_kernels import KernelDtype, KernelLibrary, Matrix, ParameterDtype, Scheme
 
 TOLERANCE = 1e-4
 FLOATS = (Scheme.FLOAT32, Scheme.BFLOAT16, Scheme.FLOAT16)
@@ -75,6 +75,62 @@ def test_zero_points_are_subtracted(
     for rows in (1, 4, 20):
         x = random_rows(rng, rows, 256, KernelDtype.FLOAT32)
         assert_close(run_linear(library, weight.matrix, x), expected_product(weight, x))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "group"), [case for case in SCHEMES if case[0] not in FLOATS], ids=str
+)
+@pytest.mark.parametrize("dtype", [d for d in ParameterDtype if d is not ParameterDtype.UINT8])
+def test_scales_are_read_as_they_lie_in_a_store(
+    library: KernelLibrary,
+    rng: np.random.Generator,
+    dtype: ParameterDtype,
+    scheme: Scheme,
+    group: int,
+) -> None:
+    for k in (384, 32 if group == 32 else 128, 1152):
+        weight = random_matrix(rng, scheme, 22, k, group=group, scale_dtype=dtype)
+        for rows in (1, 3, 20):
+            x = random_rows(rng, rows, k, KernelDtype.FLOAT32)
+            assert_close(run_linear(library, weight.matrix, x), expected_product(weight, x))
+
+
+def test_e8m0_has_no_zero_and_one_nan(library: KernelLibrary) -> None:
+    codes = np.arange(256, dtype=np.uint8)  # [n], one scale per row
+    ones = np.full((256, 32), 1, dtype=np.int8)
+    weight = Matrix(
+        Scheme.INT8,
+        256,
+        32,
+        ones.ctypes.data,
+        scales=codes.ctypes.data,
+        scale_dtype=ParameterDtype.E8M0,
+    )
+    x = torch.zeros(1, 32)
+    x[0, 3] = 1
+    actual = run_linear(library, weight, x)[0].numpy()
+    assert np.isnan(actual[255])
+    np.testing.assert_allclose(actual[:255], 2.0 ** (np.arange(255) - 127), rtol=1e-6)
+
+
+@pytest.mark.parametrize("group", [0, 32])
+@pytest.mark.parametrize("dtype", [d for d in ParameterDtype if d is not ParameterDtype.E8M0])
+def test_zero_points_are_read_as_they_lie_in_a_store(
+    library: KernelLibrary, rng: np.random.Generator, dtype: ParameterDtype, group: int
+) -> None:
+    weight = random_matrix(rng, Scheme.INT4, 40, 224, group=group, has_zeros=True, zero_dtype=dtype)
+    for rows in (1, 20):
+        x = random_rows(rng, rows, 224, KernelDtype.BFLOAT16)
+        assert_close(run_linear(library, weight.matrix, x), expected_product(weight, x))
+
+
+@pytest.mark.parametrize("dtype", [ParameterDtype.BFLOAT16, ParameterDtype.FLOAT16])
+def test_biases_are_read_as_they_lie_in_a_store(
+    library: KernelLibrary, rng: np.random.Generator, dtype: ParameterDtype
+) -> None:
+    weight = random_matrix(rng, Scheme.BFLOAT16, 41, 96, has_bias=True, bias_dtype=dtype)
+    x = random_rows(rng, 3, 96, KernelDtype.BFLOAT16)
+    assert_close(run_linear(library, weight.matrix, x), expected_product(weight, x))
 
 
 @pytest.mark.parametrize(("scheme", "group"), SCHEMES)

@@ -32,6 +32,8 @@ def test_reads_every_variable() -> None:
             "FAASMOE_SOCKET_DIR": "/run/sockets",
             "FAASMOE_PLACEMENT": "auto",
             "FAASMOE_ROUTER_REPLICAS": "3",
+            "FAASMOE_GENERATION_CONFIG": "none",
+            "FAASMOE_CORS_ORIGINS": "https://a.example, http://localhost:3000",
         }
     )
     assert config == RouterConfig(
@@ -57,6 +59,8 @@ def test_reads_every_variable() -> None:
         socket_dir=Path("/run/sockets"),
         placement="auto",
         router_replicas=3,
+        generation_config="none",
+        cors_origins=("https://a.example", "http://localhost:3000"),
     )
 
 
@@ -79,6 +83,8 @@ def test_unset_and_empty_variables_use_the_defaults() -> None:
         ("FAASMOE_MAX_NUM_SEQS", "-1"),
         ("FAASMOE_MAX_NUM_BATCHED_TOKENS", "1.5"),
         ("FAASMOE_MAX_WAITING", "²"),
+        ("FAASMOE_CORS_ORIGINS", "a.example"),
+        ("FAASMOE_GENERATION_CONFIG", "vllm"),
         ("FAASMOE_KV_CACHE_BYTES", "2Gi"),
         ("FAASMOE_ACTIVATION_TIMEOUT", "0"),
         ("FAASMOE_ACTIVATION_TIMEOUT", "nan"),

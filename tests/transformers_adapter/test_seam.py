@@ -31,7 +31,7 @@ SHARED_ATTRIBUTES = {
     *("add_request", "cache", "error", "fatal_error", "generated_tokens", "is_finished"),
     *("is_transposed", "model", "request_id", "scheduler", "state"),
     # of the standard library, and documented ones of torch
-    *("__call__", "dim", "register", "reset", "convert"),
+    *("__call__", "dim", "register", "reset", "convert", "disable"),
 }
 
 

@@ -51,8 +51,19 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
-{{- /* The full name of an image: dict "image" "root". */ -}}
+{{- /* The chart's labels and a user's; the chart's win, because selectors need them: dict "labels" "root". */ -}}
+{{- define "faasmoe.mergedLabels" -}}
+{{- merge (include "faasmoe.labels" .root | fromYaml) (default dict .labels) | toYaml -}}
+{{- end -}}
+
+{{- /* The full name of an image: dict "image" "field" "root". */ -}}
 {{- define "faasmoe.image" -}}
+{{- if not (kindIs "map" .image) -}}
+{{- fail (printf "%s: got %v, expected registry, repository, tag and digest" .field .image) -}}
+{{- end -}}
+{{- if eq .image.tag "latest" -}}
+{{- fail (printf "%s.tag: got latest, expected a version, or a digest in %s.digest" .field .field) -}}
+{{- end -}}
 {{- $registry := default .root.Values.global.imageRegistry .image.registry -}}
 {{- $name := ternary (printf "%s/%s" $registry .image.repository) .image.repository (ne $registry "") -}}
 {{- if .image.digest -}}

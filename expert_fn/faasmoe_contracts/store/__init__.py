@@ -4,6 +4,7 @@ Defines the directory layout, the manifest and the safetensors container. Knows 
 of model families or of how a store is written (`faasmoe_router.checkpoint` does that).
 """
 
+from faasmoe_contracts.store.json_fields import StoreError
 from faasmoe_contracts.store.manifest import (
     STORE_FORMAT,
     STORE_VERSION,
@@ -11,8 +12,12 @@ from faasmoe_contracts.store.manifest import (
     LayerEntry,
     Manifest,
     ModelEntry,
-    StoreError,
     manifest_digest,
+)
+from faasmoe_contracts.store.quantization import (
+    QuantizationEntry,
+    RouterEntry,
+    TensorQuantization,
 )
 from faasmoe_contracts.store.reader import MANIFEST_NAME, Store, sha256_of_file
 from faasmoe_contracts.store.tensors import DTYPE_SIZES, MappedLayer, TensorView
@@ -27,8 +32,11 @@ __all__ = [
     "Manifest",
     "MappedLayer",
     "ModelEntry",
+    "QuantizationEntry",
+    "RouterEntry",
     "Store",
     "StoreError",
+    "TensorQuantization",
     "TensorView",
     "manifest_digest",
     "sha256_of_file",

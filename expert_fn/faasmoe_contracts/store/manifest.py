@@ -10,76 +10,18 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
+from faasmoe_contracts.store.json_fields import JsonFields, StoreError
+from faasmoe_contracts.store.quantization import (
+    QuantizationEntry,
+    RouterEntry,
+    TensorQuantization,
+    quantizations_from_json,
+)
 from faasmoe_contracts.text import short_repr
-
-
-class StoreError(Exception):
-    """Raised for an unusable store; the message names the file and field, got and expected."""
-
-
-class JsonFields:
-    """Strict reader of one JSON object.
-
-    Every `pop_*` method consumes one field and raises StoreError if it is missing or has another
-    type. Call `reject_unknown` last.
-    """
-
-    __slots__ = ("_path", "_remaining")
-
-    def __init__(self, value: object, path: str) -> None:
-        if not isinstance(value, Mapping):
-            raise StoreError(f"{path}: got {short_repr(value)}, expected a JSON object")
-        self._remaining = dict(value)
-        self._path = path
-
-    def pop(self, name: str) -> Any:
-        """Return the field `name`, any JSON value."""
-        if name not in self._remaining:
-            raise StoreError(f"{self._path}.{name}: got nothing, expected the field")
-        return self._remaining.pop(name)
-
-    def pop_string(self, name: str) -> str:
-        """Return a non-empty string field."""
-        value = self.pop(name)
-        if not isinstance(value, str) or not value:
-            raise self.error(name, value, "a non-empty string")
-        return value
-
-    def pop_integer(self, name: str, *, minimum: int = 0) -> int:
-        """Return an integer field of at least `minimum`."""
-        value = self.pop(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise self.error(name, value, f"an integer of {minimum} or more")
-        return value
-
-    def pop_array(self, name: str) -> list[Any]:
-        """Return an array field."""
-        value = self.pop(name)
-        if not isinstance(value, list):
-            raise self.error(name, value, "an array")
-        return value
-
-    def pop_object(self, name: str) -> dict[str, Any]:
-        """Return an object field."""
-        value = self.pop(name)
-        if not isinstance(value, dict):
-            raise self.error(name, value, "an object")
-        return value
-
-    def error(self, name: str, got: object, expected: str) -> StoreError:
-        """Return the error for the field `name`."""
-        return StoreError(f"{self._path}.{name}: got {short_repr(got)}, expected {expected}")
-
-    def reject_unknown(self) -> None:
-        """Raise StoreError if fields remain that no `pop_*` call consumed."""
-        if self._remaining:
-            names = ", ".join(sorted(map(str, self._remaining)))
-            raise StoreError(f"{self._path}: got unknown fields {names}, expected none")
-
 
 STORE_FORMAT = "faasmoe-store"
 STORE_VERSION = 2
@@ -170,6 +112,8 @@ class LayerEntry:
         shared_bytes: bytes of the parameters that are not stacked over experts.
         digests: digest of each expert, then of the shared parameters, see
             `faasmoe_contracts.store.digests`; sandboxes verify mapped bytes against them.
+        quantization: how each quantised stacked parameter is stored, by its name; parameters that
+            are not named are stored as they are. Absent from the JSON if empty.
     """
 
     index: int
@@ -183,6 +127,7 @@ class LayerEntry:
     expert_bytes: int
     shared_bytes: int
     digests: tuple[str, ...] = ()
+    quantization: Mapping[str, TensorQuantization] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, value: object, *, index: int) -> LayerEntry:
@@ -206,6 +151,9 @@ class LayerEntry:
             expert_bytes=fields.pop_integer("expert_bytes", minimum=1),
             shared_bytes=fields.pop_integer("shared_bytes"),
             digests=tuple(fields.pop_array("digests")),
+            quantization=quantizations_from_json(
+                fields.pop_optional_object("quantization"), f"layers[{index}].quantization"
+            ),
         )
         fields.reject_unknown()
         if not all(isinstance(d, str) and _BLOCK_DIGEST.fullmatch(d) for d in entry.digests):
@@ -222,7 +170,8 @@ class LayerEntry:
         value["class"] = value.pop("class_name")
         value["kernel"] = None if self.kernel is None else dict(self.kernel)
         value["digests"] = list(self.digests)
-        return value
+        entries = {name: entry.to_json() for name, entry in value.pop("quantization").items()}
+        return value | ({"quantization": entries} if entries else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,12 +183,16 @@ class Manifest:
         model: origin and dimensions of the model.
         layers: one entry per MoE layer, in order.
         files: every other file of the store, by its path relative to the store.
+        quantization: what the store was asked to quantise; absent from the JSON if nothing.
+        router: the router's quantised modules; absent from the JSON if there are none.
     """
 
     digest: str
     model: ModelEntry
     layers: tuple[LayerEntry, ...]
     files: Mapping[str, FileEntry]
+    quantization: QuantizationEntry = QuantizationEntry()  # noqa: RUF009
+    router: RouterEntry = field(default_factory=lambda: RouterEntry({}))
 
     @classmethod
     def create(
@@ -248,9 +201,11 @@ class Manifest:
         model: ModelEntry,
         layers: tuple[LayerEntry, ...],
         files: Mapping[str, FileEntry],
+        quantization: QuantizationEntry = QuantizationEntry(),  # noqa: B008
+        router: RouterEntry | None = None,
     ) -> Manifest:
         """Return a manifest of these parts with its digest computed."""
-        content = cls("", model, layers, files)
+        content = cls("", model, layers, files, quantization, router or RouterEntry({}))
         return replace(content, digest=manifest_digest(content.to_json()))
 
     @classmethod
@@ -272,6 +227,12 @@ class Manifest:
             model=ModelEntry.from_json(fields.pop("model")),
             layers=tuple(LayerEntry.from_json(v, index=i) for i, v in enumerate(layers)),
             files=files,
+            quantization=QuantizationEntry.from_json(
+                fields.pop_optional_object("quantization") or QuantizationEntry().to_json()
+            ),
+            router=RouterEntry.from_json(
+                fields.pop_optional_object("router") or RouterEntry({}).to_json()
+            ),
         )
         fields.reject_unknown()
         manifest._validate()
@@ -302,6 +263,8 @@ class Manifest:
             "model": self.model.to_json(),
             "layers": [layer.to_json() for layer in self.layers],
             "files": {name: entry.to_json() for name, entry in sorted(self.files.items())},
+            **({"quantization": self.quantization.to_json()} if self.quantization else {}),
+            **({"router": self.router.to_json()} if self.router.quantized else {}),
         }
 
 

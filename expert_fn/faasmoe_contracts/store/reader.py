@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from faasmoe_contracts.store.manifest import LayerEntry, Manifest, StoreError
+from faasmoe_contracts.store.json_fields import StoreError
+from faasmoe_contracts.store.manifest import LayerEntry, Manifest
 from faasmoe_contracts.store.tensors import MappedLayer, map_tensors
 
 MANIFEST_NAME = "manifest.json"
@@ -51,6 +52,7 @@ class Store:
         self._check_size(layer.file)
         mapped = map_tensors(self.path / layer.file)
         try:
+            _check_quantized_tensors(mapped, layer)
             _check_layer_sizes(mapped, layer)
         except StoreError as error:
             raise StoreError(f"{self.path / layer.file}: {error}") from None
@@ -116,6 +118,13 @@ def _read_manifest(folder: Path) -> Manifest:
         raise StoreError(f"{path}: invalid JSON: {error}") from error
     except StoreError as error:
         raise StoreError(f"{path}: {error}") from None
+
+
+def _check_quantized_tensors(mapped: MappedLayer, layer: LayerEntry) -> None:
+    """Raise StoreError unless codes and scales have the dtypes and shapes that the entry names."""
+    tensors = {name: (view.dtype, view.shape) for name, view in mapped.tensors.items()}
+    for name, quantization in layer.quantization.items():
+        quantization.check_tensors(name, tensors, leading=(layer.num_experts,))
 
 
 def _check_layer_sizes(mapped: MappedLayer, layer: LayerEntry) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from faasmoe_contracts.store.manifest import JsonFields, StoreError
+from faasmoe_contracts.store.json_fields import JsonFields, StoreError
 
 DTYPE_SIZES: Mapping[str, int] = {
     "BOOL": 1,

@@ -7,7 +7,8 @@ HTTP; requests are decoded wire frames.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,15 +22,26 @@ from faasmoe_contracts.store.manifest import LayerEntry
 from faasmoe_contracts.text import short_repr
 from faasmoe_contracts.wire import Dtype, ExpertRequest, FrameHeader, FrameKind, OutputMode
 from faasmoe_expert.errors import BadAttachment, BadFrame
+from faasmoe_expert.functions.dequantization import Float32Stack
 from faasmoe_expert.functions.grouped_kernel import GroupedKernel, supports_grouped_mm
-from faasmoe_expert.functions.kernels import KernelSpec, RoutedPairs, gated_per_pair, gated_reduced
+from faasmoe_expert.functions.kernels import (
+    KernelSpec,
+    RoutedPairs,
+    StackedParameter,
+    gated_per_pair,
+    gated_reduced,
+)
 from faasmoe_expert.functions.native_kernel import NativeKernel, UnsupportedLayer
 from faasmoe_expert.functions.transfer import Uploader, to_device, to_host
-from faasmoe_expert.functions.transformers_kernel import TransformersKernel
+from faasmoe_expert.functions.transformers_kernel import (
+    QuantizedTransformersKernel,
+    TransformersKernel,
+)
 from faasmoe_expert.functions.verification import BlockVerifier
 from faasmoe_expert.functions.weights import LayerWeights, copy_weights, map_weights
 from faasmoe_kernels import KernelsUnavailable, load
 from faasmoe_transformers.errors import UnsupportedModel, UnsupportedVersions
+from faasmoe_transformers.meta_model import copy_experts_module
 
 WIRE_TO_TORCH_DTYPE = {
     Dtype.BFLOAT16: torch.bfloat16,
@@ -50,7 +62,7 @@ class ExpertFunction:
         spec: id, layers and experts of the function.
         store_path: directory of the store.
         model_digest: digest of the store's manifest.
-        size_bytes: bytes of its parameters, in the store and on a device.
+        size_bytes: bytes of its parameters: in the store, or dequantised on a device.
         n_frames: number of frames computed so far.
 
     Raises:
@@ -71,7 +83,7 @@ class ExpertFunction:
         self.model_digest = store.manifest.digest
         self.n_frames = 0
         layers = _layer_entries(store, spec)
-        self.size_bytes = function_size_bytes(spec, store)
+        self.size_bytes = function_size_bytes(spec, store, is_dequantized=uploader is not None)
         self._dtype = store.manifest.model.dtype
         self._hidden_size = {index: layer.hidden_size for index, layer in layers.items()}
         self._block_mask = _expert_mask(spec, layers)
@@ -79,7 +91,6 @@ class ExpertFunction:
         self._kernels: dict[int, ExpertKernel] = {}
         for index, layer in layers.items():
             mapped = store.map_layer(index)
-            mapped.prefault(layer.num_experts, spec.experts)
             verifier = BlockVerifier(store, layer, mapped, spec.experts)
             verifier.verify_if_changed()
             if uploader is None:  # a copy is independent of the file
@@ -166,12 +177,25 @@ def _invalid_frame(field: str, *, got: object, expected: object) -> BadFrame:
     return BadFrame(f"{field}: got {got}, expected {expected}", field=field)
 
 
-def function_size_bytes(spec: FunctionSpec, store: Store) -> int:
-    """Return the size of a function's parameters; raises BadAttachment if the store lacks them."""
-    return sum(
-        layer.expert_bytes * len(spec.experts) + layer.shared_bytes
-        for layer in _layer_entries(store, spec).values()
-    )
+def function_size_bytes(spec: FunctionSpec, store: Store, *, is_dequantized: bool = False) -> int:
+    """Return the size of a function's parameters.
+
+    Args:
+        spec: the function.
+        store: its store.
+        is_dequantized: whether quantised ones are held in the model's dtype, as on a device.
+
+    Raises:
+        BadAttachment: the store lacks some of them.
+    """
+    item_bytes = torch.finfo(getattr(torch, store.manifest.model.dtype)).bits // 8
+    total = 0
+    for layer in _layer_entries(store, spec).values():
+        expert_bytes = layer.expert_bytes
+        for entry in layer.quantization.values() if is_dequantized else ():
+            expert_bytes += math.prod(entry.shape) * item_bytes - entry.size_bytes
+        total += expert_bytes * len(spec.experts) + layer.shared_bytes
+    return total
 
 
 def _layer_entries(store: Store, spec: FunctionSpec) -> dict[int, LayerEntry]:
@@ -238,9 +262,19 @@ def select_kernel(
     try:
         if uploader is None:
             return _gated_or_transformers_kernel(
-                store, layer, map_weights(mapped, n_experts=n_experts), experts
+                store,
+                layer,
+                map_weights(mapped, n_experts=n_experts, quantization=layer.quantization),
+                experts,
             )
-        weights = copy_weights(mapped, n_experts=n_experts, experts=experts, uploader=uploader)
+        weights = copy_weights(
+            mapped,
+            n_experts=n_experts,
+            experts=experts,
+            uploader=uploader,
+            quantization=layer.quantization,
+            dtype=getattr(torch, store.manifest.model.dtype),
+        )
         device = uploader.device
         if layer.kernel is not None and supports_grouped_mm(weights, device):
             return GroupedKernel(KernelSpec.from_json(layer.kernel), weights, experts, device)
@@ -269,11 +303,16 @@ def _gated_or_transformers_kernel(
     if layer.kernel is not None:
         spec = KernelSpec.from_json(layer.kernel)
         try:
-            large = GatedKernel(spec, weights, reason="large batches")
+            # Codes are never left to torch where the library reads them.
+            is_quantized = weights.is_quantized
+            large = None if is_quantized else GatedKernel(spec, weights, reason="large batches")
             return NativeKernel(spec, weights, experts, load(), large_batch_kernel=large)
         except (KernelsUnavailable, UnsupportedLayer) as error:
             return GatedKernel(spec, weights, reason=str(error))
     architecture = store.manifest.model.architecture
+    if weights.is_quantized:
+        module = copy_experts_module(store.path / "model", architecture, layer.name)
+        return QuantizedTransformersKernel(module, weights)
     return TransformersKernel.from_store(
         store.path / "model", architecture, layer.name, weights, experts
     )
@@ -282,6 +321,9 @@ def _gated_or_transformers_kernel(
 class GatedKernel:
     """The gated kernel with one layer's weights.
 
+    Codes and scales are dequantised expert by expert as they are used, and computed in float32,
+    which is slow.
+
     Args:
         spec: form of the kernel.
         weights: the layer's expert parameters.
@@ -289,17 +331,31 @@ class GatedKernel:
     """
 
     def __init__(self, spec: KernelSpec, weights: LayerWeights, *, reason: str) -> None:
-        self.name = f"torch ({reason})"
         self._spec = spec
-        self._weights = weights.stacked
+        self._weights: Mapping[str, StackedParameter] = weights.stacked
+        self._dtype: torch.dtype | None = None  # None: that of the input
+        if weights.is_quantized:
+            reason += ", dequantises on use"
+            self._dtype = torch.float32
+            self._weights = {name: _as_float32(stack) for name, stack in weights.stacked.items()}
+        self.name = f"torch ({reason})"
 
     def compute_per_pair(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
         """Return the weighted output of each pair, [P, H]."""
-        return gated_per_pair(self._spec, self._weights, hidden, pairs)
+        output = gated_per_pair(self._spec, self._weights, self._cast(hidden), pairs)
+        return output.to(hidden.dtype)
 
     def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
         """Return the weighted sum over each row's experts, [T, H]."""
-        return gated_reduced(self._spec, self._weights, hidden, pairs)
+        output = gated_reduced(self._spec, self._weights, self._cast(hidden), pairs)
+        return output.to(hidden.dtype)
+
+    def _cast(self, hidden: Tensor) -> Tensor:
+        return hidden if self._dtype is None else hidden.to(self._dtype)
+
+
+def _as_float32(stack: StackedParameter) -> StackedParameter:
+    return Float32Stack(stack) if isinstance(stack, Tensor) else stack
 
 
 class DeviceKernel:

@@ -34,6 +34,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
     "sigmoid": torch.sigmoid,
 }
+CLAMPED_SWIGLU = "clamped_swiglu"
+"""GPT-OSS's: (up + 1) * gate * sigmoid(alpha * gate), with gate and up clamped at a limit. Unlike
+ACTIVATIONS it is a function of both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +45,12 @@ class KernelSpec:
 
     Attributes:
         name: "gated" (gate_up_proj, down_proj) or "plain" (up_proj, down_proj, no gate).
-        activation: a key of ACTIVATIONS, named as in transformers' ACT2FN.
+        activation: a key of ACTIVATIONS, named as in transformers' ACT2FN, or CLAMPED_SWIGLU.
         transposed: whether weights are [in, out] instead of [out, in].
         interleaved: whether gate and up columns alternate instead of being concatenated.
         bias: whether the projections have biases.
+        alpha: factor of CLAMPED_SWIGLU.
+        limit: bound of CLAMPED_SWIGLU.
     """
 
     name: str
@@ -53,19 +58,30 @@ class KernelSpec:
     transposed: bool
     interleaved: bool
     bias: bool
+    alpha: float = 0.0
+    limit: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an unsupported name or activation."""
+        """Raise ValueError for an unsupported name or activation, or without its parameters."""
         if self.name not in ("gated", "plain"):
             raise ValueError(f"kernel.name: got {self.name!r}, expected gated or plain")
-        if self.activation not in ACTIVATIONS:
+        allowed = sorted((*ACTIVATIONS, *[CLAMPED_SWIGLU] * (self.name == "gated")))
+        if self.activation not in allowed:
             raise ValueError(
-                f"kernel.activation: got {self.activation!r}, expected one of {sorted(ACTIVATIONS)}"
+                f"kernel.activation: got {self.activation!r}, expected one of {allowed}"
+            )
+        if self.activation == CLAMPED_SWIGLU and not (self.alpha > 0 and self.limit > 0):
+            raise ValueError(
+                f"kernel: got alpha {self.alpha} and limit {self.limit}, expected positive numbers "
+                f"for {CLAMPED_SWIGLU}"
             )
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object for the store's manifest."""
-        return asdict(self)
+        value = asdict(self)
+        if self.activation != CLAMPED_SWIGLU:
+            del value["alpha"], value["limit"]
+        return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> KernelSpec:
@@ -245,10 +261,12 @@ def _group_project(
     x: Tensor,
 ) -> Tensor:
     """Return the product [R, out] of each expert's rows in `x` [R, in] and its weight."""
-    outputs = weights[name][group.spans[0][0]].shape[1 if spec.transposed else 0]
-    product = x.new_empty(group.n_rows, outputs)  # [R, out]
+    product: Tensor | None = None
     for expert, start, end in group.spans:
         weight = weights[name][expert]  # [out, in], or [in, out] if transposed
+        if product is None:
+            outputs = weight.shape[1 if spec.transposed else 0]
+            product = x.new_empty(group.n_rows, outputs)  # [R, out]
         bias = weights[f"{name}_bias"][expert] if spec.bias else None  # [out]
         matrix = weight if spec.transposed else weight.t()  # [in, out]
         out = product[start:end]  # [n, out]
@@ -258,6 +276,7 @@ def _group_project(
             torch.mm(x[start:end], matrix, out=out).add_(bias)
         else:
             torch.addmm(bias, x[start:end], matrix, out=out)
+    assert product is not None  # a group has at least one expert
     return product
 
 
@@ -272,14 +291,21 @@ def expert_mlp(
 
 def apply_activation(spec: KernelSpec, projected: Tensor) -> Tensor:
     """Return the input of the down projection, [n, I], from [n, 2I] if gated, else [n, I]."""
-    activation = ACTIVATIONS[spec.activation]
     if spec.name == "plain":
-        return activation(projected)
+        return ACTIVATIONS[spec.activation](projected)
     if spec.interleaved:
         gate, up = projected[:, ::2], projected[:, 1::2]  # [n, I] each
     else:
         gate, up = projected.chunk(2, dim=-1)  # [n, I] each
-    return activation(gate) * up
+    if spec.activation == CLAMPED_SWIGLU:
+        return clamped_swiglu(gate, up, alpha=spec.alpha, limit=spec.limit)
+    return ACTIVATIONS[spec.activation](gate) * up
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, *, alpha: float, limit: float) -> Tensor:
+    """Return GPT-OSS's gated activation of gate and up, [n, I] each."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
 
 
 def _project(

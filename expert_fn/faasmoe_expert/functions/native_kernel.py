@@ -9,7 +9,8 @@ expert on: reduced frames with more are computed by the gated kernel there. Unre
 are, so that their bits stay the same.
 
 Applies to the layers of the gated kernel whose weights are [out, in], on the CPU, in float32,
-bfloat16 or float16. Without the library, or with FAASMOE_KERNELS=off, torch computes instead.
+bfloat16, float16, or as codes and scales. Without the library, or with FAASMOE_KERNELS=off, torch
+computes instead.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from faasmoe_expert.functions.kernels import KernelSpec, RoutedPairs
+from faasmoe_expert.functions.dequantization import QuantizedStack
+from faasmoe_expert.functions.kernels import CLAMPED_SWIGLU, KernelSpec, RoutedPairs
 from faasmoe_expert.functions.weights import LayerWeights
 from faasmoe_kernels import (
     MATRIX_BYTES,
@@ -31,6 +33,7 @@ from faasmoe_kernels import (
     KernelDtype,
     KernelLibrary,
     Matrix,
+    ParameterDtype,
     Scheme,
     describe_cpu_kernels,
     matrix_table,
@@ -46,12 +49,25 @@ ACTIVATIONS = {
     "relu": Activation.RELU,
     "relu2": Activation.RELU2,
     "sigmoid": Activation.SIGMOID,
+    CLAMPED_SWIGLU: Activation.CLAMPED_SWIGLU,
+}
+SCALE_DTYPES = {
+    "float32": ParameterDtype.FLOAT32,
+    "bfloat16": ParameterDtype.BFLOAT16,
+    "float16": ParameterDtype.FLOAT16,
+    "e8m0": ParameterDtype.E8M0,
 }
 SCHEMES = {
     torch.float32: Scheme.FLOAT32,
     torch.bfloat16: Scheme.BFLOAT16,
     torch.float16: Scheme.FLOAT16,
 }
+PARAMETER_DTYPES = {
+    torch.float32: ParameterDtype.FLOAT32,
+    torch.bfloat16: ParameterDtype.BFLOAT16,
+    torch.float16: ParameterDtype.FLOAT16,
+}
+QUANTIZED_SCHEMES = {"int8": Scheme.INT8, "int4": Scheme.INT4, "mxfp4": Scheme.MXFP4}
 DTYPES = {
     torch.float32: KernelDtype.FLOAT32,
     torch.bfloat16: KernelDtype.BFLOAT16,
@@ -102,8 +118,6 @@ class NativeKernel:
         *,
         large_batch_kernel: LargeBatchKernel | None = None,
     ) -> None:
-        if spec.transposed:
-            raise UnsupportedLayer("weights are [in, out]")
         if spec.activation not in ACTIVATIONS:
             raise UnsupportedLayer(f"activation {spec.activation}")
         self.name = f"native ({library.isa})"
@@ -112,12 +126,15 @@ class NativeKernel:
             ACTIVATIONS[spec.activation],
             is_gated=spec.name == "gated",
             interleaved=spec.interleaved,
+            alpha=spec.alpha,
+            limit=spec.limit,
         )
         first = "gate_up_proj" if spec.name == "gated" else "up_proj"
-        self._first = _MatrixStack(weights, first, experts, has_bias=spec.bias)
-        self._down = _MatrixStack(weights, "down_proj", experts, has_bias=spec.bias)
+        self._first = _MatrixStack(spec, weights, first, experts)
+        self._down = _MatrixStack(spec, weights, "down_proj", experts)
         self._large_batch_kernel = large_batch_kernel
-        self._is_onednn_fast = is_fast_on_cpu(self._first.dtype)
+        dtype = self._first.dtype
+        self._is_onednn_fast = dtype is not None and is_fast_on_cpu(dtype)
 
     def compute_per_pair(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
         """Return the weighted output of each pair, [P, H]."""
@@ -165,34 +182,76 @@ class _MatrixStack:
     Attributes:
         table: one descriptor per global expert index, uint8 [E, MATRIX_BYTES]; zeros, which the
             library rejects, for experts outside the block.
-        dtype: dtype of the weights.
+        dtype: dtype of the weights; None if they are codes.
     """
 
     def __init__(
-        self, weights: LayerWeights, name: str, experts: Sequence[int], *, has_bias: bool
+        self, spec: KernelSpec, weights: LayerWeights, name: str, experts: Sequence[int]
     ) -> None:
-        self._stack = _host_stack(weights, name)  # [E, n, k], kept alive for its addresses
-        self.dtype = self._stack.dtype
-        n_experts, n, k = self._stack.shape
-        scheme = SCHEMES.get(self._stack.dtype)
+        self._bias = _host_stack(weights, f"{name}_bias") if spec.bias else None  # [E, n]
+        self._bias_dtype = ParameterDtype.FLOAT32
+        if self._bias is not None:
+            self._bias_dtype = _parameter_dtype(f"{name}_bias", self._bias)
+        self.dtype: torch.dtype | None = None
+        stack = weights.stacked[name]
+        if isinstance(stack, QuantizedStack):
+            matrices = self._quantized_matrices(stack, experts)
+        else:
+            if spec.transposed:
+                raise UnsupportedLayer("weights are [in, out]")
+            matrices = self._float_matrices(_host_stack(weights, name), name, experts)
+        entries = np.frombuffer(matrix_table(matrices), dtype=np.uint8)
+        n_experts = len(self._stack)
+        self.table: NDArray[np.uint8] = np.zeros((n_experts, MATRIX_BYTES), dtype=np.uint8)
+        self.table[list(experts)] = entries.reshape(len(experts), MATRIX_BYTES)
+
+    def _float_matrices(self, stack: Tensor, name: str, experts: Sequence[int]) -> list[Matrix]:
+        scheme = SCHEMES.get(stack.dtype)
         if scheme is None:
-            raise UnsupportedLayer(f"{name} has dtype {self._stack.dtype}")
-        self._bias: Tensor | None = None  # float32 [len(experts), n]
-        if has_bias:
-            self._bias = _host_stack(weights, f"{name}_bias")[list(experts)].float().contiguous()
-        matrices = [
+            raise UnsupportedLayer(f"{name} has dtype {stack.dtype}")
+        self._stack, self.dtype = stack, stack.dtype  # [E, n, k], kept alive for its addresses
+        _, n, k = stack.shape
+        return [
             Matrix(
                 scheme,
                 n,
                 k,
-                self._stack[expert].data_ptr(),
-                bias=0 if self._bias is None else self._bias[i].data_ptr(),
+                stack[expert].data_ptr(),
+                bias=self._bias_address(expert),
+                bias_dtype=self._bias_dtype,
             )
-            for i, expert in enumerate(experts)
+            for expert in experts
         ]
-        entries = np.frombuffer(matrix_table(matrices), dtype=np.uint8)
-        self.table: NDArray[np.uint8] = np.zeros((n_experts, MATRIX_BYTES), dtype=np.uint8)
-        self.table[list(experts)] = entries.reshape(len(experts), MATRIX_BYTES)
+
+    def _quantized_matrices(self, stack: QuantizedStack, experts: Sequence[int]) -> list[Matrix]:
+        quantization = stack.quantization
+        self._stack = stack.codes  # [E, n, k] or [E, n, k / 2], kept alive for its addresses
+        self._scales = stack.scales  # [E, n, G], the same
+        n, k = quantization.shape
+        return [
+            Matrix(
+                QUANTIZED_SCHEMES[quantization.scheme],
+                n,
+                k,
+                stack.codes[expert].data_ptr(),
+                scales=stack.scales[expert].data_ptr(),
+                scale_dtype=SCALE_DTYPES[quantization.scale_dtype],
+                bias=self._bias_address(expert),
+                bias_dtype=self._bias_dtype,
+                group=quantization.group,
+            )
+            for expert in experts
+        ]
+
+    def _bias_address(self, expert: int) -> int:
+        return 0 if self._bias is None else self._bias[expert].data_ptr()
+
+
+def _parameter_dtype(name: str, tensor: Tensor) -> ParameterDtype:
+    dtype = PARAMETER_DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise UnsupportedLayer(f"{name} has dtype {tensor.dtype}")
+    return dtype
 
 
 def _max_rows(pairs: RoutedPairs) -> int:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from faasmoe_expert.functions.dequantization import QuantizedStack
 from faasmoe_expert.functions.kernels import RoutedPairs, index_tensor
 from faasmoe_expert.functions.weights import LayerWeights
 from faasmoe_transformers.meta_model import copy_experts_module, replace_tensor, set_num_experts
@@ -39,6 +41,8 @@ class TransformersKernel:
         for name, stack in weights.stacked.items():
             if isinstance(stack, Tensor):
                 parameters[name] = stack
+            elif isinstance(stack, QuantizedStack):
+                raise TypeError(f"{name}: got codes, which QuantizedTransformersKernel computes")
             else:  # a copy of the block's experts: the module has only those, renumbered
                 parameters[name] = stack.tensor
                 self._local_index = dict(stack.position)
@@ -90,3 +94,63 @@ class TransformersKernel:
             index = index_tensor(positions, hidden.device)  # [n]
             total.index_add_(0, row[index], outputs[index].float())
         return total.to(hidden.dtype)
+
+
+class QuantizedTransformersKernel:
+    """Computes pairs through the family's module over codes and scales, in float32.
+
+    The module holds one expert, whose parameters are dequantised anew for each call: slow, but
+    nothing of the function is held in another form than in the store.
+
+    Args:
+        module: a new experts module on the meta device.
+        weights: the layer's mapped expert parameters.
+    """
+
+    name = "transformers (dequantises on use)"
+
+    def __init__(self, module: Any, weights: LayerWeights) -> None:
+        self._module = module
+        self._stacks = weights.stacked
+        self._lock = Lock()  # the module's parameters are those of the expert being computed
+        set_num_experts(module, 1)
+        for name, value in weights.shared.items():
+            replace_tensor(module, name, value.float() if value.is_floating_point() else value)
+
+    @torch.inference_mode()
+    def compute_per_pair(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
+        """Return each pair's weighted output, tile by tile, [P, H]; see gated_per_pair."""
+        out = hidden.new_empty(len(pairs), hidden.shape[1])  # [P, H]
+        with self._lock:
+            loaded = -1
+            for expert, index, rows in pairs.tiles(hidden.float()):
+                if expert != loaded:
+                    self._load(expert)
+                    loaded = expert
+                weight = pairs.weight.new_zeros(len(rows), 1)  # [8, 1]
+                weight[: len(index), 0] = pairs.weight[index]
+                out[index] = self._compute(rows, weight)[: len(index)].to(out.dtype)
+        return out
+
+    @torch.inference_mode()
+    def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
+        """Return the weighted sum of each row's experts, [T, H]; see gated_reduced."""
+        total = torch.zeros(hidden.shape, dtype=torch.float32)  # [T, H]
+        rows = hidden.float()
+        with self._lock:
+            for expert, positions in pairs.by_expert():
+                self._load(expert)
+                index = index_tensor(pairs.row[positions], hidden.device)  # [n]
+                weight = pairs.weight[index_tensor(positions, hidden.device), None]  # [n, 1]
+                total.index_add_(0, index, self._compute(rows[index], weight))
+        return total.to(hidden.dtype)
+
+    def _load(self, expert: int) -> None:
+        for name, stack in self._stacks.items():
+            replace_tensor(self._module, name, stack[expert].float()[None])
+
+    def _compute(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Return the outputs [n, H] of the loaded expert for rows [n, H] and weights [n, 1]."""
+        experts = torch.zeros((len(rows), 1), dtype=torch.int64)  # [n, 1]
+        output: Tensor = self._module(rows, experts, weight)
+        return output

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -133,7 +133,7 @@ class BlockVerifier:
         self._guard = _guard_mapping(mapped)
 
     def verify_if_changed(self) -> bool:
-        """Verify the block if its file changed since the last call.
+        """Verify the block if its file changed since the last call, and map its pages.
 
         A file that was removed or replaced needs no verification: the mapping keeps the old bytes.
 
@@ -184,6 +184,7 @@ class BlockVerifier:
             for block in self._blocks
             if is_damaged or not self._verified_blocks.contains(identity, block)
         ]
+        self._prefault(block for block in self._blocks if block not in blocks)
         for block, got in zip(blocks, self._digests(blocks), strict=True):
             if got != (expected := self._layer.digests[block]):
                 is_expert = block < self._layer.num_experts
@@ -195,6 +196,10 @@ class BlockVerifier:
                 )
             self._verified_blocks.add(identity, block)
         return ""
+
+    def _prefault(self, blocks: Iterable[int]) -> None:
+        n_experts = self._layer.num_experts
+        self._mapped.prefault(n_experts, (block for block in blocks if block < n_experts))
 
     def _digests(self, blocks: Sequence[int]) -> Iterator[str]:
         """Yield the digests of blocks, computed on up to 4 cores.
@@ -209,4 +214,5 @@ class BlockVerifier:
             yield from pool.map(self._digest, blocks)
 
     def _digest(self, block: int) -> str:
+        self._prefault([block])  # while another thread sums
         return page_sum_digest(block_buffers(self._mapped, self._layer.num_experts, block))

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from faasmoe_contracts.store import MappedLayer
+from faasmoe_contracts.store import MappedLayer, TensorQuantization
+from faasmoe_contracts.store.quantization import SCALE_SUFFIX
+from faasmoe_contracts.store.tensors import TensorView
+from faasmoe_expert.functions.dequantization import QuantizedStack, dequantize
 from faasmoe_expert.functions.transfer import Uploader
 
 TORCH_DTYPES = {
@@ -19,6 +22,8 @@ TORCH_DTYPES = {
     "F64": torch.float64,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 
@@ -47,31 +52,87 @@ class LayerWeights:
     Attributes:
         stacked: parameters by name, indexed by global expert index: a view of the whole mapped
             stack, of which only pages that are read become resident, or a copy of the block.
+            Quantised parameters are codes and scales if mapped, dequantised if copied.
         shared: parameters that are not stacked over experts, by name.
     """
 
-    stacked: Mapping[str, Tensor | StackedBlock]
+    stacked: Mapping[str, Tensor | StackedBlock | QuantizedStack]
     shared: Mapping[str, Tensor]
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some parameters are codes and scales."""
+        return any(isinstance(stack, QuantizedStack) for stack in self.stacked.values())
 
-def map_weights(layer: MappedLayer, *, n_experts: int) -> LayerWeights:
-    """Return views of a layer's mapped parameters, without copying."""
-    stacked: dict[str, Tensor | StackedBlock] = {}
+
+def map_weights(
+    layer: MappedLayer,
+    *,
+    n_experts: int,
+    quantization: Mapping[str, TensorQuantization] | None = None,
+) -> LayerWeights:
+    """Return views of a layer's mapped parameters, without copying.
+
+    Args:
+        layer: the mapped layer.
+        n_experts: number of experts of the layer.
+        quantization: how its quantised parameters are stored, by name.
+    """
+    quantization = quantization or {}
+    stacked: dict[str, Tensor | StackedBlock | QuantizedStack] = {}
     shared: dict[str, Tensor] = {}
-    for name, view in layer.tensors.items():
-        destination = stacked if view.shape[:1] == (n_experts,) else shared
-        destination[name] = tensor_view(view.buffer, view.dtype, view.shape)
+    for name, view in _unscaled_tensors(layer, quantization):
+        tensor = tensor_view(view.buffer, view.dtype, view.shape)
+        if name in quantization:
+            scales = layer.tensors[name + SCALE_SUFFIX]
+            scale_tensor = tensor_view(scales.buffer, scales.dtype, scales.shape)
+            stacked[name] = QuantizedStack(tensor, scale_tensor, quantization[name])
+        elif view.shape[:1] == (n_experts,):
+            stacked[name] = tensor
+        else:
+            shared[name] = tensor
     return LayerWeights(stacked, shared)
 
 
+def _unscaled_tensors(
+    layer: MappedLayer, quantization: Mapping[str, TensorQuantization]
+) -> Iterator[tuple[str, TensorView]]:
+    """Yield the tensors of a layer by name, without the scales of quantised ones."""
+    scales = {name + SCALE_SUFFIX for name in quantization}
+    return ((name, view) for name, view in layer.tensors.items() if name not in scales)
+
+
 def copy_weights(
-    layer: MappedLayer, *, n_experts: int, experts: Sequence[int], uploader: Uploader
+    layer: MappedLayer,
+    *,
+    n_experts: int,
+    experts: Sequence[int],
+    uploader: Uploader,
+    quantization: Mapping[str, TensorQuantization] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> LayerWeights:
-    """Copy the parameters of `experts` (ascending) to the uploader's device and wait for it."""
-    stacked: dict[str, Tensor | StackedBlock] = {}
+    """Copy the parameters of `experts` (ascending) to the uploader's device and wait for it.
+
+    Args:
+        layer: the mapped layer.
+        n_experts: number of experts of the layer.
+        experts: global indices of the experts to copy, ascending.
+        uploader: copies to the device.
+        quantization: how the layer's quantised parameters are stored, by name.
+        dtype: dtype that these are dequantised to on the device.
+    """
+    quantization = quantization or {}
+    stacked: dict[str, Tensor | StackedBlock | QuantizedStack] = {}
     shared: dict[str, Tensor] = {}
     position = {expert: i for i, expert in enumerate(experts)}
-    for name, view in layer.tensors.items():
+    for name, view in _unscaled_tensors(layer, quantization):
+        if name in quantization:
+            scales = layer.tensors[name + SCALE_SUFFIX]
+            tensor = _upload_dequantized(
+                view, scales, quantization[name], experts, uploader, dtype=dtype
+            )
+            stacked[name] = StackedBlock(tensor, position)
+            continue
         data = view.buffer.cast("B")
         is_stacked = view.shape[:1] == (n_experts,)
         shape = (len(experts), *view.shape[1:]) if is_stacked else view.shape
@@ -84,6 +145,39 @@ def copy_weights(
             shared[name] = target
     uploader.synchronize()
     return LayerWeights(stacked, shared)
+
+
+def _upload_dequantized(
+    codes: TensorView,
+    scales: TensorView,
+    quantization: TensorQuantization,
+    experts: Sequence[int],
+    uploader: Uploader,
+    *,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return parameters of experts, [n, ...], uploaded as codes and dequantised on the device.
+
+    One expert at a time, so that little more than the result is on the device.
+    """
+    rows, columns = quantization.shape
+    shape = (columns, rows) if quantization.transposed else (rows, columns)
+    target = torch.empty((len(experts), *shape), dtype=dtype, device=uploader.device)
+    for i, expert in enumerate(experts):
+        expert_codes = _upload_one(codes, expert, uploader)
+        expert_scales = _upload_one(scales, expert, uploader)
+        uploader.synchronize()
+        target[i] = dequantize(expert_codes, expert_scales, quantization).to(dtype)
+    return target
+
+
+def _upload_one(view: TensorView, expert: int, uploader: Uploader) -> Tensor:
+    """Start to upload one expert's part of a stacked tensor."""
+    target = torch.empty(view.shape[1:], dtype=TORCH_DTYPES[view.dtype], device=uploader.device)
+    data = view.buffer.cast("B")
+    stride = len(data) // view.shape[0]
+    uploader.upload(_as_bytes(target), data[expert * stride : (expert + 1) * stride])
+    return target
 
 
 def _upload_experts(

@@ -218,7 +218,10 @@ class SandboxRuntime:
         start_s = time.perf_counter()
         with torch.no_grad():  # a per-thread setting
             opened = self._open_store(store, model_digest)
-            self._memory_budget.check_fits(function_size_bytes(spec, opened))
+            is_copied = self._uploader is not None
+            self._memory_budget.check_fits(
+                function_size_bytes(spec, opened, is_dequantized=is_copied)
+            )
             function = self._load_function(spec, opened)
         return LoadedFunction(function, opened, store, time.perf_counter() - start_s)
 

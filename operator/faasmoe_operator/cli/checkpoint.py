@@ -13,7 +13,10 @@ from types import FrameType
 from typing import Any
 
 from faasmoe_contracts.parent_death import PARENT_PID_ENV
+from faasmoe_contracts.store import QuantizationEntry
+from faasmoe_contracts.store.quantization import EXPERTS_QUANTIZATIONS, ROUTER_QUANTIZATIONS
 
+NO_QUANTIZATION = QuantizationEntry()
 COMMAND = (sys.executable, "-m", "faasmoe_router.checkpoint")
 
 
@@ -26,7 +29,8 @@ def add_commands(commands: Any) -> None:
         "per MoE layer, plus the router's weights. It is safe to interrupt and to repeat.",
         epilog="Examples:\n"
         "  faasmoe prepare ./checkpoint ./store\n"
-        "  faasmoe prepare hf://Qwen/Qwen1.5-MoE-A2.7B ./store --dtype bfloat16",
+        "  faasmoe prepare hf://Qwen/Qwen1.5-MoE-A2.7B ./store --dtype bfloat16\n"
+        "  faasmoe prepare ./checkpoint ./store --quantize int8 --quantize-router int8",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -38,6 +42,20 @@ def add_commands(commands: Any) -> None:
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
         help="dtype of the stored weights (default: that of the checkpoint)",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=EXPERTS_QUANTIZATIONS,
+        default="none",
+        help="scheme of the experts' weights, as spec.experts.quantization: int8 is close to "
+        "lossless, int4 and mxfp4 are lossy (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quantize-router",
+        choices=ROUTER_QUANTIZATIONS,
+        default="none",
+        help="scheme of the router's linear layers, as spec.router.quantization; gates are not "
+        "quantised, and with int4 the LM head is int8 (default: %(default)s)",
     )
     parser.add_argument(
         "--force", action="store_true", help="overwrite a store made from another source"
@@ -62,7 +80,13 @@ def add_commands(commands: Any) -> None:
 
 
 def prepare_command(
-    source: str, store: str, *, revision: str | None, dtype: str | None, force: bool = False
+    source: str,
+    store: str,
+    *,
+    revision: str | None,
+    dtype: str | None,
+    quantization: QuantizationEntry = NO_QUANTIZATION,
+    force: bool = False,
 ) -> list[str]:
     """Return the command line that converts a checkpoint into a store.
 
@@ -71,6 +95,7 @@ def prepare_command(
         store: folder to write the store to.
         revision: branch, tag or commit; None for the hub's default.
         dtype: dtype of the stored weights; None for that of the checkpoint.
+        quantization: what to quantise.
         force: whether to overwrite a store made from another source.
     """
     # The manifest records the source, so a folder needs its absolute path.
@@ -78,7 +103,14 @@ def prepare_command(
     command = [*COMMAND, "prepare", name, store]
     command += [f"--revision={revision}"] if revision else []
     command += [f"--dtype={dtype}"] if dtype else []
+    command += quantization_arguments(quantization)
     return command + ["--force"] * force
+
+
+def quantization_arguments(quantization: QuantizationEntry) -> list[str]:
+    """Return the arguments of `prepare` that quantise; none for what is not quantised."""
+    parts = {"--quantize": quantization.experts, "--quantize-router": quantization.router}
+    return [f"{option}={scheme}" for option, scheme in parts.items() if scheme != "none"]
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -88,6 +120,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
             arguments.store,
             revision=arguments.revision,
             dtype=arguments.dtype,
+            quantization=QuantizationEntry(arguments.quantize, arguments.quantize_router),
             force=arguments.force,
         )
     )

@@ -1,4 +1,7 @@
-"""The control process as a child: its port, environment, health check and status request."""
+"""The control process as a child: its port, environment, health check and status request.
+
+Imports the HTTP client when it is used, so that processes start before that takes its time.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
 from faasmoe_operator.errors import CommandError
 
 COMMAND = (sys.executable, "-m", "faasmoe_operator.control")
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 180.0
 GRACE_S = 5.0
-PROBE_INTERVAL_S = 0.05
+PROBE_INTERVAL_S = 0.02
 RESPONSE_TIMEOUT_S = 5.0
 
 
@@ -101,6 +102,8 @@ async def wait_until_healthy(url: str, *, timeout_s: float = START_TIMEOUT_S) ->
     Raises:
         CommandError: it was not healthy within timeout_s seconds.
     """
+    import aiohttp
+
     deadline_s = time.monotonic() + timeout_s
     timeout = aiohttp.ClientTimeout(total=RESPONSE_TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout) as http:
@@ -120,6 +123,8 @@ async def fetch_status(url: str, *, token: str) -> dict[str, Any]:
     Raises:
         CommandError: the control API is unreachable, refuses the token or sends no JSON.
     """
+    import aiohttp
+
     timeout = aiohttp.ClientTimeout(total=RESPONSE_TIMEOUT_S)
     headers = {"Authorization": f"Bearer {token}"}
     try:

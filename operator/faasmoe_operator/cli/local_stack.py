@@ -11,12 +11,14 @@ import asyncio
 import json
 import os
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Never
 
+from faasmoe_operator.api.v1alpha1 import MoEModel
+from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
 from faasmoe_operator.api.v1alpha1.tenants_file import TENANTS_FILE_NAME, build_tenants_file
 from faasmoe_operator.cli import control, router
 from faasmoe_operator.cli.control import ReservedControlPort, StackSecrets
@@ -24,10 +26,38 @@ from faasmoe_operator.cli.logs import LogSinks
 from faasmoe_operator.cli.runtime_dir import LocalInstance
 from faasmoe_operator.cli.supervisor import SupervisedChild, supervised
 from faasmoe_operator.control.local_model import LocalModel
+from faasmoe_operator.errors import CommandError
 from faasmoe_operator.platforms import zygote
 
 ZYGOTE_GRACE_S = 10.0
 SOCKET_NAME = "zygote.sock"
+SINGLE_TENANT = "default"
+API_KEYS_FOLDER = "api-keys"
+
+
+@dataclass(frozen=True, slots=True)
+class ClientAccess:
+    """Who may call the API, as given on the command line.
+
+    Attributes:
+        api_keys: the accepted API keys; empty leaves that to the model's tenants.
+        cors_origins: origins of web pages that may call the API, beside those of the file.
+    """
+
+    api_keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+
+    def check(self, deployment: LocalModel) -> None:
+        """Raise CommandError if a key is invalid, or the model's tenants have keys already."""
+        if any(not key.isprintable() or " " in key or not key for key in self.api_keys):
+            raise CommandError(
+                "--api-key: got a key with spaces or none, expected one word", exit_status=2
+            )
+        if self.api_keys and deployment.model.spec.tenants:
+            raise CommandError(
+                f"--api-key: {deployment.file} has spec.tenants, whose keys are in apiKeysPath",
+                exit_status=2,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +67,7 @@ class StackSpec:
     Attributes:
         deployment: the model to serve.
         endpoint: address on which the router listens.
+        access: who may call it.
         folder: private runtime folder of this instance.
         port: port of the control API.
         secrets: secrets shared by the processes.
@@ -45,6 +76,7 @@ class StackSpec:
 
     deployment: LocalModel
     endpoint: router.Endpoint
+    access: ClientAccess
     folder: Path
     port: ReservedControlPort
     secrets: StackSecrets
@@ -56,13 +88,14 @@ class StackSpec:
         deployment: LocalModel,
         endpoint: router.Endpoint,
         *,
+        access: ClientAccess,
         folder: Path,
         port: ReservedControlPort,
         keep_alive_s: float | None = None,
     ) -> StackSpec:
         """Return a configuration with newly generated secrets."""
         secret_values = StackSecrets(secrets.token_urlsafe(32), secrets.token_hex(32))
-        return cls(deployment, endpoint, folder, port, secret_values, keep_alive_s)
+        return cls(deployment, endpoint, access, folder, port, secret_values, keep_alive_s)
 
     @property
     def instance(self) -> LocalInstance:
@@ -142,7 +175,10 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
                         spec.endpoint,
                         control_url=spec.port.url,
                         token=token,
-                        tenants_file=write_tenants_file(spec.deployment, spec.folder),
+                        tenants_file=write_tenants_file(
+                            spec.deployment, spec.folder, api_keys=spec.access.api_keys
+                        ),
+                        cors_origins=spec.access.cors_origins,
                         listen_fd=listener.fileno(),
                         keep_alive_s=spec.keep_alive_s,
                     ),
@@ -159,21 +195,47 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
         yield StackProcesses(zygote_child, control_child, router_child, failures)
 
 
-def write_tenants_file(deployment: LocalModel, folder: Path) -> Path | None:
+def write_tenants_file(
+    deployment: LocalModel, folder: Path, *, api_keys: Sequence[str] = ()
+) -> Path | None:
     """Write the tenants file of the router, readable by this user only.
 
     Args:
         deployment: the model to serve.
         folder: private runtime folder of this instance.
+        api_keys: keys of a model without tenants; they become those of one unlimited tenant.
 
     Returns:
         The file, or None if the model declares no tenants and is open to everyone.
     """
-    if not deployment.model.spec.tenants:
+    if api_keys:
+        model = _with_single_tenant(deployment.model)
+        document = build_tenants_file(model, lambda _: str(_write_keys(folder, api_keys)))
+    elif deployment.model.spec.tenants:
+        document = build_tenants_file(deployment.model, lambda t: str(deployment.api_keys_path(t)))
+    else:
         return None
-    document = build_tenants_file(deployment.model, lambda t: str(deployment.api_keys_path(t)))
     path = folder / TENANTS_FILE_NAME
+    _write_private(path, json.dumps(document, indent=2))
+    return path
+
+
+def _with_single_tenant(model: MoEModel) -> MoEModel:
+    tenant = TenantSpec.model_validate({"name": SINGLE_TENANT, "apiKeysPath": API_KEYS_FOLDER})
+    spec = model.spec.model_copy(update={"tenants": (tenant,)})
+    return model.model_copy(update={"spec": spec})
+
+
+def _write_keys(folder: Path, api_keys: Sequence[str]) -> Path:
+    """Write each key to a file of its own, as a mounted Secret has them; return their folder."""
+    path = folder / API_KEYS_FOLDER
+    path.mkdir(mode=0o700)
+    for index, key in enumerate(api_keys):
+        _write_private(path / f"key-{index}", key)
+    return path
+
+
+def _write_private(path: Path, text: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
-        json.dump(document, file, indent=2)
-    return path
+        file.write(text)

@@ -66,6 +66,7 @@ def format_plan(
             ("source", model.source),
             ("digest", manifest.digest),
             ("architecture", f"{model.architecture}, {model.dtype}"),
+            ("quantization", str(manifest.quantization) if manifest.quantization else "none"),
             ("moe layers", str(len(manifest.layers))),
             ("functions", f"{len(functions)}, {format_bytes(weights)} of weights"),
             ("sandboxes", f"up to {capacity} functions each, {pool} generic kept ready"),
@@ -91,7 +92,14 @@ def _describe_router_weights(router: RouterSpec, manifest: Manifest) -> str:
     files = manifest.files.items()
     stored_bytes = sum(file.size_bytes for name, file in files if name.startswith("router/"))
     dtype = widest_router_dtype(router.dtype, router.device, store_dtype=store_dtype)
-    size = format_bytes(router_weights_bytes(stored_bytes, store_dtype=store_dtype, dtype=dtype))
+    size = format_bytes(
+        router_weights_bytes(
+            stored_bytes,
+            store_dtype=store_dtype,
+            dtype=dtype,
+            quantized_bytes=manifest.router.quantized_bytes,
+        )
+    )
     if dtype == store_dtype:
         return f"{size} of weights"
     if router.dtype == "auto":

@@ -1,4 +1,7 @@
-"""The router as a child process: its environment, listening address and health check."""
+"""The router as a child process: its environment, listening address and health check.
+
+Imports the HTTP client when it is used, so that processes start before that takes its time.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import aiohttp
 
 from faasmoe_operator.cli.supervisor import RestartPolicy
 from faasmoe_operator.control.local_model import LocalModel
@@ -20,7 +21,7 @@ from faasmoe_operator.errors import CommandError
 COMMAND = (sys.executable, "-m", "faasmoe_router")
 START_TIMEOUT_S = 900.0
 GRACE_S = 35.0  # the router drains running requests for up to 30 s
-PROBE_INTERVAL_S = 0.1
+PROBE_INTERVAL_S = 0.02
 PROBE_TIMEOUT_S = 2.0
 PROGRESS_INTERVAL_S = 5.0
 BACKLOG = 2048  # clients that wait while the router is restarted
@@ -82,6 +83,7 @@ def environment(
     control_url: str,
     token: str,
     tenants_file: Path | None = None,
+    cors_origins: Sequence[str] = (),
     listen_fd: int | None = None,
     keep_alive_s: float | None = None,
 ) -> dict[str, str]:
@@ -95,6 +97,7 @@ def environment(
         control_url: base URL of the control API.
         token: bearer token of the sandboxes and the control API.
         tenants_file: the tenants file; without one the model is open to everyone.
+        cors_origins: origins of web pages that may call the API, beside those of the file.
         listen_fd: descriptor of a socket that listens on `endpoint`; None lets the router open one.
         keep_alive_s: how long unused connections are kept; None for the spec's, or the default.
     """
@@ -102,7 +105,7 @@ def environment(
     settings = {
         "STORE": deployment.store_path,
         "CONTROL_URL": control_url,
-        "MODEL_NAME": deployment.model.metadata.name,
+        "MODEL_NAME": deployment.served_model_name,
         "HOST": endpoint.host,
         "PORT": endpoint.port,
         "LISTEN_FD": listen_fd,
@@ -115,6 +118,8 @@ def environment(
         "MAX_WAITING": router.max_waiting,
         "MAX_MODEL_LEN": router.max_model_len,
         "KV_CACHE_BYTES": router.kv_cache_bytes,
+        "GENERATION_CONFIG": router.generation_config,
+        "CORS_ORIGINS": ",".join(dict.fromkeys((*router.cors_origins, *cors_origins))) or None,
         "TENANTS_FILE": tenants_file,
         "STATE_DIR": None if tenants_file is None else deployment.state_path / "router",
         "TOKEN": token,
@@ -143,12 +148,18 @@ async def wait_until_healthy(
     Raises:
         CommandError: it was not healthy within timeout_s seconds.
     """
+    import aiohttp
+
     started_s = last_progress_s = time.monotonic()
     timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout) as http:
         while True:
-            if await _is_healthy(http, endpoint):
-                return
+            try:
+                async with http.get(f"{endpoint.url}/health") as response:
+                    if response.status == 200:
+                        return
+            except (aiohttp.ClientError, TimeoutError):
+                pass  # not listening yet, or busy
             now_s = time.monotonic()
             if now_s - started_s > timeout_s:
                 raise CommandError(f"the router was not healthy within {timeout_s:g} s")
@@ -156,11 +167,3 @@ async def wait_until_healthy(
                 progress(f"waiting for the router, {now_s - started_s:.0f} s")
                 last_progress_s = now_s
             await asyncio.sleep(PROBE_INTERVAL_S)
-
-
-async def _is_healthy(http: aiohttp.ClientSession, endpoint: Endpoint) -> bool:
-    try:
-        async with http.get(f"{endpoint.url}/health") as response:
-            return response.status == 200
-    except (aiohttp.ClientError, TimeoutError):
-        return False

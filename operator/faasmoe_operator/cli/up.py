@@ -1,7 +1,8 @@
 """`faasmoe up`: serves a MoEModel file with processes on this machine, until a signal.
 
-Everything that can fail because of user input (the file, the port, devices, the store) is checked
-before the first process starts, so that errors appear as one message and not in a child's log.
+What can fail because of user input (the file, the port, devices, the store's manifest and sizes) is
+checked before the first process starts, so that errors appear as one message and not in a child's
+log. The store's checksums are verified while the processes start.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import secrets
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
@@ -20,18 +22,20 @@ from typing import Any, Never
 
 from faasmoe_contracts.store import Store
 from faasmoe_kernels import describe_cpu_kernels
+from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.api.v1alpha1 import MoEModelError
+from faasmoe_operator.api.v1alpha1.patterns import CORS_ORIGIN, DESCRIPTIONS
 from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
 from faasmoe_operator.cli import child_process, control, router
 from faasmoe_operator.cli.checkpoint import prepare_command
 from faasmoe_operator.cli.formatting import format_bytes, format_table
-from faasmoe_operator.cli.local_stack import StackProcesses, StackSpec, running_stack
+from faasmoe_operator.cli.local_stack import ClientAccess, StackProcesses, StackSpec, running_stack
 from faasmoe_operator.cli.logs import LogSinks, print_progress
 from faasmoe_operator.cli.runtime_dir import locked_state, private_runtime_dir, register_instance
 from faasmoe_operator.cli.signals import run_until_signal
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.errors import CommandError
-from faasmoe_operator.platforms.process import pss_bytes
+from faasmoe_operator.platforms.memory import pss_bytes
 
 DEVICE_PROBE_COMMAND = (sys.executable, "-m", "faasmoe_expert.device")
 DEVICE_PROBE_TIMEOUT_S = 60.0
@@ -63,6 +67,22 @@ def add_commands(commands: Any) -> None:
         "--port", type=_port, default=8000, help="port to listen on (default: %(default)s)"
     )
     parser.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="require this API key; repeat it for several (for limits per key, use tenants)",
+    )
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        type=_origin,
+        metavar="ORIGIN",
+        help="let web pages of this origin call the API, such as https://chat.example.com or '*'; "
+        "repeat it for several",
+    )
+    parser.add_argument(
         "--log-dir",
         type=Path,
         metavar="DIR",
@@ -79,6 +99,12 @@ def add_commands(commands: Any) -> None:
         "them (default: spec.router.keepAliveSeconds, or 75)",
     )
     parser.set_defaults(run=run)
+
+
+def _origin(text: str) -> str:
+    if not re.fullmatch(CORS_ORIGIN, text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {DESCRIPTIONS[CORS_ORIGIN]}")
+    return text
 
 
 def _port(text: str) -> int:
@@ -103,6 +129,8 @@ def run(arguments: argparse.Namespace) -> int:
     deployment.check_api_keys()
     for warning in process_platform_warnings(deployment.model):
         print_progress(warning)
+    access = ClientAccess(tuple(arguments.api_key), tuple(arguments.cors_origin))
+    access.check(deployment)
     endpoint = router.Endpoint(arguments.host, arguments.port)
     endpoint.check_free()
     with LogSinks(arguments.log_dir) as logs, locked_state(deployment.state_path):
@@ -111,6 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
                 _prepare_and_serve(
                     deployment,
                     endpoint,
+                    access,
                     logs,
                     skip_verify=arguments.skip_verify,
                     keep_alive_s=arguments.keep_alive,
@@ -122,6 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
 async def _prepare_and_serve(
     deployment: LocalModel,
     endpoint: router.Endpoint,
+    access: ClientAccess,
     logs: LogSinks,
     *,
     skip_verify: bool,
@@ -134,17 +164,20 @@ async def _prepare_and_serve(
     store = deployment.open_store()
     # Raises MoEModelError here rather than in the log of the control process.
     deployment.functions(store.manifest, key=secrets.token_bytes(32))
-    if not skip_verify:
-        await _verify(store)
     with private_runtime_dir() as folder, closing(control.ReservedControlPort.reserve()) as port:
         spec = StackSpec.create(
-            deployment, endpoint, folder=folder, port=port, keep_alive_s=keep_alive_s
+            deployment,
+            endpoint,
+            access=access,
+            folder=folder,
+            port=port,
+            keep_alive_s=keep_alive_s,
         )
         register_instance(spec.instance, folder)
         print_progress(f"CPU kernels: {describe_cpu_kernels()}")
         print_progress("starting zygote, control process and router")
         async with running_stack(spec, logs) as processes:
-            return await _serve(spec, processes)
+            return await _serve(spec, processes, unverified=None if skip_verify else store)
 
 
 async def check_devices(
@@ -199,7 +232,13 @@ async def _prepare(deployment: LocalModel) -> None:
     print_progress(f"preparing {source} in {path}")
     revision = deployment.model.spec.model.revision
     async with child_process.running_child(
-        prepare_command(source, str(path), revision=revision, dtype=deployment.dtype),
+        prepare_command(
+            source,
+            str(path),
+            revision=revision,
+            dtype=deployment.dtype,
+            quantization=deployment.quantization,
+        ),
         environment=os.environ,
         log=None,
         grace_s=PREPARE_GRACE_S,
@@ -217,8 +256,13 @@ async def _verify(store: Store) -> None:
         await asyncio.to_thread(store.verify, [name])
 
 
-async def _serve(spec: StackSpec, processes: StackProcesses) -> int:
-    """Serve until a process fails or a signal cancels this task.
+async def _serve(
+    spec: StackSpec,
+    processes: StackProcesses,
+    *,
+    unverified: Store | None,
+) -> int:
+    """Serve until a process fails or a signal cancels this task; verify the store meanwhile.
 
     A signal after startup is a normal exit with status 0; during startup the cancellation
     propagates.
@@ -227,7 +271,7 @@ async def _serve(spec: StackSpec, processes: StackProcesses) -> int:
     assert task is not None
     try:
         await _run_until_failure(
-            processes.failures, _print_summary_when_healthy(spec, processes, serving)
+            processes.failures, _announce(spec, processes, serving, unverified=unverified)
         )
         await _run_until_failure(processes.failures, _wait_forever())
     except asyncio.CancelledError:
@@ -239,13 +283,31 @@ async def _serve(spec: StackSpec, processes: StackProcesses) -> int:
     return 0
 
 
-async def _print_summary_when_healthy(
+async def _announce(
+    spec: StackSpec,
+    processes: StackProcesses,
+    serving: asyncio.Event,
+    *,
+    unverified: Store | None,
+) -> None:
+    """Print the summary once all processes are healthy and the store is verified."""
+    steps = [lambda: _wait_until_healthy(spec, processes)]
+    if unverified is not None:
+        steps.insert(0, lambda: _verify(unverified))
+    await gather_limited(steps, lambda step: step(), limit=len(steps))
+    await _print_summary(spec, processes, serving)
+
+
+async def _wait_until_healthy(spec: StackSpec, processes: StackProcesses) -> None:
+    await control.wait_until_healthy(spec.port.url)
+    await router.wait_until_healthy(spec.endpoint, progress=print_progress)
+    processes.router.has_started = True
+
+
+async def _print_summary(
     spec: StackSpec, processes: StackProcesses, serving: asyncio.Event
 ) -> None:
     url = spec.port.url
-    await control.wait_until_healthy(url)
-    await router.wait_until_healthy(spec.endpoint, progress=print_progress)
-    processes.router.has_started = True
     status = await control.fetch_status(url, token=spec.secrets.token)
     text = format_summary(
         status,
@@ -253,6 +315,7 @@ async def _print_summary_when_healthy(
         control_url=url,
         pids=processes.pids,
         tenants=[tenant.name for tenant in spec.deployment.model.spec.tenants],
+        served_model_name=spec.deployment.served_model_name,
     )
     serving.set()  # before printing: a reader of the summary may send a signal immediately
     print(text, flush=True)
@@ -265,6 +328,7 @@ def format_summary(
     control_url: str,
     pids: Mapping[str, int | None],
     tenants: Sequence[str] = (),
+    served_model_name: str | None = None,
 ) -> str:
     """Return endpoints and memory (PSS) of the running processes as text.
 
@@ -274,6 +338,7 @@ def format_summary(
         control_url: base URL of the control API.
         pids: process ids of all processes except sandboxes, by name.
         tenants: names of the tenants; empty if the model is open to everyone.
+        served_model_name: the name that requests give; None for the model's own.
     """
     functions, sandboxes = status["functions"], status["sandboxes"]
     n_active = sum(function["ready"] > 0 for function in functions)
@@ -289,7 +354,7 @@ def format_summary(
             "",
             f"  OpenAI base URL  {url}/v1",
             *(f"  tenant           {name}: {url}/{name}/v1" for name in tenants),
-            f"  model            {status['model']}",
+            f"  model            {served_model_name or status['model']}",
             f"  control          {control_url}  (faasmoe top)",
             "",
             format_table(PROCESS_HEADER, rows),

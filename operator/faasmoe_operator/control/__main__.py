@@ -7,6 +7,7 @@ import logging
 import sys
 
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
+from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_contracts.store import StoreError
 from faasmoe_operator.control.config import ControlConfig
 from faasmoe_operator.control.process import run_control_process
@@ -18,7 +19,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         die_with_parent()
-        asyncio.run(run_control_process(ControlConfig.from_env()))
+        phases = StartPhases("imports")
+        asyncio.run(run_control_process(ControlConfig.from_env(), phases))
     except (FaasmoeError, StoreError, ParentDeathError, OSError) as error:
         print(f"faasmoe_operator.control: {error}", file=sys.stderr)
         return 2

@@ -51,6 +51,7 @@ class ControllerTiming:
             for calls in flight.
         probe_interval_s: seconds between two probes of a sandbox.
         start_deadline_s: how long a sandbox may take to become ready.
+        activation_deadline_s: after how long an activation counts as timed out in the metrics.
         adopt_timeout_s: how long to wait at startup for the function lists of existing sandboxes.
             As long as it takes to mark an unresponsive sandbox as failed, because functions that
             are not listed are attached a second time.
@@ -65,6 +66,7 @@ class ControllerTiming:
     drain_s: float = 1.0
     probe_interval_s: float = 5.0
     start_deadline_s: float = 60.0
+    activation_deadline_s: float = 60.0
     adopt_timeout_s: float = 15.0
     popularity_save_interval_s: float = 30.0
     usage_save_interval_s: float = 10.0
@@ -82,6 +84,7 @@ class Controller:
         timing: intervals and timeouts.
         popularity: decayed row counts of an earlier run, by `ManagedFunction.stable_key`.
         usage_ledger: the tenants' usage of an earlier run.
+        metrics: metrics of an earlier run, whose counters go on; None starts at zero.
         clock: monotonic time in seconds.
     """
 
@@ -94,13 +97,14 @@ class Controller:
         timing: ControllerTiming | None = None,
         popularity: Mapping[str, float] | None = None,
         usage_ledger: UsageLedger | None = None,
+        metrics: ControlPlaneMetrics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         now = clock()
         self.model = model
         self.timing = timing or ControllerTiming()
         self.clock = clock
-        self.metrics = ControlPlaneMetrics()
+        self.metrics = metrics or ControlPlaneMetrics()
         self.fleet = Fleet(model.functions, template=model.template)
         self.routing_table = RoutingTablePublisher(
             list(model.specs.values()), model_digest=model.store.model_digest
@@ -256,12 +260,19 @@ class Controller:
         self._backfill_load(now)
         self.autoscalers.observe(self._current_load(now), now=now)
         self._count_decisions(self.autoscalers.decide(self.fleet.ready_replicas(), now=now))
+        self._count_late_activations(now)
+        self._plan_due = True
+        self._work_due.set()
+
+    def _count_late_activations(self, now: float) -> None:
+        """Count activations past their deadline, whether or not requests still wait for them."""
+        late = self.function_stats.newly_late_activations(
+            self.timing.activation_deadline_s, now=now
+        )
+        self.metrics.activations.labels("timed_out").inc(len(late))
         for function in self.function_stats.activating():
             if self.autoscalers.desired(function) == 0:
                 self.function_stats.finish_activation(function, now=now)
-                self.metrics.activations.labels("timed_out").inc()
-        self._plan_due = True
-        self._work_due.set()
 
     def _backfill_load(self, now: float) -> None:
         """Record the last reported load for the seconds in which there was no tick."""

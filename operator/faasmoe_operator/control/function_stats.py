@@ -50,6 +50,7 @@ class FunctionStats:
         self._last_used: dict[str, float] = {}
         self._requested_at: dict[str, float] = {}
         self._activation_started_at: dict[str, float] = {}
+        self._late_activations: set[str] = set()  # already returned by newly_late_activations
         self.calls: Counter[str] = Counter()
         self.rows: Counter[str] = Counter()
 
@@ -98,7 +99,15 @@ class FunctionStats:
     def finish_activation(self, function: str, *, now: float) -> float | None:
         """End an activation; return its duration in seconds, or None if there was none."""
         started_at = self._activation_started_at.pop(function, None)
+        self._late_activations.discard(function)
         return None if started_at is None else now - started_at
+
+    def newly_late_activations(self, deadline_s: float, *, now: float) -> list[str]:
+        """Return the activations that last longer than `deadline_s`; each is returned once."""
+        late = {f for f, at in self._activation_started_at.items() if now - at >= deadline_s}
+        newly_late = late - self._late_activations
+        self._late_activations |= newly_late
+        return sorted(newly_late)
 
     def activating(self) -> list[str]:
         """Return the functions that are scaled up from zero and not ready yet."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from faasmoe_contracts.routing_table import FunctionSpec
-from faasmoe_contracts.store import MANIFEST_NAME, Manifest, Store
+from faasmoe_contracts.store import MANIFEST_NAME, Manifest, QuantizationEntry, Store
 from faasmoe_operator.api.v1alpha1 import MoEModel, MoEModelError, load_moemodel
 from faasmoe_operator.api.v1alpha1.storage import FILE_SCHEME, HUB_SCHEME
 from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
@@ -66,6 +66,11 @@ class LocalModel:
         return self.store_path.with_name(f"{self.store_path.name}.state")
 
     @property
+    def served_model_name(self) -> str:
+        """The name by which requests address the model."""
+        return self.model.spec.router.served_model_name or self.model.metadata.name
+
+    @property
     def is_prepared(self) -> bool:
         """Whether the store exists and is complete."""
         return (self.store_path / MANIFEST_NAME).is_file()
@@ -75,6 +80,12 @@ class LocalModel:
         """The requested data type; None for the checkpoint's own."""
         dtype = self.model.spec.model.dtype
         return None if dtype == "auto" else dtype
+
+    @property
+    def quantization(self) -> QuantizationEntry:
+        """What the store is to quantise."""
+        spec = self.model.spec
+        return QuantizationEntry(spec.experts.quantization, spec.router.quantization)
 
     @property
     def template(self) -> ProcessSandboxTemplate:
@@ -137,6 +148,7 @@ class LocalModel:
         if self.dtype not in (None, stored.dtype):
             expected = f"auto or {stored.dtype}, which the store {self.store_path} holds"
             self._raise_error("spec.model.dtype", f"got {self.dtype}, expected {expected}")
+        self._check_quantization(manifest.quantization)
         if not is_same_source(self.source, stored.source):
             expected = f"{stored.source}, which the store {self.store_path} was prepared from"
             self._raise_error("spec.model.source", f"got {self.source}, expected {expected}")
@@ -150,6 +162,17 @@ class LocalModel:
             self._raise_error(
                 "spec.router.maxModelLen", f"got {max_model_len}, expected {expected}"
             )
+
+    def _check_quantization(self, stored: QuantizationEntry) -> None:
+        for field, got, held in (
+            ("spec.experts.quantization", self.quantization.experts, stored.experts),
+            ("spec.router.quantization", self.quantization.router, stored.router),
+        ):
+            if got != held:
+                expected = f"{held}, which the store {self.store_path} holds"
+                self._raise_error(
+                    field, f"got {got}, expected {expected}, or another spec.store.path"
+                )
 
     def _raise_error(self, field: str, what: str) -> None:
         raise MoEModelError(str(self.file), [f"{field}: {what}"])

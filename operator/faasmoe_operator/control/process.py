@@ -11,6 +11,7 @@ import signal
 
 from aiohttp import web
 
+from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_operator.control.api import make_model_app
 from faasmoe_operator.control.background_tasks import BackgroundTasks
 from faasmoe_operator.control.config import ControlConfig
@@ -25,15 +26,19 @@ from faasmoe_operator.control.state_files import (
     usage_ledger_path,
 )
 from faasmoe_operator.control.usage_ledger import UsageLedgerWriter
-from faasmoe_operator.platforms import ProcessPlatform
+from faasmoe_operator.platforms.process import ProcessPlatform
 
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 1.0
 
 
-async def run_control_process(config: ControlConfig) -> None:
+async def run_control_process(config: ControlConfig, phases: StartPhases) -> None:
     """Run a model's controller, API and background tasks until SIGTERM or SIGINT.
+
+    Args:
+        config: settings of the process.
+        phases: the phases of the start so far; logged when the API listens.
 
     Raises:
         FaasmoeError: the model is invalid or the zygote does not respond.
@@ -44,12 +49,12 @@ async def run_control_process(config: ControlConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
-        await _run_controller(config)
+        await _run_controller(config, phases)
     except asyncio.CancelledError:
         task.uncancel()
 
 
-async def _run_controller(config: ControlConfig) -> None:
+async def _run_controller(config: ControlConfig, phases: StartPhases) -> None:
     local_model = LocalModel.load(config.model_file)
     store = local_model.open_store()
     model = ControlledModel.from_local_model(local_model, key=config.function_key)
@@ -57,10 +62,12 @@ async def _run_controller(config: ControlConfig) -> None:
         popularity_path(store.path), model_digest=store.manifest.digest
     )
     usage_store = FileUsageStore(usage_ledger_path(store.path))
+    phases.end("plan")
     async with (
         ProcessPlatform(socket=config.zygote_socket) as platform,
         SandboxClient(token=config.token) as client,
     ):
+        phases.end("zygote")
         controller = Controller(
             model,
             platform,
@@ -70,6 +77,8 @@ async def _run_controller(config: ControlConfig) -> None:
         )
         await controller.start()
         runner = await _start_api(controller, config)
+        phases.end("api")
+        logger.info("%s", phases.describe())
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(controller.run())

@@ -28,6 +28,10 @@ DURATION_BUCKETS_S = (
 )
 
 
+RECONCILE_OUTCOMES = ("success", "requeue", "rejected", "unavailable", "error")
+ALERTED_API_CODES = ("0", "403", "429", "500", "503")
+
+
 class OperatorMetrics:
     """Metrics of one operator process, in a registry of their own."""
 
@@ -47,10 +51,12 @@ class OperatorMetrics:
         )
         self.reconciles = Counter(
             "faasmoe_operator_reconcile_total",
-            "Reconciles of MoEModels, by outcome (success, requeue, rejected, unavailable, error).",
+            f"Reconciles of MoEModels, by outcome ({', '.join(RECONCILE_OUTCOMES)}).",
             ("outcome",),
             registry=self.registry,
         )
+        for outcome in RECONCILE_OUTCOMES:
+            self.reconciles.labels(outcome)
         self.reconcile_duration = Histogram(
             "faasmoe_operator_reconcile_duration_seconds",
             "Duration of one reconcile.",
@@ -81,7 +87,12 @@ class OperatorMetrics:
         )
 
     def count_request(self, verb: str, kind: Kind, status: int) -> None:
-        """Count a request to the API server."""
+        """Count a request to the API server.
+
+        The counters of the statuses that alerts watch exist from a kind's first request on.
+        """
+        for code in ALERTED_API_CODES:
+            self.requests.labels(verb, str(kind), code)
         self.requests.labels(verb, str(kind), str(status)).inc()
 
     def count_watch_event(self, kind: Kind) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from faasmoe_contracts.backoff import Backoff
 from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.control.controller import Controller, ControllerTiming
+from faasmoe_operator.control.metrics import ControlPlaneMetrics
 from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.sandbox_client import SandboxClient
 from faasmoe_operator.control.usage_ledger import UsageLedger, UsageLedgerWriter
@@ -125,6 +126,7 @@ class ModelRuntime:
         self._platform: KubernetesPlatform | None = None
         self._popularity: Mapping[str, float] | None = None
         self._ledger: UsageLedger | None = None
+        self._metrics = ControlPlaneMetrics()  # over all controllers, so that no counter resets
         self._spec_changed = asyncio.Event()
         self._failure = ""
         self._reported_counts: RuntimeCounts | None = None
@@ -225,6 +227,7 @@ class ModelRuntime:
                 if self._popularity is None
                 else self._popularity,
                 usage_ledger=self._ledger,
+                metrics=self._metrics,
             )
             group.create_task(platform.run())
             await controller.start()

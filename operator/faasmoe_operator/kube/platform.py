@@ -153,6 +153,7 @@ class KubernetesPlatform:
         self._port = port
         self._registry = SandboxRegistry()
         self._deleting: dict[str, str] = {}
+        self._was_ready: set[str] = set()  # ids of sandboxes that have been ready once
         self._prober = ReadinessProber(
             interval_s=self._timing.probe_interval_s,
             timeout_s=self._timing.probe_timeout_s,
@@ -271,8 +272,9 @@ class KubernetesPlatform:
         if sandbox is None:
             return
         logger.info("sandbox %s is gone: %s", name, reason)
-        if not sandbox.ready and name not in self._deleting.values():
+        if name not in self._was_ready and name not in self._deleting.values():
             self.last_start_failure = f"sandbox {name} was lost before it was ready: {reason}"
+        self._was_ready.discard(name)
         self._registry.remove(name, reason=reason)
 
     def _start_deletion(self, pod: Pod) -> None:
@@ -299,5 +301,6 @@ class KubernetesPlatform:
     def _mark_ready(self, name: str) -> None:
         """Handle that a sandbox answered its readiness probe."""
         self.last_start_failure = ""
+        self._was_ready.add(name)
         if (sandbox := self._registry.get(name)) is not None:
             self._registry.upsert(replace(sandbox, ready=True))

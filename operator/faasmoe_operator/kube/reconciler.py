@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import groupby
 from typing import Protocol
 
+from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.api.v1alpha1 import MoEModel
 from faasmoe_operator.errors import MoEModelError, PlanError, PlatformError
 from faasmoe_operator.kube.apply import Applier, ApplyFailure
@@ -22,6 +24,8 @@ from faasmoe_operator.kube.component_status import RuntimeCounts, router_status
 from faasmoe_operator.kube.conditions import ConditionState, build_conditions, condition_false
 from faasmoe_operator.kube.context import OperatorContext
 from faasmoe_operator.kube.diff import (
+    ApplyObject,
+    CreateObject,
     ObjectAction,
     Owner,
     object_id,
@@ -38,12 +42,15 @@ from faasmoe_operator.kube.status import (
     model_status,
     status_write_at,
 )
-from faasmoe_operator.kube.types import MOEMODEL, POD, ModelKey, Object
+from faasmoe_operator.kube.types import MOEMODEL, POD, Kind, ModelKey, Object, kind_of
 
 logger = logging.getLogger(__name__)
 
 RESYNC_PERIOD_S = 600.0
 """Period of reconciles without a change. They cost no request."""
+
+PARALLEL_REQUESTS = 10
+"""Objects of one model that are written at the same time."""
 
 
 class ModelRuntimes(Protocol):
@@ -185,8 +192,14 @@ class Reconciler:
     async def _apply_actions(
         self, actions: tuple[ObjectAction, ...], state: _ModelState
     ) -> list[ApplyFailure]:
-        results = [await state.applier.execute(action) for action in actions]
-        return [failure for failure in results if failure is not None]
+        """Execute the actions in order; those on objects of one kind in a row concurrently."""
+        failures: list[ApplyFailure] = []
+        for _, same_kind in groupby(actions, key=_action_kind):
+            results = await gather_limited(
+                same_kind, state.applier.execute, limit=PARALLEL_REQUESTS
+            )
+            failures += [failure for failure in results if failure is not None]
+        return failures
 
     async def _ensure_runtime(
         self, key: ModelKey, ctx: ModelContext, observed: ObservedState
@@ -267,6 +280,11 @@ class Reconciler:
 
     def _timestamp(self) -> str:
         return datetime.fromtimestamp(self._wall_clock(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _action_kind(action: ObjectAction) -> tuple[type[ObjectAction], Kind]:
+    obj = action.desired if isinstance(action, CreateObject | ApplyObject) else action.live
+    return type(action), kind_of(obj)
 
 
 def _conditions_of(obj: Object) -> list[Object]:

@@ -12,11 +12,20 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Self
 
-from faasmoe_contracts.store.manifest import JsonFields, StoreError
+from faasmoe_contracts.store import QuantizationEntry
+from faasmoe_contracts.store.json_fields import JsonFields, StoreError
+from faasmoe_contracts.store.quantization import EXPERTS_QUANTIZATIONS, ROUTER_QUANTIZATIONS
 from faasmoe_operator.errors import FaasmoeError
 
 MAX_LAYERS = 10_000
 MAX_MESSAGE_CHARS = 1024
+_OPTIONAL: Mapping[str, Any] = {
+    "revision": None,
+    "expertsQuantization": "none",
+    "routerQuantization": "none",
+    "routerQuantizedBytes": 0,
+}
+"""Fields that may be absent, with the value that this stands for."""
 
 
 class StoreSummaryError(FaasmoeError):
@@ -119,6 +128,7 @@ class StoreSummary:
         family: transformers' `model_type`.
         architecture: transformers' model class.
         dtype: dtype of the stored weights.
+        quantization: what of them is quantised.
         hidden_size: width of the hidden states.
         vocab_size: size of the vocabulary.
         max_position_embeddings: the model's maximum context length, in tokens.
@@ -126,6 +136,7 @@ class StoreSummary:
         size_bytes: size of all files.
         router_bytes: size of the tensors that the router loads.
         layers: the MoE layers, in order.
+        router_quantized_bytes: the part of `router_bytes` that is quantised.
     """
 
     digest: str
@@ -141,6 +152,8 @@ class StoreSummary:
     size_bytes: int
     router_bytes: int
     layers: tuple[LayerGroup, ...]
+    quantization: QuantizationEntry = QuantizationEntry()  # noqa: RUF009
+    router_quantized_bytes: int = 0
 
     @classmethod
     def from_status(cls, value: object) -> StoreSummary:
@@ -169,9 +182,7 @@ class StoreSummary:
     @classmethod
     def _parse(cls, value: object, *, where: str) -> StoreSummary:
         # The API server drops null fields, but `revision` is required here.
-        fields = JsonFields(
-            {"revision": None, **value} if isinstance(value, Mapping) else value, where
-        )
+        fields = JsonFields({**_OPTIONAL, **value} if isinstance(value, Mapping) else value, where)
         summary = cls(
             digest=fields.pop_string("digest"),
             revision=_parse_revision(fields),
@@ -189,6 +200,11 @@ class StoreSummary:
                 LayerGroup.from_json(group, where=f"layers[{index}]")
                 for index, group in enumerate(fields.pop_array("layers"))
             ),
+            quantization=QuantizationEntry(
+                fields.pop_choice("expertsQuantization", EXPERTS_QUANTIZATIONS),
+                fields.pop_choice("routerQuantization", ROUTER_QUANTIZATIONS),
+            ),
+            router_quantized_bytes=fields.pop_integer("routerQuantizedBytes"),
         )
         if not 1 <= summary.n_layers <= MAX_LAYERS:
             raise fields.error("layers", summary.n_layers, f"1 to {MAX_LAYERS} MoE layers")
@@ -208,6 +224,7 @@ class StoreSummary:
             "family": self.family,
             "architecture": self.architecture,
             "dtype": self.dtype,
+            **quantization_status(self.quantization, self.router_quantized_bytes),
             "hiddenSize": self.hidden_size,
             "vocabSize": self.vocab_size,
             "maxPositionEmbeddings": self.max_position_embeddings,
@@ -226,6 +243,21 @@ class StoreSummary:
             )
             for index, group in enumerate(groups)
         )
+
+
+def quantization_status(quantization: QuantizationEntry, router_bytes: int) -> dict[str, Any]:
+    """Return the fields of `status.model` on quantisation; none for what is not quantised.
+
+    Args:
+        quantization: what of the store is quantised.
+        router_bytes: bytes of the router's quantised weights.
+    """
+    fields = {
+        "expertsQuantization": quantization.experts,
+        "routerQuantization": quantization.router,
+        "routerQuantizedBytes": router_bytes,
+    }
+    return {name: value for name, value in fields.items() if value != _OPTIONAL[name]}
 
 
 def _parse_failure(value: Mapping[str, object]) -> StoreFailure:

@@ -27,12 +27,18 @@ def element_bytes(dtype: str) -> int:
     return DTYPE_BYTES.get(dtype, DEFAULT_DTYPE_BYTES)
 
 
-def router_weights_bytes(stored_bytes: int, *, store_dtype: str, dtype: str) -> int:
+def router_weights_bytes(
+    stored_bytes: int, *, store_dtype: str, dtype: str, quantized_bytes: int = 0
+) -> int:
     """Return the size of the router's weights in bytes.
+
+    Quantised weights are computed with as they lie in the store.
 
     Args:
         stored_bytes: their size in the store.
-        store_dtype: dtype of the stored weights.
+        store_dtype: dtype of the stored weights that are not quantised.
         dtype: dtype that the router computes in.
+        quantized_bytes: size of those that are quantised.
     """
-    return stored_bytes * element_bytes(dtype) // element_bytes(store_dtype)
+    float_bytes = stored_bytes - quantized_bytes
+    return float_bytes * element_bytes(dtype) // element_bytes(store_dtype) + quantized_bytes

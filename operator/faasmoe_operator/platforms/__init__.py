@@ -1,4 +1,7 @@
-"""Platforms that run sandboxes, behind one interface: create, delete, list and watch."""
+"""Platforms that run sandboxes, behind one interface: create, delete, list and watch.
+
+Holds the interface alone, so that the command line runs without an HTTP client.
+"""
 
 from faasmoe_operator.platforms.base import (
     Platform,
@@ -7,11 +10,9 @@ from faasmoe_operator.platforms.base import (
     SandboxEvent,
     SandboxTemplate,
 )
-from faasmoe_operator.platforms.process import ProcessPlatform
 
 __all__ = [
     "Platform",
-    "ProcessPlatform",
     "ProcessSandboxTemplate",
     "Sandbox",
     "SandboxEvent",

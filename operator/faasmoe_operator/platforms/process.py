@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -23,8 +22,6 @@ from faasmoe_operator.platforms.base import ProcessSandboxTemplate, Sandbox, San
 from faasmoe_operator.platforms.readiness import ReadinessProber
 from faasmoe_operator.platforms.registry import SandboxRegistry
 from faasmoe_operator.platforms.zygote import ZygoteClient
-
-_PSS = re.compile(r"^Pss:\s+(\d+) kB$", re.MULTILINE)
 
 logger = logging.getLogger(__name__)
 
@@ -226,17 +223,3 @@ def _template_hash(config: Any) -> str:
         return ProcessSandboxTemplate(**config).digest
     except TypeError:
         return ""
-
-
-def pss_bytes(pid: int, *, proc: Path = Path("/proc")) -> int | None:
-    """Return the proportional set size of a process in bytes.
-
-    A page that N processes share counts 1/N in each, so the sum over processes is the memory that
-    they really use. None if the process has exited or belongs to another user.
-    """
-    try:
-        text = (proc / str(pid) / "smaps_rollup").read_text()
-    except OSError:
-        return None
-    found = _PSS.search(text)
-    return int(found[1]) * 1024 if found else None

@@ -5,7 +5,7 @@ routes that no other module needs are defined here: health and metrics endpoints
 probes and Prometheus and need no API key, and OpenAI endpoints that answer 501.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,11 +13,13 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.middleware.cors import CORSMiddleware
 
 from faasmoe_router.api.admission import AlwaysActivated, RequestActivator
 from faasmoe_router.api.body import BodyReader
 from faasmoe_router.api.body_limits import BodyLimits
 from faasmoe_router.api.completions import ServedModel, completion_routes
+from faasmoe_router.api.content_encoding import ContentEncodingMiddleware, HeadMiddleware
 from faasmoe_router.api.errors import ApiError, add_error_handlers
 from faasmoe_router.api.metrics_server import MetricsServer
 from faasmoe_router.api.middleware import AuthMiddleware, RequestContextMiddleware
@@ -32,9 +34,11 @@ from faasmoe_router.api.openapi import (
 )
 from faasmoe_router.api.preparation import HeldBytes, PreparationQueue
 from faasmoe_router.api.preprocessing import Preprocessor
+from faasmoe_router.api.refusals import RefusalMetricsMiddleware, refusal_counter
 from faasmoe_router.api.tokenization import tokenization_routes
 from faasmoe_router.api.validation import MAX_PROMPTS
 from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.errors import EngineUnavailable
 from faasmoe_router.tenants.service import NoTenants, TenantService
 from faasmoe_router.version import installed_version
@@ -54,6 +58,8 @@ def create_app(
     tenancy: TenantService | None = None,
     fingerprint: str | None = None,
     max_body_bytes: int | None = None,
+    cors_origins: Sequence[str] = (),
+    sampling_defaults: SamplingDefaults | None = None,
     metrics_server: MetricsServer | None = None,
 ) -> FastAPI:
     """Return the app, which starts the engine on startup and stops it on shutdown.
@@ -67,6 +73,8 @@ def create_app(
         fingerprint: the `system_fingerprint` of responses, of the weights and their numerics.
         max_body_bytes: larger request bodies are rejected with 413; by default what fits into the
             model's context.
+        cors_origins: origins of web pages that may call the API; `*` is any.
+        sampling_defaults: values of parameters that a request does not set; None is OpenAI's.
         metrics_server: serves the metrics elsewhere; None serves them at /metrics.
     """
     activator = activator or AlwaysActivated()
@@ -80,7 +88,8 @@ def create_app(
     if max_body_bytes is not None:
         body_limits = replace(body_limits, max_bytes=max_body_bytes)
     queue = PreparationQueue(is_shared=tenancy is not None)
-    bodies, preprocessor = BodyReader(body_limits, queue, HeldBytes()), Preprocessor(engine, queue)
+    bodies = BodyReader(body_limits, queue, HeldBytes())
+    preprocessor = Preprocessor(engine, queue, sampling_defaults or SamplingDefaults())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -88,9 +97,15 @@ def create_app(
             yield
 
     app = FastAPI(title="FaaSMoE router", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # The last one added is the outermost: CORS covers errors and needs no API key.
+    app.add_middleware(ContentEncodingMiddleware, max_body_bytes=body_limits.max_bytes)
+    app.add_middleware(HeadMiddleware)
     if tenancy is not None:
         app.add_middleware(AuthMiddleware, authenticator=tenancy)
     app.add_middleware(RequestContextMiddleware, max_body_bytes=body_limits.max_bytes)
+    app.add_middleware(RefusalMetricsMiddleware, counter=refusal_counter(registry))
+    if cors_origins:
+        _add_cors(app, cors_origins)
     add_error_handlers(app)
     for router in (
         completion_routes(
@@ -113,6 +128,16 @@ def create_app(
         app.include_router(router)
     install_openapi(app, requires_api_key=tenancy is not None)
     return app
+
+
+def _add_cors(app: FastAPI, origins: Sequence[str]) -> None:
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["*"],
+    )
 
 
 def health_routes(engine: Engine, *, activator: RequestActivator) -> APIRouter:

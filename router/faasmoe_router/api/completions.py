@@ -5,9 +5,11 @@ shared: admission, generation, and a response that is either one JSON body or a 
 server-sent events. However a request ends, its sequences are freed and its usage is recorded.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -34,6 +36,7 @@ from faasmoe_router.api.protocol import (
     CompletionRequestBase,
     StreamOptions,
 )
+from faasmoe_router.api.reasoning import resolve_message_format
 from faasmoe_router.api.responses import (
     ChatChoiceFormatter,
     ChoiceFormatter,
@@ -43,13 +46,20 @@ from faasmoe_router.api.responses import (
     ResponseMeta,
     TokenBytes,
 )
-from faasmoe_router.api.streaming import EventStreamResponse, run_until_disconnect
+from faasmoe_router.api.streaming import (
+    KEEPALIVE_S,
+    EventStreamResponse,
+    run_until_disconnect,
+    sse_frames,
+)
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import Generation, GenerationRequest
 from faasmoe_router.errors import EngineUnavailable
-from faasmoe_router.tenants.service import Caller
+from faasmoe_router.tenants.service import Caller, RequestUsageRecorder
 
 ERROR_STATUSES = (400, 404, 413, 429, 500, 503)
+WARNING_HEADER = "X-FaaSMoE-Warning"
+MAX_WARNING_LENGTH = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +99,7 @@ def completion_routes(
     )
 
     def check_request(body: CompletionRequestBase, caller: Caller) -> None:
-        if body.model not in caller.model_names(served_model.name):
+        if body.model is not None and body.model not in caller.model_names(served_model.name):
             raise model_not_found(body.model)
         body.check_params()
 
@@ -99,8 +109,13 @@ def completion_routes(
             tool_config, requests = await run_until_disconnect(
                 request, preprocessor.build_chat_requests(body, caller)
             )
-            formatter = ChatChoiceFormatter(_logprob_token_bytes(engine, body), tool_config)
-            return _PreparedRequest(body.without_contents(), requests, formatter)
+            message_format = resolve_message_format(
+                body, engine.tokenizer, requests[0].prompt_token_ids, tool_config
+            )
+            formatter = ChatChoiceFormatter(_logprob_token_bytes(engine, body), message_format)
+            notes = () if tool_config is None else tool_config.notes
+            headers = {WARNING_HEADER: _header_value("; ".join(notes))} if notes else {}
+            return _PreparedRequest(body.without_contents(), requests, formatter, headers)
 
     async def prepare_completion(request: Request, caller: Caller) -> _PreparedRequest:
         async with bodies.reading(request, CompletionRequest, caller) as body:
@@ -142,11 +157,13 @@ class _PreparedRequest:
         body: its parameters, without what only the prompt needs.
         requests: one generation request per choice of each prompt.
         formatter: formats the choices.
+        headers: headers of the response.
     """
 
     body: CompletionRequestBase
     requests: Sequence[GenerationRequest]
     formatter: ChoiceFormatter
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class _ResponseGenerator:
@@ -174,6 +191,28 @@ class _ResponseGenerator:
         n_prompt_tokens = sum(len(r.prompt_token_ids) for r in requests) // (body.n or 1)
         builder = self._response_builder(body, prepared.formatter, n_prompt_tokens, len(requests))
         usage_recorder = self._tenant_admission.admit(caller, requests, n_prompt=n_prompt_tokens)
+        start = asyncio.create_task(self._start(request, requests, usage_recorder))
+        try:
+            if body.stream and not (await asyncio.wait({start}, timeout=KEEPALIVE_S))[0]:
+                # From now on comments keep the connection; an error can only be an event.
+                return self._late_stream(builder, start, prepared, usage_recorder)
+            headers, generation = await start
+            with record_outcome_on_error(usage_recorder):
+                response = await _to_http_response(builder, generation, request, body)
+        except asyncio.CancelledError:
+            start.cancel()
+            raise
+        response.headers.update({**headers, **usage_recorder.headers, **prepared.headers})
+        return response
+
+    async def _start(
+        self,
+        request: Request,
+        requests: Sequence[GenerationRequest],
+        usage_recorder: RequestUsageRecorder,
+    ) -> tuple[dict[str, str], Generation]:
+        """Wait for activation and start the generation; return it and response headers."""
+        caller = get_caller(request)
         queue_slot = partial(self._tenant_admission.queue_slot, caller)
         with record_outcome_on_error(usage_recorder):
             headers = await queue_until_activated(
@@ -182,8 +221,31 @@ class _ResponseGenerator:
             generation = self._engine.generate(
                 requests, tenant=caller.tenant, usage_recorder=usage_recorder
             )
-            response = await _to_http_response(builder, generation, request, body)
-        response.headers.update({**headers, **usage_recorder.headers})
+        return headers, generation
+
+    def _late_stream(
+        self,
+        builder: ResponseBuilder,
+        start: asyncio.Task[tuple[dict[str, str], Generation]],
+        prepared: _PreparedRequest,
+        usage_recorder: RequestUsageRecorder,
+    ) -> Response:
+        """Return a stream whose generation has not started yet."""
+
+        async def chunks() -> AsyncIterator[dict[str, Any]]:
+            _, generation = await start
+            async for chunk in builder.stream_chunks(
+                generation, prepared.body.stream_options or StreamOptions()
+            ):
+                yield chunk
+
+        def close() -> None:
+            if start.done() and not start.cancelled() and start.exception() is None:
+                start.result()[1].cancel()
+            start.cancel()
+
+        response = EventStreamResponse(sse_frames(chunks()), close)
+        response.headers.update({**usage_recorder.headers, **prepared.headers})
         return response
 
     def _response_builder(
@@ -196,7 +258,7 @@ class _ResponseGenerator:
         extra_fields = {**self._served_model.extra_fields, **body.extra_response_fields}
         return ResponseBuilder(
             formatter,
-            ResponseMeta(formatter.id_prefix, body.model, extra_fields),
+            ResponseMeta(formatter.id_prefix, body.model or self._served_model.name, extra_fields),
             RequestCounts(n_prompt_tokens, n_choices, body.n or 1),
         )
 
@@ -206,11 +268,18 @@ async def _to_http_response(
 ) -> Response:
     if body.stream:
         options = body.stream_options or StreamOptions()
-        return EventStreamResponse(builder.stream_chunks(generation, options), generation)
+        frames = sse_frames(builder.stream_chunks(generation, options))
+        return EventStreamResponse(frames, generation.cancel)
     try:
         return JSONResponse(await run_until_disconnect(request, builder.full_response(generation)))
     finally:
         generation.cancel()
+
+
+def _header_value(text: str) -> str:
+    """Return a text as the value of a header: one line of printable ASCII."""
+    line = " ".join(text.split()).encode("ascii", "backslashreplace").decode()
+    return line[:MAX_WARNING_LENGTH]
 
 
 def _logprob_token_bytes(engine: Engine, body: CompletionRequestBase) -> TokenBytes | None:

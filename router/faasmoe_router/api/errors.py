@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from faasmoe_router.api.refusals import set_refusal_reason
 from faasmoe_router.errors import (
     ActivationQueueFull,
     ActivationTimeout,
@@ -164,6 +165,15 @@ def missing_param(param: str) -> ApiError:
     )
 
 
+def body_too_large(max_bytes: int) -> ApiError:
+    """Return the error for a request body above the limit."""
+    return ApiError(
+        f"The request body is too large: expected at most {max_bytes} bytes.",
+        status=413,
+        code="request_too_large",
+    )
+
+
 def model_not_found(name: str) -> ApiError:
     """Return the error for a model name that this server does not serve."""
     return ApiError(
@@ -264,8 +274,9 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return error.response()
 
-    async def handle_router_error(_: Request, error: Exception) -> JSONResponse:
+    async def handle_router_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RouterError)
+        set_refusal_reason(request.scope, error)
         return from_router_error(error).response()
 
     async def handle_validation_error(_: Request, error: Exception) -> JSONResponse:

@@ -26,7 +26,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from faasmoe_router.api.errors import ApiError, from_router_error, internal_error
+from faasmoe_router.api.errors import ApiError, body_too_large, from_router_error, internal_error
 from faasmoe_router.api.openapi import UNAUTHENTICATED_PATHS
 from faasmoe_router.errors import RateLimitExceeded
 from faasmoe_router.tenants.service import ANONYMOUS, Caller
@@ -60,7 +60,7 @@ class RequestContextMiddleware:
         sender = _ResponseSender(send, _request_id_from(Headers(scope=scope)))
         try:
             if _content_length(scope) > self._max_body_bytes:
-                response = _body_too_large(self._max_body_bytes).response()
+                response = body_too_large(self._max_body_bytes).response()
                 await response(scope, receive, sender.send)
             else:
                 await self._app(scope, _BoundedReceive(receive, self._max_body_bytes), sender.send)
@@ -98,16 +98,8 @@ class _BoundedReceive:
         message = await self._receive()
         self._received_bytes += len(message.get("body", b""))
         if self._received_bytes > self._max_bytes:
-            raise HTTPException(413, str(_body_too_large(self._max_bytes)))
+            raise HTTPException(413, str(body_too_large(self._max_bytes)))
         return message
-
-
-def _body_too_large(max_bytes: int) -> ApiError:
-    return ApiError(
-        f"The request body is too large: expected at most {max_bytes} bytes.",
-        status=413,
-        code="request_too_large",
-    )
 
 
 def _content_length(scope: Scope) -> int:

@@ -102,13 +102,30 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
 
+class CustomCall(BaseModel):
+    """The custom tool of a call; `input` is free text."""
+
+    name: str
+    input: str
+
+
+class CustomToolCall(BaseModel):
+    """A call of a custom tool by the assistant."""
+
+    id: str
+    type: Literal["custom"]
+    custom: CustomCall
+
+
 class ResponseMessage(BaseModel):
     """The assistant's message."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ToolCall | CustomToolCall] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
 
 class ChatCompletionChoice(BaseModel):

@@ -9,7 +9,7 @@ import asyncio
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from faasmoe_router.api.errors import ApiError, invalid_value, unsupported_param
 from faasmoe_router.api.preparation import PreparationQueue
@@ -19,17 +19,25 @@ from faasmoe_router.api.protocol import (
     CompletionRequest,
     CompletionRequestBase,
 )
+from faasmoe_router.api.reasoning import needs_special_tokens
 from faasmoe_router.api.structured_outputs import dump_json
-from faasmoe_router.api.tool_calling import ToolCallConfig, resolve_tool_calling
+from faasmoe_router.api.tool_calling import (
+    ToolCallConfig,
+    relax_tool_schemas,
+    resolve_tool_calling,
+)
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import GenerationRequest, SamplingParams, StopConditions
 from faasmoe_router.engine.sampler import DrawParams, LogitBias, Penalties
+from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.engine.structured_output import CompiledGrammar, GrammarSource
 from faasmoe_router.engine.tokenizer import RESERVED_TEMPLATE_KWARGS, ChatTemplateOptions
 from faasmoe_router.errors import ChatTemplateError, GrammarError
 from faasmoe_router.tenants.service import ANONYMOUS, Caller
+from faasmoe_router.toolcalls.prompted import with_prompted_tools
 
 SEED_BITS = 63
+OPENAI_DEFAULTS = SamplingDefaults()
 # Work in units of bytes of text: of a token ID, of a message's rendering and of a tool's.
 ID_BYTES, MESSAGE_BYTES, TOOL_BYTES = 4, 64, 1024
 
@@ -40,12 +48,19 @@ class Preprocessor:
     Args:
         engine: has the tokenizer and the limits.
         queue: runs the work, in turns between tenants.
+        sampling_defaults: values of parameters that a request does not set.
     """
 
-    def __init__(self, engine: Engine, queue: PreparationQueue) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        queue: PreparationQueue,
+        sampling_defaults: SamplingDefaults = OPENAI_DEFAULTS,
+    ) -> None:
         self._engine = engine
         self._queue = queue
-        self._request_builder = GenerationRequestBuilder(engine, queue)
+        self._request_builder = GenerationRequestBuilder(engine, queue, sampling_defaults)
+        self._includes_marks = needs_special_tokens(engine.tokenizer)
 
     async def build_chat_requests(
         self, body: ChatCompletionRequest, caller: Caller = ANONYMOUS
@@ -57,12 +72,27 @@ class Preprocessor:
             partial(resolve_tool_calling, body, self._engine.tokenizer),
             size_bytes=TOOL_BYTES * len(body.tools or ()),
         )
+        if tool_config is not None:
+            run = partial(self._queue.run_in_turn, caller)
+            tool_config = await relax_tool_schemas(tool_config, self._engine.grammar_compiler, run)
         template_options = _chat_template_options(
             body, tool_config, chat_template=self._engine.tokenizer.tool_chat_template
         )
-        token_ids = await self.encode_chat(body.messages, template_options, caller)
+        prompted_tools = (
+            tool_config.template_tools
+            if tool_config is not None and tool_config.is_prompted
+            else ()
+        )
+        token_ids = await self.encode_chat(
+            body.messages, template_options, caller, prompted_tools=prompted_tools
+        )
         requests = await self._request_builder.build(
-            body, [token_ids], caller, param="messages", tool_config=tool_config
+            body,
+            [token_ids],
+            caller,
+            param="messages",
+            tool_config=tool_config,
+            include_special_tokens=self._includes_marks or tool_config is not None,
         )
         return tool_config, requests
 
@@ -120,15 +150,21 @@ class Preprocessor:
         messages: Sequence[ChatMessage],
         template_options: ChatTemplateOptions,
         caller: Caller = ANONYMOUS,
+        *,
+        prompted_tools: Sequence[Mapping[str, Any]] = (),
     ) -> Sequence[int]:
         """Return the token IDs of a conversation, with the caller's system prompt if it has one.
+
+        `prompted_tools` are written into the messages, as the template knows no tools.
 
         Raises:
             ApiError: a message is invalid, the texts are too long, or the chat template fails.
         """
         size_bytes = len(caller.system_prompt or "") + sum(map(_n_characters, messages))
-        size_bytes += TOOL_BYTES * len(template_options.tools)
-        render_and_encode = partial(self._encode_chat, messages, template_options, caller)
+        size_bytes += TOOL_BYTES * (len(template_options.tools) + len(prompted_tools))
+        render_and_encode = partial(
+            self._encode_chat, messages, template_options, caller, prompted_tools
+        )
         return await self._queue.run(caller, render_and_encode, size_bytes=size_bytes)
 
     def _encode_chat(
@@ -136,11 +172,16 @@ class Preprocessor:
         messages: Sequence[ChatMessage],
         template_options: ChatTemplateOptions,
         caller: Caller,
+        prompted_tools: Sequence[Mapping[str, Any]],
     ) -> Sequence[int]:
         template_messages = [
             m.to_template(f"messages[{index}]") for index, m in enumerate(messages)
         ]
         template_messages = caller.with_system_prompt(template_messages)
+        if not self._engine.tokenizer.knows_developer_role:
+            template_messages = [_as_system_message(m) for m in template_messages]
+        if prompted_tools:
+            template_messages = with_prompted_tools(template_messages, prompted_tools)
         self.check_text_size(_message_texts(template_messages), param="messages")
         self.check_text_size(map(dump_json, template_options.tools), param="tools")
         try:
@@ -184,11 +225,15 @@ class GenerationRequestBuilder:
     Args:
         engine: has the vocabulary and the limits.
         queue: compiles grammars and tokenizes, in turns between tenants.
+        sampling_defaults: values of parameters that a request does not set.
     """
 
-    def __init__(self, engine: Engine, queue: PreparationQueue) -> None:
+    def __init__(
+        self, engine: Engine, queue: PreparationQueue, sampling_defaults: SamplingDefaults
+    ) -> None:
         self._engine = engine
         self._queue = queue
+        self._defaults = sampling_defaults
 
     async def build(
         self,
@@ -198,6 +243,7 @@ class GenerationRequestBuilder:
         *,
         param: str,
         tool_config: ToolCallConfig | None = None,
+        include_special_tokens: bool = False,
     ) -> list[GenerationRequest]:
         """Return one request per choice of each prompt; choices get consecutive seeds.
 
@@ -207,13 +253,17 @@ class GenerationRequestBuilder:
             caller: whose limits apply.
             param: the parameter that holds the prompts, for errors.
             tool_config: how the model calls tools; None if it may not.
+            include_special_tokens: whether the text is parsed, for which it needs special tokens.
 
         Raises:
             ApiError: a parameter does not fit the model or exceeds a limit.
         """
         context_len = caller.effective_max_model_len(self._engine.limits.max_model_len)
         max_tokens_per_prompt = [
-            _resolve_max_tokens(body, len(ids), context_len, caller, param=param) for ids in prompts
+            _resolve_max_tokens(
+                body, len(ids), context_len, caller, param=param, defaults=self._defaults
+            )
+            for ids in prompts
         ]
         self._check_token_params(body)
         logit_bias = await self._queue.run(
@@ -228,14 +278,14 @@ class GenerationRequestBuilder:
                 prompt_token_ids=ids,
                 max_tokens=max_tokens,
                 sampling_params=SamplingParams(
-                    draw=_draw_params(body, seed + choice),
-                    penalties=_penalties(body),
+                    draw=_draw_params(body, self._defaults, seed + choice),
+                    penalties=_penalties(body, self._defaults),
                     logit_bias=logit_bias,
                     n_logprobs=body.n_logprobs,
                     grammar=grammar,
                 ),
                 stop_conditions=_stop_conditions(body),
-                include_special_tokens=body.skip_special_tokens is False or tool_config is not None,
+                include_special_tokens=include_special_tokens or body.skip_special_tokens is False,
             )
             for ids, max_tokens in zip(map(tuple, prompts), max_tokens_per_prompt, strict=True)
             for choice in range(body.n or 1)
@@ -315,25 +365,32 @@ def _chat_template_options(
             )
         variables["reasoning_effort"] = body.reasoning_effort
     return ChatTemplateOptions(
-        tools=() if tool_config is None else tool_config.template_tools,
+        tools=() if tool_config is None or tool_config.is_prompted else tool_config.template_tools,
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
         template_kwargs=variables,
     )
 
 
+def _as_system_message(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "role": "system"} if message["role"] == "developer" else message
+
+
 def _message_texts(messages: Iterable[Mapping[str, Any]]) -> Iterable[str]:
     for message in messages:
-        yield message["content"]
-        for call in message.get("tool_calls", ()):
-            yield call["function"]["name"]
-            yield str(call["function"]["arguments"])
+        for name, value in message.items():
+            if name == "tool_calls":
+                for call in value:
+                    yield call["function"]["name"]
+                    yield str(call["function"]["arguments"])
+            elif name != "role":
+                yield value if isinstance(value, str) else dump_json(value)
 
 
 def _n_characters(message: ChatMessage) -> int:
     n = len(message.content or "") + len(message.name or "")
     for call in message.tool_calls or ():
-        n += len(call.function.name) + len(call.function.arguments) + TOOL_BYTES
+        n += len(call.function.name) + TOOL_BYTES
     return n + MESSAGE_BYTES
 
 
@@ -342,21 +399,28 @@ def _check_token_ids(token_ids: Sequence[int], *, vocab_size: int, param: str) -
         raise invalid_value(param, f"expected token IDs below {vocab_size}, got {max(token_ids)}")
 
 
-def _draw_params(body: CompletionRequestBase, seed: int) -> DrawParams:
+def _draw_params(body: CompletionRequestBase, defaults: SamplingDefaults, seed: int) -> DrawParams:
     return DrawParams(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(body.top_k or 0, 0),
-        min_p=body.min_p or 0.0,
+        temperature=_given(body.temperature, defaults.temperature),
+        top_p=_given(body.top_p, defaults.top_p),
+        top_k=max(_given(body.top_k, defaults.top_k), 0),
+        min_p=_given(body.min_p, defaults.min_p),
         seed=seed,
     )
 
 
-def _penalties(body: CompletionRequestBase) -> Penalties:
+Number = TypeVar("Number", int, float)
+
+
+def _given(value: Number | None, default: Number) -> Number:
+    return default if value is None else value
+
+
+def _penalties(body: CompletionRequestBase, defaults: SamplingDefaults) -> Penalties:
     return Penalties(
         presence=body.presence_penalty or 0.0,
         frequency=body.frequency_penalty or 0.0,
-        repetition=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        repetition=_given(body.repetition_penalty, defaults.repetition_penalty),
     )
 
 
@@ -377,6 +441,7 @@ def _resolve_max_tokens(
     caller: Caller,
     *,
     param: str,
+    defaults: SamplingDefaults,
 ) -> int:
     """Return how many tokens each choice of a prompt may generate.
 
@@ -386,6 +451,7 @@ def _resolve_max_tokens(
         context_len: the most tokens of prompt and completion together.
         caller: whose limits apply.
         param: the parameter that holds the prompt, for errors.
+        defaults: the checkpoint's defaults.
 
     Raises:
         ApiError: the prompt is empty, or a limit of the model or the caller is exceeded.
@@ -401,8 +467,13 @@ def _resolve_max_tokens(
             param=name if n_prompt_tokens < context_len else param,
             code="context_length_exceeded",
         )
+    n_remaining = context_len - n_prompt_tokens
     max_tokens = _permitted_max_tokens(
-        body, caller, n_prompt_tokens=n_prompt_tokens, n_remaining=context_len - n_prompt_tokens
+        body,
+        caller,
+        n_prompt_tokens=n_prompt_tokens,
+        n_remaining=n_remaining,
+        default=body.default_max_tokens or defaults.max_new_tokens or n_remaining,
     )
     if (body.min_tokens or 0) > max_tokens:
         raise invalid_value("min_tokens", f"expected at most {max_tokens}, got {body.min_tokens}")
@@ -410,7 +481,12 @@ def _resolve_max_tokens(
 
 
 def _permitted_max_tokens(
-    body: CompletionRequestBase, caller: Caller, *, n_prompt_tokens: int, n_remaining: int
+    body: CompletionRequestBase,
+    caller: Caller,
+    *,
+    n_prompt_tokens: int,
+    n_remaining: int,
+    default: int,
 ) -> int:
     """Return how many of the `n_remaining` tokens of the context each choice may generate.
 
@@ -421,7 +497,7 @@ def _permitted_max_tokens(
     if body.token_limit is None:
         max_request_tokens = caller.max_request_tokens or n_prompt_tokens + n_remaining * n
         max_choice_tokens = (max_request_tokens - n_prompt_tokens) // n
-        return max(1, min(n_remaining, max_output_tokens, max_choice_tokens))
+        return max(1, min(n_remaining, default, max_output_tokens, max_choice_tokens))
     name, requested = body.token_limit
     if requested > max_output_tokens:
         raise ApiError(

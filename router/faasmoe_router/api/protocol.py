@@ -15,14 +15,19 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 
 from faasmoe_router.api.errors import ApiError, invalid_value, missing_param, unsupported_param
 from faasmoe_router.api.structured_outputs import (
+    Ebnf,
+    Grammar,
     GuidedChoice,
     GuidedGrammar,
     GuidedJson,
     GuidedRegex,
+    JsonSchema,
+    Regex,
     ResponseFormat,
     StructuredOutput,
     StructuredOutputs,
     dump_json,
+    is_json,
 )
 from faasmoe_router.api.validation import (
     MAX_MESSAGES,
@@ -38,13 +43,16 @@ from faasmoe_router.api.validation import (
     StopStrings,
     Text,
     field_error,
+    is_valid_text,
     reject_unsupported,
 )
 from faasmoe_router.engine.sampler import MAX_TOP_LOGPROBS
 
 MAX_TOOLS = 128
 MAX_CHOICES = 128
+DEFAULT_COMPLETION_TOKENS = 16
 INT64_MAX = 2**63 - 1
+CUSTOM_TOOL_INPUT = "input"
 FUNCTION_NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -56,24 +64,29 @@ class RequestModel(BaseModel):
 
     Attributes:
         unsupported_parameters: undeclared fields that are known, each with its neutral values.
+        keeps_unknown: whether unknown fields are kept, because something may know them.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
 
     unsupported_parameters: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    keeps_unknown: ClassVar[bool] = False
 
     @model_validator(mode="before")
     @classmethod
     def _drop_unknown(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or cls.keeps_unknown:
             return value
         known = cls.model_fields.keys() | cls.unsupported_parameters.keys()
         return {name: value[name] for name in value if name in known}
 
 
+_NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+
+
 def _parse_function_parameters(value: Any) -> Mapping[str, Any]:
     if value is None:
-        return {"type": "object", "properties": {}}
+        return _NO_PARAMETERS
     if not isinstance(value, dict):
         raise field_error("type", "Input should be a JSON schema, an object")
     if value.get("type", "object") != "object":
@@ -97,21 +110,48 @@ class FunctionDefinition(RequestModel):
     strict: bool | None = None
 
 
-class ToolParam(RequestModel):
-    """A tool that the model may call."""
+def _custom_as_function(value: Any) -> Any:
+    """Return a custom tool as a function with one text, `input`; other values unchanged."""
+    if not isinstance(value, dict) or value.get("type") != "custom" or "function" in value:
+        return value
+    custom = value.get("custom")
+    if not isinstance(custom, dict):
+        raise field_error("type", "Input should have an object 'custom'")
+    text_format = custom.get("format") or {"type": "text"}
+    if not isinstance(text_format, dict) or text_format.get("type") != "text":
+        raise field_error(
+            "value", "custom.format should be of type text; grammars are not supported here"
+        )
+    function = {name: custom[name] for name in ("name", "description") if name in custom}
+    return {"type": "custom", "function": {**function, "parameters": _CUSTOM_TOOL_PARAMETERS}}
 
-    type: Literal["function"]
+
+_CUSTOM_TOOL_PARAMETERS: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {CUSTOM_TOOL_INPUT: {"type": "string"}},
+    "required": [CUSTOM_TOOL_INPUT],
+    "additionalProperties": False,
+}
+
+
+class ToolParam(RequestModel):
+    """A tool that the model may call; a custom tool is a function whose argument is one text."""
+
+    type: Literal["function", "custom"]
     function: FunctionDefinition
 
+    _translate_custom = model_validator(mode="before")(_custom_as_function)
+
     def to_template(self) -> dict[str, Any]:
-        """Return the tool as chat templates expect it: name, description, parameters."""
-        function_schema = {"name": self.function.name, "parameters": self.function.parameters}
-        if self.function.description is not None:
-            function_schema = {
-                "name": function_schema["name"],
-                "description": self.function.description,
-                **function_schema,
-            }
+        """Return the tool as chat templates expect it: name, description, parameters.
+
+        Templates read all three, and the parameters' properties, without asking whether they exist.
+        """
+        function_schema = {
+            "name": self.function.name,
+            "description": self.function.description or "",
+            "parameters": {**_NO_PARAMETERS, **self.function.parameters},
+        }
         return {"type": "function", "function": function_schema}
 
 
@@ -122,14 +162,21 @@ class ToolChoice:
     Attributes:
         mode: `none`: it may not; `auto`: it decides; `required`: at least one; `named`: `name`.
         name: the tool to call in mode `named`, else None.
+        allowed: names of the only tools that may be called; None allows all.
     """
 
     mode: Literal["none", "auto", "required", "named"]
     name: str | None = None
+    allowed: frozenset[str] | None = None
+
+    @property
+    def named_tools(self) -> frozenset[str]:
+        """Names of the tools that it refers to."""
+        return frozenset(() if self.name is None else (self.name,)) | (self.allowed or frozenset())
 
 
 def parse_tool_choice(value: Any) -> ToolChoice | None:
-    """Parse `tool_choice`: null, a mode, or an object that names a function."""
+    """Parse `tool_choice`: null, a mode, or an object that names a tool or the allowed tools."""
     if value is None:
         return None
     if value in ("none", "auto", "required"):
@@ -137,11 +184,33 @@ def parse_tool_choice(value: Any) -> ToolChoice | None:
     expected = 'none, auto, required or {"type": "function", "function": {"name": ...}}'
     if not isinstance(value, str | dict):
         raise field_error("type", f"Input should be {expected}")
-    function = value.get("function") if isinstance(value, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(name, str):
+    if isinstance(value, dict) and value.get("type") == "allowed_tools":
+        return _parse_allowed_tools(value.get("allowed_tools"))
+    name = _tool_name(value)
+    if name is None:
         raise field_error("value", f"Input should be {expected}")
     return ToolChoice("named", name)
+
+
+def _tool_name(value: Any) -> str | None:
+    """Return the name in a reference to a tool; None if it is not one."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in ("function", "custom"):
+        return None
+    tool = value.get(kind)
+    name = tool.get("name") if isinstance(tool, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _parse_allowed_tools(value: Any) -> ToolChoice:
+    mode = value.get("mode") if isinstance(value, dict) else None
+    tools = value.get("tools") if isinstance(value, dict) else None
+    names = [_tool_name(tool) for tool in tools] if isinstance(tools, list) else []
+    if mode not in ("auto", "required") or not names or None in names:
+        raise field_error(
+            "value", "allowed_tools should have a mode, auto or required, and a list of tools"
+        )
+    return ToolChoice(mode, allowed=frozenset(name for name in names if name is not None))
 
 
 ToolChoiceField = Annotated[
@@ -150,11 +219,49 @@ ToolChoiceField = Annotated[
 ]
 
 
+def _parse_call_arguments(value: Any) -> Mapping[str, Any]:
+    """Parse the arguments of an earlier call, an object or its JSON text.
+
+    A call that `max_tokens` cut short, or that the model got wrong, has arguments that are not a
+    JSON object. The conversation goes on, as in vLLM, with none.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+            dump_json(value)
+        except (ValueError, RecursionError):
+            return {}
+        return value if isinstance(value, dict) else {}
+    if value is None or isinstance(value, list):
+        return {}
+    if not isinstance(value, dict):
+        raise field_error("type", "Input should be a JSON object, or a string that contains one")
+    dump_json(value)
+    return value
+
+
+CallArguments = Annotated[
+    Mapping[str, Any],
+    PlainValidator(_parse_call_arguments, json_schema_input_type=str | dict[str, Any] | None),
+]
+
+
 class FunctionCallParam(RequestModel):
-    """The function of an earlier tool call; `arguments` is JSON text."""
+    """The function of an earlier tool call."""
 
     name: Text
-    arguments: Text
+    arguments: CallArguments = Field(default_factory=dict)
+
+
+def _custom_call_as_function(value: Any) -> Any:
+    if not isinstance(value, dict) or value.get("type") != "custom" or "custom" not in value:
+        return value
+    custom = value["custom"]
+    if not isinstance(custom, dict) or not is_valid_text(custom.get("input")):
+        raise field_error("type", "custom should be an object with a name and an input")
+    arguments = {CUSTOM_TOOL_INPUT: custom["input"]}
+    function = {"name": custom.get("name"), "arguments": arguments}
+    return {**value, "type": "function", "function": function}
 
 
 class ToolCallParam(RequestModel):
@@ -164,24 +271,11 @@ class ToolCallParam(RequestModel):
     type: Literal["function"] = "function"
     function: FunctionCallParam
 
-    def to_template(self, path: str) -> dict[str, Any]:
-        """Return the call as chat templates expect it: its arguments as an object.
+    _translate_custom = model_validator(mode="before")(_custom_call_as_function)
 
-        Args:
-            path: the call's path in the request, for errors.
-
-        Raises:
-            ApiError: the arguments are not a JSON object.
-        """
-        try:
-            arguments = json.loads(self.function.arguments or "{}")
-        except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            raise invalid_value(
-                f"{path}.function.arguments", "expected a string that contains a JSON object"
-            )
-        function = {"name": self.function.name, "arguments": arguments}
+    def to_template(self) -> dict[str, Any]:
+        """Return the call as chat templates expect it: its arguments as an object."""
+        function = {"name": self.function.name, "arguments": self.function.arguments}
         return {"id": self.id, "type": "function", "function": function}
 
 
@@ -189,6 +283,7 @@ class ChatMessage(RequestModel):
     """One message of a conversation."""
 
     unsupported_parameters = UNSUPPORTED_MESSAGE_PARAMS
+    keeps_unknown = True  # the chat template may know them
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: MessageContent = None
@@ -212,17 +307,29 @@ class ChatMessage(RequestModel):
             raise invalid_value(f"{path}.tool_calls", "only allowed in assistant messages")
         if self.content is None and not self.tool_calls:
             raise self._content_error(f"{path}.content")
-        tool_calls = [
-            call.to_template(f"{path}.tool_calls[{index}]")
-            for index, call in enumerate(self.tool_calls or ())
-        ]
+        tool_calls = [call.to_template() for call in self.tool_calls or ()]
         return {
+            **self._extra_fields(path),
             "role": self.role,
             "content": self.content or "",
             **({"name": self.name} if self.name is not None else {}),
             **({"tool_call_id": self.tool_call_id} if self.tool_call_id is not None else {}),
             **({"tool_calls": tool_calls} if tool_calls else {}),
         }
+
+    def _extra_fields(self, path: str) -> dict[str, Any]:
+        """Return the fields that only a chat template may know; raises ApiError.
+
+        Reasoning is passed under both of its names.
+        """
+        extra = {name: v for name, v in (self.model_extra or {}).items() if v is not None}
+        for name, value in extra.items():
+            if not is_json(value):
+                raise invalid_value(f"{path}.{name}", "expected valid JSON")
+        reasoning = extra.get("reasoning", extra.get("reasoning_content"))
+        if reasoning is None:
+            return extra
+        return {**extra, "reasoning": reasoning, "reasoning_content": reasoning}
 
     def _content_error(self, path: str) -> ApiError:
         if "content" in self.model_fields_set:
@@ -253,7 +360,7 @@ class CompletionRequestBase(RequestModel):
 
     content_fields: ClassVar[tuple[str, ...]] = ()
 
-    model: Text
+    model: Text | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -279,6 +386,10 @@ class CompletionRequestBase(RequestModel):
     guided_regex: GuidedRegex = None
     guided_choice: GuidedChoice = None
     guided_grammar: GuidedGrammar = None
+    json_schema: JsonSchema = None
+    regex: Regex = None
+    ebnf: Ebnf = None
+    grammar: Grammar = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -290,6 +401,11 @@ class CompletionRequestBase(RequestModel):
     def token_limit(self) -> tuple[str, int] | None:
         """The parameter that limits the generated tokens and its value; None if none is set."""
         return None if self.max_tokens is None else ("max_tokens", self.max_tokens)
+
+    @property
+    def default_max_tokens(self) -> int | None:
+        """How many tokens a choice may have without a limit; None for the rest of the context."""
+        return None
 
     @property
     def extra_response_fields(self) -> dict[str, str]:
@@ -308,6 +424,7 @@ class CompletionRequestBase(RequestModel):
         candidates = [
             *(self.response_format, self.structured_outputs),
             *(self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar),
+            *(self.json_schema, self.regex, self.ebnf, self.grammar),
         ]
         given = [constraint for constraint in candidates if constraint is not None]
         if len(given) > 1:
@@ -346,6 +463,7 @@ class ChatCompletionRequest(CompletionRequestBase):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool | None = None
 
     @property
     def token_limit(self) -> tuple[str, int] | None:
@@ -377,8 +495,8 @@ class ChatCompletionRequest(CompletionRequestBase):
         tool_choice = self.effective_tool_choice
         if tool_choice.mode in ("required", "named") and not tool_names:
             raise invalid_value("tool_choice", "requires 'tools'")
-        if tool_choice.mode == "named" and tool_choice.name not in tool_names:
-            raise invalid_value("tool_choice", "expected the name of one of the 'tools'")
+        if not tool_choice.named_tools.issubset(tool_names):
+            raise invalid_value("tool_choice", "expected names of the 'tools'")
         if len(set(tool_names)) < len(tool_names):
             raise invalid_value("tools", "function names must be unique")
 
@@ -393,6 +511,11 @@ class CompletionRequest(CompletionRequestBase):
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+
+    @property
+    def default_max_tokens(self) -> int:
+        """16, as in OpenAI and vLLM."""
+        return DEFAULT_COMPLETION_TOKENS
 
     @property
     def n_logprobs(self) -> int | None:

@@ -5,6 +5,7 @@ its `ChoiceFormatter`: chat completions have messages, tool calls and OpenAI's c
 log-probabilities, text completions have plain text and the legacy form. Nothing here does I/O.
 """
 
+import json
 import secrets
 import string
 import time
@@ -13,25 +14,20 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from faasmoe_router.api.protocol import StreamOptions
-from faasmoe_router.api.tool_calling import ToolCallConfig
+from faasmoe_router.api.protocol import CUSTOM_TOOL_INPUT, StreamOptions
+from faasmoe_router.api.reasoning import MessageFormat
 from faasmoe_router.engine.generation import CompletionOutput, Generation, StopReason
 from faasmoe_router.engine.sampler import SampledLogprob
-from faasmoe_router.toolcalls.parser import (
-    ContentDelta,
-    ToolCallArgumentsDelta,
-    ToolCallEvent,
-    ToolCallParser,
-    ToolCallStart,
-)
+from faasmoe_router.toolcalls.message import AnyMessageParser, MessageEvent
+from faasmoe_router.toolcalls.parser import ContentDelta, ToolCallArgumentsDelta, ToolCallStart
+from faasmoe_router.toolcalls.reasoning import ReasoningDelta
 
 TokenBytes = Callable[[int], bytes]
 OffsetLogprobs = Sequence[tuple[int, SampledLogprob]]
 """Log-probabilities of tokens, each with the offset in characters of its text in the choice."""
 
 _CALL_ID_CHARACTERS = string.ascii_letters + string.digits
-# There is no speculative prediction, and reasoning is not separated from the rest of the text.
-_COMPLETION_TOKENS_DETAILS = {
+_COMPLETION_TOKENS_DETAILS = {  # there is no speculative prediction
     "accepted_prediction_tokens": 0,
     "audio_tokens": 0,
     "reasoning_tokens": 0,
@@ -146,13 +142,16 @@ class ChoiceFormatter(Protocol):
     def format_chunks(self, index: int, output: CompletionOutput) -> list[dict[str, Any]]:
         """Return a choice's entries for new output, one per chunk; the last has no content."""
 
+    def count_reasoning_tokens(self, index: int, output: CompletionOutput) -> int:
+        """Return how many tokens of new output are reasoning; to be called once per output."""
+
 
 class ChatChoiceFormatter:
     """Formats chat completions: messages, or deltas of messages.
 
     Args:
         token_bytes: returns the bytes of a token, for log-probabilities; None reports none.
-        tool_config: how the model calls tools; None if it may not.
+        message_format: how reasoning and tool calls are found in the text.
     """
 
     id_prefix = "chatcmpl"
@@ -160,23 +159,25 @@ class ChatChoiceFormatter:
     chunk_object_type = "chat.completion.chunk"
 
     def __init__(
-        self, token_bytes: TokenBytes | None = None, tool_config: ToolCallConfig | None = None
+        self, token_bytes: TokenBytes | None = None, message_format: MessageFormat | None = None
     ) -> None:
         self._token_bytes = token_bytes
-        self._tool_config = tool_config
-        self._parsers: dict[int, ToolCallParser] = {}
+        self._format = message_format or MessageFormat()
+        self._tool_config = self._format.tool_config
+        self._parsers: dict[int, AnyMessageParser] = {}
+        self._counters: dict[int, AnyMessageParser] = {}
+        self._custom_calls: dict[tuple[int, int], str] = {}  # (choice, call) -> arguments so far
 
     def format_choice(self, index: int, choice: ChoiceState) -> dict[str, Any]:
-        """Return a choice with its message; tool calls are parsed from the text."""
+        """Return a choice with its message; reasoning and tool calls are parsed from the text."""
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
         finish_reason = choice.finish_reason
-        if self._tool_config is not None:
-            parser = self._tool_config.new_parser()
+        if not self._format.is_plain:
+            parser = self._format.new_parser()
             events = [*parser.feed(choice.text), *parser.flush()]
-            if tool_calls := self._tool_calls(events):
-                content = "".join(event.text for event in events if isinstance(event, ContentDelta))
-                message |= {"content": content or None, "tool_calls": tool_calls}
-            finish_reason = self._finish_reason(finish_reason, n_calls=len(tool_calls))
+            message |= self._message_parts(events)
+            n_calls = len(message.get("tool_calls", ()))
+            finish_reason = self._finish_reason(finish_reason, n_calls=n_calls)
         return {
             "index": index,
             "message": message,
@@ -184,6 +185,28 @@ class ChatChoiceFormatter:
             "finish_reason": finish_reason,
             "stop_reason": choice.stop_reason,
         }
+
+    def _message_parts(self, events: Sequence[MessageEvent]) -> dict[str, Any]:
+        """Return the fields of a message that its events make up."""
+        content = "".join(event.text for event in events if isinstance(event, ContentDelta))
+        reasoning = "".join(event.text for event in events if isinstance(event, ReasoningDelta))
+        tool_calls = self._tool_calls(events)
+        is_other = bool(tool_calls or reasoning)
+        parts: dict[str, Any] = {"content": (content or None) if is_other else content}
+        if tool_calls:
+            parts["tool_calls"] = tool_calls
+        if reasoning and self._format.includes_reasoning:
+            parts |= {"reasoning": reasoning, "reasoning_content": reasoning}
+        return parts
+
+    def count_reasoning_tokens(self, index: int, output: CompletionOutput) -> int:
+        """Return how many tokens of new output are reasoning; to be called once per output."""
+        if not self._format.has_reasoning:
+            return 0
+        counter = self._counters.setdefault(index, self._format.new_parser())
+        was_reasoning = counter.is_reasoning
+        counter.feed(output.text)
+        return output.n_tokens if was_reasoning or counter.is_reasoning else 0
 
     def first_chunk(self, index: int) -> dict[str, Any]:
         """Return the delta that sets the role."""
@@ -207,39 +230,69 @@ class ChatChoiceFormatter:
         self, index: int, output: CompletionOutput
     ) -> tuple[list[dict[str, Any]], str | None]:
         """Return the message deltas of new output, and its finish reason if it has one."""
-        if self._tool_config is None:
+        if self._format.is_plain:
             return ([{"content": output.text}] if output.text else []), output.finish_reason
-        parser = self._parsers.setdefault(index, self._tool_config.new_parser())
-        events = parser.feed(output.text)
+        if (parser := self._parsers.get(index)) is None:
+            parser = self._parsers[index] = self._format.new_parser()
+        events = [*parser.feed(output.text)]
         if output.finish_reason is not None:
             events += parser.flush()
         finish_reason = self._finish_reason(output.finish_reason, n_calls=parser.n_calls)
-        return [self._message_delta(event) for event in events], finish_reason
+        deltas = [delta for event in events if (delta := self._message_delta(index, event))]
+        if output.finish_reason is not None:
+            deltas += self._custom_inputs(index)
+        return deltas, finish_reason
 
-    def _message_delta(self, event: ToolCallEvent) -> dict[str, Any]:
+    def _message_delta(self, choice: int, event: MessageEvent) -> dict[str, Any] | None:
+        """Return the delta of an event; None for what is held back or not to be told."""
+        if isinstance(event, ReasoningDelta):
+            fields = {"reasoning": event.text, "reasoning_content": event.text}
+            return fields if self._format.includes_reasoning else None
         if isinstance(event, ContentDelta):
             return {"content": event.text}
         if isinstance(event, ToolCallArgumentsDelta):
+            if (choice, event.index) in self._custom_calls:
+                self._custom_calls[choice, event.index] += event.text
+                return None
             return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
-        return {"tool_calls": [{"index": event.index, **self._new_tool_call(event.name)}]}
+        call = self._new_tool_call(event.name)
+        if call["type"] == "custom":
+            self._custom_calls[choice, event.index] = ""
+        return {"tool_calls": [{"index": event.index, **call}]}
 
-    def _tool_calls(self, events: Sequence[ToolCallEvent]) -> list[dict[str, Any]]:
+    def _custom_inputs(self, choice: int) -> list[dict[str, Any]]:
+        """Return the deltas of a finished choice's custom calls: their inputs."""
+        return [
+            {"tool_calls": [{"index": call, "custom": {"input": _custom_input(arguments)}}]}
+            for (of_choice, call), arguments in self._custom_calls.items()
+            if of_choice == choice
+        ]
+
+    def _tool_calls(self, events: Sequence[MessageEvent]) -> list[dict[str, Any]]:
         tool_calls = [
             self._new_tool_call(event.name) for event in events if isinstance(event, ToolCallStart)
         ]
+        arguments = [""] * len(tool_calls)
         for event in events:
             if isinstance(event, ToolCallArgumentsDelta):
-                tool_calls[event.index]["function"]["arguments"] += event.text
+                arguments[event.index] += event.text
+        for call, text in zip(tool_calls, arguments, strict=True):
+            if call["type"] == "custom":
+                call["custom"]["input"] = _custom_input(text)
+            else:
+                call["function"]["arguments"] = text
         return tool_calls
 
     def _new_tool_call(self, name: str) -> dict[str, Any]:
-        assert self._tool_config is not None
-        length = self._tool_config.call_format.call_id_length
+        config = self._tool_config
+        length = 24 if config is None else config.call_id_length
         # Some chat templates accept call ids of a fixed length only, of letters and digits.
         prefix = "call_" if length > len("call_") * 2 else ""
         call_id = prefix + "".join(
             secrets.choice(_CALL_ID_CHARACTERS) for _ in range(length - len(prefix))
         )
+        if config is not None and name in config.custom_tools:
+            return {"id": call_id, "type": "custom", "custom": {"name": name, "input": ""}}
         return {"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
 
     def _finish_reason(self, reason: str | None, *, n_calls: int) -> str | None:
@@ -258,6 +311,15 @@ class ChatChoiceFormatter:
         self, index: int, delta: dict[str, Any], reason: str | None = None
     ) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+def _custom_input(arguments: str) -> str:
+    """Return the text in the arguments of a custom call; the arguments if there is none."""
+    try:
+        value = json.loads(arguments)[CUSTOM_TOOL_INPUT]
+    except (ValueError, KeyError, TypeError):
+        return arguments
+    return value if isinstance(value, str) else arguments
 
 
 class CompletionChoiceFormatter:
@@ -301,6 +363,10 @@ class CompletionChoiceFormatter:
             final_chunk = self._text_choice(index, "", finish_reason=output.finish_reason)
             chunks.append({**final_chunk, "stop_reason": output.stop_reason})
         return chunks
+
+    def count_reasoning_tokens(self, index: int, output: CompletionOutput) -> int:
+        """Return 0: a text has no parts."""
+        return 0
 
     def _echoed_prompt(self, index: int) -> str:
         return self._echoed_prompts[index] if self._echoed_prompts else ""
@@ -382,12 +448,14 @@ class ResponseBuilder:
         self._meta = meta
         self._counts = counts
         self._choices = [ChoiceState() for _ in range(counts.n_choices)]
+        self._n_reasoning = 0
 
     async def full_response(self, generation: Generation) -> dict[str, Any]:
         """Read the generation to its end and return the response body."""
         async with generation:
             async for index, output in generation:
                 self._choices[index].add(output)
+                self._n_reasoning += self._formatter.count_reasoning_tokens(index, output)
         choices = [
             self._formatter.format_choice(i, choice) for i, choice in enumerate(self._choices)
         ]
@@ -407,6 +475,7 @@ class ResponseBuilder:
                 yield {**chunk_fields, "choices": [first_chunk], **self._chunk_usage(options)}
         async for index, output in generation:
             self._choices[index].add_counts(output)
+            self._n_reasoning += self._formatter.count_reasoning_tokens(index, output)
             for chunk in self._formatter.format_chunks(index, output):
                 yield {**chunk_fields, "choices": [chunk], **self._chunk_usage(options)}
         if options.include_usage:
@@ -428,7 +497,10 @@ class ResponseBuilder:
             "prompt_tokens_details": (
                 None if n_cached is None else {"audio_tokens": 0, "cached_tokens": n_cached}
             ),
-            "completion_tokens_details": dict(_COMPLETION_TOKENS_DETAILS),
+            "completion_tokens_details": {
+                **_COMPLETION_TOKENS_DETAILS,
+                "reasoning_tokens": self._n_reasoning,
+            },
         }
 
     def _n_cached_tokens(self) -> int | None:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -11,10 +11,12 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from faasmoe_router.api.errors import ClientDisconnected, from_router_error, internal_error
-from faasmoe_router.engine.generation import Generation
 from faasmoe_router.errors import RouterError
 
 logger = logging.getLogger(__name__)
+
+KEEPALIVE_S = 15.0
+_KEEPALIVE_FRAME = b": waiting\n\n"
 
 
 T = TypeVar("T")
@@ -48,34 +50,60 @@ class EventStreamResponse(StreamingResponse):
     """A response of server-sent events that frees its generation however it ends.
 
     Args:
-        chunks: the JSON object of each event.
-        generation: the source of the chunks; cancelled when the response ends.
+        frames: the events, such as those of `sse_frames`.
+        on_close: called when the response has ended.
     """
 
-    def __init__(self, chunks: AsyncIterator[dict[str, Any]], generation: Generation) -> None:
+    def __init__(self, frames: AsyncIterator[bytes], on_close: Callable[[], None]) -> None:
         super().__init__(
-            _sse_frames(chunks),
+            _with_keepalives(frames),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
-        self._generation = generation
+        self._on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end or the client disconnects."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._generation.cancel()
+            self._on_close()
 
 
-async def _sse_frames(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+async def _with_keepalives(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield the frames, and a comment whenever KEEPALIVE_S pass without one.
+
+    A stream may wait long for its turn, and load balancers close connections that are silent.
+    """
+    frame: asyncio.Future[bytes] | None = None
+    try:
+        while True:
+            frame = asyncio.ensure_future(anext(frames))
+            while not frame.done():
+                await asyncio.wait({frame}, timeout=KEEPALIVE_S)
+                if not frame.done():
+                    yield _KEEPALIVE_FRAME
+            try:
+                yield frame.result()
+            except StopAsyncIteration:
+                return
+    finally:
+        if frame is not None and not frame.done():
+            frame.cancel()
+            await asyncio.gather(frame, return_exceptions=True)
+
+
+async def sse_frames(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
     """Yield the frame of each chunk, then `[DONE]`; a failure becomes the last event instead.
 
-    The status line is sent already when a generation fails, so only an event can carry the error.
+    Nothing follows if the client has disconnected. The status line is sent already when a
+    generation fails, so only an event can carry the error.
     """
     try:
         async for chunk in chunks:
             yield _json_frame(chunk)
+    except ClientDisconnected:
+        return
     except RouterError as error:
         yield _json_frame(from_router_error(error).body)
     except Exception:

@@ -1,7 +1,8 @@
 """Parsing of the parameters that constrain the output.
 
-OpenAI's `response_format`, vLLM's `structured_outputs` and its older `guided_*` parameters are all
-parsed into a `StructuredOutput`: the source of one grammar, and the parameter that it came from,
+OpenAI's `response_format`, vLLM's `structured_outputs` and its older `guided_*` parameters, and
+SGLang's and llama.cpp's `regex`, `ebnf`, `grammar` and `json_schema` are all parsed into a
+`StructuredOutput`: the source of one grammar, and the parameter that it came from,
 for errors. The engine compiles the grammar.
 """
 
@@ -12,6 +13,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from pydantic import PlainValidator
+from pydantic_core import PydanticCustomError
 
 from faasmoe_router.api.validation import field_error, is_valid_text
 from faasmoe_router.engine.structured_output import GrammarKind, GrammarSource
@@ -64,7 +66,10 @@ def parse_response_format(value: Any) -> StructuredOutput | None:
     schema_spec = value.get("json_schema")
     if not isinstance(schema_spec, dict) or not isinstance(schema_spec.get("schema"), dict):
         raise field_error("value", "'json_schema.schema' should be an object")
-    return StructuredOutput("response_format", _grammar_source("json", schema_spec["schema"]))
+    source = _grammar_source("json", schema_spec["schema"])
+    if schema_spec.get("strict") is False:
+        source = GrammarSource("lenient_json_schema", source.text)
+    return StructuredOutput("response_format", source)
 
 
 def parse_structured_outputs(value: Any) -> StructuredOutput | None:
@@ -86,10 +91,10 @@ def parse_structured_outputs(value: Any) -> StructuredOutput | None:
     )
 
 
-def _parse_guided(name: str, value: Any) -> StructuredOutput | None:
+def _parse_constraint(param: str, name: str, value: Any) -> StructuredOutput | None:
     if value in (None, False):
         return None
-    return StructuredOutput(f"guided_{name}", _grammar_source(name, value))
+    return StructuredOutput(param, _grammar_source(name, value))
 
 
 def _grammar_source(name: str, value: Any) -> GrammarSource:
@@ -126,6 +131,15 @@ def dump_json(value: Any) -> str:
     return text
 
 
+def is_json(value: Any) -> bool:
+    """Return whether a value has a JSON form: valid Unicode, finite numbers, limited nesting."""
+    try:
+        dump_json(value)
+    except PydanticCustomError:
+        return False
+    return True
+
+
 ResponseFormat = Annotated[
     StructuredOutput | None,
     PlainValidator(parse_response_format, json_schema_input_type=dict[str, Any] | None),
@@ -134,21 +148,23 @@ StructuredOutputs = Annotated[
     StructuredOutput | None,
     PlainValidator(parse_structured_outputs, json_schema_input_type=dict[str, Any] | None),
 ]
-GuidedJson = Annotated[
-    StructuredOutput | None,
-    PlainValidator(
-        partial(_parse_guided, "json"), json_schema_input_type=str | dict[str, Any] | None
-    ),
-]
-GuidedRegex = Annotated[
-    StructuredOutput | None,
-    PlainValidator(partial(_parse_guided, "regex"), json_schema_input_type=str | None),
-]
+
+
+def _constraint_field(param: str, name: str, schema_type: Any) -> PlainValidator:
+    parse = partial(_parse_constraint, param, name)
+    return PlainValidator(parse, json_schema_input_type=schema_type | None)
+
+
+_JSON = str | dict[str, Any]
+GuidedJson = Annotated[StructuredOutput | None, _constraint_field("guided_json", "json", _JSON)]
+GuidedRegex = Annotated[StructuredOutput | None, _constraint_field("guided_regex", "regex", str)]
 GuidedChoice = Annotated[
-    StructuredOutput | None,
-    PlainValidator(partial(_parse_guided, "choice"), json_schema_input_type=list[str] | None),
+    StructuredOutput | None, _constraint_field("guided_choice", "choice", list[str])
 ]
 GuidedGrammar = Annotated[
-    StructuredOutput | None,
-    PlainValidator(partial(_parse_guided, "grammar"), json_schema_input_type=str | None),
+    StructuredOutput | None, _constraint_field("guided_grammar", "grammar", str)
 ]
+JsonSchema = Annotated[StructuredOutput | None, _constraint_field("json_schema", "json", _JSON)]
+Regex = Annotated[StructuredOutput | None, _constraint_field("regex", "regex", str)]
+Ebnf = Annotated[StructuredOutput | None, _constraint_field("ebnf", "grammar", str)]
+Grammar = Annotated[StructuredOutput | None, _constraint_field("grammar", "grammar", str)]

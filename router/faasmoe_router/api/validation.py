@@ -128,7 +128,10 @@ def parse_bad_words(value: Any) -> tuple[str, ...]:
 
 
 def parse_message_content(value: Any) -> str | None:
-    """Parse a message's `content`: null, a string, or a list of text parts, which are joined."""
+    """Parse a message's `content`: null, a string, or a list of parts, which are joined.
+
+    Parts are texts, and refusals of earlier answers, which are texts as well.
+    """
     if value is None:
         return None
     if isinstance(value, list):
@@ -141,11 +144,14 @@ def parse_message_content(value: Any) -> str | None:
 
 
 def _parse_content_part(part: Any, index: int) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text":
-        raise field_error("value", f'Part [{index}] should be an object of type "text"')
-    if not is_valid_text(part.get("text")):
-        raise field_error("type", f"Part [{index}].text should be a valid string")
-    return str(part["text"])
+    part_type = part.get("type") if isinstance(part, dict) else None
+    if part_type not in ("text", "refusal"):
+        raise field_error(
+            "value", f'Part [{index}] should be an object of type "text" or "refusal"'
+        )
+    if not is_valid_text(part.get(part_type)):
+        raise field_error("type", f"Part [{index}].{part_type} should be a valid string")
+    return str(part[part_type])
 
 
 Prompt = str | tuple[int, ...]
@@ -214,6 +220,7 @@ UNSUPPORTED_PARAMS: Mapping[str, tuple[Any, ...]] = {
     "chat_template": (),
     "documents": ([],),
     "function_call": ("none", "auto"),
+    "guided_whitespace_pattern": (),
     "functions": ([],),
     "kv_transfer_params": (),
     "length_penalty": (1,),

@@ -11,7 +11,7 @@ import argparse
 import logging
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Never, Self
@@ -19,7 +19,12 @@ from typing import Never, Self
 from tqdm import tqdm
 
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
-from faasmoe_contracts.store import Store, StoreError
+from faasmoe_contracts.store import Manifest, QuantizationEntry, Store, StoreError
+from faasmoe_contracts.store.quantization import (
+    EXPERTS_QUANTIZATIONS,
+    ROUTER_QUANTIZATIONS,
+    relative_error,
+)
 from faasmoe_router.checkpoint.termination_message import exit_status, run_with_termination_log
 from faasmoe_router.errors import PrepareError
 from faasmoe_transformers.errors import UnsupportedVersions
@@ -52,6 +57,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("store", type=Path, help="folder of the store")
     command.add_argument("--revision", help="branch, tag or commit of the hub repository")
     command.add_argument("--dtype", choices=DTYPE_NAMES, help="default: the checkpoint's")
+    command.add_argument(
+        "--quantize",
+        choices=EXPERTS_QUANTIZATIONS,
+        default="none",
+        help="scheme of the experts' weights; 4 bits are lossy (default: %(default)s)",
+    )
+    command.add_argument(
+        "--quantize-router",
+        choices=ROUTER_QUANTIZATIONS,
+        default="none",
+        help="scheme of the router's linear layers, gates excluded; with int4 the LM head is int8 "
+        "(default: %(default)s)",
+    )
     command.add_argument("--force", action="store_true", help="replace a store of another source")
     command.add_argument(
         "--termination-log",
@@ -93,7 +111,27 @@ def _run_prepare(args: argparse.Namespace) -> int:
     print(
         f"{len(layers)} MoE layers, {n_lean_kernels} with the lean kernel; {store.manifest.digest}"
     )
+    for line in describe_quantization(store.manifest):
+        print(line)
     return 0
+
+
+def describe_quantization(manifest: Manifest) -> Iterator[str]:
+    """Yield lines on what is quantised and what it lost, per layer and in all."""
+    for layer in manifest.layers:
+        if entries := list(layer.quantization.values()):
+            schemes = ", ".join(sorted({entry.scheme for entry in entries}))
+            yield f"layer {layer.index}: {schemes}, relative error {relative_error(entries):.2e}"
+    experts = [entry for layer in manifest.layers for entry in layer.quantization.values()]
+    router = list(manifest.router.quantized.values())
+    for part, scheme, entries in (
+        ("experts", manifest.quantization.experts, experts),
+        ("router", manifest.quantization.router, router),
+    ):
+        if scheme != "none":
+            note = "" if scheme == "int8" else " (lossy)"
+            error = relative_error(entries)
+            yield f"{part}: {scheme}{note}, {len(entries)} weights, relative error {error:.2e}"
 
 
 def _existing_store(args: argparse.Namespace) -> Store | None:
@@ -103,7 +141,17 @@ def _existing_store(args: argparse.Namespace) -> Store | None:
     _check_versions()
     from faasmoe_router.checkpoint.prepare import find_complete_store
 
-    return find_complete_store(args.source, args.store, revision=args.revision, dtype=args.dtype)
+    return find_complete_store(
+        args.source,
+        args.store,
+        revision=args.revision,
+        dtype=args.dtype,
+        quantization=_quantization(args),
+    )
+
+
+def _quantization(args: argparse.Namespace) -> QuantizationEntry:
+    return QuantizationEntry(experts=args.quantize, router=args.quantize_router)
 
 
 def _prepare_store(args: argparse.Namespace) -> Store:
@@ -117,6 +165,7 @@ def _prepare_store(args: argparse.Namespace) -> Store:
             args.store,
             revision=args.revision,
             dtype=args.dtype,
+            quantization=_quantization(args),
             force=args.force,
             progress=bar,
         )

@@ -14,7 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from faasmoe_expert.functions.kernels import ACTIVATIONS, KernelSpec, RoutedPairs, gated_per_pair
+from faasmoe_expert.functions.kernels import (
+    ACTIVATIONS,
+    CLAMPED_SWIGLU,
+    KernelSpec,
+    RoutedPairs,
+    gated_per_pair,
+)
 from faasmoe_transformers.model_skeleton import ExpertsForm, ExpertsModule, eager_copy
 
 logger = logging.getLogger(__name__)
@@ -43,6 +49,8 @@ def candidate_kernels(module: Any) -> Iterator[dict[str, Any]]:
         "bias": form.is_biased,
     }
     if {name for name, _ in module.named_parameters()} == set(_parameter_shapes(base_spec)):
+        if form.is_gated and (parameters := _clamp_parameters(module)) is not None:
+            yield {**base_spec, "activation": CLAMPED_SWIGLU, **parameters}
         for activation in _candidate_activations(module):
             yield {**base_spec, "activation": activation}
 
@@ -121,6 +129,13 @@ def _parameter_shapes(spec: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             "down_proj_bias": (_N_EXPERTS, _HIDDEN_SIZE),
         }
     return shapes
+
+
+def _clamp_parameters(module: Any) -> dict[str, float] | None:
+    """Return alpha and limit of GPT-OSS's activation; None if the module has no such attributes."""
+    values = {name: getattr(module, name, None) for name in ("alpha", "limit")}
+    numbers = {name: float(v) for name, v in values.items() if isinstance(v, int | float) and v > 0}
+    return numbers if len(numbers) == len(values) else None
 
 
 def _candidate_activations(module: Any) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from faasmoe_contracts.store import LayerEntry, ModelEntry
+from faasmoe_contracts.store import LayerEntry, ModelEntry, RouterEntry, TensorQuantization
 from faasmoe_contracts.store.digests import layer_digests
 from faasmoe_contracts.store.tensors import map_tensors
 from faasmoe_router.checkpoint.kernel_selection import select_kernel
@@ -44,12 +44,34 @@ def model_entry(skeleton: ModelSkeleton, checkpoint: CheckpointSource) -> ModelE
     )
 
 
-def layer_entries(skeleton: ModelSkeleton, plan: StorePlan) -> tuple[LayerEntry, ...]:
-    """Return the manifest's entries for the experts modules, each with its equivalent kernel."""
+def layer_entries(
+    skeleton: ModelSkeleton, plan: StorePlan, quantized: Mapping[str, TensorQuantization]
+) -> tuple[LayerEntry, ...]:
+    """Return the manifest's entries for the experts modules, each with its equivalent kernel.
+
+    Args:
+        skeleton: the model.
+        plan: the plan of the store.
+        quantized: how each quantised parameter is stored, by its name in the model.
+    """
     layouts = {layout.name: layout for layout in plan.layouts}
     return tuple(
-        _layer_entry(experts, layouts[plan.file_by_experts_module[experts.name]])
+        _layer_entry(experts, layouts[plan.file_by_experts_module[experts.name]], quantized)
         for experts in skeleton.experts_modules
+    )
+
+
+def router_entry(
+    layers: Iterable[LayerEntry], quantized: Mapping[str, TensorQuantization]
+) -> RouterEntry:
+    """Return the entry of the router: the quantised modules that are no experts."""
+    experts = tuple(f"{layer.name}." for layer in layers)
+    return RouterEntry(
+        {
+            name.removesuffix(".weight"): entry
+            for name, entry in quantized.items()
+            if not name.startswith(experts)
+        }
     )
 
 
@@ -64,7 +86,9 @@ def with_layer_digests(folder: Path, layers: Iterable[LayerEntry]) -> tuple[Laye
     )
 
 
-def _layer_entry(experts: ExpertsModule, layout: FileLayout) -> LayerEntry:
+def _layer_entry(
+    experts: ExpertsModule, layout: FileLayout, quantized: Mapping[str, TensorQuantization]
+) -> LayerEntry:
     stacked_bytes = sum(
         t.size_bytes for t in layout.tensors if t.shape[:1] == (experts.num_experts,)
     )
@@ -80,6 +104,11 @@ def _layer_entry(experts: ExpertsModule, layout: FileLayout) -> LayerEntry:
         kernel=select_kernel(experts),
         expert_bytes=stacked_bytes // experts.num_experts,
         shared_bytes=total_bytes - stacked_bytes,
+        quantization={
+            tensor.local_name: quantized[tensor.name]
+            for tensor in layout.tensors
+            if tensor.name in quantized
+        },
     )
 
 

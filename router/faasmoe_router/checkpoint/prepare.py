@@ -12,12 +12,25 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from faasmoe_contracts.store import MANIFEST_NAME, FileEntry, Manifest, ModelEntry, Store
-from faasmoe_router.checkpoint.manifest import layer_entries, model_entry, with_layer_digests
+from faasmoe_contracts.store import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    QuantizationEntry,
+    Store,
+)
+from faasmoe_router.checkpoint.manifest import (
+    layer_entries,
+    model_entry,
+    router_entry,
+    with_layer_digests,
+)
 from faasmoe_router.checkpoint.model_source import load_skeleton, open_tensors
+from faasmoe_router.checkpoint.slice_quantizer import QuantizationLoss, SliceQuantizer
 from faasmoe_router.checkpoint.source import (
     CheckpointSource,
     is_hub_source,
@@ -33,6 +46,7 @@ from faasmoe_transformers.weight_conversion import LazyTensor, ParameterSlice, r
 logger = logging.getLogger(__name__)
 
 _FREE_SPACE_MARGIN_BYTES = 64 << 20
+NO_QUANTIZATION = QuantizationEntry()
 _COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")  # unlike branches and tags, commits never move
 
 
@@ -56,12 +70,28 @@ class NoProgress:
         """Do nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class StoreTarget:
+    """What a preparation makes of a checkpoint.
+
+    Attributes:
+        fingerprint: of the checkpoint and of the rest of this.
+        dtype: dtype of the store; None for the checkpoint's.
+        quantization: what is quantised.
+    """
+
+    fingerprint: str
+    dtype: str | None
+    quantization: QuantizationEntry
+
+
 def prepare(
     source: str,
     store: Path,
     *,
     revision: str | None = None,
     dtype: str | None = None,
+    quantization: QuantizationEntry = NO_QUANTIZATION,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Store:
@@ -74,6 +104,7 @@ def prepare(
         store: the store's folder; created if missing.
         revision: branch, tag or commit of the hub repository.
         dtype: bfloat16, float16 or float32; None keeps the checkpoint's.
+        quantization: what to quantise.
         force: replace a complete store of another checkpoint.
         progress: receives the number of bytes written.
 
@@ -84,14 +115,15 @@ def prepare(
     if dtype is not None and dtype not in DTYPES:
         raise SourceUnsupported(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
     checkpoint = resolve_source(source, revision=revision)
-    fingerprint = checkpoint.fingerprint(dtype=dtype)
+    fingerprint = checkpoint.fingerprint(dtype=dtype, quantization=quantization)
     with lock_store_folder(store) as folder:
         if folder.is_complete:
             if folder.fingerprint() == fingerprint and not force:
                 return _verified_store(folder)
-            _clear_existing(folder, source, force=force)
+            _clear_existing(folder, source, quantization, force=force)
+        target = StoreTarget(fingerprint, dtype, quantization)
         with open_tensors(checkpoint.weight_files) as tensors:
-            _fill_store(folder, checkpoint, tensors, fingerprint, dtype, progress or NoProgress())
+            _fill_store(folder, checkpoint, tensors, target, progress or NoProgress())
     return Store.open(store)
 
 
@@ -102,37 +134,57 @@ def _verified_store(folder: StoreFolder) -> Store:
     return store
 
 
-def _clear_existing(folder: StoreFolder, source: str, *, force: bool) -> None:
+def _clear_existing(
+    folder: StoreFolder, source: str, quantization: QuantizationEntry, *, force: bool
+) -> None:
     if not force:
-        model = Store.open(folder.path).manifest.model
+        manifest = Store.open(folder.path).manifest
         raise StoreMismatch(
-            f"store: got {folder.path}, prepared from {model.source!r} (revision {model.revision}, "
-            f"{model.dtype}), expected {source!r} as it is now; --force replaces it"
+            f"store: got {folder.path}, prepared from {_describe(manifest)}, expected {source!r} "
+            f"as it is now{_describe_quantization(quantization)}; --force replaces it"
         )
     folder.clear()
+
+
+def _describe(manifest: Manifest) -> str:
+    model = manifest.model
+    quantization = _describe_quantization(manifest.quantization)
+    return f"{model.source!r} (revision {model.revision}, {model.dtype}{quantization})"
+
+
+def _describe_quantization(quantization: QuantizationEntry) -> str:
+    return f", quantisation: {quantization}" if quantization else ""
 
 
 def _fill_store(
     folder: StoreFolder,
     checkpoint: CheckpointSource,
     tensors: Mapping[str, LazyTensor],
-    fingerprint: str,
-    dtype: str | None,
+    target: StoreTarget,
     progress: Progress,
 ) -> None:
+    dtype = target.dtype
     skeleton = load_skeleton(checkpoint.folder, tensors, dtype)
     model = model_entry(skeleton, checkpoint)  # may reject the config: do it before hours of I/O
-    plan = plan_store(skeleton, tensors)
-    files = folder.start_or_resume(fingerprint)
+    plan = plan_store(skeleton, tensors, target.quantization)
+    files, losses = folder.start_or_resume(target.fingerprint)
+    loss = QuantizationLoss(losses)
     progress.start("preparing", total_bytes=plan.size_bytes)
     progress.advance(sum(entry.size_bytes for entry in files.values()))
     _check_free_space(folder.path, plan, files)
-    _write_tensors(folder, skeleton, plan, files, progress)
+    _write_tensors(folder, skeleton, plan, files, loss, progress)
     for name, content in read_auxiliary_files(checkpoint, dtype=dtype):
         files[name] = folder.write_file(name, content)
-    layers = with_layer_digests(folder.path, layer_entries(skeleton, plan))
-    manifest = Manifest.create(model=model, layers=layers, files=files)
-    folder.commit(manifest, fingerprint)
+    quantized = loss.add_to(plan.quantization)
+    layers = with_layer_digests(folder.path, layer_entries(skeleton, plan, quantized))
+    manifest = Manifest.create(
+        model=model,
+        layers=layers,
+        files=files,
+        quantization=target.quantization,
+        router=router_entry(layers, quantized),
+    )
+    folder.commit(manifest, target.fingerprint)
 
 
 def _check_free_space(path: Path, plan: StorePlan, files: Mapping[str, FileEntry]) -> None:
@@ -150,13 +202,17 @@ def _write_tensors(
     skeleton: ModelSkeleton,
     plan: StorePlan,
     files: dict[str, FileEntry],
+    loss: QuantizationLoss,
     progress: Progress,
 ) -> None:
     """Write the tensor files that are not among `files`, and add them to it."""
 
     def on_file_finished(name: str, entry: FileEntry) -> None:
-        folder.record_finished(name, entry)
+        folder.record_finished(name, entry, loss.of_tensors(tensors_by_file[name]))
         files[name] = entry
+
+    tensors_by_file = {layout.name: tuple(layout.offsets) for layout in plan.layouts}
+    quantizer = SliceQuantizer(plan.quantization, loss)
 
     unfinished = [layout for layout in plan.layouts if layout.name not in files]
     writer = StoreWriter(
@@ -171,13 +227,21 @@ def _write_tensors(
         for job in plan.jobs:
             if any(writer.contains(plan.aliases.get(t, t)) for t in job.targets):
                 for parameter_slice in run_conversion(job, skeleton.model):
-                    writer.write(plan.resolve_alias(parameter_slice))
+                    resolved = plan.resolve_alias(parameter_slice)
+                    if writer.contains(resolved.target):
+                        for stored_slice in quantizer.quantize(resolved):
+                            writer.write(stored_slice)
     finally:
         writer.close()
 
 
 def find_complete_store(
-    source: str, store: Path, *, revision: str | None, dtype: str | None
+    source: str,
+    store: Path,
+    *,
+    revision: str | None,
+    dtype: str | None,
+    quantization: QuantizationEntry = NO_QUANTIZATION,
 ) -> Store | None:
     """Return the store if it is complete; None if there is something left to prepare.
 
@@ -186,6 +250,7 @@ def find_complete_store(
         store: the store's folder.
         revision: as for `prepare`; a commit must be the store's, a branch or tag may have moved.
         dtype: as for `prepare`.
+        quantization: as for `prepare`.
 
     Raises:
         StoreMismatch: the folder holds a complete store of another checkpoint.
@@ -196,26 +261,48 @@ def find_complete_store(
         return None
     existing = Store.open(store)
     if is_hub_source(source):
-        _check_hub_source(existing.manifest.model, source, store, revision=revision, dtype=dtype)
+        request = HubRequest(source, revision, dtype, quantization)
+        if not request.is_met_by(existing.manifest):
+            raise _mismatch(existing.manifest, str(request), store)
         return existing
-    fingerprint = resolve_source(source, revision=revision).fingerprint(dtype=dtype)
+    checkpoint = resolve_source(source, revision=revision)
+    fingerprint = checkpoint.fingerprint(dtype=dtype, quantization=quantization)
     if StoreFolder(store).fingerprint() != fingerprint:
-        _raise_mismatch(existing.manifest.model, source, store)
+        expected = f"{source!r}{_describe_quantization(quantization)}"
+        raise _mismatch(existing.manifest, expected, store)
     return existing
 
 
-def _check_hub_source(
-    existing: ModelEntry, source: str, store: Path, *, revision: str | None, dtype: str | None
-) -> None:
-    is_same_source = existing.source.removeprefix("hf://") == source.removeprefix("hf://")
-    is_other_commit = _COMMIT_PATTERN.fullmatch(revision or "") and revision != existing.revision
-    if not is_same_source or is_other_commit or dtype not in (None, existing.dtype):
-        expected = f"{source!r} (revision {revision}, {dtype or 'its dtype'})"
-        _raise_mismatch(existing, expected, store)
+@dataclass(frozen=True, slots=True)
+class HubRequest:
+    """A requested store of a hub repository; the arguments of `find_complete_store`."""
+
+    source: str
+    revision: str | None
+    dtype: str | None
+    quantization: QuantizationEntry
+
+    def is_met_by(self, existing: Manifest) -> bool:
+        """Return whether a store is of this repository, commit, dtype and quantisation."""
+        model = existing.model
+        is_same_source = model.source.removeprefix("hf://") == self.source.removeprefix("hf://")
+        is_commit = _COMMIT_PATTERN.fullmatch(self.revision or "") is not None
+        return (
+            is_same_source
+            and not (is_commit and self.revision != model.revision)
+            and self.dtype in (None, model.dtype)
+            and self.quantization == existing.quantization
+        )
+
+    def __str__(self) -> str:
+        """Return the request in words."""
+        dtype = self.dtype or "its dtype"
+        quantization = _describe_quantization(self.quantization)
+        return f"{self.source!r} (revision {self.revision}, {dtype}{quantization})"
 
 
-def _raise_mismatch(existing: ModelEntry, expected: str, store: Path) -> None:
-    raise StoreMismatch(
-        f"store: got {store}, prepared from {existing.source!r} (revision {existing.revision}, "
-        f"{existing.dtype}), expected {expected} as it is now, or an empty folder"
+def _mismatch(existing: Manifest, expected: str, store: Path) -> StoreMismatch:
+    return StoreMismatch(
+        f"store: got {store}, prepared from {_describe(existing)}, expected {expected} "
+        "as it is now, or an empty folder"
     )

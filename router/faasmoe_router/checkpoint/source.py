@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from faasmoe_contracts.store import QuantizationEntry
 from faasmoe_router.errors import (
     HubUnauthorized,
     HubUnavailable,
@@ -38,6 +39,8 @@ from faasmoe_router.errors import (
 
 WEIGHT_INDEX_NAME = "model.safetensors.index.json"
 SINGLE_WEIGHT_FILE_NAME = "model.safetensors"
+_PICKLE_PATTERNS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth")
+MAX_NAMES_SHOWN = 3
 _WEIGHT_INDEX_SUFFIX = ".index.json"
 _AUXILIARY_PATTERNS = (
     "*.json",
@@ -93,15 +96,22 @@ class CheckpointSource:
     weight_files: tuple[Path, ...]
     config: Mapping[str, Any]
 
-    def fingerprint(self, *, dtype: str | None) -> str:
-        """Return a hash that changes if the checkpoint's files or `dtype` change."""
-        identity = {
+    def fingerprint(
+        self,
+        *,
+        dtype: str | None,
+        quantization: QuantizationEntry = QuantizationEntry(),  # noqa: B008
+    ) -> str:
+        """Return a hash that changes if the checkpoint's files or an argument change."""
+        identity: dict[str, Any] = {
             "dtype": dtype,
             "config": self.config,
             "revision": self.revision,
             "files": [self._file_identity(path) for path in self.weight_files],
             "companions": [self._file_identity(path) for path in self.auxiliary_files()],
         }
+        if quantization:  # the hash of a store without does not change
+            identity["quantization"] = quantization.to_json()
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def auxiliary_files(self) -> list[Path]:
@@ -224,12 +234,52 @@ def _http_status(error: Exception) -> int | None:
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
     files = tuple(folder / name for name in weight_file_names(folder))
-    missing = [str(path) for path in files if not path.is_file()]
+    missing = [path.name for path in files if not path.is_file()]
     if missing:
-        raise SourceNotFound(
-            f"{folder}: got no file {', '.join(missing)}, expected safetensors files"
-        )
+        raise SourceNotFound(_missing_weights(folder, missing))
     return files
+
+
+def _missing_weights(folder: Path, missing: Sequence[str]) -> str:
+    """Return an error that says which weight files are there, and what to do."""
+    pickles = _names(folder, *_PICKLE_PATTERNS)
+    present = _names(folder, "*.safetensors")
+    index = folder / WEIGHT_INDEX_NAME
+    if index.exists() and present:
+        remedy = (
+            f"; {index.name} is stale or the download is incomplete: download the checkpoint again"
+        )
+        if SINGLE_WEIGHT_FILE_NAME in present:
+            remedy += f", or delete {index.name} if {SINGLE_WEIGHT_FILE_NAME} holds all weights"
+        return (
+            f"{folder}: {index.name} names {_quoted(missing)}, got only {_quoted(present)}{remedy}"
+        )
+    if present:
+        return (
+            f"{folder}: got {_quoted(present)} without {index.name}, expected the index beside "
+            f"several files, or one file {SINGLE_WEIGHT_FILE_NAME}: download the index too, or "
+            "save the model again with `save_pretrained`"
+        )
+    if pickles:
+        return (
+            f"{folder}: got {_quoted(pickles)}, expected safetensors files: weights in PyTorch's "
+            "pickle format are not read, as reading them may run code; convert them with "
+            "`AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)`"
+        )
+    return f"{folder}: got no file {_quoted(missing)}, expected safetensors files"
+
+
+def _names(folder: Path, *patterns: str) -> list[str]:
+    return sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
+
+
+def _quoted(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:MAX_NAMES_SHOWN])
+    return (
+        shown
+        if len(names) <= MAX_NAMES_SHOWN
+        else f"{shown} and {len(names) - MAX_NAMES_SHOWN} more"
+    )
 
 
 def weight_file_names(folder: Path) -> list[str]:

@@ -11,13 +11,16 @@ import json
 import logging
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
 
+from faasmoe_contracts.store import QuantizationEntry, TensorQuantization
+from faasmoe_contracts.store.quantization import SCALE_DTYPES, SCALE_SUFFIX
 from faasmoe_router.checkpoint.model_source import unsupported_source
+from faasmoe_router.checkpoint.quantization_plan import plan_quantization
 from faasmoe_router.errors import SourceUnsupported
 from faasmoe_transformers.model_skeleton import (
     ExpertsModule,
@@ -51,6 +54,7 @@ SAFETENSORS_DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
+TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,17 +120,26 @@ def plan_file(name: str, tensors: Iterable[TensorSpec]) -> FileLayout:
 def plan_router_files(
     tensors: Iterable[TensorSpec], *, shard_bytes: int = ROUTER_SHARD_BYTES
 ) -> list[FileLayout]:
-    """Lay out the router's tensors in files of at most `shard_bytes`, in their order."""
+    """Lay out the router's tensors in files of at most `shard_bytes`, in their order.
+
+    The scales of a weight follow its codes and go into the same file.
+    """
     shards: list[list[TensorSpec]] = []
     remaining_bytes = 0
     for tensor in tensors:
-        if not shards or tensor.size_bytes > remaining_bytes:
+        is_new = tensor.size_bytes > remaining_bytes and not _is_scale_of(tensor, shards)
+        if not shards or is_new:
             shards.append([])
             remaining_bytes = shard_bytes
         shards[-1].append(tensor)
         remaining_bytes -= tensor.size_bytes
     names = (f"router/model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, 100_000))
     return [plan_file(name, shard) for name, shard in zip(names, shards, strict=False)]
+
+
+def _is_scale_of(tensor: TensorSpec, shards: Sequence[Sequence[TensorSpec]]) -> bool:
+    """Return whether a tensor has the scales of the codes before it."""
+    return bool(shards) and tensor.name == shards[-1][-1].name + SCALE_SUFFIX
 
 
 def _safetensors_header(entries: Mapping[str, object]) -> bytes:
@@ -145,6 +158,7 @@ class StorePlan:
         jobs: the conversions in the order of the files.
         initial_values: initial values of parameters that the checkpoint lacks and may lack.
         aliases: names that are stored under another name, each with that name.
+        quantization: how each quantised parameter is stored, by its name in the model.
     """
 
     layouts: tuple[FileLayout, ...]
@@ -152,6 +166,7 @@ class StorePlan:
     jobs: tuple[ConversionJob, ...]
     initial_values: Mapping[str, torch.Tensor]
     aliases: Mapping[str, str]
+    quantization: Mapping[str, TensorQuantization]
 
     @property
     def size_bytes(self) -> int:
@@ -163,12 +178,17 @@ class StorePlan:
         return replace(piece, target=self.aliases.get(piece.target, piece.target))
 
 
-def plan_store(skeleton: ModelSkeleton, tensors: Mapping[str, LazyTensor]) -> StorePlan:
+def plan_store(
+    skeleton: ModelSkeleton,
+    tensors: Mapping[str, LazyTensor],
+    quantization: QuantizationEntry = QuantizationEntry(),  # noqa: B008
+) -> StorePlan:
     """Plan the store of a checkpoint.
 
     Args:
         skeleton: the checkpoint's model.
         tensors: the checkpoint's tensors by name.
+        quantization: what to quantise.
 
     Raises:
         SourceUnsupported: tensors cannot be converted, or parameters are missing or have another
@@ -182,9 +202,15 @@ def plan_store(skeleton: ModelSkeleton, tensors: Mapping[str, LazyTensor]) -> St
     initial_values = _initial_values(skeleton.model, specs, aliases)
     for name, value in initial_values.items():
         specs[name] = TensorSpec(name, name, value.dtype, tuple(value.shape))
-    layouts, file_by_experts_module = _plan_files(skeleton, specs, aliases)
+    quantized = plan_quantization(
+        skeleton,
+        quantization,
+        unquantizable={*initial_values, *aliases, *aliases.values()},
+        shapes={name: spec.shape for name, spec in specs.items()},
+    )
+    layouts, file_by_experts_module = _plan_files(skeleton, specs, aliases, quantized)
     jobs = _sort_jobs_by_file(conversion, layouts, aliases)
-    return StorePlan(layouts, file_by_experts_module, jobs, initial_values, aliases)
+    return StorePlan(layouts, file_by_experts_module, jobs, initial_values, aliases, quantized)
 
 
 def _converted_specs(
@@ -222,8 +248,30 @@ def _initial_values(
     return {name: initial_value(model, name) for name in optional if name not in aliases}
 
 
+def quantized_specs(spec: TensorSpec, quantization: TensorQuantization) -> list[TensorSpec]:
+    """Return the codes and scales that a parameter is stored as."""
+    leading = spec.shape[:-2]
+    scale_dtype = TORCH_DTYPES[SCALE_DTYPES[quantization.scale_dtype]]
+    return [
+        replace(
+            spec,
+            dtype=torch.int8 if quantization.bits == 8 else torch.uint8,
+            shape=(*leading, *quantization.codes_shape),
+        ),
+        TensorSpec(
+            spec.name + SCALE_SUFFIX,
+            spec.local_name + SCALE_SUFFIX,
+            scale_dtype,
+            (*leading, *quantization.scales_shape),
+        ),
+    ]
+
+
 def _plan_files(
-    skeleton: ModelSkeleton, specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]
+    skeleton: ModelSkeleton,
+    specs: Mapping[str, TensorSpec],
+    aliases: Mapping[str, str],
+    quantized: Mapping[str, TensorQuantization],
 ) -> tuple[tuple[FileLayout, ...], dict[str, str]]:
     """Return the files, and the file of each experts module by the module's name."""
     remaining = {name: specs[name] for name in skeleton.model.state_dict() if name in specs}
@@ -238,8 +286,21 @@ def _plan_files(
                 replace(remaining.pop(f"{experts.name}.{local}"), local_name=local)
                 for local in experts.parameters
             ]
+            own_specs = _with_quantized(own_specs, quantized)
             layouts.append(plan_file(file_by_experts_module[experts.name], own_specs))
-    return (*plan_router_files(remaining.values()), *layouts), file_by_experts_module
+    router_specs = _with_quantized(remaining.values(), quantized)
+    return (*plan_router_files(router_specs), *layouts), file_by_experts_module
+
+
+def _with_quantized(
+    specs: Iterable[TensorSpec], quantized: Mapping[str, TensorQuantization]
+) -> list[TensorSpec]:
+    """Return the specs with codes and scales in the place of quantised parameters."""
+    stored: list[TensorSpec] = []
+    for spec in specs:
+        quantization = quantized.get(spec.name)
+        stored += [spec] if quantization is None else quantized_specs(spec, quantization)
+    return stored
 
 
 def _parameter_owners(

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,14 +190,17 @@ class StoreFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return "unknown"
 
-    def start_or_resume(self, fingerprint: str) -> dict[str, FileEntry]:
+    def start_or_resume(
+        self, fingerprint: str
+    ) -> tuple[dict[str, FileEntry], dict[str, tuple[float, float]]]:
         """Start or resume the preparation of a checkpoint.
 
         Args:
             fingerprint: the checkpoint's; the files of another checkpoint are removed.
 
         Returns:
-            The finished files, after checking each one's size and digest.
+            The finished files, after checking each one's size and digest, and the losses of the
+            quantised parameters in them, as given to `record_finished`.
 
         Raises:
             PrepareError: the folder contains files that no preparation created.
@@ -207,18 +210,31 @@ class StoreFolder:
             self.clear()
             journal_head = json.dumps({"fingerprint": fingerprint}) + "\n"
             write_partial_first(self.path / _JOURNAL_NAME, journal_head.encode())
-            return {}
+            return {}, {}
         self._reject_foreign_files()
         finished_files: dict[str, FileEntry] = {}
+        losses: dict[str, tuple[float, float]] = {}
         for line in journal[1:]:
             name, entry = str(line["file"]), FileEntry.from_json(line["entry"], path="journal")
             if self._is_intact(name, entry):
                 finished_files[name] = entry
-        return finished_files
+                losses |= _parse_losses(line.get("losses"))
+        return finished_files, losses
 
-    def record_finished(self, name: str, entry: FileEntry) -> None:
-        """Record a finished file in the journal."""
-        line = json.dumps({"file": name, "entry": entry.to_json()})
+    def record_finished(
+        self,
+        name: str,
+        entry: FileEntry,
+        losses: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
+        """Record a finished file in the journal.
+
+        Args:
+            name: name of the file in the store.
+            entry: its size and digest.
+            losses: squared error and squared norm of each quantised parameter in it.
+        """
+        line = json.dumps({"file": name, "entry": entry.to_json(), "losses": losses or {}})
         with (self.path / _JOURNAL_NAME).open("a") as file:
             # The leading newline ends a line that an interruption may have truncated.
             file.write(f"\n{line}\n")
@@ -295,6 +311,12 @@ class StoreFolder:
                 f"store: got {self.path} with {', '.join(foreign[:5])} in it, "
                 "expected an empty folder or a store"
             )
+
+
+def _parse_losses(value: object) -> dict[str, tuple[float, float]]:
+    """Return the losses of one line of the journal; one of an earlier version has none."""
+    losses = value if isinstance(value, dict) else {}
+    return {str(name): (float(error), float(norm)) for name, (error, norm) in losses.items()}
 
 
 def _read_journal(path: Path) -> list[dict[str, object]]:

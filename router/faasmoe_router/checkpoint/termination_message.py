@@ -83,6 +83,7 @@ def model_status(manifest: Manifest) -> dict[str, Any]:
         "family": model.family,
         "architecture": model.architecture,
         "dtype": model.dtype,
+        **_quantization_status(manifest),
         "hiddenSize": model.hidden_size,
         "vocabSize": model.vocab_size,
         "maxPositionEmbeddings": model.max_position_embeddings,
@@ -90,6 +91,16 @@ def model_status(manifest: Manifest) -> dict[str, Any]:
         "sizeBytes": sum(entry.size_bytes for entry in files.values()),
         "routerBytes": sum(e.size_bytes for name, e in files.items() if name.startswith("router/")),
         "layers": _layer_groups(manifest.layers),
+    }
+
+
+def _quantization_status(manifest: Manifest) -> dict[str, Any]:
+    """Return the fields on quantisation; none for what is not quantised."""
+    quantization, router_bytes = manifest.quantization, manifest.router.quantized_bytes
+    return {
+        **({"expertsQuantization": quantization.experts} if quantization.experts != "none" else {}),
+        **({"routerQuantization": quantization.router} if quantization.router != "none" else {}),
+        **({"routerQuantizedBytes": router_bytes} if router_bytes else {}),
     }
 
 

@@ -23,15 +23,18 @@ from faasmoe_router.errors import GrammarError
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-GrammarKind = Literal["json_schema", "regex", "choice", "grammar", "lark"]
+GrammarKind = Literal["json_schema", "lenient_json_schema", "regex", "choice", "grammar", "lark"]
 
 MAX_GRAMMAR_BYTES = 64 << 10
 MAX_CACHED_GRAMMARS = 64
+MAX_ERROR_LENGTH = 1800
 COMPILE_TIMEOUT_S = 5.0
 # CPU time for all steps of one text: a fixed allowance plus an allowance for each step.
 INITIAL_TIME_BUDGET_S, STEP_TIME_BUDGET_S = 0.5, 0.005
 # Bounded whitespace between JSON tokens: without a bound, a small model may never finish.
 JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[ \n\t]{0,16}"}
+# As JSON_OPTIONS, but keywords that llguidance does not know are ignored.
+LENIENT_JSON_OPTIONS: "JsonCompileOptions" = {**JSON_OPTIONS, "lenient": True}
 _PARSER_LIMITS = LLParserLimits(
     max_items_in_row=1000,
     initial_lexer_fuel=400_000,
@@ -48,8 +51,9 @@ class GrammarSource:
     """A grammar as the client wrote it.
 
     Attributes:
-        kind: its language: "json_schema" is a JSON schema, "regex" a regular expression, "choice" a
-            JSON list of strings, "grammar" GBNF or Lark (detected), "lark" Lark.
+        kind: its language: "json_schema" is a JSON schema, "lenient_json_schema" one whose unknown
+            keywords are ignored, "regex" a regular expression, "choice" a JSON list of strings,
+            "grammar" GBNF or Lark (detected), "lark" Lark.
         text: the source text.
     """
 
@@ -184,17 +188,25 @@ def compile_grammar(source: GrammarSource, vocabulary: Vocabulary) -> CompiledGr
     try:
         state = LLMatcher(ll_tokenizer, _to_llguidance(source), log_level=0, limits=_PARSER_LIMITS)
     except (ValueError, RecursionError) as error:
-        raise GrammarError(str(error).partition("\n")[0][:200]) from error
+        raise GrammarError(_bounded(str(error))) from error
     if state.is_error():
-        raise GrammarError(str(state.get_error()).partition("\n")[0][:200])
+        raise GrammarError(_bounded(str(state.get_error())))
     grammar = CompiledGrammar(state, ll_tokenizer)
     grammar.check_step_time()
     return grammar
 
 
+def _bounded(message: str) -> str:
+    """Return a message, without its middle if it is long: it quotes the source in full."""
+    message, half = message.strip(), MAX_ERROR_LENGTH // 2
+    return message if len(message) <= 2 * half else f"{message[:half]} ... {message[-half:]}"
+
+
 def _to_llguidance(source: GrammarSource) -> str:
     if source.kind == "json_schema":
         return str(LLMatcher.grammar_from_json_schema(source.text, overrides=JSON_OPTIONS))
+    if source.kind == "lenient_json_schema":
+        return str(LLMatcher.grammar_from_json_schema(source.text, overrides=LENIENT_JSON_OPTIONS))
     return str(grammar_from(source.kind, source.text))
 
 

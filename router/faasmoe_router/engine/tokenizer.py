@@ -126,6 +126,13 @@ class ModelTokenizer:
         return bool(self._tokenizer.chat_template)
 
     @property
+    def knows_developer_role(self) -> bool:
+        """Whether the chat template has a form of its own for the role `developer`."""
+        templates = self._tokenizer.chat_template or ""
+        texts = templates.values() if isinstance(templates, dict) else [templates]
+        return any("developer" in text for text in texts)
+
+    @property
     def tool_chat_template(self) -> str:
         """The chat template used for requests with tools; empty if there is none."""
         templates = self._tokenizer.chat_template or ""

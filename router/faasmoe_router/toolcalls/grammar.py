@@ -19,10 +19,19 @@ class ToolSpec:
     Attributes:
         name: letters, digits, underscores and dashes.
         parameters: JSON schema of its arguments.
+        is_strict: whether the schema must be enforced in full.
+        is_lenient: whether keywords that llguidance does not know are ignored.
     """
 
     name: str
     parameters: Mapping[str, Any]
+    is_strict: bool = False
+    is_lenient: bool = False
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        """JSON schema of its arguments, which are an object."""
+        return {"type": "object", **self.parameters}
 
 
 def tool_call_grammar(
@@ -78,8 +87,8 @@ def _calls_rule(
 
 def _call_rule(tool: ToolSpec, call_format: ToolCallFormat, json_options: Mapping[str, Any]) -> str:
     head = f'{{"name": "{tool.name}", "{call_format.arguments_key}": '
-    schema = {"type": "object", **tool.parameters}
-    return f'{_quoted(head)} {_json_rule(schema, json_options)} "}}"'
+    options = {**json_options, "lenient": True} if tool.is_lenient else json_options
+    return f'{_quoted(head)} {_json_rule(tool.schema, options)} "}}"'
 
 
 def _json_rule(schema: Mapping[str, Any], options: Mapping[str, Any]) -> str:

@@ -128,7 +128,7 @@ class ToolCallParser:
             return
         start = self._buffer.find(start_marker)
         if start < 0:
-            n_held_back = _partial_marker_length(self._buffer, start_marker)
+            n_held_back = partial_marker_length(self._buffer, start_marker)
             yield from self._emit_content(len(self._buffer) - n_held_back)
             return
         remainder = self._buffer[start + len(start_marker) :]
@@ -214,7 +214,7 @@ class ToolCallParser:
         yield from ()
 
 
-def _partial_marker_length(text: str, marker: str) -> int:
+def partial_marker_length(text: str, marker: str) -> int:
     """Return the length of the text's longest suffix that is a proper prefix of the marker."""
     longest = min(len(marker) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if marker.startswith(text[-n:])), 0)

@@ -23,8 +23,8 @@ from faasmoe_expert.functions import ExpertFunction
 from faasmoe_expert.functions.transfer import Uploader
 from faasmoe_kernels import load
 
-GATED_FAMILIES = ["mixtral", "qwen2_moe", "aria", "gemma4", "nemotron_h"]
-MODULE_FAMILIES = ["gpt_oss", "muse_spark", "deepseek_v4", "inkling2", "openai_privacy_filter"]
+GATED_FAMILIES = ["mixtral", "qwen2_moe", "aria", "gemma4", "nemotron_h", "gpt_oss"]
+MODULE_FAMILIES = ["muse_spark", "deepseek_v4", "inkling2", "hy_v4"]
 WIRE_DTYPES = {"float32": Dtype.FLOAT32, "bfloat16": Dtype.BFLOAT16, "float16": Dtype.FLOAT16}
 EXPERTS = 8
 TOP_K = 3
@@ -279,7 +279,9 @@ def test_rejects_kernels_of_another_version(
 
 
 def test_rejects_unknown_architectures(prepared_store: PreparedStore, tmp_path: Path) -> None:
-    store = modified_store(prepared_store("gpt_oss"), tmp_path, architecture="GptNextForCausalLM")
+    store = modified_store(
+        prepared_store("deepseek_v4"), tmp_path, architecture="GptNextForCausalLM"
+    )
     with pytest.raises(BadAttachment, match="layer 0 of GptNextForCausalLM cannot be computed"):
         mapped_function(store, [0], [0])
 

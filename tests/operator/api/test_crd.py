@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from faasmoe_contracts.store import QuantizationEntry
 from faasmoe_operator.api.v1alpha1 import MoEModel
 from faasmoe_operator.api.v1alpha1.crd import CRD_FILE_NAME, build_crd, render_crd_yaml
 from faasmoe_operator.kube.store_summary import LayerGroup, StoreSummary
@@ -149,6 +150,8 @@ def test_store_summary_is_a_valid_status(api_server: ApiServer) -> None:
         size_bytes=1 << 35,
         router_bytes=1 << 31,
         layers=(LayerGroup(23, 64, 6, 1 << 34, 1 << 20),),
+        quantization=QuantizationEntry("mxfp4", "int8"),
+        router_quantized_bytes=1 << 30,
     )
     assert api_server.problems({**moemodel(), "status": {"model": summary.to_status()}}) == []
 
@@ -165,3 +168,23 @@ def test_paths_of_scale_and_printer_columns_exist() -> None:
 
 def _is_int_or_string(node: Schema) -> bool:
     return bool(node.get("x-kubernetes-int-or-string"))
+
+
+def test_every_field_has_a_description() -> None:
+    def undescribed(schema: dict[str, Any], path: str) -> Iterator[str]:
+        for name, field in schema.get("properties", {}).items():
+            if not field.get("description"):
+                yield f"{path}.{name}"
+            yield from undescribed(field, f"{path}.{name}")
+        for values in (schema.get("items"), schema.get("additionalProperties")):
+            if isinstance(values, dict):
+                yield from undescribed(values, f"{path}[]")
+
+    (version,) = build_crd()["spec"]["versions"]
+    assert list(undescribed(version["schema"]["openAPIV3Schema"], "")) == []
+
+
+def test_wide_output_has_more_columns() -> None:
+    (version,) = build_crd()["spec"]["versions"]
+    wide = [c["name"] for c in version["additionalPrinterColumns"] if c.get("priority", 0) > 0]
+    assert wide == ["Routers", "Sandboxes", "Dtype", "Message"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from faasmoe_contracts.store import manifest_digest
+from faasmoe_contracts.store import QuantizationEntry, TensorQuantization, manifest_digest
 from faasmoe_operator.cli import checkpoint, main
 
 WriteModel = Callable[..., Path]
@@ -121,6 +121,25 @@ def test_plan_counts_router_weights_in_the_routers_dtype(
     assert f"router {weights}" in lines
 
 
+def test_plan_counts_quantised_router_weights_as_they_are(
+    write_model: WriteModel, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["files"]["router/router.safetensors"] = {"size_bytes": 3 << 20, "sha256": "0" * 64}
+    manifest["quantization"] = {"experts": "none", "router": "int8"}
+    entry = TensorQuantization("int8", (1024, 1024), 0, "bfloat16")
+    manifest["router"] = {"quantized": {"lm_head": entry.to_json()}}
+    manifest["digest"] = manifest_digest(manifest)
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    (store / "router").mkdir()
+    (store / "router" / "router.safetensors").write_bytes(bytes(3 << 20))
+    file = write_model("router: {quantization: int8, dtype: float32}")
+    assert main(["plan", "-f", str(file)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "quantization experts none, router int8" in lines
+    assert "router 5.0 MiB of weights, float32" in lines  # 1 MiB of codes, 2 MiB of bfloat16
+
+
 def test_plan_requires_store(write_model: WriteModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "-f", str(write_model())]) == 2
     assert "spec.store.path: got " in capsys.readouterr().err
@@ -160,6 +179,24 @@ def test_plan_requires_store(write_model: WriteModel, capsys: pytest.CaptureFixt
             "spec.model.dtype: got float32, expected auto or bfloat16",
             id="store-of-another-dtype",
         ),
+        pytest.param(
+            "experts: {quantization: int8}",
+            "file://checkpoint",
+            "spec.experts.quantization: got int8, expected none, which the store ",
+            id="store-of-other-experts",
+        ),
+        pytest.param(
+            "router: {quantization: int4}",
+            "file://checkpoint",
+            "spec.router.quantization: got int4, expected none, which the store ",
+            id="store-of-another-router",
+        ),
+        pytest.param(
+            "experts: {quantization: int3}",
+            "file://checkpoint",
+            "spec.experts.quantization: got 'int3', expected 'none', 'int8', 'int4' or 'mxfp4'",
+            id="unknown-quantization",
+        ),
     ],
 )
 def test_rejects_store_that_does_not_match_spec(
@@ -193,6 +230,11 @@ def test_prepare_command_forwards_arguments(tmp_path: Path) -> None:
         "--dtype=float32",
         "--force",
     ]
+    quantization = QuantizationEntry("mxfp4", "int8")
+    quantized = checkpoint.prepare_command(
+        "hf://org/model", "store", revision=None, dtype=None, quantization=quantization
+    )
+    assert quantized[-2:] == ["--quantize=mxfp4", "--quantize-router=int8"]
     hub = checkpoint.prepare_command("hf://org/model", "store", revision=None, dtype=None)
     assert hub[-2:] == ["hf://org/model", "store"]
 

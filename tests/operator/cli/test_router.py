@@ -34,8 +34,15 @@ def test_environment_contains_settings_of_spec(write_model: WriteModel) -> None:
 
 def test_environment_omits_settings_absent_from_spec(write_model: WriteModel) -> None:
     variables = router_environment(write_model())
-    for name in ("MAX_MODEL_LEN", "KV_CACHE_BYTES", "TENANTS_FILE"):
+    for name in ("MAX_MODEL_LEN", "KV_CACHE_BYTES", "TENANTS_FILE", "CORS_ORIGINS"):
         assert f"FAASMOE_{name}" not in variables
+
+
+def test_served_name_and_origins_are_passed_on(write_model: WriteModel) -> None:
+    file = write_model("router: {servedModelName: org/tiny, corsOrigins: ['https://a.example']}")
+    variables = router_environment(file, cors_origins=("https://b.example", "https://a.example"))
+    assert variables["FAASMOE_MODEL_NAME"] == "org/tiny"
+    assert variables["FAASMOE_CORS_ORIGINS"] == "https://a.example,https://b.example"
 
 
 def test_spec_env_overrides_inherited_environment(

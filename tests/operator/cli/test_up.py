@@ -340,13 +340,16 @@ def test_rejects_missing_device_before_starting_processes(
     assert "starting zygote" not in instance.output
 
 
-def test_rejects_corrupted_store_before_starting_processes(model: Path, store: Path) -> None:
+def test_rejects_corrupted_store_without_announcing_that_it_serves(
+    model: Path, store: Path
+) -> None:
     (store / "layer1.safetensors").write_bytes(b"y")
     with running_up(model) as instance:
         assert instance.wait_for_exit() == 1
     assert "verifying 2 files of the store, 2 B" in instance.output
     assert re.search(r"error: \S+/layer1.safetensors: sha256: got \w+, expected", instance.output)
-    assert "starting zygote" not in instance.output
+    assert "OpenAI base URL" not in instance.output
+    assert "shutting down" in instance.output
 
 
 def test_skip_verify_trusts_store(model: Path, store: Path) -> None:

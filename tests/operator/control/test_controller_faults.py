@@ -15,6 +15,7 @@ from fake_platform import (
     DEADLINE_S,
     FAST_SCALING,
     TIMEOUTS,
+    TIMING,
     FakePlatform,
     controller_and_platform,
     error_response,
@@ -376,3 +377,28 @@ def test_skipped_suspension_does_not_age_reports() -> None:
     reports.skip_suspension(101.0, 701.0)
     assert reports.concurrency(701.0) == {"f0": 1.0}
     assert reports.concurrency(701.0 + ROUTER_TIMEOUT_S) == {}
+
+
+def test_an_activation_that_retrying_callers_wait_for_counts_as_timed_out_once() -> None:
+    timing = replace(TIMING, activation_deadline_s=0.5)
+
+    async def scenario() -> None:
+        model = make_model(1, warm_pool=0)
+        async with controller_and_platform(model, timing=timing) as (controller, platform):
+            platform.is_broken = True
+            waiting = LoadReport("r", {"f0": FunctionLoad(concurrency=1.0)})
+            async with reporting_load(controller, waiting):
+                controller.activate(["f0"])
+                assert activations(controller, "timed_out") == 0.0
+                await eventually(lambda: activations(controller, "timed_out") == 1.0)
+                platform.is_broken = False
+                await eventually(lambda: activations(controller, "ready") == 1.0)
+            assert activations(controller, "timed_out") == 1.0
+
+    asyncio.run(scenario())
+
+
+def activations(controller: Controller, outcome: str) -> float | None:
+    """Return the value of the activations counter."""
+    name = "faasmoe_control_activations_total"
+    return controller.metrics.registry.get_sample_value(name, {"outcome": outcome})

@@ -162,6 +162,7 @@ def test_a_pod_deleted_by_others_is_unready_while_it_terminates() -> None:
             made.api.remove(POD, NAMESPACE, name)
             await all_gone(platform)
             assert ("delete", "Pod", name) not in made.api.requests
+            assert platform.last_start_failure == ""  # it had been ready: nothing failed to start
 
     asyncio.run(scenario())
 

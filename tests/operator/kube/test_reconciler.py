@@ -1,5 +1,6 @@
 """Reconciler over an in-memory API server: requests, conditions and status of one MoEModel."""
 
+import asyncio
 import json
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from reconciler_scenario import COUNTS, ENDED_AT, KEY, SUMMARY, ReconcilerScenar
 from faasmoe_operator.errors import PlanError
 from faasmoe_operator.kube.errors import Forbidden, Invalid, Unavailable
 from faasmoe_operator.kube.manifests.names import MODEL_LABEL
-from faasmoe_operator.kube.reconciler import RESYNC_PERIOD_S, ReconcileResult
+from faasmoe_operator.kube.reconciler import PARALLEL_REQUESTS, RESYNC_PERIOD_S, ReconcileResult
 from faasmoe_operator.kube.types import (
     CONFIG_MAP,
     DEPLOYMENT,
@@ -21,6 +22,8 @@ from faasmoe_operator.kube.types import (
     SECRET,
     SERVICE,
     SERVICE_MONITOR,
+    Kind,
+    Object,
 )
 
 
@@ -462,3 +465,32 @@ def test_status_has_the_urls_of_tenants(scenario: ReconcilerScenario) -> None:
     (tenant,) = scenario.status["tenants"]
     assert (tenant["name"], tenant["keys"]) == ("acme", 2)
     assert tenant["url"].endswith("/acme/v1")
+
+
+def test_services_of_many_tenants_are_written_concurrently_after_the_deployment(
+    scenario: ReconcilerScenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario.apply_model()
+    scenario.serve()
+    in_flight, most = 0, 0
+    apply = scenario.api.apply
+
+    async def slow_apply(kind: Kind, obj: Object) -> Object:
+        nonlocal in_flight, most
+        in_flight += 1
+        most = max(most, in_flight)
+        await asyncio.sleep(0)
+        in_flight -= 1
+        return await apply(kind, obj)
+
+    monkeypatch.setattr(scenario.api, "apply", slow_apply)
+    secret = {"apiKeysSecretRef": {"name": "keys"}}
+    scenario.apply_model(
+        router={"replicas": 3}, tenants=[{"name": f"t{i}", **secret} for i in range(50)]
+    )
+    scenario.api.requests.clear()
+    scenario.reconcile()
+    applied = [kind for verb, kind, _ in scenario.api.requests if verb == "apply"]
+    assert applied.count("Service") == 50
+    assert applied.index("Deployment") < applied.index("Service")
+    assert 1 < most <= PARALLEL_REQUESTS

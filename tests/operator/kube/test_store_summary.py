@@ -1,10 +1,12 @@
 """StoreSummary: from the Job's termination message to the status and back, and rejections."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from faasmoe_contracts.store import QuantizationEntry
 from faasmoe_operator.kube.store_summary import (
     LayerGroup,
     StoreFailure,
@@ -47,6 +49,19 @@ def test_a_missing_revision_is_not_written() -> None:
         assert isinstance(folder, StoreSummary)
         assert folder.revision is None
         assert "revision" not in folder.to_status()
+
+
+def test_quantisation_is_written_if_there_is_any() -> None:
+    assert not any("uantiz" in field for field in SUMMARY.to_status())
+    quantized = replace(
+        SUMMARY, quantization=QuantizationEntry("int8", "int4"), router_quantized_bytes=1 << 20
+    )
+    status = quantized.to_status()
+    assert (status["expertsQuantization"], status["routerQuantization"]) == ("int8", "int4")
+    assert StoreSummary.from_status(json.loads(json.dumps(status))) == quantized
+    invalid = StoreSummary.from_termination_message(message(expertsQuantization="int3"))
+    assert isinstance(invalid, StoreFailure)
+    assert "expertsQuantization: got 'int3', expected one of none, int8" in invalid.message
 
 
 def test_ignores_fields_of_later_versions() -> None:

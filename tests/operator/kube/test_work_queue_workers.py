@@ -62,7 +62,7 @@ def run_workers(
 
 def outcomes(metrics: OperatorMetrics) -> dict[str, float]:
     samples = (s for metric in metrics.reconciles.collect() for s in metric.samples)
-    return {s.labels["outcome"]: s.value for s in samples if s.name.endswith("_total")}
+    return {s.labels["outcome"]: s.value for s in samples if s.name.endswith("_total") and s.value}
 
 
 def test_workers_reconcile_several_models_concurrently() -> None:

@@ -31,3 +31,10 @@ def test_weights_have_the_routers_element_size(
     store_dtype: str, dtype: str, size_bytes: int
 ) -> None:
     assert router_weights_bytes(100, store_dtype=store_dtype, dtype=dtype) == size_bytes
+
+
+def test_quantised_weights_keep_their_size() -> None:
+    size_bytes = router_weights_bytes(
+        100, store_dtype="bfloat16", dtype="float32", quantized_bytes=40
+    )
+    assert size_bytes == 2 * 60 + 40

@@ -18,12 +18,11 @@ from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient, S
 from faasmoe_operator.control.static_placement import place_all_functions, wait_ready
 from faasmoe_operator.errors import PlatformError
 from faasmoe_operator.platforms import (
-    ProcessPlatform,
     ProcessSandboxTemplate,
     Sandbox,
     SandboxEvent,
 )
-from faasmoe_operator.platforms.process import ProcessPlatformTiming
+from faasmoe_operator.platforms.process import ProcessPlatform, ProcessPlatformTiming
 from faasmoe_operator.platforms.zygote import run_zygote, zygote_environment
 
 FAKE_ZYGOTE = Path(__file__).parents[2] / "expert_fn" / "fake_zygote.py"

@@ -1,6 +1,7 @@
 """Fixtures: a server of the tiny model on a loopback port, and clients of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
 
@@ -53,16 +54,50 @@ def server(base_model: Any, model_tokenizer: ModelTokenizer) -> Iterator[tuple[s
         yield url, engine
 
 
-@pytest.fixture(scope="session")
-def tool_codec(tokenizer: Any) -> ModelTokenizer:
-    """The tokenizer with a chat template that supports tools."""
+def codec_with_template(tokenizer: Any, chat_template: str) -> ModelTokenizer:
+    """Return the tiny tokenizer with another chat template."""
     return ModelTokenizer(
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer.backend_tokenizer,
             eos_token="<|end|>",
-            chat_template=TOOL_TEMPLATE,
+            chat_template=chat_template,
         )
     )
+
+
+ServeTemplate = Callable[[str], str]
+
+
+@pytest.fixture(scope="session")
+def serve_template(base_model: Any, tokenizer: Any) -> Iterator[ServeTemplate]:
+    """Return a function that serves the tiny model with a chat template; it returns the URL."""
+    urls: dict[str, str] = {}
+    with ExitStack() as stack:
+
+        def serve(chat_template: str) -> str:
+            if chat_template not in urls:
+                registry = new_registry()
+                engine = Engine(
+                    deepcopy(base_model),
+                    codec_with_template(tokenizer, chat_template),
+                    limits=EngineLimits(max_model_len=1024, max_num_seqs=4, max_waiting=8),
+                    metrics=EngineMetrics(registry, MODEL),
+                )
+                server = Server(
+                    create_app(engine, model_name=MODEL, registry=registry),
+                    on_drain_timeout=engine.abort_running,
+                    drain_timeout_s=0,
+                )
+                urls[chat_template] = stack.enter_context(running_server(server))
+            return urls[chat_template]
+
+        yield serve
+
+
+@pytest.fixture(scope="session")
+def tool_codec(tokenizer: Any) -> ModelTokenizer:
+    """The tokenizer with a chat template that supports tools."""
+    return codec_with_template(tokenizer, TOOL_TEMPLATE)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import httpx
 import openai
 import pytest
 
+from faasmoe_router.api import streaming
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import CompletionOutput
 from faasmoe_router.engine.output_processor import SequenceOutputProcessor
@@ -16,6 +17,7 @@ from faasmoe_router.engine.tokenizer import ModelTokenizer
 Until = Callable[[Callable[[], bool]], None]
 Greedy = Callable[[tuple[int, ...], int], list[int]]
 MESSAGES: list[Any] = [{"role": "user", "content": "the quick brown fox"}]
+TEXT: dict[str, Any] = {"model": "tiny", "prompt": "fox", "max_tokens": 2}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "temperature": 0}
 
 
@@ -186,6 +188,16 @@ def test_generation_without_limit_fills_the_context(
     assert answer.choices[0].finish_reason == "length"
 
 
+def test_completion_without_limit_has_16_tokens(client: openai.OpenAI) -> None:
+    [usage] = [client.completions.create(model="tiny", prompt="fox").usage]
+    assert usage is not None
+    assert usage.completion_tokens == 16
+    prompts: Any = ["fox", [5] * 250]
+    both = client.completions.create(model="tiny", prompt=prompts)
+    assert both.usage is not None
+    assert both.usage.completion_tokens == 16 + 6  # what the context of 256 leaves
+
+
 def test_content_may_be_text_parts(client: openai.OpenAI, chat_text: Callable[[int], str]) -> None:
     parts = [{"type": "text", "text": "the quick "}, {"type": "text", "text": "brown fox"}]
     messages: Any = [{"role": "user", "content": parts}]
@@ -286,6 +298,17 @@ def test_failure_without_streaming_is_a_500(
     with pytest.raises(openai.InternalServerError) as failed:
         client.chat.completions.create(**CHAT)
     assert "internal detail" not in str(failed.value)
+
+
+def test_a_stream_that_waits_in_the_queue_sends_comments(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _never_finish(monkeypatch)
+    monkeypatch.setattr(streaming, "KEEPALIVE_S", 0.05)
+    with http.stream("POST", "/v1/chat/completions", json={**CHAT, "n": 4, "stream": True}) as all:
+        assert all.status_code == 200  # holds every slot
+        with http.stream("POST", "/v1/completions", json={**TEXT, "stream": True}) as response:
+            assert next(response.iter_lines()) == ": waiting"
 
 
 def test_full_queue_returns_429(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:

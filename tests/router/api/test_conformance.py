@@ -224,15 +224,25 @@ def _probes(peer: ApiUnderTest) -> None:
     )
 
 
-@conformance_case(BOTH, "model", "the served name; any other returns 404, `model_not_found`")
+@conformance_case(
+    BOTH,
+    "model",
+    "the served name (`router.servedModelName`, slashes allowed), or left out; any other returns "
+    "404, `model_not_found`",
+)
 def _model(peer: ApiUnderTest) -> None:
+    body = {"prompt": "a", "max_tokens": 1}
+    assert peer.http.post("/v1/completions", json=body).json()["model"] == "tiny"
     with pytest.raises(openai.NotFoundError) as rejected:
         peer.client.completions.create(model="other", prompt="a")
     assert rejected.value.code == "model_not_found"
 
 
 @conformance_case(
-    BOTH, "max_tokens", "finish reason `length`; more than the context holds is rejected"
+    BOTH,
+    "max_tokens",
+    "finish reason `length`; more than the context holds is rejected; by default 16 in completions "
+    "and the rest of the context in chats",
 )
 def _max_tokens(peer: ApiUnderTest) -> None:
     assert peer.text(max_tokens=5).usage.completion_tokens == 5
@@ -242,7 +252,10 @@ def _max_tokens(peer: ApiUnderTest) -> None:
 
 
 @conformance_case(
-    BOTH, "temperature, top_p, top_k, min_p", "temperature 0 to 2, default 1; 0 is greedy"
+    BOTH,
+    "temperature, top_p, top_k, min_p",
+    "temperature 0 to 2, default 1; 0 is greedy; other defaults come from the checkpoint's "
+    "`generation_config.json`, as in vLLM, unless `router.generationConfig` is `none`",
 )
 def _sampling(peer: ApiUnderTest) -> None:
     greedy = _message_content(peer.chat())
@@ -395,6 +408,16 @@ def _guided(peer: ApiUnderTest) -> None:
     assert peer.text(guided_json={"const": 5}).choices[0].text == "5"
 
 
+@conformance_case(
+    BOTH, "regex, ebnf, grammar, json_schema", "names of SGLang and llama.cpp for the same"
+)
+def _peers(peer: ApiUnderTest) -> None:
+    assert re.fullmatch("[0-9]{4}", peer.text(regex="[0-9]{4}").choices[0].text)
+    for name in ("ebnf", "grammar"):
+        assert peer.text(**{name: 'root ::= "a" "b"'}).choices[0].text == "ab"
+    assert peer.text(json_schema={"const": 5}).choices[0].text == "5"
+
+
 @conformance_case(BOTH, "stream_options", "`include_usage`, and vLLM's `continuous_usage_stats`")
 def _stream_options(peer: ApiUnderTest) -> None:
     *chunks, last = peer.chat(stream=True, stream_options={"include_usage": True})
@@ -434,7 +457,11 @@ def _request_id(peer: ApiUnderTest) -> None:
 
 
 @conformance_case(
-    CHAT, "messages", "system, developer, user, assistant with `tool_calls`, tool; text parts"
+    CHAT,
+    "messages",
+    "system, developer (system if the template has no such role), user, assistant with "
+    "`tool_calls`, tool; text and refusal parts; other fields, such as `reasoning_content`, are "
+    "passed to the template; arguments of earlier calls that are no JSON object are passed as `{}`",
 )
 def _messages(peer: ApiUnderTest) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
@@ -499,8 +526,10 @@ def _forced_tool_calls(*calls: str) -> dict[str, Any]:
 @conformance_case(
     CHAT,
     "tools, tool_choice auto",
-    "the chat template must support tools; calls are parsed in the formats of Hermes and Qwen, "
-    "Mistral, Llama 3; finish reason `tool_calls`",
+    "calls are parsed in the form of the chat template: Hermes and Qwen, Qwen3-Coder, GLM, "
+    "DeepSeek V3 and V3.1, Kimi K2, MiniMax, GPT-OSS, Mistral (both), Llama 3; a template without "
+    "tools gets them as a system message; custom tools without a grammar; finish reason "
+    "`tool_calls`",
 )
 def _tools_auto(peer: ApiUnderTest) -> None:
     first = '{"name": "weather", "arguments": {"city": "Rome"}}'
@@ -538,6 +567,14 @@ def _tools_named(peer: ApiUnderTest) -> None:
     assert arguments in ({"city": "Rome"}, {"city": "Oslo"})
 
 
+@conformance_case(CHAT, "tool_choice allowed_tools", "`auto` or `required` among some of the tools")
+def _tools_allowed(peer: ApiUnderTest) -> None:
+    weather = {"type": "function", "function": {"name": "weather"}}
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [weather]}}
+    [(name, _)], _ = _calls(peer.tools, tool_choice=choice, parallel_tool_calls=False)
+    assert name == "weather"
+
+
 @conformance_case(CHAT, "parallel_tool_calls", "false allows only one call")
 def _parallel(peer: ApiUnderTest) -> None:
     call = '{"name": "clock", "arguments": {}}'
@@ -551,6 +588,17 @@ def _tools_or_json(peer: ApiUnderTest) -> None:
     response = _chat(peer.tools, tools=[WEATHER], response_format=schema, max_tokens=300)
     message = response.choices[0].message
     assert message.tool_calls or json.loads(message.content) == {"a": 1}
+
+
+@conformance_case(
+    CHAT,
+    "include_reasoning",
+    "reasoning (`<think>`, `[THINK]`, channels of GPT-OSS, told by the chat template) is "
+    "`reasoning` and `reasoning_content` of messages and deltas unless false; a constrained text "
+    "has none",
+)
+def _include_reasoning(peer: ApiUnderTest) -> None:
+    assert _message_content(peer.chat(include_reasoning=False)) == _message_content(peer.chat())
 
 
 @conformance_case(CHAT, "reasoning_effort", "if the model's chat template supports it")
@@ -652,7 +700,7 @@ def _prompt_details(peer: ApiUnderTest) -> None:
 @conformance_case(
     RESPONSE_FIELDS,
     "usage.completion_tokens_details",
-    "always 0: there is no speculative prediction, and reasoning is part of the text",
+    "`reasoning_tokens`; the rest is 0: there is no speculative prediction",
 )
 def _completion_details(peer: ApiUnderTest) -> None:
     for response in (peer.chat(), peer.text()):
@@ -730,15 +778,22 @@ The supported endpoints, parameters and response fields. Every row is tested wit
   name: 400, `unsupported_parameter`, with `param`.
 - Every error is an OpenAI error object: `{"error": {"message", "type", "param", "code"}}`. In a
   stream it is the last event, `data: {"error": ...}`, without `[DONE]` after it.
+- A stream without an event for 15 s, such as one that waits in a queue, sends a comment line.
 - When a client disconnects, its request is cancelled.
+- Every GET endpoint answers HEAD. Bodies may be compressed (`Content-Encoding: gzip` or `deflate`);
+  other encodings are refused with 415. Web pages of the origins in `router.corsOrigins`, or
+  `faasmoe up --cors-origin`, may call the API; a preflight needs no key.
+- `faasmoe up --api-key` requires a key; for limits per key, use [tenants](tenants.md).
 - Log-probabilities are those of the unmodified distribution (log-softmax of the model's scores), as
   in OpenAI and vLLM: before temperature, biases, penalties and grammars.
 - Scores are processed in this order: `logit_bias`, forbidden and allowed tokens; penalties;
   grammars; temperature, `min_p`, `top_k`, `top_p`.
 - Structured output is enforced by llguidance. JSON schemas with `not`, `if`, `contains`,
-  `uniqueItems` or other keywords that it does not support are rejected by name. A grammar may have
-  at most 64 KiB. One that takes too much time fails only its own request. Whitespace in JSON is at
-  most 16 characters long.
+  `uniqueItems` or other keywords that it does not support are rejected by name, unless
+  `json_schema.strict` is false. Schemas of tools without `strict: true` are enforced as far as
+  possible; the header `X-FaaSMoE-Warning` says what is not. A grammar may have at most 64 KiB. One
+  that takes too much time fails only its own request. Whitespace in JSON is at most 16 characters
+  long.
 - A request fails with 400 if its constraints leave no allowed token.
 """
 

@@ -39,10 +39,32 @@ def test_selects_the_activation_of_the_config(activation: str, tiny_model: TinyM
     assert select_kernel(first) == {**GATED, "activation": activation}
 
 
+def test_selects_the_clamped_activation_with_its_parameters(tiny_model: TinyModel) -> None:
+    (first, _) = find_experts_modules(tiny_model("gpt_oss"))
+    assert select_kernel(first) == {
+        "name": "gated",
+        "activation": "clamped_swiglu",
+        "transposed": True,
+        "interleaved": True,
+        "bias": True,
+        "alpha": 1.702,
+        "limit": 7.0,
+    }
+
+
+@pytest.mark.parametrize("change", [{"alpha": 1.5}, {"limit": 6.0}])
+def test_other_parameters_of_the_clamped_activation_are_not_equivalent(
+    tiny_model: TinyModel, change: dict[str, float]
+) -> None:
+    (first, _) = find_experts_modules(tiny_model("gpt_oss"))
+    (spec, *_) = candidate_kernels(first.module)
+    assert is_equivalent(first.module, spec)
+    assert not is_equivalent(first.module, spec | change)
+
+
 def test_form_without_equivalent_kernel_selects_none(tiny_model: TinyModel) -> None:
-    (first, _) = find_experts_modules(
-        tiny_model("gpt_oss")
-    )  # clamps gate and up, and adds one to up
+    (first, _) = find_experts_modules(tiny_model("gpt_oss"))
+    del first.module.alpha  # so that its activation is not recognised
     assert list(candidate_kernels(first.module))
     assert select_kernel(first) is None
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import Qwen2MoeConfig
@@ -18,6 +19,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from transformers import Qwen2MoeForCausalLM
+from faasmoe_contracts.store import QuantizationEntry
 from faasmoe_router.checkpoint.prepare import prepare
 
 lines = Path("/proc/self/status").read_text().splitlines()
@@ -28,7 +30,8 @@ try:
     torch.ones(2 * int(sys.argv[3]), dtype=torch.uint8)
 except (RuntimeError, MemoryError):
     print("limit is enforced")
-prepare(sys.argv[1], Path(sys.argv[2])).verify()
+quantization = QuantizationEntry(*sys.argv[4:])
+prepare(sys.argv[1], Path(sys.argv[2]), quantization=quantization).verify()
 print("prepared")
 """
 
@@ -90,14 +93,15 @@ def _random_weight(*shape: int) -> torch.Tensor:
     return torch.ones(shape, dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("quantization", [("none", "none"), ("int4", "int8")])
 def test_memory_stays_far_below_the_checkpoint_size(
-    tmp_path: Path, environment: dict[str, str]
+    quantization: tuple[str, str], tmp_path: Path, environment: dict[str, str]
 ) -> None:
     size_bytes = _write_checkpoint(tmp_path / "checkpoint", layers=12)
     assert size_bytes > 3.5 * HEADROOM_BYTES
     arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "store"), str(HEADROOM_BYTES)]
     child = subprocess.run(
-        [sys.executable, "-c", _MEMORY_LIMITED_SCRIPT, *arguments],
+        [sys.executable, "-c", _MEMORY_LIMITED_SCRIPT, *arguments, *quantization],
         capture_output=True,
         text=True,
         env=environment,

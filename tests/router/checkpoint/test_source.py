@@ -49,7 +49,31 @@ def test_missing_shard_is_named(make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint(max_shard_size="20KB")
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(PrepareError, match=f"no file .*{shard.name}"):
+    with pytest.raises(PrepareError, match=f"names {shard.name}, got only .* is stale or"):
+        resolve_source(str(folder), revision=None)
+
+
+def test_stale_index_beside_a_single_file_is_explained(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(PrepareError, match=r"delete model\.safetensors\.index\.json if"):
+        resolve_source(str(folder), revision=None)
+
+
+def test_shards_without_an_index_are_explained(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint(max_shard_size="20KB")
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(PrepareError, match=r"got model-.* and \d+ more without .*index"):
+        resolve_source(str(folder), revision=None)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_pickled_weights_are_explained(make_checkpoint: MakeCheckpoint, name: str) -> None:
+    folder = make_checkpoint()
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(b"x")
+    with pytest.raises(PrepareError, match=f"got {name}, expected safetensors.*save_pretrained"):
         resolve_source(str(folder), revision=None)
 
 

@@ -11,6 +11,7 @@ import pytest
 from fake_control import FakeControl
 
 from faasmoe_contracts.routing_table import RoutingTable
+from faasmoe_router.api import completions, streaming
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 
 HEADER = "X-FaaSMoE-Cold-Start"
@@ -157,6 +158,44 @@ def test_a_disconnected_client_leaves_the_activation_queue(
     with router(max_requests=1) as r:
         with pytest.raises(httpx.ReadTimeout):
             r.http.post("/v1/completions", json={"model": "tiny", "prompt": "a"}, timeout=0.3)
+        until(lambda: r.metric("queued_requests") == 0)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams send a comment every 0.05 s without an event."""
+    for module in (completions, streaming):
+        monkeypatch.setattr(module, "KEEPALIVE_S", 0.05)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_queued_stream_sends_comments_and_then_its_events(
+    router: Any, control: FakeControl, warm: Addresses, text_of: Callable[[int], str]
+) -> None:
+    with router() as r, stream(r, max_tokens=8) as response:
+        lines = response.iter_lines()
+        assert next(lines) == ": waiting"
+        control.set_addresses(warm)
+        events = [line for line in lines if line.startswith("data:")]
+        assert events[-1] == "data: [DONE]"
+        assert text_of_events(events) == text_of(8)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_queued_stream_ends_with_the_error_that_a_response_would_have(router: Any) -> None:
+    with router(timeout_s=0.3) as r, stream(r) as response:
+        *_, last = (line for line in response.iter_lines() if line.startswith("data:"))
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert error["code"] == "service_unavailable"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_disconnected_stream_leaves_the_activation_queue(router: Any, until: Until) -> None:
+    with router(max_requests=1) as r:
+        with stream(r) as response:
+            lines = response.iter_lines()
+            assert next(lines) == ": waiting"
+            assert r.metric("queued_requests") == 1
         until(lambda: r.metric("queued_requests") == 0)
 
 

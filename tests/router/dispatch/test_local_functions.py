@@ -1,16 +1,37 @@
-"""Local fallback with a store that has disappeared."""
+"""Local fallback: with quantised experts, and with a store that has disappeared."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from families.reference import upcast_model
+from families.registry import FAMILIES, experts_modules
 from sandbox_processes import PreparedStore, block_specs
 
 from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
 from faasmoe_contracts.store import Store
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.errors import StoreUnreadable
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "mxfp4"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_computes_quantised_experts(prepared_store: PreparedStore, name: str, scheme: str) -> None:
+    store = prepared_store(name, experts=scheme)
+    layer = store.manifest.layers[0]
+    entries = tuple(FunctionEndpoints(spec) for spec in block_specs(store, 3))
+    dispatcher = Dispatcher(store, RoutingTable(store.manifest.digest, 0, entries))
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(5, layer.hidden_size, generator=generator)  # [T, H]
+    scores = torch.randn(5, layer.num_experts, generator=generator)  # [T, E]
+    weight, index = scores.softmax(-1).topk(layer.top_k)  # [T, k] each
+    family = next(family for family in FAMILIES if family.name == name)
+    (module, *_) = experts_modules(upcast_model(family, store)).values()
+    with torch.no_grad():
+        expected = module(hidden, index, weight)  # [T, H]
+    got = dispatcher.compute(0, hidden, index, weight)
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("lost", ["file", "store"])

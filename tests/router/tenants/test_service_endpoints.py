@@ -260,7 +260,7 @@ def test_a_tenant_s_output_length_is_enforced(router: Any) -> None:
             client.chat.completions.create(**{**CHAT, "max_tokens": 21})
         assert (refused.value.param, refused.value.code) == ("max_tokens", "invalid_value")
         assert "max_tokens is too large: 21" in refused.value.message
-        answer = client.completions.create(model="tiny", prompt="a", temperature=0)
+        answer = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0)
         assert answer.usage.completion_tokens == 20
 
 

@@ -74,8 +74,9 @@ def test_a_request_above_the_limit_is_a_bad_request(open_router: Any) -> None:
         assert refused.status_code == 400
         assert refused.json()["error"]["type"] == "invalid_request_error"
         assert "your limit is 100 tokens per minute" in refused.json()["error"]["message"]
-        # A request without max_tokens gets what fits.
-        answer = router.complete("acme", max_tokens=None)
+        # A chat without max_tokens gets what fits.
+        chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": None}
+        answer = router.post("/v1/chat/completions", key="acme-key", **chat)
         assert answer.json()["usage"]["total_tokens"] == 100
 
 

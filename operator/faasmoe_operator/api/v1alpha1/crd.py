@@ -150,6 +150,13 @@ FILE_HEADER = (
 )
 
 _READY = '.status.conditions[?(@.type=="Ready")]'
+_WIDE_COLUMNS = (
+    ("Routers", "integer", ".status.router.readyReplicas", "ready routers", 1),
+    ("Sandboxes", "integer", ".status.sandboxes.ready", "ready sandboxes", 1),
+    ("Dtype", "string", ".status.model.dtype", "type of the stored weights", 1),
+    ("Message", "string", f"{_READY}.message", "message of the Ready condition", 1),
+)
+"""Columns of `kubectl get -o wide`: those with a priority above 0."""
 _PRINTER_COLUMNS = (
     ("URL", "string", ".status.url", "OpenAI base URL without /v1"),
     ("Model", "string", ".spec.model.source", "source of the checkpoint"),
@@ -157,6 +164,7 @@ _PRINTER_COLUMNS = (
     ("Reason", "string", f"{_READY}.reason", "reason of the Ready condition"),
     ("Functions", "integer", ".status.functions.total", "number of expert functions"),
     ("Active", "integer", ".status.functions.active", "functions with a ready replica"),
+    *_WIDE_COLUMNS,
     ("Age", "date", ".metadata.creationTimestamp", "time since creation"),
 )
 
@@ -189,8 +197,8 @@ def render_crd_yaml() -> str:
 
 
 def _version_schema() -> dict[str, Any]:
-    names = ("name", "type", "jsonPath", "description")
-    columns = [dict(zip(names, column, strict=True)) for column in _PRINTER_COLUMNS]
+    names = ("name", "type", "jsonPath", "description", "priority")
+    columns = [dict(zip(names, column, strict=False)) for column in _PRINTER_COLUMNS]
     return {
         "name": VERSION,
         "served": True,
@@ -219,11 +227,18 @@ def _root_schema() -> dict[str, Any]:
         "type": "object",
         "required": ["spec"],
         "properties": {
-            "apiVersion": {"type": "string"},
-            "kind": {"type": "string"},
+            "apiVersion": {"description": "Version of the API.", "type": "string"},
+            "kind": {"description": "Kind of the object.", "type": "string"},
             "metadata": {
+                "description": "Metadata of the object.",
                 "type": "object",
-                "properties": {"name": {"type": "string", "maxLength": MAX_NAME_CHARS}},
+                "properties": {
+                    "name": {
+                        "description": "Name of the model.",
+                        "type": "string",
+                        "maxLength": MAX_NAME_CHARS,
+                    }
+                },
             },
             "spec": structural_schema(MoEModelSpec),
             "status": structural_schema(MoEModelStatus),

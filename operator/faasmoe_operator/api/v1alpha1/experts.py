@@ -27,7 +27,7 @@ from faasmoe_operator.api.v1alpha1.field_types import (
 )
 from faasmoe_operator.api.v1alpha1.patterns import INDEX_RANGES
 from faasmoe_operator.api.v1alpha1.pod_template import PodTemplateSpec
-from faasmoe_operator.api.v1alpha1.router import Device
+from faasmoe_operator.api.v1alpha1.router import QUANTIZATION_IMMUTABLE, Device
 
 _CEL_EFFECTIVE = "(has(one.{0}) ? one.{0} : self.{0})"
 _CEL_ASCENDING = (
@@ -96,20 +96,42 @@ class ScalingOverride(ApiModel):
     experts: IndexRanges | None = Field(
         None, description='Indices of experts, such as "0-19"; all if omitted.'
     )
-    min_scale: Scale | None = None
-    max_scale: MaxScale | None = None
-    initial_scale: Scale | None = None
-    activation_scale: MaxScale | None = None
-    target: Target | None = None
-    target_utilization_percentage: Utilization | None = None
-    window_seconds: WindowSeconds | None = None
-    panic_window_percentage: PanicWindow | None = None
-    panic_threshold_percentage: PanicThreshold | None = None
-    max_scale_up_rate: ScaleUpRate | None = None
-    max_scale_down_rate: ScaleDownRate | None = None
-    scale_to_zero_grace_period_seconds: GraceSeconds | None = None
-    scale_to_zero_pod_retention_period_seconds: DelaySeconds | None = None
-    scale_down_delay_seconds: DelaySeconds | None = None
+    min_scale: Scale | None = Field(None, description="Replaces minScale for these functions.")
+    max_scale: MaxScale | None = Field(None, description="Replaces maxScale for these functions.")
+    initial_scale: Scale | None = Field(
+        None, description="Replaces initialScale for these functions."
+    )
+    activation_scale: MaxScale | None = Field(
+        None, description="Replaces activationScale for these functions."
+    )
+    target: Target | None = Field(None, description="Replaces target for these functions.")
+    target_utilization_percentage: Utilization | None = Field(
+        None, description="Replaces targetUtilizationPercentage for these functions."
+    )
+    window_seconds: WindowSeconds | None = Field(
+        None, description="Replaces windowSeconds for these functions."
+    )
+    panic_window_percentage: PanicWindow | None = Field(
+        None, description="Replaces panicWindowPercentage for these functions."
+    )
+    panic_threshold_percentage: PanicThreshold | None = Field(
+        None, description="Replaces panicThresholdPercentage for these functions."
+    )
+    max_scale_up_rate: ScaleUpRate | None = Field(
+        None, description="Replaces maxScaleUpRate for these functions."
+    )
+    max_scale_down_rate: ScaleDownRate | None = Field(
+        None, description="Replaces maxScaleDownRate for these functions."
+    )
+    scale_to_zero_grace_period_seconds: GraceSeconds | None = Field(
+        None, description="Replaces scaleToZeroGracePeriodSeconds for these functions."
+    )
+    scale_to_zero_pod_retention_period_seconds: DelaySeconds | None = Field(
+        None, description="Replaces scaleToZeroPodRetentionPeriodSeconds for these functions."
+    )
+    scale_down_delay_seconds: DelaySeconds | None = Field(
+        None, description="Replaces scaleDownDelaySeconds for these functions."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -254,6 +276,12 @@ class ExpertsSpec(ApiModel):
 
     device: Device = Field(
         "auto", description="Compute device; auto selects a CUDA device if there is one."
+    )
+    quantization: Literal["none", "int8", "int4", "mxfp4"] = Field(
+        "none",
+        description="Scheme that the experts' weights are stored in. int8 takes about half the "
+        "bytes of bfloat16 and is close to lossless; int4 and mxfp4 take a quarter and are lossy.",
+        json_schema_extra=QUANTIZATION_IMMUTABLE,
     )
     threads: int = Field(1, ge=1, le=256, description="Number of compute threads of a sandbox.")
     functions_per_sandbox: int = Field(

@@ -139,11 +139,11 @@ Annotations = Annotated[dict[LabelKey, AnnotationValue], Field(max_length=32)]
 class LocalObjectReference(ApiModel):
     """An object in the model's namespace."""
 
-    name: ObjectName
+    name: ObjectName = Field(description="Name of the object.")
 
 
 class KeySelector(ApiModel):
     """One key of a Secret or ConfigMap in the model's namespace."""
 
-    name: ObjectName
-    key: SecretKey
+    name: ObjectName = Field(description="Name of the object.")
+    key: SecretKey = Field(description="Key in its data.")

@@ -36,7 +36,7 @@ class ServiceMonitorSpec(ApiModel):
     labels: Labels | None = Field(
         None, description="Labels by which a Prometheus selects the ServiceMonitor."
     )
-    interval_seconds: int = Field(30, ge=1, le=3600)
+    interval_seconds: int = Field(30, ge=1, le=3600, description="Seconds between two scrapes.")
 
 
 class MonitoringSpec(ApiModel):

@@ -22,7 +22,7 @@ HostName = ObjectName
 class IngressSpec(ApiModel):
     """An Ingress for the model and its tenants."""
 
-    host: HostName
+    host: HostName = Field(description="Host name of the Ingress.")
     class_name: ObjectName | None = Field(
         None, description="Ingress class; the cluster's default if omitted."
     )
@@ -37,7 +37,7 @@ class IngressSpec(ApiModel):
 class ParentReference(ApiModel):
     """A Gateway that the route is attached to."""
 
-    name: ObjectName
+    name: ObjectName = Field(description="Name of the Gateway.")
     namespace: DNSLabel | None = Field(
         None, description="Namespace of the Gateway; the model's own if omitted."
     )
@@ -54,7 +54,12 @@ class HTTPRouteSpec(ApiModel):
         description="Host names of the route; the listeners' own if omitted.",
         json_schema_extra=LIST_TYPE_SET,
     )
-    parent_refs: tuple[ParentReference, ...] = Field(strict=False, min_length=1, max_length=8)
+    parent_refs: tuple[ParentReference, ...] = Field(
+        strict=False,
+        min_length=1,
+        max_length=8,
+        description="Gateways that the route is attached to.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -65,7 +70,7 @@ class HTTPRouteSpec(ApiModel):
 class LabelSelector(ApiModel):
     """Selects objects that have all of these labels; without labels, every object."""
 
-    match_labels: Labels = Field(default_factory=dict)
+    match_labels: Labels = Field(default_factory=dict, description="Labels that must be equal.")
 
 
 class NetworkPolicyPeer(ApiModel):

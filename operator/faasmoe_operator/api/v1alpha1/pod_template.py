@@ -58,8 +58,8 @@ ENV_LIST_TYPE = list_type_map("name")
 class LiteralEnvVar(ApiModel):
     """An environment variable of a process."""
 
-    name: EnvVarName
-    value: EnvVarValue = ""
+    name: EnvVarName = Field(description="Name of the variable.")
+    value: EnvVarValue = Field("", description="Value of the variable.")
 
 
 class EnvVarSource(ApiModel):
@@ -72,8 +72,12 @@ class EnvVarSource(ApiModel):
         )
     )
 
-    secret_key_ref: KeySelector | None = None
-    config_map_key_ref: KeySelector | None = None
+    secret_key_ref: KeySelector | None = Field(
+        None, description="A key of a Secret in the namespace of the model."
+    )
+    config_map_key_ref: KeySelector | None = Field(
+        None, description="A key of a ConfigMap in the namespace of the model."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -93,9 +97,9 @@ class EnvVar(ApiModel):
         )
     )
 
-    name: EnvVarName
-    value: EnvVarValue | None = None
-    value_from: EnvVarSource | None = None
+    name: EnvVarName = Field(description="Name of the variable.")
+    value: EnvVarValue | None = Field(None, description="Value of the variable.")
+    value_from: EnvVarSource | None = Field(None, description="Where the value is read from.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -176,10 +180,16 @@ class Toleration(ApiModel):
     )
 
     key: LabelKey | None = Field(None, description="Key of the taint; every taint if omitted.")
-    operator: Literal["Exists", "Equal"] = "Equal"
-    value: LabelValue | None = None
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    toleration_seconds: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
+    operator: Literal["Exists", "Equal"] = Field(
+        "Equal", description="Whether the value has to be equal, or the key only has to exist."
+    )
+    value: LabelValue | None = Field(None, description="Value of the taint.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        None, description="Effect of the taint; every effect if omitted."
+    )
+    toleration_seconds: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = Field(
+        None, description="How long pods stay on a node with a NoExecute taint; forever if omitted."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -195,44 +205,83 @@ class Toleration(ApiModel):
 class Affinity(ApiModel):
     """Kubernetes' affinity, copied to the pods without validation."""
 
-    node_affinity: UnvalidatedObject | None = None
-    pod_affinity: UnvalidatedObject | None = None
-    pod_anti_affinity: UnvalidatedObject | None = None
+    node_affinity: UnvalidatedObject | None = Field(
+        None, description="Nodes that the pods need or prefer."
+    )
+    pod_affinity: UnvalidatedObject | None = Field(
+        None, description="Pods that they need or prefer to run beside."
+    )
+    pod_anti_affinity: UnvalidatedObject | None = Field(
+        None, description="Pods that they must not or should not run beside."
+    )
 
 
 class TopologySpreadConstraint(ApiModel):
     """How evenly the pods of a model are spread over nodes or zones."""
 
-    topology_key: LabelKey
-    max_skew: int = Field(1, ge=1, le=1000)
-    when_unsatisfiable: Literal["DoNotSchedule", "ScheduleAnyway"] = "ScheduleAnyway"
+    topology_key: LabelKey = Field(
+        description="Label of nodes whose values the pods are spread over."
+    )
+    max_skew: int = Field(
+        1, ge=1, le=1000, description="Greatest difference between the pods of two values."
+    )
+    when_unsatisfiable: Literal["DoNotSchedule", "ScheduleAnyway"] = Field(
+        "ScheduleAnyway",
+        description="Whether pods wait, or are placed anyway, if the skew would be exceeded.",
+    )
 
 
 class PodTemplateSpec(ApiModel):
     """Settings of pods. Kubernetes only."""
 
-    labels: Labels | None = Field(None, json_schema_extra=_cel_no_reserved_keys())
-    annotations: Annotations | None = Field(None, json_schema_extra=_cel_no_reserved_keys())
+    labels: Labels | None = Field(
+        None,
+        json_schema_extra=_cel_no_reserved_keys(),
+        description="Additional labels of the pods.",
+    )
+    annotations: Annotations | None = Field(
+        None,
+        json_schema_extra=_cel_no_reserved_keys(),
+        description="Additional annotations of the pods.",
+    )
     resources: ResourceRequirements | None = Field(
         None, description="Resources of the container; the operator's defaults if omitted."
     )
-    node_selector: Labels | None = None
-    tolerations: tuple[Toleration, ...] = Field((), strict=False, max_length=32)
-    affinity: Affinity | None = None
-    topology_spread_constraints: tuple[TopologySpreadConstraint, ...] = Field(
-        (), strict=False, max_length=8, json_schema_extra=list_type_map("topologyKey")
+    node_selector: Labels | None = Field(None, description="Labels that nodes must have.")
+    tolerations: tuple[Toleration, ...] = Field(
+        (), strict=False, max_length=32, description="Taints of nodes that the pods tolerate."
     )
-    priority_class_name: ObjectName | None = None
-    runtime_class_name: ObjectName | None = None
+    affinity: Affinity | None = Field(
+        None, description="Nodes and pods that the pods are placed by."
+    )
+    topology_spread_constraints: tuple[TopologySpreadConstraint, ...] = Field(
+        (),
+        strict=False,
+        max_length=8,
+        json_schema_extra=list_type_map("topologyKey"),
+        description="How evenly the pods are spread.",
+    )
+    priority_class_name: ObjectName | None = Field(None, description="PriorityClass of the pods.")
+    runtime_class_name: ObjectName | None = Field(None, description="RuntimeClass of the pods.")
     image: Annotated[str, Field(pattern=patterns.IMAGE, max_length=512)] | None = Field(
         None, description="Container image; the operator's default for these pods if omitted."
     )
-    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = Field(
+        None, description="When the image is pulled; the operator's default if omitted."
+    )
     image_pull_secrets: tuple[LocalObjectReference, ...] = Field(
-        (), strict=False, max_length=8, json_schema_extra=list_type_map("name")
+        (),
+        strict=False,
+        max_length=8,
+        json_schema_extra=list_type_map("name"),
+        description="Secrets with credentials of registries.",
     )
     env: tuple[EnvVar, ...] = Field(
-        (), strict=False, max_length=MAX_ENV_VARS, json_schema_extra=ENV_LIST_TYPE
+        (),
+        strict=False,
+        max_length=MAX_ENV_VARS,
+        json_schema_extra=ENV_LIST_TYPE,
+        description="Additional environment variables of the container.",
     )
 
     @model_validator(mode="after")

@@ -8,12 +8,15 @@ from pydantic import Field, model_validator
 
 from faasmoe_operator.api.v1alpha1.base import (
     KUBERNETES_ONLY,
+    LIST_TYPE_SET,
     ApiModel,
     cel_rule,
     model_validations,
     validation_error,
+    validations,
 )
 from faasmoe_operator.api.v1alpha1.field_types import ByteQuantity, quantity_to_bytes
+from faasmoe_operator.api.v1alpha1.patterns import CORS_ORIGIN, MODEL_NAME
 from faasmoe_operator.api.v1alpha1.pod_template import (
     ENV_LIST_TYPE,
     MAX_ENV_VARS,
@@ -24,6 +27,13 @@ from faasmoe_operator.api.v1alpha1.pod_template import (
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+QUANTIZATION_IMMUTABLE = validations(
+    cel_rule(
+        "self == oldSelf",
+        "immutable: create another MoEModel for another quantization",
+        reason="FieldValueForbidden",
+    )
+)
 
 
 class RouterSpec(ApiModel):
@@ -60,6 +70,12 @@ class RouterSpec(ApiModel):
         "bfloat16, without AVX512-FP16 for float16), where it is float32. The operator does not "
         "know the nodes' CPUs: with auto it reserves memory for float32 unless `device` is cuda.",
     )
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none",
+        description="Scheme that the weights of the router's linear layers are stored in; "
+        "embeddings, norms and gates are not quantised, and with int4 the LM head is int8.",
+        json_schema_extra=QUANTIZATION_IMMUTABLE,
+    )
     max_model_len: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
         None,
         description="Maximum tokens of a prompt and its completion; the model's context length if "
@@ -86,6 +102,24 @@ class RouterSpec(ApiModel):
         None,
         description="Memory of the KV cache; if omitted, 2Gi or what one request of full length "
         "needs.",
+    )
+    served_model_name: Annotated[str, Field(pattern=MODEL_NAME, max_length=256)] | None = Field(
+        None,
+        description="Name by which requests address the model, such as ORG/NAME; the MoEModel's "
+        "own name if omitted.",
+    )
+    cors_origins: tuple[Annotated[str, Field(pattern=CORS_ORIGIN, max_length=256)], ...] = Field(
+        (),
+        strict=False,
+        max_length=64,
+        description="Origins of web pages that may call the API, such as https://chat.example.com; "
+        "* is any.",
+        json_schema_extra=LIST_TYPE_SET,
+    )
+    generation_config: Literal["auto", "none"] = Field(
+        "auto",
+        description="auto takes sampling defaults (temperature, top_p, ...) from the checkpoint's "
+        "generation_config.json, as vLLM does; none ignores them.",
     )
     env: tuple[LiteralEnvVar, ...] = Field(
         (),

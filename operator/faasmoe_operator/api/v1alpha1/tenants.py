@@ -33,7 +33,9 @@ ModelAlias = Annotated[str, Field(pattern=patterns.MODEL_NAME, max_length=256)]
 class TenantLimitsSpec(ApiModel):
     """Limits of a tenant; an omitted field is no limit."""
 
-    requests_per_minute: PerMinuteLimit | None = None
+    requests_per_minute: PerMinuteLimit | None = Field(
+        None, description="Maximum number of requests per minute."
+    )
     tokens_per_minute: PerMinuteLimit | None = Field(
         None, description="Tokens of prompts and completions."
     )
@@ -61,7 +63,7 @@ class TenantSpec(ApiModel):
         )
     )
 
-    name: DNSLabel
+    name: DNSLabel = Field(description="Name of the tenant, the first segment of its URL.")
     api_keys_secret_ref: LocalObjectReference | None = Field(
         None,
         description="Secret in the model's namespace; the value of each of its keys is an API key.",

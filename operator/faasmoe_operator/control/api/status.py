@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from faasmoe_operator.control.controller import Controller
 from faasmoe_operator.control.fleet import SandboxRecord
-from faasmoe_operator.platforms.process import pss_bytes
+from faasmoe_operator.platforms.memory import pss_bytes
 
 
 async def controller_status(controller: Controller) -> dict[str, Any]:
@@ -93,7 +93,8 @@ def _sandbox_status(record: SandboxRecord, size_bytes: int | None) -> dict[str, 
 
 def _decision_counts(controller: Controller) -> dict[str, int]:
     samples = (s for m in controller.metrics.scale_decisions.collect() for s in m.samples)
-    return {s.labels["reason"]: int(s.value) for s in samples if s.name.endswith("_total")}
+    counts = {s.labels["reason"]: int(s.value) for s in samples if s.name.endswith("_total")}
+    return {reason: count for reason, count in counts.items() if count}
 
 
 MAX_MODELS = 500

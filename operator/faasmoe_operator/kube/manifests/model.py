@@ -45,9 +45,9 @@ def serving_objects(ctx: ModelContext) -> list[Object]:
         service_account(ctx, sandbox_name(ctx.name), Component.SANDBOX),
         control_secret(ctx),
         *([tenants_config_map(ctx)] if ctx.spec.tenants else []),
-        *services(ctx),
         router_disruption_budget(ctx),
         router_deployment(ctx),
+        *services(ctx),
         *ingress_objects(ctx),
         *service_monitors(ctx),
     ]

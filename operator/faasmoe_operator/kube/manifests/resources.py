@@ -106,7 +106,10 @@ def _router_bytes(ctx: ModelContext, summary: StoreSummary) -> int:
     if router.device == "cuda":
         return summary.router_bytes
     weights = router_weights_bytes(
-        summary.router_bytes, store_dtype=summary.dtype, dtype=_router_dtype(ctx, summary)
+        summary.router_bytes,
+        store_dtype=summary.dtype,
+        dtype=_router_dtype(ctx, summary),
+        quantized_bytes=summary.router_quantized_bytes,
     )
     logits = router.max_num_batched_tokens * summary.vocab_size * FLOAT_BYTES * LOGITS_COPIES
     return weights + logits + _kv_cache_bytes(ctx, summary)

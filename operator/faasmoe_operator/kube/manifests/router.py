@@ -192,7 +192,8 @@ def _settings(ctx: ModelContext) -> list[Object]:
         {
             "STORE": store_path(ctx),
             "CONTROL_URL": ctx.control_url,
-            "MODEL_NAME": ctx.name,
+            "MODEL_NAME": router.served_model_name or ctx.name,
+            "CORS_ORIGINS": ",".join(router.cors_origins) or None,
             "HOST": "0.0.0.0",
             "PORT": ROUTER_PORT,
             "DEVICE": router.device,
@@ -204,6 +205,7 @@ def _settings(ctx: ModelContext) -> list[Object]:
             "DRAIN_TIMEOUT": TERMINATION_GRACE_S - SHUTDOWN_S,
             "KEEP_ALIVE": router.keep_alive_seconds,
             "KV_CACHE_BYTES": router.kv_cache_bytes,
+            "GENERATION_CONFIG": router.generation_config,
             "TENANTS_FILE": f"{TENANTS_MOUNT_PATH}/{TENANTS_FILE_NAME}"
             if ctx.spec.tenants
             else None,

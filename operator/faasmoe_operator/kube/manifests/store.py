@@ -142,6 +142,10 @@ def _arguments(ctx: ModelContext) -> list[str]:
         arguments += ["--revision", model.revision]
     if model.dtype != "auto":
         arguments += ["--dtype", model.dtype]
+    if ctx.spec.experts.quantization != "none":
+        arguments += ["--quantize", ctx.spec.experts.quantization]
+    if ctx.spec.router.quantization != "none":
+        arguments += ["--quantize-router", ctx.spec.router.quantization]
     return arguments
 
 

