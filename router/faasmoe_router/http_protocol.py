@@ -33,7 +33,7 @@ PROBE_DELAYS_S = (0.0, 1.0, 4.0, 16.0)  # between interim responses; some client
 PROBE_RESULT_S = 0.05
 TCP_CLOSE = 7  # state of a connection that was reset
 
-_connection_logger = logging.getLogger("uvicorn.error.connection")
+_connection_logger = logging.getLogger(__name__)
 _connection_logger.setLevel(logging.ERROR)  # strangers could fill a log with warnings
 
 
