@@ -177,5 +177,6 @@ def test_logits_equal_those_of_the_model_with_dequantised_weights(
         got = logits_through_functions(
             family, store, sandboxes, block=block, mode=OutputMode.REDUCED
         )  # [B, S, V]
-        assert (got - expected).abs().max() <= TOLERANCE
+        # Twice that of floats: native kernels round activations to 16 bits in every layer.
+        assert (got - expected).abs().max() <= 2 * TOLERANCE
         assert torch.equal(got.argmax(-1), expected.argmax(-1))

@@ -18,7 +18,12 @@ from starlette.middleware.cors import CORSMiddleware
 from faasmoe_router.api.admission import AlwaysActivated, RequestActivator
 from faasmoe_router.api.body import BodyReader
 from faasmoe_router.api.body_limits import BodyLimits
-from faasmoe_router.api.completions import ServedModel, completion_routes
+from faasmoe_router.api.completions import (
+    ChatService,
+    ResponseGenerator,
+    ServedModel,
+    completion_routes,
+)
 from faasmoe_router.api.content_encoding import ContentEncodingMiddleware, HeadMiddleware
 from faasmoe_router.api.errors import ApiError, add_error_handlers
 from faasmoe_router.api.metrics_server import MetricsServer
@@ -26,6 +31,7 @@ from faasmoe_router.api.middleware import AuthMiddleware, RequestContextMiddlewa
 from faasmoe_router.api.models import model_routes, usage_routes
 from faasmoe_router.api.openapi import (
     HealthResponse,
+    LoadResponse,
     VersionResponse,
     error_responses,
     install_openapi,
@@ -36,6 +42,7 @@ from faasmoe_router.api.preparation import HeldBytes, PreparationQueue
 from faasmoe_router.api.preprocessing import Preprocessor
 from faasmoe_router.api.refusals import RefusalMetricsMiddleware, refusal_counter
 from faasmoe_router.api.tokenization import tokenization_routes
+from faasmoe_router.api.translated_routes import translated_routes
 from faasmoe_router.api.validation import MAX_PROMPTS
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.sampling_defaults import SamplingDefaults
@@ -45,7 +52,6 @@ from faasmoe_router.version import installed_version
 
 _NOT_IMPLEMENTED_ENDPOINTS: Mapping[str, str] = {
     "/v1/embeddings": "This server's model generates text and does not support embeddings.",
-    "/v1/responses": "This server has no Responses API; use /v1/chat/completions.",
 }
 
 
@@ -96,7 +102,7 @@ def create_app(
         async with activator, engine, tenant_admission, queue, metrics_server or nullcontext():
             yield
 
-    app = FastAPI(title="FaaSMoE router", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="FaaSMoE router", lifespan=lifespan, docs_url="/docs", redoc_url=None)
     # The last one added is the outermost: CORS covers errors and needs no API key.
     app.add_middleware(ContentEncodingMiddleware, max_body_bytes=body_limits.max_bytes)
     app.add_middleware(HeadMiddleware)
@@ -107,15 +113,16 @@ def create_app(
     if cors_origins:
         _add_cors(app, cors_origins)
     add_error_handlers(app)
+    generator = ResponseGenerator(
+        engine,
+        served_model=served_model,
+        activator=activator,
+        tenant_admission=tenant_admission,
+    )
+    chats = ChatService(engine, generator, preprocessor, bodies)
     for router in (
-        completion_routes(
-            engine,
-            served_model=served_model,
-            activator=activator,
-            tenant_admission=tenant_admission,
-            bodies=bodies,
-            preprocessor=preprocessor,
-        ),
+        completion_routes(engine, generator, preprocessor, chats, bodies),
+        translated_routes(chats),
         model_routes(model_name=model_name, max_model_len=engine.limits.max_model_len),
         usage_routes(tenant_admission),
         tokenization_routes(
@@ -157,6 +164,11 @@ def health_routes(engine: Engine, *, activator: RequestActivator) -> APIRouter:
     async def ping() -> dict[str, str]:
         """Liveness: 200 while the process responds, ready or not."""
         return {"status": "ok"}
+
+    @router.get("/load", response_model=None, responses=json_responses(LoadResponse, 500))
+    async def load() -> dict[str, int]:
+        """Return the number of sequences that run or wait, as vLLM's `/load` does."""
+        return {"server_load": sum(engine.request_counts())}
 
     @router.get("/version", response_model=None, responses=json_responses(VersionResponse, 500))
     async def show_version() -> dict[str, Any]:

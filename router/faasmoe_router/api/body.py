@@ -7,8 +7,8 @@ event loop whatever arrives. Errors are the same as FastAPI's, in OpenAI's shape
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from email.message import Message
 from typing import Any, Generic, TypeVar
 
@@ -27,6 +27,7 @@ from faasmoe_router.api.streaming import run_until_disconnect
 from faasmoe_router.tenants.service import Caller
 
 Model = TypeVar("Model", bound=BaseModel)
+T = TypeVar("T")
 
 
 class BodyReader:
@@ -43,11 +44,25 @@ class BodyReader:
         self._queue = queue
         self._held = held
 
-    @asynccontextmanager
-    async def reading(
+    def reading(
         self, request: Request, model: type[Model], caller: Caller
-    ) -> AsyncIterator[Model]:
-        """Yield a request's body as its model; its memory is counted until the context ends.
+    ) -> AbstractAsyncContextManager[Model]:
+        """Return a context with a request's body as its model; see `converting`."""
+        return self.converting(request, model, caller, _unconverted)
+
+    @asynccontextmanager
+    async def converting(
+        self, request: Request, model: type[Model], caller: Caller, convert: Callable[[Model], T]
+    ) -> AsyncIterator[T]:
+        """Yield what a request's body is converted to.
+
+        The memory of the body is counted until the context ends.
+
+        Args:
+            request: the HTTP request.
+            model: the model of its body.
+            caller: who sent it.
+            convert: makes of the body what is needed; may raise ApiError.
 
         Raises:
             ApiError: it is not JSON, too large or invalid.
@@ -60,7 +75,7 @@ class BodyReader:
             if not _is_json_type(request.headers.get("content-type", "")) or not body:
                 raise not_an_object()
             size_bytes = len(body)
-            parsing = _Parsing(bytes(body), model, self._limits)
+            parsing = _Parsing(bytes(body), model, self._limits, convert)
             del body
             if size_bytes <= INLINE_BYTES:
                 yield parsing.parse()
@@ -71,8 +86,8 @@ class BodyReader:
             self._held.release(caller, key)
 
     async def _parse_in_turn(
-        self, parsing: _Parsing[Model], caller: Caller, key: object, size_bytes: int
-    ) -> Model:
+        self, parsing: _Parsing[Model, T], caller: Caller, key: object, size_bytes: int
+    ) -> T:
         n_values = await self._queue.run(caller, parsing.measure, size_bytes=size_bytes)
         self._held.hold(caller, key, held_bytes(size_bytes, n_values))
         return await self._queue.run(caller, parsing.parse, size_bytes=size_bytes)
@@ -85,10 +100,17 @@ class BodyReader:
         return body
 
 
-class _Parsing(Generic[Model]):
+class _Parsing(Generic[Model, T]):
     """Parses one body; forgets it as soon as it is parsed."""
 
-    def __init__(self, body: bytes, model: type[Model], limits: BodyLimits) -> None:
+    def __init__(
+        self,
+        body: bytes,
+        model: type[Model],
+        limits: BodyLimits,
+        convert: Callable[[Model], T],
+    ) -> None:
+        self._convert = convert
         self._body = body
         self._model = model
         self._limits = limits
@@ -97,18 +119,23 @@ class _Parsing(Generic[Model]):
         """Return the number of its values; raises ApiError if it exceeds the limits."""
         return check_structure(self._body, self._limits).n_values
 
-    def parse(self) -> Model:
-        """Return its model; raises ApiError."""
+    def parse(self) -> T:
+        """Return what its model is converted to; raises ApiError."""
         body, self._body = self._body, b""
         value = _load_json(body)
         del body
         try:
-            return self._model.model_validate(value)
+            model = self._model.model_validate(value)
         except ValidationError as error:
             details = error.errors(include_url=False)
             raise from_validation_errors(
                 [{**detail, "loc": ("body", *detail["loc"])} for detail in details[:1]]
             ) from None
+        return self._convert(model)
+
+
+def _unconverted(model: Model) -> Model:
+    return model
 
 
 def _load_json(body: bytes) -> Any:

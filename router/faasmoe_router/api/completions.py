@@ -6,13 +6,14 @@ server-sent events. However a request ends, its sequences are freed and its usag
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 
 from faasmoe_router.api.admission import (
     RequestActivator,
@@ -37,6 +38,7 @@ from faasmoe_router.api.protocol import (
     StreamOptions,
 )
 from faasmoe_router.api.reasoning import resolve_message_format
+from faasmoe_router.api.rendering import PlainRendering, Rendering
 from faasmoe_router.api.responses import (
     ChatChoiceFormatter,
     ChoiceFormatter,
@@ -44,14 +46,13 @@ from faasmoe_router.api.responses import (
     RequestCounts,
     ResponseBuilder,
     ResponseMeta,
-    TokenBytes,
 )
 from faasmoe_router.api.streaming import (
     KEEPALIVE_S,
     EventStreamResponse,
     run_until_disconnect,
-    sse_frames,
 )
+from faasmoe_router.api.token_details import TokenBytes, TokenDetails
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import Generation, GenerationRequest
 from faasmoe_router.errors import EngineUnavailable
@@ -82,50 +83,28 @@ class ServedModel:
 
 def completion_routes(
     engine: Engine,
-    *,
-    served_model: ServedModel,
-    activator: RequestActivator,
-    tenant_admission: TenantAdmission,
-    bodies: BodyReader,
+    generator: "ResponseGenerator",
     preprocessor: Preprocessor,
+    chats: "ChatService",
+    bodies: BodyReader,
 ) -> APIRouter:
     """Return the routes that generate text."""
     router = APIRouter()
-    generator = _ResponseGenerator(
-        engine,
-        served_model=served_model,
-        activator=activator,
-        tenant_admission=tenant_admission,
-    )
 
-    def check_request(body: CompletionRequestBase, caller: Caller) -> None:
-        if body.model is not None and body.model not in caller.model_names(served_model.name):
-            raise model_not_found(body.model)
-        body.check_params()
-
-    async def prepare_chat(request: Request, caller: Caller) -> _PreparedRequest:
-        async with bodies.reading(request, ChatCompletionRequest, caller) as body:
-            check_request(body, caller)
-            tool_config, requests = await run_until_disconnect(
-                request, preprocessor.build_chat_requests(body, caller)
-            )
-            message_format = resolve_message_format(
-                body, engine.tokenizer, requests[0].prompt_token_ids, tool_config
-            )
-            formatter = ChatChoiceFormatter(_logprob_token_bytes(engine, body), message_format)
-            notes = () if tool_config is None else tool_config.notes
-            headers = {WARNING_HEADER: _header_value("; ".join(notes))} if notes else {}
-            return _PreparedRequest(body.without_contents(), requests, formatter, headers)
-
-    async def prepare_completion(request: Request, caller: Caller) -> _PreparedRequest:
+    async def prepare_completion(request: Request, caller: Caller) -> PreparedRequest:
         async with bodies.reading(request, CompletionRequest, caller) as body:
-            check_request(body, caller)
+            generator.check_request(body, caller)
             requests, echoed_prompts = await run_until_disconnect(
                 request, preprocessor.build_completion_requests(body, caller)
             )
-            token_bytes = _logprob_token_bytes(engine, body)
-            formatter = CompletionChoiceFormatter(token_bytes, echoed_prompts)
-            return _PreparedRequest(body.without_contents(), requests, formatter)
+            formatter = CompletionChoiceFormatter(
+                _logprob_token_bytes(engine, body),
+                echoed_prompts,
+                prompts=[r.prompt_token_ids for r in requests] if body.scores_prompt else (),
+                n_top=body.n_logprobs,
+                as_ids=bool(body.return_tokens_as_token_ids),
+            )
+            return PreparedRequest(body.without_contents(), requests, formatter)
 
     @router.post(
         "/v1/chat/completions",
@@ -134,7 +113,7 @@ def completion_routes(
     )
     async def create_chat_completion(request: Request) -> Response:
         """Generate the next message of a conversation."""
-        return await generator.respond(request, await prepare_chat(request, get_caller(request)))
+        return await chats.respond(request, ChatCompletionRequest, _plain_chat)
 
     @router.post(
         "/v1/completions",
@@ -149,24 +128,99 @@ def completion_routes(
     return router
 
 
+def _plain_chat(body: ChatCompletionRequest) -> tuple[ChatCompletionRequest, Rendering]:
+    return body, PlainRendering()
+
+
 @dataclass(frozen=True, slots=True)
-class _PreparedRequest:
+class PreparedRequest:
     """A request that is ready to be generated.
 
     Attributes:
         body: its parameters, without what only the prompt needs.
         requests: one generation request per choice of each prompt.
         formatter: formats the choices.
+        rendering: writes the response.
         headers: headers of the response.
     """
 
     body: CompletionRequestBase
     requests: Sequence[GenerationRequest]
     formatter: ChoiceFormatter
+    rendering: Rendering = field(default_factory=PlainRendering)
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-class _ResponseGenerator:
+Source = TypeVar("Source", bound=BaseModel)
+ToChat = Callable[[Source], tuple[ChatCompletionRequest, Rendering]]
+"""Makes a chat of a body, and what writes its response."""
+
+
+class ChatService:
+    """Answers chats, in whatever form they are asked and the response is written.
+
+    Args:
+        engine: generates text.
+        generator: admits requests and responds.
+        preprocessor: builds generation requests.
+        bodies: reads the requests' bodies.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        generator: "ResponseGenerator",
+        preprocessor: Preprocessor,
+        bodies: BodyReader,
+    ) -> None:
+        self._engine = engine
+        self._generator = generator
+        self._preprocessor = preprocessor
+        self._bodies = bodies
+
+    async def respond(
+        self, request: Request, model: type[Source], to_chat: ToChat[Source]
+    ) -> Response:
+        """Return the response to a chat; raises ApiError or RouterError.
+
+        Args:
+            request: the HTTP request.
+            model: the model of its body.
+            to_chat: makes a chat of it.
+        """
+        return await self._generator.respond(request, await self._prepare(request, model, to_chat))
+
+    async def count_prompt_tokens(
+        self, request: Request, model: type[Source], to_chat: ToChat[Source]
+    ) -> int:
+        """Return the number of tokens of a chat's prompt; raises ApiError."""
+        prepared = await self._prepare(request, model, to_chat)
+        return len(prepared.requests[0].prompt_token_ids)
+
+    async def _prepare(
+        self, request: Request, model: type[Source], to_chat: ToChat[Source]
+    ) -> PreparedRequest:
+        caller = get_caller(request)
+        async with self._bodies.converting(request, model, caller, to_chat) as (body, rendering):
+            self._generator.check_request(body, caller)
+            tool_config, requests = await run_until_disconnect(
+                request, self._preprocessor.build_chat_requests(body, caller)
+            )
+            message_format = resolve_message_format(
+                body, self._engine.tokenizer, requests[0].prompt_token_ids, tool_config
+            )
+            formatter = ChatChoiceFormatter(
+                _logprob_token_bytes(self._engine, body),
+                message_format,
+                n_top=body.n_logprobs,
+                as_ids=bool(body.return_tokens_as_token_ids),
+            )
+            notes = () if tool_config is None else tool_config.notes
+            headers = {WARNING_HEADER: _header_value("; ".join(notes))} if notes else {}
+            return PreparedRequest(body.without_contents(), requests, formatter, rendering, headers)
+
+
+class ResponseGenerator:
     """Admits a preprocessed request, generates its choices and responds, whole or streamed."""
 
     def __init__(
@@ -182,14 +236,21 @@ class _ResponseGenerator:
         self._activator = activator
         self._tenant_admission = tenant_admission
 
-    async def respond(self, request: Request, prepared: _PreparedRequest) -> Response:
+    def check_request(self, body: CompletionRequestBase, caller: Caller) -> None:
+        """Check a body on its own, and that the caller knows its model; raises ApiError."""
+        names = caller.model_names(self._served_model.name)
+        if body.model is not None and body.model not in names:
+            raise model_not_found(body.model)
+        body.check_params()
+
+    async def respond(self, request: Request, prepared: PreparedRequest) -> Response:
         """Return the response to a request; raises RouterError if it is not admitted."""
-        body, requests = prepared.body, prepared.requests
+        body, requests, rendering = prepared.body, prepared.requests, prepared.rendering
         if not self._engine.is_ready:
             raise EngineUnavailable("the engine is starting")
         caller = get_caller(request)
         n_prompt_tokens = sum(len(r.prompt_token_ids) for r in requests) // (body.n or 1)
-        builder = self._response_builder(body, prepared.formatter, n_prompt_tokens, len(requests))
+        builder = self._response_builder(body, prepared.formatter, n_prompt_tokens, requests)
         usage_recorder = self._tenant_admission.admit(caller, requests, n_prompt=n_prompt_tokens)
         start = asyncio.create_task(self._start(request, requests, usage_recorder))
         try:
@@ -198,7 +259,7 @@ class _ResponseGenerator:
                 return self._late_stream(builder, start, prepared, usage_recorder)
             headers, generation = await start
             with record_outcome_on_error(usage_recorder):
-                response = await _to_http_response(builder, generation, request, body)
+                response = await _to_http_response(builder, generation, request, body, rendering)
         except asyncio.CancelledError:
             start.cancel()
             raise
@@ -227,7 +288,7 @@ class _ResponseGenerator:
         self,
         builder: ResponseBuilder,
         start: asyncio.Task[tuple[dict[str, str], Generation]],
-        prepared: _PreparedRequest,
+        prepared: PreparedRequest,
         usage_recorder: RequestUsageRecorder,
     ) -> Response:
         """Return a stream whose generation has not started yet."""
@@ -244,7 +305,7 @@ class _ResponseGenerator:
                 start.result()[1].cancel()
             start.cancel()
 
-        response = EventStreamResponse(sse_frames(chunks()), close)
+        response = EventStreamResponse(prepared.rendering.frames(chunks()), close)
         response.headers.update({**usage_recorder.headers, **prepared.headers})
         return response
 
@@ -253,25 +314,38 @@ class _ResponseGenerator:
         body: CompletionRequestBase,
         formatter: ChoiceFormatter,
         n_prompt_tokens: int,
-        n_choices: int,
+        requests: Sequence[GenerationRequest],
     ) -> ResponseBuilder:
         extra_fields = {**self._served_model.extra_fields, **body.extra_response_fields}
-        return ResponseBuilder(
-            formatter,
-            ResponseMeta(formatter.id_prefix, body.model or self._served_model.name, extra_fields),
-            RequestCounts(n_prompt_tokens, n_choices, body.n or 1),
+        model = body.model or self._served_model.name
+        meta = ResponseMeta(formatter.id_prefix, model, extra_fields)
+        if body.request_id is not None:
+            meta = replace(meta, id=body.request_id)
+        token_details = TokenDetails(
+            prompts=[r.prompt_token_ids for r in requests],
+            returns_ids=bool(body.return_token_ids),
+            n_prompt_logprobs=body.prompt_logprobs,
+            token_bytes=self._engine.vocabulary.token_bytes if body.scores_prompt else None,
+            is_chat=formatter.id_prefix == ChatChoiceFormatter.id_prefix,
         )
+        counts = RequestCounts(n_prompt_tokens, len(requests), body.n or 1)
+        return ResponseBuilder(formatter, meta, counts, token_details)
 
 
 async def _to_http_response(
-    builder: ResponseBuilder, generation: Generation, request: Request, body: CompletionRequestBase
+    builder: ResponseBuilder,
+    generation: Generation,
+    request: Request,
+    body: CompletionRequestBase,
+    rendering: Rendering,
 ) -> Response:
     if body.stream:
         options = body.stream_options or StreamOptions()
-        frames = sse_frames(builder.stream_chunks(generation, options))
+        frames = rendering.frames(builder.stream_chunks(generation, options))
         return EventStreamResponse(frames, generation.cancel)
     try:
-        return JSONResponse(await run_until_disconnect(request, builder.full_response(generation)))
+        whole = await run_until_disconnect(request, builder.full_response(generation))
+        return JSONResponse(rendering.body(whole))
     finally:
         generation.cancel()
 

@@ -1,0 +1,81 @@
+"""The routes of APIs that are translated onto chats: responses and messages."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import ValidationError
+
+from faasmoe_router.api.completions import ERROR_STATUSES, ChatService
+from faasmoe_router.api.errors import from_validation_errors
+from faasmoe_router.api.messages_endpoint import (
+    CountTokensRequest,
+    MessagesRendering,
+    MessagesRequest,
+)
+from faasmoe_router.api.openapi import (
+    CountTokensResponse,
+    MessageResponse,
+    ResponseObject,
+    json_request_body,
+    json_responses,
+)
+from faasmoe_router.api.protocol import ChatCompletionRequest
+from faasmoe_router.api.rendering import Rendering
+from faasmoe_router.api.responses_endpoint import ResponsesRendering, ResponsesRequest
+
+
+def translated_routes(chats: ChatService) -> APIRouter:
+    """Return the routes of POST /v1/responses, /v1/messages and /v1/messages/count_tokens."""
+    router = APIRouter()
+
+    @router.post(
+        "/v1/responses",
+        responses=json_responses(ResponseObject, *ERROR_STATUSES, is_streamable=True),
+        openapi_extra=json_request_body(ResponsesRequest),
+    )
+    async def create_response(request: Request) -> Response:
+        """Generate a response, statelessly."""
+        return await chats.respond(request, ResponsesRequest, _response_chat)
+
+    @router.post(
+        "/v1/messages",
+        responses=json_responses(MessageResponse, *ERROR_STATUSES, is_streamable=True),
+        openapi_extra=json_request_body(MessagesRequest),
+    )
+    async def create_message(request: Request) -> Response:
+        """Generate the next message, in Anthropic's form."""
+        return await chats.respond(request, MessagesRequest, _message_chat)
+
+    @router.post(
+        "/v1/messages/count_tokens",
+        response_model=None,
+        responses=json_responses(CountTokensResponse, *ERROR_STATUSES),
+        openapi_extra=json_request_body(CountTokensRequest),
+    )
+    async def count_tokens(request: Request) -> dict[str, int]:
+        """Count the tokens of a prompt."""
+        n_tokens = await chats.count_prompt_tokens(request, CountTokensRequest, _message_chat)
+        return {"input_tokens": n_tokens}
+
+    return router
+
+
+def _response_chat(body: ResponsesRequest) -> tuple[ChatCompletionRequest, Rendering]:
+    return _chat(body.to_chat()), ResponsesRendering(body)
+
+
+def _message_chat(body: CountTokensRequest) -> tuple[ChatCompletionRequest, Rendering]:
+    return _chat(body.to_chat()), MessagesRendering()
+
+
+def _chat(fields: Mapping[str, Any]) -> ChatCompletionRequest:
+    """Return the chat of a translated request; raises ApiError that names the chat's field."""
+    try:
+        return ChatCompletionRequest.model_validate(fields)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        raise from_validation_errors(
+            [{**detail, "loc": ("body", *detail["loc"])} for detail in errors]
+        ) from error
