@@ -165,6 +165,34 @@ MATRIX_BYTES = ctypes.sizeof(MatrixStruct)
 """Size of one entry of `matrix_table`."""
 
 
+class MappingGuard:
+    """Keeps a truncated file from ending the process that reads its mapping; see guard_mapping.
+
+    What cannot be read becomes zeros. Close it before the mapping.
+    """
+
+    def __init__(self, lib: ctypes.CDLL, slot: int) -> None:
+        self._lib = lib
+        self._slot: int | None = slot
+        self._damaged = ctypes.c_int32.from_address(lib.fk_guard_damaged(slot))
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether bytes could not be read, and are zeros until `restore`."""
+        return self._slot is not None and bool(self._damaged.value)
+
+    def restore(self, descriptor: int) -> None:
+        """Map the file again; raises OSError."""
+        if self._slot is not None and (code := self._lib.fk_guard_restore(self._slot, descriptor)):
+            raise OSError(code, os.strerror(code))
+
+    def close(self) -> None:
+        """End the guard."""
+        if self._slot is not None:
+            self._lib.fk_guard_remove(self._slot)
+            self._slot = None
+
+
 class KernelLibrary:
     """The loaded library. Calls may come from any thread.
 
@@ -203,6 +231,13 @@ class KernelLibrary:
             *(pointer, pointer, ctypes.POINTER(GatingStruct), ctypes.POINTER(_Pairs)),
             *(pointer, i32, i64, i64, i32, pointer, i32, i64, i32),
         )
+
+        self._lib.fk_guard_add.argtypes = (pointer, i64)
+        self._lib.fk_guard_damaged.argtypes = (i32,)
+        self._lib.fk_guard_damaged.restype = pointer
+        self._lib.fk_guard_restore.argtypes = (i32, i32)
+        self._lib.fk_guard_remove.argtypes = (i32,)
+        self._lib.fk_guard_remove.restype = None
 
     @property
     def isa(self) -> str:
@@ -312,6 +347,11 @@ class KernelLibrary:
         function: Callable[..., Any] = getattr(self._lib, name)
         function.argtypes, function.restype = argtypes, restype  # type: ignore[attr-defined]
         return function
+
+    def guard_mapping(self, address: int, size_bytes: int) -> MappingGuard | None:
+        """Guard the mapping of a file against its truncation; None if there are too many guards."""
+        slot = self._lib.fk_guard_add(address, size_bytes)
+        return None if slot < 0 else MappingGuard(self._lib, slot)
 
     def check(self, status: int) -> None:
         """Raise the error of the thread's last call if `status` is one."""

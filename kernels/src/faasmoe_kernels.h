@@ -114,6 +114,18 @@ int32_t fk_experts(const fk_matrix *first, const fk_matrix *down, const fk_gatin
                    int64_t rows, int32_t is_reduced, void *out, int32_t out_dtype,
                    int64_t out_stride, int32_t n_threads);
 
+// Guards of mapped files, see sigbus_guard.cpp. A slot is what fk_guard_add returns.
+
+// Guards [address, address + size), the mapping of a whole file from its start. Returns a slot, or -1
+// if there is none.
+int32_t fk_guard_add(void *address, int64_t size);
+// Returns where it is written, as 1, that the range was damaged since it was added or restored.
+int32_t *fk_guard_damaged(int32_t slot);
+// Maps the file again over the range. Returns 0, or errno and leaves the range damaged.
+int32_t fk_guard_restore(int32_t slot, int32_t descriptor);
+// Ends a guard; call it before the range is unmapped.
+void fk_guard_remove(int32_t slot);
+
 #ifdef __cplusplus
 }
 #endif

@@ -79,6 +79,11 @@ class SandboxRoutes:
         self._on_device_lost = on_device_lost
         self._is_device_lost = False
 
+    def is_authorized(self, authorization: bytes) -> bool:
+        """Return whether an `Authorization` header has the bearer token, if there is one."""
+        is_open = not self._runtime.config.token
+        return is_open or hmac.compare_digest(authorization, self._expected_authorization)
+
     def start_draining(self) -> None:
         """Reject new work from now on; requests that have started arriving are still answered."""
         self._draining_since_s = time.monotonic()
@@ -160,8 +165,7 @@ class SandboxRoutes:
         return _not_found(path)
 
     def _route_functions(self, request: HttpRequest, path: str) -> HttpResponse | PendingResponse:
-        token = self._runtime.config.token
-        if token and not hmac.compare_digest(request.authorization, self._expected_authorization):
+        if not self.is_authorized(request.authorization):
             message = "authorization: expected the bearer token"
             return HttpResponse.error_response(401, "unauthorized", message, field="authorization")
         if path == MAILBOX_PATH:

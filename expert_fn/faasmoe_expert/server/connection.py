@@ -17,7 +17,7 @@ import functools
 import logging
 from asyncio import Future
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import cast
 
@@ -62,6 +62,8 @@ class HttpConnection(asyncio.Protocol):
         idle_timeout_s: time after which a connection without requests is closed.
         max_connections: number of open connections above which new ones are rejected.
         read_limits: limits shared by all connections.
+        is_authorized: whether an `Authorization` header is that of a peer. Connections of others
+            are closed, the oldest first, when there is no place for a new one.
 
     Attributes:
         closed: resolved when the connection is lost.
@@ -79,7 +81,9 @@ class HttpConnection(asyncio.Protocol):
         idle_timeout_s: float = IDLE_TIMEOUT_S,
         max_connections: int = MAX_CONNECTIONS,
         read_limits: ReadLimits | None = None,
+        is_authorized: Callable[[bytes], bool] = lambda _: True,
     ) -> None:
+        self._is_known = False  # has sent a peer's request
         self._handle = handle
         self._connections = connections
         self._timeout_s = timeout_s
@@ -87,7 +91,10 @@ class HttpConnection(asyncio.Protocol):
         self._max_connections = max_connections
         read_limits = read_limits or ReadLimits(max_frames=MAX_FRAMES, max_bytes=MAX_BODIES_BYTES)
         self._request_reader = HttpRequestReader(
-            read_limits, on_request_start=self._on_request_start, on_request=self._on_request
+            read_limits,
+            on_request_start=self._on_request_start,
+            on_request=self._on_request,
+            is_authorized=is_authorized,
         )
         self._idle_timer: asyncio.TimerHandle | None = None  # see _close_if_idle
         self._read_timer: asyncio.TimerHandle | None = None  # until the request is complete
@@ -108,14 +115,14 @@ class HttpConnection(asyncio.Protocol):
         self.closed = self._loop.create_future()
         self._sender = sender_identity(self._transport)
         self.peer_pid = peer_pid(self._transport.get_extra_info("socket"))
+        self._last_used_s = self._loop.time()
         self._connections.add(self)
-        if len(self._connections) > self._max_connections:
+        if len(self._connections) > self._max_connections and not self._close_unknown():
             message = f"connections: got one more than the {self._max_connections} allowed"
             self._write_response(
                 HttpResponse.error_response(503, "too_many_connections", message), keep_alive=False
             )
             return
-        self._last_used_s = self._loop.time()
         self._idle_timer = self._loop.call_later(self._idle_timeout_s, self._close_if_idle)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -171,6 +178,22 @@ class HttpConnection(asyncio.Protocol):
         """Close the connection immediately, discarding unsent data."""
         self._transport.abort()
 
+    def _close_unknown(self) -> bool:
+        """Close the least recently used connection that no peer uses; return whether there is."""
+        unknown = [
+            connection
+            for connection in self._connections
+            if not connection._is_known
+            and connection is not self
+            and connection._pending_response is None
+        ]
+        if not unknown:
+            return False
+        oldest = min(unknown, key=lambda connection: connection._last_used_s)
+        self._connections.discard(oldest)
+        oldest.abort()
+        return True
+
     def _on_request_start(self) -> None:
         """Start the timeout for the complete request."""
         self._read_timer = self._loop.call_later(self._timeout_s, self._on_read_timeout)
@@ -181,6 +204,7 @@ class HttpConnection(asyncio.Protocol):
         if self._transport.is_closing():
             self._request_reader.release(request)
             return
+        self._is_known = self._is_known or self._request_reader.is_peer
         request.sender, request.connection = self._sender, self
         self._queue.append((request, keep_alive))
         self._handle_queued()

@@ -147,6 +147,8 @@ class HttpRequestReader:
         on_request_start: called when a request starts.
         on_request: called with each complete request and whether to keep the connection open; the
             request counts against `read_limits` until `release` is called with it.
+        is_authorized: whether an `Authorization` header is that of a peer. Nothing is reserved for
+            anyone else: a body without it is rejected.
     """
 
     def __init__(
@@ -155,7 +157,10 @@ class HttpRequestReader:
         *,
         on_request_start: Callable[[], None],
         on_request: Callable[[HttpRequest, bool], None],
+        is_authorized: Callable[[bytes], bool] = lambda _: True,
     ) -> None:
+        self.is_peer = False  # of the last head
+        self._is_authorized = is_authorized
         self._read_limits = read_limits
         self._on_request_start = on_request_start
         self._on_request = on_request
@@ -226,8 +231,18 @@ class HttpRequestReader:
         elif name == _REGION_HEADER:
             self._request.region_header = value
 
+    def on_headers_complete(self) -> None:
+        """Find out who sends the request, before its body."""
+        self.is_peer = self._is_authorized(self._request.authorization)
+
     def on_body(self, body: bytes) -> None:
-        """Append to the body."""
+        """Append to the body; rejects one that is not a peer's."""
+        if not self.is_peer:
+            message = "authorization: expected the bearer token"
+            self._rejection = HttpResponse.error_response(
+                401, "unauthorized", message, field="authorization", close=True
+            )
+            raise _LimitExceeded(message)
         self._count_body(len(body))
         self._request.body += body
         if len(self._request.body) > MAX_FRAME_BYTES:

@@ -83,6 +83,7 @@ async def _serve_until_stopped(runtime: SandboxRuntime, listener: socket.socket 
         idle_timeout_s=config.idle_timeout_s,
         max_connections=config.max_connections,
         read_limits=ReadLimits(max_frames=config.max_frames, max_bytes=config.max_bodies_bytes),
+        is_authorized=routes.is_authorized,
     )
     listeners = await Listeners.open(new_connection, config, listener)
     loop = asyncio.get_running_loop()
