@@ -17,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-alerts test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-reconcile bench-start chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-slow test-clients test-alerts test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-reconcile bench-start chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -56,6 +56,17 @@ test-main: $(STAMP) ## Run all tests except those marked slow, gpu or cluster
 
 test-emulated: $(STAMP) ## Run the GPU tests on an emulated device (tests/integration/emulated)
 	EMULATED_CUDA=1 $(BIN)/python -m pytest $(PARALLEL) -m gpu tests/gpu
+
+CLIENTS := .venv-clients
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/js/package.json
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet "$(TORCH)"
+	$(CLIENTS)/bin/python -m pip install --quiet -r tests/clients/requirements.txt
+	npm install --prefix tests/clients/js --no-audit --no-fund --silent
+	touch $@
+
+test-clients: $(STAMP) $(CLIENTS)/.installed ## Run unmodified client libraries against `faasmoe up` (needs npm)
+	FAASMOE_PYTHON=$(BIN)/python $(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini tests/clients/clients.py
 
 test-slow: $(STAMP) ## Run the tests marked slow
 	$(BIN)/python -m pytest -m "slow and not gpu and not cluster"

@@ -20,7 +20,7 @@ import pytest
 from faasmoe_up import FaasmoeUp, running_up, wait_until
 from tiny_chat import MAX_MODEL_LEN, save_tiny_chat_model
 
-from faasmoe_operator.platforms.process import pss_bytes
+from faasmoe_operator.platforms.memory import pss_bytes
 
 MINUTES = float(os.environ.get("FAASMOE_SOAK_MINUTES", "20"))
 BUSY_S = 8.0

@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_tiny_chat_model(folder: Path) -> Path:
+def save_tiny_chat_model(folder: Path, *, max_model_len: int = MAX_MODEL_LEN) -> Path:
     """Save the model and its tokenizer to a folder; return the folder."""
     tokenizer = _tokenizer()
     torch.manual_seed(0)
@@ -34,7 +34,7 @@ def save_tiny_chat_model(folder: Path) -> Path:
         num_experts_per_tok=2,
         moe_intermediate_size=16,
         shared_expert_intermediate_size=16,
-        max_position_embeddings=MAX_MODEL_LEN,
+        max_position_embeddings=max_model_len,
         initializer_range=0.4,
         eos_token_id=None,
         bos_token_id=None,

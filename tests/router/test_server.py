@@ -32,7 +32,9 @@ async def app(scope, receive, send):
         await receive()
         await send({"type": "lifespan.shutdown.complete"})
 
-Server(app, on_drain_timeout=lambda: None).run()
+Server(
+    app, on_drain_timeout=lambda: None, on_started=lambda: print("listens", flush=True)
+).run()
 print("after", flush=True)
 """
 
@@ -126,6 +128,7 @@ def test_signal_ends_the_server_but_not_the_process(number: int) -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
+        assert process.stdout.readline() == "listens\n"
         process.send_signal(number)
         assert process.stdout.read() == "after\n"
     assert process.returncode == 0

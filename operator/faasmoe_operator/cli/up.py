@@ -14,8 +14,10 @@ import os
 import re
 import secrets
 import sys
+import threading
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Never
@@ -41,6 +43,7 @@ DEVICE_PROBE_COMMAND = (sys.executable, "-m", "faasmoe_expert.device")
 DEVICE_PROBE_TIMEOUT_S = 60.0
 CUDA = "cuda"
 PREPARE_GRACE_S = 10.0
+VERIFICATION_NICENESS = 10
 PROCESS_HEADER = ("PROCESS", "PID", "MEMORY")
 
 
@@ -221,8 +224,18 @@ async def _verify(store: Store) -> None:
     files = store.manifest.files
     size = format_bytes(sum(file.size_bytes for file in files.values()))
     print_progress(f"verifying {len(files)} files of the store, {size} (skip with --skip-verify)")
-    for name in files:
-        await asyncio.to_thread(store.verify, [name])
+    loop = asyncio.get_running_loop()
+    executor = ThreadPoolExecutor(1, initializer=_lower_priority)
+    try:
+        for name in files:
+            await loop.run_in_executor(executor, store.verify, [name])
+    finally:
+        executor.shutdown(wait=False)  # processes stop while a last file is read
+
+
+def _lower_priority() -> None:
+    """Let the processes that start have the cores first; applies to this thread alone."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), VERIFICATION_NICENESS)
 
 
 async def _serve(

@@ -67,7 +67,7 @@ async def _run_controller(config: ControlConfig, phases: StartPhases) -> None:
         ProcessPlatform(socket=config.zygote_socket) as platform,
         SandboxClient(token=config.token) as client,
     ):
-        phases.end("zygote")
+        phases.end("connection")
         controller = Controller(
             model,
             platform,

@@ -15,21 +15,29 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.middleware.cors import CORSMiddleware
 
 from faasmoe_router.api.admission import AlwaysActivated, RequestActivator
-from faasmoe_router.api.completions import ServedModel, completion_routes
+from faasmoe_router.api.completions import (
+    ChatService,
+    ResponseGenerator,
+    ServedModel,
+    completion_routes,
+)
 from faasmoe_router.api.content_encoding import ContentEncodingMiddleware, HeadMiddleware
 from faasmoe_router.api.errors import ApiError, add_error_handlers
 from faasmoe_router.api.middleware import AuthMiddleware, RequestContextMiddleware
 from faasmoe_router.api.models import model_routes, usage_routes
 from faasmoe_router.api.openapi import (
     HealthResponse,
+    LoadResponse,
     VersionResponse,
     error_responses,
     install_openapi,
     json_responses,
     text_error_responses,
 )
+from faasmoe_router.api.preprocessing import Preprocessor
 from faasmoe_router.api.refusals import RefusalMetricsMiddleware, refusal_counter
 from faasmoe_router.api.tokenization import tokenization_routes
+from faasmoe_router.api.translated_routes import translated_routes
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.errors import EngineUnavailable
@@ -39,7 +47,6 @@ from faasmoe_router.version import installed_version
 MAX_BODY_BYTES = 8 << 20
 _NOT_IMPLEMENTED_ENDPOINTS: Mapping[str, str] = {
     "/v1/embeddings": "This server's model generates text and does not support embeddings.",
-    "/v1/responses": "This server has no Responses API; use /v1/chat/completions.",
 }
 
 
@@ -77,7 +84,7 @@ def create_app(
         async with activator, engine, tenant_admission:
             yield
 
-    app = FastAPI(title="FaaSMoE router", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="FaaSMoE router", lifespan=lifespan, docs_url="/docs", redoc_url=None)
     # The last one added is the outermost: CORS covers errors and needs no API key.
     app.add_middleware(ContentEncodingMiddleware, max_body_bytes=max_body_bytes)
     app.add_middleware(HeadMiddleware)
@@ -88,14 +95,17 @@ def create_app(
     if cors_origins:
         _add_cors(app, cors_origins)
     add_error_handlers(app)
+    generator = ResponseGenerator(
+        engine,
+        served_model=served_model,
+        activator=activator,
+        tenant_admission=tenant_admission,
+    )
+    preprocessor = Preprocessor(engine, sampling_defaults or SamplingDefaults())
+    chats = ChatService(engine, generator, preprocessor)
     for router in (
-        completion_routes(
-            engine,
-            served_model=served_model,
-            activator=activator,
-            tenant_admission=tenant_admission,
-            sampling_defaults=sampling_defaults or SamplingDefaults(),
-        ),
+        completion_routes(engine, generator, preprocessor, chats),
+        translated_routes(chats),
         model_routes(model_name=model_name, max_model_len=engine.limits.max_model_len),
         usage_routes(tenant_admission),
         tokenization_routes(engine, model_name=model_name),
@@ -136,6 +146,11 @@ def health_routes(
     async def ping() -> dict[str, str]:
         """Liveness: 200 while the process responds, ready or not."""
         return {"status": "ok"}
+
+    @router.get("/load", response_model=None, responses=json_responses(LoadResponse, 500))
+    async def load() -> dict[str, int]:
+        """Return the number of sequences that run or wait, as vLLM's `/load` does."""
+        return {"server_load": sum(engine.request_counts())}
 
     @router.get("/version", response_model=None, responses=json_responses(VersionResponse, 500))
     async def show_version() -> dict[str, Any]:

@@ -7,7 +7,7 @@ server-sent events. However a request ends, its sequences are freed and its usag
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from faasmoe_router.api.protocol import (
     StreamOptions,
 )
 from faasmoe_router.api.reasoning import resolve_message_format
+from faasmoe_router.api.rendering import PlainRendering, Rendering
 from faasmoe_router.api.responses import (
     ChatChoiceFormatter,
     ChoiceFormatter,
@@ -38,19 +39,17 @@ from faasmoe_router.api.responses import (
     RequestCounts,
     ResponseBuilder,
     ResponseMeta,
-    TokenBytes,
 )
 from faasmoe_router.api.streaming import (
     KEEPALIVE_S,
     ClientDisconnected,
     EventStreamResponse,
     run_until_disconnect,
-    sse_frames,
 )
-from faasmoe_router.api.tool_calling import relax_tool_schemas, resolve_tool_calling
+from faasmoe_router.api.token_details import TokenBytes, TokenDetails
+from faasmoe_router.api.tool_calling import ToolCallConfig, relax_tool_schemas, resolve_tool_calling
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import Generation, GenerationRequest
-from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.errors import EngineUnavailable
 from faasmoe_router.tenants.service import Caller, RequestUsageRecorder
 
@@ -80,26 +79,12 @@ class ServedModel:
 
 def completion_routes(
     engine: Engine,
-    *,
-    served_model: ServedModel,
-    activator: RequestActivator,
-    tenant_admission: TenantAdmission,
-    sampling_defaults: SamplingDefaults,
+    generator: "ResponseGenerator",
+    preprocessor: Preprocessor,
+    chats: "ChatService",
 ) -> APIRouter:
     """Return the routes that generate text."""
     router = APIRouter()
-    preprocessor = Preprocessor(engine, sampling_defaults)
-    generator = _ResponseGenerator(
-        engine,
-        served_model=served_model,
-        activator=activator,
-        tenant_admission=tenant_admission,
-    )
-
-    def check_request(body: CompletionRequestBase, caller: Caller) -> None:
-        if body.model is not None and body.model not in caller.model_names(served_model.name):
-            raise model_not_found(body.model)
-        body.check_params()
 
     @router.post(
         "/v1/chat/completions",
@@ -107,20 +92,7 @@ def completion_routes(
     )
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Generate the next message of a conversation."""
-        caller = get_caller(request)
-        check_request(body, caller)
-        tool_config = resolve_tool_calling(body, engine.tokenizer)
-        if tool_config is not None:
-            tool_config = await relax_tool_schemas(tool_config, engine.grammar_compiler)
-        requests = await preprocessor.build_chat_requests(body, tool_config, caller)
-        message_format = resolve_message_format(
-            body, engine.tokenizer, requests[0].prompt_token_ids, tool_config
-        )
-        formatter = ChatChoiceFormatter(_logprob_token_bytes(engine, body), message_format)
-        response = await generator.respond(request, body, requests, formatter)
-        if tool_config is not None and tool_config.notes:
-            response.headers[WARNING_HEADER] = _header_value("; ".join(tool_config.notes))
-        return response
+        return await chats.respond(body, request, PlainRendering())
 
     @router.post(
         "/v1/completions",
@@ -129,16 +101,74 @@ def completion_routes(
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Generate the continuation of one or several prompts."""
         caller = get_caller(request)
-        check_request(body, caller)
+        generator.check_request(body, caller)
         requests = await preprocessor.build_completion_requests(body, caller)
         echoed_prompts = _echoed_prompts(engine, body, requests) if body.echo else None
-        formatter = CompletionChoiceFormatter(_logprob_token_bytes(engine, body), echoed_prompts)
+        formatter = CompletionChoiceFormatter(
+            _logprob_token_bytes(engine, body),
+            echoed_prompts,
+            prompts=[r.prompt_token_ids for r in requests] if body.scores_prompt else (),
+            n_top=body.n_logprobs,
+            as_ids=bool(body.return_tokens_as_token_ids),
+        )
         return await generator.respond(request, body, requests, formatter)
 
     return router
 
 
-class _ResponseGenerator:
+class ChatService:
+    """Answers chats, however the response is written.
+
+    Args:
+        engine: generates text.
+        generator: admits requests and responds.
+        preprocessor: builds generation requests.
+    """
+
+    def __init__(
+        self, engine: Engine, generator: "ResponseGenerator", preprocessor: Preprocessor
+    ) -> None:
+        self._engine = engine
+        self._generator = generator
+        self._preprocessor = preprocessor
+
+    async def respond(
+        self, body: ChatCompletionRequest, request: Request, rendering: Rendering
+    ) -> Response:
+        """Return the response to a chat; raises ApiError or RouterError."""
+        requests, tool_config = await self._prepare(body, request)
+        message_format = resolve_message_format(
+            body, self._engine.tokenizer, requests[0].prompt_token_ids, tool_config
+        )
+        formatter = ChatChoiceFormatter(
+            _logprob_token_bytes(self._engine, body),
+            message_format,
+            n_top=body.n_logprobs,
+            as_ids=bool(body.return_tokens_as_token_ids),
+        )
+        response = await self._generator.respond(request, body, requests, formatter, rendering)
+        if tool_config is not None and tool_config.notes:
+            response.headers[WARNING_HEADER] = _header_value("; ".join(tool_config.notes))
+        return response
+
+    async def count_prompt_tokens(self, body: ChatCompletionRequest, request: Request) -> int:
+        """Return the number of tokens of a chat's prompt; raises ApiError."""
+        requests, _ = await self._prepare(body, request)
+        return len(requests[0].prompt_token_ids)
+
+    async def _prepare(
+        self, body: ChatCompletionRequest, request: Request
+    ) -> tuple[list[GenerationRequest], ToolCallConfig | None]:
+        caller = get_caller(request)
+        self._generator.check_request(body, caller)
+        tool_config = resolve_tool_calling(body, self._engine.tokenizer)
+        if tool_config is not None:
+            tool_config = await relax_tool_schemas(tool_config, self._engine.grammar_compiler)
+        requests = await self._preprocessor.build_chat_requests(body, tool_config, caller)
+        return requests, tool_config
+
+
+class ResponseGenerator:
     """Admits a preprocessed request, generates its choices and responds, whole or streamed."""
 
     def __init__(
@@ -154,12 +184,20 @@ class _ResponseGenerator:
         self._activator = activator
         self._tenant_admission = tenant_admission
 
+    def check_request(self, body: CompletionRequestBase, caller: Caller) -> None:
+        """Check a body on its own, and that the caller knows its model; raises ApiError."""
+        names = caller.model_names(self._served_model.name)
+        if body.model is not None and body.model not in names:
+            raise model_not_found(body.model)
+        body.check_params()
+
     async def respond(
         self,
         request: Request,
         body: CompletionRequestBase,
         requests: Sequence[GenerationRequest],
         formatter: ChoiceFormatter,
+        rendering: Rendering | None = None,
     ) -> Response:
         """Return the response to a request; raises RouterError if it is not admitted.
 
@@ -168,21 +206,23 @@ class _ResponseGenerator:
             body: its validated body.
             requests: one generation request per choice of each prompt.
             formatter: formats the choices.
+            rendering: writes the response; None writes it as it is.
         """
+        rendering = rendering or PlainRendering()
         if not self._engine.is_ready:
             raise EngineUnavailable("the engine is starting")
         caller = get_caller(request)
         n_prompt_tokens = sum(len(r.prompt_token_ids) for r in requests) // (body.n or 1)
-        builder = self._response_builder(body, formatter, n_prompt_tokens, len(requests))
+        builder = self._response_builder(body, formatter, n_prompt_tokens, requests)
         usage_recorder = self._tenant_admission.admit(caller, requests, n_prompt=n_prompt_tokens)
         start = asyncio.create_task(self._start(request, requests, usage_recorder))
         try:
             if body.stream and not (await asyncio.wait({start}, timeout=KEEPALIVE_S))[0]:
                 # From now on comments keep the connection; an error can only be an event.
-                return self._late_stream(builder, start, body, usage_recorder)
+                return self._late_stream(builder, start, body, usage_recorder, rendering)
             headers, generation = await start
             with record_outcome_on_error(usage_recorder):
-                response = await _to_http_response(builder, generation, request, body)
+                response = await _to_http_response(builder, generation, request, body, rendering)
         except ClientDisconnected:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         except asyncio.CancelledError:
@@ -215,6 +255,7 @@ class _ResponseGenerator:
         start: asyncio.Task[tuple[dict[str, str], Generation]],
         body: CompletionRequestBase,
         usage_recorder: RequestUsageRecorder,
+        rendering: Rendering,
     ) -> Response:
         """Return a stream whose generation has not started yet."""
 
@@ -230,7 +271,7 @@ class _ResponseGenerator:
                 start.result()[1].cancel()
             start.cancel()
 
-        response = EventStreamResponse(sse_frames(chunks()), close)
+        response = EventStreamResponse(rendering.frames(chunks()), close)
         response.headers.update(usage_recorder.headers)
         return response
 
@@ -239,25 +280,38 @@ class _ResponseGenerator:
         body: CompletionRequestBase,
         formatter: ChoiceFormatter,
         n_prompt_tokens: int,
-        n_choices: int,
+        requests: Sequence[GenerationRequest],
     ) -> ResponseBuilder:
         extra_fields = {**self._served_model.extra_fields, **body.extra_response_fields}
-        return ResponseBuilder(
-            formatter,
-            ResponseMeta(formatter.id_prefix, body.model or self._served_model.name, extra_fields),
-            RequestCounts(n_prompt_tokens, n_choices, body.n or 1),
+        model = body.model or self._served_model.name
+        meta = ResponseMeta(formatter.id_prefix, model, extra_fields)
+        if body.request_id is not None:
+            meta = replace(meta, id=body.request_id)
+        token_details = TokenDetails(
+            prompts=[r.prompt_token_ids for r in requests],
+            returns_ids=bool(body.return_token_ids),
+            n_prompt_logprobs=body.prompt_logprobs,
+            token_bytes=self._engine.vocabulary.token_bytes if body.scores_prompt else None,
+            is_chat=formatter.id_prefix == ChatChoiceFormatter.id_prefix,
         )
+        counts = RequestCounts(n_prompt_tokens, len(requests), body.n or 1)
+        return ResponseBuilder(formatter, meta, counts, token_details)
 
 
 async def _to_http_response(
-    builder: ResponseBuilder, generation: Generation, request: Request, body: CompletionRequestBase
+    builder: ResponseBuilder,
+    generation: Generation,
+    request: Request,
+    body: CompletionRequestBase,
+    rendering: Rendering,
 ) -> Response:
     if body.stream:
         options = body.stream_options or StreamOptions()
-        frames = sse_frames(builder.stream_chunks(generation, options))
+        frames = rendering.frames(builder.stream_chunks(generation, options))
         return EventStreamResponse(frames, generation.cancel)
     try:
-        return JSONResponse(await run_until_disconnect(request, builder.full_response(generation)))
+        whole = await run_until_disconnect(request, builder.full_response(generation))
+        return JSONResponse(rendering.body(whole))
     finally:
         generation.cancel()
 

@@ -48,6 +48,16 @@ _ROUTER_ERROR_RESPONSES: Mapping[type[RouterError], tuple[int, str, str]] = {
     GenerationFailed: (500, "server_error", "internal_error"),
 }
 
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_ERROR_TYPES: Mapping[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
 _HTTP_ERROR_CODES: Mapping[int, str] = {
     404: "not_found",
     405: "method_not_allowed",
@@ -241,27 +251,41 @@ def _from_json_parse_error(error: BaseException) -> ApiError:
 def add_error_handlers(app: FastAPI) -> None:
     """Make the app answer every exception with an OpenAI-shaped error."""
 
-    async def handle_api_error(_: Request, error: Exception) -> JSONResponse:
+    async def handle_api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        return error.response()
+        return _respond(request, error)
 
     async def handle_router_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RouterError)
         set_refusal_reason(request.scope, error)
-        return from_router_error(error).response()
+        return _respond(request, from_router_error(error))
 
-    async def handle_validation_error(_: Request, error: Exception) -> JSONResponse:
+    async def handle_validation_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return from_validation_errors(error.errors()).response()
+        return _respond(request, from_validation_errors(error.errors()))
 
     async def handle_http_exception(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return _from_http_exception(request, error).response()
+        return _respond(request, _from_http_exception(request, error))
 
     app.add_exception_handler(ApiError, handle_api_error)
     app.add_exception_handler(RouterError, handle_router_error)
     app.add_exception_handler(RequestValidationError, handle_validation_error)
     app.add_exception_handler(HTTPException, handle_http_exception)
+
+
+def _respond(request: Request, error: ApiError) -> JSONResponse:
+    response = error.response()
+    if not request.url.path.startswith(ANTHROPIC_PATH):
+        return response
+    headers = {name: v for name, v in response.headers.items() if name != "content-length"}
+    return JSONResponse(anthropic_error(error), status_code=error.status, headers=headers)
+
+
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """Return the body of an error in Anthropic's form, with OpenAI's fields beside its own."""
+    kind = _ANTHROPIC_ERROR_TYPES.get(error.status, "api_error")
+    return {"type": "error", "error": {**error.body["error"], "type": kind}}
 
 
 def _from_http_exception(request: Request, error: HTTPException) -> ApiError:

@@ -171,4 +171,6 @@ def _split_tenant_path(path: str) -> tuple[str | None, str]:
 
 def _bearer_token(headers: Headers) -> str:
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return headers.get("x-api-key", "").strip()  # Anthropic's clients

@@ -12,7 +12,9 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, Field
 
 # For probes and Prometheus. Only /v1 and /{tenant}/v1 are exposed to tenants.
-UNAUTHENTICATED_PATHS = frozenset({"/health", "/ping", "/version", "/metrics"})
+UNAUTHENTICATED_PATHS = frozenset(
+    {"/health", "/ping", "/load", "/version", "/metrics", "/docs", "/openapi.json"}
+)
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -157,8 +159,8 @@ class CompletionLogprobs(BaseModel):
     """The log-probabilities of a text's tokens, in OpenAI's legacy form."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -177,6 +179,34 @@ class CompletionResponse(_CompletionResponseBase):
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
+
+
+class ResponseObject(BaseModel):
+    """The response of POST /v1/responses."""
+
+    id: str
+    object: Literal["response"]
+    status: Literal["completed", "incomplete", "in_progress", "failed"]
+    output: list[dict[str, Any]]
+
+
+class MessageResponse(BaseModel):
+    """The response of POST /v1/messages, in Anthropic's form."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+    stop_sequence: str | None
+    usage: dict[str, int]
+
+
+class CountTokensResponse(BaseModel):
+    """The response of POST /v1/messages/count_tokens."""
+
+    input_tokens: NonNegativeInt
 
 
 class ModelCard(BaseModel):
@@ -236,6 +266,12 @@ class HealthResponse(BaseModel):
     """The server is healthy."""
 
     status: Literal["ok"]
+
+
+class LoadResponse(BaseModel):
+    """The load of this router."""
+
+    server_load: NonNegativeInt
 
 
 class VersionResponse(BaseModel):

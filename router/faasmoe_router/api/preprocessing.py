@@ -189,6 +189,7 @@ class GenerationRequestBuilder:
             ApiError: a parameter does not fit the model or exceeds a limit.
         """
         context_len = caller.effective_max_model_len(self._engine.limits.max_model_len)
+        prompts = [_truncated(ids, body.truncate_prompt_tokens, context_len) for ids in prompts]
         max_tokens_per_prompt = [
             _resolve_max_tokens(
                 body, len(ids), context_len, caller, param=param, defaults=self._defaults
@@ -198,7 +199,7 @@ class GenerationRequestBuilder:
         self._check_token_params(body)
         logit_bias = self._logit_bias(body)
         grammar = await self._compiled_grammar(body, tool_config)
-        if body.n_logprobs is not None:
+        if body.n_computed_logprobs is not None:
             await self._prepare_vocabulary()
         seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
         return [
@@ -209,11 +210,13 @@ class GenerationRequestBuilder:
                     draw=_draw_params(body, self._defaults, seed + choice),
                     penalties=_penalties(body, self._defaults),
                     logit_bias=logit_bias,
-                    n_logprobs=body.n_logprobs,
+                    n_logprobs=body.n_computed_logprobs,
                     grammar=grammar,
                 ),
                 stop_conditions=_stop_conditions(body),
                 include_special_tokens=include_special_tokens or body.skip_special_tokens is False,
+                scores_prompt=body.scores_prompt,
+                priority=body.priority or 0,
             )
             for ids, max_tokens in zip(prompts, max_tokens_per_prompt, strict=True)
             for choice in range(body.n or 1)
@@ -315,6 +318,14 @@ def _check_token_ids(token_ids: Sequence[int], *, vocab_size: int, param: str) -
         raise invalid_value(param, f"expected token IDs below {vocab_size}, got {max(token_ids)}")
 
 
+def _truncated(token_ids: Sequence[int], n_tokens: int | None, context_len: int) -> Sequence[int]:
+    """Return the last tokens of a prompt, as many as requested; -1 is as many as fit."""
+    if n_tokens is None:
+        return token_ids
+    n_kept = context_len - 1 if n_tokens == -1 else n_tokens
+    return token_ids[-n_kept:] if n_kept else ()
+
+
 def _draw_params(body: CompletionRequestBase, defaults: SamplingDefaults, seed: int) -> DrawParams:
     return DrawParams(
         temperature=_given(body.temperature, defaults.temperature),
@@ -375,7 +386,8 @@ def _resolve_max_tokens(
     if n_prompt_tokens == 0:
         raise invalid_value(param, "expected at least one token, got none")
     name, requested = body.token_limit or (param, None)
-    if n_prompt_tokens + (requested or 1) > context_len:
+    n_needed = 1 if requested is None else requested
+    if n_prompt_tokens + n_needed > context_len:
         completion = "" if requested is None else f" and {requested} for the completion ({name})"
         raise ApiError(
             f"This model's maximum context length is {context_len} tokens. However, you requested "

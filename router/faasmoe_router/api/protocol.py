@@ -51,6 +51,7 @@ MAX_CHOICES = 128
 DEFAULT_COMPLETION_TOKENS = 16
 INT64_MAX = 2**63 - 1
 CUSTOM_TOOL_INPUT = "input"
+REQUEST_ID_PATTERN = r"^[A-Za-z0-9_.:/+=-]{1,128}$"
 FUNCTION_NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -327,7 +328,13 @@ class CompletionRequestBase(RequestModel):
     unsupported_parameters: ClassVar[Mapping[str, tuple[Any, ...]]]
 
     model: Text | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    priority: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
+    request_id: Annotated[str, Field(pattern=REQUEST_ID_PATTERN)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: UnitInterval | None = None
@@ -381,6 +388,17 @@ class CompletionRequestBase(RequestModel):
         return None
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt's tokens are requested."""
+        return self.prompt_logprobs is not None
+
+    @property
+    def n_computed_logprobs(self) -> int | None:
+        """How many candidates to compute per token, of prompt and output; None computes none."""
+        counts = [n for n in (self.n_logprobs, self.prompt_logprobs) if n is not None]
+        return max(counts, default=None)
+
+    @property
     def resolved_structured_output(self) -> StructuredOutput | None:
         """The constraint on the output, if any; raises ApiError if two parameters set one."""
         candidates = [
@@ -400,6 +418,10 @@ class CompletionRequestBase(RequestModel):
             ApiError: a parameter is unsupported or does not go together with another.
         """
         reject_unsupported(self.model_extra, self.unsupported_parameters)
+        if self.max_tokens == 0 and not self.scores_prompt and not getattr(self, "echo", False):
+            raise invalid_value("max_tokens", "expected at least 1 without 'echo', got 0")
+        if self.prompt_logprobs is not None and self.stream:
+            raise unsupported_param("prompt_logprobs", "is not supported together with 'stream'")
         if self.stream_options is not None and not self.stream:
             raise ApiError(
                 "The 'stream_options' parameter is only allowed when 'stream' is true.",
@@ -473,6 +495,11 @@ class CompletionRequest(CompletionRequestBase):
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt's tokens are requested, also by `echo`."""
+        return super().scores_prompt or (bool(self.echo) and self.logprobs is not None)
+
+    @property
     def default_max_tokens(self) -> int:
         """16, as in OpenAI and vLLM."""
         return DEFAULT_COMPLETION_TOKENS
@@ -485,9 +512,7 @@ class CompletionRequest(CompletionRequestBase):
     def check_params(self) -> None:
         """Check constraints between parameters, including `best_of` and `echo`."""
         super().check_params()
+        if self.stream and self.scores_prompt:
+            raise unsupported_param("logprobs", "is not supported with 'echo' and 'stream'")
         if self.best_of not in (None, self.n or 1):
             raise unsupported_param("best_of", "is only supported when it equals 'n'")
-        if self.echo and self.logprobs is not None:
-            raise unsupported_param(
-                "logprobs", "is not supported by this server together with 'echo'"
-            )

@@ -10,19 +10,26 @@ import secrets
 import string
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from faasmoe_router.api.protocol import CUSTOM_TOOL_INPUT, StreamOptions
 from faasmoe_router.api.reasoning import MessageFormat
+from faasmoe_router.api.token_details import (
+    TokenBytes,
+    TokenDetails,
+    TokenName,
+    legacy_token_name,
+    text_offsets,
+    token_id_name,
+)
 from faasmoe_router.engine.generation import CompletionOutput, Generation, StopReason
 from faasmoe_router.engine.sampler import SampledLogprob
 from faasmoe_router.toolcalls.message import AnyMessageParser, MessageEvent
 from faasmoe_router.toolcalls.parser import ContentDelta, ToolCallArgumentsDelta, ToolCallStart
 from faasmoe_router.toolcalls.reasoning import ReasoningDelta
 
-TokenBytes = Callable[[int], bytes]
 OffsetLogprobs = Sequence[tuple[int, SampledLogprob]]
 """Log-probabilities of tokens, each with the offset in characters of its text in the choice."""
 
@@ -35,13 +42,26 @@ _COMPLETION_TOKENS_DETAILS = {  # there is no speculative prediction
 }
 
 
-def to_chat_logprobs(token_logprobs: OffsetLogprobs, token_bytes: TokenBytes) -> dict[str, Any]:
-    """Return the `logprobs` of a chat choice, or of one chunk of it."""
+def to_chat_logprobs(
+    token_logprobs: OffsetLogprobs,
+    token_bytes: TokenBytes,
+    *,
+    n_top: int | None = None,
+    as_ids: bool = False,
+) -> dict[str, Any]:
+    """Return the `logprobs` of a chat choice, or of one chunk of it.
+
+    Args:
+        token_logprobs: the log-probabilities of each token.
+        token_bytes: returns the bytes that a token stands for.
+        n_top: candidates per token; None for all that were computed.
+        as_ids: whether tokens are named by their IDs.
+    """
 
     def token_entry(token: int, logprob: float) -> dict[str, Any]:
         text = token_bytes(token)
         return {
-            "token": text.decode(errors="replace"),
+            "token": token_id_name(token) if as_ids else text.decode(errors="replace"),
             "logprob": logprob,
             "bytes": list(text),
         }
@@ -49,7 +69,7 @@ def to_chat_logprobs(token_logprobs: OffsetLogprobs, token_bytes: TokenBytes) ->
     token_entries = [
         {
             **token_entry(sampled.token, sampled.logprob),
-            "top_logprobs": [token_entry(*candidate) for candidate in sampled.top_logprobs],
+            "top_logprobs": [token_entry(*candidate) for candidate in sampled.top_logprobs[:n_top]],
         }
         for _, sampled in token_logprobs
     ]
@@ -57,34 +77,32 @@ def to_chat_logprobs(token_logprobs: OffsetLogprobs, token_bytes: TokenBytes) ->
 
 
 def to_completion_logprobs(
-    token_logprobs: OffsetLogprobs, token_bytes: TokenBytes, *, first_text_offset: int
+    token_logprobs: OffsetLogprobs,
+    token_name: TokenName,
+    *,
+    first_text_offset: int,
+    n_top: int | None = None,
 ) -> dict[str, Any]:
     """Return the `logprobs` of a text choice, or of one chunk of it, in OpenAI's legacy form.
 
     Args:
         token_logprobs: the log-probabilities of each token.
-        token_bytes: returns the bytes that a token stands for.
+        token_name: returns how a token is written.
         first_text_offset: characters of the choice before its generated text (an echoed prompt).
+        n_top: candidates per token; None for all that were computed.
     """
-
-    def token_text(token: int) -> str:
-        text = token_bytes(token)
-        try:
-            return text.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
 
     def top_logprobs(sampled: SampledLogprob) -> dict[str, float]:
         # Reversed: if two tokens have the same text, the likelier one wins.
         return {
-            token_text(token): logprob
+            token_name(token): logprob
             for token, logprob in reversed(
-                [*sampled.top_logprobs, (sampled.token, sampled.logprob)]
+                [*sampled.top_logprobs[:n_top], (sampled.token, sampled.logprob)]
             )
         }
 
     return {
-        "tokens": [token_text(sampled.token) for _, sampled in token_logprobs],
+        "tokens": [token_name(sampled.token) for _, sampled in token_logprobs],
         "token_logprobs": [sampled.logprob for _, sampled in token_logprobs],
         "top_logprobs": [top_logprobs(sampled) for _, sampled in token_logprobs],
         "text_offset": [first_text_offset + offset for offset, _ in token_logprobs],
@@ -102,6 +120,8 @@ class ChoiceState:
         stop_reason: the stop string or stop token that ended it, if one did.
         n_cached_tokens: prompt tokens found in the prefix cache; None until known.
         logprobs: the log-probabilities of its tokens, if requested; stays empty in a stream.
+        token_ids: its tokens; stays empty in a stream.
+        prompt_logprobs: the log-probabilities of its prompt's tokens but the first, if requested.
     """
 
     text: str = ""
@@ -109,7 +129,9 @@ class ChoiceState:
     finish_reason: str | None = None
     stop_reason: StopReason | None = None
     n_cached_tokens: int | None = None
-    logprobs: list[Any] = field(default_factory=list)
+    logprobs: list[tuple[int, SampledLogprob]] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[SampledLogprob] = field(default_factory=list)
 
     def add(self, output: CompletionOutput) -> None:
         """Append new output."""
@@ -118,6 +140,8 @@ class ChoiceState:
         self.finish_reason = output.finish_reason
         self.stop_reason = output.stop_reason
         self.logprobs += output.logprobs
+        self.token_ids += output.token_ids
+        self.prompt_logprobs += output.prompt_logprobs
 
     def add_counts(self, output: CompletionOutput) -> None:
         """Add the token counts of new output only."""
@@ -142,6 +166,9 @@ class ChoiceFormatter(Protocol):
     def format_chunks(self, index: int, output: CompletionOutput) -> list[dict[str, Any]]:
         """Return a choice's entries for new output, one per chunk; the last has no content."""
 
+    def empty_chunk(self, index: int) -> dict[str, Any]:
+        """Return a choice's entry without any output."""
+
     def count_reasoning_tokens(self, index: int, output: CompletionOutput) -> int:
         """Return how many tokens of new output are reasoning; to be called once per output."""
 
@@ -152,6 +179,8 @@ class ChatChoiceFormatter:
     Args:
         token_bytes: returns the bytes of a token, for log-probabilities; None reports none.
         message_format: how reasoning and tool calls are found in the text.
+        n_top: candidates per token in log-probabilities.
+        as_ids: whether log-probabilities name tokens by their IDs.
     """
 
     id_prefix = "chatcmpl"
@@ -159,9 +188,16 @@ class ChatChoiceFormatter:
     chunk_object_type = "chat.completion.chunk"
 
     def __init__(
-        self, token_bytes: TokenBytes | None = None, message_format: MessageFormat | None = None
+        self,
+        token_bytes: TokenBytes | None = None,
+        message_format: MessageFormat | None = None,
+        *,
+        n_top: int | None = None,
+        as_ids: bool = False,
     ) -> None:
         self._token_bytes = token_bytes
+        self._n_top = n_top
+        self._as_ids = as_ids
         self._format = message_format or MessageFormat()
         self._tool_config = self._format.tool_config
         self._parsers: dict[int, AnyMessageParser] = {}
@@ -225,6 +261,10 @@ class ChatChoiceFormatter:
             final_chunk = self._chunk_choice(index, {}, finish_reason)
             chunks.append({**final_chunk, "stop_reason": output.stop_reason})
         return chunks
+
+    def empty_chunk(self, index: int) -> dict[str, Any]:
+        """Return an empty delta."""
+        return self._chunk_choice(index, {})
 
     def _message_deltas(
         self, index: int, output: CompletionOutput
@@ -301,10 +341,10 @@ class ChatChoiceFormatter:
         return "tool_calls" if n_calls and reason == "stop" and not is_named else reason
 
     def _logprobs(self, token_logprobs: OffsetLogprobs) -> dict[str, Any] | None:
-        return (
-            None
-            if self._token_bytes is None
-            else to_chat_logprobs(token_logprobs, self._token_bytes)
+        if self._token_bytes is None:
+            return None
+        return to_chat_logprobs(
+            token_logprobs, self._token_bytes, n_top=self._n_top, as_ids=self._as_ids
         )
 
     def _chunk_choice(
@@ -328,6 +368,9 @@ class CompletionChoiceFormatter:
     Args:
         token_bytes: returns the bytes of a token, for log-probabilities; None reports none.
         echoed_prompts: the prompt of each choice, to precede its text; None echoes none.
+        prompts: token IDs of each choice's prompt, for log-probabilities of echoed prompts.
+        n_top: candidates per token in log-probabilities.
+        as_ids: whether log-probabilities name tokens by their IDs.
     """
 
     id_prefix = "cmpl"
@@ -335,10 +378,21 @@ class CompletionChoiceFormatter:
     chunk_object_type = "text_completion"
 
     def __init__(
-        self, token_bytes: TokenBytes | None = None, echoed_prompts: Sequence[str] | None = None
+        self,
+        token_bytes: TokenBytes | None = None,
+        echoed_prompts: Sequence[str] | None = None,
+        *,
+        prompts: Sequence[Sequence[int]] = (),
+        n_top: int | None = None,
+        as_ids: bool = False,
     ) -> None:
         self._token_bytes = token_bytes
         self._echoed_prompts = echoed_prompts
+        self._prompts = prompts
+        self._n_top = n_top
+        self._token_name = (
+            token_id_name if as_ids or token_bytes is None else legacy_token_name(token_bytes)
+        )
 
     def format_choice(self, index: int, choice: ChoiceState) -> dict[str, Any]:
         """Return a choice with its text, after the echoed prompt."""
@@ -346,7 +400,30 @@ class CompletionChoiceFormatter:
         text_choice = self._text_choice(
             index, text, token_logprobs=choice.logprobs, finish_reason=choice.finish_reason
         )
+        if self._echoed_prompts is not None and text_choice["logprobs"] is not None:
+            text_choice["logprobs"] = self._with_prompt_logprobs(
+                index, choice, text_choice["logprobs"]
+            )
         return {**text_choice, "stop_reason": choice.stop_reason}
+
+    def _with_prompt_logprobs(
+        self, index: int, choice: ChoiceState, logprobs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return log-probabilities of prompt and choice; the prompt's first token has none."""
+        assert self._token_bytes is not None
+        prompt = self._prompts[index]
+        offsets = text_offsets(prompt, self._token_bytes)
+        scored = list(zip(offsets[1:], choice.prompt_logprobs, strict=True))
+        of_prompt = to_completion_logprobs(
+            scored, self._token_name, first_text_offset=0, n_top=self._n_top
+        )
+        first: dict[str, Any] = {
+            "tokens": self._token_name(prompt[0]),
+            "token_logprobs": None,
+            "top_logprobs": None,
+            "text_offset": 0,
+        }
+        return {name: [first[name], *of_prompt[name], *logprobs[name]] for name in logprobs}
 
     def first_chunk(self, index: int) -> dict[str, Any] | None:
         """Return the echoed prompt, if any; text completions have no role."""
@@ -364,6 +441,10 @@ class CompletionChoiceFormatter:
             chunks.append({**final_chunk, "stop_reason": output.stop_reason})
         return chunks
 
+    def empty_chunk(self, index: int) -> dict[str, Any]:
+        """Return an empty text."""
+        return self._text_choice(index, "")
+
     def count_reasoning_tokens(self, index: int, output: CompletionOutput) -> int:
         """Return 0: a text has no parts."""
         return 0
@@ -380,10 +461,11 @@ class CompletionChoiceFormatter:
         finish_reason: str | None = None,
     ) -> dict[str, Any]:
         logprobs = None
-        if self._token_bytes is not None and (token_logprobs or finish_reason is None):
+        is_whole = bool(token_logprobs) or finish_reason is None or bool(self._prompts)
+        if self._token_bytes is not None and is_whole:
             offset = len(self._echoed_prompt(index))
             logprobs = to_completion_logprobs(
-                token_logprobs, self._token_bytes, first_text_offset=offset
+                token_logprobs, self._token_name, first_text_offset=offset, n_top=self._n_top
             )
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
@@ -439,11 +521,17 @@ class ResponseBuilder:
         formatter: formats the choices.
         meta: fields of the response.
         counts: sizes of the request.
+        token_details: what the request asks to know of tokens.
     """
 
     def __init__(
-        self, formatter: ChoiceFormatter, meta: ResponseMeta, counts: RequestCounts
+        self,
+        formatter: ChoiceFormatter,
+        meta: ResponseMeta,
+        counts: RequestCounts,
+        token_details: TokenDetails | None = None,
     ) -> None:
+        self._token_details = token_details or TokenDetails()
         self._formatter = formatter
         self._meta = meta
         self._counts = counts
@@ -457,13 +545,18 @@ class ResponseBuilder:
                 self._choices[index].add(output)
                 self._n_reasoning += self._formatter.count_reasoning_tokens(index, output)
         choices = [
-            self._formatter.format_choice(i, choice) for i, choice in enumerate(self._choices)
+            {**self._formatter.format_choice(i, choice), **self._choice_fields(i, choice)}
+            for i, choice in enumerate(self._choices)
         ]
         return {
             **self._meta.to_fields(self._formatter.object_type),
             "choices": choices,
             "usage": self._usage(),
+            **self._token_details.response_fields(self._choices[0].prompt_logprobs),
         }
+
+    def _choice_fields(self, index: int, choice: ChoiceState) -> dict[str, Any]:
+        return self._token_details.choice_fields(index, choice.token_ids, choice.prompt_logprobs)
 
     async def stream_chunks(
         self, generation: Generation, options: StreamOptions
@@ -471,13 +564,23 @@ class ResponseBuilder:
         """Yield the chunks of a streamed response while the generation runs."""
         chunk_fields = self._meta.to_fields(self._formatter.chunk_object_type)
         for index in range(len(self._choices)):
-            if (first_chunk := self._formatter.first_chunk(index)) is not None:
-                yield {**chunk_fields, "choices": [first_chunk], **self._chunk_usage(options)}
+            first_chunk = self._formatter.first_chunk(index)
+            prompt_fields = self._token_details.first_chunk_fields(index)
+            if first_chunk is None and prompt_fields:
+                first_chunk = self._formatter.empty_chunk(index)
+            if first_chunk is not None:
+                choice = {**first_chunk, **prompt_fields}
+                yield {**chunk_fields, "choices": [choice], **self._chunk_usage(options)}
         async for index, output in generation:
             self._choices[index].add_counts(output)
             self._n_reasoning += self._formatter.count_reasoning_tokens(index, output)
-            for chunk in self._formatter.format_chunks(index, output):
-                yield {**chunk_fields, "choices": [chunk], **self._chunk_usage(options)}
+            chunks = self._formatter.format_chunks(index, output)
+            token_fields = self._token_details.chunk_fields(output.token_ids)
+            if token_fields and not chunks:
+                chunks = [self._formatter.empty_chunk(index)]
+            for chunk in chunks:
+                choice, token_fields = {**chunk, **token_fields}, {}
+                yield {**chunk_fields, "choices": [choice], **self._chunk_usage(options)}
         if options.include_usage:
             yield {**chunk_fields, "choices": [], "usage": self._usage()}
 

@@ -97,6 +97,11 @@ async def _with_keepalives(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]
             await asyncio.gather(frame, return_exceptions=True)
 
 
+def log_stream_failure() -> None:
+    """Log the exception that ends a stream."""
+    logger.exception("Streaming a response failed")
+
+
 async def sse_frames(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
     """Yield the frame of each chunk, then `[DONE]`; a failure becomes the last event instead.
 
@@ -111,7 +116,7 @@ async def sse_frames(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[byt
     except RouterError as error:
         yield _json_frame(from_router_error(error).body)
     except Exception:
-        logger.exception("Streaming a response failed")
+        log_stream_failure()
         yield _json_frame(internal_error().body)
     else:
         yield _sse_frame(b"[DONE]")

@@ -24,6 +24,7 @@ from torch import Tensor
 from faasmoe_router.engine.generation import GenerationRequest
 from faasmoe_router.engine.sampler import (
     FORBIDDEN,
+    FORCED,
     LogprobQueue,
     RowBias,
     RowDraw,
@@ -66,7 +67,8 @@ class LogitsState:
         self._token_counts = _new_token_counts(request)
         self._n_counted = 0
         self._n_accepted = 0
-        self._n_recorded = 0
+        self._n_recorded = -request.n_forced  # outputs count from the end of the prompt
+        self._prompt_token_ids = request.prompt_token_ids if request.scores_prompt else ()
         self.matcher = None if params.grammar is None else params.grammar.new_matcher()
         self.logprob_queue = None if params.n_logprobs is None else LogprobQueue(params.n_logprobs)
         self.n_tokens_at_grammar_end: int | None = None
@@ -76,7 +78,8 @@ class LogitsState:
         cls, request: GenerationRequest, stop_token_ids: Collection[int]
     ) -> Self | None:
         """Return the state of a request; None if its tokens are the argmax of raw scores."""
-        if request.sampling_params.is_plain_greedy and request.stop_conditions.min_tokens == 0:
+        is_plain = request.sampling_params.is_plain_greedy and not request.scores_prompt
+        if is_plain and request.stop_conditions.min_tokens == 0:
             return None
         return cls(request, stop_token_ids)
 
@@ -93,6 +96,9 @@ class LogitsState:
         """
         self._n_output = len(tokens) - self._n_prompt
         self._sync_to_tokens(tokens)
+        if self._n_output < 0:
+            forced = RowBias(row, [(self._prompt_token_ids[len(tokens)], FORCED)])
+            return RowPlan(self, row, draw=None, bias=forced, penalties=None, is_forced=True)
         return RowPlan(
             logits_state=self,
             row=row,
@@ -164,19 +170,20 @@ def _new_token_counts(request: GenerationRequest) -> TokenCounts | None:
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """What to apply to one row of a batch's scores."""
+    """What to apply to one row of a batch's scores; a forced row's token is the prompt's next."""
 
     logits_state: LogitsState
     row: int
     draw: RowDraw | None
     bias: RowBias | None
     penalties: RowPenalties | None
+    is_forced: bool = False
 
     @property
     def matcher(self) -> GrammarMatcher | None:
         """The grammar that constrains the row's next token; None if there is none or it ended."""
         matcher = self.logits_state.matcher
-        return None if matcher is None or matcher.is_terminated else matcher
+        return None if self.is_forced or matcher is None or matcher.is_terminated else matcher
 
 
 class TokenHistory:
@@ -279,7 +286,9 @@ class BatchSampler:
 
     def _report_no_token_allowed(self, scores: Tensor) -> None:
         """Report the rows that have no token left."""
-        constrained = [plan for plan in self._row_plans if plan.matcher or plan.bias]
+        constrained = [
+            plan for plan in self._row_plans if (plan.matcher or plan.bias) and not plan.is_forced
+        ]
         if not constrained:
             return
         finite = scores.amax(-1).isfinite().tolist()  # [N]

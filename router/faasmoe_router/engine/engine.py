@@ -97,7 +97,7 @@ class Engine:
         self._cache_salts: CacheSalts | None = None
         self.computed_tokens = ComputedTokenCounter()
         self._watch_task: asyncio.Task[None] | None = None
-        metrics.observe_requests(self._request_counts)
+        metrics.observe_requests(self.request_counts)
 
     @property
     def is_ready(self) -> bool:
@@ -180,7 +180,8 @@ class Engine:
     def _batcher(self) -> ContinuousBatcher | None:
         return self._supervisor.batcher
 
-    def _request_counts(self) -> tuple[int, int]:
+    def request_counts(self) -> tuple[int, int]:
+        """Return the numbers of running and of waiting sequences."""
         if self._batcher is None:
             return 0, self._fair_queue.n_waiting
         running, waiting = self._batcher.request_counts()

@@ -59,6 +59,7 @@ class _QueuedSequence:
     n_generated_tokens: int = 0
     n_preemptions: int = 0
     is_prompt_charged: bool = False
+    priority: int = 0
 
     @property
     def n_tokens(self) -> int:
@@ -155,14 +156,26 @@ class FairQueue:
                 "choice of a request counts"
             )
 
-    def push(self, tenant: str, sequence_id: str, *, n_prompt_tokens: int) -> None:
-        """Append a sequence to its tenant's backlog; call `check_capacity` first."""
+    def push(
+        self, tenant: str, sequence_id: str, *, n_prompt_tokens: int, priority: int = 0
+    ) -> None:
+        """Append a sequence to its tenant's backlog; call `check_capacity` first.
+
+        Args:
+            tenant: the tenant.
+            sequence_id: the sequence.
+            n_prompt_tokens: tokens of its prompt.
+            priority: its place among the tenant's waiting sequences; lower is served earlier.
+        """
         backlog = self._backlogs.setdefault(tenant, _TenantBacklog())
         if not backlog.waiting:
             self._lift_counter(tenant, backlog)
         self._n_arrivals += 1
-        sequence = _QueuedSequence(tenant, self._n_arrivals, n_prompt_tokens)
+        sequence = _QueuedSequence(tenant, self._n_arrivals, n_prompt_tokens, priority=priority)
         backlog.waiting[sequence_id] = self._sequences[sequence_id] = sequence
+        if any(waiting.priority != priority for waiting in backlog.waiting.values()):
+            by_priority = sorted(backlog.waiting.items(), key=lambda item: item[1].priority)
+            backlog.waiting = dict(by_priority)  # stable: in order of service within each
 
     def pop(self) -> str | None:
         """Assign a free slot to the next sequence and return its id.

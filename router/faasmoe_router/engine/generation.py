@@ -83,6 +83,9 @@ class GenerationRequest:
         sampling_params: how tokens are selected.
         stop_conditions: what ends the sequence before `max_tokens`.
         include_special_tokens: whether special tokens appear in the text.
+        scores_prompt: whether the log-probabilities of the prompt's tokens are reported, for which
+            the sequence starts at its first token and is given the others one by one.
+        priority: position among the waiting sequences of its tenant; lower runs earlier.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -90,6 +93,23 @@ class GenerationRequest:
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
     stop_conditions: StopConditions = field(default_factory=StopConditions)
     include_special_tokens: bool = False
+    scores_prompt: bool = False
+    priority: int = 0
+
+    @property
+    def n_given(self) -> int:
+        """Number of prompt tokens that the sequence starts with."""
+        return 1 if self.scores_prompt else len(self.prompt_token_ids)
+
+    @property
+    def n_forced(self) -> int:
+        """Number of prompt tokens that it is given one by one."""
+        return len(self.prompt_token_ids) - self.n_given
+
+    @property
+    def n_sampled(self) -> int:
+        """Number of tokens that the engine computes for it; at least one, even if none is kept."""
+        return max(1, self.n_forced + self.max_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +124,9 @@ class CompletionOutput:
             offset counts characters from the start of the sequence's text.
         stop_reason: the request's stop string or stop token that ended the sequence, if one did.
         n_cached_tokens: prompt tokens found in the prefix cache; set on the first output only.
+        token_ids: the tokens processed.
+        prompt_logprobs: log-probabilities of the prompt's next tokens, if requested; the first
+            token of a prompt has none.
     """
 
     text: str
@@ -112,6 +135,8 @@ class CompletionOutput:
     logprobs: tuple[tuple[int, SampledLogprob], ...] = ()
     stop_reason: StopReason | None = None
     n_cached_tokens: int | None = None
+    token_ids: tuple[int, ...] = ()
+    prompt_logprobs: tuple[SampledLogprob, ...] = ()
 
 
 class UsageRecorder(Protocol):

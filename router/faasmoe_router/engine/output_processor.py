@@ -96,6 +96,7 @@ class SequenceOutputProcessor:
     ) -> None:
         self.request = request
         self.n_tokens = 0
+        self._n_forced = request.n_forced  # tokens of the prompt still to come
         self._detokenizer = detokenizer
         self._stop_matcher = StopStringMatcher(
             request.stop_conditions.stop_strings, include_stop=request.stop_conditions.include_stop
@@ -115,6 +116,17 @@ class SequenceOutputProcessor:
 
         Tokens after the one that ends the sequence are ignored.
         """
+        forced, tokens = tokens[: self._n_forced], tokens[self._n_forced :]
+        self._n_forced -= len(forced)
+        prompt_logprobs = tuple(
+            logprob for _ in forced if (logprob := self._next_logprob()) is not None
+        )
+        is_over = self.request.max_tokens == 0 and not self._n_forced
+        output = CompletionOutput("", 0, "length") if is_over else self._process_sampled(tokens)
+        token_ids = tuple(tokens[: output.n_tokens])
+        return replace(output, token_ids=token_ids, prompt_logprobs=prompt_logprobs)
+
+    def _process_sampled(self, tokens: list[int]) -> CompletionOutput:
         text = ""
         for n_processed, token in enumerate(tokens, start=1):
             self.n_tokens += 1

@@ -109,9 +109,10 @@ class TrackedRequest:
         logits_state = LogitsState.for_request(request, stop_token_ids)
         is_accepted = batcher.add_request(
             sequence_id,
-            (*request.prompt_token_ids, *self.tokens),
-            max_tokens=request.max_tokens - len(self.tokens),
-            stop_token_ids=stop_token_ids,
+            (*request.prompt_token_ids[: request.n_given], *self.tokens),
+            max_tokens=request.n_sampled - len(self.tokens),
+            # A prompt may contain stop tokens, of which the batcher must not know then.
+            stop_token_ids=() if request.scores_prompt else stop_token_ids,
             logits_state=logits_state,
         )
         if not is_accepted:
@@ -202,7 +203,10 @@ class RequestTracker:
             tracked = TrackedRequest(request, generation, index=index, now_s=now_s)
             self._tracked[sequence_id] = tracked
             self._fair_queue.push(
-                tenant, sequence_id, n_prompt_tokens=len(request.prompt_token_ids)
+                tenant,
+                sequence_id,
+                n_prompt_tokens=len(request.prompt_token_ids),
+                priority=request.priority,
             )
         self.schedule()
         return generation

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 FORBIDDEN = -torch.inf
+FORCED = torch.inf
 MAX_TOP_LOGPROBS = 20
 # top_p rarely keeps more tokens; a full sort of 150k logits costs 50 times as much.
 TOP_P_CANDIDATES = 1024

@@ -180,11 +180,30 @@ def _embeddings(peer: ApiUnderTest) -> None:
     assert rejected.value.response.headers["x-should-retry"] == "false"
 
 
-@conformance_case(ENDPOINTS, "POST /v1/responses", "not supported: 501 with an error object")
+@conformance_case(
+    ENDPOINTS,
+    "POST /v1/responses",
+    "stateless: input items, instructions, function and custom tools, structured output, "
+    "reasoning, streaming; `store: true`, `previous_response_id`, OpenAI's own tools are refused",
+)
 def _responses(peer: ApiUnderTest) -> None:
-    with pytest.raises(openai.InternalServerError, match="chat/completions") as rejected:
-        peer.client.responses.create(model="tiny", input="a")
-    assert rejected.value.status_code == 501
+    text = peer.client.responses.create(model="tiny", input="a", temperature=0).output_text
+    assert text == _message_content(
+        peer.chat(messages=[{"role": "user", "content": "a"}], max_tokens=None)
+    )
+
+
+@conformance_case(
+    ENDPOINTS,
+    "POST /v1/messages, /v1/messages/count_tokens",
+    "Anthropic's: system, text, thinking and tool blocks, tools, structured output, streaming; "
+    "keys also as `x-api-key`",
+)
+def _anthropic(peer: ApiUnderTest) -> None:
+    body = {"max_tokens": 3, "messages": MESSAGES}
+    answer = peer.http.post("/v1/messages", json=body).json()
+    counted = peer.http.post("/v1/messages/count_tokens", json={"messages": MESSAGES}).json()
+    assert answer["usage"]["input_tokens"] == counted["input_tokens"]
 
 
 @conformance_case(
@@ -216,12 +235,18 @@ def _detokenize(peer: ApiUnderTest) -> None:
 
 
 @conformance_case(
-    ENDPOINTS, "GET /health, /version, /metrics", "for probes and Prometheus; do not expose them"
+    ENDPOINTS,
+    "GET /health, /load, /version, /metrics, /docs",
+    "for probes, Prometheus and people; they need no key, do not expose them. `/docs` loads its "
+    "script from a CDN; the schema is `/openapi.json`",
 )
 def _probes(peer: ApiUnderTest) -> None:
-    assert [peer.http.get(path).status_code for path in ("/health", "/version", "/metrics")] == (
-        [200] * 3
-    )
+    for path in ("/health", "/version", "/metrics", "/docs", "/openapi.json"):
+        assert peer.http.get(path).status_code == 200
+    assert peer.http.get("/load").json() == {"server_load": 0}
+    with peer.chat(stream=True, max_tokens=200) as stream:
+        next(iter(stream))
+        assert peer.http.get("/load").json()["server_load"] == 1
 
 
 @conformance_case(
@@ -416,6 +441,31 @@ def _peers(peer: ApiUnderTest) -> None:
     for name in ("ebnf", "grammar"):
         assert peer.text(**{name: 'root ::= "a" "b"'}).choices[0].text == "ab"
     assert peer.text(json_schema={"const": 5}).choices[0].text == "5"
+
+
+@conformance_case(
+    BOTH,
+    "prompt_logprobs, return_token_ids, return_tokens_as_token_ids",
+    "as in vLLM; `rank` is null beyond the candidates; log-probabilities of prompts are computed "
+    "one token per step and not streamed",
+)
+def _token_details(peer: ApiUnderTest) -> None:
+    parameters = {"prompt_logprobs": 1, "return_token_ids": True, "max_tokens": 3}
+    choice = peer.text(**parameters).choices[0]
+    assert len(choice.prompt_logprobs) == len(choice.prompt_token_ids)
+    assert len(choice.token_ids) == 3
+    named = peer.text(logprobs=0, return_tokens_as_token_ids=True).choices[0].logprobs
+    assert all(token.startswith("token_id:") for token in named.tokens)
+
+
+@conformance_case(
+    BOTH,
+    "priority, truncate_prompt_tokens, request_id",
+    "as in vLLM; `priority` is among the waiting requests of the same tenant",
+)
+def _priority(peer: ApiUnderTest) -> None:
+    response = peer.text(priority=3, truncate_prompt_tokens=1, request_id="mine")
+    assert (response.id, response.usage.prompt_tokens) == ("cmpl-mine", 1)
 
 
 @conformance_case(BOTH, "stream_options", "`include_usage`, and vLLM's `continuous_usage_stats`")
@@ -637,7 +687,12 @@ def _prompt(peer: ApiUnderTest) -> None:
     assert len(texts) == 1
 
 
-@conformance_case(TEXT, "logprobs", "up to 20, in OpenAI's legacy form; not with `echo`")
+@conformance_case(
+    TEXT,
+    "logprobs",
+    "up to 20, in OpenAI's legacy form; with `echo` also of the prompt, as lm-eval reads them (not "
+    "streamed)",
+)
 def _text_logprobs(peer: ApiUnderTest) -> None:
     parameters = {"logprobs": 2, "allowed_token_ids": peer.tokens("abcdefgh")}
     choice = peer.text(**parameters).choices[0]
@@ -654,7 +709,7 @@ def _text_logprobs(peer: ApiUnderTest) -> None:
     assert [at for delta in deltas if delta for at in delta.text_offset] == logprobs.text_offset
 
 
-@conformance_case(TEXT, "echo", "the prompt precedes the text")
+@conformance_case(TEXT, "echo", "the prompt precedes the text; `max_tokens` may be 0")
 def _echo(peer: ApiUnderTest) -> None:
     text = peer.text(prompt=["a 日", "b"], n=2).choices
     echoed = peer.text(prompt=["a 日", "b"], n=2, echo=True).choices
@@ -740,7 +795,6 @@ def test_server_conforms_to_documentation(case: ConformanceCase, peer: ApiUnderT
 UNSUPPORTED: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {
         **dict.fromkeys(validation.UNSUPPORTED_CHAT_PARAMS, "something"),
-        "priority": 2,
     },
     "/v1/completions": {**dict.fromkeys(validation.UNSUPPORTED_COMPLETION_PARAMS, "something")},
 }

@@ -295,3 +295,17 @@ def test_drops_removed_tenant_once_its_sequences_end() -> None:
     batch.run(10)
     assert batch.queue.virtual_counter("a") == 0
     assert batch.queue.virtual_counter("b") > 0
+
+
+def test_a_tenant_s_sequences_are_served_by_priority() -> None:
+    queue = FairQueue(slots=1, max_queued=10)
+    for name, priority in (("running", 0), ("a", 0), ("late", 5), ("b", 0), ("urgent", -1)):
+        queue.push("acme", name, n_prompt_tokens=1, priority=priority)
+        queue.pop()
+    order = []
+    name: str | None = "running"
+    while name is not None:
+        queue.remove(name)
+        name = queue.pop()
+        order.append(name)
+    assert order == ["urgent", "a", "b", "late", None]

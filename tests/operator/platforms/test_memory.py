@@ -1,7 +1,7 @@
 import os
 from pathlib import Path
 
-from faasmoe_operator.platforms.process import pss_bytes
+from faasmoe_operator.platforms.memory import pss_bytes
 
 
 def test_reads_the_proportional_set_size(tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+"""Serves a tiny chat model with `faasmoe up`, for clients that run in other environments.
+
+    python tests/clients/serve.py FOLDER PORT API_KEY
+
+The model is random, so its texts mean nothing; that a client accepts the answers is what counts.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+
+from tiny_chat import save_tiny_chat_model
+
+CONTEXT_TOKENS = 8192
+MOEMODEL = """
+apiVersion: faasmoe.dev/v1alpha1
+kind: MoEModel
+metadata: {{name: tiny}}
+spec:
+  model: {{source: "file://{model}"}}
+  store: {{path: "{store}"}}
+  granularity: {{expertsPerFunction: 2, layersPerFunction: 1}}
+  router: {{device: cpu, maxNumSeqs: 8, kvCacheMemory: 256Mi}}
+  experts: {{device: cpu, functionsPerSandbox: 8}}
+"""
+
+
+def main() -> None:
+    """Save the model, if necessary, and become `faasmoe up`."""
+    folder, port, api_key = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    model = folder / "model"
+    if not model.exists():
+        save_tiny_chat_model(model, max_model_len=CONTEXT_TOKENS)
+    file = folder / "tiny.yaml"
+    file.write_text(MOEMODEL.format(model=model, store=folder / "store"))
+    up = ["-m", "faasmoe_operator.cli", "up", "-f", str(file), "--port", port]
+    os.execv(sys.executable, [sys.executable, *up, "--api-key", api_key])
+
+
+if __name__ == "__main__":
+    main()
