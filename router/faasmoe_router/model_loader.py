@@ -181,10 +181,11 @@ def _native_modules(
     model: nn.Module, quantized: Mapping[str, TensorQuantization]
 ) -> dict[str, TensorQuantization]:
     """Return the quantised modules that the kernels compute from their codes."""
+    modules = dict(model.named_modules())
     return {
         name: entry
         for name, entry in quantized.items()
-        if type(model.get_submodule(name)) is nn.Linear and not entry.transposed
+        if type(modules.get(name)) is nn.Linear and not entry.transposed
     }
 
 
