@@ -180,6 +180,7 @@ def _figures(
         "failed_calls": counts["function_call_failures_total"],
         "local_computations": counts["local_computations_total"],
         "hot_computations": counts["colocated_computations_total"],
+        "mailbox_calls": counts["mailbox_calls_total"],
         "failures": outcome.failures[:20],
         "wrong_answers": outcome.wrong_responses[:20],
         "definitions": {
