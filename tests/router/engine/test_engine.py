@@ -295,7 +295,7 @@ def test_unsatisfiable_constraints_fail_only_their_request(
         with pytest.raises(NoTokenAllowed, match="leave no token"):
             await _texts(engine.generate([nothing]))
         assert await _texts(whole) == [model_tokenizer.decode(greedy(prompt_ids, 40))]
-        await _until(lambda: engine._request_counts() == (0, 0))
+        await _until(lambda: engine.request_counts() == (0, 0))
 
     _run(engine, work)
 
@@ -314,7 +314,7 @@ def test_end_of_grammar_finishes_and_frees_the_request(
             deltas = [delta async for _, delta in generation]
         assert "".join(delta.text for delta in deltas) == "abc"
         assert deltas[-1].finish_reason == "stop"
-        await _until(lambda: engine._request_counts() == (0, 0))
+        await _until(lambda: engine.request_counts() == (0, 0))
 
     _run(engine, work)
 
@@ -355,7 +355,7 @@ def test_stop_string_finishes_and_frees_the_request(
             prompt_ids, 200, stop_conditions=StopConditions(stop_strings=(stop,))
         )
         assert await _texts(engine.generate([request])) == [text[: text.index(stop)]]
-        await _until(lambda: engine._request_counts() == (0, 0))
+        await _until(lambda: engine.request_counts() == (0, 0))
 
     _run(engine, work)
 
@@ -367,8 +367,8 @@ def test_leaving_a_generation_aborts_its_requests(make_engine: Maker, prompt_ids
         requests = [GenerationRequest(prompt_ids, 230)] * 3
         async with engine.generate(requests) as generation:
             await anext(aiter(generation))
-            assert engine._request_counts() == (1, 2)
-        await _until(lambda: engine._request_counts() == (0, 0))
+            assert engine.request_counts() == (1, 2)
+        await _until(lambda: engine.request_counts() == (0, 0))
         assert not engine.is_busy
 
     _run(engine, work)
@@ -406,7 +406,7 @@ def test_timed_out_request_fails_and_is_freed(
     async def work() -> None:
         with pytest.raises(GenerationFailed, match=r"within 0.3 s"):
             await _texts(engine.generate([GenerationRequest(prompt_ids, 200)]))
-        await _until(lambda: engine._request_counts() == (0, 0))
+        await _until(lambda: engine.request_counts() == (0, 0))
         await _texts(engine.generate([GenerationRequest(prompt_ids, 2)]))
 
     _run(engine, work)
@@ -453,7 +453,7 @@ def test_non_finite_scores_fail_only_their_request(
         with pytest.raises(GenerationFailed, match="not finite"):
             await anext(aiter(engine.generate([marked])))
         assert await _texts(whole) == [model_tokenizer.decode(greedy(prompt_ids, 40))]
-        await _until(lambda: engine._request_counts() == (0, 0))
+        await _until(lambda: engine.request_counts() == (0, 0))
         assert engine.is_ready
 
     _run(engine, work)

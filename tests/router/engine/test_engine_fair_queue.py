@@ -55,7 +55,7 @@ def test_batcher_holds_at_most_max_num_seqs_requests(
         await _until(
             lambda: engine._batcher is not None and engine._batcher.request_counts() == (2, 0)
         )
-        assert engine._request_counts() == (2, 3)
+        assert engine.request_counts() == (2, 3)
         generation.cancel()
         assert engine.sequence_counts("") == (0, 0)
         assert not engine.is_busy
