@@ -63,7 +63,8 @@ def parse_statuses(received: bytes) -> list[int]:
             id="chunk size no number",
         ),
         pytest.param(
-            b"POST / HTTP/1.1\r\nauthorization: Bearer a-token\r\ntransfer-encoding: chunked\r\n\r\n"
+            b"POST / HTTP/1.1\r\nauthorization: Bearer a-token\r\n"
+            b"transfer-encoding: chunked\r\n\r\n"
             b"1\r\nabc\r\n",
             id="chunk too long",
         ),
