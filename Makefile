@@ -17,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-clients test-alerts test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-reconcile bench-start attack chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-slow test-clients test-alerts test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint format bench bench-call bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-reconcile bench-start attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -104,6 +104,9 @@ format: $(STAMP) ## Format the sources and fix lint errors
 bench: $(STAMP) ## Measure fan-out and decoding against transformers; writes benchmarks/out/*.json
 	$(BIN)/python -m benchmarks.fanout
 	$(BIN)/python -m benchmarks.data_plane
+
+bench-call: $(STAMP) ## Measure the CPU time of a call beyond its products; writes benchmarks/out/call_cost.json
+	$(BIN)/python -m benchmarks.call
 
 bench-fairness: $(STAMP) ## Measure five quiet tenants under a flooding one; writes benchmarks/out/fairness.json
 	$(BIN)/python -m benchmarks.fairness

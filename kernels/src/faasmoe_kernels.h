@@ -1,9 +1,10 @@
 // C interface of the FaaSMoE kernel library.
 //
 // Linear layers and feed-forward experts over weights as they lie in a store: nothing is
-// repacked or copied. Weights are row-major [n, k]; k is contiguous. All arithmetic is float32:
-// a weight is dequantised to float32 and multiplied in, so results equal those of the dequantised
-// weights up to float32 rounding. A row's bits do not depend on the other rows of the call.
+// repacked or copied. Weights are row-major [n, k]; k is contiguous. Results are within 1e-4 of those
+// of the dequantised weights in float32, before they are rounded once to the output's type: sums are
+// float32, and inputs keep at least 16 bits of their mantissa or, for integer weights, of the largest
+// of 128 columns. A row's bits do not depend on the other rows of the call.
 //
 // Functions return 0, or a negative FK_E_* code and leave the output unspecified; fk_last_error says
 // what was wrong. Calls may come from any thread.

@@ -27,6 +27,7 @@ Device = Literal["auto", "cpu", "cuda"]
 DtypeSetting = Literal["auto", "bfloat16", "float16", "float32"]
 GenerationConfigMode = Literal["auto", "none"]
 PlacementMode = Literal["auto", "functions"]
+MailboxMode = Literal["on", "off"]
 
 
 def _check_http_url(text: str) -> str:
@@ -112,6 +113,8 @@ class RouterConfig(BaseSettings):
             without a socket, they are called over TCP.
         placement: auto computes frequently used functions of sandboxes on the same machine in the
             router, where that was measured to be faster; functions never does. Needs socket_dir.
+        mailbox: on calls sandboxes on the same machine over shared memory without Python where
+            possible; off never does. Needs socket_dir and the kernel library.
         router_replicas: routers that the tenants' limits are split over, unless the tenants file
             states their number.
         cors_origins: origins of web pages that may call the API, separated by commas; `*` is any.
@@ -156,6 +159,7 @@ class RouterConfig(BaseSettings):
     state_dir: Path | None = None
     socket_dir: Path | None = None
     placement: PlacementMode = "functions"
+    mailbox: MailboxMode = "on"
     router_replicas: _Replicas = 1
     cors_origins: _Origins = ()
     generation_config: GenerationConfigMode = "auto"

@@ -227,6 +227,7 @@ def _create_static_dispatcher(
             socket_dir=config.socket_dir,
             device_transfer=host_buffers,
             placement=config.placement,
+            mailbox=config.mailbox == "on",
         )
     except (RoutingTableError, OSError) as error:
         raise RouterConfigError(f"FAASMOE_TABLE: {error}") from error
@@ -271,6 +272,7 @@ def _create_link(
         socket_dir=config.socket_dir,
         device_transfer=host_buffers,
         placement=config.placement,
+        mailbox=config.mailbox == "on",
     )
     return dispatcher, ControlLink(
         client, activation_requester, dispatcher, settings=settings, metrics=metrics

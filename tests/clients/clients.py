@@ -232,7 +232,7 @@ def test_llm_command(url: str, folder: Path) -> None:
     llm = Path(sys.executable).with_name("llm")
     environment = {**os.environ, "LLM_USER_PATH": str(folder)}
     for options in ([], ["--no-stream"]):
-        command = [llm, "-m", "tiny", "--key", KEY, "-o", "max_tokens", "8", *options, "fox"]
+        command = [str(llm), "-m", "tiny", "--key", KEY, "-o", "max_tokens", "8", *options, "fox"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()

@@ -112,6 +112,9 @@ class BlockVerifier:
         mapped: the mapped layer.
         experts: indices of the experts in use; the shared parameters are always verified.
         verified_blocks: record of verified blocks; that of the process by default.
+
+    Attributes:
+        path: the layer's file.
     """
 
     def __init__(
@@ -123,7 +126,7 @@ class BlockVerifier:
         *,
         verified_blocks: VerifiedBlocks | None = None,
     ) -> None:
-        self._path = store.path / layer.file
+        self.path = store.path / layer.file
         self._layer = layer
         self._mapped = mapped
         self._blocks = (*experts, layer.num_experts)
@@ -131,6 +134,11 @@ class BlockVerifier:
         self._identity: FileIdentity | None = None
         self._failure = ""
         self._guard = _guard_mapping(mapped)
+
+    @property
+    def identity(self) -> FileIdentity | None:
+        """Identity of the file's content that was verified last; None if it did not match."""
+        return None if self._failure else self._identity
 
     def verify_if_changed(self) -> bool:
         """Verify the block if its file changed since the last call, and map its pages.
@@ -143,14 +151,14 @@ class BlockVerifier:
         Raises:
             BlockCorrupted: a digest does not match; raised by every call until the file changes.
         """
-        identity = file_identity(self._path)
+        identity = file_identity(self.path)
         is_damaged = self._guard is not None and self._guard.is_damaged
         is_same_file = identity is not None and self._is_mapped(identity)
         is_changed = is_same_file and identity != self._identity
         if is_damaged and self._failure and not is_changed:
             pass  # as it was at the last call
         elif is_damaged and not (is_same_file and self._restore()):
-            self._failure = f"store: {self._path} was truncated, and then removed or replaced"
+            self._failure = f"store: {self.path} was truncated, and then removed or replaced"
         elif identity is not None and (is_damaged or is_changed):
             is_changed = True
             self._identity = identity
@@ -166,13 +174,13 @@ class BlockVerifier:
         """Map the file again, whose mapping was damaged; return whether that succeeded."""
         assert self._guard is not None
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return False
         try:
             self._guard.restore(descriptor)
         except OSError as error:
-            logger.warning("cannot map %s again: %s", self._path, error.strerror)
+            logger.warning("cannot map %s again: %s", self.path, error.strerror)
             return False
         finally:
             os.close(descriptor)
@@ -190,7 +198,7 @@ class BlockVerifier:
                 is_expert = block < self._layer.num_experts
                 block_name = f"expert {block}" if is_expert else "shared parameters"
                 return (
-                    f"store: layer {self._layer.index}, {block_name} of {self._path}: "
+                    f"store: layer {self._layer.index}, {block_name} of {self.path}: "
                     f"got digest {got}, expected {expected}: "
                     "digest mismatch with the prepared store"
                 )

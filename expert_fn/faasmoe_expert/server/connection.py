@@ -38,6 +38,7 @@ from faasmoe_expert.config import (
 )
 from faasmoe_expert.errors import BadFrame
 from faasmoe_expert.server.http import (
+    HeldResource,
     HttpRequest,
     HttpRequestReader,
     HttpResponse,
@@ -66,6 +67,7 @@ class HttpConnection(asyncio.Protocol):
 
     Attributes:
         closed: resolved when the connection is lost.
+        peer_pid: process ID of the client if it is a Unix socket, else None.
     """
 
     closed: asyncio.Future[None]
@@ -98,6 +100,8 @@ class HttpConnection(asyncio.Protocol):
         self._read_timer: asyncio.TimerHandle | None = None  # until the request is complete
         self._write_timer: asyncio.TimerHandle | None = None  # until the client reads responses
         self._shared_memory: SharedMemoryChannel | None = None
+        self._held: HeldResource | None = None
+        self.peer_pid: int | None = None
         self._queue: deque[tuple[HttpRequest, bool]] = deque()  # unanswered, with keep_alive
         self._pending_response: Future[HttpResponse] | None = None
         self._is_write_paused = False
@@ -110,6 +114,7 @@ class HttpConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self.closed = self._loop.create_future()
         self._sender = sender_identity(self._transport)
+        self.peer_pid = peer_pid(self._transport.get_extra_info("socket"))
         self._last_used_s = self._loop.time()
         self._connections.add(self)
         if len(self._connections) > self._max_connections and not self._close_unknown():
@@ -124,6 +129,9 @@ class HttpConnection(asyncio.Protocol):
         """Release everything that belongs to the connection."""
         self._connections.discard(self)
         self._request_reader.close()
+        if self._held is not None:
+            self._held.close()
+            self._held = None
         for request, _ in self._queue:
             self._request_reader.release(request)
         self._cancel_read_timer()
@@ -151,6 +159,12 @@ class HttpConnection(asyncio.Protocol):
         if not self._transport.is_closing():
             self._cancel_write_timer()
             self._update_reading()
+
+    def hold(self, resource: HeldResource) -> None:
+        """Close a resource with the connection, in place of an earlier one."""
+        if self._held is not None:
+            self._held.close()
+        self._held = resource
 
     def close(self) -> None:
         """Close the connection after the pending response, once written data is sent."""
@@ -191,7 +205,7 @@ class HttpConnection(asyncio.Protocol):
             self._request_reader.release(request)
             return
         self._is_known = self._is_known or self._request_reader.is_peer
-        request.sender = self._sender
+        request.sender, request.connection = self._sender, self
         self._queue.append((request, keep_alive))
         self._handle_queued()
 
@@ -244,9 +258,7 @@ class HttpConnection(asyncio.Protocol):
         if frame_header is None and region_header is None:
             return self._handle(request)
         if self._shared_memory is None:
-            self._shared_memory = SharedMemoryChannel(
-                peer_pid(self._transport.get_extra_info("socket"))
-            )
+            self._shared_memory = SharedMemoryChannel(self.peer_pid)
         if frame_header is not None:
             try:
                 request.shared_frame = self._shared_memory.read_frame(frame_header)
@@ -293,6 +305,7 @@ class HttpConnection(asyncio.Protocol):
         """Close an unused connection; checked by one timer, so that requests need none."""
         remaining_s = self._last_used_s + self._idle_timeout_s - self._loop.time()
         is_busy = self._request_reader.is_reading or self._pending_response is not None
+        is_busy = is_busy or (self._held is not None and self._held.was_used())
         if is_busy:
             remaining_s = self._idle_timeout_s
         if remaining_s > 0:

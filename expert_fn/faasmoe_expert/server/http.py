@@ -13,7 +13,7 @@ from asyncio import Future
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 import httptools
 
@@ -26,6 +26,29 @@ MAX_HEAD_BYTES = 16 << 10
 _FRAME_HEADER, _REGION_HEADER = FRAME_HEADER.encode(), REGION_HEADER.encode()
 
 
+class HeldResource(Protocol):
+    """What a client keeps at the sandbox for as long as it is connected."""
+
+    def was_used(self) -> bool:
+        """Return whether it was used since the last call, so that the connection is not idle."""
+
+    def close(self) -> None:
+        """Release it."""
+
+
+class RequestConnection(Protocol):
+    """The connection of a request.
+
+    Attributes:
+        peer_pid: process ID of the client if it is a Unix socket, else None.
+    """
+
+    peer_pid: int | None
+
+    def hold(self, resource: HeldResource) -> None:
+        """Close a resource with the connection, in place of an earlier one."""
+
+
 @dataclass(slots=True)
 class HttpRequest:
     """One request, possibly incomplete.
@@ -36,6 +59,7 @@ class HttpRequest:
         method: set once the request is complete.
         started_s: when its first byte arrived, on the monotonic clock; None before.
         sender: identity of the client, see `connection.sender_identity`.
+        connection: the connection; None outside a server.
         head_bytes: bytes of target and headers so far.
         buffered_bytes: bytes received after the packet in which it started.
         body: body so far.
@@ -51,6 +75,7 @@ class HttpRequest:
     method: str = ""
     started_s: float | None = None
     sender: Hashable = None
+    connection: RequestConnection | None = None
     head_bytes: int = 0
     buffered_bytes: int = 0
     body: bytearray = field(default_factory=bytearray)

@@ -59,8 +59,11 @@ def serve(config: SandboxConfig, listener: socket.socket | None = None) -> None:
     torch.set_grad_enabled(False)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     runtime = SandboxRuntime(config, resolve_device(config.device))
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve_until_stopped(runtime, listener))
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve_until_stopped(runtime, listener))
+    finally:
+        runtime.close()
 
 
 async def _serve_until_stopped(runtime: SandboxRuntime, listener: socket.socket | None) -> None:

@@ -147,7 +147,7 @@ def _chat_tool(tool: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 
 def _chat_tool_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
-    kind = choice.get("type")
+    kind = str(choice.get("type"))
     fields: dict[str, Any] = {}
     if choice.get("disable_parallel_tool_use"):
         fields["parallel_tool_calls"] = False

@@ -13,9 +13,7 @@ from pydantic import BaseModel, Field
 from pydantic.json_schema import models_json_schema
 
 # For probes and Prometheus. Only /v1 and /{tenant}/v1 are exposed to tenants.
-UNAUTHENTICATED_PATHS = frozenset(
-    {"/health", "/ping", "/load", "/version", "/metrics", "/docs", "/openapi.json"}
-)
+UNAUTHENTICATED_PATHS = frozenset({"/health", "/ping", "/load", "/version", "/metrics"})
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 FinishReason = Literal["stop", "length", "tool_calls"]

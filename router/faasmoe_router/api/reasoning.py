@@ -50,9 +50,9 @@ class MessageFormat:
         config = self.tool_config
         if self.is_harmony:
             return HarmonyParser(parallel=config is None or config.is_parallel)
-        reasoning = self.reasoning_format and ReasoningParser(
-            self.reasoning_format, is_open=self.is_open
-        )
+        reasoning = None
+        if self.reasoning_format is not None:
+            reasoning = ReasoningParser(self.reasoning_format, is_open=self.is_open)
         return MessageParser(reasoning, None if config is None else config.new_parser())
 
 

@@ -211,7 +211,7 @@ class ChatChoiceFormatter:
         if not self._format.is_plain:
             parser = self._format.new_parser()
             events = [*parser.feed(choice.text), *parser.flush()]
-            message |= self._message_parts(events)
+            message |= self._message_parts(events, choice.text)
             n_calls = len(message.get("tool_calls", ()))
             finish_reason = self._finish_reason(finish_reason, n_calls=n_calls)
         return {
@@ -222,13 +222,15 @@ class ChatChoiceFormatter:
             "stop_reason": choice.stop_reason,
         }
 
-    def _message_parts(self, events: Sequence[MessageEvent]) -> dict[str, Any]:
-        """Return the fields of a message that its events make up."""
+    def _message_parts(self, events: Sequence[MessageEvent], text: str) -> dict[str, Any]:
+        """Return the fields of a message that its events make up; without any it is its text."""
         content = "".join(event.text for event in events if isinstance(event, ContentDelta))
         reasoning = "".join(event.text for event in events if isinstance(event, ReasoningDelta))
         tool_calls = self._tool_calls(events)
-        is_other = bool(tool_calls or reasoning)
-        parts: dict[str, Any] = {"content": (content or None) if is_other else content}
+        if not (tool_calls or self._format.has_reasoning):
+            return {"content": text}
+        is_empty_answer = not (content or tool_calls or reasoning)
+        parts: dict[str, Any] = {"content": "" if is_empty_answer else content or None}
         if tool_calls:
             parts["tool_calls"] = tool_calls
         if reasoning and self._format.includes_reasoning:
@@ -239,7 +241,8 @@ class ChatChoiceFormatter:
         """Return how many tokens of new output are reasoning; to be called once per output."""
         if not self._format.has_reasoning:
             return 0
-        counter = self._counters.setdefault(index, self._format.new_parser())
+        if (counter := self._counters.get(index)) is None:
+            counter = self._counters[index] = self._format.new_parser()
         was_reasoning = counter.is_reasoning
         counter.feed(output.text)
         return output.n_tokens if was_reasoning or counter.is_reasoning else 0

@@ -22,6 +22,7 @@ from faasmoe_router.api.errors import (
 from faasmoe_router.api.protocol import MAX_TOOLS, RequestModel
 from faasmoe_router.api.rendering import PartDelta, event_frame, message_parts
 from faasmoe_router.api.streaming import log_stream_failure
+from faasmoe_router.api.structured_outputs import is_json
 from faasmoe_router.api.validation import Text, reject_unsupported
 from faasmoe_router.errors import RouterError
 
@@ -62,6 +63,9 @@ class ResponsesRequest(RequestModel):
         """Return the body of the same request to chat completions; raises ApiError."""
         extra = self.model_extra or {}
         reject_unsupported(extra, _UNSUPPORTED)
+        for name in (*_ECHOED, "tools", "tool_choice", "text", "reasoning"):
+            if not is_json(self._value(name)):  # the response repeats it
+                raise invalid_value(name, "expected valid JSON")
         chat = {name: v for name in _SAME if (v := self._value(name)) is not None}
         chat["messages"] = self._messages()
         if self.max_output_tokens is not None:
@@ -135,11 +139,17 @@ def _add_item(messages: list[dict[str, Any]], item: Mapping[str, Any], *, path: 
         output = _content(item.get("output"), path=f"{path}.output")
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
     elif kind == "reasoning":
-        parts = [*(item.get("content") or ()), *(item.get("summary") or ())]
-        messages.append({"role": "assistant", "content": None})
-        messages[-1]["reasoning"] = "\n".join(str(part.get("text", "")) for part in parts)
+        reasoning = "\n".join([*_texts(item.get("content")), *_texts(item.get("summary"))])
+        messages.append({"role": "assistant", "content": None, "reasoning": reasoning})
     else:
         raise unsupported_param(f"{path}.type", f"is not supported by this server: got {kind!r}")
+
+
+def _texts(parts: Any) -> list[str]:
+    """Return the texts of the parts of a reasoning item."""
+    if not isinstance(parts, list):
+        return []
+    return [str(part.get("text", "")) for part in parts if isinstance(part, dict)]
 
 
 def _open_answer(messages: list[dict[str, Any]], *, for_call: bool) -> dict[str, Any]:
@@ -182,14 +192,15 @@ def _chat_tool(tool: Mapping[str, Any], index: int) -> dict[str, Any]:
     return {"type": kind, kind: {name: v for name, v in tool.items() if name != "type"}}
 
 
-def _chat_tool_choice(choice: str | Mapping[str, Any]) -> Any:
-    if isinstance(choice, str):
+def _chat_tool_choice(choice: Any) -> Any:
+    if not isinstance(choice, dict):
         return choice
     kind = choice.get("type")
     if kind in ("function", "custom"):
         return {"type": kind, kind: {"name": choice.get("name")}}
     if kind == "allowed_tools":
-        tools = [_chat_tool_choice(tool) for tool in choice.get("tools") or ()]
+        named = choice.get("tools")
+        tools = [_chat_tool_choice(t) for t in named] if isinstance(named, list) else None
         return {"type": kind, kind: {"mode": choice.get("mode"), "tools": tools}}
     raise unsupported_param("tool_choice", f"is not supported here: got type {kind!r}")
 
@@ -364,12 +375,17 @@ class _OutputItems:
         if kind == "message":
             yield self._event("response.content_part.added", part=_text_part(""))
 
-    def _event(self, name: str, **fields: Any) -> _Event:
+    def _event(self, event_type: str, **fields: Any) -> _Event:
         index = len(self.items) - 1
-        event = {"type": name, "item_id": self.items[-1]["id"], "output_index": index, **fields}
-        if "call" not in name:
+        event = {
+            "type": event_type,
+            "item_id": self.items[-1]["id"],
+            "output_index": index,
+            **fields,
+        }
+        if "call" not in event_type:
             event["content_index"] = 0
-        if name.startswith("response.output_text"):
+        if event_type.startswith("response.output_text"):
             event["logprobs"] = []
         return event
 

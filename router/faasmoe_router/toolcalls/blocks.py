@@ -50,11 +50,9 @@ def _pattern(text: str) -> re.Pattern[str]:
     return re.compile(text, re.DOTALL)
 
 
-_DEEPSEEK = {
-    "start_marker": "<｜tool▁calls▁begin｜>",
-    "end_marker": "<｜tool▁calls▁end｜>",
-    "call_end": "<｜tool▁call▁end｜>",
-}
+_DEEPSEEK_START = "<｜tool▁calls▁begin｜>"
+_DEEPSEEK_END = "<｜tool▁calls▁end｜>"
+_DEEPSEEK_CALL_END = "<｜tool▁call▁end｜>"
 # The first whose mark is in the chat template applies.
 BLOCK_FORMATS = (
     BlockFormat(
@@ -96,7 +94,9 @@ BLOCK_FORMATS = (
             r"<｜tool▁call▁begin｜>\w*<｜tool▁sep｜>(?P<name>[^\n]+)\n"
             r"```json\n(?P<arguments>.*?)\n?```\s*<｜tool▁call▁end｜>"
         ),
-        **_DEEPSEEK,
+        start_marker=_DEEPSEEK_START,
+        end_marker=_DEEPSEEK_END,
+        call_end=_DEEPSEEK_CALL_END,
     ),
     BlockFormat(
         name="deepseek-v3.1",
@@ -104,7 +104,9 @@ BLOCK_FORMATS = (
         call=_pattern(
             r"<｜tool▁call▁begin｜>(?P<name>.*?)<｜tool▁sep｜>(?P<arguments>.*?)<｜tool▁call▁end｜>"
         ),
-        **_DEEPSEEK,
+        start_marker=_DEEPSEEK_START,
+        end_marker=_DEEPSEEK_END,
+        call_end=_DEEPSEEK_CALL_END,
     ),
     BlockFormat(
         name="kimi-k2",
@@ -130,14 +132,13 @@ BLOCK_FORMATS = (
         call_id_length=9,
     ),
 )
-PYTHONIC_MARK = "<|python_start|>"
 
 
 def detect_block_format(chat_template: str) -> BlockFormat | None:
     """Return the block format of a chat template; None if it has none of them."""
     for block_format in BLOCK_FORMATS:
-        is_deepseek = block_format.start_marker == _DEEPSEEK["start_marker"]
-        if is_deepseek and "<｜tool▁calls▁begin｜>" not in chat_template:
+        is_deepseek = block_format.start_marker == _DEEPSEEK_START
+        if is_deepseek and _DEEPSEEK_START not in chat_template:
             continue
         if block_format.template_mark in chat_template:
             return block_format

@@ -237,8 +237,8 @@ def _detokenize(peer: ApiUnderTest) -> None:
 @conformance_case(
     ENDPOINTS,
     "GET /health, /load, /version, /metrics, /docs",
-    "for probes, Prometheus and people; they need no key, do not expose them. `/docs` loads its "
-    "script from a CDN; the schema is `/openapi.json`",
+    "for probes, Prometheus and people; do not expose them. `/docs` loads a script from a CDN, and "
+    "`/openapi.json`; both need a key where there are tenants",
 )
 def _probes(peer: ApiUnderTest) -> None:
     for path in ("/health", "/version", "/metrics", "/docs", "/openapi.json"):

@@ -43,7 +43,7 @@ def test_echoed_prompt_has_the_model_s_logprobs(
     assert plain.choices[0].logprobs is not None
     assert logprobs.token_logprobs[-1] == pytest.approx(
         plain.choices[0].logprobs.token_logprobs[0],
-        abs=1e-3,  # type: ignore[index]
+        abs=1e-3,
     )
     for token, logprob, top in zip(
         logprobs.tokens[1:], logprobs.token_logprobs[1:], logprobs.top_logprobs[1:], strict=True

@@ -279,6 +279,6 @@ def test_request_cancelled_while_no_batcher_runs_is_removed(
         while not engine.is_ready:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         assert len(await text_of(engine.generate([GenerationRequest(prompt_ids, 5)]))) > 0
-        assert engine._request_counts() == (0, 0)
+        assert engine.request_counts() == (0, 0)
 
     run(engine, work)

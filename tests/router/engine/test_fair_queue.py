@@ -302,10 +302,10 @@ def test_a_tenant_s_sequences_are_served_by_priority() -> None:
     for name, priority in (("running", 0), ("a", 0), ("late", 5), ("b", 0), ("urgent", -1)):
         queue.push("acme", name, n_prompt_tokens=1, priority=priority)
         queue.pop()
-    order = []
-    name: str | None = "running"
-    while name is not None:
-        queue.remove(name)
-        name = queue.pop()
-        order.append(name)
-    assert order == ["urgent", "a", "b", "late", None]
+    order: list[str] = []
+    running: str | None = "running"
+    while running is not None:
+        order.append(running)
+        queue.remove(running)
+        running = queue.pop()
+    assert order == ["running", "urgent", "a", "b", "late"]

@@ -233,7 +233,7 @@ def test_the_openapi_schema_requires_a_key(router: Any) -> None:
     assert schema["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     for path, methods in schema["paths"].items():
         for operation in methods.values():
-            is_probe = path in ("/health", "/ping", "/version", "/metrics")
+            is_probe = path in ("/health", "/ping", "/load", "/version", "/metrics")
             assert ("401" in operation["responses"]) != is_probe
             assert ("security" in operation) != is_probe
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 from faasmoe_router.toolcalls.prompted import with_prompted_tools
 
 TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
@@ -19,7 +21,7 @@ def test_an_existing_system_message_is_kept() -> None:
 
 def test_calls_and_results_are_written_as_text() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "clock", "arguments": {"a": "ü"}}}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "Hm.", "tool_calls": [call]},
         {"role": "tool", "content": "12:00", "tool_call_id": "c"},
