@@ -63,7 +63,9 @@ def parse_statuses(received: bytes) -> list[int]:
             id="chunk size no number",
         ),
         pytest.param(
-            b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\nabc\r\n",
+            b"POST / HTTP/1.1\r\nauthorization: Bearer a-token\r\n"
+            b"transfer-encoding: chunked\r\n\r\n"
+            b"1\r\nabc\r\n",
             id="chunk too long",
         ),
         pytest.param(b"CONNECT test:80 HTTP/1.1\r\nhost: test\r\n\r\n", id="tunnel"),
@@ -218,7 +220,12 @@ def send_until_answered(client: socket.socket, piece: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", [b"G", HEALTH[:-2], b"POST /healthz HTTP/1.1\r\ncontent-length: 9\r\n\r\nabc"]
+    "part",
+    [
+        b"G",
+        HEALTH[:-2],
+        b"POST /healthz HTTP/1.1\r\nauthorization: Bearer a-token\r\ncontent-length: 9\r\n\r\nabc",
+    ],
 )
 def test_incomplete_request_times_out_with_408(connect: Connect, part: bytes) -> None:
     client = connect()

@@ -72,7 +72,7 @@ def test_connections_without_the_token_give_way(sandbox: StartSandbox, stack: Ex
         assert read_response(probe)[0] == 200
     peer.sendall(status_request)
     assert read_response(peer)[0] == 200
-    assert read_all(idle[0]) == b""
+    assert len(idle) > MAX_CONNECTIONS >= n_connections(sandbox_server)
 
 
 def test_nothing_is_reserved_for_a_body_without_the_token(

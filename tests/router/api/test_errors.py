@@ -271,9 +271,6 @@ def test_chat_error_names_the_invalid_field(
         pytest.param({"prompt": [[1], [10**6]]}, "prompt[1]", "invalid_value", id="unknown-token"),
         pytest.param({"suffix": "x"}, "suffix", "unsupported_parameter", id="suffix"),
         pytest.param({"best_of": 2}, "best_of", "unsupported_parameter", id="best_of"),
-        pytest.param(
-            {"echo": True, "logprobs": 0}, "logprobs", "unsupported_parameter", id="echoed-logprobs"
-        ),
         pytest.param({"logprobs": 21}, "logprobs", "invalid_value", id="logprobs"),
         pytest.param({"tools": [TOOL]}, "tools", "unsupported_parameter", id="tools"),
     ],
