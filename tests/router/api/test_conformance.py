@@ -870,7 +870,7 @@ CLIENTS = """
 | Vercel's AI SDK (`ai`) | 6.0.326 | responses (its default), chat, OpenAI-compatible, Anthropic: text, streams, objects, tools |
 | llm | 0.36 | the command, streamed or not |
 | anthropic | 2.14.0 | messages, streams, tools, `count_tokens` |
-| lm-eval (`local-completions`) | 0.4.13 | generation; loglikelihood, equal to the in-process model's |
+| lm-eval (`local-completions`) | 0.4.13 | generation; loglikelihood, compared with the in-process model's |
 """  # noqa: E501
 
 
