@@ -17,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-clients test-alerts test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint format bench bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-reconcile bench-start chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-slow test-clients test-alerts test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint format bench bench-call bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-reconcile bench-start attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -105,6 +105,9 @@ bench: $(STAMP) ## Measure fan-out and decoding against transformers; writes ben
 	$(BIN)/python -m benchmarks.fanout
 	$(BIN)/python -m benchmarks.data_plane
 
+bench-call: $(STAMP) ## Measure the CPU time of a call beyond its products; writes benchmarks/out/call_cost.json
+	$(BIN)/python -m benchmarks.call
+
 bench-fairness: $(STAMP) ## Measure five quiet tenants under a flooding one; writes benchmarks/out/fairness.json
 	$(BIN)/python -m benchmarks.fairness
 
@@ -113,6 +116,9 @@ bench-paper: $(STAMP) ## Run the paper's comparison on the demo model; writes be
 
 chaos: $(STAMP) ## Inject faults under a checked workload (SEED=1 MINUTES=2); writes benchmarks/out/chaos.json
 	$(BIN)/python -m tests.chaos --seed $(or $(SEED),1) --minutes $(or $(MINUTES),2)
+
+attack: $(STAMP) ## Attack a running `faasmoe up` (SEED=1); writes benchmarks/out/attack.json
+	$(BIN)/python -m tests.attack --seed $(or $(SEED),1)
 
 soak: $(STAMP) ## Check for leaks over many scaling cycles (FAASMOE_SOAK_MINUTES=20)
 	$(BIN)/python -m pytest -m slow tests/integration/test_soak.py -s

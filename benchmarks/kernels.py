@@ -1,21 +1,24 @@
-"""Measures the kernel library: one product by weight scheme and number of rows, on one thread.
+"""Measures the kernel library: one product by weight scheme and number of rows.
 
-`python -m benchmarks.kernels` prints GB/s of weights and GFLOP/s beside what one core of the
-machine can read and compute, and torch's time for the same product, and writes
-benchmarks/out/kernels.json. Shares are of medians, so the machine has to be quiet.
-Each call takes another copy of the matrix, so that weights come from memory and not from the cache.
-torch computes the float schemes in their own dtype and the others with bfloat16 weights.
+`python -m benchmarks.kernels` prints GB/s of weights and GFLOP/s beside what the machine can read
+and compute, and torch's times with bfloat16 and float32 weights, and writes
+benchmarks/out/kernels.json: `bandwidth_share.SCHEME.ROWS` on one thread, the same as
+`bandwidth_share_2_threads`, `torch_ratio.SCHEME.ROWS` (torch's bfloat16 time over ours), and under
+`isas` all figures. Shares are of medians, so the machine has to be quiet. Each call takes another
+copy of the matrix, so that weights come from memory and not from the cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +30,23 @@ from benchmarks.report import OUT, Spread, describe_machine, write_figures
 from numpy.typing import NDArray
 from torch import Tensor
 
-from faasmoe_kernels import KernelDtype, KernelLibrary, KernelsUnavailable, Matrix, Scheme, load
+from faasmoe_kernels import (
+    KernelDtype,
+    KernelError,
+    KernelLibrary,
+    KernelsUnavailable,
+    Matrix,
+    Scheme,
+    load,
+)
 
 ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LIMITS_SOURCE = Path(__file__).with_name("machine_limits.cpp")
 COLD_BYTES = 512 << 20  # of all copies of a matrix, and of the buffer that is read
 MIN_CALLS, MAX_CALLS = 5, 60
-SECONDS_PER_CASE = 0.5
+SECONDS_PER_CASE = 0.12
+DECODE_ROWS = (1, 2, 4)  # row counts that are measured on two threads too
+TORCH_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 READ_PASSES = 10
 FMA_ITERATIONS = 40_000_000
 
@@ -47,14 +60,12 @@ class WeightScheme:
         scheme: the library's scheme.
         bits: bits per weight, without scales.
         group: columns per scale; 0 for one per row, or for no scales.
-        torch_dtype: dtype in which torch computes the product.
     """
 
     name: str
     scheme: Scheme
     bits: int
     group: int = 0
-    torch_dtype: torch.dtype = torch.bfloat16
 
     def size_bytes(self, n: int, k: int) -> int:
         """Return the bytes of weights and scales of a matrix [n, k]."""
@@ -68,9 +79,9 @@ class WeightScheme:
 
 
 SCHEMES = (
-    WeightScheme("f32", Scheme.FLOAT32, 32, torch_dtype=torch.float32),
+    WeightScheme("f32", Scheme.FLOAT32, 32),
     WeightScheme("bf16", Scheme.BFLOAT16, 16),
-    WeightScheme("f16", Scheme.FLOAT16, 16, torch_dtype=torch.float16),
+    WeightScheme("f16", Scheme.FLOAT16, 16),
     WeightScheme("int8", Scheme.INT8, 8),
     WeightScheme("int8-g128", Scheme.INT8, 8, 128),
     WeightScheme("int8-g32", Scheme.INT8, 8, 32),
@@ -82,95 +93,138 @@ SCHEMES = (
 
 @dataclass(frozen=True)
 class MachineLimits:
-    """What one core can do at most.
+    """What this machine can do at most.
 
     Attributes:
-        read_gb_per_s: bytes summed from a buffer larger than the caches, best pass.
-        peak_gflop_per_s: float32 multiply-adds in registers, two operations each.
+        read_gb_per_s: bytes summed from a buffer larger than the caches, best pass, by threads.
+        peak_gflop_per_s: float32 multiply-adds in registers of one thread, two operations each.
     """
 
-    read_gb_per_s: float
+    read_gb_per_s: dict[int, float]
     peak_gflop_per_s: float
 
 
 def main() -> int:
     """Measure, print a table and write the figures; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n", type=int, default=2816, help="output features")
-    parser.add_argument("--k", type=int, default=2048, help="input features")
-    parser.add_argument("--isa", help="instruction set instead of the best: avx512, avx2, ...")
-    parser.add_argument("--schemes", help="names to measure, comma-separated; all by default")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     try:
         library = load()
     except KernelsUnavailable as error:
         print(f"benchmarks.kernels: {error}", file=sys.stderr)
         return 1
-    if arguments.isa:
-        library.use_isa(arguments.isa)
     torch.set_num_threads(1)
-    machine = describe_machine()
-    limits = measure_limits()
-    print(
-        f"{library.isa}; one core reads {limits.read_gb_per_s:.1f} GB/s and computes "
-        f"{limits.peak_gflop_per_s:.0f} GFLOP/s in float32"
-    )
-    wanted = arguments.schemes.split(",") if arguments.schemes else None
-    figures: dict[str, Any] = {
+    machine, limits = describe_machine(), measure_limits()
+    isas = arguments.isa.split(",") if arguments.isa else default_isas(library)
+    names = arguments.schemes.split(",") if arguments.schemes else [s.name for s in SCHEMES]
+    read = ", ".join(f"{gb:.1f} GB/s on {n}" for n, gb in limits.read_gb_per_s.items())
+    print(f"reads {read} threads, computes {limits.peak_gflop_per_s:.0f} GFLOP/s in float32 on one")
+    torch_ms = measure_torch(arguments.n, arguments.k)
+    results = {}
+    for isa in isas:
+        library.use_isa(isa)
+        results[isa] = {
+            scheme.name: measure_scheme(library, scheme, arguments.n, arguments.k, limits, torch_ms)
+            for scheme in SCHEMES
+            if scheme.name in names
+        }
+    figures = {
         "machine": machine,
-        "isa": library.isa,
         "shape": [arguments.n, arguments.k],
         "read_gb_per_s": limits.read_gb_per_s,
         "peak_gflop_per_s": limits.peak_gflop_per_s,
-        "schemes": {},
+        "isa": isas[0],
+        "bandwidth_share": _column(results[isas[0]], "1", "share_of_read"),
+        "bandwidth_share_2_threads": _column(results[isas[0]], "2", "share_of_read"),
+        "torch_ratio": _column(results[isas[0]], "1", "torch_bf16_ratio"),
+        "torch_ms": torch_ms,
+        "isas": results,
     }
-    for scheme in SCHEMES:
-        if wanted is None or scheme.name in wanted:
-            figures["schemes"][scheme.name] = measure_scheme(
-                library, scheme, arguments.n, arguments.k, limits
-            )
     print(f"wrote {write_figures('kernels', figures, folder=arguments.out)}")
     return 0
 
 
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n", type=int, default=2816, help="output features")
+    parser.add_argument("--k", type=int, default=2048, help="input features")
+    parser.add_argument(
+        "--isa", help="instruction sets, comma-separated; the best and avx2 by default"
+    )
+    parser.add_argument("--schemes", help="names to measure, comma-separated; all by default")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
+    return parser.parse_args()
+
+
+def default_isas(library: KernelLibrary) -> list[str]:
+    """Return the instruction set in use, and avx2 if it is another one and works here."""
+    best = library.isa
+    try:
+        library.use_isa("avx2")
+    except KernelError:
+        return [best]
+    return list(dict.fromkeys((best, "avx2")))
+
+
+def _column(schemes: dict[str, Any], threads: str, key: str) -> dict[str, dict[str, float]]:
+    """Return one figure by scheme and rows."""
+    return {
+        name: {rows: figures[key] for rows, figures in by_threads[threads].items()}
+        for name, by_threads in schemes.items()
+    }
+
+
+def measure_torch(n: int, k: int) -> dict[str, dict[str, float]]:
+    """Return torch's median milliseconds on one thread, by dtype of the weights and rows."""
+    result = {}
+    for name, dtype in TORCH_DTYPES.items():
+        weights = torch.randn(max(2, COLD_BYTES // (n * k * dtype.itemsize)), n, k, dtype=dtype)
+        result[name] = {
+            str(rows): 1e3
+            * time_calls(linear_calls(weights, torch.randn(rows, k, dtype=dtype))).median
+            for rows in ROW_COUNTS
+        }
+    return result
+
+
 def measure_scheme(
-    library: KernelLibrary, scheme: WeightScheme, n: int, k: int, limits: MachineLimits
-) -> dict[str, Any]:
-    """Return the figures of one scheme by number of rows, and print them."""
+    library: KernelLibrary,
+    scheme: WeightScheme,
+    n: int,
+    k: int,
+    limits: MachineLimits,
+    torch_ms: dict[str, dict[str, float]],
+) -> dict[str, dict[str, Any]]:
+    """Return the figures of one scheme by number of threads and of rows, and print them."""
     size_bytes = scheme.size_bytes(n, k)
     copies = MatrixCopies(scheme, n, k, count=max(2, COLD_BYTES // size_bytes))
-    torch_bytes = n * k * scheme.torch_dtype.itemsize
-    torch_weights = torch.randn(max(2, COLD_BYTES // torch_bytes), n, k, dtype=scheme.torch_dtype)
-    rows_figures = {}
-    for rows in ROW_COUNTS:
-        x = torch.randn(rows, k).bfloat16()  # [rows, k]
-        out = torch.empty(rows, n)  # [rows, n]
-        ours_s = time_calls(copies.calls(library, x, out))
-        x_torch = x.to(scheme.torch_dtype)
-        torch_s = time_calls(linear_calls(torch_weights, x_torch))
-        gb_per_s = size_bytes / ours_s.median / 1e9
-        gflop_per_s = 2 * n * k * rows / ours_s.median / 1e9
-        rows_figures[str(rows)] = {
-            "ms": Spread(*(1e3 * s for s in (ours_s.median, ours_s.low, ours_s.high))),
-            "gb_per_s": gb_per_s,
-            "gflop_per_s": gflop_per_s,
-            "share_of_read": gb_per_s / limits.read_gb_per_s,
-            "share_of_peak": gflop_per_s / limits.peak_gflop_per_s,
-            "torch_ms": Spread(*(1e3 * s for s in (torch_s.median, torch_s.low, torch_s.high))),
-            "speedup_over_torch": torch_s.median / ours_s.median,
-        }
-        print(
-            f"{scheme.name:10} {rows:4} rows {1e3 * ours_s.median:8.3f} ms {gb_per_s:6.1f} GB/s "
-            f"({gb_per_s / limits.read_gb_per_s:4.0%}) {gflop_per_s:7.1f} GFLOP/s "
-            f"({gflop_per_s / limits.peak_gflop_per_s:4.0%})  torch {1e3 * torch_s.median:8.3f} ms",
-            flush=True,
-        )
-    return {
-        "bytes": size_bytes,
-        "torch_dtype": str(scheme.torch_dtype).removeprefix("torch."),
-        "rows": rows_figures,
-    }
+    result: dict[str, dict[str, Any]] = {}
+    for n_threads, read_gb_per_s in limits.read_gb_per_s.items():
+        result[str(n_threads)] = {}
+        for rows in ROW_COUNTS if n_threads == 1 else DECODE_ROWS:
+            x = torch.randn(rows, k).bfloat16()  # [rows, k]
+            out = torch.empty(rows, n)  # [rows, n]
+            ours_s = time_calls(copies.calls(library, x, out, n_threads))
+            gb_per_s = size_bytes / ours_s.median / 1e9
+            gflop_per_s = 2 * n * k * rows / ours_s.median / 1e9
+            torch_bf16_ms, torch_f32_ms = (torch_ms[name][str(rows)] for name in TORCH_DTYPES)
+            result[str(n_threads)][str(rows)] = {
+                "ms": Spread(*(1e3 * s for s in (ours_s.median, ours_s.low, ours_s.high))),
+                "gb_per_s": gb_per_s,
+                "gflop_per_s": gflop_per_s,
+                "share_of_read": gb_per_s / read_gb_per_s,
+                "share_of_peak": gflop_per_s / (limits.peak_gflop_per_s * n_threads),
+                "torch_bf16_ratio": torch_bf16_ms / (1e3 * ours_s.median),
+                "torch_f32_ratio": torch_f32_ms / (1e3 * ours_s.median),
+            }
+            print(
+                f"{library.isa:11} {n_threads} threads {scheme.name:10} {rows:4} rows "
+                f"{1e3 * ours_s.median:8.3f} ms {gb_per_s:6.1f} GB/s "
+                f"({gb_per_s / read_gb_per_s:4.0%}) {gflop_per_s:7.1f} GFLOP/s  "
+                f"torch on 1: bf16 {torch_bf16_ms:8.3f} ms, f32 {torch_f32_ms:8.3f} ms",
+                flush=True,
+            )
+    return result
 
 
 class MatrixCopies:
@@ -193,7 +247,9 @@ class MatrixCopies:
             for i in range(count)
         ]
 
-    def calls(self, library: KernelLibrary, x: Tensor, out: Tensor) -> Iterator[Callable[[], None]]:
+    def calls(
+        self, library: KernelLibrary, x: Tensor, out: Tensor, n_threads: int
+    ) -> Iterator[Callable[[], None]]:
         """Yield products of `x` with one copy after another, without end."""
         while True:
             for matrix in self._matrices:
@@ -205,6 +261,7 @@ class MatrixCopies:
                     rows=x.shape[0],
                     out=out.data_ptr(),
                     out_dtype=KernelDtype.FLOAT32,
+                    n_threads=n_threads,
                 )
 
 
@@ -244,7 +301,7 @@ def time_calls(calls: Iterator[Callable[[], object]]) -> Spread:
 
 
 def measure_limits() -> MachineLimits:
-    """Return what one core of this machine can do; compiles a small C++ file."""
+    """Return what this machine can do on one thread and on two; compiles a small C++ file."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "limits.so"
         subprocess.run(
@@ -256,12 +313,25 @@ def measure_limits() -> MachineLimits:
     limits.seconds_to_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
     limits.float32_operations_per_s.argtypes = (ctypes.c_int64, ctypes.c_void_p)
     buffer, total = np.ones(COLD_BYTES, dtype=np.uint8), np.zeros(1, dtype=np.uint64)
-    read_s = min(
-        limits.seconds_to_read(buffer.ctypes.data, COLD_BYTES, total.ctypes.data)
-        for _ in range(READ_PASSES)
-    )
+    read = {1: COLD_BYTES / min(_seconds_to_read(limits, buffer, 1) for _ in range(READ_PASSES))}
+    if len(os.sched_getaffinity(0)) > 1:
+        read[2] = COLD_BYTES / min(_seconds_to_read(limits, buffer, 2) for _ in range(READ_PASSES))
     peak = max(limits.float32_operations_per_s(FMA_ITERATIONS, total.ctypes.data) for _ in range(3))
-    return MachineLimits(COLD_BYTES / read_s / 1e9, peak / 1e9)
+    return MachineLimits({n: rate / 1e9 for n, rate in read.items()}, peak / 1e9)
+
+
+def _seconds_to_read(limits: ctypes.CDLL, buffer: NDArray[np.uint8], n_threads: int) -> float:
+    """Return the seconds in which threads read the buffer, each a part of it."""
+    part = len(buffer) // n_threads
+    totals = np.zeros(n_threads, dtype=np.uint64)
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(abs, range(n_threads)))  # starts the threads
+        start_s = time.perf_counter()
+        addresses = [
+            (buffer[i * part :].ctypes.data, totals[i:].ctypes.data) for i in range(n_threads)
+        ]
+        list(pool.map(lambda a: limits.seconds_to_read(a[0], part, a[1]), addresses))
+        return time.perf_counter() - start_s
 
 
 if __name__ == "__main__":

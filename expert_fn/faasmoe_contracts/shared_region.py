@@ -23,6 +23,9 @@ FRAME_HEADER = "x-faasmoe-frame"
 """Header of a frame in the region. Request: size in bytes. Response: offset and size in bytes."""
 
 MAX_REGION_BYTES = 4 * MAX_FRAME_BYTES
+MAX_MAILBOX_BYTES = 5 * MAX_FRAME_BYTES
+MAILBOX_PATH = "/v1/mailbox"
+"""Path of the request that offers a mailbox, see docs/wire.md, "Mailboxes"."""
 
 MEMFD_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -43,11 +46,8 @@ class SharedRegion:
     @classmethod
     def create(cls, size_bytes: int) -> Self:
         """Create a sealed region of `size_bytes` bytes; raises OSError."""
-        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        descriptor = os.memfd_create("faasmoe-frames", flags)
+        descriptor = create_sealed_memory("faasmoe-frames", size_bytes)
         try:
-            os.ftruncate(descriptor, size_bytes)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, MEMFD_SEALS)
             return cls(descriptor, size_bytes)
         except OSError:
             os.close(descriptor)
@@ -65,17 +65,8 @@ class SharedRegion:
         Raises:
             OSError: it cannot be opened, is not a sealed memfd, or has another size.
         """
-        # Non-blocking, because the descriptor may be anything, such as a pipe.
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
-        own_descriptor = os.open(f"/proc/{pid}/fd/{descriptor}", flags)
+        own_descriptor = open_sealed_memory(pid, descriptor, size_bytes)
         try:
-            status = os.fstat(own_descriptor)
-            is_sealed = fcntl.fcntl(own_descriptor, fcntl.F_GET_SEALS) & MEMFD_SEALS == MEMFD_SEALS
-            if not stat.S_ISREG(status.st_mode) or not is_sealed or status.st_size != size_bytes:
-                raise OSError(
-                    f"descriptor {descriptor} of process {pid}: got {status.st_size} bytes, "
-                    f"sealed: {is_sealed}, expected {size_bytes} bytes of sealed memory"
-                )
             region = cls(own_descriptor, size_bytes)
         except OSError:
             os.close(own_descriptor)
@@ -92,3 +83,43 @@ class SharedRegion:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+def create_sealed_memory(name: str, size_bytes: int) -> int:
+    """Return a descriptor of new anonymous memory, sealed against resizing; raises OSError."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, size_bytes)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, MEMFD_SEALS)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def open_sealed_memory(pid: int, descriptor: int, size_bytes: int) -> int:
+    """Return an own descriptor of memory that another process created.
+
+    Args:
+        pid: the other process.
+        descriptor: number of its descriptor.
+        size_bytes: expected size.
+
+    Raises:
+        OSError: it cannot be opened, is not a sealed memfd, or has another size.
+    """
+    # Non-blocking, because the descriptor may be anything, such as a pipe.
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
+    own_descriptor = os.open(f"/proc/{pid}/fd/{descriptor}", flags)
+    try:
+        status = os.fstat(own_descriptor)
+        is_sealed = fcntl.fcntl(own_descriptor, fcntl.F_GET_SEALS) & MEMFD_SEALS == MEMFD_SEALS
+        if not stat.S_ISREG(status.st_mode) or not is_sealed or status.st_size != size_bytes:
+            raise OSError(
+                f"descriptor {descriptor} of process {pid}: got {status.st_size} bytes, "
+                f"sealed: {is_sealed}, expected {size_bytes} bytes of sealed memory"
+            )
+    except OSError:
+        os.close(own_descriptor)
+        raise
+    return own_descriptor

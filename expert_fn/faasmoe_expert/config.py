@@ -41,6 +41,7 @@ class SandboxConfig:
         max_bodies_bytes: limit on their total size; at least MAX_FRAME_BYTES.
         socket_dir: directory of a Unix socket beside the TCP port, for routers on the same machine;
             None for TCP only.
+        mailbox: whether routers on the same machine may call over mailboxes; needs socket_dir.
         drain_s: how long a stopping sandbox keeps connections open to reject new work.
     """
 
@@ -58,6 +59,7 @@ class SandboxConfig:
     max_frames: int = MAX_FRAMES
     max_bodies_bytes: int = MAX_BODIES_BYTES
     socket_dir: Path | None = None
+    mailbox: bool = True
     drain_s: float = 1.0
 
     def __post_init__(self) -> None:
@@ -103,6 +105,7 @@ class SandboxConfig:
             max_frames=_env_int(env, "FAASMOE_MAX_FRAMES", default.max_frames),
             max_bodies_bytes=_env_int(env, "FAASMOE_MAX_BODIES_BYTES", default.max_bodies_bytes),
             socket_dir=Path(path) if (path := env.get("FAASMOE_SOCKET_DIR")) else None,
+            mailbox=_env_on_off(env, "FAASMOE_MAILBOX", default.mailbox),
             drain_s=_env_float(env, "FAASMOE_DRAIN_S", default.drain_s),
         )
 
@@ -119,6 +122,13 @@ def _env_int(env: Mapping[str, str], name: str, default: int) -> int:
 
 def _env_optional_int(env: Mapping[str, str], name: str) -> int | None:
     return _env_int(env, name, 0) if env.get(name, "") else None
+
+
+def _env_on_off(env: Mapping[str, str], name: str, default: bool) -> bool:
+    text = env.get(name, "")
+    if text not in ("", "on", "off"):
+        raise SandboxConfigError(f"{name}: got {text!r}, expected on or off")
+    return text == "on" if text else default
 
 
 def _env_float(env: Mapping[str, str], name: str, default: float) -> float:

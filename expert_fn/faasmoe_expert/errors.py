@@ -4,6 +4,7 @@ SandboxError
 ├── UnknownFunction    404  the function is not attached
 ├── AttachRefused      409  the sandbox is full, or the id is attached with other experts
 ├── BadAttachment      422  a field of the attachment is invalid
+├── MailboxRefused     409  the shared memory cannot be served as a mailbox
 ├── BadFrame           400  the frame violates the wire format or does not match the function
 ├── SandboxOverloaded  429  too many request bodies are being read
 ├── OutOfMemory        503  allocation failed, or the memory budget is exceeded
@@ -57,6 +58,13 @@ class BadAttachment(SandboxError):
 
     status = 422
     code = "bad_attachment"
+
+
+class MailboxRefused(SandboxError):
+    """The shared memory cannot be served as a mailbox; the router goes on over HTTP."""
+
+    status = 409
+    code = "mailbox_refused"
 
 
 class BadFrame(SandboxError):

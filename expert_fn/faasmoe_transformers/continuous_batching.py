@@ -28,6 +28,8 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 
 from faasmoe_transformers.error_isolation import BatchErrorIsolation, ErrorPolicy
 from faasmoe_transformers.errors import CacheAllocationFailed, CacheTooSmall, UnsupportedModel
+from faasmoe_transformers.native_attention import use_native_attention
+from faasmoe_transformers.native_step import restore_modules, use_native_step
 from faasmoe_transformers.prefix_cache import SaltTokens, salt_prefix_cache
 from faasmoe_transformers.scheduler import BatchCounter, register_scheduler
 from faasmoe_transformers.untouched_zeros import UntouchedZeros
@@ -195,6 +197,7 @@ class ContinuousBatcher:
             raise UnsupportedModel(str(error)) from error
         self._check_one_request_fits_cache()
         batch_processor = self._manager.batch_processor
+        use_native_step(self._manager.model, batch_processor)
         if self._salt_tokens is not None:
             salt_prefix_cache(batch_processor.cache, self._salt_tokens)
         if self._count_batch is not None:
@@ -285,6 +288,7 @@ class ContinuousBatcher:
         return cached_tokens
 
     def _make_manager(self, model: Any, sampler: TokenSampler) -> Any:
+        restore_modules(model)
         # The manager asks the model for its processors once, when it is created.
         processors = LogitsProcessorList([BatchLogitsProcessor(sampler)])
         model._get_logits_processor = lambda _: processors
@@ -292,6 +296,7 @@ class ContinuousBatcher:
             manager = _init_manager(model, self._batching_config())
         finally:
             del model._get_logits_processor
+        use_native_attention(model)
         # transformers counts only the processors that it converts itself.
         manager.logit_processor.tensors_required = 1
         return manager

@@ -36,11 +36,13 @@ class ErrorPolicy:
             thread would meet them too.
         raise_if_device_lost: called with the model's device and an error; raises one of
             `fatal_errors` if the device can no longer be used.
+        on_external_error: called with a request that fails of one of `external_errors`, and it.
     """
 
     fatal_errors: tuple[type[Exception], ...] = ()
     external_errors: tuple[type[Exception], ...] = ()
     raise_if_device_lost: Callable[[torch.device, Exception], None] = _ignore_device
+    on_external_error: Callable[[str, Exception], None] = lambda request_id, error: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,8 @@ class BatchErrorIsolation:
     def _fail_request(self, failure: _IsolatedFailure) -> None:
         state = failure.checkpoint.future.state
         logger.error("Request %s failed when computed alone: %r", state.request_id, failure.error)
+        if isinstance(failure.error, self._policy.external_errors):
+            self._policy.on_external_error(state.request_id, failure.error)
         self._processor._handle_request_error(failure.error, state)
         self._processor.scheduler.finish_request(state.request_id)
         self._processor.scheduler.block_new_requests = False

@@ -14,10 +14,11 @@ function of the same rows is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,49 @@ class MoELayerComputer(Protocol):
         """
 
 
+class NativeFunctions(Protocol):
+    """Addresses of native functions that begin and finish a layer, and their first argument."""
+
+    context: int
+    begin: int
+    finish: int
+
+
+class NativeCalls(Protocol):
+    """The native side of a computer."""
+
+    program: NativeFunctions
+
+    def finish_pass(self) -> None:
+        """Collect what happened in a pass; once, after its last layer."""
+
+
+class NativeLayerComputer(MoELayerComputer, Protocol):
+    """Also computes layers natively, for programs that call its functions themselves."""
+
+    native: NativeCalls | None
+
+    def start_pass(self, n_rows: int) -> None:
+        """Start a pass of `n_rows` rows."""
+
+    def compute_general(
+        self,
+        layer: int,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weight: Tensor,
+        *,
+        while_waiting: Callable[[], None] = ...,
+    ) -> Tensor:
+        """Return the same as `compute` for a layer of a started pass that is not ordinary."""
+
+
+def native_side_of(computer: MoELayerComputer) -> NativeLayerComputer | None:
+    """Return the computer if it has a native side; else None."""
+    native = cast("NativeLayerComputer", computer)
+    return None if getattr(computer, "native", None) is None else native
+
+
 def register_implementation() -> None:
     """Register the implementation with transformers; idempotent."""
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _experts_forward)
@@ -65,6 +109,35 @@ def bind_experts(model: nn.Module, names: Sequence[str], computer: MoELayerCompu
     for layer, name in enumerate(names):
         binding = _ExpertsBinding(computer, layer, wrap_shared_expert(model, name))
         object.__setattr__(model.get_submodule(name), _BINDING_ATTRIBUTE, binding)
+
+
+def bound_layer(module: nn.Module) -> int | None:
+    """Return the layer index that an experts module is bound to; None for any other module."""
+    binding: _ExpertsBinding | None = getattr(module, _BINDING_ATTRIBUTE, None)
+    return None if binding is None else binding.layer
+
+
+def bound_computers(model: nn.Module) -> dict[int, MoELayerComputer]:
+    """Return what computes each MoE layer of a model, by layer index."""
+    bindings = (getattr(module, _BINDING_ATTRIBUTE, None) for module in model.modules())
+    return {binding.layer: binding.computer for binding in bindings if binding is not None}
+
+
+@contextmanager
+def substituted_computer(model: nn.Module, computer: MoELayerComputer) -> Iterator[None]:
+    """Have all experts modules of a model call `computer` within the context."""
+    bindings = [
+        (module, binding)
+        for module in model.modules()
+        if (binding := getattr(module, _BINDING_ATTRIBUTE, None)) is not None
+    ]
+    for module, binding in bindings:
+        object.__setattr__(module, _BINDING_ATTRIBUTE, replace(binding, computer=computer))
+    try:
+        yield
+    finally:
+        for module, binding in bindings:
+            object.__setattr__(module, _BINDING_ATTRIBUTE, binding)
 
 
 def wrap_shared_expert(model: nn.Module, experts_name: str) -> OverlappedSharedExpert | None:

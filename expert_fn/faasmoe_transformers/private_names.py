@@ -80,6 +80,91 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "attention",
         "name of the fallback for families without SDPA",
     ),
+    # native_attention, native_step, observation, native_linear
+    *_names(
+        "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.",
+        "register",
+        "native_attention",
+        "registers the attention implementation of the kernel library",
+    ),
+    *_names(
+        "transformers.integrations.sdpa_attention:",
+        "sdpa_attention_forward",
+        "native_attention",
+        "computes what the kernels do not, such as attention without a paged cache",
+    ),
+    *_names(
+        "transformers:PreTrainedConfig.",
+        "_attn_implementation",
+        "native_attention",
+        "whether the implementation was accepted",
+    ),
+    *_names(
+        _CACHE,
+        "layer_to_allocator",
+        "native_attention",
+        "the cache of a layer",
+    ),
+    *_names(
+        f"{_CB}.cache_allocators.full_attention:FullAttentionCacheAllocator.",
+        "_kv_token_views",
+        "native_attention",
+        "keys and values of a layer, by slot",
+    ),
+    *_names(
+        f"{_CB}.cache_allocators.sliding_attention:SlidingAttentionCacheAllocator.",
+        "sliding_window",
+        "native_attention",
+        "keys that a query sees",
+    ),
+    *_names(
+        f"{_CB}.cache_allocators.cache_allocator:CacheAllocator.",
+        "layer_type",
+        "native_attention",
+        "which of a batch's indices belong to a cache",
+    ),
+    *_names(
+        f"{_CB}.input_outputs:PagedAttentionArgs.",
+        "cu_seq_lens_q cu_seq_lens_k read_index write_index",
+        "native_attention",
+        "a batch's offsets, read_index and write_index",
+    ),
+    *_names(
+        "transformers:PreTrainedModel.",
+        "base_model_prefix",
+        "native_step",
+        "finds the module with the decoder layers",
+    ),
+    *_names(
+        f"{_CB}.requests:",
+        "create_warmup_future_states FutureRequestState RequestStatus",
+        "observation",
+        "requests of the passes that the program is compared with",
+    ),
+    *_names(
+        f"{_CB}.input_outputs:ContinuousBatchingIOs.",
+        "prepare_batch_tensors get_model_kwargs reset",
+        "observation",
+        "prepares these passes, and forgets them",
+    ),
+    *_names(
+        f"{_API}:ContinuousBatchProcessor.",
+        "cache inputs_and_outputs logit_processor",
+        "observation",
+        "prepares these passes",
+    ),
+    *_names(
+        _CACHE,
+        "can_store_request_tokens free_blocks reset cache_allocators",
+        "observation",
+        "their place in the cache",
+    ),
+    *_names(
+        "torch.nn:Module.",
+        "_parameters",
+        "native_linear",
+        "keeps 16-bit weights out of a float32 model's parameters",
+    ),
     # continuous_batching
     *_names(
         "transformers:GenerationMixin.",

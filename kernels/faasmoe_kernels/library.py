@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 ABI_VERSION = 2
 OUT_OF_MEMORY = -2  # FK_E_MEMORY
@@ -69,7 +70,9 @@ class Activation(IntEnum):
     CLAMPED_SWIGLU = 6
 
 
-class _Matrix(ctypes.Structure):
+class MatrixStruct(ctypes.Structure):
+    """A Matrix as the library reads it (`fk_matrix`)."""
+
     _fields_ = (
         ("scheme", ctypes.c_int32),
         ("group", ctypes.c_int32),
@@ -86,7 +89,9 @@ class _Matrix(ctypes.Structure):
     )
 
 
-class _Gating(ctypes.Structure):
+class GatingStruct(ctypes.Structure):
+    """struct fk_gating."""
+
     _fields_ = (
         ("activation", ctypes.c_int32),
         ("is_gated", ctypes.c_int32),
@@ -156,15 +161,48 @@ class Gating:
     limit: float = 0.0
 
 
-MATRIX_BYTES = ctypes.sizeof(_Matrix)
+MATRIX_BYTES = ctypes.sizeof(MatrixStruct)
 """Size of one entry of `matrix_table`."""
 
 
+class MappingGuard:
+    """Keeps a truncated file from ending the process that reads its mapping; see guard_mapping.
+
+    What cannot be read becomes zeros. Close it before the mapping.
+    """
+
+    def __init__(self, lib: ctypes.CDLL, slot: int) -> None:
+        self._lib = lib
+        self._slot: int | None = slot
+        self._damaged = ctypes.c_int32.from_address(lib.fk_guard_damaged(slot))
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether bytes could not be read, and are zeros until `restore`."""
+        return self._slot is not None and bool(self._damaged.value)
+
+    def restore(self, descriptor: int) -> None:
+        """Map the file again; raises OSError."""
+        if self._slot is not None and (code := self._lib.fk_guard_restore(self._slot, descriptor)):
+            raise OSError(code, os.strerror(code))
+
+    def close(self) -> None:
+        """End the guard."""
+        if self._slot is not None:
+            self._lib.fk_guard_remove(self._slot)
+            self._slot = None
+
+
 class KernelLibrary:
-    """The loaded library. Calls may come from any thread."""
+    """The loaded library. Calls may come from any thread.
+
+    Attributes:
+        path: file of the library.
+    """
 
     def __init__(self, path: Path) -> None:
         """Load the library; raises KernelsUnavailable if it is missing or of another version."""
+        self.path = path
         try:
             self._lib = ctypes.CDLL(str(path))
         except OSError as error:
@@ -186,13 +224,20 @@ class KernelLibrary:
         self._lib.fk_last_error.restype = ctypes.c_char_p
         self._lib.fk_set_isa.argtypes = (ctypes.c_char_p,)
         self._lib.fk_linear.argtypes = (
-            *(ctypes.POINTER(_Matrix), pointer, i32, i64, i64),
+            *(ctypes.POINTER(MatrixStruct), pointer, i32, i64, i64),
             *(pointer, i32, i64, i32),
         )
         self._lib.fk_experts.argtypes = (
-            *(pointer, pointer, ctypes.POINTER(_Gating), ctypes.POINTER(_Pairs)),
+            *(pointer, pointer, ctypes.POINTER(GatingStruct), ctypes.POINTER(_Pairs)),
             *(pointer, i32, i64, i64, i32, pointer, i32, i64, i32),
         )
+
+        self._lib.fk_guard_add.argtypes = (pointer, i64)
+        self._lib.fk_guard_damaged.argtypes = (i32,)
+        self._lib.fk_guard_damaged.restype = pointer
+        self._lib.fk_guard_restore.argtypes = (i32, i32)
+        self._lib.fk_guard_remove.argtypes = (i32,)
+        self._lib.fk_guard_remove.restype = None
 
     @property
     def isa(self) -> str:
@@ -202,7 +247,7 @@ class KernelLibrary:
 
     def use_isa(self, name: str) -> None:
         """Use another instruction set, for tests; raises KernelError if this CPU lacks it."""
-        self._check(self._lib.fk_set_isa(name.encode()))
+        self.check(self._lib.fk_set_isa(name.encode()))
 
     def linear(
         self,
@@ -232,8 +277,8 @@ class KernelLibrary:
             KernelError: a size, type or address that cannot be used.
             MemoryError: scratch memory could not be allocated.
         """
-        matrix = _to_struct(weight)
-        self._check(
+        matrix = to_struct(weight)
+        self.check(
             self._lib.fk_linear(
                 ctypes.byref(matrix),
                 *(x, x_dtype, x_stride, rows),
@@ -286,16 +331,30 @@ class KernelLibrary:
             MemoryError: scratch memory could not be allocated.
         """
         pairs = _Pairs(n_groups, group_sizes, pair_rows, pair_positions or None, pair_weights)
-        self._check(
+        self.check(
             self._lib.fk_experts(
-                *(first, down, ctypes.byref(_to_gating_struct(gating)), ctypes.byref(pairs)),
+                *(first, down, ctypes.byref(to_gating_struct(gating)), ctypes.byref(pairs)),
                 *(x, x_dtype, hidden_size, rows, is_reduced),
                 *(out, x_dtype, hidden_size),
                 n_threads,
             )
         )
 
-    def _check(self, status: int) -> None:
+    def function(
+        self, name: str, argtypes: Sequence[Any], restype: Any = ctypes.c_int32
+    ) -> Callable[..., Any]:
+        """Return a function of the library, for other modules of this package."""
+        function: Callable[..., Any] = getattr(self._lib, name)
+        function.argtypes, function.restype = argtypes, restype  # type: ignore[attr-defined]
+        return function
+
+    def guard_mapping(self, address: int, size_bytes: int) -> MappingGuard | None:
+        """Guard the mapping of a file against its truncation; None if there are too many guards."""
+        slot = self._lib.fk_guard_add(address, size_bytes)
+        return None if slot < 0 else MappingGuard(self._lib, slot)
+
+    def check(self, status: int) -> None:
+        """Raise the error of the thread's last call if `status` is one."""
         if not status:
             return
         message = self._lib.fk_last_error().decode()
@@ -307,7 +366,7 @@ def matrix_table(items: Sequence[Matrix]) -> bytes:
 
     Entries may be gathered in any order into other memory; the weights themselves are not copied.
     """
-    return bytes((_Matrix * len(items))(*map(_to_struct, items)))
+    return bytes((MatrixStruct * len(items))(*map(to_struct, items)))
 
 
 @lru_cache(maxsize=1)
@@ -334,13 +393,15 @@ def describe_cpu_kernels() -> str:
         return f"torch ({error})"
 
 
-def _to_struct(m: Matrix) -> _Matrix:
-    return _Matrix(
+def to_struct(m: Matrix) -> MatrixStruct:
+    """Return the matrix as the library reads it."""
+    return MatrixStruct(
         *(m.scheme, m.group, m.n, m.k, m.codes),
         *(m.scales or None, m.zeros or None, m.bias or None),
         *(m.scale_dtype, m.zero_dtype, m.bias_dtype, 0),
     )
 
 
-def _to_gating_struct(g: Gating) -> _Gating:
-    return _Gating(g.activation, g.is_gated, g.interleaved, g.alpha, g.limit)
+def to_gating_struct(g: Gating) -> GatingStruct:
+    """Return the gating as the library reads it."""
+    return GatingStruct(g.activation, g.is_gated, g.interleaved, g.alpha, g.limit)

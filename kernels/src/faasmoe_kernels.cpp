@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "isa_table.h"
+#include "router_ops.h"
 
 namespace {
 
@@ -182,6 +183,18 @@ int32_t check_expert(const fk_matrix &first, const fk_matrix &down, bool is_gate
 }
 
 }  // namespace
+
+namespace fk {
+
+int32_t reject_argument(const char *format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(last_error, sizeof last_error, format, arguments);
+  va_end(arguments);
+  return FK_E_ARGUMENT;
+}
+
+}  // namespace fk
 
 #define FK_EXPORT __attribute__((visibility("default")))
 

@@ -1,9 +1,10 @@
 // C interface of the FaaSMoE kernel library.
 //
 // Linear layers and feed-forward experts over weights as they lie in a store: nothing is
-// repacked or copied. Weights are row-major [n, k]; k is contiguous. All arithmetic is float32:
-// a weight is dequantised to float32 and multiplied in, so results equal those of the dequantised
-// weights up to float32 rounding. A row's bits do not depend on the other rows of the call.
+// repacked or copied. Weights are row-major [n, k]; k is contiguous. Results are within 1e-4 of those
+// of the dequantised weights in float32, before they are rounded once to the output's type: sums are
+// float32, and inputs keep at least 16 bits of their mantissa or, for integer weights, of the largest
+// of 128 columns. A row's bits do not depend on the other rows of the call.
 //
 // Functions return 0, or a negative FK_E_* code and leave the output unspecified; fk_last_error says
 // what was wrong. Calls may come from any thread.
@@ -112,6 +113,18 @@ int32_t fk_experts(const fk_matrix *first, const fk_matrix *down, const fk_gatin
                    const fk_pairs *pairs, const void *x, int32_t x_dtype, int64_t x_stride,
                    int64_t rows, int32_t is_reduced, void *out, int32_t out_dtype,
                    int64_t out_stride, int32_t n_threads);
+
+// Guards of mapped files, see sigbus_guard.cpp. A slot is what fk_guard_add returns.
+
+// Guards [address, address + size), the mapping of a whole file from its start. Returns a slot, or -1
+// if there is none.
+int32_t fk_guard_add(void *address, int64_t size);
+// Returns where it is written, as 1, that the range was damaged since it was added or restored.
+int32_t *fk_guard_damaged(int32_t slot);
+// Maps the file again over the range. Returns 0, or errno and leaves the range damaged.
+int32_t fk_guard_restore(int32_t slot, int32_t descriptor);
+// Ends a guard; call it before the range is unmapped.
+void fk_guard_remove(int32_t slot);
 
 #ifdef __cplusplus
 }

@@ -85,6 +85,7 @@ static int32_t for_rows(int64_t rows, int32_t n_threads, F &&f) {
 static int32_t linear(const fk_matrix &w, const void *x, int32_t x_dtype, int64_t x_stride,
                       int64_t rows, void *out, int32_t out_dtype, int64_t out_stride,
                       int32_t n_threads) {
+  fk::Call call(n_threads);
   Floats product;
   bool is_direct = out_dtype == FK_FLOAT32;
   if (!is_direct && !allocate(product, rows * w.n)) return FK_E_MEMORY;
@@ -227,6 +228,7 @@ static int32_t experts(const fk_matrix *first, const fk_matrix *down, const fk_g
                        const fk_pairs &pairs, const void *x, int32_t x_dtype, int64_t x_stride,
                        int64_t rows, bool is_reduced, void *out, int32_t out_dtype,
                        int64_t out_stride, int32_t n_threads) {
+  fk::Call threads(n_threads);
   int64_t h = down[0].n;
   std::unique_ptr<int64_t[]> starts(new (std::nothrow) int64_t[pairs.n_groups + 1]);
   Floats total;

@@ -78,7 +78,7 @@ struct FloatEngine {
       }
   }
 
-  static void decode(const uint8_t *p, int64_t units, bool, uint8_t *to) {
+  static void decode(const uint8_t *p, int64_t units, uint8_t *to) {
     for (int64_t u = 0; u < units; ++u) {
       vf w[2];
       D::decode(p + u * kUnitBytes, w);
@@ -88,23 +88,24 @@ struct FloatEngine {
   }
 
   template <int R, int C>
-  static void accumulate(const Panel<C> &panel, int64_t w_unit, const uint8_t *const *x, int64_t x_unit,
+  static __attribute__((noinline)) void accumulate(const Panel<C> &panel, int64_t w_unit, const uint8_t *const *x, int64_t x_unit,
                          int64_t count, int64_t, vf *state) {
-    vf acc[R][C];
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) acc[r][c] = state[r * C + c];
+    vf acc[R * C];
+    repeat<R * C>([&](auto i) FK_INLINE { acc[i] = state[i]; });
     for (int64_t u = 0; u < count; ++u) {
       panel.template prefetch<kUnitBytes>((w_unit + u) * kUnitBytes);
-      vf w[C][2];
-      for (int c = 0; c < C; ++c) D::decode(panel.codes[c] + (w_unit + u) * kUnitBytes, w[c]);
-      for (int v = 0; v < 2; ++v)
-        for (int r = 0; r < R; ++r) {
-          vf in = load<vf>(x[r] + (x_unit + u) * kInputBytes + v * 4 * L);
-          for (int c = 0; c < C; ++c) acc[r][c] += in * w[c][v];
-        }
+      vf w[2 * C];
+      repeat<C>([&](auto c) FK_INLINE { D::decode(panel.codes[c] + (w_unit + u) * kUnitBytes, w + 2 * c); });
+      repeat<2 * R>([&](auto i) FK_INLINE {
+        constexpr int r = i % R, v = i / R;
+        vf in = load<vf>(x[r] + (x_unit + u) * kInputBytes + v * 4 * L);
+#if defined(__x86_64__)
+        asm("" : "+x"(in));  // loaded once: the loop is bound by loads
+#endif
+        repeat<C>([&](auto c) FK_INLINE { acc[r * C + c] += in * w[2 * c + v]; });
+      });
     }
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) state[r * C + c] = acc[r][c];
+    repeat<R * C>([&](auto i) FK_INLINE { state[i] = acc[i]; });
   }
 };
 
@@ -122,7 +123,7 @@ struct BFloat16Engine {
   using Scales = NoScales;
   using Tile = void;
   static constexpr int kTileUnitBytes = 0;
-  static void decode(const uint8_t *, int64_t, bool, uint8_t *) {}
+  static void decode(const uint8_t *, int64_t, uint8_t *) {}
 
   static int64_t packed_bytes(int64_t units) { return units * kInputBytes; }
   static void pack(const void *row, int32_t dtype, int64_t k, int64_t units, float *natural, uint8_t *to) {
@@ -148,27 +149,25 @@ struct BFloat16Engine {
   }
 
   template <int R, int C>
-  static void accumulate(const Panel<C> &panel, int64_t w_unit, const uint8_t *const *x, int64_t x_unit,
+  static __attribute__((noinline)) void accumulate(const Panel<C> &panel, int64_t w_unit, const uint8_t *const *x, int64_t x_unit,
                          int64_t count, int64_t, vf *state) {
-    __m512 acc[R][C];
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) acc[r][c] = (__m512)state[r * C + c];
+    __m512 acc[R * C];
+    repeat<R * C>([&](auto i) FK_INLINE { acc[i] = (__m512)state[i]; });
     for (int64_t u = 0; u < count; ++u) {
       panel.template prefetch<kUnitBytes>((w_unit + u) * kUnitBytes);
       __m512bh w[C];
-      for (int c = 0; c < C; ++c) w[c] = load<__m512bh>(panel.codes[c] + (w_unit + u) * kUnitBytes);
-      for (int r = 0; r < R; ++r) {
+      repeat<C>([&](auto c) FK_INLINE { w[c] = load<__m512bh>(panel.codes[c] + (w_unit + u) * kUnitBytes); });
+      repeat<R>([&](auto r) FK_INLINE {
         const uint8_t *in = x[r] + (x_unit + u) * kInputBytes;
         __m512bh high = load<__m512bh>(in);
-        for (int c = 0; c < C; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], w[c], high);
-        if (kIsSplit) {
+        repeat<C>([&](auto c) FK_INLINE { acc[r * C + c] = _mm512_dpbf16_ps(acc[r * C + c], w[c], high); });
+        if constexpr (kIsSplit) {
           __m512bh low = load<__m512bh>(in + 64);
-          for (int c = 0; c < C; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], w[c], low);
+          repeat<C>([&](auto c) FK_INLINE { acc[r * C + c] = _mm512_dpbf16_ps(acc[r * C + c], w[c], low); });
         }
-      }
+      });
     }
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) state[r * C + c] = (vf)acc[r][c];
+    repeat<R * C>([&](auto i) FK_INLINE { state[i] = (vf)acc[i]; });
   }
 };
 #endif

@@ -57,9 +57,15 @@ static inline vf activate(const fk_gating &g, vf x) {
   return gate_times_up(g, x, splat(1.0f));
 }
 
-// hidden[i] from one row of the first projection's product.
+// hidden[i] from one row of the first projection's product, which may be the same memory.
 static void apply_gating(const fk_gating &g, const float *product, int64_t i, float *hidden) {
-  for (int64_t j = 0; j < i; j += L) {
+  int64_t j = 0;
+  if (!g.is_gated || !g.interleaved)
+    for (; j + L <= i; j += L) {
+      vf gate = load<vf>(product + j);
+      store(hidden + j, g.is_gated ? gate_times_up(g, gate, load<vf>(product + i + j)) : activate(g, gate));
+    }
+  for (; j < i; j += L) {
     int64_t count = std::min<int64_t>(L, i - j);
     float gate[L] = {}, up[L] = {}, result[L];
     for (int64_t c = 0; c < count; ++c) {

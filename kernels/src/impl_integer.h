@@ -36,8 +36,10 @@ struct Int8Block {
   static int column(int j, int i) { return i / 8 * 32 + j / 2 * 16 + i % 8 * 2 + j % 2; }
   static inline void decode(const uint8_t *p, vs *w) {
 #if defined(__AVX512F__) && FK_LANES == 16
-    __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 64);
-    vs first = (vs)_mm512_shuffle_i32x4(a, b, 0x88), second = (vs)_mm512_shuffle_i32x4(a, b, 0xdd);
+    typedef int64_t vq __attribute__((vector_size(64), aligned(8)));
+    vq a = load<vq>(p), b = load<vq>(p + 64);
+    vs first = (vs)__builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13);
+    vs second = (vs)__builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15);
 #elif defined(__AVX2__) && FK_LANES == 8
     __m256i a = _mm256_loadu_si256((const __m256i *)p), b = _mm256_loadu_si256((const __m256i *)(p + 32));
     vs first = (vs)_mm256_permute2x128_si256(a, b, 0x20), second = (vs)_mm256_permute2x128_si256(a, b, 0x31);
@@ -183,12 +185,12 @@ struct GroupScales {
 
 // Scales of sub-groups in the lanes of a block.
 static inline vf lane_scales(const float *p) {
-#if FK_LANES == 16
+#if defined(__AVX512F__) && FK_LANES == 16
   const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   return (vf)_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(p)));
-#elif FK_LANES == 8
-  const vf first = splat(p[0]), second = splat(p[1]);
-  return vf{first[0], first[0], first[0], first[0], second[0], second[0], second[0], second[0]};
+#elif defined(__AVX2__) && FK_LANES == 8
+  const __m256i lanes = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  return (vf)_mm256_permutevar_ps(_mm256_castpd_ps(_mm256_broadcast_sd((const double *)p)), lanes);
 #else
   return splat(p[0]);
 #endif
@@ -221,7 +223,7 @@ struct IntegerEngine {
     float *scales = (float *)(to + units * kInputBytes);
     for (int64_t u = 0; u < units; ++u, natural += kUnit, to += kInputBytes) {
       int16_t numbers[kUnit];
-      scales[u] = quantize(natural, numbers) * B::kScale;
+      scales[u] = quantize(natural, dtype == FK_BFLOAT16, numbers) * B::kScale;
       int16_t *packed = (int16_t *)to;
       for (int b = 0; b < kBlocks; ++b)
         for (int j = 0; j < 4; ++j)
@@ -231,8 +233,9 @@ struct IntegerEngine {
     }
   }
 
-  // int16 numbers; returns the scale, which is NaN if a number is not finite.
-  static float quantize(const float *x, int16_t *numbers) {
+  // int16 numbers; returns the scale, which is NaN if a number is not finite. A scale that is a power
+  // of two leaves bfloat16 numbers exact that are not below a 128th of the largest.
+  static float quantize(const float *x, bool is_power_of_two, int16_t *numbers) {
     uint32_t largest = 0;
     for (int i = 0; i < kUnit; ++i) {
       uint32_t bits;
@@ -245,7 +248,12 @@ struct IntegerEngine {
       std::memset(numbers, 0, kUnit * sizeof(int16_t));
       return NAN;
     }
-    float scale = magnitude / 32767, inverse = magnitude >= 1e-30f ? 32767 / magnitude : 0;
+    float scale = magnitude >= 1e-30f ? magnitude / 32767 : 0;
+    if (is_power_of_two && scale > 0) {
+      uint32_t bits = (largest & 0x7f800000u) - (14u << 23);
+      std::memcpy(&scale, &bits, 4);
+    }
+    float inverse = scale > 0 ? 1 / scale : 0;
     for (int i = 0; i < kUnit; ++i) {
       float shifted = x[i] * inverse + 12582912.0f;  // 1.5 * 2^23 rounds to integer
       int32_t bits;
@@ -271,7 +279,7 @@ struct IntegerEngine {
       }
   }
 
-  static void decode(const uint8_t *p, int64_t units, bool, uint8_t *to) {
+  static void decode(const uint8_t *p, int64_t units, uint8_t *to) {
     for (int64_t b = 0; b < units * kBlocks; ++b) {
       vs w[4];
       D::decode(p + b * D::kBytes, w);
@@ -281,74 +289,70 @@ struct IntegerEngine {
   }
 
   template <int R, int C>
-  static void accumulate(const Panel<C> &panel, int64_t w_unit, const uint8_t *const *x, int64_t x_unit,
+  static __attribute__((noinline)) void accumulate(const Panel<C> &panel, int64_t w_unit, const uint8_t *const *x, int64_t x_unit,
                          int64_t count, int64_t units, vf *state) {
-    vf acc[R][C];
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) acc[r][c] = state[r * C + c];
+    vf acc[R * C];
+    repeat<R * C>([&](auto i) FK_INLINE { acc[i] = state[i]; });
     const float *x_scales[R];
     for (int r = 0; r < R; ++r) x_scales[r] = (const float *)(x[r] + units * kInputBytes);
     for (int64_t u = 0; u < count; ++u) {
       panel.template prefetch<kUnitBytes>((w_unit + u) * kUnitBytes);
       const uint8_t *in[R];
       for (int r = 0; r < R; ++r) in[r] = x[r] + (x_unit + u) * kInputBytes;
-      if constexpr (R == 1) {
-        for (int c = 0; c < C; ++c)
-          unit<R, 1>(panel.codes + c, (w_unit + u) * kUnitBytes, panel.scales + c, in, x_scales, x_unit + u, units,
-                     [&](int, int) -> vf & { return acc[0][c]; });
-      } else {
-        unit<R, C>(panel.codes, (w_unit + u) * kUnitBytes, panel.scales, in, x_scales, x_unit + u, units,
-                   [&](int r, int c) -> vf & { return acc[r][c]; });
-      }
+      if constexpr (R == 1)  // one weight row after another: they need few registers
+        repeat<C>([&](auto c) FK_INLINE {
+          unit<1, 1>(panel.codes + c, (w_unit + u) * kUnitBytes, panel.scales + c, in, x_scales, x_unit + u, units,
+                     acc + c);
+        });
+      else
+        unit<R, C>(panel.codes, (w_unit + u) * kUnitBytes, panel.scales, in, x_scales, x_unit + u, units, acc);
     }
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) state[r * C + c] = acc[r][c];
+    repeat<R * C>([&](auto i) FK_INLINE { state[i] = acc[i]; });
   }
 
-  template <int R, int C, class Acc>
-  static inline __attribute__((always_inline)) void unit(const uint8_t *const *codes, int64_t offset,
+  template <int R, int C>
+  static inline FK_INLINE void unit(const uint8_t *const *codes, int64_t offset,
                                                          const float *const *scales, const uint8_t *const *in,
                                                          const float *const *x_scales, int64_t u, int64_t units,
-                                                         Acc &&acc) {
+                                                         vf *acc) {
     if constexpr (kIsPerUnit) {
-      vi sums[R][C];
-      for (int b = 0; b < kBlocks; ++b) {
-        vs w[C][4];
-        for (int c = 0; c < C; ++c) D::decode(codes[c] + offset + b * D::kBytes, w[c]);
-        for (int r = 0; r < R; ++r) {
-          for (int c = 0; c < C; ++c) {
-            if (b == 0) sums[r][c] = kStartsAtSums ? load<vi>(in[r] + 2 * kUnit) : vi{};
-            for (int j = 0; j < 4; ++j)
-              sums[r][c] = dot_pairs(sums[r][c], w[c][j], load<vs>(in[r] + (b * 4 + j) * 4 * L));
-            if (b == kBlocks - 1) {
-              if constexpr (kScaling == Scaling::kRow)
-                acc(r, c) += to_float(sums[r][c]) * splat(x_scales[r][u]);
-              else
-                acc(r, c) += (to_float(sums[r][c]) * splat(x_scales[r][u])) * splat(scales[c][u]);
-            }
-          }
-        }
-      }
+      constexpr int V = 4 * kBlocks;
+      vs w[C * V];
+      repeat<C * kBlocks>([&](auto i) FK_INLINE {
+        D::decode(codes[i / kBlocks] + offset + i % kBlocks * D::kBytes, w + 4 * i);
+      });
+      repeat<R * C>([&](auto i) FK_INLINE {
+        constexpr int r = i / C, c = i % C;
+        vi sum = kStartsAtSums ? load<vi>(in[r] + 2 * kUnit) : vi{};
+        repeat<V>([&](auto v) FK_INLINE { sum = dot_pairs(sum, w[c * V + v], load<vs>(in[r] + v * 4 * L)); });
+        vf value = to_float(sum) * splat(x_scales[r][u]);
+        if constexpr (kScaling == Scaling::kRow)
+          acc[i] += value;
+        else
+          acc[i] += value * splat(scales[c][u]);
+      });
     } else {
-      for (int b = 0; b < kBlocks; ++b) {
-        vs w[C][4];
+      repeat<kBlocks>([&](auto b) FK_INLINE {
+        vs w[C * 4];
         vf scale[C], zero[C];
-        for (int c = 0; c < C; ++c) {
-          D::decode(codes[c] + offset + b * D::kBytes, w[c]);
+        repeat<C>([&](auto c) FK_INLINE {
+          D::decode(codes[c] + offset + b * D::kBytes, w + 4 * c);
           const float *at = scales[c] + 4 * u + b * (L / 4);
           scale[c] = lane_scales(at);
-          if (kScaling == Scaling::kZeros) zero[c] = lane_scales(at + 4 * units);
-        }
-        for (int r = 0; r < R; ++r)
-          for (int c = 0; c < C; ++c) {
-            const uint8_t *start = in[r] + 2 * kUnit + b * 4 * L;
-            vi sum = kStartsAtSums ? load<vi>(start) : vi{};
-            for (int j = 0; j < 4; ++j) sum = dot_pairs(sum, w[c][j], load<vs>(in[r] + (b * 4 + j) * 4 * L));
-            vf value = to_float(sum);
-            if constexpr (kScaling == Scaling::kZeros) value += to_float(load<vi>(start)) * zero[c];
-            acc(r, c) += (value * splat(x_scales[r][u])) * scale[c];
-          }
-      }
+          if constexpr (kScaling == Scaling::kZeros) zero[c] = lane_scales(at + 4 * units);
+        });
+        repeat<R * C>([&](auto i) FK_INLINE {
+          constexpr int r = i / C, c = i % C;
+          const uint8_t *start = in[r] + 2 * kUnit + b * 4 * L;
+          vi sum = kStartsAtSums ? load<vi>(start) : vi{};
+          repeat<4>([&](auto j) FK_INLINE {
+            sum = dot_pairs(sum, w[4 * c + j], load<vs>(in[r] + (b * 4 + j) * 4 * L));
+          });
+          vf value = to_float(sum);
+          if constexpr (kScaling == Scaling::kZeros) value += to_float(load<vi>(start)) * zero[c];
+          acc[i] += (value * splat(x_scales[r][u])) * scale[c];
+        });
+      });
     }
   }
 };

@@ -1,12 +1,13 @@
 // Products of one matrix with packed input rows; a part of kernels_impl.h.
 //
 // Every output is one vector of sums over k, in ascending order, and one horizontal sum at the end.
-// How many rows or columns are computed at once, and whether weights are decoded in registers or
+// How many rows or columns are computed at once (the last columns one by one), and whether weights are decoded in registers or
 // into a tile before, changes no bit of it.
 
-constexpr int64_t kStreamAheadBytes = 2048;
-constexpr int64_t kTileRows = 16;          // weight rows that stay in the cache for many input rows
-constexpr int64_t kInputBlockBytes = 2048;  // of each input row that stay in the first-level cache
+constexpr int64_t kAheadBytes = 16384;      // that are prefetched before they are needed, of some weight rows
+constexpr int64_t kRowAheadBytes = 2048;    // the same of one long row
+constexpr int64_t kTileRows = 32;           // weight rows that stay in the cache for many input rows
+constexpr int64_t kInputBlockBytes = 4096;  // of each input row that are used at once by all rows of a tile
 
 // Memory of one thread, kept between calls.
 class Workspace {
@@ -63,7 +64,8 @@ class Product {
       constexpr int R = decltype(count)::value, C = R == 1 ? E::kColumns1 : E::kColumns;
       int64_t c = begin;
       for (; c + C <= end; c += C) stream<R, C>(c, x, out + c, out_stride, memory);
-      for (; c < end; ++c) stream<R, 1>(c, x, out + c, out_stride, memory);
+      for (; c < end; ++c)
+        for (int r = 0; r < R; ++r) stream<1, 1>(c, x + r, out + r * out_stride + c, out_stride, memory);
     });
     return true;
   }
@@ -88,10 +90,15 @@ class Product {
       panel.codes[c] = row(c0 + c);
       panel.scales[c] = tails.scales[c] = scales;
     }
-    panel.ahead = std::min(kStreamAheadBytes, row_bytes_);
-    panel.row_bytes = row_bytes_;
-    panel.skip = (C - 1) * row_bytes_;
-    vf state[R * C] = {};
+    if (C * row_bytes_ >= kAheadBytes) {
+      panel.ahead = kRowAheadBytes;
+      panel.row_bytes = row_bytes_;
+      panel.skip = (C - 1) * row_bytes_;
+    } else {
+      panel.ahead = kAheadBytes / (C * row_bytes_) * C * row_bytes_;
+      panel.row_bytes = INT64_MAX;
+    }
+    alignas(kCacheLineBytes) vf state[R * C] = {};
     E::template accumulate<R, C>(panel, 0, x, 0, whole_, units_, state);
     if (tail_bytes_) {
       uint8_t *tail = memory + kMaxColumns * scale_floats() * 4;
@@ -142,8 +149,8 @@ class Product {
         uint8_t *decoded = memory + c * pitch;
         for (int64_t b = 0; b < row_bytes_; b += kCacheLineBytes)
           __builtin_prefetch(tile.codes[c] + kTileRows * row_bytes_ + b, 0, 2);
-        E::decode(tile.codes[c], whole_, false, decoded);
-        if (tail_bytes_) E::decode(tail, 1, false, decoded + whole_ * E::kTileUnitBytes);
+        E::decode(tile.codes[c], whole_, decoded);
+        if (tail_bytes_) E::decode(tail, 1, decoded + whole_ * E::kTileUnitBytes);
         tile.codes[c] = decoded;
       }
       multiply_tile(tile, x, rows, out + c0, out_stride);
@@ -170,24 +177,28 @@ class Product {
   void multiply_rows(const Tile &tile, const uint8_t *const *x, bool is_first, float *out,
                      int64_t out_stride) const {
     constexpr int C = T::kColumns;
-    vf state[kTileRows * R] = {};
+    alignas(kCacheLineBytes) vf state[kTileRows * R] = {};
     int64_t units = kIsDecoded ? units_ : whole_;
     int64_t step = std::max<int64_t>(1, kInputBlockBytes / T::kInputBytes);
     for (int64_t u = 0; u < units; u += step) {
       int64_t c = 0, n = std::min(step, units - u);
-      for (; c + C <= tile.count; c += C) add_units<R, C>(tile, c, tile.codes, u, x, u, n, is_first, state);
-      for (; c < tile.count; ++c) add_units<R, 1>(tile, c, tile.codes, u, x, u, n, is_first, state);
+      for (; c + C <= tile.count; c += C)
+        add_units<R, C>(tile, c, tile.codes, u, x, u, n, is_first, state + c * R);
+      for (; c < tile.count; ++c)
+        for (int r = 0; r < R; ++r)
+          add_units<1, 1>(tile, c, tile.codes, u, x + r, u, n, is_first && r == 0, state + c * R + r);
     }
     int64_t c = 0;
     bool has_tail = !kIsDecoded && tail_bytes_;
     for (; c + C <= tile.count; c += C) {
-      if (has_tail) add_units<R, C>(tile, c, tile.tails, 0, x, whole_, 1, false, state);
+      if (has_tail) add_units<R, C>(tile, c, tile.tails, 0, x, whole_, 1, false, state + c * R);
       finish<R, C>(state + c * R, tile.scales + c, out + c, out_stride);
     }
-    for (; c < tile.count; ++c) {
-      if (has_tail) add_units<R, 1>(tile, c, tile.tails, 0, x, whole_, 1, false, state);
-      finish<R, 1>(state + c * R, tile.scales + c, out + c, out_stride);
-    }
+    for (; c < tile.count; ++c)
+      for (int r = 0; r < R; ++r) {
+        if (has_tail) add_units<1, 1>(tile, c, tile.tails, 0, x + r, whole_, 1, false, state + c * R + r);
+        finish<1, 1>(state + c * R + r, tile.scales + c, out + r * out_stride + c, out_stride);
+      }
   }
 
   template <int R, int C>
@@ -202,7 +213,7 @@ class Product {
       panel.ahead = kTileRows * row_bytes_;
       panel.row_bytes = INT64_MAX;
     }
-    T::template accumulate<R, C>(panel, w_unit, x, x_unit, count, units_, state + c0 * R);
+    T::template accumulate<R, C>(panel, w_unit, x, x_unit, count, units_, state);
   }
 
   fk_matrix m_;

@@ -7,6 +7,18 @@ typedef uint32_t vu __attribute__((vector_size(L * 4), aligned(4)));
 typedef int16_t vs __attribute__((vector_size(L * 4), aligned(2)));
 typedef uint16_t vus __attribute__((vector_size(L * 4), aligned(2)));
 
+#define FK_INLINE __attribute__((always_inline))
+
+// f(0) .. f(N - 1) with compile-time numbers: what they index stays in registers.
+template <class F, int... kIndex>
+static inline FK_INLINE void repeat_each(F &&f, std::integer_sequence<int, kIndex...>) {
+  (f(std::integral_constant<int, kIndex>{}), ...);
+}
+template <int N, class F>
+static inline FK_INLINE void repeat(F &&f) {
+  repeat_each(f, std::make_integer_sequence<int, N>{});
+}
+
 template <class T>
 static inline T load(const void *p) {
   T v;
@@ -17,7 +29,7 @@ template <class T>
 static inline void store(void *p, T v) {
   std::memcpy(p, &v, sizeof v);
 }
-static inline vf splat(float s) { return vf{} + s; }
+static inline vf splat(float s) { return s - vf{}; }  // + would have to turn -0 into 0
 static inline vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 
 static inline float from_bf16(uint16_t h) {

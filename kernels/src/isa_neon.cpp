@@ -5,6 +5,8 @@
 #define FK_INTEGER_ROWS 6
 #define FK_INTEGER_COLUMNS 1
 #include "kernels_impl.h"
+#include "router_ops_impl.h"
 #include "isa_table.h"
 
 const fk::Isa fk_isa_neon = {"neon", fk_neon::linear, fk_neon::experts};
+const fk::RouterOps fk_router_ops_neon = {fk_neon::attend, fk_neon::normalize, fk_neon::gate, fk_neon::add_scaled};

@@ -17,6 +17,7 @@
 #include <memory>
 #include <new>
 #include <type_traits>
+#include <utility>
 
 #include "faasmoe_kernels.h"
 #include "thread_pool.h"

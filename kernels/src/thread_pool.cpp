@@ -14,6 +14,26 @@
 namespace fk {
 namespace {
 
+constexpr int kSpins = 400;  // pauses, some 10 microseconds
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Waits a moment until `is_done`, so that a thread that is about to be needed does not go to sleep.
+template <class F>
+bool spin_until(F &&is_done) {
+  for (int i = 0; i < kSpins; ++i) {
+    if (is_done()) return true;
+    pause();
+  }
+  return false;
+}
+
 class Pool {
  public:
   void run(int64_t count, int32_t n_threads, const std::function<void(int64_t)> &task) {
@@ -22,23 +42,31 @@ class Pool {
       for (int64_t i = 0; i < count; ++i) task(i);
       return;
     }
+    int n_workers = int(std::min<int64_t>(n_threads, count) - 1);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      grow(std::min<int64_t>(n_threads, count) - 1);
+      grow(n_workers);
       task_ = &task;
       count_ = count;
       next_ = 0;
-      n_wanted_ = int(std::min<int64_t>(n_threads, count) - 1);
-      n_running_ = 0;
+      n_wanted_ = n_workers;
       ++round_;
     }
     wake_.notify_all();
     work();
-    std::unique_lock<std::mutex> lock(mutex_);
-    n_wanted_ = 0;  // who has not begun need not
-    done_.wait(lock, [&] { return n_running_ == 0; });
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      n_wanted_ = 0;  // who has not begun need not
+    }
+    if (!spin_until([&] { return n_running_ == 0; })) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      done_.wait(lock, [&] { return n_running_ == 0; });
+    }
     task_ = nullptr;
   }
+
+  void begin_call() { ++n_calls_; }
+  void end_call() { --n_calls_; }
 
  private:
   void grow(int64_t n_workers) {
@@ -57,13 +85,18 @@ class Pool {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       wake_.wait(lock, [&] { return round_ != seen && n_wanted_ > 0; });
-      seen = round_;
-      --n_wanted_;
-      ++n_running_;
-      lock.unlock();
-      work();
-      lock.lock();
-      if (--n_running_ == 0) done_.notify_one();
+      do {
+        seen = round_;
+        --n_wanted_;
+        ++n_running_;
+        lock.unlock();
+        work();
+        lock.lock();
+        if (--n_running_ == 0) done_.notify_one();
+        lock.unlock();
+        spin_until([&] { return n_calls_ == 0 || round_ != seen; });
+        lock.lock();
+      } while (round_ != seen && n_wanted_ > 0);
     }
   }
 
@@ -75,9 +108,10 @@ class Pool {
   std::condition_variable wake_, done_;
   std::vector<std::thread> workers_;
   const std::function<void(int64_t)> *task_ = nullptr;
-  int64_t count_ = 0, round_ = 0;
-  std::atomic<int64_t> next_{0};
-  int n_wanted_ = 0, n_running_ = 0;
+  int64_t count_ = 0;
+  std::atomic<int64_t> next_{0}, round_{0};
+  std::atomic<int> n_running_{0}, n_calls_{0};
+  int n_wanted_ = 0;
 };
 
 // A forked child has none of its parent's workers: it gets a pool of its own. The parent's is
@@ -98,6 +132,14 @@ Pool &get_pool() {
 }
 
 }  // namespace
+
+Call::Call(int32_t n_threads) : pool_(n_threads > 1 ? &get_pool() : nullptr) {
+  if (pool_) static_cast<Pool *>(pool_)->begin_call();
+}
+
+Call::~Call() {
+  if (pool_) static_cast<Pool *>(pool_)->end_call();
+}
 
 void parallel(int64_t count, int32_t n_threads, const std::function<void(int64_t)> &task) {
   if (count <= 1 || n_threads <= 1) {

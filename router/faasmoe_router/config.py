@@ -19,6 +19,7 @@ from faasmoe_contracts.environment import (
     read_variables,
     seconds_between,
 )
+from faasmoe_router.connections import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_ADDRESS
 from faasmoe_router.errors import RouterConfigError
 
 PREFIX = "FAASMOE_"
@@ -26,6 +27,7 @@ Device = Literal["auto", "cpu", "cuda"]
 DtypeSetting = Literal["auto", "bfloat16", "float16", "float32"]
 GenerationConfigMode = Literal["auto", "none"]
 PlacementMode = Literal["auto", "functions"]
+MailboxMode = Literal["on", "off"]
 
 
 def _check_http_url(text: str) -> str:
@@ -54,6 +56,7 @@ _Origins = Annotated[
 ]
 _HttpURL = Annotated[str, AfterValidator(_check_http_url)]
 _Port = Annotated[int, BeforeValidator(integer_between(0, 65535))]
+_MetricsPort = Annotated[int, BeforeValidator(integer_between(1, 65535))]
 _ModelLength = Annotated[int, BeforeValidator(integer_between(1, 1 << 24))]
 _Sequences = Annotated[int, BeforeValidator(integer_between(1, 4096))]
 _BatchedTokens = Annotated[int, BeforeValidator(integer_between(1, 1 << 20))]
@@ -64,6 +67,10 @@ _Replicas = Annotated[int, BeforeValidator(integer_between(1, 1024))]
 _ActivationSeconds = Annotated[float, BeforeValidator(seconds_between(0.1, 3600))]
 _CallQueueSeconds = Annotated[float, BeforeValidator(seconds_between(0, 60))]
 _CallSeconds = Annotated[float, BeforeValidator(seconds_between(0.01, 3600))]
+_Descriptor = Annotated[int, BeforeValidator(integer_between(0, 1 << 20))]
+_KeepAliveSeconds = Annotated[float, BeforeValidator(seconds_between(1, 3600))]
+_DrainSeconds = Annotated[float, BeforeValidator(seconds_between(0, 3600))]
+_Connections = Annotated[int, BeforeValidator(integer_between(1, 1 << 20))]
 _RequestSeconds = Annotated[float, BeforeValidator(seconds_between(0.1, 86400))]
 
 
@@ -80,6 +87,7 @@ class RouterConfig(BaseSettings):
         model_name: model name that requests give; by default the last part of the store's source.
         host: address to listen on.
         port: port to listen on.
+        listen_fd: descriptor of an inherited socket that listens there; by default one is opened.
         device: device of the router's part of the model.
         dtype: dtype in which the router computes; auto is the store's dtype, or float32 on a CPU
             without fast products in that dtype.
@@ -96,7 +104,8 @@ class RouterConfig(BaseSettings):
             its address, before the router computes it.
         max_activation_queue_requests: requests that may wait for activation; more are rejected
             with status 429.
-        max_activation_queue_bytes: total size of their bodies; more are rejected with status 429.
+        max_activation_queue_bytes: total size of their prompts as Python objects; more are rejected
+            with status 429.
         tenants_file: the tenants file; without it requests are not authenticated.
         state_dir: folder of this router alone, in which tenants' usage is saved; without it usage
             starts at zero at every start.
@@ -104,6 +113,8 @@ class RouterConfig(BaseSettings):
             without a socket, they are called over TCP.
         placement: auto computes frequently used functions of sandboxes on the same machine in the
             router, where that was measured to be faster; functions never does. Needs socket_dir.
+        mailbox: on calls sandboxes on the same machine over shared memory without Python where
+            possible; off never does. Needs socket_dir and the kernel library.
         router_replicas: routers that the tenants' limits are split over, unless the tenants file
             states their number.
         cors_origins: origins of web pages that may call the API, separated by commas; `*` is any.
@@ -114,6 +125,13 @@ class RouterConfig(BaseSettings):
         layer_timeout_s: time of all calls of a layer, retries and waiting included, after which the
             router computes the rest; part of a request.
         request_timeout_s: time until the last token of a request, which then fails.
+        keep_alive_s: how long an unused connection of a client is kept.
+        max_connections: connections of clients, fewer if the process may not open as many files.
+        max_connections_per_address: connections of one client address.
+        metrics_port: port of /metrics alone, which tenants need not reach; by default it is on
+            `port`, without a key.
+        drain_timeout_s: time that running responses have at shutdown; with some seconds more, less
+            than the grace period of the pod.
     """
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -124,6 +142,7 @@ class RouterConfig(BaseSettings):
     model_name: str | None = None
     host: str = "127.0.0.1"
     port: _Port = 8000
+    listen_fd: _Descriptor | None = None
     device: Device = "auto"
     dtype: DtypeSetting = "auto"
     max_model_len: _ModelLength | None = None
@@ -140,6 +159,7 @@ class RouterConfig(BaseSettings):
     state_dir: Path | None = None
     socket_dir: Path | None = None
     placement: PlacementMode = "functions"
+    mailbox: MailboxMode = "on"
     router_replicas: _Replicas = 1
     cors_origins: _Origins = ()
     generation_config: GenerationConfigMode = "auto"
@@ -147,6 +167,11 @@ class RouterConfig(BaseSettings):
     call_timeout_s: _CallSeconds = 10.0
     layer_timeout_s: _CallSeconds = 30.0
     request_timeout_s: _RequestSeconds = 3600.0
+    keep_alive_s: _KeepAliveSeconds = 75.0
+    max_connections: _Connections = MAX_CONNECTIONS
+    max_connections_per_address: _Connections = MAX_CONNECTIONS_PER_ADDRESS
+    metrics_port: _MetricsPort | None = None
+    drain_timeout_s: _DrainSeconds = 20.0
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Self:

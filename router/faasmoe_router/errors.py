@@ -7,16 +7,18 @@ RouterError
 ├── GrammarError            a grammar that cannot constrain a text
 ├── RequestTooLarge         more tokens than the tenant may ever reserve
 ├── RateLimitExceeded       a tenant's rate limit
-├── TenantQueueFull         a tenant's part of the queue is full
-├── EngineQueueFull         the engine's queue is full
-├── ActivationQueueFull     the queue for cold functions is full
+├── QueueFull               too much waits already
+│   ├── TenantQueueFull     a tenant's part of the queue is full
+│   ├── EngineQueueFull     the engine's queue is full
+│   └── ActivationQueueFull the queue for cold functions is full
 ├── ActivationTimeout       functions were not activated in time
 ├── EngineUnavailable       the engine is starting, stopped or has given up
 ├── EngineDeviceLost        the model's device is unusable; fatal
-├── StoreUnreadable         the store was removed or damaged; fatal
+├── StoreUnreadable         the store is away; only the requests that need it fail
 ├── StoreCorrupted          bytes of the store fail verification everywhere
 └── GenerationFailed        an accepted request cannot be finished
-    └── NoTokenAllowed      its constraints allow no further token
+    ├── NoTokenAllowed      its constraints allow no further token
+    └── ModelPartUnavailable  a part of the model cannot be read or computed at the moment
 
 ControlError                calls to the control plane; never ends the router
 ├── ControlUnreachable      no connection, or it was cut or stalled
@@ -54,11 +56,21 @@ class EngineUnavailable(RouterError):
     """The engine is not running: it is (re)starting, was stopped or has given up."""
 
 
-class EngineQueueFull(RouterError):
+class QueueFull(RouterError):
+    """Base of what is refused because too much waits already.
+
+    Attributes:
+        retry_after_s: seconds until there will be a place, as far as that is known.
+    """
+
+    retry_after_s = 1.0
+
+
+class EngineQueueFull(QueueFull):
     """The engine holds its maximum number of requests."""
 
 
-class ActivationQueueFull(RouterError):
+class ActivationQueueFull(QueueFull):
     """The maximum number of requests, or bytes, already waits for functions to be activated."""
 
 
@@ -67,7 +79,7 @@ class ActivationTimeout(RouterError):
 
 
 class StoreUnreadable(RouterError):
-    """The store was removed or damaged while being served; an engine restart does not help."""
+    """The store cannot be read: removed, or away for a while, such as a network file system."""
 
 
 class StoreCorrupted(RouterError):
@@ -90,6 +102,10 @@ class NoTokenAllowed(GenerationFailed):
     """A request's constraints allow no further token, or its grammar takes too much time."""
 
 
+class ModelPartUnavailable(GenerationFailed):
+    """A part of the model can be neither called nor read at the moment; a retry may succeed."""
+
+
 class TenantsConfigError(RouterError):
     """An invalid tenants file; the message names the field."""
 
@@ -110,7 +126,7 @@ class RateLimitExceeded(RouterError):
         self.headers = dict(headers or {})
 
 
-class TenantQueueFull(RouterError):
+class TenantQueueFull(QueueFull):
     """The maximum number of a tenant's sequences already waits."""
 
 

@@ -4,11 +4,15 @@ Reads the router's files of a store into a model of the family's class and binds
 to the dispatcher. Parameters are created on the meta device and replaced by the tensors of the
 files, so none is allocated twice. Where the router computes in another dtype than the store's, each
 tensor is converted as it is read, so that only one is in memory in both dtypes.
+
+A router that computes in float32 on a CPU with the kernel library keeps the weights of linear
+layers and embeddings as they lie in the files, mapped: the kernels compute with those
+(faasmoe_transformers.native_linear).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +26,9 @@ from torch import Tensor, nn
 from faasmoe_contracts.store import Store, StoreError, TensorQuantization
 from faasmoe_contracts.store.quantization import SCALE_SUFFIX
 from faasmoe_expert.functions.dequantization import dequantize
+from faasmoe_expert.functions.native_kernel import QUANTIZED_SCHEMES, SCALE_DTYPES
 from faasmoe_expert.functions.weights import TORCH_DTYPES
+from faasmoe_kernels import KernelLibrary, KernelsUnavailable, Matrix, load
 from faasmoe_transformers.dtypes import ParameterDtypes
 from faasmoe_transformers.errors import UnsupportedModel
 from faasmoe_transformers.experts_backend import (
@@ -32,6 +38,7 @@ from faasmoe_transformers.experts_backend import (
     register_implementation,
 )
 from faasmoe_transformers.meta_model import build_from_config, move_buffers
+from faasmoe_transformers.native_linear import stored_weight_names, use_matrix, use_native_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -69,21 +76,41 @@ def load_router_model(
     register_implementation()
     stored_dtype: torch.dtype = getattr(torch, store.manifest.model.dtype)
     model = _build_meta_model(store, dtype or stored_dtype)
+    kernels = _find_kernels(device, dtype or stored_dtype)
     convert = None
     if dtype is not None and dtype != stored_dtype:
-        convert = _dtype_converter(model, dtype)
+        kept = set() if kernels is None else stored_weight_names(model)
+        convert = _dtype_converter(model, dtype, kept)
     tensors: dict[str, Tensor] = {}
     quantized = store.manifest.router.quantized
+    native = {} if kernels is None else _native_modules(model, quantized)
+    codes: dict[str, Tensor] = {}
     for path in store.router_files():
-        tensors |= dequantize_weights(
-            _read_tensors(path, device, convert), quantized, path=path, dtype=dtype or stored_dtype
-        )
+        read = _read_tensors(path, device, convert)
+        _check_quantized(read, quantized, path)
+        codes |= {name: read.pop(name) for name in _codes_of(native) if name in read}
+        tensors |= dequantize_weights(read, quantized, dtype=dtype or stored_dtype)
     _assign_tensors(model, tensors, store)
     model.tie_weights()
+    if kernels is not None:
+        for module, quantization in native.items():
+            _use_codes(model.get_submodule(module), module, quantization, codes, kernels)
     _check_all_assigned(model, tensors, store)
     move_buffers(model, device)  # those that are computed, such as rotary frequencies
+    if kernels is not None:
+        use_native_linears(model, kernels)
     bind_experts(model, [layer.name for layer in store.manifest.layers], dispatcher)
     return model.eval().requires_grad_(False)
+
+
+def _find_kernels(device: torch.device, dtype: torch.dtype) -> KernelLibrary | None:
+    """Return the kernels if the router computes with them: in float32, on a CPU."""
+    if device.type != "cpu" or dtype is not torch.float32:
+        return None
+    try:
+        return load()
+    except KernelsUnavailable:
+        return None
 
 
 def _build_meta_model(store: Store, dtype: torch.dtype) -> PreTrainedModel:
@@ -115,11 +142,14 @@ TensorConverter = Callable[[str, Tensor], Tensor]
 """Takes a stored tensor and its name; returns the tensor to compute with."""
 
 
-def _dtype_converter(model: PreTrainedModel, dtype: torch.dtype) -> TensorConverter:
+def _dtype_converter(
+    model: PreTrainedModel, dtype: torch.dtype, kept: Collection[str]
+) -> TensorConverter:
+    """Return a converter to the model's dtypes, except for tensors of the names `kept`."""
     dtypes, expected = ParameterDtypes(model, dtype), model.state_dict()
 
     def convert(name: str, tensor: Tensor) -> Tensor:
-        if name not in expected or not tensor.is_floating_point():
+        if name in kept or name not in expected or not tensor.is_floating_point():
             return tensor
         return tensor.to(dtypes.dtype_of(name, expected[name]))
 
@@ -147,34 +177,80 @@ def _read_tensors(
         ) from error
 
 
+def _native_modules(
+    model: nn.Module, quantized: Mapping[str, TensorQuantization]
+) -> dict[str, TensorQuantization]:
+    """Return the quantised modules that the kernels compute from their codes."""
+    return {
+        name: entry
+        for name, entry in quantized.items()
+        if type(model.get_submodule(name)) is nn.Linear and not entry.transposed
+    }
+
+
+def _codes_of(modules: Iterable[str]) -> Iterator[str]:
+    """Yield the names of the codes and scales of quantised modules."""
+    for module in modules:
+        yield f"{module}.weight"
+        yield f"{module}.weight{SCALE_SUFFIX}"
+
+
+def _check_quantized(
+    tensors: Mapping[str, Tensor], quantized: Mapping[str, TensorQuantization], path: Path
+) -> None:
+    """Raise ModelLoadError if codes or scales of a file are not what the manifest says."""
+    stored = {n: (SAFETENSORS_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()}
+    for module, entry in quantized.items():
+        if f"{module}.weight" not in tensors:
+            continue
+        try:
+            entry.check_tensors(f"{module}.weight", stored)
+        except StoreError as error:
+            raise ModelLoadError(f"{path}: {error}") from error
+
+
+def _use_codes(
+    linear: nn.Module,
+    name: str,
+    quantization: TensorQuantization,
+    codes: Mapping[str, Tensor],
+    kernels: KernelLibrary,
+) -> None:
+    """Have a linear layer computed from its codes, which stay where the file is mapped."""
+    weight, scales = (codes.get(tensor_name) for tensor_name in _codes_of([name]))
+    if weight is None or scales is None:
+        return  # reported as missing
+    n, k = quantization.shape
+    matrix = Matrix(
+        QUANTIZED_SCHEMES[quantization.scheme],
+        n,
+        k,
+        weight.data_ptr(),
+        scales=scales.data_ptr(),
+        scale_dtype=SCALE_DTYPES[quantization.scale_dtype],
+        group=quantization.group,
+    )
+    use_matrix(linear, matrix, kernels, kept=(weight, scales))
+
+
 def dequantize_weights(
     tensors: Mapping[str, Tensor],
     quantized: Mapping[str, TensorQuantization],
     *,
-    path: Path,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Return the tensors of a file with weights in the place of codes and scales.
 
     Args:
-        tensors: tensors of a router's file by name.
+        tensors: tensors of a router's file by name, checked.
         quantized: how the weights of quantised modules are stored, by the module's name.
-        path: the file, for errors.
         dtype: dtype of the weights.
-
-    Raises:
-        ModelLoadError: codes or scales have another dtype or shape than the manifest says.
     """
     entries = {f"{module}.weight": entry for module, entry in quantized.items()}
     scale_names = {name + SCALE_SUFFIX for name in entries}
-    stored = {n: (SAFETENSORS_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()}
     weights: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name in entries:
-            try:
-                entries[name].check_tensors(name, stored)
-            except StoreError as error:
-                raise ModelLoadError(f"{path}: {error}") from error
             scales = tensors[name + SCALE_SUFFIX]
             weights[name] = dequantize(tensor, scales, entries[name]).to(dtype)
         elif name not in scale_names:

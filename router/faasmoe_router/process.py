@@ -1,5 +1,6 @@
 """The router process: builds store, dispatch, model, engine and API from the settings."""
 
+import gc
 import logging
 import re
 import secrets
@@ -18,8 +19,10 @@ from faasmoe_contracts.store import Store, StoreError
 from faasmoe_expert.config import SandboxConfigError as DeviceError
 from faasmoe_expert.device import resolve_device
 from faasmoe_router.api.app import create_app
+from faasmoe_router.api.metrics_server import MetricsServer
 from faasmoe_router.compute_dtype import select_compute_dtype
 from faasmoe_router.config import PREFIX, RouterConfig
+from faasmoe_router.connections import ConnectionLimits, descriptor_limited
 from faasmoe_router.control import ControlLink, LinkSettings
 from faasmoe_router.control.activator import ActivationQueueLimits, ActivationRequester
 from faasmoe_router.control.client import ControlClient
@@ -119,6 +122,9 @@ class RouterProcess:
             fingerprint=system_fingerprint(store.manifest.digest, model),
             cors_origins=config.cors_origins,
             sampling_defaults=_sampling_defaults(config),
+            metrics_server=None
+            if config.metrics_port is None
+            else MetricsServer(registry, host=config.host, port=config.metrics_port),
         )
         self._phases = phases
         self._server = Server(
@@ -127,7 +133,14 @@ class RouterProcess:
             port=config.port,
             on_started=self._log_start,
             on_drain_timeout=self._abort_running,
+            drain_timeout_s=config.drain_timeout_s,
+            connection_limits=ConnectionLimits(
+                max_connections=descriptor_limited(config.max_connections),
+                max_per_address=config.max_connections_per_address,
+                keep_alive_s=config.keep_alive_s,
+            ),
         )
+        self._listeners = _inherited_listeners(config.listen_fd)
         phases.end("api")
         logger.info(
             "%s is loaded on %s, for http://%s:%d", model_name, device, config.host, config.port
@@ -135,8 +148,10 @@ class RouterProcess:
 
     def serve(self) -> bool:
         """Serve until SIGTERM or SIGINT; return whether that ended it, rather than a failure."""
+        gc.collect()
+        gc.freeze()  # model and libraries: a collection of all their objects would stall the loop
         try:
-            self._server.run()
+            self._server.run(sockets=self._listeners)
         finally:
             self._dispatcher.close()
         return self._server.started and not self._has_given_up
@@ -158,6 +173,17 @@ class RouterProcess:
     def _on_engine_give_up(self) -> None:
         self._has_given_up = True
         self._server.should_exit = True
+
+
+def _inherited_listeners(descriptor: int | None) -> list[socket.socket] | None:
+    if descriptor is None:
+        return None
+    try:
+        return [socket.socket(fileno=descriptor)]
+    except OSError as error:
+        raise RouterConfigError(
+            f"FAASMOE_LISTEN_FD: got {descriptor}, expected an inherited socket: {error.strerror}"
+        ) from error
 
 
 def _open_store(path: Path) -> Store:
@@ -201,6 +227,7 @@ def _create_static_dispatcher(
             socket_dir=config.socket_dir,
             device_transfer=host_buffers,
             placement=config.placement,
+            mailbox=config.mailbox == "on",
         )
     except (RoutingTableError, OSError) as error:
         raise RouterConfigError(f"FAASMOE_TABLE: {error}") from error
@@ -245,6 +272,7 @@ def _create_link(
         socket_dir=config.socket_dir,
         device_transfer=host_buffers,
         placement=config.placement,
+        mailbox=config.mailbox == "on",
     )
     return dispatcher, ControlLink(
         client, activation_requester, dispatcher, settings=settings, metrics=metrics

@@ -21,6 +21,8 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from faasmoe_router.api.errors import ApiError
+from faasmoe_router.connections import ConnectionLimits
+from faasmoe_router.http_protocol import bounded_protocol
 
 READINESS_PATH = "/health"
 WORK_METHODS = ("POST", "PUT", "PATCH", "DELETE")
@@ -104,6 +106,7 @@ class Server(uvicorn.Server):
         host: address to listen on.
         port: port to listen on; 0 for any free port.
         drain_timeout_s: seconds that running responses get to finish.
+        connection_limits: how many connections clients may have, and for how long.
     """
 
     def __init__(
@@ -115,10 +118,14 @@ class Server(uvicorn.Server):
         host: str = "127.0.0.1",
         port: int = 0,
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
+        connection_limits: ConnectionLimits | None = None,
     ) -> None:
         self._drain = DrainMiddleware(app)
+        limits = connection_limits or ConnectionLimits()
         config = uvicorn.Config(
             self._drain,
+            http=bounded_protocol(limits),  # type: ignore[arg-type]
+            timeout_keep_alive=limits.keep_alive_s,  # type: ignore[arg-type]
             host=host,
             port=port,
             ws="none",

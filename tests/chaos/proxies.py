@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.chaos.mailbox_relay import MailboxRelay, read_offer
+
 from faasmoe_contracts.unix_socket import unix_socket_path
 
 CHUNK_BYTES = 1 << 16
@@ -71,14 +73,24 @@ class SandboxProxy:
         target: address of the sandbox.
         socket_dir: folder of an additional Unix socket, as a sandbox on the router's machine has,
             whose hot functions the router may run in its own process; None for TCP only.
+        sandbox_socket_dir: folder of the sandbox's own Unix socket, over which the router's mailbox
+            is offered.
 
     Attributes:
         pid: process id of the sandbox.
         address: address on which the proxy listens.
     """
 
-    def __init__(self, pid: int, target: str, socket_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        pid: int,
+        target: str,
+        socket_dir: Path | None = None,
+        sandbox_socket_dir: Path | None = None,
+    ) -> None:
         self.pid = pid
+        self._sandbox_socket_dir = sandbox_socket_dir
+        self._mailboxes = MailboxRelay()
         self._socket_dir = socket_dir
         self._unix_server: asyncio.Server | None = None
         self.address = ""
@@ -96,7 +108,7 @@ class SandboxProxy:
         port = self._server.sockets[0].getsockname()[1]
         if self._socket_dir is not None:
             path = unix_socket_path(self._socket_dir, port)
-            self._unix_server = await asyncio.start_unix_server(self._accept, path)
+            self._unix_server = await asyncio.start_unix_server(self._accept_unix, path)
         self.address = f"127.0.0.1:{port}"
 
     def close(self) -> None:
@@ -120,20 +132,45 @@ class SandboxProxy:
         self._cut_next = True
 
     def flip(self, direction: str, position: float) -> None:
-        """Flip a bit of the next chunk.
+        """Flip a bit of the next chunk, and one in each mailbox.
 
         Args:
             direction: "request" or "answer".
             position: position of the bit as a fraction of the chunk.
         """
         self._flip_next[direction] = position
+        self._mailboxes.flip()
+
+    async def _accept_unix(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        with self._connections.tracking(writer), contextlib.suppress(OSError):
+            start, body = await read_offer(reader)
+            if body is None or self._sandbox_socket_dir is None:
+                await self._connect(reader, writer, start + (body or b""))
+                return
+            client = writer.get_extra_info("socket")
+            port = int(self._target.rpartition(":")[2])
+            path = unix_socket_path(self._sandbox_socket_dir, port)
+            with self._mailboxes.offering(start, body, client) as request:
+                sandbox_reader, sandbox_writer = await asyncio.open_unix_connection(path)
+                with self._connections.tracking(sandbox_writer):
+                    sandbox_writer.write(request)
+                    await self._relay_both(reader, writer, sandbox_reader, sandbox_writer)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host, _, port = self._target.rpartition(":")
         with self._connections.tracking(writer), contextlib.suppress(OSError):
-            target_reader, target_writer = await asyncio.open_connection(host, int(port))
-            with self._connections.tracking(target_writer):
-                await self._relay_both(reader, writer, target_reader, target_writer)
+            await self._connect(reader, writer, b"")
+
+    async def _connect(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, start: bytes
+    ) -> None:
+        """Relay a connection whose first bytes were read already."""
+        host, _, port = self._target.rpartition(":")
+        target_reader, target_writer = await asyncio.open_connection(host, int(port))
+        with self._connections.tracking(target_writer):
+            target_writer.write(start)
+            await self._relay_both(reader, writer, target_reader, target_writer)
 
     async def _relay_both(
         self,
@@ -186,13 +223,17 @@ class ZygoteProxy:
         socket: Unix socket on which to listen.
         zygote: Unix socket of the zygote.
         socket_dir: folder of the Unix sockets of sandbox proxies.
+        sandbox_socket_dir: folder of the Unix sockets of sandboxes.
 
     Attributes:
         sandboxes: proxies of the running sandboxes by sandbox id.
     """
 
-    def __init__(self, socket: Path, zygote: Path, *, socket_dir: Path) -> None:
+    def __init__(
+        self, socket: Path, zygote: Path, *, socket_dir: Path, sandbox_socket_dir: Path
+    ) -> None:
         self._socket_dir = socket_dir
+        self._sandbox_socket_dir = sandbox_socket_dir
         self._n_proxies = 0
         self.sandboxes: dict[str, SandboxProxy] = {}
         self._socket = socket
@@ -254,7 +295,12 @@ class ZygoteProxy:
         if proxy is None:
             socket_dir = self._socket_dir if self._n_proxies % 2 == 0 else None
             self._n_proxies += 1
-            proxy = SandboxProxy(int(sandbox["pid"]), str(sandbox["address"]), socket_dir)
+            proxy = SandboxProxy(
+                int(sandbox["pid"]),
+                str(sandbox["address"]),
+                socket_dir,
+                self._sandbox_socket_dir,
+            )
             await proxy.open()
             self.sandboxes[sandbox["id"]] = proxy
         return proxy.address

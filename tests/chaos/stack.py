@@ -51,6 +51,7 @@ spec:
 """
 # Restarts without limit, because the faults kill processes.
 RESTART_POLICY = RestartPolicy(backoff_s=(0.0, 0.1), max_failures=10_000)
+SANDBOX_SOCKET_DIR = "s"
 PROXY_SOCKET_DIR = "p"  # short, because the path of a Unix socket is limited to 107 bytes
 MODEL_NAME = "chaos"
 
@@ -143,7 +144,10 @@ async def running_chaos_stack(
         proxy_sockets = private_dir / PROXY_SOCKET_DIR
         proxy_sockets.mkdir()
         proxy = ZygoteProxy(
-            private_dir / "proxy.sock", private_dir / "zygote.sock", socket_dir=proxy_sockets
+            private_dir / "proxy.sock",
+            private_dir / "zygote.sock",
+            socket_dir=proxy_sockets,
+            sandbox_socket_dir=private_dir / SANDBOX_SOCKET_DIR,
         )
         zygote_child = await processes.zygote()
         await proxy.open()
@@ -183,7 +187,12 @@ class _ProcessStarter:
         return await self._supervised(
             "zygote",
             zygote.ZYGOTE_COMMAND,
-            zygote.zygote_environment(self.private_dir / "zygote.sock", token=self.secrets.token),
+            {
+                **zygote.zygote_environment(
+                    self.private_dir / "zygote.sock", token=self.secrets.token
+                ),
+                zygote.SOCKET_DIR_VARIABLE: str(self.private_dir / SANDBOX_SOCKET_DIR),
+            },
             log="sandboxes",
             grace_s=10.0,
         )

@@ -26,6 +26,7 @@ def test_every_variable_is_read() -> None:
         "FAASMOE_MAX_CONNECTIONS": "12",
         "FAASMOE_DRAIN_S": "0",
         "FAASMOE_SOCKET_DIR": "/run/faasmoe",
+        "FAASMOE_MAILBOX": "off",
     }
     assert SandboxConfig.from_env(variables) == SandboxConfig(
         id="s7",
@@ -41,6 +42,7 @@ def test_every_variable_is_read() -> None:
         max_connections=12,
         drain_s=0.0,
         socket_dir=Path("/run/faasmoe"),
+        mailbox=False,
     )
 
 
@@ -69,6 +71,7 @@ def test_empty_variables_mean_defaults() -> None:
         ("FAASMOE_IDLE_TIMEOUT_S", "0"),
         ("FAASMOE_IDLE_TIMEOUT_S", "nan"),
         ("FAASMOE_MAX_CONNECTIONS", "0"),
+        ("FAASMOE_MAILBOX", "no"),
         ("FAASMOE_DRAIN_S", "-1"),
         ("FAASMOE_DRAIN_S", "nan"),
         ("FAASMOE_DRAIN_S", "inf"),

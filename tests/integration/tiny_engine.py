@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCau
 
 from faasmoe_router.engine.batcher import EngineLimits
 from faasmoe_router.engine.engine import Engine
+from faasmoe_router.engine.structured_output import CompiledGrammar
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
 
@@ -26,6 +27,10 @@ CHAT_TEMPLATE = (
 MAX_MODEL_LEN = 256
 
 DEADLINE_S = 20.0
+
+
+async def run_here(work: Callable[[], CompiledGrammar], *, timeout_s: float) -> CompiledGrammar:
+    return work()
 
 
 def manager_of(engine: Engine) -> Any:

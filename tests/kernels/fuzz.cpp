@@ -36,6 +36,7 @@ struct Dense {
   fk_matrix matrix{};
   Buffer<uint8_t> codes;
   Buffer<float> scales, zeros, bias;
+  Buffer<uint8_t> stored_scales, stored_zeros;
   std::vector<double> values;
 };
 
@@ -60,6 +61,34 @@ Half random_half() {
   return h;
 }
 
+// Parameters in memory as one of their types; they become the values that they have there.
+int32_t store_parameters(Buffer<float> &values, bool are_scales, Buffer<uint8_t> &bytes) {
+  int32_t dtype = int32_t(pick(FK_P_FLOAT32, 3));
+  if (dtype == 3) dtype = are_scales ? FK_P_E8M0 : FK_P_UINT8;
+  int64_t size = dtype == FK_P_FLOAT32 ? 4 : dtype <= FK_P_FLOAT16 ? 2 : 1;
+  bytes.resize(values.size() * size);
+  for (size_t i = 0; i < values.size(); ++i) {
+    float &v = values[i];
+    int exponent;
+    float mantissa = std::frexp(v, &exponent);  // 0.5 to 1
+    if (dtype == FK_P_FLOAT32) {
+      std::memcpy(&bytes[4 * i], &v, 4);
+    } else if (dtype == FK_P_UINT8) {
+      bytes[i] = uint8_t(v);
+    } else if (dtype == FK_P_E8M0) {
+      bytes[i] = uint8_t(exponent + 127);
+      v = std::ldexp(1.0f, exponent);
+    } else {  // few bits of mantissa, as random_half
+      int steps = v == 0 ? 0 : int(mantissa * 16) - 8;
+      v = v == 0 ? 0 : std::ldexp(float(8 + steps) / 8, exponent - 1);
+      uint16_t half = v == 0 ? 0 : dtype == FK_P_BFLOAT16 ? uint16_t((exponent + 126) << 7 | steps << 4)
+                                                          : uint16_t((exponent + 14) << 10 | steps << 7);
+      std::memcpy(&bytes[2 * i], &half, 2);
+    }
+  }
+  return dtype;
+}
+
 void set_half(Buffer<uint8_t> &bytes, int64_t i, int32_t is_bf16, const Half &h) {
   std::memcpy(&bytes[2 * i], is_bf16 ? &h.bf16 : &h.f16, 2);
 }
@@ -80,6 +109,8 @@ Dense random_matrix(int32_t scheme, int64_t n, int64_t k, int32_t group) {
       for (float &z : d.zeros) z = float(pick(0, 15));
     }
   }
+  int32_t scale_dtype = d.scales.empty() ? 0 : store_parameters(d.scales, true, d.stored_scales);
+  int32_t zero_dtype = d.zeros.empty() ? 0 : store_parameters(d.zeros, false, d.stored_zeros);
   int64_t bytes = is_4bit ? n * k / 2 : n * k * (scheme == FK_W_FLOAT32 ? 4 : is_float ? 2 : 1);
   d.codes.resize(bytes);
   for (int64_t r = 0; r < n; ++r)
@@ -110,7 +141,8 @@ Dense random_matrix(int32_t scheme, int64_t n, int64_t k, int32_t group) {
     for (float &b : d.bias) b = normal();
   }
   auto address = [](auto &v) { return v.empty() ? nullptr : v.data(); };
-  d.matrix = {scheme, group, n, k, d.codes.data(), address(d.scales), address(d.zeros), address(d.bias)};
+  d.matrix = {scheme, group, n, k, d.codes.data(), address(d.stored_scales), address(d.stored_zeros),
+              address(d.bias), scale_dtype, zero_dtype, FK_P_FLOAT32, 0};
   return d;
 }
 
@@ -168,7 +200,8 @@ void fuzz_linear() {
   int32_t scheme, group;
   int64_t step;
   pick_scheme(&scheme, &group, &step);
-  int64_t n = pick(1, 70), k = step * pick(1, std::max<int64_t>(1, 200 / step)), rows = pick(1, 30);
+  int64_t widest = pick(0, 9) ? 200 : 2400;  // beyond what stays in the first-level cache
+  int64_t n = pick(1, 70), k = step * pick(1, std::max<int64_t>(1, widest / step)), rows = pick(1, 30);
   Dense w = random_matrix(scheme, n, k, group);
   Input x = random_input(rows, k, pick(0, 3));
   int64_t out_stride = n + pick(0, 3);

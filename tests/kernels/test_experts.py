@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from kernel_matrices import DenseMatrix, library_dtype, random_matrix
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from faasmoe_kernels import Activation, Gating, KernelLibrary, Scheme, matrix_table
+from faasmoe_kernels import Activation, Gating, KernelLibrary, Matrix, Scheme, matrix_table
 
 TOLERANCE = 1e-4
 SCHEMES = [
@@ -131,12 +133,23 @@ def run_experts(
 def expected_pairs(block: Block, x: Tensor, routing: Routing) -> Tensor:
     """Return the weighted output of each pair, float64 [P, H]."""
     results = []
-    for row, expert, weight in zip(routing.rows, routing.experts, routing.weights, strict=True):
-        first, down = block.first[expert], block.down[expert]
-        product = torch.from_numpy(first.values @ x[row].double().numpy() + first.bias)
-        hidden = expected_gating(block.gating, product).numpy()
-        results.append(torch.from_numpy(down.values @ hidden + down.bias) * float(weight))
+    for hidden, expert, weight in zip(
+        expected_hidden(block, x, routing), routing.experts, routing.weights, strict=True
+    ):
+        down = block.down[expert]
+        results.append(torch.from_numpy(down.values @ hidden.numpy() + down.bias) * float(weight))
     return torch.stack(results)
+
+
+def expected_hidden(block: Block, x: Tensor, routing: Routing) -> Tensor:
+    """Return the input of each pair's down projection, float64 [P, I]."""
+    products = [
+        torch.from_numpy(
+            block.first[expert].values @ x[row].double().numpy() + block.first[expert].bias
+        )
+        for row, expert in zip(routing.rows, routing.experts, strict=True)
+    ]
+    return torch.stack([expected_gating(block.gating, product) for product in products])
 
 
 def expected_gating(gating: Gating, product: Tensor) -> Tensor:
@@ -155,8 +168,9 @@ def reduce_pairs(pairs: Tensor, routing: Routing, rows: int) -> Tensor:
     return total.index_add_(0, torch.from_numpy(routing.rows), pairs)
 
 
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    magnitude = max(1.0, expected.abs().max().item())  # relu2 of several makes outputs of hundreds
+def assert_close(actual: Tensor, expected: Tensor, *, of_terms: float = 0.0) -> None:
+    """Compare to 1e-4 of the largest output, or of what is summed, which may cancel."""
+    magnitude = max(1.0, expected.abs().max().item(), of_terms)
     assert (actual.double() - expected).abs().max().item() <= TOLERANCE * magnitude
 
 
@@ -235,6 +249,48 @@ def test_the_number_of_threads_changes_no_bit(
         assert torch.equal(run_experts(library, block, x, routing, n_threads=n_threads), alone)
 
 
+def stored_matrix(weight: Tensor, bias: Tensor) -> DenseMatrix:
+    """Return transformers' [in, out] weight as a matrix [out, in] of the library."""
+    codes, bias = weight.detach().T.contiguous(), bias.detach().contiguous()
+    n, k = codes.shape
+    matrix = Matrix(Scheme.FLOAT32, n, k, codes.data_ptr(), bias=bias.data_ptr())
+    return DenseMatrix(matrix, codes.double().numpy(), bias.double().numpy(), (codes, bias))
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_the_clamped_swiglu_equals_transformers_gpt_oss(
+    library: KernelLibrary, rng: np.random.Generator, rows: int
+) -> None:
+    config = GptOssConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_local_experts=N_EXPERTS,
+        num_experts_per_tok=2,
+        experts_implementation="eager",
+    )
+    experts = GptOssExperts(config)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # gates and ups beyond the limit of 7
+    block = Block(
+        list(map(stored_matrix, experts.gate_up_proj, experts.gate_up_proj_bias)),
+        list(map(stored_matrix, experts.down_proj, experts.down_proj_bias)),
+        Gating(
+            Activation.CLAMPED_SWIGLU,
+            interleaved=True,
+            alpha=experts.alpha,
+            limit=experts.limit,
+        ),
+    )
+    x, routing = random_rows(rng, rows, 64) * 3, random_routing(rng, rows)
+    by_row = [routing.rows == row for row in range(rows)]
+    index = torch.from_numpy(np.stack([routing.experts[mine] for mine in by_row]))  # [rows, 2]
+    weights = torch.from_numpy(np.stack([routing.weights[mine] for mine in by_row]))  # [rows, 2]
+    with torch.no_grad():
+        expected = experts.double()(x.double(), index, weights.double())
+    assert expected.abs().max() > 1
+    assert_close(run_experts(library, block, x, routing), expected)
+
+
 def test_rows_without_pairs_are_zero(library: KernelLibrary, rng: np.random.Generator) -> None:
     block = random_block(rng, Gating(Activation.SILU))
     routing = random_routing(rng, 3)
@@ -268,4 +324,5 @@ def test_any_block_equals_the_reference(library: KernelLibrary, data: st.DataObj
     routing = random_routing(rng, rows, data.draw(st.integers(1, N_EXPERTS)))
     expected = expected_pairs(block, x, routing)
     actual = run_experts(library, block, x, routing, is_reduced=False)
-    assert_close(actual, expected)
+    of_terms = expected_hidden(block, x, routing).abs().sum(dim=1).max().item()
+    assert_close(actual, expected, of_terms=of_terms)

@@ -39,7 +39,7 @@ def expected_product(weight: DenseMatrix, x: torch.Tensor) -> torch.Tensor:
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     error = (actual.double() - expected).abs().max().item()
-    assert error <= TOLERANCE
+    assert error <= TOLERANCE * max(1.0, expected.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", KernelDtype)
@@ -137,7 +137,7 @@ def test_biases_are_read_as_they_lie_in_a_store(
 def test_a_row_has_the_same_bits_whatever_else_is_computed(
     library: KernelLibrary, rng: np.random.Generator, scheme: Scheme, group: int
 ) -> None:
-    for n, k in ((45, 384), (19, valid_depth(scheme, group, 154))):
+    for n, k in ((45, 384), (19, valid_depth(scheme, group, 154)), (35, 2432)):
         weight = random_matrix(rng, scheme, n, k, group=group, has_bias=True)
         x = random_rows(rng, 40, k, KernelDtype.FLOAT32)
         together = run_linear(library, weight.matrix, x)

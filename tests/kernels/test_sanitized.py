@@ -1,4 +1,4 @@
-"""A build with AddressSanitizer and UndefinedBehaviorSanitizer computes random shapes."""
+"""A build with AddressSanitizer and UndefinedBehaviorSanitizer takes random input."""
 
 import os
 import subprocess
@@ -8,13 +8,14 @@ import pytest
 
 import hatch_build
 
-DRIVER = Path(__file__).with_name("fuzz.cpp")
+FOLDER = Path(__file__).parent
 CASES = 4000
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_random_shapes_trip_no_sanitizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("driver", ["fuzz.cpp", "fuzz_calls.cpp"])
+def test_random_input_trips_no_sanitizer(driver: str, tmp_path: Path) -> None:
     compiler = hatch_build.find_compiler()
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -23,7 +24,7 @@ def test_random_shapes_trip_no_sanitizer(tmp_path: Path) -> None:
         compiler,
         program,
         extra_flags=hatch_build.SANITIZER_FLAGS,
-        extra_sources=[DRIVER],
+        extra_sources=[FOLDER / driver],
         shared=False,
     )
     seed = os.environ.get("FAASMOE_FUZZ_SEED", "1")

@@ -22,7 +22,13 @@ def slow_dtypes(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
     return slow
 
 
-@pytest.mark.usefixtures("slow_dtypes")
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel library is not installed."""
+    monkeypatch.setattr(compute_dtype, "_has_kernels", lambda: False)
+
+
+@pytest.mark.usefixtures("slow_dtypes", "no_kernels")
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
 def test_auto_is_the_stores_dtype(prepared_store: PreparedStore, stored: str) -> None:
     store = prepared_store("mixtral", dtype=stored)
@@ -32,6 +38,20 @@ def test_auto_is_the_stores_dtype(prepared_store: PreparedStore, stored: str) ->
         assert selected.reason == "it is the store's dtype"
 
 
+@pytest.mark.usefixtures("slow_dtypes")
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_auto_is_float32_on_a_cpu_with_kernels(
+    prepared_store: PreparedStore, monkeypatch: pytest.MonkeyPatch, stored: str
+) -> None:
+    monkeypatch.setattr(compute_dtype, "_has_kernels", lambda: True)
+    store = prepared_store("mixtral", dtype=stored)
+    selected = select_compute_dtype("auto", store, CPU)
+    assert selected.dtype == torch.float32
+    assert selected.reason == f"the kernels multiply the store's {stored} weights in float32"
+    assert select_compute_dtype("auto", store, CUDA).dtype == getattr(torch, stored)
+
+
+@pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("stored", ["bfloat16", "float16"])
 def test_auto_is_float32_on_a_cpu_without_fast_products(
     prepared_store: PreparedStore, slow_dtypes: set[torch.dtype], stored: str
@@ -75,7 +95,7 @@ def test_auto_is_float32_for_16_bit_stores_under_avx2(prepared_store: PreparedSt
     paths = [str(prepared_store("mixtral", dtype=dtype).path) for dtype in dtypes]
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, *paths],
-        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "FAASMOE_KERNELS": "off"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -31,6 +31,7 @@ def test_reads_every_variable() -> None:
             "FAASMOE_STATE_DIR": "/state",
             "FAASMOE_SOCKET_DIR": "/run/sockets",
             "FAASMOE_PLACEMENT": "auto",
+            "FAASMOE_MAILBOX": "off",
             "FAASMOE_ROUTER_REPLICAS": "3",
             "FAASMOE_GENERATION_CONFIG": "none",
             "FAASMOE_CORS_ORIGINS": "https://a.example, http://localhost:3000",
@@ -58,6 +59,7 @@ def test_reads_every_variable() -> None:
         state_dir=Path("/state"),
         socket_dir=Path("/run/sockets"),
         placement="auto",
+        mailbox="off",
         router_replicas=3,
         generation_config="none",
         cors_origins=("https://a.example", "http://localhost:3000"),
@@ -93,6 +95,7 @@ def test_unset_and_empty_variables_use_the_defaults() -> None:
         ("FAASMOE_MAX_ACTIVATION_QUEUE_REQUESTS", "many"),
         ("FAASMOE_MAX_ACTIVATION_QUEUE_BYTES", "64Mi"),
         ("FAASMOE_PLACEMENT", "router"),
+        ("FAASMOE_MAILBOX", "false"),
     ],
 )
 def test_error_names_the_invalid_variable(name: str, value: str) -> None:

@@ -1,4 +1,4 @@
-"""A router over quantised weights, which are dequantised as they are loaded."""
+"""A router over quantised weights: its logits, and damaged stores."""
 
 import json
 import shutil
@@ -32,7 +32,6 @@ def test_logits_equal_those_of_the_dequantised_weights(
 ) -> None:
     store = prepared_store("qwen2_moe", router=scheme)
     model: Any = load_router_model(store, local_dispatcher(store), device=CPU)
-    assert model.get_submodule(Q_PROJ).weight.dtype is torch.float32
     family = next(family for family in FAMILIES if family.name == "qwen2_moe")
     expected = forward_logits(family, upcast_model(family, store), prompts())  # [B, S, V]
     got = forward_logits(family, model, prompts())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
-from tiny_engine import manager_of
+from tiny_engine import manager_of, run_here
 from torch import Tensor
 
 from faasmoe_router.engine.batch_sampler import BatchSampler
@@ -216,7 +216,9 @@ def test_step_that_fails_after_sampling_records_each_token_once(
             retrieve()
 
         inputs.retrieve_device_outputs = raise_periodically
-        grammar = await engine.grammar_compiler.compile(GrammarSource("regex", "([a-z]{2} ){20}"))
+        grammar = await engine.grammar_compiler.compile(
+            GrammarSource("regex", "([a-z]{2} ){20}"), run_here
+        )
         held = SamplingParams(DrawParams(1.0, seed=5), n_logprobs=1, grammar=grammar)
         requests = [GenerationRequest(prompt, 60, held) for prompt in prompts(model_tokenizer)[:3]]
         found: list[list[tuple[int, int]]] = [[] for _ in requests]

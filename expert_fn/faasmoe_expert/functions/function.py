@@ -31,7 +31,7 @@ from faasmoe_expert.functions.kernels import (
     gated_per_pair,
     gated_reduced,
 )
-from faasmoe_expert.functions.native_kernel import NativeKernel, UnsupportedLayer
+from faasmoe_expert.functions.native_kernel import NativeKernel, NativeLayer, UnsupportedLayer
 from faasmoe_expert.functions.transfer import Uploader, to_device, to_host
 from faasmoe_expert.functions.transformers_kernel import (
     QuantizedTransformersKernel,
@@ -85,6 +85,7 @@ class ExpertFunction:
         layers = _layer_entries(store, spec)
         self.size_bytes = function_size_bytes(spec, store, is_dequantized=uploader is not None)
         self._dtype = store.manifest.model.dtype
+        self._layers = layers
         self._hidden_size = {index: layer.hidden_size for index, layer in layers.items()}
         self._block_mask = _expert_mask(spec, layers)
         self._verifiers: dict[int, BlockVerifier] = {}
@@ -101,6 +102,27 @@ class ExpertFunction:
     def kernel_name(self) -> str:
         """What computes the function's layers, such as "native (avx2)"; see ExpertKernel."""
         return ", ".join(sorted({kernel.name for kernel in self._kernels.values()}))
+
+    @property
+    def native_layers(self) -> tuple[NativeLayer, ...]:
+        """The layers that the kernel library can compute without Python, as verified now."""
+        layers = []
+        for index, kernel in self._kernels.items():
+            verifier = self._verifiers.get(index)
+            if isinstance(kernel, NativeKernel) and verifier is not None and verifier.identity:
+                layers.append(
+                    kernel.native_layer(
+                        self._layers[index],
+                        getattr(torch, self._dtype),
+                        verifier.path,
+                        verifier.identity,
+                    )
+                )
+        return tuple(layers)
+
+    def has_identities(self, layers: Sequence[NativeLayer]) -> bool:
+        """Return whether these layers' files are still those that were verified last."""
+        return all(self._verifiers[x.layer].identity == x.identity for x in layers)
 
     def compute(self, request: ExpertRequest) -> Tensor:
         """Compute one frame.

@@ -16,6 +16,8 @@ computes instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from faasmoe_contracts.store.manifest import LayerEntry
 from faasmoe_expert.functions.dequantization import QuantizedStack
 from faasmoe_expert.functions.kernels import CLAMPED_SWIGLU, KernelSpec, RoutedPairs
 from faasmoe_expert.functions.weights import LayerWeights
@@ -38,6 +41,7 @@ from faasmoe_kernels import (
     describe_cpu_kernels,
     matrix_table,
 )
+from faasmoe_kernels.function_layers import FileIdentity, FunctionLayer
 from faasmoe_transformers.onednn import is_fast_on_cpu
 
 ACTIVATIONS = {
@@ -75,9 +79,13 @@ DTYPES = {
 }
 
 
-MAX_ROWS_PER_EXPERT = 4
+MAX_ROWS_PER_EXPERT = 24
 """Rows of one expert up to which the library is faster than a oneDNN with kernels for the dtype:
-`python -m benchmarks.kernels`, AVX-512 with bf16."""
+Qwen1.5-MoE's sizes, AVX-512 with bf16 (in float32 the library is faster up to 128 rows)."""
+
+
+MAX_DIRECT_ROWS_PER_EXPERT = 16
+"""The same for frames that bypass Python, which costs more than the difference up to here."""
 
 
 class LargeBatchKernel(Protocol):
@@ -89,6 +97,49 @@ class LargeBatchKernel(Protocol):
 
 class UnsupportedLayer(Exception):
     """The native kernel cannot compute this layer; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class NativeLayer:
+    """One layer of a function as the kernel library computes it, for calls that bypass Python.
+
+    Attributes:
+        layer: index of the MoE layer.
+        dtype: dtype of the rows.
+        hidden_size: elements per row.
+        first: descriptor of each expert's first projection, uint8 [E, MATRIX_BYTES]; zeros for
+            experts outside the block.
+        down: the same of its down projection.
+        gating: what stands between the projections.
+        max_rows_per_expert: rows of one expert above which another kernel is faster; 0 for never.
+        path: file that the weights are mapped from.
+        identity: device, inode, size, mtime_ns and ctime_ns of the file's verified content.
+    """
+
+    layer: int
+    dtype: torch.dtype
+    hidden_size: int
+    first: NDArray[np.uint8]
+    down: NDArray[np.uint8]
+    gating: Gating
+    max_rows_per_expert: int
+    path: Path
+    identity: FileIdentity
+
+    def describe(self) -> FunctionLayer:
+        """Return the layer as the library knows it; valid while this object exists."""
+        return FunctionLayer(
+            layer=self.layer,
+            hidden_size=self.hidden_size,
+            n_experts=len(self.first),
+            first=self.first.ctypes.data,
+            down=self.down.ctypes.data,
+            gating=self.gating,
+            dtype=DTYPES[self.dtype],
+            max_rows_per_expert=self.max_rows_per_expert,
+            path=str(self.path),
+            identity=self.identity,
+        )
 
 
 class NativeKernel:
@@ -135,6 +186,30 @@ class NativeKernel:
         self._large_batch_kernel = large_batch_kernel
         dtype = self._first.dtype
         self._is_onednn_fast = dtype is not None and is_fast_on_cpu(dtype)
+
+    def native_layer(
+        self, layer: LayerEntry, dtype: torch.dtype, path: Path, identity: FileIdentity
+    ) -> NativeLayer:
+        """Return what the library needs to compute this layer; valid while the kernel exists.
+
+        Args:
+            layer: manifest entry of the layer.
+            dtype: dtype of the rows.
+            path: file that the weights are mapped from.
+            identity: identity of its verified content.
+        """
+        is_limited = self._large_batch_kernel is not None and self._is_onednn_fast
+        return NativeLayer(
+            layer.index,
+            dtype,
+            layer.hidden_size,
+            self._first.table,
+            self._down.table,
+            self._gating,
+            MAX_DIRECT_ROWS_PER_EXPERT if is_limited else 0,
+            path,
+            identity,
+        )
 
     def compute_per_pair(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
         """Return the weighted output of each pair, [P, H]."""

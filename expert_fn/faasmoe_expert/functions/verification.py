@@ -2,8 +2,9 @@
 
 A verified block is remembered under the file's device, inode, size and times: in the process and,
 if FAASMOE_VERIFIED_DIR is set, as a marker file for all processes of the machine. Later changes of
-the file are detected by its times, which costs one stat call per frame. For what digests detect see
-`faasmoe_contracts.store.digests`.
+the file are detected by its times, which costs one stat call per frame. A file that is truncated
+would end the process (SIGBUS): the kernel library makes zeros of what cannot be read, and the block
+counts as changed. For what digests detect see `faasmoe_contracts.store.digests`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import numpy
+
 from faasmoe_contracts.store import LayerEntry, MappedLayer, Store
 from faasmoe_contracts.store.digests import block_buffers, page_sum_digest
 from faasmoe_expert.errors import BlockCorrupted
+from faasmoe_kernels import KernelsUnavailable, MappingGuard
+from faasmoe_kernels import load as load_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +79,19 @@ class VerifiedBlocks:
             logger.warning("cannot write %s: %s", self._marker_dir / name, error.strerror)
 
 
+def _guard_mapping(mapped: MappedLayer) -> MappingGuard | None:
+    """Keep a truncation of a mapped file from ending this process, if the kernels are there."""
+    try:
+        library = load_kernels()
+    except KernelsUnavailable:
+        return None
+    address = numpy.frombuffer(mapped.mapping, dtype=numpy.uint8).ctypes.data
+    guard = library.guard_mapping(address, len(mapped.mapping))
+    if guard is not None:
+        weakref.finalize(mapped.mapping, guard.close)
+    return guard
+
+
 def _marker_name(identity: FileIdentity, block: int) -> str:
     return hashlib.sha256(repr((identity, block)).encode()).hexdigest()[:32]
 
@@ -93,6 +112,9 @@ class BlockVerifier:
         mapped: the mapped layer.
         experts: indices of the experts in use; the shared parameters are always verified.
         verified_blocks: record of verified blocks; that of the process by default.
+
+    Attributes:
+        path: the layer's file.
     """
 
     def __init__(
@@ -104,13 +126,19 @@ class BlockVerifier:
         *,
         verified_blocks: VerifiedBlocks | None = None,
     ) -> None:
-        self._path = store.path / layer.file
+        self.path = store.path / layer.file
         self._layer = layer
         self._mapped = mapped
         self._blocks = (*experts, layer.num_experts)
         self._verified_blocks = verified_blocks or process_verified_blocks()
         self._identity: FileIdentity | None = None
         self._failure = ""
+        self._guard = _guard_mapping(mapped)
+
+    @property
+    def identity(self) -> FileIdentity | None:
+        """Identity of the file's content that was verified last; None if it did not match."""
+        return None if self._failure else self._identity
 
     def verify_if_changed(self) -> bool:
         """Verify the block if its file changed since the last call, and map its pages.
@@ -123,13 +151,18 @@ class BlockVerifier:
         Raises:
             BlockCorrupted: a digest does not match; raised by every call until the file changes.
         """
-        identity = file_identity(self._path)
-        if identity is not None and identity != self._identity and self._is_mapped(identity):
-            self._identity = identity
-            self._failure = self._find_corruption(identity)
+        identity = file_identity(self.path)
+        is_damaged = self._guard is not None and self._guard.is_damaged
+        is_same_file = identity is not None and self._is_mapped(identity)
+        is_changed = is_same_file and identity != self._identity
+        if is_damaged and self._failure and not is_changed:
+            pass  # as it was at the last call
+        elif is_damaged and not (is_same_file and self._restore()):
+            self._failure = f"store: {self.path} was truncated, and then removed or replaced"
+        elif identity is not None and (is_damaged or is_changed):
             is_changed = True
-        else:
-            is_changed = False
+            self._identity = identity
+            self._failure = self._find_corruption(identity, is_damaged=is_damaged)
         if self._failure:
             raise BlockCorrupted(self._failure, field="store")
         return is_changed
@@ -137,15 +170,35 @@ class BlockVerifier:
     def _is_mapped(self, identity: FileIdentity) -> bool:
         return self._identity is None or identity[:2] == self._identity[:2]
 
-    def _find_corruption(self, identity: FileIdentity) -> str:
-        blocks = [b for b in self._blocks if not self._verified_blocks.contains(identity, b)]
+    def _restore(self) -> bool:
+        """Map the file again, whose mapping was damaged; return whether that succeeded."""
+        assert self._guard is not None
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            self._guard.restore(descriptor)
+        except OSError as error:
+            logger.warning("cannot map %s again: %s", self.path, error.strerror)
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    def _find_corruption(self, identity: FileIdentity, *, is_damaged: bool) -> str:
+        blocks = [
+            block
+            for block in self._blocks
+            if is_damaged or not self._verified_blocks.contains(identity, block)
+        ]
         self._prefault(block for block in self._blocks if block not in blocks)
         for block, got in zip(blocks, self._digests(blocks), strict=True):
             if got != (expected := self._layer.digests[block]):
                 is_expert = block < self._layer.num_experts
                 block_name = f"expert {block}" if is_expert else "shared parameters"
                 return (
-                    f"store: layer {self._layer.index}, {block_name} of {self._path}: "
+                    f"store: layer {self._layer.index}, {block_name} of {self.path}: "
                     f"got digest {got}, expected {expected}: "
                     "digest mismatch with the prepared store"
                 )

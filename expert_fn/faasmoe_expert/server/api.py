@@ -4,6 +4,7 @@
     PUT    /v1/functions/ID    attach a function
     POST   /v1/functions/ID    compute a frame
     DELETE /v1/functions/ID    detach a function
+    PUT    /v1/mailbox         serve the client's mailbox while it is connected
     GET    /healthz, /readyz, /metrics
 
 Frames of several routers are batched; attaching runs in the background. See docs/wire.md.
@@ -26,12 +27,14 @@ from typing import Any
 import torch
 
 from faasmoe_contracts.routing_table import FunctionSpec, RoutingTableError
+from faasmoe_contracts.shared_region import MAILBOX_PATH
 from faasmoe_contracts.text import MAX_REPR_CHARS, short_repr
 from faasmoe_contracts.wire import Buffer
 from faasmoe_expert import malloc
 from faasmoe_expert.device import device_lost_reason
 from faasmoe_expert.errors import (
     BadAttachment,
+    MailboxRefused,
     OutOfMemory,
     SandboxDeviceLost,
     SandboxDraining,
@@ -76,9 +79,16 @@ class SandboxRoutes:
         self._on_device_lost = on_device_lost
         self._is_device_lost = False
 
+    def is_authorized(self, authorization: bytes) -> bool:
+        """Return whether an `Authorization` header has the bearer token, if there is one."""
+        is_open = not self._runtime.config.token
+        return is_open or hmac.compare_digest(authorization, self._expected_authorization)
+
     def start_draining(self) -> None:
         """Reject new work from now on; requests that have started arriving are still answered."""
         self._draining_since_s = time.monotonic()
+        if self._runtime.mailboxes is not None:
+            self._runtime.mailboxes.drain()
 
     @property
     def is_draining(self) -> bool:
@@ -155,16 +165,35 @@ class SandboxRoutes:
         return _not_found(path)
 
     def _route_functions(self, request: HttpRequest, path: str) -> HttpResponse | PendingResponse:
-        token = self._runtime.config.token
-        if token and not hmac.compare_digest(request.authorization, self._expected_authorization):
+        if not self.is_authorized(request.authorization):
             message = "authorization: expected the bearer token"
             return HttpResponse.error_response(401, "unauthorized", message, field="authorization")
+        if path == MAILBOX_PATH:
+            return self._open_mailbox(request)
         if path == FUNCTIONS_PATH and request.method == "GET":
             return HttpResponse.json_response(200, self._runtime.list_functions())
         base, _, function_id = path.rpartition("/")
         if base != FUNCTIONS_PATH or not function_id:
             return _not_found(path)
         return self._route_function(request, function_id)
+
+    def _open_mailbox(self, request: HttpRequest) -> HttpResponse:
+        """Serve the mailbox that the client offers, for as long as it is connected."""
+        if request.method != "PUT":
+            message = f"method: got {request.method}, expected PUT"
+            return HttpResponse.error_response(405, "bad_method", message, field="method")
+        if self.is_draining:
+            raise SandboxDraining("sandbox: draining, retry on another sandbox")
+        mailboxes, connection = self._runtime.mailboxes, request.connection
+        if mailboxes is None:
+            raise MailboxRefused("mailbox: this sandbox has none, expected HTTP", field="mailbox")
+        if connection is None or connection.peer_pid is None:
+            raise MailboxRefused("mailbox: expected a Unix socket", field="mailbox")
+        value = _parse_object(bytes(request.body))
+        descriptor, size_bytes = (_require_integer(value, n) for n in ("descriptor", "size_bytes"))
+        mailbox = mailboxes.open(connection.peer_pid, descriptor, size_bytes)
+        connection.hold(mailbox)
+        return HttpResponse.json_response(201, {"size_bytes": size_bytes})
 
     def _route_function(
         self, request: HttpRequest, function_id: str
@@ -233,7 +262,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _not_found(path: str) -> HttpResponse:
     message = (
         f"path: got {short_repr(path)}, "
-        f"expected {FUNCTIONS_PATH}[/ID], /healthz, /readyz or /metrics"
+        f"expected {FUNCTIONS_PATH}[/ID], {MAILBOX_PATH}, /healthz, /readyz or /metrics"
     )
     return HttpResponse.error_response(404, "not_found", message, field="path")
 
@@ -265,6 +294,13 @@ def _require_text(value: dict[str, Any], name: str) -> str:
             f"{name}: got {short_repr(text)}, expected a printable string", field=name
         )
     return text
+
+
+def _require_integer(value: dict[str, Any], name: str) -> int:
+    number = value.get(name)
+    if type(number) is not int or not 0 <= number < 1 << 40:
+        raise MailboxRefused(f"{name}: got {short_repr(number)}, expected an integer", field=name)
+    return number
 
 
 class HeapTrimmer:

@@ -17,7 +17,7 @@ import functools
 import logging
 from asyncio import Future
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import cast
 
@@ -38,6 +38,7 @@ from faasmoe_expert.config import (
 )
 from faasmoe_expert.errors import BadFrame
 from faasmoe_expert.server.http import (
+    HeldResource,
     HttpRequest,
     HttpRequestReader,
     HttpResponse,
@@ -61,9 +62,12 @@ class HttpConnection(asyncio.Protocol):
         idle_timeout_s: time after which a connection without requests is closed.
         max_connections: number of open connections above which new ones are rejected.
         read_limits: limits shared by all connections.
+        is_authorized: whether an `Authorization` header is that of a peer. Connections of others
+            are closed, the oldest first, when there is no place for a new one.
 
     Attributes:
         closed: resolved when the connection is lost.
+        peer_pid: process ID of the client if it is a Unix socket, else None.
     """
 
     closed: asyncio.Future[None]
@@ -77,7 +81,9 @@ class HttpConnection(asyncio.Protocol):
         idle_timeout_s: float = IDLE_TIMEOUT_S,
         max_connections: int = MAX_CONNECTIONS,
         read_limits: ReadLimits | None = None,
+        is_authorized: Callable[[bytes], bool] = lambda _: True,
     ) -> None:
+        self._is_known = False  # has sent a peer's request
         self._handle = handle
         self._connections = connections
         self._timeout_s = timeout_s
@@ -85,12 +91,17 @@ class HttpConnection(asyncio.Protocol):
         self._max_connections = max_connections
         read_limits = read_limits or ReadLimits(max_frames=MAX_FRAMES, max_bytes=MAX_BODIES_BYTES)
         self._request_reader = HttpRequestReader(
-            read_limits, on_request_start=self._on_request_start, on_request=self._on_request
+            read_limits,
+            on_request_start=self._on_request_start,
+            on_request=self._on_request,
+            is_authorized=is_authorized,
         )
         self._idle_timer: asyncio.TimerHandle | None = None  # see _close_if_idle
         self._read_timer: asyncio.TimerHandle | None = None  # until the request is complete
         self._write_timer: asyncio.TimerHandle | None = None  # until the client reads responses
         self._shared_memory: SharedMemoryChannel | None = None
+        self._held: HeldResource | None = None
+        self.peer_pid: int | None = None
         self._queue: deque[tuple[HttpRequest, bool]] = deque()  # unanswered, with keep_alive
         self._pending_response: Future[HttpResponse] | None = None
         self._is_write_paused = False
@@ -103,20 +114,24 @@ class HttpConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self.closed = self._loop.create_future()
         self._sender = sender_identity(self._transport)
+        self.peer_pid = peer_pid(self._transport.get_extra_info("socket"))
+        self._last_used_s = self._loop.time()
         self._connections.add(self)
-        if len(self._connections) > self._max_connections:
+        if len(self._connections) > self._max_connections and not self._close_unknown():
             message = f"connections: got one more than the {self._max_connections} allowed"
             self._write_response(
                 HttpResponse.error_response(503, "too_many_connections", message), keep_alive=False
             )
             return
-        self._last_used_s = self._loop.time()
         self._idle_timer = self._loop.call_later(self._idle_timeout_s, self._close_if_idle)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Release everything that belongs to the connection."""
         self._connections.discard(self)
         self._request_reader.close()
+        if self._held is not None:
+            self._held.close()
+            self._held = None
         for request, _ in self._queue:
             self._request_reader.release(request)
         self._cancel_read_timer()
@@ -145,6 +160,12 @@ class HttpConnection(asyncio.Protocol):
             self._cancel_write_timer()
             self._update_reading()
 
+    def hold(self, resource: HeldResource) -> None:
+        """Close a resource with the connection, in place of an earlier one."""
+        if self._held is not None:
+            self._held.close()
+        self._held = resource
+
     def close(self) -> None:
         """Close the connection after the pending response, once written data is sent."""
         self._is_closing = True
@@ -157,6 +178,22 @@ class HttpConnection(asyncio.Protocol):
         """Close the connection immediately, discarding unsent data."""
         self._transport.abort()
 
+    def _close_unknown(self) -> bool:
+        """Close the least recently used connection that no peer uses; return whether there is."""
+        unknown = [
+            connection
+            for connection in self._connections
+            if not connection._is_known
+            and connection is not self
+            and connection._pending_response is None
+        ]
+        if not unknown:
+            return False
+        oldest = min(unknown, key=lambda connection: connection._last_used_s)
+        self._connections.discard(oldest)
+        oldest.abort()
+        return True
+
     def _on_request_start(self) -> None:
         """Start the timeout for the complete request."""
         self._read_timer = self._loop.call_later(self._timeout_s, self._on_read_timeout)
@@ -167,7 +204,8 @@ class HttpConnection(asyncio.Protocol):
         if self._transport.is_closing():
             self._request_reader.release(request)
             return
-        request.sender = self._sender
+        self._is_known = self._is_known or self._request_reader.is_peer
+        request.sender, request.connection = self._sender, self
         self._queue.append((request, keep_alive))
         self._handle_queued()
 
@@ -220,9 +258,7 @@ class HttpConnection(asyncio.Protocol):
         if frame_header is None and region_header is None:
             return self._handle(request)
         if self._shared_memory is None:
-            self._shared_memory = SharedMemoryChannel(
-                peer_pid(self._transport.get_extra_info("socket"))
-            )
+            self._shared_memory = SharedMemoryChannel(self.peer_pid)
         if frame_header is not None:
             try:
                 request.shared_frame = self._shared_memory.read_frame(frame_header)
@@ -269,6 +305,7 @@ class HttpConnection(asyncio.Protocol):
         """Close an unused connection; checked by one timer, so that requests need none."""
         remaining_s = self._last_used_s + self._idle_timeout_s - self._loop.time()
         is_busy = self._request_reader.is_reading or self._pending_response is not None
+        is_busy = is_busy or (self._held is not None and self._held.was_used())
         if is_busy:
             remaining_s = self._idle_timeout_s
         if remaining_s > 0:

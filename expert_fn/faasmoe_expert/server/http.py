@@ -13,7 +13,7 @@ from asyncio import Future
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 import httptools
 
@@ -26,6 +26,29 @@ MAX_HEAD_BYTES = 16 << 10
 _FRAME_HEADER, _REGION_HEADER = FRAME_HEADER.encode(), REGION_HEADER.encode()
 
 
+class HeldResource(Protocol):
+    """What a client keeps at the sandbox for as long as it is connected."""
+
+    def was_used(self) -> bool:
+        """Return whether it was used since the last call, so that the connection is not idle."""
+
+    def close(self) -> None:
+        """Release it."""
+
+
+class RequestConnection(Protocol):
+    """The connection of a request.
+
+    Attributes:
+        peer_pid: process ID of the client if it is a Unix socket, else None.
+    """
+
+    peer_pid: int | None
+
+    def hold(self, resource: HeldResource) -> None:
+        """Close a resource with the connection, in place of an earlier one."""
+
+
 @dataclass(slots=True)
 class HttpRequest:
     """One request, possibly incomplete.
@@ -36,6 +59,7 @@ class HttpRequest:
         method: set once the request is complete.
         started_s: when its first byte arrived, on the monotonic clock; None before.
         sender: identity of the client, see `connection.sender_identity`.
+        connection: the connection; None outside a server.
         head_bytes: bytes of target and headers so far.
         buffered_bytes: bytes received after the packet in which it started.
         body: body so far.
@@ -51,6 +75,7 @@ class HttpRequest:
     method: str = ""
     started_s: float | None = None
     sender: Hashable = None
+    connection: RequestConnection | None = None
     head_bytes: int = 0
     buffered_bytes: int = 0
     body: bytearray = field(default_factory=bytearray)
@@ -122,6 +147,8 @@ class HttpRequestReader:
         on_request_start: called when a request starts.
         on_request: called with each complete request and whether to keep the connection open; the
             request counts against `read_limits` until `release` is called with it.
+        is_authorized: whether an `Authorization` header is that of a peer. Nothing is reserved for
+            anyone else: a body without it is rejected.
     """
 
     def __init__(
@@ -130,7 +157,10 @@ class HttpRequestReader:
         *,
         on_request_start: Callable[[], None],
         on_request: Callable[[HttpRequest, bool], None],
+        is_authorized: Callable[[bytes], bool] = lambda _: True,
     ) -> None:
+        self.is_peer = False  # of the last head
+        self._is_authorized = is_authorized
         self._read_limits = read_limits
         self._on_request_start = on_request_start
         self._on_request = on_request
@@ -201,8 +231,18 @@ class HttpRequestReader:
         elif name == _REGION_HEADER:
             self._request.region_header = value
 
+    def on_headers_complete(self) -> None:
+        """Find out who sends the request, before its body."""
+        self.is_peer = self._is_authorized(self._request.authorization)
+
     def on_body(self, body: bytes) -> None:
-        """Append to the body."""
+        """Append to the body; rejects one that is not a peer's."""
+        if not self.is_peer:
+            message = "authorization: expected the bearer token"
+            self._rejection = HttpResponse.error_response(
+                401, "unauthorized", message, field="authorization", close=True
+            )
+            raise _LimitExceeded(message)
         self._count_body(len(body))
         self._request.body += body
         if len(self._request.body) > MAX_FRAME_BYTES:

@@ -1,9 +1,9 @@
 """The functions attached to a sandbox: attach, detach, compute, and their metrics.
 
-Knows nothing of HTTP. Metrics are aggregates that reveal neither experts nor tokens. Reading and
-verifying a block takes tens of milliseconds from the page cache and seconds from a disk, so
-`BackgroundLoader` does it in a thread, one function at a time, while the event loop computes frames
-of other functions. Only the event loop changes the set of attached functions.
+Knows nothing of HTTP. Reading and verifying a block takes tens of milliseconds from the page cache
+and seconds from a disk, so `BackgroundLoader` does it in a thread, one function at a time, while
+the event loop computes frames of other functions. Only the event loop changes the set of attached
+functions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_contracts.store import Store, StoreError
@@ -37,54 +36,9 @@ from faasmoe_expert.functions import ExpertFunction
 from faasmoe_expert.functions.function import function_size_bytes, request_batch_key
 from faasmoe_expert.functions.native_kernel import describe_kernels
 from faasmoe_expert.functions.transfer import Uploader, uploader_for
+from faasmoe_expert.server.mailboxes import MailboxServer
 from faasmoe_expert.server.memory_budget import SandboxMemoryBudget, memory_budget_for
-
-BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-
-
-class SandboxMetrics:
-    """Prometheus metrics of one sandbox, in their own registry."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.frames = Counter(
-            "faasmoe_expert_frames_total", "Frames computed.", registry=self.registry
-        )
-        self.shared_frames = Counter(
-            "faasmoe_expert_shared_frames_total",
-            "Frames computed from shared memory.",
-            registry=self.registry,
-        )
-        self.rows = Counter(
-            "faasmoe_expert_rows_total", "Rows of hidden states computed.", registry=self.registry
-        )
-        self.refused = Counter(
-            "faasmoe_expert_refused_total", "Requests refused.", ["code"], registry=self.registry
-        )
-        self.compute_seconds = Histogram(
-            "faasmoe_expert_compute_seconds",
-            "Time to compute a batch of frames.",
-            buckets=BUCKETS_S,
-            registry=self.registry,
-        )
-        self.attach_seconds = Histogram(
-            "faasmoe_expert_attach_seconds",
-            "Time to attach a function.",
-            buckets=BUCKETS_S,
-            registry=self.registry,
-        )
-        self.functions = Gauge(
-            "faasmoe_expert_functions", "Functions attached.", registry=self.registry
-        )
-        self.function_bytes = Gauge(
-            "faasmoe_expert_function_bytes",
-            "Bytes of the attached functions' parameters.",
-            registry=self.registry,
-        )
-
-    def render(self) -> bytes:
-        """Return the metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+from faasmoe_expert.server.metrics import SandboxMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +86,7 @@ class SandboxRuntime:
         config: settings of the sandbox.
         device: device to compute on.
         metrics: metrics of the sandbox.
+        mailboxes: computes frames of routers on this machine without Python; None for HTTP only.
     """
 
     def __init__(
@@ -151,6 +106,9 @@ class SandboxRuntime:
         ] = {}  # of attached functions, by path and digest
         self._memory_budget = memory_budget or memory_budget_for(device, config.memory_bytes)
         self._uploader = uploader or uploader_for(device)
+        self.mailboxes = MailboxServer.create(config, device.type)
+        if self.mailboxes is not None:
+            self.metrics.include_mailboxes(self.mailboxes.counters)
 
     def list_functions(self) -> dict[str, Any]:
         """Return the state of the sandbox and its functions, for the control plane to inspect."""
@@ -166,7 +124,7 @@ class SandboxRuntime:
                     "used_bytes": self._memory_budget.used_bytes,
                 },
             },
-            "functions": [_function_status(f) for f in self._functions.values()],
+            "functions": [self._function_status(f) for f in self._functions.values()],
         }
 
     def attach(
@@ -201,7 +159,7 @@ class SandboxRuntime:
         """
         attached = self._functions.get(spec.id)
         if attached is not None and (attached.spec, attached.model_digest) == (spec, model_digest):
-            return _function_status(attached)
+            return self._function_status(attached)
         self._check_capacity(spec, attached)
         return None
 
@@ -233,13 +191,17 @@ class SandboxRuntime:
         self._stores[loaded.store_path, function.model_digest] = loaded.store
         self.metrics.attach_seconds.observe(loaded.load_s)
         self._update_gauges()
-        return _function_status(function)
+        if self.mailboxes is not None:
+            self.mailboxes.publish(function)
+        return self._function_status(function)
 
     def detach(self, function_id: str) -> None:
         """Detach a function and free its memory; raises UnknownFunction."""
         function = self._functions.pop(function_id, None)
         if function is None:
             raise _unknown_function(function_id)
+        if self.mailboxes is not None:  # before its weights are unmapped
+            self.mailboxes.retract(function_id)
         size_bytes = function.size_bytes
         del function
         self._memory_budget.release(size_bytes)
@@ -278,7 +240,12 @@ class SandboxRuntime:
         """
         requests = [task.request for task in tasks]
         start_s = time.perf_counter()
-        outputs = tasks[0].function.compute_batch(requests)
+        function = tasks[0].function
+        try:
+            outputs = function.compute_batch(requests)
+        finally:
+            if self.mailboxes is not None and function.spec.id in self._functions:
+                self.mailboxes.refresh(function)
         self.metrics.compute_seconds.observe(time.perf_counter() - start_s)
         self.metrics.frames.inc(len(tasks))
         self.metrics.rows.inc(sum(r.header.n_rows for r in requests))
@@ -330,15 +297,20 @@ class SandboxRuntime:
         self.metrics.functions.set(len(self._functions))
         self.metrics.function_bytes.set(sum(f.size_bytes for f in self._functions.values()))
 
+    def _function_status(self, function: ExpertFunction) -> dict[str, Any]:
+        n_native = self.mailboxes.function_frames(function.spec.id) if self.mailboxes else 0
+        return {
+            **function.spec.to_json(),
+            "model_digest": function.model_digest,
+            "size_bytes": function.size_bytes,
+            "kernel": function.kernel_name,
+            "frames": function.n_frames + n_native,
+        }
 
-def _function_status(function: ExpertFunction) -> dict[str, Any]:
-    return {
-        **function.spec.to_json(),
-        "model_digest": function.model_digest,
-        "size_bytes": function.size_bytes,
-        "kernel": function.kernel_name,
-        "frames": function.n_frames,
-    }
+    def close(self) -> None:
+        """Close the mailboxes."""
+        if self.mailboxes is not None:
+            self.mailboxes.close()
 
 
 def _unknown_function(function_id: str) -> UnknownFunction:

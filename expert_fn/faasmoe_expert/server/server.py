@@ -59,8 +59,11 @@ def serve(config: SandboxConfig, listener: socket.socket | None = None) -> None:
     torch.set_grad_enabled(False)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     runtime = SandboxRuntime(config, resolve_device(config.device))
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve_until_stopped(runtime, listener))
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve_until_stopped(runtime, listener))
+    finally:
+        runtime.close()
 
 
 async def _serve_until_stopped(runtime: SandboxRuntime, listener: socket.socket | None) -> None:
@@ -80,6 +83,7 @@ async def _serve_until_stopped(runtime: SandboxRuntime, listener: socket.socket 
         idle_timeout_s=config.idle_timeout_s,
         max_connections=config.max_connections,
         read_limits=ReadLimits(max_frames=config.max_frames, max_bytes=config.max_bodies_bytes),
+        is_authorized=routes.is_authorized,
     )
     listeners = await Listeners.open(new_connection, config, listener)
     loop = asyncio.get_running_loop()

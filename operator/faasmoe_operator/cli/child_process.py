@@ -69,6 +69,7 @@ async def running_child(
     environment: Mapping[str, str],
     log: Callable[[str], None] | None,
     grace_s: float,
+    pass_fds: Sequence[int] = (),
 ) -> AsyncIterator[ChildProcess]:
     """Run a child process for the lifetime of the context.
 
@@ -77,6 +78,7 @@ async def running_child(
         environment: the complete environment of the child.
         log: called with each output line; None lets the child inherit stdout and stderr.
         grace_s: seconds between SIGTERM and SIGKILL.
+        pass_fds: descriptors that the child inherits, under the same numbers.
     """
     process = await asyncio.create_subprocess_exec(
         *command,
@@ -84,6 +86,7 @@ async def running_child(
         stdout=None if log is None else PIPE,
         stderr=None if log is None else STDOUT,
         env={**environment, PARENT_PID_ENV: str(os.getpid())},
+        pass_fds=pass_fds,
         start_new_session=True,  # only this process receives Ctrl-C
     )
     child = ChildProcess(process, log)

@@ -1,8 +1,8 @@
 """The processes of one `faasmoe up`: zygote, control process and router.
 
-This module knows their environments, the order in which they start and stop, and which of them are
-restarted. The zygote and the control process are supervised; a router that exits ends the stack,
-because the requests in flight are lost anyway.
+This module knows their environments and the order in which they start and stop. All are supervised:
+one that exits is restarted, with back-off. The launcher listens for the router and passes it the
+socket, so that clients of a router that is being restarted wait in the socket's queue.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Never
 from faasmoe_operator.api.v1alpha1 import MoEModel
 from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
 from faasmoe_operator.api.v1alpha1.tenants_file import TENANTS_FILE_NAME, build_tenants_file
-from faasmoe_operator.cli import child_process, control, router
+from faasmoe_operator.cli import control, router
 from faasmoe_operator.cli.control import ReservedControlPort, StackSecrets
 from faasmoe_operator.cli.logs import LogSinks
 from faasmoe_operator.cli.runtime_dir import LocalInstance
@@ -71,6 +71,7 @@ class StackSpec:
         folder: private runtime folder of this instance.
         port: port of the control API.
         secrets: secrets shared by the processes.
+        keep_alive_s: how long the router keeps unused connections; None for its default.
     """
 
     deployment: LocalModel
@@ -79,6 +80,7 @@ class StackSpec:
     folder: Path
     port: ReservedControlPort
     secrets: StackSecrets
+    keep_alive_s: float | None = None
 
     @classmethod
     def create(
@@ -89,10 +91,11 @@ class StackSpec:
         access: ClientAccess,
         folder: Path,
         port: ReservedControlPort,
+        keep_alive_s: float | None = None,
     ) -> StackSpec:
         """Return a configuration with newly generated secrets."""
         secret_values = StackSecrets(secrets.token_urlsafe(32), secrets.token_hex(32))
-        return cls(deployment, endpoint, access, folder, port, secret_values)
+        return cls(deployment, endpoint, access, folder, port, secret_values, keep_alive_s)
 
     @property
     def instance(self) -> LocalInstance:
@@ -108,13 +111,13 @@ class StackProcesses:
     Attributes:
         zygote: forks the sandboxes.
         control: plans and scales the functions.
-        router: serves the OpenAI API.
+        router: serves the OpenAI API; not restarted until `has_started` is set.
         failures: one task per process; it raises CommandError once the process is not restarted.
     """
 
     zygote: SupervisedChild
     control: SupervisedChild
-    router: child_process.ChildProcess
+    router: SupervisedChild
     failures: tuple[asyncio.Task[Never], ...]
 
     @property
@@ -160,8 +163,11 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
                 grace_s=control.GRACE_S,
             )
         )
-        router_child = await stack.enter_async_context(
-            child_process.running_child(
+        listener = spec.endpoint.listen()
+        stack.callback(listener.close)
+        router_child, router_failure = await stack.enter_async_context(
+            supervised(
+                "router",
                 router.COMMAND,
                 environment={
                     **router.environment(
@@ -173,15 +179,18 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
                             spec.deployment, spec.folder, api_keys=spec.access.api_keys
                         ),
                         cors_origins=spec.access.cors_origins,
+                        listen_fd=listener.fileno(),
+                        keep_alive_s=spec.keep_alive_s,
                     ),
                     **zygote.shared_dir_variables(spec.folder),
                 },
                 log=logs.sink("router"),
                 grace_s=router.GRACE_S,
+                restarts=router.RESTARTS,
+                pass_fds=(listener.fileno(),),
             )
         )
-        router_failure = asyncio.create_task(_fail_on_exit(router_child))
-        stack.push_async_callback(_cancel_and_wait, router_failure)
+        stack.callback(listener.close)  # before the router stops, which then refuses clients
         failures = (zygote_failure, control_failure, router_failure)
         yield StackProcesses(zygote_child, control_child, router_child, failures)
 
@@ -230,12 +239,3 @@ def _write_private(path: Path, text: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(text)
-
-
-async def _fail_on_exit(router_process: child_process.ChildProcess) -> Never:
-    raise CommandError(f"the router {await router_process.describe_exit()}")
-
-
-async def _cancel_and_wait(task: asyncio.Task[Never]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

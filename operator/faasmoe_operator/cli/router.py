@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from faasmoe_operator.cli.supervisor import RestartPolicy
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.errors import CommandError
 
@@ -23,6 +24,8 @@ GRACE_S = 35.0  # the router drains running requests for up to 30 s
 PROBE_INTERVAL_S = 0.02
 PROBE_TIMEOUT_S = 2.0
 PROGRESS_INTERVAL_S = 5.0
+BACKLOG = 2048  # clients that wait while the router is restarted
+RESTARTS = RestartPolicy(backoff_s=(0.0, 0.5, 2.0, 5.0, 10.0), max_failures=20, must_start=True)
 
 DEFAULT_ENVIRONMENT = {
     # Spinning OpenMP threads would take CPU time from the sandboxes.
@@ -49,19 +52,28 @@ class Endpoint:
 
     def check_free(self) -> None:
         """Raise CommandError if the address cannot be bound."""
+        self.listen().close()
+
+    def listen(self) -> socket.socket:
+        """Return a socket that listens on the address; raises CommandError."""
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(
                 self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-                probe.listen(1)
+            listener = socket.socket(family, kind, protocol)
+            try:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+                listener.listen(BACKLOG)
+            except BaseException:
+                listener.close()
+                raise
         except OSError as error:
             raise CommandError(
                 f"--host, --port: cannot listen on {self.host}:{self.port}: {error.strerror}",
                 exit_status=2,
             ) from error
+        return listener
 
 
 def environment(
@@ -72,6 +84,8 @@ def environment(
     token: str,
     tenants_file: Path | None = None,
     cors_origins: Sequence[str] = (),
+    listen_fd: int | None = None,
+    keep_alive_s: float | None = None,
 ) -> dict[str, str]:
     """Return the complete environment of the router.
 
@@ -84,6 +98,8 @@ def environment(
         token: bearer token of the sandboxes and the control API.
         tenants_file: the tenants file; without one the model is open to everyone.
         cors_origins: origins of web pages that may call the API, beside those of the file.
+        listen_fd: descriptor of a socket that listens on `endpoint`; None lets the router open one.
+        keep_alive_s: how long unused connections are kept; None for the spec's, or the default.
     """
     router = deployment.model.spec.router
     settings = {
@@ -92,6 +108,8 @@ def environment(
         "MODEL_NAME": deployment.served_model_name,
         "HOST": endpoint.host,
         "PORT": endpoint.port,
+        "LISTEN_FD": listen_fd,
+        "KEEP_ALIVE": router.keep_alive_seconds if keep_alive_s is None else keep_alive_s,
         "DEVICE": router.device,
         "DTYPE": router.dtype,
         "PLACEMENT": deployment.model.spec.experts.placement or "auto",

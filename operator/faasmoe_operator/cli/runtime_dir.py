@@ -6,6 +6,7 @@ temporary directory. The next `faasmoe up` removes the folders of instances that
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -66,6 +67,34 @@ def private_runtime_dir() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked_state(folder: Path) -> Iterator[None]:
+    """Hold the state folder of a store, which two instances would overwrite for each other.
+
+    A folder that cannot be written is not held: state is not saved there either.
+
+    Raises:
+        CommandError: another instance holds it.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CommandError(
+                f"{folder}: in use by another `faasmoe up` of the same store, expected none",
+                exit_status=2,
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def register_instance(instance: LocalInstance, folder: Path) -> None:

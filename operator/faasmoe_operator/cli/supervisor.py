@@ -1,4 +1,4 @@
-"""Restarts child processes that exit: the zygote and the control process."""
+"""Restarts child processes that exit: the zygote, the control process and the router."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ class RestartPolicy:
         backoff_s: delays before consecutive restarts; the last one repeats.
         max_failures: number of consecutive failures after which the child is not restarted.
         reset_after_s: run time after which an exit no longer counts as consecutive.
+        must_start: whether the child is not restarted until it `has_started` once, since what it
+            fails at then is the user's to mend.
     """
 
     backoff_s: tuple[float, ...] = (0.0, 0.5, 2.0, 5.0)
     max_failures: int = 6
     reset_after_s: float = 10.0
+    must_start: bool = False
 
 
 class SupervisedChild:
@@ -37,12 +40,14 @@ class SupervisedChild:
         name: name for messages.
         pid: process id; None between an exit and the restart.
         n_restarts: restarts so far.
+        has_started: whether it has worked once; set by whoever checks that.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.pid: int | None = None
         self.n_restarts = 0
+        self.has_started = False
 
 
 @asynccontextmanager
@@ -54,6 +59,7 @@ async def supervised(
     log: Callable[[str], None],
     grace_s: float,
     restarts: RestartPolicy | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> AsyncIterator[tuple[SupervisedChild, asyncio.Task[Never]]]:
     """Keep a child process running for the lifetime of the context.
 
@@ -64,6 +70,7 @@ async def supervised(
         log: called with each output line.
         grace_s: seconds between SIGTERM and SIGKILL.
         restarts: restart policy; None for the default one.
+        pass_fds: descriptors that the child inherits, under the same numbers.
 
     Yields:
         The child, and a task that raises CommandError once the child is not restarted.
@@ -72,7 +79,7 @@ async def supervised(
 
     async def run() -> str:
         async with child_process.running_child(
-            command, environment=environment, log=log, grace_s=grace_s
+            command, environment=environment, log=log, grace_s=grace_s, pass_fds=pass_fds
         ) as process:
             supervised_child.pid = process.pid
             return await process.describe_exit()
@@ -98,7 +105,8 @@ async def _supervise(
         if time.monotonic() - started_s >= restart_policy.reset_after_s:
             backoff.reset()
         delay_s = backoff.next_delay_s()
-        if backoff.n_failures >= restart_policy.max_failures:
+        is_unusable = restart_policy.must_start and not supervised_child.has_started
+        if is_unusable or backoff.n_failures >= restart_policy.max_failures:
             raise CommandError(f"the {supervised_child.name} {exit_description}")
         print_progress(
             f"the {supervised_child.name} {exit_description.splitlines()[0]}; restarting it"

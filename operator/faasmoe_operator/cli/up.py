@@ -33,7 +33,7 @@ from faasmoe_operator.cli.checkpoint import prepare_command
 from faasmoe_operator.cli.formatting import format_bytes, format_table
 from faasmoe_operator.cli.local_stack import ClientAccess, StackProcesses, StackSpec, running_stack
 from faasmoe_operator.cli.logs import LogSinks, print_progress
-from faasmoe_operator.cli.runtime_dir import private_runtime_dir, register_instance
+from faasmoe_operator.cli.runtime_dir import locked_state, private_runtime_dir, register_instance
 from faasmoe_operator.cli.signals import run_until_signal
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.errors import CommandError
@@ -94,6 +94,13 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--skip-verify", action="store_true", help="do not verify the checksums of the store"
     )
+    parser.add_argument(
+        "--keep-alive",
+        type=_keep_alive_seconds,
+        metavar="SECONDS",
+        help="how long unused connections of clients are kept; more than a load balancer keeps "
+        "them (default: spec.router.keepAliveSeconds, or 75)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -109,6 +116,16 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _keep_alive_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected 1 to 3600 seconds")
+    return seconds
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Serve the model until a signal arrives or a process fails."""
     deployment = LocalModel.load(arguments.file)
@@ -119,11 +136,17 @@ def run(arguments: argparse.Namespace) -> int:
     access.check(deployment)
     endpoint = router.Endpoint(arguments.host, arguments.port)
     endpoint.check_free()
-    with LogSinks(arguments.log_dir) as logs:
-        skip_verify = arguments.skip_verify
+    with LogSinks(arguments.log_dir) as logs, locked_state(deployment.state_path):
         return asyncio.run(
             run_until_signal(
-                _prepare_and_serve(deployment, endpoint, access, logs, skip_verify=skip_verify)
+                _prepare_and_serve(
+                    deployment,
+                    endpoint,
+                    access,
+                    logs,
+                    skip_verify=arguments.skip_verify,
+                    keep_alive_s=arguments.keep_alive,
+                )
             )
         )
 
@@ -135,6 +158,7 @@ async def _prepare_and_serve(
     logs: LogSinks,
     *,
     skip_verify: bool,
+    keep_alive_s: float | None,
 ) -> int:
     await check_devices(deployment)
     if not deployment.is_prepared:
@@ -144,7 +168,14 @@ async def _prepare_and_serve(
     # Raises MoEModelError here rather than in the log of the control process.
     deployment.functions(store.manifest, key=secrets.token_bytes(32))
     with private_runtime_dir() as folder, closing(control.ReservedControlPort.reserve()) as port:
-        spec = StackSpec.create(deployment, endpoint, access=access, folder=folder, port=port)
+        spec = StackSpec.create(
+            deployment,
+            endpoint,
+            access=access,
+            folder=folder,
+            port=port,
+            keep_alive_s=keep_alive_s,
+        )
         register_instance(spec.instance, folder)
         print_progress(f"CPU kernels: {describe_cpu_kernels()}")
         print_progress("starting zygote, control process and router")
@@ -273,16 +304,17 @@ async def _announce(
     unverified: Store | None,
 ) -> None:
     """Print the summary once all processes are healthy and the store is verified."""
-    steps = [lambda: _wait_until_healthy(spec)]
+    steps = [lambda: _wait_until_healthy(spec, processes)]
     if unverified is not None:
         steps.insert(0, lambda: _verify(unverified))
     await gather_limited(steps, lambda step: step(), limit=len(steps))
     await _print_summary(spec, processes, serving)
 
 
-async def _wait_until_healthy(spec: StackSpec) -> None:
+async def _wait_until_healthy(spec: StackSpec, processes: StackProcesses) -> None:
     await control.wait_until_healthy(spec.port.url)
     await router.wait_until_healthy(spec.endpoint, progress=print_progress)
+    processes.router.has_started = True
 
 
 async def _print_summary(

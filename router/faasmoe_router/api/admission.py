@@ -21,22 +21,27 @@ from typing import Any, Protocol, Self
 
 from fastapi import Request
 
-from faasmoe_router.api.streaming import ClientDisconnected, run_until_disconnect
+from faasmoe_router.api.errors import ClientDisconnected
+from faasmoe_router.api.streaming import run_until_disconnect
 from faasmoe_router.engine.generation import GenerationRequest
 from faasmoe_router.errors import ActivationQueueFull, EngineQueueFull, TenantQueueFull
 from faasmoe_router.tenants.service import Caller, RequestUsageRecorder
 
 QueueSlot = Callable[..., AbstractContextManager[None]]
+TOKEN_OBJECT_BYTES = 36  # of a token ID in a prompt: a Python int, and the reference to it
 COLD_START_HEADER = "X-FaaSMoE-Cold-Start"
 
 
 class TenantAdmission(AbstractAsyncContextManager[Any], Protocol):
     """Enforces tenants' limits; entered and exited with the app."""
 
+    def count_request(self, caller: Caller) -> None:
+        """Count a request before it costs anything, or raise RateLimitExceeded."""
+
     def admit(
         self, caller: Caller, requests: Sequence[GenerationRequest], *, n_prompt: int
     ) -> RequestUsageRecorder:
-        """Admit a request of `n_prompt` prompt tokens, or raise RouterError."""
+        """Admit the tokens of a request, `n_prompt` of them prompt tokens, or raise RouterError."""
 
     def queue_slot(self, caller: Caller, *, size_bytes: int) -> AbstractContextManager[None]:
         """Account for a request queued for activation, or raise RouterError on entry."""
@@ -99,8 +104,9 @@ async def queue_until_activated(
 
     Args:
         activator: queues the request.
-        request: the HTTP request; its body size counts against the queue's byte limit.
-        generation_requests: the sequences to generate; choices of one prompt count once.
+        request: the HTTP request.
+        generation_requests: the sequences to generate; choices of one prompt count once. What
+            their prompts take counts against the queue's byte limit.
         queue_slot: called with `size_bytes`; held while the request is queued.
 
     Returns:
@@ -113,7 +119,7 @@ async def queue_until_activated(
     n_tokens = sum(len(ids) for ids in {r.prompt_token_ids for r in generation_requests})
     if activator.is_activated_for(n_tokens):
         return {}
-    size_bytes = len(await request.body())
+    size_bytes = TOKEN_OBJECT_BYTES * n_tokens
     with queue_slot(size_bytes=size_bytes):
         queued_s = await run_until_disconnect(
             request, activator.wait_for_activation(n_tokens, size_bytes=size_bytes)

@@ -6,7 +6,8 @@ probes and Prometheus and need no API key, and OpenAI endpoints that answer 501.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -15,6 +16,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.middleware.cors import CORSMiddleware
 
 from faasmoe_router.api.admission import AlwaysActivated, RequestActivator
+from faasmoe_router.api.body import BodyReader
+from faasmoe_router.api.body_limits import BodyLimits
 from faasmoe_router.api.completions import (
     ChatService,
     ResponseGenerator,
@@ -23,6 +26,7 @@ from faasmoe_router.api.completions import (
 )
 from faasmoe_router.api.content_encoding import ContentEncodingMiddleware, HeadMiddleware
 from faasmoe_router.api.errors import ApiError, add_error_handlers
+from faasmoe_router.api.metrics_server import MetricsServer
 from faasmoe_router.api.middleware import AuthMiddleware, RequestContextMiddleware
 from faasmoe_router.api.models import model_routes, usage_routes
 from faasmoe_router.api.openapi import (
@@ -34,17 +38,18 @@ from faasmoe_router.api.openapi import (
     json_responses,
     text_error_responses,
 )
+from faasmoe_router.api.preparation import HeldBytes, PreparationQueue
 from faasmoe_router.api.preprocessing import Preprocessor
 from faasmoe_router.api.refusals import RefusalMetricsMiddleware, refusal_counter
 from faasmoe_router.api.tokenization import tokenization_routes
 from faasmoe_router.api.translated_routes import translated_routes
+from faasmoe_router.api.validation import MAX_PROMPTS
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.errors import EngineUnavailable
 from faasmoe_router.tenants.service import NoTenants, TenantService
 from faasmoe_router.version import installed_version
 
-MAX_BODY_BYTES = 8 << 20
 _NOT_IMPLEMENTED_ENDPOINTS: Mapping[str, str] = {
     "/v1/embeddings": "This server's model generates text and does not support embeddings.",
 }
@@ -58,9 +63,10 @@ def create_app(
     activator: RequestActivator | None = None,
     tenancy: TenantService | None = None,
     fingerprint: str | None = None,
-    max_body_bytes: int = MAX_BODY_BYTES,
+    max_body_bytes: int | None = None,
     cors_origins: Sequence[str] = (),
     sampling_defaults: SamplingDefaults | None = None,
+    metrics_server: MetricsServer | None = None,
 ) -> FastAPI:
     """Return the app, which starts the engine on startup and stops it on shutdown.
 
@@ -71,26 +77,38 @@ def create_app(
         activator: queues requests whose functions are not active; None queues nothing.
         tenancy: authenticates and limits tenants; None serves anyone without a key.
         fingerprint: the `system_fingerprint` of responses, of the weights and their numerics.
-        max_body_bytes: larger request bodies are rejected with 413.
+        max_body_bytes: larger request bodies are rejected with 413; by default what fits into the
+            model's context.
         cors_origins: origins of web pages that may call the API; `*` is any.
         sampling_defaults: values of parameters that a request does not set; None is OpenAI's.
+        metrics_server: serves the metrics elsewhere; None serves them at /metrics.
     """
     activator = activator or AlwaysActivated()
     tenant_admission = tenancy or NoTenants()
     served_model = ServedModel(model_name, fingerprint)
+    body_limits = BodyLimits.for_model(
+        max_model_len=engine.limits.max_model_len,
+        max_token_bytes=engine.tokenizer.max_token_bytes,
+        max_prompts=MAX_PROMPTS,
+    )
+    if max_body_bytes is not None:
+        body_limits = replace(body_limits, max_bytes=max_body_bytes)
+    queue = PreparationQueue(is_shared=tenancy is not None)
+    bodies = BodyReader(body_limits, queue, HeldBytes())
+    preprocessor = Preprocessor(engine, queue, sampling_defaults or SamplingDefaults())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with activator, engine, tenant_admission:
+        async with activator, engine, tenant_admission, queue, metrics_server or nullcontext():
             yield
 
     app = FastAPI(title="FaaSMoE router", lifespan=lifespan, docs_url="/docs", redoc_url=None)
     # The last one added is the outermost: CORS covers errors and needs no API key.
-    app.add_middleware(ContentEncodingMiddleware, max_body_bytes=max_body_bytes)
+    app.add_middleware(ContentEncodingMiddleware, max_body_bytes=body_limits.max_bytes)
     app.add_middleware(HeadMiddleware)
     if tenancy is not None:
         app.add_middleware(AuthMiddleware, authenticator=tenancy)
-    app.add_middleware(RequestContextMiddleware, max_body_bytes=max_body_bytes)
+    app.add_middleware(RequestContextMiddleware, max_body_bytes=body_limits.max_bytes)
     app.add_middleware(RefusalMetricsMiddleware, counter=refusal_counter(registry))
     if cors_origins:
         _add_cors(app, cors_origins)
@@ -101,16 +119,18 @@ def create_app(
         activator=activator,
         tenant_admission=tenant_admission,
     )
-    preprocessor = Preprocessor(engine, sampling_defaults or SamplingDefaults())
-    chats = ChatService(engine, generator, preprocessor)
+    chats = ChatService(engine, generator, preprocessor, bodies)
     for router in (
-        completion_routes(engine, generator, preprocessor, chats),
+        completion_routes(engine, generator, preprocessor, chats, bodies),
         translated_routes(chats),
         model_routes(model_name=model_name, max_model_len=engine.limits.max_model_len),
         usage_routes(tenant_admission),
-        tokenization_routes(engine, model_name=model_name),
+        tokenization_routes(
+            engine, model_name=model_name, bodies=bodies, preprocessor=preprocessor
+        ),
         not_implemented_routes(),
-        health_routes(engine, registry=registry, activator=activator),
+        health_routes(engine, activator=activator),
+        *(() if metrics_server is not None else (metrics_routes(registry),)),
     ):
         app.include_router(router)
     install_openapi(app, requires_api_key=tenancy is not None)
@@ -127,10 +147,8 @@ def _add_cors(app: FastAPI, origins: Sequence[str]) -> None:
     )
 
 
-def health_routes(
-    engine: Engine, *, registry: CollectorRegistry, activator: RequestActivator
-) -> APIRouter:
-    """Return the routes for probes and Prometheus."""
+def health_routes(engine: Engine, *, activator: RequestActivator) -> APIRouter:
+    """Return the routes for probes."""
     router = APIRouter()
 
     @router.get("/health", response_model=None, responses=json_responses(HealthResponse, 500, 503))
@@ -156,6 +174,13 @@ def health_routes(
     async def show_version() -> dict[str, Any]:
         """Return the version of FaaSMoE."""
         return {"version": installed_version()}
+
+    return router
+
+
+def metrics_routes(registry: CollectorRegistry) -> APIRouter:
+    """Return the route for Prometheus."""
+    router = APIRouter()
 
     @router.get("/metrics", response_class=PlainTextResponse, responses=text_error_responses(500))
     async def metrics() -> Response:

@@ -6,13 +6,14 @@ server-sent events. However a request ends, its sequences are freed and its usag
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 
 from faasmoe_router.api.admission import (
     RequestActivator,
@@ -20,9 +21,15 @@ from faasmoe_router.api.admission import (
     queue_until_activated,
     record_outcome_on_error,
 )
+from faasmoe_router.api.body import BodyReader
 from faasmoe_router.api.errors import model_not_found
 from faasmoe_router.api.middleware import get_caller
-from faasmoe_router.api.openapi import ChatCompletionResponse, CompletionResponse, json_responses
+from faasmoe_router.api.openapi import (
+    ChatCompletionResponse,
+    CompletionResponse,
+    json_request_body,
+    json_responses,
+)
 from faasmoe_router.api.preprocessing import Preprocessor
 from faasmoe_router.api.protocol import (
     ChatCompletionRequest,
@@ -42,12 +49,10 @@ from faasmoe_router.api.responses import (
 )
 from faasmoe_router.api.streaming import (
     KEEPALIVE_S,
-    ClientDisconnected,
     EventStreamResponse,
     run_until_disconnect,
 )
 from faasmoe_router.api.token_details import TokenBytes, TokenDetails
-from faasmoe_router.api.tool_calling import ToolCallConfig, relax_tool_schemas, resolve_tool_calling
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import Generation, GenerationRequest
 from faasmoe_router.errors import EngineUnavailable
@@ -56,7 +61,6 @@ from faasmoe_router.tenants.service import Caller, RequestUsageRecorder
 ERROR_STATUSES = (400, 404, 413, 429, 500, 503)
 WARNING_HEADER = "X-FaaSMoE-Warning"
 MAX_WARNING_LENGTH = 1000
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for it; seen by middleware only
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,90 +86,138 @@ def completion_routes(
     generator: "ResponseGenerator",
     preprocessor: Preprocessor,
     chats: "ChatService",
+    bodies: BodyReader,
 ) -> APIRouter:
     """Return the routes that generate text."""
     router = APIRouter()
 
+    async def prepare_completion(request: Request, caller: Caller) -> PreparedRequest:
+        async with bodies.reading(request, CompletionRequest, caller) as body:
+            generator.check_request(body, caller)
+            requests, echoed_prompts = await run_until_disconnect(
+                request, preprocessor.build_completion_requests(body, caller)
+            )
+            formatter = CompletionChoiceFormatter(
+                _logprob_token_bytes(engine, body),
+                echoed_prompts,
+                prompts=[r.prompt_token_ids for r in requests] if body.scores_prompt else (),
+                n_top=body.n_logprobs,
+                as_ids=bool(body.return_tokens_as_token_ids),
+            )
+            return PreparedRequest(body.without_contents(), requests, formatter)
+
     @router.post(
         "/v1/chat/completions",
         responses=json_responses(ChatCompletionResponse, *ERROR_STATUSES, is_streamable=True),
+        openapi_extra=json_request_body(ChatCompletionRequest),
     )
-    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+    async def create_chat_completion(request: Request) -> Response:
         """Generate the next message of a conversation."""
-        return await chats.respond(body, request, PlainRendering())
+        return await chats.respond(request, ChatCompletionRequest, _plain_chat)
 
     @router.post(
         "/v1/completions",
         responses=json_responses(CompletionResponse, *ERROR_STATUSES, is_streamable=True),
+        openapi_extra=json_request_body(CompletionRequest),
     )
-    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+    async def create_completion(request: Request) -> Response:
         """Generate the continuation of one or several prompts."""
-        caller = get_caller(request)
-        generator.check_request(body, caller)
-        requests = await preprocessor.build_completion_requests(body, caller)
-        echoed_prompts = _echoed_prompts(engine, body, requests) if body.echo else None
-        formatter = CompletionChoiceFormatter(
-            _logprob_token_bytes(engine, body),
-            echoed_prompts,
-            prompts=[r.prompt_token_ids for r in requests] if body.scores_prompt else (),
-            n_top=body.n_logprobs,
-            as_ids=bool(body.return_tokens_as_token_ids),
-        )
-        return await generator.respond(request, body, requests, formatter)
+        prepared = await prepare_completion(request, get_caller(request))
+        return await generator.respond(request, prepared)
 
     return router
 
 
+def _plain_chat(body: ChatCompletionRequest) -> tuple[ChatCompletionRequest, Rendering]:
+    return body, PlainRendering()
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request that is ready to be generated.
+
+    Attributes:
+        body: its parameters, without what only the prompt needs.
+        requests: one generation request per choice of each prompt.
+        formatter: formats the choices.
+        rendering: writes the response.
+        headers: headers of the response.
+    """
+
+    body: CompletionRequestBase
+    requests: Sequence[GenerationRequest]
+    formatter: ChoiceFormatter
+    rendering: Rendering = field(default_factory=PlainRendering)
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Source = TypeVar("Source", bound=BaseModel)
+ToChat = Callable[[Source], tuple[ChatCompletionRequest, Rendering]]
+"""Makes a chat of a body, and what writes its response."""
+
+
 class ChatService:
-    """Answers chats, however the response is written.
+    """Answers chats, in whatever form they are asked and the response is written.
 
     Args:
         engine: generates text.
         generator: admits requests and responds.
         preprocessor: builds generation requests.
+        bodies: reads the requests' bodies.
     """
 
     def __init__(
-        self, engine: Engine, generator: "ResponseGenerator", preprocessor: Preprocessor
+        self,
+        engine: Engine,
+        generator: "ResponseGenerator",
+        preprocessor: Preprocessor,
+        bodies: BodyReader,
     ) -> None:
         self._engine = engine
         self._generator = generator
         self._preprocessor = preprocessor
+        self._bodies = bodies
 
     async def respond(
-        self, body: ChatCompletionRequest, request: Request, rendering: Rendering
+        self, request: Request, model: type[Source], to_chat: ToChat[Source]
     ) -> Response:
-        """Return the response to a chat; raises ApiError or RouterError."""
-        requests, tool_config = await self._prepare(body, request)
-        message_format = resolve_message_format(
-            body, self._engine.tokenizer, requests[0].prompt_token_ids, tool_config
-        )
-        formatter = ChatChoiceFormatter(
-            _logprob_token_bytes(self._engine, body),
-            message_format,
-            n_top=body.n_logprobs,
-            as_ids=bool(body.return_tokens_as_token_ids),
-        )
-        response = await self._generator.respond(request, body, requests, formatter, rendering)
-        if tool_config is not None and tool_config.notes:
-            response.headers[WARNING_HEADER] = _header_value("; ".join(tool_config.notes))
-        return response
+        """Return the response to a chat; raises ApiError or RouterError.
 
-    async def count_prompt_tokens(self, body: ChatCompletionRequest, request: Request) -> int:
+        Args:
+            request: the HTTP request.
+            model: the model of its body.
+            to_chat: makes a chat of it.
+        """
+        return await self._generator.respond(request, await self._prepare(request, model, to_chat))
+
+    async def count_prompt_tokens(
+        self, request: Request, model: type[Source], to_chat: ToChat[Source]
+    ) -> int:
         """Return the number of tokens of a chat's prompt; raises ApiError."""
-        requests, _ = await self._prepare(body, request)
-        return len(requests[0].prompt_token_ids)
+        prepared = await self._prepare(request, model, to_chat)
+        return len(prepared.requests[0].prompt_token_ids)
 
     async def _prepare(
-        self, body: ChatCompletionRequest, request: Request
-    ) -> tuple[list[GenerationRequest], ToolCallConfig | None]:
+        self, request: Request, model: type[Source], to_chat: ToChat[Source]
+    ) -> PreparedRequest:
         caller = get_caller(request)
-        self._generator.check_request(body, caller)
-        tool_config = resolve_tool_calling(body, self._engine.tokenizer)
-        if tool_config is not None:
-            tool_config = await relax_tool_schemas(tool_config, self._engine.grammar_compiler)
-        requests = await self._preprocessor.build_chat_requests(body, tool_config, caller)
-        return requests, tool_config
+        async with self._bodies.converting(request, model, caller, to_chat) as (body, rendering):
+            self._generator.check_request(body, caller)
+            tool_config, requests = await run_until_disconnect(
+                request, self._preprocessor.build_chat_requests(body, caller)
+            )
+            message_format = resolve_message_format(
+                body, self._engine.tokenizer, requests[0].prompt_token_ids, tool_config
+            )
+            formatter = ChatChoiceFormatter(
+                _logprob_token_bytes(self._engine, body),
+                message_format,
+                n_top=body.n_logprobs,
+                as_ids=bool(body.return_tokens_as_token_ids),
+            )
+            notes = () if tool_config is None else tool_config.notes
+            headers = {WARNING_HEADER: _header_value("; ".join(notes))} if notes else {}
+            return PreparedRequest(body.without_contents(), requests, formatter, rendering, headers)
 
 
 class ResponseGenerator:
@@ -191,44 +243,27 @@ class ResponseGenerator:
             raise model_not_found(body.model)
         body.check_params()
 
-    async def respond(
-        self,
-        request: Request,
-        body: CompletionRequestBase,
-        requests: Sequence[GenerationRequest],
-        formatter: ChoiceFormatter,
-        rendering: Rendering | None = None,
-    ) -> Response:
-        """Return the response to a request; raises RouterError if it is not admitted.
-
-        Args:
-            request: the HTTP request.
-            body: its validated body.
-            requests: one generation request per choice of each prompt.
-            formatter: formats the choices.
-            rendering: writes the response; None writes it as it is.
-        """
-        rendering = rendering or PlainRendering()
+    async def respond(self, request: Request, prepared: PreparedRequest) -> Response:
+        """Return the response to a request; raises RouterError if it is not admitted."""
+        body, requests, rendering = prepared.body, prepared.requests, prepared.rendering
         if not self._engine.is_ready:
             raise EngineUnavailable("the engine is starting")
         caller = get_caller(request)
         n_prompt_tokens = sum(len(r.prompt_token_ids) for r in requests) // (body.n or 1)
-        builder = self._response_builder(body, formatter, n_prompt_tokens, requests)
+        builder = self._response_builder(body, prepared.formatter, n_prompt_tokens, requests)
         usage_recorder = self._tenant_admission.admit(caller, requests, n_prompt=n_prompt_tokens)
         start = asyncio.create_task(self._start(request, requests, usage_recorder))
         try:
             if body.stream and not (await asyncio.wait({start}, timeout=KEEPALIVE_S))[0]:
                 # From now on comments keep the connection; an error can only be an event.
-                return self._late_stream(builder, start, body, usage_recorder, rendering)
+                return self._late_stream(builder, start, prepared, usage_recorder)
             headers, generation = await start
             with record_outcome_on_error(usage_recorder):
                 response = await _to_http_response(builder, generation, request, body, rendering)
-        except ClientDisconnected:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
         except asyncio.CancelledError:
             start.cancel()
             raise
-        response.headers.update({**headers, **usage_recorder.headers})
+        response.headers.update({**headers, **usage_recorder.headers, **prepared.headers})
         return response
 
     async def _start(
@@ -253,16 +288,15 @@ class ResponseGenerator:
         self,
         builder: ResponseBuilder,
         start: asyncio.Task[tuple[dict[str, str], Generation]],
-        body: CompletionRequestBase,
+        prepared: PreparedRequest,
         usage_recorder: RequestUsageRecorder,
-        rendering: Rendering,
     ) -> Response:
         """Return a stream whose generation has not started yet."""
 
         async def chunks() -> AsyncIterator[dict[str, Any]]:
             _, generation = await start
             async for chunk in builder.stream_chunks(
-                generation, body.stream_options or StreamOptions()
+                generation, prepared.body.stream_options or StreamOptions()
             ):
                 yield chunk
 
@@ -271,8 +305,8 @@ class ResponseGenerator:
                 start.result()[1].cancel()
             start.cancel()
 
-        response = EventStreamResponse(rendering.frames(chunks()), close)
-        response.headers.update(usage_recorder.headers)
+        response = EventStreamResponse(prepared.rendering.frames(chunks()), close)
+        response.headers.update({**usage_recorder.headers, **prepared.headers})
         return response
 
     def _response_builder(
@@ -324,12 +358,3 @@ def _header_value(text: str) -> str:
 
 def _logprob_token_bytes(engine: Engine, body: CompletionRequestBase) -> TokenBytes | None:
     return None if body.n_logprobs is None else engine.vocabulary.token_bytes
-
-
-def _echoed_prompts(
-    engine: Engine, body: CompletionRequest, requests: Sequence[GenerationRequest]
-) -> list[str]:
-    """Return the prompt text of each choice: verbatim if given as text, decoded if as tokens."""
-    prompts = [p if isinstance(p, str) else engine.tokenizer.decode(p) for p in body.prompt]
-    n = len(requests) // len(prompts)
-    return [prompt for prompt in prompts for _ in range(n)]

@@ -13,8 +13,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from faasmoe_router.api.refusals import set_refusal_reason
 from faasmoe_router.errors import (
@@ -23,7 +24,9 @@ from faasmoe_router.errors import (
     EngineQueueFull,
     EngineUnavailable,
     GenerationFailed,
+    ModelPartUnavailable,
     NoTokenAllowed,
+    QueueFull,
     RateLimitExceeded,
     RequestTooLarge,
     RouterError,
@@ -32,7 +35,9 @@ from faasmoe_router.errors import (
 )
 
 RETRY_AFTER_S = 1
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for it; seen by middleware only
 MAX_QUOTED_INPUT_LENGTH = 80
+_QUOTING_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 # Router errors that reach clients: HTTP status, type, code. The first matching class wins.
 _ROUTER_ERROR_RESPONSES: Mapping[type[RouterError], tuple[int, str, str]] = {
@@ -44,6 +49,7 @@ _ROUTER_ERROR_RESPONSES: Mapping[type[RouterError], tuple[int, str, str]] = {
     ActivationTimeout: (503, "server_error", "service_unavailable"),
     StoreCorrupted: (503, "server_error", "model_damaged"),
     EngineUnavailable: (503, "server_error", "service_unavailable"),
+    ModelPartUnavailable: (503, "server_error", "service_unavailable"),  # before its base class
     NoTokenAllowed: (400, "invalid_request_error", "invalid_value"),  # before its base class
     GenerationFailed: (500, "server_error", "internal_error"),
 }
@@ -63,6 +69,10 @@ _HTTP_ERROR_CODES: Mapping[int, str] = {
     405: "method_not_allowed",
     413: "request_too_large",
 }
+
+
+class ClientDisconnected(Exception):
+    """The client hung up before its response was ready."""
 
 
 class ApiError(Exception):
@@ -131,7 +141,11 @@ def from_router_error(error: RouterError) -> ApiError:
     """Return the API error of a router error; an unmapped one becomes an internal error."""
     for error_class, (status, error_type, code) in _ROUTER_ERROR_RESPONSES.items():
         if isinstance(error, error_class):
-            headers = _rate_limit_headers(error) if isinstance(error, RateLimitExceeded) else {}
+            headers: dict[str, str] = {}
+            if isinstance(error, RateLimitExceeded):
+                headers = _rate_limit_headers(error)
+            elif isinstance(error, QueueFull):
+                headers = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
             return ApiError(
                 str(error), status=status, error_type=error_type, code=code, headers=headers
             )
@@ -185,14 +199,10 @@ def from_validation_errors(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     first = errors[0]
     if first["type"] == "json_invalid":
         detail = first.get("ctx", {}).get("error", "not JSON")
-        return _invalid_json(f"{detail} at character {first['loc'][-1]}")
+        return invalid_json(f"{detail} at character {first['loc'][-1]}")
     param = param_path(first["loc"][1:])
     if param is None:
-        return ApiError(
-            "The body of your request must be a JSON object, sent with the header "
-            "'Content-Type: application/json'.",
-            code="invalid_type",
-        )
+        return not_an_object()
     if first["type"] == "missing":
         return missing_param(param)
     fault = "type" if first["type"].endswith(("_type", "_unicode")) else "value"
@@ -200,6 +210,15 @@ def from_validation_errors(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         f"Invalid {fault} for '{param}': {first['msg']}, got {_quote_json(first['input'])}.",
         param=param,
         code=f"invalid_{fault}",
+    )
+
+
+def not_an_object() -> ApiError:
+    """Return the error for a body that is not a JSON object, or not declared as one."""
+    return ApiError(
+        "The body of your request must be a JSON object, sent with the header "
+        "'Content-Type: application/json'.",
+        code="invalid_type",
     )
 
 
@@ -224,28 +243,38 @@ def _escape_character(character: str) -> str:
 
 def _quote_json(value: object) -> str:
     """Return a field's value as JSON, so that the string "4" and the number 4 look different."""
+    text = ""
+    if isinstance(value, str):
+        value = value[: MAX_QUOTED_INPUT_LENGTH + 1]
     try:
-        return quote_input(json.dumps(value, ensure_ascii=False))
+        for part in _QUOTING_ENCODER.iterencode(value):  # lazily: the value may have megabytes
+            text += part[: MAX_QUOTED_INPUT_LENGTH + 1]
+            if len(text) > MAX_QUOTED_INPUT_LENGTH:
+                break
     except RecursionError:
         return "a value that is nested too deeply"
+    return quote_input(text)
 
 
-def _invalid_json(reason: str) -> ApiError:
+def invalid_json(reason: str) -> ApiError:
+    """Return the error for a body that is not JSON."""
     return ApiError(
         f"We could not parse the JSON body of your request: {reason}.", code="invalid_json"
     )
 
 
-def _from_json_parse_error(error: BaseException) -> ApiError:
+def from_json_error(error: BaseException) -> ApiError:
     """Return the API error of an exception that Python's JSON parser raised."""
+    if isinstance(error, json.JSONDecodeError):
+        return invalid_json(f"{error.msg} at character {error.pos}")
     if isinstance(error, RecursionError):
-        return _invalid_json("it is nested too deeply")
+        return invalid_json("it is nested too deeply")
     if isinstance(error, UnicodeDecodeError):
         byte = error.object[error.start]
-        return _invalid_json(f"got byte 0x{byte:02x} at position {error.start}, expected UTF-8")
+        return invalid_json(f"got byte 0x{byte:02x} at position {error.start}, expected UTF-8")
     if isinstance(error, ValueError):
-        return _invalid_json(f"a number has more than {sys.get_int_max_str_digits()} digits")
-    return _invalid_json("it could not be read")
+        return invalid_json(f"a number has more than {sys.get_int_max_str_digits()} digits")
+    return invalid_json("it could not be read")
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -268,6 +297,11 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         return _respond(request, _from_http_exception(request, error))
 
+    async def handle_disconnect(_: Request, __: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    app.add_exception_handler(ClientDisconnected, handle_disconnect)
+    app.add_exception_handler(ClientDisconnect, handle_disconnect)
     app.add_exception_handler(ApiError, handle_api_error)
     app.add_exception_handler(RouterError, handle_router_error)
     app.add_exception_handler(RequestValidationError, handle_validation_error)
@@ -290,7 +324,7 @@ def anthropic_error(error: ApiError) -> dict[str, Any]:
 
 def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
     if error.status_code == 400 and error.__cause__ is not None:
-        return _from_json_parse_error(error.__cause__)
+        return from_json_error(error.__cause__)
     url = quote_input(f"{request.method} {request.url.path}")
     messages = {
         404: f"Unknown request URL: {url}.",

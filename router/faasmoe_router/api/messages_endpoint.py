@@ -8,16 +8,17 @@ from typing import Any, Literal
 from pydantic import Field
 
 from faasmoe_router.api.errors import (
+    ClientDisconnected,
     anthropic_error,
     from_router_error,
     internal_error,
     invalid_value,
     unsupported_param,
 )
-from faasmoe_router.api.protocol import RequestModel
+from faasmoe_router.api.protocol import MAX_TOOLS, RequestModel
 from faasmoe_router.api.rendering import PartDelta, event_frame, message_parts
-from faasmoe_router.api.streaming import ClientDisconnected, log_stream_failure
-from faasmoe_router.api.validation import Text, reject_unsupported
+from faasmoe_router.api.streaming import log_stream_failure
+from faasmoe_router.api.validation import MAX_MESSAGES, Text, reject_unsupported
 from faasmoe_router.errors import RouterError
 
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"container": (), "mcp_servers": ([],)}
@@ -36,10 +37,12 @@ class MessageParam(RequestModel):
 class CountTokensRequest(RequestModel):
     """The body of POST /v1/messages/count_tokens, and the prompt of POST /v1/messages."""
 
-    messages: list[MessageParam] = Field(min_length=1)
+    unsupported_parameters = _UNSUPPORTED
+
+    messages: list[MessageParam] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     model: Text | None = None
     system: str | list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
 

@@ -4,6 +4,9 @@ Request context is a request ID, a body size limit, and a 500 response for unhan
 the outermost middleware it also covers its own errors and those of authentication. The log of a
 failure names the ID that the client received.
 
+Requests per minute are counted here, before anything of a body is read: a refused request counts,
+and its refusal costs nothing.
+
 Authentication: `/v1/...` accepts the key of any tenant; `/{tenant}/v1/...` accepts only that
 tenant's keys and is rewritten to `/v1/...`, so both are served by the same routes. Every failure
 (no key, a wrong or revoked one, another tenant's, an unknown tenant) gets the same response in the
@@ -23,13 +26,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from faasmoe_router.api.errors import ApiError, body_too_large, internal_error
+from faasmoe_router.api.errors import ApiError, body_too_large, from_router_error, internal_error
 from faasmoe_router.api.openapi import UNAUTHENTICATED_PATHS
+from faasmoe_router.errors import RateLimitExceeded
 from faasmoe_router.tenants.service import ANONYMOUS, Caller
 
 logger = logging.getLogger(__name__)
 
 
+KNOWN_CLIENT_EXTENSION = "faasmoe.known_client"  # of the ASGI scope: a callable, see server
 REQUEST_ID_HEADER = "X-Request-Id"
 MAX_REQUEST_ID_LENGTH = 128
 _REQUEST_ID_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")
@@ -121,6 +126,9 @@ class Authenticator(Protocol):
     def authenticate(self, tenant: str | None, api_key: str) -> Caller | None:
         """Return the owner of a key; None if the key is invalid or not of `tenant`, if given."""
 
+    def count_request(self, caller: Caller) -> None:
+        """Count a request against its caller's limit; raises RateLimitExceeded."""
+
 
 class AuthMiddleware:
     """ASGI middleware that rejects invalid API keys and sets `request.state.caller`."""
@@ -139,6 +147,15 @@ class AuthMiddleware:
         if caller is None:
             await _invalid_api_key().response()(scope, receive, send)
             return
+        mark_known = scope.get("extensions", {}).get(KNOWN_CLIENT_EXTENSION)
+        if mark_known is not None:
+            mark_known()
+        if scope["method"] == "POST":
+            try:
+                self._authenticator.count_request(caller)
+            except RateLimitExceeded as error:
+                await from_router_error(error).response()(scope, receive, send)
+                return
         state = {**scope.get("state", {}), "caller": caller}
         tenant_scope = {**scope, "path": path, "raw_path": path.encode(), "state": state}
         await self._app(tenant_scope, receive, send)

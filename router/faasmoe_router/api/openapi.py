@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, Field
+from pydantic.json_schema import models_json_schema
 
 # For probes and Prometheus. Only /v1 and /{tenant}/v1 are exposed to tenants.
 UNAUTHENTICATED_PATHS = frozenset({"/health", "/ping", "/load", "/version", "/metrics"})
@@ -293,7 +294,8 @@ _STATUS_DESCRIPTIONS: Mapping[int, str] = {
 _RETRY_AFTER_HEADER = {
     "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}
 }
-_ERROR_SCHEMA_REF = {"$ref": f"#/components/schemas/{ErrorResponse.__name__}"}
+_SCHEMA_REF = "#/components/schemas/{model}"
+_ERROR_SCHEMA_REF = {"$ref": _SCHEMA_REF.format(model=ErrorResponse.__name__)}
 _API_KEY_SCHEME = {
     "type": "http",
     "scheme": "bearer",
@@ -322,6 +324,16 @@ def json_responses(
         **({"content": event_stream} if is_streamable else {}),
     }
     return {200: success, **error_responses(*statuses)}
+
+
+_request_models: dict[str, type[BaseModel]] = {}
+
+
+def json_request_body(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the `openapi_extra` of a route that reads its body as a model by itself."""
+    _request_models[model.__name__] = model
+    schema = {"$ref": _SCHEMA_REF.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def text_error_responses(*statuses: int) -> RouteResponses:
@@ -364,9 +376,16 @@ def _build_schema(app: FastAPI, *, requires_api_key: bool) -> dict[str, Any]:
                 operation["responses"]["401"] = text_error_responses(401)[401]
     for name in ("HTTPValidationError", "ValidationError"):
         schema["components"]["schemas"].pop(name, None)
+    schema["components"]["schemas"].update(_request_schemas())
     if requires_api_key:
         schema["components"]["securitySchemes"] = {"key": _API_KEY_SCHEME}
     return schema
+
+
+def _request_schemas() -> dict[str, Any]:
+    models = [(model, "validation") for model in _request_models.values()]
+    _, definitions = models_json_schema(models, ref_template=_SCHEMA_REF)  # type: ignore[arg-type]
+    return dict(definitions["$defs"])
 
 
 def _error_response(status: int) -> dict[str, Any]:

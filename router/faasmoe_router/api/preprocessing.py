@@ -8,9 +8,11 @@ without tokenizing is rejected first: tokenizing a long text takes seconds.
 import asyncio
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from faasmoe_router.api.errors import ApiError, invalid_value, unsupported_param
+from faasmoe_router.api.preparation import PreparationQueue
 from faasmoe_router.api.protocol import (
     ChatCompletionRequest,
     ChatMessage,
@@ -19,7 +21,11 @@ from faasmoe_router.api.protocol import (
 )
 from faasmoe_router.api.reasoning import needs_special_tokens
 from faasmoe_router.api.structured_outputs import dump_json
-from faasmoe_router.api.tool_calling import ToolCallConfig
+from faasmoe_router.api.tool_calling import (
+    ToolCallConfig,
+    relax_tool_schemas,
+    resolve_tool_calling,
+)
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import GenerationRequest, SamplingParams, StopConditions
 from faasmoe_router.engine.sampler import DrawParams, LogitBias, Penalties
@@ -32,28 +38,43 @@ from faasmoe_router.toolcalls.prompted import with_prompted_tools
 
 SEED_BITS = 63
 OPENAI_DEFAULTS = SamplingDefaults()
-MAX_CONCURRENT_TOKENIZATIONS = 2  # long texts must not take all cores from the engine
+# Work in units of bytes of text: of a token ID, of a message's rendering and of a tool's.
+ID_BYTES, MESSAGE_BYTES, TOOL_BYTES = 4, 64, 1024
 
 
 class Preprocessor:
-    """Builds generation requests from request bodies; bound to one event loop."""
+    """Builds generation requests from request bodies; bound to one event loop.
+
+    Args:
+        engine: has the tokenizer and the limits.
+        queue: runs the work, in turns between tenants.
+        sampling_defaults: values of parameters that a request does not set.
+    """
 
     def __init__(
-        self, engine: Engine, sampling_defaults: SamplingDefaults = OPENAI_DEFAULTS
+        self,
+        engine: Engine,
+        queue: PreparationQueue,
+        sampling_defaults: SamplingDefaults = OPENAI_DEFAULTS,
     ) -> None:
         self._engine = engine
-        self._request_builder = GenerationRequestBuilder(engine, sampling_defaults)
+        self._queue = queue
+        self._request_builder = GenerationRequestBuilder(engine, queue, sampling_defaults)
         self._includes_marks = needs_special_tokens(engine.tokenizer)
-        self._tokenization_slots = asyncio.Semaphore(MAX_CONCURRENT_TOKENIZATIONS)
 
     async def build_chat_requests(
-        self,
-        body: ChatCompletionRequest,
-        tool_config: ToolCallConfig | None,
-        caller: Caller = ANONYMOUS,
-    ) -> list[GenerationRequest]:
-        """Return one request per choice of a chat completion; raises ApiError."""
-        self._check_n_choices(body, n_prompts=1)
+        self, body: ChatCompletionRequest, caller: Caller = ANONYMOUS
+    ) -> tuple[ToolCallConfig | None, list[GenerationRequest]]:
+        """Return how the model calls tools, and one request per choice; raises ApiError."""
+        self._check_n_choices(body, caller, n_prompts=1)
+        tool_config = await self._queue.run(
+            caller,
+            partial(resolve_tool_calling, body, self._engine.tokenizer),
+            size_bytes=TOOL_BYTES * len(body.tools or ()),
+        )
+        if tool_config is not None:
+            run = partial(self._queue.run_in_turn, caller)
+            tool_config = await relax_tool_schemas(tool_config, self._engine.grammar_compiler, run)
         template_options = _chat_template_options(
             body, tool_config, chat_template=self._engine.tokenizer.tool_chat_template
         )
@@ -65,7 +86,7 @@ class Preprocessor:
         token_ids = await self.encode_chat(
             body.messages, template_options, caller, prompted_tools=prompted_tools
         )
-        return await self._request_builder.build(
+        requests = await self._request_builder.build(
             body,
             [token_ids],
             caller,
@@ -73,29 +94,56 @@ class Preprocessor:
             tool_config=tool_config,
             include_special_tokens=self._includes_marks or tool_config is not None,
         )
+        return tool_config, requests
 
     async def build_completion_requests(
         self, body: CompletionRequest, caller: Caller = ANONYMOUS
-    ) -> list[GenerationRequest]:
-        """Return one request per choice of each prompt, in that order; raises ApiError."""
-        self._check_n_choices(body, n_prompts=len(body.prompt))
+    ) -> tuple[list[GenerationRequest], list[str] | None]:
+        """Return one request per choice of each prompt, in that order, and the prompts' texts.
+
+        The texts are those of each choice if the request wants them echoed: verbatim if given as
+        text, decoded if as tokens. Raises ApiError.
+        """
+        self._check_n_choices(body, caller, n_prompts=len(body.prompt))
         for index, prompt in enumerate(body.prompt):
             if isinstance(prompt, str):
                 self.check_text_size([prompt], param="prompt")
             else:
                 self.check_token_ids(prompt, param=f"prompt[{index}]")
         prompts = [
-            await self.encode(prompt) if isinstance(prompt, str) else prompt
+            await self.encode(prompt, caller=caller) if isinstance(prompt, str) else prompt
             for prompt in body.prompt
         ]
-        return await self._request_builder.build(body, prompts, caller, param="prompt")
+        requests = await self._request_builder.build(body, prompts, caller, param="prompt")
+        if not body.echo:
+            return requests, None
+        texts = [
+            prompt if isinstance(prompt, str) else await self.decode(prompt, caller)
+            for prompt in body.prompt
+        ]
+        return requests, [text for text in texts for _ in range(body.n or 1)]
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]:
+    async def encode(
+        self, text: str, *, add_special_tokens: bool = True, caller: Caller = ANONYMOUS
+    ) -> Sequence[int]:
         """Return the token IDs of a text, by default with the tokenizer's BOS token, if any."""
-        async with self._tokenization_slots:
-            return await asyncio.to_thread(
-                self._engine.tokenizer.encode, text, add_special_tokens=add_special_tokens
-            )
+        encode = partial(self._engine.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await self._queue.run(caller, encode, size_bytes=len(text))
+
+    async def decode(
+        self,
+        token_ids: Sequence[int],
+        caller: Caller = ANONYMOUS,
+        *,
+        include_special_tokens: bool = False,
+    ) -> str:
+        """Return the text of token IDs."""
+        decode = partial(
+            self._engine.tokenizer.decode,
+            token_ids,
+            include_special_tokens=include_special_tokens,
+        )
+        return await self._queue.run(caller, decode, size_bytes=ID_BYTES * len(token_ids))
 
     async def encode_chat(
         self,
@@ -112,6 +160,20 @@ class Preprocessor:
         Raises:
             ApiError: a message is invalid, the texts are too long, or the chat template fails.
         """
+        size_bytes = len(caller.system_prompt or "") + sum(map(_n_characters, messages))
+        size_bytes += TOOL_BYTES * (len(template_options.tools) + len(prompted_tools))
+        render_and_encode = partial(
+            self._encode_chat, messages, template_options, caller, prompted_tools
+        )
+        return await self._queue.run(caller, render_and_encode, size_bytes=size_bytes)
+
+    def _encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        template_options: ChatTemplateOptions,
+        caller: Caller,
+        prompted_tools: Sequence[Mapping[str, Any]],
+    ) -> Sequence[int]:
         template_messages = [
             m.to_template(f"messages[{index}]") for index, m in enumerate(messages)
         ]
@@ -123,10 +185,7 @@ class Preprocessor:
         self.check_text_size(_message_texts(template_messages), param="messages")
         self.check_text_size(map(dump_json, template_options.tools), param="tools")
         try:
-            async with self._tokenization_slots:
-                return await asyncio.to_thread(
-                    self._engine.tokenizer.encode_chat, template_messages, template_options
-                )
+            return self._engine.tokenizer.encode_chat(template_messages, template_options)
         except ChatTemplateError as error:
             raise invalid_value("messages", str(error)) from error
 
@@ -147,9 +206,11 @@ class Preprocessor:
         """Raise ApiError if a token ID is not in the vocabulary."""
         _check_token_ids(token_ids, vocab_size=self._engine.vocab_size, param=param)
 
-    def _check_n_choices(self, body: CompletionRequestBase, *, n_prompts: int) -> None:
-        """Raise ApiError if even an idle engine could not hold this many choices."""
-        capacity = self._engine.limits.max_requests
+    def _check_n_choices(
+        self, body: CompletionRequestBase, caller: Caller, *, n_prompts: int
+    ) -> None:
+        """Raise ApiError if even an idle engine could not hold this many choices of the caller."""
+        capacity = self._engine.max_sequences(caller.tenant)
         n = body.n or 1
         if n_prompts * n > capacity:
             raise invalid_value(
@@ -159,10 +220,19 @@ class Preprocessor:
 
 
 class GenerationRequestBuilder:
-    """Builds the generation requests of tokenized prompts."""
+    """Builds the generation requests of tokenized prompts.
 
-    def __init__(self, engine: Engine, sampling_defaults: SamplingDefaults) -> None:
+    Args:
+        engine: has the vocabulary and the limits.
+        queue: compiles grammars and tokenizes, in turns between tenants.
+        sampling_defaults: values of parameters that a request does not set.
+    """
+
+    def __init__(
+        self, engine: Engine, queue: PreparationQueue, sampling_defaults: SamplingDefaults
+    ) -> None:
         self._engine = engine
+        self._queue = queue
         self._defaults = sampling_defaults
 
     async def build(
@@ -197,14 +267,16 @@ class GenerationRequestBuilder:
             for ids in prompts
         ]
         self._check_token_params(body)
-        logit_bias = self._logit_bias(body)
-        grammar = await self._compiled_grammar(body, tool_config)
+        logit_bias = await self._queue.run(
+            caller, partial(self._logit_bias, body), size_bytes=sum(map(len, body.bad_words))
+        )
+        grammar = await self._compiled_grammar(body, tool_config, caller)
         if body.n_computed_logprobs is not None:
             await self._prepare_vocabulary()
         seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
         return [
             GenerationRequest(
-                prompt_token_ids=tuple(ids),
+                prompt_token_ids=ids,
                 max_tokens=max_tokens,
                 sampling_params=SamplingParams(
                     draw=_draw_params(body, self._defaults, seed + choice),
@@ -218,23 +290,28 @@ class GenerationRequestBuilder:
                 scores_prompt=body.scores_prompt,
                 priority=body.priority or 0,
             )
-            for ids, max_tokens in zip(prompts, max_tokens_per_prompt, strict=True)
+            for ids, max_tokens in zip(map(tuple, prompts), max_tokens_per_prompt, strict=True)
             for choice in range(body.n or 1)
         ]
 
     async def _compiled_grammar(
-        self, body: CompletionRequestBase, tool_config: ToolCallConfig | None
+        self, body: CompletionRequestBase, tool_config: ToolCallConfig | None, caller: Caller
     ) -> CompiledGrammar | None:
         if tool_config is not None and tool_config.grammar is not None:
-            return await self._compile_grammar(tool_config.grammar, param="tools")
+            return await self._compile_grammar(tool_config.grammar, caller, param="tools")
         structured_output = body.resolved_structured_output
         if structured_output is None:
             return None
-        return await self._compile_grammar(structured_output.grammar, param=structured_output.param)
+        return await self._compile_grammar(
+            structured_output.grammar, caller, param=structured_output.param
+        )
 
-    async def _compile_grammar(self, source: GrammarSource, *, param: str) -> CompiledGrammar:
+    async def _compile_grammar(
+        self, source: GrammarSource, caller: Caller, *, param: str
+    ) -> CompiledGrammar:
+        run = partial(self._queue.run_in_turn, caller)
         try:
-            return await self._engine.grammar_compiler.compile(source)
+            return await self._engine.grammar_compiler.compile(source, run)
         except GrammarError as error:
             raise invalid_value(param, f"unsupported or invalid schema: {error}") from error
 
@@ -311,6 +388,13 @@ def _message_texts(messages: Iterable[Mapping[str, Any]]) -> Iterable[str]:
                     yield str(call["function"]["arguments"])
             elif name != "role":
                 yield value if isinstance(value, str) else dump_json(value)
+
+
+def _n_characters(message: ChatMessage) -> int:
+    n = len(message.content or "") + len(message.name or "")
+    for call in message.tool_calls or ():
+        n += len(call.function.name) + TOOL_BYTES
+    return n + MESSAGE_BYTES
 
 
 def _check_token_ids(token_ids: Sequence[int], *, vocab_size: int, param: str) -> None:

@@ -1,15 +1,15 @@
 """The request bodies of chat completions and text completions.
 
 Validation is as strict as OpenAI's: a bool is not a number, and neither is "1". Fields that a model
-does not declare are kept in `model_extra`; known but unsupported ones are rejected by
-`check_params`, unknown ones are ignored. Nothing here depends on the served model: checks that need
-its tokenizer or context length are in `preprocessing`.
+does not declare but knows as unsupported are kept in `model_extra` and rejected by `check_params`;
+unknown ones are dropped, so that they take no memory. Nothing here depends on the served model:
+checks that need its tokenizer or context length are in `preprocessing`.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
@@ -30,6 +30,8 @@ from faasmoe_router.api.structured_outputs import (
     is_json,
 )
 from faasmoe_router.api.validation import (
+    MAX_MESSAGES,
+    MAX_TOOL_CALLS,
     UNSUPPORTED_CHAT_PARAMS,
     UNSUPPORTED_COMPLETION_PARAMS,
     UNSUPPORTED_MESSAGE_PARAMS,
@@ -59,9 +61,27 @@ UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
 
 class RequestModel(BaseModel):
-    """Base of all request models: strict types, finite numbers, undeclared fields are kept."""
+    """Base of all request models: strict types, finite numbers, unknown fields are dropped.
+
+    Attributes:
+        unsupported_parameters: undeclared fields that are known, each with its neutral values.
+        known_extra: other undeclared fields that are known.
+        keeps_unknown: whether unknown fields are kept, because something may know them.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
+
+    unsupported_parameters: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    known_extra: ClassVar[frozenset[str]] = frozenset()
+    keeps_unknown: ClassVar[bool] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unknown(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or cls.keeps_unknown:
+            return value
+        known = cls.model_fields.keys() | cls.unsupported_parameters.keys() | cls.known_extra
+        return {name: value[name] for name in value if name in known}
 
 
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
@@ -265,11 +285,16 @@ class ToolCallParam(RequestModel):
 class ChatMessage(RequestModel):
     """One message of a conversation."""
 
+    unsupported_parameters = UNSUPPORTED_MESSAGE_PARAMS
+    keeps_unknown = True  # the chat template may know them
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: MessageContent = None
     name: Text | None = None
     tool_call_id: Text | None = None
-    tool_calls: list[ToolCallParam] | None = None
+    tool_calls: (
+        Annotated[list[ToolCallParam], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None
+    ) = None
 
     def to_template(self, path: str) -> dict[str, Any]:
         """Return the message as chat templates expect it.
@@ -315,6 +340,13 @@ class ChatMessage(RequestModel):
         return missing_param(path)
 
 
+# An error of one element ends the validation: thousands of invalid ones would take seconds.
+Messages = Annotated[
+    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+]
+Tools = Annotated[list[ToolParam], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
 class StreamOptions(RequestModel):
     """Options of a streamed response."""
 
@@ -323,9 +355,13 @@ class StreamOptions(RequestModel):
 
 
 class CompletionRequestBase(RequestModel):
-    """The parameters that chat completions and text completions share."""
+    """The parameters that chat completions and text completions share.
 
-    unsupported_parameters: ClassVar[Mapping[str, tuple[Any, ...]]]
+    Attributes:
+        content_fields: the fields that only the prompt is made from.
+    """
+
+    content_fields: ClassVar[tuple[str, ...]] = ()
 
     model: Text | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -365,6 +401,10 @@ class CompletionRequestBase(RequestModel):
     grammar: Grammar = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    def without_contents(self) -> Self:
+        """Return this without what only the prompt needs, to be kept while it is answered."""
+        return self.model_copy(update=dict.fromkeys(self.content_fields))
 
     @property
     def token_limit(self) -> tuple[str, int] | None:
@@ -434,12 +474,13 @@ class ChatCompletionRequest(CompletionRequestBase):
     """The body of POST /v1/chat/completions."""
 
     unsupported_parameters = UNSUPPORTED_CHAT_PARAMS
+    content_fields = ("messages", "tools", "chat_template_kwargs")
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: Annotated[list[ToolParam], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Tools | None = None
     tool_choice: ToolChoiceField = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
@@ -488,6 +529,7 @@ class CompletionRequest(CompletionRequestBase):
     """The body of POST /v1/completions."""
 
     unsupported_parameters = UNSUPPORTED_COMPLETION_PARAMS
+    content_fields = ("prompt",)
 
     prompt: Prompts
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None

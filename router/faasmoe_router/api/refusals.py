@@ -18,6 +18,7 @@ from faasmoe_router.errors import (
     EngineQueueFull,
     EngineUnavailable,
     GenerationFailed,
+    ModelPartUnavailable,
     NoTokenAllowed,
     RateLimitExceeded,
     RequestTooLarge,
@@ -38,6 +39,7 @@ REASON_BY_ERROR: Mapping[type[RouterError], str] = {
     StoreCorrupted: "store_corrupted",
     NoTokenAllowed: "invalid_request",
     RequestTooLarge: "invalid_request",
+    ModelPartUnavailable: "store_unreadable",
     GenerationFailed: "generation_failed",
 }
 """Reason of each router error; the first matching class wins."""

@@ -13,14 +13,15 @@ from pydantic import Field
 
 from faasmoe_router.api.errors import (
     ApiError,
+    ClientDisconnected,
     from_router_error,
     internal_error,
     invalid_value,
     unsupported_param,
 )
-from faasmoe_router.api.protocol import RequestModel
+from faasmoe_router.api.protocol import MAX_TOOLS, RequestModel
 from faasmoe_router.api.rendering import PartDelta, event_frame, message_parts
-from faasmoe_router.api.streaming import ClientDisconnected, log_stream_failure
+from faasmoe_router.api.streaming import log_stream_failure
 from faasmoe_router.api.structured_outputs import is_json
 from faasmoe_router.api.validation import Text, reject_unsupported
 from faasmoe_router.errors import RouterError
@@ -45,11 +46,14 @@ _TEXT_PARTS = ("input_text", "output_text", "text")
 class ResponsesRequest(RequestModel):
     """The body of POST /v1/responses."""
 
+    unsupported_parameters = _UNSUPPORTED
+    known_extra = frozenset((*_SAME, *_ECHOED))
+
     input: str | list[dict[str, Any]]
     model: Text | None = None
     instructions: Text | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
-    tools: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = None
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None

@@ -10,17 +10,13 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from faasmoe_router.api.errors import from_router_error, internal_error
+from faasmoe_router.api.errors import ClientDisconnected, from_router_error, internal_error
 from faasmoe_router.errors import RouterError
 
 logger = logging.getLogger(__name__)
 
 KEEPALIVE_S = 15.0
 _KEEPALIVE_FRAME = b": waiting\n\n"
-
-
-class ClientDisconnected(Exception):
-    """The client hung up before its response was ready."""
 
 
 T = TypeVar("T")
@@ -36,9 +32,9 @@ async def run_until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -
     disconnect_task = asyncio.create_task(_wait_for_disconnect(request))
     try:
         await asyncio.wait({work_task, disconnect_task}, return_when=asyncio.FIRST_COMPLETED)
-        if work_task.done():
-            return work_task.result()
-        raise ClientDisconnected
+        if disconnect_task.done():  # also if the work is done too: nobody waits for its result
+            raise ClientDisconnected
+        return work_task.result()
     finally:
         for task in (work_task, disconnect_task):
             task.cancel()

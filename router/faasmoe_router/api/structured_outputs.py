@@ -112,10 +112,10 @@ def _grammar_source(name: str, value: Any) -> GrammarSource:
 
 
 def _choice_grammar(value: Any) -> str:
+    if isinstance(value, list) and len(value) > _MAX_CHOICES:
+        raise field_error("value", f"choice should have at most {_MAX_CHOICES} strings")
     if not isinstance(value, list) or not value or not all(is_valid_text(c) and c for c in value):
         raise field_error("type", "choice should be a list of non-empty strings")
-    if len(value) > _MAX_CHOICES:
-        raise field_error("value", f"choice should have at most {_MAX_CHOICES} strings")
     return dump_json(value)
 
 

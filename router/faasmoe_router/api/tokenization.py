@@ -1,22 +1,28 @@
 """POST /tokenize and /detokenize, also under /v1, with vLLM's request and response bodies."""
 
-import asyncio
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field
 
+from faasmoe_router.api.body import BodyReader
 from faasmoe_router.api.errors import invalid_value, model_not_found, unsupported_param
 from faasmoe_router.api.middleware import get_caller
-from faasmoe_router.api.openapi import DetokenizeResponse, TokenizeResponse, json_responses
+from faasmoe_router.api.openapi import (
+    DetokenizeResponse,
+    TokenizeResponse,
+    json_request_body,
+    json_responses,
+)
 from faasmoe_router.api.preprocessing import Preprocessor, template_variables
-from faasmoe_router.api.protocol import MAX_TOOLS, ChatMessage, RequestModel, ToolParam
+from faasmoe_router.api.protocol import Messages, RequestModel, Tools
+from faasmoe_router.api.streaming import run_until_disconnect
 from faasmoe_router.api.validation import Text, TokenIds, reject_unsupported
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ChatTemplateOptions
 from faasmoe_router.tenants.service import Caller
 
+MAX_TOKENS = 1 << 16  # decoded at once; decoding them holds the interpreter for 10 ms
 ERROR_STATUSES = (400, 404, 413, 500, 503)
 _UNSUPPORTED_PARAMS: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
@@ -27,15 +33,17 @@ _UNSUPPORTED_PARAMS: dict[str, tuple[Any, ...]] = {
 class TokenizeRequest(RequestModel):
     """The body of POST /tokenize: either a prompt or the messages of a chat."""
 
+    unsupported_parameters = _UNSUPPORTED_PARAMS
+
     model: Text | None = None
     prompt: Text | None = None
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[ToolParam] | None = Field(default=None, max_length=MAX_TOOLS)
+    tools: Tools | None = None
 
     def check_params(self) -> None:
         """Check constraints between parameters; raises ApiError."""
@@ -64,51 +72,60 @@ class DetokenizeRequest(RequestModel):
     tokens: TokenIds
 
 
-def tokenization_routes(engine: Engine, *, model_name: str) -> APIRouter:
+def tokenization_routes(
+    engine: Engine, *, model_name: str, bodies: BodyReader, preprocessor: Preprocessor
+) -> APIRouter:
     """Return the routes that tokenize and detokenize."""
     router = APIRouter()
-    preprocessor = Preprocessor(engine)
 
     @router.post(
         "/tokenize",
         response_model=None,
+        openapi_extra=json_request_body(TokenizeRequest),
         responses=json_responses(TokenizeResponse, *ERROR_STATUSES),
     )
     @router.post(
         "/v1/tokenize",
         response_model=None,
+        openapi_extra=json_request_body(TokenizeRequest),
         responses=json_responses(TokenizeResponse, *ERROR_STATUSES),
     )
-    async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+    async def tokenize(request: Request) -> dict[str, Any]:
         """Return the tokens of a prompt or of a chat."""
         caller = get_caller(request)
-        _check_model(body.model, caller.model_names(model_name))
-        body.check_params()
-        ids = await _tokenize(body, preprocessor, caller)
-        strings = engine.tokenizer.token_strings(ids) if body.return_token_strs else None
+        async with bodies.reading(request, TokenizeRequest, caller) as body:
+            _check_model(body.model, caller.model_names(model_name))
+            body.check_params()
+            ids = await run_until_disconnect(request, _tokenize(body, preprocessor, caller))
+            with_strings = body.return_token_strs
         return {
             "count": len(ids),
             "max_model_len": caller.effective_max_model_len(engine.limits.max_model_len),
             "tokens": list(ids),
-            "token_strs": strings,
+            "token_strs": engine.tokenizer.token_strings(ids) if with_strings else None,
         }
 
     @router.post(
         "/detokenize",
         response_model=None,
+        openapi_extra=json_request_body(DetokenizeRequest),
         responses=json_responses(DetokenizeResponse, *ERROR_STATUSES),
     )
     @router.post(
         "/v1/detokenize",
         response_model=None,
+        openapi_extra=json_request_body(DetokenizeRequest),
         responses=json_responses(DetokenizeResponse, *ERROR_STATUSES),
     )
-    async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
+    async def detokenize(request: Request) -> dict[str, str]:
         """Return the text of a list of tokens."""
-        _check_model(body.model, get_caller(request).model_names(model_name))
-        tokens = body.tokens or ()
-        preprocessor.check_token_ids(tokens, param="tokens")
-        text = await asyncio.to_thread(engine.tokenizer.decode, tokens, include_special_tokens=True)
+        caller = get_caller(request)
+        async with bodies.reading(request, DetokenizeRequest, caller) as body:
+            _check_model(body.model, caller.model_names(model_name))
+            _check_length(len(body.tokens), max(engine.limits.max_model_len, MAX_TOKENS))
+            preprocessor.check_token_ids(body.tokens, param="tokens")
+            decoding = preprocessor.decode(body.tokens, caller, include_special_tokens=True)
+            text = await run_until_disconnect(request, decoding)
         return {"prompt": text}
 
     return router
@@ -122,8 +139,13 @@ async def _tokenize(
     assert body.prompt is not None
     preprocessor.check_text_size([body.prompt], param="prompt")
     return await preprocessor.encode(
-        body.prompt, add_special_tokens=body.add_special_tokens is not False
+        body.prompt, add_special_tokens=body.add_special_tokens is not False, caller=caller
     )
+
+
+def _check_length(n_tokens: int, max_tokens: int) -> None:
+    if n_tokens > max_tokens:
+        raise invalid_value("tokens", f"expected at most {max_tokens} token IDs, got {n_tokens}")
 
 
 def _check_model(requested: str | None, names: Collection[str]) -> None:

@@ -12,7 +12,12 @@ from typing import Any, Literal
 from faasmoe_router.api.errors import invalid_value
 from faasmoe_router.api.protocol import ChatCompletionRequest, ToolChoice, ToolParam
 from faasmoe_router.api.structured_outputs import dump_json
-from faasmoe_router.engine.structured_output import JSON_OPTIONS, GrammarCompiler, GrammarSource
+from faasmoe_router.engine.structured_output import (
+    JSON_OPTIONS,
+    CompileRunner,
+    GrammarCompiler,
+    GrammarSource,
+)
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import GrammarError
 from faasmoe_router.toolcalls.blocks import BlockFormat, BlockToolCallParser, detect_block_format
@@ -156,36 +161,40 @@ def _callable_tools(tools: Sequence[ToolParam], tool_choice: ToolChoice) -> tupl
     )
 
 
-async def relax_tool_schemas(config: ToolCallConfig, compiler: GrammarCompiler) -> ToolCallConfig:
+async def relax_tool_schemas(
+    config: ToolCallConfig, compiler: GrammarCompiler, run: CompileRunner
+) -> ToolCallConfig:
     """Return the config with schemas that a grammar can enforce, and notes of what it cannot.
 
     Tools with `strict: true` keep theirs; if it cannot be enforced, compiling it fails later.
     """
-    if config.grammar is None or await _compiles(compiler, config.grammar) is None:
+    if config.grammar is None or await _compiles(compiler, run, config.grammar) is None:
         return config
     tools, notes = [], []
     for tool in config.callable_tools:
         schema = GrammarSource("json_schema", dump_json(tool.schema))
-        reason = None if tool.is_strict else await _compiles(compiler, schema)
-        tools.append(tool if reason is None else await _relaxed(tool, compiler))
+        reason = None if tool.is_strict else await _compiles(compiler, run, schema)
+        tools.append(tool if reason is None else await _relaxed(tool, compiler, run))
         if reason is not None:
             notes.append(f"tool {tool.name}: its schema is not enforced in full: {reason}")
     return replace(config, callable_tools=tuple(tools), notes=tuple(notes))
 
 
-async def _compiles(compiler: GrammarCompiler, source: GrammarSource) -> str | None:
+async def _compiles(
+    compiler: GrammarCompiler, run: CompileRunner, source: GrammarSource
+) -> str | None:
     """Return why a grammar does not compile; None if it does."""
     try:
-        await compiler.compile(source)
+        await compiler.compile(source, run)
     except GrammarError as error:
         return str(error)
     return None
 
 
-async def _relaxed(tool: ToolSpec, compiler: GrammarCompiler) -> ToolSpec:
+async def _relaxed(tool: ToolSpec, compiler: GrammarCompiler, run: CompileRunner) -> ToolSpec:
     for schema in weaker_schemas(tool.schema):
         if (
-            await _compiles(compiler, GrammarSource("lenient_json_schema", dump_json(schema)))
+            await _compiles(compiler, run, GrammarSource("lenient_json_schema", dump_json(schema)))
             is None
         ):
             return replace(tool, parameters=schema, is_lenient=True)

@@ -18,9 +18,11 @@ from faasmoe_router.api.openapi import (
     CountTokensResponse,
     MessageResponse,
     ResponseObject,
+    json_request_body,
     json_responses,
 )
 from faasmoe_router.api.protocol import ChatCompletionRequest
+from faasmoe_router.api.rendering import Rendering
 from faasmoe_router.api.responses_endpoint import ResponsesRendering, ResponsesRequest
 
 
@@ -31,29 +33,41 @@ def translated_routes(chats: ChatService) -> APIRouter:
     @router.post(
         "/v1/responses",
         responses=json_responses(ResponseObject, *ERROR_STATUSES, is_streamable=True),
+        openapi_extra=json_request_body(ResponsesRequest),
     )
-    async def create_response(body: ResponsesRequest, request: Request) -> Response:
+    async def create_response(request: Request) -> Response:
         """Generate a response, statelessly."""
-        return await chats.respond(_chat(body.to_chat()), request, ResponsesRendering(body))
+        return await chats.respond(request, ResponsesRequest, _response_chat)
 
     @router.post(
         "/v1/messages",
         responses=json_responses(MessageResponse, *ERROR_STATUSES, is_streamable=True),
+        openapi_extra=json_request_body(MessagesRequest),
     )
-    async def create_message(body: MessagesRequest, request: Request) -> Response:
+    async def create_message(request: Request) -> Response:
         """Generate the next message, in Anthropic's form."""
-        return await chats.respond(_chat(body.to_chat()), request, MessagesRendering())
+        return await chats.respond(request, MessagesRequest, _message_chat)
 
     @router.post(
         "/v1/messages/count_tokens",
         response_model=None,
         responses=json_responses(CountTokensResponse, *ERROR_STATUSES),
+        openapi_extra=json_request_body(CountTokensRequest),
     )
-    async def count_tokens(body: CountTokensRequest, request: Request) -> dict[str, int]:
+    async def count_tokens(request: Request) -> dict[str, int]:
         """Count the tokens of a prompt."""
-        return {"input_tokens": await chats.count_prompt_tokens(_chat(body.to_chat()), request)}
+        n_tokens = await chats.count_prompt_tokens(request, CountTokensRequest, _message_chat)
+        return {"input_tokens": n_tokens}
 
     return router
+
+
+def _response_chat(body: ResponsesRequest) -> tuple[ChatCompletionRequest, Rendering]:
+    return _chat(body.to_chat()), ResponsesRendering(body)
+
+
+def _message_chat(body: CountTokensRequest) -> tuple[ChatCompletionRequest, Rendering]:
+    return _chat(body.to_chat()), MessagesRendering()
 
 
 def _chat(fields: Mapping[str, Any]) -> ChatCompletionRequest:

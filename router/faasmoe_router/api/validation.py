@@ -20,6 +20,9 @@ MAX_PROMPTS = 128
 MAX_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 100
 MAX_BAD_WORDS = 64
+MAX_MESSAGES = 2048
+MAX_CONTENT_PARTS = 2048
+MAX_TOOL_CALLS = 128  # of one message
 
 
 def field_error(fault: Literal["type", "value"], expected: str) -> PydanticCustomError:
@@ -30,7 +33,13 @@ def field_error(fault: Literal["type", "value"], expected: str) -> PydanticCusto
 
 def is_valid_text(value: Any) -> bool:
     """Return whether a value is a string without lone surrogates, which JSON can escape."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()  # a loop over megabytes of characters would take a second
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_text(value: str) -> str:
@@ -49,10 +58,10 @@ def parse_stop(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     stop_strings = [value] if isinstance(value, str) else value
+    if isinstance(stop_strings, list) and len(stop_strings) > MAX_STOP_STRINGS:
+        raise field_error("value", f"Input should have at most {MAX_STOP_STRINGS} stop strings")
     if not isinstance(stop_strings, list) or not all(is_valid_text(stop) for stop in stop_strings):
         raise field_error("type", "Input should be a string or a list of strings")
-    if len(stop_strings) > MAX_STOP_STRINGS:
-        raise field_error("value", f"Input should have at most {MAX_STOP_STRINGS} stop strings")
     if not all(1 <= len(stop) <= MAX_STOP_STRING_LENGTH for stop in stop_strings):
         raise field_error(
             "value", f"Stop strings should have 1 to {MAX_STOP_STRING_LENGTH} characters"
@@ -71,10 +80,9 @@ def parse_bounded_token_ids(value: Any) -> tuple[int, ...] | None:
     """Parse a list of at most 1024 token IDs, or null."""
     if value is None:
         return None
-    token_ids = parse_token_ids(value)
-    if len(token_ids) > MAX_TOKEN_IDS:
+    if isinstance(value, list) and len(value) > MAX_TOKEN_IDS:
         raise field_error("value", f"Input should have at most {MAX_TOKEN_IDS} token IDs")
-    return token_ids
+    return parse_token_ids(value)
 
 
 def parse_logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
@@ -108,10 +116,10 @@ def parse_bad_words(value: Any) -> tuple[str, ...]:
     """Parse `bad_words`: null, or a list of non-empty strings."""
     if value is None:
         return ()
+    if isinstance(value, list) and len(value) > MAX_BAD_WORDS:
+        raise field_error("value", f"Input should have at most {MAX_BAD_WORDS} strings")
     if not isinstance(value, list) or not all(is_valid_text(word) for word in value):
         raise field_error("type", "Input should be a list of strings")
-    if len(value) > MAX_BAD_WORDS:
-        raise field_error("value", f"Input should have at most {MAX_BAD_WORDS} strings")
     if not all(1 <= len(word) <= MAX_STOP_STRING_LENGTH for word in value):
         raise field_error(
             "value", f"Bad words should have 1 to {MAX_STOP_STRING_LENGTH} characters"
@@ -127,6 +135,8 @@ def parse_message_content(value: Any) -> str | None:
     if value is None:
         return None
     if isinstance(value, list):
+        if len(value) > MAX_CONTENT_PARTS:
+            raise field_error("value", f"Input should have at most {MAX_CONTENT_PARTS} parts")
         return "".join(_parse_content_part(part, index) for index, part in enumerate(value))
     if not is_valid_text(value):
         raise field_error("type", "Input should be a valid string or a list of text parts")

@@ -211,6 +211,11 @@ class AbsenceTracker:
         absence = self._absences.get(function_id)
         return self._timeout_s if absence is None else absence.since_s + self._timeout_s - now_s
 
+    @property
+    def is_any_missing(self) -> bool:
+        """Whether there is an absence that no response has cleared."""
+        return bool(self._absences)
+
     def record_found(self, function_id: str) -> None:
         """Clear a function's absence, as it has responded."""
         self._absences.pop(function_id, None)

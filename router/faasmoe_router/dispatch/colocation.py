@@ -80,8 +80,10 @@ class ColocatedFunctions:
         self._layer_functions: Mapping[FunctionSpec, ExpertFunction] = {}  # of the current layer
         self._wanted: frozenset[FunctionSpec] = frozenset()
         self._corrupted: set[FunctionSpec] = set()  # failed verification in this process
-        self._lock = threading.Lock()  # guards _mapped and _wanted
+        self._lock = threading.Lock()  # guards _mapped, _wanted and _selection
         self._mapping_executor = ThreadPoolExecutor(1, thread_name_prefix="colocation")
+        self._selection: Mapping[tuple[int, FunctionSpec], ExpertFunction] = {}
+        self._selection_state: object = None  # what the selection was made from
         self._n_rows = 0
         self._elapsed_s = 0.0
         self._is_valid_sample = False
@@ -117,6 +119,33 @@ class ColocatedFunctions:
             if functions[group.function_index].spec in self._layer_functions
         ]
 
+    def selection(self) -> Mapping[tuple[int, FunctionSpec], ExpertFunction]:
+        """Return what to compute in this process in the pass that has started, by layer.
+
+        The mapping is replaced when the selection changes, and never modified.
+        """
+        n_colocated = self._policy.n_colocated(self._n_rows)
+        with self._lock:
+            mapped = dict(self._mapped)
+            state = (n_colocated, self._ranking.version, self._same_node, mapped)
+            if state != self._selection_state:
+                self._selection_state = state
+                self._selection = {
+                    (layer, specs[i]): mapped[specs[i]]
+                    for layer, specs in enumerate(self._specs_by_layer)
+                    for i in self._ranking.hottest(layer, n_colocated, self._same_node[layer])
+                    if specs[i] in mapped
+                }
+            selection = self._selection
+        n_expected = n_colocated * len(self._specs_by_layer)
+        self._is_valid_sample = self._is_valid_sample and len(selection) == n_expected
+        return selection
+
+    def record_pairs(self, layer: int, function_index: int, n_pairs: int) -> None:
+        """Count pairs of a function of a layer that was computed without `select_positions`."""
+        if layer < len(self._specs_by_layer):
+            self._ranking.record_pairs(layer, function_index, n_pairs)
+
     def compute(self, spec: FunctionSpec, request: ExpertRequest) -> Tensor:
         """Return the output of a selected function: [R, H], or [P, H] unreduced.
 
@@ -151,6 +180,7 @@ class ColocatedFunctions:
             self._wanted -= unassigned
             for spec in unassigned:
                 self._mapped.pop(spec, None)
+            self._selection, self._selection_state = {}, None
 
     def close(self) -> None:
         """Stop the mapping thread."""
@@ -312,9 +342,13 @@ class FunctionRanking:
     Args:
         n_functions: number of functions of each layer.
         n_hot: number of functions of each layer that are hot.
+
+    Attributes:
+        version: increases whenever the functions are ranked anew.
     """
 
     def __init__(self, n_functions: Sequence[int], n_hot: int) -> None:
+        self.version = 0
         self._n_hot = n_hot
         self._pairs: list[NDArray[np.float64]] = [np.zeros(n) for n in n_functions]
         self._ranked: list[tuple[int, ...]] = [tuple(range(n)) for n in n_functions]
@@ -334,6 +368,7 @@ class FunctionRanking:
             lead[list(self._ranked[layer][: self._n_hot])] = MIN_LEAD
             self._ranked[layer] = tuple(int(i) for i in np.argsort(-pairs * lead, kind="stable"))
             pairs *= DECAY**PASSES_BETWEEN_RANKINGS
+        self.version += 1
         return True
 
     def hottest(self, layer: int, n: int, candidates: Collection[int]) -> tuple[int, ...]:

@@ -1,13 +1,15 @@
 """Entry point of dispatch: computes one MoE layer for a whole batch through expert functions.
 
-`Dispatcher.compute` brings the layer's inputs to the host, in the store's dtype, which functions
-compute in, groups token-expert pairs by function and has the groups executed (layer_executor.py).
-It never raises for faults of a sandbox or the network: what no function answers is computed locally
-from the store.
+An ordinary layer of a model on the host is begun and finished natively (native_dispatch.py). For
+every other, `Dispatcher.compute` brings the inputs to the host, in the store's dtype, which
+functions compute in, groups token-expert pairs by function and has the groups executed
+(layer_executor.py). It never raises for faults of a sandbox or the network: what no function
+answers is computed locally from the store.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -20,6 +22,7 @@ from torch import Tensor
 from faasmoe_contracts.routing_table import FunctionSpec, RoutingTable
 from faasmoe_contracts.store import Store
 from faasmoe_contracts.wire import OutputMode, max_rows_per_frame
+from faasmoe_kernels import KernelsUnavailable, load
 from faasmoe_router.dispatch.cold_start import ActivationSettings
 from faasmoe_router.dispatch.colocation import ColocatedFunctions
 from faasmoe_router.dispatch.device_transfer import BufferedTransfer
@@ -30,7 +33,10 @@ from faasmoe_router.dispatch.layer_executor import LayerExecutor
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.local_functions import map_function
 from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.native_dispatch import NativeDispatch
 from faasmoe_router.dispatch.routing import RoutingIndex
+
+logger = logging.getLogger(__name__)
 
 
 class Dispatcher:
@@ -53,6 +59,11 @@ class Dispatcher:
             host.
         placement: "auto" colocates hot functions of this machine in this process where that is
             faster, "functions" colocates none. Applies to reduced mode with a model on the host.
+        mailbox: whether sandboxes of this machine are called over mailboxes where possible. Applies
+            as `placement` does, and where the kernel library is present.
+
+    Attributes:
+        native: the native path of layers; None if there is none.
     """
 
     def __init__(
@@ -69,6 +80,7 @@ class Dispatcher:
         socket_dir: Path | None = None,
         device_transfer: BufferedTransfer | None = None,
         placement: Literal["auto", "functions"] = "functions",
+        mailbox: bool = True,
     ) -> None:
         self._store = store
         self._store_dtype: torch.dtype = getattr(torch, store.manifest.model.dtype)
@@ -96,6 +108,49 @@ class Dispatcher:
             resilience=resilience,
             colocated=colocated,
         )
+        self.native: NativeDispatch | None = None
+        is_reduced_on_host = mode is OutputMode.REDUCED and device_transfer is None
+        if mailbox and socket_dir is not None and is_reduced_on_host:
+            self.native = self._create_native(
+                colocated, socket_dir, token=token, timeouts=timeouts or DispatchTimeouts()
+            )
+
+    def _create_native(
+        self,
+        colocated: ColocatedFunctions | None,
+        socket_dir: Path,
+        *,
+        token: str,
+        timeouts: DispatchTimeouts,
+    ) -> NativeDispatch | None:
+        try:
+            library = load()
+        except KernelsUnavailable as error:
+            logger.info("Sandboxes of this machine are called over HTTP only: %s", error)
+            return None
+        native = NativeDispatch(
+            self._store,
+            library,
+            self.routing,
+            health=self._executor.health,
+            metrics=self._metrics,
+            absences=self._executor.absences,
+            colocated=colocated,
+            socket_dir=socket_dir,
+            token=token,
+            call_timeout_s=timeouts.call_timeout_s,
+        )
+        self.load.include_native(native.totals)
+        return native
+
+    def start_pass(self, n_rows: int) -> None:
+        """Start a forward pass of `n_rows` rows; `compute` does so with its first layer.
+
+        For programs that compute layers through `native.program`.
+        """
+        self._executor.start_pass(n_rows)
+        if self.native is not None:
+            self.native.start_pass()
 
     def compute(
         self,
@@ -125,6 +180,28 @@ class Dispatcher:
         if not len(hidden):
             while_waiting()
             return torch.zeros_like(hidden)
+        if layer == 0:
+            self.start_pass(len(hidden))
+        if self.native is not None:
+            output, while_waiting = self._compute_natively(
+                self.native, layer, hidden, top_k_index, top_k_weight, while_waiting
+            )
+            if output is not None:
+                return output
+        return self.compute_general(
+            layer, hidden, top_k_index, top_k_weight, while_waiting=while_waiting
+        )
+
+    def compute_general(
+        self,
+        layer: int,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weight: Tensor,
+        *,
+        while_waiting: OverlappedWork = lambda: None,
+    ) -> Tensor:
+        """Return the same as `compute`, over the general path; for a pass that was started."""
         with self._metrics.layer_seconds.time():
             rows = hidden.detach().to(self._store_dtype)  # [T, H]
             if self._device_transfer is None:
@@ -147,6 +224,25 @@ class Dispatcher:
                 lambda: None,
                 output_dtype=hidden.dtype,
             )
+
+    def _compute_natively(
+        self,
+        native: NativeDispatch,
+        layer: int,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weight: Tensor,
+        while_waiting: OverlappedWork,
+    ) -> tuple[Tensor | None, OverlappedWork]:
+        """Return the output, or None and the work that the general path still has to do."""
+        hidden = hidden.detach().contiguous()  # [T, H]
+        index = top_k_index.detach().to(torch.int64).contiguous()  # [T, k]
+        weight = top_k_weight.detach().to(torch.float32).contiguous()  # [T, k]
+        if hidden.dtype not in WIRE_DTYPES or not native.begin(layer, hidden, index, weight):
+            return None, while_waiting
+        output = torch.empty_like(hidden)
+        is_done = native.finish(layer, output, while_waiting)
+        return (output if is_done else None), lambda: None
 
     def _compute_on_host(
         self,
@@ -199,7 +295,7 @@ class Dispatcher:
         Raises:
             RoutingTableError: the table does not fit the store; the old one stays in use.
         """
-        self._executor.set_routing(RoutingIndex.from_table(table, self._store))
+        self._set_routing(RoutingIndex.from_table(table, self._store))
 
     def update_addresses(self, version: int, addresses: Mapping[str, tuple[str, ...]]) -> None:
         """Replace the addresses of some functions.
@@ -207,7 +303,13 @@ class Dispatcher:
         Raises:
             RoutingTableError: a function is not in the table; nothing changes.
         """
-        self._executor.set_routing(self.routing.with_addresses(version, addresses))
+        self._set_routing(self.routing.with_addresses(version, addresses))
+
+    def _set_routing(self, routing: RoutingIndex) -> None:
+        self._executor.set_routing(routing)
+        if self.native is not None:
+            self.native.set_routing(routing)
+            self.native.release_unmapped()
 
     def check_local(self, specs: Sequence[FunctionSpec]) -> None:
         """Check that functions can be computed locally, by reading all of their bytes.
@@ -224,8 +326,12 @@ class Dispatcher:
     def release_memory(self) -> None:
         """Free memory that is kept for the next calls, when idle; safe from any thread."""
         self._fanout.release_memory()
+        if self.native is not None:
+            self.native.release_memory()
 
     def close(self) -> None:
         """Stop background threads and close the connections to sandboxes."""
+        if self.native is not None:
+            self.native.close()
         self._executor.close()
         self._fanout.close()

@@ -313,6 +313,11 @@ class EndpointHealth:
             return ejected
         return ejected - self._outlier_detector.last_resort
 
+    @property
+    def ejected(self) -> Set[str]:
+        """Addresses that are ejected now."""
+        return self._outlier_detector.ejected
+
     def ejected_at_s(self, address: str) -> float | None:
         """Return when an address was ejected, None if it is not ejected."""
         return self._outlier_detector.ejected_at_s(address)
@@ -436,6 +441,11 @@ class RetryBudget:
         self._ratio = ratio
         self._burst = burst
         self._balance = burst
+
+    @property
+    def has_balance(self) -> bool:
+        """Whether the budget allows an extra call."""
+        return self._balance >= 1
 
     def deposit(self, n_calls: int) -> None:
         """Credit regular calls."""

@@ -18,7 +18,12 @@ from typing import Self
 
 from faasmoe_contracts.routing_table import FunctionEndpoints
 from faasmoe_contracts.store import Store
-from faasmoe_router.dispatch.cold_start import ActivationSettings, ActivationWaiter, CallFailures
+from faasmoe_router.dispatch.cold_start import (
+    AbsenceTracker,
+    ActivationSettings,
+    ActivationWaiter,
+    CallFailures,
+)
 from faasmoe_router.dispatch.colocation import ColocatedFunctions
 from faasmoe_router.dispatch.endpoint_health import EndpointHealth, ResilienceSettings
 from faasmoe_router.dispatch.fanout import DispatchTimeouts, Fanout, OverlappedWork
@@ -47,6 +52,7 @@ class LayerExecutor:
     Attributes:
         routing: the current routing; one read of it is consistent.
         load: how much each function is called; any thread may read it.
+        health: health and latency of addresses.
     """
 
     def __init__(
@@ -68,17 +74,30 @@ class LayerExecutor:
         self._local_functions = LocalFunctions(store)
         self._colocated = colocated
         self._round_robin_indices: dict[int, int] = defaultdict(int)  # by layer
-        self._health = EndpointHealth(
+        self.health = EndpointHealth(
             resilience or ResilienceSettings(), metrics, may_be_starting=activation is not None
         )
         self._activation_waiter: ActivationWaiter | None = None
         if activation is not None:
             self._activation_waiter = ActivationWaiter(
-                activation, health=self._health, load=self.load, metrics=metrics
+                activation, health=self.health, load=self.load, metrics=metrics
             )
         self._layer_timeout_s = (timeouts or DispatchTimeouts()).layer_timeout_s
         self._failure_logger = RateLimitedLogger()
         self._applied_routing = routing
+
+    @property
+    def absences(self) -> AbsenceTracker | None:
+        """The functions that calls found missing; None if calls never wait."""
+        return None if self._activation_waiter is None else self._activation_waiter.absences
+
+    def start_pass(self, n_rows: int) -> None:
+        """Start a forward pass of `n_rows` rows, before its first layer."""
+        self._forget_removed()
+        self.health.run_health_checks(time.monotonic())
+        self.load.forward_passes += 1
+        if self._colocated is not None:
+            self._colocated.start_pass(self.routing, n_rows)
 
     def execute(
         self,
@@ -101,8 +120,7 @@ class LayerExecutor:
             StoreCorrupted: local fallback is needed, and the function's bytes fail verification.
         """
         self._forget_removed()
-        self._health.run_health_checks(time.monotonic())
-        self.load.forward_passes += layer == 0
+        self.health.run_health_checks(time.monotonic())
         started_s = time.monotonic()
         deadline_s = started_s + self._layer_timeout_s
         entries = {i: functions[group.function_index] for i, group in enumerate(batch.groups)}
@@ -141,8 +159,6 @@ class LayerExecutor:
         """Return the positions to compute in this process."""
         if self._colocated is None:
             return ()
-        if layer == 0:
-            self._colocated.start_pass(self.routing, batch.n_rows)
         return self._colocated.select_positions(layer, batch.groups, functions)
 
     def _compute_colocated(
@@ -184,14 +200,14 @@ class LayerExecutor:
         retry_policy = RetryHedgePolicy(
             entries,
             lambda position: len(batch.groups[position].rows),
-            health=self._health,
+            health=self.health,
             metrics=self._metrics,
             failure_logger=self._failure_logger,
             round_robin_index=round_robin_index,
         )
         first_attempts = {i: retry_policy.first_attempt(i, batch.request_frame) for i in entries}
         calls = {i: call for i, call in first_attempts.items() if call is not None}
-        self._health.retry_budget.deposit(len(calls))
+        self.health.retry_budget.deposit(len(calls))
         errors = self._fanout.run(
             calls,
             handle_response,
@@ -240,7 +256,7 @@ class LayerExecutor:
         routing = self.routing
         if routing is not self._applied_routing:
             addresses = routing.addresses()
-            self._health.retain(addresses)
+            self.health.retain(addresses)
             self._failure_logger.retain(addresses)
             if self._activation_waiter is not None:
                 self._activation_waiter.absences.retain(routing.entries)
@@ -248,7 +264,7 @@ class LayerExecutor:
 
     def close(self) -> None:
         """Stop background threads."""
-        self._health.close()
+        self.health.close()
         if self._colocated is not None:
             self._colocated.close()
 

@@ -1,13 +1,14 @@
 """Concurrency meter: how much each function is called.
 
-The engine's thread writes and any thread reads, without a lock: a function's counters are one
-tuple that is replaced as a whole. All totals are monotonic; the load of an interval is the
-difference of two snapshots. Counters are kept by function only, never by request or tenant.
+Calls over mailboxes are counted natively and added when the load is read. The engine's thread
+writes and any thread reads, without a lock: a function's counters are one tuple that is replaced as
+a whole. All totals are monotonic; the load of an interval is the difference of two snapshots.
+Counters are kept by function only, never by request or tenant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 
@@ -24,6 +25,12 @@ class LoadTotals(NamedTuple):
     calls: int = 0
     rows: int = 0
 
+    def plus(self, other: LoadTotals) -> LoadTotals:
+        """Return the sum of both."""
+        return LoadTotals(
+            self.in_flight_s + other.in_flight_s, self.calls + other.calls, self.rows + other.rows
+        )
+
 
 class _Counters(NamedTuple):
     offset_s: float  # the integral at time t is offset_s + n_in_flight * t
@@ -33,6 +40,10 @@ class _Counters(NamedTuple):
 
 
 _EMPTY = _Counters(0.0, 0, 0, 0)
+
+
+NativeTotals = Callable[[float], Mapping[str, LoadTotals]]
+"""Returns the totals of functions up to a time, of calls that bypass the meter."""
 
 
 class LoadMeter:
@@ -49,6 +60,11 @@ class LoadMeter:
         self.local_calls = 0
         self.forward_passes = 0
         self._counters: dict[str, _Counters] = {}
+        self._native_totals: NativeTotals = lambda _: {}
+
+    def include_native(self, totals: NativeTotals) -> None:
+        """Add the totals of calls that bypass the meter from now on."""
+        self._native_totals = totals
 
     def record_start(self, function_id: str, now_s: float, *, rows: int) -> None:
         """Record the start of a call."""
@@ -69,10 +85,13 @@ class LoadMeter:
 
     def snapshot(self, now_s: float) -> dict[str, LoadTotals]:
         """Return every function's totals up to `now_s`."""
-        return {
+        totals = {
             function_id: LoadTotals(counters.offset_s + counters.n_in_flight * now_s, *counters[2:])
             for function_id, counters in list(self._counters.items())
         }
+        for function_id, native in self._native_totals(now_s).items():
+            totals[function_id] = totals.get(function_id, LoadTotals()).plus(native)
+        return totals
 
     def retain(self, known: Collection[str]) -> None:
         """Drop functions that are not in `known` and have no call in flight."""

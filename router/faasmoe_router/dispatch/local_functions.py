@@ -34,7 +34,13 @@ class LocalFunctions:
             StoreUnreadable: the store no longer has the function.
             StoreCorrupted: the store's bytes of the function fail verification.
         """
-        return compute_function(self._get_or_map(spec), request)
+        try:
+            return compute_function(self._get_or_map(spec), request)
+        except StoreCorrupted:
+            self._functions.pop(
+                spec, None
+            )  # its file may have been replaced: mapped anew next time
+            raise
 
     def _get_or_map(self, spec: FunctionSpec) -> ExpertFunction:
         function = self._functions.pop(spec, None)

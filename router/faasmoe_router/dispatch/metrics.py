@@ -20,6 +20,11 @@ class DispatchMetrics:
         self.calls = Counter(
             "faasmoe_router_function_calls_total", "Calls to functions.", registry=registry
         )
+        self.mailbox_calls = Counter(
+            "faasmoe_router_mailbox_calls_total",
+            "Calls to functions over mailboxes, without Python.",
+            registry=registry,
+        )
         self.failed_calls = Counter(
             "faasmoe_router_function_call_failures_total",
             "Failed calls to functions.",

@@ -34,6 +34,7 @@ from faasmoe_router.engine.batch_sampler import BatchSampler, RequestErrorHandle
 from faasmoe_router.errors import (
     EngineDeviceLost,
     GenerationFailed,
+    ModelPartUnavailable,
     RouterConfigError,
     StoreCorrupted,
     StoreUnreadable,
@@ -148,7 +149,7 @@ class EngineLimits:
         return min(max_pages, affordable_pages)
 
 
-FATAL_ERRORS = (StoreUnreadable, EngineDeviceLost)
+FATAL_ERRORS = (EngineDeviceLost,)
 """Errors that another batcher in this process would meet again."""
 
 
@@ -244,6 +245,14 @@ def start_batcher(
         if not loop.is_closed():
             loop.call_soon_threadsafe(on_request_error, request_ids, error)
 
+    def report_external_error(request_id: str, error: Exception) -> None:
+        report_error(
+            [request_id],
+            ModelPartUnavailable(
+                "a part of the model that this request needs is not available at the moment"
+            ),
+        )
+
     def release_memory() -> None:
         on_idle()
         malloc.trim_heap()
@@ -255,7 +264,12 @@ def start_batcher(
         sampler=BatchSampler(report_error),
         salt_tokens=None if cache_salts is None else cache_salts.salt_tokens,
         count_batch=None if computed_tokens is None else computed_tokens.add_batch,
-        error_policy=ErrorPolicy(FATAL_ERRORS, (StoreCorrupted,), _raise_if_device_lost),
+        error_policy=ErrorPolicy(
+            FATAL_ERRORS,
+            (StoreCorrupted, StoreUnreadable),
+            _raise_if_device_lost,
+            report_external_error,
+        ),
         on_idle=release_memory,
     )
     try:

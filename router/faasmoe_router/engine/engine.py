@@ -28,7 +28,7 @@ from faasmoe_router.engine.request_tracker import RequestTracker
 from faasmoe_router.engine.structured_output import GrammarCompiler
 from faasmoe_router.engine.supervisor import BatcherSupervisor
 from faasmoe_router.engine.tokenizer import ModelTokenizer
-from faasmoe_router.errors import EngineQueueFull, EngineUnavailable
+from faasmoe_router.errors import EngineQueueFull, EngineUnavailable, QueueFull
 from faasmoe_router.metrics import EngineMetrics
 from faasmoe_transformers.continuous_batching import ContinuousBatcher, eos_token_ids
 
@@ -143,6 +143,10 @@ class Engine:
         """Return the numbers of running and of waiting sequences of a tenant."""
         return self._fair_queue.sequence_counts(tenant)
 
+    def max_sequences(self, tenant: str) -> int:
+        """Return how many sequences of a tenant an idle engine could hold."""
+        return min(self.limits.max_requests, self._fair_queue.max_sequences(tenant))
+
     def generate(
         self,
         requests: Sequence[GenerationRequest],
@@ -165,12 +169,16 @@ class Engine:
         if self._batcher is None or not self._batcher.is_alive:
             raise EngineUnavailable("the engine is starting")
         max_requests = self.limits.max_requests
-        if len(self._tracker) + len(requests) > max_requests:
-            raise EngineQueueFull(
-                f"{len(self._tracker)} requests are queued or running, "
-                f"at most {max_requests} may be"
-            )
-        return self._tracker.add_requests(requests, tenant, usage_recorder)
+        try:
+            if len(self._tracker) + len(requests) > max_requests:
+                raise EngineQueueFull(
+                    f"{len(self._tracker)} requests are queued or running, "
+                    f"at most {max_requests} may be"
+                )
+            return self._tracker.add_requests(requests, tenant, usage_recorder)
+        except QueueFull as error:
+            error.retry_after_s = self._tracker.seconds_until_place(len(requests))
+            raise
 
     def abort_running(self) -> None:
         """Fail every request, because the server is shutting down."""

@@ -156,6 +156,11 @@ class FairQueue:
                 "choice of a request counts"
             )
 
+    def max_sequences(self, tenant: str) -> int:
+        """Return how many sequences of a tenant can run and wait when no one else's do."""
+        running = min(self._slots, self._share(tenant).max_running or self._slots)
+        return running + self._queue_capacity(tenant)
+
     def push(
         self, tenant: str, sequence_id: str, *, n_prompt_tokens: int, priority: int = 0
     ) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -30,8 +31,27 @@ from faasmoe_transformers.continuous_batching import BatchOutput, ContinuousBatc
 
 logger = logging.getLogger(__name__)
 
+MAX_RETRY_AFTER_S = 60.0
 MAX_CRASHES = 1
 """Crashes of a batcher that a sequence may be part of; after one more it fails as their cause."""
+
+
+class FinishRate:
+    """How often sequences end, over the last of them; times are passed in."""
+
+    def __init__(self, *, n_last: int = 64) -> None:
+        self._finished_s: deque[float] = deque(maxlen=n_last)
+
+    def record(self, now_s: float) -> None:
+        """Record that a sequence ended."""
+        self._finished_s.append(now_s)
+
+    def seconds_until(self, n_sequences: int, now_s: float) -> float:
+        """Return in how many seconds `n_sequences` more will have ended; 1 if that is unknown."""
+        if len(self._finished_s) < 2:
+            return 1.0
+        interval_s = (now_s - self._finished_s[0]) / len(self._finished_s)
+        return min(max(1.0, n_sequences * interval_s), MAX_RETRY_AFTER_S)
 
 
 class TrackedRequest:
@@ -174,10 +194,15 @@ class RequestTracker:
         self._eos_token_ids = eos_token_ids
         self._metrics = metrics
         self._tracked: dict[str, TrackedRequest] = {}
+        self._finish_rate = FinishRate()
         self._sequence_numbers = itertools.count()
 
     def __len__(self) -> int:
         return len(self._tracked)
+
+    def seconds_until_place(self, n_sequences: int) -> float:
+        """Return in how many seconds `n_sequences` of those present will have ended."""
+        return self._finish_rate.seconds_until(n_sequences, time.monotonic())
 
     def add_requests(
         self,
@@ -241,6 +266,8 @@ class RequestTracker:
     def _remove(self, sequence_id: str) -> TrackedRequest | None:
         """Remove a sequence from tracker, queue and batcher; return it, None if it is unknown."""
         tracked = self._tracked.pop(sequence_id, None)
+        if tracked is not None:
+            self._finish_rate.record(time.monotonic())
         self._fair_queue.remove(sequence_id)
         batcher = self._get_batcher()
         if tracked is not None and batcher is not None and tracked.is_in_epoch(batcher.epoch):

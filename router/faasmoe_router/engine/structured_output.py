@@ -6,12 +6,11 @@ bounded in size, in work per step and in total time per text; exceeding a bound 
 request.
 """
 
-import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy
 import torch
@@ -29,7 +28,6 @@ GrammarKind = Literal["json_schema", "lenient_json_schema", "regex", "choice", "
 MAX_GRAMMAR_BYTES = 64 << 10
 MAX_CACHED_GRAMMARS = 64
 MAX_ERROR_LENGTH = 1800
-MAX_CONCURRENT_COMPILATIONS = 1  # an expensive grammar must not take all cores from the engine
 COMPILE_TIMEOUT_S = 5.0
 # CPU time for all steps of one text: a fixed allowance plus an allowance for each step.
 INITIAL_TIME_BUDGET_S, STEP_TIME_BUDGET_S = 0.5, 0.005
@@ -131,16 +129,28 @@ class CompiledGrammar:
             raise GrammarError(error)
 
 
+class CompileRunner(Protocol):
+    """Runs compilations on threads; bounds how many run at once."""
+
+    def __call__(
+        self, work: Callable[[], CompiledGrammar], *, timeout_s: float
+    ) -> Awaitable[CompiledGrammar]:
+        """Return the result of `work`; raises TimeoutError if it runs longer than that."""
+
+
 class GrammarCompiler:
-    """Compiles grammars in a thread, with an LRU cache of results; bound to one event loop."""
+    """Compiles grammars, with an LRU cache of results; bound to one event loop."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._cache: OrderedDict[GrammarSource, CompiledGrammar] = OrderedDict()
-        self._compile_semaphore = asyncio.Semaphore(MAX_CONCURRENT_COMPILATIONS)
 
-    async def compile(self, source: GrammarSource) -> CompiledGrammar:
+    async def compile(self, source: GrammarSource, run: CompileRunner) -> CompiledGrammar:
         """Return the compiled grammar, from the cache if possible.
+
+        Args:
+            source: the grammar.
+            run: runs the compilation.
 
         Raises:
             GrammarError: the source is invalid, unsupported, too large or too expensive.
@@ -153,25 +163,18 @@ class GrammarCompiler:
             raise GrammarError(
                 f"the grammar has {size_bytes} bytes, more than the limit of {MAX_GRAMMAR_BYTES}"
             )
-        grammar = await self._compile_in_thread(source)
+        try:
+            grammar = await run(
+                lambda: compile_grammar(source, self._vocabulary), timeout_s=COMPILE_TIMEOUT_S
+            )
+        except TimeoutError:
+            raise GrammarError(
+                f"the grammar was not compiled within {COMPILE_TIMEOUT_S:.0f} s"
+            ) from None
         self._cache[source] = grammar
         while len(self._cache) > MAX_CACHED_GRAMMARS:
             self._cache.popitem(last=False)
         return grammar
-
-    async def _compile_in_thread(self, source: GrammarSource) -> CompiledGrammar:
-        await self._compile_semaphore.acquire()
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(None, compile_grammar, source, self._vocabulary)
-        # Released only when the thread ends, even after a timeout: it cannot be interrupted.
-        future.add_done_callback(lambda _: self._compile_semaphore.release())
-        try:
-            return await asyncio.wait_for(asyncio.shield(future), COMPILE_TIMEOUT_S)
-        except TimeoutError:
-            future.add_done_callback(_consume_exception)
-            raise GrammarError(
-                f"the grammar was not compiled within {COMPILE_TIMEOUT_S:.0f} s"
-            ) from None
 
 
 def compile_grammar(source: GrammarSource, vocabulary: Vocabulary) -> CompiledGrammar:
@@ -205,10 +208,6 @@ def _to_llguidance(source: GrammarSource) -> str:
     if source.kind == "lenient_json_schema":
         return str(LLMatcher.grammar_from_json_schema(source.text, overrides=LENIENT_JSON_OPTIONS))
     return str(grammar_from(source.kind, source.text))
-
-
-def _consume_exception(future: "asyncio.Future[CompiledGrammar]") -> None:
-    future.exception()
 
 
 def apply_grammar_bitmask(scores: Tensor, rows: Sequence[tuple[int, GrammarMatcher]]) -> None:

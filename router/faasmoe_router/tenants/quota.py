@@ -1,8 +1,9 @@
 """Tenants' quotas: rate limits by token buckets, and shares of the activation queue. Pure.
 
 A bucket has the capacity of one minute and refills evenly (RFC 3290, appendix A); the time until it
-is full is what OpenAI's reset headers state. Admission reserves a request's tokens, its prompt and
-the most that it may generate, and returns the unused ones at its end.
+is full is what OpenAI's reset headers state. A request is counted before anything is done for it,
+and stays counted. Admission reserves its tokens, its prompt and the most that it may generate, and
+returns the unused ones at its end.
 
 With several routers each has a bucket of limit / routers, so that together they admit what one
 would. A request larger than this share, but within the limit, is admitted by a full bucket, which
@@ -113,8 +114,14 @@ class RateLimiter:
         """The most tokens that one request may reserve; None without a limit."""
         return None if self._token_bucket is None else self._token_bucket.limit
 
-    def admit(self, n_tokens: int, now_s: float) -> Reservation:
-        """Count a request and reserve its tokens, or do neither.
+    def count_request(self, now_s: float) -> None:
+        """Count a request; raises RateLimitExceeded if the limit does not admit it now."""
+        self._check_limit("requests", self._request_bucket, 1, now_s)
+        if self._request_bucket is not None:
+            self._request_bucket.consume(1, now_s)
+
+    def reserve_tokens(self, n_tokens: int, now_s: float) -> Reservation:
+        """Reserve the tokens of a counted request.
 
         Raises:
             RequestTooLarge: the request exceeds the tokens of one minute.
@@ -125,10 +132,7 @@ class RateLimiter:
                 f"this request may take {n_tokens} tokens, prompt and output together; your limit "
                 f"is {self._token_bucket.limit} tokens per minute. Ask for a shorter output"
             )
-        self._check_limit("requests", self._request_bucket, 1, now_s)
         self._check_limit("tokens", self._token_bucket, n_tokens, now_s)
-        if self._request_bucket is not None:
-            self._request_bucket.consume(1, now_s)
         if self._token_bucket is not None:
             self._token_bucket.consume(n_tokens, now_s)
         return Reservation(n_tokens, self._token_bucket)

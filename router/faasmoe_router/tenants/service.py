@@ -45,6 +45,7 @@ class Caller:
 
     Attributes:
         tenant: name of the tenant; empty without tenants.
+        weight: its share of what is done before generation, relative to other tenants'.
         model_alias: name by which the caller may address the model besides the model's own.
         system_prompt: prepended to conversations without a system message.
         max_model_len: tokens of one request, prompt and output together.
@@ -53,6 +54,7 @@ class Caller:
     """
 
     tenant: str = ""
+    weight: float = 1.0
     model_alias: str | None = None
     system_prompt: str | None = None
     max_model_len: int | None = None
@@ -161,6 +163,9 @@ class NoTenants:
 
     async def __aexit__(self, *_: object) -> None:
         return None
+
+    def count_request(self, caller: Caller) -> None:
+        """Count nothing."""
 
     def admit(
         self, caller: Caller, requests: Sequence[GenerationRequest], *, n_prompt: int
@@ -271,10 +276,18 @@ class TenantService:
             return None
         return self._to_caller(tenant_config)
 
+    def count_request(self, caller: Caller) -> None:
+        """Count a request, whatever becomes of it; raises RateLimitExceeded."""
+        try:
+            self._rate_limiter(caller.tenant).count_request(self._clock())
+        except RateLimitExceeded:
+            self._usage.for_tenant(caller.tenant).requests["limited"] += 1
+            raise
+
     def admit(
         self, caller: Caller, requests: Sequence[GenerationRequest], *, n_prompt: int
     ) -> RequestUsageRecorder:
-        """Admit a request and return the recorder of its usage.
+        """Admit the tokens of a counted request and return the recorder of its usage.
 
         Args:
             caller: caller of the request.
@@ -289,7 +302,7 @@ class TenantService:
         now_s, limiter = self._clock(), self._rate_limiter(caller.tenant)
         tenant_usage = self._usage.for_tenant(caller.tenant)
         try:
-            reservation = limiter.admit(n_tokens, now_s)
+            reservation = limiter.reserve_tokens(n_tokens, now_s)
         except RateLimitExceeded:
             tenant_usage.requests["limited"] += 1
             raise
@@ -409,6 +422,7 @@ class TenantService:
         limits = tenant.limits
         return Caller(
             tenant.name,
+            weight=tenant.weight,
             model_alias=tenant.model_alias,
             system_prompt=tenant.system_prompt,
             max_model_len=limits.max_model_len,

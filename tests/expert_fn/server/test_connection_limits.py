@@ -5,8 +5,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from raw_http import DEADLINE_S, n_connections, read_all, read_response, wait_until
+from raw_http import (
+    DEADLINE_S,
+    TOKEN,
+    n_connections,
+    read_all,
+    read_response,
+    request_frame,
+    wait_until,
+)
 from sandbox_processes import SandboxProcess, StartSandbox
+
+from faasmoe_contracts.routing_table import FunctionSpec
+from faasmoe_contracts.store import Store
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nhost: test\r\n\r\n"
 MAX_CONNECTIONS = 4
@@ -43,6 +54,40 @@ def test_rejects_connections_above_the_limit(sandbox: StartSandbox, stack: ExitS
     with connect(sandbox_server) as client:
         client.sendall(HEALTH)
         assert read_response(client)[0] == 200
+
+
+def test_connections_without_the_token_give_way(sandbox: StartSandbox, stack: ExitStack) -> None:
+    sandbox_server = stack.enter_context(sandbox(max_connections=MAX_CONNECTIONS, token=TOKEN))
+    sandbox_server.http.close()
+    wait_until(lambda: n_connections(sandbox_server) == 0)
+    peer = stack.enter_context(connect(sandbox_server))
+    status_request = HEALTH.replace(
+        b"\r\n\r\n", f"\r\nauthorization: Bearer {TOKEN}\r\n\r\n".encode()
+    )
+    peer.sendall(status_request)
+    assert read_response(peer)[0] == 200
+    idle = [stack.enter_context(connect(sandbox_server)) for _ in range(5 * MAX_CONNECTIONS)]
+    with connect(sandbox_server) as probe:
+        probe.sendall(HEALTH)
+        assert read_response(probe)[0] == 200
+    peer.sendall(status_request)
+    assert read_response(peer)[0] == 200
+    assert read_all(idle[0]) == b""
+
+
+def test_nothing_is_reserved_for_a_body_without_the_token(
+    sandbox: StartSandbox, store: Store, spec: FunctionSpec, stack: ExitStack
+) -> None:
+    settings = {"token": TOKEN, "capacity": 4, "max_frames": 1}
+    sandbox_server = stack.enter_context(sandbox(**settings))
+    sandbox_server.attach(store, spec)
+    head = f"POST /v1/functions/{spec.id} HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\n"
+    strangers = [stack.enter_context(connect(sandbox_server)) for _ in range(3)]
+    for stranger in strangers:
+        stranger.sendall(head.encode() + b"x")
+        assert read_response(stranger)[0] == 401
+    url = f"/v1/functions/{spec.id}"
+    assert sandbox_server.http.post(url, content=request_frame()).status_code == 200
 
 
 def test_closes_idle_connections(sandbox: StartSandbox, stack: ExitStack) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -35,7 +36,10 @@ def main() -> None:
     if file := os.environ.get("FAASMOE_TENANTS_FILE"):
         print(f"tenants {json.dumps(json.loads(Path(file).read_text()))}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    HTTPServer(("127.0.0.1", int(os.environ["FAASMOE_PORT"])), HealthHandler).serve_forever()
+    server = HTTPServer(("127.0.0.1", 0), HealthHandler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = socket.socket(fileno=int(os.environ["FAASMOE_LISTEN_FD"]))
+    server.serve_forever()
 
 
 if __name__ == "__main__":

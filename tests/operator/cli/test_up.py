@@ -273,6 +273,25 @@ def test_interrupt_during_startup_exits_cleanly(model: Path) -> None:
     assert "Traceback" not in instance.output
 
 
+def test_a_killed_router_is_restarted_and_its_port_goes_on_listening(model: Path) -> None:
+    with running_up(model) as instance:
+        instance.read_until("OpenAI base URL")
+        address = ("127.0.0.1", int(re.search(r"(\d+)/v1", instance.output)[1]))  # type: ignore[index]
+        os.kill(instance.process_named("fake_router"), signal.SIGKILL)
+        with socket.create_connection(address, timeout=DEADLINE_S) as client:  # at once
+            client.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.0 200")
+        instance.read_until("the router ended with status -9; restarting it")
+
+
+def test_a_store_is_served_once(model: Path) -> None:
+    with running_up(model) as instance:
+        instance.read_until("OpenAI base URL")
+        with running_up(model) as second:
+            assert second.wait_for_exit() == 2
+        assert "in use by another `faasmoe up` of the same store" in second.output
+
+
 def test_reports_why_router_failed_to_start(model: Path) -> None:
     with running_up(model, FAKE_ROUTER_FAILS="1") as instance:
         assert instance.wait_for_exit() == 1

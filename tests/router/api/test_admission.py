@@ -2,7 +2,12 @@ import asyncio
 
 from fastapi import Request
 
-from faasmoe_router.api.admission import COLD_START_HEADER, AlwaysActivated, queue_until_activated
+from faasmoe_router.api.admission import (
+    COLD_START_HEADER,
+    TOKEN_OBJECT_BYTES,
+    AlwaysActivated,
+    queue_until_activated,
+)
 from faasmoe_router.engine.generation import GenerationRequest
 
 
@@ -45,14 +50,14 @@ def test_request_that_is_not_queued_has_no_cold_start_header() -> None:
 def test_queued_request_reports_its_waiting_time() -> None:
     activator = FakeActivator()
     assert response_headers(activator, (1, 2, 3)) == {COLD_START_HEADER: "0.500"}
-    assert activator.queued == [(3, 5)]
+    assert activator.queued == [(3, 3 * TOKEN_OBJECT_BYTES)]
 
 
 def test_choices_of_one_prompt_count_once_and_prompts_add_up() -> None:
     activator = FakeActivator()
     assert response_headers(activator, (1, 2), (1, 2), (1, 2)) == {}
     response_headers(activator, (1, 2), (3, 4))
-    assert activator.queued == [(4, 5)]
+    assert activator.queued == [(4, 4 * TOKEN_OBJECT_BYTES)]
 
 
 def test_default_activator_queues_nothing() -> None:

@@ -1,4 +1,5 @@
 import asyncio
+import socket
 from typing import Any
 
 import httpx
@@ -6,6 +7,7 @@ import openai
 import pytest
 
 from faasmoe_router.api.app import create_app
+from faasmoe_router.api.metrics_server import MetricsServer
 from faasmoe_router.engine.batcher import EngineLimits
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ModelTokenizer
@@ -80,3 +82,30 @@ def test_invalid_request_id_is_replaced(http: httpx.Client, request_id: str) -> 
     generated = {response.headers["x-request-id"], without_id.headers["x-request-id"]}
     assert len(generated) == 2
     assert all(len(request_id) == 32 for request_id in generated)
+
+
+def test_metrics_can_have_a_port_of_their_own(
+    base_model: Any, model_tokenizer: ModelTokenizer
+) -> None:
+    registry = new_registry()
+    engine = Engine(
+        base_model,
+        model_tokenizer,
+        limits=EngineLimits(max_model_len=256),
+        metrics=EngineMetrics(registry, "tiny"),
+    )
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    metrics_server = MetricsServer(registry, host="127.0.0.1", port=port)
+    app = create_app(engine, model_name="tiny", registry=registry, metrics_server=metrics_server)
+
+    async def get() -> tuple[httpx.Response, httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        async with metrics_server, httpx.AsyncClient(transport=transport) as client:
+            public = await client.get("http://router/metrics")
+            async with httpx.AsyncClient() as scraper:
+                return public, await scraper.get(f"http://127.0.0.1:{port}/metrics")
+
+    public, private = asyncio.run(get())
+    assert public.status_code == 404
+    assert 'vllm:num_requests_running{model_name="tiny"} 0.0' in private.text

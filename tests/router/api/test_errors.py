@@ -9,7 +9,8 @@ import httpx
 import openai
 import pytest
 
-from faasmoe_router.api.preprocessing import MAX_CONCURRENT_TOKENIZATIONS
+from faasmoe_router.api import preparation
+from faasmoe_router.api.preparation import MAX_CONCURRENT_PREPARATIONS
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 
@@ -375,10 +376,11 @@ def test_concurrent_tokenizations_are_limited(
         return encode(model_tokenizer, text, add_special_tokens=add_special_tokens)
 
     monkeypatch.setattr(ModelTokenizer, "encode", slow_encode)
+    monkeypatch.setattr(preparation, "INLINE_BYTES", 0)
     with ThreadPoolExecutor(6) as pool:
         responses = pool.map(lambda _: http.post("/v1/completions", json=TEXT), range(6))
         assert [response.status_code for response in responses] == [200] * 6
-    assert max_running == MAX_CONCURRENT_TOKENIZATIONS
+    assert max_running == MAX_CONCURRENT_PREPARATIONS
 
 
 @pytest.mark.parametrize(

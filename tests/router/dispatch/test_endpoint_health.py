@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,16 +49,26 @@ def store(prepared_store: PreparedStore) -> Store:
     return prepared_store("mixtral")
 
 
+@pytest.fixture(scope="module", params=["http", "mailbox"])
+def socket_dir(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path | None:
+    """Folder of the sandboxes' Unix sockets, so that mailboxes are used; None for HTTP only."""
+    return tmp_path_factory.mktemp("s") if request.param == "mailbox" else None
+
+
 @pytest.fixture(scope="module")
-def sandbox_server(sandbox: StartSandbox, store: Store) -> Iterator[SandboxProcess]:
-    with sandbox(capacity=64) as process:
+def sandbox_server(
+    sandbox: StartSandbox, store: Store, socket_dir: Path | None
+) -> Iterator[SandboxProcess]:
+    with sandbox(capacity=64, socket_dir=socket_dir or "") as process:
         process.attach_blocks(store, 8)
         yield process
 
 
 @pytest.fixture
-def other(sandbox: StartSandbox, store: Store) -> Iterator[SandboxProcess]:
-    with sandbox(capacity=64) as process:
+def other(sandbox: StartSandbox, store: Store, socket_dir: Path | None) -> Iterator[SandboxProcess]:
+    with sandbox(capacity=64, socket_dir=socket_dir or "") as process:
         process.attach_blocks(store, 8)
         yield process
 
@@ -76,6 +87,7 @@ class Layer:
         table: RoutingTable,
         addresses: Sequence[str],
         *,
+        socket_dir: Path | None,
         activation: ActivationSettings | None = None,
         **changes: Any,
     ) -> None:
@@ -87,7 +99,10 @@ class Layer:
             timeouts=DispatchTimeouts(connect_timeout_s=1.0, call_timeout_s=HUNG_S),
             activation=activation,
             resilience=replace(PATIENT, **changes),
+            socket_dir=socket_dir,
         )
+        if socket_dir is not None:
+            wait_for_mailboxes(self.dispatcher, addresses, socket_dir)
         generator = torch.Generator().manual_seed(0)
         layer = store.manifest.layers[0]
         self.hidden = torch.randn(1, layer.hidden_size, generator=generator)  # [T, H]
@@ -112,16 +127,25 @@ class Layer:
 
 
 @pytest.fixture
-def layer(store: Store, table: RoutingTable) -> Iterator[Callable[..., Layer]]:
+def layer(
+    store: Store, table: RoutingTable, socket_dir: Path | None
+) -> Iterator[Callable[..., Layer]]:
     made: list[Layer] = []
 
     def make(*addresses: str, **changes: Any) -> Layer:
-        made.append(Layer(store, table, addresses, **changes))
+        made.append(Layer(store, table, addresses, socket_dir=socket_dir, **changes))
         return made[-1]
 
     yield make
     for one in made:
         one.dispatcher.close()
+
+
+def wait_for_mailboxes(dispatcher: Dispatcher, addresses: Sequence[str], socket_dir: Path) -> None:
+    """Wait for the mailboxes of sandboxes; scripted servers have none."""
+    assert dispatcher.native is not None
+    served = [a for a in addresses if (socket_dir / f"{a.rpartition(':')[2]}.sock").exists()]
+    assert dispatcher.native.connector.wait_until_open(served, DEADLINE_S)
 
 
 def with_addresses(table: RoutingTable, *addresses: str) -> RoutingTable:

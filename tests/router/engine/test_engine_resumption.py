@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
-from tiny_engine import manager_of
+from tiny_engine import manager_of, run_here
 
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.fair_queue import Share
@@ -86,7 +86,7 @@ def crash_every_step(engine: Engine) -> None:
 
 
 async def make_requests(engine: Engine, prompt: Prompt) -> list[GenerationRequest]:
-    schema = await engine.grammar_compiler.compile(GrammarSource("json_schema", SCHEMA))
+    schema = await engine.grammar_compiler.compile(GrammarSource("json_schema", SCHEMA), run_here)
     seeded = DrawParams(1.0, seed=5)
     asked: list[tuple[SamplingParams, StopConditions]] = [
         (SamplingParams(), StopConditions()),

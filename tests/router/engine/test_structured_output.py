@@ -3,13 +3,13 @@
 import asyncio
 import json
 import re
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tiny_engine import run_here
 
 from faasmoe_router.engine import structured_output
 from faasmoe_router.engine.structured_output import (
@@ -23,8 +23,6 @@ from faasmoe_router.engine.structured_output import (
 from faasmoe_router.engine.tokenizer import ModelTokenizer, Vocabulary
 from faasmoe_router.errors import GrammarError
 
-DEADLINE_S = 20.0
-BLOCKED_CHECK_S = 0.05
 EOS = 0
 MAX_TOKENS = 400
 N_SCORES = 340  # exceeds the tokenizer's number of tokens, as in real models
@@ -221,12 +219,12 @@ def test_compiler_caches_grammars_least_recently_used(
 
     async def scenario() -> None:
         compiler = GrammarCompiler(vocabulary)
-        first = await compiler.compile(sources[0])
-        second = await compiler.compile(sources[1])
-        assert await compiler.compile(sources[0]) is first
-        await compiler.compile(sources[2])  # evicts the second, the least recently used
-        assert await compiler.compile(sources[0]) is first
-        assert await compiler.compile(sources[1]) is not second
+        first = await compiler.compile(sources[0], run_here)
+        second = await compiler.compile(sources[1], run_here)
+        assert await compiler.compile(sources[0], run_here) is first
+        await compiler.compile(sources[2], run_here)  # evicts the second, the least recently used
+        assert await compiler.compile(sources[0], run_here) is first
+        assert await compiler.compile(sources[1], run_here) is not second
 
     asyncio.run(scenario())
 
@@ -234,40 +232,15 @@ def test_compiler_caches_grammars_least_recently_used(
 def test_rejects_large_grammars_before_compiling(vocabulary: Vocabulary) -> None:
     async def scenario() -> None:
         source = GrammarSource("regex", "a" * (structured_output.MAX_GRAMMAR_BYTES + 1))
-        await GrammarCompiler(vocabulary).compile(source)
+        await GrammarCompiler(vocabulary).compile(source, run_here)
 
     with pytest.raises(GrammarError, match="limit of 65536"):
         asyncio.run(scenario())
 
 
-def test_timed_out_compilation_blocks_the_next_until_its_thread_ends(
-    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slow_source, next_source = _source("choice", ["a"]), _source("choice", ["b"])
-    release = threading.Event()
-    events: list[str] = []
+def test_a_compilation_that_takes_too_long_is_an_error(vocabulary: Vocabulary) -> None:
+    async def time_out(work: Callable[[], CompiledGrammar], *, timeout_s: float) -> CompiledGrammar:
+        raise TimeoutError
 
-    def compile_slowly(source: GrammarSource, vocabulary: Vocabulary) -> CompiledGrammar:
-        if source == slow_source:
-            release.wait(DEADLINE_S)
-        events.append(source.text)
-        return compile_grammar(source, vocabulary)
-
-    async def scenario() -> None:
-        compiler = GrammarCompiler(vocabulary)
-        monkeypatch.setattr(structured_output, "COMPILE_TIMEOUT_S", 0.05)
-        with pytest.raises(GrammarError, match="not compiled within"):
-            await compiler.compile(slow_source)
-        monkeypatch.setattr(structured_output, "COMPILE_TIMEOUT_S", DEADLINE_S)
-        next_compilation = asyncio.create_task(compiler.compile(next_source))
-        await asyncio.wait({next_compilation}, timeout=BLOCKED_CHECK_S)
-        assert not next_compilation.done()
-        release.set()
-        assert await next_compilation
-        assert events == [slow_source.text, next_source.text]
-
-    monkeypatch.setattr(structured_output, "compile_grammar", compile_slowly)
-    try:
-        asyncio.run(scenario())
-    finally:
-        release.set()
+    with pytest.raises(GrammarError, match="not compiled within 5 s"):
+        asyncio.run(GrammarCompiler(vocabulary).compile(_source("choice", ["a"]), time_out))

@@ -93,6 +93,11 @@ class RouterSpec(ApiModel):
         le=1_000_000,
         description="Maximum number of queued requests; further ones get status 429.",
     )
+    keep_alive_seconds: Annotated[int, Field(ge=1, le=3600)] | None = Field(
+        None,
+        description="How long an unused connection of a client is kept, in seconds; more than the "
+        "load balancer in front keeps it. 75 if omitted.",
+    )
     kv_cache_memory: ByteQuantity | None = Field(
         None,
         description="Memory of the KV cache; if omitted, 2Gi or what one request of full length "

@@ -49,7 +49,8 @@ VOLUME_FILE_MODE = 0o440
 ROUTER_CONTAINER = "router"
 ROUTER_PORT = 8000
 TERMINATION_GRACE_S = 60
-"""5 s until endpoints are updated, then up to 30 s for running requests, with a margin."""
+"""5 s until endpoints are updated, then 40 s for running requests, with a margin."""
+SHUTDOWN_S = 20  # of it, for what is not the drain
 PRE_STOP_SLEEP_S = 5
 STARTUP_TIMEOUT_S = 1800
 """Reading a model of hundreds of GB takes long."""
@@ -201,6 +202,8 @@ def _settings(ctx: ModelContext) -> list[Object]:
             "MAX_NUM_SEQS": router.max_num_seqs,
             "MAX_NUM_BATCHED_TOKENS": router.max_num_batched_tokens,
             "MAX_WAITING": router.max_waiting,
+            "DRAIN_TIMEOUT": TERMINATION_GRACE_S - SHUTDOWN_S,
+            "KEEP_ALIVE": router.keep_alive_seconds,
             "KV_CACHE_BYTES": router.kv_cache_bytes,
             "GENERATION_CONFIG": router.generation_config,
             "TENANTS_FILE": f"{TENANTS_MOUNT_PATH}/{TENANTS_FILE_NAME}"

@@ -1,0 +1,86 @@
+#include "function_weights.h"
+
+#include <sys/stat.h>
+
+#include <algorithm>
+
+namespace fk {
+
+bool LayerWeights::is_changed() const {
+  if (path.empty()) return false;
+  struct stat now;
+  if (stat(path.c_str(), &now)) return false;
+  if (int64_t(now.st_dev) != identity[0] || int64_t(now.st_ino) != identity[1]) return false;
+  auto ns = [](const timespec &t) { return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec; };
+  return int64_t(now.st_size) != identity[2] || ns(now.st_mtim) != identity[3] || ns(now.st_ctim) != identity[4];
+}
+
+const LayerWeights *FunctionWeights::find(int64_t layer) const {
+  for (const LayerWeights &weights : layers)
+    if (weights.layer == layer) return &weights;
+  return nullptr;
+}
+
+std::shared_ptr<FunctionWeights> copy_function(const char *id, const fk_function_layer *layers,
+                                               int64_t n_layers, const char **error) {
+  auto function = std::make_shared<FunctionWeights>();
+  function->id = id;
+  for (int64_t i = 0; i < n_layers; ++i) {
+    const fk_function_layer &layer = layers[i];
+    if (layer.layer < 0 || layer.layer > 65535 || layer.hidden_size < 1 || layer.n_experts < 1 ||
+        layer.n_experts > (1 << 20) || !layer.first || !layer.down || layer.dtype < FK_FLOAT32 ||
+        layer.dtype > FK_FLOAT16) {
+      *error = "layers: an index, size, dtype or address is out of range";
+      return nullptr;
+    }
+    LayerWeights weights{layer.layer, layer.hidden_size, {layer.first, layer.first + layer.n_experts},
+                         {layer.down, layer.down + layer.n_experts}, layer.gating, layer.dtype,
+                         layer.max_rows_per_expert, layer.path ? layer.path : "", {}};
+    std::copy(layer.identity, layer.identity + 5, weights.identity);
+    function->layers.push_back(std::move(weights));
+  }
+  return function;
+}
+
+ComputeResult compute_reduced(const LayerWeights *const *parts, int n_parts, int64_t n_rows, int64_t n_pairs,
+                              const int32_t *pair_row, const int32_t *pair_expert, const float *pair_weight,
+                              const void *rows, void *out, int32_t n_threads, ComputeScratch *s) {
+  int64_t n_experts = 0;
+  for (int i = 0; i < n_parts; ++i) n_experts = std::max(n_experts, int64_t(parts[i]->first.size()));
+  s->counts.assign(size_t(n_experts) + 1, 0);
+  for (int64_t i = 0; i < n_pairs; ++i) {
+    if (pair_expert[i] >= n_experts) return kNoSuchExpert;
+    ++s->counts[size_t(pair_expert[i]) + 1];
+  }
+  s->sizes.clear();
+  s->first.clear();
+  s->down.clear();
+  int32_t limit = parts[0]->max_rows_per_expert;
+  for (int64_t e = 0; e < n_experts; ++e) {
+    int64_t count = s->counts[size_t(e) + 1];
+    s->counts[size_t(e) + 1] += s->counts[size_t(e)];
+    if (!count) continue;
+    if (limit && count > limit) return kTooManyRows;
+    const LayerWeights *part = nullptr;
+    for (int i = 0; i < n_parts && !part; ++i)
+      if (parts[i]->has_expert(e)) part = parts[i];
+    if (!part) return kNoSuchExpert;
+    s->sizes.push_back(count);
+    s->first.push_back(part->first[size_t(e)]);
+    s->down.push_back(part->down[size_t(e)]);
+  }
+  s->rows.resize(size_t(n_pairs));
+  s->weights.resize(size_t(n_pairs));
+  for (int64_t i = 0; i < n_pairs; ++i) {
+    size_t position = size_t(s->counts[size_t(pair_expert[i])]++);
+    s->rows[position] = pair_row[i];
+    s->weights[position] = pair_weight[i];
+  }
+  fk_pairs pairs{int64_t(s->sizes.size()), s->sizes.data(), s->rows.data(), nullptr, s->weights.data()};
+  const LayerWeights &layer = *parts[0];
+  int32_t status = fk_experts(s->first.data(), s->down.data(), &layer.gating, &pairs, rows, layer.dtype,
+                              layer.hidden_size, n_rows, 1, out, layer.dtype, layer.hidden_size, n_threads);
+  return status ? kComputeFailed : kComputed;
+}
+
+}  // namespace fk

@@ -1,0 +1,86 @@
+// Functions as the kernel library computes them: weights of experts, layer by layer.
+#ifndef FAASMOE_FUNCTION_WEIGHTS_H
+#define FAASMOE_FUNCTION_WEIGHTS_H
+
+#include <stdint.h>
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "faasmoe_kernels.h"
+#include "frame.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// One layer of a function, as the caller of fk_sandbox_publish or fk_calls_add_local describes it.
+// The tables are copied; the weights that they point to must stay until the function is retracted.
+typedef struct fk_function_layer {
+  int64_t layer;
+  int64_t hidden_size;
+  int64_t n_experts;                 // entries of `first` and `down`
+  const fk_matrix *first, *down;     // zeros for experts outside the function
+  fk_gating gating;
+  int32_t dtype;                     // of the rows, enum fk_dtype
+  int32_t max_rows_per_expert;       // more rows of one expert are not ordinary; 0: any number
+  const char *path;                  // file that the weights are mapped from; NULL: never changes
+  int64_t identity[5];               // its device, inode, size, mtime_ns and ctime_ns
+} fk_function_layer;
+
+#ifdef __cplusplus
+}
+#endif
+
+namespace fk {
+
+struct LayerWeights {
+  int64_t layer, hidden_size;
+  std::vector<fk_matrix> first, down;  // [n_experts]
+  fk_gating gating;
+  int32_t dtype, max_rows_per_expert;
+  std::string path;
+  int64_t identity[5];
+
+  bool has_expert(int64_t expert) const {
+    return expert < int64_t(first.size()) && first[size_t(expert)].codes != nullptr;
+  }
+  // Whether the file was written since it was verified. A file that was removed or replaced was not:
+  // the mapping keeps the old bytes.
+  bool is_changed() const;
+};
+
+struct FunctionWeights {
+  std::string id;
+  std::vector<LayerWeights> layers;
+  std::atomic<int64_t> n_frames{0}, n_rows{0};
+  int32_t n_running = 0;      // guarded by the owner's mutex, as the next
+  bool is_retracted = false;  // must not be used any more
+
+  const LayerWeights *find(int64_t layer) const;
+};
+
+// Copies the descriptions; nullptr and a message if one is invalid.
+std::shared_ptr<FunctionWeights> copy_function(const char *id, const fk_function_layer *layers,
+                                               int64_t n_layers, const char **error);
+
+// Scratch memory of `compute_reduced`, reused from one call to the next.
+struct ComputeScratch {
+  std::vector<int64_t> counts, sizes, rows;
+  std::vector<int32_t> order;
+  std::vector<float> weights;
+  std::vector<fk_matrix> first, down;
+};
+
+enum ComputeResult { kComputed, kNoSuchExpert, kTooManyRows, kComputeFailed };
+
+// The weighted sum over each row's pairs: out [n_rows, hidden_size] in the layer's dtype. The
+// experts of `parts` together hold those of the pairs.
+ComputeResult compute_reduced(const LayerWeights *const *parts, int n_parts, int64_t n_rows, int64_t n_pairs,
+                              const int32_t *pair_row, const int32_t *pair_expert, const float *pair_weight,
+                              const void *rows, void *out, int32_t n_threads, ComputeScratch *scratch);
+
+}  // namespace fk
+#endif

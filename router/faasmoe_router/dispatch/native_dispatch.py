@@ -1,0 +1,438 @@
+"""The native path of a layer: one call to begin it and one to finish it, without Python between.
+
+`NativeDispatch` owns the native side of calls (`faasmoe_kernels.layer_calls`) and keeps its tables
+up to date with what the policies decided: routing, health, hedging thresholds, colocation. What
+happened natively flows back in bulk: latencies and faults to `EndpointHealth`, counters to the load
+meter and the metrics, pairs and times to colocation. A layer that is not ordinary (a function
+without mailbox, a late or refused answer, many rows) takes the general path as a whole: calls are
+pure. Programs that compute without Python call the functions of `program` themselves, between
+`start_pass` and `finish_pass`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from faasmoe_contracts.routing_table import FunctionSpec
+from faasmoe_contracts.store import Store
+from faasmoe_contracts.wire import HEADER_BYTES, MAX_FRAME_BYTES, PAIR_BYTES
+from faasmoe_expert.functions import ExpertFunction
+from faasmoe_expert.functions.native_kernel import (
+    DTYPES,
+    MAX_DIRECT_ROWS_PER_EXPERT,
+    NativeLayer,
+)
+from faasmoe_kernels import KernelLibrary
+from faasmoe_kernels.layer_calls import (
+    N_SIZE_CLASSES,
+    CallEnd,
+    CallEvent,
+    CallSettings,
+    LayerCalls,
+    mailbox_bytes,
+)
+from faasmoe_kernels.sandbox_loop import SlotStatus
+from faasmoe_router.dispatch.cold_start import AbsenceTracker
+from faasmoe_router.dispatch.colocation import ColocatedFunctions
+from faasmoe_router.dispatch.endpoint_health import EndpointHealth
+from faasmoe_router.dispatch.fanout import OverlappedWork, limit_torch_threads
+from faasmoe_router.dispatch.load import LoadTotals
+from faasmoe_router.dispatch.mailbox_connector import N_SLOTS, MailboxConnector, MailboxSizes
+from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.native_routes import FunctionNumbers, Suspensions, build_routes
+from faasmoe_router.dispatch.retry_policy import RateLimitedLogger
+from faasmoe_router.dispatch.routing import RoutingIndex
+from faasmoe_router.dispatch.transport import CallError, CallTimeout
+
+logger = logging.getLogger(__name__)
+
+MAX_NATIVE_ROWS = 64
+"""Larger batches are bound by their products, and split and batched by the general path."""
+
+BROKEN_RETRY_S = 30.0
+"""How long a sandbox whose mailbox held garbage is called over HTTP."""
+
+SUSPENDING_STATUSES = (SlotStatus.UNKNOWN_FUNCTION, SlotStatus.FAILED, SlotStatus.BAD_FRAME)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeProgram:
+    """What a program needs to compute layers without Python; see `LayerCalls`.
+
+    Attributes:
+        context: first argument of both functions.
+        begin: address of the function that begins a layer.
+        finish: address of the function that finishes it.
+    """
+
+    context: int
+    begin: int
+    finish: int
+
+
+class NativeDispatch:
+    """Computes ordinary layers natively; belongs to the engine's thread.
+
+    `set_routing`, `totals` and `release_unmapped` may be called from any thread.
+
+    Args:
+        store: the prepared model.
+        library: the kernel library.
+        routing: the initial routing.
+        health: health and latency of addresses.
+        metrics: the dispatcher's metrics.
+        absences: the functions that calls found missing; None if calls never wait.
+        colocated: functions that may be computed in this process; None for none.
+        socket_dir: folder of the Unix sockets of sandboxes on this machine.
+        token: bearer token of the sandboxes.
+        call_timeout_s: longest time of a call.
+
+    Attributes:
+        connector: opens the mailboxes.
+        program: for programs that compute without Python.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        library: KernelLibrary,
+        routing: RoutingIndex,
+        *,
+        health: EndpointHealth,
+        metrics: DispatchMetrics,
+        absences: AbsenceTracker | None,
+        colocated: ColocatedFunctions | None,
+        socket_dir: Path,
+        token: str,
+        call_timeout_s: float,
+    ) -> None:
+        self._calls = LayerCalls(library)
+        self.program = NativeProgram(
+            self._calls.context, self._calls.begin_address, self._calls.finish_address
+        )
+        self.connector = MailboxConnector(
+            self._calls, mailbox_sizes(store, library), socket_dir=socket_dir, token=token
+        )
+        self._store_dtype = DTYPES[getattr(torch, store.manifest.model.dtype)]
+        self._n_layers = len(store.manifest.layers)
+        self._health = health
+        self._metrics = metrics
+        self._absences = absences
+        self._colocated = colocated
+        self._call_timeout_s = call_timeout_s
+        self._routing = routing
+        self._numbers = FunctionNumbers()
+        self._suspensions = Suspensions()
+        self._failure_logger = RateLimitedLogger()
+        self._locals = LocalHandleTable(self._calls)
+        self._addresses: dict[int, str] = {}  # of mailboxes, also of closed ones
+        self._published_routing: RoutingIndex | None = None
+        self._published_state: object = None  # what else the native routes were built from
+        self._n_routes: list[int] = []
+        self._layer_s = 0.0
+        self._settings: CallSettings | None = None
+        self._max_rows_per_expert = 0  # not limited until a sandbox declines
+        self._totals, _ = self._calls.totals(0)
+        self._pass_layers = 0
+        self.set_routing(routing)
+
+    def set_routing(self, routing: RoutingIndex) -> None:
+        """Route the next passes by another table, and open the mailboxes that it needs."""
+        self._routing = routing
+        self.connector.want(routing.addresses())
+
+    def start_pass(self) -> None:
+        """Bring the native tables up to date; once per forward pass, before its first layer."""
+        self._suspensions.expire(time.monotonic())
+        self._pass_layers = self._totals.layers
+        if self._colocated is not None:
+            self._locals.update(self._colocated.selection())
+        self._publish_routes(self._routing)
+        self._configure()
+
+    def begin(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weight: Tensor) -> bool:
+        """Send a layer's calls; return False if it takes the general path.
+
+        Args:
+            layer: index of the MoE layer.
+            hidden: [T, H] on the host, contiguous, float32 or of a store's dtype.
+            top_k_index: int64 [T, k], contiguous.
+            top_k_weight: float32 [T, k], contiguous.
+        """
+        n_rows, hidden_size = hidden.shape
+        return self._calls.begin(
+            layer,
+            n_rows,
+            hidden_size,
+            top_k_index.shape[1],
+            hidden.data_ptr(),
+            DTYPES[hidden.dtype],
+            top_k_index.data_ptr(),
+            top_k_weight.data_ptr(),
+        )
+
+    def finish(self, layer: int, out: Tensor, while_waiting: OverlappedWork) -> bool:
+        """Do other work, then write the layer's output; return False for the general path.
+
+        Args:
+            layer: index of the MoE layer.
+            out: [T, H] on the host, contiguous.
+            while_waiting: work to do while the calls are in flight.
+        """
+        with limit_torch_threads(self._calls.n_in_flight()):
+            while_waiting()
+        is_done = self._calls.finish(layer, out.data_ptr(), DTYPES[out.dtype])
+        self._settle()
+        if not is_done:
+            self._locals.recheck()
+        elif self._colocated is not None:
+            self._record_pairs()
+            self._colocated.finish_layer(layer, self._layer_s, is_valid_sample=True)
+        return is_done
+
+    def finish_pass(self) -> None:
+        """Collect what happened in a pass of a native program; once, after its last layer."""
+        first_layers_s = self._totals.layers_s
+        self._settle()
+        if self._colocated is None:
+            return
+        self._record_pairs()
+        n_native = self._totals.layers - self._pass_layers
+        elapsed_s = self._totals.layers_s - first_layers_s
+        if n_native < self._n_layers:
+            self._locals.recheck()
+        self._colocated.finish_layer(
+            self._n_layers - 1, elapsed_s, is_valid_sample=n_native == self._n_layers
+        )
+
+    def totals(self, now_s: float) -> dict[str, LoadTotals]:
+        """Return the totals of every function up to `now_s`."""
+        _, functions = self._calls.totals(len(self._numbers))
+        known = self._routing.entries
+        totals = {}
+        for name, number in self._numbers.items():
+            if name in known and number < len(functions):
+                f = functions[number]
+                totals[name] = LoadTotals(f.offset_s + f.n_in_flight * now_s, f.calls, f.rows)
+        return totals
+
+    def release_unmapped(self) -> None:
+        """Release the functions of this process that colocation no longer maps."""
+        if self._colocated is not None:
+            self._locals.retain(self._colocated.mapped)
+
+    def release_memory(self) -> None:
+        """Free what mailboxes keep for their next calls; safe from any thread."""
+        self._calls.release_memory()
+
+    def close(self) -> None:
+        """Close all mailboxes."""
+        self.connector.close()
+
+    def _publish_routes(self, routing: RoutingIndex) -> None:
+        mailboxes = self.connector.mailboxes()
+        handles, ejected = self._locals.handles(), frozenset(self._health.ejected)
+        state = (self._suspensions.version, mailboxes, handles, ejected)
+        if routing is self._published_routing and state == self._published_state:
+            return
+        if routing is not self._published_routing:
+            addresses = routing.addresses()
+            self._suspensions.retain(addresses)
+            self._failure_logger.retain(addresses)
+        self._addresses |= {mailbox: address for address, mailbox in mailboxes.items()}
+        layers = build_routes(
+            routing,
+            mailboxes=mailboxes,
+            excluded=self._health.excluded_addresses,
+            is_suspended=self._suspensions.is_suspended,
+            local=handles,
+            numbers=self._numbers,
+        )
+        self._n_routes = [len(layer.routes) for layer in layers]
+        self._calls.publish(routing.version, layers)
+        self._published_routing, self._published_state = routing, state
+
+    def _configure(self) -> None:
+        """Hand over the times after which an answer is late."""
+        thresholds_s = [
+            self._health.latency_thresholds_s(max(1, (1 << size_class) - 1))
+            for size_class in range(N_SIZE_CLASSES)
+        ]
+        can_repeat = self._health.retry_budget.has_balance
+        settings = CallSettings(
+            self._store_dtype,
+            MAX_NATIVE_ROWS,
+            self._max_rows_per_expert,
+            torch.get_num_threads(),
+            self._call_timeout_s,
+            tuple(min(h, a) if can_repeat else self._call_timeout_s for h, a in thresholds_s),
+            tuple(a if can_repeat else self._call_timeout_s for _, a in thresholds_s),
+        )
+        if settings != self._settings:
+            self._calls.configure(settings)
+            self._settings = settings
+
+    def _settle(self) -> None:
+        """Hand on what happened since the last time."""
+        events = self._calls.take_events()
+        if events:
+            self._health.retry_budget.deposit(len(events))
+        for event in events:
+            self._record_event(event)
+        for layer_s in self._calls.take_layer_seconds():
+            self._metrics.layer_seconds.observe(layer_s)
+            self._layer_s = layer_s
+        before = self._totals
+        totals, _ = self._calls.totals(0)
+        self._totals = totals
+        self._metrics.calls.inc(totals.calls - before.calls)
+        self._metrics.mailbox_calls.inc(totals.calls - before.calls)
+        self._metrics.colocated.inc(totals.local_calls - before.local_calls)
+        self._metrics.sent_bytes.inc(totals.sent_bytes - before.sent_bytes)
+        self._metrics.received_bytes.inc(totals.received_bytes - before.received_bytes)
+
+    def _record_event(self, event: CallEvent) -> None:
+        address = self._addresses.get(event.mailbox)
+        if address is None:
+            return
+        if event.end is CallEnd.OK:
+            self._health.record_response(address, n_rows=event.rows, elapsed_s=event.elapsed_s)
+            if self._absences is not None and self._absences.is_any_missing:
+                self._record_found(address, event.layer)
+            return
+        self._record_failure(address, event)
+
+    def _record_found(self, address: str, layer: int) -> None:
+        assert self._absences is not None
+        for entry in self._routing.layers[layer].functions:
+            if address in entry.addresses:
+                self._absences.record_found(entry.spec.id)
+
+    def _record_failure(self, address: str, event: CallEvent) -> None:
+        """Record a call that the general path repeats."""
+        now_s = time.monotonic()
+        error: CallError | None = None
+        if event.end is CallEnd.LATE:
+            self._health.retry_budget.try_withdraw()
+            _, abandon_s = self._health.latency_thresholds_s(event.rows)
+            if event.elapsed_s >= min(abandon_s, self._call_timeout_s):
+                error = CallTimeout(f"{address}: no answer in the mailbox in time")
+        elif event.end is CallEnd.DEAD:  # the general path finds out why
+            self.connector.drop(address, event.mailbox)
+        elif event.end is CallEnd.BROKEN:
+            self.connector.drop(address, event.mailbox, retry_s=BROKEN_RETRY_S)
+            error = CallError(f"{address}: bad response frame in the mailbox: {event.detail}")
+        elif event.status is SlotStatus.NOT_ORDINARY:
+            self._max_rows_per_expert = MAX_DIRECT_ROWS_PER_EXPERT
+        elif event.status in SUSPENDING_STATUSES:
+            self._suspensions.suspend(address, event.layer, now_s)
+            if event.status is not SlotStatus.UNKNOWN_FUNCTION:
+                error = CallError(f"{address}: {event.status.name}: {event.detail}")
+        if error is not None:
+            self._metrics.failed_calls.inc()
+            self._failure_logger.log_failure(
+                address, self._health.record_failure(address, error, now_s), now_s
+            )
+
+    def _record_pairs(self) -> None:
+        assert self._colocated is not None
+        pairs = iter(self._calls.take_pairs(sum(self._n_routes)))
+        for layer, n_routes in enumerate(self._n_routes):
+            for function_index in range(n_routes):
+                if n_pairs := next(pairs):
+                    self._colocated.record_pairs(layer, function_index, n_pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalEntry:
+    """A function of this process that the native side knows, and its layers as they were added."""
+
+    handle: int
+    function: ExpertFunction
+    layers: tuple[NativeLayer, ...]
+
+
+class LocalHandleTable:
+    """The functions of this process that the native side knows; methods are thread-safe.
+
+    A function's weights stay referenced until no layer computes with it any more.
+    """
+
+    def __init__(self, calls: LayerCalls) -> None:
+        self._calls = calls
+        self._lock = threading.Lock()
+        self._entries: dict[FunctionSpec, LocalEntry] = {}
+        self._selection: Mapping[tuple[int, FunctionSpec], ExpertFunction] = {}
+        self._handles: dict[tuple[int, FunctionSpec], int] = {}
+        self._removed: list[LocalEntry] = []  # still in use when removed
+
+    def handles(self) -> dict[tuple[int, FunctionSpec], int]:
+        """Return the handle of each selected function, by layer; replaced, never changed."""
+        return self._handles
+
+    def update(self, selection: Mapping[tuple[int, FunctionSpec], ExpertFunction]) -> None:
+        """Make exactly these functions known, as far as their kernels are native."""
+        if selection is self._selection and not self._removed:
+            return
+        with self._lock:
+            self._selection = selection
+            self._remove([s for s in self._entries if s not in {spec for _, spec in selection}])
+            for (_, spec), function in selection.items():
+                if spec not in self._entries:
+                    self._add(spec, function)
+            self._refresh_handles()
+
+    def recheck(self) -> None:
+        """Add functions anew whose files were verified again since."""
+        with self._lock:
+            self._remove(
+                [s for s, e in self._entries.items() if not e.function.has_identities(e.layers)]
+            )
+            self._selection = {}
+
+    def retain(self, specs: Collection[FunctionSpec]) -> None:
+        """Forget all other functions."""
+        with self._lock:
+            released = [s for s in self._entries if s not in specs]
+            self._remove(released)
+            if released:  # the selection refers to their weights
+                self._selection, self._handles = {}, {}
+
+    def _add(self, spec: FunctionSpec, function: ExpertFunction) -> None:
+        layers = function.native_layers
+        if len(layers) == len(spec.layers):
+            handle = self._calls.add_local([layer.describe() for layer in layers])
+            self._entries[spec] = LocalEntry(handle, function, layers)
+
+    def _remove(self, specs: Sequence[FunctionSpec]) -> None:
+        self._removed += [self._entries.pop(spec) for spec in specs]
+        self._removed = [e for e in self._removed if not self._calls.remove_local(e.handle)]
+
+    def _refresh_handles(self) -> None:
+        self._handles = {
+            key: self._entries[key[1]].handle for key in self._selection if key[1] in self._entries
+        }
+
+
+def mailbox_sizes(store: Store, library: KernelLibrary) -> MailboxSizes:
+    """Return the sizes of a mailbox for MAX_NATIVE_ROWS rows of any layer of a store."""
+    item_bytes = getattr(torch, store.manifest.model.dtype).itemsize
+    layers = store.manifest.layers
+    row_bytes = max(layer.hidden_size for layer in layers) * item_bytes
+    pairs_bytes = max(layer.top_k for layer in layers) * PAIR_BYTES
+    request_bytes, response_bytes = (
+        min(MAX_FRAME_BYTES, -(-(HEADER_BYTES + MAX_NATIVE_ROWS * n) // 64) * 64)
+        for n in (row_bytes + pairs_bytes, row_bytes)
+    )
+    total_bytes = mailbox_bytes(
+        library, n_slots=N_SLOTS, request_bytes=request_bytes, response_bytes=response_bytes
+    )
+    return MailboxSizes(request_bytes, response_bytes, total_bytes)

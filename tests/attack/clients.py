@@ -1,0 +1,131 @@
+"""Clients of an attack: quiet tenants, a probe, and those that hang up or send too much."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import httpx
+
+REQUEST_TIMEOUT_S = 60.0
+PROBE_INTERVAL_S = 0.005
+
+
+@dataclass
+class QuietTenants:
+    """Two tenants that send one short request after the other.
+
+    Attributes:
+        latencies_s: of the answers.
+        n_failed: requests without a complete answer.
+    """
+
+    url: str
+    latencies_s: list[float] = field(default_factory=list)
+    n_failed: int = 0
+
+    async def run(self, seconds: float) -> None:
+        """Send requests for a while."""
+        await asyncio.gather(*(self._run_tenant(name, seconds) for name in ("quiet", "calm")))
+
+    async def _run_tenant(self, name: str, seconds: float) -> None:
+        headers = {"Authorization": f"Bearer {name}-key"}
+        body = {"model": "tiny", "prompt": "the quick brown", "max_tokens": 4, "temperature": 0}
+        end_s = time.monotonic() + seconds
+        async with httpx.AsyncClient(headers=headers, timeout=REQUEST_TIMEOUT_S) as client:
+            while time.monotonic() < end_s:
+                start_s = time.monotonic()
+                try:
+                    response = await client.post(f"{self.url}/v1/completions", json=body)
+                    self.n_failed += response.status_code != 200
+                except httpx.HTTPError:
+                    self.n_failed += 1
+                self.latencies_s.append(time.monotonic() - start_s)
+                await asyncio.sleep(0.02)
+
+
+class Probe:
+    """Asks for /ping on one connection, as often as it is answered; remembers the slowest answer.
+
+    Attributes:
+        max_s: the slowest answer.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.max_s = 0.0
+        self._url = url
+        self._stop = threading.Event()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Probe for the lifetime of the context."""
+        thread = threading.Thread(target=self._run)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            thread.join()
+
+    def _run(self) -> None:
+        with connect(self._url) as connection:
+            while not self._stop.wait(PROBE_INTERVAL_S):
+                start_s = time.monotonic()
+                connection.sendall(b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\n")
+                assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+                self.max_s = max(self.max_s, time.monotonic() - start_s)
+
+
+def connect(url: str) -> socket.socket:
+    """Return a connection to the router."""
+    parts = urlsplit(url)
+    assert parts.port is not None
+    return socket.create_connection(("127.0.0.1", parts.port), timeout=REQUEST_TIMEOUT_S)
+
+
+def completion_request(key: str, prompt: str, **fields: object) -> bytes:
+    """Return a complete HTTP request for a completion."""
+    body = json.dumps({"model": "tiny", "prompt": prompt, **fields}).encode()
+    return post_request(key, "/v1/completions", body)
+
+
+def post_request(key: str, path: str, body: bytes) -> bytes:
+    """Return a complete HTTP request with a body."""
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+async def hang_up_storm(url: str, *, seconds: float, n_clients: int, seed: int) -> int:
+    """Send requests of one tenant and hang up after 50 ms to 2 s; return how many."""
+    port = urlsplit(url).port
+    end_s = time.monotonic() + seconds
+    n_hang_ups = 0
+
+    async def run_client(number: int) -> None:
+        nonlocal n_hang_ups
+        draw = random.Random(seed * 1000 + number)
+        while time.monotonic() < end_s:
+            prompt = "the quick brown fox " * draw.choice((1, 40, 2000))
+            content = completion_request("flood-key", prompt, max_tokens=100)
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(content)
+                await asyncio.sleep(draw.uniform(0.05, 2.0))
+                writer.transport.abort() if draw.random() < 0.5 else writer.close()
+            except OSError:
+                continue
+            n_hang_ups += 1
+
+    await asyncio.gather(*(run_client(number) for number in range(n_clients)))
+    return n_hang_ups

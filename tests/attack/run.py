@@ -1,0 +1,185 @@
+"""One attack: starts the stack, measures it calm, attacks it, and returns the figures."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+from faasmoe_up import FaasmoeUp, running_up
+from tests.attack.clients import (
+    REQUEST_TIMEOUT_S,
+    Probe,
+    QuietTenants,
+    completion_request,
+    connect,
+    hang_up_storm,
+    post_request,
+)
+from tiny_chat import EXPERTS, save_tiny_chat_model
+
+TENANTS = ("flood", "quiet", "calm")
+N_HANG_UP_CLIENTS = 60
+N_IDLE_CONNECTIONS = 300
+IDLE_DEADLINE_S = 40.0
+N_RECOVERIES = 5
+
+BOUNDS: dict[str, Callable[[float], bool]] = {
+    "quiet_p99_ratio": lambda value: value <= 1.5,
+    "loop_stall_max_ms": lambda value: value <= 50,
+    "rss_growth_mb": lambda value: value <= 64,
+    "idle_closed": lambda value: value == 1.0,
+    "failed_quiet": lambda value: value == 0,
+    "router_kill_recovery_s": lambda value: value <= 5,
+}
+
+
+def attack(folder: Path, *, seed: int, seconds: float) -> dict[str, float]:
+    """Attack a stack in a new folder; return the figures."""
+    with running_up(write_moemodel(folder), folder / "up.log") as up:
+        figures = asyncio.run(_hang_ups(up, seed=seed, seconds=seconds))
+        figures |= _bodies(up)
+        figures |= _idle_connections(up)
+        figures |= _router_kills(up)
+    return figures
+
+
+def write_moemodel(folder: Path) -> Path:
+    """Write a model, keys and a MoEModel file; return the file."""
+    model = save_tiny_chat_model(folder / "model")
+    for name in TENANTS:
+        (folder / name).mkdir()
+        (folder / name / "key").write_text(f"{name}-key\n")
+    tenants = [{"name": name, "apiKeysPath": name} for name in TENANTS]
+    spec = {
+        "model": {"source": f"file://{model}"},
+        "store": {"path": str(folder / "store")},
+        "granularity": {"expertsPerFunction": EXPERTS // 2, "layersPerFunction": 1},
+        "router": {"device": "cpu", "maxNumSeqs": 8},
+        "experts": {"device": "cpu", "functionsPerSandbox": 8},
+        "tenants": tenants,
+    }
+    document = {
+        "apiVersion": "faasmoe.dev/v1alpha1",
+        "kind": "MoEModel",
+        "metadata": {"name": "tiny"},
+        "spec": spec,
+    }
+    file = folder / "model.yaml"
+    file.write_text(json.dumps(document))  # JSON is YAML
+    return file
+
+
+async def _hang_ups(up: FaasmoeUp, *, seed: int, seconds: float) -> dict[str, float]:
+    await QuietTenants(up.base_url).run(2.0)  # warms up
+    calm, stormy = QuietTenants(up.base_url), QuietTenants(up.base_url)
+    await calm.run(seconds)
+    n_hang_ups, _ = await asyncio.gather(
+        hang_up_storm(up.base_url, seconds=seconds, n_clients=N_HANG_UP_CLIENTS, seed=seed),
+        stormy.run(seconds),
+    )
+    calm_p99_s, stormy_p99_s = (percentile_99(t.latencies_s) for t in (calm, stormy))
+    return {
+        "hang_ups": n_hang_ups,
+        "quiet_requests": len(stormy.latencies_s),
+        "quiet_p99_calm_ms": round(1000 * calm_p99_s, 1),
+        "quiet_p99_storm_ms": round(1000 * stormy_p99_s, 1),
+        "quiet_p99_ratio": round(stormy_p99_s / calm_p99_s, 2),
+        "failed_quiet": calm.n_failed + stormy.n_failed,
+    }
+
+
+def percentile_99(values: list[float]) -> float:
+    """Return the 99th percentile."""
+    return statistics.quantiles(values, n=100, method="inclusive")[-1]
+
+
+def _bodies(up: FaasmoeUp) -> dict[str, float]:
+    """Send the bodies that once blocked the event loop, and heads without end."""
+    router = up.child_running("faasmoe_router")
+    assert router is not None
+    before_bytes = peak_bytes = router.memory_info().rss
+    probe = Probe(up.base_url)
+    with probe.running():
+        for content in hostile_requests():
+            with connect(up.base_url) as connection, contextlib.suppress(OSError):
+                connection.sendall(content)
+                while connection.recv(1 << 16):
+                    pass
+            peak_bytes = max(peak_bytes, router.memory_info().rss)
+    return {
+        "loop_stall_max_ms": round(1000 * probe.max_s, 1),
+        "rss_growth_mb": round((peak_bytes - before_bytes) / 1e6, 1),
+    }
+
+
+def hostile_requests() -> list[bytes]:
+    """Return requests whose bodies or heads are as large and as dense as may be."""
+    chat = b'{"model":"tiny","messages":[{"role":"user","content":"a"}],'
+    bodies = [
+        ("/v1/chat/completions", b'{"model":"tiny","messages":[' + b"{}," * 240_000 + b"{}]}"),
+        ("/v1/chat/completions", b'{"model":"tiny","messages":[' + b"{}," * 30_000 + b"{}]}"),
+        ("/v1/chat/completions", chat + b'"x":[' + b"[]," * 2_000_000 + b"[]]}"),
+        ("/v1/chat/completions", chat + b'"x":[' + b"[]," * 30_000 + b"[]]}"),
+        ("/v1/chat/completions", chat + b'"x":"' + b"x" * 200_000 + b'"}'),
+        ("/v1/completions", b'{"model":"tiny","prompt":[' + b"1," * 4_000_000 + b"1]}"),
+        ("/v1/completions", b'{"model":"tiny","prompt":[' + b"1," * 150_000 + b"1]}"),
+        ("/v1/detokenize", b'{"tokens":[' + b"1," * 4_000_000 + b"1]}"),
+        ("/v1/detokenize", b'{"tokens":[' + b"1," * 65_000 + b"1]}"),
+        ("/v1/tokenize", b'{"prompt":"' + b"a " * 120_000 + b'"}'),
+        (
+            "/v1/chat/completions",
+            chat + b'"logit_bias":{' + b",".join(b'"%d":1' % i for i in range(650_000)) + b"}}",
+        ),
+    ]
+    close = b"Connection: close\r\n"
+    requests = [post_request("flood-key", path, body) for path, body in bodies]
+    requests = [content.replace(b"Host: a\r\n", b"Host: a\r\n" + close, 1) for content in requests]
+    return [
+        *requests * 2,
+        b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X-A: " + b"a" * 60_000_000,
+        b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: a\r\n" * 5_000_000,
+    ]
+
+
+def _idle_connections(up: FaasmoeUp) -> dict[str, float]:
+    """Open connections that say nothing, or never all; count those that are closed in time."""
+    starts = (b"", b"GET / HT", b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n")
+    connections = [connect(up.base_url) for _ in range(N_IDLE_CONNECTIONS)]
+    for number, connection in enumerate(connections):
+        connection.sendall(starts[number % len(starts)])
+    end_s = time.monotonic() + IDLE_DEADLINE_S
+    n_closed = 0
+    for connection in connections:
+        connection.settimeout(max(0.01, end_s - time.monotonic()))
+        with contextlib.suppress(TimeoutError):
+            while connection.recv(4096):
+                pass
+            n_closed += 1
+        connection.close()
+    return {"idle_closed": n_closed / len(connections)}
+
+
+def _router_kills(up: FaasmoeUp) -> dict[str, float]:
+    """Kill the router and measure a request sent right after, several times."""
+    recoveries_s = []
+    for _ in range(N_RECOVERIES):
+        router = up.child_running("faasmoe_router")
+        assert router is not None
+        router.send_signal(signal.SIGKILL)
+        start_s = time.monotonic()
+        router.wait(10)
+        content = completion_request("quiet-key", "the quick", max_tokens=2)
+        with connect(up.base_url) as connection:
+            connection.settimeout(REQUEST_TIMEOUT_S)
+            connection.sendall(content)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        recoveries_s.append(time.monotonic() - start_s)
+        assert httpx.get(f"{up.base_url}/health").status_code == 200
+    return {"router_kill_recovery_s": round(statistics.median(recoveries_s), 2)}

@@ -1,0 +1,403 @@
+"""Layers over mailboxes: what runs natively, and what makes a layer take the general path."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import mmap
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from metric_samples import parse_sample
+from raw_http import wait_until
+from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox, make_function_spec
+
+from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
+from faasmoe_contracts.store import Store
+from faasmoe_contracts.unix_socket import unix_socket_path
+from faasmoe_kernels import KernelsUnavailable, load
+from faasmoe_router.dispatch import Dispatcher
+from faasmoe_router.dispatch.fanout import DispatchTimeouts
+from faasmoe_router.dispatch.metrics import DispatchMetrics
+
+DEADLINE_S = 20.0
+TOKEN = "a-token"
+LAYER = 0
+DONE, ABANDONED = 3, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _native() -> None:
+    try:
+        load()
+    except KernelsUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def store(prepared_store: PreparedStore) -> Store:
+    """Three MoE layers of 8 experts, hidden size 32, float32."""
+    return prepared_store("mixtral")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("s")
+
+
+@pytest.fixture
+def sandbox_server(sandbox: StartSandbox, folder: Path) -> Iterator[SandboxProcess]:
+    with sandbox(capacity=64, token=TOKEN, socket_dir=folder, drain_s=DEADLINE_S) as process:
+        yield process
+
+
+class Router:
+    """A dispatcher, and inputs for one of its layers."""
+
+    def __init__(self, store: Store, table: RoutingTable, folder: Path, **options: Any) -> None:
+        self.metrics = DispatchMetrics()
+        options = {"token": TOKEN, "socket_dir": folder, **options}
+        self.dispatcher = Dispatcher(store, table, metrics=self.metrics, **options)
+        self.general = Dispatcher(store, table, mailbox=False, **options)
+
+    def wait_for_mailboxes(self, *addresses: str) -> None:
+        assert self.dispatcher.native is not None
+        assert self.dispatcher.native.connector.wait_until_open(addresses, DEADLINE_S)
+
+    def check(self, n_rows: int = 3, layer: int = LAYER) -> None:
+        """Compute a batch, and compare it with the general path."""
+        generator = torch.Generator().manual_seed(n_rows)
+        arguments = (
+            torch.randn(n_rows, 32, generator=generator),
+            torch.rand(n_rows, 8, generator=generator).topk(2).indices,
+            torch.rand(n_rows, 2, generator=generator),
+        )
+        output = self.dispatcher.compute(layer, *arguments)
+        torch.testing.assert_close(output, self.general.compute(layer, *arguments))
+
+    def count(self, name: str) -> float:
+        return float(getattr(self.metrics, name).collect()[0].samples[0].value)
+
+    def counts_native(self, n_layers: int = 1) -> float:
+        """Compute some layers; return the calls over mailboxes."""
+        before = self.count("mailbox_calls")
+        for _ in range(n_layers):
+            self.check()
+        return self.count("mailbox_calls") - before
+
+
+@pytest.fixture
+def router(store: Store, folder: Path) -> Iterator[Callable[..., Router]]:
+    made: list[Router] = []
+
+    def make(table: RoutingTable, **options: Any) -> Router:
+        made.append(Router(store, table, folder, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.dispatcher.close()
+        one.general.close()
+
+
+MakeRouter = Callable[..., Router]
+
+
+def test_layer_is_one_frame_per_sandbox(
+    router: MakeRouter, sandbox_server: SandboxProcess, store: Store
+) -> None:
+    table = sandbox_server.attach_blocks(store, 3)
+    one = router(table)
+    one.wait_for_mailboxes(sandbox_server.address)
+    for n_rows in (1, 2, 8, 16):
+        for layer in range(3):
+            one.check(n_rows, layer)
+    assert one.count("mailbox_calls") == one.count("calls") == 12
+    assert one.count("failed_calls") == one.count("local") == 0
+    for _ in range(2):
+        one.check(65)  # larger batches take the general path
+    assert one.count("mailbox_calls") == 12
+
+
+def test_calls_count_in_load_and_in_the_sandboxs_metrics(
+    router: MakeRouter, sandbox_server: SandboxProcess, store: Store
+) -> None:
+    one = router(sandbox_server.attach_blocks(store, 8))
+    one.wait_for_mailboxes(sandbox_server.address)
+    assert one.counts_native(4) == 4
+    load = one.dispatcher.load
+    totals = {name: t for name, t in load.snapshot(time.monotonic()).items() if t.calls}
+    (total,) = totals.values()
+    assert (total.calls, total.rows) == (4, 12)
+    assert 0 < total.in_flight_s < DEADLINE_S
+    assert load.forward_passes == 4
+    assert one.count("sent_bytes") > 4 * 3 * 32 * 4
+    metrics = sandbox_server.http.get("/metrics").text
+    # The general path computed the same.
+    assert parse_sample(metrics, "faasmoe_expert_frames_total") == 8
+    assert parse_sample(metrics, "faasmoe_expert_mailbox_frames_total") == 4
+    assert parse_sample(metrics, "faasmoe_expert_rows_total") == 24
+    assert parse_sample(metrics, "faasmoe_expert_compute_seconds_count") == 8
+    functions = sandbox_server.http.get("/v1/functions").json()["functions"]
+    assert sorted(f["frames"] for f in functions) == [0, 0, 8]
+
+
+def test_switch_leaves_calls_to_http(
+    router: MakeRouter, sandbox: StartSandbox, store: Store, folder: Path
+) -> None:
+    with sandbox(capacity=8, token=TOKEN, socket_dir=folder, mailbox="off") as process:
+        one = router(process.attach_blocks(store, 8))
+        one.check()
+        response = process.http.put("/v1/mailbox", json={"descriptor": 0, "size_bytes": 4096})
+        assert response.status_code == 409
+        assert response.json()["error"]["code"] == "mailbox_refused"
+        assert one.counts_native(2) == one.count("failed_calls") == 0
+
+
+def test_detached_function_is_called_over_http_and_natively_again_once_attached(
+    router: MakeRouter, sandbox_server: SandboxProcess, store: Store
+) -> None:
+    spec = make_function_spec(store, [LAYER], range(8))
+    others = [make_function_spec(store, [layer], range(8)) for layer in (1, 2)]
+    entries = tuple(sandbox_server.attach(store, s) for s in (spec, *others))
+    one = router(RoutingTable(store.manifest.digest, 0, entries))
+    one.wait_for_mailboxes(sandbox_server.address)
+    assert one.counts_native() == 1
+    assert sandbox_server.http.delete(f"/v1/functions/{spec.id}").status_code == 204
+    one.check()
+    one.check()
+    assert one.count("local") == 2
+    sandbox_server.attach(store, spec)
+    wait_until(lambda: one.counts_native() == 1)
+
+
+def test_functions_detached_while_they_compute(
+    router: MakeRouter, sandbox_server: SandboxProcess, store: Store
+) -> None:
+    one = router(sandbox_server.attach_blocks(store, 8))
+    one.wait_for_mailboxes(sandbox_server.address)
+    spec = make_function_spec(store, [LAYER], range(8))
+    stop = threading.Event()
+
+    def attach_and_detach() -> None:
+        while not stop.is_set():
+            sandbox_server.http.delete(f"/v1/functions/{spec.id}")
+            sandbox_server.attach(store, spec)
+
+    thread = threading.Thread(target=attach_and_detach)
+    thread.start()
+    for n_rows in range(1, 60):
+        one.check(n_rows)
+    stop.set()
+    thread.join()
+    assert sandbox_server.process.poll() is None
+
+
+def test_changed_store_is_verified_over_http_before_it_is_used_natively(
+    router: MakeRouter, sandbox_server: SandboxProcess, store: Store
+) -> None:
+    one = router(sandbox_server.attach_blocks(store, 8))
+    one.wait_for_mailboxes(sandbox_server.address)
+    assert one.counts_native() == 1
+    os.utime(store.path / store.manifest.layers[LAYER].file)
+    # The answer of the mailbox is given up, and HTTP verifies the file.
+    assert one.counts_native(2) == 2
+    metrics = sandbox_server.http.get("/metrics").text
+    assert parse_sample(metrics, "faasmoe_expert_mailbox_frames_total") == 2
+
+
+def test_draining_sandbox_declines(
+    router: MakeRouter, sandbox_server: SandboxProcess, store: Store
+) -> None:
+    one = router(sandbox_server.attach_blocks(store, 8))
+    one.wait_for_mailboxes(sandbox_server.address)
+    assert one.counts_native() == 1
+    sandbox_server.process.terminate()
+    wait_until(lambda: sandbox_server.http.get("/readyz").status_code == 503)
+    assert one.counts_native() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_layer_in_flight_survives_its_sandbox(
+    router: MakeRouter, sandbox_server: SandboxProcess, store: Store, number: signal.Signals
+) -> None:
+    timeouts = DispatchTimeouts(0.5, 0.5, 5.0)
+    one = router(sandbox_server.attach_blocks(store, 8), timeouts=timeouts)
+    one.wait_for_mailboxes(sandbox_server.address)
+    assert one.counts_native(3) == 3
+    os.kill(sandbox_server.process.pid, number)
+    wait_until(lambda: process_state(sandbox_server.process.pid) in "TZ")
+    try:
+        one.check()
+        assert one.count("local") == 1
+    finally:
+        os.kill(sandbox_server.process.pid, signal.SIGCONT)
+
+
+def process_state(pid: int) -> str:
+    """Return the state of a process: T if it is stopped, Z once it has exited."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_batch_with_many_rows_of_an_expert_is_declined_once(
+    router: MakeRouter, sandbox_server: SandboxProcess, store: Store
+) -> None:
+    one = router(sandbox_server.attach_blocks(store, 8))
+    one.wait_for_mailboxes(sandbox_server.address)
+    hidden, index, weight = torch.ones(32, 32), torch.zeros(32, 1).long(), torch.ones(32, 1)
+    calls = []
+    for _ in range(4):
+        output = one.dispatcher.compute(LAYER, hidden, index, weight)
+        torch.testing.assert_close(output, one.general.compute(LAYER, hidden, index, weight))
+        calls.append(one.count("mailbox_calls"))
+    # Where torch's products are not faster for many rows, nothing is declined.
+    assert calls in ([1, 1, 1, 1], [1, 2, 3, 4])
+    assert one.count("failed_calls") == 0
+
+
+def test_restarted_sandbox_gets_a_new_mailbox(
+    router: MakeRouter, sandbox: StartSandbox, store: Store, folder: Path
+) -> None:
+    with sandbox(capacity=8, token=TOKEN, socket_dir=folder) as process:
+        table = process.attach_blocks(store, 8)
+        one = router(table)
+        one.wait_for_mailboxes(process.address)
+        assert one.counts_native() == 1
+        process.process.kill()
+        process.process.wait()
+    one.check()
+    port = process.address.rpartition(":")[2]
+    with sandbox(capacity=8, token=TOKEN, socket_dir=folder, port=port) as process:
+        process.attach_blocks(store, 8)
+        wait_until(lambda: one.counts_native() == 1)
+
+
+@pytest.mark.parametrize("n_rows", [1, 5])
+def test_replicas_share_the_calls(
+    router: MakeRouter, sandbox_server: SandboxProcess, sandbox: StartSandbox, store: Store,
+    folder: Path, n_rows: int,
+) -> None:  # fmt: skip
+    with sandbox(capacity=64, token=TOKEN, socket_dir=folder) as other:
+        processes = (sandbox_server, other)
+        tables = [process.attach_blocks(store, 8) for process in processes]
+        addresses = tuple(process.address for process in processes)
+        entries = tuple(replace(f, addresses=addresses) for f in tables[0].functions)
+        one = router(replace(tables[0], functions=entries))
+        one.wait_for_mailboxes(*addresses)
+        for _ in range(8):
+            one.check(n_rows)
+        for process in processes:
+            metrics = process.http.get("/metrics").text
+            assert parse_sample(metrics, "faasmoe_expert_mailbox_frames_total") == 4
+
+
+class LyingSandbox:
+    """Accepts one mailbox and answers its frames with what the test writes."""
+
+    def __init__(self, folder: Path, answer: Callable[[mmap.mmap, int], None]) -> None:
+        self._tcp = socket.create_server(("127.0.0.1", 0))  # never answers
+        port = self._tcp.getsockname()[1]
+        self.address = f"127.0.0.1:{port}"
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(unix_socket_path(folder, port)))
+        self._listener.listen()
+        self._answer = answer
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        connection, _ = self._listener.accept()
+        with connection, connection.makefile("rb") as reader:
+            assert reader.readline().startswith(b"PUT /v1/mailbox")
+            headers = http.client.parse_headers(reader)
+            offer = json.loads(reader.read(int(headers["content-length"])))
+            descriptor = os.dup(offer["descriptor"])  # of this process
+            memory = mmap.mmap(descriptor, offer["size_bytes"])
+            os.close(descriptor)
+            struct.pack_into("<I", memory, 192, 1)  # serving
+            connection.sendall(b"HTTP/1.1 201 Created\r\ncontent-length: 0\r\n\r\n")
+            while not self._stop.is_set():
+                for slot in (4096, 5120):
+                    if struct.unpack_from("<I", memory, slot)[0] == 1:
+                        self._answer(memory, slot)
+                self._stop.wait(0.001)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._listener.close()
+        self._tcp.close()
+
+
+def zeros_with_a_wrong_checksum(memory: mmap.mmap, slot: int) -> None:
+    (sequence, request_bytes) = struct.unpack_from("<II", memory, slot + 8)
+    frames = 4096 * 2
+    header = bytearray(memory[frames : frames + 32])
+    n_rows = struct.unpack_from("<I", header, 12)[0]
+    header[5] = 2
+    struct.pack_into("<II", header, 24, n_rows * 32 * 4, 12345)
+    (request_area, response_area) = struct.unpack_from("<II", memory, 12)
+    assert request_bytes <= request_area
+    memory[frames + request_area : frames + request_area + 32] = bytes(header)
+    response_bytes = 32 + n_rows * 32 * 4
+    assert response_bytes <= response_area
+    struct.pack_into("<IIII", memory, slot + 576, sequence, 0, response_bytes, 0)
+    struct.pack_into("<I", memory, slot, DONE)
+
+
+def answer_to_another_request(memory: mmap.mmap, slot: int) -> None:
+    struct.pack_into("<IIII", memory, slot + 576, 4242, 0, 64, 0)
+    struct.pack_into("<I", memory, slot, DONE)
+
+
+def impossible_state(memory: mmap.mmap, slot: int) -> None:
+    struct.pack_into("<I", memory, slot, 77)
+
+
+def impossible_size(memory: mmap.mmap, slot: int) -> None:
+    (sequence,) = struct.unpack_from("<I", memory, slot + 8)
+    struct.pack_into("<IIII", memory, slot + 576, sequence, 0, 0xFFFFFFFF, 0)
+    struct.pack_into("<I", memory, slot, DONE)
+
+
+@contextmanager
+def lying(folder: Path, answer: Callable[[mmap.mmap, int], None]) -> Iterator[LyingSandbox]:
+    sandbox = LyingSandbox(folder, answer)
+    try:
+        yield sandbox
+    finally:
+        sandbox.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [zeros_with_a_wrong_checksum, answer_to_another_request, impossible_state, impossible_size],
+)
+def test_garbage_in_a_mailbox_ends_it_and_counts_as_an_error(
+    router: MakeRouter, store: Store, folder: Path, caplog: pytest.LogCaptureFixture,
+    answer: Callable[[mmap.mmap, int], None],
+) -> None:  # fmt: skip
+    with lying(folder, answer) as sandbox:
+        specs = [make_function_spec(store, [layer], range(8)) for layer in range(3)]
+        entries = tuple(FunctionEndpoints(spec, (sandbox.address,)) for spec in specs)
+        timeouts = DispatchTimeouts(0.2, 0.2, 0.5)
+        one = router(RoutingTable(store.manifest.digest, 0, entries), timeouts=timeouts)
+        one.wait_for_mailboxes(sandbox.address)
+        one.check()
+        assert one.count("local") == 1
+        assert one.count("mailbox_calls") == 1
+        assert "bad response frame in the mailbox" in caplog.text
+        assert one.dispatcher.native is not None
+        assert not one.dispatcher.native.connector.mailboxes()

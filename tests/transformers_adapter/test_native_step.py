@@ -1,0 +1,251 @@
+"""Batches computed by the kernel library give the tokens of transformers' modules, per family."""
+
+import asyncio
+import ctypes
+import threading
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from families.registry import FAMILIES, experts_modules
+from torch import Tensor
+
+from faasmoe_kernels import KernelsUnavailable, load
+from faasmoe_transformers import continuous_batching
+from faasmoe_transformers.attention import select_attention_implementation
+from faasmoe_transformers.continuous_batching import BatchingLimits, ContinuousBatcher
+from faasmoe_transformers.errors import UnsupportedModel
+from faasmoe_transformers.experts_backend import (
+    EXPERTS_IMPLEMENTATION,
+    bind_experts,
+    register_implementation,
+)
+from faasmoe_transformers.native_attention import ATTENTION_IMPLEMENTATION
+from faasmoe_transformers.native_linear import use_native_linears
+from faasmoe_transformers.native_step import NativeForward
+from faasmoe_transformers.observation import FixedExperts
+
+PROGRAM_FAMILIES = (
+    *(
+        "qwen2_moe",
+        "qwen3_moe",
+        "mixtral",
+        "olmoe",
+        "gpt_oss",
+        "granitemoe",
+        "dots1",
+        "ernie4_5_moe",
+    ),
+    *("hunyuan_v1_moe", "glm4_moe", "solar_open"),
+)
+"""Families whose layers all run as one call."""
+PROMPTS = [[3, 14, 15, 9, 26, 5, 35], [8, 9], [7] * 40, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
+N_TOKENS = 12
+TIMEOUT_S = 60.0
+LIMITS = BatchingLimits(
+    n_pages=64, page_tokens=32, max_batch_tokens=32, max_requests=4, max_model_len=128
+)
+
+
+class ArgmaxSampler:
+    """Leaves the scores as they are, and keeps them."""
+
+    request_state_type: type = type(None)
+
+    def __init__(self) -> None:
+        self.scores: list[Tensor] = []
+
+    def plan_batch(self, request_ids: list[str], rows: Sequence[Any]) -> None:
+        """Nothing to prepare."""
+
+    def sample(self, scores: Tensor) -> Tensor:
+        self.scores.append(scores.clone())
+        return scores
+
+
+class NativeExperts(FixedExperts):
+    """Computes layers through C function pointers, except for the layer `declined`."""
+
+    def __init__(self, declined: int = -1) -> None:
+        super().__init__()
+        self.declined = declined
+        self.begun: list[int] = []
+        self.general: list[int] = []
+        self.n_passes = self.n_finished_passes = 0
+        self._begin = BEGIN(self._begin_layer)
+        self._finish = FINISH(self._finish_layer)
+        addresses = (ctypes.cast(f, ctypes.c_void_p).value for f in (self._begin, self._finish))
+        begin, finish = addresses
+        self.program = SimpleNamespace(context=7, begin=begin, finish=finish)
+        self.native = self
+
+    def start_pass(self, n_rows: int) -> None:
+        assert n_rows > 0
+        self.n_passes += 1
+
+    def finish_pass(self) -> None:
+        self.n_finished_passes += 1
+
+    def compute_general(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
+        self.general.append(layer)
+        return self.compute(layer, *args, **kwargs)
+
+    def _begin_layer(
+        self, context: int, layer: int, rows: int, width: int, k: int, *addresses: int
+    ) -> int:
+        assert context == 7
+        if layer == self.declined:
+            return 1
+        hidden, index, weight = addresses
+        self.begun.append(layer)
+        self._sum = self.compute(
+            layer,
+            view(hidden, ctypes.c_float, torch.float32, rows, width),
+            view(index, ctypes.c_int64, torch.int64, rows, k),
+            view(weight, ctypes.c_float, torch.float32, rows, k),
+        )
+        return 0
+
+    def _finish_layer(self, context: int, layer: int, out: int) -> int:
+        assert context == 7
+        assert layer == self.begun[-1]
+        view(out, ctypes.c_float, torch.float32, *self._sum.shape).copy_(self._sum)
+        return 0
+
+
+POINTER, INT32, INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+BEGIN = ctypes.CFUNCTYPE(INT32, POINTER, INT64, INT64, INT64, INT64, POINTER, POINTER, POINTER)
+FINISH = ctypes.CFUNCTYPE(INT32, POINTER, INT64, POINTER)
+
+
+def view(address: int, ctype: Any, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+    memory = (ctype * (rows * columns)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
+
+
+class FailingExperts(FixedExperts):
+    """Raises in one layer."""
+
+    def compute(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
+        if layer == 1:
+            raise ArithmeticError("no experts today")
+        return super().compute(layer, *args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def require_kernels() -> None:
+    try:
+        load()
+    except KernelsUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def build(name: str, experts: FixedExperts | None = None) -> Any:
+    """Return a tiny model of a family whose experts are a fixed function."""
+    model = next(family for family in FAMILIES if family.name == name).build()
+    register_implementation()
+    names = list(experts_modules(model))
+    model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    bind_experts(model, names, experts or FixedExperts())
+    return model.requires_grad_(False)
+
+
+def generate(
+    model: Any, loop: asyncio.AbstractEventLoop, prompts: Sequence[Sequence[int]] = PROMPTS
+) -> tuple[list[list[int]], list[str | None], list[Tensor]]:
+    """Return the tokens and the error of each prompt, and all scores."""
+    finished = threading.Event()
+    tokens: dict[str, list[int]] = {}
+    errors: dict[str, str | None] = {}
+
+    def on_outputs(outputs: Sequence[Any], _: Any) -> None:
+        for output in outputs:
+            if output.is_finished() or output.error is not None:
+                tokens[output.request_id] = list(output.generated_tokens)
+                errors[output.request_id] = output.error
+        if len(tokens) == len(prompts):
+            finished.set()
+
+    sampler = ArgmaxSampler()
+    select_attention_implementation(model)
+    batcher = ContinuousBatcher(model, LIMITS, sampler=sampler)
+    batcher.start(loop, on_outputs)
+    for i, prompt in enumerate(prompts):
+        batcher.add_request(str(i), prompt, max_tokens=N_TOKENS, stop_token_ids=[])
+    while not finished.wait(0.1) and batcher.is_alive:
+        pass
+    batcher.stop(TIMEOUT_S)
+    if batcher.fatal_error is not None:
+        raise batcher.fatal_error
+    ids = [str(i) for i in range(len(prompts))]
+    return [tokens[i] for i in ids], [errors[i] for i in ids], sampler.scores
+
+
+def generate_with_modules(
+    model: Any, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> list[list[int]]:
+    with monkeypatch.context() as patch:
+        patch.setattr(continuous_batching, "use_native_attention", lambda _: False)
+        tokens, _, _ = generate(model, loop)
+    return tokens
+
+
+NOT_BATCHED: list[str] = []
+
+
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES])
+def test_tokens_equal_those_of_the_modules(
+    name: str, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        expected = generate_with_modules(build(name), loop, monkeypatch)
+    except (UnsupportedModel, AttributeError, RuntimeError, TypeError) as error:
+        pytest.skip(f"continuous batching cannot run it: {error}")
+    model = build(name)
+    use_native_linears(model, load())
+    tokens, errors, _ = generate(model, loop)
+    decoder = getattr(model, model.base_model_prefix, None)
+    is_program = isinstance(getattr(decoder, "forward", None), NativeForward)
+    print(f"FAMILY {name}: attention {model.config._attn_implementation}, program {is_program}")
+    assert errors == [None] * len(PROMPTS)
+    assert tokens == expected
+    assert is_program == (name in PROGRAM_FAMILIES)
+
+
+def test_an_error_of_the_experts_fails_the_request(loop: asyncio.AbstractEventLoop) -> None:
+    model = build("qwen2_moe")
+    use_native_linears(model, load())
+    bind_experts(model, list(experts_modules(model)), FailingExperts())
+    _, errors, _ = generate(model, loop, PROMPTS[:1])
+    assert errors == ["no experts today"]
+    assert model.config._attn_implementation == ATTENTION_IMPLEMENTATION
+    assert isinstance(model.model.forward, NativeForward)
+
+
+@pytest.mark.parametrize("declined", [-1, 1])
+def test_native_functions_compute_the_experts(
+    loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch, declined: int
+) -> None:
+    expected = generate_with_modules(build("qwen2_moe"), loop, monkeypatch)
+    experts = NativeExperts(declined)
+    model = build("qwen2_moe", experts)
+    use_native_linears(model, load())
+    tokens, errors, _ = generate(model, loop)
+    assert (tokens, errors) == (expected, [None] * len(PROMPTS))
+    n_layers = len(experts_modules(model))
+    assert experts.n_passes == experts.n_finished_passes > 0
+    assert len(experts.begun) + len(experts.general) == experts.n_passes * n_layers
+    assert set(experts.general) == ({declined} if declined >= 0 else set())
