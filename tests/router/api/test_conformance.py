@@ -832,6 +832,9 @@ The supported endpoints, parameters and response fields. Every row is tested wit
   name: 400, `unsupported_parameter`, with `param`.
 - Every error is an OpenAI error object: `{"error": {"message", "type", "param", "code"}}`. In a
   stream it is the last event, `data: {"error": ...}`, without `[DONE]` after it.
+- A body may have what fits into the context: 256 KiB plus twice the bytes of text, or 8 bytes per
+  token ID; at most 8 MiB; 262,144 values, 32,768 objects and lists, nested 128 deep. 413 beyond. At
+  most 2048 messages, 2048 text parts each, and 128 `tool_calls` per message.
 - A stream without an event for 15 s, such as one that waits in a queue, sends a comment line.
 - When a client disconnects, its request is cancelled.
 - Every GET endpoint answers HEAD. Bodies may be compressed (`Content-Encoding: gzip` or `deflate`);
