@@ -832,6 +832,9 @@ The supported endpoints, parameters and response fields. Every row is tested wit
   name: 400, `unsupported_parameter`, with `param`.
 - Every error is an OpenAI error object: `{"error": {"message", "type", "param", "code"}}`. In a
   stream it is the last event, `data: {"error": ...}`, without `[DONE]` after it.
+- A body may have what fits into the context: 256 KiB plus twice the bytes of text, or 8 bytes per
+  token ID; at most 8 MiB; 262,144 values, 32,768 objects and lists, nested 128 deep. 413 beyond. At
+  most 2048 messages, 2048 text parts each, and 128 `tool_calls` per message.
 - A stream without an event for 15 s, such as one that waits in a queue, sends a comment line.
 - When a client disconnects, its request is cancelled.
 - Every GET endpoint answers HEAD. Bodies may be compressed (`Content-Encoding: gzip` or `deflate`);
@@ -852,6 +855,28 @@ The supported endpoints, parameters and response fields. Every row is tested wit
 """
 
 
+CLIENTS = """
+## Clients
+
+`make test-clients` runs these libraries, unmodified, against `faasmoe up`, in an environment of its own
+(`tests/clients`; it needs npm).
+
+| client | version | uses |
+|---|---|---|
+| openai (Python) | 3.3.0 | chat, streams, `parse`, tools; responses, streams, `parse` |
+| openai (JavaScript) | 6.49.0 | chat, streams; responses, streams |
+| LangChain (`langchain-openai`) | 1.7.4 | chat and responses: invoke, stream, structured output, tools |
+| LangChain (`langchain-anthropic`) | 1.7.10 | invoke, stream |
+| litellm | 1.110.2 | chat, streams, responses, Anthropic's messages |
+| pydantic-ai | 2.68.0 | chat, responses and Anthropic models: text and typed output |
+| instructor | 1.17.0 | tools, JSON schema |
+| Vercel's AI SDK (`ai`) | 6.0.326 | responses (its default), chat, OpenAI-compatible, Anthropic: text, streams, objects, tools |
+| llm | 0.36 | the command, streamed or not |
+| anthropic | 2.14.0 | messages, streams, tools, `count_tokens` |
+| lm-eval (`local-completions`) | 0.4.13 | generation; loglikelihood, compared with the in-process model's |
+"""  # noqa: E501
+
+
 def document() -> str:
     """Return the content of docs/openai.md."""
     return "\n".join(_lines()) + "\n"
@@ -870,6 +895,7 @@ def _lines() -> Iterator[str]:
     yield ""
     for path, params in UNSUPPORTED.items():
         yield f"- `{path}`: {', '.join(f'`{name}`' for name in sorted(params))}"
+    yield CLIENTS.rstrip()
 
 
 def _header(section: str) -> str:
