@@ -28,17 +28,8 @@ from faasmoe_transformers.native_step import NativeForward
 from faasmoe_transformers.observation import FixedExperts
 
 PROGRAM_FAMILIES = (
-    *(
-        "qwen2_moe",
-        "qwen3_moe",
-        "mixtral",
-        "olmoe",
-        "gpt_oss",
-        "granitemoe",
-        "dots1",
-        "ernie4_5_moe",
-    ),
-    *("hunyuan_v1_moe", "glm4_moe", "solar_open"),
+    *("aria", "dots1", "glm4_moe", "gpt_oss", "granitemoe", "hy_v3", "mellum", "minimax_m2"),
+    *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "solar_open"),
 )
 """Families whose layers all run as one call."""
 PROMPTS = [[3, 14, 15, 9, 26, 5, 35], [8, 9], [7] * 40, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
