@@ -7,6 +7,11 @@
 namespace fk {
 
 bool LayerWeights::is_changed() const {
+  for (const fk_matrix &matrix : first)
+    if (matrix.codes) {  // all experts of a layer lie in one guarded mapping
+      if (is_damaged(matrix.codes)) return true;
+      break;
+    }
   if (path.empty()) return false;
   struct stat now;
   if (stat(path.c_str(), &now)) return false;

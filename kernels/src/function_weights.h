@@ -36,6 +36,9 @@ typedef struct fk_function_layer {
 
 namespace fk {
 
+// Whether bytes of the guarded mapping that holds this address could not be read (sigbus_guard.cpp).
+bool is_damaged(const void *address);
+
 struct LayerWeights {
   int64_t layer, hidden_size;
   std::vector<fk_matrix> first, down;  // [n_experts]
@@ -47,7 +50,7 @@ struct LayerWeights {
   bool has_expert(int64_t expert) const {
     return expert < int64_t(first.size()) && first[size_t(expert)].codes != nullptr;
   }
-  // Whether the file was written since it was verified. A file that was removed or replaced was not:
+  // Whether the file was written since it was verified, or could not be read. A file that was removed or replaced was not:
   // the mapping keeps the old bytes.
   bool is_changed() const;
 };

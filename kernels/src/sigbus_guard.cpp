@@ -14,6 +14,7 @@
 #include <atomic>
 
 #include "faasmoe_kernels.h"
+#include "function_weights.h"
 
 #define FK_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -28,6 +29,7 @@ struct Range {
 };
 
 Range ranges[kMaxRanges];
+std::atomic<bool> was_any_damaged{false};
 std::atomic<int> used_ranges{0};  // slots above have never been used
 pthread_mutex_t add_mutex = PTHREAD_MUTEX_INITIALIZER;
 struct sigaction previous_action;
@@ -42,6 +44,7 @@ bool replace_rest(uintptr_t address) {
     const uintptr_t end = ranges[i].end.load(std::memory_order_acquire);
     if (begin == 0 || address < begin || address >= end) continue;
     __atomic_store_n(&ranges[i].damaged, 1, __ATOMIC_SEQ_CST);
+    was_any_damaged.store(true);
     void *zeros = mmap(reinterpret_cast<void *>(page), end - page, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
     is_guarded = is_guarded || zeros != MAP_FAILED;
@@ -75,6 +78,18 @@ bool install() {
 }
 
 }  // namespace
+
+bool fk::is_damaged(const void *address) {
+  if (!was_any_damaged.load()) return false;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+  const int n = used_ranges.load(std::memory_order_acquire);
+  for (int i = 0; i < n; ++i) {
+    const uintptr_t begin = ranges[i].begin.load(std::memory_order_acquire);
+    if (begin == 0 || at < begin || at >= ranges[i].end.load(std::memory_order_acquire)) continue;
+    if (__atomic_load_n(&ranges[i].damaged, __ATOMIC_SEQ_CST)) return true;
+  }
+  return false;
+}
 
 FK_EXPORT int32_t fk_guard_add(void *address, int64_t size) {
   pthread_mutex_lock(&add_mutex);
