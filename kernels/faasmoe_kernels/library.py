@@ -19,6 +19,7 @@ ABI_VERSION = 2
 OUT_OF_MEMORY = -2  # FK_E_MEMORY
 LIBRARY_NAME = "libfaasmoe_kernels.so"
 DISABLE_ENV = "FAASMOE_KERNELS"  # "off" leaves the library unused
+ISA_ENV = "FAASMOE_KERNELS_ISA"  # instruction set to use in place of the best, to compare
 
 
 class KernelsUnavailable(Exception):
@@ -382,7 +383,13 @@ def load() -> KernelLibrary:
         raise KernelsUnavailable(
             f"{path} is not there: no C++ compiler was found when the package was installed"
         )
-    return KernelLibrary(path)
+    library = KernelLibrary(path)
+    if isa := os.environ.get(ISA_ENV, ""):
+        try:
+            library.use_isa(isa)
+        except KernelError as error:
+            raise KernelsUnavailable(f"{ISA_ENV}: {error}") from error
+    return library
 
 
 def describe_cpu_kernels() -> str:

@@ -97,6 +97,24 @@ def test_the_library_is_used_unless_it_is_switched_off(
     assert "FAASMOE_KERNELS" not in describe_cpu_kernels()
 
 
+@pytest.mark.usefixtures("fresh_load")
+def test_the_environment_names_the_instruction_set(
+    library: KernelLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = library.isa
+    monkeypatch.setenv("FAASMOE_KERNELS_ISA", "portable")
+    try:
+        assert describe_cpu_kernels() == "native (portable)"
+    finally:
+        library.use_isa(best)
+
+
+@pytest.mark.usefixtures("fresh_load")
+def test_an_unknown_instruction_set_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAASMOE_KERNELS_ISA", "sse9")
+    assert describe_cpu_kernels().startswith('torch (FAASMOE_KERNELS_ISA: isa: got "sse9"')
+
+
 def test_a_library_of_another_version_is_refused(tmp_path: Path) -> None:
     path = compile_library(tmp_path, 'extern "C" int fk_abi_version() { return 99; }')
     with pytest.raises(
