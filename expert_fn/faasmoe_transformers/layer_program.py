@@ -112,6 +112,8 @@ class LayerDescriber:
         return described
 
     def _attention(self, module: Any) -> Attention:
+        if getattr(getattr(module, "config", None), "clip_qkv", None) is not None:
+            raise UnrecognizedLayer(f"{type(module).__name__} clips queries, keys and values")
         layer = module.layer_idx
         k_cache = self._cache.layer_to_allocator[layer]._kv_token_views[layer][0]
         attention = describe_attention(

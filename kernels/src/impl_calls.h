@@ -44,7 +44,7 @@ class PackedRows {
 static int64_t chunk_rows(const fk_matrix &m, int32_t n_threads, int64_t n_groups) {
   if (n_threads <= 1) return m.n;
   int64_t row_bytes = std::max<int64_t>(1, m.k * (m.scheme == FK_W_FLOAT32 ? 8 : m.scheme <= FK_W_FLOAT16 ? 4 : m.scheme == FK_W_INT8 ? 2 : 1) / 2);
-  int64_t least = kMinChunkBytes / row_bytes, fair = m.n * n_groups / (4 * n_threads);
+  int64_t least = std::max<int64_t>(1, kMinChunkBytes / row_bytes), fair = m.n * n_groups / (4 * n_threads);
   int64_t chunk = std::min(std::max(least, fair), (m.n * n_groups + n_threads - 1) / n_threads);
   return std::min(m.n, (chunk + kTileRows - 1) / kTileRows * kTileRows);
 }

@@ -1,6 +1,7 @@
 #include "layer_call.h"
 
 #include <poll.h>
+#include <sys/socket.h>
 #include <unistd.h>
 #include <fcntl.h>
 
@@ -221,6 +222,8 @@ struct fk_calls {
   OwnMailbox *pick(const Route &route, std::shared_ptr<OwnMailbox> *picked);
   Part &new_part();
   bool reserve_slots();
+  bool is_callable(OwnMailbox *mailbox);
+  void add_dead_event(const OwnMailbox &mailbox);
   void collect_pairs(const LayerRoutes &routes, int64_t rows, int64_t k, const int64_t *index,
                      const float *weight);
   void encode(Part *part, const LayerRoutes &routes, const uint8_t *hidden, int32_t dtype);
@@ -287,6 +290,18 @@ OwnMailbox *fk_calls::pick(const Route &route, std::shared_ptr<OwnMailbox> *pick
   return picked->get();
 }
 
+// Whether a mailbox may be called; tells once that its sandbox closed it.
+bool fk_calls::is_callable(OwnMailbox *mailbox) {
+  if (mailbox->is_usable()) return true;
+  if (!mailbox->is_dead && mailbox->check_dead()) add_dead_event(*mailbox);
+  return false;
+}
+
+void fk_calls::add_dead_event(const OwnMailbox &mailbox) {
+  std::lock_guard<std::mutex> lock(mutex);
+  events.push_back({mailbox.handle, 0.0, int32_t(layer), 0, FK_CALL_DEAD, kOk, {}});
+}
+
 // Groups the functions with pairs by who computes them; false if one cannot be reached natively.
 bool fk_calls::assign_parts(const LayerRoutes &routes) {
   part_of.assign(routes.routes.size(), -1);
@@ -295,7 +310,7 @@ bool fk_calls::assign_parts(const LayerRoutes &routes) {
     const Route &route = routes.routes[position];
     std::shared_ptr<OwnMailbox> mailbox;
     if (!route.local) {
-      if (!pick(route, &mailbox) || !mailbox->is_usable()) return false;
+      if (!pick(route, &mailbox) || !is_callable(mailbox.get())) return false;
     }
     size_t i = 0;
     while (i < n_parts && (parts[i].mailbox != mailbox ||
@@ -319,13 +334,13 @@ bool fk_calls::reserve_slots() {
   for (size_t i = 0; i < n_parts; ++i) {
     Part &part = parts[i];
     if (!part.mailbox) continue;
-    if (start_ns - part.mailbox->used_ns > kIdleNs && part.mailbox->check_dead()) {
-      std::lock_guard<std::mutex> lock(mutex);
-      events.push_back({part.mailbox->handle, 0.0, int32_t(layer), 0, FK_CALL_DEAD, kOk, {}});
+    int slot = part.mailbox->find_slot();
+    bool is_doubtful = slot < 0 || start_ns - part.mailbox->used_ns > kIdleNs;
+    if (is_doubtful && part.mailbox->check_dead()) {
+      add_dead_event(*part.mailbox);
       return false;
     }
     part.mailbox->used_ns = start_ns;
-    int slot = part.mailbox->find_slot();
     if (slot < 0) return false;
     part.slot = uint32_t(slot);
     for (size_t j = 0; j < i; ++j)  // two frames for one sandbox: rare, left to the general path
@@ -683,6 +698,7 @@ FK_EXPORT int32_t fk_calls_remove_mailbox(fk_calls *calls, int64_t mailbox) {
   auto found = calls->mailboxes.find(mailbox);
   if (found == calls->mailboxes.end()) return set_calls_error("mailbox: got an unknown handle");
   found->second->is_dead = true;  // routes that still name it are no longer used
+  shutdown(found->second->socket, SHUT_RDWR);  // tables may hold it for long
   calls->mailboxes.erase(found);
   return 0;
 }
@@ -727,14 +743,16 @@ FK_EXPORT int32_t fk_calls_publish(fk_calls *calls, int64_t version, const fk_la
       n_functions = std::max(n_functions, from.function + 1);
       if (from.local) {
         auto found = calls->locals.find(from.local);
-        if (found == calls->locals.end()) return set_calls_error("local: got an unknown handle");
-        route.local = found->second;
+        if (found != calls->locals.end()) route.local = found->second;  // else removed meanwhile
       }
       if (from.n_mailboxes < 0 || from.n_mailboxes > FK_MAX_REPLICAS)
         return set_calls_error("n_mailboxes: got %lld", (long long)from.n_mailboxes);
       for (int64_t m = 0; m < from.n_mailboxes; ++m) {
         auto found = calls->mailboxes.find(from.mailboxes[m]);
-        if (found == calls->mailboxes.end()) return set_calls_error("mailbox: got an unknown handle");
+        if (found == calls->mailboxes.end()) {  // removed meanwhile: the next table is without it
+          route.mailboxes.clear();
+          break;
+        }
         route.mailboxes.push_back(found->second);
       }
       routes.routes.push_back(std::move(route));

@@ -12,6 +12,7 @@
 #include <condition_variable>
 #include <map>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <unordered_map>
@@ -96,6 +97,8 @@ struct fk_sandbox {
 void fk_sandbox::serve(Served *served) {
   sigset_t all;  // signals are for Python's threads
   sigfillset(&all);
+  // But those that an instruction raises: sigbus_guard.cpp handles a file that is truncated.
+  for (int number : {SIGBUS, SIGSEGV, SIGFPE, SIGILL}) sigdelset(&all, number);
   pthread_sigmask(SIG_BLOCK, &all, nullptr);
   pthread_setname_np(pthread_self(), "mailbox");
   MailboxHeader &header = served->mailbox.header();
@@ -131,7 +134,12 @@ void fk_sandbox::answer(Served *served, uint32_t index, FrameRequest *request, C
   char detail[sizeof slot.detail] = "";
   uint32_t sequence = slot.sequence, response_size = 0;
   int64_t start_ns = monotonic_ns();
-  SlotStatus status = compute(served, index, request, scratch, detail, &response_size);
+  SlotStatus status = kFailed;
+  try {
+    status = compute(served, index, request, scratch, detail, &response_size);
+  } catch (const std::bad_alloc &) {
+    std::snprintf(detail, sizeof detail, "memory: could not be allocated");
+  }
   {
     std::lock_guard<std::mutex> lock(counters_mutex);
     ++counters.statuses[status];

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -63,6 +64,7 @@ class Pool {
       done_.wait(lock, [&] { return n_running_ == 0; });
     }
     task_ = nullptr;
+    if (has_failed_.exchange(false)) throw std::bad_alloc();
   }
 
   void begin_call() { ++n_calls_; }
@@ -101,11 +103,16 @@ class Pool {
   }
 
   void work() {
-    for (int64_t i; (i = next_.fetch_add(1)) < count_;) (*task_)(i);
+    try {
+      for (int64_t i; (i = next_.fetch_add(1)) < count_;) (*task_)(i);
+    } catch (const std::bad_alloc &) {  // thrown by `run`, once nobody uses the task
+      has_failed_ = true;
+    }
   }
 
   std::mutex busy_, mutex_;
   std::condition_variable wake_, done_;
+  std::atomic<bool> has_failed_{false};
   std::vector<std::thread> workers_;
   const std::function<void(int64_t)> *task_ = nullptr;
   int64_t count_ = 0;

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from faasmoe_up import FaasmoeUp, running_up, start_up, wait_until
+from faasmoe_up import FaasmoeUp, running_up, wait_until
 from raw_http import request_frame
 from sandbox_processes import PreparedStore, StartSandbox, make_function_spec
 from tiny_system import assert_same_responses, moemodel_yaml, request_completions
@@ -61,24 +61,30 @@ def test_functions_move_to_new_sandboxes_and_no_request_fails(
     assert "is lost (" in (tmp_path / "up.log").read_text()
 
 
-def test_router_reports_a_lost_device_and_exits(
+def test_a_router_that_lost_its_device_is_replaced(
     tiny_model: Path, tmp_path: Path, lost: Path
 ) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(moemodel_yaml(tiny_model, router="cuda", experts="cpu"))
-    up = start_up(file, tmp_path / "up.log")
-    try:
-        request_completions(up)
+    with running_up(file, tmp_path / "up.log") as up:
+        expected = request_completions(up)
         lost.touch()
         with pytest.raises((AssertionError, httpx.HTTPError)):
             request_completions(up)
-        assert up.process.wait(60) == 1
-    finally:
-        up.process.kill()
-        up.process.wait()
-    log = up.log.read_text()
+        ended = "the router ended with status 1; restarting it"
+        wait_until(lambda: ended in up.log.read_text(), timeout_s=60, what="it ended")
+        lost.unlink()
+        wait_until(lambda: is_healthy(up), timeout_s=90, what="another router is ready")
+        assert_same_responses(request_completions(up), expected)
+        log = up.log.read_text()
     assert "The engine gives up: the device emulated:0 is lost: CUDA error: an illegal" in log
-    assert "faasmoe: error: the router ended with status 1" in log
+
+
+def is_healthy(up: FaasmoeUp) -> bool:
+    try:
+        return httpx.get(f"{up.base_url}/health", trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def sandbox_pids(up: FaasmoeUp) -> set[int]:

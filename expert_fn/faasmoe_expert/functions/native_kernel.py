@@ -185,7 +185,9 @@ class NativeKernel:
         self._down = _MatrixStack(spec, weights, "down_proj", experts)
         self._large_batch_kernel = large_batch_kernel
         dtype = self._first.dtype
-        self._is_onednn_fast = dtype is not None and is_fast_on_cpu(dtype)
+        self._is_onednn_fast = (
+            dtype is not None and dtype is not torch.float32 and is_fast_on_cpu(dtype)
+        )
 
     def native_layer(
         self, layer: LayerEntry, dtype: torch.dtype, path: Path, identity: FileIdentity

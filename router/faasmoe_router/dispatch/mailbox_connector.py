@@ -21,6 +21,7 @@ from typing import Protocol
 
 from faasmoe_contracts.shared_region import MAILBOX_PATH, create_sealed_memory
 from faasmoe_contracts.unix_socket import LOOPBACK_HOSTS, connect_unix, unix_socket_path
+from faasmoe_kernels.function_layers import CallsError
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ def open_mailbox(
                 return _offer(connection, descriptor, address, calls, sizes, token)
             finally:
                 os.close(descriptor)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, CallsError) as error:
         raise MailboxRefused(f"{address}: {error}") from error
 
 

@@ -151,6 +151,7 @@ class NativeDispatch:
 
     def start_pass(self) -> None:
         """Bring the native tables up to date; once per forward pass, before its first layer."""
+        self._settle()  # what layers left that took the general path after `begin`
         self._suspensions.expire(time.monotonic())
         self._pass_layers = self._totals.layers
         if self._colocated is not None:

@@ -6,6 +6,7 @@ import http.client
 import json
 import mmap
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -217,6 +218,21 @@ def test_changed_store_is_verified_over_http_before_it_is_used_natively(
     assert parse_sample(metrics, "faasmoe_expert_mailbox_frames_total") == 2
 
 
+def test_truncated_store_ends_no_sandbox_and_reaches_no_answer(
+    router: MakeRouter, sandbox_server: SandboxProcess, store: Store, tmp_path: Path
+) -> None:
+    copied = Store.open(shutil.copytree(store.path, tmp_path / "store"))
+    one = router(sandbox_server.attach_blocks(copied, 8))
+    one.wait_for_mailboxes(sandbox_server.address)
+    assert one.counts_native() == 1
+    layer_file = copied.path / copied.layer_entry(LAYER).file
+    os.truncate(layer_file, 4096)
+    one.check()  # what the sandbox cannot read is computed from the router's own store
+    assert sandbox_server.process.poll() is None
+    shutil.copyfile(store.path / store.layer_entry(LAYER).file, layer_file)
+    wait_until(lambda: one.counts_native() == 1)
+
+
 def test_draining_sandbox_declines(
     router: MakeRouter, sandbox_server: SandboxProcess, store: Store
 ) -> None:
@@ -266,15 +282,16 @@ def test_batch_with_many_rows_of_an_expert_is_declined_once(
     assert one.count("failed_calls") == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_restarted_sandbox_gets_a_new_mailbox(
-    router: MakeRouter, sandbox: StartSandbox, store: Store, folder: Path
+    router: MakeRouter, sandbox: StartSandbox, store: Store, folder: Path, number: int
 ) -> None:
     with sandbox(capacity=8, token=TOKEN, socket_dir=folder) as process:
         table = process.attach_blocks(store, 8)
         one = router(table)
         one.wait_for_mailboxes(process.address)
         assert one.counts_native() == 1
-        process.process.kill()
+        process.process.send_signal(number)
         process.process.wait()
     one.check()
     port = process.address.rpartition(":")[2]
