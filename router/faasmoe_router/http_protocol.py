@@ -6,8 +6,8 @@ of a request reaches the app: 431 beyond 64 KiB of head, 408 after the deadline 
 `chunked`). Which connections are kept is decided in `connections`.
 
 A client may close its half of a connection and still wait for its answer. Nothing but a write tells
-it from one that has left: an interim response, 100, is what the client's system answers with a
-reset if nobody reads there any more.
+it from one that has left: an interim response, 100, or a comment in a stream, is what the client's
+system answers with a reset if nobody reads there any more.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ MAX_HEAD_BYTES = 64 << 10
 MAX_FRAMING_FACTOR = 8  # of chunks of one byte each
 LINGER_S = 2.0  # in which a client may read the response to a body that it has not sent to its end
 INTERIM_RESPONSE = b"HTTP/1.1 100 Continue\r\n\r\n"
+COMMENT_CHUNK = b"b\r\n: waiting\n\n\r\n"  # of an event stream, between two events
 PROBE_DELAYS_S = (0.0, 1.0, 4.0, 16.0)  # between interim responses; some clients accept five
 PROBE_RESULT_S = 0.05
 TCP_CLOSE = 7  # state of a connection that was reset
@@ -251,6 +252,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         is_http_1_1 = self.cycle.scope["http_version"] == "1.1"
         if not self.cycle.response_started and is_http_1_1:
             self.transport.write(INTERIM_RESPONSE)
+        elif self.cycle.response_started and self.cycle.chunked_encoding:
+            self.transport.write(COMMENT_CHUNK)  # only event streams have no length
         self._probe_timer = self.loop.call_later(PROBE_RESULT_S, self._end_probe, index)
 
     def _end_probe(self, index: int) -> None:

@@ -53,6 +53,7 @@ def test_dtype_and_reason_are_logged_once(
         env={
             **env,
             "ONEDNN_MAX_CPU_ISA": "AVX2",
+            "FAASMOE_KERNELS": "off",
             **{f"FAASMOE_{name}": str(value) for name, value in settings.items()},
         },
         capture_output=True,

@@ -90,7 +90,6 @@ def test_draining_server_finishes_running_work_and_rejects_new_work(
         release.wait(DEADLINE_S)
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(model, "forward", blocking)
     app = create_app(engine, model_name="tiny", registry=registry)
     server = Server(app, on_drain_timeout=engine.abort_running, drain_timeout_s=DEADLINE_S)
     body = {"model": "tiny", "prompt": "a", "max_tokens": 20}
@@ -98,6 +97,8 @@ def test_draining_server_finishes_running_work_and_rejects_new_work(
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        until(lambda: httpx.get(f"{url}/health", timeout=DEADLINE_S).status_code == 200)
+        monkeypatch.setattr(model, "forward", blocking)  # the start computes batches too
         with ThreadPoolExecutor(1) as client:
             running = client.submit(
                 httpx.post, f"{url}/v1/completions", json=body, timeout=DEADLINE_S

@@ -75,22 +75,26 @@ async def _with_keepalives(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]
 
     A stream may wait long for its turn, and load balancers close connections that are silent.
     """
-    frame: asyncio.Future[bytes] | None = None
+    frame: asyncio.Future[bytes | None] | None = None
     try:
         while True:
-            frame = asyncio.ensure_future(anext(frames))
+            frame = asyncio.ensure_future(_next_frame(frames))
             while not frame.done():
                 await asyncio.wait({frame}, timeout=KEEPALIVE_S)
                 if not frame.done():
                     yield _KEEPALIVE_FRAME
-            try:
-                yield frame.result()
-            except StopAsyncIteration:
+            if (content := frame.result()) is None:
                 return
+            yield content
     finally:
         if frame is not None and not frame.done():
             frame.cancel()
             await asyncio.gather(frame, return_exceptions=True)
+
+
+async def _next_frame(frames: AsyncIterator[bytes]) -> bytes | None:
+    """Return the next frame; None at the end, which a task could not raise."""
+    return await anext(frames, None)
 
 
 def log_stream_failure() -> None:

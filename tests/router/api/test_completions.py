@@ -319,4 +319,4 @@ def test_full_queue_returns_429(client: openai.OpenAI, monkeypatch: pytest.Monke
     ):
         client.chat.completions.create(**CHAT, n=3, max_tokens=2)
     assert rejected.value.code == "rate_limit_exceeded"
-    assert rejected.value.response.headers["retry-after"] == "1"
+    assert int(rejected.value.response.headers["retry-after"]) >= 1

@@ -1,7 +1,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from tiny_engine import manager_of, run_here
 from torch import Tensor
 
+from faasmoe_kernels import load
 from faasmoe_router.engine import supervisor
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import (
@@ -114,6 +115,16 @@ def test_prompt_longer_than_a_batch_is_prefilled_in_chunks(
     assert texts == [model_tokenizer.decode(greedy(prompt, 10))]
 
 
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compute with torch, whatever is installed."""
+    monkeypatch.setenv("FAASMOE_KERNELS", "off")
+    load.cache_clear()
+    yield
+    load.cache_clear()
+
+
+@pytest.mark.usefixtures("without_kernels")
 def test_eager_attention_equals_generate_too(
     make_engine: Maker,
     model: Any,

@@ -1,5 +1,7 @@
 """Detokenization, stop conditions and log-probabilities of one sequence."""
 
+from dataclasses import replace
+
 import pytest
 
 from faasmoe_router.engine.batch_sampler import LogitsState
@@ -26,6 +28,11 @@ def _output_processor(
     )
 
 
+def without_token_ids(output: CompletionOutput) -> CompletionOutput:
+    """Return an output without its tokens, which have a test of their own."""
+    return replace(output, token_ids=())
+
+
 def _request(stops: tuple[str, ...] = (), *, max_tokens: int = 99) -> GenerationRequest:
     return GenerationRequest(
         (5,), max_tokens=max_tokens, stop_conditions=StopConditions(stop_strings=stops)
@@ -47,21 +54,21 @@ def test_any_eos_token_ends_the_text_and_is_excluded(
     output = _output_processor(model_tokenizer, _request()).process_tokens(
         [*model_tokenizer.encode("ab"), eos, 9]
     )
-    assert output == CompletionOutput("ab", 3, "stop")
+    assert without_token_ids(output) == CompletionOutput("ab", 3, "stop")
 
 
 def test_held_back_text_is_emitted_at_the_end(model_tokenizer: ModelTokenizer) -> None:
     output = _output_processor(model_tokenizer, _request(("XYZ",))).process_tokens(
         [*model_tokenizer.encode("aXY"), EOS_TOKEN_ID]
     )
-    assert output == CompletionOutput("aXY", 4, "stop")
+    assert without_token_ids(output) == CompletionOutput("aXY", 4, "stop")
 
 
 def test_max_tokens_ends_the_text(model_tokenizer: ModelTokenizer) -> None:
     output = _output_processor(model_tokenizer, _request(max_tokens=2)).process_tokens(
         model_tokenizer.encode("XYZ")
     )
-    assert output == CompletionOutput("XY", 2, "length")
+    assert without_token_ids(output) == CompletionOutput("XY", 2, "length")
 
 
 def test_incomplete_character_is_emitted_at_the_end_only(model_tokenizer: ModelTokenizer) -> None:
@@ -75,7 +82,7 @@ def test_ignored_eos_token_does_not_end_the_text(model_tokenizer: ModelTokenizer
     output = _output_processor(model_tokenizer, request).process_tokens(
         [EOS_TOKEN_ID, *model_tokenizer.encode("ab")]
     )
-    assert output == CompletionOutput("ab", 3, "length")
+    assert without_token_ids(output) == CompletionOutput("ab", 3, "length")
 
 
 def test_stop_token_ends_the_text_despite_ignore_eos(model_tokenizer: ModelTokenizer) -> None:
@@ -86,7 +93,7 @@ def test_stop_token_ends_the_text_despite_ignore_eos(model_tokenizer: ModelToken
     output = _output_processor(model_tokenizer, request).process_tokens(
         [*model_tokenizer.encode("ab"), EOS_TOKEN_ID, stop, 9]
     )
-    assert output == CompletionOutput("ab", 4, "stop", stop_reason=stop)
+    assert without_token_ids(output) == CompletionOutput("ab", 4, "stop", stop_reason=stop)
 
 
 def test_include_stop_keeps_stop_string_and_stop_token_in_the_text(
@@ -97,12 +104,14 @@ def test_include_stop_keeps_stop_string_and_stop_token_in_the_text(
     processor = _output_processor(
         model_tokenizer, GenerationRequest((5,), 9, stop_conditions=stop_conditions)
     )
-    assert processor.process_tokens(tokens) == CompletionOutput("aXY", 3, "stop", stop_reason="XY")
+    assert without_token_ids(processor.process_tokens(tokens)) == CompletionOutput(
+        "aXY", 3, "stop", stop_reason="XY"
+    )
     stop_conditions = StopConditions(stop_token_ids=(tokens[1],), include_stop=True)
     processor = _output_processor(
         model_tokenizer, GenerationRequest((5,), 9, stop_conditions=stop_conditions)
     )
-    assert processor.process_tokens(tokens) == CompletionOutput(
+    assert without_token_ids(processor.process_tokens(tokens)) == CompletionOutput(
         "aX", 2, "stop", stop_reason=tokens[1]
     )
 
@@ -112,9 +121,9 @@ def test_stop_strings_are_ignored_before_min_tokens(model_tokenizer: ModelTokeni
     processor = _output_processor(
         model_tokenizer, GenerationRequest((5,), 9, stop_conditions=stop_conditions)
     )
-    assert processor.process_tokens(model_tokenizer.encode("aXbXc")) == CompletionOutput(
-        "aXb", 4, "stop", stop_reason="X"
-    )
+    assert without_token_ids(
+        processor.process_tokens(model_tokenizer.encode("aXbXc"))
+    ) == CompletionOutput("aXb", 4, "stop", stop_reason="X")
 
 
 def test_logprobs_are_released_with_the_text_of_their_tokens(
@@ -142,3 +151,10 @@ def test_logprobs_are_released_with_the_text_of_their_tokens(
     logprobs = [[(offset, entry.token) for offset, entry in each.logprobs] for each in outputs]
     assert [output.text for output in outputs] == ["a", "", "", "XY", "", ""]
     assert logprobs == [[(0, ids[0])], [], [], [(1, ids[1]), (2, ids[2])], [], []]
+
+
+def test_outputs_carry_the_tokens_up_to_the_end(model_tokenizer: ModelTokenizer) -> None:
+    processor = _output_processor(model_tokenizer, _request())
+    tokens = model_tokenizer.encode("ab")
+    assert processor.process_tokens(tokens).token_ids == tuple(tokens)
+    assert processor.process_tokens([EOS_TOKEN_ID, 9]).token_ids == (EOS_TOKEN_ID,)
