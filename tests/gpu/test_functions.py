@@ -54,8 +54,7 @@ def test_every_family_computes_the_same_as_on_the_cpu(
         got = ExpertFunction(spec, store, uploader=uploader).compute(request)
         assert got.device.type == "cpu"
         error = (got.float() - expected).abs().max()
-        # The CPU's kernels multiply codes with activations of 16 bits.
-        assert error <= max(TOLERANCES[dtype], KERNEL_TOLERANCE) * expected.abs().max()
+        assert error <= TOLERANCES[dtype] * expected.abs().max()
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "mxfp4"])
@@ -72,7 +71,8 @@ def test_quantised_functions_are_dequantised_to_the_models_dtype(
         request = request_for(store, block, mode=mode)
         expected = ExpertFunction(spec, store).compute(request).float()
         error = (on_device.compute(request).float() - expected).abs().max()
-        assert error <= TOLERANCES[dtype] * expected.abs().max()
+        # The CPU's kernels multiply codes with activations of 16 bits.
+        assert error <= max(TOLERANCES[dtype], KERNEL_TOLERANCE) * expected.abs().max()
     plain = prepared_store(family, dtype=dtype)
     floats = ExpertFunction(make_function_spec(plain, [0], block), plain, uploader=uploader)
     assert on_device.size_bytes == floats.size_bytes > ExpertFunction(spec, store).size_bytes
