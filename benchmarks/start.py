@@ -24,7 +24,7 @@ from typing import Any
 
 import aiohttp
 from benchmarks.report import OUT, Spread, describe_machine, write_figures
-from benchmarks.up_process import free_port
+from benchmarks.server_process import free_port
 from benchmarks.worker import ROOT
 
 from faasmoe_contracts.start_phases import parse_start_phases

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import sys
-import time
 from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import aiohttp
+from benchmarks.server_process import LOG_CHARACTERS, free_port, terminate, wait_healthy
 from benchmarks.static_deployment import resident_functions
 from benchmarks.worker import ROOT
 
@@ -21,9 +19,6 @@ from faasmoe_contracts.parent_death import PARENT_PID_ENV
 
 MODEL = "bench"
 START_TIMEOUT_S = 300.0
-END_TIMEOUT_S = 60.0
-POLL_S = 0.05
-LOG_CHARACTERS = 4000
 
 
 def api_key(tenant: str) -> str:
@@ -50,7 +45,7 @@ async def running_tenant_router(
         RuntimeError: the router did not become healthy. Any exception gets the end of the router's
             log as a note.
     """
-    port = _free_port()
+    port = free_port()
     async with resident_functions(moemodel) as model:
         environment = {
             **model.environment,
@@ -72,13 +67,13 @@ async def running_tenant_router(
             )
         try:
             url = f"http://127.0.0.1:{port}"
-            await _wait_until_healthy(url, process)
+            await wait_healthy(url, lambda: process.returncode is None, timeout_s=START_TIMEOUT_S)
             yield url
         except Exception as error:
             error.add_note((await asyncio.to_thread(log.read_text))[-LOG_CHARACTERS:])
             raise
         finally:
-            await _terminate(process)
+            await terminate(process)
 
 
 def _write_tenants_file(folder: Path, names: Sequence[str]) -> Path:
@@ -91,34 +86,3 @@ def _write_tenants_file(folder: Path, names: Sequence[str]) -> Path:
     path = folder / "tenants.json"
     path.write_text(json.dumps({"version": 1, "model": MODEL, "tenants": tenants}))
     return path
-
-
-async def _wait_until_healthy(url: str, process: asyncio.subprocess.Process) -> None:
-    deadline_s = time.monotonic() + START_TIMEOUT_S
-    async with aiohttp.ClientSession() as http:
-        while process.returncode is None and time.monotonic() < deadline_s:
-            try:
-                async with http.get(f"{url}/health") as response:
-                    if response.status == 200:
-                        return
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(POLL_S)
-    raise RuntimeError(f"the router did not become healthy; exit status {process.returncode}")
-
-
-async def _terminate(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        process.terminate()
-    try:
-        async with asyncio.timeout(END_TIMEOUT_S):
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -19,13 +18,13 @@ from typing import Any
 import aiohttp
 import psutil
 from benchmarks.resource_usage import MemoryUsage, mapped_bytes
+from benchmarks.server_process import free_port, terminate
 from benchmarks.worker import ROOT
 
 from faasmoe_contracts.store import Store
 from faasmoe_operator.control.local_model import LocalModel
 
 START_TIMEOUT_S = 300.0
-END_TIMEOUT_S = 60.0
 IDLE_TIMEOUT_S = 120.0
 POLL_S = 0.05
 LOG_CHARACTERS = 4000
@@ -152,7 +151,7 @@ async def running_up(moemodel: Path) -> AsyncIterator[UpProcess]:
             error.add_note((await asyncio.to_thread(log.read_text))[-LOG_CHARACTERS:])
             raise
         finally:
-            await _terminate(process)
+            await terminate(process)
 
 
 def _process_kind(process: psutil.Process) -> str:
@@ -175,25 +174,7 @@ def _read_runtime_info(folder: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-async def _terminate(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        process.terminate()
-    try:
-        async with asyncio.timeout(END_TIMEOUT_S):
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-
-
 async def _poll_or_raise(deadline_s: float, what: str) -> None:
     if time.monotonic() > deadline_s:
         raise RuntimeError(what)
     await asyncio.sleep(POLL_S)
-
-
-def free_port() -> int:
-    """Return a TCP port on which nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import secrets
-import socket
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 import psutil
 from benchmarks.evaluation.client import TenantEndpoint
 from benchmarks.evaluation.models import MODEL_NAME
+from benchmarks.server_process import free_port
 
 from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
 from faasmoe_operator.cli import child_process, router
@@ -113,7 +113,7 @@ def router_environment(
         table: routing-table file.
         token: bearer token of control process and sandboxes.
     """
-    endpoint = router.Endpoint(HOST, _free_port())
+    endpoint = router.Endpoint(HOST, free_port())
     environment = router.environment(deployment, endpoint, control_url=control_url, token=token)
     if table is not None:
         del environment["FAASMOE_CONTROL_URL"]
@@ -153,7 +153,7 @@ async def running_resident_sandbox(
 
     It uses all cores, because nothing else computes while it is called.
     """
-    port, token = _free_port(), secrets.token_urlsafe(32)
+    port, token = free_port(), secrets.token_urlsafe(32)
     table = write_routing_table(deployment, f"{HOST}:{port}", folder)
     functions = RoutingTable.loads(table.read_bytes()).functions
     environment = {
@@ -193,9 +193,3 @@ async def _wait_until_reachable(client: SandboxClient, address: str) -> None:
             if error.code != "unreachable":
                 raise
         await asyncio.sleep(PROBE_INTERVAL_S)
-
-
-def _free_port() -> int:
-    with socket.create_server((HOST, 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port

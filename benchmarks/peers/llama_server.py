@@ -16,14 +16,9 @@ from typing import Any
 import psutil
 from benchmarks.peers.gguf_files import download_converter, gguf_path, make_gguf
 from benchmarks.peers.models import checkpoint_folder
-from benchmarks.peers.servers import (
-    NotServedError,
-    RunningServer,
-    free_port,
-    running_process,
-    wait_healthy,
-)
+from benchmarks.peers.servers import NotServedError, RunningServer
 from benchmarks.peers.workload import CONTEXT_TOKENS
+from benchmarks.server_process import free_port, running_process, wait_healthy
 
 START_TIMEOUT_S = 120.0
 RUNNER = Path(__file__).with_name("xllamacpp_server.py")

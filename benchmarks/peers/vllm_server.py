@@ -11,14 +11,9 @@ from pathlib import Path
 
 import psutil
 from benchmarks.peers.models import DEMO_CHECKPOINT, checkpoint_folder
-from benchmarks.peers.servers import (
-    NotServedError,
-    RunningServer,
-    free_port,
-    running_process,
-    wait_healthy,
-)
+from benchmarks.peers.servers import NotServedError, RunningServer
 from benchmarks.peers.workload import CONTEXT_TOKENS
+from benchmarks.server_process import free_port, running_process, wait_healthy
 
 START_TIMEOUT_S = 600.0
 KV_CACHE_GIB = 1

@@ -2,8 +2,10 @@
 
 transformers ends its thread, and every request with it, when a step raises. Here the requests of
 the failed step are restored to their state before it and computed again, bisecting the batch until
-the request that raises is alone; that one fails, the others get their token. Recomputing a step is
-harmless, as it writes the same positions of the cache. If all requests of a step raise alone, and
+the request that raises is alone; that one fails, the others get their token. A step writes the same
+positions of the cache when it is computed again. Only where a window has wrapped around do the new
+positions of a prompt take the places of older ones, which the step still reads: these are copied
+before it, and restored. If all requests of a step raise alone, and
 several did in a row including earlier steps, the requests are not the cause: none of them fails,
 and the error ends the thread as it would have, so that the engine can resume them with a new one.
 """
@@ -11,11 +13,12 @@ and the error ends the thread as it would have, so that the engine can resume th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -46,21 +49,51 @@ class ErrorPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class _CacheSlots:
+    """A copy of some slots of one layer's keys or values."""
+
+    view: Tensor
+    index: Tensor
+    content: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class _RequestCheckpoint:
     """A request of a batch and its position before the step."""
 
     future: Any
     position_offset: int
     tokens: list[int]
+    overwritten: tuple[_CacheSlots, ...]
 
     @classmethod
-    def capture(cls, future: Any) -> _RequestCheckpoint:
+    def capture(cls, future: Any, cache: Any) -> _RequestCheckpoint:
         state = future.state
-        return cls(future, state.position_offset, state.tokens_to_process)
+        overwritten = tuple(_overwritten_slots(future, cache))
+        return cls(future, state.position_offset, state.tokens_to_process, overwritten)
 
     def restore(self) -> None:
         state = self.future.state
         state.position_offset, state.tokens_to_process = self.position_offset, self.tokens
+        for slots in self.overwritten:
+            slots.view[slots.index] = slots.content
+
+
+def _overwritten_slots(future: Any, cache: Any) -> Iterator[_CacheSlots]:
+    """Yield copies of what a step both reads and overwrites: positions that leave a window.
+
+    A single new token takes the place of one that its own window no longer holds.
+    """
+    past, n_new = future.state.position_offset, future.query_length
+    for allocator in cache.cache_allocators.values():
+        window = getattr(allocator, "sliding_window", None)
+        if window is None or not past or n_new < 2 or past + n_new <= window:
+            continue
+        written = allocator.get_write_indices(future.state.request_id, past, n_new)
+        index = torch.tensor([i for i in written if i != allocator.write_trash_index])
+        for views in allocator._kv_token_views.values():
+            for view in views:  # keys and values, [slots, K, D] each
+                yield _CacheSlots(view, index, view[index])
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +128,10 @@ class BatchErrorIsolation:
         manager._generation_loop_body = self._run_loop_body_isolated
 
     def _checkpoint_and_prepare(self, requests_in_batch: Sequence[Any], **kwargs: Any) -> None:
-        self._checkpoints = [_RequestCheckpoint.capture(future) for future in requests_in_batch]
+        cache = self._processor.cache
+        self._checkpoints = [
+            _RequestCheckpoint.capture(future, cache) for future in requests_in_batch
+        ]
         self._prepare_kwargs = kwargs
         self._prepare_batch(requests_in_batch=requests_in_batch, **kwargs)
 

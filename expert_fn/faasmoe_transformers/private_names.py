@@ -380,6 +380,25 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "error_isolation",
         "removes the failed request",
     ),
+    *_names(
+        f"{_API}:ContinuousBatchProcessor.",
+        "cache",
+        "error_isolation",
+        "copies what a step overwrites",
+    ),
+    *_names(_CACHE, "cache_allocators", "error_isolation", "the caches with a window"),
+    *_names(
+        f"{_CB}.cache_allocators.sliding_attention:SlidingAttentionCacheAllocator.",
+        "sliding_window get_write_indices write_trash_index",
+        "error_isolation",
+        "places of new tokens in the ring of a window",
+    ),
+    *_names(
+        f"{_CB}.cache_allocators.full_attention:FullAttentionCacheAllocator.",
+        "_kv_token_views",
+        "error_isolation",
+        "keys and values of a layer, by slot",
+    ),
     # continuous_batching: logits processor
     *_names(
         f"{_CB}.cb_logits_processors:ContinuousBatchingLogitsProcessor.",
