@@ -85,7 +85,7 @@ def running_model(folder: Path, *, pool: int) -> Iterator[FaasmoeUp]:
     file.write_text(
         MOEMODEL.format(
             model=folder / "model",
-            store=folder / "store",
+            store=folder / f"store-{pool}",  # an instance holds its store's state
             experts=EXPERTS_PER_FUNCTION,
             length=MAX_MODEL_LEN,
             pool=pool,

@@ -150,9 +150,10 @@ def test_router_tries_to_run_hot_functions_in_process(
     assert up.router_metric("local_computations_total") == 0
 
 
-def test_children_exit_when_launcher_is_killed(file: Path, up: FaasmoeUp) -> None:
-    assert up.process.poll() is None  # it has prepared the store
-    killed = start_up(file, file.with_name("killed.log"))
+def test_children_exit_when_launcher_is_killed(exact_demo_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "killed.yaml"
+    file.write_text(MOEMODEL.format(model=exact_demo_model, store=tmp_path / "store"))
+    killed = start_up(file, file.with_suffix(".log"))
     processes = killed.process_tree
     assert len(processes) >= 5  # launcher, zygote, three sandboxes or more, router
     killed.process.kill()

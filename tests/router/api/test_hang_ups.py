@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from faasmoe_router.api import preparation
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ModelTokenizer
+from faasmoe_router.http_protocol import BoundedHttpProtocol
 
 DEADLINE_S = 20.0
 BODY = '{"model":"tiny","prompt":"the quick","max_tokens":2}'
@@ -29,14 +29,25 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def n_connections(port: int | None) -> int:
-    """Return how many connections the server on a port has."""
-    connections = psutil.Process().net_connections(kind="tcp")
-    return sum(c.laddr.port == port and c.status != psutil.CONN_LISTEN for c in connections)
+@pytest.fixture
+def lost_connections(monkeypatch: pytest.MonkeyPatch) -> list[BoundedHttpProtocol]:
+    """The connections that the server has found closed."""
+    lost: list[BoundedHttpProtocol] = []
+    connection_lost = BoundedHttpProtocol.connection_lost
+
+    def record(self: BoundedHttpProtocol, exc: Exception | None) -> None:
+        connection_lost(self, exc)
+        lost.append(self)
+
+    monkeypatch.setattr(BoundedHttpProtocol, "connection_lost", record)
+    return lost
 
 
 def test_abandoned_requests_are_neither_tokenized_nor_submitted(
-    http: httpx.Client, server: tuple[str, Engine], monkeypatch: pytest.MonkeyPatch
+    http: httpx.Client,
+    server: tuple[str, Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    lost_connections: list[BoundedHttpProtocol],
 ) -> None:
     url, engine = server
     running, release, n_encoded, n_generated = threading.Semaphore(0), threading.Event(), [0], [0]
@@ -63,7 +74,7 @@ def test_abandoned_requests_are_neither_tokenized_nor_submitted(
         assert running.acquire(timeout=DEADLINE_S)
     for connection in connections:
         connection.close()
-    wait_until(lambda: n_connections(address[1]) == 0)  # found out by a probe
+    wait_until(lambda: len(lost_connections) == len(connections))  # found out by a probe
     release.set()
     assert http.post("/v1/completions", content=BODY, headers=JSON).status_code == 200
     assert n_generated == [1]

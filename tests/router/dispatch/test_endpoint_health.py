@@ -208,7 +208,12 @@ def test_hedges_are_bounded_by_the_retry_budget(
 def test_hung_sandbox_is_ejected_quickly_and_returns_when_it_resumes(
     layer: Callable[..., Layer], other: SandboxProcess
 ) -> None:
-    one = layer(other.address, abandon_min_s=SLOW_S, abandon_default_s=SLOW_S)
+    one = layer(
+        other.address,
+        abandon_min_s=SLOW_S,
+        abandon_default_s=SLOW_S,
+        outlier_detection=OutlierDetectionSettings(base_ejection_time_s=GRACE_S),  # no probe yet
+    )
     one.check(2 * MIN_SAMPLES)
     n_local = one.count("local")
     with stopped(other):
