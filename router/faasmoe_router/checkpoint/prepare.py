@@ -23,6 +23,7 @@ from faasmoe_contracts.store import (
     QuantizationEntry,
     Store,
 )
+from faasmoe_router.checkpoint.format_report import describe_published
 from faasmoe_router.checkpoint.manifest import (
     layer_entries,
     model_entry,
@@ -167,6 +168,8 @@ def _fill_store(
     skeleton = load_skeleton(checkpoint.folder, tensors, dtype)
     model = model_entry(skeleton, checkpoint)  # may reject the config: do it before hours of I/O
     plan = plan_store(skeleton, tensors, target.quantization)
+    for line in describe_published(plan):
+        logger.info("%s", line)
     files, losses = folder.start_or_resume(target.fingerprint)
     loss = QuantizationLoss(losses)
     progress.start("preparing", total_bytes=plan.size_bytes)

@@ -25,7 +25,7 @@ from faasmoe_router.checkpoint.formats.coded_weight import (
     scale_floats,
 )
 
-MXFP4_BLOCK = (1, GROUP_MULTIPLE)
+MX_BLOCK = (1, GROUP_MULTIPLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +88,23 @@ class BlockScaledWeight(CodedWeight):
     ) -> TensorQuantization | None:
         is_mxfp4 = (
             self._is_packed
-            and self._grid.block == MXFP4_BLOCK
+            and self._grid.block == MX_BLOCK
             and tensors.dtype(self._grid.name) in E8M0_DTYPES
             and self._grid.global_name is None
             and shape[1] % GROUP_MULTIPLE == 0
         )
         return TensorQuantization("mxfp4", shape, GROUP_MULTIPLE, "e8m0") if is_mxfp4 else None
+
+    @property
+    def format_name(self) -> str:
+        """What codes these are."""
+        if self._grid.global_name is not None:
+            return "nvfp4"
+        is_power_of_two = self._tensors.dtype(self._grid.name) in E8M0_DTYPES
+        if self._grid.block == MX_BLOCK and is_power_of_two:
+            return "mxfp4" if self._is_packed else "mxfp8"
+        rows, columns = self._grid.block
+        return f"fp8 {rows} x {columns}"
 
     def read_rows(self, start: int, end: int) -> Tensor:
         """Return rows `start` to `end` of the weight in float32."""
@@ -166,6 +177,11 @@ class BlocksOf32(CodedWeight):
         )
         super().__init__(tensors, codes_name, (n_experts, n_columns, n_rows), stored)
         self._scales_name = scales_name
+
+    @property
+    def format_name(self) -> str:
+        """What codes these are."""
+        return "mxfp4"
 
     def read_rows(self, start: int, end: int) -> Tensor:
         """Return experts in float32, [R, K, N]."""

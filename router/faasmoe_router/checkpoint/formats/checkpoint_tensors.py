@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from faasmoe_router.errors import SourceUnsupported
 from faasmoe_transformers.weight_conversion import LazyTensor
+
+_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 
 
 class CheckpointTensors:
@@ -49,6 +52,12 @@ class CheckpointTensors:
     def dtype(self, name: str) -> str:
         """Return the dtype of a tensor as safetensors names it."""
         return self._tensors[name].get_dtype()
+
+    def size_bytes(self, name: str) -> int:
+        """Return the bytes of a tensor; 0 if there is none of that name."""
+        if name not in self._tensors:
+            return 0
+        return math.prod(self.shape(name)) * _DTYPE_BYTES.get(self.dtype(name), 1)
 
     def file_of(self, name: str) -> str:
         """Return the path of the file that holds a tensor; of the checkpoint if none does."""

@@ -34,6 +34,11 @@ class CodedWeight(ABC):
         codes_name: name of the codes among them.
         shape: shape of the weight.
         stored: how the store holds the codes without loss; None if it cannot.
+
+    Attributes:
+        codes_name: see above.
+        stored: see above.
+        published_bytes: bytes of codes and scales in the checkpoint.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class CodedWeight(ABC):
     ) -> None:
         self.codes_name = codes_name
         self.stored = stored
+        self.published_bytes = 0
         self._tensors = tensors
         self._shape = shape
 
@@ -66,6 +72,11 @@ class CodedWeight(ABC):
         if not torch.isfinite(weights).all():
             raise self._tensors.error(self.codes_name, "weights that are not finite", "numbers")
         return weights
+
+    @property
+    @abstractmethod
+    def format_name(self) -> str:
+        """What codes these are, for messages, such as `fp8 128 x 128`."""
 
     @abstractmethod
     def read_rows(self, start: int, end: int) -> Tensor:

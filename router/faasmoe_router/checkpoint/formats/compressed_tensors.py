@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from faasmoe_router.checkpoint.formats.block_scaled import (
-    MXFP4_BLOCK,
+    MX_BLOCK,
     BlockScaledWeight,
     ScaleGrid,
 )
@@ -50,7 +50,6 @@ _PARTS = (
 )
 _PACKED_BITS = (2, 4, 8)
 _NVFP4_BLOCK = (1, 16)
-_MXFP8_BLOCK = (1, 32)
 
 
 def compressed_tensors_weights(
@@ -178,7 +177,7 @@ class _Reader:
         name, scales = f"{module}{_WEIGHT_SUFFIX}", f"{module}.weight_scale"
         self._tensors.require(scales, beside=name, dtypes=(*FLOAT_SCALE_DTYPES, *E8M0_DTYPES))
         if self._tensors.dtype(scales) in E8M0_DTYPES:
-            return BlockScaledWeight(self._tensors, name, ScaleGrid(scales, _MXFP8_BLOCK))
+            return BlockScaledWeight(self._tensors, name, ScaleGrid(scales, MX_BLOCK))
         n_rows, n_columns = self._tensors.matrix_shape(name)
         blocks = {
             "tensor": (n_rows, n_columns),
@@ -213,7 +212,7 @@ class _Reader:
         global_scale = f"{module}.weight_global_scale"
         if global_scale not in self._tensors:
             self._tensors.require(scales, beside=packed, dtypes=E8M0_DTYPES)
-            return BlockScaledWeight(self._tensors, packed, ScaleGrid(scales, MXFP4_BLOCK))
+            return BlockScaledWeight(self._tensors, packed, ScaleGrid(scales, MX_BLOCK))
         self._tensors.require(scales, beside=packed, dtypes=("F8_E4M3",))
         self._tensors.require(global_scale, beside=packed, dtypes=("F32",))
         grid = ScaleGrid(scales, _NVFP4_BLOCK, global_scale, is_divisor=True)

@@ -9,7 +9,7 @@ activations are not quantised.
 from __future__ import annotations
 
 from faasmoe_router.checkpoint.formats.block_scaled import (
-    MXFP4_BLOCK,
+    MX_BLOCK,
     BlockScaledWeight,
     ScaleGrid,
 )
@@ -19,7 +19,6 @@ from faasmoe_router.checkpoint.formats.published import CodedTensor
 from faasmoe_router.checkpoint.formats.settings import QuantizationSettings
 
 _BLOCK = (128, 128)
-_MXFP8_BLOCK = (1, 32)
 _WEIGHT_SUFFIX = ".weight"
 _ACTIVATION_SUFFIXES = (".input_scale", ".activation_scale", ".qscale_act", ".weight_scale_2")
 _UNSUPPORTED_DTYPES = ("F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
@@ -34,7 +33,7 @@ def fp8_weights(tensors: CheckpointTensors, settings: QuantizationSettings) -> l
     is_fp4 = settings.choice("expert_dtype", ("fp8", "fp4"), default="fp8") == "fp4"
     block = _block_size(settings)
     return [
-        _coded_tensor(tensors, name, MXFP4_BLOCK if tensors.dtype(name) == "I8" else block)
+        _coded_tensor(tensors, name, MX_BLOCK if tensors.dtype(name) == "I8" else block)
         for name in tensors
         if _is_coded(tensors, name, is_fp4=is_fp4)
     ]
@@ -42,7 +41,7 @@ def fp8_weights(tensors: CheckpointTensors, settings: QuantizationSettings) -> l
 
 def _block_size(settings: QuantizationSettings) -> tuple[int, int] | None:
     """Return rows and columns per scale; None for one per row or tensor."""
-    default = {"fp8": _BLOCK, "mxfp8": _MXFP8_BLOCK}.get(settings.method)
+    default = {"fp8": _BLOCK, "mxfp8": MX_BLOCK}.get(settings.method)
     value = settings.fields.get("weight_block_size", default)
     if value is None:
         return None

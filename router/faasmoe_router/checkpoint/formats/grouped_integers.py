@@ -97,6 +97,15 @@ class GroupedIntegers(CodedWeight):
     def row_zeros(self, start: int, end: int) -> Tensor | None:
         """Return rows of the zero points, int32 [R, G]; None if all are the middle."""
 
+    @property
+    def format_name(self) -> str:
+        """What codes these are."""
+        group, columns = self._codes.group, self._shape[1]
+        size = "rows" if group >= columns else f"groups of {group}"
+        zeros = "" if self._codes.is_symmetric else " with zero points"
+        order = " in another order" if self._codes.has_order else ""
+        return f"int{self._codes.bits} in {size}{zeros}{order}"
+
     def group_index(self) -> Tensor:
         """Return the group of each column, [K]."""
         return torch.arange(self._shape[1]) // self._codes.group

@@ -60,6 +60,7 @@ def dequantized_tensors(
             raise checkpoint.error(
                 entry.weight.codes_name, f"{entry.name} a second time", "one tensor for it"
             )
+        entry.weight.published_bytes = sum(checkpoint.size_bytes(part) for part in entry.parts)
         weights[entry.name] = entry.weight
     return {name: tensor for name, tensor in tensors.items() if name not in parts} | weights
 

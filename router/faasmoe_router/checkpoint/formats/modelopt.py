@@ -7,7 +7,7 @@ a power of two per 32 columns. Scales of inputs and of the KV cache are not used
 
 from __future__ import annotations
 
-from faasmoe_router.checkpoint.formats.block_scaled import BlockScaledWeight, ScaleGrid
+from faasmoe_router.checkpoint.formats.block_scaled import MX_BLOCK, BlockScaledWeight, ScaleGrid
 from faasmoe_router.checkpoint.formats.checkpoint_tensors import CheckpointTensors
 from faasmoe_router.checkpoint.formats.coded_weight import E8M0_DTYPES, FLOAT_SCALE_DTYPES
 from faasmoe_router.checkpoint.formats.fp8 import activation_scales, row_or_tensor_block
@@ -25,7 +25,6 @@ ALGORITHMS = (
 )
 _NVFP4_COLUMNS = 16
 _FP8_BLOCK = (128, 128)
-_MXFP8_BLOCK = (1, 32)
 _WEIGHT_SUFFIX = ".weight"
 _SMOOTHING_SUFFIX = ".pre_quant_scale"
 
@@ -71,7 +70,7 @@ def _fp8_grid(tensors: CheckpointTensors, name: str) -> ScaleGrid:
     scales = f"{name}_scale"
     tensors.require(scales, beside=name, dtypes=(*FLOAT_SCALE_DTYPES, *E8M0_DTYPES))
     if tensors.dtype(scales) in E8M0_DTYPES:
-        return ScaleGrid(scales, _MXFP8_BLOCK)
+        return ScaleGrid(scales, MX_BLOCK)
     n_dimensions = sum(size != 1 for size in tensors.shape(scales))
     is_block = n_dimensions > 1
     return ScaleGrid(scales, _FP8_BLOCK if is_block else row_or_tensor_block(tensors, name, scales))
