@@ -1,5 +1,6 @@
 """Checkpoints published in fp8, mxfp8 and mxfp4 hold the weights that their writer meant."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from published.comparison import assert_same_weights, stored_weights
 from published.floats import deepseek_v4, fp8_blocks, fp8_scaled, gpt_oss, mxfp8
 
 from faasmoe_contracts.store import QuantizationEntry
+from faasmoe_router.checkpoint.__main__ import describe_quantization
 from faasmoe_router.checkpoint.prepare import prepare
+from faasmoe_router.checkpoint.store_writer import StoreFolder
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 ROWS: dict[str, Any] = {"quant_method": "fbgemm_fp8"}
@@ -96,3 +99,58 @@ def test_quantises_again_only_to_another_scheme(name: str, scheme: str, tmp_path
         assert all(torch.equal(got[n], t) for n, t in experts.items())
     else:
         assert store.manifest.layers == expected.manifest.layers
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("mxfp4", ["experts: 6 weights in mxfp4 are kept as mxfp4: .* GB, 1.00 times"]),
+        (
+            "fp8-qwen",
+            [
+                "experts: 6 weights in fp8 128 x 128 are dequantised to bfloat16: .* 2.00 times",
+                "router: 12 weights in fp8 128 x 128 are dequantised to bfloat16: .* 2.00 times",
+            ],
+        ),
+        (
+            "fp4-experts",
+            [
+                "experts: 6 weights in mxfp4 are kept as mxfp4: .* 1.00 times",
+                "router: .* weights in fp8 128 x 128 are dequantised to bfloat16",
+            ],
+        ),
+    ],
+)
+def test_says_what_becomes_of_the_codes_and_what_it_costs(
+    name: str, lines: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = published(name, tmp_path)
+    with caplog.at_level("INFO"):
+        store = prepare(str(checkpoint.folder), tmp_path / "store")
+    said = [message for message in caplog.messages if " weights in " in message]
+    assert len(said) == len(lines)
+    assert all(re.match(line, message) for line, message in zip(lines, said, strict=True))
+    layers = [line for line in describe_quantization(store.manifest) if line.startswith("layer")]
+    assert all(line.endswith("mxfp4, as published") for line in layers)
+    assert bool(layers) == (name in KEPT)
+
+
+def test_an_interrupted_preparation_resumes_with_its_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = str(published("mxfp4", tmp_path).folder)
+    whole = prepare(checkpoint, tmp_path / "whole").manifest
+    record, n_finished = StoreFolder.record_finished, 0
+
+    def record_and_fail(*arguments: Any) -> None:
+        nonlocal n_finished
+        record(*arguments)
+        n_finished += 1
+        if n_finished == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreFolder, "record_finished", record_and_fail)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(checkpoint, tmp_path / "resumed")
+    assert prepare(checkpoint, tmp_path / "resumed").manifest == whole

@@ -68,6 +68,9 @@ class BlockScaledWeight(CodedWeight):
             math.ceil(shape[-1] / grid.block[1]),
         ]
         self._check_grid(tensors)
+        factor = grid.global_name
+        if factor is not None and math.prod(tensors.shape(factor)) != 1:
+            raise tensors.error(factor, f"shape {tensors.shape(factor)}", "a single number")
         stored = self._stored_scheme(tensors, (shape[-2], shape[-1]))
         super().__init__(tensors, codes_name, tuple(shape), stored)
 

@@ -8,6 +8,8 @@ activations are not quantised.
 
 from __future__ import annotations
 
+import math
+
 from faasmoe_router.checkpoint.formats.block_scaled import (
     MX_BLOCK,
     BlockScaledWeight,
@@ -83,10 +85,11 @@ def scale_name(tensors: CheckpointTensors, name: str) -> str:
 
 def row_or_tensor_block(tensors: CheckpointTensors, name: str, scales_name: str) -> tuple[int, int]:
     """Return the block of a scale per tensor, if there is just one, or else per row."""
-    n_rows, n_columns = tensors.shape(name)[-2:]
-    n_scales = 1
-    for size in tensors.shape(scales_name):
-        n_scales *= size
+    shape = tensors.shape(name)
+    if len(shape) < 2:
+        raise tensors.error(name, f"shape {shape}", "rows and columns")
+    n_rows, n_columns = shape[-2:]
+    n_scales = math.prod(tensors.shape(scales_name))
     return (n_rows, n_columns) if n_scales == 1 else (1, n_columns)
 
 
