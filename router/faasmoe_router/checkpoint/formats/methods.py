@@ -26,6 +26,8 @@ METHODS: Mapping[str, Callable[[CheckpointTensors, QuantizationSettings], list[C
     "awq": awq_weights,
     "modelopt": modelopt_weights,
     "modelopt_fp4": modelopt_weights,
+    "modelopt_mixed": modelopt_weights,
+    "modelopt_mxfp8": modelopt_weights,
 }
 """Function that finds the coded weights of a checkpoint, by `quant_method`."""
 
