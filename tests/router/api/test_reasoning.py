@@ -22,6 +22,7 @@ MESSAGES = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% e
 OPEN = MESSAGES + "<|im_start|>assistant\n<think>\n{# </think> #}"
 CLOSED = MESSAGES + "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 CODER = "{% if tools %}{{ tools | tojson }}<tool_call><function=x>{% endif %}" + MESSAGES
+PYTHONIC = "{% if tools %}Write [func_name1(params_name1=params_value1)]{% endif %}" + MESSAGES
 CODER_CALL = (
     "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function>\n"
     "</tool_call>"
@@ -75,7 +76,9 @@ def test_text_after_a_closed_mark_is_content(serve_template: ServeTemplate) -> N
     assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 0
 
 
-def test_constrained_text_is_content(serve_template: ServeTemplate) -> None:
+def test_text_is_constrained_at_once_where_marks_are_no_tokens(
+    serve_template: ServeTemplate,
+) -> None:
     message = post(serve_template(OPEN), structured_outputs={"choice": ["yes"]})
     assert message["choices"][0]["message"]["content"] == "yes"
 
@@ -99,7 +102,20 @@ def test_calls_in_blocks_are_parsed(serve_template: ServeTemplate, text: str) ->
     assert "".join(d["function"]["arguments"] for d in deltas) == '{"city": "Rome"}'
 
 
-@pytest.mark.parametrize("template", [CODER, MESSAGES])
+@pytest.mark.parametrize("text", ['[weather(city="Rome"), weather(city="Oslo")]', "[1, 2]"])
+def test_calls_as_a_python_list_are_parsed(serve_template: ServeTemplate, text: str) -> None:
+    forced = {"structured_outputs": {"choice": [text]}, "tools": [WEATHER], "max_tokens": 300}
+    url = serve_template(PYTHONIC)
+    message = post(url, **forced)["choices"][0]["message"]
+    calls = [call["function"]["arguments"] for call in message.get("tool_calls", ())]
+    if text == "[1, 2]":
+        assert (message["content"], calls) == (text, [])
+        assert joined(stream(url, **forced), "content") == text
+    else:
+        assert (message["content"], calls) == (None, ['{"city": "Rome"}', '{"city": "Oslo"}'])
+
+
+@pytest.mark.parametrize("template", [CODER, PYTHONIC, MESSAGES])
 def test_calls_are_enforced_whatever_the_template(
     serve_template: ServeTemplate, template: str
 ) -> None:
