@@ -366,7 +366,7 @@ def test_lm_eval_task_gives_the_in_process_model_s_numbers(url: str, folder: Pat
     model = folder / "model"
     served = f"model=tiny,base_url={url}/completions,tokenizer={model},max_length=256"
     through_api = _lm_eval(folder, "local-completions", f"{served},num_concurrent=1", "api")
-    in_process = _lm_eval(folder, "hf", f"pretrained={model},dtype=float32,device=cpu", "hf")
+    in_process = _lm_eval(folder, "hf", f"pretrained={model},dtype=float32", "hf")
     assert through_api.keys() == in_process.keys() == {d["question"] for d in documents}
     for question, expected in in_process.items():
         assert through_api[question] == pytest.approx(expected, abs=1e-3)

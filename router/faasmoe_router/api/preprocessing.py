@@ -45,6 +45,7 @@ from faasmoe_router.engine.tokenizer import RESERVED_TEMPLATE_KWARGS, ChatTempla
 from faasmoe_router.errors import ChatTemplateError, GrammarError
 from faasmoe_router.tenants.service import ANONYMOUS, Caller
 from faasmoe_router.toolcalls.prompted import with_prompted_tools
+from faasmoe_router.toolcalls.reasoning import detect_reasoning_format
 
 SEED_BITS = 63
 OPENAI_DEFAULTS = SamplingDefaults()
@@ -387,13 +388,10 @@ def template_variables(chat_template_kwargs: Mapping[str, Any] | None) -> dict[s
 def _chat_template_options(
     body: ChatCompletionRequest, tool_config: ToolCallConfig | None, *, chat_template: str
 ) -> ChatTemplateOptions:
-    variables = template_variables(body.chat_template_kwargs)
-    if body.reasoning_effort is not None:
-        if "reasoning_effort" not in chat_template:
-            raise unsupported_param(
-                "reasoning_effort", "is not supported by this model's chat template"
-            )
-        variables["reasoning_effort"] = body.reasoning_effort
+    variables = {
+        **_effort_variables(body.reasoning_effort, chat_template),
+        **template_variables(body.chat_template_kwargs),
+    }
     return ChatTemplateOptions(
         tools=() if tool_config is None or tool_config.is_prompted else tool_config.template_tools,
         add_generation_prompt=body.add_generation_prompt is not False,
@@ -401,6 +399,22 @@ def _chat_template_options(
         add_special_tokens=bool(body.add_special_tokens),
         template_kwargs=variables,
     )
+
+
+def _effort_variables(effort: str | None, chat_template: str) -> dict[str, Any]:
+    """Return the template variables of a reasoning effort; raises ApiError if there are none.
+
+    Templates without efforts may turn reasoning off, and models without reasoning need not.
+    """
+    if effort is None:
+        return {}
+    if "reasoning_effort" in chat_template:
+        return {"reasoning_effort": effort}
+    if effort == "none" and "enable_thinking" in chat_template:
+        return {"enable_thinking": False}
+    if effort == "none" and detect_reasoning_format(chat_template) is None:
+        return {}
+    raise unsupported_param("reasoning_effort", "is not supported by this model's chat template")
 
 
 def _as_system_message(message: dict[str, Any]) -> dict[str, Any]:

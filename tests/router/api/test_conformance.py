@@ -754,8 +754,13 @@ def _include_reasoning(peer: ApiUnderTest) -> None:
     assert (hidden.content, "reasoning" in (hidden.model_extra or {})) == (None, False)
 
 
-@conformance_case(CHAT, "reasoning_effort", "if the model's chat template supports it")
+@conformance_case(
+    CHAT,
+    "reasoning_effort",
+    "if the model's chat template supports it; `none` also where it can turn reasoning off",
+)
 def _reasoning_effort(peer: ApiUnderTest) -> None:
+    assert _message_content(peer.chat(reasoning_effort="none")) == _message_content(peer.chat())
     effort = _chat(peer.tools, reasoning_effort="low")
     assert effort.usage.prompt_tokens > _chat(peer.tools).usage.prompt_tokens
     with pytest.raises(openai.BadRequestError) as rejected:

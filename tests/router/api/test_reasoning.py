@@ -68,6 +68,17 @@ def test_reasoning_is_left_out_on_request(serve_template: ServeTemplate) -> None
     assert joined(stream(url, include_reasoning=False), "reasoning") == ""
 
 
+def test_effort_none_turns_reasoning_off(serve_template: ServeTemplate) -> None:
+    thinking = MESSAGES + "<think>\n{% if enable_thinking is false %}\n</think>\n\n{% endif %}"
+    url = serve_template(thinking)
+    assert post(url)["choices"][0]["message"]["content"] is None
+    assert post(url, reasoning_effort="none")["choices"][0]["message"]["content"]
+    assert post(serve_template(MESSAGES), reasoning_effort="none") is not None
+    body = {**CHAT, "reasoning_effort": "none"}
+    refused = httpx.post(f"{serve_template(OPEN)}/v1/chat/completions", json=body, timeout=20)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "reasoning_effort")
+
+
 def test_text_after_a_closed_mark_is_content(serve_template: ServeTemplate) -> None:
     answer = post(serve_template(CLOSED))
     message = answer["choices"][0]["message"]
