@@ -33,6 +33,17 @@ FILES = (
     "entrypoints/serve/tokenize/test_tokenization.py",
 )
 
+NOT_RUN: tuple[tuple[str, str], ...] = (
+    ("tool_use", _MODEL),
+    (f"{_CHAT}/test_thinking_token_budget.py", "`thinking_token_budget` is refused by name"),
+    (f"{_CHAT}/test_batched_chat_completions.py", "vLLM's endpoint for batches of chats"),
+    (f"{_CHAT}/test_*_prompt_embeds.py, test_extra_content_fields.py", "multimodal input"),
+    ("entrypoints/openai/responses/test_harmony.py, test_mcp_tools.py", "tools run by the server"),
+    ("entrypoints/openai/completion/test_token_in_token_out.py", _OPTION),
+    ("entrypoints/serve, but tokenize", "metrics and endpoints with names of vLLM's own"),
+)
+"""Files with HTTP-level tests that are left out, and why."""
+
 NOT_APPLICABLE: tuple[tuple[str, str], ...] = (
     ("*zephyr-lora*", "LoRA"),
     ("*/models/test_models.py::test_check_models", "LoRA"),

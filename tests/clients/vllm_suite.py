@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +34,7 @@ from vllm_exclusions import FILES, NOT_APPLICABLE, NOT_SUPPORTED
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 240
-MAX_NEW_TOKENS = 512
+MAX_NEW_TOKENS = 320
 MOEMODEL = """
 apiVersion: faasmoe.dev/v1alpha1
 kind: MoEModel
@@ -162,7 +162,7 @@ class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
         """Return the spec of a module of vLLM; None for others."""
-        is_vllm = name.partition(".")[0] in ("vllm", "tblib")
+        is_vllm = name.partition(".")[0] in ("vllm", "tblib", "pybase64")
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if is_vllm else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
@@ -208,12 +208,26 @@ def install_stand_ins(sdist: Path, checkpoint: Path, folder: Path) -> None:
     sys.modules["tests.utils"] = test_utils
 
 
+def _failure(report: pytest.TestReport) -> str:
+    """Return the first line of why a test failed."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    message = str(report.longrepr) if crash is None else str(crash.message)
+    return message.strip().partition("\n")[0][:300]
+
+
 class VllmSuite:
     """A pytest plugin: skips what does not apply, and counts the rest by outcome."""
 
     def __init__(self) -> None:
         self.outcomes: dict[str, str] = {}
         self.skipped: Counter[str] = Counter()
+        self._write: Callable[[str], None] = print
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Write to the terminal, also while output is captured."""
+        reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+        self._write = reporter.write_line
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Skip the tests that do not apply."""
@@ -239,6 +253,8 @@ class VllmSuite:
             self.skipped[reason.removeprefix("Skipped: ")] += 1
         elif report.when == "call" or report.failed:
             self.outcomes[report.nodeid] = report.outcome
+            if report.failed:
+                self._write(f"\n{report.nodeid}: {_failure(report)}")
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Print the shares."""

@@ -9,6 +9,7 @@ modules that verify the row's details. To regenerate the document:
 import json
 import math
 import re
+import runpy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -1028,6 +1029,30 @@ lm_eval run --model hf --tasks arc_easy --log_samples --output_path hf \\
 """
 
 
+VLLM = """
+## vLLM's tests
+
+`make test-vllm SDIST=FOLDER` runs the HTTP-level tests of an unpacked source distribution of vLLM
+(0.33.0 was used) against the demo model. vLLM itself is not installed: its server's fixture starts
+`faasmoe up`. `tests/clients/vllm_exclusions.py` lists each test that does not apply, with why.
+"""
+
+
+def _vllm_exclusions() -> Any:
+    path = Path(__file__).parents[2] / "clients" / "vllm_exclusions.py"
+    return runpy.run_path(str(path))
+
+
+def _vllm_lines() -> Iterator[str]:
+    """Yield what of vLLM's tests is left out or fails, each kind once with its reason."""
+    exclusions = _vllm_exclusions()
+    for title, name in (("Not run", "NOT_RUN"), ("Not applicable", "NOT_APPLICABLE")):
+        reasons = sorted({reason.partition(":")[0] for _, reason in exclusions[name]})
+        yield f"- {title}: {'; '.join(reasons)}."
+    fails = [f"`{p.strip('*')}` ({reason})" for p, reason in exclusions["NOT_SUPPORTED"]]
+    yield f"- Known to fail: {', '.join(fails)}."
+
+
 def document() -> str:
     """Return the content of docs/openai.md."""
     return "\n".join(_lines()) + "\n"
@@ -1052,6 +1077,8 @@ def _lines() -> Iterator[str]:
         f"| {name} | {versions[pin]} | {uses} |" for pin, (name, uses) in CLIENT_USES.items()
     )
     yield LM_EVAL.rstrip()
+    yield VLLM
+    yield from _vllm_lines()
 
 
 def _header(section: str) -> str:
