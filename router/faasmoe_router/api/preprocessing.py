@@ -6,12 +6,12 @@ without tokenizing is rejected first: tokenizing a long text takes seconds.
 """
 
 import asyncio
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from faasmoe_router.api.errors import ApiError, invalid_value, unsupported_param
+from faasmoe_router.api.origin import Origin
 from faasmoe_router.api.preparation import PreparationQueue
 from faasmoe_router.api.protocol import (
     ChatCompletionRequest,
@@ -36,7 +36,6 @@ from faasmoe_router.errors import ChatTemplateError, GrammarError
 from faasmoe_router.tenants.service import ANONYMOUS, Caller
 from faasmoe_router.toolcalls.prompted import with_prompted_tools
 
-SEED_BITS = 63
 OPENAI_DEFAULTS = SamplingDefaults()
 # Work in units of bytes of text: of a token ID, of a message's rendering and of a tool's.
 ID_BYTES, MESSAGE_BYTES, TOOL_BYTES = 4, 64, 1024
@@ -63,7 +62,11 @@ class Preprocessor:
         self._includes_marks = needs_special_tokens(engine.tokenizer)
 
     async def build_chat_requests(
-        self, body: ChatCompletionRequest, caller: Caller = ANONYMOUS
+        self,
+        body: ChatCompletionRequest,
+        caller: Caller = ANONYMOUS,
+        *,
+        origin: Origin | None = None,
     ) -> tuple[ToolCallConfig | None, list[GenerationRequest]]:
         """Return how the model calls tools, and one request per choice; raises ApiError."""
         self._check_n_choices(body, caller, n_prompts=1)
@@ -91,13 +94,18 @@ class Preprocessor:
             [token_ids],
             caller,
             param="messages",
+            origin=origin or Origin(),
             tool_config=tool_config,
             include_special_tokens=self._includes_marks or tool_config is not None,
         )
         return tool_config, requests
 
     async def build_completion_requests(
-        self, body: CompletionRequest, caller: Caller = ANONYMOUS
+        self,
+        body: CompletionRequest,
+        caller: Caller = ANONYMOUS,
+        *,
+        origin: Origin | None = None,
     ) -> tuple[list[GenerationRequest], list[str] | None]:
         """Return one request per choice of each prompt, in that order, and the prompts' texts.
 
@@ -114,7 +122,9 @@ class Preprocessor:
             await self.encode(prompt, caller=caller) if isinstance(prompt, str) else prompt
             for prompt in body.prompt
         ]
-        requests = await self._request_builder.build(body, prompts, caller, param="prompt")
+        requests = await self._request_builder.build(
+            body, prompts, caller, param="prompt", origin=origin or Origin()
+        )
         if not body.echo:
             return requests, None
         texts = [
@@ -242,6 +252,7 @@ class GenerationRequestBuilder:
         caller: Caller,
         *,
         param: str,
+        origin: Origin,
         tool_config: ToolCallConfig | None = None,
         include_special_tokens: bool = False,
     ) -> list[GenerationRequest]:
@@ -252,6 +263,7 @@ class GenerationRequestBuilder:
             prompts: the token IDs of each prompt.
             caller: whose limits apply.
             param: the parameter that holds the prompts, for errors.
+            origin: of the seed of a request that sets none.
             tool_config: how the model calls tools; None if it may not.
             include_special_tokens: whether the text is parsed, for which it needs special tokens.
 
@@ -273,7 +285,7 @@ class GenerationRequestBuilder:
         grammar = await self._compiled_grammar(body, tool_config, caller)
         if body.n_computed_logprobs is not None:
             await self._prepare_vocabulary()
-        seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
+        seed = origin.seed if body.seed is None else body.seed
         return [
             GenerationRequest(
                 prompt_token_ids=ids,
