@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from faasmoe_router.checkpoint.finite_tensors import FiniteTensor
 from faasmoe_router.errors import PrepareError, SourceUnsupported
 from faasmoe_transformers.errors import UnsupportedModel
 from faasmoe_transformers.model_skeleton import (
@@ -24,14 +25,21 @@ from faasmoe_transformers.weight_conversion import LazyTensor, first_float_dtype
 
 
 @contextmanager
-def open_tensors(files: Sequence[Path]) -> Iterator[dict[str, LazyTensor]]:
-    """Open every tensor of `files` by name; raises PrepareError if a file cannot be read."""
+def open_tensors(
+    files: Sequence[Path], *, allows_nonfinite: bool = False
+) -> Iterator[dict[str, LazyTensor]]:
+    """Open every tensor of `files` by name; raises PrepareError if a file cannot be read.
+
+    Reading a part that is not finite raises WeightsNotFinite, unless that is allowed.
+    """
     with ExitStack() as stack:
         tensors: dict[str, LazyTensor] = {}
         for path in files:
             try:
                 file = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
-                tensors.update((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118
+                for name in file.keys():  # noqa: SIM118
+                    tensor: LazyTensor = file.get_slice(name)
+                    tensors[name] = tensor if allows_nonfinite else FiniteTensor(tensor, path, name)
             except (OSError, SafetensorError) as error:
                 raise PrepareError(f"{path}: got no readable safetensors file: {error}") from error
         yield tensors

@@ -93,6 +93,7 @@ def prepare(
     dtype: str | None = None,
     quantization: QuantizationEntry = NO_QUANTIZATION,
     force: bool = False,
+    allows_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Store:
     """Prepare a checkpoint as a store.
@@ -106,6 +107,7 @@ def prepare(
         dtype: bfloat16, float16 or float32; None keeps the checkpoint's.
         quantization: what to quantise.
         force: replace a complete store of another checkpoint.
+        allows_nonfinite: accept weights that are NaN or infinite.
         progress: receives the number of bytes written.
 
     Raises:
@@ -122,7 +124,7 @@ def prepare(
                 return _verified_store(folder)
             _clear_existing(folder, source, quantization, force=force)
         target = StoreTarget(fingerprint, dtype, quantization)
-        with open_tensors(checkpoint.weight_files) as tensors:
+        with open_tensors(checkpoint.weight_files, allows_nonfinite=allows_nonfinite) as tensors:
             _fill_store(folder, checkpoint, tensors, target, progress or NoProgress())
     return Store.open(store)
 
