@@ -262,20 +262,26 @@ class NativeDispatch:
         self._published_routing, self._published_state = routing, state
 
     def _configure(self) -> None:
-        """Hand over the times after which an answer is late."""
+        """Hand over after how long an answer is late, or without a budget, a sandbox hangs."""
         thresholds_s = [
             self._health.latency_thresholds_s(max(1, (1 << size_class) - 1))
             for size_class in range(N_SIZE_CLASSES)
         ]
+        hung_s = [
+            self._health.hung_after_s(max(1, (1 << size_class) - 1))
+            for size_class in range(N_SIZE_CLASSES)
+        ]
         can_repeat = self._health.retry_budget.has_balance
+        if not can_repeat:
+            thresholds_s = [(late_s, late_s) for late_s in hung_s]
         settings = CallSettings(
             self._store_dtype,
             MAX_NATIVE_ROWS,
             self._max_rows_per_expert,
             torch.get_num_threads(),
             self._call_timeout_s,
-            tuple(min(h, a) if can_repeat else self._call_timeout_s for h, a in thresholds_s),
-            tuple(a if can_repeat else self._call_timeout_s for _, a in thresholds_s),
+            tuple(min(h, a, self._call_timeout_s) for h, a in thresholds_s),
+            tuple(min(a, self._call_timeout_s) for _, a in thresholds_s),
         )
         if settings != self._settings:
             self._calls.configure(settings)
