@@ -119,9 +119,7 @@ def percentile_99(values: list[float]) -> float:
 
 def _bodies(up: FaasmoeUp) -> dict[str, float]:
     """Send the bodies that once blocked the event loop, and heads without end."""
-    router = up.child_running("faasmoe_router")
-    assert router is not None
-    before_bytes = peak_bytes = router.memory_info().rss
+    before_bytes = peak_bytes = _front_bytes(up)
     probe = Probe(up.base_url)
     with probe.running():
         for content in hostile_requests():
@@ -129,12 +127,18 @@ def _bodies(up: FaasmoeUp) -> dict[str, float]:
                 connection.sendall(content)
                 while connection.recv(1 << 16):
                     pass
-            peak_bytes = max(peak_bytes, router.memory_info().rss)
+            peak_bytes = max(peak_bytes, _front_bytes(up))
     assert probe.n_answers > 100, "the probe did not run"
     return {
         "loop_stall_max_ms": round(1000 * probe.max_s, 1),
         "rss_growth_mb": round((peak_bytes - before_bytes) / 1e6, 1),
     }
+
+
+def _front_bytes(up: FaasmoeUp) -> int:
+    """Return the memory of gateway and router together."""
+    processes = [up.child_running(f"faasmoe_{name}") for name in ("gateway", "router")]
+    return sum(process.memory_info().rss for process in processes if process is not None)
 
 
 def hostile_requests() -> list[bytes]:
