@@ -220,6 +220,9 @@ class FaultInjector:
         pid = self._stack.router.pid
         if pid is None or time.time() - psutil.Process(pid).create_time() < ROUTER_START_S:
             return ""
+        lost = self._stack.lost_metrics
+        for name, value in (await self._stack.router_metrics()).items():
+            lost[name] += value
         os.kill(pid, signal.SIGKILL)
         return f"router {pid}"
 

@@ -84,7 +84,7 @@ async def run_chaos(plan: ChaosPlan, folder: Path) -> dict[str, Any]:
     ) as stack:
         workload = CheckedWorkload(stack.url, MODEL_NAME, stack.tenants)
         ambiguous = await workload.record_expected()
-        before, accounts = await stack.router_metrics(), await _completed_requests(stack)
+        before, accounts = await stack.total_metrics(), await _completed_requests(stack)
         stop = asyncio.Event()
         workload_task = asyncio.create_task(workload.run(stop, per_tenant=plan.requests_per_tenant))
         try:
@@ -92,9 +92,9 @@ async def run_chaos(plan: ChaosPlan, folder: Path) -> dict[str, Any]:
         finally:
             stop.set()
             await workload_task
-        after, accounts_after = await stack.router_metrics(), await _completed_requests(stack)
+        after, accounts_after = await stack.total_metrics(), await _completed_requests(stack)
         recovered = await _has_recovered(workload, stack)
-    counts = {name: _since(before.get(name, 0.0), after[name]) for name in after}
+    counts = {name: after[name] - before.get(name, 0.0) for name in after}
     return {
         **_figures(workload, injected, counts, kills_only_s=plan.kills_only_s),
         "answers_by_tenant": dict(workload.outcome.completed),
@@ -110,11 +110,6 @@ async def run_chaos(plan: ChaosPlan, folder: Path) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "machine": platform.platform(),
     }
-
-
-def _since(before: float, after: float) -> float:
-    """Return how much a counter has grown; one of a restarted router began at 0."""
-    return after if after < before else after - before
 
 
 async def _completed_requests(stack: ChaosStack) -> dict[str, int]:

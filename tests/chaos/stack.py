@@ -14,9 +14,10 @@ import shutil
 import socket
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
@@ -73,6 +74,7 @@ class ChaosStack:
         store_copy: the store that sandboxes use.
         folder: folder with the logs.
         tenants: the tenants of the model.
+        lost_metrics: samples of the routers that were killed, just before.
     """
 
     url: str
@@ -83,12 +85,18 @@ class ChaosStack:
     store_copy: Path
     folder: Path
     tenants: tuple[ChaosTenant, ...]
+    lost_metrics: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     async def router_metrics(self) -> dict[str, float]:
         """Return the router's samples without labels, by name without the prefix."""
         text = (await self._get("/metrics", {})).decode()
         samples = re.findall(r"^(faasmoe_router_\w+) (\S+)$", text, re.MULTILINE)
         return {name.removeprefix("faasmoe_router_"): float(value) for name, value in samples}
+
+    async def total_metrics(self) -> dict[str, float]:
+        """Return the samples over all routers so far; meaningful for counters."""
+        now = await self.router_metrics()
+        return {name: value + self.lost_metrics[name] for name, value in now.items()}
 
     async def completed_requests(self, tenant: ChaosTenant) -> int:
         """Return the number of completed requests in a tenant's usage account."""
