@@ -130,6 +130,7 @@ def environment(
         "METRICS_PORT": router.metrics_port,
         "DEVICE": router.device,
         "DTYPE": router.dtype,
+        "COMPUTE": router.compute,
         "PLACEMENT": deployment.model.spec.experts.placement or "auto",
         "MAX_NUM_SEQS": router.max_num_seqs,
         "MAX_NUM_BATCHED_TOKENS": router.max_num_batched_tokens,
