@@ -104,8 +104,9 @@ class RouterConfig(BaseSettings):
             one request of full length needs if that is more.
         token: bearer token for sandboxes and control plane; empty sends none.
         activation_timeout_s: longest time that a request waits for the activation of functions.
-        call_queue_timeout_s: longest time that a running request waits for a function that lost
-            its address, before the router computes it.
+        call_queue_timeout_s: longest time that a running request waits for a function that has no
+            address, before the router computes it; one that had an address just now is replaced
+            within 50 ms, or computed.
         max_activation_queue_requests: requests that may wait for activation; more are rejected
             with status 429.
         max_activation_queue_bytes: total size of their prompts as Python objects; more are rejected

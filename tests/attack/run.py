@@ -121,8 +121,9 @@ def _bodies(up: FaasmoeUp) -> dict[str, float]:
     """Send the bodies that once blocked the event loop, and heads without end."""
     before_bytes = peak_bytes = _front_bytes(up)
     probe = Probe(up.base_url)
+    contents = hostile_requests()  # made before: the probe shares this interpreter
     with probe.running():
-        for content in hostile_requests():
+        for content in contents:
             with connect(up.base_url) as connection, contextlib.suppress(OSError):
                 connection.sendall(content)
                 while connection.recv(1 << 16):

@@ -20,8 +20,7 @@ COMPLETION: dict[str, Any] = {
     "temperature": 0,
 }
 N_PREPARING = 6  # requests after which the router knows how long calls take
-CALL_DEADLINE_S = 10.0
-LATE_S = 2.0
+LIMIT_S = 6.0  # 2 s for a first call, 1 s for probes, and a busy machine; a call may take 10 s
 
 
 def write_model(folder: Path, *, mailbox: str) -> Path:
@@ -67,5 +66,5 @@ def test_router_computes_for_stopped_sandboxes(tmp_path: Path, mailbox: str) -> 
                     sandbox.send_signal(signal.SIGCONT)
             print(f"mailbox {mailbox}, {len(sandboxes)} sandboxes stopped: {elapsed_s:.2f} s")
             assert text == expected
-            assert elapsed_s < LATE_S * len(sandboxes) + 1.0 < CALL_DEADLINE_S
+            assert elapsed_s < LIMIT_S
             wait_until(lambda: up.router_metric("ejected_addresses") == 0, timeout_s=30, what="all")
