@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from faasmoe_gateway.upstream import ResponseHead, RouterAway, RouterConnection,
 logger = logging.getLogger(__name__)
 
 RETRY_S = 0.02
+BUSY_RETRY_S = 1.0
 PROBE_HOLD_S = 2.0  # of what is no work: probes should learn that the router is away
 MAX_FRUITLESS_LOSSES = 2
 MAX_BUFFERED_BYTES = 1 << 20  # of a response that can still be had from another router
@@ -64,6 +66,10 @@ class WaitingRequests:
 
     def __init__(self) -> None:
         self.n = 0
+
+
+class RouterBusy(Exception):
+    """The next router has no place for a stream yet."""
 
 
 class RequestFailed(Exception):
@@ -155,10 +161,18 @@ class Relay:
 
     async def _run(self) -> None:
         n_fruitless = n_frames = 0
+        busy_until_s = math.inf
         while True:
             try:
                 await self._attempt()
                 return
+            except RouterBusy:
+                now_s = time.monotonic()
+                busy_until_s = min(busy_until_s, now_s + self._router.hold_timeout_s)
+                if now_s >= busy_until_s:
+                    raise RequestFailed("The server was restarted and is overloaded.") from None
+                await self._commented(asyncio.sleep(BUSY_RETRY_S))
+                continue
             except RouterLost:
                 if not self._request.can_repeat:
                     message = "The server was restarted; this request is too large to be repeated."
@@ -166,7 +180,7 @@ class Relay:
             if self._client.has_started and not self._request.n_frames:
                 raise RequestFailed("The server was restarted during this response.")
             n_fruitless = 1 if self._request.n_frames > n_frames else n_fruitless + 1
-            n_frames = self._request.n_frames
+            n_frames, busy_until_s = self._request.n_frames, math.inf
             if n_fruitless > MAX_FRUITLESS_LOSSES:
                 message = "The server was restarted repeatedly while it computed this request."
                 raise RequestFailed(message, status=500)
@@ -219,8 +233,7 @@ class Relay:
             return
         body = b"".join([part async for part in connection.parts()])
         if head.status in RETRYABLE:
-            await asyncio.sleep(1.0)
-            raise RouterLost
+            raise RouterBusy
         logger.error("A stream could not go on: %d %s", head.status, body[:200])
         raise RequestFailed("The server was restarted and could not go on with this response.")
 

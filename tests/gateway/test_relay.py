@@ -181,6 +181,34 @@ def test_stream_that_cannot_go_on_ends_with_an_error(path: Path) -> None:
     run(work)
 
 
+def test_stream_waits_for_a_place(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("faasmoe_gateway.relay.BUSY_RETRY_S", 0.0)
+
+    async def work() -> None:
+        client = Client()
+        busy = [reply(b"{}", status=status) for status in (429, 503) * MAX_FRUITLESS_LOSSES]
+        async with FakeRouter(path, stream(FIRST, is_whole=False), *busy, stream(SECOND)):
+            await app(path)(client.scope, client.receive, client.send)
+        assert client.body == b"data: 1\n\ndata: 2\n\n"
+
+    run(work)
+
+
+def test_stream_without_a_place_ends_with_an_error(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("faasmoe_gateway.relay.BUSY_RETRY_S", 0.0)
+
+    async def work() -> None:
+        client = Client()
+        answers = stream(FIRST, is_whole=False), reply(b"{}", status=503)
+        async with FakeRouter(path, *answers):
+            await app(path, hold_s=0.2)(client.scope, client.receive, client.send)
+        assert b"is overloaded" in client.body
+
+    run(work)
+
+
 def test_request_beyond_the_bounds_is_answered_but_not_repeated(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
