@@ -42,7 +42,7 @@ FAULT_WEIGHTS: Mapping[FaultKind, int] = {
     FaultKind.KILL_CONTROL: 2,
     FaultKind.STOP_CONTROL: 2,
     FaultKind.KILL_ZYGOTE: 1,
-    FaultKind.KILL_ROUTER: 1,
+    FaultKind.KILL_ROUTER: 2,
     FaultKind.STORE_AWAY: 1,
     FaultKind.REWRITE_STORE: 2,
 }
