@@ -23,13 +23,13 @@ N_PREPARING = 6  # requests after which the router knows how long calls take
 LIMIT_S = 6.0  # 2 s for a first call, 1 s for probes, and a busy machine; a call may take 10 s
 
 
-def write_model(folder: Path, *, mailbox: str) -> Path:
+def write_model(folder: Path) -> Path:
     model = save_tiny_chat_model(folder / "model")
     spec = {
         "model": {"source": f"file://{model}"},
         "store": {"path": str(folder / "store")},
         "granularity": {"expertsPerFunction": 1, "layersPerFunction": 1},
-        "router": {"device": "cpu", "env": [{"name": "FAASMOE_MAILBOX", "value": mailbox}]},
+        "router": {"device": "cpu"},
         "experts": {"device": "cpu", "functionsPerSandbox": 4, "placement": "functions"},
     }
     document = {
@@ -53,7 +53,8 @@ def complete(up: FaasmoeUp) -> tuple[str, float]:
 
 @pytest.mark.parametrize("mailbox", ["on", "off"])
 def test_router_computes_for_stopped_sandboxes(tmp_path: Path, mailbox: str) -> None:
-    with running_up(write_model(tmp_path, mailbox=mailbox), tmp_path / "up.log") as up:
+    file, variables = write_model(tmp_path), {"FAASMOE_MAILBOX": mailbox}
+    with running_up(file, tmp_path / "up.log", variables=variables) as up:
         expected = [complete(up)[0] for _ in range(N_PREPARING)][-1]
         for _ in range(3):  # so that the budget of retries does not last
             sandboxes = up.sandboxes

@@ -22,8 +22,6 @@ def environment(
 ) -> dict[str, str]:
     """Return the complete environment of the gateway.
 
-    Variables of spec.router.env apply to it, too, such as the number of connections.
-
     Args:
         deployment: the model to serve.
         endpoint: address to listen on.
@@ -31,9 +29,8 @@ def environment(
         listen_fd: descriptor of a socket that listens on `endpoint`.
         keep_alive_s: how long unused connections are kept; None for the spec's, or the default.
     """
-    router_spec = deployment.model.spec.router
     if keep_alive_s is None:
-        keep_alive_s = router_spec.keep_alive_seconds
+        keep_alive_s = deployment.model.spec.router.keep_alive_seconds
     settings = {
         "HOST": endpoint.host,
         "PORT": endpoint.port,
@@ -45,6 +42,5 @@ def environment(
     return {
         **DEFAULT_ENVIRONMENT,
         **os.environ,
-        **{variable.name: variable.value for variable in router_spec.env},
         **{f"FAASMOE_{name}": str(value) for name, value in settings.items() if value is not None},
     }
