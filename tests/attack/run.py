@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-from faasmoe_up import FaasmoeUp, running_up
+from faasmoe_up import FaasmoeUp, running_up, wait_until
 from tests.attack.clients import (
     REQUEST_TIMEOUT_S,
     Probe,
@@ -94,7 +94,7 @@ async def _hang_ups(up: FaasmoeUp, *, seed: int, seconds: float) -> dict[str, fl
             stormy.run(seconds / N_ROUNDS),
         )
         n_hang_ups += n
-        await _wait_until_idle(up)
+        await asyncio.to_thread(_wait_until_idle, up)
     calm_p99_s, stormy_p99_s = (percentile_99(t.latencies_s) for t in (calm, stormy))
     return {
         "hang_ups": n_hang_ups,
@@ -106,11 +106,13 @@ async def _hang_ups(up: FaasmoeUp, *, seed: int, seconds: float) -> dict[str, fl
     }
 
 
-async def _wait_until_idle(up: FaasmoeUp) -> None:
+def _wait_until_idle(up: FaasmoeUp) -> None:
     """Wait until nothing of a storm is left."""
-    async with asyncio.timeout(REQUEST_TIMEOUT_S), httpx.AsyncClient() as client:
-        while (await client.get(f"{up.base_url}/load")).json()["server_load"]:
-            await asyncio.sleep(0.1)
+
+    def is_idle() -> bool:
+        return not httpx.get(f"{up.base_url}/load").json()["server_load"]
+
+    wait_until(is_idle, timeout_s=REQUEST_TIMEOUT_S, what="an idle router")
 
 
 async def _other_process_storm(url: str, *, seconds: float, seed: int) -> int:
