@@ -39,7 +39,6 @@ from faasmoe_router.api.protocol import (
     CompletionRequestBase,
     StreamOptions,
 )
-from faasmoe_router.api.reasoning import resolve_message_format
 from faasmoe_router.api.rendering import PlainRendering, Rendering
 from faasmoe_router.api.responses import (
     ChatChoiceFormatter,
@@ -113,7 +112,7 @@ def completion_routes(
                 _logprob_token_bytes(engine, body),
                 echoed_prompts,
                 prompts=[r.prompt_token_ids for r in requests] if body.scores_prompt else (),
-                n_top=body.n_logprobs,
+                n_top=body.n_reported_logprobs,
                 as_ids=bool(body.return_tokens_as_token_ids),
             )
             return PreparedRequest(body.without_contents(), requests, formatter)
@@ -221,16 +220,14 @@ class ChatService:
 
         async with self._bodies.converting(request, model, caller, convert) as (body, rendering):
             self._generator.check_request(body, caller)
-            tool_config, requests = await run_until_disconnect(
+            message_format, requests = await run_until_disconnect(
                 request, self._preprocessor.build_chat_requests(body, caller, origin=origin)
             )
-            message_format = resolve_message_format(
-                body, self._engine.tokenizer, requests[0].prompt_token_ids, tool_config
-            )
+            tool_config = message_format.tool_config
             formatter = ChatChoiceFormatter(
                 _logprob_token_bytes(self._engine, body),
                 message_format,
-                n_top=body.n_logprobs,
+                n_top=body.n_reported_logprobs,
                 as_ids=bool(body.return_tokens_as_token_ids),
                 origin=origin,
             )

@@ -6,13 +6,15 @@ and quantising it spoils its whole group.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from faasmoe_router.checkpoint.formats.coded_weight import CodedWeight
 from faasmoe_router.errors import WeightsNotFinite
-from faasmoe_transformers.weight_conversion import LazyTensor
+from faasmoe_transformers.weight_conversion import FLOAT_DTYPES, LazyTensor
 
 
 class FiniteTensor:
@@ -47,6 +49,23 @@ class FiniteTensor:
                 "expected finite weights; --allow-nonfinite accepts them"
             )
         return part
+
+
+def checked_tensors(
+    tensors: Mapping[str, LazyTensor], paths: Mapping[str, Path]
+) -> dict[str, LazyTensor]:
+    """Return a checkpoint's tensors, with those that are not quantised checked when read.
+
+    Args:
+        tensors: the tensors.
+        paths: the file of each.
+    """
+    return {
+        name: tensor
+        if isinstance(tensor, CodedWeight) or tensor.get_dtype() not in FLOAT_DTYPES
+        else FiniteTensor(tensor, paths[name], name)
+        for name, tensor in tensors.items()
+    }
 
 
 def is_finite(values: torch.Tensor) -> bool:

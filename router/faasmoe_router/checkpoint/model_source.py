@@ -6,13 +6,15 @@ has been converted leaves memory at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from faasmoe_router.checkpoint.finite_tensors import FiniteTensor
+from faasmoe_router.checkpoint.finite_tensors import checked_tensors
+from faasmoe_router.checkpoint.formats.methods import dequantized_tensors
+from faasmoe_router.checkpoint.source import CheckpointSource
 from faasmoe_router.errors import PrepareError, SourceUnsupported
 from faasmoe_transformers.errors import UnsupportedModel
 from faasmoe_transformers.model_skeleton import (
@@ -26,23 +28,30 @@ from faasmoe_transformers.weight_conversion import LazyTensor, first_float_dtype
 
 @contextmanager
 def open_tensors(
-    files: Sequence[Path], *, allows_nonfinite: bool = False
+    checkpoint: CheckpointSource, *, allows_nonfinite: bool = False
 ) -> Iterator[dict[str, LazyTensor]]:
-    """Open every tensor of `files` by name; raises PrepareError if a file cannot be read.
+    """Open every tensor of a checkpoint by name; quantised weights are dequantised when read.
 
-    Reading a part that is not finite raises WeightsNotFinite, unless that is allowed.
+    Reading a part of a weight that is not quantised and not finite raises WeightsNotFinite, unless
+    that is allowed.
+
+    Raises:
+        PrepareError: a file cannot be read, or its codes and scales are not supported.
     """
     with ExitStack() as stack:
         tensors: dict[str, LazyTensor] = {}
-        for path in files:
+        paths: dict[str, Path] = {}
+        for path in checkpoint.weight_files:
             try:
                 file = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
-                for name in file.keys():  # noqa: SIM118
-                    tensor: LazyTensor = file.get_slice(name)
-                    tensors[name] = tensor if allows_nonfinite else FiniteTensor(tensor, path, name)
+                tensors.update((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118
+                paths.update((name, path) for name in file.keys())  # noqa: SIM118
             except (OSError, SafetensorError) as error:
                 raise PrepareError(f"{path}: got no readable safetensors file: {error}") from error
-        yield tensors
+        if checkpoint.published is not None:
+            files = checkpoint.weight_files
+            tensors = dequantized_tensors(tensors, files, checkpoint.published)
+        yield tensors if allows_nonfinite else checked_tensors(tensors, paths)
 
 
 def load_skeleton(
