@@ -28,6 +28,7 @@ ControlError                calls to the control plane; never ends the router
 PrepareError                checkpoint preparation; carries `reason` and `is_permanent`
 ├── SourceNotFound          no such checkpoint, revision or file
 ├── SourceUnsupported       a checkpoint that cannot be served; permanent
+│   └── WeightsNotFinite    it has weights that are NaN or infinite
 ├── StoreMismatch           the folder holds something else; permanent
 ├── HubUnauthorized         the Hugging Face Hub requires an authorized token
 ├── HubUnavailable          the Hub is unreachable, failing or rate-limiting
@@ -184,6 +185,10 @@ class SourceUnsupported(PrepareError):
 
     reason = "SourceUnsupported"
     is_permanent = True
+
+
+class WeightsNotFinite(SourceUnsupported):
+    """The checkpoint has weights that are NaN or infinite."""
 
 
 class StoreMismatch(PrepareError):

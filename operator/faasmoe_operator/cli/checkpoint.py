@@ -64,6 +64,11 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--force", action="store_true", help="overwrite a store made from another source"
     )
+    parser.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="accept weights that are NaN or infinite, which are refused otherwise",
+    )
     parser.set_defaults(run=_prepare)
     parser = commands.add_parser(
         "demo-model",
@@ -91,6 +96,7 @@ def prepare_command(
     dtype: str | None,
     quantization: QuantizationEntry = NO_QUANTIZATION,
     force: bool = False,
+    allows_nonfinite: bool = False,
 ) -> list[str]:
     """Return the command line that converts a checkpoint into a store.
 
@@ -101,6 +107,7 @@ def prepare_command(
         dtype: dtype of the stored weights; None for that of the checkpoint.
         quantization: what to quantise.
         force: whether to overwrite a store made from another source.
+        allows_nonfinite: whether to accept weights that are NaN or infinite.
     """
     # The manifest records the source, so a folder needs its absolute path.
     name = Path(source).resolve().as_uri() if Path(source).is_dir() else source
@@ -108,6 +115,7 @@ def prepare_command(
     command += [f"--revision={revision}"] if revision else []
     command += [f"--dtype={dtype}"] if dtype else []
     command += quantization_arguments(quantization)
+    command += ["--allow-nonfinite"] * allows_nonfinite
     return command + ["--force"] * force
 
 
@@ -126,6 +134,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype,
             quantization=QuantizationEntry(arguments.quantize, arguments.quantize_router),
             force=arguments.force,
+            allows_nonfinite=arguments.allow_nonfinite,
         )
     )
 

@@ -101,6 +101,13 @@ def add_commands(commands: Any) -> None:
         help="how long unused connections of clients are kept; more than a load balancer keeps "
         "them (default: spec.router.keepAliveSeconds, or 75)",
     )
+    parser.add_argument(
+        "--gateway",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let clients talk to a process of their own that keeps their requests and streams "
+        "while the router is restarted (default: %(default)s)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -146,6 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
                     logs,
                     skip_verify=arguments.skip_verify,
                     keep_alive_s=arguments.keep_alive,
+                    has_gateway=arguments.gateway,
                 )
             )
         )
@@ -159,6 +167,7 @@ async def _prepare_and_serve(
     *,
     skip_verify: bool,
     keep_alive_s: float | None,
+    has_gateway: bool,
 ) -> int:
     await check_devices(deployment)
     if not deployment.is_prepared:
@@ -175,6 +184,7 @@ async def _prepare_and_serve(
             folder=folder,
             port=port,
             keep_alive_s=keep_alive_s,
+            has_gateway=has_gateway,
         )
         register_instance(spec.instance, folder)
         print_progress(f"CPU kernels: {describe_cpu_kernels()}")

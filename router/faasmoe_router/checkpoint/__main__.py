@@ -73,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--force", action="store_true", help="replace a store of another source")
     command.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="accept weights that are NaN or infinite, which are refused otherwise",
+    )
+    command.add_argument(
         "--termination-log",
         type=Path,
         metavar="FILE",
@@ -170,6 +175,7 @@ def _prepare_store(args: argparse.Namespace) -> Store:
             dtype=args.dtype,
             quantization=_quantization(args),
             force=args.force,
+            allows_nonfinite=args.allow_nonfinite,
             progress=bar,
         )
 

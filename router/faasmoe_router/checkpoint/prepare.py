@@ -94,6 +94,7 @@ def prepare(
     dtype: str | None = None,
     quantization: QuantizationEntry = NO_QUANTIZATION,
     force: bool = False,
+    allows_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Store:
     """Prepare a checkpoint as a store.
@@ -107,6 +108,7 @@ def prepare(
         dtype: bfloat16, float16 or float32; None keeps the checkpoint's.
         quantization: what to quantise.
         force: replace a complete store of another checkpoint.
+        allows_nonfinite: accept weights that are NaN or infinite.
         progress: receives the number of bytes written.
 
     Raises:
@@ -123,7 +125,7 @@ def prepare(
                 return _verified_store(folder)
             _clear_existing(folder, source, quantization, force=force)
         target = StoreTarget(fingerprint, dtype, quantization)
-        with open_tensors(checkpoint) as tensors:
+        with open_tensors(checkpoint, allows_nonfinite=allows_nonfinite) as tensors:
             _fill_store(folder, checkpoint, tensors, target, progress or NoProgress())
     return Store.open(store)
 
