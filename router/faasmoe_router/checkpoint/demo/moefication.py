@@ -36,6 +36,7 @@ N_CALIBRATION_STEPS = ANSWER_TOKENS + len(CALIBRATION_PROMPTS)
 SHARED_FRACTION, NUM_EXPERTS, TOP_K = 0.5, 8, 4
 _GATE_SCALE = 0.05  # keeps the order of the logits but leaves the top-k weights close to 1/k
 _N_CLUSTER_ITERATIONS = 8
+_QKV_BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -219,23 +220,23 @@ def convert_to_moe(
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}.mlp."
         weights = [dense_weights[f"{prefix}{name}.weight"] for name in _PROJECTIONS]
-        if layer in config.mlp_only_layers:
-            block_weights = dict(
-                zip((f"{name}.weight" for name in _PROJECTIONS), weights, strict=True)
-            )
-        else:
-            block_weights = split_dense_mlp(
-                DenseMlp(*weights), inputs[layer], exact=exact, generator=generator
-            )
+        block_weights = split_dense_mlp(
+            DenseMlp(*weights), inputs[layer], exact=exact, generator=generator
+        )
         moe_weights |= {prefix + name: tensor for name, tensor in block_weights.items()}
         on_step()
     model = Qwen2MoeForCausalLM(config)
-    model.load_state_dict(moe_weights)
+    biases = {
+        name: torch.zeros_like(bias)
+        for name, bias in model.state_dict().items()
+        if name.endswith(_QKV_BIASES)
+    }
+    model.load_state_dict(moe_weights | biases)
     return model.eval()
 
 
 def moe_config(dense_config: Any, *, exact: bool) -> Qwen2MoeConfig:
-    """Return the model's config; unless `exact`, the first two layers and the last stay dense."""
+    """Return the model's config."""
     n_layers = dense_config.num_hidden_layers
     shared_width = shared_expert_size(dense_config.intermediate_size)
     return Qwen2MoeConfig(
@@ -248,16 +249,18 @@ def moe_config(dense_config: Any, *, exact: bool) -> Qwen2MoeConfig:
         max_position_embeddings=dense_config.max_position_embeddings,
         rms_norm_eps=dense_config.rms_norm_eps,
         rope_parameters=dense_config.rope_parameters,
-        tie_word_embeddings=True,
+        # Peers expect these three: llama.cpp's converter a head of its own and no dense layers,
+        # vLLM biases, which are zero here.
+        tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
-        qkv_bias=False,
+        qkv_bias=True,
         decoder_sparse_step=1,
         moe_intermediate_size=(dense_config.intermediate_size - shared_width) // NUM_EXPERTS,
         shared_expert_intermediate_size=shared_width,
         num_experts=NUM_EXPERTS,
         norm_topk_prob=True,
         num_experts_per_tok=NUM_EXPERTS if exact else TOP_K,
-        mlp_only_layers=[] if exact else [0, 1, n_layers - 1],
+        mlp_only_layers=[],
     )
