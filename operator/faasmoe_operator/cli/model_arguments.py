@@ -7,14 +7,15 @@ override the file's, and errors name the option that set a field.
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from faasmoe_contracts.store import QuantizationEntry
+from faasmoe_contracts.store import Manifest, QuantizationEntry
 from faasmoe_contracts.store.quantization import EXPERTS_QUANTIZATIONS, ROUTER_QUANTIZATIONS
 from faasmoe_operator.api.v1alpha1 import MoEModel, MoEModelError
 from faasmoe_operator.api.v1alpha1.moemodel import API_VERSION, KIND
@@ -138,6 +139,27 @@ class RequestedModel:
     def is_prepared(self) -> bool:
         """Whether there is a store; that of a MODEL must be of the checkpoint as it is now."""
         return self.deployment.is_prepared if self.cached is None else self.cached.is_current
+
+    def laid_out(self, manifest: Manifest) -> LocalModel:
+        """Return the model as served: a MODEL in as many sandboxes as a layer has functions.
+
+        The default of a MoEModel, a sandbox for each function, suits pods; on one machine the
+        functions of a layer, which are called at once, are what can run in parallel.
+
+        Raises:
+            MoEModelError: the model cannot be partitioned as requested.
+        """
+        if self.cached is None:
+            return self.deployment
+        functions = self.deployment.functions(manifest, key=bytes(16))
+        in_layer = Counter(layer for function in functions for layer in function.layers)
+        capacity = -(-len(functions) // max(in_layer.values()))
+        spec = self.deployment.model.spec
+        experts = spec.experts.model_copy(update={"functions_per_sandbox": capacity})
+        model = self.deployment.model.model_copy(
+            update={"spec": spec.model_copy(update={"experts": experts})}
+        )
+        return replace(self.deployment, model=model)
 
 
 def load_model(arguments: argparse.Namespace) -> RequestedModel:

@@ -43,8 +43,9 @@ def add_commands(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan."""
-    deployment = model_arguments.load_model(arguments).deployment
-    manifest = deployment.open_store().manifest
+    requested = model_arguments.load_model(arguments)
+    manifest = requested.deployment.open_store().manifest
+    deployment = requested.laid_out(manifest)
     functions = deployment.functions(manifest, key=secrets.token_bytes(16))
     print(format_plan(deployment, manifest, functions))
     return 0

@@ -200,6 +200,7 @@ async def _prepare_and_serve(
             return status  # the preparation has said why
         skip_verify = True  # the checksums were computed just now
     store = deployment.open_store()
+    deployment = requested.laid_out(store.manifest)
     # Raises MoEModelError here rather than in the log of the control process.
     deployment.functions(store.manifest, key=secrets.token_bytes(32))
     with private_runtime_dir() as folder, closing(control.ReservedControlPort.reserve()) as port:

@@ -144,6 +144,7 @@ def test_plan_of_a_model_shows_its_store(
     assert main(["plan", str(checkpoint), "--experts-per-function", "4"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "functions 4, 16.0 MiB of weights" in lines
+    assert "sandboxes up to 2 functions each, 1 generic kept ready" in lines  # 2 for 2 layers
     assert f"source {checkpoint.as_uri()}" in lines
 
 

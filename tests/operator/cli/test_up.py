@@ -446,6 +446,8 @@ def test_serves_a_folder_without_a_file(store: Path, tmp_path: Path) -> None:
         assert file.stat().st_mode & 0o777 == 0o600
         functions = instance.activate_all()
         eventually(lambda: instance.ready_functions() == functions, "all functions")
+        # A layer has three functions, so three sandboxes hold those of both layers; one is ready.
+        eventually(lambda: len(instance.sandbox_pids()) == 4, "three sandboxes and the pool")
         instance.process.terminate()
         assert instance.wait_for_exit() == 0
 
