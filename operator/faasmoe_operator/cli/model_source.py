@@ -6,6 +6,7 @@ hub has a repository is found out by the process that downloads it.
 
 from __future__ import annotations
 
+import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ CONFIG_NAME = "config.json"
 GGUF_SUFFIX = ".gguf"
 MAX_NAME_CHARS = 63
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
+_SPLIT_PART = re.compile(r"-\d{5}-of-\d{5}$")  # of the name of a split GGUF file
 _EXPECTED = "a folder, a GGUF file or ORG/NAME on the hub"
 
 
@@ -42,7 +44,7 @@ class ModelSource:
                 return cls(text, None)
             raise _error(text, "expected hf://ORG/NAME")
         path = _local_path(text).absolute()
-        if path.exists():
+        if text and path.exists():
             _check_local(text, path)
             return cls(text, path.resolve())
         if _HUB_ID.fullmatch(text) and not _looks_local(text):
@@ -61,14 +63,32 @@ class ModelSource:
         """The name by which requests address the model: ORG/NAME, or that of the folder or file."""
         if self.path is None:
             return self.text.removeprefix(HUB_SCHEME)
-        name = self.path.stem if self.path.is_file() else self.path.name
+        is_file = self.path.is_file()
+        name = _SPLIT_PART.sub("", self.path.stem) if is_file else self.path.name
         return re.sub(r"[^A-Za-z0-9._:-]+", "-", name).lstrip("._:-") or "model"
+
+    def files(self) -> list[Path]:
+        """Return the files of a local checkpoint, without folders in it; none on the hub."""
+        if self.path is None:
+            return []
+        if self.path.is_dir():
+            paths = list(self.path.iterdir())
+        elif _SPLIT_PART.search(self.path.stem):
+            paths = list(self.path.parent.glob(f"{_glob_escaped(self.path.stem)}{GGUF_SUFFIX}"))
+        else:
+            paths = [self.path]
+        return sorted(path for path in paths if path.is_file() and not path.name.startswith("."))
 
     @property
     def name(self) -> str:
         """The MoEModel's own name: lowercase letters, digits and '-'."""
         last_part = self.served_name.rpartition("/")[2].lower()
         return re.sub(r"[^a-z0-9]+", "-", last_part)[:MAX_NAME_CHARS].strip("-") or "model"
+
+
+def _glob_escaped(split_stem: str) -> str:
+    """Return the pattern of all parts of a split file, of the stem of one."""
+    return glob.escape(_SPLIT_PART.sub("", split_stem)) + "-*-of-*"
 
 
 def _local_path(text: str) -> Path:
@@ -92,15 +112,13 @@ def _check_local(text: str, path: Path) -> None:
             f"{path} is a store that `faasmoe prepare` wrote, expected its checkpoint; a MoEModel "
             "file names both: spec.model.source and spec.store.path",
         )
-    elif not (path / CONFIG_NAME).is_file():
+    elif not (path / CONFIG_NAME).is_file() and not any(path.glob(f"*{GGUF_SUFFIX}")):
         raise _error(text, _missing_config(path))
 
 
 def _missing_config(path: Path) -> str:
     """Say what a folder without config.json holds instead."""
-    message = f"the folder {path} has no {CONFIG_NAME}, expected a Hugging Face checkpoint"
-    if files := sorted(path.glob(f"*{GGUF_SUFFIX}")):
-        return f"{message}; for a GGUF file, name the file: {files[0]}"
+    message = f"the folder {path} has no {CONFIG_NAME} and no GGUF file, expected a checkpoint"
     below = sorted(path.glob(f"*/{CONFIG_NAME}"))
     return f"{message}; there is one in {below[0].parent}" if below else message
 

@@ -86,15 +86,10 @@ class CachedStore:
 
     def stamp(self) -> str | None:
         """Return what tells a changed checkpoint; None on the hub. Read it before preparing."""
-        path = self.source.path
-        if path is None:
+        if self.source.path is None:
             return None
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        facts = [
-            (file.name, (stat := file.stat()).st_size, stat.st_mtime_ns)
-            for file in files
-            if file.is_file() and not file.name.startswith(".")
-        ]
+        stats = ((file.name, file.stat()) for file in self.source.files())
+        facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def write_stamp(self, stamp: str | None) -> None:

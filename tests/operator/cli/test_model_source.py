@@ -14,7 +14,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "Tiny-Q8_0.gguf").write_bytes(b"GGUF")
     (tmp_path / "model.yaml").write_text("")
     (tmp_path / "gguf").mkdir()
-    (tmp_path / "gguf" / "a.gguf").write_bytes(b"GGUF")
+    for name in ("a", "B-00001-of-00002", "B-00002-of-00002", "B"):
+        (tmp_path / "gguf" / f"{name}.gguf").write_bytes(b"GGUF")
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "manifest.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
@@ -36,6 +37,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "my-model-v2",
         ),
         ("Tiny-Q8_0.gguf", "file://{}/Tiny-Q8_0.gguf", "Tiny-Q8_0", "tiny-q8-0"),
+        ("gguf", "file://{}/gguf", "gguf", "gguf"),
+        ("gguf/B-00001-of-00002.gguf", "file://{}/gguf/B-00001-of-00002.gguf", "B", "b"),
         (f"o/{'n' * 80}", f"hf://o/{'n' * 80}", f"o/{'n' * 80}", "n" * 63),
         ("o/...", "hf://o/...", "o/...", "model"),
     ],
@@ -44,6 +47,21 @@ def test_source_and_names(text: str, uri: str, served_name: str, name: str, fold
     source = ModelSource.parse(text.format(folder))
     assert source.uri == uri.format(folder)
     assert (source.served_name, source.name) == (served_name, name)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("org/name", []),
+        ("org/My_Model v2", ["config.json"]),
+        ("Tiny-Q8_0.gguf", ["Tiny-Q8_0.gguf"]),
+        ("gguf/a.gguf", ["a.gguf"]),
+        ("gguf/B-00002-of-00002.gguf", ["B-00001-of-00002.gguf", "B-00002-of-00002.gguf"]),
+    ],
+)
+def test_files_of_a_checkpoint(text: str, names: list[str]) -> None:
+    assert [path.name for path in ModelSource.parse(text).files()] == names
 
 
 @pytest.mark.parametrize(
@@ -55,10 +73,9 @@ def test_source_and_names(text: str, uri: str, served_name: str, name: str, fold
         ("org/none.gguf", "there is no {}/org/none.gguf; expected"),
         ("a/b/c", "there is no {}/a/b/c; expected"),
         ("hf://name", "expected hf://ORG/NAME"),
-        ("", "{} has no config.json"),
+        ("", "expected a folder, a GGUF file or ORG/NAME on the hub"),
         ("model.yaml", "{}/model.yaml is a file, expected .*; a MoEModel file is given with -f"),
-        ("org", "the folder {}/org has no config.json, .*; there is one in {}/org/My_Model v2"),
-        ("gguf", "the folder {}/gguf has no config.json, .*; for a GGUF file, .*: {}/gguf/a.gguf"),
+        ("org", "the folder {}/org has no config.json .*; there is one in {}/org/My_Model v2"),
         ("store", "{}/store is a store that `faasmoe prepare` wrote, expected its checkpoint"),
     ],
 )
