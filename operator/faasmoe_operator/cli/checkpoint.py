@@ -28,7 +28,10 @@ def add_commands(commands: Any) -> None:
         "prepare",
         help="convert a checkpoint into a store",
         description="Convert a Hugging Face checkpoint into a store: one file of expert weights\n"
-        "per MoE layer, plus the router's weights. It is safe to interrupt and to repeat.",
+        "per MoE layer, plus the router's weights. It is safe to interrupt and to repeat.\n\n"
+        "Checkpoints published quantised (fp8, mxfp4, mxfp8, compressed-tensors, GPTQ, AWQ,\n"
+        "NVFP4) are read as they are: experts keep codes that the kernels read, the rest is\n"
+        "dequantised, and the output says which and what it costs (docs/models.md).",
         epilog="Examples:\n"
         "  faasmoe prepare Qwen/Qwen1.5-MoE-A2.7B-Chat   for `faasmoe up` of the same MODEL\n"
         "  faasmoe prepare ./checkpoint ./store\n"

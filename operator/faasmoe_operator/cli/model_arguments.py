@@ -77,7 +77,8 @@ def add_store_options(group: argparse._ArgumentGroup, *quantization_aliases: str
         *quantization_aliases,
         choices=EXPERTS_QUANTIZATIONS,
         help="store the experts so: int8 is close to lossless in half the bytes, int4 and mxfp4 "
-        "are lossy in a quarter (default: none)",
+        "are lossy in a quarter; none keeps the codes of a quantised checkpoint where kernels "
+        "read them (default: none)",
     )
     group.add_argument(
         "--quantize-router",
