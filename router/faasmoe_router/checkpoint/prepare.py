@@ -122,7 +122,7 @@ def prepare(
     with lock_store_folder(store) as folder:
         if folder.is_complete:
             if folder.fingerprint() == fingerprint and not force:
-                return _verified_store(folder)
+                return _verified_store(folder, progress or NoProgress())
             _clear_existing(folder, source, quantization, force=force)
         target = StoreTarget(fingerprint, dtype, quantization)
         with open_tensors(checkpoint, allows_nonfinite=allows_nonfinite) as tensors:
@@ -130,9 +130,13 @@ def prepare(
     return Store.open(store)
 
 
-def _verified_store(folder: StoreFolder) -> Store:
+def _verified_store(folder: StoreFolder, progress: Progress) -> Store:
     store = Store.open(folder.path)
-    store.verify()
+    files = store.manifest.files
+    progress.start("verifying", total_bytes=sum(file.size_bytes for file in files.values()))
+    for name, file in files.items():
+        store.verify([name])
+        progress.advance(file.size_bytes)
     logger.info("%s is complete and verified", folder.path)
     return store
 
