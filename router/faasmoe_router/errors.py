@@ -28,6 +28,7 @@ ControlError                calls to the control plane; never ends the router
 PrepareError                checkpoint preparation; carries `reason` and `is_permanent`
 ├── SourceNotFound          no such checkpoint, revision or file
 ├── SourceUnsupported       a checkpoint that cannot be served; permanent
+│   └── SourceDamaged       a file of it is truncated, or contradicts itself
 ├── StoreMismatch           the folder holds something else; permanent
 ├── HubUnauthorized         the Hugging Face Hub requires an authorized token
 ├── HubUnavailable          the Hub is unreachable, failing or rate-limiting
@@ -184,6 +185,10 @@ class SourceUnsupported(PrepareError):
 
     reason = "SourceUnsupported"
     is_permanent = True
+
+
+class SourceDamaged(SourceUnsupported):
+    """A file of the checkpoint is truncated, or contradicts itself; names file, got, expected."""
 
 
 class StoreMismatch(PrepareError):

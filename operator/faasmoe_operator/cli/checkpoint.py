@@ -25,16 +25,20 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "prepare",
         help="convert a checkpoint into a store",
-        description="Convert a Hugging Face checkpoint into a store: one file of expert weights\n"
-        "per MoE layer, plus the router's weights. It is safe to interrupt and to repeat.",
+        description="Convert a Hugging Face checkpoint or a GGUF file into a store: one file of\n"
+        "expert weights per MoE layer, plus the router's weights. It is safe to interrupt\n"
+        "and to repeat.",
         epilog="Examples:\n"
         "  faasmoe prepare ./checkpoint ./store\n"
+        "  faasmoe prepare ./model-Q8_0.gguf ./store\n"
         "  faasmoe prepare hf://Qwen/Qwen1.5-MoE-A2.7B ./store --dtype bfloat16\n"
         "  faasmoe prepare ./checkpoint ./store --quantize int8 --quantize-router int8",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "source", metavar="SOURCE", help="checkpoint: a folder, hf://ORG/NAME or ORG/NAME"
+        "source",
+        metavar="SOURCE",
+        help="checkpoint: a folder, a GGUF file, hf://ORG/NAME or ORG/NAME",
     )
     parser.add_argument("store", metavar="STORE", help="folder to write the store to")
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face model")
@@ -91,15 +95,15 @@ def prepare_command(
     """Return the command line that converts a checkpoint into a store.
 
     Args:
-        source: a folder, file:///FOLDER, hf://ORG/NAME or ORG/NAME.
+        source: a folder, a GGUF file, the file:// URL of either, hf://ORG/NAME or ORG/NAME.
         store: folder to write the store to.
         revision: branch, tag or commit; None for the hub's default.
         dtype: dtype of the stored weights; None for that of the checkpoint.
         quantization: what to quantise.
         force: whether to overwrite a store made from another source.
     """
-    # The manifest records the source, so a folder needs its absolute path.
-    name = Path(source).resolve().as_uri() if Path(source).is_dir() else source
+    # The manifest records the source, so a folder or file needs its absolute path.
+    name = Path(source).resolve().as_uri() if Path(source).exists() else source
     command = [*COMMAND, "prepare", name, store]
     command += [f"--revision={revision}"] if revision else []
     command += [f"--dtype={dtype}"] if dtype else []

@@ -12,6 +12,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +24,7 @@ from faasmoe_contracts.store import (
     QuantizationEntry,
     Store,
 )
+from faasmoe_router.checkpoint.gguf.checkpoint import GgufCheckpoint, find_gguf_checkpoint
 from faasmoe_router.checkpoint.manifest import (
     layer_entries,
     model_entry,
@@ -30,6 +32,7 @@ from faasmoe_router.checkpoint.manifest import (
     with_layer_digests,
 )
 from faasmoe_router.checkpoint.model_source import load_skeleton, open_tensors
+from faasmoe_router.checkpoint.published_codes import read_published
 from faasmoe_router.checkpoint.slice_quantizer import QuantizationLoss, SliceQuantizer
 from faasmoe_router.checkpoint.source import (
     CheckpointSource,
@@ -100,7 +103,8 @@ def prepare(
     If the store is complete and of the same checkpoint, its files are verified and left unchanged.
 
     Args:
-        source: a folder, file:///FOLDER, or a hub repository (hf://ORG/NAME or ORG/NAME).
+        source: a folder or GGUF file, its file:// URL, or a hub repository (hf://ORG/NAME or
+            ORG/NAME).
         store: the store's folder; created if missing.
         revision: branch, tag or commit of the hub repository.
         dtype: bfloat16, float16 or float32; None keeps the checkpoint's.
@@ -114,7 +118,7 @@ def prepare(
     """
     if dtype is not None and dtype not in DTYPES:
         raise SourceUnsupported(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
-    checkpoint = resolve_source(source, revision=revision)
+    checkpoint = _resolve(source, revision)
     fingerprint = checkpoint.fingerprint(dtype=dtype, quantization=quantization)
     with lock_store_folder(store) as folder:
         if folder.is_complete:
@@ -122,9 +126,22 @@ def prepare(
                 return _verified_store(folder)
             _clear_existing(folder, source, quantization, force=force)
         target = StoreTarget(fingerprint, dtype, quantization)
-        with open_tensors(checkpoint.weight_files) as tensors:
+        with _open_tensors(checkpoint) as tensors:
             _fill_store(folder, checkpoint, tensors, target, progress or NoProgress())
     return Store.open(store)
+
+
+def _resolve(source: str, revision: str | None) -> CheckpointSource:
+    checkpoint = find_gguf_checkpoint(source, revision=revision)
+    return checkpoint or resolve_source(source, revision=revision)
+
+
+def _open_tensors(
+    checkpoint: CheckpointSource,
+) -> AbstractContextManager[dict[str, LazyTensor]]:
+    if isinstance(checkpoint, GgufCheckpoint):
+        return checkpoint.open_tensors()
+    return open_tensors(checkpoint.weight_files)
 
 
 def _verified_store(folder: StoreFolder) -> Store:
@@ -226,6 +243,10 @@ def _write_tensors(
             writer.write(ParameterSlice(name, 0, value))
         for job in plan.jobs:
             if any(writer.contains(plan.aliases.get(t, t)) for t in job.targets):
+                if job.name in plan.published:
+                    for stored_slice in read_published(job.name, plan.published[job.name], loss):
+                        writer.write(stored_slice)
+                    continue
                 for parameter_slice in run_conversion(job, skeleton.model):
                     resolved = plan.resolve_alias(parameter_slice)
                     if writer.contains(resolved.target):
@@ -265,7 +286,7 @@ def find_complete_store(
         if not request.is_met_by(existing.manifest):
             raise _mismatch(existing.manifest, str(request), store)
         return existing
-    checkpoint = resolve_source(source, revision=revision)
+    checkpoint = _resolve(source, revision)
     fingerprint = checkpoint.fingerprint(dtype=dtype, quantization=quantization)
     if StoreFolder(store).fingerprint() != fingerprint:
         expected = f"{source!r}{_describe_quantization(quantization)}"

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from faasmoe_contracts.store import QuantizationEntry, TensorQuantization
 from faasmoe_contracts.store.quantization import SCALE_DTYPES, SCALE_SUFFIX
 from faasmoe_router.checkpoint.model_source import unsupported_source
+from faasmoe_router.checkpoint.published_codes import CodedTensor, find_published_codes
 from faasmoe_router.checkpoint.quantization_plan import plan_quantization
 from faasmoe_router.errors import SourceUnsupported
 from faasmoe_transformers.model_skeleton import (
@@ -159,6 +160,7 @@ class StorePlan:
         initial_values: initial values of parameters that the checkpoint lacks and may lack.
         aliases: names that are stored under another name, each with that name.
         quantization: how each quantised parameter is stored, by its name in the model.
+        published: tensors whose codes are stored as they were published, by the parameter's name.
     """
 
     layouts: tuple[FileLayout, ...]
@@ -167,6 +169,7 @@ class StorePlan:
     initial_values: Mapping[str, torch.Tensor]
     aliases: Mapping[str, str]
     quantization: Mapping[str, TensorQuantization]
+    published: Mapping[str, CodedTensor]
 
     @property
     def size_bytes(self) -> int:
@@ -208,9 +211,14 @@ def plan_store(
         unquantizable={*initial_values, *aliases, *aliases.values()},
         shapes={name: spec.shape for name, spec in specs.items()},
     )
+    experts = [module.name for module in skeleton.experts_modules]
+    published = find_published_codes(conversion.jobs, quantization, quantized, experts=experts)
+    quantized |= {n: q for n, tensor in published.items() if (q := tensor.quantization)}
     layouts, file_by_experts_module = _plan_files(skeleton, specs, aliases, quantized)
     jobs = _sort_jobs_by_file(conversion, layouts, aliases)
-    return StorePlan(layouts, file_by_experts_module, jobs, initial_values, aliases, quantized)
+    return StorePlan(
+        layouts, file_by_experts_module, jobs, initial_values, aliases, quantized, published
+    )
 
 
 def _converted_specs(
