@@ -123,7 +123,9 @@ def describe_quantization(manifest: Manifest) -> Iterator[str]:
     for layer in manifest.layers:
         if entries := list(layer.quantization.values()):
             schemes = ", ".join(sorted({entry.scheme for entry in entries}))
-            yield f"layer {layer.index}: {schemes}, relative error {relative_error(entries):.2e}"
+            error = relative_error(entries)
+            what = f"relative error {error:.2e}" if error else "as published"
+            yield f"layer {layer.index}: {schemes}, {what}"
     experts = [entry for layer in manifest.layers for entry in layer.quantization.values()]
     router = list(manifest.router.quantized.values())
     for part, scheme, entries in (

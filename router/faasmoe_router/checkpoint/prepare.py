@@ -25,6 +25,7 @@ from faasmoe_contracts.store import (
     Store,
 )
 from faasmoe_router.checkpoint.gguf.checkpoint import GgufCheckpoint, find_gguf_checkpoint
+from faasmoe_router.checkpoint.gguf.report import describe_types
 from faasmoe_router.checkpoint.manifest import (
     layer_entries,
     model_entry,
@@ -184,6 +185,8 @@ def _fill_store(
     skeleton = load_skeleton(checkpoint.folder, tensors, dtype)
     model = model_entry(skeleton, checkpoint)  # may reject the config: do it before hours of I/O
     plan = plan_store(skeleton, tensors, target.quantization)
+    for line in describe_types(plan):
+        logger.info("%s", line)
     files, losses = folder.start_or_resume(target.fingerprint)
     loss = QuantizationLoss(losses)
     progress.start("preparing", total_bytes=plan.size_bytes)

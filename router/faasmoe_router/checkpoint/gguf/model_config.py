@@ -158,14 +158,15 @@ def _rope_parameters(fields: _Fields, head_dim: int) -> dict[str, Any]:
         parameters["rope_type"] = scaling
         parameters["factor"] = metadata.number(key("rope.scaling.factor"), maximum=1e6)
     if scaling == "yarn":
-        optional = {
-            "original_max_position_embeddings": metadata.optional_integer(
-                key("rope.scaling.original_context_length")
-            ),
-            "beta_fast": metadata.optional_number(key("rope.scaling.yarn_beta_fast")),
-            "beta_slow": metadata.optional_number(key("rope.scaling.yarn_beta_slow")),
+        name = "rope.scaling.original_context_length"
+        original = metadata.optional_integer(key(name)) or fields.integer("context_length")
+        fast = metadata.optional_number(key("rope.scaling.yarn_beta_fast"))
+        slow = metadata.optional_number(key("rope.scaling.yarn_beta_slow"))
+        parameters |= {
+            "original_max_position_embeddings": original,
+            "beta_fast": fast or 32.0,  # llama.cpp's and transformers' defaults
+            "beta_slow": slow or 1.0,
         }
-        parameters |= {name: value for name, value in optional.items() if value is not None}
     return parameters | _partial_rotation(fields, head_dim)
 
 
@@ -202,9 +203,10 @@ def _reject_unsupported(fields: _Fields) -> None:
     gating = _GATING_FUNCTIONS.get(fields.architecture.model_type)
     choices = _SOFTMAX_GATING if gating is None else (gating,)
     metadata.choice(key("expert_gating_func"), choices, choices[0])
-    scale = key("expert_weights_scale")
-    if metadata.optional_number(scale) not in (None, 1.0):
-        raise metadata.error(scale, metadata.number(scale), "1")
+    factors = ("expert_weights_scale", "rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor")
+    for name in map(key, factors):
+        if metadata.optional_number(name) not in (None, 1.0):
+            raise metadata.error(name, metadata.number(name), "1")
     metadata.choice("general.type", ("model",), "model")
 
 
