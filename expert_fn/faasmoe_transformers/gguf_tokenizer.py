@@ -5,14 +5,18 @@ The file is not read here: the caller has read and bounded its keys.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
-from transformers.integrations.gguf import convert_gguf_tokenizer
 
 from faasmoe_transformers.errors import UnsupportedModel
+
+logger = logging.getLogger(__name__)
+
+_GPT2_SPLITS = (None, "default", "gpt-2")
 
 
 def save_tokenizer(
@@ -30,6 +34,18 @@ def save_tokenizer(
     Raises:
         UnsupportedModel: transformers cannot build it.
     """
+    from transformers.integrations.gguf import (  # they import six tokenizers
+        convert_gguf_tokenizer,
+        gguf_tokenizer_mapping,
+    )
+
+    split = vocabulary.get("pre_tokenizer_type")
+    if split not in (*_GPT2_SPLITS, *gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS):
+        logger.warning(
+            "tokenizer.ggml.pre: got %r, which transformers does not know: text is split as GPT-2 "
+            "does, and tokens may differ from the model's",
+            split,
+        )
     try:
         backend, more_settings = convert_gguf_tokenizer(architecture, dict(vocabulary))
         tokenizer = PreTrainedTokenizerFast(

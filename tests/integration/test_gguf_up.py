@@ -27,7 +27,8 @@ spec:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "type_name"), [("qwen2moe", "Q8_0"), ("qwen3moe", "Q4_0"), ("gpt-oss", "MXFP4")]
+    ("architecture", "type_name"),
+    [("qwen2moe", "Q8_0"), ("qwen3moe", "Q4_0"), ("gpt-oss", "MXFP4")],
 )
 def test_greedy_text_is_that_of_transformers(
     tmp_path: Path, architecture: str, type_name: str
@@ -40,7 +41,7 @@ def test_greedy_text_is_that_of_transformers(
     tokenizer = tiny_tokenizer()
     inputs = tokenizer(PROMPT, return_tensors="pt")
     with torch.no_grad():
-        ids = model.generate(  # type: ignore[operator]
+        ids = model.generate(
             **inputs, max_new_tokens=N_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
         )  # [1, T]
     expected = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
