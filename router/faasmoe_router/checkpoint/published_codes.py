@@ -7,15 +7,18 @@ scheme was asked for, else the router gets the weights in its dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from faasmoe_contracts.store import QuantizationEntry, TensorQuantization
 from faasmoe_contracts.store.quantization import SCALE_SUFFIX
 from faasmoe_expert.functions.dequantization import dequantize
 from faasmoe_router.checkpoint.slice_quantizer import QuantizationLoss
+from faasmoe_router.errors import SourceUnsupported
 from faasmoe_transformers.weight_conversion import SLICE_BYTES, ConversionJob, ParameterSlice
 
 
@@ -85,6 +88,9 @@ def read_published(
         name: the parameter.
         tensor: its codes.
         loss: the norm of the weights is added to it.
+
+    Raises:
+        SourceUnsupported: weights are too large for their squares in float32.
     """
     quantization = tensor.quantization
     assert quantization is not None
@@ -94,7 +100,10 @@ def read_published(
     step = max(1, SLICE_BYTES // row_bytes)
     for first in range(0, n_rows, step):
         codes, scales = tensor.read_codes(first, min(first + step, n_rows))
-        squared = dequantize(codes, scales, quantization).double().square_().sum().item()
+        weights = dequantize(codes, scales, quantization)  # [rows, ...] in float32
+        squared = weights.square_().sum(dtype=torch.float64).item()
+        if not math.isfinite(squared):
+            raise SourceUnsupported(f"{name}: got weights beyond 1e18, expected smaller ones")
         loss.add(name, 0.0, squared)
         yield ParameterSlice(name, first, codes)
         yield ParameterSlice(name + SCALE_SUFFIX, first, scales)

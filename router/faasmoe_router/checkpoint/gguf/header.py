@@ -127,7 +127,8 @@ class _Input:
 
     def error(self, what: str, got: object, expected: object) -> SourceDamaged:
         """Return an error that names the file and a key or tensor."""
-        shown = what if what.isprintable() and len(what) <= MAX_SHOWN_CHARS else short_repr(what)
+        is_plain = what.isprintable() and 0 < len(what) <= MAX_SHOWN_CHARS
+        shown = what if is_plain else short_repr(what)
         return SourceDamaged(f"{self._name}: {shown}: got {got}, expected {expected}")
 
     def take(self, n_bytes: int, what: str) -> bytes:
@@ -251,7 +252,7 @@ def _place(source: _Input, infos: list[TensorInfo], data_start: int) -> dict[str
     for info in sorted(infos, key=lambda info: info.offset):
         start = data_start + info.offset
         if start < end:
-            expected = f"at least {end - data_start}, the end of {previous!r}"
+            expected = f"at least {end - data_start}, the end of {short_repr(previous)}"
             raise source.error(info.name, f"offset {info.offset}", expected)
         end, previous = start + info.size_bytes, info.name
         if end > source.size_bytes:
