@@ -20,7 +20,12 @@ _GPT2_SPLITS = (None, "default", "gpt-2")
 
 
 def save_tokenizer(
-    architecture: str, vocabulary: Mapping[str, Any], settings: Mapping[str, Any], folder: Path
+    architecture: str,
+    vocabulary: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    folder: Path,
+    *,
+    max_tokens: int,
 ) -> None:
     """Write a tokenizer as `save_pretrained` does.
 
@@ -30,9 +35,10 @@ def save_tokenizer(
             `scores`, `token_type`.
         settings: arguments of the tokenizer: special tokens, `add_bos_token`, `chat_template`.
         folder: where the files are written.
+        max_tokens: tokens that the model has.
 
     Raises:
-        UnsupportedModel: transformers cannot build it.
+        UnsupportedModel: transformers cannot build it, or builds one with more tokens.
     """
     from transformers.integrations.gguf import (  # they import six tokenizers
         convert_gguf_tokenizer,
@@ -56,3 +62,10 @@ def save_tokenizer(
         raise UnsupportedModel(
             f"tokenizer: rejected by transformers: {type(error).__name__}: {error}"
         ) from error
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= max_tokens:
+        raise UnsupportedModel(
+            f"tokenizer: got token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), "
+            f"expected at most {max_tokens - 1}: transformers adds a special token that it does "
+            "not find in the vocabulary"
+        )

@@ -39,7 +39,7 @@ def write_tokenizer(
     vocabulary = read_vocabulary(metadata, max_tokens=max_tokens)
     settings = _settings(metadata, vocabulary["tokens"], vocabulary["tokenizer_type"])
     with unsupported_source():
-        save_tokenizer(architecture, vocabulary, settings, folder)
+        save_tokenizer(architecture, vocabulary, settings, folder, max_tokens=max_tokens)
 
 
 def read_vocabulary(metadata: Metadata, *, max_tokens: int) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from faasmoe_router.checkpoint.gguf.architectures import ARCHITECTURES
 from faasmoe_router.checkpoint.gguf.checkpoint import find_gguf_checkpoint
+from faasmoe_router.checkpoint.gguf.metadata import Metadata
+from faasmoe_router.checkpoint.gguf.vocabulary import write_tokenizer
 from faasmoe_router.checkpoint.prepare import prepare
 from faasmoe_router.errors import PrepareError, SourceDamaged, SourceNotFound, SourceUnsupported
 
@@ -145,6 +147,38 @@ def test_names_the_key_that_lies(
     path.write_bytes(content.replace(before, after))
     with pytest.raises(SourceDamaged, match=message):
         prepare(str(path), tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": None}, "tokenizer.ggml.tokens: got nothing, expected 1 to 9 tokens"),
+        ({"tokens": ["a", "", "b"]}, r"tokens\[1\]: got '0 characters', expected 1 to 1024"),
+        ({"tokens": ["x" * 2000]}, r"tokens\[0\]: got '2000 characters', expected 1 to 1024"),
+        ({"merges": None}, "tokenizer.ggml.merges: got nothing, expected the merges of a gpt2"),
+        ({"merges": ["a z"]}, r"merges\[0\]: got 'a z', expected two tokens and a space"),
+        ({"merges": ["ab"]}, r"merges\[0\]: got 'ab', expected two tokens and a space"),
+        ({"model": "wordpiece"}, "tokenizer.ggml.model: got 'wordpiece', expected one of gpt2"),
+        (
+            {"token_type": np.zeros(3, np.int32)},
+            "token_type: got '3 items', expected an array of 4",
+        ),
+        ({"bos_token_id": 4}, "bos_token_id: got 4, expected an integer from 0 to 3"),
+        ({"eos_token_id": 3}, r"tokenizer: got token 4 \('｜end｜'\), expected at most 3"),
+    ],
+)
+def test_names_what_is_wrong_with_a_tokenizer(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    valid = {"model": "gpt2", "tokens": ["a", "b", "ab", "｜end｜"], "merges": ["a b"]}
+    rows = 9 if "eos_token_id" not in changes else 4
+    values = {
+        f"tokenizer.ggml.{name}": value
+        for name, value in {**valid, **changes}.items()
+        if value is not None
+    }
+    with pytest.raises(SourceUnsupported, match=message):
+        write_tokenizer("qwen2moe", Metadata(values, "x.gguf"), tmp_path, max_tokens=rows)
 
 
 def test_other_architectures_are_refused_with_those_that_are_read(tmp_path: Path) -> None:
