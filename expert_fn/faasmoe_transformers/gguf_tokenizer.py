@@ -16,6 +16,7 @@ from faasmoe_transformers.errors import UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
+MAX_SHOWN_CHARS = 40
 _GPT2_SPLITS = (None, "default", "gpt-2")
 
 
@@ -50,7 +51,7 @@ def save_tokenizer(
         logger.warning(
             "tokenizer.ggml.pre: got %r, which transformers does not know: text is split as GPT-2 "
             "does, and tokens may differ from the model's",
-            split,
+            str(split)[:MAX_SHOWN_CHARS],
         )
     try:
         backend, more_settings = convert_gguf_tokenizer(architecture, dict(vocabulary))

@@ -66,7 +66,7 @@ def format_plan(
             ("source", model.source),
             ("digest", manifest.digest),
             ("architecture", f"{model.architecture}, {model.dtype}"),
-            ("quantization", str(manifest.quantization) if manifest.quantization else "none"),
+            ("quantization", _describe_quantization(manifest)),
             ("moe layers", str(len(manifest.layers))),
             ("functions", f"{len(functions)}, {format_bytes(weights)} of weights"),
             ("sandboxes", f"up to {capacity} functions each, {pool} generic kept ready"),
@@ -85,6 +85,16 @@ def format_plan(
         for (experts, layers, size), count in shapes.items()
     ]
     return f"{head}\n\n{format_table(('EXPERTS', 'LAYERS', 'FUNCTIONS', 'WEIGHTS EACH'), rows)}"
+
+
+def _describe_quantization(manifest: Manifest) -> str:
+    """Return what was asked for, and the schemes of experts that keep their published codes."""
+    asked = manifest.quantization
+    entries = (entry for layer in manifest.layers for entry in layer.quantization.values())
+    schemes = sorted({entry.scheme for entry in entries})
+    if asked.experts == "none" and schemes:
+        return f"experts {'/'.join(schemes)} as published, router {asked.router}"
+    return str(asked) if asked else "none"
 
 
 def _describe_router_weights(router: RouterSpec, manifest: Manifest) -> str:
