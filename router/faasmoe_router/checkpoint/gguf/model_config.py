@@ -128,10 +128,9 @@ def _attention(fields: _Fields) -> dict[str, Any]:
     n_heads = fields.integer("attention.head_count")
     name = "blk.0.attn_q.weight"
     rows, _ = fields.shape(name, 2)
-    if rows % n_heads:
-        raise fields.metadata.error(
-            fields.key("attention.head_count"), n_heads, f"a divisor of the {rows} rows of {name}"
-        )
+    if rows % (2 * n_heads):  # halves of a head are rotated
+        expected = f"half a divisor of the {rows} rows of {name}"
+        raise fields.metadata.error(fields.key("attention.head_count"), n_heads, expected)
     head_dim = rows // n_heads
     key = "attention.key_length"
     if fields.key(key) in fields.metadata:
@@ -139,6 +138,9 @@ def _attention(fields: _Fields) -> dict[str, Any]:
     name = "blk.0.attn_k.weight"
     n_kv_heads = fields.integer("attention.head_count_kv")
     fields.match("attention.head_count_kv", n_kv_heads * head_dim, fields.shape(name, 2)[0], name)
+    if n_heads % n_kv_heads:
+        key = fields.key("attention.head_count_kv")
+        raise fields.metadata.error(key, n_kv_heads, f"a divisor of {n_heads}, the heads")
     return {
         "num_attention_heads": n_heads,
         "num_key_value_heads": n_kv_heads,
@@ -205,8 +207,7 @@ def _reject_unsupported(fields: _Fields) -> None:
     metadata.choice(key("expert_gating_func"), choices, choices[0])
     factors = ("expert_weights_scale", "rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor")
     for name in map(key, factors):
-        if metadata.optional_number(name) not in (None, 1.0):
-            raise metadata.error(name, metadata.number(name), "1")
+        metadata.choice(name, (0.0, 1.0), 1.0)  # llama.cpp takes 0 for none
     metadata.choice("general.type", ("model",), "model")
 
 

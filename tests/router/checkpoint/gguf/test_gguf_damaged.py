@@ -131,7 +131,12 @@ def test_names_what_is_wrong(
         ("qwen2moe.block_count", 2, 3, "blk.2.attn_norm.weight: got nothing, expected a tensor"),
         ("qwen2moe.block_count", 2, 1 << 31, "block_count: got 2147483648, expected an integer"),
         ("qwen2moe.embedding_length", 256, 512, "embedding_length: got 512, expected 256, as tok"),
-        ("qwen2moe.attention.head_count", 4, 3, "head_count: got 3, expected a divisor of the 256"),
+        (
+            "qwen2moe.attention.head_count",
+            4,
+            3,
+            "head_count: got 3, expected half a divisor of the 256",
+        ),
         ("qwen2moe.expert_used_count", 2, 9, "expert_used_count: got 9, expected an integer from"),
         ("qwen2moe.context_length", 256, 0, "context_length: got 0, expected an integer from 1"),
         ("tokenizer.ggml.eos_token_id", 0, 4000, "eos_token_id: got 4000, expected an integer"),
