@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from faasmoe_contracts.text import short_repr
 from faasmoe_router.checkpoint.gguf.tensors import ExpertStack, GgufTensor, ReshapedTensor
 from faasmoe_router.errors import SourceDamaged, SourceUnsupported
 from faasmoe_transformers.weight_conversion import LazyTensor
@@ -99,7 +100,7 @@ def find_architecture(name: str, file: str) -> Architecture:
     architecture = ARCHITECTURES.get(name)
     if architecture is None:
         raise SourceUnsupported(
-            f"{file}: general.architecture: got {name!r}, expected one of "
+            f"{file}: general.architecture: got {short_repr(name)}, expected one of "
             f"{', '.join(ARCHITECTURES)}: of GGUF files, these MoE architectures are read; others "
             "are served from their safetensors checkpoint"
         )

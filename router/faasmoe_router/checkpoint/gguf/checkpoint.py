@@ -151,7 +151,8 @@ def split_files(path: Path) -> tuple[Path, ...]:
         SourceNotFound: a file is missing; the message names it.
     """
     files: tuple[Path, ...] = (path,)
-    if match := _SPLIT_NAME.fullmatch(path.name):
+    match = _SPLIT_NAME.fullmatch(path.name)
+    if match and 1 <= int(match["number"]) <= int(match["count"]):
         count = match["count"]
         names = (f"{match['stem']}-{n:05}-of-{count}{SUFFIX}" for n in range(1, int(count) + 1))
         files = tuple(path.with_name(name) for name in names)
