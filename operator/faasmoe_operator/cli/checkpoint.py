@@ -27,7 +27,10 @@ def add_commands(commands: Any) -> None:
         help="convert a checkpoint into a store",
         description="Convert a Hugging Face checkpoint or a GGUF file into a store: one file of\n"
         "expert weights per MoE layer, plus the router's weights. It is safe to interrupt\n"
-        "and to repeat.",
+        "and to repeat.\n\n"
+        "Checkpoints published quantised (fp8, mxfp4, mxfp8, compressed-tensors, GPTQ, AWQ,\n"
+        "NVFP4, GGUF) are read as they are: experts keep codes that the kernels read, the rest is\n"
+        "dequantised, and the output says which and what it costs (docs/models.md).",
         epilog="Examples:\n"
         "  faasmoe prepare ./checkpoint ./store\n"
         "  faasmoe prepare ./model-Q8_0.gguf ./store\n"
@@ -52,7 +55,8 @@ def add_commands(commands: Any) -> None:
         choices=EXPERTS_QUANTIZATIONS,
         default="none",
         help="scheme of the experts' weights, as spec.experts.quantization: int8 is close to "
-        "lossless, int4 and mxfp4 are lossy (default: %(default)s)",
+        "lossless, int4 and mxfp4 are lossy; none keeps the codes of a quantised checkpoint where "
+        "kernels read them (default: %(default)s)",
     )
     parser.add_argument(
         "--quantize-router",

@@ -88,13 +88,12 @@ def format_plan(
 
 
 def _describe_quantization(manifest: Manifest) -> str:
-    """Return what was asked for, and the schemes of experts that keep their published codes."""
-    asked = manifest.quantization
-    entries = (entry for layer in manifest.layers for entry in layer.quantization.values())
-    schemes = sorted({entry.scheme for entry in entries})
-    if asked.experts == "none" and schemes:
-        return f"experts {'/'.join(schemes)} as published, router {asked.router}"
-    return str(asked) if asked else "none"
+    """Return what was quantised, or else the codes that experts keep from the checkpoint."""
+    entries = [entry for layer in manifest.layers for entry in layer.quantization.values()]
+    schemes = ", ".join(sorted({entry.scheme for entry in entries}))
+    if manifest.quantization:
+        return str(manifest.quantization)
+    return f"experts {schemes} as published" if schemes else "none"
 
 
 def _describe_router_weights(router: RouterSpec, manifest: Manifest) -> str:

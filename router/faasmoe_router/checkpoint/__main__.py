@@ -63,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         "--quantize",
         choices=EXPERTS_QUANTIZATIONS,
         default="none",
-        help="scheme of the experts' weights; 4 bits are lossy (default: %(default)s)",
+        help="scheme of the experts' weights; 4 bits are lossy; none keeps the codes of a "
+        "quantised checkpoint where kernels read them (default: %(default)s)",
     )
     command.add_argument(
         "--quantize-router",

@@ -24,6 +24,7 @@ from faasmoe_contracts.store import (
     QuantizationEntry,
     Store,
 )
+from faasmoe_router.checkpoint.format_report import describe_published
 from faasmoe_router.checkpoint.gguf.checkpoint import GgufCheckpoint, find_gguf_checkpoint
 from faasmoe_router.checkpoint.gguf.report import describe_types
 from faasmoe_router.checkpoint.manifest import (
@@ -33,7 +34,6 @@ from faasmoe_router.checkpoint.manifest import (
     with_layer_digests,
 )
 from faasmoe_router.checkpoint.model_source import load_skeleton, open_tensors
-from faasmoe_router.checkpoint.published_codes import read_published
 from faasmoe_router.checkpoint.slice_quantizer import QuantizationLoss, SliceQuantizer
 from faasmoe_router.checkpoint.source import (
     CheckpointSource,
@@ -45,7 +45,7 @@ from faasmoe_router.checkpoint.store_plan import StorePlan, plan_store
 from faasmoe_router.checkpoint.store_writer import StoreFolder, StoreWriter, lock_store_folder
 from faasmoe_router.errors import NoSpace, SourceUnsupported, StoreMismatch
 from faasmoe_transformers.model_skeleton import DTYPES, ModelSkeleton
-from faasmoe_transformers.weight_conversion import LazyTensor, ParameterSlice, run_conversion
+from faasmoe_transformers.weight_conversion import LazyTensor, ParameterSlice
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _open_tensors(
 ) -> AbstractContextManager[dict[str, LazyTensor]]:
     if isinstance(checkpoint, GgufCheckpoint):
         return checkpoint.open_tensors()
-    return open_tensors(checkpoint.weight_files)
+    return open_tensors(checkpoint)
 
 
 def _verified_store(folder: StoreFolder) -> Store:
@@ -185,7 +185,7 @@ def _fill_store(
     skeleton = load_skeleton(checkpoint.folder, tensors, dtype)
     model = model_entry(skeleton, checkpoint)  # may reject the config: do it before hours of I/O
     plan = plan_store(skeleton, tensors, target.quantization)
-    for line in describe_types(plan):
+    for line in (*describe_published(plan), *describe_types(plan)):
         logger.info("%s", line)
     files, losses = folder.start_or_resume(target.fingerprint)
     loss = QuantizationLoss(losses)
@@ -196,6 +196,7 @@ def _fill_store(
     for name, content in read_auxiliary_files(checkpoint, dtype=dtype):
         files[name] = folder.write_file(name, content)
     quantized = loss.add_to(plan.quantization)
+    quantized |= {name: parameter.quantization for name, parameter in plan.kept.items()}
     layers = with_layer_digests(folder.path, layer_entries(skeleton, plan, quantized))
     manifest = Manifest.create(
         model=model,
@@ -246,14 +247,9 @@ def _write_tensors(
             writer.write(ParameterSlice(name, 0, value))
         for job in plan.jobs:
             if any(writer.contains(plan.aliases.get(t, t)) for t in job.targets):
-                if job.name in plan.published:
-                    for stored_slice in read_published(job.name, plan.published[job.name], loss):
-                        writer.write(stored_slice)
-                    continue
-                for parameter_slice in run_conversion(job, skeleton.model):
-                    resolved = plan.resolve_alias(parameter_slice)
-                    if writer.contains(resolved.target):
-                        for stored_slice in quantizer.quantize(resolved):
+                for parameter_slice in plan.slices(job, skeleton.model):
+                    if writer.contains(parameter_slice.target):
+                        for stored_slice in quantizer.quantize(parameter_slice):
                             writer.write(stored_slice)
     finally:
         writer.close()

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from faasmoe_contracts.store import QuantizationEntry, TensorQuantization
 from faasmoe_contracts.store.quantization import SCALE_DTYPES, SCALE_SUFFIX
+from faasmoe_router.checkpoint.kept_codes import KeptParameter, plan_kept_codes
 from faasmoe_router.checkpoint.model_source import unsupported_source
-from faasmoe_router.checkpoint.published_codes import CodedTensor, find_published_codes
+from faasmoe_router.checkpoint.published_codes import PublishedParameter, find_published_codes
 from faasmoe_router.checkpoint.quantization_plan import plan_quantization
 from faasmoe_router.errors import SourceUnsupported
 from faasmoe_transformers.model_skeleton import (
@@ -37,6 +38,7 @@ from faasmoe_transformers.weight_conversion import (
     ParameterSlice,
     find_aliases,
     plan_conversion,
+    run_conversion,
 )
 
 logger = logging.getLogger(__name__)
@@ -159,8 +161,9 @@ class StorePlan:
         jobs: the conversions in the order of the files.
         initial_values: initial values of parameters that the checkpoint lacks and may lack.
         aliases: names that are stored under another name, each with that name.
-        quantization: how each quantised parameter is stored, by its name in the model.
-        published: tensors whose codes are stored as they were published, by the parameter's name.
+        quantization: how each parameter that is to be quantised is stored, by its name in the
+            model.
+        kept: parameters that keep the checkpoint's codes, by name.
     """
 
     layouts: tuple[FileLayout, ...]
@@ -169,16 +172,21 @@ class StorePlan:
     initial_values: Mapping[str, torch.Tensor]
     aliases: Mapping[str, str]
     quantization: Mapping[str, TensorQuantization]
-    published: Mapping[str, CodedTensor]
+    kept: Mapping[str, KeptParameter | PublishedParameter]
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all tensor files."""
         return sum(layout.size_bytes for layout in self.layouts)
 
-    def resolve_alias(self, piece: ParameterSlice) -> ParameterSlice:
-        """Return the slice with its target replaced by the name it is stored under."""
-        return replace(piece, target=self.aliases.get(piece.target, piece.target))
+    def slices(self, job: ConversionJob, model: PreTrainedModel) -> Iterator[ParameterSlice]:
+        """Run a job; yield what it gives under the names that it is stored under.
+
+        Parameters that keep the checkpoint's codes come as codes and scales.
+        """
+        kept = self.kept.get(job.name)
+        for piece in run_conversion(job, model) if kept is None else kept.slices(model):
+            yield replace(piece, target=self.aliases.get(piece.target, piece.target))
 
 
 def plan_store(
@@ -205,19 +213,23 @@ def plan_store(
     initial_values = _initial_values(skeleton.model, specs, aliases)
     for name, value in initial_values.items():
         specs[name] = TensorSpec(name, name, value.dtype, tuple(value.shape))
+    shared = {*aliases, *aliases.values()}
+    kept = plan_kept_codes(skeleton, conversion.jobs, scheme=quantization.experts, shared=shared)
     quantized = plan_quantization(
         skeleton,
         quantization,
-        unquantizable={*initial_values, *aliases, *aliases.values()},
-        shapes={name: spec.shape for name, spec in specs.items()},
+        unquantizable={*initial_values, *shared},
+        shapes={name: spec.shape for name, spec in specs.items() if name not in kept},
     )
     experts = [module.name for module in skeleton.experts_modules]
     published = find_published_codes(conversion.jobs, quantization, quantized, experts=experts)
-    quantized |= {n: q for n, tensor in published.items() if (q := tensor.quantization)}
-    layouts, file_by_experts_module = _plan_files(skeleton, specs, aliases, quantized)
+    quantized = {name: entry for name, entry in quantized.items() if name not in published}
+    all_kept: dict[str, KeptParameter | PublishedParameter] = {**kept, **published}
+    codes = quantized | {name: parameter.quantization for name, parameter in all_kept.items()}
+    layouts, file_by_experts_module = _plan_files(skeleton, specs, aliases, codes)
     jobs = _sort_jobs_by_file(conversion, layouts, aliases)
     return StorePlan(
-        layouts, file_by_experts_module, jobs, initial_values, aliases, quantized, published
+        layouts, file_by_experts_module, jobs, initial_values, aliases, quantized, all_kept
     )
 
 

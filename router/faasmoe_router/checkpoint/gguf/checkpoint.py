@@ -51,7 +51,7 @@ class TemporaryFolder:
         self._finalizer = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GgufCheckpoint(CheckpointSource):
     """A checkpoint of one or several GGUF files.
 
@@ -177,7 +177,15 @@ def _open_checkpoint(name: str, files: tuple[Path, ...]) -> GgufCheckpoint:
     ):
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
     return GgufCheckpoint(
-        name, None, folder, files, config, architecture, metadata, headers, workspace
+        name,
+        None,
+        folder,
+        files,
+        config,
+        architecture=architecture,
+        metadata=metadata,
+        headers=headers,
+        workspace=workspace,
     )
 
 

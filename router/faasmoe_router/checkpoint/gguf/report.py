@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from faasmoe_contracts.store.quantization import SCALE_SUFFIX
+from faasmoe_router.checkpoint.gguf.ggml_types import FLOAT_DTYPES
 from faasmoe_router.checkpoint.gguf.tensors import ExpertStack, GgufTensor
 from faasmoe_router.checkpoint.store_plan import StorePlan
 from faasmoe_transformers.weight_conversion import ConversionJob
@@ -40,21 +41,21 @@ def describe_types(plan: StorePlan) -> Iterator[str]:
         total.stored_bytes += sizes[job.name] + sizes.get(job.name + SCALE_SUFFIX, 0)
     for (is_router, types, action), total in sorted(totals.items()):
         part = "router" if is_router else "experts"
-        cost = f"{total.stored_bytes / _GB:.3g} GB"
-        if total.stored_bytes != total.file_bytes:
-            factor = total.stored_bytes / total.file_bytes
-            cost += f", {factor:.2f} times the {total.file_bytes / _GB:.3g} GB of the file"
-        yield f"{part}: {total.count} weights of {types} {action}: {cost}"
+        stored, published = total.stored_bytes / _GB, total.file_bytes / _GB
+        yield (
+            f"{part}: {total.count} weights in {types} are {action}: {stored:.3g} GB, "
+            f"{stored / published:.2f} times the {published:.3g} GB of the file"
+        )
 
 
 def _action(plan: StorePlan, name: str, types: str, dtype: str) -> str:
     """Return what becomes of a parameter."""
-    if name in plan.published:
-        return f"are kept as {plan.quantization[name].scheme}"
+    if name in plan.kept:
+        return f"kept as {plan.kept[name].quantization.scheme}"
     if name in plan.quantization:
-        return f"are quantised anew to {plan.quantization[name].scheme} (lossy)"
-    is_float = types.lower() in ("bf16", "f16", "f32")
-    return f"{'are stored' if is_float else 'are decoded'} as {dtype}"
+        again = "" if types in FLOAT_DTYPES else " again"
+        return f"quantised{again} as {plan.quantization[name].scheme} (lossy)"
+    return f"stored as {dtype}" if types in FLOAT_DTYPES else f"dequantised to {dtype}"
 
 
 def _file_tensor(job: ConversionJob) -> GgufTensor | ExpertStack | None:
