@@ -5,6 +5,7 @@ The file is not read here: the caller has read and bounded its keys.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,7 +57,8 @@ def save_tokenizer(
     try:
         backend, more_settings = convert_gguf_tokenizer(architecture, dict(vocabulary))
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=backend, **{**settings, **more_settings}
+            tokenizer_object=_without_tokens_beyond(backend, max_tokens),
+            **{**settings, **more_settings},
         )
         tokenizer.save_pretrained(folder)
     except Exception as error:  # of the tokenizers library, by what a file contains
@@ -70,3 +72,16 @@ def save_tokenizer(
             f"expected at most {max_tokens - 1}: transformers adds a special token that it does "
             "not find in the vocabulary"
         )
+
+
+def _without_tokens_beyond(backend: Any, max_tokens: int) -> Any:
+    """Return a tokenizer without the special tokens that its class added to the vocabulary.
+
+    GPT-2's class adds `<|endoftext|>` to vocabularies of models that do not have it.
+    """
+    state = json.loads(backend.to_str())
+    known = [token for token in state["added_tokens"] if token["id"] < max_tokens]
+    if len(known) == len(state["added_tokens"]):
+        return backend
+    state["added_tokens"] = known
+    return type(backend).from_str(json.dumps(state))

@@ -136,7 +136,8 @@ def describe_quantization(manifest: Manifest) -> Iterator[str]:
         if scheme != "none":
             note = "" if scheme == "int8" else " (lossy)"
             error = relative_error(entries)
-            yield f"{part}: {scheme}{note}, {len(entries)} weights, relative error {error:.2e}"
+            what = f"relative error {error:.2e}" if error else "as published"
+            yield f"{part}: {scheme}{note}, {len(entries)} weights, {what}"
 
 
 def _existing_store(args: argparse.Namespace) -> Store | None:
