@@ -27,14 +27,16 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "prepare",
         help="convert a checkpoint into a store",
-        description="Convert a Hugging Face checkpoint into a store: one file of expert weights\n"
-        "per MoE layer, plus the router's weights. It is safe to interrupt and to repeat.\n\n"
+        description="Convert a Hugging Face checkpoint or a GGUF file into a store: one file of\n"
+        "expert weights per MoE layer, plus the router's weights. It is safe to interrupt\n"
+        "and to repeat.\n\n"
         "Checkpoints published quantised (fp8, mxfp4, mxfp8, compressed-tensors, GPTQ, AWQ,\n"
-        "NVFP4) are read as they are: experts keep codes that the kernels read, the rest is\n"
+        "NVFP4, GGUF) are read as they are: experts keep codes that the kernels read, the rest is\n"
         "dequantised, and the output says which and what it costs (docs/models.md).",
         epilog="Examples:\n"
         "  faasmoe prepare Qwen/Qwen1.5-MoE-A2.7B-Chat   for `faasmoe up` of the same MODEL\n"
         "  faasmoe prepare ./checkpoint ./store\n"
+        "  faasmoe prepare ./model-Q8_0.gguf ./store\n"
         "  faasmoe prepare hf://Qwen/Qwen1.5-MoE-A2.7B ./store --dtype bfloat16\n"
         "  faasmoe prepare ./checkpoint ./store --quantize int8 --quantize-router int8",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -87,7 +89,7 @@ def prepare_command(
     """Return the command line that converts a checkpoint into a store.
 
     Args:
-        source: a folder, file:///FOLDER, hf://ORG/NAME or ORG/NAME.
+        source: a folder, a GGUF file, the file:// URL of either, hf://ORG/NAME or ORG/NAME.
         store: folder to write the store to.
         revision: branch, tag or commit; None for the hub's default.
         dtype: dtype of the stored weights; None for that of the checkpoint.
@@ -95,8 +97,8 @@ def prepare_command(
         force: whether to overwrite a store made from another source.
         allows_nonfinite: whether to accept weights that are NaN or infinite.
     """
-    # The manifest records the source, so a folder needs its absolute path.
-    name = Path(source).resolve().as_uri() if Path(source).is_dir() else source
+    # The manifest records the source, so a folder or file needs its absolute path.
+    name = Path(source).resolve().as_uri() if Path(source).exists() else source
     command = [*COMMAND, "prepare", name, store]
     command += [f"--revision={revision}"] if revision else []
     command += [f"--dtype={dtype}"] if dtype else []

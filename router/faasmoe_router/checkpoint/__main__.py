@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m faasmoe_router.checkpoint")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("prepare", help="prepare a checkpoint as a store")
-    command.add_argument("source", help="folder, file:///FOLDER, hf://ORG/NAME or ORG/NAME")
+    command.add_argument(
+        "source", help="folder, GGUF file, file:///PATH, hf://ORG/NAME or ORG/NAME"
+    )
     command.add_argument("store", type=Path, help="folder of the store")
     command.add_argument("--revision", help="branch, tag or commit of the hub repository")
     command.add_argument("--dtype", choices=DTYPE_NAMES, help="default: the checkpoint's")
@@ -136,7 +138,8 @@ def describe_quantization(manifest: Manifest) -> Iterator[str]:
         if scheme != "none":
             note = "" if scheme == "int8" else " (lossy)"
             error = relative_error(entries)
-            yield f"{part}: {scheme}{note}, {len(entries)} weights, relative error {error:.2e}"
+            what = f"relative error {error:.2e}" if error else "as published"
+            yield f"{part}: {scheme}{note}, {len(entries)} weights, {what}"
 
 
 def _existing_store(args: argparse.Namespace) -> Store | None:

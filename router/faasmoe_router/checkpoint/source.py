@@ -153,12 +153,12 @@ def resolve_source(name: str, *, revision: str | None) -> CheckpointSource:
 
 
 def is_hub_source(name: str) -> bool:
-    """Return whether a source is on the hub: hf://ORG/NAME, or ORG/NAME if it is not a folder."""
+    """Return whether a source is on the hub: hf://ORG/NAME, or ORG/NAME that is no local path."""
     parts = urlsplit(name)
     if parts.scheme:
         return parts.scheme == "hf"
     is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    return is_id and not Path(name).is_dir()
+    return is_id and not Path(name).exists() and not name.endswith(".gguf")
 
 
 def _resolve_folder(name: str, *, revision: str | None) -> tuple[Path, str | None]:
