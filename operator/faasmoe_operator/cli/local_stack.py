@@ -34,6 +34,7 @@ from faasmoe_operator.platforms import zygote
 ZYGOTE_GRACE_S = 10.0
 SOCKET_NAME = "zygote.sock"
 ROUTER_SOCKET_NAME = "router.sock"
+MODEL_FILE_NAME = "model.yaml"
 SINGLE_TENANT = "default"
 API_KEYS_FOLDER = "api-keys"
 
@@ -166,7 +167,7 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
                 "control process",
                 control.COMMAND,
                 environment=control.environment(
-                    spec.deployment.file,
+                    write_model_file(spec.deployment, spec.folder),
                     zygote_socket=zygote_socket,
                     port=spec.port,
                     secrets=spec.secrets,
@@ -241,6 +242,27 @@ def _supervised_gateway(
         grace_s=gateway.GRACE_S,
         pass_fds=(listener.fileno(),),
     )
+
+
+def write_model_file(deployment: LocalModel, folder: Path) -> Path:
+    """Return the MoEModel file of the control process.
+
+    Args:
+        deployment: the model to serve.
+        folder: private runtime folder of this instance, where a file is written if the model is not
+            what its file holds; paths in it are absolute.
+    """
+    if not deployment.is_modified:
+        return deployment.file
+    document = deployment.model.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    spec = document["spec"]
+    spec["model"]["source"] = deployment.source
+    spec.setdefault("store", {})["path"] = str(deployment.store_path)
+    for tenant, entry in zip(deployment.model.spec.tenants, spec.get("tenants", ()), strict=True):
+        entry["apiKeysPath"] = str(deployment.api_keys_path(tenant))
+    path = folder / MODEL_FILE_NAME
+    _write_private(path, json.dumps(document, indent=2))
+    return path
 
 
 def write_tenants_file(

@@ -12,6 +12,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +25,8 @@ from faasmoe_contracts.store import (
     Store,
 )
 from faasmoe_router.checkpoint.format_report import describe_published
+from faasmoe_router.checkpoint.gguf.checkpoint import GgufCheckpoint, find_gguf_checkpoint
+from faasmoe_router.checkpoint.gguf.report import describe_types
 from faasmoe_router.checkpoint.manifest import (
     layer_entries,
     model_entry,
@@ -102,7 +105,8 @@ def prepare(
     If the store is complete and of the same checkpoint, its files are verified and left unchanged.
 
     Args:
-        source: a folder, file:///FOLDER, or a hub repository (hf://ORG/NAME or ORG/NAME).
+        source: a folder or GGUF file, its file:// URL, or a hub repository (hf://ORG/NAME or
+            ORG/NAME).
         store: the store's folder; created if missing.
         revision: branch, tag or commit of the hub repository.
         dtype: bfloat16, float16 or float32; None keeps the checkpoint's.
@@ -117,22 +121,39 @@ def prepare(
     """
     if dtype is not None and dtype not in DTYPES:
         raise SourceUnsupported(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
-    checkpoint = resolve_source(source, revision=revision)
+    checkpoint = _resolve(source, revision)
     fingerprint = checkpoint.fingerprint(dtype=dtype, quantization=quantization)
     with lock_store_folder(store) as folder:
         if folder.is_complete:
             if folder.fingerprint() == fingerprint and not force:
-                return _verified_store(folder)
+                return _verified_store(folder, progress or NoProgress())
             _clear_existing(folder, source, quantization, force=force)
         target = StoreTarget(fingerprint, dtype, quantization)
-        with open_tensors(checkpoint, allows_nonfinite=allows_nonfinite) as tensors:
+        with _open_tensors(checkpoint, allows_nonfinite=allows_nonfinite) as tensors:
             _fill_store(folder, checkpoint, tensors, target, progress or NoProgress())
     return Store.open(store)
 
 
-def _verified_store(folder: StoreFolder) -> Store:
+def _resolve(source: str, revision: str | None) -> CheckpointSource:
+    checkpoint = find_gguf_checkpoint(source, revision=revision)
+    return checkpoint or resolve_source(source, revision=revision)
+
+
+def _open_tensors(
+    checkpoint: CheckpointSource, *, allows_nonfinite: bool
+) -> AbstractContextManager[dict[str, LazyTensor]]:
+    if isinstance(checkpoint, GgufCheckpoint):
+        return checkpoint.open_tensors()  # which refuses values that are not finite
+    return open_tensors(checkpoint, allows_nonfinite=allows_nonfinite)
+
+
+def _verified_store(folder: StoreFolder, progress: Progress) -> Store:
     store = Store.open(folder.path)
-    store.verify()
+    files = store.manifest.files
+    progress.start("verifying", total_bytes=sum(file.size_bytes for file in files.values()))
+    for name, file in files.items():
+        store.verify([name])
+        progress.advance(file.size_bytes)
     logger.info("%s is complete and verified", folder.path)
     return store
 
@@ -170,7 +191,7 @@ def _fill_store(
     skeleton = load_skeleton(checkpoint.folder, tensors, dtype)
     model = model_entry(skeleton, checkpoint)  # may reject the config: do it before hours of I/O
     plan = plan_store(skeleton, tensors, target.quantization)
-    for line in describe_published(plan):
+    for line in (*describe_published(plan), *describe_types(plan)):
         logger.info("%s", line)
     files, losses = folder.start_or_resume(target.fingerprint)
     loss = QuantizationLoss(losses)
@@ -270,7 +291,7 @@ def find_complete_store(
         if not request.is_met_by(existing.manifest):
             raise _mismatch(existing.manifest, str(request), store)
         return existing
-    checkpoint = resolve_source(source, revision=revision)
+    checkpoint = _resolve(source, revision)
     fingerprint = checkpoint.fingerprint(dtype=dtype, quantization=quantization)
     if StoreFolder(store).fingerprint() != fingerprint:
         expected = f"{source!r}{_describe_quantization(quantization)}"
