@@ -8,6 +8,7 @@ unreachable, and without reading the weights again.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -28,8 +29,15 @@ from faasmoe_router.checkpoint.manifest import (
     model_entry,
     router_entry,
     with_layer_digests,
+    with_references,
 )
 from faasmoe_router.checkpoint.model_source import load_skeleton, open_tensors
+from faasmoe_router.checkpoint.reference_digests import verify_references
+from faasmoe_router.checkpoint.reference_plan import (
+    CheckpointLayout,
+    StoreMode,
+    require_references,
+)
 from faasmoe_router.checkpoint.slice_quantizer import QuantizationLoss, SliceQuantizer
 from faasmoe_router.checkpoint.source import (
     CheckpointSource,
@@ -78,11 +86,19 @@ class StoreTarget:
         fingerprint: of the checkpoint and of the rest of this.
         dtype: dtype of the store; None for the checkpoint's.
         quantization: what is quantised.
+        mode: whether tensors are copied or referred to.
     """
 
     fingerprint: str
     dtype: str | None
     quantization: QuantizationEntry
+    mode: StoreMode
+
+    @property
+    def journal_fingerprint(self) -> str:
+        """Fingerprint that an interrupted preparation resumes with: files differ by mode."""
+        copies = self.mode is StoreMode.COPY
+        return self.fingerprint if copies else f"{self.fingerprint}-reference"
 
 
 def prepare(
@@ -92,12 +108,14 @@ def prepare(
     revision: str | None = None,
     dtype: str | None = None,
     quantization: QuantizationEntry = NO_QUANTIZATION,
+    mode: StoreMode = StoreMode.COPY,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Store:
     """Prepare a checkpoint as a store.
 
     If the store is complete and of the same checkpoint, its files are verified and left unchanged.
+    So is what it refers to in the checkpoint.
 
     Args:
         source: a folder, file:///FOLDER, or a hub repository (hf://ORG/NAME or ORG/NAME).
@@ -105,6 +123,7 @@ def prepare(
         revision: branch, tag or commit of the hub repository.
         dtype: bfloat16, float16 or float32; None keeps the checkpoint's.
         quantization: what to quantise.
+        mode: whether to copy tensors or refer to them.
         force: replace a complete store of another checkpoint.
         progress: receives the number of bytes written.
 
@@ -119,9 +138,12 @@ def prepare(
     with lock_store_folder(store) as folder:
         if folder.is_complete:
             if folder.fingerprint() == fingerprint and not force:
-                return _verified_store(folder)
+                store_mode = _mode_of(folder)
+                if mode in (StoreMode.AUTO, store_mode):
+                    return _verified_store(folder)
+                raise _mode_mismatch(folder, got=store_mode, expected=mode)
             _clear_existing(folder, source, quantization, force=force)
-        target = StoreTarget(fingerprint, dtype, quantization)
+        target = StoreTarget(fingerprint, dtype, quantization, mode)
         with open_tensors(checkpoint.weight_files) as tensors:
             _fill_store(folder, checkpoint, tensors, target, progress or NoProgress())
     return Store.open(store)
@@ -130,8 +152,23 @@ def prepare(
 def _verified_store(folder: StoreFolder) -> Store:
     store = Store.open(folder.path)
     store.verify()
+    verify_references(store)
     logger.info("%s is complete and verified", folder.path)
     return store
+
+
+def _mode_of(folder: StoreFolder) -> StoreMode:
+    """Return the mode of a complete store: COPY if it refers to nothing."""
+    checkpoint = Manifest.from_json(
+        json.loads((folder.path / MANIFEST_NAME).read_bytes())
+    ).checkpoint
+    return StoreMode.REFERENCE if checkpoint and checkpoint.size_bytes else StoreMode.COPY
+
+
+def _mode_mismatch(folder: StoreFolder, *, got: StoreMode, expected: StoreMode) -> StoreMismatch:
+    return StoreMismatch(
+        f"store: got {folder.path} in mode {got}, expected mode {expected}; --force replaces it"
+    )
 
 
 def _clear_existing(
@@ -166,10 +203,20 @@ def _fill_store(
     dtype = target.dtype
     skeleton = load_skeleton(checkpoint.folder, tensors, dtype)
     model = model_entry(skeleton, checkpoint)  # may reject the config: do it before hours of I/O
-    plan = plan_store(skeleton, tensors, target.quantization)
-    files, losses = folder.start_or_resume(target.fingerprint)
+    layout = None
+    if target.mode is not StoreMode.COPY:
+        layout = CheckpointLayout.read(checkpoint.weight_files)
+        if layout is None and target.mode is StoreMode.REFERENCE:
+            raise SourceUnsupported(
+                f"mode: got reference, expected copy: no folder below / holds all "
+                f"files of {checkpoint.folder}"
+            )
+    plan = plan_store(skeleton, tensors, target.quantization, layout)
+    if target.mode is StoreMode.REFERENCE:
+        require_references(skeleton, plan.references)
+    files, losses = folder.start_or_resume(target.journal_fingerprint)
     loss = QuantizationLoss(losses)
-    progress.start("preparing", total_bytes=plan.size_bytes)
+    progress.start("preparing", total_bytes=plan.size_bytes + plan.references.size_bytes)
     progress.advance(sum(entry.size_bytes for entry in files.values()))
     _check_free_space(folder.path, plan, files)
     _write_tensors(folder, skeleton, plan, files, loss, progress)
@@ -177,12 +224,18 @@ def _fill_store(
         files[name] = folder.write_file(name, content)
     quantized = loss.add_to(plan.quantization)
     layers = with_layer_digests(folder.path, layer_entries(skeleton, plan, quantized))
+    entry = None
+    if layout is not None:
+        layers, entry = with_references(
+            folder.path, layers, plan.references, layout, progress.advance
+        )
     manifest = Manifest.create(
         model=model,
         layers=layers,
         files=files,
         quantization=target.quantization,
         router=router_entry(layers, quantized),
+        checkpoint=entry,
     )
     folder.commit(manifest, target.fingerprint)
 
