@@ -207,6 +207,13 @@ class Manifest:
         return files + (self.checkpoint.size_bytes if self.checkpoint else 0)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensor files of the store, and of what it refers to in the checkpoint."""
+        files = self.files.items()
+        stored = sum(entry.size_bytes for name, entry in files if name.endswith(".safetensors"))
+        return stored + (self.checkpoint.size_bytes if self.checkpoint else 0)
+
+    @property
     def router_bytes(self) -> int:
         """Bytes of the router's tensors, in the store and in the checkpoint."""
         files = sum(e.size_bytes for name, e in self.files.items() if name.startswith("router/"))

@@ -13,6 +13,7 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +23,20 @@ from faasmoe_contracts.text import short_repr
 
 REMEDY = "restore the checkpoint as it was, or prepare the store again with --force"
 BLOCK_DIGEST = re.compile(r"[0-9a-f]{32}")
+
+
+class StoreMode(StrEnum):
+    """Whether a store copies a checkpoint's tensors or refers to them."""
+
+    AUTO = "auto"
+    """Refer to what lies in the checkpoint as it is served, copy the rest."""
+    COPY = "copy"
+    """Copy everything: the store needs no checkpoint."""
+    REFERENCE = "reference"
+    """As `auto`, but an experts layer that has to be copied is an error."""
+
+
+STORE_MODES = tuple(mode.value for mode in StoreMode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,3 +319,25 @@ def _is_count(value: object) -> bool:
 def describe_files(paths: tuple[Path, ...]) -> str:
     """Return the names of the files of a layer for a message."""
     return ", ".join(map(str, paths[:2])) + (" and others" if len(paths) > 2 else "")
+
+
+def describe_weights(layers: int, checkpoint: CheckpointEntry | None) -> list[str]:
+    """Return lines on where a store's weights lie: what it refers to, what it copied and why.
+
+    Args:
+        layers: number of MoE layers.
+        checkpoint: the manifest's entry; None if the store was prepared by copying all.
+    """
+    if checkpoint is None:
+        return ["copied into the store"]
+    lines = []
+    if checkpoint.size_bytes:
+        lines.append(
+            f"{checkpoint.size_bytes / 1e9:.2f} GB by reference to {checkpoint.root}, which must "
+            f"stay: {len(checkpoint.layers)} of {layers} MoE layers, {len(checkpoint.router)} "
+            "tensors of the router"
+        )
+    for reason, names in checkpoint.copied.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"copied: {names[0]}{more}: {reason}")
+    return lines

@@ -110,7 +110,7 @@ def process_verified_blocks() -> VerifiedBlocks:
     return VerifiedBlocks(Path(marker_dir) if marker_dir else None)
 
 
-class _WatchedFile:
+class WatchedFile:
     """A mapped file with a guard of its mapping, and what its content was when it was verified.
 
     Attributes:
@@ -190,7 +190,7 @@ class BlockVerifier:
         self._blocks = (*experts, layer.num_experts)
         self._verified_blocks = verified_blocks or process_verified_blocks()
         self._failure = ""
-        self._files = tuple(_WatchedFile(file) for file in mapped.files)
+        self._files = tuple(WatchedFile(file) for file in mapped.files)
 
     @property
     def files(self) -> tuple[WeightsFile, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 from faasmoe_contracts.parent_death import PARENT_PID_ENV
 from faasmoe_contracts.store import QuantizationEntry
 from faasmoe_contracts.store.quantization import EXPERTS_QUANTIZATIONS, ROUTER_QUANTIZATIONS
+from faasmoe_contracts.store.references import STORE_MODES
 
 NO_QUANTIZATION = QuantizationEntry()
 COMMAND = (sys.executable, "-m", "faasmoe_router.checkpoint")
@@ -25,8 +26,9 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "prepare",
         help="convert a checkpoint into a store",
-        description="Convert a Hugging Face checkpoint into a store: one file of expert weights\n"
-        "per MoE layer, plus the router's weights. It is safe to interrupt and to repeat.",
+        description="Convert a Hugging Face checkpoint into a store. Weights that the checkpoint\n"
+        "holds as they are served stay there, and the store refers to them; others are copied.\n"
+        "It is safe to interrupt and to repeat.",
         epilog="Examples:\n"
         "  faasmoe prepare ./checkpoint ./store\n"
         "  faasmoe prepare hf://Qwen/Qwen1.5-MoE-A2.7B ./store --dtype bfloat16\n"
@@ -58,6 +60,14 @@ def add_commands(commands: Any) -> None:
         "quantised, and with int4 the LM head is int8 (default: %(default)s)",
     )
     parser.add_argument(
+        "--mode",
+        choices=STORE_MODES,
+        default="auto",
+        help="as spec.store.mode: auto refers to tensors that lie in the checkpoint as they are "
+        "served, so that the checkpoint must stay where it is, and copies the rest; reference does "
+        "the same, but fails if experts must be copied; copy copies all (default: %(default)s)",
+    )
+    parser.add_argument(
         "--force", action="store_true", help="overwrite a store made from another source"
     )
     parser.set_defaults(run=_prepare)
@@ -86,6 +96,7 @@ def prepare_command(
     revision: str | None,
     dtype: str | None,
     quantization: QuantizationEntry = NO_QUANTIZATION,
+    mode: str = "auto",
     force: bool = False,
 ) -> list[str]:
     """Return the command line that converts a checkpoint into a store.
@@ -96,6 +107,7 @@ def prepare_command(
         revision: branch, tag or commit; None for the hub's default.
         dtype: dtype of the stored weights; None for that of the checkpoint.
         quantization: what to quantise.
+        mode: whether to refer to the checkpoint's tensors or to copy them, see STORE_MODES.
         force: whether to overwrite a store made from another source.
     """
     # The manifest records the source, so a folder needs its absolute path.
@@ -104,6 +116,7 @@ def prepare_command(
     command += [f"--revision={revision}"] if revision else []
     command += [f"--dtype={dtype}"] if dtype else []
     command += quantization_arguments(quantization)
+    command += [f"--mode={mode}"] if mode != "auto" else []
     return command + ["--force"] * force
 
 
@@ -121,6 +134,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
             revision=arguments.revision,
             dtype=arguments.dtype,
             quantization=QuantizationEntry(arguments.quantize, arguments.quantize_router),
+            mode=arguments.mode,
             force=arguments.force,
         )
     )

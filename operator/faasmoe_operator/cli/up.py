@@ -241,6 +241,7 @@ async def _prepare(deployment: LocalModel) -> None:
             revision=revision,
             dtype=deployment.dtype,
             quantization=deployment.quantization,
+            mode=deployment.model.spec.store.mode,
         ),
         environment=os.environ,
         log=None,

@@ -24,6 +24,7 @@ from faasmoe_contracts.store import (
     QuantizationEntry,
     Store,
 )
+from faasmoe_contracts.store.references import StoreMode
 from faasmoe_router.checkpoint.manifest import (
     layer_entries,
     model_entry,
@@ -35,7 +36,6 @@ from faasmoe_router.checkpoint.model_source import load_skeleton, open_tensors
 from faasmoe_router.checkpoint.reference_digests import verify_references
 from faasmoe_router.checkpoint.reference_plan import (
     CheckpointLayout,
-    StoreMode,
     require_references,
 )
 from faasmoe_router.checkpoint.slice_quantizer import QuantizationLoss, SliceQuantizer

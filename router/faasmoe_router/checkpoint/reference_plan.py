@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 
 from faasmoe_contracts.store.references import CheckpointFile, TensorReference
@@ -28,17 +27,6 @@ from faasmoe_transformers.weight_conversion import (
 )
 
 MAX_PARTS = 2  # blocks of rows of one expert's parameter that a kernel reads
-
-
-class StoreMode(StrEnum):
-    """Whether a store copies a checkpoint's tensors or refers to them."""
-
-    AUTO = "auto"
-    """Refer to what lies in the checkpoint as it is served, copy the rest."""
-    COPY = "copy"
-    """Copy everything: the store needs no checkpoint."""
-    REFERENCE = "reference"
-    """As `auto`, but an experts layer that has to be copied is an error."""
 
 
 @dataclass(frozen=True, slots=True)
