@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from sandbox_processes import PreparedStore
+from sandbox_processes import PreparedStore, block_specs
 
-from faasmoe_contracts.routing_table import RoutingTable
+from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
 from faasmoe_contracts.store import Store
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.engine.batch_sampler import BatchSampler
@@ -31,7 +31,8 @@ def store(prepared_store: PreparedStore, tmp_path: Path) -> Store:
 
 
 def load(store: Store, dtype: torch.dtype | None = None) -> Any:
-    dispatcher = Dispatcher(store, RoutingTable(store.manifest.digest, 0, ()))
+    entries = tuple(FunctionEndpoints(spec) for spec in block_specs(store, 8))
+    dispatcher = Dispatcher(store, RoutingTable(store.manifest.digest, 0, entries))
     return load_router_model(store, dispatcher, device=torch.device("cpu"), dtype=dtype)
 
 
