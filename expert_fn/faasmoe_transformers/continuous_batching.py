@@ -29,7 +29,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from faasmoe_transformers.error_isolation import BatchErrorIsolation, ErrorPolicy
 from faasmoe_transformers.errors import CacheAllocationFailed, CacheTooSmall, UnsupportedModel
 from faasmoe_transformers.native_attention import use_native_attention
-from faasmoe_transformers.native_step import restore_modules, use_native_step
+from faasmoe_transformers.native_step import ComputeMode, restore_modules, use_native_step
 from faasmoe_transformers.prefix_cache import SaltTokens, salt_prefix_cache
 from faasmoe_transformers.scheduler import BatchCounter, register_scheduler
 from faasmoe_transformers.untouched_zeros import UntouchedZeros
@@ -148,6 +148,7 @@ class ContinuousBatcher:
         salt_tokens: which requests share the prefix cache; None disables it.
         count_batch: receives each batch's request ids and token counts before it is computed.
         error_policy: how errors of a batch are classified.
+        compute: what computes the model.
         on_idle: releases what others keep for requests once none has been present for a while.
 
     Attributes:
@@ -163,6 +164,7 @@ class ContinuousBatcher:
         salt_tokens: SaltTokens | None = None,
         count_batch: BatchCounter | None = None,
         error_policy: ErrorPolicy | None = None,
+        compute: ComputeMode = "auto",
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:
         self.epoch = object()
@@ -171,6 +173,7 @@ class ContinuousBatcher:
         self._count_batch = count_batch
         self._error_policy = error_policy or ErrorPolicy()
         self._on_idle = on_idle
+        self._compute = compute
         self._manager = self._make_manager(model, sampler)
 
     def start(self, loop: asyncio.AbstractEventLoop, on_outputs: OutputHandler) -> None:
@@ -197,7 +200,8 @@ class ContinuousBatcher:
             raise UnsupportedModel(str(error)) from error
         self._check_one_request_fits_cache()
         batch_processor = self._manager.batch_processor
-        use_native_step(self._manager.model, batch_processor)
+        if self._compute == "auto":
+            use_native_step(self._manager.model, batch_processor)
         if self._salt_tokens is not None:
             salt_prefix_cache(batch_processor.cache, self._salt_tokens)
         if self._count_batch is not None:
@@ -296,7 +300,8 @@ class ContinuousBatcher:
             manager = _init_manager(model, self._batching_config())
         finally:
             del model._get_logits_processor
-        use_native_attention(model)
+        if self._compute != "torch":
+            use_native_attention(model)
         # transformers counts only the processors that it converts itself.
         manager.logit_processor.tensors_required = 1
         return manager

@@ -13,7 +13,7 @@ import ctypes
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ from faasmoe_transformers.observation import (
 )
 
 logger = logging.getLogger(__name__)
+
+ComputeMode = Literal["auto", "modules", "torch"]
+"""What computes the router's part of a model on a CPU in float32: auto is one call of the kernel
+library for all decoder layers where that computes what transformers' modules do; modules always
+runs these, with the library's linear layers and attention; torch leaves the library unused."""
 
 
 def use_native_step(model: Any, batch_processor: Any) -> bool:

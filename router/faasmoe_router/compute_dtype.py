@@ -12,6 +12,7 @@ import torch
 
 from faasmoe_contracts.store import Store
 from faasmoe_kernels import KernelsUnavailable, load
+from faasmoe_transformers.native_step import ComputeMode
 from faasmoe_transformers.onednn import is_fast_on_cpu
 
 DtypeSetting = Literal["auto", "bfloat16", "float16", "float32"]
@@ -31,7 +32,9 @@ class ComputeDtype:
     reason: str
 
 
-def select_compute_dtype(setting: DtypeSetting, store: Store, device: torch.device) -> ComputeDtype:
+def select_compute_dtype(
+    setting: DtypeSetting, store: Store, device: torch.device, *, compute: ComputeMode = "auto"
+) -> ComputeDtype:
     """Return the dtype to compute in.
 
     Args:
@@ -39,12 +42,18 @@ def select_compute_dtype(setting: DtypeSetting, store: Store, device: torch.devi
             library, or where products in the store's dtype would be slow.
         store: the prepared model.
         device: device of the router's part of the model.
+        compute: what computes it; torch leaves the kernel library out of account.
     """
     if setting != "auto":
         return ComputeDtype(getattr(torch, setting), "FAASMOE_DTYPE is set")
     stored_name = store.manifest.model.dtype
     stored: torch.dtype = getattr(torch, stored_name)
-    if device.type == "cpu" and stored is not torch.float32 and _has_kernels():
+    if (
+        device.type == "cpu"
+        and stored is not torch.float32
+        and compute != "torch"
+        and _has_kernels()
+    ):
         reason = f"the kernels multiply the store's {stored_name} weights in float32"
         return ComputeDtype(torch.float32, reason)
     if device.type == "cpu" and not is_fast_on_cpu(stored):

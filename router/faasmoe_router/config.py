@@ -25,6 +25,7 @@ from faasmoe_router.errors import RouterConfigError
 PREFIX = "FAASMOE_"
 Device = Literal["auto", "cpu", "cuda"]
 DtypeSetting = Literal["auto", "bfloat16", "float16", "float32"]
+ComputeMode = Literal["auto", "modules", "torch"]
 GenerationConfigMode = Literal["auto", "none"]
 PlacementMode = Literal["auto", "functions"]
 MailboxMode = Literal["on", "off"]
@@ -91,6 +92,9 @@ class RouterConfig(BaseSettings):
         device: device of the router's part of the model.
         dtype: dtype in which the router computes; auto is the store's dtype, or float32 on a CPU
             without fast products in that dtype.
+        compute: what computes the router's part on a CPU in float32: auto runs all decoder layers
+            as one call of the kernel library where possible, modules runs transformers' modules
+            with the library's linear layers and attention, torch leaves the library unused.
         max_model_len: tokens of one request, prompt and output; by default the model's maximum, at
             most 8192.
         max_num_seqs: sequences computed in one batch.
@@ -145,6 +149,7 @@ class RouterConfig(BaseSettings):
     listen_fd: _Descriptor | None = None
     device: Device = "auto"
     dtype: DtypeSetting = "auto"
+    compute: ComputeMode = "auto"
     max_model_len: _ModelLength | None = None
     max_num_seqs: _Sequences = 32
     max_num_batched_tokens: _BatchedTokens = 512

@@ -45,6 +45,7 @@ from faasmoe_transformers.experts_backend import (
 )
 from faasmoe_transformers.meta_model import build_from_config, move_buffers
 from faasmoe_transformers.native_linear import stored_weight_names, use_matrix, use_native_linears
+from faasmoe_transformers.native_step import ComputeMode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -63,6 +64,7 @@ def load_router_model(
     *,
     device: torch.device,
     dtype: torch.dtype | None = None,
+    compute: ComputeMode = "auto",
 ) -> PreTrainedModel:
     """Build the family's model, load the router's tensors and bind its experts to `dispatcher`.
 
@@ -74,6 +76,7 @@ def load_router_model(
         device: device of the router's tensors.
         dtype: dtype to compute in; None for the store's. As in `from_pretrained`, parameters that
             the family keeps in float32 stay so.
+        compute: what computes the model; torch leaves the kernel library unused.
 
     Raises:
         ModelLoadError: transformers does not know the model, a file cannot be read, a tensor is
@@ -82,7 +85,8 @@ def load_router_model(
     register_implementation()
     stored_dtype: torch.dtype = getattr(torch, store.manifest.model.dtype)
     model = _build_meta_model(store, dtype or stored_dtype)
-    kernels = _find_kernels(device, dtype or stored_dtype)
+    uses_kernels = compute != "torch"
+    kernels = _find_kernels(device, dtype or stored_dtype) if uses_kernels else None
     convert = None
     if dtype is not None and dtype != stored_dtype:
         kept = set() if kernels is None else stored_weight_names(model)

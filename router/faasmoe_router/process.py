@@ -85,7 +85,11 @@ class RouterProcess:
         phases.end("store")
         try:
             model = load_router_model(
-                store, self._dispatcher, device=device, dtype=_select_dtype(config, store, device)
+                store,
+                self._dispatcher,
+                device=device,
+                dtype=_select_dtype(config, store, device),
+                compute=config.compute,
             )
         except ModelLoadError as error:
             raise RouterConfigError(f"FAASMOE_STORE: {error}") from error
@@ -102,6 +106,7 @@ class RouterProcess:
             on_give_up=self._on_engine_give_up,
             on_idle=self._dispatcher.release_memory,
             request_timeout_s=config.request_timeout_s,
+            compute=config.compute,
         )
         if link is not None:
             link.is_busy = lambda: self._engine.is_busy
@@ -321,7 +326,7 @@ def _resolve_device(requested: str) -> torch.device:
 
 
 def _select_dtype(config: RouterConfig, store: Store, device: torch.device) -> torch.dtype:
-    selected = select_compute_dtype(config.dtype, store, device)
+    selected = select_compute_dtype(config.dtype, store, device, compute=config.compute)
     dtype_name = str(selected.dtype).removeprefix("torch.")
     logger.info("The router computes in %s: %s", dtype_name, selected.reason)
     return selected.dtype

@@ -79,6 +79,16 @@ def test_explicit_dtype_is_used_on_every_device(
     assert selected.reason == "FAASMOE_DTYPE is set"
 
 
+def test_auto_without_the_kernels_is_the_dtype_that_torch_is_fast_in(
+    prepared_store: PreparedStore, slow_dtypes: set[torch.dtype]
+) -> None:
+    store = prepared_store("mixtral", dtype="bfloat16")
+    assert select_compute_dtype("auto", store, CPU, compute="torch").dtype == torch.bfloat16
+    slow_dtypes.add(torch.bfloat16)
+    selected = select_compute_dtype("auto", store, CPU, compute="torch")
+    assert "no fast products in bfloat16" in selected.reason
+
+
 SCRIPT = """
 import sys
 from pathlib import Path

@@ -25,7 +25,7 @@ from faasmoe_transformers.experts_backend import (
 )
 from faasmoe_transformers.native_attention import ATTENTION_IMPLEMENTATION
 from faasmoe_transformers.native_linear import use_native_linears
-from faasmoe_transformers.native_step import NativeForward
+from faasmoe_transformers.native_step import ComputeMode, NativeForward
 from faasmoe_transformers.observation import FixedExperts
 
 PROGRAM_FAMILIES = (
@@ -176,7 +176,10 @@ def build(name: str, experts: FixedExperts | None = None) -> Any:
 
 
 def generate(
-    model: Any, loop: asyncio.AbstractEventLoop, prompts: Sequence[Sequence[int]] = PROMPTS
+    model: Any,
+    loop: asyncio.AbstractEventLoop,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    compute: ComputeMode = "auto",
 ) -> tuple[list[list[int]], list[str | None], list[Tensor]]:
     """Return the tokens and the error of each prompt, and all scores."""
     finished = threading.Event()
@@ -193,7 +196,7 @@ def generate(
 
     sampler = ArgmaxSampler()
     select_attention_implementation(model)
-    batcher = ContinuousBatcher(model, LIMITS, sampler=sampler)
+    batcher = ContinuousBatcher(model, LIMITS, sampler=sampler, compute=compute)
     batcher.start(loop, on_outputs)
     for i, prompt in enumerate(prompts):
         batcher.add_request(str(i), prompt, max_tokens=N_TOKENS, stop_token_ids=[])
@@ -206,15 +209,6 @@ def generate(
     return [tokens[i] for i in ids], [errors[i] for i in ids], sampler.scores
 
 
-def generate_with_modules(
-    model: Any, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
-) -> list[list[int]]:
-    with monkeypatch.context() as patch:
-        patch.setattr(continuous_batching, "use_native_attention", lambda _: False)
-        tokens, _, _ = generate(model, loop)
-    return tokens
-
-
 NOT_BATCHED = re.compile(
     r"Invalid layer type|index_copy_\(\): Source/destination"
     r"|no attribute 'init_continuous_batching'|'NoneType' object has no attribute 'reshape'"
@@ -223,11 +217,9 @@ NOT_BATCHED = re.compile(
 
 
 @pytest.mark.parametrize("name", [family.name for family in FAMILIES])
-def test_tokens_equal_those_of_the_modules(
-    name: str, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_equal_those_of_the_modules(name: str, loop: asyncio.AbstractEventLoop) -> None:
     try:
-        expected = generate_with_modules(build(name), loop, monkeypatch)
+        expected, _, _ = generate(build(name), loop, compute="torch")
     except (UnsupportedModel, AttributeError, RuntimeError, TypeError, ValueError) as error:
         if name in PROGRAM_FAMILIES or not NOT_BATCHED.search(str(error)):
             raise
@@ -240,6 +232,24 @@ def test_tokens_equal_those_of_the_modules(
     assert errors == [None] * len(PROMPTS)
     assert tokens == expected
     assert is_program == (name in PROGRAM_FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("compute", "attention", "is_program"),
+    [
+        ("auto", ATTENTION_IMPLEMENTATION, True),
+        ("modules", ATTENTION_IMPLEMENTATION, False),
+        ("torch", "sdpa", False),
+    ],
+)
+def test_compute_mode_selects_what_computes_the_decoder(
+    loop: asyncio.AbstractEventLoop, compute: ComputeMode, attention: str, is_program: bool
+) -> None:
+    model = build("qwen2_moe")
+    use_native_linears(model, load())
+    generate(model, loop, PROMPTS[:1], compute)
+    assert model.config._attn_implementation == attention
+    assert isinstance(model.model.forward, NativeForward) == is_program
 
 
 def test_an_error_of_the_experts_fails_the_request(loop: asyncio.AbstractEventLoop) -> None:
@@ -282,7 +292,7 @@ def test_a_chunk_computed_again_sees_the_window_as_it_was(
 def test_native_functions_compute_the_experts(
     loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch, declined: int
 ) -> None:
-    expected = generate_with_modules(build("qwen2_moe"), loop, monkeypatch)
+    expected = generate(build("qwen2_moe"), loop, compute="torch")[0]
     experts = NativeExperts(declined)
     model = build("qwen2_moe", experts)
     use_native_linears(model, load())

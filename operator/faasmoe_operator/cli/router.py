@@ -112,6 +112,7 @@ def environment(
         "KEEP_ALIVE": router.keep_alive_seconds if keep_alive_s is None else keep_alive_s,
         "DEVICE": router.device,
         "DTYPE": router.dtype,
+        "COMPUTE": router.compute,
         "PLACEMENT": deployment.model.spec.experts.placement or "auto",
         "MAX_NUM_SEQS": router.max_num_seqs,
         "MAX_NUM_BATCHED_TOKENS": router.max_num_batched_tokens,

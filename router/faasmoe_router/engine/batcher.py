@@ -49,6 +49,7 @@ from faasmoe_transformers.continuous_batching import (
 )
 from faasmoe_transformers.error_isolation import ErrorPolicy
 from faasmoe_transformers.errors import CacheAllocationFailed, CacheTooSmall, UnsupportedModel
+from faasmoe_transformers.native_step import ComputeMode
 from faasmoe_transformers.prefix_cache import HASHED_TOKEN_BITS
 
 TOKENS_PER_PAGE = 32
@@ -225,6 +226,7 @@ def start_batcher(
     cache_salts: CacheSalts | None = None,
     computed_tokens: ComputedTokenCounter | None = None,
     on_idle: Callable[[], None] = lambda: None,
+    compute: ComputeMode = "auto",
 ) -> ContinuousBatcher:
     """Allocate the KV cache and start a batcher.
 
@@ -237,6 +239,7 @@ def start_batcher(
         cache_salts: which tenants share the prefix cache; None disables it.
         computed_tokens: counts the tokens of each batch.
         on_idle: releases what others keep for requests once none has been present for a while.
+        compute: what computes the model.
 
     Raises:
         RouterConfigError: the cache cannot hold one request or does not fit on the device, or
@@ -273,6 +276,7 @@ def start_batcher(
             report_external_error,
         ),
         on_idle=release_memory,
+        compute=compute,
     )
     try:
         batcher.start(loop, on_outputs)

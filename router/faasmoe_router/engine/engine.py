@@ -31,6 +31,7 @@ from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import EngineQueueFull, EngineUnavailable, QueueFull
 from faasmoe_router.metrics import EngineMetrics
 from faasmoe_transformers.continuous_batching import ContinuousBatcher, eos_token_ids
+from faasmoe_transformers.native_step import ComputeMode
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Engine:
         on_give_up: called when the engine will not recover.
         on_idle: releases what others keep for requests once none has been present for a while.
         request_timeout_s: seconds after which a request fails.
+        compute: what computes the model on a CPU in float32.
 
     Attributes:
         limits: the engine's limits.
@@ -72,6 +74,7 @@ class Engine:
         on_give_up: Callable[[], None] = lambda: None,
         on_idle: Callable[[], None] = lambda: None,
         request_timeout_s: float = math.inf,
+        compute: ComputeMode = "auto",
     ) -> None:
         self.limits = limits
         self.tokenizer = tokenizer
@@ -80,6 +83,7 @@ class Engine:
         self._model = model
         self._on_idle = on_idle
         self._request_timeout_s = request_timeout_s
+        self._compute = compute
         eos_ids = eos_token_ids(model)
         self.vocabulary = tokenizer.new_vocabulary(n_scores=self.vocab_size, eos_token_ids=eos_ids)
         self.grammar_compiler = GrammarCompiler(self.vocabulary)
@@ -233,4 +237,5 @@ class Engine:
             cache_salts=self._cache_salts,
             computed_tokens=self.computed_tokens,
             on_idle=self._on_idle,
+            compute=self._compute,
         )

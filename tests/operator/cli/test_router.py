@@ -18,12 +18,13 @@ def router_environment(file: Path, **arguments: Any) -> dict[str, str]:
 
 def test_environment_contains_settings_of_spec(write_model: WriteModel) -> None:
     limits = "maxModelLen: 2048, maxNumSeqs: 8, maxNumBatchedTokens: 64, maxWaiting: 0"
-    router = f"device: cpu, dtype: float32, {limits}, kvCacheMemory: 1.5Gi"
+    router = f"device: cpu, dtype: float32, compute: modules, {limits}, kvCacheMemory: 1.5Gi"
     file = write_model(f"router: {{{router}}}")
     variables = router_environment(file, tenants_file=Path("/run/tenants.json"))
     assert variables["FAASMOE_MODEL_NAME"] == "tiny"
     assert variables["FAASMOE_DEVICE"] == "cpu"
     assert variables["FAASMOE_DTYPE"] == "float32"
+    assert variables["FAASMOE_COMPUTE"] == "modules"
     assert variables["FAASMOE_MAX_MODEL_LEN"] == "2048"
     assert variables["FAASMOE_MAX_NUM_SEQS"] == "8"
     assert variables["FAASMOE_MAX_NUM_BATCHED_TOKENS"] == "64"

@@ -156,10 +156,17 @@ def with_addresses(table: RoutingTable, *addresses: str) -> RoutingTable:
 @contextmanager
 def stopped(process: SandboxProcess) -> Iterator[None]:
     os.kill(process.process.pid, signal.SIGSTOP)
-    try:
+    threads = Path(f"/proc/{process.process.pid}/task")
+    try:  # a thread stops when it is next scheduled, and may answer a call until then
+        wait_until(lambda: all(thread_state(thread) == "T" for thread in threads.iterdir()))
         yield
     finally:
         os.kill(process.process.pid, signal.SIGCONT)
+
+
+def thread_state(thread: Path) -> str:
+    """Return the state of a thread of /proc, such as R (running) or T (stopped)."""
+    return (thread / "stat").read_text().rpartition(") ")[2][0]
 
 
 def read_metric(metrics: DispatchMetrics, name: str) -> float:

@@ -70,6 +70,13 @@ class RouterSpec(ApiModel):
         "bfloat16, without AVX512-FP16 for float16), where it is float32. The operator does not "
         "know the nodes' CPUs: with auto it reserves memory for float32 unless `device` is cuda.",
     )
+    compute: Literal["auto", "modules", "torch"] = Field(
+        "auto",
+        description="What computes the router's part of the model on a CPU in float32: auto is one "
+        "call of the kernel library for all decoder layers, where that computes what transformers' "
+        "modules do; modules is these with the library's linear layers and attention; torch leaves "
+        "the library unused. Elsewhere torch computes.",
+    )
     quantization: Literal["none", "int8", "int4"] = Field(
         "none",
         description="Scheme that the weights of the router's linear layers are stored in; "

@@ -198,6 +198,7 @@ def _settings(ctx: ModelContext) -> list[Object]:
             "PORT": ROUTER_PORT,
             "DEVICE": router.device,
             "DTYPE": router.dtype,
+            "COMPUTE": router.compute,
             "MAX_MODEL_LEN": router.max_model_len,
             "MAX_NUM_SEQS": router.max_num_seqs,
             "MAX_NUM_BATCHED_TOKENS": router.max_num_batched_tokens,

@@ -40,6 +40,7 @@ def test_router_accepts_its_environment() -> None:
     router = {
         "device": "cpu",
         "dtype": "float32",
+        "compute": "modules",
         "maxModelLen": 4096,
         "maxNumSeqs": 16,
         "maxNumBatchedTokens": 256,
@@ -53,7 +54,7 @@ def test_router_accepts_its_environment() -> None:
     assert str(config.store) == "/store/qwen"
     assert config.control_url == "http://faasmoe-control.faasmoe.svc:8090/models/llm/qwen"
     assert (config.host, config.port, config.device) == ("0.0.0.0", 8000, "cpu")
-    assert config.dtype == "float32"
+    assert (config.dtype, config.compute) == ("float32", "modules")
     assert (config.max_model_len, config.max_num_seqs) == (4096, 16)
     assert (config.max_num_batched_tokens, config.max_waiting) == (256, 64)
     assert config.kv_cache_bytes == 6 << 30
