@@ -239,10 +239,11 @@ def map_range(path: Path, *, size_bytes: int, start: int, end: int) -> MappedFil
 def read_tensor_table(
     path: Path,
 ) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], int]:
-    """Read the header of a safetensors file.
+    """Read the header of a safetensors file, which may also hold dtypes that no store has.
 
     Returns:
-        The dtype, shape and offset in the file of each tensor by name, and the file's size.
+        The dtype, shape and offset in the file by name of each tensor with a dtype of DTYPE_SIZES,
+        and the file's size.
 
     Raises:
         StoreError: the file cannot be read or is invalid; the message names it and the tensor.
@@ -256,8 +257,18 @@ def read_tensor_table(
             text = file.read(_header_length(head, size_bytes, path))
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
-    entries, data_start = _parse_header(text, size_bytes, path)
-    table = {name: (e.dtype, e.shape, data_start + e.start) for name, e in entries.items()}
+    data_start = _HEADER_LENGTH.size + len(text)
+    table: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    for name, value in _load_header(text, path).items():
+        if isinstance(value, dict) and value.get("dtype") not in DTYPE_SIZES:
+            continue
+        entry = _read_tensor_info(value, f"{path}: {name}")
+        if data_start + entry.end > size_bytes:
+            raise StoreError(
+                f"{path}: {name}: got an end at byte {data_start + entry.end}, expected at most "
+                f"{size_bytes}, the file's size"
+            )
+        table[name] = (entry.dtype, entry.shape, data_start + entry.start)
     return table, size_bytes
 
 
@@ -278,7 +289,7 @@ def _header_length(data: bytes | memoryview, size_bytes: int, path: Path) -> int
     return int(length)
 
 
-def _parse_header(text: bytes, size_bytes: int, path: Path) -> tuple[dict[str, _TensorInfo], int]:
+def _load_header(text: bytes, path: Path) -> dict[str, Any]:
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -286,6 +297,11 @@ def _parse_header(text: bytes, size_bytes: int, path: Path) -> tuple[dict[str, _
     if not isinstance(header, dict):
         raise StoreError(f"{path}: header: got {type(header).__name__}, expected a JSON object")
     header.pop("__metadata__", None)
+    return header
+
+
+def _parse_header(text: bytes, size_bytes: int, path: Path) -> tuple[dict[str, _TensorInfo], int]:
+    header = _load_header(text, path)
     entries = {name: _read_tensor_info(value, f"{path}: {name}") for name, value in header.items()}
     data_start = _HEADER_LENGTH.size + len(text)
     _check_coverage(entries, size_bytes - data_start, path)

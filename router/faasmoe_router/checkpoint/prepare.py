@@ -208,8 +208,8 @@ def _fill_store(
         layout = CheckpointLayout.read(checkpoint.weight_files)
         if layout is None and target.mode is StoreMode.REFERENCE:
             raise SourceUnsupported(
-                f"mode: got reference, expected copy: no folder below / holds all "
-                f"files of {checkpoint.folder}"
+                "mode: got reference, expected auto or copy: the checkpoint has no safetensors "
+                f"files in one folder below /: {checkpoint.folder}"
             )
     plan = plan_store(skeleton, tensors, target.quantization, layout)
     if target.mode is StoreMode.REFERENCE:

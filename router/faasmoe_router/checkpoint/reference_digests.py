@@ -25,7 +25,7 @@ MAX_THREADS = 4
 
 
 class OnBytesRead(Protocol):
-    """Receives the number of bytes of each read; called by several threads."""
+    """Receives the number of bytes of each read; called by several threads, one at a time."""
 
     def __call__(self, size_bytes: int, /) -> None:
         """Report `size_bytes` more as read."""
@@ -92,6 +92,7 @@ class CheckpointReader:
         self._paths = paths
         self._on_bytes_read = on_bytes_read
         self._local = threading.local()
+        self._progress_lock = threading.Lock()
         self._stack = ExitStack()
         self._descriptors: list[int] = []
         self._states: list[tuple[int, int]] = []
@@ -140,7 +141,8 @@ class CheckpointReader:
                         f"at least {offset + length}: the file was truncated"
                     )
                 done += count
-            self._on_bytes_read(len(part))
+            with self._progress_lock:
+                self._on_bytes_read(len(part))
             yield part
 
     def _read_at(self, file: int, buffer: memoryview, offset: int) -> int:

@@ -31,10 +31,16 @@ MAX_PARTS = 2  # blocks of rows of one expert's parameter that a kernel reads
 
 @dataclass(frozen=True, slots=True)
 class TensorLocation:
-    """Where a tensor of the checkpoint lies: index of its file, and offset of its first byte."""
+    """Where a tensor of the checkpoint lies: index of its file, offset of its first byte, form."""
 
     file: int
     offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def holds(self, tensor: LazyTensor) -> bool:
+        """Return whether a tensor has the form that it has in the file, so is not decoded."""
+        return tensor.get_dtype() == self.dtype and tuple(tensor.get_shape()) == self.shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +59,18 @@ class CheckpointLayout:
 
     @classmethod
     def read(cls, paths: Sequence[Path]) -> CheckpointLayout | None:
-        """Read the headers of safetensors files; None if no folder but `/` holds them all.
+        """Read the headers of a checkpoint's files.
+
+        Returns:
+            The layout of the safetensors files; None if there are none, or if no folder but `/`
+            holds them all.
 
         Raises:
             StoreError: a file cannot be read.
         """
+        paths = [path for path in paths if path.suffix == ".safetensors"]
+        if not paths:
+            return None
         real_paths = [Path(os.path.realpath(path)) for path in paths]
         root = Path(os.path.commonpath([path.parent for path in real_paths]))
         if str(root) == root.anchor:
@@ -67,8 +80,8 @@ class CheckpointLayout:
         for index, path in enumerate(real_paths):
             table, size_bytes = read_tensor_table(path)
             files.append(CheckpointFile(path.relative_to(root).as_posix(), size_bytes))
-            for name, (_, _, offset) in table.items():
-                locations[name] = TensorLocation(index, offset)
+            for name, (dtype, shape, offset) in table.items():
+                locations[name] = TensorLocation(index, offset, dtype, shape)
         return cls(root, tuple(files), locations)
 
 
@@ -169,8 +182,8 @@ def _reference_or_reason(
     pieces = []
     for tensor in (tensor for row in parts for tensor in row):
         location = layout.locations.get(name_of.get(id(tensor), ""))
-        if location is None:
-            return "not read from a safetensors file"
+        if location is None or not location.holds(tensor):
+            return "decoded"
         pieces.append((location.file, location.offset))
     if 0 in shape:
         return "empty"
