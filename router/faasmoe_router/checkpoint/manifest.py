@@ -127,10 +127,11 @@ def with_references(
     Raises:
         StoreError: a file of the checkpoint cannot be read or changes meanwhile.
     """
+    plan, files = plan.with_used_files(layout.files)
     by_index = {x.index: plan.layers[x.name] for x in layers if x.name in plan.layers}
     blocks = {index: list(layer_blocks(layers[index], t)) for index, t in by_index.items()}
     router = [router_block(name, tensor) for name, tensor in plan.router.items()]
-    paths = [layout.root / file.name for file in layout.files]
+    paths = [layout.root / file.name for file in files]
     with CheckpointReader(paths, on_bytes_read) as reader:
         every_block = [block for layer in blocks.values() for block in layer]
         digests = iter(reader.digests([*every_block, *router]))
@@ -149,7 +150,7 @@ def with_references(
     root = checkpoint_root(layout.root, Path(os.path.realpath(folder)))
     entry = CheckpointEntry(
         root,
-        layout.files,
+        files,
         by_index,
         references,
         {reason: tuple(sorted(names)) for reason, names in copied.items()},

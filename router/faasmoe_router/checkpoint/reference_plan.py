@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from faasmoe_contracts.store.references import CheckpointFile, TensorReference
@@ -106,6 +106,29 @@ class ReferencePlan:
         """Bytes of all tensors that the store refers to."""
         layers = (tensor for layer in self.layers.values() for tensor in layer.values())
         return sum(tensor.size_bytes for tensor in (*layers, *self.router.values()))
+
+    def with_used_files(
+        self, files: tuple[CheckpointFile, ...]
+    ) -> tuple[ReferencePlan, tuple[CheckpointFile, ...]]:
+        """Return the same plan with indices into the files that it refers to, and these."""
+        layers = [tensor for layer in self.layers.values() for tensor in layer.values()]
+        tensors = (*layers, *self.router.values())
+        used = sorted({file for tensor in tensors for file, _ in tensor.pieces})
+        position = {file: index for index, file in enumerate(used)}
+
+        def renumbered(tensor: TensorReference) -> TensorReference:
+            pieces = tuple((position[file], offset) for file, offset in tensor.pieces)
+            return replace(tensor, pieces=pieces)
+
+        plan = ReferencePlan(
+            {
+                name: {local: renumbered(tensor) for local, tensor in layer.items()}
+                for name, layer in self.layers.items()
+            },
+            {name: renumbered(tensor) for name, tensor in self.router.items()},
+            self.copied,
+        )
+        return plan, tuple(files[file] for file in used)
 
 
 NO_REFERENCES = ReferencePlan()

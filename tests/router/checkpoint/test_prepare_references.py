@@ -102,6 +102,20 @@ def test_what_is_converted_is_copied_and_says_why(
     assert "by reference to ../checkpoint, which must stay: 0 of 2 MoE layers" in output
 
 
+def test_a_checkpoint_of_which_nothing_is_referred_to_may_be_removed(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(max_shard_size="20KB")
+    store = by_reference(checkpoint, tmp_path / "bf16", dtype="bfloat16")
+    assert not entry_of(store).files
+    int8 = by_reference(checkpoint, tmp_path / "s", quantization=QuantizationEntry("int8", "int8"))
+    assert 0 < len(entry_of(int8).files) < len(list(checkpoint.glob("*.safetensors")))
+    shutil.rmtree(checkpoint)
+    verify_references(Store.open(store.path))
+    with pytest.raises(StoreError, match="cannot be read"):
+        Store.open(int8.path)
+
+
 def test_one_layer_is_copied_where_only_its_tensors_are_converted(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
