@@ -241,7 +241,7 @@ async def _prepare(deployment: LocalModel) -> None:
             revision=revision,
             dtype=deployment.dtype,
             quantization=deployment.quantization,
-            mode=deployment.model.spec.store.mode,
+            mode=deployment.model.spec.store.mode or "auto",
         ),
         environment=os.environ,
         log=None,

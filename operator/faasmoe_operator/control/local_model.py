@@ -112,7 +112,7 @@ class LocalModel:
     def _check_mode(self, manifest: Manifest) -> None:
         checkpoint, mode = manifest.checkpoint, self.model.spec.store.mode
         stored = "reference" if checkpoint and checkpoint.size_bytes else "copy"
-        if mode not in ("auto", stored):
+        if mode not in (None, "auto", stored):
             what = f"got {mode}, expected auto or {stored}, as the store {self.store_path} is"
             self._raise_error("spec.store.mode", f"{what}; `faasmoe prepare --force` replaces it")
 
