@@ -17,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-clients test-alerts test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint format bench bench-call bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-prepare bench-reconcile bench-start attack chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint format bench bench-call bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-prepare bench-reconcile bench-start attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -67,6 +67,11 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/js/package.j
 
 test-clients: $(STAMP) $(CLIENTS)/.installed ## Run unmodified client libraries against `faasmoe up` (needs npm)
 	FAASMOE_PYTHON=$(BIN)/python $(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini tests/clients/clients.py
+
+# vLLM's tests are not part of this repository: SDIST is its unpacked source distribution.
+test-vllm: $(STAMP) $(CLIENTS)/.installed ## Run vLLM's own HTTP tests (SDIST=FOLDER, ARGS=) on the demo model
+	$(BIN)/faasmoe demo-model $(DEMO)-model
+	FAASMOE_PYTHON=$(BIN)/python $(CLIENTS)/bin/python tests/clients/vllm_suite.py $(SDIST) $(DEMO)-model $(ARGS)
 
 test-slow: $(STAMP) ## Run the tests marked slow
 	$(BIN)/python -m pytest -m "slow and not gpu and not cluster"
@@ -142,4 +147,4 @@ trace-chat: $(STAMP) ## List the modules that a streamed chat crosses; writes be
 	$(BIN)/python -m benchmarks.trace_chat
 
 clean: ## Remove environments, caches and generated files
-	rm -rf $(VENV) $(TOOLS) .faasmoe .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/out kernels/faasmoe_kernels/*.so
+	rm -rf $(VENV) $(TOOLS) $(CLIENTS) tests/clients/js/node_modules .faasmoe .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/out kernels/faasmoe_kernels/*.so

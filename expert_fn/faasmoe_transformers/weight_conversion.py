@@ -191,6 +191,18 @@ def unconverted_parts(job: ConversionJob) -> list[tuple[LazyTensor, ...]]:
     return list(zip(*(job.sources[pattern] for pattern in patterns), strict=True))
 
 
+def moves_rows_only(job: ConversionJob) -> bool:
+    """Return whether a job makes one parameter and moves whole rows of its sources only.
+
+    Then the codes of rows, or their scales, can be converted as the weights would be.
+    """
+    if isinstance(job.transform, WeightRenaming):
+        return len(job.targets) == 1
+    # Dimension 1 of the stack [E, N, K] has the rows of each expert.
+    _, *rest = job.transform.operations
+    return _is_expert_stacking(job) and all(operation.dim == 1 for operation in rest)
+
+
 def first_float_dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
     """Return the dtype of the first floating tensor, as transformers infers a missing dtype.
 

@@ -50,6 +50,8 @@ const fk::Isa *current() {
   return isa;
 }
 
+using fk::check_matrix;
+
 constexpr int64_t kMaxSize = int64_t(1) << 31;  // of one dimension; products fit 64 bits
 
 thread_local char last_error[256] = "";
@@ -87,39 +89,6 @@ int32_t check_dtype(const char *name, int32_t dtype) {
 int32_t check_parameter(const char *owner, const char *name, int32_t dtype, int32_t beyond, const char *expected) {
   if ((dtype >= FK_P_FLOAT32 && dtype <= FK_P_FLOAT16) || dtype == beyond) return 0;
   return reject("%s%s: got %d, expected %s", owner, name, dtype, expected);
-}
-
-// `owner` is a prefix such as "first."
-int32_t check_matrix(const char *owner, const fk_matrix &m) {
-  if (m.scheme < FK_W_FLOAT32 || m.scheme > FK_W_MXFP4)
-    return reject("%sscheme: got %d, expected a value of fk_scheme (0 to %d)", owner, m.scheme, FK_W_MXFP4);
-  if (int32_t e = check_size(owner, "n", m.n)) return e;
-  if (int32_t e = check_size(owner, "k", m.k)) return e;
-  if (int32_t e = check_pointer(owner, "codes", m.codes)) return e;
-  if (m.codes_upper && m.n % 2)
-    return reject("%sn: got %lld, expected an even number for rows in two places", owner, (long long)m.n);
-  if (m.bias)
-    if (int32_t e = check_parameter(owner, "bias_dtype", m.bias_dtype, -1, "0 to 2 (float32, bfloat16, float16)"))
-      return e;
-  if (m.scheme < FK_W_INT8) return 0;
-  if (int32_t e = check_pointer(owner, "scales", m.scales)) return e;
-  if (int32_t e = check_parameter(owner, "scale_dtype", m.scale_dtype, FK_P_E8M0,
-                                  "0 to 3 (float32, bfloat16, float16, E8M0)"))
-    return e;
-  if (m.zeros)
-    if (int32_t e = check_parameter(owner, "zero_dtype", m.zero_dtype, FK_P_UINT8,
-                                    "0 to 2 or 4 (float32, bfloat16, float16, uint8)"))
-      return e;
-  if (m.group < 0 || m.group % 32 || (m.group && m.k % m.group))
-    return reject("%sgroup: got %d, expected 0 or a multiple of 32 that divides k (%lld)", owner, m.group,
-                  (long long)m.k);
-  if (m.scheme == FK_W_MXFP4 && m.group != 32)
-    return reject("%sgroup: got %d, expected 32 for MXFP4", owner, m.group);
-  if (m.scheme != FK_W_INT8 && m.k % 2)
-    return reject("%sk: got %lld, expected an even number for 4-bit codes", owner, (long long)m.k);
-  if (m.zeros && m.scheme != FK_W_INT4)
-    return reject("%szeros: got an address, expected NULL for scheme %d", owner, m.scheme);
-  return 0;
 }
 
 int32_t check_call(const void *x, int32_t x_dtype, int64_t x_stride, int64_t k, int64_t rows, const void *out,
@@ -187,6 +156,39 @@ int32_t check_expert(const fk_matrix &first, const fk_matrix &down, bool is_gate
 }  // namespace
 
 namespace fk {
+
+// `owner` is a prefix such as "first."
+int32_t check_matrix(const char *owner, const fk_matrix &m) {
+  if (m.scheme < FK_W_FLOAT32 || m.scheme > FK_W_MXFP4)
+    return reject("%sscheme: got %d, expected a value of fk_scheme (0 to %d)", owner, m.scheme, FK_W_MXFP4);
+  if (int32_t e = check_size(owner, "n", m.n)) return e;
+  if (int32_t e = check_size(owner, "k", m.k)) return e;
+  if (int32_t e = check_pointer(owner, "codes", m.codes)) return e;
+  if (m.codes_upper && m.n % 2)
+    return reject("%sn: got %lld, expected an even number for rows in two places", owner, (long long)m.n);
+  if (m.bias)
+    if (int32_t e = check_parameter(owner, "bias_dtype", m.bias_dtype, -1, "0 to 2 (float32, bfloat16, float16)"))
+      return e;
+  if (m.scheme < FK_W_INT8) return 0;
+  if (int32_t e = check_pointer(owner, "scales", m.scales)) return e;
+  if (int32_t e = check_parameter(owner, "scale_dtype", m.scale_dtype, FK_P_E8M0,
+                                  "0 to 3 (float32, bfloat16, float16, E8M0)"))
+    return e;
+  if (m.zeros)
+    if (int32_t e = check_parameter(owner, "zero_dtype", m.zero_dtype, FK_P_UINT8,
+                                    "0 to 2 or 4 (float32, bfloat16, float16, uint8)"))
+      return e;
+  if (m.group < 0 || m.group % 32 || (m.group && m.k % m.group))
+    return reject("%sgroup: got %d, expected 0 or a multiple of 32 that divides k (%lld)", owner, m.group,
+                  (long long)m.k);
+  if (m.scheme == FK_W_MXFP4 && m.group != 32)
+    return reject("%sgroup: got %d, expected 32 for MXFP4", owner, m.group);
+  if (m.scheme != FK_W_INT8 && m.k % 2)
+    return reject("%sk: got %lld, expected an even number for 4-bit codes", owner, (long long)m.k);
+  if (m.zeros && m.scheme != FK_W_INT4)
+    return reject("%szeros: got an address, expected NULL for scheme %d", owner, m.scheme);
+  return 0;
+}
 
 int32_t reject_argument(const char *format, ...) {
   va_list arguments;

@@ -40,12 +40,12 @@ class PackedRows {
   int64_t k_ = 0, units_ = 0, pitch_ = 0, size_ = 0;
 };
 
-// Weight rows per task: few tasks for few threads, and each large enough to stream.
-static int64_t chunk_rows(const fk_matrix &m, int32_t n_threads, int64_t n_groups) {
+// Weight rows per task of `n_rows` in all: few tasks for few threads, and each large enough to stream.
+static int64_t chunk_rows(const fk_matrix &m, int32_t n_threads, int64_t n_rows) {
   if (n_threads <= 1) return m.n;
   int64_t row_bytes = std::max<int64_t>(1, m.k * (m.scheme == FK_W_FLOAT32 ? 8 : m.scheme <= FK_W_FLOAT16 ? 4 : m.scheme == FK_W_INT8 ? 2 : 1) / 2);
-  int64_t least = std::max<int64_t>(1, kMinChunkBytes / row_bytes), fair = m.n * n_groups / (4 * n_threads);
-  int64_t chunk = std::min(std::max(least, fair), (m.n * n_groups + n_threads - 1) / n_threads);
+  int64_t least = std::max<int64_t>(1, kMinChunkBytes / row_bytes), fair = n_rows / (4 * n_threads);
+  int64_t chunk = std::min(std::max(least, fair), (n_rows + n_threads - 1) / n_threads);
   return std::min(m.n, (chunk + kTileRows - 1) / kTileRows * kTileRows);
 }
 
@@ -82,19 +82,25 @@ static int32_t for_rows(int64_t rows, int32_t n_threads, F &&f) {
   });
 }
 
-static int32_t linear(const fk_matrix &w, const void *x, int32_t x_dtype, int64_t x_stride,
-                      int64_t rows, void *out, int32_t out_dtype, int64_t out_stride,
-                      int32_t n_threads) {
-  fk::Call call(n_threads);
-  Floats product;
-  bool is_direct = out_dtype == FK_FLOAT32;
-  if (!is_direct && !allocate(product, rows * w.n)) return FK_E_MEMORY;
-  float *to = is_direct ? (float *)out : product.get();
-  int64_t stride = is_direct ? out_stride : w.n;
-  return with_engine(w, x_dtype, [&](auto engine) -> int32_t {
+// Matrices that are stored alike, each with a place for its product with the same rows.
+struct LinearPart {
+  const fk_matrix *w;
+  float *product;  // [rows, w->n]
+  int64_t stride;
+};
+
+static bool is_stored_alike(const fk_matrix &a, const fk_matrix &b) {
+  return a.scheme == b.scheme && a.group == b.group && !a.zeros == !b.zeros;
+}
+
+// One parallel loop over the rows of all matrices. on_columns(part, begin, end) follows each task.
+template <class F>
+static int32_t multiply_parts(const LinearPart *parts, int64_t n_parts, const void *x, int32_t x_dtype,
+                              int64_t x_stride, int64_t rows, int32_t n_threads, F &&on_columns) {
+  return with_engine(*parts[0].w, x_dtype, [&](auto engine) -> int32_t {
     using E = decltype(engine);
     PackedRows input;
-    if (!input.reserve<E>(rows, w.k)) return FK_E_MEMORY;
+    if (!input.reserve<E>(rows, parts[0].w->k)) return FK_E_MEMORY;
     std::unique_ptr<const uint8_t *[]> pointers(new (std::nothrow) const uint8_t *[rows]);
     if (!pointers) return FK_E_MEMORY;
     for (int64_t r = 0; r < rows; ++r) pointers[r] = input.row(r);
@@ -102,19 +108,52 @@ static int32_t linear(const fk_matrix &w, const void *x, int32_t x_dtype, int64_
       return input.pack<E>(r, (const uint8_t *)x + r * x_stride * dtype_bytes(x_dtype), x_dtype);
     });
     if (status) return status;
-    Product<E> multiplier(w);
-    int64_t chunk = chunk_rows(w, n_threads, 1);
-    return run_tasks((w.n + chunk - 1) / chunk, n_threads, [&](int64_t i) {
-      int64_t begin = i * chunk, end = std::min(begin + chunk, w.n);
-      if (!multiplier.multiply(begin, end, pointers.get(), rows, to + begin, stride)) return false;
-      add_bias(w, begin, end, rows, to, stride);
-      if (!is_direct)
-        for (int64_t r = 0; r < rows; ++r)
-          from_floats(to + r * stride + begin, end - begin,
-                      (uint8_t *)out + (r * out_stride + begin) * dtype_bytes(out_dtype), out_dtype);
+    int64_t n_columns = 0, n_tasks = 0;
+    for (int64_t p = 0; p < n_parts; ++p) n_columns += parts[p].w->n;
+    int64_t chunk = chunk_rows(*parts[0].w, n_threads, n_columns);
+    for (int64_t p = 0; p < n_parts; ++p) n_tasks += (parts[p].w->n + chunk - 1) / chunk;
+    return run_tasks(n_tasks, n_threads, [&](int64_t i) {
+      const LinearPart *part = parts;
+      for (int64_t n; i >= (n = (part->w->n + chunk - 1) / chunk); ++part) i -= n;
+      int64_t begin = i * chunk, end = std::min(begin + chunk, part->w->n);
+      if (!Product<E>(*part->w).multiply(begin, end, pointers.get(), rows, part->product + begin, part->stride))
+        return false;
+      add_bias(*part->w, begin, end, rows, part->product, part->stride);
+      on_columns(*part, begin, end);
       return true;
     });
   });
+}
+
+static int32_t linear(const fk_matrix &w, const void *x, int32_t x_dtype, int64_t x_stride,
+                      int64_t rows, void *out, int32_t out_dtype, int64_t out_stride,
+                      int32_t n_threads) {
+  fk::Call call(n_threads);
+  Floats product;
+  bool is_direct = out_dtype == FK_FLOAT32;
+  if (!is_direct && !allocate(product, rows * w.n)) return FK_E_MEMORY;
+  LinearPart whole{&w, is_direct ? (float *)out : product.get(), is_direct ? out_stride : w.n};
+  return multiply_parts(&whole, 1, x, x_dtype, x_stride, rows, n_threads, [&](const LinearPart &, int64_t begin, int64_t end) {
+    if (is_direct) return;
+    for (int64_t r = 0; r < rows; ++r)
+      from_floats(product.get() + r * w.n + begin, end - begin,
+                  (uint8_t *)out + (r * out_stride + begin) * dtype_bytes(out_dtype), out_dtype);
+  });
+}
+
+constexpr int64_t kMaxParts = 3;
+
+// out[p][rows, n] = x[rows, k] times each of up to kMaxParts matrices.
+static int32_t multiply(const fk_matrix *const *w, float *const *out, int64_t count, const float *x, int64_t rows,
+                        int32_t n_threads) {
+  LinearPart parts[kMaxParts];
+  for (int64_t begin = 0, end = 0; begin < count; begin = end) {
+    for (; end < count && is_stored_alike(*w[begin], *w[end]); ++end) parts[end - begin] = {w[end], out[end], w[end]->n};
+    int32_t status = multiply_parts(parts, end - begin, x, FK_FLOAT32, w[begin]->k, rows, n_threads,
+                                    [](const LinearPart &, int64_t, int64_t) {});
+    if (status) return status;
+  }
+  return 0;
 }
 
 // Groups of pairs whose matrices are stored alike, computed together.
@@ -129,7 +168,7 @@ template <class E>
 static int32_t multiply_wave(const Wave &wave, const fk_matrix *matrices, const uint8_t *const *x, float *product,
                              int32_t n_threads) {
   const fk_matrix *of_wave = matrices + wave.first_group;
-  int64_t n = of_wave[0].n, chunk = chunk_rows(of_wave[0], n_threads, wave.n_groups);
+  int64_t n = of_wave[0].n, chunk = chunk_rows(of_wave[0], n_threads, n * wave.n_groups);
   int64_t n_chunks = (n + chunk - 1) / chunk;
   return run_tasks(wave.n_groups * n_chunks, n_threads, [&](int64_t i) {
     const fk_matrix &m = of_wave[i / n_chunks];
@@ -194,10 +233,6 @@ struct ExpertsCall {
     });
   }
 };
-
-static bool is_stored_alike(const fk_matrix &a, const fk_matrix &b) {
-  return a.scheme == b.scheme && a.group == b.group && !a.zeros == !b.zeros;
-}
 
 // Writes a wave's outputs, or adds them to total[rows, h]; in parallel over columns.
 static void collect(const fk_pairs &pairs, int64_t begin, int64_t n, const float *output, int64_t h, float *total,

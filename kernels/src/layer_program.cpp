@@ -4,12 +4,14 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <utility>
 #include <vector>
 
 #include "router_ops.h"
+#include "thread_pool.h"
 
 namespace fk {
 
@@ -25,10 +27,25 @@ struct Buffers {
   std::vector<float> weight;
 };
 
-int32_t multiply(const fk_matrix &w, const float *x, int64_t rows, std::vector<float> &out, int32_t n_threads) {
-  out.resize(rows * w.n);
-  int32_t threads = rows * w.n * w.k < kSerialProduct ? 1 : n_threads;
-  return fk_linear(&w, x, FK_FLOAT32, w.k, rows, out.data(), FK_FLOAT32, w.n, threads);
+// A matrix and where its product goes.
+struct Product {
+  const fk_matrix &w;
+  std::vector<float> &out;
+};
+
+// The products of the same rows with several matrices, as one parallel loop.
+int32_t multiply(std::initializer_list<Product> products, const std::vector<float> &x, int64_t rows, int32_t n_threads) {
+  const fk_matrix *matrices[3];
+  float *out[3];
+  int64_t count = 0, n_multiplications = 0;
+  for (const Product &p : products) {
+    p.out.resize(rows * p.w.n);
+    matrices[count] = &p.w;
+    out[count++] = p.out.data();
+    n_multiplications += rows * p.w.n * p.w.k;
+  }
+  int32_t threads = n_multiplications < kSerialProduct ? 1 : n_threads;
+  return router_ops().multiply(matrices, out, count, x.data(), rows, threads);
 }
 
 // Angles of one row rotate `width` elements of each head.
@@ -98,7 +115,27 @@ void choose_experts(const fk_gate &gate, float *logits, int64_t *index, float *w
   for (int64_t k = 0; k < gate.top_k; ++k) weight[k] *= gate.scale;
 }
 
+// `with_mlp`: whether the layer has a dense or shared MLP.
+int32_t check_matrices(const fk_layer &l, bool with_mlp) {
+  struct Named {
+    const char *name;
+    const fk_matrix &matrix;
+    bool is_used;
+  };
+  bool has_gate = l.moe_layer >= 0, has_mlp_gate = with_mlp && l.mlp_gate.codes;
+  const Named matrices[] = {{"query.", l.query, true},        {"key.", l.key, true},
+                            {"value.", l.value, true},        {"output.", l.output, true},
+                            {"gate.", l.gate.weight, has_gate}, {"mlp.gate.", l.mlp.gate, with_mlp},
+                            {"mlp.up.", l.mlp.up, with_mlp},  {"mlp.down.", l.mlp.down, with_mlp},
+                            {"mlp_gate.", l.mlp_gate, has_mlp_gate}};
+  for (const Named &m : matrices)
+    if (m.is_used)
+      if (int32_t e = check_matrix(m.name, m.matrix)) return e;
+  return 0;
+}
+
 int32_t check_layer(const fk_layer &l, int64_t hidden_size) {
+  if (int32_t e = check_matrices(l, l.mlp.down.codes != nullptr)) return e;
   const fk_attention &a = l.attention;
   int64_t q = a.n_heads * a.head_dim, kv = a.n_kv_heads * a.head_dim;
   if (l.query.n != q || l.key.n != kv || l.value.n != kv || l.query.k != hidden_size || l.key.k != hidden_size ||
@@ -158,10 +195,10 @@ struct fk_program {
   int32_t attention(const fk_layer &l, const fk_step &step) {
     const fk_attention &a = l.attention;
     int64_t rows = step.rows, q = a.n_heads * a.head_dim, kv = a.n_kv_heads * a.head_dim;
+    fk::Call call(n_threads);  // workers wait between the loops of attention; experts may need their cores
     normalize_hidden(l.input_norm, step);
-    if (int32_t e = fk::multiply(l.query, b.normed.data(), rows, b.query, n_threads)) return e;
-    if (int32_t e = fk::multiply(l.key, b.normed.data(), rows, b.key, n_threads)) return e;
-    if (int32_t e = fk::multiply(l.value, b.normed.data(), rows, b.value, n_threads)) return e;
+    if (int32_t e = fk::multiply({{l.query, b.query}, {l.key, b.key}, {l.value, b.value}}, b.normed, rows, n_threads))
+      return e;
     normalize_heads(l.query_norm, rows, q, b.query);
     normalize_heads(l.key_norm, rows, kv, b.key);
     if (l.rope != FK_ROPE_NONE) {
@@ -176,7 +213,7 @@ struct fk_program {
     b.attended.resize(rows * q);
     ops->attend(a, step.groups[l.attention_group], b.query.data(), q, b.key.data(), kv, b.value.data(), kv,
                 b.attended.data(), n_threads);
-    if (int32_t e = fk::multiply(l.output, b.attended.data(), rows, b.added, n_threads)) return e;
+    if (int32_t e = fk::multiply({{l.output, b.added}}, b.attended, rows, n_threads)) return e;
     ops->add_scaled(b.added.data(), l.residual_scale, rows * hidden_size, step.hidden);
     return 0;
   }
@@ -205,7 +242,7 @@ struct fk_program {
 
   int32_t experts(const fk_layer &l, const fk_step &step) {
     int64_t rows = step.rows, k = l.gate.top_k;
-    if (int32_t e = fk::multiply(l.gate.weight, b.normed.data(), rows, b.logits, n_threads)) return e;
+    if (int32_t e = fk::multiply({{l.gate.weight, b.logits}}, b.normed, rows, n_threads)) return e;
     b.index.resize(rows * k);
     b.weight.resize(rows * k);
     for (int64_t r = 0; r < rows; ++r)
@@ -232,12 +269,12 @@ struct fk_program {
     if (!l) return 0;
     pending = nullptr;
     int64_t rows = pending_rows;
-    if (int32_t e = fk::multiply(l->mlp.gate, b.normed.data(), rows, b.gates, n_threads)) return e;
-    if (int32_t e = fk::multiply(l->mlp.up, b.normed.data(), rows, b.ups, n_threads)) return e;
+    fk::Call call(n_threads);
+    if (int32_t e = fk::multiply({{l->mlp.gate, b.gates}, {l->mlp.up, b.ups}}, b.normed, rows, n_threads)) return e;
     ops->gate(l->mlp.activation, b.gates.data(), b.ups.data(), rows * l->mlp.gate.n, b.gates.data());
-    if (int32_t e = fk::multiply(l->mlp.down, b.gates.data(), rows, b.shared, n_threads)) return e;
+    if (int32_t e = fk::multiply({{l->mlp.down, b.shared}}, b.gates, rows, n_threads)) return e;
     if (!l->mlp_gate.codes) return 0;
-    if (int32_t e = fk::multiply(l->mlp_gate, b.normed.data(), rows, b.factors, n_threads)) return e;
+    if (int32_t e = fk::multiply({{l->mlp_gate, b.factors}}, b.normed, rows, n_threads)) return e;
     for (int64_t r = 0; r < rows; ++r) {
       float factor = 1.0f / (1.0f + std::exp(-b.factors[r])), *row = b.shared.data() + r * hidden_size;
       for (int64_t i = 0; i < hidden_size; ++i) row[i] *= factor;

@@ -149,9 +149,13 @@ struct RouterOps {
   void (*normalize)(const fk_norm &, const float *from, int64_t stride, int64_t rows, float *to, int64_t to_stride);
   void (*gate)(int32_t activation, const float *gate, const float *up, int64_t count, float *to);
   void (*add_scaled)(const float *from, float scale, int64_t count, float *to);
+  // out[p][rows, w[p]->n] = x[rows, k] times each of up to three matrices [n, k]; FK_E_MEMORY or 0.
+  int32_t (*multiply)(const fk_matrix *const *w, float *const *out, int64_t count, const float *x, int64_t rows,
+                      int32_t n_threads);
 };
 
 const RouterOps &router_ops();            // of the instruction set in use
+int32_t check_matrix(const char *owner, const fk_matrix &m);  // a message starts with the owner, such as "w."
 int32_t reject_argument(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 }  // namespace fk

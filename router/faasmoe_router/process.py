@@ -18,6 +18,7 @@ from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_contracts.store import Store, StoreError
 from faasmoe_expert.config import SandboxConfigError as DeviceError
 from faasmoe_expert.device import resolve_device
+from faasmoe_kernels import describe_cpu_kernels
 from faasmoe_router.api.app import create_app
 from faasmoe_router.api.metrics_server import MetricsServer
 from faasmoe_router.compute_dtype import select_compute_dtype
@@ -329,6 +330,8 @@ def _select_dtype(config: RouterConfig, store: Store, device: torch.device) -> t
     selected = select_compute_dtype(config.dtype, store, device, compute=config.compute)
     dtype_name = str(selected.dtype).removeprefix("torch.")
     logger.info("The router computes in %s: %s", dtype_name, selected.reason)
+    if device.type == "cpu" and selected.dtype is torch.float32 and config.compute != "torch":
+        logger.info("Kernels of the router: %s", describe_cpu_kernels())
     return selected.dtype
 
 

@@ -88,8 +88,20 @@ def test_openai_chat(openai_client: Any) -> None:
 
 
 def test_openai_chat_stream(openai_client: Any) -> None:
-    with openai_client.chat.completions.stream(model="tiny", messages=USER, max_tokens=8) as stream:
-        assert stream.get_final_completion().choices[0].message.content
+    body: Any = {"model": "tiny", "messages": USER, "stream": True, "max_tokens": 8}
+    chunks = list(openai_client.chat.completions.create(**body))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_openai_chat_stream_helper(openai_client: Any) -> None:
+    with openai_client.chat.completions.stream(
+        model="tiny", messages=USER, max_tokens=200, response_format=Place
+    ) as stream:
+        deltas = [event.delta for event in stream if event.type == "content.delta"]
+        answer = stream.get_final_completion().choices[0].message
+    assert "".join(deltas) == answer.content
+    assert isinstance(answer.parsed, Place)
 
 
 def test_openai_parse(openai_client: Any) -> None:
@@ -320,6 +332,44 @@ def test_lm_eval_loglikelihood_is_the_in_process_model_s(lm_eval_model: Any, fol
     command = [python, "-c", LM_EVAL_PROBE, str(folder / "model"), json.dumps(pairs)]
     expected = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert found == pytest.approx(expected, abs=1e-3)
+
+
+def _lm_eval(folder: Path, model: str, model_args: str, output: str) -> dict[str, list[float]]:
+    """Run the task `words` with lm-eval's command; return each document's log-likelihoods."""
+    command = [sys.executable, "-m", "lm_eval", "run", "--tasks", "words"]
+    command += ["--include_path", str(HERE / "lm_eval"), "--log_samples"]
+    command += ["--model", model, "--model_args", model_args, "--output_path", output]
+    environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**environment, "OPENAI_API_KEY": KEY},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    [samples] = (folder / output).rglob("samples_words_*.jsonl")
+    documents = [json.loads(line) for line in samples.read_text().splitlines()]
+    return {
+        d["doc"]["question"]: [float(response[0][0]) for response in d["resps"]] for d in documents
+    }
+
+
+def test_lm_eval_task_gives_the_in_process_model_s_numbers(url: str, folder: Path) -> None:
+    words = ["fox", "dog", "quick", "lazy dog", "over the fox"]
+    documents = [
+        {"question": f"the {word}", "choices": [f" {choice}" for choice in words], "answer": index}
+        for index, word in enumerate(words)
+    ]
+    (folder / "words.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    model = folder / "model"
+    served = f"model=tiny,base_url={url}/completions,tokenizer={model},max_length=256"
+    through_api = _lm_eval(folder, "local-completions", f"{served},num_concurrent=1", "api")
+    in_process = _lm_eval(folder, "hf", f"pretrained={model},dtype=float32", "hf")
+    assert through_api.keys() == in_process.keys() == {d["question"] for d in documents}
+    for question, expected in in_process.items():
+        assert through_api[question] == pytest.approx(expected, abs=1e-3)
 
 
 def test_lm_eval_generate(lm_eval_model: Any) -> None:

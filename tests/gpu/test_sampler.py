@@ -20,7 +20,11 @@ from faasmoe_router.engine.sampler import (
     force_sampled_tokens,
     sample_tokens,
 )
-from faasmoe_router.engine.structured_output import GrammarMatcher, apply_grammar_bitmask
+from faasmoe_router.engine.structured_output import (
+    GrammarMatcher,
+    RowConstraint,
+    apply_grammar_bitmask,
+)
 
 N_ROWS, N_VOCAB = 6, 3000
 PARAMS = [
@@ -93,6 +97,6 @@ def test_grammar_masks_equal_those_of_the_host(scores: Tensor, cuda: torch.devic
     matcher = cast(GrammarMatcher, EveryThirdTokenMatcher())
     there = scores.to(cuda)
     for each in (scores, there):
-        apply_grammar_bitmask(each, [(1, matcher), (4, matcher)])
+        apply_grammar_bitmask(each, [RowConstraint(1, matcher), RowConstraint(4, matcher)])
     assert torch.equal(there.cpu(), scores)
     assert scores[4].isfinite().nonzero().flatten().tolist() == list(range(0, N_VOCAB, 3))

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from faasmoe_expert import malloc
-from faasmoe_router.engine.batcher import TOKENS_PER_PAGE, CacheSalts
+from faasmoe_router.engine.batcher import (
+    SALTED_TOKENS,
+    TOKENS_PER_PAGE,
+    CacheSalts,
+    make_request_id,
+)
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.fair_queue import Share
 from faasmoe_router.engine.generation import GenerationRequest
@@ -28,10 +33,12 @@ def long_prompt(model_tokenizer: ModelTokenizer) -> tuple[int, ...]:
     return prompt
 
 
-async def _generate(engine: Engine, prompt: tuple[int, ...], tenant: str) -> tuple[str, int]:
+async def _generate(
+    engine: Engine, prompt: tuple[int, ...], tenant: str, cache_salt: str | None = None
+) -> tuple[str, int]:
     """Return the text and the number of prompt tokens that were computed."""
     engine.computed_tokens.drain()
-    request = GenerationRequest(prompt, 3)
+    request = GenerationRequest(prompt, 3, cache_salt=cache_salt)
     async with engine.generate([request], tenant=tenant) as generation:
         text = "".join([delta.text async for _, delta in generation])
     return text, engine.computed_tokens.drain()[tenant] - 2
@@ -63,6 +70,39 @@ def test_prefix_cache_is_shared_within_a_group_only(
     rest = whole - (whole - 1) // TOKENS_PER_PAGE * TOKENS_PER_PAGE
     assert [n for _, n in found] == [whole, rest, whole, whole, rest, rest]
     assert {text for text, _ in found} == {model_tokenizer.decode(greedy(long_prompt, 3))}
+
+
+def test_requests_of_a_tenant_share_with_the_same_cache_salt_only(
+    make_engine: Maker, long_prompt: tuple[int, ...]
+) -> None:
+    engine = shared_engine(make_engine, GROUPS)
+    asked = [("b", None), ("b", "x"), ("b", "y"), ("b", "x"), ("c", "x"), ("a", "x"), ("b", None)]
+
+    async def run() -> list[bool]:
+        async with engine, asyncio.timeout(DEADLINE_S):
+            found = [await _generate(engine, long_prompt, *who) for who in asked]
+        assert len({text for text, _ in found}) == 1
+        return [n < len(long_prompt) for _, n in found]
+
+    assert asyncio.run(run()) == [False, False, False, True, True, False, True]
+
+
+def test_cache_salt_only_changes_the_first_tokens() -> None:
+    salts = CacheSalts(320)
+    salts.set_groups({"a": "a"})
+    prompt = list(range(40))
+    unsalted, salted, other = (
+        salts.salt_tokens(make_request_id("a", 7, salt), prompt) for salt in (None, "x", "y")
+    )
+    assert unsalted is not None
+    assert salted is not None
+    assert other is not None
+    assert salted[0] == unsalted[0]
+    assert salted[SALTED_TOKENS:] == unsalted[SALTED_TOKENS:] == prompt[SALTED_TOKENS:]
+    assert len({tuple(unsalted), tuple(salted), tuple(other)}) == 3
+    assert [token & 511 for token in salted] == [token & 511 for token in unsalted] == prompt
+    assert all(0 <= token < 1 << 31 for token in salted)
+    assert salts.salt_tokens(make_request_id("a", 8, "x"), prompt) == salted
 
 
 def test_prefix_is_computed_again_after_its_memory_was_released(

@@ -28,7 +28,10 @@ def add_commands(commands: Any) -> None:
         help="convert a checkpoint into a store",
         description="Convert a Hugging Face checkpoint into a store. Weights that the checkpoint\n"
         "holds as they are served stay there, and the store refers to them; others are copied.\n"
-        "It is safe to interrupt and to repeat.",
+        "It is safe to interrupt and to repeat.\n\n"
+        "Checkpoints published quantised (fp8, mxfp4, mxfp8, compressed-tensors, GPTQ, AWQ,\n"
+        "NVFP4) are read as they are: experts keep codes that the kernels read, the rest is\n"
+        "dequantised, and the output says which and what it costs (docs/models.md).",
         epilog="Examples:\n"
         "  faasmoe prepare ./checkpoint ./store\n"
         "  faasmoe prepare hf://Qwen/Qwen1.5-MoE-A2.7B ./store --dtype bfloat16\n"
@@ -50,7 +53,8 @@ def add_commands(commands: Any) -> None:
         choices=EXPERTS_QUANTIZATIONS,
         default="none",
         help="scheme of the experts' weights, as spec.experts.quantization: int8 is close to "
-        "lossless, int4 and mxfp4 are lossy (default: %(default)s)",
+        "lossless, int4 and mxfp4 are lossy; none keeps the codes of a quantised checkpoint where "
+        "kernels read them (default: %(default)s)",
     )
     parser.add_argument(
         "--quantize-router",

@@ -68,7 +68,7 @@ def format_plan(
             ("source", model.source),
             ("digest", manifest.digest),
             ("architecture", f"{model.architecture}, {model.dtype}"),
-            ("quantization", str(manifest.quantization) if manifest.quantization else "none"),
+            ("quantization", _describe_quantization(manifest)),
             ("moe layers", str(len(manifest.layers))),
             ("functions", f"{len(functions)}, {format_bytes(weights)} of weights"),
             *(("weights", line) for line in describe_weights(layers, manifest.checkpoint)),
@@ -88,6 +88,15 @@ def format_plan(
         for (experts, layers, size), count in shapes.items()
     ]
     return f"{head}\n\n{format_table(('EXPERTS', 'LAYERS', 'FUNCTIONS', 'WEIGHTS EACH'), rows)}"
+
+
+def _describe_quantization(manifest: Manifest) -> str:
+    """Return what was quantised, or else the codes that experts keep from the checkpoint."""
+    entries = [entry for layer in manifest.layers for entry in layer.quantization.values()]
+    schemes = ", ".join(sorted({entry.scheme for entry in entries}))
+    if manifest.quantization:
+        return str(manifest.quantization)
+    return f"experts {schemes} as published" if schemes else "none"
 
 
 def _describe_router_weights(router: RouterSpec, manifest: Manifest) -> str:

@@ -86,13 +86,7 @@ def create_app(
     activator = activator or AlwaysActivated()
     tenant_admission = tenancy or NoTenants()
     served_model = ServedModel(model_name, fingerprint)
-    body_limits = BodyLimits.for_model(
-        max_model_len=engine.limits.max_model_len,
-        max_token_bytes=engine.tokenizer.max_token_bytes,
-        max_prompts=MAX_PROMPTS,
-    )
-    if max_body_bytes is not None:
-        body_limits = replace(body_limits, max_bytes=max_body_bytes)
+    body_limits = _body_limits(engine, max_body_bytes)
     queue = PreparationQueue(is_shared=tenancy is not None)
     bodies = BodyReader(body_limits, queue, HeldBytes())
     preprocessor = Preprocessor(engine, queue, sampling_defaults or SamplingDefaults())
@@ -103,15 +97,13 @@ def create_app(
             yield
 
     app = FastAPI(title="FaaSMoE router", lifespan=lifespan, docs_url="/docs", redoc_url=None)
-    # The last one added is the outermost: CORS covers errors and needs no API key.
-    app.add_middleware(ContentEncodingMiddleware, max_body_bytes=body_limits.max_bytes)
-    app.add_middleware(HeadMiddleware)
-    if tenancy is not None:
-        app.add_middleware(AuthMiddleware, authenticator=tenancy)
-    app.add_middleware(RequestContextMiddleware, max_body_bytes=body_limits.max_bytes)
-    app.add_middleware(RefusalMetricsMiddleware, counter=refusal_counter(registry))
-    if cors_origins:
-        _add_cors(app, cors_origins)
+    _add_middleware(
+        app,
+        max_body_bytes=body_limits.max_bytes,
+        tenancy=tenancy,
+        registry=registry,
+        cors_origins=cors_origins,
+    )
     add_error_handlers(app)
     generator = ResponseGenerator(
         engine,
@@ -135,6 +127,35 @@ def create_app(
         app.include_router(router)
     install_openapi(app, requires_api_key=tenancy is not None)
     return app
+
+
+def _body_limits(engine: Engine, max_body_bytes: int | None) -> BodyLimits:
+    """Return the limits of bodies: what fits into the model's context, or `max_body_bytes`."""
+    limits = BodyLimits.for_model(
+        max_model_len=engine.limits.max_model_len,
+        max_token_bytes=engine.tokenizer.max_token_bytes,
+        max_prompts=MAX_PROMPTS,
+    )
+    return limits if max_body_bytes is None else replace(limits, max_bytes=max_body_bytes)
+
+
+def _add_middleware(
+    app: FastAPI,
+    *,
+    max_body_bytes: int,
+    tenancy: TenantService | None,
+    registry: CollectorRegistry,
+    cors_origins: Sequence[str],
+) -> None:
+    """Add all middleware; the last one added is the outermost."""
+    app.add_middleware(ContentEncodingMiddleware, max_body_bytes=max_body_bytes)
+    app.add_middleware(HeadMiddleware)
+    if tenancy is not None:
+        app.add_middleware(AuthMiddleware, authenticator=tenancy)
+    app.add_middleware(RequestContextMiddleware, max_body_bytes=max_body_bytes)
+    app.add_middleware(RefusalMetricsMiddleware, counter=refusal_counter(registry))
+    if cors_origins:
+        _add_cors(app, cors_origins)  # covers errors and needs no API key
 
 
 def _add_cors(app: FastAPI, origins: Sequence[str]) -> None:

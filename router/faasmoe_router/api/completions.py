@@ -37,7 +37,6 @@ from faasmoe_router.api.protocol import (
     CompletionRequestBase,
     StreamOptions,
 )
-from faasmoe_router.api.reasoning import resolve_message_format
 from faasmoe_router.api.rendering import PlainRendering, Rendering
 from faasmoe_router.api.responses import (
     ChatChoiceFormatter,
@@ -101,7 +100,7 @@ def completion_routes(
                 _logprob_token_bytes(engine, body),
                 echoed_prompts,
                 prompts=[r.prompt_token_ids for r in requests] if body.scores_prompt else (),
-                n_top=body.n_logprobs,
+                n_top=body.n_reported_logprobs,
                 as_ids=bool(body.return_tokens_as_token_ids),
             )
             return PreparedRequest(body.without_contents(), requests, formatter)
@@ -203,16 +202,14 @@ class ChatService:
         caller = get_caller(request)
         async with self._bodies.converting(request, model, caller, to_chat) as (body, rendering):
             self._generator.check_request(body, caller)
-            tool_config, requests = await run_until_disconnect(
+            message_format, requests = await run_until_disconnect(
                 request, self._preprocessor.build_chat_requests(body, caller)
             )
-            message_format = resolve_message_format(
-                body, self._engine.tokenizer, requests[0].prompt_token_ids, tool_config
-            )
+            tool_config = message_format.tool_config
             formatter = ChatChoiceFormatter(
                 _logprob_token_bytes(self._engine, body),
                 message_format,
-                n_top=body.n_logprobs,
+                n_top=body.n_reported_logprobs,
                 as_ids=bool(body.return_tokens_as_token_ids),
             )
             notes = () if tool_config is None else tool_config.notes

@@ -1,25 +1,57 @@
 """ASGI middleware that decodes compressed request bodies, and one that answers HEAD.
 
-A body with `Content-Encoding: gzip` or `deflate` is decoded in a thread, up to the same limit as
-one without. Any other encoding is refused by name: its bytes would otherwise be read as broken
-JSON.
+A body with `Content-Encoding: gzip`, `deflate` or `zstd` is decoded in a thread, up to the same
+limit as one without. Any other encoding is refused by name: its bytes would otherwise be read as
+broken JSON.
 """
 
 import asyncio
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from faasmoe_router.api.errors import ApiError, body_too_large, quote_input
 
-_WINDOW_BITS: Mapping[str, int] = {  # of zlib
-    "gzip": 16 + zlib.MAX_WBITS,
-    "x-gzip": 16 + zlib.MAX_WBITS,
-    "deflate": zlib.MAX_WBITS,
+try:
+    from backports import zstd
+except ModuleNotFoundError:  # then it is refused by name like any other encoding
+    zstd = None
+
+ZSTD_WINDOW_LOG_MAX = 23  # 8 MiB, which RFC 9659 lets a server expect
+
+
+class _Decoder(Protocol):
+    """A decoder of one body; `zlib`'s and `zstd`'s have this in common."""
+
+    @property
+    def eof(self) -> bool:
+        """Whether the end of the encoded data was read."""
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes:
+        """Return at most `max_length` bytes of decoded data."""
+
+
+def _new_zstd_decoder() -> _Decoder:
+    limit = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG_MAX}
+    decoder: _Decoder = zstd.ZstdDecompressor(options=limit)
+    return decoder
+
+
+def _new_gzip_decoder() -> _Decoder:
+    return zlib.decompressobj(16 + zlib.MAX_WBITS)
+
+
+_DECODERS: Mapping[str, Callable[[], _Decoder]] = {
+    "gzip": _new_gzip_decoder,
+    "x-gzip": _new_gzip_decoder,
+    "deflate": zlib.decompressobj,
+    **({} if zstd is None else {"zstd": _new_zstd_decoder}),
 }
-_SUPPORTED = "gzip, deflate or none"
+_SUPPORTED = ", ".join(name for name in _DECODERS if name != "x-gzip")
+_DECODER_ERRORS = (zlib.error, *(() if zstd is None else (zstd.ZstdError,)))
 
 
 class ContentEncodingMiddleware:
@@ -41,10 +73,10 @@ class ContentEncodingMiddleware:
             await self._app(scope, receive, send)
             return
         try:
-            window_bits = _window_bits(encoding)
+            new_decoder = _decoder(encoding)
             encoded = await _read_body(receive)
             body = await asyncio.to_thread(
-                _decode, encoded, window_bits, max_bytes=self._max_body_bytes
+                _decode, encoded, new_decoder(), max_bytes=self._max_body_bytes
             )
         except ApiError as error:
             await error.response()(scope, receive, send)
@@ -59,25 +91,25 @@ def _content_encoding(scope: Scope) -> str | None:
     return None if encoding in ("", "identity") else encoding
 
 
-def _window_bits(encoding: str) -> int:
-    window_bits = _WINDOW_BITS.get(encoding)
-    if window_bits is None:
+def _decoder(encoding: str) -> Callable[[], _Decoder]:
+    new_decoder = _DECODERS.get(encoding)
+    if new_decoder is None:
         raise ApiError(
-            f"Unsupported Content-Encoding: got {quote_input(encoding)}, expected {_SUPPORTED}.",
+            f"Unsupported Content-Encoding: got {quote_input(encoding)}, expected {_SUPPORTED} or "
+            "none.",
             status=415,
             param="Content-Encoding",
             code="unsupported_content_encoding",
-            headers={"Accept-Encoding": "gzip, deflate"},
+            headers={"Accept-Encoding": _SUPPORTED},
         )
-    return window_bits
+    return new_decoder
 
 
-def _decode(encoded: bytes, window_bits: int, *, max_bytes: int) -> bytes:
+def _decode(encoded: bytes, decoder: _Decoder, *, max_bytes: int) -> bytes:
     """Return the decoded body; raises ApiError if it is damaged or larger than `max_bytes`."""
     try:
-        decoder = zlib.decompressobj(window_bits)
         body = decoder.decompress(encoded, max_bytes + 1)
-    except zlib.error as error:
+    except _DECODER_ERRORS as error:
         raise _damaged(str(error)) from error
     if len(body) > max_bytes:
         raise body_too_large(max_bytes)

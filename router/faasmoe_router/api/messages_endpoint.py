@@ -15,10 +15,10 @@ from faasmoe_router.api.errors import (
     invalid_value,
     unsupported_param,
 )
-from faasmoe_router.api.protocol import MAX_TOOLS, RequestModel
+from faasmoe_router.api.protocol import MAX_TOOLS
 from faasmoe_router.api.rendering import PartDelta, event_frame, message_parts
 from faasmoe_router.api.streaming import log_stream_failure
-from faasmoe_router.api.validation import MAX_MESSAGES, Text, reject_unsupported
+from faasmoe_router.api.validation import MAX_MESSAGES, RequestModel, Text, reject_unsupported
 from faasmoe_router.errors import RouterError
 
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"container": (), "mcp_servers": ([],)}

@@ -128,6 +128,17 @@ class ResponseMessage(BaseModel):
     reasoning_content: str | None = None
 
 
+class PromptLogprob(BaseModel):
+    """One candidate at a position of the prompt."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None] | None
+
+
 class ChatCompletionChoice(BaseModel):
     """One choice of a chat completion."""
 
@@ -136,6 +147,7 @@ class ChatCompletionChoice(BaseModel):
     logprobs: ChatCompletionLogprobs | None
     finish_reason: FinishReason
     stop_reason: StopReason
+    token_ids: list[int] | None
 
 
 class _CompletionResponseBase(BaseModel):
@@ -152,6 +164,8 @@ class ChatCompletionResponse(_CompletionResponseBase):
 
     object: Literal["chat.completion"]
     choices: list[ChatCompletionChoice]
+    prompt_logprobs: PromptLogprobs
+    prompt_token_ids: list[int] | None
 
 
 class CompletionLogprobs(BaseModel):
@@ -171,6 +185,9 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
     stop_reason: StopReason
+    token_ids: list[int] | None
+    prompt_logprobs: PromptLogprobs
+    prompt_token_ids: list[int] | None
 
 
 class CompletionResponse(_CompletionResponseBase):

@@ -19,7 +19,12 @@ from faasmoe_router.api.protocol import (
     CompletionRequest,
     CompletionRequestBase,
 )
-from faasmoe_router.api.reasoning import needs_special_tokens
+from faasmoe_router.api.reasoning import (
+    MessageFormat,
+    needs_special_tokens,
+    resolve_message_format,
+    resolve_reasoning,
+)
 from faasmoe_router.api.structured_outputs import dump_json
 from faasmoe_router.api.tool_calling import (
     ToolCallConfig,
@@ -27,7 +32,12 @@ from faasmoe_router.api.tool_calling import (
     resolve_tool_calling,
 )
 from faasmoe_router.engine.engine import Engine
-from faasmoe_router.engine.generation import GenerationRequest, SamplingParams, StopConditions
+from faasmoe_router.engine.generation import (
+    GenerationRequest,
+    ReasoningTokens,
+    SamplingParams,
+    StopConditions,
+)
 from faasmoe_router.engine.sampler import DrawParams, LogitBias, Penalties
 from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.engine.structured_output import CompiledGrammar, GrammarSource
@@ -35,6 +45,7 @@ from faasmoe_router.engine.tokenizer import RESERVED_TEMPLATE_KWARGS, ChatTempla
 from faasmoe_router.errors import ChatTemplateError, GrammarError
 from faasmoe_router.tenants.service import ANONYMOUS, Caller
 from faasmoe_router.toolcalls.prompted import with_prompted_tools
+from faasmoe_router.toolcalls.reasoning import detect_reasoning_format
 
 SEED_BITS = 63
 OPENAI_DEFAULTS = SamplingDefaults()
@@ -64,8 +75,8 @@ class Preprocessor:
 
     async def build_chat_requests(
         self, body: ChatCompletionRequest, caller: Caller = ANONYMOUS
-    ) -> tuple[ToolCallConfig | None, list[GenerationRequest]]:
-        """Return how the model calls tools, and one request per choice; raises ApiError."""
+    ) -> tuple[MessageFormat, list[GenerationRequest]]:
+        """Return how the message is parsed, and one request per choice; raises ApiError."""
         self._check_n_choices(body, caller, n_prompts=1)
         tool_config = await self._queue.run(
             caller,
@@ -86,15 +97,20 @@ class Preprocessor:
         token_ids = await self.encode_chat(
             body.messages, template_options, caller, prompted_tools=prompted_tools
         )
+        reasoning = resolve_reasoning(self._engine.tokenizer, token_ids)
         requests = await self._request_builder.build(
             body,
             [token_ids],
             caller,
             param="messages",
             tool_config=tool_config,
+            reasoning=reasoning.before_grammar,
             include_special_tokens=self._includes_marks or tool_config is not None,
         )
-        return tool_config, requests
+        message_format = resolve_message_format(
+            body, self._engine.tokenizer, reasoning, tool_config
+        )
+        return message_format, requests
 
     async def build_completion_requests(
         self, body: CompletionRequest, caller: Caller = ANONYMOUS
@@ -111,14 +127,20 @@ class Preprocessor:
             else:
                 self.check_token_ids(prompt, param=f"prompt[{index}]")
         prompts = [
-            await self.encode(prompt, caller=caller) if isinstance(prompt, str) else prompt
+            await self.encode(
+                prompt, add_special_tokens=body.add_special_tokens is not False, caller=caller
+            )
+            if isinstance(prompt, str)
+            else prompt
             for prompt in body.prompt
         ]
         requests = await self._request_builder.build(body, prompts, caller, param="prompt")
         if not body.echo:
             return requests, None
         texts = [
-            prompt if isinstance(prompt, str) else await self.decode(prompt, caller)
+            prompt
+            if isinstance(prompt, str)
+            else await self.decode(prompt, caller, include_special_tokens=True)
             for prompt in body.prompt
         ]
         return requests, [text for text in texts for _ in range(body.n or 1)]
@@ -243,6 +265,7 @@ class GenerationRequestBuilder:
         *,
         param: str,
         tool_config: ToolCallConfig | None = None,
+        reasoning: ReasoningTokens | None = None,
         include_special_tokens: bool = False,
     ) -> list[GenerationRequest]:
         """Return one request per choice of each prompt; choices get consecutive seeds.
@@ -253,13 +276,14 @@ class GenerationRequestBuilder:
             caller: whose limits apply.
             param: the parameter that holds the prompts, for errors.
             tool_config: how the model calls tools; None if it may not.
+            reasoning: tokens of the reasoning that may precede a constrained text; None for none.
             include_special_tokens: whether the text is parsed, for which it needs special tokens.
 
         Raises:
             ApiError: a parameter does not fit the model or exceeds a limit.
         """
         context_len = caller.effective_max_model_len(self._engine.limits.max_model_len)
-        prompts = [_truncated(ids, body.truncate_prompt_tokens, context_len) for ids in prompts]
+        prompts = [_truncated(ids, body, context_len) for ids in prompts]
         max_tokens_per_prompt = [
             _resolve_max_tokens(
                 body, len(ids), context_len, caller, param=param, defaults=self._defaults
@@ -283,12 +307,15 @@ class GenerationRequestBuilder:
                     penalties=_penalties(body, self._defaults),
                     logit_bias=logit_bias,
                     n_logprobs=body.n_computed_logprobs,
+                    logprob_token_ids=body.logprob_token_ids or (),
                     grammar=grammar,
+                    reasoning=reasoning,
                 ),
                 stop_conditions=_stop_conditions(body),
                 include_special_tokens=include_special_tokens or body.skip_special_tokens is False,
                 scores_prompt=body.scores_prompt,
                 priority=body.priority or 0,
+                cache_salt=body.cache_salt,
             )
             for ids, max_tokens in zip(map(tuple, prompts), max_tokens_per_prompt, strict=True)
             for choice in range(body.n or 1)
@@ -328,6 +355,7 @@ class GenerationRequestBuilder:
             ("logit_bias", [token for token, _ in body.logit_bias]),
             ("allowed_token_ids", body.allowed_token_ids or ()),
             ("stop_token_ids", body.stop_token_ids or ()),
+            ("logprob_token_ids", body.logprob_token_ids or ()),
         ):
             _check_token_ids(ids, vocab_size=self._engine.vocab_size, param=name)
 
@@ -360,19 +388,33 @@ def template_variables(chat_template_kwargs: Mapping[str, Any] | None) -> dict[s
 def _chat_template_options(
     body: ChatCompletionRequest, tool_config: ToolCallConfig | None, *, chat_template: str
 ) -> ChatTemplateOptions:
-    variables = template_variables(body.chat_template_kwargs)
-    if body.reasoning_effort is not None:
-        if "reasoning_effort" not in chat_template:
-            raise unsupported_param(
-                "reasoning_effort", "is not supported by this model's chat template"
-            )
-        variables["reasoning_effort"] = body.reasoning_effort
+    variables = {
+        **_effort_variables(body.reasoning_effort, chat_template),
+        **template_variables(body.chat_template_kwargs),
+    }
     return ChatTemplateOptions(
         tools=() if tool_config is None or tool_config.is_prompted else tool_config.template_tools,
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
+        add_special_tokens=bool(body.add_special_tokens),
         template_kwargs=variables,
     )
+
+
+def _effort_variables(effort: str | None, chat_template: str) -> dict[str, Any]:
+    """Return the template variables of a reasoning effort; raises ApiError if there are none.
+
+    Templates without efforts may turn reasoning off, and models without reasoning need not.
+    """
+    if effort is None:
+        return {}
+    if "reasoning_effort" in chat_template:
+        return {"reasoning_effort": effort}
+    if effort == "none" and "enable_thinking" in chat_template:
+        return {"enable_thinking": False}
+    if effort == "none" and detect_reasoning_format(chat_template) is None:
+        return {}
+    raise unsupported_param("reasoning_effort", "is not supported by this model's chat template")
 
 
 def _as_system_message(message: dict[str, Any]) -> dict[str, Any]:
@@ -402,11 +444,18 @@ def _check_token_ids(token_ids: Sequence[int], *, vocab_size: int, param: str) -
         raise invalid_value(param, f"expected token IDs below {vocab_size}, got {max(token_ids)}")
 
 
-def _truncated(token_ids: Sequence[int], n_tokens: int | None, context_len: int) -> Sequence[int]:
-    """Return the last tokens of a prompt, as many as requested; -1 is as many as fit."""
-    if n_tokens is None:
+def _truncated(
+    token_ids: Sequence[int], body: CompletionRequestBase, context_len: int
+) -> Sequence[int]:
+    """Return the tokens of a prompt that the request keeps; -1 keeps as many as fit.
+
+    Tokens are cut from its left side unless the request says otherwise.
+    """
+    if body.truncate_prompt_tokens is None:
         return token_ids
-    n_kept = context_len - 1 if n_tokens == -1 else n_tokens
+    n_kept = context_len - 1 if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
+    if body.truncation_side == "right":
+        return token_ids[:n_kept]
     return token_ids[-n_kept:] if n_kept else ()
 
 

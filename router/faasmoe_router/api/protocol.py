@@ -6,12 +6,9 @@ unknown ones are dropped, so that they take no memory. Nothing here depends on t
 checks that need its tokenizer or context length are in `preprocessing`.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import Field
 
 from faasmoe_router.api.errors import ApiError, invalid_value, missing_param, unsupported_param
 from faasmoe_router.api.structured_outputs import (
@@ -26,9 +23,9 @@ from faasmoe_router.api.structured_outputs import (
     ResponseFormat,
     StructuredOutput,
     StructuredOutputs,
-    dump_json,
     is_json,
 )
+from faasmoe_router.api.tool_params import ToolCallParam, ToolChoice, ToolChoiceField, ToolParam
 from faasmoe_router.api.validation import (
     MAX_MESSAGES,
     MAX_TOOL_CALLS,
@@ -37,13 +34,13 @@ from faasmoe_router.api.validation import (
     UNSUPPORTED_MESSAGE_PARAMS,
     BadWords,
     BoundedTokenIds,
+    CacheSalt,
     LogitBias,
     MessageContent,
     Prompts,
+    RequestModel,
     StopStrings,
     Text,
-    field_error,
-    is_valid_text,
     reject_unsupported,
 )
 from faasmoe_router.engine.sampler import MAX_TOP_LOGPROBS
@@ -52,234 +49,10 @@ MAX_TOOLS = 128
 MAX_CHOICES = 128
 DEFAULT_COMPLETION_TOKENS = 16
 INT64_MAX = 2**63 - 1
-CUSTOM_TOOL_INPUT = "input"
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9_.:/+=-]{1,128}$"
-FUNCTION_NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
-
-
-class RequestModel(BaseModel):
-    """Base of all request models: strict types, finite numbers, unknown fields are dropped.
-
-    Attributes:
-        unsupported_parameters: undeclared fields that are known, each with its neutral values.
-        known_extra: other undeclared fields that are known.
-        keeps_unknown: whether unknown fields are kept, because something may know them.
-    """
-
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
-
-    unsupported_parameters: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    known_extra: ClassVar[frozenset[str]] = frozenset()
-    keeps_unknown: ClassVar[bool] = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_unknown(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or cls.keeps_unknown:
-            return value
-        known = cls.model_fields.keys() | cls.unsupported_parameters.keys() | cls.known_extra
-        return {name: value[name] for name in value if name in known}
-
-
-_NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
-
-
-def _parse_function_parameters(value: Any) -> Mapping[str, Any]:
-    if value is None:
-        return _NO_PARAMETERS
-    if not isinstance(value, dict):
-        raise field_error("type", "Input should be a JSON schema, an object")
-    if value.get("type", "object") != "object":
-        raise field_error("value", "Input should be a JSON schema of type object")
-    dump_json(value)  # rejects what JSON cannot represent
-    return value
-
-
-FunctionParameters = Annotated[
-    Mapping[str, Any],
-    PlainValidator(_parse_function_parameters, json_schema_input_type=dict[str, Any] | None),
-]
-
-
-class FunctionDefinition(RequestModel):
-    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
-
-    name: Annotated[str, Field(pattern=FUNCTION_NAME_PATTERN)]
-    description: Text | None = None
-    parameters: FunctionParameters = Field(default_factory=lambda: _parse_function_parameters(None))
-    strict: bool | None = None
-
-
-def _custom_as_function(value: Any) -> Any:
-    """Return a custom tool as a function with one text, `input`; other values unchanged."""
-    if not isinstance(value, dict) or value.get("type") != "custom" or "function" in value:
-        return value
-    custom = value.get("custom")
-    if not isinstance(custom, dict):
-        raise field_error("type", "Input should have an object 'custom'")
-    text_format = custom.get("format") or {"type": "text"}
-    if not isinstance(text_format, dict) or text_format.get("type") != "text":
-        raise field_error(
-            "value", "custom.format should be of type text; grammars are not supported here"
-        )
-    function = {name: custom[name] for name in ("name", "description") if name in custom}
-    return {"type": "custom", "function": {**function, "parameters": _CUSTOM_TOOL_PARAMETERS}}
-
-
-_CUSTOM_TOOL_PARAMETERS: Mapping[str, Any] = {
-    "type": "object",
-    "properties": {CUSTOM_TOOL_INPUT: {"type": "string"}},
-    "required": [CUSTOM_TOOL_INPUT],
-    "additionalProperties": False,
-}
-
-
-class ToolParam(RequestModel):
-    """A tool that the model may call; a custom tool is a function whose argument is one text."""
-
-    type: Literal["function", "custom"]
-    function: FunctionDefinition
-
-    _translate_custom = model_validator(mode="before")(_custom_as_function)
-
-    def to_template(self) -> dict[str, Any]:
-        """Return the tool as chat templates expect it: name, description, parameters.
-
-        Templates read all three, and the parameters' properties, without asking whether they exist.
-        """
-        function_schema = {
-            "name": self.function.name,
-            "description": self.function.description or "",
-            "parameters": {**_NO_PARAMETERS, **self.function.parameters},
-        }
-        return {"type": "function", "function": function_schema}
-
-
-@dataclass(frozen=True, slots=True)
-class ToolChoice:
-    """Whether the model may or must call tools.
-
-    Attributes:
-        mode: `none`: it may not; `auto`: it decides; `required`: at least one; `named`: `name`.
-        name: the tool to call in mode `named`, else None.
-        allowed: names of the only tools that may be called; None allows all.
-    """
-
-    mode: Literal["none", "auto", "required", "named"]
-    name: str | None = None
-    allowed: frozenset[str] | None = None
-
-    @property
-    def named_tools(self) -> frozenset[str]:
-        """Names of the tools that it refers to."""
-        return frozenset(() if self.name is None else (self.name,)) | (self.allowed or frozenset())
-
-
-def parse_tool_choice(value: Any) -> ToolChoice | None:
-    """Parse `tool_choice`: null, a mode, or an object that names a tool or the allowed tools."""
-    if value is None:
-        return None
-    if value in ("none", "auto", "required"):
-        return ToolChoice(value)
-    expected = 'none, auto, required or {"type": "function", "function": {"name": ...}}'
-    if not isinstance(value, str | dict):
-        raise field_error("type", f"Input should be {expected}")
-    if isinstance(value, dict) and value.get("type") == "allowed_tools":
-        return _parse_allowed_tools(value.get("allowed_tools"))
-    name = _tool_name(value)
-    if name is None:
-        raise field_error("value", f"Input should be {expected}")
-    return ToolChoice("named", name)
-
-
-def _tool_name(value: Any) -> str | None:
-    """Return the name in a reference to a tool; None if it is not one."""
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind not in ("function", "custom"):
-        return None
-    tool = value.get(kind)
-    name = tool.get("name") if isinstance(tool, dict) else None
-    return name if isinstance(name, str) else None
-
-
-def _parse_allowed_tools(value: Any) -> ToolChoice:
-    mode = value.get("mode") if isinstance(value, dict) else None
-    tools = value.get("tools") if isinstance(value, dict) else None
-    names = [_tool_name(tool) for tool in tools] if isinstance(tools, list) else []
-    if mode not in ("auto", "required") or not names or None in names:
-        raise field_error(
-            "value", "allowed_tools should have a mode, auto or required, and a list of tools"
-        )
-    return ToolChoice(mode, allowed=frozenset(name for name in names if name is not None))
-
-
-ToolChoiceField = Annotated[
-    ToolChoice | None,
-    PlainValidator(parse_tool_choice, json_schema_input_type=str | dict[str, Any] | None),
-]
-
-
-def _parse_call_arguments(value: Any) -> Mapping[str, Any]:
-    """Parse the arguments of an earlier call, an object or its JSON text.
-
-    A call that `max_tokens` cut short, or that the model got wrong, has arguments that are not a
-    JSON object. The conversation goes on, as in vLLM, with none.
-    """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-            dump_json(value)
-        except (ValueError, RecursionError):
-            return {}
-        return value if isinstance(value, dict) else {}
-    if value is None or isinstance(value, list):
-        return {}
-    if not isinstance(value, dict):
-        raise field_error("type", "Input should be a JSON object, or a string that contains one")
-    dump_json(value)
-    return value
-
-
-CallArguments = Annotated[
-    Mapping[str, Any],
-    PlainValidator(_parse_call_arguments, json_schema_input_type=str | dict[str, Any] | None),
-]
-
-
-class FunctionCallParam(RequestModel):
-    """The function of an earlier tool call."""
-
-    name: Text
-    arguments: CallArguments = Field(default_factory=dict)
-
-
-def _custom_call_as_function(value: Any) -> Any:
-    if not isinstance(value, dict) or value.get("type") != "custom" or "custom" not in value:
-        return value
-    custom = value["custom"]
-    if not isinstance(custom, dict) or not is_valid_text(custom.get("input")):
-        raise field_error("type", "custom should be an object with a name and an input")
-    arguments = {CUSTOM_TOOL_INPUT: custom["input"]}
-    function = {"name": custom.get("name"), "arguments": arguments}
-    return {**value, "type": "function", "function": function}
-
-
-class ToolCallParam(RequestModel):
-    """An earlier tool call by the assistant."""
-
-    id: Text
-    type: Literal["function"] = "function"
-    function: FunctionCallParam
-
-    _translate_custom = model_validator(mode="before")(_custom_call_as_function)
-
-    def to_template(self) -> dict[str, Any]:
-        """Return the call as chat templates expect it: its arguments as an object."""
-        function = {"name": self.function.name, "arguments": self.function.arguments}
-        return {"id": self.id, "type": "function", "function": function}
 
 
 class ChatMessage(RequestModel):
@@ -367,10 +140,14 @@ class CompletionRequestBase(RequestModel):
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    add_special_tokens: bool | None = None
+    logprob_token_ids: BoundedTokenIds = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     priority: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
     request_id: Annotated[str, Field(pattern=REQUEST_ID_PATTERN)] | None = None
+    cache_salt: CacheSalt | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: UnitInterval | None = None
@@ -428,6 +205,11 @@ class CompletionRequestBase(RequestModel):
         return None
 
     @property
+    def n_reported_logprobs(self) -> int | None:
+        """How many of the computed candidates to report per token; None reports all."""
+        return None if self.logprob_token_ids else self.n_logprobs
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether log-probabilities of the prompt's tokens are requested."""
         return self.prompt_logprobs is not None
@@ -460,6 +242,10 @@ class CompletionRequestBase(RequestModel):
         reject_unsupported(self.model_extra, self.unsupported_parameters)
         if self.max_tokens == 0 and not self.scores_prompt and not getattr(self, "echo", False):
             raise invalid_value("max_tokens", "expected at least 1 without 'echo', got 0")
+        if self.logprob_token_ids and (self.n_logprobs is None or self.scores_prompt):
+            raise invalid_value(
+                "logprob_token_ids", "requires 'logprobs', without those of the prompt"
+            )
         if self.prompt_logprobs is not None and self.stream:
             raise unsupported_param("prompt_logprobs", "is not supported together with 'stream'")
         if self.stream_options is not None and not self.stream:
@@ -554,7 +340,5 @@ class CompletionRequest(CompletionRequestBase):
     def check_params(self) -> None:
         """Check constraints between parameters, including `best_of` and `echo`."""
         super().check_params()
-        if self.stream and self.scores_prompt:
-            raise unsupported_param("logprobs", "is not supported with 'echo' and 'stream'")
         if self.best_of not in (None, self.n or 1):
             raise unsupported_param("best_of", "is only supported when it equals 'n'")

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from faasmoe_router.api.protocol import CUSTOM_TOOL_INPUT, StreamOptions
+from faasmoe_router.api.protocol import StreamOptions
 from faasmoe_router.api.reasoning import MessageFormat
 from faasmoe_router.api.token_details import (
     TokenBytes,
@@ -24,6 +24,7 @@ from faasmoe_router.api.token_details import (
     text_offsets,
     token_id_name,
 )
+from faasmoe_router.api.tool_params import CUSTOM_TOOL_INPUT
 from faasmoe_router.engine.generation import CompletionOutput, Generation, StopReason
 from faasmoe_router.engine.sampler import SampledLogprob
 from faasmoe_router.toolcalls.message import AnyMessageParser, MessageEvent
@@ -392,6 +393,8 @@ class CompletionChoiceFormatter:
         self._token_bytes = token_bytes
         self._echoed_prompts = echoed_prompts
         self._prompts = prompts
+        self._scored_prompts: dict[int, list[SampledLogprob]] = {}  # of streams, until echoed
+        self._echoed: set[int] = set()
         self._n_top = n_top
         self._token_name = (
             token_id_name if as_ids or token_bytes is None else legacy_token_name(token_bytes)
@@ -404,19 +407,19 @@ class CompletionChoiceFormatter:
             index, text, token_logprobs=choice.logprobs, finish_reason=choice.finish_reason
         )
         if self._echoed_prompts is not None and text_choice["logprobs"] is not None:
-            text_choice["logprobs"] = self._with_prompt_logprobs(
-                index, choice, text_choice["logprobs"]
-            )
+            of_prompt = self._prompt_logprobs(index, choice.prompt_logprobs)
+            logprobs = text_choice["logprobs"]
+            text_choice["logprobs"] = {n: of_prompt[n] + logprobs[n] for n in logprobs}
         return {**text_choice, "stop_reason": choice.stop_reason}
 
-    def _with_prompt_logprobs(
-        self, index: int, choice: ChoiceState, logprobs: dict[str, Any]
+    def _prompt_logprobs(
+        self, index: int, prompt_logprobs: Sequence[SampledLogprob]
     ) -> dict[str, Any]:
-        """Return log-probabilities of prompt and choice; the prompt's first token has none."""
+        """Return log-probabilities of a choice's echoed prompt; its first token has none."""
         assert self._token_bytes is not None
         prompt = self._prompts[index]
         offsets = text_offsets(prompt, self._token_bytes)
-        scored = list(zip(offsets[1:], choice.prompt_logprobs, strict=True))
+        scored = list(zip(offsets[1:], prompt_logprobs, strict=True))
         of_prompt = to_completion_logprobs(
             scored, self._token_name, first_text_offset=0, n_top=self._n_top
         )
@@ -426,17 +429,34 @@ class CompletionChoiceFormatter:
             "top_logprobs": None,
             "text_offset": 0,
         }
-        return {name: [first[name], *of_prompt[name], *logprobs[name]] for name in logprobs}
+        return {name: [first[name], *values] for name, values in of_prompt.items()}
 
     def first_chunk(self, index: int) -> dict[str, Any] | None:
-        """Return the echoed prompt, if any; text completions have no role."""
-        return (
-            self._text_choice(index, self._echoed_prompt(index)) if self._echoed_prompts else None
-        )
+        """Return the echoed prompt, if any; text completions have no role.
+
+        One with log-probabilities follows when they are known.
+        """
+        if not self._echoed_prompts or self._prompts:
+            return None
+        return self._text_choice(index, self._echoed_prompt(index))
+
+    def _scored_prompt(self, index: int, output: CompletionOutput) -> list[dict[str, Any]]:
+        """Return the echoed prompt with its log-probabilities, once, when all are known."""
+        if not self._echoed_prompts or not self._prompts or index in self._echoed:
+            return []
+        scored = self._scored_prompts.setdefault(index, [])
+        scored += output.prompt_logprobs
+        if len(scored) < len(self._prompts[index]) - 1:
+            return []
+        self._echoed.add(index)
+        chunk = self._text_choice(index, self._echoed_prompt(index))
+        return [
+            {**chunk, "logprobs": self._prompt_logprobs(index, self._scored_prompts.pop(index))}
+        ]
 
     def format_chunks(self, index: int, output: CompletionOutput) -> list[dict[str, Any]]:
         """Return a choice's text; the entry with the finish reason is empty."""
-        chunks = []
+        chunks = self._scored_prompt(index, output)
         if output.text or output.logprobs:
             chunks.append(self._text_choice(index, output.text, token_logprobs=output.logprobs))
         if output.finish_reason is not None:
@@ -579,10 +599,11 @@ class ResponseBuilder:
             self._n_reasoning += self._formatter.count_reasoning_tokens(index, output)
             chunks = self._formatter.format_chunks(index, output)
             token_fields = self._token_details.chunk_fields(output.token_ids)
-            if token_fields and not chunks:
+            if output.token_ids and token_fields and not chunks:
                 chunks = [self._formatter.empty_chunk(index)]
             for chunk in chunks:
-                choice, token_fields = {**chunk, **token_fields}, {}
+                choice = {**chunk, **token_fields}
+                token_fields = self._token_details.chunk_fields(())
                 yield {**chunk_fields, "choices": [choice], **self._chunk_usage(options)}
         if options.include_usage:
             yield {**chunk_fields, "choices": [], "usage": self._usage()}

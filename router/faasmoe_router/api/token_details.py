@@ -54,28 +54,28 @@ class TokenDetails:
     def choice_fields(
         self, index: int, token_ids: Sequence[int], prompt_logprobs: Sequence[SampledLogprob]
     ) -> dict[str, Any]:
-        """Return the fields of a finished choice."""
-        ids = {"token_ids": list(token_ids)} if self.returns_ids else {}
+        """Return the fields of a finished choice; what is not requested is null, as in vLLM."""
+        ids = {"token_ids": list(token_ids) if self.returns_ids else None}
         return ids if self.is_chat else {**ids, **self._prompt_fields(index, prompt_logprobs)}
 
     def chunk_fields(self, token_ids: Sequence[int]) -> dict[str, Any]:
-        """Return the fields of a choice in one chunk."""
-        return {"token_ids": list(token_ids)} if self.returns_ids and token_ids else {}
+        """Return the fields of a choice in one chunk, which may have no tokens."""
+        return {"token_ids": list(token_ids)} if self.returns_ids else {}
 
     def first_chunk_fields(self, index: int) -> dict[str, Any]:
         """Return the fields of a choice in its first chunk."""
-        return {"prompt_token_ids": list(self.prompts[index])} if self.returns_ids else {}
+        if not self.returns_ids:
+            return {}
+        return {"prompt_token_ids": list(self.prompts[index]), "token_ids": []}
 
     def _prompt_fields(
         self, index: int, prompt_logprobs: Sequence[SampledLogprob]
     ) -> dict[str, Any]:
-        fields: dict[str, Any] = {}
-        if self.returns_ids:
-            fields["prompt_token_ids"] = list(self.prompts[index])
+        logprobs = None
         if self.n_prompt_logprobs is not None:
-            entries = [self._vllm_entry(sampled) for sampled in prompt_logprobs]
-            fields["prompt_logprobs"] = [None, *entries]
-        return fields
+            logprobs = [None, *(self._vllm_entry(sampled) for sampled in prompt_logprobs)]
+        ids = list(self.prompts[index]) if self.returns_ids else None
+        return {"prompt_logprobs": logprobs, "prompt_token_ids": ids}
 
     def _vllm_entry(self, sampled: SampledLogprob) -> dict[str, Any]:
         """Return the candidates of one position by token ID; the prompt's own is always there."""

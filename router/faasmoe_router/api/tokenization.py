@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from faasmoe_router.api.body import BodyReader
-from faasmoe_router.api.errors import invalid_value, model_not_found, unsupported_param
+from faasmoe_router.api.errors import invalid_value, model_not_found
 from faasmoe_router.api.middleware import get_caller
 from faasmoe_router.api.openapi import (
     DetokenizeResponse,
@@ -15,9 +15,9 @@ from faasmoe_router.api.openapi import (
     json_responses,
 )
 from faasmoe_router.api.preprocessing import Preprocessor, template_variables
-from faasmoe_router.api.protocol import Messages, RequestModel, Tools
+from faasmoe_router.api.protocol import Messages, Tools
 from faasmoe_router.api.streaming import run_until_disconnect
-from faasmoe_router.api.validation import Text, TokenIds, reject_unsupported
+from faasmoe_router.api.validation import RequestModel, Text, TokenIds, reject_unsupported
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ChatTemplateOptions
 from faasmoe_router.tenants.service import Caller
@@ -50,10 +50,6 @@ class TokenizeRequest(RequestModel):
         reject_unsupported(self.model_extra, _UNSUPPORTED_PARAMS)
         if (self.prompt is None) == (self.messages is None):
             raise invalid_value("prompt", "expected exactly one of 'prompt' and 'messages'")
-        if self.messages is not None and self.add_special_tokens:
-            raise unsupported_param(
-                "add_special_tokens", "is not supported together with 'messages'"
-            )
 
     def template_options(self) -> ChatTemplateOptions:
         """Return the inputs of the chat template besides the messages; raises ApiError."""
@@ -61,6 +57,7 @@ class TokenizeRequest(RequestModel):
             tools=tuple(tool.to_template() for tool in self.tools or ()),
             add_generation_prompt=self.add_generation_prompt is not False,
             continue_final_message=bool(self.continue_final_message),
+            add_special_tokens=bool(self.add_special_tokens),
             template_kwargs=template_variables(self.chat_template_kwargs),
         )
 

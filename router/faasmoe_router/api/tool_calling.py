@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from faasmoe_router.api.errors import invalid_value
-from faasmoe_router.api.protocol import ChatCompletionRequest, ToolChoice, ToolParam
+from faasmoe_router.api.protocol import ChatCompletionRequest
 from faasmoe_router.api.structured_outputs import dump_json
+from faasmoe_router.api.tool_params import ToolChoice, ToolParam
 from faasmoe_router.engine.structured_output import (
     JSON_OPTIONS,
     CompileRunner,
@@ -26,6 +27,7 @@ from faasmoe_router.toolcalls.grammar import ToolSpec, tool_call_grammar
 from faasmoe_router.toolcalls.harmony import CHANNEL_MARKER
 from faasmoe_router.toolcalls.message import CallParser
 from faasmoe_router.toolcalls.parser import ToolCallParser
+from faasmoe_router.toolcalls.pythonic import PythonicToolCallParser, is_pythonic
 from faasmoe_router.toolcalls.schemas import weaker_schemas
 
 
@@ -37,6 +39,7 @@ class ToolCallConfig:
         call_format: the format in which the model writes calls, unless one of the next applies.
         block_format: the format with blocks in which it writes them; enforced calls have none.
         is_harmony: whether calls are messages of harmony.
+        is_pythonic: whether calls are a Python list; enforced calls are not.
         is_prompted: whether the messages tell the model how to call, as its template does not.
         template_tools: the tools as the chat template expects them.
         callable_tools: the tools that it may call.
@@ -52,6 +55,7 @@ class ToolCallConfig:
     call_format: ToolCallFormat
     block_format: BlockFormat | None
     is_harmony: bool
+    is_pythonic: bool
     is_prompted: bool
     template_tools: tuple[Mapping[str, Any], ...]
     callable_tools: tuple[ToolSpec, ...]
@@ -90,6 +94,8 @@ class ToolCallConfig:
 
     def new_parser(self) -> CallParser:
         """Return a parser for the calls in the text of one choice."""
+        if self.is_pythonic:
+            return PythonicToolCallParser(self.tool_names, parallel=self.is_parallel)
         if self.block_format is not None:
             schemas = {tool.name: tool.parameters for tool in self.callable_tools}
             return BlockToolCallParser(self.block_format, schemas, parallel=self.is_parallel)
@@ -111,6 +117,7 @@ def resolve_tool_calling(
     block_format = detect_block_format(template) if supports_tools(template) else None
     call_format = None if block_format is not None else detect_format(template)
     is_harmony = CHANNEL_MARKER in template
+    writes_python = is_pythonic(template)
     allowed = tool_choice.allowed
     tools = [tool for tool in body.tools if allowed is None or tool.function.name in allowed]
     is_enforced, fallback = _enforcement(body)
@@ -122,8 +129,9 @@ def resolve_tool_calling(
     return ToolCallConfig(
         call_format=call_format or HERMES,
         block_format=None if is_enforced else block_format,
-        is_prompted=not is_harmony and block_format is None and call_format is None,
+        is_prompted=not (is_harmony or writes_python or block_format or call_format),
         is_harmony=is_harmony and not is_enforced,
+        is_pythonic=writes_python and not is_enforced,
         template_tools=tuple(tool.to_template() for tool in tools),
         callable_tools=_callable_tools(tools, tool_choice),
         custom_tools=frozenset(t.function.name for t in tools if t.type == "custom"),

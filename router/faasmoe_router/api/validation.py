@@ -1,4 +1,4 @@
-"""Field validators of request bodies, and the known parameters that this server does not support.
+"""Request bodies: their base, validators of fields, and parameters that are known but unsupported.
 
 Fields that OpenAI accepts in several forms are parsed by hand into one form: with pydantic unions,
 an error would name a branch of the union instead of the field. A known but unsupported parameter is
@@ -7,9 +7,16 @@ parameters are ignored, as clients expect.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, PlainValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from faasmoe_router.api.errors import unsupported_param
@@ -23,6 +30,30 @@ MAX_BAD_WORDS = 64
 MAX_MESSAGES = 2048
 MAX_CONTENT_PARTS = 2048
 MAX_TOOL_CALLS = 128  # of one message
+
+
+class RequestModel(BaseModel):
+    """Base of all request models: strict types, finite numbers, unknown fields are dropped.
+
+    Attributes:
+        unsupported_parameters: undeclared fields that are known, each with its neutral values.
+        known_extra: other undeclared fields that are known.
+        keeps_unknown: whether unknown fields are kept, because something may know them.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
+
+    unsupported_parameters: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    known_extra: ClassVar[frozenset[str]] = frozenset()
+    keeps_unknown: ClassVar[bool] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unknown(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or cls.keeps_unknown:
+            return value
+        known = cls.model_fields.keys() | cls.unsupported_parameters.keys() | cls.known_extra
+        return {name: value[name] for name in value if name in known}
 
 
 def field_error(fault: Literal["type", "value"], expected: str) -> PydanticCustomError:
@@ -183,6 +214,7 @@ def _parse_prompt(prompt: Any, index: int) -> Prompt:
 
 
 Text = Annotated[str, AfterValidator(parse_text)]
+CacheSalt = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_STRING_LENGTH)]
 StopStrings = Annotated[
     tuple[str, ...], PlainValidator(parse_stop, json_schema_input_type=str | list[str] | None)
 ]
@@ -216,7 +248,6 @@ Prompts = Annotated[
 # Known parameters that this server does not support, each with its neutral values.
 UNSUPPORTED_PARAMS: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
-    "cache_salt": (),
     "chat_template": (),
     "documents": ([],),
     "function_call": ("none", "auto"),
@@ -237,6 +268,7 @@ UNSUPPORTED_PARAMS: Mapping[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "structural_tag": (),
     "suffix": ("",),
+    "thinking_token_budget": (),
     "use_beam_search": (False,),
     "verbosity": (),
     "vllm_xargs": ({},),
@@ -244,13 +276,11 @@ UNSUPPORTED_PARAMS: Mapping[str, tuple[Any, ...]] = {
 }
 UNSUPPORTED_CHAT_PARAMS: Mapping[str, tuple[Any, ...]] = {
     **UNSUPPORTED_PARAMS,
-    "add_special_tokens": (False,),
     "best_of": (1,),
     "echo": (False,),
 }
 UNSUPPORTED_COMPLETION_PARAMS: Mapping[str, tuple[Any, ...]] = {
     **UNSUPPORTED_PARAMS,
-    "add_special_tokens": (True,),
     "parallel_tool_calls": (True, False),
     "reasoning_effort": (),
     "tool_choice": ("none", "auto"),

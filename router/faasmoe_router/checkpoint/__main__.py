@@ -62,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "--quantize",
         choices=EXPERTS_QUANTIZATIONS,
         default="none",
-        help="scheme of the experts' weights; 4 bits are lossy (default: %(default)s)",
+        help="scheme of the experts' weights; 4 bits are lossy; none keeps the codes of a "
+        "quantised checkpoint where kernels read them (default: %(default)s)",
     )
     command.add_argument(
         "--quantize-router",
@@ -131,7 +132,9 @@ def describe_quantization(manifest: Manifest) -> Iterator[str]:
     for layer in manifest.layers:
         if entries := list(layer.quantization.values()):
             schemes = ", ".join(sorted({entry.scheme for entry in entries}))
-            yield f"layer {layer.index}: {schemes}, relative error {relative_error(entries):.2e}"
+            error = relative_error(entries)
+            what = f"relative error {error:.2e}" if error else "as published"
+            yield f"layer {layer.index}: {schemes}, {what}"
     experts = [entry for layer in manifest.layers for entry in layer.quantization.values()]
     router = list(manifest.router.quantized.values())
     for part, scheme, entries in (

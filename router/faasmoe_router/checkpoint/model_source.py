@@ -6,12 +6,14 @@ has been converted leaves memory at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from faasmoe_router.checkpoint.formats.methods import dequantized_tensors
+from faasmoe_router.checkpoint.source import CheckpointSource
 from faasmoe_router.errors import PrepareError, SourceUnsupported
 from faasmoe_transformers.errors import UnsupportedModel
 from faasmoe_transformers.model_skeleton import (
@@ -24,16 +26,23 @@ from faasmoe_transformers.weight_conversion import LazyTensor, first_float_dtype
 
 
 @contextmanager
-def open_tensors(files: Sequence[Path]) -> Iterator[dict[str, LazyTensor]]:
-    """Open every tensor of `files` by name; raises PrepareError if a file cannot be read."""
+def open_tensors(checkpoint: CheckpointSource) -> Iterator[dict[str, LazyTensor]]:
+    """Open every tensor of a checkpoint by name; quantised weights are dequantised when read.
+
+    Raises:
+        PrepareError: a file cannot be read, or its codes and scales are not supported.
+    """
     with ExitStack() as stack:
         tensors: dict[str, LazyTensor] = {}
-        for path in files:
+        for path in checkpoint.weight_files:
             try:
                 file = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
                 tensors.update((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118
             except (OSError, SafetensorError) as error:
                 raise PrepareError(f"{path}: got no readable safetensors file: {error}") from error
+        if checkpoint.published is not None:
+            files = checkpoint.weight_files
+            tensors = dequantized_tensors(tensors, files, checkpoint.published)
         yield tensors
 
 

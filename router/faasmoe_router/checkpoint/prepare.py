@@ -25,6 +25,7 @@ from faasmoe_contracts.store import (
     Store,
 )
 from faasmoe_contracts.store.references import StoreMode
+from faasmoe_router.checkpoint.format_report import describe_published
 from faasmoe_router.checkpoint.manifest import (
     layer_entries,
     model_entry,
@@ -49,7 +50,7 @@ from faasmoe_router.checkpoint.store_plan import StorePlan, plan_store
 from faasmoe_router.checkpoint.store_writer import StoreFolder, StoreWriter, lock_store_folder
 from faasmoe_router.errors import NoSpace, SourceUnsupported, StoreMismatch
 from faasmoe_transformers.model_skeleton import DTYPES, ModelSkeleton
-from faasmoe_transformers.weight_conversion import LazyTensor, ParameterSlice, run_conversion
+from faasmoe_transformers.weight_conversion import LazyTensor, ParameterSlice
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def prepare(
                 raise _mode_mismatch(folder, got=store_mode, expected=mode)
             _clear_existing(folder, source, quantization, force=force)
         target = StoreTarget(fingerprint, dtype, quantization, mode)
-        with open_tensors(checkpoint.weight_files) as tensors:
+        with open_tensors(checkpoint) as tensors:
             _fill_store(folder, checkpoint, tensors, target, progress or NoProgress())
     return Store.open(store)
 
@@ -214,6 +215,8 @@ def _fill_store(
     plan = plan_store(skeleton, tensors, target.quantization, layout)
     if target.mode is StoreMode.REFERENCE:
         require_references(skeleton, plan.references)
+    for line in describe_published(plan):
+        logger.info("%s", line)
     files, losses = folder.start_or_resume(target.journal_fingerprint)
     loss = QuantizationLoss(losses)
     progress.start("preparing", total_bytes=plan.size_bytes + plan.references.size_bytes)
@@ -223,6 +226,7 @@ def _fill_store(
     for name, content in read_auxiliary_files(checkpoint, dtype=dtype):
         files[name] = folder.write_file(name, content)
     quantized = loss.add_to(plan.quantization)
+    quantized |= {name: parameter.quantization for name, parameter in plan.kept.items()}
     layers = with_layer_digests(folder.path, layer_entries(skeleton, plan, quantized))
     entry = None
     if layout is not None:
@@ -279,10 +283,9 @@ def _write_tensors(
             writer.write(ParameterSlice(name, 0, value))
         for job in plan.jobs:
             if any(writer.contains(plan.aliases.get(t, t)) for t in job.targets):
-                for parameter_slice in run_conversion(job, skeleton.model):
-                    resolved = plan.resolve_alias(parameter_slice)
-                    if writer.contains(resolved.target):
-                        for stored_slice in quantizer.quantize(resolved):
+                for parameter_slice in plan.slices(job, skeleton.model):
+                    if writer.contains(parameter_slice.target):
+                        for stored_slice in quantizer.quantize(parameter_slice):
                             writer.write(stored_slice)
     finally:
         writer.close()

@@ -28,6 +28,12 @@ from huggingface_hub.errors import (
 )
 
 from faasmoe_contracts.store import QuantizationEntry
+from faasmoe_router.checkpoint.formats.settings import (
+    QUANTIZATION_FILES,
+    QuantizationSettings,
+    read_settings,
+    without_settings,
+)
 from faasmoe_router.errors import (
     HubUnauthorized,
     HubUnavailable,
@@ -53,7 +59,6 @@ _AUXILIARY_PATTERNS = (
     "additional_chat_templates/*.jinja",
 )
 _MAX_AUXILIARY_BYTES = 256 << 20
-_QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
 _METADATA_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
 _HUB_ERRORS: tuple[tuple[type[Exception], type[PrepareError], str], ...] = (
     (
@@ -88,6 +93,7 @@ class CheckpointSource:
         folder: the local folder that holds the files.
         weight_files: its safetensors files.
         config: the content of its config.json.
+        published: how its weights are quantised; None if they are not.
     """
 
     name: str
@@ -95,6 +101,7 @@ class CheckpointSource:
     folder: Path
     weight_files: tuple[Path, ...]
     config: Mapping[str, Any]
+    published: QuantizationSettings | None = None
 
     def fingerprint(
         self,
@@ -134,28 +141,12 @@ def resolve_source(name: str, *, revision: str | None) -> CheckpointSource:
         revision: branch, tag or commit of the hub repository; None for the default branch.
 
     Raises:
-        PrepareError: it does not exist, is not a safetensors checkpoint, or is quantized.
+        PrepareError: it does not exist or is not a safetensors checkpoint.
     """
     folder, commit = _resolve_folder(name, revision=revision)
     config = read_json(folder / "config.json")
-    _reject_quantization(folder / "config.json", config)
-    return CheckpointSource(name, commit, folder, _weight_files(folder), config)
-
-
-def _reject_quantization(path: Path, config: Mapping[str, Any]) -> None:
-    for prefix, fields in (("", config), ("text_config.", config.get("text_config"))):
-        for field in _QUANTIZATION_FIELDS:
-            if isinstance(fields, dict) and fields.get(field):
-                quantization = fields[field]
-                method = (
-                    quantization.get("quant_method")
-                    if isinstance(quantization, dict)
-                    else quantization
-                )
-                raise SourceUnsupported(
-                    f"{path}: {prefix}{field}: got quant_method {method!r}, expected an "
-                    "unquantized checkpoint in bfloat16, float16 or float32"
-                )
+    quantization = read_settings(folder, config)
+    return CheckpointSource(name, commit, folder, _weight_files(folder), config, quantization)
 
 
 def is_hub_source(name: str) -> bool:
@@ -329,23 +320,27 @@ def read_auxiliary_files(
 ) -> Iterator[tuple[str, bytes]]:
     """Yield the name in the store (`model/...`) and the content of each auxiliary file.
 
+    What describes the checkpoint's codes is left out: the store has its own.
+
     Args:
         source: the checkpoint.
         dtype: the dtype that config.json is changed to; None leaves it unchanged.
     """
     for path in source.auxiliary_files():
         name = f"model/{path.relative_to(source.folder)}"
-        if path.name == "config.json" and dtype is not None:
-            yield name, _config_with_dtype(path, dtype)
-        else:
+        is_published = source.published is not None
+        if path.name == "config.json" and (dtype is not None or is_published):
+            yield name, _store_config(path, dtype)
+        elif not (is_published and path.name in QUANTIZATION_FILES):
             yield name, path.read_bytes()
 
 
-def _config_with_dtype(path: Path, dtype: str) -> bytes:
-    config = read_json(path)
-    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for field in ("dtype", "torch_dtype"):
-            if field in section:
-                section[field] = dtype
-    config["dtype"] = dtype
+def _store_config(path: Path, dtype: str | None) -> bytes:
+    config = without_settings(read_json(path))
+    if dtype is not None:
+        for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+            for field in ("dtype", "torch_dtype"):
+                if field in section:
+                    section[field] = dtype
+        config["dtype"] = dtype
     return (json.dumps(config, indent=2) + "\n").encode()

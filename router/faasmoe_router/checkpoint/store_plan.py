@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from faasmoe_contracts.store import QuantizationEntry, TensorQuantization
 from faasmoe_contracts.store.quantization import SCALE_DTYPES, SCALE_SUFFIX
+from faasmoe_router.checkpoint.kept_codes import KeptParameter, plan_kept_codes
 from faasmoe_router.checkpoint.model_source import unsupported_source
 from faasmoe_router.checkpoint.quantization_plan import plan_quantization
 from faasmoe_router.checkpoint.reference_plan import (
@@ -42,6 +43,7 @@ from faasmoe_transformers.weight_conversion import (
     ParameterSlice,
     find_aliases,
     plan_conversion,
+    run_conversion,
 )
 
 logger = logging.getLogger(__name__)
@@ -165,7 +167,9 @@ class StorePlan:
         jobs: the conversions in the order of the files.
         initial_values: initial values of parameters that the checkpoint lacks and may lack.
         aliases: names that are stored under another name, each with that name.
-        quantization: how each quantised parameter is stored, by its name in the model.
+        quantization: how each parameter that is to be quantised is stored, by its name in the
+            model.
+        kept: parameters that keep the checkpoint's codes, by name.
         references: what the store refers to in the checkpoint.
     """
 
@@ -175,6 +179,7 @@ class StorePlan:
     initial_values: Mapping[str, torch.Tensor]
     aliases: Mapping[str, str]
     quantization: Mapping[str, TensorQuantization]
+    kept: Mapping[str, KeptParameter]
     references: ReferencePlan = NO_REFERENCES
 
     @property
@@ -182,9 +187,14 @@ class StorePlan:
         """Bytes of all tensor files."""
         return sum(layout.size_bytes for layout in self.layouts)
 
-    def resolve_alias(self, piece: ParameterSlice) -> ParameterSlice:
-        """Return the slice with its target replaced by the name it is stored under."""
-        return replace(piece, target=self.aliases.get(piece.target, piece.target))
+    def slices(self, job: ConversionJob, model: PreTrainedModel) -> Iterator[ParameterSlice]:
+        """Run a job; yield what it gives under the names that it is stored under.
+
+        Parameters that keep the checkpoint's codes come as codes and scales.
+        """
+        kept = self.kept.get(job.name)
+        for piece in run_conversion(job, model) if kept is None else kept.slices(model):
+            yield replace(piece, target=self.aliases.get(piece.target, piece.target))
 
 
 def plan_store(
@@ -213,12 +223,15 @@ def plan_store(
     initial_values = _initial_values(skeleton.model, specs, aliases)
     for name, value in initial_values.items():
         specs[name] = TensorSpec(name, name, value.dtype, tuple(value.shape))
+    shared = {*aliases, *aliases.values()}
+    kept = plan_kept_codes(skeleton, conversion.jobs, scheme=quantization.experts, shared=shared)
     quantized = plan_quantization(
         skeleton,
         quantization,
-        unquantizable={*initial_values, *aliases, *aliases.values()},
-        shapes={name: spec.shape for name, spec in specs.items()},
+        unquantizable={*initial_values, *shared},
+        shapes={name: spec.shape for name, spec in specs.items() if name not in kept},
     )
+    codes = quantized | {name: parameter.quantization for name, parameter in kept.items()}
     references = NO_REFERENCES
     if layout is not None:
         references = plan_references(
@@ -228,11 +241,11 @@ def plan_store(
             layout,
             aliases=aliases,
             names=specs,
-            quantized=quantized,
+            quantized=codes,
         )
-    layouts, files = _plan_files(skeleton, specs, aliases, quantized, references)
+    layouts, files = _plan_files(skeleton, specs, aliases, codes, references)
     jobs = _sort_jobs_by_file(conversion, layouts, aliases)
-    return StorePlan(layouts, files, jobs, initial_values, aliases, quantized, references)
+    return StorePlan(layouts, files, jobs, initial_values, aliases, quantized, kept, references)
 
 
 def _converted_specs(

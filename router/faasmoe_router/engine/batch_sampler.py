@@ -21,7 +21,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from faasmoe_router.engine.generation import GenerationRequest
+from faasmoe_router.engine.generation import GenerationRequest, SamplingParams
+from faasmoe_router.engine.grammar_state import GrammarState
 from faasmoe_router.engine.sampler import (
     FORBIDDEN,
     FORCED,
@@ -36,7 +37,7 @@ from faasmoe_router.engine.sampler import (
     compute_logprobs,
     force_sampled_tokens,
 )
-from faasmoe_router.engine.structured_output import GrammarMatcher, apply_grammar_bitmask
+from faasmoe_router.engine.structured_output import RowConstraint, apply_grammar_bitmask
 from faasmoe_router.errors import GenerationFailed, NoTokenAllowed
 from faasmoe_transformers.continuous_batching import SamplerRow
 
@@ -49,10 +50,8 @@ class LogitsState:
         stop_token_ids: tokens that end the text; forbidden before `min_tokens`.
 
     Attributes:
-        matcher: position in the grammar; None if the request has none.
+        grammar_state: position in the grammar; None if the request has none.
         logprob_queue: log-probabilities computed and not yet delivered; None if not requested.
-        n_tokens_at_grammar_end: number of output tokens at which the grammar allows no further
-            token; None until then.
     """
 
     def __init__(self, request: GenerationRequest, stop_token_ids: Collection[int]) -> None:
@@ -66,12 +65,15 @@ class LogitsState:
         self._min_tokens_adjustments = [(token, FORBIDDEN) for token in stop_token_ids]
         self._token_counts = _new_token_counts(request)
         self._n_counted = 0
-        self._n_accepted = 0
         self._n_recorded = -request.n_forced  # outputs count from the end of the prompt
         self._prompt_token_ids = request.prompt_token_ids if request.scores_prompt else ()
-        self.matcher = None if params.grammar is None else params.grammar.new_matcher()
-        self.logprob_queue = None if params.n_logprobs is None else LogprobQueue(params.n_logprobs)
-        self.n_tokens_at_grammar_end: int | None = None
+        self.grammar_state = _new_grammar_state(params)
+        self.logprob_queue = _new_logprob_queue(params)
+
+    @property
+    def n_tokens_at_grammar_end(self) -> int | None:
+        """Number of output tokens at which the grammar allows no further one; None until then."""
+        return None if self.grammar_state is None else self.grammar_state.n_tokens_at_end
 
     @classmethod
     def for_request(
@@ -109,12 +111,8 @@ class LogitsState:
 
     def accept_token(self, token: int) -> None:
         """Advance the grammar by the next output token; ignored once the grammar has ended."""
-        if self.matcher is None or self.matcher.is_terminated:
-            return
-        self.matcher.accept_token(token)
-        self._n_accepted += 1
-        if self.matcher.is_terminated:
-            self.n_tokens_at_grammar_end = self._n_accepted
+        if self.grammar_state is not None:
+            self.grammar_state.accept_token(token)
 
     def record_logprob(self, logprob: SampledLogprob) -> None:
         """Queue the log-probability of the token sampled from the last planned row."""
@@ -127,14 +125,12 @@ class LogitsState:
         if self.logprob_queue is not None and self._n_recorded > self._n_output:
             self.logprob_queue.discard_last()
             self._n_recorded = self._n_output
-        grammar = self._params.grammar
-        if grammar is None:
+        if self.grammar_state is None:
             return
-        if self._n_accepted > self._n_output:
-            self.matcher = grammar.new_matcher()
-            self._n_accepted = 0
-            self.n_tokens_at_grammar_end = None
-        for token in tokens.after(self._n_prompt + self._n_accepted):
+        if self.grammar_state.n_accepted > self._n_output:
+            self.grammar_state = _new_grammar_state(self._params)
+        assert self.grammar_state is not None
+        for token in tokens.after(self._n_prompt + self.grammar_state.n_accepted):
             self.accept_token(token)
 
     def _plan_draw(self, row: int, position: int) -> RowDraw | None:
@@ -160,6 +156,18 @@ class LogitsState:
         return RowPenalties(row, self._params.penalties, self._token_counts)
 
 
+def _new_grammar_state(params: SamplingParams) -> GrammarState | None:
+    if params.grammar is None:
+        return None
+    return GrammarState(params.grammar.new_matcher(), params.reasoning)
+
+
+def _new_logprob_queue(params: SamplingParams) -> LogprobQueue | None:
+    if params.n_logprobs is None:
+        return None
+    return LogprobQueue(params.n_logprobs, params.logprob_token_ids)
+
+
 def _new_token_counts(request: GenerationRequest) -> TokenCounts | None:
     penalties = request.sampling_params.penalties
     if penalties.is_neutral:
@@ -180,10 +188,18 @@ class RowPlan:
     is_forced: bool = False
 
     @property
-    def matcher(self) -> GrammarMatcher | None:
-        """The grammar that constrains the row's next token; None if there is none or it ended."""
-        matcher = self.logits_state.matcher
-        return None if self.is_forced or matcher is None or matcher.is_terminated else matcher
+    def grammar_state(self) -> GrammarState | None:
+        """The position in the grammar that follows the row's token; None without, or at its end."""
+        state = self.logits_state.grammar_state
+        return None if self.is_forced or state is None or state.is_terminated else state
+
+    @property
+    def constraint(self) -> RowConstraint | None:
+        """What constrains the row's next token; None if nothing does."""
+        state = self.grammar_state
+        if state is None or state.is_reasoning:
+            return None
+        return RowConstraint(self.row, state.matcher, state.free_token)
 
 
 class TokenHistory:
@@ -264,9 +280,7 @@ class BatchSampler:
         )  # [L, V], a copy
         apply_logit_bias(scores, [plan.bias for plan in self._row_plans if plan.bias])
         apply_penalties(scores, [plan.penalties for plan in self._row_plans if plan.penalties])
-        constrained = [(plan.row, plan.matcher) for plan in self._row_plans if plan.matcher]
-        if constrained:
-            apply_grammar_bitmask(scores, constrained)
+        apply_grammar_bitmask(scores, [c for plan in self._row_plans if (c := plan.constraint)])
         self._report_no_token_allowed(scores)
         force_sampled_tokens(scores, [plan.draw for plan in self._row_plans if plan.draw])
         self._accept_tokens(scores)
@@ -276,7 +290,7 @@ class BatchSampler:
 
     def _accept_tokens(self, scores: Tensor) -> None:
         """Advance the grammars by the sampled tokens."""
-        constrained = [plan for plan in self._row_plans if plan.matcher]
+        constrained = [plan for plan in self._row_plans if plan.grammar_state]
         if not constrained:
             return
         tokens = scores[[plan.row for plan in constrained]].argmax(-1).tolist()  # [G]
@@ -296,13 +310,16 @@ class BatchSampler:
     def _report_no_token_allowed(self, scores: Tensor) -> None:
         """Report the rows that have no token left."""
         constrained = [
-            plan for plan in self._row_plans if (plan.matcher or plan.bias) and not plan.is_forced
+            plan
+            for plan in self._row_plans
+            if (plan.constraint or plan.bias) and not plan.is_forced
         ]
         if not constrained:
             return
         finite = scores.amax(-1).isfinite().tolist()  # [N]
         for plan in constrained:
-            error = plan.matcher and plan.matcher.error
+            constraint = plan.constraint
+            error = constraint and constraint.matcher.error
             if error or not finite[plan.row]:
                 reason = error or "the request's own constraints leave no token that may come next"
                 self._on_request_error([self._request_ids[plan.row]], NoTokenAllowed(reason))
@@ -318,6 +335,7 @@ def _record_logprobs(model_scores: Tensor, scores: Tensor, plans: Sequence[RowPl
     """
     chosen = scores[[plan.row for plan in plans]].argmax(-1)  # [L]
     queues = [log for plan in plans if (log := plan.logits_state.logprob_queue) is not None]
-    entries = compute_logprobs(model_scores, chosen, [log.n_top for log in queues])
+    token_ids = [log.token_ids for log in queues]
+    entries = compute_logprobs(model_scores, chosen, [log.n_top for log in queues], token_ids)
     for plan, entry in zip(plans, entries, strict=True):
         plan.logits_state.record_logprob(entry)

@@ -20,6 +20,7 @@ youngest is put back into the queue and prefilled again later.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -156,9 +157,16 @@ FATAL_ERRORS = (EngineDeviceLost, RouterWeightsChanged)
 """Errors that another batcher in this process would meet again."""
 
 
-def make_request_id(tenant: str, number: int) -> str:
-    """Return the id of a tenant's request."""
-    return f"{tenant}/{number}"
+CACHE_SALT_BYTES = 16
+SALTED_TOKENS = 16  # at the start of a prompt, whose unused bits hold a request's own salt
+
+
+def make_request_id(tenant: str, number: int, cache_salt: str | None = None) -> str:
+    """Return the id of a tenant's request, with the digest of its own cache salt if it has one."""
+    if cache_salt is None:
+        return f"{tenant}/{number}"
+    digest = hashlib.blake2b(cache_salt.encode(), digest_size=CACHE_SALT_BYTES)
+    return f"{tenant}/{number}.{digest.hexdigest()}"
 
 
 def request_tenant(request_id: str) -> str:
@@ -186,11 +194,17 @@ class ComputedTokenCounter:
         return drained
 
 
+def _request_salt(request_id: str) -> int:
+    """Return a request's own cache salt, which is in its id; 0 if it has none."""
+    return int(request_id.rpartition("/")[2].partition(".")[2] or "0", 16)
+
+
 class CacheSalts:
     """Numbers the tenant groups that share a prefix cache; one thread writes, another reads.
 
     The salt of a group is put into the bits of the first token that the vocabulary does not use.
-    Groups beyond the numbers that fit share nothing.
+    Groups beyond the numbers that fit share nothing. Within a group, requests that bring a salt
+    share with those of the same salt only: it is put into the same bits of the next tokens.
 
     Args:
         vocab_size: size of the model's vocabulary.
@@ -213,7 +227,15 @@ class CacheSalts:
         salt = self._salt_by_group.get(self._group_by_tenant.get(request_tenant(request_id), ""), 0)
         if not tokens or not 0 < salt < self._max_salts:
             return None
-        return [tokens[0] | salt << self._salt_shift, *tokens[1:]]
+        salted = [tokens[0] | salt << self._salt_shift, *tokens[1:]]
+        self._add_request_salt(salted, _request_salt(request_id))
+        return salted
+
+    def _add_request_salt(self, tokens: list[int], salt: int) -> None:
+        """Put a request's own salt into the bits of the tokens after the first, in place."""
+        for index in range(1, min(SALTED_TOKENS, len(tokens))):
+            salt, part = divmod(salt, self._max_salts)
+            tokens[index] |= part << self._salt_shift
 
 
 def start_batcher(

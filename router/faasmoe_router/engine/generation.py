@@ -43,6 +43,21 @@ class StopConditions:
 
 
 @dataclass(frozen=True, slots=True)
+class ReasoningTokens:
+    """The tokens around the reasoning at the start of a text.
+
+    Attributes:
+        start: token that opens reasoning.
+        end: token that closes it.
+        is_open: whether the prompt has opened it.
+    """
+
+    start: int
+    end: int
+    is_open: bool
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the tokens of a sequence are selected.
 
@@ -52,14 +67,19 @@ class SamplingParams:
         logit_bias: biased, allowed and forbidden tokens.
         n_logprobs: number of top log-probabilities reported with each token; None reports none, 0
             only the sampled token's.
+        logprob_token_ids: tokens whose log-probabilities are reported instead of the top ones.
         grammar: grammar that constrains the text; None for unconstrained text.
+        reasoning: tokens of the reasoning that may precede the text that the grammar constrains;
+            None if it constrains the text from its first token.
     """
 
     draw: DrawParams = field(default_factory=DrawParams)
     penalties: Penalties = field(default_factory=Penalties)
     logit_bias: LogitBias = field(default_factory=LogitBias)
     n_logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
     grammar: CompiledGrammar | None = None
+    reasoning: ReasoningTokens | None = None
 
     @property
     def is_plain_greedy(self) -> bool:
@@ -86,6 +106,7 @@ class GenerationRequest:
         scores_prompt: whether the log-probabilities of the prompt's tokens are reported, for which
             the sequence starts at its first token and is given the others one by one.
         priority: position among the waiting sequences of its tenant; lower runs earlier.
+        cache_salt: shares cached prefixes only with requests of the same salt; None adds no salt.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -95,6 +116,7 @@ class GenerationRequest:
     include_special_tokens: bool = False
     scores_prompt: bool = False
     priority: int = 0
+    cache_salt: str | None = None
 
     @property
     def n_given(self) -> int:

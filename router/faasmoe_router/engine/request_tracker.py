@@ -221,7 +221,10 @@ class RequestTracker:
             TenantQueueFull: the tenant's part of the queue is full.
         """
         self._fair_queue.check_capacity(tenant, len(requests))
-        ids = [make_request_id(tenant, next(self._sequence_numbers)) for _ in requests]
+        ids = [
+            make_request_id(tenant, next(self._sequence_numbers), request.cache_salt)
+            for request in requests
+        ]
         generation = Generation(len(requests), lambda: self._abort(ids), usage_recorder)
         now_s = time.monotonic()
         for index, (sequence_id, request) in enumerate(zip(ids, requests, strict=True)):

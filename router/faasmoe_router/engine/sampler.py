@@ -12,7 +12,7 @@ generator has to be kept or freed.
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -361,10 +361,12 @@ class LogprobQueue:
 
     Args:
         n_top: number of most likely tokens in each entry.
+        token_ids: tokens in each entry instead of the most likely ones; empty for those.
     """
 
-    def __init__(self, n_top: int) -> None:
+    def __init__(self, n_top: int, token_ids: Sequence[int] = ()) -> None:
         self.n_top = n_top
+        self.token_ids = token_ids
         self._entries: deque[SampledLogprob] = deque()
 
     def append(self, entry: SampledLogprob) -> None:
@@ -380,7 +382,12 @@ class LogprobQueue:
         return self._entries.popleft()
 
 
-def compute_logprobs(scores: Tensor, chosen: Tensor, n_top: Sequence[int]) -> list[SampledLogprob]:
+def compute_logprobs(
+    scores: Tensor,
+    chosen: Tensor,
+    n_top: Sequence[int],
+    token_ids: Sequence[Sequence[int]] | None = None,
+) -> list[SampledLogprob]:
     """Return the log-probability of each row's sampled token.
 
     As in OpenAI and vLLM they are those of the model's own distribution, before temperature,
@@ -390,15 +397,24 @@ def compute_logprobs(scores: Tensor, chosen: Tensor, n_top: Sequence[int]) -> li
         scores: unmodified scores of the model, [R, V].
         chosen: the sampled tokens, [R].
         n_top: number of most likely tokens to report for each row.
+        token_ids: the tokens to report beside the sampled one instead, where a row has any.
     """
     totals = scores.logsumexp(-1, keepdim=True)  # [R, 1]
     chosen_logprobs = (scores.gather(-1, chosen.unsqueeze(-1)) - totals).squeeze(-1).tolist()
     n_candidates = min(max(n_top), scores.shape[-1])
     values, tokens = scores.topk(n_candidates, dim=-1)  # [R, K] each
     tops = zip(tokens.tolist(), (values - totals).tolist(), strict=True)
-    return [
+    entries = [
         SampledLogprob(token, logprob, tuple(zip(ids[:n], logprobs[:n], strict=True)))
         for token, logprob, (ids, logprobs), n in zip(
             chosen.tolist(), chosen_logprobs, tops, n_top, strict=True
         )
     ]
+    for row, requested in enumerate(token_ids or ()):
+        if requested:
+            ids = list(dict.fromkeys((entries[row].token, *requested)))
+            logprobs = (scores[row, ids] - totals[row]).tolist()  # [len(ids)]
+            entries[row] = replace(
+                entries[row], top_logprobs=tuple(zip(ids, logprobs, strict=True))
+            )
+    return entries

@@ -210,22 +210,40 @@ def _to_llguidance(source: GrammarSource) -> str:
     return str(grammar_from(source.kind, source.text))
 
 
-def apply_grammar_bitmask(scores: Tensor, rows: Sequence[tuple[int, GrammarMatcher]]) -> None:
+@dataclass(frozen=True, slots=True)
+class RowConstraint:
+    """The grammar that constrains one row of the scores.
+
+    Attributes:
+        row: row of the scores.
+        matcher: position in the grammar.
+        free_token: a token that is allowed beside those of the grammar; None for none.
+    """
+
+    row: int
+    matcher: GrammarMatcher
+    free_token: int | None = None
+
+
+def apply_grammar_bitmask(scores: Tensor, constraints: Sequence[RowConstraint]) -> None:
     """Set the scores of tokens that the grammars forbid to minus infinity, in place.
 
     Args:
         scores: [N, V].
-        rows: (row of the scores, matcher) of each constrained row.
+        constraints: the grammars of the constrained rows.
     """
-    if not rows:
+    if not constraints:
         return
-    n_vocab = scores.shape[-1]
-    bitmask = torch.zeros(len(rows), rows[0][1].n_bitmask_words, dtype=torch.int32)  # [R, W]
-    for packed, (_, matcher) in zip(bitmask, rows, strict=True):
-        matcher.fill_bitmask(packed)
+    n_vocab, n_words = scores.shape[-1], constraints[0].matcher.n_bitmask_words
+    bitmask = torch.zeros(len(constraints), n_words, dtype=torch.int32)  # [R, W]
+    for packed, constraint in zip(bitmask, constraints, strict=True):
+        constraint.matcher.fill_bitmask(packed)
     forbidden = numpy.unpackbits(
         (~bitmask).numpy().view(numpy.uint8), axis=-1, count=n_vocab, bitorder="little"
     )  # [R, V], uint8, 1 where forbidden
+    for mask, constraint in zip(forbidden, constraints, strict=True):
+        if constraint.free_token is not None:
+            mask[constraint.free_token] = 0
     masks = torch.from_numpy(forbidden).view(torch.bool).to(scores.device)  # [R, V]
-    for mask, (row, _) in zip(masks, rows, strict=True):
-        scores[row].masked_fill_(mask, -torch.inf)
+    for mask, constraint in zip(masks, constraints, strict=True):
+        scores[constraint.row].masked_fill_(mask, -torch.inf)

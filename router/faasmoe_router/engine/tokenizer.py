@@ -81,12 +81,14 @@ class ChatTemplateOptions:
         tools: functions that the assistant may call, in OpenAI's format.
         add_generation_prompt: whether to open the assistant's turn after the messages.
         continue_final_message: whether generation continues the last message.
+        add_special_tokens: whether special tokens, such as BOS, are added to the rendered text.
         template_kwargs: additional template variables.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    add_special_tokens: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -168,7 +170,8 @@ class ModelTokenizer:
                 tokenize=False,
                 **options.template_kwargs,
             )
-            return self.encode(text, add_special_tokens=False)  # fails on lone surrogates
+            # Fails on lone surrogates.
+            return self.encode(text, add_special_tokens=options.add_special_tokens)
         except _TEMPLATE_ERRORS as error:
             raise ChatTemplateError(f"the chat template rejected the messages: {error}") from error
 
@@ -176,6 +179,11 @@ class ModelTokenizer:
         """Return the text of tokens, by default without special tokens."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=not include_special_tokens)
         return text
+
+    def token_id(self, text: str) -> int | None:
+        """Return the id of the one token that a text is, special or not; None if it is not one."""
+        ids = self.encode(text, add_special_tokens=False)
+        return ids[0] if len(ids) == 1 else None
 
     def special_token_id(self, text: str) -> int | None:
         """Return the id of the special token with this text; None if there is none."""

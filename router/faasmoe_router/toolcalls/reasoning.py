@@ -20,6 +20,10 @@ class ReasoningFormat:
         """Return whether a prompt, or its end, opens reasoning that the model continues."""
         return prompt.rstrip().endswith(self.start_marker)
 
+    def is_closed_after(self, prompt: str) -> bool:
+        """Return whether a prompt, or its end, closes reasoning, so that the model writes none."""
+        return prompt.rstrip().endswith(self.end_marker)
+
 
 @dataclass(frozen=True, slots=True)
 class ReasoningDelta:

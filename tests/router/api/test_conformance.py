@@ -1,7 +1,7 @@
 """Conformance of every endpoint and parameter, with the unmodified openai client.
 
-Each case is a row of docs/openai.md together with the test that verifies it. To regenerate the
-document:
+Each case is a row of docs/openai.md together with the test that verifies it, and the other test
+modules that verify the row's details. To regenerate the document:
 
     python -m tests.router.api.test_conformance
 """
@@ -9,7 +9,8 @@ document:
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+import runpy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -57,6 +58,7 @@ class ApiUnderTest:
     tools: openai.OpenAI
     http: httpx.Client
     model_tokenizer: ModelTokenizer
+    serve_template: Callable[[str], str]
 
     def chat(self, **parameters: Any) -> Any:
         """Request a chat completion, by default greedy and of 12 tokens."""
@@ -68,6 +70,13 @@ class ApiUnderTest:
         return self.client.completions.create(
             model="tiny", **{**defaults, **_client_arguments(parameters)}
         )
+
+    def with_template(self, chat_template: str, **parameters: Any) -> Any:
+        """Request a chat completion of a server with this chat template."""
+        url = self.serve_template(chat_template)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            response = _chat(client, **parameters)
+            return list(response) if parameters.get("stream") else response
 
     def tokens(self, text: str) -> list[int]:
         """Return the token IDs of a text."""
@@ -106,25 +115,32 @@ class ConformanceCase:
     name: str
     description: str
     check: Callable[[ApiUnderTest], None]
+    details: tuple[str, ...] = ()
 
 
 CASES: list[ConformanceCase] = []
 
 
 def conformance_case(
-    section: str, name: str, description: str
+    section: str, name: str, description: str, *, details: Sequence[str] = ()
 ) -> Callable[[Callable[[ApiUnderTest], None]], None]:
-    """Register the decorated check as a case with this description in the document."""
+    """Register the decorated check as a case with this description in the document.
+
+    `details` names the test modules, below tests/, that verify what the check leaves out.
+    """
 
     def add(check: Callable[[ApiUnderTest], None]) -> None:
-        CASES.append(ConformanceCase(section, name, description, check))
+        CASES.append(ConformanceCase(section, name, description, check, tuple(details)))
 
     return add
 
 
 @pytest.fixture(scope="module")
 def peer(
-    server: tuple[str, Engine], tool_server: str, model_tokenizer: ModelTokenizer
+    server: tuple[str, Engine],
+    tool_server: str,
+    model_tokenizer: ModelTokenizer,
+    serve_template: Callable[[str], str],
 ) -> Iterator[ApiUnderTest]:
     options: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": 20}
     with (
@@ -132,7 +148,7 @@ def peer(
         openai.OpenAI(base_url=f"{tool_server}/v1", **options) as tools,
         httpx.Client(base_url=server[0], timeout=20) as http,
     ):
-        yield ApiUnderTest(client, tools, http, model_tokenizer)
+        yield ApiUnderTest(client, tools, http, model_tokenizer, serve_template)
 
 
 ENDPOINTS, BOTH = "Endpoints", "Parameters of both completion endpoints"
@@ -165,6 +181,8 @@ def _completion_endpoint(peer: ApiUnderTest) -> None:
 def _models(peer: ApiUnderTest) -> None:
     [model] = peer.client.models.list().data
     assert peer.client.models.retrieve("tiny") == model
+    assert model.model_extra is not None
+    assert model.model_extra["max_model_len"] == 256
     with pytest.raises(openai.NotFoundError):
         peer.client.models.retrieve("other")
 
@@ -185,12 +203,18 @@ def _embeddings(peer: ApiUnderTest) -> None:
     "POST /v1/responses",
     "stateless: input items, instructions, function and custom tools, structured output, "
     "reasoning, streaming; `store: true`, `previous_response_id`, OpenAI's own tools are refused",
+    details=["router/api/test_responses_endpoint.py", "router/api/test_reasoning_with_grammar.py"],
 )
 def _responses(peer: ApiUnderTest) -> None:
     text = peer.client.responses.create(model="tiny", input="a", temperature=0).output_text
     assert text == _message_content(
         peer.chat(messages=[{"role": "user", "content": "a"}], max_tokens=None)
     )
+    web_search: Any = [{"type": "web_search"}]
+    for refused in ({"store": True}, {"previous_response_id": "resp_1"}, {"tools": web_search}):
+        with pytest.raises(openai.BadRequestError) as rejected:
+            peer.client.responses.create(model="tiny", input="a", **refused)
+        assert str(rejected.value.param).startswith(next(iter(refused)))
 
 
 @conformance_case(
@@ -198,6 +222,7 @@ def _responses(peer: ApiUnderTest) -> None:
     "POST /v1/messages, /v1/messages/count_tokens",
     "Anthropic's: system, text, thinking and tool blocks, tools, structured output, streaming; "
     "keys also as `x-api-key`",
+    details=["router/api/test_messages_endpoint.py", "router/api/test_http.py"],
 )
 def _anthropic(peer: ApiUnderTest) -> None:
     body = {"max_tokens": 3, "messages": MESSAGES}
@@ -254,6 +279,7 @@ def _probes(peer: ApiUnderTest) -> None:
     "model",
     "the served name (`router.servedModelName`, slashes allowed), or left out; any other returns "
     "404, `model_not_found`",
+    details=["router/api/test_http.py", "integration/test_up_access.py"],
 )
 def _model(peer: ApiUnderTest) -> None:
     body = {"prompt": "a", "max_tokens": 1}
@@ -270,7 +296,10 @@ def _model(peer: ApiUnderTest) -> None:
     "and the rest of the context in chats",
 )
 def _max_tokens(peer: ApiUnderTest) -> None:
-    assert peer.text(max_tokens=5).usage.completion_tokens == 5
+    five = peer.text(max_tokens=5)
+    assert (five.usage.completion_tokens, five.choices[0].finish_reason) == (5, "length")
+    assert peer.text(max_tokens=None).usage.completion_tokens == 16
+    assert peer.chat(max_tokens=None).usage.total_tokens == 256
     with pytest.raises(openai.BadRequestError) as rejected:
         peer.text(max_tokens=10**6)
     assert rejected.value.code == "context_length_exceeded"
@@ -281,12 +310,18 @@ def _max_tokens(peer: ApiUnderTest) -> None:
     "temperature, top_p, top_k, min_p",
     "temperature 0 to 2, default 1; 0 is greedy; other defaults come from the checkpoint's "
     "`generation_config.json`, as in vLLM, unless `router.generationConfig` is `none`",
+    details=["router/engine/test_sampling_defaults.py", "router/engine/test_sampler.py"],
 )
 def _sampling(peer: ApiUnderTest) -> None:
     greedy = _message_content(peer.chat())
     for narrow in ({"top_p": 0}, {"top_k": 1}, {"min_p": 1}):
         assert _message_content(peer.chat(temperature=2, seed=4, **narrow)) == greedy
     assert _message_content(peer.chat(temperature=2, seed=4)) != greedy
+    drawn = [_message_content(peer.chat(temperature=t, seed=4)) for t in (None, 1)]
+    assert drawn[0] == drawn[1]
+    with pytest.raises(openai.BadRequestError) as rejected:
+        peer.chat(temperature=2.1)
+    assert rejected.value.param == "temperature"
 
 
 @conformance_case(BOTH, "seed", "reproducible, alone and in a batch; each choice gets its own seed")
@@ -308,6 +343,10 @@ def _n(peer: ApiUnderTest) -> None:
     response = peer.text(n=3, temperature=1)
     assert [choice.index for choice in response.choices] == [0, 1, 2]
     assert response.usage.completion_tokens == 36
+    for n in (13, 129):  # the server has 4 running and 8 waiting places
+        with pytest.raises(openai.BadRequestError) as rejected:
+            peer.text(n=n)
+        assert rejected.value.param == "n"
 
 
 @conformance_case(BOTH, "stop", "up to 4 strings; the text excludes the one that ended it")
@@ -315,6 +354,9 @@ def _stop(peer: ApiUnderTest) -> None:
     text = peer.text(max_tokens=40).choices[0].text
     choice = peer.text(max_tokens=40, stop=["never", text[8:11]]).choices[0]
     assert (choice.text, choice.finish_reason) == (text[: text.index(text[8:11])], "stop")
+    with pytest.raises(openai.BadRequestError) as rejected:
+        peer.text(stop=list("abcde"))
+    assert rejected.value.param == "stop"
 
 
 @conformance_case(
@@ -381,6 +423,13 @@ def _logit_bias(peer: ApiUnderTest) -> None:
     [x] = peer.tokens("x")
     assert peer.text(logit_bias={str(x): 100}).choices[0].text == "x" * 12
     assert "x" not in peer.text(logit_bias={str(x): -100}, max_tokens=60).choices[0].text
+    assert peer.text(logit_bias={str(x): 20}).choices[0].text == "x" * 12
+    penalised = peer.text(logit_bias={str(x): 20}, repetition_penalty=10).choices[0].text
+    assert penalised.count("x") < 12  # (score + 20) / 10, not score / 10 + 20
+    for bias in ({str(x): 101}, dict.fromkeys(map(str, range(1025)), 0)):
+        with pytest.raises(openai.BadRequestError) as rejected:
+            peer.text(logit_bias=bias)
+        assert rejected.value.param == "logit_bias"
 
 
 @conformance_case(
@@ -406,6 +455,8 @@ def _response_format(peer: ApiUnderTest) -> None:
     assert isinstance(person["age"], int)
     text = _message_content(peer.chat(response_format={"type": "json_object"}, max_tokens=60))
     assert text.startswith("{")
+    plain = _message_content(peer.chat())
+    assert _message_content(peer.chat(response_format={"type": "text"})) == plain
 
 
 @conformance_case(
@@ -445,9 +496,10 @@ def _peers(peer: ApiUnderTest) -> None:
 
 @conformance_case(
     BOTH,
-    "prompt_logprobs, return_token_ids, return_tokens_as_token_ids",
+    "prompt_logprobs, logprob_token_ids, return_token_ids, return_tokens_as_token_ids",
     "as in vLLM; `rank` is null beyond the candidates; log-probabilities of prompts are computed "
-    "one token per step and not streamed",
+    "one token per step, and in streams only with `echo`",
+    details=["router/api/test_prompt_logprobs.py"],
 )
 def _token_details(peer: ApiUnderTest) -> None:
     parameters = {"prompt_logprobs": 1, "return_token_ids": True, "max_tokens": 3}
@@ -456,16 +508,44 @@ def _token_details(peer: ApiUnderTest) -> None:
     assert len(choice.token_ids) == 3
     named = peer.text(logprobs=0, return_tokens_as_token_ids=True).choices[0].logprobs
     assert all(token.startswith("token_id:") for token in named.tokens)
+    ranks = [e["rank"] for entry in choice.prompt_logprobs[1:] for e in entry.values()]
+    assert None in ranks
+    assert set(ranks) <= {1, None}
+    asked = {"logprobs": 2, "logprob_token_ids": [5, 9], "allowed_token_ids": [7]}
+    tops = peer.text(**asked, return_tokens_as_token_ids=True).choices[0].logprobs.top_logprobs
+    assert all(top.keys() == {"token_id:5", "token_id:7", "token_id:9"} for top in tops)
+    with pytest.raises(openai.BadRequestError) as rejected:
+        peer.text(stream=True, prompt_logprobs=1)
+    assert rejected.value.param == "prompt_logprobs"
 
 
 @conformance_case(
     BOTH,
-    "priority, truncate_prompt_tokens, request_id",
-    "as in vLLM; `priority` is among the waiting requests of the same tenant",
+    "priority, cache_salt, truncate_prompt_tokens, truncation_side, request_id",
+    "as in vLLM; `priority` is among the waiting requests of the same tenant, and `cache_salt` "
+    "keeps cached prefixes from other requests of the same tenant, which never shares with others",
+    details=["router/engine/test_fair_queue.py", "transformers_adapter/test_prefix_cache.py"],
 )
 def _priority(peer: ApiUnderTest) -> None:
-    response = peer.text(priority=3, truncate_prompt_tokens=1, request_id="mine")
+    response = peer.text(priority=3, cache_salt="s", truncate_prompt_tokens=1, request_id="mine")
     assert (response.id, response.usage.prompt_tokens) == ("cmpl-mine", 1)
+    for side, kept in ((None, [6, 7]), ("left", [6, 7]), ("right", [4, 5])):
+        cut = {"truncate_prompt_tokens": 2, "truncation_side": side, "return_token_ids": True}
+        assert peer.text(prompt=[4, 5, 6, 7], **cut).choices[0].prompt_token_ids == kept
+
+
+@conformance_case(
+    BOTH,
+    "add_special_tokens",
+    "whether the tokenizer's own, such as BOS, are added: by default to prompts, not to chats, "
+    "whose template writes them",
+    details=["router/engine/test_tokenizer.py"],
+)
+def _add_special_tokens(peer: ApiUnderTest) -> None:
+    for value in (True, False):  # the tiny tokenizer adds none
+        assert peer.text(add_special_tokens=value).choices[0].text == peer.text().choices[0].text
+        chat = peer.chat(add_special_tokens=value)
+        assert _message_content(chat) == _message_content(peer.chat())
 
 
 @conformance_case(BOTH, "stream_options", "`include_usage`, and vLLM's `continuous_usage_stats`")
@@ -498,12 +578,18 @@ def _accepted(peer: ApiUnderTest) -> None:
     assert _message_content(response) == _message_content(peer.chat())
     assert response.service_tier == "default"
     assert peer.chat().service_tier is None
+    with pytest.raises(openai.BadRequestError) as rejected:
+        peer.chat(service_tier="flex")
+    assert rejected.value.param == "service_tier"
 
 
 @conformance_case(BOTH, "X-Request-Id", "echoed, or generated if missing or invalid")
 def _request_id(peer: ApiUnderTest) -> None:
     response = peer.client.with_raw_response.models.list(extra_headers={"X-Request-Id": "mine"})
     assert response.headers["x-request-id"] == "mine"
+    for invalid in ({}, {"X-Request-Id": "no spaces allowed"}):
+        response = peer.client.with_raw_response.models.list(extra_headers=invalid)
+        assert len(response.headers["x-request-id"]) >= 16
 
 
 @conformance_case(
@@ -512,6 +598,7 @@ def _request_id(peer: ApiUnderTest) -> None:
     "system, developer (system if the template has no such role), user, assistant with "
     "`tool_calls`, tool; text and refusal parts; other fields, such as `reasoning_content`, are "
     "passed to the template; arguments of earlier calls that are no JSON object are passed as `{}`",
+    details=["router/api/test_chat_messages.py"],
 )
 def _messages(peer: ApiUnderTest) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
@@ -577,9 +664,17 @@ def _forced_tool_calls(*calls: str) -> dict[str, Any]:
     CHAT,
     "tools, tool_choice auto",
     "calls are parsed in the form of the chat template: Hermes and Qwen, Qwen3-Coder, GLM, "
-    "DeepSeek V3 and V3.1, Kimi K2, MiniMax, GPT-OSS, Mistral (both), Llama 3; a template without "
-    "tools gets them as a system message; custom tools without a grammar; finish reason "
-    "`tool_calls`",
+    "DeepSeek V3 and V3.1, Kimi K2, MiniMax, GPT-OSS, Mistral (both), Llama 3 and 4 (JSON and "
+    "Python); a template without tools gets them as a system message; custom tools without a "
+    "grammar; finish reason `tool_calls`",
+    details=[
+        "router/toolcalls/test_parser.py",
+        "router/toolcalls/test_blocks.py",
+        "router/toolcalls/test_pythonic.py",
+        "router/toolcalls/test_reasoning.py",
+        "router/api/test_reasoning.py",
+        "router/api/test_tools.py",
+    ],
 )
 def _tools_auto(peer: ApiUnderTest) -> None:
     first = '{"name": "weather", "arguments": {"city": "Rome"}}'
@@ -644,15 +739,29 @@ def _tools_or_json(peer: ApiUnderTest) -> None:
     CHAT,
     "include_reasoning",
     "reasoning (`<think>`, `[THINK]`, channels of GPT-OSS, told by the chat template) is "
-    "`reasoning` and `reasoning_content` of messages and deltas unless false; a constrained text "
-    "has none",
+    "`reasoning` and `reasoning_content` of messages and deltas unless false; a grammar begins "
+    "after the reasoning, or at once where its marks are not single tokens and for GPT-OSS",
+    details=["router/api/test_reasoning.py", "router/api/test_reasoning_with_grammar.py"],
 )
 def _include_reasoning(peer: ApiUnderTest) -> None:
-    assert _message_content(peer.chat(include_reasoning=False)) == _message_content(peer.chat())
+    opened = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n{# </think> #}"
+    message = peer.with_template(opened).choices[0].message
+    assert message.content is None
+    assert message.reasoning == message.reasoning_content != ""
+    deltas = [c.choices[0].delta for c in peer.with_template(opened, stream=True) if c.choices]
+    streamed = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
+    assert streamed.strip() == message.reasoning.strip()
+    hidden = peer.with_template(opened, include_reasoning=False).choices[0].message
+    assert (hidden.content, "reasoning" in (hidden.model_extra or {})) == (None, False)
 
 
-@conformance_case(CHAT, "reasoning_effort", "if the model's chat template supports it")
+@conformance_case(
+    CHAT,
+    "reasoning_effort",
+    "if the model's chat template supports it; `none` also where it can turn reasoning off",
+)
 def _reasoning_effort(peer: ApiUnderTest) -> None:
+    assert _message_content(peer.chat(reasoning_effort="none")) == _message_content(peer.chat())
     effort = _chat(peer.tools, reasoning_effort="low")
     assert effort.usage.prompt_tokens > _chat(peer.tools).usage.prompt_tokens
     with pytest.raises(openai.BadRequestError) as rejected:
@@ -690,8 +799,8 @@ def _prompt(peer: ApiUnderTest) -> None:
 @conformance_case(
     TEXT,
     "logprobs",
-    "up to 20, in OpenAI's legacy form; with `echo` also of the prompt, as lm-eval reads them (not "
-    "streamed)",
+    "up to 20, in OpenAI's legacy form; with `echo` also of the prompt, as lm-eval reads them",
+    details=["router/api/test_prompt_logprobs.py"],
 )
 def _text_logprobs(peer: ApiUnderTest) -> None:
     parameters = {"logprobs": 2, "allowed_token_ids": peer.tokens("abcdefgh")}
@@ -711,6 +820,7 @@ def _text_logprobs(peer: ApiUnderTest) -> None:
 
 @conformance_case(TEXT, "echo", "the prompt precedes the text; `max_tokens` may be 0")
 def _echo(peer: ApiUnderTest) -> None:
+    assert peer.text(prompt="a 日", echo=True, max_tokens=0).choices[0].text == "a 日"
     text = peer.text(prompt=["a 日", "b"], n=2).choices
     echoed = peer.text(prompt=["a 日", "b"], n=2, echo=True).choices
     assert [choice.text for choice in echoed] == [
@@ -742,6 +852,7 @@ def _fingerprint(peer: ApiUnderTest) -> None:
     "usage.prompt_tokens_details",
     "`cached_tokens`: from the tenant's own earlier prompts only, see [tenants](tenants.md); null "
     "in a stream until known",
+    details=["transformers_adapter/test_prefix_cache.py"],
 )
 def _prompt_details(peer: ApiUnderTest) -> None:
     both = {"include_usage": True, "continuous_usage_stats": True}
@@ -756,6 +867,7 @@ def _prompt_details(peer: ApiUnderTest) -> None:
     RESPONSE_FIELDS,
     "usage.completion_tokens_details",
     "`reasoning_tokens`; the rest is 0: there is no speculative prediction",
+    details=["router/api/test_reasoning.py"],
 )
 def _completion_details(peer: ApiUnderTest) -> None:
     for response in (peer.chat(), peer.text()):
@@ -824,9 +936,9 @@ def test_unsupported_parameter_is_rejected_by_name(
 HEAD = """\
 # The OpenAI-compatible surface
 
-The supported endpoints, parameters and response fields. Every row is tested with the unmodified
-`openai` client, or with plain HTTP where the client has no method. This document is generated by
-`tests/router/api/test_conformance.py`.
+The supported endpoints, parameters and response fields. This document is generated by
+`tests/router/api/test_conformance.py`, which tests every row with the unmodified `openai` client,
+or with plain HTTP where the client has no method, and names the test modules of a row's details.
 
 - Unknown fields are ignored, as clients expect. A known field that is not supported is rejected by
   name: 400, `unsupported_parameter`, with `param`.
@@ -837,9 +949,9 @@ The supported endpoints, parameters and response fields. Every row is tested wit
   most 2048 messages, 2048 text parts each, and 128 `tool_calls` per message.
 - A stream without an event for 15 s, such as one that waits in a queue, sends a comment line.
 - When a client disconnects, its request is cancelled.
-- Every GET endpoint answers HEAD. Bodies may be compressed (`Content-Encoding: gzip` or `deflate`);
-  other encodings are refused with 415. Web pages of the origins in `router.corsOrigins`, or
-  `faasmoe up --cors-origin`, may call the API; a preflight needs no key.
+- Every GET endpoint answers HEAD. Bodies may be compressed (`Content-Encoding: gzip`, `deflate` or
+  `zstd` with windows up to 8 MiB); other encodings are refused with 415. Pages of the origins in
+  `router.corsOrigins`, or `faasmoe up --cors-origin`, may call the API; a preflight needs no key.
 - `faasmoe up --api-key` requires a key; for limits per key, use [tenants](tenants.md).
 - Log-probabilities are those of the unmodified distribution (log-softmax of the model's scores), as
   in OpenAI and vLLM: before temperature, biases, penalties and grammars.
@@ -858,23 +970,87 @@ The supported endpoints, parameters and response fields. Every row is tested wit
 CLIENTS = """
 ## Clients
 
-`make test-clients` runs these libraries, unmodified, against `faasmoe up`, in an environment of its own
-(`tests/clients`; it needs npm).
+`make test-clients` runs these libraries, unmodified, against `faasmoe up`, in an environment of its
+own (`tests/clients`; it needs npm). The last run had no failure.
 
 | client | version | uses |
 |---|---|---|
-| openai (Python) | 3.3.0 | chat, streams, `parse`, tools; responses, streams, `parse` |
-| openai (JavaScript) | 6.49.0 | chat, streams; responses, streams |
-| LangChain (`langchain-openai`) | 1.7.4 | chat and responses: invoke, stream, structured output, tools |
-| LangChain (`langchain-anthropic`) | 1.7.10 | invoke, stream |
-| litellm | 1.110.2 | chat, streams, responses, Anthropic's messages |
-| pydantic-ai | 2.68.0 | chat, responses and Anthropic models: text and typed output |
-| instructor | 1.17.0 | tools, JSON schema |
-| Vercel's AI SDK (`ai`) | 6.0.326 | responses (its default), chat, OpenAI-compatible, Anthropic: text, streams, objects, tools |
-| llm | 0.36 | the command, streamed or not |
-| anthropic | 2.14.0 | messages, streams, tools, `count_tokens` |
-| lm-eval (`local-completions`) | 0.4.13 | generation; loglikelihood, compared with the in-process model's |
-"""  # noqa: E501
+"""
+CLIENT_USES = {
+    "openai": ("openai (Python)", "chat, streams, `parse`, tools; responses, streams, `parse`"),
+    "js openai": ("openai (JavaScript)", "chat, streams; responses, streams"),
+    "langchain-openai": (
+        "LangChain (`langchain-openai`)",
+        "chat and responses: invoke, stream, structured output, tools",
+    ),
+    "langchain-anthropic": ("LangChain (`langchain-anthropic`)", "invoke, stream"),
+    "litellm": ("litellm", "chat, streams, responses, Anthropic's messages"),
+    "pydantic-ai-slim[anthropic,openai]": (
+        "pydantic-ai",
+        "chat, responses and Anthropic models: text and typed output",
+    ),
+    "instructor": ("instructor", "tools, JSON schema"),
+    "js ai": (
+        "Vercel's AI SDK (`ai`)",
+        "responses (default), chat, OpenAI-compatible, Anthropic: text, streams, objects, tools",
+    ),
+    "llm": ("llm", "the command, streamed or not"),
+    "anthropic": ("anthropic", "messages, streams, tools, `count_tokens`"),
+    "lm_eval[api]": (
+        "lm-eval (`local-completions`)",
+        "generation; loglikelihood; a multiple-choice task",
+    ),
+}
+
+
+def client_versions() -> dict[str, str]:
+    """Return the pinned versions of the clients."""
+    folder = Path(__file__).parents[2] / "clients"
+    pins = re.findall(r"^([^#\s=]+)==(\S+)$", (folder / "requirements.txt").read_text(), re.M)
+    packages = json.loads((folder / "js" / "package.json").read_text())["dependencies"]
+    return {**dict(pins), **{f"js {name}": version for name, version in packages.items()}}
+
+
+LM_EVAL = """
+## lm-eval
+
+Log-probabilities are those of the model: a task gives the same numbers through the API as in
+process (within 1e-3 in float32), document by document. `make test-clients` runs both commands with
+the multiple-choice task of `tests/clients/lm_eval` and compares them.
+
+```sh
+pip install torch==2.13.0 "lm_eval[api]" accelerate transformers
+faasmoe up -f model.yaml
+lm_eval run --model local-completions --tasks arc_easy --log_samples --output_path api \\
+  --model_args model=NAME,base_url=http://127.0.0.1:8000/v1/completions,tokenizer=CHECKPOINT
+lm_eval run --model hf --tasks arc_easy --log_samples --output_path hf \\
+  --model_args pretrained=CHECKPOINT,dtype=float32
+```
+"""
+
+
+VLLM = """
+## vLLM's tests
+
+`make test-vllm SDIST=FOLDER` runs the HTTP-level tests of an unpacked source distribution of vLLM
+(0.33.0 was used) against the demo model. vLLM itself is not installed: its server's fixture starts
+`faasmoe up`. `tests/clients/vllm_exclusions.py` lists each test that does not apply, with why.
+"""
+
+
+def _vllm_exclusions() -> Any:
+    path = Path(__file__).parents[2] / "clients" / "vllm_exclusions.py"
+    return runpy.run_path(str(path))
+
+
+def _vllm_lines() -> Iterator[str]:
+    """Yield what of vLLM's tests is left out or fails, each kind once with its reason."""
+    exclusions = _vllm_exclusions()
+    for title, name in (("Not run", "NOT_RUN"), ("Not applicable", "NOT_APPLICABLE")):
+        reasons = sorted({reason.partition(":")[0] for _, reason in exclusions[name]})
+        yield f"- {title}: {'; '.join(reasons)}."
+    fails = [f"`{p.strip('*')}` ({reason})" for p, reason in exclusions["NOT_SUPPORTED"]]
+    yield f"- Known to fail: {', '.join(fails)}."
 
 
 def document() -> str:
@@ -896,6 +1072,13 @@ def _lines() -> Iterator[str]:
     for path, params in UNSUPPORTED.items():
         yield f"- `{path}`: {', '.join(f'`{name}`' for name in sorted(params))}"
     yield CLIENTS.rstrip()
+    versions = client_versions()
+    yield from (
+        f"| {name} | {versions[pin]} | {uses} |" for pin, (name, uses) in CLIENT_USES.items()
+    )
+    yield LM_EVAL.rstrip()
+    yield VLLM
+    yield from _vllm_lines()
 
 
 def _header(section: str) -> str:
@@ -904,6 +1087,11 @@ def _header(section: str) -> str:
 
 def _code(name: str) -> str:
     return ", ".join(f"`{part}`" for part in name.split(", "))
+
+
+@pytest.mark.parametrize("module", sorted({module for case in CASES for module in case.details}))
+def test_modules_that_test_details_exist(module: str) -> None:
+    assert "def test_" in (Path(__file__).parents[2] / module).read_text()
 
 
 def test_documentation_is_up_to_date() -> None:

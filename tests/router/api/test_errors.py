@@ -223,7 +223,6 @@ def _error(response: httpx.Response) -> dict[str, Any]:
             for name, value in [
                 ("audio", {"voice": "alloy", "format": "wav"}),
                 ("best_of", 2),
-                ("cache_salt", "x"),
                 ("chat_template", "{{ messages }}"),
                 ("documents", [{"text": "x"}]),
                 ("echo", True),

@@ -55,6 +55,33 @@ def test_echoed_prompt_has_the_model_s_logprobs(
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 1)
 
 
+@pytest.mark.parametrize("max_tokens", [0, 4])
+def test_stream_echoes_the_prompt_with_the_same_logprobs(
+    client: openai.OpenAI, max_tokens: int
+) -> None:
+    body: Any = {**TEXT, "prompt": [PROMPT, "a"], "max_tokens": max_tokens}
+    body |= {"logprobs": 2, "echo": True, "n": 2, "temperature": 1, "seed": 3}
+    whole = client.completions.create(**body).choices
+    texts, entries = [""] * 4, [[] for _ in range(4)]  # type: ignore[var-annotated]
+    for chunk in client.completions.create(**body, stream=True):
+        [choice] = chunk.choices
+        texts[choice.index] += choice.text
+        if choice.logprobs is not None:
+            logprobs: Any = choice.logprobs
+            columns = (logprobs.tokens, logprobs.text_offset, logprobs.token_logprobs)
+            entries[choice.index] += zip(*columns, strict=True)
+    assert texts == [choice.text for choice in whole]
+    for streamed, choice in zip(entries, whole, strict=True):
+        logprobs = choice.logprobs
+        assert [entry[:2] for entry in streamed] == [
+            *zip(logprobs.tokens, logprobs.text_offset, strict=True)
+        ]
+        assert [entry[2] for entry in streamed[1:]] == pytest.approx(
+            logprobs.token_logprobs[1:], abs=1e-3
+        )
+        assert streamed[0][2] is None
+
+
 @pytest.mark.parametrize("prompt", [PROMPT, [5]])
 def test_max_tokens_0_scores_only_the_prompt(
     client: openai.OpenAI, model_tokenizer: ModelTokenizer, prompt: Any
@@ -137,7 +164,7 @@ def test_prompt_logprobs_have_vllm_s_form(
     ("fields", "param"),
     [
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
-        ({"echo": True, "logprobs": 1, "stream": True}, "logprobs"),
+        ({"cache_salt": ""}, "cache_salt"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
         ({"request_id": "a b"}, "request_id"),
@@ -162,8 +189,16 @@ def test_token_ids_are_returned(
     events = [line[6:] for line in stream.splitlines() if "{" in line]
     choices = [httpx.Response(200, text=event).json()["choices"][0] for event in events]
     assert choices[0]["prompt_token_ids"] == ids
-    streamed = [token for part in choices for token in part.get("token_ids", ())]
-    assert streamed == choice["token_ids"]
+    assert [token for part in choices for token in part["token_ids"]] == choice["token_ids"]
+
+
+def test_what_is_not_requested_of_tokens_is_null(http: httpx.Client) -> None:
+    [text] = http.post("/v1/completions", json={**TEXT, "prompt": "a"}).json()["choices"]
+    assert text["prompt_logprobs"] is text["prompt_token_ids"] is text["token_ids"] is None
+    chat = {**TEXT, "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    answer = http.post("/v1/chat/completions", json=chat).json()
+    assert answer["prompt_logprobs"] is answer["prompt_token_ids"] is None
+    assert answer["choices"][0]["token_ids"] is None
 
 
 def test_tokens_are_named_by_their_ids(http: httpx.Client) -> None:

@@ -22,6 +22,7 @@ MESSAGES = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% e
 OPEN = MESSAGES + "<|im_start|>assistant\n<think>\n{# </think> #}"
 CLOSED = MESSAGES + "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 CODER = "{% if tools %}{{ tools | tojson }}<tool_call><function=x>{% endif %}" + MESSAGES
+PYTHONIC = "{% if tools %}Write [func_name1(params_name1=params_value1)]{% endif %}" + MESSAGES
 CODER_CALL = (
     "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function>\n"
     "</tool_call>"
@@ -67,6 +68,17 @@ def test_reasoning_is_left_out_on_request(serve_template: ServeTemplate) -> None
     assert joined(stream(url, include_reasoning=False), "reasoning") == ""
 
 
+def test_effort_none_turns_reasoning_off(serve_template: ServeTemplate) -> None:
+    thinking = MESSAGES + "<think>\n{% if enable_thinking is false %}\n</think>\n\n{% endif %}"
+    url = serve_template(thinking)
+    assert post(url)["choices"][0]["message"]["content"] is None
+    assert post(url, reasoning_effort="none")["choices"][0]["message"]["content"]
+    assert post(serve_template(MESSAGES), reasoning_effort="none") is not None
+    body = {**CHAT, "reasoning_effort": "none"}
+    refused = httpx.post(f"{serve_template(OPEN)}/v1/chat/completions", json=body, timeout=20)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "reasoning_effort")
+
+
 def test_text_after_a_closed_mark_is_content(serve_template: ServeTemplate) -> None:
     answer = post(serve_template(CLOSED))
     message = answer["choices"][0]["message"]
@@ -75,7 +87,9 @@ def test_text_after_a_closed_mark_is_content(serve_template: ServeTemplate) -> N
     assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 0
 
 
-def test_constrained_text_is_content(serve_template: ServeTemplate) -> None:
+def test_text_is_constrained_at_once_where_marks_are_no_tokens(
+    serve_template: ServeTemplate,
+) -> None:
     message = post(serve_template(OPEN), structured_outputs={"choice": ["yes"]})
     assert message["choices"][0]["message"]["content"] == "yes"
 
@@ -99,7 +113,20 @@ def test_calls_in_blocks_are_parsed(serve_template: ServeTemplate, text: str) ->
     assert "".join(d["function"]["arguments"] for d in deltas) == '{"city": "Rome"}'
 
 
-@pytest.mark.parametrize("template", [CODER, MESSAGES])
+@pytest.mark.parametrize("text", ['[weather(city="Rome"), weather(city="Oslo")]', "[1, 2]"])
+def test_calls_as_a_python_list_are_parsed(serve_template: ServeTemplate, text: str) -> None:
+    forced = {"structured_outputs": {"choice": [text]}, "tools": [WEATHER], "max_tokens": 300}
+    url = serve_template(PYTHONIC)
+    message = post(url, **forced)["choices"][0]["message"]
+    calls = [call["function"]["arguments"] for call in message.get("tool_calls", ())]
+    if text == "[1, 2]":
+        assert (message["content"], calls) == (text, [])
+        assert joined(stream(url, **forced), "content") == text
+    else:
+        assert (message["content"], calls) == (None, ['{"city": "Rome"}', '{"city": "Oslo"}'])
+
+
+@pytest.mark.parametrize("template", [CODER, PYTHONIC, MESSAGES])
 def test_calls_are_enforced_whatever_the_template(
     serve_template: ServeTemplate, template: str
 ) -> None:

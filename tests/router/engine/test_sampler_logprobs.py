@@ -24,6 +24,20 @@ def test_top_logprobs_are_limited_to_the_vocabulary() -> None:
     assert len(entry.top_logprobs) == 3
 
 
+def test_requested_tokens_replace_the_top_ones() -> None:
+    scores = torch.randn(3, 40, generator=torch.Generator().manual_seed(2)) * 4
+    entries = compute_logprobs(scores, torch.tensor([7, 0, 5]), [1, 1, 1], [(3, 30), (), (5, 6)])
+    expected = scores.log_softmax(-1)
+    assert [[token for token, _ in entry.top_logprobs] for entry in entries] == [
+        [7, 3, 30],
+        [int(scores[1].argmax())],
+        [5, 6],
+    ]
+    for row, entry in enumerate(entries):
+        for token, logprob in entry.top_logprobs:
+            assert logprob == pytest.approx(expected[row, token].item(), abs=1e-5)
+
+
 def test_queue_returns_entries_in_order() -> None:
     queue = LogprobQueue(0)
     entries = [SampledLogprob(token, -1.0) for token in range(3)]

@@ -17,6 +17,7 @@ from faasmoe_router.engine.structured_output import (
     GrammarCompiler,
     GrammarKind,
     GrammarSource,
+    RowConstraint,
     apply_grammar_bitmask,
     compile_grammar,
 )
@@ -54,7 +55,7 @@ def _generate(grammar: CompiledGrammar, model_tokenizer: ModelTokenizer, *, seed
     while not matcher.is_terminated and len(tokens) < MAX_TOKENS:
         scores = torch.randn(2, N_SCORES, generator=generator)
         untouched = scores[0].clone()
-        apply_grammar_bitmask(scores, [(1, matcher)])
+        apply_grammar_bitmask(scores, [RowConstraint(1, matcher)])
         assert scores[0].equal(untouched)
         token = int(scores[1].argmax())
         matcher.accept_token(token)
@@ -188,7 +189,7 @@ def test_pathological_grammar_takes_bounded_time(name: str, vocabulary: Vocabula
         if matcher is None or matcher.is_terminated or matcher.error is not None:
             break
         scores = torch.randn(1, N_SCORES, generator=generator)
-        apply_grammar_bitmask(scores, [(0, matcher)])
+        apply_grammar_bitmask(scores, [RowConstraint(0, matcher)])
         matcher.accept_token(int(scores.argmax()))
     # The limits bound work, not time; this is ten times the time that they amount to.
     assert time.thread_time() - start_s < 10
@@ -200,7 +201,7 @@ def test_matcher_reports_an_exceeded_time_budget(
     matcher = compile_grammar(_source("regex", "a*"), vocabulary).new_matcher()
     monkeypatch.setattr(structured_output, "INITIAL_TIME_BUDGET_S", 0.0)
     monkeypatch.setattr(structured_output, "STEP_TIME_BUDGET_S", 0.0)
-    apply_grammar_bitmask(torch.zeros(1, N_SCORES), [(0, matcher)])
+    apply_grammar_bitmask(torch.zeros(1, N_SCORES), [RowConstraint(0, matcher)])
     assert "ms per token" in str(matcher.error)
 
 

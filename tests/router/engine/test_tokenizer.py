@@ -3,9 +3,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from faasmoe_router.engine.tokenizer import ModelTokenizer
+from faasmoe_router.engine.tokenizer import ChatTemplateOptions, ModelTokenizer
 from faasmoe_router.errors import ChatTemplateError, RouterConfigError
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -41,6 +43,20 @@ def test_encoded_chat_ends_with_the_generation_prompt(
     expected = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
     assert ids == expected
     assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+
+
+def test_special_tokens_are_added_to_a_chat_on_request(tokenizer: Any) -> None:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    with_bos = ModelTokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template)
+    )
+    plain = with_bos.encode_chat(MESSAGES)
+    options = ChatTemplateOptions(add_special_tokens=True)
+    assert with_bos.encode_chat(MESSAGES, options) == [1, *plain]
+    assert with_bos.encode("hi") == [1, *with_bos.encode("hi", add_special_tokens=False)]
 
 
 def test_encode_chat_fails_without_a_chat_template(tokenizer: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from faasmoe_router.engine.structured_output import (
     JSON_OPTIONS,
     GrammarSource,
+    RowConstraint,
     apply_grammar_bitmask,
     compile_grammar,
 )
@@ -30,7 +31,7 @@ def _generate(model_tokenizer: ModelTokenizer, source: str, seed: int) -> str:
     tokens: list[int] = []
     while not matcher.is_terminated and len(tokens) < 4000:
         scores = torch.randn(1, N_SCORES, generator=generator)
-        apply_grammar_bitmask(scores, [(0, matcher)])
+        apply_grammar_bitmask(scores, [RowConstraint(0, matcher)])
         tokens.append(int(scores.argmax()))
         matcher.accept_token(tokens[-1])
     assert matcher.is_terminated

@@ -1,0 +1,76 @@
+"""Which of vLLM's tests run against FaaSMoE, which do not apply, and which fail as known.
+
+Patterns match a test's id below `tests/`; the first that matches counts.
+"""
+
+_CHAT = "entrypoints/openai/chat_completion"
+_OPTION = "an option of `vllm serve` that FaaSMoE has not"
+_MODEL = "what a trained model of the test answers (the demo model has 135 M parameters)"
+_STORED = "stored responses, which are refused by name"
+
+FILES = (
+    f"{_CHAT}/test_chat.py",
+    f"{_CHAT}/test_chat_completion.py",
+    f"{_CHAT}/test_chat_echo.py",
+    f"{_CHAT}/test_chat_logit_bias_validation.py",
+    f"{_CHAT}/test_completion_with_function_calling.py",
+    f"{_CHAT}/test_enable_force_include_usage.py",
+    f"{_CHAT}/test_include_reasoning.py",
+    f"{_CHAT}/test_logprob_token_ids.py",
+    f"{_CHAT}/test_root_path.py",
+    "entrypoints/openai/completion/test_completion.py",
+    "entrypoints/openai/completion/test_prompt_validation.py",
+    "entrypoints/openai/models/test_models.py",
+    "entrypoints/openai/test_chunked_prompt.py",
+    "entrypoints/openai/test_return_token_ids.py",
+    "entrypoints/openai/test_return_tokens_as_ids.py",
+    "entrypoints/openai/responses/test_basic.py",
+    "entrypoints/openai/responses/test_function_call.py",
+    "entrypoints/openai/responses/test_simple.py",
+    "entrypoints/openai/responses/test_stateful.py",
+    "entrypoints/openai/responses/test_structured_output.py",
+    "entrypoints/anthropic/test_messages.py",
+    "entrypoints/serve/tokenize/test_tokenization.py",
+)
+
+NOT_RUN: tuple[tuple[str, str], ...] = (
+    ("tool_use", _MODEL),
+    (f"{_CHAT}/test_thinking_token_budget.py", "`thinking_token_budget` is refused by name"),
+    (f"{_CHAT}/test_batched_chat_completions.py", "vLLM's endpoint for batches of chats"),
+    (f"{_CHAT}/test_*_prompt_embeds.py, test_extra_content_fields.py", "multimodal input"),
+    ("entrypoints/openai/responses/test_harmony.py, test_mcp_tools.py", "tools run by the server"),
+    ("entrypoints/openai/completion/test_token_in_token_out.py", _OPTION),
+    ("entrypoints/serve, but tokenize", "metrics and endpoints with names of vLLM's own"),
+)
+"""Files with HTTP-level tests that are left out, and why."""
+
+NOT_APPLICABLE: tuple[tuple[str, str], ...] = (
+    ("*zephyr-lora*", "LoRA"),
+    ("*/models/test_models.py::test_check_models", "LoRA"),
+    ("*watermarked*", _OPTION),
+    ("*/test_root_path.py*", _OPTION),
+    ("*/test_enable_force_include_usage.py*", _OPTION),
+    ("*test_per_request_metrics*", _OPTION),
+    ("*test_tokenizer_info*", _OPTION),
+    ("*/test_return_tokens_as_ids.py*[[]True]", _OPTION),
+    ("*/test_chat_echo.py::test_prompt_logprobs", f"{_OPTION} (--max-logprobs)"),
+    ("*/test_chat_echo.py::test_top_logprobs", f"{_OPTION} (--max-logprobs)"),
+    ("*test_kv_transfer*", "vLLM's disaggregated serving"),
+    ("*test_invocations*", "SageMaker's endpoint"),
+    ("*/responses/test_stateful.py*", _STORED),
+    ("*/test_include_reasoning.py*", _MODEL),
+    ("*test_more_than_one_prompt_logprobs_chat*", _MODEL),
+    ("*test_single_chat_session*", f"{_MODEL}: the number of tokens"),
+    ("*test_structured_outputs_choice_chat*", f"{_MODEL}: two different choices"),
+    ("*test_response_format_json_schema*", f"{_MODEL}: 1 + 1"),
+    ("*test_complex_message_content*", f"{_MODEL}: 1 + 1"),
+)
+
+NOT_SUPPORTED: tuple[tuple[str, str], ...] = (
+    ("*test_batch_completions*", "beam search is refused by name"),
+    ("*test_chat_streaming*", "the chunk with the finish reason is empty, as OpenAI's"),
+    ("*test_parallel_streaming*", "the same: one chunk more than tokens"),
+    ("*test_chat_completion_stream_options*", "the same, with continuous usage"),
+    ("*test_custom_role*", "roles beside OpenAI's are refused"),
+    ("*test_long_seed*", "the error is another text"),
+)

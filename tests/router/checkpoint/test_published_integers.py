@@ -1,0 +1,121 @@
+"""Checkpoints of GPTQ, AWQ, compressed-tensors and Model Optimizer hold what their writer meant."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from published.checkpoints import Write, build, publish
+from published.comparison import assert_same_weights, stored_weights
+from published.floats import fp8_blocks, fp8_scaled, mxfp8
+from published.integers import awq, gptq, nvfp4, packed_integers, plain_integers
+
+from faasmoe_router.checkpoint.prepare import prepare
+
+
+def gptq_config(**fields: Any) -> dict[str, Any]:
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    return config | fields
+
+
+def compressed(**weights: Any) -> dict[str, Any]:
+    defaults = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+    group = {"targets": ["Linear"], "weights": {**defaults, "group_size": 32, **weights}}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+FLOAT8 = {"num_bits": 8, "type": "float", "group_size": None}
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
+FORMATS: dict[str, tuple[Write, dict[str, Any], str | None]] = {
+    "gptq": (gptq(), gptq_config(), "int4"),
+    "gptq-v2": (gptq(version=2), gptq_config(checkpoint_format="gptq_v2"), "int4"),
+    "gptq-row": (gptq(group=-1), gptq_config(group_size=-1), "int4"),
+    "gptq-8-bit": (gptq(bits=8), gptq_config(bits=8), "int8"),
+    "gptq-2-bit": (gptq(bits=2), gptq_config(bits=2), None),
+    "gptq-dynamic": (gptq(bits=8), gptq_config(dynamic={"+:.*": {"bits": 8}}), "int8"),
+    "gptq-asymmetric": (gptq(symmetric=False), gptq_config(sym=False), None),
+    "gptq-order": (gptq(order=True), gptq_config(desc_act=True), None),
+    "gptq-group-16": (gptq(group=16), gptq_config(group_size=16), None),
+    "awq": (
+        awq(),
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
+        None,
+    ),
+    "ct-int4": (packed_integers(), compressed(), "int4"),
+    "ct-int4-row": (
+        packed_integers(group=-1),
+        compressed(strategy="channel", group_size=-1),
+        "int4",
+    ),
+    "ct-int8-packed": (packed_integers(bits=8), compressed(num_bits=8), "int8"),
+    "ct-int4-asymmetric": (packed_integers(symmetric=False), compressed(symmetric=False), None),
+    "ct-int4-order": (packed_integers(order=True), compressed(actorder="group"), None),
+    "ct-int8": (
+        plain_integers(),
+        compressed(num_bits=8, strategy="channel", group_size=None),
+        "int8",
+    ),
+    "ct-int8-groups": (plain_integers(group=32), compressed(num_bits=8), "int8"),
+    "ct-int8-asymmetric": (
+        plain_integers(symmetric=False),
+        compressed(num_bits=8, strategy="channel", symmetric=False, group_size=None),
+        None,
+    ),
+    "ct-fp8": (fp8_scaled("row"), compressed(**FLOAT8, strategy="channel"), None),
+    "ct-fp8-tensor": (fp8_scaled("tensor"), compressed(**FLOAT8, strategy="tensor"), None),
+    "ct-fp8-block": (
+        fp8_blocks(block=32, suffix="weight_scale"),
+        compressed(**FLOAT8, strategy="block", block_structure=[32, 32]),
+        None,
+    ),
+    "ct-mxfp8": (
+        mxfp8(suffix="weight_scale"),
+        compressed(**FLOAT8 | {"group_size": 32}, strategy="group"),
+        None,
+    ),
+    "ct-nvfp4": (
+        nvfp4(is_divisor=True),
+        compressed(type="float", strategy="tensor_group", group_size=16),
+        None,
+    ),
+    "modelopt-nvfp4": (nvfp4(), NVFP4, None),
+    "modelopt-fp8": (fp8_scaled("tensor"), {"quant_method": "modelopt", "quant_algo": "FP8"}, None),
+    "modelopt-fp8-block": (
+        fp8_blocks(suffix="weight_scale"),
+        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
+        None,
+    ),
+    "modelopt-mxfp8": (
+        mxfp8(suffix="weight_scale"),
+        {"quant_method": "modelopt", "quant_algo": "MXFP8"},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_holds_the_weights_that_the_writer_meant(name: str, tmp_path: Path) -> None:
+    write, config, scheme = FORMATS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        checkpoint = publish(build("qwen3_moe"), tmp_path, write, config)
+    store = prepare(str(checkpoint.folder), tmp_path / "store")
+    expected = prepare(str(checkpoint.reference), tmp_path / "expected")
+    assert_same_weights(stored_weights(store), stored_weights(expected))
+    schemes = {e.scheme for layer in store.manifest.layers for e in layer.quantization.values()}
+    assert schemes == ({scheme} if scheme else set())
+
+
+def test_reads_the_settings_of_model_optimizer_from_its_own_file(tmp_path: Path) -> None:
+    checkpoint = publish(build("qwen3_moe"), tmp_path, nvfp4(), {})
+    own_file = checkpoint.folder / "hf_quant_config.json"
+    own_file.write_text('{"producer": {}, "quantization": {"quant_algo": "NVFP4"}}')
+    store = prepare(str(checkpoint.folder), tmp_path / "store")
+    expected = prepare(str(checkpoint.reference), tmp_path / "expected")
+    assert_same_weights(stored_weights(store), stored_weights(expected))
+    assert not (store.path / "model" / own_file.name).exists()
