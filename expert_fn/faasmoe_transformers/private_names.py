@@ -494,6 +494,13 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "fast_import",
         "replaced: caches the index of exported names; leaves out distributed code",
     ),
+    # gguf_tokenizer
+    *_names(
+        "transformers.integrations.gguf:",
+        "convert_gguf_tokenizer gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS",
+        "gguf_tokenizer",
+        "builds the tokenizer that the keys of a GGUF file describe",
+    ),
     # model_skeleton
     *_names(
         "transformers.models.auto.modeling_auto:",

@@ -27,7 +27,7 @@ ROUTER_MODULES = (
     *("fast_import", "meta_model", "native_attention", "native_linear", "native_step"),
     *("observation", "onednn", "prefix_cache", "scheduler"),
 )
-CHECKPOINT_MODULES = ("dtypes", "model_skeleton", "weight_conversion")
+CHECKPOINT_MODULES = ("dtypes", "gguf_tokenizer", "model_skeleton", "weight_conversion")
 SANDBOX_MODULES = ("lazy_import", "meta_model", "onednn")
 
 

@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
 
 def save_tiny_chat_model(folder: Path, *, max_model_len: int = MAX_MODEL_LEN) -> Path:
     """Save the model and its tokenizer to a folder; return the folder."""
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     config = Qwen2MoeConfig(
         vocab_size=len(tokenizer),
@@ -45,7 +45,8 @@ def save_tiny_chat_model(folder: Path, *, max_model_len: int = MAX_MODEL_LEN) ->
     return folder
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer with special tokens and a chat template."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

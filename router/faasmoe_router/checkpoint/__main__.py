@@ -13,10 +13,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Never, Self
-
-from tqdm import tqdm
 
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.store import Manifest, QuantizationEntry, Store, StoreError
@@ -26,6 +22,7 @@ from faasmoe_contracts.store.quantization import (
     relative_error,
 )
 from faasmoe_contracts.store.references import STORE_MODES, StoreMode, describe_weights
+from faasmoe_router.checkpoint.progress_bar import ProgressBar
 from faasmoe_router.checkpoint.termination_message import exit_status, run_with_termination_log
 from faasmoe_router.errors import PrepareError
 from faasmoe_transformers.errors import UnsupportedVersions
@@ -54,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m faasmoe_router.checkpoint")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("prepare", help="prepare a checkpoint as a store")
-    command.add_argument("source", help="folder, file:///FOLDER, hf://ORG/NAME or ORG/NAME")
+    command.add_argument(
+        "source", help="folder, GGUF file, file:///PATH, hf://ORG/NAME or ORG/NAME"
+    )
     command.add_argument("store", type=Path, help="folder of the store")
     command.add_argument("--revision", help="branch, tag or commit of the hub repository")
     command.add_argument("--dtype", choices=DTYPE_NAMES, help="default: the checkpoint's")
@@ -80,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         "copied; copy: copy all (default: auto, or copy with --discard-download)",
     )
     command.add_argument("--force", action="store_true", help="replace a store of another source")
+    command.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="accept weights that are NaN or infinite, which are refused otherwise",
+    )
     command.add_argument(
         "--termination-log",
         type=Path,
@@ -144,7 +148,8 @@ def describe_quantization(manifest: Manifest) -> Iterator[str]:
         if scheme != "none":
             note = "" if scheme == "int8" else " (lossy)"
             error = relative_error(entries)
-            yield f"{part}: {scheme}{note}, {len(entries)} weights, relative error {error:.2e}"
+            what = f"relative error {error:.2e}" if error else "as published"
+            yield f"{part}: {scheme}{note}, {len(entries)} weights, {what}"
 
 
 def _existing_store(args: argparse.Namespace) -> Store | None:
@@ -193,6 +198,7 @@ def _prepare_store(args: argparse.Namespace) -> Store:
             quantization=_quantization(args),
             mode=_mode(args),
             force=args.force,
+            allows_nonfinite=args.allow_nonfinite,
             progress=bar,
         )
 
@@ -236,39 +242,6 @@ def _run_demo_model(args: argparse.Namespace) -> int:
 
     make_demo_model(args.folder, exact=args.exact)
     return 0
-
-
-class ProgressBar:
-    """A progress bar on standard error; use it as a context manager, which closes the bar."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Never] | None = None
-
-    def start(self, label: str, *, total_bytes: int) -> None:
-        """Show a new bar."""
-        self._close()
-        self._bar = tqdm(total=total_bytes, desc=label, unit="B", unit_scale=True)
-
-    def advance(self, size_bytes: int) -> None:
-        """Advance the bar."""
-        if self._bar is not None:
-            self._bar.update(size_bytes)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 if __name__ == "__main__":

@@ -114,6 +114,8 @@ def with_references(
     plan: ReferencePlan,
     layout: CheckpointLayout,
     on_bytes_read: Callable[[int], None],
+    *,
+    allows_nonfinite: bool,
 ) -> tuple[tuple[LayerEntry, ...], CheckpointEntry]:
     """Read what the store refers to; return layers with digests and the checkpoint's entry.
 
@@ -123,9 +125,11 @@ def with_references(
         plan: what the store refers to.
         layout: the checkpoint's files.
         on_bytes_read: called with the bytes of each read, by several threads.
+        allows_nonfinite: whether weights may be NaN or infinite.
 
     Raises:
         StoreError: a file of the checkpoint cannot be read or changes meanwhile.
+        WeightsNotFinite: weights are NaN or infinite.
     """
     plan, files = plan.with_used_files(layout.files)
     by_index = {x.index: plan.layers[x.name] for x in layers if x.name in plan.layers}
@@ -134,7 +138,7 @@ def with_references(
     paths = [layout.root / file.name for file in files]
     with CheckpointReader(paths, on_bytes_read) as reader:
         every_block = [block for layer in blocks.values() for block in layer]
-        digests = iter(reader.digests([*every_block, *router]))
+        digests = iter(reader.digests([*every_block, *router], is_finite=not allows_nonfinite))
     layers = tuple(
         replace(layer, digests=tuple(islice(digests, len(blocks[layer.index]))))
         if layer.index in blocks

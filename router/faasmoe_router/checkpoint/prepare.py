@@ -13,6 +13,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,8 @@ from faasmoe_contracts.store import (
 )
 from faasmoe_contracts.store.references import StoreMode
 from faasmoe_router.checkpoint.format_report import describe_published
+from faasmoe_router.checkpoint.gguf.checkpoint import GgufCheckpoint, find_gguf_checkpoint
+from faasmoe_router.checkpoint.gguf.report import describe_types
 from faasmoe_router.checkpoint.manifest import (
     layer_entries,
     model_entry,
@@ -88,12 +91,14 @@ class StoreTarget:
         dtype: dtype of the store; None for the checkpoint's.
         quantization: what is quantised.
         mode: whether tensors are copied or referred to.
+        allows_nonfinite: whether weights may be NaN or infinite.
     """
 
     fingerprint: str
     dtype: str | None
     quantization: QuantizationEntry
     mode: StoreMode
+    allows_nonfinite: bool
 
     @property
     def journal_fingerprint(self) -> str:
@@ -111,6 +116,7 @@ def prepare(
     quantization: QuantizationEntry = NO_QUANTIZATION,
     mode: StoreMode = StoreMode.COPY,
     force: bool = False,
+    allows_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Store:
     """Prepare a checkpoint as a store.
@@ -119,13 +125,15 @@ def prepare(
     So is what it refers to in the checkpoint.
 
     Args:
-        source: a folder, file:///FOLDER, or a hub repository (hf://ORG/NAME or ORG/NAME).
+        source: a folder or GGUF file, its file:// URL, or a hub repository (hf://ORG/NAME or
+            ORG/NAME).
         store: the store's folder; created if missing.
         revision: branch, tag or commit of the hub repository.
         dtype: bfloat16, float16 or float32; None keeps the checkpoint's.
         quantization: what to quantise.
         mode: whether to copy tensors or refer to them.
         force: replace a complete store of another checkpoint.
+        allows_nonfinite: accept weights that are NaN or infinite.
         progress: receives the number of bytes written.
 
     Raises:
@@ -134,26 +142,45 @@ def prepare(
     """
     if dtype is not None and dtype not in DTYPES:
         raise SourceUnsupported(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
-    checkpoint = resolve_source(source, revision=revision)
+    checkpoint = _resolve(source, revision)
     fingerprint = checkpoint.fingerprint(dtype=dtype, quantization=quantization)
     with lock_store_folder(store) as folder:
         if folder.is_complete:
             if folder.fingerprint() == fingerprint and not force:
                 store_mode = _mode_of(folder)
                 if mode in (StoreMode.AUTO, store_mode):
-                    return _verified_store(folder)
+                    return _verified_store(folder, progress or NoProgress())
                 raise _mode_mismatch(folder, got=store_mode, expected=mode)
             _clear_existing(folder, source, quantization, force=force)
-        target = StoreTarget(fingerprint, dtype, quantization, mode)
-        with open_tensors(checkpoint) as tensors:
+        target = StoreTarget(fingerprint, dtype, quantization, mode, allows_nonfinite)
+        with _open_tensors(checkpoint, allows_nonfinite=allows_nonfinite) as tensors:
             _fill_store(folder, checkpoint, tensors, target, progress or NoProgress())
     return Store.open(store)
 
 
-def _verified_store(folder: StoreFolder) -> Store:
+def _resolve(source: str, revision: str | None) -> CheckpointSource:
+    checkpoint = find_gguf_checkpoint(source, revision=revision)
+    return checkpoint or resolve_source(source, revision=revision)
+
+
+def _open_tensors(
+    checkpoint: CheckpointSource, *, allows_nonfinite: bool
+) -> AbstractContextManager[dict[str, LazyTensor]]:
+    if isinstance(checkpoint, GgufCheckpoint):
+        return checkpoint.open_tensors()  # which refuses values that are not finite
+    return open_tensors(checkpoint, allows_nonfinite=allows_nonfinite)
+
+
+def _verified_store(folder: StoreFolder, progress: Progress) -> Store:
     store = Store.open(folder.path)
-    store.verify()
-    verify_references(store)
+    files, checkpoint = store.manifest.files, store.manifest.checkpoint
+    stored_bytes = sum(file.size_bytes for file in files.values())
+    referenced_bytes = checkpoint.size_bytes if checkpoint else 0
+    progress.start("verifying", total_bytes=stored_bytes + referenced_bytes)
+    for name, file in files.items():
+        store.verify([name])
+        progress.advance(file.size_bytes)
+    verify_references(store, progress.advance)
     logger.info("%s is complete and verified", folder.path)
     return store
 
@@ -215,7 +242,7 @@ def _fill_store(
     plan = plan_store(skeleton, tensors, target.quantization, layout)
     if target.mode is StoreMode.REFERENCE:
         require_references(skeleton, plan.references)
-    for line in describe_published(plan):
+    for line in (*describe_published(plan), *describe_types(plan)):
         logger.info("%s", line)
     files, losses = folder.start_or_resume(target.journal_fingerprint)
     loss = QuantizationLoss(losses)
@@ -231,7 +258,12 @@ def _fill_store(
     entry = None
     if layout is not None:
         layers, entry = with_references(
-            folder.path, layers, plan.references, layout, progress.advance
+            folder.path,
+            layers,
+            plan.references,
+            layout,
+            progress.advance,
+            allows_nonfinite=target.allows_nonfinite,
         )
     manifest = Manifest.create(
         model=model,
@@ -321,7 +353,7 @@ def find_complete_store(
         if not request.is_met_by(existing.manifest):
             raise _mismatch(existing.manifest, str(request), store)
         return existing
-    checkpoint = resolve_source(source, revision=revision)
+    checkpoint = _resolve(source, revision)
     fingerprint = checkpoint.fingerprint(dtype=dtype, quantization=quantization)
     if StoreFolder(store).fingerprint() != fingerprint:
         expected = f"{source!r}{_describe_quantization(quantization)}"

@@ -16,9 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from faasmoe_contracts.store import LayerEntry, Store, StoreError
 from faasmoe_contracts.store.digests import page_sum_digest
 from faasmoe_contracts.store.references import REMEDY, CheckpointEntry, TensorReference
+from faasmoe_expert.functions.weights import TORCH_DTYPES
+from faasmoe_router.checkpoint.finite_tensors import is_finite
+from faasmoe_router.errors import WeightsNotFinite
 
 CHUNK_BYTES = 4 << 20  # a multiple of the pages that digests are made of
 MAX_THREADS = 4
@@ -31,17 +36,20 @@ class OnBytesRead(Protocol):
         """Report `size_bytes` more as read."""
 
 
+Piece = tuple[int, int, int, str]
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """What one digest is of.
 
     Attributes:
         name: what it is, for errors.
-        pieces: file, offset and length of each piece, in the order of the digest.
+        pieces: file, offset, length and dtype of each piece, in the order of the digest.
     """
 
     name: str
-    pieces: tuple[tuple[int, int, int], ...]
+    pieces: tuple[Piece, ...]
 
 
 def layer_blocks(layer: LayerEntry, references: Mapping[str, TensorReference]) -> Iterator[Block]:
@@ -56,25 +64,27 @@ def layer_blocks(layer: LayerEntry, references: Mapping[str, TensorReference]) -
     for expert in range(layer.num_experts):
         pieces = (piece for _, tensor in stacked for piece in _expert_pieces(tensor, expert))
         yield Block(f"{layer.name}: expert {expert} ({names})", tuple(pieces))
-    whole = ((*piece, tensor.piece_bytes) for tensor in shared for piece in tensor.pieces)
+    whole = (
+        (*piece, tensor.piece_bytes, tensor.dtype) for tensor in shared for piece in tensor.pieces
+    )
     yield Block(f"{layer.name}: shared parameters", tuple(whole))
 
 
 def router_block(name: str, tensor: TensorReference) -> Block:
     """Return the block of one tensor of the router."""
-    return Block(name, tuple((*piece, tensor.piece_bytes) for piece in tensor.pieces))
+    return Block(name, tuple((*piece, tensor.piece_bytes, tensor.dtype) for piece in tensor.pieces))
 
 
-def _expert_pieces(tensor: TensorReference, expert: int) -> Iterator[tuple[int, int, int]]:
+def _expert_pieces(tensor: TensorReference, expert: int) -> Iterator[Piece]:
     n_experts, n_pieces = tensor.shape[0], len(tensor.pieces)
     if n_pieces == 1:
         ((file, offset),) = tensor.pieces
         stride = tensor.piece_bytes // n_experts
-        yield file, offset + expert * stride, stride
+        yield file, offset + expert * stride, stride, tensor.dtype
         return
     count = n_pieces // n_experts
     for file, offset in tensor.pieces[expert * count : (expert + 1) * count]:
-        yield file, offset, tensor.piece_bytes
+        yield file, offset, tensor.piece_bytes, tensor.dtype
 
 
 class CheckpointReader:
@@ -91,6 +101,7 @@ class CheckpointReader:
     def __init__(self, paths: Sequence[Path], on_bytes_read: OnBytesRead) -> None:
         self._paths = paths
         self._on_bytes_read = on_bytes_read
+        self._is_finite = False
         self._local = threading.local()
         self._progress_lock = threading.Lock()
         self._stack = ExitStack()
@@ -107,8 +118,12 @@ class CheckpointReader:
         """Close the files."""
         self._stack.close()
 
-    def digests(self, blocks: Sequence[Block]) -> list[str]:
-        """Return each block's digest; raises StoreError if a file ends or changes meanwhile."""
+    def digests(self, blocks: Sequence[Block], *, is_finite: bool = False) -> list[str]:
+        """Return each block's digest; raises StoreError if a file ends or changes meanwhile.
+
+        With `is_finite`, weights that are NaN or infinite raise WeightsNotFinite.
+        """
+        self._is_finite = is_finite
         order = sorted(range(len(blocks)), key=lambda i: blocks[i].pieces[:1])
         digests = [""] * len(blocks)
         n_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
@@ -121,13 +136,15 @@ class CheckpointReader:
         return digests
 
     def _digest(self, block: Block) -> str:
-        for file, offset, length in block.pieces:  # read ahead in large parts, while others sum
+        for file, offset, length, _ in block.pieces:  # read ahead in large parts, while others sum
             os.posix_fadvise(self._descriptors[file], offset, length, os.POSIX_FADV_WILLNEED)
         return page_sum_digest(
             part for piece in block.pieces for part in self._read(block.name, *piece)
         )
 
-    def _read(self, name: str, file: int, offset: int, length: int) -> Iterator[memoryview]:
+    def _read(
+        self, name: str, file: int, offset: int, length: int, dtype: str
+    ) -> Iterator[memoryview]:
         """Yield the bytes of a piece in chunks, each valid until the next."""
         if not hasattr(self._local, "buffer"):
             self._local.buffer = bytearray(CHUNK_BYTES)
@@ -145,6 +162,11 @@ class CheckpointReader:
                 done += count
             with self._progress_lock:
                 self._on_bytes_read(len(part))
+            if self._is_finite and not is_finite(torch.frombuffer(part, dtype=TORCH_DTYPES[dtype])):
+                raise WeightsNotFinite(
+                    f"{self._paths[file]}: {name}: got values that are NaN or infinite, expected "
+                    "finite weights; --allow-nonfinite accepts them"
+                )
             yield part
 
     def _read_at(self, file: int, buffer: memoryview, offset: int) -> int:
@@ -207,5 +229,5 @@ def verify_references(store: Store, on_bytes_read: Callable[[int], None] = lambd
 
 def _paths_of(block: Block, checkpoint: CheckpointEntry, store: Path) -> str:
     folder = checkpoint.folder(store)
-    files = dict.fromkeys(file for file, _, _ in block.pieces)
+    files = dict.fromkeys(file for file, *_ in block.pieces)
     return ", ".join(str(folder / checkpoint.files[file].name) for file in files)

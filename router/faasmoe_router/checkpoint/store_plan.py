@@ -21,6 +21,7 @@ from faasmoe_contracts.store import QuantizationEntry, TensorQuantization
 from faasmoe_contracts.store.quantization import SCALE_DTYPES, SCALE_SUFFIX
 from faasmoe_router.checkpoint.kept_codes import KeptParameter, plan_kept_codes
 from faasmoe_router.checkpoint.model_source import unsupported_source
+from faasmoe_router.checkpoint.published_codes import PublishedParameter, find_published_codes
 from faasmoe_router.checkpoint.quantization_plan import plan_quantization
 from faasmoe_router.checkpoint.reference_plan import (
     NO_REFERENCES,
@@ -179,7 +180,7 @@ class StorePlan:
     initial_values: Mapping[str, torch.Tensor]
     aliases: Mapping[str, str]
     quantization: Mapping[str, TensorQuantization]
-    kept: Mapping[str, KeptParameter]
+    kept: Mapping[str, KeptParameter | PublishedParameter]
     references: ReferencePlan = NO_REFERENCES
 
     @property
@@ -231,7 +232,11 @@ def plan_store(
         unquantizable={*initial_values, *shared},
         shapes={name: spec.shape for name, spec in specs.items() if name not in kept},
     )
-    codes = quantized | {name: parameter.quantization for name, parameter in kept.items()}
+    experts = [module.name for module in skeleton.experts_modules]
+    published = find_published_codes(conversion.jobs, quantization, quantized, experts=experts)
+    quantized = {name: entry for name, entry in quantized.items() if name not in published}
+    all_kept: dict[str, KeptParameter | PublishedParameter] = {**kept, **published}
+    codes = quantized | {name: parameter.quantization for name, parameter in all_kept.items()}
     references = NO_REFERENCES
     if layout is not None:
         references = plan_references(
@@ -245,7 +250,7 @@ def plan_store(
         )
     layouts, files = _plan_files(skeleton, specs, aliases, codes, references)
     jobs = _sort_jobs_by_file(conversion, layouts, aliases)
-    return StorePlan(layouts, files, jobs, initial_values, aliases, quantized, kept, references)
+    return StorePlan(layouts, files, jobs, initial_values, aliases, quantized, all_kept, references)
 
 
 def _converted_specs(

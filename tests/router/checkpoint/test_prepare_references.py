@@ -18,7 +18,7 @@ from faasmoe_contracts.store.references import CheckpointEntry, StoreMode
 from faasmoe_router.checkpoint.__main__ import main
 from faasmoe_router.checkpoint.prepare import prepare
 from faasmoe_router.checkpoint.reference_digests import verify_references
-from faasmoe_router.errors import SourceUnsupported, StoreMismatch
+from faasmoe_router.errors import SourceUnsupported, StoreMismatch, WeightsNotFinite
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -301,3 +301,18 @@ def test_manifest_of_a_copy_is_as_before(make_checkpoint: MakeCheckpoint, tmp_pa
     value = json.loads((store.path / MANIFEST_NAME).read_text())
     assert "checkpoint" not in value
     assert all(layer["file"] for layer in value["layers"])
+
+
+def test_weights_that_are_not_finite_are_named(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint()
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.experts.3.up_proj.weight"][2, 5] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        WeightsNotFinite, match=r"model\.safetensors: model\.layers\.1\.mlp\.experts: expert 3 "
+    ):
+        by_reference(checkpoint, tmp_path / "store")
+    verify_references(by_reference(checkpoint, tmp_path / "store", allows_nonfinite=True))
