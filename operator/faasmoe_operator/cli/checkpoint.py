@@ -29,8 +29,8 @@ def add_commands(commands: Any) -> None:
         "prepare",
         help="convert a checkpoint into a store",
         description="Convert a Hugging Face checkpoint or GGUF file into a store. Weights that\n"
-        "a checkpoint holds as they are served stay there, and the store refers to them; others are\n"
-        "copied. It is safe to interrupt and to repeat.\n\n"
+        "a checkpoint holds as they are served stay there, and the store refers to them; others\n"
+        "are copied. It is safe to interrupt and to repeat.\n\n"
         "Checkpoints published quantised (fp8, mxfp4, mxfp8, compressed-tensors, GPTQ, AWQ,\n"
         "NVFP4, GGUF) are read as they are: experts keep codes that the kernels read, the rest is\n"
         "dequantised, and the output says which and what it costs (docs/models.md).",
