@@ -161,7 +161,7 @@ def test_not_finite_weights_are_an_error(
     name = next(name for name in tensors if "experts" in name)
     tensors[name][0, 0] = math.inf
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(SourceUnsupported, match="not finite|NaN or infinite"):
+    with pytest.raises(SourceUnsupported, match=r"not finite|NaN or infinite"):
         prepare(str(checkpoint), tmp_path / "store", quantization=INT8)
 
 
