@@ -66,8 +66,7 @@ class StaticDeployment:
     @property
     def floor_bytes(self) -> int:
         """Size of all weights, counted once."""
-        files = self.store.manifest.files.items()
-        return sum(file.size_bytes for name, file in files if name.endswith(".safetensors"))
+        return self.store.manifest.weight_bytes
 
     def experts_in_memory(self) -> float:
         """Return the fraction of the expert weights that is resident in the sandboxes."""

@@ -109,8 +109,7 @@ class UpProcess:
     @property
     def floor_bytes(self) -> int:
         """Size of all weights, counted once."""
-        files = self.store.manifest.files.items()
-        return sum(file.size_bytes for name, file in files if name.endswith(".safetensors"))
+        return self.store.manifest.weight_bytes
 
 
 @asynccontextmanager

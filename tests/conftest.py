@@ -10,6 +10,7 @@ from hypothesis import settings
 from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox, running_sandbox
 
 from faasmoe_contracts.store import QuantizationEntry, Store
+from faasmoe_contracts.store.references import StoreMode
 
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
@@ -19,12 +20,17 @@ settings.load_profile("shared-machine")
 def prepared_store(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
     """Prepare a family's tiny model as a store, once per session: `prepared_store("mixtral")`.
 
-    `experts` and `router` name quantisations, `none` by default.
+    `experts` and `router` name quantisations, `none` by default. `mode` is that of the store, whose
+    checkpoint lies beside it.
     """
 
     @cache
     def prepare_family(
-        family: str, dtype: str | None = None, experts: str = "none", router: str = "none"
+        family: str,
+        dtype: str | None = None,
+        experts: str = "none",
+        router: str = "none",
+        mode: str = "copy",
     ) -> Store:
         from families.registry import FAMILIES
 
@@ -38,6 +44,7 @@ def prepared_store(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
             folder / "store",
             dtype=dtype,
             quantization=QuantizationEntry(experts, router),
+            mode=StoreMode(mode),
         )
 
     return prepare_family

@@ -73,8 +73,7 @@ class BenchmarkModel:
     @property
     def floor_bytes(self) -> int:
         """Size of all weights, counted once."""
-        files = Store.open(self.store).manifest.files.items()
-        return sum(file.size_bytes for name, file in files if name.endswith(".safetensors"))
+        return Store.open(self.store).manifest.weight_bytes
 
     def describe(self) -> dict[str, Any]:
         """Return the description of the model for reports."""

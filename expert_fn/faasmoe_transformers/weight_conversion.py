@@ -161,6 +161,36 @@ def run_conversion(job: ConversionJob, model: PreTrainedModel) -> Iterator[Param
             yield ParameterSlice(target, 0, tensor)
 
 
+def why_converted(job: ConversionJob) -> str:
+    """Return why the bytes of a job's parameter are not those of its tensors; empty if they are.
+
+    They are where the job only renames a tensor, or stacks one or several tensors per expert as
+    blocks of equal size of the expert's rows.
+    """
+    dtypes = {tensor.get_dtype() for tensors in job.sources.values() for tensor in tensors}
+    if other := sorted(name for name in dtypes if FLOAT_DTYPES.get(name) is not job.dtype):
+        return f"converted from {other[0]} to {str(job.dtype).removeprefix('torch.')}"
+    if isinstance(job.transform, WeightRenaming):
+        return ""
+    is_stacking = _is_expert_stacking(job) and all(
+        isinstance(operation, MergeModulelist) or operation.dim == 1
+        for operation in job.transform.operations
+    )
+    shapes = {tuple(t.get_shape()) for tensors in job.sources.values() for t in tensors}
+    if not is_stacking or len(shapes) != 1 or len(job.transform.operations) > 2:
+        return f"combined from {', '.join(sorted(job.sources))}"
+    return ""
+
+
+def unconverted_parts(job: ConversionJob) -> list[tuple[LazyTensor, ...]]:
+    """Return the tensors whose bytes are those of a job's parameter, see `why_converted`.
+
+    One tuple for each index of dimension 0 that has tensors of its own, else one for all.
+    """
+    patterns = [p for p in job.transform.source_patterns if p in job.sources]
+    return list(zip(*(job.sources[pattern] for pattern in patterns), strict=True))
+
+
 def moves_rows_only(job: ConversionJob) -> bool:
     """Return whether a job makes one parameter and moves whole rows of its sources only.
 

@@ -9,10 +9,17 @@ from dataclasses import dataclass
 from faasmoe_kernels.library import Gating, GatingStruct, KernelDtype, to_gating_struct
 
 FileIdentity = tuple[int, int, int, int, int]
+"""Device, inode, size, mtime_ns and ctime_ns of a file; changes whenever the file is written."""
 
 
 class CallsError(ValueError):
     """The native side of calls rejected an argument, which the message names."""
+
+
+class WeightsFileStruct(ctypes.Structure):
+    """struct fk_weights_file."""
+
+    _fields_ = (("path", ctypes.c_char_p), ("identity", ctypes.c_int64 * 5))
 
 
 class FunctionLayerStruct(ctypes.Structure):
@@ -27,9 +34,22 @@ class FunctionLayerStruct(ctypes.Structure):
         ("gating", GatingStruct),
         ("dtype", ctypes.c_int32),
         ("max_rows_per_expert", ctypes.c_int32),
-        ("path", ctypes.c_char_p),
-        ("identity", ctypes.c_int64 * 5),
+        ("files", ctypes.POINTER(WeightsFileStruct)),
+        ("n_files", ctypes.c_int64),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsFile:
+    """A file that weights are mapped from.
+
+    Attributes:
+        path: its path.
+        identity: device, inode, size, mtime_ns and ctime_ns of its verified content.
+    """
+
+    path: str
+    identity: FileIdentity
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +66,7 @@ class FunctionLayer:
         gating: what stands between the projections.
         dtype: dtype of the rows.
         max_rows_per_expert: rows of one expert above which a frame is not ordinary; 0 for none.
-        path: file that the weights are mapped from; empty if it never changes.
-        identity: device, inode, size, mtime_ns and ctime_ns of its verified content.
+        files: the files that the weights are mapped from; none if they never change.
     """
 
     layer: int
@@ -58,8 +77,7 @@ class FunctionLayer:
     gating: Gating
     dtype: KernelDtype
     max_rows_per_expert: int = 0
-    path: str = ""
-    identity: FileIdentity = (0, 0, 0, 0, 0)
+    files: tuple[WeightsFile, ...] = ()
 
 
 def to_layer_structs(layers: Sequence[FunctionLayer]) -> ctypes.Array[FunctionLayerStruct]:
@@ -69,9 +87,18 @@ def to_layer_structs(layers: Sequence[FunctionLayer]) -> ctypes.Array[FunctionLa
             FunctionLayerStruct(
                 *(f.layer, f.hidden_size, f.n_experts, f.first, f.down),
                 *(to_gating_struct(f.gating), f.dtype, f.max_rows_per_expert),
-                f.path.encode() or None,
-                (ctypes.c_int64 * 5)(*f.identity),
+                _file_structs(f.files),
+                len(f.files),
             )
             for f in layers
+        )
+    )
+
+
+def _file_structs(files: Sequence[WeightsFile]) -> ctypes.Array[WeightsFileStruct]:
+    return (WeightsFileStruct * len(files))(
+        *(
+            WeightsFileStruct(file.path.encode(), (ctypes.c_int64 * 5)(*file.identity))
+            for file in files
         )
     )

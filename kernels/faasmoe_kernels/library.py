@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 OUT_OF_MEMORY = -2  # FK_E_MEMORY
 LIBRARY_NAME = "libfaasmoe_kernels.so"
 DISABLE_ENV = "FAASMOE_KERNELS"  # "off" leaves the library unused
@@ -87,6 +87,7 @@ class MatrixStruct(ctypes.Structure):
         ("zero_dtype", ctypes.c_int32),
         ("bias_dtype", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
+        ("codes_upper", ctypes.c_void_p),
     )
 
 
@@ -128,6 +129,8 @@ class Matrix:
         scale_dtype: type of the scales; any but UINT8.
         zero_dtype: type of the zero points; any but E8M0.
         bias_dtype: type of the bias: FLOAT32, BFLOAT16 or FLOAT16.
+        codes_upper: address of the codes of rows n/2 and above, if they do not follow those of the
+            rows before them; 0 if they do.
     """
 
     scheme: Scheme
@@ -141,6 +144,7 @@ class Matrix:
     scale_dtype: ParameterDtype = ParameterDtype.FLOAT32
     zero_dtype: ParameterDtype = ParameterDtype.FLOAT32
     bias_dtype: ParameterDtype = ParameterDtype.FLOAT32
+    codes_upper: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +237,7 @@ class KernelLibrary:
             *(pointer, i32, i64, i64, i32, pointer, i32, i64, i32),
         )
 
-        self._lib.fk_guard_add.argtypes = (pointer, i64)
+        self._lib.fk_guard_add.argtypes = (pointer, i64, i64)
         self._lib.fk_guard_damaged.argtypes = (i32,)
         self._lib.fk_guard_damaged.restype = pointer
         self._lib.fk_guard_restore.argtypes = (i32, i32)
@@ -349,9 +353,11 @@ class KernelLibrary:
         function.argtypes, function.restype = argtypes, restype  # type: ignore[attr-defined]
         return function
 
-    def guard_mapping(self, address: int, size_bytes: int) -> MappingGuard | None:
+    def guard_mapping(
+        self, address: int, size_bytes: int, *, file_offset: int = 0
+    ) -> MappingGuard | None:
         """Guard the mapping of a file against its truncation; None if there are too many guards."""
-        slot = self._lib.fk_guard_add(address, size_bytes)
+        slot = self._lib.fk_guard_add(address, size_bytes, file_offset)
         return None if slot < 0 else MappingGuard(self._lib, slot)
 
     def check(self, status: int) -> None:
@@ -405,7 +411,7 @@ def to_struct(m: Matrix) -> MatrixStruct:
     return MatrixStruct(
         *(m.scheme, m.group, m.n, m.k, m.codes),
         *(m.scales or None, m.zeros or None, m.bias or None),
-        *(m.scale_dtype, m.zero_dtype, m.bias_dtype, 0),
+        *(m.scale_dtype, m.zero_dtype, m.bias_dtype, 0, m.codes_upper or None),
     )
 
 

@@ -164,6 +164,8 @@ int32_t check_matrix(const char *owner, const fk_matrix &m) {
   if (int32_t e = check_size(owner, "n", m.n)) return e;
   if (int32_t e = check_size(owner, "k", m.k)) return e;
   if (int32_t e = check_pointer(owner, "codes", m.codes)) return e;
+  if (m.codes_upper && m.n % 2)
+    return reject("%sn: got %lld, expected an even number for rows in two places", owner, (long long)m.n);
   if (m.bias)
     if (int32_t e = check_parameter(owner, "bias_dtype", m.bias_dtype, -1, "0 to 2 (float32, bfloat16, float16)"))
       return e;

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 // Raised whenever a structure or the meaning of an argument changes.
-#define FK_ABI_VERSION 2
+#define FK_ABI_VERSION 3
 
 enum fk_dtype { FK_FLOAT32 = 0, FK_BFLOAT16 = 1, FK_FLOAT16 = 2 };
 
@@ -69,6 +69,7 @@ typedef struct fk_matrix {
   int32_t zero_dtype;   // float32, bfloat16, float16 or uint8
   int32_t bias_dtype;   // float32, bfloat16 or float16
   int32_t reserved;     // 0
+  const void *codes_upper;  // rows n/2 and above, if they lie elsewhere; NULL: all rows follow each other
 } fk_matrix;
 
 typedef struct fk_gating {
@@ -116,9 +117,9 @@ int32_t fk_experts(const fk_matrix *first, const fk_matrix *down, const fk_gatin
 
 // Guards of mapped files, see sigbus_guard.cpp. A slot is what fk_guard_add returns.
 
-// Guards [address, address + size), the mapping of a whole file from its start. Returns a slot, or -1
+// Guards [address, address + size), the mapping of a file from `file_offset` on. Returns a slot, or -1
 // if there is none.
-int32_t fk_guard_add(void *address, int64_t size);
+int32_t fk_guard_add(void *address, int64_t size, int64_t file_offset);
 // Returns where it is written, as 1, that the range was damaged since it was added or restored.
 int32_t *fk_guard_damaged(int32_t slot);
 // Maps the file again over the range. Returns 0, or errno and leaves the range damaged.

@@ -6,18 +6,29 @@
 
 namespace fk {
 
-bool LayerWeights::is_changed() const {
-  for (const fk_matrix &matrix : first)
-    if (matrix.codes) {  // all experts of a layer lie in one guarded mapping
-      if (is_damaged(matrix.codes)) return true;
-      break;
-    }
-  if (path.empty()) return false;
+namespace {
+
+// Experts of one layer may lie in several guarded mappings.
+bool has_damage(const std::vector<fk_matrix> &matrices) {
+  return std::any_of(matrices.begin(), matrices.end(), [](const fk_matrix &matrix) {
+    return (matrix.codes && is_damaged(matrix.codes)) || (matrix.codes_upper && is_damaged(matrix.codes_upper));
+  });
+}
+
+bool is_written(const char *path, const int64_t *identity) {
   struct stat now;
-  if (stat(path.c_str(), &now)) return false;
+  if (stat(path, &now)) return false;
   if (int64_t(now.st_dev) != identity[0] || int64_t(now.st_ino) != identity[1]) return false;
   auto ns = [](const timespec &t) { return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec; };
   return int64_t(now.st_size) != identity[2] || ns(now.st_mtim) != identity[3] || ns(now.st_ctim) != identity[4];
+}
+
+}  // namespace
+
+bool LayerWeights::is_changed() const {
+  if (is_any_damaged() && (has_damage(first) || has_damage(down))) return true;
+  return std::any_of(files.begin(), files.end(),
+                     [](const File &file) { return is_written(file.path.c_str(), file.identity); });
 }
 
 const LayerWeights *FunctionWeights::find(int64_t layer) const {
@@ -34,14 +45,18 @@ std::shared_ptr<FunctionWeights> copy_function(const char *id, const fk_function
     const fk_function_layer &layer = layers[i];
     if (layer.layer < 0 || layer.layer > 65535 || layer.hidden_size < 1 || layer.n_experts < 1 ||
         layer.n_experts > (1 << 20) || !layer.first || !layer.down || layer.dtype < FK_FLOAT32 ||
-        layer.dtype > FK_FLOAT16) {
+        layer.dtype > FK_FLOAT16 || layer.n_files < 0 || (layer.n_files && !layer.files)) {
       *error = "layers: an index, size, dtype or address is out of range";
       return nullptr;
     }
     LayerWeights weights{layer.layer, layer.hidden_size, {layer.first, layer.first + layer.n_experts},
                          {layer.down, layer.down + layer.n_experts}, layer.gating, layer.dtype,
-                         layer.max_rows_per_expert, layer.path ? layer.path : "", {}};
-    std::copy(layer.identity, layer.identity + 5, weights.identity);
+                         layer.max_rows_per_expert, {}};
+    for (int64_t f = 0; f < layer.n_files; ++f) {
+      LayerWeights::File file{layer.files[f].path, {}};
+      std::copy(layer.files[f].identity, layer.files[f].identity + 5, file.identity);
+      weights.files.push_back(std::move(file));
+    }
     function->layers.push_back(std::move(weights));
   }
   return function;

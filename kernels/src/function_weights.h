@@ -16,6 +16,12 @@
 extern "C" {
 #endif
 
+// A file that weights are mapped from.
+typedef struct fk_weights_file {
+  const char *path;
+  int64_t identity[5];               // its device, inode, size, mtime_ns and ctime_ns
+} fk_weights_file;
+
 // One layer of a function, as the caller of fk_sandbox_publish or fk_calls_add_local describes it.
 // The tables are copied; the weights that they point to must stay until the function is retracted.
 typedef struct fk_function_layer {
@@ -26,8 +32,8 @@ typedef struct fk_function_layer {
   fk_gating gating;
   int32_t dtype;                     // of the rows, enum fk_dtype
   int32_t max_rows_per_expert;       // more rows of one expert are not ordinary; 0: any number
-  const char *path;                  // file that the weights are mapped from; NULL: never changes
-  int64_t identity[5];               // its device, inode, size, mtime_ns and ctime_ns
+  const fk_weights_file *files;      // that the weights are mapped from; NULL: they never change
+  int64_t n_files;
 } fk_function_layer;
 
 #ifdef __cplusplus
@@ -38,19 +44,24 @@ namespace fk {
 
 // Whether bytes of the guarded mapping that holds this address could not be read (sigbus_guard.cpp).
 bool is_damaged(const void *address);
+// Whether any guarded mapping was damaged since the process began.
+bool is_any_damaged();
 
 struct LayerWeights {
   int64_t layer, hidden_size;
   std::vector<fk_matrix> first, down;  // [n_experts]
   fk_gating gating;
   int32_t dtype, max_rows_per_expert;
-  std::string path;
-  int64_t identity[5];
+  struct File {
+    std::string path;
+    int64_t identity[5];
+  };
+  std::vector<File> files;
 
   bool has_expert(int64_t expert) const {
     return expert < int64_t(first.size()) && first[size_t(expert)].codes != nullptr;
   }
-  // Whether the file was written since it was verified, or could not be read. A file that was removed or replaced was not:
+  // Whether a file was written since it was verified, or could not be read. A file that was removed or replaced was not:
   // the mapping keeps the old bytes.
   bool is_changed() const;
 };

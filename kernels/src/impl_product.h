@@ -74,7 +74,10 @@ class Product {
   static constexpr int kMaxColumns = std::max(E::kColumns, E::kColumns1);
   int64_t scale_floats() const { return aligned(4 * E::Scales::floats(m_)) / 4; }
   int64_t stream_bytes() const { return kMaxColumns * (scale_floats() * 4 + E::kUnitBytes); }
-  const uint8_t *row(int64_t c) const { return (const uint8_t *)m_.codes + c * row_bytes_; }
+  const uint8_t *row(int64_t c) const {
+    if (m_.codes_upper && c >= m_.n / 2) return (const uint8_t *)m_.codes_upper + (c - m_.n / 2) * row_bytes_;
+    return (const uint8_t *)m_.codes + c * row_bytes_;
+  }
 
   void copy_tail(int64_t c, uint8_t *to) const {
     std::memcpy(to, row(c) + whole_ * E::kUnitBytes, tail_bytes_);

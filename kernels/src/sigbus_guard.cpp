@@ -25,6 +25,7 @@ constexpr int kMaxRanges = 8192;
 struct Range {
   std::atomic<uintptr_t> begin{0};  // 0: free
   std::atomic<uintptr_t> end{0};
+  int64_t file_offset = 0;
   int32_t damaged = 0;  // read by others without a call, hence plain memory
 };
 
@@ -79,6 +80,8 @@ bool install() {
 
 }  // namespace
 
+bool fk::is_any_damaged() { return was_any_damaged.load(); }
+
 bool fk::is_damaged(const void *address) {
   if (!was_any_damaged.load()) return false;
   const uintptr_t at = reinterpret_cast<uintptr_t>(address);
@@ -91,7 +94,7 @@ bool fk::is_damaged(const void *address) {
   return false;
 }
 
-FK_EXPORT int32_t fk_guard_add(void *address, int64_t size) {
+FK_EXPORT int32_t fk_guard_add(void *address, int64_t size, int64_t file_offset) {
   pthread_mutex_lock(&add_mutex);
   int slot = -1;
   if (install() && address != nullptr && size > 0) {
@@ -105,6 +108,7 @@ FK_EXPORT int32_t fk_guard_add(void *address, int64_t size) {
     Range &range = ranges[slot];
     const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
     __atomic_store_n(&range.damaged, 0, __ATOMIC_SEQ_CST);
+    range.file_offset = file_offset;
     range.end.store(begin + static_cast<uintptr_t>(size), std::memory_order_release);
     range.begin.store(begin, std::memory_order_release);
     if (slot >= used_ranges.load(std::memory_order_relaxed)) {
@@ -123,7 +127,7 @@ FK_EXPORT int32_t fk_guard_restore(int32_t slot, int32_t descriptor) {
   const uintptr_t end = range.end.load(std::memory_order_acquire);
   __atomic_store_n(&range.damaged, 0, __ATOMIC_SEQ_CST);
   void *mapped = mmap(reinterpret_cast<void *>(begin), end - begin, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_FIXED, descriptor, 0);
+                      MAP_PRIVATE | MAP_FIXED, descriptor, range.file_offset);
   if (mapped != MAP_FAILED) return 0;
   __atomic_store_n(&range.damaged, 1, __ATOMIC_SEQ_CST);
   return errno;

@@ -14,6 +14,7 @@ RouterError
 ├── ActivationTimeout       functions were not activated in time
 ├── EngineUnavailable       the engine is starting, stopped or has given up
 ├── EngineDeviceLost        the model's device is unusable; fatal
+├── RouterWeightsChanged    a checkpoint changed under a store by reference; fatal
 ├── StoreUnreadable         the store is away; only the requests that need it fail
 ├── StoreCorrupted          bytes of the store fail verification everywhere
 └── GenerationFailed        an accepted request cannot be finished
@@ -90,6 +91,10 @@ class StoreCorrupted(RouterError):
 
 class EngineDeviceLost(RouterError):
     """This process cannot use the model's device any more; only a new process can."""
+
+
+class RouterWeightsChanged(RouterError):
+    """Tensors of the router changed in the checkpoint that they are mapped from."""
 
 
 class GenerationFailed(RouterError):

@@ -29,6 +29,12 @@ from faasmoe_expert.functions.dequantization import dequantize
 from faasmoe_expert.functions.native_kernel import QUANTIZED_SCHEMES, SCALE_DTYPES
 from faasmoe_expert.functions.weights import TORCH_DTYPES
 from faasmoe_kernels import KernelLibrary, KernelsUnavailable, Matrix, load
+from faasmoe_router.errors import RouterWeightsChanged
+from faasmoe_router.referenced_tensors import (
+    RouterWeightsWatch,
+    map_referenced_tensors,
+    watch_model,
+)
 from faasmoe_transformers.dtypes import ParameterDtypes
 from faasmoe_transformers.errors import UnsupportedModel
 from faasmoe_transformers.experts_backend import (
@@ -94,6 +100,8 @@ def load_router_model(
         _check_quantized(read, quantized, path)
         codes |= {name: read.pop(name) for name in _codes_of(native) if name in read}
         tensors |= dequantize_weights(read, quantized, dtype=dtype or stored_dtype)
+    referenced, watch = _map_referenced(store, device, convert)
+    tensors |= referenced
     _assign_tensors(model, tensors, store)
     model.tie_weights()
     if kernels is not None:
@@ -104,6 +112,7 @@ def load_router_model(
     if kernels is not None:
         use_native_linears(model, kernels)
     bind_experts(model, [layer.name for layer in store.manifest.layers], dispatcher)
+    watch_model(model, watch)
     return model.eval().requires_grad_(False)
 
 
@@ -175,10 +184,35 @@ def _read_tensors(
     except (OSError, SafetensorError) as error:
         raise ModelLoadError(f"{path}: {error}") from error
     except torch.OutOfMemoryError as error:
-        reason = str(error).partition("\n")[0]
-        raise ModelLoadError(
-            f"{path}: the router's part of the model does not fit on {device}: {reason}"
-        ) from error
+        raise _out_of_memory(path, device, error) from error
+
+
+def _map_referenced(
+    store: Store, device: torch.device, convert: TensorConverter | None
+) -> tuple[dict[str, Tensor], RouterWeightsWatch | None]:
+    """Return the tensors that lie in the checkpoint, and their watch if they stay mapped."""
+    try:
+        mapped, watch = map_referenced_tensors(store)
+        tensors = {
+            name: tensor.to(device) if convert is None else convert(name, tensor.to(device))
+            for name, tensor in mapped.items()
+        }
+        if watch is not None:
+            watch.check()  # what was copied meanwhile
+    except (StoreError, RouterWeightsChanged) as error:
+        raise ModelLoadError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(store.path, device, error) from error
+    return tensors, watch if device.type == "cpu" else None
+
+
+def _out_of_memory(
+    path: Path, device: torch.device, error: torch.OutOfMemoryError
+) -> ModelLoadError:
+    reason = str(error).partition("\n")[0]
+    return ModelLoadError(
+        f"{path}: the router's part of the model does not fit on {device}: {reason}"
+    )
 
 
 def _native_modules(

@@ -34,7 +34,7 @@ using Buffer = std::vector<T>;
 
 struct Dense {
   fk_matrix matrix{};
-  Buffer<uint8_t> codes;
+  Buffer<uint8_t> codes, lower, upper;  // and where the matrix has them, if elsewhere
   Buffer<float> scales, zeros, bias;
   Buffer<uint8_t> stored_scales, stored_zeros;
   std::vector<double> values;
@@ -93,6 +93,19 @@ void set_half(Buffer<uint8_t> &bytes, int64_t i, int32_t is_bf16, const Half &h)
   std::memcpy(&bytes[2 * i], is_bf16 ? &h.bf16 : &h.f16, 2);
 }
 
+// Moves codes to any address, and at times their upper rows to another.
+void place_elsewhere(Dense &d, int64_t n) {
+  int64_t bytes = int64_t(d.codes.size()), shift = pick(0, 9);
+  int64_t lower = n % 2 == 0 && pick(0, 1) ? bytes / 2 : bytes;
+  d.lower.resize(shift + lower);
+  std::memcpy(d.lower.data() + shift, d.codes.data(), lower);
+  d.matrix.codes = d.lower.data() + shift;
+  if (lower == bytes) return;
+  d.upper.resize(shift + bytes - lower);
+  std::memcpy(d.upper.data() + shift, d.codes.data() + lower, bytes - lower);
+  d.matrix.codes_upper = d.upper.data() + shift;
+}
+
 Dense random_matrix(int32_t scheme, int64_t n, int64_t k, int32_t group) {
   static const double e2m1[8] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
   Dense d;
@@ -142,7 +155,8 @@ Dense random_matrix(int32_t scheme, int64_t n, int64_t k, int32_t group) {
   }
   auto address = [](auto &v) { return v.empty() ? nullptr : v.data(); };
   d.matrix = {scheme, group, n, k, d.codes.data(), address(d.stored_scales), address(d.stored_zeros),
-              address(d.bias), scale_dtype, zero_dtype, FK_P_FLOAT32, 0};
+              address(d.bias), scale_dtype, zero_dtype, FK_P_FLOAT32, 0, nullptr};
+  if (pick(0, 1)) place_elsewhere(d, n);
   return d;
 }
 

@@ -1,5 +1,8 @@
 """Products with weights of every scheme equal those of the dequantised weights."""
 
+import ctypes
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from kernel_matrices import TORCH_DTYPES, DenseMatrix, random_matrix, run_linear
 
-from faasmoe_kernels import KernelDtype, KernelLibrary, Matrix, ParameterDtype, Scheme
+from faasmoe_kernels import KernelDtype, KernelError, KernelLibrary, Matrix, ParameterDtype, Scheme
 
 TOLERANCE = 1e-4
 FLOATS = (Scheme.FLOAT32, Scheme.BFLOAT16, Scheme.FLOAT16)
@@ -219,3 +222,38 @@ def test_any_shape_equals_the_reference(library: KernelLibrary, data: st.DataObj
     n_threads = data.draw(st.integers(1, 3))
     actual = run_linear(library, weight.matrix, x, n_threads=n_threads)
     assert_close(actual, expected_product(weight, x))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 3, 8])
+@pytest.mark.parametrize(
+    ("scheme", "group"),
+    [(Scheme.FLOAT32, 0), (Scheme.BFLOAT16, 0), (Scheme.FLOAT16, 0), (Scheme.INT8, 32)],
+)
+def test_rows_may_lie_in_two_places_at_any_address(
+    library: KernelLibrary, rng: np.random.Generator, scheme: Scheme, group: int, shift: int
+) -> None:
+    n, k = 70, 96
+    weight = random_matrix(rng, scheme, n, k, group=group)
+    half = n // 2 * k * {Scheme.FLOAT32: 4, Scheme.BFLOAT16: 2, Scheme.FLOAT16: 2}.get(scheme, 1)
+    codes = ctypes.string_at(weight.matrix.codes, 2 * half)
+    lower, upper = (
+        np.frombuffer(bytes(shift) + part, np.uint8) for part in (codes[:half], codes[half:])
+    )
+    split = replace(
+        weight.matrix,
+        codes=lower.ctypes.data + shift,
+        codes_upper=upper.ctypes.data + shift,
+    )
+    for rows in (1, 3, 40):
+        x = random_rows(rng, rows, k, KernelDtype.BFLOAT16)
+        expected = run_linear(library, weight.matrix, x)
+        assert torch.equal(run_linear(library, split, x), expected)
+
+
+def test_rows_in_two_places_are_even_in_number(
+    library: KernelLibrary, rng: np.random.Generator
+) -> None:
+    weight = random_matrix(rng, Scheme.BFLOAT16, 7, 32)
+    split = replace(weight.matrix, codes_upper=weight.matrix.codes)
+    with pytest.raises(KernelError, match="n: got 7, expected an even number"):
+        run_linear(library, split, random_rows(rng, 1, 32, KernelDtype.BFLOAT16))

@@ -58,9 +58,8 @@ def block_buffers(mapped: MappedLayer, n_experts: int, block: int) -> Iterator[m
         block: expert index, or `n_experts` for the shared parameters.
     """
     for _, view in sorted(mapped.tensors.items()):
-        data, is_stacked = view.buffer.cast("B"), view.shape[:1] == (n_experts,)
+        is_stacked = view.is_stacked(n_experts)
         if is_stacked and block < n_experts:
-            stride = len(data) // n_experts
-            yield data[block * stride : (block + 1) * stride]
+            yield from (piece.buffer for piece in view.expert_pieces(block))
         elif not is_stacked and block == n_experts:
-            yield data
+            yield from (piece.buffer for piece in view.pieces)

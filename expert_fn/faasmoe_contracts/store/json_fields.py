@@ -28,6 +28,10 @@ class JsonFields:
         self._remaining = dict(value)
         self._path = path
 
+    def has(self, name: str) -> bool:
+        """Return whether the field `name` is there."""
+        return name in self._remaining
+
     def pop(self, name: str) -> Any:
         """Return the field `name`, any JSON value."""
         if name not in self._remaining:
@@ -87,6 +91,10 @@ class JsonFields:
         if not isinstance(value, str) or value not in allowed:
             raise self.error(name, value, f"one of {', '.join(allowed)}")
         return value
+
+    def all(self) -> dict[str, Any]:
+        """Return the fields that remain."""
+        return dict(self._remaining)
 
     def error(self, name: str, got: object, expected: str) -> StoreError:
         """Return the error for the field `name`."""

@@ -21,13 +21,13 @@ from faasmoe_contracts.store.quantization import (
     TensorQuantization,
     quantizations_from_json,
 )
+from faasmoe_contracts.store.references import BLOCK_DIGEST, CheckpointEntry
 from faasmoe_contracts.text import short_repr
 
 STORE_FORMAT = "faasmoe-store"
 STORE_VERSION = 2
 MODEL_DTYPES = ("bfloat16", "float16", "float32")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_BLOCK_DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,8 @@ class LayerEntry:
     Attributes:
         index: MoE layer index, 0-based, as in routing tables and wire frames.
         name: qualified name of the module in the model.
-        file: name of its safetensors file in the store.
+        file: name of its safetensors file in the store; empty, and absent from the JSON, if the
+            layer's parameters lie in the checkpoint.
         num_experts: number of experts in the layer.
         top_k: experts per token.
         hidden_size: elements of one hidden state.
@@ -142,7 +143,7 @@ class LayerEntry:
         entry = cls(
             index=index,
             name=fields.pop_string("name"),
-            file=fields.pop_string("file"),
+            file=fields.pop_string("file") if fields.has("file") else "",
             num_experts=fields.pop_integer("num_experts", minimum=1),
             top_k=fields.pop_integer("top_k", minimum=1),
             hidden_size=fields.pop_integer("hidden_size", minimum=1),
@@ -156,7 +157,7 @@ class LayerEntry:
             ),
         )
         fields.reject_unknown()
-        if not all(isinstance(d, str) and _BLOCK_DIGEST.fullmatch(d) for d in entry.digests):
+        if not all(isinstance(d, str) and BLOCK_DIGEST.fullmatch(d) for d in entry.digests):
             raise fields.error("digests", list(entry.digests), "strings of 32 hexadecimal digits")
         if len(entry.digests) != entry.num_experts + 1:
             raise fields.error("digests", len(entry.digests), f"{entry.num_experts + 1} of them")
@@ -168,6 +169,8 @@ class LayerEntry:
         """Return the JSON object of this entry."""
         value = {name: getattr(self, name) for name in self.__slots__}
         value["class"] = value.pop("class_name")
+        if not self.file:
+            del value["file"]
         value["kernel"] = None if self.kernel is None else dict(self.kernel)
         value["digests"] = list(self.digests)
         entries = {name: entry.to_json() for name, entry in value.pop("quantization").items()}
@@ -185,6 +188,8 @@ class Manifest:
         files: every other file of the store, by its path relative to the store.
         quantization: what the store was asked to quantise; absent from the JSON if nothing.
         router: the router's quantised modules; absent from the JSON if there are none.
+        checkpoint: the tensors that lie in the checkpoint, of which the store holds no copy; None,
+            and absent from the JSON, if it holds all.
     """
 
     digest: str
@@ -193,6 +198,26 @@ class Manifest:
     files: Mapping[str, FileEntry]
     quantization: QuantizationEntry = QuantizationEntry()  # noqa: RUF009
     router: RouterEntry = field(default_factory=lambda: RouterEntry({}))
+    checkpoint: CheckpointEntry | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files of the store, and of what it refers to in the checkpoint."""
+        files = sum(entry.size_bytes for entry in self.files.values())
+        return files + (self.checkpoint.size_bytes if self.checkpoint else 0)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensor files of the store, and of what it refers to in the checkpoint."""
+        files = self.files.items()
+        stored = sum(entry.size_bytes for name, entry in files if name.endswith(".safetensors"))
+        return stored + (self.checkpoint.size_bytes if self.checkpoint else 0)
+
+    @property
+    def router_bytes(self) -> int:
+        """Bytes of the router's tensors, in the store and in the checkpoint."""
+        files = sum(e.size_bytes for name, e in self.files.items() if name.startswith("router/"))
+        return files + (self.checkpoint.router_bytes if self.checkpoint else 0)
 
     @classmethod
     def create(
@@ -203,9 +228,10 @@ class Manifest:
         files: Mapping[str, FileEntry],
         quantization: QuantizationEntry = QuantizationEntry(),  # noqa: B008
         router: RouterEntry | None = None,
+        checkpoint: CheckpointEntry | None = None,
     ) -> Manifest:
         """Return a manifest of these parts with its digest computed."""
-        content = cls("", model, layers, files, quantization, router or RouterEntry({}))
+        content = cls("", model, layers, files, quantization, router or RouterEntry({}), checkpoint)
         return replace(content, digest=manifest_digest(content.to_json()))
 
     @classmethod
@@ -233,6 +259,11 @@ class Manifest:
             router=RouterEntry.from_json(
                 fields.pop_optional_object("router") or RouterEntry({}).to_json()
             ),
+            checkpoint=(
+                CheckpointEntry.from_json(fields.pop("checkpoint"))
+                if fields.has("checkpoint")
+                else None
+            ),
         )
         fields.reject_unknown()
         manifest._validate()
@@ -241,10 +272,15 @@ class Manifest:
     def _validate(self) -> None:
         if not self.layers:
             raise StoreError("manifest.layers: got none, expected at least one experts module")
+        referenced = self.checkpoint.layers if self.checkpoint else {}
+        if unknown := sorted(set(referenced) - set(range(len(self.layers)))):
+            raise StoreError(f"checkpoint.layers: got {unknown[0]}, expected indices of layers")
         for layer in self.layers:
-            if layer.file not in self.files:
+            is_stored, is_referenced = layer.file in self.files, layer.index in referenced
+            if is_stored == is_referenced or (is_referenced and layer.file):
                 raise StoreError(
-                    f"layers[{layer.index}].file: got {layer.file!r}, expected a name in files"
+                    f"layers[{layer.index}].file: got {layer.file!r}, expected a name in files, or "
+                    "none and an entry of checkpoint.layers"
                 )
         expected = manifest_digest(self.to_json())
         if self.digest != expected:
@@ -265,6 +301,7 @@ class Manifest:
             "files": {name: entry.to_json() for name, entry in sorted(self.files.items())},
             **({"quantization": self.quantization.to_json()} if self.quantization else {}),
             **({"router": self.router.to_json()} if self.router.quantized else {}),
+            **({"checkpoint": self.checkpoint.to_json()} if self.checkpoint else {}),
         }
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from faasmoe_contracts.store.json_fields import StoreError
 from faasmoe_contracts.store.manifest import LayerEntry, Manifest
-from faasmoe_contracts.store.tensors import MappedLayer, map_tensors
+from faasmoe_contracts.store.references import TensorReference
+from faasmoe_contracts.store.tensors import (
+    MappedFile,
+    MappedLayer,
+    TensorView,
+    map_range,
+    map_tensors,
+)
 
 MANIFEST_NAME = "manifest.json"
 
@@ -40,6 +47,9 @@ class Store:
         store = cls(folder, _read_manifest(folder))
         for name in store.manifest.files:
             store._check_size(name)
+        if checkpoint := store.manifest.checkpoint:
+            for index in range(len(checkpoint.files)):
+                checkpoint.check_file(folder, index)
         return store
 
     def map_layer(self, index: int) -> MappedLayer:
@@ -49,14 +59,53 @@ class Store:
             StoreError: the layer does not exist, or its file does not match the manifest.
         """
         layer = self.layer_entry(index)
-        self._check_size(layer.file)
-        mapped = map_tensors(self.path / layer.file)
+        if layer.file:
+            self._check_size(layer.file)
+            mapped, name = map_tensors(self.path / layer.file), self.path / layer.file
+        else:
+            assert self.manifest.checkpoint is not None  # checked by the manifest
+            references = self.manifest.checkpoint.layers[index]
+            mapped, name = self._map_references(references), self.path / MANIFEST_NAME
         try:
             _check_quantized_tensors(mapped, layer)
             _check_layer_sizes(mapped, layer)
         except StoreError as error:
-            raise StoreError(f"{self.path / layer.file}: {error}") from None
+            raise StoreError(f"{name}: layer {index}: {error}") from None
         return mapped
+
+    def map_router_references(self) -> MappedLayer:
+        """Map the router's tensors that lie in the checkpoint; raises StoreError."""
+        checkpoint = self.manifest.checkpoint
+        router = checkpoint.router if checkpoint else {}
+        return self._map_references({name: entry.tensor for name, entry in router.items()})
+
+    def _map_references(self, references: Mapping[str, TensorReference]) -> MappedLayer:
+        """Map what references point to: of each file, the part from the first to the last byte."""
+        checkpoint = self.manifest.checkpoint
+        ranges: dict[int, tuple[int, int]] = {}
+        for reference in references.values():
+            for file, offset in reference.pieces:
+                start, end = ranges.get(file, (offset, 0))
+                ranges[file] = min(start, offset), max(end, offset + reference.piece_bytes)
+        position: dict[int, int] = {}
+        files: list[MappedFile] = []
+        for file, (start, end) in sorted(ranges.items()):
+            assert checkpoint is not None
+            path, entry = checkpoint.check_file(self.path, file), checkpoint.files[file]
+            position[file] = len(files)
+            files.append(map_range(path, size_bytes=entry.size_bytes, start=start, end=end))
+        tensors = {
+            name: TensorView(
+                reference.dtype,
+                reference.shape,
+                tuple(
+                    files[position[file]].piece(offset, reference.piece_bytes, index=position[file])
+                    for file, offset in reference.pieces
+                ),
+            )
+            for name, reference in references.items()
+        }
+        return MappedLayer(tensors, sum(view.nbytes for view in tensors.values()), tuple(files))
 
     def layer_entry(self, index: int) -> LayerEntry:
         """Return the manifest entry of the MoE layer `index`; raises StoreError if out of range."""
@@ -129,8 +178,8 @@ def _check_quantized_tensors(mapped: MappedLayer, layer: LayerEntry) -> None:
 
 def _check_layer_sizes(mapped: MappedLayer, layer: LayerEntry) -> None:
     """Raise StoreError unless the tensor sizes match the manifest entry."""
-    stacked = [t for t in mapped.tensors.values() if t.shape[:1] == (layer.num_experts,)]
-    stacked_bytes = sum(tensor.buffer.nbytes for tensor in stacked)
+    stacked = [t for t in mapped.tensors.values() if t.is_stacked(layer.num_experts)]
+    stacked_bytes = sum(tensor.nbytes for tensor in stacked)
     expected = layer.expert_bytes * layer.num_experts
     if stacked_bytes != expected:
         raise StoreError(f"expert tensors: got {stacked_bytes} bytes, expected {expected}")

@@ -1,7 +1,8 @@
-"""Reads safetensors files through mmap.
+"""Maps tensors: those of a safetensors file, or those that references point to in a checkpoint.
 
-The header is validated completely: the tensors must cover the data section without gaps or
-overlaps. Views point into the mapping, so only the pages that are read become resident.
+The header of a safetensors file is validated completely: the tensors must cover the data section
+without gaps or overlaps. Views point into the mapping, so only the pages that are read become
+resident.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import contextlib
 import json
 import math
 import mmap
+import os
+import stat
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -41,20 +44,92 @@ _MAX_HEADER_BYTES = 100_000_000  # same limit as the safetensors library
 
 
 @dataclass(frozen=True, slots=True)
+class TensorPiece:
+    """Consecutive bytes of a tensor in a mapped file.
+
+    Attributes:
+        buffer: the bytes, in a private mapping: writes never reach the file.
+        offset: offset of the first byte in the file.
+        file: index of the file in `MappedLayer.files`.
+    """
+
+    buffer: memoryview
+    offset: int
+    file: int = 0
+
+    def part(self, start: int, size_bytes: int) -> TensorPiece:
+        """Return `size_bytes` of it from `start` on."""
+        return TensorPiece(self.buffer[start : start + size_bytes], self.offset + start, self.file)
+
+
+@dataclass(frozen=True, slots=True)
 class TensorView:
-    """One tensor of a mapped file.
+    """One mapped tensor.
 
     Attributes:
         dtype: safetensors dtype name, a key of DTYPE_SIZES.
         shape: dimensions.
-        buffer: its bytes, in a private mapping: writes never reach the file.
-        offset: offset of the first byte in the file.
+        pieces: its bytes: one piece, or one or several of equal size for each index of dimension 0.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    buffer: memoryview
-    offset: int
+    pieces: tuple[TensorPiece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return sum(piece.buffer.nbytes for piece in self.pieces)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether all bytes follow each other."""
+        return len(self.pieces) == 1
+
+    @property
+    def buffer(self) -> memoryview:
+        """The bytes of a contiguous tensor."""
+        (piece,) = self.pieces
+        return piece.buffer
+
+    @property
+    def offset(self) -> int:
+        """Offset in the file of the first byte of a contiguous tensor."""
+        (piece,) = self.pieces
+        return piece.offset
+
+    def is_stacked(self, n_experts: int) -> bool:
+        """Return whether dimension 0 is that of the experts."""
+        return self.shape[:1] == (n_experts,)
+
+    def expert_pieces(self, expert: int) -> tuple[TensorPiece, ...]:
+        """Return the bytes of one index of dimension 0."""
+        n_experts = self.shape[0]
+        if self.is_contiguous:
+            stride = self.nbytes // n_experts
+            return (self.pieces[0].part(expert * stride, stride),)
+        count = len(self.pieces) // n_experts
+        return self.pieces[expert * count : (expert + 1) * count]
+
+
+@dataclass(frozen=True, slots=True)
+class MappedFile:
+    """A mapped file, or a part of it.
+
+    Attributes:
+        path: its path.
+        mapping: the memory map.
+        offset: offset in the file of the first mapped byte.
+    """
+
+    path: Path
+    mapping: mmap.mmap
+    offset: int = 0
+
+    def piece(self, offset: int, size_bytes: int, *, index: int = 0) -> TensorPiece:
+        """Return bytes of the file, which is `MappedLayer.files[index]`."""
+        start = offset - self.offset
+        return TensorPiece(memoryview(self.mapping)[start : start + size_bytes], offset, index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +139,12 @@ class MappedLayer:
     Attributes:
         tensors: views by parameter name; each keeps the mapping alive.
         size_bytes: bytes of all tensors.
-        mapping: the memory map of the whole file.
+        files: the files that they lie in.
     """
 
     tensors: Mapping[str, TensorView]
     size_bytes: int
-    mapping: mmap.mmap
+    files: tuple[MappedFile, ...]
 
     def prefault(self, n_experts: int, experts: Iterable[int]) -> None:
         """Populate the page tables for some experts, twice as fast as faulting page by page.
@@ -80,15 +155,17 @@ class MappedLayer:
         """
         for expert in experts:
             for view in self.tensors.values():
-                if view.shape[:1] == (n_experts,):
-                    stride = view.buffer.nbytes // n_experts
-                    self._prefault_range(view.offset + expert * stride, stride)
+                if view.is_stacked(n_experts):
+                    for piece in view.expert_pieces(expert):
+                        self._prefault_piece(piece)
 
-    def _prefault_range(self, offset: int, size_bytes: int) -> None:
-        start = offset - offset % mmap.PAGESIZE
+    def _prefault_piece(self, piece: TensorPiece) -> None:
+        file = self.files[piece.file]
+        begin = piece.offset - file.offset
+        start = begin - begin % mmap.PAGESIZE
         # Only a hint: kernels before 5.14 reject it, and pages are faulted in one by one.
         with contextlib.suppress(OSError):
-            self.mapping.madvise(MADV_POPULATE_READ, start, offset + size_bytes - start)
+            file.mapping.madvise(MADV_POPULATE_READ, start, begin + piece.buffer.nbytes - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,35 +191,120 @@ def map_tensors(path: Path) -> MappedLayer:
             )
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
-    data = memoryview(mapped)
-    entries, data_start = _read_header(data, path)
+    entries, data_start = _read_header(memoryview(mapped), path)
+    whole = MappedFile(path, mapped)
     tensors = {
-        name: TensorView(
-            e.dtype, e.shape, data[data_start + e.start : data_start + e.end], data_start + e.start
-        )
+        name: TensorView(e.dtype, e.shape, (whole.piece(data_start + e.start, e.end - e.start),))
         for name, e in entries.items()
     }
-    return MappedLayer(tensors, size_bytes - data_start, mapped)
+    return MappedLayer(tensors, size_bytes - data_start, (whole,))
+
+
+def map_range(path: Path, *, size_bytes: int, start: int, end: int) -> MappedFile:
+    """Map the pages of a file that hold the bytes from `start` to `end`.
+
+    Args:
+        path: a regular file; a symbolic link is not followed.
+        size_bytes: the size that it must have.
+        start: offset of the first byte.
+        end: offset behind the last byte.
+
+    Raises:
+        StoreError: the file cannot be mapped, or is not regular or not of that size.
+    """
+    begin = start - start % mmap.ALLOCATIONGRANULARITY
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size != size_bytes:
+                raise StoreError(
+                    f"{path}: got {status.st_size} bytes, expected a regular file of {size_bytes}"
+                )
+            mapping = mmap.mmap(
+                descriptor,
+                end - begin,
+                flags=mmap.MAP_PRIVATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                offset=begin,
+            )
+        finally:
+            os.close(descriptor)
+    except (OSError, ValueError) as error:  # ValueError: it was truncated in between
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StoreError(f"{path}: cannot be mapped: {reason}") from error
+    return MappedFile(path, mapping, begin)
+
+
+def read_tensor_table(
+    path: Path,
+) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], int]:
+    """Read the header of a safetensors file, which may also hold dtypes that no store has.
+
+    Returns:
+        The dtype, shape and offset in the file by name of each tensor with a dtype of DTYPE_SIZES,
+        and the file's size.
+
+    Raises:
+        StoreError: the file cannot be read or is invalid; the message names it and the tensor.
+    """
+    try:
+        with path.open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            head = file.read(_HEADER_LENGTH.size)
+            if len(head) < _HEADER_LENGTH.size:
+                raise StoreError(f"{path}: got {len(head)} bytes, expected a safetensors file")
+            text = file.read(_header_length(head, size_bytes, path))
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+    data_start = _HEADER_LENGTH.size + len(text)
+    table: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    for name, value in _load_header(text, path).items():
+        if isinstance(value, dict) and value.get("dtype") not in DTYPE_SIZES:
+            continue
+        entry = _read_tensor_info(value, f"{path}: {name}")
+        if data_start + entry.end > size_bytes:
+            raise StoreError(
+                f"{path}: {name}: got an end at byte {data_start + entry.end}, expected at most "
+                f"{size_bytes}, the file's size"
+            )
+        table[name] = (entry.dtype, entry.shape, data_start + entry.start)
+    return table, size_bytes
 
 
 def _read_header(data: memoryview, path: Path) -> tuple[dict[str, _TensorInfo], int]:
     """Return tensor infos by name, and the offset of the data section in the file."""
+    length = _header_length(data, len(data), path)
+    text = bytes(data[_HEADER_LENGTH.size : _HEADER_LENGTH.size + length])
+    return _parse_header(text, len(data), path)
+
+
+def _header_length(data: bytes | memoryview, size_bytes: int, path: Path) -> int:
     (length,) = _HEADER_LENGTH.unpack_from(data)
-    data_start = _HEADER_LENGTH.size + length
-    if length > _MAX_HEADER_BYTES or data_start > len(data):
+    if length > _MAX_HEADER_BYTES or _HEADER_LENGTH.size + length > size_bytes:
         raise StoreError(
             f"{path}: header length: got {length}, "
-            f"expected at most {len(data) - _HEADER_LENGTH.size}"
+            f"expected at most {size_bytes - _HEADER_LENGTH.size}"
         )
+    return int(length)
+
+
+def _load_header(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        header = json.loads(bytes(data[_HEADER_LENGTH.size : data_start]))
+        header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path}: header: invalid JSON: {error}") from error
     if not isinstance(header, dict):
         raise StoreError(f"{path}: header: got {type(header).__name__}, expected a JSON object")
     header.pop("__metadata__", None)
+    return header
+
+
+def _parse_header(text: bytes, size_bytes: int, path: Path) -> tuple[dict[str, _TensorInfo], int]:
+    header = _load_header(text, path)
     entries = {name: _read_tensor_info(value, f"{path}: {name}") for name, value in header.items()}
-    _check_coverage(entries, len(data) - data_start, path)
+    data_start = _HEADER_LENGTH.size + len(text)
+    _check_coverage(entries, size_bytes - data_start, path)
     return entries, data_start
 
 

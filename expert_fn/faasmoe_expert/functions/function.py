@@ -109,20 +109,14 @@ class ExpertFunction:
         layers = []
         for index, kernel in self._kernels.items():
             verifier = self._verifiers.get(index)
-            if isinstance(kernel, NativeKernel) and verifier is not None and verifier.identity:
-                layers.append(
-                    kernel.native_layer(
-                        self._layers[index],
-                        getattr(torch, self._dtype),
-                        verifier.path,
-                        verifier.identity,
-                    )
-                )
+            if isinstance(kernel, NativeKernel) and verifier is not None and verifier.files:
+                dtype = getattr(torch, self._dtype)
+                layers.append(kernel.native_layer(self._layers[index], dtype, verifier.files))
         return tuple(layers)
 
     def has_identities(self, layers: Sequence[NativeLayer]) -> bool:
         """Return whether these layers' files are still those that were verified last."""
-        return all(self._verifiers[x.layer].identity == x.identity for x in layers)
+        return all(self._verifiers[x.layer].files == x.files for x in layers)
 
     def compute(self, request: ExpertRequest) -> Tensor:
         """Compute one frame.

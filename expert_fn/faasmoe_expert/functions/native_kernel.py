@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +27,7 @@ from torch import Tensor
 from faasmoe_contracts.store.manifest import LayerEntry
 from faasmoe_expert.functions.dequantization import QuantizedStack
 from faasmoe_expert.functions.kernels import CLAMPED_SWIGLU, KernelSpec, RoutedPairs
-from faasmoe_expert.functions.weights import LayerWeights
+from faasmoe_expert.functions.weights import LayerWeights, ScatteredStack
 from faasmoe_kernels import (
     MATRIX_BYTES,
     Activation,
@@ -41,7 +40,7 @@ from faasmoe_kernels import (
     describe_cpu_kernels,
     matrix_table,
 )
-from faasmoe_kernels.function_layers import FileIdentity, FunctionLayer
+from faasmoe_kernels.function_layers import FunctionLayer, WeightsFile
 from faasmoe_transformers.onednn import is_fast_on_cpu
 
 ACTIVATIONS = {
@@ -112,8 +111,8 @@ class NativeLayer:
         down: the same of its down projection.
         gating: what stands between the projections.
         max_rows_per_expert: rows of one expert above which another kernel is faster; 0 for never.
-        path: file that the weights are mapped from.
-        identity: device, inode, size, mtime_ns and ctime_ns of the file's verified content.
+        files: the files that the weights are mapped from, with the identities of their verified
+            content.
     """
 
     layer: int
@@ -123,8 +122,7 @@ class NativeLayer:
     down: NDArray[np.uint8]
     gating: Gating
     max_rows_per_expert: int
-    path: Path
-    identity: FileIdentity
+    files: tuple[WeightsFile, ...]
 
     def describe(self) -> FunctionLayer:
         """Return the layer as the library knows it; valid while this object exists."""
@@ -137,8 +135,7 @@ class NativeLayer:
             gating=self.gating,
             dtype=DTYPES[self.dtype],
             max_rows_per_expert=self.max_rows_per_expert,
-            path=str(self.path),
-            identity=self.identity,
+            files=self.files,
         )
 
 
@@ -190,15 +187,14 @@ class NativeKernel:
         )
 
     def native_layer(
-        self, layer: LayerEntry, dtype: torch.dtype, path: Path, identity: FileIdentity
+        self, layer: LayerEntry, dtype: torch.dtype, files: tuple[WeightsFile, ...]
     ) -> NativeLayer:
         """Return what the library needs to compute this layer; valid while the kernel exists.
 
         Args:
             layer: manifest entry of the layer.
             dtype: dtype of the rows.
-            path: file that the weights are mapped from.
-            identity: identity of its verified content.
+            files: the files that the weights are mapped from, as they were verified.
         """
         is_limited = self._large_batch_kernel is not None and self._is_onednn_fast
         return NativeLayer(
@@ -209,8 +205,7 @@ class NativeKernel:
             self._down.table,
             self._gating,
             MAX_DIRECT_ROWS_PER_EXPERT if is_limited else 0,
-            path,
-            identity,
+            files,
         )
 
     def compute_per_pair(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
@@ -267,6 +262,8 @@ class _MatrixStack:
     ) -> None:
         self._bias = _host_stack(weights, f"{name}_bias") if spec.bias else None  # [E, n]
         self._bias_dtype = ParameterDtype.FLOAT32
+        if isinstance(self._bias, ScatteredStack) and len(self._bias.parts[0]) > 1:
+            raise UnsupportedLayer(f"{name}_bias lies in parts")
         if self._bias is not None:
             self._bias_dtype = _parameter_dtype(f"{name}_bias", self._bias)
         self.dtype: torch.dtype | None = None
@@ -282,23 +279,30 @@ class _MatrixStack:
         self.table: NDArray[np.uint8] = np.zeros((n_experts, MATRIX_BYTES), dtype=np.uint8)
         self.table[list(experts)] = entries.reshape(len(experts), MATRIX_BYTES)
 
-    def _float_matrices(self, stack: Tensor, name: str, experts: Sequence[int]) -> list[Matrix]:
+    def _float_matrices(
+        self, stack: Tensor | ScatteredStack, name: str, experts: Sequence[int]
+    ) -> list[Matrix]:
         scheme = SCHEMES.get(stack.dtype)
         if scheme is None:
             raise UnsupportedLayer(f"{name} has dtype {stack.dtype}")
         self._stack, self.dtype = stack, stack.dtype  # [E, n, k], kept alive for its addresses
-        _, n, k = stack.shape
-        return [
-            Matrix(
-                scheme,
-                n,
-                k,
-                stack[expert].data_ptr(),
-                bias=self._bias_address(expert),
-                bias_dtype=self._bias_dtype,
+        matrices = []
+        for expert in experts:
+            parts = stack.parts[expert] if isinstance(stack, ScatteredStack) else (stack[expert],)
+            if len(parts) > 2:
+                raise UnsupportedLayer(f"{name} lies in {len(parts)} parts")
+            matrices.append(
+                Matrix(
+                    scheme,
+                    sum(len(part) for part in parts),
+                    parts[0].shape[1],
+                    parts[0].data_ptr(),
+                    bias=self._bias_address(expert),
+                    bias_dtype=self._bias_dtype,
+                    codes_upper=parts[1].data_ptr() if len(parts) == 2 else 0,
+                )
             )
-            for expert in experts
-        ]
+        return matrices
 
     def _quantized_matrices(self, stack: QuantizedStack, experts: Sequence[int]) -> list[Matrix]:
         quantization = stack.quantization
@@ -321,10 +325,15 @@ class _MatrixStack:
         ]
 
     def _bias_address(self, expert: int) -> int:
-        return 0 if self._bias is None else self._bias[expert].data_ptr()
+        if self._bias is None:
+            return 0
+        if isinstance(self._bias, ScatteredStack):
+            (part,) = self._bias.parts[expert]
+            return part.data_ptr()
+        return self._bias[expert].data_ptr()
 
 
-def _parameter_dtype(name: str, tensor: Tensor) -> ParameterDtype:
+def _parameter_dtype(name: str, tensor: Tensor | ScatteredStack) -> ParameterDtype:
     dtype = PARAMETER_DTYPES.get(tensor.dtype)
     if dtype is None:
         raise UnsupportedLayer(f"{name} has dtype {tensor.dtype}")
@@ -336,8 +345,10 @@ def _max_rows(pairs: RoutedPairs) -> int:
     return int(np.bincount(pairs.expert).max(initial=0))
 
 
-def _host_stack(weights: LayerWeights, name: str) -> Tensor:
+def _host_stack(weights: LayerWeights, name: str) -> Tensor | ScatteredStack:
     stack = weights.stacked[name]
+    if isinstance(stack, ScatteredStack):
+        return stack
     if not isinstance(stack, Tensor) or stack.device.type != "cpu":
         raise UnsupportedLayer(f"{name} is not in host memory")
     if not stack.is_contiguous():

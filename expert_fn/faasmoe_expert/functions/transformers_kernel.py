@@ -17,7 +17,7 @@ from torch import Tensor
 
 from faasmoe_expert.functions.dequantization import QuantizedStack
 from faasmoe_expert.functions.kernels import RoutedPairs, index_tensor
-from faasmoe_expert.functions.weights import LayerWeights
+from faasmoe_expert.functions.weights import LayerWeights, ScatteredStack
 from faasmoe_transformers.meta_model import copy_experts_module, replace_tensor, set_num_experts
 
 
@@ -43,6 +43,8 @@ class TransformersKernel:
                 parameters[name] = stack
             elif isinstance(stack, QuantizedStack):
                 raise TypeError(f"{name}: got codes, which QuantizedTransformersKernel computes")
+            elif isinstance(stack, ScatteredStack):
+                raise TypeError(f"{name}: got experts in several places, expected one tensor")
             else:  # a copy of the block's experts: the module has only those, renumbered
                 parameters[name] = stack.tensor
                 self._local_index = dict(stack.position)

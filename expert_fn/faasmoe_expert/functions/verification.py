@@ -22,17 +22,20 @@ import numpy
 
 from faasmoe_contracts.store import LayerEntry, MappedLayer, Store
 from faasmoe_contracts.store.digests import block_buffers, page_sum_digest
+from faasmoe_contracts.store.references import REMEDY
+from faasmoe_contracts.store.tensors import MappedFile
 from faasmoe_expert.errors import BlockCorrupted
 from faasmoe_kernels import KernelsUnavailable, MappingGuard
 from faasmoe_kernels import load as load_kernels
+from faasmoe_kernels.function_layers import FileIdentity, WeightsFile
 
 logger = logging.getLogger(__name__)
 
 MAX_THREADS = 4
 VERIFIED_DIR_ENV = "FAASMOE_VERIFIED_DIR"
 
-FileIdentity = tuple[int, int, int, int, int]
-"""Device, inode, size, mtime_ns and ctime_ns of a file; changes whenever the file is written."""
+FileIdentities = tuple[FileIdentity | None, ...]
+"""Identities of the files of a layer; None for one that could not be read."""
 
 
 def file_identity(path: Path) -> FileIdentity | None:
@@ -55,9 +58,11 @@ class VerifiedBlocks:
         self._marker_dir = marker_dir
         self._verified: set[str] = set()
 
-    def contains(self, identity: FileIdentity, block: int) -> bool:
-        """Return whether a block was verified since the file last changed."""
-        name = _marker_name(identity, block)
+    def contains(self, identities: FileIdentities, block: int, digest: str) -> bool:
+        """Return whether a block was verified since its files last changed."""
+        name = _marker_name(identities, block, digest)
+        if None in identities:
+            return False
         if (
             name not in self._verified
             and self._marker_dir is not None
@@ -66,9 +71,11 @@ class VerifiedBlocks:
             self._verified.add(name)
         return name in self._verified
 
-    def add(self, identity: FileIdentity, block: int) -> None:
-        """Record a verified block."""
-        name = _marker_name(identity, block)
+    def add(self, identities: FileIdentities, block: int, digest: str) -> None:
+        """Record a verified block, unless the identity of a file of it is not known."""
+        if None in identities:
+            return
+        name = _marker_name(identities, block, digest)
         self._verified.add(name)
         if self._marker_dir is None:
             return
@@ -79,21 +86,21 @@ class VerifiedBlocks:
             logger.warning("cannot write %s: %s", self._marker_dir / name, error.strerror)
 
 
-def _guard_mapping(mapped: MappedLayer) -> MappingGuard | None:
+def _guard_mapping(mapped: MappedFile) -> MappingGuard | None:
     """Keep a truncation of a mapped file from ending this process, if the kernels are there."""
     try:
         library = load_kernels()
     except KernelsUnavailable:
         return None
     address = numpy.frombuffer(mapped.mapping, dtype=numpy.uint8).ctypes.data
-    guard = library.guard_mapping(address, len(mapped.mapping))
+    guard = library.guard_mapping(address, len(mapped.mapping), file_offset=mapped.offset)
     if guard is not None:
         weakref.finalize(mapped.mapping, guard.close)
     return guard
 
 
-def _marker_name(identity: FileIdentity, block: int) -> str:
-    return hashlib.sha256(repr((identity, block)).encode()).hexdigest()[:32]
+def _marker_name(identities: FileIdentities, block: int, digest: str) -> str:
+    return hashlib.sha256(repr((identities, block, digest)).encode()).hexdigest()[:32]
 
 
 @cache
@@ -103,76 +110,42 @@ def process_verified_blocks() -> VerifiedBlocks:
     return VerifiedBlocks(Path(marker_dir) if marker_dir else None)
 
 
-class BlockVerifier:
-    """Verifies the mapped bytes of some experts of one layer, at first and after file changes.
-
-    Args:
-        store: the store of the layer.
-        layer: manifest entry of the layer.
-        mapped: the mapped layer.
-        experts: indices of the experts in use; the shared parameters are always verified.
-        verified_blocks: record of verified blocks; that of the process by default.
+class WatchedFile:
+    """A mapped file with a guard of its mapping, and what its content was when it was verified.
 
     Attributes:
-        path: the layer's file.
+        path: its path.
+        identity: identity of the content that was verified last; None if that could not be read.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        layer: LayerEntry,
-        mapped: MappedLayer,
-        experts: Sequence[int],
-        *,
-        verified_blocks: VerifiedBlocks | None = None,
-    ) -> None:
-        self.path = store.path / layer.file
-        self._layer = layer
-        self._mapped = mapped
-        self._blocks = (*experts, layer.num_experts)
-        self._verified_blocks = verified_blocks or process_verified_blocks()
-        self._identity: FileIdentity | None = None
-        self._failure = ""
+    def __init__(self, mapped: MappedFile) -> None:
+        self.path = mapped.path
+        self.identity: FileIdentity | None = None
+        self._seen: FileIdentity | None = None
+        self._is_new = True
         self._guard = _guard_mapping(mapped)
 
     @property
-    def identity(self) -> FileIdentity | None:
-        """Identity of the file's content that was verified last; None if it did not match."""
-        return None if self._failure else self._identity
+    def is_damaged(self) -> bool:
+        """Whether bytes of the mapping could not be read."""
+        return self._guard is not None and self._guard.is_damaged
 
-    def verify_if_changed(self) -> bool:
-        """Verify the block if its file changed since the last call, and map its pages.
+    def look(self) -> bool:
+        """Look at the file; return whether the mapped one changed since the last `accept`."""
+        self._seen = file_identity(self.path)
+        if self._is_new:
+            return True
+        return self._is_mapped() and self._seen != self.identity
 
-        A file that was removed or replaced needs no verification: the mapping keeps the old bytes.
+    def accept(self) -> None:
+        """Take the content that was seen as the one that is verified now."""
+        self.identity, self._is_new = self._seen, False
 
-        Returns:
-            Whether the block was verified, that is, its bytes may have changed.
-
-        Raises:
-            BlockCorrupted: a digest does not match; raised by every call until the file changes.
-        """
-        identity = file_identity(self.path)
-        is_damaged = self._guard is not None and self._guard.is_damaged
-        is_same_file = identity is not None and self._is_mapped(identity)
-        is_changed = is_same_file and identity != self._identity
-        if is_damaged and self._failure and not is_changed:
-            pass  # as it was at the last call
-        elif is_damaged and not (is_same_file and self._restore()):
-            self._failure = f"store: {self.path} was truncated, and then removed or replaced"
-        elif identity is not None and (is_damaged or is_changed):
-            is_changed = True
-            self._identity = identity
-            self._failure = self._find_corruption(identity, is_damaged=is_damaged)
-        if self._failure:
-            raise BlockCorrupted(self._failure, field="store")
-        return is_changed
-
-    def _is_mapped(self, identity: FileIdentity) -> bool:
-        return self._identity is None or identity[:2] == self._identity[:2]
-
-    def _restore(self) -> bool:
+    def restore(self) -> bool:
         """Map the file again, whose mapping was damaged; return whether that succeeded."""
         assert self._guard is not None
+        if not self._is_mapped():
+            return False
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -186,24 +159,109 @@ class BlockVerifier:
             os.close(descriptor)
         return True
 
-    def _find_corruption(self, identity: FileIdentity, *, is_damaged: bool) -> str:
+    def _is_mapped(self) -> bool:
+        """Return whether the file that was seen is the mapped one, and not another at its path."""
+        seen, identity = self._seen, self.identity
+        return seen is not None and (identity is None or seen[:2] == identity[:2])
+
+
+class BlockVerifier:
+    """Verifies the mapped bytes of some experts of one layer, at first and after file changes.
+
+    Args:
+        store: the store of the layer.
+        layer: manifest entry of the layer.
+        mapped: the mapped layer.
+        experts: indices of the experts in use; the shared parameters are always verified.
+        verified_blocks: record of verified blocks; that of the process by default.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        layer: LayerEntry,
+        mapped: MappedLayer,
+        experts: Sequence[int],
+        *,
+        verified_blocks: VerifiedBlocks | None = None,
+    ) -> None:
+        self._layer = layer
+        self._mapped = mapped
+        self._blocks = (*experts, layer.num_experts)
+        self._verified_blocks = verified_blocks or process_verified_blocks()
+        self._failure = ""
+        self._files = tuple(WatchedFile(file) for file in mapped.files)
+
+    @property
+    def files(self) -> tuple[WeightsFile, ...]:
+        """The files with the identities of their verified content; none if it did not match."""
+        if self._failure:
+            return ()
+        return tuple(
+            WeightsFile(str(file.path), file.identity) for file in self._files if file.identity
+        )
+
+    def verify_if_changed(self) -> bool:
+        """Verify the block if its files changed since the last call, and map its pages.
+
+        A file that was removed or replaced needs no verification: the mapping keeps the old bytes.
+
+        Returns:
+            Whether the block was verified, that is, its bytes may have changed.
+
+        Raises:
+            BlockCorrupted: a digest does not match; raised by every call until a file changes.
+        """
+        changed = [file for file in self._files if file.look()]
+        damaged = [file for file in self._files if file.is_damaged]
+        is_changed = bool(changed)
+        if damaged and self._failure and not changed:
+            pass  # as it was at the last call
+        elif lost := [file for file in damaged if not file.restore()]:
+            self._failure = f"store: {lost[0].path} was truncated, and then removed or replaced"
+        elif changed or damaged:
+            is_changed = True
+            for file in changed:
+                file.accept()
+            self._failure = self._find_corruption(is_damaged=bool(damaged))
+        if self._failure:
+            raise BlockCorrupted(self._failure, field="store")
+        return is_changed
+
+    def _find_corruption(self, *, is_damaged: bool) -> str:
+        identities = tuple(file.identity for file in self._files)
+        digests = self._layer.digests
         blocks = [
             block
             for block in self._blocks
-            if is_damaged or not self._verified_blocks.contains(identity, block)
+            if is_damaged or not self._verified_blocks.contains(identities, block, digests[block])
         ]
         self._prefault(block for block in self._blocks if block not in blocks)
         for block, got in zip(blocks, self._digests(blocks), strict=True):
-            if got != (expected := self._layer.digests[block]):
-                is_expert = block < self._layer.num_experts
-                block_name = f"expert {block}" if is_expert else "shared parameters"
-                return (
-                    f"store: layer {self._layer.index}, {block_name} of {self.path}: "
-                    f"got digest {got}, expected {expected}: "
-                    "digest mismatch with the prepared store"
-                )
-            self._verified_blocks.add(identity, block)
+            if got != digests[block]:
+                return self._describe_corruption(block, got)
+            self._verified_blocks.add(identities, block, digests[block])
         return ""
+
+    def _describe_corruption(self, block: int, got: str) -> str:
+        layer = self._layer
+        is_expert = block < layer.num_experts
+        block_name = f"expert {block}" if is_expert else "shared parameters"
+        tensors = [
+            (name, view.expert_pieces(block) if is_expert else view.pieces)
+            for name, view in sorted(self._mapped.tensors.items())
+            if view.is_stacked(layer.num_experts) == is_expert
+        ]
+        files = dict.fromkeys(self._files[p.file].path for _, pieces in tensors for p in pieces)
+        text = (
+            f"store: layer {layer.index}, {block_name} of {', '.join(map(str, files))}: "
+            f"got digest {got}, expected {layer.digests[block]}: "
+            "digest mismatch with the prepared store"
+        )
+        if layer.file:
+            return text
+        names = ", ".join(name for name, _ in tensors)
+        return f"{text}: {names} of {layer.name} changed in the checkpoint; {REMEDY}"
 
     def _prefault(self, blocks: Iterable[int]) -> None:
         n_experts = self._layer.num_experts

@@ -46,17 +46,48 @@ class StackedBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class ScatteredStack:
+    """One stacked parameter whose experts lie apart from each other in a checkpoint's files.
+
+    Attributes:
+        parts: the parts of each expert's parameter by global expert index: blocks of its rows
+            (dimension 0) that follow each other, such as those of gate and up.
+    """
+
+    parts: tuple[tuple[Tensor, ...], ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameter."""
+        return self.parts[0][0].dtype
+
+    def __len__(self) -> int:
+        """Return the number of experts of the layer."""
+        return len(self.parts)
+
+    def __getitem__(self, expert: int, /) -> Tensor:
+        """Return the parameter of one expert: a view, or a copy if it lies in several parts."""
+        parts = self.parts[expert]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+Stack = Tensor | StackedBlock | QuantizedStack | ScatteredStack
+"""One parameter of several experts, indexed by global expert index."""
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """The expert parameters of one layer.
 
     Attributes:
         stacked: parameters by name, indexed by global expert index: a view of the whole mapped
             stack, of which only pages that are read become resident, or a copy of the block.
-            Quantised parameters are codes and scales if mapped, dequantised if copied.
+            Quantised parameters are codes and scales if mapped, dequantised if copied. A stack of
+            which the store holds no copy may be scattered.
         shared: parameters that are not stacked over experts, by name.
     """
 
-    stacked: Mapping[str, Tensor | StackedBlock | QuantizedStack]
+    stacked: Mapping[str, Stack]
     shared: Mapping[str, Tensor]
 
     @property
@@ -79,9 +110,12 @@ def map_weights(
         quantization: how its quantised parameters are stored, by name.
     """
     quantization = quantization or {}
-    stacked: dict[str, Tensor | StackedBlock | QuantizedStack] = {}
+    stacked: dict[str, Stack] = {}
     shared: dict[str, Tensor] = {}
     for name, view in _unscaled_tensors(layer, quantization):
+        if not view.is_contiguous:
+            stacked[name] = _scattered_stack(view)
+            continue
         tensor = tensor_view(view.buffer, view.dtype, view.shape)
         if name in quantization:
             scales = layer.tensors[name + SCALE_SUFFIX]
@@ -92,6 +126,21 @@ def map_weights(
         else:
             shared[name] = tensor
     return LayerWeights(stacked, shared)
+
+
+def _scattered_stack(view: TensorView) -> ScatteredStack:
+    """Return views of the pieces of each expert, which are equal blocks of its rows."""
+    n_experts, rows, *rest = view.shape
+    count = len(view.pieces) // n_experts
+    shape = (rows // count, *rest)
+    return ScatteredStack(
+        tuple(
+            tuple(
+                tensor_view(piece.buffer, view.dtype, shape) for piece in view.expert_pieces(expert)
+            )
+            for expert in range(n_experts)
+        )
+    )
 
 
 def _unscaled_tensors(
@@ -122,7 +171,7 @@ def copy_weights(
         dtype: dtype that these are dequantised to on the device.
     """
     quantization = quantization or {}
-    stacked: dict[str, Tensor | StackedBlock | QuantizedStack] = {}
+    stacked: dict[str, Stack] = {}
     shared: dict[str, Tensor] = {}
     position = {expert: i for i, expert in enumerate(experts)}
     for name, view in _unscaled_tensors(layer, quantization):
@@ -133,15 +182,14 @@ def copy_weights(
             )
             stacked[name] = StackedBlock(tensor, position)
             continue
-        data = view.buffer.cast("B")
-        is_stacked = view.shape[:1] == (n_experts,)
+        is_stacked = view.is_stacked(n_experts)
         shape = (len(experts), *view.shape[1:]) if is_stacked else view.shape
         target = torch.empty(shape, dtype=TORCH_DTYPES[view.dtype], device=uploader.device)
         if is_stacked:
-            _upload_experts(target, data, experts, len(data) // n_experts, uploader)
+            _upload_experts(target, view, experts, uploader)
             stacked[name] = StackedBlock(target, position)
         else:
-            uploader.upload(_as_bytes(target), data)
+            uploader.upload(_as_bytes(target), view.buffer)
             shared[name] = target
     uploader.synchronize()
     return LayerWeights(stacked, shared)
@@ -181,10 +229,20 @@ def _upload_one(view: TensorView, expert: int, uploader: Uploader) -> Tensor:
 
 
 def _upload_experts(
-    target: Tensor, data: memoryview, experts: Sequence[int], stride: int, uploader: Uploader
+    target: Tensor, view: TensorView, experts: Sequence[int], uploader: Uploader
 ) -> None:
-    """Copy experts of `stride` bytes each, consecutive experts in one piece."""
+    """Copy experts to `target`, consecutive experts in one piece if they follow each other."""
     target_bytes = _as_bytes(target)  # [n * stride]
+    stride = view.nbytes // view.shape[0]
+    if not view.is_contiguous:
+        offset = 0
+        for expert in experts:
+            for part in view.expert_pieces(expert):
+                size_bytes = part.buffer.nbytes
+                uploader.upload(target_bytes[offset : offset + size_bytes], part.buffer)
+                offset += size_bytes
+        return
+    data = view.buffer
     for first, count in consecutive_runs(experts):
         offset = experts.index(first) * stride
         piece = data[first * stride : (first + count) * stride]

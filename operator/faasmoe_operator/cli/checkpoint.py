@@ -14,6 +14,7 @@ from typing import Any
 
 from faasmoe_contracts.parent_death import PARENT_PID_ENV
 from faasmoe_contracts.store import QuantizationEntry
+from faasmoe_contracts.store.references import STORE_MODES
 from faasmoe_operator.cli import model_arguments
 from faasmoe_operator.cli.logs import print_progress
 from faasmoe_operator.cli.model_source import ModelSource
@@ -27,9 +28,9 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "prepare",
         help="convert a checkpoint into a store",
-        description="Convert a Hugging Face checkpoint or a GGUF file into a store: one file of\n"
-        "expert weights per MoE layer, plus the router's weights. It is safe to interrupt\n"
-        "and to repeat.\n\n"
+        description="Convert a Hugging Face checkpoint or GGUF file into a store. Weights that\n"
+        "a checkpoint holds as they are served stay there, and the store refers to them; others\n"
+        "are copied. It is safe to interrupt and to repeat.\n\n"
         "Checkpoints published quantised (fp8, mxfp4, mxfp8, compressed-tensors, GPTQ, AWQ,\n"
         "NVFP4, GGUF) are read as they are: experts keep codes that the kernels read, the rest is\n"
         "dequantised, and the output says which and what it costs (docs/models.md).",
@@ -49,6 +50,14 @@ def add_commands(commands: Any) -> None:
         help="folder to write the store to (default: where `faasmoe up MODEL` looks for it)",
     )
     model_arguments.add_store_options(parser.add_argument_group("weights"), "--quantize")
+    parser.add_argument(
+        "--mode",
+        choices=STORE_MODES,
+        default="auto",
+        help="as spec.store.mode: auto refers to tensors that lie in the checkpoint as they are "
+        "served, so that the checkpoint must stay where it is, and copies the rest; reference does "
+        "the same, but fails if experts must be copied; copy copies all (default: %(default)s)",
+    )
     parser.add_argument(
         "--force", action="store_true", help="overwrite a store made from another source"
     )
@@ -83,6 +92,7 @@ def prepare_command(
     revision: str | None,
     dtype: str | None,
     quantization: QuantizationEntry = NO_QUANTIZATION,
+    mode: str = "auto",
     force: bool = False,
     allows_nonfinite: bool = False,
 ) -> list[str]:
@@ -94,6 +104,7 @@ def prepare_command(
         revision: branch, tag or commit; None for the hub's default.
         dtype: dtype of the stored weights; None for that of the checkpoint.
         quantization: what to quantise.
+        mode: whether to refer to the checkpoint's tensors or to copy them, see STORE_MODES.
         force: whether to overwrite a store made from another source.
         allows_nonfinite: whether to accept weights that are NaN or infinite.
     """
@@ -103,6 +114,7 @@ def prepare_command(
     command += [f"--revision={revision}"] if revision else []
     command += [f"--dtype={dtype}"] if dtype else []
     command += quantization_arguments(quantization)
+    command += [f"--mode={mode}"] if mode != "auto" else []
     command += ["--allow-nonfinite"] * allows_nonfinite
     return command + ["--force"] * force
 
@@ -134,6 +146,7 @@ def _prepare_in(arguments: argparse.Namespace, source: str, store: str) -> int:
             revision=arguments.revision,
             dtype=model_arguments.requested_dtype(arguments),
             quantization=model_arguments.requested_quantization(arguments),
+            mode=arguments.mode,
             force=arguments.force,
             allows_nonfinite=arguments.allow_nonfinite,
         )

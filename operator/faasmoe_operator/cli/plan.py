@@ -9,6 +9,7 @@ from typing import Any
 
 from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_contracts.store import Manifest
+from faasmoe_contracts.store.references import describe_weights
 from faasmoe_operator.api.v1alpha1.router import RouterSpec
 from faasmoe_operator.cli import model_arguments
 from faasmoe_operator.cli.formatting import format_bytes, format_table
@@ -63,6 +64,7 @@ def format_plan(
     """
     capacity, pool = deployment.template.capacity, deployment.model.spec.experts.warm_pool
     n_full = -(-len(functions) // capacity)
+    layers = len(manifest.layers)
     sizes = {f.id: function_bytes(f, manifest.layers) for f in functions}
     weights = sum(sizes.values())
     model = manifest.model
@@ -75,6 +77,7 @@ def format_plan(
             ("quantization", _describe_quantization(manifest)),
             ("moe layers", str(len(manifest.layers))),
             ("functions", f"{len(functions)}, {format_bytes(weights)} of weights"),
+            *(("weights", line) for line in describe_weights(layers, manifest.checkpoint)),
             ("sandboxes", f"up to {capacity} functions each, {pool} generic kept ready"),
             ("router", _describe_router_weights(deployment.model.spec.router, manifest)),
             ("idle", f"{pool} sandboxes, about {format_bytes(_sandbox_bytes(pool))}"),
@@ -104,8 +107,7 @@ def _describe_quantization(manifest: Manifest) -> str:
 
 def _describe_router_weights(router: RouterSpec, manifest: Manifest) -> str:
     store_dtype = manifest.model.dtype
-    files = manifest.files.items()
-    stored_bytes = sum(file.size_bytes for name, file in files if name.startswith("router/"))
+    stored_bytes = manifest.router_bytes
     dtype = widest_router_dtype(router.dtype, router.device, store_dtype=store_dtype)
     size = format_bytes(
         router_weights_bytes(

@@ -295,6 +295,7 @@ async def _prepare(requested: RequestedModel) -> int:
             revision=deployment.model.spec.model.revision,
             dtype=deployment.dtype,
             quantization=deployment.quantization,
+            mode=deployment.model.spec.store.mode or "auto",
             force=is_outdated,
         ),
         environment=os.environ,

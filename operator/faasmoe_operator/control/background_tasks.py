@@ -8,7 +8,6 @@ free memory only and never blocks the event loop.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_contracts.store import Store, StoreError
+from faasmoe_contracts.store.tensors import MappedFile, TensorPiece
 from faasmoe_operator.control.controller import Controller
 from faasmoe_operator.control.state_files import PopularityFile
 from faasmoe_operator.plan.fleet import SandboxState
@@ -163,35 +163,27 @@ def read_ahead(
 def byte_ranges(store: Store, spec: FunctionSpec) -> Iterator[ByteRange]:
     """Yield the ranges of the store's files that hold the weights of a function's experts."""
     for index in spec.layers:
-        layer = store.layer_entry(index)
-        path = store.path / layer.file
-        mapped = store.map_layer(index)
-        views = [view for view in mapped.tensors.values() if view.buffer.nbytes > 0]
-        lowest_address = min(_address(view.buffer) for view in views)
-        base_offset = path.stat().st_size - mapped.size_bytes
-        for view in views:
-            offset = base_offset + _address(view.buffer) - lowest_address
-            if view.shape[:1] != (layer.num_experts,):
-                yield ByteRange(path, offset, view.buffer.nbytes)
-                continue
-            stride = view.buffer.nbytes // layer.num_experts
-            for start, stop in _contiguous_runs(spec.experts):
-                yield ByteRange(path, offset + start * stride, (stop - start) * stride)
+        layer, mapped = store.layer_entry(index), store.map_layer(index)
+        for view in mapped.tensors.values():
+            pieces = view.pieces
+            if view.is_stacked(layer.num_experts):
+                pieces = tuple(
+                    piece for expert in spec.experts for piece in view.expert_pieces(expert)
+                )
+            yield from _joined(pieces, mapped.files)
 
 
-def _contiguous_runs(experts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield the half-open intervals [start, stop) of consecutive experts."""
-    start = stop = experts[0]
-    for expert in experts:
-        if expert > stop:
-            yield start, stop
-            start = expert
-        stop = expert + 1
-    yield start, stop
-
-
-def _address(buffer: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+def _joined(pieces: Sequence[TensorPiece], files: Sequence[MappedFile]) -> Iterator[ByteRange]:
+    """Yield the ranges of pieces, those that follow each other as one."""
+    start = end = file = -1
+    for piece in pieces:
+        if (piece.file, piece.offset) != (file, end):
+            if end > start:
+                yield ByteRange(files[file].path, start, end - start)
+            file, start, end = piece.file, piece.offset, piece.offset
+        end += piece.buffer.nbytes
+    if end > start:
+        yield ByteRange(files[file].path, start, end - start)
 
 
 def _advise_will_need(part: ByteRange) -> None:

@@ -116,6 +116,13 @@ class LocalModel:
         for tenant in self.model.spec.tenants:
             self.api_keys_path(tenant)
 
+    def _check_mode(self, manifest: Manifest) -> None:
+        checkpoint, mode = manifest.checkpoint, self.model.spec.store.mode
+        stored = "reference" if checkpoint and checkpoint.size_bytes else "copy"
+        if mode not in (None, "auto", stored):
+            what = f"got {mode}, expected auto or {stored}, as the store {self.store_path} is"
+            self._raise_error("spec.store.mode", f"{what}; `faasmoe prepare --force` replaces it")
+
     def open_store(self) -> Store:
         """Open the store and check that it was prepared from this model.
 
@@ -157,6 +164,7 @@ class LocalModel:
         )
 
     def _check_store(self, manifest: Manifest) -> None:
+        self._check_mode(manifest)
         stored = manifest.model
         if self.dtype not in (None, stored.dtype):
             expected = f"auto or {stored.dtype}, which the store {self.store_path} holds"

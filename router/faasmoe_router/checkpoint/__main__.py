@@ -21,6 +21,7 @@ from faasmoe_contracts.store.quantization import (
     ROUTER_QUANTIZATIONS,
     relative_error,
 )
+from faasmoe_contracts.store.references import STORE_MODES, StoreMode, describe_weights
 from faasmoe_router.checkpoint.progress_bar import ProgressBar
 from faasmoe_router.checkpoint.termination_message import exit_status, run_with_termination_log
 from faasmoe_router.errors import PrepareError
@@ -70,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
         help="scheme of the router's linear layers, gates excluded; with int4 the LM head is int8 "
         "(default: %(default)s)",
     )
+    command.add_argument(
+        "--mode",
+        choices=STORE_MODES,
+        help="auto: refer to tensors that lie in the checkpoint as they are served, which must "
+        "then stay, and copy the rest; reference: the same, but fail if an experts layer must be "
+        "copied; copy: copy all (default: auto, or copy with --discard-download)",
+    )
     command.add_argument("--force", action="store_true", help="replace a store of another source")
     command.add_argument(
         "--allow-nonfinite",
@@ -116,6 +124,8 @@ def _run_prepare(args: argparse.Namespace) -> int:
     print(
         f"{len(layers)} MoE layers, {n_lean_kernels} with the lean kernel; {store.manifest.digest}"
     )
+    for line in describe_weights(len(layers), store.manifest.checkpoint):
+        print(f"weights: {line}")
     for line in describe_quantization(store.manifest):
         print(line)
     return 0
@@ -158,6 +168,18 @@ def _existing_store(args: argparse.Namespace) -> Store | None:
     )
 
 
+def _mode(args: argparse.Namespace) -> StoreMode:
+    """Return the mode of the store; raises PrepareError if what it refers to would be removed."""
+    if args.discard_download is None:
+        return StoreMode(args.mode or "auto")
+    if args.mode == "reference":
+        raise PrepareError(
+            "mode: got reference together with --discard-download, expected copy: the store would "
+            "refer to files that are removed"
+        )
+    return StoreMode.COPY
+
+
 def _quantization(args: argparse.Namespace) -> QuantizationEntry:
     return QuantizationEntry(experts=args.quantize, router=args.quantize_router)
 
@@ -174,6 +196,7 @@ def _prepare_store(args: argparse.Namespace) -> Store:
             revision=args.revision,
             dtype=args.dtype,
             quantization=_quantization(args),
+            mode=_mode(args),
             force=args.force,
             allows_nonfinite=args.allow_nonfinite,
             progress=bar,

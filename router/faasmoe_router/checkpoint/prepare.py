@@ -8,6 +8,7 @@ unreachable, and without reading the weights again.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -24,6 +25,7 @@ from faasmoe_contracts.store import (
     QuantizationEntry,
     Store,
 )
+from faasmoe_contracts.store.references import StoreMode
 from faasmoe_router.checkpoint.format_report import describe_published
 from faasmoe_router.checkpoint.gguf.checkpoint import GgufCheckpoint, find_gguf_checkpoint
 from faasmoe_router.checkpoint.gguf.report import describe_types
@@ -32,8 +34,14 @@ from faasmoe_router.checkpoint.manifest import (
     model_entry,
     router_entry,
     with_layer_digests,
+    with_references,
 )
 from faasmoe_router.checkpoint.model_source import load_skeleton, open_tensors
+from faasmoe_router.checkpoint.reference_digests import verify_references
+from faasmoe_router.checkpoint.reference_plan import (
+    CheckpointLayout,
+    require_references,
+)
 from faasmoe_router.checkpoint.slice_quantizer import QuantizationLoss, SliceQuantizer
 from faasmoe_router.checkpoint.source import (
     CheckpointSource,
@@ -82,11 +90,21 @@ class StoreTarget:
         fingerprint: of the checkpoint and of the rest of this.
         dtype: dtype of the store; None for the checkpoint's.
         quantization: what is quantised.
+        mode: whether tensors are copied or referred to.
+        allows_nonfinite: whether weights may be NaN or infinite.
     """
 
     fingerprint: str
     dtype: str | None
     quantization: QuantizationEntry
+    mode: StoreMode
+    allows_nonfinite: bool
+
+    @property
+    def journal_fingerprint(self) -> str:
+        """Fingerprint that an interrupted preparation resumes with: files differ by mode."""
+        copies = self.mode is StoreMode.COPY
+        return self.fingerprint if copies else f"{self.fingerprint}-reference"
 
 
 def prepare(
@@ -96,6 +114,7 @@ def prepare(
     revision: str | None = None,
     dtype: str | None = None,
     quantization: QuantizationEntry = NO_QUANTIZATION,
+    mode: StoreMode = StoreMode.COPY,
     force: bool = False,
     allows_nonfinite: bool = False,
     progress: Progress | None = None,
@@ -103,6 +122,7 @@ def prepare(
     """Prepare a checkpoint as a store.
 
     If the store is complete and of the same checkpoint, its files are verified and left unchanged.
+    So is what it refers to in the checkpoint.
 
     Args:
         source: a folder or GGUF file, its file:// URL, or a hub repository (hf://ORG/NAME or
@@ -111,6 +131,7 @@ def prepare(
         revision: branch, tag or commit of the hub repository.
         dtype: bfloat16, float16 or float32; None keeps the checkpoint's.
         quantization: what to quantise.
+        mode: whether to copy tensors or refer to them.
         force: replace a complete store of another checkpoint.
         allows_nonfinite: accept weights that are NaN or infinite.
         progress: receives the number of bytes written.
@@ -126,9 +147,12 @@ def prepare(
     with lock_store_folder(store) as folder:
         if folder.is_complete:
             if folder.fingerprint() == fingerprint and not force:
-                return _verified_store(folder, progress or NoProgress())
+                store_mode = _mode_of(folder)
+                if mode in (StoreMode.AUTO, store_mode):
+                    return _verified_store(folder, progress or NoProgress())
+                raise _mode_mismatch(folder, got=store_mode, expected=mode)
             _clear_existing(folder, source, quantization, force=force)
-        target = StoreTarget(fingerprint, dtype, quantization)
+        target = StoreTarget(fingerprint, dtype, quantization, mode, allows_nonfinite)
         with _open_tensors(checkpoint, allows_nonfinite=allows_nonfinite) as tensors:
             _fill_store(folder, checkpoint, tensors, target, progress or NoProgress())
     return Store.open(store)
@@ -149,13 +173,30 @@ def _open_tensors(
 
 def _verified_store(folder: StoreFolder, progress: Progress) -> Store:
     store = Store.open(folder.path)
-    files = store.manifest.files
-    progress.start("verifying", total_bytes=sum(file.size_bytes for file in files.values()))
+    files, checkpoint = store.manifest.files, store.manifest.checkpoint
+    stored_bytes = sum(file.size_bytes for file in files.values())
+    referenced_bytes = checkpoint.size_bytes if checkpoint else 0
+    progress.start("verifying", total_bytes=stored_bytes + referenced_bytes)
     for name, file in files.items():
         store.verify([name])
         progress.advance(file.size_bytes)
+    verify_references(store, progress.advance)
     logger.info("%s is complete and verified", folder.path)
     return store
+
+
+def _mode_of(folder: StoreFolder) -> StoreMode:
+    """Return the mode of a complete store: COPY if it refers to nothing."""
+    checkpoint = Manifest.from_json(
+        json.loads((folder.path / MANIFEST_NAME).read_bytes())
+    ).checkpoint
+    return StoreMode.REFERENCE if checkpoint and checkpoint.size_bytes else StoreMode.COPY
+
+
+def _mode_mismatch(folder: StoreFolder, *, got: StoreMode, expected: StoreMode) -> StoreMismatch:
+    return StoreMismatch(
+        f"store: got {folder.path} in mode {got}, expected mode {expected}; --force replaces it"
+    )
 
 
 def _clear_existing(
@@ -190,12 +231,22 @@ def _fill_store(
     dtype = target.dtype
     skeleton = load_skeleton(checkpoint.folder, tensors, dtype)
     model = model_entry(skeleton, checkpoint)  # may reject the config: do it before hours of I/O
-    plan = plan_store(skeleton, tensors, target.quantization)
+    layout = None
+    if target.mode is not StoreMode.COPY:
+        layout = CheckpointLayout.read(checkpoint.weight_files)
+        if layout is None and target.mode is StoreMode.REFERENCE:
+            raise SourceUnsupported(
+                "mode: got reference, expected auto or copy: the checkpoint has no safetensors "
+                f"files in one folder below /: {checkpoint.folder}"
+            )
+    plan = plan_store(skeleton, tensors, target.quantization, layout)
+    if target.mode is StoreMode.REFERENCE:
+        require_references(skeleton, plan.references)
     for line in (*describe_published(plan), *describe_types(plan)):
         logger.info("%s", line)
-    files, losses = folder.start_or_resume(target.fingerprint)
+    files, losses = folder.start_or_resume(target.journal_fingerprint)
     loss = QuantizationLoss(losses)
-    progress.start("preparing", total_bytes=plan.size_bytes)
+    progress.start("preparing", total_bytes=plan.size_bytes + plan.references.size_bytes)
     progress.advance(sum(entry.size_bytes for entry in files.values()))
     _check_free_space(folder.path, plan, files)
     _write_tensors(folder, skeleton, plan, files, loss, progress)
@@ -204,12 +255,23 @@ def _fill_store(
     quantized = loss.add_to(plan.quantization)
     quantized |= {name: parameter.quantization for name, parameter in plan.kept.items()}
     layers = with_layer_digests(folder.path, layer_entries(skeleton, plan, quantized))
+    entry = None
+    if layout is not None:
+        layers, entry = with_references(
+            folder.path,
+            layers,
+            plan.references,
+            layout,
+            progress.advance,
+            allows_nonfinite=target.allows_nonfinite,
+        )
     manifest = Manifest.create(
         model=model,
         layers=layers,
         files=files,
         quantization=target.quantization,
         router=router_entry(layers, quantized),
+        checkpoint=entry,
     )
     folder.commit(manifest, target.fingerprint)
 

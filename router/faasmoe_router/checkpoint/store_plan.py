@@ -23,6 +23,12 @@ from faasmoe_router.checkpoint.kept_codes import KeptParameter, plan_kept_codes
 from faasmoe_router.checkpoint.model_source import unsupported_source
 from faasmoe_router.checkpoint.published_codes import PublishedParameter, find_published_codes
 from faasmoe_router.checkpoint.quantization_plan import plan_quantization
+from faasmoe_router.checkpoint.reference_plan import (
+    NO_REFERENCES,
+    CheckpointLayout,
+    ReferencePlan,
+    plan_references,
+)
 from faasmoe_router.errors import SourceUnsupported
 from faasmoe_transformers.model_skeleton import (
     ExpertsModule,
@@ -157,13 +163,15 @@ class StorePlan:
 
     Attributes:
         layouts: every safetensors file.
-        file_by_experts_module: file of each experts module by its name; tied modules share one.
+        file_by_experts_module: file of each experts module by its name; tied modules share one,
+            and one whose tensors are not copied has none (empty).
         jobs: the conversions in the order of the files.
         initial_values: initial values of parameters that the checkpoint lacks and may lack.
         aliases: names that are stored under another name, each with that name.
         quantization: how each parameter that is to be quantised is stored, by its name in the
             model.
         kept: parameters that keep the checkpoint's codes, by name.
+        references: what the store refers to in the checkpoint.
     """
 
     layouts: tuple[FileLayout, ...]
@@ -173,6 +181,7 @@ class StorePlan:
     aliases: Mapping[str, str]
     quantization: Mapping[str, TensorQuantization]
     kept: Mapping[str, KeptParameter | PublishedParameter]
+    references: ReferencePlan = NO_REFERENCES
 
     @property
     def size_bytes(self) -> int:
@@ -193,6 +202,7 @@ def plan_store(
     skeleton: ModelSkeleton,
     tensors: Mapping[str, LazyTensor],
     quantization: QuantizationEntry = QuantizationEntry(),  # noqa: B008
+    layout: CheckpointLayout | None = None,
 ) -> StorePlan:
     """Plan the store of a checkpoint.
 
@@ -200,6 +210,7 @@ def plan_store(
         skeleton: the checkpoint's model.
         tensors: the checkpoint's tensors by name.
         quantization: what to quantise.
+        layout: where the tensors lie, to refer to them; None to copy all.
 
     Raises:
         SourceUnsupported: tensors cannot be converted, or parameters are missing or have another
@@ -226,11 +237,20 @@ def plan_store(
     quantized = {name: entry for name, entry in quantized.items() if name not in published}
     all_kept: dict[str, KeptParameter | PublishedParameter] = {**kept, **published}
     codes = quantized | {name: parameter.quantization for name, parameter in all_kept.items()}
-    layouts, file_by_experts_module = _plan_files(skeleton, specs, aliases, codes)
+    references = NO_REFERENCES
+    if layout is not None:
+        references = plan_references(
+            skeleton,
+            conversion,
+            tensors,
+            layout,
+            aliases=aliases,
+            names=specs,
+            quantized=codes,
+        )
+    layouts, files = _plan_files(skeleton, specs, aliases, codes, references)
     jobs = _sort_jobs_by_file(conversion, layouts, aliases)
-    return StorePlan(
-        layouts, file_by_experts_module, jobs, initial_values, aliases, quantized, all_kept
-    )
+    return StorePlan(layouts, files, jobs, initial_values, aliases, quantized, all_kept, references)
 
 
 def _converted_specs(
@@ -292,14 +312,20 @@ def _plan_files(
     specs: Mapping[str, TensorSpec],
     aliases: Mapping[str, str],
     quantized: Mapping[str, TensorQuantization],
+    references: ReferencePlan,
 ) -> tuple[tuple[FileLayout, ...], dict[str, str]]:
-    """Return the files, and the file of each experts module by the module's name."""
+    """Return the files of what is copied, and the file of each experts module by its name."""
     remaining = {name: specs[name] for name in skeleton.model.state_dict() if name in specs}
     owners = _parameter_owners(skeleton.experts_modules, aliases)
     layouts: list[FileLayout] = []
     file_by_experts_module: dict[str, str] = {}
     for experts in skeleton.experts_modules:
         owner = owners[experts.name]
+        if experts.name in references.layers:
+            file_by_experts_module[experts.name] = ""
+            for local in experts.parameters:
+                remaining.pop(f"{experts.name}.{local}", None)
+            continue
         file_by_experts_module[experts.name] = f"experts/{owner.index:05}.safetensors"
         if owner is experts:
             own_specs = [
@@ -308,7 +334,8 @@ def _plan_files(
             ]
             own_specs = _with_quantized(own_specs, quantized)
             layouts.append(plan_file(file_by_experts_module[experts.name], own_specs))
-    router_specs = _with_quantized(remaining.values(), quantized)
+    copied = [spec for name, spec in remaining.items() if name not in references.router]
+    router_specs = _with_quantized(copied, quantized)
     return (*plan_router_files(router_specs), *layouts), file_by_experts_module
 
 

@@ -75,7 +75,7 @@ def failure_message(error: BaseException) -> bytes:
 
 def model_status(manifest: Manifest) -> dict[str, Any]:
     """Return the `status.model` of a MoEModel that this store serves."""
-    model, files = manifest.model, manifest.files
+    model = manifest.model
     return {
         "digest": manifest.digest,
         **({} if model.revision is None else {"revision": model.revision}),
@@ -88,8 +88,8 @@ def model_status(manifest: Manifest) -> dict[str, Any]:
         "vocabSize": model.vocab_size,
         "maxPositionEmbeddings": model.max_position_embeddings,
         "numHiddenLayers": model.num_hidden_layers,
-        "sizeBytes": sum(entry.size_bytes for entry in files.values()),
-        "routerBytes": sum(e.size_bytes for name, e in files.items() if name.startswith("router/")),
+        "sizeBytes": manifest.size_bytes,
+        "routerBytes": manifest.router_bytes,
         "layers": _layer_groups(manifest.layers),
     }
 

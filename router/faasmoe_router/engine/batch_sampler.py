@@ -236,11 +236,19 @@ class BatchSampler:
     Args:
         on_request_error: receives the requests that cannot continue, before their tokens are
             delivered.
+        check_weights: called before each batch's tokens are taken; raises if weights changed while
+            they were computed.
     """
 
     request_state_type: type = LogitsState
 
-    def __init__(self, on_request_error: RequestErrorHandler) -> None:
+    def __init__(
+        self,
+        on_request_error: RequestErrorHandler,
+        *,
+        check_weights: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._check_weights = check_weights
         self._on_request_error = on_request_error
         self._request_ids: list[str] = []
         self._row_plans: list[RowPlan] = []
@@ -260,6 +268,7 @@ class BatchSampler:
 
     def sample(self, scores: Tensor) -> Tensor:
         """Return scores whose argmax is each request's token, [N, V]; edits them in place."""
+        self._check_weights()
         self._report_non_finite(scores)
         if not self._row_plans:
             return scores

@@ -37,9 +37,11 @@ from faasmoe_router.errors import (
     GenerationFailed,
     ModelPartUnavailable,
     RouterConfigError,
+    RouterWeightsChanged,
     StoreCorrupted,
     StoreUnreadable,
 )
+from faasmoe_router.referenced_tensors import check_weights
 from faasmoe_transformers.attention import count_attention_masks, select_attention_implementation
 from faasmoe_transformers.continuous_batching import (
     BatchingLimits,
@@ -151,7 +153,7 @@ class EngineLimits:
         return min(max_pages, affordable_pages)
 
 
-FATAL_ERRORS = (EngineDeviceLost,)
+FATAL_ERRORS = (EngineDeviceLost, RouterWeightsChanged)
 """Errors that another batcher in this process would meet again."""
 
 
@@ -286,7 +288,7 @@ def start_batcher(
     batcher = ContinuousBatcher(
         model,
         _batching_limits(limits, KVCacheGeometry.from_model(model)),
-        sampler=BatchSampler(report_error),
+        sampler=BatchSampler(report_error, check_weights=lambda: check_weights(model)),
         salt_tokens=None if cache_salts is None else cache_salts.salt_tokens,
         count_batch=None if computed_tokens is None else computed_tokens.add_batch,
         error_policy=ErrorPolicy(

@@ -22,11 +22,12 @@ from faasmoe_expert.functions.verification import BlockVerifier, VerifiedBlocks
 FAMILY = "mixtral"
 
 
-@pytest.fixture
-def store(prepared_store: PreparedStore, tmp_path: Path) -> Store:
-    """A copy of a store that tests may damage."""
-    shutil.copytree(prepared_store(FAMILY).path, tmp_path / "store")
-    return Store.open(tmp_path / "store")
+@pytest.fixture(params=["copy", "reference"])
+def store(request: pytest.FixtureRequest, prepared_store: PreparedStore, tmp_path: Path) -> Store:
+    """A copy of a store, and of the checkpoint that it may refer to, that tests may damage."""
+    prepared = prepared_store(FAMILY, mode=request.param)
+    shutil.copytree(prepared.path.parent, tmp_path / "model")
+    return Store.open(tmp_path / "model" / prepared.path.name)
 
 
 @pytest.fixture(autouse=True)
@@ -36,16 +37,16 @@ def fresh_verified_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def file_of(store: Store, layer: int) -> Path:
-    return store.path / store.layer_entry(layer).file
+    (file,) = store.map_layer(layer).files
+    return file.path
 
 
 def flip_bit(store: Store, layer: int, expert: int, *, bit: int = 3) -> Callable[[], None]:
     """Flip a bit of an expert in the first stacked tensor; return a function that undoes it."""
     path, entry = file_of(store, layer), store.layer_entry(layer)
     mapped = store.map_layer(layer)
-    data_start = path.stat().st_size - mapped.size_bytes
-    first = next(v for v in mapped.tensors.values() if v.shape[:1] == (entry.num_experts,))
-    offset = data_start + expert * (first.buffer.nbytes // entry.num_experts)
+    first = next(v for v in mapped.tensors.values() if v.is_stacked(entry.num_experts))
+    offset = first.expert_pieces(expert)[0].offset
 
     def toggle() -> None:
         with path.open("r+b") as file:

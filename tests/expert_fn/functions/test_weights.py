@@ -6,12 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from fake_copy_streams import FakeCopyStream
 from sandbox_processes import PreparedStore, make_function_spec
 
 from faasmoe_contracts.store import Store
 from faasmoe_contracts.wire import Dtype, OutputMode, decode_request, encode_request
 from faasmoe_expert.functions import ExpertFunction
-from faasmoe_expert.functions.weights import consecutive_runs, map_weights, tensor_view
+from faasmoe_expert.functions.transfer import Uploader
+from faasmoe_expert.functions.weights import (
+    StackedBlock,
+    consecutive_runs,
+    copy_weights,
+    map_weights,
+    tensor_view,
+)
 
 HIDDEN, INTER, EXPERTS = 256, 512, 16
 _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ (\S+) .*? (/.*)?$")
@@ -126,3 +134,25 @@ def test_supports_empty_tensors() -> None:
 )
 def test_consecutive_runs(indices: tuple[int, ...], expected: list[tuple[int, int]]) -> None:
     assert list(consecutive_runs(indices)) == expected
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
+def test_a_device_gets_the_same_weights_from_a_checkpoint_as_from_a_copy(
+    prepared_store: PreparedStore, family: str
+) -> None:
+    experts = [0, 1, 5]
+    stores = [prepared_store(family, mode=mode) for mode in ("copy", "reference")]
+    assert stores[1].manifest.checkpoint is not None
+    expected, got = (
+        copy_weights(
+            store.map_layer(0),
+            n_experts=store.manifest.layers[0].num_experts,
+            experts=experts,
+            uploader=Uploader(FakeCopyStream(), chunk_bytes=1000),
+        )
+        for store in stores
+    )
+    assert set(got.stacked) == set(expected.stacked)
+    for name, block in expected.stacked.items():
+        assert isinstance(block, StackedBlock)
+        assert all(torch.equal(got.stacked[name][e], block[e]) for e in experts)

@@ -5,14 +5,27 @@ import pytest
 
 from faasmoe_contracts.store import LayerEntry, Manifest, ModelEntry, sha256_of_file
 from faasmoe_contracts.store.manifest import FileEntry
+from faasmoe_contracts.store.references import (
+    CheckpointEntry,
+    CheckpointFile,
+    RouterReference,
+    TensorReference,
+)
 from faasmoe_operator.api.v1alpha1 import MoEModelError
+from faasmoe_operator.cli.plan import format_plan
 from faasmoe_operator.control.local_model import LocalModel
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def local_model(
-    folder: Path, *, requested: str, stored: str, revision: str | None = None
+    folder: Path,
+    *,
+    requested: str,
+    stored: str,
+    revision: str | None = None,
+    mode: str = "auto",
+    checkpoint: CheckpointEntry | None = None,
 ) -> LocalModel:
     """Return a MoEModel with a requested source and a store prepared from the stored one."""
     store = folder / "store"
@@ -22,6 +35,7 @@ def local_model(
         model=ModelEntry(stored, COMMIT, "tiny", "Tiny", "bfloat16", 4, 10, 64, 1),
         layers=(LayerEntry(0, "l0", "layer", 8, 2, 4, "Experts", None, 8, 0, ("0" * 32,) * 9),),
         files={"layer": FileEntry(1, sha256_of_file(store / "layer"))},
+        checkpoint=checkpoint,
     )
     (store / "manifest.json").write_text(json.dumps(manifest.to_json()))
     model = {"source": requested} | ({"revision": revision} if revision else {})
@@ -32,7 +46,7 @@ def local_model(
                 "apiVersion": "faasmoe.dev/v1alpha1",
                 "kind": "MoEModel",
                 "metadata": {"name": "tiny"},
-                "spec": {"model": model, "store": {"path": "store"}},
+                "spec": {"model": model, "store": {"path": "store", "mode": mode}},
             }
         )
     )
@@ -63,6 +77,41 @@ def test_rejects_a_store_of_another_commit(tmp_path: Path) -> None:
     model = local_model(tmp_path, requested="hf://org/name", stored="org/name", revision="f" * 40)
     with pytest.raises(MoEModelError, match=rf"spec\.model\.revision: .*expected {COMMIT}"):
         model.open_store()
+
+
+@pytest.mark.parametrize("is_reference", [False, True])
+def test_a_store_of_the_other_mode_is_refused_and_plan_says_what_lies_where(
+    tmp_path: Path, is_reference: bool
+) -> None:
+    checkpoint = None
+    if is_reference:
+        (tmp_path / "checkpoint").mkdir()
+        (tmp_path / "checkpoint" / "weights").write_bytes(bytes(9))
+        norm = RouterReference(TensorReference("F32", (2,), ((0, 1),)), "0" * 32)
+        checkpoint = CheckpointEntry(
+            "../checkpoint",
+            (CheckpointFile("weights", 9),),
+            {},
+            {"n": norm},
+            {"quantised": ("l0",)},
+        )
+    got, other = ("reference", "copy") if is_reference else ("copy", "reference")
+    for mode in ("auto", got, other):
+        folder = tmp_path / mode
+        folder.mkdir()
+        (folder / "checkpoint").symlink_to(tmp_path / "checkpoint")
+        model = local_model(
+            folder, requested="hf://a/b", stored="a/b", mode=mode, checkpoint=checkpoint
+        )
+        if mode == other:
+            with pytest.raises(MoEModelError, match=rf"mode: got {other}, expected auto or {got}"):
+                model.open_store()
+            continue
+        manifest = model.open_store().manifest
+        text = format_plan(model, manifest, model.functions(manifest, key=b"k" * 16))
+        assert ("by reference to ../checkpoint, which must stay" in text) == is_reference
+        assert ("copied: l0: quantised" in text) == is_reference
+        assert ("copied into the store" in text) != is_reference
 
 
 @pytest.mark.parametrize("revision", [COMMIT, "main"])

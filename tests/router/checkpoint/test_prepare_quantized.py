@@ -161,7 +161,7 @@ def test_not_finite_weights_are_an_error(
     name = next(name for name in tensors if "experts" in name)
     tensors[name][0, 0] = math.inf
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(SourceUnsupported, match="got weights that are not finite"):
+    with pytest.raises(SourceUnsupported, match=r"not finite|NaN or infinite"):
         prepare(str(checkpoint), tmp_path / "store", quantization=INT8)
 
 
@@ -171,7 +171,8 @@ def test_the_command_reports_errors_per_layer_and_in_all(
     checkpoint = str(make_checkpoint("mixtral"))
     options = ["--quantize", "int4", "--quantize-router", "int8"]
     assert main(["prepare", checkpoint, str(tmp_path / "store"), *options]) == 0
-    lines = capsys.readouterr().out.splitlines()[2:]
+    output = capsys.readouterr().out.splitlines()[2:]
+    lines = [line for line in output if not line.startswith("weights: ")]
     assert [line.partition(",")[0] for line in lines] == [
         "layer 0: int4",
         "layer 1: int4",

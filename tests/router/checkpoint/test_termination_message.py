@@ -38,8 +38,8 @@ class PrepareJob:
         self.log.write_text("")
 
     def run(self, source: object, *options: str) -> tuple[int, dict[str, Any]]:
-        arguments = [str(source), str(self.store), "--termination-log", str(self.log), *options]
-        status = main(["prepare", *arguments])
+        arguments = [str(source), str(self.store), "--termination-log", str(self.log)]
+        status = main(["prepare", *arguments, "--mode", "copy", *options])
         content = self.log.read_bytes()
         assert len(content) <= MAX_TERMINATION_MESSAGE_BYTES
         message: dict[str, Any] = json.loads(content)

@@ -157,6 +157,13 @@ class StoreSpec(ApiModel):
         description="Folder, relative to the MoEModel file; .faasmoe/NAME if omitted.",
         json_schema_extra=PROCESS_ONLY,
     )
+    mode: Literal["auto", "copy", "reference"] | None = Field(
+        None,
+        description="Where weights lie, auto if omitted: auto refers to tensors that the "
+        "checkpoint holds as they are served, so that it must stay where it is, and copies the "
+        "rest; reference does the same, but fails if experts must be copied; copy copies all.",
+        json_schema_extra=PROCESS_ONLY,
+    )
     size: ByteQuantity = Field(
         "100Gi",
         description="Size of the claim that is created; slightly more than that of the checkpoint.",

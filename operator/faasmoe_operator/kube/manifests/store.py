@@ -135,6 +135,8 @@ def _arguments(ctx: ModelContext) -> list[str]:
         store_path(ctx),
         "--termination-log",
         TERMINATION_MESSAGE_PATH,
+        "--mode",
+        "copy",  # pods mount the store's claim alone
     ]
     if model.claim_path is None:
         arguments += ["--discard-download", _download_dir(ctx)]

@@ -58,6 +58,7 @@ def test_job_prepares_the_source_into_the_store_folder() -> None:
         "hf://o/m",
         "/store/qwen",
         *("--termination-log", "/dev/termination-log"),
+        *("--mode", "copy"),
         *("--discard-download", "/store/.hub/qwen"),
         *("--revision", "main"),
         *("--dtype", "float16"),

@@ -1,0 +1,107 @@
+"""The router's tensors that a store refers to in a checkpoint: mapped, verified, and watched.
+
+The tensors are views of the mapped checkpoint, so a file that is written while it is served changes
+them. Whoever computes with them calls `RouterWeightsWatch.check` before it uses what was computed.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor
+
+from faasmoe_contracts.store import MappedLayer, Store
+from faasmoe_contracts.store.digests import page_sum_digest
+from faasmoe_contracts.store.references import REMEDY
+from faasmoe_expert.functions.verification import WatchedFile
+from faasmoe_expert.functions.weights import tensor_view
+from faasmoe_router.errors import RouterWeightsChanged
+
+MAX_THREADS = 4
+WATCH_ATTRIBUTE = "_faasmoe_weights_watch"
+
+
+class RouterWeightsWatch:
+    """Watches the files of a checkpoint that a router's tensors are mapped from.
+
+    Args:
+        store: the store that refers to them.
+        mapped: the mapped tensors.
+    """
+
+    def __init__(self, store: Store, mapped: MappedLayer) -> None:
+        assert store.manifest.checkpoint is not None
+        self._mapped = mapped
+        self._digests = {
+            name: entry.digest for name, entry in store.manifest.checkpoint.router.items()
+        }
+        self._files = [WatchedFile(file) for file in mapped.files]
+
+    def check(self) -> None:
+        """Verify the tensors if a file changed since the last call, or at first.
+
+        A file that was removed or replaced has not changed: the mapping keeps the old bytes.
+
+        Raises:
+            RouterWeightsChanged: tensors changed; the message names the file and the tensor.
+        """
+        changed = [file for file in self._files if file.look()]
+        damaged = [file for file in self._files if file.is_damaged]
+        if damaged:
+            raise RouterWeightsChanged(
+                f"{damaged[0].path}: was truncated while it was served; {REMEDY}"
+            )
+        if not changed:
+            return
+        for file in changed:
+            file.accept()
+        n_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+        with ThreadPoolExecutor(n_threads) as pool:
+            got = dict(zip(self._digests, pool.map(self._digest, self._digests), strict=True))
+        # A truncated file reads as zeros from where it ends, so its first tensor there differs.
+        for name, expected in self._digests.items():
+            if got[name] != expected:
+                file = self._files[self._mapped.tensors[name].pieces[0].file]
+                raise RouterWeightsChanged(
+                    f"{file.path}: {name}: got digest {got[name]}, expected {expected}: the "
+                    f"checkpoint changed since the store was prepared; {REMEDY}"
+                )
+
+    def _digest(self, name: str) -> str:
+        return page_sum_digest(piece.buffer for piece in self._mapped.tensors[name].pieces)
+
+
+def map_referenced_tensors(store: Store) -> tuple[dict[str, Tensor], RouterWeightsWatch | None]:
+    """Map and verify the router's tensors that lie in the checkpoint.
+
+    Returns:
+        The tensors by name, and their watch; none and None if the store holds all tensors.
+
+    Raises:
+        StoreError: a file is missing or of another size.
+        RouterWeightsChanged: a tensor does not match its digest.
+    """
+    mapped = store.map_router_references()
+    if not mapped.tensors:
+        return {}, None
+    watch = RouterWeightsWatch(store, mapped)
+    watch.check()
+    tensors = {
+        name: tensor_view(view.buffer, view.dtype, view.shape)
+        for name, view in mapped.tensors.items()
+    }
+    return tensors, watch
+
+
+def watch_model(model: Any, watch: RouterWeightsWatch | None) -> None:
+    """Attach the watch of a model's tensors to the model."""
+    setattr(model, WATCH_ATTRIBUTE, watch)
+
+
+def check_weights(model: Any) -> None:
+    """Check the watch of a model's tensors, if there is one; raises RouterWeightsChanged."""
+    watch = getattr(model, WATCH_ATTRIBUTE, None)
+    if watch is not None:
+        watch.check()

@@ -1,0 +1,173 @@
+"""A manifest's references stay inside the checkpoint's folder and its files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from faasmoe_contracts.store import StoreError
+from faasmoe_contracts.store.references import (
+    CheckpointEntry,
+    checkpoint_root,
+    describe_weights,
+)
+
+Change = Callable[[dict[str, Any]], object]
+
+ENTRY: dict[str, Any] = {
+    "root": "../checkpoint",
+    "files": [{"name": "a/model.safetensors", "size_bytes": 1000}],
+    "layers": {
+        "0": {
+            "down_proj": {
+                "dtype": "BF16",
+                "shape": [2, 4, 8],
+                "length": 64,
+                "pieces": [[0, 101], [0, 200]],
+            }
+        }
+    },
+    "router": {
+        "norm": {
+            "dtype": "F32",
+            "shape": [4],
+            "length": 16,
+            "pieces": [[0, 984]],
+            "digest": "0" * 32,
+        }
+    },
+    "copied": {"quantised": ["x.experts"]},
+}
+
+
+def entry(change: Change = lambda _: None) -> CheckpointEntry:
+    value = copy.deepcopy(ENTRY)
+    change(value)
+    return CheckpointEntry.from_json(value)
+
+
+def test_round_trips_through_json() -> None:
+    assert entry().to_json() == ENTRY
+    assert entry().size_bytes == 128 + 16
+    assert entry().router_bytes == 16
+
+
+def setting(*path: str | int, to: object) -> Change:
+    def change(value: Any) -> None:
+        for key in path[:-1]:
+            value = value[key]
+        value[path[-1]] = to
+
+    return change
+
+
+DOWN = ("layers", "0", "down_proj")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (setting("root", to="checkpoint"), r"root: got 'checkpoint', expected an absolute path"),
+        (setting("root", to=".."), "root: got '..'"),
+        (setting("root", to="../../x"), "root: got '../../x'"),
+        (setting("root", to="../a/../../x"), "root"),
+        (setting("root", to="/"), "root: got '/', expected a folder below the root"),
+        (setting("root", to="/a\0b"), "root"),
+        (setting("files", 0, "name", to="/etc/shadow"), r"files\[0\]\.name: got '/etc/shadow'"),
+        (setting("files", 0, "name", to="../x"), "name: got '../x', expected a path inside"),
+        (setting("files", 0, "name", to="a/../../x"), "name"),
+        (setting("files", 0, "name", to="."), "name"),
+        (setting("files", 0, "size_bytes", to=200), "pieces: .* expected .* inside the file"),
+        (setting(*DOWN, "pieces", 0, 0, to=1), "pieces"),
+        (setting(*DOWN, "pieces", 0, 0, to=-1), "pieces"),
+        (setting(*DOWN, "pieces", 1, 1, to=937), "pieces"),
+        (setting(*DOWN, "pieces", 1, 1, to=True), "pieces"),
+        (setting(*DOWN, "pieces", to=[]), "pieces"),
+        (
+            setting(*DOWN, "pieces", to=[[0, 0]] * 3),
+            "pieces: got 3, expected one, or a multiple of 2",
+        ),
+        (setting(*DOWN, "length", to=32), "length: got 32, expected 128 bytes in 2 pieces"),
+        (setting(*DOWN, "shape", to=[2, 0, 8]), "shape"),
+        (setting(*DOWN, "dtype", to="F4"), "dtype: got 'F4'"),
+        (setting(*DOWN, "more", to=1), "unknown fields more"),
+        (setting("layers", "00", to={}), "index '00'"),
+        (setting("router", "norm", "digest", to="x"), "digest: got 'x'"),
+        (setting("copied", "x", to=1), "copied"),
+    ],
+)
+def test_names_the_wrong_field(change: Change, message: str) -> None:
+    with pytest.raises(StoreError, match=message):
+        entry(change)
+
+
+def test_a_link_below_the_folder_leads_nowhere(tmp_path: Path) -> None:
+    checkpoint, store, outside = (tmp_path / n for n in ("checkpoint", "store", "outside"))
+    for folder in (checkpoint, store, outside):
+        folder.mkdir()
+    (outside / "model.safetensors").write_bytes(bytes(1000))
+    (checkpoint / "a").symlink_to(outside)
+    with pytest.raises(StoreError, match="through a symbolic link"):
+        entry().check_file(store, 0)
+    (checkpoint / "a").unlink()
+    outside.rename(checkpoint / "a")
+    assert entry().check_file(store, 0) == checkpoint / "a" / "model.safetensors"
+    with pytest.raises(StoreError, match="got no regular file"):
+        entry(
+            lambda value: value.update(root="/dev", files=[{"name": "zero", "size_bytes": 1000}])
+        ).check_file(store, 0)
+
+
+def test_folders_beside_each_other_move_together() -> None:
+    assert checkpoint_root(Path("/m/checkpoint"), Path("/m/store")) == "../checkpoint"
+    assert checkpoint_root(Path("/m/a/b"), Path("/m/store")) == "../a/b"
+    assert checkpoint_root(Path("/m/a"), Path("/m/b/store")) == "/m/a"
+    assert checkpoint_root(Path("/m"), Path("/m/store")) == "/m"
+
+
+def test_describes_what_lies_where() -> None:
+    assert describe_weights(2, None) == ["copied into the store"]
+    first, second = describe_weights(2, entry())
+    assert first.startswith("0.00 GB by reference to ../checkpoint, which must stay: 1 of 2 MoE")
+    assert second == "copied: x.experts: quantised"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2000) | st.text(max_size=6),
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=3), children, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    value=JSON,
+    path=st.sampled_from(
+        [
+            ("root",),
+            ("files",),
+            ("files", 0, "name"),
+            DOWN,
+            (*DOWN, "pieces"),
+            (*DOWN, "shape"),
+            (*DOWN, "length"),
+            ("layers",),
+            ("router", "norm"),
+        ]
+    ),
+)
+def test_any_value_in_any_field_parses_or_raises_store_error(
+    value: object, path: tuple[str | int, ...]
+) -> None:
+    try:
+        parsed = entry(setting(*path, to=value))
+    except StoreError:
+        return
+    assert CheckpointEntry.from_json(parsed.to_json()) == parsed
