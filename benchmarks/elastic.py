@@ -30,7 +30,7 @@ from faasmoe_operator.cli.formatting import format_table
 CACHE = Path.home() / ".cache" / "faasmoe-bench"
 DEMO = ROOT / ".faasmoe"
 DEMO_EXPERTS_PER_FUNCTION = 3  # as in examples/demo.yaml
-DEMO_FUNCTIONS_PER_SANDBOX = 27
+DEMO_FUNCTIONS_PER_SANDBOX = 30
 WINDOW_S = 6  # Knative's minimum, so that functions scale to zero quickly between rounds
 LONG_WINDOW_S = 600
 WARM_POOL = 2

@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--serve", action="store_true", help="stay up until Ctrl-C")
     parser.add_argument("--port", type=int, default=8000, help="API port (default: %(default)s)")
     arguments = parser.parse_args()
-    say("demo model: SmolLM2-135M-Instruct, converted to a Qwen2-MoE with 27 sparse layers")
+    say("demo model: SmolLM2-135M-Instruct, converted to a Qwen2-MoE with 30 layers")
     subprocess.run([*FAASMOE, "demo-model", str(MODEL_DIR)], check=True)
     say("faasmoe up -f examples/demo.yaml")
     up = subprocess.Popen(

@@ -19,7 +19,7 @@ from faasmoe_operator.control.local_model import LocalModel
 
 MODEL_NAME = "bench"  # model name in requests
 DEMO_EXPERTS_PER_FUNCTION = 3  # as in examples/demo.yaml
-DEMO_FUNCTIONS_PER_SANDBOX = 27
+DEMO_FUNCTIONS_PER_SANDBOX = 30
 GEOMETRY_MODEL_LEN = 512
 GEOMETRY_PROMPT_CHARACTERS = 160  # one token each, since its tokenizer is byte-level
 

@@ -5,8 +5,7 @@ are present and zero: llama.cpp's converter knows no dense layers in this archit
 leaves missing biases uninitialised. Tokens that are not text of their own, such as parts of a
 character, have a zero row in the head, which is never the highest score: llama.cpp sends nothing
 before a character is complete, so that its tokens could not be timed. Weights are random, so only
-speed and memory mean anything. `demo-checkpoint` is the demo model itself, which the peers may not
-be able to serve.
+speed and memory mean anything. `demo-checkpoint` is the demo model itself, with `demo`'s sizes.
 
 `python -m benchmarks.peers.models FOLDER NAME` makes one checkpoint; needs torch.
 """
@@ -42,7 +41,6 @@ GEOMETRIES = {
     ),
     "tiny": replace(small_geometry(), zero_biases=True),
 }
-DEMO_MOE_LAYERS = 27  # of `demo-checkpoint`, whose sizes are those of `demo` otherwise
 
 
 def vocabulary(name: str) -> int:
@@ -53,9 +51,8 @@ def vocabulary(name: str) -> int:
 def function_counts(name: str, *, functions_per_layer: int, sandboxes: int) -> tuple[int, int]:
     """Return `expertsPerFunction` and `functionsPerSandbox` for these numbers in all."""
     geometry = GEOMETRIES["demo" if name == DEMO_CHECKPOINT else name]
-    layers = DEMO_MOE_LAYERS if name == DEMO_CHECKPOINT else geometry.layers
     experts_per_function = -(-geometry.experts // functions_per_layer)
-    functions = layers * -(-geometry.experts // experts_per_function)
+    functions = geometry.layers * -(-geometry.experts // experts_per_function)
     return experts_per_function, -(-functions // sandboxes)
 
 

@@ -19,7 +19,7 @@ from faasmoe_contracts.environment import (
     read_variables,
     seconds_between,
 )
-from faasmoe_router.connections import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_ADDRESS
+from faasmoe_gateway.connections import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_ADDRESS
 from faasmoe_router.errors import RouterConfigError
 
 PREFIX = "FAASMOE_"
@@ -104,8 +104,9 @@ class RouterConfig(BaseSettings):
             one request of full length needs if that is more.
         token: bearer token for sandboxes and control plane; empty sends none.
         activation_timeout_s: longest time that a request waits for the activation of functions.
-        call_queue_timeout_s: longest time that a running request waits for a function that lost
-            its address, before the router computes it.
+        call_queue_timeout_s: longest time that a running request waits for a function that has no
+            address, before the router computes it; one that had an address just now is replaced
+            within 50 ms, or computed.
         max_activation_queue_requests: requests that may wait for activation; more are rejected
             with status 429.
         max_activation_queue_bytes: total size of their prompts as Python objects; more are rejected
@@ -132,6 +133,10 @@ class RouterConfig(BaseSettings):
         keep_alive_s: how long an unused connection of a client is kept.
         max_connections: connections of clients, fewer if the process may not open as many files.
         max_connections_per_address: connections of one client address.
+        listen_path: Unix socket to listen on instead of `host` and `port`, for a gateway on this
+            machine.
+        front_token: what a gateway shows, whose streams go on if this router dies; empty without
+            one.
         metrics_port: port of /metrics alone, which tenants need not reach; by default it is on
             `port`, without a key.
         drain_timeout_s: time that running responses have at shutdown; with some seconds more, less
@@ -175,6 +180,8 @@ class RouterConfig(BaseSettings):
     keep_alive_s: _KeepAliveSeconds = 75.0
     max_connections: _Connections = MAX_CONNECTIONS
     max_connections_per_address: _Connections = MAX_CONNECTIONS_PER_ADDRESS
+    listen_path: Path | None = None
+    front_token: str = Field(default="", repr=False)
     metrics_port: _MetricsPort | None = None
     drain_timeout_s: _DrainSeconds = 20.0
 

@@ -18,11 +18,13 @@ from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_contracts.store import Store, StoreError
 from faasmoe_expert.config import SandboxConfigError as DeviceError
 from faasmoe_expert.device import resolve_device
+from faasmoe_gateway.connections import ConnectionLimits, descriptor_limited
+from faasmoe_gateway.server import Server
+from faasmoe_kernels import describe_cpu_kernels
 from faasmoe_router.api.app import create_app
 from faasmoe_router.api.metrics_server import MetricsServer
 from faasmoe_router.compute_dtype import select_compute_dtype
 from faasmoe_router.config import PREFIX, RouterConfig
-from faasmoe_router.connections import ConnectionLimits, descriptor_limited
 from faasmoe_router.control import ControlLink, LinkSettings
 from faasmoe_router.control.activator import ActivationQueueLimits, ActivationRequester
 from faasmoe_router.control.client import ControlClient
@@ -39,7 +41,6 @@ from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import RouterConfigError
 from faasmoe_router.metrics import EngineMetrics, new_registry
 from faasmoe_router.model_loader import ModelLoadError, load_router_model
-from faasmoe_router.server import Server
 from faasmoe_router.tenants.quota import ActivationQueueCapacity
 from faasmoe_router.tenants.registry import TenantRegistry
 from faasmoe_router.tenants.service import TenantService, UsageSources
@@ -127,6 +128,7 @@ class RouterProcess:
             fingerprint=system_fingerprint(store.manifest.digest, model),
             cors_origins=config.cors_origins,
             sampling_defaults=_sampling_defaults(config),
+            front_token=config.front_token,
             metrics_server=None
             if config.metrics_port is None
             else MetricsServer(registry, host=config.host, port=config.metrics_port),
@@ -136,6 +138,7 @@ class RouterProcess:
             app,
             host=config.host,
             port=config.port,
+            path=config.listen_path,
             on_started=self._log_start,
             on_drain_timeout=self._abort_running,
             drain_timeout_s=config.drain_timeout_s,
@@ -148,7 +151,10 @@ class RouterProcess:
         self._listeners = _inherited_listeners(config.listen_fd)
         phases.end("api")
         logger.info(
-            "%s is loaded on %s, for http://%s:%d", model_name, device, config.host, config.port
+            "%s is loaded on %s, for %s",
+            model_name,
+            device,
+            config.listen_path or f"http://{config.host}:{config.port}",
         )
 
     def serve(self) -> bool:
@@ -329,6 +335,8 @@ def _select_dtype(config: RouterConfig, store: Store, device: torch.device) -> t
     selected = select_compute_dtype(config.dtype, store, device, compute=config.compute)
     dtype_name = str(selected.dtype).removeprefix("torch.")
     logger.info("The router computes in %s: %s", dtype_name, selected.reason)
+    if device.type == "cpu" and selected.dtype is torch.float32 and config.compute != "torch":
+        logger.info("Kernels of the router: %s", describe_cpu_kernels())
     return selected.dtype
 
 

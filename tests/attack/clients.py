@@ -8,7 +8,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -57,10 +57,12 @@ class Probe:
 
     Attributes:
         max_s: the slowest answer.
+        n_answers: how many there were.
     """
 
     def __init__(self, url: str) -> None:
         self.max_s = 0.0
+        self.n_answers = 0
         self._url = url
         self._stop = threading.Event()
 
@@ -80,8 +82,14 @@ class Probe:
             while not self._stop.wait(PROBE_INTERVAL_S):
                 start_s = time.monotonic()
                 connection.sendall(b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\n")
-                assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+                answer = b""
+                while not answer.endswith(b'"ok"}'):
+                    part = connection.recv(4096)
+                    assert part, "the connection of the probe was closed"
+                    answer += part
+                assert answer.startswith(b"HTTP/1.1 200"), answer
                 self.max_s = max(self.max_s, time.monotonic() - start_s)
+                self.n_answers += 1
 
 
 def connect(url: str) -> socket.socket:
@@ -104,6 +112,52 @@ def post_request(key: str, path: str, body: bytes) -> bytes:
         f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
+
+
+@dataclass
+class QuietStreams:
+    """Streams that each begin and are read to their end at the same time.
+
+    Attributes:
+        texts: what each has streamed.
+        n_cut: streams without an end.
+    """
+
+    url: str
+    n_streams: int
+    texts: dict[int, str] = field(default_factory=dict)
+    n_cut: int = 0
+
+    async def run(self, on_begun: Callable[[], None] = lambda: None) -> None:
+        """Read all streams; call `on_begun` once each has begun."""
+        async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S) as client:
+            streams = [self._read(client, number) for number in range(self.n_streams)]
+            reading = asyncio.gather(*streams)
+            while not all(len(self.texts.get(n, "")) > 20 for n in range(self.n_streams)):
+                if reading.done():
+                    break
+                await asyncio.sleep(0.001)
+            on_begun()
+            await reading
+
+    async def _read(self, client: httpx.AsyncClient, number: int) -> None:
+        sampling = {"temperature": 0} if number % 2 else {"temperature": 0.9, "seed": number}
+        body = {"model": "tiny", "prompt": "the quick", "max_tokens": 200, **sampling}
+        headers = {"Authorization": "Bearer quiet-key"}
+        is_complete, text = False, ""
+        try:
+            async with client.stream(
+                "POST", f"{self.url}/v1/completions", json={**body, "stream": True}, headers=headers
+            ) as response:
+                async for line in response.aiter_lines():
+                    is_complete = is_complete or line == "data: [DONE]"
+                    if line.startswith("data: {"):
+                        event = json.loads(line.removeprefix("data: "))
+                        text += "".join(choice["text"] for choice in event.get("choices", ()))
+                        self.texts[number] = text
+        except httpx.HTTPError:
+            is_complete = False
+        self.n_cut += not is_complete
 
 
 async def hang_up_storm(url: str, *, seconds: float, n_clients: int, seed: int) -> int:

@@ -73,7 +73,7 @@ def main() -> int:
     if arguments.only:
         faults = [fault for fault in faults if fault.kind in arguments.only]
     model, store = _prepared(arguments.model)
-    sizes: dict[str, Any] = {"experts": 3, "capacity": 27, "replicated_layers": "0-9"}
+    sizes: dict[str, Any] = {"experts": 3, "capacity": 30, "replicated_layers": "0-9"}
     plan = ChaosPlan(seed, duration_s, faults, model, store, kills_only_s=kills_only_s, **sizes)
     report = asyncio.run(run_chaos(plan, WORK))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import contextlib
 import os
 import resource
 import signal
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from tests.chaos.stack import ChaosStack
 HEADROOM_BYTES = 8 << 20  # what a sandbox with a memory limit may still allocate
 MAX_DELAY_S = 0.2
 MAX_STOPPED_S = 6.0
+MAX_REWRITE_S = 0.3
+ROUTER_START_S = 10.0
 
 
 class FaultInjector:
@@ -39,6 +42,9 @@ class FaultInjector:
             FaultKind.KILL_CONTROL: self._kill_control,
             FaultKind.STOP_CONTROL: self._stop_control,
             FaultKind.KILL_ZYGOTE: self._kill_zygote,
+            FaultKind.KILL_ROUTER: self._kill_router,
+            FaultKind.STORE_AWAY: self._store_away,
+            FaultKind.REWRITE_STORE: self._rewrite_store,
         }
 
     async def inject(self, fault: Fault) -> str:
@@ -116,12 +122,51 @@ class FaultInjector:
         return f"sandbox {sandbox.pid}"
 
     async def _flip_store(self, fault: Fault) -> str:
-        files = sorted((self._stack.store_copy / "experts").iterdir())
-        path = files[fault.choice % len(files)]
+        path = self._choose_store_file(fault)
+        if path is None:
+            return ""
         bit = int(fault.place * 8 * path.stat().st_size)
-        _flip_bit(path, bit)
-        self._undo_later(lambda: _flip_bit(path, bit), fault.lasts_s)
+        file = os.open(path, os.O_RDWR)  # its name may be away when the bit is flipped back
+        _flip_bit(file, bit)
+
+        def undo() -> None:
+            _flip_bit(file, bit)
+            os.close(file)
+
+        self._undo_later(undo, fault.lasts_s)
         return f"{path.name} bit {bit}"
+
+    async def _rewrite_store(self, fault: Fault) -> str:
+        """Write a file of the store in place, as `cp` does: truncated, then the same bytes."""
+        path = self._choose_store_file(fault)
+        if path is None:
+            return ""
+        content = path.read_bytes()
+        with path.open("r+b") as file:
+            file.truncate(0)
+            await asyncio.sleep(fault.place * MAX_REWRITE_S)
+            file.write(content)
+        return path.name
+
+    async def _store_away(self, fault: Fault) -> str:
+        """Move the experts away for a while, as a volume that is lost."""
+        folder = self._stack.store_copy / "experts"
+        away = folder.with_name("experts.away")
+        if away.exists():
+            return ""
+        folder.rename(away)
+
+        def undo() -> None:
+            away.rename(folder)
+
+        self._undo_later(undo, fault.lasts_s)
+        return folder.name
+
+    def _choose_store_file(self, fault: Fault) -> Path | None:
+        """Return a file of experts; None while they are away."""
+        folder = self._stack.store_copy / "experts"
+        files = sorted(folder.iterdir()) if folder.exists() else []
+        return files[fault.choice % len(files)] if files else None
 
     async def _limit_memory(self, fault: Fault) -> str:
         sandbox = self._choose_sandbox(fault)
@@ -170,8 +215,18 @@ class FaultInjector:
         os.kill(pid, signal.SIGKILL)
         return f"zygote {pid}"
 
+    async def _kill_router(self, fault: Fault) -> str:
+        """Kill the router, unless it is starting: requests survive few deaths without progress."""
+        pid = self._stack.router.pid
+        if pid is None or time.time() - psutil.Process(pid).create_time() < ROUTER_START_S:
+            return ""
+        lost = self._stack.lost_metrics
+        for name, value in (await self._stack.router_metrics()).items():
+            lost[name] += value
+        os.kill(pid, signal.SIGKILL)
+        return f"router {pid}"
 
-def _flip_bit(path: Path, bit: int) -> None:
-    with path.open("r+b") as file:
-        byte = os.pread(file.fileno(), 1, bit // 8)[0]
-        os.pwrite(file.fileno(), bytes([byte ^ 1 << bit % 8]), bit // 8)
+
+def _flip_bit(file: int, bit: int) -> None:
+    if content := os.pread(file, 1, bit // 8):  # nothing while the file is rewritten
+        os.pwrite(file, bytes([content[0] ^ 1 << bit % 8]), bit // 8)

@@ -24,6 +24,9 @@ class FaultKind(Enum):
     KILL_CONTROL = "kill_control"
     STOP_CONTROL = "stop_control"
     KILL_ZYGOTE = "kill_zygote"
+    KILL_ROUTER = "kill_router"
+    STORE_AWAY = "store_away"
+    REWRITE_STORE = "rewrite_store"
 
 
 FAULT_WEIGHTS: Mapping[FaultKind, int] = {
@@ -39,6 +42,9 @@ FAULT_WEIGHTS: Mapping[FaultKind, int] = {
     FaultKind.KILL_CONTROL: 2,
     FaultKind.STOP_CONTROL: 2,
     FaultKind.KILL_ZYGOTE: 1,
+    FaultKind.KILL_ROUTER: 2,
+    FaultKind.STORE_AWAY: 1,
+    FaultKind.REWRITE_STORE: 2,
 }
 
 QUIET_S = 3.0  # pause after the kills-only phase, so that its stalls are not due to other faults

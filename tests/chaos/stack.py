@@ -6,22 +6,25 @@ store, as if it were on another node.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import shutil
 import socket
 import tempfile
+import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
 from tests.chaos.proxies import ZygoteProxy
 from tests.chaos.tenants import ChaosTenant, write_tenant_keys
 
-from faasmoe_operator.cli import child_process, control, router
+from faasmoe_operator.cli import control, gateway, router
 from faasmoe_operator.cli.control import ReservedControlPort, StackSecrets
 from faasmoe_operator.cli.local_stack import write_tenants_file
 from faasmoe_operator.cli.logs import LogSinks
@@ -54,6 +57,8 @@ RESTART_POLICY = RestartPolicy(backoff_s=(0.0, 0.1), max_failures=10_000)
 SANDBOX_SOCKET_DIR = "s"
 PROXY_SOCKET_DIR = "p"  # short, because the path of a Unix socket is limited to 107 bytes
 MODEL_NAME = "chaos"
+RESTART_TIMEOUT_S = 60.0
+ACTIVE_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ class ChaosStack:
     """A running system.
 
     Attributes:
-        url: base URL of the router.
+        url: base URL of the gateway.
         zygote: the zygote process.
         control: the control process.
         router: the router process.
@@ -69,33 +74,45 @@ class ChaosStack:
         store_copy: the store that sandboxes use.
         folder: folder with the logs.
         tenants: the tenants of the model.
+        lost_metrics: samples of the routers that were killed, just before.
     """
 
     url: str
     zygote: SupervisedChild
     control: SupervisedChild
-    router: child_process.ChildProcess
+    router: SupervisedChild
     proxy: ZygoteProxy
     store_copy: Path
     folder: Path
     tenants: tuple[ChaosTenant, ...]
+    lost_metrics: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     async def router_metrics(self) -> dict[str, float]:
         """Return the router's samples without labels, by name without the prefix."""
-        async with aiohttp.ClientSession() as http, http.get(f"{self.url}/metrics") as response:
-            text = await response.text()
+        text = (await self._get("/metrics", {})).decode()
         samples = re.findall(r"^(faasmoe_router_\w+) (\S+)$", text, re.MULTILINE)
         return {name.removeprefix("faasmoe_router_"): float(value) for name, value in samples}
 
+    async def total_metrics(self) -> dict[str, float]:
+        """Return the samples over all routers so far; meaningful for counters."""
+        now = await self.router_metrics()
+        return {name: value + self.lost_metrics[name] for name, value in now.items()}
+
     async def completed_requests(self, tenant: ChaosTenant) -> int:
         """Return the number of completed requests in a tenant's usage account."""
-        url = f"{self.url}{tenant.path}/usage"
-        async with (
-            aiohttp.ClientSession() as http,
-            http.get(url, headers=tenant.headers) as response,
-        ):
-            usage = await response.json()
+        usage = json.loads(await self._get(f"{tenant.path}/usage", tenant.headers))
         return int(usage["requests"].get("completed", 0))
+
+    async def _get(self, path: str, headers: Mapping[str, str]) -> bytes:
+        """Return a body; waits for a router that is being restarted."""
+        end_s = time.monotonic() + RESTART_TIMEOUT_S
+        async with aiohttp.ClientSession(headers=headers) as http:
+            while True:
+                async with http.get(f"{self.url}{path}") as response:
+                    if response.status == 200 or time.monotonic() > end_s:
+                        response.raise_for_status()
+                        return await response.read()
+                await asyncio.sleep(0.1)
 
 
 @asynccontextmanager
@@ -154,8 +171,11 @@ async def running_chaos_stack(
         stack.push_async_callback(proxy.close)
         control_child = await processes.control(control_model)
         endpoint = router.Endpoint("127.0.0.1", _free_port())
-        router_child = await processes.router(router_model, endpoint)
+        behind = router.RouterSocket(private_dir / "router.sock", "chaos-front-token")
+        router_child = await processes.start_router(router_model, endpoint, behind)
+        await processes.start_gateway(router_model, endpoint, behind)
         await router.wait_until_healthy(endpoint, progress=print)
+        await _wait_until_active(port.url, token=secrets.token)
         yield ChaosStack(
             endpoint.url,
             zygote_child,
@@ -209,27 +229,40 @@ class _ProcessStarter:
             "control process", control.COMMAND, environment, log="control", grace_s=grace_s
         )
 
-    async def router(
-        self, deployment: LocalModel, endpoint: router.Endpoint
-    ) -> child_process.ChildProcess:
+    async def start_router(
+        self, deployment: LocalModel, endpoint: router.Endpoint, behind: router.RouterSocket
+    ) -> SupervisedChild:
         settings = router.environment(
             deployment,
             endpoint,
             control_url=self.port.url,
             token=self.secrets.token,
             tenants_file=write_tenants_file(deployment, self.private_dir),
+            behind=behind,
         )
         socket_variables = {
             zygote.SOCKET_DIR_VARIABLE: str(self.private_dir / PROXY_SOCKET_DIR),
             zygote.VERIFIED_DIR_VARIABLE: str(self.private_dir / "router-verified"),
         }
-        return await self.stack.enter_async_context(
-            child_process.running_child(
-                router.COMMAND,
-                environment={**settings, **socket_variables},
-                log=self.logs.sink("router"),
-                grace_s=router.GRACE_S,
-            )
+        environment = {**settings, **socket_variables}
+        return await self._supervised(
+            "router", router.COMMAND, environment, log="router", grace_s=router.GRACE_S
+        )
+
+    async def start_gateway(
+        self, deployment: LocalModel, endpoint: router.Endpoint, behind: router.RouterSocket
+    ) -> SupervisedChild:
+        listener = endpoint.listen()
+        self.stack.callback(listener.close)
+        descriptor = listener.fileno()
+        environment = gateway.environment(deployment, endpoint, behind, listen_fd=descriptor)
+        return await self._supervised(
+            "gateway",
+            gateway.COMMAND,
+            environment,
+            log="gateway",
+            grace_s=gateway.GRACE_S,
+            pass_fds=(descriptor,),
         )
 
     async def _supervised(
@@ -240,6 +273,7 @@ class _ProcessStarter:
         *,
         log: str,
         grace_s: float,
+        pass_fds: Sequence[int] = (),
     ) -> SupervisedChild:
         child, _ = await self.stack.enter_async_context(
             supervised(
@@ -249,9 +283,21 @@ class _ProcessStarter:
                 log=self.logs.sink(log),
                 grace_s=grace_s,
                 restarts=RESTART_POLICY,
+                pass_fds=pass_fds,
             )
         )
         return child
+
+
+async def _wait_until_active(url: str, *, token: str) -> None:
+    """Wait until every function has a replica: an activation may take longer than requests wait."""
+    end_s = time.monotonic() + ACTIVE_TIMEOUT_S
+    while True:
+        status = await control.fetch_status(url, token=token)
+        if all(function["ready"] > 0 for function in status["functions"]):
+            return
+        assert time.monotonic() < end_s, "functions are not active"
+        await asyncio.sleep(0.1)
 
 
 def _free_port() -> int:

@@ -11,6 +11,8 @@ ROOTS = (
     "",
     "docs",
     "expert_fn",
+    "gateway",
+    "gateway/faasmoe_gateway",
     "expert_fn/faasmoe_expert",
     "expert_fn/faasmoe_transformers",
     "operator",

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCE_FOLDERS = ("operator", "router", "expert_fn", "benchmarks", "tests", "examples", "kernels")
+SOURCE_FOLDERS = (
+    *("operator", "router", "expert_fn", "gateway"),
+    *("benchmarks", "tests", "examples", "kernels"),
+)
 SOURCES = [
     path for folder in SOURCE_FOLDERS for path in (ROOT / folder).rglob("*.py") if path.is_file()
 ]

@@ -7,6 +7,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from security_checks import failed_checks
 
 ROOT = Path(__file__).parents[2]
@@ -66,21 +68,72 @@ def test_installs_extra_of_its_name(name: str) -> None:
         "optional-dependencies"
     ]
     assert name in extras
-    installs = [rest for word, rest in instructions(name) if word == "RUN" and "pip" in rest]
-    fill_cache = " &&      /opt/faasmoe/bin/python -m faasmoe_transformers.fast_import"
-    assert installs[-1].removesuffix(fill_cache).endswith(f'".[{name}]"')
+    assert f"-r /locks/{name}.txt" in FILES[name].read_text()
+
+
+def test_installs_nothing_that_is_not_locked(name: str) -> None:
+    runs = [rest for word, rest in instructions(name) if word == "RUN" and "pip" in rest]
+    installs = [
+        command for run in runs for command in run.split("&&") if " install " in f"{command} "
+    ]
+    commands = [command for command in installs if "apt-get" not in command]
+    assert len(commands) >= 3
+    for command in commands:
+        assert "--no-deps" in command
+        assert "--require-hashes" in command or "/wheels/faasmoe-*.whl" in command
+        assert "--extra-index-url" not in command  # which could supply any package
+
+
+LOCKS = sorted(path.stem for path in (ROOT / "requirements").glob("*.txt"))
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_lock_names_every_package_by_hash(lock: str) -> None:
+    text = (ROOT / "requirements" / f"{lock}.txt").read_text()
+    comment, *lines = text.splitlines()
+    assert comment.startswith("#")
+    for line in lines:
+        assert re.fullmatch(r"[a-z0-9-]+==\S+( --hash=sha256:[0-9a-f]{64})+", line), line
+    assert "://" not in text
+
+
+@pytest.mark.parametrize("lock", ["operator", "expert", "router", "ci"])
+def test_lock_satisfies_the_project(lock: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    names = ["operator", "router", "expert", "gateway"] if lock == "ci" else [lock]
+    required = [Requirement(text) for name in names for text in extras[name]]
+    if lock == "router":
+        required += [Requirement(t) for name in ("expert", "gateway") for t in extras[name]]
+    locked = locked_versions(lock)
+    for requirement in required:
+        name = canonicalize_name(requirement.name)
+        if name not in ("faasmoe", "torch"):
+            assert name in locked, name
+            assert requirement.specifier.contains(locked[name]), requirement
+
+
+def locked_versions(lock: str) -> dict[str, str]:
+    text = (ROOT / "requirements" / f"{lock}.txt").read_text()
+    return dict(re.findall(r"^([a-z0-9-]+)==(\S+)", text, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_locked_torch_is_that_of_the_makefile(device: str) -> None:
+    version = locked_versions(f"torch-{device}")["torch"]
+    assert version.removesuffix("+cpu") == makefile_torch_version()
 
 
 def test_operator_image_has_no_torch(name: str) -> None:
     text = FILES[name].read_text()
-    assert ("TORCH_VERSION" in text) == (name != "operator")
+    assert ("/locks/torch-" in text) == (name != "operator")
+    assert "torch" not in locked_versions("operator")
 
 
-def test_torch_version_matches_makefile() -> None:
+def makefile_torch_version() -> str:
     makefile = (ROOT / "Makefile").read_text()
     (version,) = re.findall(r"^TORCH\s*\?= torch==([0-9.]+)$", makefile, flags=re.MULTILINE)
-    for name in ("router", "expert"):
-        assert f"ARG TORCH_VERSION={version}\n" in FILES[name].read_text()
+    return str(version)
 
 
 def test_contains_no_url(name: str) -> None:
@@ -91,7 +144,7 @@ def test_dockerignore_limits_build_context() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     assert lines[1] == "*"
     included = {line.removeprefix("!") for line in lines if line.startswith("!")}
-    roots = {"operator", "router", "expert_fn", "kernels"}
+    roots = {"operator", "router", "expert_fn", "kernels", "gateway", "requirements"}
     assert included == {"pyproject.toml", "README.md", "LICENSE", *roots}
     assert all((ROOT / path).exists() for path in included)
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,19 +105,29 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) ->
         time.sleep(0.1)
 
 
-def start_up(file: Path, log: Path, *options: str) -> FaasmoeUp:
-    """Start `faasmoe up` with further options and wait until it is healthy."""
+def start_up(
+    model: Path | str, log: Path, *options: str, variables: Mapping[str, str] | None = None
+) -> FaasmoeUp:
+    """Start `faasmoe up` and wait until it is healthy.
+
+    Args:
+        model: a MoEModel file, or MODEL as text.
+        log: file for its output.
+        options: further options.
+        variables: further environment variables.
+    """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     runtime = Path(tempfile.mkdtemp(prefix="up-"))  # tmp_path is too long for a Unix socket
     atexit.register(shutil.rmtree, runtime, ignore_errors=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FAASMOE_")}
+    words = [model] if isinstance(model, str) else ["-f", str(model)]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*UP_COMMAND, "-f", str(file), "--port", str(port), *options],
+            [*UP_COMMAND, *words, "--port", str(port), *options],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**environment, "XDG_RUNTIME_DIR": str(runtime)},
+            env={**environment, "XDG_RUNTIME_DIR": str(runtime), **(variables or {})},
         )
     up = FaasmoeUp(process, f"http://127.0.0.1:{port}", log, runtime)
 
@@ -135,12 +145,14 @@ def start_up(file: Path, log: Path, *options: str) -> FaasmoeUp:
 
 
 @contextmanager
-def running_up(file: Path, log: Path, *options: str) -> Iterator[FaasmoeUp]:
+def running_up(
+    model: Path | str, log: Path, *options: str, variables: Mapping[str, str] | None = None
+) -> Iterator[FaasmoeUp]:
     """Run `faasmoe up` for the lifetime of the context.
 
     At its end, the launcher must exit with status 0 and leave no process.
     """
-    instance = start_up(file, log, *options)
+    instance = start_up(model, log, *options, variables=variables)
     try:
         yield instance
     finally:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from faasmoe_router.server import Server
+from faasmoe_gateway.server import Server
 
 DEADLINE_S = 20.0
 

@@ -87,8 +87,9 @@ def test_logits_equal_those_of_the_weights_that_the_writer_meant(
     schemes = {e.scheme for layer in store.manifest.layers for e in layer.quantization.values()}
     assert schemes == KEPT.get(name, set())
     expected = loaded_logits(checkpoint.reference, family, store, torch.float32)
-    # Twice that of floats: native kernels round activations to 16 bits in every layer.
-    assert (got - expected).abs().max() <= 2 * TOLERANCE
+    # Twice that of floats: native kernels round activations to 16 bits in every layer. These models
+    # are wider than the registry's and their logits larger.
+    assert (got - expected).abs().max() <= 2 * TOLERANCE * expected.abs().max().clamp(min=1)
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
 
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faasmoe_router.connections import ConnectionLimits, ConnectionTable, descriptor_limited
+from faasmoe_gateway.connections import ConnectionLimits, ConnectionTable, descriptor_limited
 
 
 def table(*, total: int = 3, per_address: int = 9) -> ConnectionTable:

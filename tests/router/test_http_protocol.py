@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from server_thread import running_server
 
-from faasmoe_router.connections import ConnectionLimits
-from faasmoe_router.server import Server
+from faasmoe_gateway.connections import ConnectionLimits
+from faasmoe_gateway.server import Server
 
 DEADLINE_S = 20.0
 HEAD = b"POST / HTTP/1.1\r\nHost: a\r\n"

@@ -65,3 +65,5 @@ def test_dtype_and_reason_are_logged_once(
     assert "no tokenizer can be loaded" in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if "The router computes in" in line]
     assert line.endswith(message)
+    kernels = "Kernels of the router: torch (switched off by FAASMOE_KERNELS=off)"
+    assert (kernels in result.stderr) == message.startswith("float32")

@@ -13,16 +13,16 @@ from typing import Any
 import httpx
 import pytest
 
+from faasmoe_gateway.server import Server
 from faasmoe_router.api.app import create_app
 from faasmoe_router.engine.batcher import EngineLimits
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
-from faasmoe_router.server import Server
 
 DEADLINE_S = 20.0
 SERVE_UNTIL_SIGNAL = """
-from faasmoe_router.server import Server
+from faasmoe_gateway.server import Server
 
 async def app(scope, receive, send):
     if scope["type"] == "lifespan":

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 ADAPTER = ROOT / "expert_fn" / "faasmoe_transformers"
 SOURCES = sorted(
     path
-    for folder in ("operator", "router", "expert_fn", "benchmarks")
+    for folder in ("operator", "router", "expert_fn", "gateway", "benchmarks")
     for path in (ROOT / folder).rglob("*.py")
     if not path.is_relative_to(ADAPTER)
 )

@@ -14,7 +14,9 @@ from typing import Any
 
 from faasmoe_contracts.parent_death import PARENT_PID_ENV
 from faasmoe_contracts.store import QuantizationEntry
-from faasmoe_contracts.store.quantization import EXPERTS_QUANTIZATIONS, ROUTER_QUANTIZATIONS
+from faasmoe_operator.cli import model_arguments
+from faasmoe_operator.cli.logs import print_progress
+from faasmoe_operator.cli.model_source import ModelSource
 
 NO_QUANTIZATION = QuantizationEntry()
 COMMAND = (sys.executable, "-m", "faasmoe_router.checkpoint")
@@ -32,41 +34,28 @@ def add_commands(commands: Any) -> None:
         "NVFP4, GGUF) are read as they are: experts keep codes that the kernels read, the rest is\n"
         "dequantised, and the output says which and what it costs (docs/models.md).",
         epilog="Examples:\n"
+        "  faasmoe prepare Qwen/Qwen1.5-MoE-A2.7B-Chat   for `faasmoe up` of the same MODEL\n"
         "  faasmoe prepare ./checkpoint ./store\n"
         "  faasmoe prepare ./model-Q8_0.gguf ./store\n"
         "  faasmoe prepare hf://Qwen/Qwen1.5-MoE-A2.7B ./store --dtype bfloat16\n"
         "  faasmoe prepare ./checkpoint ./store --quantize int8 --quantize-router int8",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("model", metavar="MODEL", help=model_arguments.MODEL_HELP)
     parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="checkpoint: a folder, a GGUF file, hf://ORG/NAME or ORG/NAME",
+        "store",
+        metavar="STORE",
+        nargs="?",
+        help="folder to write the store to (default: where `faasmoe up MODEL` looks for it)",
     )
-    parser.add_argument("store", metavar="STORE", help="folder to write the store to")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face model")
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="dtype of the stored weights (default: that of the checkpoint)",
-    )
-    parser.add_argument(
-        "--quantize",
-        choices=EXPERTS_QUANTIZATIONS,
-        default="none",
-        help="scheme of the experts' weights, as spec.experts.quantization: int8 is close to "
-        "lossless, int4 and mxfp4 are lossy; none keeps the codes of a quantised checkpoint where "
-        "kernels read them (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--quantize-router",
-        choices=ROUTER_QUANTIZATIONS,
-        default="none",
-        help="scheme of the router's linear layers, as spec.router.quantization; gates are not "
-        "quantised, and with int4 the LM head is int8 (default: %(default)s)",
-    )
+    model_arguments.add_store_options(parser.add_argument_group("weights"), "--quantize")
     parser.add_argument(
         "--force", action="store_true", help="overwrite a store made from another source"
+    )
+    parser.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="accept weights that are NaN or infinite, which are refused otherwise",
     )
     parser.set_defaults(run=_prepare)
     parser = commands.add_parser(
@@ -95,6 +84,7 @@ def prepare_command(
     dtype: str | None,
     quantization: QuantizationEntry = NO_QUANTIZATION,
     force: bool = False,
+    allows_nonfinite: bool = False,
 ) -> list[str]:
     """Return the command line that converts a checkpoint into a store.
 
@@ -105,6 +95,7 @@ def prepare_command(
         dtype: dtype of the stored weights; None for that of the checkpoint.
         quantization: what to quantise.
         force: whether to overwrite a store made from another source.
+        allows_nonfinite: whether to accept weights that are NaN or infinite.
     """
     # The manifest records the source, so a folder or file needs its absolute path.
     name = Path(source).resolve().as_uri() if Path(source).exists() else source
@@ -112,6 +103,7 @@ def prepare_command(
     command += [f"--revision={revision}"] if revision else []
     command += [f"--dtype={dtype}"] if dtype else []
     command += quantization_arguments(quantization)
+    command += ["--allow-nonfinite"] * allows_nonfinite
     return command + ["--force"] * force
 
 
@@ -122,14 +114,28 @@ def quantization_arguments(quantization: QuantizationEntry) -> list[str]:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
+    if arguments.store is not None:
+        return _prepare_in(arguments, arguments.model, arguments.store)
+    source = ModelSource.parse(arguments.model)
+    cached = model_arguments.cached_store(source, arguments)
+    cached.make_parent()
+    print_progress(f"store: {cached.path}")
+    stamp = cached.stamp()
+    if (status := _prepare_in(arguments, source.uri, str(cached.path))) == 0:
+        cached.write_stamp(stamp)
+    return status
+
+
+def _prepare_in(arguments: argparse.Namespace, source: str, store: str) -> int:
     return run_in_foreground(
         prepare_command(
-            arguments.source,
-            arguments.store,
+            source,
+            store,
             revision=arguments.revision,
-            dtype=arguments.dtype,
-            quantization=QuantizationEntry(arguments.quantize, arguments.quantize_router),
+            dtype=model_arguments.requested_dtype(arguments),
+            quantization=model_arguments.requested_quantization(arguments),
             force=arguments.force,
+            allows_nonfinite=arguments.allow_nonfinite,
         )
     )
 

@@ -40,10 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serve Mixture-of-Experts language models with experts as serverless\n"
         "functions.",
         epilog="Examples:\n"
-        "  faasmoe prepare ./checkpoint ./store   convert a checkpoint\n"
-        "  faasmoe plan -f model.yaml             show what would run\n"
-        "  faasmoe up -f model.yaml               serve the model on this machine\n"
-        "  faasmoe top                            watch a running model\n\n"
+        "  faasmoe up ORG/NAME        serve a model of the hub on this machine\n"
+        "  faasmoe up ./checkpoint    serve a folder, or a GGUF file\n"
+        "  faasmoe up -f model.yaml   serve a MoEModel file, with every setting there is\n"
+        "  faasmoe top                watch a running model\n\n"
         "Run `faasmoe COMMAND --help` for the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

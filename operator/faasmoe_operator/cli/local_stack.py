@@ -1,8 +1,9 @@
-"""The processes of one `faasmoe up`: zygote, control process and router.
+"""The processes of one `faasmoe up`: zygote, control process, router and gateway.
 
 This module knows their environments and the order in which they start and stop. All are supervised:
-one that exits is restarted, with back-off. The launcher listens for the router and passes it the
-socket, so that clients of a router that is being restarted wait in the socket's queue.
+one that exits is restarted, with back-off. The launcher listens for the gateway and passes it the
+socket; the gateway keeps requests and streams while the router is being restarted. Without a
+gateway the router gets the socket, in whose queue clients wait meanwhile.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import asyncio
 import json
 import os
 import secrets
+import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Never
@@ -20,7 +22,7 @@ from typing import Never
 from faasmoe_operator.api.v1alpha1 import MoEModel
 from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
 from faasmoe_operator.api.v1alpha1.tenants_file import TENANTS_FILE_NAME, build_tenants_file
-from faasmoe_operator.cli import control, router
+from faasmoe_operator.cli import control, gateway, router
 from faasmoe_operator.cli.control import ReservedControlPort, StackSecrets
 from faasmoe_operator.cli.logs import LogSinks
 from faasmoe_operator.cli.runtime_dir import LocalInstance
@@ -31,6 +33,8 @@ from faasmoe_operator.platforms import zygote
 
 ZYGOTE_GRACE_S = 10.0
 SOCKET_NAME = "zygote.sock"
+ROUTER_SOCKET_NAME = "router.sock"
+MODEL_FILE_NAME = "model.yaml"
 SINGLE_TENANT = "default"
 API_KEYS_FOLDER = "api-keys"
 
@@ -71,7 +75,8 @@ class StackSpec:
         folder: private runtime folder of this instance.
         port: port of the control API.
         secrets: secrets shared by the processes.
-        keep_alive_s: how long the router keeps unused connections; None for its default.
+        keep_alive_s: how long unused connections of clients are kept; None for the default.
+        has_gateway: whether clients talk to a gateway.
     """
 
     deployment: LocalModel
@@ -81,6 +86,7 @@ class StackSpec:
     port: ReservedControlPort
     secrets: StackSecrets
     keep_alive_s: float | None = None
+    has_gateway: bool = False
 
     @classmethod
     def create(
@@ -92,10 +98,13 @@ class StackSpec:
         folder: Path,
         port: ReservedControlPort,
         keep_alive_s: float | None = None,
+        has_gateway: bool = False,
     ) -> StackSpec:
         """Return a configuration with newly generated secrets."""
         secret_values = StackSecrets(secrets.token_urlsafe(32), secrets.token_hex(32))
-        return cls(deployment, endpoint, access, folder, port, secret_values, keep_alive_s)
+        return cls(
+            deployment, endpoint, access, folder, port, secret_values, keep_alive_s, has_gateway
+        )
 
     @property
     def instance(self) -> LocalInstance:
@@ -112,18 +121,22 @@ class StackProcesses:
         zygote: forks the sandboxes.
         control: plans and scales the functions.
         router: serves the OpenAI API; not restarted until `has_started` is set.
+        gateway: what clients talk to; None without one.
         failures: one task per process; it raises CommandError once the process is not restarted.
     """
 
     zygote: SupervisedChild
     control: SupervisedChild
     router: SupervisedChild
+    gateway: SupervisedChild | None
     failures: tuple[asyncio.Task[Never], ...]
 
     @property
     def pids(self) -> dict[str, int | None]:
         """Process ids by name; None while a process is being restarted."""
+        front = {} if self.gateway is None else {"gateway": self.gateway.pid}
         return {
+            **front,
             "router": self.router.pid,
             "control": self.control.pid,
             "zygote": self.zygote.pid,
@@ -133,14 +146,14 @@ class StackProcesses:
 @asynccontextmanager
 async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackProcesses]:
     """Run all processes; the router stops first, so that its last requests can finish."""
-    socket, token = spec.folder / SOCKET_NAME, spec.secrets.token
+    zygote_socket, token = spec.folder / SOCKET_NAME, spec.secrets.token
     async with AsyncExitStack() as stack:
         zygote_child, zygote_failure = await stack.enter_async_context(
             supervised(
                 "zygote",
                 zygote.ZYGOTE_COMMAND,
                 environment=zygote.zygote_environment(
-                    socket,
+                    zygote_socket,
                     token=token,
                     store=spec.deployment.store_path,
                     device=spec.deployment.template.device,
@@ -154,8 +167,8 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
                 "control process",
                 control.COMMAND,
                 environment=control.environment(
-                    spec.deployment.file,
-                    zygote_socket=socket,
+                    write_model_file(spec.deployment, spec.folder),
+                    zygote_socket=zygote_socket,
                     port=spec.port,
                     secrets=spec.secrets,
                 ),
@@ -165,34 +178,91 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
         )
         listener = spec.endpoint.listen()
         stack.callback(listener.close)
+        behind = None
+        if spec.has_gateway:
+            path = spec.folder / ROUTER_SOCKET_NAME
+            behind = router.RouterSocket(path, secrets.token_urlsafe(32))
         router_child, router_failure = await stack.enter_async_context(
-            supervised(
-                "router",
-                router.COMMAND,
-                environment={
-                    **router.environment(
-                        spec.deployment,
-                        spec.endpoint,
-                        control_url=spec.port.url,
-                        token=token,
-                        tenants_file=write_tenants_file(
-                            spec.deployment, spec.folder, api_keys=spec.access.api_keys
-                        ),
-                        cors_origins=spec.access.cors_origins,
-                        listen_fd=listener.fileno(),
-                        keep_alive_s=spec.keep_alive_s,
-                    ),
-                    **zygote.shared_dir_variables(spec.folder),
-                },
-                log=logs.sink("router"),
-                grace_s=router.GRACE_S,
-                restarts=router.RESTARTS,
-                pass_fds=(listener.fileno(),),
-            )
+            _supervised_router(spec, logs, listener, behind)
         )
-        stack.callback(listener.close)  # before the router stops, which then refuses clients
-        failures = (zygote_failure, control_failure, router_failure)
-        yield StackProcesses(zygote_child, control_child, router_child, failures)
+        failures = [zygote_failure, control_failure, router_failure]
+        gateway_child = None
+        if behind is not None:
+            gateway_child, gateway_failure = await stack.enter_async_context(
+                _supervised_gateway(spec, logs, listener, behind)
+            )
+            failures.append(gateway_failure)
+        stack.callback(listener.close)  # before the front stops, which then refuses clients
+        yield StackProcesses(
+            zygote_child, control_child, router_child, gateway_child, tuple(failures)
+        )
+
+
+def _supervised_router(
+    spec: StackSpec, logs: LogSinks, listener: socket.socket, behind: router.RouterSocket | None
+) -> AbstractAsyncContextManager[tuple[SupervisedChild, asyncio.Task[Never]]]:
+    environment = router.environment(
+        spec.deployment,
+        spec.endpoint,
+        control_url=spec.port.url,
+        token=spec.secrets.token,
+        tenants_file=write_tenants_file(
+            spec.deployment, spec.folder, api_keys=spec.access.api_keys
+        ),
+        cors_origins=spec.access.cors_origins,
+        listen_fd=listener.fileno() if behind is None else None,
+        keep_alive_s=spec.keep_alive_s,
+        behind=behind,
+    )
+    return supervised(
+        "router",
+        router.COMMAND,
+        environment={**environment, **zygote.shared_dir_variables(spec.folder)},
+        log=logs.sink("router"),
+        grace_s=router.GRACE_S,
+        restarts=router.RESTARTS,
+        pass_fds=(listener.fileno(),) if behind is None else (),
+    )
+
+
+def _supervised_gateway(
+    spec: StackSpec, logs: LogSinks, listener: socket.socket, behind: router.RouterSocket
+) -> AbstractAsyncContextManager[tuple[SupervisedChild, asyncio.Task[Never]]]:
+    return supervised(
+        "gateway",
+        gateway.COMMAND,
+        environment=gateway.environment(
+            spec.deployment,
+            spec.endpoint,
+            behind,
+            listen_fd=listener.fileno(),
+            keep_alive_s=spec.keep_alive_s,
+        ),
+        log=logs.sink("gateway"),
+        grace_s=gateway.GRACE_S,
+        pass_fds=(listener.fileno(),),
+    )
+
+
+def write_model_file(deployment: LocalModel, folder: Path) -> Path:
+    """Return the MoEModel file of the control process.
+
+    Args:
+        deployment: the model to serve.
+        folder: private runtime folder of this instance, where a file is written if the model is not
+            what its file holds; paths in it are absolute.
+    """
+    if not deployment.is_modified:
+        return deployment.file
+    document = deployment.model.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    spec = document["spec"]
+    spec["model"]["source"] = deployment.source
+    spec.setdefault("store", {})["path"] = str(deployment.store_path)
+    for tenant, entry in zip(deployment.model.spec.tenants, spec.get("tenants", ()), strict=True):
+        entry["apiKeysPath"] = str(deployment.api_keys_path(tenant))
+    path = folder / MODEL_FILE_NAME
+    _write_private(path, json.dumps(document, indent=2))
+    return path
 
 
 def write_tenants_file(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self, TextIO
 
+from faasmoe_operator.cli.formatting import format_bytes
 from faasmoe_operator.errors import CommandError
+
+PROGRESS_LINE_INTERVAL_S = 5.0
 
 
 class LogSinks:
@@ -41,7 +45,7 @@ class LogSinks:
     def sink(self, name: str) -> Callable[[str], None]:
         """Return a function that writes one output line of the named child."""
         if self._directory is None:
-            return lambda line: print(f"[{name}] {line}", file=sys.stderr, flush=True)
+            return lambda line: _print_line(f"[{name}] {line}")
         file = self._open(self._directory / f"{name}.log")
         return lambda line: print(line, file=file, flush=True)
 
@@ -56,4 +60,43 @@ class LogSinks:
 
 def print_progress(text: str) -> None:
     """Print a progress message to stderr, so that stdout stays machine-readable."""
-    print(f"faasmoe: {text}", file=sys.stderr, flush=True)
+    _print_line(f"faasmoe: {text}")
+
+
+def _print_line(line: str) -> None:
+    """Print a line to stderr, above the progress bar if one is shown."""
+    bars = sys.modules.get("tqdm")  # imported once a bar is shown
+    if bars is None:
+        print(line, file=sys.stderr, flush=True)
+    else:
+        bars.tqdm.write(line, file=sys.stderr)
+
+
+@contextmanager
+def byte_progress(label: str, *, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show progress in bytes on stderr: a bar on a terminal, else a line now and then.
+
+    Yields:
+        A function that is called with the number of bytes of each part that is done.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total_bytes, desc=label, unit="B", unit_scale=True, leave=False) as bar:
+            yield bar.update
+    else:
+        yield _LineProgress(label, total_bytes).advance
+
+
+class _LineProgress:
+    def __init__(self, label: str, total_bytes: int) -> None:
+        self._label, self._total_bytes, self._done_bytes = label, total_bytes, 0
+        self._printed_s = time.monotonic()
+
+    def advance(self, size_bytes: int) -> None:
+        self._done_bytes += size_bytes
+        now_s = time.monotonic()
+        if now_s - self._printed_s >= PROGRESS_LINE_INTERVAL_S:
+            self._printed_s = now_s
+            done, total = format_bytes(self._done_bytes), format_bytes(self._total_bytes)
+            print_progress(f"{self._label}: {done} of {total}")

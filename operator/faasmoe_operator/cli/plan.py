@@ -1,16 +1,16 @@
-"""`faasmoe plan`: shows the functions and sandboxes of a MoEModel file and their memory."""
+"""`faasmoe plan`: shows the functions and sandboxes of a model and their memory."""
 
 from __future__ import annotations
 
 import argparse
 import secrets
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_contracts.store import Manifest
 from faasmoe_operator.api.v1alpha1.router import RouterSpec
+from faasmoe_operator.cli import model_arguments
 from faasmoe_operator.cli.formatting import format_bytes, format_table
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.plan.functions import function_bytes
@@ -26,20 +26,26 @@ def add_commands(commands: Any) -> None:
     """Add `faasmoe plan`."""
     parser = commands.add_parser(
         "plan",
-        help="show what a MoEModel file would run",
+        help="show what `faasmoe up` would run",
+        usage="faasmoe plan (MODEL | -f FILE) [options]",
         description="Show the functions and sandboxes that `faasmoe up` would run and their\n"
         "memory, both when idle and with every function active. Requires a prepared store.",
-        epilog="Example:\n  faasmoe plan -f model.yaml",
+        epilog="Examples:\n"
+        "  faasmoe plan Qwen/Qwen1.5-MoE-A2.7B-Chat --experts-per-function 10\n"
+        "  faasmoe plan -f model.yaml",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-f", "--file", type=Path, required=True, help="MoEModel file")
+    model_arguments.add_model(parser)
+    model_arguments.add_store_options(parser.add_argument_group("weights, as for `faasmoe up`"))
+    model_arguments.add_granularity(parser.add_argument_group("functions"))
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan."""
-    deployment = LocalModel.load(arguments.file)
-    manifest = deployment.open_store().manifest
+    requested = model_arguments.load_model(arguments)
+    manifest = requested.deployment.open_store().manifest
+    deployment = requested.laid_out(manifest)
     functions = deployment.functions(manifest, key=secrets.token_bytes(16))
     print(format_plan(deployment, manifest, functions))
     return 0

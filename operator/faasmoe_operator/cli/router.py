@@ -76,6 +76,19 @@ class Endpoint:
         return listener
 
 
+@dataclass(frozen=True, slots=True)
+class RouterSocket:
+    """Where a router listens behind a gateway.
+
+    Attributes:
+        path: its Unix socket.
+        front_token: what the gateway shows it.
+    """
+
+    path: Path
+    front_token: str
+
+
 def environment(
     deployment: LocalModel,
     endpoint: Endpoint,
@@ -86,6 +99,7 @@ def environment(
     cors_origins: Sequence[str] = (),
     listen_fd: int | None = None,
     keep_alive_s: float | None = None,
+    behind: RouterSocket | None = None,
 ) -> dict[str, str]:
     """Return the complete environment of the router.
 
@@ -100,6 +114,7 @@ def environment(
         cors_origins: origins of web pages that may call the API, beside those of the file.
         listen_fd: descriptor of a socket that listens on `endpoint`; None lets the router open one.
         keep_alive_s: how long unused connections are kept; None for the spec's, or the default.
+        behind: where it listens behind a gateway; None without one.
     """
     router = deployment.model.spec.router
     settings = {
@@ -109,7 +124,10 @@ def environment(
         "HOST": endpoint.host,
         "PORT": endpoint.port,
         "LISTEN_FD": listen_fd,
+        "LISTEN_PATH": None if behind is None else behind.path,
+        "FRONT_TOKEN": None if behind is None else behind.front_token,
         "KEEP_ALIVE": router.keep_alive_seconds if keep_alive_s is None else keep_alive_s,
+        "METRICS_PORT": router.metrics_port,
         "DEVICE": router.device,
         "DTYPE": router.dtype,
         "COMPUTE": router.compute,

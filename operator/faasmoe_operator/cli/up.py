@@ -1,8 +1,8 @@
-"""`faasmoe up`: serves a MoEModel file with processes on this machine, until a signal.
+"""`faasmoe up`: serves a MODEL or a MoEModel file with processes on this machine, until a signal.
 
-What can fail because of user input (the file, the port, devices, the store's manifest and sizes) is
-checked before the first process starts, so that errors appear as one message and not in a child's
-log. The store's checksums are verified while the processes start.
+What can fail because of user input (the model, the port, devices, the store's manifest and sizes)
+is checked before the first process starts, so that errors appear as one message and not in a
+child's log. The store's checksums are verified while the processes start.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import Any, Never
 from faasmoe_contracts.store import Store
 from faasmoe_kernels import describe_cpu_kernels
 from faasmoe_operator.aio import gather_limited
-from faasmoe_operator.api.v1alpha1 import MoEModelError
 from faasmoe_operator.api.v1alpha1.patterns import CORS_ORIGIN, DESCRIPTIONS
 from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
-from faasmoe_operator.cli import child_process, control, router
+from faasmoe_operator.cli import child_process, control, model_arguments, router
 from faasmoe_operator.cli.checkpoint import prepare_command
 from faasmoe_operator.cli.formatting import format_bytes, format_table
 from faasmoe_operator.cli.local_stack import ClientAccess, StackProcesses, StackSpec, running_stack
-from faasmoe_operator.cli.logs import LogSinks, print_progress
+from faasmoe_operator.cli.logs import LogSinks, byte_progress, print_progress
+from faasmoe_operator.cli.model_arguments import RequestedModel
 from faasmoe_operator.cli.runtime_dir import locked_state, private_runtime_dir, register_instance
 from faasmoe_operator.cli.signals import run_until_signal
 from faasmoe_operator.control.local_model import LocalModel
@@ -51,32 +51,58 @@ def add_commands(commands: Any) -> None:
     """Add `faasmoe up`."""
     parser = commands.add_parser(
         "up",
-        help="serve a MoEModel file on this machine",
-        description="Serve a MoEModel file with processes on this machine until Ctrl-C.\n"
-        "Prepares the store first if it does not exist.",
+        help="serve a model on this machine",
+        usage="faasmoe up (MODEL | -f FILE) [options]",
+        description="Serve a Mixture-of-Experts model on this machine until Ctrl-C.\n"
+        "The first start downloads the checkpoint, if it is on the hub, and prepares its store;\n"
+        "later ones use the store again.",
         epilog="Examples:\n"
-        "  faasmoe up -f model.yaml\n"
-        "  faasmoe up -f model.yaml --host 0.0.0.0 --port 9000 --log-dir logs\n\n"
+        "  faasmoe up Qwen/Qwen1.5-MoE-A2.7B-Chat\n"
+        "  faasmoe up ./checkpoint --quantization int8 --max-model-len 8192 --port 9000\n"
+        "  faasmoe up ./model-Q8_0.gguf --served-model-name chat --api-key s3cret\n"
+        "  faasmoe up -f model.yaml\n\n"
         "Then, from another terminal:\n"
         "  curl http://127.0.0.1:8000/v1/models\n"
-        "  faasmoe top",
+        "  faasmoe top\n\n"
+        "The store of a MODEL is kept in $XDG_CACHE_HOME/faasmoe/stores (~/.cache by default) and\n"
+        "may be removed when nothing serves it. With -f, options override the file.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-f", "--file", type=Path, required=True, help="MoEModel file")
-    parser.add_argument(
+    model_arguments.add_model(parser)
+    _add_server_options(parser.add_argument_group("server"))
+    model_arguments.add_store_options(parser.add_argument_group("weights"))
+    functions = parser.add_argument_group("functions")
+    model_arguments.add_granularity(functions)
+    _add_process_options(parser.add_argument_group("processes"))
+    parser.set_defaults(run=run)
+
+
+def _add_server_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--port", type=_port, default=8000, help="port to listen on (default: %(default)s)"
     )
-    parser.add_argument(
+    group.add_argument(
+        "--served-model-name",
+        metavar="NAME",
+        help="name of the model in requests (default: ORG/NAME, or that of the folder or file)",
+    )
+    group.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="tokens of a prompt and its completion (default: the model's context)",
+    )
+    group.add_argument(
         "--api-key",
         action="append",
         default=[],
         metavar="KEY",
         help="require this API key; repeat it for several (for limits per key, use tenants)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--cors-origin",
         action="append",
         default=[],
@@ -85,23 +111,32 @@ def add_commands(commands: Any) -> None:
         help="let web pages of this origin call the API, such as https://chat.example.com or '*'; "
         "repeat it for several",
     )
-    parser.add_argument(
-        "--log-dir",
-        type=Path,
-        metavar="DIR",
-        help="write one log file per process to DIR instead of printing to the terminal",
-    )
-    parser.add_argument(
-        "--skip-verify", action="store_true", help="do not verify the checksums of the store"
-    )
-    parser.add_argument(
+    group.add_argument(
         "--keep-alive",
         type=_keep_alive_seconds,
         metavar="SECONDS",
         help="how long unused connections of clients are kept; more than a load balancer keeps "
         "them (default: spec.router.keepAliveSeconds, or 75)",
     )
-    parser.set_defaults(run=run)
+    group.add_argument(
+        "--gateway",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let clients talk to a process of their own that keeps their requests and streams "
+        "while the router is restarted (default: %(default)s)",
+    )
+
+
+def _add_process_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--log-dir",
+        type=Path,
+        metavar="DIR",
+        help="write one log file per process to DIR instead of printing to the terminal",
+    )
+    group.add_argument(
+        "--skip-verify", action="store_true", help="do not verify the checksums of the store"
+    )
 
 
 def _origin(text: str) -> str:
@@ -128,7 +163,8 @@ def _keep_alive_seconds(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve the model until a signal arrives or a process fails."""
-    deployment = LocalModel.load(arguments.file)
+    requested = model_arguments.load_model(arguments)
+    deployment = requested.deployment
     deployment.check_api_keys()
     for warning in process_platform_warnings(deployment.model):
         print_progress(warning)
@@ -136,35 +172,44 @@ def run(arguments: argparse.Namespace) -> int:
     access.check(deployment)
     endpoint = router.Endpoint(arguments.host, arguments.port)
     endpoint.check_free()
+    if requested.cached is not None:
+        requested.cached.make_parent()
     with LogSinks(arguments.log_dir) as logs, locked_state(deployment.state_path):
         return asyncio.run(
             run_until_signal(
                 _prepare_and_serve(
-                    deployment,
+                    requested,
                     endpoint,
                     access,
                     logs,
                     skip_verify=arguments.skip_verify,
                     keep_alive_s=arguments.keep_alive,
+                    has_gateway=arguments.gateway,
                 )
             )
         )
 
 
 async def _prepare_and_serve(
-    deployment: LocalModel,
+    requested: RequestedModel,
     endpoint: router.Endpoint,
     access: ClientAccess,
     logs: LogSinks,
     *,
     skip_verify: bool,
     keep_alive_s: float | None,
+    has_gateway: bool,
 ) -> int:
+    deployment = requested.deployment
     await check_devices(deployment)
-    if not deployment.is_prepared:
-        await _prepare(deployment)
+    if requested.is_prepared:
+        print_progress(f"store: {deployment.store_path}")
+    else:
+        if status := await _prepare(requested):
+            return status  # the preparation has said why
         skip_verify = True  # the checksums were computed just now
     store = deployment.open_store()
+    deployment = requested.laid_out(store.manifest)
     # Raises MoEModelError here rather than in the log of the control process.
     deployment.functions(store.manifest, key=secrets.token_bytes(32))
     with private_runtime_dir() as folder, closing(control.ReservedControlPort.reserve()) as port:
@@ -175,6 +220,7 @@ async def _prepare_and_serve(
             folder=folder,
             port=port,
             keep_alive_s=keep_alive_s,
+            has_gateway=has_gateway,
         )
         register_instance(spec.instance, folder)
         print_progress(f"CPU kernels: {describe_cpu_kernels()}")
@@ -207,8 +253,7 @@ async def check_devices(
     probe = await _probe_devices(command)
     if probe["n_devices"] == 0:
         expected = f"cpu or auto on this machine: {probe['why_none']}"
-        problems = [f"{field}: got {CUDA}, expected {expected}" for field in fields]
-        raise MoEModelError(str(deployment.file), problems)
+        raise deployment.error(*(f"{field}: got {CUDA}, expected {expected}" for field in fields))
 
 
 async def _probe_devices(command: Sequence[str]) -> dict[str, Any]:
@@ -230,36 +275,53 @@ async def _probe_devices(command: Sequence[str]) -> dict[str, Any]:
         raise CommandError(f"{command[-1]} ended with status {process.returncode}") from None
 
 
-async def _prepare(deployment: LocalModel) -> None:
+async def _prepare(requested: RequestedModel) -> int:
+    """Prepare the store; return the exit status of the preparation, which reports its errors.
+
+    Raises:
+        CommandError: a signal ended the preparation.
+    """
+    deployment, cached = requested.deployment, requested.cached
     source, path = deployment.source, deployment.store_path
+    is_outdated = cached is not None and cached.is_outdated
+    if is_outdated:
+        print_progress(f"{source} has changed since its store was prepared")
     print_progress(f"preparing {source} in {path}")
-    revision = deployment.model.spec.model.revision
+    stamp = None if cached is None else cached.stamp()
     async with child_process.running_child(
         prepare_command(
             source,
             str(path),
-            revision=revision,
+            revision=deployment.model.spec.model.revision,
             dtype=deployment.dtype,
             quantization=deployment.quantization,
+            force=is_outdated,
         ),
         environment=os.environ,
         log=None,
         grace_s=PREPARE_GRACE_S,
     ) as preparation:
-        if (status := await preparation.exit_status()) != 0:
-            raise CommandError(f"the preparation of {source} ended with status {status}")
+        status = await preparation.exit_status()
+    if status < 0:
+        raise CommandError(f"the preparation of {source} was ended by signal {-status}")
+    if status == 0 and cached is not None:
+        cached.write_stamp(stamp)
+    return status
 
 
 async def _verify(store: Store) -> None:
     """Verify the store's checksums file by file, so that a signal waits for one file at most."""
     files = store.manifest.files
-    size = format_bytes(sum(file.size_bytes for file in files.values()))
+    total_bytes = sum(file.size_bytes for file in files.values())
+    size = format_bytes(total_bytes)
     print_progress(f"verifying {len(files)} files of the store, {size} (skip with --skip-verify)")
     loop = asyncio.get_running_loop()
     executor = ThreadPoolExecutor(1, initializer=_lower_priority)
     try:
-        for name in files:
-            await loop.run_in_executor(executor, store.verify, [name])
+        with byte_progress("verifying", total_bytes=total_bytes) as advance:
+            for name, file in files.items():
+                await loop.run_in_executor(executor, store.verify, [name])
+                advance(file.size_bytes)
     finally:
         executor.shutdown(wait=False)  # processes stop while a last file is read
 

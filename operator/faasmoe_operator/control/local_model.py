@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -28,10 +29,16 @@ class LocalModel:
     Attributes:
         file: path of the MoEModel file; relative paths in it are relative to its folder.
         model: the parsed MoEModel.
+        label: its name in error messages; None for `file`.
+        options: the command-line options that set fields, by field, for error messages.
+        is_modified: whether `model` is not what `file` holds: options changed it or there is none.
     """
 
     file: Path
     model: MoEModel
+    label: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    is_modified: bool = False
 
     @classmethod
     def load(cls, file: Path) -> LocalModel:
@@ -141,7 +148,13 @@ class LocalModel:
                 manifest.layers, partitioning, model_digest=manifest.digest, key=key
             )
         except PlanError as error:
-            raise MoEModelError(str(self.file), [str(error)]) from error
+            raise self.error(str(error)) from error
+
+    def error(self, *problems: str) -> MoEModelError:
+        """Return an error that names fields by the options that set them."""
+        return MoEModelError(
+            self.label or str(self.file), name_options(problems, options=self.options)
+        )
 
     def _check_store(self, manifest: Manifest) -> None:
         stored = manifest.model
@@ -164,18 +177,24 @@ class LocalModel:
             )
 
     def _check_quantization(self, stored: QuantizationEntry) -> None:
-        for field, got, held in (
+        for name, got, held in (
             ("spec.experts.quantization", self.quantization.experts, stored.experts),
             ("spec.router.quantization", self.quantization.router, stored.router),
         ):
             if got != held:
                 expected = f"{held}, which the store {self.store_path} holds"
                 self._raise_error(
-                    field, f"got {got}, expected {expected}, or another spec.store.path"
+                    name, f"got {got}, expected {expected}, or another spec.store.path"
                 )
 
-    def _raise_error(self, field: str, what: str) -> None:
-        raise MoEModelError(str(self.file), [f"{field}: {what}"])
+    def _raise_error(self, name: str, what: str) -> None:
+        raise self.error(f"{name}: {what}")
+
+
+def name_options(problems: Iterable[str], *, options: Mapping[str, str]) -> list[str]:
+    """Return problems, each `FIELD: TEXT`, with the option of a field instead of the field."""
+    parts = (problem.partition(": ") for problem in problems)
+    return [f"{options.get(name, name)}{colon}{what}" for name, colon, what in parts]
 
 
 def is_same_source(requested: str, stored: str) -> bool:

@@ -39,9 +39,17 @@ class TenantAdmission(AbstractAsyncContextManager[Any], Protocol):
         """Count a request before it costs anything, or raise RateLimitExceeded."""
 
     def admit(
-        self, caller: Caller, requests: Sequence[GenerationRequest], *, n_prompt: int
+        self,
+        caller: Caller,
+        requests: Sequence[GenerationRequest],
+        *,
+        n_prompt: int,
+        is_admitted: bool = False,
     ) -> RequestUsageRecorder:
-        """Admit the tokens of a request, `n_prompt` of them prompt tokens, or raise RouterError."""
+        """Admit the tokens of a request, `n_prompt` of them prompt tokens, or raise RouterError.
+
+        One that another router has admitted is counted, not refused.
+        """
 
     def queue_slot(self, caller: Caller, *, size_bytes: int) -> AbstractContextManager[None]:
         """Account for a request queued for activation, or raise RouterError on entry."""

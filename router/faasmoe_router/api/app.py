@@ -41,6 +41,7 @@ from faasmoe_router.api.openapi import (
 from faasmoe_router.api.preparation import HeldBytes, PreparationQueue
 from faasmoe_router.api.preprocessing import Preprocessor
 from faasmoe_router.api.refusals import RefusalMetricsMiddleware, refusal_counter
+from faasmoe_router.api.resumption import ResumptionMiddleware
 from faasmoe_router.api.tokenization import tokenization_routes
 from faasmoe_router.api.translated_routes import translated_routes
 from faasmoe_router.api.validation import MAX_PROMPTS
@@ -67,6 +68,7 @@ def create_app(
     cors_origins: Sequence[str] = (),
     sampling_defaults: SamplingDefaults | None = None,
     metrics_server: MetricsServer | None = None,
+    front_token: str = "",
 ) -> FastAPI:
     """Return the app, which starts the engine on startup and stops it on shutdown.
 
@@ -82,6 +84,7 @@ def create_app(
         cors_origins: origins of web pages that may call the API; `*` is any.
         sampling_defaults: values of parameters that a request does not set; None is OpenAI's.
         metrics_server: serves the metrics elsewhere; None serves them at /metrics.
+        front_token: what a gateway shows that continues streams; empty without one.
     """
     activator = activator or AlwaysActivated()
     tenant_admission = tenancy or NoTenants()
@@ -103,6 +106,7 @@ def create_app(
         tenancy=tenancy,
         registry=registry,
         cors_origins=cors_origins,
+        front_token=front_token,
     )
     add_error_handlers(app)
     generator = ResponseGenerator(
@@ -146,6 +150,7 @@ def _add_middleware(
     tenancy: TenantService | None,
     registry: CollectorRegistry,
     cors_origins: Sequence[str],
+    front_token: str,
 ) -> None:
     """Add all middleware; the last one added is the outermost."""
     app.add_middleware(ContentEncodingMiddleware, max_body_bytes=max_body_bytes)
@@ -154,6 +159,7 @@ def _add_middleware(
         app.add_middleware(AuthMiddleware, authenticator=tenancy)
     app.add_middleware(RequestContextMiddleware, max_body_bytes=max_body_bytes)
     app.add_middleware(RefusalMetricsMiddleware, counter=refusal_counter(registry))
+    app.add_middleware(ResumptionMiddleware, front_token=front_token)
     if cors_origins:
         _add_cors(app, cors_origins)  # covers errors and needs no API key
 

@@ -6,15 +6,16 @@ server-sent events. However a request ends, its sequences are freed and its usag
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
+from faasmoe_contracts.stream_records import RECORDS_HEADER
 from faasmoe_router.api.admission import (
     RequestActivator,
     TenantAdmission,
@@ -30,6 +31,7 @@ from faasmoe_router.api.openapi import (
     json_request_body,
     json_responses,
 )
+from faasmoe_router.api.origin import Origin, get_origin
 from faasmoe_router.api.preprocessing import Preprocessor
 from faasmoe_router.api.protocol import (
     ChatCompletionRequest,
@@ -46,14 +48,23 @@ from faasmoe_router.api.responses import (
     ResponseBuilder,
     ResponseMeta,
 )
+from faasmoe_router.api.resumption import (
+    StreamJournal,
+    comment_record,
+    get_resumption,
+    has_front,
+    invalid_journal,
+)
 from faasmoe_router.api.streaming import (
+    KEEPALIVE_FRAME,
     KEEPALIVE_S,
     EventStreamResponse,
     run_until_disconnect,
 )
 from faasmoe_router.api.token_details import TokenBytes, TokenDetails
 from faasmoe_router.engine.engine import Engine
-from faasmoe_router.engine.generation import Generation, GenerationRequest
+from faasmoe_router.engine.generation import CompletionOutput, Generation, GenerationRequest
+from faasmoe_router.engine.journal import JournalError
 from faasmoe_router.errors import EngineUnavailable
 from faasmoe_router.tenants.service import Caller, RequestUsageRecorder
 
@@ -94,7 +105,8 @@ def completion_routes(
         async with bodies.reading(request, CompletionRequest, caller) as body:
             generator.check_request(body, caller)
             requests, echoed_prompts = await run_until_disconnect(
-                request, preprocessor.build_completion_requests(body, caller)
+                request,
+                preprocessor.build_completion_requests(body, caller, origin=get_origin(request)),
             )
             formatter = CompletionChoiceFormatter(
                 _logprob_token_bytes(engine, body),
@@ -127,7 +139,9 @@ def completion_routes(
     return router
 
 
-def _plain_chat(body: ChatCompletionRequest) -> tuple[ChatCompletionRequest, Rendering]:
+def _plain_chat(
+    body: ChatCompletionRequest, origin: Origin
+) -> tuple[ChatCompletionRequest, Rendering]:
     return body, PlainRendering()
 
 
@@ -151,8 +165,8 @@ class PreparedRequest:
 
 
 Source = TypeVar("Source", bound=BaseModel)
-ToChat = Callable[[Source], tuple[ChatCompletionRequest, Rendering]]
-"""Makes a chat of a body, and what writes its response."""
+ToChat = Callable[[Source, Origin], tuple[ChatCompletionRequest, Rendering]]
+"""Makes a chat of a body, and what writes its response with an origin."""
 
 
 class ChatService:
@@ -199,11 +213,15 @@ class ChatService:
     async def _prepare(
         self, request: Request, model: type[Source], to_chat: ToChat[Source]
     ) -> PreparedRequest:
-        caller = get_caller(request)
-        async with self._bodies.converting(request, model, caller, to_chat) as (body, rendering):
+        caller, origin = get_caller(request), get_origin(request)
+
+        def convert(source: Source) -> tuple[ChatCompletionRequest, Rendering]:
+            return to_chat(source, origin)
+
+        async with self._bodies.converting(request, model, caller, convert) as (body, rendering):
             self._generator.check_request(body, caller)
             message_format, requests = await run_until_disconnect(
-                request, self._preprocessor.build_chat_requests(body, caller)
+                request, self._preprocessor.build_chat_requests(body, caller, origin=origin)
             )
             tool_config = message_format.tool_config
             formatter = ChatChoiceFormatter(
@@ -211,6 +229,7 @@ class ChatService:
                 message_format,
                 n_top=body.n_reported_logprobs,
                 as_ids=bool(body.return_tokens_as_token_ids),
+                origin=origin,
             )
             notes = () if tool_config is None else tool_config.notes
             headers = {WARNING_HEADER: _header_value("; ".join(notes))} if notes else {}
@@ -247,13 +266,20 @@ class ResponseGenerator:
             raise EngineUnavailable("the engine is starting")
         caller = get_caller(request)
         n_prompt_tokens = sum(len(r.prompt_token_ids) for r in requests) // (body.n or 1)
-        builder = self._response_builder(body, prepared.formatter, n_prompt_tokens, requests)
-        usage_recorder = self._tenant_admission.admit(caller, requests, n_prompt=n_prompt_tokens)
+        builder = self._response_builder(
+            body, prepared.formatter, n_prompt_tokens, requests, get_origin(request)
+        )
+        usage_recorder = self._tenant_admission.admit(
+            caller,
+            requests,
+            n_prompt=n_prompt_tokens,
+            is_admitted=get_resumption(request) is not None,
+        )
         start = asyncio.create_task(self._start(request, requests, usage_recorder))
         try:
             if body.stream and not (await asyncio.wait({start}, timeout=KEEPALIVE_S))[0]:
                 # From now on comments keep the connection; an error can only be an event.
-                return self._late_stream(builder, start, prepared, usage_recorder)
+                return self._late_stream(request, builder, start, prepared, usage_recorder)
             headers, generation = await start
             with record_outcome_on_error(usage_recorder):
                 response = await _to_http_response(builder, generation, request, body, rendering)
@@ -270,19 +296,26 @@ class ResponseGenerator:
         usage_recorder: RequestUsageRecorder,
     ) -> tuple[dict[str, str], Generation]:
         """Wait for activation and start the generation; return it and response headers."""
-        caller = get_caller(request)
+        caller, resumption = get_caller(request), get_resumption(request)
         queue_slot = partial(self._tenant_admission.queue_slot, caller)
         with record_outcome_on_error(usage_recorder):
             headers = await queue_until_activated(
                 self._activator, request, requests, queue_slot=queue_slot
             )
-            generation = self._engine.generate(
-                requests, tenant=caller.tenant, usage_recorder=usage_recorder
-            )
+            try:
+                generation = self._engine.generate(
+                    requests,
+                    tenant=caller.tenant,
+                    usage_recorder=usage_recorder,
+                    journal=() if resumption is None else resumption.entries,
+                )
+            except JournalError as error:
+                raise invalid_journal(error) from error
         return headers, generation
 
     def _late_stream(
         self,
+        request: Request,
         builder: ResponseBuilder,
         start: asyncio.Task[tuple[dict[str, str], Generation]],
         prepared: PreparedRequest,
@@ -290,19 +323,17 @@ class ResponseGenerator:
     ) -> Response:
         """Return a stream whose generation has not started yet."""
 
-        async def chunks() -> AsyncIterator[dict[str, Any]]:
-            _, generation = await start
-            async for chunk in builder.stream_chunks(
-                generation, prepared.body.stream_options or StreamOptions()
-            ):
-                yield chunk
+        async def generation() -> Generation:
+            return (await start)[1]
 
         def close() -> None:
             if start.done() and not start.cancelled() and start.exception() is None:
                 start.result()[1].cancel()
             start.cancel()
 
-        response = EventStreamResponse(prepared.rendering.frames(chunks()), close)
+        response = _stream_response(
+            builder, generation, request, prepared.body, prepared.rendering, close
+        )
         response.headers.update({**usage_recorder.headers, **prepared.headers})
         return response
 
@@ -312,10 +343,11 @@ class ResponseGenerator:
         formatter: ChoiceFormatter,
         n_prompt_tokens: int,
         requests: Sequence[GenerationRequest],
+        origin: Origin,
     ) -> ResponseBuilder:
         extra_fields = {**self._served_model.extra_fields, **body.extra_response_fields}
         model = body.model or self._served_model.name
-        meta = ResponseMeta(formatter.id_prefix, model, extra_fields)
+        meta = ResponseMeta.from_origin(formatter.id_prefix, model, origin, extra_fields)
         if body.request_id is not None:
             meta = replace(meta, id=body.request_id)
         token_details = TokenDetails(
@@ -337,14 +369,47 @@ async def _to_http_response(
     rendering: Rendering,
 ) -> Response:
     if body.stream:
-        options = body.stream_options or StreamOptions()
-        frames = rendering.frames(builder.stream_chunks(generation, options))
-        return EventStreamResponse(frames, generation.cancel)
+
+        async def ready() -> Generation:
+            return generation
+
+        return _stream_response(builder, ready, request, body, rendering, generation.cancel)
     try:
         whole = await run_until_disconnect(request, builder.full_response(generation))
         return JSONResponse(rendering.body(whole))
     finally:
         generation.cancel()
+
+
+def _stream_response(
+    builder: ResponseBuilder,
+    start: Callable[[], Awaitable[Generation]],
+    request: Request,
+    body: CompletionRequestBase,
+    rendering: Rendering,
+    on_close: Callable[[], None],
+) -> EventStreamResponse:
+    """Return a stream: of records if a front asks for it, which may have a part of it already."""
+    options = body.stream_options or StreamOptions()
+    if not has_front(request):
+        outputs = _outputs(start)
+        return EventStreamResponse(
+            rendering.frames(builder.stream_chunks(outputs, options)), on_close
+        )
+    journal = StreamJournal(get_origin(request), get_resumption(request))
+    frames = rendering.frames(builder.stream_chunks(journal.watch(_outputs(start)), options))
+    response = EventStreamResponse(
+        journal.records(frames), on_close, keepalive_frame=comment_record(KEEPALIVE_FRAME)
+    )
+    response.headers[RECORDS_HEADER] = "1"
+    return response
+
+
+async def _outputs(
+    start: Callable[[], Awaitable[Generation]],
+) -> AsyncIterator[tuple[int, CompletionOutput]]:
+    async for output in await start():
+        yield output
 
 
 def _header_value(text: str) -> str:

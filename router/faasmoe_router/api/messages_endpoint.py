@@ -1,7 +1,6 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's API, translated onto chats."""
 
 import json
-import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from faasmoe_router.api.errors import (
     invalid_value,
     unsupported_param,
 )
+from faasmoe_router.api.origin import Origin
 from faasmoe_router.api.protocol import MAX_TOOLS
 from faasmoe_router.api.rendering import PartDelta, event_frame, message_parts
 from faasmoe_router.api.streaming import log_stream_failure
@@ -160,10 +160,14 @@ def _chat_tool_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class MessagesRendering:
-    """Writes a chat's response as a message, or as its events."""
+    """Writes a chat's response as a message, or as its events.
 
-    def __init__(self) -> None:
-        self._id = f"msg_{uuid.uuid4().hex}"
+    Args:
+        origin: of its id.
+    """
+
+    def __init__(self, origin: Origin) -> None:
+        self._id = f"msg_{origin.hex_id('response')}"
 
     def body(self, response: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the message of a whole chat."""

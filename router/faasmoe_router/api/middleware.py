@@ -26,15 +26,16 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION
 from faasmoe_router.api.errors import ApiError, body_too_large, from_router_error, internal_error
 from faasmoe_router.api.openapi import UNAUTHENTICATED_PATHS
+from faasmoe_router.api.resumption import is_resumed
 from faasmoe_router.errors import RateLimitExceeded
 from faasmoe_router.tenants.service import ANONYMOUS, Caller
 
 logger = logging.getLogger(__name__)
 
 
-KNOWN_CLIENT_EXTENSION = "faasmoe.known_client"  # of the ASGI scope: a callable, see server
 REQUEST_ID_HEADER = "X-Request-Id"
 MAX_REQUEST_ID_LENGTH = 128
 _REQUEST_ID_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")
@@ -150,7 +151,7 @@ class AuthMiddleware:
         mark_known = scope.get("extensions", {}).get(KNOWN_CLIENT_EXTENSION)
         if mark_known is not None:
             mark_known()
-        if scope["method"] == "POST":
+        if scope["method"] == "POST" and not is_resumed(scope):
             try:
                 self._authenticator.count_request(caller)
             except RateLimitExceeded as error:

@@ -6,12 +6,12 @@ without tokenizing is rejected first: tokenizing a long text takes seconds.
 """
 
 import asyncio
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from faasmoe_router.api.errors import ApiError, invalid_value, unsupported_param
+from faasmoe_router.api.origin import Origin
 from faasmoe_router.api.preparation import PreparationQueue
 from faasmoe_router.api.protocol import (
     ChatCompletionRequest,
@@ -47,7 +47,6 @@ from faasmoe_router.tenants.service import ANONYMOUS, Caller
 from faasmoe_router.toolcalls.prompted import with_prompted_tools
 from faasmoe_router.toolcalls.reasoning import detect_reasoning_format
 
-SEED_BITS = 63
 OPENAI_DEFAULTS = SamplingDefaults()
 # Work in units of bytes of text: of a token ID, of a message's rendering and of a tool's.
 ID_BYTES, MESSAGE_BYTES, TOOL_BYTES = 4, 64, 1024
@@ -74,7 +73,11 @@ class Preprocessor:
         self._includes_marks = needs_special_tokens(engine.tokenizer)
 
     async def build_chat_requests(
-        self, body: ChatCompletionRequest, caller: Caller = ANONYMOUS
+        self,
+        body: ChatCompletionRequest,
+        caller: Caller = ANONYMOUS,
+        *,
+        origin: Origin | None = None,
     ) -> tuple[MessageFormat, list[GenerationRequest]]:
         """Return how the message is parsed, and one request per choice; raises ApiError."""
         self._check_n_choices(body, caller, n_prompts=1)
@@ -103,6 +106,7 @@ class Preprocessor:
             [token_ids],
             caller,
             param="messages",
+            origin=origin or Origin(),
             tool_config=tool_config,
             reasoning=reasoning.before_grammar,
             include_special_tokens=self._includes_marks or tool_config is not None,
@@ -113,7 +117,11 @@ class Preprocessor:
         return message_format, requests
 
     async def build_completion_requests(
-        self, body: CompletionRequest, caller: Caller = ANONYMOUS
+        self,
+        body: CompletionRequest,
+        caller: Caller = ANONYMOUS,
+        *,
+        origin: Origin | None = None,
     ) -> tuple[list[GenerationRequest], list[str] | None]:
         """Return one request per choice of each prompt, in that order, and the prompts' texts.
 
@@ -134,7 +142,9 @@ class Preprocessor:
             else prompt
             for prompt in body.prompt
         ]
-        requests = await self._request_builder.build(body, prompts, caller, param="prompt")
+        requests = await self._request_builder.build(
+            body, prompts, caller, param="prompt", origin=origin or Origin()
+        )
         if not body.echo:
             return requests, None
         texts = [
@@ -264,6 +274,7 @@ class GenerationRequestBuilder:
         caller: Caller,
         *,
         param: str,
+        origin: Origin,
         tool_config: ToolCallConfig | None = None,
         reasoning: ReasoningTokens | None = None,
         include_special_tokens: bool = False,
@@ -275,6 +286,7 @@ class GenerationRequestBuilder:
             prompts: the token IDs of each prompt.
             caller: whose limits apply.
             param: the parameter that holds the prompts, for errors.
+            origin: of the seed of a request that sets none.
             tool_config: how the model calls tools; None if it may not.
             reasoning: tokens of the reasoning that may precede a constrained text; None for none.
             include_special_tokens: whether the text is parsed, for which it needs special tokens.
@@ -297,7 +309,7 @@ class GenerationRequestBuilder:
         grammar = await self._compiled_grammar(body, tool_config, caller)
         if body.n_computed_logprobs is not None:
             await self._prepare_vocabulary()
-        seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
+        seed = origin.seed if body.seed is None else body.seed
         return [
             GenerationRequest(
                 prompt_token_ids=ids,

@@ -6,14 +6,12 @@ log-probabilities, text completions have plain text and the legacy form. Nothing
 """
 
 import json
-import secrets
 import string
-import time
-import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
+from faasmoe_router.api.origin import Origin
 from faasmoe_router.api.protocol import StreamOptions
 from faasmoe_router.api.reasoning import MessageFormat
 from faasmoe_router.api.token_details import (
@@ -182,6 +180,7 @@ class ChatChoiceFormatter:
         message_format: how reasoning and tool calls are found in the text.
         n_top: candidates per token in log-probabilities.
         as_ids: whether log-probabilities name tokens by their IDs.
+        origin: of the ids of tool calls.
     """
 
     id_prefix = "chatcmpl"
@@ -195,10 +194,13 @@ class ChatChoiceFormatter:
         *,
         n_top: int | None = None,
         as_ids: bool = False,
+        origin: Origin | None = None,
     ) -> None:
         self._token_bytes = token_bytes
         self._n_top = n_top
         self._as_ids = as_ids
+        self._origin = origin or Origin()
+        self._n_calls = 0
         self._format = message_format or MessageFormat()
         self._tool_config = self._format.tool_config
         self._parsers: dict[int, AnyMessageParser] = {}
@@ -332,8 +334,9 @@ class ChatChoiceFormatter:
         length = 24 if config is None else config.call_id_length
         # Some chat templates accept call ids of a fixed length only, of letters and digits.
         prefix = "call_" if length > len("call_") * 2 else ""
-        call_id = prefix + "".join(
-            secrets.choice(_CALL_ID_CHARACTERS) for _ in range(length - len(prefix))
+        self._n_calls += 1
+        call_id = prefix + self._origin.characters(
+            _CALL_ID_CHARACTERS, length - len(prefix), "call", self._n_calls
         )
         if config is not None and name in config.custom_tools:
             return {"id": call_id, "type": "custom", "custom": {"name": name, "input": ""}}
@@ -508,8 +511,15 @@ class ResponseMeta:
     id_prefix: str
     model: str
     extra_fields: Mapping[str, Any] = field(default_factory=dict)
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created_s: int = field(default_factory=lambda: int(time.time()))
+    id: str = ""
+    created_s: int = 0
+
+    @classmethod
+    def from_origin(
+        cls, id_prefix: str, model: str, origin: Origin, extra_fields: Mapping[str, Any]
+    ) -> Self:
+        """Return the fields of a response with an origin."""
+        return cls(id_prefix, model, extra_fields, origin.hex_id("response"), origin.created_s)
 
     def to_fields(self, object_type: str) -> dict[str, Any]:
         """Return the fields of an object of this type, such as `chat.completion.chunk`."""
@@ -582,7 +592,9 @@ class ResponseBuilder:
         return self._token_details.choice_fields(index, choice.token_ids, choice.prompt_logprobs)
 
     async def stream_chunks(
-        self, generation: Generation, options: StreamOptions
+        self,
+        generation: AsyncIterable[tuple[int, CompletionOutput]],
+        options: StreamOptions,
     ) -> AsyncIterator[dict[str, Any]]:
         """Yield the chunks of a streamed response while the generation runs."""
         chunk_fields = self._meta.to_fields(self._formatter.chunk_object_type)

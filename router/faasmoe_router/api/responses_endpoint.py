@@ -4,8 +4,6 @@ Nothing is stored: `store` and `previous_response_id` are refused by name, and a
 sent whole as `input`. Tools that OpenAI would run itself are refused as well.
 """
 
-import time
-import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Literal
 
@@ -19,6 +17,7 @@ from faasmoe_router.api.errors import (
     invalid_value,
     unsupported_param,
 )
+from faasmoe_router.api.origin import Origin
 from faasmoe_router.api.protocol import MAX_TOOLS
 from faasmoe_router.api.rendering import PartDelta, event_frame, message_parts
 from faasmoe_router.api.streaming import log_stream_failure
@@ -217,17 +216,19 @@ class ResponsesRendering:
 
     Args:
         request: the request.
+        origin: of its ids and time.
     """
 
-    def __init__(self, request: ResponsesRequest) -> None:
+    def __init__(self, request: ResponsesRequest, origin: Origin) -> None:
         self._request = request
-        self._id = f"resp_{uuid.uuid4().hex}"
-        self._created_s = int(time.time())
+        self._origin = origin
+        self._id = f"resp_{origin.hex_id('response')}"
+        self._created_s = origin.created_s
 
     def body(self, response: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the response object of a whole chat."""
         [choice] = response["choices"]
-        items = _OutputItems()
+        items = _OutputItems(self._origin)
         for part in message_parts(choice["message"]):
             for _ in items.add(part):
                 pass
@@ -237,7 +238,7 @@ class ResponsesRendering:
 
     async def frames(self, chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
         """Yield the events of a stream; a failure is the last one."""
-        number, items = 0, _OutputItems()
+        number, items = 0, _OutputItems(self._origin)
         started = False
         try:
             finish_reason, usage, chunk = None, None, {}
@@ -325,12 +326,16 @@ _ItemKind = Literal["reasoning", "message", "function_call", "custom_tool_call"]
 class _OutputItems:
     """The output items of one response, and the events by which they grow.
 
+    Args:
+        origin: of their ids.
+
     Attributes:
         items: the items so far; the last may be open.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, origin: Origin) -> None:
         self.items: list[dict[str, Any]] = []
+        self._ids = origin.hex_ids("item")
         self._open: _ItemKind | None = None
         self._text = ""
 
@@ -370,7 +375,7 @@ class _OutputItems:
         yield {"type": "response.output_item.done", "output_index": index, "item": item}
 
     def _start(self, kind: _ItemKind, part: PartDelta) -> Iterator[_Event]:
-        item = _new_item(kind, part)
+        item = _new_item(kind, part, next(self._ids))
         self.items.append(item)
         self._open, self._text = kind, ""
         index = len(self.items) - 1
@@ -415,8 +420,7 @@ def _text_part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _new_item(kind: _ItemKind, part: PartDelta) -> dict[str, Any]:
-    identity = uuid.uuid4().hex
+def _new_item(kind: _ItemKind, part: PartDelta, identity: str) -> dict[str, Any]:
     if kind == "message":
         item = {"id": f"msg_{identity}", "role": "assistant", "content": []}
     elif kind == "reasoning":

@@ -16,7 +16,7 @@ from faasmoe_router.errors import RouterError
 logger = logging.getLogger(__name__)
 
 KEEPALIVE_S = 15.0
-_KEEPALIVE_FRAME = b": waiting\n\n"
+KEEPALIVE_FRAME = b": waiting\n\n"
 
 
 T = TypeVar("T")
@@ -52,11 +52,18 @@ class EventStreamResponse(StreamingResponse):
     Args:
         frames: the events, such as those of `sse_frames`.
         on_close: called when the response has ended.
+        keepalive_frame: sent when there is none for long.
     """
 
-    def __init__(self, frames: AsyncIterator[bytes], on_close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        frames: AsyncIterator[bytes],
+        on_close: Callable[[], None],
+        *,
+        keepalive_frame: bytes = KEEPALIVE_FRAME,
+    ) -> None:
         super().__init__(
-            _with_keepalives(frames),
+            _with_keepalives(frames, keepalive_frame),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
@@ -70,7 +77,9 @@ class EventStreamResponse(StreamingResponse):
             self._on_close()
 
 
-async def _with_keepalives(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _with_keepalives(
+    frames: AsyncIterator[bytes], keepalive_frame: bytes
+) -> AsyncIterator[bytes]:
     """Yield the frames, and a comment whenever KEEPALIVE_S pass without one.
 
     A stream may wait long for its turn, and load balancers close connections that are silent.
@@ -82,7 +91,7 @@ async def _with_keepalives(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]
             while not frame.done():
                 await asyncio.wait({frame}, timeout=KEEPALIVE_S)
                 if not frame.done():
-                    yield _KEEPALIVE_FRAME
+                    yield keepalive_frame
             if (content := frame.result()) is None:
                 return
             yield content

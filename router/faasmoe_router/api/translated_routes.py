@@ -21,6 +21,7 @@ from faasmoe_router.api.openapi import (
     json_request_body,
     json_responses,
 )
+from faasmoe_router.api.origin import Origin
 from faasmoe_router.api.protocol import ChatCompletionRequest
 from faasmoe_router.api.rendering import Rendering
 from faasmoe_router.api.responses_endpoint import ResponsesRendering, ResponsesRequest
@@ -62,12 +63,16 @@ def translated_routes(chats: ChatService) -> APIRouter:
     return router
 
 
-def _response_chat(body: ResponsesRequest) -> tuple[ChatCompletionRequest, Rendering]:
-    return _chat(body.to_chat()), ResponsesRendering(body)
+def _response_chat(
+    body: ResponsesRequest, origin: Origin
+) -> tuple[ChatCompletionRequest, Rendering]:
+    return _chat(body.to_chat()), ResponsesRendering(body, origin)
 
 
-def _message_chat(body: CountTokensRequest) -> tuple[ChatCompletionRequest, Rendering]:
-    return _chat(body.to_chat()), MessagesRendering()
+def _message_chat(
+    body: CountTokensRequest, origin: Origin
+) -> tuple[ChatCompletionRequest, Rendering]:
+    return _chat(body.to_chat()), MessagesRendering(origin)
 
 
 def _chat(fields: Mapping[str, Any]) -> ChatCompletionRequest:

@@ -13,10 +13,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Never, Self
-
-from tqdm import tqdm
 
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.store import Manifest, QuantizationEntry, Store, StoreError
@@ -25,6 +21,7 @@ from faasmoe_contracts.store.quantization import (
     ROUTER_QUANTIZATIONS,
     relative_error,
 )
+from faasmoe_router.checkpoint.progress_bar import ProgressBar
 from faasmoe_router.checkpoint.termination_message import exit_status, run_with_termination_log
 from faasmoe_router.errors import PrepareError
 from faasmoe_transformers.errors import UnsupportedVersions
@@ -74,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     command.add_argument("--force", action="store_true", help="replace a store of another source")
+    command.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="accept weights that are NaN or infinite, which are refused otherwise",
+    )
     command.add_argument(
         "--termination-log",
         type=Path,
@@ -173,6 +175,7 @@ def _prepare_store(args: argparse.Namespace) -> Store:
             dtype=args.dtype,
             quantization=_quantization(args),
             force=args.force,
+            allows_nonfinite=args.allow_nonfinite,
             progress=bar,
         )
 
@@ -216,39 +219,6 @@ def _run_demo_model(args: argparse.Namespace) -> int:
 
     make_demo_model(args.folder, exact=args.exact)
     return 0
-
-
-class ProgressBar:
-    """A progress bar on standard error; use it as a context manager, which closes the bar."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Never] | None = None
-
-    def start(self, label: str, *, total_bytes: int) -> None:
-        """Show a new bar."""
-        self._close()
-        self._bar = tqdm(total=total_bytes, desc=label, unit="B", unit_scale=True)
-
-    def advance(self, size_bytes: int) -> None:
-        """Advance the bar."""
-        if self._bar is not None:
-            self._bar.update(size_bytes)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 if __name__ == "__main__":

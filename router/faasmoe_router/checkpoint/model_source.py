@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from faasmoe_router.checkpoint.finite_tensors import checked_tensors
 from faasmoe_router.checkpoint.formats.methods import dequantized_tensors
 from faasmoe_router.checkpoint.source import CheckpointSource
 from faasmoe_router.errors import PrepareError, SourceUnsupported
@@ -26,24 +27,31 @@ from faasmoe_transformers.weight_conversion import LazyTensor, first_float_dtype
 
 
 @contextmanager
-def open_tensors(checkpoint: CheckpointSource) -> Iterator[dict[str, LazyTensor]]:
+def open_tensors(
+    checkpoint: CheckpointSource, *, allows_nonfinite: bool = False
+) -> Iterator[dict[str, LazyTensor]]:
     """Open every tensor of a checkpoint by name; quantised weights are dequantised when read.
+
+    Reading a part of a weight that is not quantised and not finite raises WeightsNotFinite, unless
+    that is allowed.
 
     Raises:
         PrepareError: a file cannot be read, or its codes and scales are not supported.
     """
     with ExitStack() as stack:
         tensors: dict[str, LazyTensor] = {}
+        paths: dict[str, Path] = {}
         for path in checkpoint.weight_files:
             try:
                 file = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
                 tensors.update((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118
+                paths.update((name, path) for name in file.keys())  # noqa: SIM118
             except (OSError, SafetensorError) as error:
                 raise PrepareError(f"{path}: got no readable safetensors file: {error}") from error
         if checkpoint.published is not None:
             files = checkpoint.weight_files
             tensors = dequantized_tensors(tensors, files, checkpoint.published)
-        yield tensors
+        yield tensors if allows_nonfinite else checked_tensors(tensors, paths)
 
 
 def load_skeleton(

@@ -97,6 +97,7 @@ def prepare(
     dtype: str | None = None,
     quantization: QuantizationEntry = NO_QUANTIZATION,
     force: bool = False,
+    allows_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Store:
     """Prepare a checkpoint as a store.
@@ -111,6 +112,7 @@ def prepare(
         dtype: bfloat16, float16 or float32; None keeps the checkpoint's.
         quantization: what to quantise.
         force: replace a complete store of another checkpoint.
+        allows_nonfinite: accept weights that are NaN or infinite.
         progress: receives the number of bytes written.
 
     Raises:
@@ -124,10 +126,10 @@ def prepare(
     with lock_store_folder(store) as folder:
         if folder.is_complete:
             if folder.fingerprint() == fingerprint and not force:
-                return _verified_store(folder)
+                return _verified_store(folder, progress or NoProgress())
             _clear_existing(folder, source, quantization, force=force)
         target = StoreTarget(fingerprint, dtype, quantization)
-        with _open_tensors(checkpoint) as tensors:
+        with _open_tensors(checkpoint, allows_nonfinite=allows_nonfinite) as tensors:
             _fill_store(folder, checkpoint, tensors, target, progress or NoProgress())
     return Store.open(store)
 
@@ -138,16 +140,20 @@ def _resolve(source: str, revision: str | None) -> CheckpointSource:
 
 
 def _open_tensors(
-    checkpoint: CheckpointSource,
+    checkpoint: CheckpointSource, *, allows_nonfinite: bool
 ) -> AbstractContextManager[dict[str, LazyTensor]]:
     if isinstance(checkpoint, GgufCheckpoint):
-        return checkpoint.open_tensors()
-    return open_tensors(checkpoint)
+        return checkpoint.open_tensors(allows_nonfinite=allows_nonfinite)
+    return open_tensors(checkpoint, allows_nonfinite=allows_nonfinite)
 
 
-def _verified_store(folder: StoreFolder) -> Store:
+def _verified_store(folder: StoreFolder, progress: Progress) -> Store:
     store = Store.open(folder.path)
-    store.verify()
+    files = store.manifest.files
+    progress.start("verifying", total_bytes=sum(file.size_bytes for file in files.values()))
+    for name, file in files.items():
+        store.verify([name])
+        progress.advance(file.size_bytes)
     logger.info("%s is complete and verified", folder.path)
     return store
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -34,6 +35,7 @@ from faasmoe_router.checkpoint.formats.settings import (
     read_settings,
     without_settings,
 )
+from faasmoe_router.checkpoint.progress_bar import LineProgress
 from faasmoe_router.errors import (
     HubUnauthorized,
     HubUnavailable,
@@ -70,13 +72,14 @@ _HUB_ERRORS: tuple[tuple[type[Exception], type[PrepareError], str], ...] = (
     (
         RepositoryNotFoundError,
         SourceNotFound,
-        "there is no such repository, or HF_TOKEN lacks access to it",
+        "the hub has no such repository, or HF_TOKEN lacks access to it: check the spelling",
     ),
     (HFValidationError, SourceUnsupported, "expected ORG/NAME"),
     (
         LocalEntryNotFoundError,
         HubUnavailable,
-        "the hub cannot be reached and the local cache does not have it",
+        "the hub cannot be reached and the local cache does not have it: check the network, "
+        "HF_ENDPOINT and proxies, or name a folder that holds the checkpoint",
     ),
     (OfflineModeIsEnabled, HubUnavailable, "offline mode: HF_HUB_OFFLINE is set"),
     (HTTPError, HubUnavailable, "unexpected error from the hub"),
@@ -155,7 +158,7 @@ def is_hub_source(name: str) -> bool:
     if parts.scheme:
         return parts.scheme == "hf"
     is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    return is_id and not Path(name).exists() and not name.endswith(".gguf")
+    return is_id and not Path(name).exists() and not name.lower().endswith(".gguf")
 
 
 def _resolve_folder(name: str, *, revision: str | None) -> tuple[Path, str | None]:
@@ -188,17 +191,30 @@ def download_checkpoint(repository: str, *, revision: str | None) -> tuple[Path,
     try:
         folder = _download_snapshot(repository, revision, _METADATA_PATTERNS)
         commit = folder.name  # the hub's cache names a snapshot's folder after its commit
+        _check_is_checkpoint(repository, folder)
         _download_snapshot(repository, commit, weight_file_names(folder))
     except tuple(hub_error for hub_error, *_ in _HUB_ERRORS) as error:
         error_class, reason = _translate_hub_error(error)
         raise error_class(
-            f"source: got {repository!r} at revision {revision or 'main'!r}: {reason}"
+            f"source: got {repository!r} at revision {revision or 'main'!r}, looked for at "
+            f"{constants.ENDPOINT}: {reason}"
         ) from error
     return folder, commit
 
 
+def _check_is_checkpoint(repository: str, folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise SourceUnsupported(
+            f"source: got {repository!r}, which has no config.json, expected a Hugging Face "
+            "checkpoint; of a repository of GGUF files download one, then name the file"
+        )
+
+
 def _download_snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    lines = None if sys.stderr.isatty() else LineProgress  # None: the hub's own bars
+    return Path(
+        snapshot_download(repository, revision=revision, allow_patterns=patterns, tqdm_class=lines)
+    )
 
 
 def _translate_hub_error(error: Exception) -> tuple[type[PrepareError], str]:

@@ -22,6 +22,7 @@ from faasmoe_router.dispatch.routing import RoutingIndex
 from faasmoe_router.dispatch.transport import CallError, EndpointStarting
 
 REQUEST_INTERVAL_S = 1.0
+LOST_S = 10.0  # for which a function that has lost its last address counts as being replaced
 FORGET_AFTER_S = 30.0  # an absence that no call has met for this long starts anew
 
 CallFailures = dict[int, CallError | None]
@@ -37,14 +38,15 @@ class ActivationSettings:
             block.
         timeout_s: how long all calls together wait for a function before it is computed locally.
         retry_interval_s: delay between two attempts at an address that refuses connections.
-        replacement_timeout_s: how long after an ejection calls wait for another address: the
-            control plane also notices a dead sandbox and replaces it with a warm one.
+        replacement_timeout_s: how long calls wait for another address after an ejection, or after
+            their function has lost its last one: the control plane also notices a dead sandbox and
+            replaces it with a warm one. Then the router computes.
     """
 
     request_activation: Callable[[Sequence[str]], None]
     timeout_s: float = 2.0
     retry_interval_s: float = 0.1
-    replacement_timeout_s: float = 0.25
+    replacement_timeout_s: float = 0.05
 
 
 class ActivationWaiter:
@@ -73,10 +75,23 @@ class ActivationWaiter:
     ) -> None:
         self.routing_changed = threading.Event()
         self.absences = AbsenceTracker(settings.timeout_s)
+        self._lost_at_s: dict[str, float] = {}  # functions that have lost their last address
         self._settings = settings
         self._health = health
         self._load = load
         self._metrics = metrics
+
+    def record_routing(self, before: RoutingIndex, after: RoutingIndex, now_s: float) -> None:
+        """Note which functions have lost their last address with a new routing."""
+        self.absences.retain(after.entries)
+        self._lost_at_s = {
+            name: lost_at_s
+            for name, lost_at_s in self._lost_at_s.items()
+            if now_s - lost_at_s < LOST_S and not _has_address(after, name)
+        }
+        for name in before.entries:
+            if _has_address(before, name) and not _has_address(after, name):
+                self._lost_at_s[name] = now_s
 
     def wait(
         self,
@@ -149,7 +164,13 @@ class ActivationWaiter:
         if entry is None or remaining_s <= 0:
             return None
         if not entry.addresses:
-            return remaining_s
+            if tried.addresses:
+                self._lost_at_s.setdefault(tried.spec.id, now_s)
+            lost_at_s = self._lost_at_s.get(tried.spec.id)
+            if lost_at_s is None:
+                return remaining_s
+            wait_s = lost_at_s + self._settings.replacement_timeout_s - now_s
+            return wait_s if wait_s > 0 else None
         if entry.addresses != tried.addresses:
             return 0.0
         if isinstance(error, EndpointStarting):
@@ -173,6 +194,11 @@ class ActivationWaiter:
         finally:
             self._load.queued = 0
             self._metrics.queued.set(0)
+
+
+def _has_address(routing: RoutingIndex, function_id: str) -> bool:
+    entry = routing.entries.get(function_id)
+    return entry is not None and bool(entry.addresses)
 
 
 @dataclass(slots=True)

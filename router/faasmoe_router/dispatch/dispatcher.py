@@ -203,27 +203,42 @@ class Dispatcher:
     ) -> Tensor:
         """Return the same as `compute`, over the general path; for a pass that was started."""
         with self._metrics.layer_seconds.time():
-            rows = hidden.detach().to(self._store_dtype)  # [T, H]
-            if self._device_transfer is None:
-                return self._compute_on_host(
-                    layer,
-                    rows.contiguous(),
-                    top_k_index.detach().numpy(),
-                    top_k_weight.detach().float().numpy(),
-                    while_waiting,
-                    output_dtype=hidden.dtype,
-                )
-            host_inputs = self._device_transfer.to_host(
-                rows, top_k_index, top_k_weight, while_waiting=while_waiting
+            output = self._compute_generally(
+                layer, hidden, top_k_index, top_k_weight, while_waiting
             )
+        if self.native is not None:
+            self.native.avoid_ejected()
+        return output
+
+    def _compute_generally(
+        self,
+        layer: int,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weight: Tensor,
+        while_waiting: OverlappedWork,
+    ) -> Tensor:
+        rows = hidden.detach().to(self._store_dtype)  # [T, H]
+        if self._device_transfer is None:
             return self._compute_on_host(
                 layer,
-                host_inputs.rows,
-                host_inputs.top_k_index,
-                host_inputs.top_k_weight,
-                lambda: None,
+                rows.contiguous(),
+                top_k_index.detach().numpy(),
+                top_k_weight.detach().float().numpy(),
+                while_waiting,
                 output_dtype=hidden.dtype,
             )
+        host_inputs = self._device_transfer.to_host(
+            rows, top_k_index, top_k_weight, while_waiting=while_waiting
+        )
+        return self._compute_on_host(
+            layer,
+            host_inputs.rows,
+            host_inputs.top_k_index,
+            host_inputs.top_k_weight,
+            lambda: None,
+            output_dtype=hidden.dtype,
+        )
 
     def _compute_natively(
         self,

@@ -7,8 +7,10 @@ Which replica a call goes to is decided in retry_policy.py.
 Outlier detection ejects faulty addresses from load balancing until a probe succeeds: immediately if
 they refuse connections, after several consecutive errors or timeouts otherwise. The delay of the
 probe doubles with each failure. Slow addresses are ejected only while at least half of all
-addresses remain: when all are slow, the cause lies elsewhere. `OutlierDetector` is pure, the caller
-passes the time; `HealthChecker` probes in its own thread, because an ejected sandbox may hang.
+addresses remain: when all are slow, the cause lies elsewhere. Unless they hang: a call that took
+too long makes all addresses suspects, which are probed at once, and those without an answer are
+ejected however many they are. `OutlierDetector` is pure, the caller passes the time;
+`HealthChecker` probes in its own threads, because a sandbox may hang.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from faasmoe_router.dispatch.transport import (
 )
 
 PROBE_TIMEOUT_S = 1.0
+MAX_PROBE_THREADS = 8  # so that many that hang are found out together
 READY_PATH = "/readyz"
 
 
@@ -123,6 +126,12 @@ class OutlierDetector:
             if fault is Fault.LOST_HEDGE:
                 self._last_resort.add(address)
 
+    def record_hung(self, address: str, now_s: float) -> None:
+        """Eject an address that answers nothing, not even a probe."""
+        state = self._states.setdefault(address, _AddressState())
+        if state.ejected_at_s is None:
+            self._eject(address, state, now_s)
+
     def due_for_probe(self, now_s: float) -> list[str]:
         """Return the ejected addresses to probe now; each once until `record_probe`."""
         due = [a for a in self._ejected if self._is_probe_due(self._states[a], now_s)]
@@ -184,23 +193,23 @@ class OutlierDetector:
 
 
 class HealthChecker:
-    """Probes the readiness of addresses in a thread that runs from the first probe to `close`."""
+    """Probes the readiness of addresses in threads that run from the first probes to `close`."""
 
     def __init__(self, timeout_s: float = PROBE_TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
         self._requests: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tuple[str, bool]] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def submit(self, addresses: Iterable[str]) -> None:
         """Enqueue addresses to probe."""
         for address in addresses:
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="health-checker", daemon=True
-                )
-                self._thread.start()
             self._requests.put(address)
+            n_threads = len(self._threads)
+            if not n_threads or (n_threads < MAX_PROBE_THREADS and self._requests.qsize()):
+                thread = threading.Thread(target=self._run, name="health-checker", daemon=True)
+                self._threads.append(thread)
+                thread.start()
 
     def poll_results(self) -> Iterator[tuple[str, bool]]:
         """Yield (address, is ready) of the probes finished since the last call, without waiting."""
@@ -212,9 +221,10 @@ class HealthChecker:
 
     def close(self) -> None:
         """Stop the thread after its current probe."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
+        threads, self._threads = self._threads, []
+        for _ in threads:
             self._requests.put(None)
+        for thread in threads:
             thread.join()
 
     def _run(self) -> None:
@@ -256,7 +266,8 @@ class ResilienceSettings:
         retry_budget_burst: maximum number of hedges and abandoned calls in a burst.
         abandon_factor: a call is abandoned once it takes this many times the quantile.
         abandon_min_s: minimum time after which a call is abandoned.
-        abandon_default_s: the same while too few calls of its size were observed.
+        abandon_default_s: the same while too few calls of its size were observed; also the least
+            time after which a call is abandoned whatever the budget.
         outlier_detection: when addresses are ejected.
     """
 
@@ -300,6 +311,8 @@ class EndpointHealth:
         self._latency = LatencyTracker(settings.hedge_quantile)
         self._outlier_detector = OutlierDetector(settings.outlier_detection)
         self._health_checker = HealthChecker()
+        self._known: Collection[str] = ()
+        self._suspects: set[str] = set()  # being probed because a call took too long
         self._metrics = metrics
         self._may_be_starting = may_be_starting
 
@@ -330,6 +343,15 @@ class EndpointHealth:
         abandon_after_s = max(settings.abandon_min_s, settings.abandon_factor * typical_s)
         return max(settings.hedge_min_s, typical_s), abandon_after_s
 
+    def hung_after_s(self, n_rows: int) -> float:
+        """Return after how many seconds a sandbox without an answer is taken to hang.
+
+        Its calls are then abandoned whatever the budget: it is ejected with the first of them, so
+        they are few, and the router computes what other replicas cannot.
+        """
+        _, abandon_s = self.latency_thresholds_s(n_rows)
+        return max(abandon_s, self.settings.abandon_default_s)
+
     def record_response(self, address: str, *, n_rows: int, elapsed_s: float) -> None:
         """Record a successful call."""
         self._latency.record(n_rows, elapsed_s)
@@ -345,25 +367,40 @@ class EndpointHealth:
         if (fault := _classify_fault(error)) is not None:
             self._outlier_detector.record_failure(address, fault, now_s)
             self._update_ejected_gauge()
+        if fault is Fault.TIMEOUT:
+            self._probe_all({address, *self._known})
         return error
 
     def run_health_checks(self, now_s: float) -> None:
         """Collect finished probes of ejected addresses and submit those that are due."""
-        if not self._outlier_detector.ejected:
+        if not self._outlier_detector.ejected and not self._suspects:
             return
         for address, is_healthy in self._health_checker.poll_results():
-            self._outlier_detector.record_probe(address, is_healthy=is_healthy, now_s=now_s)
+            if address in self._suspects:
+                self._suspects.discard(address)
+                if not is_healthy:
+                    self._outlier_detector.record_hung(address, now_s)
+            else:
+                self._outlier_detector.record_probe(address, is_healthy=is_healthy, now_s=now_s)
             self._update_ejected_gauge()
         self._health_checker.submit(self._outlier_detector.due_for_probe(now_s))
 
     def retain(self, addresses: Collection[str]) -> None:
         """Forget all other addresses."""
+        self._known = tuple(addresses)
+        self._suspects &= set(addresses)
         self._reachable &= set(addresses)
         self._outlier_detector.retain(addresses)
         self._update_ejected_gauge()
 
+    def _probe_all(self, addresses: Set[str]) -> None:
+        """Find out which of these addresses hang."""
+        new_suspects = addresses - self._suspects - self._outlier_detector.ejected
+        self._suspects |= new_suspects
+        self._health_checker.submit(new_suspects)
+
     def close(self) -> None:
-        """Stop the health checker's thread."""
+        """Stop the health checker's threads."""
         self._health_checker.close()
 
     def _update_ejected_gauge(self) -> None:

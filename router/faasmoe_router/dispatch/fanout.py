@@ -74,8 +74,8 @@ class RetryPolicy(Protocol):
     def hedge(self, position: int, call: Call) -> Call | None:
         """Return a call to run in parallel with a slow one, if any; asked once per call."""
 
-    def should_abandon(self, position: int, call: Call) -> bool:
-        """Return whether to abandon a call past its abandon threshold; asked once per call."""
+    def abandon_in_s(self, position: int, call: Call, elapsed_s: float) -> float:
+        """Return when to abandon a call past its threshold: 0 is now, else when to ask again."""
 
     def next_attempt(self, position: int, call: Call, error: CallError) -> Call | None:
         """Return the call that replaces a failed one, or None to give up."""
@@ -334,9 +334,11 @@ class FanoutRun:
         if pending.deadline_s <= now_s:
             self._abandon(fd, pending)
         elif pending.abandon_at_s <= now_s:
-            pending.abandon_at_s = math.inf
             assert self._retry_policy is not None
-            if self._retry_policy.should_abandon(position, call):
+            elapsed_s = now_s - pending.started_s
+            if wait_s := self._retry_policy.abandon_in_s(position, call, elapsed_s):
+                pending.abandon_at_s = now_s + wait_s
+            else:
                 self._abandon(fd, pending)
         else:
             pending.hedge_at_s = math.inf

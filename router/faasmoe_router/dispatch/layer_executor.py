@@ -259,7 +259,9 @@ class LayerExecutor:
             self.health.retain(addresses)
             self._failure_logger.retain(addresses)
             if self._activation_waiter is not None:
-                self._activation_waiter.absences.retain(routing.entries)
+                self._activation_waiter.record_routing(
+                    self._applied_routing, routing, time.monotonic()
+                )
             self._applied_routing = routing
 
     def close(self) -> None:

@@ -136,6 +136,7 @@ class NativeDispatch:
         self._addresses: dict[int, str] = {}  # of mailboxes, also of closed ones
         self._published_routing: RoutingIndex | None = None
         self._published_state: object = None  # what else the native routes were built from
+        self._published_ejected: frozenset[str] = frozenset()
         self._n_routes: list[int] = []
         self._layer_s = 0.0
         self._settings: CallSettings | None = None
@@ -158,6 +159,12 @@ class NativeDispatch:
             self._locals.update(self._colocated.selection())
         self._publish_routes(self._routing)
         self._configure()
+
+    def avoid_ejected(self) -> None:
+        """Let the next layers of a pass avoid what was ejected in this one."""
+        routing = self._published_routing
+        if routing is not None and frozenset(self._health.ejected) != self._published_ejected:
+            self._publish_routes(routing)
 
     def begin(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weight: Tensor) -> bool:
         """Send a layer's calls; return False if it takes the general path.
@@ -260,22 +267,29 @@ class NativeDispatch:
         self._n_routes = [len(layer.routes) for layer in layers]
         self._calls.publish(routing.version, layers)
         self._published_routing, self._published_state = routing, state
+        self._published_ejected = ejected
 
     def _configure(self) -> None:
-        """Hand over the times after which an answer is late."""
+        """Hand over after how long an answer is late, or without a budget, a sandbox hangs."""
         thresholds_s = [
             self._health.latency_thresholds_s(max(1, (1 << size_class) - 1))
             for size_class in range(N_SIZE_CLASSES)
         ]
+        hung_s = [
+            self._health.hung_after_s(max(1, (1 << size_class) - 1))
+            for size_class in range(N_SIZE_CLASSES)
+        ]
         can_repeat = self._health.retry_budget.has_balance
+        if not can_repeat:
+            thresholds_s = [(late_s, late_s) for late_s in hung_s]
         settings = CallSettings(
             self._store_dtype,
             MAX_NATIVE_ROWS,
             self._max_rows_per_expert,
             torch.get_num_threads(),
             self._call_timeout_s,
-            tuple(min(h, a) if can_repeat else self._call_timeout_s for h, a in thresholds_s),
-            tuple(a if can_repeat else self._call_timeout_s for _, a in thresholds_s),
+            tuple(min(h, a, self._call_timeout_s) for h, a in thresholds_s),
+            tuple(min(a, self._call_timeout_s) for _, a in thresholds_s),
         )
         if settings != self._settings:
             self._calls.configure(settings)

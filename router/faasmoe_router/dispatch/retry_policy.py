@@ -96,9 +96,14 @@ class RetryHedgePolicy:
         self._metrics.hedges.inc()
         return self._record_attempt(position, call.with_address(address))
 
-    def should_abandon(self, position: int, call: Call) -> bool:
-        """Return whether the budget allows abandoning a call that is far too slow."""
-        return self._health.retry_budget.try_withdraw()
+    def abandon_in_s(self, position: int, call: Call, elapsed_s: float) -> float:
+        """Return 0 to abandon a call that is far too slow, else the seconds until to ask again.
+
+        Beyond the budget only a call is abandoned whose sandbox seems to hang.
+        """
+        if self._health.retry_budget.try_withdraw():
+            return 0.0
+        return max(0.0, self._health.hung_after_s(self._n_rows(position)) - elapsed_s)
 
     def next_attempt(self, position: int, call: Call, error: CallError) -> Call | None:
         """Return the same call for a replica that was not tried yet, if any."""

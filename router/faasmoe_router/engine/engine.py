@@ -24,6 +24,7 @@ from faasmoe_router.engine.batcher import (
 )
 from faasmoe_router.engine.fair_queue import FairQueue, Share
 from faasmoe_router.engine.generation import Generation, GenerationRequest, UsageRecorder
+from faasmoe_router.engine.journal import JournalEntry
 from faasmoe_router.engine.request_tracker import RequestTracker
 from faasmoe_router.engine.structured_output import GrammarCompiler
 from faasmoe_router.engine.supervisor import BatcherSupervisor
@@ -157,6 +158,7 @@ class Engine:
         *,
         tenant: str = "",
         usage_recorder: UsageRecorder | None = None,
+        journal: Sequence[JournalEntry] = (),
     ) -> Generation:
         """Queue sequences; the generation's indices are their positions in `requests`.
 
@@ -164,8 +166,10 @@ class Engine:
             requests: the sequences, which are scheduled independently.
             tenant: the tenant they are scheduled for.
             usage_recorder: records their usage and outcome.
+            journal: what another process has generated of them; it is put out again first.
 
         Raises:
+            JournalError: the journal is not one of these sequences.
             EngineUnavailable: the engine is not running.
             EngineQueueFull: the engine holds its maximum number of requests.
             TenantQueueFull: the tenant's part of the queue is full.
@@ -179,7 +183,7 @@ class Engine:
                     f"{len(self._tracker)} requests are queued or running, "
                     f"at most {max_requests} may be"
                 )
-            return self._tracker.add_requests(requests, tenant, usage_recorder)
+            return self._tracker.add_requests(requests, tenant, usage_recorder, journal)
         except QueueFull as error:
             error.retry_after_s = self._tracker.seconds_until_place(len(requests))
             raise

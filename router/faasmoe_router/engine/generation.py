@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
+from faasmoe_router.engine.journal import Progress
 from faasmoe_router.engine.sampler import DrawParams, LogitBias, Penalties, SampledLogprob
 from faasmoe_router.engine.structured_output import CompiledGrammar
 from faasmoe_router.errors import GenerationFailed
@@ -149,6 +150,7 @@ class CompletionOutput:
         token_ids: the tokens processed.
         prompt_logprobs: log-probabilities of the prompt's next tokens, if requested; the first
             token of a prompt has none.
+        progress: the tokens behind it, to repeat it elsewhere.
     """
 
     text: str
@@ -159,6 +161,7 @@ class CompletionOutput:
     n_cached_tokens: int | None = None
     token_ids: tuple[int, ...] = ()
     prompt_logprobs: tuple[SampledLogprob, ...] = ()
+    progress: Progress = field(default=Progress(()), compare=False)
 
 
 class UsageRecorder(Protocol):

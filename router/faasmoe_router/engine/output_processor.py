@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from faasmoe_router.engine.batch_sampler import LogitsState
 from faasmoe_router.engine.generation import CompletionOutput, FinishReason, GenerationRequest
-from faasmoe_router.engine.sampler import SampledLogprob
+from faasmoe_router.engine.journal import Progress
+from faasmoe_router.engine.sampler import LogprobQueue, SampledLogprob
 from faasmoe_router.engine.tokenizer import Detokenizer
 
 
@@ -72,6 +73,27 @@ class StopStringMatcher:
         return 0
 
 
+class ReplayedState:
+    """Stands for the logits state of tokens that another process has sampled.
+
+    Args:
+        progress: the tokens.
+        n_tokens: number of output tokens of the sequence after them.
+
+    Attributes:
+        logprob_queue: their log-probabilities; None if there are none.
+        n_tokens_at_grammar_end: as of a LogitsState.
+    """
+
+    def __init__(self, progress: Progress, n_tokens: int) -> None:
+        self.logprob_queue: LogprobQueue | None = None
+        if progress.logprobs:
+            self.logprob_queue = LogprobQueue(0)
+            for logprob in progress.logprobs:
+                self.logprob_queue.append(logprob)
+        self.n_tokens_at_grammar_end = n_tokens if progress.ends_grammar else None
+
+
 class SequenceOutputProcessor:
     """Turns the tokens of one sequence into `CompletionOutput`s until a stop condition applies.
 
@@ -102,7 +124,8 @@ class SequenceOutputProcessor:
             request.stop_conditions.stop_strings, include_stop=request.stop_conditions.include_stop
         )
         self._stop_token_ids = frozenset(stop_token_ids)
-        self._logits_state = logits_state
+        self._logits_state: LogitsState | ReplayedState | None = logits_state
+        self._new_logprobs: list[SampledLogprob] = []  # of the tokens being processed
         self._n_decoded = 0
         self._n_emitted = 0
         self._pending_logprobs: deque[tuple[int, SampledLogprob]] = deque()
@@ -111,11 +134,18 @@ class SequenceOutputProcessor:
         """Replace the logits state, when the request is resumed by another batcher."""
         self._logits_state = logits_state
 
+    def replay(self, progress: Progress) -> CompletionOutput:
+        """Process tokens that another process has sampled; return its output."""
+        n_sampled = max(0, len(progress.token_ids) - self._n_forced)
+        self._logits_state = ReplayedState(progress, self.n_tokens + n_sampled)
+        return self.process_tokens(list(progress.token_ids))
+
     def process_tokens(self, tokens: list[int]) -> CompletionOutput:
         """Process the tokens generated since the last call.
 
         Tokens after the one that ends the sequence are ignored.
         """
+        self._new_logprobs = []
         forced, tokens = tokens[: self._n_forced], tokens[self._n_forced :]
         self._n_forced -= len(forced)
         prompt_logprobs = tuple(
@@ -124,7 +154,10 @@ class SequenceOutputProcessor:
         is_over = self.request.max_tokens == 0 and not self._n_forced
         output = CompletionOutput("", 0, "length") if is_over else self._process_sampled(tokens)
         token_ids = tuple(tokens[: output.n_tokens])
-        return replace(output, token_ids=token_ids, prompt_logprobs=prompt_logprobs)
+        progress = Progress((*forced, *token_ids), tuple(self._new_logprobs), self._ends_grammar)
+        return replace(
+            output, token_ids=token_ids, prompt_logprobs=prompt_logprobs, progress=progress
+        )
 
     def _process_sampled(self, tokens: list[int]) -> CompletionOutput:
         text = ""
@@ -147,12 +180,15 @@ class SequenceOutputProcessor:
         """Return why the sequence ends with this token; None if it continues."""
         if token in self._stop_token_ids:
             return "stop"
-        if (
-            self._logits_state is not None
-            and self._logits_state.n_tokens_at_grammar_end == self.n_tokens
-        ):
+        if self._ends_grammar:
             return "stop"
         return "length" if self.n_tokens >= self.request.max_tokens else None
+
+    @property
+    def _ends_grammar(self) -> bool:
+        """Whether the last token completed the text that the grammar allows."""
+        state = self._logits_state
+        return state is not None and state.n_tokens_at_grammar_end == self.n_tokens
 
     def _match_stops(self, text: str) -> tuple[str, bool]:
         self._n_decoded += len(text)
@@ -187,7 +223,9 @@ class SequenceOutputProcessor:
     def _next_logprob(self) -> SampledLogprob | None:
         if self._logits_state is None or self._logits_state.logprob_queue is None:
             return None
-        return self._logits_state.logprob_queue.pop_first()
+        logprob = self._logits_state.logprob_queue.pop_first()
+        self._new_logprobs.append(logprob)
+        return logprob
 
     def _pop_logprobs(self, last_offset: int) -> tuple[tuple[int, SampledLogprob], ...]:
         """Return (offset, log-probability) of pending tokens up to an offset, in characters."""

@@ -23,6 +23,7 @@ from faasmoe_router.engine.generation import (
     GenerationRequest,
     UsageRecorder,
 )
+from faasmoe_router.engine.journal import JournalEntry, JournalError, Progress
 from faasmoe_router.engine.output_processor import SequenceOutputProcessor
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import GenerationFailed, NoTokenAllowed
@@ -159,6 +160,18 @@ class TrackedRequest:
             logits_state=logits_state,
         )
 
+    def replay(
+        self, progress: Progress, tokenizer: ModelTokenizer, eos_token_ids: tuple[int, ...]
+    ) -> CompletionOutput:
+        """Take over tokens that another process has sampled, before it is submitted."""
+        if self._output_processor is None:
+            stop_conditions = self.request.stop_conditions
+            stop_token_ids = stop_conditions.all_stop_token_ids(eos_token_ids)
+            self._attach_output_processor(None, tokenizer, stop_token_ids)
+        assert self._output_processor is not None
+        self.tokens += progress.token_ids
+        return self._output_processor.replay(progress)
+
     def process_output(self, output: BatchOutput) -> CompletionOutput | None:
         """Process the output of a batch; return what is new, None if nothing is."""
         new_tokens: list[int] = output.generated_tokens[len(self.tokens) - self._n_resumed_tokens :]
@@ -209,6 +222,7 @@ class RequestTracker:
         requests: Sequence[GenerationRequest],
         tenant: str,
         usage_recorder: UsageRecorder | None,
+        journal: Sequence[JournalEntry] = (),
     ) -> Generation:
         """Queue a tenant's sequences and start those that may run.
 
@@ -216,8 +230,10 @@ class RequestTracker:
             requests: the sequences.
             tenant: the tenant.
             usage_recorder: records their usage and outcome.
+            journal: what another process has generated of them, which is put out again first.
 
         Raises:
+            JournalError: the journal is not one of these sequences.
             TenantQueueFull: the tenant's part of the queue is full.
         """
         self._fair_queue.check_capacity(tenant, len(requests))
@@ -227,17 +243,48 @@ class RequestTracker:
         ]
         generation = Generation(len(requests), lambda: self._abort(ids), usage_recorder)
         now_s = time.monotonic()
-        for index, (sequence_id, request) in enumerate(zip(ids, requests, strict=True)):
-            tracked = TrackedRequest(request, generation, index=index, now_s=now_s)
+        sequences = {
+            sequence_id: TrackedRequest(request, generation, index=index, now_s=now_s)
+            for index, (sequence_id, request) in enumerate(zip(ids, requests, strict=True))
+        }
+        finished = self._replay(journal, list(sequences.values()), generation)
+        for sequence_id, tracked in sequences.items():
+            if tracked.index in finished:
+                continue
             self._tracked[sequence_id] = tracked
             self._fair_queue.push(
                 tenant,
                 sequence_id,
-                n_prompt_tokens=len(request.prompt_token_ids),
-                priority=request.priority,
+                n_prompt_tokens=len(tracked.request.prompt_token_ids),
+                priority=tracked.request.priority,
             )
         self.schedule()
         return generation
+
+    def _replay(
+        self,
+        journal: Sequence[JournalEntry],
+        sequences: Sequence[TrackedRequest],
+        generation: Generation,
+    ) -> set[int]:
+        """Put out what a journal says; return the indices of the sequences that it finishes."""
+        finished: set[int] = set()
+        for entry in journal:
+            if entry.index in finished or not 0 <= entry.index < len(sequences):
+                raise JournalError(f"the journal has more than sequence {entry.index} generates")
+            tracked = sequences[entry.index]
+            output = tracked.replay(entry.progress, self._tokenizer, self._eos_token_ids)
+            if output.finish_reason is not None:
+                finished.add(entry.index)
+            if output.finish_reason is None and len(tracked.tokens) >= tracked.request.n_sampled:
+                raise JournalError(f"the journal has too many tokens of sequence {entry.index}")
+            generation.put_output(
+                entry.index, replace(output, n_cached_tokens=entry.n_cached_tokens)
+            )
+        if journal:
+            generation.mark_started()
+            self._metrics.resumed_requests.inc(len(sequences) - len(finished))
+        return finished
 
     def schedule(self) -> None:
         """Run sequences while there are slots, and preempt those of tenants beyond their share."""

@@ -120,13 +120,19 @@ class RateLimiter:
         if self._request_bucket is not None:
             self._request_bucket.consume(1, now_s)
 
-    def reserve_tokens(self, n_tokens: int, now_s: float) -> Reservation:
-        """Reserve the tokens of a counted request.
+    def reserve_tokens(
+        self, n_tokens: int, now_s: float, *, is_admitted: bool = False
+    ) -> Reservation:
+        """Reserve the tokens of a counted request, whatever there is if it `is_admitted` already.
 
         Raises:
             RequestTooLarge: the request exceeds the tokens of one minute.
             RateLimitExceeded: the limit does not admit the request now.
         """
+        if is_admitted:
+            if self._token_bucket is not None:
+                self._token_bucket.consume(n_tokens, now_s)
+            return Reservation(n_tokens, self._token_bucket)
         if self._token_bucket is not None and n_tokens > self._token_bucket.limit:
             raise RequestTooLarge(
                 f"this request may take {n_tokens} tokens, prompt and output together; your limit "

@@ -168,7 +168,12 @@ class NoTenants:
         """Count nothing."""
 
     def admit(
-        self, caller: Caller, requests: Sequence[GenerationRequest], *, n_prompt: int
+        self,
+        caller: Caller,
+        requests: Sequence[GenerationRequest],
+        *,
+        n_prompt: int,
+        is_admitted: bool = False,
     ) -> RequestUsageRecorder:
         """Admit a request."""
         return NullRequestUsageRecorder()
@@ -285,7 +290,12 @@ class TenantService:
             raise
 
     def admit(
-        self, caller: Caller, requests: Sequence[GenerationRequest], *, n_prompt: int
+        self,
+        caller: Caller,
+        requests: Sequence[GenerationRequest],
+        *,
+        n_prompt: int,
+        is_admitted: bool = False,
     ) -> RequestUsageRecorder:
         """Admit the tokens of a counted request and return the recorder of its usage.
 
@@ -293,6 +303,7 @@ class TenantService:
             caller: caller of the request.
             requests: one generation request for each choice.
             n_prompt: tokens of its prompts, each prompt once.
+            is_admitted: whether another router has admitted it, so that it is only counted.
 
         Raises:
             RateLimitExceeded: the tenant's limit does not admit the request now.
@@ -302,7 +313,7 @@ class TenantService:
         now_s, limiter = self._clock(), self._rate_limiter(caller.tenant)
         tenant_usage = self._usage.for_tenant(caller.tenant)
         try:
-            reservation = limiter.reserve_tokens(n_tokens, now_s)
+            reservation = limiter.reserve_tokens(n_tokens, now_s, is_admitted=is_admitted)
         except RateLimitExceeded:
             tenant_usage.requests["limited"] += 1
             raise

@@ -21,7 +21,8 @@ def test_models_have_the_published_sizes() -> None:
 
 def test_functions_are_divided_evenly() -> None:
     assert function_counts("qwen", functions_per_layer=3, sandboxes=3) == (20, 4)
-    assert function_counts("demo", functions_per_layer=3, sandboxes=3) == (3, 30)
+    for name in ("demo", "demo-checkpoint"):
+        assert function_counts(name, functions_per_layer=3, sandboxes=3) == (3, 30)
     assert function_counts("qwen", functions_per_layer=2, sandboxes=2) == (30, 4)
 
 

@@ -12,6 +12,7 @@ import socket
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from socketserver import UnixStreamServer
 from typing import Any
 
 from faasmoe_contracts.parent_death import die_with_parent
@@ -36,6 +37,9 @@ def main() -> None:
     if file := os.environ.get("FAASMOE_TENANTS_FILE"):
         print(f"tenants {json.dumps(json.loads(Path(file).read_text()))}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if path := os.environ.get("FAASMOE_LISTEN_PATH"):
+        Path(path).unlink(missing_ok=True)
+        UnixStreamServer(path, HealthHandler).serve_forever()
     server = HTTPServer(("127.0.0.1", 0), HealthHandler, bind_and_activate=False)
     server.socket.close()
     server.socket = socket.socket(fileno=int(os.environ["FAASMOE_LISTEN_FD"]))

@@ -27,10 +27,10 @@ def test_prints_help_of_each_command(command: str, capsys: pytest.CaptureFixture
     [
         pytest.param([], id="no-command"),
         pytest.param(["dance"], id="unknown-command"),
-        pytest.param(["up"], id="no-file"),
         pytest.param(["up", "-f", "x", "--port", "70000"], id="port-too-high"),
         pytest.param(["up", "-f", "x", "--port", "0"], id="port-zero"),
-        pytest.param(["prepare", "x"], id="no-store"),
+        pytest.param(["prepare"], id="no-checkpoint"),
+        pytest.param(["up", "x", "--experts-per-function", "few"], id="experts-per-function"),
         pytest.param(["top", "--interval", "0"], id="no-interval"),
     ],
 )

@@ -6,6 +6,7 @@ The control process is real; the tests send it the requests that a router would 
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from faasmoe_contracts.store import QuantizationEntry
+from faasmoe_operator.cli.model_source import ModelSource
+from faasmoe_operator.cli.store_cache import CachedStore
 
 WriteModel = Callable[..., Path]
 
@@ -111,12 +116,15 @@ class UpWithFakeRouter:
 
 
 @contextmanager
-def running_up(file: Path, *arguments: str, **environment: str) -> Iterator[UpWithFakeRouter]:
+def running_up(
+    model: Path | str, *arguments: str, **environment: str
+) -> Iterator[UpWithFakeRouter]:
+    words = [model] if isinstance(model, str) else ["-f", str(model)]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     with tempfile.TemporaryDirectory() as runtime:  # tmp_path is too long for a Unix socket
         process = subprocess.Popen(
-            [*COMMAND, "up", "-f", str(file), "--port", port, *arguments],
+            [*COMMAND, "up", *words, "--port", port, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -162,7 +170,7 @@ def test_signal_stops_all_processes_and_removes_files(model: Path, number: signa
         assert f"[router] control {instance.runtime_info['control_url']}" in instance.output
         eventually(lambda: len(instance.sandbox_pids()) == 1, "the pool")
         children = instance.children()
-        assert len(children) == 4  # zygote, a generic sandbox, control, router
+        assert len(children) == 5  # zygote, a generic sandbox, control, router, gateway
         instance.process.send_signal(number)
         assert instance.wait_for_exit() == 0
         assert not any(is_running(pid) for pid in children)
@@ -273,14 +281,17 @@ def test_interrupt_during_startup_exits_cleanly(model: Path) -> None:
     assert "Traceback" not in instance.output
 
 
-def test_a_killed_router_is_restarted_and_its_port_goes_on_listening(model: Path) -> None:
-    with running_up(model) as instance:
+@pytest.mark.parametrize("option", ["--gateway", "--no-gateway"])
+def test_a_killed_router_is_restarted_and_its_port_goes_on_listening(
+    model: Path, option: str
+) -> None:
+    with running_up(model, option) as instance:
         instance.read_until("OpenAI base URL")
         address = ("127.0.0.1", int(re.search(r"(\d+)/v1", instance.output)[1]))  # type: ignore[index]
         os.kill(instance.process_named("fake_router"), signal.SIGKILL)
         with socket.create_connection(address, timeout=DEADLINE_S) as client:  # at once
             client.sendall(b"GET /health HTTP/1.0\r\n\r\n")
-            assert client.recv(100).startswith(b"HTTP/1.0 200")
+            assert client.recv(100).split()[1] == b"200"
         instance.read_until("the router ended with status -9; restarting it")
 
 
@@ -401,5 +412,60 @@ def test_warns_about_fields_without_effect(write_model: WriteModel, store: Path)
 def test_reports_failed_preparation(write_model: WriteModel) -> None:
     with running_up(write_model(source="file://missing")) as instance:
         assert instance.wait_for_exit() == 1
-    assert re.search(r"the preparation of file:///\S+missing ended with status 1", instance.output)
+    (error,) = [line for line in instance.output.splitlines() if "error" in line]
+    assert re.fullmatch(r"error: source: got 'file:///\S+missing', expected a folder .*", error)
     assert "Traceback" not in instance.output
+
+
+def make_cached_store(store: Path, checkpoint: Path, cache: Path) -> CachedStore:
+    """Make the store of a checkpoint in a user's cache folder, as `faasmoe prepare` leaves it."""
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        cached = CachedStore.of(
+            ModelSource.parse(str(checkpoint)),
+            revision=None,
+            dtype=None,
+            quantization=QuantizationEntry(),
+        )
+    cached.make_parent()
+    shutil.copytree(store, cached.path)
+    cached.write_stamp(cached.stamp())
+    return cached
+
+
+def test_serves_a_folder_without_a_file(store: Path, tmp_path: Path) -> None:
+    cached = make_cached_store(store, tmp_path / "checkpoint", tmp_path / "cache")
+    arguments = ("--experts-per-function", "3", "--api-key", "k", "--max-model-len", "32")
+    with running_up(
+        str(tmp_path / "checkpoint"), *arguments, XDG_CACHE_HOME=str(tmp_path / "cache")
+    ) as instance:
+        instance.read_until("memory of all processes")
+        assert f"faasmoe: store: {cached.path}" in instance.output
+        assert "checkpoint is served by 6 functions" in instance.output
+        assert re.search(r"model +checkpoint$", instance.output, re.MULTILINE)
+        (file,) = instance.runtime.glob("faasmoe/up-*/model.yaml")
+        assert file.stat().st_mode & 0o777 == 0o600
+        functions = instance.activate_all()
+        eventually(lambda: instance.ready_functions() == functions, "all functions")
+        # A layer has three functions, so three sandboxes hold those of both layers; one is ready.
+        eventually(lambda: len(instance.sandbox_pids()) == 4, "three sandboxes and the pool")
+        instance.process.terminate()
+        assert instance.wait_for_exit() == 0
+
+
+def test_options_override_a_file_for_all_processes(
+    write_model: WriteModel, store: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "one").write_text("k")
+    file = write_model(
+        "granularity: {expertsPerFunction: 8}", "tenants: [{name: acme, apiKeysPath: keys}]"
+    )
+    with running_up(file, "--experts-per-function", "2", "--served-model-name", "x/y") as instance:
+        instance.read_until("memory of all processes")
+        assert "tiny is served by 8 functions" in instance.output
+        assert re.search(r"model +x/y$", instance.output, re.MULTILINE)
+        instance.process.terminate()
+        assert instance.wait_for_exit() == 0

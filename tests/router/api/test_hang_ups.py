@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
+from faasmoe_gateway.http_protocol import BoundedHttpProtocol
 from faasmoe_router.api import preparation
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ModelTokenizer
-from faasmoe_router.http_protocol import BoundedHttpProtocol
 
 DEADLINE_S = 20.0
 BODY = '{"model":"tiny","prompt":"the quick","max_tokens":2}'

@@ -11,12 +11,12 @@ import httpx
 import pytest
 from server_thread import running_server
 
+from faasmoe_gateway.server import Server
 from faasmoe_router.api.app import create_app
 from faasmoe_router.engine.batcher import EngineLimits
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
-from faasmoe_router.server import Server
 from faasmoe_router.tenants.service import Caller, NoTenants
 
 ORIGIN = "https://chat.example.com"

@@ -13,13 +13,13 @@ import httpx
 import pytest
 from server_thread import running_server
 
+from faasmoe_gateway.server import Server
 from faasmoe_router.api.app import create_app
 from faasmoe_router.api.body_limits import MAX_BODY_BYTES
 from faasmoe_router.engine.batcher import EngineLimits
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
-from faasmoe_router.server import Server
 
 DEADLINE_S = 60.0
 MAX_STALL_S = 0.25  # 0.05 on a quiet machine (`make attack`); without limits these took seconds

@@ -18,6 +18,7 @@ from server_thread import running_server
 
 from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
 from faasmoe_contracts.store import Store
+from faasmoe_gateway.server import Server
 from faasmoe_router.api.app import create_app
 from faasmoe_router.checkpoint.prepare import prepare
 from faasmoe_router.control import ControlLink, LinkSettings
@@ -32,7 +33,6 @@ from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
 from faasmoe_router.model_loader import load_router_model
-from faasmoe_router.server import Server
 
 DEADLINE_S = 20.0
 TOKEN = "secret"

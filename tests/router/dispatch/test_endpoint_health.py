@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -283,6 +283,44 @@ def test_calls_to_a_dead_sandbox_without_replacement_are_computed_locally_after_
     one.check(10)
     assert 0 < activation_waits.requested_s < 0.3 * 3  # if each call waited: 0.3 * 10
     assert one.count("local") == 10
+
+
+def test_function_that_lost_its_last_address_is_computed_soon(
+    layer: Callable[..., Layer], table: RoutingTable, other: SandboxProcess
+) -> None:
+    """A dead sandbox may leave the table before the calls notice."""
+    activation = ActivationSettings(lambda _: None, timeout_s=HUNG_S)
+    one = layer(other.address, activation=activation)
+    one.check(2)
+    one.dispatcher.replace_table(replace(with_addresses(table), version=2))
+    assert one.check(10) < GRACE_S
+    assert one.count("local") == 10
+
+
+@pytest.mark.parametrize("n_hung", [1, 2])
+def test_hung_sandboxes_cost_little_without_a_budget(
+    layer: Callable[..., Layer], sandbox_server: SandboxProcess, other: SandboxProcess, n_hung: int
+) -> None:
+    """However many hang: they are found out by probes, and ejected."""
+    hung = [other, sandbox_server][:n_hung]
+    one = layer(
+        *(process.address for process in hung),
+        abandon_min_s=SLOW_S,
+        abandon_default_s=SLOW_S,
+        retry_budget_ratio=0.0,
+        retry_budget_burst=0.0,
+    )
+    one.check(2)
+    with ExitStack() as stack:
+        for process in hung:
+            stack.enter_context(stopped(process))
+        started_s = time.monotonic()
+        while one.count("ejected") < n_hung:
+            one.check()
+            assert time.monotonic() - started_s < HUNG_S, "not all are ejected"
+        n_local = one.count("local")
+        one.check(20)
+        assert one.count("local") == n_local + 20
 
 
 def test_errors_eject_and_overload_does_not(

@@ -18,7 +18,7 @@ from faasmoe_contracts.control_messages import MAX_TENANTS
 from faasmoe_operator.api.v1alpha1.base import KUBERNETES_ONLY, ApiModel
 from faasmoe_operator.api.v1alpha1.experts import ExpertsSpec, GranularitySpec
 from faasmoe_operator.api.v1alpha1.field_types import DNSLabel, Labels
-from faasmoe_operator.api.v1alpha1.networking import NetworkingSpec
+from faasmoe_operator.api.v1alpha1.networking import NetworkingSpec, NetworkPolicyPeer
 from faasmoe_operator.api.v1alpha1.router import RouterSpec
 from faasmoe_operator.api.v1alpha1.storage import ModelSource, StoreSpec
 from faasmoe_operator.api.v1alpha1.tenants import (
@@ -44,6 +44,12 @@ class MonitoringSpec(ApiModel):
 
     service_monitor: ServiceMonitorSpec | None = Field(
         None, description="Set to {} to create a ServiceMonitor; omit for none."
+    )
+    clients: tuple[NetworkPolicyPeer, ...] = Field(
+        (),
+        strict=False,
+        max_length=32,
+        description="Pods that may reach router.metricsPort; every pod of the cluster if omitted.",
     )
 
 

@@ -25,6 +25,7 @@ from faasmoe_operator.api.v1alpha1.pod_template import (
     validate_env_names,
 )
 
+API_PORT = 8000  # on Kubernetes
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 QUANTIZATION_IMMUTABLE = validations(
@@ -105,6 +106,19 @@ class RouterSpec(ApiModel):
         description="How long an unused connection of a client is kept, in seconds; more than the "
         "load balancer in front keeps it. 75 if omitted.",
     )
+    metrics_port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(
+        None,
+        description="Port of /metrics alone, which clients cannot reach; if omitted, it is on the "
+        "port of the API, without a key. On Kubernetes the API has 8000.",
+    )
+    termination_grace_period_seconds: int = Field(
+        60,
+        ge=30,
+        le=3600,
+        description="Time that a router pod has to end, in seconds; running responses get all of "
+        "it but 20 s, and are then ended with an error.",
+        json_schema_extra=KUBERNETES_ONLY,
+    )
     kv_cache_memory: ByteQuantity | None = Field(
         None,
         description="Memory of the KV cache; if omitted, 2Gi or what one request of full length "
@@ -148,6 +162,10 @@ class RouterSpec(ApiModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.metrics_port == API_PORT:
+            raise validation_error(
+                "metricsPort", got=API_PORT, expected="another port than that of the API"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise validation_error(
                 "maxNumBatchedTokens",

@@ -13,9 +13,15 @@ clients ──8000──▶ routers ──9090──▶ sandboxes ◀──9090�
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from faasmoe_operator.api.v1alpha1.networking import HTTPRouteSpec, IngressSpec, ParentReference
+from faasmoe_operator.api.v1alpha1.networking import (
+    HTTPRouteSpec,
+    IngressSpec,
+    NetworkPolicyPeer,
+    ParentReference,
+)
 from faasmoe_operator.kube.manifests.context import (
     GATEWAY_API,
     MONITORING_API,
@@ -34,7 +40,7 @@ from faasmoe_operator.kube.manifests.names import (
     store_name,
     tenant_service_name,
 )
-from faasmoe_operator.kube.manifests.router import ROUTER_PORT
+from faasmoe_operator.kube.manifests.router import METRICS_PORT_NAME, ROUTER_PORT
 from faasmoe_operator.kube.manifests.sandbox import SANDBOX_PORT
 from faasmoe_operator.kube.types import (
     HTTP_ROUTE,
@@ -59,12 +65,16 @@ METRICS_PATH = "/metrics"
 
 
 def services(ctx: ModelContext) -> list[Object]:
-    """Return the model's Service and one for each tenant; all select the router pods."""
+    """Return the model's Service and one for each tenant; all select the router pods.
+
+    Metrics on a port of their own are a port of the model's Service alone.
+    """
+    metrics_port = ctx.spec.router.metrics_port
     tenants = [
         _service(ctx, tenant_service_name(ctx.name, tenant.name), {TENANT_LABEL: tenant.name})
         for tenant in ctx.spec.tenants
     ]
-    return [_service(ctx, service_name(ctx.name), {}), *tenants]
+    return [_service(ctx, service_name(ctx.name), {}, metrics_port=metrics_port), *tenants]
 
 
 def model_url(ctx: ModelContext) -> str:
@@ -82,13 +92,16 @@ def tenant_path(tenant: str) -> str:
     return f"/{tenant}{API_PATH}"
 
 
-def _service(ctx: ModelContext, name: str, extra_labels: dict[str, str]) -> Object:
-    port = {
-        "name": SERVICE_PORT_NAME,
-        "port": SERVICE_PORT,
-        "targetPort": "http",
-        "protocol": "TCP",
-    }
+def _service(
+    ctx: ModelContext, name: str, extra_labels: dict[str, str], *, metrics_port: int | None = None
+) -> Object:
+    targets = {SERVICE_PORT_NAME: (SERVICE_PORT, "http")}
+    if metrics_port is not None:
+        targets[METRICS_PORT_NAME] = (metrics_port, METRICS_PORT_NAME)
+    ports = [
+        {"name": name, "port": number, "targetPort": target, "protocol": "TCP"}
+        for name, (number, target) in targets.items()
+    ]
     return new_object(
         ctx,
         SERVICE,
@@ -98,7 +111,7 @@ def _service(ctx: ModelContext, name: str, extra_labels: dict[str, str]) -> Obje
         spec={
             "type": "ClusterIP",
             "selector": pod_selector(ctx.name, Component.ROUTER),
-            "ports": [port],
+            "ports": ports,
         },
     )
 
@@ -210,7 +223,10 @@ def store_policies(ctx: ModelContext) -> list[Object]:
 
 def serving_policies(ctx: ModelContext) -> list[Object]:
     """Return the policies of routers and sandboxes."""
-    from_clients = {"from": _client_peers(ctx), "ports": _ports(ROUTER_PORT)}
+    ingress = [{"from": _peers(ctx.spec.networking.clients), "ports": _ports(ROUTER_PORT)}]
+    if (metrics_port := ctx.spec.router.metrics_port) is not None:
+        scrapers = _peers(ctx.spec.monitoring.clients)
+        ingress.append({"from": scrapers, "ports": _ports(metrics_port)})
     to_sandboxes = {
         "to": [_pods_peer(ctx, Component.SANDBOX)],
         "ports": _ports(SANDBOX_PORT),
@@ -225,7 +241,7 @@ def serving_policies(ctx: ModelContext) -> list[Object]:
             ctx,
             router_name(ctx.name),
             Component.ROUTER,
-            ingress=[from_clients],
+            ingress=ingress,
             egress=[_dns_egress(), to_sandboxes, to_control],
         ),
         _policy(ctx, sandbox_name(ctx.name), Component.SANDBOX, ingress=[from_callers], egress=[]),
@@ -254,9 +270,9 @@ def _policy(
     )
 
 
-def _client_peers(ctx: ModelContext) -> list[Object]:
-    named = [client.to_object() for client in ctx.spec.networking.clients]
-    return named or [{"namespaceSelector": {}}]
+def _peers(named: Sequence[NetworkPolicyPeer]) -> list[Object]:
+    """Return peers; every pod of the cluster if none is named."""
+    return [peer.to_object() for peer in named] or [{"namespaceSelector": {}}]
 
 
 def _pods_peer(ctx: ModelContext, component: Component) -> Object:
@@ -290,7 +306,7 @@ def service_monitors(ctx: ModelContext) -> list[Object]:
         "matchExpressions": [model_service_only],
     }
     endpoint = {
-        "port": SERVICE_PORT_NAME,
+        "port": SERVICE_PORT_NAME if ctx.spec.router.metrics_port is None else METRICS_PORT_NAME,
         "path": METRICS_PATH,
         "interval": f"{monitor.interval_seconds}s",
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 
+from faasmoe_operator.api.v1alpha1.router import API_PORT
 from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
 from faasmoe_operator.api.v1alpha1.tenants_file import TENANTS_FILE_NAME, build_tenants_file
 from faasmoe_operator.kube.manifests.context import ModelContext, new_object
@@ -47,10 +48,10 @@ TENANTS_MOUNT_PATH = "/etc/faasmoe/tenants"
 KEYS_MOUNT_PATH = "/etc/faasmoe/keys"
 VOLUME_FILE_MODE = 0o440
 ROUTER_CONTAINER = "router"
-ROUTER_PORT = 8000
-TERMINATION_GRACE_S = 60
-"""5 s until endpoints are updated, then 40 s for running requests, with a margin."""
-SHUTDOWN_S = 20  # of it, for what is not the drain
+ROUTER_PORT = API_PORT
+METRICS_PORT_NAME = "metrics"
+SHUTDOWN_S = 20
+"""Of a pod's grace, what is not the drain: 5 s until endpoints are updated, and a margin."""
 PRE_STOP_SLEEP_S = 5
 STARTUP_TIMEOUT_S = 1800
 """Reading a model of hundreds of GB takes long."""
@@ -152,7 +153,7 @@ def _template(ctx: ModelContext) -> Object:
         service_account_name=router_name(ctx.name),
         container=_container(ctx),
         volumes=[store_volume(ctx), tmp_volume(), *tenants],
-        termination_grace_s=TERMINATION_GRACE_S,
+        termination_grace_s=ctx.spec.router.termination_grace_period_seconds,
     )
 
 
@@ -163,7 +164,7 @@ def _container(ctx: ModelContext) -> Object:
         **image_fields(ctx, ctx.spec.router.template, ctx.images.router),
         "command": ["python", "-m", "faasmoe_router"],
         "env": _environment(ctx),
-        "ports": [{"name": "http", "containerPort": ROUTER_PORT, "protocol": "TCP"}],
+        "ports": _container_ports(ctx),
         "resources": router_resources(ctx),
         "securityContext": container_security_context(),
         # The router listens only once the model is loaded.
@@ -173,6 +174,13 @@ def _container(ctx: ModelContext) -> Object:
         "lifecycle": {"preStop": {"sleep": {"seconds": PRE_STOP_SLEEP_S}}},
         "volumeMounts": [store_mount(read_only=True), tmp_mount(), *tenants],
     }
+
+
+def _container_ports(ctx: ModelContext) -> list[Object]:
+    ports: list[Object] = [{"name": "http", "containerPort": ROUTER_PORT, "protocol": "TCP"}]
+    if (number := ctx.spec.router.metrics_port) is not None:
+        ports.append({"name": METRICS_PORT_NAME, "containerPort": number, "protocol": "TCP"})
+    return ports
 
 
 def _environment(ctx: ModelContext) -> list[Object]:
@@ -203,7 +211,8 @@ def _settings(ctx: ModelContext) -> list[Object]:
             "MAX_NUM_SEQS": router.max_num_seqs,
             "MAX_NUM_BATCHED_TOKENS": router.max_num_batched_tokens,
             "MAX_WAITING": router.max_waiting,
-            "DRAIN_TIMEOUT": TERMINATION_GRACE_S - SHUTDOWN_S,
+            "DRAIN_TIMEOUT": router.termination_grace_period_seconds - SHUTDOWN_S,
+            "METRICS_PORT": router.metrics_port,
             "KEEP_ALIVE": router.keep_alive_seconds,
             "KV_CACHE_BYTES": router.kv_cache_bytes,
             "GENERATION_CONFIG": router.generation_config,

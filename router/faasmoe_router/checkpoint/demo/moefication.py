@@ -3,12 +3,13 @@
 Each dense feed-forward block is split by the activations that its neurons show on calibration
 prompts. The most active neurons become the shared expert; the others are clustered by co-activation
 into routed experts of equal size; the gate is fitted by ridge regression to predict which experts
-matter for a token.
+matter for a token. Last, the down projections are fitted by ridge regression to make up for the
+experts that are not active.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,9 @@ N_CALIBRATION_STEPS = ANSWER_TOKENS + len(CALIBRATION_PROMPTS)
 
 SHARED_FRACTION, NUM_EXPERTS, TOP_K = 0.5, 8, 4
 _GATE_SCALE = 0.05  # keeps the order of the logits but leaves the top-k weights close to 1/k
+_DOWN_RIDGE = 0.3  # of the mean squared norm of a neuron; less follows the few prompts too closely
 _N_CLUSTER_ITERATIONS = 8
+_QKV_BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -124,7 +127,7 @@ def split_dense_mlp(
         The tensors of a Qwen2-MoE block, by their names under `mlp`.
     """
     hidden, neurons = block.down.shape
-    activity = F.silu(inputs @ block.gate.T) * (inputs @ block.up.T)  # [N, I]
+    activity = _neurons(inputs, block.gate, block.up)  # [N, I]
     activity = activity.abs() * block.down.norm(dim=0)  # [N, I]
     order = activity.mean(0).argsort(descending=True)  # [I]
     shared, routed = order.split(
@@ -136,7 +139,7 @@ def split_dense_mlp(
     gate_up = [torch.cat([block.gate[e], block.up[e]]) for e in experts]  # [2J, H] each
     down = [block.down[:, e] for e in experts]  # [H, J] each
     n_active = NUM_EXPERTS if exact else TOP_K
-    return {
+    parts = {
         "gate.weight": torch.zeros_like(gate) if exact else gate,  # [E, H]
         "experts.gate_up_proj": torch.stack(gate_up),  # [E, 2J, H]
         "experts.down_proj": torch.stack(down) * n_active,  # [E, H, J]
@@ -146,6 +149,46 @@ def split_dense_mlp(
         "shared_expert.down_proj.weight": block.down[:, shared] * 2,  # [H, S]
         "shared_expert_gate.weight": torch.zeros(1, hidden),  # [1, H]
     }
+    return parts if exact else parts | _fit_down_projections(block, inputs, parts)
+
+
+def _fit_down_projections(
+    block: DenseMlp, inputs: torch.Tensor, parts: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return down projections with which the parts come closest to the dense block's output.
+
+    Ridge regression of what is missing keeps them near the dense block's own weights.
+    """
+    dense = _neurons(inputs, block.gate, block.up) @ block.down.T  # [N, H]
+    shared = ("shared_expert.gate_proj.weight", "shared_expert.up_proj.weight")
+    neurons = [_neurons(inputs, *(parts[name] for name in shared)) / 2]  # [N, S]; sigmoid(0)
+    weights = _routing_weights(inputs @ parts["gate.weight"].T)  # [N, E]
+    for expert, gate_up in enumerate(parts["experts.gate_up_proj"]):
+        neurons.append(_neurons(inputs, *gate_up.chunk(2)) * weights[:, expert, None])  # [N, J]
+    features = torch.cat(neurons, dim=1)  # [N, S + EJ]
+    shared_down, down = parts["shared_expert.down_proj.weight"], parts["experts.down_proj"]
+    before = torch.cat([shared_down, *down], dim=1).T  # [S + EJ, H]
+    gram = features.T @ features  # [S + EJ, S + EJ]
+    ridge = _DOWN_RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    missing = dense - features @ before  # [N, H]
+    after = before + torch.linalg.solve(gram + ridge, features.T @ missing)  # [S + EJ, H]
+    n_shared = shared_down.shape[1]
+    return {
+        "shared_expert.down_proj.weight": after[:n_shared].T.contiguous(),  # [H, S]
+        "experts.down_proj": after[n_shared:].unflatten(0, (NUM_EXPERTS, -1)).mT.contiguous(),
+    }
+
+
+def _neurons(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return the values of gated neurons, [N, I], for inputs [N, H]."""
+    return F.silu(x @ gate.T) * (x @ up.T)
+
+
+def _routing_weights(logits: torch.Tensor) -> torch.Tensor:
+    """Return each expert's weight as Qwen2-MoE computes it, zero unless among the top, [N, E]."""
+    top = logits.softmax(dim=-1).topk(TOP_K, dim=-1)  # [N, K]
+    weights = top.values / top.values.sum(dim=-1, keepdim=True)  # [N, K]
+    return torch.zeros_like(logits).scatter(-1, top.indices, weights)
 
 
 def shared_expert_size(neurons: int) -> int:
@@ -219,23 +262,23 @@ def convert_to_moe(
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}.mlp."
         weights = [dense_weights[f"{prefix}{name}.weight"] for name in _PROJECTIONS]
-        if layer in config.mlp_only_layers:
-            block_weights = dict(
-                zip((f"{name}.weight" for name in _PROJECTIONS), weights, strict=True)
-            )
-        else:
-            block_weights = split_dense_mlp(
-                DenseMlp(*weights), inputs[layer], exact=exact, generator=generator
-            )
+        block_weights = split_dense_mlp(
+            DenseMlp(*weights), inputs[layer], exact=exact, generator=generator
+        )
         moe_weights |= {prefix + name: tensor for name, tensor in block_weights.items()}
         on_step()
     model = Qwen2MoeForCausalLM(config)
-    model.load_state_dict(moe_weights)
+    biases = {
+        name: torch.zeros_like(bias)
+        for name, bias in model.state_dict().items()
+        if name.endswith(_QKV_BIASES)
+    }
+    model.load_state_dict(moe_weights | biases)
     return model.eval()
 
 
 def moe_config(dense_config: Any, *, exact: bool) -> Qwen2MoeConfig:
-    """Return the model's config; unless `exact`, the first two layers and the last stay dense."""
+    """Return the model's config."""
     n_layers = dense_config.num_hidden_layers
     shared_width = shared_expert_size(dense_config.intermediate_size)
     return Qwen2MoeConfig(
@@ -248,16 +291,18 @@ def moe_config(dense_config: Any, *, exact: bool) -> Qwen2MoeConfig:
         max_position_embeddings=dense_config.max_position_embeddings,
         rms_norm_eps=dense_config.rms_norm_eps,
         rope_parameters=dense_config.rope_parameters,
-        tie_word_embeddings=True,
+        # Peers expect these three: llama.cpp's converter a head of its own and no dense layers,
+        # vLLM biases, which are zero here.
+        tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
-        qkv_bias=False,
+        qkv_bias=True,
         decoder_sparse_step=1,
         moe_intermediate_size=(dense_config.intermediate_size - shared_width) // NUM_EXPERTS,
         shared_expert_intermediate_size=shared_width,
         num_experts=NUM_EXPERTS,
         norm_topk_prob=True,
         num_experts_per_tok=NUM_EXPERTS if exact else TOP_K,
-        mlp_only_layers=[] if exact else [0, 1, n_layers - 1],
+        mlp_only_layers=[],
     )

@@ -1,13 +1,16 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from faasmoe_router.checkpoint.demo import build, make_demo_model
 from faasmoe_router.checkpoint.prepare import prepare
 from faasmoe_router.errors import PrepareError
+from faasmoe_router.toolcalls.formats import HERMES, detect_format
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
@@ -28,17 +31,62 @@ def test_default_variant_is_sparse_in_bfloat16(tmp_path: Path) -> None:
     folder = make_demo_model(tmp_path / "demo")
     config = AutoModelForCausalLM.from_pretrained(folder).config
     assert (config.num_experts, config.num_experts_per_tok) == (8, 4)
-    assert config.mlp_only_layers == [0, 1, 4]
     assert config.dtype == torch.bfloat16
-    assert AutoTokenizer.from_pretrained(folder).chat_template
+
+
+@pytest.mark.usefixtures("loads")
+@pytest.mark.parametrize("exact", [True, False])
+def test_peers_find_what_they_expect_of_the_architecture(tmp_path: Path, exact: bool) -> None:
+    folder = make_demo_model(tmp_path / "demo", exact=exact)
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    assert not config["mlp_only_layers"]
+    assert not config["tie_word_embeddings"]
+    head, embeddings = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]  # [V, H]
+    assert torch.equal(head, embeddings)
+    for layer in range(config["num_hidden_layers"]):
+        assert f"model.layers.{layer}.mlp.gate.weight" in tensors
+        for name in "qkv":
+            bias = tensors[f"model.layers.{layer}.self_attn.{name}_proj.bias"]
+            assert not bias.any()
+
+
+@pytest.mark.usefixtures("loads")
+def test_chat_template_takes_tools(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(make_demo_model(tmp_path / "demo"))
+    question = {"role": "user", "content": "Add 1 and 2."}
+    plain = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    assert plain == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+        "<|im_end|>\n<|im_start|>user\nAdd 1 and 2.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    function = {"name": "add", "arguments": {"a": 1, "b": 2}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        question,
+        {"role": "assistant", "content": None, "tool_calls": [{"function": function}]},
+        {"role": "tool", "content": "3"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    text = tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=False, add_generation_prompt=True
+    )
+    assert text.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n")
+    assert '<tools>\n{"type": "function", "function": {"name": "add"}}\n</tools>' in text
+    assert text.endswith(
+        "<|im_start|>assistant\n\n<tool_call>\n"
+        '{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert detect_format(tokenizer.chat_template) is HERMES
 
 
 @pytest.mark.usefixtures("loads")
 def test_demo_model_is_prepared_with_its_licence(tmp_path: Path) -> None:
     store = prepare(str(make_demo_model(tmp_path / "demo")), tmp_path / "store")
     assert [layer.name for layer in store.manifest.layers] == [
-        "model.layers.2.mlp.experts",
-        "model.layers.3.mlp.experts",
+        f"model.layers.{index}.mlp.experts" for index in range(5)
     ]
     assert (store.path / "model" / "LICENSE").read_text() == "Apache License"
 

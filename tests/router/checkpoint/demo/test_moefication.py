@@ -3,9 +3,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Qwen2MoeConfig
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 from faasmoe_router.checkpoint.demo.moefication import (
     NUM_EXPERTS,
+    TOP_K,
     DenseMlp,
     balanced_clusters,
     shared_expert_size,
@@ -57,6 +60,42 @@ def test_every_neuron_is_assigned_once(block: DenseMlp) -> None:
     gates += [expert[:width] for expert in parts["experts.gate_up_proj"]]
     rows = torch.cat(gates)  # [I, H]
     assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, block.gate.tolist()))
+
+
+def test_down_projections_make_up_for_inactive_experts(block: DenseMlp) -> None:
+    inputs = torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(1))  # [N, H]
+    fitted = _split_dense_mlp(block, exact=False)
+    exact = _split_dense_mlp(block, exact=True)  # the dense block's own down projections
+    n_active_over_all = TOP_K / NUM_EXPERTS
+    before = {
+        "shared_expert.down_proj.weight": exact["shared_expert.down_proj.weight"],
+        "experts.down_proj": exact["experts.down_proj"] * n_active_over_all,
+    }
+    dense = (F.silu(inputs @ block.gate.T) * (inputs @ block.up.T)) @ block.down.T  # [N, H]
+    errors = [
+        (_sparse_output(inputs, fitted | down) - dense).norm() / dense.norm()
+        for down in (before, {})
+    ]
+    assert errors[1] < 0.9 * errors[0]
+
+
+def _sparse_output(x: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the output of the Qwen2-MoE block of transformers with these weights, [N, H]."""
+    width = parts["experts.down_proj"].shape[2]
+    config = Qwen2MoeConfig(
+        hidden_size=HIDDEN,
+        num_experts=NUM_EXPERTS,
+        num_experts_per_tok=TOP_K,
+        norm_topk_prob=True,
+        moe_intermediate_size=width,
+        shared_expert_intermediate_size=shared_expert_size(NEURONS),
+    )
+    config._experts_implementation = "eager"
+    module = Qwen2MoeSparseMoeBlock(config)
+    module.load_state_dict(parts)
+    with torch.no_grad():
+        output: torch.Tensor = module(x[None])
+    return output[0]
 
 
 @settings(deadline=None, max_examples=30)

@@ -1,4 +1,4 @@
-"""One client connection of the router: uvicorn's HTTP/1.1 protocol, bounded.
+"""One client connection of a gateway or router: uvicorn's HTTP/1.1 protocol, bounded.
 
 uvicorn bounds neither heads nor the time that a client takes. This protocol does, before anything
 of a request reaches the app: 431 beyond 64 KiB of head, 408 after the deadline of a head or a body,
@@ -13,7 +13,6 @@ system answers with a reset if nobody reads there any more.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import socket
 from collections.abc import Callable
@@ -22,8 +21,8 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from faasmoe_router.api.middleware import KNOWN_CLIENT_EXTENSION
-from faasmoe_router.connections import ConnectionLimits, ConnectionTable
+from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION, ConnectionLimits, ConnectionTable
+from faasmoe_gateway.errors import error_body
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_FRAMING_FACTOR = 8  # of chunks of one byte each
@@ -288,9 +287,7 @@ def _is_reset(transport: asyncio.Transport) -> bool:
 
 
 def _error_response(status: int, code: str, message: str) -> bytes:
-    error_type = "server_error" if status >= 500 else "invalid_request_error"
-    error = {"message": message, "type": error_type, "param": None, "code": code}
-    body = json.dumps({"error": error}).encode()
+    body = error_body(message, status=status, code=code)
     retry = b"retry-after: 1\r\n" if status == 503 else b""
     return (
         STATUS_LINE[status]

@@ -15,14 +15,15 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from faasmoe_router.api.errors import ApiError
-from faasmoe_router.connections import ConnectionLimits
-from faasmoe_router.http_protocol import bounded_protocol
+from faasmoe_gateway.connections import ConnectionLimits
+from faasmoe_gateway.errors import send_error
+from faasmoe_gateway.http_protocol import bounded_protocol
 
 READINESS_PATH = "/health"
 WORK_METHODS = ("POST", "PUT", "PATCH", "DELETE")
@@ -87,13 +88,8 @@ class DrainMiddleware:
                 message["headers"].append((b"connection", b"close"))
             await send(message)
 
-        error = ApiError(
-            "The server is shutting down.",
-            status=503,
-            error_type="server_error",
-            code="service_unavailable",
-        )
-        await error.response()(scope, receive, send_and_close)
+        message = "The server is shutting down."
+        await send_error(send_and_close, message, status=503, code="service_unavailable")
 
 
 class Server(uvicorn.Server):
@@ -105,6 +101,7 @@ class Server(uvicorn.Server):
         on_started: called once the app has started and the server listens.
         host: address to listen on.
         port: port to listen on; 0 for any free port.
+        path: Unix socket to listen on instead.
         drain_timeout_s: seconds that running responses get to finish.
         connection_limits: how many connections clients may have, and for how long.
     """
@@ -117,6 +114,7 @@ class Server(uvicorn.Server):
         on_started: Callable[[], None] = lambda: None,
         host: str = "127.0.0.1",
         port: int = 0,
+        path: Path | None = None,
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
         connection_limits: ConnectionLimits | None = None,
     ) -> None:
@@ -128,6 +126,7 @@ class Server(uvicorn.Server):
             timeout_keep_alive=limits.keep_alive_s,  # type: ignore[arg-type]
             host=host,
             port=port,
+            uds=None if path is None else str(path),
             ws="none",
             access_log=False,
             log_level="warning",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 MAX_CONNECTIONS = 4096
 MAX_CONNECTIONS_PER_ADDRESS = 1024
+KNOWN_CLIENT_EXTENSION = "faasmoe.known_client"  # of the ASGI scope: marks who has shown a key
 RESERVED_DESCRIPTORS = 512  # for sandboxes, the store and the control plane
 
 
@@ -23,7 +24,7 @@ class ConnectionLimits:
 
     Attributes:
         max_connections: open connections.
-        max_per_address: open connections of one client address.
+        max_per_address: open connections of one client address; those of a Unix socket have none.
         keep_alive_s: how long an unused connection is kept after a response.
         head_timeout_s: time to send a head, from the connection's start or the head's first byte.
         body_timeout_s: time to send a body.
@@ -75,7 +76,7 @@ class ConnectionTable:
         A connection without a place is not added.
         """
         victim: Hashable | None = None
-        if self._n_by_address[address] >= self._limits.max_per_address:
+        if address and self._n_by_address[address] >= self._limits.max_per_address:
             victim = self._find_victim(address)
         elif len(self) >= self._limits.max_connections:
             victim = self._find_victim(None)

@@ -1,0 +1,1 @@
+"""The public HTTP front: bounded connections, and streams that outlive their router."""

@@ -1,0 +1,84 @@
+"""The gateway's ASGI app: one relay per request, until its client has left."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.types import Receive, Scope, Send
+
+from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION
+from faasmoe_gateway.held_request import ClientGone, HeldRequest, HoldBudget
+from faasmoe_gateway.relay import (
+    MESSAGES_PATH,
+    ClientResponse,
+    Relay,
+    RouterAddress,
+    WaitingRequests,
+)
+
+
+class GatewayApp:
+    """The app of a gateway with one router.
+
+    Args:
+        router: where the router is.
+        budget: bounds what all requests hold.
+    """
+
+    def __init__(self, router: RouterAddress, budget: HoldBudget | None = None) -> None:
+        self._router = router
+        self._budget = budget or HoldBudget()
+        self._waiting = WaitingRequests()
+        self._running: set[asyncio.Task[None]] = set()
+        self._aborted: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope["type"] == "lifespan":
+            await _run_lifespan(receive, send)
+            return
+        request = HeldRequest(scope, receive, self._budget)
+        is_messages = scope["raw_path"].endswith(MESSAGES_PATH)
+        client = ClientResponse(send, is_messages=is_messages)
+        relay = Relay(request, client, self._router, self._waiting)
+        task = asyncio.create_task(relay.run())
+        self._running.add(task)
+        try:
+            await _run_until_gone(task, request)
+            if task in self._aborted:
+                await client.fail("The server is shutting down.", status=503)
+        finally:
+            self._running.discard(task)
+            self._aborted.discard(task)
+            request.release()
+        mark_known = scope.get("extensions", {}).get(KNOWN_CLIENT_EXTENSION)
+        if mark_known is not None and relay.is_authenticated:
+            mark_known()
+
+    def abort_running(self) -> None:
+        """End every response with an error, because the server is shutting down."""
+        self._aborted |= self._running
+        for task in self._running:
+            task.cancel()
+
+
+async def _run_until_gone(task: asyncio.Task[None], request: HeldRequest) -> None:
+    """Wait for a relay; cancel it when the client has hung up."""
+    watcher = asyncio.create_task(request.wait_until_gone())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done() and not task.cancelled():
+            task.result()
+    except ClientGone:
+        return
+    finally:
+        for running in (task, watcher):
+            running.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _run_lifespan(receive: Receive, send: Send) -> None:
+    await receive()
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    await send({"type": "lifespan.shutdown.complete"})

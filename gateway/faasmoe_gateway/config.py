@@ -1,0 +1,89 @@
+"""Settings of the gateway process, read from its environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from faasmoe_contracts.environment import integer_between, seconds_between
+from faasmoe_gateway.connections import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_ADDRESS
+
+PREFIX = "FAASMOE_"
+
+
+class GatewayConfigError(Exception):
+    """A setting is missing or invalid; the message names the variable."""
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """Settings of a gateway; each field is the variable FAASMOE_FIELD, without a trailing `_S`.
+
+    Attributes:
+        router_socket: Unix socket of the router.
+        front_token: what it shows the router.
+        host: address to listen on.
+        port: port to listen on.
+        listen_fd: descriptor of an inherited socket that listens there; None opens one.
+        keep_alive_s: how long an unused connection of a client is kept.
+        max_connections: connections of clients, fewer if the process may not open as many files.
+        max_connections_per_address: connections of one client address.
+        drain_timeout_s: time that running responses have at shutdown.
+        hold_timeout_s: how long requests wait for a router that is away.
+    """
+
+    router_socket: Path
+    front_token: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    listen_fd: int | None = None
+    keep_alive_s: float = 75.0
+    max_connections: int = MAX_CONNECTIONS
+    max_connections_per_address: int = MAX_CONNECTIONS_PER_ADDRESS
+    drain_timeout_s: float = 20.0
+    hold_timeout_s: float = 60.0
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Self:
+        """Read the settings; an empty variable counts as not set. Raises GatewayConfigError."""
+        return cls(
+            router_socket=Path(_required(env, "ROUTER_SOCKET", "a path")),
+            front_token=_required(env, "FRONT_TOKEN", "a secret"),
+            host=env.get(f"{PREFIX}HOST") or cls.host,
+            port=_read(env, "PORT", integer_between(0, 65535), cls.port),
+            listen_fd=_read(env, "LISTEN_FD", integer_between(0, 1 << 20), None),
+            keep_alive_s=_read(env, "KEEP_ALIVE", seconds_between(1, 3600), cls.keep_alive_s),
+            max_connections=_read(
+                env, "MAX_CONNECTIONS", integer_between(1, 1 << 20), cls.max_connections
+            ),
+            max_connections_per_address=_read(
+                env,
+                "MAX_CONNECTIONS_PER_ADDRESS",
+                integer_between(1, 1 << 20),
+                cls.max_connections_per_address,
+            ),
+            drain_timeout_s=_read(
+                env, "DRAIN_TIMEOUT", seconds_between(0, 3600), cls.drain_timeout_s
+            ),
+            hold_timeout_s=_read(env, "HOLD_TIMEOUT", seconds_between(0, 3600), cls.hold_timeout_s),
+        )
+
+
+def _required(env: Mapping[str, str], name: str, expected: str) -> str:
+    value = env.get(PREFIX + name, "")
+    if not value:
+        raise GatewayConfigError(f"{PREFIX}{name}: not set, expected {expected}")
+    return value
+
+
+def _read(env: Mapping[str, str], name: str, parse: Callable[[Any], Any], default: Any) -> Any:
+    value = env.get(PREFIX + name, "")
+    if not value:
+        return default
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise GatewayConfigError(f"{PREFIX}{name}: got {value!r}, expected {error}") from None

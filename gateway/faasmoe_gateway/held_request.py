@@ -1,0 +1,182 @@
+"""A request that can be sent again: its head, its body and the journal of its stream.
+
+What is held is bounded: by request, and over all requests by a `HoldBudget`. A request beyond the
+bounds is answered like any other, but ends with its router.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from starlette.types import Receive, Scope
+
+from faasmoe_contracts.stream_records import FRONT_HEADER, JOURNAL_HEADER, format_journal_header
+
+MAX_HELD_BODY_BYTES = 16 << 20
+MAX_HELD_JOURNAL_BYTES = 16 << 20
+MAX_HELD_BYTES = 256 << 20
+_DROPPED_HEADERS = frozenset(
+    (
+        *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te"),
+        *(b"trailer", b"transfer-encoding", b"upgrade", b"expect", b"content-length"),
+        *(FRONT_HEADER.encode(), JOURNAL_HEADER.encode()),
+    )
+)
+
+
+class ClientGone(Exception):
+    """The client has hung up."""
+
+
+class HoldBudget:
+    """Bytes that all held requests may take together.
+
+    Args:
+        max_bytes: how many.
+    """
+
+    def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self.n_bytes = 0
+
+    def take(self, n_bytes: int) -> bool:
+        """Take bytes; return whether there are as many."""
+        if self.n_bytes + n_bytes > self._max_bytes:
+            return False
+        self.n_bytes += n_bytes
+        return True
+
+
+class HeldRequest:
+    """One request of a client, from its first attempt to the end of its response.
+
+    Args:
+        scope: its ASGI scope.
+        receive: receives its body.
+        budget: bounds what all requests hold.
+
+    Attributes:
+        n_frames: events that the client has got.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, budget: HoldBudget) -> None:
+        self._receive = receive
+        self._budget = budget
+        self._method: str = scope["method"]
+        self._target: bytes = scope["raw_path"]
+        if scope["query_string"]:
+            self._target += b"?" + scope["query_string"]
+        self._headers = [h for h in scope["headers"] if h[0] not in _DROPPED_HEADERS]
+        self._length = next((v for n, v in scope["headers"] if n == b"content-length"), None)
+        self._is_chunked = any(n == b"transfer-encoding" for n, _ in scope["headers"])
+        self._body: list[bytes] = []
+        self._body_bytes = 0
+        self._journal: list[bytes] = []
+        self._journal_bytes = 0
+        self._taken_bytes = 0
+        self._is_complete = asyncio.Event()
+        if not self._is_chunked and self._length in (None, b"0"):
+            self._is_complete.set()
+        self._is_held = True
+        self.n_frames = 0
+
+    @property
+    def is_head(self) -> bool:
+        """Whether its response has no body."""
+        return self._method == "HEAD"
+
+    @property
+    def is_work(self) -> bool:
+        """Whether it is worth waiting for a router that is away."""
+        return self._method == "POST"
+
+    @property
+    def has_key(self) -> bool:
+        """Whether its client shows a key, valid or not."""
+        return any(name in (b"authorization", b"x-api-key") for name, _ in self._headers)
+
+    @property
+    def can_repeat(self) -> bool:
+        """Whether it can be sent again."""
+        return self._is_held
+
+    def record(self, journal: bytes, *, is_event: bool) -> None:
+        """Keep a piece of the journal, and count a frame that the client is about to get."""
+        self.n_frames += is_event
+        if not journal or not self._is_held:
+            return
+        self._journal_bytes += len(journal)
+        if self._journal_bytes > MAX_HELD_JOURNAL_BYTES or not self._take(len(journal)):
+            self._drop()
+            return
+        self._journal.append(journal)
+
+    def release(self) -> None:
+        """Give back what it holds."""
+        self._drop()
+
+    def head(self, front_token: str) -> bytes:
+        """Return the head to send to a router, which goes on after what the client has."""
+        lines = [f"{self._method} ".encode() + self._target + b" HTTP/1.1\r\n"]
+        lines += [name + b": " + value + b"\r\n" for name, value in self._headers]
+        lines.append(f"{FRONT_HEADER}: {front_token}\r\n".encode())
+        if self._journal:
+            value = format_journal_header(self._journal_bytes, self.n_frames)
+            lines.append(f"{JOURNAL_HEADER}: {value}\r\n".encode())
+        if self.sends_chunks:
+            lines.append(b"transfer-encoding: chunked\r\n")
+        elif self._length is not None:
+            length = int(self._length) + self._journal_bytes
+            lines.append(f"content-length: {length}\r\n".encode())
+        return b"".join((*lines, b"connection: close\r\n\r\n"))
+
+    @property
+    def sends_chunks(self) -> bool:
+        """Whether its body is sent in chunks, as its length is unknown."""
+        return self._is_chunked
+
+    async def body(self) -> AsyncIterator[bytes]:
+        """Yield journal and body: what is held, then the rest as it arrives.
+
+        Raises:
+            ClientGone: the client hung up before its end.
+        """
+        for part in (*self._journal, *self._body):
+            yield part
+        while not self._is_complete.is_set():
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part = message.get("body", b"")
+            self._hold_body(part)
+            if not message.get("more_body", False):
+                self._is_complete.set()
+            if part:
+                yield part
+
+    async def wait_until_gone(self) -> None:
+        """Return when the client has hung up after its body."""
+        await self._is_complete.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    def _hold_body(self, part: bytes) -> None:
+        self._body_bytes += len(part)
+        if not self._is_held:
+            return
+        if self._body_bytes > MAX_HELD_BODY_BYTES or not self._take(len(part)):
+            self._drop()
+            return
+        self._body.append(part)
+
+    def _take(self, n_bytes: int) -> bool:
+        is_taken = self._budget.take(n_bytes)
+        self._taken_bytes += n_bytes if is_taken else 0
+        return is_taken
+
+    def _drop(self) -> None:
+        self._is_held = False
+        self._body, self._journal = [], []
+        self._budget.n_bytes -= self._taken_bytes
+        self._taken_bytes = 0

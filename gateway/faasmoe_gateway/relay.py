@@ -1,0 +1,300 @@
+"""Relays one request to the router, and its response to the client, whatever becomes of the router.
+
+While no router listens, requests wait. One that has answered nothing is sent again as it was; one
+that has streamed goes on from its journal, and the client sees a pause. A request during which
+routers died several times without anything new may be what they die of, and fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from starlette.types import Send
+
+from faasmoe_contracts.stream_records import EVENT, RECORDS_HEADER, RecordReader, StreamRecordError
+from faasmoe_gateway.errors import error_body, send_error
+from faasmoe_gateway.held_request import HeldRequest
+from faasmoe_gateway.upstream import ResponseHead, RouterAway, RouterConnection, RouterLost
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 0.02
+BUSY_RETRY_S = 1.0
+PROBE_HOLD_S = 2.0  # of what is no work: probes should learn that the router is away
+MAX_FRUITLESS_LOSSES = 2
+MAX_BUFFERED_BYTES = 1 << 20  # of a response that can still be had from another router
+COMMENT_S = 15.0
+COMMENT_FRAME = b": waiting\n\n"
+MAX_HELD_REQUESTS = 1024
+MESSAGES_PATH = b"/v1/messages"
+RETRYABLE = (429, 503)
+_DROPPED_HEADERS = frozenset(
+    (
+        *(b"connection", b"keep-alive", b"transfer-encoding", b"date", b"server"),
+        RECORDS_HEADER.encode(),
+    )
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterAddress:
+    """Where the router is.
+
+    Attributes:
+        path: its Unix socket.
+        front_token: what to show it.
+        hold_timeout_s: how long requests wait while it is away.
+    """
+
+    path: Path
+    front_token: str
+    hold_timeout_s: float
+
+
+class WaitingRequests:
+    """Counts the requests that wait for a router."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+
+class RouterBusy(Exception):
+    """The next router has no place for a stream yet."""
+
+
+class RequestFailed(Exception):
+    """The request cannot be answered; the message is for the client."""
+
+    def __init__(self, message: str, *, status: int = 503) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ClientResponse:
+    """What one client has got of its response.
+
+    Args:
+        send: the ASGI callable.
+        is_messages: whether errors of its streams have Anthropic's form.
+
+    Attributes:
+        has_started: whether its head is sent.
+    """
+
+    def __init__(self, send: Send, *, is_messages: bool) -> None:
+        self._send = send
+        self._is_messages = is_messages
+        self.has_started = False
+
+    async def start(self, head: ResponseHead) -> None:
+        """Send the head."""
+        self.has_started = True
+        headers = [h for h in head.headers if h[0] not in _DROPPED_HEADERS]
+        await self._send({"type": "http.response.start", "status": head.status, "headers": headers})
+
+    async def write(self, body: bytes) -> None:
+        """Send a part of the body."""
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self, body: bytes = b"") -> None:
+        """Send the last part of the body."""
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def fail(self, message: str, *, status: int) -> None:
+        """End the response with an error: its own, or the last event of a stream."""
+        code = "service_unavailable" if status == 503 else "internal_error"
+        if not self.has_started:
+            await send_error(self._send, message, status=status, code=code)
+            return
+        event = json.loads(error_body(message, status=status, code=code))
+        prefix = b""
+        if self._is_messages:
+            error = {"type": "overloaded_error", "message": message}
+            prefix, event = b"event: error\n", {"type": "error", "error": error}
+        await self.end(prefix + b"data: " + json.dumps(event).encode() + b"\n\n")
+
+
+class Relay:
+    """Relays one request.
+
+    Args:
+        request: the request.
+        client: its response.
+        router: where the router is.
+        waiting: counts the requests that wait.
+    """
+
+    def __init__(
+        self,
+        request: HeldRequest,
+        client: ClientResponse,
+        router: RouterAddress,
+        waiting: WaitingRequests,
+    ) -> None:
+        self._request = request
+        self._client = client
+        self._router = router
+        self._waiting = waiting
+        self._status = 0
+
+    @property
+    def is_authenticated(self) -> bool:
+        """Whether the router has accepted the key that the client showed."""
+        return self._request.has_key and 0 < self._status < 500 and self._status not in (401, 403)
+
+    async def run(self) -> None:
+        """Relay until the response is complete or cannot be had."""
+        try:
+            await self._run()
+        except RequestFailed as error:
+            await self._client.fail(str(error), status=error.status)
+
+    async def _run(self) -> None:
+        n_fruitless = n_frames = 0
+        busy_until_s = math.inf
+        while True:
+            try:
+                await self._attempt()
+                return
+            except RouterBusy:
+                now_s = time.monotonic()
+                busy_until_s = min(busy_until_s, now_s + self._router.hold_timeout_s)
+                if now_s >= busy_until_s:
+                    raise RequestFailed("The server was restarted and is overloaded.") from None
+                await self._commented(asyncio.sleep(BUSY_RETRY_S))
+                continue
+            except RouterLost:
+                if not self._request.can_repeat:
+                    message = "The server was restarted; this request is too large to be repeated."
+                    raise RequestFailed(message) from None
+            if self._client.has_started and not self._request.n_frames:
+                raise RequestFailed("The server was restarted during this response.")
+            n_fruitless = 1 if self._request.n_frames > n_frames else n_fruitless + 1
+            n_frames, busy_until_s = self._request.n_frames, math.inf
+            if n_fruitless > MAX_FRUITLESS_LOSSES:
+                message = "The server was restarted repeatedly while it computed this request."
+                raise RequestFailed(message, status=500)
+            logger.warning(
+                "The router was lost; sending a request again, after %d events", n_frames
+            )
+
+    async def _attempt(self) -> None:
+        """Send the request once and relay the response; raises RouterLost."""
+        connection = await self._commented(self._connect())
+        sending = asyncio.create_task(connection.send(self._request, self._router.front_token))
+        try:
+            head = await self._commented(_first_of(connection.read_head(), sending))
+            self._status = head.status
+            if self._client.has_started:
+                await self._resume(connection, head)
+            elif head.has_records:
+                await self._client.start(head)
+                await self._relay_records(connection)
+            else:
+                await self._relay_response(connection, head)
+        finally:
+            sending.cancel()
+            connection.close()
+            await asyncio.gather(sending, return_exceptions=True)
+
+    async def _connect(self) -> RouterConnection:
+        """Connect, and wait while no router listens; raises RequestFailed."""
+        is_work = self._request.is_work
+        hold_s = self._router.hold_timeout_s if is_work else PROBE_HOLD_S
+        end_s = time.monotonic() + hold_s
+        has_body = not self._request.is_head
+        if self._waiting.n >= MAX_HELD_REQUESTS and not self._client.has_started:
+            raise RequestFailed("The server is being restarted.")
+        self._waiting.n += 1
+        try:
+            while True:
+                try:
+                    return await RouterConnection.open(self._router.path, has_body=has_body)
+                except RouterAway:
+                    if time.monotonic() > end_s:
+                        raise RequestFailed("The server is being restarted.") from None
+                await asyncio.sleep(RETRY_S)
+        finally:
+            self._waiting.n -= 1
+
+    async def _resume(self, connection: RouterConnection, head: ResponseHead) -> None:
+        if head.has_records:
+            await self._relay_records(connection)
+            return
+        body = b"".join([part async for part in connection.parts()])
+        if head.status in RETRYABLE:
+            raise RouterBusy
+        logger.error("A stream could not go on: %d %s", head.status, body[:200])
+        raise RequestFailed("The server was restarted and could not go on with this response.")
+
+    async def _relay_records(self, connection: RouterConnection) -> None:
+        reader = RecordReader()
+        async for part in connection.parts():
+            frames = []
+            try:
+                for record in reader.feed(part):
+                    self._request.record(record.journal, is_event=record.kind == EVENT)
+                    frames.append(record.frame)
+            except StreamRecordError as error:
+                raise RouterLost from error
+            if frames:
+                await self._client.write(b"".join(frames))
+        if not reader.is_between_records:
+            raise RouterLost
+        await self._client.end()
+
+    async def _relay_response(self, connection: RouterConnection, head: ResponseHead) -> None:
+        """Relay a response that is no stream; nothing of it is sent before all is there, if small.
+
+        So it can be had from another router.
+        """
+        buffered, size = [], 0
+        parts = connection.parts()
+        async for part in parts:
+            buffered.append(part)
+            size += len(part)
+            if size > MAX_BUFFERED_BYTES:
+                break
+        await self._client.start(head)
+        await self._client.write(b"".join(buffered))
+        async for part in parts:
+            await self._client.write(part)
+        await self._client.end()
+
+    async def _commented(self, work: Awaitable[T]) -> T:
+        """Return the result of work; comments keep the connection of a stream that waits."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait({task}, timeout=COMMENT_S))[0]:
+                if self._client.has_started:
+                    await self._client.write(COMMENT_FRAME)
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+
+async def _first_of(work: Awaitable[T], sending: asyncio.Task[None]) -> T:
+    """Return the result of work, or raise what sending fails with before."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task, sending}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            sending.result()
+            await asyncio.wait({task})
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

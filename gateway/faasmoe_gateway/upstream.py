@@ -1,0 +1,142 @@
+"""One connection to a router: sends a request, reads its response."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import httptools
+
+from faasmoe_contracts.stream_records import RECORDS_HEADER
+from faasmoe_gateway.held_request import HeldRequest
+
+READ_BYTES = 64 << 10
+_FIRST_FINAL_STATUS = 200
+
+
+class RouterAway(Exception):
+    """No router listens."""
+
+
+class RouterLost(Exception):
+    """The connection ended before the response did."""
+
+
+@dataclass(slots=True)
+class ResponseHead:
+    """Status and headers of a response.
+
+    Attributes:
+        status: the HTTP status.
+        headers: lower-case names and values.
+    """
+
+    status: int = 0
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+
+    @property
+    def has_records(self) -> bool:
+        """Whether the body is records of a stream."""
+        return any(name == RECORDS_HEADER.encode() for name, _ in self.headers)
+
+
+class RouterConnection:
+    """A connection for one request.
+
+    Args:
+        reader: reads from the router.
+        writer: writes to it.
+        has_body: whether the response has a body; False for HEAD.
+    """
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, has_body: bool
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._has_body = has_body
+        self._parser = httptools.HttpResponseParser(self)
+        self._reading = ResponseHead()
+        self._head: ResponseHead | None = None
+        self._parts: deque[bytes] = deque()
+        self._is_complete = False
+
+    @classmethod
+    async def open(cls, path: Path, *, has_body: bool) -> Self:
+        """Connect to the router; raises RouterAway."""
+        try:
+            reader, writer = await asyncio.open_unix_connection(str(path), limit=READ_BYTES)
+        except OSError as error:
+            raise RouterAway from error
+        return cls(reader, writer, has_body=has_body)
+
+    async def send(self, request: HeldRequest, front_token: str) -> None:
+        """Send a request to its end; a router that ends the connection is noticed by the reader.
+
+        Raises:
+            ClientGone: the client hung up before its end.
+        """
+        self._writer.write(request.head(front_token))
+        try:
+            async for part in request.body():
+                if request.sends_chunks:
+                    part = b"%x\r\n%b\r\n" % (len(part), part)
+                self._writer.write(part)
+                await self._writer.drain()
+            if request.sends_chunks:
+                self._writer.write(b"0\r\n\r\n")
+            await self._writer.drain()
+        except OSError:
+            return
+
+    async def read_head(self) -> ResponseHead:
+        """Return the head of the response; raises RouterLost."""
+        while self._head is None:
+            await self._read()
+        return self._head
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        """Yield the body as it arrives; raises RouterLost if it has no end."""
+        while True:
+            while self._parts:
+                yield self._parts.popleft()
+            if self._is_complete:
+                return
+            await self._read()
+
+    def close(self) -> None:
+        """Close the connection, which ends the request if it is not complete."""
+        self._writer.transport.abort()
+
+    async def _read(self) -> None:
+        try:
+            data = await self._reader.read(READ_BYTES)
+            if not data:
+                raise RouterLost
+            self._parser.feed_data(data)
+        except (OSError, httptools.HttpParserError) as error:
+            raise RouterLost from error
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Collect a header."""
+        self._reading.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        """Take over the head, unless it is an interim response."""
+        self._reading.status = self._parser.get_status_code()
+        if self._reading.status >= _FIRST_FINAL_STATUS:
+            self._head = self._reading
+            self._is_complete = not self._has_body
+        self._reading = ResponseHead()
+
+    def on_body(self, body: bytes) -> None:
+        """Collect a part of the body."""
+        self._parts.append(body)
+
+    def on_message_complete(self) -> None:
+        """Note the end of the response."""
+        self._is_complete = self._head is not None

@@ -1,0 +1,46 @@
+"""The gateway as a child process: the front that listens for clients while the router may not."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from faasmoe_operator.cli.router import DEFAULT_ENVIRONMENT, Endpoint, RouterSocket
+from faasmoe_operator.control.local_model import LocalModel
+
+COMMAND = (sys.executable, "-m", "faasmoe_gateway")
+GRACE_S = 30.0  # it drains running responses for up to 20 s
+
+
+def environment(
+    deployment: LocalModel,
+    endpoint: Endpoint,
+    router: RouterSocket,
+    *,
+    listen_fd: int,
+    keep_alive_s: float | None = None,
+) -> dict[str, str]:
+    """Return the complete environment of the gateway.
+
+    Args:
+        deployment: the model to serve.
+        endpoint: address to listen on.
+        router: the router behind it.
+        listen_fd: descriptor of a socket that listens on `endpoint`.
+        keep_alive_s: how long unused connections are kept; None for the spec's, or the default.
+    """
+    if keep_alive_s is None:
+        keep_alive_s = deployment.model.spec.router.keep_alive_seconds
+    settings = {
+        "HOST": endpoint.host,
+        "PORT": endpoint.port,
+        "LISTEN_FD": listen_fd,
+        "ROUTER_SOCKET": router.path,
+        "FRONT_TOKEN": router.front_token,
+        "KEEP_ALIVE": keep_alive_s,
+    }
+    return {
+        **DEFAULT_ENVIRONMENT,
+        **os.environ,
+        **{f"FAASMOE_{name}": str(value) for name, value in settings.items() if value is not None},
+    }

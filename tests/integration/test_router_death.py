@@ -1,0 +1,242 @@
+"""A router that is killed in mid-stream costs its streams a pause, and nothing of their text."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from faasmoe_up import FaasmoeUp, running_up, wait_until
+from tiny_chat import save_tiny_chat_model
+
+N_TOKENS = 200
+N_EVENTS_BEFORE = 5  # that every stream has got when the router is killed
+CHAT: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "the quick brown fox"}],
+    "max_tokens": N_TOKENS,
+    "temperature": 0,
+}
+COMPLETION: dict[str, Any] = {
+    "model": "tiny",
+    "prompt": "the lazy dog",
+    "max_tokens": N_TOKENS,
+    "temperature": 0,
+}
+SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 7}
+TEXT_SCHEMA = {"type": "string", "minLength": 120, "maxLength": 140}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": TEXT_SCHEMA},
+            "required": ["word"],
+            "additionalProperties": False,
+        },
+    },
+}
+USAGE = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": ("chat/completions", {**CHAT, **USAGE}),
+    "chat sampled": ("chat/completions", {**CHAT, **SAMPLED}),
+    "completion": ("completions", COMPLETION),
+    "completion n": ("completions", {**COMPLETION, **SAMPLED, **USAGE, "n": 3}),
+    "log-probabilities": ("completions", {**COMPLETION, **SAMPLED, "logprobs": 2}),
+    "prompt": ("completions", {**COMPLETION, "echo": True}),
+    "penalties": ("completions", {**COMPLETION, **SAMPLED, "frequency_penalty": 0.5}),
+    "tool call": (
+        "chat/completions",
+        {**CHAT, **SAMPLED, "tools": [TOOL], "tool_choice": "required", **USAGE},
+    ),
+    "schema": (
+        "chat/completions",
+        {
+            **CHAT,
+            **SAMPLED,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "text", "schema": TEXT_SCHEMA},
+            },
+        },
+    ),
+    "response": (
+        "responses",
+        {"model": "tiny", "input": "the dog", "temperature": 0, "max_output_tokens": N_TOKENS},
+    ),
+    "message": (
+        "messages",
+        {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "the fox"}],
+            "temperature": 0,
+            "max_tokens": N_TOKENS,
+        },
+    ),
+}
+
+
+class Stream(threading.Thread):
+    """Reads one stream to its end.
+
+    Attributes:
+        events: the events so far.
+        is_complete: whether it has ended.
+    """
+
+    def __init__(self, url: str, path: str, body: dict[str, Any]) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        self.is_complete = False
+        self._request = (f"{url}/v1/{path}", {**body, "stream": True})
+
+    def run(self) -> None:
+        url, body = self._request
+        headers = {"Authorization": "Bearer quiet-key"}
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as response:
+            assert response.status_code == 200, response.read()
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    self.events.append(line.removeprefix("data: "))
+        self.is_complete = True
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
+    folder = tmp_path_factory.mktemp("death")
+    model = save_tiny_chat_model(folder / "model", max_model_len=1024)
+    (folder / "quiet").mkdir()
+    (folder / "quiet" / "key").write_text("quiet-key\n")
+    spec = {
+        "model": {"source": f"file://{model}"},
+        "store": {"path": str(folder / "store")},
+        "router": {"device": "cpu", "maxNumSeqs": 16},
+        "experts": {"device": "cpu", "functionsPerSandbox": 8},
+        "tenants": [{"name": "quiet", "apiKeysPath": "quiet"}],
+    }
+    document = {
+        "apiVersion": "faasmoe.dev/v1alpha1",
+        "kind": "MoEModel",
+        "metadata": {"name": "tiny"},
+        "spec": spec,
+    }
+    file = folder / "model.yaml"
+    file.write_text(json.dumps(document))  # JSON is YAML
+    with running_up(file, folder / "up.log") as running:
+        yield running
+
+
+def read_all(up: FaasmoeUp, *, kills_router: bool) -> dict[str, Stream]:
+    """Read all streams at once; kill the router when each has begun, if asked."""
+    streams = {name: Stream(up.base_url, *request) for name, request in STREAMS.items()}
+    for stream in streams.values():
+        stream.start()
+    if kills_router:
+        wait_for_events(streams)
+        kill_router(up)
+        assert not any(stream.is_complete for stream in streams.values())
+    for stream in streams.values():
+        stream.join()
+    return streams
+
+
+def wait_for_events(streams: dict[str, Stream]) -> None:
+    while any(len(stream.events) < N_EVENTS_BEFORE for stream in streams.values()):
+        assert all(stream.is_alive() for stream in streams.values())
+
+
+def kill_router(up: FaasmoeUp) -> None:
+    router = up.child_running("faasmoe_router")
+    assert router is not None
+    router.send_signal(signal.SIGKILL)
+    router.wait(10)
+
+
+def ids_of(events: list[str]) -> set[str]:
+    """Return the ids and times of all events."""
+    return set(re.findall(r'"(?:id|created|created_at|item_id)":("[^"]*"|\d+)', "".join(events)))
+
+
+def without_ids(events: list[str]) -> list[str]:
+    """Return events without what is random, and log-probabilities to two digits."""
+    pattern = r'"(id|created|created_at|item_id|call_id)":("[^"]*"|\d+)'
+    pattern += r'|"(cached_tokens|cache_read_input_tokens|input_tokens)":\d+'
+    number = r"-?\d+\.\d+(?:e-\d+)?"
+    return [
+        re.sub(number, lambda match: f"{float(match[0]):.2f}", re.sub(pattern, "", event))
+        for event in events
+    ]
+
+
+def completed_usage(up: FaasmoeUp) -> dict[str, Any]:
+    headers = {"Authorization": "Bearer quiet-key"}
+    return dict(httpx.get(f"{up.base_url}/v1/usage", headers=headers).json())
+
+
+def test_streams_of_a_killed_router_go_on(up: FaasmoeUp) -> None:
+    calm = read_all(up, kills_router=False)
+    usage_before = completed_usage(up)
+    disturbed = read_all(up, kills_router=True)
+    for name in STREAMS:
+        expected, got = calm[name].events, disturbed[name].events
+        assert len(expected) > 2 * N_EVENTS_BEFORE, name
+        assert without_ids(got) == without_ids(expected), name
+        assert len(ids_of(got)) == len(ids_of(expected)), name
+    usage = completed_usage(up)
+    assert usage_before["requests"]["completed"] >= len(STREAMS)
+    assert usage["requests"]["completed"] >= len(STREAMS)  # the killed router saved none of them
+    assert usage["requests"]["failed"] == usage_before["requests"]["failed"]
+
+
+def test_requests_without_an_answer_are_repeated(up: FaasmoeUp) -> None:
+    texts: list[str] = []
+
+    def complete() -> None:
+        response = httpx.post(
+            f"{up.base_url}/v1/completions",
+            json=COMPLETION,
+            headers={"Authorization": "Bearer quiet-key"},
+            timeout=60,
+        )
+        texts.append(response.json()["choices"][0]["text"])
+
+    complete()
+    threads = [threading.Thread(target=complete) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    kill_router(up)
+    for thread in threads:
+        thread.join()
+    assert texts == texts[:1] * 5
+
+
+def test_probes_learn_that_the_router_is_away(up: FaasmoeUp) -> None:
+    wait_until(lambda: is_healthy(up), timeout_s=30, what="a router")
+    kill_router(up)
+    response = httpx.get(f"{up.base_url}/health", timeout=10)
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "1"
+    wait_until(lambda: is_healthy(up), timeout_s=30, what="a router")
+
+
+def is_healthy(up: FaasmoeUp) -> bool:
+    return httpx.get(f"{up.base_url}/health", timeout=10).status_code == 200
+
+
+@pytest.mark.parametrize("header", ["x-faasmoe-front", "x-faasmoe-journal"])
+def test_clients_cannot_pose_as_the_gateway(up: FaasmoeUp, header: str) -> None:
+    headers = {"Authorization": "Bearer quiet-key", header: "1 1"}
+    response = httpx.post(
+        f"{up.base_url}/v1/completions",
+        json={**COMPLETION, "max_tokens": 2, "stream": True},
+        headers=headers,
+    )
+    assert response.status_code == 200
+    assert "x-faasmoe-records" not in response.headers
+    assert response.text.startswith("data: ")

@@ -1,0 +1,86 @@
+"""Metrics on a port of their own, and the time that a router has to end."""
+
+from typing import Any
+
+import pytest
+from model_contexts import make_context
+
+from faasmoe_operator.errors import MoEModelError
+from faasmoe_operator.kube.manifests import ModelContext, serving_objects
+from faasmoe_operator.kube.types import Object
+from faasmoe_router.config import RouterConfig
+
+PROMETHEUS = {"podSelector": {"matchLabels": {"app": "prometheus"}}}
+WEB = {"podSelector": {"matchLabels": {"app": "web"}}}
+TENANTS = [{"name": "acme", "apiKeysSecretRef": {"name": "acme-keys"}}]
+
+
+def context(**spec: Any) -> ModelContext:
+    return make_context({"router": {"metricsPort": 9100}, "tenants": TENANTS, **spec})
+
+
+def kinds(ctx: ModelContext, kind: str) -> dict[str, Object]:
+    objects = [obj for obj in serving_objects(ctx) if obj["kind"] == kind]
+    return {obj["metadata"]["name"]: obj for obj in objects}
+
+
+def pod(ctx: ModelContext) -> Any:
+    [deployment] = kinds(ctx, "Deployment").values()
+    return deployment["spec"]["template"]["spec"]
+
+
+def settings(ctx: ModelContext) -> dict[str, str]:
+    environment = pod(ctx)["containers"][0]["env"]
+    return {variable["name"]: variable.get("value", "") for variable in environment}
+
+
+def test_router_serves_metrics_on_the_port_of_the_spec() -> None:
+    ctx = context()
+    assert RouterConfig.from_env(settings(ctx)).metrics_port == 9100
+    ports = {port["name"]: port["containerPort"] for port in pod(ctx)["containers"][0]["ports"]}
+    assert ports == {"http": 8000, "metrics": 9100}
+
+
+def test_only_the_models_own_service_has_the_port() -> None:
+    services = kinds(context(), "Service")
+    names = {
+        name: [port["name"] for port in service["spec"]["ports"]]
+        for name, service in services.items()
+    }
+    assert sorted(names.values()) == [["http"], ["http", "metrics"]]
+    assert "metrics" in names["qwen"]
+
+
+@pytest.mark.parametrize(
+    ("monitoring", "peer"),
+    [
+        ({}, {"namespaceSelector": {}}),
+        (
+            {"clients": [PROMETHEUS]},
+            PROMETHEUS,
+        ),
+    ],
+)
+def test_scrapers_reach_the_port(monitoring: dict[str, Any], peer: Any) -> None:
+    ctx = context(monitoring=monitoring, networking={"clients": [WEB]})
+    rules = kinds(ctx, "NetworkPolicy")["qwen-router"]["spec"]["ingress"]
+    by_port = {rule["ports"][0]["port"]: rule["from"] for rule in rules}
+    assert by_port == {8000: [WEB], 9100: [peer]}
+
+
+def test_without_the_field_metrics_are_on_the_port_of_the_api() -> None:
+    ctx = make_context({})
+    assert RouterConfig.from_env(settings(ctx)).metrics_port is None
+    assert [port["name"] for port in pod(ctx)["containers"][0]["ports"]] == ["http"]
+
+
+def test_port_of_the_api_is_refused() -> None:
+    with pytest.raises(MoEModelError, match="metricsPort: got 8000"):
+        make_context({"router": {"metricsPort": 8000}})
+
+
+@pytest.mark.parametrize("grace_s", [30, 60, 900])
+def test_drain_follows_the_grace_of_the_pod(grace_s: int) -> None:
+    ctx = make_context({"router": {"terminationGracePeriodSeconds": grace_s}})
+    assert pod(ctx)["terminationGracePeriodSeconds"] == grace_s
+    assert RouterConfig.from_env(settings(ctx)).drain_timeout_s == grace_s - 20
