@@ -28,8 +28,8 @@ ControlError                calls to the control plane; never ends the router
 PrepareError                checkpoint preparation; carries `reason` and `is_permanent`
 ├── SourceNotFound          no such checkpoint, revision or file
 ├── SourceUnsupported       a checkpoint that cannot be served; permanent
-│   ├── SourceDamaged       a file of it is truncated, or contradicts itself
-│   └── WeightsNotFinite    it has weights that are NaN or infinite
+│   ├── WeightsNotFinite    it has weights that are NaN or infinite
+│   └── SourceDamaged       a file of it is truncated, or contradicts itself
 ├── StoreMismatch           the folder holds something else; permanent
 ├── HubUnauthorized         the Hugging Face Hub requires an authorized token
 ├── HubUnavailable          the Hub is unreachable, failing or rate-limiting
@@ -188,12 +188,12 @@ class SourceUnsupported(PrepareError):
     is_permanent = True
 
 
-class SourceDamaged(SourceUnsupported):
-    """A file of the checkpoint is truncated, or contradicts itself; names file, got, expected."""
-
-
 class WeightsNotFinite(SourceUnsupported):
     """The checkpoint has weights that are NaN or infinite."""
+
+
+class SourceDamaged(SourceUnsupported):
+    """A file of the checkpoint is truncated, or contradicts itself; names file, got, expected."""
 
 
 class StoreMismatch(PrepareError):

@@ -73,7 +73,7 @@ def _print_line(line: str) -> None:
 
 
 @contextmanager
-def byte_progress(label: str, *, total_bytes: int) -> Iterator[Callable[[int], None]]:
+def byte_progress(label: str, *, total_bytes: int) -> Iterator[Callable[[int], object]]:
     """Show progress in bytes on stderr: a bar on a terminal, else a line now and then.
 
     Yields:
