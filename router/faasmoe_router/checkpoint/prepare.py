@@ -167,7 +167,7 @@ def _open_tensors(
     checkpoint: CheckpointSource, *, allows_nonfinite: bool
 ) -> AbstractContextManager[dict[str, LazyTensor]]:
     if isinstance(checkpoint, GgufCheckpoint):
-        return checkpoint.open_tensors()  # which refuses values that are not finite
+        return checkpoint.open_tensors(allows_nonfinite=allows_nonfinite)
     return open_tensors(checkpoint, allows_nonfinite=allows_nonfinite)
 
 

@@ -158,7 +158,7 @@ def is_hub_source(name: str) -> bool:
     if parts.scheme:
         return parts.scheme == "hf"
     is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    return is_id and not Path(name).exists() and not name.endswith(".gguf")
+    return is_id and not Path(name).exists() and not name.lower().endswith(".gguf")
 
 
 def _resolve_folder(name: str, *, revision: str | None) -> tuple[Path, str | None]:

@@ -85,8 +85,11 @@ class GgufCheckpoint(CheckpointSource):
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @contextmanager
-    def open_tensors(self) -> Iterator[dict[str, LazyTensor]]:
+    def open_tensors(self, *, allows_nonfinite: bool = False) -> Iterator[dict[str, LazyTensor]]:
         """Open every tensor by the name of its parameter; write the tokenizer to the folder.
+
+        Args:
+            allows_nonfinite: whether floats may be NaN or infinite; scales of codes never may.
 
         Raises:
             PrepareError: a file cannot be read, or the tokenizer cannot be built.
@@ -98,7 +101,8 @@ class GgufCheckpoint(CheckpointSource):
             tensors: dict[str, GgufTensor] = {}
             for path, header in self.headers.items():
                 file = stack.enter_context(OpenFile(path))
-                tensors |= {name: GgufTensor(file, i) for name, i in header.tensors.items()}
+                for name, info in header.tensors.items():
+                    tensors[name] = GgufTensor(file, info, allows_nonfinite=allows_nonfinite)
             yield name_tensors(self.architecture, tensors, first)
 
 
@@ -120,7 +124,7 @@ def find_gguf_checkpoint(name: str, *, revision: str | None) -> GgufCheckpoint |
         if (path / "config.json").exists() or not (files := sorted(path.glob(f"*{SUFFIX}"))):
             return None
         path = _only_checkpoint(path, files)
-    elif path.suffix != SUFFIX:
+    elif path.suffix.lower() != SUFFIX:
         return None
     if revision is not None:
         raise PrepareError(f"revision: got {revision!r}, expected none for the file {path}")

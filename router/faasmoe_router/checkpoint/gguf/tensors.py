@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from faasmoe_contracts.store import TensorQuantization
+from faasmoe_router.checkpoint.finite_tensors import is_finite
 from faasmoe_router.checkpoint.gguf.ggml_types import (
     FLOAT_DTYPES,
     DamagedBlocks,
@@ -25,7 +26,7 @@ from faasmoe_router.checkpoint.gguf.ggml_types import (
     split_codes,
 )
 from faasmoe_router.checkpoint.gguf.header import TensorInfo
-from faasmoe_router.errors import PrepareError, SourceDamaged
+from faasmoe_router.errors import PrepareError, SourceDamaged, WeightsNotFinite
 
 _T = TypeVar("_T")
 
@@ -67,11 +68,18 @@ class OpenFile:
 
 
 class GgufTensor:
-    """One tensor of a file."""
+    """One tensor of a file.
 
-    def __init__(self, file: OpenFile, info: TensorInfo) -> None:
+    Args:
+        file: the file.
+        info: where it lies.
+        allows_nonfinite: whether floats may be NaN or infinite; decoded weights never may.
+    """
+
+    def __init__(self, file: OpenFile, info: TensorInfo, *, allows_nonfinite: bool = False) -> None:
         self.info = info
         self._file = file
+        self._allows_nonfinite = allows_nonfinite
 
     @property
     def type(self) -> GgmlType:
@@ -100,12 +108,19 @@ class GgufTensor:
         return self.type.name if self.type.name in FLOAT_DTYPES else "F32"
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Read rows of dimension 0, all of them for an ellipsis."""
+        """Read rows of dimension 0, all of them for an ellipsis; raises WeightsNotFinite."""
         if len(self.info.shape) == 1:  # its rows are parts of blocks
             whole = self._read(0, 1, (1, *self.info.shape), decode)
-            return whole.view(self.info.shape)[index]
-        first, end = row_range(index, self.info.shape[0])
-        return self._read(first, end, self.info.shape, decode)
+            rows = whole.view(self.info.shape)[index]
+        else:
+            first, end = row_range(index, self.info.shape[0])
+            rows = self._read(first, end, self.info.shape, decode)
+        if not self._allows_nonfinite and not is_finite(rows):
+            raise WeightsNotFinite(
+                f"{self._file.path}: {self.info.name}: got values that are NaN or infinite, "
+                "expected finite weights; --allow-nonfinite accepts them"
+            )
+        return rows
 
     def read_codes(self, first: int, end: int) -> tuple[Tensor, Tensor]:
         """Return codes and scales of rows of dimension 0, as `split_codes`."""

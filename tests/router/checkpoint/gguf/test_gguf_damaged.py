@@ -23,6 +23,7 @@ from faasmoe_router.errors import PrepareError, SourceDamaged, SourceNotFound, S
 
 FAMILY = GGUF_FAMILIES["qwen2moe"]
 F32 = gguf.GGMLQuantizationType.F32
+NAN_NORM = np.full(256, np.nan, np.float32)
 HEADER_BYTES = 12_000  # all keys and tensors of the tiny file lie before
 
 
@@ -111,6 +112,11 @@ def _set_scale(name: str, value: float) -> Change:
             _set_scale("blk.0.attn_q.weight", float("inf")),
             "blk.0.attn_q.weight: got values that are not finite, expected finite scales",
             id="infinity in decoded scales",
+        ),
+        pytest.param(
+            lambda blocks: blocks.update({"output_norm.weight": (NAN_NORM, F32)}),
+            "output_norm.weight: got values that are NaN or infinite, expected finite weights",
+            id="NaN in floats",
         ),
     ],
 )
