@@ -1,0 +1,41 @@
+"""`faasmoe up FILE.gguf` as a new user runs it: no YAML, to the first token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import pytest
+from faasmoe_up import running_up
+from gguf_models import GGUF_FAMILIES, build_model, file_tensors, write_gguf
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family = GGUF_FAMILIES["qwen2moe"]
+    model = build_model(family)
+    path = tmp_path_factory.mktemp("user") / "Tiny-Q8_0.gguf"
+    return write_gguf(path, family, model, file_tensors(family, model, "Q8_0").blocks)
+
+
+def test_a_gguf_file_is_served_and_its_store_used_again(file: Path, tmp_path: Path) -> None:
+    variables = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    texts = []
+    for log in (tmp_path / "first.log", tmp_path / "second.log"):
+        with running_up(str(file), log, variables=variables) as up:
+            response = httpx.post(
+                f"{up.base_url}/v1/completions",
+                json={
+                    "model": "Tiny-Q8_0",
+                    "prompt": "the quick",
+                    "max_tokens": 4,
+                    "temperature": 0,
+                },
+                timeout=60,
+            )
+            assert response.status_code == 200, response.text
+            texts.append(response.json()["choices"][0]["text"])
+        is_first = log.name == "first.log"
+        assert (f"preparing {file.as_uri()} in " in log.read_text()) == is_first
+    assert texts[0]
+    assert texts[0] == texts[1]
