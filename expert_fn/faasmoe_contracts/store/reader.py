@@ -61,16 +61,17 @@ class Store:
         layer = self.layer_entry(index)
         if layer.file:
             self._check_size(layer.file)
-            mapped, name = map_tensors(self.path / layer.file), self.path / layer.file
+            mapped, name = map_tensors(self.path / layer.file), f"{self.path / layer.file}"
         else:
             assert self.manifest.checkpoint is not None  # checked by the manifest
             references = self.manifest.checkpoint.layers[index]
-            mapped, name = self._map_references(references), self.path / MANIFEST_NAME
+            mapped = self._map_references(references)
+            name = f"{self.path / MANIFEST_NAME}: layer {index}"
         try:
             _check_quantized_tensors(mapped, layer)
             _check_layer_sizes(mapped, layer)
         except StoreError as error:
-            raise StoreError(f"{name}: layer {index}: {error}") from None
+            raise StoreError(f"{name}: {error}") from None
         return mapped
 
     def map_router_references(self) -> MappedLayer:
