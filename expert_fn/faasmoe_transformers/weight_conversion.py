@@ -91,6 +91,12 @@ class ConversionJob:
     sources: dict[str, list[LazyTensor]] = field(default_factory=dict)
     targets: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
+    def renamed_tensor(self) -> LazyTensor | None:
+        """Return the tensor that the job only renames; None if it does anything else."""
+        tensors = [tensor for tensors in self.sources.values() for tensor in tensors]
+        has_operations = bool(getattr(self.transform, "operations", None))
+        return tensors[0] if len(tensors) == 1 and not has_operations else None
+
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:

@@ -83,19 +83,14 @@ def find_published_codes(
     prefixes = tuple(f"{name}." for name in experts)
     published: dict[str, PublishedParameter] = {}
     for job in jobs:
-        tensor = _only_source(job)
-        quantization = None if tensor is None else tensor.quantization
-        if tensor is None or quantization is None or list(job.targets) != [job.name]:
+        tensor = job.renamed_tensor()
+        if not isinstance(tensor, CodedTensor) or list(job.targets) != [job.name]:
+            continue
+        quantization = tensor.quantization
+        if quantization is None:
             continue
         is_asked = asked.experts == "none" and job.name.startswith(prefixes)
         plan = planned.get(job.name)
         if is_asked or (plan is not None and plan.scheme == quantization.scheme):
             published[job.name] = PublishedParameter(job.name, quantization, tensor)
     return published
-
-
-def _only_source(job: ConversionJob) -> CodedTensor | None:
-    """Return the tensor that a job only renames; None if it does anything else."""
-    sources = [tensor for tensors in job.sources.values() for tensor in tensors]
-    is_renaming = len(sources) == 1 and not getattr(job.transform, "operations", None)
-    return sources[0] if is_renaming and isinstance(sources[0], CodedTensor) else None

@@ -178,5 +178,5 @@ def test_invalid_weight_index_of_a_repository_is_named(
 )
 @pytest.mark.usefixtures("hub")
 def test_unreachable_repository_error_has_a_reason(name: str, reason: str) -> None:
-    with pytest.raises(PrepareError, match=f"at revision 'v1': .*{reason}"):
+    with pytest.raises(PrepareError, match=f"at revision 'v1', looked for at .*: .*{reason}"):
         resolve_source(name, revision="v1")
