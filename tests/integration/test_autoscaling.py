@@ -226,7 +226,7 @@ def check_burst_from_zero(up: FaasmoeUp, *, pool: int) -> None:
     before = up.control_metric(activations), up.router_metric("cold_start_seconds_count")
     responses = burst(up)
     took_s = sorted(response.took_s for response in responses)
-    details = (up.status()["decisions"], took_s)
+    details = (up.status()["decisions"], took_s[-1])
     assert up.control_metric(activations) - before[0] == N_FUNCTIONS, details
     queued = [response.cold_start_s for response in responses if response.cold_start_s is not None]
     assert len(queued) == up.router_metric("cold_start_seconds_count") - before[1] > 0

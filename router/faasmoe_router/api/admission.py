@@ -132,7 +132,7 @@ async def queue_until_activated(
         queued_s = await run_until_disconnect(
             request, activator.wait_for_activation(n_tokens, size_bytes=size_bytes)
         )
-    return {COLD_START_HEADER: f"{queued_s:.3f}"}
+    return {COLD_START_HEADER: f"{queued_s:.3f}"} if queued_s else {}
 
 
 @contextmanager

@@ -242,7 +242,7 @@ class Activator:
             size_bytes: size of the request's body.
 
         Returns:
-            The time waited, in seconds.
+            The time waited, in seconds; 0 if nothing was missing.
 
         Raises:
             ActivationTimeout: the functions were not activated in time.
@@ -250,6 +250,8 @@ class Activator:
             ActivationQueueFull: the queue is full.
             EngineUnavailable: the server is shutting down.
         """
+        if self.is_activated_for(n_tokens):  # since the caller asked; no further change follows
+            return 0.0
         self._check_capacity(size_bytes)
         started_s = self._clock()
         with self._queue_slot(n_tokens, size_bytes) as waiter:

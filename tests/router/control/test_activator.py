@@ -104,6 +104,18 @@ def test_a_request_is_released_when_all_its_functions_have_addresses() -> None:
     run_scenario(scenario)
 
 
+def test_a_request_whose_functions_came_before_it_was_queued_does_not_wait() -> None:
+    async def scenario() -> None:
+        harness = ActivatorHarness()
+        assert not harness.activator.is_activated_for(10)
+        harness.add_address("a")
+        harness.add_address("b")  # between the question and the wait
+        assert await harness.activator.wait_for_activation(10, size_bytes=1) == 0
+        assert harness.metric("cold_start_seconds_count") == 0
+
+    run_scenario(scenario)
+
+
 def test_a_request_waits_only_for_the_functions_that_it_needs() -> None:
     async def scenario() -> None:
         harness = ActivatorHarness()
