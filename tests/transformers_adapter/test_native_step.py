@@ -4,7 +4,7 @@ import asyncio
 import ctypes
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from families.registry import FAMILIES, experts_modules
 from torch import Tensor
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from faasmoe_kernels import KernelsUnavailable, load
 from faasmoe_transformers import continuous_batching
@@ -250,6 +251,46 @@ def test_compute_mode_selects_what_computes_the_decoder(
     generate(model, loop, PROMPTS[:1], compute)
     assert model.config._attn_implementation == attention
     assert isinstance(model.model.forward, NativeForward) == is_program
+
+
+def build_wide(experts: FixedExperts | None = None) -> Any:
+    """Return a model whose products are large enough to be divided between threads."""
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=128, hidden_size=576, num_hidden_layers=2, num_attention_heads=9,
+        num_key_value_heads=3, moe_intermediate_size=96, shared_expert_intermediate_size=768,
+        num_experts=8, num_experts_per_tok=4, max_position_embeddings=256,
+    )  # fmt: skip
+    model = Qwen2MoeForCausalLM(config).eval().float()
+    register_implementation()
+    names = list(experts_modules(model))
+    model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    bind_experts(model, names, experts or FixedExperts())
+    return model.requires_grad_(False)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_scores_do_not_depend_on_the_number_of_threads(
+    loop: asyncio.AbstractEventLoop, set_threads: Callable[[int], None]
+) -> None:
+    prompts = [[(7 * i + j) % 120 + 1 for i in range(20 + 3 * j)] for j in range(4)]
+    _, _, expected = generate(build_wide(), loop, prompts, "torch")
+    scores = []
+    for n_threads in (1, 2):
+        set_threads(n_threads)
+        model = build_wide()
+        use_native_linears(model, load())
+        scores.append(generate(model, loop, prompts)[2])
+        assert isinstance(model.model.forward, NativeForward)
+    for alone, divided, reference in zip(*scores, expected, strict=True):
+        assert torch.equal(alone, divided)
+        torch.testing.assert_close(alone, reference, rtol=1e-4, atol=1e-4)
 
 
 def test_an_error_of_the_experts_fails_the_request(loop: asyncio.AbstractEventLoop) -> None:
