@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import socket
 import sys
 
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
@@ -12,7 +11,7 @@ from faasmoe_gateway.app import GatewayApp
 from faasmoe_gateway.config import GatewayConfig, GatewayConfigError
 from faasmoe_gateway.connections import ConnectionLimits, descriptor_limited
 from faasmoe_gateway.relay import RouterAddress
-from faasmoe_gateway.server import Server
+from faasmoe_gateway.server import Server, inherited_listeners
 
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 2
@@ -25,8 +24,8 @@ def main() -> int:
     try:
         die_with_parent()
         config = GatewayConfig.from_env()
-        listeners = _inherited_listeners(config.listen_fd)
-    except (GatewayConfigError, ParentDeathError) as error:
+        listeners = inherited_listeners(config.listen_fd)
+    except (GatewayConfigError, ParentDeathError, ValueError) as error:
         print(f"faasmoe_gateway: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
     app = GatewayApp(RouterAddress(config.router_socket, config.front_token, config.hold_timeout_s))
@@ -46,17 +45,6 @@ def main() -> int:
     gc.freeze()
     server.run(sockets=listeners)
     return 0 if server.started else EXIT_FAILED
-
-
-def _inherited_listeners(descriptor: int | None) -> list[socket.socket] | None:
-    if descriptor is None:
-        return None
-    try:
-        return [socket.socket(fileno=descriptor)]
-    except OSError as error:
-        raise GatewayConfigError(
-            f"FAASMOE_LISTEN_FD: got {descriptor}, expected an inherited socket: {error.strerror}"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -32,6 +32,22 @@ ABORT_TIMEOUT_S = 2.0  # for error responses of aborted work
 CLOSE_TIMEOUT_S = 3  # all three together less than Kubernetes' grace period of 30 s
 
 
+def inherited_listeners(descriptor: int | None) -> list[socket.socket] | None:
+    """Return the socket of FAASMOE_LISTEN_FD as `Server.run` takes it; None if there is none.
+
+    Raises:
+        ValueError: the descriptor is not an open socket; the message names the variable.
+    """
+    if descriptor is None:
+        return None
+    try:
+        return [socket.socket(fileno=descriptor)]
+    except OSError as error:
+        raise ValueError(
+            f"FAASMOE_LISTEN_FD: got {descriptor}, expected an inherited socket: {error.strerror}"
+        ) from error
+
+
 class DrainMiddleware:
     """ASGI middleware that rejects new work with 503 while the server drains.
 

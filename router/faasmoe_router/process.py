@@ -19,7 +19,7 @@ from faasmoe_contracts.store import Store, StoreError
 from faasmoe_expert.config import SandboxConfigError as DeviceError
 from faasmoe_expert.device import resolve_device
 from faasmoe_gateway.connections import ConnectionLimits, descriptor_limited
-from faasmoe_gateway.server import Server
+from faasmoe_gateway.server import Server, inherited_listeners
 from faasmoe_kernels import describe_cpu_kernels
 from faasmoe_router.api.app import create_app
 from faasmoe_router.api.metrics_server import MetricsServer
@@ -148,7 +148,10 @@ class RouterProcess:
                 keep_alive_s=config.keep_alive_s,
             ),
         )
-        self._listeners = _inherited_listeners(config.listen_fd)
+        try:
+            self._listeners = inherited_listeners(config.listen_fd)
+        except ValueError as error:
+            raise RouterConfigError(str(error)) from error
         phases.end("api")
         logger.info(
             "%s is loaded on %s, for %s",
@@ -184,17 +187,6 @@ class RouterProcess:
     def _on_engine_give_up(self) -> None:
         self._has_given_up = True
         self._server.should_exit = True
-
-
-def _inherited_listeners(descriptor: int | None) -> list[socket.socket] | None:
-    if descriptor is None:
-        return None
-    try:
-        return [socket.socket(fileno=descriptor)]
-    except OSError as error:
-        raise RouterConfigError(
-            f"FAASMOE_LISTEN_FD: got {descriptor}, expected an inherited socket: {error.strerror}"
-        ) from error
 
 
 def _open_store(path: Path) -> Store:
