@@ -14,9 +14,16 @@ import logging
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+)
 from datetime import UTC, datetime
 from typing import TypeVar
+
+from aiohttp import web
 
 from faasmoe_operator.control.api import make_models_app, render_models_metrics
 from faasmoe_operator.errors import FaasmoeError
@@ -107,7 +114,13 @@ class Operator:
             api,
             self._cache,
             runtimes,
-            OperatorContext(config.images, config.control, root, served_apis=apis.served_versions),
+            OperatorContext(
+                config.images,
+                config.control,
+                root,
+                served_apis=apis.served_versions,
+                user_id=config.run_as_user,
+            ),
             events=EventRecorder(api, instance=config.identity),
         )
         self._cache.add_event_handler(ModelEnqueuer(workers).on_change)
@@ -133,14 +146,22 @@ class Operator:
 
     @asynccontextmanager
     async def _serve_http(self, runtimes: RuntimeManager) -> AsyncIterator[None]:
-        """Serve the control API and health checks; they answer before the cache has synced."""
+        """Serve control API, health checks and metrics; all answer before the cache has synced."""
+        config = self._config
         health = HealthRoutes(self._readiness, lambda: self._metrics_text(runtimes))
-        app = make_models_app(runtimes.find_controller, extra_routes=health.routes())
-        runner = await start_server(app, host=self._config.host, port=self._config.control.port)
-        try:
+        routes = health.routes()
+        async with AsyncExitStack() as servers:
+            if config.metrics_port is None:
+                routes += health.metrics_routes()
+            else:
+                metrics_app = web.Application()
+                metrics_app.add_routes(health.metrics_routes())
+                runner = await start_server(metrics_app, host=config.host, port=config.metrics_port)
+                servers.push_async_callback(runner.cleanup)
+            app = make_models_app(runtimes.find_controller, extra_routes=routes)
+            runner = await start_server(app, host=config.host, port=config.control.port)
+            servers.push_async_callback(runner.cleanup)
             yield
-        finally:
-            await runner.cleanup()
 
     @asynccontextmanager
     async def _lead(self, api: KubeClient) -> AsyncIterator[None]:
