@@ -17,6 +17,7 @@ from faasmoe_operator.kube.manifests.pods import (
     router_env_overrides,
     source_mounts,
     source_volumes,
+    store_claim_name,
     store_mount,
     store_path,
     store_volume,
@@ -159,6 +160,14 @@ def _arguments(ctx: ModelContext) -> list[str]:
     if ctx.spec.router.quantization != "none":
         arguments += ["--quantize-router", ctx.spec.router.quantization]
     return arguments
+
+
+def store_names_by_path(ctx: ModelContext) -> dict[str, str]:
+    """Return what the spec calls the checkpoint and the store, by their paths in the Job's pod."""
+    names = {store_path(ctx): f"{store_claim_name(ctx)}/{ctx.model.store_sub_path}"}
+    if ctx.spec.model.claim_path is not None:
+        names[checkpoint_source(ctx)] = ctx.spec.model.source
+    return names
 
 
 def _download_dir(ctx: ModelContext) -> str:
