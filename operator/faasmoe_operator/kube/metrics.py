@@ -42,7 +42,8 @@ class OperatorMetrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "faasmoe_operator_api_requests_total",
-            "API server requests, watches included; code 0 means no response.",
+            "API server requests, watches included; code 0 means no response, NamespaceTerminating "
+            "a namespace that is being deleted.",
             ("verb", "kind", "code"),
             registry=self.registry,
         )
@@ -95,14 +96,14 @@ class OperatorMetrics:
             registry=self.registry,
         )
 
-    def count_request(self, verb: str, kind: Kind, status: int) -> None:
+    def count_request(self, verb: str, kind: Kind, code: int | str) -> None:
         """Count a request to the API server.
 
         The counters of the statuses that alerts watch exist from a kind's first request on.
         """
-        for code in ALERTED_API_CODES:
-            self.requests.labels(verb, str(kind), code)
-        self.requests.labels(verb, str(kind), str(status)).inc()
+        for alerted in ALERTED_API_CODES:
+            self.requests.labels(verb, str(kind), alerted)
+        self.requests.labels(verb, str(kind), str(code)).inc()
 
     def count_watch_event(self, kind: Kind) -> None:
         """Count a watch event, bookmarks included."""
