@@ -183,7 +183,9 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
                     zygote_socket=zygote_socket,
                     port=spec.port,
                     secrets=spec.secrets,
-                    page_variables=spec.live_page and spec.live_page.control_variables(spec.folder),
+                    page_variables=(
+                        spec.live_page.control_variables(spec.folder) if spec.live_page else None
+                    ),
                 ),
                 log=logs.sink("control"),
                 grace_s=control.GRACE_S,

@@ -19,7 +19,7 @@ export function connectChat({ form, message, apiKey, answer, waits, tenant, mode
     waits.replaceChildren();
     try {
       await chat({ text: message.value, key: apiKey.value, name: model(), answer, waits });
-      await showUsage(tenant, apiKey.value);
+      if (apiKey.value) await showUsage(tenant, apiKey.value);
     } catch (error) {
       answer.replaceChildren(element("strong", String(error.message ?? error)));
     } finally {

@@ -1,6 +1,7 @@
 // Figures and lists: text only.
 
-export const gigabytes = (bytes) => `${(bytes / 1e9).toFixed(bytes < 1e9 ? 3 : 2)} GB`;
+export const size = (bytes) =>
+  bytes < 1e8 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(2)} GB`;
 export const seconds = (value) => `${value.toFixed(value < 10 ? 2 : 0)} s`;
 export const clock = (unixSeconds) => new Date(unixSeconds * 1000).toLocaleTimeString();
 
@@ -31,8 +32,8 @@ export function costPairs(view, since) {
   const saved = resident > 0 ? ` (${(100 * (1 - active / resident)).toFixed(0)} % saved)` : "";
   return [
     ["Active functions", `${functions.active} of ${functions.total}`],
-    ["Active weights", `${gigabytes(memory.active_bytes)} of ${gigabytes(memory.all_bytes)}`],
-    ["GB-seconds", `${active.toFixed(1)} of ${resident.toFixed(1)} with all resident${saved}`],
+    ["Active weights", `${size(memory.active_bytes)} of ${size(memory.all_bytes)}`],
+    ["GB-seconds", `${active.toPrecision(3)} of ${resident.toPrecision(3)} with all resident${saved}`],
     ["Routers", String(view.routers)],
     ["Queued", String(view.queued)],
   ];
