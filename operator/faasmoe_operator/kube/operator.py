@@ -25,7 +25,7 @@ from typing import TypeVar
 
 from aiohttp import web
 
-from faasmoe_operator.control.api import make_models_app, render_models_metrics
+from faasmoe_operator.control.api import LivePage, make_models_app, render_models_metrics
 from faasmoe_operator.errors import FaasmoeError
 from faasmoe_operator.kube.api_discovery import OptionalApis
 from faasmoe_operator.kube.cache import ObjectCache
@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 STATUS_DEBOUNCE_S = 0.5
+LOOPBACK = "127.0.0.1"
 RETRY_DELAY_S = 5.0
 
 Result = TypeVar("Result")
@@ -146,21 +147,27 @@ class Operator:
 
     @asynccontextmanager
     async def _serve_http(self, runtimes: RuntimeManager) -> AsyncIterator[None]:
-        """Serve control API, health checks and metrics; all answer before the cache has synced."""
+        """Serve control API, health checks, metrics and live page, before the cache has synced."""
         config = self._config
         health = HealthRoutes(self._readiness, lambda: self._metrics_text(runtimes))
         routes = health.routes()
         async with AsyncExitStack() as servers:
+
+            async def serve(app: web.Application, host: str, port: int) -> None:
+                runner = await start_server(app, host=host, port=port)
+                servers.push_async_callback(runner.cleanup)
+
             if config.metrics_port is None:
                 routes += health.metrics_routes()
             else:
                 metrics_app = web.Application()
                 metrics_app.add_routes(health.metrics_routes())
-                runner = await start_server(metrics_app, host=config.host, port=config.metrics_port)
-                servers.push_async_callback(runner.cleanup)
+                await serve(metrics_app, config.host, config.metrics_port)
             app = make_models_app(runtimes.find_controller, extra_routes=routes)
-            runner = await start_server(app, host=config.host, port=config.control.port)
-            servers.push_async_callback(runner.cleanup)
+            await serve(app, config.host, config.control.port)
+            if config.page_port is not None:
+                page = LivePage(lambda: [(str(key), c) for key, c in runtimes.controllers()])
+                await serve(page.make_app(), LOOPBACK, config.page_port)
             yield
 
     @asynccontextmanager
