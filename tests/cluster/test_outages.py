@@ -98,7 +98,7 @@ def serve(
     (router,) = eventually(lambda: router_pods(api, namespace, name), lambda pods: len(pods) == 1)
     prometheus.scrape(
         {
-            operator.url.removeprefix("http://"): {},
+            operator.metrics_address: {},
             f"{router['status']['podIP']}:{METRICS_PORT}": {"faasmoe_dev_model": name},
         }
     )
