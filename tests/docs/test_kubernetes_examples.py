@@ -55,7 +55,7 @@ def test_hpa_is_valid_and_scales_by_an_exported_metric() -> None:
 def test_keda_queries_an_exported_metric() -> None:
     [scaled] = load("keda.yaml")
     [trigger] = scaled["spec"]["triggers"]
-    query = promql_parser.parse(trigger["metadata"]["query"])
+    query: Any = promql_parser.parse(trigger["metadata"]["query"])
     assert query.expr.name in exported_names()
 
 
