@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, get_session, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -60,6 +60,7 @@ _AUXILIARY_PATTERNS = (
     "NOTICE*",
     "additional_chat_templates/*.jinja",
 )
+HUB_TIMEOUT_S = 20.0
 _MAX_AUXILIARY_BYTES = 256 << 20
 _METADATA_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
 _HUB_ERRORS: tuple[tuple[type[Exception], type[PrepareError], str], ...] = (
@@ -213,8 +214,25 @@ def _check_is_checkpoint(repository: str, folder: Path) -> None:
 def _download_snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
     lines = None if sys.stderr.isatty() else LineProgress  # None: the hub's own bars
     return Path(
-        snapshot_download(repository, revision=revision, allow_patterns=patterns, tqdm_class=lines)
+        snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=patterns,
+            tqdm_class=lines,
+            local_files_only=not _is_hub_reachable(),
+        )
     )
+
+
+def _is_hub_reachable() -> bool:
+    """Return whether the hub answers at all; its client retries for minutes until it says so."""
+    if constants.HF_HUB_OFFLINE:
+        return True  # the client says itself that it is offline
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except HTTPError:
+        return False
+    return True
 
 
 def _translate_hub_error(error: Exception) -> tuple[type[PrepareError], str]:
