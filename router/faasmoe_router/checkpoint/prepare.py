@@ -242,6 +242,8 @@ def _fill_store(
     plan = plan_store(skeleton, tensors, target.quantization, layout)
     if target.mode is StoreMode.REFERENCE:
         require_references(skeleton, plan.references)
+    for parameter in plan.referred_codes.values():
+        parameter.check_scales()
     for line in (*describe_published(plan), *describe_types(plan)):
         logger.info("%s", line)
     files, losses = folder.start_or_resume(target.journal_fingerprint)

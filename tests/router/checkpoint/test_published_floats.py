@@ -45,7 +45,7 @@ FORMATS: dict[str, tuple[str, Write, dict[str, Any], dict[str, Any]]] = {
     ),
     "mxfp4": ("gpt_oss", gpt_oss(), {"quant_method": "mxfp4"}, {}),
 }
-KEPT = {"mxfp4": "mxfp4", "fp4-experts": "mxfp4"}
+KEPT = {**dict.fromkeys(FORMATS, "fp8"), "mxfp4": "mxfp4", "fp4-experts": "mxfp4"}
 LOADED_BY_TRANSFORMERS = ("fp8-deepseek", "fp8-qwen", "fp8-tensor", "mxfp8", "fp4-experts", "mxfp4")
 
 formats = pytest.mark.parametrize("name", FORMATS)
@@ -64,7 +64,7 @@ def test_holds_the_weights_that_the_writer_meant(name: str, tmp_path: Path) -> N
     assert_same_weights(stored_weights(store), stored_weights(expected))
     assert not store.manifest.quantization
     schemes = {e.scheme for layer in store.manifest.layers for e in layer.quantization.values()}
-    assert schemes == ({KEPT[name]} if name in KEPT else set())
+    assert schemes == {KEPT[name]}
     assert "quant" not in (store.path / "model" / "config.json").read_text()
 
 
@@ -108,7 +108,7 @@ def test_quantises_again_only_to_another_scheme(name: str, scheme: str, tmp_path
         (
             "fp8-qwen",
             [
-                "experts: 6 weights in fp8 128 x 128 are dequantised to bfloat16: .* 2.00 times",
+                "experts: 6 weights in fp8 128 x 128 are kept as fp8: .* 1.00 times",
                 "router: 12 weights in fp8 128 x 128 are dequantised to bfloat16: .* 2.00 times",
             ],
         ),
@@ -131,8 +131,8 @@ def test_says_what_becomes_of_the_codes_and_what_it_costs(
     assert len(said) == len(lines)
     assert all(re.match(line, message) for line, message in zip(lines, said, strict=True))
     layers = [line for line in describe_quantization(store.manifest) if line.startswith("layer")]
-    assert all(line.endswith("mxfp4, as published") for line in layers)
-    assert bool(layers) == (name in KEPT)
+    assert len(layers) == len(store.manifest.layers)
+    assert all(line.endswith(f"{KEPT[name]}, as published") for line in layers)
 
 
 def test_an_interrupted_preparation_resumes_with_its_codes(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from faasmoe_contracts.store.quantization import SCALE_SUFFIX
+from faasmoe_contracts.store.quantization import COMPONENT_NAMES
 from faasmoe_router.checkpoint.gguf.ggml_types import FLOAT_DTYPES
 from faasmoe_router.checkpoint.gguf.tensors import ExpertStack, GgufTensor
 from faasmoe_router.checkpoint.store_plan import StorePlan
@@ -38,7 +38,7 @@ def describe_types(plan: StorePlan) -> Iterator[str]:
         total = totals.setdefault(key, _Total())
         total.count += 1
         total.file_bytes += sum(part.info.size_bytes for part in source.parts)
-        total.stored_bytes += sizes[job.name] + sizes.get(job.name + SCALE_SUFFIX, 0)
+        total.stored_bytes += sum(sizes.get(job.name + x, 0) for x in COMPONENT_NAMES)
     for (is_router, types, action), total in sorted(totals.items()):
         part = "router" if is_router else "experts"
         stored, published = total.stored_bytes / _GB, total.file_bytes / _GB
