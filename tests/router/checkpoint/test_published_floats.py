@@ -147,8 +147,8 @@ def test_by_reference_only_what_is_published_as_it_is_served_stays(
     name: str, tmp_path: Path
 ) -> None:
     folder = str(published(name, tmp_path).folder)
-    copy = prepare(folder, tmp_path / "copy", mode=StoreMode.COPY)
-    store = prepare(folder, tmp_path / "reference", mode=StoreMode.AUTO)
+    copy = prepare(folder, tmp_path / "copied", mode=StoreMode.COPY)
+    store = prepare(folder, tmp_path / "referring", mode=StoreMode.AUTO)
     assert store.manifest.published == copy.manifest.published
     assert [layer.digests for layer in store.manifest.layers] == [
         layer.digests for layer in copy.manifest.layers
