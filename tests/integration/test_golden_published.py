@@ -15,7 +15,7 @@ import transformers
 from families.inputs import prompts
 from families.registry import FAMILIES, Family, forward_logits
 from published.checkpoints import Published, Write, build, publish
-from published.floats import deepseek_v4, fp8_blocks, fp8_scaled, gpt_oss, mxfp8
+from published.floats import fp8_blocks, fp8_scaled, gpt_oss, mxfp8
 from published.integers import awq, gptq, nvfp4, packed_integers, plain_integers
 from sandbox_processes import StartSandbox
 from test_golden import TOLERANCE, Sandboxes, logits_through_functions
@@ -39,7 +39,6 @@ def compressed(**weights: Any) -> dict[str, Any]:
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
 MXFP8 = {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
-FP4_EXPERTS = FP8 | {"scale_fmt": "ue8m0", "expert_dtype": "fp4"}
 CT_INT4 = compressed(num_bits=4, group_size=32)
 CT_INT8 = compressed(num_bits=8, strategy="channel")
 CT_FP8 = compressed(num_bits=8, type="float", strategy="channel")
@@ -49,11 +48,9 @@ FORMATS: dict[str, tuple[str, Write, dict[str, Any], dict[str, Any]]] = {
     "fp8-qwen3_moe": ("qwen3_moe", fp8_blocks(), FP8, FP8_SIZES),
     "fp8-minimax_m2": ("minimax_m2", fp8_blocks(), FP8, FP8_SIZES),
     "fp8-deepseek_v3": ("deepseek_v3", fp8_blocks(), FP8, FP8_SIZES),
-    "fp4-deepseek_v4": ("deepseek_v4", deepseek_v4(), FP4_EXPERTS, FP8_SIZES),
     "mxfp4-gpt_oss": ("gpt_oss", gpt_oss(), {"quant_method": "mxfp4"}, {}),
     "mxfp8-qwen3_moe": ("qwen3_moe", mxfp8(), MXFP8, {}),
     "ct-int4-qwen3_moe": ("qwen3_moe", packed_integers(), CT_INT4, {}),
-    "ct-int4-deepseek_v3": ("deepseek_v3", packed_integers(), CT_INT4, {}),
     "ct-int8-mixtral": ("mixtral", plain_integers(), CT_INT8, {}),
     "ct-int8-qwen3_moe": ("qwen3_moe", plain_integers(), CT_INT8, {}),
     "ct-fp8-glm4_moe": ("glm4_moe", fp8_scaled("row"), CT_FP8, {}),
@@ -68,9 +65,7 @@ FORMATS: dict[str, tuple[str, Write, dict[str, Any], dict[str, Any]]] = {
     "nvfp4-deepseek_v3": ("deepseek_v3", nvfp4(), NVFP4, {}),
 }
 LOADED_BY_TRANSFORMERS = ("fp8-qwen3_moe", "fp8-minimax_m2", "mxfp8-qwen3_moe", "mxfp4-gpt_oss")
-KEPT_SCHEMES = {"fp4": "mxfp4", "mxfp4": "mxfp4", "ct-int4": "int4", "ct-int8": "int8"} | {
-    "gptq": "int4"
-}
+KEPT_SCHEMES = {"mxfp4": "mxfp4", "ct-int4": "int4", "ct-int8": "int8"} | {"gptq": "int4"}
 
 
 @pytest.fixture(scope="module")
