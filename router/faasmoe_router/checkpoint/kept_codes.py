@@ -31,7 +31,7 @@ _SPLIT_SCHEMES = ("fp8", "nvfp4")
 
 
 @runtime_checkable
-class CodedTensor(Protocol):
+class CodedSource(Protocol):
     """A tensor of a checkpoint whose codes a store may keep."""
 
     @property
@@ -71,7 +71,7 @@ class KeptParameter:
 
     name: str
     quantization: TensorQuantization
-    parts: tuple[tuple[CodedTensor, ...], ...]
+    parts: tuple[tuple[CodedSource, ...], ...]
     is_stacked: bool
 
     @property
@@ -167,7 +167,7 @@ def _kept_parameter(job: ConversionJob) -> KeptParameter | None:
         return None
     parts = unconverted_parts(job)
     tensors = [tensor for row in parts for tensor in row]
-    if not all(isinstance(tensor, CodedTensor) and tensor.stored for tensor in tensors):
+    if not all(isinstance(tensor, CodedSource) and tensor.stored for tensor in tensors):
         return None
     ((_, shape),) = job.targets.items()
     is_stacked = job.renamed_tensor() is None
