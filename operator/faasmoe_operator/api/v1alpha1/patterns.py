@@ -18,6 +18,7 @@ ENV_VAR_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 SECRET_KEY = r"^[-._A-Za-z0-9]+$"
 IMAGE = r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$"
 RELATIVE_PATH = r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$"
+ABSOLUTE_PATH = r"^(/[A-Za-z0-9._-]+)+$"
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$"
 CORS_ORIGIN = r"^(\*|https?://[A-Za-z0-9.:_-]+)$"
 INDEX_RANGES = r"^[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*$"
@@ -43,6 +44,7 @@ DESCRIPTIONS = {
     SECRET_KEY: "letters, digits, '-', '_' and '.'",
     IMAGE: "a container image such as registry.example.com/faasmoe:0.2.0",
     RELATIVE_PATH: "a path such as models/mine: letters, digits, '-', '_', '.', no '/' at its ends",
+    ABSOLUTE_PATH: "an absolute path such as /etc/ssl/mine: letters, digits, '-', '_', '.'",
     MODEL_NAME: "letters, digits, '.', '_', ':', '/' and '-', a letter or digit first",
     CORS_ORIGIN: "an origin such as https://chat.example.com, or *",
     INDEX_RANGES: 'indices such as "0-3,7"',

@@ -61,6 +61,11 @@ class ModelSource(ApiModel):
             field=".tokenSecretRef",
         ),
         cel_rule(
+            f"!has(self.caBundleRef) || {_CEL_IS_HUB}",
+            "expected no caBundleRef unless source is hf://",
+            field=".caBundleRef",
+        ),
+        cel_rule(
             "has(self.revision) == has(oldSelf.revision) && "
             "(!has(self.revision) || self.revision == oldSelf.revision)",
             f"{_SOURCE_IMMUTABLE} revision",
@@ -101,6 +106,12 @@ class ModelSource(ApiModel):
         description="Token of the hub, for gated and private models.",
         json_schema_extra=KUBERNETES_ONLY,
     )
+    ca_bundle_ref: KeySelector | None = Field(
+        None,
+        description="Key of a ConfigMap with the certificates, in PEM, that the hub or its mirror "
+        "is verified by, instead of those of the image.",
+        json_schema_extra=KUBERNETES_ONLY,
+    )
 
     @property
     def claim_path(self) -> PVCPath | None:
@@ -119,6 +130,7 @@ class ModelSource(ApiModel):
         for field, value in (
             ("revision", self.revision),
             ("tokenSecretRef", self.token_secret_ref),
+            ("caBundleRef", self.ca_bundle_ref),
         ):
             if value is not None:
                 got = value if isinstance(value, str) else value.to_object()
