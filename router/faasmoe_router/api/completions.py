@@ -23,6 +23,9 @@ from faasmoe_router.api.admission import (
     record_outcome_on_error,
 )
 from faasmoe_router.api.body import BodyReader
+from faasmoe_router.api.chat_choices import ChatChoiceFormatter
+from faasmoe_router.api.choices import ChoiceFormatter
+from faasmoe_router.api.completion_choices import CompletionChoiceFormatter
 from faasmoe_router.api.errors import model_not_found
 from faasmoe_router.api.middleware import get_caller
 from faasmoe_router.api.openapi import (
@@ -40,14 +43,7 @@ from faasmoe_router.api.protocol import (
     StreamOptions,
 )
 from faasmoe_router.api.rendering import PlainRendering, Rendering
-from faasmoe_router.api.responses import (
-    ChatChoiceFormatter,
-    ChoiceFormatter,
-    CompletionChoiceFormatter,
-    RequestCounts,
-    ResponseBuilder,
-    ResponseMeta,
-)
+from faasmoe_router.api.response_builder import RequestCounts, ResponseBuilder, ResponseMeta
 from faasmoe_router.api.resumption import (
     StreamJournal,
     comment_record,
