@@ -19,6 +19,7 @@ from faasmoe_operator.kube.errors import (
     Forbidden,
     Invalid,
     KubeApiError,
+    NamespaceTerminating,
     Unavailable,
 )
 from faasmoe_operator.kube.transport import KubeTransport
@@ -300,6 +301,16 @@ def test_errors_carry_status_reason_and_message(answer: Answer, kind: type[KubeA
     assert error.status == answer[0]
     assert error.reason == answer[1]["reason"]
     assert str(error) == f"create /api/v1/namespaces/llm/pods: {answer[1]['message']}"
+
+
+def test_a_namespace_that_is_deleted_is_no_lack_of_permissions() -> None:
+    status, body, headers = error_response(403, "Forbidden", "because it is being terminated")
+    causes = [{"reason": "NamespaceTerminating", "message": "x", "field": "metadata.namespace"}]
+    scenario = exchange(create, (status, {**body, "details": {"causes": causes}}, headers))
+    assert type(scenario.result) is NamespaceTerminating
+    assert scenario.counted == [("create", "pods", "NamespaceTerminating")]
+    other = exchange(create, error_response(403, "Forbidden"))
+    assert other.counted == [("create", "pods", 403)]
 
 
 def test_tells_already_exists_from_other_conflicts() -> None:

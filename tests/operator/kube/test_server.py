@@ -18,7 +18,8 @@ async def fetch_endpoints(
     readiness: Readiness, metrics: OperatorMetrics
 ) -> dict[str, tuple[int, str]]:
     app = web.Application()
-    app.add_routes(HealthRoutes(readiness, metrics.text).routes())
+    health = HealthRoutes(readiness, metrics.text)
+    app.add_routes([*health.routes(), *health.metrics_routes()])
     runner = await start_server(app, host="127.0.0.1", port=0)
     try:
         host, port = runner.addresses[0][:2]

@@ -12,9 +12,11 @@ from published.comparison import assert_same_weights, stored_weights
 from published.floats import deepseek_v4, fp8_blocks, fp8_scaled, gpt_oss, mxfp8
 
 from faasmoe_contracts.store import QuantizationEntry
+from faasmoe_contracts.store.references import StoreMode
 from faasmoe_router.checkpoint.__main__ import describe_quantization
 from faasmoe_router.checkpoint.prepare import prepare
 from faasmoe_router.checkpoint.store_writer import StoreFolder
+from faasmoe_router.errors import SourceUnsupported
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 ROWS: dict[str, Any] = {"quant_method": "fbgemm_fp8"}
@@ -130,9 +132,35 @@ def test_says_what_becomes_of_the_codes_and_what_it_costs(
     said = [message for message in caplog.messages if " weights in " in message]
     assert len(said) == len(lines)
     assert all(re.match(line, message) for line, message in zip(lines, said, strict=True))
+    assert [str(entry) for entry in store.manifest.published] == said
+    experts = store.manifest.published[0]
+    n_layers = len(store.manifest.layers)
+    assert (experts.part, experts.count) == ("experts", 2 * n_layers)
+    assert all(".0-" in weight or f".{n_layers}" in weight for weight in experts.weights)
     layers = [line for line in describe_quantization(store.manifest) if line.startswith("layer")]
     assert all(line.endswith("mxfp4, as published") for line in layers)
     assert bool(layers) == (name in KEPT)
+
+
+@pytest.mark.parametrize("name", ["fp8-qwen", "mxfp4"])
+def test_by_reference_only_what_is_published_as_it_is_served_stays(
+    name: str, tmp_path: Path
+) -> None:
+    folder = str(published(name, tmp_path).folder)
+    copy = prepare(folder, tmp_path / "copied", mode=StoreMode.COPY)
+    store = prepare(folder, tmp_path / "referring", mode=StoreMode.AUTO)
+    assert store.manifest.published == copy.manifest.published
+    assert [layer.digests for layer in store.manifest.layers] == [
+        layer.digests for layer in copy.manifest.layers
+    ]
+    entry = store.manifest.checkpoint
+    assert entry is not None
+    assert not entry.layers
+    assert "model.embed_tokens.weight" in entry.router
+    coded = {name for names in entry.copied.values() for name in names}
+    assert coded >= {layer.name for layer in store.manifest.layers}
+    with pytest.raises(SourceUnsupported, match="mode: got reference, expected auto or copy"):
+        prepare(folder, tmp_path / "strict", mode=StoreMode.REFERENCE)
 
 
 def test_an_interrupted_preparation_resumes_with_its_codes(

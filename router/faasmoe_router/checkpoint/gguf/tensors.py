@@ -87,9 +87,14 @@ class GgufTensor:
         return self.info.type
 
     @property
-    def parts(self) -> tuple[GgufTensor, ...]:
-        """The tensors of the file that it consists of."""
-        return (self,)
+    def format_name(self) -> str:
+        """Its type, for messages."""
+        return self.type.name
+
+    @property
+    def published_bytes(self) -> int:
+        """Its bytes in the file."""
+        return self.info.size_bytes
 
     @property
     def quantization(self) -> TensorQuantization | None:
@@ -176,6 +181,16 @@ class ExpertStack:
         self.parts = tuple(parts)
         self._interleaved = interleaved
         self._transposed = transposed
+
+    @property
+    def format_name(self) -> str:
+        """The types of its parts, for messages."""
+        return "/".join(dict.fromkeys(part.format_name for part in self.parts))
+
+    @property
+    def published_bytes(self) -> int:
+        """Bytes of its parts in the file."""
+        return sum(part.published_bytes for part in self.parts)
 
     @property
     def quantization(self) -> TensorQuantization | None:
