@@ -360,7 +360,7 @@ def test_a_hub_that_never_answers_is_asked_once(
     job: PrepareJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its client would retry for minutes, in which nobody is told."""
-    monkeypatch.setattr("faasmoe_router.checkpoint.source.HUB_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("faasmoe_router.checkpoint.hub.HUB_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)

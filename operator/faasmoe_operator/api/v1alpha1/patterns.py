@@ -26,7 +26,9 @@ QUANTITY = (
     r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]{1,2})?$"  # never negative
 )
 
-_HUB_SOURCE = r"hf://[A-Za-z0-9._-]+/[A-Za-z0-9._-]+"
+_HUB_FILE = r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*"  # a GGUF file or quantisation
+HUB_ID = rf"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+(:{_HUB_FILE})?"
+_HUB_SOURCE = rf"hf://{HUB_ID}"
 _PVC_SOURCE = rf"pvc://{_DNS_LABEL}(\.{_DNS_LABEL})*(/[A-Za-z0-9._-]+)*/?"
 KUBERNETES_SOURCE = rf"^({_HUB_SOURCE}|{_PVC_SOURCE})$"
 SOURCE = rf"^({_HUB_SOURCE}|{_PVC_SOURCE}|file://.+)$"
@@ -47,5 +49,5 @@ DESCRIPTIONS = {
     CORS_ORIGIN: "an origin such as https://chat.example.com, or *",
     INDEX_RANGES: 'indices such as "0-3,7"',
     QUANTITY: "a quantity such as 500m, 4 or 100Gi",
-    SOURCE: "hf://ORG/NAME, pvc://CLAIM/PATH or file://PATH",
+    SOURCE: "hf://ORG/NAME, hf://ORG/NAME:QUANT, pvc://CLAIM/PATH or file://PATH",
 }

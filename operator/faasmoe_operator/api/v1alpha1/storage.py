@@ -81,8 +81,9 @@ class ModelSource(ApiModel):
     )
 
     source: Annotated[str, Field(pattern=patterns.SOURCE, max_length=2048)] = Field(
-        description="hf://ORG/NAME of a model hub or pvc://CLAIM/PATH of a PersistentVolumeClaim; "
-        "for `faasmoe up` hf://ORG/NAME, file:///PATH, or file://PATH relative to the MoEModel "
+        description="hf://ORG/NAME of a model hub, hf://ORG/NAME:QUANT or hf://ORG/NAME:FILE of "
+        "its GGUF files, or pvc://CLAIM/PATH of a PersistentVolumeClaim; for `faasmoe up` hf://, "
+        "file:///PATH, or file://PATH relative to the MoEModel "
         "file.",
         json_schema_extra=validations(
             cel_rule(
