@@ -52,13 +52,17 @@ class OutputItems:
             logprobs = {"logprobs": list(part.logprobs)} if kind == "message" else {}
             yield self._event(_DELTA_EVENTS[kind], delta=part.text, **logprobs)
 
-    def close(self) -> Iterator[_Event]:
-        """Finish the open item, if there is one; yield its events."""
+    def close(self, *, is_cut: bool = False) -> Iterator[_Event]:
+        """Finish the open item, if there is one; yield its events.
+
+        Args:
+            is_cut: whether the response ends within it.
+        """
         if self._open is None:
             return
         kind, item, text = self._open, self.items[-1], self._text
         self._open = None
-        item["status"] = "completed"
+        item["status"] = "incomplete" if is_cut else "completed"
         if kind == "message":
             part = _text_part(text, self._logprobs)
             item["content"] = [part]
