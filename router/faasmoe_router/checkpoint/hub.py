@@ -154,8 +154,10 @@ def list_files(repository: str, revision: str | None) -> list[str]:
 
 
 def _list_cached_files(repository: str, revision: str | None) -> list[str]:
-    any_files = {"local_files_only": True, "allow_patterns": []}  # a part of them is enough
-    folder = Path(snapshot_download(repository, revision=revision, **any_files))
+    cached = snapshot_download(  # a part of the files is enough: none is asked for
+        repository, revision=revision, local_files_only=True, allow_patterns=[]
+    )
+    folder = Path(cached)
     files = (path for path in folder.rglob("*") if path.is_file())
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
