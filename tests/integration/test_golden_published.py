@@ -43,6 +43,13 @@ CT_INT4 = compressed(num_bits=4, group_size=32)
 CT_INT8 = compressed(num_bits=8, strategy="channel")
 CT_FP8 = compressed(num_bits=8, type="float", strategy="channel")
 CT_NVFP4 = compressed(num_bits=4, type="float", strategy="tensor_group", group_size=16)
+
+
+def only_experts(write: Write) -> Write:
+    """Apply a writer to routed experts, as Kimi K2 is published."""
+    return lambda name, weight: write(name, weight) if ".experts." in name else None
+
+
 FORMATS: dict[str, tuple[str, Write, dict[str, Any], dict[str, Any]]] = {
     # Families in the formats that their publishers, or those of quantised copies, use.
     "fp8-qwen3_moe": ("qwen3_moe", fp8_blocks(), FP8, FP8_SIZES),
@@ -51,12 +58,13 @@ FORMATS: dict[str, tuple[str, Write, dict[str, Any], dict[str, Any]]] = {
     "mxfp4-gpt_oss": ("gpt_oss", gpt_oss(), {"quant_method": "mxfp4"}, {}),
     "mxfp8-qwen3_moe": ("qwen3_moe", mxfp8(), MXFP8, {}),
     "ct-int4-qwen3_moe": ("qwen3_moe", packed_integers(), CT_INT4, {}),
+    "ct-int4-deepseek_v3": ("deepseek_v3", only_experts(packed_integers()), CT_INT4, {}),
     "ct-int8-mixtral": ("mixtral", plain_integers(), CT_INT8, {}),
     "ct-int8-qwen3_moe": ("qwen3_moe", plain_integers(), CT_INT8, {}),
     "ct-fp8-glm4_moe": ("glm4_moe", fp8_scaled("row"), CT_FP8, {}),
     "ct-fp8-mixtral": ("mixtral", fp8_scaled("row"), CT_FP8, {}),
     "ct-nvfp4-qwen3_moe": ("qwen3_moe", nvfp4(is_divisor=True), CT_NVFP4, {}),
-    "gptq-qwen2_moe": ("qwen2_moe", gptq(), GPTQ, {}),
+    "gptq-qwen2_moe": ("qwen2_moe", gptq(), GPTQ, {"shared_expert_intermediate_size": 64}),
     "gptq-qwen3_moe": ("qwen3_moe", gptq(), GPTQ, {}),
     "gptq-mixtral": ("mixtral", gptq(), GPTQ, {}),
     "awq-qwen3_moe": ("qwen3_moe", awq(), AWQ, {}),
