@@ -75,7 +75,7 @@ class Product {
     uint8_t *memory = workspace.take(stream_bytes());
     if (!memory) return false;
     with_count<E::kMaxStreamRows, 1>(rows, [&](auto count) {
-      constexpr int R = decltype(count)::value, C = R == 1 ? E::kColumns1 : E::kColumns;
+      constexpr int R = decltype(count)::value, C = R == 1 ? E::kColumns1 : R == 2 ? E::kColumns2 : E::kColumns;
       int64_t c = begin;
       for (; c + C <= end; c += C) stream<R, C>(c, x, out + c, out_stride, memory);
       for (; c < end; ++c)
@@ -85,8 +85,8 @@ class Product {
   }
 
  private:
-  static constexpr int kMaxColumns = std::max(E::kColumns, E::kColumns1);
-  int64_t scale_floats() const { return aligned(4 * E::Scales::floats(m_)) / 4; }
+  static constexpr int kMaxColumns = std::max({E::kColumns, E::kColumns1, E::kColumns2});
+  int64_t scale_floats() const { return E::Scales::floats(m_); }
   int64_t stream_bytes() const { return kMaxColumns * (scale_floats() * 4 + E::kUnitBytes); }
   const uint8_t *row(int64_t c) const {
     if (m_.codes_upper && c >= m_.n / 2) return (const uint8_t *)m_.codes_upper + (c - m_.n / 2) * row_bytes_;
@@ -101,9 +101,9 @@ class Product {
   template <int R, int C>
   void stream(int64_t c0, const uint8_t *const *x, float *out, int64_t out_stride, uint8_t *memory) const {
     Panel<C> panel, tails;
+    scales_.read(c0, C, (float *)memory);
     for (int c = 0; c < C; ++c) {
-      float *scales = (float *)memory + c * scale_floats();
-      scales_.read(c0 + c, scales);
+      const float *scales = (float *)memory + c * scale_floats();
       panel.codes[c] = row(c0 + c);
       panel.scales[c] = tails.scales[c] = scales;
     }
@@ -154,10 +154,10 @@ class Product {
     for (int64_t c0 = begin; c0 < end; c0 += kTileRows) {
       Tile tile;
       tile.count = std::min(kTileRows, end - c0);
+      scales_.read(c0, tile.count, (float *)(memory + kTileRows * pitch));
       for (int64_t c = 0; c < tile.count; ++c) {
-        float *scales = (float *)(memory + kTileRows * pitch + c * scales_bytes);
+        const float *scales = (float *)(memory + kTileRows * pitch + c * scales_bytes);
         uint8_t *tail = memory + kTileRows * (pitch + scales_bytes) + c * E::kUnitBytes;
-        scales_.read(c0 + c, scales);
         tile.scales[c] = scales;
         if (tail_bytes_) copy_tail(c0 + c, tail);
         tile.codes[c] = row(c0 + c);

@@ -94,6 +94,11 @@ MAX_DIRECT_ROWS_PER_EXPERT = 16
 """The same for frames that bypass Python, which costs more than the difference up to here."""
 
 
+MIN_ONEDNN_WEIGHTS = 1 << 20
+"""Weights of an expert below which frames with any number of rows bypass Python: its products are
+so small that the way through Python costs more than oneDNN saves."""
+
+
 class LargeBatchKernel(Protocol):
     """Computes reduced frames with many rows per expert."""
 
@@ -203,7 +208,8 @@ class NativeKernel:
             dtype: dtype of the rows.
             files: the files that the weights are mapped from, as they were verified.
         """
-        is_limited = self._large_batch_kernel is not None and self._is_onednn_fast
+        is_large = self._first.n_weights + self._down.n_weights >= MIN_ONEDNN_WEIGHTS
+        is_limited = self._large_batch_kernel is not None and self._is_onednn_fast and is_large
         return NativeLayer(
             layer.index,
             dtype,
@@ -262,6 +268,7 @@ class _MatrixStack:
         table: one descriptor per global expert index, uint8 [E, MATRIX_BYTES]; zeros, which the
             library rejects, for experts outside the block.
         dtype: dtype of the weights; None if they are codes.
+        n_weights: weights of one expert.
     """
 
     def __init__(
@@ -281,6 +288,7 @@ class _MatrixStack:
             if spec.transposed:
                 raise UnsupportedLayer("weights are [in, out]")
             matrices = self._float_matrices(_host_stack(weights, name), name, experts)
+        self.n_weights = matrices[0].n * matrices[0].k if matrices else 0
         entries = np.frombuffer(matrix_table(matrices), dtype=np.uint8)
         n_experts = len(self._stack)
         self.table: NDArray[np.uint8] = np.zeros((n_experts, MATRIX_BYTES), dtype=np.uint8)
