@@ -1047,10 +1047,10 @@ VLLM = """
 (0.33.0 was used) against the demo model. vLLM itself is not installed: its server's fixture starts
 `faasmoe up`. `tests/clients/vllm_exclusions.py` lists each test that does not apply, with why.
 
-In the last runs of chats, completions, responses, Anthropic's messages and tool use, 69 of the 78
-tests that apply passed (88 %). Seven failures are listed below. `test_custom_role` is of what was
-added after its run, and has not run since; `test_response_format_with_tool_choice_required` timed
-out on a loaded machine. The other files have not run since the demo model was changed.
+In the last runs of chats, completions, responses, Anthropic's messages and tool use, 70 of the 78
+tests that apply passed (89.7 %). Seven failures are listed below;
+`test_response_format_with_tool_choice_required` timed out on a loaded machine. The other files have
+not run since the demo model was changed.
 """
 
 
