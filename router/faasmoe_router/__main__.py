@@ -13,6 +13,9 @@ from faasmoe_transformers.errors import UnsupportedVersions
 
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 2
+SWITCH_INTERVAL_S = 0.0005
+"""Thread switch interval: the event loop acquires the GIL once per iteration, and a request takes
+several, each of which would wait for the engine's thread for 5 ms (Python's default)."""
 
 logger = logging.getLogger("faasmoe_router")
 
@@ -36,6 +39,7 @@ def serve_router(phases: StartPhases) -> int:
     Args:
         phases: the phases of the start so far.
     """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.disable()  # hundreds of thousands of objects are created now and stay
     try:
         die_with_parent()

@@ -73,7 +73,13 @@ FORMATS: dict[str, tuple[str, Write, dict[str, Any], dict[str, Any]]] = {
     "nvfp4-deepseek_v3": ("deepseek_v3", nvfp4(), NVFP4, {}),
 }
 LOADED_BY_TRANSFORMERS = ("fp8-qwen3_moe", "fp8-minimax_m2", "mxfp8-qwen3_moe", "mxfp4-gpt_oss")
-KEPT_SCHEMES = {"mxfp4": "mxfp4", "ct-int4": "int4", "ct-int8": "int8"} | {"gptq": "int4"}
+KEPT_SCHEMES = {
+    "mxfp4": "mxfp4",
+    **dict.fromkeys(("ct-int4", "gptq", "awq"), "int4"),
+    "ct-int8": "int8",
+    **dict.fromkeys(("fp8", "mxfp8", "ct-fp8"), "fp8"),
+    **dict.fromkeys(("nvfp4", "ct-nvfp4"), "nvfp4"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +117,7 @@ def test_logits_equal_those_of_the_weights_that_the_writer_meant(
 ) -> None:
     checkpoint, family, store, got = published_and_served(name, sandboxes, tmp_path, torch.float32)
     schemes = {e.scheme for layer in store.manifest.layers for e in layer.quantization.values()}
-    kept = KEPT_SCHEMES.get(name.rpartition("-")[0])
-    assert schemes == ({kept} if kept else set())
+    assert schemes == {KEPT_SCHEMES[name.rpartition("-")[0]]}
     expected = loaded_logits(checkpoint.reference, family, store, torch.float32)
     # Twice that of floats: native kernels round activations to 16 bits in every layer. These models
     # are wider than the registry's and their logits larger.
