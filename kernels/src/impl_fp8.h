@@ -140,7 +140,9 @@ struct Fp8Engine {
         repeat<2 * R>([&](auto i) FK_INLINE {
           constexpr int r = i % R, v = i / R;
           vf in = load<vf>(x[r] + x_at + v * 4 * L);
-          keep_in_register(in);
+#if defined(__x86_64__)
+          asm("" : "+x"(in));  // loaded once: the loop is bound by loads
+#endif
           repeat<C>([&](auto c) FK_INLINE { acc[r * C + c] += in * w[2 * c + v]; });
         });
       }

@@ -11,12 +11,11 @@ struct GroupScales<Scaling::kGroups16> {
   static int64_t floats(const fk_matrix &m) { return (m.k + kUnitColumns - 1) / kUnitColumns * kPerUnit; }
   // Of `rows` weight rows; row after row.
   void read(int64_t row, int64_t rows, float *to) const {
-    int64_t count = floats(m);
-    for (int64_t r = 0; r < rows; ++r) read_row(row + r, count, to + r * count);
+    for (int64_t r = 0; r < rows; ++r) read_row(row + r, to + r * floats(m));
   }
 
  private:
-  void read_row(int64_t row, int64_t count, float *to) const {
+  void read_row(int64_t row, float *to) const {
     bool is_upper = row >= m.n / 2;
     const void *from = m.factors_upper && is_upper ? m.factors_upper : m.factors;
     float factor = (from ? load<float>(from) : 1) * kE4m3Scale;
@@ -36,6 +35,6 @@ struct GroupScales<Scaling::kGroups16> {
     decode_e4m3(rest, scales);
     store(last, scales[0] * splat(factor));
     store(last + L, scales[1] * splat(factor));
-    for (int64_t j = 0; j < count - i; ++j) to[i + j] = j < 2 * L ? last[j] : 0;
+    for (int64_t j = 0, count = floats(m) - i; j < count; ++j) to[i + j] = j < 2 * L ? last[j] : 0;
   }
 };
