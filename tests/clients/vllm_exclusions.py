@@ -6,6 +6,9 @@ Patterns match a test's id below `tests/`; the first that matches counts.
 _CHAT = "entrypoints/openai/chat_completion"
 _OPTION = "an option of `vllm serve` that FaaSMoE has not"
 _MODEL = "what a trained model of the test answers (the demo model has 135 M parameters)"
+_ENDS = f"{_MODEL}: that a text ends in time"
+_RESPONSES = "entrypoints/openai/responses"
+_CALLS = f"{_RESPONSES}/test_function_call.py"
 _STORED = "stored responses, which are refused by name"
 
 FILES = (
@@ -40,7 +43,15 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
     (f"{_CHAT}/test_thinking_token_budget.py", "`thinking_token_budget` is refused by name"),
     (f"{_CHAT}/test_batched_chat_completions.py", "vLLM's endpoint for batches of chats"),
     (f"{_CHAT}/test_*_prompt_embeds.py, test_extra_content_fields.py", "multimodal input"),
-    ("entrypoints/openai/responses/test_harmony.py, test_mcp_tools.py", "tools run by the server"),
+    (f"{_RESPONSES}/test_harmony.py, test_mcp_tools.py", "tools run by the server"),
+    (f"{_RESPONSES}/test_parsable_context.py", "tools run by the server"),
+    ("entrypoints/openai/test_openai_schema.py", "a schema with images (test_fuzz.py has ours)"),
+    ("entrypoints/openai/correctness", "the accuracy of a trained model"),
+    ("entrypoints/openai/completion/test_tensorizer_entrypoint.py", _OPTION),
+    ("entrypoints/openai/decisions, generate, cohere, scale_out, rl", "endpoints of vLLM's own"),
+    ("entrypoints/launchers", "the process of `vllm serve`"),
+    ("entrypoints/multimodal, pooling, speech_to_text", "models of other kinds"),
+    ("entrypoints/tool_parsers", "the models of these parsers"),
     ("entrypoints/openai/completion/test_token_in_token_out.py", _OPTION),
     ("entrypoints/serve, but tokenize", "metrics and endpoints with names of vLLM's own"),
 )
@@ -61,6 +72,29 @@ NOT_APPLICABLE: tuple[tuple[str, str], ...] = (
     ("*test_invocations*", "SageMaker's endpoint"),
     ("*/responses/test_stateful.py*", _STORED),
     ("*/test_include_reasoning.py*", _MODEL),
+    (f"*{_RESPONSES}/test_simple.py::test_reasoning_item*", f"{_MODEL}: reasoning"),
+    ("*test_streaming_reasoning_tokens_e2e*", f"{_MODEL}: reasoning"),
+    ("*test_non_streaming_reasoning_tokens_e2e*", f"{_MODEL}: reasoning"),
+    (f"*{_RESPONSES}/test_basic.py::test_simple_input", f"{_MODEL}: 13 * 24, and reasoning"),
+    (f"*{_RESPONSES}/test_basic.py::test_instructions", f"{_MODEL}: 13 * 24"),
+    (f"*{_RESPONSES}/test_basic.py::test_chat", f"{_MODEL}: 15 * 2"),
+    (f"*{_RESPONSES}/test_simple.py::test_streaming_output_consistency*", _ENDS),
+    (f"*{_RESPONSES}/test_simple.py::test_streaming_logprobs*", _ENDS),
+    (f"*{_RESPONSES}/test_structured_output.py*", f"{_MODEL}: what it extracts"),
+    (f"*{_CALLS}::test_function_tool_use[[]auto*", f"{_MODEL}: calls of its own accord"),
+    (f"*{_CALLS}::test_function_calling_with_streaming_expected*", f"{_MODEL}: calls"),
+    (f"*{_CALLS}::*forced_tool_choice[[]auto*", f"{_MODEL}: calls of its own accord"),
+    (f"*{_CALLS}::*forced_tool_choice[[]tool_choice2*", _ENDS),
+    (f"*{_CALLS}::*streaming_types[[]*-required-*", _ENDS),
+    (f"*{_CALLS}::*streaming_types[[]*-tool_choice2-*", _ENDS),
+    (f"*{_CALLS}::test_named_tool_use*", _ENDS),
+    ("*/test_chat.py::test_structured_outputs_json_chat*", _ENDS),
+    ("*/test_chat.py::test_response_format_json_object*", f"{_MODEL}: 1 + 1"),
+    ("*/test_messages.py::test_system_message", _ENDS),
+    ("*/test_messages.py::test_anthropic_structured_output", _ENDS),
+    ("*/test_messages.py::test_anthropic_tool_call", f"{_MODEL}: calls of its own accord"),
+    ("tool_use/test_tool_calls.py::test_tool_call_and_choice*", f"{_MODEL}: calls"),
+    ("tool_use/test_parallel_tool_calls.py*", f"{_MODEL}: calls, and what it makes of results"),
     ("*test_more_than_one_prompt_logprobs_chat*", _MODEL),
     ("*test_single_chat_session*", f"{_MODEL}: the number of tokens"),
     ("*test_structured_outputs_choice_chat*", f"{_MODEL}: two different choices"),
@@ -74,4 +108,6 @@ NOT_SUPPORTED: tuple[tuple[str, str], ...] = (
     ("*test_parallel_streaming*", "the same: one chunk more than tokens"),
     ("*test_chat_completion_stream_options*", "the same, with continuous usage"),
     ("*test_long_seed*", "the error is another text"),
+    ("*test_enable_response_messages*", "`enable_response_messages` is refused by name"),
+    ("*test_anthropic_streaming_cache_usage*", "tokens written to the cache are not counted"),
 )
