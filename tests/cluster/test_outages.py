@@ -98,7 +98,7 @@ def serve(
     (router,) = eventually(lambda: router_pods(api, namespace, name), lambda pods: len(pods) == 1)
     prometheus.scrape(
         {
-            operator.url.removeprefix("http://"): {},
+            operator.metrics_address: {},
             f"{router['status']['podIP']}:{METRICS_PORT}": {"faasmoe_dev_model": name},
         }
     )
@@ -118,7 +118,7 @@ def test_no_sandboxes(
     prometheus: Prometheus,
 ) -> None:
     model = tiny_model("tiny")
-    model["spec"]["experts"]["template"]["nodeSelector"] = {"there-is": "no-such-node"}
+    model["spec"]["experts"]["template"] = {"nodeSelector": {"there-is": "no-such-node"}}
     router = serve(api, own_operator, prometheus, model)
     with Traffic(router["status"]["podIP"]):
         wait_for_alerts(

@@ -60,6 +60,7 @@ def add_commands(commands: Any) -> None:
         "  faasmoe up Qwen/Qwen1.5-MoE-A2.7B-Chat\n"
         "  faasmoe up ./checkpoint --quantization int8 --max-model-len 8192 --port 9000\n"
         "  faasmoe up ./model-Q8_0.gguf --served-model-name chat --api-key s3cret\n"
+        "  faasmoe up Qwen/Qwen3-30B-A3B-GGUF:Q8_0\n"
         "  faasmoe up -f model.yaml\n\n"
         "Then, from another terminal:\n"
         "  curl http://127.0.0.1:8000/v1/models\n"

@@ -163,11 +163,11 @@ class Operator:
                 metrics_app = web.Application()
                 metrics_app.add_routes(health.metrics_routes())
                 await serve(metrics_app, config.host, config.metrics_port)
+            app = make_models_app(runtimes.find_controller, extra_routes=routes)
+            await serve(app, config.host, config.control.port)
             if config.page_port is not None:
                 page = LivePage(lambda: [(str(key), c) for key, c in runtimes.controllers()])
                 await serve(page.make_app(), LOOPBACK, config.page_port)
-            app = make_models_app(runtimes.find_controller, extra_routes=routes)
-            await serve(app, config.host, config.control.port)
             yield
 
     @asynccontextmanager

@@ -59,7 +59,7 @@ HTTP_METHODS = {
     "delete": "DELETE",
 }
 
-RequestObserver = Callable[[str, Kind, int], None]
+RequestObserver = Callable[[str, Kind, int | str], None]
 """Called for each request with its verb, kind and HTTP status (0 if there was no response)."""
 
 

@@ -28,6 +28,7 @@ class ChatChoiceFormatter:
         n_top: candidates per token in log-probabilities.
         as_ids: whether log-probabilities name tokens by their IDs.
         origin: of the ids of tool calls.
+        echoed: text that precedes the content of each message.
     """
 
     id_prefix = "chatcmpl"
@@ -42,11 +43,13 @@ class ChatChoiceFormatter:
         n_top: int | None = None,
         as_ids: bool = False,
         origin: Origin | None = None,
+        echoed: str = "",
     ) -> None:
         self._token_bytes = token_bytes
         self._n_top = n_top
         self._as_ids = as_ids
         self._origin = origin or Origin()
+        self._echoed = echoed
         self._n_calls = 0
         self._format = message_format or MessageFormat()
         self._tool_config = self._format.tool_config
@@ -64,6 +67,8 @@ class ChatChoiceFormatter:
             message |= self._message_parts(events, choice.text)
             n_calls = len(message.get("tool_calls", ()))
             finish_reason = self._finish_reason(finish_reason, n_calls=n_calls)
+        if self._echoed:
+            message["content"] = self._echoed + (message["content"] or "")
         return {
             "index": index,
             "message": message,
@@ -98,8 +103,8 @@ class ChatChoiceFormatter:
         return output.n_tokens if was_reasoning or counter.is_reasoning else 0
 
     def first_chunk(self, index: int) -> dict[str, Any]:
-        """Return the delta that sets the role."""
-        return self._chunk_choice(index, {"role": "assistant", "content": ""})
+        """Return the delta that sets the role, with the echoed text."""
+        return self._chunk_choice(index, {"role": "assistant", "content": self._echoed})
 
     def format_chunks(self, index: int, output: CompletionOutput) -> list[dict[str, Any]]:
         """Return a choice's deltas; the one with the finish reason is empty."""

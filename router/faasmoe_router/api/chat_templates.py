@@ -1,6 +1,6 @@
 """What a chat template receives: messages, tools and variables."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from faasmoe_router.api.errors import invalid_value, unsupported_param
@@ -39,9 +39,12 @@ def chat_template_options(
 
 
 def _effort_variables(effort: str | None, chat_template: str) -> dict[str, Any]:
-    """Return the template variables of a reasoning effort; raises ApiError if there are none.
+    """Return the template variables of a reasoning effort.
 
     Templates without efforts may turn reasoning off, and models without reasoning need not.
+
+    Raises:
+        ApiError: reasoning is to be off, and the template cannot turn it off.
     """
     if effort is None:
         return {}
@@ -49,9 +52,16 @@ def _effort_variables(effort: str | None, chat_template: str) -> dict[str, Any]:
         return {"reasoning_effort": effort}
     if effort == "none" and "enable_thinking" in chat_template:
         return {"enable_thinking": False}
-    if effort == "none" and detect_reasoning_format(chat_template) is None:
-        return {}
-    raise unsupported_param("reasoning_effort", "is not supported by this model's chat template")
+    if effort == "none" and detect_reasoning_format(chat_template) is not None:
+        reason = "cannot be 'none': this model's chat template cannot turn reasoning off"
+        raise unsupported_param("reasoning_effort", reason)
+    return {}
+
+
+def template_notes(body: ChatCompletionRequest, chat_template: str) -> Iterator[str]:
+    """Yield what of a chat's parameters has no effect on its template, for the client."""
+    if body.reasoning_effort not in (None, "none") and "reasoning_effort" not in chat_template:
+        yield "reasoning_effort has no effect: the model's chat template knows no efforts"
 
 
 def message_texts(messages: Iterable[Mapping[str, Any]]) -> Iterable[str]:

@@ -24,6 +24,7 @@ from faasmoe_router.api.admission import (
 )
 from faasmoe_router.api.body import BodyReader
 from faasmoe_router.api.chat_choices import ChatChoiceFormatter
+from faasmoe_router.api.chat_templates import template_notes
 from faasmoe_router.api.choices import ChoiceFormatter
 from faasmoe_router.api.completion_choices import CompletionChoiceFormatter
 from faasmoe_router.api.errors import model_not_found
@@ -226,8 +227,10 @@ class ChatService:
                 n_top=body.n_reported_logprobs,
                 as_ids=bool(body.return_tokens_as_token_ids),
                 origin=origin,
+                echoed=body.echoed_text,
             )
-            notes = () if tool_config is None else tool_config.notes
+            notes = [*template_notes(body, self._engine.tokenizer.tool_chat_template)]
+            notes += () if tool_config is None else tool_config.notes
             headers = {WARNING_HEADER: _header_value("; ".join(notes))} if notes else {}
             return PreparedRequest(body.without_contents(), requests, formatter, rendering, headers)
 

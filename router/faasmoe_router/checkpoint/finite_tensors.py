@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from faasmoe_router.checkpoint.formats.coded_weight import CodedWeight
+from faasmoe_router.checkpoint.formats.coded_weight import E4M3_NAN, CodedWeight
 from faasmoe_router.errors import WeightsNotFinite
 from faasmoe_transformers.weight_conversion import FLOAT_DTYPES, LazyTensor
 
@@ -79,6 +79,8 @@ def is_finite(values: torch.Tensor) -> bool:
     if values.dtype in EXPONENT_BITS:  # a sum of 16-bit values takes ten times as long
         bits, exponent = values.view(torch.int16).flatten(), EXPONENT_BITS[values.dtype]
         return all(int((p & exponent).max()) != exponent for p in bits.split(PIECE_VALUES))
+    if values.dtype is torch.float8_e4m3fn:
+        return not bool(((values.view(torch.uint8) & E4M3_NAN) == E4M3_NAN).any())
     # A sum takes one pass without a temporary; it is finite unless a value is not, or it overflows.
     if values.sum(dtype=torch.float32).isfinite():
         return True

@@ -6,14 +6,15 @@ a format of its own names it, with its bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from faasmoe_contracts.store.published import PublishedEntry, collapse_layers
-from faasmoe_contracts.store.quantization import SCALE_SUFFIX
+from faasmoe_contracts.store.quantization import COMPONENT_NAMES
 from faasmoe_router.checkpoint.store_plan import StorePlan, TensorSpec
-from faasmoe_transformers.weight_conversion import FLOAT_DTYPES, ConversionJob
+from faasmoe_transformers.weight_conversion import FLOAT_DTYPES
 
 
 @runtime_checkable
@@ -42,13 +43,19 @@ class _Total:
     published_bytes: int = 0
     stored_bytes: int = 0
 
+    def add(self, name: str, sources: Sequence[FormattedTensor], stored_bytes: int) -> None:
+        """Count a parameter."""
+        self.names.append(name)
+        self.published_bytes += sum(source.published_bytes for source in sources)
+        self.stored_bytes += stored_bytes
+
 
 def published_entries(plan: StorePlan) -> tuple[PublishedEntry, ...]:
     """Return what becomes of each format of a checkpoint's matrices, experts first."""
     stored = {spec.name: spec for layout in plan.layouts for spec in layout.tensors}
     totals: dict[tuple[str, str, str], _Total] = {}
     for job in plan.jobs:
-        sources = _formatted_sources(job)
+        sources = _formatted([tensor for tensors in job.sources.values() for tensor in tensors])
         names = [name for name in job.targets if name in stored]
         if not sources or not names or len(job.targets[names[0]]) < 2:
             continue
@@ -56,9 +63,13 @@ def published_entries(plan: StorePlan) -> tuple[PublishedEntry, ...]:
         formats = ", ".join(sorted({source.format_name for source in sources}))
         outcome = _outcome(plan, stored[names[0]], formats)
         total = totals.setdefault((part, formats, outcome), _Total())
-        total.names.append(job.name)
-        total.published_bytes += sum(source.published_bytes for source in sources)
-        total.stored_bytes += sum(_stored_bytes(stored, name) for name in names)
+        total.add(job.name, sources, sum(_stored_bytes(stored, name) for name in names))
+    for name, parameter in plan.referred_codes.items():
+        sources = _formatted([tensor for row in parameter.parts for tensor in row])
+        formats = ", ".join(sorted({source.format_name for source in sources}))
+        outcome = f"kept as {parameter.quantization.scheme}"
+        size_bytes = parameter.quantization.size_bytes * math.prod(parameter.leading)
+        totals.setdefault(("experts", formats, outcome), _Total()).add(name, sources, size_bytes)
     return tuple(
         PublishedEntry(
             *key,
@@ -71,14 +82,13 @@ def published_entries(plan: StorePlan) -> tuple[PublishedEntry, ...]:
     )
 
 
-def _formatted_sources(job: ConversionJob) -> list[FormattedTensor]:
-    sources = (tensor for tensors in job.sources.values() for tensor in tensors)
-    return [tensor for tensor in sources if isinstance(tensor, FormattedTensor)]
+def _formatted(tensors: Sequence[object]) -> list[FormattedTensor]:
+    return [tensor for tensor in tensors if isinstance(tensor, FormattedTensor)]
 
 
 def _stored_bytes(stored: Mapping[str, TensorSpec], name: str) -> int:
-    scales = stored.get(name + SCALE_SUFFIX)
-    return stored[name].size_bytes + (scales.size_bytes if scales else 0)
+    parts = (stored.get(name + suffix) for suffix in COMPONENT_NAMES)
+    return sum(part.size_bytes for part in parts if part is not None)
 
 
 def _outcome(plan: StorePlan, spec: TensorSpec, formats: str) -> str:

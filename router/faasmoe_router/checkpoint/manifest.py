@@ -77,7 +77,7 @@ def layer_entries(
             entries.append(_layer_entry(experts, layouts[file], quantized))
         else:
             references = plan.references.layers[experts.name]
-            entries.append(_referenced_layer_entry(experts, references))
+            entries.append(_referenced_layer_entry(experts, references, quantized))
     return tuple(entries)
 
 
@@ -178,9 +178,16 @@ def _layer_entry(
 
 
 def _referenced_layer_entry(
-    experts: ExpertsModule, references: Mapping[str, TensorReference]
+    experts: ExpertsModule,
+    references: Mapping[str, TensorReference],
+    quantized: Mapping[str, TensorQuantization],
 ) -> LayerEntry:
-    return _entry_of_tensors(experts, references.values())
+    entries = {
+        local: quantized[name]
+        for local in references
+        if (name := f"{experts.name}.{local}") in quantized
+    }
+    return replace(_entry_of_tensors(experts, references.values()), quantization=entries)
 
 
 def _entry_of_tensors(

@@ -244,6 +244,8 @@ def _fill_store(
     plan = plan_store(skeleton, tensors, target.quantization, layout)
     if target.mode is StoreMode.REFERENCE:
         require_references(skeleton, plan.references)
+    for parameter in plan.referred_codes.values():
+        parameter.check_scales()
     published = published_entries(plan)
     for part in published:
         logger.info("%s", part)

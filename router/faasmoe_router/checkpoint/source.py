@@ -11,11 +11,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from faasmoe_contracts.store import QuantizationEntry
+from faasmoe_contracts.text import short_repr
 from faasmoe_router.checkpoint.formats.settings import (
     QUANTIZATION_FILES,
     QuantizationSettings,
@@ -47,6 +48,7 @@ _AUXILIARY_PATTERNS = (
     "additional_chat_templates/*.jinja",
 )
 _MAX_AUXILIARY_BYTES = 256 << 20
+MAX_JSON_BYTES = 64 << 20  # of a config or index; that of a model with 100,000 tensors has 10 MB
 _METADATA_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
 
 
@@ -219,21 +221,37 @@ def weight_file_names(folder: Path) -> list[str]:
             f"{index}: weight_map: got {weight_map!r}, expected an object that maps tensors to "
             "files"
         )
-    invalid = next((name for name in weight_map.values() if not isinstance(name, str)), None)
-    if invalid is not None:
-        raise PrepareError(f"{index}: weight_map: got {invalid!r}, expected a file name")
+    for name in weight_map.values():
+        if not _is_file_name(name):
+            raise PrepareError(
+                f"{index}: weight_map: got {short_repr(name)}, expected a file name beside it"
+            )
     return sorted(set(weight_map.values()))
+
+
+def _is_file_name(name: object) -> bool:
+    """Return whether a name is that of a file in the checkpoint's folder, or in one below it."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raises PrepareError that names the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise PrepareError(
+                f"{path}: got more than {MAX_JSON_BYTES} bytes, expected at most that"
+            )
+        value = json.loads(content)
     except FileNotFoundError as error:
         raise SourceNotFound(f"{path}: cannot be read: {error.strerror}") from error
     except OSError as error:
         raise PrepareError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PrepareError(f"{path}: got invalid JSON: {error}") from error
     if not isinstance(value, dict):
         raise PrepareError(f"{path}: got {type(value).__name__}, expected a JSON object")

@@ -83,7 +83,7 @@ def test_top_shows_counts_and_sandboxes() -> None:
 
 
 def test_usage_is_a_row_for_each_tenant() -> None:
-    record = UsageRecord(*(float(number) for number in range(len(USAGE_FIELDS))))
+    record = UsageRecord(*range(len(USAGE_FIELDS)))
     ledger = UsageLedger(0.0, usage_by_tenant={"acme": record})
     header, row = render_usage(encode_ledger(ledger, max_chars=10_000)).splitlines()
     assert header.split() == ["TENANT", *(field.upper() for field in USAGE_FIELDS)]

@@ -70,7 +70,7 @@ SHORT_TIMEOUT_S = 3.0
 
 @asynccontextmanager
 async def fake_api_server(
-    server: ApiServer, counted: list[tuple[str, str, int]]
+    server: ApiServer, counted: list[tuple[str, str, int | str]]
 ) -> AsyncIterator[KubeClient]:
     timeout_s = SHORT_TIMEOUT_S if SILENT in server.answers else LONG_TIMEOUT_S
     app = web.Application()
@@ -82,7 +82,7 @@ async def fake_api_server(
     host, port = runner.addresses[0][:2]
     configuration = Configuration(host=f"http://{host}:{port}", api_key={"BearerToken": "t0k"})
 
-    def count(verb: str, kind: Kind, status: int) -> None:
+    def count(verb: str, kind: Kind, status: int | str) -> None:
         counted.append((verb, str(kind), status))
 
     transport = KubeTransport(
@@ -99,7 +99,7 @@ async def fake_api_server(
 class Exchange:
     server: ApiServer
     result: Any
-    counted: list[tuple[str, str, int]]
+    counted: list[tuple[str, str, int | str]]
 
     @property
     def only(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Exchange:
 
 def exchange(call: Callable[[KubeClient], Awaitable[Any]], *answers: Answer) -> Exchange:
     """Make a call against a server that gives these answers; a KubeApiError becomes the result."""
-    server, counted = ApiServer(list(answers)), list[tuple[str, str, int]]()
+    server, counted = ApiServer(list(answers)), list[tuple[str, str, int | str]]()
 
     async def run() -> Any:
         async with fake_api_server(server, counted) as client:
