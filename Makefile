@@ -17,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-elastic bench-fairness bench-growth bench-paper bench-peers bench-prepare bench-reconcile bench-start attack chaos soak trace-chat clean bench-simulate
+.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-elastic bench-fairness bench-growth bench-paper bench-peers bench-prepare bench-reconcile bench-simulate bench-start attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
