@@ -10,7 +10,7 @@ from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_gateway.app import GatewayApp
 from faasmoe_gateway.config import GatewayConfig, GatewayConfigError
 from faasmoe_gateway.connections import ConnectionLimits, descriptor_limited
-from faasmoe_gateway.relay import RouterAddress
+from faasmoe_gateway.relay import PROBE_HOLD_S, RouterAddress
 from faasmoe_gateway.server import Server, inherited_listeners
 
 EXIT_FAILED = 1
@@ -28,7 +28,11 @@ def main() -> int:
     except (GatewayConfigError, ParentDeathError, ValueError) as error:
         print(f"faasmoe_gateway: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
-    app = GatewayApp(RouterAddress(config.router_socket, config.front_token, config.hold_timeout_s))
+    page = None
+    if config.page_socket is not None:
+        page = RouterAddress(config.page_socket, "", PROBE_HOLD_S)
+    router = RouterAddress(config.router_socket, config.front_token, config.hold_timeout_s)
+    app = GatewayApp(router, page=page)
     descriptors = descriptor_limited(CONNECTIONS_PER_CLIENT * config.max_connections)
     server = Server(
         app,

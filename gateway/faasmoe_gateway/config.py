@@ -24,6 +24,7 @@ class GatewayConfig:
 
     Attributes:
         router_socket: Unix socket of the router.
+        page_socket: Unix socket of the live page; None for none.
         front_token: what it shows the router.
         host: address to listen on.
         port: port to listen on.
@@ -37,6 +38,7 @@ class GatewayConfig:
 
     router_socket: Path
     front_token: str
+    page_socket: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     listen_fd: int | None = None
@@ -52,6 +54,7 @@ class GatewayConfig:
         return cls(
             router_socket=Path(_required(env, "ROUTER_SOCKET", "a path")),
             front_token=_required(env, "FRONT_TOKEN", "a secret"),
+            page_socket=_read(env, "PAGE_SOCKET", Path, None),
             host=env.get(f"{PREFIX}HOST") or cls.host,
             port=_read(env, "PORT", integer_between(0, 65535), cls.port),
             listen_fd=_read(env, "LISTEN_FD", integer_between(0, 1 << 20), None),

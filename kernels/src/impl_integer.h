@@ -129,6 +129,7 @@ enum class Scaling {
   kUnit,    // groups of whole units
   kGroups,  // groups of 32 columns or more
   kZeros,   // the same, with zero points
+  kGroups16,  // groups of 16 columns, see impl_nvfp4.h
 };
 
 // Scales (and zero points) of one weight row as float32: one per unit, or one per 32 columns with
@@ -198,6 +199,21 @@ static inline vf lane_scales(const float *p) {
   return (vf)_mm256_permutevar_ps(_mm256_castpd_ps(_mm256_broadcast_sd((const double *)p)), lanes);
 #else
   return splat(p[0]);
+#endif
+}
+
+// The same of groups of 16 columns.
+static inline vf lane_scales_of_16(const float *p) {
+#if defined(__AVX512F__) && FK_LANES == 16
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  return (vf)_mm512_permutexvar_ps(lanes, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
+#elif defined(__AVX2__) && FK_LANES == 8
+  const __m256i lanes = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+  return (vf)_mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), lanes);
+#else
+  vf scales;
+  for (int l = 0; l < L; ++l) scales[l] = p[l / 2];
+  return scales;
 #endif
 }
 
@@ -342,7 +358,10 @@ struct IntegerEngine {
         if constexpr (kScaling == Scaling::kUnit) scale[c] = splat(scales[c][u]);
         if constexpr (kIsPerUnit) return;
         const float *at = scales[c] + 4 * u + b * (L / 4);
-        scale[c] = lane_scales(at);
+        if constexpr (kScaling == Scaling::kGroups16)
+          scale[c] = lane_scales_of_16(scales[c] + 8 * u + b * (L / 2));
+        else
+          scale[c] = lane_scales(at);
         if constexpr (kScaling == Scaling::kZeros) zero[c] = lane_scales(at + 4 * units);
       };
       auto add = [&](auto r, auto c) FK_INLINE {

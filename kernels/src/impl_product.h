@@ -43,6 +43,20 @@ static inline void with_count(int64_t count, F &&f) {
     with_count<R - 1, kMin>(count, f);
 }
 
+template <class E, class = void>
+struct NeedsScalesToDecode : std::false_type {};
+template <class E>
+struct NeedsScalesToDecode<E, std::void_t<decltype(E::kScalesTile)>> : std::true_type {};
+
+// Decodes units of one weight row into a tile; `scales` are those of the first unit and the next.
+template <class E>
+static inline void decode(const uint8_t *p, int64_t units, uint8_t *to, const float *scales) {
+  if constexpr (NeedsScalesToDecode<E>::value)
+    E::decode(p, units, to, scales);
+  else
+    E::decode(p, units, to);
+}
+
 // out[r * out_stride + c - begin] = x_r . w_c for begin <= c < end.
 template <class E>
 class Product {
@@ -152,8 +166,8 @@ class Product {
         uint8_t *decoded = memory + c * pitch;
         for (int64_t b = 0; b < row_bytes_; b += kCacheLineBytes)
           __builtin_prefetch(tile.codes[c] + kTileRows * row_bytes_ + b, 0, 2);
-        E::decode(tile.codes[c], whole_, decoded);
-        if (tail_bytes_) E::decode(tail, 1, decoded + whole_ * E::kTileUnitBytes);
+        decode<E>(tile.codes[c], whole_, decoded, scales);
+        if (tail_bytes_) decode<E>(tail, 1, decoded + whole_ * E::kTileUnitBytes, scales + whole_);
         tile.codes[c] = decoded;
       }
       multiply_tile(tile, x, rows, out + c0, out_stride);
@@ -246,7 +260,9 @@ static int32_t with_engine(const fk_matrix &m, int32_t x_dtype, F &&f) {
       if (m.zeros) return f(IntegerEngine<Int4Block, Int4Block, Scaling::kZeros>{});
       if (is_per_row || m.group % kUnitColumns == 0) return f(IntegerEngine<Int4Block, Int4Block, Scaling::kUnit>{});
       return f(IntegerEngine<Int4Block, Int4Block, Scaling::kGroups>{});
+    case FK_W_FP8: return with_fp8_engine(m, x_dtype, f);
     case FK_W_MXFP4: return f(IntegerEngine<MxFp4Block, MxFp4Block, Scaling::kGroups>{});
+    case FK_W_NVFP4: return f(IntegerEngine<MxFp4Block, MxFp4Block, Scaling::kGroups16>{});
     default: return FK_E_ARGUMENT;
   }
 }

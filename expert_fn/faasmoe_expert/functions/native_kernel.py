@@ -16,7 +16,7 @@ computes instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from faasmoe_contracts.store.manifest import LayerEntry
-from faasmoe_expert.functions.dequantization import QuantizedStack
 from faasmoe_expert.functions.kernels import CLAMPED_SWIGLU, KernelSpec, RoutedPairs
-from faasmoe_expert.functions.weights import LayerWeights, ScatteredStack
+from faasmoe_expert.functions.stacks import QuantizedStack, ScatteredStack
+from faasmoe_expert.functions.weights import LayerWeights
 from faasmoe_kernels import (
     MATRIX_BYTES,
     Activation,
@@ -59,6 +59,7 @@ SCALE_DTYPES = {
     "bfloat16": ParameterDtype.BFLOAT16,
     "float16": ParameterDtype.FLOAT16,
     "e8m0": ParameterDtype.E8M0,
+    "e4m3": ParameterDtype.E4M3,
 }
 SCHEMES = {
     torch.float32: Scheme.FLOAT32,
@@ -70,7 +71,13 @@ PARAMETER_DTYPES = {
     torch.bfloat16: ParameterDtype.BFLOAT16,
     torch.float16: ParameterDtype.FLOAT16,
 }
-QUANTIZED_SCHEMES = {"int8": Scheme.INT8, "int4": Scheme.INT4, "mxfp4": Scheme.MXFP4}
+QUANTIZED_SCHEMES = {
+    "int8": Scheme.INT8,
+    "int4": Scheme.INT4,
+    "mxfp4": Scheme.MXFP4,
+    "fp8": Scheme.FP8,
+    "nvfp4": Scheme.NVFP4,
+}
 DTYPES = {
     torch.float32: KernelDtype.FLOAT32,
     torch.bfloat16: KernelDtype.BFLOAT16,
@@ -313,21 +320,13 @@ class _MatrixStack:
         return matrices
 
     def _quantized_matrices(self, stack: QuantizedStack, experts: Sequence[int]) -> list[Matrix]:
-        quantization = stack.quantization
-        self._stack = stack.codes  # [E, n, k] or [E, n, k / 2], kept alive for its addresses
-        self._scales = stack.scales  # [E, n, G], the same
-        n, k = quantization.shape
+        self._stack = stack.codes  # [E, n, k] or [E, n, k / 2]
+        self._parameters = stack.scales, stack.zeros, stack.factors  # as codes kept alive
         return [
-            Matrix(
-                QUANTIZED_SCHEMES[quantization.scheme],
-                n,
-                k,
-                stack.codes[expert].data_ptr(),
-                scales=stack.scales[expert].data_ptr(),
-                scale_dtype=SCALE_DTYPES[quantization.scale_dtype],
+            replace(
+                quantized_matrix(stack, expert),
                 bias=self._bias_address(expert),
                 bias_dtype=self._bias_dtype,
-                group=quantization.group,
             )
             for expert in experts
         ]
@@ -339,6 +338,59 @@ class _MatrixStack:
             (part,) = self._bias.parts[expert]
             return part.data_ptr()
         return self._bias[expert].data_ptr()
+
+
+def quantized_matrix(stack: QuantizedStack, expert: int) -> Matrix:
+    """Return one expert's parameter as the library reads it; valid while the stack exists.
+
+    Raises:
+        UnsupportedLayer: its codes lie in places that the library does not read.
+    """
+    entry = stack.quantization
+    n, k = entry.shape
+    codes, codes_upper = _addresses(stack.codes, expert)
+    scales, scales_upper = _addresses(stack.scales, expert)
+    zeros, zeros_upper = _addresses(stack.zeros, expert)
+    factors, factors_upper = _addresses(stack.factors, expert)
+    if zeros_upper or (scales_upper and entry.scheme not in ("fp8", "nvfp4")):
+        raise UnsupportedLayer(f"{entry.scheme} scales lie in two places")
+    if entry.parts > 1:  # each part has rows of scales, and factors, of its own
+        scales_upper = scales_upper or scales + _half_bytes(stack.scales)
+        if stack.factors is not None:
+            factors_upper = factors_upper or factors + _half_bytes(stack.factors)
+    return Matrix(
+        QUANTIZED_SCHEMES[entry.scheme],
+        n,
+        k,
+        codes,
+        scales=scales,
+        zeros=zeros,
+        group=entry.group,
+        scale_dtype=SCALE_DTYPES[entry.scale_dtype],
+        zero_dtype=ParameterDtype.UINT8 if zeros else ParameterDtype.FLOAT32,
+        codes_upper=codes_upper,
+        group_rows=entry.group_rows,
+        scales_upper=scales_upper,
+        factors=factors,
+        factors_upper=factors_upper,
+    )
+
+
+def _addresses(stack: Tensor | ScatteredStack | None, expert: int) -> tuple[int, int]:
+    """Return the address of an expert's rows, and of the upper half if it lies elsewhere, or 0."""
+    if stack is None:
+        return 0, 0
+    if not isinstance(stack, ScatteredStack):
+        return stack[expert].data_ptr(), 0
+    parts = stack.parts[expert]
+    if len(parts) > 2:
+        raise UnsupportedLayer(f"codes lie in {len(parts)} parts")
+    return parts[0].data_ptr(), parts[1].data_ptr() if len(parts) == 2 else 0
+
+
+def _half_bytes(stack: Tensor | ScatteredStack) -> int:
+    """Return the bytes of half an expert's rows."""
+    return stack[0].nbytes // 2
 
 
 def _parameter_dtype(name: str, tensor: Tensor | ScatteredStack) -> ParameterDtype:

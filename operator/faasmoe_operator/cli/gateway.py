@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from faasmoe_operator.cli.router import DEFAULT_ENVIRONMENT, Endpoint, RouterSocket
 from faasmoe_operator.control.local_model import LocalModel
@@ -18,6 +19,7 @@ def environment(
     router: RouterSocket,
     *,
     listen_fd: int,
+    page_socket: Path | None = None,
     keep_alive_s: float | None = None,
 ) -> dict[str, str]:
     """Return the complete environment of the gateway.
@@ -26,6 +28,7 @@ def environment(
         deployment: the model to serve.
         endpoint: address to listen on.
         router: the router behind it.
+        page_socket: Unix socket of the live page; None for none.
         listen_fd: descriptor of a socket that listens on `endpoint`.
         keep_alive_s: how long unused connections are kept; None for the spec's, or the default.
     """
@@ -37,6 +40,7 @@ def environment(
         "LISTEN_FD": listen_fd,
         "ROUTER_SOCKET": router.path,
         "FRONT_TOKEN": router.front_token,
+        "PAGE_SOCKET": page_socket,
         "KEEP_ALIVE": keep_alive_s,
     }
     return {

@@ -1,4 +1,4 @@
-"""The processes of one `faasmoe up`: zygote, control process, router and gateway.
+"""The processes of one `faasmoe up`: zygotes, control process, router and gateway.
 
 This module knows their environments and the order in which they start and stop. All are supervised:
 one that exits is restarted, with back-off. The launcher listens for the gateway and passes it the
@@ -22,11 +22,13 @@ from typing import Never
 from faasmoe_operator.api.v1alpha1 import MoEModel
 from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
 from faasmoe_operator.api.v1alpha1.tenants_file import TENANTS_FILE_NAME, build_tenants_file
-from faasmoe_operator.cli import control, gateway, router
+from faasmoe_operator.cli import control, gateway, live_page, router
 from faasmoe_operator.cli.control import ReservedControlPort, StackSecrets
+from faasmoe_operator.cli.live_page import LivePageOptions
 from faasmoe_operator.cli.logs import LogSinks
 from faasmoe_operator.cli.runtime_dir import LocalInstance
-from faasmoe_operator.cli.supervisor import SupervisedChild, supervised
+from faasmoe_operator.cli.supervisor import SupervisedChild, supervised, supervised_start
+from faasmoe_operator.cli.zygote import Zygote
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.errors import CommandError
 from faasmoe_operator.platforms import zygote
@@ -77,6 +79,7 @@ class StackSpec:
         secrets: secrets shared by the processes.
         keep_alive_s: how long unused connections of clients are kept; None for the default.
         has_gateway: whether clients talk to a gateway.
+        live_page: the page that it forwards to; None for none.
     """
 
     deployment: LocalModel
@@ -87,6 +90,7 @@ class StackSpec:
     secrets: StackSecrets
     keep_alive_s: float | None = None
     has_gateway: bool = False
+    live_page: LivePageOptions | None = None
 
     @classmethod
     def create(
@@ -99,11 +103,20 @@ class StackSpec:
         port: ReservedControlPort,
         keep_alive_s: float | None = None,
         has_gateway: bool = False,
+        live_page: LivePageOptions | None = None,
     ) -> StackSpec:
         """Return a configuration with newly generated secrets."""
         secret_values = StackSecrets(secrets.token_urlsafe(32), secrets.token_hex(32))
         return cls(
-            deployment, endpoint, access, folder, port, secret_values, keep_alive_s, has_gateway
+            deployment,
+            endpoint,
+            access,
+            folder,
+            port,
+            secret_values,
+            keep_alive_s,
+            has_gateway,
+            live_page,
         )
 
     @property
@@ -119,6 +132,7 @@ class StackProcesses:
 
     Attributes:
         zygote: forks the sandboxes.
+        router_zygote: forks the router.
         control: plans and scales the functions.
         router: serves the OpenAI API; not restarted until `has_started` is set.
         gateway: what clients talk to; None without one.
@@ -126,6 +140,7 @@ class StackProcesses:
     """
 
     zygote: SupervisedChild
+    router_zygote: Zygote
     control: SupervisedChild
     router: SupervisedChild
     gateway: SupervisedChild | None
@@ -139,6 +154,7 @@ class StackProcesses:
             **front,
             "router": self.router.pid,
             "control": self.control.pid,
+            "router zygote": self.router_zygote.pid,
             "zygote": self.zygote.pid,
         }
 
@@ -171,6 +187,9 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
                     zygote_socket=zygote_socket,
                     port=spec.port,
                     secrets=spec.secrets,
+                    page_variables=(
+                        spec.live_page.control_variables(spec.folder) if spec.live_page else None
+                    ),
                 ),
                 log=logs.sink("control"),
                 grace_s=control.GRACE_S,
@@ -182,7 +201,7 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
         if spec.has_gateway:
             path = spec.folder / ROUTER_SOCKET_NAME
             behind = router.RouterSocket(path, secrets.token_urlsafe(32))
-        router_child, router_failure = await stack.enter_async_context(
+        router_zygote, router_child, router_failure = await stack.enter_async_context(
             _supervised_router(spec, logs, listener, behind)
         )
         failures = [zygote_failure, control_failure, router_failure]
@@ -194,35 +213,47 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
             failures.append(gateway_failure)
         stack.callback(listener.close)  # before the front stops, which then refuses clients
         yield StackProcesses(
-            zygote_child, control_child, router_child, gateway_child, tuple(failures)
+            zygote_child,
+            router_zygote,
+            control_child,
+            router_child,
+            gateway_child,
+            tuple(failures),
         )
 
 
-def _supervised_router(
+@asynccontextmanager
+async def _supervised_router(
     spec: StackSpec, logs: LogSinks, listener: socket.socket, behind: router.RouterSocket | None
-) -> AbstractAsyncContextManager[tuple[SupervisedChild, asyncio.Task[Never]]]:
-    environment = router.environment(
-        spec.deployment,
-        spec.endpoint,
-        control_url=spec.port.url,
-        token=spec.secrets.token,
-        tenants_file=write_tenants_file(
-            spec.deployment, spec.folder, api_keys=spec.access.api_keys
+) -> AsyncIterator[tuple[Zygote, SupervisedChild, asyncio.Task[Never]]]:
+    environment = {
+        **router.environment(
+            spec.deployment,
+            spec.endpoint,
+            control_url=spec.port.url,
+            token=spec.secrets.token,
+            tenants_file=write_tenants_file(
+                spec.deployment, spec.folder, api_keys=spec.access.api_keys
+            ),
+            cors_origins=spec.access.cors_origins,
+            listen_fd=listener.fileno() if behind is None else None,
+            keep_alive_s=spec.keep_alive_s,
+            behind=behind,
         ),
-        cors_origins=spec.access.cors_origins,
-        listen_fd=listener.fileno() if behind is None else None,
-        keep_alive_s=spec.keep_alive_s,
-        behind=behind,
-    )
-    return supervised(
-        "router",
-        router.COMMAND,
-        environment={**environment, **zygote.shared_dir_variables(spec.folder)},
-        log=logs.sink("router"),
-        grace_s=router.GRACE_S,
-        restarts=router.RESTARTS,
-        pass_fds=(listener.fileno(),) if behind is None else (),
-    )
+        **zygote.shared_dir_variables(spec.folder),
+    }
+    log, pass_fds = logs.sink("router"), (listener.fileno(),) if behind is None else ()
+    async with (
+        router.new_zygote(environment, log=logs.sink("router-zygote")) as router_zygote,
+        supervised_start(
+            "router",
+            lambda: router_zygote.running_child(
+                environment, log=log, grace_s=router.GRACE_S, pass_fds=pass_fds
+            ),
+            restarts=router.RESTARTS,
+        ) as (child, failure),
+    ):
+        yield router_zygote, child, failure
 
 
 def _supervised_gateway(
@@ -235,6 +266,7 @@ def _supervised_gateway(
             spec.deployment,
             spec.endpoint,
             behind,
+            page_socket=spec.folder / live_page.SOCKET_NAME if spec.live_page else None,
             listen_fd=listener.fileno(),
             keep_alive_s=spec.keep_alive_s,
         ),

@@ -27,7 +27,7 @@ from faasmoe_kernels import describe_cpu_kernels
 from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.api.v1alpha1.patterns import CORS_ORIGIN, DESCRIPTIONS
 from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
-from faasmoe_operator.cli import child_process, control, model_arguments, router
+from faasmoe_operator.cli import child_process, control, live_page, model_arguments, router
 from faasmoe_operator.cli.checkpoint import prepare_command
 from faasmoe_operator.cli.formatting import format_bytes, format_table
 from faasmoe_operator.cli.local_stack import ClientAccess, StackProcesses, StackSpec, running_stack
@@ -60,6 +60,7 @@ def add_commands(commands: Any) -> None:
         "  faasmoe up Qwen/Qwen1.5-MoE-A2.7B-Chat\n"
         "  faasmoe up ./checkpoint --quantization int8 --max-model-len 8192 --port 9000\n"
         "  faasmoe up ./model-Q8_0.gguf --served-model-name chat --api-key s3cret\n"
+        "  faasmoe up Qwen/Qwen3-30B-A3B-GGUF:Q8_0\n"
         "  faasmoe up -f model.yaml\n\n"
         "Then, from another terminal:\n"
         "  curl http://127.0.0.1:8000/v1/models\n"
@@ -73,6 +74,7 @@ def add_commands(commands: Any) -> None:
     model_arguments.add_store_options(parser.add_argument_group("weights"))
     functions = parser.add_argument_group("functions")
     model_arguments.add_granularity(functions)
+    live_page.add_options(parser.add_argument_group("live page"))
     _add_process_options(parser.add_argument_group("processes"))
     parser.set_defaults(run=run)
 
@@ -170,6 +172,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_progress(warning)
     access = ClientAccess(tuple(arguments.api_key), tuple(arguments.cors_origin))
     access.check(deployment)
+    page = live_page.live_page_options(arguments)
     endpoint = router.Endpoint(arguments.host, arguments.port)
     endpoint.check_free()
     if requested.cached is not None:
@@ -185,6 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
                     skip_verify=arguments.skip_verify,
                     keep_alive_s=arguments.keep_alive,
                     has_gateway=arguments.gateway,
+                    page=page,
                 )
             )
         )
@@ -199,6 +203,7 @@ async def _prepare_and_serve(
     skip_verify: bool,
     keep_alive_s: float | None,
     has_gateway: bool,
+    page: live_page.LivePageOptions | None,
 ) -> int:
     deployment = requested.deployment
     await check_devices(deployment)
@@ -221,6 +226,7 @@ async def _prepare_and_serve(
             port=port,
             keep_alive_s=keep_alive_s,
             has_gateway=has_gateway,
+            live_page=page,
         )
         register_instance(spec.instance, folder)
         print_progress(f"CPU kernels: {describe_cpu_kernels()}")
@@ -392,6 +398,7 @@ async def _print_summary(
         pids=processes.pids,
         tenants=[tenant.name for tenant in spec.deployment.model.spec.tenants],
         served_model_name=spec.deployment.served_model_name,
+        has_live_page=spec.live_page is not None,
     )
     serving.set()  # before printing: a reader of the summary may send a signal immediately
     print(text, flush=True)
@@ -405,6 +412,7 @@ def format_summary(
     pids: Mapping[str, int | None],
     tenants: Sequence[str] = (),
     served_model_name: str | None = None,
+    has_live_page: bool = False,
 ) -> str:
     """Return endpoints and memory (PSS) of the running processes as text.
 
@@ -415,6 +423,7 @@ def format_summary(
         pids: process ids of all processes except sandboxes, by name.
         tenants: names of the tenants; empty if the model is open to everyone.
         served_model_name: the name that requests give; None for the model's own.
+        has_live_page: whether the live page is served.
     """
     functions, sandboxes = status["functions"], status["sandboxes"]
     n_active = sum(function["ready"] > 0 for function in functions)
@@ -432,6 +441,7 @@ def format_summary(
             *(f"  tenant           {name}: {url}/{name}/v1" for name in tenants),
             f"  model            {served_model_name or status['model']}",
             f"  control          {control_url}  (faasmoe top)",
+            *([f"  live page        {url}{live_page.PAGE_PATH}"] if has_live_page else []),
             "",
             format_table(PROCESS_HEADER, rows),
             f"memory of all processes, shared pages counted once: {format_bytes(total)}",

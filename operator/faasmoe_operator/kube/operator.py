@@ -14,11 +14,18 @@ import logging
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+)
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from faasmoe_operator.control.api import make_models_app, render_models_metrics
+from aiohttp import web
+
+from faasmoe_operator.control.api import LivePage, make_models_app, render_models_metrics
 from faasmoe_operator.errors import FaasmoeError
 from faasmoe_operator.kube.api_discovery import OptionalApis
 from faasmoe_operator.kube.cache import ObjectCache
@@ -42,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 STATUS_DEBOUNCE_S = 0.5
+LOOPBACK = "127.0.0.1"
 RETRY_DELAY_S = 5.0
 
 Result = TypeVar("Result")
@@ -107,7 +115,13 @@ class Operator:
             api,
             self._cache,
             runtimes,
-            OperatorContext(config.images, config.control, root, served_apis=apis.served_versions),
+            OperatorContext(
+                config.images,
+                config.control,
+                root,
+                served_apis=apis.served_versions,
+                user_id=config.run_as_user,
+            ),
             events=EventRecorder(api, instance=config.identity),
         )
         self._cache.add_event_handler(ModelEnqueuer(workers).on_change)
@@ -133,14 +147,28 @@ class Operator:
 
     @asynccontextmanager
     async def _serve_http(self, runtimes: RuntimeManager) -> AsyncIterator[None]:
-        """Serve the control API and health checks; they answer before the cache has synced."""
+        """Serve control API, health checks, metrics and live page, before the cache has synced."""
+        config = self._config
         health = HealthRoutes(self._readiness, lambda: self._metrics_text(runtimes))
-        app = make_models_app(runtimes.find_controller, extra_routes=health.routes())
-        runner = await start_server(app, host=self._config.host, port=self._config.control.port)
-        try:
+        routes = health.routes()
+        async with AsyncExitStack() as servers:
+
+            async def serve(app: web.Application, host: str, port: int) -> None:
+                runner = await start_server(app, host=host, port=port)
+                servers.push_async_callback(runner.cleanup)
+
+            if config.metrics_port is None:
+                routes += health.metrics_routes()
+            else:
+                metrics_app = web.Application()
+                metrics_app.add_routes(health.metrics_routes())
+                await serve(metrics_app, config.host, config.metrics_port)
+            app = make_models_app(runtimes.find_controller, extra_routes=routes)
+            await serve(app, config.host, config.control.port)
+            if config.page_port is not None:
+                page = LivePage(lambda: [(str(key), c) for key, c in runtimes.controllers()])
+                await serve(page.make_app(), LOOPBACK, config.page_port)
             yield
-        finally:
-            await runner.cleanup()
 
     @asynccontextmanager
     async def _lead(self, api: KubeClient) -> AsyncIterator[None]:

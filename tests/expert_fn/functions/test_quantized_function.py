@@ -13,7 +13,7 @@ from sandbox_processes import PreparedStore, make_function_spec
 from faasmoe_contracts.store import Store, StoreError, manifest_digest
 from faasmoe_expert.errors import BlockCorrupted
 from faasmoe_expert.functions import ExpertFunction, function
-from faasmoe_expert.functions.dequantization import QuantizedStack
+from faasmoe_expert.functions.stacks import QuantizedStack
 from faasmoe_expert.functions.weights import map_weights
 from faasmoe_kernels import KernelsUnavailable, load
 
