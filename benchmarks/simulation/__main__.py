@@ -197,7 +197,7 @@ def _read_model(arguments: argparse.Namespace) -> tuple[MoEModel, ModelGeometry]
 def store_geometry(local: LocalModel) -> ModelGeometry:
     """Return the geometry of a MoEModel's prepared store."""
     store = local.open_store()
-    config = json.loads((store.path / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((store.path / "model" / "config.json").read_text(encoding="utf-8"))
     return from_store(store.manifest, config, name=local.model.metadata.name)
 
 

@@ -182,7 +182,7 @@ async def measure(model: UpProcess, *, start_s: float) -> Calibration:
 
 def demo_geometry(model: UpProcess) -> ModelGeometry:
     """Return the geometry of a running model's store."""
-    config = json.loads((model.store.path / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((model.store.path / "model" / "config.json").read_text(encoding="utf-8"))
     return from_store(model.store.manifest, config, name="demo")
 
 

@@ -83,7 +83,8 @@ def _grouped(values: Tensor, quantization: TensorQuantization) -> Tensor:
 
 def _repeat_rows(scales: Tensor, quantization: TensorQuantization, n_rows: int) -> Tensor:
     """Return the scales of each row, [..., N, G], of those that rows share, part by part."""
-    by_part = scales.unflatten(-2, (quantization.parts, -1))  # [..., P, rows of scales, G]
+    *leading, _, n_groups = scales.shape
+    by_part = scales.reshape(*leading, quantization.parts, -1, n_groups)  # [..., P, scale rows, G]
     repeated = by_part.repeat_interleave(quantization.group_rows, -2)
     return repeated[..., : n_rows // quantization.parts, :].flatten(-3, -2)
 

@@ -52,21 +52,26 @@ class OutputItems:
             logprobs = {"logprobs": list(part.logprobs)} if kind == "message" else {}
             yield self._event(_DELTA_EVENTS[kind], delta=part.text, **logprobs)
 
-    def close(self) -> Iterator[_Event]:
-        """Finish the open item, if there is one; yield its events."""
+    def close(self, *, is_cut: bool = False) -> Iterator[_Event]:
+        """Finish the open item, if there is one; yield its events.
+
+        Args:
+            is_cut: whether the response ends within it.
+        """
         if self._open is None:
             return
         kind, item, text = self._open, self.items[-1], self._text
         self._open = None
-        item["status"] = "completed"
+        item["status"] = "incomplete" if is_cut else "completed"
         if kind == "message":
             part = _text_part(text, self._logprobs)
             item["content"] = [part]
             yield self._event("response.output_text.done", text=text, logprobs=part["logprobs"])
             yield self._event("response.content_part.done", part=part)
         elif kind == "reasoning":
-            item["content"] = [{"type": "reasoning_text", "text": text}]
+            item["content"] = [_reasoning_part(text)]
             yield self._event("response.reasoning_text.done", text=text)
+            yield self._event("response.content_part.done", part=_reasoning_part(text))
         elif kind == "function_call":
             item["arguments"] = text
             yield self._event(
@@ -84,8 +89,9 @@ class OutputItems:
         self._open, self._text, self._logprobs = kind, "", []
         index = len(self.items) - 1
         yield {"type": "response.output_item.added", "output_index": index, "item": dict(item)}
-        if kind == "message":
-            yield self._event("response.content_part.added", part=_text_part(""))
+        if kind in ("message", "reasoning"):
+            part_of = _text_part if kind == "message" else _reasoning_part
+            yield self._event("response.content_part.added", part=part_of(""))
 
     def _event(self, event_type: str, **fields: Any) -> _Event:
         index = len(self.items) - 1
@@ -120,6 +126,10 @@ def _item_kind(part: PartDelta, open_kind: _ItemKind | None) -> _ItemKind:
 
 def _text_part(text: str, logprobs: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
+
+
+def _reasoning_part(text: str) -> dict[str, Any]:
+    return {"type": "reasoning_text", "text": text}
 
 
 def _new_item(kind: _ItemKind, part: PartDelta, identity: str) -> dict[str, Any]:

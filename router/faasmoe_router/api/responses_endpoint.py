@@ -246,7 +246,7 @@ class ResponsesRendering:
         for part in message_parts(choice["message"], text_logprobs(choice)):
             for _ in items.add(part):
                 pass
-        for _ in items.close():
+        for _ in items.close(is_cut=choice["finish_reason"] == "length"):
             pass
         return self._response(response, items, choice["finish_reason"], response["usage"])
 
@@ -273,7 +273,7 @@ class ResponsesRendering:
                 for event in events:
                     yield event_frame({**event, "sequence_number": number})
                     number += 1
-            for event in items.close():
+            for event in items.close(is_cut=finish_reason == "length"):
                 yield event_frame({**event, "sequence_number": number})
                 number += 1
             done = self._response(chunk, items, finish_reason, usage or {})

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, get_session, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -37,6 +37,7 @@ from faasmoe_router.errors import (
 )
 
 HUB_SCHEME = "hf"
+HUB_TIMEOUT_S = 20.0
 _ID = re.compile(r"(?P<repository>[^/:]+/[^/:]+)(:(?P<file>[^:]+))?")
 _ERRORS: tuple[tuple[type[Exception], type[PrepareError], str], ...] = (
     (
@@ -114,9 +115,24 @@ def download_files(repository: str, revision: str | None, patterns: Iterable[str
     lines = None if sys.stderr.isatty() else LineProgress  # None: the hub's own bars
     return Path(
         snapshot_download(
-            repository, revision=revision, allow_patterns=list(patterns), tqdm_class=lines
+            repository,
+            revision=revision,
+            allow_patterns=list(patterns),
+            tqdm_class=lines,
+            local_files_only=not _is_hub_reachable(),
         )
     )
+
+
+def _is_hub_reachable() -> bool:
+    """Return whether the hub answers at all; its client retries for minutes until it says so."""
+    if constants.HF_HUB_OFFLINE:
+        return True  # the client says itself that it is offline
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except HTTPError:
+        return False
+    return True
 
 
 def exact_pattern(name: str) -> str:
@@ -126,16 +142,24 @@ def exact_pattern(name: str) -> str:
 
 def list_files(repository: str, revision: str | None) -> list[str]:
     """Return the names of a repository's files; those in the cache if the hub is unreachable."""
+    if not _is_hub_reachable():
+        return _list_cached_files(repository, revision)
     try:
         info = HfApi().model_info(repository, revision=revision)
     except (OfflineModeIsEnabled, HTTPError) as error:
         if _http_status(error) is not None:
             raise
-        any_files = {"local_files_only": True, "allow_patterns": []}  # a part of them is enough
-        folder = Path(snapshot_download(repository, revision=revision, **any_files))
-        files = (path for path in folder.rglob("*") if path.is_file())
-        return sorted(path.relative_to(folder).as_posix() for path in files)
+        return _list_cached_files(repository, revision)
     return sorted(file.rfilename for file in info.siblings or ())
+
+
+def _list_cached_files(repository: str, revision: str | None) -> list[str]:
+    cached = snapshot_download(  # a part of the files is enough: none is asked for
+        repository, revision=revision, local_files_only=True, allow_patterns=[]
+    )
+    folder = Path(cached)
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def _translate(error: Exception) -> tuple[type[PrepareError], str]:

@@ -165,15 +165,20 @@ def _kept_parameter(job: ConversionJob) -> KeptParameter | None:
     """Return a job's only parameter in its codes; None if it cannot keep them."""
     if list(job.targets) != [job.name] or not moves_rows_only(job):
         return None
-    parts = unconverted_parts(job)
-    tensors = [tensor for row in parts for tensor in row]
-    if not all(isinstance(tensor, CodedSource) and tensor.stored for tensor in tensors):
-        return None
+    parts: list[tuple[CodedSource, ...]] = []
+    entries: list[TensorQuantization] = []
+    for row in unconverted_parts(job):
+        coded = tuple(tensor for tensor in row if isinstance(tensor, CodedSource))
+        stored = [tensor.stored for tensor in coded]
+        if len(coded) < len(row) or None in stored:
+            return None
+        parts.append(coded)
+        entries += [entry for entry in stored if entry is not None]
     ((_, shape),) = job.targets.items()
-    is_stacked = job.renamed_tensor() is None
-    quantization = _common_scheme([tensor.stored for tensor in tensors], shape, len(parts[0]))
+    quantization = _common_scheme(entries, shape, len(parts[0]))
     if quantization is None:
         return None
+    is_stacked = job.renamed_tensor() is None
     return KeptParameter(job.name, quantization, tuple(parts), is_stacked)
 
 

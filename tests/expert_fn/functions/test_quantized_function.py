@@ -59,6 +59,7 @@ def test_codes_and_scales_are_views_of_the_mapping(prepared_store: PreparedStore
             (stack.codes, mapped.tensors[name]),
             (stack.scales, mapped.tensors[f"{name}_scale"]),
         ):
+            assert isinstance(tensor, torch.Tensor)
             start = torch.frombuffer(view.buffer, dtype=torch.uint8).data_ptr()
             assert (tensor.data_ptr(), tuple(tensor.shape)) == (start, view.shape)
 

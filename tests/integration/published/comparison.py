@@ -1,5 +1,7 @@
 """Compares the weights of stores."""
 
+from collections.abc import Callable
+
 import torch
 from families.reference import reference_weights
 from safetensors.torch import load_file
@@ -28,11 +30,10 @@ def assert_same_weights(
     assert set(got) == set(expected)
     for name, tensor in got.items():
         assert tensor.dtype == expected[name].dtype, name
-        torch.testing.assert_close(
-            tensor,
-            expected[name],
-            rtol=rtol,
-            atol=0,
-            equal_nan=True,
-            msg=lambda m, n=name: f"{n}: {m}",
-        )
+        expected_tensor = expected[name]
+        torch.testing.assert_close(tensor, expected_tensor, rtol=rtol, atol=0, msg=_named(name))
+
+
+def _named(name: str) -> Callable[[str], str]:
+    """Return what puts a name before the message of a difference."""
+    return lambda message: f"{name}: {message}"

@@ -41,6 +41,9 @@ def test_text_is_that_of_a_chat(client: openai.OpenAI) -> None:
     )
     assert answer.output_text == chat.choices[0].message.content
     assert answer.status == "incomplete"
+    [item] = answer.output
+    assert item.type == "message"
+    assert item.status == "incomplete"
     assert answer.incomplete_details is not None
     assert answer.incomplete_details.reason == "max_output_tokens"
     assert answer.usage is not None

@@ -123,7 +123,9 @@ def find_gguf_checkpoint(name: str, *, revision: str | None) -> GgufCheckpoint |
     """
     if (hub_name := HubName.of(name)) is not None:
         found = download_gguf(hub_name, revision=revision)
-        return found and _open_checkpoint(name, split_files(found.files[0]), found.commit)
+        if found is None:
+            return None
+        return _open_checkpoint(name, split_files(found.files[0]), found.commit)
     path = _local_path(name)
     if path is None:
         return None
