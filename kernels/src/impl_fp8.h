@@ -42,9 +42,12 @@ struct BlockScales {
     group_rows = std::max<int64_t>(1, m.group_rows);
   }
   static int64_t floats(const fk_matrix &m) { return (m.k + kColumns - 1) / kColumns; }
+  // Of `rows` weight rows; row after row.
   void read(int64_t row, int64_t rows, float *to) const {
-    for (int64_t r = 0; r < rows; ++r) read_row(row + r, to + r * floats(m));
+    for (int64_t r = 0; r < rows; ++r) read_row(row + r, to + r * units);
   }
+
+ private:
   void read_row(int64_t row, float *to) const {
     const void *scales = m.scales;
     if (m.scales_upper && row >= m.n / 2) {
@@ -137,7 +140,9 @@ struct Fp8Engine {
         repeat<2 * R>([&](auto i) FK_INLINE {
           constexpr int r = i % R, v = i / R;
           vf in = load<vf>(x[r] + x_at + v * 4 * L);
-          keep_in_register(in);
+#if defined(__x86_64__)
+          asm("" : "+x"(in));  // loaded once: the loop is bound by loads
+#endif
           repeat<C>([&](auto c) FK_INLINE { acc[r * C + c] += in * w[2 * c + v]; });
         });
       }
@@ -169,7 +174,7 @@ struct Fp8PairsEngine {
   static constexpr int kUnitBytes = kIsTile ? 2 * kUnit : kUnit;
   static constexpr int kInputBytes = kBlocks * Pairs::kInputBytes;
   static constexpr int kMaxRows = 6, kMaxStreamRows = kIsTile ? kMaxRows : 4;
-  static constexpr int kColumns = 2, kColumns1 = 4, kColumns2 = 2;
+  static constexpr int kColumns = 2, kColumns1 = 4, kColumns2 = kColumns;
   using Scales = BlockScales<kUnit, 1>;
   using Tile = std::conditional_t<kIsTile, void, Fp8PairsEngine<kIsSplit, kUnit, true>>;
   static constexpr int kTileUnitBytes = 2 * kUnit;
