@@ -6,15 +6,11 @@ admitted below a budget may end above it; the next one is refused until the peri
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-Period = Literal["day", "month"]
-Unit = Literal["inputTokens", "outputTokens", "money"]
-PERIODS: tuple[Period, ...] = ("day", "month")
-UNITS: tuple[Unit, ...] = ("inputTokens", "outputTokens", "money")
+from faasmoe_contracts.tenant_usage import PERIODS, Period, TenantUsage, Unit, period_end_s
+
 MILLION = 1_000_000
 
 
@@ -58,85 +54,6 @@ class Prices:
         """Return the price of tokens."""
         total = input_tokens * self.input_per_million + output_tokens * self.output_per_million
         return total / MILLION
-
-
-@dataclass(slots=True)
-class Usage:
-    """What was used.
-
-    Attributes:
-        requests: requests that got an answer.
-        input_tokens: tokens of prompts.
-        output_tokens: tokens generated.
-        money: their price.
-    """
-
-    requests: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    money: float = 0.0
-
-    def add(self, other: Usage) -> None:
-        """Add what was used elsewhere."""
-        self.requests += other.requests
-        self.input_tokens += other.input_tokens
-        self.output_tokens += other.output_tokens
-        self.money += other.money
-
-    def amount(self, unit: Unit) -> float:
-        """Return how much of a unit was used."""
-        amounts: Mapping[Unit, float] = {
-            "inputTokens": self.input_tokens,
-            "outputTokens": self.output_tokens,
-            "money": self.money,
-        }
-        return amounts[unit]
-
-
-def day_of(time_s: float) -> str:
-    """Return the day of a time in seconds since the epoch, as 2026-11-29."""
-    return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%d")
-
-
-def period_name(time_s: float, period: Period) -> str:
-    """Return the day or the month of a time, as 2026-11-29 or 2026-11."""
-    return day_of(time_s) if period == "day" else day_of(time_s)[:7]
-
-
-def period_end_s(time_s: float, period: Period) -> float:
-    """Return when the period of a time ends, in seconds since the epoch."""
-    start = datetime.fromtimestamp(time_s, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    if period == "day":
-        return (start + timedelta(days=1)).timestamp()
-    return (start.replace(day=1) + timedelta(days=32)).replace(day=1).timestamp()
-
-
-@dataclass(slots=True)
-class TenantUsage:
-    """A tenant's usage by day and model.
-
-    Attributes:
-        days: usage by day and model.
-    """
-
-    days: dict[str, dict[str, Usage]] = field(default_factory=dict)
-
-    def add(self, time_s: float, model: str, usage: Usage) -> None:
-        """Count usage of a model."""
-        self.days.setdefault(day_of(time_s), {}).setdefault(model, Usage()).add(usage)
-
-    def in_period(self, time_s: float, period: Period) -> Usage:
-        """Return the usage of the period of a time, over all models."""
-        name, total = period_name(time_s, period), Usage()
-        for day, models in self.days.items():
-            if day.startswith(name):
-                for usage in models.values():
-                    total.add(usage)
-        return total
-
-    def drop_before(self, day: str) -> None:
-        """Forget what was used before a day."""
-        self.days = {name: models for name, models in self.days.items() if name >= day}
 
 
 @dataclass(frozen=True, slots=True)

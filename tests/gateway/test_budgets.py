@@ -8,16 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faasmoe_gateway.budgets import (
-    Budget,
-    Prices,
+from faasmoe_contracts.tenant_usage import (
     TenantUsage,
     Usage,
-    budget_states,
+    dump_usage,
+    load_usage,
     period_end_s,
     period_name,
-    reached_budget,
 )
+from faasmoe_gateway.budgets import Budget, Prices, budget_states, reached_budget
 
 
 def at(text: str) -> float:
@@ -86,3 +85,17 @@ def test_periods_follow_each_other(time_s: float, period: str) -> None:
     assert end_s > time_s
     assert period_name(end_s - 1, period) == period_name(time_s, period)  # type: ignore[arg-type]
     assert period_name(end_s, period) > period_name(time_s, period)  # type: ignore[arg-type]
+
+
+def test_usage_survives_in_its_file() -> None:
+    usage = TenantUsage()
+    usage.add(NOON, "m", Usage(1, 2, 3, 0.5))
+    usages, currencies = load_usage(dump_usage({"acme": usage}, {"acme": "EUR"}))
+    assert usages["acme"].days == usage.days
+    assert currencies == {"acme": "EUR"}
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"tenants": {"a": 1}}'])
+def test_other_content_is_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match=r"Expecting value|got no usage of tenants"):
+        load_usage(content)

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION
 from faasmoe_router.api.errors import ApiError, body_too_large, from_router_error, internal_error
 from faasmoe_router.api.openapi import UNAUTHENTICATED_PATHS
-from faasmoe_router.api.resumption import is_resumed
+from faasmoe_router.api.resumption import get_front_tenant, is_resumed
 from faasmoe_router.errors import RateLimitExceeded
 from faasmoe_router.tenants.service import ANONYMOUS, Caller
 
@@ -127,6 +127,9 @@ class Authenticator(Protocol):
     def authenticate(self, tenant: str | None, api_key: str) -> Caller | None:
         """Return the owner of a key; None if the key is invalid or not of `tenant`, if given."""
 
+    def caller(self, tenant: str) -> Caller | None:
+        """Return the caller of a tenant whose key was verified; None if there is no such tenant."""
+
     def count_request(self, caller: Caller) -> None:
         """Count a request against its caller's limit; raises RateLimitExceeded."""
 
@@ -144,7 +147,11 @@ class AuthMiddleware:
             await self._app(scope, receive, send)
             return
         tenant, path = _split_tenant_path(scope["path"])
-        caller = self._authenticator.authenticate(tenant, _bearer_token(Headers(scope=scope)))
+        if (verified := get_front_tenant(scope)) is not None:
+            caller = self._authenticator.caller(verified)
+        else:
+            key = _bearer_token(Headers(scope=scope))
+            caller = self._authenticator.authenticate(tenant, key)
         if caller is None:
             await _invalid_api_key().response()(scope, receive, send)
             return
