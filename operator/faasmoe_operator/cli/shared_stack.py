@@ -1,0 +1,199 @@
+"""The processes of `faasmoe up` with several models: those of each model, and one gateway.
+
+Each model has a zygote, a control process and a router of its own, which cannot reach each other's
+sandboxes; the gateway chooses the router by the request's `model`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Never
+
+from faasmoe_contracts.store import Manifest
+from faasmoe_operator.api.v1alpha1.tenants_file import TENANTS_FILE_NAME, build_tenants_file
+from faasmoe_operator.cli import control, gateway, router
+from faasmoe_operator.cli.deployment import Deployment
+from faasmoe_operator.cli.local_stack import (
+    ROUTER_SOCKET_NAME,
+    SINGLE_TENANT,
+    ClientAccess,
+    StackSpec,
+    supervised_control,
+    supervised_router,
+    supervised_zygote,
+    write_keys,
+    write_private,
+)
+from faasmoe_operator.cli.logs import LogSinks, print_progress
+from faasmoe_operator.cli.supervisor import SupervisedChild, supervised
+from faasmoe_operator.control.local_model import LocalModel
+
+GATEWAY_FILE_NAME = "gateway.json"
+DEFAULT_MODEL_LEN = 8192  # of a router whose model has a longer context
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSpec:
+    """Configuration of the processes.
+
+    Attributes:
+        deployment: models and tenants.
+        specs: the processes of each model, by its name.
+        max_model_lens: tokens of a prompt and its completion, by model.
+        endpoint: address on which the gateway listens.
+        access: who may call it, beside the tenants.
+        folder: private runtime folder of the gateway.
+        keep_alive_s: how long unused connections of clients are kept; None for the default.
+    """
+
+    deployment: Deployment
+    specs: Mapping[str, StackSpec]
+    max_model_lens: Mapping[str, int]
+    endpoint: router.Endpoint
+    access: ClientAccess
+    folder: Path
+    keep_alive_s: float | None
+
+    @property
+    def cors_origins(self) -> tuple[str, ...]:
+        """Origins of web pages that may call the API."""
+        origins = [*self.access.cors_origins]
+        for local in self.deployment.models.values():
+            origins += local.model.spec.router.cors_origins
+        return tuple(dict.fromkeys(origins))
+
+    def router_socket(self, model: str) -> Path:
+        """Return the socket of a model's router."""
+        return self.specs[model].folder / ROUTER_SOCKET_NAME
+
+
+@dataclass(frozen=True, slots=True)
+class SharedProcesses:
+    """The running processes.
+
+    Attributes:
+        routers: the router of each model; not restarted until `has_started` is set.
+        children: all of them by name.
+        failures: one task per process; it raises CommandError once the process is not restarted.
+    """
+
+    routers: Mapping[str, SupervisedChild]
+    children: Mapping[str, SupervisedChild]
+    failures: tuple[asyncio.Task[Never], ...]
+
+    @property
+    def pids(self) -> dict[str, int | None]:
+        """Process ids by name; None while a process is being restarted."""
+        return {name: child.pid for name, child in self.children.items()}
+
+
+def max_model_len(local: LocalModel, manifest: Manifest) -> int:
+    """Return the tokens of a prompt and its completion that a model's router takes."""
+    context = min(manifest.model.max_position_embeddings, DEFAULT_MODEL_LEN)
+    return local.model.spec.router.max_model_len or context
+
+
+def with_api_keys(deployment: Deployment, access: ClientAccess, folder: Path) -> Deployment:
+    """Return the deployment with a tenant that has the keys of the command line, if any."""
+    if not access.api_keys:
+        return deployment
+    return deployment.with_key_tenant(SINGLE_TENANT, write_keys(folder, access.api_keys))
+
+
+@asynccontextmanager
+async def running_shared_stack(spec: SharedSpec, logs: LogSinks) -> AsyncIterator[SharedProcesses]:
+    """Run all processes; the gateway stops first, so that its last requests can finish."""
+    front_token = secrets.token_urlsafe(32)
+    children: dict[str, SupervisedChild] = {}
+    routers: dict[str, SupervisedChild] = {}
+    failures: list[asyncio.Task[Never]] = []
+    async with AsyncExitStack() as stack:
+        for name, model_spec in spec.specs.items():
+            behind = router.RouterSocket(spec.router_socket(name), front_token)
+            contexts = {
+                "zygote": supervised_zygote(
+                    model_spec, logs.sink(f"{name}-sandboxes"), name=f"zygote of {name}"
+                ),
+                "control": supervised_control(
+                    model_spec, logs.sink(f"{name}-control"), name=f"control process of {name}"
+                ),
+                "router": supervised_router(
+                    model_spec,
+                    logs.sink(f"{name}-router"),
+                    tenants_file=_write_tenants_file(spec, name),
+                    behind=behind,
+                    name=f"router of {name}",
+                ),
+            }
+            for kind, context in contexts.items():
+                child, failure = await stack.enter_async_context(context)
+                children[f"{kind} of {name}"] = child
+                failures.append(failure)
+            routers[name] = children[f"router of {name}"]
+        listener = spec.endpoint.listen()
+        stack.callback(listener.close)
+        sockets = {name: spec.router_socket(name) for name in spec.specs}
+        file = spec.folder / GATEWAY_FILE_NAME
+        content = spec.deployment.gateway_file(sockets, spec.max_model_lens).dumps()
+        write_private(file, content.decode())
+        child, failure = await stack.enter_async_context(
+            supervised(
+                "gateway",
+                gateway.COMMAND,
+                environment=gateway.shared_environment(
+                    file,
+                    spec.endpoint,
+                    front_token=front_token,
+                    state_path=spec.deployment.state_path,
+                    listen_fd=listener.fileno(),
+                    cors_origins=spec.cors_origins,
+                    keep_alive_s=spec.keep_alive_s,
+                ),
+                log=logs.sink("gateway"),
+                grace_s=gateway.GRACE_S,
+                pass_fds=(listener.fileno(),),
+            )
+        )
+        failures.append(failure)
+        stack.callback(listener.close)  # before the gateway stops, which then refuses clients
+        yield SharedProcesses(routers, {"gateway": child, **children}, tuple(failures))
+
+
+async def wait_until_healthy(spec: SharedSpec, processes: SharedProcesses, name: str) -> None:
+    """Wait until the control process and the router of a model are healthy."""
+    await control.wait_until_healthy(spec.specs[name].port.url)
+    await router.wait_until_healthy(
+        spec.endpoint,
+        progress=lambda message: print_progress(f"{name}: {message}"),
+        socket_path=spec.router_socket(name),
+    )
+    processes.routers[name].has_started = True
+
+
+def router_model(local: LocalModel) -> LocalModel:
+    """Return the model as its router is told: what the gateway does for all is not its concern."""
+    router_spec = local.model.spec.router.model_copy(update={"cors_origins": ()})
+    spec = local.model.spec.model_copy(update={"router": router_spec})
+    return replace(local, model=local.model.model_copy(update={"spec": spec}))
+
+
+def _write_tenants_file(spec: SharedSpec, name: str) -> Path | None:
+    """Write the tenants file of a model's router; None if everyone may use every model."""
+    tenants = spec.deployment.tenants_of(name)
+    if not tenants:
+        return None
+    local = spec.deployment.models[name]
+    short_forms = tuple(tenant for tenant, _ in tenants)
+    model_spec = local.model.spec.model_copy(update={"tenants": short_forms})
+    model = local.model.model_copy(update={"spec": model_spec})
+    keys = {tenant.name: path for tenant, path in tenants}
+    document = build_tenants_file(model, lambda tenant: str(keys[tenant.name]))
+    path = spec.specs[name].folder / TENANTS_FILE_NAME
+    write_private(path, json.dumps(document, indent=2))
+    return path
