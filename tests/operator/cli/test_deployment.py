@@ -29,8 +29,7 @@ def write_tenant(folder: Path, name: str, spec: str, *, keys: tuple[str, ...] = 
         (keys_folder / key).write_text(f"{name}-{key}")
     file = folder / f"tenant-{name}.yaml"
     file.write_text(
-        f"{HEAD}kind: Tenant\nmetadata: {{name: {name}}}\n"
-        f"spec:\n  apiKeysPath: keys/{name}\n{spec}"
+        f"{HEAD}kind: Tenant\nmetadata: {{name: {name}}}\nspec:\n  apiKeysPath: keys/{name}\n{spec}"
     )
     return file
 
