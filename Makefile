@@ -17,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-prepare bench-reconcile bench-start attack chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-prepare bench-reconcile bench-start attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -60,8 +60,8 @@ demo: $(STAMP) ## Build and serve the demo model, chat with it and stop (SERVE=1
 test: $(STAMP) ## Run test-emulated and test-main, both even if one fails
 	status=0; $(MAKE) test-emulated || status=$$?; $(MAKE) test-main || status=$$?; exit $$status
 
-test-main: $(STAMP) ## Run all tests except those marked slow, gpu or cluster
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not cluster"
+test-main: $(STAMP) ## Run all tests except those marked slow, gpu, cluster or browser
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not cluster and not browser"
 
 test-emulated: $(STAMP) ## Run the GPU tests on an emulated device (tests/integration/emulated)
 	EMULATED_CUDA=1 $(BIN)/python -m pytest $(PARALLEL) -m gpu tests/gpu
@@ -82,8 +82,17 @@ test-vllm: $(STAMP) $(CLIENTS)/.installed ## Run vLLM's own HTTP tests (SDIST=FO
 	$(BIN)/faasmoe demo-model $(DEMO)-model
 	FAASMOE_PYTHON=$(BIN)/python $(CLIENTS)/bin/python tests/clients/vllm_suite.py $(SDIST) $(DEMO)-model $(ARGS)
 
+BROWSER := .venv-browser
+$(BROWSER)/.installed: tests/browser/requirements.txt tests/browser/package.json
+	$(PYTHON) -m pip install --quiet --target $(BROWSER) --upgrade -r tests/browser/requirements.txt
+	npm install --prefix tests/browser --no-audit --no-fund --silent
+	touch $@
+
+test-browser: $(STAMP) $(BROWSER)/.installed ## Open the live page in Chromium (Debian's chromium and chromium-driver, npm)
+	PYTHONPATH=$(BROWSER) $(BIN)/python -m pytest -m browser -W default tests/browser
+
 test-slow: $(STAMP) ## Run the tests marked slow
-	$(BIN)/python -m pytest -m "slow and not gpu and not cluster"
+	$(BIN)/python -m pytest -m "slow and not gpu and not cluster and not browser"
 
 test-cluster: $(STAMP) ## Run the operator's tests against the API server of KUBECONFIG
 	$(BIN)/python -m pytest -m cluster tests/cluster

@@ -23,7 +23,7 @@ from faasmoe_gateway.app import GatewayApp
 from faasmoe_gateway.config import GatewayConfig, GatewayConfigError
 from faasmoe_gateway.connections import ConnectionLimits, descriptor_limited
 from faasmoe_gateway.front import Front
-from faasmoe_gateway.relay import RouterAddress
+from faasmoe_gateway.relay import PROBE_HOLD_S, RouterAddress
 from faasmoe_gateway.server import Server, inherited_listeners
 from faasmoe_gateway.tenant_directory import TenantDirectory
 
@@ -70,7 +70,10 @@ def _make_app(config: GatewayConfig) -> GatewayApp | Front:
     if config.gateway_file is None:
         assert config.router_socket is not None
         router = RouterAddress(config.router_socket, config.front_token, config.hold_timeout_s)
-        return GatewayApp(router)
+        page = None
+        if config.page_socket is not None:
+            page = RouterAddress(config.page_socket, "", PROBE_HOLD_S)
+        return GatewayApp(router, page=page)
     file = GatewayFile.loads(config.gateway_file.read_bytes())
     usage = None if config.state_dir is None else config.state_dir / USAGE_FILE_NAME
     return Front(

@@ -10,6 +10,7 @@ from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION
 from faasmoe_gateway.held_request import ClientGone, HeldRequest, HoldBudget
 from faasmoe_gateway.relay import (
     MESSAGES_PATH,
+    PAGE_PATH,
     ClientResponse,
     Relay,
     RouterAddress,
@@ -22,11 +23,19 @@ class GatewayApp:
 
     Args:
         router: where the router is.
+        page: where the live page is; None for none.
         budget: bounds what all requests hold.
     """
 
-    def __init__(self, router: RouterAddress, budget: HoldBudget | None = None) -> None:
+    def __init__(
+        self,
+        router: RouterAddress,
+        budget: HoldBudget | None = None,
+        *,
+        page: RouterAddress | None = None,
+    ) -> None:
         self._router = router
+        self._page = page
         self._budget = budget or HoldBudget()
         self._waiting = WaitingRequests()
         self._running: set[asyncio.Task[None]] = set()
@@ -40,7 +49,7 @@ class GatewayApp:
         request = HeldRequest(scope, receive, self._budget)
         is_messages = scope["raw_path"].endswith(MESSAGES_PATH)
         client = ClientResponse(send, is_messages=is_messages)
-        relay = Relay(request, client, self._router, self._waiting)
+        relay = Relay(request, client, self._upstream(scope["raw_path"]), self._waiting)
         task = asyncio.create_task(relay.run())
         self._running.add(task)
         try:
@@ -54,6 +63,11 @@ class GatewayApp:
         mark_known = scope.get("extensions", {}).get(KNOWN_CLIENT_EXTENSION)
         if mark_known is not None and relay.is_authenticated:
             mark_known()
+
+    def _upstream(self, path: bytes) -> RouterAddress:
+        """Return who answers a path."""
+        is_page = path == PAGE_PATH or path.startswith(PAGE_PATH + b"/")
+        return self._page if is_page and self._page is not None else self._router
 
     def abort_running(self) -> None:
         """End every response with an error, because the server is shutting down."""

@@ -28,6 +28,7 @@ class GatewayConfig:
         gateway_file: models and tenants; None with one router, which has the tenants.
         state_dir: folder of the tenants' usage; None keeps it in memory.
         cors_origins: origins of web pages that may call the API, with a gateway file.
+        page_socket: Unix socket of the live page, with one router; None for none.
         host: address to listen on.
         port: port to listen on.
         listen_fd: descriptor of an inherited socket that listens there; None opens one.
@@ -43,6 +44,7 @@ class GatewayConfig:
     gateway_file: Path | None = None
     state_dir: Path | None = None
     cors_origins: tuple[str, ...] = ()
+    page_socket: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     listen_fd: int | None = None
@@ -65,6 +67,7 @@ class GatewayConfig:
             gateway_file=gateway_file,
             state_dir=_read(env, "STATE_DIR", Path, None),
             cors_origins=_read(env, "CORS_ORIGINS", _origins, ()),
+            page_socket=_read(env, "PAGE_SOCKET", Path, None),
             host=env.get(f"{PREFIX}HOST") or cls.host,
             port=_read(env, "PORT", integer_between(0, 65535), cls.port),
             listen_fd=_read(env, "LISTEN_FD", integer_between(0, 1 << 20), None),

@@ -42,6 +42,7 @@ COMMENT_S = 15.0
 COMMENT_FRAME = b": waiting\n\n"
 MAX_HELD_REQUESTS = 1024
 MESSAGES_PATH = b"/v1/messages"
+PAGE_PATH = b"/ui"
 RETRYABLE = (429, 503)
 _DROPPED_HEADERS = frozenset(
     (
@@ -314,11 +315,12 @@ class Relay:
         """
         buffered, size = [], 0
         parts = connection.parts()
-        async for part in parts:
-            buffered.append(part)
-            size += len(part)
-            if size > MAX_BUFFERED_BYTES:
-                break
+        if not head.is_event_stream:
+            async for part in parts:
+                buffered.append(part)
+                size += len(part)
+                if size > MAX_BUFFERED_BYTES:
+                    break
         await self._client.start(head)
         await self._client.write(b"".join(buffered))
         async for part in parts:

@@ -43,6 +43,11 @@ class ResponseHead:
         """Whether the body is records of a stream."""
         return any(name == RECORDS_HEADER.encode() for name, _ in self.headers)
 
+    @property
+    def is_event_stream(self) -> bool:
+        """Whether the body is server-sent events."""
+        return any(h[0] == b"content-type" and h[1] == b"text/event-stream" for h in self.headers)
+
 
 class RouterConnection:
     """A connection for one request.

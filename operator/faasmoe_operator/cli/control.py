@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,12 @@ class StackSecrets:
 
 
 def environment(
-    file: Path, *, zygote_socket: Path, port: ReservedControlPort, secrets: StackSecrets
+    file: Path,
+    *,
+    zygote_socket: Path,
+    port: ReservedControlPort,
+    secrets: StackSecrets,
+    page_variables: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return the complete environment of the control process.
 
@@ -84,6 +90,7 @@ def environment(
         zygote_socket: Unix socket of the zygote.
         port: port of the control API.
         secrets: token and function key.
+        page_variables: settings of the live page; None serves none.
     """
     return {
         **os.environ,
@@ -93,6 +100,7 @@ def environment(
         "FAASMOE_CONTROL_PORT": str(port.number),
         "FAASMOE_TOKEN": secrets.token,
         "FAASMOE_FUNCTION_KEY": secrets.function_key,
+        **(page_variables or {}),
     }
 
 

@@ -20,6 +20,7 @@ def environment(
     router: RouterSocket,
     *,
     listen_fd: int,
+    page_socket: Path | None = None,
     keep_alive_s: float | None = None,
 ) -> dict[str, str]:
     """Return the complete environment of the gateway of one router.
@@ -28,6 +29,7 @@ def environment(
         deployment: the model to serve.
         endpoint: address to listen on.
         router: the router behind it.
+        page_socket: Unix socket of the live page; None for none.
         listen_fd: descriptor of a socket that listens on `endpoint`.
         keep_alive_s: how long unused connections are kept; None for the spec's, or the default.
     """
@@ -39,6 +41,7 @@ def environment(
             "PORT": endpoint.port,
             "LISTEN_FD": listen_fd,
             "ROUTER_SOCKET": router.path,
+            "PAGE_SOCKET": page_socket,
             "FRONT_TOKEN": router.front_token,
             "KEEP_ALIVE": keep_alive_s,
         }

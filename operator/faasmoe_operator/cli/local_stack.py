@@ -22,8 +22,9 @@ from typing import Never
 from faasmoe_operator.api.v1alpha1 import MoEModel
 from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
 from faasmoe_operator.api.v1alpha1.tenants_file import TENANTS_FILE_NAME, build_tenants_file
-from faasmoe_operator.cli import control, gateway, router
+from faasmoe_operator.cli import control, gateway, live_page, router
 from faasmoe_operator.cli.control import ReservedControlPort, StackSecrets
+from faasmoe_operator.cli.live_page import LivePageOptions
 from faasmoe_operator.cli.logs import LogSinks
 from faasmoe_operator.cli.runtime_dir import LocalInstance
 from faasmoe_operator.cli.supervisor import SupervisedChild, supervised
@@ -79,6 +80,7 @@ class StackSpec:
         secrets: secrets shared by the processes.
         keep_alive_s: how long unused connections of clients are kept; None for the default.
         has_gateway: whether clients talk to a gateway.
+        live_page: the page that it forwards to; None for none.
     """
 
     deployment: LocalModel
@@ -89,6 +91,7 @@ class StackSpec:
     secrets: StackSecrets
     keep_alive_s: float | None = None
     has_gateway: bool = False
+    live_page: LivePageOptions | None = None
 
     @classmethod
     def create(
@@ -101,11 +104,20 @@ class StackSpec:
         port: ReservedControlPort,
         keep_alive_s: float | None = None,
         has_gateway: bool = False,
+        live_page: LivePageOptions | None = None,
     ) -> StackSpec:
         """Return a configuration with newly generated secrets."""
         secret_values = StackSecrets(secrets.token_urlsafe(32), secrets.token_hex(32))
         return cls(
-            deployment, endpoint, access, folder, port, secret_values, keep_alive_s, has_gateway
+            deployment,
+            endpoint,
+            access,
+            folder,
+            port,
+            secret_values,
+            keep_alive_s,
+            has_gateway,
+            live_page,
         )
 
     @property
@@ -207,6 +219,9 @@ def supervised_control(
             zygote_socket=spec.folder / SOCKET_NAME,
             port=spec.port,
             secrets=spec.secrets,
+            page_variables=(
+                spec.live_page.control_variables(spec.folder) if spec.live_page else None
+            ),
         ),
         log=log,
         grace_s=control.GRACE_S,
@@ -277,6 +292,7 @@ def _supervised_gateway(
             spec.deployment,
             spec.endpoint,
             behind,
+            page_socket=spec.folder / live_page.SOCKET_NAME if spec.live_page else None,
             listen_fd=listener.fileno(),
             keep_alive_s=spec.keep_alive_s,
         ),

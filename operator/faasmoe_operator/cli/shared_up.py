@@ -97,6 +97,8 @@ def _holds_several(files: list[Path]) -> bool:
 
 def _check_options(arguments: argparse.Namespace) -> None:
     options = model_arguments.given_options(arguments)
+    if arguments.live_page or arguments.live_page_key:
+        options.append("--live-page")
     if not arguments.gateway:
         options.append("--no-gateway")
     if options:

@@ -27,7 +27,7 @@ from faasmoe_kernels import describe_cpu_kernels
 from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.api.v1alpha1.patterns import CORS_ORIGIN, DESCRIPTIONS
 from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
-from faasmoe_operator.cli import child_process, control, model_arguments, router
+from faasmoe_operator.cli import child_process, control, live_page, model_arguments, router
 from faasmoe_operator.cli.checkpoint import prepare_command
 from faasmoe_operator.cli.formatting import format_bytes, format_table
 from faasmoe_operator.cli.local_stack import ClientAccess, StackProcesses, StackSpec, running_stack
@@ -74,6 +74,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     model_arguments.add_store_options(parser.add_argument_group("weights"))
     functions = parser.add_argument_group("functions")
     model_arguments.add_granularity(functions)
+    live_page.add_options(parser.add_argument_group("live page"))
     _add_process_options(parser.add_argument_group("processes"))
     parser.set_defaults(run=run)
     return parser
@@ -172,6 +173,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_progress(warning)
     access = ClientAccess(tuple(arguments.api_key), tuple(arguments.cors_origin))
     access.check(deployment)
+    page = live_page.live_page_options(arguments)
     endpoint = router.Endpoint(arguments.host, arguments.port)
     endpoint.check_free()
     if requested.cached is not None:
@@ -187,6 +189,7 @@ def run(arguments: argparse.Namespace) -> int:
                     skip_verify=arguments.skip_verify,
                     keep_alive_s=arguments.keep_alive,
                     has_gateway=arguments.gateway,
+                    page=page,
                 )
             )
         )
@@ -201,6 +204,7 @@ async def _prepare_and_serve(
     skip_verify: bool,
     keep_alive_s: float | None,
     has_gateway: bool,
+    page: live_page.LivePageOptions | None,
 ) -> int:
     deployment = requested.deployment
     await check_devices(deployment)
@@ -223,6 +227,7 @@ async def _prepare_and_serve(
             port=port,
             keep_alive_s=keep_alive_s,
             has_gateway=has_gateway,
+            live_page=page,
         )
         register_instance(spec.instance, folder)
         print_progress(f"CPU kernels: {describe_cpu_kernels()}")
@@ -394,6 +399,7 @@ async def _print_summary(
         pids=processes.pids,
         tenants=[tenant.name for tenant in spec.deployment.model.spec.tenants],
         served_model_name=spec.deployment.served_model_name,
+        has_live_page=spec.live_page is not None,
     )
     serving.set()  # before printing: a reader of the summary may send a signal immediately
     print(text, flush=True)
@@ -407,6 +413,7 @@ def format_summary(
     pids: Mapping[str, int | None],
     tenants: Sequence[str] = (),
     served_model_name: str | None = None,
+    has_live_page: bool = False,
 ) -> str:
     """Return endpoints and memory (PSS) of the running processes as text.
 
@@ -417,6 +424,7 @@ def format_summary(
         pids: process ids of all processes except sandboxes, by name.
         tenants: names of the tenants; empty if the model is open to everyone.
         served_model_name: the name that requests give; None for the model's own.
+        has_live_page: whether the live page is served.
     """
     functions, sandboxes = status["functions"], status["sandboxes"]
     n_active = sum(function["ready"] > 0 for function in functions)
@@ -434,6 +442,7 @@ def format_summary(
             *(f"  tenant           {name}: {url}/{name}/v1" for name in tenants),
             f"  model            {served_model_name or status['model']}",
             f"  control          {control_url}  (faasmoe top)",
+            *([f"  live page        {url}{live_page.PAGE_PATH}"] if has_live_page else []),
             "",
             format_table(PROCESS_HEADER, rows),
             f"memory of all processes, shared pages counted once: {format_bytes(total)}",

@@ -36,6 +36,9 @@ class ControlConfig(EnvSettings):
             environment hexadecimal.
         control_host: address to listen on.
         control_port: port to listen on.
+        page_socket: Unix socket on which the live page is served; None serves none.
+        page_key: bearer token that the page's data require; empty for loopback alone.
+        page_min_tokens: tokens that sums over single functions hold at least before they are shown.
     """
 
     PREFIX: ClassVar[str] = "FAASMOE_"
@@ -48,3 +51,6 @@ class ControlConfig(EnvSettings):
     )
     control_host: str = "127.0.0.1"
     control_port: Annotated[int, BeforeValidator(integer_between(1, 65535))] = 8090
+    page_socket: Path | None = Field(None, description="the path of a socket")
+    page_key: str = Field("", repr=False, description="a token")
+    page_min_tokens: Annotated[int, BeforeValidator(integer_between(1, 1 << 20))] = 256

@@ -22,6 +22,7 @@ from faasmoe_operator.control.autoscalers import FunctionAutoscalers, ReplicaCha
 from faasmoe_operator.control.executor import ActionExecutor, ExecutorContext
 from faasmoe_operator.control.fleet import Fleet
 from faasmoe_operator.control.function_stats import FunctionStats
+from faasmoe_operator.control.live import ModelActivity, PrivacySettings
 from faasmoe_operator.control.load_reports import LoadReports
 from faasmoe_operator.control.metrics import ControlPlaneMetrics
 from faasmoe_operator.control.model import ControlledModel
@@ -85,6 +86,7 @@ class Controller:
         popularity: decayed row counts of an earlier run, by `ManagedFunction.stable_key`.
         usage_ledger: the tenants' usage of an earlier run.
         metrics: metrics of an earlier run, whose counters go on; None starts at zero.
+        privacy: how much of single functions is shown on the live page.
         clock: monotonic time in seconds.
     """
 
@@ -98,6 +100,7 @@ class Controller:
         popularity: Mapping[str, float] | None = None,
         usage_ledger: UsageLedger | None = None,
         metrics: ControlPlaneMetrics | None = None,
+        privacy: PrivacySettings | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         now = clock()
@@ -113,6 +116,9 @@ class Controller:
         self.usage_ledger = UsageLedger(time.time()) if usage_ledger is None else usage_ledger
         self.usage_changed = ChangeNotifier()
         self.function_stats = FunctionStats(model.functions, rows=popularity, now=now)
+        self.activity = ModelActivity(
+            model.functions, rows_per_token=model.rows_per_token, now=now, settings=privacy
+        )
         self.autoscalers = FunctionAutoscalers(
             tuple(model.functions.values()), observed=None, now=now
         )
@@ -203,6 +209,7 @@ class Controller:
         if self.load_reports.add(report, now=now):
             self._bump_revision()
         self.function_stats.add_load_report(report, now=now)
+        self.activity.add_load_report(report)
         if report.has_load:
             self._ticker.notify()
 
@@ -250,8 +257,16 @@ class Controller:
 
     def publish(self) -> None:
         """Publish the addresses of all attached functions in the routing table."""
+        now = self.clock()
         self.routing_table.publish(self.fleet.addresses())
-        self._record_activations(self.clock())
+        self._record_activations(now)
+        desired = {name: self.autoscalers.desired(name) for name in self.model.functions}
+        self.activity.observe(
+            ready=self.fleet.ready_replicas(),
+            desired={name: count for name, count in desired.items() if count},
+            sandboxes=(record.sandbox.id for record in self.fleet.sandboxes),
+            now=now,
+        )
         self._bump_revision()
 
     def tick(self) -> None:
@@ -329,6 +344,7 @@ class Controller:
             for name in waiting
             if name in ready
         ]
+        self.activity.add_activations(times, now=now)
         for waited_s in times:
             self.metrics.activations.labels("ready").inc()
             self.metrics.cold_start_seconds.observe(waited_s or 0.0)

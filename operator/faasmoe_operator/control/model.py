@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class ControlledModel:
         template: template of new sandboxes.
         warm_pool: number of empty sandboxes to keep ready.
         memory_limit_bytes: memory limit of all attached functions together; None for no limit.
+        rows_per_token: most rows that one token adds to the calls of all functions together.
     """
 
     name: str
@@ -49,6 +51,7 @@ class ControlledModel:
     template: SandboxTemplate
     warm_pool: int
     memory_limit_bytes: int | None = None
+    rows_per_token: int = 1
 
     @classmethod
     def from_local_model(cls, local_model: LocalModel, *, key: bytes) -> ControlledModel:
@@ -71,6 +74,7 @@ class ControlledModel:
             local_model.template,
             local_model.model.spec.experts.warm_pool,
             local_model.model.spec.experts.memory_bytes,
+            _rows_per_token(specs, manifest.layers),
         )
 
     @classmethod
@@ -105,6 +109,7 @@ class ControlledModel:
             template,
             model.spec.experts.warm_pool,
             model.spec.experts.memory_bytes,
+            _rows_per_token(specs, layers),
         )
 
     @property
@@ -118,3 +123,9 @@ def _managed_functions_by_id(
 ) -> dict[str, ManagedFunction]:
     functions = managed_functions(specs, layers, scaling=experts.scaling)
     return {function.id: function for function in functions}
+
+
+def _rows_per_token(specs: Sequence[FunctionSpec], layers: Sequence[LayerShape]) -> int:
+    """Return how many functions one token calls at most, counted once per layer."""
+    n_functions = Counter(layer for spec in specs for layer in spec.layers)
+    return sum(min(layer.top_k, n_functions[layer.index]) for layer in layers)

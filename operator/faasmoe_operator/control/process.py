@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from pathlib import Path
 
 from aiohttp import web
 
 from faasmoe_contracts.start_phases import StartPhases
-from faasmoe_operator.control.api import make_model_app
+from faasmoe_operator.control.api import LivePage, make_model_app
 from faasmoe_operator.control.background_tasks import BackgroundTasks
 from faasmoe_operator.control.config import ControlConfig
 from faasmoe_operator.control.controller import Controller
+from faasmoe_operator.control.live import PrivacySettings
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.sandbox_client import SandboxClient
@@ -74,9 +76,12 @@ async def _run_controller(config: ControlConfig, phases: StartPhases) -> None:
             client,
             popularity=popularity_file.read(),
             usage_ledger=usage_store.read(),
+            privacy=PrivacySettings(min_tokens=config.page_min_tokens),
         )
         await controller.start()
-        runner = await _start_api(controller, config)
+        runners = [await _start_api(controller, config)]
+        if config.page_socket is not None:
+            runners.append(await _start_page(controller, config, config.page_socket))
         phases.end("api")
         logger.info("%s", phases.describe())
         try:
@@ -87,7 +92,8 @@ async def _run_controller(config: ControlConfig, phases: StartPhases) -> None:
                 )
                 group.create_task(_make_usage_ledger_writer(controller, usage_store).run())
         finally:
-            await runner.cleanup()
+            for runner in runners:
+                await runner.cleanup()
 
 
 def _make_usage_ledger_writer(controller: Controller, store: FileUsageStore) -> UsageLedgerWriter:
@@ -108,4 +114,13 @@ async def _start_api(controller: Controller, config: ControlConfig) -> web.AppRu
     )
     await site.start()
     logger.info("control listens on %s:%d", config.control_host, config.control_port)
+    return runner
+
+
+async def _start_page(controller: Controller, config: ControlConfig, path: Path) -> web.AppRunner:
+    """Serve the live page on a Unix socket, which the gateway forwards to."""
+    page = LivePage(lambda: [(controller.model.name, controller)], key=config.page_key or None)
+    runner = web.AppRunner(page.make_app(), access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
+    await runner.setup()
+    await web.UnixSite(runner, str(path)).start()
     return runner

@@ -60,6 +60,7 @@ class OperatorConfig(EnvSettings):
         watch_namespaces: namespaces whose MoEModels the operator manages, sorted; empty for all.
         host: address that the control API listens on.
         port: port that the control API listens on.
+        page_port: port on loopback of the live page, for `kubectl port-forward`; None for none.
         control_url: URL of the control API for models' pods; by default the operator's Service.
         pod_labels: labels of the operator's pods, for NetworkPolicies.
         router_image: default image of routers and store Jobs.
@@ -80,6 +81,7 @@ class OperatorConfig(EnvSettings):
     watch_namespaces: Annotated[_Names, AfterValidator(_sort_unique)] = ()
     host: str = "0.0.0.0"
     port: Annotated[int, BeforeValidator(integer_between(1, 65535))] = 8090
+    page_port: Annotated[int, BeforeValidator(integer_between(1, 65535))] | None = None
     control_url: str = ""
     pod_labels: Annotated[dict[str, str], BeforeValidator(_parse_labels)] = DEFAULT_POD_LABELS
     router_image: str = Field(description="an image")

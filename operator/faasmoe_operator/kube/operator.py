@@ -18,7 +18,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from faasmoe_operator.control.api import make_models_app, render_models_metrics
+from faasmoe_operator.control.api import LivePage, make_models_app, render_models_metrics
 from faasmoe_operator.errors import FaasmoeError
 from faasmoe_operator.kube.api_discovery import OptionalApis
 from faasmoe_operator.kube.cache import ObjectCache
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 STATUS_DEBOUNCE_S = 0.5
+LOOPBACK = "127.0.0.1"
 RETRY_DELAY_S = 5.0
 
 Result = TypeVar("Result")
@@ -133,14 +134,21 @@ class Operator:
 
     @asynccontextmanager
     async def _serve_http(self, runtimes: RuntimeManager) -> AsyncIterator[None]:
-        """Serve the control API and health checks; they answer before the cache has synced."""
+        """Serve the control API, health checks and the live page, before the cache has synced."""
         health = HealthRoutes(self._readiness, lambda: self._metrics_text(runtimes))
         app = make_models_app(runtimes.find_controller, extra_routes=health.routes())
-        runner = await start_server(app, host=self._config.host, port=self._config.control.port)
+        config = self._config
+        runners = [await start_server(app, host=config.host, port=config.control.port)]
+        if config.page_port is not None:
+            page = LivePage(lambda: [(str(key), c) for key, c in runtimes.controllers()])
+            runners.append(
+                await start_server(page.make_app(), host=LOOPBACK, port=config.page_port)
+            )
         try:
             yield
         finally:
-            await runner.cleanup()
+            for runner in runners:
+                await runner.cleanup()
 
     @asynccontextmanager
     async def _lead(self, api: KubeClient) -> AsyncIterator[None]:

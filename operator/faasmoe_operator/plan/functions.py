@@ -29,6 +29,11 @@ class LayerShape(Protocol):
         ...
 
     @property
+    def top_k(self) -> int:
+        """Routed experts per token."""
+        ...
+
+    @property
     def expert_bytes(self) -> int:
         """Size of one expert's parameters in bytes."""
         ...

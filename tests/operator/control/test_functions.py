@@ -9,6 +9,7 @@ from faasmoe_operator.scaling import ScalingSettings
 class Layer:
     index = 0
     num_experts = 8
+    top_k = 2
     expert_bytes = 10
     shared_bytes = 3
 

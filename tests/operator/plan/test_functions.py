@@ -20,6 +20,7 @@ KEY = b"k" * 16
 class Layer:
     index: int
     num_experts: int
+    top_k: int = 2
     expert_bytes: int = 10
     shared_bytes: int = 1
 
