@@ -17,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-prepare bench-reconcile bench-start attack chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-elastic bench-fairness bench-gateway bench-paper bench-peers bench-prepare bench-reconcile bench-start attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -133,6 +133,9 @@ bench-call: $(STAMP) ## Measure the CPU time of a call beyond its products; writ
 
 bench-fairness: $(STAMP) ## Measure five quiet tenants under a flooding one; writes benchmarks/out/fairness.json
 	$(BIN)/python -m benchmarks.fairness
+
+bench-gateway: $(STAMP) ## Measure the gateway's latency, CPU time, memory and limits; writes benchmarks/out/gateway.json
+	$(BIN)/python -m benchmarks.gateway $(ARGS)
 
 bench-paper: $(STAMP) ## Run the paper's comparison on the demo model; writes benchmarks/out/paper.*
 	$(BIN)/faasmoe bench paper --output-fraction 0.5 --repeats 2 --time-limit 300
