@@ -27,6 +27,7 @@ JOURNAL_HEADER = "x-faasmoe-journal"
 RECORDS_HEADER = "x-faasmoe-records"
 TENANT_HEADER = "x-faasmoe-tenant"  # of a request: whose it is, which the front has verified
 INPUT_TOKENS_HEADER = "x-faasmoe-input-tokens"  # of a response: tokens of its prompts
+DRAINING_HEADER = "x-faasmoe-draining"  # of a refusal: the server is ending, another one may not
 OUTPUT_TOKENS_HEADER = "x-faasmoe-output-tokens"  # of a whole response: generated tokens
 EVENT = 1  # frames that a resumed stream counts
 COMMENT = 2  # frames that keep a connection, at any time

@@ -22,6 +22,7 @@ from faasmoe_gateway.accounts import Accounts
 from faasmoe_gateway.app import GatewayApp
 from faasmoe_gateway.config import GatewayConfig, GatewayConfigError
 from faasmoe_gateway.connections import ConnectionLimits, descriptor_limited
+from faasmoe_gateway.demand_reporter import DemandReporter
 from faasmoe_gateway.front import Front
 from faasmoe_gateway.relay import PROBE_HOLD_S, RouterAddress
 from faasmoe_gateway.server import Server, inherited_listeners
@@ -81,6 +82,7 @@ def _make_app(config: GatewayConfig) -> GatewayApp | Front:
         Accounts(file.tenants, usage, time.monotonic()),
         front_token=config.front_token,
         hold_timeout_s=config.hold_timeout_s,
+        demand=DemandReporter(config.demand_socket),
     )
 
 

@@ -27,6 +27,7 @@ class GatewayConfig:
         front_token: what it shows routers.
         gateway_file: models and tenants; None with one router, which has the tenants.
         state_dir: folder of the tenants' usage; None keeps it in memory.
+        demand_socket: where requests are reported, to start routers; None if they always run.
         cors_origins: origins of web pages that may call the API, with a gateway file.
         page_socket: Unix socket of the live page, with one router; None for none.
         host: address to listen on.
@@ -43,6 +44,7 @@ class GatewayConfig:
     front_token: str
     gateway_file: Path | None = None
     state_dir: Path | None = None
+    demand_socket: Path | None = None
     cors_origins: tuple[str, ...] = ()
     page_socket: Path | None = None
     host: str = "127.0.0.1"
@@ -66,6 +68,7 @@ class GatewayConfig:
             front_token=_required(env, "FRONT_TOKEN", "a secret"),
             gateway_file=gateway_file,
             state_dir=_read(env, "STATE_DIR", Path, None),
+            demand_socket=_read(env, "DEMAND_SOCKET", Path, None),
             cors_origins=_read(env, "CORS_ORIGINS", _origins, ()),
             page_socket=_read(env, "PAGE_SOCKET", Path, None),
             host=env.get(f"{PREFIX}HOST") or cls.host,

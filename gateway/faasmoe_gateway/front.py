@@ -22,6 +22,7 @@ from faasmoe_contracts.gateway_file import ModelEntry, TenantEntry, TenantModelE
 from faasmoe_contracts.tenant_usage import PERIODS
 from faasmoe_gateway.accounts import Accounts, TenantAccount
 from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION
+from faasmoe_gateway.demand_reporter import DemandReporter
 from faasmoe_gateway.held_request import ClientGone, HeldRequest, HoldBudget
 from faasmoe_gateway.limits import Hold
 from faasmoe_gateway.model_routes import ModelRoute
@@ -90,6 +91,7 @@ class Front:
         accounts: the tenants' usage, budgets and limits.
         front_token: what to show routers.
         hold_timeout_s: how long requests wait for a router that is away.
+        demand: reports requests to whoever starts routers; None if they are always there.
         budget: bounds what all requests hold.
         clock: returns monotonic seconds.
         wall_clock: returns seconds since the epoch.
@@ -102,12 +104,14 @@ class Front:
         *,
         front_token: str,
         hold_timeout_s: float,
+        demand: DemandReporter | None = None,
         budget: HoldBudget | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._directory = directory
         self._accounts = accounts
+        self._demand = demand or DemandReporter(None)
         self._budget = budget or HoldBudget()
         self._clock = clock
         self._wall_clock = wall_clock
@@ -256,7 +260,8 @@ class Front:
             client.headers |= limiter.headers(self._clock())
         n_tokens = call.max_input_tokens + call.max_output_tokens
         route = self._routes[call.model.name]
-        with route.reserve(call.affinity if generates else b"", n_tokens) as address:
+        affinity = call.affinity if generates else b""
+        with self._demand.request(call.model.name), route.reserve(affinity, n_tokens) as address:
 
             def on_head() -> None:
                 if relay.meter.input_tokens is not None:
@@ -296,7 +301,7 @@ class Front:
 
     async def _run_lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
-        jobs = [asyncio.create_task(job()) for job in (self._refresh, self._save)]
+        jobs = [asyncio.create_task(job()) for job in (self._refresh, self._save, self._demand.run)]
         await send({"type": "lifespan.startup.complete"})
         await receive()
         for job in jobs:

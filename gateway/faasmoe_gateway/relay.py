@@ -105,7 +105,7 @@ class WaitingRequests:
 
 
 class RouterBusy(Exception):
-    """The next router has no place for a stream yet."""
+    """The router is ending, or the next one has no place for a stream yet."""
 
 
 class RequestFailed(Exception):
@@ -246,6 +246,8 @@ class Relay:
         sending = asyncio.create_task(connection.send(self._request, self._router.front_token))
         try:
             head = await self._commented(_first_of(connection.read_head(), sending))
+            if head.is_draining and self._request.is_work and self._request.can_repeat:
+                raise RouterBusy
             self._status = head.status
             self.meter.read_head(head)
             self._on_head()

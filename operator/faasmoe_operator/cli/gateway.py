@@ -55,6 +55,7 @@ def shared_environment(
     front_token: str,
     state_path: Path,
     listen_fd: int,
+    demand_socket: Path | None,
     cors_origins: Sequence[str],
     keep_alive_s: float | None,
 ) -> dict[str, str]:
@@ -66,6 +67,7 @@ def shared_environment(
         front_token: what it shows the routers.
         state_path: folder of the tenants' usage.
         listen_fd: descriptor of a socket that listens on `endpoint`.
+        demand_socket: where it reports requests; None if all routers always run.
         cors_origins: origins of web pages that may call the API.
         keep_alive_s: how long unused connections are kept; None for the default.
     """
@@ -77,6 +79,7 @@ def shared_environment(
             "GATEWAY_FILE": file,
             "STATE_DIR": state_path,
             "FRONT_TOKEN": front_token,
+            "DEMAND_SOCKET": demand_socket,
             "CORS_ORIGINS": ",".join(cors_origins) or None,
             "KEEP_ALIVE": keep_alive_s,
         }

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Never
 
@@ -31,10 +32,12 @@ from faasmoe_operator.cli.local_stack import (
     write_private,
 )
 from faasmoe_operator.cli.logs import LogSinks, print_progress
+from faasmoe_operator.cli.router_scaling import ScaledRouter, demand_listener, scaled_router
 from faasmoe_operator.cli.supervisor import SupervisedChild, supervised
 from faasmoe_operator.control.local_model import LocalModel
 
 GATEWAY_FILE_NAME = "gateway.json"
+DEMAND_SOCKET_NAME = "demand.sock"
 DEFAULT_MODEL_LEN = 8192  # of a router whose model has a longer context
 
 
@@ -83,8 +86,8 @@ class SharedProcesses:
         failures: one task per process; it raises CommandError once the process is not restarted.
     """
 
-    routers: Mapping[str, SupervisedChild]
-    children: Mapping[str, SupervisedChild]
+    routers: Mapping[str, SupervisedChild | ScaledRouter]
+    children: Mapping[str, SupervisedChild | ScaledRouter]
     failures: tuple[asyncio.Task[Never], ...]
 
     @property
@@ -110,8 +113,8 @@ def with_api_keys(deployment: Deployment, access: ClientAccess, folder: Path) ->
 async def running_shared_stack(spec: SharedSpec, logs: LogSinks) -> AsyncIterator[SharedProcesses]:
     """Run all processes; the gateway stops first, so that its last requests can finish."""
     front_token = secrets.token_urlsafe(32)
-    children: dict[str, SupervisedChild] = {}
-    routers: dict[str, SupervisedChild] = {}
+    children: dict[str, SupervisedChild | ScaledRouter] = {}
+    routers: dict[str, SupervisedChild | ScaledRouter] = {}
     failures: list[asyncio.Task[Never]] = []
     async with AsyncExitStack() as stack:
         for name, model_spec in spec.specs.items():
@@ -123,22 +126,34 @@ async def running_shared_stack(spec: SharedSpec, logs: LogSinks) -> AsyncIterato
                 "control": supervised_control(
                     model_spec, logs.sink(f"{name}-control"), name=f"control process of {name}"
                 ),
-                "router": supervised_router(
-                    model_spec,
-                    logs.sink(f"{name}-router"),
-                    tenants_file=_write_tenants_file(spec, name),
-                    behind=behind,
-                    name=f"router of {name}",
-                ),
             }
             for kind, context in contexts.items():
-                child, failure = await stack.enter_async_context(context)
-                children[f"{kind} of {name}"] = child
+                children[f"{kind} of {name}"], failure = await stack.enter_async_context(context)
                 failures.append(failure)
-            routers[name] = children[f"router of {name}"]
+            start = partial(
+                supervised_router,
+                model_spec,
+                logs.sink(f"{name}-router"),
+                tenants_file=_write_tenants_file(spec, name),
+                behind=behind,
+                name=f"router of {name}",
+            )
+            scaling = spec.deployment.models[name].model.spec.router.scaling
+            if scaling is None:
+                routers[name], failure = await stack.enter_async_context(start())
+            else:
+                routers[name], failure = await stack.enter_async_context(
+                    scaled_router(scaling, start, f"the router of {name}")
+                )
+            children[f"router of {name}"] = routers[name]
+            failures.append(failure)
         listener = spec.endpoint.listen()
         stack.callback(listener.close)
         sockets = {name: spec.router_socket(name) for name in spec.specs}
+        scaled = {name: r for name, r in routers.items() if isinstance(r, ScaledRouter)}
+        demand_socket = spec.folder / DEMAND_SOCKET_NAME if scaled else None
+        if demand_socket is not None:
+            await stack.enter_async_context(demand_listener(demand_socket, scaled))
         file = spec.folder / GATEWAY_FILE_NAME
         content = spec.deployment.gateway_file(sockets, spec.max_model_lens).dumps()
         write_private(file, content.decode())
@@ -152,6 +167,7 @@ async def running_shared_stack(spec: SharedSpec, logs: LogSinks) -> AsyncIterato
                     front_token=front_token,
                     state_path=spec.deployment.state_path,
                     listen_fd=listener.fileno(),
+                    demand_socket=demand_socket,
                     cors_origins=spec.cors_origins,
                     keep_alive_s=spec.keep_alive_s,
                 ),

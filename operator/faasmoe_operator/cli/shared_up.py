@@ -84,7 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _holds_several(files: list[Path]) -> bool:
-    """Return whether -f means more than one MoEModel; what is wrong with one, `up` says."""
+    """Return whether -f needs the gateway of several models; what is wrong with one, `up` says.
+
+    That is so for several objects, and for a model whose router ends while nobody uses it.
+    """
     if not files:
         return False
     if files[0].is_dir():
@@ -92,7 +95,9 @@ def _holds_several(files: list[Path]) -> bool:
     if not files[0].is_file():
         return False
     documents = load_documents(files[0])
-    return len(documents) != 1 or not isinstance(documents[0], MoEModel)
+    if len(documents) != 1 or not isinstance(documents[0], MoEModel):
+        return True
+    return documents[0].spec.router.scaling is not None
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
