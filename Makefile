@@ -17,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-elastic bench-fairness bench-gateway bench-paper bench-peers bench-prepare bench-reconcile bench-start bench-zero attack chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-elastic bench-fairness bench-gateway bench-paper bench-peers bench-prepare bench-reconcile bench-start bench-zero attack chaos soak trace-chat clean bench-simulate
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -164,6 +164,9 @@ bench-zero: $(STAMP) ## Measure memory at whole zero and the first token from th
 
 bench-elastic: $(STAMP) ## Measure activation, time to first token and memory; writes benchmarks/out/elastic.json
 	$(BIN)/python -m benchmarks.elastic
+
+bench-simulate: $(STAMP) ## Compare simulated with measured memory and latencies (MINUTES=10); writes benchmarks/out/simulate.json
+	$(BIN)/python -m benchmarks.simulation.validate --minutes $(or $(MINUTES),10)
 
 bench-start: $(STAMP) ## Measure start to first token and stop of the demo model; writes benchmarks/out/start.json
 	$(BIN)/python -m benchmarks.start

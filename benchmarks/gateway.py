@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "integration"))
@@ -107,8 +106,8 @@ async def read_stream(client: httpx.AsyncClient, url: str) -> int:
 def cpu_seconds(up: FaasmoeUp) -> dict[str, float]:
     """Return the CPU time that router and gateway have used."""
     used = {}
-    for name in ("router", "gateway"):
-        process: psutil.Process | None = up.child_running(f"faasmoe_{name}")
+    processes = {"router": up.router, "gateway": up.child_running("faasmoe_gateway")}
+    for name, process in processes.items():
         if process is not None:
             times = process.cpu_times()
             used[name] = times.user + times.system

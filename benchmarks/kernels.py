@@ -36,6 +36,7 @@ from faasmoe_kernels import (
     KernelLibrary,
     KernelsUnavailable,
     Matrix,
+    ParameterDtype,
     Scheme,
     load,
 )
@@ -60,22 +61,25 @@ class WeightScheme:
         scheme: the library's scheme.
         bits: bits per weight, without scales.
         group: columns per scale; 0 for one per row, or for no scales.
+        group_rows: rows per scale.
     """
 
     name: str
     scheme: Scheme
     bits: int
     group: int = 0
+    group_rows: int = 1
 
     def size_bytes(self, n: int, k: int) -> int:
         """Return the bytes of weights and scales of a matrix [n, k]."""
-        return n * k * self.bits // 8 + 4 * self.n_scales(n, k)
+        scale_bytes = 1 if self.scheme is Scheme.NVFP4 else 4
+        return n * k * self.bits // 8 + scale_bytes * self.n_scales(n, k)
 
     def n_scales(self, n: int, k: int) -> int:
         """Return the number of scales of a matrix [n, k]."""
         if self.scheme < Scheme.INT8:
             return 0
-        return n * (k // self.group if self.group else 1)
+        return -(-n // self.group_rows) * (-(-k // self.group) if self.group else 1)
 
 
 SCHEMES = (
@@ -88,6 +92,10 @@ SCHEMES = (
     WeightScheme("int4-g128", Scheme.INT4, 4, 128),
     WeightScheme("int4-g32", Scheme.INT4, 4, 32),
     WeightScheme("mxfp4", Scheme.MXFP4, 4, 32),
+    WeightScheme("fp8", Scheme.FP8, 8),
+    WeightScheme("fp8-128x128", Scheme.FP8, 8, 128, 128),
+    WeightScheme("fp8-g32", Scheme.FP8, 8, 32),
+    WeightScheme("nvfp4", Scheme.NVFP4, 4, 16),
 )
 
 
@@ -233,8 +241,13 @@ class MatrixCopies:
     def __init__(self, scheme: WeightScheme, n: int, k: int, *, count: int) -> None:
         rng = np.random.default_rng(0)
         self._codes = _random_codes(rng, scheme, count, n * k)
-        scales = rng.uniform(0.5, 1.5, (count, scheme.n_scales(n, k))).astype(np.float32) / 1000
-        self._scales = scales
+        shape = count, scheme.n_scales(n, k)
+        is_nvfp4 = scheme.scheme is Scheme.NVFP4
+        self._scales: NDArray[Any] = (
+            rng.integers(0x28, 0x38, shape, dtype=np.uint8)  # 1/4 to 1
+            if is_nvfp4
+            else rng.uniform(0.5, 1.5, shape).astype(np.float32) / 1000
+        )
         self._matrices = [
             Matrix(
                 scheme.scheme,
@@ -243,6 +256,8 @@ class MatrixCopies:
                 self._codes[i].ctypes.data,
                 scales=self._scales[i].ctypes.data if self._scales.size else 0,
                 group=scheme.group,
+                group_rows=scheme.group_rows,
+                scale_dtype=ParameterDtype.E4M3 if is_nvfp4 else ParameterDtype.FLOAT32,
             )
             for i in range(count)
         ]

@@ -29,7 +29,6 @@ from benchmarks.static_deployment import make_model_in_subprocess, write_moemode
 from benchmarks.up_process import UpProcess, running_up
 from benchmarks.worker import ROOT
 
-ROUTER_MODULE = "faasmoe_router"
 TRACER_DIR = ROOT / "benchmarks" / "tracing"
 OUTPUT_DIR_ENV = "FAASMOE_TRACE_DIR"
 WRITE_TIMEOUT_S = 30.0
@@ -89,7 +88,7 @@ def _tracer_environment(trace_dir: Path) -> Iterator[None]:
 
 
 async def _trace(up: UpProcess, model: str, trace_dir: Path) -> dict[str, set[str]]:
-    router = next(p for p in up.launcher.children() if ROUTER_MODULE in p.cmdline())
+    router = up.router()
     sandboxes = up.sandboxes()
     processes = [router, *sandboxes]
     for process in processes:

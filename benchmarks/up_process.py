@@ -29,6 +29,7 @@ IDLE_TIMEOUT_S = 120.0
 POLL_S = 0.05
 LOG_CHARACTERS = 4000
 ZYGOTE = "faasmoe_expert.zygote"
+ROUTER_NAME = "faasmoe_router"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,10 @@ class UpProcess:
         children = self.launcher.children()
         zygote = next(process for process in children if ZYGOTE in process.cmdline())
         return [p for p in zygote.children() if p.status() != psutil.STATUS_ZOMBIE]
+
+    def router(self) -> psutil.Process:
+        """Return the router, which its zygote has forked and named."""
+        return next(p for p in self.processes() if p.name() == ROUTER_NAME)
 
     async def status(self) -> dict[str, Any]:
         """Return the response to GET /v1/status."""
@@ -154,9 +159,12 @@ async def running_up(moemodel: Path) -> AsyncIterator[UpProcess]:
 
 
 def _process_kind(process: psutil.Process) -> str:
-    """Return the kind of a process, derived from the module that it runs."""
+    """Return the kind of a process, derived from its name or the module that it runs."""
+    own_name: str = process.name()
+    if own_name == ROUTER_NAME:
+        return own_name.removeprefix("faasmoe_")
     modules = (word for word in process.cmdline() if word.startswith("faasmoe_"))
-    name: str = next(modules, process.name())
+    name: str = next(modules, own_name)
     return name.removeprefix("faasmoe_")
 
 

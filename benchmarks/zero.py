@@ -27,7 +27,12 @@ from faasmoe_up import FaasmoeUp, running_up, wait_until  # noqa: E402
 
 ZERO_TIMEOUT_S = 300.0
 IDLE_SECONDS = 10
-PROCESSES = ("faasmoe_gateway", "faasmoe_operator.control", "faasmoe_expert.zygote")
+PROCESSES = (
+    "faasmoe_gateway",
+    "faasmoe_operator.control",
+    "faasmoe_expert.zygote",
+    "faasmoe_router.zygote",
+)
 
 
 def main() -> int:
@@ -88,7 +93,7 @@ def measure(up: FaasmoeUp, *, repeats: int) -> dict[str, float]:
         warm_s.append(first_token_s(up))
     return {
         "idle_mb": round(idle["faasmoe_gateway"] + idle["faasmoe_operator.control"], 1),
-        "idle_zygotes_mb": round(idle["faasmoe_expert.zygote"], 1),
+        "idle_zygotes_mb": round(idle["faasmoe_expert.zygote"] + idle["faasmoe_router.zygote"], 1),
         "ttft_zero_p50_s": round(statistics.median(cold_s), 3),
         "ttft_zero_p99_s": round(max(cold_s), 3),  # of few repeats
         "ttft_warm_p50_s": round(statistics.median(warm_s), 3),
@@ -97,12 +102,11 @@ def measure(up: FaasmoeUp, *, repeats: int) -> dict[str, float]:
 
 def is_at_zero(up: FaasmoeUp) -> bool:
     """Return whether neither routers nor sandboxes run."""
-    n_routers = n_sandboxes = 0
-    for process in children(up):
-        n_routers += runs(process, "faasmoe_router")
-        if runs(process, "faasmoe_expert.zygote"):
-            n_sandboxes += len(process.children())
-    return not n_routers and not n_sandboxes
+    return not any(
+        process.children()
+        for process in children(up)
+        if runs(process, "faasmoe_router.zygote") or runs(process, "faasmoe_expert.zygote")
+    )
 
 
 def memory_by_process(up: FaasmoeUp) -> dict[str, float]:

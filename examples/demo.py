@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -74,7 +75,7 @@ def chat(base_url: str) -> None:
         model = client.models.list().data[0].id
         say(f"chat with {model!r}: {QUESTION}")
         start_s = time.monotonic()
-        first_s, n_chunks = 0.0, 0
+        token_times_s: list[float] = []  # since the request; a chunk with text is a token
         for chunk in client.chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": QUESTION}],
@@ -82,12 +83,23 @@ def chat(base_url: str) -> None:
             temperature=0,
             stream=True,
         ):
-            first_s = first_s or time.monotonic() - start_s
-            n_chunks += 1
-            print(chunk.choices[0].delta.content or "", end="", flush=True)
-        total_s = time.monotonic() - start_s
+            text = chunk.choices[0].delta.content
+            if text:
+                token_times_s.append(time.monotonic() - start_s)
+                print(text, end="", flush=True)
         print()
-        say(f"first token after {first_s:.2f} s, {n_chunks / total_s:.1f} tokens/s")
+        say(describe_speed(token_times_s))
+
+
+def describe_speed(token_times_s: Sequence[float]) -> str:
+    """Return the time to the first token and the speed after it, of tokens at these times."""
+    if not token_times_s:
+        return "no tokens"
+    first_s, last_s, n_tokens = token_times_s[0], token_times_s[-1], len(token_times_s)
+    text = f"first token after {first_s:.2f} s, {n_tokens / last_s:.1f} tokens/s with it"
+    if n_tokens > 1:
+        text += f", {(n_tokens - 1) / (last_s - first_s):.1f} tokens/s after it"
+    return text
 
 
 def show_calls(base_url: str) -> None:

@@ -125,13 +125,13 @@ def unix_socket_environment(launcher_pid: int) -> dict[str, str]:
     """Return the variables by which the router of a `faasmoe up` finds its Unix sockets.
 
     Raises:
-        RuntimeError: the launcher has no router process.
+        RuntimeError: the launcher has no zygote of sandboxes, whose sockets these are.
     """
     for process in psutil.Process(launcher_pid).children():
         environment = process.environ()
-        if "FAASMOE_STORE" in environment and SOCKET_DIR_VARIABLE in environment:
+        if SOCKET_DIR_VARIABLE in environment:
             return shared_dir_variables(Path(environment[SOCKET_DIR_VARIABLE]).parent)
-    raise RuntimeError(f"process {launcher_pid}: got no child with a router, expected one")
+    raise RuntimeError(f"process {launcher_pid}: got no zygote of sandboxes, expected one")
 
 
 def write_routing_table(deployment: LocalModel, address: str, folder: Path) -> Path:

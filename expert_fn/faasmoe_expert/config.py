@@ -28,6 +28,7 @@ class SandboxConfig:
         id: name of the sandbox in the control plane.
         host: address to listen on.
         port: TCP port to listen on; 0 lets the system choose.
+        metrics_port: TCP port of /metrics alone; on the common port if None.
         capacity: maximum number of attached functions, 1 or more.
         device: device that experts are computed on: cpu, cuda, cuda:N or auto.
         threads: intra-op threads on the CPU, 1 or more.
@@ -48,6 +49,7 @@ class SandboxConfig:
     id: str = "sandbox"
     host: str = "127.0.0.1"
     port: int = 9090
+    metrics_port: int | None = None
     capacity: int = 1
     device: str = "auto"
     threads: int = 1
@@ -77,6 +79,10 @@ class SandboxConfig:
             raise SandboxConfigError(f"FAASMOE_DRAIN_S: got {self.drain_s:g}, expected 0 or more")
         if not 0 <= self.port < 65536:
             raise SandboxConfigError(f"FAASMOE_PORT: got {self.port}, expected 0 to 65535")
+        if self.metrics_port is not None and not 1 <= self.metrics_port < 65536:
+            raise SandboxConfigError(
+                f"FAASMOE_METRICS_PORT: got {self.metrics_port}, expected 1 to 65535"
+            )
         kind, _, index = self.device.partition(":")
         if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
             raise SandboxConfigError(
@@ -92,6 +98,7 @@ class SandboxConfig:
             id=env.get("FAASMOE_SANDBOX_ID", default.id),
             host=env.get("FAASMOE_HOST", default.host),
             port=_env_int(env, "FAASMOE_PORT", default.port),
+            metrics_port=_env_optional_int(env, "FAASMOE_METRICS_PORT"),
             capacity=_env_int(env, "FAASMOE_CAPACITY", default.capacity),
             device=env.get("FAASMOE_DEVICE", default.device),
             threads=_env_int(env, "FAASMOE_THREADS", default.threads),

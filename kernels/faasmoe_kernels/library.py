@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 OUT_OF_MEMORY = -2  # FK_E_MEMORY
 LIBRARY_NAME = "libfaasmoe_kernels.so"
 DISABLE_ENV = "FAASMOE_KERNELS"  # "off" leaves the library unused
@@ -47,6 +47,8 @@ class Scheme(IntEnum):
     INT8 = 3
     INT4 = 4
     MXFP4 = 5
+    FP8 = 6
+    NVFP4 = 7
 
 
 class ParameterDtype(IntEnum):
@@ -57,6 +59,7 @@ class ParameterDtype(IntEnum):
     FLOAT16 = 2
     E8M0 = 3  # uint8, 2 ** (code - 127); scales only
     UINT8 = 4  # zero points only
+    E4M3 = 5  # uint8; scales of NVFP4 only
 
 
 class Activation(IntEnum):
@@ -86,8 +89,11 @@ class MatrixStruct(ctypes.Structure):
         ("scale_dtype", ctypes.c_int32),
         ("zero_dtype", ctypes.c_int32),
         ("bias_dtype", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("group_rows", ctypes.c_int32),
         ("codes_upper", ctypes.c_void_p),
+        ("scales_upper", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("factors_upper", ctypes.c_void_p),
     )
 
 
@@ -125,12 +131,18 @@ class Matrix:
         scales: address of the scales, [n, k / group], or [n] without groups; 0 if unscaled.
         zeros: address of the zero points of INT4, shaped as the scales; 0 for symmetric codes.
         bias: address of the bias, [n]; 0 without.
-        group: columns per scale, a multiple of 32; 0 for one scale per row.
-        scale_dtype: type of the scales; any but UINT8.
-        zero_dtype: type of the zero points; any but E8M0.
+        group: columns per scale, a multiple of 32; 0 for one scale per row; 16 for NVFP4.
+        scale_dtype: type of the scales; any but UINT8, and E4M3 for NVFP4 alone.
+        zero_dtype: type of the zero points; any but E8M0 and E4M3.
         bias_dtype: type of the bias: FLOAT32, BFLOAT16 or FLOAT16.
         codes_upper: address of the codes of rows n/2 and above, if they do not follow those of the
             rows before them; 0 if they do.
+        group_rows: rows that share their scales, of FP8 only: scales are [n / group_rows, k /
+            group], both rounded up; 0 for one row.
+        scales_upper: address of the scales of rows n/2 and above, of FP8 and NVFP4, if they do not
+            follow those before them or begin a group of rows of their own; 0 otherwise.
+        factors: address of the float32 number that multiplies the scales of NVFP4; 0 for 1.
+        factors_upper: the same for rows n/2 and above; 0 for that of the rows before them.
     """
 
     scheme: Scheme
@@ -145,6 +157,10 @@ class Matrix:
     zero_dtype: ParameterDtype = ParameterDtype.FLOAT32
     bias_dtype: ParameterDtype = ParameterDtype.FLOAT32
     codes_upper: int = 0
+    group_rows: int = 0
+    scales_upper: int = 0
+    factors: int = 0
+    factors_upper: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,7 +427,9 @@ def to_struct(m: Matrix) -> MatrixStruct:
     return MatrixStruct(
         *(m.scheme, m.group, m.n, m.k, m.codes),
         *(m.scales or None, m.zeros or None, m.bias or None),
-        *(m.scale_dtype, m.zero_dtype, m.bias_dtype, 0, m.codes_upper or None),
+        *(m.scale_dtype, m.zero_dtype, m.bias_dtype, m.group_rows),
+        *(m.codes_upper or None, m.scales_upper or None),
+        *(m.factors or None, m.factors_upper or None),
     )
 
 

@@ -153,14 +153,37 @@ int32_t check_expert(const fk_matrix &first, const fk_matrix &down, bool is_gate
   return 0;
 }
 
+int32_t check_halves(const char *owner, const fk_matrix &m) {
+  if ((m.scales_upper || m.factors_upper) && m.n % 2)
+    return reject("%sn: got %lld, expected an even number for scales in two places", owner, (long long)m.n);
+  if (m.zeros) return reject("%szeros: got an address, expected NULL for scheme %d", owner, m.scheme);
+  return 0;
+}
+
+int32_t check_fp8(const char *owner, const fk_matrix &m) {
+  if (m.group < 0 || m.group % 32)
+    return reject("%sgroup: got %d, expected 0 or a multiple of 32", owner, m.group);
+  if (m.group_rows < 0) return reject("%sgroup_rows: got %d, expected at least 0", owner, m.group_rows);
+  return check_halves(owner, m);
+}
+
+int32_t check_nvfp4(const char *owner, const fk_matrix &m) {
+  if (m.scale_dtype != FK_P_E4M3)
+    return reject("%sscale_dtype: got %d, expected %d (E4M3) for NVFP4", owner, m.scale_dtype, FK_P_E4M3);
+  if (m.group != 16) return reject("%sgroup: got %d, expected 16 for NVFP4", owner, m.group);
+  if (m.k % 16)
+    return reject("%sk: got %lld, expected a multiple of 16 for NVFP4", owner, (long long)m.k);
+  return check_halves(owner, m);
+}
+
 }  // namespace
 
 namespace fk {
 
 // `owner` is a prefix such as "first."
 int32_t check_matrix(const char *owner, const fk_matrix &m) {
-  if (m.scheme < FK_W_FLOAT32 || m.scheme > FK_W_MXFP4)
-    return reject("%sscheme: got %d, expected a value of fk_scheme (0 to %d)", owner, m.scheme, FK_W_MXFP4);
+  if (m.scheme < FK_W_FLOAT32 || m.scheme > FK_W_NVFP4)
+    return reject("%sscheme: got %d, expected a value of fk_scheme (0 to %d)", owner, m.scheme, FK_W_NVFP4);
   if (int32_t e = check_size(owner, "n", m.n)) return e;
   if (int32_t e = check_size(owner, "k", m.k)) return e;
   if (int32_t e = check_pointer(owner, "codes", m.codes)) return e;
@@ -169,8 +192,15 @@ int32_t check_matrix(const char *owner, const fk_matrix &m) {
   if (m.bias)
     if (int32_t e = check_parameter(owner, "bias_dtype", m.bias_dtype, -1, "0 to 2 (float32, bfloat16, float16)"))
       return e;
+  if (m.scheme != FK_W_FP8 && (m.group_rows < 0 || m.group_rows > 1))
+    return reject("%sgroup_rows: got %d, expected 0 or 1 for scheme %d", owner, m.group_rows, m.scheme);
+  if (m.scheme < FK_W_FP8 && m.scales_upper)
+    return reject("%sscales_upper: got an address, expected NULL for scheme %d", owner, m.scheme);
+  if (m.scheme != FK_W_NVFP4 && (m.factors || m.factors_upper))
+    return reject("%sfactors: got an address, expected NULL for scheme %d", owner, m.scheme);
   if (m.scheme < FK_W_INT8) return 0;
   if (int32_t e = check_pointer(owner, "scales", m.scales)) return e;
+  if (m.scheme == FK_W_NVFP4) return check_nvfp4(owner, m);
   if (int32_t e = check_parameter(owner, "scale_dtype", m.scale_dtype, FK_P_E8M0,
                                   "0 to 3 (float32, bfloat16, float16, E8M0)"))
     return e;
@@ -178,6 +208,7 @@ int32_t check_matrix(const char *owner, const fk_matrix &m) {
     if (int32_t e = check_parameter(owner, "zero_dtype", m.zero_dtype, FK_P_UINT8,
                                     "0 to 2 or 4 (float32, bfloat16, float16, uint8)"))
       return e;
+  if (m.scheme == FK_W_FP8) return check_fp8(owner, m);
   if (m.group < 0 || m.group % 32 || (m.group && m.k % m.group))
     return reject("%sgroup: got %d, expected 0 or a multiple of 32 that divides k (%lld)", owner, m.group,
                   (long long)m.k);

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 // Raised whenever a structure or the meaning of an argument changes.
-#define FK_ABI_VERSION 3
+#define FK_ABI_VERSION 4
 
 enum fk_dtype { FK_FLOAT32 = 0, FK_BFLOAT16 = 1, FK_FLOAT16 = 2 };
 
@@ -29,6 +29,8 @@ enum fk_scheme {
   FK_W_INT8 = 3,   // codes int8 [n, k]
   FK_W_INT4 = 4,   // codes uint8 [n, k / 2], low nibble = even column; value = code - 8, or code - zero
   FK_W_MXFP4 = 5,  // codes uint8 [n, k / 2] of E2M1, low nibble = even column; a scale per 32
+  FK_W_FP8 = 6,    // codes uint8 [n, k] of E4M3 without NaN; a scale per row, or per group_rows x group
+  FK_W_NVFP4 = 7,  // codes as FK_W_MXFP4; an E4M3 scale per 16 columns, times a float32 factor
 };
 
 // Types of scales, zero points and biases, as they lie in a store.
@@ -38,6 +40,7 @@ enum fk_parameter_dtype {
   FK_P_FLOAT16 = 2,
   FK_P_E8M0 = 3,   // uint8, 2^(code - 127), 255 is NaN; scales only
   FK_P_UINT8 = 4,  // zero points only
+  FK_P_E4M3 = 5,   // uint8; scales of FK_W_NVFP4 only
 };
 
 enum fk_activation {
@@ -58,18 +61,23 @@ enum fk_error {
 // A weight matrix [n, k].
 typedef struct fk_matrix {
   int32_t scheme;       // enum fk_scheme
-  int32_t group;        // columns per scale; 0: one scale per row. Must be a multiple of 32
+  int32_t group;        // columns per scale; 0: one scale per row. Must be a multiple of 32 that divides k
+                        // (FK_W_FP8: the last group may have fewer columns; FK_W_NVFP4: 16)
   int64_t n;            // output features
   int64_t k;            // input features
   const void *codes;    // [n, k] in the scheme's type
-  const void *scales;   // [n, k / group], or [n]; NULL for float schemes
+  const void *scales;   // [n, k / group], or [n]; NULL for float schemes; see group_rows
   const void *zeros;    // FK_W_INT4 only, shape of scales, in code units; NULL: symmetric (8)
   const void *bias;     // [n], or NULL
-  int32_t scale_dtype;  // enum fk_parameter_dtype: float32, bfloat16, float16 or E8M0
+  int32_t scale_dtype;  // enum fk_parameter_dtype: float32, bfloat16, float16 or E8M0; E4M3 of FK_W_NVFP4
   int32_t zero_dtype;   // float32, bfloat16, float16 or uint8
   int32_t bias_dtype;   // float32, bfloat16 or float16
-  int32_t reserved;     // 0
-  const void *codes_upper;  // rows n/2 and above, if they lie elsewhere; NULL: all rows follow each other
+  int32_t group_rows;   // FK_W_FP8 only: rows that share their scales, the last ones perhaps fewer; 0 and 1: none
+  const void *codes_upper;   // rows n/2 and above, if they lie elsewhere; NULL: all rows follow each other
+  const void *scales_upper;  // FK_W_FP8, FK_W_NVFP4: scales of rows n/2 and above, which begin a group of rows
+                             // there; NULL: all follow each other
+  const void *factors;       // FK_W_NVFP4: one float32 that multiplies the scales; NULL: 1
+  const void *factors_upper; // the same for rows n/2 and above; NULL: that of the rows below
 } fk_matrix;
 
 typedef struct fk_gating {

@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <iterator>
 
 namespace fk {
 
@@ -10,8 +11,9 @@ namespace {
 
 // Experts of one layer may lie in several guarded mappings.
 bool has_damage(const std::vector<fk_matrix> &matrices) {
-  return std::any_of(matrices.begin(), matrices.end(), [](const fk_matrix &matrix) {
-    return (matrix.codes && is_damaged(matrix.codes)) || (matrix.codes_upper && is_damaged(matrix.codes_upper));
+  return std::any_of(matrices.begin(), matrices.end(), [](const fk_matrix &m) {
+    const void *parts[] = {m.codes, m.codes_upper, m.scales, m.scales_upper, m.factors, m.factors_upper, m.zeros, m.bias};
+    return std::any_of(std::begin(parts), std::end(parts), [](const void *part) { return part && is_damaged(part); });
   });
 }
 

@@ -43,7 +43,7 @@ class PackedRows {
 // Weight rows per task of `n_rows` in all: few tasks for few threads, and each large enough to stream.
 static int64_t chunk_rows(const fk_matrix &m, int32_t n_threads, int64_t n_rows) {
   if (n_threads <= 1) return m.n;
-  int64_t row_bytes = std::max<int64_t>(1, m.k * (m.scheme == FK_W_FLOAT32 ? 8 : m.scheme <= FK_W_FLOAT16 ? 4 : m.scheme == FK_W_INT8 ? 2 : 1) / 2);
+  int64_t row_bytes = std::max<int64_t>(1, m.k * (m.scheme == FK_W_FLOAT32 ? 8 : m.scheme <= FK_W_FLOAT16 ? 4 : m.scheme == FK_W_INT8 || m.scheme == FK_W_FP8 ? 2 : 1) / 2);
   int64_t least = std::max<int64_t>(1, kMinChunkBytes / row_bytes), fair = n_rows / (4 * n_threads);
   int64_t chunk = std::min(std::max(least, fair), (n_rows + n_threads - 1) / n_threads);
   return std::min(m.n, (chunk + kTileRows - 1) / kTileRows * kTileRows);

@@ -7,7 +7,7 @@
 //   kInputBytes    of one input row's part of a unit
 //   kMaxStreamRows input rows up to which weights are used as they lie in memory
 //   kMaxRows       input rows that are multiplied at once, at most, and kColumns weight rows by them
-//   kColumns1      weight rows that are multiplied at once by a single input row
+//   kColumns1      weight rows that are multiplied at once by a single input row, kColumns2 by two
 //   pack           brings an input row into the order in which its numbers are used
 //   Scales         what the scales of some weight rows become before they are used
 //   accumulate     state[r][c] += x_r . w_c over some units
@@ -47,7 +47,7 @@ struct Float16 {
 struct NoScales {  // of engines without scales
   explicit NoScales(const fk_matrix &) {}
   static int64_t floats(const fk_matrix &) { return 0; }
-  void read(int64_t, float *) const {}
+  void read(int64_t, int64_t, float *) const {}
 };
 
 template <class D, bool kIsTile = false>
@@ -59,7 +59,7 @@ struct FloatEngine {
   static constexpr int kMaxStreamRows = kIsTile ? FK_FLOAT_ROWS : 4;
   static constexpr int kMaxRows = FK_FLOAT_ROWS;
   static constexpr int kColumns = FK_FLOAT_COLUMNS;
-  static constexpr int kColumns1 = 4;
+  static constexpr int kColumns1 = 4, kColumns2 = kColumns;
   using Scales = NoScales;
   using Tile = std::conditional_t<kIsTile, void, FloatEngine<Float32, true>>;
   static constexpr int kTileUnitBytes = kUnit * 4;
@@ -99,9 +99,7 @@ struct FloatEngine {
       repeat<2 * R>([&](auto i) FK_INLINE {
         constexpr int r = i % R, v = i / R;
         vf in = load<vf>(x[r] + (x_unit + u) * kInputBytes + v * 4 * L);
-#if defined(__x86_64__)
-        asm("" : "+x"(in));  // loaded once: the loop is bound by loads
-#endif
+        keep_in_register(in);
         repeat<C>([&](auto c) FK_INLINE { acc[r * C + c] += in * w[2 * c + v]; });
       });
     }
@@ -119,7 +117,7 @@ struct BFloat16Engine {
   static constexpr int kUnitBytes = 64;
   static constexpr int kInputBytes = kIsSplit ? 128 : 64;
   static constexpr int kMaxRows = 6, kMaxStreamRows = 6;
-  static constexpr int kColumns = 4, kColumns1 = 4;
+  static constexpr int kColumns = 4, kColumns1 = 4, kColumns2 = 4;
   using Scales = NoScales;
   using Tile = void;
   static constexpr int kTileUnitBytes = 0;

@@ -129,6 +129,7 @@ enum class Scaling {
   kUnit,    // groups of whole units
   kGroups,  // groups of 32 columns or more
   kZeros,   // the same, with zero points
+  kGroups16,  // groups of 16 columns, see impl_nvfp4.h
 };
 
 // Scales (and zero points) of one weight row as float32: one per unit, or one per 32 columns with
@@ -152,20 +153,25 @@ struct GroupScales {
       default: return 8 * units;
     }
   }
-  void read(int64_t row, float *to) const {
-    if (kScaling == Scaling::kRow) {
-      to_floats(m.scales, m.scale_dtype, row, 1, to);
-      return;
-    }
+  // Of `rows` weight rows; row after row.
+  void read(int64_t row, int64_t rows, float *to) const {
+    int64_t count = floats(m), columns = kScaling == Scaling::kUnit ? kUnitColumns : 32;
+    if (kScaling == Scaling::kRow)
+      to_floats(m.scales, m.scale_dtype, row, rows, to);
+    else if (kScaling != Scaling::kZeros && group == columns && groups == count)  // as they lie in memory
+      to_floats(m.scales, m.scale_dtype, row * groups, rows * groups, to);
+    else
+      for (int64_t r = 0; r < rows; ++r) read_groups(row + r, columns, to + r * count);
+  }
+
+ private:
+  void read_groups(int64_t row, int64_t columns, float *to) const {
     int64_t count = kScaling == Scaling::kUnit ? units : 4 * units;
-    int64_t columns = kScaling == Scaling::kUnit ? kUnitColumns : 32;
     spread(m.scales, m.scale_dtype, row, columns, count, to);
     if (kScaling != Scaling::kZeros) return;
     spread(m.zeros, m.zero_dtype, row, columns, count, to + count);
     for (int64_t i = 0; i < count; ++i) to[count + i] *= 1.0f / 8;  // multiplies -8 times the inputs' sum
   }
-
- private:
   void spread(const void *p, int32_t dtype, int64_t row, int64_t columns, int64_t count, float *to) const {
     int64_t used = std::min(count, (m.k + columns - 1) / columns);
     if (group == columns) {
@@ -196,6 +202,21 @@ static inline vf lane_scales(const float *p) {
 #endif
 }
 
+// The same of groups of 16 columns.
+static inline vf lane_scales_of_16(const float *p) {
+#if defined(__AVX512F__) && FK_LANES == 16
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  return (vf)_mm512_permutexvar_ps(lanes, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
+#elif defined(__AVX2__) && FK_LANES == 8
+  const __m256i lanes = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+  return (vf)_mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), lanes);
+#else
+  vf scales;
+  for (int l = 0; l < L; ++l) scales[l] = p[l / 2];
+  return scales;
+#endif
+}
+
 // D decodes; B is the decoder of the weights as they are stored, whose order the inputs have.
 template <class D, class B, Scaling kScaling>
 struct IntegerEngine {
@@ -209,7 +230,9 @@ struct IntegerEngine {
   static constexpr int kInputBytes = 2 * kUnitColumns + (kHasSums ? 64 : 0);
   static constexpr int kMaxRows = FK_INTEGER_ROWS;
   static constexpr int kMaxStreamRows = kIsTile ? kMaxRows : 4;
-  static constexpr int kColumns = FK_INTEGER_COLUMNS, kColumns1 = 4;
+  static constexpr int kColumns = FK_INTEGER_COLUMNS, kColumns1 = 4, kColumns2 = L == 16 ? 4 : kColumns;
+  template <int R>
+  static constexpr bool keeps_inputs() { return L == 16 && R <= 2 && !kIsTile; }  // AVX-512 has 32 registers
   using Scales = GroupScales<kScaling>;
   using Tile = std::conditional_t<kIsTile, void, IntegerEngine<Int16Block, B, kScaling>>;
   static constexpr int kTileUnitBytes = 2 * kUnitColumns;
@@ -299,7 +322,7 @@ struct IntegerEngine {
       panel.template prefetch<kUnitBytes>((w_unit + u) * kUnitBytes);
       const uint8_t *in[R];
       for (int r = 0; r < R; ++r) in[r] = x[r] + (x_unit + u) * kInputBytes;
-      if constexpr (R == 1)  // one weight row after another: they need few registers
+      if constexpr (R == 1 && !keeps_inputs<R>())  // one weight row after another: they need few registers
         repeat<C>([&](auto c) FK_INLINE {
           unit<1, 1>(panel.codes + c, (w_unit + u) * kUnitBytes, panel.scales + c, in, x_scales, x_unit + u, units,
                      acc + c);
@@ -310,49 +333,71 @@ struct IntegerEngine {
     repeat<R * C>([&](auto i) FK_INLINE { state[i] = acc[i]; });
   }
 
+  // Adds a unit's products. Input rows that are kept in registers are loaded once for all weight rows.
   template <int R, int C>
   static inline FK_INLINE void unit(const uint8_t *const *codes, int64_t offset,
                                                          const float *const *scales, const uint8_t *const *in,
                                                          const float *const *x_scales, int64_t u, int64_t units,
                                                          vf *acc) {
-    if constexpr (kIsPerUnit) {
-      constexpr int V = 4 * kBlocks;
-      vs w[C * V];
-      repeat<C * kBlocks>([&](auto i) FK_INLINE {
-        D::decode(codes[i / kBlocks] + offset + i % kBlocks * D::kBytes, w + 4 * i);
-      });
-      repeat<R * C>([&](auto i) FK_INLINE {
-        constexpr int r = i / C, c = i % C;
-        vi sum = kStartsAtSums ? load<vi>(in[r] + 2 * kUnit) : vi{};
-        repeat<V>([&](auto v) FK_INLINE { sum = dot_pairs(sum, w[c * V + v], load<vs>(in[r] + v * 4 * L)); });
-        vf value = to_float(sum) * splat(x_scales[r][u]);
-        if constexpr (kScaling == Scaling::kRow)
-          acc[i] += value;
+    constexpr int kSummed = kIsPerUnit ? kBlocks : 1, V = 4 * kSummed;  // blocks of one scale, and their vectors
+    repeat<kBlocks / kSummed>([&](auto b) FK_INLINE {
+      vs w[C * V], kept[R * V];
+      vi kept_sums[R];
+      vf scale[C], zero[C];
+      auto load_input = [&](auto r, auto v) FK_INLINE { return load<vs>(in[r] + (b * V + v) * 4 * L); };
+      auto load_sums = [&](auto r) FK_INLINE { return load<vi>(in[r] + 2 * kUnit + b * 4 * L); };
+      if constexpr (keeps_inputs<R>())
+        repeat<R>([&](auto r) FK_INLINE {
+          repeat<V>([&](auto v) FK_INLINE { keep_in_register(kept[r * V + v] = load_input(r, v)); });
+          if constexpr (kHasSums) keep_in_register(kept_sums[r] = load_sums(r));
+        });
+      auto read_weights = [&](auto c) FK_INLINE {
+        repeat<kSummed>([&](auto i) FK_INLINE {
+          D::decode(codes[c] + offset + (b * kSummed + i) * D::kBytes, w + V * c + 4 * i);
+        });
+        if constexpr (kScaling == Scaling::kUnit) scale[c] = splat(scales[c][u]);
+        if constexpr (kIsPerUnit) return;
+        const float *at = scales[c] + 4 * u + b * (L / 4);
+        if constexpr (kScaling == Scaling::kGroups16)
+          scale[c] = lane_scales_of_16(scales[c] + 8 * u + b * (L / 2));
         else
-          acc[i] += value * splat(scales[c][u]);
-      });
-    } else {
-      repeat<kBlocks>([&](auto b) FK_INLINE {
-        vs w[C * 4];
-        vf scale[C], zero[C];
-        repeat<C>([&](auto c) FK_INLINE {
-          D::decode(codes[c] + offset + b * D::kBytes, w + 4 * c);
-          const float *at = scales[c] + 4 * u + b * (L / 4);
           scale[c] = lane_scales(at);
-          if constexpr (kScaling == Scaling::kZeros) zero[c] = lane_scales(at + 4 * units);
+        if constexpr (kScaling == Scaling::kZeros) zero[c] = lane_scales(at + 4 * units);
+      };
+      auto add = [&](auto r, auto c) FK_INLINE {
+        auto sums = [&]() FK_INLINE {
+          if constexpr (keeps_inputs<R>())
+            return kept_sums[r];
+          else
+            return load_sums(r);
+        };
+        vi sum{};
+        if constexpr (kStartsAtSums) sum = sums();
+        repeat<V>([&](auto v) FK_INLINE {
+          if constexpr (keeps_inputs<R>())
+            sum = dot_pairs(sum, w[c * V + v], kept[r * V + v]);
+          else
+            sum = dot_pairs(sum, w[c * V + v], load_input(r, v));
         });
+        vf value = to_float(sum);
+        if constexpr (kScaling == Scaling::kZeros) value += to_float(sums()) * zero[c];
+        value *= splat(x_scales[r][u]);
+        if constexpr (kScaling == Scaling::kRow)
+          acc[r * C + c] += value;
+        else
+          acc[r * C + c] += value * scale[c];
+      };
+      if constexpr (keeps_inputs<R>()) {
+        repeat<C>([&](auto c) FK_INLINE {
+          read_weights(c);
+          repeat<R>([&](auto r) FK_INLINE { add(r, c); });
+        });
+      } else {
+        repeat<C>([&](auto c) FK_INLINE { read_weights(c); });
         repeat<R * C>([&](auto i) FK_INLINE {
-          constexpr int r = i / C, c = i % C;
-          const uint8_t *start = in[r] + 2 * kUnit + b * 4 * L;
-          vi sum = kStartsAtSums ? load<vi>(start) : vi{};
-          repeat<4>([&](auto j) FK_INLINE {
-            sum = dot_pairs(sum, w[4 * c + j], load<vs>(in[r] + (b * 4 + j) * 4 * L));
-          });
-          vf value = to_float(sum);
-          if constexpr (kScaling == Scaling::kZeros) value += to_float(load<vi>(start)) * zero[c];
-          acc[i] += (value * splat(x_scales[r][u])) * scale[c];
+          add(std::integral_constant<int, i / C>{}, std::integral_constant<int, i % C>{});
         });
-      });
-    }
+      }
+    });
   }
 };

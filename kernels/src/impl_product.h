@@ -43,6 +43,20 @@ static inline void with_count(int64_t count, F &&f) {
     with_count<R - 1, kMin>(count, f);
 }
 
+template <class E, class = void>
+struct NeedsScalesToDecode : std::false_type {};
+template <class E>
+struct NeedsScalesToDecode<E, std::void_t<decltype(E::kScalesTile)>> : std::true_type {};
+
+// Decodes units of one weight row into a tile; `scales` are those of the first unit and the next.
+template <class E>
+static inline void decode(const uint8_t *p, int64_t units, uint8_t *to, const float *scales) {
+  if constexpr (NeedsScalesToDecode<E>::value)
+    E::decode(p, units, to, scales);
+  else
+    E::decode(p, units, to);
+}
+
 // out[r * out_stride + c - begin] = x_r . w_c for begin <= c < end.
 template <class E>
 class Product {
@@ -61,7 +75,7 @@ class Product {
     uint8_t *memory = workspace.take(stream_bytes());
     if (!memory) return false;
     with_count<E::kMaxStreamRows, 1>(rows, [&](auto count) {
-      constexpr int R = decltype(count)::value, C = R == 1 ? E::kColumns1 : E::kColumns;
+      constexpr int R = decltype(count)::value, C = R == 1 ? E::kColumns1 : R == 2 ? E::kColumns2 : E::kColumns;
       int64_t c = begin;
       for (; c + C <= end; c += C) stream<R, C>(c, x, out + c, out_stride, memory);
       for (; c < end; ++c)
@@ -71,8 +85,8 @@ class Product {
   }
 
  private:
-  static constexpr int kMaxColumns = std::max(E::kColumns, E::kColumns1);
-  int64_t scale_floats() const { return aligned(4 * E::Scales::floats(m_)) / 4; }
+  static constexpr int kMaxColumns = std::max({E::kColumns, E::kColumns1, E::kColumns2});
+  int64_t scale_floats() const { return E::Scales::floats(m_); }
   int64_t stream_bytes() const { return kMaxColumns * (scale_floats() * 4 + E::kUnitBytes); }
   const uint8_t *row(int64_t c) const {
     if (m_.codes_upper && c >= m_.n / 2) return (const uint8_t *)m_.codes_upper + (c - m_.n / 2) * row_bytes_;
@@ -87,9 +101,9 @@ class Product {
   template <int R, int C>
   void stream(int64_t c0, const uint8_t *const *x, float *out, int64_t out_stride, uint8_t *memory) const {
     Panel<C> panel, tails;
+    scales_.read(c0, C, (float *)memory);
     for (int c = 0; c < C; ++c) {
-      float *scales = (float *)memory + c * scale_floats();
-      scales_.read(c0 + c, scales);
+      const float *scales = (float *)memory + c * scale_floats();
       panel.codes[c] = row(c0 + c);
       panel.scales[c] = tails.scales[c] = scales;
     }
@@ -140,10 +154,10 @@ class Product {
     for (int64_t c0 = begin; c0 < end; c0 += kTileRows) {
       Tile tile;
       tile.count = std::min(kTileRows, end - c0);
+      scales_.read(c0, tile.count, (float *)(memory + kTileRows * pitch));
       for (int64_t c = 0; c < tile.count; ++c) {
-        float *scales = (float *)(memory + kTileRows * pitch + c * scales_bytes);
+        const float *scales = (float *)(memory + kTileRows * pitch + c * scales_bytes);
         uint8_t *tail = memory + kTileRows * (pitch + scales_bytes) + c * E::kUnitBytes;
-        scales_.read(c0 + c, scales);
         tile.scales[c] = scales;
         if (tail_bytes_) copy_tail(c0 + c, tail);
         tile.codes[c] = row(c0 + c);
@@ -152,8 +166,8 @@ class Product {
         uint8_t *decoded = memory + c * pitch;
         for (int64_t b = 0; b < row_bytes_; b += kCacheLineBytes)
           __builtin_prefetch(tile.codes[c] + kTileRows * row_bytes_ + b, 0, 2);
-        E::decode(tile.codes[c], whole_, decoded);
-        if (tail_bytes_) E::decode(tail, 1, decoded + whole_ * E::kTileUnitBytes);
+        decode<E>(tile.codes[c], whole_, decoded, scales);
+        if (tail_bytes_) decode<E>(tail, 1, decoded + whole_ * E::kTileUnitBytes, scales + whole_);
         tile.codes[c] = decoded;
       }
       multiply_tile(tile, x, rows, out + c0, out_stride);
@@ -246,7 +260,9 @@ static int32_t with_engine(const fk_matrix &m, int32_t x_dtype, F &&f) {
       if (m.zeros) return f(IntegerEngine<Int4Block, Int4Block, Scaling::kZeros>{});
       if (is_per_row || m.group % kUnitColumns == 0) return f(IntegerEngine<Int4Block, Int4Block, Scaling::kUnit>{});
       return f(IntegerEngine<Int4Block, Int4Block, Scaling::kGroups>{});
+    case FK_W_FP8: return with_fp8_engine(m, x_dtype, f);
     case FK_W_MXFP4: return f(IntegerEngine<MxFp4Block, MxFp4Block, Scaling::kGroups>{});
+    case FK_W_NVFP4: return f(IntegerEngine<MxFp4Block, MxFp4Block, Scaling::kGroups16>{});
     default: return FK_E_ARGUMENT;
   }
 }

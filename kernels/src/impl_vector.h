@@ -30,6 +30,15 @@ static inline void store(void *p, T v) {
   std::memcpy(p, &v, sizeof v);
 }
 static inline vf splat(float s) { return s - vf{}; }  // + would have to turn -0 into 0
+// What is loaded once stays in a register: the loops are bound by loads.
+template <class V>
+static inline FK_INLINE void keep_in_register(V &v) {
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+#else
+  (void)v;
+#endif
+}
 static inline vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 
 static inline float from_bf16(uint16_t h) {

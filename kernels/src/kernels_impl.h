@@ -32,6 +32,8 @@ namespace FK_NAMESPACE {
 #include "impl_panel.h"
 #include "impl_float.h"
 #include "impl_integer.h"
+#include "impl_fp8.h"
+#include "impl_nvfp4.h"
 #include "impl_product.h"
 #include "impl_gating.h"
 #include "impl_calls.h"

@@ -5,6 +5,7 @@ FaasmoeError
 ├── PlanError           an invalid partitioning or fleet specification (plan/)
 ├── ScalingError        an invalid autoscaler setting or load (scaling/settings.py)
 ├── PlatformError       sandboxes that failed to start or were lost (platforms/, kube/platform.py)
+│   └── PlatformStopping   no sandbox can be started, because all of the model is being deleted
 ├── KubeApiError        a failed request to the Kubernetes API (kube/errors.py)
 ├── SandboxClientError  a failed request to a sandbox (control/sandbox_client.py)
 └── CommandError        a command that failed (cli/)
@@ -33,6 +34,10 @@ class PlanError(FaasmoeError):
 
 class PlatformError(FaasmoeError):
     """Sandboxes could not be started, or were lost."""
+
+
+class PlatformStopping(PlatformError):
+    """All of the model is being deleted, which is no failure."""
 
 
 class CommandError(FaasmoeError):

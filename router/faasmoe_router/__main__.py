@@ -4,7 +4,6 @@ import gc
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.start_phases import StartPhases
@@ -12,11 +11,11 @@ from faasmoe_router.config import RouterConfig
 from faasmoe_router.errors import RouterConfigError
 from faasmoe_transformers.errors import UnsupportedVersions
 
-if TYPE_CHECKING:
-    from faasmoe_router.process import RouterProcess
-
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 2
+SWITCH_INTERVAL_S = 0.0005
+"""Thread switch interval: the event loop acquires the GIL once per iteration, and a request takes
+several, each of which would wait for the engine's thread for 5 ms (Python's default)."""
 
 logger = logging.getLogger("faasmoe_router")
 
@@ -24,12 +23,32 @@ logger = logging.getLogger("faasmoe_router")
 def main() -> int:
     """Serve until SIGTERM or SIGINT; return the exit status."""
     phases = StartPhases()
-    gc.disable()  # hundreds of thousands of objects are created now and stay
+    configure_logging()
+    return serve_router(phases)
+
+
+def configure_logging() -> None:
+    """Log to stderr."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)  # logs every batch
+
+
+def serve_router(phases: StartPhases) -> int:
+    """Serve with the settings in the environment until a signal; return the exit status.
+
+    Args:
+        phases: the phases of the start so far.
+    """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.disable()  # hundreds of thousands of objects are created now and stay
     try:
         die_with_parent()
-        process = _create_process(RouterConfig.from_env(), phases)
+        config = RouterConfig.from_env()  # before the imports: invalid settings should fail fast
+        import_router()
+        from faasmoe_router.process import RouterProcess
+
+        phases.end("imports")
+        process = RouterProcess(config, phases)
     except (RouterConfigError, ParentDeathError) as error:
         print(f"faasmoe_router: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
@@ -45,8 +64,12 @@ def main() -> int:
     return EXIT_FAILED if has_failed else 0
 
 
-def _create_process(config: RouterConfig, phases: StartPhases) -> "RouterProcess":
-    # Imported late: torch takes seconds to import, and invalid settings should fail fast.
+def import_router() -> None:
+    """Import everything that a router needs; torch alone takes seconds.
+
+    Raises:
+        RouterConfigError: torch or transformers lack a private name that the router uses.
+    """
     from faasmoe_transformers.fast_import import prepare_fast_import
     from faasmoe_transformers.version_check import ROUTER_MODULES, check_private_names
 
@@ -55,10 +78,7 @@ def _create_process(config: RouterConfig, phases: StartPhases) -> "RouterProcess
         check_private_names(ROUTER_MODULES)  # before the modules that import these names
     except UnsupportedVersions as error:
         raise RouterConfigError(str(error)) from error
-    from faasmoe_router.process import RouterProcess
-
-    phases.end("imports")
-    return RouterProcess(config, phases)
+    import faasmoe_router.process  # noqa: F401
 
 
 if __name__ == "__main__":

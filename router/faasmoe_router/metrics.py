@@ -84,6 +84,15 @@ class EngineMetrics:
         self._model_name = model_name
         self._running = gauge("num_requests_running", "Number of running requests.")
         self._waiting = gauge("num_requests_waiting", "Number of waiting requests.")
+        self._kv_cache_usage = gauge(
+            "kv_cache_usage_perc", "Part of the KV cache that requests take, from 0 to 1."
+        )
+        self._cache_config = Gauge(
+            "vllm:cache_config_info",
+            "Size of the KV cache, in labels.",
+            ["model_name", "block_size", "num_gpu_blocks"],
+            registry=registry,
+        )
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens computed.")
         self.generation_tokens = counter("generation_tokens", "Tokens generated.")
         self.prefix_queries = counter(
@@ -122,6 +131,15 @@ class EngineMetrics:
         """Read the numbers of running and waiting requests whenever metrics are scraped."""
         self._running.set_function(lambda: read_counts()[0])
         self._waiting.set_function(lambda: read_counts()[1])
+
+    def observe_kv_cache(self, read_usage: Callable[[], float]) -> None:
+        """Read the taken part of the KV cache, from 0 to 1, whenever metrics are scraped."""
+        self._kv_cache_usage.set_function(read_usage)
+
+    def set_cache_config(self, *, n_pages: int, page_tokens: int) -> None:
+        """Set the size of the KV cache: pages (vLLM's blocks) and tokens of each."""
+        self._cache_config.clear()
+        self._cache_config.labels(self._model_name, page_tokens, n_pages).set(1)
 
     def record_finished(self, reason: str) -> None:
         """Count a finished request by its reason: stop, length, abort or error."""

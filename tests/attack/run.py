@@ -152,7 +152,7 @@ def _bodies(up: FaasmoeUp) -> dict[str, float]:
 
 def _front_bytes(up: FaasmoeUp) -> int:
     """Return the memory of gateway and router together."""
-    processes = [up.child_running(f"faasmoe_{name}") for name in ("gateway", "router")]
+    processes = (up.child_running("faasmoe_gateway"), up.router)
     return sum(process.memory_info().rss for process in processes if process is not None)
 
 
@@ -236,6 +236,6 @@ async def _streams_of_killed_routers(up: FaasmoeUp) -> dict[str, float]:
 
 
 def _kill_router(up: FaasmoeUp) -> None:
-    router = up.child_running("faasmoe_router")
+    router = up.router
     assert router is not None
     router.send_signal(signal.SIGKILL)

@@ -28,7 +28,12 @@ from faasmoe_operator.cli import control, gateway, router
 from faasmoe_operator.cli.control import ReservedControlPort, StackSecrets
 from faasmoe_operator.cli.local_stack import write_tenants_file
 from faasmoe_operator.cli.logs import LogSinks
-from faasmoe_operator.cli.supervisor import RestartPolicy, SupervisedChild, supervised
+from faasmoe_operator.cli.supervisor import (
+    RestartPolicy,
+    SupervisedChild,
+    supervised,
+    supervised_start,
+)
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.platforms import zygote
 
@@ -244,10 +249,18 @@ class _ProcessStarter:
             zygote.SOCKET_DIR_VARIABLE: str(self.private_dir / PROXY_SOCKET_DIR),
             zygote.VERIFIED_DIR_VARIABLE: str(self.private_dir / "router-verified"),
         }
-        environment = {**settings, **socket_variables}
-        return await self._supervised(
-            "router", router.COMMAND, environment, log="router", grace_s=router.GRACE_S
+        environment, log = {**settings, **socket_variables}, self.logs.sink("router")
+        router_zygote = await self.stack.enter_async_context(
+            router.new_zygote(environment, log=self.logs.sink("router-zygote"))
         )
+        child, _ = await self.stack.enter_async_context(
+            supervised_start(
+                "router",
+                lambda: router_zygote.running_child(environment, log=log, grace_s=router.GRACE_S),
+                restarts=RESTART_POLICY,
+            )
+        )
+        return child
 
     async def start_gateway(
         self, deployment: LocalModel, endpoint: router.Endpoint, behind: router.RouterSocket

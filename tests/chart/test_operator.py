@@ -14,6 +14,7 @@ from faasmoe_operator.kube.manifests.sandbox import sandbox_pod
 from faasmoe_operator.kube.types import Object
 
 VERSION = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+MONITORING = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
 FIELDS = {"metadata.namespace": "faasmoe-system", "metadata.name": "faasmoe-operator-x-y"}
 
 
@@ -97,11 +98,13 @@ def test_control_url_points_to_service(objects: list[Object]) -> None:
     config = operator_config(objects)
     service = only(objects, "Service")
     name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
-    (port,) = service["spec"]["ports"]
+    port, metrics = service["spec"]["ports"]
     assert config.control.url == f"http://{name}.{namespace}.svc:{port['port']}"
     (container,) = pod_template(objects)["spec"]["containers"]
     (target,) = (p for p in container["ports"] if p["name"] == port["targetPort"])
     assert target["containerPort"] == config.control.port
+    (target,) = (p for p in container["ports"] if p["name"] == metrics["targetPort"])
+    assert target["containerPort"] == metrics["port"] == config.metrics_port
     assert (
         pod_template(objects)["metadata"]["labels"].items() >= service["spec"]["selector"].items()
     )
@@ -136,7 +139,9 @@ def test_network_policy_allows_routers_in_and_sandboxes_out(
     policy, ctx = network_policy(rendered["everything"]), make_context()
     router = pod_template(serving_objects(ctx))["metadata"]["labels"]
     sandbox = sandbox_pod(ctx, name="x")["metadata"]["labels"]
-    (incoming,) = policy["ingress"]
+    incoming, scrapers = policy["ingress"]
+    assert scrapers["ports"] == [{"port": 9444, "protocol": "TCP"}]
+    assert scrapers["from"] == [MONITORING]
     peers = [peer["podSelector"]["matchLabels"] for peer in incoming["from"][:2]]
     assert router.items() >= peers[0].items()
     assert not sandbox.items() >= peers[0].items()
@@ -149,6 +154,34 @@ def test_network_policy_allows_routers_in_and_sandboxes_out(
     assert to_api["ports"] == [{"port": 6443, "protocol": "TCP"}]
 
 
+def test_without_peers_nobody_scrapes(helm: Helm) -> None:
+    policy = network_policy(helm.template({"networkPolicy": {"metricsFrom": []}}))
+    assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == [8090]
+
+
+@pytest.mark.parametrize(
+    ("values", "apis", "user"),
+    [
+        ({}, [], 65532),
+        ({"models": {"runAsUser": 1000}}, [], 1000),
+        ({"models": {"runAsUser": None}}, [], None),
+        ({}, ["security.openshift.io/v1"], None),
+        ({"openshift": True}, [], None),
+        ({"openshift": False}, ["security.openshift.io/v1"], 65532),
+    ],
+)
+def test_user_of_pods_is_fixed_or_the_platforms(
+    helm: Helm, values: Object, apis: list[str], user: int | None
+) -> None:
+    objects = helm.template(values, apis=apis)
+    assert operator_config(objects).run_as_user == user
+    own = pod_template(objects)["spec"]["securityContext"]
+    is_openshift = (bool(apis) and values.get("openshift") is not False) or values.get("openshift")
+    ids = {"runAsUser", "runAsGroup", "fsGroup"}
+    assert ids & set(own) == (set() if is_openshift else ids)
+    assert own["runAsNonRoot"] is True
+
+
 def test_helm_test_may_reach_control_api(
     rendered: dict[str, list[Object]],
 ) -> None:
@@ -156,7 +189,7 @@ def test_helm_test_may_reach_control_api(
     assert test["metadata"]["annotations"]["helm.sh/hook"] == "test"
     (container,) = test["spec"]["template"]["spec"]["containers"]
     assert f"{operator_config(rendered['everything']).control.url}/readyz" in container["args"][0]
-    (incoming,) = network_policy(rendered["everything"])["ingress"]
+    incoming, _ = network_policy(rendered["everything"])["ingress"]
     allowed_labels = incoming["from"][1]["podSelector"]["matchLabels"]
     labels = test["spec"]["template"]["metadata"]["labels"]
     assert labels.items() >= allowed_labels.items()

@@ -166,3 +166,21 @@ def test_default_roles_include_moemodels(
     assert by_label["edit"][models] == READ | WRITE | {"update", "deletecollection"}
     assert by_label["admin"] == by_label["edit"]
     assert ("faasmoe.dev", "moemodels/status") in by_label["view"]
+
+
+def test_admission_policy_is_that_of_the_operators_account(objects: list[Object]) -> None:
+    [policy] = [obj for obj in objects if obj["kind"] == "ValidatingAdmissionPolicy"]
+    [binding] = [obj for obj in objects if obj["kind"] == "ValidatingAdmissionPolicyBinding"]
+    (pod,) = (obj["spec"]["template"]["spec"] for obj in objects if obj["kind"] == "Deployment")
+    account = f"system:serviceaccount:faasmoe-system:{pod['serviceAccountName']}"
+    [condition] = policy["spec"]["matchConditions"]
+    assert condition["expression"] == f"request.userInfo.username == '{account}'"
+    assert binding["spec"]["policyName"] == policy["metadata"]["name"]
+    assert binding["spec"]["validationActions"] == ["Deny"]
+
+
+def test_admission_policy_covers_all_that_the_operator_may_change(objects: list[Object]) -> None:
+    [policy] = [obj for obj in objects if obj["kind"] == "ValidatingAdmissionPolicy"]
+    rules = policy["spec"]["matchConstraints"]["resourceRules"]
+    covered = {(group, name) for r in rules for group in r["apiGroups"] for name in r["resources"]}
+    assert {resource_key(kind) for kind in {*OWNED_KINDS, POD}} <= covered

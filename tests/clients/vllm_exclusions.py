@@ -29,12 +29,14 @@ FILES = (
     "entrypoints/openai/responses/test_simple.py",
     "entrypoints/openai/responses/test_stateful.py",
     "entrypoints/openai/responses/test_structured_output.py",
+    "tool_use/test_chat_completions.py",
+    "tool_use/test_tool_calls.py",
+    "tool_use/test_parallel_tool_calls.py",
     "entrypoints/anthropic/test_messages.py",
     "entrypoints/serve/tokenize/test_tokenization.py",
 )
 
 NOT_RUN: tuple[tuple[str, str], ...] = (
-    ("tool_use", _MODEL),
     (f"{_CHAT}/test_thinking_token_budget.py", "`thinking_token_budget` is refused by name"),
     (f"{_CHAT}/test_batched_chat_completions.py", "vLLM's endpoint for batches of chats"),
     (f"{_CHAT}/test_*_prompt_embeds.py, test_extra_content_fields.py", "multimodal input"),
@@ -71,6 +73,5 @@ NOT_SUPPORTED: tuple[tuple[str, str], ...] = (
     ("*test_chat_streaming*", "the chunk with the finish reason is empty, as OpenAI's"),
     ("*test_parallel_streaming*", "the same: one chunk more than tokens"),
     ("*test_chat_completion_stream_options*", "the same, with continuous usage"),
-    ("*test_custom_role*", "roles beside OpenAI's are refused"),
     ("*test_long_seed*", "the error is another text"),
 )

@@ -26,7 +26,8 @@ def test_reports_a_missing_source_and_retries(
     found = wait_for_condition(
         api, namespace, "tiny", "StoreReady", status="False", reason="SourceNotFound"
     )
-    assert "elsewhere" in found["message"]
+    assert f"pvc://{claim}/elsewhere" in found["message"]
+    assert "/source/" not in found["message"]
     assert conditions(api, namespace, "tiny")["Ready"]["status"] == "False"
     eventually(lambda: _events(api, namespace), lambda found: "SourceNotFound" in found)
 

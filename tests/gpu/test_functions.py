@@ -1,19 +1,30 @@
 """Functions on the device: their outputs, and the memory they use and free."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from published.checkpoints import Write, build, publish
+from published.floats import fp8_blocks
+from published.integers import nvfp4
 from sandbox_processes import PreparedStore, make_function_spec
 
 from faasmoe_contracts.store import Store
+from faasmoe_contracts.store.references import StoreMode
 from faasmoe_contracts.wire import Dtype, ExpertRequest, OutputMode, decode_request, encode_request
 from faasmoe_expert.functions import ExpertFunction
 from faasmoe_expert.functions.transfer import CudaCopyStream, Uploader
 from faasmoe_expert.functions.weights import copy_weights, map_weights
+from faasmoe_router.checkpoint.prepare import prepare
 
 FAMILIES = ["mixtral", "qwen2_moe", "aria", "nemotron_h", "gpt_oss", "muse_spark", "deepseek_v4"]
 EXPERTS = 8
+PUBLISHED: dict[str, tuple[Write, dict[str, Any]]] = {
+    "fp8": (fp8_blocks(block=32), {"quant_method": "fp8", "weight_block_size": [32, 32]}),
+    "nvfp4": (nvfp4(), {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+}
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-6}
 KERNEL_TOLERANCE = 2e-4
 WIRE_DTYPES = {"float32": Dtype.FLOAT32, "bfloat16": Dtype.BFLOAT16}
@@ -96,6 +107,38 @@ def test_uploaded_codes_become_the_weights_of_the_store(
     for name in entry.quantization:
         for expert in block:
             assert torch.equal(there.stacked[name][expert].cpu(), here.stacked[name][expert])
+
+
+@pytest.mark.parametrize("mode", [StoreMode.COPY, StoreMode.REFERENCE])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_codes_become_the_weights_that_they_stand_for(
+    name: str, mode: StoreMode, tmp_path: Path, uploader: Uploader
+) -> None:
+    """Also where gate and up, with scales of their own, lie apart in the checkpoint."""
+    write, config = PUBLISHED[name]
+    folder = publish(build("qwen3_moe"), tmp_path, write, config, dtype=torch.float32).folder
+    store = prepare(str(folder), tmp_path / "store", mode=mode)
+    block, entry = [1, 2, 6], store.manifest.layers[0]
+    assert len(entry.quantization) == 2
+    layer, n_experts = store.map_layer(0), entry.num_experts
+    there = copy_weights(
+        layer,
+        n_experts=n_experts,
+        experts=block,
+        uploader=uploader,
+        quantization=entry.quantization,
+        dtype=torch.float32,
+    )
+    here = map_weights(layer, n_experts=n_experts, quantization=entry.quantization)
+    for parameter in entry.quantization:
+        for expert in block:
+            expected = here.stacked[parameter][expert]
+            assert torch.equal(there.stacked[parameter][expert].cpu(), expected)
+    spec = make_function_spec(store, [0], block)
+    request = request_for(store, block, mode=OutputMode.REDUCED)
+    expected = ExpertFunction(spec, store).compute(request)
+    got = ExpertFunction(spec, store, uploader=uploader).compute(request)
+    assert (got - expected).abs().max() <= KERNEL_TOLERANCE * expected.abs().max()
 
 
 @pytest.mark.usefixtures("emulated")

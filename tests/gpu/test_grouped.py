@@ -11,7 +11,8 @@ from torch import Tensor
 
 from faasmoe_expert.functions.grouped_kernel import GroupedKernel, supports_grouped_mm
 from faasmoe_expert.functions.kernels import KernelSpec, RoutedPairs, gated_reduced
-from faasmoe_expert.functions.weights import LayerWeights, StackedBlock
+from faasmoe_expert.functions.stacks import StackedBlock
+from faasmoe_expert.functions.weights import LayerWeights
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 SILU = KernelSpec("gated", "silu", transposed=False, interleaved=False, bias=False)

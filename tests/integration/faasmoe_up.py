@@ -56,6 +56,13 @@ class FaasmoeUp:
         zygote = self.child_running("faasmoe_expert.zygote")
         return [] if zygote is None else [p for p in zygote.children() if not _is_gone(p)]
 
+    @property
+    def router(self) -> psutil.Process | None:
+        """The router, which its zygote has forked and named; None while it is being restarted."""
+        zygote = self.child_running("faasmoe_router.zygote")
+        routers = [] if zygote is None else [p for p in zygote.children() if not _is_gone(p)]
+        return routers[0] if routers else None
+
     def child_running(self, module: str) -> psutil.Process | None:
         """Return the child of the launcher that runs a module; None if there is none."""
         for process in psutil.Process(self.process.pid).children():

@@ -6,6 +6,7 @@ import io
 import subprocess
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,11 @@ class Helm:
             [self._program, *arguments], env=self._env, capture_output=True, text=True, check=False
         )
 
-    def template(self, values: dict[str, Any] | Path | None = None) -> list[dict[str, Any]]:
-        """Return the objects rendered with the given values."""
-        result = self._template(values)
+    def template(
+        self, values: dict[str, Any] | Path | None = None, *, apis: Sequence[str] = ()
+    ) -> list[dict[str, Any]]:
+        """Return the objects rendered with the given values, where a cluster serves these APIs."""
+        result = self._template(values, apis)
         assert result.returncode == 0, result.stderr
         return [obj for obj in yaml.safe_load_all(result.stdout) if obj]
 
@@ -63,10 +66,13 @@ class Helm:
         assert result.returncode != 0, "helm accepted the values"
         return result.stderr
 
-    def _template(self, values: dict[str, Any] | Path | None) -> subprocess.CompletedProcess[str]:
+    def _template(
+        self, values: dict[str, Any] | Path | None, apis: Sequence[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
         file = values
         if not isinstance(file, Path):
             file = self.home / "values.yaml"
             file.write_text(yaml.safe_dump(values or {}))
         options = ["--namespace", NAMESPACE, "--values", str(file), "--include-crds"]
+        options += [option for api in apis for option in ("--api-versions", api)]
         return self.run("template", RELEASE, CHART, *options)

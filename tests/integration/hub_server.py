@@ -13,6 +13,8 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
+"""Variables that a client of this hub must not have."""
 COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 
 
@@ -66,9 +68,10 @@ def _handler(repositories: dict[str, Path], requests: list[str]) -> type[BaseHTT
             if folder is None:
                 self._respond(404, {"X-Error-Code": "RepoNotFound"})
             elif rest[:1] == ["tree"]:
-                self._json([_tree_entry(path) for path in _files(folder)])
+                self._json([_tree_entry(folder, path) for path in _files(folder)])
             else:
-                siblings = [{"rfilename": path.name} for path in _files(folder)]
+                names = (path.relative_to(folder).as_posix() for path in _files(folder))
+                siblings = [{"rfilename": name} for name in names]
                 self._json({"id": repository, "sha": COMMIT, "siblings": siblings})
 
         def _file(self, repository: str, name: str) -> None:
@@ -98,18 +101,18 @@ def _handler(repositories: dict[str, Path], requests: list[str]) -> type[BaseHTT
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if path.is_file()]
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
-def _tree_entry(path: Path) -> dict[str, Any]:
+def _tree_entry(folder: Path, path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     entry = {
         "type": "file",
-        "path": path.name,
+        "path": path.relative_to(folder).as_posix(),
         "size": len(content),
         "oid": hashlib.sha1(content).hexdigest(),
     }
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", ".gguf"):
         digest = hashlib.sha256(content).hexdigest()
         entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 134}
     return entry

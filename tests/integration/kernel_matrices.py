@@ -27,6 +27,7 @@ FLOAT_PARAMETERS = {
     ParameterDtype.FLOAT32: torch.float32,
     ParameterDtype.BFLOAT16: torch.bfloat16,
     ParameterDtype.FLOAT16: torch.float16,
+    ParameterDtype.E4M3: torch.float8_e4m3fn,
 }
 E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
@@ -60,8 +61,14 @@ def random_matrix(
     scale_dtype: ParameterDtype = ParameterDtype.FLOAT32,
     zero_dtype: ParameterDtype = ParameterDtype.FLOAT32,
     bias_dtype: ParameterDtype = ParameterDtype.FLOAT32,
+    group_rows: int = 1,
 ) -> DenseMatrix:
-    """Return a matrix [n, k] whose products with unit inputs are about 1."""
+    """Return a matrix [n, k] whose products with unit inputs are about 1.
+
+    `group_rows` rows of FP8 share their scales; NVFP4 has a factor for each half of an even n.
+    """
+    if scheme is Scheme.NVFP4:
+        scale_dtype = ParameterDtype.E4M3
     bias = rng.standard_normal(n).astype(np.float32) if has_bias else None  # [n]
     stored_bias, bias = _stored(bias, bias_dtype)
     codes: torch.Tensor | Array
@@ -69,16 +76,23 @@ def random_matrix(
     scales: Array | None = None
     zeros: Array | None = None
     stored_scales = stored_zeros = None
+    factors: Array | None = None
     if scheme in FLOAT_DTYPES:
         weights = torch.from_numpy(rng.standard_normal((n, k)) / k**0.5).to(FLOAT_DTYPES[scheme])
         codes, values = weights, weights.double().numpy()  # [n, k]
     else:
-        n_groups = k // group if group else 1
-        scales = (rng.uniform(0.5, 1.5, (n, n_groups)) / k**0.5).astype(np.float32)  # [n, G]
+        n_groups = -(-k // group) if group else 1
+        n_scaled = -(-n // group_rows)
+        scales = (rng.uniform(0.5, 1.5, (n_scaled, n_groups)) / k**0.5).astype(np.float32)  # [n, G]
         if scheme is Scheme.INT8:
             scales /= 64
             levels = rng.integers(-128, 128, (n, k)).astype(np.float64)
             codes = levels.astype(np.int8)
+        elif scheme is Scheme.FP8:
+            scales /= 256
+            codes = rng.integers(0, 256, (n, k), dtype=np.uint8)
+            codes[(codes & 0x7F) == 0x7F] = 0  # NaN
+            levels = torch.from_numpy(codes).view(torch.float8_e4m3fn).double().numpy()
         else:
             nibbles = rng.integers(0, 16, (n, k), dtype=np.uint8)
             codes = nibbles[:, ::2] | nibbles[:, 1::2] << 4  # [n, k / 2]
@@ -86,14 +100,21 @@ def random_matrix(
                 scales /= 4
                 if has_zeros:
                     zeros = rng.integers(0, 16, (n, n_groups)).astype(np.float32)  # [n, G]
-                levels = nibbles - (8.0 if zeros is None else _spread(zeros, k))
+                levels = nibbles - (8.0 if zeros is None else _spread(zeros, k, group))
             else:
                 scales /= 3
                 levels = E2M1_VALUES[nibbles & 7] * np.where(nibbles & 8, -1, 1)
+        if scheme is Scheme.NVFP4:
+            factors = np.array([0.25, 0.75 if n % 2 == 0 else 0.25], dtype=np.float32) / k**0.5
+            scales *= k**0.5 * 448 / 1.5
+            factors /= 448 / 1.5
         stored_scales, scales = _stored(scales, scale_dtype)
         stored_zeros, zeros = _stored(zeros, zero_dtype)
         assert scales is not None
-        values = levels * _spread(scales, k)
+        scales = np.repeat(scales, group_rows, axis=0)[:n]
+        values = levels * _spread(scales, k, group)
+        if factors is not None:
+            values *= np.repeat(factors.astype(np.float64), [n // 2, n - n // 2])[:, None]
     matrix = Matrix(
         scheme,
         n,
@@ -106,10 +127,13 @@ def random_matrix(
         scale_dtype=scale_dtype,
         zero_dtype=zero_dtype,
         bias_dtype=bias_dtype,
+        group_rows=group_rows if group_rows > 1 else 0,
+        factors=_address(factors),
+        factors_upper=_address(factors) + 4 if factors is not None and n % 2 == 0 else 0,
     )
     dense_bias = np.zeros(n) if bias is None else bias.astype(np.float64)
     return DenseMatrix(
-        matrix, values, dense_bias, (codes, stored_scales, stored_zeros, stored_bias)
+        matrix, values, dense_bias, (codes, stored_scales, stored_zeros, stored_bias, factors)
     )
 
 
@@ -155,9 +179,9 @@ def _stored(
     return stored, stored.double().numpy()
 
 
-def _spread(per_group: Array, k: int) -> Array:
+def _spread(per_group: Array, k: int, group: int) -> Array:
     """Return values [n, k] from one value per group, [n, G]."""
-    return np.repeat(per_group.astype(np.float64), k // per_group.shape[1], axis=1)
+    return np.repeat(per_group.astype(np.float64), group or k, axis=1)[:, :k]
 
 
 def _address(memory: torch.Tensor | Array | None) -> int:

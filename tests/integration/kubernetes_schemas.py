@@ -8,7 +8,7 @@ import pytest
 
 VERSIONS = ("1.30", "1.37")
 """The oldest release that the chart supports, and the newest one."""
-EXTENSIONS = frozenset({"HTTPRoute", "ServiceMonitor", "PrometheusRule", "MoEModel"})
+EXTENSIONS = frozenset({"HTTPRoute", "ServiceMonitor", "PodMonitor", "PrometheusRule", "MoEModel"})
 """Kinds that are not part of Kubernetes."""
 
 

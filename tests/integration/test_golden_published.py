@@ -15,7 +15,7 @@ import transformers
 from families.inputs import prompts
 from families.registry import FAMILIES, Family, forward_logits
 from published.checkpoints import Published, Write, build, publish
-from published.floats import fp8_blocks, gpt_oss
+from published.floats import fp8_blocks, fp8_scaled, gpt_oss, mxfp8
 from published.integers import awq, gptq, nvfp4, packed_integers, plain_integers
 from sandbox_processes import StartSandbox
 from test_golden import TOLERANCE, Sandboxes, logits_through_functions
@@ -37,17 +37,49 @@ def compressed(**weights: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "config_groups": groups}
 
 
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
+MXFP8 = {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
+CT_INT4 = compressed(num_bits=4, group_size=32)
+CT_INT8 = compressed(num_bits=8, strategy="channel")
+CT_FP8 = compressed(num_bits=8, type="float", strategy="channel")
+CT_NVFP4 = compressed(num_bits=4, type="float", strategy="tensor_group", group_size=16)
+
+
+def only_experts(write: Write) -> Write:
+    """Apply a writer to routed experts, as Kimi K2 is published."""
+    return lambda name, weight: write(name, weight) if ".experts." in name else None
+
+
 FORMATS: dict[str, tuple[str, Write, dict[str, Any], dict[str, Any]]] = {
-    "fp8": ("qwen3_moe", fp8_blocks(), FP8, FP8_SIZES),
-    "mxfp4": ("gpt_oss", gpt_oss(), {"quant_method": "mxfp4"}, {}),
-    "int4": ("qwen3_moe", packed_integers(), compressed(num_bits=4, group_size=32), {}),
-    "int8": ("mixtral", plain_integers(), compressed(num_bits=8, strategy="channel"), {}),
-    "gptq": ("qwen3_moe", gptq(), GPTQ, {}),
-    "awq": ("qwen3_moe", awq(), {"quant_method": "awq", "bits": 4, "group_size": 32}, {}),
-    "nvfp4": ("qwen3_moe", nvfp4(), NVFP4, {}),
+    # Families in the formats that their publishers, or those of quantised copies, use.
+    "fp8-qwen3_moe": ("qwen3_moe", fp8_blocks(), FP8, FP8_SIZES),
+    "fp8-minimax_m2": ("minimax_m2", fp8_blocks(), FP8, FP8_SIZES),
+    "fp8-deepseek_v3": ("deepseek_v3", fp8_blocks(), FP8, FP8_SIZES),
+    "mxfp4-gpt_oss": ("gpt_oss", gpt_oss(), {"quant_method": "mxfp4"}, {}),
+    "mxfp8-qwen3_moe": ("qwen3_moe", mxfp8(), MXFP8, {}),
+    "ct-int4-qwen3_moe": ("qwen3_moe", packed_integers(), CT_INT4, {}),
+    "ct-int4-deepseek_v3": ("deepseek_v3", only_experts(packed_integers()), CT_INT4, {}),
+    "ct-int8-mixtral": ("mixtral", plain_integers(), CT_INT8, {}),
+    "ct-int8-qwen3_moe": ("qwen3_moe", plain_integers(), CT_INT8, {}),
+    "ct-fp8-glm4_moe": ("glm4_moe", fp8_scaled("row"), CT_FP8, {}),
+    "ct-fp8-mixtral": ("mixtral", fp8_scaled("row"), CT_FP8, {}),
+    "ct-nvfp4-qwen3_moe": ("qwen3_moe", nvfp4(is_divisor=True), CT_NVFP4, {}),
+    "gptq-qwen2_moe": ("qwen2_moe", gptq(), GPTQ, {"shared_expert_intermediate_size": 64}),
+    "gptq-qwen3_moe": ("qwen3_moe", gptq(), GPTQ, {}),
+    "gptq-mixtral": ("mixtral", gptq(), GPTQ, {}),
+    "awq-qwen3_moe": ("qwen3_moe", awq(), AWQ, {}),
+    "awq-mixtral": ("mixtral", awq(), AWQ, {}),
+    "nvfp4-qwen3_moe": ("qwen3_moe", nvfp4(), NVFP4, {}),
+    "nvfp4-deepseek_v3": ("deepseek_v3", nvfp4(), NVFP4, {}),
 }
-LOADED_BY_TRANSFORMERS = ("fp8", "mxfp4")
-KEPT = {"mxfp4": {"mxfp4"}, "int4": {"int4"}, "int8": {"int8"}, "gptq": {"int4"}}
+LOADED_BY_TRANSFORMERS = ("fp8-qwen3_moe", "fp8-minimax_m2", "mxfp8-qwen3_moe", "mxfp4-gpt_oss")
+KEPT_SCHEMES = {
+    "mxfp4": "mxfp4",
+    **dict.fromkeys(("ct-int4", "gptq", "awq"), "int4"),
+    "ct-int8": "int8",
+    **dict.fromkeys(("fp8", "mxfp8", "ct-fp8"), "fp8"),
+    **dict.fromkeys(("nvfp4", "ct-nvfp4"), "nvfp4"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +117,7 @@ def test_logits_equal_those_of_the_weights_that_the_writer_meant(
 ) -> None:
     checkpoint, family, store, got = published_and_served(name, sandboxes, tmp_path, torch.float32)
     schemes = {e.scheme for layer in store.manifest.layers for e in layer.quantization.values()}
-    assert schemes == KEPT.get(name, set())
+    assert schemes == {KEPT_SCHEMES[name.rpartition("-")[0]]}
     expected = loaded_logits(checkpoint.reference, family, store, torch.float32)
     # Twice that of floats: native kernels round activations to 16 bits in every layer. These models
     # are wider than the registry's and their logits larger.

@@ -130,7 +130,7 @@ class Clients:
 
 async def run_overload(up: FaasmoeUp, for_s: float) -> dict[str, float]:
     """Overload the router, check statuses and memory, and return all figures."""
-    router = up.child_running("faasmoe_router")
+    router = up.router
     assert router is not None
     timeout = aiohttp.ClientTimeout(total=120)
     connector = aiohttp.TCPConnector(limit=0)

@@ -152,7 +152,7 @@ def read_all(up: FaasmoeUp, *, kills_router: bool) -> dict[str, Stream]:
 
 
 def kill_router(up: FaasmoeUp) -> None:
-    router = up.child_running("faasmoe_router")
+    router = up.router
     assert router is not None
     router.send_signal(signal.SIGKILL)
     router.wait(10)

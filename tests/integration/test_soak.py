@@ -115,10 +115,10 @@ def run_traffic(up: FaasmoeUp, for_s: float) -> int:
 
 
 def take_sample(up: FaasmoeUp) -> Sample:
-    names = ("faasmoe_router", "faasmoe_operator.control", "faasmoe_expert.zygote")
-    processes = [up.child_running(name) for name in names]
+    names = ("faasmoe_operator.control", "faasmoe_expert.zygote")
+    processes = [up.router, *(up.child_running(name) for name in names)]
     running = [process for process in processes if process is not None]
-    assert len(running) == len(names)
+    assert len(running) == len(processes)
     router_bytes, control_bytes, zygote_bytes = (pss_bytes(p.pid) or 0 for p in running)
     return Sample(
         router_bytes=router_bytes,

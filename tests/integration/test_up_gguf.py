@@ -6,8 +6,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from faasmoe_up import running_up
+from faasmoe_up import FaasmoeUp, running_up
 from gguf_models import GGUF_FAMILIES, build_model, file_tensors, write_gguf
+from hub_server import PROXIES, running_hub
 
 
 @pytest.fixture(scope="module")
@@ -18,24 +19,40 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(path, family, model, file_tensors(family, model, "Q8_0").blocks)
 
 
+def first_text(up: FaasmoeUp, model: str) -> str:
+    response = httpx.post(
+        f"{up.base_url}/v1/completions",
+        json={"model": model, "prompt": "the quick", "max_tokens": 4, "temperature": 0},
+        timeout=60,
+    )
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["text"])
+
+
 def test_a_gguf_file_is_served_and_its_store_used_again(file: Path, tmp_path: Path) -> None:
     variables = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     texts = []
     for log in (tmp_path / "first.log", tmp_path / "second.log"):
         with running_up(str(file), log, variables=variables) as up:
-            response = httpx.post(
-                f"{up.base_url}/v1/completions",
-                json={
-                    "model": "Tiny-Q8_0",
-                    "prompt": "the quick",
-                    "max_tokens": 4,
-                    "temperature": 0,
-                },
-                timeout=60,
-            )
-            assert response.status_code == 200, response.text
-            texts.append(response.json()["choices"][0]["text"])
+            texts.append(first_text(up, "Tiny-Q8_0"))
         is_first = log.name == "first.log"
         assert (f"preparing {file.as_uri()} in " in log.read_text()) == is_first
     assert texts[0]
     assert texts[0] == texts[1]
+
+
+def test_a_file_of_a_hub_repository_is_served(file: Path, tmp_path: Path) -> None:
+    log, model = tmp_path / "log", "acme/Tiny-GGUF:Q8_0"
+    with running_hub({"acme/Tiny-GGUF": file.parent}) as hub:
+        variables = {
+            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_OFFLINE": "0",
+            **dict.fromkeys(PROXIES, ""),
+        }
+        with running_up(model, log, variables=variables) as up:
+            assert first_text(up, model)
+            (card,) = httpx.get(f"{up.base_url}/v1/models").json()["data"]
+            assert card["id"] == model
+    assert f"preparing hf://{model} in " in log.read_text()

@@ -15,11 +15,10 @@ from pathlib import Path
 import httpx
 import pytest
 from faasmoe_up import FaasmoeUp, running_up
-from hub_server import COMMIT, running_hub
+from hub_server import COMMIT, PROXIES, running_hub
 from tiny_chat import save_tiny_chat_model
 
 HUB_ID = "acme/Tiny-MoE"
-PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def user(tmp_path: Path, checkpoint: Path) -> Iterator[User]:
-    with running_hub({HUB_ID: checkpoint, "acme/GGUF-only": checkpoint.parent}) as hub:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "README.md").touch()
+    with running_hub({HUB_ID: checkpoint, "acme/Nothing": empty}) as hub:
         variables = {
             "XDG_CACHE_HOME": str(tmp_path / "cache"),
             "HF_HOME": str(tmp_path / "hf"),
@@ -167,9 +169,9 @@ def test_a_changed_checkpoint_is_prepared_again(user: User, tmp_path: Path) -> N
             id="no-network",
         ),
         pytest.param(
-            ["acme/GGUF-only"],
+            ["acme/Nothing"],
             {},
-            ["'acme/GGUF-only', which has no config.json", "name the file"],
+            ["'acme/Nothing', which has no config.json and no GGUF file"],
             id="not-a-checkpoint",
         ),
     ],

@@ -35,7 +35,7 @@ using Buffer = std::vector<T>;
 struct Dense {
   fk_matrix matrix{};
   Buffer<uint8_t> codes, lower, upper;  // and where the matrix has them, if elsewhere
-  Buffer<float> scales, zeros, bias;
+  Buffer<float> scales, zeros, bias, factors;
   Buffer<uint8_t> stored_scales, stored_zeros;
   std::vector<double> values;
 };
@@ -93,6 +93,32 @@ void set_half(Buffer<uint8_t> &bytes, int64_t i, int32_t is_bf16, const Half &h)
   std::memcpy(&bytes[2 * i], is_bf16 ? &h.bf16 : &h.f16, 2);
 }
 
+// The value of an E4M3 code that is no NaN.
+double e4m3(uint8_t code) {
+  int exponent = code >> 3 & 15, mantissa = code & 7;
+  double v = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+  return code & 0x80 ? -v : v;
+}
+uint8_t random_e4m3(int64_t largest) {
+  uint8_t code = uint8_t(pick(0, largest));
+  return (code & 0x7f) == 0x7f ? 0 : code;
+}
+
+// NVFP4: E4M3 scales, and a factor for all rows or for each half.
+void make_nvfp4_scales(Dense &d, int64_t n) {
+  int64_t n_factors = n % 2 == 0 ? pick(0, 2) : pick(0, 1), groups = int64_t(d.scales.size()) / n;
+  d.stored_scales.resize(d.scales.size());
+  for (size_t i = 0; i < d.scales.size(); ++i) {
+    d.stored_scales[i] = random_e4m3(n_factors ? 0x7e : 0x20);
+    d.scales[i] = float(e4m3(d.stored_scales[i]));
+  }
+  for (int64_t f = 0; f < n_factors; ++f) d.factors.push_back(float(pick(1, 8)) / 65536);
+  for (int64_t i = 0; i < int64_t(d.scales.size()); ++i)
+    if (n_factors) d.scales[i] *= d.factors[n_factors == 2 && i / groups >= n / 2];
+  d.matrix.factors = n_factors ? d.factors.data() : nullptr;
+  d.matrix.factors_upper = n_factors == 2 ? d.factors.data() + 1 : nullptr;
+}
+
 // Moves codes to any address, and at times their upper rows to another.
 void place_elsewhere(Dense &d, int64_t n) {
   int64_t bytes = int64_t(d.codes.size()), shift = pick(0, 9);
@@ -110,25 +136,32 @@ Dense random_matrix(int32_t scheme, int64_t n, int64_t k, int32_t group) {
   static const double e2m1[8] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
   Dense d;
   d.values.resize(n * k);
-  int64_t groups = group ? k / group : 1;
-  bool is_float = scheme < FK_W_INT8, is_4bit = scheme > FK_W_INT8;
+  int64_t groups = group ? (k + group - 1) / group : 1;
+  bool is_float = scheme < FK_W_INT8, is_4bit = scheme > FK_W_INT8 && scheme != FK_W_FP8;
+  int64_t group_rows = scheme == FK_W_FP8 ? pick(1, pick(0, 1) ? 1 : n + 2) : 1;
   if (!is_float) {
-    d.scales.resize(n * groups);
+    d.scales.resize((n + group_rows - 1) / group_rows * groups);
     for (float &s : d.scales) s = 0.02f + 0.01f * std::abs(normal());
     if (scheme == FK_W_INT8)
       for (float &s : d.scales) s /= 32;
+    if (scheme == FK_W_FP8)
+      for (float &s : d.scales) s /= 64;
     if (scheme == FK_W_INT4 && pick(0, 1)) {
       d.zeros.resize(n * groups);
       for (float &z : d.zeros) z = float(pick(0, 15));
     }
   }
-  int32_t scale_dtype = d.scales.empty() ? 0 : store_parameters(d.scales, true, d.stored_scales);
+  int32_t scale_dtype = d.scales.empty() ? 0 : FK_P_E4M3;
+  if (scheme == FK_W_NVFP4)
+    make_nvfp4_scales(d, n);
+  else if (!d.scales.empty())
+    scale_dtype = store_parameters(d.scales, true, d.stored_scales);
   int32_t zero_dtype = d.zeros.empty() ? 0 : store_parameters(d.zeros, false, d.stored_zeros);
   int64_t bytes = is_4bit ? n * k / 2 : n * k * (scheme == FK_W_FLOAT32 ? 4 : is_float ? 2 : 1);
   d.codes.resize(bytes);
   for (int64_t r = 0; r < n; ++r)
     for (int64_t c = 0; c < k; ++c) {
-      int64_t i = r * k + c, g = r * groups + (group ? c / group : 0);
+      int64_t i = r * k + c, g = r / group_rows * groups + (group ? c / group : 0);
       if (scheme == FK_W_FLOAT32) {
         float v = normal() * 0.1f;
         std::memcpy(&d.codes[4 * i], &v, 4);
@@ -141,6 +174,9 @@ Dense random_matrix(int32_t scheme, int64_t n, int64_t k, int32_t group) {
         int8_t code = int8_t(pick(-128, 127));
         d.codes[i] = uint8_t(code);
         d.values[i] = double(code) * d.scales[g];
+      } else if (scheme == FK_W_FP8) {
+        d.codes[i] = random_e4m3(255);
+        d.values[i] = e4m3(d.codes[i]) * d.scales[g];
       } else {
         int code = int(pick(0, 15));
         d.codes[i / 2] |= uint8_t(code << (c % 2 * 4));
@@ -155,16 +191,20 @@ Dense random_matrix(int32_t scheme, int64_t n, int64_t k, int32_t group) {
   }
   auto address = [](auto &v) { return v.empty() ? nullptr : v.data(); };
   d.matrix = {scheme, group, n, k, d.codes.data(), address(d.stored_scales), address(d.stored_zeros),
-              address(d.bias), scale_dtype, zero_dtype, FK_P_FLOAT32, 0, nullptr};
+              address(d.bias), scale_dtype, zero_dtype, FK_P_FLOAT32, int32_t(group_rows), nullptr, nullptr,
+              d.matrix.factors, d.matrix.factors_upper};
   if (pick(0, 1)) place_elsewhere(d, n);
   return d;
 }
 
 // A scheme with a group, and what its k must be a multiple of.
 void pick_scheme(int32_t *scheme, int32_t *group, int64_t *step) {
-  *scheme = int32_t(pick(FK_W_FLOAT32, FK_W_MXFP4));
-  *group = *scheme == FK_W_MXFP4 ? 32 : *scheme < FK_W_INT8 ? 0 : int32_t(32 * pick(0, 3));
-  *step = *group ? *group : *scheme == FK_W_INT4 ? 2 : 1;
+  *scheme = int32_t(pick(FK_W_FLOAT32, FK_W_NVFP4));
+  *group = *scheme == FK_W_NVFP4   ? 16
+           : *scheme == FK_W_MXFP4 ? 32
+           : *scheme < FK_W_INT8   ? 0
+                                   : int32_t(32 * pick(0, *scheme == FK_W_FP8 ? 4 : 3));
+  *step = *scheme == FK_W_FP8 ? 1 : *group ? *group : *scheme == FK_W_INT4 ? 2 : 1;
 }
 
 struct Input {
@@ -192,6 +232,16 @@ Input random_input(int64_t rows, int64_t k, int64_t slack) {
       x.values[r * k + c] = h.value;
     }
   return x;
+}
+
+// Length of the products that output n sums: what rounding is relative to, however much of them cancels.
+double products_norm(const Dense &w, int64_t n, const double *x) {
+  double squares = 0;
+  for (int64_t k = 0; k < w.matrix.k; ++k) {
+    double product = w.values[n * w.matrix.k + k] * x[k];
+    squares += product * product;
+  }
+  return std::sqrt(squares);
 }
 
 std::vector<double> product(const Dense &w, const double *x) {
@@ -226,7 +276,7 @@ void fuzz_linear() {
   for (int64_t r = 0; r < rows; ++r) {
     std::vector<double> expected = product(w, &x.values[r * k]);
     for (int64_t c = 0; c < n; ++c)
-      check_close(out[r * out_stride + c], expected[c], std::abs(expected[c]), "linear's output");
+      check_close(out[r * out_stride + c], expected[c], products_norm(w, c, &x.values[r * k]), "linear's output");
   }
 }
 

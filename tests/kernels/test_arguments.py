@@ -38,6 +38,18 @@ BAD_MATRICES: list[tuple[Scheme, dict[str, Any], str]] = [
     (Scheme.INT4, {"k": 63, "group": 0}, "k: got 63, expected an even number"),
     (Scheme.MXFP4, {"group": 64}, "group: got 64, expected 32 for MXFP4"),
     (Scheme.MXFP4, {"group": 0}, "group: got 0, expected 32 for MXFP4"),
+    (Scheme.INT8, {"group_rows": 2}, "group_rows: got 2, expected 0 or 1 for scheme 3"),
+    (Scheme.INT4, {"scales_upper": 1}, "scales_upper: got an address, expected NULL for scheme 4"),
+    (Scheme.FP8, {"group": 48}, "group: got 48, expected 0 or a multiple of 32"),
+    (Scheme.FP8, {"group_rows": -1}, "group_rows: got -1, expected at least 0"),
+    (Scheme.FP8, {"scale_dtype": 5}, "scale_dtype: got 5, expected 0 to 3"),
+    (Scheme.FP8, {"zeros": 1}, "zeros: got an address"),
+    (Scheme.FP8, {"factors": 1}, "factors: got an address, expected NULL for scheme 6"),
+    (Scheme.FP8, {"n": 7, "scales_upper": 1}, "n: got 7, expected an even number for scales"),
+    (Scheme.NVFP4, {"group": 32}, "group: got 32, expected 16 for NVFP4"),
+    (Scheme.NVFP4, {"k": 56}, "k: got 56, expected a multiple of 16 for NVFP4"),
+    (Scheme.NVFP4, {"scale_dtype": 0}, r"scale_dtype: got 0, expected 5 \(E4M3\)"),
+    (Scheme.NVFP4, {"n": 7}, "n: got 7, expected an even number for scales"),
 ]
 
 
@@ -64,7 +76,7 @@ def test_a_matrix_that_cannot_be_used_is_named(
     changes: dict[str, Any],
     message: str,
 ) -> None:
-    group = 32 if scheme is Scheme.MXFP4 else 0
+    group = {Scheme.MXFP4: 32, Scheme.NVFP4: 16}.get(scheme, 0)
     good = random_matrix(rng, scheme, 8, H, group=group)
     with pytest.raises(KernelError, match=rf"^w\.{message}"):
         default_library.linear(**linear_arguments(replace(good.matrix, **changes)))

@@ -26,6 +26,9 @@ SCHEMES = [
     (Scheme.INT8, 32),
     (Scheme.INT4, 32),
     (Scheme.MXFP4, 32),
+    (Scheme.FP8, 0),
+    (Scheme.FP8, 32),
+    (Scheme.NVFP4, 16),
 ]
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SILU: F.silu,

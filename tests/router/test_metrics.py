@@ -23,3 +23,17 @@ def test_request_gauges_are_read_at_scrape_time() -> None:
     text = generate_latest(registry).decode()
     assert 'vllm:num_requests_running{model_name="m"} 3.0' in text
     assert 'vllm:num_requests_waiting{model_name="m"} 4.0' in text
+
+
+def test_kv_cache_has_the_metrics_that_inference_gateways_demand() -> None:
+    registry = new_registry()
+    metrics = EngineMetrics(registry, "m")
+    metrics.observe_kv_cache(lambda: 0.25)
+    metrics.set_cache_config(n_pages=8, page_tokens=32)
+    metrics.set_cache_config(n_pages=16, page_tokens=32)  # of the next batcher
+    text = generate_latest(registry).decode()
+    assert 'vllm:kv_cache_usage_perc{model_name="m"} 0.25' in text
+    [line] = [x for x in text.splitlines() if x.startswith("vllm:cache_config_info{")]
+    assert 'block_size="32"' in line
+    assert 'num_gpu_blocks="16"' in line
+    assert line.endswith(" 1.0")

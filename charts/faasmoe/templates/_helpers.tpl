@@ -73,6 +73,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{- /* "true" if the platform assigns the ids of users and groups, else "false". */ -}}
+{{- define "faasmoe.openshift" -}}
+{{- if eq (toString .Values.openshift) "auto" -}}
+{{- .Capabilities.APIVersions.Has "security.openshift.io/v1" -}}
+{{- else -}}
+{{- .Values.openshift -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "faasmoe.rootKeySecret" -}}
 {{- printf "%s-root-key" (include "faasmoe.fullname" .) -}}
 {{- end -}}

@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from faasmoe_contracts.store.json_fields import JsonFields, StoreError
+from faasmoe_contracts.store.published import PublishedEntry
 from faasmoe_contracts.store.quantization import (
     QuantizationEntry,
     RouterEntry,
@@ -190,6 +191,7 @@ class Manifest:
         router: the router's quantised modules; absent from the JSON if there are none.
         checkpoint: the tensors that lie in the checkpoint, of which the store holds no copy; None,
             and absent from the JSON, if it holds all.
+        published: what became of the checkpoint's formats; absent from the JSON if it has none.
     """
 
     digest: str
@@ -199,6 +201,7 @@ class Manifest:
     quantization: QuantizationEntry = QuantizationEntry()  # noqa: RUF009
     router: RouterEntry = field(default_factory=lambda: RouterEntry({}))
     checkpoint: CheckpointEntry | None = None
+    published: tuple[PublishedEntry, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -229,9 +232,11 @@ class Manifest:
         quantization: QuantizationEntry = QuantizationEntry(),  # noqa: B008
         router: RouterEntry | None = None,
         checkpoint: CheckpointEntry | None = None,
+        published: tuple[PublishedEntry, ...] = (),
     ) -> Manifest:
         """Return a manifest of these parts with its digest computed."""
-        content = cls("", model, layers, files, quantization, router or RouterEntry({}), checkpoint)
+        router = router or RouterEntry({})
+        content = cls("", model, layers, files, quantization, router, checkpoint, published)
         return replace(content, digest=manifest_digest(content.to_json()))
 
     @classmethod
@@ -264,6 +269,7 @@ class Manifest:
                 if fields.has("checkpoint")
                 else None
             ),
+            published=_parse_published(fields),
         )
         fields.reject_unknown()
         manifest._validate()
@@ -302,6 +308,7 @@ class Manifest:
             **({"quantization": self.quantization.to_json()} if self.quantization else {}),
             **({"router": self.router.to_json()} if self.router.quantized else {}),
             **({"checkpoint": self.checkpoint.to_json()} if self.checkpoint else {}),
+            **({"published": [e.to_json() for e in self.published]} if self.published else {}),
         }
 
 
@@ -313,6 +320,12 @@ def manifest_digest(value: Mapping[str, Any]) -> str:
     content = {name: field for name, field in value.items() if name != "digest"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _parse_published(fields: JsonFields) -> tuple[PublishedEntry, ...]:
+    values = fields.pop_array("published") if fields.has("published") else []
+    entries = enumerate(values)
+    return tuple(PublishedEntry.from_json(v, path=f"published[{i}]") for i, v in entries)
 
 
 def _relative_path(name: str) -> str:

@@ -1,9 +1,11 @@
 """How a store holds quantised weights: schemes, codes and scales, as the manifest names them.
 
-A quantised parameter `X` is two tensors: its codes `X`, int8 [..., N, K] or uint8 [..., N, K/2]
-with the even column in the low nibble, and `X_scale` [..., N, G] beside it, where G is K / group,
-or 1 with one scale per row. A weight is the value of its code times its scale. The layout is the
-same for every CPU, so both are read as they lie in the mapped file.
+A quantised parameter `X` is two tensors or more: its codes `X`, [..., N, K] of a byte or
+[..., N, K/2] with the even column in the low nibble, and beside it `X_scale` [..., N, G], where G
+is K / group, or 1 with one scale per row. A weight is the value of its code times its scale. fp8
+may have a scale for several rows, nvfp4 has factors of all scales (`X_global_scale`), int4 may have
+zero points (`X_zero_point`). The layout is the same for every CPU, so all are read as they lie in
+the mapped file.
 """
 
 from __future__ import annotations
@@ -14,23 +16,65 @@ from dataclasses import dataclass
 from typing import Any
 
 from faasmoe_contracts.store.json_fields import JsonFields, StoreError
+from faasmoe_contracts.store.tensors import DTYPE_SIZES
 
 SCALE_SUFFIX = "_scale"
+ZERO_SUFFIX = "_zero_point"
+GLOBAL_SUFFIX = "_global_scale"
 EXPERTS_QUANTIZATIONS = ("none", "int8", "int4", "mxfp4")
 ROUTER_QUANTIZATIONS = ("none", "int8", "int4")
-CODE_BITS: Mapping[str, int] = {"int8": 8, "int4": 4, "mxfp4": 4}
-CODEBOOKS: Mapping[str, str] = {"int8": "linear", "int4": "linear", "mxfp4": "e2m1"}
-CODE_DTYPES: Mapping[str, str] = {"int8": "I8", "int4": "U8", "mxfp4": "U8"}
+CODE_BITS: Mapping[str, int] = {
+    "int8": 8,
+    "int4": 4,
+    "mxfp4": 4,
+    "fp8": 8,
+    "nvfp4": 4,
+}
+CODEBOOKS: Mapping[str, str] = {
+    "int8": "linear",
+    "int4": "linear",
+    "mxfp4": "e2m1",
+    "fp8": "e4m3",
+    "nvfp4": "e2m1",
+}
+CODE_DTYPES: Mapping[str, str] = {
+    "int8": "I8",
+    "int4": "U8",
+    "mxfp4": "U8",
+    "fp8": "F8_E4M3",
+    "nvfp4": "U8",
+}
 """Dtype of each scheme's codes by its name in safetensors."""
 SCALE_DTYPES: Mapping[str, str] = {
     "bfloat16": "BF16",
     "float16": "F16",
     "float32": "F32",
     "e8m0": "U8",
+    "e4m3": "F8_E4M3",
 }
 """Types of scales with the dtype in safetensors that holds them; e8m0 is 2 ** (byte - 127)."""
+_FLOAT_SCALES = ("bfloat16", "float16", "float32")
+SCHEME_SCALES: Mapping[str, tuple[str, ...]] = {
+    "int8": _FLOAT_SCALES,
+    "int4": _FLOAT_SCALES,
+    "mxfp4": ("e8m0",),
+    "fp8": (*_FLOAT_SCALES, "e8m0"),
+    "nvfp4": ("e4m3",),
+}
+"""Types that the scales of each scheme may have."""
 GROUP_MULTIPLE = 32
 """Groups of columns are multiples of this, as in `faasmoe_kernels`."""
+FIXED_GROUPS: Mapping[str, int] = {"mxfp4": GROUP_MULTIPLE, "nvfp4": 16}
+"""The only group of these schemes."""
+COMPONENT_NAMES: Mapping[str, str] = {
+    "": "codes",
+    SCALE_SUFFIX: "scales",
+    ZERO_SUFFIX: "zero points",
+    GLOBAL_SUFFIX: "factors",
+}
+"""What the tensors of a weight are, by their suffix."""
+MAX_PARTS = 2
+"""Parts of rows that have scales of their own: gate and up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +82,15 @@ class TensorQuantization:
     """How one weight, or each expert's weight of a stack, is quantised.
 
     Attributes:
-        scheme: "int8" (code * scale), "int4" ((code - 8) * scale) or "mxfp4" (E2M1 * scale).
+        scheme: "int8" (code * scale), "int4" ((code - 8) * scale, or - its zero point), "mxfp4"
+            (E2M1 * scale), "fp8" (E4M3 * scale) or "nvfp4" (E2M1 * scale * factor).
         shape: N and K of the weight that the codes represent, K contiguous.
-        group: columns per scale, a multiple of 32 that divides K; 0 for one scale per row.
+        group: columns per scale, a multiple of 32 that divides K, in fp8 perhaps but for a rest; 16
+            in nvfp4; 0 for one scale per row.
         scale_dtype: a key of SCALE_DTYPES.
+        group_rows: rows per scale, of fp8 only; the last ones of a part may be fewer.
+        parts: equal parts of the rows, each with scale rows (fp8), or a factor (nvfp4), of its own.
+        symmetric: whether there are no zero points.
         transposed: whether the codes are the transpose of the model's parameter.
         norm: Frobenius norm of the original weights.
         relative_error: Frobenius norm of the difference to the original weights over `norm`.
@@ -54,6 +103,9 @@ class TensorQuantization:
     transposed: bool = False
     norm: float = 0.0
     relative_error: float = 0.0
+    group_rows: int = 1
+    parts: int = 1
+    symmetric: bool = True
 
     @property
     def bits(self) -> int:
@@ -67,14 +119,29 @@ class TensorQuantization:
 
     @property
     def scales_shape(self) -> tuple[int, int]:
-        """Shape of the scales of one weight: [N, G]."""
-        return self.shape[0], self.shape[1] // self.group if self.group else 1
+        """Shape of the scales of one weight: [N, G], or fewer rows that share them."""
+        rows, columns = self.shape
+        n_rows = self.parts * -(-rows // self.parts // self.group_rows)
+        return n_rows, -(-columns // self.group) if self.group else 1
+
+    @property
+    def components(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype (safetensors name) and shape of each tensor of one weight, by its suffix."""
+        components: dict[str, tuple[str, tuple[int, ...]]] = {
+            "": (CODE_DTYPES[self.scheme], self.codes_shape),
+            SCALE_SUFFIX: (SCALE_DTYPES[self.scale_dtype], self.scales_shape),
+        }
+        if not self.symmetric:
+            components[ZERO_SUFFIX] = ("U8", self.scales_shape)
+        if self.scheme == "nvfp4":
+            components[GLOBAL_SUFFIX] = ("F32", (self.parts, 1))
+        return components
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the codes and scales of one weight."""
-        scale_bytes = 1 if self.scale_dtype == "e8m0" else 4 if self.scale_dtype == "float32" else 2
-        return math.prod(self.codes_shape) + math.prod(self.scales_shape) * scale_bytes
+        """Bytes of all tensors of one weight."""
+        sizes = (math.prod(shape) * DTYPE_SIZES[dtype] for dtype, shape in self.components.values())
+        return sum(sizes)
 
     @classmethod
     def from_json(cls, value: object, *, path: str) -> TensorQuantization:
@@ -82,16 +149,14 @@ class TensorQuantization:
         fields = JsonFields(value, path)
         scheme = fields.pop_choice("scheme", CODE_BITS)
         fields.pop_choice("codebook", (CODEBOOKS[scheme],))
-        if fields.pop_boolean("symmetric") is not True:
-            raise fields.error("symmetric", False, "true: zero points are not supported")
         entry = cls(
             scheme=scheme,
+            symmetric=fields.pop_boolean("symmetric"),
             shape=_pop_shape(fields),
             group=fields.pop_integer("group"),
-            scale_dtype=fields.pop_choice(
-                "scale_dtype",
-                ("e8m0",) if scheme == "mxfp4" else ("bfloat16", "float16", "float32"),
-            ),
+            scale_dtype=fields.pop_choice("scale_dtype", SCHEME_SCALES[scheme]),
+            group_rows=_pop_count(fields, "group_rows"),
+            parts=_pop_count(fields, "parts"),
             transposed=fields.pop_boolean("transposed"),
             norm=fields.pop_number("norm"),
             relative_error=fields.pop_number("relative_error"),
@@ -101,13 +166,27 @@ class TensorQuantization:
         return entry
 
     def _validate(self, fields: JsonFields) -> None:
-        columns = self.shape[1]
+        rows, columns = self.shape
         if self.bits == 4 and columns % 2:
             raise fields.error("shape", list(self.shape), "an even number of columns")
-        if self.scheme == "mxfp4" and self.group != GROUP_MULTIPLE:
-            raise fields.error("group", self.group, f"{GROUP_MULTIPLE} for mxfp4")
-        if self.group % GROUP_MULTIPLE or (self.group and columns % self.group):
-            expected = f"0 or a multiple of {GROUP_MULTIPLE} that divides {columns}"
+        if not self.symmetric and self.scheme != "int4":
+            raise fields.error("symmetric", False, f"true for {self.scheme}")
+        if not 1 <= self.parts <= MAX_PARTS or rows % self.parts:
+            raise fields.error("parts", self.parts, f"1, or 2 of an even number of rows, of {rows}")
+        if self.parts > 1 and self.scheme not in ("fp8", "nvfp4"):
+            raise fields.error("parts", self.parts, f"1 for {self.scheme}")
+        largest = rows // self.parts if self.scheme == "fp8" else 1
+        if not 1 <= self.group_rows <= largest:
+            raise fields.error("group_rows", self.group_rows, f"1 to {largest} for {self.scheme}")
+        self._validate_group(fields, columns)
+
+    def _validate_group(self, fields: JsonFields, columns: int) -> None:
+        fixed = FIXED_GROUPS.get(self.scheme)
+        if fixed is not None and self.group != fixed:
+            raise fields.error("group", self.group, f"{fixed} for {self.scheme}")
+        has_rest = bool(self.group and columns % self.group) and self.scheme != "fp8"
+        if self.group % (fixed or GROUP_MULTIPLE) or has_rest:
+            expected = f"0 or a multiple of {fixed or GROUP_MULTIPLE} that divides {columns}"
             raise fields.error("group", self.group, expected)
 
     def to_json(self) -> dict[str, Any]:
@@ -115,9 +194,11 @@ class TensorQuantization:
         return {
             "scheme": self.scheme,
             "codebook": CODEBOOKS[self.scheme],
-            "symmetric": True,
+            "symmetric": self.symmetric,
             "shape": list(self.shape),
             "group": self.group,
+            **({"group_rows": self.group_rows} if self.group_rows != 1 else {}),
+            **({"parts": self.parts} if self.parts != 1 else {}),
             "scale_dtype": self.scale_dtype,
             "transposed": self.transposed,
             "norm": self.norm,
@@ -131,7 +212,7 @@ class TensorQuantization:
         *,
         leading: tuple[int, ...] = (),
     ) -> None:
-        """Check the codes and scales of a file.
+        """Check the codes, scales and so on of a file.
 
         Args:
             name: name of the codes in the file.
@@ -141,17 +222,13 @@ class TensorQuantization:
         Raises:
             StoreError: one is missing or has another dtype or shape; names got and expected.
         """
-        expected = {
-            name: (CODE_DTYPES[self.scheme], (*leading, *self.codes_shape)),
-            name + SCALE_SUFFIX: (SCALE_DTYPES[self.scale_dtype], (*leading, *self.scales_shape)),
-        }
-        for tensor, (dtype, shape) in expected.items():
-            got = tensors.get(tensor)
+        for suffix, (dtype, matrix) in self.components.items():
+            got, shape = tensors.get(name + suffix), (*leading, *matrix)
             if got != (dtype, shape):
                 text = "nothing" if got is None else f"{got[0]} {list(got[1])}"
                 raise StoreError(
-                    f"{tensor}: got {text}, expected {dtype} {list(shape)}: {self.scheme} "
-                    f"{'codes' if tensor == name else 'scales'} of {list(self.shape)} weights"
+                    f"{name + suffix}: got {text}, expected {dtype} {list(shape)}: {self.scheme} "
+                    f"{COMPONENT_NAMES[suffix]} of {list(self.shape)} weights"
                 )
 
 
@@ -237,6 +314,11 @@ def relative_error(entries: Iterable[TensorQuantization]) -> float:
         if norm
         else 0.0
     )
+
+
+def _pop_count(fields: JsonFields, name: str) -> int:
+    """Take a positive integer, 1 if the field is not there."""
+    return fields.pop_integer(name, minimum=1) if fields.has(name) else 1
 
 
 def _pop_shape(fields: JsonFields) -> tuple[int, int]:

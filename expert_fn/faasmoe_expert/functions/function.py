@@ -22,7 +22,6 @@ from faasmoe_contracts.store.manifest import LayerEntry
 from faasmoe_contracts.text import short_repr
 from faasmoe_contracts.wire import Dtype, ExpertRequest, FrameHeader, FrameKind, OutputMode
 from faasmoe_expert.errors import BadAttachment, BadFrame
-from faasmoe_expert.functions.dequantization import Float32Stack
 from faasmoe_expert.functions.grouped_kernel import GroupedKernel, supports_grouped_mm
 from faasmoe_expert.functions.kernels import (
     KernelSpec,
@@ -32,6 +31,7 @@ from faasmoe_expert.functions.kernels import (
     gated_reduced,
 )
 from faasmoe_expert.functions.native_kernel import NativeKernel, NativeLayer, UnsupportedLayer
+from faasmoe_expert.functions.stacks import Float32Stack
 from faasmoe_expert.functions.transfer import Uploader, to_device, to_host
 from faasmoe_expert.functions.transformers_kernel import (
     QuantizedTransformersKernel,

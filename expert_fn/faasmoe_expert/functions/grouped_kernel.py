@@ -21,8 +21,9 @@ from faasmoe_expert.functions.kernels import (
     apply_activation,
     gated_per_pair,
 )
+from faasmoe_expert.functions.stacks import StackedBlock
 from faasmoe_expert.functions.transfer import to_device, to_host
-from faasmoe_expert.functions.weights import LayerWeights, StackedBlock
+from faasmoe_expert.functions.weights import LayerWeights
 
 GROUPED_MM_ALIGNMENT_BYTES = 16  # required row alignment
 MIN_COMPUTE_CAPABILITY = (8, 0)  # required CUDA compute capability

@@ -16,7 +16,7 @@ computes instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from faasmoe_contracts.store.manifest import LayerEntry
-from faasmoe_expert.functions.dequantization import QuantizedStack
 from faasmoe_expert.functions.kernels import CLAMPED_SWIGLU, KernelSpec, RoutedPairs
-from faasmoe_expert.functions.weights import LayerWeights, ScatteredStack
+from faasmoe_expert.functions.stacks import QuantizedStack, ScatteredStack
+from faasmoe_expert.functions.weights import LayerWeights
 from faasmoe_kernels import (
     MATRIX_BYTES,
     Activation,
@@ -59,6 +59,7 @@ SCALE_DTYPES = {
     "bfloat16": ParameterDtype.BFLOAT16,
     "float16": ParameterDtype.FLOAT16,
     "e8m0": ParameterDtype.E8M0,
+    "e4m3": ParameterDtype.E4M3,
 }
 SCHEMES = {
     torch.float32: Scheme.FLOAT32,
@@ -70,7 +71,13 @@ PARAMETER_DTYPES = {
     torch.bfloat16: ParameterDtype.BFLOAT16,
     torch.float16: ParameterDtype.FLOAT16,
 }
-QUANTIZED_SCHEMES = {"int8": Scheme.INT8, "int4": Scheme.INT4, "mxfp4": Scheme.MXFP4}
+QUANTIZED_SCHEMES = {
+    "int8": Scheme.INT8,
+    "int4": Scheme.INT4,
+    "mxfp4": Scheme.MXFP4,
+    "fp8": Scheme.FP8,
+    "nvfp4": Scheme.NVFP4,
+}
 DTYPES = {
     torch.float32: KernelDtype.FLOAT32,
     torch.bfloat16: KernelDtype.BFLOAT16,
@@ -85,6 +92,11 @@ Qwen1.5-MoE's sizes, AVX-512 with bf16 (in float32 the library is faster up to 1
 
 MAX_DIRECT_ROWS_PER_EXPERT = 16
 """The same for frames that bypass Python, which costs more than the difference up to here."""
+
+
+MIN_ONEDNN_WEIGHTS = 1 << 20
+"""Weights of an expert below which frames with any number of rows bypass Python: its products are
+so small that the way through Python costs more than oneDNN saves."""
 
 
 class LargeBatchKernel(Protocol):
@@ -196,7 +208,8 @@ class NativeKernel:
             dtype: dtype of the rows.
             files: the files that the weights are mapped from, as they were verified.
         """
-        is_limited = self._large_batch_kernel is not None and self._is_onednn_fast
+        is_large = self._first.n_weights + self._down.n_weights >= MIN_ONEDNN_WEIGHTS
+        is_limited = self._large_batch_kernel is not None and self._is_onednn_fast and is_large
         return NativeLayer(
             layer.index,
             dtype,
@@ -255,6 +268,7 @@ class _MatrixStack:
         table: one descriptor per global expert index, uint8 [E, MATRIX_BYTES]; zeros, which the
             library rejects, for experts outside the block.
         dtype: dtype of the weights; None if they are codes.
+        n_weights: weights of one expert.
     """
 
     def __init__(
@@ -274,6 +288,7 @@ class _MatrixStack:
             if spec.transposed:
                 raise UnsupportedLayer("weights are [in, out]")
             matrices = self._float_matrices(_host_stack(weights, name), name, experts)
+        self.n_weights = matrices[0].n * matrices[0].k if matrices else 0
         entries = np.frombuffer(matrix_table(matrices), dtype=np.uint8)
         n_experts = len(self._stack)
         self.table: NDArray[np.uint8] = np.zeros((n_experts, MATRIX_BYTES), dtype=np.uint8)
@@ -305,21 +320,13 @@ class _MatrixStack:
         return matrices
 
     def _quantized_matrices(self, stack: QuantizedStack, experts: Sequence[int]) -> list[Matrix]:
-        quantization = stack.quantization
-        self._stack = stack.codes  # [E, n, k] or [E, n, k / 2], kept alive for its addresses
-        self._scales = stack.scales  # [E, n, G], the same
-        n, k = quantization.shape
+        self._stack = stack.codes  # [E, n, k] or [E, n, k / 2]
+        self._parameters = stack.scales, stack.zeros, stack.factors  # as codes kept alive
         return [
-            Matrix(
-                QUANTIZED_SCHEMES[quantization.scheme],
-                n,
-                k,
-                stack.codes[expert].data_ptr(),
-                scales=stack.scales[expert].data_ptr(),
-                scale_dtype=SCALE_DTYPES[quantization.scale_dtype],
+            replace(
+                quantized_matrix(stack, expert),
                 bias=self._bias_address(expert),
                 bias_dtype=self._bias_dtype,
-                group=quantization.group,
             )
             for expert in experts
         ]
@@ -331,6 +338,59 @@ class _MatrixStack:
             (part,) = self._bias.parts[expert]
             return part.data_ptr()
         return self._bias[expert].data_ptr()
+
+
+def quantized_matrix(stack: QuantizedStack, expert: int) -> Matrix:
+    """Return one expert's parameter as the library reads it; valid while the stack exists.
+
+    Raises:
+        UnsupportedLayer: its codes lie in places that the library does not read.
+    """
+    entry = stack.quantization
+    n, k = entry.shape
+    codes, codes_upper = _addresses(stack.codes, expert)
+    scales, scales_upper = _addresses(stack.scales, expert)
+    zeros, zeros_upper = _addresses(stack.zeros, expert)
+    factors, factors_upper = _addresses(stack.factors, expert)
+    if zeros_upper or (scales_upper and entry.scheme not in ("fp8", "nvfp4")):
+        raise UnsupportedLayer(f"{entry.scheme} scales lie in two places")
+    if entry.parts > 1:  # each part has rows of scales, and factors, of its own
+        scales_upper = scales_upper or scales + _half_bytes(stack.scales)
+        if stack.factors is not None:
+            factors_upper = factors_upper or factors + _half_bytes(stack.factors)
+    return Matrix(
+        QUANTIZED_SCHEMES[entry.scheme],
+        n,
+        k,
+        codes,
+        scales=scales,
+        zeros=zeros,
+        group=entry.group,
+        scale_dtype=SCALE_DTYPES[entry.scale_dtype],
+        zero_dtype=ParameterDtype.UINT8 if zeros else ParameterDtype.FLOAT32,
+        codes_upper=codes_upper,
+        group_rows=entry.group_rows,
+        scales_upper=scales_upper,
+        factors=factors,
+        factors_upper=factors_upper,
+    )
+
+
+def _addresses(stack: Tensor | ScatteredStack | None, expert: int) -> tuple[int, int]:
+    """Return the address of an expert's rows, and of the upper half if it lies elsewhere, or 0."""
+    if stack is None:
+        return 0, 0
+    if not isinstance(stack, ScatteredStack):
+        return stack[expert].data_ptr(), 0
+    parts = stack.parts[expert]
+    if len(parts) > 2:
+        raise UnsupportedLayer(f"codes lie in {len(parts)} parts")
+    return parts[0].data_ptr(), parts[1].data_ptr() if len(parts) == 2 else 0
+
+
+def _half_bytes(stack: Tensor | ScatteredStack) -> int:
+    """Return the bytes of half an expert's rows."""
+    return stack[0].nbytes // 2
 
 
 def _parameter_dtype(name: str, tensor: Tensor | ScatteredStack) -> ParameterDtype:

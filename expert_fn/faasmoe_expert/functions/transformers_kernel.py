@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from faasmoe_expert.functions.dequantization import QuantizedStack
 from faasmoe_expert.functions.kernels import RoutedPairs, index_tensor
-from faasmoe_expert.functions.weights import LayerWeights, ScatteredStack
+from faasmoe_expert.functions.stacks import QuantizedStack, ScatteredStack
+from faasmoe_expert.functions.weights import LayerWeights
 from faasmoe_transformers.meta_model import copy_experts_module, replace_tensor, set_num_experts
 
 

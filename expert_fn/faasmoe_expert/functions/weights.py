@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from faasmoe_contracts.store import MappedLayer, TensorQuantization
-from faasmoe_contracts.store.quantization import SCALE_SUFFIX
+from faasmoe_contracts.store.quantization import GLOBAL_SUFFIX, SCALE_SUFFIX, ZERO_SUFFIX
 from faasmoe_contracts.store.tensors import TensorView
-from faasmoe_expert.functions.dequantization import QuantizedStack, dequantize
+from faasmoe_expert.functions.dequantization import dequantize
+from faasmoe_expert.functions.stacks import QuantizedStack, ScatteredStack, Stack, StackedBlock
 from faasmoe_expert.functions.transfer import Uploader
 
 TORCH_DTYPES = {
@@ -24,55 +25,9 @@ TORCH_DTYPES = {
     "I32": torch.int32,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
     "BOOL": torch.bool,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class StackedBlock:
-    """One stacked parameter, copied for the E experts of a block only.
-
-    Attributes:
-        tensor: values of the block's experts, [E, ...].
-        position: index into `tensor` by global expert index.
-    """
-
-    tensor: Tensor
-    position: Mapping[int, int]
-
-    def __getitem__(self, expert: int, /) -> Tensor:
-        """Return the parameter of one global expert index, [...]."""
-        return self.tensor[self.position[expert]]
-
-
-@dataclass(frozen=True, slots=True)
-class ScatteredStack:
-    """One stacked parameter whose experts lie apart from each other in a checkpoint's files.
-
-    Attributes:
-        parts: the parts of each expert's parameter by global expert index: blocks of its rows
-            (dimension 0) that follow each other, such as those of gate and up.
-    """
-
-    parts: tuple[tuple[Tensor, ...], ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the parameter."""
-        return self.parts[0][0].dtype
-
-    def __len__(self) -> int:
-        """Return the number of experts of the layer."""
-        return len(self.parts)
-
-    def __getitem__(self, expert: int, /) -> Tensor:
-        """Return the parameter of one expert: a view, or a copy if it lies in several parts."""
-        parts = self.parts[expert]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-Stack = Tensor | StackedBlock | QuantizedStack | ScatteredStack
-"""One parameter of several experts, indexed by global expert index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,20 +67,30 @@ def map_weights(
     quantization = quantization or {}
     stacked: dict[str, Stack] = {}
     shared: dict[str, Tensor] = {}
-    for name, view in _unscaled_tensors(layer, quantization):
-        if not view.is_contiguous:
-            stacked[name] = _scattered_stack(view)
-            continue
-        tensor = tensor_view(view.buffer, view.dtype, view.shape)
+    for name, view in _parameters(layer, quantization):
         if name in quantization:
-            scales = layer.tensors[name + SCALE_SUFFIX]
-            scale_tensor = tensor_view(scales.buffer, scales.dtype, scales.shape)
-            stacked[name] = QuantizedStack(tensor, scale_tensor, quantization[name])
-        elif view.shape[:1] == (n_experts,):
-            stacked[name] = tensor
+            parts = {
+                suffix: _mapped_stack(layer.tensors[name + suffix])
+                for suffix in quantization[name].components
+            }
+            stacked[name] = QuantizedStack(
+                parts[""],
+                parts[SCALE_SUFFIX],
+                quantization[name],
+                zeros=parts.get(ZERO_SUFFIX),
+                factors=parts.get(GLOBAL_SUFFIX),
+            )
+        elif view.is_stacked(n_experts) or not view.is_contiguous:
+            stacked[name] = _mapped_stack(view)
         else:
-            shared[name] = tensor
+            shared[name] = tensor_view(view.buffer, view.dtype, view.shape)
     return LayerWeights(stacked, shared)
+
+
+def _mapped_stack(view: TensorView) -> Tensor | ScatteredStack:
+    if not view.is_contiguous:
+        return _scattered_stack(view)
+    return tensor_view(view.buffer, view.dtype, view.shape)
 
 
 def _scattered_stack(view: TensorView) -> ScatteredStack:
@@ -143,12 +108,17 @@ def _scattered_stack(view: TensorView) -> ScatteredStack:
     )
 
 
-def _unscaled_tensors(
+def _parameters(
     layer: MappedLayer, quantization: Mapping[str, TensorQuantization]
 ) -> Iterator[tuple[str, TensorView]]:
-    """Yield the tensors of a layer by name, without the scales of quantised ones."""
-    scales = {name + SCALE_SUFFIX for name in quantization}
-    return ((name, view) for name, view in layer.tensors.items() if name not in scales)
+    """Yield the tensors of a layer by name, of quantised parameters only the codes."""
+    beside = {
+        name + suffix
+        for name, entry in quantization.items()
+        for suffix in entry.components
+        if suffix
+    }
+    return ((name, view) for name, view in layer.tensors.items() if name not in beside)
 
 
 def copy_weights(
@@ -174,12 +144,12 @@ def copy_weights(
     stacked: dict[str, Stack] = {}
     shared: dict[str, Tensor] = {}
     position = {expert: i for i, expert in enumerate(experts)}
-    for name, view in _unscaled_tensors(layer, quantization):
+    for name, view in _parameters(layer, quantization):
         if name in quantization:
-            scales = layer.tensors[name + SCALE_SUFFIX]
-            tensor = _upload_dequantized(
-                view, scales, quantization[name], experts, uploader, dtype=dtype
-            )
+            views = {
+                suffix: layer.tensors[name + suffix] for suffix in quantization[name].components
+            }
+            tensor = _upload_dequantized(views, quantization[name], experts, uploader, dtype=dtype)
             stacked[name] = StackedBlock(tensor, position)
             continue
         is_stacked = view.is_stacked(n_experts)
@@ -196,8 +166,7 @@ def copy_weights(
 
 
 def _upload_dequantized(
-    codes: TensorView,
-    scales: TensorView,
+    views: Mapping[str, TensorView],
     quantization: TensorQuantization,
     experts: Sequence[int],
     uploader: Uploader,
@@ -206,25 +175,32 @@ def _upload_dequantized(
 ) -> Tensor:
     """Return parameters of experts, [n, ...], uploaded as codes and dequantised on the device.
 
-    One expert at a time, so that little more than the result is on the device.
+    One expert at a time, so that little more than the result is on the device. `views` are codes,
+    scales and so on by their suffix.
     """
     rows, columns = quantization.shape
     shape = (columns, rows) if quantization.transposed else (rows, columns)
     target = torch.empty((len(experts), *shape), dtype=dtype, device=uploader.device)
     for i, expert in enumerate(experts):
-        expert_codes = _upload_one(codes, expert, uploader)
-        expert_scales = _upload_one(scales, expert, uploader)
+        parts = {suffix: _upload_one(view, expert, uploader) for suffix, view in views.items()}
         uploader.synchronize()
-        target[i] = dequantize(expert_codes, expert_scales, quantization).to(dtype)
+        target[i] = dequantize(
+            parts[""],
+            parts[SCALE_SUFFIX],
+            quantization,
+            zeros=parts.get(ZERO_SUFFIX),
+            factors=parts.get(GLOBAL_SUFFIX),
+        ).to(dtype)
     return target
 
 
 def _upload_one(view: TensorView, expert: int, uploader: Uploader) -> Tensor:
     """Start to upload one expert's part of a stacked tensor."""
     target = torch.empty(view.shape[1:], dtype=TORCH_DTYPES[view.dtype], device=uploader.device)
-    data = view.buffer.cast("B")
-    stride = len(data) // view.shape[0]
-    uploader.upload(_as_bytes(target), data[expert * stride : (expert + 1) * stride])
+    target_bytes, offset = _as_bytes(target), 0
+    for piece in view.expert_pieces(expert):
+        uploader.upload(target_bytes[offset : offset + piece.buffer.nbytes], piece.buffer)
+        offset += piece.buffer.nbytes
     return target
 
 

@@ -5,7 +5,7 @@
     POST   /v1/functions/ID    compute a frame
     DELETE /v1/functions/ID    detach a function
     PUT    /v1/mailbox         serve the client's mailbox while it is connected
-    GET    /healthz, /readyz, /metrics
+    GET    /healthz, /readyz, and /metrics unless it has a port of its own
 
 Frames of several routers are batched; attaching runs in the background. See docs/wire.md.
 """
@@ -47,6 +47,7 @@ from faasmoe_expert.server.runtime import BackgroundLoader, SandboxRuntime
 logger = logging.getLogger(__name__)
 
 FUNCTIONS_PATH = "/v1/functions"
+METRICS_PATH = "/metrics"
 WORK_METHODS = ("POST", "PUT")  # rejected while draining
 MAX_PATH_CHARS = 4096
 PendingResponse = Coroutine[Any, Any, HttpResponse]
@@ -159,10 +160,18 @@ class SandboxRoutes:
             if self.is_draining:
                 return HttpResponse.json_response(503, {"status": "draining"})
             return HttpResponse.json_response(200, {"status": "ready"})
-        if path == "/metrics":
-            text = self._runtime.metrics.render()
-            return HttpResponse(200, "text/plain; version=0.0.4; charset=utf-8", [text])
+        if path == METRICS_PATH and self._runtime.config.metrics_port is None:
+            return self._metrics()
         return _not_found(path)
+
+    def handle_metrics(self, request: HttpRequest) -> HttpResponse:
+        """Return the response on the port of the metrics, which has nothing else."""
+        path = request.target.decode("latin-1").partition("?")[0]
+        return self._metrics() if path == METRICS_PATH else _not_found(path)
+
+    def _metrics(self) -> HttpResponse:
+        text = self._runtime.metrics.render()
+        return HttpResponse(200, "text/plain; version=0.0.4; charset=utf-8", [text])
 
     def _route_functions(self, request: HttpRequest, path: str) -> HttpResponse | PendingResponse:
         if not self.is_authorized(request.authorization):

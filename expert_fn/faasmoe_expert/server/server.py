@@ -33,6 +33,7 @@ from faasmoe_expert.server.runtime import BackgroundLoader, SandboxRuntime
 
 logger = logging.getLogger(__name__)
 
+MAX_SCRAPERS = 16
 SHUTDOWN_TIMEOUT_S = 2.0
 """Time for clients to read pending responses after the drain."""
 
@@ -68,6 +69,7 @@ def serve(config: SandboxConfig, listener: socket.socket | None = None) -> None:
 
 async def _serve_until_stopped(runtime: SandboxRuntime, listener: socket.socket | None) -> None:
     config, stop, connections = runtime.config, asyncio.Event(), set[HttpConnection]()
+    scrapers = set[HttpConnection]()
     lost_reasons: list[str] = []
 
     def stop_on_device_lost(reason: str) -> None:
@@ -86,6 +88,15 @@ async def _serve_until_stopped(runtime: SandboxRuntime, listener: socket.socket 
         is_authorized=routes.is_authorized,
     )
     listeners = await Listeners.open(new_connection, config, listener)
+    if config.metrics_port is not None:
+        new_scraper = functools.partial(
+            HttpConnection,
+            routes.handle_metrics,
+            scrapers,
+            timeout_s=config.request_timeout_s,
+            max_connections=MAX_SCRAPERS,
+        )
+        await listeners.listen_for_scrapers(new_scraper, config.metrics_port)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -102,7 +113,7 @@ async def _serve_until_stopped(runtime: SandboxRuntime, listener: socket.socket 
     logger.info("sandbox %s draining for up to %g s", config.id, config.drain_s)
     await _wait_until_drained(connections, drain_s=config.drain_s)
     listeners.close()
-    await _close_connections(connections)
+    await _close_connections(connections | scrapers)
     if lost_reasons:
         raise SandboxDeviceLost(
             f"device: {runtime.device} is lost ({lost_reasons[0]})", field="device"
@@ -136,6 +147,7 @@ class Listeners:
     def __init__(self, tcp: asyncio.Server) -> None:
         self.host, self.port = tcp.sockets[0].getsockname()[:2]
         self._tcp = tcp
+        self._metrics: asyncio.Server | None = None
         self._unix: asyncio.Server | None = None
         self._unix_path: Path | None = None
 
@@ -163,6 +175,11 @@ class Listeners:
             await listeners._listen_unix(new_connection, config.socket_dir)
         return listeners
 
+    async def listen_for_scrapers(self, new_connection: ConnectionFactory, port: int) -> None:
+        """Listen on the port of the metrics, at the same address; raises OSError."""
+        loop = asyncio.get_running_loop()
+        self._metrics = await loop.create_server(new_connection, self.host, port)
+
     async def _listen_unix(self, new_connection: ConnectionFactory, socket_dir: Path) -> None:
         path = unix_socket_path(socket_dir, self.port)
         try:
@@ -178,6 +195,8 @@ class Listeners:
     def close(self) -> None:
         """Stop accepting connections; open connections are unaffected."""
         self._tcp.close()
+        if self._metrics is not None:
+            self._metrics.close()
         if self._unix is not None:
             self._unix.close()
         if self._unix_path is not None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
+from asyncio.subprocess import DEVNULL, PIPE, STDOUT
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 from faasmoe_contracts.parent_death import PARENT_PID_ENV
 from faasmoe_operator.aio import read_lines
@@ -19,8 +20,37 @@ from faasmoe_operator.aio import read_lines
 LOG_TAIL_LINES = 20
 
 
+class Process(Protocol):
+    """What asyncio's processes and those that a zygote has forked have in common."""
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status; None while it runs, -N if signal N killed it."""
+
+    @property
+    def stdout(self) -> asyncio.StreamReader | None:
+        """Its output, if it is read here."""
+
+    async def wait(self) -> int:
+        """Wait for its exit; return its status."""
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+
+
+class ChildNotStarted(Exception):
+    """A child that could not be started; the message says why."""
+
+
 class ChildProcess:
-    """A running child process; created by `running_child`."""
+    """A running child process; created by `running_child` or a `Zygote`."""
 
     def __init__(self, process: Process, log_line: Callable[[str], None] | None) -> None:
         self._process = process

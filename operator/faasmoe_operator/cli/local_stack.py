@@ -1,4 +1,4 @@
-"""The processes of one `faasmoe up`: zygote, control process, router and gateway.
+"""The processes of one `faasmoe up`: zygotes, control process, router and gateway.
 
 This module knows their environments and the order in which they start and stop. All are supervised:
 one that exits is restarted, with back-off. The launcher listens for the gateway and passes it the
@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ from faasmoe_operator.cli.control import ReservedControlPort, StackSecrets
 from faasmoe_operator.cli.live_page import LivePageOptions
 from faasmoe_operator.cli.logs import LogSinks
 from faasmoe_operator.cli.runtime_dir import LocalInstance
-from faasmoe_operator.cli.supervisor import SupervisedChild, supervised
+from faasmoe_operator.cli.supervisor import SupervisedChild, supervised, supervised_start
+from faasmoe_operator.cli.zygote import Zygote
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.errors import CommandError
 from faasmoe_operator.platforms import zygote
@@ -133,6 +134,7 @@ class StackProcesses:
 
     Attributes:
         zygote: forks the sandboxes.
+        router_zygote: forks the router.
         control: plans and scales the functions.
         router: serves the OpenAI API; not restarted until `has_started` is set.
         gateway: what clients talk to; None without one.
@@ -140,6 +142,7 @@ class StackProcesses:
     """
 
     zygote: SupervisedChild
+    router_zygote: Zygote
     control: SupervisedChild
     router: SupervisedChild
     gateway: SupervisedChild | None
@@ -153,6 +156,7 @@ class StackProcesses:
             **front,
             "router": self.router.pid,
             "control": self.control.pid,
+            "router zygote": self.router_zygote.pid,
             "zygote": self.zygote.pid,
         }
 
@@ -173,7 +177,7 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
         if spec.has_gateway:
             path = spec.folder / ROUTER_SOCKET_NAME
             behind = router.RouterSocket(path, secrets.token_urlsafe(32))
-        router_child, router_failure = await stack.enter_async_context(
+        router_zygote, router_child, router_failure = await stack.enter_async_context(
             _supervised_router(spec, logs, listener, behind)
         )
         failures = [zygote_failure, control_failure, router_failure]
@@ -185,7 +189,12 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
             failures.append(gateway_failure)
         stack.callback(listener.close)  # before the front stops, which then refuses clients
         yield StackProcesses(
-            zygote_child, control_child, router_child, gateway_child, tuple(failures)
+            zygote_child,
+            router_zygote,
+            control_child,
+            router_child,
+            gateway_child,
+            tuple(failures),
         )
 
 
@@ -228,37 +237,35 @@ def supervised_control(
     )
 
 
-def _supervised_router(
+@asynccontextmanager
+async def _supervised_router(
     spec: StackSpec, logs: LogSinks, listener: socket.socket, behind: router.RouterSocket | None
-) -> SupervisedContext:
+) -> AsyncIterator[tuple[Zygote, SupervisedChild, asyncio.Task[Never]]]:
+    inherited = listener if behind is None else None
     tenants_file = write_tenants_file(spec.deployment, spec.folder, api_keys=spec.access.api_keys)
-    return supervised_router(
-        spec,
-        logs.sink("router"),
-        tenants_file=tenants_file,
-        behind=behind,
-        listener=listener if behind is None else None,
-    )
+    environment = router_environment(spec, tenants_file, behind, listener=inherited)
+    log = logs.sink("router")
+    async with (
+        router.new_zygote(environment, log=logs.sink("router-zygote")) as router_zygote,
+        supervised_router(environment, router_zygote, log, listener=inherited) as (child, failure),
+    ):
+        yield router_zygote, child, failure
 
 
-def supervised_router(
+def router_environment(
     spec: StackSpec,
-    log: Callable[[str], None],
-    *,
     tenants_file: Path | None,
     behind: router.RouterSocket | None,
+    *,
     listener: socket.socket | None = None,
-    name: str = "router",
-) -> SupervisedContext:
-    """Keep a router of a model running.
+) -> dict[str, str]:
+    """Return the complete environment of a model's router.
 
     Args:
         spec: the model and its processes.
-        log: called with each line of output.
         tenants_file: its tenants; None lets everyone use it.
         behind: where it listens behind a gateway; None without one.
         listener: what it listens on without a gateway.
-        name: its name for messages.
     """
     environment = router.environment(
         spec.deployment,
@@ -271,14 +278,33 @@ def supervised_router(
         keep_alive_s=spec.keep_alive_s,
         behind=behind,
     )
-    return supervised(
+    return {**environment, **zygote.shared_dir_variables(spec.folder)}
+
+
+def supervised_router(
+    environment: Mapping[str, str],
+    router_zygote: Zygote,
+    log: Callable[[str], None],
+    *,
+    listener: socket.socket | None = None,
+    name: str = "router",
+) -> SupervisedContext:
+    """Keep a router running.
+
+    Args:
+        environment: its complete environment.
+        router_zygote: forks it.
+        log: called with each line of output.
+        listener: what it listens on without a gateway.
+        name: its name for messages.
+    """
+    pass_fds = () if listener is None else (listener.fileno(),)
+    return supervised_start(
         name,
-        router.COMMAND,
-        environment={**environment, **zygote.shared_dir_variables(spec.folder)},
-        log=log,
-        grace_s=router.GRACE_S,
+        lambda: router_zygote.running_child(
+            environment, log=log, grace_s=router.GRACE_S, pass_fds=pass_fds
+        ),
         restarts=router.RESTARTS,
-        pass_fds=() if listener is None else (listener.fileno(),),
     )
 
 

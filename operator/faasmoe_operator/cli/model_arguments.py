@@ -26,7 +26,10 @@ from faasmoe_operator.control.local_model import LocalModel, name_options
 from faasmoe_operator.errors import CommandError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-MODEL_HELP = "a checkpoint: ORG/NAME on the Hugging Face hub, a folder, or a GGUF file"
+MODEL_HELP = (
+    "a checkpoint: ORG/NAME on the Hugging Face hub (of GGUF files ORG/NAME:QUANT or "
+    "ORG/NAME:FILE), a folder, or a GGUF file"
+)
 
 
 @dataclass(frozen=True, slots=True)

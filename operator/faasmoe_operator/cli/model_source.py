@@ -13,15 +13,16 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from faasmoe_contracts.store import MANIFEST_NAME
+from faasmoe_operator.api.v1alpha1 import patterns
 from faasmoe_operator.api.v1alpha1.storage import FILE_SCHEME, HUB_SCHEME
 from faasmoe_operator.errors import CommandError
 
 CONFIG_NAME = "config.json"
 GGUF_SUFFIX = ".gguf"
 MAX_NAME_CHARS = 63
-_HUB_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
+_HUB_ID = re.compile(patterns.HUB_ID)
 _SPLIT_PART = re.compile(r"-\d{5}-of-\d{5}$")  # of the name of a split GGUF file
-_EXPECTED = "a folder, a GGUF file or ORG/NAME on the hub"
+_EXPECTED = "a folder, a GGUF file, or ORG/NAME or ORG/NAME:QUANT on the hub"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class ModelSource:
         if text.startswith(HUB_SCHEME):
             if _HUB_ID.fullmatch(text.removeprefix(HUB_SCHEME)):
                 return cls(text, None)
-            raise _error(text, "expected hf://ORG/NAME")
+            raise _error(text, "expected hf://ORG/NAME, or hf://ORG/NAME:QUANT of GGUF files")
         path = _local_path(text).absolute()
         if text and path.exists():
             _check_local(text, path)
@@ -53,14 +54,14 @@ class ModelSource:
 
     @property
     def uri(self) -> str:
-        """The source as in a MoEModel: file:///PATH or hf://ORG/NAME."""
+        """The source as in a MoEModel: file:///PATH, hf://ORG/NAME or hf://ORG/NAME:FILE."""
         if self.path is not None:
             return self.path.as_uri()
         return HUB_SCHEME + self.text.removeprefix(HUB_SCHEME)
 
     @property
     def served_name(self) -> str:
-        """The name by which requests address the model: ORG/NAME, or that of the folder or file."""
+        """The name by which requests address the model: as on the hub, or of the folder or file."""
         if self.path is None:
             return self.text.removeprefix(HUB_SCHEME)
         is_file = self.path.is_file()
@@ -98,7 +99,8 @@ def _local_path(text: str) -> Path:
 
 
 def _looks_local(text: str) -> bool:
-    return text.startswith((".", "~")) or text.lower().endswith(GGUF_SUFFIX)
+    is_file = ":" not in text and text.lower().endswith(GGUF_SUFFIX)
+    return is_file or text.startswith((".", "~"))
 
 
 def _check_local(text: str, path: Path) -> None:

@@ -75,6 +75,7 @@ def format_plan(
             ("digest", manifest.digest),
             ("architecture", f"{model.architecture}, {model.dtype}"),
             ("quantization", _describe_quantization(manifest)),
+            *(("published", f"{entry} ({entry.where})") for entry in manifest.published),
             ("moe layers", str(len(manifest.layers))),
             ("functions", f"{len(functions)}, {format_bytes(weights)} of weights"),
             *(("weights", line) for line in describe_weights(layers, manifest.checkpoint)),

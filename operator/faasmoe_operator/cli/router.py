@@ -10,15 +10,18 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from faasmoe_operator.cli.supervisor import RestartPolicy
+from faasmoe_operator.cli.zygote import Zygote
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.errors import CommandError
 
 COMMAND = (sys.executable, "-m", "faasmoe_router")
+ZYGOTE_COMMAND = (sys.executable, "-m", "faasmoe_router.zygote")
+ZYGOTE_GRACE_S = 5.0
 START_TIMEOUT_S = 900.0
 GRACE_S = 35.0  # the router drains running requests for up to 30 s
 PROBE_INTERVAL_S = 0.02
@@ -35,6 +38,7 @@ DEFAULT_ENVIRONMENT = {
     # A cached primitive takes about 0.5 MB and every row count needs its own; the default is 1024.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
 }
+ZYGOTE_VARIABLES = {"OPENBLAS_NUM_THREADS": "1"}  # a process with other threads must not fork
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,26 @@ def environment(
         **{variable.name: variable.value for variable in router.env},
         **{f"FAASMOE_{name}": str(value) for name, value in settings.items() if value is not None},
     }
+
+
+def new_zygote(environment: Mapping[str, str], *, log: Callable[[str], None]) -> Zygote:
+    """Return a zygote of routers.
+
+    Libraries read some variables when they are loaded, so it has the environment of its routers but
+    for their settings.
+
+    Args:
+        environment: environment of the routers.
+        log: called with each line that it writes.
+    """
+    inherited = {n: v for n, v in environment.items() if not n.startswith("FAASMOE_")}
+    return Zygote(
+        "router zygote",
+        ZYGOTE_COMMAND,
+        environment={**inherited, **ZYGOTE_VARIABLES},
+        log=log,
+        grace_s=ZYGOTE_GRACE_S,
+    )
 
 
 async def wait_until_healthy(

@@ -1,7 +1,8 @@
 """The processes of `faasmoe up` with several models: those of each model, and one gateway.
 
-Each model has a zygote, a control process and a router of its own, which cannot reach each other's
-sandboxes; the gateway chooses the router by the request's `model`.
+Each model has a zygote of sandboxes, a control process and a router of its own, which cannot reach
+each other's sandboxes. All routers are forked by one zygote; the gateway chooses among them by the
+request's `model`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from faasmoe_operator.cli.local_stack import (
     SINGLE_TENANT,
     ClientAccess,
     StackSpec,
+    router_environment,
     supervised_control,
     supervised_router,
     supervised_zygote,
@@ -34,6 +36,7 @@ from faasmoe_operator.cli.local_stack import (
 from faasmoe_operator.cli.logs import LogSinks, print_progress
 from faasmoe_operator.cli.router_scaling import ScaledRouter, demand_listener, scaled_router
 from faasmoe_operator.cli.supervisor import SupervisedChild, supervised
+from faasmoe_operator.cli.zygote import Zygote
 from faasmoe_operator.control.local_model import LocalModel
 
 GATEWAY_FILE_NAME = "gateway.json"
@@ -87,7 +90,7 @@ class SharedProcesses:
     """
 
     routers: Mapping[str, SupervisedChild | ScaledRouter]
-    children: Mapping[str, SupervisedChild | ScaledRouter]
+    children: Mapping[str, SupervisedChild | ScaledRouter | Zygote]
     failures: tuple[asyncio.Task[Never], ...]
 
     @property
@@ -113,10 +116,11 @@ def with_api_keys(deployment: Deployment, access: ClientAccess, folder: Path) ->
 async def running_shared_stack(spec: SharedSpec, logs: LogSinks) -> AsyncIterator[SharedProcesses]:
     """Run all processes; the gateway stops first, so that its last requests can finish."""
     front_token = secrets.token_urlsafe(32)
-    children: dict[str, SupervisedChild | ScaledRouter] = {}
+    children: dict[str, SupervisedChild | ScaledRouter | Zygote] = {}
     routers: dict[str, SupervisedChild | ScaledRouter] = {}
     failures: list[asyncio.Task[Never]] = []
     async with AsyncExitStack() as stack:
+        zygotes = _RouterZygotes(stack, logs)
         for name, model_spec in spec.specs.items():
             behind = router.RouterSocket(spec.router_socket(name), front_token)
             contexts = {
@@ -130,12 +134,13 @@ async def running_shared_stack(spec: SharedSpec, logs: LogSinks) -> AsyncIterato
             for kind, context in contexts.items():
                 children[f"{kind} of {name}"], failure = await stack.enter_async_context(context)
                 failures.append(failure)
+            environment = router_environment(model_spec, _write_tenants_file(spec, name), behind)
+            router_zygote = await zygotes.get(environment)
             start = partial(
                 supervised_router,
-                model_spec,
+                environment,
+                router_zygote,
                 logs.sink(f"{name}-router"),
-                tenants_file=_write_tenants_file(spec, name),
-                behind=behind,
                 name=f"router of {name}",
             )
             scaling = spec.deployment.models[name].model.spec.router.scaling
@@ -178,7 +183,36 @@ async def running_shared_stack(spec: SharedSpec, logs: LogSinks) -> AsyncIterato
         )
         failures.append(failure)
         stack.callback(listener.close)  # before the gateway stops, which then refuses clients
-        yield SharedProcesses(routers, {"gateway": child, **children}, tuple(failures))
+        children = {"gateway": child, **children, **zygotes.by_name}
+        yield SharedProcesses(routers, children, tuple(failures))
+
+
+class _RouterZygotes:
+    """The zygotes of routers: one for all that have the same variables for libraries.
+
+    Args:
+        stack: ends them.
+        logs: their output.
+
+    Attributes:
+        by_name: the zygotes by name.
+    """
+
+    def __init__(self, stack: AsyncExitStack, logs: LogSinks) -> None:
+        self.by_name: dict[str, Zygote] = {}
+        self._stack = stack
+        self._logs = logs
+        self._zygotes: dict[frozenset[tuple[str, str]], Zygote] = {}
+
+    async def get(self, environment: Mapping[str, str]) -> Zygote:
+        """Return the zygote for a router's environment, of which only settings are its own."""
+        key = frozenset(i for i in environment.items() if not i[0].startswith("FAASMOE_"))
+        if key not in self._zygotes:
+            name = "router zygote" + (f" {len(self._zygotes) + 1}" if self._zygotes else "")
+            created = router.new_zygote(environment, log=self._logs.sink(name.replace(" ", "-")))
+            self._zygotes[key] = await self._stack.enter_async_context(created)
+            self.by_name[name] = created
+        return self._zygotes[key]
 
 
 async def wait_until_healthy(spec: SharedSpec, processes: SharedProcesses, name: str) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Never
 
 from faasmoe_contracts.backoff import Backoff
-from faasmoe_operator.cli import child_process
+from faasmoe_operator.cli.child_process import ChildNotStarted, ChildProcess, running_child
 from faasmoe_operator.cli.logs import print_progress
 from faasmoe_operator.errors import CommandError
 
@@ -75,14 +75,39 @@ async def supervised(
     Yields:
         The child, and a task that raises CommandError once the child is not restarted.
     """
+
+    def start() -> AbstractAsyncContextManager[ChildProcess]:
+        return running_child(
+            command, environment=environment, log=log, grace_s=grace_s, pass_fds=pass_fds
+        )
+
+    async with supervised_start(name, start, restarts=restarts) as supervised_child:
+        yield supervised_child
+
+
+@asynccontextmanager
+async def supervised_start(
+    name: str,
+    start: Callable[[], AbstractAsyncContextManager[ChildProcess]],
+    *,
+    restarts: RestartPolicy | None = None,
+) -> AsyncIterator[tuple[SupervisedChild, asyncio.Task[Never]]]:
+    """As `supervised`, for children that are started otherwise.
+
+    Args:
+        name: name for messages.
+        start: runs a child for the lifetime of its context; may raise ChildNotStarted.
+        restarts: restart policy; None for the default one.
+    """
     supervised_child = SupervisedChild(name)
 
     async def run() -> str:
-        async with child_process.running_child(
-            command, environment=environment, log=log, grace_s=grace_s, pass_fds=pass_fds
-        ) as process:
-            supervised_child.pid = process.pid
-            return await process.describe_exit()
+        try:
+            async with start() as process:
+                supervised_child.pid = process.pid
+                return await process.describe_exit()
+        except ChildNotStarted as error:
+            return str(error)
 
     supervisor = asyncio.create_task(_supervise(supervised_child, run, restarts or RestartPolicy()))
     try:

@@ -60,6 +60,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "  faasmoe up Qwen/Qwen1.5-MoE-A2.7B-Chat\n"
         "  faasmoe up ./checkpoint --quantization int8 --max-model-len 8192 --port 9000\n"
         "  faasmoe up ./model-Q8_0.gguf --served-model-name chat --api-key s3cret\n"
+        "  faasmoe up Qwen/Qwen3-30B-A3B-GGUF:Q8_0\n"
         "  faasmoe up -f model.yaml\n"
         "  faasmoe up -f chat.yaml -f code.yaml -f tenants.yaml\n\n"
         "Then, from another terminal:\n"

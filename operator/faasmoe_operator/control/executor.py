@@ -22,7 +22,7 @@ from faasmoe_operator.control.fleet import Fleet
 from faasmoe_operator.control.metrics import ControlPlaneMetrics
 from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.sandbox_client import SandboxClient, SandboxClientError
-from faasmoe_operator.errors import PlatformError
+from faasmoe_operator.errors import PlatformError, PlatformStopping
 from faasmoe_operator.plan.actions import Action, ActionReason, Attach, Create, Delete, Detach
 from faasmoe_operator.plan.fleet import AssignmentState, SandboxState
 from faasmoe_operator.platforms.base import Platform, Sandbox
@@ -189,6 +189,9 @@ class ActionExecutor:
     async def _create(self, name: str) -> None:
         try:
             await self._context.platform.create(self._context.model.template)
+        except PlatformStopping as error:
+            logger.info("no sandbox is created: %s", error)
+            self._create_backoff.record_failure(self._context.clock())
         except PlatformError as error:
             logger.warning("failed to create a sandbox: %s", error)
             self.failures.record_failure(LifecycleStep.CREATE, str(error))

@@ -18,6 +18,7 @@ from faasmoe_operator.kube.types import (
     HTTP_ROUTE,
     MOEMODEL,
     OPTIONAL_KINDS,
+    POD_MONITOR,
     SERVICE_MONITOR,
     Kind,
     ModelKey,
@@ -30,6 +31,7 @@ DISCOVERY_PERIOD_S = 15.0
 REQUESTING_FIELDS: Mapping[Kind, tuple[str, str]] = {
     HTTP_ROUTE: ("networking", "httpRoute"),
     SERVICE_MONITOR: ("monitoring", "serviceMonitor"),
+    POD_MONITOR: ("monitoring", "podMonitor"),
 }
 """For each optional kind the section and field of a MoEModel's spec that request it."""
 

@@ -25,7 +25,13 @@ from faasmoe_operator.kube.diff import (
     object_id,
     with_last_applied_hash,
 )
-from faasmoe_operator.kube.errors import Conflict, Forbidden, KubeApiError, Unavailable
+from faasmoe_operator.kube.errors import (
+    Conflict,
+    Forbidden,
+    KubeApiError,
+    NamespaceTerminating,
+    Unavailable,
+)
 from faasmoe_operator.kube.types import JOB, SECRET, Object, kind_of
 
 logger = logging.getLogger(__name__)
@@ -62,10 +68,15 @@ class Applier:
         self._api, self._cache, self._clock = api, cache, clock
 
     async def execute(self, action: ObjectAction) -> ApplyFailure | None:
-        """Execute an action; return a failure if the API rejects it; raises Unavailable."""
+        """Execute an action; return a failure if the API rejects it.
+
+        Raises:
+            Unavailable: the API server does not respond.
+            NamespaceTerminating: the namespace is being deleted.
+        """
         try:
             return await self._execute(action)
-        except Unavailable:
+        except (Unavailable, NamespaceTerminating):
             raise
         except KubeApiError as error:
             obj = action.desired if isinstance(action, CreateObject | ApplyObject) else action.live

@@ -11,9 +11,12 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from faasmoe_contracts.environment import integer_between, split_at_commas, true_or_false
 from faasmoe_operator.env_settings import EnvSettings
 from faasmoe_operator.kube.manifests import ControlEndpoint, Images
+from faasmoe_operator.kube.manifests.context import USER_ID
 
 PREFIX = "FAASMOE_OPERATOR_"
 MAX_WORKERS = 64
+MAX_USER_ID = (1 << 31) - 1
+ASSIGNED_USER = "platform"
 DEFAULT_POD_LABELS = {"app.kubernetes.io/name": "faasmoe-operator"}
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
@@ -45,6 +48,12 @@ def _parse_labels(value: Any) -> Any:
     return {key.strip(): label.strip() for key, _, label in pairs}
 
 
+def _parse_user_id(value: Any) -> Any:
+    if value == ASSIGNED_USER:
+        return None
+    return integer_between(1, MAX_USER_ID)(value)
+
+
 _Names = Annotated[
     tuple[Annotated[str, AfterValidator(_check_dns_subdomain)], ...],
     BeforeValidator(split_at_commas),
@@ -60,6 +69,7 @@ class OperatorConfig(EnvSettings):
         watch_namespaces: namespaces whose MoEModels the operator manages, sorted; empty for all.
         host: address that the control API listens on.
         port: port that the control API listens on.
+        metrics_port: port of /metrics alone; on the control API's port if not set.
         page_port: port on loopback of the live page, for `kubectl port-forward`; None for none.
         control_url: URL of the control API for models' pods; by default the operator's Service.
         pod_labels: labels of the operator's pods, for NetworkPolicies.
@@ -67,6 +77,7 @@ class OperatorConfig(EnvSettings):
         expert_image: default image of sandboxes.
         image_pull_policy: pull policy of these images.
         image_pull_secrets: names of image pull Secrets in the models' namespaces.
+        run_as_user: user and group of models' pods; None ("platform") if the platform assigns them.
         root_key_secret: name of the Secret of the root key.
         leader_election: whether several operators may run, one of which is the leader.
         workers: models reconciled concurrently.
@@ -81,6 +92,7 @@ class OperatorConfig(EnvSettings):
     watch_namespaces: Annotated[_Names, AfterValidator(_sort_unique)] = ()
     host: str = "0.0.0.0"
     port: Annotated[int, BeforeValidator(integer_between(1, 65535))] = 8090
+    metrics_port: Annotated[int, BeforeValidator(integer_between(1, 65535))] | None = None
     page_port: Annotated[int, BeforeValidator(integer_between(1, 65535))] | None = None
     control_url: str = ""
     pod_labels: Annotated[dict[str, str], BeforeValidator(_parse_labels)] = DEFAULT_POD_LABELS
@@ -88,6 +100,7 @@ class OperatorConfig(EnvSettings):
     expert_image: str = Field(description="an image")
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
     image_pull_secrets: _Names = ()
+    run_as_user: Annotated[int | None, BeforeValidator(_parse_user_id)] = USER_ID
     root_key_secret: str = "faasmoe-root-key"
     leader_election: Annotated[bool, BeforeValidator(true_or_false)] = False
     workers: Annotated[int, BeforeValidator(integer_between(1, MAX_WORKERS))] = 8

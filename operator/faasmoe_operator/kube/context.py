@@ -21,6 +21,7 @@ from faasmoe_operator.errors import FaasmoeError
 from faasmoe_operator.kube.client import KubeApi
 from faasmoe_operator.kube.errors import Conflict
 from faasmoe_operator.kube.manifests import ControlEndpoint, ControlSecrets, Images, ModelContext
+from faasmoe_operator.kube.manifests.context import USER_ID
 from faasmoe_operator.kube.manifests.names import FIELD_MANAGER, MANAGED_BY_LABEL
 from faasmoe_operator.kube.types import SECRET, Object
 
@@ -92,12 +93,14 @@ class OperatorContext:
         root_key: the key that tokens are derived from.
         served_apis: returns the optional APIs that the cluster serves, such as
             "gateway.networking.k8s.io/v1".
+        user_id: user and group of models' pods; None if the platform assigns them.
     """
 
     images: Images
     control: ControlEndpoint
     root_key: bytes = field(repr=False)
     served_apis: Callable[[], frozenset[str]] = frozenset
+    user_id: int | None = USER_ID
 
     def model_context(self, model: MoEModel, obj: Object) -> ModelContext:
         """Return the context of one model.
@@ -116,4 +119,5 @@ class OperatorContext:
             control=self.control,
             secrets=derive_model_secrets(self.root_key, metadata["uid"]),
             served_apis=self.served_apis(),
+            user_id=self.user_id,
         )

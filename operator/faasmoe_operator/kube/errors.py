@@ -5,11 +5,14 @@ KubeApiError
 ├── Conflict     409: the object already exists, or has changed since it was read
 ├── Expired      410: a resourceVersion or continue token is older than the server's history
 ├── Forbidden    403: denied by RBAC, a quota or an admission policy
+│   └── NamespaceTerminating   the namespace is being deleted, and nothing can be created in it
 ├── Invalid      422 and 400: the object violates its schema
 └── Unavailable  no response, 5xx or 429: worth a retry later
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 from faasmoe_operator.errors import FaasmoeError
 
@@ -48,6 +51,10 @@ class Forbidden(KubeApiError):
     """RBAC, a quota or an admission policy denied the request."""
 
 
+class NamespaceTerminating(Forbidden):
+    """The namespace is being deleted; its MoEModels follow."""
+
+
 class Invalid(KubeApiError):
     """The object violates its schema."""
 
@@ -66,6 +73,7 @@ class Unavailable(KubeApiError):
         self.retry_after_s = retry_after_s
 
 
+NAMESPACE_TERMINATING = "NamespaceTerminating"
 _ERROR_TYPES: dict[int, type[KubeApiError]] = {
     400: Invalid,
     403: Forbidden,
@@ -77,9 +85,16 @@ _ERROR_TYPES: dict[int, type[KubeApiError]] = {
 
 
 def error_from_status(
-    status: int, *, reason: str, message: str, retry_after_s: float | None = None
+    status: int,
+    *,
+    reason: str,
+    message: str,
+    retry_after_s: float | None = None,
+    causes: Collection[str] = (),
 ) -> KubeApiError:
-    """Return the error that stands for an HTTP status."""
+    """Return the error that stands for an HTTP status and the reasons of its causes."""
+    if status == 403 and NAMESPACE_TERMINATING in causes:
+        return NamespaceTerminating(message, status=status, reason=NAMESPACE_TERMINATING)
     if status == 429 or status >= 500:
         return Unavailable(message, status=status, reason=reason, retry_after_s=retry_after_s)
     return _ERROR_TYPES.get(status, KubeApiError)(message, status=status, reason=reason)

@@ -1,4 +1,7 @@
-"""Metrics of the operator itself: reconciles, work queue, API requests; none of single models."""
+"""Metrics of the operator itself, and whether each model has routers, which only it can tell.
+
+A model without routers has nothing that could be scraped.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ class OperatorMetrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "faasmoe_operator_api_requests_total",
-            "API server requests, watches included; code 0 means no response.",
+            "API server requests, watches included; code 0 means no response, NamespaceTerminating "
+            "a namespace that is being deleted.",
             ("verb", "kind", "code"),
             registry=self.registry,
         )
@@ -80,31 +84,49 @@ class OperatorMetrics:
             ("ready", "reason"),
             registry=self.registry,
         )
+        self.model_routers = Gauge(
+            "faasmoe_operator_model_routers",
+            "Routers of a MoEModel whose store is prepared, by state (desired, ready).",
+            ("namespace", "model", "state"),
+            registry=self.registry,
+        )
         self.leader = Gauge(
             "faasmoe_operator_leader",
             "1 if this operator is the leader, else 0.",
             registry=self.registry,
         )
 
-    def count_request(self, verb: str, kind: Kind, status: int) -> None:
+    def count_request(self, verb: str, kind: Kind, code: int | str) -> None:
         """Count a request to the API server.
 
         The counters of the statuses that alerts watch exist from a kind's first request on.
         """
-        for code in ALERTED_API_CODES:
-            self.requests.labels(verb, str(kind), code)
-        self.requests.labels(verb, str(kind), str(status)).inc()
+        for alerted in ALERTED_API_CODES:
+            self.requests.labels(verb, str(kind), alerted)
+        self.requests.labels(verb, str(kind), str(code)).inc()
 
     def count_watch_event(self, kind: Kind) -> None:
         """Count a watch event, bookmarks included."""
         self.watch_events.labels(str(kind)).inc()
 
     def set_models(self, models: Iterable[Object]) -> None:
-        """Set the gauge of models from all MoEModels."""
+        """Set the gauges of models and their routers from all MoEModels."""
+        models = list(models)
         tally = Tally(_ready_condition(model) for model in models)
         self.models.clear()
+        self.model_routers.clear()
+        for model in models:
+            self._set_routers(model)
         for (ready, reason), count in tally.items():
             self.models.labels(ready, reason).set(count)
+
+    def _set_routers(self, model: Object) -> None:
+        if (routers := model.get("status", {}).get("router")) is None:
+            return
+        spec, meta = model["spec"], model["metadata"]
+        desired = 0 if spec.get("suspend") else spec.get("router", {}).get("replicas", 1)
+        for state, count in (("desired", desired), ("ready", routers.get("readyReplicas", 0))):
+            self.model_routers.labels(meta["namespace"], meta["name"], state).set(count)
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus's text format."""

@@ -14,9 +14,16 @@ import logging
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+)
 from datetime import UTC, datetime
 from typing import TypeVar
+
+from aiohttp import web
 
 from faasmoe_operator.control.api import LivePage, make_models_app, render_models_metrics
 from faasmoe_operator.errors import FaasmoeError
@@ -108,7 +115,13 @@ class Operator:
             api,
             self._cache,
             runtimes,
-            OperatorContext(config.images, config.control, root, served_apis=apis.served_versions),
+            OperatorContext(
+                config.images,
+                config.control,
+                root,
+                served_apis=apis.served_versions,
+                user_id=config.run_as_user,
+            ),
             events=EventRecorder(api, instance=config.identity),
         )
         self._cache.add_event_handler(ModelEnqueuer(workers).on_change)
@@ -134,21 +147,28 @@ class Operator:
 
     @asynccontextmanager
     async def _serve_http(self, runtimes: RuntimeManager) -> AsyncIterator[None]:
-        """Serve the control API, health checks and the live page, before the cache has synced."""
-        health = HealthRoutes(self._readiness, lambda: self._metrics_text(runtimes))
-        app = make_models_app(runtimes.find_controller, extra_routes=health.routes())
+        """Serve control API, health checks, metrics and live page, before the cache has synced."""
         config = self._config
-        runners = [await start_server(app, host=config.host, port=config.control.port)]
-        if config.page_port is not None:
-            page = LivePage(lambda: [(str(key), c) for key, c in runtimes.controllers()])
-            runners.append(
-                await start_server(page.make_app(), host=LOOPBACK, port=config.page_port)
-            )
-        try:
+        health = HealthRoutes(self._readiness, lambda: self._metrics_text(runtimes))
+        routes = health.routes()
+        async with AsyncExitStack() as servers:
+
+            async def serve(app: web.Application, host: str, port: int) -> None:
+                runner = await start_server(app, host=host, port=port)
+                servers.push_async_callback(runner.cleanup)
+
+            if config.metrics_port is None:
+                routes += health.metrics_routes()
+            else:
+                metrics_app = web.Application()
+                metrics_app.add_routes(health.metrics_routes())
+                await serve(metrics_app, config.host, config.metrics_port)
+            app = make_models_app(runtimes.find_controller, extra_routes=routes)
+            await serve(app, config.host, config.control.port)
+            if config.page_port is not None:
+                page = LivePage(lambda: [(str(key), c) for key, c in runtimes.controllers()])
+                await serve(page.make_app(), LOOPBACK, config.page_port)
             yield
-        finally:
-            for runner in runners:
-                await runner.cleanup()
 
     @asynccontextmanager
     async def _lead(self, api: KubeClient) -> AsyncIterator[None]:

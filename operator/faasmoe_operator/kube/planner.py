@@ -27,6 +27,7 @@ from faasmoe_operator.kube.manifests.names import (
     router_name,
     store_name,
 )
+from faasmoe_operator.kube.manifests.store import store_names_by_path
 from faasmoe_operator.kube.store_status import (
     StoreStatus,
     failed_attempts,
@@ -71,7 +72,9 @@ def observe_model(cache: ObjectCache, ctx: ModelContext, *, status_model: Any) -
     job_pods = [] if uid is None else [pod for pod in pods if controller_uid(pod) == uid]
     return ObservedState(
         job=job,
-        store=store_status(job, job_pods, status_model=status_model),
+        store=store_status(
+            job, job_pods, status_model=status_model, names_by_path=store_names_by_path(ctx)
+        ),
         deployment=_if_owned(cache.get(DEPLOYMENT, ctx.namespace, router_name(ctx.name)), ctx),
         router_pods=_with_component(pods, Component.ROUTER),
         sandbox_pods=[

@@ -14,9 +14,9 @@ from typing import Any, Protocol, Self
 
 from faasmoe_contracts.backoff import Backoff
 from faasmoe_operator.aio import TaskSet
-from faasmoe_operator.errors import PlatformError
+from faasmoe_operator.errors import PlatformError, PlatformStopping
 from faasmoe_operator.kube.client import KubeApi
-from faasmoe_operator.kube.errors import Conflict, KubeApiError
+from faasmoe_operator.kube.errors import Conflict, KubeApiError, NamespaceTerminating
 from faasmoe_operator.kube.manifests.names import COMPONENT_LABEL, TEMPLATE_LABEL, Component
 from faasmoe_operator.kube.manifests.sandbox import SANDBOX_PORT
 from faasmoe_operator.kube.sandbox_template import SandboxPodTemplate
@@ -208,6 +208,8 @@ class KubernetesPlatform:
                 return await self._api.create(POD, template.new_pod())
             except Conflict as error:
                 logger.info("sandbox pod name already exists: %s", error)
+            except NamespaceTerminating as error:
+                raise PlatformStopping(f"the namespace is being deleted: {error}") from error
             except KubeApiError as error:
                 raise PlatformError(f"sandbox pod could not be created: {error}") from error
         raise PlatformError(

@@ -30,7 +30,7 @@ from faasmoe_operator.kube.diff import (
     Owner,
     object_id,
 )
-from faasmoe_operator.kube.errors import Conflict, NotFound
+from faasmoe_operator.kube.errors import Conflict, NamespaceTerminating, NotFound
 from faasmoe_operator.kube.events import EventRecorder, transition_events
 from faasmoe_operator.kube.manifests import ModelContext, store_objects
 from faasmoe_operator.kube.planner import ObservedState, Planner, observe_model
@@ -138,7 +138,13 @@ class Reconciler:
             model = MoEModel.from_object(obj)
         except MoEModelError as error:
             return await self._report_invalid_spec(obj, state, error)
-        return await self._reconcile_model(key, obj, self._context.model_context(model, obj), state)
+        ctx = self._context.model_context(model, obj)
+        try:
+            return await self._reconcile_model(key, obj, ctx, state)
+        except NamespaceTerminating:
+            logger.info("%s: its namespace is being deleted", key)
+            await self._runtimes.remove(key, delete_sandboxes=False)
+            return ReconcileResult(RESYNC_PERIOD_S)
 
     def _model_state(self, key: ModelKey, obj: Object) -> _ModelState:
         uid = obj["metadata"]["uid"]

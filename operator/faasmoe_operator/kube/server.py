@@ -33,7 +33,7 @@ class Readiness:
 
 @dataclass(frozen=True, slots=True)
 class HealthRoutes:
-    """Handlers of /healthz, /readyz and /metrics.
+    """Handlers of /healthz and /readyz, and of /metrics, which may have a port of its own.
 
     Attributes:
         readiness: the operator's readiness.
@@ -44,12 +44,12 @@ class HealthRoutes:
     render_metrics: Callable[[], bytes]
 
     def routes(self) -> list[web.RouteDef]:
-        """Return the routes."""
-        return [
-            web.get("/healthz", self._healthz),
-            web.get("/readyz", self._readyz),
-            web.get("/metrics", self._metrics),
-        ]
+        """Return the routes of the health checks."""
+        return [web.get("/healthz", self._healthz), web.get("/readyz", self._readyz)]
+
+    def metrics_routes(self) -> list[web.RouteDef]:
+        """Return the route of the metrics, which tell what every model and tenant does."""
+        return [web.get("/metrics", self._metrics)]
 
     async def _healthz(self, _: web.Request) -> web.Response:
         """Answer 200: it shows that the event loop runs."""

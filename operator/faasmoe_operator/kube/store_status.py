@@ -6,9 +6,10 @@ attempts is kept in an annotation, so that the back-off survives a restart of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 from faasmoe_operator.kube.component_status import first_pod_failure
@@ -66,14 +67,29 @@ class StoreStatus:
     is_retry: bool = False
 
 
-def store_status(job: Object | None, pods: Sequence[Object], *, status_model: Any) -> StoreStatus:
+def store_status(
+    job: Object | None,
+    pods: Sequence[Object],
+    *,
+    status_model: Any,
+    names_by_path: Mapping[str, str] = MappingProxyType({}),
+) -> StoreStatus:
     """Return the status of the store.
 
     Args:
         job: the store Job; None if it does not exist.
         pods: the Job's pods.
         status_model: the MoEModel's current `status.model`; None if it has none.
+        names_by_path: for paths in the Job's pod, what the spec calls them; messages name these.
     """
+    state = _store_status(job, pods, status_model)
+    message = state.condition.message
+    for path, name in names_by_path.items():
+        message = message.replace(path, name)
+    return replace(state, condition=replace(state.condition, message=message))
+
+
+def _store_status(job: Object | None, pods: Sequence[Object], status_model: Any) -> StoreStatus:
     if job is None or "deletionTimestamp" in job["metadata"]:
         condition = condition_unknown("Preparing", "creating the store Job")
         return StoreStatus(condition, is_retry=True)
@@ -89,15 +105,19 @@ def store_status(job: Object | None, pods: Sequence[Object], *, status_model: An
         return StoreStatus(
             condition_false(failure.reason, failure.message), missing_secret=failure.missing_secret
         )
-    last_failure = (
-        ""
-        if (message := _termination_message(pods)) is None
-        else f"; the last attempt failed: {_failure_message(message)}"
-    )
-    condition = condition_unknown(
-        "Preparing", f"Job {_job_name(job)} prepares the store{last_failure}"
-    )
+    if (message := _termination_message(pods)) is not None:
+        return StoreStatus(_failed_attempt(job, message))
+    condition = condition_unknown("Preparing", f"Job {_job_name(job)} prepares the store")
     return StoreStatus(condition, is_retry=failed_attempts(job) > 0)
+
+
+def _failed_attempt(job: Object, message: str) -> ConditionState:
+    """Return the state of a Job that goes on after an attempt with this termination message."""
+    result = StoreSummary.from_termination_message(message)
+    if isinstance(result, StoreSummary):  # the Job is about to be complete
+        return condition_unknown("Preparing", f"Job {_job_name(job)} ends")
+    text = f"{result.message}{_hint(result.reason.value)}"
+    return condition_false(result.reason.value, f"{text}; Job {_job_name(job)} tries again")
 
 
 def failed_attempts(job: Object) -> int:
@@ -139,10 +159,13 @@ def _failed_status(job: Object, pods: Sequence[Object]) -> StoreStatus:
         reason, text = pod_failure.reason, pod_failure.message
     else:
         reason, text = JOB_FAILED, _job_message(job)
-    hint = f"; {HINTS[reason]}" if reason in HINTS else ""
     when = f"{_format_delay(delay_s)} after the failure, or when Job {_job_name(job)} is deleted"
-    condition = condition_false(reason, f"{text}{hint}; retried {when}")
+    condition = condition_false(reason, f"{text}{_hint(reason)}; retried {when}")
     return StoreStatus(condition, retry_at=_finished_at(job) + delay_s)
+
+
+def _hint(reason: str) -> str:
+    return f"; {HINTS[reason]}" if reason in HINTS else ""
 
 
 def _retry_delay_s(attempt: int) -> float:
@@ -165,11 +188,6 @@ def _termination_message(pods: Sequence[Object]) -> str | None:
         return None
     last = max(terminated, key=lambda state: str(state.get("finishedAt") or ""))
     return str(last.get("message") or "")
-
-
-def _failure_message(message: str) -> str:
-    result = StoreSummary.from_termination_message(message)
-    return result.message if isinstance(result, StoreFailure) else "no valid termination message"
 
 
 def _summary_from_status(status_model: Any) -> StoreSummary | None:

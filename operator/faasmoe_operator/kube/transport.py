@@ -25,7 +25,13 @@ from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.client.rest import RESTResponse
 
 from faasmoe_operator.errors import FaasmoeError
-from faasmoe_operator.kube.errors import KubeApiError, Unavailable, error_from_status
+from faasmoe_operator.kube.errors import (
+    Forbidden,
+    KubeApiError,
+    NamespaceTerminating,
+    Unavailable,
+    error_from_status,
+)
 from faasmoe_operator.kube.types import Kind, Object
 
 logger = logging.getLogger(__name__)
@@ -53,7 +59,7 @@ HTTP_METHODS = {
     "delete": "DELETE",
 }
 
-RequestObserver = Callable[[str, Kind, int], None]
+RequestObserver = Callable[[str, Kind, int | str], None]
 """Called for each request with its verb, kind and HTTP status (0 if there was no response)."""
 
 
@@ -92,7 +98,7 @@ def _kubeconfig_paths(env: Mapping[str, str]) -> str | None:
     return str(Path.home() / ".kube" / "config")
 
 
-def ignore_request(verb: str, kind: Kind, status: int) -> None:
+def ignore_request(verb: str, kind: Kind, code: int | str) -> None:
     """Observe nothing."""
 
 
@@ -227,8 +233,15 @@ class KubeTransport:
         except (aiohttp.ClientError, ApiException, OSError, TimeoutError) as error:
             raise _no_response(f"{verb} {path}", error) from error
         finally:
-            self._on_request(verb, kind, status)
-        return _decode_response(f"{verb} {path}", status, payload, response.headers)
+            if status != 403:
+                self._on_request(verb, kind, status)
+        try:
+            return _decode_response(f"{verb} {path}", status, payload, response.headers)
+        except Forbidden as error:
+            # Not to be taken for missing permissions, of which an alert tells.
+            is_going = isinstance(error, NamespaceTerminating)
+            self._on_request(verb, kind, error.reason if is_going else status)
+            raise
 
     @staticmethod
     async def _open(
@@ -290,8 +303,15 @@ def _decode_response(request: str, status: int, body: bytes, headers: Mapping[st
         status,
         reason=api_status.get("reason") or "",
         message=f"{request}: {message}",
+        causes=_causes(api_status),
         retry_after_s=_parse_retry_after(headers.get("Retry-After", "")),
     )
+
+
+def _causes(api_status: Mapping[str, Any]) -> list[str]:
+    details = api_status.get("details")
+    causes = details.get("causes") if isinstance(details, dict) else None
+    return [str(cause.get("reason")) for cause in causes or () if isinstance(cause, dict)]
 
 
 def _parse_retry_after(text: str) -> float | None:

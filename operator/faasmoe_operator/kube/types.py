@@ -59,6 +59,7 @@ LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
 EVENT = Kind("v1", "Event", "events")
 HTTP_ROUTE = Kind("gateway.networking.k8s.io/v1", "HTTPRoute", "httproutes")
 SERVICE_MONITOR = Kind("monitoring.coreos.com/v1", "ServiceMonitor", "servicemonitors")
+POD_MONITOR = Kind("monitoring.coreos.com/v1", "PodMonitor", "podmonitors")
 
 OWNED_KINDS = (
     PERSISTENT_VOLUME_CLAIM,
@@ -73,8 +74,9 @@ OWNED_KINDS = (
     INGRESS,
     HTTP_ROUTE,
     SERVICE_MONITOR,
+    POD_MONITOR,
 )
-OPTIONAL_KINDS = (HTTP_ROUTE, SERVICE_MONITOR)
+OPTIONAL_KINDS = (HTTP_ROUTE, SERVICE_MONITOR, POD_MONITOR)
 """Kinds whose CRDs a cluster may lack."""
 WATCHED_KINDS = (
     MOEMODEL,

@@ -40,6 +40,7 @@ from faasmoe_router.api.openapi import (
 )
 from faasmoe_router.api.preparation import HeldBytes, PreparationQueue
 from faasmoe_router.api.preprocessing import Preprocessor
+from faasmoe_router.api.prompt_encoding import PromptEncoder
 from faasmoe_router.api.refusals import RefusalMetricsMiddleware, refusal_counter
 from faasmoe_router.api.resumption import ResumptionMiddleware
 from faasmoe_router.api.tokenization import tokenization_routes
@@ -88,11 +89,8 @@ def create_app(
     """
     activator = activator or AlwaysActivated()
     tenant_admission = tenancy or NoTenants()
-    served_model = ServedModel(model_name, fingerprint)
     body_limits = _body_limits(engine, max_body_bytes)
     queue = PreparationQueue(is_shared=tenancy is not None)
-    bodies = BodyReader(body_limits, queue, HeldBytes())
-    preprocessor = Preprocessor(engine, queue, sampling_defaults or SamplingDefaults())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -111,19 +109,16 @@ def create_app(
     add_error_handlers(app)
     generator = ResponseGenerator(
         engine,
-        served_model=served_model,
+        served_model=ServedModel(model_name, fingerprint),
         activator=activator,
         tenant_admission=tenant_admission,
     )
-    chats = ChatService(engine, generator, preprocessor, bodies)
+    bodies = BodyReader(body_limits, queue, HeldBytes())
+    defaults = sampling_defaults or SamplingDefaults()
     for router in (
-        completion_routes(engine, generator, preprocessor, chats, bodies),
-        translated_routes(chats),
+        *_generation_routes(engine, generator, bodies, queue, defaults, model_name),
         model_routes(model_name=model_name, max_model_len=engine.limits.max_model_len),
         usage_routes(tenant_admission),
-        tokenization_routes(
-            engine, model_name=model_name, bodies=bodies, preprocessor=preprocessor
-        ),
         not_implemented_routes(),
         health_routes(engine, activator=activator),
         *(() if metrics_server is not None else (metrics_routes(registry),)),
@@ -131,6 +126,25 @@ def create_app(
         app.include_router(router)
     install_openapi(app, requires_api_key=tenancy is not None)
     return app
+
+
+def _generation_routes(
+    engine: Engine,
+    generator: ResponseGenerator,
+    bodies: BodyReader,
+    queue: PreparationQueue,
+    sampling_defaults: SamplingDefaults,
+    model_name: str,
+) -> tuple[APIRouter, ...]:
+    """Return the routes whose bodies have prompts or tokens."""
+    encoder = PromptEncoder(engine, queue)
+    preprocessor = Preprocessor(engine, queue, encoder, sampling_defaults)
+    chats = ChatService(engine, generator, preprocessor, bodies)
+    return (
+        completion_routes(engine, generator, preprocessor, chats, bodies),
+        translated_routes(chats),
+        tokenization_routes(engine, model_name=model_name, bodies=bodies, encoder=encoder),
+    )
 
 
 def _body_limits(engine: Engine, max_body_bytes: int | None) -> BodyLimits:

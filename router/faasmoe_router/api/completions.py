@@ -27,6 +27,10 @@ from faasmoe_router.api.admission import (
     record_outcome_on_error,
 )
 from faasmoe_router.api.body import BodyReader
+from faasmoe_router.api.chat_choices import ChatChoiceFormatter
+from faasmoe_router.api.chat_templates import template_notes
+from faasmoe_router.api.choices import ChoiceFormatter
+from faasmoe_router.api.completion_choices import CompletionChoiceFormatter
 from faasmoe_router.api.errors import model_not_found
 from faasmoe_router.api.middleware import get_caller
 from faasmoe_router.api.openapi import (
@@ -44,14 +48,7 @@ from faasmoe_router.api.protocol import (
     StreamOptions,
 )
 from faasmoe_router.api.rendering import PlainRendering, Rendering
-from faasmoe_router.api.responses import (
-    ChatChoiceFormatter,
-    ChoiceFormatter,
-    CompletionChoiceFormatter,
-    RequestCounts,
-    ResponseBuilder,
-    ResponseMeta,
-)
+from faasmoe_router.api.response_builder import RequestCounts, ResponseBuilder, ResponseMeta
 from faasmoe_router.api.resumption import (
     StreamJournal,
     comment_record,
@@ -234,8 +231,10 @@ class ChatService:
                 n_top=body.n_reported_logprobs,
                 as_ids=bool(body.return_tokens_as_token_ids),
                 origin=origin,
+                echoed=body.echoed_text,
             )
-            notes = () if tool_config is None else tool_config.notes
+            notes = [*template_notes(body, self._engine.tokenizer.tool_chat_template)]
+            notes += () if tool_config is None else tool_config.notes
             headers = {WARNING_HEADER: _header_value("; ".join(notes))} if notes else {}
             return PreparedRequest(body.without_contents(), requests, formatter, rendering, headers)
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from faasmoe_router.api.errors import ApiError, body_too_large, quote_input
+from faasmoe_router.api.errors import ApiError, body_too_large, error_response, quote_input
 
 try:
     from backports import zstd
@@ -79,7 +79,7 @@ class ContentEncodingMiddleware:
                 _decode, encoded, new_decoder(), max_bytes=self._max_body_bytes
             )
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error_response(scope["path"], error)(scope, receive, send)
             return
         await self._app(_decoded_scope(scope, len(body)), _BodyThenReceive(body, receive), send)
 

@@ -56,7 +56,6 @@ _ROUTER_ERROR_RESPONSES: Mapping[type[RouterError], tuple[int, str, str]] = {
 
 ANTHROPIC_PATH = "/v1/messages"
 _ANTHROPIC_ERROR_TYPES: Mapping[int, str] = {
-    400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
     413: "request_too_large",
@@ -282,20 +281,20 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def handle_api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        return _respond(request, error)
+        return error_response(request.url.path, error)
 
     async def handle_router_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RouterError)
         set_refusal_reason(request.scope, error)
-        return _respond(request, from_router_error(error))
+        return error_response(request.url.path, from_router_error(error))
 
     async def handle_validation_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return _respond(request, from_validation_errors(error.errors()))
+        return error_response(request.url.path, from_validation_errors(error.errors()))
 
     async def handle_http_exception(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return _respond(request, _from_http_exception(request, error))
+        return error_response(request.url.path, _from_http_exception(request, error))
 
     async def handle_disconnect(_: Request, __: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -308,9 +307,10 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, handle_http_exception)
 
 
-def _respond(request: Request, error: ApiError) -> JSONResponse:
+def error_response(path: str, error: ApiError) -> JSONResponse:
+    """Return the response to a request for a path, in the form of the API that it belongs to."""
     response = error.response()
-    if not request.url.path.startswith(ANTHROPIC_PATH):
+    if ANTHROPIC_PATH not in path:  # a tenant's path has its name before it
         return response
     headers = {name: v for name, v in response.headers.items() if name != "content-length"}
     return JSONResponse(anthropic_error(error), status_code=error.status, headers=headers)
@@ -318,7 +318,8 @@ def _respond(request: Request, error: ApiError) -> JSONResponse:
 
 def anthropic_error(error: ApiError) -> dict[str, Any]:
     """Return the body of an error in Anthropic's form, with OpenAI's fields beside its own."""
-    kind = _ANTHROPIC_ERROR_TYPES.get(error.status, "api_error")
+    default = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = _ANTHROPIC_ERROR_TYPES.get(error.status, default)
     return {"type": "error", "error": {**error.body["error"], "type": kind}}
 
 

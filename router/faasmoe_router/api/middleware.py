@@ -27,7 +27,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION
-from faasmoe_router.api.errors import ApiError, body_too_large, from_router_error, internal_error
+from faasmoe_router.api.errors import (
+    ApiError,
+    body_too_large,
+    error_response,
+    from_router_error,
+    internal_error,
+)
 from faasmoe_router.api.openapi import UNAUTHENTICATED_PATHS
 from faasmoe_router.api.resumption import get_front_tenant, is_resumed
 from faasmoe_router.errors import RateLimitExceeded
@@ -61,7 +67,8 @@ class RequestContextMiddleware:
         sender = _ResponseSender(send, _request_id_from(Headers(scope=scope)))
         try:
             if _content_length(scope) > self._max_body_bytes:
-                response = body_too_large(self._max_body_bytes).response()
+                error = body_too_large(self._max_body_bytes)
+                response = error_response(scope["path"], error)
                 await response(scope, receive, sender.send)
             else:
                 await self._app(scope, _BoundedReceive(receive, self._max_body_bytes), sender.send)
@@ -69,7 +76,7 @@ class RequestContextMiddleware:
             if sender.has_started:
                 raise  # too late for an error response: the server closes the connection
             logger.exception("Request %s failed", sender.request_id)
-            await internal_error().response()(scope, receive, sender.send)
+            await error_response(scope["path"], internal_error())(scope, receive, sender.send)
 
 
 class _ResponseSender:
@@ -153,7 +160,7 @@ class AuthMiddleware:
             key = _bearer_token(Headers(scope=scope))
             caller = self._authenticator.authenticate(tenant, key)
         if caller is None:
-            await _invalid_api_key().response()(scope, receive, send)
+            await error_response(path, _invalid_api_key())(scope, receive, send)
             return
         mark_known = scope.get("extensions", {}).get(KNOWN_CLIENT_EXTENSION)
         if mark_known is not None:
@@ -162,7 +169,7 @@ class AuthMiddleware:
             try:
                 self._authenticator.count_request(caller)
             except RateLimitExceeded as error:
-                await from_router_error(error).response()(scope, receive, send)
+                await error_response(path, from_router_error(error))(scope, receive, send)
                 return
         state = {**scope.get("state", {}), "caller": caller}
         tenant_scope = {**scope, "path": path, "raw_path": path.encode(), "state": state}

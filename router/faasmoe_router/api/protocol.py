@@ -52,6 +52,9 @@ INT64_MAX = 2**63 - 1
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9_.:/+=-]{1,128}$"
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+# Chat templates may know roles beside OpenAI's; no role can have marks of a template.
+Role = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -61,7 +64,7 @@ class ChatMessage(RequestModel):
     unsupported_parameters = UNSUPPORTED_MESSAGE_PARAMS
     keeps_unknown = True  # the chat template may know them
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Role
     content: MessageContent = None
     name: Text | None = None
     tool_call_id: Text | None = None
@@ -166,6 +169,7 @@ class CompletionRequestBase(RequestModel):
     skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    echo: bool | None = None
     response_format: ResponseFormat = None
     structured_outputs: StructuredOutputs = None
     guided_json: GuidedJson = None
@@ -240,7 +244,7 @@ class CompletionRequestBase(RequestModel):
             ApiError: a parameter is unsupported or does not go together with another.
         """
         reject_unsupported(self.model_extra, self.unsupported_parameters)
-        if self.max_tokens == 0 and not self.scores_prompt and not getattr(self, "echo", False):
+        if self.max_tokens == 0 and not (self.scores_prompt or self.echo):
             raise invalid_value("max_tokens", "expected at least 1 without 'echo', got 0")
         if self.logprob_token_ids and (self.n_logprobs is None or self.scores_prompt):
             raise invalid_value(
@@ -269,7 +273,9 @@ class ChatCompletionRequest(CompletionRequestBase):
     tools: Tools | None = None
     tool_choice: ToolChoiceField = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -286,6 +292,12 @@ class ChatCompletionRequest(CompletionRequestBase):
     def n_logprobs(self) -> int | None:
         """How many candidates to report per token, beside it; None reports no logprobs."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def echoed_text(self) -> str:
+        """The last message if it is to precede the answer: as in vLLM, an assistant's."""
+        last = self.messages[-1]
+        return (last.content or "") if self.echo and last.role == "assistant" else ""
 
     @property
     def effective_tool_choice(self) -> ToolChoice:
@@ -319,7 +331,6 @@ class CompletionRequest(CompletionRequestBase):
 
     prompt: Prompts
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
     @property

@@ -4,8 +4,8 @@ Nothing is stored: `store` and `previous_response_id` are refused by name, and a
 sent whole as `input`. Tools that OpenAI would run itself are refused as well.
 """
 
-from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 from pydantic import Field
 
@@ -19,25 +19,34 @@ from faasmoe_router.api.errors import (
 )
 from faasmoe_router.api.origin import Origin
 from faasmoe_router.api.protocol import MAX_TOOLS
-from faasmoe_router.api.rendering import PartDelta, event_frame, message_parts
+from faasmoe_router.api.rendering import event_frame, message_parts, text_logprobs
+from faasmoe_router.api.response_items import OutputItems
 from faasmoe_router.api.streaming import log_stream_failure
 from faasmoe_router.api.structured_outputs import is_json
 from faasmoe_router.api.validation import RequestModel, Text, reject_unsupported
+from faasmoe_router.engine.sampler import MAX_TOP_LOGPROBS
 from faasmoe_router.errors import RouterError
 
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "background": (False,),
     "conversation": (),
+    "enable_response_messages": (False,),
     "max_tool_calls": (),
     "previous_response_id": (),
     "prompt": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
+_STANDARD = ("model", "temperature", "top_p", "parallel_tool_calls", "stream")
+_OF_VLLM = (
+    *("cache_salt", "chat_template_kwargs", "frequency_penalty", "ignore_eos"),
+    *("include_stop_str_in_output", "min_p", "presence_penalty", "priority"),
+    *("repetition_penalty", "seed", "skip_special_tokens", "stop", "structured_outputs", "top_k"),
+)
 # Parameters that mean the same in a chat.
-_SAME = ("model", "temperature", "top_p", "parallel_tool_calls", "stream", "seed", "stop")
+_SAME = (*_STANDARD, *_OF_VLLM)
+_LOGPROBS = "message.output_text.logprobs"
 _ECHOED = ("instructions", "max_output_tokens", "temperature", "top_p", "metadata", "user")
 _TEXT_PARTS = ("input_text", "output_text", "text")
 
@@ -57,6 +66,8 @@ class ResponsesRequest(RequestModel):
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
     stream: bool | None = None
+    include: list[str] | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
     def to_chat(self) -> dict[str, Any]:
         """Return the body of the same request to chat completions; raises ApiError."""
@@ -77,6 +88,8 @@ class ResponsesRequest(RequestModel):
             chat["response_format"] = _response_format(self.text["format"])
         if self.reasoning and self.reasoning.get("effort"):
             chat["reasoning_effort"] = self.reasoning["effort"]
+        if self.top_logprobs or _LOGPROBS in (self.include or ()):
+            chat |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
         if self.stream:
             chat["stream_options"] = {"include_usage": True}
         return chat
@@ -113,6 +126,7 @@ class ResponsesRequest(RequestModel):
             "text": {"format": {"type": "text"}, **(self.text or {})},
             "tool_choice": self.tool_choice or "auto",
             "tools": self.tools or [],
+            "top_logprobs": self.top_logprobs or 0,
             "truncation": "disabled",
             "usage": None,
             **{name: self._value(name) for name in _ECHOED},
@@ -228,17 +242,17 @@ class ResponsesRendering:
     def body(self, response: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the response object of a whole chat."""
         [choice] = response["choices"]
-        items = _OutputItems(self._origin)
-        for part in message_parts(choice["message"]):
+        items = OutputItems(self._origin)
+        for part in message_parts(choice["message"], text_logprobs(choice)):
             for _ in items.add(part):
                 pass
-        for _ in items.close():
+        for _ in items.close(is_cut=choice["finish_reason"] == "length"):
             pass
         return self._response(response, items, choice["finish_reason"], response["usage"])
 
     async def frames(self, chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
         """Yield the events of a stream; a failure is the last one."""
-        number, items = 0, _OutputItems(self._origin)
+        number, items = 0, OutputItems(self._origin)
         started = False
         try:
             finish_reason, usage, chunk = None, None, {}
@@ -252,14 +266,14 @@ class ResponsesRendering:
                         for name in ("created", "in_progress")
                     ]
                 for choice in chunk["choices"]:
-                    for part in message_parts(choice["delta"]):
-                        events += items.add(part)
+                    logprobs = (choice["logprobs"] or {}).get("content", ())
+                    events += items.add_delta(choice["delta"], logprobs)
                     finish_reason = choice["finish_reason"] or finish_reason
                 usage = chunk.get("usage") or usage
                 for event in events:
                     yield event_frame({**event, "sequence_number": number})
                     number += 1
-            for event in items.close():
+            for event in items.close(is_cut=finish_reason == "length"):
                 yield event_frame({**event, "sequence_number": number})
                 number += 1
             done = self._response(chunk, items, finish_reason, usage or {})
@@ -290,7 +304,7 @@ class ResponsesRendering:
     def _response(
         self,
         source: Mapping[str, Any],
-        items: "_OutputItems",
+        items: OutputItems,
         finish_reason: str | None,
         usage: Mapping[str, Any],
     ) -> dict[str, Any]:
@@ -317,116 +331,3 @@ def _usage(usage: Mapping[str, Any]) -> dict[str, Any]:
         "output_tokens_details": {"reasoning_tokens": completion.get("reasoning_tokens", 0)},
         "total_tokens": usage.get("total_tokens", 0),
     }
-
-
-_Event = dict[str, Any]
-_ItemKind = Literal["reasoning", "message", "function_call", "custom_tool_call"]
-
-
-class _OutputItems:
-    """The output items of one response, and the events by which they grow.
-
-    Args:
-        origin: of their ids.
-
-    Attributes:
-        items: the items so far; the last may be open.
-    """
-
-    def __init__(self, origin: Origin) -> None:
-        self.items: list[dict[str, Any]] = []
-        self._ids = origin.hex_ids("item")
-        self._open: _ItemKind | None = None
-        self._text = ""
-
-    def add(self, part: PartDelta) -> Iterator[_Event]:
-        """Add the growth of a part; yield its events."""
-        kind = _item_kind(part, self._open)
-        if kind != self._open or part.call is not None:
-            yield from self.close()
-            yield from self._start(kind, part)
-        self._text += part.text
-        if part.text and kind != "custom_tool_call":
-            yield self._event(_DELTA_EVENTS[kind], delta=part.text)
-
-    def close(self) -> Iterator[_Event]:
-        """Finish the open item, if there is one; yield its events."""
-        if self._open is None:
-            return
-        kind, item, text = self._open, self.items[-1], self._text
-        self._open = None
-        item["status"] = "completed"
-        if kind == "message":
-            item["content"] = [_text_part(text)]
-            yield self._event("response.output_text.done", text=text)
-            yield self._event("response.content_part.done", part=_text_part(text))
-        elif kind == "reasoning":
-            item["content"] = [{"type": "reasoning_text", "text": text}]
-            yield self._event("response.reasoning_text.done", text=text)
-        elif kind == "function_call":
-            item["arguments"] = text
-            yield self._event(
-                "response.function_call_arguments.done", arguments=text, name=item["name"]
-            )
-        else:
-            item["input"] = text
-            yield self._event("response.custom_tool_call_input.done", input=text)
-        index = len(self.items) - 1
-        yield {"type": "response.output_item.done", "output_index": index, "item": item}
-
-    def _start(self, kind: _ItemKind, part: PartDelta) -> Iterator[_Event]:
-        item = _new_item(kind, part, next(self._ids))
-        self.items.append(item)
-        self._open, self._text = kind, ""
-        index = len(self.items) - 1
-        yield {"type": "response.output_item.added", "output_index": index, "item": dict(item)}
-        if kind == "message":
-            yield self._event("response.content_part.added", part=_text_part(""))
-
-    def _event(self, event_type: str, **fields: Any) -> _Event:
-        index = len(self.items) - 1
-        event = {
-            "type": event_type,
-            "item_id": self.items[-1]["id"],
-            "output_index": index,
-            **fields,
-        }
-        if "call" not in event_type:
-            event["content_index"] = 0
-        if event_type.startswith("response.output_text"):
-            event["logprobs"] = []
-        return event
-
-
-_DELTA_EVENTS: Mapping[str, str] = {
-    "message": "response.output_text.delta",
-    "reasoning": "response.reasoning_text.delta",
-    "function_call": "response.function_call_arguments.delta",
-}
-
-
-def _item_kind(part: PartDelta, open_kind: _ItemKind | None) -> _ItemKind:
-    if part.kind == "reasoning":
-        return "reasoning"
-    if part.kind == "text":
-        return "message"
-    if part.call is None and open_kind in ("function_call", "custom_tool_call"):
-        return open_kind
-    is_custom = part.call is not None and part.call["type"] == "custom"
-    return "custom_tool_call" if is_custom else "function_call"
-
-
-def _text_part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _new_item(kind: _ItemKind, part: PartDelta, identity: str) -> dict[str, Any]:
-    if kind == "message":
-        item = {"id": f"msg_{identity}", "role": "assistant", "content": []}
-    elif kind == "reasoning":
-        item = {"id": f"rs_{identity}", "summary": [], "content": []}
-    else:
-        call = part.call or {"id": identity, "name": ""}
-        item = {"id": f"fc_{identity}", "call_id": call["id"], "name": call["name"]}
-        item |= {"arguments": ""} if kind == "function_call" else {"input": ""}
-    return {"type": kind, "status": "in_progress", **item}

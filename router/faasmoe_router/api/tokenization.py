@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from faasmoe_router.api.body import BodyReader
+from faasmoe_router.api.chat_templates import template_variables
 from faasmoe_router.api.errors import invalid_value, model_not_found
 from faasmoe_router.api.middleware import get_caller
 from faasmoe_router.api.openapi import (
@@ -14,7 +15,7 @@ from faasmoe_router.api.openapi import (
     json_request_body,
     json_responses,
 )
-from faasmoe_router.api.preprocessing import Preprocessor, template_variables
+from faasmoe_router.api.prompt_encoding import PromptEncoder
 from faasmoe_router.api.protocol import Messages, Tools
 from faasmoe_router.api.streaming import run_until_disconnect
 from faasmoe_router.api.validation import RequestModel, Text, TokenIds, reject_unsupported
@@ -70,7 +71,7 @@ class DetokenizeRequest(RequestModel):
 
 
 def tokenization_routes(
-    engine: Engine, *, model_name: str, bodies: BodyReader, preprocessor: Preprocessor
+    engine: Engine, *, model_name: str, bodies: BodyReader, encoder: PromptEncoder
 ) -> APIRouter:
     """Return the routes that tokenize and detokenize."""
     router = APIRouter()
@@ -93,7 +94,7 @@ def tokenization_routes(
         async with bodies.reading(request, TokenizeRequest, caller) as body:
             _check_model(body.model, caller.model_names(model_name))
             body.check_params()
-            ids = await run_until_disconnect(request, _tokenize(body, preprocessor, caller))
+            ids = await run_until_disconnect(request, _tokenize(body, encoder, caller))
             with_strings = body.return_token_strs
         return {
             "count": len(ids),
@@ -120,22 +121,20 @@ def tokenization_routes(
         async with bodies.reading(request, DetokenizeRequest, caller) as body:
             _check_model(body.model, caller.model_names(model_name))
             _check_length(len(body.tokens), max(engine.limits.max_model_len, MAX_TOKENS))
-            preprocessor.check_token_ids(body.tokens, param="tokens")
-            decoding = preprocessor.decode(body.tokens, caller, include_special_tokens=True)
+            encoder.check_token_ids(body.tokens, param="tokens")
+            decoding = encoder.decode(body.tokens, caller, include_special_tokens=True)
             text = await run_until_disconnect(request, decoding)
         return {"prompt": text}
 
     return router
 
 
-async def _tokenize(
-    body: TokenizeRequest, preprocessor: Preprocessor, caller: Caller
-) -> Sequence[int]:
+async def _tokenize(body: TokenizeRequest, encoder: PromptEncoder, caller: Caller) -> Sequence[int]:
     if body.messages is not None:
-        return await preprocessor.encode_chat(body.messages, body.template_options(), caller)
+        return await encoder.encode_chat(body.messages, body.template_options(), caller)
     assert body.prompt is not None
-    preprocessor.check_text_size([body.prompt], param="prompt")
-    return await preprocessor.encode(
+    encoder.check_text_size([body.prompt], param="prompt")
+    return await encoder.encode(
         body.prompt, add_special_tokens=body.add_special_tokens is not False, caller=caller
     )
 

@@ -277,7 +277,6 @@ UNSUPPORTED_PARAMS: Mapping[str, tuple[Any, ...]] = {
 UNSUPPORTED_CHAT_PARAMS: Mapping[str, tuple[Any, ...]] = {
     **UNSUPPORTED_PARAMS,
     "best_of": (1,),
-    "echo": (False,),
 }
 UNSUPPORTED_COMPLETION_PARAMS: Mapping[str, tuple[Any, ...]] = {
     **UNSUPPORTED_PARAMS,

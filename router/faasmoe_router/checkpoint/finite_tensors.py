@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from faasmoe_router.checkpoint.formats.coded_weight import CodedWeight
+from faasmoe_router.checkpoint.formats.coded_weight import E4M3_NAN, CodedWeight
 from faasmoe_router.errors import WeightsNotFinite
 from faasmoe_transformers.weight_conversion import FLOAT_DTYPES, LazyTensor
 
@@ -72,6 +72,8 @@ def is_finite(values: torch.Tensor) -> bool:
     """Return whether all values are finite; codes and indices are."""
     if not values.is_floating_point() or not values.numel():
         return True
+    if values.dtype is torch.float8_e4m3fn:
+        return not bool(((values.view(torch.uint8) & E4M3_NAN) == E4M3_NAN).any())
     # A sum takes one pass without a temporary; it is finite unless a value is not, or it overflows.
     if values.sum(dtype=torch.float32).isfinite():
         return True

@@ -1,56 +1,103 @@
-"""Says what a store makes of the codes that a checkpoint is published with, and what that costs."""
+"""Says what a store makes of the formats that a checkpoint is published in.
+
+Codes of safetensors checkpoints and types of GGUF files alike: each tensor of a checkpoint that has
+a format of its own names it, with its bytes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
-from faasmoe_contracts.store.quantization import SCALE_SUFFIX
-from faasmoe_router.checkpoint.formats.coded_weight import CodedWeight
-from faasmoe_router.checkpoint.store_plan import StorePlan
+from faasmoe_contracts.store.published import PublishedEntry, collapse_layers
+from faasmoe_contracts.store.quantization import COMPONENT_NAMES
+from faasmoe_router.checkpoint.store_plan import StorePlan, TensorSpec
+from faasmoe_transformers.weight_conversion import FLOAT_DTYPES
 
-_GB = 1e9
+
+@runtime_checkable
+class FormattedTensor(Protocol):
+    """A tensor of a checkpoint that has a format of its own.
+
+    Attributes:
+        format_name: the format, such as `fp8 128 x 128` or `Q8_0`.
+        published_bytes: its bytes in the checkpoint, scales included.
+    """
+
+    @property
+    def format_name(self) -> str:
+        """The format."""
+
+    @property
+    def published_bytes(self) -> int:
+        """Bytes in the checkpoint."""
 
 
 @dataclass(slots=True)
 class _Total:
     """Parameters of which the same is made, with their bytes in the checkpoint and the store."""
 
-    count: int = 0
+    names: list[str] = field(default_factory=list)
     published_bytes: int = 0
     stored_bytes: int = 0
 
+    def add(self, name: str, sources: Sequence[FormattedTensor], stored_bytes: int) -> None:
+        """Count a parameter."""
+        self.names.append(name)
+        self.published_bytes += sum(source.published_bytes for source in sources)
+        self.stored_bytes += stored_bytes
 
-def describe_published(plan: StorePlan) -> Iterator[str]:
-    """Yield a line for each kind of codes in a checkpoint and what becomes of it."""
+
+def published_entries(plan: StorePlan) -> tuple[PublishedEntry, ...]:
+    """Return what becomes of each format of a checkpoint's matrices, experts first."""
     stored = {spec.name: spec for layout in plan.layouts for spec in layout.tensors}
     totals: dict[tuple[str, str, str], _Total] = {}
     for job in plan.jobs:
-        sources = [tensor for tensors in job.sources.values() for tensor in tensors]
-        weights = [tensor for tensor in sources if isinstance(tensor, CodedWeight)]
+        sources = _formatted([tensor for tensors in job.sources.values() for tensor in tensors])
         names = [name for name in job.targets if name in stored]
-        if not weights or not names:
+        if not sources or not names or len(job.targets[names[0]]) < 2:
             continue
-        is_expert = stored[names[0]].local_name != names[0]
-        formats = ", ".join(sorted({weight.format_name for weight in weights}))
-        dtype = str(stored[names[0]].dtype).removeprefix("torch.")
-        key = "experts" if is_expert else "router", formats, _outcome(plan, names[0], dtype)
-        total = totals.setdefault(key, _Total())
-        total.count += 1
-        total.published_bytes += sum(weight.published_bytes for weight in weights)
-        parts = (stored.get(n) for name in names for n in (name, name + SCALE_SUFFIX))
-        total.stored_bytes += sum(spec.size_bytes for spec in parts if spec is not None)
-    for (part, formats, outcome), total in sorted(totals.items()):
-        published, kept = total.published_bytes / _GB, total.stored_bytes / _GB
-        yield (
-            f"{part}: {total.count} weights in {formats} are {outcome}: {kept:.3g} GB, "
-            f"{kept / published:.2f} times the {published:.3g} GB of the checkpoint"
+        part = "router" if stored[names[0]].local_name == names[0] else "experts"
+        formats = ", ".join(sorted({source.format_name for source in sources}))
+        outcome = _outcome(plan, stored[names[0]], formats)
+        total = totals.setdefault((part, formats, outcome), _Total())
+        total.add(job.name, sources, sum(_stored_bytes(stored, name) for name in names))
+    for name, parameter in plan.referred_codes.items():
+        sources = _formatted([tensor for row in parameter.parts for tensor in row])
+        formats = ", ".join(sorted({source.format_name for source in sources}))
+        outcome = f"kept as {parameter.quantization.scheme}"
+        size_bytes = parameter.quantization.size_bytes * math.prod(parameter.leading)
+        totals.setdefault(("experts", formats, outcome), _Total()).add(name, sources, size_bytes)
+    return tuple(
+        PublishedEntry(
+            *key,
+            weights=collapse_layers(total.names),
+            count=len(total.names),
+            published_bytes=total.published_bytes,
+            stored_bytes=total.stored_bytes,
         )
+        for key, total in sorted(totals.items())
+    )
 
 
-def _outcome(plan: StorePlan, name: str, dtype: str) -> str:
-    if name in plan.kept:
-        return f"kept as {plan.kept[name].quantization.scheme}"
-    if name in plan.quantization:
-        return f"quantised again as {plan.quantization[name].scheme} (lossy)"
-    return f"dequantised to {dtype}"
+def _formatted(tensors: Sequence[object]) -> list[FormattedTensor]:
+    return [tensor for tensor in tensors if isinstance(tensor, FormattedTensor)]
+
+
+def _stored_bytes(stored: Mapping[str, TensorSpec], name: str) -> int:
+    parts = (stored.get(name + suffix) for suffix in COMPONENT_NAMES)
+    return sum(part.size_bytes for part in parts if part is not None)
+
+
+def _outcome(plan: StorePlan, spec: TensorSpec, formats: str) -> str:
+    """Return what becomes of a parameter."""
+    is_float = formats in FLOAT_DTYPES
+    if spec.name in plan.kept:
+        return f"kept as {plan.kept[spec.name].quantization.scheme}"
+    if spec.name in plan.quantization:
+        again = "" if is_float else " again"
+        return f"quantised{again} as {plan.quantization[spec.name].scheme} (lossy)"
+    dtype = str(spec.dtype).removeprefix("torch.")
+    return f"stored as {dtype}" if is_float else f"dequantised to {dtype}"

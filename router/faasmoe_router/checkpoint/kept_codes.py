@@ -1,36 +1,60 @@
-"""Decides which experts keep the codes that a checkpoint is published with. Reads no weights.
+"""Decides which parameters keep the codes that a checkpoint is published with, and reads them.
 
-A parameter keeps its codes if the store has a scheme for them and the conversion only renames,
-stacks and concatenates rows: then codes and scales are converted as the weights would be.
+A parameter keeps its codes if the store has a scheme for them, and the conversion only renames the
+tensor, or stacks tensors and concatenates their rows: then codes, scales and so on can be moved as
+the weights would be. Experts keep them unless another scheme is asked for, the router's linear
+layers only if their very scheme is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from faasmoe_contracts.store import TensorQuantization
-from faasmoe_contracts.store.quantization import CODE_DTYPES, SCALE_DTYPES, SCALE_SUFFIX
-from faasmoe_router.checkpoint.formats.coded_weight import CodedWeight, StoredPart
+from faasmoe_contracts.store import QuantizationEntry, TensorQuantization
+from faasmoe_contracts.store.quantization import MAX_PARTS
 from faasmoe_transformers.model_skeleton import ExpertsForm, ModelSkeleton
 from faasmoe_transformers.weight_conversion import (
+    SLICE_BYTES,
     ConversionJob,
     ParameterSlice,
     moves_rows_only,
-    run_conversion,
+    unconverted_parts,
 )
 
-_TORCH_DTYPES = {
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-}
+_SPLIT_SCHEMES = ("fp8", "nvfp4")
+"""Schemes whose scales a kernel reads from two places, gate's and up's."""
+
+
+@runtime_checkable
+class CodedSource(Protocol):
+    """A tensor of a checkpoint whose codes a store may keep."""
+
+    @property
+    def stored(self) -> TensorQuantization | None:
+        """How a store holds the codes without loss; None if it cannot."""
+
+    def get_shape(self) -> list[int]:
+        """Return the shape of the weights."""
+
+    def get_dtype(self) -> str:
+        """Return the name of the dtype that it is decoded to, as in safetensors."""
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Read the indexed part of the weights."""
+
+    def read_stored(self, start: int, end: int) -> Mapping[str, Tensor]:
+        """Return codes, scales and so on of rows of dimension 0 by suffix, as a store has them."""
+
+    def source_of(self, suffix: str) -> str | None:
+        """Return the tensor of the checkpoint whose bytes these are; None if they are made."""
+
+    def check_scales(self) -> None:
+        """Read the scales alone, if they are apart, and refuse those that are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,91 +62,140 @@ class KeptParameter:
     """A parameter that is stored in the codes of the checkpoint.
 
     Attributes:
+        name: its name in the model.
         quantization: how it is stored.
-        codes: the conversion of its codes.
-        scales: the conversion of its scales.
+        parts: the tensors that it is made of: those of each index of dimension 0, whose rows follow
+            each other, or one for all.
+        is_stacked: whether each index of dimension 0 has tensors of its own.
     """
 
+    name: str
     quantization: TensorQuantization
-    codes: ConversionJob
-    scales: ConversionJob
+    parts: tuple[tuple[CodedSource, ...], ...]
+    is_stacked: bool
 
-    def slices(self, model: PreTrainedModel) -> Iterator[ParameterSlice]:
-        """Read the codes and scales and yield them as they are stored, in slices."""
-        yield from run_conversion(self.codes, model)
-        for piece in run_conversion(self.scales, model):
-            yield replace(piece, target=piece.target + SCALE_SUFFIX)
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Dimensions before the matrix."""
+        if self.is_stacked:
+            return (len(self.parts),)
+        return tuple(self.parts[0][0].get_shape()[:-2])
+
+    def slices(self) -> Iterator[ParameterSlice]:
+        """Read codes, scales and so on, and yield them as they are stored, some rows at a time."""
+        n_rows, row_bytes = len(self.parts), self.quantization.size_bytes
+        if not self.is_stacked:
+            n_rows, *matrix = self.parts[0][0].get_shape()
+            row_bytes //= 1 if len(matrix) > 1 else n_rows
+        step = max(1, SLICE_BYTES // max(1, row_bytes))
+        if not self.is_stacked and self.quantization.group_rows > 1 and len(matrix) == 1:
+            step = n_rows  # rows share scales
+        for first in range(0, n_rows, step):
+            for suffix, tensor in self._read(first, min(first + step, n_rows)).items():
+                yield ParameterSlice(self.name + suffix, first, tensor)
+
+    def _read(self, first: int, end: int) -> Mapping[str, Tensor]:
+        if not self.is_stacked:
+            return self.parts[0][0].read_stored(first, end)
+        experts = [
+            [tensor.read_stored(0, tensor.get_shape()[0]) for tensor in row]
+            for row in self.parts[first:end]
+        ]
+        return {
+            suffix: torch.stack([torch.cat([part[suffix] for part in row]) for row in experts])
+            for suffix in self.quantization.components
+        }
+
+    def check_scales(self) -> None:
+        """Read the scales alone; raises SourceUnsupported if one is not finite or zero."""
+        for tensor in (tensor for row in self.parts for tensor in row):
+            tensor.check_scales()
+
+    def sources_of(self, suffix: str) -> list[str] | None:
+        """Return the tensors of the checkpoint that hold a component, in the order of its bytes.
+
+        None if it is made of them, or if no kernel reads it there.
+        """
+        if len(self.parts[0]) > 1 and self.quantization.scheme not in _SPLIT_SCHEMES:
+            return None
+        names = [tensor.source_of(suffix) for row in self.parts for tensor in row]
+        return None if None in names else [name for name in names if name is not None]
 
 
 def plan_kept_codes(
     skeleton: ModelSkeleton,
     jobs: Sequence[ConversionJob],
+    asked: QuantizationEntry,
+    planned: Mapping[str, TensorQuantization],
     *,
-    scheme: str,
     shared: Collection[str] = (),
 ) -> dict[str, KeptParameter]:
-    """Return the experts' parameters that keep their codes, by name.
+    """Return the parameters that keep their codes, by name.
 
     Args:
         skeleton: the model.
         jobs: the conversions of its parameters.
-        scheme: what the experts are to be quantised as; with `none`, every scheme is kept.
+        asked: what to quantise.
+        planned: how the router's parameters would be quantised otherwise, by name.
         shared: parameters that several modules share, which are stored as floats.
     """
-    job_by_name = {job.name: job for job in jobs}
+    transposed = {
+        f"{experts.name}.{local}": ExpertsForm.of(experts.module).is_transposed
+        for experts in skeleton.experts_modules
+        for local in experts.parameters
+    }
     kept: dict[str, KeptParameter] = {}
-    for experts in skeleton.experts_modules:
-        is_transposed = ExpertsForm.of(experts.module).is_transposed
-        for local in experts.parameters:
-            name = f"{experts.name}.{local}"
-            job = None if name in shared else job_by_name.get(name)
-            quantization = None if job is None else _common_scheme(job)
-            if job is None or quantization is None:
-                continue
-            if quantization.transposed == is_transposed and scheme in ("none", quantization.scheme):
-                kept[name] = _kept_parameter(job, quantization)
+    for job in jobs:
+        parameter = None if job.name in shared else _kept_parameter(job)
+        if parameter is None:
+            continue
+        entry = parameter.quantization
+        if job.name in transposed:
+            is_kept = asked.experts in ("none", entry.scheme)
+            is_kept = is_kept and entry.transposed == transposed[job.name]
+        else:
+            is_kept = job.name in planned and planned[job.name].scheme == entry.scheme
+            is_kept = is_kept and entry.symmetric  # as linear layers of a router are computed
+        if is_kept:
+            kept[job.name] = parameter
     return kept
 
 
-def _common_scheme(job: ConversionJob) -> TensorQuantization | None:
-    """Return how the job's only parameter can be stored; None if it cannot keep its codes."""
-    if not moves_rows_only(job):
+def _kept_parameter(job: ConversionJob) -> KeptParameter | None:
+    """Return a job's only parameter in its codes; None if it cannot keep them."""
+    if list(job.targets) != [job.name] or not moves_rows_only(job):
         return None
+    parts: list[tuple[CodedSource, ...]] = []
     entries: list[TensorQuantization] = []
-    for source in (tensor for tensors in job.sources.values() for tensor in tensors):
-        if not isinstance(source, CodedWeight) or source.stored is None:
+    for row in unconverted_parts(job):
+        coded = tuple(tensor for tensor in row if isinstance(tensor, CodedSource))
+        stored = [tensor.stored for tensor in coded]
+        if len(coded) < len(row) or None in stored:
             return None
-        entries.append(source.stored)
-    (shape,) = job.targets.values()
-    rows, columns = shape[-2:]
+        parts.append(coded)
+        entries += [entry for entry in stored if entry is not None]
+    ((_, shape),) = job.targets.items()
+    quantization = _common_scheme(entries, shape, len(parts[0]))
+    if quantization is None:
+        return None
+    is_stacked = job.renamed_tensor() is None
+    return KeptParameter(job.name, quantization, tuple(parts), is_stacked)
+
+
+def _common_scheme(
+    entries: Sequence[TensorQuantization], shape: tuple[int, ...], n_parts: int
+) -> TensorQuantization | None:
+    """Return how a parameter of these tensors is stored, each of whose rows has `n_parts`."""
     first = entries[0]
+    rows, columns = shape[-2:]
     if first.transposed:
         rows, columns = columns, rows
-    merged = replace(first, shape=(rows, columns))
-    is_same = all(replace(entry, shape=(rows, entry.shape[1])) == merged for entry in entries)
-    return merged if is_same else None
-
-
-def _kept_parameter(job: ConversionJob, quantization: TensorQuantization) -> KeptParameter:
-    ((target, shape),) = job.targets.items()
-    leading = shape[:-2]
-    codes = replace(
-        job,
-        dtype=_TORCH_DTYPES[CODE_DTYPES[quantization.scheme]],
-        sources=_stored_parts(job.sources, is_scales=False),
-        targets={target: (*leading, *quantization.codes_shape)},
-    )
-    scales = replace(
-        job,
-        dtype=_TORCH_DTYPES[SCALE_DTYPES[quantization.scale_dtype]],
-        sources=_stored_parts(job.sources, is_scales=True),
-        targets={target: (*leading, *quantization.scales_shape)},
-    )
-    return KeptParameter(quantization, codes, scales)
-
-
-def _stored_parts(sources: Mapping[str, list[Any]], *, is_scales: bool) -> dict[str, list[Any]]:
-    return {
-        pattern: [StoredPart(weight, is_scales) for weight in weights]
-        for pattern, weights in sources.items()
-    }
+    if any(replace(entry, shape=first.shape) != first for entry in entries):
+        return None
+    has_parts = first.group_rows > 1 or first.scheme == "nvfp4"
+    if not has_parts or n_parts == 1:
+        return replace(first, shape=(rows, columns))
+    is_equal = all(entry.shape == first.shape for entry in entries)
+    if n_parts > MAX_PARTS or not is_equal or first.parts > 1:
+        return None
+    return replace(first, shape=(rows, columns), parts=n_parts)

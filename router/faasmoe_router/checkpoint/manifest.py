@@ -21,6 +21,7 @@ from faasmoe_contracts.store.tensors import map_tensors
 from faasmoe_router.checkpoint.kernel_selection import select_kernel
 from faasmoe_router.checkpoint.reference_digests import (
     CheckpointReader,
+    DigestRecord,
     layer_blocks,
     router_block,
 )
@@ -76,7 +77,7 @@ def layer_entries(
             entries.append(_layer_entry(experts, layouts[file], quantized))
         else:
             references = plan.references.layers[experts.name]
-            entries.append(_referenced_layer_entry(experts, references))
+            entries.append(_referenced_layer_entry(experts, references, quantized))
     return tuple(entries)
 
 
@@ -116,6 +117,7 @@ def with_references(
     on_bytes_read: Callable[[int], None],
     *,
     allows_nonfinite: bool,
+    record: DigestRecord,
 ) -> tuple[tuple[LayerEntry, ...], CheckpointEntry]:
     """Read what the store refers to; return layers with digests and the checkpoint's entry.
 
@@ -126,6 +128,7 @@ def with_references(
         layout: the checkpoint's files.
         on_bytes_read: called with the bytes of each read, by several threads.
         allows_nonfinite: whether weights may be NaN or infinite.
+        record: the digests that are known already, and those that are computed.
 
     Raises:
         StoreError: a file of the checkpoint cannot be read or changes meanwhile.
@@ -138,7 +141,10 @@ def with_references(
     paths = [layout.root / file.name for file in files]
     with CheckpointReader(paths, on_bytes_read) as reader:
         every_block = [block for layer in blocks.values() for block in layer]
-        digests = iter(reader.digests([*every_block, *router], is_finite=not allows_nonfinite))
+        found = reader.digests(
+            [*every_block, *router], is_finite=not allows_nonfinite, record=record
+        )
+        digests = iter(found)
     layers = tuple(
         replace(layer, digests=tuple(islice(digests, len(blocks[layer.index]))))
         if layer.index in blocks
@@ -172,9 +178,16 @@ def _layer_entry(
 
 
 def _referenced_layer_entry(
-    experts: ExpertsModule, references: Mapping[str, TensorReference]
+    experts: ExpertsModule,
+    references: Mapping[str, TensorReference],
+    quantized: Mapping[str, TensorQuantization],
 ) -> LayerEntry:
-    return _entry_of_tensors(experts, references.values())
+    entries = {
+        local: quantized[name]
+        for local in references
+        if (name := f"{experts.name}.{local}") in quantized
+    }
+    return replace(_entry_of_tensors(experts, references.values()), quantization=entries)
 
 
 def _entry_of_tensors(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from faasmoe_router.checkpoint.finite_tensors import checked_tensors
 from faasmoe_router.checkpoint.formats.methods import dequantized_tensors
-from faasmoe_router.checkpoint.source import CheckpointSource
+from faasmoe_router.checkpoint.source import CheckpointSource, read_json
 from faasmoe_router.errors import PrepareError, SourceUnsupported
 from faasmoe_transformers.errors import UnsupportedModel
 from faasmoe_transformers.model_skeleton import (
@@ -24,6 +24,9 @@ from faasmoe_transformers.model_skeleton import (
     load_config,
 )
 from faasmoe_transformers.weight_conversion import LazyTensor, first_float_dtype
+
+_DEPTH_FIELDS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth")
+_HARMLESS_LAYERS = 1000
 
 
 @contextmanager
@@ -67,11 +70,29 @@ def load_skeleton(
     Raises:
         SourceUnsupported: the model cannot be served.
     """
+    _check_depth(folder / "config.json", n_tensors=len(tensors))
     with unsupported_source():
         config = load_config(folder)
         if dtype is not None:
             return build_skeleton(config, DTYPES[dtype])
         return build_skeleton(config, config.dtype or first_float_dtype(tensors))
+
+
+def _check_depth(path: Path, *, n_tensors: int) -> None:
+    """Raise SourceUnsupported if a config has far more layers than a checkpoint has tensors.
+
+    Configs and models are built layer by layer, so that a wrong number would take all memory.
+    """
+    limit = max(n_tensors, _HARMLESS_LAYERS)
+    config = read_json(path)
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in _DEPTH_FIELDS:
+            depth = section.get(name)
+            if isinstance(depth, int) and depth > limit:
+                raise SourceUnsupported(
+                    f"{path}: {name}: got {depth}, expected at most {limit}: the checkpoint has "
+                    f"{n_tensors} tensors"
+                )
 
 
 @contextmanager

@@ -26,9 +26,9 @@ from faasmoe_contracts.store import (
     Store,
 )
 from faasmoe_contracts.store.references import StoreMode
-from faasmoe_router.checkpoint.format_report import describe_published
+from faasmoe_router.checkpoint.format_report import published_entries
 from faasmoe_router.checkpoint.gguf.checkpoint import GgufCheckpoint, find_gguf_checkpoint
-from faasmoe_router.checkpoint.gguf.report import describe_types
+from faasmoe_router.checkpoint.hub import HubName
 from faasmoe_router.checkpoint.manifest import (
     layer_entries,
     model_entry,
@@ -45,7 +45,6 @@ from faasmoe_router.checkpoint.reference_plan import (
 from faasmoe_router.checkpoint.slice_quantizer import QuantizationLoss, SliceQuantizer
 from faasmoe_router.checkpoint.source import (
     CheckpointSource,
-    is_hub_source,
     read_auxiliary_files,
     resolve_source,
 )
@@ -102,9 +101,12 @@ class StoreTarget:
 
     @property
     def journal_fingerprint(self) -> str:
-        """Fingerprint that an interrupted preparation resumes with: files differ by mode."""
-        copies = self.mode is StoreMode.COPY
-        return self.fingerprint if copies else f"{self.fingerprint}-reference"
+        """Fingerprint that an interrupted preparation resumes with.
+
+        What is finished differs by mode, and by whether it was checked for NaN and infinity.
+        """
+        mode = "" if self.mode is StoreMode.COPY else "-reference"
+        return f"{self.fingerprint}{mode}{'-nonfinite' * self.allows_nonfinite}"
 
 
 def prepare(
@@ -242,8 +244,11 @@ def _fill_store(
     plan = plan_store(skeleton, tensors, target.quantization, layout)
     if target.mode is StoreMode.REFERENCE:
         require_references(skeleton, plan.references)
-    for line in (*describe_published(plan), *describe_types(plan)):
-        logger.info("%s", line)
+    for parameter in plan.referred_codes.values():
+        parameter.check_scales()
+    published = published_entries(plan)
+    for part in published:
+        logger.info("%s", part)
     files, losses = folder.start_or_resume(target.journal_fingerprint)
     loss = QuantizationLoss(losses)
     progress.start("preparing", total_bytes=plan.size_bytes + plan.references.size_bytes)
@@ -264,6 +269,7 @@ def _fill_store(
             layout,
             progress.advance,
             allows_nonfinite=target.allows_nonfinite,
+            record=folder.digest_record(),
         )
     manifest = Manifest.create(
         model=model,
@@ -272,6 +278,7 @@ def _fill_store(
         quantization=target.quantization,
         router=router_entry(layers, quantized),
         checkpoint=entry,
+        published=published,
     )
     folder.commit(manifest, target.fingerprint)
 
@@ -348,7 +355,7 @@ def find_complete_store(
     if not (store / MANIFEST_NAME).exists():
         return None
     existing = Store.open(store)
-    if is_hub_source(source):
+    if HubName.of(source) is not None:
         request = HubRequest(source, revision, dtype, quantization)
         if not request.is_met_by(existing.manifest):
             raise _mismatch(existing.manifest, str(request), store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import TracebackType
 from typing import Any, Never, Self, TextIO
@@ -9,6 +10,7 @@ from typing import Any, Never, Self, TextIO
 from tqdm import tqdm
 
 LINE_INTERVAL_S = 5.0
+_CURSOR_MOVE = re.compile(r"\x1b\[[0-9]*[A-Z]")  # tqdm moves to the bars below the first
 LINE_FORMAT = "{desc}: {percentage:.0f}% ({n_fmt} of {total_fmt}, {elapsed})"
 
 
@@ -71,7 +73,7 @@ class LineWriter:
 
     def write(self, text: str) -> None:
         """Write a state that is not empty and not the last one."""
-        line = text.strip()
+        line = _CURSOR_MOVE.sub("", text).strip()
         if line and line != self._last:
             self._last = line
             self._stream.write(f"{line}\n")

@@ -6,6 +6,7 @@ and what was read leaves memory at once. Several threads read and sum at the sam
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import threading
@@ -50,6 +51,37 @@ class Block:
 
     name: str
     pieces: tuple[Piece, ...]
+
+    @property
+    def key(self) -> str:
+        """Identifies the block among those of one checkpoint, by its name and its pieces."""
+        return hashlib.sha256(repr((self.name, self.pieces)).encode()).hexdigest()[:32]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all pieces."""
+        return sum(length for _, _, length, _ in self.pieces)
+
+
+class DigestRecord(Protocol):
+    """Digests of blocks that an interrupted preparation computed, to which others are added."""
+
+    def get(self, key: str, /) -> str | None:
+        """Return the digest of a block by its key; None if it is not known."""
+
+    def add(self, key: str, digest: str, /) -> None:
+        """Record the digest of a block."""
+
+
+class NoRecord:
+    """A record that keeps nothing."""
+
+    def get(self, _key: str, /) -> str | None:
+        """Return None."""
+        return None
+
+    def add(self, _key: str, _digest: str, /) -> None:
+        """Do nothing."""
 
 
 def layer_blocks(layer: LayerEntry, references: Mapping[str, TensorReference]) -> Iterator[Block]:
@@ -118,20 +150,32 @@ class CheckpointReader:
         """Close the files."""
         self._stack.close()
 
-    def digests(self, blocks: Sequence[Block], *, is_finite: bool = False) -> list[str]:
+    def digests(
+        self,
+        blocks: Sequence[Block],
+        *,
+        is_finite: bool = False,
+        record: DigestRecord | None = None,
+    ) -> list[str]:
         """Return each block's digest; raises StoreError if a file ends or changes meanwhile.
 
-        With `is_finite`, weights that are NaN or infinite raise WeightsNotFinite.
+        Args:
+            blocks: the blocks; those that the record knows are not read.
+            is_finite: whether weights that are NaN or infinite raise WeightsNotFinite.
+            record: receives the digests, each once it is computed.
         """
+        record = record or NoRecord()
         self._is_finite = is_finite
-        order = sorted(range(len(blocks)), key=lambda i: blocks[i].pieces[:1])
-        digests = [""] * len(blocks)
+        digests = [record.get(block.key) or "" for block in blocks]
+        self._on_bytes_read(sum(b.size_bytes for b, d in zip(blocks, digests, strict=True) if d))
+        missing = (i for i, digest in enumerate(digests) if not digest)
+        order = sorted(missing, key=lambda i: blocks[i].pieces[:1])
         n_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
         with ThreadPoolExecutor(n_threads) as pool:
-            for i, digest in zip(
-                order, pool.map(self._digest, (blocks[i] for i in order)), strict=True
-            ):
+            computed = pool.map(self._digest, (blocks[i] for i in order))
+            for i, digest in zip(order, computed, strict=True):
                 digests[i] = digest
+                record.add(blocks[i].key, digest)
         self._check_unchanged()
         return digests
 

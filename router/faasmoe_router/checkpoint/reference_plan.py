@@ -1,13 +1,15 @@
 """Decides which of a checkpoint's tensors a store refers to instead of copying them.
 
 A tensor is referred to where its bytes in the checkpoint are those of the model's parameter: as a
-whole, or expert by expert, each in one place or as blocks of rows (gate, then up). What is
-converted, combined, quantised or absent is copied, and so is a layer that only its family's own
-module computes unless its tensors are stacked already. Each copy has its reason.
+whole, or expert by expert, each in one place or as blocks of rows (gate, then up). Codes that are
+kept are referred to with their scales. What is converted, combined, quantised or absent is copied,
+and so is a layer that only its family's own module computes unless its tensors are stacked already.
+Each copy has its reason.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +17,7 @@ from pathlib import Path
 
 from faasmoe_contracts.store.references import CheckpointFile, TensorReference
 from faasmoe_contracts.store.tensors import DTYPE_SIZES, read_tensor_table
+from faasmoe_router.checkpoint.kept_codes import KeptParameter
 from faasmoe_router.checkpoint.kernel_selection import select_kernel
 from faasmoe_router.errors import SourceUnsupported
 from faasmoe_transformers.model_skeleton import ExpertsModule, ModelSkeleton
@@ -41,6 +44,10 @@ class TensorLocation:
     def holds(self, tensor: LazyTensor) -> bool:
         """Return whether a tensor has the form that it has in the file, so is not decoded."""
         return tensor.get_dtype() == self.dtype and tuple(tensor.get_shape()) == self.shape
+
+    def has(self, dtype: str, size: int) -> bool:
+        """Return whether it has a dtype and a number of elements."""
+        return (self.dtype, math.prod(self.shape)) == (dtype, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +150,7 @@ def plan_references(
     aliases: Mapping[str, str],
     names: Iterable[str],
     quantized: Iterable[str],
+    kept: Mapping[str, KeptParameter],
 ) -> ReferencePlan:
     """Decide what a store refers to.
 
@@ -153,7 +161,8 @@ def plan_references(
         layout: where these lie.
         aliases: names that are stored under another name.
         names: names of all parameters to be stored.
-        quantized: names of those that are quantised.
+        quantized: names of those that are stored as codes.
+        kept: those of them that keep the checkpoint's codes, by name.
     """
     name_of = {id(tensor): name for name, tensor in tensors.items()}
     references: dict[str, TensorReference | str] = {}
@@ -162,16 +171,26 @@ def plan_references(
             reference = _reference_or_reason(job, name_of, layout)
             references.setdefault(aliases.get(target, target), reference)
     references |= dict.fromkeys(quantized, "quantised")
+    references |= dict.fromkeys(kept, "codes that are combined")
     found = {name: references.get(name, "not in the checkpoint") for name in names}
+    codes = {
+        name: parts
+        for name, parameter in kept.items()
+        if (parts := _kept_references(parameter, layout)) is not None
+    }
     layers: dict[str, dict[str, TensorReference]] = {}
     copied: dict[str, str] = {}
     router = dict(found)
     for experts in skeleton.experts_modules:
-        own = {}
+        own: dict[str, TensorReference | str] = {}
         for local in experts.parameters:
             full = f"{experts.name}.{local}"
-            own[local] = found[aliases.get(full, full)]
-            router.pop(aliases.get(full, full), None)
+            stored = aliases.get(full, full)
+            router.pop(stored, None)
+            if stored in codes:
+                own |= {local + suffix: part for suffix, part in codes[stored].items()}
+            else:
+                own[local] = found[stored]
         reason = next((f"{n}: {r}" for n, r in own.items() if isinstance(r, str)), "")
         layer = {name: r for name, r in own.items() if isinstance(r, TensorReference)}
         if reason := reason or _why_unreadable(experts, layer):
@@ -211,6 +230,23 @@ def _reference_or_reason(
     if 0 in shape:
         return "empty"
     return _joined(TensorReference(dtype, shape, tuple(pieces)), len(parts))
+
+
+def _kept_references(
+    parameter: KeptParameter, layout: CheckpointLayout
+) -> dict[str, TensorReference] | None:
+    """Return where a parameter's codes, scales and so on lie by suffix; None if they do not."""
+    references: dict[str, TensorReference] = {}
+    for suffix, (dtype, matrix) in parameter.quantization.components.items():
+        locations = [layout.locations.get(n) for n in parameter.sources_of(suffix) or ()]
+        shape = (*parameter.leading, *matrix)
+        size = math.prod(shape) // len(locations) if locations else 0
+        pieces = [(x.file, x.offset) for x in locations if x is not None and x.has(dtype, size)]
+        if not locations or len(pieces) != len(locations):
+            return None
+        reference = TensorReference(dtype, shape, tuple(pieces))
+        references[suffix] = _joined(reference, len(parameter.parts))
+    return references
 
 
 def _joined(reference: TensorReference, n_rows: int) -> TensorReference:

@@ -9,41 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from faasmoe_contracts.store import QuantizationEntry
+from faasmoe_contracts.text import short_repr
 from faasmoe_router.checkpoint.formats.settings import (
     QUANTIZATION_FILES,
     QuantizationSettings,
     read_settings,
     without_settings,
 )
-from faasmoe_router.checkpoint.progress_bar import LineProgress
-from faasmoe_router.errors import (
-    HubUnauthorized,
-    HubUnavailable,
-    PrepareError,
-    SourceNotFound,
-    SourceUnsupported,
-    cause_chain,
+from faasmoe_router.checkpoint.hub import (
+    HUB_SCHEME,
+    HubName,
+    download_files,
+    exact_pattern,
+    hub_errors,
 )
+from faasmoe_router.errors import PrepareError, SourceNotFound, SourceUnsupported
 
 WEIGHT_INDEX_NAME = "model.safetensors.index.json"
 SINGLE_WEIGHT_FILE_NAME = "model.safetensors"
@@ -61,29 +48,8 @@ _AUXILIARY_PATTERNS = (
     "additional_chat_templates/*.jinja",
 )
 _MAX_AUXILIARY_BYTES = 256 << 20
+MAX_JSON_BYTES = 64 << 20  # of a config or index; that of a model with 100,000 tensors has 10 MB
 _METADATA_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
-_HUB_ERRORS: tuple[tuple[type[Exception], type[PrepareError], str], ...] = (
-    (
-        GatedRepoError,
-        HubUnauthorized,
-        "access is gated: set HF_TOKEN to a token that was granted access",
-    ),
-    (RevisionNotFoundError, SourceNotFound, "there is no such revision"),
-    (
-        RepositoryNotFoundError,
-        SourceNotFound,
-        "the hub has no such repository, or HF_TOKEN lacks access to it: check the spelling",
-    ),
-    (HFValidationError, SourceUnsupported, "expected ORG/NAME"),
-    (
-        LocalEntryNotFoundError,
-        HubUnavailable,
-        "the hub cannot be reached and the local cache does not have it: check the network, "
-        "HF_ENDPOINT and proxies, or name a folder that holds the checkpoint",
-    ),
-    (OfflineModeIsEnabled, HubUnavailable, "offline mode: HF_HUB_OFFLINE is set"),
-    (HTTPError, HubUnavailable, "unexpected error from the hub"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +98,8 @@ class CheckpointSource:
     def _file_identity(self, path: Path) -> list[str | int]:
         stat = path.stat()
         # A commit pins the content; a local file may be rewritten with the same size.
-        name = str(path.relative_to(self.folder))
+        is_inside = path.is_relative_to(self.folder)  # a GGUF file is not
+        name = str(path.relative_to(self.folder)) if is_inside else path.name
         return [name, stat.st_size, stat.st_mtime_ns if self.revision is None else 0]
 
 
@@ -152,31 +119,20 @@ def resolve_source(name: str, *, revision: str | None) -> CheckpointSource:
     return CheckpointSource(name, commit, folder, _weight_files(folder), config, quantization)
 
 
-def is_hub_source(name: str) -> bool:
-    """Return whether a source is on the hub: hf://ORG/NAME, or ORG/NAME that is no local path."""
-    parts = urlsplit(name)
-    if parts.scheme:
-        return parts.scheme == "hf"
-    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    return is_id and not Path(name).exists() and not name.lower().endswith(".gguf")
-
-
 def _resolve_folder(name: str, *, revision: str | None) -> tuple[Path, str | None]:
     parts = urlsplit(name)
-    if parts.scheme == "hf":
-        return download_checkpoint(f"{parts.netloc}{parts.path}", revision=revision)
-    if parts.scheme and parts.scheme != "file":
+    if parts.scheme and parts.scheme not in (HUB_SCHEME, "file") and "://" in name:
         raise SourceUnsupported(
             f"source: got {name!r}, expected a folder, file:///FOLDER, hf://ORG/NAME or ORG/NAME"
         )
+    if (hub_name := HubName.of(name)) is not None:
+        return download_checkpoint(hub_name.repository, revision=revision)
     folder = Path(unquote(parts.path)) if parts.scheme == "file" else Path(name).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise PrepareError(f"revision: got {revision!r}, expected none for the folder {folder}")
-        return folder, None
-    if is_hub_source(name):
-        return download_checkpoint(name, revision=revision)
-    raise SourceNotFound(f"source: got {name!r}, expected a folder that exists or ORG/NAME")
+    if not folder.is_dir():
+        raise SourceNotFound(f"source: got {name!r}, expected a folder that exists or ORG/NAME")
+    if revision is not None:
+        raise PrepareError(f"revision: got {revision!r}, expected none for the folder {folder}")
+    return folder, None
 
 
 def download_checkpoint(repository: str, *, revision: str | None) -> tuple[Path, str]:
@@ -188,55 +144,16 @@ def download_checkpoint(repository: str, *, revision: str | None) -> tuple[Path,
     Raises:
         PrepareError: the repository or revision is not accessible; the message says why.
     """
-    try:
-        folder = _download_snapshot(repository, revision, _METADATA_PATTERNS)
+    with hub_errors(repository, revision):
+        folder = download_files(repository, revision, _METADATA_PATTERNS)
         commit = folder.name  # the hub's cache names a snapshot's folder after its commit
-        _check_is_checkpoint(repository, folder)
-        _download_snapshot(repository, commit, weight_file_names(folder))
-    except tuple(hub_error for hub_error, *_ in _HUB_ERRORS) as error:
-        error_class, reason = _translate_hub_error(error)
-        raise error_class(
-            f"source: got {repository!r} at revision {revision or 'main'!r}, looked for at "
-            f"{constants.ENDPOINT}: {reason}"
-        ) from error
+        if not (folder / "config.json").exists():
+            raise SourceUnsupported(
+                f"source: got {repository!r}, which has no config.json and no GGUF file, expected "
+                "a Hugging Face checkpoint"
+            )
+        download_files(repository, commit, map(exact_pattern, weight_file_names(folder)))
     return folder, commit
-
-
-def _check_is_checkpoint(repository: str, folder: Path) -> None:
-    if not (folder / "config.json").exists():
-        raise SourceUnsupported(
-            f"source: got {repository!r}, which has no config.json, expected a Hugging Face "
-            "checkpoint; of a repository of GGUF files download one, then name the file"
-        )
-
-
-def _download_snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    lines = None if sys.stderr.isatty() else LineProgress  # None: the hub's own bars
-    return Path(
-        snapshot_download(repository, revision=revision, allow_patterns=patterns, tqdm_class=lines)
-    )
-
-
-def _translate_hub_error(error: Exception) -> tuple[type[PrepareError], str]:
-    """Return the PrepareError class of an error of the hub's client, and the reason."""
-    translation = next(
-        (error_class, reason)
-        for hub_error, error_class, reason in _HUB_ERRORS
-        if isinstance(error, hub_error)
-    )
-    status = _http_status(error)
-    if translation[0] is not HubUnavailable or status is None:
-        return translation
-    if status in (401, 403):
-        return HubUnauthorized, f"the hub answered {status}: HF_TOKEN is wrong or lacks access"
-    return HubUnavailable, f"the hub answered {status}"
-
-
-def _http_status(error: Exception) -> int | None:
-    """Return the HTTP status that caused an error; None if the hub sent no response."""
-    http_errors = (cause for cause in cause_chain(error) if isinstance(cause, HfHubHTTPError))
-    http_error = next(http_errors, None)
-    return None if http_error is None else int(http_error.response.status_code)
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
@@ -304,21 +221,37 @@ def weight_file_names(folder: Path) -> list[str]:
             f"{index}: weight_map: got {weight_map!r}, expected an object that maps tensors to "
             "files"
         )
-    invalid = next((name for name in weight_map.values() if not isinstance(name, str)), None)
-    if invalid is not None:
-        raise PrepareError(f"{index}: weight_map: got {invalid!r}, expected a file name")
+    for name in weight_map.values():
+        if not _is_file_name(name):
+            raise PrepareError(
+                f"{index}: weight_map: got {short_repr(name)}, expected a file name beside it"
+            )
     return sorted(set(weight_map.values()))
+
+
+def _is_file_name(name: object) -> bool:
+    """Return whether a name is that of a file in the checkpoint's folder, or in one below it."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raises PrepareError that names the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise PrepareError(
+                f"{path}: got more than {MAX_JSON_BYTES} bytes, expected at most that"
+            )
+        value = json.loads(content)
     except FileNotFoundError as error:
         raise SourceNotFound(f"{path}: cannot be read: {error.strerror}") from error
     except OSError as error:
         raise PrepareError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PrepareError(f"{path}: got invalid JSON: {error}") from error
     if not isinstance(value, dict):
         raise PrepareError(f"{path}: got {type(value).__name__}, expected a JSON object")

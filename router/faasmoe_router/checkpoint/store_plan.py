@@ -18,10 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from faasmoe_contracts.store import QuantizationEntry, TensorQuantization
-from faasmoe_contracts.store.quantization import SCALE_DTYPES, SCALE_SUFFIX
+from faasmoe_contracts.store.quantization import SCALE_SUFFIX
 from faasmoe_router.checkpoint.kept_codes import KeptParameter, plan_kept_codes
 from faasmoe_router.checkpoint.model_source import unsupported_source
-from faasmoe_router.checkpoint.published_codes import PublishedParameter, find_published_codes
 from faasmoe_router.checkpoint.quantization_plan import plan_quantization
 from faasmoe_router.checkpoint.reference_plan import (
     NO_REFERENCES,
@@ -62,6 +61,7 @@ SAFETENSORS_DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.bfloat16: "BF16",
     torch.float32: "F32",
     torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPE_NAMES.items()}
 
@@ -180,7 +180,7 @@ class StorePlan:
     initial_values: Mapping[str, torch.Tensor]
     aliases: Mapping[str, str]
     quantization: Mapping[str, TensorQuantization]
-    kept: Mapping[str, KeptParameter | PublishedParameter]
+    kept: Mapping[str, KeptParameter]
     references: ReferencePlan = NO_REFERENCES
 
     @property
@@ -188,13 +188,19 @@ class StorePlan:
         """Bytes of all tensor files."""
         return sum(layout.size_bytes for layout in self.layouts)
 
+    @property
+    def referred_codes(self) -> dict[str, KeptParameter]:
+        """The parameters whose codes the store refers to, by name."""
+        stored = {name for layout in self.layouts for name in layout.offsets}
+        return {name: kept for name, kept in self.kept.items() if name not in stored}
+
     def slices(self, job: ConversionJob, model: PreTrainedModel) -> Iterator[ParameterSlice]:
         """Run a job; yield what it gives under the names that it is stored under.
 
-        Parameters that keep the checkpoint's codes come as codes and scales.
+        Parameters that keep the checkpoint's codes come as codes, scales and so on.
         """
         kept = self.kept.get(job.name)
-        for piece in run_conversion(job, model) if kept is None else kept.slices(model):
+        for piece in run_conversion(job, model) if kept is None else kept.slices():
             yield replace(piece, target=self.aliases.get(piece.target, piece.target))
 
 
@@ -225,18 +231,15 @@ def plan_store(
     for name, value in initial_values.items():
         specs[name] = TensorSpec(name, name, value.dtype, tuple(value.shape))
     shared = {*aliases, *aliases.values()}
-    kept = plan_kept_codes(skeleton, conversion.jobs, scheme=quantization.experts, shared=shared)
     quantized = plan_quantization(
         skeleton,
         quantization,
         unquantizable={*initial_values, *shared},
-        shapes={name: spec.shape for name, spec in specs.items() if name not in kept},
+        shapes={name: spec.shape for name, spec in specs.items()},
     )
-    experts = [module.name for module in skeleton.experts_modules]
-    published = find_published_codes(conversion.jobs, quantization, quantized, experts=experts)
-    quantized = {name: entry for name, entry in quantized.items() if name not in published}
-    all_kept: dict[str, KeptParameter | PublishedParameter] = {**kept, **published}
-    codes = quantized | {name: parameter.quantization for name, parameter in all_kept.items()}
+    kept = plan_kept_codes(skeleton, conversion.jobs, quantization, quantized, shared=shared)
+    quantized = {name: entry for name, entry in quantized.items() if name not in kept}
+    codes = quantized | {name: parameter.quantization for name, parameter in kept.items()}
     references = NO_REFERENCES
     if layout is not None:
         references = plan_references(
@@ -247,10 +250,11 @@ def plan_store(
             aliases=aliases,
             names=specs,
             quantized=codes,
+            kept=kept,
         )
     layouts, files = _plan_files(skeleton, specs, aliases, codes, references)
     jobs = _sort_jobs_by_file(conversion, layouts, aliases)
-    return StorePlan(layouts, files, jobs, initial_values, aliases, quantized, all_kept, references)
+    return StorePlan(layouts, files, jobs, initial_values, aliases, quantized, kept, references)
 
 
 def _converted_specs(
@@ -289,21 +293,13 @@ def _initial_values(
 
 
 def quantized_specs(spec: TensorSpec, quantization: TensorQuantization) -> list[TensorSpec]:
-    """Return the codes and scales that a parameter is stored as."""
+    """Return the codes, scales and so on that a parameter is stored as."""
     leading = spec.shape[:-2]
-    scale_dtype = TORCH_DTYPES[SCALE_DTYPES[quantization.scale_dtype]]
     return [
-        replace(
-            spec,
-            dtype=torch.int8 if quantization.bits == 8 else torch.uint8,
-            shape=(*leading, *quantization.codes_shape),
-        ),
         TensorSpec(
-            spec.name + SCALE_SUFFIX,
-            spec.local_name + SCALE_SUFFIX,
-            scale_dtype,
-            (*leading, *quantization.scales_shape),
-        ),
+            spec.name + suffix, spec.local_name + suffix, TORCH_DTYPES[dtype], (*leading, *matrix)
+        )
+        for suffix, (dtype, matrix) in quantization.components.items()
     ]
 
 

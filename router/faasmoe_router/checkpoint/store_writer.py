@@ -215,6 +215,8 @@ class StoreFolder:
         finished_files: dict[str, FileEntry] = {}
         losses: dict[str, tuple[float, float]] = {}
         for line in journal[1:]:
+            if "file" not in line:
+                continue
             name, entry = str(line["file"]), FileEntry.from_json(line["entry"], path="journal")
             if self._is_intact(name, entry):
                 finished_files[name] = entry
@@ -234,12 +236,22 @@ class StoreFolder:
             entry: its size and digest.
             losses: squared error and squared norm of each quantised parameter in it.
         """
-        line = json.dumps({"file": name, "entry": entry.to_json(), "losses": losses or {}})
+        line = {"file": name, "entry": entry.to_json(), "losses": losses or {}}
+        self._append_to_journal(line, is_durable=True)
+
+    def digest_record(self) -> JournalledDigests:
+        """Return the digests in the journal of a started preparation."""
+        journal = _read_journal(self.path / _JOURNAL_NAME)
+        known = {str(line["block"]): str(line["digest"]) for line in journal if "block" in line}
+        return JournalledDigests(known, self._append_to_journal)
+
+    def _append_to_journal(self, line: Mapping[str, object], *, is_durable: bool) -> None:
         with (self.path / _JOURNAL_NAME).open("a") as file:
             # The leading newline ends a line that an interruption may have truncated.
-            file.write(f"\n{line}\n")
-            file.flush()
-            os.fsync(file.fileno())
+            file.write(f"\n{json.dumps(line)}\n")
+            if is_durable:
+                file.flush()
+                os.fsync(file.fileno())
 
     def write_file(self, name: str, content: bytes) -> FileEntry:
         """Write a small file atomically; return its size and digest."""
@@ -311,6 +323,29 @@ class StoreFolder:
                 f"store: got {self.path} with {', '.join(foreign[:5])} in it, "
                 "expected an empty folder or a store"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class JournalledDigests:
+    """Digests of what a store refers to, kept until the preparation is complete.
+
+    Attributes:
+        known: the digests by the block's key.
+        append: appends a line to the journal; a digest that a crash of the machine loses is
+            computed again.
+    """
+
+    known: dict[str, str]
+    append: Callable[..., None]
+
+    def get(self, key: str, /) -> str | None:
+        """Return the digest of a block; None if it is not known."""
+        return self.known.get(key)
+
+    def add(self, key: str, digest: str, /) -> None:
+        """Record a digest."""
+        self.known[key] = digest
+        self.append({"block": key, "digest": digest}, is_durable=False)
 
 
 def _parse_losses(value: object) -> dict[str, tuple[float, float]]:

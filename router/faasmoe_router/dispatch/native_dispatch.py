@@ -54,8 +54,11 @@ from faasmoe_router.dispatch.transport import CallError, CallTimeout
 
 logger = logging.getLogger(__name__)
 
-MAX_NATIVE_ROWS = 64
+MAX_NATIVE_ROWS = 512
 """Larger batches are bound by their products, and split and batched by the general path."""
+
+MIN_NATIVE_ROWS, NATIVE_REQUEST_BYTES = 64, 1 << 20
+"""Rows that a mailbox holds at least, however wide, and the bytes of a frame of more rows."""
 
 BROKEN_RETRY_S = 30.0
 """How long a sandbox whose mailbox held garbage is called over HTTP."""
@@ -122,6 +125,7 @@ class NativeDispatch:
             self._calls, mailbox_sizes(store, library), socket_dir=socket_dir, token=token
         )
         self._store_dtype = DTYPES[getattr(torch, store.manifest.model.dtype)]
+        self._max_rows = max_native_rows(store)
         self._n_layers = len(store.manifest.layers)
         self._health = health
         self._metrics = metrics
@@ -284,7 +288,7 @@ class NativeDispatch:
             thresholds_s = [(late_s, late_s) for late_s in hung_s]
         settings = CallSettings(
             self._store_dtype,
-            MAX_NATIVE_ROWS,
+            self._max_rows,
             self._max_rows_per_expert,
             torch.get_num_threads(),
             self._call_timeout_s,
@@ -437,17 +441,28 @@ class LocalHandleTable:
         }
 
 
+def max_native_rows(store: Store) -> int:
+    """Return the rows of the largest batch whose frames go through mailboxes."""
+    fitting = (NATIVE_REQUEST_BYTES - HEADER_BYTES) // sum(_row_bytes(store))
+    return min(max(MIN_NATIVE_ROWS, fitting), MAX_NATIVE_ROWS)
+
+
 def mailbox_sizes(store: Store, library: KernelLibrary) -> MailboxSizes:
-    """Return the sizes of a mailbox for MAX_NATIVE_ROWS rows of any layer of a store."""
-    item_bytes = getattr(torch, store.manifest.model.dtype).itemsize
-    layers = store.manifest.layers
-    row_bytes = max(layer.hidden_size for layer in layers) * item_bytes
-    pairs_bytes = max(layer.top_k for layer in layers) * PAIR_BYTES
+    """Return the sizes of a mailbox for `max_native_rows` rows of any layer of a store."""
+    row_bytes, pairs_bytes = _row_bytes(store)
     request_bytes, response_bytes = (
-        min(MAX_FRAME_BYTES, -(-(HEADER_BYTES + MAX_NATIVE_ROWS * n) // 64) * 64)
+        min(MAX_FRAME_BYTES, -(-(HEADER_BYTES + max_native_rows(store) * n) // 64) * 64)
         for n in (row_bytes + pairs_bytes, row_bytes)
     )
     total_bytes = mailbox_bytes(
         library, n_slots=N_SLOTS, request_bytes=request_bytes, response_bytes=response_bytes
     )
     return MailboxSizes(request_bytes, response_bytes, total_bytes)
+
+
+def _row_bytes(store: Store) -> tuple[int, int]:
+    """Return the largest bytes of a row's hidden state and of its pairs."""
+    layers = store.manifest.layers
+    item_bytes = getattr(torch, store.manifest.model.dtype).itemsize
+    row_bytes = max(layer.hidden_size for layer in layers) * item_bytes
+    return row_bytes, max(layer.top_k for layer in layers) * PAIR_BYTES

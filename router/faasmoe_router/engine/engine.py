@@ -17,9 +17,11 @@ from typing import Any, Self
 
 from faasmoe_router.engine.batcher import (
     FATAL_ERRORS,
+    TOKENS_PER_PAGE,
     CacheSalts,
     ComputedTokenCounter,
     EngineLimits,
+    KVCacheGeometry,
     start_batcher,
 )
 from faasmoe_router.engine.fair_queue import FairQueue, Share
@@ -103,6 +105,8 @@ class Engine:
         self.computed_tokens = ComputedTokenCounter()
         self._watch_task: asyncio.Task[None] | None = None
         metrics.observe_requests(self.request_counts)
+        self._n_pages = 0  # of the KV cache, which the first batcher allocates
+        metrics.observe_kv_cache(self.kv_cache_usage)
 
     @property
     def is_ready(self) -> bool:
@@ -203,6 +207,10 @@ class Engine:
         running, waiting = self._batcher.request_counts()
         return running, waiting + self._fair_queue.n_waiting
 
+    def kv_cache_usage(self) -> float:
+        """Return the part of the KV cache that sequences take, from 0 to 1."""
+        return min(1.0, self._tracker.n_pages(TOKENS_PER_PAGE) / max(1, self._n_pages))
+
     async def _watch(self) -> None:
         """Fail overdue requests and replace a crashed batcher, until the engine gives up."""
         while True:
@@ -232,7 +240,7 @@ class Engine:
 
     def _make_batcher(self, loop: asyncio.AbstractEventLoop) -> ContinuousBatcher:
         gc.collect()  # a crashed batcher is part of reference cycles, and so is its cache
-        return start_batcher(
+        batcher = start_batcher(
             self._model,
             self.limits,
             loop,
@@ -243,3 +251,6 @@ class Engine:
             on_idle=self._on_idle,
             compute=self._compute,
         )
+        self._n_pages = self.limits.n_pages(KVCacheGeometry.from_model(self._model))
+        self.metrics.set_cache_config(n_pages=self._n_pages, page_tokens=TOKENS_PER_PAGE)
+        return batcher

@@ -12,6 +12,7 @@ the tenant furthest beyond its share instead of waiting for a slot.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -101,7 +102,9 @@ class FairQueue:
         self._max_queued = max_queued
         self._price = price or TokenPrice()
         self._shares: Mapping[str, Share] = {}
+        self._shares_weight = 0.0
         self._backlogs: dict[str, _TenantBacklog] = {}
+        self._active: dict[str, _TenantBacklog] = {}  # those with sequences, waiting or running
         self._sequences: dict[str, _QueuedSequence] = {}
         self._last_drained_tenant: dict[int, str] = {}  # by priority
         self._n_arrivals = 0
@@ -136,6 +139,7 @@ class FairQueue:
     def set_shares(self, shares: Mapping[str, Share]) -> None:
         """Replace the tenants' shares; drops idle backlogs of tenants without a share."""
         self._shares = dict(shares)
+        self._shares_weight = math.fsum(share.weight for share in shares.values())
         self._backlogs = {
             tenant: backlog
             for tenant, backlog in self._backlogs.items()
@@ -175,6 +179,7 @@ class FairQueue:
         backlog = self._backlogs.setdefault(tenant, _TenantBacklog())
         if not backlog.waiting:
             self._lift_counter(tenant, backlog)
+        self._active[tenant] = backlog
         self._n_arrivals += 1
         sequence = _QueuedSequence(tenant, self._n_arrivals, n_prompt_tokens, priority=priority)
         backlog.waiting[sequence_id] = self._sequences[sequence_id] = sequence
@@ -229,8 +234,10 @@ class FairQueue:
             self._n_running -= 1
             if was_at_limit:
                 self._lift_counter(tenant, backlog)
-        if backlog.is_idle and self._shares and tenant not in self._shares:
-            del self._backlogs[tenant]
+        if backlog.is_idle:
+            del self._active[tenant]
+            if self._shares and tenant not in self._shares:
+                del self._backlogs[tenant]
 
     def _share(self, tenant: str) -> Share:
         return self._shares.get(tenant, _DEFAULT_SHARE)
@@ -241,8 +248,8 @@ class FairQueue:
         Each tenant has its own part of the queue, by weight, which others cannot fill.
         """
         share = self._share(tenant)
-        others = sum(s.weight for name, s in self._shares.items() if name != tenant)
-        tenant_part = int(self._max_queued * share.weight / (share.weight + others))
+        weights = self._shares_weight + (0 if tenant in self._shares else share.weight)
+        tenant_part = int(self._max_queued * share.weight / weights)
         capacity = max(min(1, self._max_queued), tenant_part)
         return capacity if share.max_queued is None else min(capacity, share.max_queued)
 
@@ -260,28 +267,29 @@ class FairQueue:
         if self._n_dispatched - backlog.drained_at_dispatch <= self._slots:
             return
         priority = self._share(tenant).priority
-        peers = {
-            name: peer
-            for name, peer in self._backlogs.items()
-            if self._share(name).priority == priority
-        }
         waiting_counters = [
             peer.virtual_counter
-            for name, peer in peers.items()
-            if peer is not backlog and self._may_start(name, peer)
+            for name, peer in self._active.items()
+            if self._share(name).priority == priority
+            and peer is not backlog
+            and self._may_start(name, peer)
         ]
-        last_drained = peers.get(self._last_drained_tenant.get(priority, ""))
+        last_drained = self._last_drained_tenant.get(priority, "")
         if waiting_counters:
             level = min(waiting_counters)
-        elif last_drained is not None:
-            level = last_drained.virtual_counter
+        elif last_drained in self._backlogs and self._share(last_drained).priority == priority:
+            level = self._backlogs[last_drained].virtual_counter
         else:
-            level = max(peer.virtual_counter for peer in peers.values())
+            level = max(
+                peer.virtual_counter
+                for name, peer in self._backlogs.items()
+                if self._share(name).priority == priority
+            )
         backlog.virtual_counter = max(backlog.virtual_counter, level)
 
     def _next_tenant(self) -> str | None:
         """Return the tenant to serve next: the lowest counter of the highest priority."""
-        candidates = [item for item in self._backlogs.items() if self._may_start(*item)]
+        candidates = [item for item in self._active.items() if self._may_start(*item)]
         return min(candidates, key=lambda item: self._order_key(*item))[0] if candidates else None
 
     def _order_key(self, tenant: str, backlog: _TenantBacklog) -> tuple[float, float, float, int]:
@@ -318,7 +326,7 @@ class FairQueue:
     def _fair_slots(self, tenant: str) -> float:
         """Return a tenant's part of the slots among the active tenants of its priority."""
         share = self._share(tenant)
-        active = [self._share(n) for n, backlog in self._backlogs.items() if not backlog.is_idle]
+        active = map(self._share, self._active)
         total_weight = sum(other.weight for other in active if other.priority == share.priority)
         return max(1.0, self._slots * share.weight / total_weight)
 
@@ -327,10 +335,14 @@ class FairQueue:
 
         It is the one with the fewest tokens of the tenant that is furthest beyond its share.
         """
-        victims = [name for name in self._backlogs if self._is_preemptible_by(name, preemptor)]
+        victims = [
+            name
+            for name, backlog in self._active.items()
+            if backlog.running and self._is_preemptible_by(name, preemptor)
+        ]
         ranked = [
             (share.priority, -len(backlog.running) / share.weight, sequence.n_tokens, sequence_id)
-            for share, backlog in ((self._share(name), self._backlogs[name]) for name in victims)
+            for share, backlog in ((self._share(name), self._active[name]) for name in victims)
             for sequence_id, sequence in backlog.running.items()
             if sequence.n_preemptions < MAX_PREEMPTIONS
         ]

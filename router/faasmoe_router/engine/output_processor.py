@@ -124,6 +124,8 @@ class SequenceOutputProcessor:
             request.stop_conditions.stop_strings, include_stop=request.stop_conditions.include_stop
         )
         self._stop_token_ids = frozenset(stop_token_ids)
+        grammar = request.sampling_params.grammar
+        self._grammar_stop_token_ids = frozenset(() if grammar is None else grammar.stop_token_ids)
         self._logits_state: LogitsState | ReplayedState | None = logits_state
         self._new_logprobs: list[SampledLogprob] = []  # of the tokens being processed
         self._n_decoded = 0
@@ -164,7 +166,7 @@ class SequenceOutputProcessor:
         for n_processed, token in enumerate(tokens, start=1):
             self.n_tokens += 1
             logprob = self._next_logprob()
-            if token in self._stop_token_ids and not self.request.stop_conditions.include_stop:
+            if self._is_stop(token) and not self.request.stop_conditions.include_stop:
                 return self._finish(text, n_processed, "stop", self._requested_stop_token(token))
             if logprob is not None:
                 self._pending_logprobs.append((self._n_decoded, logprob))
@@ -175,6 +177,14 @@ class SequenceOutputProcessor:
             if (reason := self._finish_reason_after(token)) is not None:
                 return self._finish(text, n_processed, reason, self._requested_stop_token(token))
         return self._make_output(text, len(tokens))
+
+    def _is_stop(self, token: int) -> bool:
+        """Whether a token stands for the end of the text: the model's, the request's, a grammar's.
+
+        A grammar's is the tokenizer's own where the model has none.
+        """
+        is_grammars = token in self._grammar_stop_token_ids and self._ends_grammar
+        return token in self._stop_token_ids or is_grammars
 
     def _finish_reason_after(self, token: int) -> FinishReason | None:
         """Return why the sequence ends with this token; None if it continues."""

@@ -99,6 +99,12 @@ class TrackedRequest:
         """Return whether the batcher of this epoch has it."""
         return self._epoch is epoch
 
+    def n_pages(self, page_tokens: int) -> int:
+        """Return the pages of the KV cache that its tokens take; 0 before it first runs."""
+        if self._epoch is None:
+            return 0
+        return -(-(self.request.n_given + len(self.tokens)) // page_tokens)
+
     @property
     def is_crash_suspect(self) -> bool:
         """Whether it was part of more crashes than can be coincidence."""
@@ -212,6 +218,10 @@ class RequestTracker:
 
     def __len__(self) -> int:
         return len(self._tracked)
+
+    def n_pages(self, page_tokens: int) -> int:
+        """Return the pages of the KV cache that sequences take, as if none shared a prefix."""
+        return sum(tracked.n_pages(page_tokens) for tracked in self._tracked.values())
 
     def seconds_until_place(self, n_sequences: int) -> float:
         """Return in how many seconds `n_sequences` of those present will have ended."""

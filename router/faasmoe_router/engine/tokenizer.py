@@ -4,6 +4,7 @@ Wraps a transformers tokenizer with a `tokenizer.json`. Everything that engine a
 goes through `ModelTokenizer`; nothing here knows the model or its scores.
 """
 
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ class Vocabulary:
             raise GrammarError(f"llguidance cannot use the model's tokenizer: {error}") from error
 
 
+OPENAI_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 _TEMPLATE_ERRORS = (
     *(TemplateError, TypeError, ValueError, KeyError, AttributeError),
     *(IndexError, ArithmeticError, RecursionError),
@@ -170,6 +172,7 @@ class ModelTokenizer:
                 tokenize=False,
                 **options.template_kwargs,
             )
+            _check_roles(messages, text)
             # Fails on lone surrogates.
             return self.encode(text, add_special_tokens=options.add_special_tokens)
         except _TEMPLATE_ERRORS as error:
@@ -201,6 +204,15 @@ class ModelTokenizer:
     def new_vocabulary(self, *, n_scores: int, eos_token_ids: Sequence[int]) -> Vocabulary:
         """Return a `Vocabulary` for a model's number of scores and its EOS tokens."""
         return Vocabulary(self._backend, n_scores=n_scores, eos_token_ids=eos_token_ids)
+
+
+def _check_roles(messages: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Raise ChatTemplateError if a template has left out a message for its role."""
+    for message in messages:
+        role, content = message["role"], str(message["content"]).strip()
+        escaped = json.dumps(content, ensure_ascii=False)[1:-1]
+        if role not in OPENAI_ROLES and not (content in text or escaped in text):
+            raise ChatTemplateError(f"the chat template knows no role {role!r}")
 
 
 def _max_token_bytes(backend: Tokenizer) -> int:

@@ -34,6 +34,7 @@ from faasmoe_router.tenants.registry import (
     prefix_cache_groups,
 )
 from faasmoe_router.tenants.usage import REQUEST_OUTCOMES, FunctionCost, RequestOutcome, RouterUsage
+from faasmoe_router.tenants.usage_journal import RequestUsage
 from faasmoe_router.tenants.usage_store import ClusterUsage, UsageFileStore
 
 logger = logging.getLogger(__name__)
@@ -370,7 +371,7 @@ class TenantService:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._attribute_costs()
-        await self.cluster_usage.save()
+        await self.cluster_usage.close()
 
     async def _refresh_periodically(self) -> None:
         while True:
@@ -424,10 +425,7 @@ class TenantService:
         outcome: RequestOutcome,
     ) -> None:
         reservation.release_unused(n_prompt + n_generated, self._clock())
-        tenant_usage = self._usage.for_tenant(tenant)
-        tenant_usage.prompt_tokens += n_prompt
-        tenant_usage.generated_tokens += n_generated
-        tenant_usage.requests[outcome] += 1
+        self.cluster_usage.record(RequestUsage(tenant, n_prompt, n_generated, outcome))
 
     def _queue_share(self, tenant: str) -> float:
         tenants = self._registry.tenants

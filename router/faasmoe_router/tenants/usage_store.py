@@ -1,6 +1,7 @@
 """Persistence of this router's usage, and usage over all routers.
 
-`UsageFileStore` keeps the router's own usage in a file. `ClusterUsage` adds what was used through
+`UsageFileStore` keeps the router's own usage in a file, and what requests used since it was written
+in a journal. `ClusterUsage` adds what was used through
 the other routers: the control plane's totals over all routers, less what this router had reported
 when it got them. So the sum stays valid while the control plane is unreachable, and lags only by
 what other routers have not reported.
@@ -21,6 +22,12 @@ from faasmoe_contracts.atomic_file import quarantine, write_atomically
 from faasmoe_contracts.usage import ClusterTotals, UsageRecord
 from faasmoe_router.errors import RouterConfigError
 from faasmoe_router.tenants.usage import RouterUsage
+from faasmoe_router.tenants.usage_journal import (
+    RequestUsage,
+    UsageJournal,
+    remove_before,
+    replay,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,32 +53,61 @@ class UsageFileStore:
             raise RouterConfigError(f"FAASMOE_STATE_DIR: {folder}: not writable")
         self._path = folder / FILE_NAME
         self._last_content = ""
+        self._journal = UsageJournal(folder, 0)
 
     def load(self) -> RouterUsage:
-        """Return the saved usage, or a new one; a corrupted file is quarantined for inspection."""
+        """Return the saved usage, or a new one; a corrupted file is quarantined for inspection.
+
+        Call it once, before anything is appended.
+        """
+        usage, first_journal = self._load_file()
+        self._journal = UsageJournal(
+            self._path.parent, replay(self._path.parent, first_journal, usage)
+        )
+        return usage
+
+    def _load_file(self) -> tuple[RouterUsage, int]:
+        """Return the usage in the file, and the number of the journal that continues it."""
         try:
-            return RouterUsage.from_json(json.loads(self._path.read_text(encoding="utf-8")))
+            value = json.loads(self._path.read_text(encoding="utf-8"))
+            return RouterUsage.from_json(value), int(value.get("journal", 0))
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.error("%s cannot be read and is moved aside: %s", self._path, error)
             quarantine(self._path)
-        return RouterUsage(time.time())
+        return RouterUsage(time.time()), 0
+
+    def append(self, usage: RequestUsage) -> None:
+        """Write the usage of one request to the journal; a failure is logged."""
+        self._journal.append(usage)
+
+    def describe(self, usage: RouterUsage) -> str:
+        """Return the content of the file for `save`; what is appended later goes to a new journal.
+
+        Args:
+            usage: the usage, with every request that was appended.
+        """
+        return json.dumps({**usage.to_json(), "journal": self._journal.start_next()})
+
+    def close(self) -> None:
+        """Close the journal."""
+        self._journal.close()
 
     def save(self, content: str) -> None:
         """Write the file, unless its content is unchanged; a failure is logged.
 
         Args:
-            content: JSON text of a RouterUsage.
+            content: from `describe`.
         """
         if content == self._last_content:
             return
         try:
             write_atomically(self._path, content, temp_path=self._path.with_suffix(".new"))
+            self._last_content = content
+            remove_before(self._path.parent, json.loads(content).get("journal", 0))
         except OSError as error:
             logger.error("Tenant usage cannot be saved: %s: %s", self._path, error.strerror)
-        else:
-            self._last_content = content
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +154,24 @@ class ClusterUsage:
         """Start of counting in this router, seconds since the epoch."""
         return self._usage.since_s
 
+    def record(self, usage: RequestUsage) -> None:
+        """Count a request that has ended, in a way that survives this process."""
+        usage.add_to(self._usage)
+        if self._store is not None:
+            self._store.append(usage)
+
+    async def close(self) -> None:
+        """Save the usage, and write no more."""
+        await self.save()
+        if self._store is not None:
+            self._store.close()
+
     async def save(self) -> None:
         """Save this router's usage."""
         if self._store is None:
             return
         async with self._save_lock:  # an older content must not replace a newer one
-            content = json.dumps(self._usage.to_json())
+            content = self._store.describe(self._usage)
             await asyncio.to_thread(self._store.save, content)
 
     async def persisted_totals(self) -> dict[str, UsageRecord]:

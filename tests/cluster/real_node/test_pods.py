@@ -123,6 +123,44 @@ def test_no_request_fails_while_operator_and_pods_are_replaced(
     assert result["texts"][text] > 5
 
 
+def test_no_request_fails_while_helm_upgrades_everything(
+    api: ApiServer, release: Release, programs: PodRunner, tiny_model: Callable[..., Object]
+) -> None:
+    """Operator, routers and sandboxes are replaced by one `helm upgrade`, under load from warm."""
+    namespace = programs.namespace
+    api.create("moemodels", tiny_model("tiny", experts={"scaling": {"windowSeconds": 600}}))
+    wait_for_condition(api, namespace, "tiny", "Ready", timeout_s=READY_S)
+    url = f"http://tiny.{namespace}.svc/v1"
+    text = chat(programs, url, key="none")
+    held = eventually(
+        lambda: function_by_pod(api, namespace, "tiny"),
+        lambda found: found and all(found.values()),
+    )
+    (old_router,) = router_pods(api, namespace, "tiny")
+    (old_operator,) = release.operators()
+    programs.start("traffic", CHAT, url, "tiny", "none", PROMPT, "stop")
+
+    # Another pull policy is another template of each pod, as another image would be.
+    changed = {"models": {"imagePullPolicy": "Never"}, "podAnnotations": {"upgraded": "yes"}}
+    release.upgrade(changed)
+    assert release.operators()[0]["metadata"]["uid"] != old_operator["metadata"]["uid"]
+    eventually(
+        lambda: router_pods(api, namespace, "tiny"),
+        lambda pods: len(pods) == 1 and pods[0]["metadata"]["uid"] != old_router["metadata"]["uid"],
+        timeout_s=READY_S,
+    )
+    eventually(
+        lambda: set(function_by_pod(api, namespace, "tiny")),
+        lambda uids: uids and not uids & set(held),
+        timeout_s=READY_S,
+    )
+    _make_known(api, namespace, "stop")
+    result = json.loads(programs.wait_for_termination_message("traffic"))
+    assert result["errors"] == []
+    assert set(result["texts"]) == {text}
+    print(f"helm upgrade under load: {result['texts'][text]} requests, 0 failed")
+
+
 def _make_known(api: ApiServer, namespace: str, host: str) -> None:
     """Make a host name resolvable in the namespace's pods by a Service without endpoints."""
     spec = {"ports": [{"port": 80}]}

@@ -38,6 +38,8 @@ PATHS: Mapping[str, str] = {
     "storageclasses": "apis/storage.k8s.io/v1",
     "servicemonitors": "apis/monitoring.coreos.com/v1",
     "flowschemas": "apis/flowcontrol.apiserver.k8s.io/v1",
+    "validatingadmissionpolicies": "apis/admissionregistration.k8s.io/v1",
+    "validatingadmissionpolicybindings": "apis/admissionregistration.k8s.io/v1",
     "moemodels": "apis/faasmoe.dev/v1alpha1",
 }
 CLUSTER_SCOPED = (
@@ -49,6 +51,8 @@ CLUSTER_SCOPED = (
     "flowschemas",
     "persistentvolumes",
     "storageclasses",
+    "validatingadmissionpolicies",
+    "validatingadmissionpolicybindings",
 )
 
 

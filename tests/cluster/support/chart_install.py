@@ -16,7 +16,10 @@ PLURAL_BY_KIND = {
     "ClusterRoleBinding": "clusterrolebindings",
     "Role": "roles",
     "RoleBinding": "rolebindings",
+    "ValidatingAdmissionPolicy": "validatingadmissionpolicies",
+    "ValidatingAdmissionPolicyBinding": "validatingadmissionpolicybindings",
 }
+CLUSTER_SCOPED = ("Cluster", "CustomResourceDefinition", "ValidatingAdmissionPolicy")
 CRD = "moemodels.faasmoe.dev"
 
 
@@ -45,7 +48,7 @@ def _name(obj: Object) -> str:
 
 
 def _in_namespace(obj: Object) -> Object:
-    if obj["kind"].startswith("Cluster") or obj["kind"] == "CustomResourceDefinition":
+    if obj["kind"].startswith(CLUSTER_SCOPED):
         return obj
     return {**obj, "metadata": {"namespace": NAMESPACE, **obj["metadata"]}}
 

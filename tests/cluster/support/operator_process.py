@@ -44,7 +44,7 @@ class OperatorProcess:
         self.service_account = service_account
         self._kubeconfig = folder / "kubeconfig"
         self.log_file = folder / "operator.log"
-        self._port = _free_port()
+        self._port, self._metrics_port = _free_port(), _free_port()
         self._settings = settings or {}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -52,6 +52,11 @@ class OperatorProcess:
     def url(self) -> str:
         """URL of its control API."""
         return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def metrics_address(self) -> str:
+        """Address of its metrics, which are not on the port of the control API."""
+        return f"127.0.0.1:{self._metrics_port}"
 
     @property
     def pid(self) -> int:
@@ -90,7 +95,7 @@ class OperatorProcess:
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of a metric's samples that carry these labels."""
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
-        text = httpx.get(f"{self.url}/metrics", trust_env=False).text
+        text = httpx.get(f"http://{self.metrics_address}/metrics", trust_env=False).text
         check_known(name, exposed_families(text))
         lines = [line for line in text.splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
         return sum(float(x.rpartition(" ")[2]) for x in lines if all(w in x for w in wanted))
@@ -125,6 +130,7 @@ class OperatorProcess:
             "NAMESPACE": NAMESPACE,
             "HOST": "127.0.0.1",
             "PORT": str(self._port),
+            "METRICS_PORT": str(self._metrics_port),
             "CONTROL_URL": self.url,
             "ROUTER_IMAGE": ROUTER_IMAGE,
             "EXPERT_IMAGE": EXPERT_IMAGE,

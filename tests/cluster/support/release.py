@@ -38,6 +38,12 @@ class Release:
         assert done.returncode == 0, f"helm {verb}: {done.stderr}{done.stdout}"
         return done.stdout
 
+    def upgrade(self, values: Object) -> None:
+        """Upgrade the release to other values and wait until its pods are ready."""
+        file = self.helm.home / "upgrade.yaml"
+        file.write_text(yaml.safe_dump(values))
+        self.run("upgrade", str(CHART), "--reuse-values", "--wait", "--values", str(file))
+
     def operators(self) -> list[Object]:
         """Return the operator pods that are ready and not terminating."""
         pods = self.api.list("pods", NAMESPACE, labels=LABELS)

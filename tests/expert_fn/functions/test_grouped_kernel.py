@@ -13,7 +13,8 @@ from torch import Tensor
 
 from faasmoe_expert.functions.grouped_kernel import GroupedKernel, SortedPairs, supports_grouped_mm
 from faasmoe_expert.functions.kernels import KernelSpec, RoutedPairs, gated_per_pair, gated_reduced
-from faasmoe_expert.functions.weights import LayerWeights, StackedBlock
+from faasmoe_expert.functions.stacks import StackedBlock
+from faasmoe_expert.functions.weights import LayerWeights
 
 CPU = torch.device("cpu")
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}

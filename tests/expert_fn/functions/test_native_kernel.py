@@ -17,7 +17,8 @@ from faasmoe_expert.functions.kernels import (
     gated_reduced,
 )
 from faasmoe_expert.functions.native_kernel import NativeKernel, UnsupportedLayer
-from faasmoe_expert.functions.weights import LayerWeights, StackedBlock
+from faasmoe_expert.functions.stacks import StackedBlock
+from faasmoe_expert.functions.weights import LayerWeights
 from faasmoe_kernels import KernelError, KernelLibrary, KernelsUnavailable, load
 
 N_EXPERTS, HIDDEN, INTER, TOP_K = 6, 40, 24, 2

@@ -13,7 +13,7 @@ from sandbox_processes import PreparedStore, make_function_spec
 from faasmoe_contracts.store import Store, StoreError, manifest_digest
 from faasmoe_expert.errors import BlockCorrupted
 from faasmoe_expert.functions import ExpertFunction, function
-from faasmoe_expert.functions.dequantization import QuantizedStack
+from faasmoe_expert.functions.stacks import QuantizedStack
 from faasmoe_expert.functions.weights import map_weights
 from faasmoe_kernels import KernelsUnavailable, load
 
@@ -59,6 +59,7 @@ def test_codes_and_scales_are_views_of_the_mapping(prepared_store: PreparedStore
             (stack.codes, mapped.tensors[name]),
             (stack.scales, mapped.tensors[f"{name}_scale"]),
         ):
+            assert isinstance(tensor, torch.Tensor)
             start = torch.frombuffer(view.buffer, dtype=torch.uint8).data_ptr()
             assert (tensor.data_ptr(), tuple(tensor.shape)) == (start, view.shape)
 

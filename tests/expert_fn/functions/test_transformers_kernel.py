@@ -10,8 +10,9 @@ from torch import Tensor
 
 from faasmoe_contracts.store import Store
 from faasmoe_expert.functions.kernels import RoutedPairs
+from faasmoe_expert.functions.stacks import StackedBlock
 from faasmoe_expert.functions.transformers_kernel import TransformersKernel
-from faasmoe_expert.functions.weights import LayerWeights, StackedBlock, map_weights
+from faasmoe_expert.functions.weights import LayerWeights, map_weights
 
 BLOCK = [1, 4, 6]
 FAMILIES = ["gpt_oss", "muse_spark", "nemotron_h", "aria", "mixtral", "openai_privacy_filter"]

@@ -12,9 +12,9 @@ from sandbox_processes import PreparedStore, make_function_spec
 from faasmoe_contracts.store import Store
 from faasmoe_contracts.wire import Dtype, OutputMode, decode_request, encode_request
 from faasmoe_expert.functions import ExpertFunction
+from faasmoe_expert.functions.stacks import StackedBlock
 from faasmoe_expert.functions.transfer import Uploader
 from faasmoe_expert.functions.weights import (
-    StackedBlock,
     consecutive_runs,
     copy_weights,
     map_weights,

@@ -34,19 +34,35 @@ def _dequantised(
 ) -> dict[str, Tensor]:
     weights = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
     for name, entry in quantization.items():
-        scales = weights.pop(f"{name}_scale")
-        weights[name] = reference_weights(tensors[name], scales, entry)
+        parts = {suffix: tensors[name + suffix] for suffix in entry.components}
+        weights = {n: t for n, t in weights.items() if n not in {name + x for x in parts}}
+        weights[name] = reference_weights(parts, entry)
     return weights
 
 
-def reference_weights(codes: Tensor, scales: Tensor, entry: TensorQuantization) -> Tensor:
-    """Return the weights of codes and scales as docs/store.md defines them, element by element."""
-    if entry.scheme == "int8":
+def reference_weights(parts: Mapping[str, Tensor], entry: TensorQuantization) -> Tensor:
+    """Return the weights as docs/store.md defines them, element by element, in float32.
+
+    `parts` are the codes and what lies beside them, by the suffix of their names.
+    """
+    codes, scales = parts[""], parts["_scale"]
+    if entry.scheme in ("int8", "fp8"):
         values = codes.float()
     else:
         nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).long()
-        values = nibbles - 8.0 if entry.scheme == "int4" else E2M1[nibbles]
-    if entry.scale_dtype == "e8m0":
-        scales = 2.0 ** (scales.float() - 127)
-    weights = values * scales.repeat_interleave(values.shape[-1] // scales.shape[-1], dim=-1)
+        values = nibbles.float() if entry.scheme == "int4" else E2M1[nibbles]
+    rows, columns = entry.shape
+    row, column = torch.arange(rows), torch.arange(columns)
+    part = row // (rows // entry.parts)
+    row_in_part = row % (rows // entry.parts)
+    scale_row = part * (scales.shape[-2] // entry.parts) + row_in_part // entry.group_rows
+    group = column // (entry.group or columns)
+    if entry.scheme == "int4":
+        zeros = parts["_zero_point"].float()[..., group] if not entry.symmetric else 8.0
+        values = values - zeros
+    factors = 2.0 ** (scales.float() - 127) if entry.scale_dtype == "e8m0" else scales.float()
+    per_weight = factors[..., scale_row, :][..., group]  # [..., N, K]
+    if entry.scheme == "nvfp4":
+        per_weight = per_weight * parts["_global_scale"][..., part, :]
+    weights = values * per_weight
     return weights.transpose(-1, -2) if entry.transposed else weights

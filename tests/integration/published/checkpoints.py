@@ -25,7 +25,7 @@ Write = Callable[[str, Tensor], tuple[Parts, Tensor] | None]
 values that they stand for; None if it is published as it is."""
 
 SIZES = {"hidden_size": 64, "moe_intermediate_size": 96, "intermediate_size": 96}
-_NOT_QUANTISED = ("embed", "head.weight", "norm", ".gate.", "router", "kv_a_proj")
+_NOT_QUANTISED = ("embed", "head.weight", "norm", ".gate.", "expert_gate", "router", "kv_a_proj")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Compares the weights of stores."""
 
+from collections.abc import Callable
+
 import torch
 from families.reference import reference_weights
 from safetensors.torch import load_file
@@ -15,15 +17,23 @@ def stored_weights(store: Store) -> dict[str, Tensor]:
     for layer in store.manifest.layers:
         tensors = load_file(store.path / layer.file)
         for name, entry in layer.quantization.items():
-            scales = tensors.pop(f"{name}_scale")
-            tensors[name] = reference_weights(tensors[name], scales, entry).to(dtype)
+            parts = {suffix: tensors.pop(name + suffix) for suffix in entry.components}
+            tensors[name] = reference_weights(parts, entry).to(dtype)
         weights |= {f"{layer.name}.{name}": tensor for name, tensor in tensors.items()}
     return weights
 
 
-def assert_same_weights(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Assert that names, dtypes and bits are the same."""
+def assert_same_weights(
+    got: dict[str, Tensor], expected: dict[str, Tensor], *, rtol: float = 0.0
+) -> None:
+    """Assert that names, dtypes and bits are the same; or values, to a relative error."""
     assert set(got) == set(expected)
     for name, tensor in got.items():
         assert tensor.dtype == expected[name].dtype, name
-        assert torch.equal(tensor, expected[name]), name
+        expected_tensor = expected[name]
+        torch.testing.assert_close(tensor, expected_tensor, rtol=rtol, atol=0, msg=_named(name))
+
+
+def _named(name: str) -> Callable[[str], str]:
+    """Return what puts a name before the message of a difference."""
+    return lambda message: f"{name}: {message}"

@@ -173,7 +173,7 @@ def _is_int_or_string(node: Schema) -> bool:
 def test_every_field_has_a_description() -> None:
     def undescribed(schema: dict[str, Any], path: str) -> Iterator[str]:
         for name, field in schema.get("properties", {}).items():
-            if not field.get("description"):
+            if not field.get("description") and f"{path}.{name}" != ".metadata":
                 yield f"{path}.{name}"
             yield from undescribed(field, f"{path}.{name}")
         for values in (schema.get("items"), schema.get("additionalProperties")):
@@ -182,6 +182,14 @@ def test_every_field_has_a_description() -> None:
 
     (version,) = build_crd()["spec"]["versions"]
     assert list(undescribed(version["schema"]["openAPIV3Schema"], "")) == []
+
+
+def test_metadata_has_a_type_and_the_name_alone() -> None:
+    """An API server rejects a CRD that specifies more, even a description."""
+    (version,) = build_crd()["spec"]["versions"]
+    metadata = version["schema"]["openAPIV3Schema"]["properties"]["metadata"]
+    assert set(metadata) == {"type", "properties"}
+    assert set(metadata["properties"]) <= {"name", "generateName"}
 
 
 def test_wide_output_has_more_columns() -> None:

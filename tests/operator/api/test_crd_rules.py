@@ -78,6 +78,11 @@ VALID = {
     "tenants": tenants({"name": "a", "sharePrefixCacheWith": ["b"]}, {"name": "b"}),
     "ingress": networking(ingress={"host": "llm.example.com"}),
     "route": networking(httpRoute=GATEWAY, clients=[{"podSelector": {}}]),
+    "certificates": model(caBundleRef=SECRET_KEY),
+    "volumes": pods(
+        volumes=[{"name": "a", "configMap": {"name": "c"}}, {"name": "b", "emptyDir": {}}],
+        volumeMounts=[{"name": "a", "mountPath": "/etc/ssl/mine"}],
+    ),
     "experts-in-a-function": {"granularity": {"expertsPerFunction": 20}},
     "experts-in-a-function-auto": {"granularity": {"expertsPerFunction": "auto"}},
 }
@@ -89,6 +94,26 @@ INVALID = {
     "token": (
         model(source="pvc://m/x", tokenSecretRef=SECRET_KEY),
         "no tokenSecretRef unless source is hf://",
+    ),
+    "certificates": (
+        model(source="pvc://m/x", caBundleRef=SECRET_KEY),
+        "no caBundleRef unless source is hf://",
+    ),
+    "volume-without-source": (pods(volumes=[{"name": "a"}]), "exactly one of configMap, secret"),
+    "volume-of-two-sources": (
+        pods(volumes=[{"name": "a", "emptyDir": {}, "secret": {"secretName": "s"}}]),
+        "exactly one of configMap, secret",
+    ),
+    "mount-of-no-volume": (
+        pods(volumeMounts=[{"name": "a", "mountPath": "/data"}]),
+        "each name to be that of one of volumes",
+    ),
+    "mount-over-the-store": (
+        pods(
+            volumes=[{"name": "a", "emptyDir": {}}],
+            volumeMounts=[{"name": "a", "mountPath": "/store/x"}],
+        ),
+        "a path outside /store",
     ),
     "step": (router(maxNumSeqs=64, maxNumBatchedTokens=63), "at least maxNumSeqs"),
     "env-twice": (

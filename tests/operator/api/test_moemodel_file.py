@@ -254,7 +254,7 @@ def test_names_the_field_its_value_and_what_was_expected(added: str, problem: st
             "hf://org/model",
             "s3://bucket/x",
             "spec.model.source: got 's3://bucket/x', "
-            "expected hf://ORG/NAME, pvc://CLAIM/PATH or file://PATH",
+            "expected hf://ORG/NAME, hf://ORG/NAME:QUANT, pvc://CLAIM/PATH or file://PATH",
             id="scheme",
         ),
         pytest.param(

@@ -14,7 +14,7 @@ ZYGOTE = HERE.parents[1] / "expert_fn" / "fake_zygote.py"
 
 if __name__ == "__main__":
     with (
-        patch.object(router, "COMMAND", (sys.executable, str(HERE / "fake_router.py"))),
+        patch.object(router, "ZYGOTE_COMMAND", (sys.executable, str(HERE / "fake_router.py"))),
         patch.object(zygote, "ZYGOTE_COMMAND", (sys.executable, str(ZYGOTE))),
     ):
         sys.exit(main())

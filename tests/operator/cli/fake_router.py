@@ -1,6 +1,7 @@
-"""A fake router without a model.
+"""The zygote of a fake router without a model.
 
-It is healthy at once. FAKE_ROUTER_UNHEALTHY makes it answer 503, FAKE_ROUTER_FAILS makes it exit.
+The router is healthy at once. FAKE_ROUTER_UNHEALTHY makes it answer 503, FAKE_ROUTER_FAILS makes
+it exit.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from socketserver import UnixStreamServer
 from typing import Any
 
+from faasmoe_contracts.fork_server import ForkServer
 from faasmoe_contracts.parent_death import die_with_parent
 
 
@@ -30,6 +32,8 @@ class HealthHandler(BaseHTTPRequestHandler):
 
 def main() -> None:
     die_with_parent()
+    if not ForkServer.from_environment(process_name="fake_router").run():
+        return
     if os.environ.get("FAKE_ROUTER_FAILS"):
         sys.exit("the router has no model")
     assert os.environ["FAASMOE_TOKEN"]

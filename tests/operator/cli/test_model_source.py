@@ -27,6 +27,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("text", "uri", "served_name", "name"),
     [
         ("Qwen/Qwen3-30B-A3B", "hf://Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B", "qwen3-30b-a3b"),
+        ("o/Q-GGUF:q4_k_m", "hf://o/Q-GGUF:q4_k_m", "o/Q-GGUF:q4_k_m", "q-gguf-q4-k-m"),
+        ("o/Q:sub/Q-Q8_0.gguf", "hf://o/Q:sub/Q-Q8_0.gguf", "o/Q:sub/Q-Q8_0.gguf", "q-q8-0-gguf"),
         ("hf://org/Name_1.5", "hf://org/Name_1.5", "org/Name_1.5", "name-1-5"),
         ("org/My_Model v2", "file://{}/org/My_Model%20v2", "My_Model-v2", "my-model-v2"),
         ("./org/My_Model v2/", "file://{}/org/My_Model%20v2", "My_Model-v2", "my-model-v2"),
@@ -67,13 +69,16 @@ def test_files_of_a_checkpoint(text: str, names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("name", "there is no {}/name; expected a folder, a GGUF file or ORG/NAME on the hub"),
+        (
+            "name",
+            "there is no {}/name; expected a folder, a GGUF file, or ORG/NAME or ORG/NAME:QUANT",
+        ),
         ("./org/none", "there is no {}/org/none; expected"),
         ("/no/such/folder", "there is no /no/such/folder; expected"),
         ("org/none.gguf", "there is no {}/org/none.gguf; expected"),
         ("a/b/c", "there is no {}/a/b/c; expected"),
         ("hf://name", "expected hf://ORG/NAME"),
-        ("", "expected a folder, a GGUF file or ORG/NAME on the hub"),
+        ("", "expected a folder, a GGUF file, or ORG/NAME or ORG/NAME:QUANT on the hub"),
         ("model.yaml", "{}/model.yaml is a file, expected .*; a MoEModel file is given with -f"),
         ("org", "the folder {}/org has no config.json .*; there is one in {}/org/My_Model v2"),
         ("store", "{}/store is a store that `faasmoe prepare` wrote, expected its checkpoint"),

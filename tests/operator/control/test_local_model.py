@@ -5,6 +5,7 @@ import pytest
 
 from faasmoe_contracts.store import LayerEntry, Manifest, ModelEntry, sha256_of_file
 from faasmoe_contracts.store.manifest import FileEntry
+from faasmoe_contracts.store.published import PublishedEntry
 from faasmoe_contracts.store.references import (
     CheckpointEntry,
     CheckpointFile,
@@ -26,6 +27,7 @@ def local_model(
     revision: str | None = None,
     mode: str = "auto",
     checkpoint: CheckpointEntry | None = None,
+    published: tuple[PublishedEntry, ...] = (),
 ) -> LocalModel:
     """Return a MoEModel with a requested source and a store prepared from the stored one."""
     store = folder / "store"
@@ -36,6 +38,7 @@ def local_model(
         layers=(LayerEntry(0, "l0", "layer", 8, 2, 4, "Experts", None, 8, 0, ("0" * 32,) * 9),),
         files={"layer": FileEntry(1, sha256_of_file(store / "layer"))},
         checkpoint=checkpoint,
+        published=published,
     )
     (store / "manifest.json").write_text(json.dumps(manifest.to_json()))
     model = {"source": requested} | ({"revision": revision} if revision else {})
@@ -112,6 +115,18 @@ def test_a_store_of_the_other_mode_is_refused_and_plan_says_what_lies_where(
         assert ("by reference to ../checkpoint, which must stay" in text) == is_reference
         assert ("copied: l0: quantised" in text) == is_reference
         assert ("copied into the store" in text) != is_reference
+
+
+def test_plan_says_what_dequantising_costs_and_which_layers(tmp_path: Path) -> None:
+    weights = ("model.layers.0-3.mlp.experts.down_proj",)
+    sizes = (4, 10**9, 2 * 10**9)
+    entry = PublishedEntry("experts", "fp8 128 x 128", "dequantised to bfloat16", weights, *sizes)
+    model = local_model(tmp_path, requested="hf://a/b", stored="a/b", published=(entry,))
+    manifest = model.open_store().manifest
+    assert manifest.published == (entry,)
+    text = format_plan(model, manifest, model.functions(manifest, key=b"k" * 16))
+    assert "experts: 4 weights in fp8 128 x 128 are dequantised to bfloat16: 2 GB, 2.00" in text
+    assert f"times the 1 GB of the checkpoint ({weights[0]})" in text
 
 
 @pytest.mark.parametrize("revision", [COMMIT, "main"])

@@ -19,6 +19,7 @@ from faasmoe_operator.kube.errors import (
     Forbidden,
     Invalid,
     KubeApiError,
+    NamespaceTerminating,
     Unavailable,
 )
 from faasmoe_operator.kube.transport import KubeTransport
@@ -69,7 +70,7 @@ SHORT_TIMEOUT_S = 3.0
 
 @asynccontextmanager
 async def fake_api_server(
-    server: ApiServer, counted: list[tuple[str, str, int]]
+    server: ApiServer, counted: list[tuple[str, str, int | str]]
 ) -> AsyncIterator[KubeClient]:
     timeout_s = SHORT_TIMEOUT_S if SILENT in server.answers else LONG_TIMEOUT_S
     app = web.Application()
@@ -81,7 +82,7 @@ async def fake_api_server(
     host, port = runner.addresses[0][:2]
     configuration = Configuration(host=f"http://{host}:{port}", api_key={"BearerToken": "t0k"})
 
-    def count(verb: str, kind: Kind, status: int) -> None:
+    def count(verb: str, kind: Kind, status: int | str) -> None:
         counted.append((verb, str(kind), status))
 
     transport = KubeTransport(
@@ -98,7 +99,7 @@ async def fake_api_server(
 class Exchange:
     server: ApiServer
     result: Any
-    counted: list[tuple[str, str, int]]
+    counted: list[tuple[str, str, int | str]]
 
     @property
     def only(self) -> dict[str, Any]:
@@ -108,7 +109,7 @@ class Exchange:
 
 def exchange(call: Callable[[KubeClient], Awaitable[Any]], *answers: Answer) -> Exchange:
     """Make a call against a server that gives these answers; a KubeApiError becomes the result."""
-    server, counted = ApiServer(list(answers)), list[tuple[str, str, int]]()
+    server, counted = ApiServer(list(answers)), list[tuple[str, str, int | str]]()
 
     async def run() -> Any:
         async with fake_api_server(server, counted) as client:
@@ -300,6 +301,16 @@ def test_errors_carry_status_reason_and_message(answer: Answer, kind: type[KubeA
     assert error.status == answer[0]
     assert error.reason == answer[1]["reason"]
     assert str(error) == f"create /api/v1/namespaces/llm/pods: {answer[1]['message']}"
+
+
+def test_a_namespace_that_is_deleted_is_no_lack_of_permissions() -> None:
+    status, body, headers = error_response(403, "Forbidden", "because it is being terminated")
+    causes = [{"reason": "NamespaceTerminating", "message": "x", "field": "metadata.namespace"}]
+    scenario = exchange(create, (status, {**body, "details": {"causes": causes}}, headers))
+    assert type(scenario.result) is NamespaceTerminating
+    assert scenario.counted == [("create", "pods", "NamespaceTerminating")]
+    other = exchange(create, error_response(403, "Forbidden"))
+    assert other.counted == [("create", "pods", 403)]
 
 
 def test_tells_already_exists_from_other_conflicts() -> None:

@@ -9,7 +9,7 @@ from kube_objects import make_object
 from reconciler_scenario import COUNTS, ENDED_AT, KEY, SUMMARY, ReconcilerScenario
 
 from faasmoe_operator.errors import PlanError
-from faasmoe_operator.kube.errors import Forbidden, Invalid, Unavailable
+from faasmoe_operator.kube.errors import Forbidden, Invalid, NamespaceTerminating, Unavailable
 from faasmoe_operator.kube.manifests.names import MODEL_LABEL
 from faasmoe_operator.kube.reconciler import PARALLEL_REQUESTS, RESYNC_PERIOD_S, ReconcileResult
 from faasmoe_operator.kube.types import (
@@ -384,6 +384,19 @@ def test_a_rejected_object_is_reported_and_retried(
     scenario.api.errors.clear()
     assert not scenario.reconcile().has_failures
     assert scenario.condition_state("StoreReady")[0] == "Unknown"
+
+
+def test_a_namespace_that_is_deleted_ends_the_runtime_without_a_complaint(
+    scenario: ReconcilerScenario,
+) -> None:
+    scenario.serve()
+    ready = scenario.condition("Ready")
+    scenario.api.remove(SERVICE, "llm", "moe")
+    error = NamespaceTerminating("it is being terminated", status=403)
+    scenario.api.errors["apply", SERVICE] = error
+    assert not scenario.reconcile().has_failures
+    assert scenario.runtimes.running == {}
+    assert scenario.condition("Ready") == ready
 
 
 def test_an_unavailable_api_server_changes_no_condition(scenario: ReconcilerScenario) -> None:

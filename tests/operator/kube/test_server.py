@@ -18,7 +18,8 @@ async def fetch_endpoints(
     readiness: Readiness, metrics: OperatorMetrics
 ) -> dict[str, tuple[int, str]]:
     app = web.Application()
-    app.add_routes(HealthRoutes(readiness, metrics.text).routes())
+    health = HealthRoutes(readiness, metrics.text)
+    app.add_routes([*health.routes(), *health.metrics_routes()])
     runner = await start_server(app, host="127.0.0.1", port=0)
     try:
         host, port = runner.addresses[0][:2]
@@ -40,6 +41,34 @@ def test_readyz_reports_what_the_operator_waits_for(waits_for: str, status: int)
     assert found["/healthz"][0] == 200
     assert found["/readyz"][0] == status
     assert json.loads(found["/readyz"][1]).get("waits_for", "") == waits_for
+
+
+def test_metrics_are_no_part_of_the_health_checks() -> None:
+    """They may have a port of their own, while probes and routers use that of the control API."""
+    health = HealthRoutes(Readiness(""), OperatorMetrics().text)
+    assert {route.path for route in health.routes()} == {"/healthz", "/readyz"}
+    assert {route.path for route in health.metrics_routes()} == {"/metrics"}
+
+
+def test_routers_of_a_model_are_counted_once_its_store_is_prepared() -> None:
+    metrics = OperatorMetrics()
+    preparing = make_object(MOEMODEL, "new", spec={"router": {"replicas": 1}})
+    serving = make_object(MOEMODEL, "qwen", spec={"router": {"replicas": 3}})
+    serving["status"] = {"router": {"replicas": 3, "readyReplicas": 2}}
+    off = make_object(MOEMODEL, "off", spec={"suspend": True, "router": {"replicas": 3}})
+    off["status"] = {"router": {"replicas": 0}}
+    metrics.set_models([preparing, serving, off])
+    samples = {
+        (sample.labels["model"], sample.labels["state"]): sample.value
+        for family in metrics.model_routers.collect()
+        for sample in family.samples
+    }
+    assert samples == {
+        ("qwen", "desired"): 3,
+        ("qwen", "ready"): 2,
+        ("off", "desired"): 0,
+        ("off", "ready"): 0,
+    }
 
 
 def test_serves_metrics() -> None:

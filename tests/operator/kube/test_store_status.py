@@ -149,8 +149,27 @@ def test_a_job_without_a_summary_is_run_again() -> None:
 
 
 def test_reports_a_failed_attempt_while_the_job_continues() -> None:
-    condition = store_status(make_job(), [failure("HubUnavailable")], status_model=None).condition
-    assert condition.message == "Job moe-store prepares the store; the last attempt failed: why"
+    state = store_status(make_job(), [failure("HubUnavailable")], status_model=None)
+    assert (state.condition.status, state.condition.reason) == ("False", "HubUnavailable")
+    assert state.condition.message == (
+        "why; check that the cluster's pods reach the hub; Job moe-store tries again"
+    )
+    assert state.retry_at is None
+
+
+def test_a_job_whose_attempt_succeeded_is_no_failure() -> None:
+    assert store_status(make_job(), [PREPARED], status_model=None).condition.status == "Unknown"
+
+
+def test_messages_name_what_the_spec_names() -> None:
+    message = "source: got '/source/claim/qwen', expected a folder; store: /store/qwen is locked"
+    ended = make_pod(json.dumps({"ok": False, "reason": "SourceNotFound", "message": message}))
+    names = {"/source/claim/qwen": "pvc://claim/qwen", "/store/qwen": "qwen-store/qwen"}
+    for job in (make_job(), make_job("Failed")):
+        state = store_status(job, [ended], status_model=None, names_by_path=names)
+        assert "got 'pvc://claim/qwen', expected a folder" in state.condition.message
+        assert "store: qwen-store/qwen is locked" in state.condition.message
+        assert "/source" not in state.condition.message
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "٣"])

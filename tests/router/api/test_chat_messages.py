@@ -143,6 +143,25 @@ def test_developer_is_system_where_the_template_knows_no_developer(
     assert [message["role"] for message in messages] == [role, "user"]
 
 
+def test_roles_of_the_template_s_own_are_rendered(
+    rendered: Callable[..., tuple[Any, Any]],
+) -> None:
+    document = {"role": "document", "content": 'a "quoted"\nline'}
+    messages, _ = rendered([document, USER])
+    assert messages == [document, USER]
+
+
+def test_role_that_the_template_leaves_out_is_refused(serve_template: ServeTemplate) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    body = {"messages": [{"role": "document", "content": "a"}, {"role": "user", "content": "b"}]}
+    response = httpx.post(f"{serve_template(template)}/tokenize", json=body, timeout=20)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "messages")
+    assert "no role 'document'" in error["message"]
+
+
 def test_refusals_of_earlier_answers_are_text(rendered: Callable[..., tuple[Any, Any]]) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "refusal", "refusal": "no"}]
     messages, _ = rendered([{"role": "assistant", "content": parts}])

@@ -68,7 +68,7 @@ class ApiUnderTest:
         """Request a text completion, by default greedy and of 12 tokens."""
         defaults = {"prompt": "the quick", "temperature": 0, "max_tokens": 12}
         return self.client.completions.create(
-            model="tiny", **{**defaults, **_client_arguments(parameters)}
+            model="tiny", **{**defaults, **_client_arguments(Completions.create, parameters)}
         )
 
     def with_template(self, chat_template: str, **parameters: Any) -> Any:
@@ -83,23 +83,18 @@ class ApiUnderTest:
         return self.model_tokenizer.encode(text, add_special_tokens=False)
 
 
-CLIENT_PARAMETERS = {
-    *signature(Completions.create).parameters,
-    *signature(ChatCompletions.create).parameters,
-}
-
-
-def _client_arguments(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return the client's arguments; parameters that it does not know go into `extra_body`."""
-    known = {name: value for name, value in parameters.items() if name in CLIENT_PARAMETERS}
-    unknown = {name: value for name, value in parameters.items() if name not in CLIENT_PARAMETERS}
+def _client_arguments(method: Callable[..., Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's arguments; parameters that it does not know go into `extra_body`."""
+    names = signature(method).parameters
+    known = {name: value for name, value in parameters.items() if name in names}
+    unknown = {name: value for name, value in parameters.items() if name not in names}
     return {**known, "extra_body": unknown}
 
 
 def _chat(client: openai.OpenAI, **parameters: Any) -> Any:
     defaults = {"messages": MESSAGES, "temperature": 0, "max_tokens": 12}
     return client.chat.completions.create(
-        model="tiny", **{**defaults, **_client_arguments(parameters)}
+        model="tiny", **{**defaults, **_client_arguments(ChatCompletions.create, parameters)}
     )
 
 
@@ -202,7 +197,8 @@ def _embeddings(peer: ApiUnderTest) -> None:
     ENDPOINTS,
     "POST /v1/responses",
     "stateless: input items, instructions, function and custom tools, structured output, "
-    "reasoning, streaming; `store: true`, `previous_response_id`, OpenAI's own tools are refused",
+    "reasoning, log-probabilities, streaming, vLLM's sampling parameters; `store: true`, "
+    "`previous_response_id`, OpenAI's own tools are refused",
     details=["router/api/test_responses_endpoint.py", "router/api/test_reasoning_with_grammar.py"],
 )
 def _responses(peer: ApiUnderTest) -> None:
@@ -596,8 +592,9 @@ def _request_id(peer: ApiUnderTest) -> None:
     CHAT,
     "messages",
     "system, developer (system if the template has no such role), user, assistant with "
-    "`tool_calls`, tool; text and refusal parts; other fields, such as `reasoning_content`, are "
-    "passed to the template; arguments of earlier calls that are no JSON object are passed as `{}`",
+    "`tool_calls`, tool, and any other that the template renders; text and refusal parts; other "
+    "fields, such as `reasoning_content`, are passed to the template; arguments of earlier calls "
+    "that are no JSON object are passed as `{}`",
     details=["router/api/test_chat_messages.py"],
 )
 def _messages(peer: ApiUnderTest) -> None:
@@ -758,15 +755,16 @@ def _include_reasoning(peer: ApiUnderTest) -> None:
 @conformance_case(
     CHAT,
     "reasoning_effort",
-    "if the model's chat template supports it; `none` also where it can turn reasoning off",
+    "as the model's chat template knows it, else `X-FaaSMoE-Warning` says that it has no effect; "
+    "`none` also where the template can turn reasoning off, else it is refused",
 )
 def _reasoning_effort(peer: ApiUnderTest) -> None:
     assert _message_content(peer.chat(reasoning_effort="none")) == _message_content(peer.chat())
     effort = _chat(peer.tools, reasoning_effort="low")
     assert effort.usage.prompt_tokens > _chat(peer.tools).usage.prompt_tokens
-    with pytest.raises(openai.BadRequestError) as rejected:
-        peer.chat(reasoning_effort="low")
-    assert rejected.value.param == "reasoning_effort"
+    raw = peer.client.chat.completions.with_raw_response
+    answered = raw.create(model="tiny", messages=MESSAGES, max_tokens=2, reasoning_effort="low")
+    assert "reasoning_effort has no effect" in answered.headers["X-FaaSMoE-Warning"]
 
 
 @conformance_case(CHAT, "chat_template_kwargs", "variables of the chat template")
@@ -787,6 +785,19 @@ def _continue(peer: ApiUnderTest) -> None:
     ids = peer.model_tokenizer.encode_chat(MESSAGES) + peer.tokens("jumps")
     assert response.usage.prompt_tokens == len(ids)
     assert _message_content(response) == peer.text(prompt=ids).choices[0].text
+
+
+@conformance_case(CHAT, "echo", "a last message of the assistant precedes the content, as in vLLM")
+def _chat_echo(peer: ApiUnderTest) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "jumps"}]
+    going_on = {"add_generation_prompt": False, "continue_final_message": True}
+    plain = _message_content(peer.chat(messages=messages, **going_on))
+    echoed = peer.chat(messages=messages, echo=True, **going_on)
+    assert _message_content(echoed) == "jumps" + plain
+    chunks = peer.chat(messages=messages, echo=True, stream=True, **going_on)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert streamed == "jumps" + plain
+    assert _message_content(peer.chat(echo=True)) == _message_content(peer.chat())
 
 
 @conformance_case(TEXT, "prompt", "a string, a list of token IDs, or a list of either")

@@ -114,3 +114,17 @@ def test_errors_have_anthropic_s_form(
     assert body["type"] == "error"
     assert body["error"]["type"] in ("invalid_request_error", "not_found_error")
     assert message in body["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "size_bytes", "status"),
+    [
+        pytest.param({"Content-Encoding": "br"}, 2, 415, id="encoding"),
+        pytest.param({}, 8 << 20, 413, id="size"),
+    ],
+)
+def test_refusals_before_the_route_have_anthropic_s_form(
+    http: httpx.Client, headers: dict[str, str], size_bytes: int, status: int
+) -> None:
+    response = http.post("/v1/messages", content=b" " * size_bytes, headers=headers)
+    assert (response.status_code, response.json()["type"]) == (status, "error")

@@ -162,3 +162,19 @@ def test_template_without_tools_is_told_of_them_in_messages(serve_template: Serv
         {"role": "tool", "tool_call_id": made["id"], "content": "sunny"},
     ]
     assert post(url, messages=history, tools=[WEATHER])["choices"][0]["message"]["content"]
+
+
+def test_reasoning_of_responses_is_within_a_content_part(serve_template: ServeTemplate) -> None:
+    body = {"input": "fox", "temperature": 0, "max_output_tokens": 12, "stream": True}
+    response = httpx.post(f"{serve_template(OPEN)}/v1/responses", json=body, timeout=20)
+    events = [json.loads(line[6:]) for line in response.text.splitlines() if "data: {" in line]
+    kinds = list(dict.fromkeys(event["type"].removeprefix("response.") for event in events))
+    assert kinds == [
+        *("created", "in_progress", "output_item.added", "content_part.added"),
+        *("reasoning_text.delta", "reasoning_text.done", "content_part.done"),
+        *("output_item.done", "incomplete"),
+    ]
+    [item] = events[-1]["response"]["output"]
+    deltas = [event["delta"] for event in events if event["type"].endswith("reasoning_text.delta")]
+    [part] = item["content"]
+    assert part == {"type": "reasoning_text", "text": "".join(deltas)}

@@ -41,6 +41,9 @@ def test_text_is_that_of_a_chat(client: openai.OpenAI) -> None:
     )
     assert answer.output_text == chat.choices[0].message.content
     assert answer.status == "incomplete"
+    [item] = answer.output
+    assert item.type == "message"
+    assert item.status == "incomplete"
     assert answer.incomplete_details is not None
     assert answer.incomplete_details.reason == "max_output_tokens"
     assert answer.usage is not None
@@ -122,9 +125,61 @@ def test_structured_output(client: openai.OpenAI) -> None:
     assert json.loads(answer.output_text) == {"a": 1}
 
 
+def test_logprobs_are_those_of_a_chat(client: openai.OpenAI) -> None:
+    asked: Any = {**BODY, "input": "fox", "include": ["message.output_text.logprobs"]}
+    chat = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "fox"}],
+        temperature=0,
+        max_tokens=12,
+        logprobs=True,
+        top_logprobs=3,
+    )
+    assert chat.choices[0].logprobs is not None
+    expected = [
+        (e.token, e.logprob, [c.token for c in e.top_logprobs])
+        for e in chat.choices[0].logprobs.content or ()
+    ]
+
+    def found(entries: Any) -> Any:
+        return [(e.token, e.logprob, [c.token for c in e.top_logprobs]) for e in entries]
+
+    whole: Any = client.responses.create(**asked, top_logprobs=3).output[0]
+    assert found(whole.content[0].logprobs) == expected
+    events = list(client.responses.create(**asked, top_logprobs=3, stream=True))
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert [entry for event in deltas for entry in found(event.logprobs)] == expected
+    last: Any = events[-1]
+    assert last.response.output[0].content[0].logprobs == whole.content[0].logprobs
+    without: Any = client.responses.create(**BODY, input="fox").output[0]
+    assert without.content[0].logprobs == []
+
+
+def test_parameters_of_vllm_apply(http: httpx.Client) -> None:
+    def text(path: str, **fields: Any) -> str:
+        body = http.post(path, json={"model": "tiny", "seed": 3, **fields}).raise_for_status()
+        answer = body.json()
+        if "output" in answer:
+            return str(answer["output"][0]["content"][0]["text"])
+        return str(answer["choices"][0]["message"]["content"])
+
+    messages = [{"role": "user", "content": "fox"}]
+    for fields in (
+        {"top_k": 2},
+        {"repetition_penalty": 2.0},
+        {"structured_outputs": {"regex": "a+b"}},
+    ):
+        of_chat = text("/v1/chat/completions", messages=messages, max_tokens=12, **fields)
+        assert text("/v1/responses", input="fox", max_output_tokens=12, **fields) == of_chat
+    refused = http.post("/v1/responses", json={**BODY, "input": "fox", "top_k": -5})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "top_k")
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
+        ({"enable_response_messages": True}, "enable_response_messages"),
+        ({"top_logprobs": 21}, "top_logprobs"),
         ({"store": True}, "store"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
@@ -135,7 +190,7 @@ def test_structured_output(client: openai.OpenAI) -> None:
             "input[0].content[0].type",
         ),
         ({"input": 5}, "input"),
-        ({"input": [{"role": "king", "content": "x"}]}, "messages[0].role"),
+        ({"input": [{"role": "<king>", "content": "x"}]}, "messages[0].role"),
     ],
 )
 def test_what_is_not_supported_is_named(

@@ -9,12 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from faasmoe_contracts.store import Store, StoreError
+from faasmoe_contracts.store.references import StoreMode
 from faasmoe_router.checkpoint.prepare import prepare
-from faasmoe_router.errors import PrepareError
+from faasmoe_router.checkpoint.reference_digests import Block, CheckpointReader
+from faasmoe_router.errors import PrepareError, WeightsNotFinite
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -106,6 +110,68 @@ def test_preparation_resumes_after_any_interruption(
     store = prepare(str(checkpoint), folder / "store")
     store.verify()
     assert store.manifest.digest == prepare(str(checkpoint), tmp_path / "once").manifest.digest
+
+
+def test_preparation_by_reference_reads_only_what_is_left(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_checkpoint(dtype=torch.bfloat16)
+    once = prepare(str(checkpoint), tmp_path / "once", mode=StoreMode.AUTO)
+    assert once.manifest.checkpoint is not None
+    size_bytes = once.manifest.checkpoint.size_bytes
+    resumed = tmp_path / "resumed"
+    for part in (0.3, 0.7):
+        interrupt = _InterruptAfter(int(part * size_bytes))
+        with pytest.raises(_Interrupted):
+            prepare(str(checkpoint), resumed, mode=StoreMode.AUTO, progress=interrupt)
+
+    read_bytes: list[int] = []
+    digest = CheckpointReader._digest
+
+    def count(self: CheckpointReader, block: Block) -> str:
+        read_bytes.append(block.size_bytes)
+        return digest(self, block)
+
+    monkeypatch.setattr(CheckpointReader, "_digest", count)
+    progress = _Total()
+    store = prepare(str(checkpoint), resumed, mode=StoreMode.AUTO, progress=progress)
+    assert store.manifest.digest == once.manifest.digest
+    assert 0 < sum(read_bytes) < 0.7 * size_bytes
+    assert progress.size_bytes >= size_bytes  # what is known counts as done
+    assert not (resumed / ".journal").exists()
+
+
+def test_weights_that_were_not_checked_are_read_again(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint, path = make_checkpoint(dtype=torch.bfloat16), tmp_path / "store"
+    weights = checkpoint / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name in sorted(tensors) if "experts" in name)
+    tensors[name].fill_(torch.inf)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    size_bytes = weights.stat().st_size
+    with pytest.raises(_Interrupted):
+        prepare(
+            str(checkpoint),
+            path,
+            mode=StoreMode.AUTO,
+            allows_nonfinite=True,
+            progress=_InterruptAfter(size_bytes * 9 // 10),
+        )
+    with pytest.raises(WeightsNotFinite):
+        prepare(str(checkpoint), path, mode=StoreMode.AUTO)
+
+
+class _Total:
+    def __init__(self) -> None:
+        self.size_bytes = 0
+
+    def start(self, label: str, *, total_bytes: int) -> None:
+        assert label
+
+    def advance(self, size_bytes: int) -> None:
+        self.size_bytes += size_bytes
 
 
 def test_damaged_finished_file_is_rewritten(

@@ -45,7 +45,7 @@ def test_a_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lines_are_not_repeated_and_never_empty() -> None:
     stream = io.StringIO()
     writer = LineWriter(stream)
-    for text in ("\rfirst  ", "\rfirst", "\n", "", "\rsecond"):
+    for text in ("\rfirst  ", "\rfirst", "\n", "\x1b[A", "", "\rsecond"):
         writer.write(text)
     writer.flush()
     assert stream.getvalue() == "first\nsecond\n"

@@ -18,6 +18,7 @@ from published.integers import awq, gptq, nvfp4, packed_integers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from faasmoe_contracts.store.references import StoreMode
 from faasmoe_router.checkpoint.formats.methods import METHODS, dequantized_tensors
 from faasmoe_router.checkpoint.formats.settings import QuantizationSettings
 from faasmoe_router.checkpoint.prepare import prepare
@@ -68,6 +69,7 @@ def drop(name: str) -> Change:
 
 
 SCALES = f"{LAYER}.weight_scale_inv"
+LAYER_CODES = r"model\.layers\.1\.mlp\.experts: expert 2 \(.*gate_up_proj"
 
 
 def put_nan_code(tensors: dict[str, Tensor]) -> None:
@@ -324,3 +326,26 @@ def test_any_tensors_are_read_or_refused(name: str, data: st.DataObject) -> None
     except SourceUnsupported as error:
         refusal = str(error)
     assert not refusal or re.search("got .*, expected", refusal)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "tensor", "got"),
+    [
+        ("fp8", put(SCALES, math.nan), SCALES, "first nan"),
+        ("fp8", put(SCALES, 0.0), SCALES, "first 0.0"),
+        ("fp8", put_nan_code, LAYER_CODES, "values that are NaN or infinite"),
+        ("nvfp4", put(f"{LAYER}.weight_scale_2", 0.0), f"{LAYER}.weight_scale_2", "first 0.0"),
+        ("mxfp4", put(f"{GPT_OSS_LAYER}_scales", 255), f"{GPT_OSS_LAYER}_scales", "NaN"),
+    ],
+)
+def test_damage_is_named_where_codes_are_referred_to(
+    name: str, change: Change, tensor: str, got: str, tmp_path: Path
+) -> None:
+    folder = published(name, tmp_path).folder
+    file = folder / "model.safetensors"
+    prepare(str(folder), tmp_path / "sound", mode=StoreMode.REFERENCE)
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(PrepareError, match=f"{re.escape(str(file))}: .*{tensor}.*: got .*{got}"):
+        prepare(str(folder), tmp_path / "store", mode=StoreMode.REFERENCE)

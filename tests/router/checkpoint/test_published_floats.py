@@ -12,9 +12,11 @@ from published.comparison import assert_same_weights, stored_weights
 from published.floats import deepseek_v4, fp8_blocks, fp8_scaled, gpt_oss, mxfp8
 
 from faasmoe_contracts.store import QuantizationEntry
+from faasmoe_contracts.store.references import StoreMode
 from faasmoe_router.checkpoint.__main__ import describe_quantization
 from faasmoe_router.checkpoint.prepare import prepare
 from faasmoe_router.checkpoint.store_writer import StoreFolder
+from faasmoe_router.errors import SourceUnsupported
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 ROWS: dict[str, Any] = {"quant_method": "fbgemm_fp8"}
@@ -45,7 +47,7 @@ FORMATS: dict[str, tuple[str, Write, dict[str, Any], dict[str, Any]]] = {
     ),
     "mxfp4": ("gpt_oss", gpt_oss(), {"quant_method": "mxfp4"}, {}),
 }
-KEPT = {"mxfp4": "mxfp4", "fp4-experts": "mxfp4"}
+KEPT = {**dict.fromkeys(FORMATS, "fp8"), "mxfp4": "mxfp4", "fp4-experts": "mxfp4"}
 LOADED_BY_TRANSFORMERS = ("fp8-deepseek", "fp8-qwen", "fp8-tensor", "mxfp8", "fp4-experts", "mxfp4")
 
 formats = pytest.mark.parametrize("name", FORMATS)
@@ -64,7 +66,7 @@ def test_holds_the_weights_that_the_writer_meant(name: str, tmp_path: Path) -> N
     assert_same_weights(stored_weights(store), stored_weights(expected))
     assert not store.manifest.quantization
     schemes = {e.scheme for layer in store.manifest.layers for e in layer.quantization.values()}
-    assert schemes == ({KEPT[name]} if name in KEPT else set())
+    assert schemes == {KEPT[name]}
     assert "quant" not in (store.path / "model" / "config.json").read_text()
 
 
@@ -108,7 +110,7 @@ def test_quantises_again_only_to_another_scheme(name: str, scheme: str, tmp_path
         (
             "fp8-qwen",
             [
-                "experts: 6 weights in fp8 128 x 128 are dequantised to bfloat16: .* 2.00 times",
+                "experts: 6 weights in fp8 128 x 128 are kept as fp8: .* 1.00 times",
                 "router: 12 weights in fp8 128 x 128 are dequantised to bfloat16: .* 2.00 times",
             ],
         ),
@@ -130,9 +132,45 @@ def test_says_what_becomes_of_the_codes_and_what_it_costs(
     said = [message for message in caplog.messages if " weights in " in message]
     assert len(said) == len(lines)
     assert all(re.match(line, message) for line, message in zip(lines, said, strict=True))
+    assert [str(entry) for entry in store.manifest.published] == said
+    experts = store.manifest.published[0]
+    n_layers = len(store.manifest.layers)
+    assert (experts.part, experts.count) == ("experts", 2 * n_layers)
+    assert all(".0-" in weight or f".{n_layers}" in weight for weight in experts.weights)
     layers = [line for line in describe_quantization(store.manifest) if line.startswith("layer")]
-    assert all(line.endswith("mxfp4, as published") for line in layers)
-    assert bool(layers) == (name in KEPT)
+    assert len(layers) == len(store.manifest.layers)
+    assert all(line.endswith(f"{KEPT[name]}, as published") for line in layers)
+
+
+@pytest.mark.parametrize("name", ["fp8-qwen", "fp8-tensor", "mxfp4", "fp4-experts"])
+def test_by_reference_only_what_is_published_as_it_is_served_stays(
+    name: str, tmp_path: Path
+) -> None:
+    folder = str(published(name, tmp_path).folder)
+    copy = prepare(folder, tmp_path / "copied", mode=StoreMode.COPY)
+    store = prepare(folder, tmp_path / "referring", mode=StoreMode.AUTO)
+    assert store.manifest.published == copy.manifest.published
+    entry = store.manifest.checkpoint
+    assert entry is not None
+    assert "model.embed_tokens.weight" in entry.router
+    experts = {layer.name for layer in store.manifest.layers}
+    copied = {name for names in entry.copied.values() for name in names}
+    if name == "fp4-experts":  # scales of dtype F8_E8M0, which no store has
+        assert not entry.layers
+        assert copied >= experts
+        with pytest.raises(SourceUnsupported, match="mode: got reference, expected auto or copy"):
+            prepare(folder, tmp_path / "strict", mode=StoreMode.REFERENCE)
+        return
+    assert len(entry.layers) == len(experts)
+    assert not copied & experts
+    for layer, other in zip(store.manifest.layers, copy.manifest.layers, strict=True):
+        assert not layer.file
+        assert layer.quantization == other.quantization
+        got, expected = store.map_layer(layer.index), copy.map_layer(layer.index)
+        assert set(got.tensors) == set(expected.tensors)
+        for tensor, view in expected.tensors.items():
+            pieces = got.tensors[tensor].pieces
+            assert b"".join(piece.buffer for piece in pieces) == bytes(view.buffer)
 
 
 def test_an_interrupted_preparation_resumes_with_its_codes(

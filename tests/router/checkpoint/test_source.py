@@ -37,11 +37,22 @@ def test_inaccessible_source_is_rejected(name: str, revision: str | None, messag
         resolve_source(name, revision=revision)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00", '{"a":' * 100_000, "9" * 10_000])
 def test_invalid_config_is_named(make_checkpoint: MakeCheckpoint, text: str) -> None:
     folder = make_checkpoint()
     (folder / "config.json").write_text(text)
     with pytest.raises(PrepareError, match=r"config\.json: got"):
+        resolve_source(str(folder), revision=None)
+
+
+def test_a_config_beyond_any_size_is_not_read(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("faasmoe_router.checkpoint.source.MAX_JSON_BYTES", 1000)
+    folder = make_checkpoint()
+    with (folder / "config.json").open("ab") as file:
+        file.truncate(1 << 40)  # sparse: takes no disk
+    with pytest.raises(PrepareError, match=r"config\.json: got more than 1000 bytes"):
         resolve_source(str(folder), revision=None)
 
 
@@ -77,8 +88,20 @@ def test_pickled_weights_are_explained(make_checkpoint: MakeCheckpoint, name: st
         resolve_source(str(folder), revision=None)
 
 
-@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a"]}])
-def test_weight_index_without_file_names_is_rejected(
+@pytest.mark.parametrize(
+    "index",
+    [
+        {},
+        {"weight_map": {}},
+        {"weight_map": ["a"]},
+        {"weight_map": {"a": 1}},
+        {"weight_map": {"a": "../other.safetensors"}},
+        {"weight_map": {"a": "/etc/passwd"}},
+        {"weight_map": {"a": ""}},
+        {"weight_map": {"a": "x\0"}},
+    ],
+)
+def test_weight_index_without_names_of_files_beside_it_is_rejected(
     make_checkpoint: MakeCheckpoint, index: object
 ) -> None:
     folder = make_checkpoint()

@@ -355,6 +355,25 @@ def test_unreachable_hub_is_unavailable(job: PrepareJob, monkeypatch: pytest.Mon
     assert "cannot be reached" in message["message"]
 
 
+@pytest.mark.usefixtures("_no_cache")
+def test_a_hub_that_never_answers_is_asked_once(
+    job: PrepareJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client would retry for minutes, in which nobody is told."""
+    monkeypatch.setattr("faasmoe_router.checkpoint.hub.HUB_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        status, message = job.run("hf://org/name")
+        assert (status, message["reason"]) == (1, "HubUnavailable")
+        assert "cannot be reached" in message["message"]
+        silent.setblocking(False)
+        connection, _ = silent.accept()
+        connection.close()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
 def _manifest(layers: list[LayerEntry]) -> Manifest:
     files = {f"experts/{layer.index:05}.safetensors": FileEntry(1, "0" * 64) for layer in layers}
     model = ModelEntry("hf://org/name", COMMIT, "tiny", "Tiny", "bfloat16", 4, 10, 64, len(layers))

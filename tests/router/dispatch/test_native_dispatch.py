@@ -31,6 +31,7 @@ from faasmoe_kernels import KernelsUnavailable, load
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.fanout import DispatchTimeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.native_dispatch import MAX_NATIVE_ROWS
 
 DEADLINE_S = 20.0
 TOKEN = "a-token"
@@ -121,13 +122,13 @@ def test_layer_is_one_frame_per_sandbox(
     table = sandbox_server.attach_blocks(store, 3)
     one = router(table)
     one.wait_for_mailboxes(sandbox_server.address)
-    for n_rows in (1, 2, 8, 16):
+    for n_rows in (1, 16, 65, MAX_NATIVE_ROWS):
         for layer in range(3):
             one.check(n_rows, layer)
     assert one.count("mailbox_calls") == one.count("calls") == 12
     assert one.count("failed_calls") == one.count("local") == 0
     for _ in range(2):
-        one.check(65)  # larger batches take the general path
+        one.check(MAX_NATIVE_ROWS + 1)  # larger batches take the general path
     assert one.count("mailbox_calls") == 12
 
 

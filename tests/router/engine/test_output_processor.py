@@ -13,6 +13,7 @@ from faasmoe_router.engine.generation import (
 )
 from faasmoe_router.engine.output_processor import SequenceOutputProcessor
 from faasmoe_router.engine.sampler import SampledLogprob
+from faasmoe_router.engine.structured_output import GrammarSource, compile_grammar
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 
 EOS_TOKEN_ID = 0
@@ -158,3 +159,26 @@ def test_outputs_carry_the_tokens_up_to_the_end(model_tokenizer: ModelTokenizer)
     tokens = model_tokenizer.encode("ab")
     assert processor.process_tokens(tokens).token_ids == tuple(tokens)
     assert processor.process_tokens([EOS_TOKEN_ID, 9]).token_ids == (EOS_TOKEN_ID,)
+
+
+def test_token_that_ends_a_grammar_is_no_text(model_tokenizer: ModelTokenizer) -> None:
+    """A grammar ends by the tokenizer's own token where the model has no EOS token."""
+    vocabulary = model_tokenizer.new_vocabulary(n_scores=340, eos_token_ids=[EOS_TOKEN_ID])
+    grammar = compile_grammar(GrammarSource("regex", "a+"), vocabulary)
+    request = GenerationRequest((5,), 9, sampling_params=SamplingParams(grammar=grammar))
+    logits_state = LogitsState(request, [])
+    processor = SequenceOutputProcessor(
+        request,
+        detokenizer=model_tokenizer.new_detokenizer(include_special_tokens=True),
+        stop_token_ids=(),
+        logits_state=logits_state,
+    )
+    tokens = [*model_tokenizer.encode("a", add_special_tokens=False), EOS_TOKEN_ID]
+    outputs = []
+    for token in tokens:
+        logits_state.accept_token(token)
+        outputs.append(processor.process_tokens([token]))
+    assert [(output.text, output.finish_reason) for output in outputs] == [
+        ("a", None),
+        ("", "stop"),
+    ]

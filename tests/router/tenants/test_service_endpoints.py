@@ -297,3 +297,11 @@ def test_a_tenant_s_keys_are_counted(open_router: Any, until: Until) -> None:
         router.files.keys("acme", "acme-key", "acme-key-2")
         until(lambda: router.metric("keys", tenant="acme") == 2)
         assert router.tenancy.n_keys() == {"acme": 2, "beta": 1}
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/acme/v1/messages"])
+def test_wrong_key_is_refused_in_anthropic_s_form(router: Any, path: str) -> None:
+    response = httpx.post(f"{router.url}{path}", headers={"x-api-key": "sk-wrong"}, json={})
+    assert response.status_code == 401
+    body = response.json()
+    assert (body["type"], body["error"]["type"]) == ("error", "authentication_error")

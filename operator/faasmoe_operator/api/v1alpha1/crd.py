@@ -229,8 +229,8 @@ def _root_schema() -> dict[str, Any]:
         "properties": {
             "apiVersion": {"description": "Version of the API.", "type": "string"},
             "kind": {"description": "Kind of the object.", "type": "string"},
+            # The API server describes metadata itself and rejects a description of it.
             "metadata": {
-                "description": "Metadata of the object.",
                 "type": "object",
                 "properties": {
                     "name": {

@@ -16,8 +16,9 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from faasmoe_contracts.control_messages import MAX_TENANTS
 from faasmoe_operator.api.v1alpha1.base import KUBERNETES_ONLY, ApiModel
 from faasmoe_operator.api.v1alpha1.experts import ExpertsSpec, GranularitySpec
-from faasmoe_operator.api.v1alpha1.field_types import DNSLabel, Labels
-from faasmoe_operator.api.v1alpha1.networking import NetworkingSpec, NetworkPolicyPeer
+from faasmoe_operator.api.v1alpha1.field_types import DNSLabel
+from faasmoe_operator.api.v1alpha1.monitoring import MonitoringSpec
+from faasmoe_operator.api.v1alpha1.networking import NetworkingSpec
 from faasmoe_operator.api.v1alpha1.router import RouterSpec
 from faasmoe_operator.api.v1alpha1.storage import ModelSource, StoreSpec
 from faasmoe_operator.api.v1alpha1.tenants import (
@@ -28,30 +29,6 @@ from faasmoe_operator.api.v1alpha1.tenants import (
 from faasmoe_operator.api.v1alpha1.validation import format_validation_errors, kubernetes_problems
 from faasmoe_operator.api.v1alpha1.yaml_documents import parse_documents, read_text
 from faasmoe_operator.errors import MoEModelError
-
-
-class ServiceMonitorSpec(ApiModel):
-    """A ServiceMonitor of the Prometheus operator, created if the cluster serves its API."""
-
-    labels: Labels | None = Field(
-        None, description="Labels by which a Prometheus selects the ServiceMonitor."
-    )
-    interval_seconds: int = Field(30, ge=1, le=3600, description="Seconds between two scrapes.")
-
-
-class MonitoringSpec(ApiModel):
-    """Objects by which a monitoring system finds the model."""
-
-    service_monitor: ServiceMonitorSpec | None = Field(
-        None, description="Set to {} to create a ServiceMonitor; omit for none."
-    )
-    clients: tuple[NetworkPolicyPeer, ...] = Field(
-        (),
-        strict=False,
-        max_length=32,
-        description="Pods that may reach router.metricsPort; every pod of the cluster if omitted.",
-    )
-
 
 API_VERSION = "faasmoe.dev/v1alpha1"
 KIND = "MoEModel"

@@ -74,7 +74,7 @@ class LabelSelector(ApiModel):
 
 
 class NetworkPolicyPeer(ApiModel):
-    """Pods that may reach the router."""
+    """Pods that may connect."""
 
     model_config = model_validations(
         cel_rule(

@@ -18,6 +18,7 @@ ENV_VAR_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 SECRET_KEY = r"^[-._A-Za-z0-9]+$"
 IMAGE = r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$"
 RELATIVE_PATH = r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$"
+ABSOLUTE_PATH = r"^(/[A-Za-z0-9._-]+)+$"
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$"
 CORS_ORIGIN = r"^(\*|https?://[A-Za-z0-9.:_-]+)$"
 INDEX_RANGES = r"^[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*$"
@@ -25,7 +26,9 @@ QUANTITY = (
     r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]{1,2})?$"  # never negative
 )
 
-_HUB_SOURCE = r"hf://[A-Za-z0-9._-]+/[A-Za-z0-9._-]+"
+_HUB_FILE = r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*"  # a GGUF file or quantisation
+HUB_ID = rf"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+(:{_HUB_FILE})?"
+_HUB_SOURCE = rf"hf://{HUB_ID}"
 _PVC_SOURCE = rf"pvc://{_DNS_LABEL}(\.{_DNS_LABEL})*(/[A-Za-z0-9._-]+)*/?"
 KUBERNETES_SOURCE = rf"^({_HUB_SOURCE}|{_PVC_SOURCE})$"
 SOURCE = rf"^({_HUB_SOURCE}|{_PVC_SOURCE}|file://.+)$"
@@ -41,9 +44,10 @@ DESCRIPTIONS = {
     SECRET_KEY: "letters, digits, '-', '_' and '.'",
     IMAGE: "a container image such as registry.example.com/faasmoe:0.2.0",
     RELATIVE_PATH: "a path such as models/mine: letters, digits, '-', '_', '.', no '/' at its ends",
+    ABSOLUTE_PATH: "an absolute path such as /etc/ssl/mine: letters, digits, '-', '_', '.'",
     MODEL_NAME: "letters, digits, '.', '_', ':', '/' and '-', a letter or digit first",
     CORS_ORIGIN: "an origin such as https://chat.example.com, or *",
     INDEX_RANGES: 'indices such as "0-3,7"',
     QUANTITY: "a quantity such as 500m, 4 or 100Gi",
-    SOURCE: "hf://ORG/NAME, pvc://CLAIM/PATH or file://PATH",
+    SOURCE: "hf://ORG/NAME, hf://ORG/NAME:QUANT, pvc://CLAIM/PATH or file://PATH",
 }

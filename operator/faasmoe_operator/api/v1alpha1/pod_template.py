@@ -32,6 +32,7 @@ from faasmoe_operator.api.v1alpha1.field_types import (
     Quantity,
     parse_quantity,
 )
+from faasmoe_operator.api.v1alpha1.volumes import Volume, VolumeMount
 
 RESERVED_PREFIX = "FAASMOE_"
 MAX_ENV_VARS = 64
@@ -234,6 +235,15 @@ class TopologySpreadConstraint(ApiModel):
 class PodTemplateSpec(ApiModel):
     """Settings of pods. Kubernetes only."""
 
+    model_config = model_validations(
+        cel_rule(
+            "!has(self.volumeMounts) || self.volumeMounts.all(mount, has(self.volumes) && "
+            "self.volumes.exists(volume, volume.name == mount.name))",
+            "expected each name to be that of one of volumes",
+            field=".volumeMounts",
+        )
+    )
+
     labels: Labels | None = Field(
         None,
         json_schema_extra=_cel_no_reserved_keys(),
@@ -283,9 +293,24 @@ class PodTemplateSpec(ApiModel):
         json_schema_extra=ENV_LIST_TYPE,
         description="Additional environment variables of the container.",
     )
+    volumes: tuple[Volume, ...] = Field(
+        (),
+        strict=False,
+        max_length=8,
+        json_schema_extra=list_type_map("name"),
+        description="Additional volumes of the pods.",
+    )
+    volume_mounts: tuple[VolumeMount, ...] = Field(
+        (),
+        strict=False,
+        max_length=8,
+        json_schema_extra=list_type_map("mountPath"),
+        description="Where the container sees these volumes.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        _validate_volumes(self.volumes, self.volume_mounts)
         _validate_no_reserved_keys("labels", self.labels)
         _validate_no_reserved_keys("annotations", self.annotations)
         validate_env_names([variable.name for variable in self.env])
@@ -294,6 +319,16 @@ class PodTemplateSpec(ApiModel):
         keys = [spread.topology_key for spread in self.topology_spread_constraints]
         validate_unique("topologySpreadConstraints", keys, key="topologyKey")
         return self
+
+
+def _validate_volumes(volumes: Sequence[Volume], mounts: Sequence[VolumeMount]) -> None:
+    names = [volume.name for volume in volumes]
+    validate_unique("volumes", names, key="name")
+    validate_unique("volumeMounts", [mount.mount_path for mount in mounts], key="mountPath")
+    for index, mount in enumerate(mounts):
+        if mount.name not in names:
+            expected = f"the name of one of volumes ({', '.join(names) or 'there are none'})"
+            raise validation_error(f"volumeMounts.{index}.name", got=mount.name, expected=expected)
 
 
 def _validate_no_reserved_keys(field: str, entries: Mapping[str, str] | None) -> None:

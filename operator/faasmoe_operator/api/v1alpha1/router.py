@@ -126,8 +126,8 @@ class RouterSpec(ApiModel):
     )
     metrics_port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(
         None,
-        description="Port of /metrics alone, which clients cannot reach; if omitted, it is on the "
-        "port of the API, without a key. On Kubernetes the API has 8000.",
+        description="Port of /metrics alone, which clients of the API cannot reach; 8001 on "
+        "Kubernetes if omitted, the port of the API on one machine.",
     )
     termination_grace_period_seconds: int = Field(
         60,

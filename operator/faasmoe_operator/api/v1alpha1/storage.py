@@ -61,6 +61,11 @@ class ModelSource(ApiModel):
             field=".tokenSecretRef",
         ),
         cel_rule(
+            f"!has(self.caBundleRef) || {_CEL_IS_HUB}",
+            "expected no caBundleRef unless source is hf://",
+            field=".caBundleRef",
+        ),
+        cel_rule(
             "has(self.revision) == has(oldSelf.revision) && "
             "(!has(self.revision) || self.revision == oldSelf.revision)",
             f"{_SOURCE_IMMUTABLE} revision",
@@ -76,8 +81,9 @@ class ModelSource(ApiModel):
     )
 
     source: Annotated[str, Field(pattern=patterns.SOURCE, max_length=2048)] = Field(
-        description="hf://ORG/NAME of a model hub or pvc://CLAIM/PATH of a PersistentVolumeClaim; "
-        "for `faasmoe up` hf://ORG/NAME, file:///PATH, or file://PATH relative to the MoEModel "
+        description="hf://ORG/NAME of a model hub, hf://ORG/NAME:QUANT or hf://ORG/NAME:FILE of "
+        "its GGUF files, or pvc://CLAIM/PATH of a PersistentVolumeClaim; for `faasmoe up` hf://, "
+        "file:///PATH, or file://PATH relative to the MoEModel "
         "file.",
         json_schema_extra=validations(
             cel_rule(
@@ -100,6 +106,12 @@ class ModelSource(ApiModel):
         description="Token of the hub, for gated and private models.",
         json_schema_extra=KUBERNETES_ONLY,
     )
+    ca_bundle_ref: KeySelector | None = Field(
+        None,
+        description="Key of a ConfigMap with the certificates, in PEM, that the hub or its mirror "
+        "is verified by, instead of those of the image.",
+        json_schema_extra=KUBERNETES_ONLY,
+    )
 
     @property
     def claim_path(self) -> PVCPath | None:
@@ -118,6 +130,7 @@ class ModelSource(ApiModel):
         for field, value in (
             ("revision", self.revision),
             ("tokenSecretRef", self.token_secret_ref),
+            ("caBundleRef", self.ca_bundle_ref),
         ):
             if value is not None:
                 got = value if isinstance(value, str) else value.to_object()

@@ -13,6 +13,8 @@ from faasmoe_operator.kube.manifests.names import Component, model_labels
 from faasmoe_operator.kube.store_summary import StoreSummary
 from faasmoe_operator.kube.types import Kind, Object
 
+USER_ID = 65532
+"""User and group of the images; the user owns no files in them."""
 GATEWAY_API = "gateway.networking.k8s.io/v1"
 MONITORING_API = "monitoring.coreos.com/v1"
 
@@ -84,6 +86,7 @@ class ModelContext:
         secrets: the model's token and function key.
         summary: summary of the prepared store; None until it is prepared.
         served_apis: optional APIs that the cluster serves, such as "gateway.networking.k8s.io/v1".
+        user_id: user and group of the pods; None if the platform assigns them.
     """
 
     model: MoEModel
@@ -95,6 +98,7 @@ class ModelContext:
     secrets: ControlSecrets
     summary: StoreSummary | None = None
     served_apis: frozenset[str] = frozenset()
+    user_id: int | None = USER_ID
 
     @property
     def name(self) -> str:

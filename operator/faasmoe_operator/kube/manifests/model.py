@@ -11,6 +11,7 @@ from faasmoe_operator.kube.manifests.names import (
 )
 from faasmoe_operator.kube.manifests.networking import (
     ingress_objects,
+    pod_monitors,
     service_monitors,
     services,
     serving_policies,
@@ -50,6 +51,7 @@ def serving_objects(ctx: ModelContext) -> list[Object]:
         *services(ctx),
         *ingress_objects(ctx),
         *service_monitors(ctx),
+        *pod_monitors(ctx),
     ]
 
 
@@ -58,6 +60,7 @@ def missing_apis(ctx: ModelContext) -> dict[str, str]:
     requested = {
         "spec.networking.httpRoute": (ctx.spec.networking.http_route, GATEWAY_API),
         "spec.monitoring.serviceMonitor": (ctx.spec.monitoring.service_monitor, MONITORING_API),
+        "spec.monitoring.podMonitor": (ctx.spec.monitoring.pod_monitor, MONITORING_API),
     }
     return {
         field: api

@@ -1,4 +1,4 @@
-"""Networking of a MoEModel: Services, Ingress or HTTPRoutes, NetworkPolicies, ServiceMonitor.
+"""Networking of a MoEModel: Services, Ingress or HTTPRoutes, NetworkPolicies, monitors.
 
 There is a Service for the model and one for each tenant; routers identify a tenant by its API key
 or the path. From outside only the API's paths are reachable, not metrics and probes. Each tenant
@@ -9,6 +9,8 @@ Traffic that no NetworkPolicy allows is denied in both directions:
 
 clients ──8000──▶ routers ──9090──▶ sandboxes ◀──9090── operator
                   routers ──control port──▶ operator         store Job ──443──▶ anywhere
+
+Metrics have ports of their own on routers and sandboxes, which `monitoring.clients` may reach.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from faasmoe_operator.kube.manifests.context import (
     new_object,
 )
 from faasmoe_operator.kube.manifests.names import (
+    COMPONENT_LABEL,
     MODEL_LABEL,
     TENANT_LABEL,
     Component,
@@ -40,12 +43,14 @@ from faasmoe_operator.kube.manifests.names import (
     store_name,
     tenant_service_name,
 )
-from faasmoe_operator.kube.manifests.router import METRICS_PORT_NAME, ROUTER_PORT
-from faasmoe_operator.kube.manifests.sandbox import SANDBOX_PORT
+from faasmoe_operator.kube.manifests.pods import METRICS_PORT_NAME
+from faasmoe_operator.kube.manifests.router import ROUTER_PORT, router_metrics_port
+from faasmoe_operator.kube.manifests.sandbox import SANDBOX_METRICS_PORT, SANDBOX_PORT
 from faasmoe_operator.kube.types import (
     HTTP_ROUTE,
     INGRESS,
     NETWORK_POLICY,
+    POD_MONITOR,
     SERVICE,
     SERVICE_MONITOR,
     Object,
@@ -67,13 +72,13 @@ METRICS_PATH = "/metrics"
 def services(ctx: ModelContext) -> list[Object]:
     """Return the model's Service and one for each tenant; all select the router pods.
 
-    Metrics on a port of their own are a port of the model's Service alone.
+    The port of the metrics is one of the model's Service alone.
     """
-    metrics_port = ctx.spec.router.metrics_port
     tenants = [
         _service(ctx, tenant_service_name(ctx.name, tenant.name), {TENANT_LABEL: tenant.name})
         for tenant in ctx.spec.tenants
     ]
+    metrics_port = router_metrics_port(ctx)
     return [_service(ctx, service_name(ctx.name), {}, metrics_port=metrics_port), *tenants]
 
 
@@ -223,10 +228,7 @@ def store_policies(ctx: ModelContext) -> list[Object]:
 
 def serving_policies(ctx: ModelContext) -> list[Object]:
     """Return the policies of routers and sandboxes."""
-    ingress = [{"from": _peers(ctx.spec.networking.clients), "ports": _ports(ROUTER_PORT)}]
-    if (metrics_port := ctx.spec.router.metrics_port) is not None:
-        scrapers = _peers(ctx.spec.monitoring.clients)
-        ingress.append({"from": scrapers, "ports": _ports(metrics_port)})
+    from_clients = {"from": _peers(ctx.spec.networking.clients), "ports": _ports(ROUTER_PORT)}
     to_sandboxes = {
         "to": [_pods_peer(ctx, Component.SANDBOX)],
         "ports": _ports(SANDBOX_PORT),
@@ -241,11 +243,24 @@ def serving_policies(ctx: ModelContext) -> list[Object]:
             ctx,
             router_name(ctx.name),
             Component.ROUTER,
-            ingress=ingress,
+            ingress=[from_clients, *_from_scrapers(ctx, router_metrics_port(ctx))],
             egress=[_dns_egress(), to_sandboxes, to_control],
         ),
-        _policy(ctx, sandbox_name(ctx.name), Component.SANDBOX, ingress=[from_callers], egress=[]),
+        _policy(
+            ctx,
+            sandbox_name(ctx.name),
+            Component.SANDBOX,
+            ingress=[from_callers, *_from_scrapers(ctx, SANDBOX_METRICS_PORT)],
+            egress=[],
+        ),
     ]
+
+
+def _from_scrapers(ctx: ModelContext, port: int) -> list[Object]:
+    """Return the rule for those that may read metrics; none if nobody may."""
+    peers = [peer.to_object() for peer in ctx.spec.monitoring.clients]
+    # A rule with an empty `from` would allow everybody.
+    return [{"from": peers, "ports": _ports(port)}] if peers else []
 
 
 def _policy(
@@ -306,7 +321,7 @@ def service_monitors(ctx: ModelContext) -> list[Object]:
         "matchExpressions": [model_service_only],
     }
     endpoint = {
-        "port": SERVICE_PORT_NAME if ctx.spec.router.metrics_port is None else METRICS_PORT_NAME,
+        "port": METRICS_PORT_NAME,
         "path": METRICS_PATH,
         "interval": f"{monitor.interval_seconds}s",
     }
@@ -322,6 +337,37 @@ def service_monitors(ctx: ModelContext) -> list[Object]:
                 "namespaceSelector": {"matchNames": [ctx.namespace]},
                 "targetLabels": [MODEL_LABEL],
                 "endpoints": [endpoint],
+            },
+        )
+    ]
+
+
+def pod_monitors(ctx: ModelContext) -> list[Object]:
+    """Return the PodMonitor of routers and sandboxes; none unless requested and served."""
+    monitor = ctx.spec.monitoring.pod_monitor
+    if monitor is None or MONITORING_API not in ctx.served_apis:
+        return []
+    components = [Component.ROUTER.value, Component.SANDBOX.value]
+    of_components = {"key": COMPONENT_LABEL, "operator": "In", "values": components}
+    endpoint = {
+        "port": METRICS_PORT_NAME,
+        "path": METRICS_PATH,
+        "interval": f"{monitor.interval_seconds}s",
+    }
+    return [
+        new_object(
+            ctx,
+            POD_MONITOR,
+            service_name(ctx.name),
+            extra_labels=monitor.labels,
+            spec={
+                "selector": {
+                    "matchLabels": pod_selector(ctx.name),
+                    "matchExpressions": [of_components],
+                },
+                "namespaceSelector": {"matchNames": [ctx.namespace]},
+                "podTargetLabels": [MODEL_LABEL, COMPONENT_LABEL],
+                "podMetricsEndpoints": [endpoint],
             },
         )
     ]

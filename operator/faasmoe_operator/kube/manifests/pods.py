@@ -20,6 +20,7 @@ from faasmoe_operator.kube.manifests.names import (
     model_labels,
     pod_selector,
     store_name,
+    truncate_name,
 )
 from faasmoe_operator.kube.types import SECRET, SERVICE_ACCOUNT, Object
 
@@ -34,8 +35,6 @@ OFFLINE_ENV = {
 READ_WRITE_ONCE = "ReadWriteOnce"
 HOSTNAME_LABEL = "kubernetes.io/hostname"
 REQUIRED_TERMS = "requiredDuringSchedulingIgnoredDuringExecution"
-USER_ID = 65532
-"""User and group of the images; the user owns no files in them."""
 STORE_MOUNT_PATH = "/store"
 SOURCE_MOUNT_PATH = "/source"
 TMP_MOUNT_PATH = "/tmp"
@@ -43,6 +42,7 @@ TMP_SIZE_LIMIT = "2Gi"
 STATE_MOUNT_PATH = "/var/lib/faasmoe"
 STATE_SIZE_LIMIT = "64Mi"
 TOKEN_KEY = "token"
+METRICS_PORT_NAME = "metrics"
 POD_HASH_CHARS = 12
 
 
@@ -135,13 +135,32 @@ def _topology_spread(
     ]
 
 
-def pod_security_context() -> Object:
+def template_volumes(template: PodTemplateSpec) -> list[Object]:
+    """Return the template's own volumes, with names that those of the operator do not have."""
+    return [
+        {**volume.to_object(), "name": _template_volume_name(volume.name)}
+        for volume in template.volumes
+    ]
+
+
+def template_mounts(template: PodTemplateSpec) -> list[Object]:
+    """Return the mounts of the template's own volumes."""
+    return [
+        {**mount.to_object(), "name": _template_volume_name(mount.name)}
+        for mount in template.volume_mounts
+    ]
+
+
+def _template_volume_name(name: str) -> str:
+    return truncate_name(f"template-{name}")
+
+
+def pod_security_context(ctx: ModelContext) -> Object:
     """Return a pod's security context; fsGroup makes the claim writable."""
+    ids = ("runAsUser", "runAsGroup", "fsGroup")
     return {
         "runAsNonRoot": True,
-        "runAsUser": USER_ID,
-        "runAsGroup": USER_ID,
-        "fsGroup": USER_ID,
+        **({} if ctx.user_id is None else dict.fromkeys(ids, ctx.user_id)),
         # Otherwise every start would visit all files of the store.
         "fsGroupChangePolicy": "OnRootMismatch",
         "seccompProfile": {"type": "RuntimeDefault"},
@@ -292,10 +311,10 @@ def pod_template(
         "serviceAccountName": service_account_name,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "securityContext": pod_security_context(),
+        "securityContext": pod_security_context(ctx),
         "terminationGracePeriodSeconds": termination_grace_s,
         "containers": [container],
-        "volumes": volumes,
+        "volumes": [*volumes, *template_volumes(template)],
         **image_pull_secrets_field(ctx, template),
         **scheduling_fields(ctx, template, component),
     }
@@ -306,6 +325,12 @@ def pod_hash(pod: Object) -> str:
     """Return a hash of a pod or a pod template."""
     text = json.dumps(pod, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:POD_HASH_CHARS]
+
+
+def container_ports(http_port: int, *, metrics_port: int) -> list[Object]:
+    """Return the ports `http` and `metrics` of a container."""
+    numbers = {"http": http_port, METRICS_PORT_NAME: metrics_port}
+    return [{"name": n, "containerPort": port, "protocol": "TCP"} for n, port in numbers.items()]
 
 
 def http_probe(path: str, *, period_s: int, failure_threshold: int, timeout_s: int = 2) -> Object:

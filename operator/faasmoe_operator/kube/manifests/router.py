@@ -23,6 +23,7 @@ from faasmoe_operator.kube.manifests.names import (
 from faasmoe_operator.kube.manifests.pods import (
     OFFLINE_ENV,
     STATE_MOUNT_PATH,
+    container_ports,
     container_security_context,
     cpu_limit_env_var,
     env_vars,
@@ -37,6 +38,7 @@ from faasmoe_operator.kube.manifests.pods import (
     store_mount,
     store_path,
     store_volume,
+    template_mounts,
     tmp_mount,
     tmp_volume,
     token_env_var,
@@ -49,7 +51,7 @@ KEYS_MOUNT_PATH = "/etc/faasmoe/keys"
 VOLUME_FILE_MODE = 0o440
 ROUTER_CONTAINER = "router"
 ROUTER_PORT = API_PORT
-METRICS_PORT_NAME = "metrics"
+DEFAULT_METRICS_PORT = 8001
 SHUTDOWN_S = 20
 """Of a pod's grace, what is not the drain: 5 s until endpoints are updated, and a margin."""
 PRE_STOP_SLEEP_S = 5
@@ -164,7 +166,7 @@ def _container(ctx: ModelContext) -> Object:
         **image_fields(ctx, ctx.spec.router.template, ctx.images.router),
         "command": ["python", "-m", "faasmoe_router"],
         "env": _environment(ctx),
-        "ports": _container_ports(ctx),
+        "ports": container_ports(ROUTER_PORT, metrics_port=router_metrics_port(ctx)),
         "resources": router_resources(ctx),
         "securityContext": container_security_context(),
         # The router listens only once the model is loaded.
@@ -172,15 +174,18 @@ def _container(ctx: ModelContext) -> Object:
         "livenessProbe": http_probe("/ping", period_s=10, failure_threshold=6, timeout_s=5),
         "readinessProbe": http_probe("/health", period_s=2, failure_threshold=2),
         "lifecycle": {"preStop": {"sleep": {"seconds": PRE_STOP_SLEEP_S}}},
-        "volumeMounts": [store_mount(read_only=True), tmp_mount(), *tenants],
+        "volumeMounts": [
+            store_mount(read_only=True),
+            tmp_mount(),
+            *tenants,
+            *template_mounts(ctx.spec.router.template),
+        ],
     }
 
 
-def _container_ports(ctx: ModelContext) -> list[Object]:
-    ports: list[Object] = [{"name": "http", "containerPort": ROUTER_PORT, "protocol": "TCP"}]
-    if (number := ctx.spec.router.metrics_port) is not None:
-        ports.append({"name": METRICS_PORT_NAME, "containerPort": number, "protocol": "TCP"})
-    return ports
+def router_metrics_port(ctx: ModelContext) -> int:
+    """Return the port of the routers' metrics, which is not that of the API."""
+    return ctx.spec.router.metrics_port or DEFAULT_METRICS_PORT
 
 
 def _environment(ctx: ModelContext) -> list[Object]:
@@ -212,7 +217,7 @@ def _settings(ctx: ModelContext) -> list[Object]:
             "MAX_NUM_BATCHED_TOKENS": router.max_num_batched_tokens,
             "MAX_WAITING": router.max_waiting,
             "DRAIN_TIMEOUT": router.termination_grace_period_seconds - SHUTDOWN_S,
-            "METRICS_PORT": router.metrics_port,
+            "METRICS_PORT": router_metrics_port(ctx),
             "KEEP_ALIVE": router.keep_alive_seconds,
             "KV_CACHE_BYTES": router.kv_cache_bytes,
             "GENERATION_CONFIG": router.generation_config,

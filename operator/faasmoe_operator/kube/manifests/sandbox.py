@@ -15,6 +15,7 @@ from faasmoe_operator.kube.manifests.names import (
 )
 from faasmoe_operator.kube.manifests.pods import (
     OFFLINE_ENV,
+    container_ports,
     container_security_context,
     env_vars,
     faasmoe_env_vars,
@@ -25,6 +26,7 @@ from faasmoe_operator.kube.manifests.pods import (
     pod_template,
     store_mount,
     store_volume,
+    template_mounts,
     tmp_mount,
     tmp_volume,
     token_env_var,
@@ -35,6 +37,7 @@ from faasmoe_operator.platforms.zygote import SANDBOX_ENVIRONMENT
 
 SANDBOX_CONTAINER = "sandbox"
 SANDBOX_PORT = 9090
+SANDBOX_METRICS_PORT = 9091
 TERMINATION_GRACE_S = 30
 STARTUP_TIMEOUT_S = 300
 
@@ -83,13 +86,13 @@ def _container(ctx: ModelContext) -> Object:
         **image_fields(ctx, template, ctx.images.expert),
         "command": ["python", "-m", "faasmoe_expert"],
         "env": _environment(ctx),
-        "ports": [{"name": "http", "containerPort": SANDBOX_PORT, "protocol": "TCP"}],
+        "ports": container_ports(SANDBOX_PORT, metrics_port=SANDBOX_METRICS_PORT),
         "resources": sandbox_resources(ctx),
         "securityContext": container_security_context(),
         "startupProbe": http_probe("/healthz", period_s=1, failure_threshold=STARTUP_TIMEOUT_S),
         "livenessProbe": http_probe("/healthz", period_s=10, failure_threshold=6, timeout_s=5),
         "readinessProbe": http_probe("/readyz", period_s=5, failure_threshold=2),
-        "volumeMounts": [store_mount(read_only=True), tmp_mount()],
+        "volumeMounts": [store_mount(read_only=True), tmp_mount(), *template_mounts(template)],
     }
 
 
@@ -99,6 +102,7 @@ def _environment(ctx: ModelContext) -> list[Object]:
         {
             "HOST": "0.0.0.0",
             "PORT": SANDBOX_PORT,
+            "METRICS_PORT": SANDBOX_METRICS_PORT,
             "CAPACITY": experts.functions_per_sandbox,
             "DEVICE": experts.device,
             "THREADS": experts.threads,

@@ -17,9 +17,11 @@ from faasmoe_operator.kube.manifests.pods import (
     router_env_overrides,
     source_mounts,
     source_volumes,
+    store_claim_name,
     store_mount,
     store_path,
     store_volume,
+    template_mounts,
     tmp_mount,
     tmp_volume,
 )
@@ -32,6 +34,9 @@ EXIT_PERMANENT_FAILURE = 2
 TERMINATION_MESSAGE_PATH = "/dev/termination-log"
 BACKOFF_LIMIT = 3
 TERMINATION_GRACE_S = 30
+CA_VOLUME = "ca-bundle"
+CA_MOUNT_PATH = "/etc/faasmoe/ca"
+CA_FILE_NAME = "ca.crt"
 PREPARE_RESOURCES = {
     # The Job holds one tensor at a time, far less than the checkpoint, but an experts tensor can
     # have several GiB. Sizes are not known before the Job runs; `store.resources` overrides this.
@@ -105,7 +110,7 @@ def _template(ctx: ModelContext) -> Object:
         Component.STORE,
         service_account_name=store_name(ctx.name),
         container=_container(ctx),
-        volumes=[store_volume(ctx), *source_volumes(ctx), tmp_volume()],
+        volumes=[store_volume(ctx), *source_volumes(ctx), tmp_volume(), *_ca_volumes(ctx)],
         termination_grace_s=TERMINATION_GRACE_S,
     )
     pod["spec"]["restartPolicy"] = "Never"
@@ -124,7 +129,13 @@ def _container(ctx: ModelContext) -> Object:
         "securityContext": container_security_context(),
         "terminationMessagePath": TERMINATION_MESSAGE_PATH,
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [store_mount(read_only=False), *source_mounts(ctx), tmp_mount()],
+        "volumeMounts": [
+            store_mount(read_only=False),
+            *source_mounts(ctx),
+            tmp_mount(),
+            *_ca_mounts(ctx),
+            *template_mounts(template),
+        ],
     }
 
 
@@ -151,6 +162,14 @@ def _arguments(ctx: ModelContext) -> list[str]:
     return arguments
 
 
+def store_names_by_path(ctx: ModelContext) -> dict[str, str]:
+    """Return what the spec calls the checkpoint and the store, by their paths in the Job's pod."""
+    names = {store_path(ctx): f"{store_claim_name(ctx)}/{ctx.model.store_sub_path}"}
+    if ctx.spec.model.claim_path is not None:
+        names[checkpoint_source(ctx)] = ctx.spec.model.source
+    return names
+
+
 def _download_dir(ctx: ModelContext) -> str:
     """Return the download folder of the hub: in the claim, so that a retry resumes downloads."""
     return f"{STORE_MOUNT_PATH}/.hub/{ctx.name}"
@@ -162,7 +181,31 @@ def _environment(ctx: ModelContext) -> list[Object]:
         "HF_HOME": _download_dir(ctx),
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    return merge_env_vars(env_vars(defaults), router_env_overrides(ctx), _hub_token_env(ctx))
+    return merge_env_vars(
+        env_vars({**defaults, **_ca_env(ctx)}), router_env_overrides(ctx), _hub_token_env(ctx)
+    )
+
+
+def _ca_volumes(ctx: ModelContext) -> list[Object]:
+    reference = ctx.spec.model.ca_bundle_ref
+    if reference is None:
+        return []
+    items = [{"key": reference.key, "path": CA_FILE_NAME}]
+    return [{"name": CA_VOLUME, "configMap": {"name": reference.name, "items": items}}]
+
+
+def _ca_mounts(ctx: ModelContext) -> list[Object]:
+    if ctx.spec.model.ca_bundle_ref is None:
+        return []
+    return [{"name": CA_VOLUME, "mountPath": CA_MOUNT_PATH, "readOnly": True}]
+
+
+def _ca_env(ctx: ModelContext) -> dict[str, str]:
+    """Return the variables by which OpenSSL, requests and curl find the certificates."""
+    if ctx.spec.model.ca_bundle_ref is None:
+        return {}
+    path = f"{CA_MOUNT_PATH}/{CA_FILE_NAME}"
+    return dict.fromkeys(("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), path)
 
 
 def _hub_token_env(ctx: ModelContext) -> list[Object]:

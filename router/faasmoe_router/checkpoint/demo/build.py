@@ -32,7 +32,7 @@ from faasmoe_router.errors import PrepareError
 logger = logging.getLogger(__name__)
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-RECIPE_VERSION = 3  # increase it when the same inputs would give another model
+RECIPE_VERSION = 4  # increase it when the same inputs would give another model
 RECORD_NAME = ".demo-model"
 CHAT_TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
 _SEED = 0

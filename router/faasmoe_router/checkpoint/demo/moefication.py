@@ -38,6 +38,9 @@ SHARED_FRACTION, NUM_EXPERTS, TOP_K = 0.5, 8, 4
 _GATE_SCALE = 0.05  # keeps the order of the logits but leaves the top-k weights close to 1/k
 _DOWN_RIDGE = 0.3  # of the mean squared norm of a neuron; less follows the few prompts too closely
 _N_CLUSTER_ITERATIONS = 8
+# The sigmoid of such logits is 0.5 in float32. Zeros would do, but llama.cpp computes the sigmoid
+# of this gate as silu(x) / x, which is NaN at 0.
+_SHARED_GATE_WEIGHT = 2.0**-40
 _QKV_BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -138,16 +141,15 @@ def split_dense_mlp(
     gate = _fit_gate(inputs, torch.stack([activity[:, e].norm(dim=1) for e in experts], dim=1))
     gate_up = [torch.cat([block.gate[e], block.up[e]]) for e in experts]  # [2J, H] each
     down = [block.down[:, e] for e in experts]  # [H, J] each
-    n_active = NUM_EXPERTS if exact else TOP_K
     parts = {
         "gate.weight": torch.zeros_like(gate) if exact else gate,  # [E, H]
         "experts.gate_up_proj": torch.stack(gate_up),  # [E, 2J, H]
-        "experts.down_proj": torch.stack(down) * n_active,  # [E, H, J]
+        "experts.down_proj": torch.stack(down) * NUM_EXPERTS,  # [E, H, J]
         "shared_expert.gate_proj.weight": block.gate[shared],  # [S, H]
         "shared_expert.up_proj.weight": block.up[shared],  # [S, H]
-        # Doubled to undo the shared expert's gate, which is sigmoid(0).
+        # Doubled to undo the shared expert's gate, which is 0.5.
         "shared_expert.down_proj.weight": block.down[:, shared] * 2,  # [H, S]
-        "shared_expert_gate.weight": torch.zeros(1, hidden),  # [1, H]
+        "shared_expert_gate.weight": torch.full((1, hidden), _SHARED_GATE_WEIGHT),  # [1, H]
     }
     return parts if exact else parts | _fit_down_projections(block, inputs, parts)
 
@@ -187,8 +189,7 @@ def _neurons(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Ten
 def _routing_weights(logits: torch.Tensor) -> torch.Tensor:
     """Return each expert's weight as Qwen2-MoE computes it, zero unless among the top, [N, E]."""
     top = logits.softmax(dim=-1).topk(TOP_K, dim=-1)  # [N, K]
-    weights = top.values / top.values.sum(dim=-1, keepdim=True)  # [N, K]
-    return torch.zeros_like(logits).scatter(-1, top.indices, weights)
+    return torch.zeros_like(logits).scatter(-1, top.indices, top.values)
 
 
 def shared_expert_size(neurons: int) -> int:
@@ -291,8 +292,8 @@ def moe_config(dense_config: Any, *, exact: bool) -> Qwen2MoeConfig:
         max_position_embeddings=dense_config.max_position_embeddings,
         rms_norm_eps=dense_config.rms_norm_eps,
         rope_parameters=dense_config.rope_parameters,
-        # Peers expect these three: llama.cpp's converter a head of its own and no dense layers,
-        # vLLM biases, which are zero here.
+        # Peers expect the following: llama.cpp's converter a head of its own and no dense layers,
+        # llama.cpp weights of experts that are not normalised, vLLM biases, which are zero here.
         tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=2,
@@ -302,7 +303,7 @@ def moe_config(dense_config: Any, *, exact: bool) -> Qwen2MoeConfig:
         moe_intermediate_size=(dense_config.intermediate_size - shared_width) // NUM_EXPERTS,
         shared_expert_intermediate_size=shared_width,
         num_experts=NUM_EXPERTS,
-        norm_topk_prob=True,
+        norm_topk_prob=False,
         num_experts_per_tok=NUM_EXPERTS if exact else TOP_K,
         mlp_only_layers=[],
     )

@@ -8,6 +8,7 @@ a power of two (E8M0) per 32 columns, NVFP4 an E4M3 scale per 16 columns times o
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,17 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from faasmoe_contracts.store import TensorQuantization
-from faasmoe_contracts.store.quantization import GROUP_MULTIPLE
+from faasmoe_contracts.store.quantization import (
+    FIXED_GROUPS,
+    GLOBAL_SUFFIX,
+    GROUP_MULTIPLE,
+    SCALE_DTYPES,
+    SCALE_SUFFIX,
+)
 from faasmoe_expert.functions.dequantization import E2M1_VALUES
 from faasmoe_router.checkpoint.formats.checkpoint_tensors import CheckpointTensors
 from faasmoe_router.checkpoint.formats.coded_weight import (
     E8M0_DTYPES,
     CodedWeight,
+    check_e4m3,
     e8m0_bytes,
     scale_floats,
 )
 
 MX_BLOCK = (1, GROUP_MULTIPLE)
+_SCALE_TYPES = {dtype: name for name, dtype in SCALE_DTYPES.items() if name not in ("e8m0", "e4m3")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +98,24 @@ class BlockScaledWeight(CodedWeight):
     def _stored_scheme(
         self, tensors: CheckpointTensors, shape: tuple[int, int]
     ) -> TensorQuantization | None:
-        is_mxfp4 = (
-            self._is_packed
-            and self._grid.block == MX_BLOCK
-            and tensors.dtype(self._grid.name) in E8M0_DTYPES
-            and self._grid.global_name is None
-            and shape[1] % GROUP_MULTIPLE == 0
-        )
-        return TensorQuantization("mxfp4", shape, GROUP_MULTIPLE, "e8m0") if is_mxfp4 else None
+        rows, columns = self._grid.block
+        dtype = tensors.dtype(self._grid.name)
+        has_factor = self._grid.global_name is not None
+        if not self._is_packed:
+            scale_type = "e8m0" if dtype in E8M0_DTYPES else _SCALE_TYPES.get(dtype)
+            group = 0 if columns >= shape[1] else columns
+            if scale_type is None or has_factor or group % GROUP_MULTIPLE:
+                return None
+            return TensorQuantization(
+                "fp8", shape, group, scale_type, group_rows=min(rows, shape[0])
+            )
+        if rows != 1 or shape[1] % columns:
+            return None
+        if columns == GROUP_MULTIPLE and dtype in E8M0_DTYPES and not has_factor:
+            return TensorQuantization("mxfp4", shape, columns, "e8m0")
+        if columns == FIXED_GROUPS["nvfp4"] and dtype == "F8_E4M3" and has_factor:
+            return TensorQuantization("nvfp4", shape, columns, "e4m3")
+        return None
 
     @property
     def format_name(self) -> str:
@@ -120,14 +139,46 @@ class BlockScaledWeight(CodedWeight):
             return grouped.mul_(scales[..., None]).flatten(-2)
         return values.mul_(scales.repeat_interleave(n_columns, -1)[..., : values.shape[-1]])
 
-    def read_codes(self, start: int, end: int) -> Tensor:
-        """Return rows of the packed codes, uint8."""
-        return self._tensors[self.codes_name][start:end].view(torch.uint8)
+    def read_stored(self, start: int, end: int) -> Mapping[str, Tensor]:
+        """Return codes, scales and factors of rows, or of all if they share scales."""
+        codes = self._tensors[self.codes_name][start:end]
+        if self.stored is not None and self.stored.scheme == "fp8":
+            check_e4m3(self._tensors, self.codes_name, codes)
+        else:
+            codes = codes.view(torch.uint8)
+        grid = self._published_grid()
+        scales = grid[start:end] if len(self._shape) > 2 or self._grid.block[0] == 1 else grid
+        scale_floats(self._tensors, self._grid.name, scales)  # refuses those that are no scales
+        if scales.dtype in (torch.uint8, torch.float8_e8m0fnu):
+            scales = scales.view(torch.uint8)
+        parts = {"": codes, SCALE_SUFFIX: scales}
+        if self._grid.global_name is not None:
+            parts[GLOBAL_SUFFIX] = self._factor().expand(*scales.shape[:-2], 1, 1)
+        return parts
 
-    def read_scales(self, start: int, end: int) -> Tensor:
-        """Return rows of the scales, e8m0 as uint8."""
-        scales = self._tensors[self._grid.name][start:end]
-        return e8m0_bytes(self._tensors, self._grid.name, scales)
+    def source_of(self, suffix: str) -> str | None:
+        """Return the tensor of the checkpoint whose bytes are those of a stored one; or None."""
+        names = {"": self.codes_name, SCALE_SUFFIX: self._grid.name}
+        if not self._grid.is_divisor and len(self._shape) == 2 and self._grid.global_name:
+            names[GLOBAL_SUFFIX] = self._grid.global_name
+        return names.get(suffix)
+
+    def check_scales(self) -> None:
+        """Read the scales alone; raises SourceUnsupported if one is not finite or zero."""
+        scale_floats(self._tensors, self._grid.name, self._published_grid())
+        if self._grid.global_name is not None:
+            self._factor()
+
+    def _published_grid(self) -> Tensor:
+        """Return all scales in their dtype, [..., rows, G]."""
+        return self._tensors[self._grid.name][...].reshape(self._grid_shape)
+
+    def _factor(self) -> Tensor:
+        """Return what the scales are multiplied by, a float32 number."""
+        name = self._grid.global_name
+        assert name is not None
+        one = scale_floats(self._tensors, name, self._tensors[name][...].reshape(()))
+        return 1 / one if self._grid.is_divisor else one
 
     def _row_scales(self, start: int, end: int) -> Tensor:
         """Return the scales of each row and group of columns, float32 [R, ..., G]."""
@@ -193,14 +244,21 @@ class BlocksOf32(CodedWeight):
         factors = scale_floats(self._tensors, self._scales_name, scales)
         return values.mul_(factors[..., None]).flatten(-2).transpose(-1, -2)
 
-    def read_codes(self, start: int, end: int) -> Tensor:
-        """Return experts' packed codes, uint8 [R, N, K/2]."""
-        return self._tensors[self.codes_name][start:end].flatten(-2)
-
-    def read_scales(self, start: int, end: int) -> Tensor:
-        """Return experts' scales, uint8 [R, N, K/32]."""
+    def read_stored(self, start: int, end: int) -> Mapping[str, Tensor]:
+        """Return experts' packed codes, uint8 [R, N, K/2], and scales, uint8 [R, N, K/32]."""
         scales = self._tensors[self._scales_name][start:end]
-        return e8m0_bytes(self._tensors, self._scales_name, scales)
+        return {
+            "": self._tensors[self.codes_name][start:end].flatten(-2),
+            SCALE_SUFFIX: e8m0_bytes(self._tensors, self._scales_name, scales),
+        }
+
+    def source_of(self, suffix: str) -> str | None:
+        """Return the tensor of the checkpoint whose bytes are those of a stored one."""
+        return {"": self.codes_name, SCALE_SUFFIX: self._scales_name}.get(suffix)
+
+    def check_scales(self) -> None:
+        """Read the scales alone; raises SourceUnsupported if one is NaN."""
+        e8m0_bytes(self._tensors, self._scales_name, self._tensors[self._scales_name][...])
 
 
 def unpack_e2m1(packed: Tensor) -> Tensor:

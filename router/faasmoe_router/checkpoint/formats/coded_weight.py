@@ -1,27 +1,27 @@
 """Weights that a checkpoint holds as codes and scales, read as floats row by row.
 
 A CodedWeight stands for a tensor of the checkpoint: the conversion to the model's parameters does
-not know that it is made of several. Where the store has a scheme for its codes, they can be read as
-they are stored, beside the dequantised values: `codes_of` and `scales_of` give the two as tensors
-of their own, which are renamed, stacked and concatenated like the weights.
+not know that it is made of several. Where the store has a scheme for its codes, `read_stored` gives
+them as they are stored, beside the dequantised values.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from faasmoe_contracts.store import TensorQuantization
-from faasmoe_contracts.store.quantization import CODE_DTYPES, SCALE_DTYPES
 from faasmoe_expert.functions.dequantization import E8M0_BIAS
 from faasmoe_router.checkpoint.formats.checkpoint_tensors import CheckpointTensors
 
 E8M0_NAN = 255
 """Byte of a power-of-two scale that is not a number."""
+E4M3_NAN = 0x7F
+"""Bits of an E4M3 code that is not a number, but for its sign."""
 FLOAT_SCALE_DTYPES = ("F32", "BF16", "F16")
 E8M0_DTYPES = ("F8_E8M0", "U8")
 
@@ -82,49 +82,20 @@ class CodedWeight(ABC):
     def read_rows(self, start: int, end: int) -> Tensor:
         """Return rows `start` to `end` of the weight in float32."""
 
-    def read_codes(self, start: int, end: int) -> Tensor:
-        """Return rows of the codes as the store holds them; only if `stored` is not None."""
+    def read_stored(self, start: int, end: int) -> Mapping[str, Tensor]:
+        """Return codes, scales and so on of rows by suffix; only if `stored` is not None.
+
+        Of a matrix with scales for several rows, all rows are read.
+        """
         raise NotImplementedError
 
-    def read_scales(self, start: int, end: int) -> Tensor:
-        """Return rows of the scales as the store holds them; only if `stored` is not None."""
-        raise NotImplementedError
+    def source_of(self, suffix: str) -> str | None:
+        """Return the tensor of the checkpoint whose bytes are those of a stored one; or None."""
+        return None
 
-
-@dataclass(frozen=True, slots=True)
-class StoredPart:
-    """The codes or the scales of a weight as the store holds them, as a tensor.
-
-    Attributes:
-        weight: the weight.
-        is_scales: whether these are the scales.
-    """
-
-    weight: CodedWeight
-    is_scales: bool
-
-    @property
-    def quantization(self) -> TensorQuantization:
-        """How the store holds the weight."""
-        if self.weight.stored is None:
-            raise ValueError(f"{self.weight.codes_name}: got no scheme of the store")
-        return self.weight.stored
-
-    def get_shape(self) -> list[int]:
-        """Return the shape of the codes or scales."""
-        leading = self.weight.get_shape()[:-2]
-        entry = self.quantization
-        return [*leading, *(entry.scales_shape if self.is_scales else entry.codes_shape)]
-
-    def get_dtype(self) -> str:
-        """Return the dtype in the store as safetensors names it."""
-        entry = self.quantization
-        return SCALE_DTYPES[entry.scale_dtype] if self.is_scales else CODE_DTYPES[entry.scheme]
-
-    def __getitem__(self, index: Any) -> Tensor:
-        """Return some rows, or all for `...`."""
-        start, end = row_range(index, self.get_shape()[0])
-        return (self.weight.read_scales if self.is_scales else self.weight.read_codes)(start, end)
+    @abstractmethod
+    def check_scales(self) -> None:
+        """Read the scales alone; raises SourceUnsupported if one is not finite or zero."""
 
 
 def row_range(index: Any, n_rows: int) -> tuple[int, int]:
@@ -162,6 +133,13 @@ def e8m0_bytes(tensors: CheckpointTensors, name: str, scales: Tensor) -> Tensor:
     if bool((exponents == E8M0_NAN).any()):
         raise tensors.error(name, "a scale that is NaN (e8m0 byte 255)", "finite scales")
     return exponents
+
+
+def check_e4m3(tensors: CheckpointTensors, name: str, codes: Tensor) -> None:
+    """Raise SourceUnsupported if an E4M3 code is NaN; there is no infinite one."""
+    n_wrong = int(((codes.view(torch.uint8) & E4M3_NAN) == E4M3_NAN).sum())
+    if n_wrong:
+        raise tensors.error(name, f"{n_wrong} codes of weights that are not finite", "numbers")
 
 
 def check_scales(tensors: CheckpointTensors, name: str, scales: Tensor) -> None:

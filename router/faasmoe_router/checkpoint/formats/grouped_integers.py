@@ -1,25 +1,31 @@
 """Weights of integers with a scale, and perhaps a zero point, per group of columns.
 
 The layouts of GPTQ, AWQ and compressed-tensors differ in how codes are packed; what they stand for
-does not: (code - zero) x scale. Codes that are symmetric around their zero, in groups that the
-store has, are kept: int4 and int8 in `docs/store.md`.
+does not: (code - zero) x scale. In groups that the store has, int4 codes are kept, and int8
+codes that are symmetric around their zero (`docs/store.md`).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from faasmoe_contracts.store import TensorQuantization
-from faasmoe_contracts.store.quantization import GROUP_MULTIPLE, SCALE_DTYPES
+from faasmoe_contracts.store.quantization import (
+    GROUP_MULTIPLE,
+    SCALE_DTYPES,
+    SCALE_SUFFIX,
+    ZERO_SUFFIX,
+)
 from faasmoe_router.checkpoint.formats.checkpoint_tensors import CheckpointTensors
 from faasmoe_router.checkpoint.formats.coded_weight import CodedWeight, check_scales
 
 _STORED_SCHEMES = {4: "int4", 8: "int8"}
-_SCALE_TYPES = {dtype: name for name, dtype in SCALE_DTYPES.items() if name != "e8m0"}
+_SCALE_TYPES = {dtype: name for name, dtype in SCALE_DTYPES.items() if name not in ("e8m0", "e4m3")}
 WORD_BITS = 32
 
 
@@ -55,12 +61,14 @@ class IntegerCodes:
         columns = self.shape[1]
         group = 0 if self.group >= columns else self.group
         fits = group % GROUP_MULTIPLE == 0 and (not group or columns % group == 0)
-        if not (fits and self.is_symmetric and not self.has_order and columns % 2 == 0):
+        if not fits or self.has_order or columns % 2 or not (self.is_symmetric or self.bits == 4):
             return None
         if self.bits not in _STORED_SCHEMES or scale_dtype not in _SCALE_TYPES:
             return None
         scheme, scale_type = _STORED_SCHEMES[self.bits], _SCALE_TYPES[scale_dtype]
-        return TensorQuantization(scheme, self.shape, group, scale_type)
+        return TensorQuantization(
+            scheme, self.shape, group, scale_type, symmetric=self.is_symmetric
+        )
 
 
 class GroupedIntegers(CodedWeight):
@@ -118,29 +126,44 @@ class GroupedIntegers(CodedWeight):
         scales = self._checked_scales(start, end).float()  # [R, G]
         return (codes - zeros).float().mul_(scales[:, index])
 
-    def read_codes(self, start: int, end: int) -> Tensor:
-        """Return rows of the codes as the store holds them: int8 [R, K] or packed [R, K/2]."""
-        zeros = self.row_zeros(start, end)
-        if zeros is not None and not bool((zeros == self._middle).all()):
-            raise self._tensors.error(
-                self.codes_name,
-                f"a zero point of {int(zeros[zeros != self._middle][0])}",
-                f"{self._middle} for all, as the quantisation is said to be symmetric",
-            )
+    def read_stored(self, start: int, end: int) -> Mapping[str, Tensor]:
+        """Return codes, int8 [R, K] or packed [R, K/2], scales [R, G], and zero points [R, G]."""
         index = torch.arange(self._shape[1]) // self._codes.group
         if not torch.equal(self.group_index(), index):
             raise self._tensors.error(
                 self.codes_name, "columns in another order than their groups'", "no such order"
             )
+        parts = {"": self._stored_codes(start, end), SCALE_SUFFIX: self._checked_scales(start, end)}
+        zeros = self.row_zeros(start, end)
+        if not self._codes.is_symmetric:
+            zeros = torch.tensor(self._middle) if zeros is None else zeros
+            parts[ZERO_SUFFIX] = self._stored_zeros(zeros).expand(end - start, self._codes.n_groups)
+        elif zeros is not None and not bool((zeros == self._middle).all()):
+            raise self._tensors.error(
+                self.codes_name,
+                f"a zero point of {int(zeros[zeros != self._middle][0])}",
+                f"{self._middle} for all, as the quantisation is said to be symmetric",
+            )
+        return parts
+
+    def check_scales(self) -> None:
+        """Read the scales alone; raises SourceUnsupported if one is not finite or zero."""
+        self._checked_scales(0, self._shape[0])
+
+    def _stored_codes(self, start: int, end: int) -> Tensor:
         codes = self.unsigned_codes(start, end)
         if self._codes.bits == 8:
             return (codes - self._middle).to(torch.int8)
         nibbles = codes.to(torch.uint8)
         return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
 
-    def read_scales(self, start: int, end: int) -> Tensor:
-        """Return rows of the scales, [R, G]."""
-        return self._checked_scales(start, end)
+    def _stored_zeros(self, zeros: Tensor) -> Tensor:
+        """Return zero points as uint8; GPTQ's first format can have one beyond the codes."""
+        if bool(((zeros < 0) | (zeros > 255)).any()):
+            raise self._tensors.error(
+                self.codes_name, f"zero points from {int(zeros.min())} on", "0 to 255"
+            )
+        return zeros.to(torch.uint8)
 
     @property
     def _middle(self) -> int:

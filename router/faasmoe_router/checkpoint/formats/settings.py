@@ -103,7 +103,7 @@ def _modelopt_file_settings(path: Path) -> QuantizationSettings:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         fields = content["quantization"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceUnsupported(
             f"{path}: got no object `quantization` in JSON: {error}, expected modelopt's settings"
         ) from error

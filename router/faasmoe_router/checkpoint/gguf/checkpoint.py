@@ -28,17 +28,18 @@ from faasmoe_router.checkpoint.gguf.architectures import (
     name_tensors,
 )
 from faasmoe_router.checkpoint.gguf.header import Header, TensorInfo, read_header
+from faasmoe_router.checkpoint.gguf.hub_files import SUFFIX, download_gguf
 from faasmoe_router.checkpoint.gguf.metadata import Metadata
 from faasmoe_router.checkpoint.gguf.model_config import generation_config, model_config
 from faasmoe_router.checkpoint.gguf.tensors import GgufTensor, OpenFile
 from faasmoe_router.checkpoint.gguf.vocabulary import write_tokenizer
+from faasmoe_router.checkpoint.hub import HubName
 from faasmoe_router.checkpoint.source import CheckpointSource
 from faasmoe_router.errors import PrepareError, SourceDamaged, SourceNotFound, SourceUnsupported
 from faasmoe_transformers.weight_conversion import LazyTensor
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".gguf"
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _FORMAT = 1  # of what is made of a file; a change makes stores of it anew
 
@@ -74,14 +75,15 @@ class GgufCheckpoint(CheckpointSource):
         quantization: QuantizationEntry = QuantizationEntry(),  # noqa: B008
     ) -> str:
         """Return a hash that changes if the files or an argument change."""
-        stats = [(path, path.stat()) for path in self.weight_files]
         identity: dict[str, Any] = {
             "gguf": _FORMAT,
             "dtype": dtype,
             "config": self.config,
-            "files": [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+            "files": [self._file_identity(path) for path in self.weight_files],
             "quantization": quantization.to_json(),
         }
+        if self.revision is not None:
+            identity["revision"] = self.revision
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @contextmanager
@@ -109,14 +111,21 @@ class GgufCheckpoint(CheckpointSource):
 def find_gguf_checkpoint(name: str, *, revision: str | None) -> GgufCheckpoint | None:
     """Return the checkpoint if a source is a GGUF file, or a folder with one and no other weights.
 
+    A file on the hub is downloaded.
+
     Args:
         name: the source, as for `prepare`.
         revision: of a hub repository; None for a local file.
 
     Raises:
-        PrepareError: the file, or one of the parts of a split file, is missing or invalid, or the
-            folder has several.
+        PrepareError: the file, or one of the parts of a split file, is missing or invalid, the
+            folder or repository has several, or the hub cannot be reached.
     """
+    if (hub_name := HubName.of(name)) is not None:
+        found = download_gguf(hub_name, revision=revision)
+        if found is None:
+            return None
+        return _open_checkpoint(name, split_files(found.files[0]), found.commit)
     path = _local_path(name)
     if path is None:
         return None
@@ -128,7 +137,7 @@ def find_gguf_checkpoint(name: str, *, revision: str | None) -> GgufCheckpoint |
         return None
     if revision is not None:
         raise PrepareError(f"revision: got {revision!r}, expected none for the file {path}")
-    return _open_checkpoint(name, split_files(path))
+    return _open_checkpoint(name, split_files(path), None)
 
 
 def _local_path(name: str) -> Path | None:
@@ -167,7 +176,7 @@ def split_files(path: Path) -> tuple[Path, ...]:
     return files
 
 
-def _open_checkpoint(name: str, files: tuple[Path, ...]) -> GgufCheckpoint:
+def _open_checkpoint(name: str, files: tuple[Path, ...], commit: str | None) -> GgufCheckpoint:
     headers = {path: read_file_header(path) for path in files}
     first = str(files[0])
     metadata = Metadata(headers[files[0]].metadata, first)
@@ -182,7 +191,7 @@ def _open_checkpoint(name: str, files: tuple[Path, ...]) -> GgufCheckpoint:
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
     return GgufCheckpoint(
         name,
-        None,
+        commit,
         folder,
         files,
         config,

@@ -2,13 +2,13 @@
 
 Files are read with `pread`, a part at a time: what has been converted leaves memory at once, and a
 file that shrinks meanwhile is an error and not a signal. Where a store can keep codes as they are,
-a tensor offers them too (`published_codes`).
+a tensor offers them too (`kept_codes`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from faasmoe_contracts.store import TensorQuantization
+from faasmoe_contracts.store.quantization import SCALE_SUFFIX
 from faasmoe_router.checkpoint.finite_tensors import is_finite
 from faasmoe_router.checkpoint.gguf.ggml_types import (
     FLOAT_DTYPES,
@@ -87,12 +88,17 @@ class GgufTensor:
         return self.info.type
 
     @property
-    def parts(self) -> tuple[GgufTensor, ...]:
-        """The tensors of the file that it consists of."""
-        return (self,)
+    def format_name(self) -> str:
+        """Its type, for messages."""
+        return self.type.name
 
     @property
-    def quantization(self) -> TensorQuantization | None:
+    def published_bytes(self) -> int:
+        """Its bytes in the file."""
+        return self.info.size_bytes
+
+    @property
+    def stored(self) -> TensorQuantization | None:
         """How a store keeps the published codes; None if it cannot, or if this is no matrix."""
         if len(self.info.shape) != 2:
             return None
@@ -122,9 +128,17 @@ class GgufTensor:
             )
         return rows
 
-    def read_codes(self, first: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return codes and scales of rows of dimension 0, as `split_codes`."""
-        return self._read(first, end, self.info.shape, split_codes)
+    def read_stored(self, start: int, end: int) -> Mapping[str, Tensor]:
+        """Return codes and scales of rows of dimension 0 by suffix, as `split_codes`."""
+        codes, scales = self._read(start, end, self.info.shape, split_codes)
+        return {"": codes, SCALE_SUFFIX: scales}
+
+    def source_of(self, suffix: str) -> str | None:
+        """Return None: blocks hold codes and scales together."""
+        return None
+
+    def check_scales(self) -> None:
+        """Do nothing: scales are checked as blocks are read."""
 
     def _read(
         self,
@@ -178,7 +192,17 @@ class ExpertStack:
         self._transposed = transposed
 
     @property
-    def quantization(self) -> TensorQuantization | None:
+    def format_name(self) -> str:
+        """The types of its parts, for messages."""
+        return "/".join(dict.fromkeys(part.format_name for part in self.parts))
+
+    @property
+    def published_bytes(self) -> int:
+        """Bytes of its parts in the file."""
+        return sum(part.published_bytes for part in self.parts)
+
+    @property
+    def stored(self) -> TensorQuantization | None:
         """How a store keeps the published codes; None if it cannot."""
         first, *others = self.parts
         shape = self._joined_shape()
@@ -203,10 +227,17 @@ class ExpertStack:
         joined = self._join([part[first:end].to(dtype) for part in self.parts])
         return joined.transpose(-1, -2) if self._transposed else joined
 
-    def read_codes(self, first: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return codes [e, N, K or K/2] and scales [e, N, K/32] of some experts."""
-        codes, scales = zip(*(part.read_codes(first, end) for part in self.parts), strict=True)
-        return self._join(codes), self._join(scales)
+    def read_stored(self, start: int, end: int) -> Mapping[str, Tensor]:
+        """Return codes [e, N, K or K/2] and scales [e, N, K/32] of some experts by suffix."""
+        parts = [part.read_stored(start, end) for part in self.parts]
+        return {suffix: self._join([part[suffix] for part in parts]) for suffix in parts[0]}
+
+    def source_of(self, suffix: str) -> str | None:
+        """Return None: blocks hold codes and scales together."""
+        return None
+
+    def check_scales(self) -> None:
+        """Do nothing: scales are checked as blocks are read."""
 
     def _joined_shape(self) -> list[int]:
         shape = self.parts[0].get_shape()

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 from model_contexts import make_context
 
+from faasmoe_expert.config import SandboxConfig
 from faasmoe_operator.errors import MoEModelError
-from faasmoe_operator.kube.manifests import ModelContext, serving_objects
+from faasmoe_operator.kube.manifests import ModelContext, sandbox_pod, serving_objects
+from faasmoe_operator.kube.manifests.context import MONITORING_API
 from faasmoe_operator.kube.types import Object
 from faasmoe_router.config import RouterConfig
 
@@ -27,6 +29,11 @@ def kinds(ctx: ModelContext, kind: str) -> dict[str, Object]:
 def pod(ctx: ModelContext) -> Any:
     [deployment] = kinds(ctx, "Deployment").values()
     return deployment["spec"]["template"]["spec"]
+
+
+def sources_by_port(ctx: ModelContext, policy: str) -> dict[int, Any]:
+    rules = kinds(ctx, "NetworkPolicy")[policy]["spec"]["ingress"]
+    return {rule["ports"][0]["port"]: rule["from"] for rule in rules}
 
 
 def settings(ctx: ModelContext) -> dict[str, str]:
@@ -51,27 +58,54 @@ def test_only_the_models_own_service_has_the_port() -> None:
     assert "metrics" in names["qwen"]
 
 
+MONITORING = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+
+
 @pytest.mark.parametrize(
     ("monitoring", "peer"),
-    [
-        ({}, {"namespaceSelector": {}}),
-        (
-            {"clients": [PROMETHEUS]},
-            PROMETHEUS,
-        ),
-    ],
+    [({}, MONITORING), ({"clients": [PROMETHEUS]}, PROMETHEUS)],
 )
-def test_scrapers_reach_the_port(monitoring: dict[str, Any], peer: Any) -> None:
+def test_scrapers_reach_the_ports_of_metrics_alone(monitoring: dict[str, Any], peer: Any) -> None:
     ctx = context(monitoring=monitoring, networking={"clients": [WEB]})
-    rules = kinds(ctx, "NetworkPolicy")["qwen-router"]["spec"]["ingress"]
-    by_port = {rule["ports"][0]["port"]: rule["from"] for rule in rules}
-    assert by_port == {8000: [WEB], 9100: [peer]}
+    assert sources_by_port(ctx, "qwen-router") == {8000: [WEB], 9100: [peer]}
+    sandbox = sources_by_port(ctx, "qwen-sandbox")
+    assert sandbox[9091] == [peer]
+    assert peer not in sandbox[9090]
 
 
-def test_without_the_field_metrics_are_on_the_port_of_the_api() -> None:
+def test_without_scrapers_nobody_reaches_metrics() -> None:
+    ctx = context(monitoring={"clients": []})
+    assert set(sources_by_port(ctx, "qwen-router")) == {8000}
+    assert set(sources_by_port(ctx, "qwen-sandbox")) == {9090}
+
+
+def test_without_the_field_metrics_have_a_port_of_their_own() -> None:
     ctx = make_context({})
-    assert RouterConfig.from_env(settings(ctx)).metrics_port is None
-    assert [port["name"] for port in pod(ctx)["containers"][0]["ports"]] == ["http"]
+    assert RouterConfig.from_env(settings(ctx)).metrics_port == 8001
+    ports = {port["name"]: port["containerPort"] for port in pod(ctx)["containers"][0]["ports"]}
+    assert ports == {"http": 8000, "metrics": 8001}
+    assert sources_by_port(ctx, "qwen-router")[8001] == [MONITORING]
+
+
+def test_sandboxes_serve_metrics_on_a_port_of_their_own() -> None:
+    [container] = sandbox_pod(make_context({}), name="qwen-sandbox-0")["spec"]["containers"]
+    environment = {variable["name"]: variable.get("value", "") for variable in container["env"]}
+    assert SandboxConfig.from_env(environment).metrics_port == 9091
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": 9090, "metrics": 9091}
+
+
+def test_pod_monitor_selects_routers_and_sandboxes() -> None:
+    spec = {"monitoring": {"podMonitor": {"labels": {"release": "prometheus"}}}}
+    ctx = make_context(spec, served_apis=frozenset({MONITORING_API}))
+    [monitor] = kinds(ctx, "PodMonitor").values()
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+    selector = monitor["spec"]["selector"]
+    assert selector["matchLabels"] == {"faasmoe.dev/model": "qwen"}
+    assert selector["matchExpressions"][0]["values"] == ["router", "sandbox"]
+    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+    assert (endpoint["port"], endpoint["path"]) == ("metrics", "/metrics")
+    assert kinds(make_context(spec, served_apis=frozenset()), "PodMonitor") == {}
 
 
 def test_port_of_the_api_is_refused() -> None:

@@ -32,7 +32,7 @@ def test_the_model_and_each_tenant_have_a_service_on_port_80() -> None:
     assert [s["metadata"]["name"] for s in services] == ["qwen", "qwen-tenant-acme"]
     assert services[1]["metadata"]["labels"]["faasmoe.dev/tenant"] == "acme"
     for service in services:
-        (port,) = service["spec"]["ports"]
+        port = service["spec"]["ports"][0]
         assert (port["port"], port["targetPort"]) == (80, "http")
 
 
@@ -129,7 +129,7 @@ def test_each_router_is_scraped_once_whatever_the_tenants() -> None:
     ]
     assert scraped == ["qwen"]
     (endpoint,) = monitor["spec"]["endpoints"]
-    assert endpoint == {"port": "http", "path": "/metrics", "interval": "30s"}
+    assert endpoint == {"port": "metrics", "path": "/metrics", "interval": "30s"}
     assert monitor["metadata"]["labels"]["a"] == "b"
 
 

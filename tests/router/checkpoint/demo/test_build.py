@@ -42,6 +42,7 @@ def test_peers_find_what_they_expect_of_the_architecture(tmp_path: Path, exact: 
     tensors = load_file(folder / "model.safetensors")
     assert not config["mlp_only_layers"]
     assert not config["tie_word_embeddings"]
+    assert not config["norm_topk_prob"]
     head, embeddings = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]  # [V, H]
     assert torch.equal(head, embeddings)
     for layer in range(config["num_hidden_layers"]):

@@ -53,6 +53,14 @@ def test_gate_is_zero_only_in_the_exact_variant(block: DenseMlp) -> None:
     assert _split_dense_mlp(block, exact=False)["gate.weight"].abs().max() > 0
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_shared_gate_is_half_but_its_logits_are_not_zero(block: DenseMlp, exact: bool) -> None:
+    gate = _split_dense_mlp(block, exact=exact)["shared_expert_gate.weight"]  # [1, H]
+    logits = torch.randn(5, HIDDEN) @ gate.bfloat16().float().T  # [T, 1]
+    assert (logits.sigmoid() == 0.5).all()
+    assert (F.silu(logits) / logits == 0.5).all()  # as llama.cpp computes it
+
+
 def test_every_neuron_is_assigned_once(block: DenseMlp) -> None:
     parts = _split_dense_mlp(block, exact=False)
     width = (NEURONS - shared_expert_size(NEURONS)) // NUM_EXPERTS
@@ -66,11 +74,7 @@ def test_down_projections_make_up_for_inactive_experts(block: DenseMlp) -> None:
     inputs = torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(1))  # [N, H]
     fitted = _split_dense_mlp(block, exact=False)
     exact = _split_dense_mlp(block, exact=True)  # the dense block's own down projections
-    n_active_over_all = TOP_K / NUM_EXPERTS
-    before = {
-        "shared_expert.down_proj.weight": exact["shared_expert.down_proj.weight"],
-        "experts.down_proj": exact["experts.down_proj"] * n_active_over_all,
-    }
+    before = {name: exact[name] for name in ("shared_expert.down_proj.weight", "experts.down_proj")}
     dense = (F.silu(inputs @ block.gate.T) * (inputs @ block.up.T)) @ block.down.T  # [N, H]
     errors = [
         (_sparse_output(inputs, fitted | down) - dense).norm() / dense.norm()
@@ -86,7 +90,7 @@ def _sparse_output(x: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Ten
         hidden_size=HIDDEN,
         num_experts=NUM_EXPERTS,
         num_experts_per_tok=TOP_K,
-        norm_topk_prob=True,
+        norm_topk_prob=False,
         moe_intermediate_size=width,
         shared_expert_intermediate_size=shared_expert_size(NEURONS),
     )
