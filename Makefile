@@ -17,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-elastic bench-fairness bench-paper bench-peers bench-prepare bench-reconcile bench-start attack chaos soak trace-chat clean bench-simulate
+.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-elastic bench-fairness bench-gateway bench-growth bench-paper bench-peers bench-prepare bench-reconcile bench-simulate bench-start bench-zero attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -134,6 +134,12 @@ bench-call: $(STAMP) ## Measure the CPU time of a call beyond its products; writ
 bench-fairness: $(STAMP) ## Measure five quiet tenants under a flooding one; writes benchmarks/out/fairness.json
 	$(BIN)/python -m benchmarks.fairness
 
+bench-growth: $(STAMP) ## Measure how control and queueing grow with functions, routers, tenants; writes benchmarks/out/growth.json
+	$(BIN)/python -m benchmarks.growth
+
+bench-gateway: $(STAMP) ## Measure the gateway's latency, CPU time, memory and limits; writes benchmarks/out/gateway.json
+	$(BIN)/python -m benchmarks.gateway $(ARGS)
+
 bench-paper: $(STAMP) ## Run the paper's comparison on the demo model; writes benchmarks/out/paper.*
 	$(BIN)/faasmoe bench paper --output-fraction 0.5 --repeats 2 --time-limit 300
 
@@ -154,6 +160,10 @@ bench-reconcile: $(STAMP) ## Measure the operator with 200 MoEModels on the API 
 
 bench-peers: $(STAMP) ## Compare with llama.cpp's server (QUICK=1, ARGS=); writes benchmarks/out/peers.json
 	$(BIN)/python -m benchmarks.peers $(if $(QUICK),--quick) $(ARGS)
+
+bench-zero: $(STAMP) ## Measure memory at whole zero and the first token from there (ARGS=); writes benchmarks/out/zero.json
+	$(BIN)/faasmoe demo-model $(DEMO)-model
+	$(BIN)/python -m benchmarks.zero $(ARGS)
 
 bench-elastic: $(STAMP) ## Measure activation, time to first token and memory; writes benchmarks/out/elastic.json
 	$(BIN)/python -m benchmarks.elastic

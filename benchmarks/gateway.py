@@ -1,7 +1,8 @@
 """`python -m benchmarks.gateway`: what the gateway of `faasmoe up` costs, on a tiny model.
 
 Compares the same requests with and without it: the latency of a short completion, and the time and
-CPU time of streams. Writes benchmarks/out/gateway.json.
+CPU time of streams. Then a tenant's limit over four routers (`gateway_limits.py`). Writes
+benchmarks/out/gateway.json.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import httpx
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "integration"))
 
+from benchmarks.gateway_limits import measure_limits  # noqa: E402
 from faasmoe_up import FaasmoeUp, running_up  # noqa: E402
 from tests.attack.run import write_moemodel  # noqa: E402
 
@@ -46,8 +48,10 @@ def main() -> int:
             with running_up(file, folder / "up.log", option) as up:
                 figures[option.removeprefix("--")] = asyncio.run(measure(up))
     without, with_it = figures["no-gateway"], figures["gateway"]
-    figures["added_ms_p50"] = round(with_it["short_ms_p50"] - without["short_ms_p50"], 3)
+    figures["added_p50_ms"] = round(with_it["short_ms_p50"] - without["short_ms_p50"], 3)
+    figures["chunk_cpu_us"] = with_it["gateway_us_per_chunk"]
     figures["stream_time_ratio"] = round(with_it["stream_s"] / without["stream_s"], 3)
+    figures |= asyncio.run(measure_limits())
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))

@@ -110,7 +110,8 @@ def make_sandboxes(
 def measure_tick(count: int) -> float:
     """Return the CPU seconds of one tick under load: observe and decide."""
     functions = make_functions(count)
-    loads, ready = (dict.fromkeys((f.id for f in functions), value) for value in (0.5, 1))
+    loads = {function.id: 0.5 for function in functions}
+    ready = {function.id: 1 for function in functions}
     autoscalers = FunctionAutoscalers(functions, observed=None, now=0.0)
     for second in range(70):
         autoscalers.observe(loads, now=second + 0.5)

@@ -233,7 +233,8 @@ class ReplicaPool:
 
     def _on_finished(self, served: ServedRequest) -> None:
         self._on_ended(served)
-        for replica in [r for r in self._replicas if r.is_draining and not r.engine.n_held]:
+        ended = [r for r in self._replicas if r.is_draining and not r.is_lost]
+        for replica in [r for r in ended if not r.engine.n_held]:
             self._stop(replica)
 
     def _scale(self, desired: int) -> None:

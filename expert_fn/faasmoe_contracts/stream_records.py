@@ -5,7 +5,10 @@ router then answers streams with records instead of plain events and marks them 
 `RECORDS_HEADER`. A record has a frame for the client, and a piece of journal, which the front keeps
 without reading it:
 
-    kind u8 | journal bytes u32 | frame bytes u32 | journal | frame        (big-endian)
+    kind u8 | tokens u32 | journal bytes u32 | frame bytes u32 | journal | frame     (big-endian)
+
+The tokens are those generated since the record before. Of a whole response, and of a stream's
+prompts, headers tell the front how many there are, so that it can count what a tenant uses.
 
 If the router dies, the front sends the same request to the next one, with the journal in front of
 the body and `JOURNAL_HEADER: BYTES FRAMES`: how many bytes of the body are journal, and how many
@@ -22,10 +25,14 @@ from typing import NamedTuple
 FRONT_HEADER = "x-faasmoe-front"
 JOURNAL_HEADER = "x-faasmoe-journal"
 RECORDS_HEADER = "x-faasmoe-records"
+TENANT_HEADER = "x-faasmoe-tenant"  # of a request: whose it is, which the front has verified
+INPUT_TOKENS_HEADER = "x-faasmoe-input-tokens"  # of a response: tokens of its prompts
+DRAINING_HEADER = "x-faasmoe-draining"  # of a refusal: the server is ending, another one may not
+OUTPUT_TOKENS_HEADER = "x-faasmoe-output-tokens"  # of a whole response: generated tokens
 EVENT = 1  # frames that a resumed stream counts
 COMMENT = 2  # frames that keep a connection, at any time
 
-_HEAD = struct.Struct(">BII")
+_HEAD = struct.Struct(">BIII")
 MAX_RECORD_BYTES = 64 << 20
 
 
@@ -36,20 +43,22 @@ class Record(NamedTuple):
         kind: EVENT or COMMENT.
         journal: what the front keeps for the next router.
         frame: what the client gets.
+        n_tokens: tokens generated since the record before.
     """
 
     kind: int
     journal: bytes
     frame: bytes
+    n_tokens: int = 0
 
 
 class StreamRecordError(Exception):
     """Bytes that are not records, or a header that is not one of this protocol."""
 
 
-def pack_record(kind: int, journal: bytes, frame: bytes) -> bytes:
+def pack_record(kind: int, journal: bytes, frame: bytes, n_tokens: int = 0) -> bytes:
     """Return the bytes of a record."""
-    return _HEAD.pack(kind, len(journal), len(frame)) + journal + frame
+    return _HEAD.pack(kind, n_tokens, len(journal), len(frame)) + journal + frame
 
 
 class RecordReader:
@@ -72,7 +81,7 @@ class RecordReader:
         data = self._rest + data if self._rest else data
         start = 0
         while len(data) - start >= _HEAD.size:
-            kind, n_journal, n_frame = _HEAD.unpack_from(data, start)
+            kind, n_tokens, n_journal, n_frame = _HEAD.unpack_from(data, start)
             if kind not in (EVENT, COMMENT) or n_journal + n_frame > MAX_RECORD_BYTES:
                 raise StreamRecordError(f"got a record of kind {kind}, {n_frame} bytes")
             frame_at = start + _HEAD.size + n_journal
@@ -81,7 +90,7 @@ class RecordReader:
             journal = data[start + _HEAD.size : frame_at]
             start = frame_at + n_frame
             self._rest = b""
-            yield Record(kind, journal, data[frame_at:start])
+            yield Record(kind, journal, data[frame_at:start], n_tokens)
         self._rest = data[start:]
 
 

@@ -1,17 +1,32 @@
-"""`python -m faasmoe_gateway`: the front of one router, configured by FAASMOE_* variables."""
+"""`python -m faasmoe_gateway`: the public front, configured by FAASMOE_* variables.
+
+It is of one router, which has the tenants (FAASMOE_ROUTER_SOCKET), or of several models and their
+tenants (FAASMOE_GATEWAY_FILE).
+"""
 
 from __future__ import annotations
 
 import gc
 import logging
 import sys
+import time
 
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+from faasmoe_contracts.gateway_file import GatewayFile
+from faasmoe_contracts.json_reader import ContractError
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
+from faasmoe_contracts.tenant_usage import USAGE_FILE_NAME
+from faasmoe_gateway.accounts import Accounts
 from faasmoe_gateway.app import GatewayApp
 from faasmoe_gateway.config import GatewayConfig, GatewayConfigError
 from faasmoe_gateway.connections import ConnectionLimits, descriptor_limited
+from faasmoe_gateway.demand_reporter import DemandReporter
+from faasmoe_gateway.front import Front
 from faasmoe_gateway.relay import PROBE_HOLD_S, RouterAddress
 from faasmoe_gateway.server import Server, inherited_listeners
+from faasmoe_gateway.tenant_directory import TenantDirectory
 
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 2
@@ -28,14 +43,14 @@ def main() -> int:
     except (GatewayConfigError, ParentDeathError, ValueError) as error:
         print(f"faasmoe_gateway: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
-    page = None
-    if config.page_socket is not None:
-        page = RouterAddress(config.page_socket, "", PROBE_HOLD_S)
-    router = RouterAddress(config.router_socket, config.front_token, config.hold_timeout_s)
-    app = GatewayApp(router, page=page)
+    try:
+        app = _make_app(config)
+    except (ContractError, OSError) as error:
+        print(f"faasmoe_gateway: FAASMOE_GATEWAY_FILE: {error}", file=sys.stderr)
+        return EXIT_BAD_CONFIG
     descriptors = descriptor_limited(CONNECTIONS_PER_CLIENT * config.max_connections)
     server = Server(
-        app,
+        _with_cors(app, config),
         host=config.host,
         port=config.port,
         on_drain_timeout=app.abort_running,
@@ -49,6 +64,38 @@ def main() -> int:
     gc.freeze()
     server.run(sockets=listeners)
     return 0 if server.started else EXIT_FAILED
+
+
+def _make_app(config: GatewayConfig) -> GatewayApp | Front:
+    """Return the app of one router or of several models; raises ContractError or OSError."""
+    if config.gateway_file is None:
+        assert config.router_socket is not None
+        router = RouterAddress(config.router_socket, config.front_token, config.hold_timeout_s)
+        page = None
+        if config.page_socket is not None:
+            page = RouterAddress(config.page_socket, "", PROBE_HOLD_S)
+        return GatewayApp(router, page=page)
+    file = GatewayFile.loads(config.gateway_file.read_bytes())
+    usage = None if config.state_dir is None else config.state_dir / USAGE_FILE_NAME
+    return Front(
+        TenantDirectory(file, time.time()),
+        Accounts(file.tenants, usage, time.monotonic()),
+        front_token=config.front_token,
+        hold_timeout_s=config.hold_timeout_s,
+        demand=DemandReporter(config.demand_socket),
+    )
+
+
+def _with_cors(app: ASGIApp, config: GatewayConfig) -> ASGIApp:
+    if not config.cors_origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=list(config.cors_origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["*"],
+    )
 
 
 if __name__ == "__main__":

@@ -23,9 +23,13 @@ class GatewayConfig:
     """Settings of a gateway; each field is the variable FAASMOE_FIELD, without a trailing `_S`.
 
     Attributes:
-        router_socket: Unix socket of the router.
-        page_socket: Unix socket of the live page; None for none.
-        front_token: what it shows the router.
+        router_socket: Unix socket of the only router; None with a gateway file.
+        front_token: what it shows routers.
+        gateway_file: models and tenants; None with one router, which has the tenants.
+        state_dir: folder of the tenants' usage; None keeps it in memory.
+        demand_socket: where requests are reported, to start routers; None if they always run.
+        cors_origins: origins of web pages that may call the API, with a gateway file.
+        page_socket: Unix socket of the live page, with one router; None for none.
         host: address to listen on.
         port: port to listen on.
         listen_fd: descriptor of an inherited socket that listens there; None opens one.
@@ -36,8 +40,12 @@ class GatewayConfig:
         hold_timeout_s: how long requests wait for a router that is away.
     """
 
-    router_socket: Path
+    router_socket: Path | None
     front_token: str
+    gateway_file: Path | None = None
+    state_dir: Path | None = None
+    demand_socket: Path | None = None
+    cors_origins: tuple[str, ...] = ()
     page_socket: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -51,9 +59,17 @@ class GatewayConfig:
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Self:
         """Read the settings; an empty variable counts as not set. Raises GatewayConfigError."""
+        gateway_file = _read(env, "GATEWAY_FILE", Path, None)
+        router_socket = None
+        if gateway_file is None:
+            router_socket = Path(_required(env, "ROUTER_SOCKET", "a path"))
         return cls(
-            router_socket=Path(_required(env, "ROUTER_SOCKET", "a path")),
+            router_socket=router_socket,
             front_token=_required(env, "FRONT_TOKEN", "a secret"),
+            gateway_file=gateway_file,
+            state_dir=_read(env, "STATE_DIR", Path, None),
+            demand_socket=_read(env, "DEMAND_SOCKET", Path, None),
+            cors_origins=_read(env, "CORS_ORIGINS", _origins, ()),
             page_socket=_read(env, "PAGE_SOCKET", Path, None),
             host=env.get(f"{PREFIX}HOST") or cls.host,
             port=_read(env, "PORT", integer_between(0, 65535), cls.port),
@@ -73,6 +89,10 @@ class GatewayConfig:
             ),
             hold_timeout_s=_read(env, "HOLD_TIMEOUT", seconds_between(0, 3600), cls.hold_timeout_s),
         )
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _required(env: Mapping[str, str], name: str, expected: str) -> str:

@@ -11,7 +11,12 @@ from collections.abc import AsyncIterator
 
 from starlette.types import Receive, Scope
 
-from faasmoe_contracts.stream_records import FRONT_HEADER, JOURNAL_HEADER, format_journal_header
+from faasmoe_contracts.stream_records import (
+    FRONT_HEADER,
+    JOURNAL_HEADER,
+    TENANT_HEADER,
+    format_journal_header,
+)
 
 MAX_HELD_BODY_BYTES = 16 << 20
 MAX_HELD_JOURNAL_BYTES = 16 << 20
@@ -20,7 +25,7 @@ _DROPPED_HEADERS = frozenset(
     (
         *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te"),
         *(b"trailer", b"transfer-encoding", b"upgrade", b"expect", b"content-length"),
-        *(FRONT_HEADER.encode(), JOURNAL_HEADER.encode()),
+        *(FRONT_HEADER.encode(), JOURNAL_HEADER.encode(), TENANT_HEADER.encode()),
     )
 )
 
@@ -100,6 +105,31 @@ class HeldRequest:
     def can_repeat(self) -> bool:
         """Whether it can be sent again."""
         return self._is_held
+
+    def address(self, path: str, *, tenant: str) -> None:
+        """Set what a router gets instead of the client's path and key.
+
+        Args:
+            path: the path, without a tenant's name.
+            tenant: whose request it is; empty if everyone may use the model.
+        """
+        query = self._target.partition(b"?")[1:]
+        self._target = path.encode() + b"".join(query)
+        secret = (b"authorization", b"x-api-key")
+        self._headers = [h for h in self._headers if h[0] not in secret]
+        if tenant:
+            self._headers.append((TENANT_HEADER.encode(), tenant.encode()))
+
+    async def read_body(self, max_bytes: int) -> bytes | None:
+        """Return the whole body; None if it has more bytes, or cannot be held.
+
+        Raises:
+            ClientGone: the client hung up before its end.
+        """
+        async for _ in self.body():
+            if self._body_bytes > max_bytes or not self._is_held:
+                return None
+        return b"".join(self._body)
 
     def record(self, journal: bytes, *, is_event: bool) -> None:
         """Keep a piece of the journal, and count a frame that the client is about to get."""

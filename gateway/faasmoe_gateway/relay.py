@@ -12,14 +12,21 @@ import json
 import logging
 import math
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from starlette.types import Send
 
-from faasmoe_contracts.stream_records import EVENT, RECORDS_HEADER, RecordReader, StreamRecordError
+from faasmoe_contracts.stream_records import (
+    EVENT,
+    INPUT_TOKENS_HEADER,
+    OUTPUT_TOKENS_HEADER,
+    RECORDS_HEADER,
+    RecordReader,
+    StreamRecordError,
+)
 from faasmoe_gateway.errors import error_body, send_error
 from faasmoe_gateway.held_request import HeldRequest
 from faasmoe_gateway.upstream import ResponseHead, RouterAway, RouterConnection, RouterLost
@@ -40,7 +47,7 @@ RETRYABLE = (429, 503)
 _DROPPED_HEADERS = frozenset(
     (
         *(b"connection", b"keep-alive", b"transfer-encoding", b"date", b"server"),
-        RECORDS_HEADER.encode(),
+        *(name.encode() for name in (RECORDS_HEADER, INPUT_TOKENS_HEADER, OUTPUT_TOKENS_HEADER)),
     )
 )
 
@@ -62,6 +69,34 @@ class RouterAddress:
     hold_timeout_s: float
 
 
+class TokenMeter:
+    """Counts the tokens of one request, as its routers tell.
+
+    Attributes:
+        input_tokens: tokens of its prompts; None until they are known.
+        output_tokens: tokens generated so far.
+    """
+
+    def __init__(self) -> None:
+        self.input_tokens: int | None = None
+        self.output_tokens = 0
+
+    def read_head(self, head: ResponseHead) -> None:
+        """Take what the head of a response tells; prompts count once, however often they are sent.
+
+        The router is trusted, so a header that is no number is a fault of the program.
+        """
+        for name, value in head.headers:
+            if name == INPUT_TOKENS_HEADER.encode():
+                self.input_tokens = int(value)
+            elif name == OUTPUT_TOKENS_HEADER.encode():
+                self.output_tokens += int(value)
+
+    def add_output(self, n_tokens: int) -> None:
+        """Count generated tokens of a stream."""
+        self.output_tokens += n_tokens
+
+
 class WaitingRequests:
     """Counts the requests that wait for a router."""
 
@@ -70,7 +105,7 @@ class WaitingRequests:
 
 
 class RouterBusy(Exception):
-    """The next router has no place for a stream yet."""
+    """The router is ending, or the next one has no place for a stream yet."""
 
 
 class RequestFailed(Exception):
@@ -90,17 +125,20 @@ class ClientResponse:
 
     Attributes:
         has_started: whether its head is sent.
+        headers: further headers of its head.
     """
 
     def __init__(self, send: Send, *, is_messages: bool) -> None:
         self._send = send
         self._is_messages = is_messages
         self.has_started = False
+        self.headers: dict[str, str] = {}
 
     async def start(self, head: ResponseHead) -> None:
         """Send the head."""
         self.has_started = True
         headers = [h for h in head.headers if h[0] not in _DROPPED_HEADERS]
+        headers += [(name.encode(), value.encode()) for name, value in self.headers.items()]
         await self._send({"type": "http.response.start", "status": head.status, "headers": headers})
 
     async def write(self, body: bytes) -> None:
@@ -133,6 +171,10 @@ class Relay:
         client: its response.
         router: where the router is.
         waiting: counts the requests that wait.
+        on_head: called after the head of each response.
+
+    Attributes:
+        meter: counts its tokens.
     """
 
     def __init__(
@@ -141,12 +183,21 @@ class Relay:
         client: ClientResponse,
         router: RouterAddress,
         waiting: WaitingRequests,
+        *,
+        on_head: Callable[[], None] = lambda: None,
     ) -> None:
+        self.meter = TokenMeter()
+        self._on_head = on_head
         self._request = request
         self._client = client
         self._router = router
         self._waiting = waiting
         self._status = 0
+
+    @property
+    def status(self) -> int:
+        """Status of the last response of a router; 0 if there was none."""
+        return self._status
 
     @property
     def is_authenticated(self) -> bool:
@@ -195,7 +246,11 @@ class Relay:
         sending = asyncio.create_task(connection.send(self._request, self._router.front_token))
         try:
             head = await self._commented(_first_of(connection.read_head(), sending))
+            if head.is_draining and self._request.is_work and self._request.can_repeat:
+                raise RouterBusy
             self._status = head.status
+            self.meter.read_head(head)
+            self._on_head()
             if self._client.has_started:
                 await self._resume(connection, head)
             elif head.has_records:
@@ -245,6 +300,7 @@ class Relay:
             try:
                 for record in reader.feed(part):
                     self._request.record(record.journal, is_event=record.kind == EVENT)
+                    self.meter.add_output(record.n_tokens)
                     frames.append(record.frame)
             except StreamRecordError as error:
                 raise RouterLost from error

@@ -21,6 +21,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from faasmoe_contracts.stream_records import DRAINING_HEADER
 from faasmoe_gateway.connections import ConnectionLimits
 from faasmoe_gateway.errors import send_error
 from faasmoe_gateway.http_protocol import bounded_protocol
@@ -102,6 +103,7 @@ class DrainMiddleware:
         async def send_and_close(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"].append((b"connection", b"close"))
+                message["headers"].append((DRAINING_HEADER.encode(), b"1"))
             await send(message)
 
         message = "The server is shutting down."

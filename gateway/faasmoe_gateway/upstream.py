@@ -11,7 +11,7 @@ from typing import Self
 
 import httptools
 
-from faasmoe_contracts.stream_records import RECORDS_HEADER
+from faasmoe_contracts.stream_records import DRAINING_HEADER, RECORDS_HEADER
 from faasmoe_gateway.held_request import HeldRequest
 
 READ_BYTES = 64 << 10
@@ -42,6 +42,11 @@ class ResponseHead:
     def has_records(self) -> bool:
         """Whether the body is records of a stream."""
         return any(name == RECORDS_HEADER.encode() for name, _ in self.headers)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the router refuses because it is ending."""
+        return any(name == DRAINING_HEADER.encode() for name, _ in self.headers)
 
     @property
     def is_event_stream(self) -> bool:

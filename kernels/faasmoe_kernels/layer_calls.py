@@ -33,6 +33,7 @@ class CallEnd(IntEnum):
     DEAD = 2
     BROKEN = 3
     DECLINED = 4
+    STOPPED = 5
 
 
 class _Route(ctypes.Structure):

@@ -42,7 +42,13 @@ struct BlockScales {
     group_rows = std::max<int64_t>(1, m.group_rows);
   }
   static int64_t floats(const fk_matrix &m) { return (m.k + kColumns - 1) / kColumns; }
-  void read(int64_t row, float *to) const {
+  // Of `rows` weight rows; row after row.
+  void read(int64_t row, int64_t rows, float *to) const {
+    for (int64_t r = 0; r < rows; ++r) read_row(row + r, to + r * units);
+  }
+
+ private:
+  void read_row(int64_t row, float *to) const {
     const void *scales = m.scales;
     if (m.scales_upper && row >= m.n / 2) {
       scales = m.scales_upper;
@@ -89,7 +95,7 @@ struct Fp8Engine {
   static constexpr int kMaxStreamRows = 4;
   static constexpr int kMaxRows = FK_FLOAT_ROWS;
   static constexpr int kColumns = FK_FLOAT_COLUMNS;
-  static constexpr int kColumns1 = 4;
+  static constexpr int kColumns1 = 4, kColumns2 = kColumns;
   static constexpr bool kScalesTile = true;  // whether `decode` needs the scales
   using Scales = BlockScales<kUnit, kE4m3Scale>;
   using Tile = Fp8Tile<kUnit>;
@@ -168,7 +174,7 @@ struct Fp8PairsEngine {
   static constexpr int kUnitBytes = kIsTile ? 2 * kUnit : kUnit;
   static constexpr int kInputBytes = kBlocks * Pairs::kInputBytes;
   static constexpr int kMaxRows = 6, kMaxStreamRows = kIsTile ? kMaxRows : 4;
-  static constexpr int kColumns = 2, kColumns1 = 4;
+  static constexpr int kColumns = 2, kColumns1 = 4, kColumns2 = kColumns;
   using Scales = BlockScales<kUnit, 1>;
   using Tile = std::conditional_t<kIsTile, void, Fp8PairsEngine<kIsSplit, kUnit, true>>;
   static constexpr int kTileUnitBytes = 2 * kUnit;

@@ -9,7 +9,13 @@ struct GroupScales<Scaling::kGroups16> {
 
   explicit GroupScales(const fk_matrix &matrix) : m(matrix), groups(matrix.k / 16) {}
   static int64_t floats(const fk_matrix &m) { return (m.k + kUnitColumns - 1) / kUnitColumns * kPerUnit; }
-  void read(int64_t row, float *to) const {
+  // Of `rows` weight rows; row after row.
+  void read(int64_t row, int64_t rows, float *to) const {
+    for (int64_t r = 0; r < rows; ++r) read_row(row + r, to + r * floats(m));
+  }
+
+ private:
+  void read_row(int64_t row, float *to) const {
     bool is_upper = row >= m.n / 2;
     const void *from = m.factors_upper && is_upper ? m.factors_upper : m.factors;
     float factor = (from ? load<float>(from) : 1) * kE4m3Scale;

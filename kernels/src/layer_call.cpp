@@ -31,11 +31,19 @@ const uint8_t kFrameDtypes[] = {kFloat32, kBfloat16, kFloat16};  // by enum fk_d
 
 int64_t item_bytes(int32_t dtype) { return dtype == FK_FLOAT32 ? 4 : 2; }
 
+// The process that listens at the other end of a Unix socket; 0 if it is in another namespace.
+int peer_pid(int socket_fd) {
+  ucred credentials{};
+  socklen_t size = sizeof credentials;
+  return getsockopt(socket_fd, SOL_SOCKET, SO_PEERCRED, &credentials, &size) == 0 ? credentials.pid : 0;
+}
+
 // A mailbox that this process made.
 struct OwnMailbox {
   Mailbox memory;
   int64_t handle = 0;
   int socket = -1;
+  int pid = 0;  // of the sandbox; 0 if it cannot be seen from here
   uint32_t sequence = 0;
   int64_t used_ns = 0;  // when its sandbox was last known to live
   std::atomic<bool> is_dead{false};
@@ -49,6 +57,21 @@ struct OwnMailbox {
     pollfd event{socket, POLLIN | POLLRDHUP, 0};
     if (poll(&event, 1, 0) > 0 && event.revents) is_dead = true;
     return is_dead;
+  }
+
+  // Whether the sandbox's process is stopped, and so answers nothing until it is continued.
+  bool is_stopped() const {
+    if (!pid) return false;
+    char path[32], text[512];
+    std::snprintf(path, sizeof path, "/proc/%d/stat", pid);
+    int fd = ::open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return false;
+    ssize_t size = ::read(fd, text, sizeof text - 1);
+    ::close(fd);
+    if (size <= 0) return false;
+    text[size] = 0;
+    const char *name_end = std::strrchr(text, ')');
+    return name_end && name_end + 2 < text + size && std::strchr("Tt", name_end[2]);
   }
 
   bool is_usable() const {
@@ -568,6 +591,7 @@ fk_call_end fk_calls::wait(Part *part) {
     slot.router_waits.store(0);
     if (monotonic_ns() - before_ns < slice_ns || slot.state.load() == kDone) continue;
     if (mailbox.check_dead()) return FK_CALL_DEAD;
+    if (mailbox.is_stopped()) return FK_CALL_STOPPED;
     slice_ns = std::min(2 * slice_ns, kMaxSliceNs);
   }
 }
@@ -684,6 +708,7 @@ FK_EXPORT int64_t fk_calls_add_mailbox(fk_calls *calls, int32_t fd, int64_t size
   auto mailbox = std::make_shared<OwnMailbox>();
   mailbox->socket = fcntl(socket_fd, F_DUPFD_CLOEXEC, 0);
   if (mailbox->socket < 0) return set_calls_error("mailbox: the socket cannot be duplicated");
+  mailbox->pid = peer_pid(socket_fd);
   const char *error = mailbox->memory.create(fd, size_bytes, uint32_t(n_slots), uint32_t(request_bytes),
                                              uint32_t(response_bytes));
   if (error) return set_calls_error("mailbox: %s", error);

@@ -59,6 +59,7 @@ enum fk_call_end {
   FK_CALL_DEAD = 2,       // the sandbox closed the mailbox's connection
   FK_CALL_BROKEN = 3,     // the answer failed verification, or the mailbox holds impossible values
   FK_CALL_DECLINED = 4,   // the sandbox answered with a status; see `status`
+  FK_CALL_STOPPED = 5,    // the sandbox's process is stopped (SIGSTOP, a debugger)
 };
 
 typedef struct fk_call_event {

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import moemodel_files
 from faasmoe_up import FaasmoeUp, running_up, wait_until
 from tests.attack.clients import (
     REQUEST_TIMEOUT_S,
@@ -60,27 +61,15 @@ def attack(folder: Path, *, seed: int, seconds: float) -> dict[str, float]:
 def write_moemodel(folder: Path) -> Path:
     """Write a model, keys and a MoEModel file; return the file."""
     model = save_tiny_chat_model(folder / "model")
-    for name in TENANTS:
-        (folder / name).mkdir()
-        (folder / name / "key").write_text(f"{name}-key\n")
-    tenants = [{"name": name, "apiKeysPath": name} for name in TENANTS]
     spec = {
         "model": {"source": f"file://{model}"},
         "store": {"path": str(folder / "store")},
         "granularity": {"expertsPerFunction": EXPERTS // 2, "layersPerFunction": 1},
         "router": {"device": "cpu", "maxNumSeqs": 8},
         "experts": {"device": "cpu", "functionsPerSandbox": 8},
-        "tenants": tenants,
+        "tenants": moemodel_files.write_tenants(folder, TENANTS),
     }
-    document = {
-        "apiVersion": "faasmoe.dev/v1alpha1",
-        "kind": "MoEModel",
-        "metadata": {"name": "tiny"},
-        "spec": spec,
-    }
-    file = folder / "model.yaml"
-    file.write_text(json.dumps(document))  # JSON is YAML
-    return file
+    return moemodel_files.write_moemodel(folder / "model.yaml", spec)
 
 
 async def _hang_ups(up: FaasmoeUp, *, seed: int, seconds: float) -> dict[str, float]:

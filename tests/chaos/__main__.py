@@ -15,12 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.run import ChaosPlan, run_chaos
-from tests.chaos.schedule import Fault, FaultKind, draw_schedule
-
 from faasmoe_contracts.store import MANIFEST_NAME, Store, StoreError
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "integration"))
+
+from tests.chaos.run import ChaosPlan, run_chaos  # noqa: E402
+from tests.chaos.schedule import Fault, FaultKind, draw_schedule  # noqa: E402
+
 FAASMOE = (sys.executable, "-m", "faasmoe_operator.cli")
 WORK = ROOT / ".faasmoe" / "chaos"
 DEMO = ROOT / ".faasmoe" / "demo-model"

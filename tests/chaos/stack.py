@@ -19,8 +19,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import aiohttp
+from moemodel_files import write_moemodel
 from tests.chaos.proxies import ZygoteProxy
 from tests.chaos.tenants import ChaosTenant, write_tenant_keys
 
@@ -37,26 +39,7 @@ from faasmoe_operator.cli.supervisor import (
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.platforms import zygote
 
-MOEMODEL = """
-apiVersion: faasmoe.dev/v1alpha1
-kind: MoEModel
-metadata: {{name: {name}}}
-spec:
-  model: {{source: "file://{model}"}}
-  store: {{path: "{store}"}}
-  granularity: {{expertsPerFunction: {experts}}}
-  router: {{maxModelLen: 256, maxNumSeqs: 8, maxNumBatchedTokens: 12, device: cpu}}
-  experts:
-    device: cpu
-    functionsPerSandbox: {capacity}
-    warmPool: 2
-    scaling:
-      minScale: 1
-      maxScale: 3
-      windowSeconds: 30
-      overrides: [{{layers: "{replicated_layers}", minScale: 2}}]
-  tenants: {tenants}
-"""
+ROUTER_SPEC = {"maxModelLen": 256, "maxNumSeqs": 8, "maxNumBatchedTokens": 12, "device": "cpu"}
 # Restarts without limit, because the faults kill processes.
 RESTART_POLICY = RestartPolicy(backoff_s=(0.0, 0.1), max_failures=10_000)
 SANDBOX_SOCKET_DIR = "s"
@@ -145,16 +128,25 @@ async def running_chaos_stack(
     store_copy = folder / "copy"
     shutil.rmtree(store_copy, ignore_errors=True)
     shutil.copytree(store, store_copy)
-    settings = {
-        "name": MODEL_NAME,
-        "model": model,
-        "tenants": json.dumps(write_tenant_keys(tenants, folder)),
-        "experts": experts,
-        "capacity": capacity,
-        "replicated_layers": replicated_layers,
+    spec = {
+        "model": {"source": f"file://{model}"},
+        "granularity": {"expertsPerFunction": experts},
+        "router": ROUTER_SPEC,
+        "experts": {
+            "device": "cpu",
+            "functionsPerSandbox": capacity,
+            "warmPool": 2,
+            "scaling": {
+                **{"minScale": 1, "maxScale": 3, "windowSeconds": 30},
+                "overrides": [{"layers": replicated_layers, "minScale": 2}],
+            },
+        },
+        "tenants": write_tenant_keys(tenants, folder),
     }
-    router_model = _load_moemodel(folder / "router.yaml", store=store, **settings)
-    control_model = _load_moemodel(folder / "control.yaml", store=store_copy, **settings)
+    router_model = _load_moemodel(folder / "router.yaml", {**spec, "store": {"path": str(store)}})
+    control_model = _load_moemodel(
+        folder / "control.yaml", {**spec, "store": {"path": str(store_copy)}}
+    )
     async with AsyncExitStack() as stack:
         # In the temporary directory, because the path of a Unix socket is limited to 107 bytes.
         private_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
@@ -193,9 +185,8 @@ async def running_chaos_stack(
         )
 
 
-def _load_moemodel(file: Path, **settings: object) -> LocalModel:
-    file.write_text(MOEMODEL.format(**settings))
-    return LocalModel.load(file)
+def _load_moemodel(file: Path, spec: Mapping[str, Any]) -> LocalModel:
+    return LocalModel.load(write_moemodel(file, spec, name=MODEL_NAME))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,13 @@ from faasmoe_contracts.stream_records import (
 )
 
 RECORDS = st.lists(
-    st.builds(Record, st.sampled_from([EVENT, COMMENT]), st.binary(max_size=40), st.binary())
+    st.builds(
+        Record,
+        st.sampled_from([EVENT, COMMENT]),
+        st.binary(max_size=40),
+        st.binary(),
+        st.integers(0, 1 << 20),
+    )
 )
 
 
@@ -40,7 +46,9 @@ def test_part_of_a_record_is_no_record() -> None:
     assert not reader.is_between_records
 
 
-@pytest.mark.parametrize("data", [b"data: {}\n\n", b"\x01\xff\xff\xff\xff\x00\x00\x00\x00"])
+@pytest.mark.parametrize(
+    "data", [b"data: {1:2, 3:4}\n\n", b"\x01\x00\x00\x00\x00\xff\xff\xff\xff\x00\x00\x00\x00"]
+)
 def test_other_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(StreamRecordError):
         list(RecordReader().feed(data))

@@ -45,24 +45,25 @@ async def die(body: bytes, writer: asyncio.StreamWriter) -> None:
     """End the connection without an answer."""
 
 
-def reply(body: bytes, *, status: int = 200) -> Answer:
-    """Return an answer with a JSON body."""
+def reply(body: bytes, *, status: int = 200, **headers: int) -> Answer:
+    """Return an answer with a JSON body, and headers with `_` for `-`."""
 
     async def answer(_: bytes, writer: asyncio.StreamWriter) -> None:
         head = f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\n"
+        head += "".join(f"{n.replace('_', '-')}: {value}\r\n" for n, value in headers.items())
         writer.write(head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body)
         await writer.drain()
 
     return answer
 
 
-def stream(*records: bytes, is_whole: bool = True) -> Answer:
+def stream(*records: bytes, is_whole: bool = True, n_input: int = 1) -> Answer:
     """Return an answer with records, which breaks off unless it is whole."""
 
     async def answer(_: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-faasmoe-records: 1\r\n"
-            b"transfer-encoding: chunked\r\n\r\n"
+            b"x-faasmoe-input-tokens: %d\r\ntransfer-encoding: chunked\r\n\r\n" % n_input
         )
         for record in records:
             writer.write(b"%x\r\n%b\r\n" % (len(record), record))

@@ -13,7 +13,7 @@ import pytest
 from tests.gateway.fake_router import FakeRouter, die, reply, stream
 
 from faasmoe_contracts.stream_records import COMMENT, EVENT, pack_record
-from faasmoe_gateway import held_request
+from faasmoe_gateway import held_request, relay
 from faasmoe_gateway.app import GatewayApp
 from faasmoe_gateway.held_request import HoldBudget
 from faasmoe_gateway.relay import MAX_FRUITLESS_LOSSES, RouterAddress
@@ -271,5 +271,29 @@ def test_headers_of_the_gateway_are_its_own(path: Path) -> None:
         assert b"forged" not in request
         assert b"x-faasmoe-journal" not in request
         assert b"te: " not in request
+
+    run(work)
+
+
+def test_router_that_ends_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "BUSY_RETRY_S", 0.0)
+
+    async def work() -> None:
+        client = Client()
+        ending = reply(b"{}", status=503, x_faasmoe_draining=1)
+        async with FakeRouter(path, ending, ending, reply(b"{1}")) as router:
+            await app(path)(client.scope, client.receive, client.send)
+        assert (client.status, client.body) == (200, b"{1}")
+        assert len(router.requests) == 3
+
+    run(work)
+
+
+def test_probe_of_a_router_that_ends_is_told(path: Path) -> None:
+    async def work() -> None:
+        client = Client(method="GET", body=b"")
+        async with FakeRouter(path, reply(b"{}", status=503, x_faasmoe_draining=1)):
+            await app(path)(client.scope, client.receive, client.send)
+        assert client.status == 503
 
     run(work)

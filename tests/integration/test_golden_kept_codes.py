@@ -91,6 +91,11 @@ def cases() -> Iterator[Any]:
             yield pytest.param(name, family, id=f"{name}-{family}", marks=marks)
 
 
+def experts_only(write: Write) -> Write:
+    """Return a writer of experts, whose sizes fit all formats; others of tiny models do not."""
+    return lambda name, weight: write(name, weight) if ".experts." in name else None
+
+
 def expected_modules(checkpoint: Published, store: Store) -> list[Any]:
     """Return transformers' experts modules with the dequantised weights, in float32."""
     model_class = getattr(transformers, store.manifest.model.architecture)
@@ -105,7 +110,8 @@ def test_functions_equal_the_module_with_the_published_weights(
     name: str, family: str, path: str, tmp_path: Path
 ) -> None:
     scheme, write, config = FORMATS[name]
-    checkpoint = publish(build(family), tmp_path, write, config, dtype=torch.float32)
+    model = build(family)
+    checkpoint = publish(model, tmp_path, experts_only(write), config, dtype=torch.float32)
     make = partial(prepare, str(checkpoint.folder))
     modes = [StoreMode.COPY, *([StoreMode.REFERENCE] if scheme in REFERRED else [])]
     stores = [make(tmp_path / f"store-{mode.value}", mode=mode) for mode in modes]

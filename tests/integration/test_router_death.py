@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import threading
@@ -12,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from faasmoe_up import FaasmoeUp, running_up, wait_until
+from moemodel_files import write_moemodel, write_tenants
 from tiny_chat import save_tiny_chat_model
 
 N_TOKENS = 500
@@ -115,24 +115,14 @@ class Stream(threading.Thread):
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
     folder = tmp_path_factory.mktemp("death")
     model = save_tiny_chat_model(folder / "model", max_model_len=1024)
-    (folder / "quiet").mkdir()
-    (folder / "quiet" / "key").write_text("quiet-key\n")
     spec = {
         "model": {"source": f"file://{model}"},
         "store": {"path": str(folder / "store")},
         "router": {"device": "cpu", "maxNumSeqs": 16},
         "experts": {"device": "cpu", "functionsPerSandbox": 8},
-        "tenants": [{"name": "quiet", "apiKeysPath": "quiet"}],
+        "tenants": write_tenants(folder, ["quiet"]),
     }
-    document = {
-        "apiVersion": "faasmoe.dev/v1alpha1",
-        "kind": "MoEModel",
-        "metadata": {"name": "tiny"},
-        "spec": spec,
-    }
-    file = folder / "model.yaml"
-    file.write_text(json.dumps(document))  # JSON is YAML
-    with running_up(file, folder / "up.log") as running:
+    with running_up(write_moemodel(folder / "model.yaml", spec), folder / "up.log") as running:
         yield running
 
 
@@ -232,9 +222,15 @@ def test_requests_without_an_answer_are_repeated(up: FaasmoeUp) -> None:
 
 
 def test_probes_learn_that_the_router_is_away(up: FaasmoeUp) -> None:
-    wait_until(lambda: is_healthy(up), timeout_s=30, what="a router")
-    kill_router(up)
-    response = httpx.get(f"{up.base_url}/health", timeout=10)
+    wait_until(lambda: is_healthy(up), timeout_s=60, what="a router")
+    zygote = up.child_running("faasmoe_router.zygote")
+    assert zygote is not None
+    zygote.send_signal(signal.SIGSTOP)  # forks no router meanwhile
+    try:
+        kill_router(up)
+        response = httpx.get(f"{up.base_url}/health", timeout=30)
+    finally:
+        zygote.send_signal(signal.SIGCONT)
     assert response.status_code == 503
     assert response.headers["retry-after"] == "1"
     wait_until(lambda: is_healthy(up), timeout_s=30, what="a router")

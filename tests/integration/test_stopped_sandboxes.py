@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from faasmoe_up import FaasmoeUp, running_up, wait_until
+from moemodel_files import write_moemodel
 from tiny_chat import save_tiny_chat_model
 
 COMPLETION: dict[str, Any] = {
@@ -34,15 +34,7 @@ def write_model(folder: Path) -> Path:
         "router": {"device": "cpu"},
         "experts": {"device": "cpu", "functionsPerSandbox": 4, "placement": "functions"},
     }
-    document = {
-        "apiVersion": "faasmoe.dev/v1alpha1",
-        "kind": "MoEModel",
-        "metadata": {"name": "tiny"},
-        "spec": spec,
-    }
-    file = folder / "model.yaml"
-    file.write_text(json.dumps(document))  # JSON is YAML
-    return file
+    return write_moemodel(folder / "model.yaml", spec)
 
 
 def complete(up: FaasmoeUp) -> tuple[str, float]:

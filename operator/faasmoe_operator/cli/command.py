@@ -13,7 +13,17 @@ from collections.abc import Sequence
 
 from faasmoe_contracts.store import StoreError
 from faasmoe_operator.api.v1alpha1 import MoEModelError
-from faasmoe_operator.cli import bench, checkpoint, crd, plan, simulate, top, up, version
+from faasmoe_operator.cli import (
+    bench,
+    checkpoint,
+    crd,
+    plan,
+    shared_up,
+    simulate,
+    tenants,
+    top,
+    version,
+)
 from faasmoe_operator.errors import CommandError, FaasmoeError
 
 EXIT_INTERRUPTED = 130
@@ -48,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (up, top, plan, simulate, checkpoint, bench, crd, version):
+    for module in (shared_up, top, tenants, plan, simulate, checkpoint, bench, crd, version):
         module.add_commands(commands)
     return parser
 

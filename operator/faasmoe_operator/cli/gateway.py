@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from faasmoe_operator.cli.router import DEFAULT_ENVIRONMENT, Endpoint, RouterSocket
@@ -22,7 +23,7 @@ def environment(
     page_socket: Path | None = None,
     keep_alive_s: float | None = None,
 ) -> dict[str, str]:
-    """Return the complete environment of the gateway.
+    """Return the complete environment of the gateway of one router.
 
     Args:
         deployment: the model to serve.
@@ -34,15 +35,58 @@ def environment(
     """
     if keep_alive_s is None:
         keep_alive_s = deployment.model.spec.router.keep_alive_seconds
-    settings = {
-        "HOST": endpoint.host,
-        "PORT": endpoint.port,
-        "LISTEN_FD": listen_fd,
-        "ROUTER_SOCKET": router.path,
-        "FRONT_TOKEN": router.front_token,
-        "PAGE_SOCKET": page_socket,
-        "KEEP_ALIVE": keep_alive_s,
-    }
+    return _variables(
+        {
+            "HOST": endpoint.host,
+            "PORT": endpoint.port,
+            "LISTEN_FD": listen_fd,
+            "ROUTER_SOCKET": router.path,
+            "PAGE_SOCKET": page_socket,
+            "FRONT_TOKEN": router.front_token,
+            "KEEP_ALIVE": keep_alive_s,
+        }
+    )
+
+
+def shared_environment(
+    file: Path,
+    endpoint: Endpoint,
+    *,
+    front_token: str,
+    state_path: Path,
+    listen_fd: int,
+    demand_socket: Path | None,
+    cors_origins: Sequence[str],
+    keep_alive_s: float | None,
+) -> dict[str, str]:
+    """Return the complete environment of the gateway of several models.
+
+    Args:
+        file: models and tenants.
+        endpoint: address to listen on.
+        front_token: what it shows the routers.
+        state_path: folder of the tenants' usage.
+        listen_fd: descriptor of a socket that listens on `endpoint`.
+        demand_socket: where it reports requests; None if all routers always run.
+        cors_origins: origins of web pages that may call the API.
+        keep_alive_s: how long unused connections are kept; None for the default.
+    """
+    return _variables(
+        {
+            "HOST": endpoint.host,
+            "PORT": endpoint.port,
+            "LISTEN_FD": listen_fd,
+            "GATEWAY_FILE": file,
+            "STATE_DIR": state_path,
+            "FRONT_TOKEN": front_token,
+            "DEMAND_SOCKET": demand_socket,
+            "CORS_ORIGINS": ",".join(cors_origins) or None,
+            "KEEP_ALIVE": keep_alive_s,
+        }
+    )
+
+
+def _variables(settings: Mapping[str, object]) -> dict[str, str]:
     return {
         **DEFAULT_ENVIRONMENT,
         **os.environ,

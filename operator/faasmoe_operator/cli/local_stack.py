@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,8 @@ ROUTER_SOCKET_NAME = "router.sock"
 MODEL_FILE_NAME = "model.yaml"
 SINGLE_TENANT = "default"
 API_KEYS_FOLDER = "api-keys"
+
+SupervisedContext = AbstractAsyncContextManager[tuple[SupervisedChild, asyncio.Task[Never]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,38 +164,12 @@ class StackProcesses:
 @asynccontextmanager
 async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackProcesses]:
     """Run all processes; the router stops first, so that its last requests can finish."""
-    zygote_socket, token = spec.folder / SOCKET_NAME, spec.secrets.token
     async with AsyncExitStack() as stack:
         zygote_child, zygote_failure = await stack.enter_async_context(
-            supervised(
-                "zygote",
-                zygote.ZYGOTE_COMMAND,
-                environment=zygote.zygote_environment(
-                    zygote_socket,
-                    token=token,
-                    store=spec.deployment.store_path,
-                    device=spec.deployment.template.device,
-                ),
-                log=logs.sink("sandboxes"),
-                grace_s=ZYGOTE_GRACE_S,
-            )
+            supervised_zygote(spec, logs.sink("sandboxes"))
         )
         control_child, control_failure = await stack.enter_async_context(
-            supervised(
-                "control process",
-                control.COMMAND,
-                environment=control.environment(
-                    write_model_file(spec.deployment, spec.folder),
-                    zygote_socket=zygote_socket,
-                    port=spec.port,
-                    secrets=spec.secrets,
-                    page_variables=(
-                        spec.live_page.control_variables(spec.folder) if spec.live_page else None
-                    ),
-                ),
-                log=logs.sink("control"),
-                grace_s=control.GRACE_S,
-            )
+            supervised_control(spec, logs.sink("control"))
         )
         listener = spec.endpoint.listen()
         stack.callback(listener.close)
@@ -222,43 +198,119 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
         )
 
 
+def supervised_zygote(
+    spec: StackSpec, log: Callable[[str], None], *, name: str = "zygote"
+) -> SupervisedContext:
+    """Keep the zygote of a model running."""
+    return supervised(
+        name,
+        zygote.ZYGOTE_COMMAND,
+        environment=zygote.zygote_environment(
+            spec.folder / SOCKET_NAME,
+            token=spec.secrets.token,
+            store=spec.deployment.store_path,
+            device=spec.deployment.template.device,
+        ),
+        log=log,
+        grace_s=ZYGOTE_GRACE_S,
+    )
+
+
+def supervised_control(
+    spec: StackSpec, log: Callable[[str], None], *, name: str = "control process"
+) -> SupervisedContext:
+    """Keep the control process of a model running."""
+    return supervised(
+        name,
+        control.COMMAND,
+        environment=control.environment(
+            write_model_file(spec.deployment, spec.folder),
+            zygote_socket=spec.folder / SOCKET_NAME,
+            port=spec.port,
+            secrets=spec.secrets,
+            page_variables=(
+                spec.live_page.control_variables(spec.folder) if spec.live_page else None
+            ),
+        ),
+        log=log,
+        grace_s=control.GRACE_S,
+    )
+
+
 @asynccontextmanager
 async def _supervised_router(
     spec: StackSpec, logs: LogSinks, listener: socket.socket, behind: router.RouterSocket | None
 ) -> AsyncIterator[tuple[Zygote, SupervisedChild, asyncio.Task[Never]]]:
-    environment = {
-        **router.environment(
-            spec.deployment,
-            spec.endpoint,
-            control_url=spec.port.url,
-            token=spec.secrets.token,
-            tenants_file=write_tenants_file(
-                spec.deployment, spec.folder, api_keys=spec.access.api_keys
-            ),
-            cors_origins=spec.access.cors_origins,
-            listen_fd=listener.fileno() if behind is None else None,
-            keep_alive_s=spec.keep_alive_s,
-            behind=behind,
-        ),
-        **zygote.shared_dir_variables(spec.folder),
-    }
-    log, pass_fds = logs.sink("router"), (listener.fileno(),) if behind is None else ()
+    inherited = listener if behind is None else None
+    tenants_file = write_tenants_file(spec.deployment, spec.folder, api_keys=spec.access.api_keys)
+    environment = router_environment(spec, tenants_file, behind, listener=inherited)
+    log = logs.sink("router")
     async with (
         router.new_zygote(environment, log=logs.sink("router-zygote")) as router_zygote,
-        supervised_start(
-            "router",
-            lambda: router_zygote.running_child(
-                environment, log=log, grace_s=router.GRACE_S, pass_fds=pass_fds
-            ),
-            restarts=router.RESTARTS,
-        ) as (child, failure),
+        supervised_router(environment, router_zygote, log, listener=inherited) as (child, failure),
     ):
         yield router_zygote, child, failure
 
 
+def router_environment(
+    spec: StackSpec,
+    tenants_file: Path | None,
+    behind: router.RouterSocket | None,
+    *,
+    listener: socket.socket | None = None,
+) -> dict[str, str]:
+    """Return the complete environment of a model's router.
+
+    Args:
+        spec: the model and its processes.
+        tenants_file: its tenants; None lets everyone use it.
+        behind: where it listens behind a gateway; None without one.
+        listener: what it listens on without a gateway.
+    """
+    environment = router.environment(
+        spec.deployment,
+        spec.endpoint,
+        control_url=spec.port.url,
+        token=spec.secrets.token,
+        tenants_file=tenants_file,
+        cors_origins=spec.access.cors_origins,
+        listen_fd=None if listener is None else listener.fileno(),
+        keep_alive_s=spec.keep_alive_s,
+        behind=behind,
+    )
+    return {**environment, **zygote.shared_dir_variables(spec.folder)}
+
+
+def supervised_router(
+    environment: Mapping[str, str],
+    router_zygote: Zygote,
+    log: Callable[[str], None],
+    *,
+    listener: socket.socket | None = None,
+    name: str = "router",
+) -> SupervisedContext:
+    """Keep a router running.
+
+    Args:
+        environment: its complete environment.
+        router_zygote: forks it.
+        log: called with each line of output.
+        listener: what it listens on without a gateway.
+        name: its name for messages.
+    """
+    pass_fds = () if listener is None else (listener.fileno(),)
+    return supervised_start(
+        name,
+        lambda: router_zygote.running_child(
+            environment, log=log, grace_s=router.GRACE_S, pass_fds=pass_fds
+        ),
+        restarts=router.RESTARTS,
+    )
+
+
 def _supervised_gateway(
     spec: StackSpec, logs: LogSinks, listener: socket.socket, behind: router.RouterSocket
-) -> AbstractAsyncContextManager[tuple[SupervisedChild, asyncio.Task[Never]]]:
+) -> SupervisedContext:
     return supervised(
         "gateway",
         gateway.COMMAND,
@@ -293,7 +345,7 @@ def write_model_file(deployment: LocalModel, folder: Path) -> Path:
     for tenant, entry in zip(deployment.model.spec.tenants, spec.get("tenants", ()), strict=True):
         entry["apiKeysPath"] = str(deployment.api_keys_path(tenant))
     path = folder / MODEL_FILE_NAME
-    _write_private(path, json.dumps(document, indent=2))
+    write_private(path, json.dumps(document, indent=2))
     return path
 
 
@@ -312,13 +364,13 @@ def write_tenants_file(
     """
     if api_keys:
         model = _with_single_tenant(deployment.model)
-        document = build_tenants_file(model, lambda _: str(_write_keys(folder, api_keys)))
+        document = build_tenants_file(model, lambda _: str(write_keys(folder, api_keys)))
     elif deployment.model.spec.tenants:
         document = build_tenants_file(deployment.model, lambda t: str(deployment.api_keys_path(t)))
     else:
         return None
     path = folder / TENANTS_FILE_NAME
-    _write_private(path, json.dumps(document, indent=2))
+    write_private(path, json.dumps(document, indent=2))
     return path
 
 
@@ -328,16 +380,17 @@ def _with_single_tenant(model: MoEModel) -> MoEModel:
     return model.model_copy(update={"spec": spec})
 
 
-def _write_keys(folder: Path, api_keys: Sequence[str]) -> Path:
+def write_keys(folder: Path, api_keys: Sequence[str]) -> Path:
     """Write each key to a file of its own, as a mounted Secret has them; return their folder."""
     path = folder / API_KEYS_FOLDER
     path.mkdir(mode=0o700)
     for index, key in enumerate(api_keys):
-        _write_private(path / f"key-{index}", key)
+        write_private(path / f"key-{index}", key)
     return path
 
 
-def _write_private(path: Path, text: str) -> None:
+def write_private(path: Path, text: str) -> None:
+    """Write a new file that only this user can read."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(text)

@@ -69,6 +69,26 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL and any number of -f."""
+    group = parser.add_argument_group("model", "One of MODEL and -f.")
+    group.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
+    group.add_argument(
+        "-f",
+        "--file",
+        dest="files",
+        action="append",
+        default=[],
+        type=Path,
+        help="a file of MoEModels and Tenants, or a folder of such files; repeat it for several",
+    )
+
+
+def given_options(arguments: argparse.Namespace) -> list[str]:
+    """Return the options that set a field of one model."""
+    return [option.flag for option in _settings(arguments)]
+
+
 def add_store_options(group: argparse._ArgumentGroup, *quantization_aliases: str) -> None:
     """Add the options on which the content of a store depends."""
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
@@ -173,7 +193,7 @@ def load_model(arguments: argparse.Namespace) -> RequestedModel:
         CommandError: both or neither are given, or MODEL is nothing that can be served.
         MoEModelError: the file or an option is invalid.
     """
-    text, file = arguments.model, arguments.file
+    text, file = arguments.model, _file(arguments)
     if (text is None) == (file is None):
         got = "neither" if text is None else f"MODEL {text!r} and -f {file}"
         raise CommandError(
@@ -194,6 +214,12 @@ def load_model(arguments: argparse.Namespace) -> RequestedModel:
         )
     cached = cached_store(source, arguments)
     return RequestedModel(_generated_model(source, cached, settings), cached)
+
+
+def _file(arguments: argparse.Namespace) -> Path | None:
+    """Return the file of `add_model`, or the only one of `add_models`."""
+    files = arguments.files if "files" in arguments else [arguments.file]
+    return next(iter(files), None)
 
 
 def _settings(arguments: argparse.Namespace) -> dict[FieldOption, Any]:

@@ -180,11 +180,13 @@ async def wait_until_healthy(
     *,
     progress: Callable[[str], None],
     timeout_s: float = START_TIMEOUT_S,
+    socket_path: Path | None = None,
 ) -> None:
     """Poll the router until it is healthy.
 
     Args:
         endpoint: address of the router.
+        socket_path: its Unix socket, if it is to be reached there.
         progress: called with a message every PROGRESS_INTERVAL_S seconds.
         timeout_s: how long to wait.
 
@@ -195,7 +197,8 @@ async def wait_until_healthy(
 
     started_s = last_progress_s = time.monotonic()
     timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
-    async with aiohttp.ClientSession(timeout=timeout) as http:
+    connector = None if socket_path is None else aiohttp.UnixConnector(str(socket_path))
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
         while True:
             try:
                 async with http.get(f"{endpoint.url}/health") as response:

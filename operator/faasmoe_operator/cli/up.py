@@ -47,13 +47,13 @@ VERIFICATION_NICENESS = 10
 PROCESS_HEADER = ("PROCESS", "PID", "MEMORY")
 
 
-def add_commands(commands: Any) -> None:
-    """Add `faasmoe up`."""
-    parser = commands.add_parser(
+def add_command(commands: Any) -> argparse.ArgumentParser:
+    """Add `faasmoe up` and return its parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
         "up",
-        help="serve a model on this machine",
-        usage="faasmoe up (MODEL | -f FILE) [options]",
-        description="Serve a Mixture-of-Experts model on this machine until Ctrl-C.\n"
+        help="serve models on this machine",
+        usage="faasmoe up (MODEL | -f FILE [-f FILE ...]) [options]",
+        description="Serve Mixture-of-Experts models on this machine until Ctrl-C.\n"
         "The first start downloads the checkpoint, if it is on the hub, and prepares its store;\n"
         "later ones use the store again.",
         epilog="Examples:\n"
@@ -61,15 +61,16 @@ def add_commands(commands: Any) -> None:
         "  faasmoe up ./checkpoint --quantization int8 --max-model-len 8192 --port 9000\n"
         "  faasmoe up ./model-Q8_0.gguf --served-model-name chat --api-key s3cret\n"
         "  faasmoe up Qwen/Qwen3-30B-A3B-GGUF:Q8_0\n"
-        "  faasmoe up -f model.yaml\n\n"
+        "  faasmoe up -f model.yaml\n"
+        "  faasmoe up -f chat.yaml -f code.yaml -f tenants.yaml\n\n"
         "Then, from another terminal:\n"
         "  curl http://127.0.0.1:8000/v1/models\n"
         "  faasmoe top\n\n"
         "The store of a MODEL is kept in $XDG_CACHE_HOME/faasmoe/stores (~/.cache by default) and\n"
-        "may be removed when nothing serves it. With -f, options override the file.",
+        "may be removed when nothing serves it. With one MoEModel file, options override it.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    model_arguments.add_model(parser)
+    model_arguments.add_models(parser)
     _add_server_options(parser.add_argument_group("server"))
     model_arguments.add_store_options(parser.add_argument_group("weights"))
     functions = parser.add_argument_group("functions")
@@ -77,6 +78,7 @@ def add_commands(commands: Any) -> None:
     live_page.add_options(parser.add_argument_group("live page"))
     _add_process_options(parser.add_argument_group("processes"))
     parser.set_defaults(run=run)
+    return parser
 
 
 def _add_server_options(group: argparse._ArgumentGroup) -> None:
@@ -210,7 +212,7 @@ async def _prepare_and_serve(
     if requested.is_prepared:
         print_progress(f"store: {deployment.store_path}")
     else:
-        if status := await _prepare(requested):
+        if status := await prepare(requested):
             return status  # the preparation has said why
         skip_verify = True  # the checksums were computed just now
     store = deployment.open_store()
@@ -281,7 +283,7 @@ async def _probe_devices(command: Sequence[str]) -> dict[str, Any]:
         raise CommandError(f"{command[-1]} ended with status {process.returncode}") from None
 
 
-async def _prepare(requested: RequestedModel) -> int:
+async def prepare(requested: RequestedModel) -> int:
     """Prepare the store; return the exit status of the preparation, which reports its errors.
 
     Raises:
@@ -316,7 +318,7 @@ async def _prepare(requested: RequestedModel) -> int:
     return status
 
 
-async def _verify(store: Store) -> None:
+async def verify(store: Store) -> None:
     """Verify the store's checksums file by file, so that a signal waits for one file at most."""
     files = store.manifest.files
     total_bytes = sum(file.size_bytes for file in files.values())
@@ -352,10 +354,10 @@ async def _serve(
     task, serving = asyncio.current_task(), asyncio.Event()
     assert task is not None
     try:
-        await _run_until_failure(
+        await run_until_failure(
             processes.failures, _announce(spec, processes, serving, unverified=unverified)
         )
-        await _run_until_failure(processes.failures, _wait_forever())
+        await run_until_failure(processes.failures, wait_forever())
     except asyncio.CancelledError:
         if not serving.is_set():
             raise
@@ -375,7 +377,7 @@ async def _announce(
     """Print the summary once all processes are healthy and the store is verified."""
     steps = [lambda: _wait_until_healthy(spec, processes)]
     if unverified is not None:
-        steps.insert(0, lambda: _verify(unverified))
+        steps.insert(0, lambda: verify(unverified))
     await gather_limited(steps, lambda step: step(), limit=len(steps))
     await _print_summary(spec, processes, serving)
 
@@ -449,7 +451,7 @@ def format_summary(
     )
 
 
-async def _run_until_failure(
+async def run_until_failure(
     failures: Collection[asyncio.Task[Never]], coroutine: Coroutine[Any, Any, None]
 ) -> None:
     """Run a coroutine to completion, or cancel it and raise once a process has failed."""
@@ -465,5 +467,6 @@ async def _run_until_failure(
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _wait_forever() -> None:
+async def wait_forever() -> None:
+    """Wait until this task is cancelled."""
     await asyncio.Event().wait()

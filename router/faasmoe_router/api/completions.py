@@ -15,7 +15,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
-from faasmoe_contracts.stream_records import RECORDS_HEADER
+from faasmoe_contracts.stream_records import (
+    INPUT_TOKENS_HEADER,
+    OUTPUT_TOKENS_HEADER,
+    RECORDS_HEADER,
+)
 from faasmoe_router.api.admission import (
     RequestActivator,
     TenantAdmission,
@@ -268,6 +272,9 @@ class ResponseGenerator:
         builder = self._response_builder(
             body, prepared.formatter, n_prompt_tokens, requests, get_origin(request)
         )
+        if has_front(request):
+            headers = {**prepared.headers, INPUT_TOKENS_HEADER: str(n_prompt_tokens)}
+            prepared = replace(prepared, headers=headers)
         usage_recorder = self._tenant_admission.admit(
             caller,
             requests,
@@ -279,13 +286,13 @@ class ResponseGenerator:
             if body.stream and not (await asyncio.wait({start}, timeout=KEEPALIVE_S))[0]:
                 # From now on comments keep the connection; an error can only be an event.
                 return self._late_stream(request, builder, start, prepared, usage_recorder)
-            headers, generation = await start
+            start_headers, generation = await start
             with record_outcome_on_error(usage_recorder):
                 response = await _to_http_response(builder, generation, request, body, rendering)
         except asyncio.CancelledError:
             start.cancel()
             raise
-        response.headers.update({**headers, **usage_recorder.headers, **prepared.headers})
+        response.headers.update({**start_headers, **usage_recorder.headers, **prepared.headers})
         return response
 
     async def _start(
@@ -375,7 +382,10 @@ async def _to_http_response(
         return _stream_response(builder, ready, request, body, rendering, generation.cancel)
     try:
         whole = await run_until_disconnect(request, builder.full_response(generation))
-        return JSONResponse(rendering.body(whole))
+        response = JSONResponse(rendering.body(whole))
+        if has_front(request):
+            response.headers[OUTPUT_TOKENS_HEADER] = str(whole["usage"]["completion_tokens"])
+        return response
     finally:
         generation.cancel()
 

@@ -35,7 +35,7 @@ from faasmoe_router.api.errors import (
     internal_error,
 )
 from faasmoe_router.api.openapi import UNAUTHENTICATED_PATHS
-from faasmoe_router.api.resumption import is_resumed
+from faasmoe_router.api.resumption import get_front_tenant, is_resumed
 from faasmoe_router.errors import RateLimitExceeded
 from faasmoe_router.tenants.service import ANONYMOUS, Caller
 
@@ -134,6 +134,9 @@ class Authenticator(Protocol):
     def authenticate(self, tenant: str | None, api_key: str) -> Caller | None:
         """Return the owner of a key; None if the key is invalid or not of `tenant`, if given."""
 
+    def caller(self, tenant: str) -> Caller | None:
+        """Return the caller of a tenant whose key was verified; None if there is no such tenant."""
+
     def count_request(self, caller: Caller) -> None:
         """Count a request against its caller's limit; raises RateLimitExceeded."""
 
@@ -151,7 +154,11 @@ class AuthMiddleware:
             await self._app(scope, receive, send)
             return
         tenant, path = _split_tenant_path(scope["path"])
-        caller = self._authenticator.authenticate(tenant, _bearer_token(Headers(scope=scope)))
+        if (verified := get_front_tenant(scope)) is not None:
+            caller = self._authenticator.caller(verified)
+        else:
+            key = _bearer_token(Headers(scope=scope))
+            caller = self._authenticator.authenticate(tenant, key)
         if caller is None:
             await error_response(path, _invalid_api_key())(scope, receive, send)
             return

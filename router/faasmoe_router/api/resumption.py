@@ -23,6 +23,7 @@ from faasmoe_contracts.stream_records import (
     EVENT,
     FRONT_HEADER,
     JOURNAL_HEADER,
+    TENANT_HEADER,
     StreamRecordError,
     pack_record,
     parse_journal_header,
@@ -33,6 +34,7 @@ from faasmoe_router.engine.generation import CompletionOutput
 from faasmoe_router.engine.journal import JournalEntry, JournalError
 
 MAX_JOURNAL_BYTES = 64 << 20
+INTERNAL_HEADERS = (FRONT_HEADER, JOURNAL_HEADER, TENANT_HEADER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class StreamJournal:
         self._n_known_entries = 0 if resumption is None else len(resumption.entries)
         self._n_known_frames = 0 if resumption is None else resumption.n_frames
         self._pending = b""
+        self._n_tokens = 0
         if resumption is None:
             self._pending = json.dumps([origin.nonce, origin.created_s]).encode() + b"\n"
 
@@ -86,6 +89,7 @@ class StreamJournal:
             elif output.progress.token_ids:
                 entry = JournalEntry(index, output.progress, output.n_cached_tokens)
                 self._pending += entry.dumps()
+                self._n_tokens += output.n_tokens
             yield index, output
 
     async def records(self, frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -95,7 +99,8 @@ class StreamJournal:
                 self._n_known_frames -= 1
                 continue
             journal, self._pending = self._pending, b""
-            yield pack_record(EVENT, journal, frame)
+            n_tokens, self._n_tokens = self._n_tokens, 0
+            yield pack_record(EVENT, journal, frame, n_tokens)
 
 
 def comment_record(frame: bytes) -> bytes:
@@ -106,6 +111,12 @@ def comment_record(frame: bytes) -> bytes:
 def has_front(request: Request) -> bool:
     """Return whether a request comes from a front, which reads streams as records."""
     return bool(getattr(request.state, "has_front", False))
+
+
+def get_front_tenant(scope: Scope) -> str | None:
+    """Return the tenant whose key a front has verified; None if it leaves that to the router."""
+    tenant: str | None = scope.get("state", {}).get("front_tenant")
+    return tenant
 
 
 def get_resumption(request: Request) -> Resumption | None:
@@ -135,7 +146,7 @@ class ResumptionMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
         headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
-        if FRONT_HEADER not in headers and JOURNAL_HEADER not in headers:
+        if not any(name in headers for name in INTERNAL_HEADERS):
             await self._app(scope, receive, send)
             return
         shown = headers.get(FRONT_HEADER, "").encode()
@@ -143,6 +154,8 @@ class ResumptionMiddleware:
             await _not_a_front().response()(scope, receive, send)
             return
         state: dict[str, Any] = {**scope.get("state", {}), "has_front": True}
+        if TENANT_HEADER in headers:
+            state["front_tenant"] = headers[TENANT_HEADER]
         inner = {**scope, "state": state, "headers": _without_internal(scope)}
         if JOURNAL_HEADER not in headers:
             await self._app(inner, receive, send)
@@ -166,14 +179,14 @@ def invalid_journal(error: Exception) -> ApiError:
 
 def _not_a_front() -> ApiError:
     return ApiError(
-        f"{FRONT_HEADER} and {JOURNAL_HEADER} are for the gateway of this server.",
+        f"{', '.join(INTERNAL_HEADERS)} are for the gateway of this server.",
         status=403,
         code="not_a_gateway",
     )
 
 
 def _without_internal(scope: Scope) -> list[tuple[bytes, bytes]]:
-    internal = (FRONT_HEADER.encode(), JOURNAL_HEADER.encode())
+    internal = [name.encode() for name in INTERNAL_HEADERS]
     return [(name, value) for name, value in scope["headers"] if name not in internal]
 
 

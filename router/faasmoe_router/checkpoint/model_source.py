@@ -6,16 +6,18 @@ has been converted leaves memory at once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from faasmoe_contracts.text import short_repr
 from faasmoe_router.checkpoint.finite_tensors import checked_tensors
 from faasmoe_router.checkpoint.formats.methods import dequantized_tensors
 from faasmoe_router.checkpoint.source import CheckpointSource, read_json
-from faasmoe_router.errors import PrepareError, SourceUnsupported
+from faasmoe_router.errors import PrepareError, SourceDamaged, SourceUnsupported
 from faasmoe_transformers.errors import UnsupportedModel
 from faasmoe_transformers.model_skeleton import (
     DTYPES,
@@ -27,6 +29,8 @@ from faasmoe_transformers.weight_conversion import LazyTensor, first_float_dtype
 
 _DEPTH_FIELDS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth")
 _HARMLESS_LAYERS = 1000
+MAX_NAME_CHARS = 1024
+_LONG_NUMBER = re.compile(r"(^|\.)[0-9]{10}")
 
 
 @contextmanager
@@ -47,14 +51,24 @@ def open_tensors(
         for path in checkpoint.weight_files:
             try:
                 file = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
-                tensors.update((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118
-                paths.update((name, path) for name in file.keys())  # noqa: SIM118
+                for name in file.keys():  # noqa: SIM118
+                    _check_name(name, path)
+                    tensors[name], paths[name] = file.get_slice(name), path
             except (OSError, SafetensorError) as error:
                 raise PrepareError(f"{path}: got no readable safetensors file: {error}") from error
         if checkpoint.published is not None:
             files = checkpoint.weight_files
             tensors = dequantized_tensors(tensors, files, checkpoint.published)
         yield tensors if allows_nonfinite else checked_tensors(tensors, paths)
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Raise SourceDamaged if no model can have a tensor of this name."""
+    if len(name) > MAX_NAME_CHARS or _LONG_NUMBER.search(name):
+        raise SourceDamaged(
+            f"{path}: got a tensor named {short_repr(name)}, expected at most {MAX_NAME_CHARS} "
+            "characters and indices of at most 9 digits"
+        )
 
 
 def load_skeleton(

@@ -371,6 +371,11 @@ class EndpointHealth:
             self._probe_all({address, *self._known})
         return error
 
+    def record_stopped(self, address: str, now_s: float) -> None:
+        """Eject an address whose process is stopped: it answers nothing until it is continued."""
+        self._outlier_detector.record_hung(address, now_s)
+        self._update_ejected_gauge()
+
     def run_health_checks(self, now_s: float) -> None:
         """Collect finished probes of ejected addresses and submit those that are due."""
         if not self._outlier_detector.ejected and not self._suspects:

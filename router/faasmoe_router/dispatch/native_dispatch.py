@@ -344,6 +344,8 @@ class NativeDispatch:
             _, abandon_s = self._health.latency_thresholds_s(event.rows)
             if event.elapsed_s >= min(abandon_s, self._call_timeout_s):
                 error = CallTimeout(f"{address}: no answer in the mailbox in time")
+        elif event.end is CallEnd.STOPPED:
+            self._health.record_stopped(address, now_s)
         elif event.end is CallEnd.DEAD:  # the general path finds out why
             self.connector.drop(address, event.mailbox)
         elif event.end is CallEnd.BROKEN:

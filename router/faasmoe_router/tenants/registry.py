@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
+from faasmoe_contracts.api_keys import KeyReadError, KeyRing, read_key_digests
 from faasmoe_contracts.control_messages import MAX_TENANTS
 from faasmoe_router.engine.fair_queue import Share
 from faasmoe_router.errors import RouterConfigError, TenantsConfigError
-from faasmoe_router.tenants.api_keys import KeyReadError, KeyRing, read_key_digests
 
 logger = logging.getLogger(__name__)
 

@@ -282,6 +282,11 @@ class TenantService:
             return None
         return self._to_caller(tenant_config)
 
+    def caller(self, tenant: str) -> Caller | None:
+        """Return the caller of a tenant whose key was verified; None if there is no such tenant."""
+        tenant_config = self._registry.tenants.get(tenant)
+        return None if tenant_config is None else self._to_caller(tenant_config)
+
     def count_request(self, caller: Caller) -> None:
         """Count a request, whatever becomes of it; raises RateLimitExceeded."""
         try:

@@ -20,7 +20,11 @@ def test_events_run_in_order_of_time_and_then_of_scheduling() -> None:
 
 def test_an_event_may_schedule_one_in_the_past_which_is_now() -> None:
     loop, times = EventLoop(), list[float]()
-    loop.at(3, lambda: loop.at(1, lambda: times.append(loop.now)))
+
+    def look_back() -> None:
+        loop.at(1, lambda: times.append(loop.now))
+
+    loop.at(3, look_back)
     loop.run_until(4)
     assert times == [3]
 

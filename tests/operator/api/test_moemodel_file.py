@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from faasmoe_operator.api.v1alpha1 import MoEModelError, load_moemodel
-from faasmoe_operator.api.v1alpha1.moemodel import MAX_FILE_BYTES, parse_moemodel
+from faasmoe_operator.api.v1alpha1.moemodel import parse_moemodel
+from faasmoe_operator.api.v1alpha1.yaml_documents import MAX_FILE_BYTES
 
 BASE = """\
 apiVersion: faasmoe.dev/v1alpha1

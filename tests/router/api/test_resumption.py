@@ -8,8 +8,14 @@ from typing import Any
 
 import pytest
 
+from faasmoe_contracts.stream_records import RecordReader
 from faasmoe_router.api.origin import Origin
-from faasmoe_router.api.resumption import Resumption, ResumptionMiddleware, StreamJournal
+from faasmoe_router.api.resumption import (
+    Resumption,
+    ResumptionMiddleware,
+    StreamJournal,
+    get_front_tenant,
+)
 from faasmoe_router.engine.generation import CompletionOutput
 from faasmoe_router.engine.journal import JournalEntry, Progress
 
@@ -77,12 +83,21 @@ def test_front_is_recognized_and_its_headers_end_here() -> None:
     assert [name for name, _ in scope["headers"]] == [b"content-length"]
 
 
+def test_front_says_whose_a_request_is() -> None:
+    request = Request(BODY, x_faasmoe_front="secret", x_faasmoe_tenant="acme")
+    assert request.seen is not None
+    assert get_front_tenant(request.seen[0]) == "acme"
+    assert [name for name, _ in request.seen[0]["headers"]] == [b"content-length"]
+
+
 @pytest.mark.parametrize(
     ("token", "headers"),
     [
         ("secret", {"x_faasmoe_front": "guess"}),
         ("secret", {"x_faasmoe_front": ""}),
         ("secret", {"x_faasmoe_journal": "1 1"}),
+        ("secret", {"x_faasmoe_tenant": "acme"}),
+        ("secret", {"x_faasmoe_front": "guess", "x_faasmoe_tenant": "acme"}),
         ("", {"x_faasmoe_front": ""}),
         ("", {"x_faasmoe_front": "secret"}),
     ],
@@ -141,6 +156,8 @@ def test_journal_is_told_with_the_next_frame_and_known_frames_are_left_out() -> 
 
     whole = asyncio.run(records(None))
     assert len(whole) == 3
+    read = [record for data in whole for record in RecordReader().feed(data)]
+    assert [record.n_tokens for record in read] == [0, 1, 2]
     assert b"nonce" in whole[0]
     assert whole[1].endswith(b"[0,[5],null,0]\nframe")
     assert whole[2].endswith(b"[0,[6],null,0]\n[0,[7],null,0]\nframe")

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from faasmoe_contracts.store import StoreError
 from faasmoe_contracts.store.references import StoreMode
 from faasmoe_router.checkpoint.prepare import prepare
-from faasmoe_router.errors import PrepareError, SourceUnsupported
+from faasmoe_router.errors import PrepareError, SourceDamaged, SourceUnsupported
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -93,6 +95,22 @@ def test_any_header_of_a_weight_file_is_read_or_refused(
             del content[start:]
     (folder / "model.safetensors").write_bytes(content)
     prepare_or_refuse(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x" * 100_000,
+        "experts.0." * 20_000 + "gate_proj.weight",
+        f"model.layers.0.mlp.experts.{'9' * 5_000}.up_proj.weight"[:1000],
+        "model.layers.99999999999999999999.mlp.experts.0.up_proj.weight",
+    ],
+)
+def test_names_that_no_tensor_has_are_refused(pristine: Path, name: str) -> None:
+    tensors = load_file(pristine / "model.safetensors") | {name: torch.zeros(2, 2)}
+    save_file(tensors, pristine / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceDamaged, match=r"model.safetensors: got a tensor named '.*expected"):
+        prepare(str(pristine), pristine.parent / "store")
 
 
 @pytest.mark.parametrize("depth", [10**5, 10**15])

@@ -77,14 +77,18 @@ class Router:
         assert self.dispatcher.native is not None
         assert self.dispatcher.native.connector.wait_until_open(addresses, DEADLINE_S)
 
-    def check(self, n_rows: int = 3, layer: int = LAYER) -> None:
-        """Compute a batch, and compare it with the general path."""
+    @staticmethod
+    def arguments(n_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(n_rows)
-        arguments = (
+        return (
             torch.randn(n_rows, 32, generator=generator),
             torch.rand(n_rows, 8, generator=generator).topk(2).indices,
             torch.rand(n_rows, 2, generator=generator),
         )
+
+    def check(self, n_rows: int = 3, layer: int = LAYER) -> None:
+        """Compute a batch, and compare it with the general path."""
+        arguments = self.arguments(n_rows)
         output = self.dispatcher.compute(layer, *arguments)
         torch.testing.assert_close(output, self.general.compute(layer, *arguments))
 
@@ -258,6 +262,24 @@ def test_layer_in_flight_survives_its_sandbox(
     try:
         one.check()
         assert one.count("local") == 1
+    finally:
+        os.kill(sandbox_server.process.pid, signal.SIGCONT)
+
+
+def test_stopped_sandbox_is_noticed_and_not_called_over_http(
+    router: MakeRouter, sandbox_server: SandboxProcess, store: Store
+) -> None:
+    one = router(sandbox_server.attach_blocks(store, 8))
+    one.wait_for_mailboxes(sandbox_server.address)
+    arguments = one.arguments(3)
+    expected = one.dispatcher.compute(LAYER, *arguments)
+    n_calls = one.count("calls")
+    os.kill(sandbox_server.process.pid, signal.SIGSTOP)
+    wait_until(lambda: process_state(sandbox_server.process.pid) == "T")
+    try:
+        torch.testing.assert_close(one.dispatcher.compute(LAYER, *arguments), expected)
+        assert one.count("calls") == n_calls + 1  # the one in the mailbox
+        assert one.count("local") == one.count("ejected") == 1
     finally:
         os.kill(sandbox_server.process.pid, signal.SIGCONT)
 

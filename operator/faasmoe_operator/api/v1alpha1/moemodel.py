@@ -7,11 +7,10 @@ platform warns about them or rejects them (`validation.py`).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from faasmoe_contracts.control_messages import MAX_TENANTS
@@ -28,6 +27,7 @@ from faasmoe_operator.api.v1alpha1.tenants import (
     validate_tenants,
 )
 from faasmoe_operator.api.v1alpha1.validation import format_validation_errors, kubernetes_problems
+from faasmoe_operator.api.v1alpha1.yaml_documents import parse_documents, read_text
 from faasmoe_operator.errors import MoEModelError
 
 API_VERSION = "faasmoe.dev/v1alpha1"
@@ -128,23 +128,9 @@ def _to_builtin(value: Any) -> Any:
     return value
 
 
-MAX_FILE_BYTES = 1 << 20
-
-
 def load_moemodel(path: Path) -> MoEModel:
     """Read and validate a MoEModel file; raises MoEModelError."""
-    try:
-        size_bytes = path.stat().st_size
-        if size_bytes > MAX_FILE_BYTES:
-            raise MoEModelError(
-                str(path), [f"got {size_bytes} bytes, expected at most {MAX_FILE_BYTES}"]
-            )
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise MoEModelError(str(path), [f"cannot be read: {error.strerror}"]) from error
-    except UnicodeDecodeError as error:
-        raise MoEModelError(str(path), [f"not UTF-8 (byte {error.start})"]) from error
-    return parse_moemodel(text, name=str(path))
+    return parse_moemodel(read_text(path), name=str(path))
 
 
 def parse_moemodel(text: str, *, name: str) -> MoEModel:
@@ -157,7 +143,10 @@ def parse_moemodel(text: str, *, name: str) -> MoEModel:
     Raises:
         MoEModelError: the text is no YAML or the model is invalid.
     """
-    value = _load_yaml(text, name)
+    documents = parse_documents(text, name=name)
+    if len(documents) > 1:
+        raise MoEModelError(name, [f"got {len(documents)} documents, expected one"])
+    value = documents[0] if documents else None
     if not isinstance(value, dict):
         kind = "nothing" if value is None else f"a {type(value).__name__}"
         raise MoEModelError(name, [f"document: got {kind}, expected a mapping"])
@@ -165,32 +154,3 @@ def parse_moemodel(text: str, *, name: str) -> MoEModel:
         return MoEModel.model_validate(value)
     except ValidationError as error:
         raise MoEModelError(name, format_validation_errors(error, MoEModel)) from error
-
-
-def _load_yaml(text: str, name: str) -> Any:
-    try:
-        documents = list(yaml.load_all(text, Loader=_UniqueKeyLoader))
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise MoEModelError(name, [f"{line}{error.problem or 'not YAML'}"]) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise MoEModelError(name, [f"not YAML ({str(error).splitlines()[0]})"]) from error
-    if len(documents) > 1:
-        raise MoEModelError(name, [f"got {len(documents)} documents, expected one"])
-    return documents[0] if documents else None
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Rejects duplicate keys, of which PyYAML would silently keep the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is given twice", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep=deep)

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from faasmoe_operator.api.v1alpha1.base import (
     KUBERNETES_ONLY,
     LIST_TYPE_SET,
+    PROCESS_ONLY,
     ApiModel,
     cel_rule,
     model_validations,
@@ -37,6 +38,17 @@ QUANTIZATION_IMMUTABLE = validations(
 )
 
 
+class RouterScalingSpec(ApiModel):
+    """Whether the router ends while nobody uses the model."""
+
+    min_replicas: int = Field(
+        0, ge=0, le=1, description="0 lets the router end; the next request starts it."
+    )
+    idle_seconds: int = Field(
+        300, ge=10, le=3600, description="How long no request has run or waited by then."
+    )
+
+
 class RouterSpec(ApiModel):
     """The router, which serves the OpenAI API and computes everything but the routed experts."""
 
@@ -60,6 +72,12 @@ class RouterSpec(ApiModel):
         le=64,
         description="Number of routers that share the load; `suspend` deletes all of them.",
         json_schema_extra=KUBERNETES_ONLY,
+    )
+    scaling: RouterScalingSpec | None = Field(
+        None,
+        description="Lets the router of `faasmoe up` end while nobody uses the model; if omitted, "
+        "it always runs.",
+        json_schema_extra=PROCESS_ONLY,
     )
     device: Device = Field(
         "auto", description="Compute device; auto selects a CUDA device if there is one."

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from faasmoe_router.tenants import api_keys
-from faasmoe_router.tenants.api_keys import KeyReadError, KeyRing, key_digest, read_key_digests
+from faasmoe_contracts import api_keys
+from faasmoe_contracts.api_keys import KeyReadError, KeyRing, key_digest, read_key_digests
 
 KEY = "sk-acme-1"
 
@@ -125,6 +125,6 @@ def test_every_digest_is_compared_whichever_matches(
         compared.append(len(a) == len(b) == 32)
         return compare(a, b)
 
-    monkeypatch.setattr("faasmoe_router.tenants.api_keys.hmac.compare_digest", counted)
+    monkeypatch.setattr("faasmoe_contracts.api_keys.hmac.compare_digest", counted)
     found.find_tenant(key)
     assert compared == [True] * 5

@@ -13,14 +13,12 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from faasmoe_router.errors import RouterError
-
 MAX_KEY_BYTES = 8 << 10  # longer than a header may be
 MAX_KEYS = 100  # of one tenant: every request is compared with each of them
 MAX_READ_ATTEMPTS = 3  # of reading a folder while its files are replaced
 
 
-class KeyReadError(RouterError):
+class KeyReadError(Exception):
     """An invalid folder of keys; the message names the file but not its content."""
 
 
@@ -30,7 +28,12 @@ def key_digest(key: str) -> bytes:
 
 
 def read_key_digests(folder: Path) -> frozenset[bytes]:
-    """Return the digests of a folder's keys; none if the folder does not exist.
+    """Return the digests of a folder's keys; raises as `read_named_digests` does."""
+    return frozenset(read_named_digests(folder).values())
+
+
+def read_named_digests(folder: Path) -> dict[str, bytes]:
+    """Return the digests of a folder's keys by file name; none if the folder does not exist.
 
     Raises:
         KeyReadError: a file cannot be read, or is no key.
@@ -46,16 +49,16 @@ def read_key_digests(folder: Path) -> frozenset[bytes]:
         raise KeyReadError(f"{error.filename}: listed, but does not exist") from None
 
 
-def _read_folder(folder: Path) -> frozenset[bytes]:
+def _read_folder(folder: Path) -> dict[str, bytes]:
     try:
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except FileNotFoundError:
-        return frozenset()
+        return {}
     except OSError as error:
         raise KeyReadError(f"{folder}: {error.strerror}") from None
     if len(paths) > MAX_KEYS:
         raise KeyReadError(f"{folder}: got {len(paths)} keys, expected at most {MAX_KEYS}")
-    return frozenset(_digest_of_file(path) for path in paths)
+    return {path.name: _digest_of_file(path) for path in paths}
 
 
 def _digest_of_file(path: Path) -> bytes:

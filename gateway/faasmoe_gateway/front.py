@@ -1,0 +1,344 @@
+"""The gateway's ASGI app over several models: whose request it is, what it may do, where it goes.
+
+Requests name their model in the body. A model that does not exist and one that the tenant may not
+use are the same 404. `/v1/models` and `/v1/usage` are answered here; everything else goes to a
+router of the model, with the tenant's name instead of its key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from faasmoe_contracts.gateway_file import ModelEntry, TenantEntry, TenantModelEntry
+from faasmoe_contracts.tenant_usage import PERIODS
+from faasmoe_gateway.accounts import Accounts, TenantAccount
+from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION
+from faasmoe_gateway.demand_reporter import DemandReporter
+from faasmoe_gateway.held_request import ClientGone, HeldRequest, HoldBudget
+from faasmoe_gateway.limits import Hold
+from faasmoe_gateway.model_routes import ModelRoute
+from faasmoe_gateway.refusal import Refusal, invalid_api_key, model_not_found, send_json
+from faasmoe_gateway.relay import ClientResponse, Relay
+from faasmoe_gateway.request_body import (
+    MAX_BODY_BYTES,
+    RequestedWork,
+    body_too_large,
+    read_work,
+)
+from faasmoe_gateway.router_choice import affinity_key
+from faasmoe_gateway.tenant_directory import REFRESH_INTERVAL_S, TenantDirectory
+
+logger = logging.getLogger(__name__)
+
+GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+SAVE_INTERVAL_S = 5.0
+_TENANT_PATH = re.compile(r"/([^/]+)(/v1(?:/.*)?)", re.DOTALL)
+
+
+@dataclass(slots=True)
+class Call:
+    """A request whose caller and model are known.
+
+    Attributes:
+        path: its path, without a tenant's name.
+        tenant: whose it is; None if everyone may use every model.
+        account: the tenant's account.
+        model: the model.
+        terms: on which terms the tenant may use it.
+        work: what it asks for.
+    """
+
+    path: str
+    tenant: TenantEntry | None
+    account: TenantAccount | None
+    model: ModelEntry
+    terms: TenantModelEntry
+    work: RequestedWork
+
+    @property
+    def max_input_tokens(self) -> int:
+        """The most tokens that its prompts may have."""
+        return min(self.work.n_bytes, self.work.n_choices * self.model.max_model_len)
+
+    @property
+    def max_output_tokens(self) -> int:
+        """The most tokens that it may generate."""
+        bounds = [self.work.max_output_tokens, self.terms.max_output_tokens]
+        known = [bound for bound in bounds if bound is not None]
+        return min([*known, self.model.max_model_len]) * self.work.n_choices
+
+    @property
+    def affinity(self) -> bytes:
+        """What it shares with requests that a router's KV cache may know."""
+        name = "" if self.tenant is None else self.tenant.name
+        return affinity_key(name, session=self.work.session, prefix=self.work.prefix)
+
+
+class Front:
+    """The app of a gateway with several models.
+
+    Args:
+        directory: models and tenants.
+        accounts: the tenants' usage, budgets and limits.
+        front_token: what to show routers.
+        hold_timeout_s: how long requests wait for a router that is away.
+        demand: reports requests to whoever starts routers; None if they are always there.
+        budget: bounds what all requests hold.
+        clock: returns monotonic seconds.
+        wall_clock: returns seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        directory: TenantDirectory,
+        accounts: Accounts,
+        *,
+        front_token: str,
+        hold_timeout_s: float,
+        demand: DemandReporter | None = None,
+        budget: HoldBudget | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._directory = directory
+        self._accounts = accounts
+        self._demand = demand or DemandReporter(None)
+        self._budget = budget or HoldBudget()
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._created_s = int(wall_clock())
+        self._routes = {
+            name: ModelRoute(model, front_token=front_token, hold_timeout_s=hold_timeout_s)
+            for name, model in directory.models.items()
+        }
+        self._running: set[asyncio.Task[None]] = set()
+        self._aborted: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope["type"] == "lifespan":
+            await self._run_lifespan(receive, send)
+            return
+        if scope["path"] in ("/health", "/ping"):
+            await send_json(send, b'{"status":"ok"}')
+            return
+        request = HeldRequest(scope, receive, self._budget)
+        try:
+            await self._handle(scope, request, send)
+        except Refusal as refusal:
+            await refusal.send(send, scope["path"])
+        except ClientGone:
+            return
+        finally:
+            request.release()
+
+    def abort_running(self) -> None:
+        """End every response with an error, because the server is shutting down."""
+        self._aborted |= self._running
+        for task in self._running:
+            task.cancel()
+
+    async def _handle(self, scope: Scope, request: HeldRequest, send: Send) -> None:
+        tenant, path = self._authenticate(scope)
+        if tenant is not None and KNOWN_CLIENT_EXTENSION in scope.get("extensions", {}):
+            scope["extensions"][KNOWN_CLIENT_EXTENSION]()
+        if scope["method"] in ("GET", "HEAD"):
+            await send_json(send, self._read(path, tenant))
+            return
+        account = None if tenant is None else self._accounts.of(tenant.name)
+        headers: dict[str, str] = {}
+        if account is not None:
+            account.limiter.count_request(self._clock())
+            headers = account.check_budgets(self._wall_clock())
+        call = await self._read_call(scope, request, path, tenant, account)
+        request.address(path, tenant="" if tenant is None else tenant.name)
+        client = ClientResponse(send, is_messages=path.endswith("/v1/messages"))
+        client.headers = headers
+        await self._relay(call, request, client)
+
+    def _authenticate(self, scope: Scope) -> tuple[TenantEntry | None, str]:
+        """Return the tenant and the path without its name; raises Refusal."""
+        path = scope["path"]
+        match = None if path.startswith("/v1/") else _TENANT_PATH.fullmatch(path)
+        named = None if match is None else match[1]
+        if self._directory.is_open:
+            if named is not None:
+                raise _unknown_path(path)
+            return None, path
+        tenant = self._directory.authenticate(_bearer_token(scope))
+        if tenant is None or named not in (None, tenant.name):
+            raise invalid_api_key()
+        return tenant, path if match is None else match[2]
+
+    def _read(self, path: str, tenant: TenantEntry | None) -> bytes:
+        """Return the answer to a GET; raises Refusal."""
+        names = self._directory.names_for(tenant)
+        if path == "/v1/models":
+            cards = [self._card(name, model) for name, (model, _) in names.items()]
+            return json.dumps({"object": "list", "data": cards}).encode()
+        if path.startswith("/v1/models/"):
+            name = path.removeprefix("/v1/models/")
+            if name not in names:
+                raise model_not_found(name)
+            return json.dumps(self._card(name, names[name][0])).encode()
+        if path == "/v1/usage" and tenant is not None:
+            return json.dumps(self._usage(tenant)).encode()
+        raise _unknown_path(path)
+
+    def _card(self, name: str, model: ModelEntry) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created_s,
+            "owned_by": "faasmoe",
+            "root": model.served_name,
+            "parent": None,
+            "max_model_len": model.max_model_len,
+        }
+
+    def _usage(self, tenant: TenantEntry) -> dict[str, Any]:
+        usage, now_s = self._accounts.of(tenant.name).usage, self._wall_clock()
+        periods = {period: usage.in_period(now_s, period) for period in PERIODS}
+        return {
+            "object": "usage",
+            "tenant": tenant.name,
+            **{
+                period: {
+                    "requests": used.requests,
+                    "input_tokens": used.input_tokens,
+                    "output_tokens": used.output_tokens,
+                    "cost": used.money,
+                }
+                for period, used in periods.items()
+            },
+        }
+
+    async def _read_call(
+        self,
+        scope: Scope,
+        request: HeldRequest,
+        path: str,
+        tenant: TenantEntry | None,
+        account: TenantAccount | None,
+    ) -> Call:
+        body = await request.read_body(MAX_BODY_BYTES)
+        if body is None:
+            raise body_too_large()
+        encoding = _header(scope, b"content-encoding").strip().lower()
+        work = await read_work(body, encoding=encoding)
+        names = self._directory.names_for(tenant)
+        name = work.model
+        if name is None:
+            models = {model.name for model, _ in names.values()}
+            if len(models) != 1:
+                raise Refusal(
+                    "model: got nothing, expected the name of a model; GET /v1/models lists them",
+                    status=400,
+                    code="missing_required_parameter",
+                    param="model",
+                )
+            name = next(iter(names))
+        if name not in names:
+            raise model_not_found(name)
+        return Call(path, tenant, account, *names[name], work)
+
+    async def _relay(self, call: Call, request: HeldRequest, client: ClientResponse) -> None:
+        hold = Hold([])
+        generates = call.path in GENERATING_PATHS
+        if call.account is not None and generates:
+            limiter = call.account.limiter
+            hold = limiter.hold(call.max_input_tokens, call.max_output_tokens, self._clock())
+            client.headers |= limiter.headers(self._clock())
+        n_tokens = call.max_input_tokens + call.max_output_tokens
+        route = self._routes[call.model.name]
+        affinity = call.affinity if generates else b""
+        with self._demand.request(call.model.name), route.reserve(affinity, n_tokens) as address:
+
+            def on_head() -> None:
+                if relay.meter.input_tokens is not None:
+                    hold.correct(relay.meter.input_tokens, call.max_output_tokens, self._clock())
+
+            relay = Relay(request, client, address, route.waiting, on_head=on_head)
+            try:
+                await self._run(relay, request, client)
+            finally:
+                self._settle(call, hold, relay)
+
+    def _settle(self, call: Call, hold: Hold, relay: Relay) -> None:
+        meter = relay.meter
+        input_tokens = meter.input_tokens or 0
+        hold.correct(input_tokens, meter.output_tokens, self._clock())
+        if call.account is not None and meter.input_tokens is not None:
+            name = call.model.name
+            call.account.record(self._wall_clock(), name, input_tokens, meter.output_tokens)
+
+    async def _run(self, relay: Relay, request: HeldRequest, client: ClientResponse) -> None:
+        """Relay until the response is complete, the client has hung up or the server ends."""
+        task = asyncio.create_task(relay.run())
+        watcher = asyncio.create_task(request.wait_until_gone())
+        self._running.add(task)
+        try:
+            await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if task in self._aborted:
+                await client.fail("The server is shutting down.", status=503)
+            elif task.done():
+                task.result()
+        finally:
+            self._running.discard(task)
+            self._aborted.discard(task)
+            for running in (task, watcher):
+                running.cancel()
+            await asyncio.gather(task, watcher, return_exceptions=True)
+
+    async def _run_lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        jobs = [asyncio.create_task(job()) for job in (self._refresh, self._save, self._demand.run)]
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+        await self._save_now()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _refresh(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_INTERVAL_S)
+            await asyncio.to_thread(self._directory.refresh, self._wall_clock())
+
+    async def _save(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_INTERVAL_S)
+            await self._save_now()
+
+    async def _save_now(self) -> None:
+        content = self._accounts.changed(self._wall_clock())
+        if content is None:
+            return
+        try:
+            await asyncio.to_thread(self._accounts.write, content)
+        except OSError as error:
+            logger.error("The tenants' usage cannot be saved: %s", error)
+
+
+def _unknown_path(path: str) -> Refusal:
+    return Refusal(f"path: got {path[:80]}, which does not exist", status=404, code="not_found")
+
+
+def _bearer_token(scope: Scope) -> str:
+    scheme, _, key = _header(scope, b"authorization").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else _header(scope, b"x-api-key").strip()
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    value: bytes = next((v for n, v in scope["headers"] if n == name), b"")
+    return value.decode("latin-1")

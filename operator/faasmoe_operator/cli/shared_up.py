@@ -1,0 +1,227 @@
+"""`faasmoe up` with several models, or with Tenants: one gateway in front of all of them.
+
+A single MoEModel, or MODEL, is served by `up.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from faasmoe_contracts.store import Store
+from faasmoe_operator.aio import gather_limited
+from faasmoe_operator.api.v1alpha1 import MoEModel
+from faasmoe_operator.api.v1alpha1.documents import load_documents
+from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
+from faasmoe_operator.cli import control, model_arguments, router, up
+from faasmoe_operator.cli.deployment import Deployment
+from faasmoe_operator.cli.formatting import format_bytes, format_table
+from faasmoe_operator.cli.local_stack import ClientAccess, StackSpec
+from faasmoe_operator.cli.logs import LogSinks, print_progress
+from faasmoe_operator.cli.model_arguments import RequestedModel
+from faasmoe_operator.cli.runtime_dir import locked_state, private_runtime_dir, register_instance
+from faasmoe_operator.cli.shared_stack import (
+    SharedProcesses,
+    SharedSpec,
+    max_model_len,
+    router_model,
+    running_shared_stack,
+    wait_until_healthy,
+    with_api_keys,
+)
+from faasmoe_operator.cli.signals import run_until_signal
+from faasmoe_operator.errors import CommandError
+from faasmoe_operator.platforms.memory import pss_bytes
+
+
+def add_commands(commands: Any) -> None:
+    """Add `faasmoe up`."""
+    up.add_command(commands).set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve one model or several until a signal arrives or a process fails."""
+    if len(arguments.files) <= 1 and not _holds_several(arguments.files):
+        return up.run(arguments)
+    if arguments.model is not None:
+        raise CommandError(
+            f"expected MODEL or -f FILE, got MODEL {arguments.model!r} and -f", exit_status=2
+        )
+    _check_options(arguments)
+    deployment = Deployment.load(arguments.files)
+    access = ClientAccess(tuple(arguments.api_key), tuple(arguments.cors_origin))
+    for local in deployment.models.values():
+        access.check(local)
+        for warning in process_platform_warnings(local.model):
+            print_progress(f"{local.model.metadata.name}: {warning}")
+    if access.api_keys and deployment.tenants:
+        raise CommandError("--api-key: there are tenants, which have keys", exit_status=2)
+    for warning in deployment.warnings():
+        print_progress(warning)
+    endpoint = router.Endpoint(arguments.host, arguments.port)
+    endpoint.check_free()
+    with LogSinks(arguments.log_dir) as logs, ExitStack() as locks:
+        for local in deployment.models.values():
+            locks.enter_context(locked_state(local.state_path))
+        locks.enter_context(locked_state(deployment.state_path))
+        return asyncio.run(
+            run_until_signal(
+                _prepare_and_serve(
+                    deployment,
+                    endpoint,
+                    access,
+                    logs,
+                    keep_alive_s=arguments.keep_alive,
+                    skip_verify=arguments.skip_verify,
+                )
+            )
+        )
+
+
+def _holds_several(files: list[Path]) -> bool:
+    """Return whether -f needs the gateway of several models; what is wrong with one, `up` says.
+
+    That is so for several objects, and for a model whose router ends while nobody uses it.
+    """
+    if not files:
+        return False
+    if files[0].is_dir():
+        return True
+    if not files[0].is_file():
+        return False
+    documents = load_documents(files[0])
+    if len(documents) != 1 or not isinstance(documents[0], MoEModel):
+        return True
+    return documents[0].spec.router.scaling is not None
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    options = model_arguments.given_options(arguments)
+    if arguments.live_page or arguments.live_page_key:
+        options.append("--live-page")
+    if not arguments.gateway:
+        options.append("--no-gateway")
+    if options:
+        raise CommandError(
+            f"{options[0]}: got it with several models or tenants, expected the fields of each "
+            "MoEModel in its file",
+            exit_status=2,
+        )
+
+
+async def _prepare_and_serve(
+    deployment: Deployment,
+    endpoint: router.Endpoint,
+    access: ClientAccess,
+    logs: LogSinks,
+    *,
+    keep_alive_s: float | None,
+    skip_verify: bool,
+) -> int:
+    stores, unverified = {}, []
+    for name, local in deployment.models.items():
+        await up.check_devices(local)
+        is_prepared = local.is_prepared
+        if not is_prepared and (status := await up.prepare(RequestedModel(local, None))):
+            return status  # the preparation has said why
+        store = stores[name] = local.open_store()
+        local.functions(store.manifest, key=secrets.token_bytes(32))
+        if is_prepared and not skip_verify:
+            unverified.append(store)
+    with private_runtime_dir() as folder, _model_specs(deployment, endpoint) as specs:
+        spec = SharedSpec(
+            with_api_keys(deployment, access, folder),
+            specs,
+            {n: max_model_len(deployment.models[n], s.manifest) for n, s in stores.items()},
+            endpoint,
+            access,
+            folder,
+            keep_alive_s,
+        )
+        print_progress(f"starting {len(specs)} models and a gateway")
+        async with running_shared_stack(spec, logs) as processes:
+            return await _serve(spec, processes, unverified)
+
+
+@contextmanager
+def _model_specs(
+    deployment: Deployment, endpoint: router.Endpoint
+) -> Iterator[Mapping[str, StackSpec]]:
+    """Give each model its own folder, port and secrets, by which other commands find it."""
+    with ExitStack() as stack:
+        specs = {}
+        for name, local in deployment.models.items():
+            folder = stack.enter_context(private_runtime_dir())
+            port = stack.enter_context(closing(control.ReservedControlPort.reserve()))
+            specs[name] = StackSpec.create(
+                router_model(local),
+                endpoint,
+                access=ClientAccess(),
+                folder=folder,
+                port=port,
+                has_gateway=True,
+            )
+            register_instance(specs[name].instance, folder)
+        yield specs
+
+
+async def _serve(spec: SharedSpec, processes: SharedProcesses, unverified: list[Store]) -> int:
+    """Serve until a process fails or a signal cancels this task, after the start with status 0."""
+    task, serving = asyncio.current_task(), asyncio.Event()
+    assert task is not None
+    try:
+        await up.run_until_failure(
+            processes.failures, _announce(spec, processes, serving, unverified)
+        )
+        await up.run_until_failure(processes.failures, up.wait_forever())
+    except asyncio.CancelledError:
+        if not serving.is_set():
+            raise
+        task.uncancel()
+    finally:
+        print_progress("shutting down")
+    return 0
+
+
+async def _announce(
+    spec: SharedSpec, processes: SharedProcesses, serving: asyncio.Event, unverified: list[Store]
+) -> None:
+    """Print the summary once all processes are healthy and all stores are verified."""
+
+    async def verify() -> None:
+        for store in unverified:
+            await up.verify(store)
+
+    steps = [
+        verify,
+        *(lambda n=name: wait_until_healthy(spec, processes, n) for name in spec.specs),
+    ]
+    await gather_limited(steps, lambda step: step(), limit=len(steps))
+    serving.set()  # before printing: a reader of the summary may send a signal immediately
+    print(format_summary(spec, processes), flush=True)
+
+
+def format_summary(spec: SharedSpec, processes: SharedProcesses) -> str:
+    """Return endpoints, models, tenants and memory (PSS) of the processes as text."""
+    url, deployment = spec.endpoint.url, spec.deployment
+    sizes = {name: pss_bytes(pid) if pid else None for name, pid in processes.pids.items()}
+    rows = [
+        (name, str(processes.pids[name] or "-"), format_bytes(size)) for name, size in sizes.items()
+    ]
+    models = [local.served_model_name for local in deployment.models.values()]
+    return "\n".join(
+        [
+            f"{len(models)} models are served",
+            "",
+            f"  OpenAI base URL  {url}/v1",
+            *(f"  tenant           {t.name}: {url}/{t.name}/v1" for t in deployment.tenants),
+            *(f"  model            {name}" for name in models),
+            "",
+            format_table(up.PROCESS_HEADER, rows),
+        ]
+    )

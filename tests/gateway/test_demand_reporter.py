@@ -1,0 +1,97 @@
+"""What the gateway tells whoever starts routers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from faasmoe_contracts.json_reader import ContractError
+from faasmoe_contracts.router_demand import RouterDemand
+from faasmoe_gateway import demand_reporter
+from faasmoe_gateway.demand_reporter import DemandReporter
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="dr-") as folder:  # tmp_path may be too long
+        yield Path(folder) / "demand.sock"
+
+
+@asynccontextmanager
+async def listening(path: Path) -> AsyncIterator[asyncio.Queue[RouterDemand]]:
+    reports: asyncio.Queue[RouterDemand] = asyncio.Queue()
+
+    writers: list[asyncio.StreamWriter] = []
+
+    async def read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        while line := await reader.readline():
+            reports.put_nowait(RouterDemand.loads(line))
+        writer.close()
+
+    server = await asyncio.start_unix_server(read, str(path))
+    try:
+        yield reports
+    finally:
+        server.close()
+        os.unlink(path)  # so that nobody connects meanwhile
+        for writer in writers:
+            writer.close()
+            await writer.wait_closed()
+
+
+async def until(reports: asyncio.Queue[RouterDemand], expected: dict[str, int]) -> None:
+    async with asyncio.timeout(30):
+        while await reports.get() != expected:
+            pass
+
+
+def test_first_request_of_a_model_is_told_at_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demand_reporter, "REPORT_INTERVAL_S", 1e6)
+
+    async def work() -> None:
+        async with listening(path) as reports:
+            reporter = DemandReporter(path)
+            task = asyncio.create_task(reporter.run())
+            await until(reports, {})
+            with reporter.request("a"), reporter.request("a"):
+                await until(reports, {"a": 2})
+                with reporter.request("b"):
+                    await until(reports, {"a": 2, "b": 1})
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(work())
+
+
+def test_end_of_requests_is_told_and_the_other_side_may_come_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demand_reporter, "REPORT_INTERVAL_S", 0.01)
+
+    async def work() -> None:
+        reporter = DemandReporter(path)
+        task = asyncio.create_task(reporter.run())
+        with reporter.request("a"):
+            async with listening(path) as reports:
+                await until(reports, {"a": 1})
+        async with listening(path) as reports:
+            await until(reports, {"a": 0})
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("line", [b"x\n", b"[]\n", b'{"a": -1}\n', b'{"a": "1"}\n'])
+def test_other_lines_are_refused(line: bytes) -> None:
+    with pytest.raises(ContractError):
+        RouterDemand.loads(line)

@@ -1,0 +1,130 @@
+"""`faasmoe up` with two models and tenants: one endpoint, and each tenant's own view of it."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from faasmoe_up import FaasmoeUp, running_up
+from tiny_chat import save_tiny_chat_model
+from tiny_system import moemodel_yaml
+
+TENANTS = """\
+apiVersion: faasmoe.dev/v1alpha1
+kind: Tenant
+metadata: {name: acme}
+spec:
+  apiKeysPath: keys/acme
+  models: [{name: first, alias: mine}, {name: second}]
+  limits: {requestsPerMinute: 600}
+---
+apiVersion: faasmoe.dev/v1alpha1
+kind: Tenant
+metadata: {name: beta}
+spec:
+  apiKeysPath: keys/beta
+  models: [{name: second}]
+  budgets: [{unit: outputTokens, period: day, limit: 3}]
+"""
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
+    folder = tmp_path_factory.mktemp("models")
+    model = save_tiny_chat_model(folder / "model")
+    served = folder / "served"
+    served.mkdir()
+    for name in ("first", "second"):
+        text = moemodel_yaml(model, router="cpu", experts="cpu")
+        document = yaml.safe_load(text)
+        document["metadata"]["name"] = name
+        document["spec"]["store"]["path"] = f"stores/{name}"
+        (served / f"{name}.yaml").write_text(yaml.safe_dump(document))
+    (served / "tenants.yaml").write_text(TENANTS)
+    for tenant in ("acme", "beta"):
+        (served / "keys" / tenant).mkdir(parents=True)
+        (served / "keys" / tenant / "key").write_text(f"sk-{tenant}")
+    with running_up(served, folder / "up.log") as running:
+        yield running
+
+
+def complete(up: FaasmoeUp, model: str, *, key: str = "sk-acme", **fields: Any) -> httpx.Response:
+    body = {"model": model, "prompt": "the quick", "max_tokens": 2, "temperature": 0, **fields}
+    return httpx.post(
+        f"{up.base_url}/v1/completions",
+        json=body,
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=60,
+        trust_env=False,
+    )
+
+
+def get(up: FaasmoeUp, path: str, key: str) -> Any:
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.get(f"{up.base_url}{path}", headers=headers, trust_env=False).json()
+
+
+def test_each_model_answers_under_its_names(up: FaasmoeUp) -> None:
+    for name in ("first", "mine", "second"):
+        response = complete(up, name)
+        assert response.status_code == 200, response.text
+        assert response.json()["model"] == name
+    assert [card["id"] for card in get(up, "/v1/models", "sk-acme")["data"]] == [
+        "first",
+        "mine",
+        "second",
+    ]
+
+
+def test_model_of_others_does_not_exist(up: FaasmoeUp) -> None:
+    assert complete(up, "first", key="sk-beta").status_code == 404
+    assert complete(up, "nothing", key="sk-beta").status_code == 404
+    assert complete(up, "second", key="sk-other").status_code == 401
+
+
+def test_usage_counts_over_models_whole_and_streamed(up: FaasmoeUp) -> None:
+    before = get(up, "/v1/usage", "sk-acme")["day"]
+    whole = complete(up, "first").json()["usage"]
+    streamed = complete(up, "second", stream=True, stream_options={"include_usage": True})
+    events = [line for line in streamed.text.splitlines() if line.startswith("data: {")]
+    chunk = json.loads(events[-1].removeprefix("data: "))["usage"]
+    after = get(up, "/v1/usage", "sk-acme")["day"]
+    used = {name: after[name] - before[name] for name in ("input_tokens", "output_tokens")}
+    assert used == {
+        "input_tokens": whole["prompt_tokens"] + chunk["prompt_tokens"],
+        "output_tokens": whole["completion_tokens"] + chunk["completion_tokens"],
+    }
+
+
+def test_budget_ends_a_day(up: FaasmoeUp) -> None:
+    seen = [complete(up, "second", key="sk-beta", ignore_eos=True) for _ in range(3)]
+    assert [response.status_code for response in seen] == [200, 200, 429]
+    assert seen[2].json()["error"]["code"] == "budget_exceeded"
+
+
+def test_gateway_is_small(up: FaasmoeUp) -> None:
+    gateway = up.child_running("faasmoe_gateway")
+    assert gateway is not None
+    assert gateway.memory_full_info().uss < 60e6
+
+
+def test_router_that_dies_is_replaced_and_the_other_model_goes_on(up: FaasmoeUp) -> None:
+    zygote = up.child_running("faasmoe_router.zygote")
+    assert zygote is not None
+    routers = zygote.children()
+    assert len(routers) == 2  # of one zygote
+    routers[0].send_signal(signal.SIGKILL)
+    assert complete(up, "second").status_code == 200
+    assert complete(up, "first").status_code == 200
+
+
+def test_log_names_the_models(up: FaasmoeUp) -> None:
+    text = Path(up.log).read_text()
+    assert "2 models are served" in text
+    assert "sk-acme" not in text

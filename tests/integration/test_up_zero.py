@@ -1,0 +1,44 @@
+"""`faasmoe up` whose router ends while nobody uses the model, and starts with the next request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import yaml
+from faasmoe_up import FaasmoeUp, running_up, wait_until
+from tiny_chat import save_tiny_chat_model
+from tiny_system import moemodel_yaml
+
+BODY = {"model": "tiny", "prompt": "the quick", "max_tokens": 4, "temperature": 0}
+END_TIMEOUT_S = 120.0
+
+
+def test_router_ends_and_comes_back(tmp_path: Path) -> None:
+    model = save_tiny_chat_model(tmp_path / "model")
+    document = yaml.safe_load(moemodel_yaml(model, router="cpu", experts="cpu"))
+    document["spec"]["router"]["scaling"] = {"idleSeconds": 10}
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(document))
+    with running_up(file, tmp_path / "up.log") as up:
+        warm = complete(up)
+        for _ in range(2):
+            wait_until(lambda: n_routers(up) == 0, timeout_s=END_TIMEOUT_S, what="no router")
+            assert list_models(up) == ["tiny"]  # the gateway knows it without a router
+            assert complete(up) == warm
+            assert n_routers(up) == 1
+
+
+def complete(up: FaasmoeUp) -> str:
+    response = httpx.post(f"{up.base_url}/v1/completions", json=BODY, timeout=60, trust_env=False)
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["text"])
+
+
+def list_models(up: FaasmoeUp) -> list[str]:
+    response = httpx.get(f"{up.base_url}/v1/models", trust_env=False)
+    return [model["id"] for model in response.json()["data"]]
+
+
+def n_routers(up: FaasmoeUp) -> int:
+    return int(up.router is not None)
