@@ -78,7 +78,8 @@ def is_finite(values: torch.Tensor) -> bool:
         return True
     if values.dtype in EXPONENT_BITS:  # a sum of 16-bit values takes ten times as long
         bits, exponent = values.view(torch.int16).flatten(), EXPONENT_BITS[values.dtype]
-        return all(int((p & exponent).max()) != exponent for p in bits.split(PIECE_VALUES))
+        pieces = (bits[at : at + PIECE_VALUES] for at in range(0, bits.numel(), PIECE_VALUES))
+        return all(int((piece & exponent).max()) != exponent for piece in pieces)
     if values.dtype is torch.float8_e4m3fn:
         return not bool(((values.view(torch.uint8) & E4M3_NAN) == E4M3_NAN).any())
     # A sum takes one pass without a temporary; it is finite unless a value is not, or it overflows.
