@@ -130,7 +130,11 @@ def test_logits_equal_those_of_the_weights_that_the_writer_meant(
 def test_logits_are_those_of_from_pretrained_but_for_rounding(
     name: str, sandboxes: Sandboxes, tmp_path: Path
 ) -> None:
-    """The same weights bit for bit (tests/router/checkpoint); functions' outputs are bfloat16."""
+    """The same weights, which transformers rounds to bfloat16; functions' outputs are bfloat16.
+
+    Where two experts are almost as good for a gate, rounding decides, and that position differs.
+    """
     checkpoint, family, store, got = published_and_served(name, sandboxes, tmp_path, torch.bfloat16)
     expected = loaded_logits(checkpoint.folder, family, store, torch.bfloat16)
-    assert (got - expected).norm() <= 0.02 * expected.norm()
+    errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1)  # [B, S]
+    assert errors.quantile(0.9) <= 0.02

@@ -136,6 +136,7 @@ class CheckpointReader:
         self._is_finite = False
         self._local = threading.local()
         self._progress_lock = threading.Lock()
+        self._record_lock = threading.Lock()
         self._stack = ExitStack()
         self._descriptors: list[int] = []
         self._states: list[tuple[int, int]] = []
@@ -171,11 +172,16 @@ class CheckpointReader:
         missing = (i for i, digest in enumerate(digests) if not digest)
         order = sorted(missing, key=lambda i: blocks[i].pieces[:1])
         n_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+
+        def compute(index: int) -> str:
+            digest = self._digest(blocks[index])
+            with self._record_lock:  # at once: what was read is not read again if others fail
+                record.add(blocks[index].key, digest)
+            return digest
+
         with ThreadPoolExecutor(n_threads) as pool:
-            computed = pool.map(self._digest, (blocks[i] for i in order))
-            for i, digest in zip(order, computed, strict=True):
+            for i, digest in zip(order, pool.map(compute, order), strict=True):
                 digests[i] = digest
-                record.add(blocks[i].key, digest)
         self._check_unchanged()
         return digests
 

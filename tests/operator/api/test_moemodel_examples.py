@@ -14,16 +14,18 @@ from faasmoe_operator.api.v1alpha1.validation import kubernetes_problems, proces
 
 ROOT = Path(__file__).parents[3]
 ApiServer = Any  # conftest's; a test module cannot import it
+IS_MOEMODEL = re.compile(r"^kind: MoEModel$", re.MULTILINE)
 YAML_BLOCK = re.compile(r"^```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def documented_moemodels() -> dict[str, str]:
     """Return the YAML texts by their location."""
-    texts = {str(p.relative_to(ROOT)): p.read_text() for p in (ROOT / "examples").glob("*.yaml")}
+    examples = {str(p.relative_to(ROOT)): p.read_text() for p in (ROOT / "examples").glob("*.yaml")}
+    texts = {place: text for place, text in examples.items() if IS_MOEMODEL.search(text)}
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     for page in pages:
         for index, block in enumerate(YAML_BLOCK.findall(page.read_text())):
-            if re.search(r"^kind: MoEModel$", block, re.MULTILINE):
+            if IS_MOEMODEL.search(block):
                 texts[f"{page.relative_to(ROOT)}-{index}"] = block
     return texts
 

@@ -173,8 +173,11 @@ def read_metric(metrics: DispatchMetrics, name: str) -> float:
     return float(getattr(metrics, name).collect()[0].samples[0].value)
 
 
-def test_slow_call_is_hedged_at_another_replica(
-    layer: Callable[..., Layer], sandbox_server: SandboxProcess, other: SandboxProcess
+def test_slow_call_is_computed_at_another_replica(
+    layer: Callable[..., Layer],
+    sandbox_server: SandboxProcess,
+    other: SandboxProcess,
+    socket_dir: Path | None,
 ) -> None:
     one = layer(sandbox_server.address, other.address)
     one.check(2 * MIN_SAMPLES)
@@ -182,7 +185,8 @@ def test_slow_call_is_hedged_at_another_replica(
     with stopped(other):
         elapsed_s = one.check(4)
     assert elapsed_s < GRACE_S < HUNG_S
-    assert one.count("hedges") > n_hedges
+    if socket_dir is None:  # a mailbox's caller sees that the process is stopped, without a hedge
+        assert one.count("hedges") > n_hedges
     assert one.count("local") == 0
 
 
