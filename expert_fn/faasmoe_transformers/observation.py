@@ -1,7 +1,8 @@
 """Watches transformers' modules compute a few rows, so that a native program can be compared.
 
-Two passes over the paged cache run through transformers' own batching: two prompts, then further
-tokens of both, which read what the first pass wrote. Experts are replaced by a fixed function.
+Two passes over the paged cache run through transformers' own batching: two prompts, or one if a
+batch is one sequence, then further tokens, which read what the first pass wrote. Experts are
+replaced by a fixed function.
 """
 
 from __future__ import annotations
@@ -132,10 +133,11 @@ def observe_passes(
         UnrecognizedLayer: the decoder computes something else than embeddings, layers and a norm.
     """
     cache, inputs = batch_processor.cache, batch_processor.inputs_and_outputs
+    further_tokens = FURTHER_TOKENS[-len(inputs.logits_indices) :]  # a batch may be one sequence
     futures = create_warmup_future_states(
-        len(FURTHER_TOKENS), RequestStatus.PREFILLING, PROMPT_TOKENS, 0, cache
+        len(further_tokens), RequestStatus.PREFILLING, PROMPT_TOKENS, 0, cache
     )
-    if len(futures) < len(FURTHER_TOKENS):
+    if len(futures) < len(further_tokens):
         raise UnrecognizedLayer("the cache is too small to compare layers")
     n_tokens = decoder.embed_tokens.num_embeddings
     try:
@@ -146,7 +148,7 @@ def observe_passes(
         yield _observe_pass(model, decoder, batch_processor, futures, 0, experts)
         further = [
             _extend(future.state, count, cache, n_tokens)
-            for future, count in zip(futures, FURTHER_TOKENS, strict=True)
+            for future, count in zip(futures, further_tokens, strict=True)
         ]
         n_read = PROMPT_TOKENS * len(futures)
         yield _observe_pass(model, decoder, batch_processor, further, n_read, experts)

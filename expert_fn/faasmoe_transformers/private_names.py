@@ -145,7 +145,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         f"{_CB}.input_outputs:ContinuousBatchingIOs.",
         "prepare_batch_tensors get_model_kwargs reset",
         "observation",
-        "prepares these passes, and forgets them",
+        "prepares these passes, and forgets them; logits_indices, one per sequence of a batch, is "
+        "an attribute of its objects",
     ),
     *_names(
         f"{_API}:ContinuousBatchProcessor.",

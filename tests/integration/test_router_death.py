@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from faasmoe_up import FaasmoeUp, running_up, wait_until
+from faasmoe_up import FaasmoeUp, all_gone, running_up, wait_until
 from moemodel_files import write_moemodel, write_tenants
 from tiny_chat import save_tiny_chat_model
 
@@ -145,7 +145,7 @@ def kill_router(up: FaasmoeUp) -> None:
     router = up.router
     assert router is not None
     router.send_signal(signal.SIGKILL)
-    router.wait(10)
+    wait_until(lambda: all_gone([router]), timeout_s=10, what="the router to end")
 
 
 def ids_of(events: list[str]) -> set[str]:

@@ -5,6 +5,7 @@ import ctypes
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -181,6 +182,7 @@ def generate(
     loop: asyncio.AbstractEventLoop,
     prompts: Sequence[Sequence[int]] = PROMPTS,
     compute: ComputeMode = "auto",
+    limits: BatchingLimits = LIMITS,
 ) -> tuple[list[list[int]], list[str | None], list[Tensor]]:
     """Return the tokens and the error of each prompt, and all scores."""
     finished = threading.Event()
@@ -197,7 +199,7 @@ def generate(
 
     sampler = ArgmaxSampler()
     select_attention_implementation(model)
-    batcher = ContinuousBatcher(model, LIMITS, sampler=sampler, compute=compute)
+    batcher = ContinuousBatcher(model, limits, sampler=sampler, compute=compute)
     batcher.start(loop, on_outputs)
     for i, prompt in enumerate(prompts):
         batcher.add_request(str(i), prompt, max_tokens=N_TOKENS, stop_token_ids=[])
@@ -251,6 +253,15 @@ def test_compute_mode_selects_what_computes_the_decoder(
     generate(model, loop, PROMPTS[:1], compute)
     assert model.config._attn_implementation == attention
     assert isinstance(model.model.forward, NativeForward) == is_program
+
+
+def test_a_batch_of_one_sequence_runs_the_program(loop: asyncio.AbstractEventLoop) -> None:
+    expected, _, _ = generate(build("qwen2_moe"), loop, compute="torch")
+    model = build("qwen2_moe")
+    use_native_linears(model, load())
+    tokens, _, _ = generate(model, loop, limits=replace(LIMITS, max_requests=1))
+    assert isinstance(model.model.forward, NativeForward)
+    assert tokens == expected
 
 
 def build_wide(experts: FixedExperts | None = None) -> Any:
