@@ -64,7 +64,11 @@ def write_models(folder: Path, model: Path, n_models: int) -> Path:
     """Write MoEModels of the same checkpoint; return their folder."""
     files = folder / "models"
     files.mkdir(parents=True)
-    scaling = {"windowSeconds": 6, "scaleToZeroGracePeriodSeconds": 0}
+    scaling = {
+        "windowSeconds": 6,
+        "panicWindowPercentage": 20,
+        "scaleToZeroGracePeriodSeconds": 0,
+    }
     for index in range(n_models):
         spec = {
             "model": {"source": model.as_uri()},

@@ -68,12 +68,12 @@ def main() -> int:
 
 def _make_app(config: GatewayConfig) -> GatewayApp | Front:
     """Return the app of one router or of several models; raises ContractError or OSError."""
+    page = None
+    if config.page_socket is not None:
+        page = RouterAddress(config.page_socket, "", PROBE_HOLD_S)
     if config.gateway_file is None:
         assert config.router_socket is not None
         router = RouterAddress(config.router_socket, config.front_token, config.hold_timeout_s)
-        page = None
-        if config.page_socket is not None:
-            page = RouterAddress(config.page_socket, "", PROBE_HOLD_S)
         return GatewayApp(router, page=page)
     file = GatewayFile.loads(config.gateway_file.read_bytes())
     usage = None if config.state_dir is None else config.state_dir / USAGE_FILE_NAME
@@ -83,6 +83,7 @@ def _make_app(config: GatewayConfig) -> GatewayApp | Front:
         front_token=config.front_token,
         hold_timeout_s=config.hold_timeout_s,
         demand=DemandReporter(config.demand_socket),
+        page=page,
     )
 
 

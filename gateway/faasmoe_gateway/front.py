@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,13 @@ from faasmoe_gateway.held_request import ClientGone, HeldRequest, HoldBudget
 from faasmoe_gateway.limits import Hold
 from faasmoe_gateway.model_routes import ModelRoute
 from faasmoe_gateway.refusal import Refusal, invalid_api_key, model_not_found, send_json
-from faasmoe_gateway.relay import ClientResponse, Relay
+from faasmoe_gateway.relay import (
+    ClientResponse,
+    Relay,
+    RouterAddress,
+    WaitingRequests,
+    is_page_path,
+)
 from faasmoe_gateway.request_body import (
     MAX_BODY_BYTES,
     RequestedWork,
@@ -92,6 +98,7 @@ class Front:
         front_token: what to show routers.
         hold_timeout_s: how long requests wait for a router that is away.
         demand: reports requests to whoever starts routers; None if they are always there.
+        page: where the live page is; None for none.
         budget: bounds what all requests hold.
         clock: returns monotonic seconds.
         wall_clock: returns seconds since the epoch.
@@ -105,6 +112,7 @@ class Front:
         front_token: str,
         hold_timeout_s: float,
         demand: DemandReporter | None = None,
+        page: RouterAddress | None = None,
         budget: HoldBudget | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -112,14 +120,21 @@ class Front:
         self._directory = directory
         self._accounts = accounts
         self._demand = demand or DemandReporter(None)
+        self._page = page
         self._budget = budget or HoldBudget()
         self._clock = clock
         self._wall_clock = wall_clock
         self._created_s = int(wall_clock())
         self._routes = {
-            name: ModelRoute(model, front_token=front_token, hold_timeout_s=hold_timeout_s)
+            name: ModelRoute(
+                model,
+                front_token=front_token,
+                hold_timeout_s=hold_timeout_s,
+                demand=self._demand,
+            )
             for name, model in directory.models.items()
         }
+        self._demand.on_routers = self._set_running
         self._running: set[asyncio.Task[None]] = set()
         self._aborted: set[asyncio.Task[None]] = set()
 
@@ -133,7 +148,12 @@ class Front:
             return
         request = HeldRequest(scope, receive, self._budget)
         try:
-            await self._handle(scope, request, send)
+            if self._page is not None and is_page_path(scope["raw_path"]):
+                client = ClientResponse(send, is_messages=False)
+                relay = Relay(request, client, self._page, WaitingRequests())
+                await self._run(relay, request, client)
+            else:
+                await self._handle(scope, request, send)
         except Refusal as refusal:
             await refusal.send(send, scope["path"])
         except ClientGone:
@@ -146,6 +166,11 @@ class Front:
         self._aborted |= self._running
         for task in self._running:
             task.cancel()
+
+    def _set_running(self, routers: Mapping[str, tuple[str, ...]]) -> None:
+        for model, route in self._routes.items():
+            if model in routers:
+                route.set_running(routers[model])
 
     async def _handle(self, scope: Scope, request: HeldRequest, send: Send) -> None:
         tenant, path = self._authenticate(scope)
@@ -261,7 +286,7 @@ class Front:
         n_tokens = call.max_input_tokens + call.max_output_tokens
         route = self._routes[call.model.name]
         affinity = call.affinity if generates else b""
-        with self._demand.request(call.model.name), route.reserve(affinity, n_tokens) as address:
+        with route.reserve(affinity, n_tokens) as address:
 
             def on_head() -> None:
                 if relay.meter.input_tokens is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from faasmoe_contracts.gateway_file import ModelEntry
+from faasmoe_gateway.demand_reporter import DemandReporter
 from faasmoe_gateway.relay import RouterAddress, WaitingRequests
 from faasmoe_gateway.router_choice import HashRing, choose_router
 
@@ -18,19 +19,29 @@ class ModelRoute:
         model: the model.
         front_token: what to show its routers.
         hold_timeout_s: how long requests wait while none listens.
+        demand: where requests are counted.
 
     Attributes:
         waiting: the requests that wait for a router.
     """
 
-    def __init__(self, model: ModelEntry, *, front_token: str, hold_timeout_s: float) -> None:
+    def __init__(
+        self, model: ModelEntry, *, front_token: str, hold_timeout_s: float, demand: DemandReporter
+    ) -> None:
         self.waiting = WaitingRequests()
+        self._model = model.name
+        self._demand = demand
         self._addresses = {
             router.name: RouterAddress(Path(router.path), front_token, hold_timeout_s)
             for router in model.routers
         }
         self._ring = HashRing(self._addresses)
         self._outstanding: dict[str, int] = {}
+
+    def set_running(self, routers: Collection[str]) -> None:
+        """Choose among these routers only; if there are none, requests wait for the first one."""
+        known = [name for name in routers if name in self._addresses]
+        self._ring = HashRing(known or [next(iter(self._addresses))])
 
     @contextmanager
     def reserve(self, key: bytes, n_tokens: int) -> Iterator[RouterAddress]:
@@ -43,6 +54,7 @@ class ModelRoute:
         name = choose_router(self._ring, self._outstanding, key)
         self._outstanding[name] = self._outstanding.get(name, 0) + n_tokens
         try:
-            yield self._addresses[name]
+            with self._demand.request(self._model), self._demand.sent(self._model, name):
+                yield self._addresses[name]
         finally:
             self._outstanding[name] -= n_tokens

@@ -69,6 +69,11 @@ class RouterAddress:
     hold_timeout_s: float
 
 
+def is_page_path(path: bytes) -> bool:
+    """Return whether a path is of the live page."""
+    return path == PAGE_PATH or path.startswith(PAGE_PATH + b"/")
+
+
 class TokenMeter:
     """Counts the tokens of one request, as its routers tell.
 

@@ -166,12 +166,12 @@ class Deployment:
         ]
 
     def gateway_file(
-        self, sockets: Mapping[str, Path], max_model_lens: Mapping[str, int]
+        self, sockets: Mapping[str, Sequence[Path]], max_model_lens: Mapping[str, int]
     ) -> GatewayFile:
         """Return what the gateway reads.
 
         Args:
-            sockets: the socket of each model's router.
+            sockets: the sockets of each model's routers.
             max_model_lens: tokens of a prompt and its completion, by model.
         """
         models = [
@@ -179,7 +179,7 @@ class Deployment:
                 name,
                 local.served_model_name,
                 max_model_lens[name],
-                (RouterEntry("router", str(sockets[name])),),
+                tuple(RouterEntry(str(i), str(path)) for i, path in enumerate(sockets[name])),
             )
             for name, local in sorted(self.models.items())
         ]

@@ -55,9 +55,10 @@ def shared_environment(
     front_token: str,
     state_path: Path,
     listen_fd: int,
-    demand_socket: Path | None,
+    demand_socket: Path,
     cors_origins: Sequence[str],
     keep_alive_s: float | None,
+    page_socket: Path | None,
 ) -> dict[str, str]:
     """Return the complete environment of the gateway of several models.
 
@@ -67,9 +68,10 @@ def shared_environment(
         front_token: what it shows the routers.
         state_path: folder of the tenants' usage.
         listen_fd: descriptor of a socket that listens on `endpoint`.
-        demand_socket: where it reports requests; None if all routers always run.
+        demand_socket: where it reports requests.
         cors_origins: origins of web pages that may call the API.
         keep_alive_s: how long unused connections are kept; None for the default.
+        page_socket: Unix socket of the live page; None for none.
     """
     return _variables(
         {
@@ -80,6 +82,7 @@ def shared_environment(
             "STATE_DIR": state_path,
             "FRONT_TOKEN": front_token,
             "DEMAND_SOCKET": demand_socket,
+            "PAGE_SOCKET": page_socket,
             "CORS_ORIGINS": ",".join(cors_origins) or None,
             "KEEP_ALIVE": keep_alive_s,
         }
