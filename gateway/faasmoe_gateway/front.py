@@ -200,7 +200,8 @@ class Front:
                 raise _unknown_path(path)
             return None, path
         tenant = self._directory.authenticate(_bearer_token(scope))
-        if tenant is None or named not in (None, tenant.name):
+        host = self._directory.tenant_of_host(_host_name(scope))
+        if tenant is None or {named, host} - {None, tenant.name}:
             raise invalid_api_key()
         return tenant, path if match is None else match[2]
 
@@ -357,6 +358,12 @@ class Front:
 
 def _unknown_path(path: str) -> Refusal:
     return Refusal(f"path: got {path[:80]}, which does not exist", status=404, code="not_found")
+
+
+def _host_name(scope: Scope) -> str:
+    """Return the name in the Host header, without the port."""
+    host = _header(scope, b"host")
+    return host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
 
 
 def _bearer_token(scope: Scope) -> str:
